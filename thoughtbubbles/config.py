@@ -1,0 +1,202 @@
+"""ModelConfig: sizes, ablations, presets, parameter and FLOP counts."""
+
+import dataclasses
+from typing import Any, Literal
+
+from thoughtbubbles.attention import visited_pairs
+from thoughtbubbles.policies import TopK
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder, with or without fork layers. Two configs with equal `architecture()` share weights.
+
+    Sizes: `vocab_size` V, `embed_dim` D, `num_heads` H, `num_kv_heads` G (default H), `head_dim` K
+    (default D / H), `mlp_dim` F (default 4 D). `biases="all"` puts one on every linear map of
+    attention and MLP and on every LayerNorm, `"qkv"` on those three maps only.
+
+    Forking (arXiv 2510.00219): a fork layer stands in front of each block in `fork_layers`
+    (0-based); `policy` chooses the streams; `merge` turns a bubble into one prediction:
+    `"probability"` is the paper's mixture (eq. 11), `"residual"` the sum of residuals of its
+    authors' later code, `"rightmost"` the original alone. `score_bias="head"` adds the log-score to
+    q·k before the division by sqrt(K) (the authors' code), `"none"` after it (a weight of exactly
+    p). `copies` is the copy-k baseline: each input residual k times, the rightmost decoded.
+
+    The six switches from `fork_embedding` on each take one ingredient out, for ablations.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    qk_norm: bool = False
+    tied_head: bool = True
+    rope_base: float = 10_000.0
+    biases: Literal["all", "qkv", "none"] = "all"
+
+    copies: int = 1
+    fork_layers: tuple[int, ...] = ()
+    policy: TopK = TopK()
+    merge: Literal["probability", "residual", "rightmost"] = "residual"
+    score_bias: Literal["head", "none"] = "head"
+    fork_embedding: bool = True
+    key_bias: bool = True
+    value_scaling: bool = True
+    residual_scaling: bool = True
+    forced_keep: bool = True
+    fractional_positions: bool = True
+
+    # How to compute, not what: none of these changes the weights.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            choices = getattr(field.type, "__args__", ())
+            if getattr(field.type, "__origin__", None) is Literal:
+                value = getattr(self, field.name)
+                if value not in choices:
+                    raise ValueError(f"{field.name}={value!r}: choose one of {', '.join(choices)}")
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "kv_heads", "head_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1")
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+            near = sorted(divisors, key=lambda n: abs(n - self.num_heads))[:2]
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: "
+                f"choose a divisor such as {' or '.join(map(str, sorted(near)))}, or set head_dim"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_dim={self.head_width} is odd: rotary positions need an even one")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}: "
+                "choose a divisor"
+            )
+        for layer in self.fork_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(
+                    f"fork layer {layer} is out of range for num_layers={self.num_layers}: "
+                    f"choose from 0 to {self.num_layers - 1}"
+                )
+        if list(self.fork_layers) != sorted(set(self.fork_layers)):
+            raise ValueError(f"fork_layers={self.fork_layers} must rise without repeats")
+        if self.copies < 1:
+            raise ValueError(f"copies={self.copies} is below 1: 1 means no copies")
+        if self.copies > 1 and (self.fork_layers or self.merge != "rightmost"):
+            raise ValueError(
+                f"copies={self.copies} is a baseline without forks that decodes the rightmost copy: "
+                f"set fork_layers=() (now {self.fork_layers}) and merge='rightmost' (now {self.merge!r})"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def causal(self) -> bool:
+        """Whether logits of a position depend on tokens up to it alone, by construction."""
+        return not self.fork_layers or self.policy.causal
+
+    def architecture(self) -> dict[str, Any]:
+        """Everything that the weights' meaning depends on, as JSON-ready values."""
+        fields = dataclasses.asdict(self)
+        for name in ("dtype", "scan_layers", "remat"):
+            del fields[name]
+        fields["fork_layers"] = list(self.fork_layers)
+        return fields
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Runs of blocks `(first, last + 1)` between fork layers; the first may be empty."""
+        cuts = [0, *self.fork_layers, self.num_layers]
+        return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+    def slots(self, num_tokens: int) -> list[int]:
+        """Stream slots of a row in each block, `num_layers` numbers."""
+        count, per_layer = num_tokens * self.copies, []
+        for index, (start, end) in enumerate(self.groups()):
+            if index:
+                count = min(2 * count, self.policy.capacity(num_tokens))
+            per_layer += [count] * (end - start)
+        return per_layer
+
+    def num_params(self) -> int:
+        """Number of parameters of the built model."""
+        d, f, k = self.embed_dim, self.mlp_width, self.head_width
+        norm = 2 * d if self.norm == "layernorm" and self.biases == "all" else d
+        heads = self.num_heads + 2 * self.kv_heads
+        maps = 3 if self.mlp == "swiglu" else 2
+        block = 2 * norm + d * k * (heads + self.num_heads) + maps * d * f
+        block += 2 * k * self.qk_norm
+        block += heads * k * (self.biases != "none")
+        block += (d + (maps - 1) * f + d) * (self.biases == "all")
+        fork = norm + 2 * d + d * self.fork_embedding
+        table = self.vocab_size * d * (1 if self.tied_head else 2)
+        return table + self.num_layers * block + len(self.fork_layers) * fork + norm
+
+    def forward_flops(self, num_tokens: int) -> int:
+        """Matrix-multiplication FLOPs of one forward pass over a row of `num_tokens`, logits included.
+
+        A training step costs three times as much without rematerialisation.
+        """
+        d, k, h = self.embed_dim, self.head_width, self.num_heads
+        maps = 3 if self.mlp == "swiglu" else 2
+        per_slot = d * k * (2 * h + 2 * self.kv_heads) + maps * d * self.mlp_width
+        slots = self.slots(num_tokens)
+        total = sum(2 * s * per_slot + 4 * visited_pairs(s) * h * k for s in slots)
+        before_fork = [slots[layer - 1] if layer else num_tokens for layer in self.fork_layers]
+        total += sum(4 * s * d for s in before_fork)
+        decoded = num_tokens
+        if slots[-1] != num_tokens or self.fork_layers:
+            if self.merge == "probability":
+                decoded = slots[-1]
+            else:
+                total += 2 * num_tokens * slots[-1] * d
+        return total + 2 * decoded * d * self.vocab_size
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "ModelConfig":
+        """A named size: `tiny`, or a size of arXiv 2510.00219 (see `PRESETS`), with changes."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[name], **changes)
+
+
+def _paper(embed_dim: int, num_layers: int, num_heads: int, fork_layers: tuple[int, ...]):
+    return ModelConfig(
+        vocab_size=50_304,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        fork_layers=fork_layers,
+        merge="probability",
+    )
+
+
+# The paper gives 772.8M = 36 layers of 1280 and its authors' scripts 1.916B = 36 layers of 2048.
+# Of 150M and 319M it gives the totals only; these geometries are the nearest usual ones (152M, 316M).
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        vocab_size=320, embed_dim=128, num_layers=4, num_heads=4, fork_layers=(1, 2, 3)
+    ),
+    "150m": _paper(768, 16, 12, (3, 7, 11)),
+    "319m": _paper(1024, 21, 16, (3, 7, 11)),
+    "772m": _paper(1280, 36, 20, (3, 7, 11)),
+    "1_9b": dataclasses.replace(_paper(2048, 36, 16, (2, 5, 8)), merge="residual"),
+}

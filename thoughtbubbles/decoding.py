@@ -1,0 +1,96 @@
+"""Generation by recomputing the whole prefix for every token: right for any policy, cached by none.
+
+A policy that is not causal (`TopK`) may fork the past differently when a token is added, so a cache
+would not give what the model computes; its ratio budget follows the length of the prefix.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles.model import Thoughtbubbles
+
+
+def generate(
+    model: Thoughtbubbles,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+) -> list[list[int]]:
+    """Continue each prompt; a row's text does not depend on the rest of its batch.
+
+    Args:
+        prompts: token ids, at least one each; lengths may differ.
+        max_new_tokens: at most this many are added to each.
+        temperature: 0 takes the most probable token.
+        seed: with the number of equal prompts before it, the seed of a row's samples.
+        stop: a row ends after any of these ids (which is returned).
+
+    Returns:
+        the new ids of each prompt.
+    """
+    if not prompts:
+        return []
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} is empty: give at least one token, e.g. the separator")
+        highest = max(max(prompt), -min(prompt))
+        if not 0 <= min(prompt) <= highest < model.config.vocab_size:
+            raise ValueError(
+                f"prompt {index} holds token id {highest}, vocab_size={model.config.vocab_size}: "
+                "use the tokenizer that the model was trained with"
+            )
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), int(lengths.max()) + max_new_tokens), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    repeats = [list(map(tuple, prompts[:i])).count(tuple(p)) for i, p in enumerate(prompts)]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(repeats))
+    tokens, ends = _extend(
+        model,
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+        keys,
+        jnp.float32(temperature),
+        jnp.asarray(list(stop), jnp.int32),
+        max_new_tokens,
+    )
+    tokens, ends = np.asarray(tokens), np.asarray(ends)
+    return [
+        row[length:end].tolist() for row, length, end in zip(tokens, lengths, ends, strict=True)
+    ]
+
+
+@jax.jit
+def _extend(model, tokens, lengths, keys, temperature, stop, max_new_tokens):
+    limit = lengths + max_new_tokens
+
+    def unfinished(carry):
+        return ~carry[2].all()
+
+    def step(carry):
+        tokens, length, done = carry
+        # Places after a row's end are padding to the model, so the buffer's size changes nothing.
+        logits = model.logits_at(model.run(tokens, length).streams, length - 1)
+        chosen = sample(logits, jax.vmap(jax.random.fold_in)(keys, length), temperature)
+        here = (jnp.arange(tokens.shape[1]) == length[:, None]) & ~done[:, None]
+        tokens = jnp.where(here, chosen[:, None], tokens)
+        length = jnp.where(done, length, length + 1)
+        stopped = (chosen[:, None] == stop).any(axis=1)
+        return tokens, length, done | stopped | (length >= limit)
+
+    done = jnp.broadcast_to(max_new_tokens <= 0, lengths.shape)
+    tokens, ends, _ = jax.lax.while_loop(unfinished, step, (tokens, lengths, done))
+    return tokens, ends
+
+
+def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Array:
+    """One id per row, `[B]` int32, from `logits [B, V]` with one key per row; greedy at 0."""
+    warm = jnp.where(temperature > 0, temperature, 1.0)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits / warm)
+    return jnp.where(temperature > 0, drawn, logits.argmax(axis=-1)).astype(jnp.int32)

@@ -1,0 +1,246 @@
+"""Norm, Attention, MLP, Block and Fork: thin NNX modules that own parameters.
+
+Every parameter names its axes in the metadata `axes` (leading `layers` axis of stacked blocks left
+out) and how many of them are contracted in `inputs`; the names mean nothing until somebody maps
+them to a mesh, so a module needs none.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from thoughtbubbles import forking
+from thoughtbubbles.attention import attend
+from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.policies import Policy, TopK
+from thoughtbubbles.positions import rotary_angles, rotate
+from thoughtbubbles.streams import Streams
+
+INIT_STD = 0.02
+
+
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1, std=INIT_STD
+) -> nnx.Param:
+    """A float32 matrix of normal entries; its first `inputs` axes are contracted."""
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes, inputs=inputs)
+
+
+def vector(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
+    """A bias, scale or embedding vector: no contracted axes, no weight decay."""
+    return nnx.Param(value, axes=axes, inputs=0)
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
+
+    def __init__(
+        self,
+        width: int,
+        kind: Literal["layernorm", "rmsnorm"] = "layernorm",
+        *,
+        bias: bool = True,
+        eps: float = 1e-5,
+        axis: str = "embed",
+    ):
+        self.kind, self.eps = kind, eps
+        self.scale = vector(jnp.ones((width,), jnp.float32), (axis,))
+        has_bias = bias and kind == "layernorm"
+        self.bias = vector(jnp.zeros((width,), jnp.float32), (axis,)) if has_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., width]` to the same shape and dtype."""
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+        y = y * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What a block needs besides residuals; it changes only at forks, so it is computed once for each.
+
+    Attributes:
+        cos, sin: `[B, S, K/2]` float32 rotary angles.
+        key_bias: `[B, S]` float32 added to the attention logits of each key, or None.
+        value_scale: `[B, S]` float32, or None.
+        write_scale: `[B, S]` float32 on both residual writes, or None.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    key_bias: jax.Array | None = None
+    value_scale: jax.Array | None = None
+    write_scale: jax.Array | None = None
+
+    @classmethod
+    def of(cls, streams: Streams, config: ModelConfig) -> "Geometry":
+        """Positions (App. D) and score attenuation (eqs. 8-10) of the streams."""
+        positions = streams.positions(config.fractional_positions)
+        angles = rotary_angles(positions, config.head_width, config.rope_base)
+        if not streams.forked:
+            return cls(*angles)
+        scale = config.head_width**-0.5 if config.score_bias == "head" else 1.0
+        score = jnp.exp(streams.log_score)
+        return cls(
+            *angles,
+            key_bias=streams.log_score * scale if config.key_bias else None,
+            value_scale=score if config.value_scaling else None,
+            write_scale=score if config.residual_scaling else None,
+        )
+
+
+class Attention(nnx.Module):
+    """Causal score-attenuated multi-head attention over streams (eq. 8), heads grouped if asked."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, h, g, k = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
+        self.dtype = config.dtype
+        self.q = weight(rngs, (d, h, k), ("embed", "heads", "head_dim"))
+        self.k = weight(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"))
+        self.v = weight(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"))
+        out_std = INIT_STD / math.sqrt(2 * config.num_layers)
+        self.o = weight(rngs, (h, k, d), ("heads", "head_dim", "embed"), inputs=2, std=out_std)
+        has_bias = config.biases in ("all", "qkv")
+        zeros = lambda n: vector(jnp.zeros((n, k)), ("heads" if n == h else "kv_heads", "head_dim"))  # noqa: E731
+        self.q_bias = zeros(h) if has_bias else None
+        self.k_bias = zeros(g) if has_bias else None
+        self.v_bias = zeros(g) if has_bias else None
+        self.o_bias = vector(jnp.zeros((d,)), ("embed",)) if config.biases == "all" else None
+        qk_norm = lambda: Norm(k, "rmsnorm", eps=config.norm_eps, axis="head_dim")  # noqa: E731
+        self.q_norm = qk_norm() if config.qk_norm else None
+        self.k_norm = qk_norm() if config.qk_norm else None
+
+    def __call__(self, x: jax.Array, geometry: Geometry) -> jax.Array:
+        """`[B, S, D]` to `[B, S, D]`."""
+        query = self._project(x, self.q, self.q_bias)
+        key = self._project(x, self.k, self.k_bias)
+        value = self._project(x, self.v, self.v_bias)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, geometry.cos, geometry.sin)
+        key = rotate(key, geometry.cos, geometry.sin)
+        if geometry.value_scale is not None:
+            value = value * geometry.value_scale[..., None, None].astype(value.dtype)
+        mixed = attend(query, key, value, geometry.key_bias)
+        out = jnp.einsum("bshk,hkd->bsd", mixed, self.o[...].astype(self.dtype))
+        return out if self.o_bias is None else out + self.o_bias[...].astype(self.dtype)
+
+    def _project(self, x, kernel, bias):
+        y = jnp.einsum("bsd,dhk->bshk", x, kernel[...].astype(self.dtype))
+        return y if bias is None else y + bias[...].astype(self.dtype)
+
+
+class MLP(nnx.Module):
+    """`down(gelu(up x))`, or `down(silu(gate x) * up x)` for SwiGLU."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, f = config.embed_dim, config.mlp_width
+        self.dtype = config.dtype
+        self.up = weight(rngs, (d, f), ("embed", "mlp"))
+        self.gate = weight(rngs, (d, f), ("embed", "mlp")) if config.mlp == "swiglu" else None
+        out_std = INIT_STD / math.sqrt(2 * config.num_layers)
+        self.down = weight(rngs, (f, d), ("mlp", "embed"), std=out_std)
+        bias = config.biases == "all"
+        self.up_bias = vector(jnp.zeros((f,)), ("mlp",)) if bias else None
+        self.gate_bias = vector(jnp.zeros((f,)), ("mlp",)) if bias and self.gate is not None else None
+        self.down_bias = vector(jnp.zeros((d,)), ("embed",)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, S, D]` to `[B, S, D]`."""
+        hidden = self._linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            hidden = jax.nn.gelu(hidden, approximate=True)
+        else:
+            hidden = jax.nn.silu(self._linear(x, self.gate, self.gate_bias)) * hidden
+        return self._linear(hidden, self.down, self.down_bias)
+
+    def _linear(self, x, kernel, bias):
+        y = x @ kernel[...].astype(self.dtype)
+        return y if bias is None else y + bias[...].astype(self.dtype)
+
+
+class Block(nnx.Module):
+    """Pre-norm decoder block whose two residual writes are scaled by the streams' scores (eqs. 9-10)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_norm = norm_of(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = norm_of(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, streams: Streams, geometry: Geometry | None = None) -> Streams:
+        """Streams to Streams of the same slots; `geometry` only saves computing it again."""
+        if geometry is None:
+            geometry = Geometry.of(streams, self.config)
+        x = streams.x
+        with jax.named_scope("attention"):
+            x = x + self._write(self.attention(self.attention_norm(x), geometry), geometry)
+        with jax.named_scope("mlp"):
+            x = x + self._write(self.mlp(self.mlp_norm(x)), geometry)
+        return streams.replace(x=x)
+
+    def _write(self, update, geometry):
+        if geometry.write_scale is None:
+            return update
+        return update * geometry.write_scale[..., None].astype(update.dtype)
+
+
+class Fork(nnx.Module):
+    """Fork layer: scores both candidates of every stream and lets the policy choose (eqs. 1-6).
+
+    Args:
+        embed_dim: width `D` of the residuals.
+        policy: which candidates live; the paper's `TopK(2.0)` if not given.
+        norm, norm_eps, norm_bias: the norm in front of the score map.
+        embedding: whether forks get a learned vector added (off: an ablation).
+        forced_keep: whether originals always live (off: an ablation).
+        rngs: for the initial values.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        policy: Policy = TopK(),  # noqa: B008 (frozen)
+        *,
+        norm: Literal["layernorm", "rmsnorm"] = "layernorm",
+        norm_eps: float = 1e-5,
+        norm_bias: bool = True,
+        embedding: bool = True,
+        forced_keep: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.policy, self.forced_keep = policy, forced_keep
+        self.norm = Norm(embed_dim, norm, bias=norm_bias, eps=norm_eps)
+        self.score = weight(rngs, (embed_dim, 2), ("embed", "candidates"))
+        scale = embed_dim**-0.5
+        noise = jax.random.normal(rngs.params(), (embed_dim,), jnp.float32)
+        self.embedding = vector(scale * noise, ("embed",)) if embedding else None
+
+    def __call__(self, streams: Streams) -> Streams:
+        """`S` slots a row to `min(2 S, policy.capacity(T))` slots."""
+        # The norm's output and the score map stay in float32: ties in bfloat16 scores decide.
+        hidden = self.norm(streams.x.astype(jnp.float32))
+        logits = jnp.einsum(
+            "bsd,dc->bsc", hidden, self.score[...], precision=jax.lax.Precision.HIGHEST
+        )
+        log_scores = forking.candidate_log_scores(logits, streams.log_score)
+        plan = forking.plan_fork(streams, log_scores, self.policy, self.forced_keep)
+        embedding = None if self.embedding is None else self.embedding[...]
+        return forking.fork(streams, log_scores, plan, embedding)
+
+
+def norm_of(config: ModelConfig) -> Norm:
+    """A norm of the config's kind over the residual."""
+    return Norm(config.embed_dim, config.norm, bias=config.biases == "all", eps=config.norm_eps)

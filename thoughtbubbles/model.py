@@ -1,0 +1,176 @@
+"""Thoughtbubbles: embed, (Fork | Block)*, merge, logits; without fork layers a plain decoder."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
+from thoughtbubbles.layers import Block, Fork, Geometry, norm_of, weight
+from thoughtbubbles.streams import Streams, left_align, restore_alignment
+
+Constrain = Callable[[jax.Array], jax.Array]
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Result of a forward pass.
+
+    Attributes:
+        streams: after the last block, in left-aligned rows.
+        forks: the streams as each fork layer left them, for statistics and bubble maps.
+    """
+
+    streams: Streams
+    forks: tuple[Streams, ...]
+
+
+class Thoughtbubbles(nnx.Module):
+    """A causal decoder whose residual streams fork (arXiv 2510.00219).
+
+    All blocks are stacked on a leading `layers` axis, so that weights don't depend on where the
+    forks stand: a plain decoder's blocks fit a forking model.
+
+    Args:
+        config: sizes and options.
+        rngs: for the initial values.
+        constrain: applied to every residual array `[B, S, D]` between blocks; a trainer on a mesh
+            passes its sharding constraint here.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, constrain: Constrain | None = None
+    ):
+        self.config = config
+        self.constrain = constrain or _identity
+        self.embed = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
+        keys = rngs.split(config.num_layers)
+        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs))(keys)
+        self.forks = nnx.List([_fork_of(config, rngs) for _ in config.fork_layers])
+        self.final_norm = norm_of(config)
+        shape, axes = (config.embed_dim, config.vocab_size), ("embed", "vocab")
+        self.head = None if config.tied_head else weight(rngs, shape, axes)
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Logits `[B, T, V]` float32 (log-probabilities for the probability merge).
+
+        Args:
+            tokens: `[B, T]` int32.
+            mask: `[B, T]` bool, true for real tokens; padding, on either side, changes nothing of
+                real positions and gets zeros.
+        """
+        if mask is None:
+            return self.logits(self.run(tokens).streams)
+        aligned, length, rank = left_align(tokens, mask)
+        logits = self.logits(self.run(aligned, length).streams)
+        return restore_alignment(logits, mask, rank)
+
+    def run(self, tokens: jax.Array, length: jax.Array | None = None) -> Output:
+        """All layers but the head, over right-padded rows.
+
+        Args:
+            tokens: `[B, T]` int32.
+            length: `[B]` number of real tokens in each row; all `T` if not given.
+        """
+        config = self.config
+        x = jnp.take(self.embed[...], tokens, axis=0).astype(config.dtype)
+        streams = Streams.start(self.constrain(x), length, config.copies)
+        forks = []
+        for index, (start, end) in enumerate(config.groups()):
+            if index:
+                streams = self.forks[index - 1](streams)
+                streams = streams.replace(x=self.constrain(streams.x))
+                forks.append(streams)
+            streams = self._run_blocks(streams, start, end)
+        return Output(streams, tuple(forks))
+
+    def logits(self, streams: Streams) -> jax.Array:
+        """Merge and decode: `[B, T, V]` float32."""
+        if self.config.merge == "probability" and streams.forked:
+            log_probs = jax.nn.log_softmax(self.decode(streams.x), axis=-1)
+            return merge_log_probs(streams, log_probs, self.max_bubble(streams))
+        kind = "rightmost" if self.config.merge == "rightmost" else "residual"
+        return self.decode(merge(streams, kind))
+
+    def logits_at(self, streams: Streams, token: jax.Array) -> jax.Array:
+        """Logits `[B, V]` float32 of one token per row, `token [B]` int32; the rest is not decoded."""
+        return self.logits(streams.bubble_of(token, self.max_bubble(streams)))[:, 0]
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Final norm and head: `[..., D]` to logits `[..., V]` float32."""
+        table = self.embed[...].T if self.head is None else self.head[...]
+        hidden = self.final_norm(x)
+        return jnp.matmul(
+            hidden, table.astype(self.config.dtype), preferred_element_type=jnp.float32
+        )
+
+    def log_prob(self, streams: Streams, targets: jax.Array) -> jax.Array:
+        """Log-probability `[B, T]` float32 of `targets [B, T]`; cheaper than `logits` for a mixture."""
+        if self.config.merge != "probability" or not streams.forked:
+            return _log_prob_of(self.logits(streams), targets)
+        per_stream = jnp.take_along_axis(targets, streams.token, axis=1)
+        log_prob = _log_prob_of(self.decode(streams.x), per_stream)
+        return merge_log_prob(streams, log_prob, self.config.vocab_size)
+
+    def max_bubble(self, streams: Streams) -> int:
+        """Static bound on the streams of one token."""
+        bound = self.config.copies * 2 ** len(self.config.fork_layers)
+        return min(bound, streams.token.shape[1])
+
+    def _run_blocks(self, streams: Streams, start: int, end: int) -> Streams:
+        if start == end:
+            return streams
+        geometry = Geometry.of(streams, self.config)
+
+        def run(streams: Streams, block: Block) -> tuple[Streams, None]:
+            streams = block(streams, geometry)
+            return streams.replace(x=self.constrain(streams.x)), None
+
+        if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
+            run = jax.checkpoint(run, policy=policy, prevent_cse=not self.config.scan_layers)
+        if self.config.scan_layers:
+            stack = jax.tree.map(lambda leaf: leaf[start:end], self.blocks)
+            return jax.lax.scan(run, streams, stack)[0]
+        for block in _unstack(self.blocks, start, end):
+            streams, _ = run(streams, block)
+        return streams
+
+
+def _unstack(blocks: Block, start: int, end: int) -> list[Block]:
+    leaves, structure = jax.tree.flatten(blocks)
+    # Split rather than index: its gradient is one concatenation, not a sum of padded slices.
+    rows = [jax.lax.split(leaf[start:end], [1] * (end - start)) for leaf in leaves]
+    layers = [[leaf[i].squeeze(0) for leaf in rows] for i in range(end - start)]
+    return [jax.tree.unflatten(structure, layer) for layer in layers]
+
+
+def _fork_of(config: ModelConfig, rngs: nnx.Rngs) -> Fork:
+    return Fork(
+        config.embed_dim,
+        config.policy,
+        norm=config.norm,
+        norm_eps=config.norm_eps,
+        norm_bias=config.biases == "all",
+        embedding=config.fork_embedding,
+        forced_keep=config.forced_keep,
+        rngs=rngs,
+    )
+
+
+def _log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
