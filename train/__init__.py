@@ -1,0 +1,1 @@
+"""The loop that trains the architectures of this project."""

@@ -1,0 +1,102 @@
+"""RunConfig: everything that defines a pretraining run."""
+
+import dataclasses
+from typing import Any
+
+from thoughtbubbles import ModelConfig
+from train.data import DataConfig
+from train.mesh import MeshConfig
+from train.optim import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation.
+
+    Attributes:
+        every: steps between evaluations during the run (0: only at the end).
+        rows: validation rows scored (0: all).
+        positions: positions scored prefix-only for a model that is not causal (0: all of the rows').
+    """
+
+    every: int = 100
+    rows: int = 64
+    positions: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A pretraining run.
+
+    Attributes:
+        steps: optimizer steps; `batch_size` rows of `data.seq_len` tokens each, in `accumulate` parts.
+        seed: of the initial parameters.
+        out: run folder (config, checkpoints, metrics); a run found there is continued.
+        log_every, save_every: steps.
+        keep, keep_every: checkpoints kept: the newest ones, and those at multiples for ever.
+        prompt: start of the sample written at the end.
+    """
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvalConfig = EvalConfig()
+    steps: int = 300
+    batch_size: int = 16
+    accumulate: int = 1
+    seed: int = 0
+    out: str = "runs/tiny"
+    log_every: int = 10
+    save_every: int = 100
+    keep: int = 3
+    keep_every: int | None = None
+    prompt: str = "def "
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1")
+
+
+def as_json(config: Any) -> Any:
+    """Nested dict of a config with tuples as lists, as it comes back from JSON."""
+    if dataclasses.is_dataclass(config):
+        return {
+            field.name: as_json(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+        }
+    if isinstance(config, (list, tuple)):
+        return [as_json(item) for item in config]
+    return config
+
+
+def model_from_json(fields: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig that `as_json` wrote."""
+    from thoughtbubbles import TopK
+
+    fields = dict(fields)
+    fields["policy"] = TopK(**fields["policy"])
+    fields["fork_layers"] = tuple(fields["fork_layers"])
+    return ModelConfig(**fields)
+
+
+# What must stay equal when a run is continued; the rest (how long, how often, where) may change.
+FIXED = ("model", "data", "optimizer", "batch_size", "seed")
+FREE_IN = {"model": ("dtype", "scan_layers", "remat"), "data": ("cache_dir",)}
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Fields that keep a run from being continued, as `name: saved x, now y`."""
+    found = []
+    for name in FIXED:
+        found += _differences(name, saved.get(name), current.get(name), FREE_IN.get(name, ()))
+    return found
+
+
+def _differences(name: str, saved: Any, current: Any, free: tuple[str, ...]) -> list[str]:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        names = [key for key in {**saved, **current} if key not in free]
+        found = [_differences(f"{name}.{k}", saved.get(k), current.get(k), ()) for k in names]
+        return [line for lines in found for line in lines]
+    return [] if saved == current else [f"{name}: saved {saved!r}, now {current!r}"]

@@ -1,0 +1,29 @@
+"""Text to batches: corpora, tokenizers, packing, and a reader whose position is the step number.
+
+`prepare(config)` tokenises and packs a corpus once; `TrainReader` and `evaluation_batches` read it.
+A user's mistake is a `DataError`.
+"""
+
+from train.data.config import DataConfig, DataError
+from train.data.corpora import Corpus, open_corpus
+from train.data.packing import PackedRows
+from train.data.prepared import PackedData, prepare
+from train.data.reader import Batch, TrainReader, evaluation_batches
+from train.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "DataConfig",
+    "DataError",
+    "HuggingFaceTokenizer",
+    "PackedData",
+    "PackedRows",
+    "Tokenizer",
+    "TrainReader",
+    "evaluation_batches",
+    "load_tokenizer",
+    "open_corpus",
+    "prepare",
+]

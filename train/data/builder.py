@@ -1,0 +1,114 @@
+"""The TFDS side of local text: writing it and reading it back. TensorFlow is not involved."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from train.data import splits
+from train.data.local import Source
+
+_CHUNK = 64  # documents per read
+
+
+class LocalText(tfds.core.GeneratorBasedBuilder):
+    """One example per document. TFDS orders them by a hash of their key: the content's digest."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, source: Source, validation: float, **kwargs):
+        self._source = source
+        self._validation = validation
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # dataset_info_from_configs, the usual way, looks for files beside the builder's module.
+        features = tfds.features.FeaturesDict(
+            {"text": tfds.features.Text(), "path": tfds.features.Text()}
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing is downloaded
+        owner: dict[bytes, str] = {}  # digest → first file that holds the document
+        for file in tqdm(self._source.files, "reading", unit="file", leave=False, disable=None):
+            for document in self._source.documents(file):
+                owner.setdefault(splits.digest(document), file)
+        train, validation = splits.divide(set(owner), self._validation, self._source.name)
+        return {
+            name: self._generate_examples({key: owner[key] for key in sorted(side)})
+            for name, side in (("train", train), ("validation", validation))
+        }
+
+    def _generate_examples(self, owner: dict[bytes, str]):
+        for file in sorted(set(owner.values())):
+            for document in self._source.documents(file):
+                key = splits.digest(document)
+                if owner.get(key) == file:
+                    del owner[key]  # a lone file may repeat a section
+                    path = os.fsencode(file).decode(errors="replace")  # names needn't be UTF-8
+                    yield key.hex(), {"text": document, "path": path}
+
+
+def prepare_text(source: Source, validation: float, folder: Path) -> None:
+    """Writes the documents of `source` as a TFDS data set (ArrayRecord) under `folder`.
+
+    Raises:
+        DataError: a file isn't text, or there are fewer than two documents.
+        OSError: the data cannot be written.
+    """
+    builder = LocalText(source, validation, data_dir=folder, file_format="array_record")
+    with quiet():
+        try:
+            builder.download_and_prepare()
+        except RuntimeError as error:  # what array_record raises when the disk is full
+            raise OSError(str(error)) from error
+
+
+class StoredText:
+    """A text data set that `prepare_text` has written."""
+
+    def __init__(self, folder: Path):
+        self._builder = tfds.builder_from_directory(
+            folder / LocalText.name / str(LocalText.VERSION)
+        )
+
+    def documents(self, split: str) -> Iterator[str]:
+        return texts(self._builder, split, "text")
+
+    def count(self, split: str) -> int:
+        return self._builder.info.splits[split].num_examples
+
+
+def texts(builder: Any, split: str, field: str) -> Iterator[str]:
+    """The decoded text field of every example of a prepared TFDS split, in stored order."""
+    source = builder.as_data_source(split)
+    for start in range(0, len(source), _CHUNK):
+        keys = range(start, min(start + _CHUNK, len(source)))
+        for example in source.__getitems__(list(keys)):
+            value = example[field]
+            yield value.decode() if isinstance(value, bytes) else str(value)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences TFDS, which announces a download on stdout, draws bars of its own, and warns of data
+    that aren't there yet."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    tfds.display_progress_bar(False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(True)
+        logger.setLevel(level)

@@ -1,0 +1,53 @@
+"""What a user chooses about the data, and the error she gets when it cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A mistake in what the user asked for: one line that says what is wrong and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Corpus, tokenizer and row length of a run."""
+
+    corpus: str = "stdlib"
+    """Where the text comes from: "stdlib" (the Python standard library's own source), the path of
+    a folder of text files or of one file, or "tfds:NAME[/CONFIG]" (a TFDS data set on disk)."""
+
+    tokenizer: str = "bytes"
+    """"bytes", or the path of a Hugging Face tokenizer.json."""
+
+    seq_len: int = 256
+    """Targets per row; a row holds seq_len + 1 tokens."""
+
+    seed: int = 0
+    """Order of the training rows. Neither the split nor the packed rows depend on it."""
+
+    validation: float = 0.05
+    """Share of the documents that is held out, unless the corpus brings its own held-out split."""
+
+    cache_dir: str | None = None
+    """Where prepared data are kept; default ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1:
+            raise DataError(f"seq_len={self.seq_len}: a row needs at least 1 target")
+        if not 0 < self.validation < 1:
+            raise DataError(
+                f"validation={self.validation} is not a share: choose a number between 0 and 1"
+            )
+        if self.seed < 0:
+            raise DataError(f"seed={self.seed} is negative: choose 0 or more")
+
+    @property
+    def cache(self) -> Path:
+        """The folder that prepared data are kept in."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(home).expanduser() / "thoughtbubbles" / "data"

@@ -1,0 +1,148 @@
+"""Documents to rows of equal length in ArrayRecord files, once; and the rows, read at random."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from train.data.tokenizers import Tokenizer
+
+PADDING = -1  # in the tokens behind the end of the last validation row
+
+_BLOCK = 1 << 20  # tokens that are held in memory before their rows are written
+
+
+class PackedRows:
+    """The rows of a split: row i holds tokens i·seq_len to (i + 1)·seq_len of the stream
+    [separator] document [separator] document ..., so that each token is a target exactly once,
+    except the very first, which is none.
+
+    `rows[i]` is (tokens int32 [seq_len + 1], bytes int): `bytes` counts those of the text that the
+    targets tokens[1:] stand for. A short last row is padded with -1.
+    """
+
+    def __init__(self, path: Path, seq_len: int, vocab_size: int):
+        self.seq_len = seq_len
+        self._record = record_dtype(seq_len, vocab_size)
+        self._source = ArrayRecordDataSource(os.fspath(path))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        tokens, sizes = self.read(indices)
+        return list(zip(tokens, sizes.tolist(), strict=True))
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Many rows in one access: (tokens int32 [n, seq_len + 1], bytes int32 [n]).
+
+        Raises:
+            IndexError: no such row.
+        """
+        wanted = [int(index) for index in indices]
+        for index in wanted:
+            if not 0 <= index < len(self):
+                raise IndexError(f"row {index} of {len(self)}")
+        if not wanted:
+            return np.zeros((0, self.seq_len + 1), np.int32), np.zeros(0, np.int32)
+        records = np.frombuffer(b"".join(self._source.__getitems__(wanted)), self._record)
+        tokens = records["tokens"].astype(np.int32)
+        if self._record["tokens"].base.kind == "u":
+            tokens[tokens == np.iinfo(np.uint16).max] = PADDING
+        return tokens, records["bytes"].astype(np.int32)
+
+
+def record_dtype(seq_len: int, vocab_size: int) -> np.dtype:
+    """The layout of a stored row: little-endian, 16 bits per token where the vocabulary allows it
+    (the largest value is the padding)."""
+    token = "<u2" if vocab_size <= np.iinfo(np.uint16).max else "<i4"
+    return np.dtype([("bytes", "<i4"), ("tokens", token, (seq_len + 1,))])
+
+
+def write_rows(
+    documents: Iterable[str], tokenizer: Tokenizer, seq_len: int, path: Path, *, keep_tail: bool
+) -> dict[str, int]:
+    """Tokenises documents and writes their rows to `path`.
+
+    Args:
+        documents: in the order in which they are to follow each other.
+        keep_tail: pad the last row if the tokens don't fill it, instead of dropping them.
+
+    Returns:
+        Counts of "documents", "tokens" (with separators), "bytes" of text, and "rows".
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    counts = {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0}
+    record = record_dtype(seq_len, tokenizer.vocab_size)
+    # Uncompressed: 2 bytes per token are cheap, and reading is twice as fast.
+    writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
+    tokens = sizes = np.zeros(0, np.int32)
+    try:
+        for ids, lengths in _blocks(documents, tokenizer, counts):
+            tokens = np.concatenate([tokens, ids])
+            sizes = np.concatenate([sizes, lengths])
+            written = _write(writer, tokens, sizes, seq_len, record)
+            counts["rows"] += written
+            tokens, sizes = tokens[written * seq_len :], sizes[written * seq_len :]
+        if keep_tail and len(tokens) > 1:
+            missing = seq_len + 1 - len(tokens)
+            tokens = np.pad(tokens, (0, missing), constant_values=PADDING)
+            counts["rows"] += _write(writer, tokens, np.pad(sizes, (0, missing)), seq_len, record)
+    finally:
+        try:
+            writer.close()
+        except RuntimeError as error:  # array_record reports a full disk here
+            raise OSError(str(error)) from error
+    return counts
+
+
+def _blocks(
+    documents: Iterable[str], tokenizer: Tokenizer, counts: dict[str, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The stream of tokens and their bytes in pieces of at least _BLOCK tokens; counts as it
+    goes."""
+    separator = (np.array([tokenizer.separator], np.int32), np.zeros(1, np.int32))
+    pieces: list[tuple[np.ndarray, np.ndarray]] = []
+    pending = 0
+    for document in documents:
+        ids, lengths = tokenizer.encode(document)
+        if not len(ids):  # a normalizer may leave nothing of a document
+            continue
+        pieces += [separator, (ids, lengths)]
+        pending += 1 + len(ids)
+        counts["documents"] += 1
+        counts["tokens"] += 1 + len(ids)
+        counts["bytes"] += int(lengths.sum())
+        if pending >= _BLOCK:
+            yield _joined(pieces)
+            pieces, pending = [], 0
+    if pieces:
+        yield _joined(pieces)
+
+
+def _joined(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    ids, lengths = zip(*pieces, strict=True)
+    return np.concatenate(ids), np.concatenate(lengths)
+
+
+def _write(writer, tokens: np.ndarray, sizes: np.ndarray, seq_len: int, record: np.dtype) -> int:
+    """Writes all whole rows at the front of the stream; how many."""
+    count = max(0, len(tokens) - 1) // seq_len
+    if count:
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
+        rows = np.empty(count, record)
+        rows["tokens"] = windows[:count]
+        rows["bytes"] = sizes[1 : count * seq_len + 1].reshape(count, seq_len).sum(axis=1)
+        for row in rows:
+            writer.write(row.tobytes())
+    return count

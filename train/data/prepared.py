@@ -1,0 +1,137 @@
+"""From a DataConfig to packed rows: everything happens once and is kept in the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from train.data.config import DataConfig, DataError
+from train.data.corpora import Corpus, Split, open_corpus
+from train.data.packing import PackedRows, write_rows
+from train.data.storage import build_once
+from train.data.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = 1  # raise when packed rows must be made anew
+
+_METADATA = "metadata.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedData:
+    """The two splits of a corpus as rows of tokens.
+
+    Attributes:
+        train, validation: the rows.
+        tokenizer: what they were tokenised with.
+        fingerprint: of corpus, split, tokenizer and row length; equal rows have equal fingerprints.
+        statistics: what was packed: corpus and tokenizer, and documents, tokens, bytes and rows of
+            each split.
+    """
+
+    train: PackedRows
+    validation: PackedRows
+    tokenizer: Tokenizer
+    fingerprint: str
+    statistics: dict[str, Any]
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        train, validation = self.statistics["train"], self.statistics["validation"]
+        return (
+            f"{self.statistics['corpus']}: {train['documents']:,} documents "
+            f"({train['bytes'] / 1e6:.1f} MB) to train on, {validation['documents']:,} "
+            f"({validation['bytes'] / 1e6:.1f} MB) held out; {train['rows']:,} + "
+            f"{validation['rows']:,} rows of {self.train.seq_len} tokens "
+            f"({self.statistics['tokenizer']}, vocabulary {self.tokenizer.vocab_size:,})"
+        )
+
+
+def prepare(config: DataConfig) -> PackedData:
+    """Opens the packed rows of `config`, packing them first if the cache has none.
+
+    Packing shows its progress on stderr, and a line when it's done.
+
+    Raises:
+        DataError: corpus or tokenizer cannot be used, or the corpus is too small.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = open_corpus(config.corpus, config.validation, config.cache)
+    identity = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint} {config.seq_len}"
+    fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    folder = config.cache / "rows" / fingerprint
+    fresh = not folder.exists()
+    build_once(folder, lambda partial: pack(corpus, tokenizer, config.seq_len, partial))
+    data = _open(folder, corpus.name, tokenizer, config.seq_len, fingerprint)
+    if fresh:
+        print(data.summary, file=sys.stderr)
+    return data
+
+
+def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:
+    """Writes the rows of both splits and what is known of them to an empty folder.
+
+    Raises:
+        DataError: a split gives no row.
+        OSError: the folder cannot be written.
+    """
+    statistics: dict[str, Any] = {
+        "format": FORMAT,
+        "corpus": corpus.name,
+        "corpus_fingerprint": corpus.fingerprint,
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "seq_len": seq_len,
+    }
+    splits: tuple[Split, Split] = ("train", "validation")
+    for split in splits:
+        documents = tqdm(
+            corpus.documents(split),
+            f"packing {split}",
+            corpus.count(split),
+            unit="document",
+            leave=False,
+            disable=None,  # only where somebody watches
+        )
+        with documents:
+            counts = write_rows(
+                documents, tokenizer, seq_len, _file(folder, split), keep_tail=split == "validation"
+            )
+        if not counts["rows"]:
+            raise DataError(
+                f"the {split} split of {corpus.name} has {counts['tokens']} tokens, a row needs "
+                f"{seq_len + 1} (seq_len={seq_len} and one more): choose a larger corpus or a "
+                "smaller seq_len"
+            )
+        statistics[split] = counts
+    (folder / _METADATA).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+
+
+def _open(
+    folder: Path, corpus: str, tokenizer: Tokenizer, seq_len: int, fingerprint: str
+) -> PackedData:
+    try:
+        statistics = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        # Equal content may have been packed under another path.
+        statistics |= {"corpus": corpus, "tokenizer": tokenizer.name}
+        rows = {
+            split: PackedRows(_file(folder, split), seq_len, tokenizer.vocab_size)
+            for split in ("train", "validation")
+        }
+        damaged = any(len(rows[split]) != statistics[split]["rows"] for split in rows)
+    except (OSError, RuntimeError, ValueError, KeyError):
+        damaged = True
+    if damaged:
+        raise DataError(f"the prepared rows in {folder} are damaged: delete that folder")
+    return PackedData(rows["train"], rows["validation"], tokenizer, fingerprint, statistics)
+
+
+def _file(folder: Path, split: str) -> Path:
+    return folder / f"{split}.array_record"

@@ -1,0 +1,106 @@
+"""Batches by step number: random access, any number of hosts, the same order every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import grain
+import numpy as np
+
+from train.data.config import DataError
+from train.data.packing import PADDING, PackedRows
+
+Batch = dict[str, np.ndarray]
+
+
+class TrainReader:
+    """The rows of a split in a shuffled, endless order that is new in every epoch.
+
+    The global batch of step s is rows s·B to (s + 1)·B of that order; process p of P holds the
+    p-th of its P equal parts. The step number is therefore the whole state of the reader, and the
+    batches don't depend on the number of processes.
+    """
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        global_batch: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """
+        Raises:
+            DataError: the batch doesn't divide by the number of processes.
+        """
+        self._rows = rows
+        local = _local_size(global_batch, process_index, process_count)
+        # grain adds the epoch to the seed: taken as it is, seed 1 would begin with the second epoch
+        # of seed 0.
+        key = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        order = grain.MapDataset.range(len(rows)).shuffle(seed=key).repeat()
+        # There is no remainder; without the word, grain 0.2.18 overflows for batches of one row.
+        batches = order.batch(local, drop_remainder=True)
+        self._batches = batches[process_index::process_count].map(self._read)
+
+    def batch(self, step: int) -> Batch:
+        """This process's part of the batch of a step: "tokens" int32 [b, seq_len + 1] and "rows"
+        int64 [b], the index of each row in its split."""
+        return cast(Batch, self._batches[step])  # only a filtered data set has gaps
+
+    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+        """`batch(start_step)`, `batch(start_step + 1)`, ... without end, read ahead by two threads.
+
+        The threads end when the iterator is closed or dropped.
+        """
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        batches = iter(self._batches[start_step:].to_iter_dataset(options))
+        try:
+            yield from batches
+        finally:
+            batches.close()
+
+    def _read(self, rows: np.ndarray) -> Batch:
+        tokens, _ = self._rows.read(rows)
+        return {"tokens": tokens, "rows": rows.astype(np.int64)}
+
+
+def evaluation_batches(
+    rows: PackedRows,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The first `limit` rows of a split (default: all), once and in order.
+
+    All batches have the same shape: the last one is filled up with rows that hold nothing but -1
+    and 0 bytes. As in training, a process gets its part of each global batch.
+
+    Yields:
+        "tokens" int32 [b, seq_len + 1], -1 behind the end of the text; "bytes" int32 [b].
+
+    Raises:
+        DataError: the batch doesn't divide by the number of processes.
+    """
+    local = _local_size(batch_size, process_index, process_count)
+    count = len(rows) if limit is None else min(limit, len(rows))
+    for start in range(process_index * local, process_index * local + count, batch_size):
+        tokens, sizes = rows.read(range(start, min(start + local, count)))
+        missing = local - len(sizes)
+        yield {
+            "tokens": np.pad(tokens, ((0, missing), (0, 0)), constant_values=PADDING),
+            "bytes": np.pad(sizes, (0, missing)),
+        }
+
+
+def _local_size(global_batch: int, process_index: int, process_count: int) -> int:
+    if global_batch < 1 or global_batch % process_count:
+        raise DataError(
+            f"a batch of {global_batch} rows does not divide among {process_count} processes: "
+            f"choose a multiple of {process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index={process_index} is not below {process_count}")
+    return global_batch // process_count

@@ -1,0 +1,106 @@
+"""Corpora by TFDS name: "tfds:lm1b", "tfds:c4/en", ... read from disk, never downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.data import splits
+from train.data.config import DataError
+
+_TEXT_FIELDS = ("text", "book_text", "passage", "article", "document", "content", "body")
+_NAME = re.compile(r"(?P<name>\w+)(/[\w.\-]+)?(:\d+\.\d+\.\d+)?")
+
+
+class TfdsCorpus:
+    """A data set that TFDS knows, in its stored order.
+
+    Held out is its own validation split, else its own test split, else `validation` of its
+    documents by content.
+    """
+
+    def __init__(self, spec: str, validation: float, cache: Path):
+        self.name = spec
+        self._builder = _open(spec, cache)
+        info = self._builder.info
+        self._field = _text_field(spec, info.features)
+        own = [name for name in ("validation", "test") if name in info.splits]
+        self._held_out = own[0] if own else None
+        self._validation = validation
+        stored = sorted((s.name, s.num_examples, s.num_bytes) for s in info.splits.values())
+        identity = f"{info.full_name} {stored} {self._field} {self._held_out or validation}"
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
+    def documents(self, split: str) -> Iterator[str]:
+        from train.data.builder import texts
+
+        for document in texts(self._builder, self._stored(split), self._field):
+            if document.strip() and (self._held_out or split == self._side(document)):
+                yield document
+
+    def count(self, split: str) -> int:
+        return self._builder.info.splits[self._stored(split)].num_examples
+
+    def _stored(self, split: str) -> str:
+        return self._held_out if split == "validation" and self._held_out else "train"
+
+    def _side(self, document: str) -> str:
+        held_out = splits.held_out(splits.digest(document), self._validation)
+        return "validation" if held_out else "train"
+
+
+def _open(spec: str, cache: Path):
+    """The builder of a prepared data set: in cache/tfds, or where TFDS keeps its data."""
+    import tensorflow_datasets as tfds
+
+    from train.data.builder import quiet
+
+    name = spec.removeprefix("tfds:")
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise DataError(f"corpus {spec} is not a TFDS name: write tfds:NAME[/CONFIG][:VERSION]")
+    # Without TensorFlow, TFDS doesn't look for names in this package: some of it needs TensorFlow.
+    module = f"tensorflow_datasets.text.{match['name']}"
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module)
+    home = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    data_dir = next((d for d in (cache / "tfds", home) if (d / match["name"]).is_dir()), home)
+    try:
+        with quiet():
+            builder = tfds.builder(name, data_dir=data_dir)
+    except (ValueError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].split('}": ')[-1].rstrip(".: ")
+        raise DataError(
+            f"cannot open {spec}: {reason}; names: https://www.tensorflow.org/datasets/catalog"
+        ) from error
+    imports = f"{module}, " if module in sys.modules else ""
+    fetch = (
+        f'python -c "import {imports}tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
+        '.download_and_prepare()"'
+    )
+    if "train" not in builder.info.splits:
+        raise DataError(f"{spec} is not in {data_dir}: fetch it once with {fetch}")
+    formats = sorted(stored.value for stored in builder.info.available_file_formats())
+    if not {"array_record", "parquet"} & set(formats):
+        raise DataError(
+            f"{spec} is stored as {' '.join(formats)}, which needs TensorFlow: delete "
+            f"{builder.data_path} and run {fetch}"
+        )
+    return builder
+
+
+def _text_field(spec: str, features) -> str:
+    for field in _TEXT_FIELDS:
+        if field in features:
+            return field
+    raise DataError(
+        f"{spec} has no field of running text ({', '.join(_TEXT_FIELDS)}) but "
+        f"{', '.join(features)}: choose a corpus for language modelling"
+    )

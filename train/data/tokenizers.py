@@ -1,0 +1,196 @@
+"""Text to token ids and back, with the number of bytes that each token stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from train.data.config import DataError
+
+SEPARATORS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "[SEP]",
+)
+"""Special tokens that may separate documents, in order of preference."""
+
+_BYTES_JSON = '{"type": "bytes"}'
+
+
+class Tokenizer(Protocol):
+    """What the trainer asks of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that encode alike."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids are below it."""
+        ...
+
+    @property
+    def separator(self) -> int:
+        """Id in front of every document; also what generation without a prompt starts from."""
+        ...
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 [n], bytes int32 [n]): the token ids of the text, no special ones among them,
+        and the UTF-8 bytes that each stands for. The bytes sum to the length of the text unless n
+        is 0."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids; separators and negative ids (padding) stand for nothing.
+
+        Raises:
+            DataError: an id is not in the vocabulary.
+        """
+        ...
+
+    def to_json(self) -> str:
+        """The whole tokenizer; written to a file, `load_tokenizer` reads it back."""
+        ...
+
+
+class ByteTokenizer:
+    """Every byte of the UTF-8 text is a token; 256 is the separator."""
+
+    name = "bytes"
+    vocab_size = 257
+    separator = 256
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(_BYTES_JSON)
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return ids, np.ones_like(ids)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return bytes(_tokens(ids, self)).decode(errors="replace")
+
+    def to_json(self) -> str:
+        return _BYTES_JSON
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json of the `tokenizers` library, without its templates, padding and truncation.
+
+    Raises:
+        DataError: the file isn't one, or has none of `SEPARATORS`.
+    """
+
+    def __init__(self, path: str | Path):
+        import tokenizers
+
+        self.name = str(path)
+        self._json = _read(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        except Exception as error:  # the library raises nothing more precise
+            raise DataError(
+                f"{path} is not a tokenizer.json: {_first_line(error)}; export one with "
+                "tokenizer.save(), or train one with python -m train.tokenizer"
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A document that spells out "<|endoftext|>" is a document, not two.
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab()
+        known = [token for token in SEPARATORS if token in vocabulary]
+        if not known:
+            raise DataError(
+                f"{path} has no token to separate documents with: add one of "
+                f"{' '.join(SEPARATORS)} to its special tokens"
+            )
+        self.separator: int = vocabulary[known[0]]
+        self.vocab_size: int = max(vocabulary.values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self._json)
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        if not len(ids):
+            return ids, ids
+        # Several tokens may share a character (a part each of an emoji), and some normalizers move
+        # characters; the furthest character so far counts every byte exactly once all the same.
+        ends = np.maximum.accumulate(np.array(encoding.offsets, np.int64)[:, 1])
+        ends[-1] = len(text)
+        return ids, np.diff(_byte_positions(text)[ends], prepend=0).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode(_tokens(ids, self), skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        return self._json
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `DataConfig.tokenizer` names: "bytes", or the path of a file that holds a
+    Hugging Face tokenizer or what `Tokenizer.to_json` gave.
+
+    Raises:
+        DataError: there is no such file, or it holds something else.
+    """
+    if spec == "bytes" or _read(spec) == _BYTES_JSON:
+        return ByteTokenizer()
+    return HuggingFaceTokenizer(spec)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f'cannot read tokenizer {path}: {_first_line(error)}; give "bytes" or the path of a '
+            "tokenizer.json"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _fingerprint(json_text: str) -> str:
+    canonical = json.dumps(json.loads(json_text), sort_keys=True)
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def _byte_positions(text: str) -> np.ndarray:
+    """int64 [len(text) + 1]: UTF-8 bytes in front of each character, and of the end."""
+    if text.isascii():
+        return np.arange(len(text) + 1)
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    width = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.concatenate([[0], np.cumsum(width)])
+
+
+def _tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[int]:
+    """The ids that stand for text."""
+    array = np.asarray(ids, np.int64)
+    if array.size and array.max() >= tokenizer.vocab_size:
+        raise DataError(
+            f"token id {array.max()} is outside the vocabulary of {tokenizer.vocab_size}: "
+            "decode with the tokenizer that the ids come from"
+        )
+    return array[(array >= 0) & (array != tokenizer.separator)].tolist()

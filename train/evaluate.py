@@ -1,0 +1,124 @@
+"""Held-out loss that tells the truth: prefix-only for models whose policy is not causal."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.config import EvalConfig
+from train.data import PackedRows, evaluation_batches
+from train.mesh import batch_sharding, place, replicated
+from train.state import Trainable
+
+
+class Evaluator:
+    """Scores packed rows with a model's parameters; compiles its functions once.
+
+    A blockwise pass scores all positions of a row at once. For a policy that looks at the whole row
+    (`TopK`) that is not the loss of an autoregressive model, so each scored position is computed
+    again with only its prefix as input.
+
+    Args:
+        trainable: the model and its mesh.
+        batch_size: rows per pass.
+        config: how much to score.
+    """
+
+    def __init__(self, trainable: Trainable, batch_size: int, config: EvalConfig):
+        self._mesh, self._config = trainable.mesh, config
+        self._causal = trainable.config.causal
+        self._batch_size = batch_size
+        shardings = (trainable.shardings.params, batch_sharding(self._mesh))
+        placed = {"out_shardings": replicated(self._mesh)}
+
+        def blockwise(params: Any, tokens: jax.Array) -> jax.Array:
+            """`[B, T]` negative log-likelihoods in nats."""
+            model = trainable.model(params)
+            inputs, targets = tokens[:, :-1], jnp.maximum(tokens[:, 1:], 0)
+            length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
+            streams = model.run(jnp.maximum(inputs, 0), length).streams
+            return -model.log_prob(streams, targets)
+
+        def prefix_only(params: Any, prefixes: jax.Array) -> jax.Array:
+            """`[N]` nats of the last token of each row of `[N, T+1]` (-1 after it) given those before."""
+            model = trainable.model(params)
+            length = (prefixes >= 0).sum(axis=1, dtype=jnp.int32) - 1
+            target = jnp.take_along_axis(prefixes, length[:, None], axis=1)
+            streams = model.run(jnp.maximum(prefixes[:, :-1], 0), length).streams
+            log_probs = jax.nn.log_softmax(model.logits_at(streams, length - 1), axis=-1)
+            return -jnp.take_along_axis(log_probs, target, axis=1)[:, 0]
+
+        self._blockwise = jax.jit(blockwise, in_shardings=shardings, **placed)
+        self._prefix_only = jax.jit(prefix_only, in_shardings=shardings, **placed)
+
+    def __call__(self, params: Any, rows: PackedRows) -> dict[str, float]:
+        """Metrics of the first rows.
+
+        `loss` (nats per token) and `bits_per_byte` are the autoregressive model's. For a policy that
+        is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside them, and
+        `standard_error` is that of `loss` from scoring only some positions prefix-only: the loss is
+        the blockwise mean over all positions plus the mean difference over the sampled ones.
+        """
+        tokens, nats, weight, num_bytes = self._score_blockwise(params, rows)
+        total, count = float(nats[weight].sum()), int(weight.sum())
+        to_bits = count / math.log(2) / max(num_bytes, 1)
+        blockwise = total / count
+        if self._causal:
+            return {"loss": blockwise, "bits_per_byte": blockwise * to_bits}
+        row, place_in_row = np.nonzero(weight)
+        chosen = self._choose(len(row))
+        row, place_in_row = row[chosen], place_in_row[chosen]
+        gaps = self._score_prefixes(params, tokens, row, place_in_row) - nats[row, place_in_row]
+        error = gaps.std(ddof=1) / math.sqrt(len(gaps)) if 1 < len(gaps) < count else 0.0
+        loss = blockwise + float(gaps.mean())
+        return {
+            "loss": loss,
+            "bits_per_byte": loss * to_bits,
+            "standard_error": float(error),
+            "blockwise_loss": blockwise,
+            "blockwise_bits_per_byte": blockwise * to_bits,
+        }
+
+    def _score_blockwise(self, params: Any, rows: PackedRows):
+        tokens, nats, num_bytes = [], [], 0
+        limit = self._config.rows or None
+        for batch in evaluation_batches(rows, self._batch_size, limit):
+            tokens.append(batch["tokens"])
+            nats.append(np.asarray(self._blockwise(params, place(batch["tokens"], self._mesh))))
+            num_bytes += int(batch["bytes"].sum())
+        tokens = np.concatenate(tokens)
+        return tokens, np.concatenate(nats), tokens[:, 1:] >= 0, num_bytes
+
+    def _choose(self, count: int) -> np.ndarray:
+        wanted = self._config.positions
+        if not 0 < wanted < count:
+            return np.arange(count)
+        return np.sort(np.random.default_rng(0).choice(count, wanted, replace=False))
+
+    def _score_prefixes(self, params, tokens, row, place_in_row) -> np.ndarray:
+        """Nats of target `place_in_row` of each row, computed from the tokens up to it alone."""
+        scores = []
+        for start in range(0, len(row), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            prefixes = np.full((self._batch_size, tokens.shape[1]), -1, np.int32)
+            prefixes[:, :2] = 0  # filler rows are two tokens long
+            ends = place_in_row[part] + 1
+            for index, (source, end) in enumerate(zip(row[part], ends, strict=True)):
+                prefixes[index] = -1
+                prefixes[index, : end + 1] = tokens[source, : end + 1]
+            scored = np.asarray(self._prefix_only(params, place(prefixes, self._mesh)))
+            scores.append(scored[: len(ends)])
+        return np.concatenate(scores)
+
+
+def readable(metrics: dict[str, float]) -> str:
+    """One line for a person."""
+    line = f"held-out loss {metrics['loss']:.4f} nats/token, {metrics['bits_per_byte']:.4f} bits/byte"
+    if "blockwise_loss" not in metrics:
+        return line
+    return (
+        f"{line} (prefix-only, standard error {metrics['standard_error']:.4f}); "
+        f"blockwise {metrics['blockwise_loss']:.4f}, not causal"
+    )

@@ -1,0 +1,217 @@
+"""The training loop, readable top to bottom."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from train import evaluate
+from train.checkpoint import Checkpointer, load_meta
+from train.config import RunConfig, as_json, differences
+from train.data import Batch, PackedData, TrainReader, prepare
+from train.mesh import check_batch, make_mesh, place_local
+from train.metrics import MetricWriter, Progress, Throughput
+from train.state import Trainable, TrainState, make_trainable
+from train.statistics import readable as fork_metrics
+from train.step import make_train_step
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or a gradient became NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step that was dispatched and whose metrics are not read yet."""
+
+    step: int  # number of updates once it is done
+    batch: Batch
+    metrics: dict[str, Any]
+
+
+def train(config: RunConfig) -> dict[str, float]:
+    """Run (or continue) a pretraining run to its end and return the final held-out metrics.
+
+    Raises:
+        ValueError: a mistake in the config, the data, or the run folder.
+        NonFiniteLoss: see `design`: the run folder then holds what is needed to look into it.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    data = prepare(config.data)
+    check_vocabulary(data, config)
+    trainable = make_trainable(config.model, config.optimizer, config.steps, mesh, config.seed)
+    train_step = make_train_step(trainable, config.accumulate)
+    evaluator = evaluate.Evaluator(trainable, config.batch_size, config.evaluation)
+    reader = TrainReader(
+        data.train, config.batch_size, config.data.seed, jax.process_index(), jax.process_count()
+    )
+    main_process = jax.process_index() == 0
+    out = Path(config.out)
+    meta = {
+        "config": as_json(config),
+        "data_fingerprint": data.fingerprint,
+        "tokenizer": data.tokenizer.to_json(),
+    }
+
+    with contextlib.ExitStack() as stack:
+        check_continuation(out, meta)
+        checkpointer = stack.enter_context(
+            Checkpointer(out, config.save_every, config.keep, config.keep_every)
+        )
+        state = restore_or_init(checkpointer, trainable, out)
+        start = int(state.step)
+        if main_process:
+            (out / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
+        writer = stack.enter_context(MetricWriter(out, resume_step=start, enabled=main_process))
+        progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
+        progress.write(describe(config, data, trainable, start))
+        interrupted = stack.enter_context(stop_signals())
+        throughput = Throughput()
+
+        def finish(pending: Pending) -> None:
+            """Wait for a dispatched step, check it, and report it."""
+            loss, norm = float(pending.metrics["loss"]), float(pending.metrics["grad_norm"])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NonFiniteLoss(save_evidence(out, pending, loss, norm))
+            throughput.update(config.batch_size * config.data.seq_len)
+            if pending.step % config.log_every == 0 or pending.step == config.steps:
+                metrics = {name: pending.metrics[name] for name in ("loss", "grad_norm", "learning_rate")}
+                metrics |= fork_metrics(pending.metrics["forks"], config.model.fork_layers)
+                if throughput.rate is not None:
+                    metrics["tokens_per_second"] = throughput.rate
+                writer.write(pending.step, metrics)
+            progress.update(pending.step, loss, throughput.rate)
+
+        def save(step: int, force: bool = False) -> None:
+            train = dataclasses.replace(state, params=())
+            checkpointer.save(step, state.params, train, {**meta, "step": step}, force)
+
+        held_out: dict[str, float] = {}
+        pending: Pending | None = None
+        batches = stack.enter_context(contextlib.closing(reader.iterate(start)))
+        for step in range(start + 1, config.steps + 1):
+            batch = next(batches)
+            state, metrics = train_step(state, place_local(batch["tokens"], mesh))
+            # The device works on this step while the host reads the one before.
+            if pending is not None:
+                finish(pending)
+            pending = Pending(step, batch, metrics)
+            last = step == config.steps
+            every = config.evaluation.every
+            to_evaluate = last or (every > 0 and step % every == 0)
+            to_save = last or step % config.save_every == 0 or interrupted()
+            if to_evaluate or to_save:
+                # Nothing is saved of a step that has not been seen to be finite.
+                finish(pending)
+                pending = None
+            if to_evaluate:
+                held_out = evaluator(state.params, data.validation)
+                writer.write(step, {f"eval/{name}": value for name, value in held_out.items()})
+                progress.write(f"step {step}: {evaluate.readable(held_out)}")
+                throughput.restart()
+            if to_save:
+                save(step, force=True)
+            if interrupted():
+                progress.write(f"stopped at step {step} and saved it in {out}: run again to go on")
+                break
+        if not held_out and start >= config.steps:
+            held_out = evaluator(state.params, data.validation)
+            progress.write(f"step {start}: {evaluate.readable(held_out)}")
+    return held_out
+
+
+def check_vocabulary(data: PackedData, config: RunConfig) -> None:
+    """Raise if the tokenizer knows ids that the model has no embedding for."""
+    size = data.tokenizer.vocab_size
+    if size > config.model.vocab_size:
+        raise ValueError(
+            f"tokenizer {data.tokenizer.name} has {size} ids, model.vocab_size="
+            f"{config.model.vocab_size}: pass --model.vocab-size {-(-size // 64) * 64}"
+        )
+
+
+def check_continuation(out: Path, meta: dict[str, Any]) -> None:
+    """Raise if `out` holds a run that this config would not continue."""
+    saved = load_meta(out)
+    if saved is None:
+        return
+    found = differences(saved["config"], meta["config"])
+    if found:
+        raise ValueError(
+            f"{out} holds a run of another config ({'; '.join(found[:3])}"
+            f"{'; ...' if len(found) > 3 else ''}): pass another --out, or the saved values"
+        )
+    if saved["data_fingerprint"] != meta["data_fingerprint"]:
+        raise ValueError(
+            f"{out} was trained on data {saved['data_fingerprint']}, the corpus is now "
+            f"{meta['data_fingerprint']}: restore the corpus, or pass another --out"
+        )
+
+
+def restore_or_init(checkpointer: Checkpointer, trainable: Trainable, out: Path) -> TrainState:
+    """The newest checkpoint of the run folder, or the initial state."""
+    if checkpointer.latest_step() is None:
+        return trainable.init()
+    abstract = dataclasses.replace(trainable.abstract, params=())
+    step, params, train, _ = checkpointer.restore(trainable.abstract.params, abstract)
+    print(f"continuing {out} from step {step}", file=sys.stderr)
+    return dataclasses.replace(train, params=params)
+
+
+def describe(config: RunConfig, data: PackedData, trainable: Trainable, start: int) -> str:
+    """What is about to run, for a person."""
+    model, mesh = config.model, trainable.mesh
+    flops = 3 * model.forward_flops(config.data.seq_len) * config.batch_size
+    forks = f"forks before layers {model.fork_layers}, {model.policy}" if model.fork_layers else "plain"
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"{data.summary}\n"
+        f"{model.num_params():,} parameters, {forks}; {flops / 1e9:.1f} GFLOP a step; "
+        f"{mesh.size} {mesh.devices.flat[0].device_kind} ({sizes}); steps {start} to {config.steps}"
+    )
+
+
+def save_evidence(out: Path, pending: Pending, loss: float, norm: float) -> str:
+    """Keep the batch and metrics of a step whose loss is not finite; returns the error line."""
+    folder = out / f"nonfinite-step-{pending.step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"batch-{jax.process_index()}.npz", **pending.batch)
+    forks = {name: np.asarray(sums).tolist() for name, sums in pending.metrics["forks"].items()}
+    rate = float(pending.metrics["learning_rate"])
+    evidence = {"step": pending.step, "loss": str(loss), "grad_norm": str(norm), "forks": forks}
+    (folder / "metrics.json").write_text(json.dumps({**evidence, "learning_rate": rate}, indent=2))
+    return (
+        f"step {pending.step}: loss {loss}, gradient norm {norm}: stopped; its batch and metrics are in "
+        f"{folder}, the last checkpoint is untouched; lower optimizer.learning_rate or look at the batch"
+    )
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Any]:
+    """Turn SIGTERM and the first Ctrl-C into a flag that the loop reads between steps."""
+    received: list[float] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(time.monotonic())
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+

@@ -1,0 +1,25 @@
+"""Losses as (sum, weight): division happens once, after accumulation and reduction."""
+
+import jax
+import jax.numpy as jnp
+
+from thoughtbubbles import Output, Thoughtbubbles
+
+
+def next_token_loss(
+    model: Thoughtbubbles, tokens: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Output]]:
+    """Negative log-likelihood of each token given the row so far.
+
+    Args:
+        tokens: `[B, T+1]` int32; a target of -1 has no weight (and stands for padding as an input).
+
+    Returns:
+        sum in nats, and (number of targets, the forward pass's output).
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
+    output = model.run(jnp.maximum(inputs, 0), length)
+    weight = targets >= 0
+    log_prob = model.log_prob(output.streams, jnp.maximum(targets, 0))
+    return -jnp.where(weight, log_prob, 0).sum(), (weight.sum(dtype=jnp.float32), output)

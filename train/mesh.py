@@ -1,0 +1,131 @@
+"""Mesh and shardings: one API for a laptop and a pod; logical axes to mesh axes in one dataclass."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 for the one that takes what is left.
+
+    `data` replicates parameters, `fsdp` shards them (both split the batch), `tensor` splits heads,
+    MLP width and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Mesh axis of each logical parameter axis (the names in the parameters' `axes` metadata)."""
+
+    layers: str | None = None
+    vocab: str | None = "tensor"
+    embed: str | None = "fsdp"
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    head_dim: str | None = None
+    mlp: str | None = "tensor"
+    candidates: str | None = None
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A `data x fsdp x tensor` mesh over all devices (one device is the 1x1x1 mesh)."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 1 and fixed >= 1 and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+        wanted = " ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"mesh {wanted} does not fit {len(devices)} devices: "
+            f"choose sizes whose product is {len(devices)}, one of them may be -1"
+        )
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raise unless a batch divides into `accumulate` parts that divide over the mesh."""
+    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if batch_size < 1 or accumulate < 1 or batch_size % (accumulate * shards):
+        raise ValueError(
+            f"batch_size={batch_size} does not divide into accumulate={accumulate} parts over "
+            f"data x fsdp = {shards} devices: choose a multiple of {accumulate * shards}"
+        )
+
+
+def state_shardings(state: Any, mesh: Mesh, rules: AxisRules = AxisRules()) -> Any:  # noqa: B008
+    """Shardings of a tree that holds Flax Variables with `axes` metadata; other leaves replicate.
+
+    Args:
+        state: abstract or real parameters, optimizer state (moments keep their parameter's
+            metadata), or anything that contains them.
+    """
+
+    def of_node(path: Any, node: Any) -> Any:
+        if not isinstance(node, nnx.Variable):
+            return replicated(mesh)
+        axes = node.get_metadata().get("axes")
+        return jax.tree.map(lambda leaf: _sharding_of(path, leaf.shape, axes, mesh, rules), node)
+
+    return jax.tree_util.tree_map_with_path(
+        of_node, state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+
+
+def _sharding_of(path, shape, axes, mesh: Mesh, rules: AxisRules) -> NamedSharding:
+    if axes is None or len(axes) > len(shape):
+        return replicated(mesh)
+    axes = ("layers",) * (len(shape) - len(axes)) + axes
+    spec = [getattr(rules, name) for name in axes]
+    for size, name, mesh_axis in zip(shape, axes, spec, strict=True):
+        if mesh_axis and size % mesh.shape[mesh_axis]:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)}: {name}={size} does not divide over "
+                f"{mesh_axis}={mesh.shape[mesh_axis]}: choose a mesh size that divides it"
+            )
+    return NamedSharding(mesh, P(*spec))
+
+
+def constrain_batch(mesh: Mesh):
+    """A function that keeps residuals `[B, S, D]` split over the batch alone.
+
+    Without it XLA may choose to split `D` instead, at several times the memory.
+    """
+    if mesh.size == 1:
+        return None
+    sharding = NamedSharding(mesh, P(BATCH_AXES, None, None))
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def place(batch: Any, mesh: Mesh) -> jax.Array:
+    """Put a whole NumPy batch `[B, ...]`, known to every process, on the mesh."""
+    return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), lambda part: batch[part])
+
+
+def place_local(part: Any, mesh: Mesh) -> jax.Array:
+    """Put this process's rows of a batch on the mesh; the parts of all processes make the batch."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), part)

@@ -1,0 +1,329 @@
+"""What a run reports: a JSON Lines file, TensorBoard, a progress bar, tokens per second."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+_FILE = "metrics.jsonl"
+_TENSORBOARD_FLUSH = 30.0  # seconds
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsError(ValueError):
+    """Metrics cannot be written or read; one line."""
+
+
+class MetricWriter:
+    """Writes `directory/metrics.jsonl` and TensorBoard events in `directory/tensorboard`.
+
+    A line is one JSON object `{"step": 7, "time": seconds since 1970, name: value, ...}`. A value
+    is a number, a bool or a list of them; not-a-number and the infinities, which JSON lacks, are
+    the strings "NaN", "Infinity" and "-Infinity" (`read_metrics` turns them back). Each line is
+    handed to the operating system at once, so that killing the process loses none.
+
+    A step is the number of updates done. `resume_step` is the step of the checkpoint that the run
+    goes on from (0: from the start): what was written for later steps is dropped, so that the file
+    ends up as that of an uninterrupted run, provided that the line of a step is written before its
+    checkpoint. None appends. A line that a kill cut in half is dropped in both cases.
+
+    Only one process of a run may write: the others pass `enabled=False`, and nothing happens.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        resume_step: int | None = None,
+        enabled: bool = True,
+    ):
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._path = Path(directory) / _FILE
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _trim(self._path, resume_step)
+            self._file = self._path.open("ab", buffering=0)
+            self._events = _Events(self._path.parent / "tensorboard", resume_step)
+        except OSError as error:
+            raise _unwritten(self._path, error) from error
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(
+        self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes one line, and the same to TensorBoard.
+
+        Args:
+            values: scalars and vectors by name (Python, NumPy or jax); a vector is shown in
+                TensorBoard as the scalars name/0, name/1, ...
+            histograms: samples of any shape by name, for TensorBoard alone; only finite ones count.
+
+        Raises:
+            MetricsError: a value that is no number or has more than one axis; the disk is full.
+        """
+        if not self._enabled:
+            return
+        plain = {name: _plain(name, value) for name, value in values.items()}
+        line: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+        taken = sorted(line.keys() & plain)
+        if taken:
+            raise MetricsError(
+                f"{taken[0]} is the name of a field of every line: rename the metric"
+            )
+        data = json.dumps(line | _encode(plain), allow_nan=False).encode() + b"\n"
+        try:
+            while data:  # a full disk takes a part of it, then raises
+                data = data[self._file.write(data) :]
+            self._events.write(int(step), plain, histograms or {})
+        except OSError as error:
+            raise _unwritten(self._path, error) from error
+
+    def close(self) -> None:
+        if not self._enabled:
+            return
+        self._file.close()
+        try:
+            self._events.close()
+        except OSError as error:
+            raise _unwritten(self._path, error) from error
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics file (or of the run folder that holds it), a dict each, in order.
+
+    Raises:
+        MetricsError: no such file, or a line other than a half-written last one is damaged.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / _FILE
+    if not file.exists():
+        raise MetricsError(f"{file} does not exist: pass the folder of a run")
+    return [_decode(line) for _, line in _lines(file)]
+
+
+class Throughput:
+    """Tokens per second over the last `window` completed steps, by a clock that never jumps."""
+
+    def __init__(self, window: int = 20, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._steps: deque[tuple[float, int]] = deque(maxlen=window + 1)
+
+    def update(self, tokens: int) -> None:
+        """To be called when a step is complete. The first one, which compiles, only starts time."""
+        self._steps.append((self._clock(), tokens))
+
+    def restart(self) -> None:
+        """Forgets all steps: to be called after a pause, such as an evaluation."""
+        self._steps.clear()
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second; None before the second step."""
+        if len(self._steps) < 2:
+            return None
+        (start, _), *steps = self._steps
+        return sum(tokens for _, tokens in steps) / max(steps[-1][0] - start, 1e-9)
+
+
+class Progress:
+    """Loss, tokens per second, time left: a bar on a terminal, else a line every `every` seconds.
+
+    Args:
+        total: steps of the whole run; `start` of them were done before.
+        enabled: False in all processes but one.
+        stream: where to; None is standard error.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        every: float = 10.0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._start, self._every = total, start, every
+        self._enabled, self._clock = enabled, clock
+        self._stream = sys.stderr if stream is None else stream
+        self._first: tuple[float, int] | None = None  # (time, step) of the first update
+        self._printed = -math.inf
+        self._bar = None
+        if enabled and self._stream.isatty():
+            self._bar = tqdm(
+                total=total, initial=start, file=self._stream, unit="step", dynamic_ncols=True
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+        """Shows that `step` steps of the run are done."""
+        if not self._enabled:
+            return
+        rate = (
+            "" if tokens_per_second is None else f", {tqdm.format_sizeof(tokens_per_second)} tok/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}{rate}", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = self._clock()
+        if self._first is None:
+            self._first = now, step
+        if now - self._printed < self._every and step < self._total:
+            return
+        self._printed = now
+        since, first = self._first
+        left = ""
+        if step > first:
+            seconds = (now - since) / (step - first) * (self._total - step)
+            left = f", {tqdm.format_interval(seconds)} left"
+        self.write(f"step {step}/{self._total}: loss {loss:.4f}{rate}{left}")
+
+    def write(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._enabled:
+            tqdm.write(text, file=self._stream)
+            self._stream.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Events:
+    """One TensorBoard event file, written in this thread.
+
+    `tensorboardX.SummaryWriter` would hand events to a thread, and wait for it for ever once the
+    thread has died of a full disk.
+    """
+
+    def __init__(self, directory: Path, resume_step: int | None):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._summary, self._proto = summary, event_pb2
+        directory.mkdir(exist_ok=True)
+        # The nanoseconds keep two writers of the same second apart.
+        self._writer = event_file_writer.EventsWriter(
+            str(directory / "events"), f".{time.time_ns()}"
+        )
+        self._flushed = time.monotonic()
+        # Powers of 1.1 at both sides of 0, as TensorBoard itself bins.
+        powers = 1e-12 * 1.1 ** np.arange(774)
+        self._edges = np.concatenate([-powers[::-1], [0.0], powers]).tolist()
+        if resume_step is not None:
+            # Hides what an earlier writer has for this step and later ones.
+            self._event(resume_step + 1, session_log={"status": "START"})
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._proto.Event(step=step, wall_time=time.time(), **content))
+
+    def write(self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            parts = {name: value}
+            if isinstance(value, list):
+                parts = {f"{name}/{i}": part for i, part in enumerate(value)}
+            for tag, part in parts.items():
+                self._event(step, summary=self._summary.scalar(tag, float(part)))
+        for name, samples in histograms.items():
+            array = np.asarray(samples).astype(np.float64).ravel()
+            array = array[np.isfinite(array)]
+            if array.size:
+                self._event(step, summary=self._summary.histogram(name, array, self._edges))
+        if time.monotonic() - self._flushed > _TENSORBOARD_FLUSH:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A Python number, bool or flat list of them."""
+    array = np.asarray(value)
+    if array.ndim > 1:
+        raise MetricsError(
+            f"{name} has shape {array.shape}: write a scalar or a vector, or pass it as a histogram"
+        )
+    if array.dtype.kind in "biu":
+        return array.tolist()
+    try:
+        if array.dtype.kind not in "fV":  # V: bfloat16 and its like
+            raise TypeError
+        return array.astype(np.float64).tolist()
+    except TypeError:
+        raise MetricsError(f"{name} is {value!r}: write a number or a vector of numbers") from None
+
+
+def _encode(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _encode(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_encode(value) for value in values]
+    if isinstance(values, float) and not math.isfinite(values):
+        return "NaN" if math.isnan(values) else "Infinity" if values > 0 else "-Infinity"
+    return values
+
+
+def _decode(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _decode(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_decode(value) for value in values]
+    return _NON_FINITE.get(values, values) if isinstance(values, str) else values
+
+
+def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """(bytes, object) of every line; without a half-written last one."""
+    lines = []
+    for number, raw in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if not raw.endswith(b"\n"):
+            break
+        try:
+            lines.append((raw, json.loads(raw)))
+            lines[-1][1]["step"]
+        except (ValueError, TypeError, KeyError):
+            raise MetricsError(
+                f"line {number} of {file} is not a JSON object with a step: remove it"
+            ) from None
+    return lines
+
+
+def _trim(file: Path, last_step: int | None) -> None:
+    """Drops a half-written last line and the lines of steps after `last_step`, at one stroke."""
+    if not file.exists():
+        return
+    kept = b"".join(
+        raw for raw, line in _lines(file) if last_step is None or line["step"] <= last_step
+    )
+    if len(kept) < file.stat().st_size:
+        temporary = file.with_suffix(".tmp")
+        temporary.write_bytes(kept)
+        os.replace(temporary, file)
+
+
+def _unwritten(path: Path, error: OSError) -> MetricsError:
+    return MetricsError(
+        f"metrics could not be written to {path}: {error.strerror}; "
+        f"free space or pass another directory"
+    )

@@ -1,0 +1,119 @@
+"""Optimizers and schedules: AdamW and Muon from optax, with parameter groups by axis names."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon with a schedule.
+
+    With Muon, hidden matrices are orthogonalised and everything else (embedding, head, norms,
+    biases, fork vectors and scores) takes AdamW at the same learning rate; its updates are scaled to
+    AdamW's size, so learning rates carry over (arXiv 2502.16982). Weight decay acts on matrices, with
+    Muon on those that it orthogonalises.
+
+    Attributes:
+        schedule: `"cosine"` down to `final_ratio` of the peak, or `"wsd"` (warm-up, stable, decay):
+            linear down to it over the last `decay` share of the steps.
+        warmup: share of the steps that rises linearly from 0.
+        clip: largest global gradient norm.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.2
+    final_ratio: float = 0.1
+
+    def __post_init__(self):
+        for name in ("warmup", "decay", "final_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a share: choose 0 to 1")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"warmup={self.warmup} and decay={self.decay} exceed the run: "
+                "their sum must be at most 1"
+            )
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step, from 0 to `steps`."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_ratio
+    warmup = max(round(config.warmup * steps), 1)
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), final)
+    decay = max(round(config.decay * steps), 1)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, final, decay),
+        ],
+        [warmup, max(steps - decay, warmup)],
+    )
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, params: Any
+) -> optax.GradientTransformation:
+    """Clipping, then AdamW or Muon.
+
+    Args:
+        params: the parameter State (abstract is enough): its metadata decides the groups.
+    """
+    if config.name == "muon":
+        optimizer = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            eps=config.eps,
+            adam_weight_decay=0.0,
+            muon_weight_dimension_numbers=map_variables(muon_dimensions, params),
+            consistent_rms=0.2,
+        )
+    else:
+        decayed = map_variables(is_matrix, params)
+        optimizer = optax.adamw(
+            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+
+
+def is_matrix(variable: nnx.Variable) -> bool:
+    """Whether weight decay acts on it: matrices yes, vectors and biases no."""
+    return variable.get_metadata()["inputs"] > 0
+
+
+def muon_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
+    """Axes that Muon contracts and yields, or None for a parameter that AdamW takes.
+
+    Leading axes beyond the named ones (stacked layers) are a batch of matrices.
+    """
+    axes, inputs = variable.get_metadata()["axes"], variable.get_metadata()["inputs"]
+    if inputs == 0 or "vocab" in axes or "candidates" in axes:
+        return None
+    first = len(variable.get_value().shape) - len(axes)
+    dims = tuple(range(first, first + len(axes)))
+    return MuonDimensionNumbers(dims[:inputs], dims[inputs:])
+
+
+def map_variables(function, params: Any) -> Any:
+    """The tree of `function(variable)` in the place of each variable's value."""
+    return jax.tree.map(
+        lambda variable: jax.tree.map(lambda _: function(variable), variable),
+        params,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )

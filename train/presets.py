@@ -1,0 +1,40 @@
+"""Named runs; any field can be overridden on the command line."""
+
+import dataclasses
+
+from thoughtbubbles import ModelConfig
+from train.config import EvalConfig, RunConfig
+from train.data import DataConfig
+from train.optim import OptimizerConfig
+
+TINY = RunConfig(
+    model=ModelConfig.preset("tiny"),
+    data=DataConfig(seq_len=128),
+    out="runs/tiny",
+)
+
+
+def _paper(name: str) -> RunConfig:
+    """The paper's training set-up (arXiv 2510.00219 and its authors' scripts): 512 tokens, AdamW."""
+    return RunConfig(
+        model=ModelConfig.preset(name, dtype="bfloat16", scan_layers=True, remat="dots"),
+        data=DataConfig(seq_len=512),
+        optimizer=OptimizerConfig(
+            learning_rate=2.5e-4, schedule="wsd", warmup=0.005, decay=0.01, final_ratio=0.01
+        ),
+        evaluation=EvalConfig(every=1000, rows=512, positions=4096),
+        steps=75_000,
+        batch_size=64,
+        save_every=1000,
+        log_every=20,
+        out=f"runs/{name}",
+    )
+
+
+PRESETS: dict[str, RunConfig] = {
+    "tiny": TINY,
+    "tiny_plain": dataclasses.replace(
+        TINY, model=ModelConfig.preset("tiny", fork_layers=()), out="runs/tiny_plain"
+    ),
+    **{name: _paper(name) for name in ("150m", "319m", "772m", "1_9b")},
+}

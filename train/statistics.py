@@ -1,0 +1,52 @@
+"""Fork statistics of a batch as sums, so that micro-batches and devices add up."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles import Output
+
+SCORE_BINS = 10
+
+
+def fork_statistics(output: Output) -> dict[str, jax.Array]:
+    """Sums over the batch for each of `F` fork layers (an empty dict without forks).
+
+    Returns:
+        `tokens [F]`, `streams [F]`, `forked_tokens [F]` (tokens with more than one stream), and
+        `scores [F, SCORE_BINS]`: streams by cumulative score p in equal bins of [0, 1].
+    """
+    if not output.forks:
+        return {}
+    layers = []
+    for streams in output.forks:
+        _, size = streams.bubbles()
+        score = jnp.exp(streams.log_score)
+        bin_of = jnp.minimum((score * SCORE_BINS).astype(jnp.int32), SCORE_BINS - 1)
+        in_bin = (bin_of[..., None] == jnp.arange(SCORE_BINS)) & streams.alive[..., None]
+        originals = streams.original
+        layers.append(
+            {
+                "tokens": originals.sum(dtype=jnp.float32),
+                "streams": streams.alive.sum(dtype=jnp.float32),
+                "forked_tokens": (originals & (size > 1)).sum(dtype=jnp.float32),
+                "scores": in_bin.sum(axis=(0, 1), dtype=jnp.float32),
+            }
+        )
+    return jax.tree.map(lambda *values: jnp.stack(values), *layers)
+
+
+def readable(sums: dict[str, Any], fork_layers: tuple[int, ...]) -> dict[str, Any]:
+    """Metrics by fork layer: streams per token, share of tokens forked, and the score histogram."""
+    metrics: dict[str, Any] = {}
+    for index, layer in enumerate(fork_layers):
+        layer_sums = {name: np.asarray(values)[index] for name, values in sums.items()}
+        tokens = max(float(layer_sums["tokens"]), 1.0)
+        name = f"fork_{layer}"
+        metrics[f"{name}/streams_per_token"] = float(layer_sums["streams"]) / tokens
+        metrics[f"{name}/forked_share"] = float(layer_sums["forked_tokens"]) / tokens
+        scores = layer_sums["scores"] / max(float(layer_sums["scores"].sum()), 1.0)
+        metrics[f"{name}/score_histogram"] = [round(float(share), 6) for share in scores]
+    return metrics

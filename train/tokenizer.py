@@ -1,0 +1,111 @@
+"""Trains a byte-level BPE tokenizer on the training split of a corpus.
+
+python -m train.tokenizer --corpus stdlib --vocab-size 4096 --out tokenizer.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import tokenizers
+import tyro
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from train.data import DataConfig, DataError, HuggingFaceTokenizer, open_corpus
+from train.data.corpora import Corpus
+from train.data.tokenizers import SEPARATORS
+
+_SMALLEST = 256 + 1  # every byte, and the separator
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Trains a byte-level BPE tokenizer on the training split of a corpus."""
+
+    corpus: str = DataConfig.corpus
+    """"stdlib", the path of a folder or file, or "tfds:NAME[/CONFIG]"."""
+
+    vocab_size: int = 4096
+    """Tokens, the 256 bytes and the separator among them."""
+
+    out: Path = Path("tokenizer.json")
+    """Where the tokenizer goes; an older file is replaced."""
+
+    validation: float = DataConfig.validation
+    """Share of the documents that is held out: as in the run that will use the tokenizer."""
+
+    cache_dir: str | None = None
+    """Where prepared data are kept; default ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data."""
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens; the same one for the same corpus.
+
+    Raises:
+        DataError: `vocab_size` has no room for every byte.
+    """
+    if vocab_size < _SMALLEST:
+        raise DataError(
+            f"vocab_size={vocab_size} is below {_SMALLEST} (256 bytes and a separator): "
+            f"choose {_SMALLEST} or more"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATORS[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    documents = corpus.documents("train")
+    tokenizer.train_from_iterator(documents, trainer, length=corpus.count("train"))
+    return tokenizer
+
+
+def run(config: TokenizerConfig) -> str:
+    """Trains, saves and measures; returns a line of the size reached and the bytes per token on
+    the held-out documents.
+
+    Raises:
+        DataError: the corpus cannot be used, or the file not be written.
+    """
+    data = DataConfig(
+        corpus=config.corpus, validation=config.validation, cache_dir=config.cache_dir
+    )
+    corpus = open_corpus(data.corpus, data.validation, data.cache)
+    trained = train_tokenizer(corpus, config.vocab_size).to_str(pretty=True)
+    partial = config.out.with_name(config.out.name + ".partial")
+    try:
+        partial.write_text(trained, encoding="utf-8")
+        os.replace(partial, config.out)
+    except OSError as error:
+        raise DataError(f"cannot write {config.out}: {error}; choose another --out") from error
+    tokenizer = HuggingFaceTokenizer(config.out)
+    tokens = sizes = 0
+    for document in corpus.documents("validation"):
+        ids, lengths = tokenizer.encode(document)
+        tokens += len(ids)
+        sizes += int(lengths.sum())
+    short = f" of {config.vocab_size} (the corpus has no more pairs)"
+    return (
+        f"{config.out}: vocabulary {tokenizer.vocab_size}"
+        f"{short if tokenizer.vocab_size < config.vocab_size else ''}, "
+        f"{sizes / max(tokens, 1):.2f} bytes per token on the validation split of {corpus.name}"
+    )
+
+
+def main() -> None:
+    """The command."""
+    try:
+        print(run(tyro.cli(TokenizerConfig)))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
