@@ -21,6 +21,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop: Sequence[int] = (),
+    choices: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; a row's text does not depend on the rest of its batch.
 
@@ -30,6 +31,7 @@ def generate(
         temperature: 0 takes the most probable token.
         seed: with the number of equal prompts before it, the seed of a row's samples.
         stop: a row ends after any of these ids (which is returned).
+        choices: only ids below it are chosen, where the tokenizer has fewer ids than the model.
 
     Returns:
         the new ids of each prompt.
@@ -58,7 +60,8 @@ def generate(
         keys,
         jnp.float32(temperature),
         jnp.asarray(list(stop), jnp.int32),
-        max_new_tokens,
+        jnp.int32(max_new_tokens),
+        jnp.int32(model.config.vocab_size if choices is None else choices),
     )
     tokens, ends = np.asarray(tokens), np.asarray(ends)
     return [
@@ -67,7 +70,7 @@ def generate(
 
 
 @jax.jit
-def _extend(model, tokens, lengths, keys, temperature, stop, max_new_tokens):
+def _extend(model, tokens, lengths, keys, temperature, stop, max_new_tokens, choices):
     limit = lengths + max_new_tokens
 
     def unfinished(carry):
@@ -77,6 +80,7 @@ def _extend(model, tokens, lengths, keys, temperature, stop, max_new_tokens):
         tokens, length, done = carry
         # Places after a row's end are padding to the model, so the buffer's size changes nothing.
         logits = model.logits_at(model.run(tokens, length).streams, length - 1)
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < choices, logits, -jnp.inf)
         chosen = sample(logits, jax.vmap(jax.random.fold_in)(keys, length), temperature)
         here = (jnp.arange(tokens.shape[1]) == length[:, None]) & ~done[:, None]
         tokens = jnp.where(here, chosen[:, None], tokens)

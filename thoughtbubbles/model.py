@@ -1,7 +1,8 @@
 """Thoughtbubbles: embed, (Fork | Block)*, merge, logits; without fork layers a plain decoder."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,33 @@ class Thoughtbubbles(nnx.Module):
         self.final_norm = norm_of(config)
         shape, axes = (config.embed_dim, config.vocab_size), ("embed", "vocab")
         self.head = None if config.tied_head else weight(rngs, shape, axes)
+
+    @classmethod
+    def from_params(
+        cls, config: ModelConfig, params: Mapping[Any, Any], constrain: Constrain | None = None
+    ) -> "Thoughtbubbles":
+        """A model with given parameters, e.g. from `train.checkpoint.load_params`.
+
+        Args:
+            config: what they were made with.
+            params: nested dict of arrays as `nnx.to_pure_dict` gives it.
+
+        Raises:
+            ValueError: names or shapes differ from what the config asks for.
+        """
+        build = lambda: cls(config, rngs=nnx.Rngs(0), constrain=constrain)  # noqa: E731
+        graphdef, state = nnx.split(nnx.eval_shape(build))
+        wanted, given = _by_name(nnx.to_pure_dict(state)), _by_name(params)
+        for name in {**wanted, **given}:
+            there = given[name].shape if name in given else "missing"
+            here = wanted[name].shape if name in wanted else "none"
+            if there != here:
+                raise ValueError(
+                    f"parameter {name}: given {there}, config asks for {here}: "
+                    "use the config that the parameters were made with"
+                )
+        nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, dict(params)))
+        return nnx.merge(graphdef, state)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Logits `[B, T, V]` float32 (log-probabilities for the probability merge).
@@ -170,6 +198,11 @@ def _log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
     # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
     chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
     return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _by_name(params: Mapping[Any, Any]) -> dict[str, Any]:
+    flat = jax.tree_util.tree_leaves_with_path(dict(params))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
 def _identity(x: jax.Array) -> jax.Array:

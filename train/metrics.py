@@ -59,8 +59,13 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except MetricsError as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))
 
     def write(
         self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Any] | None = None
@@ -324,6 +329,6 @@ def _trim(file: Path, last_step: int | None) -> None:
 
 def _unwritten(path: Path, error: OSError) -> MetricsError:
     return MetricsError(
-        f"metrics could not be written to {path}: {error.strerror}; "
+        f"metrics could not be written to {path}: {error.strerror or error}; "
         f"free space or pass another directory"
     )

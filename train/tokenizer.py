@@ -26,7 +26,7 @@ class TokenizerConfig:
     """Trains a byte-level BPE tokenizer on the training split of a corpus."""
 
     corpus: str = DataConfig.corpus
-    """"stdlib", the path of a folder or file, or "tfds:NAME[/CONFIG]"."""
+    """Where the text comes from: "stdlib", the path of a folder or file, "tfds:NAME[/CONFIG]"."""
 
     vocab_size: int = 4096
     """Tokens, the 256 bytes and the separator among them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +51,7 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
         for file in sorted(set(owner.values())):
             for document in self._source.documents(file):
                 key = splits.digest(document)
-                if owner.get(key) == file:
+                if key in owner:
                     del owner[key]  # a lone file may repeat a section
                     path = os.fsencode(file).decode(errors="replace")  # names needn't be UTF-8
                     yield key.hex(), {"text": document, "path": path}
@@ -100,15 +99,10 @@ def texts(builder: Any, split: str, field: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences TFDS, which announces a download on stdout, draws bars of its own, and warns of data
-    that aren't there yet."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silences TFDS, which announces a download on stdout and draws bars of its own."""
     tfds.display_progress_bar(False)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         tfds.display_progress_bar(True)
-        logger.setLevel(level)

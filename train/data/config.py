@@ -20,7 +20,7 @@ class DataConfig:
     a folder of text files or of one file, or "tfds:NAME[/CONFIG]" (a TFDS data set on disk)."""
 
     tokenizer: str = "bytes"
-    """"bytes", or the path of a Hugging Face tokenizer.json."""
+    """Either "bytes", or the path of a Hugging Face tokenizer.json."""
 
     seq_len: int = 256
     """Targets per row; a row holds seq_len + 1 tokens."""

@@ -34,10 +34,13 @@ class Source:
         total = hashlib.blake2b(digest_size=16)
         for file in self.files:
             try:
-                content = hashlib.blake2b((self.root / file).read_bytes()).hexdigest()
+                with open(self.root / file, "rb") as content:
+                    total.update(hashlib.file_digest(content, hashlib.blake2b).digest())
             except OSError as error:
-                raise DataError(f"cannot read {self.root / file}: {error}") from error
-            total.update(content.encode() + os.fsencode(file) + b"\0")
+                raise DataError(
+                    f"cannot read {self.root / file}: {error}; move it out of the corpus"
+                ) from error
+            total.update(os.fsencode(file) + b"\0")
         return total.hexdigest()
 
     def documents(self, file: str) -> Iterator[str]:

@@ -66,8 +66,7 @@ def prepare(config: DataConfig) -> PackedData:
     identity = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint} {config.seq_len}"
     fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     folder = config.cache / "rows" / fingerprint
-    fresh = not folder.exists()
-    build_once(folder, lambda partial: pack(corpus, tokenizer, config.seq_len, partial))
+    fresh = build_once(folder, lambda partial: pack(corpus, tokenizer, config.seq_len, partial))
     data = _open(folder, corpus.name, tokenizer, config.seq_len, fingerprint)
     if fresh:
         print(data.summary, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import cast
 
 import grain
@@ -49,7 +49,7 @@ class TrainReader:
         int64 [b], the index of each row in its split."""
         return cast(Batch, self._batches[step])  # only a filtered data set has gaps
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """`batch(start_step)`, `batch(start_step + 1)`, ... without end, read ahead by two threads.
 
         The threads end when the iterator is closed or dropped.

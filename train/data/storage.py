@@ -11,8 +11,8 @@ from pathlib import Path
 from train.data.config import DataError
 
 
-def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Makes `folder` by calling `build` on an empty neighbour and renaming that.
+def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
+    """Makes `folder` by calling `build` on an empty neighbour and renaming that; whether it did.
 
     A second process that wants the same folder waits, then finds it made. What a killed process
     left behind is swept away by the next one.
@@ -21,14 +21,14 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
         DataError: the file system refuses (no space, no permission, no locks).
     """
     if folder.exists():
-        return
+        return False
     partial = folder.with_name(folder.name + ".partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(folder.name + ".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when the process dies
             if folder.exists():
-                return
+                return False
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
@@ -42,3 +42,4 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
             f"cannot prepare data in {folder.parent}: {error}; "
             "free space there or choose another cache_dir"
         ) from error
+    return True

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import re
 import zlib
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 from train.data.config import DataError
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".htm")
-"""Files of a folder that are read; also with .gz behind. Others are left alone."""
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+"""Files of a folder that are read; also with .gz behind. Others are left alone: HTML too, since it
+mostly stands beside the text that it was made from, and one would be trained on and the other held
+out."""
 
 SECTION = 8192
 """Characters after which a lone file is cut at the next blank line."""
-
-_INLINE = frozenset(
-    ["a", "abbr", "b", "bdi", "bdo", "big", "cite", "code", "del", "dfn", "em", "font", "i"]
-    + ["img", "ins", "kbd", "mark", "q", "s", "samp", "small", "span", "strong", "sub", "sup"]
-    + ["time", "tt", "u", "var", "wbr"]
-)  # tags that don't end a line
 
 
 def is_text(name: str) -> bool:
@@ -30,15 +24,14 @@ def is_text(name: str) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file: unpacked (.gz), decoded as UTF-8, freed of tags (.html, .htm).
+    """The text of a file: unpacked (.gz) and decoded as UTF-8.
 
     Raises:
         DataError: the file cannot be read, or isn't text.
     """
-    name = path.name.lower()
     try:
         raw = path.read_bytes()
-        if name.endswith(".gz"):
+        if path.name.lower().endswith(".gz"):
             raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -47,12 +40,11 @@ def read_text(path: Path) -> str:
     try:
         if b"\0" in raw:
             raise ValueError(f"NUL byte at {raw.index(0)}")
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except ValueError as error:
         raise DataError(
             f"{path} is not UTF-8 text ({error}): convert it or move it out of the corpus"
         ) from error
-    return strip_html(text) if name.removesuffix(".gz").endswith((".html", ".htm")) else text
 
 
 def sections(text: str) -> Iterator[str]:
@@ -72,42 +64,3 @@ def sections(text: str) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
-
-
-def strip_html(text: str) -> str:
-    """What a reader of an HTML page sees, one block per line; whitespace kept inside <pre>."""
-    stripper = _Stripper()
-    stripper.feed(text)
-    stripper.close()
-    text = re.sub(r"[ \t]+\n", "\n", "".join(stripper.pieces))
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-class _Stripper(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.pieces: list[str] = []
-        self._hidden = False
-        self._verbatim = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden = self._hidden or tag in ("script", "style")
-        self._verbatim += tag == "pre"
-        if tag not in _INLINE:
-            self.pieces.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = self._hidden and tag not in ("script", "style")
-        self._verbatim = max(0, self._verbatim - (tag == "pre"))
-        if tag not in _INLINE:
-            self.pieces.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if self._hidden:
-            return
-        if not self._verbatim:
-            data = re.sub(r"\s+", " ", data)
-            if not self.pieces or self.pieces[-1].endswith("\n"):
-                data = data.lstrip()
-        if data:
-            self.pieces.append(data)

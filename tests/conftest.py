@@ -1,0 +1,24 @@
+"""Settings that every test shares; the environment must be set before jax is first imported."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "thoughtbubbles/jax"
+
+# In the environment, so that commands started by a test get the same.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".lstrip()
+)
+# Outside the tree, so that a fresh clone finds it warm; tests are mostly tiny compiles: cache all.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests run last, everything else keeps its order."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -1,0 +1,160 @@
+"""Contracts of the tree as a whole: layout, import directions, and that the documents run."""
+
+import ast
+import json
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = {"thoughtbubbles": {"memgen", "train"}, "memgen": {"thoughtbubbles", "train"}}
+PACKAGES = [name for name in (*LIBRARIES, "train") if (ROOT / name).is_dir()]
+MODULES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute dotted names that a file imports anywhere, lazily too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parent.relative_to(ROOT).parts
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            names.add(".".join((*base, *filter(None, [node.module]))))
+    return names
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_modules(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_module_is_short_and_says_its_purpose(path: Path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 450, "split it into two modules with a purpose each"
+    assert path.stem not in {"utils", "helpers", "common"}, "name it after what it does"
+    summary, *rest = (ast.get_docstring(ast.parse(source)) or "").splitlines() or [""]
+    assert summary, "begin with a docstring"
+    assert not rest or not rest[0], "the docstring's first line stands alone"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_imports_point_one_way(name: str):
+    forbidden = {"tensorflow", "tests"} | LIBRARIES.get(name, set())
+    for path in MODULES:
+        if path.is_relative_to(ROOT / name):
+            assert not imported_packages(path) & forbidden, relative(path)
+
+
+def test_only_checkpoint_imports_orbax():
+    users = [relative(path) for path in MODULES if "orbax" in imported_packages(path)]
+    assert users == ["train/checkpoint.py"]
+
+
+def test_importing_everything_stays_light():
+    """No module loads TensorFlow or, before a figure is asked for, matplotlib."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    script = (
+        "import importlib, json, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    assert not {"tensorflow", "matplotlib"} & set(json.loads(loaded.splitlines()[-1]))
+
+
+class Fence(NamedTuple):
+    """A fenced block of README.md."""
+
+    language: str
+    headings: str  # all headings that it stands under, joined
+    title: str  # the last line of text above it
+    line: int  # of its first line of code, from 0
+    code: str
+
+
+def fences(text: str) -> Iterator[Fence]:
+    lines = text.splitlines()
+    headings: list[str] = []
+    title = ""
+    start = None
+    for number, line in enumerate(lines):
+        if line.startswith("```"):
+            if start is None:
+                start = number + 1
+                continue
+            language = lines[start - 1].strip("`").strip()
+            code = "\n".join(lines[start:number])
+            yield Fence(language, " / ".join(headings), title, start, code)
+            start = None
+        elif start is None and line.strip():
+            title = line
+            if heading := re.match(r"(#+) +(.*)", line):
+                headings[len(heading[1]) - 1 :] = [heading[2]]
+
+
+README = list(fences((ROOT / "README.md").read_text()))
+SNIPPETS = [fence for fence in README if fence.language == "python"]
+
+
+def test_readme_sets_up_in_two_commands():
+    train, test = (f for f in README if f.language == "bash" and "Set up" in f.headings)
+    assert "Train" in train.title and "Test" in test.title
+    assert re.search(r"^python -m train\.pretrain\b", train.code, re.MULTILINE)
+    assert test.code.splitlines()[-1] == "python -m pytest"
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: f"line{snippet.line}")
+def test_readme_snippet_runs(snippet: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # A real file, for inspect; shifted, so that an error names the line of README.md.
+    script = tmp_path / "README.md"
+    script.write_text("\n" * snippet.line + snippet.code)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="readme")
+
+
+def test_readme_snippet_for_your_own_model_is_short():
+    own = [fence for fence in SNIPPETS if "your own model" in fence.headings.lower()]
+    assert own
+    for fence in own:
+        assert sum(bool(line.strip()) for line in fence.code.splitlines()) <= 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
+def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "this interpreter",
+        "language": "python",
+    }
+    kernel = tmp_path / "kernels" / "this-interpreter"
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.delenv("XLA_FLAGS")  # one device, as on the reader's laptop
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="this-interpreter",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()

@@ -1,0 +1,207 @@
+"""The whole model: plain decoders, execution choices, counts, parameters, configs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import BASE, heavy_model, logits_of, random_tokens, run
+
+from thoughtbubbles import PRESETS, Block, ModelConfig, Streams, Thoughtbubbles, TopK
+from thoughtbubbles.attention import attend, attend_reference
+
+DECODERS = {
+    "plain": {"fork_layers": ()},
+    "forks": {},
+    "probability": {"merge": "probability"},
+    "copies": {"fork_layers": (), "copies": 3, "merge": "rightmost"},
+    "llama": {
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "num_kv_heads": 1,
+        "qk_norm": True,
+        "tied_head": False,
+        "biases": "qkv",
+        "mlp_dim": 24,
+        "head_dim": 10,
+    },
+}
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def test_without_forks_it_is_the_plain_decoder():
+    """Same blocks, forks taken out: bit for bit what a decoder of the same weights gives."""
+    forking = heavy_model(dataclasses.replace(BASE, fork_layers=(2,)))
+    params = params_of(forking)
+    params["forks"] = {}
+    plain_config = dataclasses.replace(BASE, fork_layers=())
+    plain = Thoughtbubbles.from_params(plain_config, params)
+    tokens = random_tokens(2, 9)
+
+    @jax.jit
+    def by_hand(model):
+        streams = Streams.start(jnp.take(model.embed[...], tokens, axis=0))
+        for layer in range(BASE.num_layers):
+            streams = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)(streams)
+        return model.final_norm(streams.x) @ model.embed[...].T
+
+    np.testing.assert_allclose(logits_of(plain, tokens), by_hand(forking), atol=2e-5)
+
+    # Before the first fork layer nothing of forking is computed at all.
+    first_blocks = run(forking, tokens).forks[0]
+    assert first_blocks.x.shape[1] == 14
+    assert not run(plain, tokens).streams.forked
+
+
+@pytest.mark.parametrize("changes", [{"scan_layers": True}, {"remat": "full"}, {"remat": "dots"}])
+@pytest.mark.parametrize("kind", ["forks", "plain"])
+def test_execution_choices_change_no_number(kind, changes):
+    config = dataclasses.replace(BASE, **DECODERS[kind])
+    other = Thoughtbubbles.from_params(
+        dataclasses.replace(config, **changes), params_of(heavy_model(config))
+    )
+    tokens = random_tokens(2, 9)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(model):
+        return -model.log_prob(model.run(tokens).streams, tokens).mean()
+
+    expected, expected_grads = loss(heavy_model(config))
+    value, grads = loss(other)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for ours, theirs in zip(
+        jax.tree.leaves(params_of(grads)), jax.tree.leaves(params_of(expected_grads)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, float(jnp.abs(theirs).max())))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_parameter_count(kind):
+    config = dataclasses.replace(BASE, **DECODERS[kind])
+    model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
+    assert config.num_params() == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build_and_count(preset):
+    config = ModelConfig.preset(preset)
+    model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
+    built = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    assert built == config.num_params()
+    published = {"150m": 150e6, "319m": 319e6, "772m": 772.8e6, "1_9b": 1.916e9}
+    if preset in published:
+        assert built == pytest.approx(published[preset], rel=0.015)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("num_tokens", [16, 130])
+def test_flop_count_agrees_with_xla(kind, num_tokens):
+    """XLA also counts additions, exponentials and comparisons; at this width those are a tenth."""
+    config = dataclasses.replace(
+        BASE, **DECODERS[kind], embed_dim=128, mlp_dim=None, head_dim=None, vocab_size=256
+    )
+    model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
+    analysis = jax.jit(lambda model, tokens: model(tokens)).lower(model, tokens).cost_analysis()
+    assert config.forward_flops(num_tokens) == pytest.approx(analysis["flops"], rel=0.12)
+    assert config.forward_flops(num_tokens) < analysis["flops"]
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_log_prob_and_logits_at_agree_with_logits(kind):
+    model = heavy_model(dataclasses.replace(BASE, **DECODERS[kind]))
+    tokens = random_tokens(3, 9)
+    logits = logits_of(model, tokens)
+    streams = run(model, tokens).streams
+    log_probs = jax.nn.log_softmax(logits)
+    expected = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(jax.jit(type(model).log_prob)(model, streams, tokens), expected, atol=2e-5)
+    token = jnp.array([0, 4, 8])
+    at = jax.jit(type(model).logits_at)(model, streams, token)
+    np.testing.assert_allclose(at, logits[jnp.arange(3), token], atol=2e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("slots", [5, 64, 150])
+def test_attention_by_blocks_is_attention(slots, groups):
+    keys = jax.random.split(jax.random.key(slots), 4)
+    query = jax.random.normal(keys[0], (2, slots, 4, 8))
+    key, value = (jax.random.normal(k, (2, slots, groups, 8)) for k in keys[1:3])
+    bias = -jax.random.uniform(keys[3], (2, slots), maxval=30.0)
+
+    def loss(function, *args):
+        return jnp.sin(function(*args)).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss, (1, 2, 3, 4)), static_argnums=0)
+    ours, theirs = gradient(attend, query, key, value, bias), gradient(
+        attend_reference, query, key, value, bias
+    )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_reference_attention_by_hand():
+    """Two slots: the second sees the first with weight exp(bias) more or less."""
+    query = key = jnp.zeros((1, 2, 1, 2))
+    value = jnp.array([[[[1.0, 0.0]], [[0.0, 1.0]]]])
+    out = attend_reference(query, key, value, jnp.log(jnp.array([[0.25, 1.0]])))
+    np.testing.assert_allclose(out[0, :, 0], [[1.0, 0.0], [0.2, 0.8]], atol=1e-6)
+
+
+def test_bfloat16_keeps_scores_in_float32():
+    config = dataclasses.replace(BASE, dtype="bfloat16")
+    model = Thoughtbubbles.from_params(config, params_of(heavy_model(BASE)))
+    streams = run(model, random_tokens(2, 12)).streams
+    assert streams.x.dtype == jnp.bfloat16
+    assert streams.log_score.dtype == jnp.float32
+    assert logits_of(model, random_tokens(2, 12)).dtype == jnp.float32
+    live = np.asarray(streams.log_score)[np.asarray(streams.alive)]
+    assert len(np.unique(live)) == len(live), "bfloat16 scores would tie"
+
+
+def test_a_block_works_alone():
+    block = Block(BASE, rngs=nnx.Rngs(0))
+    streams = block(Streams.start(jnp.ones((2, 5, 16))))
+    assert streams.x.shape == (2, 5, 16)
+
+
+def test_from_params_names_what_differs():
+    params = params_of(heavy_model(BASE))
+    with pytest.raises(ValueError, match=r"blocks/attention/k: given \(4, 16, 2, 8\), config asks"):
+        Thoughtbubbles.from_params(dataclasses.replace(BASE, num_layers=5), params)
+    with pytest.raises(ValueError, match="forks/2/.*: given .*, config asks for none"):
+        Thoughtbubbles.from_params(dataclasses.replace(BASE, fork_layers=(1, 2)), params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3}, "num_heads=3 does not divide embed_dim=16: choose a divisor such as 2 or 4"),
+        ({"num_kv_heads": 3, "num_heads": 4}, "num_kv_heads=3 does not divide num_heads=4"),
+        ({"fork_layers": (1, 4)}, "fork layer 4 is out of range for num_layers=4"),
+        ({"fork_layers": (2, 1)}, "must rise"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"merge": "mean"}, "merge='mean': choose one of probability, residual, rightmost"),
+        ({"copies": 2}, "copies=2 is a baseline without forks"),
+        ({"num_layers": 0}, "num_layers=0 is below 1"),
+    ],
+)
+def test_config_mistakes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(BASE, **changes)
+
+
+def test_policy_and_preset_mistakes():
+    with pytest.raises(ValueError, match="ratio=0.9 is below 1"):
+        TopK(0.9)
+    with pytest.raises(ValueError, match="unknown preset '7b': choose one of tiny"):
+        ModelConfig.preset("7b")
+    model = heavy_model(dataclasses.replace(BASE, policy=TopK(streams=5)))
+    with pytest.raises(ValueError, match="streams=5 is less than the 9 tokens of a row"):
+        model(random_tokens(1, 9))

@@ -1,0 +1,218 @@
+"""The train step: meshes, accumulation, parameter groups, compilation, collectives."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny import BASE
+
+from thoughtbubbles import Fork, Streams, TopK
+from train.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, place
+from train.optim import OptimizerConfig, make_schedule, muon_dimensions
+from train.state import make_trainable
+from train.statistics import fork_statistics, readable
+from train.step import make_train_step
+
+CONFIG = dataclasses.replace(BASE, vocab_size=32)
+ADAMW = OptimizerConfig(learning_rate=1e-2)
+COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)")
+
+
+def batches(count, rows=16, length=13):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, CONFIG.vocab_size, (count, rows, length)).astype(np.int32)
+    tokens[:, ::3, 9:] = -1  # unequal weights
+    return tokens
+
+
+def run_steps(mesh_config=None, devices=8, accumulate=1, optimizer=ADAMW, config=CONFIG, count=4):
+    mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:devices])
+    trainable = make_trainable(config, optimizer, steps=10, mesh=mesh)
+    step, state = make_train_step(trainable, accumulate), trainable.init()
+    first = jax.device_get(state.params)
+    losses = []
+    for tokens in batches(count):
+        state, metrics = step(state, place(tokens, mesh))
+        losses.append(float(metrics["loss"]))
+    return first, losses, jax.device_get(state.params), step
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run_steps(devices=1)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 1, 2), (2, 2, 2)], ids=str)
+def test_any_mesh_gives_the_loss_of_one_device(one_device, sizes):
+    first, losses, _, step = run_steps(MeshConfig(*sizes))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(one_device[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
+    assert step._cache_size() == 1, "the step compiles once"
+
+
+def test_the_step_compiles_once_and_learns():
+    _, losses, _, step = run_steps(devices=1, count=6)
+    assert step._cache_size() == 1
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trainable = make_trainable(CONFIG, ADAMW, steps=30, mesh=mesh)
+    step, state = make_train_step(trainable), trainable.init()
+    tokens = place(batches(1)[0], mesh)
+    seen = []
+    for _ in range(30):
+        state, metrics = step(state, tokens)
+        seen.append(float(metrics["loss"]))
+    assert seen[-1] < seen[0] - 0.5
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_has_the_true_denominator(one_device, parts):
+    """Rows have unequal numbers of targets: a mean of means would differ."""
+    _, losses, params, _ = run_steps(devices=1, accumulate=parts)
+    np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
+    assert_close(params, one_device[2], 2e-5)
+
+
+def test_accumulation_on_a_mesh(one_device):
+    _, losses, _, _ = run_steps(MeshConfig(2, 2, 2), accumulate=2)
+    np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
+
+
+def test_padding_only_batch_is_no_step():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trainable = make_trainable(CONFIG, ADAMW, steps=10, mesh=mesh)
+    _, metrics = make_train_step(trainable)(trainable.init(), place(np.full((2, 13), -1), mesh))
+    assert float(metrics["loss"]) == 0.0 and float(metrics["grad_norm"]) == 0.0
+
+
+def test_muon_takes_hidden_matrices_only():
+    trainable = make_trainable(
+        CONFIG, OptimizerConfig(name="muon"), 10, make_mesh(MeshConfig(), jax.devices()[:1])
+    )
+    flat = jax.tree_util.tree_leaves_with_path(
+        trainable.abstract.params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    by_muon = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): muon_dimensions(variable)
+        for path, variable in flat
+        if muon_dimensions(variable) is not None
+    }
+    assert set(by_muon) == {
+        f"blocks/{name}"
+        for name in ("attention/q", "attention/k", "attention/v", "attention/o", "mlp/up", "mlp/down")
+    }
+    # q is [layers, embed, heads, head_dim]: one matrix per layer from embed to heads x head_dim.
+    assert by_muon["blocks/attention/q"].reduction_axis == (1,)
+    assert by_muon["blocks/attention/q"].output_axis == (2, 3)
+    assert by_muon["blocks/attention/o"].reduction_axis == (1, 2)
+    assert by_muon["blocks/attention/o"].output_axis == (3,)
+
+
+def test_muon_update_is_orthogonal_per_layer_and_learns():
+    config = dataclasses.replace(CONFIG, num_heads=2, head_dim=8)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = OptimizerConfig(name="muon", weight_decay=0.0, warmup=0.0, learning_rate=0.01)
+    trainable = make_trainable(config, optimizer, 100, mesh)
+    params = trainable.init().params
+    grads = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), params)
+    state = trainable.optimizer.init(params)
+    updates, _ = trainable.optimizer.update(grads, state, params)
+    updates, _ = trainable.optimizer.update(grads, _, params)  # the warm-up's step 0 is 0
+    query = np.asarray(nnx.to_pure_dict(updates)["blocks"]["attention"]["q"]).reshape(4, 16, 16)
+    spread = np.linalg.svd(query, compute_uv=False)
+    assert (spread.max(axis=1) / spread.min(axis=1) < 3).all()
+    _, losses, _, _ = run_steps(devices=1, optimizer=dataclasses.replace(optimizer, warmup=0.1))
+    assert losses[-1] < losses[0]
+
+
+def test_weight_decay_spares_vectors():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = OptimizerConfig(weight_decay=0.5, warmup=0.0, learning_rate=0.1)
+    trainable = make_trainable(CONFIG, optimizer, 100, mesh)
+    params = trainable.init().params
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = trainable.optimizer.init(params)
+    _, state = trainable.optimizer.update(zeros, state, params)
+    updates, _ = trainable.optimizer.update(zeros, state, params)
+    new = nnx.to_pure_dict(optax.apply_updates(params, updates))
+    old = nnx.to_pure_dict(params)
+    assert (new["blocks"]["attention_norm"]["scale"] == 1).all()
+    assert (new["forks"][0]["embedding"] == old["forks"][0]["embedding"]).all()
+    np.testing.assert_allclose(new["embed"], 0.95 * old["embed"], rtol=1e-5)
+
+
+def test_schedules():
+    cosine = make_schedule(OptimizerConfig(learning_rate=1.0, warmup=0.1, final_ratio=0.1), 100)
+    assert [float(cosine(s)) for s in (0, 5, 10, 100)] == pytest.approx([0, 0.5, 1, 0.1])
+    wsd = OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup=0.1, decay=0.2, final_ratio=0.0)
+    wsd = make_schedule(wsd, 100)
+    assert [float(wsd(s)) for s in (0, 10, 50, 80, 90, 100)] == pytest.approx([0, 1, 1, 1, 0.5, 0])
+    with pytest.raises(ValueError, match="warmup=0.6 and decay=0.5 exceed the run"):
+        OptimizerConfig(schedule="wsd", warmup=0.6, decay=0.5)
+
+
+def test_no_collective_in_a_fork_layer():
+    """Batch-sharded scores, selection, gather and its gradient stay on their device."""
+    mesh = make_mesh(MeshConfig())
+    fork = Fork(16, TopK(1.5), rngs=nnx.Rngs(0))
+
+    def loss(x, fork):
+        streams = fork(fork(Streams.start(x)))
+        return streams.x * streams.log_score[..., None]
+
+    def gradient(x, weights, fork):
+        return jax.vjp(lambda x: loss(x, fork), x)[1](weights)
+
+    shard = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    x = jax.ShapeDtypeStruct((16, 12, 16), jnp.float32, sharding=shard)
+    weights = jax.ShapeDtypeStruct((16, 18, 16), jnp.float32, sharding=shard)
+    for function, args in ((loss, (x, fork)), (gradient, (x, weights, fork))):
+        text = jax.jit(function, out_shardings=shard).lower(*args).compile().as_text()
+        assert not COLLECTIVE.findall(text)
+    control = jax.jit(lambda x: x.sum(axis=0)).lower(x).compile().as_text()
+    assert COLLECTIVE.findall(control), "this test can fail"
+
+
+def test_parameters_are_sharded_as_the_rules_say():
+    trainable = make_trainable(CONFIG, ADAMW, 10, make_mesh(MeshConfig(2, 2, 2)))
+    specs = nnx.to_pure_dict(jax.tree.map(lambda s: s.spec, trainable.shardings.params))
+    assert specs["embed"] == PartitionSpec("tensor", "fsdp")
+    assert specs["blocks"]["attention"]["q"] == PartitionSpec(None, "fsdp", "tensor", None)
+    assert specs["blocks"]["mlp"]["down"] == PartitionSpec(None, "tensor", "fsdp")
+    assert specs["forks"][0]["score"] == PartitionSpec("fsdp", None)
+    moments = trainable.shardings.opt_state[1][0].mu
+    assert jax.tree.leaves(moments) == jax.tree.leaves(trainable.shardings.params)
+
+
+def test_mesh_mistakes():
+    with pytest.raises(ValueError, match="mesh data=3 fsdp=1 tensor=1 does not fit 8 devices"):
+        make_mesh(MeshConfig(data=3))
+    with pytest.raises(ValueError, match="batch_size=12 does not divide into accumulate=1 parts"):
+        check_batch(12, 1, make_mesh(MeshConfig()))
+    with pytest.raises(ValueError, match="vocab=17 does not divide over tensor=2"):
+        make_trainable(BASE, ADAMW, 10, make_mesh(MeshConfig(4, 1, 2)))
+    assert batch_sharding(make_mesh(MeshConfig(2, 2, 2))).spec == PartitionSpec(("data", "fsdp"))
+
+
+def test_fork_statistics_count_what_is_there():
+    from tiny import heavy_model, random_tokens, run
+
+    output = run(heavy_model(BASE), random_tokens(3, 12), jnp.array([12, 5, 0]))
+    metrics = readable(jax.device_get(fork_statistics(output)), BASE.fork_layers)
+    last = output.forks[-1]
+    counts = [np.bincount(t[a], minlength=1) for t, a in zip(last.token, last.alive, strict=True)]
+    counts = np.concatenate([c[c > 0] for c in counts])
+    assert metrics["fork_3/streams_per_token"] == pytest.approx(counts.mean())
+    assert metrics["fork_3/forked_share"] == pytest.approx((counts > 1).mean())
+    assert sum(metrics["fork_3/score_histogram"]) == pytest.approx(1, abs=1e-5)
