@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -207,11 +206,8 @@ def test_says_which_checkpoints_there_are(tmp_path: Path):
         load_params(tmp_path, step=7)
     with one_line_error("step=2", str(tmp_path / "1")):
         load_params(tmp_path / "1", step=2)
-    with (
-        Checkpointer(tmp_path, save_interval=1) as checkpointer,
-        one_line_error("step 7", "[1, 2]"),
-    ):
-        checkpointer.restore(SMALL, SMALL, step=7)
+    with Checkpointer(tmp_path, save_interval=1) as run, one_line_error("step 7", "[1, 2]"):
+        run.restore(SMALL, SMALL, step=7)
     with one_line_error(str(tmp_path / "file"), "Not a directory"):
         (tmp_path / "file").touch()
         Checkpointer(tmp_path / "file" / "run", save_interval=1)
@@ -245,11 +241,9 @@ def test_restore_is_strict(tmp_path: Path, change: Any, name: str, there: str, h
 
 def test_names_the_first_of_many_differences(tmp_path: Path):
     save(tmp_path, 1, params={f"w{i}": jnp.zeros(2) for i in range(9)})
-    with (
-        Checkpointer(tmp_path, save_interval=1) as checkpointer,
-        one_line_error("w0: ", "w1: ", "w2: ", "and 6 more"),
-    ):
-        checkpointer.restore({f"w{i}": jnp.zeros(3) for i in range(9)}, {})
+    expected = ("w0: ", "w1: ", "w2: ", "and 6 more")
+    with Checkpointer(tmp_path, save_interval=1) as run, one_line_error(*expected):
+        run.restore({f"w{i}": jnp.zeros(3) for i in range(9)}, {})
 
 
 @pytest.mark.parametrize(
@@ -449,7 +443,7 @@ def test_preempting_one_process_saves_in_both(tmp_path: Path):
     processes = [python(TWO_PROCESSES, tmp_path, port, i, devices=2) for i in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    steps = {int(re.findall(r"\d+", output)[-1]) for output, _ in outputs}
+    steps = {int(output.split()[-1]) for output, _ in outputs}
     assert len(steps) == 1
     step = steps.pop()
     assert_same(load_params(tmp_path, step)[1], {"w": np.arange(8, dtype=np.float32) + step})

@@ -58,7 +58,7 @@ def test_prefix_only_is_brute_force(kind):
     metrics = evaluate(config, rows=0, positions=0)
     assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
     assert metrics["standard_error"] == 0.0
-    assert abs(metrics["blockwise_loss"] - metrics["loss"]) > 1e-3, "TopK looks ahead"
+    assert abs(metrics["blockwise_loss"] - metrics["loss"]) > 1e-4, "TopK looks ahead"
     assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2) / 2)
     assert "not causal" in readable(metrics)
 

@@ -1,7 +1,9 @@
 """Commands: a user's mistake is one line on stderr and exit status 2, never a traceback."""
 
-import logging
+import contextlib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -19,26 +21,42 @@ def run_command(
     """Parse the command line into `config` and call `main` with it.
 
     Args:
-        main: does the work; a `ValueError` from it is the user's mistake.
+        main: does the work; a `ValueError` from it is the user's mistake (set the environment
+            variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from).
         config: frozen dataclass; every field becomes an option.
         presets: named values; the first word of the command line may name one (default: the first).
     """
     words = sys.argv[1:]
     try:
-        if presets is None:
-            parsed = tyro.cli(config, args=words)
-        else:
+        default = None
+        if presets is not None:
             named = bool(words) and not words[0].startswith("-")
-            name = words[0] if named else next(iter(presets))
+            name = words.pop(0) if named else next(iter(presets))
             if name not in presets:
                 raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
-            parsed = tyro.cli(config, args=words[1:] if named else words, default=presets[name])
-        main(parsed)
+            default = presets[name]
+        main(_parse(config, words, default))
     except ValueError as error:
         if os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
             raise
-        logging.shutdown()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+def _parse(config: type[Config], words: list[str], default: Config | None) -> Config:
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            if default is None:
+                return tyro.cli(config, args=words)
+            return tyro.cli(config, args=words, default=default)
+    except SystemExit as end:
+        if end.code in (0, None):  # --help
+            raise
+        # A message of ours comes unwrapped; otherwise it stands between tyro's first two rules.
+        text = getattr(end.__context__, "message", None)
+        if text is None or text.startswith("invalid literal"):
+            parts = re.split(r"^\W*[-─]{9,}\W*$", box.getvalue(), flags=re.MULTILINE)
+            text = " ".join(parts[min(1, len(parts) - 1)].replace("│", " ").split())
+            text = f"{text} (see --help)"
+        raise ValueError(text) from None

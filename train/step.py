@@ -42,7 +42,7 @@ def make_train_step(trainable: Trainable, accumulate: int = 1) -> TrainStep:
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": sums["loss"] / weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(trainable.schedule(state.step), jnp.float32),
             "forks": sums["forks"],
         }

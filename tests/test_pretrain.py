@@ -1,0 +1,326 @@
+"""The command from end to end: a real run, kills, resume, and every mistake as one line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from train import generate, pretrain
+from train.checkpoint import load_params
+from train.command import run_command
+from train.config import RunConfig
+from train.generate import GenerateConfig
+from train.load import load_model
+from train.metrics import read_metrics
+from train.presets import PRESETS
+
+WORDS = "def return self None for in range print yield class import if else not and or".split()
+SMALL = (
+    "--model.embed-dim 16 --model.num-layers 4 --model.num-heads 2 --data.seq-len 16 --mesh.data 8 "
+    "--batch-size 8 --log-every 1 --save-every 4 --steps 8 --evaluation.rows 4 "
+    "--evaluation.positions 8 --evaluation.every 0"
+).split()
+TIMES = ("time", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for index in range(20):
+        (folder / f"{index}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
+    return folder
+
+
+@pytest.fixture
+def arguments(corpus, tmp_path):
+    cache = corpus.parent / "cache"
+    return [
+        *("tiny", "--data.corpus", str(corpus), "--data.cache-dir", str(cache)),
+        *("--out", str(tmp_path / "run"), *SMALL),
+    ]
+
+
+def run_here(monkeypatch, *words, main=pretrain.main, config=RunConfig, presets=PRESETS):
+    """The command in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    try:
+        run_command(main, config, presets)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def mistake(capsys, *parts):
+    """Assert that the last line on stderr is one error line that holds all parts."""
+    error = capsys.readouterr().err.rstrip("\n").splitlines()
+    assert not any("Traceback" in line for line in error)
+    assert error[-1].startswith("error: "), error
+    for part in parts:
+        assert part in error[-1], error[-1]
+
+
+def curve(folder):
+    return [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in read_metrics(folder)
+    ]
+
+
+def assert_same_params(ours, theirs):
+    for a, b in zip(
+        jax.tree.leaves(load_params(ours)[1]), jax.tree.leaves(load_params(theirs)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_run_from_start_to_text(monkeypatch, capsys, arguments, tmp_path):
+    assert run_here(monkeypatch, *arguments, "--steps", "20") == 0
+    shown = capsys.readouterr()
+    assert "held-out loss" in shown.err and "blockwise" in shown.err and "not causal" in shown.err
+    assert "fork 3" in shown.out and "sample" in shown.out
+    lines = read_metrics(tmp_path / "run")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert lines[0]["fork_1/streams_per_token"] == pytest.approx(2.0)
+    assert len(lines[0]["fork_3/score_histogram"]) == 10
+    assert lines[-1]["eval/blockwise_loss"] != lines[-1]["eval/loss"]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["embed_dim"] == 16
+
+    loaded = load_model(tmp_path / "run")
+    assert loaded.step == 20 and loaded.config["steps"] == 20
+    figure = tmp_path / "map.png"
+    words = ("--checkpoint", str(tmp_path / "run"), "--prompt", "def", "x", "--max-new-tokens", "5")
+    status = run_here(
+        monkeypatch, *words, "--bubbles", "--figure", str(figure),
+        main=generate.main, config=GenerateConfig, presets=None,
+    )  # fmt: skip
+    assert status == 0 and figure.exists()
+    assert "fork 1" in capsys.readouterr().out
+    # Run again: nothing is left to do, and nothing is lost.
+    assert run_here(monkeypatch, *arguments, "--steps", "20") == 0
+    assert curve(tmp_path / "run")[:20] == [line for line in curve(tmp_path / "run") if "loss" in line]
+
+
+@pytest.mark.slow
+def test_going_on_is_bit_for_bit(monkeypatch, arguments, tmp_path):
+    """2N steps = N steps, then N more; with another batch order nothing would agree."""
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    schedule = ("--optimizer.schedule", "wsd", "--optimizer.decay", "0")
+    assert run_here(monkeypatch, *arguments, *schedule, "--out", whole) == 0
+    monkeypatch.setattr("train.loop.stop_signals", StopAfter(4))
+    assert run_here(monkeypatch, *arguments, *schedule, "--out", halves) == 0
+    assert load_model(halves).step == 4
+    monkeypatch.undo()
+    assert run_here(monkeypatch, *arguments, *schedule, "--out", halves) == 0
+    assert curve(halves) == curve(whole)
+    assert_same_params(halves, whole)
+
+
+class StopAfter:
+    """Stands in for the signal handler: asks the loop to stop after some steps."""
+
+    def __init__(self, steps):
+        self.left = 3 * steps - 1  # the loop asks up to three times a step
+
+    def __call__(self):
+        import contextlib
+
+        return contextlib.nullcontext(self.asked)
+
+    def asked(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def start(arguments, out, *more):
+    command = [sys.executable, "-m", "train.pretrain", *arguments, "--out", str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines_in(out):
+    file = Path(out) / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+@pytest.mark.slow
+def test_kill_nine_three_times_gives_the_uninterrupted_run(arguments, tmp_path):
+    long = [*arguments, "--steps", "120", "--save-every", "6"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    output, errors = start(long, whole).communicate(timeout=300)
+    assert "sample" in output, errors
+    rng = random.Random(time.time_ns())
+    kills = 0
+    for target in sorted(rng.sample(range(1, 110), 3)):
+        process = start(long, killed)
+        while lines_in(killed) < target and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert kills == 3, "the run ended before it was killed"
+    assert start(long, killed).wait(timeout=300) == 0
+    assert curve(killed) == curve(whole)
+    assert_same_params(killed, whole)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves(arguments, tmp_path):
+    long = [*arguments, "--steps", "100000", "--save-every", "100000", "--evaluation.every", "0"]
+    process = start(long, tmp_path / "run")
+    while lines_in(tmp_path / "run") < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "run again to go on" in errors
+    assert load_model(tmp_path / "run").step == lines_in(tmp_path / "run")
+
+
+@pytest.fixture
+def finished(monkeypatch, arguments, tmp_path):
+    """A small finished run (steps 4 and 8 are saved)."""
+    assert run_here(monkeypatch, *arguments) == 0
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
+    monkeypatch, capsys, arguments, finished, tmp_path
+):
+    saved = json.loads((finished / "config.json").read_text())
+    assert saved["steps"] == 8
+    import train.step
+
+    def poisoned(model, tokens):
+        total, rest = original(model, tokens)
+        return total / 0.0, rest
+
+    original = train.step.next_token_loss
+    monkeypatch.setattr(train.step, "next_token_loss", poisoned)
+    assert run_here(monkeypatch, *arguments, "--steps", "12") == 1
+    mistake(capsys, "step 9: loss inf", "last checkpoint is untouched")
+    evidence = np.load(finished / "nonfinite-step-9" / "batch-0.npz")
+    assert evidence["tokens"].shape == (8, 17)
+    assert load_model(finished).step == 8
+    monkeypatch.undo()
+    assert run_here(monkeypatch, *arguments, "--steps", "12") == 0
+    assert load_model(finished).step == 12
+
+
+@pytest.mark.slow
+def test_another_config_is_refused(monkeypatch, capsys, arguments, finished):
+    before = sorted(finished.rglob("*"))
+    assert run_here(monkeypatch, *arguments, "--model.num-heads", "4") == 2
+    mistake(capsys, "model.num_heads: saved 2, now 4", "--out")
+    assert run_here(monkeypatch, *arguments, "--data.seq-len", "8") == 2
+    mistake(capsys, "data.seq_len: saved 16, now 8")
+    assert sorted(finished.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_changed_corpus_is_refused(monkeypatch, capsys, arguments, finished, corpus, tmp_path):
+    moved = tmp_path / "corpus"
+    shutil.copytree(corpus, moved)
+    (moved / "new.txt").write_text("something new " * 50)
+    saved = corpus.with_name("aside")
+    os.rename(corpus, saved)
+    os.rename(moved, corpus)
+    try:
+        assert run_here(monkeypatch, *arguments, "--steps", "12") == 2
+        mistake(capsys, "restore the corpus")
+    finally:
+        shutil.rmtree(corpus)
+        os.rename(saved, corpus)
+
+
+@pytest.mark.slow
+def test_truncated_checkpoint_is_named(monkeypatch, capsys, arguments, finished):
+    files = [f for f in (finished / "8").rglob("*") if f.is_file() and f.stat().st_size > 500]
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert run_here(monkeypatch, *arguments, "--steps", "12") == 2
+    mistake(capsys, str(finished / "8"), "damaged", "step 4 is intact")
+    shutil.rmtree(finished / "8")
+    assert run_here(monkeypatch, *arguments) == 0
+    assert load_model(finished).step == 8
+
+
+@pytest.mark.slow
+def test_full_disk_is_one_line_and_keeps_the_checkpoint(arguments, finished):
+    code = (
+        "import resource, sys; from train import pretrain, command, config, presets\n"
+        "def main(c):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); pretrain.main(c)\n"
+        "command.run_command(main, config.RunConfig, presets.PRESETS)"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--steps", "12"]
+    # Parameters of 80 kB in one file: 20 kB is a full disk to them.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("error: checkpoint of step 12 could not be written"), done.stderr
+    assert "step 8 is intact" in last and "Traceback" not in done.stderr
+    assert load_model(finished).step == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["huge"], ["unknown preset 'huge'", "choose one of tiny"]),
+        (["tiny", "--model.policy.ratio", "0.5"], ["ratio=0.5 is below 1"]),
+        (["tiny", "--model.fork-layers", "9"], ["fork layer 9 is out of range for num_layers=4"]),
+        (["tiny", "--model.num-heads", "7"], ["num_heads=7 does not divide embed_dim=128"]),
+        (["tiny", "--model.vocab-size", "100"], ["257 ids", "model.vocab_size=100", "--model.vocab-size"]),
+        (["tiny", "--data.corpus", "/nowhere"], ["/nowhere"]),
+        (["tiny", "--mesh.data", "3"], ["mesh data=3", "8 devices"]),
+        (["tiny", "--batch-size", "3", "--mesh.data", "8"], ["batch_size=3", "multiple of 8"]),
+        (["tiny", "--steps", "0"], ["steps=0 is below 1"]),
+        (["tiny", "--steps", "many"], ["--steps", "'many'"]),
+        (["tiny", "--stepz", "5"], ["--stepz"]),
+        (["tiny", "--model.merge", "mean"], ["'mean'", "'rightmost'"]),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else None,
+)
+def test_mistakes_in_the_command(monkeypatch, capsys, tmp_path, corpus, words, parts):
+    out = tmp_path / "run"
+    words = [*words, "--out", str(out), "--data.cache-dir", str(corpus.parent / "cache")]
+    if "--data.corpus" not in words:
+        words += ["--data.corpus", str(corpus)]
+    assert run_here(monkeypatch, *words) == 2
+    mistake(capsys, *parts)
+    assert not out.exists(), "nothing is half-written"
+
+
+def test_empty_and_binary_corpora(monkeypatch, capsys, tmp_path):
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.mkdir()
+    binary.mkdir()
+    (binary / "a.txt").write_bytes(b"text\x00\x01")
+    cache = ("--data.cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "run"))
+    assert run_here(monkeypatch, "tiny", "--data.corpus", str(empty), *cache) == 2
+    mistake(capsys, str(empty))
+    assert run_here(monkeypatch, "tiny", "--data.corpus", str(binary), *cache) == 2
+    mistake(capsys, "a.txt")
+
+
+def test_generate_needs_a_run(monkeypatch, capsys, tmp_path):
+    words = ("--checkpoint", str(tmp_path / "none"))
+    status = run_here(
+        monkeypatch, *words, main=generate.main, config=GenerateConfig, presets=None
+    )
+    assert status == 2
+    mistake(capsys, str(tmp_path / "none"), "does not exist")
