@@ -125,7 +125,9 @@ def test_take_has_the_gradient_of_a_gather():
     weights = jnp.asarray(rng.normal(size=(3, 7, 4)), jnp.float32)
 
     def ours(values):
-        taken = take(values, plan.source // 2, plan.slot.reshape(3, 5, 2), plan.kept.reshape(3, 5, 2))
+        taken = take(
+            values, plan.source // 2, plan.slot.reshape(3, 5, 2), plan.kept.reshape(3, 5, 2)
+        )
         return (jnp.where(plan.alive[..., None], taken, 0) * weights).sum()
 
     def plain(values):

@@ -121,7 +121,9 @@ def test_log_prob_and_logits_at_agree_with_logits(kind):
     streams = run(model, tokens).streams
     log_probs = jax.nn.log_softmax(logits)
     expected = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(jax.jit(type(model).log_prob)(model, streams, tokens), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        jax.jit(type(model).log_prob)(model, streams, tokens), expected, atol=2e-5
+    )
     token = jnp.array([0, 4, 8])
     at = jax.jit(type(model).logits_at)(model, streams, token)
     np.testing.assert_allclose(at, logits[jnp.arange(3), token], atol=2e-5)
@@ -182,7 +184,10 @@ def test_from_params_names_what_differs():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 3}, "num_heads=3 does not divide embed_dim=16: choose a divisor such as 2 or 4"),
+        (
+            {"num_heads": 3},
+            "num_heads=3 does not divide embed_dim=16: choose a divisor such as 2 or 4",
+        ),
         ({"num_kv_heads": 3, "num_heads": 4}, "num_kv_heads=3 does not divide num_heads=4"),
         ({"fork_layers": (1, 4)}, "fork layer 4 is out of range for num_layers=4"),
         ({"fork_layers": (2, 1)}, "must rise"),

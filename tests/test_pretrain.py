@@ -20,16 +20,18 @@ from train.command import run_command
 from train.config import RunConfig
 from train.generate import GenerateConfig
 from train.load import load_model
-from train.metrics import read_metrics
+from train.metrics import MetricWriter, read_metrics
 from train.presets import PRESETS
 
-WORDS = "def return self None for in range print yield class import if else not and or".split()
+WORDS = "def return self None for in range print yield class import if else".split()  # noqa: SIM905
 SMALL = (
-    "--model.embed-dim 16 --model.num-layers 4 --model.num-heads 2 --data.seq-len 16 --mesh.data 8 "
-    "--batch-size 8 --log-every 1 --save-every 4 --steps 8 --evaluation.rows 4 "
-    "--evaluation.positions 8 --evaluation.every 0"
-).split()
+    *("--model.embed-dim", "16", "--model.num-layers", "4", "--model.num-heads", "2"),
+    *("--data.seq-len", "16", "--batch-size", "8", "--steps", "8", "--save-every", "4"),
+    *("--log-every", "1", "--evaluation.every", "0"),
+    *("--evaluation.rows", "4", "--evaluation.positions", "8"),
+)
 TIMES = ("time", "tokens_per_second")
+ONE_DEVICE = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,19 @@ def corpus(tmp_path_factory):
     for index in range(20):
         (folder / f"{index}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(request, monkeypatch):
+    """A laptop, unless a test asks for the mesh."""
+    if "whole_mesh" not in request.fixturenames:
+        devices = jax.devices()[:1]
+        monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+@pytest.fixture
+def whole_mesh():
+    """All eight simulated devices."""
 
 
 @pytest.fixture
@@ -84,8 +99,10 @@ def assert_same_params(ours, theirs):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole_mesh")
 def test_a_run_from_start_to_text(monkeypatch, capsys, arguments, tmp_path):
-    assert run_here(monkeypatch, *arguments, "--steps", "20") == 0
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    assert run_here(monkeypatch, *arguments, *mesh, "--steps", "20") == 0
     shown = capsys.readouterr()
     assert "held-out loss" in shown.err and "blockwise" in shown.err and "not causal" in shown.err
     assert "fork 3" in shown.out and "sample" in shown.out
@@ -108,45 +125,40 @@ def test_a_run_from_start_to_text(monkeypatch, capsys, arguments, tmp_path):
     )  # fmt: skip
     assert status == 0 and figure.exists()
     assert "fork 1" in capsys.readouterr().out
-    # Run again: nothing is left to do, and nothing is lost.
-    assert run_here(monkeypatch, *arguments, "--steps", "20") == 0
-    assert curve(tmp_path / "run")[:20] == [line for line in curve(tmp_path / "run") if "loss" in line]
+    # Run again, on another mesh: nothing is left to do, and nothing is lost.
+    again = ("--mesh.data", "8", "--steps", "20")
+    assert run_here(monkeypatch, *arguments, *again) == 0
+    assert curve(tmp_path / "run")[:20] == [
+        line for line in curve(tmp_path / "run") if "loss" in line
+    ]
 
 
 @pytest.mark.slow
 def test_going_on_is_bit_for_bit(monkeypatch, arguments, tmp_path):
-    """2N steps = N steps, then N more; with another batch order nothing would agree."""
+    """2N steps = N steps, a stop signal, then the rest; also the optimizer state and the data."""
     whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
-    schedule = ("--optimizer.schedule", "wsd", "--optimizer.decay", "0")
-    assert run_here(monkeypatch, *arguments, *schedule, "--out", whole) == 0
-    monkeypatch.setattr("train.loop.stop_signals", StopAfter(4))
-    assert run_here(monkeypatch, *arguments, *schedule, "--out", halves) == 0
-    assert load_model(halves).step == 4
-    monkeypatch.undo()
-    assert run_here(monkeypatch, *arguments, *schedule, "--out", halves) == 0
+    assert run_here(monkeypatch, *arguments, "--out", whole) == 0
+    with monkeypatch.context() as patch:
+        write = MetricWriter.write
+
+        def write_and_stop(self, step, *values):
+            write(self, step, *values)
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(MetricWriter, "write", write_and_stop)
+        assert run_here(monkeypatch, *arguments, "--out", halves) == 0
+    assert 3 <= load_model(halves).step <= 4
+    assert run_here(monkeypatch, *arguments, "--out", halves) == 0
     assert curve(halves) == curve(whole)
     assert_same_params(halves, whole)
 
 
-class StopAfter:
-    """Stands in for the signal handler: asks the loop to stop after some steps."""
-
-    def __init__(self, steps):
-        self.left = 3 * steps - 1  # the loop asks up to three times a step
-
-    def __call__(self):
-        import contextlib
-
-        return contextlib.nullcontext(self.asked)
-
-    def asked(self):
-        self.left -= 1
-        return self.left < 0
-
-
 def start(arguments, out, *more):
     command = [sys.executable, "-m", "train.pretrain", *arguments, "--out", str(out), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=ONE_DEVICE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def lines_in(out):
@@ -171,7 +183,8 @@ def test_kill_nine_three_times_gives_the_uninterrupted_run(arguments, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert kills == 3, "the run ended before it was killed"
-    assert start(long, killed).wait(timeout=300) == 0
+    _, errors = start(long, killed).communicate(timeout=300)
+    assert "held-out loss" in errors
     assert curve(killed) == curve(whole)
     assert_same_params(killed, whole)
 
@@ -269,7 +282,7 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(arguments, finished):
     )
     command = [sys.executable, "-c", code, *arguments, "--steps", "12"]
     # Parameters of 80 kB in one file: 20 kB is a full disk to them.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ONE_DEVICE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     last = done.stderr.rstrip().splitlines()[-1]
     assert last.startswith("error: checkpoint of step 12 could not be written"), done.stderr
@@ -284,10 +297,13 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(arguments, finished):
         (["tiny", "--model.policy.ratio", "0.5"], ["ratio=0.5 is below 1"]),
         (["tiny", "--model.fork-layers", "9"], ["fork layer 9 is out of range for num_layers=4"]),
         (["tiny", "--model.num-heads", "7"], ["num_heads=7 does not divide embed_dim=128"]),
-        (["tiny", "--model.vocab-size", "100"], ["257 ids", "model.vocab_size=100", "--model.vocab-size"]),
+        (
+            ["tiny", "--model.vocab-size", "100"],
+            ["257 ids", "model.vocab_size=100", "--model.vocab-size"],
+        ),
         (["tiny", "--data.corpus", "/nowhere"], ["/nowhere"]),
-        (["tiny", "--mesh.data", "3"], ["mesh data=3", "8 devices"]),
-        (["tiny", "--batch-size", "3", "--mesh.data", "8"], ["batch_size=3", "multiple of 8"]),
+        (["tiny", "--mesh.data", "3"], ["mesh data=3", "1 devices"]),
+        (["tiny", "--batch-size", "3", "--accumulate", "2"], ["batch_size=3", "multiple of 2"]),
         (["tiny", "--steps", "0"], ["steps=0 is below 1"]),
         (["tiny", "--steps", "many"], ["--steps", "'many'"]),
         (["tiny", "--stepz", "5"], ["--stepz"]),
@@ -319,8 +335,6 @@ def test_empty_and_binary_corpora(monkeypatch, capsys, tmp_path):
 
 def test_generate_needs_a_run(monkeypatch, capsys, tmp_path):
     words = ("--checkpoint", str(tmp_path / "none"))
-    status = run_here(
-        monkeypatch, *words, main=generate.main, config=GenerateConfig, presets=None
-    )
+    status = run_here(monkeypatch, *words, main=generate.main, config=GenerateConfig, presets=None)
     assert status == 2
     mistake(capsys, str(tmp_path / "none"), "does not exist")

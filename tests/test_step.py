@@ -110,7 +110,14 @@ def test_muon_takes_hidden_matrices_only():
     }
     assert set(by_muon) == {
         f"blocks/{name}"
-        for name in ("attention/q", "attention/k", "attention/v", "attention/o", "mlp/up", "mlp/down")
+        for name in (
+            "attention/q",
+            "attention/k",
+            "attention/v",
+            "attention/o",
+            "mlp/up",
+            "mlp/down",
+        )
     }
     # q is [layers, embed, heads, head_dim]: one matrix per layer from embed to heads x head_dim.
     assert by_muon["blocks/attention/q"].reduction_axis == (1,)

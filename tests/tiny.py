@@ -23,6 +23,7 @@ BASE = ModelConfig(
 @functools.cache
 def heavy_model(config: ModelConfig, seed: int = 0) -> Thoughtbubbles:
     """A model whose parameters are all far from their initial values, fork scores above all."""
+
     @jax.jit
     def build() -> Thoughtbubbles:
         model = Thoughtbubbles(config, rngs=nnx.Rngs(seed))

@@ -31,7 +31,7 @@ class BubbleMap:
     fork_layers: tuple[int, ...]
 
     def text(self, width: int = 100) -> str:
-        """The map for a terminal: the text, and below it the streams of each token after each fork."""
+        """The map for a terminal: the text, and below it each token's streams after each fork."""
         label = max((len(f"fork {layer}") for layer in self.fork_layers), default=6)
         cells = [_visible(token) for token in self.tokens]
         lines, start = [], 0
@@ -87,7 +87,9 @@ def bubble_map(model: Thoughtbubbles, ids: Sequence[int], tokens: Sequence[str])
         tokens: the text of each.
     """
     if len(ids) != len(tokens) or not len(ids):
-        raise ValueError(f"{len(ids)} ids and {len(tokens)} texts: need as many of both, at least one")
+        raise ValueError(
+            f"{len(ids)} ids and {len(tokens)} texts: need as many of both, at least one"
+        )
     counts, scores = _trace(model, jnp.asarray(ids, jnp.int32)[None])
     config = model.config
     forks_before = np.searchsorted(config.fork_layers, np.arange(config.num_layers), side="right")

@@ -9,7 +9,7 @@ from thoughtbubbles.policies import TopK
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder, with or without fork layers. Two configs with equal `architecture()` share weights.
+    """A decoder, with or without fork layers; configs of equal `architecture()` share weights.
 
     Sizes: `vocab_size` V, `embed_dim` D, `num_heads` H, `num_kv_heads` G (default H), `head_dim` K
     (default D / H), `mlp_dim` F (default 4 D). `biases="all"` puts one on every linear map of
@@ -64,7 +64,14 @@ class ModelConfig:
                 value = getattr(self, field.name)
                 if value not in choices:
                     raise ValueError(f"{field.name}={value!r}: choose one of {', '.join(choices)}")
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "kv_heads", "head_width"):
+        for name in (
+            "vocab_size",
+            "embed_dim",
+            "num_layers",
+            "num_heads",
+            "kv_heads",
+            "head_width",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
         if self.head_dim is None and self.embed_dim % self.num_heads:
@@ -75,7 +82,9 @@ class ModelConfig:
                 f"choose a divisor such as {' or '.join(map(str, sorted(near)))}, or set head_dim"
             )
         if self.head_width % 2:
-            raise ValueError(f"head_dim={self.head_width} is odd: rotary positions need an even one")
+            raise ValueError(
+                f"head_dim={self.head_width} is odd: rotary positions need an even one"
+            )
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}: "
@@ -93,8 +102,9 @@ class ModelConfig:
             raise ValueError(f"copies={self.copies} is below 1: 1 means no copies")
         if self.copies > 1 and (self.fork_layers or self.merge != "rightmost"):
             raise ValueError(
-                f"copies={self.copies} is a baseline without forks that decodes the rightmost copy: "
-                f"set fork_layers=() (now {self.fork_layers}) and merge='rightmost' (now {self.merge!r})"
+                f"copies={self.copies} is a baseline without forks that decodes the rightmost "
+                f"copy: set fork_layers=() (now {self.fork_layers}) and merge='rightmost' "
+                f"(now {self.merge!r})"
             )
 
     @property
@@ -151,7 +161,7 @@ class ModelConfig:
         return table + self.num_layers * block + len(self.fork_layers) * fork + norm
 
     def forward_flops(self, num_tokens: int) -> int:
-        """Matrix-multiplication FLOPs of one forward pass over a row of `num_tokens`, logits included.
+        """Matrix-multiplication FLOPs of a forward pass over `num_tokens`, logits included.
 
         A training step costs three times as much without rematerialisation.
         """
@@ -190,7 +200,7 @@ def _paper(embed_dim: int, num_layers: int, num_heads: int, fork_layers: tuple[i
 
 
 # The paper gives 772.8M = 36 layers of 1280 and its authors' scripts 1.916B = 36 layers of 2048.
-# Of 150M and 319M it gives the totals only; these geometries are the nearest usual ones (152M, 316M).
+# Of 150M and 319M it gives the totals only; these geometries come nearest (152M, 316M).
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         vocab_size=320, embed_dim=128, num_layers=4, num_heads=4, fork_layers=(1, 2, 3)

@@ -40,7 +40,9 @@ def generate(
         return []
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompt {index} is empty: give at least one token, e.g. the separator")
+            raise ValueError(
+                f"prompt {index} is empty: give at least one token, e.g. the separator"
+            )
         highest = max(max(prompt), -min(prompt))
         if not 0 <= min(prompt) <= highest < model.config.vocab_size:
             raise ValueError(

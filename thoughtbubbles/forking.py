@@ -163,7 +163,9 @@ def merge(streams: Streams, kind: Merge = "residual") -> jax.Array:
     elif kind == "rightmost":
         weight = streams.original.astype(jnp.float32)
     else:
-        raise ValueError(f"merge={kind!r} has no residual: use 'residual', 'rightmost' or merge_log_probs")
+        raise ValueError(
+            f"merge={kind!r} has no residual: use 'residual', 'rightmost' or merge_log_probs"
+        )
     weights = jnp.where(membership(streams), weight[:, None, :], 0).astype(streams.x.dtype)
     merged = jnp.einsum("bts,bsd->btd", weights, streams.x, preferred_element_type=jnp.float32)
     return merged.astype(streams.x.dtype)

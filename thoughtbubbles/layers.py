@@ -68,7 +68,7 @@ class Norm(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """What a block needs besides residuals; it changes only at forks, so it is computed once for each.
+    """What a block needs besides residuals; it changes only at forks, and is computed there.
 
     Attributes:
         cos, sin: `[B, S, K/2]` float32 rotary angles.
@@ -153,7 +153,9 @@ class MLP(nnx.Module):
         self.down = weight(rngs, (f, d), ("mlp", "embed"), std=out_std)
         bias = config.biases == "all"
         self.up_bias = vector(jnp.zeros((f,)), ("mlp",)) if bias else None
-        self.gate_bias = vector(jnp.zeros((f,)), ("mlp",)) if bias and self.gate is not None else None
+        self.gate_bias = (
+            vector(jnp.zeros((f,)), ("mlp",)) if bias and self.gate is not None else None
+        )
         self.down_bias = vector(jnp.zeros((d,)), ("embed",)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -171,7 +173,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm decoder block whose two residual writes are scaled by the streams' scores (eqs. 9-10)."""
+    """Pre-norm decoder block; both residual writes are scaled by the scores (eqs. 9-10)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -47,9 +47,7 @@ class Thoughtbubbles(nnx.Module):
             passes its sharding constraint here.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, constrain: Constrain | None = None
-    ):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, constrain: Constrain | None = None):
         self.config = config
         self.constrain = constrain or _identity
         self.embed = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
@@ -88,7 +86,7 @@ class Thoughtbubbles(nnx.Module):
         return nnx.merge(graphdef, state)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Logits `[B, T, V]` float32 (log-probabilities for the probability merge).
+        """Logits `[B, T, V]` float32 (log-probabilities where the probability merge mixes).
 
         Args:
             tokens: `[B, T]` int32.
@@ -129,7 +127,7 @@ class Thoughtbubbles(nnx.Module):
         return self.decode(merge(streams, kind))
 
     def logits_at(self, streams: Streams, token: jax.Array) -> jax.Array:
-        """Logits `[B, V]` float32 of one token per row, `token [B]` int32; the rest is not decoded."""
+        """Logits `[B, V]` float32 of one token per row, `token [B]` int32, and of no other."""
         return self.logits(streams.bubble_of(token, self.max_bubble(streams)))[:, 0]
 
     def decode(self, x: jax.Array) -> jax.Array:
@@ -141,7 +139,7 @@ class Thoughtbubbles(nnx.Module):
         )
 
     def log_prob(self, streams: Streams, targets: jax.Array) -> jax.Array:
-        """Log-probability `[B, T]` float32 of `targets [B, T]`; cheaper than `logits` for a mixture."""
+        """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits."""
         if self.config.merge != "probability" or not streams.forked:
             return _log_prob_of(self.logits(streams), targets)
         per_stream = jnp.take_along_axis(targets, streams.token, axis=1)

@@ -64,9 +64,13 @@ class TopK:
 
     def __post_init__(self):
         if not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise ValueError(f"ratio={self.ratio} is below 1: every token needs a stream, choose 1 or more")
+            raise ValueError(
+                f"ratio={self.ratio} is below 1: every token needs a stream, choose 1 or more"
+            )
         if self.streams is not None and self.streams < 1:
-            raise ValueError(f"streams={self.streams} is below 1: choose the streams of a whole row")
+            raise ValueError(
+                f"streams={self.streams} is below 1: choose the streams of a whole row"
+            )
 
     @property
     def causal(self) -> bool:

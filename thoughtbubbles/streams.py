@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
@@ -20,7 +19,7 @@ class Streams:
         token: `[B, S]` int32 index of the input token, non-decreasing over live slots.
         alive: `[B, S]` bool.
         length: `[B]` int32 number of real tokens in each row.
-        num_tokens: `T`, static number of token places; rows of fewer tokens are padded on the right.
+        num_tokens: `T`, static number of token places; shorter rows are padded on the right.
         forked: static; false until the first fork layer, while all scores are exactly 0.
     """
 
@@ -63,7 +62,7 @@ class Streams:
         return self.alive & jnp.concatenate([ends_bubble | ~self.alive[:, 1:], last], axis=1)
 
     def bubbles(self) -> tuple[jax.Array, jax.Array]:
-        """`(place, size)`, each `[B, S]` int32: steps left of the original, and streams in the bubble.
+        """`(place, size)`, `[B, S]` int32: steps left of the original, and streams in the bubble.
 
         Read off the sorted token index by running maxima; no scatter, no collective.
         """

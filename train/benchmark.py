@@ -64,11 +64,16 @@ def main(config: Benchmark) -> None:
     tokens = config.batch_size * config.seq_len
     print(
         f"{config.dtype}, d={config.embed_dim}, {depth} layers, {config.seq_len} tokens, batch "
-        f"{config.batch_size}, vocabulary {config.vocab_size}; forks before {forks}, ratio {config.ratio}"
+        f"{config.batch_size}, vocabulary {config.vocab_size}; forks before {forks}, "
+        f"ratio {config.ratio}"
     )
-    print(f"{'':8} {'step ms':>16} {'forward ms':>16} {'tokens/s':>9} {'GFLOP/s':>8}   (min / median)")
+    print(
+        f"{'':8} {'step ms':>16} {'forward ms':>16} {'tokens/s':>9} {'GFLOP/s':>8}   (min / median)"
+    )
     for name, timed in models.items():
-        cells = [f"{best[name, p] * 1e3:7.1f} /{median[name, p] * 1e3:7.1f}" for p in ("step", "forward")]
+        cells = [
+            f"{best[name, p] * 1e3:7.1f} /{median[name, p] * 1e3:7.1f}" for p in ("step", "forward")
+        ]
         rate = 3 * timed.flops / best[name, "step"] / 1e9
         print(f"{name:8} {cells[0]} {cells[1]} {tokens / best[name, 'step']:9.0f} {rate:8.1f}")
     plain, bubbles = models["plain"], models["bubbles"]
@@ -112,7 +117,7 @@ def prepare(config: Benchmark, fork_layers: tuple[int, ...]) -> Timed:
         run_step,
         lambda: compiled(params, tokens),
         config.batch_size * model.forward_flops(config.seq_len),
-        compiled.cost_analysis()["flops"],
+        (compiled.cost_analysis() or {})["flops"],
     )
 
 

@@ -16,7 +16,7 @@ class EvalConfig:
     Attributes:
         every: steps between evaluations during the run (0: only at the end).
         rows: validation rows scored (0: all).
-        positions: positions scored prefix-only for a model that is not causal (0: all of the rows').
+        positions: how many are scored prefix-only if the model is not causal (0: all).
     """
 
     every: int = 100
@@ -29,7 +29,7 @@ class RunConfig:
     """A pretraining run.
 
     Attributes:
-        steps: optimizer steps; `batch_size` rows of `data.seq_len` tokens each, in `accumulate` parts.
+        steps: optimizer steps, each over `batch_size` rows in `accumulate` parts.
         seed: of the initial parameters.
         out: run folder (config, checkpoints, metrics); a run found there is continued.
         log_every, save_every: steps.
@@ -63,8 +63,7 @@ def as_json(config: Any) -> Any:
     """Nested dict of a config with tuples as lists, as it comes back from JSON."""
     if dataclasses.is_dataclass(config):
         return {
-            field.name: as_json(getattr(config, field.name))
-            for field in dataclasses.fields(config)
+            field.name: as_json(getattr(config, field.name)) for field in dataclasses.fields(config)
         }
     if isinstance(config, (list, tuple)):
         return [as_json(item) for item in config]

@@ -31,7 +31,7 @@ class Evaluator:
         self._causal = trainable.config.causal
         self._batch_size = batch_size
         shardings = (trainable.shardings.params, batch_sharding(self._mesh))
-        placed = {"out_shardings": replicated(self._mesh)}
+        everywhere = replicated(self._mesh)
 
         def blockwise(params: Any, tokens: jax.Array) -> jax.Array:
             """`[B, T]` negative log-likelihoods in nats."""
@@ -42,7 +42,7 @@ class Evaluator:
             return -model.log_prob(streams, targets)
 
         def prefix_only(params: Any, prefixes: jax.Array) -> jax.Array:
-            """`[N]` nats of the last token of each row of `[N, T+1]` (-1 after it) given those before."""
+            """`[N]` nats of each row's last token (-1 stands after it) given those before."""
             model = trainable.model(params)
             length = (prefixes >= 0).sum(axis=1, dtype=jnp.int32) - 1
             target = jnp.take_along_axis(prefixes, length[:, None], axis=1)
@@ -50,14 +50,14 @@ class Evaluator:
             log_probs = jax.nn.log_softmax(model.logits_at(streams, length - 1), axis=-1)
             return -jnp.take_along_axis(log_probs, target, axis=1)[:, 0]
 
-        self._blockwise = jax.jit(blockwise, in_shardings=shardings, **placed)
-        self._prefix_only = jax.jit(prefix_only, in_shardings=shardings, **placed)
+        self._blockwise = jax.jit(blockwise, in_shardings=shardings, out_shardings=everywhere)
+        self._prefix_only = jax.jit(prefix_only, in_shardings=shardings, out_shardings=everywhere)
 
     def __call__(self, params: Any, rows: PackedRows) -> dict[str, float]:
         """Metrics of the first rows.
 
-        `loss` (nats per token) and `bits_per_byte` are the autoregressive model's. For a policy that
-        is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside them, and
+        `loss` (nats per token) and `bits_per_byte` are the autoregressive model's. For a policy
+        that is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside them, and
         `standard_error` is that of `loss` from scoring only some positions prefix-only: the loss is
         the blockwise mean over all positions plus the mean difference over the sampled ones.
         """
@@ -115,7 +115,9 @@ class Evaluator:
 
 def readable(metrics: dict[str, float]) -> str:
     """One line for a person."""
-    line = f"held-out loss {metrics['loss']:.4f} nats/token, {metrics['bits_per_byte']:.4f} bits/byte"
+    line = (
+        f"held-out loss {metrics['loss']:.4f} nats/token, {metrics['bits_per_byte']:.4f} bits/byte"
+    )
     if "blockwise_loss" not in metrics:
         return line
     return (

@@ -85,7 +85,9 @@ def train(config: RunConfig) -> dict[str, float]:
                 raise NonFiniteLoss(save_evidence(out, pending, loss, norm))
             throughput.update(config.batch_size * config.data.seq_len)
             if pending.step % config.log_every == 0 or pending.step == config.steps:
-                metrics = {name: pending.metrics[name] for name in ("loss", "grad_norm", "learning_rate")}
+                metrics = {
+                    name: pending.metrics[name] for name in ("loss", "grad_norm", "learning_rate")
+                }
                 metrics |= fork_metrics(pending.metrics["forks"], config.model.fork_layers)
                 if throughput.rate is not None:
                     metrics["tokens_per_second"] = throughput.rate
@@ -172,7 +174,9 @@ def describe(config: RunConfig, data: PackedData, trainable: Trainable, start: i
     """What is about to run, for a person."""
     model, mesh = config.model, trainable.mesh
     flops = 3 * model.forward_flops(config.data.seq_len) * config.batch_size
-    forks = f"forks before layers {model.fork_layers}, {model.policy}" if model.fork_layers else "plain"
+    forks = (
+        f"forks before layers {model.fork_layers}, {model.policy}" if model.fork_layers else "plain"
+    )
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
         f"{data.summary}\n"
@@ -185,14 +189,16 @@ def save_evidence(out: Path, pending: Pending, loss: float, norm: float) -> str:
     """Keep the batch and metrics of a step whose loss is not finite; returns the error line."""
     folder = out / f"nonfinite-step-{pending.step}"
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / f"batch-{jax.process_index()}.npz", **pending.batch)
+    batch = folder / f"batch-{jax.process_index()}.npz"
+    np.savez(batch, tokens=pending.batch["tokens"], rows=pending.batch["rows"])
     forks = {name: np.asarray(sums).tolist() for name, sums in pending.metrics["forks"].items()}
     rate = float(pending.metrics["learning_rate"])
     evidence = {"step": pending.step, "loss": str(loss), "grad_norm": str(norm), "forks": forks}
     (folder / "metrics.json").write_text(json.dumps({**evidence, "learning_rate": rate}, indent=2))
     return (
-        f"step {pending.step}: loss {loss}, gradient norm {norm}: stopped; its batch and metrics are in "
-        f"{folder}, the last checkpoint is untouched; lower optimizer.learning_rate or look at the batch"
+        f"step {pending.step}: loss {loss}, gradient norm {norm}: stopped; its batch and metrics "
+        f"are in {folder}, the last checkpoint is untouched; look at the batch, or lower "
+        "optimizer.learning_rate"
     )
 
 
@@ -213,5 +219,3 @@ def stop_signals() -> Iterator[Any]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-

@@ -1,4 +1,4 @@
-"""Mesh and shardings: one API for a laptop and a pod; logical axes to mesh axes in one dataclass."""
+"""Mesh and shardings: one API for a laptop and a pod."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ class AxisRules:
     candidates: str | None = None
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A `data x fsdp x tensor` mesh over all devices (one device is the 1x1x1 mesh)."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)

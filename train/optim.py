@@ -14,9 +14,9 @@ class OptimizerConfig:
     """AdamW or Muon with a schedule.
 
     With Muon, hidden matrices are orthogonalised and everything else (embedding, head, norms,
-    biases, fork vectors and scores) takes AdamW at the same learning rate; its updates are scaled to
-    AdamW's size, so learning rates carry over (arXiv 2502.16982). Weight decay acts on matrices, with
-    Muon on those that it orthogonalises.
+    biases, fork vectors and scores) takes AdamW at the same learning rate; its updates are scaled
+    to AdamW's size, so learning rates carry over (arXiv 2502.16982). Weight decay acts on matrices,
+    with Muon on those that it orthogonalises.
 
     Attributes:
         schedule: `"cosine"` down to `final_ratio` of the peak, or `"wsd"` (warm-up, stable, decay):
@@ -87,7 +87,12 @@ def make_optimizer(
     else:
         decayed = map_variables(is_matrix, params)
         optimizer = optax.adamw(
-            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
+            schedule,
+            config.b1,
+            config.b2,
+            config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
 

@@ -15,7 +15,7 @@ TINY = RunConfig(
 
 
 def _paper(name: str) -> RunConfig:
-    """The paper's training set-up (arXiv 2510.00219 and its authors' scripts): 512 tokens, AdamW."""
+    """The training set-up of arXiv 2510.00219 and its authors' scripts: 512 tokens, AdamW."""
     return RunConfig(
         model=ModelConfig.preset(name, dtype="bfloat16", scan_layers=True, remat="dots"),
         data=DataConfig(seq_len=512),

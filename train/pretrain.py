@@ -25,7 +25,9 @@ def main(config: RunConfig) -> None:
     if loaded.model.config.fork_layers:
         print("live streams of each token of its start:")
         print(map_of_text(loaded, text[:160]).text())
-    print(f"python -m train.generate --checkpoint {config.out} --prompt '{config.prompt}' --bubbles")
+    print(
+        f"python -m train.generate --checkpoint {config.out} --prompt '{config.prompt}' --bubbles"
+    )
 
 
 if __name__ == "__main__":

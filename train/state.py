@@ -66,9 +66,7 @@ def make_trainable(
 ) -> Trainable:
     """Everything about a run's state but the numbers; nothing is allocated."""
     constrain = constrain_batch(mesh)
-    model = nnx.eval_shape(
-        lambda: Thoughtbubbles(config, rngs=nnx.Rngs(seed), constrain=constrain)
-    )
+    model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(seed), constrain=constrain))
     graphdef, params = nnx.split(model, nnx.Param)
     schedule = make_schedule(optimizer, steps)
     transform = make_optimizer(optimizer, schedule, params)
