@@ -85,7 +85,6 @@ class Fence(NamedTuple):
 
     language: str
     headings: str  # all headings that it stands under, joined
-    title: str  # the last line of text above it
     line: int  # of its first line of code, from 0
     code: str
 
@@ -93,7 +92,6 @@ class Fence(NamedTuple):
 def fences(text: str) -> Iterator[Fence]:
     lines = text.splitlines()
     headings: list[str] = []
-    title = ""
     start = None
     for number, line in enumerate(lines):
         if line.startswith("```"):
@@ -102,12 +100,10 @@ def fences(text: str) -> Iterator[Fence]:
                 continue
             language = lines[start - 1].strip("`").strip()
             code = "\n".join(lines[start:number])
-            yield Fence(language, " / ".join(headings), title, start, code)
+            yield Fence(language, " / ".join(headings), start, code)
             start = None
-        elif start is None and line.strip():
-            title = line
-            if heading := re.match(r"(#+) +(.*)", line):
-                headings[len(heading[1]) - 1 :] = [heading[2]]
+        elif start is None and (heading := re.match(r"(#+) +(.*)", line)):
+            headings[len(heading[1]) - 1 :] = [heading[2]]
 
 
 README = list(fences((ROOT / "README.md").read_text()))
@@ -115,8 +111,8 @@ SNIPPETS = [fence for fence in README if fence.language == "python"]
 
 
 def test_readme_sets_up_in_two_commands():
+    """The continuous integration takes its commands from there: training first, tests second."""
     train, test = (f for f in README if f.language == "bash" and "Set up" in f.headings)
-    assert "Train" in train.title and "Test" in test.title
     assert re.search(r"^python -m train\.pretrain\b", train.code, re.MULTILINE)
     assert test.code.splitlines()[-1] == "python -m pytest"
 
