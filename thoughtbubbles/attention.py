@@ -28,19 +28,21 @@ def attend(
     """
     slots = query.shape[1]
     block = block_size(slots)
+    query, key, value = _heads_first(query, key, value)
     parts = []
     for start in range(0, slots, block):
         end = min(start + block, slots)
         seen = None if bias is None else bias[:, :end]
-        parts.append(_attend(query[:, start:end], key[:, :end], value[:, :end], seen))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        keys, values = key[:, :, :end], value[:, :, :end]
+        parts.append(_attend(query[:, :, :, start:end], keys, values, seen))
+    return _slots_first(jnp.concatenate(parts, axis=3))
 
 
 def attend_reference(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
 ) -> jax.Array:
     """The same as `attend`, all keys at once."""
-    return _attend(query, key, value, bias)
+    return _slots_first(_attend(*_heads_first(query, key, value), bias))
 
 
 def block_size(slots: int) -> int:
@@ -55,13 +57,23 @@ def visited_pairs(slots: int) -> int:
     return sum((end - start) * end for start, end in zip(range(0, slots, block), ends, strict=True))
 
 
+def _heads_first(query, key, value):
+    """Query `[B, G, H/G, S, K]`, already divided by sqrt(K); key and value `[B, G, S, K]`."""
+    batch, slots, heads, width = query.shape
+    groups = key.shape[2]
+    query = (query * width**-0.5).reshape(batch, slots, groups, heads // groups, width)
+    return query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
+
+
+def _slots_first(mixed):
+    batch, groups, repeats, slots, width = mixed.shape
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, slots, groups * repeats, width)
+
+
 def _attend(query, key, value, bias):
-    """Queries are the last of the keys' slots."""
-    batch, queries, heads, width = query.shape
-    keys, groups = key.shape[1:3]
-    query = query.reshape(batch, queries, groups, heads // groups, width)
-    logits = jnp.einsum("bqgrk,bsgk->bgrqs", query, key, preferred_element_type=jnp.float32)
-    logits = logits * width**-0.5
+    """Heads first; the queries are the last of the keys' slots."""
+    queries, keys = query.shape[3], key.shape[2]
+    logits = jnp.einsum("bgrqk,bgsk->bgrqs", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias[:, None, None, None, :]
     slot = jnp.arange(keys)
@@ -69,9 +81,7 @@ def _attend(query, key, value, bias):
     # The peak is taken out of the gradient and the sum divided out after the product with the
     # values: two passes over [q, s] less than jax.nn.softmax.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1)
     mixed = jnp.einsum(
-        "bgrqs,bsgk->bqgrk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        "bgrqs,bgsk->bgrqk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
-    mixed = mixed / jnp.moveaxis(total, 3, 1)[..., None]
-    return mixed.astype(value.dtype).reshape(batch, queries, heads, width)
+    return (mixed / weights.sum(axis=-1)[..., None]).astype(value.dtype)
