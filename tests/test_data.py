@@ -165,7 +165,6 @@ def test_prepared_data_are_reused_and_edited_folders_are_not(tmp_path, monkeypat
     root = write_corpus(tmp_path / "corpus")
     config = DataConfig(str(root), seq_len=8, cache_dir=str(tmp_path / "cache"))
     first = prepare(config)
-    assert capsys.readouterr().err.strip() == first.summary
 
     def fail(*_):
         raise AssertionError("prepared again")
@@ -175,7 +174,7 @@ def test_prepared_data_are_reused_and_edited_folders_are_not(tmp_path, monkeypat
         patch.setattr("train.data.builder.prepare_text", fail)
         again = prepare(config)
     assert again.fingerprint == first.fingerprint and again.statistics == first.statistics
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "")  # a library says nothing
     (root / "0.txt").write_text("an edited document")
     assert prepare(config).fingerprint != first.fingerprint
 
@@ -367,7 +366,8 @@ def test_evaluation_reads_each_row_once(limit, processes, data):
     assert all(batch["tokens"].dtype == batch["bytes"].dtype == np.int32 for batch in batches)
     tokens = np.concatenate([batch["tokens"] for batch in batches])
     sizes = np.concatenate([batch["bytes"] for batch in batches])
-    expected_tokens, expected_sizes = rows.read(range(count))
+    spread = [len(rows) * i // count for i in range(count)]  # not the first document alone
+    expected_tokens, expected_sizes = rows.read(spread)
     assert np.array_equal(tokens[:count], expected_tokens) and (tokens[count:] == -1).all()
     assert np.array_equal(sizes[:count], expected_sizes) and not sizes[count:].any()
 
@@ -422,4 +422,4 @@ assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stdout == done.stderr == ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class PackedData:
 def prepare(config: DataConfig) -> PackedData:
     """Opens the packed rows of `config`, packing them first if the cache has none.
 
-    Packing shows its progress on stderr, and a line when it's done.
+    Packing shows its progress on stderr where somebody watches.
 
     Raises:
         DataError: corpus or tokenizer cannot be used, or the corpus is too small.
@@ -66,11 +65,8 @@ def prepare(config: DataConfig) -> PackedData:
     identity = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint} {config.seq_len}"
     fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     folder = config.cache / "rows" / fingerprint
-    fresh = build_once(folder, lambda partial: pack(corpus, tokenizer, config.seq_len, partial))
-    data = _open(folder, corpus.name, tokenizer, config.seq_len, fingerprint)
-    if fresh:
-        print(data.summary, file=sys.stderr)
-    return data
+    build_once(folder, lambda partial: pack(corpus, tokenizer, config.seq_len, partial))
+    return _open(folder, corpus.name, tokenizer, config.seq_len, fingerprint)
 
 
 def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:

@@ -73,7 +73,9 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """The first `limit` rows of a split (default: all), once and in order.
+    """`limit` rows of a split (default: all), evenly spaced over it, once and in order.
+
+    Neighbouring rows come from the same document: its first rows would be a poor sample of a split.
 
     All batches have the same shape: the last one is filled up with rows that hold nothing but -1
     and 0 bytes. As in training, a process gets its part of each global batch.
@@ -86,8 +88,9 @@ def evaluation_batches(
     """
     local = _local_size(batch_size, process_index, process_count)
     count = len(rows) if limit is None else min(limit, len(rows))
+    chosen = np.arange(count) * len(rows) // max(count, 1)
     for start in range(process_index * local, process_index * local + count, batch_size):
-        tokens, sizes = rows.read(range(start, min(start + local, count)))
+        tokens, sizes = rows.read(chosen[start : start + local])
         missing = local - len(sizes)
         yield {
             "tokens": np.pad(tokens, ((0, missing), (0, 0)), constant_values=PADDING),
