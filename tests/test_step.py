@@ -64,7 +64,7 @@ def test_any_mesh_gives_the_loss_of_one_device(one_device, sizes):
 
 def test_the_step_learns_and_compiles_once():
     _, losses, _, step = run_steps(devices=1, inputs=[batches(1)[0]] * 30)
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.3
     assert step._cache_size() == 1
 
 
