@@ -5,8 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import BASE, VOCAB, heavy_model, logits_of, random_tokens, run
 
+from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.bubbles import bubble_map
 from thoughtbubbles.decoding import generate
 
@@ -38,6 +40,14 @@ def test_equal_prompts_give_different_samples():
     assert len({tuple(row) for row in rows}) == 4
 
 
+def test_different_prompts_draw_different_samples():
+    """Rows of an untrained model agree as often as chance has it: no shared noise."""
+    model = Thoughtbubbles(BASE, rngs=nnx.Rngs(0))
+    rows = np.array(generate(model, [[a, 1] for a in range(8)], 20, temperature=1.0))
+    agree = [(rows[a] == rows[b]).mean() for a in range(8) for b in range(a)]
+    assert np.mean(agree) < 0.2
+
+
 def test_stop_ends_a_row_and_choices_bound_the_ids():
     model = heavy_model(BASE)
     [free] = generate(model, [[1, 2]], 6)
@@ -53,6 +63,10 @@ def test_stop_ends_a_row_and_choices_bound_the_ids():
 def test_prompt_mistakes():
     with pytest.raises(ValueError, match=f"token id {VOCAB}, vocab_size={VOCAB}"):
         generate(heavy_model(BASE), [[1], [VOCAB]], 2)
+    with pytest.raises(ValueError, match="prompt 0 holds token id -3"):
+        generate(heavy_model(BASE), [[-3, 1]], 2)
+    with pytest.raises(ValueError, match="max_new_tokens=-2"):
+        generate(heavy_model(BASE), [[1]], -2)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         generate(heavy_model(BASE), [[]], 2)
 
@@ -77,6 +91,8 @@ def test_bubble_map_in_a_terminal_and_as_a_figure(tmp_path):
     counts = found.streams[1]
     assert lines[1] == f"fork 1  {counts[0]} {counts[1]}{counts[2]}"
     assert len(bubble_map(model, [1] * 9, ["abc"] * 9).text(width=20).split("\n\n")) == 3
+    many = dataclasses.replace(found, streams=np.array([[12, 4, 16]] * 4))
+    assert many.text(width=40).splitlines()[:2] == ["        ab⏎ c", "fork 1  124 16"]
     found.figure().savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="2 ids and 1 texts"):

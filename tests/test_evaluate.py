@@ -11,7 +11,7 @@ from flax import nnx
 from tiny import BASE, heavy_model, logits_of
 
 from train.config import EvalConfig
-from train.evaluate import Evaluator, readable
+from train.evaluate import Evaluator, _error_of_mean, readable
 from train.mesh import MeshConfig, make_mesh
 from train.optim import OptimizerConfig
 from train.state import make_trainable
@@ -52,6 +52,12 @@ def brute_force(config):
     return float(np.mean(nats))
 
 
+def test_settings_mistakes():
+    for wrong in ({"rows": -1}, {"positions": 1}, {"every": -5}):
+        with pytest.raises(ValueError, match="choose 0 or more"):
+            EvalConfig(**wrong)
+
+
 @pytest.mark.parametrize("kind", ["residual", "probability"])
 def test_prefix_only_is_brute_force(kind):
     config = dataclasses.replace(BASE, merge=kind)
@@ -66,7 +72,7 @@ def test_prefix_only_is_brute_force(kind):
 def test_a_plain_decoder_has_one_number():
     config = dataclasses.replace(BASE, fork_layers=())
     metrics = evaluate(config, rows=0)
-    assert set(metrics) == {"loss", "bits_per_byte"}
+    assert set(metrics) == {"loss", "bits_per_byte", "standard_error"}
     assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
     assert "blockwise" not in readable(metrics)
 
@@ -76,6 +82,21 @@ def test_sampled_positions_estimate_the_whole():
     sampled = evaluate(BASE, rows=0, positions=20)
     assert 0 < sampled["standard_error"] < 1
     assert abs(sampled["loss"] - exact["loss"]) < 4 * sampled["standard_error"]
+
+
+def test_standard_error_is_that_of_the_rows():
+    """All rows: no error. Some rows: the spread of estimates over all choices of rows."""
+    rng = np.random.default_rng(0)
+    nats = rng.normal(3, 1, (200, 6)) + rng.normal(0, 1, (200, 1))  # rows differ as documents do
+    weight = np.ones_like(nats, bool)
+    weight[::5, 3:] = False
+    means, errors = [], []
+    for _ in range(400):
+        rows = rng.choice(200, 50, replace=False)
+        means.append(nats[rows][weight[rows]].mean())
+        errors.append(_error_of_mean(nats[rows], weight[rows], 200))
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+    assert _error_of_mean(nats, weight, 200) == 0.0
 
 
 def test_a_mesh_gives_the_same_numbers():

@@ -216,6 +216,40 @@ def test_merge_log_prob_is_the_mixture_of_merge_log_probs():
     np.testing.assert_allclose(one, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("forced_keep", [True, False])
+@pytest.mark.parametrize("kind", ["residual", "probability", "rightmost"])
+def test_gradients_are_finite_with_padding_and_lost_tokens(kind, forced_keep):
+    config = dataclasses.replace(BASE, merge=kind, forced_keep=forced_keep)
+    tokens, length = random_tokens(3, 6), jnp.array([6, 3, 0])
+    mask = jnp.arange(6) < length[:, None]
+
+    @jax.jit
+    @jax.grad
+    def by_logits(model):
+        return jnp.where(mask[..., None], jnp.tanh(model(tokens, mask)), 0).sum()
+
+    @jax.jit
+    @jax.grad
+    def by_log_prob(model):
+        return jnp.where(mask, model.log_prob(model.run(tokens, length).streams, tokens), 0).sum()
+
+    for gradient in (by_logits, by_log_prob):
+        leaves = jax.tree.leaves(gradient(heavy_model(config)))
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+
+
+def test_nan_reaches_the_logits():
+    """Comparisons with NaN are false: a careless selection would drop the evidence."""
+    model = heavy_model(BASE)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params["blocks"]["attention"]["q"] = (
+        params["blocks"]["attention"]["q"].at[0, 0, 0, 0].set(jnp.nan)
+    )
+    broken = Thoughtbubbles.from_params(BASE, params)
+    assert jnp.isnan(logits_of(broken, random_tokens(2, 12))).any()
+    assert jnp.isnan(logits_of(model, random_tokens(2, 12).at[0, 3].set(BASE.vocab_size))).any()
+
+
 def test_merge_refuses_a_kind_without_residual():
     streams = run(heavy_model(BASE), random_tokens(1, 4)).streams
     with pytest.raises(ValueError, match="merge_log_probs"):

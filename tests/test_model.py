@@ -103,9 +103,8 @@ def test_presets_build_and_count(preset):
 @pytest.mark.parametrize("num_tokens", [16, 130])
 def test_flop_count_agrees_with_xla(kind, num_tokens):
     """XLA also counts additions, exponentials and comparisons; at this width those are a tenth."""
-    config = dataclasses.replace(
-        BASE, **DECODERS[kind], embed_dim=128, mlp_dim=None, head_dim=None, vocab_size=256
-    )
+    wide = {"embed_dim": 128, "mlp_dim": None, "head_dim": None, "vocab_size": 256}
+    config = dataclasses.replace(BASE, **(DECODERS[kind] | wide))
     model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
     tokens = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
     analysis = jax.jit(lambda model, tokens: model(tokens)).lower(model, tokens).cost_analysis()

@@ -18,10 +18,13 @@ from train import generate, pretrain
 from train.checkpoint import load_params
 from train.command import run_command
 from train.config import RunConfig
+from train.evaluate import Evaluator
 from train.generate import GenerateConfig
 from train.load import load_model
+from train.loop import only_run_in
 from train.metrics import MetricWriter, read_metrics
 from train.presets import PRESETS
+from train.step import make_train_step
 
 WORDS = "def return self None for in range print yield class import if else".split()  # noqa: SIM905
 SMALL = (
@@ -31,7 +34,6 @@ SMALL = (
     *("--evaluation.rows", "4", "--evaluation.positions", "8"),
 )
 TIMES = ("time", "tokens_per_second")
-ONE_DEVICE = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,16 @@ def one_device(request, monkeypatch):
 @pytest.fixture
 def whole_mesh():
     """All eight simulated devices."""
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Environment of commands that are killed or run out of disk.
+
+    jax writes cache entries in place, so they must not leave half of one in the shared cache.
+    """
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax"))}
+    return os.environ | cache | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 @pytest.fixture
@@ -154,10 +166,10 @@ def test_going_on_is_bit_for_bit(monkeypatch, arguments, tmp_path):
     assert_same_params(halves, whole)
 
 
-def start(arguments, out, *more):
+def start(environment, arguments, out, *more):
     command = [sys.executable, "-m", "train.pretrain", *arguments, "--out", str(out), *more]
     return subprocess.Popen(
-        command, env=ONE_DEVICE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -167,15 +179,43 @@ def lines_in(out):
 
 
 @pytest.mark.slow
-def test_kill_nine_three_times_gives_the_uninterrupted_run(arguments, tmp_path):
+def test_a_signal_in_an_evaluation_saves_that_step(monkeypatch, capsys, arguments, tmp_path):
+    evaluate = Evaluator.__call__
+
+    def evaluate_and_stop(self, *inputs):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, *inputs)
+
+    monkeypatch.setattr(Evaluator, "__call__", evaluate_and_stop)
+    assert run_here(monkeypatch, *arguments, "--evaluation.every", "3") == 0
+    assert "stopped at step 3 and saved it" in capsys.readouterr().err
+    assert load_model(tmp_path / "run").step == 3
+
+
+@pytest.mark.slow
+def test_a_run_compiles_each_function_once(monkeypatch, arguments):
+    made = []
+
+    def remember(*inputs):
+        made.append(make_train_step(*inputs))
+        return made[-1]
+
+    monkeypatch.setattr("train.loop.make_train_step", remember)
+    assert run_here(monkeypatch, *arguments, "--evaluation.every", "3") == 0
+    assert run_here(monkeypatch, *arguments, "--steps", "12") == 0  # restored from a checkpoint
+    assert [step._cache_size() for step in made] == [1, 1]
+
+
+@pytest.mark.slow
+def test_kill_nine_three_times_gives_the_uninterrupted_run(processes, arguments, tmp_path):
     long = [*arguments, "--steps", "120", "--save-every", "6"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output, errors = start(long, whole).communicate(timeout=300)
+    output, errors = start(processes, long, whole).communicate(timeout=300)
     assert "sample" in output, errors
     rng = random.Random(time.time_ns())
     kills = 0
     for target in sorted(rng.sample(range(1, 110), 3)):
-        process = start(long, killed)
+        process = start(processes, long, killed)
         while lines_in(killed) < target and process.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.02)
@@ -183,16 +223,16 @@ def test_kill_nine_three_times_gives_the_uninterrupted_run(arguments, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert kills == 3, "the run ended before it was killed"
-    _, errors = start(long, killed).communicate(timeout=300)
+    _, errors = start(processes, long, killed).communicate(timeout=300)
     assert "held-out loss" in errors
     assert curve(killed) == curve(whole)
     assert_same_params(killed, whole)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_leaves(arguments, tmp_path):
+def test_sigterm_saves_and_leaves(processes, arguments, tmp_path):
     long = [*arguments, "--steps", "100000", "--save-every", "100000", "--evaluation.every", "0"]
-    process = start(long, tmp_path / "run")
+    process = start(processes, long, tmp_path / "run")
     while lines_in(tmp_path / "run") < 5:
         assert process.poll() is None
         time.sleep(0.01)
@@ -237,11 +277,18 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
 @pytest.mark.slow
 def test_another_config_is_refused(monkeypatch, capsys, arguments, finished):
     before = sorted(finished.rglob("*"))
+    assert run_here(monkeypatch, *arguments, "--model.dtype", "bfloat16") == 2
+    mistake(capsys, "model.dtype: saved 'float32', now 'bfloat16'")
     assert run_here(monkeypatch, *arguments, "--model.num-heads", "4") == 2
     mistake(capsys, "model.num_heads: saved 2, now 4", "--out")
     assert run_here(monkeypatch, *arguments, "--data.seq-len", "8") == 2
     mistake(capsys, "data.seq_len: saved 16, now 8")
     assert sorted(finished.rglob("*")) == before
+    with only_run_in(finished):
+        assert run_here(monkeypatch, *arguments) == 2
+        mistake(capsys, "another run is going on")
+    assert run_here(monkeypatch, *arguments, "--steps", "9") == 0
+    assert "not the run that was begun: steps: saved 8, now 9" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -273,7 +320,7 @@ def test_truncated_checkpoint_is_named(monkeypatch, capsys, arguments, finished)
 
 
 @pytest.mark.slow
-def test_full_disk_is_one_line_and_keeps_the_checkpoint(arguments, finished):
+def test_full_disk_is_one_line_and_keeps_the_checkpoint(processes, arguments, finished):
     code = (
         "import resource, sys; from train import pretrain, command, config, presets\n"
         "def main(c):\n"
@@ -282,7 +329,7 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(arguments, finished):
     )
     command = [sys.executable, "-c", code, *arguments, "--steps", "12"]
     # Parameters of 80 kB in one file: 20 kB is a full disk to them.
-    done = subprocess.run(command, env=ONE_DEVICE, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=processes, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     last = done.stderr.rstrip().splitlines()[-1]
     assert last.startswith("error: checkpoint of step 12 could not be written"), done.stderr
@@ -305,6 +352,8 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(arguments, finished):
         (["tiny", "--mesh.data", "3"], ["mesh data=3", "1 devices"]),
         (["tiny", "--batch-size", "3", "--accumulate", "2"], ["batch_size=3", "multiple of 2"]),
         (["tiny", "--steps", "0"], ["steps=0 is below 1"]),
+        (["tiny", "--optimizer.clip", "0"], ["clip=0.0 is not positive"]),
+        (["tiny", "--model.mlp-dim", "-4"], ["mlp_width=-4 is below 1"]),
         (["tiny", "--steps", "many"], ["--steps", "'many'"]),
         (["tiny", "--stepz", "5"], ["--stepz"]),
         (["tiny", "--model.merge", "mean"], ["'mean'", "'rightmost'"]),
@@ -331,6 +380,22 @@ def test_empty_and_binary_corpora(monkeypatch, capsys, tmp_path):
     mistake(capsys, str(empty))
     assert run_here(monkeypatch, "tiny", "--data.corpus", str(binary), *cache) == 2
     mistake(capsys, "a.txt")
+
+
+def test_out_that_is_a_file(monkeypatch, capsys, arguments, tmp_path):
+    (tmp_path / "run").write_text("")
+    assert run_here(monkeypatch, *arguments) == 2
+    mistake(capsys, str(tmp_path / "run"))
+
+
+def test_a_figure_is_checked_before_anything_else(monkeypatch, capsys, tmp_path):
+    words = ("--checkpoint", str(tmp_path / "none"), "--figure")
+    for figure, part in (("/nowhere/a.png", "folder does not exist"), ("a.txt", "ends in .png")):
+        status = run_here(
+            monkeypatch, *words, figure, main=generate.main, config=GenerateConfig, presets=None
+        )
+        assert status == 2
+        mistake(capsys, figure, part)
 
 
 def test_generate_needs_a_run(monkeypatch, capsys, tmp_path):

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import BASE
 
 from thoughtbubbles import Fork, Streams, TopK
-from train.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, place
+from train.mesh import MeshConfig, batch_part, batch_sharding, check_batch, make_mesh, place
 from train.optim import OptimizerConfig, make_schedule, muon_dimensions
 from train.state import make_trainable
 from train.statistics import fork_statistics, readable
@@ -201,6 +201,11 @@ def test_mesh_mistakes():
     with pytest.raises(ValueError, match="vocab=17 does not divide over tensor=2"):
         make_trainable(BASE, ADAMW, 10, make_mesh(MeshConfig(4, 1, 2)))
     assert batch_sharding(make_mesh(MeshConfig(2, 2, 2))).spec == PartitionSpec(("data", "fsdp"))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_one_process_holds_the_whole_batch(sizes):
+    assert batch_part(make_mesh(MeshConfig(*sizes))) == (0, 1)
 
 
 def test_fork_statistics_count_what_is_there():

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from train import tokenizer as command
+from train.command import run_command
 from train.data import (
     ByteTokenizer,
     DataError,
@@ -228,7 +229,7 @@ def run(monkeypatch, capsys, *arguments) -> tuple[str, str, int]:
     monkeypatch.setattr(sys, "argv", ["tokenizer", *map(str, arguments)])
     status = 0
     try:
-        command.main()
+        run_command(command.main, command.TokenizerConfig)
     except SystemExit as error:
         status = int(error.code or 0)
     captured = capsys.readouterr()

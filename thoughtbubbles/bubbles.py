@@ -33,14 +33,15 @@ class BubbleMap:
     def text(self, width: int = 100) -> str:
         """The map for a terminal: the text, and below it each token's streams after each fork."""
         label = max((len(f"fork {layer}") for layer in self.fork_layers), default=6)
-        cells = [_visible(token) for token in self.tokens]
+        digits = len(str(self.streams.max()))  # ten streams or more need wider cells
+        cells = [f"{_visible(token):<{digits}}" for token in self.tokens]
         lines, start = [], 0
         while start < len(cells):
             end, used = start, label + 2
             while end < len(cells) and (end == start or used + len(cells[end]) <= width):
                 used += len(cells[end])
                 end += 1
-            lines.append(" " * (label + 2) + "".join(cells[start:end]))
+            lines.append((" " * (label + 2) + "".join(cells[start:end])).rstrip())
             for layer in self.fork_layers:
                 counts = self.streams[layer, start:end]
                 row = [f"{n:<{len(c)}}" for n, c in zip(counts, cells[start:end], strict=True)]

@@ -1,7 +1,7 @@
 """ModelConfig: sizes, ablations, presets, parameter and FLOP counts."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from thoughtbubbles.attention import visited_pairs
 from thoughtbubbles.policies import TopK
@@ -9,7 +9,7 @@ from thoughtbubbles.policies import TopK
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder, with or without fork layers; configs of equal `architecture()` share weights.
+    """A decoder, with or without fork layers.
 
     Sizes: `vocab_size` V, `embed_dim` D, `num_heads` H, `num_kv_heads` G (default H), `head_dim` K
     (default D / H), `mlp_dim` F (default 4 D). `biases="all"` puts one on every linear map of
@@ -71,6 +71,7 @@ class ModelConfig:
             "num_heads",
             "kv_heads",
             "head_width",
+            "mlp_width",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
@@ -123,14 +124,6 @@ class ModelConfig:
     def causal(self) -> bool:
         """Whether logits of a position depend on tokens up to it alone, by construction."""
         return not self.fork_layers or self.policy.causal
-
-    def architecture(self) -> dict[str, Any]:
-        """Everything that the weights' meaning depends on, as JSON-ready values."""
-        fields = dataclasses.asdict(self)
-        for name in ("dtype", "scan_layers", "remat"):
-            del fields[name]
-        fields["fork_layers"] = list(self.fork_layers)
-        return fields
 
     def groups(self) -> list[tuple[int, int]]:
         """Runs of blocks `(first, last + 1)` between fork layers; the first may be empty."""

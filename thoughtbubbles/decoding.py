@@ -4,6 +4,7 @@ A policy that is not causal (`TopK`) may fork the past differently when a token 
 would not give what the model computes; its ratio budget follows the length of the prefix.
 """
 
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -29,7 +30,8 @@ def generate(
         prompts: token ids, at least one each; lengths may differ.
         max_new_tokens: at most this many are added to each.
         temperature: 0 takes the most probable token.
-        seed: with the number of equal prompts before it, the seed of a row's samples.
+        seed: of the samples. A row's key is made of the seed, its prompt, and how many equal
+            prompts stand before it, so that equal prompts get different texts.
         stop: a row ends after any of these ids (which is returned).
         choices: only ids below it are chosen, where the tokenizer has fewer ids than the model.
 
@@ -38,23 +40,26 @@ def generate(
     """
     if not prompts:
         return []
+    if max_new_tokens < 0 or temperature < 0:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}, temperature={temperature}: choose 0 or more"
+        )
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(
                 f"prompt {index} is empty: give at least one token, e.g. the separator"
             )
-        highest = max(max(prompt), -min(prompt))
-        if not 0 <= min(prompt) <= highest < model.config.vocab_size:
+        wrong = [token for token in prompt if not 0 <= token < model.config.vocab_size]
+        if wrong:
             raise ValueError(
-                f"prompt {index} holds token id {highest}, vocab_size={model.config.vocab_size}: "
+                f"prompt {index} holds token id {wrong[0]}, vocab_size={model.config.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), int(lengths.max()) + max_new_tokens), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    repeats = [list(map(tuple, prompts[:i])).count(tuple(p)) for i, p in enumerate(prompts)]
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(repeats))
+    keys = _row_keys(seed, [tuple(prompt) for prompt in prompts])
     tokens, ends = _extend(
         model,
         jnp.asarray(tokens),
@@ -69,6 +74,14 @@ def generate(
     return [
         row[length:end].tolist() for row, length, end in zip(tokens, lengths, ends, strict=True)
     ]
+
+
+def _row_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
+    repeats = [prompts[:index].count(prompt) for index, prompt in enumerate(prompts)]
+    hashes = [zlib.crc32(np.array(prompt, np.int32).tobytes()) for prompt in prompts]
+    fold = jax.vmap(jax.random.fold_in)
+    base = jnp.broadcast_to(jax.random.key(seed), (len(prompts),))
+    return fold(fold(base, jnp.array(hashes, jnp.uint32)), jnp.array(repeats, jnp.uint32))
 
 
 @jax.jit

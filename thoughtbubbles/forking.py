@@ -167,7 +167,8 @@ def merge(streams: Streams, kind: Merge = "residual") -> jax.Array:
             f"merge={kind!r} has no residual: use 'residual', 'rightmost' or merge_log_probs"
         )
     weights = jnp.where(membership(streams), weight[:, None, :], 0).astype(streams.x.dtype)
-    merged = jnp.einsum("bts,bsd->btd", weights, streams.x, preferred_element_type=jnp.float32)
+    # The highest precision makes the rightmost stream an exact copy on every backend.
+    merged = jnp.einsum("bts,bsd->btd", weights, streams.x, precision=jax.lax.Precision.HIGHEST)
     return merged.astype(streams.x.dtype)
 
 
@@ -218,7 +219,9 @@ def merge_log_probs(streams: Streams, log_probs: jax.Array, max_bubble: int) -> 
     total = jnp.full(count.shape, -jnp.inf)
     for place in range(max_bubble):
         slot = jnp.maximum(last - place, 0)
-        weight = jnp.where(place < count, _gather(streams.log_score, slot), -jnp.inf)
+        # At least one weight is finite: logaddexp(-inf, -inf) would have a NaN gradient.
+        weight = _gather(streams.log_score, slot)
+        weight = jnp.where(place < jnp.maximum(count, 1), weight, -jnp.inf)
         mixture = jnp.logaddexp(mixture, weight[..., None] + _gather(log_probs, slot))
         total = jnp.logaddexp(total, weight)
     uniform = -jnp.log(float(log_probs.shape[-1]))

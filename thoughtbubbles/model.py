@@ -89,7 +89,7 @@ class Thoughtbubbles(nnx.Module):
         """Logits `[B, T, V]` float32 (log-probabilities where the probability merge mixes).
 
         Args:
-            tokens: `[B, T]` int32.
+            tokens: `[B, T]` int32; an id outside the vocabulary makes its row NaN.
             mask: `[B, T]` bool, true for real tokens; padding, on either side, changes nothing of
                 real positions and gets zeros.
         """

@@ -98,6 +98,8 @@ class TopK:
         else:
             budget = jnp.full_like(candidates.length, self.streams)
         keys = jnp.where(candidates.forced, jnp.inf, candidates.log_score)
+        # NaN ranks first, so that it goes on to the loss instead of dying here unseen.
+        keys = jnp.where(jnp.isnan(candidates.log_score), jnp.inf, keys)
         keys = jnp.where(candidates.alive, keys, -jnp.inf)
         budget = jnp.minimum(budget, candidates.alive.sum(axis=-1))
         return best(jax.lax.stop_gradient(keys), budget) & candidates.alive

@@ -36,6 +36,10 @@ class Benchmark:
     dtype: str = "float32"
     repeats: int = 15
 
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} is below 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
@@ -50,7 +54,9 @@ class Timed:
 def main(config: Benchmark) -> None:
     """Print a table of step and forward times, their ratios, and the ratio of FLOPs."""
     depth = config.num_layers
-    forks = config.fork_layers or tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+    forks = config.fork_layers
+    if forks is None:
+        forks = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
     models = {"plain": prepare(config, ()), "bubbles": prepare(config, forks)}
     times: dict[tuple[str, str], list[float]] = {}
     for _ in range(config.repeats + 1):
@@ -117,7 +123,7 @@ def prepare(config: Benchmark, fork_layers: tuple[int, ...]) -> Timed:
         run_step,
         lambda: compiled(params, tokens),
         config.batch_size * model.forward_flops(config.seq_len),
-        (compiled.cost_analysis() or {})["flops"],
+        (compiled.cost_analysis() or {}).get("flops", float("nan")),
     )
 
 

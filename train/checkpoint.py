@@ -185,6 +185,8 @@ class Checkpointer:
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: Exception) -> CheckpointError:
+        # Unawaited tasks of the failed save would print tracebacks when they are collected.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         last = self.latest_step()
         intact = "there is no earlier checkpoint" if last is None else f"step {last} is intact"
         return CheckpointError(
@@ -222,14 +224,14 @@ def load_params(
     return envelope["meta"], _nested(_read(folder, "params", targets, envelope))
 
 
-# Leaves and their names
-
-
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The caller's metadata of the newest checkpoint in a run folder, or None if it has none."""
     directory = epath.Path(path).expanduser().absolute()
     steps = _steps(directory) if directory.exists() else []
     return _read_envelope(directory / str(steps[-1]))["meta"] if steps else None
+
+
+# Leaves and their names
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

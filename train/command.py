@@ -21,8 +21,8 @@ def run_command(
     """Parse the command line into `config` and call `main` with it.
 
     Args:
-        main: does the work; a `ValueError` from it is the user's mistake (set the environment
-            variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from).
+        main: does the work; a `ValueError` or `OSError` from it is the user's to mend (set the
+            environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from).
         config: frozen dataclass; every field becomes an option.
         presets: named values; the first word of the command line may name one (default: the first).
     """
@@ -36,7 +36,7 @@ def run_command(
                 raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
             default = presets[name]
         main(_parse(config, words, default))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

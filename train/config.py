@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from thoughtbubbles import ModelConfig
+from thoughtbubbles import ModelConfig, TopK
 from train.data import DataConfig
 from train.mesh import MeshConfig
 from train.optim import OptimizerConfig
@@ -15,13 +15,20 @@ class EvalConfig:
 
     Attributes:
         every: steps between evaluations during the run (0: only at the end).
-        rows: validation rows scored (0: all).
+        rows: validation rows scored, spread over the split (0: all).
         positions: how many are scored prefix-only if the model is not causal (0: all).
     """
 
     every: int = 100
-    rows: int = 64
+    rows: int = 256
     positions: int = 256
+
+    def __post_init__(self):
+        if min(self.every, self.rows) < 0 or self.positions < 0 or self.positions == 1:
+            raise ValueError(
+                f"every={self.every} rows={self.rows} positions={self.positions}: choose 0 or more "
+                "(positions: 0 or at least 2)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +79,17 @@ def as_json(config: Any) -> Any:
 
 def model_from_json(fields: dict[str, Any]) -> ModelConfig:
     """The ModelConfig that `as_json` wrote."""
-    from thoughtbubbles import TopK
-
     fields = dict(fields)
     fields["policy"] = TopK(**fields["policy"])
     fields["fork_layers"] = tuple(fields["fork_layers"])
     return ModelConfig(**fields)
 
 
-# What must stay equal when a run is continued; the rest (how long, how often, where) may change.
+# What must stay equal when a run is continued. Of the rest, changes of NOTED are told: steps move
+# the schedule, the others the order of float additions.
 FIXED = ("model", "data", "optimizer", "batch_size", "seed")
-FREE_IN = {"model": ("dtype", "scan_layers", "remat"), "data": ("cache_dir",)}
+FREE_IN = {"model": ("scan_layers", "remat"), "data": ("cache_dir",)}
+NOTED = ("steps", "accumulate", "mesh")
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -91,6 +98,12 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     for name in FIXED:
         found += _differences(name, saved.get(name), current.get(name), FREE_IN.get(name, ()))
     return found
+
+
+def noted_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Allowed changes after which the run is no longer the one that was begun."""
+    found = [_differences(name, saved.get(name), current.get(name), ()) for name in NOTED]
+    return [line for lines in found for line in lines]
 
 
 def _differences(name: str, saved: Any, current: Any, free: tuple[str, ...]) -> list[str]:

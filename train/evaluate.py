@@ -9,6 +9,7 @@ import numpy as np
 
 from train.config import EvalConfig
 from train.data import PackedRows, evaluation_batches
+from train.losses import token_losses
 from train.mesh import batch_sharding, place, replicated
 from train.state import Trainable
 
@@ -34,12 +35,7 @@ class Evaluator:
         everywhere = replicated(self._mesh)
 
         def blockwise(params: Any, tokens: jax.Array) -> jax.Array:
-            """`[B, T]` negative log-likelihoods in nats."""
-            model = trainable.model(params)
-            inputs, targets = tokens[:, :-1], jnp.maximum(tokens[:, 1:], 0)
-            length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
-            streams = model.run(jnp.maximum(inputs, 0), length).streams
-            return -model.log_prob(streams, targets)
+            return token_losses(trainable.model(params), tokens)[0]
 
         def prefix_only(params: Any, prefixes: jax.Array) -> jax.Array:
             """`[N]` nats of each row's last token (-1 stands after it) given those before."""
@@ -56,27 +52,35 @@ class Evaluator:
     def __call__(self, params: Any, rows: PackedRows) -> dict[str, float]:
         """Metrics of the first rows.
 
-        `loss` (nats per token) and `bits_per_byte` are the autoregressive model's. For a policy
-        that is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside them, and
-        `standard_error` is that of `loss` from scoring only some positions prefix-only: the loss is
-        the blockwise mean over all positions plus the mean difference over the sampled ones.
+        `loss` (nats per token) and `bits_per_byte` are the autoregressive model's;
+        `standard_error` is that of `loss` for the whole split, from having scored some rows only.
+
+        For a policy that is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside
+        them. The loss is then the blockwise mean over all positions plus the mean difference
+        between prefix-only and blockwise over the sampled positions, and the standard error
+        includes the error of that difference.
         """
         tokens, nats, weight, num_bytes = self._score_blockwise(params, rows)
         total, count = float(nats[weight].sum()), int(weight.sum())
         to_bits = count / math.log(2) / max(num_bytes, 1)
         blockwise = total / count
+        error = _error_of_mean(nats, weight, len(rows))
         if self._causal:
-            return {"loss": blockwise, "bits_per_byte": blockwise * to_bits}
+            return {
+                "loss": blockwise,
+                "bits_per_byte": blockwise * to_bits,
+                "standard_error": error,
+            }
         row, place_in_row = np.nonzero(weight)
         chosen = self._choose(len(row))
         row, place_in_row = row[chosen], place_in_row[chosen]
         gaps = self._score_prefixes(params, tokens, row, place_in_row) - nats[row, place_in_row]
-        error = gaps.std(ddof=1) / math.sqrt(len(gaps)) if 1 < len(gaps) < count else 0.0
+        gap_error = gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) < count else 0.0
         loss = blockwise + float(gaps.mean())
         return {
             "loss": loss,
             "bits_per_byte": loss * to_bits,
-            "standard_error": float(error),
+            "standard_error": math.hypot(error, gap_error),
             "blockwise_loss": blockwise,
             "blockwise_bits_per_byte": blockwise * to_bits,
         }
@@ -113,14 +117,24 @@ class Evaluator:
         return np.concatenate(scores)
 
 
+def _error_of_mean(nats: np.ndarray, weight: np.ndarray, rows_in_split: int) -> float:
+    """Standard error of the mean over targets, rows being the units that were sampled."""
+    scored = weight.any(axis=1)
+    total, count = (nats * weight).sum(axis=1)[scored], weight.sum(axis=1)[scored]
+    number = len(count)
+    if number < 2 or number >= rows_in_split:
+        return 0.0
+    spread = total - count * (total.sum() / count.sum())
+    variance = np.square(spread).sum() * number / (number - 1)
+    return float(np.sqrt(variance * (1 - number / rows_in_split)) / count.sum())
+
+
 def readable(metrics: dict[str, float]) -> str:
     """One line for a person."""
     line = (
-        f"held-out loss {metrics['loss']:.4f} nats/token, {metrics['bits_per_byte']:.4f} bits/byte"
+        f"held-out loss {metrics['loss']:.4f} ± {metrics['standard_error']:.4f} nats/token, "
+        f"{metrics['bits_per_byte']:.4f} bits/byte"
     )
     if "blockwise_loss" not in metrics:
         return line
-    return (
-        f"{line} (prefix-only, standard error {metrics['standard_error']:.4f}); "
-        f"blockwise {metrics['blockwise_loss']:.4f}, not causal"
-    )
+    return f"{line} (prefix-only); blockwise {metrics['blockwise_loss']:.4f}, not causal"

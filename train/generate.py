@@ -1,6 +1,8 @@
 """Text from a checkpoint: python -m train.generate --checkpoint runs/tiny --prompt "def "."""
 
 import dataclasses
+import importlib.util
+import sys
 from pathlib import Path
 
 from thoughtbubbles.bubbles import BubbleMap, bubble_map
@@ -33,6 +35,8 @@ class GenerateConfig:
 
 
 def main(config: GenerateConfig) -> None:
+    if config.figure:
+        check_figure(Path(config.figure))
     loaded = load_model(config.checkpoint)
     texts = write(
         loaded, list(config.prompt), config.max_new_tokens, config.temperature, config.seed
@@ -48,12 +52,25 @@ def main(config: GenerateConfig) -> None:
         print(f"bubble map: {Path(config.figure).absolute()}")
 
 
+def check_figure(path: Path) -> None:
+    """Raise before any work is done if a figure could not be saved there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('a figure needs matplotlib: pip install "thoughtbubbles[notebooks]"')
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"figure {path}: its folder does not exist, make it or choose another")
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"figure {path}: choose a name that ends in .png, .pdf or .svg")
+
+
 def write(
     loaded: Loaded, prompts: list[str], max_new_tokens: int, temperature: float, seed: int
 ) -> list[str]:
     """Each prompt with its continuation."""
     tokenizer = loaded.tokenizer
     ids = [[tokenizer.separator, *tokenizer.encode(prompt)[0].tolist()] for prompt in prompts]
+    longest, trained = max(map(len, ids)) + max_new_tokens, loaded.config["data"]["seq_len"]
+    if longest > trained:
+        print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
     new = generate(
         loaded.model,
         ids,

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -16,9 +18,9 @@ import numpy as np
 
 from train import evaluate
 from train.checkpoint import Checkpointer, load_meta
-from train.config import RunConfig, as_json, differences
-from train.data import Batch, PackedData, TrainReader, prepare
-from train.mesh import check_batch, make_mesh, place_local
+from train.config import RunConfig, as_json, differences, noted_changes
+from train.data import Batch, PackedData, TrainReader, load_tokenizer, prepare
+from train.mesh import batch_part, check_batch, make_mesh, place_local
 from train.metrics import MetricWriter, Progress, Throughput
 from train.state import Trainable, TrainState, make_trainable
 from train.statistics import readable as fork_metrics
@@ -43,20 +45,23 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises:
         ValueError: a mistake in the config, the data, or the run folder.
-        NonFiniteLoss: see `design`: the run folder then holds what is needed to look into it.
+        NonFiniteLoss: the run folder then holds the batch and metrics of that step, and the
+            checkpoints before it.
     """
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
-    data = prepare(config.data)
-    check_vocabulary(data, config)
+    check_vocabulary(config)
+    out = Path(config.out)
+    saved = load_meta(out)
+    check_continuation(out, saved, config)
     trainable = make_trainable(config.model, config.optimizer, config.steps, mesh, config.seed)
     train_step = make_train_step(trainable, config.accumulate)
-    evaluator = evaluate.Evaluator(trainable, config.batch_size, config.evaluation)
-    reader = TrainReader(
-        data.train, config.batch_size, config.data.seed, jax.process_index(), jax.process_count()
-    )
+    eval_batch = config.batch_size // config.accumulate
+    evaluator = evaluate.Evaluator(trainable, eval_batch, config.evaluation)
+    data = prepare(config.data)
+    check_fingerprint(out, saved, data)
+    reader = TrainReader(data.train, config.batch_size, config.data.seed, *batch_part(mesh))
     main_process = jax.process_index() == 0
-    out = Path(config.out)
     meta = {
         "config": as_json(config),
         "data_fingerprint": data.fingerprint,
@@ -64,17 +69,19 @@ def train(config: RunConfig) -> dict[str, float]:
     }
 
     with contextlib.ExitStack() as stack:
-        check_continuation(out, meta)
+        stack.enter_context(only_run_in(out))
         checkpointer = stack.enter_context(
             Checkpointer(out, config.save_every, config.keep, config.keep_every)
         )
         state = restore_or_init(checkpointer, trainable, out)
         start = int(state.step)
         if main_process:
-            (out / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
+            write_whole(out / "config.json", json.dumps(meta["config"], indent=2) + "\n")
         writer = stack.enter_context(MetricWriter(out, resume_step=start, enabled=main_process))
         progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
         progress.write(describe(config, data, trainable, start))
+        for change in noted_changes(saved["config"], meta["config"]) if saved else ():
+            progress.write(f"not the run that was begun: {change}")
         interrupted = stack.enter_context(stop_signals())
         throughput = Throughput()
 
@@ -94,9 +101,9 @@ def train(config: RunConfig) -> dict[str, float]:
                 writer.write(pending.step, metrics)
             progress.update(pending.step, loss, throughput.rate)
 
-        def save(step: int, force: bool = False) -> None:
+        def save(step: int) -> None:
             train = dataclasses.replace(state, params=())
-            checkpointer.save(step, state.params, train, {**meta, "step": step}, force)
+            checkpointer.save(step, state.params, train, {**meta, "step": step}, force=True)
 
         held_out: dict[str, float] = {}
         pending: Pending | None = None
@@ -111,19 +118,22 @@ def train(config: RunConfig) -> dict[str, float]:
             last = step == config.steps
             every = config.evaluation.every
             to_evaluate = last or (every > 0 and step % every == 0)
-            to_save = last or step % config.save_every == 0 or interrupted()
-            if to_evaluate or to_save:
-                # Nothing is saved of a step that has not been seen to be finite.
+            if to_evaluate:
                 finish(pending)
                 pending = None
-            if to_evaluate:
                 held_out = evaluator(state.params, data.validation)
                 writer.write(step, {f"eval/{name}": value for name, value in held_out.items()})
                 progress.write(f"step {step}: {evaluate.readable(held_out)}")
                 throughput.restart()
-            if to_save:
-                save(step, force=True)
-            if interrupted():
+            # Read once: a signal that comes later is seen after the next step.
+            stop = (interrupted() or checkpointer.reached_preemption(step)) and not last
+            if last or stop or step % config.save_every == 0:
+                # Nothing is saved of a step that has not been seen to be finite.
+                if pending is not None:
+                    finish(pending)
+                    pending = None
+                save(step)
+            if stop:
                 progress.write(f"stopped at step {step} and saved it in {out}: run again to go on")
                 break
         if not held_out and start >= config.steps:
@@ -132,32 +142,53 @@ def train(config: RunConfig) -> dict[str, float]:
     return held_out
 
 
-def check_vocabulary(data: PackedData, config: RunConfig) -> None:
+def check_vocabulary(config: RunConfig) -> None:
     """Raise if the tokenizer knows ids that the model has no embedding for."""
-    size = data.tokenizer.vocab_size
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    size = tokenizer.vocab_size
     if size > config.model.vocab_size:
         raise ValueError(
-            f"tokenizer {data.tokenizer.name} has {size} ids, model.vocab_size="
+            f"tokenizer {tokenizer.name} has {size} ids, model.vocab_size="
             f"{config.model.vocab_size}: pass --model.vocab-size {-(-size // 64) * 64}"
         )
 
 
-def check_continuation(out: Path, meta: dict[str, Any]) -> None:
+def check_continuation(out: Path, saved: dict[str, Any] | None, config: RunConfig) -> None:
     """Raise if `out` holds a run that this config would not continue."""
-    saved = load_meta(out)
-    if saved is None:
-        return
-    found = differences(saved["config"], meta["config"])
+    found = differences(saved["config"], as_json(config)) if saved else []
     if found:
         raise ValueError(
             f"{out} holds a run of another config ({'; '.join(found[:3])}"
             f"{'; ...' if len(found) > 3 else ''}): pass another --out, or the saved values"
         )
-    if saved["data_fingerprint"] != meta["data_fingerprint"]:
+
+
+def check_fingerprint(out: Path, saved: dict[str, Any] | None, data: PackedData) -> None:
+    """Raise if `out` holds a run on other data."""
+    if saved and saved["data_fingerprint"] != data.fingerprint:
         raise ValueError(
             f"{out} was trained on data {saved['data_fingerprint']}, the corpus is now "
-            f"{meta['data_fingerprint']}: restore the corpus, or pass another --out"
+            f"{data.fingerprint}: restore the corpus, or pass another --out"
         )
+
+
+@contextlib.contextmanager
+def only_run_in(out: Path) -> Iterator[None]:
+    """Hold the run folder: a second run in it would overwrite the first one's files."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f".lock-{jax.process_index()}").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is going on in {out}: pass another --out") from None
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill or a full disk leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def restore_or_init(checkpointer: Checkpointer, trainable: Trainable, out: Path) -> TrainState:

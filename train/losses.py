@@ -17,9 +17,14 @@ def next_token_loss(
     Returns:
         sum in nats, and (number of targets, the forward pass's output).
     """
+    nats, output = token_losses(model, tokens)
+    return nats.sum(), ((tokens[:, 1:] >= 0).sum(dtype=jnp.float32), output)
+
+
+def token_losses(model: Thoughtbubbles, tokens: jax.Array) -> tuple[jax.Array, Output]:
+    """Blockwise negative log-likelihoods `[B, T]` in nats of rows `[B, T+1]`; 0 for target -1."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
     output = model.run(jnp.maximum(inputs, 0), length)
-    weight = targets >= 0
     log_prob = model.log_prob(output.streams, jnp.maximum(targets, 0))
-    return -jnp.where(weight, log_prob, 0).sum(), (weight.sum(dtype=jnp.float32), output)
+    return -jnp.where(targets >= 0, log_prob, 0), output

@@ -127,5 +127,24 @@ def place(batch: Any, mesh: Mesh) -> jax.Array:
 
 
 def place_local(part: Any, mesh: Mesh) -> jax.Array:
-    """Put this process's rows of a batch on the mesh; the parts of all processes make the batch."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), part)
+    """Put this process's rows of a batch (its `batch_part`) on the mesh."""
+    _, count = batch_part(mesh)
+    whole = (count * part.shape[0], *part.shape[1:])
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), part, whole)
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """`(index, count)`: which of `count` equal parts of a batch this process's devices hold.
+
+    Processes that differ only along `tensor` hold the same part.
+    """
+    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    places = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    held = sorted({place[0].start or 0 for place in places if place is not None})
+    index, rest = divmod(held[0], len(held))
+    if rest or held != list(range(held[0], held[0] + len(held))):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives process {jax.process_index()} the parts {held} of a "
+            "batch: choose sizes that give each process one run of neighbouring rows"
+        )
+    return index, shards // len(held)

@@ -41,6 +41,9 @@ class OptimizerConfig:
         for name in ("warmup", "decay", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose 0 to 1")
+        for name in ("learning_rate", "clip", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not positive")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(
                 f"warmup={self.warmup} and decay={self.decay} exceed the run: "

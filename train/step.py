@@ -35,7 +35,7 @@ def make_train_step(trainable: Trainable, accumulate: int = 1) -> TrainStep:
         if accumulate == 1:
             grads, sums = gradients(state.params, tokens)
         else:
-            grads, sums = _accumulated(gradients, state.params, tokens, accumulate, trainable)
+            grads, sums = _accumulated(gradients, state.params, tokens, accumulate)
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
         updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)
@@ -57,7 +57,7 @@ def make_train_step(trainable: Trainable, accumulate: int = 1) -> TrainStep:
     )
 
 
-def _accumulated(gradients, params: Any, tokens: jax.Array, parts: int, trainable: Trainable):
+def _accumulated(gradients, params: Any, tokens: jax.Array, parts: int):
     # Micro-batch `i` takes rows i::parts: each device keeps the rows that it has.
     split = tokens.reshape(tokens.shape[0] // parts, parts, -1).swapaxes(0, 1)
     example = jax.eval_shape(gradients, params, split[0])

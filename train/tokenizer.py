@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import tokenizers
-import tyro
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from train.command import run_command
 from train.data import DataConfig, DataError, HuggingFaceTokenizer, open_corpus
 from train.data.corpora import Corpus
 from train.data.tokenizers import SEPARATORS
@@ -98,14 +98,9 @@ def run(config: TokenizerConfig) -> str:
     )
 
 
-def main() -> None:
-    """The command."""
-    try:
-        print(run(tyro.cli(TokenizerConfig)))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+def main(config: TokenizerConfig) -> None:
+    print(run(config))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, TokenizerConfig)
