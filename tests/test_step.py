@@ -31,9 +31,11 @@ def batches(count, rows=16, length=13):
     return tokens
 
 
-def run_steps(mesh_config=None, devices=8, accumulate=1, optimizer=ADAMW, inputs=None):
+def run_steps(
+    mesh_config=None, devices=8, accumulate=1, optimizer=ADAMW, inputs=None, config=CONFIG
+):
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:devices])
-    trainable = make_trainable(CONFIG, optimizer, steps=10, mesh=mesh)
+    trainable = make_trainable(config, optimizer, steps=10, mesh=mesh)
     step, state = make_train_step(trainable, accumulate), trainable.init()
     first = jax.device_get(state.params)
     losses = []
@@ -66,6 +68,14 @@ def test_the_step_learns_and_compiles_once():
     _, losses, _, step = run_steps(devices=1, inputs=[batches(1)[0]] * 30)
     assert losses[-1] < losses[0] - 0.3
     assert step._cache_size() == 1
+
+
+def test_large_model_settings_train(one_device):
+    """bfloat16, scanned layers and rematerialisation on a mesh stay near float32 on one device."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", scan_layers=True, remat="dots")
+    _, losses, params, _ = run_steps(MeshConfig(2, 2, 2), config=config)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    np.testing.assert_allclose(losses, one_device[1], rtol=5e-3)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

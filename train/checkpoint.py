@@ -8,7 +8,6 @@ step folder gets its final name only when it is complete.
 
 import errno
 import json
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+
+from train.hush import hush_failed_saves, hush_leftovers
 
 _ITEMS = ("params", "train")
 _SHOWN = 3  # leaves named in an error line
@@ -67,8 +68,7 @@ class Checkpointer:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,  # what a killed save has left
         )
-        # For good: threads of a failed save speak up after everything is closed.
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        hush_failed_saves()
         try:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:
@@ -185,8 +185,7 @@ class Checkpointer:
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: Exception) -> CheckpointError:
-        # Unawaited tasks of the failed save would print tracebacks when they are collected.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        hush_leftovers()
         last = self.latest_step()
         intact = "there is no earlier checkpoint" if last is None else f"step {last} is intact"
         return CheckpointError(
@@ -432,8 +431,3 @@ def _reason(error: BaseException) -> str:
             return os.strerror(code)
     line = (text.splitlines() or [""])[0] or type(error).__name__
     return line if len(line) <= 120 else line[:117] + "..."
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """What matters reaches the user as one line of ours; orbax logs it with tracebacks before."""
-    return record.levelno < logging.WARNING or "orbax" not in record.pathname
