@@ -16,7 +16,7 @@ from thoughtbubbles import Fork, Streams, TopK
 from train.mesh import MeshConfig, batch_part, batch_sharding, check_batch, make_mesh, place
 from train.optim import OptimizerConfig, make_schedule, muon_dimensions
 from train.state import make_trainable
-from train.statistics import fork_statistics, readable
+from train.statistics import fork_statistics, readable, score_samples
 from train.step import make_train_step
 
 CONFIG = dataclasses.replace(BASE, vocab_size=32, num_layers=3, fork_layers=(1, 2))
@@ -222,10 +222,14 @@ def test_fork_statistics_count_what_is_there():
     from tiny import heavy_model, random_tokens, run
 
     output = run(heavy_model(BASE), random_tokens(3, 12), jnp.array([12, 5, 0]))
-    metrics = readable(jax.device_get(fork_statistics(output)), BASE.fork_layers)
+    sums = jax.device_get(fork_statistics(output))
+    metrics = readable(sums, BASE.fork_layers)
     last = output.forks[-1]
     counts = [np.bincount(t[a], minlength=1) for t, a in zip(last.token, last.alive, strict=True)]
     counts = np.concatenate([c[c > 0] for c in counts])
     assert metrics["fork_3/streams_per_token"] == pytest.approx(counts.mean())
     assert metrics["fork_3/forked_share"] == pytest.approx((counts > 1).mean())
     assert sum(metrics["fork_3/score_histogram"]) == pytest.approx(1, abs=1e-5)
+    scores = np.exp(output.forks[-1].log_score)[np.asarray(output.forks[-1].alive)]
+    samples = score_samples(sums, BASE.fork_layers)["fork_3/score"]
+    np.testing.assert_allclose(np.sort(samples), np.sort(scores), atol=0.05 + 1e-6)

@@ -24,6 +24,7 @@ from train.mesh import batch_part, check_batch, make_mesh, place_local
 from train.metrics import MetricWriter, Progress, Throughput
 from train.state import Trainable, TrainState, make_trainable
 from train.statistics import readable as fork_metrics
+from train.statistics import score_samples
 from train.step import make_train_step
 
 
@@ -95,10 +96,11 @@ def train(config: RunConfig) -> dict[str, float]:
                 metrics = {
                     name: pending.metrics[name] for name in ("loss", "grad_norm", "learning_rate")
                 }
-                metrics |= fork_metrics(pending.metrics["forks"], config.model.fork_layers)
+                forks, layers = pending.metrics["forks"], config.model.fork_layers
+                metrics |= fork_metrics(forks, layers)
                 if throughput.rate is not None:
                     metrics["tokens_per_second"] = throughput.rate
-                writer.write(pending.step, metrics)
+                writer.write(pending.step, metrics, score_samples(forks, layers))
             progress.update(pending.step, loss, throughput.rate)
 
         def save(step: int) -> None:

@@ -50,3 +50,12 @@ def readable(sums: dict[str, Any], fork_layers: tuple[int, ...]) -> dict[str, An
         scores = layer_sums["scores"] / max(float(layer_sums["scores"].sum()), 1.0)
         metrics[f"{name}/score_histogram"] = [round(float(share), 6) for share in scores]
     return metrics
+
+
+def score_samples(sums: dict[str, Any], fork_layers: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Scores of all streams by fork layer, each moved to the middle of its bin, for histograms."""
+    middles = (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS
+    return {
+        f"fork_{layer}/score": np.repeat(middles, np.asarray(sums["scores"])[index].astype(int))
+        for index, layer in enumerate(fork_layers)
+    }
