@@ -4,19 +4,22 @@ from thoughtbubbles.config import PRESETS, ModelConfig
 from thoughtbubbles.forking import merge
 from thoughtbubbles.layers import Block, Fork
 from thoughtbubbles.model import Output, Thoughtbubbles
-from thoughtbubbles.policies import Candidates, Policy, TopK
+from thoughtbubbles.policies import Candidates, CausalPolicy, Policy, PrefixRank, Threshold, TopK
 from thoughtbubbles.streams import Streams
 
 __all__ = [
     "PRESETS",
     "Block",
     "Candidates",
+    "CausalPolicy",
     "Fork",
     "ModelConfig",
     "Output",
     "Policy",
+    "PrefixRank",
     "Streams",
     "Thoughtbubbles",
+    "Threshold",
     "TopK",
     "merge",
 ]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from thoughtbubbles.attention import visited_pairs
-from thoughtbubbles.policies import TopK
+from thoughtbubbles.policies import PrefixRank, Threshold, TopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ModelConfig:
     q·k before the division by sqrt(K) (the authors' code), `"none"` after it (a weight of exactly
     p). `copies` is the copy-k baseline: each input residual k times, the rightmost decoded.
 
-    The six switches from `fork_embedding` on each take one ingredient out, for ablations.
+    The seven switches from `fork_embedding` on each take one ingredient out, for ablations.
     """
 
     vocab_size: int
@@ -42,7 +42,7 @@ class ModelConfig:
 
     copies: int = 1
     fork_layers: tuple[int, ...] = ()
-    policy: TopK = TopK()
+    policy: TopK | PrefixRank | Threshold = TopK()
     merge: Literal["probability", "residual", "rightmost"] = "residual"
     score_bias: Literal["head", "none"] = "head"
     fork_embedding: bool = True
@@ -50,6 +50,7 @@ class ModelConfig:
     value_scaling: bool = True
     residual_scaling: bool = True
     forced_keep: bool = True
+    score_originals: bool = True
     fractional_positions: bool = True
 
     # How to compute, not what: none of these changes the weights.

@@ -46,6 +46,34 @@ class ForkPlan:
     alive: jax.Array
 
 
+def candidates_of(
+    streams: Streams,
+    log_scores: jax.Array,
+    forced_keep: bool = True,
+    threshold: jax.Array | None = None,
+) -> Candidates:
+    """What a policy sees of the streams.
+
+    Args:
+        streams: `S` streams a row.
+        log_scores: `[B, 2S]` from `candidate_log_scores`.
+        forced_keep: keep every original whatever its score (eq. 4).
+        threshold: the fork layer's, for policies that have one.
+    """
+    twice = lambda values: jnp.repeat(values, 2, axis=1)  # noqa: E731
+    is_keep = jnp.arange(log_scores.shape[1]) % 2 == 1
+    return Candidates(
+        log_scores,
+        twice(streams.token),
+        alive=twice(streams.alive),
+        forced=twice(streams.original) & is_keep & forced_keep,
+        length=streams.length,
+        first=streams.first,
+        num_tokens=streams.num_tokens,
+        threshold=threshold,
+    )
+
+
 def plan_fork(
     streams: Streams, log_scores: jax.Array, policy: Policy, forced_keep: bool = True
 ) -> ForkPlan:
@@ -57,15 +85,8 @@ def plan_fork(
         policy: what decides.
         forced_keep: keep every original whatever its score (eq. 4).
     """
-    twice = lambda values: jnp.repeat(values, 2, axis=1)  # noqa: E731
-    is_keep = jnp.arange(log_scores.shape[1]) % 2 == 1
-    forced = twice(streams.original) & is_keep & forced_keep
-    alive = twice(streams.alive)
-    candidates = Candidates(
-        log_scores, twice(streams.token), alive, forced, streams.length, streams.num_tokens
-    )
-    slots = min(log_scores.shape[1], policy.capacity(streams.num_tokens))
-    return compact(policy.keep(candidates), slots)
+    keep = policy.keep(candidates_of(streams, log_scores, forced_keep))
+    return compact(keep, min(keep.shape[1], policy.capacity(streams.num_tokens)))
 
 
 def compact(keep: jax.Array, slots: int) -> ForkPlan:

@@ -7,7 +7,7 @@ them to a mesh, so a module needs none.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,12 @@ from flax import nnx
 from thoughtbubbles import forking
 from thoughtbubbles.attention import attend
 from thoughtbubbles.config import ModelConfig
-from thoughtbubbles.policies import Policy, TopK
+from thoughtbubbles.policies import Candidates, CausalPolicy, Policy, Threshold, TopK
 from thoughtbubbles.positions import rotary_angles, rotate
 from thoughtbubbles.streams import Streams
 
 INIT_STD = 0.02
+TRACKING_RATE = 0.05
 
 
 def weight(
@@ -34,6 +35,10 @@ def weight(
 def vector(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
     """A bias, scale or embedding vector: no contracted axes, no weight decay."""
     return nnx.Param(value, axes=axes, inputs=0)
+
+
+class Tracked(nnx.Variable):
+    """Model state that follows statistics of training; not a parameter, fixed otherwise."""
 
 
 class Norm(nnx.Module):
@@ -208,6 +213,7 @@ class Fork(nnx.Module):
         norm, norm_eps, norm_bias: the norm in front of the score map.
         embedding: whether forks get a learned vector added (off: an ablation).
         forced_keep: whether originals always live (off: an ablation).
+        score_originals: whether originals carry a score as in the paper; off, theirs stays 1.
         rngs: for the initial values.
     """
 
@@ -221,24 +227,62 @@ class Fork(nnx.Module):
         norm_bias: bool = True,
         embedding: bool = True,
         forced_keep: bool = True,
+        score_originals: bool = True,
         rngs: nnx.Rngs,
     ):
         self.policy, self.forced_keep = policy, forced_keep
+        self.score_originals = score_originals
         self.norm = Norm(embed_dim, norm, bias=norm_bias, eps=norm_eps)
         self.score = weight(rngs, (embed_dim, 2), ("embed", "candidates"))
         scale = embed_dim**-0.5
         noise = jax.random.normal(rngs.params(), (embed_dim,), jnp.float32)
         self.embedding = vector(scale * noise, ("embed",)) if embedding else None
+        self.threshold = Tracked(jnp.zeros(())) if isinstance(policy, Threshold) else None
 
-    def __call__(self, streams: Streams) -> Streams:
-        """`S` slots a row to `min(2 S, policy.capacity(T))` slots."""
+    def __call__(self, streams: Streams, *, track: bool = False) -> Streams:
+        """`S` slots a row to `min(2 S, policy.capacity(T))` slots.
+
+        Args:
+            track: also let the threshold of a `Threshold` policy follow these scores (training).
+        """
+        candidates = self._candidates(streams)
+        if track and isinstance(self.policy, Threshold):
+            point = self.policy.meeting_point(candidates)
+            self.threshold[...] += TRACKING_RATE * (point - self.threshold[...])
+        keep = self.policy.keep(candidates)
+        return self._fork(streams, candidates, keep, streams.num_tokens)
+
+    def extend(self, streams: Streams, memory: Any, num_tokens: int) -> tuple[Streams, Any]:
+        """Fork the next tokens of rows whose earlier tokens were forked before.
+
+        Args:
+            streams: of the next tokens; `streams.first` tells how many stand before them.
+            memory: of the policy, which must be causal.
+            num_tokens: bound on the tokens of the whole sequence.
+        """
+        candidates = self._candidates(streams)
+        keep, memory = cast(CausalPolicy, self.policy).keep_next(candidates, memory)
+        return self._fork(streams, candidates, keep, num_tokens), memory
+
+    def _candidates(self, streams: Streams) -> Candidates:
         # The norm's output and the score map stay in float32: ties in bfloat16 scores decide.
         hidden = self.norm(streams.x.astype(jnp.float32))
         logits = jnp.einsum(
             "bsd,dc->bsc", hidden, self.score[...], precision=jax.lax.Precision.HIGHEST
         )
         log_scores = forking.candidate_log_scores(logits, streams.log_score)
-        plan = forking.plan_fork(streams, log_scores, self.policy, self.forced_keep)
+        threshold = None if self.threshold is None else self.threshold[...]
+        candidates = forking.candidates_of(streams, log_scores, self.forced_keep, threshold)
+        if self.score_originals:
+            return candidates
+        log_scores = jnp.where(candidates.forced, 0.0, log_scores)
+        return dataclasses.replace(candidates, log_score=log_scores)
+
+    def _fork(self, streams: Streams, candidates: Candidates, keep: jax.Array, num_tokens: int):
+        plan = forking.compact(keep, min(keep.shape[1], self.policy.capacity(num_tokens)))
+        log_scores = candidates.log_score
+        if isinstance(self.policy, Threshold):
+            log_scores = self.policy.scores(candidates)
         embedding = None if self.embedding is None else self.embedding[...]
         return forking.fork(streams, log_scores, plan, embedding)
 

@@ -99,12 +99,15 @@ class Thoughtbubbles(nnx.Module):
         logits = self.logits(self.run(aligned, length).streams)
         return restore_alignment(logits, mask, rank)
 
-    def run(self, tokens: jax.Array, length: jax.Array | None = None) -> Output:
+    def run(
+        self, tokens: jax.Array, length: jax.Array | None = None, *, track: bool = False
+    ) -> Output:
         """All layers but the head, over right-padded rows.
 
         Args:
             tokens: `[B, T]` int32.
             length: `[B]` number of real tokens in each row; all `T` if not given.
+            track: let tracked thresholds follow these tokens (training).
         """
         config = self.config
         x = jnp.take(self.embed[...], tokens, axis=0).astype(config.dtype)
@@ -112,7 +115,7 @@ class Thoughtbubbles(nnx.Module):
         forks = []
         for index, (start, end) in enumerate(config.groups()):
             if index:
-                streams = self.forks[index - 1](streams)
+                streams = self.forks[index - 1](streams, track=track)
                 streams = streams.replace(x=self.constrain(streams.x))
                 forks.append(streams)
             streams = self._run_blocks(streams, start, end)
@@ -188,6 +191,7 @@ def _fork_of(config: ModelConfig, rngs: nnx.Rngs) -> Fork:
         norm_bias=config.biases == "all",
         embedding=config.fork_embedding,
         forced_keep=config.forced_keep,
+        score_originals=config.score_originals,
         rngs=rngs,
     )
 

@@ -20,6 +20,7 @@ class Streams:
         alive: `[B, S]` bool.
         length: `[B]` int32 number of real tokens in each row.
         num_tokens: `T`, static number of token places; shorter rows are padded on the right.
+        first: `[B]` int32 tokens of the sequence before token 0 of the row (cached decoding).
         forked: static; false until the first fork layer, while all scores are exactly 0.
     """
 
@@ -28,26 +29,36 @@ class Streams:
     token: jax.Array
     alive: jax.Array
     length: jax.Array
+    first: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
     forked: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def start(cls, x: jax.Array, length: jax.Array | None = None, copies: int = 1) -> "Streams":
+    def start(
+        cls,
+        x: jax.Array,
+        length: jax.Array | None = None,
+        copies: int = 1,
+        first: jax.Array | None = None,
+    ) -> "Streams":
         """One stream per token from residuals `x [B, T, D]` (`copies` of each for copy-k).
 
         Args:
             x: residuals of right-padded rows.
             length: `[B]` number of real tokens in each row; all `T` if not given.
             copies: how many equal streams each token starts with.
+            first: `[B]` tokens of the sequence before these; none if not given.
         """
         batch, num_tokens, _ = x.shape
         if length is None:
             length = jnp.full((batch,), num_tokens, jnp.int32)
+        if first is None:
+            first = jnp.zeros((batch,), jnp.int32)
         token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
         if copies > 1:
             x, token = jnp.repeat(x, copies, axis=1), jnp.repeat(token, copies, axis=1)
         log_score = jnp.zeros(token.shape, jnp.float32)
-        return cls(x, log_score, token, token < length[:, None], length, num_tokens)
+        return cls(x, log_score, token, token < length[:, None], length, first, num_tokens)
 
     def replace(self, **changes) -> "Streams":
         """The same streams with some fields changed, as `dataclasses.replace`."""
@@ -80,7 +91,7 @@ class Streams:
         The original of token `i` sits at `i`, the `p`-th fork to its left at `i - p / n` for a
         bubble of `n` streams. With `fractional=False` all streams of token `i` sit at `i`.
         """
-        token = self.token.astype(jnp.float32)
+        token = (self.token + self.first[:, None]).astype(jnp.float32)
         if not fractional:
             return token
         place, size = self.bubbles()
@@ -105,6 +116,7 @@ class Streams:
             token=jnp.zeros_like(slot),
             alive=alive,
             length=jnp.ones_like(self.length),
+            first=self.first + token,
             num_tokens=1,
         )
 
