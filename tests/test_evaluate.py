@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BASE, heavy_model, logits_of
+from tiny import BASE, heavy_model, logits_of, run
 
+from thoughtbubbles import PrefixRank, Threshold, TopK
 from train.config import EvalConfig
+from train.dials import Setting, figure, table, turn
 from train.evaluate import Evaluator, _error_of_mean, readable
 from train.mesh import MeshConfig, make_mesh
 from train.optim import OptimizerConfig
@@ -35,10 +37,9 @@ class Rows:
 def evaluate(config, mesh=None, **settings):
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     trainable = make_trainable(config, OptimizerConfig(), 10, mesh)
-    params = nnx.state(heavy_model(config), nnx.Param)
-    params = jax.device_put(params, trainable.shardings.params)
+    weights = jax.device_put(nnx.state(heavy_model(config)), trainable.shardings.weights)
     evaluator = Evaluator(trainable, 8 if mesh.size > 1 else 2, EvalConfig(**settings))
-    return evaluator(params, Rows())  # pyright: ignore
+    return evaluator(weights, Rows())  # pyright: ignore
 
 
 def brute_force(config):
@@ -72,9 +73,77 @@ def test_prefix_only_is_brute_force(kind):
 def test_a_plain_decoder_has_one_number():
     config = dataclasses.replace(BASE, fork_layers=())
     metrics = evaluate(config, rows=0)
-    assert set(metrics) == {"loss", "bits_per_byte", "standard_error"}
+    assert set(metrics) == {"loss", "bits_per_byte", "standard_error", "streams_per_token"}
+    assert metrics["streams_per_token"] == 1
     assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
     assert "blockwise" not in readable(metrics)
+
+
+@pytest.mark.parametrize("policy", [PrefixRank(1.5, window=3), Threshold(1.5)], ids=str)
+def test_a_causal_policy_has_one_number_and_it_is_honest(policy):
+    """Blockwise is prefix-only, to float noise; for `TopK` it is not (above)."""
+    config = dataclasses.replace(BASE, policy=policy)
+    metrics = evaluate(config, rows=0)
+    assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
+    assert "blockwise_loss" not in metrics and "blockwise" not in readable(metrics)
+
+
+@pytest.mark.parametrize("policy", [TopK(1.5), PrefixRank(1.5), Threshold(1.5)], ids=str)
+def test_streams_per_token_are_counted_after_the_last_fork_layer(policy):
+    config = dataclasses.replace(BASE, policy=policy)
+    tokens = Rows().tokens[:, :-1]
+    length = (tokens >= 0).sum(axis=1)
+    last = run(heavy_model(config), jnp.maximum(tokens, 0), jnp.asarray(length)).forks[-1]
+    expected = int(last.alive.sum()) / length.sum()
+    metrics = evaluate(config, rows=0, positions=2)
+    assert metrics["streams_per_token"] == pytest.approx(expected)
+    assert f"{expected:.2f} streams/token" in readable(metrics)
+
+
+@pytest.mark.parametrize(
+    ("policy", "dials", "turned"),
+    [
+        (TopK(2.0), {}, TopK(2.0)),
+        (TopK(streams=30), {"ratio": 1.5}, TopK(1.5)),
+        (PrefixRank(2.0, burst=3), {"ratio": 1.5, "window": 4}, PrefixRank(1.5, 4, 3)),
+        (Threshold(2.0), {"threshold_offset": 0.0}, Threshold(2.0)),
+        (Threshold(2.0), {"threshold_offset": -0.1}, Threshold(2.0, offset=-0.1)),
+    ],
+)
+def test_dials(policy, dials, turned):
+    assert turn(policy, **dials) == turned
+
+
+@pytest.mark.parametrize(
+    ("policy", "dials", "message"),
+    [
+        (TopK(2.0), {"window": 4}, "window=4 is a dial of PrefixRank, the policy is TopK"),
+        (PrefixRank(2.0), {"threshold_offset": 0.1}, "0.1 is a dial of Threshold"),
+        (Threshold(2.0), {"threshold_offset": 2.0}, "offset=2.0"),
+        (PrefixRank(2.0), {"ratio": 0.5}, "ratio=0.5 is below 1"),
+    ],
+)
+def test_dials_that_are_not_there(policy, dials, message):
+    with pytest.raises(ValueError, match=message):
+        turn(policy, **dials)
+
+
+def test_dial_figure_and_table():
+    points = [(1.0, 1.0, 2.5), (1.5, 1.4, 2.2), (2.0, 1.9, 2.1)]
+    settings = [
+        Setting(
+            f"{ratio:g}",
+            PrefixRank(ratio),
+            {"streams_per_token": s, "loss": b, "bits_per_byte": b, "standard_error": 0.01},
+        )
+        for ratio, s, b in points
+    ]
+    line, trained = figure(settings, "title", PrefixRank(1.5)).axes[0].lines
+    assert list(zip(*line.get_data(), strict=True)) == [point[1:] for point in points]
+    assert list(zip(*trained.get_data(), strict=True)) == [(1.4, 2.2)]
+    assert len(figure(settings, "title", TopK()).axes[0].lines) == 1
+    lines = table(settings).splitlines()
+    assert len({len(line) for line in lines}) == 1 and "1.400" in lines[2]
 
 
 def test_sampled_positions_estimate_the_whole():

@@ -9,14 +9,24 @@ import pytest
 from flax import nnx
 from tiny import BASE, heavy_model, logits_of, random_tokens, run
 
-from thoughtbubbles import Candidates, Fork, Streams, Thoughtbubbles, TopK, merge
+from thoughtbubbles import (
+    Candidates,
+    Fork,
+    PrefixRank,
+    Streams,
+    Thoughtbubbles,
+    Threshold,
+    TopK,
+    merge,
+)
 from thoughtbubbles.forking import compact, merge_log_prob, merge_log_probs, take
 from thoughtbubbles.policies import best
 
 POLICIES = [TopK(1.0), TopK(1.1), TopK(1.5), TopK(2.0), TopK(4.0), TopK(streams=30)]
+CAUSAL = [PrefixRank(1.5), PrefixRank(1.5, window=3), Threshold(1.5)]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", [*POLICIES, *CAUSAL], ids=str)
 def test_budget_originals_and_order(policy):
     model = heavy_model(dataclasses.replace(BASE, policy=policy))
     tokens = random_tokens(4, 12)
@@ -25,7 +35,7 @@ def test_budget_originals_and_order(policy):
         alive, token = np.asarray(streams.alive), np.asarray(streams.token)
         for row in range(4):
             count = int(alive[row].sum())
-            budget = policy.streams or policy.capacity(int(length[row]))
+            budget = getattr(policy, "streams", None) or policy.capacity(int(length[row]))
             assert count <= budget
             assert not alive[row, count:].any(), "dead slots stand last"
             live = token[row, :count]
@@ -72,6 +82,18 @@ def test_nothing_to_select_is_causal(changes):
     assert (logits_of(model, tokens)[:, :-1] == logits_of(model, changed)[:, :-1]).all()
 
 
+@pytest.mark.parametrize("policy", CAUSAL, ids=str)
+def test_causal_policies_are_causal(policy):
+    """Changing only the last token, or cutting it off, changes nothing before it."""
+    model = heavy_model(dataclasses.replace(BASE, policy=policy))
+    tokens = random_tokens(64, 12)
+    changed = tokens.at[:, -1].set((tokens[:, -1] + 1) % BASE.vocab_size)
+    logits = logits_of(model, tokens)[:, :-1]
+    assert (logits == logits_of(model, changed)[:, :-1]).all()
+    np.testing.assert_allclose(logits, logits_of(model, tokens[:, :-1]), atol=1e-4)
+    assert model.config.causal
+
+
 def test_permuting_the_batch_permutes_the_output():
     model, tokens = heavy_model(BASE), random_tokens(8, 12)
     order = np.random.default_rng(1).permutation(8)
@@ -79,10 +101,17 @@ def test_permuting_the_batch_permutes_the_output():
     np.testing.assert_allclose(permuted, logits_of(model, tokens)[order], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["probability", "residual", "rightmost"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"merge": kind} for kind in ("probability", "residual", "rightmost")),
+        *({"policy": policy} for policy in CAUSAL),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
-def test_padding_never_changes_real_positions(kind, side):
-    model = heavy_model(dataclasses.replace(BASE, merge=kind))
+def test_padding_never_changes_real_positions(changes, side):
+    model = heavy_model(dataclasses.replace(BASE, **changes))
     tokens = random_tokens(1, 7)
     places = {"left": range(5, 12), "right": range(7), "middle": [0, 1, 4, 5, 6, 9, 11]}[side]
     padded = jnp.full((1, 12), 3).at[0, jnp.array(list(places))].set(tokens[0])
@@ -196,7 +225,13 @@ def test_rotary_places_of_a_bubble():
     token = jnp.array([[0, 1, 1, 1, 2, 0]])
     alive = jnp.array([[True, True, True, True, True, False]])
     streams = Streams(
-        jnp.zeros((1, 6, 2)), jnp.zeros((1, 6)), token, alive, jnp.array([3]), num_tokens=3
+        jnp.zeros((1, 6, 2)),
+        jnp.zeros((1, 6)),
+        token,
+        alive,
+        length=jnp.array([3]),
+        first=jnp.array([0]),
+        num_tokens=3,
     )
     np.testing.assert_allclose(streams.positions()[0], [0, 1 / 3, 2 / 3, 1, 2, 0], atol=1e-6)
     assert streams.original[0].tolist() == [True, False, False, True, True, False]
@@ -238,14 +273,16 @@ def test_gradients_are_finite_with_padding_and_lost_tokens(kind, forced_keep):
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
 
 
-def test_nan_reaches_the_logits():
+@pytest.mark.parametrize("policy", [TopK(1.5), *CAUSAL], ids=str)
+def test_nan_reaches_the_logits(policy):
     """Comparisons with NaN are false: a careless selection would drop the evidence."""
-    model = heavy_model(BASE)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    config = dataclasses.replace(BASE, policy=policy)
+    model = heavy_model(config)
+    params = nnx.to_pure_dict(nnx.state(model))
     params["blocks"]["attention"]["q"] = (
         params["blocks"]["attention"]["q"].at[0, 0, 0, 0].set(jnp.nan)
     )
-    broken = Thoughtbubbles.from_params(BASE, params)
+    broken = Thoughtbubbles.from_params(config, params)
     assert jnp.isnan(logits_of(broken, random_tokens(2, 12))).any()
     assert jnp.isnan(logits_of(model, random_tokens(2, 12).at[0, 3].set(BASE.vocab_size))).any()
 

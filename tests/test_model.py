@@ -9,7 +9,16 @@ import pytest
 from flax import nnx
 from tiny import BASE, heavy_model, logits_of, random_tokens, run
 
-from thoughtbubbles import PRESETS, Block, ModelConfig, Streams, Thoughtbubbles, TopK
+from thoughtbubbles import (
+    PRESETS,
+    Block,
+    ModelConfig,
+    PrefixRank,
+    Streams,
+    Thoughtbubbles,
+    Threshold,
+    TopK,
+)
 from thoughtbubbles.attention import attend, attend_reference
 
 DECODERS = {
@@ -27,6 +36,8 @@ DECODERS = {
         "mlp_dim": 24,
         "head_dim": 10,
     },
+    "prefix-rank": {"policy": PrefixRank(1.5, window=6), "fork_layers": (1, 3)},
+    "threshold": {"policy": Threshold(1.5, burst=1), "merge": "probability"},
 }
 
 
@@ -58,12 +69,22 @@ def test_without_forks_it_is_the_plain_decoder():
     assert not run(plain, tokens).streams.forked
 
 
-@pytest.mark.parametrize("changes", [{"scan_layers": True}, {"remat": "full"}, {"remat": "dots"}])
-@pytest.mark.parametrize("kind", ["forks", "plain"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *(("forks", how) for how in ({"scan_layers": True}, {"remat": "full"}, {"remat": "dots"})),
+        *(("plain", how) for how in ({"scan_layers": True}, {"remat": "full"})),
+        *(
+            (kind, {"scan_layers": True, "remat": "dots"})
+            for kind in ("plain", "prefix-rank", "threshold")
+        ),
+    ],
+    ids=str,
+)
 def test_execution_choices_change_no_number(kind, changes):
     config = dataclasses.replace(BASE, **DECODERS[kind])
     other = Thoughtbubbles.from_params(
-        dataclasses.replace(config, **changes), params_of(heavy_model(config))
+        dataclasses.replace(config, **changes), nnx.to_pure_dict(nnx.state(heavy_model(config)))
     )
     tokens = random_tokens(2, 9)
 
@@ -85,18 +106,29 @@ def test_execution_choices_change_no_number(kind, changes):
 def test_parameter_count(kind):
     config = dataclasses.replace(BASE, **DECODERS[kind])
     model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
-    assert config.num_params() == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    params = nnx.state(model, nnx.Param)
+    assert config.num_params() == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_build_and_count(preset):
     config = ModelConfig.preset(preset)
     model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
-    built = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    built = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert built == config.num_params()
     published = {"150m": 150e6, "319m": 319e6, "772m": 772.8e6, "1_9b": 1.916e9}
     if preset in published:
         assert built == pytest.approx(published[preset], rel=0.015)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_slots_are_those_of_the_streams(kind):
+    config = dataclasses.replace(BASE, **DECODERS[kind])
+    output = jax.eval_shape(heavy_model(config).run, random_tokens(1, 9))
+    starts = [start for start, _ in config.groups()][1:]
+    slots = config.slots(9)
+    assert [slots[start] for start in starts] == [fork.x.shape[1] for fork in output.forks]
+    assert slots[-1] == output.streams.x.shape[1]
 
 
 @pytest.mark.parametrize("kind", DECODERS)

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from train import generate, pretrain
+from train import evaluate, generate, pretrain
 from train.checkpoint import load_params
 from train.command import run_command
 from train.config import RunConfig
-from train.evaluate import Evaluator
+from train.evaluate import EvaluateConfig, Evaluator
 from train.generate import GenerateConfig
 from train.load import load_model
 from train.loop import only_run_in
@@ -180,11 +180,11 @@ def lines_in(out):
 
 @pytest.mark.slow
 def test_a_signal_in_an_evaluation_saves_that_step(monkeypatch, capsys, arguments, tmp_path):
-    evaluate = Evaluator.__call__
+    call = Evaluator.__call__
 
     def evaluate_and_stop(self, *inputs):
         signal.raise_signal(signal.SIGTERM)
-        return evaluate(self, *inputs)
+        return call(self, *inputs)
 
     monkeypatch.setattr(Evaluator, "__call__", evaluate_and_stop)
     assert run_here(monkeypatch, *arguments, "--evaluation.every", "3") == 0
@@ -207,8 +207,12 @@ def test_a_run_compiles_each_function_once(monkeypatch, arguments):
 
 
 @pytest.mark.slow
-def test_kill_nine_three_times_gives_the_uninterrupted_run(processes, arguments, tmp_path):
-    long = [*arguments, "--steps", "120", "--save-every", "6"]
+def test_kill_nine_three_times_gives_the_uninterrupted_run(
+    processes, monkeypatch, arguments, tmp_path
+):
+    """Also of a tracked threshold, which is no parameter but part of the model."""
+    policy = ("--model.policy", "Threshold(ratio=1.5)")
+    long = [*arguments, *policy, "--steps", "120", "--save-every", "6"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     output, errors = start(processes, long, whole).communicate(timeout=300)
     assert "sample" in output, errors
@@ -227,6 +231,16 @@ def test_kill_nine_three_times_gives_the_uninterrupted_run(processes, arguments,
     assert "held-out loss" in errors
     assert curve(killed) == curve(whole)
     assert_same_params(killed, whole)
+    last = [line for line in curve(killed) if "fork_1/threshold" in line][-1]
+    thresholds = [float(fork.threshold[...]) for fork in load_model(killed).model.forks]
+    assert thresholds == [last[f"fork_{layer}/threshold"] for layer in (1, 2, 3)]
+    assert thresholds[0] > 0
+    sweep = ("--sweep-offset", "0", "0.3", "--rows", "4", "--figure", str(tmp_path / "dial.png"))
+    status = run_here(
+        monkeypatch, "--checkpoint", str(killed), *sweep,
+        main=evaluate.main, config=EvaluateConfig, presets=None,
+    )  # fmt: skip
+    assert status == 0 and (tmp_path / "dial.png").exists()
 
 
 @pytest.mark.slow
@@ -258,8 +272,8 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
     assert saved["steps"] == 8
     import train.step
 
-    def poisoned(model, tokens):
-        total, rest = original(model, tokens)
+    def poisoned(*inputs, **options):
+        total, rest = original(*inputs, **options)
         return total / 0.0, rest
 
     original = train.step.next_token_loss
@@ -281,6 +295,11 @@ def test_another_config_is_refused(monkeypatch, capsys, arguments, finished):
     mistake(capsys, "model.dtype: saved 'float32', now 'bfloat16'")
     assert run_here(monkeypatch, *arguments, "--model.num-heads", "4") == 2
     mistake(capsys, "model.num_heads: saved 2, now 4", "--out")
+    assert run_here(monkeypatch, *arguments, "--model.policy", "PrefixRank") == 2
+    mistake(
+        capsys,
+        "model.policy: saved 'TopK(ratio=2.0, streams=None)', now 'PrefixRank(ratio=2.0, ",
+    )
     assert run_here(monkeypatch, *arguments, "--data.seq-len", "8") == 2
     mistake(capsys, "data.seq_len: saved 16, now 8")
     assert sorted(finished.rglob("*")) == before
@@ -341,7 +360,11 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(processes, arguments, fi
     ("words", "parts"),
     [
         (["huge"], ["unknown preset 'huge'", "choose one of tiny"]),
-        (["tiny", "--model.policy.ratio", "0.5"], ["ratio=0.5 is below 1"]),
+        (["tiny", "--model.policy", "TopK(ratio=0.5)"], ["ratio=0.5 is below 1"]),
+        (
+            ["tiny", "--model.policy", "Rank(ratio=2.0)"],
+            ["policy 'Rank(ratio=2.0)'", "PrefixRank(ratio=2.0, window=None, burst=0)"],
+        ),
         (["tiny", "--model.fork-layers", "9"], ["fork layer 9 is out of range for num_layers=4"]),
         (["tiny", "--model.num-heads", "7"], ["num_heads=7 does not divide embed_dim=128"]),
         (
@@ -368,6 +391,27 @@ def test_mistakes_in_the_command(monkeypatch, capsys, tmp_path, corpus, words, p
     assert run_here(monkeypatch, *words) == 2
     mistake(capsys, *parts)
     assert not out.exists(), "nothing is half-written"
+
+
+@pytest.mark.slow
+def test_evaluate_and_generate_name_what_cannot_be_dialled(monkeypatch, capsys, finished):
+    """The plain mistakes of both commands, on a `TopK` run."""
+    for words, part in (
+        (["--policy", "Threshold"], "needs fork layers with a threshold"),
+        (["--window", "3"], "window=3 is a dial of PrefixRank"),
+        (["--threshold-offset", "0.1"], "is a dial of Threshold"),
+    ):
+        for main, config in (
+            (evaluate.main, EvaluateConfig),
+            (generate.main, GenerateConfig),
+        ):
+            command = ["--checkpoint", str(finished), *words]
+            assert run_here(monkeypatch, *command, main=main, config=config, presets=None) == 2
+            mistake(capsys, part)
+    words = ["--checkpoint", str(finished), "--figure", "dial.png"]
+    status = run_here(monkeypatch, *words, main=evaluate.main, config=EvaluateConfig, presets=None)
+    assert status == 2
+    mistake(capsys, "dial.png shows a sweep", "--sweep")
 
 
 def test_empty_and_binary_corpora(monkeypatch, capsys, tmp_path):

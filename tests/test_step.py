@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import BASE
 
-from thoughtbubbles import Fork, Streams, TopK
+from thoughtbubbles import Fork, PrefixRank, Streams, Threshold, TopK
 from train.mesh import MeshConfig, batch_part, batch_sharding, check_batch, make_mesh, place
 from train.optim import OptimizerConfig, make_schedule, muon_dimensions
 from train.state import make_trainable
@@ -20,6 +20,7 @@ from train.statistics import fork_statistics, readable, score_samples
 from train.step import make_train_step
 
 CONFIG = dataclasses.replace(BASE, vocab_size=32, num_layers=3, fork_layers=(1, 2))
+TRACKED = dataclasses.replace(CONFIG, policy=Threshold(1.5))
 ADAMW = OptimizerConfig(learning_rate=1e-2)
 COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)")
 
@@ -45,6 +46,21 @@ def run_steps(
     return first, losses, jax.device_get(state.params), step
 
 
+def tracked_run(mesh_config=None, devices=8, accumulate=1, inputs=None):
+    """Losses and thresholds `[steps, F]` of a `Threshold` model."""
+    mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:devices])
+    trainable = make_trainable(TRACKED, ADAMW, steps=10, mesh=mesh)
+    step, state = make_train_step(trainable, accumulate), trainable.init()
+    losses, thresholds = [], []
+    for tokens in batches(4) if inputs is None else inputs:
+        state, metrics = step(state, place(tokens, mesh))
+        losses.append(float(metrics["loss"]))
+        thresholds.append(np.asarray(metrics["forks"]["threshold"]))
+        np.testing.assert_array_equal(jax.tree.leaves(state.tracked), thresholds[-1])
+    assert step._cache_size() == 1
+    return np.array(losses), np.array(thresholds)
+
+
 def assert_close(ours, theirs, tolerance=1e-5):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
@@ -53,6 +69,11 @@ def assert_close(ours, theirs, tolerance=1e-5):
 @pytest.fixture(scope="module")
 def one_device():
     return run_steps(devices=1)
+
+
+@pytest.fixture(scope="module")
+def one_device_tracked():
+    return tracked_run(devices=1)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 1, 2), (2, 2, 2)], ids=str)
@@ -89,6 +110,48 @@ def test_accumulation_has_the_true_denominator(one_device, parts):
 def test_accumulation_on_a_mesh(one_device):
     _, losses, _, _ = run_steps(MeshConfig(2, 2, 2), accumulate=2)
     np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 1, 2), (2, 2, 2)], ids=str)
+def test_any_mesh_tracks_the_thresholds_of_one_device(one_device_tracked, sizes):
+    losses, thresholds = tracked_run(MeshConfig(*sizes))
+    np.testing.assert_allclose(losses, one_device_tracked[0], rtol=1e-5)
+    np.testing.assert_allclose(thresholds, one_device_tracked[1], atol=1e-6)
+    assert (np.diff(thresholds, axis=0) > 1e-3).all(), "they rise from 0"
+
+
+def test_accumulation_tracks_the_mean_of_its_parts():
+    """Parts of equally long rows: the mean over parts is the mean over rows."""
+    inputs = np.abs(batches(2))
+    _, whole = tracked_run(devices=1, inputs=inputs)
+    _, parts = tracked_run(devices=1, inputs=inputs, accumulate=4)
+    np.testing.assert_allclose(parts[0], whole[0], atol=1e-6)  # later the weights differ by noise
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
+
+
+def test_thresholds_are_no_parameters():
+    """The optimizer has no moments of them; other policies have no thresholds at all."""
+    trainable = make_trainable(TRACKED, ADAMW, 10, make_mesh(MeshConfig(2, 2, 2)))
+    state = trainable.abstract
+    assert len(jax.tree.leaves(state.tracked)) == 2
+    moments = state.opt_state[1][0].mu
+    assert jax.tree.structure(moments) == jax.tree.structure(state.params)
+    assert len(jax.tree.leaves(state.weights)) == len(jax.tree.leaves(state.params)) + 2
+    for policy in (TopK(1.5), PrefixRank(1.5)):
+        config = dataclasses.replace(CONFIG, policy=policy)
+        state = make_trainable(config, ADAMW, 10, make_mesh(MeshConfig(2, 2, 2))).abstract
+        assert jax.tree.structure(state.weights) == jax.tree.structure(state.params)
+        assert not jax.tree.leaves(state.tracked)
+
+
+def test_padding_moves_no_threshold():
+    """Neither as three of four micro-batches nor as a whole batch."""
+    same = np.repeat(batches(1)[0][:4], 4, axis=0)  # every part i::4 is these four rows
+    _, expected = tracked_run(devices=1, inputs=[same], accumulate=4)
+    padded = same.copy()
+    padded[np.arange(16) % 4 > 0] = -1
+    _, found = tracked_run(devices=1, inputs=[padded, np.full_like(same, -1)], accumulate=4)
+    np.testing.assert_allclose(found, np.repeat(expected, 2, axis=0), atol=1e-6)
 
 
 def test_padding_only_batch_is_no_step():
@@ -216,6 +279,15 @@ def test_mesh_mistakes():
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_one_process_holds_the_whole_batch(sizes):
     assert batch_part(make_mesh(MeshConfig(*sizes))) == (0, 1)
+
+
+def test_thresholds_are_reported_by_fork_layer():
+    one = {name: np.ones(2) for name in ("tokens", "streams", "forked_tokens")}
+    sums = one | {"scores": np.ones((2, 10)), "threshold": np.array([0.25, 0.5])}
+    metrics = readable(sums, (1, 2))
+    assert (metrics["fork_1/threshold"], metrics["fork_2/threshold"]) == (0.25, 0.5)
+    del sums["threshold"]
+    assert "fork_1/threshold" not in readable(sums, (1, 2))
 
 
 def test_fork_statistics_count_what_is_there():

@@ -30,6 +30,8 @@ def heavy_model(config: ModelConfig, seed: int = 0) -> Thoughtbubbles:
         keys = iter(jax.random.split(jax.random.key(seed), 200))
 
         def shake(path, leaf):
+            if "threshold" in jax.tree_util.keystr(path):
+                return leaf + 0.3
             scale = 0.6 if "score" in jax.tree_util.keystr(path) else 0.2
             return leaf + scale * jax.random.normal(next(keys), leaf.shape)
 

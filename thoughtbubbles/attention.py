@@ -1,4 +1,4 @@
-"""Score-attenuated causal attention: a reference path and a fast path behind one function."""
+"""Score-attenuated causal attention: a reference path, a fast path, and one over a cache."""
 
 import math
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 MIN_BLOCK = 64
 MAX_BLOCKS = 8
+SHORTEST_SPAN = 256
 
 
 def attend(
@@ -34,7 +35,7 @@ def attend(
         end = min(start + block, slots)
         seen = None if bias is None else bias[:, :end]
         keys, values = key[:, :, :end], value[:, :, :end]
-        parts.append(_attend(query[:, :, :, start:end], keys, values, seen))
+        parts.append(_attend(query[:, :, :, start:end], keys, values, seen, jnp.arange(start, end)))
     return _slots_first(jnp.concatenate(parts, axis=3))
 
 
@@ -42,7 +43,53 @@ def attend_reference(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
 ) -> jax.Array:
     """The same as `attend`, all keys at once."""
-    return _slots_first(_attend(*_heads_first(query, key, value), bias))
+    last = jnp.arange(query.shape[1])
+    return _slots_first(_attend(*_heads_first(query, key, value), bias, last))
+
+
+def attend_cached(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    first: jax.Array,
+) -> jax.Array:
+    """Attention of new slots over a cache that holds their own keys and values already.
+
+    Only a part of the cache is read: the shortest of a few static spans (`SHORTEST_SPAN` slots,
+    doubled up to `N`) that reaches as far as any row does.
+
+    Args:
+        query: `[B, Q, H, K]`.
+        key, value: `[B, G, N, K]`, heads first, so that no step has to transpose a cache.
+        bias: `[B, N]` float32 added to the logits of each key, or None.
+        first: `[B]` int32, each row's cache slot of its query 0; query `q` sees the cache up to
+            slot `first + q`.
+
+    Returns:
+        `[B, Q, H, K]`.
+    """
+    queries, slots = query.shape[1], key.shape[2]
+    query = _grouped(query, key.shape[1])
+    last = first[:, None] + jnp.arange(queries)
+
+    def over(span: int):
+        seen = None if bias is None else bias[:, :span]
+        return lambda: _attend(query, key[:, :, :span], value[:, :, :span], seen, last)
+
+    spans = cache_spans(slots)
+    if len(spans) == 1:
+        return _slots_first(over(slots)())
+    branch = jnp.searchsorted(jnp.array(spans[:-1]), first.max() + queries)
+    return _slots_first(jax.lax.switch(branch, [over(span) for span in spans]))
+
+
+def cache_spans(slots: int) -> list[int]:
+    """Static numbers of slots of a cache that `attend_cached` chooses from, the last being all."""
+    spans = [SHORTEST_SPAN]
+    while spans[-1] < slots:
+        spans.append(2 * spans[-1])
+    return [*spans[:-1], slots]
 
 
 def block_size(slots: int) -> int:
@@ -59,10 +106,13 @@ def visited_pairs(slots: int) -> int:
 
 def _heads_first(query, key, value):
     """Query `[B, G, H/G, S, K]`, already divided by sqrt(K); key and value `[B, G, S, K]`."""
+    return _grouped(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
+
+
+def _grouped(query, groups):
     batch, slots, heads, width = query.shape
-    groups = key.shape[2]
     query = (query * width**-0.5).reshape(batch, slots, groups, heads // groups, width)
-    return query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return query.transpose(0, 2, 3, 1, 4)
 
 
 def _slots_first(mixed):
@@ -70,14 +120,13 @@ def _slots_first(mixed):
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, slots, groups * repeats, width)
 
 
-def _attend(query, key, value, bias):
-    """Heads first; the queries are the last of the keys' slots."""
-    queries, keys = query.shape[3], key.shape[2]
+def _attend(query, key, value, bias, last):
+    """Heads first; each query sees the keys up to slot `last`, `[Q]` or `[B, Q]`."""
     logits = jnp.einsum("bgrqk,bgsk->bgrqs", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias[:, None, None, None, :]
-    slot = jnp.arange(keys)
-    logits = jnp.where(slot[keys - queries :, None] >= slot, logits, -jnp.inf)
+    sees = jnp.arange(key.shape[2]) <= last.reshape(-1, 1, 1, last.shape[-1], 1)
+    logits = jnp.where(sees, logits, -jnp.inf)
     # The peak is taken out of the gradient and the sum divided out after the product with the
     # values: two passes over [q, s] less than jax.nn.softmax.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))

@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.forking import membership
 from thoughtbubbles.model import Thoughtbubbles
+from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +32,28 @@ class BubbleMap:
     score: np.ndarray
     tokens: tuple[str, ...]
     fork_layers: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        streams: Sequence[np.ndarray] | np.ndarray,
+        score: Sequence[np.ndarray] | np.ndarray,
+        tokens: Sequence[str],
+    ) -> "BubbleMap":
+        """From the streams and scores after each fork layer, `F` rows of `T`: of a `Generation`.
+
+        Args:
+            config: of the model.
+            streams, score: as in `Generation` and `cache.Record`.
+            tokens: the text of each token.
+        """
+        before = np.searchsorted(config.fork_layers, np.arange(config.num_layers), side="right")
+        start = np.full((1, len(tokens)), config.copies, np.int32)
+        ones = np.ones((1, len(tokens)), np.float32)
+        streams = np.concatenate([start, *(row[None] for row in streams)])
+        score = np.concatenate([ones, *(row[None] for row in score)])
+        return cls(streams[before], score[before], tuple(tokens), config.fork_layers)
 
     def text(self, width: int = 100) -> str:
         """The map for a terminal: the text, and below it each token's streams after each fork."""
@@ -91,29 +116,22 @@ def bubble_map(model: Thoughtbubbles, ids: Sequence[int], tokens: Sequence[str])
         raise ValueError(
             f"{len(ids)} ids and {len(tokens)} texts: need as many of both, at least one"
         )
-    counts, scores = _trace(model, jnp.asarray(ids, jnp.int32)[None])
-    config = model.config
-    forks_before = np.searchsorted(config.fork_layers, np.arange(config.num_layers), side="right")
-    return BubbleMap(
-        np.asarray(counts)[forks_before],
-        np.asarray(scores)[forks_before],
-        tuple(tokens),
-        config.fork_layers,
-    )
+    found = _trace(model, jnp.asarray(ids, jnp.int32)[None])
+    streams = [np.asarray(count)[0] for count, _ in found]
+    return BubbleMap.of(model.config, streams, [np.asarray(p)[0] for _, p in found], tokens)
+
+
+def bubbles_of(streams: Streams) -> tuple[jax.Array, jax.Array]:
+    """Live streams `[B, T]` int32 of each token, and their mean score p (0 where none is left)."""
+    members = membership(streams)
+    count = members.sum(axis=2, dtype=jnp.int32)
+    total = jnp.where(members, jnp.exp(streams.log_score)[:, None, :], 0).sum(axis=2)
+    return count, total / jnp.maximum(count, 1)
 
 
 @jax.jit
-def _trace(model: Thoughtbubbles, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Streams and mean score by token, `[1 + forks, T]` each, at the input and after each fork."""
-    num_tokens = ids.shape[1]
-    counts = [jnp.full((num_tokens,), model.config.copies, jnp.int32)]
-    scores = [jnp.ones((num_tokens,), jnp.float32)]
-    for streams in model.run(ids).forks:
-        mine = (streams.token[0] == jnp.arange(num_tokens)[:, None]) & streams.alive[0]
-        counts.append(mine.sum(axis=1, dtype=jnp.int32))
-        total = jnp.where(mine, jnp.exp(streams.log_score[0]), 0).sum(axis=1)
-        scores.append(total / jnp.maximum(counts[-1], 1))
-    return jnp.stack(counts), jnp.stack(scores)
+def _trace(model: Thoughtbubbles, ids: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    return [bubbles_of(streams) for streams in model.run(ids).forks]
 
 
 def _visible(token: str) -> str:

@@ -1,9 +1,11 @@
-"""Generation by recomputing the whole prefix for every token: right for any policy, cached by none.
+"""Generation: one compiled loop over a cache, or over recomputed prefixes where none is possible.
 
 A policy that is not causal (`TopK`) may fork the past differently when a token is added, so a cache
 would not give what the model computes; its ratio budget follows the length of the prefix.
 """
 
+import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 
@@ -11,7 +13,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from thoughtbubbles.cache import Cache, advance, cacheable, check_cacheable, init_cache
 from thoughtbubbles.model import Thoughtbubbles
+from thoughtbubbles.policies import PrefixRank, Threshold, TopK
+from thoughtbubbles.sampling import Sampling, sample
+
+SHORTEST_PROMPT = 16
+SMALLEST_CACHE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A generated text and its bubbles, `T` tokens with the prompt; `F` fork layers.
+
+    Attributes:
+        prompt: its ids.
+        tokens: the new ids.
+        streams: `[F, T]` int32, live streams of each token after each fork layer.
+        score: `[F, T]` float32, their mean cumulative score p (0 where none is left).
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    streams: np.ndarray
+    score: np.ndarray
 
 
 def generate(
@@ -20,60 +45,144 @@ def generate(
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     stop: Sequence[int] = (),
     choices: int | None = None,
+    policy: TopK | PrefixRank | Threshold | None = None,
+    cached: bool | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; a row's text does not depend on the rest of its batch.
+
+    Programs are compiled for the longest prompt and the longest text, both rounded up to powers of
+    two, so that texts of other lengths find them compiled.
 
     Args:
         prompts: token ids, at least one each; lengths may differ.
         max_new_tokens: at most this many are added to each.
         temperature: 0 takes the most probable token.
+        top_k, top_p, min_p: filters, applied in this order (`thoughtbubbles.sampling`).
         seed: of the samples. A row's key is made of the seed, its prompt, and how many equal
             prompts stand before it, so that equal prompts get different texts.
         stop: a row ends after any of these ids (which is returned).
         choices: only ids below it are chosen, where the tokenizer has fewer ids than the model.
+        policy: decode under this one in place of the model's own.
+        cached: keep keys and values, or recompute the prefix for every token; None caches where
+            the model is causal.
 
     Returns:
         the new ids of each prompt.
+
+    Raises:
+        ValueError: an argument can't be used, a cache was asked for a model that is not causal,
+            or the logits are NaN.
     """
-    if not prompts:
+    if policy is not None:
+        model = model.with_policy(policy)
+    if cached is None:
+        cached = cacheable(model.config)
+    elif cached:
+        check_cacheable(model.config)
+    sampling = Sampling.of(temperature, top_k, top_p, min_p)
+    if not _check(model, prompts, max_new_tokens, choices):
         return []
-    if max_new_tokens < 0 or temperature < 0:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens}, temperature={temperature}: choose 0 or more"
+    request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, choices)
+    if cached:
+        return _decode(model, prompts, request, read_all=False)[0]
+    new, count = _recompute(model, *_padded(prompts, max_new_tokens), request)
+    return _texts(prompts, new, count)
+
+
+def generate_with_bubbles(
+    model: Thoughtbubbles,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+    choices: int | None = None,
+    policy: TopK | PrefixRank | Threshold | None = None,
+) -> list[Generation]:
+    """`generate` with a cache, and what the fork layers did to each token on the way.
+
+    Raises:
+        ValueError: as `generate`; the model must be causal.
+    """
+    if policy is not None:
+        model = model.with_policy(policy)
+    check_cacheable(model.config)
+    sampling = Sampling.of(temperature, top_k, top_p, min_p)
+    if not _check(model, prompts, max_new_tokens, choices):
+        return []
+    request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, choices)
+    texts, cache = _decode(model, prompts, request, read_all=True)
+    streams, score = np.asarray(cache.record.streams), np.asarray(cache.record.score)
+    found = []
+    for row, (prompt, new) in enumerate(zip(prompts, texts, strict=True)):
+        end = len(prompt) + len(new)
+        bubbles = streams[:, row, :end], score[:, row, :end]
+        found.append(Generation(list(prompt), new, *bubbles))
+    return found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What the compiled loops need to know: `keys [B]`, `stop [N]`, scalars."""
+
+    sampling: Sampling
+    keys: jax.Array
+    stop: jax.Array
+    max_new_tokens: jax.Array
+    choices: jax.Array
+
+    @classmethod
+    def of(cls, model, prompts, max_new_tokens, sampling, seed, stop, choices) -> "_Request":
+        return cls(
+            sampling,
+            _row_keys(seed, [tuple(prompt) for prompt in prompts]),
+            jnp.asarray(list(stop), jnp.int32),
+            jnp.int32(max_new_tokens),
+            jnp.int32(model.config.vocab_size if choices is None else choices),
         )
+
+    def choose(self, logits: jax.Array, length: jax.Array) -> jax.Array:
+        """The next id of each row, `[B]`, or -1 where logits are NaN; `length [B]` before it."""
+        allowed = jnp.arange(logits.shape[-1]) < self.choices
+        keys = jax.vmap(jax.random.fold_in)(self.keys, length)
+        return sample(jnp.where(allowed, logits, -jnp.inf), keys, self.sampling)
+
+    def ends(self, chosen: jax.Array, count: jax.Array) -> jax.Array:
+        """`[B]` bool: rows whose text is over with the id chosen last, the `count`-th new one."""
+        stopped = (chosen[:, None] == self.stop).any(axis=1)
+        return stopped | (chosen < 0) | (count >= self.max_new_tokens)
+
+
+def _check(model, prompts, max_new_tokens, choices) -> bool:
+    """Raise for a mistake in the arguments; whether there is anything to continue."""
+    vocab = model.config.vocab_size
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
+    if choices is not None and not 1 <= choices <= vocab:
+        raise ValueError(f"choices={choices}: choose from 1 to vocab_size={vocab}")
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(
                 f"prompt {index} is empty: give at least one token, e.g. the separator"
             )
-        wrong = [token for token in prompt if not 0 <= token < model.config.vocab_size]
+        wrong = [token for token in prompt if not 0 <= token < vocab]
         if wrong:
             raise ValueError(
-                f"prompt {index} holds token id {wrong[0]}, vocab_size={model.config.vocab_size}: "
+                f"prompt {index} holds token id {wrong[0]}, vocab_size={vocab}: "
                 "use the tokenizer that the model was trained with"
             )
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), int(lengths.max()) + max_new_tokens), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    keys = _row_keys(seed, [tuple(prompt) for prompt in prompts])
-    tokens, ends = _extend(
-        model,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
-        keys,
-        jnp.float32(temperature),
-        jnp.asarray(list(stop), jnp.int32),
-        jnp.int32(max_new_tokens),
-        jnp.int32(model.config.vocab_size if choices is None else choices),
-    )
-    tokens, ends = np.asarray(tokens), np.asarray(ends)
-    return [
-        row[length:end].tolist() for row, length, end in zip(tokens, lengths, ends, strict=True)
-    ]
+    return len(prompts) > 0
 
 
 def _row_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
@@ -84,9 +193,95 @@ def _row_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
     return fold(fold(base, jnp.array(hashes, jnp.uint32)), jnp.array(repeats, jnp.uint32))
 
 
+def _padded(prompts, more: int = 0, width: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Prompts as rows `[B, width]`, or of the longest and `more`, and their lengths `[B]`."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), max(width, int(lengths.max()) + more)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def _texts(prompts, new: jax.Array, count: jax.Array) -> list[list[int]]:
+    texts = [row[:n].tolist() for row, n in zip(np.asarray(new), np.asarray(count), strict=True)]
+    for index, text in enumerate(texts):
+        if text and text[-1] < 0:
+            raise ValueError(
+                f"prompt {index}: the logits after {len(prompts[index]) + len(text) - 1} tokens "
+                "are NaN: check the parameters, or compute in float32"
+            )
+    return texts
+
+
+def _decode(model, prompts, request, read_all) -> tuple[list[list[int]], Cache]:
+    """Generate with a cache; with `read_all` the last token of each text is in the cache too."""
+    longest = max(map(len, prompts))
+    tokens, lengths = _padded(prompts, width=_bucket(longest, SHORTEST_PROMPT))
+    room = _bucket(longest + int(request.max_new_tokens), SMALLEST_CACHE)
+    chosen, cache = _begin(model, tokens, lengths, request, room)
+    new, count, cache = _continue(model, cache, chosen, request, jnp.bool_(read_all))
+    return _texts(prompts, new, count), cache
+
+
+def _bucket(size: int, smallest: int) -> int:
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames="max_tokens")
+def _begin(model, tokens, lengths, request, max_tokens) -> tuple[jax.Array, Cache]:
+    """Read the prompts into a new cache and choose the first new tokens."""
+    cache = init_cache(model, tokens.shape[0], max_tokens)
+    x = model.residuals(tokens)
+    streams, cache = advance(model, model.layers(), cache, x, lengths, fresh=True)
+    return request.choose(model.logits_at(streams, lengths - 1), lengths), cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _continue(model, cache, chosen, request, read_all):
+    """From the first new token on: new ids `[B, max_tokens]`, how many, and the cache."""
+    layers = model.layers()  # out of the loop, so that no step copies weights
+    batch = chosen.shape[0]
+
+    def unfinished(carry):
+        return carry["unread"].any()
+
+    def step(carry):
+        # A row that is done may still be read: for its bubbles, not to choose again.
+        done, cache = carry["done"], carry["cache"]
+        x = model.residuals(carry["chosen"][:, None])
+        streams, cache = advance(model, layers, cache, x, carry["unread"].astype(jnp.int32))
+        chosen = request.choose(model.logits_at(streams, jnp.zeros_like(count)), cache.length)
+        new = jax.lax.dynamic_update_slice(carry["new"], chosen[:, None], (0, carry["step"]))
+        grown = carry["count"] + ~done
+        ended = done | request.ends(chosen, grown)
+        return {
+            "step": carry["step"] + 1,
+            "chosen": chosen,
+            "new": new,
+            "count": grown,
+            "done": ended,
+            "unread": ~done & (read_all | ~ended) & (chosen >= 0),
+            "cache": cache,
+        }
+
+    count = jnp.full((batch,), jnp.minimum(request.max_new_tokens, 1))
+    done = request.ends(chosen, count)
+    carry = {
+        "step": jnp.int32(1),
+        "chosen": chosen,
+        "new": jnp.zeros((batch, cache.max_tokens), jnp.int32).at[:, 0].set(chosen),
+        "count": count,
+        "done": done,
+        "unread": (count > 0) & (read_all | ~done) & (chosen >= 0),
+        "cache": cache,
+    }
+    carry = jax.lax.while_loop(unfinished, step, carry)
+    return carry["new"], carry["count"], carry["cache"]
+
+
 @jax.jit
-def _extend(model, tokens, lengths, keys, temperature, stop, max_new_tokens, choices):
-    limit = lengths + max_new_tokens
+def _recompute(model, tokens, lengths, request):
+    """New ids `[B, S]` and how many, each from its whole prefix; `tokens [B, S]` has room."""
 
     def unfinished(carry):
         return ~carry[2].all()
@@ -95,21 +290,13 @@ def _extend(model, tokens, lengths, keys, temperature, stop, max_new_tokens, cho
         tokens, length, done = carry
         # Places after a row's end are padding to the model, so the buffer's size changes nothing.
         logits = model.logits_at(model.run(tokens, length).streams, length - 1)
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < choices, logits, -jnp.inf)
-        chosen = sample(logits, jax.vmap(jax.random.fold_in)(keys, length), temperature)
+        chosen = request.choose(logits, length)
         here = (jnp.arange(tokens.shape[1]) == length[:, None]) & ~done[:, None]
         tokens = jnp.where(here, chosen[:, None], tokens)
         length = jnp.where(done, length, length + 1)
-        stopped = (chosen[:, None] == stop).any(axis=1)
-        return tokens, length, done | stopped | (length >= limit)
+        return tokens, length, done | request.ends(chosen, length - lengths)
 
-    done = jnp.broadcast_to(max_new_tokens <= 0, lengths.shape)
+    done = jnp.broadcast_to(request.max_new_tokens <= 0, lengths.shape)
     tokens, ends, _ = jax.lax.while_loop(unfinished, step, (tokens, lengths, done))
-    return tokens, ends
-
-
-def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Array:
-    """One id per row, `[B]` int32, from `logits [B, V]` with one key per row; greedy at 0."""
-    warm = jnp.where(temperature > 0, temperature, 1.0)
-    drawn = jax.vmap(jax.random.categorical)(keys, logits / warm)
-    return jnp.where(temperature > 0, drawn, logits.argmax(axis=-1)).astype(jnp.int32)
+    shifted = jax.vmap(lambda row, start: jnp.roll(row, -start))(tokens, lengths)
+    return shifted, ends - lengths

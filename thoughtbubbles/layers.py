@@ -7,6 +7,7 @@ them to a mesh, so a module needs none.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import jax
@@ -20,6 +21,7 @@ from thoughtbubbles.policies import Candidates, CausalPolicy, Policy, Threshold,
 from thoughtbubbles.positions import rotary_angles, rotate
 from thoughtbubbles.streams import Streams
 
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 INIT_STD = 0.02
 TRACKING_RATE = 0.05
 
@@ -126,8 +128,8 @@ class Attention(nnx.Module):
         self.q_norm = qk_norm() if config.qk_norm else None
         self.k_norm = qk_norm() if config.qk_norm else None
 
-    def __call__(self, x: jax.Array, geometry: Geometry) -> jax.Array:
-        """`[B, S, D]` to `[B, S, D]`."""
+    def __call__(self, x: jax.Array, geometry: Geometry, mix: Mix) -> tuple[jax.Array, Any]:
+        """`[B, S, D]` to `[B, S, D]`, and what else `mix` gave."""
         query = self._project(x, self.q, self.q_bias)
         key = self._project(x, self.k, self.k_bias)
         value = self._project(x, self.v, self.v_bias)
@@ -137,9 +139,11 @@ class Attention(nnx.Module):
         key = rotate(key, geometry.cos, geometry.sin)
         if geometry.value_scale is not None:
             value = value * geometry.value_scale[..., None, None].astype(value.dtype)
-        mixed = attend(query, key, value, geometry.key_bias)
+        mixed, rest = mix(query, key, value)
         out = jnp.einsum("bshk,hkd->bsd", mixed, self.o[...].astype(self.dtype))
-        return out if self.o_bias is None else out + self.o_bias[...].astype(self.dtype)
+        if self.o_bias is not None:
+            out = out + self.o_bias[...].astype(self.dtype)
+        return out, rest
 
     def _project(self, x, kernel, bias):
         y = jnp.einsum("bsd,dhk->bshk", x, kernel[...].astype(self.dtype))
@@ -191,12 +195,23 @@ class Block(nnx.Module):
         """Streams to Streams of the same slots; `geometry` only saves computing it again."""
         if geometry is None:
             geometry = Geometry.of(streams, self.config)
+        bias = geometry.key_bias
+        return self.mixing(streams, geometry, lambda q, k, v: (attend(q, k, v, bias), None))[0]
+
+    def mixing(self, streams: Streams, geometry: Geometry, mix: Mix) -> tuple[Streams, Any]:
+        """The block with `mix` in place of attention among the streams themselves (a cache).
+
+        Args:
+            mix: of rotated query `[B, S, H, K]`, rotated key and scaled value `[B, S, G, K]`;
+                returns `[B, S, H, K]` and anything that is to be handed on.
+        """
         x = streams.x
         with jax.named_scope("attention"):
-            x = x + self._write(self.attention(self.attention_norm(x), geometry), geometry)
+            update, rest = self.attention(self.attention_norm(x), geometry, mix)
+            x = x + self._write(update, geometry)
         with jax.named_scope("mlp"):
             x = x + self._write(self.mlp(self.mlp_norm(x)), geometry)
-        return streams.replace(x=x)
+        return streams.replace(x=x), rest
 
     def _write(self, update, geometry):
         if geometry.write_scale is None:
@@ -246,7 +261,7 @@ class Fork(nnx.Module):
             track: also let the threshold of a `Threshold` policy follow these scores (training).
         """
         candidates = self._candidates(streams)
-        if track and isinstance(self.policy, Threshold):
+        if track and isinstance(self.policy, Threshold) and self.threshold is not None:
             point = self.policy.meeting_point(candidates)
             self.threshold[...] += TRACKING_RATE * (point - self.threshold[...])
         keep = self.policy.keep(candidates)

@@ -11,6 +11,7 @@ from flax import nnx
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, norm_of, weight
+from thoughtbubbles.policies import PrefixRank, Threshold, TopK
 from thoughtbubbles.streams import Streams, left_align, restore_alignment
 
 Constrain = Callable[[jax.Array], jax.Array]
@@ -110,16 +111,19 @@ class Thoughtbubbles(nnx.Module):
             track: let tracked thresholds follow these tokens (training).
         """
         config = self.config
-        x = jnp.take(self.embed[...], tokens, axis=0).astype(config.dtype)
-        streams = Streams.start(self.constrain(x), length, config.copies)
+        streams = Streams.start(self.constrain(self.residuals(tokens)), length, config.copies)
         forks = []
         for index, (start, end) in enumerate(config.groups()):
             if index:
                 streams = self.forks[index - 1](streams, track=track)
                 streams = streams.replace(x=self.constrain(streams.x))
                 forks.append(streams)
-            streams = self._run_blocks(streams, start, end)
+            streams = self.run_blocks(streams, start, end)
         return Output(streams, tuple(forks))
+
+    def residuals(self, tokens: jax.Array) -> jax.Array:
+        """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
+        return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
 
     def logits(self, streams: Streams) -> jax.Array:
         """Merge and decode: `[B, T, V]` float32."""
@@ -135,11 +139,13 @@ class Thoughtbubbles(nnx.Module):
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Final norm and head: `[..., D]` to logits `[..., V]` float32."""
-        table = self.embed[...].T if self.head is None else self.head[...]
-        hidden = self.final_norm(x)
-        return jnp.matmul(
-            hidden, table.astype(self.config.dtype), preferred_element_type=jnp.float32
+        # Contracted as it lies: a transposed table would be copied for every decoded token.
+        table, subscripts = (
+            (self.embed, "...d,vd->...v") if self.head is None else (self.head, "...d,dv->...v")
         )
+        table = table[...].astype(self.config.dtype)
+        hidden = self.final_norm(x)
+        return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
 
     def log_prob(self, streams: Streams, targets: jax.Array) -> jax.Array:
         """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits."""
@@ -154,7 +160,31 @@ class Thoughtbubbles(nnx.Module):
         bound = self.config.copies * 2 ** len(self.config.fork_layers)
         return min(bound, streams.token.shape[1])
 
-    def _run_blocks(self, streams: Streams, start: int, end: int) -> Streams:
+    def layers(self) -> list[Block]:
+        """The blocks one by one (a copy of their weights where it is compiled)."""
+        return _unstack(self.blocks, 0, self.config.num_layers)
+
+    def with_policy(self, policy: TopK | PrefixRank | Threshold) -> "Thoughtbubbles":
+        """The same arrays under another policy: a dial at inference (ratio, window, offset).
+
+        Raises:
+            ValueError: `Threshold` is asked for and the fork layers have tracked no threshold.
+        """
+        if isinstance(policy, Threshold) and any(fork.threshold is None for fork in self.forks):
+            raise ValueError(
+                f"{policy} needs fork layers with a threshold, a model of {self.config.policy} has "
+                "none: take a model trained with Threshold, or PrefixRank as the policy"
+            )
+        leaves, structure = jax.tree.flatten(self)
+        model = jax.tree.unflatten(structure, leaves)
+        model.config = dataclasses.replace(self.config, policy=policy)
+        for fork in model.forks:
+            fork.policy = policy
+            fork.threshold = fork.threshold if isinstance(policy, Threshold) else None
+        return model
+
+    def run_blocks(self, streams: Streams, start: int, end: int) -> Streams:
+        """Streams through blocks `start` to `end - 1`."""
         if start == end:
             return streams
         geometry = Geometry.of(streams, self.config)

@@ -67,7 +67,8 @@ class CausalPolicy(Policy, Protocol):
         """What `keep_next` needs before the first token: any pytree of arrays `[batch, ...]`.
 
         Args:
-            num_candidates: bound on the candidates of a whole sequence.
+            num_candidates: bound on the candidates of a whole sequence. A larger one may only add
+                unused places behind those of a smaller one.
         """
         ...
 

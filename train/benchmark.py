@@ -1,6 +1,11 @@
-"""Speed of Thoughtbubbles against the plain decoder of the same size: python -m train.benchmark."""
+"""Speed side by side with the plain decoder of the same size: python -m train.benchmark [WHAT].
+
+WHAT is `step` (training, the default), `selection` (what choosing streams costs in a forward pass)
+or `decode` (cached decoding against recomputation).
+"""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from thoughtbubbles import ModelConfig, TopK
+from thoughtbubbles import ModelConfig, PrefixRank
+from train import benchmark_decoding, benchmark_selection
 from train.command import run_command
 from train.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
@@ -100,7 +106,7 @@ def prepare(config: Benchmark, fork_layers: tuple[int, ...]) -> Timed:
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         fork_layers=fork_layers,
-        policy=TopK(config.ratio),
+        policy=PrefixRank(config.ratio),
         dtype=config.dtype,  # pyright: ignore[reportArgumentType] (checked by ModelConfig)
     )
     mesh = make_mesh(MeshConfig())
@@ -127,5 +133,13 @@ def prepare(config: Benchmark, fork_layers: tuple[int, ...]) -> Timed:
     )
 
 
+COMMANDS = {
+    "step": (main, Benchmark),
+    "selection": (benchmark_selection.main, benchmark_selection.SelectionBenchmark),
+    "decode": (benchmark_decoding.main, benchmark_decoding.DecodeBenchmark),
+}
+
 if __name__ == "__main__":
-    run_command(main, Benchmark)
+    # The first word chooses, as presets do elsewhere.
+    name = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "step"
+    run_command(*COMMANDS[name])

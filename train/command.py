@@ -9,8 +9,30 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from train.config import POLICIES, policy_from_text
 
 Config = TypeVar("Config")
+
+
+OPTIONS = ConstructorRegistry()
+
+
+@OPTIONS.primitive_rule
+def policy_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A policy is one option whose text is its repr, not a subcommand with options of its own."""
+    policies = tuple(POLICIES.values())
+    choices = set(getattr(option.type, "__args__", [option.type])) - {type(None)}
+    if not choices or not choices <= set(policies):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="POLICY",
+        instance_from_str=lambda words: policy_from_text(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, policies),
+        str_from_instance=lambda policy: [repr(policy)],
+    )
 
 
 def run_command(
@@ -35,7 +57,7 @@ def run_command(
             if name not in presets:
                 raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
             default = presets[name]
-        main(_parse(config, words, default))
+        main(parse(config, words, default))
     except (ValueError, OSError) as error:
         if os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
             raise
@@ -43,13 +65,14 @@ def run_command(
         sys.exit(2)
 
 
-def _parse(config: type[Config], words: list[str], default: Config | None) -> Config:
+def parse(config: type[Config], words: list[str], default: Config | None = None) -> Config:
+    """The config that the options ask for; a mistake in them is a `ValueError` of one line."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             if default is None:
-                return tyro.cli(config, args=words)
-            return tyro.cli(config, args=words, default=default)
+                return tyro.cli(config, args=words, registry=OPTIONS)
+            return tyro.cli(config, args=words, default=default, registry=OPTIONS)
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise

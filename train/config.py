@@ -1,9 +1,10 @@
 """RunConfig: everything that defines a pretraining run."""
 
+import ast
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
-from thoughtbubbles import ModelConfig, TopK
+from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from train.data import DataConfig
 from train.mesh import MeshConfig
 from train.optim import OptimizerConfig
@@ -66,8 +67,52 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
 
 
+POLICIES = {policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)}
+
+
+def policy_from_text(text: str) -> TopK | PrefixRank | Threshold:
+    """The policy that prints as `text`, e.g. `PrefixRank(ratio=1.5, window=64)`.
+
+    Fields left out take their defaults, and so does a bare name.
+
+    Raises:
+        ValueError: no such policy or field, or a value of the wrong type.
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        name, fields = call, []
+        if isinstance(call, ast.Call) and not call.args:
+            name, fields = call.func, call.keywords
+        policy = POLICIES[getattr(name, "id", "")]
+        types = get_type_hints(policy)
+        values = {str(field.arg): _literal(field.value, types[str(field.arg)]) for field in fields}
+        if len(values) < len(fields):
+            raise TypeError("a field is given twice")
+        return policy(**values)
+    except (SyntaxError, TypeError, KeyError, RecursionError):
+        choices = [
+            f"{name}({', '.join(f'{f.name}={f.default}' for f in dataclasses.fields(policy))})"
+            for name, policy in POLICIES.items()
+        ]
+        raise ValueError(f"policy {text!r}: choose one of {', '.join(choices)}") from None
+
+
+def _literal(node: ast.expr, kind: Any) -> Any:
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        raise TypeError("not a literal") from None
+    if kind is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise TypeError(f"{value!r} is not {kind}")
+    return value
+
+
 def as_json(config: Any) -> Any:
-    """Nested dict of a config with tuples as lists, as it comes back from JSON."""
+    """Nested dict of a config, tuples as lists and policies as text, as it comes from JSON."""
+    if isinstance(config, tuple(POLICIES.values())):
+        return repr(config)
     if dataclasses.is_dataclass(config):
         return {
             field.name: as_json(getattr(config, field.name)) for field in dataclasses.fields(config)
@@ -78,9 +123,12 @@ def as_json(config: Any) -> Any:
 
 
 def model_from_json(fields: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig that `as_json` wrote."""
+    """The ModelConfig that `as_json` wrote; what older configs lack takes its default."""
     fields = dict(fields)
-    fields["policy"] = TopK(**fields["policy"])
+    policy = fields["policy"]
+    # Before there were several policies, TopK's fields stood there.
+    text = repr(TopK(**policy)) if isinstance(policy, dict) else policy
+    fields["policy"] = policy_from_text(text)
     fields["fork_layers"] = tuple(fields["fork_layers"])
     return ModelConfig(**fields)
 
@@ -94,6 +142,10 @@ NOTED = ("steps", "accumulate", "mesh")
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Fields that keep a run from being continued, as `name: saved x, now y`."""
+    # Read and written again, so that an older form, or 2 for 2.0, is no difference.
+    saved, current = (
+        config | {"model": as_json(model_from_json(config["model"]))} for config in (saved, current)
+    )
     found = []
     for name in FIXED:
         found += _differences(name, saved.get(name), current.get(name), FREE_IN.get(name, ()))

@@ -1,17 +1,29 @@
-"""Held-out loss that tells the truth: prefix-only for models whose policy is not causal."""
+"""Held-out loss that tells the truth: prefix-only for models whose policy is not causal.
 
+Of a trained run, also under other dials: python -m train.evaluate --checkpoint runs/tiny
+"""
+
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from thoughtbubbles import Thoughtbubbles
+from train.command import run_command
 from train.config import EvalConfig
-from train.data import PackedRows, evaluation_batches
+from train.data import DataConfig, PackedRows, evaluation_batches, prepare
+from train.dials import AnyPolicy, Setting, figure, table, turn
+from train.figures import check_figure
+from train.load import Loaded, load_model
 from train.losses import token_losses
-from train.mesh import batch_sharding, place, replicated
-from train.state import Trainable
+from train.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, place, replicated
+from train.optim import OptimizerConfig
+from train.state import Trainable, make_trainable
 
 
 class Evaluator:
@@ -31,15 +43,17 @@ class Evaluator:
         self._mesh, self._config = trainable.mesh, config
         self._causal = trainable.config.causal
         self._batch_size = batch_size
-        shardings = (trainable.shardings.params, batch_sharding(self._mesh))
+        shardings = (trainable.shardings.weights, batch_sharding(self._mesh))
         everywhere = replicated(self._mesh)
 
-        def blockwise(params: Any, tokens: jax.Array) -> jax.Array:
-            return token_losses(trainable.model(params), tokens)[0]
+        def blockwise(weights: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Nats `[N, T]` and live streams `[N]` of rows."""
+            nats, output = token_losses(trainable.model(weights), tokens)
+            return nats, output.streams.alive.sum(axis=1)
 
-        def prefix_only(params: Any, prefixes: jax.Array) -> jax.Array:
+        def prefix_only(weights: Any, prefixes: jax.Array) -> jax.Array:
             """`[N]` nats of each row's last token (-1 stands after it) given those before."""
-            model = trainable.model(params)
+            model = trainable.model(weights)
             length = (prefixes >= 0).sum(axis=1, dtype=jnp.int32) - 1
             target = jnp.take_along_axis(prefixes, length[:, None], axis=1)
             streams = model.run(jnp.maximum(prefixes[:, :-1], 0), length).streams
@@ -49,51 +63,60 @@ class Evaluator:
         self._blockwise = jax.jit(blockwise, in_shardings=shardings, out_shardings=everywhere)
         self._prefix_only = jax.jit(prefix_only, in_shardings=shardings, out_shardings=everywhere)
 
-    def __call__(self, params: Any, rows: PackedRows) -> dict[str, float]:
-        """Metrics of the first rows.
+    def __call__(self, weights: Any, rows: PackedRows) -> dict[str, float]:
+        """Metrics of rows spread over the split.
 
         `loss` (nats per token) and `bits_per_byte` are the autoregressive model's;
-        `standard_error` is that of `loss` for the whole split, from having scored some rows only.
+        `standard_error` is that of `loss` for the whole split, from having scored some rows only;
+        `streams_per_token` is the mean after the last block (1 for a plain decoder).
+
+        Args:
+            weights: `TrainState.weights`.
 
         For a policy that is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside
         them. The loss is then the blockwise mean over all positions plus the mean difference
         between prefix-only and blockwise over the sampled positions, and the standard error
         includes the error of that difference.
         """
-        tokens, nats, weight, num_bytes = self._score_blockwise(params, rows)
+        tokens, nats, num_streams, num_bytes = self._score_blockwise(weights, rows)
+        weight = tokens[:, 1:] >= 0
         total, count = float(nats[weight].sum()), int(weight.sum())
         to_bits = count / math.log(2) / max(num_bytes, 1)
         blockwise = total / count
         error = _error_of_mean(nats, weight, len(rows))
+        streams_per_token = num_streams / int((tokens[:, :-1] >= 0).sum())
         if self._causal:
             return {
                 "loss": blockwise,
                 "bits_per_byte": blockwise * to_bits,
                 "standard_error": error,
+                "streams_per_token": streams_per_token,
             }
         row, place_in_row = np.nonzero(weight)
         chosen = self._choose(len(row))
         row, place_in_row = row[chosen], place_in_row[chosen]
-        gaps = self._score_prefixes(params, tokens, row, place_in_row) - nats[row, place_in_row]
+        gaps = self._score_prefixes(weights, tokens, row, place_in_row) - nats[row, place_in_row]
         gap_error = gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) < count else 0.0
         loss = blockwise + float(gaps.mean())
         return {
             "loss": loss,
             "bits_per_byte": loss * to_bits,
             "standard_error": math.hypot(error, gap_error),
+            "streams_per_token": streams_per_token,
             "blockwise_loss": blockwise,
             "blockwise_bits_per_byte": blockwise * to_bits,
         }
 
-    def _score_blockwise(self, params: Any, rows: PackedRows):
-        tokens, nats, num_bytes = [], [], 0
+    def _score_blockwise(self, weights: Any, rows: PackedRows):
+        tokens, nats, num_streams, num_bytes = [], [], 0, 0
         limit = self._config.rows or None
         for batch in evaluation_batches(rows, self._batch_size, limit):
+            scored = self._blockwise(weights, place(batch["tokens"], self._mesh))
             tokens.append(batch["tokens"])
-            nats.append(np.asarray(self._blockwise(params, place(batch["tokens"], self._mesh))))
+            nats.append(np.asarray(scored[0]))
+            num_streams += int(np.asarray(scored[1]).sum())
             num_bytes += int(batch["bytes"].sum())
-        tokens = np.concatenate(tokens)
-        return tokens, np.concatenate(nats), tokens[:, 1:] >= 0, num_bytes
+        return np.concatenate(tokens), np.concatenate(nats), num_streams, num_bytes
 
     def _choose(self, count: int) -> np.ndarray:
         wanted = self._config.positions
@@ -101,7 +124,7 @@ class Evaluator:
             return np.arange(count)
         return np.sort(np.random.default_rng(0).choice(count, wanted, replace=False))
 
-    def _score_prefixes(self, params, tokens, row, place_in_row) -> np.ndarray:
+    def _score_prefixes(self, weights, tokens, row, place_in_row) -> np.ndarray:
         """Nats of target `place_in_row` of each row, computed from the tokens up to it alone."""
         scores = []
         for start in range(0, len(row), self._batch_size):
@@ -112,7 +135,7 @@ class Evaluator:
             for index, (source, end) in enumerate(zip(row[part], ends, strict=True)):
                 prefixes[index] = -1
                 prefixes[index, : end + 1] = tokens[source, : end + 1]
-            scored = np.asarray(self._prefix_only(params, place(prefixes, self._mesh)))
+            scored = np.asarray(self._prefix_only(weights, place(prefixes, self._mesh)))
             scores.append(scored[: len(ends)])
         return np.concatenate(scores)
 
@@ -133,8 +156,104 @@ def readable(metrics: dict[str, float]) -> str:
     """One line for a person."""
     line = (
         f"held-out loss {metrics['loss']:.4f} ± {metrics['standard_error']:.4f} nats/token, "
-        f"{metrics['bits_per_byte']:.4f} bits/byte"
+        f"{metrics['bits_per_byte']:.4f} bits/byte, "
+        f"{metrics['streams_per_token']:.2f} streams/token"
     )
     if "blockwise_loss" not in metrics:
         return line
     return f"{line} (prefix-only); blockwise {metrics['blockwise_loss']:.4f}, not causal"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out loss of a trained run, also under another policy or dial than it was trained with.
+
+    Attributes:
+        checkpoint: run folder, or one step's folder in it.
+        policy: in place of the run's own, e.g. "PrefixRank(ratio=2.0)".
+        ratio, window, threshold_offset: change this in the policy.
+        sweep: several ratios, one after the other.
+        sweep_offset: several threshold offsets, one after the other.
+        figure: save the sweep's bits per byte against streams per token here (needs matplotlib).
+        rows: validation rows scored, spread over the split (0: all).
+        positions: how many are scored prefix-only if the policy is not causal (0: all).
+        batch_size: rows per pass.
+    """
+
+    checkpoint: str
+    policy: AnyPolicy | None = None
+    ratio: float | None = None
+    window: int | None = None
+    threshold_offset: float | None = None
+    sweep: tuple[float, ...] = ()
+    sweep_offset: tuple[float, ...] = ()
+    figure: str | None = None
+    rows: int = 256
+    positions: int = 256
+    batch_size: int = 16
+
+
+def main(config: EvaluateConfig) -> None:
+    if config.figure:
+        if not (config.sweep or config.sweep_offset):
+            raise ValueError(f"figure {config.figure} shows a sweep: add --sweep 1.0 1.5 2.0")
+        check_figure(Path(config.figure))
+    settings = EvalConfig(rows=config.rows, positions=config.positions)
+    check_batch(config.batch_size, 1, make_mesh(MeshConfig()))
+    loaded = load_model(config.checkpoint)
+    trained = loaded.model.config.policy
+    models = {name: loaded.model.with_policy(p) for name, p in policies(config, loaded).items()}
+    rows = validation_rows(loaded)
+    found = []
+    for name, model in models.items():
+        metrics = held_out(model, rows, config.batch_size, settings)
+        found.append(Setting(name, model.config.policy, metrics))
+        print(f"{model.config.policy}: {readable(metrics)}")
+    if len(found) > 1:
+        print(f"\n{table(found)}")
+    if config.figure:
+        title = f"{config.checkpoint}, {type(found[0].policy).__name__}"
+        figure(found, title, trained).savefig(config.figure, dpi=150)
+        print(f"figure: {Path(config.figure).absolute()}")
+
+
+def policies(config: EvaluateConfig, loaded: Loaded) -> dict[str, AnyPolicy]:
+    """The policies asked for, by the name of their setting."""
+    if config.sweep and config.sweep_offset:
+        raise ValueError("--sweep and --sweep-offset turn two dials at once: choose one of them")
+    dials = (config.policy, config.ratio, config.window, config.threshold_offset)
+    turned = any(dial is not None for dial in dials) or config.sweep or config.sweep_offset
+    if turned and not loaded.model.config.fork_layers:
+        raise ValueError(f"{config.checkpoint} is a plain decoder: it has no policy to change")
+    policy = config.policy or loaded.model.config.policy
+    policy = turn(policy, config.ratio, config.window, config.threshold_offset)
+    if config.sweep:
+        return {f"ratio {ratio:g}": turn(policy, ratio=ratio) for ratio in config.sweep}
+    if config.sweep_offset:
+        return {f"offset {o:+g}": turn(policy, threshold_offset=o) for o in config.sweep_offset}
+    return {"": policy}
+
+
+def validation_rows(loaded: Loaded) -> PackedRows:
+    """The held-out rows of a run, from its own corpus."""
+    data = prepare(DataConfig(**loaded.config["data"]))
+    if data.fingerprint != loaded.data_fingerprint:
+        raise ValueError(
+            f"the run was trained on data {loaded.data_fingerprint}, the corpus is now "
+            f"{data.fingerprint}: restore the corpus {loaded.config['data']['corpus']}"
+        )
+    return data.validation
+
+
+def held_out(
+    model: Thoughtbubbles, rows: PackedRows, batch_size: int, config: EvalConfig
+) -> dict[str, float]:
+    """`Evaluator` on a model outside of a run, over all devices."""
+    mesh = make_mesh(MeshConfig())
+    trainable = make_trainable(model.config, OptimizerConfig(), 1, mesh)
+    weights = jax.device_put(nnx.state(model), trainable.shardings.weights)
+    return Evaluator(trainable, batch_size, config)(weights, rows)
+
+
+if __name__ == "__main__":
+    run_command(main, EvaluateConfig)

@@ -1,13 +1,15 @@
 """Text from a checkpoint: python -m train.generate --checkpoint runs/tiny --prompt "def "."""
 
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
 from train.command import run_command
+from train.dials import AnyPolicy, turn
+from train.figures import check_figure
 from train.load import Loaded, load_model
 
 
@@ -20,7 +22,13 @@ class GenerateConfig:
         prompt: one or more; each is continued as if it were alone.
         max_new_tokens: at most this many; a text also ends at the document separator.
         temperature: 0 takes the most probable token each time.
+        top_k: sample from this many most probable tokens.
+        top_p: from the fewest most probable ones that make up this much probability.
+        min_p: from those at least this many times as probable as the most probable one.
         seed: of the samples.
+        policy: in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
+        ratio, window, threshold_offset: change this in the policy: more thinking, or less.
+        cache: keep keys and values where the policy is causal; else recompute the prefix each time.
         bubbles: also print where the model forks in the text.
         figure: also save the bubble map of the first text to this file (needs matplotlib).
     """
@@ -29,7 +37,15 @@ class GenerateConfig:
     prompt: tuple[str, ...] = ("",)
     max_new_tokens: int = 128
     temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     seed: int = 0
+    policy: AnyPolicy | None = None
+    ratio: float | None = None
+    window: int | None = None
+    threshold_offset: float | None = None
+    cache: bool = True
     bubbles: bool = False
     figure: str | None = None
 
@@ -37,9 +53,17 @@ class GenerateConfig:
 def main(config: GenerateConfig) -> None:
     if config.figure:
         check_figure(Path(config.figure))
-    loaded = load_model(config.checkpoint)
+    loaded = under_policy(load_model(config.checkpoint), config)
     texts = write(
-        loaded, list(config.prompt), config.max_new_tokens, config.temperature, config.seed
+        loaded,
+        list(config.prompt),
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        seed=config.seed,
+        cached=None if config.cache else False,
     )
     for index, text in enumerate(texts):
         if index:
@@ -52,20 +76,19 @@ def main(config: GenerateConfig) -> None:
         print(f"bubble map: {Path(config.figure).absolute()}")
 
 
-def check_figure(path: Path) -> None:
-    """Raise before any work is done if a figure could not be saved there."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('a figure needs matplotlib: pip install "thoughtbubbles[notebooks]"')
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"figure {path}: its folder does not exist, make it or choose another")
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"figure {path}: choose a name that ends in .png, .pdf or .svg")
+def under_policy(loaded: Loaded, config: GenerateConfig) -> Loaded:
+    """The model with the policy and dials that were asked for."""
+    own = loaded.model.config.policy
+    policy = turn(config.policy or own, config.ratio, config.window, config.threshold_offset)
+    if policy == own:
+        return loaded
+    if not loaded.model.config.fork_layers:
+        raise ValueError(f"{config.checkpoint} is a plain decoder: it has no policy to change")
+    return dataclasses.replace(loaded, model=loaded.model.with_policy(policy))
 
 
-def write(
-    loaded: Loaded, prompts: list[str], max_new_tokens: int, temperature: float, seed: int
-) -> list[str]:
-    """Each prompt with its continuation."""
+def write(loaded: Loaded, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
+    """Each prompt with its continuation; the options are those of `generate`."""
     tokenizer = loaded.tokenizer
     ids = [[tokenizer.separator, *tokenizer.encode(prompt)[0].tolist()] for prompt in prompts]
     longest, trained = max(map(len, ids)) + max_new_tokens, loaded.config["data"]["seq_len"]
@@ -75,10 +98,9 @@ def write(
         loaded.model,
         ids,
         max_new_tokens,
-        temperature=temperature,
-        seed=seed,
         stop=[tokenizer.separator],
         choices=tokenizer.vocab_size,
+        **options,
     )
     return [tokenizer.decode(old + added) for old, added in zip(ids, new, strict=True)]
 

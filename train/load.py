@@ -20,12 +20,14 @@ class Loaded:
         tokenizer: the one it was trained with.
         config: the run's resolved config as nested dict.
         step: number of training steps.
+        data_fingerprint: of the rows it was trained on (`PackedData.fingerprint`).
     """
 
     model: Thoughtbubbles
     tokenizer: Tokenizer
     config: dict[str, Any]
     step: int
+    data_fingerprint: str
 
 
 def load_model(path: str | Path, step: int | None = None) -> Loaded:
@@ -35,4 +37,5 @@ def load_model(path: str | Path, step: int | None = None) -> Loaded:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tokenizer.json")
         file.write_text(meta["tokenizer"])
-        return Loaded(model, load_tokenizer(str(file)), meta["config"], meta["step"])
+        tokenizer = load_tokenizer(str(file))
+    return Loaded(model, tokenizer, meta["config"], meta["step"], meta["data_fingerprint"])

@@ -104,8 +104,8 @@ def train(config: RunConfig) -> dict[str, float]:
             progress.update(pending.step, loss, throughput.rate)
 
         def save(step: int) -> None:
-            train = dataclasses.replace(state, params=())
-            checkpointer.save(step, state.params, train, {**meta, "step": step}, force=True)
+            meta_of_step = {**meta, "step": step}
+            checkpointer.save(step, state.weights, state.rest, meta_of_step, force=True)
 
         held_out: dict[str, float] = {}
         pending: Pending | None = None
@@ -123,7 +123,7 @@ def train(config: RunConfig) -> dict[str, float]:
             if to_evaluate:
                 finish(pending)
                 pending = None
-                held_out = evaluator(state.params, data.validation)
+                held_out = evaluator(state.weights, data.validation)
                 writer.write(step, {f"eval/{name}": value for name, value in held_out.items()})
                 progress.write(f"step {step}: {evaluate.readable(held_out)}")
                 throughput.restart()
@@ -139,7 +139,7 @@ def train(config: RunConfig) -> dict[str, float]:
                 progress.write(f"stopped at step {step} and saved it in {out}: run again to go on")
                 break
         if not held_out and start >= config.steps:
-            held_out = evaluator(state.params, data.validation)
+            held_out = evaluator(state.weights, data.validation)
             progress.write(f"step {start}: {evaluate.readable(held_out)}")
     return held_out
 
@@ -197,10 +197,10 @@ def restore_or_init(checkpointer: Checkpointer, trainable: Trainable, out: Path)
     """The newest checkpoint of the run folder, or the initial state."""
     if checkpointer.latest_step() is None:
         return trainable.init()
-    abstract = dataclasses.replace(trainable.abstract, params=())
-    step, params, train, _ = checkpointer.restore(trainable.abstract.params, abstract)
+    abstract = trainable.abstract
+    step, weights, rest, _ = checkpointer.restore(abstract.weights, abstract.rest)
     print(f"continuing {out} from step {step}", file=sys.stderr)
-    return dataclasses.replace(train, params=params)
+    return rest.with_weights(weights)
 
 
 def describe(config: RunConfig, data: PackedData, trainable: Trainable, start: int) -> str:

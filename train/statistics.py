@@ -38,8 +38,20 @@ def fork_statistics(output: Output) -> dict[str, jax.Array]:
     return jax.tree.map(lambda *values: jnp.stack(values), *layers)
 
 
+def thresholds(tracked: Any) -> dict[str, jax.Array]:
+    """`threshold [F]`: where tracking has brought each fork layer (empty without tracking).
+
+    Args:
+        tracked: nnx.State of the model's tracked variables.
+    """
+    values = jax.tree.leaves(tracked)
+    return {"threshold": jnp.stack(values)} if values else {}
+
+
 def readable(sums: dict[str, Any], fork_layers: tuple[int, ...]) -> dict[str, Any]:
-    """Metrics by fork layer: streams per token, share of tokens forked, and the score histogram."""
+    """Metrics by fork layer: streams per token, share of tokens forked, the score histogram, and
+    the threshold where there is one.
+    """
     metrics: dict[str, Any] = {}
     for index, layer in enumerate(fork_layers):
         layer_sums = {name: np.asarray(values)[index] for name, values in sums.items()}
@@ -48,6 +60,8 @@ def readable(sums: dict[str, Any], fork_layers: tuple[int, ...]) -> dict[str, An
         metrics[f"{name}/streams_per_token"] = float(layer_sums["streams"]) / tokens
         metrics[f"{name}/forked_share"] = float(layer_sums["forked_tokens"]) / tokens
         scores = layer_sums["scores"] / max(float(layer_sums["scores"].sum()), 1.0)
+        if "threshold" in layer_sums:
+            metrics[f"{name}/threshold"] = float(layer_sums["threshold"])
         metrics[f"{name}/score_histogram"] = [round(float(share), 6) for share in scores]
     return metrics
 

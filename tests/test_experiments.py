@@ -1,0 +1,83 @@
+"""The experiments: their tasks are what they say, and their runs can be interrupted."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from thoughtbubbles import PrefixRank, Threshold, TopK
+from train.experiments import quality, random_bits
+from train.experiments.tasks import Lookup
+
+
+def test_lookup_rows_by_hand():
+    task = Lookup(offsets=(1, 4), ask=0.5, seq_len=9)
+    rows = task.rows(np.random.default_rng(0), 20)
+    assert rows.shape == (20, 10) and rows.dtype == np.int32
+    tokens, answers = rows % task.vocab_size, rows // task.vocab_size - 1
+    for row in range(20):
+        for at in range(9):
+            if tokens[row, at] < 2:
+                assert answers[row, at + 1] == -1, "no question, no answer"
+                continue
+            back = [tokens[row, at - offset] & 1 if at >= offset else 0 for offset in (1, 4)]
+            assert answers[row, at + 1] == back[0] + 2 * back[1]
+    assert (task.asked(rows) == (tokens[:, :-1] >= 2)).all()
+    assert task.chance == pytest.approx((8 + 5) / 9 * math.log(2))
+
+
+def test_the_random_control_ignores_scores_and_is_causal():
+    policy = quality.RandomForks(2.0)
+    assert policy.causal and policy.capacity(10) == PrefixRank(2.0).capacity(10)
+
+
+@pytest.mark.slow
+def test_quality_runs_are_resumed_and_reported(tmp_path, capsys):
+    out = tmp_path / "quality.jsonl"
+    config = quality.Quality(
+        task="lookup",
+        variants=("plain", "topk", "threshold", "random"),
+        seeds=(0,),
+        steps=2,
+        rows=4,
+        positions=6,
+        out=str(out),
+    )
+    quality.main(config)
+    lines = out.read_text().splitlines()
+    results = {json.loads(line)["variant"]: json.loads(line) for line in lines}
+    assert set(results) == {"plain", "topk", "threshold", "random"}
+    assert all(np.isfinite(result["loss"]) for result in results.values())
+    assert "blockwise_loss" in results["topk"] and "blockwise_loss" not in results["random"]
+    quality.main(config)
+    assert out.read_text().splitlines() == lines, "what is finished is not run again"
+    capsys.readouterr()
+    quality.main(quality.Quality(report=str(out)))
+    table = capsys.readouterr().out
+    assert "| plain | 40,224 | 0 |" in table
+    assert f"{results['topk']['loss'] - results['plain']['loss']:+.4f}" in table
+
+
+def test_an_unknown_variant_is_named():
+    with pytest.raises(ValueError, match="unknown variant 'best': choose from plain, copy2"):
+        quality.Quality(variants=("plain", "best"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [TopK(1.5), PrefixRank(1.5), Threshold(1.5)], ids=str)
+def test_no_causal_policy_beats_a_coin(policy):
+    """With heavy weights: TopK's two losses differ; the others' are one, and above ln 2."""
+    config = random_bits.RandomBits(length=6, steps=20, batch_size=16)
+    trainable, state = random_bits.trained(random_bits.model_config(policy), config, seed=0)
+    noise = iter(jax.random.split(jax.random.key(0), 200))
+    weights = jax.tree.map(
+        lambda leaf: leaf + 0.3 * jax.random.normal(next(noise), leaf.shape), state.weights
+    )
+    scores = random_bits.all_strings(trainable, state.with_weights(weights), config.length)
+    if policy.causal:
+        assert scores["blockwise"] == pytest.approx(scores["prefix_only"], abs=1e-5)
+        assert scores["blockwise"] > math.log(2) - 1e-6
+    else:
+        assert abs(scores["blockwise"] - scores["prefix_only"]) > 1e-4

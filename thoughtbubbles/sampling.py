@@ -1,0 +1,114 @@
+"""Drawing the next token: temperature, then top-k, top-p and min-p, as pure functions on logits.
+
+The order is that of Hugging Face's `generate`: each filter sees the distribution that the one
+before it left.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to draw; what is None is switched off, and nothing is computed for it.
+
+    Attributes:
+        temperature: float32 scalar; None takes the most probable token.
+        top_k: int32 scalar.
+        top_p: float32 scalar.
+        min_p: float32 scalar.
+    """
+
+    temperature: jax.Array | None = None
+    top_k: jax.Array | None = None
+    top_p: jax.Array | None = None
+    min_p: jax.Array | None = None
+
+    @classmethod
+    def of(
+        cls,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+    ) -> "Sampling":
+        """Checked numbers; temperature 0 is greedy, where filters change nothing.
+
+        Raises:
+            ValueError: a number is out of its range.
+        """
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k} leaves no token: choose 1 or more")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
+        if min_p is not None and not 0 <= min_p <= 1:
+            raise ValueError(f"min_p={min_p}: choose from 0 to 1")
+        if temperature == 0:
+            return cls()
+        number = lambda value: None if value is None else jnp.float32(value)  # noqa: E731
+        k = None if top_k is None else jnp.int32(min(top_k, 2**31 - 1))
+        return cls(jnp.float32(temperature), k, number(top_p), number(min_p))
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """One id per row, `[B]` int32; -1, which is no token, for a row whose logits hold a NaN.
+
+    Args:
+        logits: `[B, V]` float32; -inf for what must not be chosen.
+        keys: `[B]`, one random key per row.
+        sampling: what to draw from.
+    """
+    if sampling.temperature is None:
+        chosen = logits.argmax(axis=-1)
+    else:
+        chosen = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
+    return jnp.where(jnp.isnan(logits).any(axis=-1), -1, chosen).astype(jnp.int32)
+
+
+def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits `[B, V]` to draw from: tempered, and -inf where a filter says no."""
+    if sampling.temperature is not None:
+        logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p is not None:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits
+
+
+def keep_top_k(logits: jax.Array, k: jax.Array | int) -> jax.Array:
+    """The `k` most probable tokens (Fan et al. 2018, arXiv 1805.04833), and what ties with them."""
+    descending = -jnp.sort(-logits, axis=-1)
+    place = jnp.minimum(k, logits.shape[-1]) - 1
+    return _at_least(logits, jnp.take(descending, place, axis=-1)[..., None])
+
+
+def keep_top_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
+    """The nucleus: fewest tokens of probability `p` or more (Holtzman et al. 2020,
+    arXiv 1904.09751).
+
+    What ties with the last of them stays too.
+    """
+    descending = -jnp.sort(-logits, axis=-1)
+    probability = jax.nn.softmax(descending, axis=-1)
+    more_probable = jnp.cumsum(probability, axis=-1) - probability
+    # The first has nothing above it in exact arithmetic, and is kept in any.
+    inside = (more_probable < p).at[..., 0].set(True)
+    return _at_least(logits, jnp.where(inside, descending, jnp.inf).min(axis=-1, keepdims=True))
+
+
+def keep_min_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
+    """Tokens `p` times as probable as the first, or more (Nguyen et al. 2024, arXiv 2407.01082)."""
+    return _at_least(logits, logits.max(axis=-1, keepdims=True) + jnp.log(p))
+
+
+def _at_least(logits: jax.Array, lowest: jax.Array) -> jax.Array:
+    return jnp.where(logits >= lowest, logits, -jnp.inf)

@@ -1,0 +1,92 @@
+"""Dials at inference: a trained model under another ratio, window or threshold offset."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from thoughtbubbles import PrefixRank, Threshold, TopK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AnyPolicy = TopK | PrefixRank | Threshold
+
+
+def turn(
+    policy: AnyPolicy,
+    ratio: float | None = None,
+    window: int | None = None,
+    threshold_offset: float | None = None,
+) -> AnyPolicy:
+    """The policy with some dials turned; None leaves one where it is.
+
+    Raises:
+        ValueError: the policy has no such dial, or not that far.
+    """
+    changes: dict[str, float | int | None] = {}
+    if ratio is not None:
+        changes["ratio"] = ratio
+        if isinstance(policy, TopK):
+            changes["streams"] = None  # a fixed number would make the ratio mean nothing
+    if window is not None:
+        if not isinstance(policy, PrefixRank):
+            raise ValueError(
+                f"window={window} is a dial of PrefixRank, the policy is {policy}: "
+                'leave it out, or pass --policy "PrefixRank(...)"'
+            )
+        changes["window"] = window
+    if threshold_offset is not None:
+        if not isinstance(policy, Threshold):
+            raise ValueError(
+                f"threshold offset {threshold_offset} is a dial of Threshold, the policy is "
+                f"{policy}: leave it out, or turn ratio"
+            )
+        changes["offset"] = threshold_offset
+    return dataclasses.replace(policy, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where a dial stood, and what `Evaluator` found there."""
+
+    name: str
+    policy: AnyPolicy
+    metrics: dict[str, float]
+
+
+def table(settings: Sequence[Setting]) -> str:
+    """One line for each setting, for a terminal."""
+    width = max(len(str(setting.policy)) for setting in settings)
+    lines = [f"{'policy':{width}}  streams/token  {'nats/token':15}  bits/byte"]
+    for setting in settings:
+        found = setting.metrics
+        lines.append(
+            f"{setting.policy!s:{width}}  {found['streams_per_token']:13.3f}  "
+            f"{found['loss']:.4f} ± {found['standard_error']:.4f}  {found['bits_per_byte']:9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def figure(settings: Sequence[Setting], title: str, trained: AnyPolicy) -> "Figure":
+    """Held-out bits per byte against streams per token, one point for each setting.
+
+    Args:
+        settings: in the order of the line through them.
+        title: of the figure.
+        trained: the policy of the run; its point is filled.
+    """
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(6, 4), layout="constrained")
+    axis = drawing.subplots()
+    streams = [setting.metrics["streams_per_token"] for setting in settings]
+    bits = [setting.metrics["bits_per_byte"] for setting in settings]
+    axis.plot(streams, bits, "o-", color="tab:blue", markerfacecolor="white")
+    for setting, x, y in zip(settings, streams, bits, strict=True):
+        if setting.policy == trained:
+            axis.plot([x], [y], "o", color="tab:blue", label="as trained")
+            axis.legend()
+        axis.annotate(setting.name, (x, y), (4, 6), textcoords="offset points")
+    axis.margins(0.2, 0.2)
+    axis.set(title=title, xlabel="streams per token", ylabel="held-out bits per byte")
+    return drawing

@@ -1,0 +1,1 @@
+"""Experiments behind the claims of the README: each is a command that can be run again."""

@@ -1,0 +1,14 @@
+"""Whether a figure can be saved, asked before the work that it shows is done."""
+
+import importlib.util
+from pathlib import Path
+
+
+def check_figure(path: Path) -> None:
+    """Raise before any work is done if a figure could not be saved there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('a figure needs matplotlib: pip install "thoughtbubbles[notebooks]"')
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"figure {path}: its folder does not exist, make it or choose another")
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"figure {path}: choose a name that ends in .png, .pdf or .svg")
