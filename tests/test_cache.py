@@ -18,19 +18,27 @@ LLAMA = {
     "norm": "rmsnorm", "mlp": "swiglu", "num_kv_heads": 1, "qk_norm": True, "tied_head": False,
     "biases": "qkv", "mlp_dim": 24, "head_dim": 10,
 }  # fmt: skip
-WITHOUT = {"forced_keep": False, "key_bias": False, "fractional_positions": False}
+WITHOUT = {"value_scaling": False, "key_bias": False, "fractional_positions": False}
 MODELS = {
     "plain": dataclasses.replace(TWO_FORKS, fork_layers=()),
     "copies": dataclasses.replace(TWO_FORKS, fork_layers=(), copies=3, merge="rightmost"),
     "rank": dataclasses.replace(BASE, policy=PrefixRank(1.5)),
     "window, burst": dataclasses.replace(
-        TWO_FORKS, policy=PrefixRank(2.0, window=4, burst=2), merge="probability"
+        TWO_FORKS,
+        policy=PrefixRank(2.0, window=4, burst=2),
+        merge="probability",
+        score_originals=False,
     ),
     "threshold": dataclasses.replace(BASE, policy=Threshold(2.0, burst=2), merge="rightmost"),
     "no gate": dataclasses.replace(
-        TWO_FORKS, policy=Threshold(2.0, gate=False, burst=1), scan_layers=True
+        TWO_FORKS,
+        policy=Threshold(2.0, gate=False, burst=1),
+        scan_layers=True,
+        score_originals=False,
     ),
-    "llama": dataclasses.replace(TWO_FORKS, **LLAMA, merge="probability", remat="full"),
+    "llama": dataclasses.replace(
+        TWO_FORKS, **LLAMA, merge="probability", remat="full", score_originals=False
+    ),
     "without": dataclasses.replace(
         TWO_FORKS, **WITHOUT, policy=PrefixRank(3.0), fork_layers=(0, 2), score_bias="none"
     ),

@@ -11,7 +11,7 @@ from tiny import BASE, VOCAB, heavy_model, logits_of
 from thoughtbubbles import PrefixRank, Threshold, TopK
 
 DRAWS, TOKENS = 200, 12
-CONFIG = dataclasses.replace(BASE, num_layers=3, fork_layers=(1, 2))
+CONFIG = dataclasses.replace(BASE, num_layers=3, fork_layers=(1, 2), score_originals=False)
 POLICIES = [PrefixRank(1.5), PrefixRank(2.0, window=4, burst=2), Threshold(1.5)]
 
 

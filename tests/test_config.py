@@ -38,11 +38,11 @@ def test_text_that_is_no_policy(text):
 
 def test_configs_from_before_there_were_policies():
     """Their fields stand without a name, and fields that came later are missing."""
-    old = as_json(PRESETS["tiny"])
+    old = as_json(PRESETS["tiny_topk"])
     old["model"]["policy"] = {"ratio": 1.5, "streams": None}
     del old["model"]["score_originals"]
     assert model_from_json(old["model"]).policy == TopK(1.5)
-    now = as_json(PRESETS["tiny"])
+    now = as_json(PRESETS["tiny_topk"])
     assert differences(old, now)[0].startswith("model.policy: saved 'TopK(ratio=1.5")
     old["model"]["policy"]["ratio"] = 2
     assert not differences(old, now)

@@ -4,10 +4,12 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from thoughtbubbles import PrefixRank, Threshold, TopK
+from thoughtbubbles import PrefixRank, Streams, Threshold, TopK
+from thoughtbubbles.forking import candidates_of
 from train.experiments import quality, random_bits
 from train.experiments.tasks import Lookup
 
@@ -28,9 +30,15 @@ def test_lookup_rows_by_hand():
     assert task.chance == pytest.approx((8 + 5) / 9 * math.log(2))
 
 
-def test_the_random_control_ignores_scores_and_is_causal():
-    policy = quality.RandomForks(2.0)
-    assert policy.causal and policy.capacity(10) == PrefixRank(2.0).capacity(10)
+def test_the_random_control_ignores_scores():
+    streams = Streams.start(jnp.zeros((3, 10, 4)))
+    masks = []
+    for seed in range(2):
+        scores = -jax.random.uniform(jax.random.key(seed), (3, 20))
+        masks.append(np.asarray(quality.RandomForks(1.5).keep(candidates_of(streams, scores))))
+    assert (masks[0] == masks[1]).all()
+    assert masks[0][:, 1::2].all(), "originals live"
+    assert 10 < masks[0][0].sum() <= 15
 
 
 @pytest.mark.slow

@@ -291,3 +291,22 @@ def test_merge_refuses_a_kind_without_residual():
     streams = run(heavy_model(BASE), random_tokens(1, 4)).streams
     with pytest.raises(ValueError, match="merge_log_probs"):
         merge(streams, "probability")
+
+
+@pytest.mark.parametrize("policy", [PrefixRank(1.5), Threshold(1.5), TopK(1.5)], ids=str)
+def test_originals_keep_a_score_of_one_unless_asked(policy):
+    """Then the first block after a fork writes into originals as if nothing had forked."""
+    for scored in (False, True):
+        config = dataclasses.replace(BASE, policy=policy, score_originals=scored)
+        for streams in run(heavy_model(config), random_tokens(4, 12)).forks:
+            log_score = np.asarray(streams.log_score)
+            assert (log_score[np.asarray(streams.original)] == 0).all() != scored
+            forks = np.asarray(streams.alive & ~streams.original)
+            assert (log_score[forks] < 0).all() and forks.any()
+
+
+def test_an_ablation_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="forced_keep=False .* policy=PrefixRank"):
+        dataclasses.replace(BASE, policy=PrefixRank(), forced_keep=False)
+    with pytest.raises(ValueError, match="forced_keep=False .* score_originals=False"):
+        Fork(4, TopK(), forced_keep=False, rngs=nnx.Rngs(0))

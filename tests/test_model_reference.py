@@ -28,6 +28,7 @@ BASE = ModelConfig(
     biases="all",
     fork_layers=(1, 2),
     policy=TopK(ratio=1.5),
+    score_originals=True,
     score_bias="head",
     merge="probability",
 )

@@ -17,6 +17,7 @@ BASE = ModelConfig(
     num_heads=2,
     fork_layers=(1, 2, 3),
     policy=TopK(1.5),
+    score_originals=True,
 )
 
 

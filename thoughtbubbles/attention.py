@@ -75,7 +75,7 @@ def attend_cached(
 
     def over(span: int):
         seen = None if bias is None else bias[:, :span]
-        return lambda: _attend(query, key[:, :, :span], value[:, :, :span], seen, last)
+        return lambda: _attend(query, key[:, :, :span], value[:, :, :span], seen, last, few=True)
 
     spans = cache_spans(slots)
     if len(spans) == 1:
@@ -120,9 +120,17 @@ def _slots_first(mixed):
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, slots, groups * repeats, width)
 
 
-def _attend(query, key, value, bias, last):
-    """Heads first; each query sees the keys up to slot `last`, `[Q]` or `[B, Q]`."""
-    logits = jnp.einsum("bgrqk,bgsk->bgrqs", query, key, preferred_element_type=jnp.float32)
+def _attend(query, key, value, bias, last, few=False):
+    """Heads first; each query sees the keys up to slot `last`, `[Q]` or `[B, Q]`.
+
+    `few`: static, whether there are few queries for the keys; only speed depends on it.
+    """
+    if few:
+        # Keys first: with the query first, XLA transposes all of a cache's keys on a CPU.
+        logits = jnp.einsum("bgsk,bgrqk->bgsrq", key, query, preferred_element_type=jnp.float32)
+        logits = jnp.moveaxis(logits, 2, -1)
+    else:
+        logits = jnp.einsum("bgrqk,bgsk->bgrqs", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias[:, None, None, None, :]
     sees = jnp.arange(key.shape[2]) <= last.reshape(-1, 1, 1, last.shape[-1], 1)

@@ -197,8 +197,10 @@ def _checked(model, cache, tokens, length, fresh) -> tuple[Streams, Cache]:
         length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     if not isinstance(length, Tracer) and not isinstance(cache.length, Tracer):
         before, new = np.asarray(cache.length), np.asarray(length)
-        if new.max(initial=0) > tokens.shape[1]:
-            raise ValueError(f"length {new.max()} is more than the {tokens.shape[1]} tokens given")
+        if new.max(initial=0) > tokens.shape[1] or new.min(initial=0) < 0:
+            raise ValueError(
+                f"lengths {new.tolist()} of {tokens.shape[1]} tokens: choose 0 to {tokens.shape[1]}"
+            )
         longest = int((before + new).max())
         if longest > cache.max_tokens:
             raise ValueError(
@@ -251,7 +253,7 @@ def advance(
     """
     config, chunk = model.config, x.shape[1]
     after = cache.length + length
-    wrong = (after > cache.max_tokens) | (length > chunk)
+    wrong = (after > cache.max_tokens) | (length > chunk) | (length < 0)
     if fresh:
         wrong |= cache.length > 0
     x = jnp.where(wrong[:, None, None], jnp.nan, x)
@@ -266,7 +268,8 @@ def advance(
             fork, memory = model.forks[index - 1], cache.memories[index - 1]
             if fresh:
                 # Only as large as these tokens need: ranking looks at all that there is room for.
-                small = config.policy.memory(x.shape[0], 2 * streams.token.shape[1])
+                policy = cast(CausalPolicy, config.policy)
+                small = policy.memory(x.shape[0], 2 * streams.token.shape[1])
                 streams, small = fork.extend(streams, small, bound)
                 memory = jax.tree.map(_at_start, memory, small)
             else:

@@ -20,9 +20,11 @@ class ModelConfig:
     `"probability"` is the paper's mixture (eq. 11), `"residual"` the sum of residuals of its
     authors' later code, `"rightmost"` the original alone. `score_bias="head"` adds the log-score to
     q·k before the division by sqrt(K) (the authors' code), `"none"` after it (a weight of exactly
-    p). `copies` is the copy-k baseline: each input residual k times, the rightmost decoded.
+    p). `score_originals=True` is the paper: an original carries a score as forks do and is
+    attenuated by it; by default its score stays 1, so that the plain decoder stands whole among the
+    forks. `copies` is the copy-k baseline: each input residual k times, the rightmost decoded.
 
-    The seven switches from `fork_embedding` on each take one ingredient out, for ablations.
+    The six switches from `fork_embedding` on each take one ingredient out, for ablations.
     """
 
     vocab_size: int
@@ -42,15 +44,15 @@ class ModelConfig:
 
     copies: int = 1
     fork_layers: tuple[int, ...] = ()
-    policy: TopK | PrefixRank | Threshold = TopK()
+    policy: TopK | PrefixRank | Threshold = PrefixRank()
     merge: Literal["probability", "residual", "rightmost"] = "residual"
     score_bias: Literal["head", "none"] = "head"
+    score_originals: bool = False
     fork_embedding: bool = True
     key_bias: bool = True
     value_scaling: bool = True
     residual_scaling: bool = True
     forced_keep: bool = True
-    score_originals: bool = True
     fractional_positions: bool = True
 
     # How to compute, not what: none of these changes the weights.
@@ -100,6 +102,11 @@ class ModelConfig:
                 )
         if list(self.fork_layers) != sorted(set(self.fork_layers)):
             raise ValueError(f"fork_layers={self.fork_layers} must rise without repeats")
+        if not self.forced_keep and (self.policy.causal or not self.score_originals):
+            raise ValueError(
+                f"forced_keep=False lets originals compete by score, with policy={self.policy} and "
+                f"score_originals={self.score_originals} they can't: set TopK(...) and True"
+            )
         if self.copies < 1:
             raise ValueError(f"copies={self.copies} is below 1: 1 means no copies")
         if self.copies > 1 and (self.fork_layers or self.merge != "rightmost"):
@@ -189,6 +196,8 @@ def _paper(embed_dim: int, num_layers: int, num_heads: int, fork_layers: tuple[i
         num_layers=num_layers,
         num_heads=num_heads,
         fork_layers=fork_layers,
+        policy=TopK(2.0),
+        score_originals=True,
         merge="probability",
     )
 

@@ -17,7 +17,7 @@ from flax import nnx
 from thoughtbubbles import forking
 from thoughtbubbles.attention import attend
 from thoughtbubbles.config import ModelConfig
-from thoughtbubbles.policies import Candidates, CausalPolicy, Policy, Threshold, TopK
+from thoughtbubbles.policies import Candidates, CausalPolicy, Policy, PrefixRank, Threshold
 from thoughtbubbles.positions import rotary_angles, rotate
 from thoughtbubbles.streams import Streams
 
@@ -224,27 +224,32 @@ class Fork(nnx.Module):
 
     Args:
         embed_dim: width `D` of the residuals.
-        policy: which candidates live; the paper's `TopK(2.0)` if not given.
+        policy: which candidates live; the causal `PrefixRank(2.0)` if not given.
         norm, norm_eps, norm_bias: the norm in front of the score map.
         embedding: whether forks get a learned vector added (off: an ablation).
         forced_keep: whether originals always live (off: an ablation).
-        score_originals: whether originals carry a score as in the paper; off, theirs stays 1.
+        score_originals: whether originals carry a score, as in the paper; by default theirs is 1.
         rngs: for the initial values.
     """
 
     def __init__(
         self,
         embed_dim: int,
-        policy: Policy = TopK(),  # noqa: B008 (frozen)
+        policy: Policy = PrefixRank(),  # noqa: B008 (frozen)
         *,
         norm: Literal["layernorm", "rmsnorm"] = "layernorm",
         norm_eps: float = 1e-5,
         norm_bias: bool = True,
         embedding: bool = True,
         forced_keep: bool = True,
-        score_originals: bool = True,
+        score_originals: bool = False,
         rngs: nnx.Rngs,
     ):
+        if not forced_keep and (policy.causal or not score_originals):
+            raise ValueError(
+                f"forced_keep=False lets originals compete by score, with policy={policy} and "
+                f"score_originals={score_originals} they can't: set TopK(...) and True"
+            )
         self.policy, self.forced_keep = policy, forced_keep
         self.score_originals = score_originals
         self.norm = Norm(embed_dim, norm, bias=norm_bias, eps=norm_eps)

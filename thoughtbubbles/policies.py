@@ -125,14 +125,14 @@ class TopK:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixRank:
-    """Keeps a candidate iff it ranks within the budget of its own prefix; causal.
+    """Wants a candidate iff it ranks within the budget of its own prefix; causal.
 
     A candidate of token `t` is wanted iff fewer than `floor(ratio * (t + 1))` candidates of tokens
-    up to `t` score higher: what `TopK` would decide for the newest token of each prefix, made
-    final. Wants then pass a token bucket (`grant`).
+    up to `t` score higher: what `TopK` would decide for the newest token of each prefix (but for
+    rounding the budget down), made final. Wants then pass a token bucket (`grant`).
 
     Attributes:
-        ratio: streams per token, on average, over every prefix.
+        ratio: streams per token, at most, in every prefix.
         window: rank among the candidates of the last `window` tokens alone; all if None.
         burst: streams that the bucket may run ahead of `ratio`.
     """
@@ -217,16 +217,17 @@ class RankMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Keeps a candidate iff its score p exceeds the fork layer's threshold θ; causal.
+    """Wants a candidate iff its score p exceeds the fork layer's threshold θ; causal.
 
     θ is state of the fork layer, not a parameter: in training it follows the score at which wants
     meet the budget (`meeting_point`), otherwise it is a constant. Wants pass a token bucket.
 
     Attributes:
-        ratio: streams per token, on average, over every prefix.
+        ratio: streams per token, at most, in every prefix.
         burst: streams that the bucket may run ahead of `ratio`.
-        gate: give a kept candidate the score max(p - θ, 0) / (1 - θ) in place of p, so that
-            the loss is continuous where a stream is born. Forced candidates keep theirs.
+        gate: give a kept candidate the score max(p - θ, 0) / (1 - θ) in place of p, so that a
+            stream is born without weight. Forced candidates keep theirs. (The loss is continuous
+            there with `score_bias="none"` and without fractional positions.)
         offset: added to θ: a dial at inference, positive for fewer streams.
     """
 
@@ -366,7 +367,7 @@ def _keys(candidates: Candidates) -> jax.Array:
 
 
 def _ties(keys: jax.Array) -> jax.Array:
-    """Keys to 1/1024: equal tokens can score the same, and float noise must not decide then."""
+    """Keys to 1/1024: equal tokens can score the same, and float noise seldom decides then."""
     return jnp.round(keys * 1024) / 1024
 
 
@@ -388,7 +389,8 @@ def _fraction(ratio: float) -> Fraction:
 def _extras(ratio: float, burst: int, tokens):
     """Streams beyond one for each of `tokens` that a token bucket allows."""
     extra = _fraction(ratio) - 1
-    return extra.numerator * tokens // extra.denominator + burst
+    whole, rest = divmod(extra.numerator, extra.denominator)
+    return whole * tokens + rest * tokens // extra.denominator + burst
 
 
 def best(keys: jax.Array, count: jax.Array) -> jax.Array:

@@ -49,7 +49,7 @@ class Sampling:
             raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
         if min_p is not None and not 0 <= min_p <= 1:
             raise ValueError(f"min_p={min_p}: choose from 0 to 1")
-        if temperature == 0:
+        if jnp.float32(temperature) == 0:
             return cls()
         number = lambda value: None if value is None else jnp.float32(value)  # noqa: E731
         k = None if top_k is None else jnp.int32(min(top_k, 2**31 - 1))

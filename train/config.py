@@ -129,6 +129,7 @@ def model_from_json(fields: dict[str, Any]) -> ModelConfig:
     # Before there were several policies, TopK's fields stood there.
     text = repr(TopK(**policy)) if isinstance(policy, dict) else policy
     fields["policy"] = policy_from_text(text)
+    fields.setdefault("score_originals", True)  # the only way there was
     fields["fork_layers"] = tuple(fields["fork_layers"])
     return ModelConfig(**fields)
 
@@ -142,9 +143,8 @@ NOTED = ("steps", "accumulate", "mesh")
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Fields that keep a run from being continued, as `name: saved x, now y`."""
-    # Read and written again, so that an older form, or 2 for 2.0, is no difference.
     saved, current = (
-        config | {"model": as_json(model_from_json(config["model"]))} for config in (saved, current)
+        config | {"model": _comparable(config["model"])} for config in (saved, current)
     )
     found = []
     for name in FIXED:
@@ -156,6 +156,14 @@ def noted_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Allowed changes after which the run is no longer the one that was begun."""
     found = [_differences(name, saved.get(name), current.get(name), ()) for name in NOTED]
     return [line for lines in found for line in lines]
+
+
+def _comparable(model: dict[str, Any]) -> dict[str, Any]:
+    """Read and written again, so that an older form, or 2 for 2.0, is no difference."""
+    fields = as_json(model_from_json(model))
+    if not fields["fork_layers"]:  # a plain decoder has no policy, whatever stands there
+        del fields["policy"], fields["score_originals"]
+    return fields
 
 
 def _differences(name: str, saved: Any, current: Any, free: tuple[str, ...]) -> list[str]:

@@ -68,15 +68,15 @@ class Evaluator:
 
         `loss` (nats per token) and `bits_per_byte` are the autoregressive model's;
         `standard_error` is that of `loss` for the whole split, from having scored some rows only;
-        `streams_per_token` is the mean after the last block (1 for a plain decoder).
-
-        Args:
-            weights: `TrainState.weights`.
+        `streams_per_token` is the mean after the last block, of the blockwise pass.
 
         For a policy that is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside
         them. The loss is then the blockwise mean over all positions plus the mean difference
         between prefix-only and blockwise over the sampled positions, and the standard error
         includes the error of that difference.
+
+        Args:
+            weights: `TrainState.weights`.
         """
         tokens, nats, num_streams, num_bytes = self._score_blockwise(weights, rows)
         weight = tokens[:, 1:] >= 0

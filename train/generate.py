@@ -78,12 +78,12 @@ def main(config: GenerateConfig) -> None:
 
 def under_policy(loaded: Loaded, config: GenerateConfig) -> Loaded:
     """The model with the policy and dials that were asked for."""
-    own = loaded.model.config.policy
-    policy = turn(config.policy or own, config.ratio, config.window, config.threshold_offset)
-    if policy == own:
+    dials = (config.ratio, config.window, config.threshold_offset)
+    if config.policy is None and all(dial is None for dial in dials):
         return loaded
     if not loaded.model.config.fork_layers:
         raise ValueError(f"{config.checkpoint} is a plain decoder: it has no policy to change")
+    policy = turn(config.policy or loaded.model.config.policy, *dials)
     return dataclasses.replace(loaded, model=loaded.model.with_policy(policy))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
+from thoughtbubbles import ModelConfig, Threshold, TopK
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.optim import OptimizerConfig
@@ -41,8 +41,7 @@ def _tiny(name: str, **changes) -> RunConfig:
 PRESETS: dict[str, RunConfig] = {
     "tiny": TINY,
     "tiny_plain": _tiny("tiny_plain", fork_layers=()),
-    "tiny_topk": _tiny("tiny_topk", policy=TopK(2.0)),
-    "tiny_prefix_rank": _tiny("tiny_prefix_rank", policy=PrefixRank(2.0)),
+    "tiny_topk": _tiny("tiny_topk", policy=TopK(2.0), score_originals=True),
     "tiny_threshold": _tiny("tiny_threshold", policy=Threshold(2.0)),
     **{name: _paper(name) for name in ("150m", "319m", "772m", "1_9b")},
 }

@@ -45,42 +45,48 @@ FORK_LAYERS, RATIO = (1, 2), 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomForks(PrefixRank):
+class RandomForks:
     """Control: `PrefixRank` over random keys, drawn once for each candidate place of a row.
 
     Where in a text a row begins is arbitrary, so a place says nothing of the token that stands
     there: what forks is unrelated to what it is.
     """
 
+    ratio: float
+
+    @property
+    def causal(self) -> bool:
+        return True
+
+    def capacity(self, num_tokens: int) -> int:
+        return PrefixRank(self.ratio).capacity(num_tokens)
+
     def keep(self, candidates: Candidates) -> jax.Array:
-        keys = jax.random.normal(jax.random.key(0), candidates.log_score.shape[1:])
+        count = candidates.log_score.shape[1]
+        keys = jax.random.normal(jax.random.key(count), (count,))  # others at each fork layer
         keys = jnp.broadcast_to(keys, candidates.log_score.shape)
-        return super().keep(dataclasses.replace(candidates, log_score=keys))
-
-
-def _forking(**changes) -> Callable[[ModelConfig], ModelConfig]:
-    settings = {"fork_layers": FORK_LAYERS, "policy": TopK(RATIO)} | changes
-    return lambda base: dataclasses.replace(base, **settings)
+        return PrefixRank(self.ratio).keep(dataclasses.replace(candidates, log_score=keys))
 
 
 def _with(**changes) -> Callable[[ModelConfig], ModelConfig]:
     return lambda base: dataclasses.replace(base, **changes)
 
 
+def _forking(policy, **changes) -> Callable[[ModelConfig], ModelConfig]:
+    return _with(fork_layers=FORK_LAYERS, policy=policy, **changes)
+
+
 # A variant turns the plain base into what is compared.
 VARIANTS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
     "plain": lambda base: base,
     "copy2": _with(copies=2, merge="rightmost"),
-    "topk": _forking(),
-    "prefix_rank": _forking(policy=PrefixRank(RATIO)),
-    "threshold": _forking(policy=Threshold(RATIO)),
-    "random": _forking(policy=RandomForks(RATIO)),
-    "topk_rightmost": _forking(merge="rightmost"),
-    "topk_no_fork_embedding": _forking(fork_embedding=False),
-    "topk_no_key_bias": _forking(key_bias=False),
-    "topk_no_value_scaling": _forking(value_scaling=False),
-    "topk_no_residual_scaling": _forking(residual_scaling=False),
-    "topk_no_attenuation": _forking(key_bias=False, value_scaling=False, residual_scaling=False),
+    "topk": _forking(TopK(RATIO), score_originals=True),
+    "prefix_rank": _forking(PrefixRank(RATIO)),
+    "threshold": _forking(Threshold(RATIO)),
+    "random": _forking(RandomForks(RATIO)),
+    "topk_unscored": _forking(TopK(RATIO)),
+    "prefix_rank_scored": _forking(PrefixRank(RATIO), score_originals=True),
+    "threshold_scored": _forking(Threshold(RATIO), score_originals=True),
 }
 
 
@@ -202,7 +208,7 @@ class Quality:
     """
 
     task: Literal["stdlib", "lookup"] = "lookup"
-    variants: tuple[str, ...] = ("plain", "copy2", "topk")
+    variants: tuple[str, ...] = ("plain", "copy2", "topk", "prefix_rank", "threshold", "random")
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 0
     rows: int = 1024
@@ -224,12 +230,21 @@ def main(config: Quality) -> None:
     out = Path(config.out)
     task = TASKS[config.task](config.rows, config.positions)
     steps = config.steps or task.steps
-    finished = {key_of(result) for result in read_results(out)} if out.exists() else set()
+    results = read_results(out) if out.exists() else []
+    for result in results:
+        scored = result["rows"], result["positions"]
+        if scored != (config.rows, config.positions):
+            raise ValueError(
+                f"{out} holds results over rows, positions = {scored}, asked for "
+                f"{(config.rows, config.positions)}: pass another --out, or the same numbers"
+            )
+    finished = {key_of(result) for result in results}
     for seed in config.seeds:
         for variant in config.variants:
             if (config.task, steps, variant, seed) in finished:
                 continue
             result = {"task": config.task, "variant": variant, "seed": seed, "steps": steps}
+            result |= {"rows": config.rows, "positions": config.positions}
             result |= train_and_score(task, VARIANTS[variant](task.base), steps, seed)
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
