@@ -161,8 +161,10 @@ def test_overflow_is_refused_before_any_work(monkeypatch):
         extend(model, filled, texts()[:, :CHUNK])
     with pytest.raises(ValueError, match="prefill of a row that has 12 tokens: use extend"):
         prefill(model, filled, texts()[:, :1])
-    with pytest.raises(ValueError, match="length 6 is more than the 5 tokens given"):
+    with pytest.raises(ValueError, match=r"lengths .*6.* of 5 tokens: choose 0 to 5"):
         extend(model, filled, texts()[:, :CHUNK], jnp.full(ROWS, 6))
+    with pytest.raises(ValueError, match=r"lengths .*-2.* of 5 tokens: choose 0 to 5"):
+        extend(model, filled, texts()[:, :CHUNK], jnp.full(ROWS, -2))
     with pytest.raises(ValueError, match=r"tokens \(2, 5\) for a cache of 14 rows"):
         extend(model, filled, texts()[:2, :CHUNK])
 
