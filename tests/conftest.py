@@ -1,6 +1,7 @@
 """Settings that every test shares; the environment must be set before jax is first imported."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,23 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import jax  # noqa: E402 (reads the environment)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests run last, everything else keeps its order."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def room_for_compiled_programs() -> Iterator[None]:
+    """Forget compiled programs before they fill the memory maps of a process.
+
+    Each holds many; at 65,530, where Linux stops by default, XLA dies of a segmentation fault.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
