@@ -72,7 +72,7 @@ def processes(tmp_path_factory):
 def arguments(corpus, tmp_path):
     cache = corpus.parent / "cache"
     return [
-        *("tiny", "--data.corpus", str(corpus), "--data.cache-dir", str(cache)),
+        *("tiny_topk", "--data.corpus", str(corpus), "--data.cache-dir", str(cache)),
         *("--out", str(tmp_path / "run"), *SMALL),
     ]
 
