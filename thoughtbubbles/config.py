@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from thoughtbubbles.attention import visited_pairs
-from thoughtbubbles.policies import PrefixRank, Threshold, TopK
+from thoughtbubbles.policies import PrefixRank, Threshold, TopK, check_forced_keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,7 @@ class ModelConfig:
                 )
         if list(self.fork_layers) != sorted(set(self.fork_layers)):
             raise ValueError(f"fork_layers={self.fork_layers} must rise without repeats")
-        if not self.forced_keep and (self.policy.causal or not self.score_originals):
-            raise ValueError(
-                f"forced_keep=False lets originals compete by score, with policy={self.policy} and "
-                f"score_originals={self.score_originals} they can't: set TopK(...) and True"
-            )
+        check_forced_keep(self.policy, self.forced_keep, self.score_originals)
         if self.copies < 1:
             raise ValueError(f"copies={self.copies} is below 1: 1 means no copies")
         if self.copies > 1 and (self.fork_layers or self.merge != "rightmost"):

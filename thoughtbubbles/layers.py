@@ -17,7 +17,14 @@ from flax import nnx
 from thoughtbubbles import forking
 from thoughtbubbles.attention import attend
 from thoughtbubbles.config import ModelConfig
-from thoughtbubbles.policies import Candidates, CausalPolicy, Policy, PrefixRank, Threshold
+from thoughtbubbles.policies import (
+    Candidates,
+    CausalPolicy,
+    Policy,
+    PrefixRank,
+    Threshold,
+    check_forced_keep,
+)
 from thoughtbubbles.positions import rotary_angles, rotate
 from thoughtbubbles.streams import Streams
 
@@ -245,11 +252,7 @@ class Fork(nnx.Module):
         score_originals: bool = False,
         rngs: nnx.Rngs,
     ):
-        if not forced_keep and (policy.causal or not score_originals):
-            raise ValueError(
-                f"forced_keep=False lets originals compete by score, with policy={policy} and "
-                f"score_originals={score_originals} they can't: set TopK(...) and True"
-            )
+        check_forced_keep(policy, forced_keep, score_originals)
         self.policy, self.forced_keep = policy, forced_keep
         self.score_originals = score_originals
         self.norm = Norm(embed_dim, norm, bias=norm_bias, eps=norm_eps)

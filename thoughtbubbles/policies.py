@@ -123,8 +123,22 @@ class TopK:
         return best(_keys(candidates), budget) & candidates.alive
 
 
+class Bucketed:
+    """What policies behind a token bucket (`grant`) have in common."""
+
+    ratio: float
+    burst: int
+
+    @property
+    def causal(self) -> bool:
+        return True
+
+    def capacity(self, num_tokens: int) -> int:
+        return num_tokens + _extras(self.ratio, self.burst, num_tokens)
+
+
 @dataclasses.dataclass(frozen=True)
-class PrefixRank:
+class PrefixRank(Bucketed):
     """Wants a candidate iff it ranks within the budget of its own prefix; causal.
 
     A candidate of token `t` is wanted iff fewer than `floor(ratio * (t + 1))` candidates of tokens
@@ -146,13 +160,6 @@ class PrefixRank:
         _check_burst(self.burst)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} is below 1: choose tokens to rank among")
-
-    @property
-    def causal(self) -> bool:
-        return True
-
-    def capacity(self, num_tokens: int) -> int:
-        return num_tokens + _extras(self.ratio, self.burst, num_tokens)
 
     def keep(self, candidates: Candidates) -> jax.Array:
         batch, count = candidates.token.shape
@@ -216,7 +223,7 @@ class RankMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Threshold:
+class Threshold(Bucketed):
     """Wants a candidate iff its score p exceeds the fork layer's threshold θ; causal.
 
     θ is state of the fork layer, not a parameter: in training it follows the score at which wants
@@ -241,13 +248,6 @@ class Threshold:
         _check_burst(self.burst)
         if not -1 < self.offset < 1:
             raise ValueError(f"offset={self.offset} is added to a score: choose from -1 to 1")
-
-    @property
-    def causal(self) -> bool:
-        return True
-
-    def capacity(self, num_tokens: int) -> int:
-        return num_tokens + _extras(self.ratio, self.burst, num_tokens)
 
     def keep(self, candidates: Candidates) -> jax.Array:
         return self.keep_next(candidates, self.memory(candidates.token.shape[0], 0))[0]
@@ -369,6 +369,15 @@ def _keys(candidates: Candidates) -> jax.Array:
 def _ties(keys: jax.Array) -> jax.Array:
     """Keys to 1/1024: equal tokens can score the same, and float noise seldom decides then."""
     return jnp.round(keys * 1024) / 1024
+
+
+def check_forced_keep(policy: Policy, forced_keep: bool, score_originals: bool) -> None:
+    """Raise where originals are to compete by score and can't."""
+    if not forced_keep and (policy.causal or not score_originals):
+        raise ValueError(
+            f"forced_keep=False lets originals compete by score, with policy={policy} and "
+            f"score_originals={score_originals} they can't: set TopK(...) and True"
+        )
 
 
 def _check_ratio(ratio: float) -> None:
