@@ -182,6 +182,13 @@ def test_overflow_under_a_trace_is_nan_for_good_and_for_its_row_alone():
     np.testing.assert_allclose(found[2, :7], expected[2, 3:10], atol=1e-4)
     assert np.isnan(found[2, 7:]).all()
 
+    length = jnp.where(jnp.arange(ROWS) == 2, -1, 1)
+    wrong, filled = jax.jit(prefill)(model, init_cache(model, ROWS, 10), tokens[:, :3], length)
+    after, _ = jax.jit(decode_step)(model, filled, tokens[:, 1])
+    for found, place in ((wrong, 0), (after, 1)):
+        np.testing.assert_allclose(found[others], expected[others, place], atol=1e-4)
+        assert np.isnan(found[2]).all(), "nothing has a negative length"
+
 
 def test_a_cache_belongs_to_its_config():
     """Another budget midway would leave a past that the new policy did not decide."""

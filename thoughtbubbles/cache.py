@@ -232,7 +232,8 @@ def _extend(model, cache, tokens, length, fresh):
 @jax.jit
 def _last_logits(model: Thoughtbubbles, streams: Streams) -> jax.Array:
     logits = model.logits_at(streams, streams.length - 1)
-    return jnp.where(streams.length[:, None] > 0, logits, 0)
+    nothing = jnp.where(streams.length < 0, jnp.nan, 0.0)  # a mistake, or a row that rests
+    return jnp.where(streams.length[:, None] > 0, logits, nothing[:, None])
 
 
 def advance(
