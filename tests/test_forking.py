@@ -20,7 +20,7 @@ from thoughtbubbles import (
     merge,
 )
 from thoughtbubbles.forking import compact, merge_log_prob, merge_log_probs, take
-from thoughtbubbles.policies import best
+from thoughtbubbles.ranking import best, prefix_ranks, ranks_among
 
 POLICIES = [TopK(1.0), TopK(1.1), TopK(1.5), TopK(2.0), TopK(4.0), TopK(streams=30)]
 CAUSAL = [PrefixRank(1.5), PrefixRank(1.5, window=3), Threshold(1.5)]
@@ -192,6 +192,28 @@ def test_gradients_agree_with_finite_differences_through_survivors():
         ahead = loss(jax.tree.map(lambda p, d: p + step * d, params, direction))
         behind = loss(jax.tree.map(lambda p, d: p - step * d, params, direction))
         np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=2e-3)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("count", [1, 2, 17, 64, 100])
+def test_prefix_ranks_are_counted_one_by_one(count, window):
+    rng = np.random.default_rng(count)
+    keys = rng.integers(-3, 3, (3, count)).astype(np.float32)
+    keys[rng.random(keys.shape) < 0.2] = np.inf
+    keys[rng.random(keys.shape) < 0.1] = -np.inf
+    token = np.sort(rng.integers(0, max(count // 2, 1), (3, count)), axis=1).astype(np.int32)
+    wanted = np.zeros((3, count), np.int64)
+    for row, i, j in np.ndindex(3, count, count):
+        in_prefix = token[row, j] <= token[row, i]
+        if window is not None:
+            in_prefix &= token[row, j] > token[row, i] - window
+        ahead = keys[row, j] > keys[row, i] or (keys[row, j] == keys[row, i] and j < i)
+        wanted[row, i] += in_prefix and ahead
+    np.testing.assert_array_equal(prefix_ranks(jnp.array(keys), jnp.array(token), window), wanted)
+    place = np.sort(rng.integers(0, count, (3, 5)), axis=1)
+    some = [np.take_along_axis(x, place, axis=1) for x in (keys, token)]
+    among = ranks_among(jnp.array(keys), jnp.array(token), *some, place, window)
+    np.testing.assert_array_equal(among, np.take_along_axis(wanted, place, axis=1))
 
 
 def test_best_breaks_ties_towards_the_lower_index():

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.ranking import NO_TOKEN, best, prefix_ranks, ranks_among
+
 HIGHEST_THRESHOLD = 0.999
 UNBOUNDED = 2**30
 
@@ -162,46 +164,46 @@ class PrefixRank(Bucketed):
             raise ValueError(f"window={self.window} is below 1: choose tokens to rank among")
 
     def keep(self, candidates: Candidates) -> jax.Array:
-        batch, count = candidates.token.shape
-        token = candidates.token + candidates.first[:, None]
-        used = jnp.zeros((batch,), jnp.int32)
-        seen = RankMemory(used, _ties(_keys(candidates)), token, used)
-        return self._keep(candidates, seen)[0]
+        ranks = prefix_ranks(_ties(_keys(candidates)), self._tokens(candidates), self.window)
+        return self._grant(candidates, ranks, jnp.zeros_like(candidates.length))[0]
 
     def memory(self, batch: int, num_candidates: int) -> "RankMemory":
         zeros = jnp.zeros((batch,), jnp.int32)
         key = jnp.full((batch, num_candidates), -jnp.inf)
-        return RankMemory(zeros, key, jnp.zeros(key.shape, jnp.int32), zeros)
+        return RankMemory(zeros, key, jnp.full(key.shape, NO_TOKEN, jnp.int32), zeros)
 
     def keep_next(
         self, candidates: Candidates, memory: "RankMemory"
     ) -> tuple[jax.Array, "RankMemory"]:
-        token = candidates.token + candidates.first[:, None]
+        keys, token = _ties(_keys(candidates)), self._tokens(candidates)
         seen = dataclasses.replace(
             memory,
-            key=append(memory.key, _ties(_keys(candidates)), memory.used, candidates.alive),
+            key=append(memory.key, keys, memory.used, candidates.alive),
             token=append(memory.token, token, memory.used, candidates.alive),
+            used=memory.used + candidates.alive.sum(axis=1, dtype=jnp.int32),
         )
-        keep, granted = self._keep(candidates, seen)
-        used = memory.used + candidates.alive.sum(axis=1, dtype=jnp.int32)
-        return keep, dataclasses.replace(seen, used=used, granted=granted)
+        place = memory.used[:, None] + jnp.arange(keys.shape[1])
+        if keys.shape[1] ** 2 > seen.key.shape[1]:
+            ranks = prefix_ranks(seen.key, seen.token, self.window)
+            ranks = jnp.take_along_axis(ranks, place, axis=1, mode="clip")
+        else:
+            ranks = ranks_among(seen.key, seen.token, keys, token, place, self.window)
+        keep, granted = self._grant(candidates, ranks, memory.granted)
+        return keep, dataclasses.replace(seen, granted=granted)
 
-    def _keep(self, candidates: Candidates, seen: "RankMemory") -> tuple[jax.Array, jax.Array]:
-        key = _ties(_keys(candidates))[:, :, None]
-        token = (candidates.token + candidates.first[:, None])[:, :, None]
-        place = seen.used[:, None] + jnp.arange(key.shape[1])
-        others, of_token = seen.key[:, None, :], seen.token[:, None, :]
-        earlier = jnp.arange(others.shape[2]) < place[:, :, None]
-        higher = (others > key) | ((others == key) & earlier)
-        among = of_token <= token
-        prefix = token[:, :, 0] + 1
+    def _tokens(self, candidates: Candidates) -> jax.Array:
+        token = candidates.token + candidates.first[:, None]
+        return jnp.where(candidates.alive, token, NO_TOKEN)
+
+    def _grant(
+        self, candidates: Candidates, ranks: jax.Array, granted: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        prefix = candidates.token + candidates.first[:, None] + 1
         if self.window is not None:
-            among &= of_token > token - self.window
             prefix = jnp.minimum(prefix, self.window)
-        rank = (higher & among).sum(axis=2)
         ratio = _fraction(self.ratio)
-        wanted = rank < ratio.numerator * prefix // ratio.denominator
-        return grant(candidates, wanted, self.ratio, self.burst, seen.granted)
+        wanted = ranks < ratio.numerator * prefix // ratio.denominator
+        return grant(candidates, wanted, self.ratio, self.burst, granted)
 
 
 @jax.tree_util.register_dataclass
@@ -212,7 +214,7 @@ class RankMemory:
     Attributes:
         granted: `[B]` int32, streams beyond the forced ones so far.
         key: `[B, N]` float32, rank keys of all candidates so far (-inf where unused).
-        token: `[B, N]` int32, their tokens' places in the sequence.
+        token: `[B, N]` int32, their tokens' places in the sequence (`NO_TOKEN` where unused).
         used: `[B]` int32, how many there are.
     """
 
@@ -400,17 +402,3 @@ def _extras(ratio: float, burst: int, tokens):
     extra = _fraction(ratio) - 1
     whole, rest = divmod(extra.numerator, extra.denominator)
     return whole * tokens + rest * tokens // extra.denominator + burst
-
-
-def best(keys: jax.Array, count: jax.Array) -> jax.Array:
-    """Mask of the `count [B]` largest `keys [B, N]` of each row; ties go to the lower index.
-
-    By sorting rather than `lax.top_k`, which all-gathers a batch-sharded operand.
-    """
-    count = count[:, None]
-    descending = -jnp.sort(-keys, axis=-1)
-    last = jnp.take_along_axis(descending, jnp.maximum(count - 1, 0), axis=-1)
-    above = keys > last
-    tied = (keys == last) & (count > 0)
-    room = count - above.sum(axis=-1, keepdims=True)
-    return above | (tied & (jnp.cumsum(tied, axis=-1) <= room))

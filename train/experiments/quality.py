@@ -93,8 +93,8 @@ VARIANTS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
 class Stdlib:
     """Bytes of the Python standard library's source; held-out documents."""
 
-    base = ModelConfig(vocab_size=320, embed_dim=128, num_layers=4, num_heads=4)
-    steps, batch_size, seq_len = 2500, 16, 128
+    base = ModelConfig(vocab_size=320, embed_dim=128, num_layers=3, num_heads=2, mlp_dim=256)
+    steps, batch_size, seq_len = 2500, 32, 64
     optimizer = OptimizerConfig(learning_rate=3e-3)
 
     def __init__(self, rows: int, positions: int):
