@@ -41,7 +41,7 @@ class ForkTrace:
 
     `log_scores` holds the cumulative log-score of every candidate [2N] in reading order
     (fork 0, keep 0, fork 1, ...). `gap` is the key of the last kept minus the key of the first
-    dropped candidate: infinite if nothing was contested.
+    dropped candidate (causal policies: see `select_in_order`): infinite if nothing was contested.
     """
 
     kept: list[Candidate]
@@ -118,11 +118,21 @@ def fork(
         is_original = n + 1 == len(streams) or streams[n + 1].token != stream.token
         if config.forced_keep and is_original:
             keys[-1] = math.inf  # eq. 4: the key is forced, the stored score is not
+            if not config.score_originals:
+                log_scores[-1] = 0.0
 
-    if replay is None:
+    tokens = [streams[c.parent].token for c in candidates]
+    if replay is not None:
+        kept, gap = [2 * c.parent + (0 if c.is_fork else 1) for c in replay], math.inf
+    elif type(config.policy).__name__ == "TopK":
         kept, gap = select(keys, budget(config, num_tokens, len(streams)))  # eqs. 5-6
     else:
-        kept, gap = [2 * c.parent + (0 if c.is_fork else 1) for c in replay], math.inf
+        threshold = clipped_threshold(p, config.policy)
+        kept, gap = select_in_order(config.policy, keys, tokens, num_tokens, threshold)
+        if threshold is not None and config.policy.gate:
+            for c in kept:
+                if keys[c] < math.inf:
+                    log_scores[c] = math.log((math.exp(keys[c]) - threshold) / (1 - threshold))
 
     survivors = []
     for c in kept:
@@ -154,6 +164,51 @@ def select(keys: list[float], k: int) -> tuple[list[int], float]:
     contested = k < len(keys) and keys[ranked[k - 1]] < math.inf
     gap = keys[ranked[k - 1]] - keys[ranked[k]] if contested else math.inf
     return sorted(ranked[:k]), gap
+
+
+def clipped_threshold(p: dict[str, Any], policy: Any) -> float | None:
+    if "threshold" not in p:
+        return None
+    return min(max(float(p["threshold"]) + policy.offset, 0.0), 0.999)
+
+
+def select_in_order(
+    policy: Any, keys: list[float], tokens: list[int], num_tokens: int, threshold: float | None
+) -> tuple[list[int], float]:
+    """The causal policies, token by token: who wants to live, and for whom there is room.
+
+    With a threshold a candidate wants to live if its score exceeds it, otherwise if fewer than
+    `floor(ratio * tokens so far)` candidates so far rank higher; ranks go by keys to 1/1024.
+    The margin is that of the narrowest decision: of a score to the threshold, or of a key to the
+    next rounding where another key is close.
+    """
+    ratio = Fraction(str(policy.ratio)).limit_denominator(1000)
+    rounded = [key if key == math.inf else round(key * 1024) for key in keys]
+    rank_key = [(-key, c) for c, key in enumerate(rounded)]
+    kept: list[int] = []
+    granted = 0
+    for t in range(num_tokens):
+        mine = [c for c in range(len(keys)) if tokens[c] == t]
+        if threshold is not None:
+            wants = [c for c in mine if math.exp(min(keys[c], 0.0)) > threshold]
+        else:
+            window = policy.window or num_tokens
+            rivals = [c for c in range(len(keys)) if t - window < tokens[c] <= t]
+            room = math.floor(ratio * min(t + 1, window))
+            wants = [c for c in mine if sum(rank_key[r] < rank_key[c] for r in rivals) < room]
+        wants = [c for c in wants if keys[c] < math.inf]
+        limit = math.floor((ratio - 1) * (t + 1)) + policy.burst
+        wants = sorted(wants, key=lambda c: rank_key[c])[: limit - granted]
+        granted += len(wants)
+        kept += sorted([c for c in mine if keys[c] == math.inf] + wants)
+    finite = [key for key in keys if key < math.inf]
+    margins = [math.inf]
+    if threshold is not None:
+        margins += [abs(math.exp(key) - threshold) for key in finite]
+    for i, key in enumerate(finite):
+        if any(abs(key - other) < 2 / 1024 for j, other in enumerate(finite) if j != i):
+            margins.append(abs((key * 1024) % 1 - 0.5) / 1024)
+    return kept, min(margins)
 
 
 # --- transformer

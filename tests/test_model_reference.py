@@ -12,7 +12,7 @@ import reference
 from flax import nnx
 from reference import Candidate, Stream
 
-from thoughtbubbles import ModelConfig, Thoughtbubbles, TopK
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, Threshold, TopK
 
 TOLERANCE = 1e-5  # relative to the largest logit; never loosened
 NEAR_TIE = 1e-4  # closer keys than this may rank otherwise in float32, rightly
@@ -44,6 +44,14 @@ SWITCHES = (
 
 COPIES = {"fork_layers": (), "merge": "rightmost"}
 
+CAUSAL: list[dict[str, Any]] = [
+    {"policy": PrefixRank(1.5), "score_originals": False},
+    {"policy": PrefixRank(1.3, window=3, burst=1)},
+    {"policy": PrefixRank(2.0), "score_originals": False, "merge": "residual"},
+    {"policy": Threshold(1.5), "score_originals": False},
+    {"policy": Threshold(1.3, burst=2, gate=False, offset=0.1)},
+]
+
 # What each option alone changes in BASE.
 SINGLE: dict[str, dict[str, Any]] = {
     "base": {},
@@ -57,6 +65,8 @@ SINGLE: dict[str, dict[str, Any]] = {
     "ratio-4": {"policy": TopK(ratio=4.0)},
     "streams-13": {"policy": TopK(streams=13)},
     "streams-20": {"policy": TopK(streams=20)},
+    "unscored-originals": {"score_originals": False},
+    **{f"causal-{index}": causal for index, causal in enumerate(CAUSAL)},
     "merge-residual": {"merge": "residual"},
     "merge-rightmost": {"merge": "rightmost"},
     "score-bias-none": {"score_bias": "none"},
@@ -184,6 +194,8 @@ def heavy_params(config: ModelConfig, rng: np.random.Generator, score_std: float
         }
         if config.fork_embedding:
             fork["embedding"] = normal(width, std=1.0)
+        if isinstance(config.policy, Threshold):
+            fork["threshold"] = np.float32(rng.uniform(0.2, 0.5))
         params.setdefault("forks", {})[index] = fork
     if not config.tied_head:
         params["head"] = normal(width, config.vocab_size, std=2 * width**-0.5)
@@ -229,7 +241,7 @@ def run_model(
     Without `jit` each operation is compiled alone, once for all configs of equal shapes.
     """
     abstract = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract, nnx.Param)
+    graph, state = nnx.split(abstract)
     assert shapes(nnx.to_pure_dict(state)) == shapes(params)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
 
