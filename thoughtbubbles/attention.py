@@ -1,10 +1,13 @@
 """Score-attenuated causal attention: a reference path, a fast path, and one over a cache."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+# What `attend` does, however: query, key, value and bias (or None) to `[B, S, H, K]`.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 MIN_BLOCK = 64
 MAX_BLOCKS = 8
 SHORTEST_SPAN = 256

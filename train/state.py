@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from thoughtbubbles.layers import Tracked
+from train.attention import Attention, attention_on, resolve
 from train.mesh import constrain_batch, state_shardings
 from train.optim import OptimizerConfig, make_optimizer, make_schedule
 
@@ -60,6 +61,7 @@ class Trainable:
         shardings: a `TrainState` of shardings.
         mesh: where it all lives.
         seed: of the initial parameters.
+        attention: which one the model runs.
     """
 
     config: ModelConfig
@@ -70,6 +72,7 @@ class Trainable:
     shardings: TrainState
     mesh: Mesh
     seed: int
+    attention: Attention
 
     def model(self, weights: Any) -> Thoughtbubbles:
         # Copies of the variables (not of the arrays): tracking must not change the caller's.
@@ -87,11 +90,23 @@ class Trainable:
 
 
 def make_trainable(
-    config: ModelConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh, seed: int = 0
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    mesh: Mesh,
+    seed: int = 0,
+    attention: Attention = "auto",
 ) -> Trainable:
-    """Everything about a run's state but the numbers; nothing is allocated."""
-    constrain = constrain_batch(mesh)
-    model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(seed), constrain=constrain))
+    """Everything about a run's state but the numbers; nothing is allocated.
+
+    Raises:
+        ValueError: the mesh's devices can't run this `attention` (see `train.attention.resolve`).
+    """
+    attention = resolve(config, mesh, attention)
+    constrain, attend = constrain_batch(mesh), attention_on(mesh, attention)
+    model = nnx.eval_shape(
+        lambda: Thoughtbubbles(config, rngs=nnx.Rngs(seed), constrain=constrain, attend=attend)
+    )
     graphdef, params, tracked = nnx.split(model, nnx.Param, Tracked)
     schedule = make_schedule(optimizer, steps)
     transform = make_optimizer(optimizer, schedule, params)
@@ -102,7 +117,9 @@ def make_trainable(
         abstract,
         shardings,
     )
-    return Trainable(config, graphdef, transform, schedule, abstract, shardings, mesh, seed)
+    return Trainable(
+        config, graphdef, transform, schedule, abstract, shardings, mesh, seed, attention
+    )
 
 
 def _first_state(optimizer: optax.GradientTransformation, params: Any, tracked: Any) -> TrainState:

@@ -1,0 +1,255 @@
+"""Attention kernels: numerics, whole models, meshes, and compilation for TPUs that aren't there."""
+
+import dataclasses
+import os
+import re
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiny import heavy_model, random_tokens
+
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
+from thoughtbubbles.attention import attend, attend_reference
+from thoughtbubbles.kernels import attend_cudnn, attend_splash, splash_block
+from train.attention import on_mesh, resolve
+from train.mesh import (
+    BATCH_AXES,
+    MeshConfig,
+    batch_sharding,
+    constrain_batch,
+    make_mesh,
+    replicated,
+    state_shardings,
+)
+from train.optim import OptimizerConfig
+from train.state import make_trainable
+from train.step import make_train_step
+
+KERNELS = {
+    "splash": partial(attend_splash, interpret=True),
+    "cudnn": partial(attend_cudnn, implementation="xla"),
+}
+SHAPES = {  # batch, slots, heads, heads of keys, width, whether there is a bias
+    "one slot": (2, 1, 2, 2, 8, True),
+    "one head of keys": (2, 150, 4, 1, 64, True),
+    "wide": (1, 300, 2, 2, 128, True),
+    "blocks": (2, 600, 2, 1, 32, True),
+    "no bias": (2, 200, 2, 2, 32, False),
+}
+COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
+TINY = ModelConfig(
+    vocab_size=32,
+    embed_dim=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    fork_layers=(0,),
+    policy=PrefixRank(1.5),
+    score_originals=True,
+    scan_layers=True,
+)
+COPIES = dataclasses.replace(TINY, fork_layers=(), copies=2, merge="rightmost")
+TWO_GROUPS = dataclasses.replace(TINY, fork_layers=(1,), remat="full")
+
+
+def inputs(batch, slots, heads, kv_heads, width, biased, dtype=jnp.float32):
+    """Query, key, value, bias, and a cotangent; the scores are low, as deep streams' are."""
+    keys = jax.random.split(jax.random.key(slots), 5)
+    query = jax.random.normal(keys[0], (batch, slots, heads, width), dtype)
+    shape = (batch, slots, kv_heads, width)
+    key, value = (jax.random.normal(k, shape, dtype) for k in keys[1:3])
+    bias = -20 + 3 * jax.random.normal(keys[3], (batch, slots)) if biased else None
+    return (query, key, value, bias), jax.random.normal(keys[4], query.shape, dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def with_gradients(function, args, cotangent):
+    out, pull = jax.vjp(function, *args)
+    return out, *pull(cotangent.astype(out.dtype))
+
+
+def assert_near(ours, theirs, tolerance):
+    """Largest error of each array against its largest entry, or 0.1 where all are smaller."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        scale = max(0.1, float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [*((jnp.float32, shape) for shape in SHAPES)]
+    + [*((jnp.bfloat16, shape) for shape in ("one head of keys", "wide"))],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_are_the_reference(kernel, dtype, shape):
+    args, cotangent = inputs(*SHAPES[shape], dtype=dtype)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (args, cotangent))
+    ours = with_gradients(KERNELS[kernel], args, cotangent)
+    assert ours[0].dtype == dtype
+    assert args[3] is None or ours[4].dtype == jnp.float32
+    assert_near(
+        ours, with_gradients(attend_reference, *exact), 1e-5 if dtype == jnp.float32 else 1e-2
+    )
+
+
+def test_splash_blocks_pad_little():
+    assert [splash_block(slots) for slots in (1, 128, 129, 300, 512, 4096)] == [
+        *(128, 128, 256, 384, 512, 512)
+    ]
+    assert all(-slots % splash_block(slots) < 256 for slots in range(1, 20_000))
+
+
+@jax.jit
+def logits_and_gradients(model, tokens):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params, rest, copy=True)(tokens)
+        return jnp.sin(logits).sum(), logits
+
+    gradients, logits = jax.grad(loss, has_aux=True)(params)
+    return logits, gradients
+
+
+def hooked(config, **hooks):
+    """The model of `heavy_model` with another attention."""
+    params = nnx.to_pure_dict(nnx.state(heavy_model(config)))
+    return Thoughtbubbles.from_params(config, params, **hooks)
+
+
+def test_a_model_without_a_bias_is_the_same_with_the_kernel():
+    config = dataclasses.replace(COPIES, num_layers=1, scan_layers=False, remat="dots")
+    tokens = random_tokens(2, 12)
+    ours = logits_and_gradients(hooked(config, attend=KERNELS["splash"]), tokens)
+    assert_near(ours, logits_and_gradients(heavy_model(config), tokens), 1e-5)
+
+
+def test_the_kernel_gets_a_bias_only_where_keys_have_one():
+    seen = []
+
+    def recording(query, key, value, bias):
+        seen.append(bias is not None)
+        return attend(query, key, value, bias)
+
+    for config, expected in (
+        (TWO_GROUPS, [False, True]),
+        (dataclasses.replace(TWO_GROUPS, key_bias=False), [False, False]),
+        (COPIES, [False]),
+    ):
+        seen.clear()
+        jax.eval_shape(hooked(config, attend=recording).run, random_tokens(1, 6))
+        assert seen == expected
+
+
+def test_a_model_is_the_same_with_the_kernel_on_a_mesh():
+    config, tokens = TWO_GROUPS, random_tokens(4, 12)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    hooks = {"attend": on_mesh(KERNELS["splash"], mesh), "constrain": constrain_batch(mesh)}
+    graphdef, state = nnx.split(hooked(config, **hooks))
+    state = jax.device_put(state, state_shardings(state, mesh))
+    ours = logits_and_gradients(
+        nnx.merge(graphdef, state), jax.device_put(tokens, batch_sharding(mesh))
+    )
+    assert_near(ours, logits_and_gradients(heavy_model(config), tokens), 1e-5)
+
+
+def test_a_broken_row_stays_alone():
+    """A token outside the vocabulary makes its row NaN, and no other."""
+    tokens = random_tokens(2, 12).at[0, 3].set(TINY.vocab_size)
+    logits = jax.jit(hooked(TINY, attend=KERNELS["splash"]))(tokens)
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1]).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_devices_exchange_nothing_but_the_gradient_of_the_bias(kernel):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    heads = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
+    function = on_mesh(KERNELS[kernel], mesh)
+
+    def collectives(biased):
+        args, cotangent = inputs(4, 20, 4, 2, 8, biased)
+        rows = batch_sharding(mesh) if biased else None
+        jitted = jax.jit(
+            partial(with_gradients, function), in_shardings=((heads, heads, heads, rows), heads)
+        )
+        return set(COLLECTIVE.findall(jitted.lower(args, cotangent).compile().as_text()))
+
+    assert collectives(biased=False) == set()
+    assert collectives(biased=True) == {"all-reduce"}
+
+
+def test_attention_is_chosen_by_platform():
+    cpus = make_mesh(MeshConfig())
+    assert make_trainable(TINY, OptimizerConfig(), 1, cpus).attention == "xla"
+    assert resolve(TINY, cpus, "xla") == "xla"
+    with pytest.raises(ValueError, match="attention='splash' runs on tpu devices and the mesh has"):
+        resolve(TINY, cpus, "splash")
+    with pytest.raises(ValueError, match="attention='flash': choose one of auto, xla, splash"):
+        resolve(TINY, cpus, cast(Any, "flash"))
+    with pytest.raises(ValueError, match="attention='cudnn' runs on gpu devices and the mesh has"):
+        make_trainable(TINY, OptimizerConfig(), 1, cpus, attention="cudnn")
+
+
+def test_cudnn_is_chosen_where_it_can_run(monkeypatch):
+    gpus = cast(Mesh, SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")])))
+    assert resolve(TINY, gpus, "auto") == "xla", "cuDNN has no float32"
+    with pytest.raises(ValueError, match="attention='cudnn' can't run this model: .*: choose xla"):
+        resolve(TINY, gpus, "cudnn")
+    monkeypatch.setattr("train.attention.attend_cudnn", KERNELS["cudnn"])
+    assert resolve(TINY, gpus, "auto") == resolve(TINY, gpus, "cudnn") == "cudnn"
+
+
+@pytest.fixture(scope="module")
+def tpus():
+    """Devices of a TPU slice by name, for compiling only."""
+    pytest.importorskip("libtpu", reason="needs the extra tpu: libtpu compiles without a TPU")
+    # Several test processes may use the library at once; and nothing is to be asked of a cloud.
+    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+TPU_CALL = 'custom_call_target="tpu_custom_call"'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("v5e:2x4", (2, 200, 4, 2, 64, True)),
+        ("v5p:2x2x1", (1, 600, 2, 2, 128, True)),
+        ("v6e:2x4", (1, 300, 2, 1, 32, True)),
+    ],
+)
+def test_the_kernel_compiles_for_tpus(tpus, name, shape):
+    """Forward, gradient of queries, gradient of keys and values: three kernels."""
+    mesh = make_mesh(MeshConfig(), tpus(name)[:1])
+    args, cotangent = jax.eval_shape(partial(inputs, *shape, jnp.bfloat16))
+    jitted = jax.jit(partial(with_gradients, attend_splash), in_shardings=replicated(mesh))
+    assert jitted.lower(args, cotangent).compile().as_text().count(TPU_CALL) == 3
+
+
+@pytest.mark.slow
+def test_a_sharded_step_runs_the_kernel_on_tpus(tpus):
+    mesh = make_mesh(MeshConfig(2, 2, 2), tpus("v5e:2x4"))
+    size = {"embed_dim": 128, "vocab_size": 256, "dtype": "bfloat16"}
+    config = dataclasses.replace(TWO_GROUPS, **size)
+    trainable = make_trainable(config, OptimizerConfig(), 10, mesh)
+    assert trainable.attention == "splash"
+    tokens = jax.ShapeDtypeStruct((8, 257), jnp.int32)
+    lowered = make_train_step(trainable).lower(trainable.abstract, tokens)
+    # In each of the two scans: forward, again in the backward pass, and the two gradients.
+    quick = {"exec_time_optimization_effort": -1.0}
+    assert lowered.compile(compiler_options=quick).as_text().count(TPU_CALL) == 8
+    without = make_trainable(config, OptimizerConfig(), 10, mesh, attention="xla")
+    lowered = make_train_step(without).lower(without.abstract, tokens)
+    assert "tpu_custom_call" not in lowered.as_text()

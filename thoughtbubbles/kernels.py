@@ -1,0 +1,138 @@
+"""Fast kernels for score-attenuated attention: splash attention on TPUs, cuDNN on GPUs.
+
+Both compute what `attention.attend` computes, from the same arguments, and never hold an array of
+slots by slots. Neither takes a bias per key that has a gradient, so the bias travels as channels of
+the keys: with `q' = [q / sqrt(K), 1, 1]` and `k' = [k, high, low]`, `q'·k' = q·k / sqrt(K) + bias`.
+`high` is the bias rounded to bfloat16 and `low` what the rounding left, because one bfloat16
+channel would turn a log-score of -20 into one that is wrong by up to 0.06. Accumulated in float32
+the two give 16 bits of the bias in bfloat16 and all of it in float32; its gradient is that of
+`low`, whose derivative is 1.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+
+LANES = 128
+BLOCKS = (512, 384, 256)
+CUDNN_WIDTH = 8
+
+
+def attend_splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attention.attend` as a Pallas kernel for TPUs (jax's splash attention).
+
+    Blocks of keys that lie above the diagonal are skipped. XLA can't partition the kernel: on a
+    mesh call it under `jax.shard_map`.
+
+    Args:
+        query: `[B, S, H, K]`, float32 or bfloat16.
+        key, value: `[B, S, G, K]`, `G` dividing `H`.
+        bias: `[B, S]` float32 added to the logits of each key after their division by sqrt(K).
+        interpret: run the kernel as ordinary XLA operations, on any platform, slowly: for tests.
+
+    Returns:
+        `[B, S, H, K]`.
+    """
+    slots, heads = query.shape[1:3]
+    query, key = _with_bias_channels(query, key, bias)
+    block = splash_block(slots)
+    padding = ((0, 0), (0, 0), (0, -slots % block), (0, 0))
+    # Padding stands last, so that causality hides its keys.
+    heads_first = [jnp.pad(x.swapaxes(1, 2), padding) for x in (query, key, value)]
+    kernel = _splash_kernel(slots + padding[2][1], heads, block, interpret)
+    return jax.vmap(kernel)(*heads_first)[:, :, :slots].swapaxes(1, 2)
+
+
+def splash_block(slots: int) -> int:
+    """Queries and keys of a block: of 512, 384 and 256, what pads a row least, 128 if it fits."""
+    if slots <= LANES:
+        return LANES
+    return min(BLOCKS, key=lambda block: (-slots % block, -block))
+
+
+@functools.lru_cache(maxsize=64)
+def _splash_kernel(slots: int, heads: int, block: int, interpret: bool):
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    causal = masks.MultiHeadMask([masks.CausalMask((slots, slots))] * heads)
+    # As NumPy arrays its block lists belong to no trace, no device and no mesh.
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha(
+            causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+        return jax.tree.map(np.asarray, kernel)
+
+
+def attend_cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """`attention.attend` as cuDNN's flash attention, for NVIDIA GPUs.
+
+    cuDNN wants widths that are multiples of 8 and the same for keys and values, so all three are
+    padded with zeros: from `K`, or from `K + 2` with a bias, to the next multiple of 8.
+
+    Args:
+        query: `[B, S, H, K]`, bfloat16 or float16; padded at most 128 wide, or 256 from compute
+            capability 9.0 on.
+        key, value: `[B, S, G, K]`, `G` dividing `H`.
+        bias: `[B, S]` float32 added to the logits of each key after their division by sqrt(K).
+        implementation: `"xla"` runs the same form without cuDNN, anywhere, with arrays of slots by
+            slots: for tests.
+
+    Returns:
+        `[B, S, H, K]`.
+
+    Raises:
+        RuntimeError, ValueError: cuDNN can't run this type or width, or isn't there.
+    """
+    width = query.shape[3]
+    query, key = _with_bias_channels(query, key, bias)
+    wide = -(-query.shape[3] // CUDNN_WIDTH) * CUDNN_WIDTH
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, wide - x.shape[3]))) for x in (query, key, value)
+    )
+    mixed = jax.nn.dot_product_attention(
+        query, key, value, scale=1.0, is_causal=True, implementation=implementation
+    )
+    return mixed[..., :width]
+
+
+def _with_bias_channels(query, key, bias):
+    """Query, divided by sqrt(K), and key; with a bias both are two channels wider."""
+    query = query * query.shape[3] ** -0.5
+    if bias is None:
+        return query, key
+    # Not a cast there and back, which XLA may take for nothing.
+    high = jax.lax.stop_gradient(jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7))
+    parts = jnp.stack([high, bias - high], axis=-1)[:, :, None]
+    # Cast after the broadcast, so that the gradient is summed over heads in float32.
+    parts = jnp.broadcast_to(parts, (*key.shape[:3], 2)).astype(key.dtype)
+    ones = jnp.ones((*query.shape[:3], 2), query.dtype)
+    return jnp.concatenate([query, ones], axis=-1), jnp.concatenate([key, parts], axis=-1)
