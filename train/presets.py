@@ -5,6 +5,7 @@ import dataclasses
 from thoughtbubbles import ModelConfig, Threshold, TopK
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
+from train.mesh import MeshConfig
 from train.optim import OptimizerConfig
 
 TINY = RunConfig(
@@ -22,6 +23,7 @@ def _paper(name: str) -> RunConfig:
         optimizer=OptimizerConfig(
             learning_rate=2.5e-4, schedule="wsd", warmup=0.005, decay=0.01, final_ratio=0.01
         ),
+        mesh=MeshConfig(data=1, fsdp=-1),  # parameters and moments of 1_9b fill a chip
         evaluation=EvalConfig(every=1000, rows=512, positions=4096),
         steps=75_000,
         batch_size=64,

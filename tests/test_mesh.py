@@ -1,0 +1,102 @@
+"""Meshes and shardings: what is split over what, preset by preset."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny import BASE
+
+from train.mesh import BATCH_AXES, AxisRules, MeshConfig, constrain_batch, make_mesh
+from train.optim import OptimizerConfig
+from train.presets import PRESETS
+from train.state import make_trainable
+
+GOLDEN = Path(__file__).parent / "golden"
+SIZES = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+CONFIG = dataclasses.replace(BASE, vocab_size=32)
+
+
+def trainable_of(config, optimizer=OptimizerConfig()):  # noqa: B008
+    return make_trainable(config, optimizer, 10, make_mesh(SIZES))
+
+
+def dump(state) -> str:
+    """One line for each array: name, shape, the mesh axis of each of its axes."""
+    lines = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        spec = [*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec))]
+        axes = ", ".join("+".join(a) if isinstance(a, tuple) else a or "-" for a in spec)
+        lines.append(f"{name} {leaf.dtype}{list(leaf.shape)} ({axes})")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_sharding_is_what_was_reviewed(name):
+    """A change shows as a difference of a text file."""
+    run = PRESETS[name]
+    found = "mesh data 2 x fsdp 2 x tensor 2\n" + dump(
+        trainable_of(run.model, run.optimizer).abstract
+    )
+    path = GOLDEN / f"sharding_{name}.txt"
+    if os.environ.get("WRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(found)
+    assert found == path.read_text(), (
+        "if it is meant: WRITE_GOLDEN=1 python -m pytest tests/test_mesh.py, and look at the diff"
+    )
+
+
+def test_every_matrix_is_split_and_moments_lie_with_their_parameters():
+    state = trainable_of(CONFIG).abstract
+    params = jax.tree.leaves(state.params)
+    moments = state.opt_state[1][0]
+    for tree in (moments.mu, moments.nu):
+        for moment, param in zip(jax.tree.leaves(tree), params, strict=True):
+            assert (moment.shape, moment.sharding) == (param.shape, param.sharding)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        name = jax.tree_util.keystr(path)
+        axes = [axis for axis in leaf.sharding.spec if axis]
+        matrix = not any(word in name for word in ("bias", "scale", "norm", "embedding", "score"))
+        assert axes if not matrix else sorted(axes) == ["fsdp", "tensor"], (name, axes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"num_heads": 1}, "attention"),
+        ({"num_kv_heads": 1}, "attention"),
+        ({"mlp_dim": 33}, "mlp"),
+        ({"vocab_size": 17}, "embed"),
+    ],
+)
+def test_a_dimension_that_does_not_divide_is_named(changes, name):
+    with pytest.raises(ValueError, match=rf"{name}.*does not divide over tensor=2: choose"):
+        trainable_of(dataclasses.replace(CONFIG, **changes))
+
+
+def test_sizes_must_multiply_to_the_devices():
+    for sizes in (MeshConfig(3), MeshConfig(2, 2, 4), MeshConfig(-1, -1), MeshConfig(0)):
+        with pytest.raises(ValueError, match="does not fit 8 devices: choose sizes whose product"):
+            make_mesh(sizes)
+
+
+def test_residuals_are_split_over_the_batch_alone():
+    mesh = make_mesh(SIZES)
+    constrain = constrain_batch(mesh)
+    assert constrain is not None
+    split = jax.jit(constrain)(jax.numpy.zeros((8, 6, 4)))
+    assert split.sharding.is_equivalent_to(NamedSharding(mesh, P(BATCH_AXES)), 3)
+    assert constrain_batch(make_mesh(MeshConfig(), jax.devices()[:1])) is None
+
+
+def test_rules_are_fields():
+    """A name of an axis that no rule has is an error, not a replicated array."""
+    with pytest.raises(TypeError, match="hads"):
+        AxisRules(hads="tensor")  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,165 @@
+"""What is compiled ahead of time: the train step, or one cached decode step, on abstract arrays."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from thoughtbubbles import ModelConfig
+from thoughtbubbles.attention import visited_pairs
+from thoughtbubbles.cache import Cache, cacheable, decode_step, init_cache
+from train.attention import Attention
+from train.config import RunConfig
+from train.mesh import (
+    BATCH_AXES,
+    AxisRules,
+    batch_sharding,
+    check_batch,
+    replicated,
+    state_shardings,
+)
+from train.state import Trainable, make_trainable
+from train.step import make_train_step
+
+What = Literal["step", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function to lower and what it is called with.
+
+    Attributes:
+        function: jitted, with shardings and donation.
+        inputs: trees of `jax.ShapeDtypeStruct` with shardings.
+        arguments: the same by what they are.
+        rewritten: names of the arguments that each run reads and writes whole.
+        flops: model FLOPs of one run on the whole mesh: the matrix products of a forward pass, and
+            for a train step twice as much again for its gradient.
+        recomputed: FLOPs that rematerialisation adds.
+        tokens: that one run reads.
+    """
+
+    function: Any
+    inputs: tuple[Any, ...]
+    arguments: dict[str, Any]
+    rewritten: tuple[str, ...]
+    flops: float
+    recomputed: float
+    tokens: int
+
+    def lower(self, platform: str) -> jax.stages.Lowered:
+        return self.function.trace(*self.inputs).lower(lowering_platforms=(platform,))
+
+
+def program_of(config: RunConfig, mesh: Mesh, what: What, attention: Attention) -> Program:
+    """What a run of this config executes at each step on this mesh.
+
+    Raises:
+        ValueError: the batch or a parameter doesn't divide over the mesh, or the model can't be
+            decoded with a cache.
+    """
+    check_batch(config.batch_size, config.accumulate, mesh)
+    trainable = make_trainable(
+        config.model, config.optimizer, config.steps, mesh, config.seed, attention
+    )
+    if what == "decode":
+        return _decode(config, trainable)
+    return _step(config, trainable)
+
+
+def _step(config: RunConfig, trainable: Trainable) -> Program:
+    state, length = trainable.abstract, config.data.seq_len
+    shape = (config.batch_size, length + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(trainable.mesh))
+    arguments = {
+        "parameters": state.params,
+        "optimizer state": (state.step, state.opt_state, state.tracked),
+        "batch": tokens,
+    }
+    return Program(
+        make_train_step(trainable, config.accumulate),
+        (state, tokens),
+        arguments,
+        ("parameters", "optimizer state"),
+        config.step_flops,
+        config.batch_size * recomputed_flops(config.model, length),
+        config.batch_size * length,
+    )
+
+
+def _decode(config: RunConfig, trainable: Trainable) -> Program:
+    """One token for each of `batch_size` rows with room for `seq_len` tokens.
+
+    Rows split over `data` and `fsdp`, heads over `tensor`, and parameters over `tensor` alone:
+    gathered for every token, they would cross the links each time.
+    """
+    mesh, model_config = trainable.mesh, config.model
+    if not cacheable(model_config):
+        raise ValueError(
+            f"{model_config.policy} can't be decoded with a cache, its choice looks at the whole "
+            'row: pass --model.policy "PrefixRank(ratio=2.0)"'
+        )
+    weights = trainable.abstract.weights
+    shardings = state_shardings(weights, mesh, AxisRules(embed=None))
+    cache = jax.eval_shape(
+        lambda weights: init_cache(
+            trainable.model(weights), config.batch_size, config.data.seq_len
+        ),
+        weights,
+    )
+    cache_places = cache_shardings(cache, mesh)
+    token = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+
+    def step(weights: Any, cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
+        return decode_step(trainable.model(weights), cache, token)
+
+    places = (shardings, cache_places, batch_sharding(mesh))
+    function = jax.jit(
+        step,
+        in_shardings=places,
+        out_shardings=(batch_sharding(mesh), cache_places),
+        donate_argnums=1,
+    )
+    inputs = tuple(map(_placed, (weights, cache, token), places))
+    arguments = {"parameters": inputs[0], "cache": inputs[1], "batch": inputs[2]}
+    length = config.data.seq_len
+    flops = config.batch_size * model_config.forward_flops(length) / length
+    return Program(function, inputs, arguments, (), flops, 0.0, config.batch_size)
+
+
+def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
+    """Rows over `data` and `fsdp`, heads of keys and values over `tensor`."""
+    rows = batch_sharding(mesh)
+    heads = NamedSharding(mesh, P(BATCH_AXES, "tensor"))
+    places = jax.tree.map(lambda leaf: rows if leaf.ndim else replicated(mesh), cache)
+    groups = tuple(
+        dataclasses.replace(group, key=(heads,) * len(group.key), value=(heads,) * len(group.value))
+        for group in places.groups
+    )
+    by_fork = NamedSharding(mesh, P(None, BATCH_AXES))
+    record = dataclasses.replace(places.record, streams=by_fork, score=by_fork)
+    return dataclasses.replace(places, groups=groups, record=record)
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    if isinstance(shardings, NamedSharding):
+        return place(tree, shardings)
+    return jax.tree.map(place, tree, shardings)
+
+
+def recomputed_flops(config: ModelConfig, num_tokens: int) -> int:
+    """FLOPs a row that the backward pass spends on computing forward results again."""
+    if config.remat == "none":
+        return 0
+    slots = config.slots(num_tokens)
+    mixing = sum(4 * visited_pairs(s) * config.num_heads * config.head_width for s in slots)
+    if config.remat == "dots":  # products of activations with activations are not kept
+        return mixing
+    one_layer_less = dataclasses.replace(config, fork_layers=(), num_layers=1)
+    projections = one_layer_less.forward_flops(1) - 2 * config.embed_dim * config.vocab_size
+    projections -= 4 * config.num_heads * config.head_width
+    return mixing + projections * sum(slots)

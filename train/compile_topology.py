@@ -1,0 +1,176 @@
+"""Devices that aren't there: topologies by name, for compiling ahead of time."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from train.hardware import CHIPS, Chip
+
+HOST_GPUS = 8
+# The slices that are offered of each chip, and sizes for GPUs.
+KNOWN = {
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    "a100": ("1", "8", "16"),
+    "h100": ("1", "8", "16"),
+    "h200": ("1", "8", "16"),
+}
+# What NVIDIA's compiler asks about a card, in the text form of XLA's GpuTargetConfig: facts of
+# the architecture (tuning guides of CUDA) and of the card.
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared_per_core}
+  shared_memory_per_block_optin: {shared_per_block}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory} l2_cache_size: {l2}
+  cuda_compute_capability {{ major: {major} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 8 patch: 0 }}
+device_description_str: "{kind}"
+"""
+_HOPPER = {
+    "major": 9,
+    "cores": 132,
+    "lanes": 128,
+    "clock": 1.98,
+    "shared_per_core": 233472,
+    "shared_per_block": 232448,
+    "l2": 50 * 2**20,
+}
+_CARDS = {
+    "a100": {
+        "major": 8,
+        "cores": 108,
+        "lanes": 64,
+        "clock": 1.41,
+        "shared_per_core": 167936,
+        "shared_per_block": 166912,
+        "l2": 40 * 2**20,
+    },
+    "h100": _HOPPER,
+    "h200": _HOPPER,
+}
+# Without these libtpu asks a machine that isn't there who it is, and says that nobody answers;
+# without the first, two processes can't compile at once.
+_LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for.
+
+    Attributes:
+        name: e.g. `v5p:4x4x4`.
+        chip: facts of one of them.
+        devices: descriptions; nothing can be put on them.
+        platform: to lower for.
+        options: of the compiler.
+    """
+
+    name: str
+    chip: Chip
+    devices: Sequence[Any]
+    platform: str
+    options: dict[str, Any]
+
+
+def topology_of(name: str) -> Topology:
+    """The topology `CHIP:SIZE`, e.g. `v5e:4x4`, or `h100:16` for GPUs in hosts of eight.
+
+    Raises:
+        ValueError: there is no such topology, or the compiler for it is not installed.
+    """
+    chip_name, _, size = name.partition(":")
+    if chip_name not in KNOWN or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        raise _unknown(name)
+    chip = CHIPS[chip_name]
+    if chip_name in _CARDS:
+        return _gpus(name, chip, size)
+    if size.count("x") != KNOWN[chip_name][0].count("x"):
+        raise _unknown(name)
+    _require("libtpu", name, "tpu")
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except jax.errors.JaxRuntimeError:
+        raise _unknown(name) from None
+    return Topology(name, chip, described.devices, "tpu", {})
+
+
+def _gpus(name: str, chip: Chip, size: str) -> Topology:
+    count = int(size) if size.isdigit() else 0
+    hosts, rest = divmod(count, HOST_GPUS)
+    if not count or (hosts and rest):
+        raise ValueError(
+            f"topology {name!r}: choose up to {HOST_GPUS} GPUs, or a multiple of {HOST_GPUS}, "
+            f"such as {chip.name}:16"
+        )
+    _require("jax_cuda12_plugin", name, "cuda")
+    card = _GPU.format(
+        **_CARDS[chip.name],
+        bandwidth=round(chip.memory_bandwidth),
+        memory=round(chip.memory),
+        kind=chip.kinds[0],
+    )
+    shape = f"1x{hosts}x{HOST_GPUS}" if hosts else f"1x1x{count}"
+    described = topologies.get_topology_desc(
+        "", platform="cuda", target_config=card, topology=shape
+    )
+    # Autotuning would run kernels on a card.
+    return Topology(name, chip, described.devices, "cuda", {"xla_gpu_autotune_level": 0})
+
+
+def _require(module: str, name: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"topology {name!r} is compiled by {module}, which is not installed: "
+            f'pip install -e ".[{extra}]"'
+        )
+
+
+def _unknown(name: str) -> ValueError:
+    chip = name.partition(":")[0]
+    chips = {chip: KNOWN[chip]} if chip in KNOWN else KNOWN
+    known = ", ".join(f"{chip}:{size}" for chip, sizes in chips.items() for size in sizes)
+    return ValueError(f"unknown topology {name!r}: choose one of {known}")
+
+
+def link_bandwidth(chip: Chip, devices: Sequence[Any], group: Sequence[int]) -> float:
+    """Bytes/s that each device of a group can get from the others, all links busy.
+
+    On a TPU a group uses the links of every dimension of the torus that it spans. A group of GPUs
+    on several hosts uses the network cards of all its members on a host, if NVLink keeps up.
+
+    Args:
+        devices: of the whole mesh, flat.
+        group: places of some of them.
+    """
+    if chip.network is None:
+        places = [devices[place].coords for place in group]
+        spanned = sum(len(set(along)) > 1 for along in zip(*places, strict=True))
+        return chip.link * max(spanned, 1)
+    hosts = {devices[place].process_index for place in group}
+    if len(hosts) == 1:
+        return chip.link
+    return min(chip.link, chip.network * len(group) / len(hosts))

@@ -1,0 +1,57 @@
+"""Chips: what their vendors publish, for roofline times, memory limits and MFU."""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator as JAX sees it (a device).
+
+    Attributes:
+        name: in topology names, e.g. `v5p` of `v5p:4x4x4`.
+        kinds: `device_kind` strings of `jax.devices()`.
+        flops: peak bfloat16 matrix FLOP/s, dense, float32 accumulation.
+        memory: bytes that a program can have.
+        memory_bandwidth: bytes/s.
+        link: bytes/s that a device sends along one dimension of its torus (two links, one each
+            way) on a TPU, or to the other devices of its host on a GPU.
+        network: bytes/s that each device sends to other hosts (GPU; a TPU slice is one network).
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    link: float
+    network: float | None = None
+
+
+# TPU: Google Cloud's page of each version gives peak, HBM bandwidth, and "bidirectional ICI
+# bandwidth per chip" (400, 1200, 800, 1200 GB/s), of which one way is half and a dimension of the
+# torus has 1/2, 1/3, 1/2, 1/3. Memory is what libtpu 0.0.42's compiler says is available; a tpu7x
+# chip is two devices, each with half of all.
+# GPU: NVIDIA's data sheets of the SXM cards (NVLink one way: half of the total) and of the DGX
+# systems (one network card of 200 or 400 Gb/s for each GPU). Memory is the total that CUDA reports.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 100e9),
+        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 200e9),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1638e9, 200e9),
+        Chip("tpu7x", ("TPU7x",), 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 100e9),
+        Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 79.1 * GIB, 2039e9, 300e9, 25e9),
+        Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 79.1 * GIB, 3350e9, 450e9, 50e9),
+        Chip("h200", ("NVIDIA H200",), 989e12, 139.8 * GIB, 4800e9, 450e9, 50e9),
+    )
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip with this `jax.Device.device_kind`, or None if the table lacks it."""
+    for chip in CHIPS.values():
+        if device_kind in chip.kinds:
+            return chip
+    return None
