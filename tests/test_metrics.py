@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.metrics import MetricsError, MetricWriter, Progress, Throughput, read_metrics
+from train.metrics import MetricsError, MetricWriter, Progress, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -242,30 +242,7 @@ def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path: Path):
     assert seen == [(1, 1), (1, 0), (2, 0), (9, 1), (9, 0), (10, 0)]  # 1 is START
 
 
-# Progress and throughput
-
-
-def test_throughput_slides_and_leaves_the_first_step_out():
-    clock = Clock()
-    throughput = Throughput(window=3, clock=clock)
-    assert throughput.rate is None
-    clock.now += 60  # compiles
-    throughput.update(1000)
-    assert throughput.rate is None
-    clock.now += 2
-    throughput.update(1000)
-    assert throughput.rate == 500
-    for _ in range(3):
-        clock.now += 1
-        throughput.update(1000)
-    assert throughput.rate == 1000  # the step of two seconds is out of the window
-    throughput.restart()
-    clock.now += 60
-    assert throughput.rate is None
-    throughput.update(1000)
-    clock.now += 4
-    throughput.update(2000)
-    assert throughput.rate == 500
+# Progress
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then():

@@ -33,7 +33,7 @@ SMALL = (
     *("--log-every", "1", "--evaluation.every", "0"),
     *("--evaluation.rows", "4", "--evaluation.positions", "8"),
 )
-TIMES = ("time", "tokens_per_second")
+TIMES = ("time", "tokens_per_second", "step_seconds", "data_wait", "goodput", "memory/")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def mistake(capsys, *parts):
 
 def curve(folder):
     return [
-        {name: value for name, value in line.items() if name not in TIMES}
+        {name: value for name, value in line.items() if not name.startswith(TIMES)}
         for line in read_metrics(folder)
     ]
 

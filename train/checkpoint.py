@@ -70,7 +70,7 @@ class Checkpointer:
         )
         hush_failed_saves()
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = _Manager(self._directory, options=options)
         except OSError as error:
             raise CheckpointError(
                 f"cannot keep checkpoints in {self._directory}: {_reason(error)}; "
@@ -192,6 +192,20 @@ class Checkpointer:
             f"checkpoint of step {self._writing} could not be written to {self._directory}: "
             f"{_reason(error)}; {intact}; free space or pass another directory"
         )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Finds the step of a preemption also if the notice came before the first step was asked for.
+
+    jax then settles on number 1, so steps are counted from the first one.
+    """
+
+    _first: int | None = None
+
+    def reached_preemption(self, step: int) -> bool:
+        if self._first is None:
+            self._first = step
+        return super().reached_preemption(step - self._first + 1)
 
 
 def load_params(

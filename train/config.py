@@ -5,7 +5,11 @@ import dataclasses
 from typing import Any, get_type_hints
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
+from thoughtbubbles.positions import RopeScaling
+from train.attention import Attention
 from train.data import DataConfig
+from train.distributed import DistributedConfig
+from train.instruments import parse_window
 from train.mesh import MeshConfig
 from train.optim import OptimizerConfig
 
@@ -43,12 +47,17 @@ class RunConfig:
         log_every, save_every: steps.
         keep, keep_every: checkpoints kept: the newest ones, and those at multiples for ever.
         prompt: start of the sample written at the end.
+        attention: how attention is computed; "auto" takes the kernel of the mesh's devices.
+        profile: record these steps with jax's profiler, e.g. "10:20" (`train.instruments`).
+        peak_tflops: of a device, for MFU, where `train.hardware` does not know it.
+        dry_run: only say what would be run.
     """
 
     model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvalConfig = EvalConfig()
     steps: int = 300
     batch_size: int = 16
@@ -60,11 +69,23 @@ class RunConfig:
     keep: int = 3
     keep_every: int | None = None
     prompt: str = "def "
+    attention: Attention = "auto"
+    profile: str = ""
+    peak_tflops: float | None = None
+    dry_run: bool = False
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"peak_tflops={self.peak_tflops} is not positive")
+        parse_window(self.profile)
+
+    @property
+    def step_flops(self) -> int:
+        """Model FLOPs of a step: the matrix products of a forward pass, three times."""
+        return 3 * self.batch_size * self.model.forward_flops(self.data.seq_len)
 
 
 POLICIES = {policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)}
@@ -130,7 +151,10 @@ def model_from_json(fields: dict[str, Any]) -> ModelConfig:
     text = repr(TopK(**policy)) if isinstance(policy, dict) else policy
     fields["policy"] = policy_from_text(text)
     fields.setdefault("score_originals", True)  # the only way there was
-    fields["fork_layers"] = tuple(fields["fork_layers"])
+    for name in ("fork_layers", "nope_layers"):
+        fields[name] = tuple(fields.get(name, ()))
+    if isinstance(fields.get("rope_scaling"), dict):
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     return ModelConfig(**fields)
 
 
@@ -138,7 +162,7 @@ def model_from_json(fields: dict[str, Any]) -> ModelConfig:
 # the schedule, the others the order of float additions.
 FIXED = ("model", "data", "optimizer", "batch_size", "seed")
 FREE_IN = {"model": ("scan_layers", "remat"), "data": ("cache_dir",)}
-NOTED = ("steps", "accumulate", "mesh")
+NOTED = ("steps", "accumulate", "mesh", "attention")
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -154,6 +178,7 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 def noted_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Allowed changes after which the run is no longer the one that was begun."""
+    saved = {"attention": "auto"} | saved
     found = [_differences(name, saved.get(name), current.get(name), ()) for name in NOTED]
     return [line for lines in found for line in lines]
 

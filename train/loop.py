@@ -2,26 +2,34 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from train import evaluate
 from train.checkpoint import Checkpointer, load_meta
-from train.config import RunConfig, as_json, differences, noted_changes
-from train.data import Batch, PackedData, TrainReader, load_tokenizer, prepare
+from train.config import RunConfig, as_json, noted_changes
+from train.data import Batch, TrainReader, load_tokenizer, prepare
+from train.distributed import agreed, check_same, ends_when_alone, several
+from train.instruments import Profiler, Stopwatch, memory, peak_flops
 from train.mesh import batch_part, check_batch, make_mesh, place_local
-from train.metrics import MetricWriter, Progress, Throughput
+from train.metrics import MetricWriter, Progress
+from train.plan import describe
+from train.run_folder import (
+    check_continuation,
+    check_fingerprint,
+    check_shared,
+    only_run_in,
+    save_evidence,
+    write_whole,
+)
 from train.state import Trainable, TrainState, make_trainable
 from train.statistics import readable as fork_metrics
 from train.statistics import score_samples
@@ -44,64 +52,75 @@ class Pending:
 def train(config: RunConfig) -> dict[str, float]:
     """Run (or continue) a pretraining run to its end and return the final held-out metrics.
 
+    Every process of the run calls it with the same config.
+
     Raises:
         ValueError: a mistake in the config, the data, or the run folder.
         NonFiniteLoss: the run folder then holds the batch and metrics of that step, and the
             checkpoints before it.
     """
-    mesh = make_mesh(config.mesh)
-    check_batch(config.batch_size, config.accumulate, mesh)
-    check_vocabulary(config)
     out = Path(config.out)
-    saved = load_meta(out)
-    check_continuation(out, saved, config)
-    trainable = make_trainable(config.model, config.optimizer, config.steps, mesh, config.seed)
-    train_step = make_train_step(trainable, config.accumulate)
-    eval_batch = config.batch_size // config.accumulate
-    evaluator = evaluate.Evaluator(trainable, eval_batch, config.evaluation)
-    data = prepare(config.data)
-    check_fingerprint(out, saved, data)
-    reader = TrainReader(data.train, config.batch_size, config.data.seed, *batch_part(mesh))
     main_process = jax.process_index() == 0
-    meta = {
-        "config": as_json(config),
-        "data_fingerprint": data.fingerprint,
-        "tokenizer": data.tokenizer.to_json(),
-    }
-
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_run_in(out))
+        with agreed():
+            trainable = make_run(config)
+            saved = load_meta(out)
+            check_continuation(out, saved, config)
+            data = prepare(config.data)
+            check_fingerprint(out, saved, data)
+            mesh = trainable.mesh
+            reader = TrainReader(data.train, config.batch_size, config.data.seed, *batch_part(mesh))
+            stack.enter_context(only_run_in(out))
+        stopwatch = Stopwatch(
+            config.batch_size * config.data.seq_len,
+            config.step_flops,
+            peak_flops(mesh, config.peak_tflops),
+        )
+        meta = {
+            "config": as_json(config),
+            "data_fingerprint": data.fingerprint,
+            "tokenizer": data.tokenizer.to_json(),
+        }
+        own = {"distributed": None, "data": {**meta["config"]["data"], "cache_dir": None}}
+        check_same("config", meta["config"] | own)
+        check_same("the fingerprint of the data", data.fingerprint)
+        check_shared(out)
+        train_step = make_train_step(trainable, config.accumulate)
+        eval_batch = config.batch_size // config.accumulate
+        evaluator = evaluate.Evaluator(trainable, eval_batch, config.evaluation)
         checkpointer = stack.enter_context(
             Checkpointer(out, config.save_every, config.keep, config.keep_every)
         )
+        stack.enter_context(ends_when_alone())
         state = restore_or_init(checkpointer, trainable, out)
         start = int(state.step)
         if main_process:
             write_whole(out / "config.json", json.dumps(meta["config"], indent=2) + "\n")
         writer = stack.enter_context(MetricWriter(out, resume_step=start, enabled=main_process))
         progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
-        progress.write(describe(config, data, trainable, start))
+        progress.write(f"{data.summary}\n{describe(config, trainable, start)}")
         for change in noted_changes(saved["config"], meta["config"]) if saved else ():
             progress.write(f"not the run that was begun: {change}")
         interrupted = stack.enter_context(stop_signals())
-        throughput = Throughput()
+        profiler = Profiler(config.profile if main_process else "", out / "profile")
+        stack.enter_context(profiler)
 
         def finish(pending: Pending) -> None:
             """Wait for a dispatched step, check it, and report it."""
             loss, norm = float(pending.metrics["loss"]), float(pending.metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NonFiniteLoss(save_evidence(out, pending, loss, norm))
-            throughput.update(config.batch_size * config.data.seq_len)
+                raise NonFiniteLoss(
+                    save_evidence(out, pending.step, pending.batch, pending.metrics)
+                )
+            stopwatch.step_done()
             if pending.step % config.log_every == 0 or pending.step == config.steps:
                 metrics = {
                     name: pending.metrics[name] for name in ("loss", "grad_norm", "learning_rate")
                 }
                 forks, layers = pending.metrics["forks"], config.model.fork_layers
-                metrics |= fork_metrics(forks, layers)
-                if throughput.rate is not None:
-                    metrics["tokens_per_second"] = throughput.rate
+                metrics |= fork_metrics(forks, layers) | stopwatch.report() | memory()
                 writer.write(pending.step, metrics, score_samples(forks, layers))
-            progress.update(pending.step, loss, throughput.rate)
+            progress.update(pending.step, loss, stopwatch.tokens_per_second)
 
         def save(step: int) -> None:
             meta_of_step = {**meta, "step": step}
@@ -111,8 +130,11 @@ def train(config: RunConfig) -> dict[str, float]:
         pending: Pending | None = None
         batches = stack.enter_context(contextlib.closing(reader.iterate(start)))
         for step in range(start + 1, config.steps + 1):
-            batch = next(batches)
-            state, metrics = train_step(state, place_local(batch["tokens"], mesh))
+            with stopwatch.waiting():
+                batch = next(batches)
+            with profiler.step(step):
+                state, metrics = train_step(state, place_local(batch["tokens"], mesh))
+            profiler.dispatched(step, state)
             # The device works on this step while the host reads the one before.
             if pending is not None:
                 finish(pending)
@@ -126,7 +148,7 @@ def train(config: RunConfig) -> dict[str, float]:
                 held_out = evaluator(state.weights, data.validation)
                 writer.write(step, {f"eval/{name}": value for name, value in held_out.items()})
                 progress.write(f"step {step}: {evaluate.readable(held_out)}")
-                throughput.restart()
+                stopwatch.resume()
             # Read once: a signal that comes later is seen after the next step.
             stop = (interrupted() or checkpointer.reached_preemption(step)) and not last
             if last or stop or step % config.save_every == 0:
@@ -135,13 +157,25 @@ def train(config: RunConfig) -> dict[str, float]:
                     finish(pending)
                     pending = None
                 save(step)
+                stopwatch.resume()
             if stop:
                 progress.write(f"stopped at step {step} and saved it in {out}: run again to go on")
                 break
         if not held_out and start >= config.steps:
             held_out = evaluator(state.weights, data.validation)
             progress.write(f"step {start}: {evaluate.readable(held_out)}")
+        progress.write(stopwatch.readable())
     return held_out
+
+
+def make_run(config: RunConfig) -> Trainable:
+    """Check a config and describe its state; nothing is allocated."""
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    check_vocabulary(config)
+    return make_trainable(
+        config.model, config.optimizer, config.steps, mesh, config.seed, config.attention
+    )
 
 
 def check_vocabulary(config: RunConfig) -> None:
@@ -155,100 +189,39 @@ def check_vocabulary(config: RunConfig) -> None:
         )
 
 
-def check_continuation(out: Path, saved: dict[str, Any] | None, config: RunConfig) -> None:
-    """Raise if `out` holds a run that this config would not continue."""
-    found = differences(saved["config"], as_json(config)) if saved else []
-    if found:
-        raise ValueError(
-            f"{out} holds a run of another config ({'; '.join(found[:3])}"
-            f"{'; ...' if len(found) > 3 else ''}): pass another --out, or the saved values"
-        )
-
-
-def check_fingerprint(out: Path, saved: dict[str, Any] | None, data: PackedData) -> None:
-    """Raise if `out` holds a run on other data."""
-    if saved and saved["data_fingerprint"] != data.fingerprint:
-        raise ValueError(
-            f"{out} was trained on data {saved['data_fingerprint']}, the corpus is now "
-            f"{data.fingerprint}: restore the corpus, or pass another --out"
-        )
-
-
-@contextlib.contextmanager
-def only_run_in(out: Path) -> Iterator[None]:
-    """Hold the run folder: a second run in it would overwrite the first one's files."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / f".lock-{jax.process_index()}").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is going on in {out}: pass another --out") from None
-        yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill or a full disk leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def restore_or_init(checkpointer: Checkpointer, trainable: Trainable, out: Path) -> TrainState:
     """The newest checkpoint of the run folder, or the initial state."""
-    if checkpointer.latest_step() is None:
+    newest = checkpointer.latest_step()
+    check_same("the newest checkpoint", newest)
+    if newest is None:
         return trainable.init()
     abstract = trainable.abstract
-    step, weights, rest, _ = checkpointer.restore(abstract.weights, abstract.rest)
-    print(f"continuing {out} from step {step}", file=sys.stderr)
+    step, weights, rest, _ = checkpointer.restore(abstract.weights, abstract.rest, newest)
+    if jax.process_index() == 0:
+        print(f"continuing {out} from step {step}", file=sys.stderr)
     return rest.with_weights(weights)
-
-
-def describe(config: RunConfig, data: PackedData, trainable: Trainable, start: int) -> str:
-    """What is about to run, for a person."""
-    model, mesh = config.model, trainable.mesh
-    flops = 3 * model.forward_flops(config.data.seq_len) * config.batch_size
-    forks = (
-        f"forks before layers {model.fork_layers}, {model.policy}" if model.fork_layers else "plain"
-    )
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return (
-        f"{data.summary}\n"
-        f"{model.num_params():,} parameters, {forks}; {flops / 1e9:.1f} GFLOP a step; "
-        f"{mesh.size} {mesh.devices.flat[0].device_kind} ({sizes}); steps {start} to {config.steps}"
-    )
-
-
-def save_evidence(out: Path, pending: Pending, loss: float, norm: float) -> str:
-    """Keep the batch and metrics of a step whose loss is not finite; returns the error line."""
-    folder = out / f"nonfinite-step-{pending.step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    batch = folder / f"batch-{jax.process_index()}.npz"
-    np.savez(batch, tokens=pending.batch["tokens"], rows=pending.batch["rows"])
-    forks = {name: np.asarray(sums).tolist() for name, sums in pending.metrics["forks"].items()}
-    rate = float(pending.metrics["learning_rate"])
-    evidence = {"step": pending.step, "loss": str(loss), "grad_norm": str(norm), "forks": forks}
-    (folder / "metrics.json").write_text(json.dumps({**evidence, "learning_rate": rate}, indent=2))
-    return (
-        f"step {pending.step}: loss {loss}, gradient norm {norm}: stopped; its batch and metrics "
-        f"are in {folder}, the last checkpoint is untouched; look at the batch, or lower "
-        "optimizer.learning_rate"
-    )
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Any]:
-    """Turn SIGTERM and the first Ctrl-C into a flag that the loop reads between steps."""
-    received: list[float] = []
+    """Turn SIGTERM and the first Ctrl-C into a flag that the loop reads between steps.
+
+    With several processes jax takes SIGTERM as the notice of a preemption, after which all of them
+    find one step to stop at (`Checkpointer.reached_preemption`); a Ctrl-C becomes a SIGTERM.
+    """
+    received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(time.monotonic())
+        received.append(number)
+        if several():
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGINT,) if several() else (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, note) for number in numbers]
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(received) and not several()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -1,11 +1,10 @@
-"""What a run reports: a JSON Lines file, TensorBoard, a progress bar, tokens per second."""
+"""What a run reports: a JSON Lines file, TensorBoard, a progress bar."""
 
 import json
 import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -119,30 +118,6 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not file.exists():
         raise MetricsError(f"{file} does not exist: pass the folder of a run")
     return [_decode(line) for _, line in _lines(file)]
-
-
-class Throughput:
-    """Tokens per second over the last `window` completed steps, by a clock that never jumps."""
-
-    def __init__(self, window: int = 20, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
-        self._steps: deque[tuple[float, int]] = deque(maxlen=window + 1)
-
-    def update(self, tokens: int) -> None:
-        """To be called when a step is complete. The first one, which compiles, only starts time."""
-        self._steps.append((self._clock(), tokens))
-
-    def restart(self) -> None:
-        """Forgets all steps: to be called after a pause, such as an evaluation."""
-        self._steps.clear()
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens per second; None before the second step."""
-        if len(self._steps) < 2:
-            return None
-        (start, _), *steps = self._steps
-        return sum(tokens for _, tokens in steps) / max(steps[-1][0] - start, 1e-9)
 
 
 class Progress:

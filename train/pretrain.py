@@ -1,22 +1,37 @@
 """Pretraining: python -m train.pretrain [PRESET] [--option value ...]."""
 
 import sys
+from pathlib import Path
 
+import jax
+
+from train.checkpoint import load_meta
 from train.command import run_command
 from train.config import RunConfig
+from train.distributed import together
 from train.generate import map_of_text, write
 from train.load import load_model
-from train.loop import NonFiniteLoss, train
+from train.loop import NonFiniteLoss, make_run, train
+from train.mesh import batch_part
+from train.plan import plan
 from train.presets import PRESETS
+from train.run_folder import check_continuation
 
 
 def main(config: RunConfig) -> None:
     """Train, then show a sample and where the model forked in it."""
-    try:
-        train(config)
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    with together(config.distributed):
+        if config.dry_run:
+            dry_run(config)
+            return
+        try:
+            train(config)
+        except NonFiniteLoss as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        first = jax.process_index() == 0
+    if not first:
+        return
     loaded = load_model(config.out)
     if loaded.step < config.steps:
         return
@@ -28,6 +43,16 @@ def main(config: RunConfig) -> None:
     print(
         f"python -m train.generate --checkpoint {config.out} --prompt '{config.prompt}' --bubbles"
     )
+
+
+def dry_run(config: RunConfig) -> None:
+    """Check what can be checked without reading data, and say what would be run."""
+    trainable = make_run(config)
+    saved = load_meta(config.out)
+    check_continuation(Path(config.out), saved, config)
+    part = batch_part(trainable.mesh)
+    if jax.process_index() == 0:
+        print(plan(config, trainable, part, saved))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""Time and memory of a run: stopwatch, MFU, profiler window."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from train.instruments import Profiler, Stopwatch, memory, parse_window, peak_flops
+from train.mesh import MeshConfig, make_mesh
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(watch, clock, durations, wait=0.0):
+    for seconds in durations:
+        with watch.waiting():
+            clock.now += wait
+        clock.now += seconds - wait
+        watch.step_done()
+
+
+def test_a_stopwatch_counts_steps_and_neither_the_first_nor_pauses():
+    clock = Clock()
+    watch = Stopwatch(tokens=50, flops=3e9, peak_flops=1e10, clock=clock)
+    assert watch.report() == {} and watch.tokens_per_second is None
+    run(watch, clock, [30.0])  # compiles
+    assert watch.report() == {}
+    run(watch, clock, [1.0, 1.0, 1.0, 5.0], wait=0.5)
+    clock.now += 12.0  # an evaluation
+    watch.resume()
+    run(watch, clock, [20.0])  # starts time again
+    report = watch.report()
+    assert report["tokens_per_second"] == pytest.approx(200 / 8)
+    assert report["step_seconds"] == pytest.approx(1.0)
+    assert report["step_seconds_p90"] == pytest.approx(3.8)
+    assert report["step_seconds_p99"] == pytest.approx(4.88)
+    assert report["data_wait"] == pytest.approx(2 / 8)
+    assert report["goodput"] == pytest.approx(8 / 70)
+    assert report["mfu"] == pytest.approx(0.3)
+
+
+def test_rates_forget_what_is_older_than_the_window_and_goodput_does_not():
+    clock = Clock()
+    watch = Stopwatch(tokens=1, flops=1, peak_flops=None, window=2, clock=clock)
+    run(watch, clock, [1.0, 9.0, 1.0, 3.0])
+    report = watch.report()
+    assert report["tokens_per_second"] == pytest.approx(2 / 4)
+    assert report["goodput"] == pytest.approx(13 / 14)
+    assert "mfu" not in report
+
+
+def test_the_peak_is_known_by_the_kind_of_device_or_given():
+    mesh = make_mesh(MeshConfig())
+    assert peak_flops(mesh) is None  # CPUs
+    assert peak_flops(mesh, 2.5) == 2.5e12 * mesh.size
+
+
+def test_memory_of_the_host_is_told():
+    assert 0.05 < memory()["memory/host_peak_gib"] < 100
+
+
+def test_the_profiler_records_its_window_and_nothing_else(tmp_path):
+    with Profiler("steps=3:4", tmp_path / "profile") as profiler:
+        for step in range(1, 7):
+            with profiler.step(step):
+                result = jnp.zeros(()) + step
+            profiler.dispatched(step, result)
+            recording = step == 3
+            assert profiler._on == recording
+    [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
+    events = [
+        dict(event.stats)
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    ]
+    assert {event["step_num"] for event in events} == {3, 4}
+
+
+def test_a_run_that_ends_within_the_window_keeps_the_trace(tmp_path):
+    with Profiler("1:9", tmp_path / "profile") as profiler, profiler.step(1):
+        jax.block_until_ready(jnp.ones(()) * 2)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("text", ["10", "5:3", "0:3", "a:b", "steps=", "1:2:3"])
+def test_a_window_that_is_none_is_told(text):
+    with pytest.raises(ValueError, match="first and the last step, such as 10:20"):
+        parse_window(text)

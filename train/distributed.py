@@ -1,0 +1,316 @@
+"""Several processes, one run: how they find each other, agree, and end."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+# The one private name: its client is the only way to jax's coordination service.
+from jax._src.distributed import global_state
+
+_FOREVER = 7 * 24 * 3600 * 1000  # ms: tokenising may take its time; a dead process ends the wait
+_LEAVING = 5_000  # ms that a process which has failed waits for others that fail as well
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find each other; without a word of it there is only one.
+
+    Attributes:
+        coordinator: host:port at which all processes reach process 0.
+        num_processes: of the run.
+        process_id: this process, from 0.
+        auto: let jax find these three: in SLURM, Open MPI, Kubernetes, on Cloud TPU.
+        timeout: seconds to wait for all processes at the start.
+        heartbeat: seconds of silence after which a process counts as dead.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    auto: bool = False
+    timeout: int = 300
+    heartbeat: int = 100
+
+    def __post_init__(self):
+        names = ("coordinator", "num_processes", "process_id")
+        given = {name: getattr(self, name) for name in names}
+        shown = " ".join(f"{name}={value}" for name, value in given.items())
+        missing = [name for name, value in given.items() if value is None]
+        if min(self.timeout, self.heartbeat) < 1:
+            raise ValueError(
+                f"timeout={self.timeout} heartbeat={self.heartbeat}: choose at least 1 second"
+            )
+        if self.auto and len(missing) < len(names):
+            raise ValueError(f"auto finds what {shown} says: pass one or the other")
+        if self.auto or len(missing) == len(names):
+            return
+        if missing:
+            raise ValueError(f"{shown}: pass {' and '.join(missing)} too, or only auto")
+        assert self.coordinator and self.num_processes is not None and self.process_id is not None
+        if not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"coordinator={self.coordinator} is not of the form host:port")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"process_id={self.process_id} num_processes={self.num_processes}: "
+                f"choose an id from 0 to num_processes - 1"
+            )
+
+
+@contextlib.contextmanager
+def together(config: DistributedConfig) -> Iterator[None]:
+    """Be one of the processes of a run for the length of this block.
+
+    Must come before the first use of a device. Whatever ends the block early ends the process, with
+    one line and status 2 for a `ValueError` or `OSError`, else 1: the usual end would wait for the
+    others, which may be waiting for this one.
+
+    Raises:
+        ValueError: the others cannot be found.
+    """
+    if config.coordinator is None and not config.auto:
+        yield
+        return
+    _join(config)
+    name = f"process {global_state.process_id} of {global_state.num_processes}"
+    _last_words.say(
+        f"error: {name} was ended before the run was: by a kill, or by jax since another process "
+        f"fell silent; start all of them again, and the run goes on from its last checkpoint"
+    )
+    try:
+        yield
+    except BaseException as error:
+        _leave_if_alone(error)
+        status = _report(error)
+        with contextlib.suppress(Exception):
+            _client().wait_at_barrier("thoughtbubbles/leaving", _LEAVING)
+            jax.distributed.shutdown()  # all fail alike
+        _last_words.take_back()
+        _exit(status)
+    jax.distributed.shutdown()
+    _last_words.take_back()
+
+
+def _join(config: DistributedConfig) -> None:
+    # Where its own time runs out, jax aborts the process: ours runs out first.
+    waiting = threading.Timer(config.timeout, _give_up, [config])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            initialization_timeout=config.timeout + 600,
+            heartbeat_timeout_seconds=config.heartbeat,
+        )
+    except (RuntimeError, ValueError) as error:
+        address = global_state.coordinator_address
+        if address is None:
+            raise ValueError(
+                "auto: this is no environment of several processes that jax knows (SLURM, Open "
+                "MPI, Kubernetes, Cloud TPU): pass coordinator, num_processes and process_id"
+            ) from error
+        raise ValueError(
+            f"process 0 cannot be reached at {address} ({_first_line(error)}): "
+            "choose a port that is free on its host"
+        ) from error
+    finally:
+        waiting.cancel()
+
+
+def _give_up(config: DistributedConfig) -> None:
+    address = global_state.coordinator_address or "none:0"
+    line = (
+        f"not all of {global_state.num_processes} processes have come to {address} in "
+        f"{config.timeout} s: start them all, or raise distributed.timeout"
+    )
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        line = (
+            f"coordinator {address} has not answered in {config.timeout} s ({error}): start "
+            "process 0 there, open the port, or raise distributed.timeout"
+        )
+    print(f"error: {line}", file=sys.stderr)
+    _exit(2)
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _report(error: BaseException) -> int:
+    """Say why this process ends; its exit status."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    expected = isinstance(error, (ValueError, OSError))
+    if not expected or os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"error: {_first_line(error) if not expected else error}", file=sys.stderr)
+    return 2 if isinstance(error, (ValueError, OSError)) else 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+class _LastWords:
+    """A line on stderr for when this process ends and has not taken it back.
+
+    jax ends a process whose peers are gone by an abort in C++, after which no Python runs: so a
+    small process waits at a pipe for the end of this one.
+    """
+
+    _WATCH = """
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+lines = sys.stdin.read().splitlines()
+if any(lines[-1:]):
+    print(lines[-1], file=sys.stderr)
+"""
+
+    _watcher: subprocess.Popen[str] | None = None
+
+    def say(self, line: str) -> None:
+        """In place of what was said before."""
+        if self._watcher is None:
+            command = [sys.executable, "-I", "-S", "-c", self._WATCH]
+            self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        assert self._watcher.stdin
+        self._watcher.stdin.write(f"{line}\n")
+        self._watcher.stdin.flush()
+
+    def take_back(self) -> None:
+        if self._watcher is not None:
+            self._watcher.communicate("\n")
+            self._watcher = None
+
+
+_last_words = _LastWords()
+
+
+# Agreement
+
+_rounds = itertools.count()  # all processes agree in the same order
+
+
+def several() -> bool:
+    """Whether other processes take part in this run."""
+    return global_state.client is not None and global_state.num_processes > 1
+
+
+def _client() -> Any:
+    return global_state.client
+
+
+def tell(value: Any) -> list[Any]:
+    """What each process of several says (JSON), by its number; all must come."""
+    client, topic = _client(), f"thoughtbubbles/{next(_rounds)}"
+    client.key_value_set(f"{topic}/{global_state.process_id}", json.dumps(value))
+    client.wait_at_barrier(topic, _FOREVER)
+    told = {int(key.rpartition("/")[2]): said for key, said in client.key_value_dir_get(topic)}
+    return [json.loads(told[process]) for process in range(global_state.num_processes)]
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """What raises a `ValueError` or `OSError` in one process raises one in all."""
+    if not several():
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        own = error
+    told = tell(own and _first_line(own))
+    if own is not None:
+        raise own
+    for process, line in enumerate(told):
+        if line is not None:
+            raise ValueError(f"process {process}: {line}")
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raise in all processes unless all have the same value (JSON)."""
+    if not several():
+        return
+    first, *others = (_flat(what, told) for told in tell(value))
+    for process, other in enumerate(others, 1):
+        differing = [name for name in first | other if first.get(name) != other.get(name)]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"processes disagree: {name} is {first.get(name)!r} in process 0 and "
+                f"{other.get(name)!r} in process {process}: give all of them the same options, "
+                "data and disk"
+            )
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = [_flat(f"{name}.{key}", part) for key, part in value.items()]
+    return {key: part for flat in parts for key, part in flat.items()}
+
+
+# Losing another process
+
+# What gloo, NCCL, orbax's barriers and jax's coordination service say of a peer that is gone.
+_GONE = re.compile(
+    r"closed by peer|reset by peer|Broken pipe|Socket closed|Gloo|NCCL|heartbeat|coordination"
+    r"|[Bb]arrier (failed|timed out)",
+)
+
+
+@contextlib.contextmanager
+def ends_when_alone() -> Iterator[None]:
+    """End the process in this block with one line when an error shows that another one is gone.
+
+    Right here, because whatever is cleaned up around the block may wait for the lost one.
+    """
+    try:
+        yield
+    except Exception as error:
+        _leave_if_alone(error)
+        raise
+
+
+def _leave_if_alone(error: BaseException) -> None:
+    if several() and (reason := _loss(error)):
+        # Not printed here: jax may be about to abort this process, with much to say.
+        _last_words.say(
+            f"error: process {global_state.process_id} of {global_state.num_processes}: another "
+            f"process has ended ({reason}); see its output, start all of them again, and the run "
+            "goes on from its last checkpoint"
+        )
+        _exit(1)
+
+
+def _loss(error: BaseException | None) -> str | None:
+    """The words of an error that tell of a lost process."""
+    while error is not None:
+        line = _first_line(error)
+        # jax raises ValueError or RuntimeError, with text that begins with a status.
+        if re.match(r"[A-Z_]{6,}: ", line) and _GONE.search(str(error)):
+            return line if len(line) <= 120 else line[:117] + "..."
+        error = error.__cause__ or error.__context__
+    return None
