@@ -277,7 +277,8 @@ def advance(
                 streams, memory = fork.extend(streams, memory, bound)
             memories.append(memory)
             record = _note(record, index - 1, streams)
-        streams, group = _through(streams, layers[start:end], cache.groups[index], config, fresh)
+        run = list(zip(layers[start:end], config.rotary_layers[start:end], strict=True))
+        streams, group = _through(streams, run, cache.groups[index], config, fresh)
         groups.append(group)
     cache = dataclasses.replace(
         cache, length=after, groups=tuple(groups), memories=tuple(memories), record=record
@@ -286,9 +287,16 @@ def advance(
 
 
 def _through(
-    streams: Streams, layers: Sequence[Block], group: Group, config: ModelConfig, fresh: bool
+    streams: Streams,
+    layers: Sequence[tuple[Block, bool | None]],
+    group: Group,
+    config: ModelConfig,
+    fresh: bool,
 ) -> tuple[Streams, Group]:
-    """Streams through the blocks of a group, which sees the slots of earlier ones before them."""
+    """Streams through the blocks of a group, which sees the slots of earlier ones before them.
+
+    Each block comes with what `ModelConfig.rotary_layers` says of it.
+    """
     if not layers:
         return streams, group
     geometry, alive, before = Geometry.of(streams, config), streams.alive, group.count
@@ -301,7 +309,8 @@ def _through(
         mixed = attend(query, key, value, geometry.key_bias)
         return mixed, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
-    for layer, key, value in zip(layers, group.key, group.value, strict=True):
+    for (layer, rotary), key, value in zip(layers, group.key, group.value, strict=True):
+        here = geometry.where(rotary)
 
         def over_the_cache(query, new_key, new_value, key=key, value=value):
             key = _append_heads_first(key, new_key, before, alive)
@@ -309,10 +318,10 @@ def _through(
             return attend_cached(query, key, value, bias, before), (key, value)
 
         if fresh:
-            streams, (new_key, new_value) = layer.mixing(streams, geometry, among_themselves)
+            streams, (new_key, new_value) = layer.mixing(streams, here, among_themselves)
             key, value = _into(key, new_key, 2), _into(value, new_value, 2)
         else:
-            streams, (key, value) = layer.mixing(streams, geometry, over_the_cache)
+            streams, (key, value) = layer.mixing(streams, here, over_the_cache)
         keys.append(key)
         values.append(value)
     count = before + alive.sum(axis=1, dtype=jnp.int32)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from thoughtbubbles.attention import visited_pairs
 from thoughtbubbles.policies import PrefixRank, Threshold, TopK, check_forced_keep
+from thoughtbubbles.positions import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +14,9 @@ class ModelConfig:
 
     Sizes: `vocab_size` V, `embed_dim` D, `num_heads` H, `num_kv_heads` G (default H), `head_dim` K
     (default D / H), `mlp_dim` F (default 4 D). `biases="all"` puts one on every linear map of
-    attention and MLP and on every LayerNorm, `"qkv"` on those three maps only.
+    attention and MLP and on every LayerNorm, `"qkv"` on those three maps only. `rope_scaling`
+    stretches rotary positions to longer contexts; the blocks in `nope_layers` (0-based) have none.
+    `context_length` tells how many tokens pretrained weights are meant for; nothing is cut there.
 
     Forking (arXiv 2510.00219): a fork layer stands in front of each block in `fork_layers`
     (0-based); `policy` chooses the streams; `merge` turns a bubble into one prediction:
@@ -40,7 +43,10 @@ class ModelConfig:
     qk_norm: bool = False
     tied_head: bool = True
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    nope_layers: tuple[int, ...] = ()
     biases: Literal["all", "qkv", "none"] = "all"
+    context_length: int | None = None
 
     copies: int = 1
     fork_layers: tuple[int, ...] = ()
@@ -94,14 +100,16 @@ class ModelConfig:
                 f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}: "
                 "choose a divisor"
             )
-        for layer in self.fork_layers:
-            if not 0 <= layer < self.num_layers:
-                raise ValueError(
-                    f"fork layer {layer} is out of range for num_layers={self.num_layers}: "
-                    f"choose from 0 to {self.num_layers - 1}"
-                )
-        if list(self.fork_layers) != sorted(set(self.fork_layers)):
-            raise ValueError(f"fork_layers={self.fork_layers} must rise without repeats")
+        for kind in ("fork", "nope"):
+            layers = getattr(self, f"{kind}_layers")
+            for layer in layers:
+                if not 0 <= layer < self.num_layers:
+                    raise ValueError(
+                        f"{kind} layer {layer} is out of range for num_layers={self.num_layers}: "
+                        f"choose from 0 to {self.num_layers - 1}"
+                    )
+            if list(layers) != sorted(set(layers)):
+                raise ValueError(f"{kind}_layers={layers} must rise without repeats")
         check_forced_keep(self.policy, self.forced_keep, self.score_originals)
         if self.copies < 1:
             raise ValueError(f"copies={self.copies} is below 1: 1 means no copies")
@@ -123,6 +131,13 @@ class ModelConfig:
     @property
     def mlp_width(self) -> int:
         return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def rotary_layers(self) -> tuple[bool | None, ...]:
+        """Whether each block has rotary positions; None where all have, and none need asking."""
+        if not self.nope_layers:
+            return (None,) * self.num_layers
+        return tuple(layer not in self.nope_layers for layer in range(self.num_layers))
 
     @property
     def causal(self) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thoughtbubbles import forking
-from thoughtbubbles.attention import attend
+from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.policies import (
     Candidates,
@@ -101,7 +101,7 @@ class Geometry:
     def of(cls, streams: Streams, config: ModelConfig) -> "Geometry":
         """Positions (App. D) and score attenuation (eqs. 8-10) of the streams."""
         positions = streams.positions(config.fractional_positions)
-        angles = rotary_angles(positions, config.head_width, config.rope_base)
+        angles = rotary_angles(positions, config.head_width, config.rope_base, config.rope_scaling)
         if not streams.forked:
             return cls(*angles)
         scale = config.head_width**-0.5 if config.score_bias == "head" else 1.0
@@ -111,6 +111,14 @@ class Geometry:
             key_bias=streams.log_score * scale if config.key_bias else None,
             value_scale=score if config.value_scaling else None,
             write_scale=score if config.residual_scaling else None,
+        )
+
+    def where(self, rotary: jax.Array | bool | None) -> "Geometry":
+        """For one block: without rotary positions unless `rotary` is true or None."""
+        if rotary is None:
+            return self
+        return dataclasses.replace(
+            self, cos=jnp.where(rotary, self.cos, 1.0), sin=jnp.where(rotary, self.sin, 0.0)
         )
 
 
@@ -189,10 +197,17 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm decoder block; both residual writes are scaled by the scores (eqs. 9-10)."""
+    """Pre-norm decoder block; both residual writes are scaled by the scores (eqs. 9-10).
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    Args:
+        config: sizes and options.
+        rngs: for the initial values.
+        attend: in place of `attention.attend`, a kernel of `thoughtbubbles.kernels` for example.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, attend: Attend = attend):
         self.config = config
+        self.attend = attend
         self.attention_norm = norm_of(config)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = norm_of(config)
@@ -203,7 +218,7 @@ class Block(nnx.Module):
         if geometry is None:
             geometry = Geometry.of(streams, self.config)
         bias = geometry.key_bias
-        return self.mixing(streams, geometry, lambda q, k, v: (attend(q, k, v, bias), None))[0]
+        return self.mixing(streams, geometry, lambda q, k, v: (self.attend(q, k, v, bias), None))[0]
 
     def mixing(self, streams: Streams, geometry: Geometry, mix: Mix) -> tuple[Streams, Any]:
         """The block with `mix` in place of attention among the streams themselves (a cache).

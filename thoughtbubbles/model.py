@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, norm_of, weight
@@ -46,14 +47,22 @@ class Thoughtbubbles(nnx.Module):
         rngs: for the initial values.
         constrain: applied to every residual array `[B, S, D]` between blocks; a trainer on a mesh
             passes its sharding constraint here.
+        attend: attention of the blocks; a trainer passes the kernel of its devices here.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, constrain: Constrain | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        constrain: Constrain | None = None,
+        attend: Attend = attend,
+    ):
         self.config = config
         self.constrain = constrain or _identity
         self.embed = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         keys = rngs.split(config.num_layers)
-        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs))(keys)
+        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs, attend=attend))(keys)
         self.forks = nnx.List([_fork_of(config, rngs) for _ in config.fork_layers])
         self.final_norm = norm_of(config)
         shape, axes = (config.embed_dim, config.vocab_size), ("embed", "vocab")
@@ -61,18 +70,23 @@ class Thoughtbubbles(nnx.Module):
 
     @classmethod
     def from_params(
-        cls, config: ModelConfig, params: Mapping[Any, Any], constrain: Constrain | None = None
+        cls,
+        config: ModelConfig,
+        params: Mapping[Any, Any],
+        constrain: Constrain | None = None,
+        attend: Attend = attend,
     ) -> "Thoughtbubbles":
         """A model with given parameters, e.g. from `train.checkpoint.load_params`.
 
         Args:
             config: what they were made with.
             params: nested dict of arrays as `nnx.to_pure_dict` gives it.
+            constrain, attend: as in the constructor.
 
         Raises:
             ValueError: names or shapes differ from what the config asks for.
         """
-        build = lambda: cls(config, rngs=nnx.Rngs(0), constrain=constrain)  # noqa: E731
+        build = lambda: cls(config, rngs=nnx.Rngs(0), constrain=constrain, attend=attend)  # noqa: E731
         graphdef, state = nnx.split(nnx.eval_shape(build))
         wanted, given = _by_name(nnx.to_pure_dict(state)), _by_name(params)
         for name in {**wanted, **given}:
@@ -189,18 +203,22 @@ class Thoughtbubbles(nnx.Module):
             return streams
         geometry = Geometry.of(streams, self.config)
 
-        def run(streams: Streams, block: Block) -> tuple[Streams, None]:
-            streams = block(streams, geometry)
+        def run(streams: Streams, layer: tuple[Block, Any]) -> tuple[Streams, None]:
+            block, rotary = layer
+            streams = block(streams, geometry.where(rotary))
             return streams.replace(x=self.constrain(streams.x)), None
+
+        rotary = self.config.rotary_layers[start:end]
 
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
             run = jax.checkpoint(run, policy=policy, prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
             stack = jax.tree.map(lambda leaf: leaf[start:end], self.blocks)
-            return jax.lax.scan(run, streams, stack)[0]
-        for block in _unstack(self.blocks, start, end):
-            streams, _ = run(streams, block)
+            flags = None if rotary[0] is None else jnp.array(rotary)
+            return jax.lax.scan(run, streams, (stack, flags))[0]
+        for layer in zip(_unstack(self.blocks, start, end), rotary, strict=True):
+            streams, _ = run(streams, layer)
         return streams
 
 

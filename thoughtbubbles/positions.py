@@ -1,17 +1,100 @@
-"""Rotary positions that may be fractions of a token."""
+"""Rotary positions that may be fractions of a token, with frequencies scaled to longer contexts."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies were slowed for contexts longer than the first training saw.
+
+    Names are those of `rope_scaling` in Hugging Face configs. `"linear"` divides every frequency by
+    `factor` (positions interpolated). The others divide the slow ones, leave the fast ones and go
+    over smoothly: `"llama3"` by wavelength, between `original_max_position_embeddings` over
+    `high_freq_factor` and over `low_freq_factor`; `"yarn"` (arXiv 2309.00071) by channel, between
+    those that turn `beta_fast` and `beta_slow` times in the original context. Cosines and sines of
+    yarn are also multiplied by `attention_factor` (by default 0.1 ln(factor) + 1).
+    """
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self):
+        known = get_args(type(self).__annotations__["rope_type"])
+        if self.rope_type not in known:
+            raise ValueError(f"rope scaling {self.rope_type!r}: choose one of {', '.join(known)}")
+        if not self.factor > 0:
+            raise ValueError(f"rope scaling factor={self.factor}: choose a number above 0")
+        if self.rope_type != "linear" and not self.original_max_position_embeddings:
+            raise ValueError(
+                f"rope scaling {self.rope_type} needs original_max_position_embeddings, the "
+                "context of the first training"
+            )
+        if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope scaling low_freq_factor={self.low_freq_factor} is not below "
+                f"high_freq_factor={self.high_freq_factor}: exchange them"
+            )
+
+    def frequencies(self, head_dim: int, base: float) -> np.ndarray:
+        """`[K/2]` float64, turns of each channel pair per token, in radians."""
+        plain = base ** (-np.arange(0, head_dim, 2) / head_dim)
+        kept = self._kept(plain, head_dim, base)
+        return plain * (kept + (1 - kept) / self.factor)
+
+    def _kept(self, plain: np.ndarray, head_dim: int, base: float) -> np.ndarray:
+        """Share of each frequency that stays as it was."""
+        if self.rope_type == "linear":
+            return np.zeros_like(plain)
+        original = self.original_max_position_embeddings or 0
+        if self.rope_type == "llama3":
+            turns = original * plain / (2 * math.pi)
+            width = self.high_freq_factor - self.low_freq_factor
+            return np.clip((turns - self.low_freq_factor) / width, 0, 1)
+
+        def channel(turns: float) -> float:
+            """Which pair, a fraction, turns that many times in the original context."""
+            return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        first = max(math.floor(channel(self.beta_fast)), 0)
+        last = min(math.ceil(channel(self.beta_slow)), head_dim - 1)
+        ramp = (np.arange(len(plain)) - first) / max(last - first, 0.001)
+        return 1 - np.clip(ramp, 0, 1)
+
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+
+def rotary_angles(
+    positions: jax.Array, head_dim: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each `[B, S, K/2]` float32, of RoPE at `positions [B, S]`.
 
-    Channel pair `c` turns by `position * base ** (-2c / K)`.
+    Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled.
     """
-    frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    if scaling is None:
+        frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        angle = positions[..., None] * frequency
+        return jnp.cos(angle), jnp.sin(angle)
+    angle = positions[..., None] * scaling.frequencies(head_dim, base).astype(np.float32)
+    return scaling.amplitude * jnp.cos(angle), scaling.amplitude * jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
