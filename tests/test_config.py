@@ -5,6 +5,7 @@ import json
 import pytest
 
 from thoughtbubbles import PrefixRank, Threshold, TopK
+from thoughtbubbles.positions import RopeScaling
 from train.command import parse
 from train.config import RunConfig, as_json, differences, model_from_json, policy_from_text
 from train.presets import PRESETS
@@ -21,6 +22,37 @@ def test_a_policy_is_written_as_it_prints(policy):
     saved = json.loads(json.dumps(as_json(config)))
     assert model_from_json(saved["model"]) == config.model
     assert not differences(saved, as_json(config))
+
+
+def test_rope_scaling_and_blocks_without_positions_are_options_and_json():
+    scaling = '{"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 8192}'
+    words = ["--model.rope-scaling", scaling, "--model.nope-layers", "1", "3"]
+    config = parse(RunConfig, words, PRESETS["tiny"])
+    assert config.model.rope_scaling == RopeScaling("llama3", 8, 8192)
+    assert config.model.nope_layers == (1, 3)
+    saved = json.loads(json.dumps(as_json(config)))
+    assert model_from_json(saved["model"]) == config.model
+    for name in ("rope_scaling", "nope_layers", "context_length"):
+        del saved["model"][name]
+    assert model_from_json(saved["model"]).nope_layers == ()  # from before there were any
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--model.scan-layers", "True"], "Unrecognized options: True (see --help)"),
+        (["--model.scan-layer"], "--model.scan-layer (perhaps --model.scan-layers? see --help)"),
+        (["--steps", "x"], "Error parsing --steps: invalid literal for int() with base 10: 'x'"),
+        (["--attention", "flash"], "invalid choice 'flash' for argument '--attention'"),
+        (["--model.rope-scaling", "{}"], "write none or JSON with rope_type, factor"),
+        (["--peak-tflops", "0"], "peak_tflops=0.0 is not positive"),
+        (["--profile", "20:10"], "profile='20:10': write the first and the last step"),
+    ],
+)
+def test_a_mistaken_option_is_one_line(words, line):
+    with pytest.raises(ValueError) as error:
+        parse(RunConfig, words, PRESETS["tiny"])
+    assert line in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Commands: a user's mistake is one line on stderr and exit status 2, never a traceback."""
 
 import contextlib
+import dataclasses
 import io
+import json
 import os
 import re
 import sys
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from thoughtbubbles.positions import RopeScaling
 from train.config import POLICIES, policy_from_text
 
 Config = TypeVar("Config")
@@ -33,6 +36,31 @@ def policy_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         is_instance=lambda value: value is None or isinstance(value, policies),
         str_from_instance=lambda policy: [repr(policy)],
     )
+
+
+@OPTIONS.primitive_rule
+def rope_scaling_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Rope scaling is one option in JSON, as in a config.json, or `none`."""
+    if option.type != RopeScaling | None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON|none",
+        instance_from_str=lambda words: rope_scaling_from_text(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, RopeScaling),
+        str_from_instance=lambda value: [json.dumps(value and dataclasses.asdict(value))],
+    )
+
+
+def rope_scaling_from_text(text: str) -> RopeScaling | None:
+    """What `{"rope_type": "linear", "factor": 2}` says, `none`, or a `ValueError` of one line."""
+    if text in ("none", "null"):
+        return None
+    try:
+        return RopeScaling(**json.loads(text))
+    except (TypeError, json.JSONDecodeError) as error:
+        names = ", ".join(field.name for field in dataclasses.fields(RopeScaling))
+        raise ValueError(f"rope scaling {text!r}: write none or JSON with {names}") from error
 
 
 def run_command(
@@ -76,10 +104,13 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise
-        # A message of ours comes unwrapped; otherwise it stands between tyro's first two rules.
+        # A message of ours comes unwrapped; tyro's own stands in a box, above the first rule.
         text = getattr(end.__context__, "message", None)
         if text is None or text.startswith("invalid literal"):
-            parts = re.split(r"^\W*[-─]{9,}\W*$", box.getvalue(), flags=re.MULTILINE)
-            text = " ".join(parts[min(1, len(parts) - 1)].replace("│", " ").split())
-            text = f"{text} (see --help)"
+            inside = re.sub(r"^[╭╰+].*$", "", box.getvalue(), flags=re.MULTILINE)
+            parts = re.split(r"^\W*[-─]{9,}\W*$", inside, flags=re.MULTILINE)
+            parts = [" ".join(part.replace("│", " ").split()) for part in parts]
+            text = next(filter(None, parts), "unknown mistake")
+            close = re.search(r"Perhaps you meant: (--[\w.-]+)", " ".join(parts))
+            text = f"{text} ({f'perhaps {close[1]}? ' if close else ''}see --help)"
         raise ValueError(text) from None
