@@ -1,4 +1,7 @@
-"""Text from a checkpoint: python -m train.generate --checkpoint runs/tiny --prompt "def "."""
+"""Text from a model: python -m train.generate --checkpoint runs/tiny --prompt "def "
+
+A pretrained one answers: python -m train.generate --model smollm2 --chat --prompt "Who are you?"
+"""
 
 import dataclasses
 import sys
@@ -7,18 +10,21 @@ from typing import Any
 
 from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
+from train.chat import chat_ids
 from train.command import run_command
 from train.dials import AnyPolicy, turn
 from train.figures import check_figure
-from train.load import Loaded, load_model
+from train.load import PretrainedWriter, Writer, load_model, load_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Continue prompts with a trained model.
+    """Continue prompts with a trained model, or a pretrained one.
 
     Attributes:
         checkpoint: run folder, or one step's folder in it.
+        model: in place of a checkpoint, "smollm2", a Hugging Face folder, or a .gguf file.
+        chat: the prompts are messages to the model, and only its answers are printed.
         prompt: one or more; each is continued as if it were alone.
         max_new_tokens: at most this many; a text also ends at the document separator.
         temperature: 0 takes the most probable token each time.
@@ -33,7 +39,9 @@ class GenerateConfig:
         figure: also save the bubble map of the first text to this file (needs matplotlib).
     """
 
-    checkpoint: str
+    checkpoint: str | None = None
+    model: str | None = None
+    chat: bool = False
     prompt: tuple[str, ...] = ("",)
     max_new_tokens: int = 128
     temperature: float = 0.8
@@ -51,10 +59,13 @@ class GenerateConfig:
 
 
 def main(config: GenerateConfig) -> None:
+    if config.chat and (config.bubbles or config.figure):
+        raise ValueError("--chat prints answers alone: leave out --bubbles and --figure")
     if config.figure:
         check_figure(Path(config.figure))
-    loaded = under_policy(load_model(config.checkpoint), config)
-    texts = write(
+    loaded = under_policy(_load(config), config)
+    compose = answer if config.chat else write
+    texts = compose(
         loaded,
         list(config.prompt),
         config.max_new_tokens,
@@ -76,36 +87,56 @@ def main(config: GenerateConfig) -> None:
         print(f"bubble map: {Path(config.figure).absolute()}")
 
 
-def under_policy(loaded: Loaded, config: GenerateConfig) -> Loaded:
+def _load(config: GenerateConfig) -> Writer:
+    if config.checkpoint is not None and config.model is None:
+        return load_model(config.checkpoint)
+    if config.model is not None and config.checkpoint is None:
+        return load_weights(config.model)
+    raise ValueError(
+        f"checkpoint={config.checkpoint} model={config.model}: pass --checkpoint, the folder of a "
+        "run, or --model, pretrained weights"
+    )
+
+
+def under_policy(loaded: Writer, config: GenerateConfig) -> Writer:
     """The model with the policy and dials that were asked for."""
     dials = (config.ratio, config.window, config.threshold_offset)
     if config.policy is None and all(dial is None for dial in dials):
         return loaded
     if not loaded.model.config.fork_layers:
-        raise ValueError(f"{config.checkpoint} is a plain decoder: it has no policy to change")
+        name = config.checkpoint or config.model
+        raise ValueError(f"{name} is a plain decoder: it has no policy to change")
     policy = turn(config.policy or loaded.model.config.policy, *dials)
     return dataclasses.replace(loaded, model=loaded.model.with_policy(policy))
 
 
-def write(loaded: Loaded, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
+def write(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
     """Each prompt with its continuation; the options are those of `generate`."""
-    tokenizer = loaded.tokenizer
-    ids = [[tokenizer.separator, *tokenizer.encode(prompt)[0].tolist()] for prompt in prompts]
-    longest, trained = max(map(len, ids)) + max_new_tokens, loaded.config["data"]["seq_len"]
-    if longest > trained:
+    ids = [loaded.prompt(prompt) for prompt in prompts]
+    new = _continue(loaded, ids, max_new_tokens, options)
+    return [loaded.tokenizer.decode(old + added) for old, added in zip(ids, new, strict=True)]
+
+
+def answer(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
+    """The model's answer to each prompt, a message of its own; options are those of `generate`."""
+    if not isinstance(loaded, PretrainedWriter):
+        raise ValueError("--chat needs --model, a pretrained model with a chat template")
+    ids = [chat_ids(loaded.tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    new = _continue(loaded, ids, max_new_tokens, options)
+    return [loaded.tokenizer.decode(added).strip() for added in new]
+
+
+def _continue(
+    loaded: Writer, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]
+) -> list[list[int]]:
+    longest, trained = max(map(len, ids)) + max_new_tokens, loaded.context_length
+    if trained is not None and longest > trained:
         print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
-    new = generate(
-        loaded.model,
-        ids,
-        max_new_tokens,
-        stop=[tokenizer.separator],
-        choices=tokenizer.vocab_size,
-        **options,
-    )
-    return [tokenizer.decode(old + added) for old, added in zip(ids, new, strict=True)]
+    choices = loaded.tokenizer.vocab_size
+    return generate(loaded.model, ids, max_new_tokens, stop=loaded.ends, choices=choices, **options)
 
 
-def map_of_text(loaded: Loaded, text: str) -> BubbleMap:
+def map_of_text(loaded: Writer, text: str) -> BubbleMap:
     """Bubbles of a text, read as one block behind the separator (which the map leaves out)."""
     ids = [loaded.tokenizer.separator, *loaded.tokenizer.encode(text)[0].tolist()]
     tokens = ["", *(loaded.tokenizer.decode([token]) for token in ids[1:])]

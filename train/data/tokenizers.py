@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from thoughtbubbles.pretrained_tokenizer import bytes_of_tokens
 from train.data.config import DataError
 
 SEPARATORS = (
@@ -130,13 +131,7 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
-        if not len(ids):
-            return ids, ids
-        # Several tokens may share a character (a part each of an emoji), and some normalizers move
-        # characters; the furthest character so far counts every byte exactly once all the same.
-        ends = np.maximum.accumulate(np.array(encoding.offsets, np.int64)[:, 1])
-        ends[-1] = len(text)
-        return ids, np.diff(_byte_positions(text)[ends], prepend=0).astype(np.int32)
+        return ids, bytes_of_tokens(text, encoding.offsets)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(_tokens(ids, self), skip_special_tokens=True)
@@ -174,15 +169,6 @@ def _first_line(error: Exception) -> str:
 def _fingerprint(json_text: str) -> str:
     canonical = json.dumps(json.loads(json_text), sort_keys=True)
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-
-
-def _byte_positions(text: str) -> np.ndarray:
-    """int64 [len(text) + 1]: UTF-8 bytes in front of each character, and of the end."""
-    if text.isascii():
-        return np.arange(len(text) + 1)
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    width = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
-    return np.concatenate([[0], np.cumsum(width)])
 
 
 def _tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[int]:
