@@ -107,9 +107,12 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
         # A message of ours comes unwrapped; tyro's own stands in a box, above the first rule.
         text = getattr(end.__context__, "message", None)
         if text is None or text.startswith("invalid literal"):
-            inside = re.sub(r"^[╭╰+].*$", "", box.getvalue(), flags=re.MULTILINE)
+            inside = box.getvalue().partition("\n")[2]  # the first line is the box's title
             parts = re.split(r"^\W*[-─]{9,}\W*$", inside, flags=re.MULTILINE)
-            parts = [" ".join(part.replace("│", " ").split()) for part in parts]
+            parts = [
+                " ".join(re.sub(r"^[│|]|[│|]$", " ", part, flags=re.MULTILINE).split())
+                for part in parts
+            ]
             text = next(filter(None, parts), "unknown mistake")
             close = re.search(r"Perhaps you meant: (--[\w.-]+)", " ".join(parts))
             text = f"{text} ({f'perhaps {close[1]}? ' if close else ''}see --help)"
