@@ -13,7 +13,7 @@ from train.checkpoint import Checkpointer
 from train.config import RunConfig
 from train.data import DataConfig, TrainReader, prepare
 from train.distributed import DistributedConfig, together
-from train.mesh import MeshConfig, batch_part, make_mesh, place_local
+from train.mesh import MeshConfig, make_mesh, place_local, rows_here
 from train.optim import OptimizerConfig
 from train.state import make_trainable
 from train.step import make_train_step
@@ -51,9 +51,10 @@ class OnMesh:
         self.mesh = make_mesh(sizes, jax.devices()[:devices])
         self.trainable = make_trainable(config.model, config.optimizer, STEPS, self.mesh)
         self.step = make_train_step(self.trainable)
-        part = batch_part(self.mesh)
+        self.batch_size = config.batch_size
+        self.held = rows_here(config.batch_size, self.mesh)
         rows = prepare(config.data).train
-        self.reader = TrainReader(rows, config.batch_size, config.data.seed, *part)
+        self.reader = TrainReader(rows, config.batch_size, config.data.seed, self.held)
 
     def train(self, state: Any, steps: int) -> tuple[Any, Result]:
         whole = jax.jit(lambda tree: tree, out_shardings=jax.sharding.NamedSharding(
@@ -63,7 +64,8 @@ class OnMesh:
         start = int(state.step)
         for step in range(start, start + steps):
             batch = self.reader.batch(step)
-            state, metrics = self.step(state, place_local(batch["tokens"], self.mesh))
+            tokens = place_local(batch["tokens"], self.held, self.batch_size, self.mesh)
+            state, metrics = self.step(state, tokens)
             result.losses.append(float(metrics["loss"]))
             result.rows.append(batch["rows"])
         assert self.step._cache_size() == 1, "the step compiles once"

@@ -33,15 +33,27 @@ def test_a_stopwatch_counts_steps_and_neither_the_first_nor_pauses():
     run(watch, clock, [1.0, 1.0, 1.0, 5.0], wait=0.5)
     clock.now += 12.0  # an evaluation
     watch.resume()
-    run(watch, clock, [20.0])  # starts time again
+    run(watch, clock, [2.0])
     report = watch.report()
-    assert report["tokens_per_second"] == pytest.approx(200 / 8)
+    assert report["tokens_per_second"] == pytest.approx(250 / 10)
     assert report["step_seconds"] == pytest.approx(1.0)
     assert report["step_seconds_p90"] == pytest.approx(3.8)
     assert report["step_seconds_p99"] == pytest.approx(4.88)
-    assert report["data_wait"] == pytest.approx(2 / 8)
-    assert report["goodput"] == pytest.approx(8 / 70)
+    assert report["data_wait"] == pytest.approx(2 / 10)
+    assert report["goodput"] == pytest.approx(10 / 52)
     assert report["mfu"] == pytest.approx(0.3)
+
+
+def test_a_pause_after_every_step_hides_none():
+    clock = Clock()
+    watch = Stopwatch(tokens=1, flops=1, peak_flops=None, born=90.0, clock=clock)
+    for _ in range(5):
+        run(watch, clock, [1.0])
+        clock.now += 0.25
+        watch.resume()
+    report = watch.report()
+    assert report["step_seconds"] == pytest.approx(1.0)
+    assert report["goodput"] == pytest.approx(4 / 16.25)
 
 
 def test_rates_forget_what_is_older_than_the_window_and_goodput_does_not():
@@ -69,9 +81,10 @@ def test_the_profiler_records_its_window_and_nothing_else(tmp_path):
         for step in range(1, 7):
             with profiler.step(step):
                 result = jnp.zeros(()) + step
-            profiler.dispatched(step, result)
-            recording = step == 3
-            assert profiler._on == recording
+            if profiler.ends_with(step):
+                jax.block_until_ready(result)
+                profiler.stop()
+            assert profiler._on == (step == 3)
     [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
     events = [
         dict(event.stats)

@@ -13,7 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import BASE
 
 from thoughtbubbles import Fork, PrefixRank, Streams, Threshold, TopK
-from train.mesh import MeshConfig, batch_part, batch_sharding, check_batch, make_mesh, place
+from train.mesh import (
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    place,
+    place_local,
+    rows_here,
+    rows_on,
+)
 from train.optim import OptimizerConfig, make_schedule, muon_dimensions
 from train.state import make_trainable
 from train.statistics import fork_statistics, readable, score_samples
@@ -278,7 +287,22 @@ def test_mesh_mistakes():
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_one_process_holds_the_whole_batch(sizes):
-    assert batch_part(make_mesh(MeshConfig(*sizes))) == (0, 1)
+    assert rows_here(16, make_mesh(MeshConfig(*sizes))).tolist() == list(range(16))
+
+
+def test_rows_of_some_devices_are_put_where_they_belong():
+    """Rows that are no neighbours, as a host of a TPU slice has them."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mine = [mesh.devices[0, 0, 0], mesh.devices[1, 1, 1]]
+    rows = rows_on(mine, 8, mesh)
+    assert rows.tolist() == [0, 1, 6, 7]
+    batch = np.arange(16).reshape(8, 2)
+    placed = place_local(batch, rows_here(8, mesh), 8, mesh)
+    np.testing.assert_array_equal(placed, batch)
+    for shard in placed.addressable_shards:
+        if shard.device in mine:
+            at = np.searchsorted(rows, shard.index[0].start or 0)
+            np.testing.assert_array_equal(shard.data, batch[rows][at : at + 2])
 
 
 def test_thresholds_are_reported_by_fork_layer():

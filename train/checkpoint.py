@@ -9,6 +9,7 @@ step folder gets its final name only when it is complete.
 import errno
 import json
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -203,6 +204,10 @@ class _Manager(ocp.CheckpointManager):
     _first: int | None = None
 
     def reached_preemption(self, step: int) -> bool:
+        # orbax asks again, about a save's step, in the thread that finishes the save; jax would
+        # take that step for where this process stands.
+        if threading.current_thread() is not threading.main_thread():
+            return False
         if self._first is None:
             self._first = step
         return super().reached_preemption(step - self._first + 1)

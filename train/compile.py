@@ -16,16 +16,18 @@ from typing import Any
 
 import jax
 
-from train.attention import Attention
+from train.attention import Attention, resolve
 from train.command import run_command
 from train.compile_program import Program, What, program_of
 from train.compile_report import arguments_of, out_of_memory_text, report_of, text_of
 from train.compile_topology import KNOWN, Topology, topology_of
-from train.config import RunConfig
+from train.config import RunConfig, as_json
 from train.hardware import GIB
 from train.mesh import MeshConfig, make_mesh
 from train.presets import PRESETS
 
+# Options of a run that would mean something else here than they say.
+IDLE = ("dry_run", "profile", "peak_tflops", "distributed")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -49,6 +51,10 @@ class CompileConfig(RunConfig):
 
 def main(config: CompileConfig) -> None:
     """Compile, print the report, and leave with the status that answers the question."""
+    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    for name in IDLE:
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(f"{name}={getattr(config, name)}: nothing is run here, leave it out")
     if not config.topology:
         examples = ", ".join(f"{chip}:{sizes[-1]}" for chip, sizes in KNOWN.items())
         raise ValueError(f"compile for what? pass --topology, e.g. one of {examples}")
@@ -67,6 +73,13 @@ def main(config: CompileConfig) -> None:
         else:
             change, peak = report["advice"]["options"], report["advice"]["peak"]
             print(f"fits with {change}: {peak / GIB:.2f} GiB")
+    report["run"] = {
+        "topology": topology.name,
+        "what": config.what,
+        "mesh": dict(make_mesh(config.mesh, topology.devices).shape),
+        "config": as_json(config),
+        "jax": jax.__version__,
+    }
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=2) + "\n")
     sys.exit(0 if report["fits"] else 1)
@@ -107,7 +120,7 @@ def needed_memory(message: str) -> int | None:
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     number = re.search(
-        r"temporaries \(([\d.]+)([KMGT]?)\) exceeds|Used ([\d.]+)([KMGT]?) of", message
+        r"temporaries \(([\d.]+)([KMGT]?)\) exceeds|Used ([\d.]+)([KMGT]?) of \S+ hbm", message
     )
     if number is None:
         return None
@@ -139,7 +152,11 @@ def advice(
             if known is not None and 2 * (state - part) < known:
                 continue
         print(f"trying {change}", file=sys.stderr, flush=True)
-        tried = fit(changed, topology)
+        try:
+            tried = fit(changed, topology)
+        except ValueError as error:
+            print(f"{change}: {error}", file=sys.stderr)
+            continue
         if tried["fits"]:
             return {"options": change, "peak": tried["memory"]["peak"]}
         if changed.mesh == config.mesh:
@@ -216,14 +233,15 @@ def heading(config: CompileConfig, topology: Topology) -> str:
         work = (
             f"train step of {config.batch_size} rows of {config.data.seq_len} tokens "
             f"(accumulate {config.accumulate}), remat {model.remat}, "
-            f"{'scanned' if model.scan_layers else 'unrolled'} layers"
+            f"{'scanned' if model.scan_layers else 'unrolled'} layers; attention "
+            f"{resolve(model, mesh, attention_of(config, topology))}"
         )
     else:
         work = f"decode step of {config.batch_size} rows with room for {config.data.seq_len} tokens"
     return (
         f"$ python -m train.compile {shlex.join(sys.argv[1:])}\n"
         f"{model.num_params():,} parameters, {forks}, {model.dtype}\n"
-        f"{work}; attention {attention_of(config, topology)}\n"
+        f"{work}\n"
         f"{topology.name}: {mesh.size} x {topology.devices[0].device_kind} ({sizes}); "
         f"jax {jax.__version__}"
     )
@@ -241,7 +259,8 @@ def as_options(words: list[str]) -> list[str]:
         while end < len(words) and re.fullmatch(r"(data|fsdp|tensor)=-?\d+", words[end]):
             end += 1
         sizes = [word.partition("=") for word in words[place:end]]
-        words[place - 1 : end] = [w for name, _, n in sizes for w in (f"--mesh.{name}", n)]
+        if sizes:  # a bare --mesh is left for the parser to refuse
+            words[place - 1 : end] = [w for name, _, n in sizes for w in (f"--mesh.{name}", n)]
     return given + words
 
 

@@ -159,7 +159,9 @@ def recomputed_flops(config: ModelConfig, num_tokens: int) -> int:
     mixing = sum(4 * visited_pairs(s) * config.num_heads * config.head_width for s in slots)
     if config.remat == "dots":  # products of activations with activations are not kept
         return mixing
-    one_layer_less = dataclasses.replace(config, fork_layers=(), num_layers=1)
+    one_layer_less = dataclasses.replace(
+        config, fork_layers=(), nope_layers=(), copies=1, num_layers=1
+    )
     projections = one_layer_less.forward_flops(1) - 2 * config.embed_dim * config.vocab_size
     projections -= 4 * config.num_heads * config.head_width
     return mixing + projections * sum(slots)

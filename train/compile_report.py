@@ -12,6 +12,7 @@ from train.compile_program import Program
 from train.compile_topology import Topology, link_bandwidth
 from train.hardware import GIB
 from train.hlo import KINDS, Collective, collectives_of
+from train.mesh import shard_bytes
 
 LARGEST = 6
 ASSUMPTIONS = (
@@ -26,22 +27,7 @@ ASSUMPTIONS = (
 
 def arguments_of(program: Program) -> dict[str, int]:
     """Bytes on each device of each argument."""
-    return {name: _bytes_of(tree) for name, tree in program.arguments.items()}
-
-
-def _bytes_of(tree: Any) -> int:
-    sizes = (
-        leaf.dtype.itemsize * _product(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(tree)
-    )
-    return sum(sizes)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+    return {name: shard_bytes(tree) for name, tree in program.arguments.items()}
 
 
 def sharding_table(params: Any) -> list[dict[str, Any]]:

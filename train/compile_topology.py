@@ -113,8 +113,10 @@ def topology_of(name: str) -> Topology:
         os.environ.setdefault(variable, value)
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except jax.errors.JaxRuntimeError:
-        raise _unknown(name) from None
+    except jax.errors.JaxRuntimeError as error:
+        if size not in KNOWN[chip_name]:
+            raise _unknown(name) from None
+        raise ValueError(f"topology {name!r}: libtpu says {str(error).splitlines()[0]}") from error
     return Topology(name, chip, described.devices, "tpu", {})
 
 

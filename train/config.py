@@ -80,7 +80,8 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"peak_tflops={self.peak_tflops} is not positive")
-        parse_window(self.profile)
+        if parse_window(self.profile)[0] > self.steps:
+            raise ValueError(f"profile={self.profile!r} begins after steps={self.steps}")
 
     @property
     def step_flops(self) -> int:

@@ -98,8 +98,11 @@ def together(config: DistributedConfig) -> Iterator[None]:
             jax.distributed.shutdown()  # all fail alike
         _last_words.take_back()
         _exit(status)
-    jax.distributed.shutdown()
     _last_words.take_back()
+    try:
+        jax.distributed.shutdown()
+    except jax.errors.JaxRuntimeError as error:  # what this process had to do is done
+        print(f"note: another process ended early ({_first_line(error)})", file=sys.stderr)
 
 
 def _join(config: DistributedConfig) -> None:
@@ -131,7 +134,15 @@ def _join(config: DistributedConfig) -> None:
 
 
 def _give_up(config: DistributedConfig) -> None:
-    address = global_state.coordinator_address or "none:0"
+    address = global_state.coordinator_address
+    if address is None:
+        print(
+            f"error: auto: the cluster has not said in {config.timeout} s who takes part: raise "
+            "distributed.timeout, or pass coordinator, num_processes and process_id",
+            file=sys.stderr,
+        )
+        _exit(2)
+        return
     line = (
         f"not all of {global_state.num_processes} processes have come to {address} in "
         f"{config.timeout} s: start them all, or raise distributed.timeout"
@@ -299,8 +310,8 @@ def _leave_if_alone(error: BaseException) -> None:
         # Not printed here: jax may be about to abort this process, with much to say.
         _last_words.say(
             f"error: process {global_state.process_id} of {global_state.num_processes}: another "
-            f"process has ended ({reason}); see its output, start all of them again, and the run "
-            "goes on from its last checkpoint"
+            f"process has ended or can't be reached ({reason}); see its output, start all of them "
+            "again, and the run goes on from its last checkpoint"
         )
         _exit(1)
 

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,13 +20,14 @@ class Stopwatch:
     """Times of completed steps, by a clock that never jumps.
 
     A step takes from the completion of the step before to its own, so that dispatching ahead of
-    the device counts for nothing. The first step (it compiles) and the first one after a pause
-    (`resume`: an evaluation, a checkpoint) only start time.
+    the device counts for nothing. The first step (it compiles) only starts time, and a pause
+    (`resume`: an evaluation, a checkpoint) is no part of any step.
 
     Args:
         tokens: of a step.
-        flops: that a step needs on the whole mesh (`model_flops`).
+        flops: that a step needs on the whole mesh (`RunConfig.step_flops`).
         peak_flops: FLOP/s of the whole mesh, or None if unknown (`peak_flops`).
+        born: when the process began, by the same clock, for goodput; now by default.
         window: how many steps rates and percentiles look back.
     """
 
@@ -36,11 +36,12 @@ class Stopwatch:
         tokens: int,
         flops: float,
         peak_flops: float | None,
+        born: float | None = None,
         window: int = 100,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._tokens, self._flops, self._peak_flops = tokens, flops, peak_flops
-        self._clock, self._born = clock, clock()
+        self._clock, self._born = clock, clock() if born is None else born
         self._last: float | None = None
         self._in_steps = 0.0
         self._waited = 0.0  # for data, since the last completed step
@@ -61,8 +62,9 @@ class Stopwatch:
         self._last, self._waited = now, 0.0
 
     def resume(self) -> None:
-        """To be called after a pause, which is then no part of any step."""
-        self._last = None
+        """To be called after a pause before which all steps were completed."""
+        if self._last is not None:
+            self._last, self._waited = self._clock(), 0.0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -167,11 +169,13 @@ class Profiler:
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
-    def dispatched(self, number: int, result: Any) -> None:
-        """After step `number` was dispatched: ends the window when its last `result` is there."""
-        if self._on and number >= self._last:
-            jax.block_until_ready(result)
-            self._stop()
+    def ends_with(self, number: int) -> bool:
+        """Whether step `number` is the last of the window that is being recorded."""
+        return self._on and number >= self._last
+
+    def stop(self) -> None:
+        """To be called when the last step of the window is complete."""
+        self._stop()
 
     def _stop(self) -> None:
         if self._on:

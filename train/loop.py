@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from train.config import RunConfig, as_json, noted_changes
 from train.data import Batch, TrainReader, load_tokenizer, prepare
 from train.distributed import agreed, check_same, ends_when_alone, several
 from train.instruments import Profiler, Stopwatch, memory, peak_flops
-from train.mesh import batch_part, check_batch, make_mesh, place_local
+from train.mesh import check_batch, make_mesh, place_local, rows_here
 from train.metrics import MetricWriter, Progress
 from train.plan import describe
 from train.run_folder import (
@@ -59,6 +60,7 @@ def train(config: RunConfig) -> dict[str, float]:
         NonFiniteLoss: the run folder then holds the batch and metrics of that step, and the
             checkpoints before it.
     """
+    born = time.monotonic()
     out = Path(config.out)
     main_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -69,12 +71,14 @@ def train(config: RunConfig) -> dict[str, float]:
             data = prepare(config.data)
             check_fingerprint(out, saved, data)
             mesh = trainable.mesh
-            reader = TrainReader(data.train, config.batch_size, config.data.seed, *batch_part(mesh))
+            held = rows_here(config.batch_size, mesh)
+            reader = TrainReader(data.train, config.batch_size, config.data.seed, held)
             stack.enter_context(only_run_in(out))
         stopwatch = Stopwatch(
             config.batch_size * config.data.seq_len,
             config.step_flops,
             peak_flops(mesh, config.peak_tflops),
+            born,
         )
         meta = {
             "config": as_json(config),
@@ -133,8 +137,8 @@ def train(config: RunConfig) -> dict[str, float]:
             with stopwatch.waiting():
                 batch = next(batches)
             with profiler.step(step):
-                state, metrics = train_step(state, place_local(batch["tokens"], mesh))
-            profiler.dispatched(step, state)
+                tokens = place_local(batch["tokens"], held, config.batch_size, mesh)
+                state, metrics = train_step(state, tokens)
             # The device works on this step while the host reads the one before.
             if pending is not None:
                 finish(pending)
@@ -148,6 +152,12 @@ def train(config: RunConfig) -> dict[str, float]:
                 held_out = evaluator(state.weights, data.validation)
                 writer.write(step, {f"eval/{name}": value for name, value in held_out.items()})
                 progress.write(f"step {step}: {evaluate.readable(held_out)}")
+                stopwatch.resume()
+            if profiler.ends_with(step):
+                if pending is not None:
+                    finish(pending)
+                    pending = None
+                profiler.stop()
                 stopwatch.resume()
             # Read once: a signal that comes later is seen after the next step.
             stop = (interrupted() or checkpointer.reached_preemption(step)) and not last

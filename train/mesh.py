@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,8 +56,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {wanted} does not fit {len(devices)} devices: "
             f"choose sizes whose product is {len(devices)}, one of them may be -1"
         )
-    auto = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    auto, shape = (AxisType.Auto,) * len(sizes), tuple(sizes.values())
+    try:
+        return jax.make_mesh(shape, tuple(sizes), axis_types=auto, devices=devices)
+    except NotImplementedError:  # an axis along a part of a dimension of the torus
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, tuple(sizes), axis_types=auto)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -110,6 +116,15 @@ def _sharding_of(path, shape, axes, mesh: Mesh, rules: AxisRules) -> NamedShardi
     return NamedSharding(mesh, P(*spec))
 
 
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's shards of a tree of arrays, real or abstract, with shardings."""
+    sizes = [
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return sum(sizes)
+
+
 def constrain_batch(mesh: Mesh):
     """A function that keeps residuals `[B, S, D]` split over the batch alone.
 
@@ -126,25 +141,33 @@ def place(batch: Any, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), lambda part: batch[part])
 
 
-def place_local(part: Any, mesh: Mesh) -> jax.Array:
-    """Put this process's rows of a batch (its `batch_part`) on the mesh."""
-    _, count = batch_part(mesh)
-    whole = (count * part.shape[0], *part.shape[1:])
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), part, whole)
+def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, rising.
 
-
-def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """`(index, count)`: which of `count` equal parts of a batch this process's devices hold.
-
-    Processes that differ only along `tensor` hold the same part.
+    Not always neighbours: on a TPU slice a process has a block of the torus. Processes that differ
+    only along `tensor` hold the same rows.
     """
-    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
-    places = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-    held = sorted({place[0].start or 0 for place in places if place is not None})
-    index, rest = divmod(held[0], len(held))
-    if rest or held != list(range(held[0], held[0] + len(held))):
-        raise ValueError(
-            f"mesh {dict(mesh.shape)} gives process {jax.process_index()} the parts {held} of a "
-            "batch: choose sizes that give each process one run of neighbouring rows"
-        )
-    return index, shards // len(held)
+    return rows_on(batch_sharding(mesh).addressable_devices, batch_size, mesh)
+
+
+def rows_on(devices: Iterable[Any], batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch some of the mesh's devices hold, rising."""
+    places = batch_sharding(mesh).devices_indices_map((batch_size,))
+    every = np.arange(batch_size)
+    return np.unique(np.concatenate([every[places[device]] for device in devices]))
+
+
+def place_local(part: np.ndarray, rows: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
+    """Put this process's rows of a batch on the mesh.
+
+    Args:
+        part: `[b, ...]`, the rows of the batch that `rows [b]` names (`rows_here`).
+    """
+
+    def shard(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch_size)
+        first = np.searchsorted(rows, start)
+        return part[first : first + stop - start]
+
+    shape = (batch_size, *part.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)

@@ -1,12 +1,12 @@
 """What is about to run, in words: the first lines of a run, and all of a dry run."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from train.config import RunConfig, as_json, noted_changes
+from train.mesh import shard_bytes
 from train.state import Trainable
 
 
@@ -26,13 +26,11 @@ def describe(config: RunConfig, trainable: Trainable, start: int) -> str:
     )
 
 
-def plan(
-    config: RunConfig, trainable: Trainable, part: tuple[int, int], saved: dict[str, Any] | None
-) -> str:
+def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, Any] | None) -> str:
     """What a run would do, in some lines; nothing is allocated, read or written for it.
 
     Args:
-        part: which of how many equal parts of a batch this process reads (`batch_part`).
+        rows: of each batch that this process reads.
         saved: metadata of the checkpoint that the run would go on from.
     """
     model, data = config.model, config.data
@@ -40,16 +38,17 @@ def plan(
     left = max(config.steps - start, 0)
     batch = config.batch_size * data.seq_len
     goes_on = f"step {start} of the run that it holds" if saved else "the start"
+    state = trainable.abstract
+    params, moments = (shard_bytes(tree) / 2**20 for tree in (state.params, state.opt_state))
     changes = noted_changes(saved["config"], as_json(config)) if saved else []
     lines = {
         "run": describe(config, trainable, start),
         "model": f"{model.num_layers} layers of {model.embed_dim}, {model.num_heads} heads, "
         f"vocabulary {model.vocab_size:,}, {model.dtype}",
-        "state per device": f"{_mebibytes(trainable.abstract.params):,.1f} MiB of parameters, "
-        f"{_mebibytes(trainable.abstract.opt_state):,.1f} MiB of optimizer state "
-        f"({config.optimizer.name})",
+        "state per device": f"{params:,.1f} MiB of parameters, {moments:,.1f} MiB of optimizer "
+        f"state ({config.optimizer.name})",
         "batch": f"{config.batch_size} rows of {data.seq_len} tokens in {config.accumulate} "
-        f"part(s); each process reads {config.batch_size // part[1]} rows of it",
+        f"part(s); process 0 reads {rows} rows of it",
         "data": f"{data.corpus}, tokenizer {data.tokenizer}, prepared in {data.cache}",
         "steps": f"{left:,} of {config.steps:,}, {left * batch:,} tokens; a checkpoint every "
         f"{config.save_every}",
@@ -59,12 +58,3 @@ def plan(
         lines["changes"] = "; ".join(changes)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {line}" for name, line in lines.items())
-
-
-def _mebibytes(tree: Any) -> float:
-    """Of one device's shards."""
-    shards = [
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return sum(shards) / 2**20

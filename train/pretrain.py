@@ -8,11 +8,11 @@ import jax
 from train.checkpoint import load_meta
 from train.command import run_command
 from train.config import RunConfig
-from train.distributed import together
+from train.distributed import agreed, together
 from train.generate import map_of_text, write
 from train.load import load_model
 from train.loop import NonFiniteLoss, make_run, train
-from train.mesh import batch_part
+from train.mesh import rows_here
 from train.plan import plan
 from train.presets import PRESETS
 from train.run_folder import check_continuation
@@ -47,12 +47,13 @@ def main(config: RunConfig) -> None:
 
 def dry_run(config: RunConfig) -> None:
     """Check what can be checked without reading data, and say what would be run."""
-    trainable = make_run(config)
-    saved = load_meta(config.out)
-    check_continuation(Path(config.out), saved, config)
-    part = batch_part(trainable.mesh)
+    with agreed():
+        trainable = make_run(config)
+        saved = load_meta(config.out)
+        check_continuation(Path(config.out), saved, config)
+    rows = len(rows_here(config.batch_size, trainable.mesh))
     if jax.process_index() == 0:
-        print(plan(config, trainable, part, saved))
+        print(plan(config, trainable, rows, saved))
 
 
 if __name__ == "__main__":

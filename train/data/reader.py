@@ -17,32 +17,28 @@ Batch = dict[str, np.ndarray]
 class TrainReader:
     """The rows of a split in a shuffled, endless order that is new in every epoch.
 
-    The global batch of step s is rows s·B to (s + 1)·B of that order; process p of P holds the
-    p-th of its P equal parts. The step number is therefore the whole state of the reader, and the
-    batches don't depend on the number of processes.
+    The global batch of step s is rows s·B to (s + 1)·B of that order, of which a process reads
+    some. The step number is therefore the whole state of the reader, and the batches don't depend
+    on the number of processes.
+
+    Args:
+        rows: of the split.
+        global_batch: B, rows of a batch.
+        held: places in the batch, from 0 to B - 1, that this process reads; all by default.
     """
 
     def __init__(
-        self,
-        rows: PackedRows,
-        global_batch: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        self, rows: PackedRows, global_batch: int, seed: int, held: np.ndarray | None = None
     ):
-        """
-        Raises:
-            DataError: the batch doesn't divide by the number of processes.
-        """
-        self._rows = rows
-        local = _local_size(global_batch, process_index, process_count)
+        if global_batch < 1:
+            raise DataError(f"a batch of {global_batch} rows: choose at least 1")
+        self._rows, self._held = rows, held
         # grain adds the epoch to the seed: taken as it is, seed 1 would begin with the second epoch
         # of seed 0.
         key = int(np.random.SeedSequence(seed).generate_state(1)[0])
         order = grain.MapDataset.range(len(rows)).shuffle(seed=key).repeat()
         # There is no remainder; without the word, grain 0.2.18 overflows for batches of one row.
-        batches = order.batch(local, drop_remainder=True)
-        self._batches = batches[process_index::process_count].map(self._read)
+        self._batches = order.batch(global_batch, drop_remainder=True).map(self._read)
 
     def batch(self, step: int) -> Batch:
         """This process's part of the batch of a step: "tokens" int32 [b, seq_len + 1] and "rows"
@@ -62,6 +58,7 @@ class TrainReader:
             batches.close()
 
     def _read(self, rows: np.ndarray) -> Batch:
+        rows = rows if self._held is None else rows[self._held]
         tokens, _ = self._rows.read(rows)
         return {"tokens": tokens, "rows": rows.astype(np.int64)}
 
