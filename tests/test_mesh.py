@@ -2,15 +2,18 @@
 
 import dataclasses
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import BASE
 
-from train.mesh import BATCH_AXES, AxisRules, MeshConfig, constrain_batch, make_mesh
+from train.compile_topology import topology_of
+from train.mesh import BATCH_AXES, AxisRules, MeshConfig, constrain_batch, make_mesh, rows_on
 from train.optim import OptimizerConfig
 from train.presets import PRESETS
 from train.state import make_trainable
@@ -100,3 +103,25 @@ def test_rules_are_fields():
     """A name of an axis that no rule has is an error, not a replicated array."""
     with pytest.raises(TypeError, match="hads"):
         AxisRules(hads="tensor")  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason='needs libtpu: pip install -e ".[tpu]"')
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("v5e:16x16", (16, 16, 1)),
+        ("v5p:4x4x4", (4, 16, 1)),
+        ("v5p:4x4x4", (2, 8, 4)),  # fsdp along a part of a dimension of the torus
+        ("v6e:4x4", (1, 16, 1)),
+        ("v6e:4x4", (1, 8, 2)),
+    ],
+)
+def test_hosts_of_a_slice_hold_all_rows_between_them(name, sizes):
+    """A host has a block of the torus, so its rows of a batch are seldom neighbours."""
+    mesh = make_mesh(MeshConfig(*sizes), topology_of(name).devices)
+    hosts = {}
+    for device in mesh.devices.flat:
+        hosts.setdefault(device.process_index, []).append(device)
+    held = [rows_on(devices, 1024, mesh) for devices in hosts.values()]
+    assert len(held) > 1 and {len(rows) for rows in held} == {len(held[0])}
+    assert set(np.concatenate(held).tolist()) == set(range(1024))

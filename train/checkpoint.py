@@ -196,16 +196,12 @@ class Checkpointer:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Finds the step of a preemption also if the notice came before the first step was asked for.
-
-    jax then settles on number 1, so steps are counted from the first one.
-    """
+    """Counts steps from the first one asked for: jax settles on 1 if the notice came before."""
 
     _first: int | None = None
 
     def reached_preemption(self, step: int) -> bool:
-        # orbax asks again, about a save's step, in the thread that finishes the save; jax would
-        # take that step for where this process stands.
+        # The thread that ends a save asks about its step; jax would think that we stand there.
         if threading.current_thread() is not threading.main_thread():
             return False
         if self._first is None:
