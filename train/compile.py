@@ -28,6 +28,7 @@ from train.presets import PRESETS
 
 # Options of a run that would mean something else here than they say.
 IDLE = ("dry_run", "profile", "peak_tflops", "distributed")
+JAX_SHARE = 0.75  # of a GPU's memory, by default
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -66,6 +67,12 @@ def main(config: CompileConfig) -> None:
     report = fit(config, topology)
     print(heading(config, topology))
     print(text_of(report) if "roofline" in report else out_of_memory_text(report))
+    usual = JAX_SHARE * topology.chip.memory
+    if topology.platform == "cuda" and report["memory"]["peak"] > usual:
+        print(
+            f"jax takes {JAX_SHARE:.0%} of a card, {usual / GIB:.1f} GiB, unless "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
+        )
     if not report["fits"] and config.advise:
         report["advice"] = advice(config, topology, report)
         if report["advice"] is None:
@@ -109,7 +116,7 @@ def fit(config: CompileConfig, topology: Topology) -> dict[str, Any]:
 
 
 def attention_of(config: CompileConfig, topology: Topology) -> Attention:
-    """As in training, but for GPUs: cuDNN's kernels are compiled on a card only."""
+    """As in training, but for GPUs: jax can't see from here what a card's cuDNN would run."""
     if config.attention == "auto" and topology.platform == "cuda":
         return "xla"
     return config.attention
