@@ -355,16 +355,11 @@ def test_reading_ahead_ends_with_the_iterator(data):
 
 
 @pytest.mark.parametrize("limit", [None, 1, 5, 10**6])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_reads_each_row_once(limit, processes, data):
+def test_evaluation_reads_each_row_once(limit, data):
     rows = data.validation
     count = len(rows) if limit is None else min(limit, len(rows))
-    parts = [list(evaluation_batches(rows, 4, limit, p, processes)) for p in range(processes)]
-    assert all(len(part) == -(-count // 4) for part in parts)
-    batches = [
-        {k: np.concatenate([batch[k] for batch in step]) for k in step[0]}
-        for step in zip(*parts, strict=True)
-    ]
+    batches = list(evaluation_batches(rows, 4, limit))
+    assert len(batches) == -(-count // 4)
     assert all(batch["tokens"].shape == (4, SEQ_LEN + 1) for batch in batches)
     assert all(batch["tokens"].dtype == batch["bytes"].dtype == np.int32 for batch in batches)
     tokens = np.concatenate([batch["tokens"] for batch in batches])
@@ -392,12 +387,13 @@ def test_impossible_choices(arguments, message):
         DataConfig(**arguments)
 
 
-def test_parts_that_do_not_divide(data):
-    message = "a batch of 6 rows does not divide among 4 processes: choose a multiple of 4"
-    with pytest.raises(DataError, match=message):
-        next(evaluation_batches(data.train, 6, None, 0, 4))
-    with pytest.raises(DataError, match="process_index=4 is not below 4"):
-        next(evaluation_batches(data.train, 8, None, 4, 4))
+def test_a_batch_holds_at_least_one_row(data):
+    for read in (
+        lambda: TrainReader(data.train, 0, 0),
+        lambda: next(evaluation_batches(data.train, 0)),
+    ):
+        with pytest.raises(DataError, match="a batch of 0 rows: choose at least 1"):
+            read()
 
 
 def test_corpus_shorter_than_a_row(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from processes import PATIENCE, free_port, processes
 
-from train import pretrain
-from train.checkpoint import load_meta, load_params
+from train import checkpoint, pretrain
+from train.checkpoint import Checkpointer, load_meta, load_params
 from train.config import EvalConfig, RunConfig, as_json, differences
 from train.data import DataConfig, prepare
 from train.distributed import DistributedConfig
@@ -314,6 +315,25 @@ def test_ctrl_c_stops_all_processes_at_one_step(command, tmp_path: Path):
             process.send_signal(signal.SIGINT)
         assert started.statuses() == [0, 0], started.output(0) + started.output(1)
         assert f"stopped at step {(load_meta(out) or {})['step']} and saved" in started.output(0)
+
+
+def test_the_thread_that_ends_a_save_does_not_move_where_a_process_stands(
+    tmp_path: Path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        checkpoint.ocp.CheckpointManager,
+        "reached_preemption",
+        lambda self, step: asked.append(step) or True,
+    )
+    with Checkpointer(tmp_path, 1) as checkpointer:
+        assert checkpointer.reached_preemption(7)
+        found = []
+        thread = threading.Thread(target=lambda: found.append(checkpointer.reached_preemption(5)))
+        thread.start()
+        thread.join()
+        assert checkpointer.reached_preemption(8)
+    assert found == [False] and asked == [1, 2]
 
 
 # A dry run

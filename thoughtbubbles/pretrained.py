@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.families import config_from_json, config_to_json
@@ -141,7 +141,7 @@ def load_pretrained(
     params = {
         name: _read(source, leaf, np.dtype(dtype), places[name]) for name, leaf in leaves.items()
     }
-    return Pretrained(config, _nested(params), tokenizer)
+    return Pretrained(config, traverse_util.unflatten_dict(params, sep="/"), tokenizer)
 
 
 def save_pretrained(
@@ -322,14 +322,3 @@ def _texts(fields: dict[str, Any], tokenizer: PretrainedTokenizer) -> dict[str, 
 def _by_name(params: Mapping[Any, Any]) -> dict[str, Any]:
     flat = jax.tree_util.tree_leaves_with_path(dict(params))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def _nested(params: Mapping[str, Any]) -> dict[Any, Any]:
-    nested: dict[Any, Any] = {}
-    for name, leaf in params.items():
-        *parents, last = name.split("/")
-        level = nested
-        for parent in parents:
-            level = level.setdefault(parent, {})
-        level[last] = leaf
-    return nested

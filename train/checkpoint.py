@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from train.hush import hush_failed_saves, hush_leftovers
 
@@ -270,21 +271,13 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[Any, Any]:
-    tree: dict[Any, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-
     def with_indices(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
         as_key = int if all(key.isdigit() for key in node) else str
         return {as_key(key): with_indices(child) for key, child in node.items()}
 
-    return with_indices(tree)
+    return with_indices(traverse_util.unflatten_dict(dict(leaves), sep="/"))
 
 
 def _forms(leaves: Mapping[str, Any]) -> dict[str, str]:

@@ -25,30 +25,33 @@ OPTIONS = ConstructorRegistry()
 @OPTIONS.primitive_rule
 def policy_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """A policy is one option whose text is its repr, not a subcommand with options of its own."""
-    policies = tuple(POLICIES.values())
-    choices = set(getattr(option.type, "__args__", [option.type])) - {type(None)}
-    if not choices or not choices <= set(policies):
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="POLICY",
-        instance_from_str=lambda words: policy_from_text(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, policies),
-        str_from_instance=lambda policy: [repr(policy)],
-    )
+    return _one_word(option, tuple(POLICIES.values()), "POLICY", policy_from_text, repr)
 
 
 @OPTIONS.primitive_rule
 def rope_scaling_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Rope scaling is one option in JSON, as in a config.json, or `none`."""
-    if option.type != RopeScaling | None:
+    show = lambda scaling: json.dumps(scaling and dataclasses.asdict(scaling))  # noqa: E731
+    return _one_word(option, (RopeScaling,), "JSON|none", rope_scaling_from_text, show)
+
+
+def _one_word(
+    option: PrimitiveTypeInfo,
+    types: tuple[type, ...],
+    metavar: str,
+    read: Callable[[str], Any],
+    show: Callable[[Any], str],
+) -> PrimitiveConstructorSpec | None:
+    """A rule for options that hold one of `types`, or None; nothing for other options."""
+    choices = set(getattr(option.type, "__args__", [option.type])) - {type(None)}
+    if not choices or not choices <= set(types):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="JSON|none",
-        instance_from_str=lambda words: rope_scaling_from_text(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, RopeScaling),
-        str_from_instance=lambda value: [json.dumps(value and dataclasses.asdict(value))],
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, types),
+        str_from_instance=lambda value: [show(value)],
     )
 
 

@@ -158,7 +158,7 @@ class Profiler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self.stop()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -175,9 +175,6 @@ class Profiler:
 
     def stop(self) -> None:
         """To be called when the last step of the window is complete."""
-        self._stop()
-
-    def _stop(self) -> None:
         if self._on:
             self._on = False
             jax.profiler.stop_trace()

@@ -30,8 +30,7 @@ class TrainReader:
     def __init__(
         self, rows: PackedRows, global_batch: int, seed: int, held: np.ndarray | None = None
     ):
-        if global_batch < 1:
-            raise DataError(f"a batch of {global_batch} rows: choose at least 1")
+        _check_size(global_batch)
         self._rows, self._held = rows, held
         # grain adds the epoch to the seed: taken as it is, seed 1 would begin with the second epoch
         # of seed 0.
@@ -64,43 +63,30 @@ class TrainReader:
 
 
 def evaluation_batches(
-    rows: PackedRows,
-    batch_size: int,
-    limit: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: PackedRows, batch_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
     """`limit` rows of a split (default: all), evenly spaced over it, once and in order.
 
     Neighbouring rows come from the same document: its first rows would be a poor sample of a split.
 
     All batches have the same shape: the last one is filled up with rows that hold nothing but -1
-    and 0 bytes. As in training, a process gets its part of each global batch.
+    and 0 bytes.
 
     Yields:
         "tokens" int32 [b, seq_len + 1], -1 behind the end of the text; "bytes" int32 [b].
-
-    Raises:
-        DataError: the batch doesn't divide by the number of processes.
     """
-    local = _local_size(batch_size, process_index, process_count)
+    _check_size(batch_size)
     count = len(rows) if limit is None else min(limit, len(rows))
     chosen = np.arange(count) * len(rows) // max(count, 1)
-    for start in range(process_index * local, process_index * local + count, batch_size):
-        tokens, sizes = rows.read(chosen[start : start + local])
-        missing = local - len(sizes)
+    for start in range(0, count, batch_size):
+        tokens, sizes = rows.read(chosen[start : start + batch_size])
+        missing = batch_size - len(sizes)
         yield {
             "tokens": np.pad(tokens, ((0, missing), (0, 0)), constant_values=PADDING),
             "bytes": np.pad(sizes, (0, missing)),
         }
 
 
-def _local_size(global_batch: int, process_index: int, process_count: int) -> int:
-    if global_batch < 1 or global_batch % process_count:
-        raise DataError(
-            f"a batch of {global_batch} rows does not divide among {process_count} processes: "
-            f"choose a multiple of {process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process_index={process_index} is not below {process_count}")
-    return global_batch // process_count
+def _check_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise DataError(f"a batch of {batch_size} rows: choose at least 1")
