@@ -1,5 +1,6 @@
 """Thoughtbubbles: residual streams that fork and die inside the network (arXiv 2510.00219)."""
 
+from thoughtbubbles.backbone import Backbone
 from thoughtbubbles.config import PRESETS, ModelConfig
 from thoughtbubbles.forking import merge
 from thoughtbubbles.layers import Block, Fork
@@ -9,6 +10,7 @@ from thoughtbubbles.streams import Streams
 
 __all__ = [
     "PRESETS",
+    "Backbone",
     "Block",
     "Candidates",
     "CausalPolicy",

@@ -50,6 +50,16 @@ def attend_reference(
     return _slots_first(_attend(*_heads_first(query, key, value), bias, last))
 
 
+def attend_where(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array
+) -> jax.Array:
+    """Attention in any pattern: `visible [B, S, S]` bool says which keys each query sees.
+
+    Packed texts and branches are read so; a query that sees nothing gets some finite numbers.
+    """
+    return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+
+
 def attend_cached(
     query: jax.Array,
     key: jax.Array,

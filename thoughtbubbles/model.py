@@ -11,7 +11,7 @@ from flax import nnx
 from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
-from thoughtbubbles.layers import Block, Fork, Geometry, norm_of, weight
+from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
 from thoughtbubbles.policies import PrefixRank, Threshold, TopK
 from thoughtbubbles.streams import Streams, left_align, restore_alignment
 
@@ -124,8 +124,14 @@ class Thoughtbubbles(nnx.Module):
             length: `[B]` number of real tokens in each row; all `T` if not given.
             track: let tracked thresholds follow these tokens (training).
         """
+        return self.run_residuals(self.residuals(tokens), length, track=track)
+
+    def run_residuals(
+        self, x: jax.Array, length: jax.Array | None = None, *, track: bool = False
+    ) -> Output:
+        """`run` from residuals `x [B, T, D]` in place of tokens, embedded ones or any others."""
         config = self.config
-        streams = Streams.start(self.constrain(self.residuals(tokens)), length, config.copies)
+        streams = Streams.start(self.constrain(x), length, config.copies)
         forks = []
         for index, (start, end) in enumerate(config.groups()):
             if index:
@@ -144,8 +150,20 @@ class Thoughtbubbles(nnx.Module):
         if self.config.merge == "probability" and streams.forked:
             log_probs = jax.nn.log_softmax(self.decode(streams.x), axis=-1)
             return merge_log_probs(streams, log_probs, self.max_bubble(streams))
-        kind = "rightmost" if self.config.merge == "rightmost" else "residual"
-        return self.decode(merge(streams, kind))
+        return self.decode(self.merged(streams))
+
+    def merged(self, streams: Streams) -> jax.Array:
+        """One residual per token, `[B, T, D]`.
+
+        Raises:
+            ValueError: the model mixes the predictions of forked streams, not their residuals.
+        """
+        if self.config.merge == "probability" and streams.forked:
+            raise ValueError(
+                "merge='probability' mixes predictions, a token has no one residual: "
+                "use a model with merge='residual' or 'rightmost'"
+            )
+        return merge(streams, "rightmost" if self.config.merge == "rightmost" else "residual")
 
     def logits_at(self, streams: Streams, token: jax.Array) -> jax.Array:
         """Logits `[B, V]` float32 of one token per row, `token [B]` int32, and of no other."""
@@ -153,12 +171,15 @@ class Thoughtbubbles(nnx.Module):
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Final norm and head: `[..., D]` to logits `[..., V]` float32."""
+        return self.unembed(self.final_norm(x))
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """The head alone, for what the final norm gave: `[..., D]` to logits `[..., V]` float32."""
         # Contracted as it lies: a transposed table would be copied for every decoded token.
         table, subscripts = (
             (self.embed, "...d,vd->...v") if self.head is None else (self.head, "...d,dv->...v")
         )
         table = table[...].astype(self.config.dtype)
-        hidden = self.final_norm(x)
         return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
 
     def log_prob(self, streams: Streams, targets: jax.Array) -> jax.Array:
@@ -197,15 +218,23 @@ class Thoughtbubbles(nnx.Module):
             fork.threshold = fork.threshold if isinstance(policy, Threshold) else None
         return model
 
-    def run_blocks(self, streams: Streams, start: int, end: int) -> Streams:
-        """Streams through blocks `start` to `end - 1`."""
+    def run_blocks(
+        self,
+        streams: Streams,
+        start: int,
+        end: int,
+        geometry: Geometry | None = None,
+        mix: Mix | None = None,
+    ) -> Streams:
+        """Streams through blocks `start` to `end - 1`; `geometry` and `mix` replace their own."""
         if start == end:
             return streams
-        geometry = Geometry.of(streams, self.config)
+        where = geometry or Geometry.of(streams, self.config)
 
         def run(streams: Streams, layer: tuple[Block, Any]) -> tuple[Streams, None]:
             block, rotary = layer
-            streams = block(streams, geometry.where(rotary))
+            here = where.where(rotary)
+            streams = block.mixing(streams, here, mix)[0] if mix else block(streams, here)
             return streams.replace(x=self.constrain(streams.x)), None
 
         rotary = self.config.rotary_layers[start:end]

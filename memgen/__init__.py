@@ -1,0 +1,58 @@
+"""MemGen: latent memory woven into any frozen decoder (arXiv 2509.24704)."""
+
+from memgen.backbone import DecoderBackbone
+from memgen.config import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
+from memgen.decoding import Response, begin, generate, make_request, observe, respond
+from memgen.delimiters import boundary_table, is_boundary
+from memgen.insertion import Plan, plan_from_decisions, plan_insertions
+from memgen.lora import beside, linear_maps, make_adapter
+from memgen.losses import sft_loss, token_log_probs
+from memgen.model import MemGen, stage_params
+from memgen.trigger import (
+    AlwaysInvoke,
+    LearnedInvoke,
+    NeverInvoke,
+    RandomInvoke,
+    Trigger,
+    TriggerParam,
+    TriggerPolicy,
+)
+from memgen.uncached import Uncached
+from memgen.weaver import Snippets, Weaver, WeaverParam
+
+__all__ = [
+    "AlwaysInvoke",
+    "DecoderBackbone",
+    "LearnedInvoke",
+    "LoRAConfig",
+    "MemGen",
+    "MemGenConfig",
+    "NeverInvoke",
+    "Plan",
+    "RandomInvoke",
+    "Response",
+    "Snippets",
+    "Trigger",
+    "TriggerConfig",
+    "TriggerParam",
+    "TriggerPolicy",
+    "Uncached",
+    "Weaver",
+    "WeaverConfig",
+    "WeaverParam",
+    "begin",
+    "beside",
+    "boundary_table",
+    "generate",
+    "is_boundary",
+    "linear_maps",
+    "make_adapter",
+    "make_request",
+    "observe",
+    "plan_from_decisions",
+    "plan_insertions",
+    "respond",
+    "sft_loss",
+    "stage_params",
+    "token_log_probs",
+]

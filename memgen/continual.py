@@ -1,0 +1,192 @@
+"""Continual learning: train one state through several tasks, and measure what it keeps."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+State = TypeVar("State")
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinualReport:
+    """Accuracy on every task after every stage; `T` tasks, stage `k` trains task `k`.
+
+    The formulas count stages and tasks from 1: `R[i, j]` is accuracy on task `j` after stage `i`,
+    and `R[0, j]` is what the state could do before any training. Each is in the unit of the
+    accuracies.
+
+    Attributes:
+        tasks: names, in the order of training.
+        accuracy: `[stages done + 1, T]` float64, row 0 before any training.
+    """
+
+    tasks: tuple[str, ...]
+    accuracy: np.ndarray
+
+    def __post_init__(self):
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "accuracy", np.asarray(self.accuracy, np.float64))
+        rows, count = len(self.accuracy), len(self.tasks)
+        if self.accuracy.shape != (rows, count) or not 1 <= rows <= count + 1:
+            raise ValueError(
+                f"accuracy of shape {list(self.accuracy.shape)} for {count} tasks: give one "
+                f"column for each task, and a row before training and after each stage"
+            )
+
+    @property
+    def stages_done(self) -> int:
+        return len(self.accuracy) - 1
+
+    @property
+    def average_accuracy(self) -> float:
+        """`1/T · Σ_j R[T, j]` (ACC of Lopez-Paz & Ranzato 2017, arXiv 1706.08840)."""
+        return float(self._whole()[-1].mean())
+
+    @property
+    def backward_transfer(self) -> float:
+        """`1/(T−1) · Σ_{j<T} (R[T, j] − R[j, j])` (BWT of Lopez-Paz & Ranzato 2017).
+
+        What later stages did to a task after its own; below 0 it was forgotten. NaN for one task.
+        """
+        learned = np.diagonal(self._whole()[1:])
+        return _mean((self.accuracy[-1] - learned)[:-1])
+
+    @property
+    def forward_transfer(self) -> float:
+        """`1/(T−1) · Σ_{j>1} (R[j−1, j] − R[0, j])` (FWT of Lopez-Paz & Ranzato 2017).
+
+        What earlier stages did for a task before its own. Their baseline is a random
+        initialisation; ours is the state before any training, which for memory in a pretrained
+        model is that model. NaN for one task.
+        """
+        just_before = np.diagonal(self._whole()[:-1])
+        return _mean((just_before - self.accuracy[0])[1:])
+
+    @property
+    def forgetting(self) -> float:
+        """`1/(T−1) · Σ_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])` (Chaudhry et al. 2018, 1801.10112).
+
+        How far a task fell from its best; unlike backward transfer it also counts what an earlier
+        stage had taught of a task. NaN for one task.
+        """
+        accuracy = self._whole()
+        if len(self.tasks) == 1:
+            return float("nan")
+        return _mean((accuracy[1:-1].max(axis=0) - accuracy[-1])[:-1])
+
+    def markdown(self, digits: int = 2) -> str:
+        """The matrix as a table, a task's own stage in bold; the metrics below once all is done."""
+        lines = [
+            "| after training on | " + " | ".join(self.tasks) + " |",
+            "|---|" + "---:|" * len(self.tasks),
+        ]
+        for stage, row in enumerate(self.accuracy):
+            name = "–" if stage == 0 else self.tasks[stage - 1]
+            cells = [f"{value:.{digits}f}" for value in row]
+            if stage:
+                cells[stage - 1] = f"**{cells[stage - 1]}**"
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if self.stages_done == len(self.tasks):
+            metrics = (
+                ("average accuracy", self.average_accuracy, ""),
+                ("backward transfer", self.backward_transfer, "+"),
+                ("forward transfer", self.forward_transfer, "+"),
+                ("forgetting", self.forgetting, ""),
+            )
+            lines += ["", "| metric | value |", "|---|---:|"]
+            lines += [f"| {name} | {value:{sign}.{digits}f} |" for name, value, sign in metrics]
+        return "\n".join(lines)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON; whoever reads meanwhile sees the old file or the new one."""
+        content = json.dumps({"tasks": self.tasks, "accuracy": self.accuracy.tolist()})
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(content + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "ContinualReport":
+        try:
+            content = json.loads(path.read_text())
+            return cls(content["tasks"], content["accuracy"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is no report of continual learning ({error}): choose another file"
+            ) from error
+
+    def _whole(self) -> np.ndarray:
+        if self.stages_done < len(self.tasks):
+            raise ValueError(
+                f"{self.stages_done} of {len(self.tasks)} stages are done: finish the run first"
+            )
+        return self.accuracy
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Records(Generic[State]):
+    """Where a run of several stages leaves what it needs to go on.
+
+    Attributes:
+        report: JSON file, written before the first stage and after every one.
+        save: keeps the state after a task; called again if a run was stopped before its report.
+        restore: gives it back.
+    """
+
+    report: Path
+    save: Callable[[State, str], None]
+    restore: Callable[[str], State]
+
+
+def run_continual(
+    tasks: Sequence[str],
+    state: State,
+    train: Callable[[State, str], State],
+    evaluate: Callable[[State, str], float],
+    records: Records[State] | None = None,
+) -> ContinualReport:
+    """Train one state through the tasks in order; evaluate it on all of them after each stage.
+
+    With records, a run that was stopped goes on after its last whole stage, and a finished one
+    just returns its report.
+
+    Args:
+        tasks: names, each once, in the order of training.
+        state: before any training.
+        train: a state and a task to the state after that stage.
+        evaluate: accuracy of a state on a task.
+
+    Raises:
+        ValueError: no tasks, one twice, or the report of another run.
+    """
+    tasks = tuple(tasks)
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks {list(tasks)}: give one or more, each once")
+    accuracy: list[list[float]] = []
+    if records is not None and records.report.exists():
+        earlier = ContinualReport.load(records.report)
+        if earlier.tasks != tasks:
+            raise ValueError(
+                f"{records.report} has the tasks {list(earlier.tasks)}, this run {list(tasks)}: "
+                f"choose another file, or the same tasks"
+            )
+        accuracy = earlier.accuracy.tolist()
+        if 0 < earlier.stages_done < len(tasks):
+            state = records.restore(tasks[earlier.stages_done - 1])
+    for stage in range(len(accuracy), len(tasks) + 1):
+        if stage > 0:
+            state = train(state, tasks[stage - 1])
+            if records is not None:
+                records.save(state, tasks[stage - 1])
+        accuracy.append([float(evaluate(state, task)) for task in tasks])
+        if records is not None:
+            ContinualReport(tasks, np.array(accuracy)).save(records.report)
+    return ContinualReport(tasks, np.array(accuracy))

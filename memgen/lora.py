@@ -1,0 +1,140 @@
+"""Low-rank adapters as pytrees, applied beside frozen weights (arXiv 2106.09685)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memgen.backbone import DecoderBackbone
+from memgen.config import LoRAConfig
+
+
+class LowRank(nnx.Module):
+    """`x A B * alpha / rank`, for one map or a stack of them.
+
+    Args:
+        stack: leading axes of the arrays, which a scan over blocks takes off.
+        inputs, outputs: of the map.
+        kind: type of the two parameters, by which a training stage finds them.
+    """
+
+    def __init__(
+        self,
+        stack: tuple[int, ...],
+        inputs: int,
+        outputs: int,
+        config: LoRAConfig,
+        *,
+        rngs: nnx.Rngs,
+        kind: type[nnx.Variable] = nnx.Param,
+    ):
+        bound = inputs**-0.5
+        shape = (*stack, inputs, config.rank)
+        self.a = kind(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+        self.b = kind(jnp.zeros((*stack, config.rank, outputs)))
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.key = nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., inputs]` to `[..., outputs]`; the stack's axes must be taken off before."""
+        if self.key is not None and self.dropout:
+            keep = jax.random.bernoulli(
+                jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape
+            )
+            x = jnp.where(keep, x / (1 - self.dropout), 0)
+        low = x @ self.a[...].astype(x.dtype)
+        return (low @ self.b[...].astype(x.dtype)) * self.scale
+
+    @property
+    def delta(self) -> jax.Array:
+        """What a merged weight would gain: `[*stack, inputs, outputs]`."""
+        return (self.a[...] @ self.b[...]) * self.scale
+
+
+def make_adapter(
+    backbone: DecoderBackbone,
+    config: LoRAConfig,
+    *,
+    rngs: nnx.Rngs,
+    kind: type[nnx.Variable] = nnx.Param,
+) -> nnx.Dict:
+    """An adapter for a backbone: a `LowRank` for each of the config's targets.
+
+    Raises:
+        ValueError: a target that the backbone has no map for.
+    """
+    adaptable = backbone.adaptable
+    unknown = [name for name in config.targets if name not in adaptable]
+    if unknown:
+        raise ValueError(
+            f"no map {unknown[0]!r} to adapt: choose targets from {', '.join(adaptable)}"
+        )
+    return nnx.Dict(
+        {name: LowRank(*adaptable[name], config, rngs=rngs, kind=kind) for name in config.targets}
+    )
+
+
+def with_dropout(adapter: Mapping[str, LowRank], key: jax.Array | None) -> Mapping[str, LowRank]:
+    """The adapter as it is in training: with random inputs left out; None switches that off."""
+    if key is None:
+        return adapter
+    noisy = {}
+    for index, (name, map_) in enumerate(adapter.items()):
+        leaves, structure = jax.tree.flatten(map_)
+        copy: LowRank = jax.tree.unflatten(structure, leaves)
+        stack = map_.a.shape[:-2]
+        copy.key = nnx.data(
+            jax.random.key_data(jax.random.split(jax.random.fold_in(key, index), stack))
+        )
+        noisy[name] = copy
+    return noisy
+
+
+def linear_maps(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """`DecoderBackbone.adaptable` of a module made of `nnx.Linear`s, by their paths."""
+    return {
+        _path(path): ((), part.in_features, part.out_features)
+        for path, part in nnx.iter_graph(module)
+        if isinstance(part, nnx.Linear)
+    }
+
+
+def beside(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
+    """`DecoderBackbone.adapted` of such a module: the same arrays, adapters at those paths.
+
+    Raises:
+        ValueError: a path at which no `nnx.Linear` stands.
+    """
+    leaves, structure = jax.tree.flatten(module)
+    copy = jax.tree.unflatten(structure, leaves)
+    paths = {
+        _path(path): path
+        for path in (p for p, part in nnx.iter_graph(copy) if isinstance(part, nnx.Linear))
+    }
+    for name, low_rank in adapter.items():
+        if name not in paths:
+            raise ValueError(f"no map {name!r} to adapt: choose from {', '.join(paths)}")
+        *above, last = paths[name]
+        parent = copy
+        for part in above:
+            parent = parent[part] if isinstance(part, int) else getattr(parent, part)
+        if isinstance(last, int):
+            parent[last] = _Sum(parent[last], low_rank)
+        else:
+            setattr(parent, last, _Sum(getattr(parent, last), low_rank))
+    return copy
+
+
+class _Sum(nnx.Module):
+    def __init__(self, linear: nnx.Linear, low_rank: Any):
+        self.linear, self.low_rank = linear, nnx.data(low_rank)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x) + self.low_rank(x)
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))

@@ -1,0 +1,203 @@
+"""What rows have read so far, and how more is read: live caches that are only appended to."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memgen.model import MemGen
+
+CHUNK = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A decoder's cache that is brought up to date only when it is asked.
+
+    Attributes:
+        cache: of the decoder.
+        read: `[B]` int32, places it has read.
+        hidden: `[B, D]`, its hidden state at the last of them.
+    """
+
+    cache: Any
+    read: jax.Array
+    hidden: jax.Array
+
+    @classmethod
+    def start(cls, decoder: Any, batch: int, room: int) -> "Reader":
+        hidden = jax.eval_shape(decoder.read, jnp.zeros((batch, 1, decoder.embed_dim)))
+        return cls(
+            decoder.init_cache(batch, room),
+            jnp.zeros((batch,), jnp.int32),
+            jnp.zeros((batch, hidden.shape[-1]), hidden.dtype),
+        )
+
+    def catch_up(
+        self, decoder: Any, fetch: Callable, target: jax.Array, asked: jax.Array
+    ) -> "Reader":
+        """Read on until every asked row is at its target; other rows may come along.
+
+        Args:
+            fetch: places `[B, C]` to the vectors that stand there `[B, C, D]`.
+            target: `[B]` int32.
+            asked: `[B]` bool.
+        """
+
+        def behind(reader: Reader) -> jax.Array:
+            return (asked & (reader.read < target)).any()
+
+        def step(reader: Reader) -> Reader:
+            count = jnp.clip(target - reader.read, 0, CHUNK)
+            vectors = fetch(reader.read[:, None] + jnp.arange(CHUNK))
+            hidden, cache = decoder.extend(reader.cache, vectors, count)
+            return Reader(cache, reader.read + count, last_hidden(hidden, count, reader.hidden))
+
+        return jax.lax.while_loop(behind, step, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """Rows of one conversation each: their tokens, their streams, and who has read how far.
+
+    Attributes:
+        tokens: `[B, N]` int32, and
+        count: `[B]` int32 of them real.
+        vectors: `[B, S, D]`, the stream that the reasoner reads, or None where nobody asks.
+        hidden: `[B, S, D]` its hidden states, or None where nobody asks.
+        reasoner: always up to date.
+        weaver, trigger: lag behind; None where the model has none.
+        keys: `[B]`, of which all that is random in a row is made.
+        responses: `[B]` int32 so far.
+    """
+
+    tokens: jax.Array
+    count: jax.Array
+    vectors: jax.Array | None
+    hidden: jax.Array | None
+    reasoner: Reader
+    weaver: Reader | None
+    trigger: Reader | None
+    keys: jax.Array
+    responses: jax.Array
+
+    @classmethod
+    def start(
+        cls, memgen: MemGen, keys: jax.Array, max_tokens: int, max_responses: int, snippets: int = 0
+    ) -> "Session":
+        """Empty rows.
+
+        Args:
+            keys: `[B]`, one for each row.
+            max_tokens: room for tokens in each row.
+            max_responses: room for the latents of so many responses.
+            snippets: room for so many retrieved tokens at an event.
+        """
+        config, batch = memgen.config, keys.shape[0]
+        room = max_tokens + max_responses * config.room
+        none = jnp.zeros((batch,), jnp.int32)
+        reasoner = Reader.start(memgen.reasoner, batch, room)
+        weaver = trigger = None
+        if config.weaver.latents:
+            extra = config.weaver.latents + snippets
+            weaver = Reader.start(memgen.weaving(), batch, room + extra)
+        source = config.trigger.source if config.trigger else None
+        if source in ("tokens", "stream"):
+            trigger = Reader.start(memgen.triggering(), batch, room)
+        embedded = jax.eval_shape(memgen.reasoner.embed_tokens, none[:, None])
+        buffer = lambda like: jnp.zeros((batch, room, like.shape[-1]), like.dtype)  # noqa: E731
+        from_vectors = config.weaver.context == "embeddings" and config.weaver.latents_see_latents
+        return cls(
+            jnp.zeros((batch, max_tokens), jnp.int32),
+            none,
+            buffer(embedded) if source == "stream" or from_vectors else None,
+            buffer(reasoner.hidden) if config.weaver.context == "hidden" else None,
+            reasoner,
+            weaver,
+            trigger,
+            keys,
+            none,
+        )
+
+    def replace(self, **changes) -> "Session":
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def last_two(self) -> tuple[jax.Array, jax.Array]:
+        """Ids `[B]` before the last one, and the last one; 0 where there is none."""
+        at = self.count[:, None] - jnp.array([2, 1])
+        ids = jnp.take_along_axis(self.tokens, jnp.maximum(at, 0), axis=1)
+        return tuple(jnp.where(at >= 0, ids, 0).T)
+
+    def append_tokens(
+        self, memgen: MemGen, tokens: jax.Array, count: jax.Array, *, fresh: bool = False
+    ) -> "Session":
+        """Read the first `count [B]` of `tokens [B, C]`; rows that would overflow become NaN."""
+        session = self.append(memgen, memgen.reasoner.embed_tokens(tokens), count, fresh=fresh)
+        return session.replace(
+            tokens=put(self.tokens, tokens, self.count, count), count=self.count + count
+        )
+
+    def append(
+        self, memgen: MemGen, vectors: jax.Array, count: jax.Array, *, fresh: bool = False
+    ) -> "Session":
+        """Read the first `count [B]` of `vectors [B, C, D]` into the stream of each row."""
+        at, reader = self.reasoner.read, self.reasoner
+        hidden, cache = memgen.reasoner.extend(reader.cache, vectors, count, fresh=fresh)
+        last = last_hidden(hidden, count, reader.hidden)
+        return self.replace(
+            reasoner=Reader(cache, at + count, last),
+            vectors=None if self.vectors is None else put(self.vectors, vectors, at, count),
+            hidden=None if self.hidden is None else put(self.hidden, hidden, at, count),
+        )
+
+    def weaver_sees(self, memgen: MemGen) -> tuple[Callable, jax.Array]:
+        """What the weaver reads: places to vectors of its own width, and how many there are."""
+        if not memgen.config.weaver.latents_see_latents:
+            fetch, target = self._tokens_of(memgen.reasoner), self.count
+        else:
+            rows = self.hidden if memgen.config.weaver.context == "hidden" else self.vectors
+            fetch, target = rows_of(rows), self.reasoner.read
+        return lambda places: memgen.weaver.context(fetch(places)), target
+
+    def trigger_sees(self, memgen: MemGen, decoder: Any) -> tuple[Callable, jax.Array]:
+        """What the trigger's decoder reads, and how many there are."""
+        if memgen.checked_trigger().config.source == "tokens":
+            return self._tokens_of(decoder), self.count
+        return rows_of(self.vectors), self.reasoner.read
+
+    def _tokens_of(self, decoder: Any) -> Callable:
+        return lambda places: decoder.embed_tokens(take(self.tokens, places))
+
+
+def rows_of(rows: Any) -> Callable:
+    """Places `[B, C]` to what stands there in `rows [B, S, D]`."""
+    return lambda places: take(rows, places)
+
+
+def take(rows: jax.Array, places: jax.Array) -> jax.Array:
+    """`rows [B, S, ...]` at `places [B, C]`; beyond the end, anything."""
+    places = jnp.minimum(places, rows.shape[1] - 1)
+    places = places.reshape(places.shape + (1,) * (rows.ndim - 2))
+    return jnp.take_along_axis(rows, places, axis=1)
+
+
+def put(rows: jax.Array, new: jax.Array, at: jax.Array, count: jax.Array) -> jax.Array:
+    """`rows [B, S, ...]` with the first `count [B]` of `new [B, C, ...]` from place `at [B]` on."""
+
+    def write(row, new, at, count):
+        offset = jnp.arange(new.shape[0])
+        place = jnp.where(offset < count, at + offset, row.shape[0])
+        return row.at[place].set(new.astype(row.dtype), mode="drop")
+
+    return jax.vmap(write)(rows, new, at, count)
+
+
+def last_hidden(hidden: jax.Array, count: jax.Array, before: jax.Array) -> jax.Array:
+    """The state after `count [B]` of `hidden [B, C, D]`, or the one before where none was read."""
+    last = take(hidden, jnp.maximum(count - 1, 0)[:, None])[:, 0]
+    return jnp.where((count > 0)[:, None], last, before)
