@@ -1,6 +1,7 @@
 """MemGen: latent memory woven into any frozen decoder (arXiv 2509.24704)."""
 
 from memgen.backbone import DecoderBackbone
+from memgen.checkpoint import load_params, trained_params
 from memgen.config import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
 from memgen.decoding import Response, begin, generate, make_request, observe, respond
 from memgen.delimiters import boundary_table, is_boundary
@@ -46,6 +47,7 @@ __all__ = [
     "generate",
     "is_boundary",
     "linear_maps",
+    "load_params",
     "make_adapter",
     "make_request",
     "observe",
@@ -55,4 +57,5 @@ __all__ = [
     "sft_loss",
     "stage_params",
     "token_log_probs",
+    "trained_params",
 ]

@@ -4,9 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from memgen.decoding import NOT_ASKED, Response
 
 FEW_POINTS = 20
 """Below, neighbourhoods are no more than noise: `embed_2d` draws a projection instead."""
@@ -50,72 +54,31 @@ class LatentRecorder:
         self.count = np.zeros(0, np.int32)
         self.row_tag = np.zeros(0, np.str_)
 
-    def add(
-        self,
-        latents: np.ndarray,
-        written: np.ndarray,
-        points: np.ndarray,
-        decisions: np.ndarray,
-        count: np.ndarray,
-        tags: str | Sequence[str],
-        valid: np.ndarray | None = None,
-    ) -> None:
-        """Record one batch, as generation returns it (arrays of jax do too).
+    def add(self, response: Response, tags: str | Sequence[str]) -> None:
+        """Record what one batch of generation returned.
 
         Args:
-            latents: `[B, E, K, D]` of each row's events.
-            written: `[B, E]` bool, events that happened.
-            points: `[B, E]` new tokens before the event; 0 is the event at the prompt.
-            decisions: `[B, T]` -1 not asked, 0 asked and skipped, 1 invoked.
-            count: `[B]` new tokens of each row.
+            response: its latents that are 0 count as slots that the event has no latent for.
             tags: a name for each row, such as its task, or one for all.
-            valid: `[B, E, K]` bool, latents that an event has; all if not given.
 
         Raises:
-            ValueError: shapes that don't fit each other or earlier batches, or a written event
-                outside its row's new tokens.
+            ValueError: not one tag for each row, or latents of another shape than before.
         """
-        latents, written = np.asarray(latents, np.float32), np.asarray(written, bool)
-        points, count = np.asarray(points), np.asarray(count, np.int32)
-        decisions = np.asarray(decisions, np.int8)
-        batch, events, slots, width = latents.shape
-        names = np.array([tags] * batch if isinstance(tags, str) else list(tags), np.str_)
-        held = np.ones((batch, events, slots), bool) if valid is None else np.asarray(valid, bool)
-        wanted = {
-            "written": (written.shape, (batch, events)),
-            "points": (points.shape, (batch, events)),
-            "decisions": (decisions.shape, (batch, *decisions.shape[1:2])),
-            "count": (count.shape, (batch,)),
-            "tags": (names.shape, (batch,)),
-            "valid": (held.shape, (batch, events, slots)),
-        }
-        for name, (shape, fits) in wanted.items():
-            if shape != fits:
-                raise ValueError(
-                    f"{name} of shape {list(shape)} beside latents of shape "
-                    f"{list(latents.shape)}: give {list(fits)}"
-                )
-        if self._memories and (slots, width) != self._memories[0].latents.shape[1:]:
-            known = list(self._memories[0].latents.shape[1:])
+        latents, points = np.asarray(response.latents, np.float32), np.asarray(response.points)
+        count, decisions = np.asarray(response.count), np.asarray(response.decisions)
+        names = np.array([tags] * len(count) if isinstance(tags, str) else list(tags), np.str_)
+        if names.shape != count.shape:
+            raise ValueError(f"{names.size} tags for {count.size} rows: give one for each, or one")
+        if self._memories and latents.shape[2:] != self._memories[0].latents.shape[1:]:
             raise ValueError(
-                f"latents of [K, D] = {[slots, width]} after others of {known}: record them apart"
+                f"latents [K, D] of shape {list(latents.shape[2:])} after others of shape "
+                f"{list(self._memories[0].latents.shape[1:])}: record them apart"
             )
-        row, event = np.nonzero(written)
-        point = points[row, event]
-        if ((point < 0) | (point > count[row])).any():
-            worst = int(np.argmax((point < 0) | (point > count[row])))
-            raise ValueError(
-                f"a written event at point {point[worst]} of a row with {count[row[worst]]} new "
-                f"tokens: points count new tokens"
-            )
+        row, event = np.nonzero(points >= 0)
+        kept, point = latents[row, event], points[row, event]
+        position = (point / np.maximum(count[row], 1)).astype(np.float32)
         self._memories.append(
-            Memories(
-                latents[row, event],
-                held[row, event],
-                names[row],
-                (point / np.maximum(count[row], 1)).astype(np.float32),
-                point == 0,
-            )
+            Memories(kept, (kept != 0).any(axis=2), names[row], position, point == 0)
         )
         steps = max(self.decisions.shape[1], decisions.shape[1])
         self.decisions = np.concatenate([_widen(self.decisions, steps), _widen(decisions, steps)])
@@ -146,15 +109,17 @@ class LatentRecorder:
         """Read what `save` wrote; more batches may be added."""
         recorder = cls()
         with np.load(_npz(path), allow_pickle=False) as saved:
-            fields = {field.name: saved[field.name] for field in dataclasses.fields(Memories)}
-            recorder._memories = [Memories(**fields)]
+            names = [field.name for field in dataclasses.fields(Memories)]
+            if not {*names, "decisions", "count", "row_tag"} <= set(saved.files):
+                raise ValueError(f"{path} holds {saved.files}: choose a file of recorded latents")
+            recorder._memories = [Memories(**{name: saved[name] for name in names})]
             recorder.decisions, recorder.count = saved["decisions"], saved["count"]
             recorder.row_tag = saved["row_tag"]
         return recorder
 
 
 def _widen(decisions: np.ndarray, steps: int) -> np.ndarray:
-    return np.pad(decisions, ((0, 0), (0, steps - decisions.shape[1])), constant_values=-1)
+    return np.pad(decisions, ((0, 0), (0, steps - decisions.shape[1])), constant_values=NOT_ASKED)
 
 
 def _npz(path: str | Path) -> Path:
@@ -208,8 +173,10 @@ def cluster(means: np.ndarray, clusters: int = 4, seed: int = 0) -> Clusters:
             f"{clusters} clusters of {different} different memories: choose 2 or more, and fewer "
             f"than memories"
         )
-    found = _sklearn("cluster").KMeans(clusters, n_init=10, random_state=seed).fit(means)
-    silhouette = _sklearn("metrics").silhouette_score(means, found.labels_)
+    kmeans = _sklearn("cluster").KMeans(clusters, n_init=10, random_state=seed)
+    with _one_thread():
+        found = kmeans.fit(means)
+        silhouette = _sklearn("metrics").silhouette_score(means, found.labels_)
     by_size = np.argsort(-np.bincount(found.labels_, minlength=clusters), kind="stable")
     return Clusters(
         found.cluster_centers_[by_size].astype(np.float32),
@@ -229,7 +196,8 @@ def embed_2d(means: np.ndarray, seed: int = 0) -> tuple[np.ndarray, Literal["t-S
         return _sklearn("decomposition").PCA(2, svd_solver="full").fit_transform(means), "PCA"
     perplexity = min(30.0, (len(means) - 1) / 3)
     tsne = _sklearn("manifold").TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
-    return tsne.fit_transform(means), "t-SNE"
+    with _one_thread():
+        return tsne.fit_transform(means), "t-SNE"
 
 
 class Neighbours(NamedTuple):
@@ -249,29 +217,27 @@ class Neighbours(NamedTuple):
 def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5) -> Neighbours:
     """Tokens whose embeddings point the way of latents `[N, D]`, by cosine.
 
-    The nearest token always exists, also where latents are far from every embedding: in weights
-    that the authors of MemGen published no cosine exceeded 0.1, and latents were 60 times as long
-    as embeddings. Read `cosine` and `norm_ratio` before the tokens.
+    There is always a nearest token, also where latents are far from all: in weights that MemGen's
+    authors published, somebody found no cosine above 0.1 and latents 60 times as long as
+    embeddings. Read `cosine` and `norm_ratio` before the tokens.
 
     Args:
         embedding_table: `[V, D]`.
     """
     if not 1 <= k <= len(embedding_table):
         raise ValueError(f"k={k} of {len(embedding_table)} tokens: choose from 1 to all of them")
-    table = _directions(embedding_table)
+    latents, table = np.asarray(latents, np.float32), np.asarray(embedding_table, np.float32)
+    directions = _unit(table)
     ids, cosines = [], []
     for start in range(0, len(latents), 256):  # 256 rows of V cosines at once
-        cosine = _directions(latents[start : start + 256]) @ table.T
-        order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
-        ids.append(order.astype(np.int32))
-        cosines.append(np.take_along_axis(cosine, order, axis=1))
-    length = np.linalg.norm(latents, axis=1) / np.linalg.norm(embedding_table, axis=1).mean()
+        cosine = _unit(latents[start : start + 256]) @ directions.T
+        best = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
+        found = np.take_along_axis(cosine, best, axis=1)
+        order = np.argsort(-found, axis=1)
+        ids.append(np.take_along_axis(best, order, axis=1).astype(np.int32))
+        cosines.append(np.take_along_axis(found, order, axis=1))
+    length = np.linalg.norm(latents, axis=1) / np.linalg.norm(table, axis=1).mean()
     return Neighbours(np.concatenate(ids), np.concatenate(cosines), length.astype(np.float32))
-
-
-def _directions(rows: np.ndarray) -> np.ndarray:
-    rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-30)
 
 
 class InvocationHistogram(NamedTuple):
@@ -316,9 +282,10 @@ class CenterDistance(NamedTuple):
 
     Attributes:
         euclidean: as in the paper; where one kind is much longer it measures its length.
-        cosine: 1 minus the cosine, blind to length.
-        whitened: Euclidean after whitening by the covariance of all centers together, so that no
-            direction counts more for being wide.
+        cosine: 1 minus the cosine, blind to length; small for all pairs where all share a
+            direction.
+        whitened: Euclidean distance of directions (centers at length 1) after whitening by the
+            covariance of all of them, blind to length and to what they share.
     """
 
     euclidean: float
@@ -329,8 +296,8 @@ class CenterDistance(NamedTuple):
 def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str], CenterDistance]:
     """Distances of every pair of kinds, such as latents, context, and a replayed success.
 
-    The covariance is shrunk (Ledoit & Wolf 2004): centers are fewer than dimensions. Needs
-    scikit-learn.
+    The covariance is shrunk (Ledoit & Wolf 2004), as there may be fewer centers than dimensions.
+    Needs scikit-learn.
 
     Args:
         centers: by kind, `[M, D]` means of the same M invocations in the same order.
@@ -339,19 +306,137 @@ def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str],
     if len(centers) < 2 or len({tuple(shape) for shape in shapes.values()}) > 1:
         raise ValueError(f"centers of shapes {shapes}: give two or more kinds of one shape [M, D]")
     kinds = {name: np.asarray(rows, np.float64) for name, rows in centers.items()}
-    everything = np.concatenate(list(kinds.values()))
-    precision = _sklearn("covariance").LedoitWolf().fit(everything).precision_
+    unit = {name: _unit(rows) for name, rows in kinds.items()}
+    precision = _sklearn("covariance").LedoitWolf().fit(np.concatenate([*unit.values()])).precision_
     names, found = list(kinds), {}
     for index, first in enumerate(names):
         for second in names[index + 1 :]:
-            gap = kinds[first] - kinds[second]
-            cosine = (_directions(kinds[first]) * _directions(kinds[second])).sum(axis=1)
+            gap = unit[first] - unit[second]
             found[first, second] = CenterDistance(
-                float(np.linalg.norm(gap, axis=1).mean()),
-                float((1 - cosine).mean()),
-                float(np.sqrt(np.einsum("md,de,me->m", gap, precision, gap)).mean()),
+                float(np.linalg.norm(kinds[first] - kinds[second], axis=1).mean()),
+                float((1 - (unit[first] * unit[second]).sum(axis=1)).mean()),
+                float(np.sqrt((gap @ precision * gap).sum(axis=1)).mean()),
             )
     return found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClusterAblation:
+    """Drops memories of one cluster, as `keep_memory` of generation.
+
+    `rule="nearest"` drops a memory if its mean is nearest to that cluster's centroid, and nearer
+    than `1 - margin` of the distance to any other.
+
+    `rule="paper"` drops it if the centroid is among the `neighbours` nearest, by cosine, of all
+    centroids and token embeddings. Where latents lie far from all embeddings, every centroid is:
+    then it removes nearly everything, whichever cluster is named. Compare with
+    `CountMatchedControl` under either rule.
+
+    Attributes:
+        centroids: `[C, D]` float32, of `cluster`.
+        cluster: int32 scalar from 0.
+        margin: float32 scalar; 0 drops whatever k-means would assign to the cluster.
+        embeddings: `[V, D]` of the reasoner for the paper's rule, None for the other.
+        neighbours: static.
+    """
+
+    centroids: jax.Array
+    cluster: jax.Array
+    margin: jax.Array
+    embeddings: jax.Array | None
+    neighbours: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        clusters: Clusters,
+        cluster: int,
+        *,
+        margin: float = 0.1,
+        rule: Literal["nearest", "paper"] = "nearest",
+        embeddings: np.ndarray | jax.Array | None = None,
+        neighbours: int = 10,
+    ) -> "ClusterAblation":
+        """Checked arguments.
+
+        Raises:
+            ValueError: no such cluster or rule, a margin outside [0, 1], or embeddings missing.
+        """
+        if not 0 <= cluster < len(clusters.centroids):
+            raise ValueError(f"cluster={cluster} of {len(clusters.centroids)}: count from 0")
+        if not 0 <= margin <= 1:
+            raise ValueError(f"margin={margin}: choose from 0 to 1")
+        if rule not in ("nearest", "paper"):
+            raise ValueError(f"rule={rule!r}: choose nearest or paper")
+        if (rule == "paper") != (embeddings is not None):
+            raise ValueError(f"rule={rule!r}: the paper's rule needs embeddings, the other none")
+        return cls(
+            jnp.asarray(clusters.centroids, jnp.float32),
+            jnp.int32(cluster),
+            jnp.float32(margin),
+            None if embeddings is None else jnp.asarray(embeddings, jnp.float32),
+            neighbours,
+        )
+
+    def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
+        """Memories to keep, `[B]` bool, of latents `[B, K, D]` with those that are real `[B, K]`;
+        `keys` are not used.
+        """
+        weight = valid.astype(jnp.float32)[..., None]
+        mean = (latents * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
+        if self.embeddings is not None:
+            near = _unit(mean) @ _unit(jnp.concatenate([self.centroids, self.embeddings])).T
+            own = jnp.take(near, self.cluster, axis=1)[:, None]
+            return (near > own).sum(axis=1) >= self.neighbours
+        distance = jnp.linalg.norm(mean[:, None] - self.centroids, axis=2)
+        named = jnp.arange(len(self.centroids)) == self.cluster
+        own = jnp.where(named, distance, 0).sum(axis=1)
+        other = jnp.where(named, jnp.inf, distance).min(axis=1)
+        return own >= (1 - self.margin) * other
+
+    def drop_rate(self, memories: Memories) -> float:
+        """Share of recorded memories that it would drop."""
+        keys = jax.random.split(jax.random.key(0), len(memories.latents))
+        kept = self(jnp.asarray(memories.latents), jnp.asarray(memories.valid), keys)
+        return float(1 - kept.mean())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CountMatchedControl:
+    """Drops memories at random, on average as many as an ablation: `keep_memory` of generation.
+
+    What this costs, losing any memory costs; only the rest of an ablation's effect is the cluster.
+
+    Attributes:
+        rate: float32 scalar, probability of dropping; `ClusterAblation.drop_rate` of memories
+            recorded without ablation.
+    """
+
+    rate: jax.Array
+
+    @classmethod
+    def of(cls, rate: float) -> "CountMatchedControl":
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate={rate}: choose from 0 to 1")
+        return cls(jnp.float32(rate))
+
+    def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
+        """Memories to keep, `[B]` bool, by one draw from each of `keys [B]`."""
+        return jax.vmap(jax.random.uniform)(keys) >= self.rate
+
+
+def _unit(rows: Any) -> Any:
+    """Rows of NumPy or jax at length 1; those of length 0 stay 0."""
+    return rows / ((rows * rows).sum(axis=-1, keepdims=True) ** 0.5).clip(1e-30)
+
+
+def _one_thread() -> Any:
+    """OpenMP's threads wait spinning: on busy cores that takes minutes for milliseconds."""
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    return threadpool_limits(1)
 
 
 def _sklearn(part: str) -> ModuleType:

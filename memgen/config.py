@@ -44,7 +44,8 @@ class WeaverConfig:
         prompt_latents: `K_p`, written before the first new token.
         inference_latents: `K_i`, written later at boundaries.
         context: what the weaver reads of the stream: the `embeddings` that the reasoner reads
-            (the authors' code), or the reasoner's `hidden` states (the paper).
+            (the authors' code), the reasoner's `hidden` states (the paper), or `nothing`: the
+            same latents whatever the text is, a control known as pause tokens.
         latents_see_latents: whether the weaver's context holds earlier latents. Without them all
             events of a row are woven in one pass in training.
         match_scale: normalise each latent and multiply by a learned gain that begins at the size
@@ -53,15 +54,15 @@ class WeaverConfig:
 
     prompt_latents: int = 8
     inference_latents: int = 8
-    context: Literal["embeddings", "hidden"] = "embeddings"
+    context: Literal["embeddings", "hidden", "nothing"] = "embeddings"
     latents_see_latents: bool = True
     match_scale: bool = True
     lora: LoRAConfig = LoRAConfig()
 
     def __post_init__(self):
         _at_least(self, prompt_latents=0, inference_latents=0)
-        if self.context not in ("embeddings", "hidden"):
-            raise ValueError(f"context={self.context!r}: choose embeddings or hidden")
+        if self.context not in ("embeddings", "hidden", "nothing"):
+            raise ValueError(f"context={self.context!r}: choose embeddings, hidden or nothing")
         if self.context == "hidden" and not self.latents_see_latents:
             raise ValueError(
                 "context='hidden' with latents_see_latents=False: hidden states after a latent "

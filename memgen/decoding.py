@@ -6,25 +6,23 @@ reasoner as a chunk; a step in which no row weaves does nothing for weaving.
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from memgen.delimiters import is_boundary
 from memgen.insertion import INFERENCE, PROMPT
 from memgen.model import MemGen
-from memgen.session import Reader, Session, put, take
+from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
+from memgen.session import Session, check_room, put, take
 from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
 from memgen.weaver import Snippets
 
-SHORTEST = 16
 NOT_ASKED, SKIPPED, INVOKED = -1, 0, 1
-
-KeepMemory = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -66,31 +64,6 @@ class Response:
         """The new ids of each row."""
         rows = zip(np.asarray(self.tokens), np.asarray(self.count), strict=True)
         return [row[:count].tolist() for row, count in rows]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """How to respond.
-
-    Attributes:
-        policy: decides at boundaries.
-        temperature: scalar, or None for the most probable token.
-        max_new_tokens: int32 scalar.
-        stop: `[M]` int32, ids after which a row is done.
-        choices: int32 scalar; only ids below it are chosen.
-        keep_memory: told latents `[B, K, D]`, which of them are real `[B, K]`, and keys `[B]`;
-            the events that it does not keep are skipped. None keeps all.
-        retriever: `memgen.retrieval.Retriever`, asked on the host at each event, or None.
-    """
-
-    policy: TriggerPolicy
-    temperature: jax.Array | None
-    max_new_tokens: jax.Array
-    stop: jax.Array
-    choices: jax.Array
-    keep_memory: KeepMemory | None = None
-    retriever: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
 def generate(
@@ -139,41 +112,6 @@ def generate(
     return response
 
 
-def make_request(
-    memgen: MemGen,
-    max_new_tokens: int,
-    policy: TriggerPolicy = AlwaysInvoke(),  # noqa: B008 (frozen)
-    temperature: float = 0.0,
-    stop: Sequence[int] = (),
-    choices: int | None = None,
-    keep_memory: KeepMemory | None = None,
-    retriever: Any = None,
-) -> Request:
-    """Checked numbers of a `Request`.
-
-    Raises:
-        ValueError: a number is out of its range, or a learned trigger is asked for and missing.
-    """
-    if policy.learned:
-        memgen.checked_trigger()
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
-    if not (np.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
-    vocab = memgen.reasoner.vocab_size
-    if choices is not None and not 1 <= choices <= vocab:
-        raise ValueError(f"choices={choices}: choose from 1 to vocab_size={vocab}")
-    return Request(
-        policy,
-        jnp.float32(temperature) if temperature else None,
-        jnp.int32(max_new_tokens),
-        jnp.asarray(list(stop), jnp.int32),
-        jnp.int32(vocab if choices is None else choices),
-        keep_memory,
-        retriever,
-    )
-
-
 def begin(
     memgen: MemGen,
     tokens: jax.Array,
@@ -207,13 +145,24 @@ def _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippets) ->
     return session.append_tokens(memgen, tokens, length, fresh=True)
 
 
-@functools.partial(jax.jit, donate_argnames="session")
 def observe(memgen: MemGen, session: Session, tokens: jax.Array, length: jax.Array) -> Session:
-    """Append tokens that somebody else wrote, `[B, C]` of `length [B]`, to the rows."""
+    """Append tokens that somebody else wrote, `[B, C]` of `length [B]`, to the rows.
+
+    Args:
+        session: is used up.
+
+    Raises:
+        ValueError: the session has no room (under your own `jit` its rows become NaN).
+    """
+    check_room(session, length)
+    return _observe(memgen, session, tokens, length)
+
+
+@functools.partial(jax.jit, donate_argnames="session")
+def _observe(memgen, session, tokens, length) -> Session:
     return session.append_tokens(memgen, tokens, length)
 
 
-@functools.partial(jax.jit, static_argnames="room", donate_argnames="session")
 def respond(
     memgen: MemGen, session: Session, request: Request, room: int
 ) -> tuple[Response, Session]:
@@ -229,7 +178,25 @@ def respond(
 
     Returns:
         the response, and the session after it.
+
+    Raises:
+        ValueError: the session has no room (under your own `jit` its rows become NaN), or none
+            for what the request retrieves.
     """
+    if request.retriever is not None and request.retriever.max_snippet_tokens > session.snippets:
+        raise ValueError(
+            f"the session has room for {session.snippets} retrieved tokens, the retriever gives "
+            f"{request.retriever.max_snippet_tokens}: begin(..., request=request)"
+        )
+    if not isinstance(request.max_new_tokens, Tracer):
+        never = isinstance(request.policy, NeverInvoke)
+        new = min(room, int(request.max_new_tokens))
+        check_room(session, new, 0 if never else memgen.config.room)
+    return _respond(memgen, session, request, room)
+
+
+@functools.partial(jax.jit, static_argnames="room", donate_argnames="session")
+def _respond(memgen, session, request, room) -> tuple[Response, Session]:
     decoders = Decoders.of(memgen)
     batch = session.count.shape[0]
     vector = jax.eval_shape(memgen.reasoner.embed_tokens, session.tokens[:, :1])
@@ -294,7 +261,9 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop) ->
     if memgen.config.weaver.latents and not isinstance(request.policy, NeverInvoke):
         carry = dataclasses.replace(loop, session=session), invoke
         loop, invoke = when(
-            invoke.any(), lambda carry: _weave(decoders, request, *carry, keys[2]), carry
+            invoke.any(),
+            lambda carry: _weave(decoders, request, carry[0], carry[1], keys[2]),
+            carry,
         )
         session = loop.session
     logits = memgen.reasoner.unembed(session.reasoner.hidden)
@@ -352,21 +321,14 @@ def _weave(decoders, request, loop: Loop, invoke, keys) -> tuple[Loop, jax.Array
     batch, slots = invoke.shape[0], weaver.config.latents
     kind = jnp.broadcast_to(jnp.where(loop.step == 0, PROMPT, INFERENCE), (batch,))
     width = weaver.width(kind)
-    fetch, target = session.weaver_sees(memgen)
-    assert session.weaver is not None
-    reader: Reader = session.weaver.catch_up(decoders.weaver, fetch, target, invoke)
-    snippets = None
-    if request.retriever is not None:
-        snippets = _retrieved(memgen, request.retriever, session, invoke)
-    suffix, first = weaver.suffix(kind, snippets)
-    # The queries are read and forgotten: the cache without them lives on.
-    hidden, _ = decoders.weaver.extend(reader.cache, suffix, jnp.where(invoke, first + slots, 0))
-    latents = weaver.memory(take(hidden, first[:, None] + jnp.arange(slots)))
+    if session.weaver is None:
+        latents = weaver.fixed(kind)
+    else:
+        latents, session = _read_and_weave(decoders, request.retriever, session, kind, invoke)
     real = jnp.arange(slots) < width[:, None]
     latents = jnp.where(real[..., None], latents, 0)
     if request.keep_memory is not None:
         invoke &= request.keep_memory(latents, real, keys)
-    session = session.replace(weaver=reader)
     session = session.append(memgen, latents, jnp.where(invoke, width, 0))
     event = jnp.where(loop.step == 0, 0, 1 + loop.events)
     once = invoke.astype(jnp.int32)
@@ -377,6 +339,25 @@ def _weave(decoders, request, loop: Loop, invoke, keys) -> tuple[Loop, jax.Array
         points=put(response.points, point, event, once),
     )
     return dataclasses.replace(loop, session=session, response=response), invoke
+
+
+def _read_and_weave(
+    decoders: Decoders, retriever: Any, session: Session, kind: jax.Array, invoke: jax.Array
+) -> tuple[jax.Array, Session]:
+    """Latents `[B, K, D]` of the rows that invoke, and the session with the weaver up to date."""
+    memgen, weaver = decoders.memgen, decoders.memgen.weaver
+    assert session.weaver is not None
+    fetch, target = session.weaver_sees(memgen)
+    reader = session.weaver.catch_up(decoders.weaver, fetch, target, invoke)
+    snippets = None
+    if retriever is not None:
+        snippets = _retrieved(memgen, retriever, session, invoke)
+    suffix, first = weaver.suffix(kind, snippets)
+    slots = weaver.config.latents
+    # The queries are read and forgotten: the cache without them lives on.
+    hidden, _ = decoders.weaver.extend(reader.cache, suffix, jnp.where(invoke, first + slots, 0))
+    latents = weaver.memory(take(hidden, first[:, None] + jnp.arange(slots)))
+    return latents, session.replace(weaver=reader)
 
 
 def _retrieved(memgen, retriever, session: Session, invoke) -> Snippets:
@@ -409,41 +390,3 @@ def _keys(session: Session, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     here = fold(jax.vmap(jax.random.fold_in)(session.keys, session.responses), step)
     return fold(here, 0), fold(here, 1), fold(here, 2)
-
-
-def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """One key for each prompt, `[B]`: of the seed, the prompt, and how many equal ones precede."""
-    rows = [tuple(prompt) for prompt in prompts]
-    repeats = [rows[:index].count(row) for index, row in enumerate(rows)]
-    hashes = [zlib.crc32(np.array(row, np.int32).tobytes()) for row in rows]
-    fold = jax.vmap(jax.random.fold_in)
-    base = jnp.broadcast_to(jax.random.key(seed), (len(rows),))
-    return fold(fold(base, jnp.array(hashes, jnp.uint32)), jnp.array(repeats, jnp.uint32))
-
-
-def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Rows `[B, C]` padded on the right to a power of two, and their lengths `[B]`.
-
-    Raises:
-        ValueError: no prompt, an empty one, or an id outside the vocabulary.
-    """
-    if not prompts:
-        raise ValueError("no prompt is given: give at least one")
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty: give at least one token")
-        wrong = [token for token in prompt if not 0 <= token < vocab_size]
-        if wrong:
-            raise ValueError(
-                f"prompt {index} holds token id {wrong[0]}, vocab_size={vocab_size}: "
-                "use the tokenizer that the reasoner was trained with"
-            )
-    tokens = np.zeros((len(prompts), bucket(max(map(len, prompts)))), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return jnp.asarray(tokens), jnp.array([len(prompt) for prompt in prompts], jnp.int32)
-
-
-def bucket(size: int) -> int:
-    """The power of two, from 16 on, that a size is rounded up to."""
-    return max(SHORTEST, 1 << (max(size, 1) - 1).bit_length())

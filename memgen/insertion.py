@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
@@ -39,7 +40,7 @@ class Plan:
         Raises:
             ValueError: the points of a row do not ascend (checked unless traced).
         """
-        if not isinstance(point, jax.core.Tracer):
+        if not isinstance(point, Tracer):
             _check_ascending(np.asarray(point))
         weaver = config.weaver
         width = jnp.where(kind == PROMPT, weaver.prompt_latents, weaver.inference_latents)
@@ -59,6 +60,28 @@ def _check_ascending(point: np.ndarray) -> None:
             raise ValueError(
                 f"points {used.tolist()} of a plan must ascend: sort them, one event for each"
             )
+
+
+def check_plan(plan: Plan, tokens: jax.Array, slots: int) -> None:
+    """Raise a ValueError for a plan that is not one of `tokens [B, L]` and of `slots` latents.
+
+    Rows are always checked, widths and points unless traced.
+    """
+    rows, length = tokens.shape
+    if plan.point.shape[0] != rows:
+        raise ValueError(
+            f"a plan of {plan.point.shape[0]} rows for tokens of {rows}: make one for these tokens"
+        )
+    if isinstance(plan.width, Tracer) or isinstance(plan.point, Tracer) or not plan.point.size:
+        return
+    widest, last = int(plan.width.max()), int(plan.point.max())
+    if widest > slots:
+        raise ValueError(
+            f"a plan of {widest} latents for an event, the weaver writes at most {slots}: "
+            "make it with this MemGen's config"
+        )
+    if last >= length:
+        raise ValueError(f"a plan with point {last} for rows of {length} tokens: count from 0")
 
 
 def stream_index(plan: Plan, length: int) -> jax.Array:

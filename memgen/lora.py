@@ -32,11 +32,12 @@ class LowRank(nnx.Module):
     ):
         bound = inputs**-0.5
         shape = (*stack, inputs, config.rank)
-        self.a = kind(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
-        self.b = kind(jnp.zeros((*stack, config.rank, outputs)))
+        first = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        self.a = kind(first, inputs=1)
+        self.b = kind(jnp.zeros((*stack, config.rank, outputs)), inputs=1)
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
-        self.key = nnx.data(None)
+        self.key: jax.Array | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., inputs]` to `[..., outputs]`; the stack's axes must be taken off before."""
@@ -118,13 +119,14 @@ def beside(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
         if name not in paths:
             raise ValueError(f"no map {name!r} to adapt: choose from {', '.join(paths)}")
         *above, last = paths[name]
-        parent = copy
+        parent: Any = copy
         for part in above:
-            parent = parent[part] if isinstance(part, int) else getattr(parent, part)
+            parent = _child(parent, part)
+        wrapped = _Sum(_child(parent, last), low_rank)
         if isinstance(last, int):
-            parent[last] = _Sum(parent[last], low_rank)
+            parent[last] = wrapped
         else:
-            setattr(parent, last, _Sum(getattr(parent, last), low_rank))
+            setattr(parent, str(last), wrapped)
     return copy
 
 
@@ -134,6 +136,10 @@ class _Sum(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear(x) + self.low_rank(x)
+
+
+def _child(parent: Any, part: Any) -> Any:
+    return parent[part] if isinstance(part, int) else getattr(parent, part)
 
 
 def _path(path: tuple[Any, ...]) -> str:

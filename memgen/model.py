@@ -8,7 +8,14 @@ from flax import nnx
 
 from memgen.backbone import DecoderBackbone, check_backbone
 from memgen.config import MemGenConfig
-from memgen.insertion import Plan, assemble, predictor_index, stream_index, stream_length
+from memgen.insertion import (
+    Plan,
+    assemble,
+    check_plan,
+    predictor_index,
+    stream_index,
+    stream_length,
+)
 from memgen.lora import with_dropout
 from memgen.trigger import Trigger, TriggerParam
 from memgen.weaver import Weaver, WeaverParam
@@ -130,17 +137,22 @@ class MemGen(nnx.Module):
             tokens: `[B, L]` int32, padded on the right by anything; events stand among real ones.
             plan: of `E` events.
             dropout: a key, in training.
+
+        Raises:
+            ValueError: the plan is for other rows or of another width (checked unless traced).
         """
+        check_plan(plan, tokens, self.config.weaver.latents)
         vectors = self.reasoner.embed_tokens(tokens)
         batch, length, dim = vectors.shape
         events, slots = plan.point.shape[1], self.config.weaver.latents
         latents = jnp.zeros((batch, events, slots, dim), vectors.dtype)
-        if slots:
+        if slots and self.config.weaver.context == "nothing":
+            latents = self.weaver.fixed(plan.kind)
+        elif slots and self.config.weaver.latents_see_latents:
+            latents = self._in_order(self.weaving(dropout), vectors, latents, plan)
+        elif slots:
             backbone = self.weaving(dropout)
-            if self.config.weaver.latents_see_latents:
-                latents = self._in_order(backbone, vectors, latents, plan)
-            else:
-                latents = self.weaver.weave_at_once(backbone, vectors, plan.point, plan.kind)
+            latents = self.weaver.weave_at_once(backbone, vectors, plan.point, plan.kind)
         whole = stream_length(plan, jnp.full((batch,), length, jnp.int32))
         return Woven(assemble(vectors, latents, plan), whole, latents)
 

@@ -6,71 +6,53 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
 class Retriever(Protocol):
     """Finds snippets for a batch of queries, on the host, in fixed shapes.
 
-    Equal queries get equal answers, whatever else is in the batch: generation calls it from
-    within a compiled loop and counts on that.
+    Equal queries get equal answers, whatever else is in the batch: generation asks from within a
+    compiled loop and counts on that. It is hashed, so that a program knows whom it asks.
 
     Attributes:
-        max_tokens: `Lc`, the longest answer.
+        max_snippet_tokens: `Lc`, the longest answer.
     """
 
     @property
-    def max_tokens(self) -> int: ...
+    def max_snippet_tokens(self) -> int: ...
 
-    def __call__(
+    def retrieve(
         self, ids: np.ndarray, length: np.ndarray, asks: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Snippets for the text so far of each row.
 
         Args:
-            ids: `[B, T]` int32 tokens, padded on the right.
+            ids: `[B, T]` int32 tokens, padded on the right. All three may be arrays of jax: turn
+                them into NumPy's first; the program that asks is still running, and computing
+                with jax might wait for it.
             length: `[B]` int32 real tokens of each row.
             asks: `[B]` bool, rows that want an answer; the others get length 0.
 
         Returns:
             Tokens `[B, Lc]` int32, 0 beyond the length, and lengths `[B]` int32; 0 says that
-            nothing fits.
+            nothing was found.
         """
         ...
-
-
-def retrieve(
-    retriever: Retriever, ids: jax.Array, length: jax.Array, asks: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Ask a retriever from compiled code; arguments and results as in `Retriever.__call__`."""
-    batch, size = ids.shape[0], retriever.max_tokens
-
-    def on_host(ids, length, asks) -> tuple[np.ndarray, np.ndarray]:
-        # Arrays of jax come in; work on them in here could wait for the program that waits for us.
-        found, found_length = retriever(np.asarray(ids), np.asarray(length), np.asarray(asks))
-        return np.asarray(found, np.int32), np.asarray(found_length, np.int32)
-
-    shapes = (
-        jax.ShapeDtypeStruct((batch, size), jnp.int32),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-    )
-    return jax.pure_callback(on_host, shapes, ids, length, asks)
 
 
 class BM25Retriever:
     """The passages that share the rarest words with the text so far (BM25). Needs bm25s.
 
-    A snippet is the beginning of its passage; snippets follow one another, best first. A passage
-    without a word in common is never one, so there may be fewer than `top`, or none.
+    Passages follow one another, best first, and the end is cut off where they are too long. One
+    without a word in common is never among them, so there may be fewer than `top`, or none.
 
     Args:
         passages: texts to choose from.
         encode: text to token ids.
         decode: token ids to text.
-        top: P, snippets of an answer.
-        max_snippet_tokens: a longer snippet is cut there.
+        top: P, passages of an answer.
+        max_snippet_tokens: a longer answer is cut there.
 
     Attributes:
         passages, top, max_snippet_tokens: as given.
@@ -87,7 +69,7 @@ class BM25Retriever:
         decode: Callable[[Sequence[int]], str],
         *,
         top: int = 3,
-        max_snippet_tokens: int = 64,
+        max_snippet_tokens: int = 256,
     ):
         if top < 1:
             raise ValueError(f"top={top}: choose 1 passage or more")
@@ -115,9 +97,9 @@ class BM25Retriever:
         encode: Callable[[str], Sequence[int]],
         decode: Callable[[Sequence[int]], str],
         *,
-        passage_words: int = 100,
+        passage_words: int = 64,
         top: int = 3,
-        max_snippet_tokens: int = 64,
+        max_snippet_tokens: int = 256,
     ) -> "BM25Retriever":
         """From text files, and from .jsonl files with one object with a `text` in each line.
 
@@ -141,10 +123,6 @@ class BM25Retriever:
             raise ValueError(f"no passages in {names}: give files with text")
         return cls(passages, encode, decode, top=top, max_snippet_tokens=max_snippet_tokens)
 
-    @property
-    def max_tokens(self) -> int:
-        return self.top * self.max_snippet_tokens
-
     def best(self, query: str) -> list[int]:
         """Indices of at most `top` passages that share a word with the query, best first."""
         words = [word for word in _words(query) if word in self._known]
@@ -154,16 +132,18 @@ class BM25Retriever:
         order = np.argsort(-scores, kind="stable")  # of equal ones the first in the files
         return [int(index) for index in order[: self.top] if scores[index] > 0]
 
-    def __call__(
+    def retrieve(
         self, ids: np.ndarray, length: np.ndarray, asks: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `Retriever.__call__`."""
-        found = np.zeros((len(ids), self.max_tokens), np.int32)
+        """As `Retriever.retrieve`."""
+        ids, length = np.asarray(ids), np.asarray(length)
+        found = np.zeros((len(ids), self.max_snippet_tokens), np.int32)
         found_length = np.zeros(len(ids), np.int32)
-        for row in np.flatnonzero(asks):
+        for row in np.flatnonzero(np.asarray(asks)):
             tokens: list[int] = []
             for index in self.best(self._decode(ids[row, : length[row]].tolist())):
-                tokens += list(self._encode(self.passages[index]))[: self.max_snippet_tokens]
+                tokens += self._encode(self.passages[index])
+            tokens = tokens[: self.max_snippet_tokens]
             found[row, : len(tokens)] = tokens
             found_length[row] = len(tokens)
         return found, found_length

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from memgen.model import MemGen
 
@@ -73,6 +75,8 @@ class Session:
         weaver, trigger: lag behind; None where the model has none.
         keys: `[B]`, of which all that is random in a row is made.
         responses: `[B]` int32 so far.
+        places: `S`, room for tokens and latents in each row.
+        snippets: room for so many retrieved tokens at an event.
     """
 
     tokens: jax.Array
@@ -84,6 +88,8 @@ class Session:
     trigger: Reader | None
     keys: jax.Array
     responses: jax.Array
+    places: int = dataclasses.field(metadata={"static": True})
+    snippets: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def start(
@@ -102,7 +108,7 @@ class Session:
         none = jnp.zeros((batch,), jnp.int32)
         reasoner = Reader.start(memgen.reasoner, batch, room)
         weaver = trigger = None
-        if config.weaver.latents:
+        if config.weaver.latents and config.weaver.context != "nothing":
             extra = config.weaver.latents + snippets
             weaver = Reader.start(memgen.weaving(), batch, room + extra)
         source = config.trigger.source if config.trigger else None
@@ -121,6 +127,8 @@ class Session:
             trigger,
             keys,
             none,
+            room,
+            snippets,
         )
 
     def replace(self, **changes) -> "Session":
@@ -172,6 +180,24 @@ class Session:
 
     def _tokens_of(self, decoder: Any) -> Callable:
         return lambda places: decoder.embed_tokens(take(self.tokens, places))
+
+
+def check_room(session: Session, tokens: Any, latents: int = 0) -> None:
+    """Raise a ValueError where rows would outgrow the session; not where lengths are traced."""
+    if isinstance(tokens, Tracer) or isinstance(session.count, Tracer):
+        return
+    count = int((np.asarray(session.count) + np.asarray(tokens)).max())
+    if count > session.tokens.shape[1]:
+        raise ValueError(
+            f"a row would grow to {count} tokens, the session has max_tokens="
+            f"{session.tokens.shape[1]}: begin with more"
+        )
+    places = int((np.asarray(session.reasoner.read) + np.asarray(tokens)).max()) + latents
+    if places > session.places:
+        raise ValueError(
+            f"a row would grow to {places} tokens and latents, the session has room for "
+            f"{session.places}: begin with more max_responses"
+        )
 
 
 def rows_of(rows: Any) -> Callable:

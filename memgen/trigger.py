@@ -14,7 +14,7 @@ from memgen.lora import make_adapter
 
 
 class TriggerParam(nnx.Param):
-    """What trigger training moves."""
+    """What trigger training moves; metadata as of `WeaverParam`."""
 
 
 class Trigger(nnx.Module):
@@ -34,9 +34,9 @@ class Trigger(nnx.Module):
         self.adapter = (
             make_adapter(backbone, config.lora, rngs=rngs, kind=TriggerParam) if own else None
         )
-        self.kernel = TriggerParam(jnp.zeros((backbone.embed_dim, 2)))
+        self.kernel = TriggerParam(jnp.zeros((backbone.embed_dim, 2)), inputs=1)
         odds = math.log(config.init_invoke_prob / (1 - config.init_invoke_prob))
-        self.bias = TriggerParam(jnp.array([0.0, odds]))
+        self.bias = TriggerParam(jnp.array([0.0, odds]), inputs=0)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[..., D]` to logits `[..., 2]` float32."""

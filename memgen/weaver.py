@@ -16,7 +16,7 @@ NORM_EPS = 1e-5
 
 
 class WeaverParam(nnx.Param):
-    """What weaver training moves."""
+    """What weaver training moves; `inputs` in its metadata says how many axes are contracted."""
 
 
 class Snippets(NamedTuple):
@@ -35,10 +35,10 @@ class Bank(nnx.Module):
     """Query latents of one kind of event: `scale * LayerNorm(queries)`, `[slots, width]`."""
 
     def __init__(self, slots: int, width: int, *, rngs: nnx.Rngs):
-        self.queries = WeaverParam(jax.random.normal(rngs.params(), (slots, width)))
-        self.norm_scale = WeaverParam(jnp.ones((width,)))
-        self.norm_bias = WeaverParam(jnp.zeros((width,)))
-        self.scale = WeaverParam(jnp.ones(()))
+        self.queries = WeaverParam(jax.random.normal(rngs.params(), (slots, width)), inputs=0)
+        self.norm_scale = WeaverParam(jnp.ones((width,)), inputs=0)
+        self.norm_bias = WeaverParam(jnp.zeros((width,)), inputs=0)
+        self.scale = WeaverParam(jnp.ones(()), inputs=0)
 
     def __call__(self) -> jax.Array:
         x = self.queries[...]
@@ -54,8 +54,8 @@ class Projection(nnx.Module):
         draw = lambda shape: jax.random.uniform(  # noqa: E731
             rngs.params(), shape, minval=-(inputs**-0.5), maxval=inputs**-0.5
         )
-        self.kernel = WeaverParam(draw((inputs, outputs)))
-        self.bias = WeaverParam(draw((outputs,)))
+        self.kernel = WeaverParam(draw((inputs, outputs)), inputs=1)
+        self.bias = WeaverParam(draw((outputs,)), inputs=0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
@@ -82,13 +82,18 @@ class Weaver(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        width = backbone.embed_dim
-        self.adapter = make_adapter(backbone, config.lora, rngs=rngs, kind=WeaverParam)
-        self.prompt = Bank(config.prompt_latents, width, rngs=rngs)
-        self.inference = Bank(config.inference_latents, width, rngs=rngs)
+        width, reads = backbone.embed_dim, config.context != "nothing"
+        asks = width if reads else reasoner.embed_dim
+        self.adapter = (
+            make_adapter(backbone, config.lora, rngs=rngs, kind=WeaverParam)
+            if reads
+            else nnx.Dict()
+        )
+        self.prompt = Bank(config.prompt_latents, asks, rngs=rngs)
+        self.inference = Bank(config.inference_latents, asks, rngs=rngs)
         self.to_weaver = Projection(reasoner.embed_dim, width, rngs=rngs)
         self.to_reasoner = Projection(width, reasoner.embed_dim, rngs=rngs)
-        self.gain = WeaverParam(_embedding_size(reasoner)) if config.match_scale else None
+        self.gain = WeaverParam(_embedding_size(reasoner), inputs=0) if config.match_scale else None
 
     def width(self, kind: jax.Array) -> jax.Array:
         """Latents that an event of each kind writes, int32."""
@@ -116,6 +121,12 @@ class Weaver(nnx.Module):
         size = jnp.sqrt(jnp.square(latents.astype(jnp.float32)).mean(axis=-1, keepdims=True))
         size = jnp.maximum(size, 1e-12)
         return (latents / size * self.gain[...]).astype(latents.dtype)
+
+    def fixed(self, kind: jax.Array) -> jax.Array:
+        """Latents that depend on no text, `[..., K, d_r]` for `kind [...]`."""
+        queries = self.queries(kind.reshape(-1))
+        latents = self.memory(jax.nn.gelu(self.to_weaver(queries)))
+        return latents.reshape(*kind.shape, *latents.shape[1:])
 
     def weave(
         self,

@@ -106,11 +106,12 @@ def fork(
     candidates: list[Candidate] = []
     log_scores: list[float] = []
     keys: list[float] = []
+    log_gate = math.log(max(10 * abs(float(p["gate"])), 1e-12)) if "gate" in p else 0.0
     for n, stream in enumerate(streams):
         z_fork, z_keep = norm(p["norm"], config, stream.x) @ p["score"]  # eq. 1
         # The fork stands directly left of its parent.
         candidates.append(Candidate(parent=n, is_fork=True))
-        log_scores.append(stream.log_score + log_sigmoid(z_fork))  # eq. 2
+        log_scores.append(stream.log_score + log_sigmoid(z_fork) + log_gate)  # eq. 2
         keys.append(log_scores[-1])
         candidates.append(Candidate(parent=n, is_fork=False))
         log_scores.append(stream.log_score + log_sigmoid(z_keep))  # eq. 3

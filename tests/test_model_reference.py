@@ -66,6 +66,15 @@ SINGLE: dict[str, dict[str, Any]] = {
     "streams-13": {"policy": TopK(streams=13)},
     "streams-20": {"policy": TopK(streams=20)},
     "unscored-originals": {"score_originals": False},
+    "fork-gate": {"fork_gate": 0.02},
+    "retrofit": {
+        "fork_gate": 0.02,
+        "score_originals": False,
+        "score_bias": "none",
+        "value_scaling": False,
+        "residual_scaling": False,
+        "merge": "rightmost",
+    },
     **{f"causal-{index}": causal for index, causal in enumerate(CAUSAL)},
     "merge-residual": {"merge": "residual"},
     "merge-rightmost": {"merge": "rightmost"},
@@ -194,6 +203,8 @@ def heavy_params(config: ModelConfig, rng: np.random.Generator, score_std: float
         }
         if config.fork_embedding:
             fork["embedding"] = normal(width, std=1.0)
+        if config.fork_gate is not None:
+            fork["gate"] = np.float32(-config.fork_gate)  # its magnitude acts
         if isinstance(config.policy, Threshold):
             fork["threshold"] = np.float32(rng.uniform(0.2, 0.5))
         params.setdefault("forks", {})[index] = fork

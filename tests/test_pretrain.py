@@ -200,7 +200,7 @@ def test_a_run_compiles_each_function_once(monkeypatch, arguments):
         made.append(make_train_step(*inputs))
         return made[-1]
 
-    monkeypatch.setattr("train.loop.make_train_step", remember)
+    monkeypatch.setattr("train.pretraining.make_train_step", remember)
     assert run_here(monkeypatch, *arguments, "--evaluation.every", "3") == 0
     assert run_here(monkeypatch, *arguments, "--steps", "12") == 0  # restored from a checkpoint
     assert [step._cache_size() for step in made] == [1, 1]

@@ -96,6 +96,16 @@ class Backbone(nnx.Module):
             module.adapters = nnx.data(mine or None)
         return Backbone(model)
 
+    def merged(self, deltas: Mapping[str, jax.Array]) -> Thoughtbubbles:
+        """A model whose maps have taken up `deltas`, `[*stack, inputs, outputs]` each by name."""
+        leaves, structure = jax.tree.flatten(self.model)
+        model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
+        for name, delta in deltas.items():
+            module = model.blocks.attention if name in ATTENTION_MAPS else model.blocks.mlp
+            kernel = getattr(module, name)
+            kernel[...] = kernel[...] + delta.reshape(kernel.shape).astype(kernel.dtype)
+        return model
+
     def for_decoding(self) -> "Backbone":
         """The form for a loop over `extend`: no step copies weights out of their stack."""
         return Backbone(self.model, self.model.layers())

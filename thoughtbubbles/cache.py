@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from thoughtbubbles.attention import attend, attend_cached
+from thoughtbubbles.attention import attend_cached
 from thoughtbubbles.bubbles import bubbles_of
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.layers import Block, Geometry
@@ -152,7 +152,7 @@ def extend(
 def prefill(
     model: Thoughtbubbles, cache: Cache, tokens: jax.Array, length: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
-    """`extend` of an empty cache, faster: the tokens attend among themselves.
+    """`extend` of an empty cache, faster: the tokens attend among themselves, by `Block.attend`.
 
     Args:
         tokens: `[B, C]` int32, padded on the right.
@@ -305,10 +305,6 @@ def _through(
         new_bias = geometry.key_bias
         bias = _into(bias, new_bias, 1) if fresh else append(bias, new_bias, before, alive)
 
-    def among_themselves(query, key, value):
-        mixed = attend(query, key, value, geometry.key_bias)
-        return mixed, (key.swapaxes(1, 2), value.swapaxes(1, 2))
-
     for (layer, rotary), key, value in zip(layers, group.key, group.value, strict=True):
         here = geometry.where(rotary)
 
@@ -316,6 +312,10 @@ def _through(
             key = _append_heads_first(key, new_key, before, alive)
             value = _append_heads_first(value, new_value, before, alive)
             return attend_cached(query, key, value, bias, before), (key, value)
+
+        def among_themselves(query, key, value, attend=layer.attend):
+            mixed = attend(query, key, value, geometry.key_bias)
+            return mixed, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
         if fresh:
             streams, (new_key, new_value) = layer.mixing(streams, here, among_themselves)

@@ -26,6 +26,9 @@ class ModelConfig:
     p). `score_originals=True` is the paper: an original carries a score as forks do and is
     attenuated by it; by default its score stays 1, so that the plain decoder stands whole among the
     forks. `copies` is the copy-k baseline: each input residual k times, the rightmost decoded.
+    `fork_gate` gives each fork layer a learned scalar, of this value at first, whose magnitude
+    times `forking.GATE_UNIT` multiplies the scores of its forks: near 0, forks are next to
+    invisible at first (see `retrofit`).
 
     The six switches from `fork_embedding` on each take one ingredient out, for ablations.
     """
@@ -54,6 +57,7 @@ class ModelConfig:
     merge: Literal["probability", "residual", "rightmost"] = "residual"
     score_bias: Literal["head", "none"] = "head"
     score_originals: bool = False
+    fork_gate: float | None = None
     fork_embedding: bool = True
     key_bias: bool = True
     value_scaling: bool = True
@@ -111,6 +115,8 @@ class ModelConfig:
             if list(layers) != sorted(set(layers)):
                 raise ValueError(f"{kind}_layers={layers} must rise without repeats")
         check_forced_keep(self.policy, self.forced_keep, self.score_originals)
+        if self.fork_gate is not None and not self.fork_gate > 0:
+            raise ValueError(f"fork_gate={self.fork_gate} is not positive: choose e.g. 1e-9")
         if self.copies < 1:
             raise ValueError(f"copies={self.copies} is below 1: 1 means no copies")
         if self.copies > 1 and (self.fork_layers or self.merge != "rightmost"):
@@ -168,7 +174,7 @@ class ModelConfig:
         block += 2 * k * self.qk_norm
         block += heads * k * (self.biases != "none")
         block += (d + (maps - 1) * f + d) * (self.biases == "all")
-        fork = norm + 2 * d + d * self.fork_embedding
+        fork = norm + 2 * d + d * self.fork_embedding + (self.fork_gate is not None)
         table = self.vocab_size * d * (1 if self.tied_head else 2)
         return table + self.num_layers * block + len(self.fork_layers) * fork + norm
 

@@ -11,20 +11,31 @@ from thoughtbubbles.streams import Streams
 
 Merge = Literal["probability", "residual", "rightmost"]
 LOWEST_LOG_SCORE = -20.0
+GATE_UNIT = 10.0
+LOWEST_GATE = 1e-12
 
 
-def candidate_log_scores(score_logits: jax.Array, log_score: jax.Array) -> jax.Array:
+def candidate_log_scores(
+    score_logits: jax.Array, log_score: jax.Array, gate: jax.Array | None = None
+) -> jax.Array:
     """Cumulative log-scores of the candidates (eqs. 1-3), always in float32.
 
     Args:
         score_logits: `[B, S, 2]`, fork in column 0 and keep in column 1.
         log_score: `[B, S]` cumulative log-score of the streams.
+        gate: scalar; `GATE_UNIT` times its magnitude multiplies the score of every fork.
 
     Returns:
         `[B, 2S]` in candidate order `[fork_0, keep_0, fork_1, keep_1, ...]`.
     """
-    gates = jax.nn.log_sigmoid(score_logits.astype(jnp.float32))
-    cumulative = log_score[..., None] + jnp.maximum(gates, LOWEST_LOG_SCORE)
+    own = jax.nn.log_sigmoid(score_logits.astype(jnp.float32))
+    own = jnp.maximum(own, LOWEST_LOG_SCORE)
+    if gate is not None:
+        # The magnitude, so that a step of the optimizer over 0 shuts no gate for ever; in units,
+        # so that it moves as far in a step as the scores do, which are sums over the width.
+        log_gate = jnp.log(jnp.maximum(GATE_UNIT * jnp.abs(gate), LOWEST_GATE))
+        own = own + jnp.stack([log_gate, jnp.zeros_like(log_gate)])
+    cumulative = log_score[..., None] + own
     return cumulative.reshape(cumulative.shape[0], -1)
 
 

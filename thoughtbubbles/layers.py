@@ -7,7 +7,7 @@ them to a mesh, so a module needs none.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import jax
@@ -122,8 +122,23 @@ class Geometry:
         )
 
 
+def adapted(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name: str) -> jax.Array:
+    """`y`, what a map made of `x [..., in]`, and what the adapter of that name adds to it, if any.
+
+    An adapter is a pytree that one calls: `[..., in]` to `[..., out]`, where `y` may have `out`
+    split over several axes.
+    """
+    if adapters is None or name not in adapters:
+        return y
+    return y + adapters[name](x).reshape(y.shape).astype(y.dtype)
+
+
 class Attention(nnx.Module):
-    """Causal score-attenuated multi-head attention over streams (eq. 8), heads grouped if asked."""
+    """Causal score-attenuated multi-head attention over streams (eq. 8), heads grouped if asked.
+
+    Attributes:
+        adapters: added to the maps `q`, `k`, `v`, `o` (`Thoughtbubbles.adapted`).
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, h, g, k = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
@@ -142,12 +157,13 @@ class Attention(nnx.Module):
         qk_norm = lambda: Norm(k, "rmsnorm", eps=config.norm_eps, axis="head_dim")  # noqa: E731
         self.q_norm = qk_norm() if config.qk_norm else None
         self.k_norm = qk_norm() if config.qk_norm else None
+        self.adapters = nnx.data(None)
 
     def __call__(self, x: jax.Array, geometry: Geometry, mix: Mix) -> tuple[jax.Array, Any]:
         """`[B, S, D]` to `[B, S, D]`, and what else `mix` gave."""
-        query = self._project(x, self.q, self.q_bias)
-        key = self._project(x, self.k, self.k_bias)
-        value = self._project(x, self.v, self.v_bias)
+        query = self._project(x, "q", self.q_bias)
+        key = self._project(x, "k", self.k_bias)
+        value = self._project(x, "v", self.v_bias)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, geometry.cos, geometry.sin)
@@ -156,17 +172,23 @@ class Attention(nnx.Module):
             value = value * geometry.value_scale[..., None, None].astype(value.dtype)
         mixed, rest = mix(query, key, value)
         out = jnp.einsum("bshk,hkd->bsd", mixed, self.o[...].astype(self.dtype))
+        out = adapted(out, mixed.reshape(*mixed.shape[:2], -1), self.adapters, "o")
         if self.o_bias is not None:
             out = out + self.o_bias[...].astype(self.dtype)
         return out, rest
 
-    def _project(self, x, kernel, bias):
-        y = jnp.einsum("bsd,dhk->bshk", x, kernel[...].astype(self.dtype))
+    def _project(self, x, name, bias):
+        kernel = getattr(self, name)[...].astype(self.dtype)
+        y = adapted(jnp.einsum("bsd,dhk->bshk", x, kernel), x, self.adapters, name)
         return y if bias is None else y + bias[...].astype(self.dtype)
 
 
 class MLP(nnx.Module):
-    """`down(gelu(up x))`, or `down(silu(gate x) * up x)` for SwiGLU."""
+    """`down(gelu(up x))`, or `down(silu(gate x) * up x)` for SwiGLU.
+
+    Attributes:
+        adapters: added to the maps `up`, `gate`, `down` (`Thoughtbubbles.adapted`).
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, f = config.embed_dim, config.mlp_width
@@ -181,18 +203,19 @@ class MLP(nnx.Module):
             vector(jnp.zeros((f,)), ("mlp",)) if bias and self.gate is not None else None
         )
         self.down_bias = vector(jnp.zeros((d,)), ("embed",)) if bias else None
+        self.adapters = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, S, D]` to `[B, S, D]`."""
-        hidden = self._linear(x, self.up, self.up_bias)
+        hidden = self._linear(x, "up", self.up_bias)
         if self.gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
         else:
-            hidden = jax.nn.silu(self._linear(x, self.gate, self.gate_bias)) * hidden
-        return self._linear(hidden, self.down, self.down_bias)
+            hidden = jax.nn.silu(self._linear(x, "gate", self.gate_bias)) * hidden
+        return self._linear(hidden, "down", self.down_bias)
 
-    def _linear(self, x, kernel, bias):
-        y = x @ kernel[...].astype(self.dtype)
+    def _linear(self, x, name, bias):
+        y = adapted(x @ getattr(self, name)[...].astype(self.dtype), x, self.adapters, name)
         return y if bias is None else y + bias[...].astype(self.dtype)
 
 
@@ -251,6 +274,7 @@ class Fork(nnx.Module):
         embedding: whether forks get a learned vector added (off: an ablation).
         forced_keep: whether originals always live (off: an ablation).
         score_originals: whether originals carry a score, as in the paper; by default theirs is 1.
+        gate: first value of a learned factor on the scores of forks; None for no such factor.
         rngs: for the initial values.
     """
 
@@ -265,6 +289,7 @@ class Fork(nnx.Module):
         embedding: bool = True,
         forced_keep: bool = True,
         score_originals: bool = False,
+        gate: float | None = None,
         rngs: nnx.Rngs,
     ):
         check_forced_keep(policy, forced_keep, score_originals)
@@ -275,6 +300,7 @@ class Fork(nnx.Module):
         scale = embed_dim**-0.5
         noise = jax.random.normal(rngs.params(), (embed_dim,), jnp.float32)
         self.embedding = vector(scale * noise, ("embed",)) if embedding else None
+        self.gate = None if gate is None else vector(jnp.asarray(gate, jnp.float32), ())
         self.threshold = Tracked(jnp.zeros(())) if isinstance(policy, Threshold) else None
 
     def __call__(self, streams: Streams, *, track: bool = False) -> Streams:
@@ -308,7 +334,8 @@ class Fork(nnx.Module):
         logits = jnp.einsum(
             "bsd,dc->bsc", hidden, self.score[...], precision=jax.lax.Precision.HIGHEST
         )
-        log_scores = forking.candidate_log_scores(logits, streams.log_score)
+        gate = None if self.gate is None else self.gate[...]
+        log_scores = forking.candidate_log_scores(logits, streams.log_score, gate)
         threshold = None if self.threshold is None else self.threshold[...]
         candidates = forking.candidates_of(streams, log_scores, self.forced_keep, threshold)
         if self.score_originals:

@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
@@ -37,8 +37,33 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """A pretraining run.
+class InitConfig:
+    """Pretrained weights that a run starts from.
+
+    Model and tokenizer are then theirs; of the run's `model` only how to compute is taken, `dtype`,
+    `scan_layers` and `remat`.
+
+    Attributes:
+        weights: "smollm2", a Hugging Face folder, or a .gguf file; "" for random ones.
+        forks: blocks that new fork layers go in front of (`thoughtbubbles.retrofit`).
+        policy: of these fork layers.
+    """
+
+    weights: str = ""
+    forks: tuple[int, ...] = ()
+    policy: TopK | PrefixRank | Threshold = PrefixRank()
+
+    def __post_init__(self):
+        if self.forks and not self.weights:
+            raise ValueError(
+                f"init.forks={self.forks} go into pretrained weights: add --init.weights, or "
+                "choose model.fork_layers"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What every training run has.
 
     Attributes:
         steps: optimizer steps, each over `batch_size` rows in `accumulate` parts.
@@ -46,15 +71,12 @@ class RunConfig:
         out: run folder (config, checkpoints, metrics); a run found there is continued.
         log_every, save_every: steps.
         keep, keep_every: checkpoints kept: the newest ones, and those at multiples for ever.
-        prompt: start of the sample written at the end.
         attention: how attention is computed; "auto" takes the kernel of the mesh's devices.
         profile: record these steps with jax's profiler, e.g. "10:20" (`train.instruments`).
         peak_tflops: of a device, for MFU, where `train.hardware` does not know it.
         dry_run: only say what would be run.
     """
 
-    model: ModelConfig
-    data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -68,7 +90,6 @@ class RunConfig:
     save_every: int = 100
     keep: int = 3
     keep_every: int | None = None
-    prompt: str = "def "
     attention: Attention = "auto"
     profile: str = ""
     peak_tflops: float | None = None
@@ -82,6 +103,22 @@ class RunConfig:
             raise ValueError(f"peak_tflops={self.peak_tflops} is not positive")
         if parse_window(self.profile)[0] > self.steps:
             raise ValueError(f"profile={self.profile!r} begins after steps={self.steps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(LoopConfig):
+    """A pretraining run.
+
+    Attributes:
+        train: all parameters, or only those of fork layers; the others stay as they are.
+        prompt: start of the sample written at the end.
+    """
+
+    model: ModelConfig
+    init: InitConfig = InitConfig()
+    train: Literal["all", "forks"] = "all"
+    data: DataConfig = DataConfig()
+    prompt: str = "def "
 
     @property
     def step_flops(self) -> int:
@@ -161,16 +198,22 @@ def model_from_json(fields: dict[str, Any]) -> ModelConfig:
 
 # What must stay equal when a run is continued. Of the rest, changes of NOTED are told: steps move
 # the schedule, the others the order of float additions.
-FIXED = ("model", "data", "optimizer", "batch_size", "seed")
+FIXED = (
+    "model", "init", "weights", "train", "lora", "memgen", "boundaries", "data", "optimizer",
+    "batch_size", "seed",
+)  # fmt: skip
 FREE_IN = {"model": ("scan_layers", "remat"), "data": ("cache_dir",)}
 NOTED = ("steps", "accumulate", "mesh", "attention")
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Fields that keep a run from being continued, as `name: saved x, now y`."""
-    saved, current = (
-        config | {"model": _comparable(config["model"])} for config in (saved, current)
-    )
+    older: dict[str, Any] = {"init": as_json(InitConfig()), "train": "all"}
+    saved = older | saved | {"optimizer": as_json(OptimizerConfig()) | saved["optimizer"]}
+    if "model" in saved and "model" in current:
+        saved, current = (
+            config | {"model": _comparable(config["model"])} for config in (saved, current)
+        )
     found = []
     for name in FIXED:
         found += _differences(name, saved.get(name), current.get(name), FREE_IN.get(name, ()))
@@ -178,9 +221,16 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 
 def noted_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Allowed changes after which the run is no longer the one that was begun."""
-    saved = {"attention": "auto"} | saved
-    found = [_differences(name, saved.get(name), current.get(name), ()) for name in NOTED]
+    """Allowed changes after which the run is no longer the one that was begun.
+
+    Args:
+        saved, current: metadata of a checkpoint, and of the run that goes on from it: `config`, and
+            under `resolved` what some of its options came to (older checkpoints lack it).
+    """
+    before, now = ({"attention": "auto"} | meta["config"] for meta in (saved, current))
+    if "resolved" in saved:
+        before, now = before | saved["resolved"], now | current["resolved"]
+    found = [_differences(name, before.get(name), now.get(name), ()) for name in NOTED]
     return [line for lines in found for line in lines]
 
 

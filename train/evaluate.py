@@ -1,10 +1,12 @@
 """Held-out loss that tells the truth: prefix-only for models whose policy is not causal.
 
 Of a trained run, also under other dials: python -m train.evaluate --checkpoint runs/tiny
+Scores of tasks, of pretrained models too: python -m train.evaluate --model smollm2 --tasks a.jsonl
 """
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,21 @@ from train.config import EvalConfig
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare
 from train.dials import AnyPolicy, Setting, figure, table, turn
 from train.figures import check_figure
-from train.load import Loaded, load_model
+from train.load import Loaded, Writer, load_model, load_weights
 from train.losses import token_losses
 from train.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, place, replicated
 from train.optim import OptimizerConfig
+from train.scoring import Scorer
 from train.state import Trainable, make_trainable
+from train.task_files import read_task
+from train.task_scores import (
+    answers,
+    check_output,
+    summary,
+    task_table,
+    write_records,
+    write_results,
+)
 
 
 class Evaluator:
@@ -166,11 +178,13 @@ def readable(metrics: dict[str, float]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out loss of a trained run, also under another policy or dial than it was trained with.
+    """Held-out loss of a trained run, also under another policy or dial than it was trained with;
+    or scores of tasks, of a run or of a pretrained model.
 
     Attributes:
         checkpoint: run folder, or one step's folder in it.
-        policy: in place of the run's own, e.g. "PrefixRank(ratio=2.0)".
+        model: in place of a checkpoint, "smollm2", a Hugging Face folder, or a .gguf file.
+        policy: in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
         ratio, window, threshold_offset: change this in the policy.
         sweep: several ratios, one after the other.
         sweep_offset: several threshold offsets, one after the other.
@@ -178,9 +192,15 @@ class EvaluateConfig:
         rows: validation rows scored, spread over the split (0: all).
         positions: how many are scored prefix-only if the policy is not causal (0: all).
         batch_size: rows per pass.
+        tasks: in place of held-out rows, JSONL files of multiple-choice or cloze items: HellaSwag,
+            PIQA, BLiMP, LAMBADA, or query, choices and gold; name=FILE names one.
+        limit: score this many items of each task only, the first.
+        json: save the scores of tasks here.
+        records: save the scores of every item here, one JSON object on each line.
     """
 
-    checkpoint: str
+    checkpoint: str | None = None
+    model: str | None = None
     policy: AnyPolicy | None = None
     ratio: float | None = None
     window: int | None = None
@@ -191,16 +211,82 @@ class EvaluateConfig:
     rows: int = 256
     positions: int = 256
     batch_size: int = 16
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    json: str | None = None
+    records: str | None = None
+
+    def __post_init__(self):
+        if (self.checkpoint is None) == (self.model is None):
+            raise ValueError(
+                f"checkpoint={self.checkpoint} model={self.model}: pass --checkpoint, the folder "
+                "of a run, or --model, pretrained weights"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} is below 1")
+        if self.tasks:
+            if self.sweep or self.sweep_offset or self.figure:
+                raise ValueError("--tasks score one setting: leave out the sweep and its figure")
+        elif self.model is not None:
+            raise ValueError(f"{self.model} has no held-out rows of its own: pass --tasks FILE")
+        else:
+            for name in ("limit", "json", "records"):
+                given = getattr(self, name)
+                if given is not None:
+                    raise ValueError(f"{name}={given} is for tasks: pass --tasks FILE too")
 
 
 def main(config: EvaluateConfig) -> None:
+    (score_tasks if config.tasks else score_held_out)(config)
+
+
+def score_tasks(config: EvaluateConfig) -> None:
+    """Print a table; everything is checked and read before the model is."""
+    outputs = [Path(file) for file in (config.json, config.records) if file]
+    for path in outputs:
+        check_output(path)
+    tasks = [read_task(spec, config.limit) for spec in config.tasks]
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two tasks are called {name}: name them, as in other={name}.jsonl")
+    if config.model is not None:
+        loaded = load_weights(config.model)
+    else:
+        loaded = load_model(str(config.checkpoint))
+    [policy] = policies(config, loaded).values()
+    loaded = dataclasses.replace(loaded, model=loaded.model.with_policy(policy))
+    scorer = Scorer(loaded, config.batch_size)
+    if not loaded.model.config.causal:
+        print(f"note: {policy} is not causal: a pass for each scored token", file=sys.stderr)
+    found = answers(scorer, tasks)
+    if scorer.truncated:
+        print(
+            f"note: {scorer.truncated} contexts lost their beginning, the model reads "
+            f"{scorer.max_length} tokens at a time",
+            file=sys.stderr,
+        )
+    summaries = {task.name: summary(task, of) for task, of in zip(tasks, found, strict=True)}
+    print(task_table(summaries))
+    if config.records:
+        write_records(Path(config.records), tasks, found)
+    if config.json:
+        setting = {
+            "model": config.model or config.checkpoint,
+            "policy": str(policy) if loaded.model.config.fork_layers else None,
+        }
+        write_results(Path(config.json), {**setting, "tasks": summaries})
+
+
+def score_held_out(config: EvaluateConfig) -> None:
+    """Print the held-out loss of each setting of the dials."""
     if config.figure:
         if not (config.sweep or config.sweep_offset):
             raise ValueError(f"figure {config.figure} shows a sweep: add --sweep 1.0 1.5 2.0")
         check_figure(Path(config.figure))
     settings = EvalConfig(rows=config.rows, positions=config.positions)
     check_batch(config.batch_size, 1, make_mesh(MeshConfig()))
-    loaded = load_model(config.checkpoint)
+    loaded = load_model(str(config.checkpoint))
     trained = loaded.model.config.policy
     models = {name: loaded.model.with_policy(p) for name, p in policies(config, loaded).items()}
     rows = validation_rows(loaded)
@@ -217,14 +303,15 @@ def main(config: EvaluateConfig) -> None:
         print(f"figure: {Path(config.figure).absolute()}")
 
 
-def policies(config: EvaluateConfig, loaded: Loaded) -> dict[str, AnyPolicy]:
+def policies(config: EvaluateConfig, loaded: Writer) -> dict[str, AnyPolicy]:
     """The policies asked for, by the name of their setting."""
     if config.sweep and config.sweep_offset:
         raise ValueError("--sweep and --sweep-offset turn two dials at once: choose one of them")
     dials = (config.policy, config.ratio, config.window, config.threshold_offset)
     turned = any(dial is not None for dial in dials) or config.sweep or config.sweep_offset
     if turned and not loaded.model.config.fork_layers:
-        raise ValueError(f"{config.checkpoint} is a plain decoder: it has no policy to change")
+        name = config.checkpoint or config.model
+        raise ValueError(f"{name} is a plain decoder: it has no policy to change")
     policy = config.policy or loaded.model.config.policy
     policy = turn(policy, config.ratio, config.window, config.threshold_offset)
     if config.sweep:

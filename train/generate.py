@@ -6,15 +6,26 @@ A pretrained one answers: python -m train.generate --model smollm2 --chat --prom
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+
+import memgen
+from memgen import MemGen
 from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.chat import chat_ids
 from train.command import run_command
 from train.dials import AnyPolicy, turn
 from train.figures import check_figure
-from train.load import PretrainedWriter, Writer, load_model, load_weights
+from train.load import Writer, load_model, load_weights
+
+MEMORY = {
+    "always": memgen.AlwaysInvoke(),
+    "never": memgen.NeverInvoke(),
+    "learned": memgen.LearnedInvoke(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +45,7 @@ class GenerateConfig:
         seed: of the samples.
         policy: in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
         ratio, window, threshold_offset: change this in the policy: more thinking, or less.
+        memory: of a model with a weaver: "always" weave where it may, "never", or "learned".
         cache: keep keys and values where the policy is causal; else recompute the prefix each time.
         bubbles: also print where the model forks in the text.
         figure: also save the bubble map of the first text to this file (needs matplotlib).
@@ -53,6 +65,7 @@ class GenerateConfig:
     ratio: float | None = None
     window: int | None = None
     threshold_offset: float | None = None
+    memory: Literal["always", "never", "learned"] = "always"
     cache: bool = True
     bubbles: bool = False
     figure: str | None = None
@@ -65,6 +78,9 @@ def main(config: GenerateConfig) -> None:
         check_figure(Path(config.figure))
     loaded = under_policy(_load(config), config)
     compose = answer if config.chat else write
+    how = {"cached": None if config.cache else False}
+    if loaded.memgen is not None:
+        how = {"memory": config.memory}
     texts = compose(
         loaded,
         list(config.prompt),
@@ -74,7 +90,7 @@ def main(config: GenerateConfig) -> None:
         top_p=config.top_p,
         min_p=config.min_p,
         seed=config.seed,
-        cached=None if config.cache else False,
+        **how,
     )
     for index, text in enumerate(texts):
         if index:
@@ -119,9 +135,10 @@ def write(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: An
 
 def answer(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
     """The model's answer to each prompt, a message of its own; options are those of `generate`."""
-    if not isinstance(loaded, PretrainedWriter):
-        raise ValueError("--chat needs --model, a pretrained model with a chat template")
-    ids = [chat_ids(loaded.tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    tokenizer = loaded.tokenizer
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        raise ValueError("--chat needs a model with a chat template, e.g. --model smollm2")
+    ids = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
     new = _continue(loaded, ids, max_new_tokens, options)
     return [loaded.tokenizer.decode(added).strip() for added in new]
 
@@ -133,7 +150,32 @@ def _continue(
     if trained is not None and longest > trained:
         print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
     choices = loaded.tokenizer.vocab_size
+    if loaded.memgen is not None:
+        options |= {"stop": loaded.ends, "choices": choices}
+        return _remember(loaded.memgen, ids, max_new_tokens, **options)
     return generate(loaded.model, ids, max_new_tokens, stop=loaded.ends, choices=choices, **options)
+
+
+def _remember(
+    model: MemGen,
+    ids: list[list[int]],
+    max_new_tokens: int,
+    *,
+    memory: str = "always",
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Continue with latent memory; says where it was written."""
+    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if names := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{names[0]} is not offered with latent memory: leave it out")
+    response = memgen.generate(model, ids, max_new_tokens, policy=MEMORY[memory], **options)
+    for row, points in enumerate(np.asarray(response.points)):
+        places = ", ".join(str(point) for point in points[points >= 0]) or "none"
+        print(f"text {row}: memory before new tokens {places}", file=sys.stderr)
+    return response.texts
 
 
 def map_of_text(loaded: Writer, text: str) -> BubbleMap:

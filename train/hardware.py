@@ -17,7 +17,8 @@ class Chip:
         memory_bandwidth: bytes/s.
         link: bytes/s that a device sends along one dimension of its torus (two links, one each
             way) on a TPU, or to the other devices of its host on a GPU.
-        network: bytes/s that each device sends to other hosts (GPU; a TPU slice is one network).
+        network: bytes/s that each device sends to other hosts; None for a TPU, whose slice is one
+            network, and for cards of no system that could be named, hence no topology.
     """
 
     name: str
@@ -30,20 +31,27 @@ class Chip:
 
 
 # TPU: Google Cloud's page of each version gives peak, HBM bandwidth, and "bidirectional ICI
-# bandwidth per chip" (400, 1200, 800, 1200 GB/s), of which one way is half and a dimension of the
-# torus has 1/2, 1/3, 1/2, 1/3. Memory is what libtpu 0.0.42's compiler says is available; a tpu7x
-# chip is two devices, each with half of all.
-# GPU: NVIDIA's data sheets of the SXM cards (NVLink one way: half of the total) and of the DGX
-# systems (one network card of 200 or 400 Gb/s for each GPU). Memory is the total that CUDA reports.
+# bandwidth per chip" (600, 400, 1200, 800, 1200 GB/s; v4's as six links of 50 GB/s each way), of
+# which one way is half and a dimension of the torus has 1/3, 1/2, 1/3, 1/2, 1/3. Memory is what
+# libtpu's compiler says is available (0.0.42; v4: as one device of two cores, as jax runs it); a
+# tpu7x chip is two devices, each with half of all.
+# GPU: NVIDIA's data sheets (NVLink one way: half of the total; for PCIe cards PCIe itself, since
+# their NVLink bridges join only pairs) and those of the DGX systems (one network card of 200 or
+# 400 Gb/s for each GPU; PCIe cards have no such system). Memory is the total that CUDA reports.
 CHIPS = {
     chip.name: chip
     for chip in (
+        Chip("v4", ("TPU v4",), 275e12, 30.75 * GIB, 1200e9, 100e9),
         Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 100e9),
         Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 200e9),
         Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1638e9, 200e9),
         Chip("tpu7x", ("TPU7x",), 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 100e9),
         Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 79.1 * GIB, 2039e9, 300e9, 25e9),
+        Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312e12, 39.49 * GIB, 1555e9, 300e9, 25e9),
+        Chip("a100-pcie", ("NVIDIA A100 80GB PCIe",), 312e12, 79.1 * GIB, 1935e9, 32e9),
+        Chip("a100-pcie-40gb", ("NVIDIA A100-PCIE-40GB",), 312e12, 39.49 * GIB, 1555e9, 32e9),
         Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 79.1 * GIB, 3350e9, 450e9, 50e9),
+        Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 79.1 * GIB, 2000e9, 64e9),
         Chip("h200", ("NVIDIA H200",), 989e12, 139.8 * GIB, 4800e9, 450e9, 50e9),
     )
 }

@@ -180,6 +180,16 @@ class Profiler:
             jax.profiler.stop_trace()
 
 
+def not_recorded(window: str, start: int, steps: int) -> str | None:
+    """A line if a run of so many steps that goes on from `start` is past a part of its window."""
+    first, last = parse_window(window)
+    last = min(last, steps)
+    if not first <= min(start, last):
+        return None
+    left = f"only steps {start + 1} to {last}" if start < last else "nothing"
+    return f"profile={window!r}: the run goes on from step {start}, so {left} will be recorded"
+
+
 def parse_window(text: str) -> tuple[int, int]:
     """First and last step of `"10:20"` or `"steps=10:20"`; a window that never comes for ""."""
     if not text:

@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from memgen import MemGen
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.checkpoint import load_params
+from train.checkpoint import load_meta, load_params
 from train.config import model_from_json
 from train.data import Tokenizer, load_tokenizer
 
@@ -24,10 +25,12 @@ class Writer:
     Attributes:
         model: with its parameters.
         tokenizer: the one it was trained with.
+        memgen: latent memory around the model, if it was trained with it.
     """
 
     model: Thoughtbubbles
     tokenizer: Tokenizer
+    memgen: MemGen | None = None
 
     @property
     def context_length(self) -> int | None:
@@ -37,28 +40,18 @@ class Writer:
     @property
     def ends(self) -> tuple[int, ...]:
         """Ids after which a text is over."""
+        if isinstance(self.tokenizer, PretrainedTokenizer):
+            return (*self.tokenizer.ends, self.tokenizer.separator)
         return (self.tokenizer.separator,)
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued, at least one."""
+        if isinstance(self.tokenizer, PretrainedTokenizer):
+            return self.tokenizer.prompt(text)
         return [self.tokenizer.separator, *self.tokenizer.encode(text)[0].tolist()]
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainedWriter(Writer):
-    """A pretrained model, with a tokenizer that knows how its texts begin and end."""
-
-    tokenizer: PretrainedTokenizer
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        return (*self.tokenizer.ends, self.tokenizer.separator)
-
-    def prompt(self, text: str) -> list[int]:
-        return self.tokenizer.prompt(text)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded(Writer):
     """What a checkpoint holds for a reader.
 
@@ -78,24 +71,55 @@ class Loaded(Writer):
 
 
 def load_model(path: str | Path, step: int | None = None) -> Loaded:
-    """Read a run folder (or one of its checkpoints); the newest step if none is named."""
+    """Read a run folder (or one of its checkpoints); the newest step if none is named.
+
+    Of a fine-tuned run whose checkpoints hold only what was trained beside frozen weights, these
+    weights are read from where they lay.
+    """
     meta, params = load_params(path, step)
-    model = Thoughtbubbles.from_params(model_from_json(meta["config"]["model"]), params)
+    if "weights" in meta["config"]:
+        from train.tuned import tuned_model  # fine-tuning itself begins with load_writer
+
+        model, memgen = tuned_model(meta, params)
+    else:
+        model = Thoughtbubbles.from_params(model_from_json(meta["config"]["model"]), params)
+        memgen = None
+    return Loaded(
+        model,
+        tokenizer_of(meta),
+        memgen,
+        config=meta["config"],
+        step=meta["step"],
+        data_fingerprint=meta["data_fingerprint"],
+    )
+
+
+def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that a checkpoint's metadata describe."""
+    if "chat" in meta:
+        return PretrainedTokenizer(meta["tokenizer"], **meta["chat"])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tokenizer.json")
         file.write_text(meta["tokenizer"])
-        tokenizer = load_tokenizer(str(file))
-    return Loaded(model, tokenizer, meta["config"], meta["step"], meta["data_fingerprint"])
+        return load_tokenizer(str(file))
 
 
-def load_weights(name: str) -> PretrainedWriter:
+def load_writer(name: str) -> Writer:
+    """A run folder, or what `load_weights` takes."""
+    path = Path(name).expanduser()
+    if name not in PACKAGED and path.is_dir() and load_meta(path) is not None:
+        return load_model(path)
+    return load_weights(name)
+
+
+def load_weights(name: str) -> Writer:
     """A pretrained model: a name in `PACKAGED`, a Hugging Face folder, or a GGUF file.
 
     Raises:
         ValueError: there is none; see `load_pretrained`.
     """
     config, params, tokenizer = load_pretrained(find_weights(name))
-    return PretrainedWriter(Thoughtbubbles.from_params(config, params), tokenizer)
+    return Writer(Thoughtbubbles.from_params(config, params), tokenizer)
 
 
 def find_weights(name: str) -> Path:

@@ -8,33 +8,33 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 
-from train import evaluate
 from train.checkpoint import Checkpointer, load_meta
-from train.config import RunConfig, as_json, noted_changes
-from train.data import Batch, TrainReader, load_tokenizer, prepare
+from train.config import LoopConfig, RunConfig, as_json, noted_changes
+from train.data import Batch, TrainReader
 from train.distributed import agreed, check_same, ends_when_alone, several
-from train.instruments import Profiler, Stopwatch, memory, peak_flops
-from train.mesh import check_batch, make_mesh, place_local, rows_here
+from train.instruments import Profiler, Stopwatch, memory, not_recorded, peak_flops
+from train.mesh import place_local, rows_here
 from train.metrics import MetricWriter, Progress
-from train.plan import describe
+from train.plan import resolved
+from train.pretraining import Pretraining
 from train.run_folder import (
     check_continuation,
     check_fingerprint,
-    check_shared,
     only_run_in,
     save_evidence,
     write_whole,
 )
-from train.state import Trainable, TrainState, make_trainable
+from train.state import Trainable, TrainState
 from train.statistics import readable as fork_metrics
 from train.statistics import score_samples
-from train.step import make_train_step
+from train.step import TrainStep
 
 
 class NonFiniteLoss(RuntimeError):
@@ -50,10 +50,61 @@ class Pending:
     metrics: dict[str, Any]
 
 
+class Work(Protocol):
+    """What a run trains, on what, and how it is scored.
+
+    Attributes:
+        config: with everything resolved that it leaves to weights.
+        trainable: nothing of it is allocated yet.
+        seq_len: targets per row.
+        step_flops: model FLOPs of a step.
+        keeps_frozen: whether checkpoints hold the parameters that no step changes; if not, the
+            first state brings them.
+        meta: JSON for checkpoints, besides what all of them hold.
+    """
+
+    config: Any
+    trainable: Trainable
+    seq_len: int
+    step_flops: int
+    keeps_frozen: bool
+
+    @property
+    def meta(self) -> dict[str, Any]: ...
+
+    def prepare(self) -> Any:
+        """Data: `train` and `validation` rows, `tokenizer`, `fingerprint`, `summary`."""
+        ...
+
+    def reader(self, data: Any, held: np.ndarray) -> TrainReader: ...
+
+    def inputs(self, batch: Batch) -> Any:
+        """What the step takes of a batch, a tree of arrays `[B, ...]`."""
+        ...
+
+    def train_step(self) -> TrainStep: ...
+
+    def first_state(self) -> TrainState: ...
+
+    def evaluate(self, state: TrainState, data: Any) -> dict[str, float]: ...
+
+    def readable(self, held_out: dict[str, float]) -> str: ...
+
+    def describe(self, start: int) -> str: ...
+
+
 def train(config: RunConfig) -> dict[str, float]:
-    """Run (or continue) a pretraining run to its end and return the final held-out metrics.
+    """`run` a pretraining run."""
+    return run(lambda: Pretraining(config), config)
+
+
+def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
+    """Run (or continue) a training run to its end and return the final held-out metrics.
 
     Every process of the run calls it with the same config.
+
+    Args:
+        begin: makes the work of that config.
 
     Raises:
         ValueError: a mistake in the config, the data, or the run folder.
@@ -65,46 +116,49 @@ def train(config: RunConfig) -> dict[str, float]:
     main_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         with agreed():
-            trainable = make_run(config)
-            saved = load_meta(out)
-            check_continuation(out, saved, config)
-            data = prepare(config.data)
-            check_fingerprint(out, saved, data)
-            mesh = trainable.mesh
+            work = begin()
+            config, trainable, mesh = work.config, work.trainable, work.trainable.mesh
+            check_continuation(out, load_meta(out), config)  # before data are prepared
+            data = work.prepare()
             held = rows_here(config.batch_size, mesh)
-            reader = TrainReader(data.train, config.batch_size, config.data.seed, held)
-            stack.enter_context(only_run_in(out))
-        stopwatch = Stopwatch(
-            config.batch_size * config.data.seq_len,
-            config.step_flops,
-            peak_flops(mesh, config.peak_tflops),
-            born,
-        )
+            reader = work.reader(data, held)
         meta = {
             "config": as_json(config),
+            "resolved": resolved(trainable),
             "data_fingerprint": data.fingerprint,
             "tokenizer": data.tokenizer.to_json(),
+            **work.meta,
         }
         own = {"distributed": None, "data": {**meta["config"]["data"], "cache_dir": None}}
         check_same("config", meta["config"] | own)
         check_same("the fingerprint of the data", data.fingerprint)
-        check_shared(out)
-        train_step = make_train_step(trainable, config.accumulate)
-        eval_batch = config.batch_size // config.accumulate
-        evaluator = evaluate.Evaluator(trainable, eval_batch, config.evaluation)
+        stack.enter_context(only_run_in(out))
+        with agreed():
+            saved = load_meta(out)  # now nobody else writes
+            check_continuation(out, saved, config)
+            check_fingerprint(out, saved, data)
+        stopwatch = Stopwatch(
+            config.batch_size * work.seq_len,
+            work.step_flops,
+            peak_flops(mesh, config.peak_tflops),
+            born,
+        )
+        train_step = work.train_step()
         checkpointer = stack.enter_context(
             Checkpointer(out, config.save_every, config.keep, config.keep_every)
         )
         stack.enter_context(ends_when_alone())
-        state = restore_or_init(checkpointer, trainable, out)
+        state = restore_or_init(checkpointer, work)
         start = int(state.step)
         if main_process:
             write_whole(out / "config.json", json.dumps(meta["config"], indent=2) + "\n")
         writer = stack.enter_context(MetricWriter(out, resume_step=start, enabled=main_process))
         progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
-        progress.write(f"{data.summary}\n{describe(config, trainable, start)}")
-        for change in noted_changes(saved["config"], meta["config"]) if saved else ():
+        progress.write(f"{data.summary}\n{work.describe(start)}")
+        for change in noted_changes(saved, meta) if saved else ():
             progress.write(f"not the run that was begun: {change}")
+        if line := not_recorded(config.profile, start, config.steps):
+            progress.write(line)
         interrupted = stack.enter_context(stop_signals())
         profiler = Profiler(config.profile if main_process else "", out / "profile")
         stack.enter_context(profiler)
@@ -121,14 +175,15 @@ def train(config: RunConfig) -> dict[str, float]:
                 metrics = {
                     name: pending.metrics[name] for name in ("loss", "grad_norm", "learning_rate")
                 }
-                forks, layers = pending.metrics["forks"], config.model.fork_layers
+                forks, layers = pending.metrics["forks"], trainable.config.fork_layers
+                layers = layers if "tokens" in forks else ()
                 metrics |= fork_metrics(forks, layers) | stopwatch.report() | memory()
                 writer.write(pending.step, metrics, score_samples(forks, layers))
             progress.update(pending.step, loss, stopwatch.tokens_per_second)
 
         def save(step: int) -> None:
-            meta_of_step = {**meta, "step": step}
-            checkpointer.save(step, state.weights, state.rest, meta_of_step, force=True)
+            weights = state.weights if work.keeps_frozen else state.params
+            checkpointer.save(step, weights, state.rest, {**meta, "step": step}, force=True)
 
         held_out: dict[str, float] = {}
         pending: Pending | None = None
@@ -137,8 +192,11 @@ def train(config: RunConfig) -> dict[str, float]:
             with stopwatch.waiting():
                 batch = next(batches)
             with profiler.step(step):
-                tokens = place_local(batch["tokens"], held, config.batch_size, mesh)
-                state, metrics = train_step(state, tokens)
+                inputs = jax.tree.map(
+                    lambda rows: place_local(rows, held, config.batch_size, mesh),
+                    work.inputs(batch),
+                )
+                state, metrics = train_step(state, inputs)
             # The device works on this step while the host reads the one before.
             if pending is not None:
                 finish(pending)
@@ -149,9 +207,9 @@ def train(config: RunConfig) -> dict[str, float]:
             if to_evaluate:
                 finish(pending)
                 pending = None
-                held_out = evaluator(state.weights, data.validation)
+                held_out = work.evaluate(state, data)
                 writer.write(step, {f"eval/{name}": value for name, value in held_out.items()})
-                progress.write(f"step {step}: {evaluate.readable(held_out)}")
+                progress.write(f"step {step}: {work.readable(held_out)}")
                 stopwatch.resume()
             if profiler.ends_with(step):
                 if pending is not None:
@@ -172,43 +230,25 @@ def train(config: RunConfig) -> dict[str, float]:
                 progress.write(f"stopped at step {step} and saved it in {out}: run again to go on")
                 break
         if not held_out and start >= config.steps:
-            held_out = evaluator(state.weights, data.validation)
-            progress.write(f"step {start}: {evaluate.readable(held_out)}")
+            held_out = work.evaluate(state, data)
+            progress.write(f"step {start}: {work.readable(held_out)}")
         progress.write(stopwatch.readable())
     return held_out
 
 
-def make_run(config: RunConfig) -> Trainable:
-    """Check a config and describe its state; nothing is allocated."""
-    mesh = make_mesh(config.mesh)
-    check_batch(config.batch_size, config.accumulate, mesh)
-    check_vocabulary(config)
-    return make_trainable(
-        config.model, config.optimizer, config.steps, mesh, config.seed, config.attention
-    )
-
-
-def check_vocabulary(config: RunConfig) -> None:
-    """Raise if the tokenizer knows ids that the model has no embedding for."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    size = tokenizer.vocab_size
-    if size > config.model.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name} has {size} ids, model.vocab_size="
-            f"{config.model.vocab_size}: pass --model.vocab-size {-(-size // 64) * 64}"
-        )
-
-
-def restore_or_init(checkpointer: Checkpointer, trainable: Trainable, out: Path) -> TrainState:
+def restore_or_init(checkpointer: Checkpointer, work: Work) -> TrainState:
     """The newest checkpoint of the run folder, or the initial state."""
     newest = checkpointer.latest_step()
     check_same("the newest checkpoint", newest)
     if newest is None:
-        return trainable.init()
-    abstract = trainable.abstract
-    step, weights, rest, _ = checkpointer.restore(abstract.weights, abstract.rest, newest)
+        return work.first_state()
+    abstract = work.trainable.abstract
+    kept = abstract.weights if work.keeps_frozen else abstract.params
+    step, weights, rest, _ = checkpointer.restore(kept, abstract.rest, newest)
+    if not work.keeps_frozen:
+        weights = dataclasses.replace(work.first_state(), params=weights).weights
     if jax.process_index() == 0:
-        print(f"continuing {out} from step {step}", file=sys.stderr)
+        print(f"continuing {work.config.out} from step {step}", file=sys.stderr)
     return rest.with_weights(weights)
 
 

@@ -23,6 +23,8 @@ class OptimizerConfig:
             linear down to it over the last `decay` share of the steps.
         warmup: share of the steps that rises linearly from 0.
         clip: largest global gradient norm.
+        fork_rate: factor on the learning rate of fork layers: above 1 where they are new and the
+            rest of the model is not.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -36,12 +38,13 @@ class OptimizerConfig:
     warmup: float = 0.05
     decay: float = 0.2
     final_ratio: float = 0.1
+    fork_rate: float = 1.0
 
     def __post_init__(self):
         for name in ("warmup", "decay", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose 0 to 1")
-        for name in ("learning_rate", "clip", "eps"):
+        for name in ("learning_rate", "clip", "eps", "fork_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
@@ -97,7 +100,17 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=decayed,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+    parts = [optax.clip_by_global_norm(config.clip), optimizer]
+    if config.fork_rate != 1:
+        parts.append(optax.masked(optax.scale(config.fork_rate), in_forks))
+    return optax.chain(*parts)
+
+
+def in_forks(params: Any) -> Any:
+    """The tree of whether each parameter is a fork layer's."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.DictKey("forks") in path, params
+    )
 
 
 def is_matrix(variable: nnx.Variable) -> bool:

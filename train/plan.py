@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from train.config import RunConfig, as_json, noted_changes
+from train.instruments import not_recorded
 from train.mesh import shard_bytes
 from train.state import Trainable
 
@@ -26,6 +27,11 @@ def describe(config: RunConfig, trainable: Trainable, start: int) -> str:
     )
 
 
+def resolved(trainable: Trainable) -> dict[str, Any]:
+    """What the options `mesh` and `attention` of a run came to on its devices, as JSON."""
+    return {"mesh": dict(trainable.mesh.shape), "attention": trainable.attention}
+
+
 def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, Any] | None) -> str:
     """What a run would do, in some lines; nothing is allocated, read or written for it.
 
@@ -40,7 +46,8 @@ def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, An
     goes_on = f"step {start} of the run that it holds" if saved else "the start"
     state = trainable.abstract
     params, moments = (shard_bytes(tree) / 2**20 for tree in (state.params, state.opt_state))
-    changes = noted_changes(saved["config"], as_json(config)) if saved else []
+    meta = {"config": as_json(config), "resolved": resolved(trainable)}
+    changes = noted_changes(saved, meta) if saved else []
     lines = {
         "run": describe(config, trainable, start),
         "model": f"{model.num_layers} layers of {model.embed_dim}, {model.num_heads} heads, "
@@ -56,5 +63,7 @@ def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, An
     }
     if changes:
         lines["changes"] = "; ".join(changes)
+    if line := not_recorded(config.profile, start, config.steps):
+        lines["profile"] = line
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {line}" for name, line in lines.items())

@@ -11,10 +11,11 @@ from train.config import RunConfig
 from train.distributed import agreed, together
 from train.generate import map_of_text, write
 from train.load import load_model
-from train.loop import NonFiniteLoss, make_run, train
+from train.loop import NonFiniteLoss, train
 from train.mesh import rows_here
 from train.plan import plan
 from train.presets import PRESETS
+from train.pretraining import make_run, on_weights
 from train.run_folder import check_continuation
 
 
@@ -48,6 +49,7 @@ def main(config: RunConfig) -> None:
 def dry_run(config: RunConfig) -> None:
     """Check what can be checked without reading data, and say what would be run."""
     with agreed():
+        config = on_weights(config)
         trainable = make_run(config)
         saved = load_meta(config.out)
         check_continuation(Path(config.out), saved, config)

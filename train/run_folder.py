@@ -8,20 +8,20 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
-from train.config import RunConfig, as_json, differences
+from train.config import LoopConfig, as_json, differences
 from train.data import PackedData
 from train.distributed import agreed, several, tell
 
-_LOCK = ".lock"
+_LOCK, _OTHERS = ".lock", ".lock-others"
 NETWORK_DISK = 90.0  # seconds after which every host sees a new file
 
 
-def check_continuation(out: Path, saved: dict[str, Any] | None, config: RunConfig) -> None:
+def check_continuation(out: Path, saved: dict[str, Any] | None, config: LoopConfig) -> None:
     """Raise if `out` holds a run that this config would not continue."""
     found = differences(saved["config"], as_json(config)) if saved else []
     if found:
@@ -44,44 +44,76 @@ def check_fingerprint(out: Path, saved: dict[str, Any] | None, data: PackedData)
 def only_run_in(out: Path) -> Iterator[None]:
     """Hold the run folder: a second run in it would overwrite the first one's files.
 
-    Process 0 holds it for all processes of its run, however many a second run has.
+    Every process of the run calls it. Process 0 holds one file for all, however many processes a
+    second run has. The others share another one, so that a run is refused, too, while a process of
+    an earlier run is left that has not noticed the end of its process 0.
+
+    Raises:
+        ValueError: in all processes: another run holds the folder, or they see different folders.
     """
-    if jax.process_index() > 0:
+    with contextlib.ExitStack() as held:
+        token = secrets.token_hex()
+        with agreed():
+            if jax.process_index() == 0:
+                held.enter_context(_first(out, token))
+        if several():
+            first, *_ = tell(token)
+            with agreed():
+                _check_shared(out, first)
+                if jax.process_index() > 0:
+                    held.enter_context(_locked(out / _OTHERS, fcntl.LOCK_SH, _taken(out)))
         yield
-        return
+
+
+@contextlib.contextmanager
+def _first(out: Path, token: str) -> Iterator[None]:
+    """Hold the folder as process 0, once no process of an earlier run is left."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run is going on in {out}: pass another --out (the processes of one run "
-                "find each other by --distributed.auto or --distributed.coordinator)"
-            ) from None
+    with _locked(out / _LOCK, fcntl.LOCK_EX, _taken(out)) as lock:
+        left = (
+            f"a process of an earlier run in {out} is still there, though its process 0 is not: "
+            "end it, or wait until it notices (distributed.heartbeat seconds)"
+        )
+        # Nobody can take it from here on who does not hold the first lock or belong to this run.
+        with _locked(out / _OTHERS, fcntl.LOCK_EX, left):
+            pass
         lock.truncate(0)
-        lock.write(secrets.token_hex())
+        lock.write(token)
         lock.flush()
         yield
 
 
-def check_shared(out: Path) -> None:
-    """Raise in all processes unless all see the folder that process 0 holds.
+@contextlib.contextmanager
+def _locked(path: Path, how: int, refusal: str) -> Iterator[TextIO]:
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        yield file
+
+
+def _taken(out: Path) -> str:
+    return (
+        f"another run is going on in {out}: pass another --out (the processes of one run "
+        "find each other by --distributed.auto or --distributed.coordinator)"
+    )
+
+
+def _check_shared(out: Path, token: str) -> None:
+    """Raise unless this process sees the folder that process 0 holds.
 
     Else each would write its part of a checkpoint to a disk of its own.
     """
-    if not several():
-        return
     lock = out / _LOCK
-    held, *_ = tell(lock.read_text() if jax.process_index() == 0 else None)
-    with agreed():
-        deadline = time.monotonic() + NETWORK_DISK
-        while not (lock.exists() and lock.read_text() == held):
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{out} is not the folder that process 0 has under this name: pass an --out "
-                    "on a disk that all processes share"
-                )
-            time.sleep(0.5)
+    deadline = time.monotonic() + NETWORK_DISK
+    while not (lock.exists() and lock.read_text() == token):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{out} is not the folder that process 0 has under this name: pass an --out "
+                "on a disk that all processes share"
+            )
+        time.sleep(0.5)
 
 
 def write_whole(path: Path, text: str) -> None:

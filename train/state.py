@@ -1,6 +1,7 @@
 """TrainState: what moves during training, born sharded."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx import filterlib
 from jax.sharding import Mesh
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
@@ -16,37 +18,51 @@ from train.attention import Attention, attention_on, resolve
 from train.mesh import constrain_batch, state_shardings
 from train.optim import OptimizerConfig, make_optimizer, make_schedule
 
+EVERY_PARAMETER: filterlib.Filter = ...
+TRAINED: dict[str, filterlib.Filter] = {
+    "all": EVERY_PARAMETER,
+    "forks": nnx.PathContains("forks"),
+}
+"""Which parameters move, by what a run may ask for (`RunConfig.train`)."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """What a step changes, and what it reads beside that.
 
     Attributes:
         step: counter, int32 scalar.
-        params: nnx.State of the parameters, all that gradients and the optimizer see.
+        params: nnx.State of the parameters that are trained, all that gradients and the optimizer
+            see.
+        frozen: nnx.State of the other parameters and of constants, which no step changes.
         opt_state: of the optimizer.
         tracked: nnx.State of the thresholds that follow scores (empty for other policies).
+        trained: static; which parameters are trained.
     """
 
     step: jax.Array
     params: Any
+    frozen: Any
     opt_state: Any
     tracked: Any
+    trained: filterlib.Filter = dataclasses.field(
+        default=EVERY_PARAMETER, metadata={"static": True}
+    )
 
     @property
     def weights(self) -> Any:
         """All that a model needs to run: parameters and tracked thresholds in one nnx.State."""
-        return nnx.merge_state(self.params, self.tracked)
+        return nnx.merge_state(self.params, self.frozen, self.tracked)
 
     def with_weights(self, weights: Any) -> "TrainState":
-        params, tracked = nnx.split_state(weights, nnx.Param, Tracked)
-        return dataclasses.replace(self, params=params, tracked=tracked)
+        params, frozen, tracked = nnx.split_state(weights, *_parts(self.trained))
+        return dataclasses.replace(self, params=params, frozen=frozen, tracked=tracked)
 
     @property
     def rest(self) -> "TrainState":
         """The state without its weights: what only training needs."""
-        return dataclasses.replace(self, params=(), tracked=())
+        return dataclasses.replace(self, params=(), frozen=(), tracked=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +70,8 @@ class Trainable:
     """The static side of a run: how to build, update and place a `TrainState`.
 
     Attributes:
-        config: of the model.
-        graphdef: merges with `TrainState.weights` to the model.
+        config: of the decoder.
+        graphdef: merges with `TrainState.weights` to the model, or to what is built around it.
         optimizer, schedule: from optax.
         abstract: a `TrainState` of `jax.ShapeDtypeStruct` with shardings.
         shardings: a `TrainState` of shardings.
@@ -74,7 +90,12 @@ class Trainable:
     seed: int
     attention: Attention
 
-    def model(self, weights: Any) -> Thoughtbubbles:
+    @property
+    def num_trained(self) -> int:
+        """How many numbers steps change."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
+
+    def model(self, weights: Any) -> Any:
         # Copies of the variables (not of the arrays): tracking must not change the caller's.
         return nnx.merge(self.graphdef, weights, copy=True)
 
@@ -83,10 +104,31 @@ class Trainable:
 
         def create() -> TrainState:
             model = Thoughtbubbles(self.config, rngs=nnx.Rngs(self.seed))
-            _, params, tracked = nnx.split(model, nnx.Param, Tracked)
-            return _first_state(self.optimizer, params, tracked)
+            return _first_state(self.optimizer, nnx.state(model), self.abstract.trained)
 
         return jax.jit(create, out_shardings=self.shardings)()
+
+    def init_from(self, weights: Mapping[Any, Any]) -> TrainState:
+        """Initial state with given weights, moved to where they belong on the mesh.
+
+        Args:
+            weights: nested dict of arrays as `nnx.to_pure_dict` gives it. Those that lie in their
+                places already are not copied, and training overwrites them.
+
+        Raises:
+            ValueError: they are not those of the model.
+        """
+        return self.start(nnx.state(Thoughtbubbles.from_params(self.config, weights)))
+
+    def start(self, weights: Any) -> TrainState:
+        """Initial state with all weights given, an nnx.State as `TrainState.weights`."""
+        state = jax.device_put(weights, self.shardings.weights)
+        # Parameters stay the arrays that they are; the rest is new.
+        rest = jax.jit(
+            lambda: _first_state(self.optimizer, state, self.abstract.trained).rest,
+            out_shardings=self.shardings.rest,
+        )()
+        return rest.with_weights(state)
 
 
 def make_trainable(
@@ -96,21 +138,34 @@ def make_trainable(
     mesh: Mesh,
     seed: int = 0,
     attention: Attention = "auto",
+    trained: filterlib.Filter = EVERY_PARAMETER,
+    around: Callable[[Thoughtbubbles], nnx.Module] | None = None,
 ) -> Trainable:
     """Everything about a run's state but the numbers; nothing is allocated.
 
+    Args:
+        trained: which parameters move, as a Flax filter, e.g. `nnx.PathContains("forks")` or a
+            predicate of path and variable. The others get neither gradient nor optimizer state.
+        around: what is trained, if it is not the model alone but something built around it.
+
     Raises:
-        ValueError: the mesh's devices can't run this `attention` (see `train.attention.resolve`).
+        ValueError: the mesh's devices can't run this `attention` (see `train.attention.resolve`),
+            or no parameter is trained.
     """
     attention = resolve(config, mesh, attention)
     constrain, attend = constrain_batch(mesh), attention_on(mesh, attention)
-    model = nnx.eval_shape(
-        lambda: Thoughtbubbles(config, rngs=nnx.Rngs(seed), constrain=constrain, attend=attend)
-    )
-    graphdef, params, tracked = nnx.split(model, nnx.Param, Tracked)
+
+    def build() -> nnx.Module:
+        model = Thoughtbubbles(config, rngs=nnx.Rngs(seed), constrain=constrain, attend=attend)
+        return model if around is None else around(model)
+
+    graphdef, weights = nnx.split(nnx.eval_shape(build))
+    params, _, _ = nnx.split_state(weights, *_parts(trained))
+    if not params:
+        raise ValueError(f"trained={trained}: the model has no such parameter, none would move")
     schedule = make_schedule(optimizer, steps)
     transform = make_optimizer(optimizer, schedule, params)
-    abstract = jax.eval_shape(partial(_first_state, transform), params, tracked)
+    abstract = jax.eval_shape(partial(_first_state, transform, trained=trained), weights)
     shardings = state_shardings(abstract, mesh)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -122,5 +177,14 @@ def make_trainable(
     )
 
 
-def _first_state(optimizer: optax.GradientTransformation, params: Any, tracked: Any) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), tracked)
+def _first_state(
+    optimizer: optax.GradientTransformation, weights: Any, trained: filterlib.Filter
+) -> TrainState:
+    params, frozen, tracked = nnx.split_state(weights, *_parts(trained))
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, frozen, optimizer.init(params), tracked, trained)
+
+
+def _parts(trained: filterlib.Filter) -> tuple[filterlib.Filter, ...]:
+    """Filters of the parameters that are trained, of all that is fixed, and of tracked state."""
+    return nnx.All(nnx.Param, trained), nnx.Not(Tracked), Tracked

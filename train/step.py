@@ -1,5 +1,6 @@
 """The train step: one pure function, compiled once, on split state."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,17 +10,30 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.layers import Tracked
 from train.losses import next_token_loss
 from train.mesh import batch_sharding, replicated
 from train.state import Trainable, TrainState
 from train.statistics import fork_statistics, thresholds
 
-TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, Any]]]
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+# Of a model, a batch and a random key: a sum, its weight, and sums for the metrics of fork layers.
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 
 
-def make_train_step(trainable: Trainable, accumulate: int = 1) -> TrainStep:
-    """Jitted `(state, tokens [B, T+1]) -> (state, metrics)`; the state is donated.
+def pretraining_loss(
+    model: Thoughtbubbles, tokens: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """`Loss` of rows `tokens [B, T+1]`; thresholds follow them."""
+    total, (weight, output) = next_token_loss(model, tokens, track=True)
+    return total, weight, fork_statistics(output)
+
+
+def make_train_step(
+    trainable: Trainable, accumulate: int = 1, loss: Loss = pretraining_loss
+) -> TrainStep:
+    """Jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
     Args:
         trainable: from `make_trainable`.
@@ -27,24 +41,26 @@ def make_train_step(trainable: Trainable, accumulate: int = 1) -> TrainStep:
             number of targets of the whole batch, so the split changes nothing. Each micro-batch
             moves the tracked thresholds from where the step found them; the step takes the mean,
             weighted by targets.
+        loss: of a batch, a tree of arrays `[B, ...]`; its key depends on seed, step and part.
     """
 
-    def gradients(params: Any, tracked: Any, tokens: jax.Array) -> tuple[Any, dict[str, Any]]:
-        def loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
-            model = trainable.model(nnx.merge_state(params, tracked))
-            total, (weight, output) = next_token_loss(model, tokens, track=True)
+    def gradients(state: TrainState, batch: Any, part: jax.Array) -> tuple[Any, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.key(trainable.seed), state.step)
+        key = jax.random.fold_in(key, part)
+
+        def of(params: Any) -> tuple[jax.Array, dict[str, Any]]:
+            model = trainable.model(dataclasses.replace(state, params=params).weights)
+            total, weight, forks = loss(model, batch, key)
             moved = jax.tree.map(lambda value: value * weight, nnx.state(model, Tracked))
-            forks = fork_statistics(output)
             return total, {"loss": total, "weight": weight, "forks": forks, "tracked": moved}
 
-        return jax.grad(loss, has_aux=True)(params)
+        return jax.grad(of, has_aux=True)(state.params)
 
-    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         if accumulate == 1:
-            grads, sums = gradients(state.params, state.tracked, tokens)
+            grads, sums = gradients(state, batch, jnp.int32(0))
         else:
-            of_part = partial(gradients, state.params, state.tracked)
-            grads, sums = _accumulated(of_part, tokens, accumulate)
+            grads, sums = _accumulated(partial(gradients, state), batch, accumulate)
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
         updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)
@@ -60,7 +76,10 @@ def make_train_step(trainable: Trainable, accumulate: int = 1) -> TrainStep:
             "learning_rate": jnp.asarray(trainable.schedule(state.step), jnp.float32),
             "forks": sums["forks"] | thresholds(tracked),
         }
-        return TrainState(state.step + 1, params, opt_state, tracked), metrics
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state, tracked=tracked
+        )
+        return state, metrics
 
     everywhere = replicated(trainable.mesh)
     return jax.jit(
@@ -71,13 +90,16 @@ def make_train_step(trainable: Trainable, accumulate: int = 1) -> TrainStep:
     )
 
 
-def _accumulated(gradients, tokens: jax.Array, parts: int):
-    # Micro-batch `i` takes rows i::parts: each device keeps the rows that it has.
-    split = tokens.reshape(tokens.shape[0] // parts, parts, -1).swapaxes(0, 1)
-    example = jax.eval_shape(gradients, split[0])
+def _accumulated(gradients, batch: Any, parts: int):
+    def split(rows: jax.Array) -> jax.Array:
+        # Micro-batch `i` takes rows i::parts: each device keeps the rows that it has.
+        return rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]).swapaxes(0, 1)
+
+    numbered = jax.tree.map(split, batch), jnp.arange(parts)
+    example = jax.eval_shape(gradients, *jax.tree.map(lambda rows: rows[0], numbered))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
 
     def add(total, micro_batch):
-        return jax.tree.map(jnp.add, total, gradients(micro_batch)), None
+        return jax.tree.map(jnp.add, total, gradients(*micro_batch)), None
 
-    return jax.lax.scan(add, zeros, split)[0]
+    return jax.lax.scan(add, zeros, numbered)[0]

@@ -1,9 +1,18 @@
 """Text to batches: corpora, tokenizers, packing, and a reader whose position is the step number.
 
 `prepare(config)` tokenises and packs a corpus once; `TrainReader` and `evaluation_batches` read it.
+`prepare_chat(config, tokenizer)` does so with conversations, which `ChatReader` reads.
 A user's mistake is a `DataError`.
 """
 
+from train.data.chat_data import (
+    ChatData,
+    ChatDataConfig,
+    ChatReader,
+    ChatRows,
+    prepare_chat,
+    segment_mask,
+)
 from train.data.config import DataConfig, DataError
 from train.data.corpora import Corpus, open_corpus
 from train.data.packing import PackedRows
@@ -14,6 +23,10 @@ from train.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 __all__ = [
     "Batch",
     "ByteTokenizer",
+    "ChatData",
+    "ChatDataConfig",
+    "ChatReader",
+    "ChatRows",
     "Corpus",
     "DataConfig",
     "DataError",
@@ -26,4 +39,6 @@ __all__ = [
     "load_tokenizer",
     "open_corpus",
     "prepare",
+    "prepare_chat",
+    "segment_mask",
 ]

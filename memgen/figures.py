@@ -1,0 +1,234 @@
+"""A figure for each analysis of memory. All need matplotlib."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memgen.analysis import CenterDistance, Clusters, InvocationHistogram, Neighbours
+from memgen.continual import ContinualReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe & Ito 2008, told apart by colour-blind readers; markers where there are more groups.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
+
+
+def clusters_figure(
+    points: np.ndarray, how: str, clusters: Clusters, tags: Sequence[str] | np.ndarray
+) -> "Figure":
+    """Mean latents in the plane, twice: by cluster, and by tag.
+
+    Args:
+        points, how: of `embed_2d`.
+        clusters: of `cluster`.
+        tags: `[M]` one for each memory.
+    """
+    figure = _figure(9.6, 4.4)
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    size = np.bincount(clusters.labels, minlength=len(clusters.centroids))
+    by_cluster = [f"{label} ({size[label]})" for label in clusters.labels]
+    panels = (
+        (by_cluster, "cluster (memories)", f"k-means, silhouette {clusters.silhouette:.2f}"),
+        (list(map(str, tags)), "tag", "the same memories by tag"),
+    )
+    for axis, (groups, legend, title) in zip(axes, panels, strict=True):
+        marks = zip(cycle(COLOURS), cycle(MARKERS))  # noqa: B905 (both endless)
+        for group, (colour, marker) in zip(sorted(set(groups)), marks):  # noqa: B905
+            these = points[np.array(groups) == group]
+            axis.scatter(
+                *these.T, s=22, alpha=0.75, color=colour, marker=marker, label=group, linewidth=0
+            )
+        axis.set(title=title, xlabel=f"{how} 1", xticks=[], yticks=[])
+        axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes[0].set_ylabel(f"{how} 2")
+    figure.suptitle("Mean latent of each memory")
+    return figure
+
+
+def ranks_figure(ranks: np.ndarray, tags: Sequence[str] | np.ndarray, slots: int) -> "Figure":
+    """Effective rank of each memory by tag, with means.
+
+    Args:
+        ranks: `[M]` of `effective_rank`.
+        tags: `[M]` one for each memory.
+        slots: K, the highest possible rank.
+    """
+    names = sorted(set(map(str, tags)))
+    figure = _figure(max(3.6, 1.6 + 1.1 * len(names)), 4.2)
+    axis = figure.subplots()
+    rng = np.random.default_rng(0)  # side by side, so that equal ranks don't hide one another
+    for place, name in enumerate(names):
+        these = ranks[np.asarray(tags) == name]
+        across = place + rng.uniform(-0.25, 0.25, len(these))
+        axis.scatter(across, these, s=14, alpha=0.5, color=BLUE, linewidth=0)
+        axis.hlines(these.mean(), place - 0.35, place + 0.35, color="black", linewidth=2)
+        axis.annotate(
+            f"mean {these.mean():.2f}", (place, these.mean()), (0, 5),
+            textcoords="offset points", ha="center", fontsize=9,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
+        )  # fmt: skip
+    axis.axhline(slots, color=GREY, linestyle=":", linewidth=1)
+    axis.annotate(f"K = {slots}", (len(names) - 0.5, slots), (-4, 3), ha="right", color="dimgrey",
+                  textcoords="offset points", fontsize=9)  # fmt: skip
+    axis.set(
+        title="Directions that a memory uses", ylabel="effective rank",
+        xlim=(-0.5, len(names) - 0.5), ylim=(0.8, slots + 0.06 * slots + 0.2),
+    )  # fmt: skip
+    axis.set_xticks(range(len(names)), names)
+    return figure
+
+
+def invocations_figure(histogram: InvocationHistogram) -> "Figure":
+    """Decisions per response by position, one panel for each tag."""
+    tags = list(histogram.asked)
+    figure = _figure(7.0, 1.2 + 1.6 * len(tags))
+    axes = figure.subplots(len(tags), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    left, width = 100 * histogram.edges[:-1], 100 * np.diff(histogram.edges)
+    for axis, tag in zip(axes, tags, strict=True):
+        rows = histogram.rows[tag]
+        shape: dict[str, Any] = {"x": left, "width": width, "align": "edge"}
+        axis.bar(**shape, height=histogram.asked[tag] / rows, color="none", edgecolor="dimgrey",
+                 linewidth=0.8, label="asked")  # fmt: skip
+        axis.bar(**shape, height=histogram.invoked[tag] / rows, color=BLUE, alpha=0.85,
+                 label="invoked")  # fmt: skip
+        asked, invoked = histogram.asked[tag].sum(), histogram.invoked[tag].sum()
+        axis.set_title(f"{tag}: {rows} responses, invoked {invoked} of {asked} times",
+                       fontsize=10, loc="left")  # fmt: skip
+    axes[0].legend(ncols=2, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    axes[-1].set(xlabel="position in the response (% of its tokens)", xlim=(0, 100))
+    figure.supylabel("decisions per response", fontsize="medium")
+    return figure
+
+
+def nearest_figure(
+    neighbours: Neighbours, texts: Mapping[int, str] | Sequence[str], rows: Sequence[str]
+) -> "Figure":
+    """A table of nearest tokens, shaded by cosine, and how long each latent is.
+
+    Args:
+        neighbours: of `nearest_tokens`.
+        texts: of token ids.
+        rows: a name for each latent.
+    """
+    count, nearest = neighbours.ids.shape
+    figure = _figure(2.6 + 1.15 * nearest, 1.5 + 0.3 * count)
+    axis = figure.subplots()
+    image = axis.imshow(neighbours.cosine, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axis, label="cosine (near 0: no likeness)")
+    for (row, column), token in np.ndenumerate(neighbours.ids):
+        cosine = neighbours.cosine[row, column]
+        axis.text(column, row, f"{_visible(texts[int(token)])}\n{cosine:.2f}", ha="center",
+                  va="center", fontsize=7, color="black" if cosine > 0.55 else "white",
+                  parse_math=False)  # fmt: skip
+    names = [f"{name}  ({n:.3g}×)" for name, n in zip(rows, neighbours.norm_ratio, strict=True)]
+    axis.set_yticks(range(count), names)
+    axis.set_xticks(range(nearest), [str(1 + rank) for rank in range(nearest)])
+    axis.set(title="Tokens nearest to each latent", xlabel="rank",
+             ylabel="latent (its norm, in mean embedding norms)")  # fmt: skip
+    return figure
+
+
+def ablation_figure(
+    ablated: Mapping[str, tuple[float, float]],
+    control: Mapping[str, tuple[float, float]],
+    baseline: tuple[float, float],
+    score: str,
+    dropped: Mapping[str, float],
+) -> "Figure":
+    """Bars of what is left without each cluster, beside dropping as much at random.
+
+    Args:
+        ablated, control: by cluster, score and its standard error.
+        baseline: score and its standard error with all memory.
+        score: what is measured, with its unit.
+        dropped: by cluster, the share of memories dropped.
+    """
+    figure = _figure(max(5.4, 2.6 + 1.1 * len(ablated)), 4.2)
+    axis = figure.subplots()
+    place = np.arange(len(ablated))
+    arms = (("without the cluster", ablated, -0.2, BLUE), ("as many at random", control, 0.2, GREY))
+    for name, scores, offset, colour in arms:
+        mean, error = np.array([scores[cluster] for cluster in ablated]).T
+        axis.bar(place + offset, mean, 0.38, yerr=error, color=colour, label=name, capsize=3)
+    mean, error = baseline
+    axis.axhline(mean, color="black", linewidth=1.2, label="all memory")
+    axis.axhspan(mean - error, mean + error, color="black", alpha=0.1, linewidth=0)
+    axis.set_xticks(place, [f"{name}\n{dropped[name]:.0%}" for name in ablated])
+    axis.set(title="Ablation (bars: ± standard error)", ylabel=score,
+             xlabel="cluster, and the share of memories dropped")  # fmt: skip
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return figure
+
+
+def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Figure":
+    """Distances of each pair of kinds, one panel for each measure."""
+    figure = _figure(9.6, 1.5 + 0.45 * len(distances))
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots(1, len(CenterDistance._fields), sharey=True)
+    names = [" – ".join(pair) for pair in distances]
+    for axis, measure in zip(axes, CenterDistance._fields, strict=True):
+        values = [getattr(distance, measure) for distance in distances.values()]
+        axis.barh(names, values, color=BLUE, height=0.6)
+        for place, value in enumerate(values):
+            axis.annotate(f"{value:.3g}", (value, place), (3, 0), va="center", fontsize=9,
+                          textcoords="offset points")  # fmt: skip
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.set(
+            title=measure.replace("_", " "),
+            xlabel="mean distance",
+            xlim=(0, 1.25 * max(*values, 1e-9)),
+        )
+    axes[0].invert_yaxis()
+    return figure
+
+
+def continual_figure(report: ContinualReport, digits: int = 1) -> "Figure":
+    """Heat map of accuracy on each task after each stage; framed where it was just trained."""
+    rows, tasks = report.accuracy.shape
+    figure = _figure(2.6 + 1.0 * tasks, 1.8 + 0.5 * rows)
+    from matplotlib.patches import Rectangle
+
+    axis = figure.subplots()
+    low, high = report.accuracy.min(), report.accuracy.max()
+    image = axis.imshow(report.accuracy, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    figure.colorbar(image, ax=axis, label="accuracy")
+    for (row, column), value in np.ndenumerate(report.accuracy):
+        bright = value > low + 0.55 * (high - low)
+        axis.text(column, row, f"{value:.{digits}f}", ha="center", va="center",
+                  color="black" if bright else "white")  # fmt: skip
+    for stage in range(1, rows):
+        axis.add_patch(Rectangle((stage - 1.47, stage - 0.47), 0.94, 0.94, fill=False,
+                                 edgecolor=VERMILION, linewidth=2.5))  # fmt: skip
+    axis.set_xticks(range(tasks), report.tasks)
+    axis.set_yticks(range(rows), ["before training", *report.tasks[: rows - 1]])
+    axis.set(xlabel="evaluated on", ylabel="after training on")
+    if report.stages_done == tasks:
+        axis.set_title(
+            f"average {report.average_accuracy:.{digits}f}, "
+            f"backward transfer {report.backward_transfer:+.{digits}f},\n"
+            f"forward transfer {report.forward_transfer:+.{digits}f}, "
+            f"forgetting {report.forgetting:.{digits}f}",
+            fontsize=10,
+        )
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('a figure needs matplotlib: pip install "thoughtbubbles[memgen]"') from (
+            error
+        )
+    return Figure(figsize=(min(width, 24.0), min(height, 24.0)), layout="constrained")
+
+
+def _visible(token: str) -> str:
+    token = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    return "".join(char if char.isprintable() else "·" for char in token) or "·"

@@ -1,0 +1,204 @@
+"""The small MemGens that the tests share, so that compiled programs are shared too."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from foreign_decoder import ForeignDecoder
+
+import memgen
+from memgen import LoRAConfig, MemGen, MemGenConfig, TriggerConfig, WeaverConfig
+from thoughtbubbles import Backbone, ModelConfig, PrefixRank, Thoughtbubbles, Threshold
+
+VOCAB, PROMPT_LATENTS, INFERENCE_LATENTS, EVENTS = 100, 3, 2, 2
+BOUNDARY = (np.arange(VOCAB) % 2 == 0).astype(np.uint8)
+LORA = LoRAConfig(rank=4, alpha=8.0)
+PLAIN = ModelConfig(
+    vocab_size=VOCAB,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=48,
+    tied_head=False,
+)
+FORKS: dict[str, Any] = {"num_layers": 3, "fork_layers": (1, 2), "merge": "residual"}
+MODELS = {
+    "plain": PLAIN,
+    "rank": dataclasses.replace(PLAIN, **FORKS, policy=PrefixRank(2.0)),
+    "threshold": dataclasses.replace(PLAIN, **FORKS, policy=Threshold(2.0)),
+}
+CONFIG = MemGenConfig(
+    WeaverConfig(PROMPT_LATENTS, INFERENCE_LATENTS, lora=LORA),
+    TriggerConfig("tokens", lora=LORA),
+    max_inference_events=EVENTS,
+)
+
+
+class MyDecoder(memgen.Uncached):
+    """An ordinary decoder made of `nnx.Linear`s, as MemGen wants it."""
+
+    def __init__(self, model):
+        self.model = model
+        self.embed_dim, self.vocab_size = model.embed.features, model.embed.num_embeddings
+
+    @property
+    def adaptable(self):
+        return memgen.linear_maps(self.model)
+
+    def adapted(self, adapter):
+        return MyDecoder(memgen.beside(self.model, adapter))
+
+    def embed_tokens(self, tokens):
+        return self.model.embed(tokens)
+
+    def read(self, x, length=None, *, positions=None, visible=None):
+        if positions is None or visible is None:  # one text from left to right
+            place = jnp.arange(x.shape[1])
+            positions = jnp.broadcast_to(place, x.shape[:2])
+            visible = (place[:, None] >= place)[None]
+        return self.model.hidden(x, positions, visible)
+
+    def unembed(self, hidden):
+        return self.model.head(hidden).astype(jnp.float32)
+
+
+def filled(abstract: Any, seed: int, scale: float = 0.25) -> Any:
+    """All parameters random, so that each of them matters; made by NumPy: nothing to compile."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(BOUNDARY)
+        values = rng.normal(size=leaf.shape) * scale
+        if "threshold" in name:
+            values = np.full(leaf.shape, 0.3)
+        elif "scale" in name or "gain" in name:
+            values = 1 + values
+        elif "score" in name or "kernel" in name and "trigger" in name:
+            values = 2 * values
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+@functools.cache
+def backbone(kind: str, embed_dim: int = 32, dtype: str = "float32") -> Any:
+    if kind == "foreign":
+        build = lambda: MyDecoder(ForeignDecoder(VOCAB, embed_dim, 2, 4, 128, rngs=nnx.Rngs(0)))  # noqa: E731
+    else:
+        config = dataclasses.replace(MODELS[kind], embed_dim=embed_dim, dtype=dtype)
+        build = lambda: Backbone(Thoughtbubbles(config, rngs=nnx.Rngs(0)))  # noqa: E731
+    return filled(nnx.eval_shape(build), seed=7)
+
+
+@functools.cache
+def memgen_of(
+    kind: str = "plain",
+    config: MemGenConfig = CONFIG,
+    weaver_width: int | None = None,
+    dtype: str = "float32",
+) -> MemGen:
+    """A MemGen around one of the decoders, all of it far from its initial values."""
+    reasoner = backbone(kind, dtype=dtype)
+    weaver_backbone = None if weaver_width is None else backbone("plain", weaver_width)
+    if kind == "foreign":
+        lora = dataclasses.replace(LORA, targets=("blocks/0/q", "blocks/1/v"))
+        config = with_lora(config, lora)
+    build = lambda: MemGen(  # noqa: E731
+        reasoner, config, boundary=BOUNDARY, weaver_backbone=weaver_backbone, rngs=nnx.Rngs(1)
+    )
+    made = filled(nnx.eval_shape(build), seed=8)
+    made.reasoner, made.weaver_backbone = nnx.data(reasoner), nnx.data(weaver_backbone)
+    return made
+
+
+@functools.cache
+def fresh_memgen(kind: str = "plain", config: MemGenConfig = CONFIG) -> MemGen:
+    """The same with weaver and trigger as they begin."""
+    reasoner = backbone(kind)
+    build = lambda: MemGen(reasoner, config, boundary=BOUNDARY, rngs=nnx.Rngs(1))  # noqa: E731
+    made = jax.jit(build)()
+    made.reasoner = nnx.data(reasoner)
+    return made
+
+
+def with_lora(config: MemGenConfig, lora: LoRAConfig) -> MemGenConfig:
+    trigger = config.trigger and dataclasses.replace(config.trigger, lora=lora)
+    return dataclasses.replace(
+        config, weaver=dataclasses.replace(config.weaver, lora=lora), trigger=trigger
+    )
+
+
+def weaver_config(**changes: Any) -> MemGenConfig:
+    return dataclasses.replace(CONFIG, weaver=dataclasses.replace(CONFIG.weaver, **changes))
+
+
+def trigger_config(source: Any) -> MemGenConfig:
+    return dataclasses.replace(CONFIG, trigger=TriggerConfig(source, lora=LORA))
+
+
+def random_tokens(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape), jnp.int32)
+
+
+def pure(module: Any) -> dict[str, Any]:
+    """The module's arrays as a nested dict."""
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+@jax.jit
+def read(decoder: Any, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
+    return decoder.read(x, length)
+
+
+@jax.jit
+def plain_log_probs(decoder: Any, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities `[B, L, V]` after each token, without any memory."""
+    return jax.nn.log_softmax(decoder.unembed(decoder.read(decoder.embed_tokens(tokens))))
+
+
+@jax.jit
+def predictors(made: MemGen, tokens: jax.Array, plan: memgen.Plan) -> jax.Array:
+    return made.predictors(tokens, plan)
+
+
+@jax.jit
+def forced_log_probs(made: MemGen, tokens: jax.Array, plan: memgen.Plan) -> jax.Array:
+    """Of each token, `[B, L]`, by the forward pass of training."""
+    hidden = made.predictors(tokens, plan)
+    return memgen.token_log_probs(made.reasoner, hidden, tokens, jnp.ones(tokens.shape, bool))
+
+
+def replaced(module: Any, **parts: Any) -> Any:
+    """The module with other parts, itself unchanged."""
+    leaves, structure = jax.tree.flatten(module)
+    copy = jax.tree.unflatten(structure, leaves)
+    for name, part in parts.items():
+        setattr(copy, name, part)
+    return copy
+
+
+PROMPTS = [[1, 2, 3], [9], [int(i) for i in np.random.default_rng(1).integers(0, VOCAB, 37)]]
+NEW = 12
+
+
+@functools.cache
+def rollout(kind: str, config: MemGenConfig, policy: Any, weaver_width: int | None = None):
+    """One greedy generation that many tests look at."""
+    made = memgen_of(kind, config, weaver_width)
+    return made, memgen.generate(made, PROMPTS, NEW, policy=policy)
+
+
+def whole_rows(prompts: Any, response: memgen.Response) -> tuple[jax.Array, jax.Array]:
+    """Prompt and response in one row each, padded on the right `[B, L]`, and prompt lengths."""
+    rows = [[*prompt, *new] for prompt, new in zip(prompts, response.texts, strict=True)]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return jnp.asarray(tokens), jnp.array([len(prompt) for prompt in prompts], jnp.int32)

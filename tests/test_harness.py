@@ -1,0 +1,225 @@
+"""The evaluation harness's adapter: what it is asked, and a task from disk, end to end."""
+
+import dataclasses
+import json
+import math
+import types
+from pathlib import Path
+
+import pytest
+from letters import writer
+from tiny import BASE
+
+from thoughtbubbles.decoding import generate
+from train import harness
+from train.harness import Decoding, HarnessModel, cut
+from train.load import load_weights
+from train.scoring import Scorer
+from train.task_files import read_task
+from train.task_scores import answers, summary
+
+MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
+PLAIN = dataclasses.replace(BASE, fork_layers=(), num_layers=2)
+LENGTH = 16
+
+
+def test_generation_options_are_those_of_the_harness():
+    assert Decoding.of({}, 7) == Decoding(max_new_tokens=7)
+    assert Decoding.of({"until": "\n", "max_new_tokens": 3}, 7) == Decoding(("\n",), 3)
+    both = {"until": ["a", "", "b"], "max_gen_toks": 5, "max_tokens": 6}
+    assert Decoding.of(both, 7) == Decoding(("a", "b"), 5)
+    greedy = {"do_sample": False, "temperature": 0.7, "top_p": 0.5}
+    assert Decoding.of(greedy, 7) == Decoding(max_new_tokens=7)
+    assert Decoding.of({"temperature": 0.0}, 7).temperature == 0
+    sampled = Decoding.of({"temperature": 0.7, "top_k": 5}, 7)
+    assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.7, 5, None)
+    assert Decoding.of({"do_sample": True}, 7).temperature == 1
+    with pytest.raises(ValueError, match="option num_beams is not supported: choose of until"):
+        Decoding.of({"num_beams": 2}, 7)
+
+
+def test_texts_are_cut_before_the_first_stop_string():
+    assert cut("one two three", ["three", "two"]) == "one "
+    assert cut("one", ["two"]) == cut("one", []) == "one"
+
+
+def test_without_the_harness_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(harness, "harness", None)
+    for use in (lambda: HarnessModel(model="smollm2"), harness.main):
+        with pytest.raises(ValueError, match="is not installed: pip install lm_eval"):
+            use()
+
+
+@pytest.fixture
+def installed():
+    """The real package and its tasks, where they are."""
+    package = pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    return package, pytest.importorskip("lm_eval.tasks")
+
+
+class Request:
+    """What an instance of the harness is to a model."""
+
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.fixture
+def standing_in(monkeypatch):
+    """A harness of two attributes, so that the adapter's own work is tested without the real one.
+
+    `HarnessModel` is then a class of its own that nobody registers.
+    """
+    if harness.harness is None:
+        monkeypatch.setattr(harness, "harness", types.SimpleNamespace())
+        hook = types.SimpleNamespace(add_partial=lambda kind, args, result: None)
+        monkeypatch.setattr(HarnessModel, "cache_hook", hook, raising=False)
+
+
+def test_requests_are_answered_in_their_order(standing_in):
+    loaded = writer(PLAIN)
+    model = HarnessModel(writer=loaded, batch_size=4, max_length=LENGTH)
+    pairs = [("abc", " d"), ("", "efghijklm"), ("a", "b")]
+    scores = Scorer(loaded, 4, LENGTH)(pairs)
+    found = model.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+    assert found == [(score.log_prob, score.greedy) for score in scores]
+    texts = ["abc", "abcdefghijklmnoabcdefghij", ""]
+    found = model.loglikelihood_rolling([Request(text) for text in texts])
+    assert found == [score.log_prob for score in Scorer(loaded, 4, LENGTH).rolling(texts)]
+
+
+def test_texts_are_generated_in_groups_and_cut(standing_in):
+    loaded = writer(PLAIN)
+    model = HarnessModel(writer=loaded, batch_size=2, max_length=LENGTH, max_gen_toks=8)
+    contexts = ["abc", "b", "cab abc abc abc abc abc", "abc"]
+    plain = []
+    for context in contexts:
+        prompt = loaded.prompt(context)[-(LENGTH - 8) :]
+        new, _ = generate(loaded.model, [prompt] * 2, 8, stop=loaded.ends, choices=17)
+        plain.append(loaded.tokenizer.decode(new))
+    assert all(plain)
+    assert model.generate_until([Request(context, {}) for context in contexts]) == plain
+    stop = plain[0][2]  # a token of its own; two of them are none
+    wanted = [cut(text, [stop]) for text in plain]
+    options = {"until": [stop]}
+    assert model.generate_until([Request(context, options) for context in contexts]) == wanted
+    assert model._stop_ids(stop) == loaded.tokenizer.encode(stop)[0].tolist()
+    pair = plain[0][1:3]
+    mixed = [Request(contexts[0], {"until": pair}), Request(contexts[0], {"max_gen_toks": 3})]
+    assert model.generate_until(mixed) == [cut(plain[0], [pair]), plain[0][:3]]
+    sampled = {"do_sample": True, "temperature": 3.0}
+    several = model.generate_until([Request("abc", sampled)] * 4)
+    assert len(set(several)) > 1, "equal requests get samples of their own"
+    with pytest.raises(ValueError, match="max_gen_toks=16 of max_length=16 leaves no room"):
+        model.generate_until([Request("a", {"max_gen_toks": 16})])
+
+
+def test_chats_are_rendered_and_read_with_their_special_tokens(standing_in):
+    model = HarnessModel(writer=load_weights(MODEL))
+    before = model._scorer.encode("<|im_end|>")
+    chat = [{"role": "user", "content": "the end"}]
+    text = model.apply_chat_template(chat)
+    assert text.endswith("<|im_start|>assistant\n") and "the end" in text
+    begun = [*chat, {"role": "assistant", "content": "then "}]
+    assert model.apply_chat_template(begun, add_generation_prompt=False).endswith("\nthen")
+    assert len(before) > 1 and len(model._scorer.encode("<|im_end|>")) == 1
+    assert model.chat_template(True) and model.chat_template(False) is None
+    with pytest.raises(ValueError, match="letters has no chat template"):
+        HarnessModel(writer=writer(PLAIN)).apply_chat_template(chat)
+    with pytest.raises(ValueError, match="model=None checkpoint=None: pass one of them"):
+        HarnessModel()
+
+
+WORDS = ["cat", "dog", "tree", "sea", "sun", "then", "hat"]
+RECORDS = {
+    "hellaswag": [
+        {
+            "activity_label": "making tea",
+            "ctx_a": f"[header] the {word} [title] on it [step] and  in",
+            "ctx_b": "a Cup",
+            "endings": [f"the {word} [substeps] is on.", "is", "it is in the end", "é a"],
+            "label": str(index % 4),
+        }
+        for index, word in enumerate(WORDS)
+    ],
+    "piqa": [
+        {"goal": f"open the {word} ", "sol1": "turn it", "sol2": "the end", "label": index % 2}
+        for index, word in enumerate(WORDS)
+    ],
+    "blimp": [
+        {"sentence_good": f"the {word} is here", "sentence_bad": f"the {word} are here"}
+        for word in WORDS
+    ],
+    "lambada": [{"text": f"in the {word} was  the {word}"} for word in WORDS],
+}
+THEIRS = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "blimp": "blimp/_template_yaml",
+    "lambada": "lambada/lambada_openai.yaml",
+}
+ON_DISK = """task: on_disk_{name}
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+training_split: null
+validation_split: null
+test_split: test
+"""
+GENERATED = """output_type: generate_until
+doc_to_text: goal
+doc_to_target: goal
+generation_kwargs: {until: ["e"], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
+"""
+ROLLING = """output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: goal
+metric_list: [{metric: bits_per_byte}]
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's, and of what it imports
+def test_the_harness_finds_what_our_command_finds(installed, tmp_path, monkeypatch):
+    """Its own HellaSwag, PIQA, BLiMP and LAMBADA over files on disk, item by item."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    package, package_tasks = installed
+    folder = Path(package_tasks.__file__).parent
+    bodies = {name: f"include: {folder / file}\n" for name, file in THEIRS.items()}
+    for name, body in {**bodies, "generated": GENERATED, "rolling": ROLLING}.items():
+        file = tmp_path / f"{name if name in RECORDS else 'piqa'}.jsonl"
+        if name in RECORDS:
+            file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[name]))
+        head = ON_DISK.format(name=name, file=file, cache=tmp_path / "cache")
+        (tmp_path / f"{name}.yaml").write_text(head + body)
+    found = package.simple_evaluate(
+        HarnessModel(model=MODEL, batch_size=4),
+        tasks=[f"on_disk_{name}" for name in (*THEIRS, "generated", "rolling")],
+        task_manager=package_tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    loaded = load_weights(MODEL)
+    for name in THEIRS:
+        task = read_task(str(tmp_path / f"{name}.jsonl"))
+        [ours] = answers(Scorer(loaded, 4), [task])
+        metrics, theirs = summary(task, ours), found["results"][f"on_disk_{name}"]
+        names = [name for name in metrics if not name.endswith("stderr")]
+        compared = [metric for metric in names if f"{metric},none" in theirs]
+        assert "acc" in compared and len(compared) == (1 if name == "blimp" else 2)
+        for metric in compared:
+            assert theirs[f"{metric},none"] == pytest.approx(metrics[metric])
+        samples = sorted(found["samples"][f"on_disk_{name}"], key=lambda sample: sample["doc_id"])
+        for sample, answer in zip(samples, ours, strict=True):
+            their_scores = [response[0] for response in sample["resps"]]
+            assert [score[0] for score in their_scores] == pytest.approx(
+                [score.log_prob for score in answer.scores], abs=1e-5
+            )
+    scores = [a["acc_norm,none"] for a in found["results"].values() if "acc_norm,none" in a]
+    assert any(0 < score < 1 for score in scores)
+    texts = [record["goal"] for record in RECORDS["piqa"]]
+    nats = -sum(score.log_prob for score in Scorer(loaded, 4).rolling(texts))
+    bits = nats / sum(map(len, texts)) / math.log(2)
+    rolling = found["results"]["on_disk_rolling"]
+    assert rolling["bits_per_byte,none"] == pytest.approx(bits)
+    generated = [sample["resps"][0][0] for sample in found["samples"]["on_disk_generated"]]
+    assert len(generated) == len(WORDS) and all("e" not in text for text in generated)

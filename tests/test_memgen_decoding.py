@@ -1,0 +1,480 @@
+"""Oracle tests D: generation, against a loop that reads everything again, row by row."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import memgen_reference as oracle
+import numpy as np
+import pytest
+from memgen_tiny import (
+    BOUNDARY,
+    CONFIG,
+    EVENTS,
+    LORA,
+    NEW,
+    PROMPTS,
+    VOCAB,
+    backbone,
+    forced_log_probs,
+    memgen_of,
+    pure,
+    rollout,
+    trigger_config,
+    weaver_config,
+    whole_rows,
+)
+
+from memgen import (
+    AlwaysInvoke,
+    LearnedInvoke,
+    MemGenConfig,
+    NeverInvoke,
+    Plan,
+    RandomInvoke,
+    TriggerConfig,
+    begin,
+    boundary_table,
+    generate,
+    is_boundary,
+    make_request,
+    observe,
+    plan_from_decisions,
+    respond,
+)
+from memgen import decoding as loop_module
+from memgen.insertion import INFERENCE, PROMPT
+from memgen.request import pad_prompts, row_keys
+
+HIDDEN = dataclasses.replace(
+    weaver_config(context="hidden"), trigger=TriggerConfig("stream", lora=LORA)
+)
+AT_ONCE = dataclasses.replace(
+    weaver_config(latents_see_latents=False), trigger=TriggerConfig("reasoner_hidden", lora=LORA)
+)
+RAW = weaver_config(match_scale=False)
+LEARNED = LearnedInvoke()
+CASES: dict[str, tuple[str, MemGenConfig, Any]] = {
+    "plain, always": ("plain", CONFIG, AlwaysInvoke()),
+    "plain, hidden states, trigger on the stream": ("plain", HIDDEN, LEARNED),
+    "plain, one pass, trigger on hidden states": ("plain", AT_ONCE, LEARNED),
+    "plain, raw scale, trigger on tokens": ("plain", RAW, LEARNED),
+    "forks by rank": ("rank", CONFIG, AlwaysInvoke()),
+    "forks by threshold": ("threshold", CONFIG, AlwaysInvoke()),
+}
+FORCED = {**CASES, "foreign": ("foreign", CONFIG, AlwaysInvoke())}
+
+
+@functools.cache
+def oracle_rows(name: str) -> tuple[Any, Any, list[oracle.Generated]]:
+    kind, config, policy = CASES[name]
+    made, response = rollout(kind, config, policy)
+    sizes, params = made.reasoner.model.config, pure(made.reasoner.model)
+    weaver, trigger = pure(made.weaver), pure(made.trigger)
+    decoder = oracle.thoughtbubbles(params, sizes)
+    scale = LORA.alpha / LORA.rank
+    weaves = oracle.thoughtbubbles(oracle.merged(params, weaver["adapter"], scale), sizes)
+    source = config.trigger.source if config.trigger else None
+    adapter = trigger.get("adapter") or {}
+    triggers = oracle.thoughtbubbles(oracle.merged(params, adapter, scale), sizes)
+
+    def decide(step: int, tokens: list[int], stream: list[np.ndarray]) -> bool:
+        if policy != LEARNED:
+            return True
+        seen = decoder.embed(tokens) if source == "tokens" else np.stack(stream)
+        skip, invoke = oracle.trigger_logits(trigger, triggers, seen)
+        assert abs(invoke - skip) > 1e-3
+        return invoke > skip
+
+    rows = [
+        oracle.generate(
+            decoder,
+            weaves,
+            weaver,
+            prompt,
+            NEW,
+            lambda token: bool(BOUNDARY[token]),
+            EVENTS,
+            decide,
+            context=config.weaver.context,
+            latents_see_latents=config.weaver.latents_see_latents,
+        )
+        for prompt in PROMPTS
+    ]
+    return made, response, rows
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_d28_cached_is_recomputed(name: str):
+    made, response, rows = oracle_rows(name)
+    for index, row in enumerate(rows):
+        assert row.margin > 1e-4, "choose another seed: two tokens are equally probable"
+        assert response.texts[index] == row.tokens
+        assert response.decisions[index, :NEW].tolist() == row.decisions
+        np.testing.assert_allclose(response.log_probs[index, :NEW], row.log_probs, atol=1e-4)
+        latents = np.stack(row.stream)[row.is_latent]
+        widths = [made.config.weaver.prompt_latents, *[made.config.weaver.inference_latents] * 9]
+        used = np.asarray(response.points[index]) >= 0
+        ours = [
+            memory[:width]
+            for memory, width, on in zip(response.latents[index], widths, used, strict=False)
+            if on
+        ]
+        np.testing.assert_allclose(np.concatenate(ours), latents, atol=1e-4)
+    assert 1 in np.concatenate([row.decisions for row in rows])
+
+
+def test_the_learned_triggers_above_say_both():
+    names = [name for name, (_, _, policy) in CASES.items() if policy == LEARNED]
+    decisions = [row.decisions for name in names for row in oracle_rows(name)[2]]
+    assert {0, 1} <= set(np.concatenate(decisions).tolist())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_d31_budget_and_record(name: str):
+    made, response, rows = oracle_rows(name)
+    config, decisions = made.config, np.asarray(response.decisions)
+    assert set(np.unique(decisions)) <= {-1, 0, 1}
+    assert (decisions[:, 0] >= 0).all() and (decisions[:, NEW:] == -1).all()
+    later = (decisions[:, 1:] == 1).sum(axis=1)
+    assert later.max() <= config.max_inference_events
+    assert later.max() == config.max_inference_events, "the budget is met somewhere"
+    for row, (prompt, new) in enumerate(zip(PROMPTS, response.texts, strict=True)):
+        used = 0
+        for step in range(1, NEW):
+            asked = BOUNDARY[new[step - 1]] and used < EVENTS
+            assert (decisions[row, step] >= 0) == bool(asked)
+            used += decisions[row, step] == 1
+        points = [p for p in response.points[row].tolist() if p >= 0]
+        assert points == np.flatnonzero(decisions[row] == 1).tolist()
+        count = 3 * int(decisions[row, 0] == 1) + 2 * int(later[row])
+        assert len(rows[row].stream) == len(prompt) + NEW + count
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_d33_teacher_forcing_gives_the_same_log_probs(name: str):
+    kind, config, policy = FORCED[name]
+    made, response = rollout(kind, config, policy)
+    tokens, prompt = whole_rows(PROMPTS, response)
+    plan = plan_from_decisions(response.decisions, prompt, config)
+    assert ((plan.point >= 0).sum(axis=1) >= 2).any()
+    forced = forced_log_probs(made, tokens, plan)
+    for row, start in enumerate(prompt.tolist()):
+        np.testing.assert_allclose(
+            forced[row, start : start + NEW], response.log_probs[row, :NEW], atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("kind", ["plain", "rank"])
+def test_d33_holds_over_two_responses_with_an_observation_between(kind: str):
+    """A session keeps the latents of its first response; the training forward sees them too."""
+    made = memgen_of(kind)
+    tokens, length = pad_prompts(PROMPTS, VOCAB)
+    keys = row_keys(0, PROMPTS)
+    request = make_request(made, NEW)
+    session = begin(made, tokens, length, keys, tokens.shape[1] + 40, 2)
+    first, session = respond(made, session, request, 16)
+    seen = jnp.array([[5, 6, 7, 8], [11, 0, 0, 0], [21, 22, 0, 0]], jnp.int32)
+    seen_length = jnp.array([4, 1, 2])
+    session = observe(made, session, seen, seen_length)
+    second, session = respond(made, session, request, 16)
+    rows = [
+        [*prompt, *a, *seen[row, : seen_length[row]].tolist(), *b]
+        for row, (prompt, a, b) in enumerate(zip(PROMPTS, first.texts, second.texts, strict=True))
+    ]
+    assert session.count.tolist() == [len(row) for row in rows]
+    padded = np.zeros((3, max(map(len, rows))), np.int32)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    before = length + NEW + seen_length
+    plans = [
+        plan_from_decisions(part.decisions, start, CONFIG)
+        for part, start in ((first, length), (second, before))
+    ]
+    point = jnp.concatenate([plan.point for plan in plans], axis=1)
+    kinds = jnp.concatenate([plan.kind for plan in plans], axis=1)
+    assert kinds[0].tolist() == [PROMPT, INFERENCE, INFERENCE] * 2
+    assert (point[:, 3:] >= 0).sum() > 3
+    forced = forced_log_probs(made, jnp.asarray(padded), Plan.of(point, kinds, CONFIG))
+    for row in range(3):
+        for part, start in ((first, length), (second, before)):
+            at = int(start[row])
+            np.testing.assert_allclose(
+                forced[row, at : at + NEW], part.log_probs[row, :NEW], atol=1e-4
+            )
+    stored = np.asarray(session.tokens)
+    assert all((stored[row, : len(ids)] == ids).all() for row, ids in enumerate(rows))
+
+
+@pytest.mark.parametrize("kind", ["plain", "foreign"])
+def test_d26_batched_is_one_by_one(kind: str):
+    made, together = rollout(kind, CONFIG, AlwaysInvoke())
+    assert len({tuple(row) for row in np.asarray(together.decisions).tolist()}) > 1
+    for row, prompt in enumerate(PROMPTS[:2]):
+        alone = generate(made, [prompt], NEW)
+        assert alone.texts[0] == together.texts[row]
+        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-4)
+        assert (alone.decisions[0] == together.decisions[row]).all()
+        assert (alone.points[0] == together.points[row]).all()
+
+
+def test_d27_sampled_batched_is_sampled_alone_and_d34_repeats():
+    made = memgen_of()
+    settings: dict[str, Any] = {"policy": RandomInvoke(0.5), "temperature": 1.0}
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    together = generate(made, prompts, NEW, **settings, seed=3)
+    for row, prompt in enumerate(PROMPTS[:2]):
+        alone = generate(made, [prompt], NEW, **settings, seed=3)
+        assert alone.texts[0] == together.texts[row]
+        assert (alone.decisions[0] == together.decisions[row]).all()
+    assert generate(made, prompts, NEW, **settings, seed=3).texts == together.texts
+    assert together.texts[1] != together.texts[2], "equal prompts of a batch have keys of their own"
+    assert generate(made, prompts, NEW, **settings, seed=4).texts != together.texts
+
+
+def test_d34_rules_do_not_sample_and_random_has_its_frequency():
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    logits = jnp.zeros((20_000, 2)).at[:, 1].set(1.0)
+    assert AlwaysInvoke()(logits, keys).all() and not NeverInvoke()(logits, keys).any()
+    assert LearnedInvoke()(logits, keys).all() and not LearnedInvoke()(-logits, keys).any()
+    for policy, expected in (
+        (RandomInvoke(0.2), 0.2),
+        (RandomInvoke(0.0), 0.0),
+        (RandomInvoke(1.0), 1.0),
+        (LearnedInvoke(sample=True), 1 / (1 + np.exp(-1))),
+        (LearnedInvoke(0.5, sample=True), 1 / (1 + np.exp(-2))),
+    ):
+        sigma = np.sqrt(expected * (1 - expected) / 20_000)
+        assert abs(float(policy(logits, keys).mean()) - expected) <= 4 * sigma
+
+
+@pytest.fixture(scope="module")
+def session_of_prompts():
+    """A function to a new session of the shared prompts and what goes with it."""
+    tokens, length = pad_prompts(PROMPTS, VOCAB)
+
+    def new(made, room: int = 16, responses: int = 1):
+        keys = row_keys(0, PROMPTS)
+        return begin(made, tokens, length, keys, tokens.shape[1] + room, responses)
+
+    return new
+
+
+def test_d29_a_chunk_of_latents_is_what_reading_anew_gives(session_of_prompts):
+    made = memgen_of()
+    session = session_of_prompts(made)
+    latents = jax.random.normal(jax.random.key(0), (3, 3, 32))
+    count = jnp.array([3, 0, 2])
+    after = jax.jit(lambda made, s, x, n: s.append(made, x, n))(made, session, latents, count)
+    assert (after.reasoner.hidden[1] == session.reasoner.hidden[1]).all()
+    read = jax.jit(lambda backbone, x: backbone.read(x))
+    for row in (0, 2):
+        vectors = made.reasoner.embed_tokens(jnp.array(PROMPTS[row]))
+        whole = jnp.concatenate([vectors, latents[row, : count[row]]])[None]
+        np.testing.assert_allclose(
+            after.reasoner.hidden[row], read(made.reasoner, whole)[0, -1], atol=1e-5
+        )
+
+
+def test_d30_while_is_scan(session_of_prompts):
+    """The same steps by `lax.scan`, which never leaves early."""
+    made, response = rollout("plain", CONFIG, AlwaysInvoke())
+    request = make_request(made, NEW)
+
+    @jax.jit
+    def by_scan(made, session, request):
+        decoders, limit = loop_module.Decoders.of(made), jnp.int32(NEW)
+        vector = jax.eval_shape(made.reasoner.embed_tokens, session.tokens[:, :1])
+        none = jnp.zeros((3,), jnp.int32)
+        start = loop_module.Loop(
+            jnp.int32(0),
+            none,
+            none > 0,
+            session.replace(responses=session.responses + 1),
+            loop_module.Response.empty(made, 3, 16, vector),
+        )
+        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop), None)  # noqa: E731
+        return jax.lax.scan(step, start, length=NEW)[0].response
+
+    scanned = by_scan(made, session_of_prompts(made), request)
+    assert scanned.texts == response.texts
+    assert (scanned.decisions == response.decisions).all()
+    assert (scanned.points == response.points).all()
+    np.testing.assert_allclose(scanned.log_probs, response.log_probs, atol=1e-5)
+
+
+def test_d32_a_row_ends_at_its_stop_id():
+    made, free = rollout("plain", CONFIG, AlwaysInvoke())
+    stop = next(
+        new[place] for new in free.texts for place in range(1, NEW - 1) if new[place] != new[0]
+    )
+    stopped = generate(made, PROMPTS, NEW, stop=[stop])
+    lengths = [new.index(stop) + 1 if stop in new else NEW for new in free.texts]
+    assert min(lengths) < max(lengths)
+    assert stopped.count.tolist() == lengths
+    for row, length in enumerate(lengths):
+        assert stopped.texts[row] == free.texts[row][:length]
+        assert (stopped.tokens[row, length:] == 0).all()
+        assert (stopped.decisions[row, length:] == -1).all()
+        assert (stopped.log_probs[row, length:] == 0).all()
+        np.testing.assert_allclose(
+            stopped.log_probs[row, :length], free.log_probs[row, :length], atol=1e-5
+        )
+        assert (stopped.points[row] < length).all()
+    # Rows that rest cost no room and change nothing: less is asked for by number alone.
+    fewer = generate(made, PROMPTS, 4)
+    assert fewer.texts == [new[:4] for new in free.texts]
+
+
+def test_d35_events_are_not_part_of_the_program():
+    made = memgen_of()
+    sizes = lambda: (loop_module._begin._cache_size(), loop_module._respond._cache_size())  # noqa: E731
+    patterns = set()
+    rollout("plain", CONFIG, AlwaysInvoke())
+    generate(made, PROMPTS, NEW, policy=RandomInvoke(0.5))
+    before = sizes()
+    for seed in range(4):
+        response = generate(made, PROMPTS, NEW - seed, policy=RandomInvoke(0.2 * seed), seed=seed)
+        patterns.add(np.asarray(response.decisions).tobytes())
+        other = [[seed] * 5, [7, 3] * (seed + 1), [4] * (17 + seed)]
+        patterns.add(np.asarray(generate(made, other, NEW).decisions).tobytes())
+    assert len(patterns) > 4
+    assert sizes() == before
+
+
+def test_d36_table_is_the_decoded_suffix():
+    pieces = ["a", "b.", ",", ".", "\n", ".\n", "3", "3.", "e.g", " .", "", "x,", "?", "!\n", ", "]
+    texts = [piece + extra for piece in pieces for extra in ("", "c", ".")]
+    rng = np.random.default_rng(0)
+    suffix = boundary_table(texts)
+    exact = boundary_table(
+        texts, "exact_id", encode=lambda text: [texts.index(text)] if text in texts else []
+    )
+    for _ in range(300):
+        ids = rng.integers(0, len(texts), rng.integers(2, 6))
+        ids = [i for i in ids if texts[i]] or [0]  # empty pieces show nothing
+        last, before = jnp.int32(ids[-1]), jnp.int32(ids[-2] if len(ids) > 1 else 0)
+        text = "".join(texts[i] for i in ids)
+        assert bool(is_boundary(jnp.asarray(suffix), last, before)) == text.endswith(
+            (",", ".", "\n")
+        )
+        in_table = bool(is_boundary(jnp.asarray(exact), last, before))
+        assert in_table == (ids[-1] in [texts.index(d) for d in (",", ".", "\n")])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It ends.", True),
+        ("It ends. ", True),
+        ("3.", False),  # 3.14, maybe
+        ("pi is 3.14", False),
+        ("Why?", True),
+        ("Go!", True),
+        ("a line\n", True),
+        ("a, b", False),
+        ("one,", False),
+    ],
+)
+@pytest.mark.parametrize("pieces", ["letters", "words"])
+def test_d36_sentences_end_where_a_reader_says(text: str, expected: bool, pieces: str):
+    """However the text is cut into tokens."""
+    parts = list(text) if pieces == "letters" else [text[:-3], text[-3:]]
+    texts = sorted({*parts, "-"})
+    table = jnp.asarray(boundary_table(texts, "sentence"))
+    ids = [texts.index(part) for part in ["-", *parts]]
+    if pieces == "letters" and text.endswith(" "):
+        return  # a lone space is a token of its own, and no boundary
+    assert bool(is_boundary(table, jnp.int32(ids[-1]), jnp.int32(ids[-2]))) is expected
+
+
+@pytest.mark.parametrize(("prompt", "inference"), [(0, 2), (3, 0)])
+def test_one_kind_without_latents(prompt: int, inference: int):
+    """Decisions are recorded, nothing stands in the stream, and training sees the same."""
+    config = weaver_config(prompt_latents=prompt, inference_latents=inference)
+    made, response = rollout("plain", config, AlwaysInvoke())
+    tokens, length = whole_rows(PROMPTS, response)
+    plan = plan_from_decisions(response.decisions, length, config)
+    forced = forced_log_probs(made, tokens, plan)
+    for row, start in enumerate(length.tolist()):
+        np.testing.assert_allclose(
+            forced[row, start : start + NEW], response.log_probs[row, :NEW], atol=1e-4
+        )
+    assert (np.asarray(response.decisions) == 1).any()
+    assert set(np.unique(plan.width)) == {0, prompt or inference}
+
+
+def test_no_inference_events():
+    config = dataclasses.replace(CONFIG, max_inference_events=0)
+    _, response = rollout("plain", config, AlwaysInvoke())
+    assert (response.decisions[:, 0] == 1).all() and (response.decisions[:, 1:] == -1).all()
+    assert response.latents.shape[1] == response.points.shape[1] == 1
+    _, usual = rollout("plain", CONFIG, AlwaysInvoke())
+    assert [new[0] for new in response.texts] == [new[0] for new in usual.texts]
+
+
+def one_line(caught: Any) -> None:
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_room_is_one_line(session_of_prompts):
+    made, request = memgen_of(), make_request(memgen_of(), 20)
+    tokens, length = pad_prompts(PROMPTS, VOCAB)
+    keys = row_keys(0, PROMPTS)
+    with pytest.raises(ValueError, match="prompts of 64 tokens, room for max_tokens=9") as caught:
+        begin(made, tokens, length, keys, 9)
+    one_line(caught)
+    session = session_of_prompts(made)
+    with pytest.raises(ValueError, match="grow to 117 tokens, .* max_tokens=80: begin") as caught:
+        respond(made, session, make_request(made, 80), 128)
+    one_line(caught)
+    with pytest.raises(ValueError, match="grow to 137 tokens"):
+        observe(made, session, jnp.zeros((3, 100), jnp.int32), jnp.array([0, 0, 100]))
+    full = dataclasses.replace(session, places=session.places - made.config.room)
+    with pytest.raises(ValueError, match="grow to .* tokens and latents, .*max_resp") as caught:
+        respond(made, full, make_request(made, 43), 64)
+    one_line(caught)
+    assert request.max_new_tokens == 20
+
+
+def test_a_learned_trigger_must_be_there():
+    none = dataclasses.replace(CONFIG, trigger=None)
+    with pytest.raises(ValueError, match="a learned trigger is asked for and this MemGen has no"):
+        generate(memgen_of(config=none), [[1]], 2, policy=LearnedInvoke())
+    with pytest.raises(ValueError, match="no decoder of its own"):
+        memgen_of(config=trigger_config("reasoner_hidden")).triggering()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "no prompt is given"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[VOCAB]]}, "prompt 0 holds token id 100, vocab_size=100"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": -0.5}, "temperature=-0.5"),
+        ({"choices": 0}, "choices=0"),
+        ({"policy": RandomInvoke(1.5)}, "RandomInvoke.*1.5"),
+        ({"policy": LearnedInvoke(0.0, sample=True)}, "LearnedInvoke.*temperature=0.0"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments: dict[str, Any], message: str):
+    defaults: dict[str, Any] = {"prompts": [[1]], "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=message) as caught:
+        generate(memgen_of(), **{**defaults, **arguments})
+    one_line(caught)
+
+
+def test_nan_is_an_error():
+    made = memgen_of()
+    weights = jax.tree.map(lambda leaf: leaf, made.weaver)
+    weights.to_reasoner.bias[...] = weights.to_reasoner.bias[...].at[3].set(jnp.nan)
+    leaves, structure = jax.tree.flatten(made)
+    broken = jax.tree.unflatten(structure, leaves)
+    broken.weaver = weights
+    with pytest.raises(ValueError, match="prompt 0: the logits are NaN"):
+        generate(broken, PROMPTS, NEW)
+    assert backbone("plain") is made.reasoner

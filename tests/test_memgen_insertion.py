@@ -1,0 +1,211 @@
+"""Oracle tests C: where latents stand, which outputs predict which tokens, and the loss."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import memgen_reference as oracle
+import numpy as np
+import pytest
+from memgen_tiny import (
+    BOUNDARY,
+    CONFIG,
+    VOCAB,
+    memgen_of,
+    predictors,
+    random_tokens,
+    weaver_config,
+)
+
+from memgen import MemGenConfig, Plan, plan_from_decisions, plan_insertions, token_log_probs
+from memgen.insertion import (
+    INFERENCE,
+    PROMPT,
+    assemble,
+    check_one_response,
+    predictor_index,
+    stream_index,
+    stream_length,
+)
+from memgen.losses import sft_loss
+
+TWO_EACH = weaver_config(prompt_latents=2, inference_latents=2)
+POINTS = [[3, 6, 9], [5, 7, -1], [2, -1, -1]]
+TOKENS = random_tokens(3, 12, seed=5)
+SUPERVISED = jnp.arange(12) >= jnp.array([[3], [5], [2]])
+
+
+def plan_of(points: Any, config: MemGenConfig = CONFIG) -> Plan:
+    point = jnp.array(points, jnp.int32)
+    kind = jnp.broadcast_to(jnp.arange(point.shape[1]) > 0, point.shape).astype(jnp.int32)
+    return Plan.of(point, kind, config)
+
+
+def events_of(plan: Plan, row: int) -> list[tuple[int, int]]:
+    pairs = zip(plan.point[row].tolist(), plan.width[row].tolist(), strict=True)
+    return [(point, width) for point, width in pairs if point >= 0]
+
+
+def test_c17_worked_example():
+    plan = plan_of([[3, 5]], TWO_EACH)
+    assert stream_index(plan, 8).tolist() == [[0, 1, 2, 5, 6, 9, 10, 11]]
+    assert plan.start.tolist() == [[3, 7]]  # latents at 3, 4 and 7, 8
+    assert stream_length(plan, jnp.array([8])).tolist() == [12]
+    assert predictor_index(plan, 8)[0, 3:].tolist() == [4, 5, 8, 9, 10]
+
+
+@pytest.mark.parametrize("config", [CONFIG, TWO_EACH], ids=["3 and 2", "2 and 2"])
+def test_c18_outputs_kept_are_those_before_tokens(config: MemGenConfig):
+    plan = plan_of([*POINTS, [0, 4, 11], [-1, -1, -1], [-1, 1, 2]], config)
+    found = predictor_index(plan, 12)
+    assert found.shape == (6, 12)
+    for row in range(6):
+        assert found[row].tolist() == oracle.predictors(12, events_of(plan, row))
+
+
+def test_c19_positions_are_consecutive():
+    """A row has no holes: the tokens and latents of its stream are 0 to L'-1, each once."""
+    plan = plan_of(POINTS)
+    tokens, total = stream_index(plan, 12), stream_length(plan, jnp.full(3, 12))
+    for row in range(3):
+        starts = zip(plan.start[row].tolist(), plan.width[row].tolist(), strict=True)
+        latents = [start + slot for start, width in starts for slot in range(width)]
+        assert sorted([*tokens[row].tolist(), *latents]) == list(range(int(total[row])))
+
+
+def test_c24_gathered_stream_is_the_concatenation():
+    rng = np.random.default_rng(0)
+    plan = plan_of([*POINTS, [0, 4, 11], [-1, -1, -1]])
+    vectors = rng.normal(size=(5, 12, 4)).astype(np.float32)
+    latents = rng.normal(size=(5, 3, 3, 4)).astype(np.float32)
+    stream = np.asarray(assemble(jnp.asarray(vectors), jnp.asarray(latents), plan))
+    for row in range(5):
+        widths = plan.width[row].tolist()
+        events = [
+            (point, latents[row, event, : widths[event]])
+            for event, point in enumerate(plan.point[row].tolist())
+            if point >= 0
+        ]
+        expected = oracle.concatenated(vectors[row], events)
+        assert np.array_equal(stream[row, : len(expected)], expected)
+
+
+@jax.jit
+def loss_of(made, tokens, supervised, plan):
+    return sft_loss(made, tokens, supervised, plan)
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    return predictors(memgen_of(), TOKENS, plan_of(POINTS))
+
+
+def test_c20_c25_loss_is_the_mean_over_tokens(hidden):
+    made, plan = memgen_of(), plan_of(POINTS)
+    total, weight = loss_of(made, TOKENS, SUPERVISED, plan)
+    log_probs = jax.nn.log_softmax(made.reasoner.unembed(hidden))
+    picked = np.take_along_axis(np.asarray(log_probs), np.asarray(TOKENS)[..., None], axis=2)
+    picked, mask = picked[..., 0], np.asarray(SUPERVISED)
+    assert weight == mask.sum() and len(set(mask.sum(axis=1))) == 3
+    np.testing.assert_allclose(total / weight, -picked[mask].mean(), rtol=1e-6)
+    of_rows = np.mean([-row[on].mean() for row, on in zip(picked, mask, strict=True)])
+    assert abs(of_rows - total / weight) > 1e-3
+    for chunk in (1, 5, 12, 100):
+        found = token_log_probs(made.reasoner, hidden, TOKENS, SUPERVISED, chunk=chunk)
+        np.testing.assert_allclose(found, np.where(mask, picked, 0), atol=1e-5)
+    hot = token_log_probs(made.reasoner, hidden, TOKENS, SUPERVISED, temperature=2.0)
+    expected = jax.nn.log_softmax(made.reasoner.unembed(hidden) / 2)
+    expected = np.take_along_axis(np.asarray(expected), np.asarray(TOKENS)[..., None], axis=2)
+    np.testing.assert_allclose(hot, np.where(mask, expected[..., 0], 0), atol=1e-5)
+
+
+def test_c21_padding_and_unsupervised_targets_do_not_matter(hidden):
+    made, plan = memgen_of(), plan_of(POINTS)
+    # A target that is not supervised is anything at all, an ignore index too.
+    garbage = jnp.where(SUPERVISED, TOKENS, -100)
+    wanted = token_log_probs(made.reasoner, hidden, TOKENS, SUPERVISED)
+    assert (token_log_probs(made.reasoner, hidden, garbage, SUPERVISED) == wanted).all()
+    short = SUPERVISED & (jnp.arange(12) < 10)
+    totals = []
+    for fill in (TOKENS, random_tokens(3, 12, seed=9), jnp.zeros_like(TOKENS), TOKENS * 0 - 100):
+        padded = jnp.where(jnp.arange(12) < 10, TOKENS, fill)
+        totals.append(loss_of(made, padded, short, plan)[0])
+    np.testing.assert_allclose(totals, [totals[0]] * 4, rtol=1e-6)
+
+
+def test_c22_selected_points():
+    marks, boundary = np.asarray(SUPERVISED), jnp.asarray(BOUNDARY)
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(1, VOCAB, (3, 12))
+    tokens[:, 4:9] = [[6, 1, 6, 12, 2], [12, 18, 1, 6, 3], [1, 6, 6, 12, 12]]
+    candidates = [
+        [i for i in range(1, 12) if marks[row, i] and marks[row, i - 1]
+         and BOUNDARY[tokens[row, i - 1]]]
+        for row in range(3)
+    ]  # fmt: skip
+    assert min(map(len, candidates)) >= 3
+
+    def points(count: int, key=None, **changes) -> list[list[int]]:
+        config = dataclasses.replace(CONFIG, max_inference_events=count, **changes)
+        plan = plan_insertions(jnp.asarray(tokens), SUPERVISED, boundary, config, key)
+        assert plan.kind[:, 0].tolist() == [PROMPT] * 3
+        assert (plan.kind[:, 1:] == INFERENCE).all()
+        return [[p for p in row if p >= 0] for row in plan.point.tolist()]
+
+    first = [3, 5, 2]
+    for count in (0, 1, 2, 20):
+        expected = [[s, *found[:count]] for s, found in zip(first, candidates, strict=True)]
+        assert points(count) == expected
+    key = jax.random.key(0)
+    everywhere = points(20, key, insertion="random", insertion_prob=1.0)
+    assert everywhere == points(20)
+    assert points(20, key, insertion="random", insertion_prob=0.0) == [[s] for s in first]
+    some = points(20, key, insertion="random", insertion_prob=0.5)
+    assert everywhere != some != [[s] for s in first]
+    with pytest.raises(ValueError, match="insertion='random' draws boundaries: pass a key"):
+        points(2, insertion="random")
+    check_one_response(SUPERVISED)
+    for bad, count in ((SUPERVISED & False, 0), (SUPERVISED & (jnp.arange(12) != 7), 2)):
+        with pytest.raises(ValueError, match=f"row 0 has {count} supervised responses") as caught:
+            check_one_response(bad)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_plan_of_a_response_has_its_decisions():
+    decisions = jnp.array([[1, -1, 0, 1, -1], [0, 1, -1, 1, -1], [1, -1, -1, -1, -1]], jnp.int8)
+    plan = plan_from_decisions(decisions, jnp.array([4, 2, 7]), CONFIG)
+    assert plan.point.tolist() == [[4, 7, -1], [-1, 3, 5], [7, -1, -1]]
+    assert plan.kind.tolist() == [[PROMPT, INFERENCE, INFERENCE]] * 3
+    assert plan.width.tolist() == [[3, 2, 0], [0, 2, 2], [3, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "rank"])
+def test_c23_batched_is_row_by_row(kind: str):
+    made = memgen_of(kind)
+    together = predictors(made, TOKENS, plan_of(POINTS))
+    for row, points in enumerate(POINTS):
+        alone = predictors(made, TOKENS[row : row + 1], plan_of([points]))
+        np.testing.assert_allclose(together[row, 1:], alone[0, 1:], atol=1e-5)
+
+
+def test_points_of_a_plan_ascend():
+    for points in ([[5, 3, -1]], [[3, 3, -1]], [[1, 2, 3], [4, -1, 4]]):
+        with pytest.raises(ValueError, match=r"points \[.*\] of a plan must ascend") as caught:
+            plan_of(points)
+        assert "\n" not in str(caught.value)
+    assert plan_of([[3, -1, 5]]).start.tolist() == [[3, 0, 8]]
+
+
+def test_a_plan_fits_its_memgen():
+    """Wider than the weaver writes, or for other rows: one line each."""
+    made = memgen_of()
+    wide = plan_of(POINTS, weaver_config(prompt_latents=8))
+    with pytest.raises(ValueError, match="a plan of 8 latents.* 3") as caught:
+        made.weave(TOKENS, wide)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="plan of 2 rows for tokens of 3") as caught:
+        made.weave(TOKENS, plan_of(POINTS[:2]))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="point 12 .* 12 tokens"):
+        made.weave(TOKENS, plan_of([*POINTS[:2], [2, 12, -1]]))

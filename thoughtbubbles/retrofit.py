@@ -1,0 +1,96 @@
+"""Retrofit: fork layers into a pretrained decoder, whose output they leave as it is at first.
+
+A fork acts on other streams as one more key of attention, and that key weighs exactly its score p
+times what the original's would (`score_bias="none"`; values unscaled). A learned scalar gate of
+each fork layer multiplies p (`forking.candidate_log_scores`); born at `GATE`, it keeps every fork
+below float32's last digit. The output is linear in the gate to first order, so the gate has a
+gradient like any other parameter and the first step of an optimizer opens it; then scores and fork
+embeddings learn too.
+
+A fork itself is computed in full (`residual_scaling=False`): with its residual writes scaled by a p
+near 0 it would carry its parent's residual through the network unchanged, and have nothing to say.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.model import Thoughtbubbles
+from thoughtbubbles.policies import PrefixRank, Threshold, TopK
+
+GATE = 1e-9
+
+
+def add_forks(
+    config: ModelConfig,
+    weights: Mapping[Any, Any],
+    *,
+    layers: Sequence[int],
+    policy: TopK | PrefixRank | Threshold = PrefixRank(),  # noqa: B008 (frozen)
+    seed: int = 0,
+) -> tuple[ModelConfig, dict[Any, Any]]:
+    """A decoder without forks to a model that forks, with the same output until it is trained.
+
+    Args:
+        config: of a decoder without forks.
+        weights: of it: nested dict of arrays, as `load_pretrained` gives, or an `nnx.State`. They
+            are handed on as they are, in their dtype and sharding.
+        layers: a fork layer goes in front of each of these blocks (0-based, rising).
+        policy: which candidates live.
+        seed: of the new parameters, which are float32 and lie on every device of the embedding.
+
+    Returns:
+        the new config, and the weights with those of the fork layers under `forks`.
+
+    Raises:
+        ValueError: the config forks already or has copies, a layer is out of range, or the weights
+            are not those of the config.
+    """
+    if config.fork_layers:
+        raise ValueError(
+            f"the model forks before layers {config.fork_layers} already: take one without forks"
+        )
+    if not layers:
+        raise ValueError(f"layers={layers}: name the blocks to fork before, such as (10, 20)")
+    forking = forking_config(config, layers, policy)
+    if isinstance(weights, nnx.State):
+        weights = nnx.to_pure_dict(weights)
+    nnx.eval_shape(lambda: Thoughtbubbles.from_params(config, weights))  # raises if they don't fit
+
+    def forks() -> Any:
+        # Of the whole model only these are returned, so only these are computed.
+        model = Thoughtbubbles(forking, rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.state(model))["forks"]
+
+    place = _everywhere(weights["embed"])
+    return forking, {**weights, "forks": jax.jit(forks, out_shardings=place)()}
+
+
+def forking_config(
+    config: ModelConfig, layers: Sequence[int], policy: TopK | PrefixRank | Threshold
+) -> ModelConfig:
+    """The config with fork layers that leave the output as it is at first."""
+    return dataclasses.replace(
+        config,
+        fork_layers=tuple(layers),
+        policy=policy,
+        fork_gate=GATE,
+        score_originals=False,
+        score_bias="none",
+        value_scaling=False,
+        residual_scaling=False,
+        merge="rightmost",
+    )
+
+
+def _everywhere(array: Any) -> Any:
+    """A sharding that puts a whole array on every device of this one."""
+    sharding = getattr(array, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding

@@ -1,0 +1,417 @@
+"""Conversations in JSONL to rows that are trained on where the assistant speaks.
+
+A line is `{"messages": [{"role": ..., "content": ...}, ...]}` (roles: system, user, assistant,
+tool), `{"prompt": ..., "completion": ...}` or `{"question": ..., "answer": ...}`; other keys beside
+these are left alone, the first of the three counts.
+
+Pretrained tokenizers render all of them with their own chat template (`train.chat.chat_examples`;
+prompt and completion are then a user's and an assistant's message). A model without a template
+reads a completion right behind its prompt, and an answer one line break behind its question or
+lone user message; the end is the separator.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.chat import Example, Message, chat_examples, text_example
+from train.data import splits
+from train.data.config import DataError
+from train.data.packing import PADDING, PackedRows
+from train.data.reader import Batch, TrainReader
+from train.data.text import read_text
+from train.data.tokenizers import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+SUFFIXES = (".jsonl", ".jsonl.gz")
+_PAIRS = (("prompt", "completion"), ("question", "answer"))
+_FORMATS = '"messages", or "prompt" and "completion", or "question" and "answer"'
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatDataConfig:
+    """Conversations, row length and packing of a run on chat data."""
+
+    path: tuple[str, ...] = ()
+    """JSONL files, and folders of them (.jsonl, also with .gz, at any depth)."""
+
+    validation_path: str | None = None
+    """File or folder of held-out conversations; in place of a share of the others."""
+
+    validation: float = 0.05
+    """Share of the conversations that is held out, without a validation_path."""
+
+    seq_len: int = 1024
+    """Targets per row; a row holds seq_len + 1 tokens."""
+
+    pack: bool = False
+    """Several conversations in a row, each blind to the others. Only a plain decoder reads those;
+    a model that forks needs rows of one conversation."""
+
+    seed: int = 0
+    """Order of the training rows. Neither the split nor the rows depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1:
+            raise DataError(f"seq_len={self.seq_len}: a row needs at least 1 target")
+        if not 0 < self.validation < 1:
+            raise DataError(
+                f"validation={self.validation} is not a share: choose a number between 0 and 1"
+            )
+        if self.seed < 0:
+            raise DataError(f"seed={self.seed} is negative: choose 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChatRows:
+    """Rows of tokens, each `[N, seq_len + 1]`; inputs are all but the last, targets all but the
+    first of a row.
+
+    Attributes:
+        tokens: int32, -1 behind the last conversation.
+        supervised: bool, the assistant wrote this token: its content, or the end of its turn.
+        segment: int32, which conversation of the row, from 0; -1 for padding.
+        position: int32, place in its conversation; 0 for padding.
+    """
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    segment: np.ndarray
+    position: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def seq_len(self) -> int:
+        return self.tokens.shape[1] - 1
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """Some rows: the attributes by name, and "rows" int64, which they are."""
+        fields = (field.name for field in dataclasses.fields(self))
+        batch = {name: getattr(self, name)[indices] for name in fields}
+        return batch | {"rows": np.asarray(indices, np.int64)}
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """`limit` rows (default: all), evenly spaced, once and in order, as `read` gives them.
+
+        The last batch is filled up with rows that hold nothing but padding ("rows": -1).
+        """
+        if batch_size < 1:
+            raise DataError(f"a batch of {batch_size} rows: choose at least 1")
+        count = len(self) if limit is None else min(limit, len(self))
+        chosen = np.arange(count) * len(self) // max(count, 1)
+        filler = {"tokens": PADDING, "supervised": False, "segment": -1, "position": 0, "rows": -1}
+        for start in range(0, count, batch_size):
+            batch = self.read(chosen[start : start + batch_size])
+            missing = batch_size - len(batch["rows"])
+            yield {
+                name: np.concatenate(
+                    [part, np.full((missing, *part.shape[1:]), filler[name], part.dtype)]
+                )
+                for name, part in batch.items()
+            }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChatData:
+    """Conversations to train on and held out, as rows.
+
+    Attributes:
+        train, validation: the rows.
+        tokenizer: what they were tokenised with.
+        fingerprint: of the rows and the tokenizer.
+        statistics: counts of each split: conversations, texts (a conversation may need several),
+            tokens, supervised tokens, rows, texts cut and left out for being too long.
+        name: the files, as the user named them.
+    """
+
+    train: ChatRows
+    validation: ChatRows
+    tokenizer: Tokenizer
+    fingerprint: str
+    statistics: dict[str, dict[str, int]]
+    name: str
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        train, validation = self.statistics["train"], self.statistics["validation"]
+        total = {count: train[count] + validation[count] for count in train}
+        length, rows = self.train.seq_len, total["rows"]
+        return (
+            f"{self.name}: {train['conversations']:,} conversations to train on, "
+            f"{validation['conversations']:,} held out; {train['rows']:,} + "
+            f"{validation['rows']:,} rows of {length} tokens "
+            f"({total['tokens'] / (rows * (length + 1)):.0%} full, "
+            f"{total['supervised'] / total['tokens']:.0%} of it supervised); "
+            f"{total['cut']:,} cut at {length + 1} tokens, {total['dropped']:,} left out "
+            f"(no answer within them); {self.tokenizer.name}"
+        )
+
+
+def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
+    """Reads, renders and packs the conversations of `config`, in memory.
+
+    A text that is too long for a row loses its end; if no answer begins in what is left, the whole
+    text. Conversations of equal content are on the same side of the split.
+
+    Raises:
+        DataError: no files, a line that is no conversation or does not fit the tokenizer (with
+            file and line), or a split without rows.
+    """
+    if not config.path:
+        raise DataError("no chat data are named: pass --data.path and a JSONL file or a folder")
+    name = ", ".join(config.path)
+    found = [chat for path in config.path for file in _files(path) for chat in _read(file)]
+    if config.validation_path is not None:
+        held_out = [chat for file in _files(config.validation_path) for chat in _read(file)]
+        chosen = {"train": found, "validation": held_out}
+    else:
+        train, validation = splits.divide({c.digest for c in found}, config.validation, name)
+        sides = {"train": train, "validation": validation}
+        chosen = {side: [c for c in found if c.digest in of] for side, of in sides.items()}
+    identity = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=16)
+    rows: dict[str, ChatRows] = {}
+    statistics: dict[str, dict[str, int]] = {}
+    for side, chats in chosen.items():
+        source = name if side == "train" else config.validation_path or name
+        rows[side], statistics[side] = _rows(chats, tokenizer, config, f"{side} data of {source}")
+        for field in dataclasses.fields(ChatRows):
+            values = getattr(rows[side], field.name)
+            identity.update(f"{field.name} {values.shape} ".encode() + values.tobytes())
+    return ChatData(
+        rows["train"], rows["validation"], tokenizer, identity.hexdigest(), statistics, name
+    )
+
+
+class ChatReader(TrainReader):
+    """A `TrainReader` of chat rows: each batch is what `ChatRows.read` gives."""
+
+    def __init__(
+        self, rows: ChatRows, global_batch: int, seed: int, held: np.ndarray | None = None
+    ):
+        self._chat = rows
+        # The order, all that is inherited, needs their number only.
+        super().__init__(cast(PackedRows, rows), global_batch, seed, held)
+
+    def _read(self, rows: np.ndarray) -> Batch:
+        return self._chat.read(rows if self._held is None else rows[self._held])
+
+
+def segment_mask(segment: jax.Array) -> jax.Array:
+    """Which places each place of packed rows sees: itself and those before it of its conversation.
+
+    Padding sees padding alone. Its tokens are -1, for which `embed_tokens` has only NaN, and NaN
+    spreads through what a mask hides: give it a real id, `jnp.maximum(tokens, 0)`.
+
+    Args:
+        segment: `[B, T]` int32.
+
+    Returns:
+        `[B, T, T]` bool, `[b, query, key]`.
+    """
+    same = segment[:, :, None] == segment[:, None, :]
+    return same & jnp.tri(segment.shape[1], dtype=bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """One line of a file.
+
+    Attributes:
+        where: file and line, for errors.
+        messages: checked: roles, texts, the last one the assistant's.
+        gap: between question and answer where there is no chat template.
+        digest: of all but `where`.
+    """
+
+    where: str
+    messages: Sequence[Message]
+    gap: str
+    digest: bytes
+
+    def examples(self, tokenizer: Tokenizer) -> list[Example]:
+        """What is trained on.
+
+        Raises:
+            DataError: it does not fit the tokenizer.
+        """
+        if isinstance(tokenizer, PretrainedTokenizer) and tokenizer.chat_template is not None:
+            try:
+                return chat_examples(tokenizer, self.messages)
+            except ValueError as error:
+                raise DataError(f"{self.where}: {error}") from error
+        roles = [message["role"] for message in self.messages]
+        if roles != ["user", "assistant"]:
+            raise DataError(
+                f"{self.where}: {tokenizer.name} has no chat template, so a conversation is one "
+                f"user and one assistant message, here {', '.join(roles)}: cut it, or train a "
+                "model that has a template"
+            )
+        question, answer = (message["content"] for message in self.messages)
+        return [_plain(tokenizer, question + self.gap, answer)]
+
+
+def _plain(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
+    encode = lambda text: tokenizer.encode(text)[0].tolist()  # noqa: E731
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return text_example(tokenizer.prompt, encode, prompt, completion, tokenizer.ends[0])
+    separator = tokenizer.separator
+    return text_example(
+        lambda text: [separator, *encode(text)], encode, prompt, completion, separator
+    )
+
+
+def _files(path: str) -> list[Path]:
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        return [root]
+    inside = (file for file in sorted(root.rglob("*")) if file.name.endswith(SUFFIXES))
+    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(root).parts)  # noqa: E731
+    found = [file for file in inside if file.is_file() and not hidden(file)]
+    if not found:
+        raise DataError(f"{path} has no file of conversations ({' or '.join(SUFFIXES)})")
+    return found
+
+
+def _read(file: Path) -> Iterator[Conversation]:
+    # Not splitlines: JSON text may hold other line separators of Unicode.
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if line.strip():
+            where = f"{file} line {number}"
+            try:
+                parsed = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} is not JSON ({error}): repair or delete it") from error
+            messages, gap = _messages(parsed, where)
+            digest = splits.digest(json.dumps([messages, gap], sort_keys=True))
+            yield Conversation(where, messages, gap, digest)
+
+
+def _messages(line: Any, where: str) -> tuple[Sequence[Message], str]:
+    if not isinstance(line, dict):
+        raise DataError(f"{where} is a JSON {type(line).__name__}, no object: give {_FORMATS}")
+    if "messages" in line:
+        return _checked(line["messages"], where), "\n"
+    for question, answer in _PAIRS:
+        if question in line and answer in line:
+            messages = [
+                {"role": "user", "content": _text(line[question], f'{where}: "{question}"')},
+                {"role": "assistant", "content": _text(line[answer], f'{where}: "{answer}"')},
+            ]
+            return messages, "" if question == "prompt" else "\n"
+    raise DataError(f"{where} has keys {', '.join(map(repr, line)) or 'none'}: give {_FORMATS}")
+
+
+def _checked(messages: Any, where: str) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f'{where}: "messages" is no list with a message in it: delete the line')
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise DataError(f'{where}: message {number} is no object with "role" and "content"')
+        role = message.get("role")
+        if role not in ROLES:
+            raise DataError(
+                f"{where}: message {number} has role {role!r}: choose from {', '.join(ROLES)}"
+            )
+        _text(message.get("content"), f"{where}: the content of message {number}")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: the last message is from {messages[-1]['role']!r}, and there is nothing to "
+            "learn behind the last answer: end with the assistant's"
+        )
+    return messages
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {json.dumps(value)[:40]}, no text: give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half a character ({error.reason}): repair it") from error
+    return value
+
+
+def _rows(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, config: ChatDataConfig, what: str
+) -> tuple[ChatRows, dict[str, int]]:
+    width = config.seq_len + 1
+    counts = {"conversations": len(conversations), "texts": 0, "cut": 0, "dropped": 0}
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    shown = tqdm(conversations, "tokenising", unit="conversation", leave=False, disable=None)
+    for example in (example for chat in shown for example in chat.examples(tokenizer)):
+        counts["texts"] += 1
+        supervised = np.array(example.supervised[:width])
+        supervised[:1] = False  # nothing stands before it that could foretell it
+        if not supervised.any():
+            counts["dropped"] += 1
+            continue
+        counts["cut"] += len(example.ids) > width
+        end = int(np.flatnonzero(supervised)[-1]) + 1  # a cut one may go on with a question
+        kept.append((np.array(example.ids[:end], np.int32), supervised[:end]))
+    if not kept:
+        raise DataError(
+            f"the {what} have no assistant token within seq_len={config.seq_len} and one more in "
+            f"any of {counts['texts']} texts: choose a larger seq_len, or other data"
+        )
+    lengths = [len(ids) for ids, _ in kept]
+    packed = pack(lengths, width) if config.pack else [[text] for text in range(len(kept))]
+    rows = ChatRows(
+        np.full((len(packed), width), PADDING, np.int32),
+        np.zeros((len(packed), width), bool),
+        np.full((len(packed), width), -1, np.int32),
+        np.zeros((len(packed), width), np.int32),
+    )
+    for row, members in enumerate(packed):
+        start = 0
+        for segment, (ids, supervised) in enumerate(kept[member] for member in members):
+            here = row, slice(start, start + len(ids))
+            rows.tokens[here], rows.supervised[here] = ids, supervised
+            rows.segment[here], rows.position[here] = segment, np.arange(len(ids))
+            start += len(ids)
+    counts |= {"tokens": sum(lengths), "supervised": int(rows.supervised.sum())}
+    return rows, counts | {"rows": len(packed)}
+
+
+def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Which texts share a row: the longest first, each where it leaves the least room.
+
+    Args:
+        lengths: of the texts, at most `width` each.
+
+    Returns:
+        For each row, indices of its texts.
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # rows with that many places left
+    rooms: list[int] = []  # the keys, ascending
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        fit = bisect.bisect_left(rooms, lengths[text])
+        if fit < len(rooms):
+            room = rooms[fit]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[fit]
+        else:
+            room, row = width, len(rows)
+            rows.append([])
+        rows[row].append(text)
+        left = room - lengths[text]
+        if left not in by_room:
+            bisect.insort(rooms, left)
+        by_room.setdefault(left, []).append(row)
+    return rows

@@ -1,0 +1,326 @@
+"""Does woven memory teach a frozen reasoner? Weaver against controls of as many parameters.
+
+python -m train.experiments.memory --out memory.jsonl
+python -m train.experiments.memory --report memory.jsonl
+
+A small decoder is pretrained on sums of two numbers and on copying lists; sorted lists are rare in
+its texts and it is weak at them. Then it is frozen, and each arm learns to sort.
+Each finished (arm, seed) is one line of the file; starting again does what is missing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from memgen import (
+    LoRAConfig,
+    MemGen,
+    MemGenConfig,
+    Plan,
+    WeaverConfig,
+    WeaverParam,
+    boundary_table,
+    make_adapter,
+    plan_insertions,
+    token_log_probs,
+)
+from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
+from train.command import run_command
+from train.experiments.quality import read_results
+
+LETTERS = "\n0123456789+=,. sc"  # the first one is padding
+WIDTH = 20
+LENGTH = 4
+RARE = 0.02
+HELD_OUT = 2048
+
+
+def example(rng: np.random.Generator, kind: str) -> tuple[str, str]:
+    """A prompt and its answer: `add`, `copy` or `sort`."""
+    if kind == "add":
+        a, b = rng.integers(0, 50, 2)
+        return f"{a}+{b}=", f"{a + b}."
+    numbers = rng.integers(0, 10, LENGTH)
+    shown = " ".join(map(str, numbers))
+    if kind == "copy":
+        return f"c{shown}=", ",".join(map(str, numbers)) + "."
+    return f"s{shown}=", ",".join(map(str, np.sort(numbers))) + "."
+
+
+def rows(rng: np.random.Generator, count: int, kinds: dict[str, float]) -> dict[str, np.ndarray]:
+    """`tokens [B, L]` int32 and `supervised [B, L]` bool: the answers."""
+    tokens = np.zeros((count, WIDTH), np.int32)
+    supervised = np.zeros((count, WIDTH), bool)
+    for row, kind in enumerate(rng.choice(list(kinds), count, p=list(kinds.values()))):
+        prompt, answer = example(rng, kind)
+        ids = [LETTERS.index(letter) for letter in prompt + answer]
+        tokens[row, : len(ids)] = ids
+        supervised[row, len(prompt) : len(ids)] = True
+    return {"tokens": tokens, "supervised": supervised}
+
+
+PRETRAINING = {"add": 0.5, "copy": 0.5 - RARE, "sort": RARE}
+REASONER = ModelConfig(vocab_size=32, embed_dim=64, num_layers=3, num_heads=4, mlp_dim=256)
+BOUNDARY = boundary_table([*LETTERS, *[""] * (REASONER.vocab_size - len(LETTERS))])
+WEAVER = WeaverConfig(prompt_latents=8, inference_latents=8, lora=LoRAConfig(8, 16.0))
+EVERY_MAP = ("q", "k", "v", "o", "up", "down")
+
+
+class Arm(nnx.Module):
+    """A frozen reasoner and what an arm trains beside it."""
+
+    def __init__(self, reasoner: Backbone):
+        self.reasoner = reasoner
+
+    def predictors(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """Hidden states `[B, L, D]` that predict each token."""
+        raise NotImplementedError
+
+
+class LoRA(Arm):
+    """An adapter on the reasoner itself."""
+
+    def __init__(self, reasoner: Backbone, rngs: nnx.Rngs):
+        super().__init__(reasoner)
+        config = LoRAConfig(4, 8.0, targets=EVERY_MAP)
+        self.adapter = make_adapter(reasoner, config, rngs=rngs, kind=WeaverParam)
+
+    def predictors(self, batch):
+        decoder = self.reasoner.adapted(self.adapter)
+        hidden = decoder.read(decoder.embed_tokens(batch["tokens"]))
+        return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
+class Memory(Arm):
+    """A weaver, or latents that read nothing (`context="nothing"`)."""
+
+    def __init__(
+        self, reasoner: Backbone, weaver: WeaverConfig, rngs: nnx.Rngs, in_front: bool = False
+    ):
+        super().__init__(reasoner)
+        events = 0 if in_front else 1
+        config = MemGenConfig(weaver, max_inference_events=events)
+        self.memgen = MemGen(reasoner, config, boundary=BOUNDARY, rngs=rngs)
+        self.in_front = in_front
+
+    def predictors(self, batch):
+        tokens, memgen = batch["tokens"], self.memgen
+        if self.in_front:
+            first = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+            plan = Plan.of(first, first, memgen.config)
+        else:
+            plan = plan_insertions(tokens, batch["supervised"], memgen.boundary[...], memgen.config)
+        return memgen.predictors(tokens, plan)
+
+
+def _weaver(**changes) -> WeaverConfig:
+    return dataclasses.replace(WEAVER, **changes)
+
+
+ARMS: dict[str, Callable[[Backbone, nnx.Rngs], Arm]] = {
+    "weaver": lambda reasoner, rngs: Memory(reasoner, WEAVER, rngs),
+    "weaver_one_pass": lambda reasoner, rngs: Memory(
+        reasoner, _weaver(latents_see_latents=False), rngs
+    ),
+    "lora": LoRA,
+    "soft_prompt": lambda reasoner, rngs: Memory(
+        reasoner, _weaver(context="nothing"), rngs, in_front=True
+    ),
+    "pause_tokens": lambda reasoner, rngs: Memory(reasoner, _weaver(context="nothing"), rngs),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train arms on a frozen reasoner, or report what was trained.
+
+    Attributes:
+        arms: names from `ARMS`; `frozen` is the reasoner alone.
+        seeds: of the reasoner, of what is trained beside it, and of the data.
+        pretrain_steps, steps: of the reasoner, and of each arm.
+        batch_size: rows.
+        learning_rate: of the arms.
+        out: where results are appended, one JSON object a line.
+        report: a file of results to print as a table, in place of training.
+    """
+
+    arms: tuple[str, ...] = ("frozen", *ARMS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pretrain_steps: int = 1500
+    steps: int = 600
+    batch_size: int = 64
+    learning_rate: float = 1e-2
+    out: str = "memory.jsonl"
+    report: str | None = None
+
+    def __post_init__(self):
+        for name in self.arms:
+            if name != "frozen" and name not in ARMS:
+                raise ValueError(f"unknown arm {name!r}: choose from frozen, {', '.join(ARMS)}")
+
+
+def main(config: Experiment) -> None:
+    """Train what is missing, or print the table."""
+    if config.report is not None:
+        print(report(read_results(Path(config.report))))
+        return
+    out = Path(config.out)
+    finished = {(r["arm"], r["seed"]) for r in read_results(out)} if out.exists() else set()
+    for seed in config.seeds:
+        missing = [arm for arm in config.arms if (arm, seed) not in finished]
+        if not missing:
+            continue
+        reasoner = pretrained(config, seed)
+        for arm in missing:
+            result = {"arm": arm, "seed": seed, **score_arm(config, reasoner, arm, seed)}
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{arm} seed {seed}: {result['accuracy']:.3f} of {HELD_OUT}, loss "
+                  f"{result['loss']:.4f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+
+
+def pretrained(config: Experiment, seed: int) -> Backbone:
+    """A reasoner that adds and copies."""
+    model = Thoughtbubbles(REASONER, rngs=nnx.Rngs(seed))
+    arm = _Plain(Backbone(model))
+    batches = data(np.random.default_rng([seed, 0]), config.batch_size, PRETRAINING)
+    _, loss = fit(arm, nnx.Param, batches, config.pretrain_steps, 3e-3)
+    print(f"reasoner seed {seed}: loss {loss:.4f}", flush=True)
+    return arm.reasoner
+
+
+class _Plain(Arm):
+    def predictors(self, batch):
+        hidden = self.reasoner.read(self.reasoner.embed_tokens(batch["tokens"]))
+        return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
+def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> dict[str, Any]:
+    """Train one arm to sort; held-out exact match, and what it cost."""
+    begin = time.perf_counter()
+    before = checksum(reasoner)
+    arm = _Plain(reasoner)
+    parameters = 0
+    if name != "frozen":
+        arm = ARMS[name](reasoner, nnx.Rngs(seed))
+        batches = data(np.random.default_rng([seed, 1]), config.batch_size, {"sort": 1.0})
+        parameters, _ = fit(arm, WeaverParam, batches, config.steps, config.learning_rate)
+    after = checksum(reasoner)
+    if before != after:
+        raise RuntimeError(f"the frozen reasoner changed: {before} became {after}")
+    held_out = rows(np.random.default_rng(12345), HELD_OUT, {"sort": 1.0})
+    accuracy, loss = exact_match(arm, held_out)
+    return {
+        "parameters": parameters,
+        "accuracy": accuracy,
+        "loss": loss,
+        "steps": 0 if name == "frozen" else config.steps,
+        "reasoner": before,
+        "seconds": time.perf_counter() - begin,
+        "jax": jax.__version__,
+    }
+
+
+def data(
+    rng: np.random.Generator, batch_size: int, kinds: dict[str, float]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches without end."""
+    while True:
+        yield rows(rng, batch_size, kinds)
+
+
+def fit(
+    arm: Arm, kind: type[nnx.Param], batches: Iterator, steps: int, learning_rate: float
+) -> tuple[int, float]:
+    """Train the arm's parameters of that kind in place; their number, and the last loss."""
+    graphdef, params, rest = nnx.split(arm, kind, ...)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+    @jax.jit
+    def step(params, opt_state, batch):
+        def loss(params):
+            arm = nnx.merge(graphdef, params, rest)
+            log_probs = answer_log_probs(arm, batch)
+            return -log_probs.sum() / batch["supervised"].sum()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    opt_state, value = optimizer.init(params), jnp.inf
+    for _ in range(steps):
+        params, opt_state, value = step(params, opt_state, next(batches))
+    nnx.update(arm, params)
+    return sum(leaf.size for leaf in jax.tree.leaves(params)), float(value)
+
+
+def answer_log_probs(arm: Arm, batch: dict[str, jax.Array]) -> jax.Array:
+    """Log-probability of each supervised token, `[B, L]`, 0 elsewhere."""
+    hidden = arm.predictors(batch)
+    return token_log_probs(arm.reasoner, hidden, batch["tokens"], batch["supervised"])
+
+
+def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Share of answers that greedy decoding would write, and nats per answer token.
+
+    Greedy decoding writes the answer exactly if each of its tokens is the likeliest after the ones
+    before it, so no text need be generated.
+    """
+
+    @jax.jit
+    def score(arm, batch):
+        hidden = arm.predictors(batch)
+        likeliest = arm.reasoner.unembed(hidden).argmax(axis=-1)
+        right = (likeliest == batch["tokens"]) | ~batch["supervised"]
+        return right.all(axis=1), answer_log_probs(arm, batch).sum()
+
+    found, nats = [], 0.0
+    for start in range(0, HELD_OUT, 256):
+        part = {name: values[start : start + 256] for name, values in held_out.items()}
+        right, log_prob = score(arm, part)
+        found.append(np.asarray(right))
+        nats -= float(log_prob)
+    return float(np.concatenate(found).mean()), nats / float(held_out["supervised"].sum())
+
+
+def checksum(reasoner: Backbone) -> str:
+    """Of all the reasoner's arrays."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(nnx.state(reasoner)):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """A markdown table: held-out exact match in percent, mean over seeds ± its standard error."""
+    lines = [
+        "| arm | trained | seeds | exact match % | loss | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in dict.fromkeys(result["arm"] for result in results):
+        mine = [result for result in results if result["arm"] == arm]
+        mean = lambda name, scale=1.0, mine=mine: scale * np.mean([r[name] for r in mine])  # noqa: E731
+        scores = [100 * result["accuracy"] for result in mine]
+        error = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+        seeds = " ".join(str(result["seed"]) for result in mine)
+        exact = f"{np.mean(scores):.1f} ± {error:.1f}"
+        lines.append(
+            f"| {arm} | {mine[0]['parameters']:,} | {seeds} | {exact} | "
+            f"{mean('loss'):.3f} | {mean('seconds'):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main, Experiment)

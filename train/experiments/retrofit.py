@@ -1,0 +1,173 @@
+"""Does a pretrained model that learns to fork read better than the same one trained without forks?
+
+python -m train.experiments.retrofit --out docs/quality/retrofit.jsonl
+python -m train.experiments.retrofit --report docs/quality/retrofit.jsonl
+
+Each finished (variant, seed) is one line of the file; starting again does what is missing.
+"""
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles import PrefixRank
+from thoughtbubbles.forking import GATE_UNIT
+from thoughtbubbles.pretrained import Pretrained, load_pretrained
+from thoughtbubbles.retrofit import add_forks
+from train.command import run_command
+from train.config import EvalConfig
+from train.data import DataConfig, PackedData, TrainReader, prepare
+from train.dials import AnyPolicy
+from train.evaluate import Evaluator
+from train.experiments.quality import key_of, read_results, report
+from train.load import find_weights
+from train.mesh import MeshConfig, make_mesh, place
+from train.optim import OptimizerConfig
+from train.state import TRAINED, make_trainable
+from train.statistics import readable as fork_metrics
+from train.step import make_train_step
+
+# Name: whether it forks, and which parameters are trained.
+VARIANTS = {
+    "plain": (False, TRAINED["all"]),
+    "forks_only": (True, TRAINED["forks"]),
+    "forks_and_all": (True, TRAINED["all"]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrofit:
+    """Train pretrained weights further, with forks and without, or report what was trained.
+
+    Attributes:
+        weights: "smollm2", a Hugging Face folder, or a .gguf file.
+        layers: blocks that fork layers go in front of.
+        policy: of the fork layers.
+        variants: names from `VARIANTS`.
+        seeds: of the order of the text and of the new parameters.
+        steps: of training.
+        batch_size, seq_len: of each step; all variants see the same tokens.
+        optimizer: of all variants.
+        rows: held-out rows, the same for all variants.
+        out: where results are appended, one JSON object a line.
+        report: a file of results to print as a table, in place of training.
+    """
+
+    weights: str = "smollm2"
+    layers: tuple[int, ...] = (10, 20)
+    policy: AnyPolicy = PrefixRank(1.5)
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1)
+    steps: int = 40
+    batch_size: int = 4
+    seq_len: int = 128
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-4, weight_decay=0.0, warmup=0.1, fork_rate=10.0
+    )
+    rows: int = 32
+    out: str = "retrofit.jsonl"
+    report: str | None = None
+
+    def __post_init__(self):
+        for name in self.variants:
+            if name not in VARIANTS:
+                raise ValueError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+        if not self.policy.causal:
+            raise ValueError(f"{self.policy} is not causal: choose PrefixRank(...) or Threshold")
+
+
+def main(config: Retrofit) -> None:
+    """Train what is missing, or print the table."""
+    if config.report is not None:
+        print(report(read_results(Path(config.report))))
+        return
+    out = Path(config.out)
+    settings = json.loads(json.dumps(dataclasses.asdict(config) | {"policy": repr(config.policy)}))
+    for name in ("weights", "variants", "seeds", "steps", "out", "report"):
+        del settings[name]
+    results = read_results(out) if out.exists() else []
+    for result in results:
+        if result["settings"] != settings:
+            raise ValueError(
+                f"{out} holds results of other settings ({result['settings']}, now {settings}): "
+                "pass another --out, or the same ones"
+            )
+    finished = {key_of(result) for result in results}
+    pretrained = load_pretrained(find_weights(config.weights))
+    data = prepare_data(pretrained, config.seq_len)
+    for seed in config.seeds:
+        for variant in config.variants:
+            key = {"task": Path(config.weights).name, "variant": variant, "seed": seed}
+            key |= {"steps": config.steps, "settings": settings}
+            if key_of(key) in finished:
+                continue
+            result = key | train_and_score(config, pretrained, data, variant, seed)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{variant} seed {seed}: {result['loss_before']:.4f} to {result['loss']:.4f} "
+                  f"nats, {result['cpu_seconds']:.0f} CPU seconds", flush=True)  # fmt: skip
+
+
+def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
+    """The standard library's source in the tokens of the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "tokenizer.json")
+        file.write_text(pretrained.tokenizer.to_json(), encoding="utf-8")
+        return prepare(DataConfig(seq_len=seq_len, tokenizer=str(file)))
+
+
+def train_and_score(
+    config: Retrofit, pretrained: Pretrained, data: PackedData, variant: str, seed: int
+) -> dict[str, Any]:
+    """Held-out loss before and after training, prefix-only (the policy is causal), and the cost."""
+    forked, trained = VARIANTS[variant]
+    model, weights = pretrained.config, pretrained.params
+    if forked:
+        model, weights = add_forks(
+            model, weights, layers=config.layers, policy=config.policy, seed=seed
+        )
+    mesh = make_mesh(MeshConfig())
+    trainable = make_trainable(model, config.optimizer, config.steps, mesh, trained=trained)
+    # A copy: training overwrites the arrays that it is given.
+    state = trainable.init_from(jax.tree.map(np.array, weights))
+    evaluator = Evaluator(trainable, config.batch_size, EvalConfig(rows=config.rows))
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    before = evaluator(state.weights, data.validation)
+    step, reader = make_train_step(trainable), TrainReader(data.train, config.batch_size, seed)
+    metrics, losses, step_ms = {}, [], []
+    for number in range(config.steps):
+        start = time.perf_counter()
+        tokens = place(reader.batch(number)["tokens"], mesh)
+        state, metrics = step(state, tokens)
+        losses.append(float(metrics["loss"]))
+        step_ms.append(1e3 * (time.perf_counter() - start))
+        if number % 10 == 0:
+            print(f"{variant} seed {seed} step {number}: {losses[-1]:.4f}", flush=True)
+    scores = evaluator(state.weights, data.validation)
+    forks = fork_metrics(jax.device_get(metrics["forks"]), model.fork_layers)
+    layers = nnx.to_pure_dict(state.weights).get("forks", {})
+    return {
+        "tokens": config.steps * config.batch_size * config.seq_len,
+        "parameters": model.num_params(),
+        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        **scores,
+        "loss_before": before["loss"],
+        "training_loss": losses,
+        **{name: value for name, value in forks.items() if not name.endswith("histogram")},
+        "gates": [float(GATE_UNIT * abs(fork["gate"])) for fork in layers.values()],
+        "step_ms": float(np.median(step_ms)),
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - begin_cpu,
+        "jax": jax.__version__,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main, Retrofit)

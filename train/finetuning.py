@@ -1,0 +1,211 @@
+"""Fine-tuning on chat data as the loop sees it: a decoder, what moves beside it, and rows."""
+
+import dataclasses
+import hashlib
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memgen import LoRAConfig, MemGenConfig, WeaverConfig, boundary_table
+from thoughtbubbles import Thoughtbubbles
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.config import LoopConfig, as_json
+from train.data import Batch
+from train.data.chat_data import ChatData, ChatDataConfig, ChatReader, prepare_chat
+from train.load import Writer, load_writer
+from train.mesh import batch_sharding, check_batch, make_mesh, place, replicated
+from train.optim import OptimizerConfig
+from train.state import TrainState, make_trainable
+from train.step import TrainStep, make_train_step
+from train.tuning import TRAINED, Tuned, one_response_rows
+
+ROWS = ("tokens", "supervised", "segment")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig(LoopConfig):
+    """Supervised fine-tuning: only what the assistant says is trained on.
+
+    Attributes:
+        weights: what to start from: a run folder, "smollm2", a Hugging Face folder, a .gguf file.
+        train: `all` parameters, a `lora` adapter, or a `weaver` of latent memory; in the last two
+            the decoder is frozen, and a checkpoint holds only what stands beside it.
+        lora: the adapter.
+        memgen: the weaver, and where it writes.
+        boundaries: after which tokens it may write (`memgen.boundary_table`).
+    """
+
+    weights: str = "smollm2"
+    train: Literal["all", "lora", "weaver"] = "lora"
+    lora: LoRAConfig = LoRAConfig()
+    memgen: MemGenConfig = MemGenConfig(WeaverConfig())
+    boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
+    data: ChatDataConfig = ChatDataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
+    out: str = "runs/sft"
+
+
+class Finetuning:
+    """`train.loop.Work` of an `SFTConfig`.
+
+    Raises:
+        ValueError: a mistake in the config, or in the weights.
+    """
+
+    def __init__(self, config: SFTConfig):
+        self.config = config
+        mesh = make_mesh(config.mesh)
+        check_batch(config.batch_size, config.accumulate, mesh)
+        self._writer: Writer = load_writer(config.weights)
+        model = self._writer.model
+        if config.data.pack and (config.train == "weaver" or model.config.fork_layers):
+            why = "a weaver" if config.train == "weaver" else "a model that forks"
+            raise ValueError(
+                f"data.pack=True: {why} reads rows of one conversation: leave data.pack out"
+            )
+        self.keeps_frozen = config.train == "all"
+        self._boundary = boundaries_of(self._writer, config.boundaries)
+        self.trainable = make_trainable(
+            model.config,
+            config.optimizer,
+            config.steps,
+            mesh,
+            config.seed,
+            config.attention,
+            TRAINED[config.train],
+            self._around,
+        )
+        self.seq_len = config.data.seq_len
+        # A frozen decoder needs no gradients of its weights: two products in place of three.
+        products = 3 if config.train == "all" else 2
+        self.step_flops = products * config.batch_size * model.config.forward_flops(self.seq_len)
+        # What the frozen weights are, so that a run goes on beside the same ones.
+        self._base = None if self.keeps_frozen else checksum(model)
+        self._score = jax.jit(
+            self._scores,
+            in_shardings=(self.trainable.shardings.weights, batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        )
+
+    def _around(self, model: Thoughtbubbles) -> Tuned:
+        config = self.config
+        return Tuned(
+            model,
+            config.train,
+            lora=config.lora,
+            memgen=config.memgen,
+            boundary=self._boundary,
+            rngs=nnx.Rngs(config.seed),
+        )
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a reader of checkpoints needs besides the config (`train.tuned`)."""
+        tokenizer = self._writer.tokenizer
+        meta: dict[str, Any] = {"base": self._base, "model": as_json(self.trainable.config)}
+        if isinstance(tokenizer, PretrainedTokenizer):
+            meta["chat"] = {
+                "name": tokenizer.name,
+                "bos": tokenizer.bos,
+                "ends": [tokenizer.token(id_) for id_ in tokenizer.ends],
+                "chat_template": tokenizer.chat_template,
+            }
+        return meta
+
+    def prepare(self) -> ChatData:
+        data = prepare_chat(self.config.data, self._writer.tokenizer)
+        if self._base is not None:
+            identity = hashlib.blake2b(f"{data.fingerprint} {self._base}".encode(), digest_size=16)
+            data = dataclasses.replace(data, fingerprint=identity.hexdigest())
+        if self.config.train != "weaver":
+            return data
+        return dataclasses.replace(
+            data,
+            train=one_response_rows(data.train),
+            validation=one_response_rows(data.validation),
+        )
+
+    def reader(self, data: ChatData, held: np.ndarray | None) -> ChatReader:
+        return ChatReader(data.train, self.config.batch_size, self.config.data.seed, held)
+
+    def inputs(self, batch: Batch) -> Any:
+        names = (*ROWS, "position") if self.config.data.pack else ROWS
+        return {name: batch[name] for name in names}
+
+    def train_step(self) -> TrainStep:
+        return make_train_step(self.trainable, self.config.accumulate, sft_loss)
+
+    def first_state(self) -> TrainState:
+        """The weights as they are, and what is new beside them."""
+        return self.trainable.start(nnx.state(self._around(self._writer.model)))
+
+    def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:
+        """`loss` in nats per supervised token of held-out rows, its error from scoring some rows
+        only, and `perplexity`."""
+        nats, count = [], []
+        size = self.config.batch_size // self.config.accumulate
+        for batch in data.validation.batches(size, self.config.evaluation.rows or None):
+            inputs = jax.tree.map(lambda rows: place(rows, self.trainable.mesh), self.inputs(batch))
+            scores = jax.device_get(self._score(state.weights, inputs))
+            real = batch["rows"] >= 0
+            nats.append(scores["nats"][real])
+            count.append(scores["count"][real])
+        nats, count = np.concatenate(nats), np.concatenate(count)
+        loss = float(nats.sum() / count.sum())
+        spread = (nats - loss * count).std(ddof=1) if len(nats) > 1 else math.nan
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "standard_error": float(spread * math.sqrt(len(nats)) / count.sum()),
+        }
+
+    def _scores(self, weights: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        log_probs = self.trainable.model(weights).log_probs(rows)
+        return {
+            "nats": -log_probs.sum(axis=1),
+            "count": rows["supervised"][:, 1:].sum(axis=1, dtype=jnp.float32),
+        }
+
+    def readable(self, held_out: dict[str, float]) -> str:
+        return (
+            f"held-out loss {held_out['loss']:.4f} ± {held_out['standard_error']:.4f} nats per "
+            f"supervised token, perplexity {held_out['perplexity']:.2f}"
+        )
+
+    def describe(self, start: int) -> str:
+        trainable, config = self.trainable, self.config
+        frozen = "" if self._base is None else f" beside frozen weights {self._base[:12]}"
+        sizes = " x ".join(f"{name} {size}" for name, size in trainable.mesh.shape.items())
+        return (
+            f"{config.weights}: {trainable.config.num_params():,} parameters; trained are "
+            f"{trainable.num_trained:,} ({config.train}){frozen}; attention "
+            f"{trainable.attention}; {sizes}; steps {start} to {config.steps}"
+        )
+
+
+def sft_loss(
+    tuned: Tuned, rows: dict[str, jax.Array], key: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """`train.step.Loss` of chat rows: a mean over supervised tokens of the whole batch."""
+    log_probs = tuned.log_probs(rows, key)
+    return -log_probs.sum(), rows["supervised"][:, 1:].sum(dtype=jnp.float32), {}
+
+
+def boundaries_of(writer: Writer, mode: Literal["suffix", "exact_id", "sentence"]) -> np.ndarray:
+    """The boundary table of a writer's tokenizer, filled up to the model's vocabulary."""
+    tokenizer = writer.tokenizer
+    texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
+    texts += [""] * (writer.model.config.vocab_size - len(texts))
+    return boundary_table(texts, mode, encode=lambda text: tokenizer.encode(text)[0].tolist())
+
+
+def checksum(model: Thoughtbubbles) -> str:
+    """Of all arrays of a model."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        digest.update(np.ascontiguousarray(leaf).data.cast("B"))
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""Pretraining as the loop sees it: a model, packed rows, and how they are scored."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thoughtbubbles import ModelConfig
+from thoughtbubbles.pretrained import _open as open_pretrained
+from thoughtbubbles.pretrained import load_pretrained
+from thoughtbubbles.retrofit import add_forks, forking_config
+from train import evaluate
+from train.config import FREE_IN, RunConfig
+from train.data import Batch, DataConfig, PackedData, TrainReader, load_tokenizer, prepare
+from train.data.storage import build_once
+from train.load import find_weights
+from train.mesh import check_batch, make_mesh, state_shardings
+from train.plan import describe
+from train.presets import PRESETS
+from train.state import TRAINED, Trainable, TrainState, make_trainable
+from train.step import TrainStep, make_train_step
+
+
+class Pretraining:
+    """`train.loop.Work` of a `RunConfig`.
+
+    Raises:
+        ValueError: a mistake in the config.
+    """
+
+    keeps_frozen, meta = True, {}
+
+    def __init__(self, config: RunConfig):
+        self.config = on_weights(config)
+        self.trainable = make_run(self.config)
+        self.seq_len, self.step_flops = self.config.data.seq_len, self.config.step_flops
+        self._evaluator = evaluate.Evaluator(
+            self.trainable, config.batch_size // config.accumulate, config.evaluation
+        )
+
+    def prepare(self) -> PackedData:
+        return prepare(self.config.data)
+
+    def reader(self, data: PackedData, held: np.ndarray | None) -> TrainReader:
+        return TrainReader(data.train, self.config.batch_size, self.config.data.seed, held)
+
+    def inputs(self, batch: Batch) -> Any:
+        return batch["tokens"]
+
+    def train_step(self) -> TrainStep:
+        return make_train_step(self.trainable, self.config.accumulate)
+
+    def first_state(self) -> TrainState:
+        return initial_state(self.trainable, self.config)
+
+    def evaluate(self, state: TrainState, data: PackedData) -> dict[str, float]:
+        return self._evaluator(state.weights, data.validation)
+
+    def readable(self, held_out: dict[str, float]) -> str:
+        return evaluate.readable(held_out)
+
+    def describe(self, start: int) -> str:
+        line = describe(self.config, self.trainable, start)
+        if self.config.train == "all":
+            return line
+        trained = self.trainable.num_trained
+        return f"{line}\ntrained are {trained:,} parameters, those of the {self.config.train}"
+
+
+def make_run(config: RunConfig) -> Trainable:
+    """Check a config and describe its state; nothing is allocated."""
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    check_vocabulary(config)
+    if config.train == "forks" and not config.model.fork_layers:
+        raise ValueError(
+            "train='forks', and the model has no fork layers: add --init.forks (to pretrained "
+            "weights) or --model.fork-layers, or train all"
+        )
+    return make_trainable(
+        config.model,
+        config.optimizer,
+        config.steps,
+        mesh,
+        config.seed,
+        config.attention,
+        TRAINED[config.train],
+    )
+
+
+def on_weights(config: RunConfig) -> RunConfig:
+    """The config with the model and the tokenizer of the weights that it starts from, if any.
+
+    Their tokenizer.json is put where prepared data are kept. No weight is read.
+
+    Raises:
+        ValueError: there are no such weights, or the config asks for another model or tokenizer.
+    """
+    if not config.init.weights:
+        return config
+    _, model, tokenizer = open_pretrained(find_weights(config.init.weights))
+    if config.init.forks:
+        model = forking_config(model, config.init.forks, config.init.policy)
+    computing = {name: getattr(config.model, name) for name in FREE_IN["model"] + ("dtype",)}
+    model = dataclasses.replace(model, **computing)
+
+    def asked(known: ModelConfig) -> list[str]:
+        """Fields that somebody set who began with this model."""
+        given, default = dataclasses.asdict(config.model), dataclasses.asdict(known)
+        return [n for n in given if n not in computing and given[n] != default[n]]
+
+    if names := min(map(asked, (model, *(run.model for run in PRESETS.values()))), key=len):
+        raise ValueError(
+            f"model.{names[0]}={getattr(config.model, names[0])!r}: the model comes with the "
+            f"weights {config.init.weights}: leave it out (forks are --init.forks, --init.policy)"
+        )
+    folder = config.data.cache / "tokenizers" / tokenizer.fingerprint
+    file = folder / "tokenizer.json"
+    if config.data.tokenizer not in (DataConfig().tokenizer, str(file)):
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r}: the weights {config.init.weights} bring "
+            "their own: leave it out"
+        )
+
+    def write(partial: Path) -> None:
+        (partial / file.name).write_text(tokenizer.to_json(), encoding="utf-8")
+
+    build_once(folder, write)
+    data = dataclasses.replace(config.data, tokenizer=str(file))
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def check_vocabulary(config: RunConfig) -> None:
+    """Raise if the tokenizer knows ids that the model has no embedding for."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    size = tokenizer.vocab_size
+    if size > config.model.vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has {size} ids, model.vocab_size="
+            f"{config.model.vocab_size}: pass --model.vocab-size {-(-size // 64) * 64}"
+        )
+
+
+def initial_state(trainable: Trainable, config: RunConfig) -> TrainState:
+    """Random parameters, or pretrained ones with the fork layers that were asked for."""
+    init = config.init
+    if not init.weights:
+        return trainable.init()
+    model, weights, _ = load_pretrained(
+        find_weights(init.weights), shardings=lambda state: state_shardings(state, trainable.mesh)
+    )
+    if init.forks:
+        layers, policy = init.forks, init.policy
+        _, weights = add_forks(model, weights, layers=layers, policy=policy, seed=config.seed)
+    return trainable.init_from(weights)

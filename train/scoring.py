@@ -1,0 +1,241 @@
+"""Log-likelihoods of continuations given contexts, in batches of rows of like length."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from thoughtbubbles import Thoughtbubbles
+from train.load import Writer
+
+SHORTEST_ROW = 16
+AT_ONCE = 8  # positions of a row whose logits are held together
+
+
+class Row(NamedTuple):
+    """Ids of which the last ones are scored.
+
+    Attributes:
+        ids: context and continuation.
+        start: 1 or more; `ids[start:]` are scored.
+    """
+
+    ids: list[int]
+    start: int
+
+
+class Score(NamedTuple):
+    """What a model makes of a continuation.
+
+    Attributes:
+        log_prob: in nats, of all its tokens.
+        greedy: whether each token is the most probable one.
+        tokens: that it has.
+    """
+
+    log_prob: float
+    greedy: bool
+    tokens: int
+
+
+class Scorer:
+    """Scores text with a model; compiles one program for each power of two in row length.
+
+    What a token is given is its prefix and nothing else. A causal model scores a row in one pass;
+    for a policy that looks at the whole row (`TopK`) each scored token is a row of its own, which
+    ends there. A row's score does not depend on the rest of its batch, but for float noise.
+
+    Args:
+        writer: model and tokenizer.
+        batch_size: rows per pass; a smaller batch is filled up.
+        max_length: tokens that the model reads at a time; None takes the context length that it
+            was trained with, if known.
+        quiet: show no progress.
+
+    Attributes:
+        encode: ids of a text to be continued; `writer.prompt`, but for rendered chats.
+        truncated: rows so far that lost the beginning of their context.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        quiet: bool = False,
+    ):
+        if batch_size < 1 or (max_length is not None and max_length < 1):
+            raise ValueError(f"batch_size={batch_size} max_length={max_length}: choose 1 or more")
+        self.encode: Callable[[str], list[int]] = writer.prompt
+        self.truncated = 0
+        self.max_length = writer.context_length if max_length is None else max_length
+        self._writer, self._batch_size, self.quiet = writer, batch_size, quiet
+        self._causal = writer.model.config.causal
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+        """Scores of (context, continuation) pairs.
+
+        Raises:
+            ValueError: a continuation has no token of its own, or more than `max_length`; or its
+                score is NaN.
+        """
+        return self.score([self.row(*pair) for pair in pairs])
+
+    def row(self, context: str, continuation: str) -> Row:
+        """A pair as ids: the whole text is encoded and cut where the context's own ids end.
+
+        Spaces at the end of the context count as the continuation's, since tokens of words begin
+        with theirs. An empty context is what stands in front of every text.
+        """
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        before = self.encode(kept)
+        if kept:
+            ids = before + self.encode(kept + continuation)[len(before) :]
+        else:
+            ids = before + self._writer.tokenizer.encode(continuation)[0].tolist()
+        new = len(ids) - len(before)
+        if not new:
+            raise ValueError(
+                f"continuation {continuation!r} of {kept[-20:]!r} has no token of its own: it is "
+                "empty or melts into the context, begin it with a space"
+            )
+        if self.max_length is not None and new > self.max_length:
+            raise ValueError(
+                f"continuation {continuation[:40]!r} has {new} tokens, the model reads "
+                f"{self.max_length} at a time: shorten it, or take a model that reads more"
+            )
+        return self._cut(Row(ids, len(before)))
+
+    def rolling(self, texts: Sequence[str]) -> list[Score]:
+        """Scores of whole texts, each behind what stands in front of every text.
+
+        A text longer than `max_length` is read in windows of that length: each token is scored
+        once, and the last window reaches back as far as it can. An empty text scores 0.
+        """
+        before = self.encode("")
+        rows, counts = [], []
+        for text in texts:
+            ids = [*before, *self._writer.tokenizer.encode(text)[0].tolist()]
+            windows = list(_windows(ids, len(before), self.max_length or len(ids)))
+            rows += windows
+            counts.append(len(windows))
+        scores = iter(self.score(rows))
+        return [_sum([next(scores) for _ in range(count)]) for count in counts]
+
+    def score(self, rows: Sequence[Row]) -> list[Score]:
+        """Scores of rows of ids."""
+        if self._writer.model.config.causal:
+            return self._score_rows(rows)
+        prefixes = [
+            Row(row.ids[: end + 1], end) for row in rows for end in range(row.start, len(row.ids))
+        ]
+        scores = iter(self._score_rows(prefixes))
+        return [_sum([next(scores) for _ in row.ids[row.start :]]) for row in rows]
+
+    def _score_rows(self, rows: Sequence[Row]) -> list[Score]:
+        """Rows of one width share batches, the longest rows first."""
+        by_width: dict[int, list[int]] = {}
+        for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].ids)):
+            by_width.setdefault(self._width(rows[index]), []).append(index)
+        found: dict[int, Score] = {}
+        with tqdm(total=len(rows), unit="row", disable=self.quiet or None) as progress:
+            for width, members in by_width.items():
+                for first in range(0, len(members), self._batch_size):
+                    batch = members[first : first + self._batch_size]
+                    scores = self._pass([rows[index] for index in batch], width)
+                    found |= zip(batch, scores, strict=True)
+                    progress.update(len(batch))
+        return [found[index] for index in range(len(rows))]
+
+    def _cut(self, row: Row) -> Row:
+        """The row without what the model cannot read at once, the oldest ids."""
+        if self.max_length is None:
+            return row
+        more = len(row.ids) - self.max_length - 1  # the last id is not read
+        if more <= 0:
+            return row
+        self.truncated += 1
+        return Row(row.ids[more:], row.start - more)
+
+    def _width(self, row: Row) -> int:
+        """Places for inputs of the program that scores the row."""
+        width = max(SHORTEST_ROW, 1 << (len(row.ids) - 2).bit_length())
+        return width if self.max_length is None else min(width, self.max_length)
+
+    def _pass(self, rows: list[Row], width: int) -> list[Score]:
+        tokens = np.full((self._batch_size, width + 1), -1, np.int32)
+        tokens[:, 0] = 0  # a filler row reads one token and has nothing to score
+        start = np.ones(self._batch_size, np.int32)
+        for place, row in enumerate(rows):
+            tokens[place, : len(row.ids)] = row.ids
+            start[place] = row.start
+        nats, greedy = score_rows(self._writer.model, jnp.asarray(tokens), jnp.asarray(start))
+        totals = np.asarray(nats, np.float64).sum(axis=1)
+        if np.isnan(totals).any():
+            raise ValueError("the logits are NaN: check the parameters, or compute in float32")
+        found = zip(rows, totals.tolist(), np.asarray(greedy).tolist(), strict=False)
+        return [Score(-total, hit, len(row.ids) - row.start) for row, total, hit in found]
+
+
+@jax.jit
+def score_rows(
+    model: Thoughtbubbles, tokens: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Nats of the last tokens of each row, and whether all of them are the most probable ones.
+
+    Logits are made for a few places at a time, only where a token is scored.
+
+    Args:
+        tokens: `[B, T + 1]` int32, -1 after the end of a row.
+        start: `[B]` int32, the first token that is scored, 1 or more.
+
+    Returns:
+        `[B, >= T]` float32, from the first scored token on (0 after the last), and `[B]` bool.
+    """
+    end = (tokens >= 0).sum(axis=1, dtype=jnp.int32)
+    streams = model.run(jnp.maximum(tokens[:, :-1], 0), jnp.maximum(end - 1, 1)).streams
+
+    def at(place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Nats `[B]` of the token at one place `[B]` of each row, and whether it leads."""
+        real = place < end
+        target = jnp.take_along_axis(tokens, jnp.where(real, place, 0)[:, None], axis=1)
+        logits = model.logits_at(streams, jnp.where(real, place, 1) - 1)
+        mine = jnp.take_along_axis(logits, target, axis=1)[:, 0]
+        nats = jax.nn.logsumexp(logits, axis=-1) - mine
+        return jnp.where(real, nats, 0), (logits.argmax(axis=-1) == target[:, 0]) | ~real
+
+    def step(carry):
+        index, nats, greedy = carry
+        places = start + index + jnp.arange(AT_ONCE)[:, None]
+        new, leads = jax.vmap(at)(places)
+        nats = jax.lax.dynamic_update_slice(nats, new.T, (0, index))
+        return index + AT_ONCE, nats, greedy & leads.all(axis=0)
+
+    batch, width = tokens.shape
+    room = -(-width // AT_ONCE) * AT_ONCE
+    carry = (jnp.int32(0), jnp.zeros((batch, room)), jnp.ones((batch,), bool))
+    most = (end - start).max()
+    _, nats, greedy = jax.lax.while_loop(lambda carry: carry[0] < most, step, carry)
+    return nats, greedy
+
+
+def _windows(ids: list[int], first: int, length: int) -> Iterator[Row]:
+    """Rows that read up to `length` ids each and score each of `ids[first:]` once.
+
+    They are as full as can be: the last one scores what is left, with the context before it.
+    """
+    done, end = first, min(length + 1, len(ids))
+    while done < end:
+        begin = max(end - length - 1, 0)
+        yield Row(ids[begin:end], done - begin)
+        done, end = end, min(end + length, len(ids))
+
+
+def _sum(scores: Sequence[Score]) -> Score:
+    log_probs = sum(score.log_prob for score in scores)
+    greedy = all(score.greedy for score in scores)
+    return Score(log_probs, greedy, sum(score.tokens for score in scores))

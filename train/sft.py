@@ -1,0 +1,34 @@
+"""Supervised fine-tuning: python -m train.sft --weights smollm2 --data.path chats.jsonl
+
+All of a decoder, a LoRA adapter, or a weaver of latent memory (`--train all|lora|weaver`).
+"""
+
+import sys
+
+import jax
+
+from train.command import run_command
+from train.distributed import together
+from train.finetuning import Finetuning, SFTConfig
+from train.loop import NonFiniteLoss, run
+
+
+def main(config: SFTConfig) -> None:
+    """Train, and say how to try it."""
+    with together(config.distributed):
+        if config.dry_run:
+            work = Finetuning(config)
+            if jax.process_index() == 0:
+                print(work.describe(0))
+            return
+        try:
+            run(lambda: Finetuning(config), config)
+        except NonFiniteLoss as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if jax.process_index() == 0:
+            print(f"python -m train.generate --checkpoint {config.out} --chat --prompt '...'")
+
+
+if __name__ == "__main__":
+    run_command(main, SFTConfig)

@@ -1,0 +1,232 @@
+"""Task files: JSONL records as the public benchmarks publish them, as questions to a model.
+
+What a model is asked is what EleutherAI's evaluation harness asks it for these data sets.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A context and what may follow it.
+
+    Attributes:
+        context: may be empty.
+        choices: texts to choose from; a single one is a cloze, to be predicted word for word.
+        gold: index of the right choice.
+        line: of its file, from 1.
+    """
+
+    context: str
+    choices: tuple[str, ...]
+    gold: int
+    line: int = 0
+
+    @property
+    def continuations(self) -> list[str]:
+        """The choices as they follow the context, behind a space."""
+        return [f" {choice}" for choice in self.choices]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A kind of record.
+
+    Attributes:
+        name: for people.
+        fields: that a record of this kind has; of several in one entry, any will do.
+        read: makes (context, choices, gold) of one; raises `ValueError` on a mistake.
+    """
+
+    name: str
+    fields: tuple[tuple[str, ...], ...]
+    read: Callable[[Record], tuple[str, list[str], int]]
+
+    def missing(self, record: Record) -> list[str]:
+        """Fields that a record lacks."""
+        absent = [names for names in self.fields if not any(name in record for name in names)]
+        return [" or ".join(names) for names in absent]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The items of a file.
+
+    Attributes:
+        name: for reports.
+        path: of the file.
+        format: name of the kind of its records.
+        items: in the order of the file.
+    """
+
+    name: str
+    path: Path
+    format: str
+    items: tuple[Item, ...]
+
+    @property
+    def cloze(self) -> bool:
+        return self.format == "lambada"
+
+
+def read_task(spec: str, limit: int | None = None) -> Task:
+    """The task that `name=path.jsonl`, or a path alone, stands for.
+
+    The first record shows what kind they all are.
+
+    Args:
+        spec: the name of the file is that of the task, if none is given.
+        limit: read this many records only.
+
+    Raises:
+        ValueError: one line, with file and line number: a record is no JSON object, lacks a field,
+            or can't be what its field says; no kind has such fields; there are no records.
+        OSError: the file can't be read.
+    """
+    name, given, file = spec.partition("=")
+    path = Path(file if given else spec).expanduser()
+    kind, items = None, []
+    with path.open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if limit is not None and len(items) == limit:
+                    break
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                record = _record(line, where)
+                kind = kind or _recognise(record, where)
+                items.append(_item(kind, record, number, where))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: pass a .jsonl file") from error
+    if kind is None:
+        raise ValueError(f"{path} has no records: pass a .jsonl file with one on each line")
+    return Task(name if given else path.stem, path, kind.name, tuple(items))
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON, {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a record is an object with fields, this is {line.strip()[:40]}")
+    return record
+
+
+def _recognise(record: Record, where: str) -> Format:
+    for kind in FORMATS:
+        if not kind.missing(record):
+            return kind
+    known = "; ".join(
+        f"{kind.name} has {', '.join('/'.join(names) for names in kind.fields)}" for kind in FORMATS
+    )
+    raise ValueError(f"{where}: fields {', '.join(record)} are of no known format: {known}")
+
+
+def _item(kind: Format, record: Record, number: int, where: str) -> Item:
+    if missing := kind.missing(record):
+        raise ValueError(f"{where}: no field {missing[0]}, which {kind.name} records have")
+    try:
+        context, choices, gold = kind.read(record)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for index, choice in enumerate(choices):
+        if not choice.strip():
+            raise ValueError(f"{where}: choice {index} is empty")
+    return Item(context, tuple(choices), gold, number)
+
+
+def _text(record: Record, *names: str) -> str:
+    """The first of the fields that is there."""
+    name = next(name for name in names if name in record)
+    if not isinstance(record[name], str):
+        raise ValueError(f"{name} is {record[name]!r}, not a text")
+    return record[name]
+
+
+def _texts(record: Record, name: str) -> list[str]:
+    found = record[name]
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{name} is {str(found)[:40]}, not a list of texts")
+    if not found:
+        raise ValueError(f"{name} is empty: there is nothing to choose from")
+    return found
+
+
+def _gold(record: Record, names: tuple[str, ...], choices: list[str]) -> int:
+    """An index, also as a text ("2"), or one of the choices word for word."""
+    name = next(name for name in names if name in record)
+    gold = record[name]
+    if isinstance(gold, str) and gold in choices:
+        return choices.index(gold)
+    if isinstance(gold, str) and gold.isascii() and gold.isdigit():
+        gold = int(gold)
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        raise ValueError(
+            f"{name} is {gold!r}, not one of the {len(choices)} choices: an index from 0 to "
+            f"{len(choices) - 1}, or a choice word for word"
+        )
+    return gold
+
+
+def _read_blimp(record: Record) -> tuple[str, list[str], int]:
+    return "", [_text(record, "sentence_good"), _text(record, "sentence_bad")], 0
+
+
+def _read_hellaswag(record: Record) -> tuple[str, list[str], int]:
+    if "ctx_a" in record and "ctx_b" in record:
+        scene = f"{_text(record, 'ctx_a')} {_text(record, 'ctx_b').capitalize()}"
+    else:
+        scene = _text(record, "ctx", "ctx_a")
+    endings = [_without_markup(text) for text in _texts(record, "endings")]
+    context = _without_markup(f"{_text(record, 'activity_label')}: {scene}")
+    return context, endings, _gold(record, ("label",), endings)
+
+
+def _without_markup(text: str) -> str:
+    """HellaSwag's texts from WikiHow mark their parts in brackets: `[title]`, `[step]`, ..."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _read_piqa(record: Record) -> tuple[str, list[str], int]:
+    solutions = [_text(record, "sol1"), _text(record, "sol2")]
+    gold = _gold(record, ("label",), solutions)
+    return f"Question: {_text(record, 'goal')}\nAnswer:", solutions, gold
+
+
+def _read_lambada(record: Record) -> tuple[str, list[str], int]:
+    context, space, word = _text(record, "text").rpartition(" ")
+    if not space or not context.strip():
+        raise ValueError("text has one word: the last is to be predicted from those before it")
+    return context, [word], 0
+
+
+CONTEXTS, GOLDS = ("query", "context", "question"), ("gold", "label", "answer")
+
+
+def _read_choices(record: Record) -> tuple[str, list[str], int]:
+    choices = _texts(record, "choices")
+    return _text(record, *CONTEXTS), choices, _gold(record, GOLDS, choices)
+
+
+# A record is of the first kind whose fields it has.
+FORMATS = (
+    Format(
+        "hellaswag",
+        (("ctx", "ctx_a"), ("activity_label",), ("endings",), ("label",)),
+        _read_hellaswag,
+    ),
+    Format("piqa", (("goal",), ("sol1",), ("sol2",), ("label",)), _read_piqa),
+    Format("blimp", (("sentence_good",), ("sentence_bad",)), _read_blimp),
+    Format("choices", (CONTEXTS, ("choices",), GOLDS), _read_choices),
+    Format("lambada", (("text",),), _read_lambada),
+)

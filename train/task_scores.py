@@ -1,0 +1,154 @@
+"""What a model makes of tasks: accuracies, perplexities, their standard errors, every answer."""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.scoring import Score, Scorer
+from train.task_files import Item, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An item and the scores of its choices."""
+
+    item: Item
+    scores: tuple[Score, ...]
+
+    def pick(self, lengths: Sequence[float] | None = None) -> int:
+        """Index of the most probable choice, or of the one with most log-probability per length."""
+        log_probs = np.array([score.log_prob for score in self.scores])
+        return int(np.argmax(log_probs if lengths is None else log_probs / np.array(lengths)))
+
+    def metrics(self) -> dict[str, float]:
+        """What is averaged over items: `acc`, by sum, per character, per UTF-8 byte."""
+        gold, choices = self.item.gold, self.item.choices
+        return {
+            "acc": float(self.pick() == gold),
+            "acc_norm": float(self.pick([len(choice) for choice in choices]) == gold),
+            "acc_bytes": float(self.pick([len(choice.encode()) for choice in choices]) == gold),
+        }
+
+    def record(self, task: str, cloze: bool) -> dict[str, Any]:
+        """Everything about it, for a line of JSON."""
+        item = self.item
+        record: dict[str, Any] = {"task": task, "line": item.line, "context": item.context}
+        if cloze:
+            [score], [target] = self.scores, item.choices
+            found = {"log_prob": score.log_prob, "tokens": score.tokens, "greedy": score.greedy}
+            return record | {"target": target} | found
+        return record | {
+            "choices": item.choices,
+            "gold": item.gold,
+            "chosen": self.pick(),
+            "log_probs": [score.log_prob for score in self.scores],
+            "greedy": [score.greedy for score in self.scores],
+            **self.metrics(),
+        }
+
+
+def answers(scorer: Scorer, tasks: Sequence[Task]) -> list[list[Answer]]:
+    """Answers to the items of each task; rows of all tasks share batches.
+
+    Raises:
+        ValueError: an item can't be scored (`Scorer.row`), with file and line; before any is.
+    """
+    rows = []
+    for task in tasks:
+        for item in task.items:
+            try:
+                rows += [scorer.row(item.context, text) for text in item.continuations]
+            except ValueError as error:
+                raise ValueError(f"{task.path}, line {item.line}: {error}") from error
+    scores = iter(scorer.score(rows))
+    return [
+        [Answer(item, tuple(next(scores) for _ in item.choices)) for item in task.items]
+        for task in tasks
+    ]
+
+
+def summary(task: Task, found: Sequence[Answer]) -> dict[str, Any]:
+    """Metrics of a task, each beside its standard error (None for a single item).
+
+    Multiple choice: `acc`, `acc_norm` (per character), `acc_bytes`. Cloze: `acc`, whether greedy
+    decoding gives the target, and `perplexity` of a target, exp of the mean negative log-likelihood
+    (its error by the delta method).
+    """
+    result: dict[str, Any] = {
+        "file": str(task.path),
+        "format": task.format,
+        "count": len(found),
+    }
+    if not task.cloze:
+        columns = [answer.metrics() for answer in found]
+        for name in columns[0]:
+            result |= _with_error(name, [column[name] for column in columns])
+        return result
+    scores = [answer.scores[0] for answer in found]
+    result |= _with_error("acc", [float(score.greedy) for score in scores])
+    nats = _with_error("nats", [-score.log_prob for score in scores])
+    perplexity, error = math.exp(nats["nats"]), nats["nats_stderr"]
+    spread = None if error is None else perplexity * error
+    return result | {"perplexity": perplexity, "perplexity_stderr": spread}
+
+
+def _with_error(name: str, values: Sequence[float]) -> dict[str, Any]:
+    count = len(values)
+    error = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None
+    return {name: float(np.mean(values)), f"{name}_stderr": error}
+
+
+def task_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each metric of each task, for a terminal."""
+    width = max(len("task"), *map(len, summaries))
+    lines = [f"{'task':{width}}  {'items':>6}  {'metric':10}  {'value':>9}   standard error"]
+    for name, found in summaries.items():
+        for metric in ("acc", "acc_norm", "acc_bytes", "perplexity"):
+            if metric in found:
+                error = found[f"{metric}_stderr"]
+                lines.append(
+                    f"{name:{width}}  {found['count']:6}  {metric:10}  {found[metric]:9.4f} ± "
+                    f"{'unknown' if error is None else format(error, '.4f')}"
+                )
+    return "\n".join(lines)
+
+
+def check_output(path: Path) -> None:
+    """Raise before any work is done if a file could not be written there."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{path} can't be written: it is a folder, or its folder does not exist")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written."""
+    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(unfinished, 0o644)  # a temporary file is private
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def write_results(path: Path, result: Mapping[str, Any]) -> None:
+    """The summaries as JSON."""
+    write_whole(path, json.dumps(result, indent=2) + "\n")
+
+
+def write_records(path: Path, tasks: Sequence[Task], found: Sequence[Sequence[Answer]]) -> None:
+    """Every answer as a line of JSON."""
+    records = [
+        answer.record(task.name, task.cloze)
+        for task, answers in zip(tasks, found, strict=True)
+        for answer in answers
+    ]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))

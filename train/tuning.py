@@ -1,0 +1,132 @@
+"""What supervised fine-tuning moves: a whole decoder, an adapter beside it, or a weaver."""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memgen import (
+    LoRAConfig,
+    MemGen,
+    MemGenConfig,
+    WeaverParam,
+    make_adapter,
+    plan_insertions,
+    token_log_probs,
+)
+from memgen.lora import with_dropout
+from thoughtbubbles import Backbone, Thoughtbubbles
+from train.data.chat_data import ChatRows, segment_mask
+
+Method = Literal["all", "lora", "weaver"]
+
+
+class AdapterParam(nnx.Param):
+    """What LoRA training moves."""
+
+
+TRAINED = {"all": nnx.Param, "lora": AdapterParam, "weaver": WeaverParam}
+
+
+class Tuned(nnx.Module):
+    """A decoder and what is trained beside it, scored on rows of chat data.
+
+    Args:
+        model: the decoder, frozen unless `method` is `all`.
+        method: `all` of its parameters, a `lora` adapter, or a `weaver` of latent memory.
+        lora: of `lora`.
+        memgen: of `weaver`.
+        boundary: `[V]` table of `weaver` (`memgen.boundary_table`).
+        rngs: for what is new.
+    """
+
+    def __init__(
+        self,
+        model: Thoughtbubbles,
+        method: Method,
+        *,
+        lora: LoRAConfig,
+        memgen: MemGenConfig,
+        boundary: np.ndarray,
+        rngs: nnx.Rngs,
+    ):
+        if method not in get_args(Method):
+            raise ValueError(f"method={method!r}: choose from {', '.join(get_args(Method))}")
+        self.method = method
+        decoder = Backbone(model)
+        self.decoder = None if method == "weaver" else decoder
+        self.adapter = (
+            make_adapter(decoder, lora, rngs=rngs, kind=AdapterParam) if method == "lora" else None
+        )
+        self.memgen = (
+            MemGen(decoder, memgen, boundary=boundary, rngs=rngs) if method == "weaver" else None
+        )
+
+    @property
+    def backbone(self) -> Backbone:
+        """The decoder alone."""
+        return self.memgen.reasoner if self.memgen is not None else self.decoder  # pyright: ignore
+
+    def log_probs(self, rows: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """Log-probability of each target that is supervised, 0 elsewhere: `[B, T]` float32.
+
+        Args:
+            rows: of `ChatRows`, `[B, T + 1]` each.
+            key: for dropout and random insertion, in training.
+        """
+        tokens = jnp.maximum(rows["tokens"], 0)
+        targets, supervised = tokens[:, 1:], rows["supervised"][:, 1:]
+        if self.memgen is None:
+            hidden = self._read(tokens[:, :-1], rows, key)
+        else:
+            hidden = self._woven(tokens, rows["supervised"], key)
+        return token_log_probs(self.backbone, hidden, targets, supervised)
+
+    def _read(self, inputs, rows, key):
+        decoder = self.backbone
+        if self.adapter is not None:
+            decoder = decoder.adapted(with_dropout(self.adapter, key))
+        x = decoder.embed_tokens(inputs)
+        segment = rows["segment"][:, :-1]
+        if "position" not in rows:  # one conversation in a row
+            return decoder.read(x, (segment >= 0).sum(axis=1, dtype=jnp.int32))
+        position = rows["position"][:, :-1]
+        return decoder.read(x, positions=position, visible=segment_mask(segment))
+
+    def _woven(self, tokens, supervised, key):
+        memgen = self.memgen
+        assert memgen is not None
+        where = what = None
+        if key is not None:
+            where, what = jax.random.split(key)
+        elif memgen.config.insertion == "random":
+            where = jax.random.key(0)  # held-out rows: the same places each time
+        plan = plan_insertions(tokens, supervised, memgen.boundary[...], memgen.config, where)
+        return memgen.predictors(tokens, plan, what)[:, 1:]
+
+
+def one_response_rows(rows: ChatRows) -> ChatRows:
+    """A row for each response: the conversation up to its end, and only it supervised.
+
+    A weaver remembers for one response; what came before is context without memory.
+    """
+    marks = rows.supervised
+    begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
+    ends = marks & ~np.pad(marks, ((0, 0), (0, 1)))[:, 1:]
+    row, first = np.nonzero(begins)
+    last = np.nonzero(ends)[1]
+    place = np.arange(marks.shape[1])
+    within = place <= last[:, None]
+    return ChatRows(
+        tokens=np.where(within, rows.tokens[row], -1).astype(np.int32),
+        supervised=within & (place >= first[:, None]),
+        segment=np.where(within, rows.segment[row], -1).astype(np.int32),
+        position=np.where(within, rows.position[row], 0).astype(np.int32),
+    )
+
+
+def parameters(module: Any, kind: type[nnx.Variable]) -> int:
+    """How many numbers of that kind a module holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, kind)))
