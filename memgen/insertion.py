@@ -74,7 +74,8 @@ def check_plan(plan: Plan, tokens: jax.Array, slots: int) -> None:
         )
     if isinstance(plan.width, Tracer) or isinstance(plan.point, Tracer) or not plan.point.size:
         return
-    widest, last = int(plan.width.max()), int(plan.point.max())
+    # By NumPy: under a trace a concrete plan must stay concrete.
+    widest, last = int(np.asarray(plan.width).max()), int(np.asarray(plan.point).max())
     if widest > slots:
         raise ValueError(
             f"a plan of {widest} latents for an event, the weaver writes at most {slots}: "

@@ -16,6 +16,7 @@ from thoughtbubbles import Backbone, ModelConfig, PrefixRank, Thoughtbubbles, Th
 
 VOCAB, PROMPT_LATENTS, INFERENCE_LATENTS, EVENTS = 100, 3, 2, 2
 BOUNDARY = (np.arange(VOCAB) % 2 == 0).astype(np.uint8)
+SEEDS = {"tokens": 3, "stream": 3, "reasoner_hidden": 1}  # triggers that skip, and invoke
 LORA = LoRAConfig(rank=4, alpha=8.0)
 PLAIN = ModelConfig(
     vocab_size=VOCAB,
@@ -115,6 +116,8 @@ def memgen_of(
     )
     made = filled(nnx.eval_shape(build), seed=8)
     made.reasoner, made.weaver_backbone = nnx.data(reasoner), nnx.data(weaver_backbone)
+    if config.trigger is not None:
+        made.trigger = filled(made.trigger, SEEDS[config.trigger.source])
     return made
 
 

@@ -269,6 +269,7 @@ def _fork_of(config: ModelConfig, rngs: nnx.Rngs) -> Fork:
         embedding=config.fork_embedding,
         forced_keep=config.forced_keep,
         score_originals=config.score_originals,
+        gate=config.fork_gate,
         rngs=rngs,
     )
 

@@ -127,7 +127,7 @@ def load_pretrained(
             embedding has rows.
     """
     path = Path(path).expanduser()
-    source, config, tokenizer = _open(path)
+    source, config, tokenizer = open_pretrained(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
@@ -210,7 +210,7 @@ def save_pretrained(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _open(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokenizer]:
+def open_pretrained(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokenizer]:
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
         return file, config_from_json(file.fields, str(path)), file.tokenizer()

@@ -1,7 +1,7 @@
 """Speed side by side with the plain decoder of the same size: python -m train.benchmark [WHAT].
 
-WHAT is `step` (training, the default), `selection` (what choosing streams costs in a forward pass)
-or `decode` (cached decoding against recomputation).
+WHAT is `step` (training, the default), `selection` (what choosing streams costs in a forward pass),
+`decode` (cached decoding against recomputation) or `memgen` (what weaving costs).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank
-from train import benchmark_decoding, benchmark_selection
+from train import benchmark_decoding, benchmark_memgen, benchmark_selection
 from train.command import run_command
 from train.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
@@ -136,6 +136,7 @@ def prepare(config: Benchmark, fork_layers: tuple[int, ...]) -> Timed:
 COMMANDS = {
     "step": (main, Benchmark),
     "selection": (benchmark_selection.main, benchmark_selection.SelectionBenchmark),
+    "memgen": (benchmark_memgen.main, benchmark_memgen.MemGenBenchmark),
     "decode": (benchmark_decoding.main, benchmark_decoding.DecodeBenchmark),
 }
 

@@ -72,12 +72,20 @@ class FromScratch(nnx.Module):
         slots: vectors of a chunk that makes it read everything again.
     """
 
-    def __init__(self, decoder: Backbone, slots: int, weaves: bool = False):
-        self.decoder, self.slots, self.weaves = decoder, slots, weaves
+    def __init__(self, decoder: Any, slots: int, weaves: bool = False):
+        self.decoder, self.slots, self.weaves = nnx.data(decoder), slots, weaves
 
-    embed_dim = property(lambda self: self.decoder.embed_dim)
-    vocab_size = property(lambda self: self.decoder.vocab_size)
-    adaptable = property(lambda self: self.decoder.adaptable)
+    @property
+    def embed_dim(self) -> int:
+        return self.decoder.embed_dim
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    @property
+    def adaptable(self):
+        return self.decoder.adaptable
 
     def adapted(self, adapter):
         return FromScratch(self.decoder.adapted(adapter), self.slots, weaves=True)

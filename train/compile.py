@@ -27,7 +27,7 @@ from train.mesh import MeshConfig, make_mesh
 from train.presets import PRESETS
 
 # Options of a run that would mean something else here than they say.
-IDLE = ("dry_run", "profile", "peak_tflops", "distributed")
+IDLE = ("dry_run", "profile", "peak_tflops", "distributed", "init", "train")
 JAX_SHARE = 0.75  # of a GPU's memory, by default
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

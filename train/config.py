@@ -208,9 +208,9 @@ NOTED = ("steps", "accumulate", "mesh", "attention")
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Fields that keep a run from being continued, as `name: saved x, now y`."""
-    older: dict[str, Any] = {"init": as_json(InitConfig()), "train": "all"}
-    saved = older | saved | {"optimizer": as_json(OptimizerConfig()) | saved["optimizer"]}
-    if "model" in saved and "model" in current:
+    if "model" in saved and "model" in current:  # of pretraining
+        older: dict[str, Any] = {"init": as_json(InitConfig()), "train": "all"}
+        saved = older | saved | {"optimizer": as_json(OptimizerConfig()) | saved["optimizer"]}
         saved, current = (
             config | {"model": _comparable(config["model"])} for config in (saved, current)
         )

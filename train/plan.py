@@ -45,7 +45,8 @@ def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, An
     batch = config.batch_size * data.seq_len
     goes_on = f"step {start} of the run that it holds" if saved else "the start"
     state = trainable.abstract
-    params, moments = (shard_bytes(tree) / 2**20 for tree in (state.params, state.opt_state))
+    weights = state.params, state.frozen
+    params, moments = (shard_bytes(tree) / 2**20 for tree in (weights, state.opt_state))
     meta = {"config": as_json(config), "resolved": resolved(trainable)}
     changes = noted_changes(saved, meta) if saved else []
     lines = {

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from thoughtbubbles import ModelConfig
-from thoughtbubbles.pretrained import _open as open_pretrained
-from thoughtbubbles.pretrained import load_pretrained
+from thoughtbubbles.pretrained import load_pretrained, open_pretrained
 from thoughtbubbles.retrofit import add_forks, forking_config
 from train import evaluate
 from train.config import FREE_IN, RunConfig
