@@ -180,9 +180,8 @@ def test_the_plan_of_a_response_has_its_decisions():
     assert plan.width.tolist() == [[3, 2, 0], [0, 2, 2], [3, 0, 0]]
 
 
-@pytest.mark.parametrize("kind", ["plain", "rank"])
-def test_c23_batched_is_row_by_row(kind: str):
-    made = memgen_of(kind)
+def test_c23_batched_is_row_by_row():
+    made = memgen_of()
     together = predictors(made, TOKENS, plan_of(POINTS))
     for row, points in enumerate(POINTS):
         alone = predictors(made, TOKENS[row : row + 1], plan_of([points]))
