@@ -157,7 +157,7 @@ class Attention(nnx.Module):
         qk_norm = lambda: Norm(k, "rmsnorm", eps=config.norm_eps, axis="head_dim")  # noqa: E731
         self.q_norm = qk_norm() if config.qk_norm else None
         self.k_norm = qk_norm() if config.qk_norm else None
-        self.adapters = nnx.data(None)
+        self.adapters: Mapping[str, Any] | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, geometry: Geometry, mix: Mix) -> tuple[jax.Array, Any]:
         """`[B, S, D]` to `[B, S, D]`, and what else `mix` gave."""
@@ -203,7 +203,7 @@ class MLP(nnx.Module):
             vector(jnp.zeros((f,)), ("mlp",)) if bias and self.gate is not None else None
         )
         self.down_bias = vector(jnp.zeros((d,)), ("embed",)) if bias else None
-        self.adapters = nnx.data(None)
+        self.adapters: Mapping[str, Any] | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, S, D]` to `[B, S, D]`."""

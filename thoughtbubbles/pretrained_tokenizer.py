@@ -74,9 +74,10 @@ class PretrainedTokenizer:
         self.separator: int = separators[0]
         self.ends: tuple[int, ...] = tuple(dict.fromkeys(given or separators[:1]))
 
-    def token(self, id_: int) -> str:
-        """The token of an id as the vocabulary spells it."""
-        return self._tokenizer.id_to_token(id_)
+    @property
+    def end_tokens(self) -> list[str]:
+        """`ends` as the vocabulary spells them."""
+        return [token for id_ in self.ends if (token := self._tokenizer.id_to_token(id_))]
 
     @classmethod
     def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> "PretrainedTokenizer":

@@ -111,7 +111,7 @@ class Finetuning:
             meta["chat"] = {
                 "name": tokenizer.name,
                 "bos": tokenizer.bos,
-                "ends": [tokenizer.token(id_) for id_ in tokenizer.ends],
+                "ends": tokenizer.end_tokens,
                 "chat_template": tokenizer.chat_template,
             }
         return meta
