@@ -83,6 +83,7 @@ def check_plan(plan: Plan, tokens: jax.Array, slots: int) -> None:
         )
     if last >= length:
         raise ValueError(f"a plan with point {last} for rows of {length} tokens: count from 0")
+    _check_ascending(np.asarray(plan.point))
 
 
 def stream_index(plan: Plan, length: int) -> jax.Array:
@@ -133,14 +134,20 @@ def plan_insertions(
 ) -> Plan:
     """Events of training texts: one before the response, then at boundaries within it.
 
-    A boundary counts where it is supervised on both sides. Rows of `check_one_response`.
+    A boundary counts where it is supervised on both sides.
 
     Args:
         tokens: `[B, L]` int32.
         supervised: `[B, L]` bool, the response's tokens.
         boundary: `[V]` table of `memgen.delimiters`.
         key: for `insertion="random"`.
+
+    Raises:
+        ValueError: no key for random places; a row without a response, or with several (checked
+            unless traced).
     """
+    if not isinstance(supervised, Tracer):
+        check_one_response(supervised)
     length = tokens.shape[1]
     place = jnp.arange(length)
     follows = jnp.pad(supervised, ((0, 0), (1, 0)))[:, :-1] & supervised
@@ -160,7 +167,9 @@ def plan_insertions(
     return _plan(jnp.where(point < length, point, -1), config)
 
 
-def plan_from_decisions(decisions: jax.Array, prompt_length: jax.Array, config: MemGenConfig):
+def plan_from_decisions(
+    decisions: jax.Array, prompt_length: jax.Array, config: MemGenConfig
+) -> Plan:
     """The plan of texts that were generated, over rows of prompt and response.
 
     Args:

@@ -90,6 +90,11 @@ class MemGen(nnx.Module):
         assert config is not None
         backbone = self.trigger_backbone or reasoner
         check_backbone(backbone, "trigger")
+        if config.source == "tokens" and backbone.vocab_size != reasoner.vocab_size:
+            raise ValueError(
+                f"a trigger of {backbone.vocab_size} ids can't read those of the reasoner, "
+                f"{reasoner.vocab_size}: give a decoder with the same tokenizer"
+            )
         if config.source == "stream" and backbone.embed_dim != reasoner.embed_dim:
             raise ValueError(
                 f"a trigger of width {backbone.embed_dim} can't read the stream of width "

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from memgen.model import MemGen
-from memgen.trigger import AlwaysInvoke, LearnedInvoke, RandomInvoke, TriggerPolicy
+from memgen.trigger import AlwaysInvoke, LearnedInvoke, RandomInvoke, Trigger, TriggerPolicy
 
 SHORTEST = 16
 
@@ -29,7 +29,7 @@ class Request:
         max_new_tokens: int32 scalar.
         stop: `[M]` int32, ids after which a row is done.
         choices: int32 scalar; only ids below it are chosen.
-        keep_memory: told latents `[B, K, D]`, which of them are real `[B, K]`, and keys `[B]`;
+        keep_memory: a pytree; told latents `[B, K, D]`, which of them are real `[B, K]`, and keys `[B]`;
             the events that it does not keep are skipped. None keeps all.
         retriever: `memgen.retrieval.Retriever`, asked on the host at each event, or None.
     """
@@ -56,11 +56,17 @@ def make_request(
     """Checked numbers of a `Request`.
 
     Raises:
-        ValueError: a number is out of its range, or a learned trigger is asked for and missing.
+        ValueError: a number is out of its range; a learned trigger is asked for and there is none,
+            or it was never trained; a callable is no pytree.
     """
-    if policy.learned:
-        memgen.checked_trigger()
+    _check_pytree("policy", policy)
     _check_policy(policy)
+    if policy.learned:
+        _check_trained(memgen.checked_trigger())
+    if keep_memory is not None:
+        _check_pytree("keep_memory", keep_memory)
+    if retriever is not None and memgen.config.weaver.context == "nothing":
+        raise ValueError("a retriever, and context='nothing' reads no text: leave one of them out")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
     if not (np.isfinite(temperature) and temperature >= 0):
@@ -77,6 +83,23 @@ def make_request(
         keep_memory,
         retriever,
     )
+
+
+def _check_trained(trigger: Trigger) -> None:
+    kernel = trigger.kernel[...]
+    if not isinstance(kernel, Tracer) and not kernel.any():
+        raise ValueError(
+            "a learned trigger is asked for and its head is zero, it was never trained: train or "
+            "load it, or use AlwaysInvoke()"
+        )
+
+
+def _check_pytree(name: str, value: Any) -> None:
+    if any(callable(leaf) for leaf in jax.tree.leaves(value)):
+        raise ValueError(
+            f"{name}={value!r} is no pytree: register its class, e.g. with "
+            "jax.tree_util.register_static"
+        )
 
 
 def _check_policy(policy: TriggerPolicy) -> None:
@@ -104,10 +127,10 @@ def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.
     Raises:
         ValueError: no prompt, an empty one, or an id outside the vocabulary.
     """
-    if not prompts:
+    if len(prompts) == 0:
         raise ValueError("no prompt is given: give at least one")
     for index, prompt in enumerate(prompts):
-        if not prompt:
+        if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty: give at least one token")
         wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if wrong:

@@ -89,8 +89,9 @@ class Weaver(nnx.Module):
             if reads
             else nnx.Dict()
         )
-        self.prompt = Bank(config.prompt_latents, asks, rngs=rngs)
-        self.inference = Bank(config.inference_latents, asks, rngs=rngs)
+        bank = lambda slots: Bank(slots, asks, rngs=rngs) if slots else None  # noqa: E731
+        self.prompt = bank(config.prompt_latents)
+        self.inference = bank(config.inference_latents)
         self.to_weaver = Projection(reasoner.embed_dim, width, rngs=rngs)
         self.to_reasoner = Projection(width, reasoner.embed_dim, rngs=rngs)
         self.gain = WeaverParam(_embedding_size(reasoner), inputs=0) if config.match_scale else None
@@ -101,9 +102,10 @@ class Weaver(nnx.Module):
 
     def queries(self, kind: jax.Array) -> jax.Array:
         """`[B, K, d_w]` for `kind [B]`; the shorter kind is filled up with zeros."""
-        slots = self.config.latents
+        given = [bank() for bank in (self.prompt, self.inference) if bank is not None]
+        blank = jnp.zeros((self.config.latents, given[0].shape[-1]))
         banks = [
-            jnp.pad(bank(), ((0, slots - bank.queries.shape[0]), (0, 0)))
+            blank if bank is None else blank.at[: bank.queries.shape[0]].set(bank())
             for bank in (self.prompt, self.inference)
         ]
         return jnp.where((kind == PROMPT)[:, None, None], *banks)

@@ -17,9 +17,10 @@ from train import evaluate
 from train.command import run_command
 from train.evaluate import EvaluateConfig
 from train.load import Loaded, load_weights
+from train.run_folder import write_whole
 from train.scoring import Score, Scorer
 from train.task_files import Item, Task, read_task
-from train.task_scores import Answer, answers, check_output, summary, task_table, write_whole
+from train.task_scores import Answer, answers, check_output, summary, task_table
 
 MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
 CHOICES = [

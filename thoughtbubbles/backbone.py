@@ -79,7 +79,7 @@ class Backbone(nnx.Module):
                 whose arrays begin with the stacked axes.
 
         Raises:
-            ValueError: a name that the model has no map for.
+            ValueError: a name that the model has no map for, or it has an adapter already.
         """
         unknown = sorted(set(adapter) - set(self.adaptable))
         if unknown:
@@ -93,6 +93,8 @@ class Backbone(nnx.Module):
             (model.blocks.mlp, MLP_MAPS),
         ):
             mine = {name: adapter[name] for name in names if name in adapter}
+            if mine and module.adapters is not None:
+                raise ValueError("this decoder has an adapter already: merge it first (merged)")
             module.adapters = nnx.data(mine or None)
         return Backbone(model)
 

@@ -137,7 +137,7 @@ class Attention(nnx.Module):
     """Causal score-attenuated multi-head attention over streams (eq. 8), heads grouped if asked.
 
     Attributes:
-        adapters: added to the maps `q`, `k`, `v`, `o` (`Thoughtbubbles.adapted`).
+        adapters: added to the maps `q`, `k`, `v`, `o` (`Backbone.adapted`).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -187,7 +187,7 @@ class MLP(nnx.Module):
     """`down(gelu(up x))`, or `down(silu(gate x) * up x)` for SwiGLU.
 
     Attributes:
-        adapters: added to the maps `up`, `gate`, `down` (`Thoughtbubbles.adapted`).
+        adapters: added to the maps `up`, `gate`, `down` (`Backbone.adapted`).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):

@@ -24,7 +24,7 @@ from memgen import (
     sft_loss,
     token_log_probs,
 )
-from memgen.decoding import row_keys
+from memgen.request import row_keys
 from memgen.session import put, take
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
 

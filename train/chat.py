@@ -100,6 +100,12 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
                 f"model's end tokens (ids {sorted(ends)}), so it would not learn to stop: add its "
                 "eos_token to the template"
             )
+        rest = answer[length:]
+        if ends & set(rest) and tokenizer.decode([i for i in rest if i not in ends]).strip():
+            raise ValueError(
+                f"message {turn + 1} spells a token that ends an answer, the rest would be lost: "
+                "rewrite it"
+            )
         if before[: len(ids)] != ids:  # the past reads otherwise now
             examples.append(Example(ids, supervised))
             supervised = []

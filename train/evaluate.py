@@ -323,6 +323,11 @@ def policies(config: EvaluateConfig, loaded: Writer) -> dict[str, AnyPolicy]:
 
 def validation_rows(loaded: Loaded) -> PackedRows:
     """The held-out rows of a run, from its own corpus."""
+    if "weights" in loaded.config:
+        raise ValueError(
+            "this run was fine-tuned on chat data, its held-out loss is in metrics.jsonl: pass "
+            "--tasks FILE"
+        )
     data = prepare(DataConfig(**loaded.config["data"]))
     if data.fingerprint != loaded.data_fingerprint:
         raise ValueError(

@@ -12,11 +12,10 @@ from flax import nnx
 
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, boundary_table
 from thoughtbubbles import Thoughtbubbles
-from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.config import LoopConfig, as_json
 from train.data import Batch
 from train.data.chat_data import ChatData, ChatDataConfig, ChatReader, prepare_chat
-from train.load import Writer, load_writer
+from train.load import Writer, load_writer, tokenizer_meta
 from train.mesh import batch_sharding, check_batch, make_mesh, place, replicated
 from train.optim import OptimizerConfig
 from train.state import TrainState, make_trainable
@@ -32,7 +31,7 @@ class SFTConfig(LoopConfig):
 
     Attributes:
         weights: what to start from: a run folder, "smollm2", a Hugging Face folder, a .gguf file.
-        train: `all` parameters, a `lora` adapter, or a `weaver` of latent memory; in the last two
+        train: `all` parameters (tracked thresholds stay where they are), a `lora` adapter, or a `weaver` of latent memory; in the last two
             the decoder is frozen, and a checkpoint holds only what stands beside it.
         lora: the adapter.
         memgen: the weaver, and where it writes.
@@ -62,6 +61,13 @@ class Finetuning:
         check_batch(config.batch_size, config.accumulate, mesh)
         self._writer: Writer = load_writer(config.weights)
         model = self._writer.model
+        if self._writer.memgen is not None:
+            raise ValueError(
+                f"{config.weights} holds a weaver, which fine-tuning would drop: begin with the "
+                "weights that it was trained beside"
+            )
+        if config.train == "weaver" and config.memgen.trigger is not None:
+            raise ValueError("memgen.trigger: only the weaver is trained here: leave it out")
         if config.data.pack and (config.train == "weaver" or model.config.fork_layers):
             why = "a weaver" if config.train == "weaver" else "a model that forks"
             raise ValueError(
@@ -81,8 +87,15 @@ class Finetuning:
         )
         self.seq_len = config.data.seq_len
         # A frozen decoder needs no gradients of its weights: two products in place of three.
-        products = 3 if config.train == "all" else 2
-        self.step_flops = products * config.batch_size * model.config.forward_flops(self.seq_len)
+        products, reads, length = 3 if config.train == "all" else 2, 1, self.seq_len
+        if config.train == "weaver":
+            in_order = config.memgen.weaver.latents_see_latents
+            reads, length = (
+                1 + (config.memgen.events if in_order else 1),
+                length + config.memgen.room,
+            )
+        flops = model.config.forward_flops(length)
+        self.step_flops = products * reads * config.batch_size * flops
         # What the frozen weights are, so that a run goes on beside the same ones.
         self._base = None if self.keeps_frozen else checksum(model)
         self._score = jax.jit(
@@ -105,16 +118,8 @@ class Finetuning:
     @property
     def meta(self) -> dict[str, Any]:
         """What a reader of checkpoints needs besides the config (`train.tuned`)."""
-        tokenizer = self._writer.tokenizer
-        meta: dict[str, Any] = {"base": self._base, "model": as_json(self.trainable.config)}
-        if isinstance(tokenizer, PretrainedTokenizer):
-            meta["chat"] = {
-                "name": tokenizer.name,
-                "bos": tokenizer.bos,
-                "ends": tokenizer.end_tokens,
-                "chat_template": tokenizer.chat_template,
-            }
-        return meta
+        meta = {"base": self._base, "model": as_json(self.trainable.config)}
+        return meta | tokenizer_meta(self._writer.tokenizer)
 
     def prepare(self) -> ChatData:
         data = prepare_chat(self.config.data, self._writer.tokenizer)
@@ -144,8 +149,8 @@ class Finetuning:
         return self.trainable.start(nnx.state(self._around(self._writer.model)))
 
     def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:
-        """`loss` in nats per supervised token of held-out rows, its error from scoring some rows
-        only, and `perplexity`."""
+        """`loss` in nats per supervised token of held-out rows, `perplexity`, and the standard error
+        of the loss where there are several rows."""
         nats, count = [], []
         size = self.config.batch_size // self.config.accumulate
         for batch in data.validation.batches(size, self.config.evaluation.rows or None):
@@ -156,12 +161,12 @@ class Finetuning:
             count.append(scores["count"][real])
         nats, count = np.concatenate(nats), np.concatenate(count)
         loss = float(nats.sum() / count.sum())
-        spread = (nats - loss * count).std(ddof=1) if len(nats) > 1 else math.nan
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "standard_error": float(spread * math.sqrt(len(nats)) / count.sum()),
-        }
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if len(nats) > 1:
+            left = 1 - len(nats) / len(data.validation)  # no error where all rows are scored
+            spread = (nats - loss * count).std(ddof=1) * math.sqrt(left)
+            found["standard_error"] = float(spread * math.sqrt(len(nats)) / count.sum())
+        return found
 
     def _scores(self, weights: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
         log_probs = self.trainable.model(weights).log_probs(rows)
@@ -171,9 +176,11 @@ class Finetuning:
         }
 
     def readable(self, held_out: dict[str, float]) -> str:
+        error = held_out.get("standard_error")
+        spread = "" if error is None else f" ± {error:.4f}"
         return (
-            f"held-out loss {held_out['loss']:.4f} ± {held_out['standard_error']:.4f} nats per "
-            f"supervised token, perplexity {held_out['perplexity']:.2f}"
+            f"held-out loss {held_out['loss']:.4f}{spread} nats per supervised token, perplexity "
+            f"{held_out['perplexity']:.2f}"
         )
 
     def describe(self, start: int) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 import memgen
 from memgen import MemGen
+from thoughtbubbles import Backbone
 from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
@@ -80,7 +81,12 @@ def main(config: GenerateConfig) -> None:
     compose = answer if config.chat else write
     how = {"cached": None if config.cache else False}
     if loaded.memgen is not None:
+        if not config.cache:
+            raise ValueError("--no-cache is not offered with latent memory: leave it out")
         how = {"memory": config.memory}
+    elif config.memory != "always":
+        name = config.checkpoint or config.model
+        raise ValueError(f"--memory {config.memory}: {name} has no weaver: leave it out")
     texts = compose(
         loaded,
         list(config.prompt),
@@ -122,8 +128,9 @@ def under_policy(loaded: Writer, config: GenerateConfig) -> Writer:
     if not loaded.model.config.fork_layers:
         name = config.checkpoint or config.model
         raise ValueError(f"{name} is a plain decoder: it has no policy to change")
-    policy = turn(config.policy or loaded.model.config.policy, *dials)
-    return dataclasses.replace(loaded, model=loaded.model.with_policy(policy))
+    model = loaded.model.with_policy(turn(config.policy or loaded.model.config.policy, *dials))
+    memory = loaded.memgen and loaded.memgen.with_reasoner(Backbone(model))
+    return dataclasses.replace(loaded, model=model, memgen=memory)
 
 
 def write(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:

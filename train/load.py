@@ -104,6 +104,20 @@ def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
         return load_tokenizer(str(file))
 
 
+def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `tokenizer_of` needs of a pretrained tokenizer besides its tokenizer.json."""
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        return {}
+    return {
+        "chat": {
+            "name": tokenizer.name,
+            "bos": tokenizer.bos,
+            "ends": tokenizer.end_tokens,
+            "chat_template": tokenizer.chat_template,
+        }
+    }
+
+
 def load_writer(name: str) -> Writer:
     """A run folder, or what `load_weights` takes."""
     path = Path(name).expanduser()

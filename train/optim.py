@@ -123,7 +123,8 @@ def muon_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
 
     Leading axes beyond the named ones (stacked layers) are a batch of matrices.
     """
-    axes, inputs = variable.get_metadata()["axes"], variable.get_metadata()["inputs"]
+    inputs = variable.get_metadata()["inputs"]
+    axes = variable.get_metadata().get("axes", (None,) * (inputs + 1))  # an adapter's matrix
     if inputs == 0 or "vocab" in axes or "candidates" in axes:
         return None
     first = len(variable.get_value().shape) - len(axes)

@@ -13,7 +13,7 @@ from train import evaluate
 from train.config import FREE_IN, RunConfig
 from train.data import Batch, DataConfig, PackedData, TrainReader, load_tokenizer, prepare
 from train.data.storage import build_once
-from train.load import find_weights
+from train.load import find_weights, tokenizer_meta
 from train.mesh import check_batch, make_mesh, state_shardings
 from train.plan import describe
 from train.presets import PRESETS
@@ -28,11 +28,14 @@ class Pretraining:
         ValueError: a mistake in the config.
     """
 
-    keeps_frozen, meta = True, {}
+    keeps_frozen = True
 
     def __init__(self, config: RunConfig):
         self.config = on_weights(config)
         self.trainable = make_run(self.config)
+        self.meta: dict[str, Any] = {}
+        if weights := config.init.weights:
+            self.meta = tokenizer_meta(open_pretrained(find_weights(weights))[2])
         self.seq_len, self.step_flops = self.config.data.seq_len, self.config.step_flops
         self._evaluator = evaluate.Evaluator(
             self.trainable, config.batch_size // config.accumulate, config.evaluation

@@ -69,6 +69,11 @@ class Scorer:
     ):
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise ValueError(f"batch_size={batch_size} max_length={max_length}: choose 1 or more")
+        if writer.memgen is not None:
+            raise ValueError(
+                "tasks are scored without latent memory, and this run has a weaver: score the "
+                "weights that it stands beside"
+            )
         self.encode: Callable[[str], list[int]] = writer.prompt
         self.truncated = 0
         self.max_length = writer.context_length if max_length is None else max_length
@@ -128,7 +133,7 @@ class Scorer:
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Scores of rows of ids."""
-        if self._writer.model.config.causal:
+        if self._causal:
             return self._score_rows(rows)
         prefixes = [
             Row(row.ids[: end + 1], end) for row in rows for end in range(row.start, len(row.ids))

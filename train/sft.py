@@ -7,6 +7,7 @@ import sys
 
 import jax
 
+from train.checkpoint import load_meta
 from train.command import run_command
 from train.distributed import together
 from train.finetuning import Finetuning, SFTConfig
@@ -27,7 +28,9 @@ def main(config: SFTConfig) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         if jax.process_index() == 0:
-            print(f"python -m train.generate --checkpoint {config.out} --chat --prompt '...'")
+            meta = load_meta(config.out) or {}
+            chat = "--chat " if meta.get("chat", {}).get("chat_template") else ""
+            print(f"python -m train.generate --checkpoint {config.out} {chat}--prompt '...'")
 
 
 if __name__ == "__main__":

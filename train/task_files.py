@@ -114,7 +114,7 @@ def read_task(spec: str, limit: int | None = None) -> Task:
 def _record(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON, {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a record is an object with fields, this is {line.strip()[:40]}")
@@ -165,10 +165,16 @@ def _gold(record: Record, names: tuple[str, ...], choices: list[str]) -> int:
     """An index, also as a text ("2"), or one of the choices word for word."""
     name = next(name for name in names if name in record)
     gold = record[name]
-    if isinstance(gold, str) and gold in choices:
-        return choices.index(gold)
+    word = choices.index(gold) if isinstance(gold, str) and gold in choices else None
     if isinstance(gold, str) and gold.isascii() and gold.isdigit():
         gold = int(gold)
+        if word is not None and gold < len(choices) and gold != word:
+            raise ValueError(
+                f"{name} is {record[name]!r}, an index and another choice word for word: write "
+                f"the number {gold} or {word}"
+            )
+    if word is not None:
+        return word
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise ValueError(
             f"{name} is {gold!r}, not one of the {len(choices)} choices: an index from 0 to "
@@ -205,6 +211,8 @@ def _read_piqa(record: Record) -> tuple[str, list[str], int]:
 
 def _read_lambada(record: Record) -> tuple[str, list[str], int]:
     context, space, word = _text(record, "text").rpartition(" ")
+    if word.split() != [word]:
+        raise ValueError(f"text ends in {word[:40]!r}: its last word is to be predicted")
     if not space or not context.strip():
         raise ValueError("text has one word: the last is to be predicted from those before it")
     return context, [word], 0

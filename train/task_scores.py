@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train.run_folder import write_whole
 from train.scoring import Score, Scorer
 from train.task_files import Item, Task
 
@@ -94,7 +93,7 @@ def summary(task: Task, found: Sequence[Answer]) -> dict[str, Any]:
     scores = [answer.scores[0] for answer in found]
     result |= _with_error("acc", [float(score.greedy) for score in scores])
     nats = _with_error("nats", [-score.log_prob for score in scores])
-    perplexity, error = math.exp(nats["nats"]), nats["nats_stderr"]
+    perplexity, error = math.exp(min(nats["nats"], 700.0)), nats["nats_stderr"]
     spread = None if error is None else perplexity * error
     return result | {"perplexity": perplexity, "perplexity_stderr": spread}
 
@@ -124,19 +123,6 @@ def check_output(path: Path) -> None:
     """Raise before any work is done if a file could not be written there."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"{path} can't be written: it is a folder, or its folder does not exist")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(unfinished, 0o644)  # a temporary file is private
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
 
 
 def write_results(path: Path, result: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What supervised fine-tuning moves: a whole decoder, an adapter beside it, or a weaver."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +125,3 @@ def one_response_rows(rows: ChatRows) -> ChatRows:
         segment=np.where(within, rows.segment[row], -1).astype(np.int32),
         position=np.where(within, rows.position[row], 0).astype(np.int32),
     )
-
-
-def parameters(module: Any, kind: type[nnx.Variable]) -> int:
-    """How many numbers of that kind a module holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, kind)))

@@ -178,6 +178,12 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
     found = [chat for path in config.path for file in _files(path) for chat in _read(file)]
     if config.validation_path is not None:
         held_out = [chat for file in _files(config.validation_path) for chat in _read(file)]
+        seen = {chat.digest: chat.where for chat in found}
+        if twice := next((chat for chat in held_out if chat.digest in seen), None):
+            raise DataError(
+                f"{twice.where} is held out and {seen[twice.digest]} trained on, and they are the "
+                "same conversation: delete one of them"
+            )
         chosen = {"train": found, "validation": held_out}
     else:
         train, validation = splits.divide({c.digest for c in found}, config.validation, name)

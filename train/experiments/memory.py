@@ -175,6 +175,7 @@ def main(config: Experiment) -> None:
         print(report(read_results(Path(config.report))))
         return
     out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     finished = {(r["arm"], r["seed"]) for r in read_results(out)} if out.exists() else set()
     for seed in config.seeds:
         missing = [arm for arm in config.arms if (arm, seed) not in finished]

@@ -228,6 +228,7 @@ def main(config: Quality) -> None:
         print(report(read_results(Path(config.report))))
         return
     out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     task = TASKS[config.task](config.rows, config.positions)
     steps = config.steps or task.steps
     results = read_results(out) if out.exists() else []

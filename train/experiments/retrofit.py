@@ -89,6 +89,7 @@ def main(config: Retrofit) -> None:
         print(report(read_results(Path(config.report))))
         return
     out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(dataclasses.asdict(config) | {"policy": repr(config.policy)}))
     for name in ("weights", "variants", "seeds", "steps", "out", "report"):
         del settings[name]
