@@ -29,8 +29,8 @@ class Request:
         max_new_tokens: int32 scalar.
         stop: `[M]` int32, ids after which a row is done.
         choices: int32 scalar; only ids below it are chosen.
-        keep_memory: a pytree; told latents `[B, K, D]`, which of them are real `[B, K]`, and keys `[B]`;
-            the events that it does not keep are skipped. None keeps all.
+        keep_memory: a pytree; told latents `[B, K, D]`, which of them are real `[B, K]`, and keys
+            `[B]`; the events that it does not keep are skipped. None keeps all.
         retriever: `memgen.retrieval.Retriever`, asked on the host at each event, or None.
     """
 

@@ -31,8 +31,9 @@ class SFTConfig(LoopConfig):
 
     Attributes:
         weights: what to start from: a run folder, "smollm2", a Hugging Face folder, a .gguf file.
-        train: `all` parameters (tracked thresholds stay where they are), a `lora` adapter, or a `weaver` of latent memory; in the last two
-            the decoder is frozen, and a checkpoint holds only what stands beside it.
+        train: `all` parameters (tracked thresholds stay where they are), a `lora` adapter, or a
+            `weaver` of latent memory; in the last two the decoder is frozen, and a checkpoint holds
+            only what stands beside it.
         lora: the adapter.
         memgen: the weaver, and where it writes.
         boundaries: after which tokens it may write (`memgen.boundary_table`).
@@ -89,11 +90,8 @@ class Finetuning:
         # A frozen decoder needs no gradients of its weights: two products in place of three.
         products, reads, length = 3 if config.train == "all" else 2, 1, self.seq_len
         if config.train == "weaver":
-            in_order = config.memgen.weaver.latents_see_latents
-            reads, length = (
-                1 + (config.memgen.events if in_order else 1),
-                length + config.memgen.room,
-            )
+            passes = config.memgen.events if config.memgen.weaver.latents_see_latents else 1
+            reads, length = 1 + passes, length + config.memgen.room
         flops = model.config.forward_flops(length)
         self.step_flops = products * reads * config.batch_size * flops
         # What the frozen weights are, so that a run goes on beside the same ones.
@@ -149,8 +147,8 @@ class Finetuning:
         return self.trainable.start(nnx.state(self._around(self._writer.model)))
 
     def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:
-        """`loss` in nats per supervised token of held-out rows, `perplexity`, and the standard error
-        of the loss where there are several rows."""
+        """`loss` in nats per supervised token of held-out rows and its standard error, from having
+        scored some rows only (with one row there is none), and `perplexity`."""
         nats, count = [], []
         size = self.config.batch_size // self.config.accumulate
         for batch in data.validation.batches(size, self.config.evaluation.rows or None):
