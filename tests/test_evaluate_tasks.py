@@ -142,7 +142,13 @@ def test_the_command_scores_files_and_writes_both_reports(monkeypatch, capsys, f
 
 def test_a_run_under_other_dials(monkeypatch, capsys, files):
     """A policy that is not causal is scored prefix by prefix, and the command says so."""
-    loaded = Loaded(heavy_model(BASE), Letters(), {"data": {"seq_len": 16}}, 1, "")
+    loaded = Loaded(
+        heavy_model(BASE),
+        Letters(),
+        config={"data": {"seq_len": 16}},
+        step=1,
+        data_fingerprint="",
+    )
     monkeypatch.setattr(evaluate, "load_model", lambda path: loaded)
     item = {"query": "abcdefghijklmnoabc", "choices": ["ab", "c"], "gold": 0}
     (files / "a.jsonl").write_text(json.dumps(item) + "\n")

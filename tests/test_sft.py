@@ -13,7 +13,7 @@ import pytest
 
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, plan_insertions
 from thoughtbubbles import ModelConfig
-from train import generate, sft
+from train import evaluate, generate, sft
 from train.checkpoint import load_params
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
@@ -24,6 +24,7 @@ from train.loop import run, train
 from train.mesh import MeshConfig
 from train.metrics import read_metrics
 from train.optim import OptimizerConfig
+from train.scoring import Scorer
 from train.tuned import put_trained
 from train.tuning import one_response_rows
 
@@ -226,6 +227,27 @@ def test_generate_says_where_it_remembers(base, chats, tmp_path, capsys):
         generate.main(dataclasses.replace(ask, top_k=3))
     with pytest.raises(ValueError, match="learned trigger is asked for and this MemGen has none"):
         generate.main(dataclasses.replace(ask, memory="learned"))
+
+
+def test_muon_moves_adapters_and_a_weaver_may_write_only_before_the_answer(base, chats, tmp_path):
+    weaver = WeaverConfig(2, 0, lora=LoRAConfig(2, 4.0))
+    memory = MemGenConfig(weaver, max_inference_events=0)
+    muon = OptimizerConfig(name="muon", learning_rate=1e-2)
+    work = config(
+        base, chats, tmp_path / "run", train="weaver", memgen=memory, optimizer=muon, steps=2
+    )
+    tune(work)
+    assert load_model(tmp_path / "run").memgen.weaver.inference is None
+
+
+def test_what_would_drop_the_memory_is_refused(base, chats, tmp_path):
+    tune(config(base, chats, tmp_path / "run", train="weaver", steps=2))
+    with pytest.raises(ValueError, match="holds a weaver, which fine-tuning would drop"):
+        Finetuning(config(tmp_path / "run", chats))
+    with pytest.raises(ValueError, match="tasks are scored without latent memory"):
+        Scorer(load_model(tmp_path / "run"))
+    with pytest.raises(ValueError, match="fine-tuned on chat data.*--tasks FILE"):
+        evaluate.main(evaluate.EvaluateConfig(checkpoint=str(tmp_path / "run")))
 
 
 def test_mistakes_are_one_line(base, chats, tmp_path):

@@ -44,11 +44,6 @@ def write(folder: Path, *records: object) -> Path:
         ({"text": "to be or not to be"}, "lambada", Item("to be or not to", ("be",), 0)),
         (CHOICES, "choices", Item("One and one", ("two", "10"), 1)),
         (
-            {"context": "a", "choices": ["1", "0"], "label": "0"},  # word for word comes first
-            "choices",
-            Item("a", ("1", "0"), 1),
-        ),
-        (
             {"question": "a", "choices": ["b", "c"], "answer": "c"},
             "choices",
             Item("a", ("b", "c"), 1),
@@ -84,6 +79,7 @@ def test_limit_blank_lines_and_names(tmp_path):
         ([{**CHOICES, "gold": True}], "line 1: gold is True, not one"),
         ([{**HELLASWAG, "label": ""}], "line 1: label is '', not one of the 4 choices"),
         ([{**CHOICES, "choices": []}], "line 1: choices is empty"),
+        ([{**CHOICES, "choices": ["1", "0"], "gold": "0"}], "gold is '0', an index and another"),
         ([{**CHOICES, "choices": "ab"}], "line 1: choices is ab, not a list of texts"),
         ([{**CHOICES, "choices": ["a", " "]}], "line 1: choice 1 is empty"),
         ([{"text": "word"}], "line 1: text has one word"),

@@ -166,7 +166,8 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
     """Reads, renders and packs the conversations of `config`, in memory.
 
     A text that is too long for a row loses its end; if no answer begins in what is left, the whole
-    text. Conversations of equal content are on the same side of the split.
+    text. Conversations of equal content are on the same side of the split; a validation_path is
+    taken as it is.
 
     Raises:
         DataError: no files, a line that is no conversation or does not fit the tokenizer (with
@@ -178,12 +179,6 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
     found = [chat for path in config.path for file in _files(path) for chat in _read(file)]
     if config.validation_path is not None:
         held_out = [chat for file in _files(config.validation_path) for chat in _read(file)]
-        seen = {chat.digest: chat.where for chat in found}
-        if twice := next((chat for chat in held_out if chat.digest in seen), None):
-            raise DataError(
-                f"{twice.where} is held out and {seen[twice.digest]} trained on, and they are the "
-                "same conversation: delete one of them"
-            )
         chosen = {"train": found, "validation": held_out}
     else:
         train, validation = splits.divide({c.digest for c in found}, config.validation, name)
