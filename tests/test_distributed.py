@@ -362,8 +362,9 @@ def test_dry_run_says_what_it_would_continue(capsys, whole, corpus):
     out, _ = whole
     saved = load_model(out).config
     data = DataConfig(**saved["data"])
+    model = dataclasses.replace(PRESETS["tiny_plain"].model, embed_dim=8, num_layers=1, num_heads=2)
     config = RunConfig(
-        dataclasses.replace(PRESETS["tiny_plain"].model, embed_dim=8, num_layers=1, num_heads=2),
+        model=model,
         data=data,
         batch_size=8,
         steps=STEPS + 10,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -66,6 +67,12 @@ CASES: dict[str, tuple[str, MemGenConfig, Any]] = {
 FORCED = {**CASES, "foreign": ("foreign", CONFIG, AlwaysInvoke())}
 
 
+def quickly(names: Iterable[str]) -> list[Any]:
+    """The names as parameters; what takes longest to compile only runs with `-m experiment`."""
+    longest = "forks by threshold"
+    return [pytest.param(n, marks=pytest.mark.experiment) if n == longest else n for n in names]
+
+
 @functools.cache
 def oracle_rows(name: str) -> tuple[Any, Any, list[oracle.Generated]]:
     kind, config, policy = CASES[name]
@@ -105,7 +112,7 @@ def oracle_rows(name: str) -> tuple[Any, Any, list[oracle.Generated]]:
     return made, response, rows
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quickly(CASES))
 def test_d28_cached_is_recomputed(name: str):
     made, response, rows = oracle_rows(name)
     for index, row in enumerate(rows):
@@ -132,7 +139,7 @@ def test_the_learned_triggers_above_say_both():
     assert {0, 1} <= set(np.concatenate(decisions).tolist())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quickly(CASES))
 def test_d31_budget_and_record(name: str):
     made, response, rows = oracle_rows(name)
     config, decisions = made.config, np.asarray(response.decisions)
@@ -154,7 +161,7 @@ def test_d31_budget_and_record(name: str):
         assert len(rows[row].stream) == len(prompt) + NEW + count
 
 
-@pytest.mark.parametrize("name", FORCED)
+@pytest.mark.parametrize("name", quickly(FORCED))
 def test_d33_teacher_forcing_gives_the_same_log_probs(name: str):
     kind, config, policy = FORCED[name]
     made, response = rollout(kind, config, policy)
@@ -168,7 +175,7 @@ def test_d33_teacher_forcing_gives_the_same_log_probs(name: str):
         )
 
 
-@pytest.mark.parametrize("kind", ["plain", "rank"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("rank", marks=pytest.mark.experiment)])
 def test_d33_holds_over_two_responses_with_an_observation_between(kind: str):
     """A session keeps the latents of its first response; the training forward sees them too."""
     made = memgen_of(kind)

@@ -111,16 +111,18 @@ def test_a_trigger_that_cannot_read_is_one_line():
     from flax import nnx
     from memgen_tiny import BOUNDARY
 
-    def built(source: Any, width: int):
+    reasoner, wide = backbone("plain"), backbone("plain", 48)
+
+    def built(source: Any):
         return MemGen(
-            backbone("plain"),
+            reasoner,
             trigger_config(source),
             boundary=BOUNDARY,
-            trigger_backbone=backbone("plain", width),
+            trigger_backbone=wide,
             rngs=nnx.Rngs(0),
         )
 
     with pytest.raises(ValueError, match="a trigger of width 48 can't read the stream of width 32"):
-        nnx.eval_shape(lambda: built("stream", 48))
-    made = nnx.eval_shape(lambda: built("tokens", 48))
+        nnx.eval_shape(lambda: built("stream"))
+    made = nnx.eval_shape(lambda: built("tokens"))
     assert made.trigger is not None and made.trigger.kernel.shape == (48, 2)
