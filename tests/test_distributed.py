@@ -176,7 +176,7 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path):
         and "processes disagree: config.data.seed is 0 in process 0 and 1 in process 1" in second
     )
     part = f"{tmp_path}/disk-1 is not the folder that process 0 has under this name"
-    assert f"process 1: {part}" in first and part in second
+    assert part in second  # process 0 may find process 1 gone before it has read why
     assert "not reached" not in first + second
     assert second.splitlines()[-1] == "error: only process 1 fails"
     last = first.splitlines()[-1]
