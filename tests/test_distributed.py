@@ -125,7 +125,7 @@ def test_tasks_of_slurm_find_each_other(tmp_path: Path, command):
 # Agreeing
 
 AGREE = """
-import pathlib, sys
+import pathlib, sys, time
 from jax.experimental.multihost_utils import sync_global_devices
 from train import run_folder
 from train.distributed import DistributedConfig, agreed, check_same, ends_when_alone, together
@@ -143,7 +143,7 @@ with together(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
             print(error)
     check_same("config", {"steps": 3})
     with run_folder.only_run_in(folder / "disk-0"):
-        pass
+        time.sleep(2 * process)  # process 1 leaves the first run while process 0 begins the next
     try:
         with run_folder.only_run_in(folder / f"disk-{process}"):
             print("not reached")
@@ -176,7 +176,7 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path):
         and "processes disagree: config.data.seed is 0 in process 0 and 1 in process 1" in second
     )
     part = f"{tmp_path}/disk-1 is not the folder that process 0 has under this name"
-    assert part in second  # process 0 may find process 1 gone before it has read why
+    assert f"process 1: {part}" in first and part in second
     assert "not reached" not in first + second
     assert second.splitlines()[-1] == "error: only process 1 fails"
     last = first.splitlines()[-1]

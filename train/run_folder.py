@@ -64,6 +64,11 @@ def only_run_in(out: Path) -> Iterator[None]:
                 if jax.process_index() > 0:
                     held.enter_context(_locked(out / _OTHERS, fcntl.LOCK_SH, _taken(out)))
         yield
+        if several():
+            # Process 0 lets go last: whoever comes next finds nobody left of this run.
+            if jax.process_index() > 0:
+                held.close()
+            tell(None)
 
 
 @contextlib.contextmanager
