@@ -112,10 +112,11 @@ def test_a_run_learns_and_only_what_is_trained_moves(base, chats, tmp_path, kind
         assert not any("embed" in jax.tree_util.keystr(path) for path, _ in names)
 
 
-def test_a_stopped_run_goes_on_with_the_same_numbers(base, chats, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "weaver"])
+def test_a_stopped_run_goes_on_with_the_same_numbers(base, chats, tmp_path, kind):
     """Dropout and random insertion draw from the step, not from what ran before."""
-    tune(config(base, chats, tmp_path / "whole", train="weaver"))
-    work = config(base, chats, tmp_path / "parts", train="weaver")
+    tune(config(base, chats, tmp_path / "whole", train=kind))
+    work = config(base, chats, tmp_path / "parts", train=kind)
     tune(work)
     shutil.rmtree(tmp_path / "parts" / "8")  # as if it had been killed after step 4
     tune(work)
@@ -140,7 +141,8 @@ def test_a_merged_adapter_is_the_tuned_model(base, chats, tmp_path):
     assert np.abs(np.asarray(jax.nn.log_softmax(unadapted, axis=-1) - log_probs)).max() > 1e-3
 
 
-def test_meshes_and_parts_change_nothing(base, chats, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "weaver"])
+def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
     """Without randomness, which differs between micro-batches."""
     still = dataclasses.replace(LORA, dropout=0.0)
     memory = dataclasses.replace(
@@ -158,7 +160,7 @@ def test_meshes_and_parts_change_nothing(base, chats, tmp_path):
     found = {}
     for name, changes in runs.items():
         changes = {"lora": still, "memgen": memory} | changes
-        tune(config(base, chats, tmp_path / name, train="weaver", steps=3, **changes))
+        tune(config(base, chats, tmp_path / name, train=kind, steps=3, **changes))
         found[name] = losses(tmp_path / name)
     np.testing.assert_allclose(found["parts"], found["one"], rtol=1e-5)
     np.testing.assert_allclose(found["mesh"], found["one"], rtol=1e-5)
