@@ -8,7 +8,7 @@ from memgen.delimiters import boundary_table, is_boundary
 from memgen.insertion import Plan, plan_from_decisions, plan_insertions
 from memgen.lora import beside, linear_maps, make_adapter
 from memgen.losses import sft_loss, token_log_probs
-from memgen.model import MemGen, stage_params
+from memgen.model import MemGen
 from memgen.trigger import (
     AlwaysInvoke,
     LearnedInvoke,
@@ -55,7 +55,6 @@ __all__ = [
     "plan_insertions",
     "respond",
     "sft_loss",
-    "stage_params",
     "token_log_probs",
     "trained_params",
 ]

@@ -1,17 +1,19 @@
 """What was trained, taken out of a MemGen and put into another, strictly."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import filterlib
 
 from memgen.model import MemGen
 from memgen.trigger import TriggerParam
 from memgen.weaver import WeaverParam
 
-TRAINED = nnx.Any(WeaverParam, TriggerParam)
+TRAINED: filterlib.Filter = nnx.Any(WeaverParam, TriggerParam)
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def trained_params(memgen: MemGen) -> dict[Any, Any]:
@@ -19,33 +21,32 @@ def trained_params(memgen: MemGen) -> dict[Any, Any]:
     return nnx.to_pure_dict(nnx.state(memgen, TRAINED))
 
 
-def load_params(memgen: MemGen, params: Mapping[Any, Any]) -> MemGen:
-    """The MemGen with `trained_params` of another one of the same sizes.
+def load_params(
+    module: Module, params: Mapping[Any, Any], kind: filterlib.Filter = TRAINED
+) -> Module:
+    """The module with `trained_params` of another one of the same sizes.
+
+    Args:
+        module: a MemGen, or another module.
+        params: nested dict of arrays.
+        kind: which variables they are, if not a MemGen's.
 
     Raises:
-        ValueError: a leaf is missing, too many, or of another shape; nothing is left as it was
-            without a word.
+        ValueError: a leaf is missing, too many, or of another shape or dtype.
     """
-    graphdef, mine, rest = nnx.split(memgen, TRAINED, ...)
-    wanted, given = _by_name(nnx.to_pure_dict(mine)), _by_name(params)
-    for name in sorted(wanted.keys() | given.keys()):
-        if name not in given:
+    graphdef, mine, rest = nnx.split(module, kind, ...)
+    wanted, given = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _by_name(tree).items()}
+        for tree in (nnx.to_pure_dict(mine), params)
+    )
+    for name in sorted(wanted | given):
+        here, there = wanted.get(name, "none"), given.get(name, "none")
+        if here != there:
             raise ValueError(
-                f"the checkpoint has no {name}, this MemGen has: build it with the config that "
-                "was trained, or save the checkpoint again"
+                f"{name}: the checkpoint has {there}, the model {here}: build the model with the "
+                "config that was trained"
             )
-        if name not in wanted:
-            raise ValueError(
-                f"the checkpoint has {name}, this MemGen has none: build it with the config that "
-                "was trained"
-            )
-        if wanted[name].shape != given[name].shape:
-            raise ValueError(
-                f"{name}: the checkpoint's shape is {given[name].shape}, this MemGen's "
-                f"{wanted[name].shape}: build it with the config that was trained"
-            )
-    as_mine = lambda old, new: jnp.asarray(new, old.dtype)  # noqa: E731
-    nnx.replace_by_pure_dict(mine, jax.tree.map(as_mine, nnx.to_pure_dict(mine), dict(params)))
+    nnx.replace_by_pure_dict(mine, jax.tree.map(jnp.asarray, dict(params)))
     return nnx.merge(graphdef, mine, rest)
 
 

@@ -63,7 +63,7 @@ def sft_loss(
     """Negative log-likelihood of supervised tokens with memory woven in (eq. 11).
 
     Args:
-        tokens: `[B, L]` int32, padded on the right by anything.
+        tokens: `[B, L]` int32, padded on the right by any ids.
         supervised: `[B, L]` bool; padding is not, nor is a first token.
         plan: the events.
         dropout: a key for the weaver's adapter.

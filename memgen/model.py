@@ -17,10 +17,8 @@ from memgen.insertion import (
     stream_length,
 )
 from memgen.lora import with_dropout
-from memgen.trigger import Trigger, TriggerParam
-from memgen.weaver import Weaver, WeaverParam
-
-STAGES = {"weaver": WeaverParam, "trigger": TriggerParam}
+from memgen.trigger import Trigger
+from memgen.weaver import Weaver
 
 
 class Boundary(nnx.Variable):
@@ -45,7 +43,7 @@ class MemGen(nnx.Module):
     """Latent memory for a frozen decoder.
 
     All weights of decoders are shared, none is copied: weaver and trigger are adapters beside
-    them. `stage_params` are the only ones that training moves.
+    them: a stage of training moves the variables of type `WeaverParam`, or of `TriggerParam`.
 
     Args:
         reasoner: a `DecoderBackbone`.
@@ -139,7 +137,7 @@ class MemGen(nnx.Module):
         """Write the latents of all events, in order, into the rows of tokens.
 
         Args:
-            tokens: `[B, L]` int32, padded on the right by anything; events stand among real ones.
+            tokens: `[B, L]` int32, padded on the right by any ids; events stand among real ones.
             plan: of `E` events.
             dropout: a key, in training.
 
@@ -209,14 +207,3 @@ class MemGen(nnx.Module):
             at = stream_index(plan, length) - (plan.width[:, :, None] * here).sum(axis=1) - 1
         chosen = jnp.take_along_axis(hidden, jnp.maximum(at, 0)[..., None], axis=1)
         return jnp.where(at[..., None] >= 0, trigger(chosen), 0.0)
-
-
-def stage_params(stage: str) -> type[nnx.Param]:
-    """The type of the parameters that a stage of training moves.
-
-    Raises:
-        ValueError: a stage other than `weaver` and `trigger`.
-    """
-    if stage not in STAGES:
-        raise ValueError(f"stage={stage!r}: choose weaver or trigger")
-    return STAGES[stage]

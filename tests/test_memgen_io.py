@@ -214,28 +214,31 @@ def damaged(what: str) -> tuple[dict[str, Any], str]:
     maps = params["weaver"]["adapter"]
     if what == "missing leaf":
         del maps["v"]["b"]
-        return params, "the checkpoint has no weaver/adapter/v/b, this MemGen has"
+        return params, r"weaver/adapter/v/b: the checkpoint has none, the model float32"
     if what == "missing map":
         del maps["q"]
-        return params, "the checkpoint has no weaver/adapter/q/a"
+        return params, "weaver/adapter/q/a: the checkpoint has none"
     if what == "one level too deep":
         params["weaver"]["adapter"] = {"base": maps}
         return params, "weaver/adapter/(base/)?q/a"
     if what == "unexpected":
         maps["o"] = maps["q"]
-        return params, "the checkpoint has weaver/adapter/o/a, this MemGen has none"
+        return params, r"weaver/adapter/o/a: the checkpoint has float32.*, the model none"
     if what == "no trigger":
         del params["trigger"]
-        return params, "the checkpoint has no trigger/"
+        return params, "trigger/.*: the checkpoint has none"
+    if what == "another dtype":
+        maps["q"]["a"] = maps["q"]["a"].astype(np.float16)
+        return params, "weaver/adapter/q/a: the checkpoint has float16.*, the model float32"
     assert what == "another shape"
     maps["q"]["a"] = maps["q"]["a"][..., :3]
-    return params, r"weaver/adapter/q/a: the checkpoint's shape is \(2, 32, 3\), .*\(2, 32, 4\)"
+    return params, r"weaver/adapter/q/a: .*\[2, 32, 3\], the model .*\[2, 32, 4\]"
 
 
 @pytest.mark.parametrize(
     "what",
     ["missing leaf", "missing map", "one level too deep", "unexpected", "no trigger"]
-    + ["another shape"],
+    + ["another shape", "another dtype"],
 )
 def test_g54_a_damaged_checkpoint_is_one_line(what: str):
     params, message = damaged(what)
@@ -316,7 +319,6 @@ def test_parameter_count_is_the_specified_one():
         (lambda: MemGenConfig(max_inference_events=-1), "max_inference_events=-1"),
         (lambda: MemGenConfig(insertion="some"), "insertion='some'"),  # type: ignore
         (lambda: MemGenConfig(insertion_prob=2.0), "insertion_prob=2.0"),
-        (lambda: memgen.stage_params("both"), "stage='both'"),
         (lambda: boundary_table(["a"], "words"), "mode='words'"),  # type: ignore
         (lambda: boundary_table(["a"], delimiters=[]), r"delimiters=\(\)"),
         (lambda: boundary_table(["a"], delimiters=[""]), "none of them empty"),

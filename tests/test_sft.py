@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import memgen
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, plan_insertions
 from thoughtbubbles import ModelConfig
 from train import evaluate, generate, sft
@@ -25,8 +26,7 @@ from train.mesh import MeshConfig
 from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.scoring import Scorer
-from train.tuned import put_trained
-from train.tuning import one_response_rows
+from train.tuning import TRAINED, one_response_rows
 
 LORA = LoRAConfig(rank=2, alpha=4.0, dropout=0.1, targets=("q", "v", "o", "up", "down"))
 MEMORY = MemGenConfig(
@@ -130,7 +130,7 @@ def test_a_merged_adapter_is_the_tuned_model(base, chats, tmp_path):
     again = Finetuning(work)
     rows = again.inputs(again.prepare().validation.read(np.arange(8)))
     tuned = again._around(load_writer(str(base)).model)
-    put_trained(tuned, load_params(tmp_path / "run")[1])
+    tuned = memgen.load_params(tuned, load_params(tmp_path / "run")[1], TRAINED["lora"])
     model = load_model(tmp_path / "run").model
     tokens = np.maximum(rows["tokens"], 0)
     log_probs = jax.nn.log_softmax(model(jnp.asarray(tokens[:, :-1])), axis=-1)
@@ -199,10 +199,10 @@ def test_a_weavers_loss_is_that_of_its_plan(base, chats):
     work = Finetuning(config(base, chats, train="weaver"))
     rows = jax.tree.map(jnp.asarray, work.inputs(work.prepare().train.read(np.arange(8))))
     tuned = work.trainable.model(work.first_state().weights)
-    memgen = dataclasses.replace(MEMORY, insertion="first")
-    tuned.memgen.config = memgen
+    first = dataclasses.replace(MEMORY, insertion="first")
+    tuned.memgen.config = first
     tokens = jnp.maximum(rows["tokens"], 0)
-    plan = plan_insertions(tokens, rows["supervised"], tuned.memgen.boundary[...], memgen)
+    plan = plan_insertions(tokens, rows["supervised"], tuned.memgen.boundary[...], first)
     assert (plan.point >= 0).sum() > 4  # commas are boundaries
     hidden = tuned.memgen.predictors(tokens, plan)
     logits = jax.nn.log_softmax(tuned.memgen.reasoner.unembed(hidden), axis=-1)
@@ -280,7 +280,7 @@ def test_other_frozen_weights_are_refused(base, chats, tmp_path):
     (tmp_path / "other").rename(tmp_path / "base")
     with pytest.raises(ValueError, match="trained beside weights .* holds"):
         load_model(tmp_path / "run")
-    with pytest.raises(ValueError, match="was trained on data"):
+    with pytest.raises(ValueError, match="was trained beside weights .*, they are now"):
         tune(dataclasses.replace(work, steps=4))
 
 

@@ -20,7 +20,7 @@ from train.mesh import batch_sharding, check_batch, make_mesh, place, replicated
 from train.optim import OptimizerConfig
 from train.state import TrainState, make_trainable
 from train.step import TrainStep, make_train_step
-from train.tuning import TRAINED, Tuned, one_response_rows
+from train.tuning import TRAINED, Method, Tuned, one_response_rows
 
 ROWS = ("tokens", "supervised", "segment")
 
@@ -40,7 +40,7 @@ class SFTConfig(LoopConfig):
     """
 
     weights: str = "smollm2"
-    train: Literal["all", "lora", "weaver"] = "lora"
+    train: Method = "lora"
     lora: LoRAConfig = LoRAConfig()
     memgen: MemGenConfig = MemGenConfig(WeaverConfig())
     boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
@@ -75,7 +75,7 @@ class Finetuning:
                 f"data.pack=True: {why} reads rows of one conversation: leave data.pack out"
             )
         self.keeps_frozen = config.train == "all"
-        self._boundary = boundaries_of(self._writer, config.boundaries)
+        self._boundary = boundaries_for(self._writer, config.train, config.boundaries)
         self.trainable = make_trainable(
             model.config,
             config.optimizer,
@@ -121,9 +121,6 @@ class Finetuning:
 
     def prepare(self) -> ChatData:
         data = prepare_chat(self.config.data, self._writer.tokenizer)
-        if self._base is not None:
-            identity = hashlib.blake2b(f"{data.fingerprint} {self._base}".encode(), digest_size=16)
-            data = dataclasses.replace(data, fingerprint=identity.hexdigest())
         if self.config.train != "weaver":
             return data
         return dataclasses.replace(
@@ -176,9 +173,11 @@ class Finetuning:
     def readable(self, held_out: dict[str, float]) -> str:
         error = held_out.get("standard_error")
         spread = "" if error is None else f" ± {error:.4f}"
+        # A policy that looks at the whole row has seen what it predicts from: say so.
+        blockwise = "" if self.trainable.config.causal else " (blockwise, not causal)"
         return (
             f"held-out loss {held_out['loss']:.4f}{spread} nats per supervised token, perplexity "
-            f"{held_out['perplexity']:.2f}"
+            f"{held_out['perplexity']:.2f}{blockwise}"
         )
 
     def describe(self, start: int) -> str:
@@ -200,15 +199,19 @@ def sft_loss(
     return -log_probs.sum(), rows["supervised"][:, 1:].sum(dtype=jnp.float32), {}
 
 
-def boundaries_of(writer: Writer, mode: Literal["suffix", "exact_id", "sentence"]) -> np.ndarray:
-    """The boundary table of a writer's tokenizer, filled up to the model's vocabulary."""
+def boundaries_for(
+    writer: Writer, train: Method, mode: Literal["suffix", "exact_id", "sentence"]
+) -> np.ndarray | None:
+    """The boundary table of a weaver over the model's ids; None where no weaver is trained."""
+    if train != "weaver":
+        return None
     tokenizer = writer.tokenizer
     texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
     texts += [""] * (writer.model.config.vocab_size - len(texts))
     return boundary_table(texts, mode, encode=lambda text: tokenizer.encode(text)[0].tolist())
 
 
-def checksum(model: Thoughtbubbles) -> str:
+def checksum(model: nnx.Module) -> str:
     """Of all arrays of a model."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(nnx.state(model)):

@@ -25,6 +25,7 @@ from train.metrics import MetricWriter, Progress
 from train.plan import resolved
 from train.pretraining import Pretraining
 from train.run_folder import (
+    check_base,
     check_continuation,
     check_fingerprint,
     only_run_in,
@@ -132,11 +133,13 @@ def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
         own = {"distributed": None, "data": {**meta["config"]["data"], "cache_dir": None}}
         check_same("config", meta["config"] | own)
         check_same("the fingerprint of the data", data.fingerprint)
+        check_same("the checksum of the frozen weights", meta.get("base"))
         stack.enter_context(only_run_in(out))
         with agreed():
             saved = load_meta(out)  # now nobody else writes
             check_continuation(out, saved, config)
             check_fingerprint(out, saved, data)
+            check_base(out, saved, work.meta)
         stopwatch = Stopwatch(
             config.batch_size * work.seq_len,
             work.step_flops,

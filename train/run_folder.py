@@ -41,6 +41,15 @@ def check_fingerprint(out: Path, saved: dict[str, Any] | None, data: PackedData)
         )
 
 
+def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any]) -> None:
+    """Raise if the run in `out` stands beside other frozen weights."""
+    if saved and saved.get("base") != meta.get("base"):
+        raise ValueError(
+            f"{out} was trained beside weights {saved.get('base')}, they are now "
+            f"{meta.get('base')}: put those back that it began with, or pass another --out"
+        )
+
+
 @contextlib.contextmanager
 def only_run_in(out: Path) -> Iterator[None]:
     """Hold the run folder: a second run in it would overwrite the first one's files.

@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 
-from memgen import LoRAConfig, MemGen, MemGenConfig, TriggerConfig, WeaverConfig
+from memgen import LoRAConfig, MemGen, MemGenConfig, TriggerConfig, WeaverConfig, load_params
 from thoughtbubbles import Thoughtbubbles
-from train.checkpoint import CheckpointError
 from train.config import model_from_json
-from train.finetuning import boundaries_of, checksum
+from train.finetuning import boundaries_for, checksum
 from train.load import load_writer
 from train.tuning import TRAINED, Tuned
 
@@ -44,34 +41,14 @@ def tuned_model(
         config["train"],
         lora=lora_from_json(config["lora"]),
         memgen=memgen_from_json(config["memgen"]),
-        boundary=boundaries_of(writer, config["boundaries"]),
+        boundary=boundaries_for(writer, config["train"], config["boundaries"]),
         rngs=nnx.Rngs(0),
     )
-    put_trained(tuned, params)
+    tuned = load_params(tuned, params, TRAINED[tuned.method])
     if tuned.adapter is None:
         return writer.model, tuned.memgen
     deltas = {name: map_.delta for name, map_ in tuned.adapter.items()}
     return tuned.backbone.merged(deltas), None
-
-
-def put_trained(tuned: Tuned, params: Mapping[Any, Any]) -> None:
-    """Put trained parameters in their places, strictly.
-
-    Raises:
-        CheckpointError: a leaf is missing, too many, or of another shape.
-    """
-    state = nnx.state(tuned, TRAINED[tuned.method])
-    wanted: Any = traverse_util.flatten_dict(nnx.to_pure_dict(state))
-    given: Any = traverse_util.flatten_dict(dict(params))
-    for name in [*wanted, *given]:
-        shapes = [leaves[name].shape if name in leaves else "none" for leaves in (given, wanted)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"{'/'.join(map(str, name))}: the checkpoint has {shapes[0]}, the config asks for "
-                f"{shapes[1]}: use the config that it was saved with"
-            )
-    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, dict(params)))
-    nnx.update(tuned, state)
 
 
 def lora_from_json(fields: Any) -> LoRAConfig:

@@ -38,7 +38,7 @@ class Tuned(nnx.Module):
         method: `all` of its parameters, a `lora` adapter, or a `weaver` of latent memory.
         lora: of `lora`.
         memgen: of `weaver`.
-        boundary: `[V]` table of `weaver` (`memgen.boundary_table`).
+        boundary: `[V]` table of `weaver` (`memgen.boundary_table`), None for the others.
         rngs: for what is new.
     """
 
@@ -49,7 +49,7 @@ class Tuned(nnx.Module):
         *,
         lora: LoRAConfig,
         memgen: MemGenConfig,
-        boundary: np.ndarray,
+        boundary: np.ndarray | None,
         rngs: nnx.Rngs,
     ):
         if method not in get_args(Method):

@@ -9,7 +9,6 @@ Each finished (arm, seed) is one line of the file; starting again does what is m
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from memgen import (
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
 from train.command import run_command
 from train.experiments.quality import read_results
+from train.finetuning import checksum
 
 LETTERS = "\n0123456789+=,. sc"  # the first one is padding
 WIDTH = 20
@@ -293,14 +293,6 @@ def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float
         found.append(np.asarray(right))
         nats -= float(log_prob)
     return float(np.concatenate(found).mean()), nats / float(held_out["supervised"].sum())
-
-
-def checksum(reasoner: Backbone) -> str:
-    """Of all the reasoner's arrays."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(nnx.state(reasoner)):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def report(results: list[dict[str, Any]]) -> str:
