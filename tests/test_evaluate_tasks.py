@@ -149,7 +149,7 @@ def test_a_run_under_other_dials(monkeypatch, capsys, files):
         step=1,
         data_fingerprint="",
     )
-    monkeypatch.setattr(evaluate, "load_model", lambda path: loaded)
+    monkeypatch.setattr(evaluate, "load_named", lambda checkpoint, model: loaded)
     item = {"query": "abcdefghijklmnoabc", "choices": ["ab", "c"], "gold": 0}
     (files / "a.jsonl").write_text(json.dumps(item) + "\n")
     words = ("--checkpoint", "run", "--tasks", files / "a.jsonl", "--records", files / "out")

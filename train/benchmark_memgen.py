@@ -58,6 +58,8 @@ class MemGenBenchmark:
     def __post_init__(self):
         if min(self.repeats, self.new_tokens, self.prompt, self.sft_events, *self.batches) < 1:
             raise ValueError("repeats, new_tokens, prompt, sft_events and batches: 1 or more")
+        if not 0 <= self.weave <= 1:
+            raise ValueError(f"weave={self.weave} is not a share: choose from 0 to 1")
 
 
 class FromScratch(nnx.Module):
@@ -209,7 +211,9 @@ class Generation:
 
     def __init__(self, config: MemGenBenchmark, batch: int, policy: Any, again: bool = False):
         self._config, self._batch = config, batch
-        events = 2 * round(config.weave * config.new_tokens)  # more than will be asked for
+        # More than will be asked for; none where nothing is woven, so that caches are no larger.
+        never = isinstance(policy, NeverInvoke)
+        events = 0 if never else 2 * round(config.weave * config.new_tokens)
         self._memgen = build(config, events)
         if again:
             reasoner = FromScratch(self._memgen.reasoner, config.latents)
@@ -241,7 +245,8 @@ def training_step(config: MemGenBenchmark, latents_see_latents: bool | None) -> 
     shape = (config.sft_batch, whole if latents_see_latents is None else length)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
     tokens = jnp.asarray(tokens)
-    supervised = jnp.broadcast_to(jnp.arange(shape[1]) >= length // 2, shape)
+    place = jnp.arange(shape[1])
+    supervised = jnp.broadcast_to((place >= length // 2) & (place < length), shape)
     point = length // 2 + jnp.arange(events) * (length // 2 // events)
     point = jnp.broadcast_to(point, (shape[0], events)).astype(jnp.int32)
     kind = jnp.broadcast_to(jnp.arange(events) > 0, point.shape).astype(jnp.int32)

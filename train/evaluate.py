@@ -21,7 +21,7 @@ from train.config import EvalConfig
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare
 from train.dials import AnyPolicy, Setting, figure, table, turn
 from train.figures import check_figure
-from train.load import Loaded, Writer, load_model, load_weights
+from train.load import Loaded, Writer, check_named, load_model, load_named
 from train.losses import token_losses
 from train.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, place, replicated
 from train.optim import OptimizerConfig
@@ -217,11 +217,7 @@ class EvaluateConfig:
     records: str | None = None
 
     def __post_init__(self):
-        if (self.checkpoint is None) == (self.model is None):
-            raise ValueError(
-                f"checkpoint={self.checkpoint} model={self.model}: pass --checkpoint, the folder "
-                "of a run, or --model, pretrained weights"
-            )
+        check_named(self.checkpoint, self.model)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} is below 1")
         if self.tasks:
@@ -250,10 +246,7 @@ def score_tasks(config: EvaluateConfig) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two tasks are called {name}: name them, as in other={name}.jsonl")
-    if config.model is not None:
-        loaded = load_weights(config.model)
-    else:
-        loaded = load_model(str(config.checkpoint))
+    loaded = load_named(config.checkpoint, config.model)
     [policy] = policies(config, loaded).values()
     loaded = dataclasses.replace(loaded, model=loaded.model.with_policy(policy))
     scorer = Scorer(loaded, config.batch_size)

@@ -20,7 +20,7 @@ from train.chat import chat_ids
 from train.command import run_command
 from train.dials import AnyPolicy, turn
 from train.figures import check_figure
-from train.load import Writer, load_model, load_weights
+from train.load import Writer, load_named
 
 MEMORY = {
     "always": memgen.AlwaysInvoke(),
@@ -77,7 +77,7 @@ def main(config: GenerateConfig) -> None:
         raise ValueError("--chat prints answers alone: leave out --bubbles and --figure")
     if config.figure:
         check_figure(Path(config.figure))
-    loaded = under_policy(_load(config), config)
+    loaded = under_policy(load_named(config.checkpoint, config.model), config)
     compose = answer if config.chat else write
     how = {"cached": None if config.cache else False}
     if loaded.memgen is not None:
@@ -107,17 +107,6 @@ def main(config: GenerateConfig) -> None:
     if config.figure:
         map_of_text(loaded, texts[0]).figure().savefig(config.figure, dpi=150)
         print(f"bubble map: {Path(config.figure).absolute()}")
-
-
-def _load(config: GenerateConfig) -> Writer:
-    if config.checkpoint is not None and config.model is None:
-        return load_model(config.checkpoint)
-    if config.model is not None and config.checkpoint is None:
-        return load_weights(config.model)
-    raise ValueError(
-        f"checkpoint={config.checkpoint} model={config.model}: pass --checkpoint, the folder of a "
-        "run, or --model, pretrained weights"
-    )
 
 
 def under_policy(loaded: Writer, config: GenerateConfig) -> Writer:

@@ -118,6 +118,21 @@ def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def check_named(checkpoint: str | None, model: str | None) -> None:
+    """Raise unless exactly one of a run folder and pretrained weights is named."""
+    if (checkpoint is None) == (model is None):
+        raise ValueError(
+            f"checkpoint={checkpoint} model={model}: pass --checkpoint, the folder of a run, or "
+            "--model, pretrained weights"
+        )
+
+
+def load_named(checkpoint: str | None, model: str | None) -> Writer:
+    """The run folder or the pretrained weights, whichever is named."""
+    check_named(checkpoint, model)
+    return load_weights(model) if model is not None else load_model(str(checkpoint))
+
+
 def load_writer(name: str) -> Writer:
     """A run folder, or what `load_weights` takes."""
     path = Path(name).expanduser()

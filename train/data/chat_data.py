@@ -28,7 +28,7 @@ from tqdm import tqdm
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.chat import Example, Message, chat_examples, text_example
 from train.data import splits
-from train.data.config import DataError
+from train.data.config import DataError, check_rows
 from train.data.packing import PADDING, PackedRows
 from train.data.reader import Batch, TrainReader
 from train.data.text import read_text
@@ -64,14 +64,7 @@ class ChatDataConfig:
     """Order of the training rows. Neither the split nor the rows depend on it."""
 
     def __post_init__(self) -> None:
-        if self.seq_len < 1:
-            raise DataError(f"seq_len={self.seq_len}: a row needs at least 1 target")
-        if not 0 < self.validation < 1:
-            raise DataError(
-                f"validation={self.validation} is not a share: choose a number between 0 and 1"
-            )
-        if self.seed < 0:
-            raise DataError(f"seed={self.seed} is negative: choose 0 or more")
+        check_rows(self.seq_len, self.validation, self.seed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

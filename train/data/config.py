@@ -11,6 +11,16 @@ class DataError(ValueError):
     """A mistake in what the user asked for: one line that says what is wrong and the way out."""
 
 
+def check_rows(seq_len: int, validation: float, seed: int) -> None:
+    """Raise a DataError for a number that no data can be cut, split or shuffled by."""
+    if seq_len < 1:
+        raise DataError(f"seq_len={seq_len}: a row needs at least 1 target")
+    if not 0 < validation < 1:
+        raise DataError(f"validation={validation} is not a share: choose a number between 0 and 1")
+    if seed < 0:
+        raise DataError(f"seed={seed} is negative: choose 0 or more")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Corpus, tokenizer and row length of a run."""
@@ -35,14 +45,7 @@ class DataConfig:
     """Where prepared data are kept; default ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data."""
 
     def __post_init__(self) -> None:
-        if self.seq_len < 1:
-            raise DataError(f"seq_len={self.seq_len}: a row needs at least 1 target")
-        if not 0 < self.validation < 1:
-            raise DataError(
-                f"validation={self.validation} is not a share: choose a number between 0 and 1"
-            )
-        if self.seed < 0:
-            raise DataError(f"seed={self.seed} is negative: choose 0 or more")
+        check_rows(self.seq_len, self.validation, self.seed)
 
     @property
     def cache(self) -> Path:

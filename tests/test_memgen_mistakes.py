@@ -1,0 +1,109 @@
+"""What would have been a wrong answer or a traceback is one line."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from memgen_tiny import BOUNDARY, CONFIG, backbone, fresh_memgen, memgen_of, trigger_config
+
+from memgen import LearnedInvoke, MemGen, Plan, generate, make_adapter, plan_insertions
+from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
+from train import generate as command
+from train.data import load_tokenizer
+from train.load import Writer
+
+TOKENS = jnp.zeros((1, 12), jnp.int32)
+
+
+class Silent:
+    """A retriever that must not be asked."""
+
+    max_snippet_tokens = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPytree:
+    learned = False
+
+    def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        return jnp.ones(logits.shape[:1], bool)
+
+
+def test_a_plan_made_by_hand_must_ascend():
+    point = jnp.array([[5, 3, -1]])
+    plan = Plan(point, jnp.array([[0, 1, 1]]), jnp.array([[3, 2, 0]]))
+    with pytest.raises(ValueError, match=r"points \[5, 3\] of a plan must ascend"):
+        memgen_of().weave(TOKENS, plan)
+
+
+@pytest.mark.parametrize(("runs", "count"), [([], 0), ([(2, 4), (7, 9)], 2)])
+def test_a_plan_takes_one_response(runs: list[tuple[int, int]], count: int):
+    supervised = np.zeros((1, 12), bool)
+    for first, end in runs:
+        supervised[0, first:end] = True
+    with pytest.raises(ValueError, match=f"row 0 has {count} supervised responses, a plan takes 1"):
+        plan_insertions(TOKENS, jnp.asarray(supervised), jnp.asarray(BOUNDARY), CONFIG)
+
+
+def test_a_trigger_of_other_ids_is_refused():
+    small = ModelConfig(vocab_size=3, embed_dim=32, num_layers=1, num_heads=2)
+    reasoner = backbone("plain")
+
+    def build() -> MemGen:
+        other = Backbone(Thoughtbubbles(small, rngs=nnx.Rngs(0)))
+        config = trigger_config("tokens")
+        return MemGen(reasoner, config, boundary=BOUNDARY, trigger_backbone=other, rngs=nnx.Rngs(0))
+
+    with pytest.raises(ValueError, match="a trigger of 3 ids can't read those of the reasoner"):
+        nnx.eval_shape(build)
+
+
+def asked(**options: Any) -> None:
+    made = options.pop("made", None) or memgen_of()
+    generate(made, [[1, 2]], 4, **options)
+
+
+def test_what_generation_cannot_use_is_refused():
+    nothing = dataclasses.replace(
+        CONFIG, weaver=dataclasses.replace(CONFIG.weaver, context="nothing")
+    )
+    with pytest.raises(ValueError, match="context='nothing' reads no text"):
+        asked(made=memgen_of("plain", nothing), retriever=Silent())
+    with pytest.raises(ValueError, match="^keep_memory=.* is no pytree: register its class"):
+        asked(keep_memory=lambda latents, real, keys: real.any(axis=1))
+    with pytest.raises(ValueError, match="^policy=.* is no pytree: register its class"):
+        asked(policy=NoPytree())
+    untrained = fresh_memgen("plain", trigger_config("tokens"))
+    with pytest.raises(ValueError, match="its head is zero, it was never trained"):
+        asked(made=untrained, policy=LearnedInvoke())
+
+
+def test_a_second_adapter_does_not_take_the_place_of_the_first():
+    decoder = backbone("plain")
+    adapter = make_adapter(decoder, CONFIG.weaver.lora, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="has an adapter already: merge it first"):
+        decoder.adapted(adapter).adapted(adapter)
+
+
+def test_a_dial_reaches_the_reasoner_that_remembers():
+    made = memgen_of("rank")
+    writer = Writer(made.reasoner.model, load_tokenizer("bytes"), made)
+    turned = command.under_policy(writer, command.GenerateConfig(ratio=1.0))
+    assert turned.memgen is not None
+    assert turned.memgen.reasoner.model.config.policy.ratio == 1.0
+    assert made.reasoner.model.config.policy.ratio != 1.0
+
+
+def test_options_of_another_kind_of_model_are_refused(monkeypatch: pytest.MonkeyPatch):
+    made = memgen_of()
+    writer = Writer(made.reasoner.model, load_tokenizer("bytes"), made)
+    monkeypatch.setattr(command, "load_named", lambda checkpoint, model: writer)
+    with pytest.raises(ValueError, match="--no-cache is not offered with latent memory"):
+        command.main(command.GenerateConfig(checkpoint="run", cache=False))
+    writer = dataclasses.replace(writer, memgen=None)
+    with pytest.raises(ValueError, match="--memory never: run has no weaver"):
+        command.main(command.GenerateConfig(checkpoint="run", memory="never"))
