@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from tiny import BASE, heavy_model, random_tokens
 
 import memgen
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, plan_insertions
@@ -26,7 +28,7 @@ from train.mesh import MeshConfig
 from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.scoring import Scorer
-from train.tuning import TRAINED, one_response_rows
+from train.tuning import TRAINED, Tuned, one_response_rows
 
 LORA = LoRAConfig(rank=2, alpha=4.0, dropout=0.1, targets=("q", "v", "o", "up", "down"))
 MEMORY = MemGenConfig(
@@ -178,6 +180,28 @@ def test_packing_changes_no_loss(base, chats):
         total, weight, _ = sft_loss(tuned, jax.tree.map(jnp.asarray, batch), None)
         totals.append((float(total), float(weight)))
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+
+
+def test_padding_takes_no_budget_of_a_policy_that_sees_the_whole_row():
+    lora = LoRAConfig(rank=2)
+    tuned = Tuned(
+        heavy_model(BASE), "lora", lora=lora, memgen=MEMORY, boundary=None, rngs=nnx.Rngs(0)
+    )
+    tokens = random_tokens(1, 9)
+
+    def scored(padding: int) -> jax.Array:
+        end = lambda rows, value: jnp.pad(rows, ((0, 0), (0, padding)), constant_values=value)  # noqa: E731
+        return tuned.log_probs(
+            {
+                "tokens": end(tokens, -1),
+                "supervised": end(tokens >= 0, False),
+                "segment": end(jnp.zeros_like(tokens), -1),
+            }
+        )
+
+    # One place at least, so that the last token is read in both.
+    np.testing.assert_allclose(scored(7)[:, :8], scored(1)[:, :8], atol=1e-5)
+    assert (scored(7)[:, 8:] == 0).all()
 
 
 def test_a_weaver_reads_each_response_in_a_row_of_its_own(base, chats):

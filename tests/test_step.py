@@ -329,3 +329,19 @@ def test_fork_statistics_count_what_is_there():
     scores = np.exp(output.forks[-1].log_score)[np.asarray(output.forks[-1].alive)]
     samples = score_samples(sums, BASE.fork_layers)["fork_3/score"]
     np.testing.assert_allclose(np.sort(samples), np.sort(scores), atol=0.05 + 1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_gets_another_key_at_each_step_and_part(parts: int):
+    def draw(model, batch, key):
+        weight = jnp.float32(batch["rows"].shape[0])
+        return weight * jax.random.uniform(key), weight, {}
+
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trainable = make_trainable(CONFIG, ADAMW, steps=10, mesh=mesh, seed=3)
+    step, state = make_train_step(trainable, parts, draw), trainable.init()
+    for number in range(2):
+        state, metrics = step(state, {"rows": place(np.zeros((4, 2), np.int32), mesh)})
+        at_step = jax.random.fold_in(jax.random.key(3), number)
+        draws = [jax.random.uniform(jax.random.fold_in(at_step, part)) for part in range(parts)]
+        assert metrics["loss"] == pytest.approx(float(np.mean(draws)), rel=1e-6)
