@@ -190,7 +190,7 @@ def respond(
         )
     if not isinstance(request.max_new_tokens, Tracer):
         never = isinstance(request.policy, NeverInvoke)
-        new = min(room, int(request.max_new_tokens))
+        new = np.minimum(room, np.asarray(request.max_new_tokens))
         check_room(session, new, 0 if never else memgen.config.room)
     return _respond(memgen, session, request, room)
 
@@ -209,7 +209,7 @@ def _respond(memgen, session, request, room) -> tuple[Response, Session]:
     )
     limit = jnp.minimum(request.max_new_tokens, room)
     loop = jax.lax.while_loop(
-        lambda loop: ~loop.done.all() & (loop.step < limit),
+        lambda loop: ~loop.done.all() & (loop.step < limit.max()),
         lambda loop: _step(decoders, request, limit, loop),
         loop,
     )

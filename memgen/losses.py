@@ -16,6 +16,7 @@ def token_log_probs(
     targets: jax.Array,
     wanted: jax.Array,
     temperature: float | jax.Array = 1.0,
+    choices: int | jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> jax.Array:
     """Log-probabilities `[B, L]` float32 of targets, 0 where they are not wanted.
@@ -27,6 +28,7 @@ def token_log_probs(
         targets: `[B, L]` int32.
         wanted: `[B, L]` bool.
         temperature: logits are divided by it.
+        choices: only ids below it can be chosen; all if not given.
     """
     batch, length = targets.shape
     chunk = min(chunk, length)
@@ -39,7 +41,10 @@ def token_log_probs(
 
     def score(hidden, targets, wanted):
         logits = backbone.unembed(hidden) / temperature
-        chosen = jnp.arange(logits.shape[-1]) == jnp.maximum(targets, 0)[..., None]
+        ids = jnp.arange(logits.shape[-1])
+        if choices is not None:
+            logits = jnp.where(ids < choices, logits, -jnp.inf)
+        chosen = ids == jnp.maximum(targets, 0)[..., None]
         picked = jnp.where(chosen, logits, 0).sum(axis=-1)
         return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 

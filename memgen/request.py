@@ -26,7 +26,7 @@ class Request:
     Attributes:
         policy: decides at boundaries.
         temperature: scalar, or None for the most probable token.
-        max_new_tokens: int32 scalar.
+        max_new_tokens: int32 scalar, or `[B]`: rows of 0 rest.
         stop: `[M]` int32, ids after which a row is done.
         choices: int32 scalar; only ids below it are chosen.
         keep_memory: a pytree; told latents `[B, K, D]`, which of them are real `[B, K]`, and keys
@@ -62,7 +62,9 @@ def make_request(
     _check_pytree("policy", policy)
     _check_policy(policy)
     if policy.learned:
-        _check_trained(memgen.checked_trigger())
+        trigger = memgen.checked_trigger()
+        if not getattr(policy, "sample", False):  # training begins with samples of a zero head
+            _check_trained(trigger)
     if keep_memory is not None:
         _check_pytree("keep_memory", keep_memory)
     if retriever is not None and memgen.config.weaver.context == "nothing":

@@ -163,6 +163,38 @@ class Session:
             hidden=None if self.hidden is None else put(self.hidden, hidden, at, count),
         )
 
+    def take_rows(self, memgen: MemGen, rows: jax.Array, keys: jax.Array) -> "Session":
+        """A session whose row `i` goes on from row `rows[i]` of this one, with a key of its own.
+
+        One row may be taken many times: what it has read is read once. The old session stays
+        usable.
+
+        Args:
+            rows: `[R]` int32.
+            keys: `[R]`.
+        """
+        at = lambda leaf: None if leaf is None else leaf[rows]  # noqa: E731
+        readers = {"reasoner": (self.reasoner, memgen.reasoner)}
+        if self.weaver is not None:
+            readers["weaver"] = self.weaver, memgen.weaving()
+        if self.trigger is not None:
+            readers["trigger"] = self.trigger, memgen.triggering()
+        taken = {
+            name: Reader(
+                _cache_rows(decoder, reader.cache, rows), at(reader.read), at(reader.hidden)
+            )
+            for name, (reader, decoder) in readers.items()
+        }
+        return self.replace(
+            tokens=at(self.tokens),
+            count=at(self.count),
+            vectors=at(self.vectors),
+            hidden=at(self.hidden),
+            responses=at(self.responses),
+            keys=keys,
+            **taken,
+        )
+
     def weaver_sees(self, memgen: MemGen) -> tuple[Callable, jax.Array]:
         """What the weaver reads: places to vectors of its own width, and how many there are."""
         if not memgen.config.weaver.latents_see_latents:
@@ -182,6 +214,20 @@ class Session:
         return lambda places: decoder.embed_tokens(take(self.tokens, places))
 
 
+def _cache_rows(decoder: Any, cache: Any, rows: jax.Array) -> Any:
+    """The rows of a decoder's cache; where its arrays count rows, two shapes of it tell."""
+    shapes = lambda batch: jax.eval_shape(lambda: decoder.init_cache(batch, 8))  # noqa: E731
+    few, more = (jax.tree.leaves(shapes(batch)) for batch in (2, 3))
+    leaves, structure = jax.tree.flatten(cache)
+    taken = []
+    for leaf, a, b in zip(leaves, few, more, strict=True):
+        axis = [
+            i for i, sizes in enumerate(zip(a.shape, b.shape, strict=True)) if len({*sizes}) > 1
+        ]
+        taken.append(jnp.take(leaf, rows, axis=axis[0]) if axis else leaf)
+    return jax.tree.unflatten(structure, taken)
+
+
 def check_room(session: Session, tokens: Any, latents: int = 0) -> None:
     """Raise a ValueError where rows would outgrow the session; not where lengths are traced."""
     if isinstance(tokens, Tracer) or isinstance(session.count, Tracer):
@@ -192,7 +238,8 @@ def check_room(session: Session, tokens: Any, latents: int = 0) -> None:
             f"a row would grow to {count} tokens, the session has max_tokens="
             f"{session.tokens.shape[1]}: begin with more"
         )
-    places = int((np.asarray(session.reasoner.read) + np.asarray(tokens)).max()) + latents
+    more = np.asarray(tokens) + latents * (np.asarray(tokens) > 0)
+    places = int((np.asarray(session.reasoner.read) + more).max())
     if places > session.places:
         raise ValueError(
             f"a row would grow to {places} tokens and latents, the session has room for "

@@ -201,6 +201,11 @@ def model_from_json(fields: dict[str, Any]) -> ModelConfig:
 FIXED = (
     "model", "init", "weights", "train", "lora", "memgen", "boundaries", "data", "optimizer",
     "batch_size", "seed",
+    # of reinforcement learning
+    "task", "method", "advantage", "clip_low", "clip_high", "dual_clip", "aggregate", "kl",
+    "importance_cap", "filter_groups", "rollouts", "minibatches", "epochs", "max_new_tokens",
+    "temperature", "chat", "max_batches", "advantage_clip", "gamma", "overlong_buffer",
+    "overlong_penalty", "max_turns", "max_observation", "carry", "penalty", "trigger",
 )  # fmt: skip
 FREE_IN = {"model": ("scan_layers", "remat"), "data": ("cache_dir",)}
 NOTED = ("steps", "accumulate", "mesh", "attention")

@@ -40,7 +40,7 @@ class SFTConfig(LoopConfig):
     """
 
     weights: str = "smollm2"
-    train: Method = "lora"
+    train: Literal["all", "lora", "weaver"] = "lora"
     lora: LoRAConfig = LoRAConfig()
     memgen: MemGenConfig = MemGenConfig(WeaverConfig())
     boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
@@ -202,8 +202,8 @@ def sft_loss(
 def boundaries_for(
     writer: Writer, train: Method, mode: Literal["suffix", "exact_id", "sentence"]
 ) -> np.ndarray | None:
-    """The boundary table of a weaver over the model's ids; None where no weaver is trained."""
-    if train != "weaver":
+    """The boundary table of a weaver over the model's ids; None where nothing is woven."""
+    if train in ("all", "lora"):
         return None
     tokenizer = writer.tokenizer
     texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]

@@ -66,8 +66,9 @@ class Loaded(Writer):
     data_fingerprint: str
 
     @property
-    def context_length(self) -> int:
-        return self.config["data"]["seq_len"]
+    def context_length(self) -> int | None:
+        data = self.config.get("data")  # a run of reinforcement learning has none
+        return super().context_length if data is None else data["seq_len"]
 
 
 def load_model(path: str | Path, step: int | None = None) -> Loaded:

@@ -27,7 +27,7 @@ from train.pretraining import Pretraining
 from train.run_folder import (
     check_base,
     check_continuation,
-    check_fingerprint,
+    check_data,
     only_run_in,
     save_evidence,
     write_whole,
@@ -138,7 +138,7 @@ def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
         with agreed():
             saved = load_meta(out)  # now nobody else writes
             check_continuation(out, saved, config)
-            check_fingerprint(out, saved, data)
+            check_data(out, saved, data.fingerprint)
             check_base(out, saved, work.meta)
         stopwatch = Stopwatch(
             config.batch_size * work.seq_len,
@@ -239,7 +239,17 @@ def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
     return held_out
 
 
-def restore_or_init(checkpointer: Checkpointer, work: Work) -> TrainState:
+class Starts(Protocol):
+    """What `restore_or_init` asks of a `Work`."""
+
+    config: Any
+    trainable: Trainable
+    keeps_frozen: bool
+
+    def first_state(self) -> TrainState: ...
+
+
+def restore_or_init(checkpointer: Checkpointer, work: Starts) -> TrainState:
     """The newest checkpoint of the run folder, or the initial state."""
     newest = checkpointer.latest_step()
     check_same("the newest checkpoint", newest)

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from train.config import LoopConfig, as_json, differences
-from train.data import PackedData
 from train.distributed import agreed, several, tell
 
 _LOCK, _OTHERS = ".lock", ".lock-others"
@@ -32,12 +31,12 @@ def check_continuation(out: Path, saved: dict[str, Any] | None, config: LoopConf
         )
 
 
-def check_fingerprint(out: Path, saved: dict[str, Any] | None, data: PackedData) -> None:
+def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> None:
     """Raise if `out` holds a run on other data."""
-    if saved and saved["data_fingerprint"] != data.fingerprint:
+    if saved and saved["data_fingerprint"] != fingerprint:
         raise ValueError(
-            f"{out} was trained on data {saved['data_fingerprint']}, the corpus is now "
-            f"{data.fingerprint}: restore the corpus, or pass another --out"
+            f"{out} was trained on data {saved['data_fingerprint']}, they are now {fingerprint}: "
+            "restore them, or pass another --out"
         )
 
 

@@ -1,11 +1,21 @@
 """A fine-tuned run read back: what was trained, and the weights that it stood beside."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
-from memgen import LoRAConfig, MemGen, MemGenConfig, TriggerConfig, WeaverConfig, load_params
+from memgen import (
+    LoRAConfig,
+    MemGen,
+    MemGenConfig,
+    TriggerConfig,
+    WeaverConfig,
+    WeaverParam,
+    load_params,
+)
 from thoughtbubbles import Thoughtbubbles
 from train.config import model_from_json
 from train.finetuning import boundaries_for, checksum
@@ -30,20 +40,29 @@ def tuned_model(
             model_from_json(meta["model"]), params["decoder"]["model"]
         ), None
     writer = load_writer(config["weights"])
-    now = checksum(writer.model)
+    woven = writer.memgen
+    now = checksum(woven or writer.model)
     if now != meta["base"]:
         raise ValueError(
             f"this run was trained beside weights {meta['base']}, {config['weights']} holds {now}: "
             "put the weights that it began with there"
         )
+    shape = memgen_from_json(config["memgen"]) if woven is None else woven.config
+    boundary = boundaries_for(writer, config["train"], config["boundaries"])
+    if woven is not None:
+        boundary = np.asarray(woven.boundary[...])
+        trigger = trigger_from_json(config["trigger"]) if config["train"] == "trigger" else None
+        shape = dataclasses.replace(shape, trigger=trigger)
     tuned = Tuned(
         writer.model,
         config["train"],
         lora=lora_from_json(config["lora"]),
-        memgen=memgen_from_json(config["memgen"]),
-        boundary=boundaries_for(writer, config["train"], config["boundaries"]),
+        memgen=shape,
+        boundary=boundary,
         rngs=nnx.Rngs(0),
     )
+    if woven is not None and tuned.memgen is not None:
+        tuned.memgen = nnx.data(with_weaver_of(woven, tuned.memgen))
     tuned = load_params(tuned, params, TRAINED[tuned.method])
     if tuned.adapter is None:
         return writer.model, tuned.memgen
@@ -51,16 +70,24 @@ def tuned_model(
     return tuned.backbone.merged(deltas), None
 
 
+def with_weaver_of(woven: MemGen, around: MemGen) -> MemGen:
+    """`around` with the weaver that was trained in `woven`."""
+    weaver = nnx.to_pure_dict(nnx.state(woven, WeaverParam))
+    return load_params(around, weaver, WeaverParam)
+
+
 def lora_from_json(fields: Any) -> LoRAConfig:
     """What `train.config.as_json` made of it."""
     return LoRAConfig(**{**fields, "targets": tuple(fields["targets"])})
 
 
+def trigger_from_json(fields: Any) -> TriggerConfig:
+    """What `train.config.as_json` made of it."""
+    return TriggerConfig(**{**fields, "lora": lora_from_json(fields["lora"])})
+
+
 def memgen_from_json(fields: Any) -> MemGenConfig:
     """What `train.config.as_json` made of it."""
-
-    def part(kind: type, fields: Any) -> Any:
-        return fields and kind(**{**fields, "lora": lora_from_json(fields["lora"])})
-
-    weaver, trigger = part(WeaverConfig, fields["weaver"]), part(TriggerConfig, fields["trigger"])
+    weaver = WeaverConfig(**{**fields["weaver"], "lora": lora_from_json(fields["weaver"]["lora"])})
+    trigger = fields["trigger"] and trigger_from_json(fields["trigger"])
     return MemGenConfig(**{**fields, "weaver": weaver, "trigger": trigger})

@@ -1,4 +1,4 @@
-"""What supervised fine-tuning moves: a whole decoder, an adapter beside it, or a weaver."""
+"""What fine-tuning moves: a whole decoder, an adapter beside it, a weaver, or a trigger."""
 
 from typing import Literal, get_args
 
@@ -11,6 +11,7 @@ from memgen import (
     LoRAConfig,
     MemGen,
     MemGenConfig,
+    TriggerParam,
     WeaverParam,
     make_adapter,
     plan_insertions,
@@ -20,14 +21,14 @@ from memgen.lora import with_dropout
 from thoughtbubbles import Backbone, Thoughtbubbles
 from train.data.chat_data import ChatRows, segment_mask
 
-Method = Literal["all", "lora", "weaver"]
+Method = Literal["all", "lora", "weaver", "trigger"]
 
 
 class AdapterParam(nnx.Param):
     """What LoRA training moves."""
 
 
-TRAINED = {"all": nnx.Param, "lora": AdapterParam, "weaver": WeaverParam}
+TRAINED = {"all": nnx.Param, "lora": AdapterParam, "weaver": WeaverParam, "trigger": TriggerParam}
 
 
 class Tuned(nnx.Module):
@@ -35,10 +36,11 @@ class Tuned(nnx.Module):
 
     Args:
         model: the decoder, frozen unless `method` is `all`.
-        method: `all` of its parameters, a `lora` adapter, or a `weaver` of latent memory.
+        method: `all` of its parameters, a `lora` adapter, a `weaver` of latent memory, or the
+            `trigger` beside a frozen weaver.
         lora: of `lora`.
-        memgen: of `weaver`.
-        boundary: `[V]` table of `weaver` (`memgen.boundary_table`), None for the others.
+        memgen: of `weaver` and `trigger`.
+        boundary: `[V]` table of these (`memgen.boundary_table`), None for the others.
         rngs: for what is new.
     """
 
@@ -56,13 +58,12 @@ class Tuned(nnx.Module):
             raise ValueError(f"method={method!r}: choose from {', '.join(get_args(Method))}")
         self.method = method
         decoder = Backbone(model)
-        self.decoder = None if method == "weaver" else decoder
+        woven = method in ("weaver", "trigger")
+        self.decoder = None if woven else decoder
         self.adapter = (
             make_adapter(decoder, lora, rngs=rngs, kind=AdapterParam) if method == "lora" else None
         )
-        self.memgen = (
-            MemGen(decoder, memgen, boundary=boundary, rngs=rngs) if method == "weaver" else None
-        )
+        self.memgen = MemGen(decoder, memgen, boundary=boundary, rngs=rngs) if woven else None
 
     @property
     def backbone(self) -> Backbone:

@@ -1,0 +1,113 @@
+"""The small policies and tasks that the tests of reinforcement learning share."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, Threshold
+from train.data import ByteTokenizer
+from train.load import Writer
+from train.rl.protocols import Problem, Reward, Turn
+from train.rl.sampler import Sampling
+from train.tuning import Tuned
+
+PLAIN = ModelConfig(
+    vocab_size=ByteTokenizer.vocab_size,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=48,
+    tied_head=False,
+)
+FORKS: dict[str, Any] = {"num_layers": 3, "fork_layers": (1, 2), "merge": "residual"}
+MODELS = {
+    "plain": PLAIN,
+    "rank": dataclasses.replace(PLAIN, **FORKS, policy=PrefixRank(2.0)),
+    "threshold": dataclasses.replace(PLAIN, **FORKS, policy=Threshold(2.0)),
+}
+LORA = LoRAConfig(rank=4, alpha=8.0)
+MEMGEN = MemGenConfig(
+    WeaverConfig(3, 2, lora=LORA), TriggerConfig("tokens", lora=LORA), max_inference_events=2
+)
+BOUNDARY = (np.arange(PLAIN.vocab_size) % 2 == 0).astype(np.uint8)
+
+
+def writer(model: str = "plain") -> Writer:
+    return Writer(filled(Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0))), ByteTokenizer())
+
+
+def filled(module: Any, seed: int = 0, scale: float = 0.25) -> Any:
+    """All parameters random, so that each of them matters."""
+    graphdef, state = nnx.split(module)
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "boundary" in name:
+            return leaf
+        values = rng.normal(size=leaf.shape) * scale
+        if "threshold" in name:
+            values = np.full(leaf.shape, 0.3)
+        elif "scale" in name or "gain" in name:
+            values = 1 + values
+        return jax.numpy.asarray(values, leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
+
+
+@functools.cache
+def tuned(method: str = "all", model: str = "plain", seed: int = 0) -> Tuned:
+    """A policy, all of whose parameters matter."""
+    made = Tuned(
+        Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0)),
+        method,  # pyright: ignore[reportArgumentType]
+        lora=LORA,
+        memgen=MEMGEN,
+        boundary=BOUNDARY,
+        rngs=nnx.Rngs(1),
+    )
+    return filled(made, seed)
+
+
+def sampling(**changes: Any) -> Sampling:
+    """At temperature 1 over all ids, a text ends with the separator."""
+    how = Sampling(1.0, ByteTokenizer.vocab_size, (ByteTokenizer.separator,))
+    return dataclasses.replace(how, **changes)
+
+
+class Vowels:
+    """A task of one response that even random weights meet sometimes: write a low byte first."""
+
+    name = "vowels"
+    sizes: Any = {"train": None, "test": None}
+
+    def problem(self, split: str, index: int) -> Problem:
+        return Problem(f"{split}{index}", f"{split} {index * 7919}:")
+
+    def score(self, completion: Any) -> Reward:
+        good = completion.tokens[0] < 128
+        return Reward(float(good), good, {"first": float(completion.tokens[0])})
+
+
+class Echo:
+    """An environment that says how long an answer was, for some turns."""
+
+    name = "echo"
+    sizes: Any = {"train": None, "test": None}
+
+    def problem(self, split: str, index: int) -> Problem:
+        return Problem(f"{split}{index}", f"say {index}!", answer=1 + index % 3)
+
+    def reset(self, problem: Problem) -> Any:
+        return problem.answer
+
+    def step(self, state: Any, action: Any) -> Turn:
+        over = state == 1
+        value = len(action.tokens) / 4
+        return Turn(state - 1, f"<{len(action.tokens)}>", value, over, success=over)

@@ -1,0 +1,211 @@
+"""The learner: exact first steps, and nothing that order, filler or splits could change."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rl_tiny import LORA, MEMGEN, Echo, Vowels, writer
+
+from train.mesh import MeshConfig
+from train.optim import OptimizerConfig
+from train.rl.config import RLConfig
+from train.rl.credit import Episodes, credit
+from train.rl.policy import scores
+from train.rl.reinforcing import Reinforcing
+from train.rl.rollouts import make_rows
+
+RATE = 1e-2
+CONFIG = RLConfig(
+    lora=LORA,
+    memgen=MEMGEN,
+    steps=3,
+    batch_size=4,
+    rollouts=4,
+    max_new_tokens=6,
+    max_turns=3,
+    max_observation=8,
+    optimizer=OptimizerConfig(
+        learning_rate=RATE, weight_decay=0.0, warmup=0.0, final_ratio=1.0, clip=1e9
+    ),
+)
+
+
+def work(model: str = "plain", task=None, devices: int = 1, **changes) -> Reinforcing:
+    config = dataclasses.replace(CONFIG, **changes)
+    return Reinforcing(config, writer(model), task or Vowels(), devices=jax.devices()[:devices])
+
+
+def stacked(reinforcing: Reinforcing, trajectories, multiple: int = 1):
+    """Credited rows, moved by random advantages so that nothing cancels."""
+    config = reinforcing.config
+    advantages = credit(trajectories, Episodes.of(trajectories), config)
+    return make_rows(trajectories, advantages, multiple, reinforcing._events_of_a_row())
+
+
+@functools.cache
+def rollouts(train: str = "lora", model: str = "plain"):
+    reinforcing = work(model, train=train)
+    state = reinforcing.first_state()
+    return reinforcing, state, reinforcing.collect(state.weights).trajectories
+
+
+def updated(trajectories, multiple=1, **changes):
+    """Parameters and metrics after the updates of one step."""
+    reinforcing = work(**changes)
+    rows = stacked(reinforcing, trajectories, multiple)
+    state, metrics = reinforcing.learner.update(
+        reinforcing.first_state(), rows, np.random.default_rng(0)
+    )
+    return jax.device_get(state.params), metrics
+
+
+def assert_close(ours, theirs, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("train", "model"), [("lora", "plain"), ("all", "rank"), ("weaver", "plain")]
+)
+def test_the_ratio_of_the_first_step_is_exactly_one(train, model):
+    reinforcing, _, trajectories = rollouts(train, model)
+    rows = stacked(reinforcing, trajectories)
+    _, metrics = reinforcing.learner.update(
+        reinforcing.first_state(), rows, np.random.default_rng(0)
+    )
+    sums = metrics["sums"]
+    assert sums["tokens"] == rows["trained"].sum() > 0
+    assert sums["ratio"] == sums["tokens"]
+    assert sums["moved"] == sums["clipped"] == 0
+    assert metrics["grad_norm"] > 0
+
+
+def test_later_steps_are_off_policy():
+    _, _, trajectories = rollouts()
+    _, metrics = updated(trajectories, 2, minibatches=2, epochs=2)
+    assert metrics["sums"]["ratio"] != metrics["sums"]["tokens"]
+    assert metrics["sums"]["moved"] > 0
+
+
+def test_the_gradient_is_that_of_weighted_log_probabilities():
+    """On policy: minus the sum of A log p, each token by its row's length and the rows."""
+    reinforcing, state, trajectories = rollouts()
+    rows = stacked(reinforcing, trajectories)
+    trained = rows["trained"]
+    weight = trained * rows["advantages"] / trained.sum(axis=1, keepdims=True) / len(trajectories)
+    placed = {name: jnp.asarray(values) for name, values in rows.items()}
+
+    def loss(params):
+        model = reinforcing.trainable.model(dataclasses.replace(state, params=params).weights)
+        return -(scores(model, placed, reinforcing.sampling()) * weight).sum()
+
+    grads = jax.grad(loss)(state.params)
+    norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads)))
+    _, metrics = updated(trajectories)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 4}, {"accumulate": 2, "aggregate": "token"}], ids=str
+)
+def test_parts_of_a_minibatch_add_up(changes):
+    _, _, trajectories = rollouts()
+    whole = {name: value for name, value in changes.items() if name != "accumulate"}
+    one, metrics = updated(trajectories, 4, **whole)
+    parts, others = updated(trajectories, 4, **changes)
+    np.testing.assert_allclose(metrics["grad_norm"], others["grad_norm"], rtol=1e-5)
+    assert_close(one, parts)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_order_and_filler_change_nothing(aggregate):
+    _, _, trajectories = rollouts()
+    one, metrics = updated(trajectories, aggregate=aggregate)
+    other, others = updated(trajectories[::-1], 24, aggregate=aggregate)  # 8 rows of filler
+    np.testing.assert_allclose(metrics["grad_norm"], others["grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], others["loss"], atol=1e-6)
+    assert_close(one, other)
+
+
+def test_groups_that_agree_give_exactly_no_gradient():
+    _, state, trajectories = rollouts()
+    same = [
+        dataclasses.replace(row, reward=dataclasses.replace(row.reward, value=0.3))
+        for row in trajectories
+    ]
+    params, metrics = updated(same)
+    assert metrics["grad_norm"] == 0
+    assert_close(params, jax.device_get(state.params), 0)
+
+
+def test_a_filtered_step_changes_nothing_and_counts():
+    class Never(Vowels):
+        def score(self, completion):
+            return dataclasses.replace(super().score(completion), success=False, value=0.0)
+
+    reinforcing = work(task=Never(), method="dapo", max_batches=2)
+    state = reinforcing.first_state()
+    before = jax.device_get(state.params)
+    state, metrics, collected = reinforcing.step(state)
+    assert (collected.groups, collected.kept) == (8, 0)
+    assert reinforcing.progressed.position == 8
+    assert int(state.step) == 1 and metrics["informative"] == 0
+    assert_close(jax.device_get(state.params), before, 0)
+
+
+def test_filtering_keeps_whole_groups_that_differ():
+    reinforcing = work(method="dapo", rollouts=2, max_batches=8)
+    collected = reinforcing.collect(reinforcing.first_state().weights)
+    assert collected.kept == 4 < collected.groups
+    kept = Episodes.of(collected.trajectories)
+    for group in set(kept.group):
+        assert sorted(kept.success[kept.group == group]) == [False, True]
+
+
+def test_credit_of_turns_is_by_return():
+    """Rows of whole episodes and rows of turns get the same advantages at the same turns."""
+    found = {}
+    for carry in (True, False):
+        reinforcing = work(task=Echo(), method="rebn", gamma=0.9, carry=carry, train="all")
+        rows = reinforcing.collect(reinforcing.first_state().weights).trajectories
+        advantages = credit(rows, Episodes.of(rows), reinforcing.config)
+        found[carry] = {
+            (row.group, row.episode, row.turn + offset): advantage[begin]
+            for row, advantage in zip(rows, advantages, strict=True)
+            for offset, begin in enumerate(row.begins)
+        }
+        # Pooled over turns they have mean 0 and population standard deviation 1.
+        pooled = np.array([*found[carry].values()])
+        np.testing.assert_allclose([pooled.mean(), pooled.std()], [0, 1], atol=1e-6)
+    assert found[True].keys() == found[False].keys()
+
+
+def test_episodes_count_once_in_their_group():
+    """GRPO of episodes whose turns are rows: statistics are of episodes, not of rows."""
+    reinforcing = work(task=Echo(), carry=False, train="all")
+    rows = reinforcing.collect(reinforcing.first_state().weights).trajectories
+    advantages = credit(rows, Episodes.of(rows), reinforcing.config)
+    for group in {row.group for row in rows}:
+        mine = [(row, a) for row, a in zip(rows, advantages, strict=True) if row.group == group]
+        reward = {row.episode: row.reward.value for row, _ in mine}
+        values = np.array([*reward.values()])
+        by_hand = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
+        for row, advantage in mine:
+            np.testing.assert_allclose(advantage, by_hand[[*reward].index(row.episode)])
+
+
+def test_eight_devices_do_what_one_does():
+    """The same texts, and parameters after a step that differ by float noise."""
+    found = {}
+    for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(data=4, fsdp=2))):
+        reinforcing = work(devices=devices, mesh=mesh, train="all", minibatches=2, kl=0.1)
+        state, metrics, collected = reinforcing.step(reinforcing.first_state())
+        found[devices] = jax.device_get(state.params), metrics, collected
+    (one, metrics, mine), (eight, others, theirs) = found[1], found[8]
+    for row, other in zip(mine.trajectories, theirs.trajectories, strict=True):
+        np.testing.assert_array_equal(row.tokens, other.tokens)
+    for name in ("grad_norm", "loss", "kl"):
+        np.testing.assert_allclose(metrics[name], others[name], rtol=1e-4, atol=1e-6)
+    assert_close(one, eight, 1e-4)

@@ -1,0 +1,189 @@
+"""Whole runs: they end, go on after a kill as if nothing had been, and refuse what can't be."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from rl_tiny import LORA, MEMGEN, Vowels, writer
+
+from memgen import TriggerParam, WeaverParam, trained_params
+from train.checkpoint import load_params
+from train.config import EvalConfig
+from train.load import Writer, load_model
+from train.metrics import read_metrics
+from train.optim import OptimizerConfig
+from train.rl.config import RLConfig
+from train.rl.loop import train
+from train.rl.penalties import InvocationPenalty
+from train.rl.protocols import Reward
+from train.rl.reinforcing import Reinforcing
+
+CLOCK = ("time", "seconds", "tokens_per_second", "memory")
+
+
+def config(out: Path, **changes) -> RLConfig:
+    base = RLConfig(
+        lora=LORA,
+        memgen=dataclasses.replace(MEMGEN, trigger=None),
+        method="dapo",
+        kl=0.01,
+        minibatches=2,
+        steps=4,
+        batch_size=4,
+        rollouts=4,
+        max_batches=2,
+        max_new_tokens=4,
+        save_every=2,
+        log_every=1,
+        evaluation=EvalConfig(every=2, rows=8),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.0, final_ratio=1.0),
+        out=str(out),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def work(out: Path, task=None, start: Writer | None = None, **changes) -> Reinforcing:
+    return Reinforcing(
+        config(out, **changes), start or writer(), task or Vowels(), devices=jax.devices()[:1]
+    )
+
+
+def numbers(out: Path) -> list[dict]:
+    """Metrics without what a clock or the machine says."""
+    return [
+        {name: value for name, value in line.items() if not any(word in name for word in CLOCK)}
+        for line in read_metrics(out)
+    ]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
+    """Metrics and parameters bit for bit; what is dropped by filtering, KL and shuffling too."""
+    whole = work(tmp_path / "whole")
+    held_out = train(whole)
+
+    class Dies(Vowels):
+        def score(self, completion):
+            if int(completion.problem.uid.removeprefix("test").removeprefix("train")) >= limit:
+                raise KeyboardInterrupt
+            return super().score(completion)
+
+    marks = [line["groups"] for line in numbers(tmp_path / "whole") if "groups" in line]
+    limit = sum(marks[:3]) - 1  # the last batch of problems of step 3
+    with pytest.raises(KeyboardInterrupt):
+        train(work(tmp_path / "killed", Dies()))
+    again = train(work(tmp_path / "killed"))
+    assert again == held_out
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    ours, theirs = (load_params(tmp_path / name)[1] for name in ("killed", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_what_a_run_writes_down(tmp_path):
+    reinforcing = work(tmp_path, method="grpo", train="all")
+    found = train(reinforcing)
+    lines = read_metrics(tmp_path)
+    steps = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for name in ("success", "length", "finished", "kl", "clipped", "info/first", "grad_norm",
+                 "rollout_tokens_per_second", "update_tokens_per_second"):  # fmt: skip
+        assert all(math.isfinite(line[name]) for line in steps), name
+    held = [line for line in lines if "eval/success" in line]
+    assert [line["step"] for line in held] == [0, 2, 4]
+    assert held[-1]["eval/success"] == found["success"]
+    loaded = load_model(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["method"] == "grpo"
+    before = nnx.to_pure_dict(nnx.state(reinforcing.writer.model))
+    after = nnx.to_pure_dict(nnx.state(loaded.model))
+    assert not np.array_equal(before["embed"], after["embed"])
+
+
+def test_two_stages_of_memgen(tmp_path, monkeypatch):
+    """A weaver, then a trigger beside it: each moves its own parameters; both are read back."""
+    weights = writer()
+    monkeypatch.setattr("train.tuned.load_writer", lambda name: starts[name])
+    starts = {"base": weights}
+    first = work(tmp_path / "weaver", train="weaver", weights="base", method="grpo", steps=2)
+    train(first)
+    woven = load_model(tmp_path / "weaver")
+    assert woven.memgen is not None and woven.memgen.trigger is None
+    starts["woven"] = woven
+    second = work(
+        tmp_path / "trigger", start=woven, train="trigger", weights="woven", method="grpo", steps=2
+    )
+    train(second)
+    asked = [line for line in read_metrics(tmp_path / "trigger") if "reward" in line]
+    assert all(0 < line["invocation_rate"] < 1 for line in asked)
+    both = load_model(tmp_path / "trigger")
+    assert both.memgen is not None
+    mine, theirs = (
+        nnx.to_pure_dict(nnx.state(model.memgen, WeaverParam)) for model in (both, woven)
+    )
+    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+    moved = trained_params(both.memgen)["trigger"]
+    assert np.abs(moved["kernel"]).max() > 0
+    saved = load_params(tmp_path / "trigger")[1]
+    assert set(saved["memgen"]) == {"trigger"}
+    assert nnx.state(both.memgen, TriggerParam)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rollouts": 1}, "rollouts=1: grpo compares rollouts of one problem: choose 2 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: choose 1 or more"),
+        ({"temperature": 0.0}, "all rollouts of a problem would be equal"),
+        ({"overlong_buffer": 9}, "overlong_buffer=9 is more than max_new_tokens=4"),
+        ({"gamma": 0.0}, "gamma=0.0: choose more than 0"),
+        ({"minibatches": 0}, "minibatches=0: choose 1 or more"),
+        ({"clip_low": -1.0}, "clip_low"),
+        ({"train": "trigger"}, "needs weights with a weaver"),
+        ({"penalty": InvocationPenalty(0.1)}, "penalty.weight=0.1 is of a trigger, train='lora'"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_config_are_one_line(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words) as error:
+        work(tmp_path, **changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(math.nan, "nan"), (math.inf, "inf"), (None, "reward")], ids=str
+)
+def test_a_reward_that_is_no_number_is_one_line(tmp_path, value, words):
+    class Bad(Vowels):
+        def score(self, completion):
+            return None if value is None else Reward(value, False)
+
+    with pytest.raises(ValueError, match=words) as error:
+        train(work(tmp_path, Bad()))
+    assert "\n" not in str(error.value) and "vowels" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "grpo"}, "method: saved 'dapo', now 'grpo'"),
+        ({"rollouts": 8}, "rollouts: saved 4, now 8"),
+        ({"seed": 1}, "seed: saved 0, now 1"),
+    ],
+    ids=str,
+)
+def test_a_run_of_another_kind_is_not_continued(tmp_path, changes, words):
+    train(work(tmp_path, steps=1, method="dapo"))
+    with pytest.raises(ValueError, match=words):
+        train(work(tmp_path, **{"method": "dapo", "steps": 2} | changes))
+
+
+def test_a_run_on_another_task_is_not_continued(tmp_path):
+    class Other(Vowels):
+        name = "other"
+
+    train(work(tmp_path, steps=1))
+    with pytest.raises(ValueError, match="was trained on data vowels .*, they are now other"):
+        train(work(tmp_path, Other(), steps=2))

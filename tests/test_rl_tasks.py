@@ -1,0 +1,360 @@
+"""Tasks of reinforcement learning: their problems, splits, scorers and mistakes."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from train.rl.protocols import Completion, Problem, Reward, Turn
+from train.rl.tasks import checked_turn, format_bonus, make_task, safe_score, ternary
+from train.rl.tasks.gsm8k import final_number
+
+GENERATED = ("arithmetic", "arithmetic(digits=1, operators='+-*')", "chain_sum", "copy",
+             "reverse(length=3)", "sort", "hidden_facts")  # fmt: skip
+ADVERSARIAL = ("", " \n", "nan", "inf", "1e400", "9" * 5000, "٣٤", "²", "\x00", "-", "####",
+               "#### ####", "1,2,,3", "\ud800")  # fmt: skip
+
+
+def make(spec: str, seed: int) -> Any:
+    return make_task(spec, seed)
+
+
+def global_randomness() -> Any:
+    numpy: Any = np.random.get_state()
+    return random.getstate(), numpy[1].tolist()
+
+
+def say(problem: Problem, text: str) -> Completion:
+    return Completion(problem, text, (), True)
+
+
+SHOW = """
+import sys
+from train.rl.tasks import make_task
+for spec in sys.argv[1:]:
+    task = make_task(spec, 3)
+    print([task.problem(s, i) for s in ("train", "test") for i in (0, 1)])
+"""
+
+
+def test_problems_are_the_same_in_other_processes():
+    specs = [*GENERATED, "guess_number"]
+    shown = {
+        subprocess.run(
+            [sys.executable, "-c", SHOW, *specs],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    tasks = [make(spec, 3) for spec in specs]
+    here = "".join(
+        f"{[task.problem(s, i) for s in ('train', 'test') for i in (0, 1)]}\n" for task in tasks
+    )
+    assert shown == {here}
+
+
+@pytest.mark.parametrize("spec", GENERATED)
+def test_generated_problems(spec):
+    state = global_randomness()
+    task = make(spec, 0)
+    assert task.name == spec and make(task.name, 0) == task
+    problems = {s: [task.problem(s, i) for i in range(150)] for s in ("train", "test")}
+    other = make(spec, 1)
+    test = {problem.prompt for problem in problems["test"]}
+    for foreign in (task, other):
+        assert not test & {foreign.problem("train", i).prompt for i in range(600)}
+    assert [other.problem("train", i) for i in range(150)] != problems["train"]
+    for problem in problems["train"][:30]:
+        gold = "?" if problem.kind == "hidden" else problem.answer
+        assert safe_score(task, say(problem, f" {gold}\nmore")).success
+        for text in (*ADVERSARIAL, gold + "x"):
+            assert not safe_score(task, say(problem, text)).success
+    assert state == global_randomness()
+
+
+def test_answers_are_right():
+    for index in range(50):
+        for spec in ("arithmetic(operators='+-*')", "chain_sum"):
+            problem = make(spec, 0).problem("train", index)
+            assert eval(problem.prompt[:-1]) == int(problem.answer)
+    problem = make("reverse", 0).problem("train", 0)
+    assert problem.answer == problem.prompt[-2::-1]
+    problem = make("sort", 0).problem("train", 0)
+    assert list(problem.answer) == sorted(problem.prompt[:-1])
+
+
+def test_partial_credit_is_no_success():
+    task = make("copy(partial=True)", 0)
+    problem = Problem("p", "abcd>", "abcd")
+    assert task.score(say(problem, "abxd")) == Reward(0.75, False)
+    assert task.score(say(problem, "abcdefgh")) == Reward(0.5, False)
+    assert task.score(say(problem, "abcd")) == Reward(1.0, True)
+    assert make("copy", 0).score(say(problem, "abxd")) == Reward(0.0, False)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("revers", "unknown task 'revers' (perhaps reverse?): choose one of arithmetic"),
+        ("reverse(len=3)", "write reverse(length=4, "),
+        ("reverse(length='3')", "write reverse("),
+        ("reverse(length=3", "write reverse("),
+        ("reverse(length=True)", "write reverse("),
+        ("gsm8k:", "write gsm8k:PATH"),
+        ("gsm8k", "write gsm8k(path=..."),
+        ("gsm8k:nowhere.jsonl", "no file nowhere.jsonl"),
+        ("reverse(length=1, alphabet='a')", "too few different problems"),
+        ("reverse(length=0)", "length=0: choose 1 or more"),
+        ("copy(alphabet='a>')", "alphabet='a>'"),
+        ("arithmetic(digits=0)", "digits=0: choose 1 or more"),
+        ("arithmetic(digits=99)", "digits=99: choose 9 or less"),
+        ("arithmetic(operators='/')", "operators='/'"),
+        ("hidden_facts(hidden=2)", "hidden=2.0: choose from 0 to 1"),
+        ("hidden_facts(facts=10)", "facts=10: choose 9 or less"),
+        ("hidden_facts(unknown='7')", "unknown='7'"),
+        ("hidden_facts(right=-1)", "right=-1.0"),
+        ("guess_number(low=1, high=2)", "low=1 and high=2"),
+        ("guess_number(max_turns=0)", "max_turns=0"),
+    ],
+)
+def test_mistakes_are_one_line(spec, message):
+    with pytest.raises(ValueError) as error:
+        make(spec, 0)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def bisect(task, problem):
+    """Turns and rewards of halving."""
+    state, low, high, rewards = task.reset(problem), task.low, task.high, []
+    while True:
+        guess = (low + high) // 2
+        turn = task.step(state, say(problem, str(guess)))
+        state = turn.state
+        rewards.append(turn.reward)
+        if turn.terminated:
+            assert turn.success and turn.observation == " right "
+            return rewards
+        low, high = (guess + 1, high) if "higher" in turn.observation else (low, guess - 1)
+
+
+@pytest.mark.parametrize("high, mean, most, value", [(10, 2.9, 4, 0.8227), (50, 4.86, 6, 0.671778)])
+def test_halving(high, mean, most, value):
+    task = make(f"guess_number(high={high})", 0)
+    problems = [task.problem(s, i) for s, n in task.sizes.items() for i in range(n)]
+    assert sorted(problem.answer for problem in problems) == list(range(1, high + 1))
+    played = [bisect(task, problem) for problem in problems]
+    assert np.mean([len(rewards) for rewards in played]) == pytest.approx(mean)
+    assert max(map(len, played)) == most
+    assert np.mean([0.9 ** (len(r) - 1) * sum(r) for r in played]) == pytest.approx(value, abs=1e-6)
+
+
+def test_guessing_is_pure_and_never_starts_anew():
+    task = make("guess_number(max_turns=2)", 0)
+    problem = Problem("p", "1-10? ", 5)
+    state = task.reset(problem)
+    kept = copy.deepcopy(state)
+    first = task.step(state, say(problem, "4"))
+    assert first == task.step(state, say(problem, "4")) and state == kept
+    assert (first.observation, first.reward, first.terminated) == (" higher ", 0.0, False)
+    last = task.step(first.state, say(problem, "6"))
+    # Turns that run out are worth nothing, however near the guess was.
+    assert (last.observation, last.reward, last.truncated, last.success) == (" lower ", 0, True, 0)
+    with pytest.raises(ValueError, match="the episode is over"):
+        task.step(last.state, say(problem, "5"))
+    for text in (*ADVERSARIAL, "0", "11"):
+        turn = task.step(state, say(problem, text))
+        assert (turn.reward, turn.terminated, turn.info) == (-0.1, False, {"malformed": 1.0})
+    strict = make("guess_number(strict=True)", 0)
+    assert strict.step(state, say(problem, "x")).terminated
+
+
+@pytest.mark.parametrize(
+    "spec, stated, hidden",
+    [
+        ("hidden_facts", (1, 0, -1), (1, 0, -1)),
+        ("hidden_facts(abstain=0.5)", (1, 0.5, -1), (1, 0.5, -1)),
+        ("hidden_facts(knowledge=True)", (1, 0, -1), (-1, 1, -1)),
+    ],
+)
+def test_hidden_facts_are_scored_by_outcome(spec, stated, hidden):
+    task = make(spec, 0)
+    for kind, values in (("stated", stated), ("hidden", hidden)):
+        problem = Problem("p", "red=4; pink?", "4", kind)
+        found = [task.score(say(problem, text)) for text in ("4", "?", "5")]
+        assert [reward.value for reward in found] == list(values)
+        assert [reward.success for reward in found] == [kind != "hidden", kind == "hidden", False]
+        assert [reward.info["truthfulness"] for reward in found] == [1, 0, -1]
+        assert task.score(say(problem, "?4")).value == -1
+
+
+def test_hidden_facts_are_not_in_the_prompt():
+    task = make("hidden_facts(hidden=0.25)", 0)
+    problems = [task.problem("train", i) for i in range(400)]
+    for problem in problems:
+        facts, asked = problem.prompt.split("; ")
+        known = dict(fact.split("=") for fact in facts.split())
+        found = known.get(asked[:-1])
+        assert found == (None if problem.kind == "hidden" else problem.answer)
+    assert np.mean([p.kind == "hidden" for p in problems]) == pytest.approx(0.25, abs=0.07)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("so 3 + 4\n#### 72", "72"), ("#### $1,072.50.", "1072.5"), ("it is 72.0.", "72"),
+        ("#### -5", "-5"), ("-$5", "-5"), ("$-5", "-5"), ("10-3", "3"), ("7 #### none", "7"),
+        ("#### 1 #### 2 or 3", "2"), ("007", "7"), ("-0.0", "0"), ("1,2345", "2345"),
+        ("€3 €4", "4"), ("1e400", None), ("nan", None), ("", None), ("٣", None), ("####", None),
+    ],
+)  # fmt: skip
+def test_final_numbers(text, number):
+    assert final_number(text) == number
+
+
+def test_long_texts_are_read_quickly():
+    begin = time.process_time()
+    for piece in ("9", "9,", "1,000", "#### ", "-", "$-", "1.", "x\n"):
+        final_number(piece * (1_000_000 // len(piece)))
+    assert time.process_time() - begin < 5
+
+
+def row(number, answer=None):
+    text = f"Sum.\n#### {number}" if answer is None else answer
+    return json.dumps({"question": f"What is {number}?", "answer": text})
+
+
+def test_gsm8k_files(tmp_path):
+    path = tmp_path / "all.jsonl"
+    path.write_text("\n".join(row(n) for n in range(30)) + "\n\n")
+    task = make(f"gsm8k:{path}", 0)
+    assert task.sizes == {"train": 27, "test": 3} and make(task.name, 5).sizes == task.sizes
+    problems = {s: [task.problem(s, i) for i in range(n)] for s, n in task.sizes.items()}
+    assert len({p.uid for split in problems.values() for p in split}) == 30
+    problem = problems["test"][0]
+    assert problem.prompt == f"Question: What is {problem.answer}?\nAnswer:"
+    assert task.score(say(problem, f"so #### {problem.answer}.0")) == Reward(1.0, True)
+    for text in ("#### 99", *ADVERSARIAL):
+        assert task.score(say(problem, text)) == Reward(0.0, False)
+    bonus = make(f"gsm8k(path={str(path)!r}, bonus=0.25, template='{{question}}')", 0)
+    assert bonus.problem("train", 0).prompt.startswith("What is")
+    assert bonus.score(say(problem, "#### 99")) == Reward(0.25, False, {"well_formed": 1.0})
+    (tmp_path / "train.jsonl").write_text(row(1))
+    (tmp_path / "test.jsonl").write_text(row(2))
+    assert make(f"gsm8k:{tmp_path}", 0).problem("test", 0).answer == "2"
+    (tmp_path / "test.jsonl").write_text(row(1))
+    with pytest.raises(ValueError, match="share 1 questions"):
+        make(f"gsm8k:{tmp_path}", 0)
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"question": "a"}', '{"question": 1, "answer": "#### 2"}',
+             row(1, "no mark 5"), row(1, "#### none"), row(1, "5 #### none")]
+)  # fmt: skip
+def test_bad_lines_are_named(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{row(1)}\n\n{line}\n")
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 3: ") as error:
+        make(f"gsm8k:{path}", 0)
+    assert "\n" not in str(error.value)
+
+
+class Scored:
+    name = "scored"
+
+    failure_value = 0.0
+
+    def __init__(self, score):
+        self.score = score
+
+
+def test_rewards_are_checked():
+    done = say(Problem("uid7", "", ""), "")
+    assert safe_score(Scored(lambda c: 1 / 0), done) == Reward(0.0, False, {"scorer_errors": 1.0})
+    task = Scored(lambda c: [][0])
+    task.failure_value = -1.0
+    assert safe_score(task, done).value == -1
+    values: tuple[Any, ...] = (float("nan"), float("inf"), "one", None)
+    for value in values:
+        message = f"task scored gave problem uid7 the reward {value}"
+        with pytest.raises(ValueError, match=message):
+            safe_score(Scored(lambda c, value=value: Reward(value, False)), done)
+        with pytest.raises(ValueError, match=message):
+            checked_turn(Scored(None), done.problem, Turn(0, "", value, True))
+    for score in (lambda c: None, lambda c: 1.0):
+        with pytest.raises(ValueError, match="task scored gave no reward for problem uid7"):
+            safe_score(Scored(score), done)
+    with pytest.raises(ValueError, match="task scored has no reward"):
+        safe_score(Scored(None), done)
+    with pytest.raises(ValueError, match="gave no reward"):
+        checked_turn(Scored(None), done.problem, (1, 2))
+
+
+def test_shaping():
+    right, wrong = Reward(1.0, True), Reward(0.0, False, {"a": 1.0})
+    assert ternary(right, False) == right
+    assert ternary(wrong, False) == Reward(-1.0, False, {"a": 1.0})
+    assert ternary(wrong, True, abstain=0.5).value == 0.5
+    assert format_bonus(wrong, True, 0.1) == Reward(0.1, False, {"a": 1.0, "well_formed": 1.0})
+    assert format_bonus(right, False, 0.1) == Reward(1.0, True, {"well_formed": 0.0})
+
+
+class Doubles:
+    """A stand-in for a data set of reasoning-gym, with its habits."""
+
+    def __init__(self, size, seed):
+        random.seed(seed)
+        np.random.seed(seed)
+        self.size, self.seed = size, seed
+
+    def __getitem__(self, index):
+        return {"question": f"{index}+{index}={self.seed}", "answer": str(2 * index)}
+
+    def score_answer(self, answer, entry):
+        np.random.seed(0)
+        return 1.0 if int(answer) == int(entry["answer"]) else 0.01
+
+
+def test_reasoning_gym_adapter(monkeypatch):
+    def create(name, **options):
+        if name != "doubles":
+            raise ValueError(f"no data set {name}")
+        return Doubles(**options)
+
+    fake = types.SimpleNamespace(create_dataset=create)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", fake)
+    state = global_randomness()
+    task = make("reasoning_gym(dataset='doubles', size=20)", 4)
+    assert task.sizes == {"train": 16, "test": 4}
+    problem = task.problem("test", 1)
+    number = int(problem.prompt.split("+")[0])
+    assert problem.prompt.endswith("=4\n")
+    assert task.score(say(problem, f" {2 * number}\n")) == Reward(1.0, True)
+    assert task.score(say(problem, "-1")) == Reward(0.01, False)
+    assert task.score(say(problem, "x")) == Reward(0.0, False, {"scorer_errors": 1.0})
+    assert state == global_randomness()
+    with pytest.raises(ValueError, match="no data set triples"):
+        make("reasoning_gym:triples", 0)
+
+
+def test_without_reasoning_gym_the_way_out_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ValueError, match="pip install reasoning-gym"):
+        make("reasoning_gym:chain_sum", 0)
+
+
+def test_the_real_reasoning_gym():
+    pytest.importorskip("reasoning_gym")
+    task = make("reasoning_gym(dataset='chain_sum', size=20, options={'max_terms': 3})", 0)
+    problem = task.problem("train", 0)
+    gold = eval(problem.prompt.split(":")[-1].split("=")[0])
+    assert task.score(say(problem, str(gold))) == Reward(1.0, True)
+    assert not task.score(say(problem, "x")).success

@@ -1,0 +1,28 @@
+"""Reinforcement learning: python -m train.rl --weights runs/sft --task arithmetic --method grpo"""
+
+import sys
+
+from train.command import run_command
+from train.loop import NonFiniteLoss
+from train.rl.config import RLConfig
+from train.rl.loop import train
+from train.rl.reinforcing import Reinforcing
+
+
+def main(config: RLConfig) -> None:
+    """Train, and say how to try it."""
+    work = Reinforcing(config)
+    if config.dry_run:
+        print(work.describe())
+        return
+    try:
+        train(work)
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    chat = "--chat " if config.chat else ""
+    print(f"python -m train.generate --checkpoint {config.out} {chat}--prompt '...'")
+
+
+if __name__ == "__main__":
+    run_command(main, RLConfig)

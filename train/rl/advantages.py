@@ -1,0 +1,177 @@
+"""Advantages: how much better a row did than the rows of its group, or than the batch.
+
+They are computed on the host over the complete set of groups, before it is cut into minibatches,
+in float64. Groups are named by arbitrary integers and may be of any sizes. Rows that are not
+`valid` are filler: whatever they hold, NaN too, they get 0 and change nothing.
+
+A row that is alone in its group has nothing to be compared with and gets 0, as have all rows of a
+group that did equally well: exactly 0, free of rounding. (Elsewhere a lone row keeps its reward as
+its advantage, which praises whatever was drawn only once.)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class _Groups(NamedTuple):
+    """The `n` valid rows of `K`.
+
+    Attributes:
+        rows: `[n]` indices of them.
+        index: `[n]` which group, from 0.
+        size: `[n]` rows of that group, as float64.
+        deviation: `[n]` reward minus the mean of the group.
+    """
+
+    rows: np.ndarray
+    index: np.ndarray
+    size: np.ndarray
+    deviation: np.ndarray
+
+    def mean(self, values: np.ndarray) -> np.ndarray:
+        """`[n]`, of each row's group."""
+        return np.bincount(self.index, weights=values)[self.index] / self.size
+
+    def spread(self, values: np.ndarray, total: int) -> np.ndarray:
+        """`[K]`: values of valid rows, 0 elsewhere."""
+        found = np.zeros(total)
+        found[self.rows] = values
+        return found
+
+
+def _grouped(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> _Groups:
+    shapes = {"reward": np.shape(reward), "group": np.shape(group), "valid": np.shape(valid)}
+    if len(set(shapes.values())) > 1 or len(shapes["reward"]) != 1:
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"expected [K] for each, got {listed}")
+    rows = np.flatnonzero(valid)
+    values = np.asarray(reward, np.float64)[rows]
+    if not np.isfinite(values).all():
+        row = rows[~np.isfinite(values)][0]
+        raise ValueError(f"the reward of row {row} is {reward[row]}: mark the row as not valid")
+    _, first, index, counts = np.unique(
+        np.asarray(group)[rows], return_index=True, return_inverse=True, return_counts=True
+    )
+    # Seen from a reward of the group equal rewards are 0, and so is their mean.
+    values = values - values[first][index]
+    groups = _Groups(rows, index, counts[index].astype(np.float64), values)
+    return groups._replace(deviation=values - groups.mean(values))
+
+
+def _scaled(values: np.ndarray, std: np.ndarray, eps: float) -> np.ndarray:
+    """Values over `std + eps`; 0 where nothing varies, for any `eps`."""
+    return np.divide(values, std + eps, out=np.zeros_like(values), where=std > 0)
+
+
+def grpo(
+    reward: np.ndarray, group: np.ndarray, valid: np.ndarray, eps: float = 1e-6, ddof: int = 1
+) -> np.ndarray:
+    """(R - mean) / (std + eps) of the group, `[K]` float64.
+
+    Args:
+        reward: `[K]`.
+        group: `[K]` int.
+        valid: `[K]` bool.
+        eps: added to the standard deviation.
+        ddof: 1 for that of a sample, as common trainers have it, 0 for that of a population.
+    """
+    groups = _grouped(reward, group, valid)
+    variance = groups.mean(groups.deviation**2)
+    variance *= groups.size / np.maximum(groups.size - ddof, 1)
+    return groups.spread(_scaled(groups.deviation, np.sqrt(variance), eps), len(reward))
+
+
+def dr_grpo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """R - mean of the group, `[K]` float64; arguments as of `grpo`."""
+    groups = _grouped(reward, group, valid)
+    return groups.spread(groups.deviation, len(reward))
+
+
+def rloo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """R - mean of the others in the group, `[K]` float64; arguments as of `grpo`."""
+    groups = _grouped(reward, group, valid)
+    scale = groups.size / np.maximum(groups.size - 1, 1)
+    return groups.spread(scale * groups.deviation, len(reward))
+
+
+def reinforce_pp_baseline(
+    reward: np.ndarray, group: np.ndarray, valid: np.ndarray, eps: float = 1e-6
+) -> np.ndarray:
+    """R - mean of the group, over the standard deviation of that in the batch, `[K]` float64.
+
+    The mean of the batch needs no subtraction, it is 0. The standard deviation is that of a
+    population: the advantages 1.732 and -0.577 that the method is specified with. (One trainer
+    takes that of a sample, but over all tokens of a batch, where both are the same.)
+
+    Args:
+        reward: `[K]`, of groups that survived dynamic filtering.
+        group: `[K]` int.
+        valid: `[K]` bool.
+        eps: added to the standard deviation.
+    """
+    groups = _grouped(reward, group, valid)
+    variance = np.sum(groups.deviation**2) / max(len(groups.rows), 1)
+    return groups.spread(_scaled(groups.deviation, np.sqrt(variance), eps), len(reward))
+
+
+def rebn(returns: np.ndarray, eps: float = 1e-9) -> np.ndarray:
+    """Return batch normalisation: (G - mean) / (std + eps) over all turns of a batch.
+
+    Args:
+        returns: `[N]`, discounted, of each turn of each episode.
+        eps: added to the standard deviation, which is that of a population.
+
+    Returns:
+        `[N]` float64.
+    """
+    # All turns are one group: its mean and standard deviation are those of the batch.
+    everyone = np.zeros(np.shape(returns), int)
+    return grpo(returns, everyone, everyone == 0, eps, ddof=0)
+
+
+def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
+    """G_t = sum over k >= t of gamma^(k-t) r_k: `[T]` float64 for an episode of `T` turns."""
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma={gamma}: choose a discount from 0 to 1")
+    found = np.zeros(len(rewards))
+    later = 0.0
+    for turn in reversed(range(len(rewards))):
+        found[turn] = later = rewards[turn] + gamma * later
+    return found
+
+
+def informative(success: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Rows that dynamic filtering keeps (DAPO): those of groups that both succeed and fail.
+
+    Args:
+        success: `[K]` bool: what verifiers say. Not the reward, which penalties make vary.
+        group: `[K]` int.
+        valid: `[K]` bool.
+
+    Returns:
+        `[K]` bool; False for rows alone in their group.
+    """
+    groups = _grouped(np.asarray(success, bool), group, valid)
+    return groups.spread(groups.deviation != 0, len(success)).astype(bool)
+
+
+def overlong_penalty(
+    length: np.ndarray, max_length: int, buffer: int, factor: float = 1.0
+) -> np.ndarray:
+    """What to add to the reward of long responses (DAPO): from 0 down to -factor.
+
+    Args:
+        length: `[K]`, in tokens.
+        max_length: where responses are cut.
+        buffer: the penalty grows evenly over the last so many tokens before `max_length`.
+        factor: of the penalty at `max_length`.
+
+    Returns:
+        `[K]` float64.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"buffer={buffer} of max_length={max_length}: choose from 1 to that")
+    left = max_length - buffer - np.asarray(length, np.float64)
+    return np.clip(left / buffer, -1.0, 0.0) * factor

@@ -1,0 +1,170 @@
+"""RLConfig: everything that defines a run of reinforcement learning, and methods by name."""
+
+import dataclasses
+from typing import Literal
+
+from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
+from train.config import LoopConfig
+from train.optim import OptimizerConfig
+from train.rl.losses import LossConfig
+from train.rl.penalties import InvocationPenalty
+from train.tuning import Method
+
+Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "rebn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a method is made of.
+
+    Attributes:
+        advantage: estimator (`train.rl.advantages`).
+        loss: clipping, aggregation, KL (`train.rl.losses`).
+        filter_groups: problems whose rollouts all succeed, or all fail, are left out and others
+            are drawn in their place.
+    """
+
+    advantage: Advantage
+    loss: LossConfig
+    filter_groups: bool = False
+
+
+METHODS: dict[str, Recipe] = {
+    "grpo": Recipe("grpo", LossConfig(aggregate="sequence")),
+    "dr_grpo": Recipe("dr_grpo", LossConfig(aggregate="constant")),
+    "rloo": Recipe("rloo", LossConfig(aggregate="sequence")),
+    "dapo": Recipe("grpo", LossConfig(clip_high=0.28, aggregate="token"), filter_groups=True),
+    "reinforce_pp": Recipe(
+        "reinforce_pp_baseline",
+        LossConfig(clip_high=0.28, aggregate="token"),
+        filter_groups=True,
+    ),
+    "rebn": Recipe("rebn", LossConfig(aggregate="constant")),
+}
+"""GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740), DAPO (2503.14476),
+REINFORCE++-baseline (2501.03262), and return batch normalisation of turns (GEM, 2510.01051)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLConfig(LoopConfig):
+    """Reinforcement learning with verifiable rewards.
+
+    A step draws `batch_size` problems, `rollouts` for each, and makes `minibatches` optimizer
+    steps on them, each in `accumulate` parts.
+
+    Attributes:
+        weights: what to start from: a run folder, "smollm2", a Hugging Face folder, a .gguf file.
+        train: `all` parameters, a `lora` adapter, a `weaver` of latent memory, or the `trigger` of
+            weights that have a weaver; in the last three the rest is frozen.
+        task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl" (`train.rl.tasks`).
+        method: a name from `METHODS`.
+        advantage, clip_low, clip_high, aggregate, kl, dual_clip, importance_cap, filter_groups:
+            change this in the method.
+        batch_size: problems of a step.
+        rollouts: of each problem.
+        minibatches: optimizer steps on the rollouts of a step.
+        epochs: times that all of them are gone through.
+        max_new_tokens: of a response.
+        temperature: of sampling.
+        chat: problems are messages to the model, in its chat template.
+        max_batches: with `filter_groups`, batches of problems that a step draws at most.
+        advantage_clip: advantages are cut to plus and minus this.
+        gamma: discount of later turns (`rebn`).
+        overlong_buffer: a response pays for the tokens that reach into the last so many before
+            `max_new_tokens`, up to `overlong_penalty` (DAPO).
+        max_turns, max_observation, carry: of environments (`train.rl.strategies.Turns`).
+        penalty: on invocations of the trigger.
+        lora: of `lora`.
+        memgen: of `weaver`, where the weights have none; `trigger` of `trigger`.
+        boundaries: after which tokens memory may be written.
+        max_rows: rollouts that are generated at a time.
+        examples: texts that are printed at each evaluation.
+    """
+
+    weights: str = "smollm2"
+    train: Method = "lora"
+    task: str = "arithmetic"
+    method: Literal["grpo", "dr_grpo", "rloo", "dapo", "reinforce_pp", "rebn"] = "grpo"
+    advantage: Advantage | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None
+    aggregate: Literal["sequence", "token", "constant"] | None = None
+    kl: float | None = None
+    importance_cap: float | None = None
+    filter_groups: bool | None = None
+    batch_size: int = 16
+    rollouts: int = 8
+    minibatches: int = 1
+    epochs: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    chat: bool = False
+    max_batches: int = 10
+    advantage_clip: float | None = None
+    gamma: float = 1.0
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    max_turns: int = 8
+    max_observation: int = 64
+    carry: bool = True
+    penalty: InvocationPenalty = InvocationPenalty()
+    lora: LoRAConfig = LoRAConfig()
+    memgen: MemGenConfig = MemGenConfig(WeaverConfig())
+    trigger: TriggerConfig = TriggerConfig()
+    boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
+    max_rows: int = 256
+    examples: int = 2
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-4, weight_decay=0.0, final_ratio=1.0
+    )
+    out: str = "runs/rl"
+
+    def __post_init__(self):
+        super().__post_init__()
+        least = {"minibatches": 1, "epochs": 1, "max_batches": 1, "max_turns": 1, "max_rows": 1,
+                 "max_observation": 1, "max_new_tokens": 1, "rollouts": 1, "examples": 0,
+                 "overlong_buffer": 0}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}={getattr(self, name)}: choose {bound} or more")
+        recipe = self.recipe
+        if self.rollouts < 2 and recipe.advantage != "rebn":
+            raise ValueError(
+                f"rollouts={self.rollouts}: {recipe.advantage} compares rollouts of one problem: "
+                "choose 2 or more"
+            )
+        if not self.temperature > 0 and self.train != "trigger":
+            raise ValueError(
+                f"temperature={self.temperature}: all rollouts of a problem would be equal: choose "
+                "more than 0"
+            )
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} is more than max_new_tokens="
+                f"{self.max_new_tokens}: choose less"
+            )
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma}: choose more than 0 and at most 1")
+        if self.penalty.weight and self.train != "trigger":
+            raise ValueError(
+                f"penalty.weight={self.penalty.weight} is of a trigger, train={self.train!r} "
+                "trains none: leave it out"
+            )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method with what was changed in it."""
+        base = METHODS[self.method]
+        names = ("clip_low", "clip_high", "dual_clip", "aggregate", "kl", "importance_cap")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return Recipe(
+            self.advantage or base.advantage,
+            dataclasses.replace(base.loss, **changes),
+            base.filter_groups if self.filter_groups is None else self.filter_groups,
+        )
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of a step."""
+        return self.minibatches * self.epochs

@@ -1,0 +1,114 @@
+"""The learner: rollouts that were credited become optimizer steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.mesh import batch_sharding, place, replicated
+from train.rl.config import RLConfig
+from train.rl.losses import policy_loss
+from train.rl.policy import acted, scores
+from train.rl.rollouts import Rows
+from train.rl.sampler import Sampling
+from train.state import Trainable, TrainState
+from train.step import make_train_step
+from train.tuning import Tuned
+
+
+class Learner:
+    """Optimizer steps on rows of `train.rl.rollouts.make_rows`.
+
+    One program scores and one updates for each bucket of rows and of lengths.
+
+    Args:
+        config: of the method, minibatches and so on.
+        trainable: of a `Tuned`.
+        how: of the sampler.
+        reference: weights that the KL of the method holds on to; None where it has none.
+    """
+
+    def __init__(self, config: RLConfig, trainable: Trainable, how: Sampling, reference: Any):
+        self._config, self._trainable, self._reference = config, trainable, reference
+        self._loss = config.recipe.loss
+        self._how = how
+        mesh = trainable.mesh
+        self._step = make_train_step(trainable, config.accumulate, self._policy_loss)
+        self._score = jax.jit(
+            lambda weights, rows: scores(trainable.model(weights), rows, how),
+            in_shardings=(trainable.shardings.weights, batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        )
+
+    def _policy_loss(
+        self, tuned: Tuned, rows: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """`train.step.Loss`; nothing in it is random."""
+        del key
+        now = scores(tuned, rows, self._how)
+        old = jnp.where(rows["first"][:, None], jax.lax.stop_gradient(now), rows["old"])
+        return policy_loss(
+            self._loss,
+            now,
+            old,
+            rows["advantages"],
+            acted(tuned, rows),
+            valid=rows["valid"],
+            max_length=self._config.max_new_tokens,
+            reference=rows.get("reference"),
+            sampler=rows["sampler"] if self._loss.importance_cap is not None else None,
+        )
+
+    def score(self, weights: Any, rows: Rows) -> np.ndarray:
+        """Log-probabilities `[K, L]` float32 of what is trained, a minibatch of rows at a time."""
+        size = len(rows["valid"]) // self._config.minibatches
+        parts = []
+        for start in range(0, len(rows["valid"]), size):
+            part = {name: rows[name][start : start + size] for name in rows}
+            parts.append(jax.device_get(self._score(weights, self._placed(part))))
+        return np.concatenate(parts)
+
+    def update(
+        self, state: TrainState, rows: Rows, rng: np.random.Generator
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """All epochs and minibatches; the state is donated.
+
+        Args:
+            rows: their number divides by the minibatches.
+            rng: shuffles rows.
+
+        Returns:
+            the state, and the metrics of `make_train_step`: sums of all minibatches, and the last
+            one's learning rate.
+        """
+        rows = dict(rows)
+        if self._reference is not None:
+            rows["reference"] = self.score(self._reference, rows)
+        # In the first optimizer step nothing has moved: what was is what is.
+        several = self._config.updates > 1
+        rows["old"] = self.score(state.weights, rows) if several else np.zeros_like(rows["sampler"])
+        found: list[dict[str, Any]] = []
+        for epoch in range(self._config.epochs):
+            for number, index in enumerate(_shuffled(rows["valid"], self._config.minibatches, rng)):
+                part = {name: values[index] for name, values in rows.items()}
+                part["first"] = np.full(len(index), epoch == 0 and number == 0)
+                state, metrics = self._step(state, self._placed(part))
+                found.append(metrics)
+        found = jax.device_get(found)
+        sums = jax.tree.map(lambda *values: np.sum(values, axis=0), *[m["forks"] for m in found])
+        return state, {
+            "loss": float(np.mean([m["loss"] for m in found])),
+            "grad_norm": float(np.mean([m["grad_norm"] for m in found])),
+            "learning_rate": float(found[-1]["learning_rate"]),
+            "sums": sums,
+        }
+
+    def _placed(self, rows: Rows) -> dict[str, jax.Array]:
+        return {name: place(values, self._trainable.mesh) for name, values in rows.items()}
+
+
+def _shuffled(valid: np.ndarray, parts: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Rows of each of `parts` equal minibatches; real rows and filler are dealt out evenly."""
+    order = np.concatenate([rng.permutation(np.flatnonzero(valid)), np.flatnonzero(~valid)])
+    return [order[part::parts] for part in range(parts)]

@@ -1,0 +1,91 @@
+"""A policy as it samples and as it is scored: one set of weights, two readings of it.
+
+Anything that samples is a `MemGen`; a plain decoder is one that never invokes and has no weaver.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memgen import (
+    MemGen,
+    MemGenConfig,
+    Plan,
+    WeaverConfig,
+    token_log_probs,
+)
+from train.tuning import Tuned
+
+NO_MEMORY = MemGenConfig(
+    WeaverConfig(0, 0, context="nothing", match_scale=False), max_inference_events=0
+)
+
+
+def sampler_of(tuned: Tuned) -> MemGen:
+    """What samples: the policy's MemGen, or its decoder as one without memory."""
+    if tuned.memgen is not None:
+        return tuned.memgen
+    decoder = tuned.backbone
+    if tuned.adapter is not None:
+        decoder = decoder.adapted(tuned.adapter)
+    boundary = np.zeros(decoder.vocab_size, np.uint8)
+    return MemGen(decoder, NO_MEMORY, boundary=boundary, rngs=nnx.Rngs(0))
+
+
+def token_scores(
+    tuned: Tuned, rows: dict[str, jax.Array], temperature: float, choices: int
+) -> jax.Array:
+    """Log-probabilities `[K, L]` float32 of the tokens that the policy wrote, 0 elsewhere.
+
+    What was decided is not decided again: memory stands where it stood (`point`, `kind`), and is
+    written anew, so that gradients reach the weaver.
+
+    Args:
+        rows: of `make_rows`.
+        temperature, choices: of the sampler.
+    """
+    tokens = rows["tokens"]
+    if tuned.memgen is not None:
+        plan = Plan.of(rows["point"], rows["kind"], tuned.memgen.config)
+        # A row's plan and stream may reach into its padding, which nothing real sees.
+        hidden = tuned.memgen.predictors(tokens, plan)
+    else:
+        decoder = tuned.backbone
+        if tuned.adapter is not None:
+            decoder = decoder.adapted(tuned.adapter)
+        read = decoder.read(decoder.embed_tokens(tokens), rows["length"])
+        hidden = jnp.pad(read, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return token_log_probs(tuned.backbone, hidden, tokens, rows["trained"], temperature, choices)
+
+
+def decision_scores(tuned: Tuned, rows: dict[str, jax.Array], temperature: float) -> jax.Array:
+    """Log-probabilities `[K, L]` float32 of the trigger's decisions, 0 where it was not asked."""
+    memgen = tuned.memgen
+    assert memgen is not None
+    plan = Plan.of(rows["point"], rows["kind"], memgen.config)
+    logits = memgen.trigger_logits(rows["tokens"], plan) / temperature
+    scores = jax.nn.log_softmax(logits)
+    decisions = rows["decisions"]
+    picked = jnp.where(decisions == 1, scores[..., 1], scores[..., 0])
+    return jnp.where(decisions >= 0, picked, 0.0)
+
+
+def scores(tuned: Tuned, rows: dict[str, jax.Array], how: Any) -> jax.Array:
+    """Log-probabilities `[K, L]` of what is trained: decisions of a trigger, else tokens.
+
+    Args:
+        how: a `train.rl.config.Sampling`.
+    """
+    if tuned.method == "trigger":
+        return decision_scores(tuned, rows, how.trigger_temperature)
+    return token_scores(tuned, rows, how.temperature, how.choices)
+
+
+def acted(tuned: Tuned, rows: dict[str, jax.Array]) -> jax.Array:
+    """`[K, L]` bool: where the policy that is trained has acted."""
+    if tuned.method == "trigger":
+        return rows["decisions"] >= 0
+    return rows["trained"]

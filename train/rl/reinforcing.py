@@ -1,0 +1,401 @@
+"""A run of reinforcement learning: a policy, its task, and what one step does."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import memgen
+from memgen import MemGen, MemGenConfig
+from thoughtbubbles import Thoughtbubbles
+from thoughtbubbles.cache import check_cacheable
+from train.config import as_json
+from train.finetuning import boundaries_for, checksum
+from train.load import Writer, load_writer, tokenizer_meta
+from train.mesh import BATCH_AXES, make_mesh
+from train.rl.advantages import informative
+from train.rl.allocators import Uniform
+from train.rl.config import RLConfig
+from train.rl.credit import Episodes, credit
+from train.rl.learner import Learner
+from train.rl.policy import sampler_of
+from train.rl.protocols import BudgetAllocator, Problem, RolloutStrategy, Split
+from train.rl.rollouts import Trajectory, make_rows
+from train.rl.sampler import Sampler, Sampling
+from train.rl.strategies import OneResponse, Speech, Turns
+from train.rl.tasks import make_task
+from train.state import TrainState, make_trainable
+from train.tuned import with_weaver_of
+from train.tuning import TRAINED, Tuned
+
+FEW = 32  # problems of an endless task that a run is known by
+
+
+@dataclasses.dataclass
+class Progressed:
+    """What a run remembers besides its weights; all of it is in checkpoints.
+
+    Attributes:
+        position: problems drawn so far.
+        allocator: its state.
+    """
+
+    position: int = 0
+    allocator: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """The rollouts of a step.
+
+    Attributes:
+        trajectories: that are trained on.
+        drawn: all rollouts that were made, those of dropped problems too.
+        groups: problems drawn, and
+        kept: of them trained on.
+        written: tokens of all rollouts.
+    """
+
+    trajectories: list[Trajectory]
+    drawn: list[Trajectory]
+    groups: int
+    kept: int
+
+    @property
+    def written(self) -> int:
+        return sum(row.written for row in self.drawn)
+
+
+class Reinforcing:
+    """All of a run but its loop.
+
+    Args:
+        config: of the run.
+        writer: the weights that it starts from, if not those that `config.weights` names.
+        task: in place of the one that `config.task` names.
+        strategy: in place of the one that fits the task.
+        allocator: in place of `Uniform`.
+        devices: of the mesh; all if not given.
+
+    Raises:
+        ValueError: a mistake in the config, the weights or the task.
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        writer: Writer | None = None,
+        task: Any = None,
+        strategy: RolloutStrategy | None = None,
+        allocator: BudgetAllocator | None = None,
+        devices: Sequence[Any] | None = None,
+    ):
+        self.config = config
+        self.writer = load_writer(config.weights) if writer is None else writer
+        model = self.writer.model
+        if model.config.fork_layers:
+            check_cacheable(model.config)
+        self.task = make_task(config.task, config.seed) if task is None else task
+        self.episodic = hasattr(self.task, "step")
+        if config.overlong_buffer and self.episodic:
+            raise ValueError(
+                f"overlong_buffer={config.overlong_buffer} is for tasks of one response, "
+                f"{config.task} has turns: leave it out"
+            )
+        self._fingerprint = fingerprint(self.task)
+        mesh = make_mesh(config.mesh, devices)
+        self.memgen, self._boundary = self._memory()
+        self.trainable = make_trainable(
+            model.config,
+            config.optimizer,
+            config.steps * config.updates,
+            mesh,
+            config.seed,
+            config.attention,
+            TRAINED[config.train],
+            self._around,
+        )
+        shards = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
+        self._multiple = shards * config.minibatches * config.accumulate
+        self._speech = Speech(self.writer, config.chat)
+        self._strategy = strategy or self._default_strategy()
+        self._allocator = allocator or Uniform()
+        self.keeps_frozen = config.train == "all"
+        # What the frozen weights are, so that a run goes on beside the same ones.
+        holds_on = self.keeps_frozen and not config.recipe.loss.kl
+        self._base = None if holds_on else checksum(self.writer.memgen or model)
+        self.learner = Learner(config, self.trainable, self.sampling(), self._reference())
+        self.progressed = Progressed()
+
+    def _memory(self) -> tuple[MemGenConfig, np.ndarray | None]:
+        """The config of latent memory, and where it may be written."""
+        config, woven = self.config, self.writer.memgen
+        if config.train in ("all", "lora"):
+            if woven is not None:
+                raise ValueError(
+                    f"{config.weights} holds a weaver, which train={config.train!r} would drop: "
+                    "choose weaver or trigger, or the weights that it was trained beside"
+                )
+            return config.memgen, None
+        if woven is None and config.train == "trigger":
+            raise ValueError(
+                f"train='trigger' needs weights with a weaver, {config.weights} has none: train "
+                "one first (python -m train.sft --train weaver, or --train weaver here)"
+            )
+        shape = config.memgen if woven is None else woven.config
+        trigger = config.trigger if config.train == "trigger" else None
+        shape = dataclasses.replace(shape, trigger=trigger)
+        if woven is not None:
+            return shape, np.asarray(woven.boundary[...])
+        return shape, boundaries_for(self.writer, config.train, config.boundaries)
+
+    def _around(self, model: Thoughtbubbles) -> Tuned:
+        config = self.config
+        return Tuned(
+            model,
+            config.train,
+            lora=config.lora,
+            memgen=self.memgen,
+            boundary=self._boundary,
+            rngs=nnx.Rngs(config.seed),
+        )
+
+    def _default_strategy(self) -> RolloutStrategy:
+        config = self.config
+        if not self.episodic:
+            return OneResponse(self._speech, config.max_new_tokens)
+        return Turns(
+            self._speech,
+            config.max_new_tokens,
+            config.max_turns,
+            config.max_observation,
+            config.carry,
+        )
+
+    def sampling(self, greedy: bool = False) -> Sampling:
+        """How rollouts are sampled; `greedy` for held-out problems. A trigger is always sampled:
+        so it is trained."""
+        memory: Any = memgen.NeverInvoke()
+        if self.config.train == "weaver":
+            memory = memgen.AlwaysInvoke()
+        elif self.config.train == "trigger":
+            memory = memgen.LearnedInvoke(1.0, sample=True)
+        tokenizer = self.writer.tokenizer
+        temperature = 0.0 if greedy else self.config.temperature
+        return Sampling(temperature, tokenizer.vocab_size, self.writer.ends, memory)
+
+    def first_state(self) -> TrainState:
+        """The weights as they are, and what is new beside them."""
+        tuned = self._around(self.writer.model)
+        if self.writer.memgen is not None and tuned.memgen is not None:
+            tuned.memgen = nnx.data(with_weaver_of(self.writer.memgen, tuned.memgen))
+        return self.trainable.start(jax.tree.map(lambda leaf: leaf.copy(), nnx.state(tuned)))
+
+    def _reference(self) -> Any:
+        return self.first_state().weights if self.config.recipe.loss.kl else None
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint holds besides arrays."""
+        return {
+            "config": as_json(self.config),
+            "data_fingerprint": self._fingerprint,
+            "tokenizer": self.writer.tokenizer.to_json(),
+            "base": self._base,
+            "model": as_json(self.trainable.config),
+            "rl": dataclasses.asdict(self.progressed),
+            **tokenizer_meta(self.writer.tokenizer),
+        }
+
+    def restore(self, meta: dict[str, Any]) -> None:
+        """Go on from what a checkpoint remembers."""
+        self.progressed = Progressed(**meta["rl"])
+        self._allocator.restore(self.progressed.allocator)
+
+    def sampler(self, weights: Any, greedy: bool = False) -> Sampler:
+        policy: MemGen = sampler_of(self.trainable.model(weights))
+        return Sampler(policy, self.sampling(greedy), self.config.max_rows, self.trainable.mesh)
+
+    def problems(self, split: Split, start: int, count: int) -> list[Problem]:
+        """`count` problems from a position on; a list of training problems is shuffled anew each
+        time it is gone through."""
+        size = self.task.sizes[split]
+        if size is None:
+            return [self.task.problem(split, start + offset) for offset in range(count)]
+        if split == "test":
+            return [self.task.problem(split, index) for index in range(min(count, size))]
+        found = []
+        for place in range(start, start + count):
+            epoch, index = divmod(place, size)
+            order = np.random.default_rng([self.config.seed, epoch]).permutation(size)
+            found.append(self.task.problem(split, int(order[index])))
+        return found
+
+    def collect(self, weights: Any) -> Collected:
+        """The rollouts of one step; what they are drawn from moves on."""
+        config, sampler = self.config, self.sampler(weights)
+        filtering = config.recipe.filter_groups
+        kept: list[Trajectory] = []
+        drawn: list[Trajectory] = []
+        groups = found = 0
+        for _ in range(config.max_batches if filtering else 1):
+            position = self.progressed.position
+            problems = self.problems("train", position, config.batch_size)
+            counts = self._allocator.plan(
+                [problem.uid for problem in problems], config.batch_size * config.rollouts
+            )
+            rows = self._strategy.collect(
+                sampler, self.task, problems, counts, (config.seed, position)
+            )
+            self.progressed.position += len(problems)
+            self._observe(problems, rows)
+            rows = [dataclasses.replace(row, group=groups + row.group) for row in rows]
+            groups += len(problems)
+            drawn += rows
+            usable = informative_groups(rows) if filtering else list(range(groups))
+            usable = usable[: config.batch_size - found]
+            found += len(usable)
+            kept += [row for row in rows if row.group in set(usable)]
+            if found >= config.batch_size:
+                break
+        return Collected(kept, drawn, groups, found)
+
+    def _observe(self, problems: Sequence[Problem], rows: Sequence[Trajectory]) -> None:
+        episodes = Episodes.of(rows)
+        for group, problem in enumerate(problems):
+            successes = episodes.success[episodes.group == group]
+            self._allocator.observe(problem.uid, successes.tolist())
+        self.progressed.allocator = self._allocator.state
+
+    def step(self, state: TrainState) -> tuple[TrainState, dict[str, float], Collected]:
+        """Collect, credit, update; metrics by name."""
+        config, begin = self.config, time.perf_counter()
+        step = int(state.step) // config.updates
+        collected = self.collect(state.weights)
+        sampled = time.perf_counter()
+        metrics = rollout_metrics(collected)
+        if collected.trajectories:
+            advantages = credit(collected.trajectories, Episodes.of(collected.trajectories), config)
+            rows = make_rows(
+                collected.trajectories, advantages, self._multiple, self._events_of_a_row()
+            )
+            rng = np.random.default_rng([config.seed, step])
+            state, learned = self.learner.update(state, rows, rng)
+            metrics |= learning_metrics(learned)
+        else:  # the step counts, and changes nothing
+            moved = state.step + config.updates
+            state = dataclasses.replace(state, step=moved)
+        end = time.perf_counter()
+        written = sum(row.written for row in collected.trajectories)
+        metrics |= {
+            "rollout_seconds": sampled - begin,
+            "update_seconds": end - sampled,
+            "rollout_tokens_per_second": collected.written / (sampled - begin),
+            "update_tokens_per_second": written * config.epochs / (end - sampled),
+        }
+        return state, metrics, collected
+
+    def _events_of_a_row(self) -> int:
+        if self.config.train in ("all", "lora"):
+            return 0
+        turns = self.config.max_turns if self.episodic and self.config.carry else 1
+        return turns * self.memgen.events
+
+    def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
+        """Held-out problems, one response or episode each, the most probable tokens."""
+        problems = self.problems("test", 0, self.config.evaluation.rows or 256)
+        rows = self._strategy.collect(
+            self.sampler(weights, greedy=True), self.task, problems, [1] * len(problems),
+            (self.config.seed, 1),
+        )  # fmt: skip
+        episodes = Episodes.of(rows)
+        rate = float(episodes.success.mean())
+        found = {
+            "success": rate,
+            "standard_error": float(np.sqrt(rate * (1 - rate) / len(problems))),
+            "reward": float(episodes.reward.mean()),
+            "length": float(episodes.length.mean()),
+            **_invocations(rows),
+        }
+        return found, rows
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        config, trainable = self.config, self.trainable
+        sizes = " x ".join(f"{name} {size}" for name, size in trainable.mesh.shape.items())
+        return (
+            f"{config.weights}: {trainable.config.num_params():,} parameters, trained are "
+            f"{trainable.num_trained:,} ({config.train}); {config.method} on {self.task.name}, "
+            f"{config.batch_size} problems x {config.rollouts} rollouts x {config.updates} updates "
+            f"a step; {sizes}"
+        )
+
+
+def fingerprint(task: Any) -> str:
+    """The name of a task, and a hash of its problems, or of the first ones of an endless one."""
+    found = hashlib.blake2b(digest_size=8)
+    for split in ("train", "test"):
+        size = task.sizes[split]
+        for index in range(FEW if size is None else size):
+            problem = task.problem(split, index)
+            found.update(f"{problem.prompt}\0{problem.answer}\0".encode())
+    return f"{task.name} {found.hexdigest()}"
+
+
+def informative_groups(rows: Sequence[Trajectory]) -> list[int]:
+    """Groups of which some episodes succeed and some do not, rising."""
+    episodes = Episodes.of(rows)
+    told = informative(episodes.success, episodes.group, episodes.valid)
+    return np.unique(episodes.group[told]).tolist()
+
+
+def rollout_metrics(collected: Collected) -> dict[str, float]:
+    """Of all rollouts that were made."""
+    rows = collected.drawn
+    episodes = Episodes.of(rows)
+    names = sorted({name for row in rows for name in row.reward.info})
+    info = {
+        f"info/{name}": float(
+            np.mean([row.reward.info[name] for row in rows if name in row.reward.info])
+        )
+        for name in names
+    }
+    return {
+        "reward": float(episodes.reward.mean()),
+        "success": float(episodes.success.mean()),
+        "length": float(episodes.length.mean()),
+        "finished": float(np.mean([row.finished for row in rows])),
+        "informative": len(informative_groups(rows)) / collected.groups,
+        "groups": collected.groups,
+        "kept": collected.kept,
+        "rollouts": len(episodes.rows),
+        **_invocations(rows),
+        **info,
+    }
+
+
+def _invocations(rows: Sequence[Trajectory]) -> dict[str, float]:
+    """Of latent memory: per row, and as a share of what was asked."""
+    asked = sum(int((row.decisions >= 0).sum()) for row in rows)
+    invoked = sum(int((row.decisions == 1).sum()) for row in rows)
+    if not asked:
+        return {}
+    return {"invocations": invoked / len(rows), "invocation_rate": invoked / asked}
+
+
+def learning_metrics(learned: dict[str, Any]) -> dict[str, float]:
+    """Of the optimizer steps of a step: sums to means."""
+    sums = learned["sums"]
+    tokens = max(float(sums["tokens"]), 1.0)
+    means = {
+        name: float(sums[name]) / tokens
+        for name in ("clipped", "kl", "moved", "ratio")
+        if name in sums
+    }
+    names = ("loss", "grad_norm", "learning_rate")
+    return {name: learned[name] for name in names} | means

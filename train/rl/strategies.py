@@ -1,0 +1,286 @@
+"""How rollouts are made: one response to a problem, or an episode of several turns."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.chat import chat_ids
+from train.load import Writer
+from train.rl.protocols import Completion, Environment, Problem, Reward, Task, Turn
+from train.rl.rollouts import Trajectory
+from train.rl.sampler import Sampled, Sampler, row_keys
+from train.rl.tasks import checked_turn, safe_score
+
+
+@dataclasses.dataclass(frozen=True)
+class Speech:
+    """Texts to ids and back.
+
+    Attributes:
+        writer: whose tokenizer it is.
+        chat: whether what the policy reads are messages to it, in its chat template.
+    """
+
+    writer: Writer
+    chat: bool = False
+
+    def prompt(self, messages: Sequence[str]) -> list[int]:
+        """Ids of a conversation of user, policy, user and so on, up to the policy's answer."""
+        if not self.chat:
+            return self.writer.prompt("".join(messages))
+        tokenizer = self.writer.tokenizer
+        if not isinstance(tokenizer, PretrainedTokenizer):
+            raise ValueError("chat=True needs weights with a chat template: leave chat out")
+        roles = itertools.cycle(("user", "assistant"))
+        said = [
+            {"role": role, "content": text} for role, text in zip(roles, messages, strict=False)
+        ]
+        return chat_ids(tokenizer, said)
+
+    def observation(self, text: str, limit: int) -> list[int]:
+        """Ids of what is read in the middle of a text, at most `limit` of them."""
+        ids = self.writer.tokenizer.encode(text)[0].tolist()
+        return ids if len(ids) <= limit else ids[:limit]
+
+    def completion(self, problem: Problem, sampled: Sampled) -> Completion:
+        ids = sampled.tokens.tolist()
+        finished = bool(ids) and ids[-1] in self.writer.ends
+        text = self.writer.tokenizer.decode(ids[:-1] if finished else ids)
+        return Completion(problem, text, tuple(ids), finished)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One rollout that is asked for."""
+
+    group: int
+    problem: Problem
+    number: int  # among the problem's rollouts
+
+
+def _rows(problems: Sequence[Problem], counts: Sequence[int], most: int) -> Iterator[list[Row]]:
+    """All rows, some at a time; a problem's rollouts stand together."""
+    rows = [
+        Row(group, problem, number)
+        for group, (problem, count) in enumerate(zip(problems, counts, strict=True))
+        for number in range(count)
+    ]
+    for start in range(0, len(rows), most):
+        yield rows[start : start + most]
+
+
+def _keys(rows: Sequence[Row], seed: Sequence[int]) -> Any:
+    return row_keys(seed, [row.problem.uid for row in rows], [row.number for row in rows])
+
+
+def _shared(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
+    """Different texts, and which of them each is."""
+    found: dict[tuple[int, ...], int] = {}
+    source = [found.setdefault(tuple(text), len(found)) for text in texts]
+    return [list(text) for text in found], source
+
+
+@dataclasses.dataclass(frozen=True)
+class OneResponse:
+    """Each rollout is one response to the problem's prompt; the prompt is read once for all.
+
+    Attributes:
+        speech: texts to ids.
+        max_new_tokens: of a response.
+    """
+
+    speech: Speech
+    max_new_tokens: int
+
+    def collect(
+        self,
+        sampler: Sampler,
+        task: Task,
+        problems: Sequence[Problem],
+        counts: Sequence[int],
+        seed: Sequence[int],
+    ) -> list[Trajectory]:
+        """See `train.rl.protocols.RolloutStrategy`."""
+        prompts = [self.speech.prompt([problem.prompt]) for problem in problems]
+        found = []
+        for rows in _rows(problems, counts, sampler.max_rows):
+            texts, source = _shared([prompts[row.group] for row in rows])
+            conversation = sampler.open(texts, source, _keys(rows, seed), self.max_new_tokens)
+            for row, sampled in zip(rows, conversation.respond(self.max_new_tokens), strict=True):
+                completion = self.speech.completion(row.problem, sampled)
+                reward = safe_score(task, completion)
+                episode = _Episode(row, prompts[row.group])
+                episode.respond(sampled, completion)
+                found.append(episode.trajectory(reward, (reward.value,)))
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Each rollout is an episode in an environment.
+
+    Attributes:
+        speech: texts to ids.
+        max_new_tokens: of a turn's response.
+        max_turns: after which an episode is cut.
+        max_observation: tokens of an observation that are read.
+        carry: go on in one row: what was read stays read, latents of earlier turns too, and an
+            episode is one row for the learner. Else each turn begins anew with the text so far,
+            without earlier latents (the authors' MemGen), and is a row of its own.
+    """
+
+    speech: Speech
+    max_new_tokens: int
+    max_turns: int
+    max_observation: int
+    carry: bool
+
+    def __post_init__(self):
+        if self.carry and self.speech.chat:
+            raise ValueError(
+                "carry=True goes on in one text, chat=True writes each turn's conversation anew: "
+                "leave one of them out"
+            )
+
+    def collect(
+        self,
+        sampler: Sampler,
+        task: Environment,
+        problems: Sequence[Problem],
+        counts: Sequence[int],
+        seed: Sequence[int],
+    ) -> list[Trajectory]:
+        """See `train.rl.protocols.RolloutStrategy`."""
+        found = []
+        for rows in _rows(problems, counts, sampler.max_rows):
+            play = self._in_one_row if self.carry else self._turn_by_turn
+            found += play(sampler, task, rows, seed)
+        return found
+
+    def _in_one_row(self, sampler, task, rows, seed) -> list[Trajectory]:
+        episodes = [_Episode(row, self.speech.prompt([row.problem.prompt])) for row in rows]
+        plays = [_Play(task, row.problem) for row in rows]
+        texts, source = _shared([episode.tokens for episode in episodes])
+        room = self.max_turns * (self.max_new_tokens + self.max_observation)
+        conversation = sampler.open(texts, source, _keys(rows, seed), room, self.max_turns)
+        for turn in range(self.max_turns):
+            active = np.array([not play.over for play in plays])
+            if not active.any():
+                break
+            said = conversation.respond(self.max_new_tokens, active)
+            seen: list[list[int]] = [[] for _ in rows]
+            for index in np.flatnonzero(active):
+                episode, play = episodes[index], plays[index]
+                completion = self.speech.completion(episode.row.problem, said[index])
+                episode.respond(said[index], completion)
+                observation = play.act(completion)
+                if not play.over and turn + 1 < self.max_turns:
+                    seen[index] = self.speech.observation(observation, self.max_observation)
+                    episode.read(seen[index])
+            conversation.observe(seen)
+        return [
+            episode.trajectory(play.reward, tuple(play.rewards))
+            for episode, play in zip(episodes, plays, strict=True)
+        ]
+
+    def _turn_by_turn(self, sampler, task, rows, seed) -> list[Trajectory]:
+        plays = [_Play(task, row.problem) for row in rows]
+        said: list[list[str]] = [[row.problem.prompt] for row in rows]
+        turns: list[list[_Episode]] = [[] for _ in rows]
+        for turn in range(self.max_turns):
+            going = [index for index, play in enumerate(plays) if not play.over]
+            if not going:
+                break
+            prompts = [self.speech.prompt(said[index]) for index in going]
+            texts, source = _shared(prompts)
+            keys = _keys([rows[index] for index in going], (*seed, turn))
+            conversation = sampler.open(texts, source, keys, self.max_new_tokens)
+            answers = conversation.respond(self.max_new_tokens)
+            for index, prompt, answer in zip(going, prompts, answers, strict=True):
+                completion = self.speech.completion(rows[index].problem, answer)
+                episode = _Episode(rows[index], prompt, turn)
+                episode.respond(answer, completion)
+                turns[index].append(episode)
+                said[index] += [completion.text, plays[index].act(completion)]
+        return [
+            episode.trajectory(play.reward, tuple(play.rewards))
+            for episodes, play in zip(turns, plays, strict=True)
+            for episode in episodes
+        ]
+
+
+class _Play:
+    """An environment in the middle of an episode."""
+
+    def __init__(self, task: Environment, problem: Problem):
+        self._task, self._problem = task, problem
+        self._state = task.reset(problem)
+        self.rewards: list[float] = []
+        self.over = False
+        self._last: Turn | None = None
+
+    def act(self, completion: Completion) -> str:
+        """Take a turn; what is to be read then."""
+        turn = checked_turn(self._task, self._problem, self._task.step(self._state, completion))
+        self._state, self._last = turn.state, turn
+        self.rewards.append(turn.reward)
+        self.over = turn.terminated or turn.truncated
+        return turn.observation
+
+    @property
+    def reward(self) -> Reward:
+        """Of the whole episode."""
+        last = self._last
+        assert last is not None
+        info = {"turns": float(len(self.rewards)), **last.info}
+        return Reward(float(sum(self.rewards)), last.success, info)
+
+
+class _Episode:
+    """A row that grows."""
+
+    def __init__(self, row: Row, prompt: Sequence[int], turn: int = 0):
+        self.row, self._turn = row, turn
+        self.tokens = list(prompt)
+        self._log_probs = [0.0] * len(prompt)
+        self._trained = [False] * len(prompt)
+        self._decisions = [-1] * len(prompt)
+        self._begins: list[int] = []
+        self._texts: list[str] = []
+        self._finished = False
+
+    def read(self, ids: Sequence[int]) -> None:
+        self._add(ids, [0.0] * len(ids), [-1] * len(ids), False)
+
+    def respond(self, sampled: Sampled, completion: Completion) -> None:
+        self._begins.append(len(self.tokens))
+        self._texts.append(completion.text)
+        self._finished = completion.finished
+        self._add(sampled.tokens, sampled.log_probs, sampled.decisions, True)
+
+    def _add(self, ids, log_probs, decisions, trained) -> None:
+        self.tokens += list(map(int, ids))
+        self._log_probs += list(log_probs)
+        self._decisions += list(decisions)
+        self._trained += [trained] * len(ids)
+
+    def trajectory(self, reward: Reward, turn_rewards: tuple[float, ...]) -> Trajectory:
+        return Trajectory(
+            group=self.row.group,
+            problem=self.row.problem,
+            tokens=np.array(self.tokens, np.int32),
+            trained=np.array(self._trained, bool),
+            log_probs=np.array(self._log_probs, np.float32),
+            decisions=np.array(self._decisions, np.int8),
+            begins=tuple(self._begins),
+            reward=reward,
+            finished=self._finished,
+            texts=tuple(self._texts),
+            turn_rewards=turn_rewards,
+            turn=self._turn,
+            episode=self.row.number,
+        )

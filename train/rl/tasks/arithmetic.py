@@ -1,0 +1,69 @@
+"""Sums: `12+7=` is answered by `19`."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from train.rl.tasks.generated import Generated, at_least
+
+_MOST_DIGITS = 9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arithmetic(Generated):
+    """Two numbers and an operator.
+
+    Attributes:
+        digits: of a number, at most.
+        operators: of "+", "-" and "*", those that are drawn.
+    """
+
+    word: ClassVar[str] = "arithmetic"
+    digits: int = 2
+    operators: str = "+"
+
+    def check(self) -> None:
+        at_least(self, digits=1)
+        _at_most_digits(self)
+        if not self.operators or set(self.operators) - set("+-*"):
+            raise ValueError(f"arithmetic: operators={self.operators!r}: choose of '+-*'")
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, str, str]:
+        first, second = (int(number) for number in rng.integers(0, 10**self.digits, 2))
+        operator = self.operators[rng.integers(len(self.operators))]
+        result = {"+": first + second, "-": first - second, "*": first * second}[operator]
+        return f"{first}{operator}{second}=", str(result), operator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainSum(Generated):
+    """Several numbers with signs, `4-7+2=`.
+
+    Attributes:
+        terms: how many numbers, at most; `fewest`: at least.
+        digits: of a number, at most.
+    """
+
+    word: ClassVar[str] = "chain_sum"
+    terms: int = 4
+    fewest: int = 2
+    digits: int = 1
+
+    def check(self) -> None:
+        at_least(self, digits=1, fewest=2, terms=self.fewest)
+        _at_most_digits(self)
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, str, str]:
+        count = int(rng.integers(self.fewest, self.terms + 1))
+        numbers = [int(number) for number in rng.integers(0, 10**self.digits, count)]
+        signs = [1, *(int(sign) for sign in rng.choice([-1, 1], count - 1))]
+        later = zip(signs[1:], numbers[1:], strict=True)
+        text = str(numbers[0]) + "".join(f"{'+' if sign > 0 else '-'}{n}" for sign, n in later)
+        total = sum(sign * number for sign, number in zip(signs, numbers, strict=True))
+        return f"{text}=", str(total), f"{count} terms"
+
+
+def _at_most_digits(task: Arithmetic | ChainSum) -> None:
+    if task.digits > _MOST_DIGITS:
+        raise ValueError(f"{task.word}: digits={task.digits}: choose {_MOST_DIGITS} or less")

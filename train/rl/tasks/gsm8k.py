@@ -1,0 +1,135 @@
+"""Word problems in GSM8K's format, from disk."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from train.rl.protocols import Completion, Problem, Reward, Split
+from train.rl.tasks.generated import digest, options
+from train.rl.tasks.shaping import format_bonus
+
+_HELD = 10  # of a single file, one question of so many is for test
+_NUMBER = re.compile(
+    r"(?:(?<![0-9])(?P<sign>[-\u2212])[$€£]?|[$€£](?P<inner>[-\u2212])?)?"
+    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.(?P<part>[0-9]+))?"
+    r"(?P<power>[eE][+-]?[0-9]+)?"
+)
+
+
+def final_number(text: str) -> str | None:
+    """The number a text ends in: the first after its last `####`, or else its last one.
+
+    Signs of money, commas between thousands, and zeros that say nothing are left out, so equal
+    numbers are equal texts: `$1,072.50` is `1072.5`. None without a number, or where it is
+    written with an exponent.
+    """
+    _, mark, after = text.rpartition("####")
+    found = _NUMBER.search(after) if mark else None
+    if found is None:
+        for found in _NUMBER.finditer(text):  # noqa: B007 (the last)
+            pass
+    if found is None or found["power"]:
+        return None
+    whole = found["whole"].replace(",", "").lstrip("0") or "0"
+    part = (found["part"] or "").rstrip("0")
+    number = f"{whole}.{part}" if part else whole
+    return f"-{number}" if (found["sign"] or found["inner"]) and number != "0" else number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GSM8K:
+    """Lines of `{"question": ..., "answer": "... #### 72"}`.
+
+    Attributes:
+        path: a folder with train.jsonl and test.jsonl, or one file, a tenth of whose questions are
+            held out, by rank of a hash.
+        template: the prompt; `{question}` stands for the question.
+        bonus: value of a number after `####`, right or wrong.
+        seed: not used: the files say all.
+    """
+
+    word: ClassVar[str] = "gsm8k"
+    path: str
+    template: str = "Question: {question}\nAnswer:"
+    bonus: float = 0.0
+    seed: int = dataclasses.field(default=0, repr=False)
+
+    def __post_init__(self):
+        if "{question}" not in self.template:
+            raise ValueError(f"gsm8k: template={self.template!r} has no {{question}}: put it in")
+        object.__setattr__(self, "_rows", self._read())
+
+    @property
+    def name(self) -> str:
+        return self.word + options(self)
+
+    @property
+    def _problems(self) -> dict[Split, list[Problem]]:
+        return getattr(self, "_rows")  # noqa: B009 (frozen: set past the fields)
+
+    @property
+    def sizes(self) -> Mapping[Split, int | None]:
+        return {split: len(problems) for split, problems in self._problems.items()}
+
+    def problem(self, split: Split, index: int) -> Problem:
+        return self._problems[split][index]
+
+    def score(self, completion: Completion) -> Reward:
+        """1 where the text's final number is the answer's."""
+        right = final_number(completion.text) == completion.problem.answer
+        reward = Reward(float(right), right)
+        if not self.bonus:
+            return reward
+        _, mark, after = completion.text.rpartition("####")
+        return format_bonus(reward, bool(mark and _NUMBER.search(after)), self.bonus)
+
+    def _read(self) -> dict[Split, list[Problem]]:
+        path = Path(self.path)
+        if path.is_dir():
+            train, test = self._file(path / "train.jsonl"), self._file(path / "test.jsonl")
+            both = {problem.prompt for problem in train} & {problem.prompt for problem in test}
+            if both:
+                raise ValueError(
+                    f"{path}: train.jsonl and test.jsonl share {len(both)} questions: "
+                    "take them out of one"
+                )
+            return {"train": train, "test": test}
+        problems = self._file(path)
+        prompts = sorted({problem.prompt for problem in problems}, key=lambda p: (digest(p), p))
+        if len(prompts) < 2:
+            raise ValueError(f"{path} has one question: give two or more, so one can be held out")
+        held = set(prompts[: max(1, len(prompts) // _HELD)])
+        return {
+            "train": [problem for problem in problems if problem.prompt not in held],
+            "test": [problem for problem in problems if problem.prompt in held],
+        }
+
+    def _file(self, path: Path) -> list[Problem]:
+        if not path.is_file():
+            raise ValueError(f"gsm8k: no file {path}: give a .jsonl or a folder of train and test")
+        problems = []
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    problems.append(self._line(line, f"{path}, line {number}"))
+        if not problems:
+            raise ValueError(f"{path} has no problems")
+        return problems
+
+    def _line(self, line: str, where: str) -> Problem:
+        try:
+            row = json.loads(line)
+            question, answer = row["question"], row["answer"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f'{where}: not {{"question": ..., "answer": ...}}') from None
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise ValueError(f"{where}: question and answer are texts in GSM8K's format")
+        _, mark, after = answer.rpartition("####")
+        number = final_number(after) if mark else None
+        if number is None:
+            raise ValueError(f"{where}: the answer does not end in `#### number`")
+        prompt = self.template.replace("{question}", question)
+        return Problem(f"gsm8k-{digest(question):016x}", prompt, number)

@@ -1,0 +1,76 @@
+"""From what a scorer says to a reward that a run can stand on, and changes of a reward's value."""
+
+import dataclasses
+import math
+from typing import Any
+
+from train.rl.protocols import Completion, Problem, Reward, Turn
+
+
+def safe_score(task: Any, completion: Completion) -> Reward:
+    """The task's reward of a completion.
+
+    A scorer that raises has not verified the completion: it is a failure, worth the task's
+    `failure_value` (0 where it has none), and counted as `scorer_errors`.
+
+    Raises:
+        ValueError: the task gives no reward, or one that is not finite.
+    """
+    score = getattr(task, "score", None)
+    if score is None:
+        raise ValueError(f"task {_name(task)} has no reward: give it a method `score`")
+    try:
+        reward = score(completion)
+    except Exception:  # whatever a text does to a scorer, the run goes on
+        return Reward(float(getattr(task, "failure_value", 0.0)), False, {"scorer_errors": 1.0})
+    if not isinstance(reward, Reward):
+        raise ValueError(
+            f"task {_name(task)} gave no reward for problem {completion.problem.uid} but "
+            f"{type(reward).__name__}: return a Reward from `score`"
+        )
+    _check_finite(task, completion.problem, reward.value)
+    return reward
+
+
+def checked_turn(task: Any, problem: Problem, turn: Any) -> Turn:
+    """`turn` if it is one and its reward is finite, else a `ValueError`."""
+    if not isinstance(turn, Turn):
+        raise ValueError(
+            f"task {_name(task)} gave no reward for problem {problem.uid} but "
+            f"{type(turn).__name__}: return a Turn from `step`"
+        )
+    _check_finite(task, problem, turn.reward)
+    return turn
+
+
+def ternary(
+    reward: Reward, abstained: bool, right: float = 1.0, abstain: float = 0.0, wrong: float = -1.0
+) -> Reward:
+    """Value by outcome (TruthRL, arXiv 2509.25760): `right` where `reward` has a success.
+
+    What counts as success is left as it is.
+    """
+    value = abstain if abstained else right if reward.success else wrong
+    return dataclasses.replace(reward, value=value)
+
+
+def format_bonus(reward: Reward, well_formed: bool, bonus: float) -> Reward:
+    """`bonus` more for a well-formed text, right or wrong; its share is `well_formed`."""
+    info = {**reward.info, "well_formed": float(well_formed)}
+    return dataclasses.replace(reward, value=reward.value + bonus * well_formed, info=info)
+
+
+def _check_finite(task: Any, problem: Problem, value: Any) -> None:
+    try:
+        finite = math.isfinite(value)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise ValueError(
+            f"task {_name(task)} gave problem {problem.uid} the reward {value}: "
+            "a reward is a finite number"
+        )
+
+
+def _name(task: Any) -> str:
+    return str(getattr(task, "name", type(task).__name__))

@@ -1,0 +1,71 @@
+"""A few characters to write again, backwards, or in order."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from train.rl.protocols import Completion, Reward
+from train.rl.tasks.generated import Generated, answer_of, at_least
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copy(Generated):
+    """`abc>` is answered by `abc`.
+
+    Attributes:
+        length: of the text, at most; `shortest`: at least.
+        alphabet: characters that are drawn.
+        partial: a wrong answer is worth the share of characters that stand in their place; it
+            remains no success.
+    """
+
+    word: ClassVar[str] = "copy"
+    length: int = 4
+    shortest: int = 1
+    alphabet: str = "abcdefghij"
+    partial: bool = False
+
+    def check(self) -> None:
+        at_least(self, shortest=1, length=self.shortest)
+        if not self.alphabet or any(c.isspace() or c in ">" for c in self.alphabet):
+            raise ValueError(
+                f"{self.word}: alphabet={self.alphabet!r}: choose characters other than space "
+                "and '>'"
+            )
+
+    def answer(self, text: str) -> str:
+        return text
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, str, str]:
+        length = int(rng.integers(self.shortest, self.length + 1))
+        text = "".join(self.alphabet[i] for i in rng.integers(0, len(self.alphabet), length))
+        return f"{text}>", self.answer(text), f"length {length}"
+
+    def score(self, completion: Completion) -> Reward:
+        reward = super().score(completion)
+        if not self.partial or reward.success:
+            return reward
+        said, answer = answer_of(completion.text), completion.problem.answer
+        hits = sum(a == b for a, b in zip(said, answer, strict=False))
+        return dataclasses.replace(reward, value=hits / max(len(said), len(answer)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reverse(Copy):
+    """`abc>` is answered by `cba`. Options as of `copy`."""
+
+    word: ClassVar[str] = "reverse"
+
+    def answer(self, text: str) -> str:
+        return text[::-1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sort(Copy):
+    """`cab>` is answered by `abc`. Options as of `copy`."""
+
+    word: ClassVar[str] = "sort"
+
+    def answer(self, text: str) -> str:
+        return "".join(sorted(text))
