@@ -125,6 +125,16 @@ def test_rollouts_of_a_problem_differ_and_come_again():
     assert len(set(texts)) == len(texts)
 
 
+def test_a_problem_that_comes_twice_is_answered_anew():
+    class Same(Vowels):
+        def problem(self, split, index):
+            return super().problem(split, 0)
+
+    rows, _ = collect("plain", task=Same())
+    texts = [tuple(row.tokens) for row in rows]
+    assert len(set(texts)) == len(texts)
+
+
 @pytest.mark.parametrize("name", ["plain", "prefix rank", "weaver", "trigger"])
 def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
     """Rows taken from one reading equal rows that read the prompt themselves."""

@@ -360,9 +360,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     episodes = Episodes.of(rows)
     names = sorted({name for row in rows for name in row.reward.info})
     info = {
-        f"info/{name}": float(
-            np.mean([row.reward.info[name] for row in rows if name in row.reward.info])
-        )
+        f"info/{name}": float(np.mean([row.reward.info.get(name, 0.0) for row in rows]))
         for name in names
     }
     return {

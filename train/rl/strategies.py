@@ -63,12 +63,16 @@ class Row:
 
 
 def _rows(problems: Sequence[Problem], counts: Sequence[int], most: int) -> Iterator[list[Row]]:
-    """All rows, some at a time; a problem's rollouts stand together."""
-    rows = [
-        Row(group, problem, number)
-        for group, (problem, count) in enumerate(zip(problems, counts, strict=True))
-        for number in range(count)
-    ]
+    """All rows, some at a time; a problem's rollouts stand together.
+
+    A problem that comes twice goes on counting, so that no two rows have one key.
+    """
+    seen: dict[str, int] = {}
+    rows = []
+    for group, (problem, count) in enumerate(zip(problems, counts, strict=True)):
+        first = seen.get(problem.uid, 0)
+        seen[problem.uid] = first + count
+        rows += [Row(group, problem, first + number) for number in range(count)]
     for start in range(0, len(rows), most):
         yield rows[start : start + most]
 
