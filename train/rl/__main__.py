@@ -7,10 +7,14 @@ from train.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.loop import train
 from train.rl.reinforcing import Reinforcing
+from train.rl.tasks import TASKS, signature
 
 
 def main(config: RLConfig) -> None:
     """Train, and say how to try it."""
+    if config.task == "help":
+        print("\n".join(signature(name) for name in TASKS))
+        return
     work = Reinforcing(config)
     if config.dry_run:
         print(work.describe())

@@ -56,7 +56,7 @@ class RLConfig(LoopConfig):
         weights: what to start from: a run folder, "smollm2", a Hugging Face folder, a .gguf file.
         train: `all` parameters, a `lora` adapter, a `weaver` of latent memory, or the `trigger` of
             weights that have a weaver; in the last three the rest is frozen.
-        task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl" (`train.rl.tasks`).
+        task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl"; "help" lists all.
         method: a name from `METHODS`.
         advantage, clip_low, clip_high, aggregate, kl, dual_clip, importance_cap, filter_groups:
             change this in the method.

@@ -1,5 +1,6 @@
 """The learner: rollouts that were credited become optimizer steps."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,11 +27,10 @@ class Learner:
         config: of the method, minibatches and so on.
         trainable: of a `Tuned`.
         how: of the sampler.
-        reference: weights that the KL of the method holds on to; None where it has none.
     """
 
-    def __init__(self, config: RLConfig, trainable: Trainable, how: Sampling, reference: Any):
-        self._config, self._trainable, self._reference = config, trainable, reference
+    def __init__(self, config: RLConfig, trainable: Trainable, how: Sampling):
+        self._config, self._trainable = config, trainable
         self._loss = config.recipe.loss
         self._how = how
         mesh = trainable.mesh
@@ -70,21 +70,23 @@ class Learner:
         return np.concatenate(parts)
 
     def update(
-        self, state: TrainState, rows: Rows, rng: np.random.Generator
+        self, state: TrainState, rows: Rows, rng: np.random.Generator, reference: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
         """All epochs and minibatches; the state is donated.
 
         Args:
             rows: their number divides by the minibatches.
             rng: shuffles rows.
+            reference: trained parameters that a KL holds on to, beside the same frozen ones.
 
         Returns:
             the state, and the metrics of `make_train_step`: sums of all minibatches, and the last
             one's learning rate.
         """
         rows = dict(rows)
-        if self._reference is not None:
-            rows["reference"] = self.score(self._reference, rows)
+        if reference is not None:
+            weights = dataclasses.replace(state, params=reference).weights
+            rows["reference"] = self.score(weights, rows)
         # In the first optimizer step nothing has moved: what was is what is.
         several = self._config.updates > 1
         rows["old"] = self.score(state.weights, rows) if several else np.zeros_like(rows["sampler"])

@@ -34,6 +34,7 @@ from train.tuned import with_weaver_of
 from train.tuning import TRAINED, Tuned
 
 FEW = 32  # problems of an endless task that a run is known by
+ENDLESS = 256  # of its held-out problems that are scored if all are asked for
 
 
 @dataclasses.dataclass
@@ -129,8 +130,9 @@ class Reinforcing:
         # What the frozen weights are, so that a run goes on beside the same ones.
         holds_on = self.keeps_frozen and not config.recipe.loss.kl
         self._base = None if holds_on else checksum(self.writer.memgen or model)
-        self.learner = Learner(config, self.trainable, self.sampling(), self._reference())
+        self.learner = Learner(config, self.trainable, self.sampling())
         self.progressed = Progressed()
+        self._began: Any = None
 
     def _memory(self) -> tuple[MemGenConfig, np.ndarray | None]:
         """The config of latent memory, and where it may be written."""
@@ -196,9 +198,6 @@ class Reinforcing:
             tuned.memgen = nnx.data(with_weaver_of(self.writer.memgen, tuned.memgen))
         return self.trainable.start(jax.tree.map(lambda leaf: leaf.copy(), nnx.state(tuned)))
 
-    def _reference(self) -> Any:
-        return self.first_state().weights if self.config.recipe.loss.kl else None
-
     @property
     def meta(self) -> dict[str, Any]:
         """What a checkpoint holds besides arrays."""
@@ -222,13 +221,11 @@ class Reinforcing:
         return Sampler(policy, self.sampling(greedy), self.config.max_rows, self.trainable.mesh)
 
     def problems(self, split: Split, start: int, count: int) -> list[Problem]:
-        """`count` problems from a position on; a list of training problems is shuffled anew each
-        time it is gone through."""
+        """`count` problems from a position on; a list of them is shuffled anew each time it is
+        gone through."""
         size = self.task.sizes[split]
         if size is None:
             return [self.task.problem(split, start + offset) for offset in range(count)]
-        if split == "test":
-            return [self.task.problem(split, index) for index in range(min(count, size))]
         found = []
         for place in range(start, start + count):
             epoch, index = divmod(place, size)
@@ -285,7 +282,7 @@ class Reinforcing:
                 collected.trajectories, advantages, self._multiple, self._events_of_a_row()
             )
             rng = np.random.default_rng([config.seed, step])
-            state, learned = self.learner.update(state, rows, rng)
+            state, learned = self.learner.update(state, rows, rng, self._reference())
             metrics |= learning_metrics(learned)
         else:  # the step counts, and changes nothing
             moved = state.step + config.updates
@@ -300,6 +297,12 @@ class Reinforcing:
         }
         return state, metrics, collected
 
+    def _reference(self) -> Any:
+        """Trained parameters as they began, where the method's KL holds on to them."""
+        if self.config.recipe.loss.kl and self._began is None:
+            self._began = self.first_state().params
+        return self._began
+
     def _events_of_a_row(self) -> int:
         if self.config.train in ("all", "lora"):
             return 0
@@ -308,7 +311,9 @@ class Reinforcing:
 
     def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
         """Held-out problems, one response or episode each, the most probable tokens."""
-        problems = self.problems("test", 0, self.config.evaluation.rows or 256)
+        size, wanted = self.task.sizes["test"], self.config.evaluation.rows
+        count = min(wanted or size or ENDLESS, size or wanted or ENDLESS)
+        problems = self.problems("test", 0, count)
         rows = self._strategy.collect(
             self.sampler(weights, greedy=True), self.task, problems, [1] * len(problems),
             (self.config.seed, 1),
