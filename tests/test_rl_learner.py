@@ -182,6 +182,20 @@ def test_credit_of_turns_is_by_return():
     assert found[True].keys() == found[False].keys()
 
 
+def test_a_strategy_may_bring_its_own_advantages():
+    """Token by token, beside rows that are credited as usual."""
+    reinforcing, _, rows = rollouts()
+    own = np.arange(len(rows[1].tokens)) / 7
+    mixed = [dataclasses.replace(rows[1], advantages=own) if i == 1 else r
+             for i, r in enumerate(rows)]  # fmt: skip
+    usual = credit(rows, Episodes.of(rows), reinforcing.config)
+    found = credit(mixed, Episodes.of(mixed), reinforcing.config)
+    np.testing.assert_array_equal(found[1], own)
+    np.testing.assert_array_equal(found[0], usual[0])
+    arrays = make_rows(mixed, found)
+    np.testing.assert_allclose(arrays["advantages"][1, : len(own)], own, rtol=1e-6)
+
+
 def test_episodes_count_once_in_their_group():
     """GRPO of episodes whose turns are rows: statistics are of episodes, not of rows."""
     reinforcing = work(task=Echo(), carry=False, train="all")

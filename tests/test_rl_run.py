@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from train.config import EvalConfig
 from train.load import Writer, load_model
 from train.metrics import read_metrics
 from train.optim import OptimizerConfig
+from train.rl.allocators import Uniform
 from train.rl.config import RLConfig
 from train.rl.loop import train
 from train.rl.penalties import InvocationPenalty
@@ -47,9 +49,15 @@ def config(out: Path, **changes) -> RLConfig:
     return dataclasses.replace(base, **changes)
 
 
-def work(out: Path, task=None, start: Writer | None = None, **changes) -> Reinforcing:
+def work(
+    out: Path, task=None, start: Writer | None = None, allocator=None, **changes
+) -> Reinforcing:
     return Reinforcing(
-        config(out, **changes), start or writer(), task or Vowels(), devices=jax.devices()[:1]
+        config(out, **changes),
+        start or writer(),
+        task or Vowels(),
+        allocator=allocator,
+        devices=jax.devices()[:1],
     )
 
 
@@ -83,9 +91,41 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+class Favourites(Uniform):
+    """Gives all but two rollouts of each other problem to the first, and counts successes."""
+
+    def __init__(self):
+        self.told = {}
+
+    def plan(self, uids, total):
+        return [total - 2 * (len(uids) - 1)] + [2] * (len(uids) - 1)
+
+    def observe(self, uid, successes):
+        self.told[uid] = [int(success) for success in successes]
+
+    @property
+    def state(self):
+        return self.told
+
+    def restore(self, state):
+        self.told = dict(state)
+
+
+def test_an_allocator_gives_unequal_groups_and_remembers(tmp_path):
+    allocator = Favourites()
+    train(work(tmp_path, allocator=allocator, method="grpo", steps=2))
+    assert sorted(map(len, allocator.told.values())) == [2] * 6 + [10] * 2
+    again = Favourites()
+    train(work(tmp_path, allocator=again, method="grpo", steps=3))
+    assert {uid: again.told[uid] for uid in allocator.told} == allocator.told
+    assert len(again.told) == 12
+
+
 def test_what_a_run_writes_down(tmp_path):
     reinforcing = work(tmp_path, method="grpo", train="all")
     found = train(reinforcing)
+    update: Any = reinforcing.learner._step
+    assert update._cache_size() == 1, "four steps of one shape: one program"
     lines = read_metrics(tmp_path)
     steps = [line for line in lines if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
