@@ -5,33 +5,25 @@ import functools
 from typing import Any
 
 import jax
+import memgen_tiny
 import numpy as np
 from flax import nnx
 
-from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
-from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, Threshold
+from memgen import MemGenConfig, TriggerConfig, WeaverConfig
+from thoughtbubbles import PrefixRank, Thoughtbubbles, Threshold
 from train.data import ByteTokenizer
 from train.load import Writer
 from train.rl.protocols import Problem, Reward, Turn
 from train.rl.sampler import Sampling
 from train.tuning import Tuned
 
-PLAIN = ModelConfig(
-    vocab_size=ByteTokenizer.vocab_size,
-    embed_dim=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_dim=48,
-    tied_head=False,
-)
-FORKS: dict[str, Any] = {"num_layers": 3, "fork_layers": (1, 2), "merge": "residual"}
+PLAIN = dataclasses.replace(memgen_tiny.PLAIN, vocab_size=ByteTokenizer.vocab_size)
 MODELS = {
     "plain": PLAIN,
-    "rank": dataclasses.replace(PLAIN, **FORKS, policy=PrefixRank(2.0)),
-    "threshold": dataclasses.replace(PLAIN, **FORKS, policy=Threshold(2.0)),
+    "rank": dataclasses.replace(PLAIN, **memgen_tiny.FORKS, policy=PrefixRank(2.0)),
+    "threshold": dataclasses.replace(PLAIN, **memgen_tiny.FORKS, policy=Threshold(2.0)),
 }
-LORA = LoRAConfig(rank=4, alpha=8.0)
+LORA = memgen_tiny.LORA
 MEMGEN = MemGenConfig(
     WeaverConfig(3, 2, lora=LORA), TriggerConfig("tokens", lora=LORA), max_inference_events=2
 )
