@@ -21,7 +21,8 @@ def token_log_probs(
 ) -> jax.Array:
     """Log-probabilities `[B, L]` float32 of targets, 0 where they are not wanted.
 
-    The vocabulary is met `chunk` places at a time, and not at all where none of them is wanted.
+    The vocabulary is met `chunk` places at a time, fewer where there are more than 32 rows, and
+    not at all where none of them is wanted.
 
     Args:
         hidden: `[B, L, D]`, what predicts each target.
@@ -31,7 +32,7 @@ def token_log_probs(
         choices: only ids below it can be chosen; all if not given.
     """
     batch, length = targets.shape
-    chunk = min(chunk, length)
+    chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
     parts = -(-length // chunk)
     fill = ((0, 0), (0, parts * chunk - length))
 

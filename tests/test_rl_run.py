@@ -16,6 +16,7 @@ from memgen import TriggerParam, WeaverParam, trained_params
 from train.checkpoint import load_params
 from train.config import EvalConfig
 from train.load import Writer, load_model
+from train.loop import NonFiniteLoss
 from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.rl.allocators import Uniform
@@ -69,10 +70,10 @@ def numbers(out: Path) -> list[dict]:
     ]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "weaver"])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, kind):
     """Metrics and parameters bit for bit; what is dropped by filtering, KL and shuffling too."""
-    whole = work(tmp_path / "whole")
-    held_out = train(whole)
+    held_out = train(work(tmp_path / "whole", train=kind))
 
     class Dies(Vowels):
         def score(self, completion):
@@ -83,8 +84,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
     marks = [line["groups"] for line in numbers(tmp_path / "whole") if "groups" in line]
     limit = sum(marks[:3]) - 1  # the last batch of problems of step 3
     with pytest.raises(KeyboardInterrupt):
-        train(work(tmp_path / "killed", Dies()))
-    again = train(work(tmp_path / "killed"))
+        train(work(tmp_path / "killed", Dies(), train=kind))
+    again = train(work(tmp_path / "killed", train=kind))
+    assert train(work(tmp_path / "killed", train=kind)) == again  # it is over: nothing is written
     assert again == held_out
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
     ours, theirs = (load_params(tmp_path / name)[1] for name in ("killed", "whole"))
@@ -166,6 +168,12 @@ def test_two_stages_of_memgen(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
     moved = trained_params(both.memgen)["trigger"]
     assert np.abs(moved["kernel"]).max() > 0
+    starts["both"] = both
+    third = work(tmp_path / "more", start=both, train="trigger", weights="both", steps=1)
+    begins = nnx.to_pure_dict(third.first_state().params)["memgen"]["trigger"]
+    np.testing.assert_array_equal(begins["kernel"], moved["kernel"])
+    with pytest.raises(ValueError, match="would drop the trigger of both"):
+        work(tmp_path / "more", start=both, train="weaver", weights="both")
     saved = load_params(tmp_path / "trigger")[1]
     assert set(saved["memgen"]) == {"trigger"}
     assert nnx.state(both.memgen, TriggerParam)
@@ -177,11 +185,17 @@ def test_two_stages_of_memgen(tmp_path, monkeypatch):
         ({"rollouts": 1}, "rollouts=1: grpo compares rollouts of one problem: choose 2 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: choose 1 or more"),
         ({"temperature": 0.0}, "all rollouts of a problem would be equal"),
+        ({"temperature": math.inf}, "temperature=inf: choose a number above 0"),
         ({"overlong_buffer": 9}, "overlong_buffer=9 is more than max_new_tokens=4"),
         ({"gamma": 0.0}, "gamma=0.0: choose more than 0"),
         ({"minibatches": 0}, "minibatches=0: choose 1 or more"),
         ({"clip_low": -1.0}, "clip_low"),
         ({"train": "trigger"}, "needs weights with a weaver"),
+        ({"gamma": 0.9}, "gamma=0.9 is of rebn, the advantage is grpo"),
+        ({"advantage_clip": -1.0}, "advantage_clip=-1.0: choose more than 0"),
+        ({"method": "rebn", "overlong_buffer": 2}, "know no penalty.weight and no overlong_buffer"),
+        ({"train": "trigger", "importance_cap": 2.0}, "importance_cap is of tokens"),
+        ({"advantage": "rebn", "rollouts": 1}, "filter_groups keeps no group of rollouts=1"),
         ({"penalty": InvocationPenalty(0.1)}, "penalty.weight=0.1 is of a trigger, train='lora'"),
     ],
     ids=str,
@@ -190,6 +204,34 @@ def test_mistakes_in_a_config_are_one_line(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words) as error:
         work(tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_a_policy_that_diverges_ends_the_run(tmp_path):
+    """Not as a success: all rollouts of NaN agree, which filtering would take for a reason."""
+    wild = OptimizerConfig(learning_rate=1e30, weight_decay=0.0, warmup=0.0)
+    with pytest.raises(NonFiniteLoss, match="stopped; .*the last checkpoint is untouched"):
+        train(work(tmp_path, optimizer=wild, train="all", method="grpo", kl=0.0))
+
+
+def test_the_standard_error_knows_that_problems_repeat(tmp_path):
+    class Few(Vowels):
+        def problem(self, split, index):
+            return super().problem(split, index % 4)
+
+    reinforcing = work(tmp_path, Few(), evaluation=EvalConfig(rows=32))
+    found, rows = reinforcing.evaluate(reinforcing.first_state().weights)
+    assert len({row.problem.uid for row in rows}) == 4
+    rate = found["success"]
+    np.testing.assert_allclose(found["standard_error"], np.sqrt(rate * (1 - rate) / 4))
+
+
+def test_an_allocator_that_plans_too_much_is_one_line(tmp_path):
+    class Spends(Uniform):
+        def plan(self, uids, total):
+            return [total] * len(uids)
+
+    with pytest.raises(ValueError, match="Spends.plan gave 64 rollouts to 4 problems, the budget"):
+        train(work(tmp_path, allocator=Spends()))
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rl_tiny import Echo, Vowels, sampling, tuned, writer
+from flax import nnx
+from rl_tiny import (
+    BOUNDARY,
+    LORA,
+    MEMGEN,
+    MODELS,
+    Echo,
+    Vowels,
+    filled,
+    sampling,
+    tuned,
+    writer,
+)
 
 import memgen
-from memgen import decoding
+from memgen import TriggerConfig, decoding
+from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
 from train.mesh import MeshConfig, make_mesh
 from train.rl.policy import decision_scores, sampler_of, token_scores
@@ -115,6 +128,37 @@ def test_a_row_depends_on_no_other(name):
         np.testing.assert_array_equal(row.tokens, other.tokens)
         np.testing.assert_array_equal(row.decisions, other.decisions)
         np.testing.assert_allclose(row.log_probs, other.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "weaver", "carry"),
+    [
+        ("stream", "plain", {}, True),
+        ("reasoner_hidden", "rank", {"context": "hidden"}, True),
+        ("tokens", "plain", {"latents_see_latents": False}, False),
+    ],
+)
+def test_decisions_of_every_kind_of_trigger_are_replayed(source, model, weaver, carry):
+    """A decision that was the likelier one is the likelier one when it is scored."""
+    config = dataclasses.replace(
+        MEMGEN,
+        weaver=dataclasses.replace(MEMGEN.weaver, **weaver),
+        trigger=TriggerConfig(source, lora=LORA),
+    )
+    decoder = Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0))
+    policy = filled(
+        Tuned(decoder, "trigger", lora=LORA, memgen=config, boundary=BOUNDARY, rngs=nnx.Rngs(1))
+    )
+    how = sampling(memory=memgen.LearnedInvoke(), stop=tuple(range(0, 257, 40)))
+    sampler = Sampler(sampler_of(policy), how, 64, MESH)
+    problems = [Echo().problem("train", index) for index in range(6)]
+    rows = Turns(SPEECH, 8, 3, 8, carry).collect(sampler, Echo(), problems, [2] * 6, (7, 1))
+    arrays = make_rows(rows, [np.zeros(len(row.tokens)) for row in rows], 1, 9)
+    placed = {key: jnp.asarray(value) for key, value in arrays.items()}
+    score = jax.jit(lambda policy, rows: decision_scores(policy, rows, 1.0))
+    asked = arrays["decisions"] >= 0
+    assert asked.sum() > 20 and {0, 1} <= set(arrays["decisions"][asked])
+    assert np.asarray(score(policy, placed))[asked].min() > np.log(0.5) - 1e-4
 
 
 def test_rollouts_of_a_problem_differ_and_come_again():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from train.rl.protocols import Completion, Problem, Reward, Turn
-from train.rl.tasks import checked_turn, format_bonus, make_task, safe_score, ternary
+from train.rl.tasks import format_bonus, make_task, safe_score, safe_step, ternary
 from train.rl.tasks.gsm8k import final_number
 
 GENERATED = ("arithmetic", "arithmetic(digits=1, operators='+-*')", "chain_sum", "copy",
@@ -267,6 +267,18 @@ def test_bad_lines_are_named(tmp_path, line):
     assert "\n" not in str(error.value)
 
 
+class Steps:
+    """An environment whose turns are always one thing; None for a step that raises."""
+
+    name = "scored"
+
+    def __init__(self, turn):
+        self.turn = turn
+
+    def step(self, state, action):
+        return {"turn": self.turn}["turn" if self.turn is not None else "missing"]
+
+
 class Scored:
     name = "scored"
 
@@ -284,18 +296,25 @@ def test_rewards_are_checked():
     assert safe_score(task, done).value == -1
     values: tuple[Any, ...] = (float("nan"), float("inf"), "one", None)
     for value in values:
-        message = f"task scored gave problem uid7 the reward {value}"
+        message = f"task scored gave problem uid7 the reward {value!r}"
         with pytest.raises(ValueError, match=message):
             safe_score(Scored(lambda c, value=value: Reward(value, False)), done)
         with pytest.raises(ValueError, match=message):
-            checked_turn(Scored(None), done.problem, Turn(0, "", value, True))
+            safe_step(Steps(Turn(0, "", value, True)), done.problem, 0, done)
+        with pytest.raises(ValueError, match=message):
+            safe_score(Scored(lambda c, value=value: Reward(1.0, True, {"a": value})), done)
     for score in (lambda c: None, lambda c: 1.0):
         with pytest.raises(ValueError, match="task scored gave no reward for problem uid7"):
             safe_score(Scored(score), done)
     with pytest.raises(ValueError, match="task scored has no reward"):
         safe_score(Scored(None), done)
     with pytest.raises(ValueError, match="gave no reward"):
-        checked_turn(Scored(None), done.problem, (1, 2))
+        safe_step(Steps((1, 2)), done.problem, 0, done)
+    with pytest.raises(ValueError, match="finite numbers"):
+        safe_score(Scored(lambda c: Reward(1.0, True, {"note": "text"})), done)  # pyright: ignore
+    failed = safe_step(Steps(None), done.problem, 7, done)
+    assert (failed.state, failed.reward, failed.terminated, failed.success) == (7, 0.0, True, False)
+    assert failed.info == {"scorer_errors": 1.0}
 
 
 def test_shaping():

@@ -1,7 +1,8 @@
 """Speed side by side with the plain decoder of the same size: python -m train.benchmark [WHAT].
 
 WHAT is `step` (training, the default), `selection` (what choosing streams costs in a forward pass),
-`decode` (cached decoding against recomputation) or `memgen` (what weaving costs).
+`decode` (cached decoding against recomputation), `memgen` (what weaving costs) or `rl` (rollouts,
+updates, and what it saves that a prompt is read once).
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank
-from train import benchmark_decoding, benchmark_memgen, benchmark_selection
+from train import benchmark_decoding, benchmark_memgen, benchmark_rl, benchmark_selection
 from train.command import run_command
 from train.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
@@ -137,6 +138,7 @@ COMMANDS = {
     "step": (main, Benchmark),
     "selection": (benchmark_selection.main, benchmark_selection.SelectionBenchmark),
     "memgen": (benchmark_memgen.main, benchmark_memgen.MemGenBenchmark),
+    "rl": (benchmark_rl.main, benchmark_rl.RLBenchmark),
     "decode": (benchmark_decoding.main, benchmark_decoding.DecodeBenchmark),
 }
 

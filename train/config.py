@@ -199,10 +199,10 @@ def model_from_json(fields: dict[str, Any]) -> ModelConfig:
 # What must stay equal when a run is continued. Of the rest, changes of NOTED are told: steps move
 # the schedule, the others the order of float additions.
 FIXED = (
-    "model", "init", "weights", "train", "lora", "memgen", "boundaries", "data", "optimizer",
-    "batch_size", "seed",
+    "train", "task", "method", "weights", "model", "init", "lora", "memgen", "boundaries", "data",
+    "optimizer", "batch_size", "seed",
     # of reinforcement learning
-    "task", "method", "advantage", "clip_low", "clip_high", "dual_clip", "aggregate", "kl",
+    "advantage", "clip_low", "clip_high", "dual_clip", "aggregate", "kl",
     "importance_cap", "filter_groups", "rollouts", "minibatches", "epochs", "max_new_tokens",
     "temperature", "chat", "max_batches", "advantage_clip", "gamma", "overlong_buffer",
     "overlong_penalty", "max_turns", "max_observation", "carry", "penalty", "trigger",

@@ -12,6 +12,7 @@ from memgen import (
     MemGen,
     MemGenConfig,
     TriggerConfig,
+    TriggerParam,
     WeaverConfig,
     WeaverParam,
     load_params,
@@ -51,8 +52,8 @@ def tuned_model(
     boundary = boundaries_for(writer, config["train"], config["boundaries"])
     if woven is not None:
         boundary = np.asarray(woven.boundary[...])
-        trigger = trigger_from_json(config["trigger"]) if config["train"] == "trigger" else None
-        shape = dataclasses.replace(shape, trigger=trigger)
+        if config["train"] == "trigger" and shape.trigger is None:
+            shape = dataclasses.replace(shape, trigger=trigger_from_json(config["trigger"]))
     tuned = Tuned(
         writer.model,
         config["train"],
@@ -62,7 +63,7 @@ def tuned_model(
         rngs=nnx.Rngs(0),
     )
     if woven is not None and tuned.memgen is not None:
-        tuned.memgen = nnx.data(with_weaver_of(woven, tuned.memgen))
+        tuned.memgen = nnx.data(trained_before(woven, tuned.memgen))
     tuned = load_params(tuned, params, TRAINED[tuned.method])
     if tuned.adapter is None:
         return writer.model, tuned.memgen
@@ -70,10 +71,10 @@ def tuned_model(
     return tuned.backbone.merged(deltas), None
 
 
-def with_weaver_of(woven: MemGen, around: MemGen) -> MemGen:
-    """`around` with the weaver that was trained in `woven`."""
-    weaver = nnx.to_pure_dict(nnx.state(woven, WeaverParam))
-    return load_params(around, weaver, WeaverParam)
+def trained_before(woven: MemGen, around: MemGen) -> MemGen:
+    """`around` with what was trained in `woven`: a weaver, and a trigger if it has one."""
+    kind = WeaverParam if woven.trigger is None else nnx.Any(WeaverParam, TriggerParam)
+    return load_params(around, nnx.to_pure_dict(nnx.state(woven, kind)), kind)
 
 
 def lora_from_json(fields: Any) -> LoRAConfig:

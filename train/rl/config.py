@@ -1,6 +1,7 @@
 """RLConfig: everything that defines a run of reinforcement learning, and methods by name."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
@@ -58,8 +59,16 @@ class RLConfig(LoopConfig):
             weights that have a weaver; in the last three the rest is frozen.
         task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl"; "help" lists all.
         method: a name from `METHODS`.
-        advantage, clip_low, clip_high, aggregate, kl, dual_clip, importance_cap, filter_groups:
-            change this in the method.
+        advantage: in place of the method's (`train.rl.advantages`).
+        clip_low: in place of the method's; and so the next ones.
+        clip_high: of a ratio, above 1.
+        dual_clip: bound on the loss where the advantage is negative, above 1.
+        aggregate: of tokens: mean of rows' means, mean of all, or a sum by a constant.
+        kl: weight of the divergence from the weights that the run began with.
+        importance_cap: weigh tokens by what the trainer's old probability is to the sampler's.
+        filter_groups: leave out problems whose rollouts all succeed or all fail.
+        steps: each draws problems, samples rollouts and learns from them.
+        seed: of new parameters, problems and rollouts.
         batch_size: problems of a step.
         rollouts: of each problem.
         minibatches: optimizer steps on the rollouts of a step.
@@ -72,9 +81,12 @@ class RLConfig(LoopConfig):
         gamma: discount of later turns (`rebn`).
         overlong_buffer: a response pays for the tokens that reach into the last so many before
             `max_new_tokens`, up to `overlong_penalty` (DAPO).
-        max_turns, max_observation, carry: of environments (`train.rl.strategies.Turns`).
+        max_turns: after which an episode of an environment is cut.
+        max_observation: tokens of an observation that are read.
+        carry: go on in one row from turn to turn, with the latents so far; else each turn begins
+            anew with the text so far. None: unless there is latent memory, or `chat`.
         penalty: on invocations of the trigger.
-        lora: of `lora`.
+        lora: of `lora`. Dropout of adapters is never applied here: what was sampled is replayed.
         memgen: of `weaver`, where the weights have none; `trigger` of `trigger`.
         boundaries: after which tokens memory may be written.
         max_rows: rollouts that are generated at a time.
@@ -107,7 +119,7 @@ class RLConfig(LoopConfig):
     overlong_penalty: float = 1.0
     max_turns: int = 8
     max_observation: int = 64
-    carry: bool = True
+    carry: bool | None = None
     penalty: InvocationPenalty = InvocationPenalty()
     lora: LoRAConfig = LoRAConfig()
     memgen: MemGenConfig = MemGenConfig(WeaverConfig())
@@ -134,10 +146,11 @@ class RLConfig(LoopConfig):
                 f"rollouts={self.rollouts}: {recipe.advantage} compares rollouts of one problem: "
                 "choose 2 or more"
             )
-        if not self.temperature > 0 and self.train != "trigger":
+        greedy = self.temperature == 0 and self.train == "trigger"
+        if not (greedy or 0 < self.temperature < math.inf):
             raise ValueError(
-                f"temperature={self.temperature}: all rollouts of a problem would be equal: choose "
-                "more than 0"
+                f"temperature={self.temperature}: choose a number above 0 (at 0 all rollouts of a "
+                "problem would be equal, unless a trigger is sampled)"
             )
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError(
@@ -146,6 +159,27 @@ class RLConfig(LoopConfig):
             )
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma}: choose more than 0 and at most 1")
+        if recipe.advantage == "rebn" and (self.penalty.weight or self.overlong_buffer):
+            raise ValueError(
+                "rebn goes by the rewards of turns, which know no penalty.weight and no "
+                "overlong_buffer: leave them out, or choose another advantage"
+            )
+        if recipe.advantage != "rebn" and self.gamma != 1:
+            raise ValueError(
+                f"gamma={self.gamma} is of rebn, the advantage is {recipe.advantage}: leave it out"
+            )
+        if recipe.loss.importance_cap is not None and self.train == "trigger":
+            raise ValueError(
+                "importance_cap is of tokens, train='trigger' learns decisions: leave it out"
+            )
+        if self.advantage_clip is not None and not self.advantage_clip > 0:
+            raise ValueError(f"advantage_clip={self.advantage_clip}: choose more than 0")
+        if recipe.filter_groups and self.rollouts < 2:
+            raise ValueError(
+                f"filter_groups keeps no group of rollouts={self.rollouts}: choose 2 or more"
+            )
+        if self.overlong_penalty < 0:
+            raise ValueError(f"overlong_penalty={self.overlong_penalty}: choose 0 or more")
         if self.penalty.weight and self.train != "trigger":
             raise ValueError(
                 f"penalty.weight={self.penalty.weight} is of a trigger, train={self.train!r} "
@@ -163,6 +197,13 @@ class RLConfig(LoopConfig):
             dataclasses.replace(base.loss, **changes),
             base.filter_groups if self.filter_groups is None else self.filter_groups,
         )
+
+    @property
+    def carries(self) -> bool:
+        """`carry`, or what None stands for."""
+        if self.carry is None:
+            return self.train in ("all", "lora") and not self.chat
+        return self.carry
 
     @property
     def updates(self) -> int:

@@ -27,10 +27,11 @@ class Learner:
         config: of the method, minibatches and so on.
         trainable: of a `Tuned`.
         how: of the sampler.
+        max_length: tokens that the policy can write in a row.
     """
 
-    def __init__(self, config: RLConfig, trainable: Trainable, how: Sampling):
-        self._config, self._trainable = config, trainable
+    def __init__(self, config: RLConfig, trainable: Trainable, how: Sampling, max_length: int):
+        self._config, self._trainable, self._max_length = config, trainable, max_length
         self._loss = config.recipe.loss
         self._how = how
         mesh = trainable.mesh
@@ -55,17 +56,19 @@ class Learner:
             rows["advantages"],
             acted(tuned, rows),
             valid=rows["valid"],
-            max_length=self._config.max_new_tokens,
+            weight=rows["weight"],
+            max_length=self._max_length,
             reference=rows.get("reference"),
             sampler=rows["sampler"] if self._loss.importance_cap is not None else None,
         )
 
     def score(self, weights: Any, rows: Rows) -> np.ndarray:
-        """Log-probabilities `[K, L]` float32 of what is trained, a minibatch of rows at a time."""
-        size = len(rows["valid"]) // self._config.minibatches
+        """Log-probabilities `[K, L]` float32 of what is trained, part by part of a minibatch."""
+        size = len(rows["valid"]) // (self._config.minibatches * self._config.accumulate)
         parts = []
+        read = [name for name in rows if name not in ("old", "reference")]  # one program
         for start in range(0, len(rows["valid"]), size):
-            part = {name: rows[name][start : start + size] for name in rows}
+            part = {name: rows[name][start : start + size] for name in read}
             parts.append(jax.device_get(self._score(weights, self._placed(part))))
         return np.concatenate(parts)
 
@@ -95,6 +98,8 @@ class Learner:
             for number, index in enumerate(_shuffled(rows["valid"], self._config.minibatches, rng)):
                 part = {name: values[index] for name, values in rows.items()}
                 part["first"] = np.full(len(index), epoch == 0 and number == 0)
+                if not part["valid"].any():  # momentum alone would move parameters
+                    continue
                 state, metrics = self._step(state, self._placed(part))
                 found.append(metrics)
         found = jax.device_get(found)

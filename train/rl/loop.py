@@ -4,14 +4,14 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
 from train.checkpoint import Checkpointer, load_meta
-from train.config import as_json
+from train.config import as_json, noted_changes
 from train.instruments import Profiler, memory, not_recorded
 from train.loop import NonFiniteLoss, restore_or_init, stop_signals
 from train.metrics import MetricWriter, Progress
@@ -50,20 +50,24 @@ def train(work: Reinforcing) -> dict[str, float]:
         state = restore_or_init(checkpointer, work)
         if saved:
             work.restore(saved)
-        start = int(state.step) // config.updates
+        start = work.progressed.step
         write_whole(out / "config.json", json.dumps(as_json(config), indent=2) + "\n")
-        writer = stack.enter_context(MetricWriter(out, resume_step=start))
+        writer = stack.enter_context(MetricWriter(out, resume_step=start or -1))
         progress = stack.enter_context(Progress(config.steps, start))
         progress.write(work.describe())
+        for change in noted_changes(saved, work.meta) if saved else ():
+            progress.write(f"not the run that was begun: {change}")
         if line := not_recorded(config.profile, start, config.steps):
             progress.write(line)
         interrupted = stack.enter_context(stop_signals())
         profiler = Profiler(config.profile, out / "profile")
         stack.enter_context(profiler)
 
-        def evaluate(step: int) -> dict[str, float]:
-            found, rows = work.evaluate(state.weights)
-            writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+        def evaluate(step: int, known: bool = False) -> dict[str, float]:
+            with finite(step):
+                found, rows = work.evaluate(state.weights)
+            if not known:
+                writer.write(step, {f"eval/{name}": value for name, value in found.items()})
             progress.write(f"step {step}: {readable_evaluation(found)}")
             for line in examples(rows, config.examples):
                 progress.write(line)
@@ -73,13 +77,15 @@ def train(work: Reinforcing) -> dict[str, float]:
         clock = time.monotonic()
         spent = {"rollout_seconds": 0.0, "update_seconds": 0.0}
         for step in range(start + 1, config.steps + 1):
-            with profiler.step(step):
+            with profiler.step(step), finite(step):
                 state, metrics, collected = work.step(state)
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
             if bad:
+                where = save_rollouts(out, step, metrics, collected)
                 raise NonFiniteLoss(
-                    f"step {step}: {bad[0]} is {metrics[bad[0]]}: stopped; the last checkpoint is "
-                    "untouched; lower optimizer.learning_rate, or look at the reward"
+                    f"step {step}: {bad[0]} is {metrics[bad[0]]}: stopped; its rollouts and "
+                    f"metrics are in {where}, the last checkpoint is untouched; look at the "
+                    "rollouts, or lower optimizer.learning_rate"
                 )
             for name in spent:
                 spent[name] += metrics[name]
@@ -103,9 +109,35 @@ def train(work: Reinforcing) -> dict[str, float]:
                 progress.write(f"stopped at step {step} and saved it in {out}: run again to go on")
                 break
         if start >= config.steps:
-            held_out = evaluate(start)
+            held_out = evaluate(start, known=True)
         progress.write(readable_time(spent, time.monotonic() - clock))
     return held_out
+
+
+@contextlib.contextmanager
+def finite(step: int) -> Iterator[None]:
+    """A policy that has diverged ends the run."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise NonFiniteLoss(
+            f"step {step}: {error}: stopped; the last checkpoint is untouched; lower "
+            "optimizer.learning_rate"
+        ) from error
+
+
+def save_rollouts(out: Path, step: int, metrics: dict[str, float], collected: Collected) -> Path:
+    """Keep the texts, rewards and metrics of a step that went wrong."""
+    folder = out / f"nonfinite-step-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {name: str(value) for name, value in metrics.items()}
+    (folder / "metrics.json").write_text(json.dumps(shown, indent=2))
+    lines = [
+        {"prompt": row.problem.prompt, "texts": row.texts, "reward": str(row.reward.value)}
+        for row in collected.trajectories
+    ]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
 def readable_step(step: int, metrics: dict[str, float], collected: Collected) -> str:

@@ -18,6 +18,7 @@ from train.config import as_json
 from train.finetuning import boundaries_for, checksum
 from train.load import Writer, load_writer, tokenizer_meta
 from train.mesh import BATCH_AXES, make_mesh
+from train.plan import resolved
 from train.rl.advantages import informative
 from train.rl.allocators import Uniform
 from train.rl.config import RLConfig
@@ -30,7 +31,7 @@ from train.rl.sampler import Sampler, Sampling
 from train.rl.strategies import OneResponse, Speech, Turns
 from train.rl.tasks import make_task
 from train.state import TrainState, make_trainable
-from train.tuned import with_weaver_of
+from train.tuned import trained_before
 from train.tuning import TRAINED, Tuned
 
 FEW = 32  # problems of an endless task that a run is known by
@@ -42,10 +43,13 @@ class Progressed:
     """What a run remembers besides its weights; all of it is in checkpoints.
 
     Attributes:
+        step: steps so far. Optimizer steps are counted in the `TrainState`: a step whose problems
+            are all left out makes none.
         position: problems drawn so far.
         allocator: its state.
     """
 
+    step: int = 0
     position: int = 0
     allocator: Any = None
 
@@ -130,7 +134,8 @@ class Reinforcing:
         # What the frozen weights are, so that a run goes on beside the same ones.
         holds_on = self.keeps_frozen and not config.recipe.loss.kl
         self._base = None if holds_on else checksum(self.writer.memgen or model)
-        self.learner = Learner(config, self.trainable, self.sampling())
+        longest = config.max_new_tokens * self._turns_of_a_row
+        self.learner = Learner(config, self.trainable, self.sampling(), longest)
         self.progressed = Progressed()
         self._began: Any = None
 
@@ -150,8 +155,19 @@ class Reinforcing:
                 "one first (python -m train.sft --train weaver, or --train weaver here)"
             )
         shape = config.memgen if woven is None else woven.config
-        trigger = config.trigger if config.train == "trigger" else None
-        shape = dataclasses.replace(shape, trigger=trigger)
+        if config.train == "trigger":
+            shape = dataclasses.replace(shape, trigger=shape.trigger or config.trigger)
+        elif shape.trigger is not None:
+            whose = "memgen" if woven is None else config.weights
+            raise ValueError(
+                f"train='weaver' would drop the trigger of {whose}: leave it out, or choose "
+                "train='trigger'"
+            )
+        if self.writer.model.config.fork_layers and not shape.weaver.latents_see_latents:
+            raise ValueError(
+                "memgen.weaver.latents_see_latents=False reads rows that are not one text, which a "
+                "model with fork layers can't: leave it True"
+            )
         if woven is not None:
             return shape, np.asarray(woven.boundary[...])
         return shape, boundaries_for(self.writer, config.train, config.boundaries)
@@ -176,7 +192,7 @@ class Reinforcing:
             config.max_new_tokens,
             config.max_turns,
             config.max_observation,
-            config.carry,
+            config.carries,
         )
 
     def sampling(self, greedy: bool = False) -> Sampling:
@@ -193,10 +209,14 @@ class Reinforcing:
 
     def first_state(self) -> TrainState:
         """The weights as they are, and what is new beside them."""
+        return self.trainable.start(self._first_weights())
+
+    def _first_weights(self) -> Any:
+        """In arrays of their own: training overwrites them, and the writer may be used again."""
         tuned = self._around(self.writer.model)
         if self.writer.memgen is not None and tuned.memgen is not None:
-            tuned.memgen = nnx.data(with_weaver_of(self.writer.memgen, tuned.memgen))
-        return self.trainable.start(jax.tree.map(lambda leaf: leaf.copy(), nnx.state(tuned)))
+            tuned.memgen = nnx.data(trained_before(self.writer.memgen, tuned.memgen))
+        return jax.tree.map(lambda leaf: leaf.copy(), nnx.state(tuned))
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -206,6 +226,7 @@ class Reinforcing:
             "data_fingerprint": self._fingerprint,
             "tokenizer": self.writer.tokenizer.to_json(),
             "base": self._base,
+            "resolved": resolved(self.trainable),
             "model": as_json(self.trainable.config),
             "rl": dataclasses.asdict(self.progressed),
             **tokenizer_meta(self.writer.tokenizer),
@@ -243,9 +264,7 @@ class Reinforcing:
         for _ in range(config.max_batches if filtering else 1):
             position = self.progressed.position
             problems = self.problems("train", position, config.batch_size)
-            counts = self._allocator.plan(
-                [problem.uid for problem in problems], config.batch_size * config.rollouts
-            )
+            counts = self._planned([problem.uid for problem in problems])
             rows = self._strategy.collect(
                 sampler, self.task, problems, counts, (config.seed, position)
             )
@@ -262,6 +281,17 @@ class Reinforcing:
                 break
         return Collected(kept, drawn, groups, found)
 
+    def _planned(self, uids: list[str]) -> list[int]:
+        total = self.config.batch_size * self.config.rollouts
+        counts = self._allocator.plan(uids, total)
+        if len(counts) != len(uids) or min(counts) < 0 or sum(counts) != total:
+            raise ValueError(
+                f"{type(self._allocator).__name__}.plan gave {sum(counts)} rollouts to "
+                f"{len(counts)} problems, the budget is {total} for {len(uids)}: plan all of it, "
+                "none below 0"
+            )
+        return list(counts)
+
     def _observe(self, problems: Sequence[Problem], rows: Sequence[Trajectory]) -> None:
         episodes = Episodes.of(rows)
         for group, problem in enumerate(problems):
@@ -272,7 +302,6 @@ class Reinforcing:
     def step(self, state: TrainState) -> tuple[TrainState, dict[str, float], Collected]:
         """Collect, credit, update; metrics by name."""
         config, begin = self.config, time.perf_counter()
-        step = int(state.step) // config.updates
         collected = self.collect(state.weights)
         sampled = time.perf_counter()
         metrics = rollout_metrics(collected)
@@ -281,12 +310,10 @@ class Reinforcing:
             rows = make_rows(
                 collected.trajectories, advantages, self._multiple, self._events_of_a_row()
             )
-            rng = np.random.default_rng([config.seed, step])
+            rng = np.random.default_rng([config.seed, self.progressed.step])
             state, learned = self.learner.update(state, rows, rng, self._reference())
             metrics |= learning_metrics(learned)
-        else:  # the step counts, and changes nothing
-            moved = state.step + config.updates
-            state = dataclasses.replace(state, step=moved)
+        self.progressed.step += 1
         end = time.perf_counter()
         written = sum(row.written for row in collected.trajectories)
         metrics |= {
@@ -300,14 +327,18 @@ class Reinforcing:
     def _reference(self) -> Any:
         """Trained parameters as they began, where the method's KL holds on to them."""
         if self.config.recipe.loss.kl and self._began is None:
-            self._began = self.first_state().params
+            weights = jax.device_put(self._first_weights(), self.trainable.shardings.weights)
+            self._began = self.trainable.abstract.with_weights(weights).params
         return self._began
+
+    @property
+    def _turns_of_a_row(self) -> int:
+        return self.config.max_turns if self.episodic and self.config.carries else 1
 
     def _events_of_a_row(self) -> int:
         if self.config.train in ("all", "lora"):
             return 0
-        turns = self.config.max_turns if self.episodic and self.config.carry else 1
-        return turns * self.memgen.events
+        return self._turns_of_a_row * self.memgen.events
 
     def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
         """Held-out problems, one response or episode each, the most probable tokens."""
@@ -322,10 +353,10 @@ class Reinforcing:
         rate = float(episodes.success.mean())
         found = {
             "success": rate,
-            "standard_error": float(np.sqrt(rate * (1 - rate) / len(problems))),
+            "standard_error": _standard_error(episodes, rows),
             "reward": float(episodes.reward.mean()),
             "length": float(episodes.length.mean()),
-            **_invocations(rows),
+            **_invocations(rows, len(episodes.rows)),
         }
         return found, rows
 
@@ -364,10 +395,9 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     rows = collected.drawn
     episodes = Episodes.of(rows)
     names = sorted({name for row in rows for name in row.reward.info})
-    info = {
-        f"info/{name}": float(np.mean([row.reward.info.get(name, 0.0) for row in rows]))
-        for name in names
-    }
+    # All rows of an episode have its info.
+    first = [rows[turns[0]].reward.info for turns in episodes.rows]
+    info = {f"info/{name}": float(np.mean([i.get(name, 0.0) for i in first])) for name in names}
     return {
         "reward": float(episodes.reward.mean()),
         "success": float(episodes.success.mean()),
@@ -377,18 +407,26 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "groups": collected.groups,
         "kept": collected.kept,
         "rollouts": len(episodes.rows),
-        **_invocations(rows),
+        **_invocations(rows, len(episodes.rows)),
         **info,
     }
 
 
-def _invocations(rows: Sequence[Trajectory]) -> dict[str, float]:
-    """Of latent memory: per row, and as a share of what was asked."""
+def _standard_error(episodes: Episodes, rows: Sequence[Trajectory]) -> float:
+    """Of the share of successes; answers to a problem that comes several times are one draw."""
+    uids = [rows[turns[0]].problem.uid for turns in episodes.rows]
+    _, which = np.unique(uids, return_inverse=True)
+    deviation = np.bincount(which, weights=episodes.success - episodes.success.mean())
+    return float(np.sqrt((deviation**2).sum()) / len(uids))
+
+
+def _invocations(rows: Sequence[Trajectory], episodes: int) -> dict[str, float]:
+    """Of latent memory: per episode, and as a share of what was asked."""
     asked = sum(int((row.decisions >= 0).sum()) for row in rows)
     invoked = sum(int((row.decisions == 1).sum()) for row in rows)
     if not asked:
         return {}
-    return {"invocations": invoked / len(rows), "invocation_rate": invoked / asked}
+    return {"invocations": invoked / episodes, "invocation_rate": invoked / asked}
 
 
 def learning_metrics(learned: dict[str, Any]) -> dict[str, float]:

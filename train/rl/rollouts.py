@@ -29,10 +29,11 @@ class Trajectory:
         begins: places of the first token of each response in the row.
         reward: of the row: of its completion, its whole episode, or its turn's return.
         turn_rewards: of all turns of the row's episode.
-        turn: which of them the first response in the row is.
+        episode: number of the episode in its group; its turns may be rows of their own.
+        turn: which of its turns the first response in the row is.
+        weight: the row counts so many times.
         finished: whether an id ended the last response; if not it was cut at the length limit.
         texts: of the responses.
-        episode: number of the episode in its group; its turns may be rows of their own.
         advantages: `[L]` float64 that a strategy gives itself, or None.
         source: who made it.
     """
@@ -48,8 +49,9 @@ class Trajectory:
     finished: bool
     texts: tuple[str, ...]
     turn_rewards: tuple[float, ...]
+    episode: int
     turn: int = 0
-    episode: int = 0
+    weight: float = 1.0
     advantages: np.ndarray | None = None
     source: Literal["policy", "replay", "tree"] = "policy"
 
@@ -79,8 +81,8 @@ def make_rows(
 
     Returns:
         `tokens`, `trained`, `decisions` and the sampler's log-probabilities `sampler` `[K, L]`;
-        `advantages [K, L]` float32; `length [K]`; `valid [K]`, False for filler; with `events` the
-        plan, `point` and `kind` `[K, E]` int32.
+        `advantages [K, L]` float32; `length [K]`; `weight [K]`; `valid [K]`, False for filler;
+        with `events` the plan, `point` and `kind` `[K, E]` int32.
     """
     count = bucket(len(trajectories), multiple)
     length = bucket(max(len(row.tokens) for row in trajectories), SHORTEST)
@@ -102,8 +104,10 @@ def make_rows(
         # A filler row is one token long: no program meets an empty row.
         "length": np.array([len(row.tokens) for row in trajectories], np.int32),
         "valid": np.arange(count) < len(trajectories),
+        "weight": np.array([row.weight for row in trajectories], np.float32),
     }
-    rows["length"] = np.pad(rows["length"], (0, count - len(trajectories)), constant_values=1)
+    for name in ("length", "weight"):
+        rows[name] = np.pad(rows[name], (0, count - len(trajectories)), constant_values=1)
     if events:
         rows["decisions"] = wide("decisions", np.int8, -1)
         rows["point"], rows["kind"] = _plans(trajectories, count, events)

@@ -122,6 +122,9 @@ class Conversation:
 
         Args:
             active: `[R]` bool; all if not given.
+
+        Raises:
+            FloatingPointError: logits are NaN.
         """
         sampler, many = self._sampler, self._session.keys.shape[0]
         limit = np.zeros(many, np.int32)
@@ -136,6 +139,8 @@ class Conversation:
             (response.count, response.tokens, response.log_probs, response.decisions)
         )
         count, tokens, log_probs, decisions = (array[: self._rows] for array in arrays)
+        if not np.isfinite(log_probs).all():
+            raise FloatingPointError("the policy's logits are NaN: it has diverged")
         if isinstance(sampler.how.memory, memgen.NeverInvoke):
             decisions = np.full_like(decisions, -1)  # nobody is asked
         rows = zip(count, tokens, log_probs, decisions, strict=True)

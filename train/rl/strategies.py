@@ -13,7 +13,7 @@ from train.load import Writer
 from train.rl.protocols import Completion, Environment, Problem, Reward, Task, Turn
 from train.rl.rollouts import Trajectory
 from train.rl.sampler import Sampled, Sampler, row_keys
-from train.rl.tasks import checked_turn, safe_score
+from train.rl.tasks import safe_score, safe_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Speech:
         """Ids of what is read in the middle of a text, at most `limit` of them."""
         ids = self.writer.tokenizer.encode(text)[0].tolist()
         return ids if len(ids) <= limit else ids[:limit]
+
+    def cut(self, text: str, limit: int) -> str:
+        """What is left of an observation of at most `limit` ids."""
+        ids = self.writer.tokenizer.encode(text)[0].tolist()
+        return text if len(ids) <= limit else self.writer.tokenizer.decode(ids[:limit])
 
     def completion(self, problem: Problem, sampled: Sampled) -> Completion:
         ids = sampled.tokens.tolist()
@@ -209,7 +214,8 @@ class Turns:
                 episode = _Episode(rows[index], prompt, turn)
                 episode.respond(answer, completion)
                 turns[index].append(episode)
-                said[index] += [completion.text, plays[index].act(completion)]
+                seen = self.speech.cut(plays[index].act(completion), self.max_observation)
+                said[index] += [completion.text, seen]
         return [
             episode.trajectory(play.reward, tuple(play.rewards))
             for episodes, play in zip(turns, plays, strict=True)
@@ -229,7 +235,7 @@ class _Play:
 
     def act(self, completion: Completion) -> str:
         """Take a turn; what is to be read then."""
-        turn = checked_turn(self._task, self._problem, self._task.step(self._state, completion))
+        turn = safe_step(self._task, self._problem, self._state, completion)
         self._state, self._last = turn.state, turn
         self.rewards.append(turn.reward)
         self.over = turn.terminated or turn.truncated

@@ -11,11 +11,18 @@ from train.rl.tasks.gsm8k import GSM8K
 from train.rl.tasks.guessing import GuessNumber
 from train.rl.tasks.hidden_facts import HiddenFacts
 from train.rl.tasks.reasoning_gym import ReasoningGym
-from train.rl.tasks.shaping import checked_turn, format_bonus, safe_score, ternary
+from train.rl.tasks.shaping import format_bonus, safe_score, safe_step, ternary
 from train.rl.tasks.strings import Copy, Reverse, Sort
 
-__all__ = ["TASKS", "checked_turn", "format_bonus", "make_task", "safe_score", "signature",
-           "ternary"]  # fmt: skip
+__all__ = [
+    "TASKS",
+    "format_bonus",
+    "make_task",
+    "safe_score",
+    "safe_step",
+    "signature",
+    "ternary",
+]
 
 TASKS: dict[str, type[Any]] = {
     task.word: task

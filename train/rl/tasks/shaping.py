@@ -28,18 +28,32 @@ def safe_score(task: Any, completion: Completion) -> Reward:
             f"task {_name(task)} gave no reward for problem {completion.problem.uid} but "
             f"{type(reward).__name__}: return a Reward from `score`"
         )
-    _check_finite(task, completion.problem, reward.value)
+    for value in (reward.value, *reward.info.values()):
+        _check_finite(task, completion.problem, value)
     return reward
 
 
-def checked_turn(task: Any, problem: Problem, turn: Any) -> Turn:
-    """`turn` if it is one and its reward is finite, else a `ValueError`."""
+def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Turn:
+    """What the environment makes of an action.
+
+    One that raises ends the episode as a failure, worth `failure_value` as in `safe_score`.
+
+    Raises:
+        ValueError: it gives no turn, or a reward that is not finite.
+    """
+    try:
+        turn = task.step(state, action)
+    except Exception:
+        value = float(getattr(task, "failure_value", 0.0))
+        return Turn(state, "", value, True, info={"scorer_errors": 1.0})
     if not isinstance(turn, Turn):
         raise ValueError(
             f"task {_name(task)} gave no reward for problem {problem.uid} but "
             f"{type(turn).__name__}: return a Turn from `step`"
         )
     _check_finite(task, problem, turn.reward)
+    for value in turn.info.values():
+        _check_finite(task, problem, value)
     return turn
 
 
@@ -67,8 +81,8 @@ def _check_finite(task: Any, problem: Problem, value: Any) -> None:
         finite = False
     if not finite:
         raise ValueError(
-            f"task {_name(task)} gave problem {problem.uid} the reward {value}: "
-            "a reward is a finite number"
+            f"task {_name(task)} gave problem {problem.uid} the reward {value!r}: "
+            "rewards, and numbers of their info, are finite numbers"
         )
 
 

@@ -1,0 +1,92 @@
+"""The experiment of reinforcement learning: its controls are what they say, its runs go on."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from rl_tiny import PLAIN
+
+from thoughtbubbles import Thoughtbubbles
+from train.data import ByteTokenizer
+from train.experiments import reinforce
+from train.load import Writer
+from train.rl.protocols import Completion
+from train.rl.tasks.arithmetic import Arithmetic
+from train.rl.tasks.strings import Reverse
+
+TINY = reinforce.Study("reverse(length=2, shortest=2)", 8, 0.9, 2, 3)
+
+
+def test_it_does_what_is_missing_and_reports(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reinforce, "MODEL", PLAIN)
+    monkeypatch.setitem(reinforce.STUDIES, "reverse", TINY)
+    out = tmp_path / "found.jsonl"
+    config = reinforce.Experiment(
+        tasks=("reverse",), arms=("demonstrations",), seeds=(0,), steps=2, batch_size=2,
+        rollouts=4, rows=8, out=str(out),
+    )  # fmt: skip
+    reinforce.main(config)
+    before = out.read_text()
+    reinforce.main(dataclasses.replace(config, arms=("demonstrations", "grpo")))
+    assert out.read_text().startswith(before), "what is finished is not run again"
+    shown, learned = map(json.loads, out.read_text().splitlines())
+    assert (shown["arm"], learned["arm"]) == ("demonstrations", "grpo")
+    assert learned["before"] == shown["before"] == learned["held_out"][0][1]
+    assert learned["after"] == learned["held_out"][-1][1]
+    assert learned["rollouts"] == 2 * 2 * 4 and learned["updates"] == shown["updates"] == 2
+    assert 16 <= learned["tokens"] <= 16 * TINY.max_new_tokens
+    capsys.readouterr()
+    reinforce.main(reinforce.Experiment(report=str(out)))
+    table = capsys.readouterr().out.splitlines()
+    assert table[3].startswith(f"| reverse | grpo | 0 | {100 * learned['before']:.1f} |")
+    assert len(table) == 4
+
+
+def test_a_coin_pays_whatever_is_said_and_success_is_told_as_it_is():
+    task = Reverse()
+    coin = reinforce.Coin(task, 0.3, seed=0)
+    problem = coin.problem("train", 0)
+    assert problem == task.problem("train", 0)
+    answers = (problem.answer, "no")
+    paid = {
+        text: [coin.score(Completion(problem, text, (1,), True)) for _ in range(400)]
+        for text in answers
+    }
+    for text, rewards in paid.items():
+        assert all(reward.success == (text == problem.answer) for reward in rewards)
+        assert np.mean([reward.value for reward in rewards]) == pytest.approx(0.3, abs=0.07)
+
+
+def test_held_out_problems_do_not_say_when_demonstrations_end():
+    task = Reverse()
+    tried = reinforce.Tried(task)
+    held_out = {task.problem("test", index).uid for index in range(50)}
+    looked_at = {tried.problem("test", index).uid for index in range(50)}
+    assert not held_out & looked_at
+    assert looked_at != {tried.problem("train", index).uid for index in range(50)}
+
+
+def test_only_answers_and_their_ends_are_supervised():
+    writer = Writer(Thoughtbubbles(PLAIN, rngs=nnx.Rngs(0)), ByteTokenizer())
+    problems = [Arithmetic().problem("train", index) for index in range(3)]
+    rows = reinforce.answered(writer, problems)
+    for problem, tokens, trained, length in zip(problems, *rows.values(), strict=True):
+        read = [ByteTokenizer.separator, *problem.prompt.encode()]
+        said = [*problem.answer.encode(), ByteTokenizer.separator]
+        assert tokens[:length].tolist() == read + said
+        assert tokens[trained].tolist() == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": ("chess",)}, "tasks: unknown 'chess': choose from reverse, sort"),
+        ({"arms": ("ppo",)}, "arms: unknown 'ppo': choose from grpo"),
+    ],
+    ids=str,
+)
+def test_unknown_names_are_one_line(changes, words):
+    with pytest.raises(ValueError, match=words):
+        reinforce.Experiment(**changes)

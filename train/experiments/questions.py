@@ -1,0 +1,156 @@
+"""Questions about three digits, in text, as a task with rewards and as rows for supervision."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from memgen import LoRAConfig, MemGenConfig
+from thoughtbubbles import Thoughtbubbles
+from train.data import ByteTokenizer
+from train.finetuning import boundaries_for, sft_loss
+from train.load import Writer
+from train.mesh import MeshConfig, make_mesh, place
+from train.optim import OptimizerConfig
+from train.rl.protocols import Completion, Problem, Reward, Split
+from train.rl.rollouts import Trajectory
+from train.state import make_trainable
+from train.step import make_train_step
+from train.tuned import trained_before
+from train.tuning import TRAINED, Method, Tuned
+
+KINDS = ("copy", "reverse", "sort")
+LENGTH = 3
+HELD_OUT = 300  # of the 1000 lists
+WIDTH = 16  # of a row, with the separators around it
+ROOM = 6  # new tokens: "1,2,3" and the separator
+
+LISTS = np.random.default_rng(0).permutation(list(itertools.product(range(10), repeat=LENGTH)))
+UNSEEN, SEEN = LISTS[:HELD_OUT], LISTS[HELD_OUT:]  # in whatever kind of question
+
+
+def question(kind: str, numbers: np.ndarray) -> tuple[str, str]:
+    """A prompt and its answer."""
+    answer = {"copy": numbers, "reverse": numbers[::-1], "sort": np.sort(numbers)}[kind]
+    return f"{kind[0]}{' '.join(map(str, numbers))}=", ",".join(map(str, answer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """`train.rl.protocols.Task`: digits to be copied, reversed or sorted, 1 for the very answer.
+
+    Attributes:
+        seed: of what is drawn for training.
+        kinds: how often each is drawn for training. Held out are all unseen lists in each kind.
+    """
+
+    seed: int
+    kinds: Mapping[str, float]
+
+    name = "questions"
+
+    @property
+    def sizes(self) -> Mapping[Split, int | None]:
+        """Held out is a list, training has no end."""
+        return {"train": None, "test": HELD_OUT * len(KINDS)}
+
+    def problem(self, split: Split, index: int) -> Problem:
+        if split == "train":
+            rng = np.random.default_rng([self.seed, 2, index])
+            kind = str(rng.choice(list(self.kinds), p=list(self.kinds.values())))
+            numbers = rng.choice(SEEN)
+        else:
+            place, which = divmod(index, len(KINDS))
+            kind, numbers = KINDS[which], UNSEEN[place]
+        prompt, answer = question(kind, numbers)
+        return Problem(f"{split}{index}", prompt, answer, kind)
+
+    def score(self, completion: Completion) -> Reward:
+        problem = completion.problem
+        right = completion.finished and completion.text == problem.answer
+        return Reward(float(right), right)
+
+
+def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Chat rows `[B, WIDTH]` (`train.tuning.Tuned.log_probs`), their answers supervised."""
+    tokens = np.full((count, WIDTH), -1, np.int32)
+    supervised = np.zeros((count, WIDTH), bool)
+    end, encode = ByteTokenizer.separator, ByteTokenizer().encode
+    for row, kind in enumerate(rng.choice(list(kinds), count, p=list(kinds.values()))):
+        prompt, answer = question(kind, rng.choice(SEEN))
+        ids = [end, *encode(prompt + answer)[0], end]
+        tokens[row, : len(ids)] = ids
+        supervised[row, 1 + len(prompt) : len(ids)] = True
+    return {"tokens": tokens, "supervised": supervised, "segment": np.minimum(tokens, 0)}
+
+
+def batches(
+    seed: tuple[int, int], size: int, kinds: Mapping[str, float]
+) -> Iterator[dict[str, np.ndarray]]:
+    """`rows` without end."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield rows(rng, size, kinds)
+
+
+def fit(
+    writer: Writer,
+    method: Method,
+    data: Iterator[dict[str, np.ndarray]],
+    steps: int,
+    optimizer: OptimizerConfig,
+    seed: int,
+    memgen: MemGenConfig = MemGenConfig(),  # noqa: B008 (frozen)
+) -> Writer:
+    """Supervised training of all parameters, or of a weaver: a new one, or the writer's.
+
+    Args:
+        writer: what to start from.
+        method: `all` or `weaver`.
+        data: of `batches`.
+        seed: of a new weaver, and of where memory stands in training.
+        memgen: of a weaver.
+    """
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def around(model: Thoughtbubbles) -> Tuned:
+        boundary = boundaries_for(writer, method, "suffix")
+        rngs = nnx.Rngs(seed)
+        return Tuned(model, method, lora=LoRAConfig(), memgen=memgen, boundary=boundary, rngs=rngs)
+
+    model = writer.model
+    trainable = make_trainable(
+        model.config, optimizer, steps, mesh, seed, "auto", TRAINED[method], around
+    )
+    tuned = around(model)
+    if writer.memgen is not None and tuned.memgen is not None:
+        tuned.memgen = nnx.data(trained_before(writer.memgen, tuned.memgen))
+    state = trainable.start(jax.tree.map(lambda leaf: leaf.copy(), nnx.state(tuned)))
+    step = make_train_step(trainable, 1, sft_loss)
+    for _ in range(steps):
+        batch = {name: place(values, mesh) for name, values in next(data).items()}
+        state, _ = step(state, batch)
+    tuned = trainable.model(state.weights)
+    return Writer(tuned.backbone.model, writer.tokenizer, tuned.memgen)
+
+
+def curves(steps: Sequence[Sequence[Trajectory]]) -> dict[str, list[float | None]]:
+    """By kind and step of a run, shares of right answers, and invocations a response.
+
+    None where no question of that kind was asked.
+    """
+
+    def mean(values: Sequence[float]) -> float | None:
+        return round(float(np.mean(values)), 4) if values else None
+
+    found = {}
+    for kind in KINDS:
+        of_kind = [[row for row in rows if row.problem.kind == kind] for rows in steps]
+        found[f"{kind}/right"] = [mean([row.reward.value for row in rows]) for rows in of_kind]
+        found[f"{kind}/invocations"] = [
+            mean([int((row.decisions == 1).sum()) for row in rows]) for rows in of_kind
+        ]
+    return found

@@ -1,0 +1,388 @@
+"""Does it learn? Held-out success before and after reinforcement learning, beside controls.
+
+python -m train.experiments.reinforce --out reinforce.jsonl
+python -m train.experiments.reinforce --report reinforce.jsonl
+
+A small decoder of bytes is trained on demonstrations of a task until it is mediocre at it; then
+each arm goes on from there: a method of `train.rl` on problems without demonstrations, the same
+method paid by a coin, or as many more optimizer steps on the demonstrations.
+Each finished (task, arm, seed) is one line of the file; starting again does what is missing.
+"""
+
+import dataclasses
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles import ModelConfig, Thoughtbubbles
+from train.command import run_command
+from train.config import EvalConfig
+from train.data import ByteTokenizer
+from train.experiments.quality import read_results
+from train.load import Writer
+from train.mesh import place
+from train.metrics import read_metrics
+from train.optim import OptimizerConfig
+from train.rl.config import METHODS, RLConfig
+from train.rl.loop import train
+from train.rl.policy import token_scores
+from train.rl.protocols import Completion, Problem, Reward, Task
+from train.rl.reinforcing import Reinforcing
+from train.rl.rollouts import SHORTEST, bucket
+from train.rl.tasks import make_task
+from train.state import TrainState
+from train.step import make_train_step
+
+# Training problems from these indices on; those of rollouts begin at 0.
+SHOWN, TRIED = 10**6, 2 * 10**6
+CHECK = 10  # supervised steps between looks at what has been learned
+ROWS = 128  # of a supervised step
+MODEL = ModelConfig(
+    vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A task, and how its baseline is made.
+
+    Attributes:
+        demonstrations: problems whose answers are shown, again and again, until
+        enough: of other training problems succeed, a share, or
+        steps: optimizer steps are over.
+        max_new_tokens: room for the longest answer and its end.
+    """
+
+    task: str
+    demonstrations: int
+    enough: float
+    steps: int
+    max_new_tokens: int
+
+
+STUDIES = {
+    "reverse": Study("reverse(length=5, shortest=3)", 200, 0.4, 300, 6),
+    "sort": Study("sort(length=5, shortest=3)", 200, 0.4, 300, 6),
+}
+CONTROLS = ("coin", "demonstrations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Run arms on tasks, or report what was run.
+
+    Attributes:
+        tasks: names from `STUDIES`.
+        arms: methods of `train.rl`, or the controls: `coin` is GRPO with rewards that have nothing
+            to do with the answer, `demonstrations` more of the supervision that came before.
+        seeds: of weights, problems and rollouts.
+        pretrain_steps: on demonstrations (0: the study's own number).
+        steps: of reinforcement learning.
+        batch_size, rollouts: problems of a step, and answers to each.
+        minibatches: optimizer steps of a step.
+        learning_rate: of reinforcement learning.
+        rows: held-out problems, none of which is ever trained on.
+        out: where results are appended, one JSON object a line.
+        report: a file of results to print as a table, in place of training.
+    """
+
+    tasks: tuple[str, ...] = tuple(STUDIES)
+    arms: tuple[str, ...] = ("grpo", *CONTROLS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pretrain_steps: int = 0
+    steps: int = 200
+    batch_size: int = 32
+    rollouts: int = 8
+    minibatches: int = 1
+    learning_rate: float = 1e-3
+    rows: int = 1024
+    out: str = "reinforce.jsonl"
+    report: str | None = None
+
+    def __post_init__(self):
+        for name, known in (("tasks", tuple(STUDIES)), ("arms", (*METHODS, *CONTROLS))):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"{name}: unknown {value!r}: choose from {', '.join(known)}")
+
+
+class Tried:
+    """A task whose held-out problems are training problems: held-out ones must not say when
+    demonstrations end."""
+
+    def __init__(self, task: Task):
+        self._task = task
+        self.name, self.sizes, self.score = task.name, task.sizes, task.score
+
+    def problem(self, split: Any, index: int) -> Problem:
+        return self._task.problem("train", index + TRIED * (split == "test"))
+
+
+class Coin:
+    """A task whose rewards are a coin; what succeeded is told as it is.
+
+    Args:
+        task: the real one.
+        share: of heads.
+        seed: of the coin.
+    """
+
+    def __init__(self, task: Task, share: float, seed: int):
+        self._task, self._share = task, share
+        self._rng = np.random.default_rng([seed, 2])
+        self.name, self.sizes = f"{task.name}, paid by a coin", task.sizes
+
+    def problem(self, split: Any, index: int) -> Problem:
+        return self._task.problem(split, index)
+
+    def score(self, completion: Completion) -> Reward:
+        told = self._task.score(completion)
+        return Reward(float(self._rng.random() < self._share), told.success)
+
+
+def main(config: Experiment) -> None:
+    """Run what is missing, or print the table."""
+    if config.report is not None:
+        print(report(read_results(Path(config.report))))
+        return
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = read_results(out) if out.exists() else []
+    finished = {(found["task"], found["arm"], found["seed"]) for found in results}
+    for name in config.tasks:
+        for seed in config.seeds:
+            missing = [arm for arm in config.arms if (name, arm, seed) not in finished]
+            if not missing:
+                continue
+            baseline = Baseline(config, name, seed)
+            print(f"{name} seed {seed}: baseline {baseline.success:.1%}", flush=True)
+            for arm in missing:
+                result = {"task": name, "arm": arm, "seed": seed} | score_arm(baseline, arm)
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+                print(f"{name} {arm} seed {seed}: {result['before']:.1%} -> {result['after']:.1%},"
+                      f" {result['seconds']:.0f} s", flush=True)  # fmt: skip
+
+
+class Baseline:
+    """A decoder that has seen demonstrations, and all that an arm needs to go on from it."""
+
+    def __init__(self, config: Experiment, name: str, seed: int):
+        clock = Clock()
+        self.config, self.study, self.seed = config, STUDIES[name], seed
+        self.task: Any = make_task(self.study.task, seed)
+        most = config.pretrain_steps or self.study.steps
+        optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
+        self.writer = Writer(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
+        with tempfile.TemporaryDirectory() as folder:
+            run = self.rl(folder, steps=most, minibatches=1, optimizer=optimizer)
+            work = Reinforcing(run, self.writer, Tried(self.task))
+            shown = demonstrate(work, self.demonstrations(), ROWS)
+            for self.steps, state in enumerate(itertools.islice(shown, most), 1):
+                if self.steps % CHECK == 0 or self.steps == most:
+                    tried = work.evaluate(state.weights)[0]["success"]
+                    if tried >= self.study.enough:
+                        break
+            self.writer = Writer(
+                work.trainable.model(state.weights).backbone.model, ByteTokenizer()
+            )
+            work = Reinforcing(self.rl(folder), self.writer, self.task)
+            self.success = work.evaluate(work.first_state().weights)[0]["success"]
+        self.seconds, self.cpu_seconds = clock.read()
+
+    def demonstrations(self) -> list[Problem]:
+        """Training problems whose answers are shown."""
+        return [self.task.problem("train", SHOWN + i) for i in range(self.study.demonstrations)]
+
+    def rl(self, folder: str, **changes: Any) -> RLConfig:
+        """The config of a run in that folder."""
+        config = self.config
+        base = RLConfig(
+            weights="demonstrations",
+            train="all",
+            task=self.study.task,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            rollouts=config.rollouts,
+            minibatches=config.minibatches,
+            max_new_tokens=self.study.max_new_tokens,
+            max_rows=1024,
+            seed=self.seed,
+            optimizer=OptimizerConfig(
+                learning_rate=config.learning_rate, weight_decay=0.0, final_ratio=0.1
+            ),
+            evaluation=EvalConfig(every=max(config.steps // 4, 1), rows=config.rows),
+            save_every=config.steps,
+            log_every=1,
+            out=folder,
+        )
+        return dataclasses.replace(base, **changes)
+
+
+class Clock:
+    """Seconds since it was made: of the wall, and of all cores."""
+
+    def __init__(self):
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+
+def demonstrate(
+    work: Reinforcing, problems: Sequence[Problem], batch_size: int
+) -> Iterator[TrainState]:
+    """States after each supervised step on answers, from the weights that `work` begins with.
+
+    A state is gone when the next one is asked for.
+    """
+    vocab_size = work.writer.tokenizer.vocab_size
+
+    def loss(tuned: Any, rows: dict[str, jax.Array], key: jax.Array) -> Any:
+        del key
+        return -token_scores(tuned, rows, 1.0, vocab_size).sum(), rows["trained"].sum(), {}
+
+    state, step = work.first_state(), make_train_step(work.trainable, 1, loss)
+    for rows in shuffled(answered(work.writer, problems), batch_size, work.config.seed):
+        batch = {name: place(values, work.trainable.mesh) for name, values in rows.items()}
+        state, _ = step(state, batch)
+        yield state
+
+
+def answered(writer: Writer, problems: Sequence[Problem]) -> dict[str, np.ndarray]:
+    """Prompts with their answers: `tokens`, `trained` `[N, L]`, and `length [N]`."""
+    prompts = [writer.prompt(problem.prompt) for problem in problems]
+    answers = [
+        [*writer.tokenizer.encode(str(problem.answer))[0].tolist(), writer.ends[0]]
+        for problem in problems
+    ]
+    length = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int32)
+    tokens = np.zeros((len(problems), bucket(int(length.max()), SHORTEST)), np.int32)
+    trained = np.zeros(tokens.shape, bool)
+    for row, mask, prompt, answer in zip(tokens, trained, prompts, answers, strict=True):
+        row[: len(prompt) + len(answer)] = prompt + answer
+        mask[len(prompt) : len(prompt) + len(answer)] = True
+    return {"tokens": tokens, "trained": trained, "length": length}
+
+
+def shuffled(
+    rows: dict[str, np.ndarray], batch_size: int, seed: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches without end, each drawn from all rows."""
+    rng = np.random.default_rng([seed, 3])
+    while True:
+        index = rng.integers(0, len(rows["length"]), batch_size)
+        yield {name: values[index] for name, values in rows.items()}
+
+
+def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
+    """Go on from the baseline in one way: held-out success, and what it cost."""
+    config, clock = baseline.config, Clock()
+    method = "grpo" if arm in CONTROLS else arm
+    task = Coin(baseline.task, baseline.success, baseline.seed) if arm == "coin" else baseline.task
+    updates = config.steps * config.minibatches
+    with tempfile.TemporaryDirectory() as folder:
+        changes: dict[str, Any] = {"method": method}
+        if arm == "demonstrations":
+            changes |= {"steps": updates, "minibatches": 1}
+        work = Reinforcing(baseline.rl(folder, **changes), baseline.writer, task)
+        if arm == "demonstrations":
+            batch_size = config.batch_size * config.rollouts // config.minibatches
+            shown = demonstrate(work, baseline.demonstrations(), batch_size)
+            state = next(itertools.islice(shown, updates - 1, None))
+            found = {"after": work.evaluate(state.weights)[0]["success"]}
+        else:
+            held_out = train(work)
+            lines = read_metrics(folder)
+            if lines[-1]["step"] < config.steps:  # a signal: the arm is missing, and stays it
+                raise SystemExit(1)
+            found = {"after": held_out["success"]} | of_a_run(lines)
+    seconds, cpu_seconds = clock.read()
+    return {
+        "before": baseline.success,
+        **found,
+        "rows": config.rows,
+        "steps": config.steps,
+        "updates": updates,
+        "rows_per_update": config.batch_size * config.rollouts // config.minibatches,
+        "learning_rate": config.learning_rate,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "baseline_steps": baseline.steps,
+        "baseline_demonstrations": baseline.study.demonstrations,
+        "baseline_seconds": baseline.seconds,
+        "baseline_cpu_seconds": baseline.cpu_seconds,
+        "parameters": MODEL.num_params(),
+        "spec": baseline.study.task,
+        "jax": jax.__version__,
+    }
+
+
+KEPT = ("reward", "success", "length", "informative", "clipped", "loss", "grad_norm")
+
+
+def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a run's metrics say: what was generated, where the time went, and how it went."""
+    steps = [line for line in lines if "reward" in line]
+    total = lambda name: float(sum(step[name] for step in steps))  # noqa: E731
+    tenth = max(len(steps) // 10, 1)
+    parts = [steps[start : start + tenth] for start in range(0, len(steps), tenth)]
+    return {
+        "rollouts": int(total("rollouts")),
+        "tokens": round(sum(step["rollouts"] * step["length"] for step in steps)),
+        "rollout_seconds": total("rollout_seconds"),
+        "update_seconds": total("update_seconds"),
+        "held_out": [[x["step"], x["eval/success"]] for x in lines if "eval/success" in x],
+        "tenths": {
+            name: [float(np.mean([step[name] for step in part])) for part in parts]
+            for name in KEPT
+            if name in steps[0]
+        },
+    }
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """A markdown table: held-out success in percent, mean over seeds ± its standard error."""
+    lines = [
+        "| task | arm | seeds | before | after | gained | least | updates | rollouts | tokens | "
+        "CPU-min |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task, arm in dict.fromkeys((result["task"], result["arm"]) for result in results):
+        mine = [r for r in results if (r["task"], r["arm"]) == (task, arm)]
+        gained = [100 * (r["after"] - r["before"]) for r in mine]
+        cost = [(r["cpu_seconds"] + r["baseline_cpu_seconds"]) / 60 for r in mine]
+        cells = [
+            task,
+            arm,
+            " ".join(str(r["seed"]) for r in mine),
+            _mean([100 * r["before"] for r in mine]),
+            _mean([100 * r["after"] for r in mine]),
+            _mean(gained, "+"),
+            f"{min(gained):+.1f}",
+            f"{np.mean([r['updates'] for r in mine]):,.0f}",
+            f"{np.mean([r.get('rollouts', 0) for r in mine]):,.0f}",
+            f"{np.mean([r.get('tokens', 0) for r in mine]):,.0f}",
+            f"{max(cost):.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float], sign: str = "") -> str:
+    mean = f"{np.mean(values):{sign}.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+
+
+if __name__ == "__main__":
+    run_command(main, Experiment)

@@ -1,0 +1,449 @@
+"""Both stages of MemGen by reinforcement: a weaver that is rewarded, then a trigger that pays.
+
+python -m train.experiments.remember --out remember.jsonl
+python -m train.experiments.remember --report remember.jsonl
+
+A small decoder is pretrained to copy and to reverse three digits; sorted ones are rare in its texts
+and it is weak at them. Then it is frozen. A weaver beside it is trained on all three by
+supervision and stopped early, and goes on by GRPO (or by supervision, the control). Beside that
+weaver, frozen too, a trigger learns by GRPO when memory is worth its price.
+Each finished (arm, seed) is one line of the file; starting again does what is missing.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from memgen import (
+    AlwaysInvoke,
+    LearnedInvoke,
+    LoRAConfig,
+    MemGen,
+    MemGenConfig,
+    NeverInvoke,
+    RandomInvoke,
+    TriggerConfig,
+    TriggerPolicy,
+    WeaverConfig,
+)
+from thoughtbubbles import ModelConfig, Thoughtbubbles
+from train.command import run_command
+from train.data import ByteTokenizer
+from train.experiments.quality import read_results
+from train.experiments.questions import (
+    HELD_OUT,
+    KINDS,
+    LENGTH,
+    ROOM,
+    Questions,
+    batches,
+    curves,
+    fit,
+)
+from train.finetuning import checksum
+from train.load import Writer
+from train.mesh import MeshConfig, make_mesh
+from train.optim import OptimizerConfig
+from train.rl.config import RLConfig
+from train.rl.penalties import InvocationPenalty
+from train.rl.reinforcing import Reinforcing
+from train.rl.rollouts import Trajectory
+from train.rl.sampler import Sampler, Sampling
+from train.rl.strategies import OneResponse, Speech
+from train.tuning import Method
+
+PRETRAINING = {"copy": 0.49, "reverse": 0.49, "sort": 0.02}
+WEAVING = {"copy": 0.25, "reverse": 0.25, "sort": 0.5}
+ASKED = {"copy": 0.4, "reverse": 0.4, "sort": 0.2}  # of a trigger, and of held-out questions
+EVERY_MAP = ("q", "k", "v", "o", "up", "down")
+REASONER = ModelConfig(
+    vocab_size=ByteTokenizer.vocab_size, embed_dim=48, num_layers=2, num_heads=4, mlp_dim=192
+)
+MEMGEN = MemGenConfig(
+    WeaverConfig(4, 4, latents_see_latents=False, lora=LoRAConfig(8, 16.0, targets=EVERY_MAP)),
+    max_inference_events=LENGTH - 1,
+    insertion="random",  # so that the weaver knows texts in which the trigger said no
+)
+TRIGGER = TriggerConfig("tokens", lora=LoRAConfig(8, 16.0, targets=EVERY_MAP))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What an arm made, and at what expense.
+
+    Attributes:
+        policy: a MemGen.
+        memory: when it weaves.
+        cost: by name: optimizer steps, rollouts, tokens that were sampled for training.
+        curve: of reinforcement, what it was like after each step.
+    """
+
+    policy: MemGen
+    memory: TriggerPolicy
+    cost: Mapping[str, float]
+    curve: Mapping[str, list[float | None]] = dataclasses.field(default_factory=dict)
+
+
+class Stages:
+    """What the arms of a seed share, made when it is first asked for."""
+
+    def __init__(self, config: "Experiment", seed: int):
+        self.config, self.seed = config, seed
+
+    def _supervised(self, writer: Writer, method: Method, **how: Any) -> Writer:
+        kinds = PRETRAINING if method == "all" else WEAVING
+        data = batches((self.seed, how["stream"]), self.config.batch_size, kinds)
+        rate = OptimizerConfig(learning_rate=how["rate"], weight_decay=0.0, final_ratio=how["to"])
+        return fit(writer, method, data, how["steps"], rate, self.seed, MEMGEN)
+
+    @functools.cached_property
+    def reasoner(self) -> Writer:
+        model = Thoughtbubbles(REASONER, rngs=nnx.Rngs(self.seed))
+        writer = Writer(model, ByteTokenizer())
+        steps = self.config.pretrain_steps
+        return self._supervised(writer, "all", stream=0, rate=3e-3, to=0.1, steps=steps)
+
+    @functools.cached_property
+    def taught(self) -> Writer:
+        """With a weaver that was stopped early, at its full learning rate."""
+        steps = self.config.sft_steps
+        return self._supervised(self.reasoner, "weaver", stream=1, rate=1e-2, to=1.0, steps=steps)
+
+    @functools.cached_property
+    def taught_more(self) -> Writer:
+        steps = self.config.weaver_steps
+        return self._supervised(self.taught, "weaver", stream=2, rate=1e-2, to=0.1, steps=steps)
+
+    @functools.cached_property
+    def rewarded(self) -> tuple[Writer, Trained]:
+        """The weaver after GRPO."""
+        config = self.config
+        trained = self.reinforced(
+            self.taught,
+            train="weaver",
+            steps=config.weaver_steps,
+            batch_size=config.weaver_problems,
+            optimizer=OptimizerConfig(learning_rate=config.weaver_rate, weight_decay=0.0),
+        )
+        return Writer(self.reasoner.model, ByteTokenizer(), trained.policy), trained
+
+    def triggered(self, penalty: InvocationPenalty, **changes: Any) -> Trained:
+        """A trigger beside the weaver that was rewarded; tokens are greedy, decisions sampled.
+
+        Rewards are not divided by their standard deviation: where all answers of a group are right
+        the least price would have the full strength of an advantage, all kinds of questions would
+        push towards silence at once, and where nobody invokes any more nothing is learned. For
+        the same reason the trigger is held near its start, a fair coin.
+        """
+        config = self.config
+        how = {"advantage": "dr_grpo", "kl": config.hold} | changes
+        return self.reinforced(
+            self.rewarded[0],
+            train="trigger",
+            steps=config.trigger_steps,
+            batch_size=config.trigger_problems,
+            temperature=0.0,
+            penalty=penalty,
+            trigger=TRIGGER,
+            optimizer=OptimizerConfig(
+                learning_rate=config.trigger_rate, weight_decay=0.0, final_ratio=0.3
+            ),
+            **how,
+        )
+
+    def reinforced(self, writer: Writer, **changes: Any) -> Trained:
+        """GRPO, without a run folder: what a run would save and show is not needed here."""
+        config = RLConfig(
+            method="grpo",
+            rollouts=self.config.rollouts,
+            max_new_tokens=ROOM,
+            seed=self.seed,
+            **changes,
+        )
+        task = Questions(self.seed, WEAVING if config.train == "weaver" else ASKED)
+        work = Reinforcing(config, writer, task, devices=jax.devices()[:1])
+        state, drawn = work.first_state(), []
+        for _ in range(config.steps):
+            state, _, collected = work.step(state)
+            drawn.append(collected.drawn)
+        return Trained(
+            work.trainable.model(state.weights).memgen,
+            work.sampling().memory,
+            {
+                "steps": config.steps,
+                "rollouts": sum(map(len, drawn)),
+                "tokens": sum(row.written for rows in drawn for row in rows),
+            },
+            curves(drawn),
+        )
+
+
+def _frozen(stages: Stages) -> Trained:
+    return Trained(_memgen(stages.taught), NeverInvoke(), {})
+
+
+def _taught(stages: Stages) -> Trained:
+    return Trained(_memgen(stages.taught), AlwaysInvoke(), {"steps": stages.config.sft_steps})
+
+
+def _taught_more(stages: Stages) -> Trained:
+    cost = {"steps": stages.config.weaver_steps}
+    return Trained(_memgen(stages.taught_more), AlwaysInvoke(), cost)
+
+
+def _divided(stages: Stages) -> Trained:
+    return stages.triggered(InvocationPenalty(stages.config.price), advantage="grpo", kl=0.0)
+
+
+def _priced(stages: Stages) -> Trained:
+    return stages.triggered(InvocationPenalty(stages.config.price))
+
+
+def _priced_by_tokens(stages: Stages) -> Trained:
+    return stages.triggered(InvocationPenalty(stages.config.price, "tokens", "batch"))
+
+
+def _memgen(writer: Writer) -> MemGen:
+    assert writer.memgen is not None
+    return writer.memgen
+
+
+ALWAYS, START = "weaver, GRPO", "trigger at its start"
+COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # what a trigger whose head is zero is
+ARMS: dict[str, Callable[[Stages], Trained]] = {
+    "reasoner alone": _frozen,
+    "weaver, supervised": _taught,
+    "weaver, more supervision": _taught_more,
+    ALWAYS: lambda stages: stages.rewarded[1],
+    START: lambda stages: Trained(stages.rewarded[1].policy, COIN, {}),
+    "trigger, penalty by decisions": _priced,
+    "trigger, penalty 0": lambda stages: stages.triggered(InvocationPenalty(0.0)),
+    "trigger, penalty by tokens": _priced_by_tokens,
+    "trigger, as GRPO has it": _divided,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Train arms, or report what was trained.
+
+    Attributes:
+        arms: names from `ARMS`.
+        seeds: of all parameters and of the data.
+        pretrain_steps, sft_steps: of the reasoner, and of the weaver before it is rewarded.
+        weaver_steps: of GRPO on the weaver, and of more supervision in its place.
+        trigger_steps: of GRPO on the trigger.
+        batch_size: rows of supervised training.
+        weaver_problems, trigger_problems: of a step of GRPO, each with so many
+        rollouts: of the same question.
+        weaver_rate, trigger_rate: learning rates of GRPO.
+        price: weight of the penalty on invocations.
+        hold: coefficient of the divergence of the trigger from its start.
+        held_out: questions of each kind that arms are compared on.
+        out: where results are appended, one JSON object a line.
+        report: a file of results to print as tables, in place of training.
+    """
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pretrain_steps: int = 800
+    sft_steps: int = 400
+    weaver_steps: int = 60
+    trigger_steps: int = 140
+    batch_size: int = 64
+    weaver_problems: int = 32
+    trigger_problems: int = 16
+    rollouts: int = 8
+    weaver_rate: float = 1e-3
+    trigger_rate: float = 5e-3
+    price: float = 0.1
+    hold: float = 0.02
+    held_out: int = HELD_OUT
+    out: str = "remember.jsonl"
+    report: str | None = None
+
+    def __post_init__(self):
+        for name in self.arms:
+            if name not in ARMS:
+                raise ValueError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
+
+
+def main(config: Experiment) -> None:
+    """Train what is missing, or print the tables."""
+    if config.report is not None:
+        print(report(read_results(Path(config.report))))
+        return
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = read_results(out) if out.exists() else []
+    finished = {(result["arm"], result["seed"]) for result in found}
+    for seed in config.seeds:
+        stages = Stages(config, seed)
+        for arm in config.arms:
+            if (arm, seed) in finished:
+                continue
+            result = {"arm": arm, "seed": seed, **run_arm(stages, arm)}
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"seed {seed}, {arm}: {readable(result)}", flush=True)
+
+
+def run_arm(stages: Stages, arm: str) -> dict[str, Any]:
+    """What it costs and what it does on held-out questions, by `ARMS`.
+
+    `seconds` of what arms share are counted where it is first asked for.
+
+    Raises:
+        RuntimeError: weights that are frozen changed.
+    """
+    before, begin = checksum(stages.reasoner.model), time.perf_counter()
+    trained = ARMS[arm](stages)
+    seconds = time.perf_counter() - begin
+    after = checksum(trained.policy.reasoner.model)  # pyright: ignore (a Backbone)
+    if before != after:
+        raise RuntimeError(f"the frozen reasoner changed: {before} became {after}")
+    result = {
+        "reasoner": before,
+        "weaver": checksum(trained.policy.weaver),
+        "seconds": seconds,
+        **{name: trained.cost.get(name, 0) for name in ("steps", "rollouts", "tokens")},
+        **held_out(stages, trained.policy, trained.memory),
+    }
+    if isinstance(trained.memory, LearnedInvoke):
+        result["argmax"] = held_out(stages, trained.policy, LearnedInvoke())
+        rate = result["rate"]
+        result["coin"] = held_out(stages, trained.policy, RandomInvoke(rate))
+    if trained.curve:
+        result["curve"] = trained.curve
+    return result | {"jax": jax.__version__}
+
+
+def held_out(stages: Stages, policy: MemGen, memory: TriggerPolicy) -> dict[str, Any]:
+    """Accuracy and invocations on held-out questions, tokens greedy.
+
+    All unseen lists are asked for in each kind; the mean over kinds has the weights of `ASKED`.
+    `standard_error` is that of the accuracy. `invocations` are of a response, `rate` is of what
+    was asked, `places` are shares of responses with memory before token 0, 1, and so on.
+    """
+    writer = stages.reasoner
+    tokenizer = writer.tokenizer
+    how = Sampling(0.0, tokenizer.vocab_size, writer.ends, memory)
+    sampler = Sampler(policy, how, 512, make_mesh(MeshConfig(), jax.devices()[:1]))
+    task = Questions(stages.seed, ASKED)
+    problems = [task.problem("test", i) for i in range(len(KINDS) * stages.config.held_out)]
+    collect = OneResponse(Speech(writer), ROOM).collect
+    found = collect(sampler, task, problems, [1] * len(problems), (stages.seed, 3))
+    kinds = {kind: _summary([row for row in found if row.problem.kind == kind]) for kind in KINDS}
+
+    def mean(name: str) -> float:
+        return sum(share * kinds[kind][name] for kind, share in ASKED.items())
+
+    variance = sum(
+        share**2 * kinds[kind]["accuracy"] * (1 - kinds[kind]["accuracy"]) / stages.config.held_out
+        for kind, share in ASKED.items()
+    )
+    return {
+        "accuracy": mean("accuracy"),
+        "standard_error": variance**0.5,
+        "invocations": mean("invocations"),
+        "rate": mean("invocations") / max(mean("asked"), 1e-9),
+        "kinds": kinds,
+    }
+
+
+def _summary(found: Sequence[Trajectory]) -> dict[str, Any]:
+    decisions = np.full((len(found), ROOM), -1)
+    for row, trajectory in zip(decisions, found, strict=True):
+        made = trajectory.decisions[trajectory.begins[0] :]
+        row[: len(made)] = made
+    return {
+        "accuracy": float(np.mean([row.reward.success for row in found])),
+        "asked": float((decisions >= 0).sum(axis=1).mean()),
+        "invocations": float((decisions == 1).sum(axis=1).mean()),
+        "places": (decisions == 1).mean(axis=0).round(4).tolist(),
+    }
+
+
+def readable(result: dict[str, Any]) -> str:
+    """One line."""
+    kinds = ", ".join(
+        f"{kind} {found['accuracy']:.1%} ({found['invocations']:.2f})"
+        for kind, found in result["kinds"].items()
+    )
+    return (
+        f"{result['accuracy']:.1%} right, {result['invocations']:.2f} invocations a response; "
+        f"{kinds}; {result['seconds']:.0f} s"
+    )
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """Markdown tables, means over seeds ± their standard errors: what arms do, what triggers save
+    and lose against always invoking, and what it all costs."""
+    arms = {arm: [r for r in results if r["arm"] == arm] for arm in (r["arm"] for r in results)}
+    rated = {}  # what is evaluated, with the results of each seed
+    for arm, mine in arms.items():
+        rated[arm] = mine
+        for name in ("argmax", "coin"):
+            if name in mine[0]:
+                rated[f"{arm}: {name}"] = [{"seed": r["seed"], **r[name]} for r in mine]
+    lines = _head("arm", "seeds", "exact match %", *(f"{kind} %" for kind in KINDS), "invocations",
+                  "of those asked", *(f"in {kind}" for kind in KINDS))  # fmt: skip
+    for name, mine in rated.items():
+        of_kinds = [[r["kinds"][kind] for r in mine] for kind in KINDS]
+        lines += _row(
+            name,
+            " ".join(str(r["seed"]) for r in mine),
+            _mean([100 * r["accuracy"] for r in mine], 1),
+            *(_mean([100 * r["accuracy"] for r in of_kind], 1) for of_kind in of_kinds),
+            _mean([r["invocations"] for r in mine], 2),
+            f"{100 * np.mean([r['rate'] for r in mine]):.0f} %",
+            *(f"{np.mean([r['invocations'] for r in of_kind]):.2f}" for of_kind in of_kinds),
+        )
+    always, start = ({r["seed"]: r for r in arms.get(arm, ())} for arm in (ALWAYS, START))
+    if always:
+        lines += ["", *_head("against always", "accuracy, points", "standard error of one seed",
+                             "invocations", "of those at the start")]  # fmt: skip
+    for name, mine in rated.items():
+        pairs = [(r, always[r["seed"]], start.get(r["seed"])) for r in mine if r["seed"] in always]
+        if "trigger" in name and pairs:
+            spared = [100 * r["invocations"] / old["invocations"] for r, old, _ in pairs]
+            begun = [100 * r["invocations"] / s["invocations"] for r, _, s in pairs if s]
+            lines += _row(
+                name,
+                _mean([100 * (r["accuracy"] - old["accuracy"]) for r, old, _ in pairs], 1),
+                f"{100 * np.mean([old['standard_error'] for _, old, _ in pairs]):.1f}",
+                f"{_mean(spared, 0)} %",
+                f"{_mean(begun, 0)} %" if begun else "",
+            )
+    lines += ["", *_head("arm", "optimizer steps", "rollouts", "sampled tokens", "seconds")]
+    for arm, mine in arms.items():
+        cost = [f"{np.mean([r[n] for r in mine]):,.0f}" for n in ("steps", "rollouts", "tokens")]
+        lines += _row(arm, *cost, f"{np.mean([r['seconds'] for r in mine]):.0f}")
+    return "\n".join(lines)
+
+
+def _head(*names: str) -> list[str]:
+    return [*_row(*names), "|---" * len(names) + "|"]
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    found = f"{np.mean(values):.{digits}f}"
+    if len(values) < 2:
+        return found
+    return f"{found} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
+
+
+if __name__ == "__main__":
+    run_command(main, Experiment)
