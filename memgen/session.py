@@ -173,7 +173,7 @@ class Session:
             rows: `[R]` int32.
             keys: `[R]`.
         """
-        at: Any = lambda leaf: None if leaf is None else leaf[rows]
+        at: Any = lambda leaf: None if leaf is None else leaf[rows]  # noqa: E731
         readers = {"reasoner": (self.reasoner, memgen.reasoner)}
         if self.weaver is not None:
             readers["weaver"] = self.weaver, memgen.weaving()
