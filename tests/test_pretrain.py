@@ -320,7 +320,7 @@ def test_changed_corpus_is_refused(monkeypatch, capsys, arguments, finished, cor
     os.rename(moved, corpus)
     try:
         assert run_here(monkeypatch, *arguments, "--steps", "12") == 2
-        mistake(capsys, "restore the corpus")
+        mistake(capsys, "restore the corpus or task")
     finally:
         shutil.rmtree(corpus)
         os.rename(saved, corpus)

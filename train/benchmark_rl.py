@@ -62,7 +62,9 @@ class LongPrompts:
 
     def problem(self, split: Split, index: int) -> Problem:
         rng = np.random.default_rng([split == "test", index])
-        return Problem(f"{split}{index}", bytes(rng.integers(97, 123, self.length - 1)).decode())
+        return Problem(
+            f"{split}{index}", bytes(rng.integers(97, 123, self.length - 1).tolist()).decode()
+        )
 
     def score(self, completion: Completion) -> Reward:
         low = float(np.mean([token < 128 for token in completion.tokens]))

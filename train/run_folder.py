@@ -36,7 +36,7 @@ def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> Non
     if saved and saved["data_fingerprint"] != fingerprint:
         raise ValueError(
             f"{out} was trained on data {saved['data_fingerprint']}, they are now {fingerprint}: "
-            "restore them, or pass another --out"
+            "restore the corpus or task, or pass another --out"
         )
 
 
