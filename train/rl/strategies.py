@@ -43,13 +43,11 @@ class Speech:
 
     def observation(self, text: str, limit: int) -> list[int]:
         """Ids of what is read in the middle of a text, at most `limit` of them."""
-        ids = self.writer.tokenizer.encode(text)[0].tolist()
-        return ids if len(ids) <= limit else ids[:limit]
+        return self.writer.tokenizer.encode(text)[0].tolist()[:limit]
 
     def cut(self, text: str, limit: int) -> str:
         """What is left of an observation of at most `limit` ids."""
-        ids = self.writer.tokenizer.encode(text)[0].tolist()
-        return text if len(ids) <= limit else self.writer.tokenizer.decode(ids[:limit])
+        return self.writer.tokenizer.decode(self.observation(text, limit))
 
     def completion(self, problem: Problem, sampled: Sampled) -> Completion:
         ids = sampled.tokens.tolist()
