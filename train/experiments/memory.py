@@ -137,6 +137,13 @@ ARMS: dict[str, Callable[[Backbone, nnx.Rngs], Arm]] = {
         reasoner, _weaver(context="nothing"), rngs, in_front=True
     ),
     "pause_tokens": lambda reasoner, rngs: Memory(reasoner, _weaver(context="nothing"), rngs),
+    # As many trained numbers as the weaver, whose LoRA is 96 latents' worth of them.
+    "long_soft_prompt": lambda reasoner, rngs: Memory(
+        reasoner, _weaver(context="nothing", prompt_latents=104), rngs, in_front=True
+    ),
+    "more_pause_tokens": lambda reasoner, rngs: Memory(
+        reasoner, _weaver(context="nothing", prompt_latents=56, inference_latents=56), rngs
+    ),
 }
 
 
