@@ -11,6 +11,7 @@ import pytest
 from thoughtbubbles import PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.forking import candidates_of
 from train.experiments import quality, random_bits
+from train.experiments.results import Results, read_results
 from train.experiments.tasks import Lookup
 
 
@@ -39,6 +40,19 @@ def test_the_random_control_ignores_scores():
     assert (masks[0] == masks[1]).all()
     assert masks[0][:, 1::2].all(), "originals live"
     assert 10 < masks[0][0].sum() <= 15
+
+
+def test_finished_runs_are_found_again(tmp_path):
+    out = tmp_path / "new" / "results.jsonl"
+    results = Results(out, ("arm", "seed"))
+    run = {"arm": "a", "seed": 0}
+    assert run not in results and not out.parent.exists()
+    results.add(run | {"loss": 1.5})
+    again = Results(out, ("arm", "seed"))
+    for found in (results, again):
+        assert run in found and run | {"note": "unread"} in found
+        assert run | {"seed": 1} not in found and run | {"arm": "b"} not in found
+    assert again.found == read_results(out) == [run | {"loss": 1.5}]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from train.loop import NonFiniteLoss
 from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.rl.allocators import Uniform
-from train.rl.config import RLConfig
+from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train
 from train.rl.penalties import InvocationPenalty
 from train.rl.protocols import Reward
@@ -177,6 +177,18 @@ def test_two_stages_of_memgen(tmp_path, monkeypatch):
     saved = load_params(tmp_path / "trigger")[1]
     assert set(saved["memgen"]) == {"trigger"}
     assert nnx.state(both.memgen, TriggerParam)
+
+
+def test_a_trigger_has_a_method_of_its_own():
+    recipe = RLConfig(train="trigger").recipe
+    assert (recipe.advantage, recipe.loss.aggregate, recipe.loss.kl) == (
+        "dr_grpo",
+        "sequence",
+        0.02,
+    )
+    assert RLConfig(train="trigger", method="grpo").recipe == METHODS["grpo"]
+    assert RLConfig(train="trigger", kl=0.0).recipe.loss.kl == 0.0
+    assert RLConfig(train="weaver").recipe == METHODS["grpo"]
 
 
 @pytest.mark.parametrize(

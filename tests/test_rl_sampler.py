@@ -105,7 +105,7 @@ def test_decisions_are_scored_where_they_were_made():
     rows, policy = collect("trigger")
     arrays = make_rows(rows, [np.zeros(len(row.tokens)) for row in rows], 1, 3)
     placed = {key: jnp.asarray(value) for key, value in arrays.items()}
-    found = np.asarray(decision_scores(policy, placed, 1.0))
+    found = np.asarray(decision_scores(policy, placed))
     asked = arrays["decisions"] >= 0
     assert asked.any() and not found[~asked].any()
     assert {0, 1} <= set(arrays["decisions"][asked])
@@ -155,7 +155,7 @@ def test_decisions_of_every_kind_of_trigger_are_replayed(source, model, weaver, 
     rows = Turns(SPEECH, 8, 3, 8, carry).collect(sampler, Echo(), problems, [2] * 6, (7, 1))
     arrays = make_rows(rows, [np.zeros(len(row.tokens)) for row in rows], 1, 9)
     placed = {key: jnp.asarray(value) for key, value in arrays.items()}
-    score = jax.jit(lambda policy, rows: decision_scores(policy, rows, 1.0))
+    score = jax.jit(lambda policy, rows: decision_scores(policy, rows))
     asked = arrays["decisions"] >= 0
     assert asked.sum() > 20 and {0, 1} <= set(arrays["decisions"][asked])
     assert np.asarray(score(policy, placed))[asked].min() > np.log(0.5) - 1e-4

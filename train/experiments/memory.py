@@ -9,10 +9,8 @@ Each finished (arm, seed) is one line of the file; starting again does what is m
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +33,7 @@ from memgen import (
 )
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
 from train.command import run_command
-from train.experiments.quality import read_results
+from train.experiments.results import Results, read_results
 from train.finetuning import checksum
 
 LETTERS = "\n0123456789+=,. sc"  # the first one is padding
@@ -179,20 +177,17 @@ class Experiment:
 def main(config: Experiment) -> None:
     """Train what is missing, or print the table."""
     if config.report is not None:
-        print(report(read_results(Path(config.report))))
+        print(report(read_results(config.report)))
         return
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    finished = {(r["arm"], r["seed"]) for r in read_results(out)} if out.exists() else set()
+    results = Results(config.out, ("arm", "seed"))
     for seed in config.seeds:
-        missing = [arm for arm in config.arms if (arm, seed) not in finished]
+        missing = [arm for arm in config.arms if {"arm": arm, "seed": seed} not in results]
         if not missing:
             continue
         reasoner = pretrained(config, seed)
         for arm in missing:
             result = {"arm": arm, "seed": seed, **score_arm(config, reasoner, arm, seed)}
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            results.add(result)
             print(f"{arm} seed {seed}: {result['accuracy']:.3f} of {HELD_OUT}, loss "
                   f"{result['loss']:.4f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip
 

@@ -7,11 +7,9 @@ Each finished (variant, seed) is one line of the file; starting again does what 
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -33,6 +31,7 @@ from train.command import run_command
 from train.config import EvalConfig
 from train.data import DataConfig, TrainReader, prepare
 from train.evaluate import Evaluator
+from train.experiments.results import Results, read_results
 from train.experiments.tasks import Lookup
 from train.losses import token_losses
 from train.mesh import MeshConfig, make_mesh, place
@@ -42,6 +41,7 @@ from train.statistics import readable as fork_metrics
 from train.step import make_train_step
 
 FORK_LAYERS, RATIO = (1, 2), 2.0
+KEY = ("task", "steps", "variant", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,30 +225,26 @@ class Quality:
 def main(config: Quality) -> None:
     """Train what is missing, or print the table."""
     if config.report is not None:
-        print(report(read_results(Path(config.report))))
+        print(report(read_results(config.report)))
         return
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     task = TASKS[config.task](config.rows, config.positions)
     steps = config.steps or task.steps
-    results = read_results(out) if out.exists() else []
-    for result in results:
+    results = Results(config.out, KEY)
+    for result in results.found:
         scored = result["rows"], result["positions"]
         if scored != (config.rows, config.positions):
             raise ValueError(
-                f"{out} holds results over rows, positions = {scored}, asked for "
+                f"{config.out} holds results over rows, positions = {scored}, asked for "
                 f"{(config.rows, config.positions)}: pass another --out, or the same numbers"
             )
-    finished = {key_of(result) for result in results}
     for seed in config.seeds:
         for variant in config.variants:
-            if (config.task, steps, variant, seed) in finished:
-                continue
             result = {"task": config.task, "variant": variant, "seed": seed, "steps": steps}
+            if result in results:
+                continue
             result |= {"rows": config.rows, "positions": config.positions}
             result |= train_and_score(task, VARIANTS[variant](task.base), steps, seed)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            results.add(result)
             print(f"{variant} seed {seed}: {result['loss']:.4f} ± {result['standard_error']:.4f} "
                   f"nats, {result['seconds']:.0f} s", flush=True)  # fmt: skip
 
@@ -282,22 +278,12 @@ def train_and_score(
     }
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results in a file, in the order they were finished."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def key_of(result: dict[str, Any]) -> tuple[str, int, str, int]:
-    """What makes two results the same run."""
-    return result["task"], result["steps"], result["variant"], result["seed"]
-
-
 def report(results: list[dict[str, Any]]) -> str:
     """Markdown tables, one for each task and number of steps.
 
     Means over seeds ± standard error of that mean; differences to `plain` are paired by seed.
     """
-    by_run = {key_of(result): result for result in results}
+    by_run = {tuple(result[name] for name in KEY): result for result in results}
     lines = []
     for task, steps in dict.fromkeys(key[:2] for key in by_run):
         runs = {key[2:]: result for key, result in by_run.items() if key[:2] == (task, steps)}

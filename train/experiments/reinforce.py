@@ -11,11 +11,9 @@ Each finished (task, arm, seed) is one line of the file; starting again does wha
 
 import dataclasses
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +24,7 @@ from thoughtbubbles import ModelConfig, Thoughtbubbles
 from train.command import run_command
 from train.config import EvalConfig
 from train.data import ByteTokenizer
-from train.experiments.quality import read_results
+from train.experiments.results import Results, read_results
 from train.load import Writer
 from train.mesh import place
 from train.metrics import read_metrics
@@ -151,23 +149,20 @@ class Coin:
 def main(config: Experiment) -> None:
     """Run what is missing, or print the table."""
     if config.report is not None:
-        print(report(read_results(Path(config.report))))
+        print(report(read_results(config.report)))
         return
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results = read_results(out) if out.exists() else []
-    finished = {(found["task"], found["arm"], found["seed"]) for found in results}
+    results = Results(config.out, ("task", "arm", "seed"))
     for name in config.tasks:
         for seed in config.seeds:
-            missing = [arm for arm in config.arms if (name, arm, seed) not in finished]
+            key = {"task": name, "seed": seed}
+            missing = [arm for arm in config.arms if key | {"arm": arm} not in results]
             if not missing:
                 continue
             baseline = Baseline(config, name, seed)
             print(f"{name} seed {seed}: baseline {baseline.success:.1%}", flush=True)
             for arm in missing:
-                result = {"task": name, "arm": arm, "seed": seed} | score_arm(baseline, arm)
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
+                result = key | {"arm": arm} | score_arm(baseline, arm)
+                results.add(result)
                 print(f"{name} {arm} seed {seed}: {result['before']:.1%} -> {result['after']:.1%},"
                       f" {result['seconds']:.0f} s", flush=True)  # fmt: skip
 

@@ -12,10 +12,8 @@ Each finished (arm, seed) is one line of the file; starting again does what is m
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,7 +35,6 @@ from memgen import (
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from train.command import run_command
 from train.data import ByteTokenizer
-from train.experiments.quality import read_results
 from train.experiments.questions import (
     HELD_OUT,
     KINDS,
@@ -48,6 +45,7 @@ from train.experiments.questions import (
     curves,
     fit,
 )
+from train.experiments.results import Results, read_results
 from train.finetuning import checksum
 from train.load import Writer
 from train.mesh import MeshConfig, make_mesh
@@ -128,6 +126,7 @@ class Stages:
         config = self.config
         trained = self.reinforced(
             self.taught,
+            method="grpo",
             train="weaver",
             steps=config.weaver_steps,
             batch_size=config.weaver_problems,
@@ -144,7 +143,7 @@ class Stages:
         the same reason the trigger is held near its start, a fair coin.
         """
         config = self.config
-        how = {"advantage": "dr_grpo", "kl": config.hold} | changes
+        how = {"method": "trigger", "kl": config.hold} | changes
         return self.reinforced(
             self.rewarded[0],
             train="trigger",
@@ -162,7 +161,6 @@ class Stages:
     def reinforced(self, writer: Writer, **changes: Any) -> Trained:
         """GRPO, without a run folder: what a run would save and show is not needed here."""
         config = RLConfig(
-            method="grpo",
             rollouts=self.config.rollouts,
             max_new_tokens=ROOM,
             seed=self.seed,
@@ -200,7 +198,7 @@ def _taught_more(stages: Stages) -> Trained:
 
 
 def _divided(stages: Stages) -> Trained:
-    return stages.triggered(InvocationPenalty(stages.config.price), advantage="grpo", kl=0.0)
+    return stages.triggered(InvocationPenalty(stages.config.price), method="grpo", kl=0.0)
 
 
 def _priced(stages: Stages) -> Trained:
@@ -279,20 +277,16 @@ class Experiment:
 def main(config: Experiment) -> None:
     """Train what is missing, or print the tables."""
     if config.report is not None:
-        print(report(read_results(Path(config.report))))
+        print(report(read_results(config.report)))
         return
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found = read_results(out) if out.exists() else []
-    finished = {(result["arm"], result["seed"]) for result in found}
+    results = Results(config.out, ("arm", "seed"))
     for seed in config.seeds:
         stages = Stages(config, seed)
         for arm in config.arms:
-            if (arm, seed) in finished:
+            if {"arm": arm, "seed": seed} in results:
                 continue
             result = {"arm": arm, "seed": seed, **run_arm(stages, arm)}
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            results.add(result)
             print(f"seed {seed}, {arm}: {readable(result)}", flush=True)
 
 

@@ -26,7 +26,8 @@ from train.config import EvalConfig
 from train.data import DataConfig, PackedData, TrainReader, prepare
 from train.dials import AnyPolicy
 from train.evaluate import Evaluator
-from train.experiments.quality import key_of, read_results, report
+from train.experiments.quality import KEY, report
+from train.experiments.results import Results, read_results
 from train.load import find_weights
 from train.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
@@ -86,32 +87,28 @@ class Retrofit:
 def main(config: Retrofit) -> None:
     """Train what is missing, or print the table."""
     if config.report is not None:
-        print(report(read_results(Path(config.report))))
+        print(report(read_results(config.report)))
         return
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(dataclasses.asdict(config) | {"policy": repr(config.policy)}))
     for name in ("weights", "variants", "seeds", "steps", "out", "report"):
         del settings[name]
-    results = read_results(out) if out.exists() else []
-    for result in results:
+    results = Results(config.out, KEY)
+    for result in results.found:
         if result["settings"] != settings:
             raise ValueError(
-                f"{out} holds results of other settings ({result['settings']}, now {settings}): "
-                "pass another --out, or the same ones"
+                f"{config.out} holds results of other settings ({result['settings']}, now "
+                f"{settings}): pass another --out, or the same ones"
             )
-    finished = {key_of(result) for result in results}
     pretrained = load_pretrained(find_weights(config.weights))
     data = prepare_data(pretrained, config.seq_len)
     for seed in config.seeds:
         for variant in config.variants:
             key = {"task": Path(config.weights).name, "variant": variant, "seed": seed}
             key |= {"steps": config.steps, "settings": settings}
-            if key_of(key) in finished:
+            if key in results:
                 continue
             result = key | train_and_score(config, pretrained, data, variant, seed)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            results.add(result)
             print(f"{variant} seed {seed}: {result['loss_before']:.4f} to {result['loss']:.4f} "
                   f"nats, {result['cpu_seconds']:.0f} CPU seconds", flush=True)  # fmt: skip
 

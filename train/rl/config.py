@@ -41,9 +41,14 @@ METHODS: dict[str, Recipe] = {
         filter_groups=True,
     ),
     "rebn": Recipe("rebn", LossConfig(aggregate="constant")),
+    "trigger": Recipe("dr_grpo", LossConfig(aggregate="sequence", kl=0.02)),
 }
 """GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740), DAPO (2503.14476),
-REINFORCE++-baseline (2501.03262), and return batch normalisation of turns (GEM, 2510.01051)."""
+REINFORCE++-baseline (2501.03262), and return batch normalisation of turns (GEM, 2510.01051).
+
+`trigger` is GRPO for decisions that have a price: advantages are not divided by the standard
+deviation (where all answers of a group are right, the least price would have full strength and
+silence the trigger), and it is held near its start (where nobody invokes nothing is learned)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class RLConfig(LoopConfig):
         train: `all` parameters, a `lora` adapter, a `weaver` of latent memory, or the `trigger` of
             weights that have a weaver; in the last three the rest is frozen.
         task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl"; "help" lists all.
-        method: a name from `METHODS`.
+        method: a name from `METHODS` (None: `trigger` for a trigger, else `grpo`).
         advantage: in place of the method's (`train.rl.advantages`).
         clip_low: in place of the method's; and so the next ones.
         clip_high: of a ratio, above 1.
@@ -96,7 +101,9 @@ class RLConfig(LoopConfig):
     weights: str = "smollm2"
     train: Method = "lora"
     task: str = "arithmetic"
-    method: Literal["grpo", "dr_grpo", "rloo", "dapo", "reinforce_pp", "rebn"] = "grpo"
+    method: Literal["grpo", "dr_grpo", "rloo", "dapo", "reinforce_pp", "rebn", "trigger"] | None = (
+        None
+    )
     advantage: Advantage | None = None
     clip_low: float | None = None
     clip_high: float | None = None
@@ -187,9 +194,14 @@ class RLConfig(LoopConfig):
             )
 
     @property
+    def chosen(self) -> str:
+        """Name of the method, or what None stands for."""
+        return self.method or ("trigger" if self.train == "trigger" else "grpo")
+
+    @property
     def recipe(self) -> Recipe:
         """The method with what was changed in it."""
-        base = METHODS[self.method]
+        base = METHODS[self.chosen]
         names = ("clip_low", "clip_high", "dual_clip", "aggregate", "kl", "importance_cap")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return Recipe(

@@ -61,13 +61,12 @@ def token_scores(
     return token_log_probs(tuned.backbone, hidden, tokens, rows["trained"], temperature, choices)
 
 
-def decision_scores(tuned: Tuned, rows: dict[str, jax.Array], temperature: float) -> jax.Array:
+def decision_scores(tuned: Tuned, rows: dict[str, jax.Array]) -> jax.Array:
     """Log-probabilities `[K, L]` float32 of the trigger's decisions, 0 where it was not asked."""
     memgen = tuned.memgen
     assert memgen is not None
     plan = Plan.of(rows["point"], rows["kind"], memgen.config)
-    logits = memgen.trigger_logits(rows["tokens"], plan) / temperature
-    scores = jax.nn.log_softmax(logits)
+    scores = jax.nn.log_softmax(memgen.trigger_logits(rows["tokens"], plan))
     decisions = rows["decisions"]
     picked = jnp.where(decisions == 1, scores[..., 1], scores[..., 0])
     return jnp.where(decisions >= 0, picked, 0.0)
@@ -80,7 +79,7 @@ def scores(tuned: Tuned, rows: dict[str, jax.Array], how: Any) -> jax.Array:
         how: a `train.rl.sampler.Sampling`.
     """
     if tuned.method == "trigger":
-        return decision_scores(tuned, rows, how.trigger_temperature)
+        return decision_scores(tuned, rows)
     return token_scores(tuned, rows, how.temperature, how.choices)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +35,6 @@ class Trajectory:
         finished: whether an id ended the last response; if not it was cut at the length limit.
         texts: of the responses.
         advantages: `[L]` float64 that a strategy gives itself, or None.
-        source: who made it.
     """
 
     group: int
@@ -53,7 +52,6 @@ class Trajectory:
     turn: int = 0
     weight: float = 1.0
     advantages: np.ndarray | None = None
-    source: Literal["policy", "replay", "tree"] = "policy"
 
     @property
     def written(self) -> int:

@@ -27,14 +27,12 @@ class Sampling:
         choices: only ids below it are chosen.
         stop: ids that end a text.
         memory: when a policy with a weaver weaves.
-        trigger_temperature: of a learned trigger that is sampled.
     """
 
     temperature: float
     choices: int
     stop: tuple[int, ...]
     memory: memgen.TriggerPolicy = memgen.NeverInvoke()  # noqa: RUF009 (frozen)
-    trigger_temperature: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
