@@ -24,12 +24,14 @@ from memgen_tiny import (
     read,
     replaced,
     rollout,
+    trigger_config,
     weaver_config,
     whole_rows,
 )
 
 from memgen import (
     AlwaysInvoke,
+    MemGen,
     MemGenConfig,
     NeverInvoke,
     Plan,
@@ -51,6 +53,31 @@ def plan_of(*points: list[int], config: MemGenConfig = CONFIG) -> Plan:
     point = jnp.array(points, jnp.int32)
     kind = jnp.broadcast_to(jnp.arange(point.shape[1]) > 0, point.shape).astype(jnp.int32)
     return Plan.of(point, kind, config)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rank"])
+def test_memory_is_one_base_and_its_adapters(kind: str):
+    """What a compiled program is given: the reasoner once, for reasoner, weaver and trigger."""
+
+    def size_of(module: nnx.Module) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
+
+    def arguments(score, module: nnx.Module) -> int:
+        compiled = jax.jit(score, keep_unused=True).lower(module, TOKENS).compile()
+        return compiled.memory_analysis().argument_size_in_bytes
+
+    made = memgen_of(kind, trigger_config("reasoner_hidden"))
+    plan = plan_of([3, 6], [5, 8])
+
+    def scores(made: MemGen, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return predictors(made, tokens, plan), made.trigger_logits(tokens, plan)
+
+    base = size_of(made.reasoner)
+    adapters = size_of(made.weaver) + size_of(made.trigger)
+    assert size_of(made) - base - adapters <= made.boundary[...].nbytes
+    given = arguments(scores, made)
+    assert base + adapters <= given <= base + adapters + 4096
+    assert base > 4096, "one more copy would be seen"
 
 
 @pytest.mark.parametrize("kind", ["plain", "rank", "foreign"])
