@@ -80,6 +80,9 @@ def test_quality_runs_are_resumed_and_reported(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "| plain | 40,224 | 0 |" in table
     assert f"{results['topk']['loss'] - results['plain']['loss']:+.4f}" in table
+    quality.main(quality.Quality(report=str(out), against="random"))
+    table = capsys.readouterr().out
+    assert f"{results['topk']['loss'] - results['random']['loss']:+.4f}" in table
 
 
 def test_an_unknown_variant_is_named():

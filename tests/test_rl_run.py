@@ -14,7 +14,7 @@ from rl_tiny import LORA, MEMGEN, Vowels, writer
 
 from memgen import TriggerParam, WeaverParam, trained_params
 from train.checkpoint import load_params
-from train.config import EvalConfig
+from train.config import EvalConfig, as_json
 from train.load import Writer, load_model
 from train.loop import NonFiniteLoss
 from train.metrics import read_metrics
@@ -189,6 +189,12 @@ def test_a_trigger_has_a_method_of_its_own():
     assert RLConfig(train="trigger", method="grpo").recipe == METHODS["grpo"]
     assert RLConfig(train="trigger", kl=0.0).recipe.loss.kl == 0.0
     assert RLConfig(train="weaver").recipe == METHODS["grpo"]
+
+
+@pytest.mark.parametrize(("train", "method"), [("trigger", "trigger"), ("lora", "grpo")])
+def test_a_run_goes_on_by_its_method_told_or_not(train, method):
+    told, untold = (as_json(RLConfig(train=train, **how)) for how in ({"method": method}, {}))
+    assert told == untold and untold["method"] == method
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,8 @@ ARMS: dict[str, Callable[[Backbone, nnx.Rngs], Arm]] = {
         reasoner, _weaver(context="nothing"), rngs, in_front=True
     ),
     "pause_tokens": lambda reasoner, rngs: Memory(reasoner, _weaver(context="nothing"), rngs),
-    # As many trained numbers as the weaver, whose LoRA is 96 latents' worth of them.
+    # As many trained numbers as the weaver, whose LoRA is 96 latents' worth of them. (A soft prompt
+    # never uses the bank for later events: 641 of its numbers stay as they are.)
     "long_soft_prompt": lambda reasoner, rngs: Memory(
         reasoner, _weaver(context="nothing", prompt_latents=104), rngs, in_front=True
     ),

@@ -205,6 +205,7 @@ class Quality:
         positions: how many targets are scored prefix-only if the policy is not causal.
         out: where results are appended, one JSON object a line.
         report: a file of results to print as a table, in place of training.
+        against: variant that the table compares the others with, seed by seed.
     """
 
     task: Literal["stdlib", "lookup"] = "lookup"
@@ -215,9 +216,10 @@ class Quality:
     positions: int = 2048
     out: str = "quality.jsonl"
     report: str | None = None
+    against: str = "plain"
 
     def __post_init__(self):
-        for name in self.variants:
+        for name in (*self.variants, self.against):
             if name not in VARIANTS:
                 raise ValueError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
 
@@ -225,7 +227,7 @@ class Quality:
 def main(config: Quality) -> None:
     """Train what is missing, or print the table."""
     if config.report is not None:
-        print(report(read_results(config.report)))
+        print(report(read_results(config.report), config.against))
         return
     task = TASKS[config.task](config.rows, config.positions)
     steps = config.steps or task.steps
@@ -278,10 +280,10 @@ def train_and_score(
     }
 
 
-def report(results: list[dict[str, Any]]) -> str:
+def report(results: list[dict[str, Any]], against: str = "plain") -> str:
     """Markdown tables, one for each task and number of steps.
 
-    Means over seeds ± standard error of that mean; differences to `plain` are paired by seed.
+    Means over seeds ± standard error of that mean; differences are paired by seed.
     """
     by_run = {tuple(result[name] for name in KEY): result for result in results}
     lines = []
@@ -291,13 +293,14 @@ def report(results: list[dict[str, Any]]) -> str:
         lines += [
             f"{task}, {steps:,} steps, {tokens:,} tokens; held-out nats per target, prefix-only",
             "",
-            "| variant | parameters | seeds | loss | minus plain | blockwise | streams | step ms |",
+            f"| variant | parameters | seeds | loss | minus {against} | blockwise | streams "
+            "| step ms |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for variant in dict.fromkeys(variant for variant, _ in runs):
             mine = {seed: result for (name, seed), result in runs.items() if name == variant}
             paired = [
-                mine[s]["loss"] - runs["plain", s]["loss"] for s in mine if ("plain", s) in runs
+                mine[s]["loss"] - runs[against, s]["loss"] for s in mine if (against, s) in runs
             ]
             blockwise = [run["blockwise_loss"] for run in mine.values() if "blockwise_loss" in run]
             any_run = next(iter(mine.values()))
@@ -311,7 +314,7 @@ def report(results: list[dict[str, Any]]) -> str:
                 f"{any_run['parameters']:,}",
                 " ".join(str(seed) for seed in sorted(mine)),
                 _mean([run["loss"] for run in mine.values()]),
-                _mean(paired, "+") if variant != "plain" else "",
+                _mean(paired, "+") if variant != against else "",
                 _mean(blockwise),
                 ", ".join(streams),
                 f"{np.median([run['step_ms'] for run in mine.values()]):.0f}",

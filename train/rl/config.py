@@ -63,7 +63,7 @@ class RLConfig(LoopConfig):
         train: `all` parameters, a `lora` adapter, a `weaver` of latent memory, or the `trigger` of
             weights that have a weaver; in the last three the rest is frozen.
         task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl"; "help" lists all.
-        method: a name from `METHODS` (None: `trigger` for a trigger, else `grpo`).
+        method: a name from `METHODS`; None becomes `trigger` for a trigger, else `grpo`.
         advantage: in place of the method's (`train.rl.advantages`).
         clip_low: in place of the method's; and so the next ones.
         clip_high: of a ratio, above 1.
@@ -141,6 +141,9 @@ class RLConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.method is None:  # so that a run folder says what it was, by whatever default
+            method = "trigger" if self.train == "trigger" else "grpo"
+            object.__setattr__(self, "method", method)
         least = {"minibatches": 1, "epochs": 1, "max_batches": 1, "max_turns": 1, "max_rows": 1,
                  "max_observation": 1, "max_new_tokens": 1, "rollouts": 1, "examples": 0,
                  "overlong_buffer": 0}  # fmt: skip
@@ -194,14 +197,10 @@ class RLConfig(LoopConfig):
             )
 
     @property
-    def chosen(self) -> str:
-        """Name of the method, or what None stands for."""
-        return self.method or ("trigger" if self.train == "trigger" else "grpo")
-
-    @property
     def recipe(self) -> Recipe:
         """The method with what was changed in it."""
-        base = METHODS[self.chosen]
+        assert self.method is not None
+        base = METHODS[self.method]
         names = ("clip_low", "clip_high", "dual_clip", "aggregate", "kl", "importance_cap")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return Recipe(

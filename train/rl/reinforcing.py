@@ -366,7 +366,7 @@ class Reinforcing:
         sizes = " x ".join(f"{name} {size}" for name, size in trainable.mesh.shape.items())
         return (
             f"{config.weights}: {trainable.config.num_params():,} parameters, trained are "
-            f"{trainable.num_trained:,} ({config.train}); {config.chosen} on {self.task.name}, "
+            f"{trainable.num_trained:,} ({config.train}); {config.method} on {self.task.name}, "
             f"{config.batch_size} problems x {config.rollouts} rollouts x {config.updates} updates "
             f"a step; {sizes}"
         )
