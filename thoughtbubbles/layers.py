@@ -303,17 +303,25 @@ class Fork(nnx.Module):
         self.gate = None if gate is None else vector(jnp.asarray(gate, jnp.float32), ())
         self.threshold = Tracked(jnp.zeros(())) if isinstance(policy, Threshold) else None
 
-    def __call__(self, streams: Streams, *, track: bool = False) -> Streams:
+    def __call__(
+        self, streams: Streams, *, track: bool = False, key: jax.Array | None = None
+    ) -> Streams:
         """`S` slots a row to `min(2 S, policy.capacity(T))` slots.
 
         Args:
             track: also let the threshold of a `Threshold` policy follow these scores (training).
+            key: of the noise of a `PrefixRank` policy (training); without it there is none.
         """
         candidates = self._candidates(streams)
         if track and isinstance(self.policy, Threshold) and self.threshold is not None:
             point = self.policy.meeting_point(candidates)
             self.threshold[...] += TRACKING_RATE * (point - self.threshold[...])
-        keep = self.policy.keep(candidates)
+        chosen_by = candidates
+        if key is not None and isinstance(self.policy, PrefixRank) and self.policy.noise:
+            noise = jax.random.gumbel(key, candidates.log_score.shape)
+            log_score = candidates.log_score + self.policy.noise * noise
+            chosen_by = dataclasses.replace(candidates, log_score=log_score)
+        keep = self.policy.keep(chosen_by)
         return self._fork(streams, candidates, keep, streams.num_tokens)
 
     def extend(self, streams: Streams, memory: Any, num_tokens: int) -> tuple[Streams, Any]:

@@ -115,7 +115,12 @@ class Thoughtbubbles(nnx.Module):
         return restore_alignment(logits, mask, rank)
 
     def run(
-        self, tokens: jax.Array, length: jax.Array | None = None, *, track: bool = False
+        self,
+        tokens: jax.Array,
+        length: jax.Array | None = None,
+        *,
+        track: bool = False,
+        key: jax.Array | None = None,
     ) -> Output:
         """All layers but the head, over right-padded rows.
 
@@ -123,11 +128,17 @@ class Thoughtbubbles(nnx.Module):
             tokens: `[B, T]` int32.
             length: `[B]` number of real tokens in each row; all `T` if not given.
             track: let tracked thresholds follow these tokens (training).
+            key: of the noise with which fork layers choose (training); without it there is none.
         """
-        return self.run_residuals(self.residuals(tokens), length, track=track)
+        return self.run_residuals(self.residuals(tokens), length, track=track, key=key)
 
     def run_residuals(
-        self, x: jax.Array, length: jax.Array | None = None, *, track: bool = False
+        self,
+        x: jax.Array,
+        length: jax.Array | None = None,
+        *,
+        track: bool = False,
+        key: jax.Array | None = None,
     ) -> Output:
         """`run` from residuals `x [B, T, D]` in place of tokens, embedded ones or any others."""
         config = self.config
@@ -135,7 +146,8 @@ class Thoughtbubbles(nnx.Module):
         forks = []
         for index, (start, end) in enumerate(config.groups()):
             if index:
-                streams = self.forks[index - 1](streams, track=track)
+                own = None if key is None else jax.random.fold_in(key, index)
+                streams = self.forks[index - 1](streams, track=track, key=own)
                 streams = streams.replace(x=self.constrain(streams.x))
                 forks.append(streams)
             streams = self.run_blocks(streams, start, end)

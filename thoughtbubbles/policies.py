@@ -151,17 +151,23 @@ class PrefixRank(Bucketed):
         ratio: streams per token, at most, in every prefix.
         window: rank among the candidates of the last `window` tokens alone; all if None.
         burst: streams that the bucket may run ahead of `ratio`.
+        noise: scale of the Gumbel noise on log-scores by which candidates are ranked in a forward
+            pass that is given a key, as in pretraining (with 1, a draw without replacement in
+            proportion to scores); evaluation and decoding rank by the scores alone.
     """
 
     ratio: float = 2.0
     window: int | None = None
     burst: int = 0
+    noise: float = 0.0
 
     def __post_init__(self):
         _check_ratio(self.ratio)
         _check_burst(self.burst)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} is below 1: choose tokens to rank among")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise ValueError(f"noise={self.noise} scales noise on log-scores: choose 0 or more")
 
     def keep(self, candidates: Candidates) -> jax.Array:
         ranks = prefix_ranks(_ties(_keys(candidates)), self._tokens(candidates), self.window)

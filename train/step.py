@@ -25,8 +25,8 @@ Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax
 def pretraining_loss(
     model: Thoughtbubbles, tokens: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """`Loss` of rows `tokens [B, T+1]`; thresholds follow them."""
-    total, (weight, output) = next_token_loss(model, tokens, track=True)
+    """`Loss` of rows `tokens [B, T+1]`; thresholds follow them, forks are chosen with noise."""
+    total, (weight, output) = next_token_loss(model, tokens, track=True, key=key)
     return total, weight, fork_statistics(output)
 
 

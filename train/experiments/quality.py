@@ -82,6 +82,7 @@ VARIANTS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
     "copy2": _with(copies=2, merge="rightmost"),
     "topk": _forking(TopK(RATIO), score_originals=True),
     "prefix_rank": _forking(PrefixRank(RATIO)),
+    "prefix_rank_noise": _forking(PrefixRank(RATIO, noise=1.0)),
     "threshold": _forking(Threshold(RATIO)),
     "random": _forking(RandomForks(RATIO)),
     "topk_unscored": _forking(TopK(RATIO)),
@@ -115,10 +116,8 @@ class Stdlib:
 class AnswerModel(Thoughtbubbles):
     """Reads the packed rows of `Lookup`: only answers are scored, and they are never input."""
 
-    def run(
-        self, tokens: jax.Array, length: jax.Array | None = None, *, track: bool = False
-    ) -> Output:
-        return super().run(tokens % self.config.vocab_size, length, track=track)
+    def run(self, tokens: jax.Array, length: jax.Array | None = None, **training: Any) -> Output:
+        return super().run(tokens % self.config.vocab_size, length, **training)
 
     def log_prob(self, streams: Streams, targets: jax.Array) -> jax.Array:
         answer = targets // self.config.vocab_size - 1

@@ -1,0 +1,114 @@
+"""`PrefixRank(noise=...)`: choosing by noisy scores in training, and only there."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import BASE, VOCAB, heavy_model
+
+from thoughtbubbles import Fork, PrefixRank, Streams, Thoughtbubbles
+from train.mesh import MeshConfig, make_mesh, place
+from train.optim import OptimizerConfig
+from train.state import make_trainable
+from train.step import make_train_step
+
+QUIET = dataclasses.replace(
+    BASE, num_layers=3, fork_layers=(1, 2), score_originals=False, policy=PrefixRank(1.5)
+)
+NOISY = dataclasses.replace(QUIET, policy=PrefixRank(1.5, noise=1.0))
+ROWS, TOKENS = 40, 12
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, VOCAB, (ROWS, TOKENS), dtype=np.int32)
+
+
+@jax.jit
+def run(model: Thoughtbubbles, tokens, key=None):
+    """Logits and, for each fork layer, the token of each stream."""
+    output = model.run(tokens, key=key)
+    return model.logits(output.streams), [
+        jnp.where(streams.alive, streams.token, -1) for streams in output.forks
+    ]
+
+
+def same(ours, theirs) -> bool:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_without_a_key_there_is_no_noise(tokens):
+    quiet, noisy = heavy_model(QUIET), heavy_model(NOISY)
+    expected = run(quiet, tokens)
+    assert same(run(noisy, tokens), expected)
+    assert same(run(quiet, tokens, jax.random.key(0)), expected), "nor where the scale is 0"
+
+
+def test_each_key_chooses_otherwise_within_the_budget(tokens):
+    noisy = heavy_model(NOISY)
+    quiet, first, again, other = (
+        run(noisy, tokens, key)[1]
+        for key in (None, jax.random.key(0), jax.random.key(0), jax.random.key(1))
+    )
+    assert same(first, again)
+    for choice in (first, other):
+        for before, now in zip(quiet, choice, strict=True):
+            assert (np.asarray(before) != np.asarray(now)).any(axis=1).mean() > 0.5
+            counts = np.array([[(row == t).sum() for t in range(TOKENS)] for row in now])
+            assert (counts >= 1).all(), "originals live"
+            assert (counts.cumsum(axis=1) <= 1.5 * (np.arange(TOKENS) + 1)).all()
+    assert not same(first[:1], other[:1]) and not same(first[1:], other[1:])
+
+
+def test_with_noise_later_tokens_still_decide_nothing(tokens):
+    noisy, key = heavy_model(NOISY), jax.random.key(0)
+    for j in (1, 5, 11):
+        changed = tokens.copy()
+        changed[:, j:] = (changed[:, j:] + 1) % VOCAB
+        before, after = (np.asarray(run(noisy, t, key)[0]) for t in (tokens, changed))
+        np.testing.assert_array_equal(before[:, :j], after[:, :j])
+        assert (before[:, j:] != after[:, j:]).any()
+
+
+def test_scale_one_draws_in_proportion_to_scores():
+    """Two tokens, room for one fork when the second comes: the second forks iff it wins."""
+    rows, fork = 20_000, Fork(8, PrefixRank(1.5, noise=1.0), rngs=nnx.Rngs(0))
+    fork.score[...] *= 50
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 2, 8)), (rows, 2, 8))
+    streams = Streams.start(x)
+    scores = np.exp(np.asarray(fork._candidates(streams).log_score[0, ::2]))
+    share = float((fork(streams, key=jax.random.key(1)).token[:, 1:] == 1).sum(axis=1).mean()) - 1
+    expected = scores[1] / scores.sum()
+    assert abs(expected - 0.5) > 0.05, "the scores differ"
+    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / rows)
+
+
+def test_the_noise_of_a_step_is_its_own_and_the_same_on_any_mesh():
+    rows = np.random.default_rng(1).integers(0, 32, (16, 13), dtype=np.int32)
+
+    def losses(config, sizes, devices):
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+        optimizer = OptimizerConfig(learning_rate=1e-30)  # so that only noise differs by step
+        config = dataclasses.replace(config, vocab_size=32)  # divides over the mesh
+        trainable = make_trainable(config, optimizer, steps=10, mesh=mesh)
+        step, state = make_train_step(trainable), trainable.init()
+        found = []
+        for _ in range(3):
+            state, metrics = step(state, place(rows, mesh))
+            found.append(float(metrics["loss"]))
+        return np.array(found)
+
+    alone = losses(NOISY, (1, 1, 1), 1)
+    assert np.ptp(alone) > 1e-5 > np.ptp(losses(QUIET, (1, 1, 1), 1))
+    np.testing.assert_allclose(losses(NOISY, (2, 2, 2), 8), alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [-1.0, math.nan, math.inf])
+def test_a_scale_that_scales_nothing_is_refused(noise):
+    with pytest.raises(ValueError, match="choose 0 or more"):
+        PrefixRank(noise=noise)
