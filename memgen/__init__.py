@@ -3,12 +3,13 @@
 from memgen.backbone import DecoderBackbone
 from memgen.checkpoint import load_params, trained_params
 from memgen.config import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
-from memgen.decoding import Response, begin, generate, make_request, observe, respond
+from memgen.decoding import begin, generate, make_request, observe, respond
 from memgen.delimiters import boundary_table, is_boundary
 from memgen.insertion import Plan, plan_from_decisions, plan_insertions
 from memgen.lora import beside, linear_maps, make_adapter
 from memgen.losses import sft_loss, token_log_probs
 from memgen.model import MemGen
+from memgen.response import Response
 from memgen.trigger import (
     AlwaysInvoke,
     LearnedInvoke,

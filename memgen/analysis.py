@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memgen.decoding import NOT_ASKED, Response
+from memgen.response import NOT_ASKED, Response
 
 FEW_POINTS = 20
 """Below, neighbourhoods are no more than noise: `embed_2d` draws a projection instead."""

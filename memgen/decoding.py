@@ -1,7 +1,8 @@
 """Generation interleaved with weaving: one compiled loop, every row at its own events.
 
 A step decides, inserts, predicts, in this order. Latents are appended to the live cache of the
-reasoner as a chunk; a step in which no row weaves does nothing for weaving.
+reasoner as a chunk, in the rows that weave alone; a step in which none weaves does nothing for it.
+The event after the prompt comes before the loop, in all rows at once.
 """
 
 import dataclasses
@@ -18,52 +19,10 @@ from memgen.delimiters import is_boundary
 from memgen.insertion import INFERENCE, PROMPT
 from memgen.model import MemGen
 from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
-from memgen.session import Session, check_room, put, take
+from memgen.response import Response
+from memgen.session import Chosen, Session, check_room, put, take
 from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
 from memgen.weaver import Snippets
-
-NOT_ASKED, SKIPPED, INVOKED = -1, 0, 1
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Response:
-    """New tokens of each row and what was remembered on the way.
-
-    Attributes:
-        tokens: `[B, T]` int32, the id that stopped a row among them.
-        count: `[B]` int32 of them real.
-        log_probs: `[B, T]` float32 of each, at the temperature of sampling (1 if greedy).
-        decisions: `[B, T]` int8 before each token: -1 not asked, 0 skipped, 1 invoked.
-        latents: `[B, E, K, D]`; event 0 stands before the first token.
-        points: `[B, E]` int32, the token that each event stands before, -1 if it did not happen.
-    """
-
-    tokens: jax.Array
-    count: jax.Array
-    log_probs: jax.Array
-    decisions: jax.Array
-    latents: jax.Array
-    points: jax.Array
-
-    @classmethod
-    def empty(cls, memgen: MemGen, batch: int, room: int, vector: Any) -> "Response":
-        config = memgen.config
-        latents = (batch, config.events, config.weaver.latents, vector.shape[-1])
-        return cls(
-            jnp.zeros((batch, room), jnp.int32),
-            jnp.zeros((batch,), jnp.int32),
-            jnp.zeros((batch, room), jnp.float32),
-            jnp.full((batch, room), NOT_ASKED, jnp.int8),
-            jnp.zeros(latents, vector.dtype),
-            jnp.full((batch, config.events), -1, jnp.int32),
-        )
-
-    @property
-    def texts(self) -> list[list[int]]:
-        """The new ids of each row."""
-        rows = zip(np.asarray(self.tokens), np.asarray(self.count), strict=True)
-        return [row[:count].tolist() for row, count in rows]
 
 
 def generate(
@@ -192,25 +151,25 @@ def respond(
         never = isinstance(request.policy, NeverInvoke)
         new = np.minimum(room, np.asarray(request.max_new_tokens))
         check_room(session, new, 0 if never else memgen.config.room)
-    return _respond(memgen, session, request, room)
+    return _respond(memgen, session, request, room, lanes_of(session))
 
 
-@functools.partial(jax.jit, static_argnames="room", donate_argnames="session")
-def _respond(memgen, session, request, room) -> tuple[Response, Session]:
+def lanes_of(session: Session) -> int:
+    """Rows that weave at a time: one of each shard of the session, so that shards work at once."""
+    if isinstance(session.count, Tracer):
+        return 1
+    (shard,) = session.count.sharding.shard_shape(session.count.shape)
+    return session.count.shape[0] // shard
+
+
+@functools.partial(jax.jit, static_argnames=("room", "lanes"), donate_argnames="session")
+def _respond(memgen, session, request, room, lanes) -> tuple[Response, Session]:
     decoders = Decoders.of(memgen)
-    batch = session.count.shape[0]
-    vector = jax.eval_shape(memgen.reasoner.embed_tokens, session.tokens[:, :1])
-    loop = Loop(
-        jnp.int32(0),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.broadcast_to(request.max_new_tokens < 1, (batch,)) | (session.count < 1),
-        session.replace(responses=session.responses + 1),
-        Response.empty(memgen, batch, room, vector),
-    )
     limit = jnp.minimum(request.max_new_tokens, room)
+    loop = _opened(decoders, request, session, room)
     loop = jax.lax.while_loop(
         lambda loop: ~loop.done.all() & (loop.step < limit.max()),
-        lambda loop: _step(decoders, request, limit, loop),
+        lambda loop: _step(decoders, request, limit, loop, lanes),
         loop,
     )
     return loop.response, loop.session
@@ -244,28 +203,28 @@ class Loop:
     response: Response
 
 
-def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop) -> Loop:
-    memgen, session = decoders.memgen, loop.session
-    previous, last = session.last_two
-    keys = _keys(session, loop.step)
+def _opened(decoders: Decoders, request: Request, session: Session, room: int) -> Loop:
+    """The loop before its first step: the prompts' events, all rows at once, have happened."""
+    memgen, batch = decoders.memgen, session.count.shape[0]
+    vector = jax.eval_shape(memgen.reasoner.embed_tokens, session.tokens[:, :1])
+    loop = Loop(
+        jnp.int32(0),
+        jnp.zeros((batch,), jnp.int32),
+        jnp.broadcast_to(request.max_new_tokens < 1, (batch,)) | (session.count < 1),
+        session.replace(responses=session.responses + 1),
+        Response.empty(memgen, batch, room, vector),
+    )
+    return _remember(decoders, request, loop, ~loop.done, PROMPT, batch)[0]
+
+
+def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, lanes: int) -> Loop:
+    memgen = decoders.memgen
+    previous, last = loop.session.last_two
     free = loop.events < memgen.config.max_inference_events
-    later = is_boundary(memgen.boundary[...], last, previous) & free
-    asked = ~loop.done & jnp.where(loop.step == 0, True, later)
-    invoke = jnp.zeros_like(asked)
-    if not isinstance(request.policy, NeverInvoke):
-        session, invoke = when(
-            asked.any(),
-            lambda carry: _decide(decoders, request, carry[0], asked, keys[1]),
-            (session, invoke),
-        )
-    if memgen.config.weaver.latents and not isinstance(request.policy, NeverInvoke):
-        carry = dataclasses.replace(loop, session=session), invoke
-        loop, invoke = when(
-            invoke.any(),
-            lambda carry: _weave(decoders, request, carry[0], carry[1], keys[2]),
-            carry,
-        )
-        session = loop.session
+    asked = ~loop.done & is_boundary(memgen.boundary[...], last, previous) & free & (loop.step > 0)
+    loop, invoke = _remember(decoders, request, loop, asked, INFERENCE, lanes)
+    session, response, live = loop.session, loop.response, ~loop.done
+    key = _keys(session, loop.step)[0]
     logits = memgen.reasoner.unembed(session.reasoner.hidden)
     allowed = jnp.arange(logits.shape[-1]) < request.choices
     logits = jnp.where(allowed, logits, -jnp.inf)
@@ -273,11 +232,8 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop) ->
         chosen = logits.argmax(axis=-1).astype(jnp.int32)
     else:
         logits = logits / request.temperature
-        chosen = jax.vmap(jax.random.categorical)(keys[0], logits).astype(jnp.int32)
+        chosen = jax.vmap(jax.random.categorical)(key, logits).astype(jnp.int32)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)[:, 0]
-    live = ~loop.done
-    decision = jnp.where(asked, invoke.astype(jnp.int8), NOT_ASKED)
-    response = loop.response
     column = lambda rows, value, none: jax.lax.dynamic_update_slice(  # noqa: E731
         rows, jnp.where(live, value, none).astype(rows.dtype)[:, None], (0, loop.step)
     )
@@ -285,18 +241,42 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop) ->
         response,
         tokens=column(response.tokens, chosen, 0),
         log_probs=column(response.log_probs, log_prob, 0.0),
-        decisions=column(response.decisions, decision, NOT_ASKED),
         count=response.count + live,
     )
     session = session.append_tokens(memgen, chosen[:, None], live.astype(jnp.int32))
     ended = (chosen[:, None] == request.stop).any(axis=1) | (response.count >= limit)
     return Loop(
         loop.step + 1,
-        loop.events + (invoke & (loop.step > 0)),
+        loop.events + invoke,
         loop.done | ended | jnp.isnan(log_prob),
         session,
         response,
     )
+
+
+def _remember(
+    decoders: Decoders, request: Request, loop: Loop, asked: jax.Array, kind: int, lanes: int
+) -> tuple[Loop, jax.Array]:
+    """Decide in the rows that are asked, weave in those that invoke, and who did."""
+    memgen, invoke = decoders.memgen, jnp.zeros_like(asked)
+    _, to_decide, to_keep = _keys(loop.session, loop.step)
+    if not isinstance(request.policy, NeverInvoke):
+        session, invoke = when(
+            asked.any(),
+            lambda carry: _decide(decoders, request, carry[0], asked, to_decide),
+            (loop.session, invoke),
+        )
+        loop = dataclasses.replace(loop, session=session)
+        if memgen.config.weaver.latents:
+            loop, invoke = when(
+                invoke.any(),
+                lambda carry: _weave(decoders, request, carry[0], carry[1], to_keep, kind, lanes),
+                (loop, invoke),
+            )
+    here = jnp.broadcast_to(loop.step, asked.shape)
+    decisions = put(loop.response.decisions, invoke[:, None], here, asked.astype(jnp.int32))
+    response = dataclasses.replace(loop.response, decisions=decisions)
+    return dataclasses.replace(loop, response=response), invoke
 
 
 def _decide(decoders, request, session: Session, asked, keys) -> tuple[Session, jax.Array]:
@@ -314,48 +294,95 @@ def _decide(decoders, request, session: Session, asked, keys) -> tuple[Session, 
     return session, asked & request.policy(logits, keys)
 
 
-def _weave(decoders, request, loop: Loop, invoke, keys) -> tuple[Loop, jax.Array]:
-    """Write memory into the rows that invoke; those whose memory is not kept do not."""
-    memgen, session, response = decoders.memgen, loop.session, loop.response
-    weaver = memgen.weaver
-    batch, slots = invoke.shape[0], weaver.config.latents
-    kind = jnp.broadcast_to(jnp.where(loop.step == 0, PROMPT, INFERENCE), (batch,))
+def _weave(
+    decoders: Decoders, request: Request, loop: Loop, invoke, keys, kind: int, lanes: int
+) -> tuple[Loop, jax.Array]:
+    """Write memory into the rows that invoke; those whose memory is not kept do not.
+
+    One row of each lane at a time is taken out of the session and put back: the work grows with the
+    rows that weave, not with the batch. Where each row is a lane, all are read at once.
+    """
+    memgen, response, batch = decoders.memgen, loop.response, invoke.shape[0]
+    trigger, session = loop.session.trigger, loop.session.replace(trigger=None)
+    snippets = None
+    if request.retriever is not None:
+        snippets = _retrieved(memgen, request.retriever, session, invoke)
+    given = jnp.full((batch,), kind), keys, snippets
+    axes = session.row_axes(memgen.reasoner, decoders.weaver, None)
+
+    def some(state):
+        waiting, session, latents, kept = state
+        chosen = Chosen.next(waiting, lanes)
+        weaves = chosen.take(waiting)
+        rows, new, keep = _weave_rows(
+            decoders, request, chosen.take(session, axes), weaves, *chosen.take(given)
+        )
+        new = jnp.where(keep[:, None, None], new.astype(latents.dtype), chosen.take(latents))
+        return (
+            chosen.put(waiting, jnp.zeros_like(weaves)),
+            chosen.put(session, rows, axes),
+            chosen.put(latents, new),
+            chosen.put(kept, chosen.take(kept) | keep),
+        )
+
+    if lanes == batch:
+        session, latents, kept = _weave_rows(decoders, request, session, invoke, *given)
+    else:
+        latents = jnp.zeros_like(response.latents[:, 0])
+        _, session, latents, kept = jax.lax.while_loop(
+            lambda state: state[0].any(), some, (invoke, session, latents, jnp.zeros_like(invoke))
+        )
+    once = kept.astype(jnp.int32)
+    event = jnp.zeros_like(loop.events) if kind == PROMPT else 1 + loop.events
+    response = dataclasses.replace(
+        response,
+        latents=put(response.latents, latents[:, None], event, once),
+        points=put(response.points, jnp.full((batch, 1), loop.step), event, once),
+    )
+    session = session.replace(trigger=trigger)
+    return dataclasses.replace(loop, session=session, response=response), kept
+
+
+def _weave_rows(
+    decoders: Decoders,
+    request: Request,
+    session: Session,
+    weaves: jax.Array,
+    kind: jax.Array,
+    keys: jax.Array,
+    snippets: Snippets | None,
+) -> tuple[Session, jax.Array, jax.Array]:
+    """The session of some rows after an event in those that weave, latents, and who kept them."""
+    memgen, weaver = decoders.memgen, decoders.memgen.weaver
     width = weaver.width(kind)
     if session.weaver is None:
         latents = weaver.fixed(kind)
     else:
-        latents, session = _read_and_weave(decoders, request.retriever, session, kind, invoke)
-    real = jnp.arange(slots) < width[:, None]
+        latents, session = _read_and_weave(decoders, session, kind, weaves, snippets)
+    real = jnp.arange(weaver.config.latents) < width[:, None]
     latents = jnp.where(real[..., None], latents, 0)
     if request.keep_memory is not None:
-        invoke &= request.keep_memory(latents, real, keys)
-    session = session.append(memgen, latents, jnp.where(invoke, width, 0))
-    event = jnp.where(loop.step == 0, 0, 1 + loop.events)
-    once = invoke.astype(jnp.int32)
-    point = jnp.broadcast_to(loop.step, (batch, 1))
-    response = dataclasses.replace(
-        response,
-        latents=put(response.latents, latents[:, None], event, once),
-        points=put(response.points, point, event, once),
-    )
-    return dataclasses.replace(loop, session=session, response=response), invoke
+        weaves &= request.keep_memory(latents, real, keys)
+    session = session.append(memgen, latents, jnp.where(weaves, width, 0))
+    return session, latents, weaves
 
 
 def _read_and_weave(
-    decoders: Decoders, retriever: Any, session: Session, kind: jax.Array, invoke: jax.Array
+    decoders: Decoders,
+    session: Session,
+    kind: jax.Array,
+    weaves: jax.Array,
+    snippets: Snippets | None,
 ) -> tuple[jax.Array, Session]:
-    """Latents `[B, K, D]` of the rows that invoke, and the session with the weaver up to date."""
+    """Latents `[G, K, D]` of the rows that weave, and the session with the weaver up to date."""
     memgen, weaver = decoders.memgen, decoders.memgen.weaver
     assert session.weaver is not None
     fetch, target = session.weaver_sees(memgen)
-    reader = session.weaver.catch_up(decoders.weaver, fetch, target, invoke)
-    snippets = None
-    if retriever is not None:
-        snippets = _retrieved(memgen, retriever, session, invoke)
+    reader = session.weaver.catch_up(decoders.weaver, fetch, target, weaves)
     suffix, first = weaver.suffix(kind, snippets)
     slots = weaver.config.latents
     # The queries are read and forgotten: the cache without them lives on.
-    hidden, _ = decoders.weaver.extend(reader.cache, suffix, jnp.where(invoke, first + slots, 0))
+    hidden, _ = decoders.weaver.extend(reader.cache, suffix, jnp.where(weaves, first + slots, 0))
     latents = weaver.memory(take(hidden, first[:, None] + jnp.arange(slots)))
     return latents, session.replace(weaver=reader)
 

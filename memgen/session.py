@@ -12,6 +12,7 @@ from jax.core import Tracer
 from memgen.model import MemGen
 
 CHUNK = 32
+NO_ROWS = -1
 
 
 @jax.tree_util.register_dataclass
@@ -173,26 +174,29 @@ class Session:
             rows: `[R]` int32.
             keys: `[R]`.
         """
-        at: Any = lambda leaf: None if leaf is None else leaf[rows]  # noqa: E731
-        readers = {"reasoner": (self.reasoner, memgen.reasoner)}
-        if self.weaver is not None:
-            readers["weaver"] = self.weaver, memgen.weaving()
-        if self.trigger is not None:
-            readers["trigger"] = self.trigger, memgen.triggering()
-        taken = {
-            name: Reader(
-                _cache_rows(decoder, reader.cache, rows), at(reader.read), at(reader.hidden)
-            )
-            for name, (reader, decoder) in readers.items()
-        }
-        return self.replace(
-            tokens=at(self.tokens),
-            count=at(self.count),
-            vectors=at(self.vectors),
-            hidden=at(self.hidden),
-            responses=at(self.responses),
-            keys=keys,
-            **taken,
+        weaver = None if self.weaver is None else memgen.weaving()
+        trigger = None if self.trigger is None else memgen.triggering()
+        axes = self.row_axes(memgen.reasoner, weaver, trigger)
+        take = lambda leaf, axis: leaf if axis == NO_ROWS else jnp.take(leaf, rows, axis=axis)  # noqa: E731
+        return jax.tree.map(take, self, axes).replace(keys=keys)
+
+    def row_axes(self, reasoner: Any, weaver: Any, trigger: Any) -> "Session":
+        """The axis that counts rows in place of each array, `NO_ROWS` where none does.
+
+        Args:
+            reasoner, weaver, trigger: the decoders whose caches these are.
+        """
+
+        def of(reader: Reader | None, decoder: Any) -> Reader | None:
+            if reader is None:
+                return None
+            axes: Any = 0
+            return Reader(_cache_axes(decoder, reader.cache), axes, axes)
+
+        return jax.tree.map(lambda _: 0, self).replace(
+            reasoner=of(self.reasoner, reasoner),
+            weaver=of(self.weaver, weaver),
+            trigger=of(self.trigger, trigger),
         )
 
     def weaver_sees(self, memgen: MemGen) -> tuple[Callable, jax.Array]:
@@ -214,18 +218,70 @@ class Session:
         return lambda places: decoder.embed_tokens(take(self.tokens, places))
 
 
-def _cache_rows(decoder: Any, cache: Any, rows: jax.Array) -> Any:
-    """The rows of a decoder's cache; where its arrays count rows, two shapes of it tell."""
+def _cache_axes(decoder: Any, cache: Any) -> Any:
+    """The axis of rows of each array of a decoder's cache; two shapes of it tell."""
     shapes = lambda batch: jax.eval_shape(lambda: decoder.init_cache(batch, 8))  # noqa: E731
     few, more = (jax.tree.leaves(shapes(batch)) for batch in (2, 3))
-    leaves, structure = jax.tree.flatten(cache)
-    taken = []
-    for leaf, a, b in zip(leaves, few, more, strict=True):
-        axis = [
-            i for i, sizes in enumerate(zip(a.shape, b.shape, strict=True)) if len({*sizes}) > 1
-        ]
-        taken.append(jnp.take(leaf, rows, axis=axis[0]) if axis else leaf)
-    return jax.tree.unflatten(structure, taken)
+    differs = [
+        [i for i, sizes in enumerate(zip(a.shape, b.shape, strict=True)) if len({*sizes}) > 1]
+        for a, b in zip(few, more, strict=True)
+    ]
+    axes = [axis[0] if axis else NO_ROWS for axis in differs]
+    return jax.tree.unflatten(jax.tree.structure(cache), axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """One row of each lane; lanes are equal parts of a batch, rows in a lane stand together.
+
+    Where rows are sharded and each shard is a lane or more, rows are taken and put back without
+    communication.
+
+    Attributes:
+        place: `[G]` int32, the row of each lane.
+    """
+
+    place: jax.Array
+
+    @classmethod
+    def next(cls, waiting: jax.Array, lanes: int) -> "Chosen":
+        """The first row of each lane that waits, `[B]` bool; any row where none does."""
+        return cls(waiting.reshape(lanes, -1).argmax(axis=1).astype(jnp.int32))
+
+    def take(self, tree: Any, axes: Any = None) -> Any:
+        """The chosen rows of arrays whose axis of rows is 0, or as `axes` says."""
+
+        def rows(leaf, axis):
+            if axis == NO_ROWS:
+                return leaf
+            one = lambda lane, place: jax.lax.dynamic_index_in_dim(lane, place, axis, False)  # noqa: E731
+            return jax.vmap(one, (axis, 0), axis)(self._lanes(leaf, axis), self.place)
+
+        return jax.tree.map(rows, tree, self._axes(tree, axes))
+
+    def put(self, tree: Any, new: Any, axes: Any = None) -> Any:
+        """The arrays with other chosen rows; what counts no rows is taken from `new`."""
+
+        def rows(leaf, new, axis):
+            if axis == NO_ROWS:
+                return new
+            one = lambda lane, new, place: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
+                lane, new, place, axis
+            )
+            lanes = self._lanes(leaf, axis)
+            changed = jax.vmap(one, (axis, axis, 0), axis)(lanes, new, self.place)
+            return changed.reshape(leaf.shape)
+
+        return jax.tree.map(rows, tree, new, self._axes(tree, axes))
+
+    @staticmethod
+    def _axes(tree: Any, axes: Any) -> Any:
+        return jax.tree.map(lambda _: 0, tree) if axes is None else axes
+
+    def _lanes(self, leaf: jax.Array, axis: int) -> jax.Array:
+        lanes = self.place.shape[0]
+        split = (lanes, leaf.shape[axis] // lanes)
+        return leaf.reshape(*leaf.shape[:axis], *split, *leaf.shape[axis + 1 :])
 
 
 def check_room(session: Session, tokens: Any, latents: int = 0) -> None:

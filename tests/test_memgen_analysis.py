@@ -26,7 +26,7 @@ from memgen.analysis import (
     sequence_means,
 )
 from memgen.continual import ContinualReport
-from memgen.decoding import Response, generate
+from memgen.decoding import generate
 from memgen.figures import (
     ablation_figure,
     clusters_figure,
@@ -36,6 +36,7 @@ from memgen.figures import (
     nearest_figure,
     ranks_figure,
 )
+from memgen.response import Response
 from memgen.trigger import NeverInvoke
 
 

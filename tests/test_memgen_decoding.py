@@ -287,16 +287,8 @@ def test_d30_while_is_scan(session_of_prompts):
     @jax.jit
     def by_scan(made, session, request):
         decoders, limit = loop_module.Decoders.of(made), jnp.int32(NEW)
-        vector = jax.eval_shape(made.reasoner.embed_tokens, session.tokens[:, :1])
-        none = jnp.zeros((3,), jnp.int32)
-        start = loop_module.Loop(
-            jnp.int32(0),
-            none,
-            none > 0,
-            session.replace(responses=session.responses + 1),
-            loop_module.Response.empty(made, 3, 16, vector),
-        )
-        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop), None)  # noqa: E731
+        start = loop_module._opened(decoders, request, session, 16)
+        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop, 1), None)  # noqa: E731
         return jax.lax.scan(step, start, length=NEW)[0].response
 
     scanned = by_scan(made, session_of_prompts(made), request)

@@ -63,10 +63,11 @@ class MemGenBenchmark:
 
 
 class FromScratch(nnx.Module):
-    """What published code does: a chunk of latents drops the cache, and all rows are read again.
+    """What published code does: a chunk of latents drops the cache, and its row is read again.
 
     A weaver reads its whole context again at each event. As there, only what has been written is
-    read: the span is rounded up to a quarter of the room.
+    read: the span is rounded up to a quarter of the room. There all rows of a batch are read again
+    if one weaves; here, as in the loop beside it, those that weave.
 
     Args:
         decoder: the real one.
