@@ -88,6 +88,7 @@ VARIANTS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
     "topk_unscored": _forking(TopK(RATIO)),
     "prefix_rank_scored": _forking(PrefixRank(RATIO), score_originals=True),
     "threshold_scored": _forking(Threshold(RATIO), score_originals=True),
+    "threshold_ungated": _forking(Threshold(RATIO, gate=False)),
 }
 
 
