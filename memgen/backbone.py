@@ -65,7 +65,10 @@ class DecoderBackbone(Protocol):
         ...
 
     def init_cache(self, batch: int, max_len: int) -> Any:
-        """An empty cache with room for `max_len` vectors in each row."""
+        """An empty cache with room for `max_len` vectors in each row.
+
+        Each of its arrays has one axis of size `batch`, a place for each row, or counts no rows.
+        """
         ...
 
     def extend(

@@ -29,8 +29,9 @@ class Request:
         max_new_tokens: int32 scalar, or `[B]`: rows of 0 rest.
         stop: `[M]` int32, ids after which a row is done.
         choices: int32 scalar; only ids below it are chosen.
-        keep_memory: a pytree; told latents `[B, K, D]`, which of them are real `[B, K]`, and keys
-            `[B]`; the events that it does not keep are skipped. None keeps all.
+        keep_memory: a pytree; told latents `[R, K, D]`, which of them are real `[R, K]`, and keys
+            `[R]` of any rows of the batch, so it must judge each by itself; the events that it does
+            not keep are skipped. None keeps all.
         retriever: `memgen.retrieval.Retriever`, asked on the host at each event, or None.
     """
 

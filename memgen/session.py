@@ -234,9 +234,6 @@ def _cache_axes(decoder: Any, cache: Any) -> Any:
 class Chosen:
     """One row of each lane; lanes are equal parts of a batch, rows in a lane stand together.
 
-    Where rows are sharded and each shard is a lane or more, rows are taken and put back without
-    communication.
-
     Attributes:
         place: `[G]` int32, the row of each lane.
     """
@@ -245,7 +242,7 @@ class Chosen:
 
     @classmethod
     def next(cls, waiting: jax.Array, lanes: int) -> "Chosen":
-        """The first row of each lane that waits, `[B]` bool; any row where none does."""
+        """The first row of each lane that waits, `[B]` bool; its first row where none does."""
         return cls(waiting.reshape(lanes, -1).argmax(axis=1).astype(jnp.int32))
 
     def take(self, tree: Any, axes: Any = None) -> Any:
