@@ -219,15 +219,26 @@ class Session:
 
 
 def _cache_axes(decoder: Any, cache: Any) -> Any:
-    """The axis of rows of each array of a decoder's cache; two shapes of it tell."""
+    """The axis of rows of each array of a decoder's cache; two shapes of it tell.
+
+    Raises:
+        ValueError: an array has no such axis, but is larger for more rows.
+    """
     shapes = lambda batch: jax.eval_shape(lambda: decoder.init_cache(batch, 8))  # noqa: E731
     few, more = (jax.tree.leaves(shapes(batch)) for batch in (2, 3))
-    differs = [
-        [i for i, sizes in enumerate(zip(a.shape, b.shape, strict=True)) if len({*sizes}) > 1]
-        for a, b in zip(few, more, strict=True)
-    ]
-    axes = [axis[0] if axis else NO_ROWS for axis in differs]
+    axes = [_axis_of_rows(a.shape, b.shape) for a, b in zip(few, more, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(cache), axes)
+
+
+def _axis_of_rows(of_two: tuple[int, ...], of_three: tuple[int, ...]) -> int:
+    sizes = list(zip(of_two, of_three, strict=True))
+    differs = [axis for axis, (two, three) in enumerate(sizes) if two != three]
+    if [sizes[axis] for axis in differs] not in ([], [(2, 3)]):
+        raise ValueError(
+            f"init_cache gives an array {of_two} for 2 rows and {of_three} for 3: give rows an "
+            "axis of their own"
+        )
+    return differs[0] if differs else NO_ROWS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """An event is computed in the rows that weave: taken out of the session, put back, no others."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from memgen_tiny import LORA, NEW, PROMPT_LATENTS, VOCAB, memgen_of, weaver_conf
 from memgen import TriggerConfig, begin, generate, make_request
 from memgen import decoding as loop_module
 from memgen.request import pad_prompts, row_keys
-from memgen.session import CHUNK
+from memgen.session import CHUNK, NO_ROWS, Chosen, _cache_axes
 from thoughtbubbles import Backbone
 from train.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 
@@ -83,14 +84,80 @@ def test_whichever_rows_weave_each_is_what_it_is_alone():
 
 def test_rows_spread_over_devices_weave_where_they_are():
     made = memgen_of()
-    mesh = make_mesh(MeshConfig(), jax.devices()[:ROWS])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     alone, spread = alone_of(made), batch_sharding(mesh)
     made_there = jax.device_put(made, replicated(mesh))
+
+    def exchanged(lanes: int) -> set[str]:
+        """Types of what the devices tell each other."""
+        given = made_there, opened(made_there, sharding=spread), these(made, PATTERNS[1])
+        text = loop_module._respond.lower(*given, 16, lanes).compile().as_text()
+        return set(
+            re.findall(r"= \(?(\w+)\[.* (?:all-\w+|reduce-scatter|collective-permute)\(", text)
+        )
+
+    assert exchanged(2) == {"pred"}, "whether some are left, and no rows"
+    assert exchanged(1) > {"pred"}, "this test can fail"
     for pattern in PATTERNS[::3]:
         session = opened(made_there, sharding=spread)
-        assert loop_module.lanes_of(session) == ROWS
+        assert loop_module.lanes_of(session) == 2
         response, _ = loop_module.respond(made_there, session, these(made, pattern), 16)
         assert_same(response, alone, pattern)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ByKey:
+    """Keeps about half of all memory, by the row's key."""
+
+    def __call__(self, latents, real, keys):
+        return jax.vmap(jax.random.bernoulli)(keys)
+
+
+def test_memory_is_kept_by_the_key_of_its_own_row():
+    made = memgen_of()
+    request = make_request(made, NEW, TheseInvoke(jnp.ones(ROWS, bool)), keep_memory=ByKey())
+    alone = [
+        generate(made, [p], NEW, policy=TheseInvoke(jnp.array([True])), keep_memory=ByKey())
+        for p in PROMPTS
+    ]
+    for lanes in (1, 2):
+        response, _ = loop_module._respond(made, opened(made), request, 16, lanes)
+        for row, expected in enumerate(alone):
+            assert response.texts[row] == expected.texts[0]
+            assert response.decisions[row].tolist() == expected.decisions[0].tolist()
+    later = np.concatenate([response.decisions[0, 1:] for response in alone])
+    assert {0, 1} <= set(later.tolist()), "in the loop some is kept, some is not"
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 6])
+def test_chosen_rows_are_taken_out_and_put_back(lanes):
+    rng = np.random.default_rng(lanes)
+    tree = [rng.normal(size=size) for size in ((6, 3), (4, 6, 2), (5,))]
+    axes = [0, 1, NO_ROWS]
+    waiting = np.array([False, False, True, False, False, True]) if lanes < 6 else np.ones(6, bool)
+    chosen = Chosen.next(jnp.array(waiting), lanes)
+    rows = {1: [2], 2: [2, 5], 6: list(range(6))}[lanes]
+    for taken, leaf, axis in zip(chosen.take(tree, axes), tree, axes, strict=True):
+        np.testing.assert_allclose(taken, leaf if axis == NO_ROWS else leaf.take(rows, axis))
+    new = [leaf + 1 for leaf in chosen.take(tree, axes)]
+    for found, leaf, axis in zip(chosen.put(tree, new, axes), tree, axes, strict=True):
+        expected = leaf + 1 if axis == NO_ROWS else leaf.copy()
+        if axis != NO_ROWS:
+            np.moveaxis(expected, axis, 0)[rows] += 1
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    idle = Chosen.next(jnp.zeros(6, bool), lanes).take(jnp.arange(6))
+    assert idle.tolist() == list(range(0, 6, 6 // lanes))
+
+
+def test_a_cache_without_an_axis_of_rows_is_refused():
+    class Flat:
+        def init_cache(self, batch, room):
+            return {"keys": jnp.zeros((batch * 4, room, 8)), "used": jnp.zeros((batch,))}
+
+    wanted = r"array \(8, 8, 8\) for 2 rows and \(12, 8, 8\) for 3: give rows an axis"
+    with pytest.raises(ValueError, match=wanted):
+        _cache_axes(Flat(), Flat().init_cache(2, 8))
 
 
 @pytest.mark.parametrize("rows", [2, 4])
