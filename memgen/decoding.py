@@ -218,11 +218,13 @@ def _opened(decoders: Decoders, request: Request, session: Session, room: int) -
 
 
 def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, lanes: int) -> Loop:
-    memgen = decoders.memgen
-    previous, last = loop.session.last_two
-    free = loop.events < memgen.config.max_inference_events
-    asked = ~loop.done & is_boundary(memgen.boundary[...], last, previous) & free & (loop.step > 0)
-    loop, invoke = _remember(decoders, request, loop, asked, INFERENCE, lanes)
+    memgen, most = decoders.memgen, decoders.memgen.config.max_inference_events
+    invoke = jnp.zeros_like(loop.done)
+    if most:
+        previous, last = loop.session.last_two
+        asked = ~loop.done & is_boundary(memgen.boundary[...], last, previous)
+        asked &= (loop.events < most) & (loop.step > 0)
+        loop, invoke = _remember(decoders, request, loop, asked, INFERENCE, lanes)
     session, response, live = loop.session, loop.response, ~loop.done
     key = _keys(session, loop.step)[0]
     logits = memgen.reasoner.unembed(session.reasoner.hidden)
@@ -302,15 +304,37 @@ def _weave(
     One row of each lane at a time is taken out of the session and put back: the work grows with the
     rows that weave, not with the batch. Where each row is a lane, all are read at once.
     """
-    memgen, response, batch = decoders.memgen, loop.response, invoke.shape[0]
+    response, batch = loop.response, invoke.shape[0]
     trigger, session = loop.session.trigger, loop.session.replace(trigger=None)
     snippets = None
     if request.retriever is not None:
-        snippets = _retrieved(memgen, request.retriever, session, invoke)
+        snippets = _retrieved(decoders.memgen, request.retriever, session, invoke)
     given = jnp.full((batch,), kind), keys, snippets
-    axes = session.row_axes(memgen.reasoner, decoders.weaver, None)
+    if lanes == batch:
+        session, latents, kept = _weave_rows(decoders, request, session, invoke, *given)
+    else:
+        session, latents, kept = _weave_in_turn(decoders, request, session, invoke, given, lanes)
+    once = kept.astype(jnp.int32)
+    event = jnp.zeros_like(loop.events) if kind == PROMPT else 1 + loop.events
+    response = dataclasses.replace(
+        response,
+        latents=put(response.latents, latents[:, None], event, once),
+        points=put(response.points, jnp.full((batch, 1), loop.step), event, once),
+    )
+    session = session.replace(trigger=trigger)
+    return dataclasses.replace(loop, session=session, response=response), kept
 
-    def some(state):
+
+def _weave_in_turn(
+    decoders: Decoders, request: Request, session: Session, invoke, given: tuple, lanes: int
+) -> tuple[Session, jax.Array, jax.Array]:
+    """As `_weave_rows`, one row of each lane at a time; `given` is what that is told of rows."""
+    vector = jax.eval_shape(decoders.memgen.reasoner.embed_tokens, session.tokens[:, :1])
+    slots = decoders.memgen.config.weaver.latents
+    none = jnp.zeros((invoke.shape[0], slots, vector.shape[-1]), vector.dtype)
+    axes = session.row_axes(decoders.memgen.reasoner, decoders.weaver, None)
+
+    def weave_next(state):
         waiting, session, latents, kept = state
         chosen = Chosen.next(waiting, lanes)
         weaves = chosen.take(waiting)
@@ -325,22 +349,8 @@ def _weave(
             chosen.put(kept, chosen.take(kept) | keep),
         )
 
-    if lanes == batch:
-        session, latents, kept = _weave_rows(decoders, request, session, invoke, *given)
-    else:
-        latents = jnp.zeros_like(response.latents[:, 0])
-        _, session, latents, kept = jax.lax.while_loop(
-            lambda state: state[0].any(), some, (invoke, session, latents, jnp.zeros_like(invoke))
-        )
-    once = kept.astype(jnp.int32)
-    event = jnp.zeros_like(loop.events) if kind == PROMPT else 1 + loop.events
-    response = dataclasses.replace(
-        response,
-        latents=put(response.latents, latents[:, None], event, once),
-        points=put(response.points, jnp.full((batch, 1), loop.step), event, once),
-    )
-    session = session.replace(trigger=trigger)
-    return dataclasses.replace(loop, session=session, response=response), kept
+    state = invoke, session, none, jnp.zeros_like(invoke)
+    return jax.lax.while_loop(lambda state: state[0].any(), weave_next, state)[1:]
 
 
 def _weave_rows(

@@ -16,6 +16,7 @@ from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
 
 PROMPT, INFERENCE = 0, 1
+HASH = 0x01000193  # a prime: polynomial hashes modulo 2**32
 
 
 @jax.tree_util.register_dataclass
@@ -140,7 +141,8 @@ def plan_insertions(
         tokens: `[B, L]` int32.
         supervised: `[B, L]` bool, the response's tokens.
         boundary: `[V]` table of `memgen.delimiters`.
-        key: for `insertion="random"`.
+        key: for `insertion="random"`; a row's places are drawn by it and the row's own tokens,
+            whatever batch or padding it comes with.
 
     Raises:
         ValueError: no key for random places; a row without a response, or with several (checked
@@ -158,13 +160,22 @@ def plan_insertions(
     if config.insertion == "random":
         if key is None:
             raise ValueError("insertion='random' draws boundaries: pass a key")
-        chosen &= jax.random.bernoulli(key, config.insertion_prob, chosen.shape)
+        draw = lambda key: jax.random.bernoulli(key, config.insertion_prob, (length,))  # noqa: E731
+        chosen &= jax.vmap(draw)(_row_keys(key, tokens, supervised))
     first = jnp.where(begins, place, length).min(axis=1, keepdims=True)
     later = jnp.sort(jnp.where(chosen, place, length), axis=1)[:, : config.max_inference_events]
     missing = config.max_inference_events - later.shape[1]
     later = jnp.pad(later, ((0, 0), (0, missing)), constant_values=length)
     point = jnp.concatenate([first, later], axis=1).astype(jnp.int32)
     return _plan(jnp.where(point < length, point, -1), config)
+
+
+def _row_keys(key: jax.Array, tokens: jax.Array, supervised: jax.Array) -> jax.Array:
+    """A key for each row, of its tokens up to the last one that is supervised."""
+    text = jnp.cumsum(supervised[:, ::-1], axis=1)[:, ::-1] > 0
+    weights = jnp.cumprod(jnp.full(tokens.shape[1:], HASH, jnp.uint32))
+    hashes = jnp.where(text, (tokens + 1).astype(jnp.uint32) * weights, 0).sum(axis=1)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes.astype(jnp.uint32))
 
 
 def plan_from_decisions(

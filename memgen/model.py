@@ -139,7 +139,7 @@ class MemGen(nnx.Module):
         Args:
             tokens: `[B, L]` int32, padded on the right by any ids; events stand among real ones.
             plan: of `E` events.
-            dropout: a key, in training.
+            dropout: a key, in training; each event has a mask of its own.
 
         Raises:
             ValueError: the plan is for other rows or of another width (checked unless traced).
@@ -152,21 +152,22 @@ class MemGen(nnx.Module):
         if slots and self.config.weaver.context == "nothing":
             latents = self.weaver.fixed(plan.kind)
         elif slots and self.config.weaver.latents_see_latents:
-            latents = self._in_order(self.weaving(dropout), vectors, latents, plan)
+            latents = self._in_order(vectors, latents, plan, dropout)
         elif slots:
             backbone = self.weaving(dropout)
             latents = self.weaver.weave_at_once(backbone, vectors, plan.point, plan.kind)
         whole = stream_length(plan, jnp.full((batch,), length, jnp.int32))
         return Woven(assemble(vectors, latents, plan), whole, latents)
 
-    def _in_order(self, backbone, vectors, latents, plan: Plan) -> jax.Array:
+    def _in_order(self, vectors, latents, plan: Plan, dropout) -> jax.Array:
         def event(latents, index):
+            own = None if dropout is None else jax.random.fold_in(dropout, index)
             stream = assemble(vectors, latents, plan)
             length = jnp.take(plan.start, index, axis=1)
             if self.config.weaver.context == "hidden":
                 stream = self.reasoner.read(stream, length)
             written = self.weaver.weave(
-                backbone, stream, length, jnp.take(plan.kind, index, axis=1)
+                self.weaving(own), stream, length, jnp.take(plan.kind, index, axis=1)
             )
             return latents.at[:, index].set(written.astype(latents.dtype)), None
 

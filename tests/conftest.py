@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import QUICK
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "thoughtbubbles/jax"
 
 # In the environment, so that commands started by a test get the same.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
-# Compiling is most of the work, so it is made quick: half the time of a suite without cache.
-QUICK = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".lstrip()
-os.environ["XLA_FLAGS"] = f"{QUICK} --xla_force_host_platform_device_count=8"
+flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".lstrip()
+os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 # Outside the tree, so that a fresh clone finds it warm; tests are mostly tiny compiles: cache all.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

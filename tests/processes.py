@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Compiling is most of the work of the tests; without a cache these make it a third.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 PATIENCE = 600  # seconds; a busy machine needs many times what an idle one does
 
 
@@ -84,9 +86,8 @@ def processes(
             *("--distributed.timeout", str(PATIENCE), "--distributed.heartbeat", "30"),
         )
 
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
     shared = os.environ | {
-        "XLA_FLAGS": f"{flags}{devices}",
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         **(environment or {}),

@@ -172,6 +172,31 @@ def test_c22_selected_points():
         assert "\n" not in str(caught.value)
 
 
+def test_random_places_are_the_rows_own():
+    """Of the key and its text: not of its neighbours, nor of what it is padded with."""
+    rng = np.random.default_rng(3)
+    tokens = rng.choice(np.flatnonzero(BOUNDARY), (40, 24))
+    supervised = np.broadcast_to((np.arange(24) >= 4) & (np.arange(24) < 20), tokens.shape)
+    config = dataclasses.replace(CONFIG, max_inference_events=20, insertion="random")
+
+    def points(key, tokens, supervised):
+        plan = plan_insertions(
+            jnp.asarray(tokens), jnp.asarray(supervised), jnp.asarray(BOUNDARY), config, key
+        )
+        return plan.point.tolist()
+
+    key = jax.random.key(0)
+    whole = points(key, tokens, supervised)
+    assert points(key, tokens[::-1], supervised[::-1]) == whole[::-1]
+    padded = np.pad(tokens, ((0, 0), (0, 9)), constant_values=5)
+    padded[:, 20:] = rng.integers(1, VOCAB, padded[:, 20:].shape)
+    assert points(key, padded, np.pad(supervised, ((0, 0), (0, 9)))) == whole
+    assert len(set(map(tuple, whole))) == 40, "rows differ"
+    assert points(jax.random.key(1), tokens, supervised) != whole
+    rate = np.mean([len([p for p in row if p > 4]) for row in whole]) / 15
+    assert abs(rate - 0.5) < 4 * (0.25 / (40 * 15)) ** 0.5
+
+
 def test_the_plan_of_a_response_has_its_decisions():
     decisions = jnp.array([[1, -1, 0, 1, -1], [0, 1, -1, 1, -1], [1, -1, -1, -1, -1]], jnp.int8)
     plan = plan_from_decisions(decisions, jnp.array([4, 2, 7]), CONFIG)

@@ -41,11 +41,12 @@ def these(made, pattern):
     return make_request(made, NEW, TheseInvoke(jnp.array(pattern)))
 
 
-def opened(made, prompts=PROMPTS, sharding=None):
+def opened(made, prompts=PROMPTS, sharding=None, request=None):
     tokens, length = pad_prompts(prompts, VOCAB)
     if sharding is not None:
         tokens, length = jax.device_put((tokens, length), sharding)
-    return begin(made, tokens, length, row_keys(0, prompts), tokens.shape[1] + 16)
+    keys, room = row_keys(0, prompts), tokens.shape[1] + 16
+    return begin(made, tokens, length, keys, room, request=request)
 
 
 def assert_same(response, alone, pattern):
@@ -114,19 +115,31 @@ class ByKey:
         return jax.vmap(jax.random.bernoulli)(keys)
 
 
-def test_memory_is_kept_by_the_key_of_its_own_row():
-    made = memgen_of()
-    request = make_request(made, NEW, TheseInvoke(jnp.ones(ROWS, bool)), keep_memory=ByKey())
-    alone = [
-        generate(made, [p], NEW, policy=TheseInvoke(jnp.array([True])), keep_memory=ByKey())
-        for p in PROMPTS
-    ]
+@dataclasses.dataclass(frozen=True)
+class FirstToken:
+    """A retriever that says a row's first token again: once, or twice if it is odd."""
+
+    max_snippet_tokens = 2
+
+    def retrieve(self, ids, length, asks):
+        first = np.asarray(ids)[:, 0]
+        return np.stack([first, first], axis=1), np.where(asks, 1 + first % 2, 0).astype(np.int32)
+
+
+def test_what_is_told_of_a_row_is_its_own():
+    """Its key and its snippet, at the events in the loop too."""
+    made, always = memgen_of(), TheseInvoke(jnp.ones(ROWS, bool))
+    asked = {"keep_memory": ByKey(), "retriever": FirstToken()}
+    alone = {
+        (row, True): generate(made, [prompt], NEW, policy=TheseInvoke(jnp.array([True])), **asked)
+        for row, prompt in enumerate(PROMPTS)
+    }
+    request = make_request(made, NEW, always, **asked)
     for lanes in (1, 2):
-        response, _ = loop_module._respond(made, opened(made), request, 16, lanes)
-        for row, expected in enumerate(alone):
-            assert response.texts[row] == expected.texts[0]
-            assert response.decisions[row].tolist() == expected.decisions[0].tolist()
-    later = np.concatenate([response.decisions[0, 1:] for response in alone])
+        session = opened(made, request=request)
+        response, _ = loop_module._respond(made, session, request, 16, lanes)
+        assert_same(response, alone, [True] * ROWS)
+    later = np.concatenate([response.decisions[0, 1:] for response in alone.values()])
     assert {0, 1} <= set(later.tolist()), "in the loop some is kept, some is not"
 
 

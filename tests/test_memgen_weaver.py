@@ -1,5 +1,6 @@
 """Oracle tests B: what the weaver writes, of what it reads."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from memgen_tiny import (
     CONFIG,
+    LORA,
     memgen_of,
     pure,
     random_tokens,
@@ -192,10 +194,6 @@ def test_b16_earlier_latents_are_seen_or_not(see: bool):
 
 
 def test_dropout_reaches_the_weaver_in_training_only():
-    import dataclasses
-
-    from memgen_tiny import LORA
-
     made = memgen_of(config=weaver_config(lora=dataclasses.replace(LORA, dropout=0.5)))
     tokens = random_tokens(2, 12, seed=4)
     plan = Plan.of(POINT, jnp.array([[PROMPT, INFERENCE, INFERENCE]] * 2), made.config)
@@ -206,3 +204,17 @@ def test_dropout_reaches_the_weaver_in_training_only():
     assert (noisy == weave(made, jax.random.key(0))).all()
     assert (noisy != weave(made, jax.random.key(1))).any()
     assert with_dropout(made.weaver.adapter, None) is made.weaver.adapter
+
+
+def test_each_event_has_its_own_dropout():
+    made = memgen_of(config=weaver_config(lora=dataclasses.replace(LORA, dropout=0.5)))
+    tokens = random_tokens(1, 12, seed=4)
+    kind = jnp.full((1, 2), PROMPT)
+    weave = jax.jit(lambda made, plan, key: made.weave(tokens, plan, key).latents)
+    first, second = (
+        Plan.of(jnp.array([points]), kind, made.config) for points in ([3, -1], [-1, 3])
+    )
+    quiet = [weave(made, plan, None) for plan in (first, second)]
+    np.testing.assert_allclose(quiet[0][:, 0], quiet[1][:, 1], atol=1e-6)
+    noisy = [weave(made, plan, jax.random.key(0)) for plan in (first, second)]
+    assert np.abs(noisy[0][:, 0] - noisy[1][:, 1]).max() > 1e-3

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import QUICK
 
 from train import evaluate, generate, pretrain
 from train.checkpoint import load_params
@@ -65,7 +66,7 @@ def processes(tmp_path_factory):
     jax writes cache entries in place, so they must not leave half of one in the shared cache.
     """
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax"))}
-    return os.environ | cache | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return os.environ | cache | {"XLA_FLAGS": QUICK}
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from train.checkpoint import load_params
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.data.chat_data import ChatDataConfig, prepare_chat
-from train.finetuning import Finetuning, SFTConfig, checksum, sft_loss
+from train.finetuning import Finetuning, SFTConfig, checksum, load_writer_on, sft_loss
 from train.load import load_model, load_writer
 from train.loop import run, train
-from train.mesh import MeshConfig
+from train.mesh import MeshConfig, make_mesh, shard_bytes, state_shardings
 from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.scoring import Scorer
@@ -133,7 +133,11 @@ def test_a_merged_adapter_is_the_tuned_model(base, chats, tmp_path):
     rows = again.inputs(again.prepare().validation.read(np.arange(8)))
     tuned = again._around(load_writer(str(base)).model)
     tuned = memgen.load_params(tuned, load_params(tmp_path / "run")[1], TRAINED["lora"])
-    model = load_model(tmp_path / "run").model
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    model = load_writer_on(mesh, str(tmp_path / "run")).model
+    assert shard_bytes(nnx.state(model)) < 0.6 * shard_bytes(
+        nnx.state(load_writer(str(base)).model)
+    )
     tokens = np.maximum(rows["tokens"], 0)
     log_probs = jax.nn.log_softmax(model(jnp.asarray(tokens[:, :-1])), axis=-1)
     expected = np.take_along_axis(np.asarray(log_probs), tokens[:, 1:, None], axis=2)[..., 0]
@@ -166,6 +170,18 @@ def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
         found[name] = losses(tmp_path / name)
     np.testing.assert_allclose(found["parts"], found["one"], rtol=1e-5)
     np.testing.assert_allclose(found["mesh"], found["one"], rtol=1e-5)
+
+
+def test_each_device_is_given_its_part(base):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    whole, spread = load_writer(str(base)).model, load_writer_on(mesh, str(base)).model
+    expected = jax.tree.leaves(state_shardings(nnx.state(whole), mesh))
+    leaves = [jax.tree.leaves(nnx.state(model)) for model in (whole, spread)]
+    for one, part, sharding in zip(*leaves, expected, strict=True):
+        assert part.sharding == sharding
+        np.testing.assert_array_equal(part, one)
+    assert shard_bytes(nnx.state(spread)) < 0.3 * shard_bytes(nnx.state(whole))
+    assert checksum(spread) == checksum(whole)
 
 
 def test_packing_changes_no_loss(base, chats):

@@ -75,6 +75,8 @@ class Thoughtbubbles(nnx.Module):
         params: Mapping[Any, Any],
         constrain: Constrain | None = None,
         attend: Attend = attend,
+        *,
+        shardings: Callable[[Any], Any] | None = None,
     ) -> "Thoughtbubbles":
         """A model with given parameters, e.g. from `train.checkpoint.load_params`.
 
@@ -82,6 +84,8 @@ class Thoughtbubbles(nnx.Module):
             config: what they were made with.
             params: nested dict of arrays as `nnx.to_pure_dict` gives it.
             constrain, attend: as in the constructor.
+            shardings: where they go, as in `load_pretrained`; None leaves JAX arrays where they
+                are and puts others on the first device.
 
         Raises:
             ValueError: names or shapes differ from what the config asks for.
@@ -97,7 +101,11 @@ class Thoughtbubbles(nnx.Module):
                     f"parameter {name}: given {there}, config asks for {here}: "
                     "use the config that the parameters were made with"
                 )
-        nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, dict(params)))
+        if shardings is None:
+            placed = jax.tree.map(jnp.asarray, dict(params))
+        else:
+            placed = jax.device_put(dict(params), nnx.to_pure_dict(shardings(state)))
+        nnx.replace_by_pure_dict(state, placed)
         return nnx.merge(graphdef, state)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, boundary_table
 from thoughtbubbles import Thoughtbubbles
@@ -16,7 +18,14 @@ from train.config import LoopConfig, as_json
 from train.data import Batch
 from train.data.chat_data import ChatData, ChatDataConfig, ChatReader, prepare_chat
 from train.load import Writer, load_writer, tokenizer_meta
-from train.mesh import batch_sharding, check_batch, make_mesh, place, replicated
+from train.mesh import (
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    place,
+    replicated,
+    state_shardings,
+)
 from train.optim import OptimizerConfig
 from train.state import TrainState, make_trainable
 from train.step import TrainStep, make_train_step
@@ -60,7 +69,7 @@ class Finetuning:
         self.config = config
         mesh = make_mesh(config.mesh)
         check_batch(config.batch_size, config.accumulate, mesh)
-        self._writer: Writer = load_writer(config.weights)
+        self._writer: Writer = load_writer_on(mesh, config.weights)
         model = self._writer.model
         if self._writer.memgen is not None:
             raise ValueError(
@@ -199,6 +208,11 @@ def sft_loss(
     return -log_probs.sum(), rows["supervised"][:, 1:].sum(dtype=jnp.float32), {}
 
 
+def load_writer_on(mesh: Mesh, name: str) -> Writer:
+    """`load_writer`, each device holding only its part, so that it need not hold the whole."""
+    return load_writer(name, lambda state: state_shardings(state, mesh))
+
+
 def boundaries_for(
     writer: Writer, train: Method, mode: Literal["suffix", "exact_id", "sentence"]
 ) -> np.ndarray | None:
@@ -212,8 +226,10 @@ def boundaries_for(
 
 
 def checksum(model: nnx.Module) -> str:
-    """Of all arrays of a model."""
+    """Of all arrays of a model; of those that are spread over processes, each calls this."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(nnx.state(model)):
+        if not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         digest.update(np.ascontiguousarray(leaf).data.cast("B"))
     return digest.hexdigest()

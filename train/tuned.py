@@ -20,27 +20,27 @@ from memgen import (
 from thoughtbubbles import Thoughtbubbles
 from train.config import model_from_json
 from train.finetuning import boundaries_for, checksum
-from train.load import load_writer
+from train.load import Shardings, load_writer
 from train.tuning import TRAINED, Tuned
 
 
 def tuned_model(
-    meta: dict[str, Any], params: Mapping[Any, Any]
+    meta: dict[str, Any], params: Mapping[Any, Any], shardings: Shardings | None = None
 ) -> tuple[Thoughtbubbles, MemGen | None]:
     """The model of a fine-tuned run: an adapter merged into it, a weaver around it.
 
     Args:
         meta, params: of its checkpoint.
+        shardings: where the model's parameters go, as in `load_pretrained`.
 
     Raises:
         ValueError: the frozen weights are gone or others now, or leaves are missing or too many.
     """
     config = meta["config"]
     if config["train"] == "all":
-        return Thoughtbubbles.from_params(
-            model_from_json(meta["model"]), params["decoder"]["model"]
-        ), None
-    writer = load_writer(config["weights"])
+        shape, params = model_from_json(meta["model"]), params["decoder"]["model"]
+        return Thoughtbubbles.from_params(shape, params, shardings=shardings), None
+    writer = load_writer(config["weights"], shardings)
     woven = writer.memgen
     now = checksum(woven or writer.model)
     if now != meta["base"]:

@@ -15,8 +15,8 @@ from memgen import MemGen, MemGenConfig
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.cache import check_cacheable
 from train.config import as_json
-from train.finetuning import boundaries_for, checksum
-from train.load import Writer, load_writer, tokenizer_meta
+from train.finetuning import boundaries_for, checksum, load_writer_on
+from train.load import Writer, tokenizer_meta
 from train.mesh import BATCH_AXES, make_mesh
 from train.plan import resolved
 from train.rl.advantages import informative
@@ -101,7 +101,8 @@ class Reinforcing:
         devices: Sequence[Any] | None = None,
     ):
         self.config = config
-        self.writer = load_writer(config.weights) if writer is None else writer
+        mesh = make_mesh(config.mesh, devices)
+        self.writer = load_writer_on(mesh, config.weights) if writer is None else writer
         model = self.writer.model
         if model.config.fork_layers:
             check_cacheable(model.config)
@@ -113,7 +114,6 @@ class Reinforcing:
                 f"{config.task} has turns: leave it out"
             )
         self._fingerprint = fingerprint(self.task)
-        mesh = make_mesh(config.mesh, devices)
         self.memgen, self._boundary = self._memory()
         self.trainable = make_trainable(
             model.config,
