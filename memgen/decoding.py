@@ -158,8 +158,9 @@ def lanes_of(session: Session) -> int:
     """Rows that weave at a time: one of each shard of the session, so that shards work at once."""
     if isinstance(session.count, Tracer):
         return 1
-    (shard,) = session.count.sharding.shard_shape(session.count.shape)
-    return session.count.shape[0] // shard
+    count = jnp.asarray(session.count)
+    (shard,) = count.sharding.shard_shape(count.shape)
+    return count.shape[0] // shard
 
 
 @functools.partial(jax.jit, static_argnames=("room", "lanes"), donate_argnames="session")

@@ -173,7 +173,11 @@ class Session:
         Args:
             rows: `[R]` int32.
             keys: `[R]`.
+
+        Raises:
+            ValueError: there is no such row (under `jit` it becomes NaN).
         """
+        _check_rows(rows, self.count.shape[0])
         weaver = None if self.weaver is None else memgen.weaving()
         trigger = None if self.trigger is None else memgen.triggering()
         axes = self.row_axes(memgen.reasoner, weaver, trigger)
@@ -216,6 +220,14 @@ class Session:
 
     def _tokens_of(self, decoder: Any) -> Callable:
         return lambda places: decoder.embed_tokens(take(self.tokens, places))
+
+
+def _check_rows(rows: jax.Array, count: int) -> None:
+    if isinstance(rows, Tracer):
+        return
+    wrong = [row for row in np.asarray(rows).tolist() if not 0 <= row < count]
+    if wrong:
+        raise ValueError(f"row {wrong[0]} of a session of {count}: choose from 0 to {count - 1}")
 
 
 def _cache_axes(decoder: Any, cache: Any) -> Any:

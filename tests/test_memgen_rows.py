@@ -102,7 +102,8 @@ def test_rows_spread_over_devices_weave_where_they_are():
     for pattern in PATTERNS[::3]:
         session = opened(made_there, sharding=spread)
         assert loop_module.lanes_of(session) == 2
-        response, _ = loop_module.respond(made_there, session, these(made, pattern), 16)
+        response, session = loop_module.respond(made_there, session, these(made, pattern), 16)
+        assert loop_module.lanes_of(session) == 2, "the next response is not another program"
         assert_same(response, alone, pattern)
 
 
@@ -171,6 +172,13 @@ def test_a_cache_without_an_axis_of_rows_is_refused():
     wanted = r"array \(8, 8, 8\) for 2 rows and \(12, 8, 8\) for 3: give rows an axis"
     with pytest.raises(ValueError, match=wanted):
         _cache_axes(Flat(), Flat().init_cache(2, 8))
+
+
+def test_only_rows_that_are_there_are_taken():
+    made, keys = memgen_of(), row_keys(0, PROMPTS[:1])
+    for row in (-1, ROWS):
+        with pytest.raises(ValueError, match=f"row {row} of a session of 4: choose from 0 to 3"):
+            opened(made).take_rows(made, jnp.array([row]), keys)
 
 
 @pytest.mark.parametrize("rows", [2, 4])
