@@ -298,6 +298,20 @@ def test_d30_while_is_scan(session_of_prompts):
     np.testing.assert_allclose(scanned.log_probs, response.log_probs, atol=1e-5)
 
 
+def test_d30_compiled_is_not_compiled():
+    """Operation by operation, Python's own loops: the same ids and events."""
+    made, prompt = memgen_of(), [[9, 4]]
+    compiled = generate(made, prompt, 2)
+    with jax.disable_jit():
+        plain = generate(made, prompt, 2)
+    assert compiled.decisions[0, :2].tolist() == [1, 1]
+    assert plain.texts == compiled.texts
+    for name in ("decisions", "points", "count"):
+        assert (getattr(plain, name) == getattr(compiled, name)).all()
+    np.testing.assert_allclose(plain.log_probs, compiled.log_probs, atol=1e-5)
+    np.testing.assert_allclose(plain.latents, compiled.latents, atol=1e-5)
+
+
 def test_d32_a_row_ends_at_its_stop_id():
     made, free = rollout("plain", CONFIG, AlwaysInvoke())
     stop = next(

@@ -181,8 +181,7 @@ def test_only_rows_that_are_there_are_taken():
             opened(made).take_rows(made, jnp.array([row]), keys)
 
 
-@pytest.mark.parametrize("rows", [2, 4])
-def test_an_event_costs_what_its_rows_cost(rows, monkeypatch):
+def test_an_event_costs_what_its_rows_cost(monkeypatch):
     """Places that decoders read: a token and the prompt's event for every row, then only events."""
     counted, extend = [], Backbone.extend
 
@@ -197,14 +196,14 @@ def test_an_event_costs_what_its_rows_cost(rows, monkeypatch):
     program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, 1))  # traced anew
     event = CHUNK + 2 * PROMPT_LATENTS  # catching up, queries, and latents in the reasoner
     later = []
-    for weaving in range(rows + 1):
-        session = opened(made, PROMPTS[:rows])
+    for weaving in range(ROWS + 1):
+        session = opened(made)
         jax.effects_barrier()
         counted.clear()
-        pattern = [row < weaving for row in range(rows)]
+        pattern = [row < weaving for row in range(ROWS)]
         response, _ = jax.block_until_ready(program(made, session, these(made, pattern)))
         jax.effects_barrier()
         later.append(int((response.points > 0).sum()))
-        prompt = rows * event * (weaving > 0)
-        assert sum(counted) == rows * NEW + prompt + later[-1] * event
+        prompt = ROWS * event * (weaving > 0)
+        assert sum(counted) == ROWS * NEW + prompt + later[-1] * event
     assert later[0] == 0 < later[1]
