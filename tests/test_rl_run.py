@@ -147,7 +147,7 @@ def test_what_a_run_writes_down(tmp_path):
 def test_two_stages_of_memgen(tmp_path, monkeypatch):
     """A weaver, then a trigger beside it: each moves its own parameters; both are read back."""
     weights = writer()
-    monkeypatch.setattr("train.tuned.load_writer", lambda name: starts[name])
+    monkeypatch.setattr("train.tuned.load_writer", lambda name, shardings=None: starts[name])
     starts = {"base": weights}
     first = work(tmp_path / "weaver", train="weaver", weights="base", method="grpo", steps=2)
     train(first)

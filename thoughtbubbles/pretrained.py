@@ -119,7 +119,7 @@ def load_pretrained(
         path: folder, or file ending in `.gguf`.
         dtype: of the parameters and of the computation.
         shardings: gives the sharding of every leaf of an abstract `nnx.State` of the model, as
-            `train.mesh.state_shardings` does; None puts all on the first device.
+            `train.mesh.state_shardings` does; None puts all on the first device of the process.
 
     Raises:
         ValueError: one line; an unknown family or option of one, a missing or damaged file, a
@@ -269,7 +269,7 @@ def _check(path: Path, source: _Source, leaves: dict[str, _Leaf], config: ModelC
 
 def _places(state: nnx.State, shardings: Callable[[Any], Any] | None) -> dict[str, Any]:
     if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return {name: here for name in _by_name(nnx.to_pure_dict(state))}
     return _by_name(nnx.to_pure_dict(shardings(state)))
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, boundary_table
@@ -209,8 +208,13 @@ def sft_loss(
 
 
 def load_writer_on(mesh: Mesh, name: str) -> Writer:
-    """`load_writer`, each device holding only its part, so that it need not hold the whole."""
-    return load_writer(name, lambda state: state_shardings(state, mesh))
+    """`load_writer`, of a mesh of one process straight into the parts that its devices hold.
+
+    Of several processes each reads the whole onto its first device: placing parts across them needs
+    all of them, and one that can't read would keep the others waiting.
+    """
+    alone = jax.process_count() == 1
+    return load_writer(name, (lambda state: state_shardings(state, mesh)) if alone else None)
 
 
 def boundaries_for(
@@ -226,10 +230,8 @@ def boundaries_for(
 
 
 def checksum(model: nnx.Module) -> str:
-    """Of all arrays of a model; of those that are spread over processes, each calls this."""
+    """Of all arrays of a model."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(nnx.state(model)):
-        if not leaf.is_fully_addressable:
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         digest.update(np.ascontiguousarray(leaf).data.cast("B"))
     return digest.hexdigest()

@@ -121,7 +121,10 @@ class Trainable:
         return self.start(nnx.state(Thoughtbubbles.from_params(self.config, weights)))
 
     def start(self, weights: Any) -> TrainState:
-        """Initial state with all weights given, an nnx.State as `TrainState.weights`."""
+        """Initial state with all weights given, an nnx.State as `TrainState.weights`.
+
+        Arrays that lie in their place already are not copied, and training overwrites them.
+        """
         state = jax.device_put(weights, self.shardings.weights)
         # Parameters stay the arrays that they are; the rest is new.
         rest = jax.jit(
