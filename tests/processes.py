@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Compiling is most of the work of the tests; this halves it where no cache is.
-QUICK = "--xla_backend_optimization_level=0"
+# Compiling is most of the work of the tests; this takes a fifth of the time, where no cache is.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 PATIENCE = 600  # seconds; a busy machine needs many times what an idle one does
 
 

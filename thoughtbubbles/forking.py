@@ -1,6 +1,8 @@
 """Forking as pure functions: score, plan, fork, merge (arXiv 2510.00219, eqs. 1-6 and 11)."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -247,14 +249,20 @@ def merge_log_probs(streams: Streams, log_probs: jax.Array, max_bubble: int) -> 
     members = membership(streams)
     count = members.sum(axis=-1)
     last = streams.token.shape[1] - 1 - jnp.argmax(members[..., ::-1], axis=-1)
-    mixture = jnp.full((*count.shape, log_probs.shape[-1]), -jnp.inf)
-    total = jnp.full(count.shape, -jnp.inf)
+    terms, weights = [], []
     for place in range(max_bubble):
         slot = jnp.maximum(last - place, 0)
-        # At least one weight is finite: logaddexp(-inf, -inf) would have a NaN gradient.
+        # The first weight is finite, so that no term of a gradient is NaN.
         weight = _gather(streams.log_score, slot)
-        weight = jnp.where(place < jnp.maximum(count, 1), weight, -jnp.inf)
-        mixture = jnp.logaddexp(mixture, weight[..., None] + _gather(log_probs, slot))
-        total = jnp.logaddexp(total, weight)
+        weights.append(jnp.where(place < jnp.maximum(count, 1), weight, -jnp.inf))
+        terms.append(weights[-1][..., None] + _gather(log_probs, slot))
+    mixture, total = _log_add_exp(terms), _log_add_exp(weights)
     uniform = -jnp.log(float(log_probs.shape[-1]))
     return jnp.where((count > 0)[..., None], mixture - total[..., None], uniform)
+
+
+def _log_add_exp(terms: Sequence[jax.Array]) -> jax.Array:
+    """Elementwise log-sum-exp of arrays of one shape, without stacking them in memory."""
+    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, terms))
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)  # an outcome that no stream thinks possible
+    return jnp.log(sum(jnp.exp(term - peak) for term in terms)) + peak
