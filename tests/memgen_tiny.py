@@ -126,7 +126,7 @@ def fresh_memgen(kind: str = "plain", config: MemGenConfig = CONFIG) -> MemGen:
     """The same with weaver and trigger as they begin."""
     reasoner = backbone(kind)
     build = lambda: MemGen(reasoner, config, boundary=BOUNDARY, rngs=nnx.Rngs(1))  # noqa: E731
-    made = jax.jit(build)()
+    made = build()
     made.reasoner = nnx.data(reasoner)
     return made
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import nbclient
 import nbformat
 import pytest
+from processes import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = {"thoughtbubbles": {"memgen", "train"}, "memgen": {"thoughtbubbles", "train"}}
@@ -133,24 +134,60 @@ def test_readme_snippet_for_your_own_model_is_short():
         assert sum(bool(line.strip()) for line in fence.code.splitlines()) <= 25
 
 
+# Instead of the cell tagged "parameters": every cell runs, nothing is learned.
+FEW_STEPS = {
+    "01_bubbles_by_hand": "STEPS = 20",
+    "02_memory_in_your_model": "SEED, COPY_STEPS, SORT_STEPS = 0, 10, 10",
+    "03_teach_it_when_to_remember": (
+        "SEED, COPY_STEPS, SORT_STEPS, TRIGGER_STEPS, PROBLEMS = 0, 10, 10, 2, 30"
+    ),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All but the cells tagged "claim", which need the whole training."""
+    notebook = nbformat.read(path, as_version=4)
+    [parameters] = [cell for cell in notebook.cells if tagged(cell, "parameters")]
+    parameters.source = FEW_STEPS[path.stem]
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
+    execute(notebook, tmp_path, monkeypatch)
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
+def test_notebook_keeps_its_claims(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a reader runs it: `python -m pytest -m experiment tests/test_house.py`, ten minutes."""
+    monkeypatch.delenv("XLA_FLAGS")
+    execute(nbformat.read(path, as_version=4), tmp_path, monkeypatch, skip="")
+
+
+def tagged(cell: nbformat.NotebookNode, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", ())
+
+
+def execute(
+    notebook: nbformat.NotebookNode,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    skip: str = "claim",
+) -> None:
+    """Run the notebook by this interpreter, on one device, without cells of the tag `skip`."""
     spec = {
         "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         "display_name": "this interpreter",
         "language": "python",
     }
-    kernel = tmp_path / "kernels" / "this-interpreter"
+    kernel = folder / "kernels" / "this-interpreter"
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text(json.dumps(spec))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    monkeypatch.delenv("XLA_FLAGS")  # one device, as on the reader's laptop
+    monkeypatch.setenv("JUPYTER_PATH", str(folder))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
         notebook,
-        timeout=300,
+        timeout=600,
         kernel_name="this-interpreter",
-        resources={"metadata": {"path": str(tmp_path)}},
+        resources={"metadata": {"path": str(folder)}},
+        skip_cells_with_tag=skip,
     ).execute()

@@ -23,22 +23,19 @@ BASE = ModelConfig(
 
 @functools.cache
 def heavy_model(config: ModelConfig, seed: int = 0) -> Thoughtbubbles:
-    """A model whose parameters are all far from their initial values, fork scores above all."""
+    """A model whose parameters are all far from their initial values, fork scores above all.
 
-    @jax.jit
-    def build() -> Thoughtbubbles:
-        model = Thoughtbubbles(config, rngs=nnx.Rngs(seed))
-        keys = iter(jax.random.split(jax.random.key(seed), 200))
+    Not under `jit`: models of other configs then share the programs of each parameter's shape.
+    """
+    keys = iter(jax.random.split(jax.random.key(seed), 200))
 
-        def shake(path, leaf):
-            if "threshold" in jax.tree_util.keystr(path):
-                return leaf + 0.3
-            scale = 0.6 if "score" in jax.tree_util.keystr(path) else 0.2
-            return leaf + scale * jax.random.normal(next(keys), leaf.shape)
+    def shake(path, leaf):
+        if "threshold" in jax.tree_util.keystr(path):
+            return leaf + 0.3
+        scale = 0.6 if "score" in jax.tree_util.keystr(path) else 0.2
+        return leaf + scale * jax.random.normal(next(keys), leaf.shape)
 
-        return jax.tree_util.tree_map_with_path(shake, model)
-
-    return build()
+    return jax.tree_util.tree_map_with_path(shake, Thoughtbubbles(config, rngs=nnx.Rngs(seed)))
 
 
 def random_tokens(*shape: int, seed: int = 0) -> jax.Array:
