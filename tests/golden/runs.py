@@ -1,0 +1,252 @@
+"""Small fixed runs of everything that computes: what they give must not change unnoticed.
+
+`python tests/golden/runs.py` prints it as JSON, with every digit: two checkouts on one machine
+must print the same. `--write` makes the stored values, which `test_golden.py` compares within
+tolerances, since other machines round otherwise.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":  # as pytest has it
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import conftest  # noqa: F401 (sets the environment before jax is imported)
+
+import jax
+import jax.numpy as jnp
+import memgen_tiny
+import numpy as np
+import rl_tiny
+import test_cache
+import tiny
+from flax import nnx
+
+import memgen
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, Threshold, TopK, decoding
+from thoughtbubbles.retrofit import add_forks
+from train.config import EvalConfig, RunConfig
+from train.data import DataConfig
+from train.data.chat_data import ChatDataConfig
+from train.finetuning import Finetuning, SFTConfig
+from train.loop import run, train
+from train.metrics import read_metrics
+from train.optim import OptimizerConfig
+from train.rl.config import METHODS, RLConfig
+from train.rl.loop import train as train_rl
+from train.rl.reinforcing import Reinforcing
+
+VALUES = Path(__file__).with_name("values.json")
+CLOCK = ("time", "seconds", "per_second", "memory", "mfu", "waiting")
+Values = dict[str, Any]
+RUNS: dict[str, Callable[[], Values]] = {}
+
+
+def summary(array: Any) -> list[float]:
+    """Mean, mean square and a fixed weighted mean, in float64: any change of a value shows."""
+    x = np.asarray(array, np.float64).ravel()
+    return [float(x.mean()), float((x * x).mean()), float((x * np.cos(np.arange(x.size))).mean())]
+
+
+def of_parameters(tree: Any) -> list[float]:
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return summary(np.concatenate(leaves))
+
+
+def numbers(folder: Path) -> list[Values]:
+    """A run's metrics without what a clock or the machine says."""
+    return [
+        {key: value for key, value in line.items() if not any(word in key for word in CLOCK)}
+        for line in read_metrics(folder)
+    ]
+
+
+# --- forward passes
+
+FORWARD: dict[str, ModelConfig] = {
+    **test_cache.MODELS,
+    "top_k": tiny.BASE,
+    "top_k, probability": dataclasses.replace(tiny.BASE, merge="probability"),
+    "top_k, streams": dataclasses.replace(tiny.BASE, policy=TopK(streams=18), forced_keep=False),
+    "bfloat16": dataclasses.replace(tiny.BASE, policy=PrefixRank(1.5), dtype="bfloat16"),
+}
+
+
+def forward(config: ModelConfig) -> Values:
+    model, tokens = tiny.heavy_model(config), tiny.random_tokens(2, 9)
+    output = tiny.run(model, tokens, jnp.array([9, 6]))
+    return {
+        "log_score": summary(output.streams.log_score),
+        "alive": np.asarray(output.streams.alive).sum(axis=1).tolist(),
+        "logits": summary(tiny.logits_of(model, tokens)),
+    }
+
+
+for name, model_config in FORWARD.items():
+    RUNS[f"forward: {name}"] = lambda model_config=model_config: forward(model_config)
+
+
+def retrofitted() -> Values:
+    plain = test_cache.MODELS["plain"]
+    weights = nnx.to_pure_dict(nnx.state(tiny.heavy_model(plain)))
+    model = Thoughtbubbles.from_params(*add_forks(plain, weights, layers=(1, 2)))
+    return {"logits": summary(tiny.logits_of(model, tiny.random_tokens(2, 9)))}
+
+
+RUNS["forward: retrofit"] = retrofitted
+
+
+# --- decoding
+
+PROMPTS = [[1, 2, 3], [5, 4, 5, 6, 7, 5], [7]]
+
+
+def decoded(config: ModelConfig, **how: Any) -> Values:
+    return {"ids": decoding.generate(tiny.heavy_model(config), PROMPTS, 9, **how)}
+
+
+CAUSAL = dataclasses.replace(tiny.BASE, num_layers=3, fork_layers=(1, 2), policy=PrefixRank(2.0))
+DRAWN = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.05, "seed": 2}
+RUNS["decode: greedy"] = lambda: decoded(CAUSAL)
+RUNS["decode: sampled"] = lambda: decoded(CAUSAL, **DRAWN)
+RUNS["decode: recomputed"] = lambda: decoded(tiny.BASE)
+
+
+def remembered(kind: str) -> Values:
+    made, response = memgen_tiny.rollout(kind, memgen_tiny.CONFIG, memgen.AlwaysInvoke())
+    tokens, length = memgen_tiny.whole_rows(memgen_tiny.PROMPTS, response)
+    plan = memgen.plan_from_decisions(response.decisions, length, memgen_tiny.CONFIG)
+    return {
+        "ids": response.texts,
+        "decisions": np.asarray(response.decisions).tolist(),
+        "log_probs": summary(response.log_probs),
+        "latents": summary(response.latents),
+        "forced": summary(memgen_tiny.forced_log_probs(made, tokens, plan)),
+    }
+
+
+for kind in ("plain", "rank"):
+    RUNS[f"memory: {kind}"] = lambda kind=kind: remembered(kind)
+
+
+# --- training
+
+MODEL = ModelConfig(
+    vocab_size=264, embed_dim=16, num_layers=2, num_heads=2, fork_layers=(1,), policy=PrefixRank(2)
+)
+ADAMW = OptimizerConfig(learning_rate=1e-2)
+
+
+def pretrained(folder: Path, **changes: Any) -> Values:
+    texts = folder / "text"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(f"{number} says: a, b. " * 9)
+    config = RunConfig(
+        model=MODEL,
+        data=DataConfig(corpus=str(texts), seq_len=16, cache_dir=str(folder / "cache")),
+        optimizer=ADAMW,
+        evaluation=EvalConfig(every=0, rows=4),
+        steps=3,
+        batch_size=16,
+        log_every=1,
+        out=str(folder / "run"),
+    )
+    held_out = train(dataclasses.replace(config, **changes))
+    return {"metrics": numbers(folder / "run"), "held_out": held_out}
+
+
+PRETRAIN: dict[str, dict[str, Any]] = {
+    "prefix_rank": {},
+    "threshold, accumulated": {
+        "model": dataclasses.replace(MODEL, policy=Threshold(1.5)),
+        "accumulate": 2,
+    },
+    "top_k, muon": {
+        "model": dataclasses.replace(MODEL, policy=TopK(1.5)),
+        "optimizer": OptimizerConfig(name="muon"),
+    },
+}
+for name, changes in PRETRAIN.items():
+    RUNS[f"pretrain: {name}"] = lambda changes=changes: in_folder(
+        lambda folder: pretrained(folder, **changes)
+    )
+
+
+def in_folder(inside: Callable[[Path], Values]) -> Values:
+    with tempfile.TemporaryDirectory() as folder:
+        return inside(Path(folder))
+
+
+def tuned(folder: Path, kind: Any) -> Values:
+    pretrained(folder, model=dataclasses.replace(MODEL, fork_layers=()))
+    lines = [{"prompt": f"{number}ab=", "completion": f"{number}, ok."} for number in range(64)]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = SFTConfig(
+        weights=str(folder / "run"),
+        train=kind,
+        data=ChatDataConfig(path=(str(folder / "chats.jsonl"),), validation=0.2, seq_len=24),
+        lora=memgen_tiny.LORA,
+        memgen=dataclasses.replace(memgen_tiny.CONFIG, trigger=None, insertion="random"),
+        optimizer=ADAMW,
+        evaluation=EvalConfig(every=0, rows=8),
+        steps=3,
+        batch_size=16,
+        log_every=1,
+        out=str(folder / "tuned"),
+    )
+    held_out = run(lambda: Finetuning(config), config)
+    return {"metrics": numbers(folder / "tuned"), "held_out": held_out}
+
+
+for kind in ("all", "lora", "weaver"):
+    RUNS[f"sft: {kind}"] = lambda kind=kind: in_folder(lambda folder: tuned(folder, kind))
+
+
+def reinforced(folder: Path, **changes: Any) -> Values:
+    config = RLConfig(
+        lora=rl_tiny.LORA,
+        memgen=dataclasses.replace(rl_tiny.MEMGEN, trigger=None),
+        steps=2,
+        batch_size=4,
+        rollouts=4,
+        max_batches=2,
+        max_new_tokens=4,
+        log_every=1,
+        evaluation=EvalConfig(every=0, rows=4),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.0, final_ratio=1.0),
+        out=str(folder),
+        **changes,
+    )
+    task = rl_tiny.Echo() if changes["method"] == "rebn" else rl_tiny.Vowels()
+    work = Reinforcing(config, rl_tiny.writer(), task, devices=jax.devices()[:1])
+    return {"held_out": train_rl(work), "metrics": numbers(folder)}
+
+
+for method in METHODS:
+    if method != "trigger":  # weights with a weaver would have to be made first
+        RUNS[f"rl: {method}"] = lambda method=method: in_folder(
+            lambda folder: reinforced(folder, method=method)
+        )
+RUNS["rl: weaver"] = lambda: in_folder(
+    lambda folder: reinforced(folder, method="dapo", train="weaver", kl=0.01, minibatches=2)
+)
+
+
+def main() -> None:
+    names = [name for name in RUNS if any(word in name for word in sys.argv[1:] if word[0] != "-")]
+    found = {name: RUNS[name]() for name in names or RUNS}
+    text = json.dumps(found, indent=1, sort_keys=True)
+    if "--write" in sys.argv:
+        VALUES.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
