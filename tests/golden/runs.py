@@ -1,7 +1,8 @@
 """Small fixed runs of everything that computes: what they give must not change unnoticed.
 
-`python tests/golden/runs.py` prints it as JSON, with every digit: two checkouts on one machine
-must print the same. `--write` makes the stored values, which `test_golden.py` compares within
+`python tests/golden` prints all of it as JSON, with every digit (`python tests/golden rl: sft:`
+what has one of these words in its name): two checkouts on one machine must print the same.
+`python tests/golden --write` makes the stored values, which `test_golden.py` compares within
 tolerances, since other machines round otherwise.
 """
 
@@ -12,11 +13,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":  # as pytest has it
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import conftest  # noqa: F401 (sets the environment before jax is imported)
 
 import jax
 import jax.numpy as jnp
@@ -246,7 +242,3 @@ def main() -> None:
         VALUES.write_text(text + "\n")
     else:
         print(text)
-
-
-if __name__ == "__main__":
-    main()
