@@ -1,5 +1,11 @@
 """Facts of chips: found by the kind that jax reports, and the same card never twice."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from train.compile_topology import KNOWN
@@ -45,3 +51,14 @@ def test_what_is_compiled_for_is_known_whole():
     for name in KNOWN:
         is_tpu = any(kind.startswith("TPU") for kind in CHIPS[name].kinds)
         assert (CHIPS[name].network is None) == is_tpu
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu prints otherwise")
+def test_a_command_on_a_machine_without_tpus_prints_only_its_own(tmp_path: Path):
+    """As in a shell that sets no JAX_PLATFORMS: jax then loads libtpu and asks it for devices."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    command = [sys.executable, "-m", "train.pretrain", "tiny", "--dry-run", "--out", str(tmp_path)]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "1 cpu (data 1 x fsdp 1 x tensor 1)" in done.stdout

@@ -15,6 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from thoughtbubbles.positions import RopeScaling
 from train.config import POLICIES, policy_from_text
+from train.hardware import quiet_libtpu
 
 Config = TypeVar("Config")
 
@@ -79,6 +80,7 @@ def run_command(
         config: frozen dataclass; every field becomes an option.
         presets: named values; the first word of the command line may name one (default: the first).
     """
+    quiet_libtpu()
     words = sys.argv[1:]
     try:
         default = None

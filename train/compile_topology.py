@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from train.hardware import CHIPS, Chip
+from train.hardware import CHIPS, Chip, libtpu_without_tpus
 
 HOST_GPUS = 8
 # The slices that are offered of each chip, and sizes for GPUs.
@@ -63,16 +62,6 @@ _CARDS = {
     "h100": _HOPPER,
     "h200": _HOPPER,
 }
-# Without these libtpu asks a machine that isn't there who it is, and says that nobody answers;
-# without the first, two processes can't compile at once.
-_LIBTPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +98,7 @@ def topology_of(name: str) -> Topology:
     if size.count("x") != KNOWN[chip_name][0].count("x"):
         raise _unknown(name)
     _require("libtpu", name, "tpu")
-    for variable, value in _LIBTPU.items():
-        os.environ.setdefault(variable, value)
+    libtpu_without_tpus()
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except jax.errors.JaxRuntimeError as error:

@@ -1,6 +1,8 @@
 """Chips: what their vendors publish, for roofline times, memory limits and MFU."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 GIB = 2**30
 
@@ -63,3 +65,30 @@ def chip_of(device_kind: str) -> Chip | None:
         if device_kind in chip.kinds:
             return chip
     return None
+
+
+# Without these libtpu asks a machine without TPUs who it is, and prints that nobody answers;
+# without the first, two processes can't compile for TPUs at once.
+_LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+def libtpu_without_tpus() -> None:
+    """Set the environment in which libtpu compiles for TPUs on this machine, which has none."""
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
+
+
+def quiet_libtpu() -> None:
+    """Keep libtpu silent where it is installed and no TPU is.
+
+    JAX loads libtpu to ask for devices; to be called before JAX does so.
+    """
+    if not (any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))):
+        libtpu_without_tpus()

@@ -12,6 +12,7 @@ from typing import Any
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.chat import Message, render
+from train.hardware import quiet_libtpu
 from train.load import Writer, load_model, load_weights
 from train.scoring import Scorer
 
@@ -252,6 +253,7 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
+    quiet_libtpu()
     register_model("thoughtbubbles")(HarnessModel)
     cli_evaluate()
 
