@@ -69,12 +69,14 @@ def processes(
     environment: dict[str, str] | None = None,
     each: Callable[[int], Sequence[str]] | None = None,
     environment_of_each: Callable[[int], dict[str, str]] | None = None,
+    cache: Path | None = None,
 ) -> Iterator[Processes]:
     """Start `python words` with `devices` simulated devices `count` times.
 
     Args:
-        folder: for their output, and for the compilation cache, since a killed process may leave
-            half an entry there.
+        folder: for their output.
+        cache: of compiled programs; by default a new one in `folder`, since a killed process may
+            leave half an entry there.
         each: words for process i; by default those by which the processes of a run find each other.
     """
     port = free_port()
@@ -88,7 +90,7 @@ def processes(
 
     shared = os.environ | {
         "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache or folder / "jax"),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         **(environment or {}),
     }

@@ -24,11 +24,15 @@ def ask(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install -e ".[tpu]"'
 )
 def test_what_is_said_to_fit_does(tmp_path: Path):
+    """`python -m pytest -m experiment tests/test_compile_memory.py`, a minute or two.
+
+    `test_compile.py` has the same logic with pretended sizes, and the compiler's own words.
+    """
     path = tmp_path / "report.json"
     too_large = ask("--mesh", "data=4", "--json", str(path))
     assert too_large.returncode == 1, too_large.stderr

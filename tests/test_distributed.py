@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import shutil
 import signal
 import threading
 import time
@@ -234,7 +235,7 @@ def test_a_folder_with_a_live_run_is_refused_by_all(tmp_path: Path, command):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, command):
-    """The folder and outputs of an uninterrupted run of two processes."""
+    """The folder and outputs of an uninterrupted run of two processes; `jax` is its cache."""
     folder = tmp_path_factory.mktemp("whole")
     logged = {"JAX_LOG_COMPILES": "1"}
     with processes((*command, "--out", str(folder / "run")), folder, environment=logged) as started:
@@ -262,6 +263,7 @@ def test_a_run_of_two_processes(whole, corpus):
 def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: int):
     """`kill -9` of one process, time and again, then SIGTERM to one: the same parameters."""
     out = tmp_path / "run"
+    shutil.copytree(whole[0].with_name("jax"), tmp_path / "jax")
     moments = random.Random(time.time_ns())
     words = (*command, "--out", str(out))
 
@@ -309,10 +311,10 @@ def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: 
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_at_one_step(command, tmp_path: Path):
+def test_ctrl_c_stops_all_processes_at_one_step(whole, command, tmp_path: Path):
     out = tmp_path / "run"
     words = (*command, "--out", str(out), "--steps", "100000", "--save-every", "100000")
-    with processes(words, tmp_path) as started:
+    with processes(words, tmp_path, cache=whole[0].with_name("jax")) as started:
         started.wait_until(lambda: "step 1/" in started.output(0))
         for process in started.running:  # a terminal tells all
             process.send_signal(signal.SIGINT)
