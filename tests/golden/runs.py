@@ -38,7 +38,7 @@ from train.rl.loop import train as train_rl
 from train.rl.reinforcing import Reinforcing
 
 VALUES = Path(__file__).with_name("values.json")
-CLOCK = ("time", "seconds", "per_second", "memory", "mfu", "waiting")
+CLOCK = ("time", "seconds", "per_second", "memory", "mfu", "data_wait", "goodput")
 Values = dict[str, Any]
 RUNS: dict[str, Callable[[], Values]] = {}
 
