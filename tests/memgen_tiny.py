@@ -205,6 +205,11 @@ def answer(made: MemGen, prompts: Any = PROMPTS, new: int = NEW, **how: Any) -> 
     return memgen.generate(made, prompts, new, **{"stop": NOBODY, **how})
 
 
+def in_numpy(tree: Any) -> Any:
+    """To look at parts of it without a program for each."""
+    return jax.tree.map(np.asarray, tree)
+
+
 @functools.cache
 def rollout(kind: str, config: MemGenConfig, policy: Any, weaver_width: int | None = None):
     """One greedy generation that many tests look at."""

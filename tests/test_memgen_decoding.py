@@ -20,6 +20,7 @@ from memgen_tiny import (
     VOCAB,
     answer,
     forced_log_probs,
+    in_numpy,
     memgen_of,
     pure,
     read,
@@ -61,7 +62,7 @@ CASES: dict[str, tuple[str, MemGenConfig, Any]] = {
     "plain, always": ("plain", CONFIG, AlwaysInvoke()),
     "plain, hidden states, trigger on the stream": ("plain", HIDDEN, LEARNED),
     "plain, one pass, trigger on hidden states": ("plain", AT_ONCE, LEARNED),
-    "plain, raw scale, trigger on tokens": ("plain", RAW, LEARNED),
+    "plain, raw scale, trigger on tokens": ("shallow", RAW, LEARNED),
     "forks by rank": ("one fork by rank", CONFIG, AlwaysInvoke()),
     "forks by threshold": ("one fork by threshold", CONFIG, AlwaysInvoke()),
 }
@@ -72,6 +73,7 @@ CONVERSED = ("plain, always", "forks by rank")  # teacher forcing of these and m
 def oracle_rows(name: str) -> tuple[Any, Any, list[oracle.Generated]]:
     kind, config, policy = CASES[name]
     made, response = rollout(kind, config, policy)
+    response = in_numpy(response)
     sizes, params = made.reasoner.model.config, pure(made.reasoner.model)
     weaver, trigger = pure(made.weaver), pure(made.trigger)
     decoder = oracle.thoughtbubbles(params, sizes)
@@ -160,10 +162,11 @@ def test_d31_budget_and_record(name: str):
 def test_d33_teacher_forcing_gives_the_same_log_probs(name: str):
     kind, config, policy = CASES[name]
     made, response = rollout(kind, config, policy)
+    response = in_numpy(response)
     tokens, prompt = whole_rows(PROMPTS, response)
     plan = plan_from_decisions(response.decisions, prompt, config)
-    assert ((plan.point >= 0).sum(axis=1) >= 2).any()
-    forced = forced_log_probs(made, tokens, plan)
+    assert ((np.asarray(plan.point) >= 0).sum(axis=1) >= 2).any()
+    forced = np.asarray(forced_log_probs(made, tokens, plan))
     for row, start in enumerate(prompt.tolist()):
         np.testing.assert_allclose(
             forced[row, start : start + NEW], response.log_probs[row, :NEW], atol=1e-4
@@ -173,9 +176,10 @@ def test_d33_teacher_forcing_gives_the_same_log_probs(name: str):
 @pytest.mark.parametrize("kind", ["plain", "foreign"])
 def test_d26_batched_is_one_by_one(kind: str):
     made, together = rollout(kind, CONFIG, AlwaysInvoke())
-    assert len({tuple(row) for row in np.asarray(together.decisions).tolist()}) > 1
+    together = in_numpy(together)
+    assert len({tuple(row) for row in together.decisions.tolist()}) > 1
     for row, prompt in enumerate(PROMPTS[:2]):
-        alone = answer(made, [prompt])
+        alone = in_numpy(answer(made, [prompt]))
         assert alone.texts[0] == together.texts[row]
         np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-4)
         assert (alone.decisions[0] == together.decisions[row]).all()
@@ -188,9 +192,9 @@ SHORT = [PROMPTS[0], PROMPTS[1], PROMPTS[1]]
 
 def test_d27_sampled_batched_is_sampled_alone_and_d34_repeats():
     made = memgen_of("shallow")
-    together = answer(made, SHORT, **SAMPLED, seed=3)
+    together = in_numpy(answer(made, SHORT, **SAMPLED, seed=3))
     for row, prompt in enumerate(SHORT[:2]):
-        alone = answer(made, [prompt], **SAMPLED, seed=3)
+        alone = in_numpy(answer(made, [prompt], **SAMPLED, seed=3))
         assert alone.texts[0] == together.texts[row]
         assert (alone.decisions[0] == together.decisions[row]).all()
     assert answer(made, SHORT, **SAMPLED, seed=3).texts == together.texts
@@ -286,7 +290,7 @@ def test_d32_a_row_ends_at_its_stop_id():
     stop = next(
         new[place] for new in free.texts for place in range(1, NEW - 1) if new[place] != new[0]
     )
-    stopped = answer(made, stop=[stop])
+    stopped = in_numpy(answer(made, stop=[stop]))
     lengths = [new.index(stop) + 1 if stop in new else NEW for new in free.texts]
     assert min(lengths) < max(lengths)
     assert stopped.count.tolist() == lengths
@@ -296,11 +300,11 @@ def test_d32_a_row_ends_at_its_stop_id():
         assert (stopped.decisions[row, length:] == -1).all()
         assert (stopped.log_probs[row, length:] == 0).all()
         np.testing.assert_allclose(
-            stopped.log_probs[row, :length], free.log_probs[row, :length], atol=1e-5
+            stopped.log_probs[row, :length], np.asarray(free.log_probs)[row, :length], atol=1e-5
         )
         assert (stopped.points[row] < length).all()
     # Rows that rest cost no room and change nothing: less is asked for by number alone.
-    fewer = generate(made, PROMPTS, 4)
+    fewer = answer(made, new=4)
     assert fewer.texts == [new[:4] for new in free.texts]
 
 
@@ -373,7 +377,7 @@ def test_one_kind_without_latents(prompt: int, inference: int):
     made, response = rollout("shallow", config, AlwaysInvoke())
     tokens, length = whole_rows(PROMPTS, response)
     plan = plan_from_decisions(response.decisions, length, config)
-    forced = forced_log_probs(made, tokens, plan)
+    forced, response = np.asarray(forced_log_probs(made, tokens, plan)), in_numpy(response)
     for row, start in enumerate(length.tolist()):
         np.testing.assert_allclose(
             forced[row, start : start + NEW], response.log_probs[row, :NEW], atol=1e-4

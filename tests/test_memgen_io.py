@@ -27,6 +27,7 @@ from memgen_tiny import (
     filled,
     forced_log_probs,
     fresh_memgen,
+    in_numpy,
     memgen_of,
     predictors,
     random_tokens,
@@ -73,12 +74,14 @@ def test_b15_d33_g51_two_responses_with_an_observation_between_are_recomputed(ki
 
     Queries of the weaver are read and forgotten; a row of 37 tokens is read in several chunks.
     """
-    made, (first, second, session, texts, start, plan, tokens) = memgen_of(kind), conversation(kind)
-    assert np.asarray(plan.kind)[0].tolist() == [PROMPT, INFERENCE, INFERENCE] * 2
-    used = np.asarray(plan.point) >= 0
+    made = memgen_of(kind)
+    first, second, session, texts, start, plan, tokens = conversation(kind)
+    first, second, plan = in_numpy((first, second, plan))
+    assert plan.kind[0].tolist() == [PROMPT, INFERENCE, INFERENCE] * 2
+    used = plan.point >= 0
     assert used[:, 3:].sum() > 3 and (used[:, :3].sum(axis=1) >= 2).any()
-    latents, hidden, log_probs = map(np.asarray, recomputed(made, tokens, plan))
-    width = np.asarray(plan.width)
+    latents, hidden, log_probs = in_numpy(recomputed(made, tokens, plan))
+    width = plan.width
     events = np.concatenate([first.latents, second.latents], axis=1)
     for row, event in zip(*np.nonzero(used), strict=True):
         np.testing.assert_allclose(
@@ -86,7 +89,7 @@ def test_b15_d33_g51_two_responses_with_an_observation_between_are_recomputed(ki
             latents[row, event, : width[row, event]],
             atol=1e-5,
         )
-    stored, count = np.asarray(session.tokens), np.asarray(session.count)
+    stored, count, reasoner = in_numpy((session.tokens, session.count, session.reasoner))
     for row, text in enumerate(texts):
         whole = [*text, *second.texts[row]]
         assert count[row] == len(whole) and stored[row, : len(whole)].tolist() == whole
@@ -94,8 +97,8 @@ def test_b15_d33_g51_two_responses_with_an_observation_between_are_recomputed(ki
             np.testing.assert_allclose(
                 log_probs[row, at : at + NEW], part.log_probs[row, :NEW], atol=1e-4
             )
-        assert session.reasoner.read[row] == len(whole) + width[row].sum()
-        np.testing.assert_allclose(session.reasoner.hidden[row], hidden[row, len(whole)], atol=1e-4)
+        assert reasoner.read[row] == len(whole) + width[row].sum()
+        np.testing.assert_allclose(reasoner.hidden[row], hidden[row, len(whole)], atol=1e-4)
 
 
 def test_a_session_has_room_for_the_latents_of_its_responses():
@@ -112,8 +115,8 @@ def test_a_session_has_room_for_the_latents_of_its_responses():
 def test_g49_fresh_latents_are_those_of_the_text_alone():
     talk, made = conversation(), memgen_of()
     texts, carried = talk.texts, talk.second
-    fresh = answer(made, texts)
-    alone = answer(made, [texts[1]])
+    fresh = in_numpy(answer(made, texts))
+    alone = in_numpy(answer(made, [texts[1]]))
     assert alone.texts[0] == fresh.texts[1]
     np.testing.assert_allclose(alone.log_probs[0], fresh.log_probs[1], atol=1e-5)
     tokens, prompt = whole_rows(texts, fresh)
@@ -124,10 +127,11 @@ def test_g49_fresh_latents_are_those_of_the_text_alone():
         for mine, none in ((plan.point, -1), (plan.kind, INFERENCE))
     )
     wide = np.pad(tokens, ((0, 0), (0, talk.tokens.shape[1] - tokens.shape[1])))
-    forced = recomputed(made, wide, Plan.of(jnp.asarray(point), jnp.asarray(kind), CONFIG))[2]
+    _, _, forced = recomputed(made, wide, Plan.of(jnp.asarray(point), jnp.asarray(kind), CONFIG))
     start = len(texts[1])
+    forced = np.asarray(forced)
     np.testing.assert_allclose(forced[1, start : start + NEW], fresh.log_probs[1, :NEW], atol=1e-5)
-    first = np.asarray(fresh.log_probs)[:, 0], np.asarray(carried.log_probs)[:, 0]
+    first = fresh.log_probs[:, 0], np.asarray(carried.log_probs)[:, 0]
     assert np.abs(first[0] - first[1]).min() > 1e-4, "carried latents are seen"
 
 

@@ -15,6 +15,7 @@ from memgen_tiny import (
     PROMPT_LATENTS,
     VOCAB,
     answer,
+    in_numpy,
     memgen_of,
     weaver_config,
 )
@@ -96,7 +97,7 @@ def assert_same(response, alone, pattern):
 
 
 def alone_of(made, **how):
-    """Each prompt by itself, with memory and without; by NumPy from here on."""
+    """Each prompt by itself, with memory and without."""
     return {
         (row, weaves): in_numpy(
             answer(made, [prompt], policy=TheseInvoke(jnp.array([weaves])), **how)
@@ -104,11 +105,6 @@ def alone_of(made, **how):
         for row, prompt in enumerate(PROMPTS)
         for weaves in (False, True)
     }
-
-
-def in_numpy(response):
-    """Its rows are taken by NumPy, without a program for each."""
-    return jax.tree.map(np.asarray, response)
 
 
 def test_whichever_rows_weave_each_is_what_it_is_alone():
