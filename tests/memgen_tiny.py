@@ -89,7 +89,7 @@ def filled(abstract: Any, seed: int, scale: float = 0.25) -> Any:
             values = 1 + values
         elif "score" in name or "kernel" in name and "trigger" in name:
             values = 2 * values
-        return jnp.asarray(values, leaf.dtype)
+        return jnp.asarray(values.astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
@@ -153,7 +153,7 @@ def trigger_config(source: Any) -> MemGenConfig:
 
 
 def random_tokens(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape), jnp.int32)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32))
 
 
 def pure(module: Any) -> dict[str, Any]:
@@ -282,4 +282,4 @@ def whole_rows(prompts: Any, response: memgen.Response) -> tuple[jax.Array, jax.
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    return jnp.asarray(tokens), jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+    return jnp.asarray(tokens), jnp.asarray(np.array([len(prompt) for prompt in prompts], np.int32))
