@@ -58,11 +58,12 @@ AT_ONCE = dataclasses.replace(
 )
 RAW = weaver_config(match_scale=False)
 LEARNED = LearnedInvoke()
+# Of two blocks where they matter: in forks, in weaving at once, and in the case that most share.
 CASES: dict[str, tuple[str, MemGenConfig, Any]] = {
     "plain, always": ("plain", CONFIG, AlwaysInvoke()),
-    "plain, hidden states, trigger on the stream": ("plain", HIDDEN, LEARNED),
+    "one block, hidden states, trigger on the stream": ("shallow", HIDDEN, LEARNED),
     "plain, one pass, trigger on hidden states": ("plain", AT_ONCE, LEARNED),
-    "plain, raw scale, trigger on tokens": ("shallow", RAW, LEARNED),
+    "one block, raw scale, trigger on tokens": ("shallow", RAW, LEARNED),
     "forks by rank": ("one fork by rank", CONFIG, AlwaysInvoke()),
     "forks by threshold": ("one fork by threshold", CONFIG, AlwaysInvoke()),
 }

@@ -210,7 +210,7 @@ def test_g54_a_damaged_checkpoint_is_one_line(what: str):
 
 
 def test_g56_bfloat16_cached_is_recomputed():
-    made = memgen_of(dtype="bfloat16")
+    made = memgen_of("shallow", dtype="bfloat16")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(3, 16, 16)]
     response = answer(made, prompts, 16)

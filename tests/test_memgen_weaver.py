@@ -146,7 +146,7 @@ def test_b13_the_order_of_the_context_matters():
 
 
 def test_b14_a_weaver_of_another_width():
-    made = memgen_of(weaver_width=48)
+    made = memgen_of("shallow", weaver_width=48)
     response = in_numpy(answer(made, PROMPTS[:1]))
     assert made.weaver.to_weaver.kernel.shape == (32, 48)
     assert made.weaver.prompt.queries.shape == (SLOTS, 48)
