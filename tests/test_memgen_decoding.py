@@ -198,6 +198,7 @@ def test_d27_sampled_batched_is_sampled_alone_and_d34_repeats():
         alone = in_numpy(answer(made, [prompt], **SAMPLED, seed=3))
         assert alone.texts[0] == together.texts[row]
         assert (alone.decisions[0] == together.decisions[row]).all()
+    assert any({0, 1} <= set(row) for row in together.decisions.tolist()), "steps have own keys"
     assert answer(made, SHORT, **SAMPLED, seed=3).texts == together.texts
     assert together.texts[1] != together.texts[2], "equal prompts of a batch have keys of their own"
     assert answer(made, SHORT, **SAMPLED, seed=4).texts != together.texts

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from memgen_tiny import NEW, NOBODY, VOCAB, in_numpy, memgen_of
 
-from memgen import Response
+from memgen import MemGen, Response, Snippets
 from memgen.decoding import begin, make_request, pad_prompts, respond, row_keys
+from memgen.insertion import PROMPT
 from memgen.retrieval import BM25Retriever
 from memgen.session import Session
 
@@ -114,6 +115,21 @@ def test_compiled_loop_equals_direct_call():
     assert loop._cache_size() == 1
 
 
+def in_one_pass(made: MemGen, prompts: list[list[int]]) -> np.ndarray:
+    """Latents of the prompts' events, with the whole passage as snippet, without any cache."""
+    tokens, length = pad_prompts(prompts, VOCAB)
+    snippet = np.tile(np.array([99, 30, 41, 50], np.int32), (len(prompts), 1))
+
+    @jax.jit
+    def weave(made, tokens, snippet):
+        stream, told = (made.reasoner.embed_tokens(ids) for ids in (tokens, snippet))
+        snippets = Snippets(told, jnp.full(len(prompts), 4))
+        kind = jnp.full(len(prompts), PROMPT)
+        return made.weaver.weave(made.weaving(), stream, length, kind, snippets)
+
+    return np.asarray(weave(made, tokens, snippet))
+
+
 def test_52_snippets_reach_the_weaver_and_never_the_reasoner():
     """No snippets is no retrieval: the same tokens and events, log-probabilities to 1e-5 (the
     programs differ in shape). With snippets the latents change and the stream is as long.
@@ -152,6 +168,7 @@ def test_52_snippets_reach_the_weaver_and_never_the_reasoner():
     without, _ = respond_to(every, None)
     found, _ = respond_to(every, find)
     assert (abs(found.latents[:, 0] - without.latents[:, 0]).max(axis=(1, 2)) > 1e-2).all()
+    np.testing.assert_allclose(found.latents[:, 0], in_one_pass(made, every), atol=1e-5)
     with pytest.raises(ValueError, match="room for 0 retrieved tokens, the retriever gives 8"):
         respond(made, session, make_request(made, NEW, retriever=find), 16)
 
