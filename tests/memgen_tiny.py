@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from foreign_decoder import ForeignDecoder
 
 import memgen
 from memgen import LoRAConfig, MemGen, MemGenConfig, TriggerConfig, WeaverConfig
+from memgen.request import bucket, pad_prompts, row_keys
 from thoughtbubbles import Backbone, ModelConfig, PrefixRank, Thoughtbubbles, Threshold
 
 VOCAB, PROMPT_LATENTS, INFERENCE_LATENTS, EVENTS = 100, 3, 2, 2
@@ -28,10 +29,15 @@ PLAIN = ModelConfig(
     tied_head=False,
 )
 FORKS: dict[str, Any] = {"num_layers": 3, "fork_layers": (1, 2), "merge": "residual"}
+ONE_FORK: dict[str, Any] = {"num_layers": 2, "fork_layers": (1,), "merge": "residual"}
 MODELS = {
     "plain": PLAIN,
     "rank": dataclasses.replace(PLAIN, **FORKS, policy=PrefixRank(2.0)),
     "threshold": dataclasses.replace(PLAIN, **FORKS, policy=Threshold(2.0)),
+    # A loop over these compiles in half the time: for all that is not about depth.
+    "one fork by rank": dataclasses.replace(PLAIN, **ONE_FORK, policy=PrefixRank(2.0)),
+    "one fork by threshold": dataclasses.replace(PLAIN, **ONE_FORK, policy=Threshold(2.0)),
+    "shallow": dataclasses.replace(PLAIN, num_layers=1),
 }
 CONFIG = MemGenConfig(
     WeaverConfig(PROMPT_LATENTS, INFERENCE_LATENTS, lora=LORA),
@@ -83,7 +89,7 @@ def filled(abstract: Any, seed: int, scale: float = 0.25) -> Any:
             values = 1 + values
         elif "score" in name or "kernel" in name and "trigger" in name:
             values = 2 * values
-        return jnp.asarray(values, leaf.dtype)
+        return jnp.asarray(values.astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
@@ -147,7 +153,7 @@ def trigger_config(source: Any) -> MemGenConfig:
 
 
 def random_tokens(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape), jnp.int32)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32))
 
 
 def pure(module: Any) -> dict[str, Any]:
@@ -191,11 +197,83 @@ PROMPTS = [[1, 2, 3], [9], [int(i) for i in np.random.default_rng(1).integers(0,
 NEW = 12
 
 
+NOBODY = (VOCAB,)  # a stop id that is never said: generation with and without is one program
+
+
+def answer(made: MemGen, prompts: Any = PROMPTS, new: int = NEW, **how: Any) -> memgen.Response:
+    """`generate`; its greedy programs are shared, also by what stops."""
+    return memgen.generate(made, prompts, new, **{"stop": NOBODY, **how})
+
+
+def in_numpy(tree: Any) -> Any:
+    """To look at parts of it without a program for each."""
+    return jax.tree.map(np.asarray, tree)
+
+
 @functools.cache
 def rollout(kind: str, config: MemGenConfig, policy: Any, weaver_width: int | None = None):
     """One greedy generation that many tests look at."""
     made = memgen_of(kind, config, weaver_width)
-    return made, memgen.generate(made, PROMPTS, NEW, policy=policy)
+    return made, answer(made, policy=policy)
+
+
+SEEN = np.array([[5, 6, 7, 8], [11, 0, 0, 0], [21, 22, 0, 0]], np.int32)
+SEEN_LENGTH = np.array([4, 1, 2], np.int32)
+
+
+class Conversation(NamedTuple):
+    """Of each row its two responses; what came before the second; all events and the whole text.
+
+    Attributes:
+        start: `[2, B]`, where the responses begin in the text.
+        tokens: `[B, L]`, padded on the right by at least one token.
+    """
+
+    first: memgen.Response
+    second: memgen.Response
+    session: Any
+    texts: list[list[int]]
+    start: np.ndarray
+    plan: memgen.Plan
+    tokens: np.ndarray
+
+
+@functools.cache
+def conversation(kind: str = "plain", observed: bytes = b"") -> Conversation:
+    """Prompts, a response, an observation, another response, in one session that is kept.
+
+    The session is of the size that `rollout` has, so that both are one program: there is room for
+    all of it.
+
+    Args:
+        observed: the first observed token of each row, if it is to be another.
+    """
+    made, seen = memgen_of(kind), SEEN.copy()
+    if observed:
+        seen[:, 0] = list(observed)
+    tokens, length = pad_prompts(PROMPTS, VOCAB)
+    request = memgen.make_request(made, NEW, stop=NOBODY)
+    keys, most = row_keys(0, PROMPTS), tokens.shape[1] + bucket(NEW)
+    session = memgen.begin(made, tokens, length, keys, most)
+    first, session = memgen.respond(made, session, request, bucket(NEW))
+    session = memgen.observe(made, session, jnp.asarray(seen), jnp.asarray(SEEN_LENGTH))
+    second, session = memgen.respond(made, session, request, bucket(NEW))
+    texts = [
+        [*prompt, *new, *seen[row, : SEEN_LENGTH[row]].tolist()]
+        for row, (prompt, new) in enumerate(zip(PROMPTS, first.texts, strict=True))
+    ]
+    start = np.stack([length, np.asarray(length) + NEW + SEEN_LENGTH])
+    plans = [
+        memgen.plan_from_decisions(part.decisions, jnp.asarray(at), made.config)
+        for part, at in zip((first, second), start, strict=True)
+    ]
+    point, kinds = (
+        np.concatenate([getattr(plan, name) for plan in plans], axis=1)
+        for name in ("point", "kind")
+    )
+    plan = memgen.Plan.of(jnp.asarray(point), jnp.asarray(kinds), made.config)
+    whole, _ = whole_rows(texts, second)
+    return Conversation(first, second, session, texts, start, plan, np.pad(whole, ((0, 0), (0, 1))))
 
 
 def whole_rows(prompts: Any, response: memgen.Response) -> tuple[jax.Array, jax.Array]:
@@ -204,4 +282,4 @@ def whole_rows(prompts: Any, response: memgen.Response) -> tuple[jax.Array, jax.
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    return jnp.asarray(tokens), jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+    return jnp.asarray(tokens), jnp.asarray(np.array([len(prompt) for prompt in prompts], np.int32))

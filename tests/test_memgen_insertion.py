@@ -1,6 +1,7 @@
 """Oracle tests C: where latents stand, which outputs predict which tokens, and the loss."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from memgen_tiny import (
     BOUNDARY,
     CONFIG,
     VOCAB,
+    in_numpy,
     memgen_of,
     predictors,
     random_tokens,
@@ -32,14 +34,14 @@ from memgen.losses import sft_loss
 
 TWO_EACH = weaver_config(prompt_latents=2, inference_latents=2)
 POINTS = [[3, 6, 9], [5, 7, -1], [2, -1, -1]]
-TOKENS = random_tokens(3, 12, seed=5)
-SUPERVISED = jnp.arange(12) >= jnp.array([[3], [5], [2]])
+TOKENS = np.asarray(random_tokens(3, 12, seed=5))
+SUPERVISED = np.arange(12) >= np.array([[3], [5], [2]])
 
 
 def plan_of(points: Any, config: MemGenConfig = CONFIG) -> Plan:
-    point = jnp.array(points, jnp.int32)
-    kind = jnp.broadcast_to(jnp.arange(point.shape[1]) > 0, point.shape).astype(jnp.int32)
-    return Plan.of(point, kind, config)
+    point = np.array(points, np.int32)
+    kind = np.broadcast_to(np.arange(point.shape[1]) > 0, point.shape).astype(np.int32)
+    return in_numpy(Plan.of(point, kind, config))
 
 
 def events_of(plan: Plan, row: int) -> list[tuple[int, int]]:
@@ -47,18 +49,29 @@ def events_of(plan: Plan, row: int) -> list[tuple[int, int]]:
     return [(point, width) for point, width in pairs if point >= 0]
 
 
+NONE = [-1, -1, -1]
+PLACES = [*POINTS, [0, 4, 11], NONE, [-1, 1, 2]]
+
+
+@jax.jit
+def places(plan: Plan, length: jax.Array) -> tuple[jax.Array, ...]:
+    """Of tokens, of what predicts them, and lengths of streams; rows of 12 tokens."""
+    return stream_index(plan, 12), predictor_index(plan, 12), stream_length(plan, length)
+
+
 def test_c17_worked_example():
-    plan = plan_of([[3, 5]], TWO_EACH)
-    assert stream_index(plan, 8).tolist() == [[0, 1, 2, 5, 6, 9, 10, 11]]
-    assert plan.start.tolist() == [[3, 7]]  # latents at 3, 4 and 7, 8
-    assert stream_length(plan, jnp.array([8])).tolist() == [12]
-    assert predictor_index(plan, 8)[0, 3:].tolist() == [4, 5, 8, 9, 10]
+    plan = plan_of([[3, 5, -1], *[NONE] * 5], TWO_EACH)
+    tokens, predict, total = in_numpy(places(plan, np.full(6, 8)))
+    assert tokens[0, :8].tolist() == [0, 1, 2, 5, 6, 9, 10, 11]
+    assert plan.start[0].tolist() == [3, 7, 0]  # latents at 3, 4 and 7, 8
+    assert total[0] == 12
+    assert predict[0, 3:8].tolist() == [4, 5, 8, 9, 10]
 
 
 @pytest.mark.parametrize("config", [CONFIG, TWO_EACH], ids=["3 and 2", "2 and 2"])
 def test_c18_outputs_kept_are_those_before_tokens(config: MemGenConfig):
-    plan = plan_of([*POINTS, [0, 4, 11], [-1, -1, -1], [-1, 1, 2]], config)
-    found = predictor_index(plan, 12)
+    plan = plan_of(PLACES, config)
+    _, found, _ = in_numpy(places(plan, np.full(6, 12)))
     assert found.shape == (6, 12)
     for row in range(6):
         assert found[row].tolist() == oracle.predictors(12, events_of(plan, row))
@@ -66,21 +79,21 @@ def test_c18_outputs_kept_are_those_before_tokens(config: MemGenConfig):
 
 def test_c19_positions_are_consecutive():
     """A row has no holes: the tokens and latents of its stream are 0 to L'-1, each once."""
-    plan = plan_of(POINTS)
-    tokens, total = stream_index(plan, 12), stream_length(plan, jnp.full(3, 12))
-    for row in range(3):
-        starts = zip(plan.start[row].tolist(), plan.width[row].tolist(), strict=True)
+    plan = plan_of(PLACES)
+    tokens, _, total = in_numpy(places(plan, np.full(6, 12)))
+    for row, first in enumerate(np.asarray(plan.start)):
+        starts = zip(first.tolist(), plan.width[row].tolist(), strict=True)
         latents = [start + slot for start, width in starts for slot in range(width)]
         assert sorted([*tokens[row].tolist(), *latents]) == list(range(int(total[row])))
 
 
 def test_c24_gathered_stream_is_the_concatenation():
     rng = np.random.default_rng(0)
-    plan = plan_of([*POINTS, [0, 4, 11], [-1, -1, -1]])
-    vectors = rng.normal(size=(5, 12, 4)).astype(np.float32)
-    latents = rng.normal(size=(5, 3, 3, 4)).astype(np.float32)
-    stream = np.asarray(assemble(jnp.asarray(vectors), jnp.asarray(latents), plan))
-    for row in range(5):
+    plan = plan_of(PLACES)
+    vectors = rng.normal(size=(6, 12, 4)).astype(np.float32)
+    latents = rng.normal(size=(6, 3, 3, 4)).astype(np.float32)
+    stream = np.asarray(jax.jit(assemble)(vectors, latents, plan))
+    for row in range(6):
         widths = plan.width[row].tolist()
         events = [
             (point, latents[row, event, : widths[event]])
@@ -96,6 +109,11 @@ def loss_of(made, tokens, supervised, plan):
     return sft_loss(made, tokens, supervised, plan)
 
 
+@functools.partial(jax.jit, static_argnames=("chunk", "temperature"))
+def scored(reasoner, hidden, tokens, **how):
+    return token_log_probs(reasoner, hidden, tokens, SUPERVISED, **how)
+
+
 @pytest.fixture(scope="module")
 def hidden():
     return predictors(memgen_of(), TOKENS, plan_of(POINTS))
@@ -104,38 +122,41 @@ def hidden():
 def test_c20_c25_loss_is_the_mean_over_tokens(hidden):
     made, plan = memgen_of(), plan_of(POINTS)
     total, weight = loss_of(made, TOKENS, SUPERVISED, plan)
-    log_probs = jax.nn.log_softmax(made.reasoner.unembed(hidden))
-    picked = np.take_along_axis(np.asarray(log_probs), np.asarray(TOKENS)[..., None], axis=2)
-    picked, mask = picked[..., 0], np.asarray(SUPERVISED)
+    logits = np.asarray(made.reasoner.unembed(hidden), np.float64)
+
+    def picked(logits):
+        top = logits.max(axis=-1, keepdims=True)
+        log_probs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+        return np.take_along_axis(log_probs, np.asarray(TOKENS)[..., None], axis=2)[..., 0]
+
+    mask = SUPERVISED
     assert weight == mask.sum() and len(set(mask.sum(axis=1))) == 3
-    np.testing.assert_allclose(total / weight, -picked[mask].mean(), rtol=1e-6)
-    of_rows = np.mean([-row[on].mean() for row, on in zip(picked, mask, strict=True)])
+    np.testing.assert_allclose(total / weight, -picked(logits)[mask].mean(), rtol=1e-6)
+    of_rows = np.mean([-row[on].mean() for row, on in zip(picked(logits), mask, strict=True)])
     assert abs(of_rows - total / weight) > 1e-3
     for chunk in (1, 5, 12, 100):
-        found = token_log_probs(made.reasoner, hidden, TOKENS, SUPERVISED, chunk=chunk)
-        np.testing.assert_allclose(found, np.where(mask, picked, 0), atol=1e-5)
-    hot = token_log_probs(made.reasoner, hidden, TOKENS, SUPERVISED, temperature=2.0)
-    expected = jax.nn.log_softmax(made.reasoner.unembed(hidden) / 2)
-    expected = np.take_along_axis(np.asarray(expected), np.asarray(TOKENS)[..., None], axis=2)
-    np.testing.assert_allclose(hot, np.where(mask, expected[..., 0], 0), atol=1e-5)
+        found = scored(made.reasoner, hidden, TOKENS, chunk=chunk)
+        np.testing.assert_allclose(found, np.where(mask, picked(logits), 0), atol=1e-5)
+    hot = scored(made.reasoner, hidden, TOKENS, temperature=2.0)
+    np.testing.assert_allclose(hot, np.where(mask, picked(logits / 2), 0), atol=1e-5)
 
 
 def test_c21_padding_and_unsupervised_targets_do_not_matter(hidden):
     made, plan = memgen_of(), plan_of(POINTS)
     # A target that is not supervised is anything at all, an ignore index too.
-    garbage = jnp.where(SUPERVISED, TOKENS, -100)
-    wanted = token_log_probs(made.reasoner, hidden, TOKENS, SUPERVISED)
-    assert (token_log_probs(made.reasoner, hidden, garbage, SUPERVISED) == wanted).all()
-    short = SUPERVISED & (jnp.arange(12) < 10)
+    garbage = np.where(SUPERVISED, TOKENS, -100)
+    wanted = scored(made.reasoner, hidden, TOKENS, chunk=5)
+    assert (scored(made.reasoner, hidden, garbage, chunk=5) == wanted).all()
+    short = SUPERVISED & (np.arange(12) < 10)
     totals = []
-    for fill in (TOKENS, random_tokens(3, 12, seed=9), jnp.zeros_like(TOKENS), TOKENS * 0 - 100):
-        padded = jnp.where(jnp.arange(12) < 10, TOKENS, fill)
+    for fill in (TOKENS, random_tokens(3, 12, seed=9), 0, -100):
+        padded = np.where(np.arange(12) < 10, TOKENS, fill)
         totals.append(loss_of(made, padded, short, plan)[0])
     np.testing.assert_allclose(totals, [totals[0]] * 4, rtol=1e-6)
 
 
 def test_c22_selected_points():
-    marks, boundary = np.asarray(SUPERVISED), jnp.asarray(BOUNDARY)
+    marks, boundary = SUPERVISED, jnp.asarray(BOUNDARY)
     rng = np.random.default_rng(2)
     tokens = rng.integers(1, VOCAB, (3, 12))
     tokens[:, 4:9] = [[6, 1, 6, 12, 2], [12, 18, 1, 6, 3], [1, 6, 6, 12, 12]]
@@ -166,7 +187,7 @@ def test_c22_selected_points():
     with pytest.raises(ValueError, match="insertion='random' draws boundaries: pass a key"):
         points(2, insertion="random")
     check_one_response(SUPERVISED)
-    for bad, count in ((SUPERVISED & False, 0), (SUPERVISED & (jnp.arange(12) != 7), 2)):
+    for bad, count in ((SUPERVISED & False, 0), (SUPERVISED & (np.arange(12) != 7), 2)):
         with pytest.raises(ValueError, match=f"row 0 has {count} supervised responses") as caught:
             check_one_response(bad)
         assert "\n" not in str(caught.value)
@@ -179,11 +200,12 @@ def test_random_places_are_the_rows_own():
     supervised = np.broadcast_to((np.arange(24) >= 4) & (np.arange(24) < 20), tokens.shape)
     config = dataclasses.replace(CONFIG, max_inference_events=20, insertion="random")
 
-    def points(key, tokens, supervised):
-        plan = plan_insertions(
-            jnp.asarray(tokens), jnp.asarray(supervised), jnp.asarray(BOUNDARY), config, key
-        )
-        return plan.point.tolist()
+    @jax.jit
+    def drawn(key, tokens, supervised):
+        return plan_insertions(tokens, supervised, BOUNDARY, config, key).point
+
+    def points(*given):
+        return np.asarray(drawn(*given)).tolist()
 
     key = jax.random.key(0)
     whole = points(key, tokens, supervised)
@@ -207,9 +229,9 @@ def test_the_plan_of_a_response_has_its_decisions():
 
 def test_c23_batched_is_row_by_row():
     made = memgen_of()
-    together = predictors(made, TOKENS, plan_of(POINTS))
+    together = np.asarray(predictors(made, TOKENS, plan_of(POINTS)))
     for row, points in enumerate(POINTS):
-        alone = predictors(made, TOKENS[row : row + 1], plan_of([points]))
+        alone = np.asarray(predictors(made, TOKENS[row : row + 1], plan_of([points])))
         np.testing.assert_allclose(together[row, 1:], alone[0, 1:], atol=1e-5)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import math
@@ -12,11 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import memgen_tiny
 import numpy as np
 import pytest
 from flax import nnx
-from foreign_decoder import ForeignDecoder
 from memgen_tiny import (
     BOUNDARY,
     CONFIG,
@@ -24,10 +21,13 @@ from memgen_tiny import (
     NEW,
     PROMPTS,
     VOCAB,
+    answer,
     backbone,
+    conversation,
     filled,
     forced_log_probs,
     fresh_memgen,
+    in_numpy,
     memgen_of,
     predictors,
     random_tokens,
@@ -51,141 +51,103 @@ from memgen import (
     begin,
     boundary_table,
     generate,
-    make_request,
-    observe,
     plan_from_decisions,
-    respond,
 )
 from memgen import decoding as loop_module
 from memgen.checkpoint import load_params, trained_params
-from memgen.losses import sft_loss
+from memgen.insertion import INFERENCE, PROMPT
+from memgen.losses import sft_loss, token_log_probs
 from memgen.request import pad_prompts, row_keys
 
-SEEN = jnp.array([[5, 6, 7, 8], [11, 0, 0, 0], [21, 22, 0, 0]], jnp.int32)
-SEEN_LENGTH = jnp.array([4, 1, 2])
+
+@jax.jit
+def recomputed(made: MemGen, tokens: jax.Array, plan: Plan) -> tuple[jax.Array, ...]:
+    """By the forward pass of training: latents, states that predict tokens, log-probabilities."""
+    hidden = made.predictors(tokens, plan)
+    log_probs = token_log_probs(made.reasoner, hidden, tokens, jnp.ones(tokens.shape, bool))
+    return made.weave(tokens, plan).latents, hidden, log_probs
 
 
-@functools.cache
-def conversation(observed: bytes = b"") -> Any:
-    """Prompts, a response, an observation, another response, in one session that is kept.
+@pytest.mark.parametrize("kind", ["plain", "one fork by rank", "foreign"])
+def test_b15_d33_g51_two_responses_with_an_observation_between_are_recomputed(kind: str):
+    """A session keeps the latents of its first response; the training forward sees them too.
 
-    Args:
-        observed: the first observed token of each row, if it is to be another.
+    Queries of the weaver are read and forgotten; a row of 37 tokens is read in several chunks.
     """
-    made, prompts = memgen_of(), PROMPTS
-    tokens, length = pad_prompts(prompts, VOCAB)
-    request = make_request(made, NEW)
-    session = begin(made, tokens, length, row_keys(0, prompts), tokens.shape[1] + 40, 2)
-    first, session = respond(made, session, request, 16)
-    seen = SEEN if not observed else SEEN.at[:, 0].set(jnp.array(list(observed)))
-    session = observe(made, session, seen, SEEN_LENGTH)
-    second, session = respond(made, session, request, 16)
-    texts = [
-        [*prompt, *new, *seen[row, : SEEN_LENGTH[row]].tolist()]
-        for row, (prompt, new) in enumerate(zip(prompts, first.texts, strict=True))
-    ]
-    plans = [
-        plan_from_decisions(part.decisions, start, CONFIG)
-        for part, start in ((first, length), (second, length + NEW + SEEN_LENGTH))
-    ]
-    point = jnp.concatenate([plan.point for plan in plans], axis=1)
-    kind = jnp.concatenate([plan.kind for plan in plans], axis=1)
-    return first, second, session, texts, Plan.of(point, kind, CONFIG)
+    made = memgen_of(kind)
+    first, second, session, texts, start, plan, tokens = conversation(kind)
+    first, second, plan = in_numpy((first, second, plan))
+    assert plan.kind[0].tolist() == [PROMPT, INFERENCE, INFERENCE] * 2
+    used = plan.point >= 0
+    assert used[:, 3:].sum() > 3 and (used[:, :3].sum(axis=1) >= 2).any()
+    latents, hidden, log_probs = in_numpy(recomputed(made, tokens, plan))
+    width = plan.width
+    events = np.concatenate([first.latents, second.latents], axis=1)
+    for row, event in zip(*np.nonzero(used), strict=True):
+        np.testing.assert_allclose(
+            events[row, event, : width[row, event]],
+            latents[row, event, : width[row, event]],
+            atol=1e-5,
+        )
+    stored, count, reasoner = in_numpy((session.tokens, session.count, session.reasoner))
+    for row, text in enumerate(texts):
+        whole = [*text, *second.texts[row]]
+        assert count[row] == len(whole) and stored[row, : len(whole)].tolist() == whole
+        for part, at in zip((first, second), start[:, row].tolist(), strict=True):
+            np.testing.assert_allclose(
+                log_probs[row, at : at + NEW], part.log_probs[row, :NEW], atol=1e-4
+            )
+        assert reasoner.read[row] == len(whole) + width[row].sum()
+        np.testing.assert_allclose(reasoner.hidden[row], hidden[row, len(whole)], atol=1e-4)
+
+
+def test_a_session_has_room_for_the_latents_of_its_responses():
+    made = memgen_of()
+    tokens, length = pad_prompts(PROMPTS, VOCAB)
+    for responses in (1, 2):
+        session = jax.eval_shape(
+            lambda n=responses: begin(made, tokens, length, row_keys(0, PROMPTS), 99, n)
+        )
+        assert session.tokens.shape == (3, 99)
+        assert session.places == 99 + responses * (3 + 2 * 2)
 
 
 def test_g49_fresh_latents_are_those_of_the_text_alone():
-    _, carried, _, texts, _ = conversation()
-    made = memgen_of()
-    fresh = generate(made, texts, NEW)
-    alone = generate(made, [texts[1]], NEW)
+    talk, made = conversation(), memgen_of()
+    texts, carried = talk.texts, talk.second
+    fresh = in_numpy(answer(made, texts))
+    alone = in_numpy(answer(made, [texts[1]]))
     assert alone.texts[0] == fresh.texts[1]
     np.testing.assert_allclose(alone.log_probs[0], fresh.log_probs[1], atol=1e-5)
     tokens, prompt = whole_rows(texts, fresh)
-    forced = forced_log_probs(made, tokens, plan_from_decisions(fresh.decisions, prompt, CONFIG))
+    plan = plan_from_decisions(fresh.decisions, prompt, CONFIG)
+    # As wide, and of as many events, as a conversation: one program.
+    point, kind = (
+        np.pad(mine, ((0, 0), (0, CONFIG.events)), constant_values=none)
+        for mine, none in ((plan.point, -1), (plan.kind, INFERENCE))
+    )
+    wide = np.pad(tokens, ((0, 0), (0, talk.tokens.shape[1] - tokens.shape[1])))
+    _, _, forced = recomputed(made, wide, Plan.of(jnp.asarray(point), jnp.asarray(kind), CONFIG))
     start = len(texts[1])
+    forced = np.asarray(forced)
     np.testing.assert_allclose(forced[1, start : start + NEW], fresh.log_probs[1, :NEW], atol=1e-5)
-    first = np.asarray(fresh.log_probs[:, 0]), np.asarray(carried.log_probs[:, 0])
+    first = fresh.log_probs[:, 0], np.asarray(carried.log_probs)[:, 0]
     assert np.abs(first[0] - first[1]).min() > 1e-4, "carried latents are seen"
 
 
 def test_g50_observations_are_seen_and_not_scored():
-    first, second, _, texts, plan = conversation()
-    _, other, _, _, _ = conversation(bytes([50, 51, 52]))
-    assert np.abs(second.log_probs[:, 0] - other.log_probs[:, 0]).min() > 1e-4
-    tokens, start = whole_rows(texts, second)
-    mine = jnp.arange(tokens.shape[1])
-    prompt = jnp.array([len(p) for p in PROMPTS])[:, None]
-    written = (mine >= prompt) & (mine < prompt + NEW)
-    written |= (mine >= start[:, None]) & (mine < start[:, None] + NEW)
+    first, second, _, _, start, plan, tokens = conversation()
+    ours, others = (
+        np.asarray(talk.second.log_probs)[:, 0]
+        for talk in (conversation(), conversation(observed=bytes([50, 51, 52])))
+    )
+    assert np.abs(ours - others).min() > 1e-4
+    since = np.arange(tokens.shape[1]) - start[..., None]
+    written = ((since >= 0) & (since < NEW)).any(axis=0)
     total, weight = jax.jit(sft_loss)(memgen_of(), tokens, written, plan)
     assert weight == 2 * NEW * 3
-    expected = first.log_probs[:, :NEW].sum() + second.log_probs[:, :NEW].sum()
+    expected = sum(np.asarray(part.log_probs)[:, :NEW].sum() for part in (first, second))
     np.testing.assert_allclose(total, -expected, rtol=1e-5)
-
-
-def test_g51_the_cache_over_turns_is_the_whole_text_read_anew():
-    _, second, session, texts, plan = conversation()
-    made = memgen_of()
-    tokens, _ = whole_rows(texts, second)
-    woven = jax.jit(lambda made, tokens: made.weave(tokens, plan))(made, tokens)
-    hidden = read(made.reasoner, woven.stream)
-    for row, text in enumerate(texts):
-        end = len(text) + NEW + int(plan.width[row].sum())
-        assert session.reasoner.read[row] == end
-        np.testing.assert_allclose(session.reasoner.hidden[row], hidden[row, end - 1], atol=1e-4)
-
-
-class Found:
-    """A retriever that always finds the same."""
-
-    def __init__(self, *ids: int, room: int = 4):
-        self.ids, self.max_snippet_tokens = ids, room
-
-    def retrieve(self, ids, length, asks):
-        found = np.zeros((len(asks), self.max_snippet_tokens), np.int32)
-        found[:, : len(self.ids)] = self.ids
-        return found, np.where(np.asarray(asks), len(self.ids), 0).astype(np.int32)
-
-
-def test_g52_snippets_reach_the_weaver_and_not_the_stream():
-    made = memgen_of()
-    _, without = rollout("plain", CONFIG, AlwaysInvoke())
-    found = Found()  # one retriever, one program: what it finds is not part of that
-    nothing = generate(made, PROMPTS, NEW, retriever=found)
-    assert nothing.texts == without.texts
-    np.testing.assert_allclose(nothing.log_probs, without.log_probs, atol=1e-5)
-    found.ids = (7, 8, 9)
-    some = generate(made, PROMPTS, NEW, retriever=found)
-    assert np.abs(some.latents[:, 0] - without.latents[:, 0]).max(axis=(1, 2)).min() > 1e-3
-    tokens, length = pad_prompts(PROMPTS, VOCAB)
-    request = make_request(made, 1, retriever=found)
-    start = functools.partial(begin, made, tokens, length, row_keys(0, PROMPTS), 80)
-    _, session = respond(made, start(request=request), request, 16)
-    # Prompt, latents and one token: no place for a snippet.
-    assert (session.reasoner.read == length + 3 + 1).all()
-    with pytest.raises(ValueError, match="room for 0 retrieved tokens, the retriever gives 4"):
-        respond(made, start(), request, 16)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    answer: bool
-
-    def __call__(self, latents, valid, keys):
-        return jnp.full(latents.shape[:1], self.answer)
-
-
-def test_g53_filtering_everything_is_never_and_nothing_is_always():
-    made = memgen_of()
-    _, always = rollout("plain", CONFIG, AlwaysInvoke())
-    _, never = rollout("plain", CONFIG, NeverInvoke())
-    none, all_ = (generate(made, PROMPTS, NEW, keep_memory=Keep(on)) for on in (False, True))
-    assert none.texts == never.texts and (none.decisions == never.decisions).all()
-    np.testing.assert_allclose(none.log_probs, never.log_probs, atol=1e-5)
-    assert (none.points == -1).all()
-    assert all_.texts == always.texts and (all_.decisions == always.decisions).all()
-    np.testing.assert_allclose(all_.log_probs, always.log_probs, atol=1e-5)
 
 
 TOKENS = random_tokens(2, 12, seed=3)
@@ -248,14 +210,15 @@ def test_g54_a_damaged_checkpoint_is_one_line(what: str):
 
 
 def test_g56_bfloat16_cached_is_recomputed():
-    made = memgen_of(dtype="bfloat16")
+    made = memgen_of("shallow", dtype="bfloat16")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(3, 16, 16)]
-    response = generate(made, prompts, 16)
+    response = answer(made, prompts, 16)
     assert response.latents.dtype == jnp.bfloat16
     tokens, length = whole_rows(prompts, response)
-    hidden = predictors(made, tokens, plan_from_decisions(response.decisions, length, CONFIG))
-    best = np.asarray(made.reasoner.unembed(hidden).argmax(axis=-1))
+    plan = plan_from_decisions(response.decisions, length, CONFIG)
+    best = jax.jit(lambda made: made.reasoner.unembed(made.predictors(tokens, plan)))(made)
+    best = np.asarray(best).argmax(axis=-1)
     agree = [
         best[row, start : start + 16] == np.asarray(response.tokens)[row]
         for row, start in enumerate(length.tolist())
@@ -372,7 +335,7 @@ def test_sizes_that_do_not_fit_are_one_line():
 def test_one_pass_weaving_of_a_forking_model_is_one_line():
     config = weaver_config(latents_see_latents=False)
     with pytest.raises(ValueError, match=r"can't fork: use a model without fork layers \(now"):
-        memgen_of("rank", config).weave(TOKENS, PLAN)
+        jax.eval_shape(lambda: memgen_of("rank", config).weave(TOKENS, PLAN))
 
 
 WRAPPER = "class MyDecoder(memgen.Uncached):"
@@ -393,40 +356,39 @@ def test_readme_wraps_a_foreign_decoder_in_thirty_lines():
     assert len([first, *body]) <= 30
     names: dict[str, Any] = {"memgen": memgen, "jax": jax, "jnp": jnp, "nnx": nnx}
     exec(block, names)
-    decoder = ForeignDecoder(VOCAB, 32, 2, 4, 128, rngs=nnx.Rngs(0))
-    ours, theirs = names["MyDecoder"](decoder), memgen_tiny.MyDecoder(decoder)
-    lora = dataclasses.replace(LORA, targets=("blocks/0/q", "blocks/1/v"))
-    config = memgen_tiny.with_lora(CONFIG, lora)
-    made, expected = (
-        MemGen(d, config, boundary=BOUNDARY, rngs=nnx.Rngs(1)) for d in (ours, theirs)
-    )
-    assert generate(made, PROMPTS, 6).texts == generate(expected, PROMPTS, 6).texts
+    theirs, expected = rollout("foreign", CONFIG, AlwaysInvoke())
+    ours = names["MyDecoder"](theirs.reasoner.model)
+    assert type(ours) is not type(theirs.reasoner)
+    built = nnx.eval_shape(lambda: MemGen(ours, theirs.config, boundary=BOUNDARY, rngs=nnx.Rngs(1)))
+    parts = {name: getattr(theirs, name) for name in ("weaver", "trigger", "boundary")}
+    made = replaced(built, reasoner=nnx.data(ours), **parts)
+    assert answer(made).texts == expected.texts
 
 
 def test_uncached_rows_overflow_and_rest_as_the_contract_says():
     decoder = backbone("foreign")
+    extend = jax.jit(lambda decoder, *given: decoder.extend(*given))
     cache = decoder.init_cache(2, 5)
-    x = jax.random.normal(jax.random.key(0), (2, 4, 32))
-    hidden, cache = decoder.extend(cache, x, jnp.array([4, 2]))
-    whole = decoder.read(x)
+    x = np.random.default_rng(0).normal(size=(2, 4, 32)).astype(np.float32)
+    hidden, cache = extend(decoder, cache, x, np.array([4, 2]))
+    again = np.concatenate([x[1, :2], 2 * x[1, :2]])
+    whole = np.asarray(read(decoder, np.stack([x[0], again])))
     np.testing.assert_allclose(hidden[0], whole[0], atol=1e-5)
     np.testing.assert_allclose(hidden[1, :2], whole[1, :2], atol=1e-5)
-    hidden, after = decoder.extend(cache, x[:, :2] * 2, jnp.array([0, 2]))
+    hidden, after = extend(decoder, cache, 2 * x, np.array([0, 2]))
     assert (after.vectors[0] == cache.vectors[0]).all() and after.length.tolist() == [4, 4]
-    joined = jnp.concatenate([x[1:, :2], 2 * x[1:, :2]], axis=1)
-    np.testing.assert_allclose(hidden[1], decoder.read(joined)[0, 2:], atol=1e-5)
-    hidden, _ = decoder.extend(after, x, jnp.array([1, 2]))
-    assert not jnp.isnan(hidden[0]).any() and jnp.isnan(hidden[1]).all()
+    np.testing.assert_allclose(hidden[1, :2], whole[1, 2:], atol=1e-5)
+    hidden, _ = extend(decoder, after, x, np.array([1, 2]))
+    assert not np.isnan(hidden[0]).any() and np.isnan(hidden[1]).all()
 
 
 def test_a_fresh_memgen_begins_at_the_size_of_embeddings():
     made = fresh_memgen()
-    table = made.reasoner.embed_tokens(jnp.arange(VOCAB))
-    size = float(jnp.sqrt(jnp.square(table).mean()))
+    size = np.sqrt(np.square(made.reasoner.model.embed[...]).mean())
     assert made.weaver.gain is not None
     np.testing.assert_allclose(made.weaver.gain[...], size, rtol=1e-5)
     latents = jax.jit(lambda made: made.weave(TOKENS, PLAN).latents)(made)
-    np.testing.assert_allclose(jnp.sqrt(jnp.square(latents).mean(axis=-1)), size, rtol=1e-4)
+    np.testing.assert_allclose(np.sqrt(np.square(latents).mean(axis=-1)), size, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memgen_tiny import memgen_of
+from memgen_tiny import NEW, NOBODY, VOCAB, in_numpy, memgen_of
 
+from memgen import MemGen, Response, Snippets
 from memgen.decoding import begin, make_request, pad_prompts, respond, row_keys
+from memgen.insertion import PROMPT
 from memgen.retrieval import BM25Retriever
+from memgen.session import Session
 
 PASSAGES = [
     "the heron waits in the shallow water of the river",
@@ -112,37 +115,62 @@ def test_compiled_loop_equals_direct_call():
     assert loop._cache_size() == 1
 
 
+def in_one_pass(made: MemGen, prompts: list[list[int]]) -> np.ndarray:
+    """Latents of the prompts' events, with the whole passage as snippet, without any cache."""
+    tokens, length = pad_prompts(prompts, VOCAB)
+    snippet = np.tile(np.array([99, 30, 41, 50], np.int32), (len(prompts), 1))
+
+    @jax.jit
+    def weave(made, tokens, snippet):
+        stream, told = (made.reasoner.embed_tokens(ids) for ids in (tokens, snippet))
+        snippets = Snippets(told, jnp.full(len(prompts), 4))
+        kind = jnp.full(len(prompts), PROMPT)
+        return made.weaver.weave(made.weaving(), stream, length, kind, snippets)
+
+    return np.asarray(weave(made, tokens, snippet))
+
+
 def test_52_snippets_reach_the_weaver_and_never_the_reasoner():
     """No snippets is no retrieval: the same tokens and events, log-probabilities to 1e-5 (the
     programs differ in shape). With snippets the latents change and the stream is as long.
     """
-    memgen = memgen_of()
-    prompts = [[5, 6, 7], [1, 2], [8, 9, 10, 11], [98, 99]]
-    tokens, length = pad_prompts(prompts, 100)
+    made = memgen_of()
     words = lambda ids: " ".join(f"word{number}" for number in ids)  # noqa: E731
     ids = lambda text: [int(word[4:]) for word in text.split()]  # noqa: E731
     find = BM25Retriever(["word99 word30 word41 word50"], ids, words, max_snippet_tokens=8)
-    answers, read = [], []
-    for retriever in (None, find):
-        # Only the last prompt holds a word of the passage, and nobody says it or the others.
-        request = make_request(memgen, 12, choices=3, retriever=retriever)
-        keys = row_keys(0, prompts)
-        session = begin(memgen, tokens, length, keys, tokens.shape[1] + 16, request=request)
-        answer, session = respond(memgen, session, request, 16)
-        answers.append(answer)
-        read.append(np.asarray(session.reasoner.read))
-    without, found = answers
-    assert ((np.asarray(without.points) >= 0).sum(axis=1) > 1).any()
+    # Prompts hold a word of the passage or none; nobody says it or the others. As long as those
+    # that other tests share a program for.
+    some = [[5, 6, 7], [1, 2], [98, 99, *[8, 3] * 16]]
+    every = [[99, 6, 7], [1, 99], some[2]]
+
+    def respond_to(prompts, retriever) -> tuple[Response, Session]:
+        tokens, length = pad_prompts(prompts, VOCAB)
+        request = make_request(made, NEW, choices=3, stop=NOBODY, retriever=retriever)
+        keys, room = row_keys(0, prompts), tokens.shape[1] + 16
+        session = begin(made, tokens, length, keys, room, request=request)
+        answer, session = respond(made, session, request, 16)
+        answer, read = in_numpy((answer, session.reasoner.read))
+        # Prompts, latents (3 of the prompt's event, 2 of others) and new tokens: no snippets.
+        latents = ((answer.points >= 0) * np.array([3, 2, 2])).sum(axis=1)
+        np.testing.assert_array_equal(read, length + answer.count + latents)
+        return answer, session
+
+    without, session = respond_to(some, None)
+    assert ((without.points >= 0).sum(axis=1) > 1).any()
+    found, _ = respond_to(some, find)
     for name in ("tokens", "count", "decisions", "points"):
-        np.testing.assert_array_equal(getattr(found, name)[:3], getattr(without, name)[:3])
+        np.testing.assert_array_equal(getattr(found, name)[:2], getattr(without, name)[:2])
     for name in ("log_probs", "latents"):
-        mine, other = getattr(found, name)[:3], getattr(without, name)[:3]
+        mine, other = getattr(found, name)[:2], getattr(without, name)[:2]
         np.testing.assert_allclose(mine, other, atol=1e-5)
-    assert (abs(found.latents[3, 0] - without.latents[3, 0]) > 1e-2).any()
-    widths = np.where(np.arange(3) == 0, 3, 2)  # of the prompt event, and of two more
-    for answer, places in zip(answers, read, strict=True):
-        latents = ((np.asarray(answer.points) >= 0) * widths).sum(axis=1)
-        np.testing.assert_array_equal(places, length + answer.count + latents)
+    assert (abs(found.latents[2, 0] - without.latents[2, 0]) > 1e-2).any()
+
+    without, _ = respond_to(every, None)
+    found, _ = respond_to(every, find)
+    assert (abs(found.latents[:, 0] - without.latents[:, 0]).max(axis=(1, 2)) > 1e-2).all()
+    np.testing.assert_allclose(found.latents[:, 0], in_one_pass(made, every), atol=1e-5)
+    with pytest.raises(ValueError, match="room for 0 retrieved tokens, the retriever gives 8"):
+        respond(made, session, make_request(made, NEW, retriever=find), 16)
 
 
 def test_files_are_cut_into_passages(tmp_path: Path):

@@ -8,9 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from memgen_tiny import LORA, NEW, PROMPT_LATENTS, VOCAB, memgen_of, weaver_config
+from memgen_tiny import (
+    LORA,
+    NEW,
+    NOBODY,
+    PROMPT_LATENTS,
+    VOCAB,
+    answer,
+    in_numpy,
+    memgen_of,
+    weaver_config,
+)
 
-from memgen import TriggerConfig, begin, generate, make_request
+from memgen import TriggerConfig, begin, make_request
 from memgen import decoding as loop_module
 from memgen.request import pad_prompts, row_keys
 from memgen.session import CHUNK, NO_ROWS, Chosen, _cache_axes
@@ -37,8 +47,35 @@ class TheseInvoke:
         return self.rows
 
 
-def these(made, pattern):
-    return make_request(made, NEW, TheseInvoke(jnp.array(pattern)))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ByKey:
+    """Keeps about half of all memory, by the row's key, or all of it."""
+
+    everything: jax.Array
+
+    def __call__(self, latents, real, keys):
+        return self.everything | jax.vmap(jax.random.bernoulli)(keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstToken:
+    """A retriever that says a row's first token again: once, or twice if it is odd."""
+
+    max_snippet_tokens = 2
+
+    def retrieve(self, ids, length, asks):
+        first = np.asarray(ids)[:, 0]
+        return np.stack([first, first], axis=1), np.where(asks, 1 + first % 2, 0).astype(np.int32)
+
+
+def told(everything):
+    """What is asked of events, always of one shape."""
+    return {"keep_memory": ByKey(jnp.asarray(everything)), "retriever": FirstToken()}
+
+
+def these(made, pattern, **how):
+    return make_request(made, NEW, TheseInvoke(jnp.array(pattern)), stop=NOBODY, **how)
 
 
 def opened(made, prompts=PROMPTS, sharding=None, request=None):
@@ -59,32 +96,43 @@ def assert_same(response, alone, pattern):
         np.testing.assert_allclose(response.latents[row], expected.latents[0], atol=1e-4)
 
 
-def alone_of(made):
+def alone_of(made, **how):
     """Each prompt by itself, with memory and without."""
     return {
-        (row, weaves): generate(made, [prompt], NEW, policy=TheseInvoke(jnp.array([weaves])))
+        (row, weaves): in_numpy(
+            answer(made, [prompt], policy=TheseInvoke(jnp.array([weaves])), **how)
+        )
         for row, prompt in enumerate(PROMPTS)
         for weaves in (False, True)
     }
 
 
 def test_whichever_rows_weave_each_is_what_it_is_alone():
-    """All patterns; lanes of four rows, of two (loads unequal or equal) and of one."""
-    made = memgen_of(config=STREAMS)
-    alone = alone_of(made)
+    """All patterns; lanes of four rows, of two (loads unequal or equal) and of one.
+
+    What is told of a row is its own, at the events in the loop too: its key, by which all memory or
+    some is kept, and its snippet.
+    """
+    made = memgen_of("shallow", STREAMS)
+    alone, some = (alone_of(made, **told(everything)) for everything in (True, False))
     with_memory, without = (
         np.array([alone[row, weaves].log_probs[0] for row in range(ROWS)])
         for weaves in (True, False)
     )
     assert (np.abs(with_memory - without).max(axis=1) > 0.01).all(), "memory matters in every row"
+    later = np.concatenate([some[row, True].decisions[0, 1:] for row in range(ROWS)])
+    assert {0, 1} <= set(later.tolist()), "in the loop some is kept, some is not"
     for lanes in (1, 2, 4):
-        for pattern in PATTERNS:
-            response, _ = loop_module._respond(made, opened(made), these(made, pattern), 16, lanes)
-            assert_same(response, alone, pattern)
+        for everything, expected in ((True, alone), (False, some)):
+            for pattern in PATTERNS if everything else PATTERNS[-1:]:
+                request = these(made, pattern, **told(everything))
+                session = opened(made, request=request)
+                response, _ = loop_module._respond(made, session, request, 16, lanes)
+                assert_same(in_numpy(response), expected, pattern)
 
 
 def test_rows_spread_over_devices_weave_where_they_are():
-    made = memgen_of()
+    made = memgen_of("shallow")
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     alone, spread = alone_of(made), batch_sharding(mesh)
     made_there = jax.device_put(made, replicated(mesh))
@@ -103,44 +151,7 @@ def test_rows_spread_over_devices_weave_where_they_are():
         assert loop_module.lanes_of(session) == 2
         response, session = loop_module.respond(made_there, session, these(made, pattern), 16)
         assert loop_module.lanes_of(session) == 2, "the next response is not another program"
-        assert_same(response, alone, pattern)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ByKey:
-    """Keeps about half of all memory, by the row's key."""
-
-    def __call__(self, latents, real, keys):
-        return jax.vmap(jax.random.bernoulli)(keys)
-
-
-@dataclasses.dataclass(frozen=True)
-class FirstToken:
-    """A retriever that says a row's first token again: once, or twice if it is odd."""
-
-    max_snippet_tokens = 2
-
-    def retrieve(self, ids, length, asks):
-        first = np.asarray(ids)[:, 0]
-        return np.stack([first, first], axis=1), np.where(asks, 1 + first % 2, 0).astype(np.int32)
-
-
-def test_what_is_told_of_a_row_is_its_own():
-    """Its key and its snippet, at the events in the loop too."""
-    made, always = memgen_of(), TheseInvoke(jnp.ones(ROWS, bool))
-    asked = {"keep_memory": ByKey(), "retriever": FirstToken()}
-    alone = {
-        (row, True): generate(made, [prompt], NEW, policy=TheseInvoke(jnp.array([True])), **asked)
-        for row, prompt in enumerate(PROMPTS)
-    }
-    request = make_request(made, NEW, always, **asked)
-    for lanes in (1, 2):
-        session = opened(made, request=request)
-        response, _ = loop_module._respond(made, session, request, 16, lanes)
-        assert_same(response, alone, [True] * ROWS)
-    later = np.concatenate([response.decisions[0, 1:] for response in alone.values()])
-    assert {0, 1} <= set(later.tolist()), "in the loop some is kept, some is not"
+        assert_same(in_numpy(response), alone, pattern)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 6])
@@ -174,10 +185,11 @@ def test_a_cache_without_an_axis_of_rows_is_refused():
 
 
 def test_only_rows_that_are_there_are_taken():
-    made, keys = memgen_of(), row_keys(0, PROMPTS[:1])
+    made, keys = memgen_of("shallow"), row_keys(0, PROMPTS[:1])
+    session = opened(made)
     for row in (-1, ROWS):
         with pytest.raises(ValueError, match=f"row {row} of a session of 4: choose from 0 to 3"):
-            opened(made).take_rows(made, jnp.array([row]), keys)
+            session.take_rows(made, jnp.array([row]), keys)
 
 
 def test_an_event_costs_what_its_rows_cost(monkeypatch):
@@ -190,7 +202,7 @@ def test_an_event_costs_what_its_rows_cost(monkeypatch):
         return extend(self, cache, x, length, **how)
 
     monkeypatch.setattr(Backbone, "extend", counting)
-    made = memgen_of()
+    made = memgen_of("shallow")
     inner: Any = loop_module._respond
     program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, 1))  # traced anew
     event = CHUNK + 2 * PROMPT_LATENTS  # catching up, queries, and latents in the reasoner
