@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import memgen_tiny
 import numpy as np
 import rl_tiny
-import test_cache
 import tiny
 from flax import nnx
 
@@ -64,13 +63,31 @@ def numbers(folder: Path) -> list[Values]:
 
 # --- forward passes
 
+CAUSAL = dataclasses.replace(tiny.BASE, num_layers=3, fork_layers=(1, 2), policy=PrefixRank(2.0))
+PLAIN = dataclasses.replace(CAUSAL, fork_layers=())
+LLAMA: dict[str, Any] = {
+    "norm": "rmsnorm", "mlp": "swiglu", "num_kv_heads": 1, "qk_norm": True, "tied_head": False,
+    "biases": "qkv", "mlp_dim": 24, "head_dim": 10,
+}  # fmt: skip
 FORWARD: dict[str, ModelConfig] = {
-    **test_cache.MODELS,
+    "plain": PLAIN,
+    "copies": dataclasses.replace(PLAIN, copies=3, merge="rightmost"),
+    "rank": CAUSAL,
+    "window, burst": dataclasses.replace(
+        CAUSAL, policy=PrefixRank(2.0, window=4, burst=2), score_originals=False
+    ),
+    "threshold": dataclasses.replace(CAUSAL, policy=Threshold(2.0, burst=2), merge="rightmost"),
+    "no gate": dataclasses.replace(CAUSAL, policy=Threshold(2.0, gate=False), scan_layers=True),
+    "llama": dataclasses.replace(CAUSAL, **LLAMA, merge="probability", remat="full"),
+    "without": dataclasses.replace(
+        CAUSAL, value_scaling=False, key_bias=False, fractional_positions=False,
+        fork_layers=(0, 2), score_bias="none",
+    ),
     "top_k": tiny.BASE,
     "top_k, probability": dataclasses.replace(tiny.BASE, merge="probability"),
     "top_k, streams": dataclasses.replace(tiny.BASE, policy=TopK(streams=18), forced_keep=False),
-    "bfloat16": dataclasses.replace(tiny.BASE, policy=PrefixRank(1.5), dtype="bfloat16"),
-}
+    "bfloat16": dataclasses.replace(CAUSAL, dtype="bfloat16"),
+}  # fmt: skip
 
 
 def forward(config: ModelConfig) -> Values:
@@ -88,9 +105,8 @@ for name, model_config in FORWARD.items():
 
 
 def retrofitted() -> Values:
-    plain = test_cache.MODELS["plain"]
-    weights = nnx.to_pure_dict(nnx.state(tiny.heavy_model(plain)))
-    model = Thoughtbubbles.from_params(*add_forks(plain, weights, layers=(1, 2)))
+    weights = nnx.to_pure_dict(nnx.state(tiny.heavy_model(PLAIN)))
+    model = Thoughtbubbles.from_params(*add_forks(PLAIN, weights, layers=(1, 2)))
     return {"logits": summary(tiny.logits_of(model, tiny.random_tokens(2, 9)))}
 
 
@@ -106,7 +122,6 @@ def decoded(config: ModelConfig, **how: Any) -> Values:
     return {"ids": decoding.generate(tiny.heavy_model(config), PROMPTS, 9, **how)}
 
 
-CAUSAL = dataclasses.replace(tiny.BASE, num_layers=3, fork_layers=(1, 2), policy=PrefixRank(2.0))
 DRAWN = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.05, "seed": 2}
 RUNS["decode: greedy"] = lambda: decoded(CAUSAL)
 RUNS["decode: sampled"] = lambda: decoded(CAUSAL, **DRAWN)
