@@ -1,10 +1,14 @@
 """The small models and inputs that the tests share, so that compiled programs are shared too."""
 
+import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import reference
 from flax import nnx
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles, TopK
@@ -19,6 +23,8 @@ BASE = ModelConfig(
     policy=TopK(1.5),
     score_originals=True,
 )
+# Half as many blocks to compile, where what is tested is not how many there are.
+SMALL = dataclasses.replace(BASE, num_layers=2, fork_layers=(0, 1))
 
 
 @functools.cache
@@ -50,3 +56,26 @@ def logits_of(model: Thoughtbubbles, tokens: jax.Array, mask: jax.Array | None =
 @jax.jit
 def run(model: Thoughtbubbles, tokens: jax.Array, length: jax.Array | None = None):
     return model.run(tokens, length)
+
+
+@functools.cache
+def _params(config: ModelConfig, seed: int) -> dict[str, Any]:
+    return reference.in_float64(nnx.to_pure_dict(nnx.state(heavy_model(config, seed))))
+
+
+def by_reference(config: ModelConfig, ids: Sequence[int], seed: int = 0) -> reference.Trace:
+    """What `heavy_model` makes of one row, in double precision and without compiling."""
+    return reference.forward(_params(config, seed), config, ids)
+
+
+def bubbles_by_reference(
+    config: ModelConfig, ids: Sequence[int], seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Streams of each token behind each fork layer, and their mean score p: both `[F, T]`."""
+    tokens, streams, scores = list(range(len(ids))), [], []
+    for fork in by_reference(config, ids, seed).forks:
+        p = [np.exp(fork.log_scores[2 * parent + (not is_fork)]) for parent, is_fork in fork.kept]
+        tokens = [tokens[parent] for parent, _ in fork.kept]
+        streams.append(np.bincount(tokens, minlength=len(ids)))
+        scores.append(np.bincount(tokens, p, minlength=len(ids)) / np.maximum(streams[-1], 1))
+    return np.array(streams), np.array(scores)
