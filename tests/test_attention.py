@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tiny import heavy_model, random_tokens
+from tiny import quick_model, random_tokens
 
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.attention import attend, attend_reference
@@ -121,8 +121,8 @@ def logits_and_gradients(model, tokens):
 
 
 def hooked(config, **hooks):
-    """The model of `heavy_model` with another attention."""
-    params = nnx.to_pure_dict(nnx.state(heavy_model(config)))
+    """The model of `quick_model` with another attention."""
+    params = nnx.to_pure_dict(nnx.state(quick_model(config)))
     return Thoughtbubbles.from_params(config, params, **hooks)
 
 
@@ -130,7 +130,7 @@ def test_a_model_without_a_bias_is_the_same_with_the_kernel():
     config = dataclasses.replace(COPIES, num_layers=1, scan_layers=False, remat="dots")
     tokens = random_tokens(2, 12)
     ours = logits_and_gradients(hooked(config, attend=KERNELS["splash"]), tokens)
-    assert_near(ours, logits_and_gradients(heavy_model(config), tokens), 1e-5)
+    assert_near(ours, logits_and_gradients(quick_model(config), tokens), 1e-5)
 
 
 def test_the_kernel_gets_a_bias_only_where_keys_have_one():
@@ -159,7 +159,7 @@ def test_a_model_is_the_same_with_the_kernel_on_a_mesh():
     ours = logits_and_gradients(
         nnx.merge(graphdef, state), jax.device_put(tokens, batch_sharding(mesh))
     )
-    assert_near(ours, logits_and_gradients(heavy_model(config), tokens), 1e-5)
+    assert_near(ours, logits_and_gradients(quick_model(config), tokens), 1e-5)
 
 
 def test_a_broken_row_stays_alone():

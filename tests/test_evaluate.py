@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import SMALL, VOCAB, by_reference, heavy_model
+from tiny import SMALL, VOCAB, by_reference, quick_model
 
 from thoughtbubbles import PrefixRank, Threshold, TopK
 from train.config import EvalConfig
@@ -38,7 +38,7 @@ class Rows:
 def evaluate(config, positions=0, devices=1):
     mesh = make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
     trainable = make_trainable(config, OptimizerConfig(), 10, mesh)
-    weights = jax.device_put(nnx.state(heavy_model(config)), trainable.shardings.weights)
+    weights = jax.device_put(nnx.state(quick_model(config)), trainable.shardings.weights)
     settings = EvalConfig(rows=0, positions=positions)
     evaluator = Evaluator(trainable, 8 if devices > 1 else 2, settings)
     return evaluator(weights, Rows())  # pyright: ignore

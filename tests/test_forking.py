@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BASE, SMALL, heavy_model, logits_of, random_tokens
+from tiny import BASE, SMALL, forked, logits_of, quick_model, random_tokens
 
 from thoughtbubbles import (
     Candidates,
@@ -29,17 +29,7 @@ MERGES = ("residual", "probability", "rightmost")
 
 
 def with_policy(policy, **changes):
-    return heavy_model(dataclasses.replace(BASE, policy=policy, **changes))
-
-
-@jax.jit
-def forked(model, tokens, length):
-    """Streams and originals behind each fork layer of a model without its blocks: soon compiled."""
-    streams, found = Streams.start(model.residuals(tokens), length), []
-    for fork in model.forks:
-        streams = fork(streams)
-        found.append((streams, streams.original))
-    return found
+    return quick_model(dataclasses.replace(BASE, policy=policy, **changes))
 
 
 LENGTH = np.array([12, 7, 1, 0])
@@ -84,7 +74,7 @@ def test_nothing_to_select_is_causal(changes):
     tokens = np.asarray(random_tokens(64, 12))
     changed = tokens.copy()
     changed[:, -1] = (tokens[:, -1] + 1) % BASE.vocab_size
-    before, after = (np.asarray(logits_of(heavy_model(config), t)) for t in (tokens, changed))
+    before, after = (np.asarray(logits_of(quick_model(config), t)) for t in (tokens, changed))
     assert (before[:, :-1] == after[:, :-1]).all() and (before[:, -1] != after[:, -1]).any()
 
 
@@ -96,7 +86,7 @@ def whole(model, tokens):
 
 
 def test_permuting_the_batch_permutes_the_output():
-    model, tokens = heavy_model(SMALL), np.asarray(random_tokens(8, 12))
+    model, tokens = quick_model(SMALL), np.asarray(random_tokens(8, 12))
     order = np.random.default_rng(1).permutation(8)
     permuted = whole(model, tokens[order])[0]
     np.testing.assert_allclose(permuted, np.asarray(whole(model, tokens)[0])[order], atol=1e-5)
@@ -119,7 +109,7 @@ PLACES = {"left": [*range(5, 12)], "right": [*range(7)], "middle": [0, 1, 4, 5, 
 @pytest.mark.parametrize("policy", [SMALL.policy, *CAUSAL[1:]], ids=str)
 def test_padding_never_changes_real_positions(policy):
     """Nor, where the policy is causal, do real tokens that come after."""
-    model = heavy_model(dataclasses.replace(SMALL, policy=policy))
+    model = quick_model(dataclasses.replace(SMALL, policy=policy))
     tokens = np.asarray(random_tokens(1, 7))
     padded, mask = np.full((4, 12), 3, np.int32), np.zeros((4, 12), bool)
     for row, places in enumerate(PLACES.values()):
@@ -144,7 +134,7 @@ def test_forks_without_embedding_and_attenuation_are_copies():
     forking = dataclasses.replace(
         BASE, **changes, fork_layers=(0,), policy=TopK(2.0), fork_embedding=False
     )
-    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(heavy_model(forking))))
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(quick_model(forking))))
     fork = params["forks"][0]
     fork["norm"] = {"scale": np.zeros(16, np.float32), "bias": np.full(16, 100, np.float32)}
     fork["score"] = np.ones_like(fork["score"])
@@ -189,7 +179,7 @@ def test_take_has_the_gradient_of_a_gather():
 
 def test_gradients_agree_with_finite_differences_through_survivors():
     """The selection is a step, so a direction that flips no decision is followed."""
-    model, tokens = heavy_model(SMALL), random_tokens(1, 5)  # shared: not made in 64 bits
+    model, tokens = quick_model(SMALL), random_tokens(1, 5)  # shared: not made in 64 bits
     with jax.enable_x64():
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model)
 
@@ -284,7 +274,7 @@ def test_rotary_places_of_a_bubble():
 
 
 def test_merge_log_prob_is_the_mixture_of_merge_log_probs():
-    model = heavy_model(dataclasses.replace(SMALL, merge="probability"))
+    model = quick_model(dataclasses.replace(SMALL, merge="probability"))
 
     @jax.jit
     def both_ways(tokens, length):
@@ -321,7 +311,7 @@ def test_gradients_are_finite_with_padding_and_lost_tokens(forced_keep):
         return total
 
     leaves = jax.tree.leaves(
-        gradient(heavy_model(dataclasses.replace(SMALL, forced_keep=forced_keep)))
+        gradient(quick_model(dataclasses.replace(SMALL, forced_keep=forced_keep)))
     )
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
@@ -330,17 +320,17 @@ def test_gradients_are_finite_with_padding_and_lost_tokens(forced_keep):
 def test_nan_reaches_the_logits(policy):
     """Comparisons with NaN are false: a careless selection would drop the evidence."""
     config = dataclasses.replace(SMALL, policy=policy)
-    params = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(heavy_model(config))))
+    params = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(quick_model(config))))
     params["blocks"]["attention"]["q"][0, 0, 0, 0] = np.nan
     broken = Thoughtbubbles.from_params(config, params)
     tokens = np.array(random_tokens(8, 12))
     assert np.isnan(whole(broken, tokens)[0]).any()
     tokens[0, 3] = BASE.vocab_size
-    assert np.isnan(whole(heavy_model(config), tokens)[0]).any()
+    assert np.isnan(whole(quick_model(config), tokens)[0]).any()
 
 
 def test_merge_refuses_a_kind_without_residual():
-    streams = whole(heavy_model(SMALL), random_tokens(8, 12))[1]
+    streams = whole(quick_model(SMALL), random_tokens(8, 12))[1]
     with pytest.raises(ValueError, match="merge_log_probs"):
         merge(streams, "probability")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BASE, heavy_model, logits_of, random_tokens, run
+from tiny import BASE, logits_of, quick_model, random_tokens, run
 
 from thoughtbubbles import (
     PRESETS,
@@ -47,7 +47,7 @@ def params_of(model):
 
 def test_without_forks_it_is_the_plain_decoder():
     """Same blocks, forks taken out: bit for bit what a decoder of the same weights gives."""
-    forking = heavy_model(dataclasses.replace(BASE, fork_layers=(2,)))
+    forking = quick_model(dataclasses.replace(BASE, fork_layers=(2,)))
     params = params_of(forking)
     params["forks"] = {}
     plain_config = dataclasses.replace(BASE, fork_layers=())
@@ -84,7 +84,7 @@ def test_without_forks_it_is_the_plain_decoder():
 def test_execution_choices_change_no_number(kind, changes):
     config = dataclasses.replace(BASE, **DECODERS[kind])
     other = Thoughtbubbles.from_params(
-        dataclasses.replace(config, **changes), nnx.to_pure_dict(nnx.state(heavy_model(config)))
+        dataclasses.replace(config, **changes), nnx.to_pure_dict(nnx.state(quick_model(config)))
     )
     tokens = random_tokens(2, 9)
 
@@ -93,7 +93,7 @@ def test_execution_choices_change_no_number(kind, changes):
     def loss(model):
         return -model.log_prob(model.run(tokens).streams, tokens).mean()
 
-    expected, expected_grads = loss(heavy_model(config))
+    expected, expected_grads = loss(quick_model(config))
     value, grads = loss(other)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for ours, theirs in zip(
@@ -124,7 +124,7 @@ def test_presets_build_and_count(preset):
 @pytest.mark.parametrize("kind", DECODERS)
 def test_slots_are_those_of_the_streams(kind):
     config = dataclasses.replace(BASE, **DECODERS[kind])
-    output = jax.eval_shape(heavy_model(config).run, random_tokens(1, 9))
+    output = jax.eval_shape(quick_model(config).run, random_tokens(1, 9))
     starts = [start for start, _ in config.groups()][1:]
     slots = config.slots(9)
     assert [slots[start] for start in starts] == [fork.x.shape[1] for fork in output.forks]
@@ -146,7 +146,7 @@ def test_flop_count_agrees_with_xla(kind, num_tokens):
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_log_prob_and_logits_at_agree_with_logits(kind):
-    model = heavy_model(dataclasses.replace(BASE, **DECODERS[kind]))
+    model = quick_model(dataclasses.replace(BASE, **DECODERS[kind]))
     tokens = random_tokens(3, 9)
     logits = logits_of(model, tokens)
     streams = run(model, tokens).streams
@@ -189,7 +189,7 @@ def test_reference_attention_by_hand():
 
 def test_bfloat16_keeps_scores_in_float32():
     config = dataclasses.replace(BASE, dtype="bfloat16")
-    model = Thoughtbubbles.from_params(config, params_of(heavy_model(BASE)))
+    model = Thoughtbubbles.from_params(config, params_of(quick_model(BASE)))
     streams = run(model, random_tokens(2, 12)).streams
     assert streams.x.dtype == jnp.bfloat16
     assert streams.log_score.dtype == jnp.float32
@@ -205,7 +205,7 @@ def test_a_block_works_alone():
 
 
 def test_from_params_names_what_differs():
-    params = params_of(heavy_model(BASE))
+    params = params_of(quick_model(BASE))
     with pytest.raises(ValueError, match=r"blocks/attention/k: given \(4, 16, 2, 8\), config asks"):
         Thoughtbubbles.from_params(dataclasses.replace(BASE, num_layers=5), params)
     with pytest.raises(ValueError, match="forks/2/.*: given .*, config asks for none"):
@@ -238,6 +238,6 @@ def test_policy_and_preset_mistakes():
         TopK(0.9)
     with pytest.raises(ValueError, match="unknown preset '7b': choose one of tiny"):
         ModelConfig.preset("7b")
-    model = heavy_model(dataclasses.replace(BASE, policy=TopK(streams=5)))
+    model = quick_model(dataclasses.replace(BASE, policy=TopK(streams=5)))
     with pytest.raises(ValueError, match="streams=5 is less than the 9 tokens of a row"):
         model(random_tokens(1, 9))

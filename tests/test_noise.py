@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BASE, VOCAB, heavy_model
+from tiny import BASE, VOCAB, quick_model
 
 from thoughtbubbles import Fork, PrefixRank, Streams, Thoughtbubbles
 from train.mesh import MeshConfig, make_mesh, place
@@ -43,14 +43,14 @@ def same(ours, theirs) -> bool:
 
 
 def test_without_a_key_there_is_no_noise(tokens):
-    quiet, noisy = heavy_model(QUIET), heavy_model(NOISY)
+    quiet, noisy = quick_model(QUIET), quick_model(NOISY)
     expected = run(quiet, tokens)
     assert same(run(noisy, tokens), expected)
     assert same(run(quiet, tokens, jax.random.key(0)), expected), "nor where the scale is 0"
 
 
 def test_each_key_chooses_otherwise_within_the_budget(tokens):
-    noisy = heavy_model(NOISY)
+    noisy = quick_model(NOISY)
     quiet, first, again, other = (
         run(noisy, tokens, key)[1]
         for key in (None, jax.random.key(0), jax.random.key(0), jax.random.key(1))
@@ -66,7 +66,7 @@ def test_each_key_chooses_otherwise_within_the_budget(tokens):
 
 
 def test_with_noise_later_tokens_still_decide_nothing(tokens):
-    noisy, key = heavy_model(NOISY), jax.random.key(0)
+    noisy, key = quick_model(NOISY), jax.random.key(0)
     for j in (1, 5, 11):
         changed = tokens.copy()
         changed[:, j:] = (changed[:, j:] + 1) % VOCAB

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BASE, heavy_model, random_tokens, run
+from tiny import BASE, quick_model, random_tokens, run
 
 from thoughtbubbles import Candidates, Fork, PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.policies import grant
@@ -291,7 +291,7 @@ def test_the_gate_makes_the_birth_of_a_stream_continuous(gate):
     config = dataclasses.replace(
         BASE, policy=Threshold(4.0, gate=gate), score_bias="none", fractional_positions=False
     )
-    model, tokens = heavy_model(config, seed=1), random_tokens(1, 9)
+    model, tokens = quick_model(config, seed=1), random_tokens(1, 9)
     scores = jnp.exp(run(model.with_policy(TopK(2.0)), tokens).forks[0].log_score[0, ::2])
     graphdef, state = nnx.split(model)
 
@@ -314,7 +314,7 @@ def test_the_gate_makes_the_birth_of_a_stream_continuous(gate):
 def counts_of_all_strings(policy, seed):
     """All strings of 12 bits `[4096, 12]`, and each fork layer's streams of each token."""
     config = dataclasses.replace(BASE, vocab_size=2, num_layers=3, fork_layers=(1, 2))
-    model = heavy_model(dataclasses.replace(config, policy=policy), seed)
+    model = quick_model(dataclasses.replace(config, policy=policy), seed)
     strings = np.array(list(itertools.product((0, 1), repeat=12)), np.int32)
     counts = []
     for streams in run(model, jnp.asarray(strings)).forks:

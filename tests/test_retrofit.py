@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from tiny import VOCAB, heavy_model, logits_of, random_tokens, run
+from tiny import VOCAB, logits_of, quick_model, random_tokens, run
 
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, Threshold, TopK
 from thoughtbubbles.cache import decode_step, init_cache, prefill
@@ -58,7 +58,7 @@ MASK = jnp.arange(12) < jnp.array([12, 7, 1])[:, None]
 
 def plain() -> tuple[ModelConfig, dict[Any, Any]]:
     """A decoder whose logits are all of size 1 and above."""
-    return PLAIN, nnx.to_pure_dict(nnx.state(heavy_model(PLAIN)))
+    return PLAIN, nnx.to_pure_dict(nnx.state(quick_model(PLAIN)))
 
 
 def retrofitted(gate: float | None = None, **options: Any) -> Thoughtbubbles:
@@ -74,7 +74,7 @@ def retrofitted(gate: float | None = None, **options: Any) -> Thoughtbubbles:
 
 @pytest.mark.parametrize("options", FORKS, ids=str)
 def test_the_output_is_that_of_the_pretrained_model(options: dict):
-    before = np.asarray(logits_of(heavy_model(PLAIN), TOKENS, MASK))
+    before = np.asarray(logits_of(quick_model(PLAIN), TOKENS, MASK))
     model = retrofitted(**options)
     assert np.abs(before).max() > 1
     np.testing.assert_allclose(logits_of(model, TOKENS, MASK), before, rtol=0, atol=1e-5)
@@ -85,7 +85,7 @@ def test_the_output_is_that_of_the_pretrained_model(options: dict):
 
 @pytest.mark.parametrize("options", FORKS[1:4], ids=str)
 def test_the_output_from_a_cache_is_that_of_the_pretrained_model(options: dict):
-    before = np.asarray(logits_of(heavy_model(PLAIN), TOKENS))
+    before = np.asarray(logits_of(quick_model(PLAIN), TOKENS))
     model = retrofitted(**options)
     logits, cache = prefill(model, init_cache(model, 3, 16), TOKENS[:, :8])
     np.testing.assert_allclose(logits, before[:, 7], rtol=0, atol=1e-5)
