@@ -1,11 +1,29 @@
 """The benchmark command on a model too small to say anything."""
 
+import pytest
+
+from train import benchmark
 from train.benchmark import Benchmark, main
+
+TINY = Benchmark(embed_dim=16, num_layers=2, num_heads=2, vocab_size=32, seq_len=8, repeats=1)
 
 
 def test_benchmark_prints_ratios(capsys):
-    main(Benchmark(embed_dim=16, num_layers=4, num_heads=2, vocab_size=32, seq_len=8, repeats=1))
+    main(TINY)
     shown = capsys.readouterr().out
-    assert "forks before (1, 2, 3)" in shown
+    assert "forks before (0, 1)" in shown
     for line in ("plain ", "bubbles ", "step ratio ", "forward ratio ", "FLOP ratio "):
         assert f"\n{line}" in shown
+
+
+def test_forks_stand_at_the_quarters_of_the_depth(monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def stop(config, forks):
+        if forks:
+            raise Begun(forks)
+
+    monkeypatch.setattr(benchmark, "prepare", stop)
+    with pytest.raises(Begun, match=r"\(2, 4, 6\)"):
+        main(Benchmark(num_layers=8))

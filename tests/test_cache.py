@@ -1,12 +1,13 @@
 """Cached decoding is the blockwise forward pass, however a row is cut into chunks."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import BASE, VOCAB, heavy_model, random_tokens, run
+from tiny import BASE, VOCAB, forked, quick_model, random_tokens
 
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, Threshold, TopK, cache
 from thoughtbubbles.bubbles import bubbles_of
@@ -43,12 +44,23 @@ MODELS = {
         TWO_FORKS, **WITHOUT, policy=PrefixRank(3.0), fork_layers=(0, 2), score_bias="none"
     ),
 }
+# What a cache is tested with: every option in one of them at least, and fewer layers.
+FEW: dict[str, Any] = {"num_layers": 2, "fork_layers": (0, 1)}
+CACHED = {
+    "plain": {**LLAMA, "num_layers": 2},
+    "copies": {"num_layers": 2},
+    "rank": {**FEW, "score_bias": "none", "scan_layers": True},
+    "window, burst": {**FEW, "remat": "full"},
+    "threshold": {**FEW, **LLAMA},
+    "no gate": {**FEW, **WITHOUT, "policy": Threshold(2.0, gate=False, burst=1, offset=0.2)},
+}
+CACHED = {name: dataclasses.replace(MODELS[name], **few) for name, few in CACHED.items()}
 
 
 def model_of(name: str) -> Thoughtbubbles:
     """Thresholds low enough for some to fork thrice."""
     lower = lambda path, leaf: leaf / 3 if "threshold" in jax.tree_util.keystr(path) else leaf  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lower, heavy_model(MODELS[name]))
+    return jax.tree_util.tree_map_with_path(lower, quick_model(CACHED[name]))
 
 
 @jax.jit
@@ -73,7 +85,7 @@ def assert_same_bubbles(found: cache.Record, expected) -> None:
         np.testing.assert_allclose(found.score[fork][:, :TOKENS], score, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CACHED)
 def test_any_split_of_a_row_gives_the_blockwise_logits(name):
     model, tokens = model_of(name), texts()
     logits, bubbles = jax.tree.map(np.asarray, blockwise(model, tokens))
@@ -89,10 +101,11 @@ def test_any_split_of_a_row_gives_the_blockwise_logits(name):
     while (length < TOKENS).any():
         active = (length < TOKENS) & (rng.random(ROWS) < 0.8)
         at = np.minimum(length, TOKENS - 1)
-        last, filled = decode_step(model, filled, tokens[rows, at], jnp.asarray(active))
+        last, filled = decode_step(model, filled, tokens[rows, at], active)
+        last = np.asarray(last)
         np.testing.assert_allclose(last[active], logits[rows, at][active], atol=1e-4)
         assert (last[active].argmax(axis=1) == logits[rows, at][active].argmax(axis=1)).all()
-        assert (np.asarray(last)[~active] == 0).all()
+        assert (last[~active] == 0).all()
         length = length + active
         np.testing.assert_array_equal(filled.length, length)
     assert_same_bubbles(filled.record, bubbles)
@@ -102,8 +115,7 @@ def test_any_split_of_a_row_gives_the_blockwise_logits(name):
     while (length < TOKENS).any():
         size = np.minimum(rng.integers(0, CHUNK + 1, ROWS), TOKENS - length)
         at = np.minimum(length[:, None] + np.arange(CHUNK), TOKENS - 1)
-        chunk = jnp.asarray(np.take_along_axis(tokens, at, axis=1))
-        streams, chunked = extend(model, chunked, chunk, jnp.asarray(size))
+        streams, chunked = extend(model, chunked, np.take_along_axis(tokens, at, axis=1), size)
         real = np.arange(CHUNK) < size[:, None]
         found = np.asarray(all_logits(model, streams))
         np.testing.assert_allclose(found[real], logits[rows[:, None], at][real], atol=1e-4)
@@ -115,15 +127,14 @@ def test_any_split_of_a_row_gives_the_blockwise_logits(name):
 
 def test_a_long_cache_is_read_in_spans():
     """More slots than one span, so that steps go from one compiled span to the next."""
-    config = dataclasses.replace(MODELS["window, burst"], num_layers=2, fork_layers=(1,))
-    model, tokens = heavy_model(config), random_tokens(2, 300)
-    logits = blockwise(model, tokens)[0]
-    last, filled = prefill(model, init_cache(model, 2, 400), tokens[:, :100], jnp.array([90, 100]))
-    np.testing.assert_allclose(last, logits[jnp.arange(2), jnp.array([89, 99])], atol=1e-4)
+    config = dataclasses.replace(CACHED["window, burst"], fork_layers=(0,))
+    model, tokens = quick_model(config), np.asarray(random_tokens(2, 300))
+    logits = np.asarray(blockwise(model, tokens)[0])
+    last, filled = prefill(model, init_cache(model, 2, 400), tokens[:, :100], np.array([90, 100]))
+    np.testing.assert_allclose(last, logits[[0, 1], [89, 99]], atol=1e-4)
     found, filled = steps(model, filled, tokens[0, 90:290], tokens[1, 100:])
     assert (np.asarray(filled.groups[1].count) > 512).all()
-    expected = jnp.stack([logits[0, 90:290], logits[1, 100:]])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, np.stack([logits[0, 90:290], logits[1, 100:]]), atol=1e-4)
 
 
 @jax.jit
@@ -141,10 +152,10 @@ def steps(model, filled, *rows):
 @pytest.mark.slow
 def test_four_thousand_steps_end_where_the_blockwise_pass_does():
     config = ModelConfig(
-        vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, fork_layers=(1,),
+        vocab_size=VOCAB, embed_dim=16, num_layers=1, num_heads=2, fork_layers=(0,),
         policy=PrefixRank(1.5, window=8),
     )  # fmt: skip
-    model, tokens = heavy_model(config), random_tokens(1, 4096)
+    model, tokens = quick_model(config), random_tokens(1, 4096)
     found, filled = steps(model, init_cache(model, 1, 4096), tokens[0])
     logits, [(streams, score)] = blockwise(model, tokens)
     np.testing.assert_allclose(found, logits, atol=1e-4)
@@ -170,24 +181,24 @@ def test_overflow_is_refused_before_any_work(monkeypatch):
 
 
 def test_overflow_under_a_trace_is_nan_for_good_and_for_its_row_alone():
-    model, tokens = model_of("window, burst"), texts()
-    expected = blockwise(model, tokens)[0]
-    length = jnp.where(jnp.arange(ROWS) == 2, 3, 1)
-    last, filled = prefill(model, init_cache(model, ROWS, 10), tokens[:, :3], length)
-    found, _ = steps(
-        model, filled, *(row[n : n + 9] for row, n in zip(tokens, length, strict=True))
-    )
+    model, tokens, traced = model_of("window, burst"), texts(), jax.jit(prefill)
+    expected = np.asarray(blockwise(model, tokens)[0])
     others = np.arange(ROWS) != 2
+    length = np.where(others, 1, 3)
+    last, filled = traced(model, init_cache(model, ROWS, 10), tokens[:, :3], length)
+    np.testing.assert_allclose(last, expected[np.arange(ROWS), length - 1], atol=1e-4)
+    rows = [row[n : n + 9] for row, n in zip(tokens, length, strict=True)]
+    found = np.asarray(steps(model, filled, *rows)[0])
     np.testing.assert_allclose(found[others], expected[others, 1:10], atol=1e-4)
     np.testing.assert_allclose(found[2, :7], expected[2, 3:10], atol=1e-4)
     assert np.isnan(found[2, 7:]).all()
 
-    length = jnp.where(jnp.arange(ROWS) == 2, -1, 1)
-    wrong, filled = jax.jit(prefill)(model, init_cache(model, ROWS, 10), tokens[:, :3], length)
-    after, _ = jax.jit(decode_step)(model, filled, tokens[:, 1])
-    for found, place in ((wrong, 0), (after, 1)):
-        np.testing.assert_allclose(found[others], expected[others, place], atol=1e-4)
-        assert np.isnan(found[2]).all(), "nothing has a negative length"
+    length = np.where(others, 1, -1)
+    wrong, filled = traced(model, init_cache(model, ROWS, 10), tokens[:, :3], length)
+    after = np.asarray(steps(model, filled, *tokens[:, 1:10])[0])
+    np.testing.assert_allclose(np.asarray(wrong)[others], expected[others, 0], atol=1e-4)
+    np.testing.assert_allclose(after[others], expected[others, 1:10], atol=1e-4)
+    assert np.isnan(wrong[2]).all() and np.isnan(after[2]).all(), "nothing has a negative length"
 
 
 def test_a_cache_belongs_to_its_config():
@@ -201,20 +212,20 @@ def test_a_cache_belongs_to_its_config():
         ) as e:
             call(other, filled, texts()[:, :1])
         assert "\n" not in str(e.value) and "ratio=2.0" in str(e.value) and "1.5" in str(e.value)
-    scanned = heavy_model(dataclasses.replace(MODELS["window, burst"], scan_layers=True))
-    decode_step(scanned, filled, texts()[:, 0])
+    scanned = dataclasses.replace(CACHED["window, burst"], scan_layers=True, remat="none")
+    jax.eval_shape(decode_step, quick_model(scanned), filled, texts()[:, 0])
 
 
 def test_top_k_can_not_be_cached():
     with pytest.raises(ValueError, match="looks at the whole row: use model.with_policy"):
-        init_cache(heavy_model(BASE), 1, 16)
+        init_cache(quick_model(BASE), 1, 16)
     with pytest.raises(ValueError, match="max_tokens=0"):
-        init_cache(heavy_model(TWO_FORKS), 1, 0)
+        init_cache(quick_model(TWO_FORKS), 1, 0)
 
 
 def test_with_policy_is_a_dial_on_the_same_arrays():
-    trained, tokens = model_of("threshold"), random_tokens(4, TOKENS)
-    alive = lambda model: int(run(model, tokens).streams.alive.sum())  # noqa: E731
+    trained, tokens, length = model_of("threshold"), random_tokens(4, TOKENS), np.full(4, TOKENS)
+    alive = lambda model: np.asarray(forked(model, tokens, length)[-1][0].alive).sum()  # noqa: E731
     fewer = trained.with_policy(Threshold(2.0, offset=0.4))
     assert alive(fewer) < alive(trained) <= alive(trained.with_policy(Threshold(3.0, burst=2)))
     assert alive(trained.with_policy(TopK(1.0))) == 4 * TOKENS

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import heavy_model, random_tokens
+from tiny import quick_model, random_tokens
 
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.cache import decode_step, init_cache, prefill
@@ -31,7 +31,7 @@ TOKENS = 12
 
 
 def with_attention(config: ModelConfig, attend) -> Thoughtbubbles:
-    params = nnx.to_pure_dict(nnx.state(heavy_model(config)))
+    params = nnx.to_pure_dict(nnx.state(quick_model(config)))
     return Thoughtbubbles.from_params(config, params, attend=attend)
 
 
@@ -39,7 +39,7 @@ def with_attention(config: ModelConfig, attend) -> Thoughtbubbles:
 def test_prefill_by_a_kernel_is_the_blockwise_pass(kernel, scan):
     config = dataclasses.replace(CONFIG, scan_layers=scan)
     tokens, length = random_tokens(2, TOKENS), np.array([TOKENS - 1, 7])
-    expected = jax.jit(Thoughtbubbles.__call__)(heavy_model(config), tokens)
+    expected = jax.jit(Thoughtbubbles.__call__)(quick_model(config), tokens)
     model = with_attention(config, KERNELS[kernel])
     logits, cache = prefill(model, init_cache(model, 2, TOKENS), tokens, jnp.asarray(length))
     rows = np.arange(2)

@@ -1,14 +1,14 @@
 """Held-out loss: prefix-only against brute force, and what is reported for which model."""
 
 import dataclasses
+import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BASE, heavy_model, logits_of, run
+from tiny import SMALL, VOCAB, by_reference, quick_model
 
 from thoughtbubbles import PrefixRank, Threshold, TopK
 from train.config import EvalConfig
@@ -23,7 +23,7 @@ class Rows:
     """Five rows of eight tokens; the last ends early."""
 
     def __init__(self):
-        self.tokens = np.random.default_rng(0).integers(0, BASE.vocab_size, (5, 8)).astype(np.int32)
+        self.tokens = np.random.default_rng(0).integers(0, VOCAB, (5, 8)).astype(np.int32)
         self.tokens[-1, 5:] = -1
 
     def __len__(self):
@@ -34,23 +34,34 @@ class Rows:
         return tokens, (tokens[:, 1:] >= 0).sum(axis=1).astype(np.int32) * 2
 
 
-def evaluate(config, mesh=None, **settings):
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+@functools.cache
+def evaluate(config, positions=0, devices=1):
+    mesh = make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
     trainable = make_trainable(config, OptimizerConfig(), 10, mesh)
-    weights = jax.device_put(nnx.state(heavy_model(config)), trainable.shardings.weights)
-    evaluator = Evaluator(trainable, 8 if mesh.size > 1 else 2, EvalConfig(**settings))
+    weights = jax.device_put(nnx.state(quick_model(config)), trainable.shardings.weights)
+    settings = EvalConfig(rows=0, positions=positions)
+    evaluator = Evaluator(trainable, 8 if devices > 1 else 2, settings)
     return evaluator(weights, Rows())  # pyright: ignore
 
 
 def brute_force(config):
-    """Each target scored by a forward pass over nothing but its prefix."""
+    """Each target scored by the reference from nothing but its prefix."""
     nats = []
     for row in Rows().tokens:
         row = row[row >= 0]
         for end in range(1, len(row)):
-            logits = logits_of(heavy_model(config), jnp.asarray(row[None, :end]))
-            nats.append(-jax.nn.log_softmax(logits[0, -1])[row[end]])
+            logits = by_reference(config, row[:end]).logits[-1]
+            nats.append(np.log(np.exp(logits).sum()) - logits[row[end]])
     return float(np.mean(nats))
+
+
+def check_streams_per_token(config, metrics):
+    """Counted after the last fork layer."""
+    rows = [row[row >= 0] for row in Rows().tokens[:, :-1]]
+    streams = sum(len(by_reference(config, row).streams) for row in rows)
+    expected = streams / sum(map(len, rows))
+    assert metrics["streams_per_token"] == pytest.approx(expected)
+    assert f"{expected:.2f} streams/token" in readable(metrics)
 
 
 def test_settings_mistakes():
@@ -61,18 +72,19 @@ def test_settings_mistakes():
 
 @pytest.mark.parametrize("kind", ["residual", "probability"])
 def test_prefix_only_is_brute_force(kind):
-    config = dataclasses.replace(BASE, merge=kind)
-    metrics = evaluate(config, rows=0, positions=0)
+    config = dataclasses.replace(SMALL, merge=kind)
+    metrics = evaluate(config)
     assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
     assert metrics["standard_error"] == 0.0
     assert abs(metrics["blockwise_loss"] - metrics["loss"]) > 1e-4, "TopK looks ahead"
     assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2) / 2)
     assert "not causal" in readable(metrics)
+    check_streams_per_token(config, metrics)
 
 
 def test_a_plain_decoder_has_one_number():
-    config = dataclasses.replace(BASE, fork_layers=())
-    metrics = evaluate(config, rows=0)
+    config = dataclasses.replace(SMALL, fork_layers=())
+    metrics = evaluate(config)
     assert set(metrics) == {"loss", "bits_per_byte", "standard_error", "streams_per_token"}
     assert metrics["streams_per_token"] == 1
     assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
@@ -82,22 +94,11 @@ def test_a_plain_decoder_has_one_number():
 @pytest.mark.parametrize("policy", [PrefixRank(1.5, window=3), Threshold(1.5)], ids=str)
 def test_a_causal_policy_has_one_number_and_it_is_honest(policy):
     """Blockwise is prefix-only, to float noise; for `TopK` it is not (above)."""
-    config = dataclasses.replace(BASE, policy=policy)
-    metrics = evaluate(config, rows=0)
+    config = dataclasses.replace(SMALL, policy=policy)
+    metrics = evaluate(config)
     assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
     assert "blockwise_loss" not in metrics and "blockwise" not in readable(metrics)
-
-
-@pytest.mark.parametrize("policy", [TopK(1.5), PrefixRank(1.5), Threshold(1.5)], ids=str)
-def test_streams_per_token_are_counted_after_the_last_fork_layer(policy):
-    config = dataclasses.replace(BASE, policy=policy)
-    tokens = Rows().tokens[:, :-1]
-    length = (tokens >= 0).sum(axis=1)
-    last = run(heavy_model(config), jnp.maximum(tokens, 0), jnp.asarray(length)).forks[-1]
-    expected = int(last.alive.sum()) / length.sum()
-    metrics = evaluate(config, rows=0, positions=2)
-    assert metrics["streams_per_token"] == pytest.approx(expected)
-    assert f"{expected:.2f} streams/token" in readable(metrics)
+    check_streams_per_token(config, metrics)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +148,7 @@ def test_dial_figure_and_table():
 
 
 def test_sampled_positions_estimate_the_whole():
-    exact = evaluate(BASE, rows=0, positions=0)
-    sampled = evaluate(BASE, rows=0, positions=20)
+    exact, sampled = evaluate(SMALL), evaluate(SMALL, positions=20)
     assert 0 < sampled["standard_error"] < 1
     assert abs(sampled["loss"] - exact["loss"]) < 4 * sampled["standard_error"]
 
@@ -169,8 +169,4 @@ def test_standard_error_is_that_of_the_rows():
 
 
 def test_a_mesh_gives_the_same_numbers():
-    alone = evaluate(BASE, rows=0, positions=0)
-    sharded = evaluate(
-        dataclasses.replace(BASE), mesh=make_mesh(MeshConfig(8, 1, 1)), rows=0, positions=0
-    )
-    assert sharded == pytest.approx(alone, rel=1e-5)
+    assert evaluate(SMALL, devices=8) == pytest.approx(evaluate(SMALL), rel=1e-5)

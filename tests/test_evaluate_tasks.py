@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import Letters
-from tiny import BASE, heavy_model, logits_of
+from tiny import SMALL, logits_of, quick_model
 
 from train import evaluate
 from train.command import run_command
@@ -143,7 +143,7 @@ def test_the_command_scores_files_and_writes_both_reports(monkeypatch, capsys, f
 def test_a_run_under_other_dials(monkeypatch, capsys, files):
     """A policy that is not causal is scored prefix by prefix, and the command says so."""
     loaded = Loaded(
-        heavy_model(BASE),
+        quick_model(SMALL),
         Letters(),
         config={"data": {"seq_len": 16}},
         step=1,

@@ -4,32 +4,32 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from letters import Letters, writer
-from tiny import BASE, heavy_model, logits_of
+from letters import Letters
+from tiny import SMALL, by_reference, quick_model
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from train.load import Writer, load_weights
 from train.scoring import Row, Score, Scorer, score_rows
 
 WIDTH = 16
-PLAIN = dataclasses.replace(BASE, fork_layers=(), num_layers=2)
+PLAIN = dataclasses.replace(SMALL, fork_layers=())
+
+
+def writer(config: ModelConfig) -> Writer:
+    return Writer(quick_model(config), Letters())
 
 
 def logits_before(config: ModelConfig, ids: list[int], place: int) -> np.ndarray:
-    """Logits `[V]` of `ids[place]`, from a forward pass over nothing but what stands before it."""
-    tokens = np.zeros((1, WIDTH), np.int32)
-    tokens[0, :place] = ids[:place]
-    mask = jnp.arange(WIDTH)[None] < place
-    return np.asarray(logits_of(heavy_model(config), jnp.asarray(tokens), mask)[0, place - 1])
+    """Logits `[V]` of `ids[place]`, by the reference from nothing but what stands before it."""
+    return by_reference(config, ids[:place]).logits[-1]
 
 
 def brute_force(config: ModelConfig, row: Row) -> Score:
     total, greedy = 0.0, True
     for place in range(row.start, len(row.ids)):
-        logits = logits_before(config, row.ids, place).astype(np.float64)
+        logits = logits_before(config, row.ids, place)
         total += logits[row.ids[place]] - np.log(np.exp(logits).sum())
         greedy &= int(logits.argmax()) == row.ids[place]
     return Score(float(total), greedy, len(row.ids) - row.start)
@@ -39,10 +39,10 @@ def brute_force(config: ModelConfig, row: Row) -> Score:
     "config",
     [
         PLAIN,
-        dataclasses.replace(BASE, policy=PrefixRank(1.5, window=3)),
-        dataclasses.replace(BASE, policy=Threshold(1.5)),
-        BASE,
-        dataclasses.replace(BASE, merge="probability"),
+        dataclasses.replace(SMALL, policy=PrefixRank(1.5, window=3)),
+        dataclasses.replace(SMALL, policy=Threshold(1.5)),
+        SMALL,
+        dataclasses.replace(SMALL, merge="probability"),
     ],
     ids=lambda config: f"{config.policy}-{config.merge}-{len(config.fork_layers)}",
 )
@@ -131,7 +131,7 @@ def test_long_contexts_lose_their_beginning():
 
 @pytest.mark.parametrize("policy", [None, TopK(1.5)], ids=str)
 def test_rolling_scores_each_token_once_with_all_the_context_there_is_room_for(policy):
-    config = PLAIN if policy is None else dataclasses.replace(BASE, policy=policy)
+    config = PLAIN if policy is None else dataclasses.replace(SMALL, policy=policy)
     scorer = Scorer(writer(config), max_length=4)
     text = "abcdefghij"
     windows = [Row([16, 0, 1, 2, 3], 1), Row([3, 4, 5, 6, 7], 1), Row([5, 6, 7, 8, 9], 3)]
@@ -143,6 +143,6 @@ def test_rolling_scores_each_token_once_with_all_the_context_there_is_room_for(p
 
 
 def test_nan_is_told():
-    broken = jax.tree.map(lambda leaf: leaf * math.nan, heavy_model(PLAIN))
+    broken = jax.tree.map(lambda leaf: leaf * math.nan, quick_model(PLAIN))
     with pytest.raises(ValueError, match="the logits are NaN"):
         Scorer(Writer(broken, Letters()))([("a", "b")])
