@@ -1,7 +1,6 @@
 """Attention kernels: numerics, whole models, meshes, and compilation for TPUs that aren't there."""
 
 import dataclasses
-import os
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.attention import attend, attend_reference
 from thoughtbubbles.kernels import attend_cudnn, attend_splash, splash_block
 from train.attention import on_mesh, resolve
+from train.hardware import libtpu_without_tpus
 from train.mesh import (
     BATCH_AXES,
     MeshConfig,
@@ -216,8 +216,7 @@ def test_cudnn_is_chosen_where_it_can_run(monkeypatch):
 def tpus():
     """Devices of a TPU slice by name, for compiling only."""
     pytest.importorskip("libtpu", reason="needs the extra tpu: libtpu compiles without a TPU")
-    # Several test processes may use the library at once; and nothing is to be asked of a cloud.
-    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    libtpu_without_tpus()
     return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
