@@ -232,7 +232,7 @@ def test_packing_changes_no_loss(base, chats):
 
 
 def test_padding_takes_no_budget_of_a_policy_that_sees_the_whole_row():
-    model = heavy_model(dataclasses.replace(BASE, num_layers=2, fork_layers=(1,)))
+    model = heavy_model(dataclasses.replace(BASE, num_layers=3, fork_layers=(1, 2)))
     lora = LoRAConfig(rank=2)
     tuned = Tuned(model, "lora", lora=lora, memgen=MEMORY, boundary=None, rngs=nnx.Rngs(0))
     tokens = np.asarray(random_tokens(1, 9))
