@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import memgen_tiny
 import numpy as np
 from flax import nnx
@@ -18,10 +19,15 @@ from train.rl.sampler import Sampling
 from train.tuning import Tuned
 
 PLAIN = dataclasses.replace(memgen_tiny.PLAIN, vocab_size=ByteTokenizer.vocab_size)
+ONE_FORK: dict[str, Any] = {"fork_layers": (1,), "merge": "residual"}
 MODELS = {
     "plain": PLAIN,
     "rank": dataclasses.replace(PLAIN, **memgen_tiny.FORKS, policy=PrefixRank(2.0)),
     "threshold": dataclasses.replace(PLAIN, **memgen_tiny.FORKS, policy=Threshold(2.0)),
+    # The least that reads, and that forks: less to compile, where depth is not what is tested.
+    "shallow": dataclasses.replace(PLAIN, num_layers=1),
+    "one rank": dataclasses.replace(PLAIN, **ONE_FORK, policy=PrefixRank(2.0)),
+    "one threshold": dataclasses.replace(PLAIN, **ONE_FORK, policy=Threshold(2.0)),
 }
 LORA = memgen_tiny.LORA
 MEMGEN = MemGenConfig(
@@ -31,40 +37,43 @@ BOUNDARY = (np.arange(PLAIN.vocab_size) % 2 == 0).astype(np.uint8)
 
 
 def writer(model: str = "plain") -> Writer:
-    return Writer(filled(Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0))), ByteTokenizer())
+    build = lambda: Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0))  # noqa: E731
+    return Writer(filled(nnx.eval_shape(build)), ByteTokenizer())
 
 
-def filled(module: Any, seed: int = 0, scale: float = 0.25) -> Any:
-    """All parameters random, so that each of them matters."""
-    graphdef, state = nnx.split(module)
+def filled(abstract: Any, seed: int = 0, scale: float = 0.25) -> Any:
+    """All parameters random, so that each of them matters; made by NumPy: nothing to compile."""
+    graphdef, state = nnx.split(abstract)
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path)
         if "boundary" in name:
-            return leaf
+            return jnp.asarray(BOUNDARY)
         values = rng.normal(size=leaf.shape) * scale
         if "threshold" in name:
             values = np.full(leaf.shape, 0.3)
         elif "scale" in name or "gain" in name:
             values = 1 + values
-        return jax.numpy.asarray(values, leaf.dtype)
+        return jnp.asarray(values, leaf.dtype)
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
 
 
 @functools.cache
-def tuned(method: str = "all", model: str = "plain", seed: int = 0) -> Tuned:
+def tuned(
+    method: Any = "all", model: str = "plain", seed: int = 0, memgen: MemGenConfig = MEMGEN
+) -> Tuned:
     """A policy, all of whose parameters matter."""
-    made = Tuned(
+    build = lambda: Tuned(  # noqa: E731
         Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0)),
-        method,  # pyright: ignore[reportArgumentType]
+        method,
         lora=LORA,
-        memgen=MEMGEN,
+        memgen=memgen,
         boundary=BOUNDARY,
         rngs=nnx.Rngs(1),
     )
-    return filled(made, seed)
+    return filled(nnx.eval_shape(build), seed)
 
 
 def sampling(**changes: Any) -> Sampling:

@@ -1,14 +1,16 @@
 """The experiments: their tasks are what they say, and their runs can be interrupted."""
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from thoughtbubbles import PrefixRank, Streams, Threshold, TopK
+from thoughtbubbles import ModelConfig, PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.forking import candidates_of
 from train.experiments import quality, random_bits
 from train.experiments.results import Results, read_results
@@ -32,11 +34,13 @@ def test_lookup_rows_by_hand():
 
 
 def test_the_random_control_ignores_scores():
-    streams = Streams.start(jnp.zeros((3, 10, 4)))
-    masks = []
-    for seed in range(2):
-        scores = -jax.random.uniform(jax.random.key(seed), (3, 20))
-        masks.append(np.asarray(quality.RandomForks(1.5).keep(candidates_of(streams, scores))))
+    @jax.jit
+    def kept(scores):
+        streams = Streams.start(jnp.zeros((3, 10, 4)))
+        return quality.RandomForks(1.5).keep(candidates_of(streams, scores))
+
+    scores = -np.random.default_rng(0).random((2, 3, 20), np.float32)
+    masks = [np.asarray(kept(some)) for some in scores]
     assert (masks[0] == masks[1]).all()
     assert masks[0][:, 1::2].all(), "originals live"
     assert 10 < masks[0][0].sum() <= 15
@@ -55,8 +59,18 @@ def test_finished_runs_are_found_again(tmp_path):
     assert again.found == read_results(out) == [run | {"loss": 1.5}]
 
 
+def with_one_fork(variant: Callable[[ModelConfig], ModelConfig]):
+    def small(base: ModelConfig) -> ModelConfig:
+        config = variant(base)
+        return dataclasses.replace(config, num_layers=2, fork_layers=config.fork_layers[:1])
+
+    return small
+
+
 @pytest.mark.slow
-def test_quality_runs_are_resumed_and_reported(tmp_path, capsys):
+def test_quality_runs_are_resumed_and_reported(tmp_path, capsys, monkeypatch):
+    for name in ("plain", "topk", "random"):
+        monkeypatch.setitem(quality.VARIANTS, name, with_one_fork(quality.VARIANTS[name]))
     out = tmp_path / "quality.jsonl"
     config = quality.Quality(
         task="lookup",
@@ -78,7 +92,7 @@ def test_quality_runs_are_resumed_and_reported(tmp_path, capsys):
     capsys.readouterr()
     quality.main(quality.Quality(report=str(out)))
     table = capsys.readouterr().out
-    assert "| plain | 40,224 | 0 |" in table
+    assert "| plain | 27,520 | 0 |" in table
     assert f"{results['topk']['loss'] - results['plain']['loss']:+.4f}" in table
     quality.main(quality.Quality(report=str(out), against="random"))
     table = capsys.readouterr().out
@@ -94,12 +108,12 @@ def test_an_unknown_variant_is_named():
 @pytest.mark.parametrize("policy", [TopK(1.5), PrefixRank(1.5), Threshold(1.5)], ids=str)
 def test_no_causal_policy_beats_a_coin(policy):
     """With heavy weights: TopK's two losses differ; the others' are one, and above ln 2."""
-    config = random_bits.RandomBits(length=4, steps=20, batch_size=16)
-    trainable, state = random_bits.trained(random_bits.model_config(policy), config, seed=0)
-    noise = iter(jax.random.split(jax.random.key(0), 200))
-    weights = jax.tree.map(
-        lambda leaf: leaf + 0.3 * jax.random.normal(next(noise), leaf.shape), state.weights
-    )
+    config = random_bits.RandomBits(length=3, steps=20, batch_size=16)
+    model = dataclasses.replace(random_bits.model_config(policy), num_layers=2, fork_layers=(1,))
+    trainable, state = random_bits.trained(model, config, seed=0)
+    rng = np.random.default_rng(0)
+    noisy = lambda leaf: np.asarray(leaf + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
+    weights = jax.tree.map(noisy, jax.device_get(state.weights))
     scores = random_bits.all_strings(trainable, state.with_weights(weights), config.length)
     if policy.causal:
         assert scores["blockwise"] == pytest.approx(scores["prefix_only"], abs=1e-5)

@@ -1,26 +1,32 @@
 """The experiment of reinforcement learning: its controls are what they say, its runs go on."""
 
 import dataclasses
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
-from rl_tiny import PLAIN
+from rl_tiny import MODELS
 
 from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
 from train.experiments import reinforce
 from train.load import Writer
+from train.mesh import make_mesh
 from train.rl.protocols import Completion
 from train.rl.tasks.arithmetic import Arithmetic
 from train.rl.tasks.strings import Reverse
 
+MODEL = MODELS["shallow"]
 TINY = reinforce.Study("reverse(length=2, shortest=2)", 8, 0.9, 2, 3)
 
 
 def test_it_does_what_is_missing_and_reports(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reinforce, "MODEL", PLAIN)
+    one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr("train.rl.reinforcing.make_mesh", lambda config, _: one_device(config))
+    monkeypatch.setattr(reinforce, "MODEL", MODEL)
     monkeypatch.setitem(reinforce.STUDIES, "reverse", TINY)
     out = tmp_path / "found.jsonl"
     config = reinforce.Experiment(
@@ -69,7 +75,7 @@ def test_held_out_problems_do_not_say_when_demonstrations_end():
 
 
 def test_only_answers_and_their_ends_are_supervised():
-    writer = Writer(Thoughtbubbles(PLAIN, rngs=nnx.Rngs(0)), ByteTokenizer())
+    writer = Writer(Thoughtbubbles(MODEL, rngs=nnx.Rngs(0)), ByteTokenizer())
     problems = [Arithmetic().problem("train", index) for index in range(3)]
     rows = reinforce.answered(writer, problems)
     for problem, tokens, trained, length in zip(problems, *rows.values(), strict=True):

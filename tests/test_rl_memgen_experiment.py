@@ -1,5 +1,6 @@
 """The experiment on both stages of MemGen: it runs to its end, goes on, and says what it found."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import memgen
 from train.data import ByteTokenizer
 from train.experiments import remember
 from train.experiments.questions import HELD_OUT, KINDS, SEEN, UNSEEN, Questions, question, rows
@@ -16,11 +18,21 @@ TRIGGER = "trigger, penalty by tokens"
 
 
 def experiment(out: Path, **changes) -> remember.Experiment:
-    sizes = {name: 2 for name in ("pretrain_steps", "sft_steps", "weaver_steps", "trigger_steps",
-                                  "batch_size", "weaver_problems", "trigger_problems",
-                                  "rollouts", "held_out")}  # fmt: skip
-    every: dict[str, Any] = sizes | {"seeds": (0,), "out": str(out)} | changes
+    steps = ("pretrain_steps", "sft_steps", "weaver_steps", "trigger_steps")
+    sizes = dict.fromkeys((*steps, "batch_size", "weaver_problems", "rollouts", "held_out"), 2)
+    sizes["trigger_problems"] = 4  # 8 rows, as many as six held-out questions fill: one program
+    every: dict[str, Any] = {**sizes, "seeds": (0,), "out": str(out), **changes}
     return remember.Experiment(**every)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer and few maps to adapt: compiling is most of the work."""
+    lora = memgen.LoRAConfig(2, 4.0, targets=("q", "v"))
+    weaver = dataclasses.replace(remember.MEMGEN.weaver, lora=lora)
+    monkeypatch.setattr(remember, "REASONER", dataclasses.replace(remember.REASONER, num_layers=1))
+    monkeypatch.setattr(remember, "MEMGEN", dataclasses.replace(remember.MEMGEN, weaver=weaver))
+    monkeypatch.setattr(remember, "TRIGGER", dataclasses.replace(remember.TRIGGER, lora=lora))
 
 
 def test_questions_and_their_answers():
@@ -66,7 +78,7 @@ def test_only_answers_are_supervised():
         assert decode(tokens[supervised][:-1].tolist()) == answer
 
 
-def test_runs_are_resumed_and_reported(tmp_path, capsys):
+def test_runs_are_resumed_and_reported(tmp_path, capsys, small):
     out = tmp_path / "remember.jsonl"
     remember.main(experiment(out, arms=("reasoner alone",)))
     first = out.read_text()

@@ -1,8 +1,10 @@
 """Whole runs: they end, go on after a kill as if nothing had been, and refuse what can't be."""
 
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ def config(out: Path, **changes) -> RLConfig:
     base = RLConfig(
         lora=LORA,
         memgen=dataclasses.replace(MEMGEN, trigger=None),
+        weights="base",
         method="dapo",
         kl=0.01,
         minibatches=2,
@@ -55,7 +58,7 @@ def work(
 ) -> Reinforcing:
     return Reinforcing(
         config(out, **changes),
-        start or writer(),
+        start or writer("shallow"),
         task or Vowels(),
         allocator=allocator,
         devices=jax.devices()[:1],
@@ -70,10 +73,29 @@ def numbers(out: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["lora", "weaver"])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, kind):
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    # One update a step, without a reference: there is nothing that it scores.
+    "weaver": {"train": "weaver", "method": "grpo", "kl": 0.0, "minibatches": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """A run to its end and what it found last."""
+
+    @functools.cache
+    def run(kind: str) -> tuple[Path, Any]:
+        out = tmp_path_factory.mktemp("whole") / kind
+        return out, train(work(out, **KINDS[kind]))
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, whole, kind):
     """Metrics and parameters bit for bit; what is dropped by filtering, KL and shuffling too."""
-    held_out = train(work(tmp_path / "whole", train=kind))
+    out, held_out = whole(kind)
 
     class Dies(Vowels):
         def score(self, completion):
@@ -81,16 +103,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, kind):
                 raise KeyboardInterrupt
             return super().score(completion)
 
-    marks = [line["groups"] for line in numbers(tmp_path / "whole") if "groups" in line]
+    marks = [line["groups"] for line in numbers(out) if "groups" in line]
     limit = sum(marks[:3]) - 1  # the last batch of problems of step 3
     with pytest.raises(KeyboardInterrupt):
-        train(work(tmp_path / "killed", Dies(), train=kind))
-    again = train(work(tmp_path / "killed", train=kind))
-    assert train(work(tmp_path / "killed", train=kind)) == again  # it is over: nothing is written
+        train(work(tmp_path, Dies(), **KINDS[kind]))
+    again = train(work(tmp_path, **KINDS[kind]))
+    assert train(work(tmp_path, **KINDS[kind])) == again  # it is over: nothing is written
     assert again == held_out
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
-    ours, theirs = (load_params(tmp_path / name)[1] for name in ("killed", "whole"))
+    assert numbers(tmp_path) == numbers(out)
+    ours, theirs = (load_params(folder)[1] for folder in (tmp_path, out))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_weavers_ratio_is_exactly_one_where_there_is_one_update(whole):
+    steps = [line for line in read_metrics(whole("weaver")[0]) if "reward" in line]
+    assert len(steps) == 4
+    for line in steps:
+        assert (line["ratio"], line["moved"], line["clipped"]) == (1, 0, 0)
+        assert line["grad_norm"] > 0
 
 
 class Favourites(Uniform):
@@ -144,19 +174,18 @@ def test_what_a_run_writes_down(tmp_path):
     assert not np.array_equal(before["embed"], after["embed"])
 
 
-def test_two_stages_of_memgen(tmp_path, monkeypatch):
+def test_two_stages_of_memgen(tmp_path, monkeypatch, whole):
     """A weaver, then a trigger beside it: each moves its own parameters; both are read back."""
-    weights = writer()
     monkeypatch.setattr("train.tuned.load_writer", lambda name, shardings=None: starts[name])
-    starts = {"base": weights}
-    first = work(tmp_path / "weaver", train="weaver", weights="base", method="grpo", steps=2)
-    train(first)
-    woven = load_model(tmp_path / "weaver")
+    starts = {"base": writer("shallow")}
+    woven = load_model(whole("weaver")[0])
     assert woven.memgen is not None and woven.memgen.trigger is None
     starts["woven"] = woven
     second = work(
-        tmp_path / "trigger", start=woven, train="trigger", weights="woven", method="grpo", steps=2
-    )
+        tmp_path / "trigger", start=woven, train="trigger", weights="woven", method="grpo", steps=2,
+        # As held-out problems are answered, and as many of them: one program.
+        temperature=0.0, evaluation=EvalConfig(every=2, rows=16),
+    )  # fmt: skip
     train(second)
     asked = [line for line in read_metrics(tmp_path / "trigger") if "reward" in line]
     assert all(0 < line["invocation_rate"] < 1 for line in asked)
@@ -236,10 +265,11 @@ def test_the_standard_error_knows_that_problems_repeat(tmp_path):
         def problem(self, split, index):
             return super().problem(split, index % 4)
 
-    reinforcing = work(tmp_path, Few(), evaluation=EvalConfig(rows=32))
+    reinforcing = work(tmp_path, Few())
     found, rows = reinforcing.evaluate(reinforcing.first_state().weights)
     assert len({row.problem.uid for row in rows}) == 4
     rate = found["success"]
+    assert 0 < rate < 1
     np.testing.assert_allclose(found["standard_error"], np.sqrt(rate * (1 - rate) / 4))
 
 
@@ -274,16 +304,14 @@ def test_a_reward_that_is_no_number_is_one_line(tmp_path, value, words):
     ],
     ids=str,
 )
-def test_a_run_of_another_kind_is_not_continued(tmp_path, changes, words):
-    train(work(tmp_path, steps=1, method="dapo"))
+def test_a_run_of_another_kind_is_not_continued(whole, changes, words):
     with pytest.raises(ValueError, match=words):
-        train(work(tmp_path, **{"method": "dapo", "steps": 2} | changes))
+        train(work(whole("lora")[0], **{"steps": 5} | changes))
 
 
-def test_a_run_on_another_task_is_not_continued(tmp_path):
+def test_a_run_on_another_task_is_not_continued(whole):
     class Other(Vowels):
         name = "other"
 
-    train(work(tmp_path, steps=1))
     with pytest.raises(ValueError, match="was trained on data vowels .*, they are now other"):
-        train(work(tmp_path, Other(), steps=2))
+        train(work(whole("lora")[0], Other(), steps=5))

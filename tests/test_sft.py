@@ -1,13 +1,14 @@
 """Fine-tuning: only what is meant to move moves, and a run goes on as if it had not stopped."""
 
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -38,9 +39,22 @@ MEMORY = MemGenConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device() -> Iterator[None]:
+    """Unless a test names a mesh: programs for eight devices take longer to compile."""
+
+    def small(config: MeshConfig, devices: Any = None) -> Any:
+        return make_mesh(config, jax.devices()[:1] if config == MeshConfig() else devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("train.finetuning", "train.pretraining"):
+            patch.setattr(f"{module}.make_mesh", small)
+        yield
+
+
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder of a few steps."""
+def base(one_device: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder of a few steps, and one of fewer beside it."""
     folder = tmp_path_factory.mktemp("base") / "run"
     model = ModelConfig(vocab_size=320, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32)
     text = tmp_path_factory.mktemp("text")
@@ -53,11 +67,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             optimizer=OptimizerConfig(learning_rate=1e-2),
             evaluation=EvalConfig(every=0, rows=4),
             steps=3,
+            save_every=2,
             batch_size=8,
             out=str(folder),
         )
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def base_sum(base: Path) -> str:
+    """Before anything was tuned beside it."""
+    return checksum(load_model(base).model)
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +118,35 @@ def tune(configured: SFTConfig) -> dict[str, float]:
     return run(lambda: Finetuning(configured), configured)
 
 
+@pytest.fixture(scope="module")
+def whole(
+    base: Path, base_sum: str, chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, float]]]:
+    """The folder of a whole run, which tests only read, and its last held-out metrics."""
+
+    @functools.cache
+    def run(kind: str) -> tuple[Path, dict[str, float]]:
+        out = tmp_path_factory.mktemp("whole") / kind
+        return out, tune(config(base, chats, out, train=kind))
+
+    return run
+
+
 def losses(out: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(out) if "loss" in line]
 
 
+@jax.jit
+def log_probs_of(tuned: Tuned, rows: dict[str, Any]) -> jax.Array:
+    return tuned.log_probs(rows)
+
+
 @pytest.mark.parametrize("kind", ["all", "lora", "weaver"])
-def test_a_run_learns_and_only_what_is_trained_moves(base, chats, tmp_path, kind):
-    before = checksum(load_model(base).model)
-    held_out = tune(config(base, chats, tmp_path / "run", train=kind, steps=16))
-    assert held_out["loss"] < losses(tmp_path / "run")[0]
-    assert checksum(load_model(base).model) == before  # the folder it began with is read only
-    names = jax.tree_util.tree_leaves_with_path(load_params(tmp_path / "run")[1])
+def test_a_run_learns_and_only_what_is_trained_moves(base, base_sum, whole, kind):
+    out, held_out = whole(kind)
+    assert held_out["loss"] < losses(out)[0]
+    assert checksum(load_model(base).model) == base_sum  # what it began with is read only
+    names = jax.tree_util.tree_leaves_with_path(load_params(out)[1])
     first = {jax.tree_util.keystr(path[:1], simple=True) for path, _ in names}
     assert first == {{"all": "decoder", "lora": "adapter", "weaver": "memgen"}[kind]}
     if kind != "all":  # nothing of the frozen weights is stored
@@ -115,41 +154,38 @@ def test_a_run_learns_and_only_what_is_trained_moves(base, chats, tmp_path, kind
 
 
 @pytest.mark.parametrize("kind", ["lora", "weaver"])
-def test_a_stopped_run_goes_on_with_the_same_numbers(base, chats, tmp_path, kind):
+def test_a_stopped_run_goes_on_with_the_same_numbers(base, chats, whole, tmp_path, kind):
     """Dropout and random insertion draw from the step, not from what ran before."""
-    tune(config(base, chats, tmp_path / "whole", train=kind))
-    work = config(base, chats, tmp_path / "parts", train=kind)
-    tune(work)
-    shutil.rmtree(tmp_path / "parts" / "8")  # as if it had been killed after step 4
-    tune(work)
-    assert len(losses(tmp_path / "parts")) == 8
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    parts = tmp_path / "parts"
+    shutil.copytree(whole(kind)[0], parts)
+    shutil.rmtree(parts / "8")  # as if it had been killed after step 4
+    tune(config(base, chats, parts, train=kind))
+    assert (parts / "8").exists() and len(losses(parts)) == 8
+    assert losses(parts) == losses(whole(kind)[0])
 
 
-def test_a_merged_adapter_is_the_tuned_model(base, chats, tmp_path):
-    work = config(base, chats, tmp_path / "run", steps=8)
-    tune(work)
-    again = Finetuning(work)
+def test_a_merged_adapter_is_the_tuned_model(base, chats, whole):
+    out, _ = whole("lora")
+    again = Finetuning(config(base, chats, out))
     rows = again.inputs(again.prepare().validation.read(np.arange(8)))
     tuned = again._around(load_writer(str(base)).model)
-    tuned = memgen.load_params(tuned, load_params(tmp_path / "run")[1], TRAINED["lora"])
+    tuned = memgen.load_params(tuned, load_params(out)[1], TRAINED["lora"])
     mesh = make_mesh(MeshConfig(data=4, tensor=2))
-    model = load_writer_on(mesh, str(tmp_path / "run")).model
-    assert shard_bytes(nnx.state(model)) < 0.6 * shard_bytes(
-        nnx.state(load_writer(str(base)).model)
-    )
+    model = load_writer_on(mesh, str(out)).model
+    before = load_writer(str(base)).model
+    assert shard_bytes(nnx.state(model)) < 0.6 * shard_bytes(nnx.state(before))
     tokens = np.maximum(rows["tokens"], 0)
-    log_probs = jax.nn.log_softmax(model(jnp.asarray(tokens[:, :-1])), axis=-1)
-    expected = np.take_along_axis(np.asarray(log_probs), tokens[:, 1:, None], axis=2)[..., 0]
+    log_probs = jax.jit(lambda model: jax.nn.log_softmax(model(tokens[:, :-1]), axis=-1))
+    merged, unadapted = (np.asarray(log_probs(each)) for each in (model, before))
+    expected = np.take_along_axis(merged, tokens[:, 1:, None], axis=2)[..., 0]
     expected = np.where(rows["supervised"][:, 1:], expected, 0)
-    np.testing.assert_allclose(tuned.log_probs(rows), expected, atol=1e-5)
-    unadapted = load_model(base).model(jnp.asarray(tokens[:, :-1]))
-    assert np.abs(np.asarray(jax.nn.log_softmax(unadapted, axis=-1) - log_probs)).max() > 1e-3
+    np.testing.assert_allclose(log_probs_of(tuned, rows), expected, atol=1e-5)
+    assert np.abs(unadapted - merged).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["lora", "weaver"])
 def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
-    """Without randomness, which differs between micro-batches."""
+    """Without randomness, which differs between micro-batches; a weaver's both at once."""
     still = dataclasses.replace(LORA, dropout=0.0)
     memory = dataclasses.replace(
         MEMORY,
@@ -158,18 +194,15 @@ def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
             MEMORY.weaver, lora=dataclasses.replace(still, targets=("q", "v"))
         ),
     )
-    runs = {
-        "one": {},
-        "parts": {"accumulate": 2},
-        "mesh": {"mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
-    }
+    parts, mesh = {"accumulate": 2}, {"mesh": MeshConfig(data=2, fsdp=2, tensor=2)}
+    others = {"parts": parts, "mesh": mesh} if kind == "lora" else {"both": parts | mesh}
     found = {}
-    for name, changes in runs.items():
+    for name, changes in {"one": {}, **others}.items():
         changes = {"lora": still, "memgen": memory} | changes
         tune(config(base, chats, tmp_path / name, train=kind, steps=3, **changes))
         found[name] = losses(tmp_path / name)
-    np.testing.assert_allclose(found["parts"], found["one"], rtol=1e-5)
-    np.testing.assert_allclose(found["mesh"], found["one"], rtol=1e-5)
+    for name in others:
+        np.testing.assert_allclose(found[name], found["one"], rtol=1e-5)
 
 
 def test_each_device_is_given_its_part(base):
@@ -193,31 +226,30 @@ def test_packing_changes_no_loss(base, chats):
         rows = work.prepare().train
         tuned = work.trainable.model(work.first_state().weights)
         batch = work.inputs(next(rows.batches(64)))  # filled up with empty rows
-        total, weight, _ = sft_loss(tuned, jax.tree.map(jnp.asarray, batch), None)
+        total, weight = jax.jit(lambda *given: sft_loss(*given, None)[:2])(tuned, batch)
         totals.append((float(total), float(weight)))
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
 
 
 def test_padding_takes_no_budget_of_a_policy_that_sees_the_whole_row():
+    model = heavy_model(dataclasses.replace(BASE, num_layers=3, fork_layers=(1, 2)))
     lora = LoRAConfig(rank=2)
-    tuned = Tuned(
-        heavy_model(BASE), "lora", lora=lora, memgen=MEMORY, boundary=None, rngs=nnx.Rngs(0)
-    )
-    tokens = random_tokens(1, 9)
+    tuned = Tuned(model, "lora", lora=lora, memgen=MEMORY, boundary=None, rngs=nnx.Rngs(0))
+    tokens = np.asarray(random_tokens(1, 9))
 
-    def scored(padding: int) -> jax.Array:
-        end = lambda rows, value: jnp.pad(rows, ((0, 0), (0, padding)), constant_values=value)  # noqa: E731
-        return tuned.log_probs(
-            {
-                "tokens": end(tokens, -1),
-                "supervised": end(tokens >= 0, False),
-                "segment": end(jnp.zeros_like(tokens), -1),
-            }
-        )
+    def scored(padding: int) -> np.ndarray:
+        end = lambda rows, value: np.pad(rows, ((0, 0), (0, padding)), constant_values=value)  # noqa: E731
+        rows = {
+            "tokens": end(tokens, -1),
+            "supervised": end(tokens >= 0, False),
+            "segment": end(np.zeros_like(tokens), -1),
+        }
+        return np.asarray(log_probs_of(tuned, rows))
 
     # One place at least, so that the last token is read in both.
-    np.testing.assert_allclose(scored(7)[:, :8], scored(1)[:, :8], atol=1e-5)
-    assert (scored(7)[:, 8:] == 0).all()
+    long, short = scored(7), scored(1)
+    np.testing.assert_allclose(long[:, :8], short[:, :8], atol=1e-5)
+    assert (long[:, 8:] == 0).all()
 
 
 def test_a_weaver_reads_each_response_in_a_row_of_its_own(base, chats):
@@ -237,24 +269,28 @@ def test_a_weaver_reads_each_response_in_a_row_of_its_own(base, chats):
 
 def test_a_weavers_loss_is_that_of_its_plan(base, chats):
     work = Finetuning(config(base, chats, train="weaver"))
-    rows = jax.tree.map(jnp.asarray, work.inputs(work.prepare().train.read(np.arange(8))))
+    rows = work.inputs(work.prepare().train.read(np.arange(8)))
     tuned = work.trainable.model(work.first_state().weights)
     first = dataclasses.replace(MEMORY, insertion="first")
     tuned.memgen.config = first
-    tokens = jnp.maximum(rows["tokens"], 0)
-    plan = plan_insertions(tokens, rows["supervised"], tuned.memgen.boundary[...], first)
-    assert (plan.point >= 0).sum() > 4  # commas are boundaries
-    hidden = tuned.memgen.predictors(tokens, plan)
-    logits = jax.nn.log_softmax(tuned.memgen.reasoner.unembed(hidden), axis=-1)
-    expected = jnp.take_along_axis(logits, tokens[..., None], axis=2)[..., 0]
-    expected = jnp.where(rows["supervised"], expected, 0)[:, 1:]
-    np.testing.assert_allclose(tuned.log_probs(rows), expected, atol=1e-5)
+    tokens = np.maximum(rows["tokens"], 0)
+
+    @jax.jit
+    def expected_of(woven, supervised):
+        plan = plan_insertions(tokens, supervised, woven.boundary[...], first)
+        logits = woven.reasoner.unembed(woven.predictors(tokens, plan))
+        return plan.point, jax.nn.log_softmax(logits, axis=-1)
+
+    point, log_probs = map(np.asarray, expected_of(tuned.memgen, rows["supervised"]))
+    assert (point >= 0).sum() > 4  # commas are boundaries
+    expected = np.take_along_axis(log_probs, tokens[..., None], axis=2)[..., 0]
+    expected = np.where(rows["supervised"], expected, 0)[:, 1:]
+    np.testing.assert_allclose(log_probs_of(tuned, rows), expected, atol=1e-5)
 
 
-def test_generate_says_where_it_remembers(base, chats, tmp_path, capsys):
-    tune(config(base, chats, tmp_path / "run", train="weaver"))
+def test_generate_says_where_it_remembers(base, whole, capsys):
     ask = generate.GenerateConfig(
-        checkpoint=str(tmp_path / "run"), prompt=("1ab=",), max_new_tokens=6, temperature=0.0
+        checkpoint=str(whole("weaver")[0]), prompt=("1ab=",), max_new_tokens=6, temperature=0.0
     )
     generate.main(ask)
     assert "memory before new tokens 0" in capsys.readouterr().err
@@ -280,48 +316,45 @@ def test_muon_moves_adapters_and_a_weaver_may_write_only_before_the_answer(base,
     assert load_model(tmp_path / "run").memgen.weaver.inference is None
 
 
-def test_what_would_drop_the_memory_is_refused(base, chats, tmp_path):
-    tune(config(base, chats, tmp_path / "run", train="weaver", steps=2))
+def test_what_would_drop_the_memory_is_refused(chats, whole):
+    woven, _ = whole("weaver")
     with pytest.raises(ValueError, match="holds a weaver, which fine-tuning would drop"):
-        Finetuning(config(tmp_path / "run", chats))
+        Finetuning(config(woven, chats))
     with pytest.raises(ValueError, match="tasks are scored without latent memory"):
-        Scorer(load_model(tmp_path / "run"))
+        Scorer(load_model(woven))
     with pytest.raises(ValueError, match="fine-tuned on chat data.*--tasks FILE"):
-        evaluate.main(evaluate.EvaluateConfig(checkpoint=str(tmp_path / "run")))
+        evaluate.main(evaluate.EvaluateConfig(checkpoint=str(woven)))
 
 
-def test_mistakes_are_one_line(base, chats, tmp_path):
+def test_mistakes_are_one_line(base, chats, whole):
     packed = ChatDataConfig(path=(str(chats),), pack=True)
     with pytest.raises(ValueError, match="data.pack=True: a weaver reads rows of one conversation"):
         Finetuning(config(base, chats, train="weaver", data=packed))
     with pytest.raises(ValueError, match="no map 'w' to adapt: choose targets from"):
         Finetuning(config(base, chats, lora=LoRAConfig(targets=("w",))))
-    work = config(base, chats, tmp_path / "run", steps=2)
-    tune(work)
+    work = config(base, chats, whole("lora")[0])
     with pytest.raises(ValueError, match="lora.rank: saved 2, now 3"):
         tune(dataclasses.replace(work, lora=dataclasses.replace(LORA, rank=3)))
 
 
-def test_other_frozen_weights_are_refused(base, chats, tmp_path):
-    shutil.copytree(base, tmp_path / "base")
-    work = config(tmp_path / "base", chats, tmp_path / "run", steps=2)
-    tune(work)
-    other = RunConfig(
-        model=ModelConfig(vocab_size=320, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32),
-        data=dataclasses.replace(
-            DataConfig(), corpus=load_model(base).config["data"]["corpus"], seq_len=16,
-            cache_dir=load_model(base).config["data"]["cache_dir"],
-        ),
-        evaluation=EvalConfig(every=0, rows=4), seed=1, steps=1, batch_size=8,
-        out=str(tmp_path / "other"),
-    )  # fmt: skip
-    train(other)
-    shutil.rmtree(tmp_path / "base")
-    (tmp_path / "other").rename(tmp_path / "base")
+@pytest.fixture
+def other_base(base: Path, tmp_path: Path) -> Iterator[None]:
+    """In the place of the base the one of fewer steps, until the test is over."""
+    shutil.copytree(base, tmp_path / "right")
+    shutil.rmtree(base / "3")
+    yield
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "right", base)
+
+
+def test_other_frozen_weights_are_refused(base, chats, whole, request):
+    tuned, _ = whole("lora")
+    assert load_model(tuned).step == 8
+    request.getfixturevalue("other_base")
     with pytest.raises(ValueError, match="trained beside weights .* holds"):
-        load_model(tmp_path / "run")
+        load_model(tuned)
     with pytest.raises(ValueError, match="was trained beside weights .*, they are now"):
-        tune(dataclasses.replace(work, steps=4))
+        tune(config(base, chats, tuned, steps=9))
 
 
 def test_the_command_trains_a_lora(base, chats, tmp_path, monkeypatch, capsys):
