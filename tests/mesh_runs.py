@@ -12,8 +12,8 @@ from thoughtbubbles import ModelConfig, PrefixRank
 from train.checkpoint import Checkpointer
 from train.config import RunConfig
 from train.data import DataConfig, TrainReader, prepare
-from train.distributed import DistributedConfig, together
-from train.mesh import MeshConfig, make_mesh, place_local, rows_here
+from train.devices.distributed import DistributedConfig, together
+from train.devices.mesh import MeshConfig, make_mesh, place_local, rows_here
 from train.optim import OptimizerConfig
 from train.state import make_trainable
 from train.step import make_train_step

@@ -18,9 +18,9 @@ from tiny import quick_model, random_tokens
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.attention import attend, attend_reference
 from thoughtbubbles.kernels import attend_cudnn, attend_splash, splash_block
-from train.attention import on_mesh, resolve
-from train.hardware import libtpu_without_tpus
-from train.mesh import (
+from train.devices.attention import on_mesh, resolve
+from train.devices.hardware import libtpu_without_tpus
+from train.devices.mesh import (
     BATCH_AXES,
     MeshConfig,
     batch_sharding,
@@ -208,7 +208,7 @@ def test_cudnn_is_chosen_where_it_can_run(monkeypatch):
     assert resolve(TINY, gpus, "auto") == "xla", "cuDNN has no float32"
     with pytest.raises(ValueError, match="attention='cudnn' can't run this model: .*: choose xla"):
         resolve(TINY, gpus, "cudnn")
-    monkeypatch.setattr("train.attention.attend_cudnn", KERNELS["cudnn"])
+    monkeypatch.setattr("train.devices.attention.attend_cudnn", KERNELS["cudnn"])
     assert resolve(TINY, gpus, "auto") == resolve(TINY, gpus, "cudnn") == "cudnn"
 
 

@@ -20,9 +20,9 @@ from train.compile_program import recomputed_flops
 from train.compile_report import arguments_of, text_of
 from train.compile_topology import link_bandwidth, topology_of
 from train.data import DataConfig
-from train.hardware import CHIPS, GIB, chip_of
+from train.devices.hardware import CHIPS, GIB, chip_of
+from train.devices.mesh import BATCH_AXES, MeshConfig, make_mesh
 from train.hlo import collectives_of
-from train.mesh import BATCH_AXES, MeshConfig, make_mesh
 
 # Programs for chips that aren't here are cached, and can't be read back.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")

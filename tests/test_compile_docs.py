@@ -11,8 +11,8 @@ from train.compile import CompileConfig, as_options, attention_of, presets
 from train.compile_program import program_of
 from train.compile_report import arguments_of, sharding_table
 from train.compile_topology import topology_of
-from train.hardware import GIB
-from train.mesh import make_mesh
+from train.devices.hardware import GIB
+from train.devices.mesh import make_mesh
 
 REPORTS = sorted((Path(__file__).parent.parent / "docs" / "compile").glob("*.txt"))
 

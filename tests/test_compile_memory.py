@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.hardware import GIB
+from train.devices.hardware import GIB
 
 # Parameters and moments of 24 GiB on each chip; few operations, so that it compiles soon.
 LARGE = (

@@ -17,7 +17,7 @@ from train import checkpoint, pretrain
 from train.checkpoint import Checkpointer, load_meta, load_params
 from train.config import EvalConfig, RunConfig, as_json, differences
 from train.data import DataConfig, prepare
-from train.distributed import DistributedConfig
+from train.devices.distributed import DistributedConfig
 from train.evaluate import held_out
 from train.load import load_model
 from train.loop import only_run_in
@@ -129,7 +129,7 @@ AGREE = """
 import pathlib, sys, time
 from jax.experimental.multihost_utils import sync_global_devices
 from train import run_folder
-from train.distributed import DistributedConfig, agreed, check_same, ends_when_alone, together
+from train.devices.distributed import DistributedConfig, agreed, check_same, ends_when_alone, together
 port, process, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 run_folder.NETWORK_DISK = 0.0
 with together(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
@@ -190,7 +190,7 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path):
 FALL_SILENT = """
 import os, signal, sys
 from jax.experimental.multihost_utils import sync_global_devices
-from train.distributed import DistributedConfig, ends_when_alone, together
+from train.devices.distributed import DistributedConfig, ends_when_alone, together
 port, process = sys.argv[1], int(sys.argv[2])
 with together(DistributedConfig(f"127.0.0.1:{port}", 2, process, heartbeat=10)), ends_when_alone():
     sync_global_devices("both are here")

@@ -12,9 +12,9 @@ from tiny import SMALL, VOCAB, by_reference, quick_model
 
 from thoughtbubbles import PrefixRank, Threshold, TopK
 from train.config import EvalConfig
+from train.devices.mesh import MeshConfig, make_mesh
 from train.dials import Setting, figure, table, turn
 from train.evaluate import Evaluator, _error_of_mean, readable
-from train.mesh import MeshConfig, make_mesh
 from train.optim import OptimizerConfig
 from train.state import make_trainable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from train.compile_topology import KNOWN
-from train.hardware import CHIPS, GIB, chip_of
+from train.devices.hardware import CHIPS, GIB, chip_of
 
 
 @pytest.mark.parametrize(

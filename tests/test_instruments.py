@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from train.devices.mesh import MeshConfig, make_mesh
 from train.instruments import Profiler, Stopwatch, memory, parse_window, peak_flops
-from train.mesh import MeshConfig, make_mesh
 
 
 class Clock:

@@ -25,7 +25,7 @@ from memgen import decoding as loop_module
 from memgen.request import pad_prompts, row_keys
 from memgen.session import CHUNK, NO_ROWS, Chosen, _cache_axes
 from thoughtbubbles import Backbone
-from train.mesh import MeshConfig, batch_sharding, make_mesh, replicated
+from train.devices.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 
 ROWS = 4
 PROMPTS = [[1, 2, 3], [9], [4, 40, 8, 6, 61], [17, 5]]

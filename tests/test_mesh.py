@@ -13,7 +13,14 @@ from jax.sharding import PartitionSpec as P
 from tiny import BASE
 
 from train.compile_topology import topology_of
-from train.mesh import BATCH_AXES, AxisRules, MeshConfig, constrain_batch, make_mesh, rows_on
+from train.devices.mesh import (
+    BATCH_AXES,
+    AxisRules,
+    MeshConfig,
+    constrain_batch,
+    make_mesh,
+    rows_on,
+)
 from train.optim import OptimizerConfig
 from train.presets import PRESETS
 from train.state import make_trainable

@@ -10,7 +10,7 @@ from processes import free_port, processes
 
 from thoughtbubbles import Threshold
 from train.checkpoint import Checkpointer
-from train.mesh import MeshConfig
+from train.devices.mesh import MeshConfig
 
 TRACKED = dataclasses.replace(MODEL, policy=Threshold(2.0))
 

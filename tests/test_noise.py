@@ -11,7 +11,7 @@ from flax import nnx
 from tiny import BASE, VOCAB, quick_model
 
 from thoughtbubbles import Fork, PrefixRank, Streams, Thoughtbubbles
-from train.mesh import MeshConfig, make_mesh, place
+from train.devices.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
 from train.state import make_trainable
 from train.step import make_train_step

@@ -25,9 +25,9 @@ from thoughtbubbles.positions import RopeScaling
 from thoughtbubbles.pretrained import Pretrained, load_pretrained, save_pretrained
 from thoughtbubbles.safetensors_files import SafetensorsFiles
 from train.chat import chat_ids, render
+from train.devices.mesh import MeshConfig, make_mesh, state_shardings
 from train.generate import GenerateConfig, main
 from train.load import find_weights, load_weights
-from train.mesh import MeshConfig, make_mesh, state_shardings
 
 FIXTURES = Path(__file__).parent / "fixtures/pretrained"
 FAMILIES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz"))

@@ -24,10 +24,10 @@ from train import evaluate, generate
 from train.checkpoint import load_params
 from train.config import EvalConfig, InitConfig, RunConfig, as_json, differences
 from train.data import DataConfig, DataError
+from train.devices.mesh import MeshConfig, make_mesh, place, state_shardings
 from train.load import find_weights, load_model
 from train.loop import train
 from train.losses import next_token_loss
-from train.mesh import MeshConfig, make_mesh, place, state_shardings
 from train.optim import OptimizerConfig, make_optimizer
 from train.presets import PRESETS
 from train.pretraining import make_run, on_weights

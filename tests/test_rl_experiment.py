@@ -12,9 +12,9 @@ from rl_tiny import MODELS
 
 from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
+from train.devices.mesh import make_mesh
 from train.experiments import reinforce
 from train.load import Writer
-from train.mesh import make_mesh
 from train.rl.protocols import Completion
 from train.rl.tasks.arithmetic import Arithmetic
 from train.rl.tasks.strings import Reverse

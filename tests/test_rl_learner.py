@@ -10,7 +10,7 @@ import optax
 import pytest
 from rl_tiny import LORA, MEMGEN, Echo, Vowels, writer
 
-from train.mesh import MeshConfig
+from train.devices.mesh import MeshConfig
 from train.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.credit import Episodes, credit

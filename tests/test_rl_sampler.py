@@ -16,7 +16,7 @@ from rl_tiny import LORA, MEMGEN, Echo, Vowels, sampling, tuned, writer
 import memgen
 from memgen import TriggerConfig, WeaverConfig, decoding
 from train.data import ByteTokenizer
-from train.mesh import MeshConfig, make_mesh
+from train.devices.mesh import MeshConfig, make_mesh
 from train.rl.policy import decision_scores, sampler_of, token_scores
 from train.rl.rollouts import Trajectory, make_rows
 from train.rl.sampler import Sampler, row_keys

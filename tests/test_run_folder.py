@@ -19,7 +19,7 @@ from train.run_folder import only_run_in
 
 HOLD = """
 import pathlib, sys, time
-from train.distributed import DistributedConfig, together
+from train.devices.distributed import DistributedConfig, together
 from train.run_folder import only_run_in
 port, process, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 with together(DistributedConfig(f"127.0.0.1:{port}", 2, process)), only_run_in(folder):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import BASE
 
 from thoughtbubbles import Fork, PrefixRank, Streams, Threshold, TopK
-from train.mesh import (
+from train.devices.mesh import (
     MeshConfig,
     batch_sharding,
     check_batch,

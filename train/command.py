@@ -15,7 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from thoughtbubbles.positions import RopeScaling
 from train.config import POLICIES, policy_from_text
-from train.hardware import quiet_libtpu
+from train.devices.hardware import quiet_libtpu
 
 Config = TypeVar("Config")
 

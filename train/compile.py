@@ -16,14 +16,14 @@ from typing import Any
 
 import jax
 
-from train.attention import Attention, resolve
 from train.command import run_command
 from train.compile_program import Program, What, program_of
 from train.compile_report import arguments_of, out_of_memory_text, report_of, text_of
 from train.compile_topology import KNOWN, Topology, topology_of
 from train.config import RunConfig, as_json
-from train.hardware import GIB
-from train.mesh import MeshConfig, make_mesh
+from train.devices.attention import Attention, resolve
+from train.devices.hardware import GIB
+from train.devices.mesh import MeshConfig, make_mesh
 from train.presets import PRESETS
 
 # Options of a run that would mean something else here than they say.

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 from thoughtbubbles import ModelConfig
 from thoughtbubbles.attention import visited_pairs
 from thoughtbubbles.cache import Cache, cacheable, decode_step, init_cache
-from train.attention import Attention
 from train.config import RunConfig
-from train.mesh import (
+from train.devices.attention import Attention
+from train.devices.mesh import (
     BATCH_AXES,
     AxisRules,
     batch_sharding,

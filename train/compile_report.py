@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from train.compile_program import Program
 from train.compile_topology import Topology, link_bandwidth
-from train.hardware import GIB
+from train.devices.hardware import GIB
+from train.devices.mesh import shard_bytes
 from train.hlo import KINDS, Collective, collectives_of
-from train.mesh import shard_bytes
 
 LARGEST = 6
 ASSUMPTIONS = (

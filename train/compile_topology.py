@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from train.hardware import CHIPS, Chip, libtpu_without_tpus
+from train.devices.hardware import CHIPS, Chip, libtpu_without_tpus
 
 HOST_GPUS = 8
 # The slices that are offered of each chip, and sizes for GPUs.

@@ -6,11 +6,11 @@ from typing import Any, Literal, get_type_hints
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
-from train.attention import Attention
 from train.data import DataConfig
-from train.distributed import DistributedConfig
+from train.devices.attention import Attention
+from train.devices.distributed import DistributedConfig
+from train.devices.mesh import MeshConfig
 from train.instruments import parse_window
-from train.mesh import MeshConfig
 from train.optim import OptimizerConfig
 
 
@@ -73,7 +73,7 @@ class LoopConfig:
         keep, keep_every: checkpoints kept: the newest ones, and those at multiples for ever.
         attention: how attention is computed; "auto" takes the kernel of the mesh's devices.
         profile: record these steps with jax's profiler, e.g. "10:20" (`train.instruments`).
-        peak_tflops: of a device, for MFU, where `train.hardware` does not know it.
+        peak_tflops: of a device, for MFU, where `train.devices.hardware` does not know it.
         dry_run: only say what would be run.
     """
 

@@ -19,11 +19,18 @@ from thoughtbubbles import Thoughtbubbles
 from train.command import run_command
 from train.config import EvalConfig
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare
+from train.devices.mesh import (
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    place,
+    replicated,
+)
 from train.dials import AnyPolicy, Setting, figure, table, turn
 from train.figures import check_figure
 from train.load import Loaded, Writer, check_named, load_model, load_named
 from train.losses import token_losses
-from train.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, place, replicated
 from train.optim import OptimizerConfig
 from train.scoring import Scorer
 from train.state import Trainable, make_trainable

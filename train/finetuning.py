@@ -16,8 +16,7 @@ from thoughtbubbles import Thoughtbubbles
 from train.config import LoopConfig, as_json
 from train.data import Batch
 from train.data.chat_data import ChatData, ChatDataConfig, ChatReader, prepare_chat
-from train.load import Writer, load_writer, tokenizer_meta
-from train.mesh import (
+from train.devices.mesh import (
     batch_sharding,
     check_batch,
     make_mesh,
@@ -25,6 +24,7 @@ from train.mesh import (
     replicated,
     state_shardings,
 )
+from train.load import Writer, load_writer, tokenizer_meta
 from train.optim import OptimizerConfig
 from train.state import TrainState, make_trainable
 from train.step import TrainStep, make_train_step

@@ -12,7 +12,7 @@ from typing import Any
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.chat import Message, render
-from train.hardware import quiet_libtpu
+from train.devices.hardware import quiet_libtpu
 from train.load import Writer, load_model, load_weights
 from train.scoring import Scorer
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train.hardware import GIB, chip_of
+from train.devices.hardware import GIB, chip_of
 
 
 class Stopwatch:
@@ -112,7 +112,7 @@ class Stopwatch:
 
 
 def peak_flops(mesh: Mesh, tflops_per_device: float | None = None) -> float | None:
-    """Peak FLOP/s of a mesh: its chips' bfloat16 peak (`train.hardware`), or what is given.
+    """Peak FLOP/s of a mesh: its chips' bfloat16 peak (`train.devices.hardware`), or what is given.
 
     None for devices that the table lacks, such as CPUs.
     """

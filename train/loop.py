@@ -18,9 +18,9 @@ import numpy as np
 from train.checkpoint import Checkpointer, load_meta
 from train.config import LoopConfig, RunConfig, as_json, noted_changes
 from train.data import Batch, TrainReader
-from train.distributed import agreed, check_same, ends_when_alone, several
+from train.devices.distributed import agreed, check_same, ends_when_alone, several
+from train.devices.mesh import place_local, rows_here
 from train.instruments import Profiler, Stopwatch, memory, not_recorded, peak_flops
-from train.mesh import place_local, rows_here
 from train.metrics import MetricWriter, Progress
 from train.plan import resolved
 from train.pretraining import Pretraining

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from train.config import RunConfig, as_json, noted_changes
+from train.devices.mesh import shard_bytes
 from train.instruments import not_recorded
-from train.mesh import shard_bytes
 from train.state import Trainable
 
 

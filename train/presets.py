@@ -5,7 +5,7 @@ import dataclasses
 from thoughtbubbles import ModelConfig, Threshold, TopK
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
-from train.mesh import MeshConfig
+from train.devices.mesh import MeshConfig
 from train.optim import OptimizerConfig
 
 TINY = RunConfig(

@@ -13,8 +13,8 @@ from train import evaluate
 from train.config import FREE_IN, RunConfig
 from train.data import Batch, DataConfig, PackedData, TrainReader, load_tokenizer, prepare
 from train.data.storage import build_once
+from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.load import find_weights, tokenizer_meta
-from train.mesh import check_batch, make_mesh, state_shardings
 from train.plan import describe
 from train.presets import PRESETS
 from train.state import TRAINED, Trainable, TrainState, make_trainable

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from train.config import LoopConfig, as_json, differences
-from train.distributed import agreed, several, tell
+from train.devices.distributed import agreed, several, tell
 
 _LOCK, _OTHERS = ".lock", ".lock-others"
 NETWORK_DISK = 90.0  # seconds after which every host sees a new file

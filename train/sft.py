@@ -9,7 +9,7 @@ import jax
 
 from train.checkpoint import load_meta
 from train.command import run_command
-from train.distributed import together
+from train.devices.distributed import together
 from train.finetuning import Finetuning, SFTConfig
 from train.loop import NonFiniteLoss, run
 

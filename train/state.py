@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from thoughtbubbles.layers import Tracked
-from train.attention import Attention, attention_on, resolve
-from train.mesh import constrain_batch, state_shardings
+from train.devices.attention import Attention, attention_on, resolve
+from train.devices.mesh import constrain_batch, state_shardings
 from train.optim import OptimizerConfig, make_optimizer, make_schedule
 
 EVERY_PARAMETER: filterlib.Filter = ...
@@ -152,7 +152,7 @@ def make_trainable(
         around: what is trained, if it is not the model alone but something built around it.
 
     Raises:
-        ValueError: the mesh's devices can't run this `attention` (see `train.attention.resolve`),
+        ValueError: the mesh's devices can't run this `attention` (see `train.devices.attention.resolve`),
             or no parameter is trained.
     """
     attention = resolve(config, mesh, attention)

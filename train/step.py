@@ -12,8 +12,8 @@ from flax import nnx
 
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.layers import Tracked
+from train.devices.mesh import batch_sharding, replicated
 from train.losses import next_token_loss
-from train.mesh import batch_sharding, replicated
 from train.state import Trainable, TrainState
 from train.statistics import fork_statistics, thresholds
 

@@ -30,11 +30,11 @@ from thoughtbubbles import (
 from train.command import run_command
 from train.config import EvalConfig
 from train.data import DataConfig, TrainReader, prepare
+from train.devices.mesh import MeshConfig, make_mesh, place
 from train.evaluate import Evaluator
 from train.experiments.results import Results, read_results
 from train.experiments.tasks import Lookup
 from train.losses import token_losses
-from train.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
 from train.state import Trainable, make_trainable
 from train.statistics import readable as fork_metrics

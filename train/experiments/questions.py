@@ -11,9 +11,9 @@ from flax import nnx
 from memgen import LoRAConfig, MemGenConfig
 from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
+from train.devices.mesh import MeshConfig, make_mesh, place
 from train.finetuning import boundaries_for, sft_loss
 from train.load import Writer
-from train.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
 from train.rl.protocols import Completion, Problem, Reward, Split
 from train.rl.rollouts import Trajectory

@@ -17,8 +17,8 @@ import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from train.command import run_command
+from train.devices.mesh import MeshConfig, make_mesh, place
 from train.losses import token_losses
-from train.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
 from train.state import Trainable, TrainState, make_trainable
 from train.step import make_train_step

@@ -24,9 +24,9 @@ from thoughtbubbles import ModelConfig, Thoughtbubbles
 from train.command import run_command
 from train.config import EvalConfig
 from train.data import ByteTokenizer
+from train.devices.mesh import place
 from train.experiments.results import Results, read_results
 from train.load import Writer
-from train.mesh import place
 from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.rl.config import METHODS, RLConfig

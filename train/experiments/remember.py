@@ -35,6 +35,7 @@ from memgen import (
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from train.command import run_command
 from train.data import ByteTokenizer
+from train.devices.mesh import MeshConfig, make_mesh
 from train.experiments.questions import (
     HELD_OUT,
     KINDS,
@@ -48,7 +49,6 @@ from train.experiments.questions import (
 from train.experiments.results import Results, read_results
 from train.finetuning import checksum
 from train.load import Writer
-from train.mesh import MeshConfig, make_mesh
 from train.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.penalties import InvocationPenalty

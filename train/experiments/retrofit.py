@@ -24,12 +24,12 @@ from thoughtbubbles.retrofit import add_forks
 from train.command import run_command
 from train.config import EvalConfig
 from train.data import DataConfig, PackedData, TrainReader, prepare
+from train.devices.mesh import MeshConfig, make_mesh, place
 from train.dials import AnyPolicy
 from train.evaluate import Evaluator
 from train.experiments.quality import KEY, report
 from train.experiments.results import Results, read_results
 from train.load import find_weights
-from train.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
 from train.state import TRAINED, make_trainable
 from train.statistics import readable as fork_metrics

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.mesh import batch_sharding, place, replicated
+from train.devices.mesh import batch_sharding, place, replicated
 from train.rl.config import RLConfig
 from train.rl.losses import policy_loss
 from train.rl.policy import acted, scores

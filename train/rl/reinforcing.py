@@ -15,9 +15,9 @@ from memgen import MemGen, MemGenConfig
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.cache import check_cacheable
 from train.config import as_json
+from train.devices.mesh import BATCH_AXES, make_mesh
 from train.finetuning import boundaries_for, checksum, load_writer_on
 from train.load import Writer, tokenizer_meta
-from train.mesh import BATCH_AXES, make_mesh
 from train.plan import resolved
 from train.rl.advantages import informative
 from train.rl.allocators import Uniform

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 import memgen
 from memgen import MemGen
-from train.mesh import BATCH_AXES, place
+from train.devices.mesh import BATCH_AXES, place
 from train.rl.rollouts import SHORTEST, bucket
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from thoughtbubbles import ModelConfig
 from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.kernels import attend_cudnn, attend_splash
-from train.mesh import BATCH_AXES
+from train.devices.mesh import BATCH_AXES
 
 Attention = Literal["auto", "xla", "splash", "cudnn"]
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}

@@ -1,0 +1,1 @@
+"""Meshes, processes, attention kernels, and what is known of chips."""
