@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train.command import parse
+from train.cli.command import parse
 from train.compile import CompileConfig, as_options, attention_of, presets
 from train.compile_program import program_of
 from train.compile_report import arguments_of, sharding_table

@@ -6,7 +6,7 @@ import pytest
 
 from thoughtbubbles import PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
-from train.command import parse
+from train.cli.command import parse
 from train.config import RunConfig, as_json, differences, model_from_json, policy_from_text
 from train.presets import PRESETS
 

@@ -14,7 +14,7 @@ from letters import Letters
 from tiny import SMALL, logits_of, quick_model
 
 from train import evaluate
-from train.command import run_command
+from train.cli.command import run_command
 from train.evaluate import EvaluateConfig
 from train.load import Loaded, load_weights
 from train.run_folder import write_whole

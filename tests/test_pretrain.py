@@ -17,7 +17,7 @@ from processes import QUICK
 
 from train import evaluate, generate, pretrain
 from train.checkpoint import load_params
-from train.command import run_command
+from train.cli.command import run_command
 from train.config import RunConfig
 from train.evaluate import EvaluateConfig, Evaluator
 from train.generate import GenerateConfig

@@ -281,7 +281,7 @@ def test_a_run_starts_from_weights_goes_on_and_is_read_back(run_config, one_devi
 
 
 def test_the_command_line_says_where_a_run_starts(run_config, one_device, monkeypatch, capsys):
-    from train.command import run_command
+    from train.cli.command import run_command
     from train.pretrain import main
 
     words = ["--dry-run", "--init.weights", run_config.init.weights, "--init.forks", "1"]

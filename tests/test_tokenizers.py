@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from train import tokenizer as command
-from train.command import run_command
+from train.cli.command import run_command
 from train.data import (
     ByteTokenizer,
     DataError,

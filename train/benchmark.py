@@ -16,7 +16,7 @@ import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank
 from train import benchmark_decoding, benchmark_memgen, benchmark_rl, benchmark_selection
-from train.command import run_command
+from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.optim import OptimizerConfig
 from train.state import make_trainable

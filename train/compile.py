@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from train.command import run_command
+from train.cli.command import run_command
 from train.compile_program import Program, What, program_of
 from train.compile_report import arguments_of, out_of_memory_text, report_of, text_of
 from train.compile_topology import KNOWN, Topology, topology_of

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles import Thoughtbubbles
-from train.command import run_command
+from train.cli.command import run_command
+from train.cli.figures import check_figure
 from train.config import EvalConfig
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare
 from train.devices.mesh import (
@@ -28,7 +29,6 @@ from train.devices.mesh import (
     replicated,
 )
 from train.dials import AnyPolicy, Setting, figure, table, turn
-from train.figures import check_figure
 from train.load import Loaded, Writer, check_named, load_model, load_named
 from train.losses import token_losses
 from train.optim import OptimizerConfig

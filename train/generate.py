@@ -17,9 +17,9 @@ from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.chat import chat_ids
-from train.command import run_command
+from train.cli.command import run_command
+from train.cli.figures import check_figure
 from train.dials import AnyPolicy, turn
-from train.figures import check_figure
 from train.load import Writer, load_named
 
 MEMORY = {

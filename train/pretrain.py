@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from train.checkpoint import load_meta
-from train.command import run_command
+from train.cli.command import run_command
 from train.config import RunConfig
 from train.devices.distributed import agreed, together
 from train.devices.mesh import rows_here

@@ -8,7 +8,7 @@ import sys
 import jax
 
 from train.checkpoint import load_meta
-from train.command import run_command
+from train.cli.command import run_command
 from train.devices.distributed import together
 from train.finetuning import Finetuning, SFTConfig
 from train.loop import NonFiniteLoss, run

@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train.command import run_command
+from train.cli.command import run_command
 from train.data import DataConfig, DataError, HuggingFaceTokenizer, open_corpus
 from train.data.corpora import Corpus
 from train.data.tokenizers import SEPARATORS

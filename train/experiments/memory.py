@@ -32,7 +32,7 @@ from memgen import (
     token_log_probs,
 )
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
-from train.command import run_command
+from train.cli.command import run_command
 from train.experiments.results import Results, read_results
 from train.finetuning import checksum
 

@@ -27,7 +27,7 @@ from thoughtbubbles import (
     Threshold,
     TopK,
 )
-from train.command import run_command
+from train.cli.command import run_command
 from train.config import EvalConfig
 from train.data import DataConfig, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
-from train.command import run_command
+from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.losses import token_losses
 from train.optim import OptimizerConfig

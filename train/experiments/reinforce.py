@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
-from train.command import run_command
+from train.cli.command import run_command
 from train.config import EvalConfig
 from train.data import ByteTokenizer
 from train.devices.mesh import place

@@ -33,7 +33,7 @@ from memgen import (
     WeaverConfig,
 )
 from thoughtbubbles import ModelConfig, Thoughtbubbles
-from train.command import run_command
+from train.cli.command import run_command
 from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh
 from train.experiments.questions import (

@@ -21,7 +21,7 @@ from thoughtbubbles import PrefixRank
 from thoughtbubbles.forking import GATE_UNIT
 from thoughtbubbles.pretrained import Pretrained, load_pretrained
 from thoughtbubbles.retrofit import add_forks
-from train.command import run_command
+from train.cli.command import run_command
 from train.config import EvalConfig
 from train.data import DataConfig, PackedData, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place

@@ -2,7 +2,7 @@
 
 import sys
 
-from train.command import run_command
+from train.cli.command import run_command
 from train.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.loop import train

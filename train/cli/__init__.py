@@ -1,0 +1,1 @@
+"""The command line: options, errors of one line, figure files."""
