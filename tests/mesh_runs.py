@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank
-from train.checkpoint import Checkpointer
 from train.config import RunConfig
 from train.data import DataConfig, TrainReader, prepare
 from train.devices.distributed import DistributedConfig, together
 from train.devices.mesh import MeshConfig, make_mesh, place_local, rows_here
 from train.optim import OptimizerConfig
+from train.runs.checkpoint import Checkpointer
 from train.state import make_trainable
 from train.step import make_train_step
 

@@ -21,7 +21,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from train.checkpoint import Checkpointer, CheckpointError, load_params
+from train.runs.checkpoint import Checkpointer, CheckpointError, load_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,7 +152,7 @@ def test_restores_onto_other_meshes(tmp_path: Path):
 
     script = """
 import sys, jax, numpy as np
-from train.checkpoint import load_params
+from train.runs.checkpoint import load_params
 assert jax.device_count() == 1
 np.save(sys.argv[2], load_params(sys.argv[1])[1]["w"])
 """
@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_names_the_intact_one(tmp_path: Path, files: str, h
 
 SAVE_FOR_EVER = """
 import sys, itertools, jax, jax.numpy as jnp
-from train.checkpoint import Checkpointer
+from train.runs.checkpoint import Checkpointer
 shape = (1024, 1024)
 make = jax.jit(lambda step: {str(i): jnp.full(shape, step + i, jnp.float32) for i in range(8)})
 with Checkpointer(sys.argv[1], save_interval=1, keep=2) as checkpointer:
@@ -333,7 +333,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path: Path):
 
 LIMIT_FILE_SIZE = """
 import resource, sys, jax.numpy as jnp, numpy as np
-from train.checkpoint import Checkpointer, CheckpointError
+from train.runs.checkpoint import Checkpointer, CheckpointError
 small = {"w": jnp.ones(3)}
 large = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)))}
 try:
@@ -407,7 +407,7 @@ def test_full_disk(small_disk: Path, capfd: pytest.CaptureFixture[str]):
 TWO_PROCESSES = """
 import os, signal, sys, time, jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from train.checkpoint import Checkpointer
+from train.runs.checkpoint import Checkpointer
 directory, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))

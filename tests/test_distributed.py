@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from processes import PATIENCE, free_port, processes
 
-from train import checkpoint, pretrain
-from train.checkpoint import Checkpointer, load_meta, load_params
+from train import pretrain
 from train.config import EvalConfig, RunConfig, as_json, differences
 from train.data import DataConfig, prepare
 from train.devices.distributed import DistributedConfig
 from train.evaluate import held_out
 from train.load import load_model
 from train.loop import only_run_in
-from train.metrics import read_metrics
 from train.presets import PRESETS
+from train.runs import checkpoint
+from train.runs.checkpoint import Checkpointer, load_meta, load_params
+from train.runs.metrics import read_metrics
 
 STEPS, SAVE_EVERY = 40, 5
 SMALL = (

@@ -17,7 +17,7 @@ from train import evaluate
 from train.cli.command import run_command
 from train.evaluate import EvaluateConfig
 from train.load import Loaded, load_weights
-from train.run_folder import write_whole
+from train.runs.run_folder import write_whole
 from train.scoring import Score, Scorer
 from train.task_files import Item, Task, read_task
 from train.task_scores import Answer, answers, check_output, summary, task_table

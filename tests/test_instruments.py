@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from train.devices.mesh import MeshConfig, make_mesh
-from train.instruments import Profiler, Stopwatch, memory, parse_window, peak_flops
+from train.runs.instruments import Profiler, Stopwatch, memory, parse_window, peak_flops
 
 
 class Clock:

@@ -9,8 +9,8 @@ from mesh_runs import MODEL, STEPS, OnMesh, run_config
 from processes import free_port, processes
 
 from thoughtbubbles import Threshold
-from train.checkpoint import Checkpointer
 from train.devices.mesh import MeshConfig
+from train.runs.checkpoint import Checkpointer
 
 TRACKED = dataclasses.replace(MODEL, policy=Threshold(2.0))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.metrics import MetricsError, MetricWriter, Progress, read_metrics
+from train.runs.metrics import MetricsError, MetricWriter, Progress, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,7 +133,7 @@ def test_without_a_step_it_appends_after_the_last_whole_line(tmp_path: Path):
 def test_a_kill_loses_no_line(tmp_path: Path):
     script = """
 import os, signal, sys
-from train.metrics import MetricWriter
+from train.runs.metrics import MetricWriter
 writer = MetricWriter(sys.argv[1])
 for step in range(1, 101):
     writer.write(step, {"loss": 0.5})
@@ -146,7 +146,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_full_disk_is_one_line(tmp_path: Path):
     script = """
 import resource, sys
-from train.metrics import MetricWriter, MetricsError
+from train.runs.metrics import MetricWriter, MetricsError
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 try:
     with MetricWriter(sys.argv[1]) as writer:

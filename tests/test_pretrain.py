@@ -16,15 +16,15 @@ import pytest
 from processes import QUICK
 
 from train import evaluate, generate, pretrain
-from train.checkpoint import load_params
 from train.cli.command import run_command
 from train.config import RunConfig
 from train.evaluate import EvaluateConfig, Evaluator
 from train.generate import GenerateConfig
 from train.load import load_model
 from train.loop import only_run_in
-from train.metrics import MetricWriter, read_metrics
 from train.presets import PRESETS
+from train.runs.checkpoint import load_params
+from train.runs.metrics import MetricWriter, read_metrics
 from train.step import make_train_step
 
 WORDS = "def return self None for in range print yield class import if else".split()  # noqa: SIM905

@@ -21,7 +21,6 @@ from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.retrofit import add_forks
 from thoughtbubbles.streams import left_align, restore_alignment
 from train import evaluate, generate
-from train.checkpoint import load_params
 from train.config import EvalConfig, InitConfig, RunConfig, as_json, differences
 from train.data import DataConfig, DataError
 from train.devices.mesh import MeshConfig, make_mesh, place, state_shardings
@@ -31,6 +30,7 @@ from train.losses import next_token_loss
 from train.optim import OptimizerConfig, make_optimizer
 from train.presets import PRESETS
 from train.pretraining import make_run, on_weights
+from train.runs.checkpoint import load_params
 from train.state import TRAINED, make_trainable
 from train.step import make_train_step
 

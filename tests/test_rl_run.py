@@ -15,11 +15,9 @@ from flax import nnx
 from rl_tiny import LORA, MEMGEN, Vowels, writer
 
 from memgen import TriggerParam, WeaverParam, trained_params
-from train.checkpoint import load_params
 from train.config import EvalConfig, as_json
 from train.load import Writer, load_model
 from train.loop import NonFiniteLoss
-from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.rl.allocators import Uniform
 from train.rl.config import METHODS, RLConfig
@@ -27,6 +25,8 @@ from train.rl.loop import train
 from train.rl.penalties import InvocationPenalty
 from train.rl.protocols import Reward
 from train.rl.reinforcing import Reinforcing
+from train.runs.checkpoint import load_params
+from train.runs.metrics import read_metrics
 
 CLOCK = ("time", "seconds", "tokens_per_second", "memory")
 

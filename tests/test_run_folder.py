@@ -11,16 +11,16 @@ from processes import free_port, processes
 
 from thoughtbubbles import ModelConfig
 from train import loop
-from train.checkpoint import load_meta
 from train.config import EvalConfig, RunConfig, as_json, noted_changes
 from train.data import DataConfig
-from train.instruments import not_recorded
-from train.run_folder import only_run_in
+from train.runs.checkpoint import load_meta
+from train.runs.instruments import not_recorded
+from train.runs.run_folder import only_run_in
 
 HOLD = """
 import pathlib, sys, time
 from train.devices.distributed import DistributedConfig, together
-from train.run_folder import only_run_in
+from train.runs.run_folder import only_run_in
 port, process, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 with together(DistributedConfig(f"127.0.0.1:{port}", 2, process)), only_run_in(folder):
     print("held", flush=True)

@@ -18,7 +18,6 @@ import memgen
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, plan_insertions
 from thoughtbubbles import ModelConfig
 from train import evaluate, generate, sft
-from train.checkpoint import load_params
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.data.chat_data import ChatDataConfig, prepare_chat
@@ -26,8 +25,9 @@ from train.devices.mesh import MeshConfig, make_mesh, shard_bytes, state_shardin
 from train.finetuning import Finetuning, SFTConfig, checksum, load_writer_on, sft_loss
 from train.load import load_model, load_writer
 from train.loop import run, train
-from train.metrics import read_metrics
 from train.optim import OptimizerConfig
+from train.runs.checkpoint import load_params
+from train.runs.metrics import read_metrics
 from train.scoring import Scorer
 from train.tuning import TRAINED, Tuned, one_response_rows
 

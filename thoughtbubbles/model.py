@@ -78,7 +78,7 @@ class Thoughtbubbles(nnx.Module):
         *,
         shardings: Callable[[Any], Any] | None = None,
     ) -> "Thoughtbubbles":
-        """A model with given parameters, e.g. from `train.checkpoint.load_params`.
+        """A model with given parameters, e.g. from `train.runs.checkpoint.load_params`.
 
         Args:
             config: what they were made with.

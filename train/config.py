@@ -10,8 +10,8 @@ from train.data import DataConfig
 from train.devices.attention import Attention
 from train.devices.distributed import DistributedConfig
 from train.devices.mesh import MeshConfig
-from train.instruments import parse_window
 from train.optim import OptimizerConfig
+from train.runs.instruments import parse_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LoopConfig:
         log_every, save_every: steps.
         keep, keep_every: checkpoints kept: the newest ones, and those at multiples for ever.
         attention: how attention is computed; "auto" takes the kernel of the mesh's devices.
-        profile: record these steps with jax's profiler, e.g. "10:20" (`train.instruments`).
+        profile: record these steps with jax's profiler, e.g. "10:20" (`train.runs.instruments`).
         peak_tflops: of a device, for MFU, where `train.devices.hardware` does not know it.
         dry_run: only say what would be run.
     """

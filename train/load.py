@@ -11,9 +11,9 @@ from memgen import MemGen
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.checkpoint import load_meta, load_params
 from train.config import model_from_json
 from train.data import Tokenizer, load_tokenizer
+from train.runs.checkpoint import load_meta, load_params
 
 Shardings = Callable[[Any], Any]
 

@@ -15,16 +15,16 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from train.checkpoint import Checkpointer, load_meta
 from train.config import LoopConfig, RunConfig, as_json, noted_changes
 from train.data import Batch, TrainReader
 from train.devices.distributed import agreed, check_same, ends_when_alone, several
 from train.devices.mesh import place_local, rows_here
-from train.instruments import Profiler, Stopwatch, memory, not_recorded, peak_flops
-from train.metrics import MetricWriter, Progress
 from train.plan import resolved
 from train.pretraining import Pretraining
-from train.run_folder import (
+from train.runs.checkpoint import Checkpointer, load_meta
+from train.runs.instruments import Profiler, Stopwatch, memory, not_recorded, peak_flops
+from train.runs.metrics import MetricWriter, Progress
+from train.runs.run_folder import (
     check_base,
     check_continuation,
     check_data,

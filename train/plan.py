@@ -7,7 +7,7 @@ import jax
 
 from train.config import RunConfig, as_json, noted_changes
 from train.devices.mesh import shard_bytes
-from train.instruments import not_recorded
+from train.runs.instruments import not_recorded
 from train.state import Trainable
 
 

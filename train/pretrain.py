@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 
-from train.checkpoint import load_meta
 from train.cli.command import run_command
 from train.config import RunConfig
 from train.devices.distributed import agreed, together
@@ -16,7 +15,8 @@ from train.loop import NonFiniteLoss, train
 from train.plan import plan
 from train.presets import PRESETS
 from train.pretraining import make_run, on_weights
-from train.run_folder import check_continuation
+from train.runs.checkpoint import load_meta
+from train.runs.run_folder import check_continuation
 
 
 def main(config: RunConfig) -> None:

@@ -7,11 +7,11 @@ import sys
 
 import jax
 
-from train.checkpoint import load_meta
 from train.cli.command import run_command
 from train.devices.distributed import together
 from train.finetuning import Finetuning, SFTConfig
 from train.loop import NonFiniteLoss, run
+from train.runs.checkpoint import load_meta
 
 
 def main(config: SFTConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.run_folder import write_whole
+from train.runs.run_folder import write_whole
 from train.scoring import Score, Scorer
 from train.task_files import Item, Task
 

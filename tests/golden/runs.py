@@ -30,11 +30,11 @@ from train.data import DataConfig
 from train.data.chat_data import ChatDataConfig
 from train.finetuning import Finetuning, SFTConfig
 from train.loop import run, train
-from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train as train_rl
 from train.rl.reinforcing import Reinforcing
+from train.runs.metrics import read_metrics
 
 VALUES = Path(__file__).with_name("values.json")
 CLOCK = ("time", "seconds", "per_second", "memory", "mfu", "data_wait", "goodput")

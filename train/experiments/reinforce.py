@@ -27,7 +27,6 @@ from train.data import ByteTokenizer
 from train.devices.mesh import place
 from train.experiments.results import Results, read_results
 from train.load import Writer
-from train.metrics import read_metrics
 from train.optim import OptimizerConfig
 from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train
@@ -36,6 +35,7 @@ from train.rl.protocols import Completion, Problem, Reward, Task
 from train.rl.reinforcing import Reinforcing
 from train.rl.rollouts import SHORTEST, bucket
 from train.rl.tasks import make_task
+from train.runs.metrics import read_metrics
 from train.state import TrainState
 from train.step import make_train_step
 

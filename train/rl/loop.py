@@ -10,14 +10,20 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from train.checkpoint import Checkpointer, load_meta
 from train.config import as_json, noted_changes
-from train.instruments import Profiler, memory, not_recorded
 from train.loop import NonFiniteLoss, restore_or_init, stop_signals
-from train.metrics import MetricWriter, Progress
 from train.rl.reinforcing import Collected, Reinforcing
 from train.rl.rollouts import Trajectory
-from train.run_folder import check_base, check_continuation, check_data, only_run_in, write_whole
+from train.runs.checkpoint import Checkpointer, load_meta
+from train.runs.instruments import Profiler, memory, not_recorded
+from train.runs.metrics import MetricWriter, Progress
+from train.runs.run_folder import (
+    check_base,
+    check_continuation,
+    check_data,
+    only_run_in,
+    write_whole,
+)
 
 SHOWN = 60  # characters of a prompt or a text in the progress view
 

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from train.hush import hush_failed_saves, hush_leftovers
+from train.runs.quiet_orbax import hush_failed_saves, hush_leftovers
 
 _ITEMS = ("params", "train")
 _SHOWN = 3  # leaves named in an error line

@@ -1,0 +1,1 @@
+"""A run on disk: checkpoints, metrics, who holds the folder, what is timed."""
