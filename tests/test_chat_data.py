@@ -20,7 +20,6 @@ from thoughtbubbles import ModelConfig
 from thoughtbubbles.backbone import Backbone
 from thoughtbubbles.gguf_files import GGUFFile
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.chat import chat_examples, chat_ids, render
 from train.data import (
     ByteTokenizer,
     ChatDataConfig,
@@ -31,6 +30,7 @@ from train.data import (
     segment_mask,
 )
 from train.data.chat_data import pack
+from train.data.chat_templates import chat_examples, chat_ids, render
 from train.load import find_weights
 
 FOLDER = Path(__file__).parent / "fixtures/pretrained/llama"

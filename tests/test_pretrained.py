@@ -24,7 +24,7 @@ from thoughtbubbles.decoding import generate
 from thoughtbubbles.positions import RopeScaling
 from thoughtbubbles.pretrained import Pretrained, load_pretrained, save_pretrained
 from thoughtbubbles.safetensors_files import SafetensorsFiles
-from train.chat import chat_ids, render
+from train.data.chat_templates import chat_ids, render
 from train.devices.mesh import MeshConfig, make_mesh, state_shardings
 from train.generate import GenerateConfig, main
 from train.load import find_weights, load_weights

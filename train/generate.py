@@ -16,9 +16,9 @@ from thoughtbubbles import Backbone
 from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.chat import chat_ids
 from train.cli.command import run_command
 from train.cli.figures import check_figure
+from train.data.chat_templates import chat_ids
 from train.dials import AnyPolicy, turn
 from train.load import Writer, load_named
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.chat import Message, render
+from train.data.chat_templates import Message, render
 from train.devices.hardware import quiet_libtpu
 from train.load import Writer, load_model, load_weights
 from train.scoring import Scorer

@@ -4,7 +4,7 @@ A line is `{"messages": [{"role": ..., "content": ...}, ...]}` (roles: system, u
 tool), `{"prompt": ..., "completion": ...}` or `{"question": ..., "answer": ...}`; other keys beside
 these are left alone, the first of the three counts.
 
-Pretrained tokenizers render all of them with their own chat template (`train.chat.chat_examples`;
+Pretrained tokenizers render all of them with their own chat template (`train.data.chat_templates.chat_examples`;
 prompt and completion are then a user's and an assistant's message). A model without a template
 reads a completion right behind its prompt, and an answer one line break behind its question or
 lone user message; the end is the separator.
@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.chat import Example, Message, chat_examples, text_example
 from train.data import splits
+from train.data.chat_templates import Example, Message, chat_examples, text_example
 from train.data.config import DataError, check_rows
 from train.data.packing import PADDING, PackedRows
 from train.data.reader import Batch, TrainReader

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.chat import chat_ids
+from train.data.chat_templates import chat_ids
 from train.load import Writer
 from train.rl.protocols import Completion, Environment, Problem, Reward, Task, Turn
 from train.rl.rollouts import Trajectory
