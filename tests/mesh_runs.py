@@ -13,10 +13,10 @@ from train.config import RunConfig
 from train.data import DataConfig, TrainReader, prepare
 from train.devices.distributed import DistributedConfig, together
 from train.devices.mesh import MeshConfig, make_mesh, place_local, rows_here
-from train.optim import OptimizerConfig
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
 from train.runs.checkpoint import Checkpointer
-from train.state import make_trainable
-from train.step import make_train_step
 
 MODEL = ModelConfig(
     vocab_size=264, embed_dim=16, num_layers=2, num_heads=8, fork_layers=(1,), policy=PrefixRank(2)

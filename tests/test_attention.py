@@ -29,9 +29,9 @@ from train.devices.mesh import (
     replicated,
     state_shardings,
 )
-from train.optim import OptimizerConfig
-from train.state import make_trainable
-from train.step import make_train_step
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
 
 KERNELS = {
     "splash": partial(attend_splash, interpret=True),

@@ -17,9 +17,9 @@ from train import pretrain
 from train.config import EvalConfig, RunConfig, as_json, differences
 from train.data import DataConfig, prepare
 from train.devices.distributed import DistributedConfig
+from train.engine.loop import only_run_in
 from train.evaluate import held_out
 from train.load import load_model
-from train.loop import only_run_in
 from train.presets import PRESETS
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpointer, load_meta, load_params

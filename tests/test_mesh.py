@@ -21,9 +21,9 @@ from train.devices.mesh import (
     make_mesh,
     rows_on,
 )
-from train.optim import OptimizerConfig
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
 from train.presets import PRESETS
-from train.state import make_trainable
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = MeshConfig(data=2, fsdp=2, tensor=2)

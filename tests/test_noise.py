@@ -12,9 +12,9 @@ from tiny import BASE, VOCAB, quick_model
 
 from thoughtbubbles import Fork, PrefixRank, Streams, Thoughtbubbles
 from train.devices.mesh import MeshConfig, make_mesh, place
-from train.optim import OptimizerConfig
-from train.state import make_trainable
-from train.step import make_train_step
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
 
 QUIET = dataclasses.replace(
     BASE, num_layers=2, fork_layers=(0, 1), score_originals=False, policy=PrefixRank(1.5)

@@ -18,14 +18,14 @@ from processes import QUICK
 from train import evaluate, generate, pretrain
 from train.cli.command import run_command
 from train.config import RunConfig
+from train.engine.loop import only_run_in
+from train.engine.step import make_train_step
 from train.evaluate import EvaluateConfig, Evaluator
 from train.generate import GenerateConfig
 from train.load import load_model
-from train.loop import only_run_in
 from train.presets import PRESETS
 from train.runs.checkpoint import load_params
 from train.runs.metrics import MetricWriter, read_metrics
-from train.step import make_train_step
 
 WORDS = "def return self None for in range print yield class import if else".split()  # noqa: SIM905
 SMALL = (
@@ -282,14 +282,14 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
 ):
     saved = json.loads((finished / "config.json").read_text())
     assert saved["steps"] == 8
-    import train.step
+    import train.engine.step
 
     def poisoned(*inputs, **options):
         total, rest = original(*inputs, **options)
         return total / 0.0, rest
 
-    original = train.step.next_token_loss
-    monkeypatch.setattr(train.step, "next_token_loss", poisoned)
+    original = train.engine.step.next_token_loss
+    monkeypatch.setattr(train.engine.step, "next_token_loss", poisoned)
     assert run_here(monkeypatch, *arguments, "--steps", "12") == 1
     mistake(capsys, "step 9: loss inf", "last checkpoint is untouched")
     evidence = np.load(finished / "nonfinite-step-9" / "batch-0.npz")

@@ -24,15 +24,15 @@ from train import evaluate, generate
 from train.config import EvalConfig, InitConfig, RunConfig, as_json, differences
 from train.data import DataConfig, DataError
 from train.devices.mesh import MeshConfig, make_mesh, place, state_shardings
+from train.engine.loop import train
+from train.engine.losses import next_token_loss
+from train.engine.optim import OptimizerConfig, make_optimizer
+from train.engine.state import TRAINED, make_trainable
+from train.engine.step import make_train_step
 from train.load import find_weights, load_model
-from train.loop import train
-from train.losses import next_token_loss
-from train.optim import OptimizerConfig, make_optimizer
 from train.presets import PRESETS
 from train.pretraining import make_run, on_weights
 from train.runs.checkpoint import load_params
-from train.state import TRAINED, make_trainable
-from train.step import make_train_step
 
 FIXTURES = Path(__file__).parent / "fixtures/pretrained"
 PLAIN = ModelConfig(

@@ -11,7 +11,7 @@ import pytest
 from rl_tiny import LORA, MEMGEN, Echo, Vowels, writer
 
 from train.devices.mesh import MeshConfig
-from train.optim import OptimizerConfig
+from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.credit import Episodes, credit
 from train.rl.policy import scores

@@ -16,9 +16,9 @@ from rl_tiny import LORA, MEMGEN, Vowels, writer
 
 from memgen import TriggerParam, WeaverParam, trained_params
 from train.config import EvalConfig, as_json
+from train.engine.loop import NonFiniteLoss
+from train.engine.optim import OptimizerConfig
 from train.load import Writer, load_model
-from train.loop import NonFiniteLoss
-from train.optim import OptimizerConfig
 from train.rl.allocators import Uniform
 from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train

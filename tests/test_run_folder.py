@@ -10,9 +10,9 @@ import pytest
 from processes import free_port, processes
 
 from thoughtbubbles import ModelConfig
-from train import loop
 from train.config import EvalConfig, RunConfig, as_json, noted_changes
 from train.data import DataConfig
+from train.engine import loop
 from train.runs.checkpoint import load_meta
 from train.runs.instruments import not_recorded
 from train.runs.run_folder import only_run_in

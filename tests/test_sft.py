@@ -22,10 +22,10 @@ from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.data.chat_data import ChatDataConfig, prepare_chat
 from train.devices.mesh import MeshConfig, make_mesh, shard_bytes, state_shardings
+from train.engine.loop import run, train
+from train.engine.optim import OptimizerConfig
 from train.finetuning import Finetuning, SFTConfig, checksum, load_writer_on, sft_loss
 from train.load import load_model, load_writer
-from train.loop import run, train
-from train.optim import OptimizerConfig
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
 from train.scoring import Scorer

@@ -24,10 +24,10 @@ from train.devices.mesh import (
     rows_here,
     rows_on,
 )
-from train.optim import OptimizerConfig, make_schedule, muon_dimensions
-from train.state import make_trainable
-from train.statistics import fork_statistics, readable, score_samples
-from train.step import make_train_step
+from train.engine.fork_metrics import fork_statistics, readable, score_samples
+from train.engine.optim import OptimizerConfig, make_schedule, muon_dimensions
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
 
 CONFIG = dataclasses.replace(BASE, vocab_size=32, num_layers=2, fork_layers=(0, 1))
 TRACKED = dataclasses.replace(CONFIG, policy=Threshold(1.5))

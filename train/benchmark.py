@@ -18,9 +18,9 @@ from thoughtbubbles import ModelConfig, PrefixRank
 from train import benchmark_decoding, benchmark_memgen, benchmark_rl, benchmark_selection
 from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh, place
-from train.optim import OptimizerConfig
-from train.state import make_trainable
-from train.step import make_train_step
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from train.devices.mesh import (
     replicated,
     state_shardings,
 )
-from train.state import Trainable, make_trainable
-from train.step import make_train_step
+from train.engine.state import Trainable, make_trainable
+from train.engine.step import make_train_step
 
 What = Literal["step", "decode"]
 

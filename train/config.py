@@ -10,7 +10,7 @@ from train.data import DataConfig
 from train.devices.attention import Attention
 from train.devices.distributed import DistributedConfig
 from train.devices.mesh import MeshConfig
-from train.optim import OptimizerConfig
+from train.engine.optim import OptimizerConfig
 from train.runs.instruments import parse_window
 
 

@@ -29,11 +29,11 @@ from train.devices.mesh import (
     replicated,
 )
 from train.dials import AnyPolicy, Setting, figure, table, turn
+from train.engine.losses import token_losses
+from train.engine.optim import OptimizerConfig
+from train.engine.state import Trainable, make_trainable
 from train.load import Loaded, Writer, check_named, load_model, load_named
-from train.losses import token_losses
-from train.optim import OptimizerConfig
 from train.scoring import Scorer
-from train.state import Trainable, make_trainable
 from train.task_files import read_task
 from train.task_scores import (
     answers,

@@ -24,10 +24,10 @@ from train.devices.mesh import (
     replicated,
     state_shardings,
 )
+from train.engine.optim import OptimizerConfig
+from train.engine.state import TrainState, make_trainable
+from train.engine.step import TrainStep, make_train_step
 from train.load import Writer, load_writer, tokenizer_meta
-from train.optim import OptimizerConfig
-from train.state import TrainState, make_trainable
-from train.step import TrainStep, make_train_step
 from train.tuning import TRAINED, Method, Tuned, one_response_rows
 
 ROWS = ("tokens", "supervised", "segment")
@@ -58,7 +58,7 @@ class SFTConfig(LoopConfig):
 
 
 class Finetuning:
-    """`train.loop.Work` of an `SFTConfig`.
+    """`train.engine.loop.Work` of an `SFTConfig`.
 
     Raises:
         ValueError: a mistake in the config, or in the weights.
@@ -202,7 +202,7 @@ class Finetuning:
 def sft_loss(
     tuned: Tuned, rows: dict[str, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """`train.step.Loss` of chat rows: a mean over supervised tokens of the whole batch."""
+    """`train.engine.step.Loss` of chat rows: a mean over supervised tokens of the whole batch."""
     log_probs = tuned.log_probs(rows, key)
     return -log_probs.sum(), rows["supervised"][:, 1:].sum(dtype=jnp.float32), {}
 

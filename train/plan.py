@@ -7,8 +7,8 @@ import jax
 
 from train.config import RunConfig, as_json, noted_changes
 from train.devices.mesh import shard_bytes
+from train.engine.state import Trainable
 from train.runs.instruments import not_recorded
-from train.state import Trainable
 
 
 def describe(config: RunConfig, trainable: Trainable, start: int) -> str:

@@ -6,7 +6,7 @@ from thoughtbubbles import ModelConfig, Threshold, TopK
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.devices.mesh import MeshConfig
-from train.optim import OptimizerConfig
+from train.engine.optim import OptimizerConfig
 
 TINY = RunConfig(
     model=ModelConfig.preset("tiny"),

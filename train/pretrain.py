@@ -9,9 +9,9 @@ from train.cli.command import run_command
 from train.config import RunConfig
 from train.devices.distributed import agreed, together
 from train.devices.mesh import rows_here
+from train.engine.loop import NonFiniteLoss, train
 from train.generate import map_of_text, write
 from train.load import load_model
-from train.loop import NonFiniteLoss, train
 from train.plan import plan
 from train.presets import PRESETS
 from train.pretraining import make_run, on_weights

@@ -14,15 +14,15 @@ from train.config import FREE_IN, RunConfig
 from train.data import Batch, DataConfig, PackedData, TrainReader, load_tokenizer, prepare
 from train.data.storage import build_once
 from train.devices.mesh import check_batch, make_mesh, state_shardings
+from train.engine.state import TRAINED, Trainable, TrainState, make_trainable
+from train.engine.step import TrainStep, make_train_step
 from train.load import find_weights, tokenizer_meta
 from train.plan import describe
 from train.presets import PRESETS
-from train.state import TRAINED, Trainable, TrainState, make_trainable
-from train.step import TrainStep, make_train_step
 
 
 class Pretraining:
-    """`train.loop.Work` of a `RunConfig`.
+    """`train.engine.loop.Work` of a `RunConfig`.
 
     Raises:
         ValueError: a mistake in the config.

@@ -28,9 +28,9 @@ from thoughtbubbles.retrofit import add_forks
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.data.chat_data import ChatDataConfig
+from train.engine.loop import run, train
+from train.engine.optim import OptimizerConfig
 from train.finetuning import Finetuning, SFTConfig
-from train.loop import run, train
-from train.optim import OptimizerConfig
 from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train as train_rl
 from train.rl.reinforcing import Reinforcing

@@ -12,13 +12,13 @@ from memgen import LoRAConfig, MemGenConfig
 from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
 from train.finetuning import boundaries_for, sft_loss
 from train.load import Writer
-from train.optim import OptimizerConfig
 from train.rl.protocols import Completion, Problem, Reward, Split
 from train.rl.rollouts import Trajectory
-from train.state import make_trainable
-from train.step import make_train_step
 from train.tuned import trained_before
 from train.tuning import TRAINED, Method, Tuned
 

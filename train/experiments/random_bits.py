@@ -18,10 +18,10 @@ import numpy as np
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh, place
-from train.losses import token_losses
-from train.optim import OptimizerConfig
-from train.state import Trainable, TrainState, make_trainable
-from train.step import make_train_step
+from train.engine.losses import token_losses
+from train.engine.optim import OptimizerConfig
+from train.engine.state import Trainable, TrainState, make_trainable
+from train.engine.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,11 @@ from train.cli.command import run_command
 from train.config import EvalConfig
 from train.data import ByteTokenizer
 from train.devices.mesh import place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import TrainState
+from train.engine.step import make_train_step
 from train.experiments.results import Results, read_results
 from train.load import Writer
-from train.optim import OptimizerConfig
 from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train
 from train.rl.policy import token_scores
@@ -36,8 +38,6 @@ from train.rl.reinforcing import Reinforcing
 from train.rl.rollouts import SHORTEST, bucket
 from train.rl.tasks import make_task
 from train.runs.metrics import read_metrics
-from train.state import TrainState
-from train.step import make_train_step
 
 # Training problems from these indices on; those of rollouts begin at 0.
 SHOWN, TRIED = 10**6, 2 * 10**6

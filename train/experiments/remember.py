@@ -36,6 +36,7 @@ from thoughtbubbles import ModelConfig, Thoughtbubbles
 from train.cli.command import run_command
 from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh
+from train.engine.optim import OptimizerConfig
 from train.experiments.questions import (
     HELD_OUT,
     KINDS,
@@ -49,7 +50,6 @@ from train.experiments.questions import (
 from train.experiments.results import Results, read_results
 from train.finetuning import checksum
 from train.load import Writer
-from train.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.penalties import InvocationPenalty
 from train.rl.reinforcing import Reinforcing

@@ -3,7 +3,7 @@
 import sys
 
 from train.cli.command import run_command
-from train.loop import NonFiniteLoss
+from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.loop import train
 from train.rl.reinforcing import Reinforcing

@@ -6,7 +6,7 @@ from typing import Literal
 
 from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
 from train.config import LoopConfig
-from train.optim import OptimizerConfig
+from train.engine.optim import OptimizerConfig
 from train.rl.losses import LossConfig
 from train.rl.penalties import InvocationPenalty
 from train.tuning import Method

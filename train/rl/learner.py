@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.devices.mesh import batch_sharding, place, replicated
+from train.engine.state import Trainable, TrainState
+from train.engine.step import make_train_step
 from train.rl.config import RLConfig
 from train.rl.losses import policy_loss
 from train.rl.policy import acted, scores
 from train.rl.rollouts import Rows
 from train.rl.sampler import Sampling
-from train.state import Trainable, TrainState
-from train.step import make_train_step
 from train.tuning import Tuned
 
 
@@ -45,7 +45,7 @@ class Learner:
     def _policy_loss(
         self, tuned: Tuned, rows: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """`train.step.Loss`; nothing in it is random."""
+        """`train.engine.step.Loss`; nothing in it is random."""
         del key
         now = scores(tuned, rows, self._how)
         old = jnp.where(rows["first"][:, None], jax.lax.stop_gradient(now), rows["old"])

@@ -11,7 +11,7 @@ import jax
 from tqdm import tqdm
 
 from train.config import as_json, noted_changes
-from train.loop import NonFiniteLoss, restore_or_init, stop_signals
+from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
 from train.rl.reinforcing import Collected, Reinforcing
 from train.rl.rollouts import Trajectory
 from train.runs.checkpoint import Checkpointer, load_meta

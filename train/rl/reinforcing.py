@@ -16,6 +16,7 @@ from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.cache import check_cacheable
 from train.config import as_json
 from train.devices.mesh import BATCH_AXES, make_mesh
+from train.engine.state import TrainState, make_trainable
 from train.finetuning import boundaries_for, checksum, load_writer_on
 from train.load import Writer, tokenizer_meta
 from train.plan import resolved
@@ -30,7 +31,6 @@ from train.rl.rollouts import Trajectory, make_rows
 from train.rl.sampler import Sampler, Sampling
 from train.rl.strategies import OneResponse, Speech, Turns
 from train.rl.tasks import make_task
-from train.state import TrainState, make_trainable
 from train.tuned import trained_before
 from train.tuning import TRAINED, Tuned
 

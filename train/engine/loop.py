@@ -19,6 +19,10 @@ from train.config import LoopConfig, RunConfig, as_json, noted_changes
 from train.data import Batch, TrainReader
 from train.devices.distributed import agreed, check_same, ends_when_alone, several
 from train.devices.mesh import place_local, rows_here
+from train.engine.fork_metrics import readable as fork_metrics
+from train.engine.fork_metrics import score_samples
+from train.engine.state import Trainable, TrainState
+from train.engine.step import TrainStep
 from train.plan import resolved
 from train.pretraining import Pretraining
 from train.runs.checkpoint import Checkpointer, load_meta
@@ -32,10 +36,6 @@ from train.runs.run_folder import (
     save_evidence,
     write_whole,
 )
-from train.state import Trainable, TrainState
-from train.statistics import readable as fork_metrics
-from train.statistics import score_samples
-from train.step import TrainStep
 
 
 class NonFiniteLoss(RuntimeError):

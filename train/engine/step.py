@@ -13,9 +13,9 @@ from flax import nnx
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.layers import Tracked
 from train.devices.mesh import batch_sharding, replicated
-from train.losses import next_token_loss
-from train.state import Trainable, TrainState
-from train.statistics import fork_statistics, thresholds
+from train.engine.fork_metrics import fork_statistics, thresholds
+from train.engine.losses import next_token_loss
+from train.engine.state import Trainable, TrainState
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 # Of a model, a batch and a random key: a sum, its weight, and sums for the metrics of fork layers.

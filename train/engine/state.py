@@ -16,7 +16,7 @@ from thoughtbubbles import ModelConfig, Thoughtbubbles
 from thoughtbubbles.layers import Tracked
 from train.devices.attention import Attention, attention_on, resolve
 from train.devices.mesh import constrain_batch, state_shardings
-from train.optim import OptimizerConfig, make_optimizer, make_schedule
+from train.engine.optim import OptimizerConfig, make_optimizer, make_schedule
 
 EVERY_PARAMETER: filterlib.Filter = ...
 TRAINED: dict[str, filterlib.Filter] = {
