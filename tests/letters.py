@@ -6,7 +6,7 @@ import numpy as np
 from tiny import heavy_model
 
 from thoughtbubbles import ModelConfig
-from train.load import Writer
+from train.models.load import Writer
 
 LETTERS = "abcdefghijklmno "
 

@@ -13,7 +13,7 @@ from flax import nnx
 from memgen import MemGenConfig, TriggerConfig, WeaverConfig
 from thoughtbubbles import PrefixRank, Thoughtbubbles, Threshold
 from train.data import ByteTokenizer
-from train.load import Writer
+from train.models.load import Writer
 from train.rl.protocols import Problem, Reward, Turn
 from train.rl.sampler import Sampling
 from train.tuning import Tuned

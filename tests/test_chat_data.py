@@ -31,7 +31,7 @@ from train.data import (
 )
 from train.data.chat_data import pack
 from train.data.chat_templates import chat_examples, chat_ids, render
-from train.load import find_weights
+from train.models.load import find_weights
 
 FOLDER = Path(__file__).parent / "fixtures/pretrained/llama"
 CHAT = [

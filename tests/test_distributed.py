@@ -19,7 +19,7 @@ from train.data import DataConfig, prepare
 from train.devices.distributed import DistributedConfig
 from train.engine.loop import only_run_in
 from train.evaluate import held_out
-from train.load import load_model
+from train.models.load import load_model
 from train.presets import PRESETS
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpointer, load_meta, load_params

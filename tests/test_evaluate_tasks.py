@@ -16,7 +16,7 @@ from tiny import SMALL, logits_of, quick_model
 from train import evaluate
 from train.cli.command import run_command
 from train.evaluate import EvaluateConfig
-from train.load import Loaded, load_weights
+from train.models.load import Loaded, load_weights
 from train.runs.run_folder import write_whole
 from train.scoring import Score, Scorer
 from train.task_files import Item, Task, read_task

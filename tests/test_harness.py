@@ -13,7 +13,7 @@ from tiny import BASE
 from thoughtbubbles.decoding import generate
 from train import harness
 from train.harness import Decoding, HarnessModel, cut
-from train.load import load_weights
+from train.models.load import load_weights
 from train.scoring import Scorer
 from train.task_files import read_task
 from train.task_scores import answers, summary

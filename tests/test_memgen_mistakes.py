@@ -14,7 +14,7 @@ from memgen import LearnedInvoke, MemGen, Plan, generate, make_adapter, plan_ins
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
 from train import generate as command
 from train.data import load_tokenizer
-from train.load import Writer
+from train.models.load import Writer
 
 TOKENS = jnp.zeros((1, 12), jnp.int32)
 

@@ -22,7 +22,7 @@ from train.engine.loop import only_run_in
 from train.engine.step import make_train_step
 from train.evaluate import EvaluateConfig, Evaluator
 from train.generate import GenerateConfig
-from train.load import load_model
+from train.models.load import load_model
 from train.presets import PRESETS
 from train.runs.checkpoint import load_params
 from train.runs.metrics import MetricWriter, read_metrics

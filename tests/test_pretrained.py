@@ -27,7 +27,7 @@ from thoughtbubbles.safetensors_files import SafetensorsFiles
 from train.data.chat_templates import chat_ids, render
 from train.devices.mesh import MeshConfig, make_mesh, state_shardings
 from train.generate import GenerateConfig, main
-from train.load import find_weights, load_weights
+from train.models.load import find_weights, load_weights
 
 FIXTURES = Path(__file__).parent / "fixtures/pretrained"
 FAMILIES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz"))

@@ -29,7 +29,7 @@ from train.engine.losses import next_token_loss
 from train.engine.optim import OptimizerConfig, make_optimizer
 from train.engine.state import TRAINED, make_trainable
 from train.engine.step import make_train_step
-from train.load import find_weights, load_model
+from train.models.load import find_weights, load_model
 from train.presets import PRESETS
 from train.pretraining import make_run, on_weights
 from train.runs.checkpoint import load_params

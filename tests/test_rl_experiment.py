@@ -14,7 +14,7 @@ from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
 from train.devices.mesh import make_mesh
 from train.experiments import reinforce
-from train.load import Writer
+from train.models.load import Writer
 from train.rl.protocols import Completion
 from train.rl.tasks.arithmetic import Arithmetic
 from train.rl.tasks.strings import Reverse

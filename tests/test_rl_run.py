@@ -18,7 +18,7 @@ from memgen import TriggerParam, WeaverParam, trained_params
 from train.config import EvalConfig, as_json
 from train.engine.loop import NonFiniteLoss
 from train.engine.optim import OptimizerConfig
-from train.load import Writer, load_model
+from train.models.load import Writer, load_model
 from train.rl.allocators import Uniform
 from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train
@@ -176,7 +176,7 @@ def test_what_a_run_writes_down(tmp_path):
 
 def test_two_stages_of_memgen(tmp_path, monkeypatch, whole):
     """A weaver, then a trigger beside it: each moves its own parameters; both are read back."""
-    monkeypatch.setattr("train.tuned.load_writer", lambda name, shardings=None: starts[name])
+    monkeypatch.setattr("train.models.tuned.load_writer", lambda name, shardings=None: starts[name])
     starts = {"base": writer("shallow")}
     woven = load_model(whole("weaver")[0])
     assert woven.memgen is not None and woven.memgen.trigger is None

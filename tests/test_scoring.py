@@ -10,7 +10,7 @@ from letters import Letters
 from tiny import SMALL, by_reference, quick_model
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
-from train.load import Writer, load_weights
+from train.models.load import Writer, load_weights
 from train.scoring import Row, Score, Scorer, score_rows
 
 WIDTH = 16

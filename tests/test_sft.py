@@ -25,7 +25,7 @@ from train.devices.mesh import MeshConfig, make_mesh, shard_bytes, state_shardin
 from train.engine.loop import run, train
 from train.engine.optim import OptimizerConfig
 from train.finetuning import Finetuning, SFTConfig, checksum, load_writer_on, sft_loss
-from train.load import load_model, load_writer
+from train.models.load import load_model, load_writer
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
 from train.scoring import Scorer

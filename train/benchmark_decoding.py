@@ -11,7 +11,7 @@ from flax import nnx
 
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.cache import Cache, decode_step, init_cache, prefill
-from train.load import load_weights
+from train.models.load import load_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from flax import nnx
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from train.benchmark_memgen import interleaved
 from train.data import ByteTokenizer
-from train.load import Writer
+from train.models.load import Writer
 from train.rl.config import RLConfig
 from train.rl.protocols import Completion, Problem, Reward, Split
 from train.rl.reinforcing import Reinforcing

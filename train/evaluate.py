@@ -32,7 +32,7 @@ from train.dials import AnyPolicy, Setting, figure, table, turn
 from train.engine.losses import token_losses
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
-from train.load import Loaded, Writer, check_named, load_model, load_named
+from train.models.load import Loaded, Writer, check_named, load_model, load_named
 from train.scoring import Scorer
 from train.task_files import read_task
 from train.task_scores import (

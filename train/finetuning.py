@@ -27,7 +27,7 @@ from train.devices.mesh import (
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
-from train.load import Writer, load_writer, tokenizer_meta
+from train.models.load import Writer, load_writer, tokenizer_meta
 from train.tuning import TRAINED, Method, Tuned, one_response_rows
 
 ROWS = ("tokens", "supervised", "segment")
@@ -123,7 +123,7 @@ class Finetuning:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What a reader of checkpoints needs besides the config (`train.tuned`)."""
+        """What a reader of checkpoints needs besides the config (`train.models.tuned`)."""
         meta = {"base": self._base, "model": as_json(self.trainable.config)}
         return meta | tokenizer_meta(self._writer.tokenizer)
 

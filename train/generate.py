@@ -20,7 +20,7 @@ from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.data.chat_templates import chat_ids
 from train.dials import AnyPolicy, turn
-from train.load import Writer, load_named
+from train.models.load import Writer, load_named
 
 MEMORY = {
     "always": memgen.AlwaysInvoke(),

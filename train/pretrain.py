@@ -11,7 +11,7 @@ from train.devices.distributed import agreed, together
 from train.devices.mesh import rows_here
 from train.engine.loop import NonFiniteLoss, train
 from train.generate import map_of_text, write
-from train.load import load_model
+from train.models.load import load_model
 from train.plan import plan
 from train.presets import PRESETS
 from train.pretraining import make_run, on_weights

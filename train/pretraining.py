@@ -16,7 +16,7 @@ from train.data.storage import build_once
 from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.engine.state import TRAINED, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
-from train.load import find_weights, tokenizer_meta
+from train.models.load import find_weights, tokenizer_meta
 from train.plan import describe
 from train.presets import PRESETS
 

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from thoughtbubbles import Thoughtbubbles
-from train.load import Writer
+from train.models.load import Writer
 
 SHORTEST_ROW = 16
 AT_ONCE = 8  # positions of a row whose logits are held together

@@ -16,10 +16,10 @@ from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
 from train.engine.step import make_train_step
 from train.finetuning import boundaries_for, sft_loss
-from train.load import Writer
+from train.models.load import Writer
+from train.models.tuned import trained_before
 from train.rl.protocols import Completion, Problem, Reward, Split
 from train.rl.rollouts import Trajectory
-from train.tuned import trained_before
 from train.tuning import TRAINED, Method, Tuned
 
 KINDS = ("copy", "reverse", "sort")

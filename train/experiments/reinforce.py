@@ -29,7 +29,7 @@ from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState
 from train.engine.step import make_train_step
 from train.experiments.results import Results, read_results
-from train.load import Writer
+from train.models.load import Writer
 from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train
 from train.rl.policy import token_scores

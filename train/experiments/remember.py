@@ -49,7 +49,7 @@ from train.experiments.questions import (
 )
 from train.experiments.results import Results, read_results
 from train.finetuning import checksum
-from train.load import Writer
+from train.models.load import Writer
 from train.rl.config import RLConfig
 from train.rl.penalties import InvocationPenalty
 from train.rl.reinforcing import Reinforcing

@@ -33,7 +33,7 @@ from train.engine.step import make_train_step
 from train.evaluate import Evaluator
 from train.experiments.quality import KEY, report
 from train.experiments.results import Results, read_results
-from train.load import find_weights
+from train.models.load import find_weights
 
 # Name: whether it forks, and which parameters are trained.
 VARIANTS = {

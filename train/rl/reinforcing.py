@@ -18,7 +18,8 @@ from train.config import as_json
 from train.devices.mesh import BATCH_AXES, make_mesh
 from train.engine.state import TrainState, make_trainable
 from train.finetuning import boundaries_for, checksum, load_writer_on
-from train.load import Writer, tokenizer_meta
+from train.models.load import Writer, tokenizer_meta
+from train.models.tuned import trained_before
 from train.plan import resolved
 from train.rl.advantages import informative
 from train.rl.allocators import Uniform
@@ -31,7 +32,6 @@ from train.rl.rollouts import Trajectory, make_rows
 from train.rl.sampler import Sampler, Sampling
 from train.rl.strategies import OneResponse, Speech, Turns
 from train.rl.tasks import make_task
-from train.tuned import trained_before
 from train.tuning import TRAINED, Tuned
 
 FEW = 32  # problems of an endless task that a run is known by

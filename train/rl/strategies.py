@@ -9,7 +9,7 @@ import numpy as np
 
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import chat_ids
-from train.load import Writer
+from train.models.load import Writer
 from train.rl.protocols import Completion, Environment, Problem, Reward, Task, Turn
 from train.rl.rollouts import Trajectory
 from train.rl.sampler import Sampled, Sampler, row_keys

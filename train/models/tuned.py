@@ -20,7 +20,7 @@ from memgen import (
 from thoughtbubbles import Thoughtbubbles
 from train.config import model_from_json
 from train.finetuning import boundaries_for, checksum
-from train.load import Shardings, load_writer
+from train.models.load import Shardings, load_writer
 from train.tuning import TRAINED, Tuned
 
 

@@ -87,7 +87,7 @@ def load_model(
     """
     meta, params = load_params(path, step)
     if "weights" in meta["config"]:
-        from train.tuned import tuned_model  # fine-tuning itself begins with load_writer
+        from train.models.tuned import tuned_model  # fine-tuning itself begins with load_writer
 
         model, memgen = tuned_model(meta, params, shardings)
     else:
