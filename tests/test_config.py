@@ -8,7 +8,7 @@ from thoughtbubbles import PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
 from train.cli.command import parse
 from train.config import RunConfig, as_json, differences, model_from_json, policy_from_text
-from train.presets import PRESETS
+from train.pretraining.presets import PRESETS
 
 
 @pytest.mark.parametrize(

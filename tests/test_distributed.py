@@ -20,7 +20,7 @@ from train.devices.distributed import DistributedConfig
 from train.engine.loop import only_run_in
 from train.evaluate import held_out
 from train.models.load import load_model
-from train.presets import PRESETS
+from train.pretraining.presets import PRESETS
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpointer, load_meta, load_params
 from train.runs.metrics import read_metrics

@@ -23,7 +23,7 @@ from train.devices.mesh import (
 )
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
-from train.presets import PRESETS
+from train.pretraining.presets import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = MeshConfig(data=2, fsdp=2, tensor=2)

@@ -23,7 +23,7 @@ from train.engine.step import make_train_step
 from train.evaluate import EvaluateConfig, Evaluator
 from train.generate import GenerateConfig
 from train.models.load import load_model
-from train.presets import PRESETS
+from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_params
 from train.runs.metrics import MetricWriter, read_metrics
 
@@ -202,7 +202,7 @@ def test_a_run_compiles_each_function_once(monkeypatch, arguments):
         made.append(make_train_step(*inputs))
         return made[-1]
 
-    monkeypatch.setattr("train.pretraining.make_train_step", remember)
+    monkeypatch.setattr("train.pretraining.job.make_train_step", remember)
     assert run_here(monkeypatch, *arguments, "--evaluation.every", "3") == 0
     assert run_here(monkeypatch, *arguments, "--steps", "12") == 0  # restored from a checkpoint
     assert [step._cache_size() for step in made] == [1, 1]

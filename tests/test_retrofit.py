@@ -30,8 +30,8 @@ from train.engine.optim import OptimizerConfig, make_optimizer
 from train.engine.state import TRAINED, make_trainable
 from train.engine.step import make_train_step
 from train.models.load import find_weights, load_model
-from train.presets import PRESETS
-from train.pretraining import make_run, on_weights
+from train.pretraining.job import make_run, on_weights
+from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_params
 
 FIXTURES = Path(__file__).parent / "fixtures/pretrained"

@@ -24,7 +24,7 @@ from train.config import RunConfig, as_json
 from train.devices.attention import Attention, resolve
 from train.devices.hardware import GIB
 from train.devices.mesh import MeshConfig, make_mesh
-from train.presets import PRESETS
+from train.pretraining.presets import PRESETS
 
 # Options of a run that would mean something else here than they say.
 IDLE = ("dry_run", "profile", "peak_tflops", "distributed", "init", "train")
@@ -272,7 +272,7 @@ def as_options(words: list[str]) -> list[str]:
 
 
 def presets() -> dict[str, CompileConfig]:
-    """The runs of `train.presets`, for no topology yet."""
+    """The runs of `train.pretraining.presets`, for no topology yet."""
     return {
         name: CompileConfig(
             **{field.name: getattr(run, field.name) for field in dataclasses.fields(run)}

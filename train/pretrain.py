@@ -12,9 +12,9 @@ from train.devices.mesh import rows_here
 from train.engine.loop import NonFiniteLoss, train
 from train.generate import map_of_text, write
 from train.models.load import load_model
-from train.plan import plan
-from train.presets import PRESETS
-from train.pretraining import make_run, on_weights
+from train.pretraining.job import make_run, on_weights
+from train.pretraining.plan import plan
+from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_meta
 from train.runs.run_folder import check_continuation
 

@@ -10,7 +10,7 @@ import jax
 from train.cli.command import run_command
 from train.devices.distributed import together
 from train.engine.loop import NonFiniteLoss, run
-from train.finetuning import Finetuning, SFTConfig
+from train.finetuning.job import Finetuning, SFTConfig
 from train.runs.checkpoint import load_meta
 
 

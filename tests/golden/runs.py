@@ -30,7 +30,7 @@ from train.data import DataConfig
 from train.data.chat_data import ChatDataConfig
 from train.engine.loop import run, train
 from train.engine.optim import OptimizerConfig
-from train.finetuning import Finetuning, SFTConfig
+from train.finetuning.job import Finetuning, SFTConfig
 from train.rl.config import METHODS, RLConfig
 from train.rl.loop import train as train_rl
 from train.rl.reinforcing import Reinforcing

@@ -23,8 +23,8 @@ from train.engine.fork_metrics import readable as fork_metrics
 from train.engine.fork_metrics import score_samples
 from train.engine.state import Trainable, TrainState
 from train.engine.step import TrainStep
-from train.plan import resolved
-from train.pretraining import Pretraining
+from train.pretraining.job import Pretraining
+from train.pretraining.plan import resolved
 from train.runs.checkpoint import Checkpointer, load_meta
 from train.runs.instruments import Profiler, Stopwatch, memory, not_recorded, peak_flops
 from train.runs.metrics import MetricWriter, Progress

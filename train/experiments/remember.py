@@ -48,7 +48,8 @@ from train.experiments.questions import (
     fit,
 )
 from train.experiments.results import Results, read_results
-from train.finetuning import checksum
+from train.finetuning.job import checksum
+from train.finetuning.tuning import Method
 from train.models.load import Writer
 from train.rl.config import RLConfig
 from train.rl.penalties import InvocationPenalty
@@ -56,7 +57,6 @@ from train.rl.reinforcing import Reinforcing
 from train.rl.rollouts import Trajectory
 from train.rl.sampler import Sampler, Sampling
 from train.rl.strategies import OneResponse, Speech
-from train.tuning import Method
 
 PRETRAINING = {"copy": 0.49, "reverse": 0.49, "sort": 0.02}
 WEAVING = {"copy": 0.25, "reverse": 0.25, "sort": 0.5}

@@ -19,9 +19,9 @@ from memgen import (
 )
 from thoughtbubbles import Thoughtbubbles
 from train.config import model_from_json
-from train.finetuning import boundaries_for, checksum
+from train.finetuning.job import boundaries_for, checksum
+from train.finetuning.tuning import TRAINED, Tuned
 from train.models.load import Shardings, load_writer
-from train.tuning import TRAINED, Tuned
 
 
 def tuned_model(

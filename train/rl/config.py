@@ -7,9 +7,9 @@ from typing import Literal
 from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
 from train.config import LoopConfig
 from train.engine.optim import OptimizerConfig
+from train.finetuning.tuning import Method
 from train.rl.losses import LossConfig
 from train.rl.penalties import InvocationPenalty
-from train.tuning import Method
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "rebn"]
 

@@ -10,12 +10,12 @@ import numpy as np
 from train.devices.mesh import batch_sharding, place, replicated
 from train.engine.state import Trainable, TrainState
 from train.engine.step import make_train_step
+from train.finetuning.tuning import Tuned
 from train.rl.config import RLConfig
 from train.rl.losses import policy_loss
 from train.rl.policy import acted, scores
 from train.rl.rollouts import Rows
 from train.rl.sampler import Sampling
-from train.tuning import Tuned
 
 
 class Learner:

@@ -17,10 +17,11 @@ from thoughtbubbles.cache import check_cacheable
 from train.config import as_json
 from train.devices.mesh import BATCH_AXES, make_mesh
 from train.engine.state import TrainState, make_trainable
-from train.finetuning import boundaries_for, checksum, load_writer_on
+from train.finetuning.job import boundaries_for, checksum, load_writer_on
+from train.finetuning.tuning import TRAINED, Tuned
 from train.models.load import Writer, tokenizer_meta
 from train.models.tuned import trained_before
-from train.plan import resolved
+from train.pretraining.plan import resolved
 from train.rl.advantages import informative
 from train.rl.allocators import Uniform
 from train.rl.config import RLConfig
@@ -32,7 +33,6 @@ from train.rl.rollouts import Trajectory, make_rows
 from train.rl.sampler import Sampler, Sampling
 from train.rl.strategies import OneResponse, Speech, Turns
 from train.rl.tasks import make_task
-from train.tuning import TRAINED, Tuned
 
 FEW = 32  # problems of an endless task that a run is known by
 ENDLESS = 256  # of its held-out problems that are scored if all are asked for

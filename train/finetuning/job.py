@@ -27,8 +27,8 @@ from train.devices.mesh import (
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
+from train.finetuning.tuning import TRAINED, Method, Tuned, one_response_rows
 from train.models.load import Writer, load_writer, tokenizer_meta
-from train.tuning import TRAINED, Method, Tuned, one_response_rows
 
 ROWS = ("tokens", "supervised", "segment")
 

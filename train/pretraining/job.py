@@ -17,8 +17,8 @@ from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.engine.state import TRAINED, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
 from train.models.load import find_weights, tokenizer_meta
-from train.plan import describe
-from train.presets import PRESETS
+from train.pretraining.plan import describe
+from train.pretraining.presets import PRESETS
 
 
 class Pretraining:

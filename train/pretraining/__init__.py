@@ -1,0 +1,1 @@
+"""What a pretraining run trains, its config and presets."""
