@@ -13,10 +13,10 @@ from tiny import SMALL, VOCAB, by_reference, quick_model
 from thoughtbubbles import PrefixRank, Threshold, TopK
 from train.config import EvalConfig
 from train.devices.mesh import MeshConfig, make_mesh
-from train.dials import Setting, figure, table, turn
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
 from train.evaluate import Evaluator, _error_of_mean, readable
+from train.evaluation.policy_overrides import Setting, figure, table, turn
 
 
 class Rows:

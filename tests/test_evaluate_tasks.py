@@ -16,11 +16,11 @@ from tiny import SMALL, logits_of, quick_model
 from train import evaluate
 from train.cli.command import run_command
 from train.evaluate import EvaluateConfig
+from train.evaluation.scoring import Score, Scorer
+from train.evaluation.task_files import Item, Task, read_task
+from train.evaluation.task_scores import Answer, answers, check_output, summary, task_table
 from train.models.load import Loaded, load_weights
 from train.runs.run_folder import write_whole
-from train.scoring import Score, Scorer
-from train.task_files import Item, Task, read_task
-from train.task_scores import Answer, answers, check_output, summary, task_table
 
 MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
 CHOICES = [

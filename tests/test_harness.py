@@ -12,11 +12,11 @@ from tiny import BASE
 
 from thoughtbubbles.decoding import generate
 from train import harness
+from train.evaluation.scoring import Scorer
+from train.evaluation.task_files import read_task
+from train.evaluation.task_scores import answers, summary
 from train.harness import Decoding, HarnessModel, cut
 from train.models.load import load_weights
-from train.scoring import Scorer
-from train.task_files import read_task
-from train.task_scores import answers, summary
 
 MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
 PLAIN = dataclasses.replace(BASE, fork_layers=(), num_layers=2)

@@ -10,8 +10,8 @@ from letters import Letters
 from tiny import SMALL, by_reference, quick_model
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
+from train.evaluation.scoring import Row, Score, Scorer, score_rows
 from train.models.load import Writer, load_weights
-from train.scoring import Row, Score, Scorer, score_rows
 
 WIDTH = 16
 PLAIN = dataclasses.replace(SMALL, fork_layers=())

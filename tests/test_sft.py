@@ -24,12 +24,12 @@ from train.data.chat_data import ChatDataConfig, prepare_chat
 from train.devices.mesh import MeshConfig, make_mesh, shard_bytes, state_shardings
 from train.engine.loop import run, train
 from train.engine.optim import OptimizerConfig
+from train.evaluation.scoring import Scorer
 from train.finetuning.job import Finetuning, SFTConfig, checksum, load_writer_on, sft_loss
 from train.finetuning.tuning import TRAINED, Tuned, one_response_rows
 from train.models.load import load_model, load_writer
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
-from train.scoring import Scorer
 
 LORA = LoRAConfig(rank=2, alpha=4.0, dropout=0.1, targets=("q", "v", "o", "up", "down"))
 MEMORY = MemGenConfig(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train.task_files import Item, read_task
+from train.evaluation.task_files import Item, read_task
 
 HELLASWAG = {
     "activity_label": "Making tea",

@@ -28,14 +28,13 @@ from train.devices.mesh import (
     place,
     replicated,
 )
-from train.dials import AnyPolicy, Setting, figure, table, turn
 from train.engine.losses import token_losses
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
-from train.models.load import Loaded, Writer, check_named, load_model, load_named
-from train.scoring import Scorer
-from train.task_files import read_task
-from train.task_scores import (
+from train.evaluation.policy_overrides import AnyPolicy, Setting, figure, table, turn
+from train.evaluation.scoring import Scorer
+from train.evaluation.task_files import read_task
+from train.evaluation.task_scores import (
     answers,
     check_output,
     summary,
@@ -43,6 +42,7 @@ from train.task_scores import (
     write_records,
     write_results,
 )
+from train.models.load import Loaded, Writer, check_named, load_model, load_named
 
 
 class Evaluator:

@@ -19,7 +19,7 @@ from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.data.chat_templates import chat_ids
-from train.dials import AnyPolicy, turn
+from train.evaluation.policy_overrides import AnyPolicy, turn
 from train.models.load import Writer, load_named
 
 MEMORY = {

@@ -13,8 +13,8 @@ from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import Message, render
 from train.devices.hardware import quiet_libtpu
+from train.evaluation.scoring import Scorer
 from train.models.load import Writer, load_model, load_weights
-from train.scoring import Scorer
 
 try:
     from lm_eval.api import model as harness  # pyright: ignore[reportMissingImports]

@@ -25,12 +25,12 @@ from train.cli.command import run_command
 from train.config import EvalConfig
 from train.data import DataConfig, PackedData, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place
-from train.dials import AnyPolicy
 from train.engine.fork_metrics import readable as fork_metrics
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TRAINED, make_trainable
 from train.engine.step import make_train_step
 from train.evaluate import Evaluator
+from train.evaluation.policy_overrides import AnyPolicy
 from train.experiments.quality import KEY, report
 from train.experiments.results import Results, read_results
 from train.models.load import find_weights

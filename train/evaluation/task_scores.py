@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from train.evaluation.scoring import Score, Scorer
+from train.evaluation.task_files import Item, Task
 from train.runs.run_folder import write_whole
-from train.scoring import Score, Scorer
-from train.task_files import Item, Task
 
 
 @dataclasses.dataclass(frozen=True)
