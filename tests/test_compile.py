@@ -15,14 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from thoughtbubbles import ModelConfig, TopK
 from train import compile as command
+from train.aot.hlo import collectives_of
+from train.aot.program import recomputed_flops
+from train.aot.report import arguments_of, text_of
+from train.aot.topology import link_bandwidth, topology_of
 from train.compile import CompileConfig, as_options, fit, needed_memory, presets, remedies
-from train.compile_program import recomputed_flops
-from train.compile_report import arguments_of, text_of
-from train.compile_topology import link_bandwidth, topology_of
 from train.data import DataConfig
 from train.devices.hardware import CHIPS, GIB, chip_of
 from train.devices.mesh import BATCH_AXES, MeshConfig, make_mesh
-from train.hlo import collectives_of
 
 # Programs for chips that aren't here are cached, and can't be read back.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")

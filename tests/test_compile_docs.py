@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from train.aot.program import program_of
+from train.aot.report import arguments_of, sharding_table
+from train.aot.topology import topology_of
 from train.cli.command import parse
 from train.compile import CompileConfig, as_options, attention_of, presets
-from train.compile_program import program_of
-from train.compile_report import arguments_of, sharding_table
-from train.compile_topology import topology_of
 from train.devices.hardware import GIB
 from train.devices.mesh import make_mesh
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.compile_topology import KNOWN
+from train.aot.topology import KNOWN
 from train.devices.hardware import CHIPS, GIB, chip_of
 
 

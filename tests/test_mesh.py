@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import BASE
 
-from train.compile_topology import topology_of
+from train.aot.topology import topology_of
 from train.devices.mesh import (
     BATCH_AXES,
     AxisRules,

@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 
+from train.aot.program import Program, What, program_of
+from train.aot.report import arguments_of, out_of_memory_text, report_of, text_of
+from train.aot.topology import KNOWN, Topology, topology_of
 from train.cli.command import run_command
-from train.compile_program import Program, What, program_of
-from train.compile_report import arguments_of, out_of_memory_text, report_of, text_of
-from train.compile_topology import KNOWN, Topology, topology_of
 from train.config import RunConfig, as_json
 from train.devices.attention import Attention, resolve
 from train.devices.hardware import GIB

@@ -8,11 +8,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from train.compile_program import Program
-from train.compile_topology import Topology, link_bandwidth
+from train.aot.hlo import KINDS, Collective, collectives_of
+from train.aot.program import Program
+from train.aot.topology import Topology, link_bandwidth
 from train.devices.hardware import GIB
 from train.devices.mesh import shard_bytes
-from train.hlo import KINDS, Collective, collectives_of
 
 LARGEST = 6
 ASSUMPTIONS = (
