@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from train.benchmark_decoding import DecodeBenchmark, main
+from train.benchmarks.decoding import DecodeBenchmark, main
 
 MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
 

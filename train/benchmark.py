@@ -15,7 +15,18 @@ import jax
 import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank
-from train import benchmark_decoding, benchmark_memgen, benchmark_rl, benchmark_selection
+from train.benchmarks import (
+    decoding as benchmark_decoding,
+)
+from train.benchmarks import (
+    memgen as benchmark_memgen,
+)
+from train.benchmarks import (
+    rl as benchmark_rl,
+)
+from train.benchmarks import (
+    selection as benchmark_selection,
+)
 from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
-from train.benchmark_memgen import interleaved
+from train.benchmarks.memgen import interleaved
 from train.data import ByteTokenizer
 from train.models.load import Writer
 from train.rl.config import RLConfig
