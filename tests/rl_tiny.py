@@ -16,7 +16,7 @@ from train.data import ByteTokenizer
 from train.finetuning.tuning import Tuned
 from train.models.load import Writer
 from train.rl.protocols import Problem, Reward, Turn
-from train.rl.sampler import Sampling
+from train.rl.rollout.sampler import Sampling
 
 PLAIN = dataclasses.replace(memgen_tiny.PLAIN, vocab_size=ByteTokenizer.vocab_size)
 ONE_FORK: dict[str, Any] = {"fork_layers": (1,), "merge": "residual"}

@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from train.rl.advantages import (
+from train.rl.learning.advantages import (
     discounted_returns,
     dr_grpo,
     grpo,

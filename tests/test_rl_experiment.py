@@ -25,7 +25,7 @@ TINY = reinforce.Study("reverse(length=2, shortest=2)", 8, 0.9, 2, 3)
 
 def test_it_does_what_is_missing_and_reports(tmp_path, capsys, monkeypatch):
     one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr("train.rl.reinforcing.make_mesh", lambda config, _: one_device(config))
+    monkeypatch.setattr("train.rl.job.make_mesh", lambda config, _: one_device(config))
     monkeypatch.setattr(reinforce, "MODEL", MODEL)
     monkeypatch.setitem(reinforce.STUDIES, "reverse", TINY)
     out = tmp_path / "found.jsonl"

@@ -13,10 +13,10 @@ from rl_tiny import LORA, MEMGEN, Echo, Vowels, writer
 from train.devices.mesh import MeshConfig
 from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
-from train.rl.credit import Episodes, credit
-from train.rl.policy import scores
-from train.rl.reinforcing import Reinforcing
-from train.rl.rollouts import make_rows
+from train.rl.job import Reinforcing
+from train.rl.learning.credit import Episodes, credit
+from train.rl.learning.policy import scores
+from train.rl.rollout.rows import make_rows
 
 RATE = 1e-2
 CONFIG = RLConfig(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.rl.advantages import dr_grpo, grpo
-from train.rl.losses import Aggregate, LossConfig, policy_loss
+from train.rl.learning.advantages import dr_grpo, grpo
+from train.rl.learning.losses import Aggregate, LossConfig, policy_loss
 
 
 @pytest.fixture(autouse=True)

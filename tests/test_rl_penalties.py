@@ -6,8 +6,8 @@ import statistics
 import numpy as np
 import pytest
 
-from train.rl.advantages import grpo
-from train.rl.penalties import InvocationPenalty, invocation_penalty
+from train.rl.learning.advantages import grpo
+from train.rl.learning.penalties import InvocationPenalty, invocation_penalty
 
 FIRST = InvocationPenalty(1.0, rate="tokens", scope="batch")
 SECOND = InvocationPenalty(1.0, rate="decisions", scope="group")

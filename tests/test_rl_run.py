@@ -19,12 +19,12 @@ from train.config import EvalConfig, as_json
 from train.engine.loop import NonFiniteLoss
 from train.engine.optim import OptimizerConfig
 from train.models.load import Writer, load_model
-from train.rl.allocators import Uniform
 from train.rl.config import METHODS, RLConfig
+from train.rl.job import Reinforcing
+from train.rl.learning.penalties import InvocationPenalty
 from train.rl.loop import train
-from train.rl.penalties import InvocationPenalty
 from train.rl.protocols import Reward
-from train.rl.reinforcing import Reinforcing
+from train.rl.rollout.budgets import Uniform
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
 

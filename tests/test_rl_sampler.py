@@ -18,10 +18,10 @@ from memgen import TriggerConfig, WeaverConfig, decoding
 from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh
 from train.finetuning.tuning import Tuned
-from train.rl.policy import decision_scores, sampler_of, token_scores
-from train.rl.rollouts import Trajectory, make_rows
-from train.rl.sampler import Sampler, row_keys
-from train.rl.strategies import OneResponse, Speech, Turns
+from train.rl.learning.policy import decision_scores, sampler_of, token_scores
+from train.rl.rollout.rows import Trajectory, make_rows
+from train.rl.rollout.sampler import Sampler, row_keys
+from train.rl.rollout.strategies import OneResponse, Speech, Turns
 
 
 def with_trigger(source: Any, **weaver: Any) -> memgen.MemGenConfig:

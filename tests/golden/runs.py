@@ -32,8 +32,8 @@ from train.engine.loop import run, train
 from train.engine.optim import OptimizerConfig
 from train.finetuning.job import Finetuning, SFTConfig
 from train.rl.config import METHODS, RLConfig
+from train.rl.job import Reinforcing
 from train.rl.loop import train as train_rl
-from train.rl.reinforcing import Reinforcing
 from train.runs.metrics import read_metrics
 
 VALUES = Path(__file__).with_name("values.json")

@@ -12,9 +12,9 @@ from train.benchmarks.memgen import interleaved
 from train.data import ByteTokenizer
 from train.models.load import Writer
 from train.rl.config import RLConfig
+from train.rl.job import Reinforcing
 from train.rl.protocols import Completion, Problem, Reward, Split
-from train.rl.reinforcing import Reinforcing
-from train.rl.sampler import Sampled, Sampler, row_keys
+from train.rl.rollout.sampler import Sampled, Sampler, row_keys
 
 
 @dataclasses.dataclass(frozen=True)

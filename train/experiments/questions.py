@@ -20,7 +20,7 @@ from train.finetuning.tuning import TRAINED, Method, Tuned
 from train.models.load import Writer
 from train.models.tuned import trained_before
 from train.rl.protocols import Completion, Problem, Reward, Split
-from train.rl.rollouts import Trajectory
+from train.rl.rollout.rows import Trajectory
 
 KINDS = ("copy", "reverse", "sort")
 LENGTH = 3

@@ -31,11 +31,11 @@ from train.engine.step import make_train_step
 from train.experiments.results import Results, read_results
 from train.models.load import Writer
 from train.rl.config import METHODS, RLConfig
+from train.rl.job import Reinforcing
+from train.rl.learning.policy import token_scores
 from train.rl.loop import train
-from train.rl.policy import token_scores
 from train.rl.protocols import Completion, Problem, Reward, Task
-from train.rl.reinforcing import Reinforcing
-from train.rl.rollouts import SHORTEST, bucket
+from train.rl.rollout.rows import SHORTEST, bucket
 from train.rl.tasks import make_task
 from train.runs.metrics import read_metrics
 

@@ -52,11 +52,11 @@ from train.finetuning.job import checksum
 from train.finetuning.tuning import Method
 from train.models.load import Writer
 from train.rl.config import RLConfig
-from train.rl.penalties import InvocationPenalty
-from train.rl.reinforcing import Reinforcing
-from train.rl.rollouts import Trajectory
-from train.rl.sampler import Sampler, Sampling
-from train.rl.strategies import OneResponse, Speech
+from train.rl.job import Reinforcing
+from train.rl.learning.penalties import InvocationPenalty
+from train.rl.rollout.rows import Trajectory
+from train.rl.rollout.sampler import Sampler, Sampling
+from train.rl.rollout.strategies import OneResponse, Speech
 
 PRETRAINING = {"copy": 0.49, "reverse": 0.49, "sort": 0.02}
 WEAVING = {"copy": 0.25, "reverse": 0.25, "sort": 0.5}

@@ -5,8 +5,8 @@ import sys
 from train.cli.command import run_command
 from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
+from train.rl.job import Reinforcing
 from train.rl.loop import train
-from train.rl.reinforcing import Reinforcing
 from train.rl.tasks import TASKS, signature
 
 

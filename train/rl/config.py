@@ -8,8 +8,8 @@ from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
 from train.config import LoopConfig
 from train.engine.optim import OptimizerConfig
 from train.finetuning.tuning import Method
-from train.rl.losses import LossConfig
-from train.rl.penalties import InvocationPenalty
+from train.rl.learning.losses import LossConfig
+from train.rl.learning.penalties import InvocationPenalty
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "rebn"]
 
@@ -19,8 +19,8 @@ class Recipe:
     """What a method is made of.
 
     Attributes:
-        advantage: estimator (`train.rl.advantages`).
-        loss: clipping, aggregation, KL (`train.rl.losses`).
+        advantage: estimator (`train.rl.learning.advantages`).
+        loss: clipping, aggregation, KL (`train.rl.learning.losses`).
         filter_groups: problems whose rollouts all succeed, or all fail, are left out and others
             are drawn in their place.
     """
@@ -64,7 +64,7 @@ class RLConfig(LoopConfig):
             weights that have a weaver; in the last three the rest is frozen.
         task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl"; "help" lists all.
         method: a name from `METHODS`; None becomes `trigger` for a trigger, else `grpo`.
-        advantage: in place of the method's (`train.rl.advantages`).
+        advantage: in place of the method's (`train.rl.learning.advantages`).
         clip_low: in place of the method's; and so the next ones.
         clip_high: of a ratio, above 1.
         dual_clip: bound on the loss where the advantage is negative, above 1.

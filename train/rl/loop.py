@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from train.config import as_json, noted_changes
 from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
-from train.rl.reinforcing import Collected, Reinforcing
-from train.rl.rollouts import Trajectory
+from train.rl.job import Collected, Reinforcing
+from train.rl.rollout.rows import Trajectory
 from train.runs.checkpoint import Checkpointer, load_meta
 from train.runs.instruments import Profiler, memory, not_recorded
 from train.runs.metrics import MetricWriter, Progress

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from train.rl.rollouts import Trajectory
-    from train.rl.sampler import Sampler
+    from train.rl.rollout.rows import Trajectory
+    from train.rl.rollout.sampler import Sampler
 
 Split = Literal["train", "test"]
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 import memgen
 from memgen import MemGen
 from train.devices.mesh import BATCH_AXES, place
-from train.rl.rollouts import SHORTEST, bucket
+from train.rl.rollout.rows import SHORTEST, bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Sampler:
     compiled for each combination and found again.
 
     Args:
-        policy: a `MemGen` (`train.rl.policy.sampler_of`).
+        policy: a `MemGen` (`train.rl.learning.policy.sampler_of`).
         how: temperature and so on.
         max_rows: rows that are generated at a time.
         mesh: what rows are spread over.

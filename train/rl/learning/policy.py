@@ -76,7 +76,7 @@ def scores(tuned: Tuned, rows: dict[str, jax.Array], how: Any) -> jax.Array:
     """Log-probabilities `[K, L]` of what is trained: decisions of a trigger, else tokens.
 
     Args:
-        how: a `train.rl.sampler.Sampling`.
+        how: a `train.rl.rollout.sampler.Sampling`.
     """
     if tuned.method == "trigger":
         return decision_scores(tuned, rows)

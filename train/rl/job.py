@@ -22,16 +22,16 @@ from train.finetuning.tuning import TRAINED, Tuned
 from train.models.load import Writer, tokenizer_meta
 from train.models.tuned import trained_before
 from train.pretraining.plan import resolved
-from train.rl.advantages import informative
-from train.rl.allocators import Uniform
 from train.rl.config import RLConfig
-from train.rl.credit import Episodes, credit
-from train.rl.learner import Learner
-from train.rl.policy import sampler_of
+from train.rl.learning.advantages import informative
+from train.rl.learning.credit import Episodes, credit
+from train.rl.learning.learner import Learner
+from train.rl.learning.policy import sampler_of
 from train.rl.protocols import BudgetAllocator, Problem, RolloutStrategy, Split
-from train.rl.rollouts import Trajectory, make_rows
-from train.rl.sampler import Sampler, Sampling
-from train.rl.strategies import OneResponse, Speech, Turns
+from train.rl.rollout.budgets import Uniform
+from train.rl.rollout.rows import Trajectory, make_rows
+from train.rl.rollout.sampler import Sampler, Sampling
+from train.rl.rollout.strategies import OneResponse, Speech, Turns
 from train.rl.tasks import make_task
 
 FEW = 32  # problems of an endless task that a run is known by

@@ -12,14 +12,14 @@ from train.engine.state import Trainable, TrainState
 from train.engine.step import make_train_step
 from train.finetuning.tuning import Tuned
 from train.rl.config import RLConfig
-from train.rl.losses import policy_loss
-from train.rl.policy import acted, scores
-from train.rl.rollouts import Rows
-from train.rl.sampler import Sampling
+from train.rl.learning.losses import policy_loss
+from train.rl.learning.policy import acted, scores
+from train.rl.rollout.rows import Rows
+from train.rl.rollout.sampler import Sampling
 
 
 class Learner:
-    """Optimizer steps on rows of `train.rl.rollouts.make_rows`.
+    """Optimizer steps on rows of `train.rl.rollout.rows.make_rows`.
 
     One program scores and one updates for each bucket of rows and of lengths.
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.rl import advantages as estimators
 from train.rl.config import RLConfig
-from train.rl.penalties import invocation_penalty
-from train.rl.rollouts import Trajectory
+from train.rl.learning import advantages as estimators
+from train.rl.learning.penalties import invocation_penalty
+from train.rl.rollout.rows import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)

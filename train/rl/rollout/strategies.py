@@ -11,8 +11,8 @@ from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import chat_ids
 from train.models.load import Writer
 from train.rl.protocols import Completion, Environment, Problem, Reward, Task, Turn
-from train.rl.rollouts import Trajectory
-from train.rl.sampler import Sampled, Sampler, row_keys
+from train.rl.rollout.rows import Trajectory
+from train.rl.rollout.sampler import Sampled, Sampler, row_keys
 from train.rl.tasks import safe_score, safe_step
 
 

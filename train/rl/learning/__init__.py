@@ -1,0 +1,1 @@
+"""Advantages, losses, credit, penalties, and the update."""

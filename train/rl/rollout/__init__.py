@@ -1,0 +1,1 @@
+"""How rows are made: sampling, turns, budgets."""
