@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank
-from train.config import RunConfig
 from train.data import DataConfig, TrainReader, prepare
 from train.devices.distributed import DistributedConfig, together
 from train.devices.mesh import MeshConfig, make_mesh, place_local, rows_here
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
 from train.engine.step import make_train_step
+from train.pretraining.config import RunConfig
 from train.runs.checkpoint import Checkpointer
 
 MODEL = ModelConfig(

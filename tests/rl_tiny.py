@@ -13,10 +13,10 @@ from flax import nnx
 from memgen import MemGenConfig, TriggerConfig, WeaverConfig
 from thoughtbubbles import PrefixRank, Thoughtbubbles, Threshold
 from train.data import ByteTokenizer
-from train.finetuning.tuning import Tuned
+from train.models.finetunable import Tuned
 from train.models.load import Writer
-from train.rl.protocols import Problem, Reward, Turn
 from train.rl.rollout.sampler import Sampling
+from train.rl.types import Problem, Reward, Turn
 
 PLAIN = dataclasses.replace(memgen_tiny.PLAIN, vocab_size=ByteTokenizer.vocab_size)
 ONE_FORK: dict[str, Any] = {"fork_layers": (1,), "merge": "residual"}

@@ -7,8 +7,10 @@ import pytest
 from thoughtbubbles import PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
 from train.cli.command import parse
-from train.config import RunConfig, as_json, differences, model_from_json, policy_from_text
+from train.cli.config_json import as_json, model_from_json, policy_from_text
+from train.pretraining.config import RunConfig
 from train.pretraining.presets import PRESETS
+from train.runs.resume import differences
 
 
 @pytest.mark.parametrize(

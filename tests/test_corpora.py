@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from train.data import DataConfig, DataError, open_corpus, prepare
 from train.data.builder import quiet
-from train.data.local import find_source
+from train.data.source import find_source
 from train.data.splits import digest, divide, held_out
 from train.data.text import SECTION, is_text, read_text, sections
 

@@ -14,16 +14,19 @@ import pytest
 from processes import PATIENCE, free_port, processes
 
 from train import pretrain
-from train.config import EvalConfig, RunConfig, as_json, differences
+from train.cli.config_json import as_json
 from train.data import DataConfig, prepare
 from train.devices.distributed import DistributedConfig
+from train.engine.config import EvalConfig
 from train.engine.loop import only_run_in
-from train.evaluate import held_out
+from train.evaluation.held_out import held_out
 from train.models.load import load_model
+from train.pretraining.config import RunConfig
 from train.pretraining.presets import PRESETS
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpointer, load_meta, load_params
 from train.runs.metrics import read_metrics
+from train.runs.resume import differences
 
 STEPS, SAVE_EVERY = 40, 5
 SMALL = (
@@ -129,8 +132,9 @@ def test_tasks_of_slurm_find_each_other(tmp_path: Path, command):
 AGREE = """
 import pathlib, sys, time
 from jax.experimental.multihost_utils import sync_global_devices
-from train import run_folder
-from train.devices.distributed import DistributedConfig, agreed, check_same, ends_when_alone, together
+from train.devices.distributed import DistributedConfig, agreed, check_same
+from train.devices.distributed import ends_when_alone, together
+from train.runs import run_folder
 port, process, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 run_folder.NETWORK_DISK = 0.0
 with together(DistributedConfig(f"127.0.0.1:{port}", 2, process)):

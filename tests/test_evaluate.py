@@ -11,11 +11,11 @@ from flax import nnx
 from tiny import SMALL, VOCAB, by_reference, quick_model
 
 from thoughtbubbles import PrefixRank, Threshold, TopK
-from train.config import EvalConfig
 from train.devices.mesh import MeshConfig, make_mesh
+from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
-from train.evaluate import Evaluator, _error_of_mean, readable
+from train.evaluation.held_out import Evaluator, _error_of_mean, readable
 from train.evaluation.policy_overrides import Setting, figure, table, turn
 
 

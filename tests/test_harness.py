@@ -12,10 +12,11 @@ from tiny import BASE
 
 from thoughtbubbles.decoding import generate
 from train import harness
+from train.evaluation import lm_eval_model
+from train.evaluation.lm_eval_model import Decoding, HarnessModel, cut
 from train.evaluation.scoring import Scorer
 from train.evaluation.task_files import read_task
 from train.evaluation.task_scores import answers, summary
-from train.harness import Decoding, HarnessModel, cut
 from train.models.load import load_weights
 
 MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
@@ -44,7 +45,7 @@ def test_texts_are_cut_before_the_first_stop_string():
 
 
 def test_without_the_harness_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(harness, "harness", None)
+    monkeypatch.setattr(lm_eval_model, "harness", None)
     for use in (lambda: HarnessModel(model="smollm2"), harness.main):
         with pytest.raises(ValueError, match="is not installed: pip install lm_eval"):
             use()
@@ -70,8 +71,8 @@ def standing_in(monkeypatch):
 
     `HarnessModel` is then a class of its own that nobody registers.
     """
-    if harness.harness is None:
-        monkeypatch.setattr(harness, "harness", types.SimpleNamespace())
+    if lm_eval_model.harness is None:
+        monkeypatch.setattr(lm_eval_model, "harness", types.SimpleNamespace())
         hook = types.SimpleNamespace(add_partial=lambda kind, args, result: None)
         monkeypatch.setattr(HarnessModel, "cache_hook", hook, raising=False)
 

@@ -13,12 +13,20 @@ from typing import NamedTuple
 import nbclient
 import nbformat
 import pytest
+from import_graph import (
+    PACKAGES,
+    ROOT,
+    circle,
+    floors,
+    imports_of,
+    module_graph,
+    modules,
+    room_graph,
+)
 from processes import QUICK
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = {"thoughtbubbles": {"memgen", "train"}, "memgen": {"thoughtbubbles", "train"}}
-PACKAGES = [name for name in (*LIBRARIES, "train") if (ROOT / name).is_dir()]
-MODULES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+MODULES = list(modules().values())
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -26,21 +34,8 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Absolute dotted names that a file imports anywhere, lazily too."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = path.parent.relative_to(ROOT).parts
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            names.add(".".join((*base, *filter(None, [node.module]))))
-    return names
-
-
 def imported_packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imported_modules(path)}
+    return {name.partition(".")[0] for name in imports_of(path)}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
@@ -61,6 +56,15 @@ def test_imports_point_one_way(name: str):
             assert not imported_packages(path) & forbidden, relative(path)
 
 
+def test_imports_run_down_and_in_no_circle():
+    graph = module_graph()
+    assert circle(graph) == []
+    rooms = room_graph(graph)
+    assert circle(rooms) == []
+    top = max(floors(rooms), key=floors(rooms).__getitem__)
+    assert top == "train/*.py", "nothing imports a command"
+
+
 def test_only_checkpoint_imports_orbax():
     users = [relative(path) for path in MODULES if "orbax" in imported_packages(path)]
     assert users == ["train/runs/checkpoint.py"]
@@ -68,8 +72,7 @@ def test_only_checkpoint_imports_orbax():
 
 def test_importing_everything_stays_light():
     """No module loads TensorFlow or, before a figure is asked for, matplotlib."""
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
-    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    names = [name for name in modules() if not name.endswith("__main__")]
     script = (
         "import importlib, json, sys\n"
         f"for name in {names!r}: importlib.import_module(name)\n"

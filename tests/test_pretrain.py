@@ -17,12 +17,13 @@ from processes import QUICK
 
 from train import evaluate, generate, pretrain
 from train.cli.command import run_command
-from train.config import RunConfig
 from train.engine.loop import only_run_in
 from train.engine.step import make_train_step
-from train.evaluate import EvaluateConfig, Evaluator
+from train.evaluate import EvaluateConfig
+from train.evaluation.held_out import Evaluator
 from train.generate import GenerateConfig
 from train.models.load import load_model
+from train.pretraining.config import RunConfig
 from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_params
 from train.runs.metrics import MetricWriter, read_metrics
@@ -353,10 +354,14 @@ def test_truncated_checkpoint_is_named(monkeypatch, capsys, arguments, finished)
 @pytest.mark.slow
 def test_full_disk_is_one_line_and_keeps_the_checkpoint(processes, arguments, finished):
     code = (
-        "import resource, sys; from train import pretrain, command, config, presets\n"
+        "import resource\n"
+        "from train import pretrain\n"
+        "from train.cli.command import run_command\n"
+        "from train.pretraining.config import RunConfig\n"
+        "from train.pretraining.presets import PRESETS\n"
         "def main(c):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); pretrain.main(c)\n"
-        "command.run_command(main, config.RunConfig, presets.PRESETS)"
+        "run_command(main, RunConfig, PRESETS)"
     )
     command = [sys.executable, "-c", code, *arguments, "--steps", "12"]
     # Parameters of 80 kB in one file: 20 kB is a full disk to them.

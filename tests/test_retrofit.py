@@ -20,19 +20,22 @@ from thoughtbubbles.cache import decode_step, init_cache, prefill
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.retrofit import add_forks
 from thoughtbubbles.streams import left_align, restore_alignment
-from train import evaluate, generate
-from train.config import EvalConfig, InitConfig, RunConfig, as_json, differences
+from train import generate
+from train.cli.config_json import as_json
 from train.data import DataConfig, DataError
 from train.devices.mesh import MeshConfig, make_mesh, place, state_shardings
-from train.engine.loop import train
+from train.engine.config import EvalConfig
 from train.engine.losses import next_token_loss
 from train.engine.optim import OptimizerConfig, make_optimizer
 from train.engine.state import TRAINED, make_trainable
 from train.engine.step import make_train_step
+from train.evaluation import held_out
 from train.models.load import find_weights, load_model
-from train.pretraining.job import make_run, on_weights
+from train.pretraining.config import InitConfig, RunConfig
+from train.pretraining.job import make_run, on_weights, train
 from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_params
+from train.runs.resume import differences
 
 FIXTURES = Path(__file__).parent / "fixtures/pretrained"
 PLAIN = ModelConfig(
@@ -265,7 +268,7 @@ def test_a_run_starts_from_weights_goes_on_and_is_read_back(run_config, one_devi
     )
     assert capsys.readouterr().out.startswith("in the")
     assert np.isfinite(
-        evaluate.held_out(loaded.model, evaluate.validation_rows(loaded), 4, EvalConfig(rows=4))[
+        held_out.held_out(loaded.model, held_out.validation_rows(loaded), 4, EvalConfig(rows=4))[
             "loss"
         ]
     )

@@ -15,9 +15,9 @@ from train.data import ByteTokenizer
 from train.devices.mesh import make_mesh
 from train.experiments import reinforce
 from train.models.load import Writer
-from train.rl.protocols import Completion
 from train.rl.tasks.arithmetic import Arithmetic
 from train.rl.tasks.strings import Reverse
+from train.rl.types import Completion
 
 MODEL = MODELS["shallow"]
 TINY = reinforce.Study("reverse(length=2, shortest=2)", 8, 0.9, 2, 3)

@@ -12,7 +12,7 @@ import memgen
 from train.data import ByteTokenizer
 from train.experiments import remember
 from train.experiments.questions import HELD_OUT, KINDS, SEEN, UNSEEN, Questions, question, rows
-from train.rl.protocols import Completion
+from train.rl.types import Completion
 
 TRIGGER = "trigger, penalty by tokens"
 

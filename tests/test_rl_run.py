@@ -15,7 +15,8 @@ from flax import nnx
 from rl_tiny import LORA, MEMGEN, Vowels, writer
 
 from memgen import TriggerParam, WeaverParam, trained_params
-from train.config import EvalConfig, as_json
+from train.cli.config_json import as_json
+from train.engine.config import EvalConfig
 from train.engine.loop import NonFiniteLoss
 from train.engine.optim import OptimizerConfig
 from train.models.load import Writer, load_model
@@ -23,8 +24,8 @@ from train.rl.config import METHODS, RLConfig
 from train.rl.job import Reinforcing
 from train.rl.learning.penalties import InvocationPenalty
 from train.rl.loop import train
-from train.rl.protocols import Reward
 from train.rl.rollout.budgets import Uniform
+from train.rl.types import Reward
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
 
@@ -176,7 +177,7 @@ def test_what_a_run_writes_down(tmp_path):
 
 def test_two_stages_of_memgen(tmp_path, monkeypatch, whole):
     """A weaver, then a trigger beside it: each moves its own parameters; both are read back."""
-    monkeypatch.setattr("train.models.tuned.load_writer", lambda name, shardings=None: starts[name])
+    monkeypatch.setattr("train.models.load.load_writer", lambda name, shardings=None: starts[name])
     starts = {"base": writer("shallow")}
     woven = load_model(whole("weaver")[0])
     assert woven.memgen is not None and woven.memgen.trigger is None

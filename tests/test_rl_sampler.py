@@ -17,11 +17,12 @@ import memgen
 from memgen import TriggerConfig, WeaverConfig, decoding
 from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh
-from train.finetuning.tuning import Tuned
+from train.models.finetunable import Tuned
 from train.rl.learning.policy import decision_scores, sampler_of, token_scores
-from train.rl.rollout.rows import Trajectory, make_rows
+from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, row_keys
 from train.rl.rollout.strategies import OneResponse, Speech, Turns
+from train.rl.types import Trajectory
 
 
 def with_trigger(source: Any, **weaver: Any) -> memgen.MemGenConfig:

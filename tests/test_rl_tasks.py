@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from train.rl.protocols import Completion, Problem, Reward, Turn
 from train.rl.tasks import format_bonus, make_task, safe_score, safe_step, ternary
 from train.rl.tasks.gsm8k import final_number
+from train.rl.types import Completion, Problem, Reward, Turn
 
 GENERATED = ("arithmetic", "arithmetic(digits=1, operators='+-*')", "chain_sum", "copy",
              "reverse(length=3)", "sort", "hidden_facts")  # fmt: skip

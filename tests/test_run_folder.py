@@ -10,11 +10,15 @@ import pytest
 from processes import free_port, processes
 
 from thoughtbubbles import ModelConfig
-from train.config import EvalConfig, RunConfig, as_json, noted_changes
+from train.cli.config_json import as_json
 from train.data import DataConfig
 from train.engine import loop
+from train.engine.config import EvalConfig
+from train.pretraining import job
+from train.pretraining.config import RunConfig
 from train.runs.checkpoint import load_meta
 from train.runs.instruments import not_recorded
+from train.runs.resume import noted_changes
 from train.runs.run_folder import only_run_in
 
 HOLD = """
@@ -85,7 +89,7 @@ def test_metadata_are_read_by_who_holds_the_folder(config, monkeypatch):
             return True
 
     monkeypatch.setattr(loop, "load_meta", reading)
-    loop.train(config)
+    job.train(config)
     assert asked == [False, True]
 
 
@@ -96,7 +100,7 @@ def test_what_options_came_to_is_compared(config, monkeypatch, capsys):
 
     def run(devices: int, **changes) -> str:
         monkeypatch.setattr(jax, "devices", lambda: every[:devices])
-        loop.train(dataclasses.replace(config, **changes))
+        job.train(dataclasses.replace(config, **changes))
         return capsys.readouterr().err
 
     assert "not the run" not in run(1)

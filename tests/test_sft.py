@@ -18,16 +18,18 @@ import memgen
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, plan_insertions
 from thoughtbubbles import ModelConfig
 from train import evaluate, generate, sft
-from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
-from train.data.chat_data import ChatDataConfig, prepare_chat
+from train.data.chat_data import ChatDataConfig, one_response_rows, prepare_chat
 from train.devices.mesh import MeshConfig, make_mesh, shard_bytes, state_shardings
-from train.engine.loop import run, train
+from train.engine.config import EvalConfig
+from train.engine.loop import run
 from train.engine.optim import OptimizerConfig
 from train.evaluation.scoring import Scorer
-from train.finetuning.job import Finetuning, SFTConfig, checksum, load_writer_on, sft_loss
-from train.finetuning.tuning import TRAINED, Tuned, one_response_rows
-from train.models.load import load_model, load_writer
+from train.finetuning.job import Finetuning, SFTConfig, sft_loss
+from train.models.finetunable import TRAINED, Tuned
+from train.models.load import checksum, load_model, load_writer, load_writer_on
+from train.pretraining.config import RunConfig
+from train.pretraining.job import train
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
 

@@ -119,7 +119,8 @@ def load_pretrained(
         path: folder, or file ending in `.gguf`.
         dtype: of the parameters and of the computation.
         shardings: gives the sharding of every leaf of an abstract `nnx.State` of the model, as
-            `train.devices.mesh.state_shardings` does; None puts all on the first device of the process.
+            `train.devices.mesh.state_shardings` does; None puts all on the first device of the
+            process.
 
     Raises:
         ValueError: one line; an unknown family or option of one, a missing or damaged file, a

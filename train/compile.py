@@ -20,10 +20,11 @@ from train.aot.program import Program, What, program_of
 from train.aot.report import arguments_of, out_of_memory_text, report_of, text_of
 from train.aot.topology import KNOWN, Topology, topology_of
 from train.cli.command import run_command
-from train.config import RunConfig, as_json
+from train.cli.config_json import as_json
 from train.devices.attention import Attention, resolve
 from train.devices.hardware import GIB
 from train.devices.mesh import MeshConfig, make_mesh
+from train.pretraining.config import RunConfig
 from train.pretraining.presets import PRESETS
 
 # Options of a run that would mean something else here than they say.

@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 
 from train.cli.command import run_command
-from train.config import RunConfig
 from train.devices.distributed import agreed, together
 from train.devices.mesh import rows_here
-from train.engine.loop import NonFiniteLoss, train
-from train.generate import map_of_text, write
+from train.engine.loop import NonFiniteLoss
+from train.models.generation import map_of_text, write
 from train.models.load import load_model
-from train.pretraining.job import make_run, on_weights
+from train.pretraining.config import RunConfig
+from train.pretraining.job import make_run, on_weights, train
 from train.pretraining.plan import plan
 from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_meta

@@ -25,12 +25,14 @@ from flax import nnx
 import memgen
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, Threshold, TopK, decoding
 from thoughtbubbles.retrofit import add_forks
-from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.data.chat_data import ChatDataConfig
-from train.engine.loop import run, train
+from train.engine.config import EvalConfig
+from train.engine.loop import run
 from train.engine.optim import OptimizerConfig
 from train.finetuning.job import Finetuning, SFTConfig
+from train.pretraining.config import RunConfig
+from train.pretraining.job import train
 from train.rl.config import METHODS, RLConfig
 from train.rl.job import Reinforcing
 from train.rl.loop import train as train_rl

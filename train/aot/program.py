@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 from thoughtbubbles import ModelConfig
 from thoughtbubbles.attention import visited_pairs
 from thoughtbubbles.cache import Cache, cacheable, decode_step, init_cache
-from train.config import RunConfig
 from train.devices.attention import Attention
 from train.devices.mesh import (
     BATCH_AXES,
@@ -23,6 +22,7 @@ from train.devices.mesh import (
 )
 from train.engine.state import Trainable, make_trainable
 from train.engine.step import make_train_step
+from train.pretraining.config import RunConfig
 
 What = Literal["step", "decode"]
 

@@ -13,8 +13,8 @@ from train.data import ByteTokenizer
 from train.models.load import Writer
 from train.rl.config import RLConfig
 from train.rl.job import Reinforcing
-from train.rl.protocols import Completion, Problem, Reward, Split
 from train.rl.rollout.sampler import Sampled, Sampler, row_keys
+from train.rl.types import Completion, Problem, Reward, Split
 
 
 @dataclasses.dataclass(frozen=True)

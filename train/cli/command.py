@@ -14,7 +14,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from thoughtbubbles.positions import RopeScaling
-from train.config import POLICIES, policy_from_text
+from train.cli.config_json import POLICIES, policy_from_text
 from train.devices.hardware import quiet_libtpu
 
 Config = TypeVar("Config")

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from train.data import splits
-from train.data.local import Source
+from train.data.source import Source
 
 _CHUNK = 64  # documents per read
 

@@ -4,8 +4,9 @@ A line is `{"messages": [{"role": ..., "content": ...}, ...]}` (roles: system, u
 tool), `{"prompt": ..., "completion": ...}` or `{"question": ..., "answer": ...}`; other keys beside
 these are left alone, the first of the three counts.
 
-Pretrained tokenizers render all of them with their own chat template (`train.data.chat_templates.chat_examples`;
-prompt and completion are then a user's and an assistant's message). A model without a template
+Pretrained tokenizers render all of them with their own chat template
+(`train.data.chat_templates.chat_examples`; prompt and completion are then a user's and an
+assistant's message). A model without a template
 reads a completion right behind its prompt, and an answer one line break behind its question or
 lone user message; the end is the separator.
 """
@@ -409,3 +410,23 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
             bisect.insort(rooms, left)
         by_room.setdefault(left, []).append(row)
     return rows
+
+
+def one_response_rows(rows: ChatRows) -> ChatRows:
+    """A row for each response: the conversation up to its end, and only it supervised.
+
+    A weaver remembers for one response; what came before is context without memory.
+    """
+    marks = rows.supervised
+    begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
+    ends = marks & ~np.pad(marks, ((0, 0), (0, 1)))[:, 1:]
+    row, first = np.nonzero(begins)
+    last = np.nonzero(ends)[1]
+    place = np.arange(marks.shape[1])
+    within = place <= last[:, None]
+    return ChatRows(
+        tokens=np.where(within, rows.tokens[row], -1).astype(np.int32),
+        supervised=within & (place >= first[:, None]),
+        segment=np.where(within, rows.segment[row], -1).astype(np.int32),
+        position=np.where(within, rows.position[row], 0).astype(np.int32),
+    )

@@ -15,19 +15,19 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from train.config import LoopConfig, RunConfig, as_json, noted_changes
+from train.cli.config_json import as_json
 from train.data import Batch, TrainReader
 from train.devices.distributed import agreed, check_same, ends_when_alone, several
 from train.devices.mesh import place_local, rows_here
+from train.engine.config import LoopConfig
 from train.engine.fork_metrics import readable as fork_metrics
 from train.engine.fork_metrics import score_samples
-from train.engine.state import Trainable, TrainState
+from train.engine.state import Trainable, TrainState, resolved
 from train.engine.step import TrainStep
-from train.pretraining.job import Pretraining
-from train.pretraining.plan import resolved
 from train.runs.checkpoint import Checkpointer, load_meta
 from train.runs.instruments import Profiler, Stopwatch, memory, not_recorded, peak_flops
 from train.runs.metrics import MetricWriter, Progress
+from train.runs.resume import noted_changes
 from train.runs.run_folder import (
     check_base,
     check_continuation,
@@ -92,11 +92,6 @@ class Work(Protocol):
     def readable(self, held_out: dict[str, float]) -> str: ...
 
     def describe(self, start: int) -> str: ...
-
-
-def train(config: RunConfig) -> dict[str, float]:
-    """`run` a pretraining run."""
-    return run(lambda: Pretraining(config), config)
 
 
 def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:

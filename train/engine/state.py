@@ -152,8 +152,8 @@ def make_trainable(
         around: what is trained, if it is not the model alone but something built around it.
 
     Raises:
-        ValueError: the mesh's devices can't run this `attention` (see `train.devices.attention.resolve`),
-            or no parameter is trained.
+        ValueError: the mesh's devices can't run this `attention`
+            (`train.devices.attention.resolve`), or no parameter is trained.
     """
     attention = resolve(config, mesh, attention)
     constrain, attend = constrain_batch(mesh), attention_on(mesh, attention)
@@ -191,3 +191,8 @@ def _first_state(
 def _parts(trained: filterlib.Filter) -> tuple[filterlib.Filter, ...]:
     """Filters of the parameters that are trained, of all that is fixed, and of tracked state."""
     return nnx.All(nnx.Param, trained), nnx.Not(Tracked), Tracked
+
+
+def resolved(trainable: Trainable) -> dict[str, Any]:
+    """What the options `mesh` and `attention` of a run came to on its devices, as JSON."""
+    return {"mesh": dict(trainable.mesh.shape), "attention": trainable.attention}

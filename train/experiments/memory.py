@@ -34,7 +34,7 @@ from memgen import (
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
 from train.cli.command import run_command
 from train.experiments.results import Results, read_results
-from train.finetuning.job import checksum
+from train.models.load import checksum
 
 LETTERS = "\n0123456789+=,. sc"  # the first one is padding
 WIDTH = 20

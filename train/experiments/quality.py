@@ -28,15 +28,15 @@ from thoughtbubbles import (
     TopK,
 )
 from train.cli.command import run_command
-from train.config import EvalConfig
 from train.data import DataConfig, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.config import EvalConfig
 from train.engine.fork_metrics import readable as fork_metrics
 from train.engine.losses import token_losses
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
 from train.engine.step import make_train_step
-from train.evaluate import Evaluator
+from train.evaluation.held_out import Evaluator
 from train.experiments.results import Results, read_results
 from train.experiments.tasks import Lookup
 

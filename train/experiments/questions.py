@@ -15,12 +15,10 @@ from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
 from train.engine.step import make_train_step
-from train.finetuning.job import boundaries_for, sft_loss
-from train.finetuning.tuning import TRAINED, Method, Tuned
-from train.models.load import Writer
-from train.models.tuned import trained_before
-from train.rl.protocols import Completion, Problem, Reward, Split
-from train.rl.rollout.rows import Trajectory
+from train.finetuning.job import sft_loss
+from train.models.finetunable import TRAINED, Method, Tuned
+from train.models.load import Writer, boundaries_for, trained_before
+from train.rl.types import Completion, Problem, Reward, Split, Trajectory
 
 KINDS = ("copy", "reverse", "sort")
 LENGTH = 3
@@ -75,7 +73,7 @@ class Questions:
 
 
 def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Chat rows `[B, WIDTH]` (`train.finetuning.tuning.Tuned.log_probs`), their answers supervised."""
+    """Chat rows `[B, WIDTH]` (`Tuned.log_probs`), their answers supervised."""
     tokens = np.full((count, WIDTH), -1, np.int32)
     supervised = np.zeros((count, WIDTH), bool)
     end, encode = ByteTokenizer.separator, ByteTokenizer().encode

@@ -22,21 +22,22 @@ from flax import nnx
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from train.cli.command import run_command
-from train.config import EvalConfig
 from train.data import ByteTokenizer
 from train.devices.mesh import place
+from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState
 from train.engine.step import make_train_step
 from train.experiments.results import Results, read_results
 from train.models.load import Writer
+from train.rl.buckets import SHORTEST, bucket
 from train.rl.config import METHODS, RLConfig
 from train.rl.job import Reinforcing
 from train.rl.learning.policy import token_scores
 from train.rl.loop import train
-from train.rl.protocols import Completion, Problem, Reward, Task
-from train.rl.rollout.rows import SHORTEST, bucket
+from train.rl.protocols import Task
 from train.rl.tasks import make_task
+from train.rl.types import Completion, Problem, Reward
 from train.runs.metrics import read_metrics
 
 # Training problems from these indices on; those of rollouts begin at 0.

@@ -48,15 +48,14 @@ from train.experiments.questions import (
     fit,
 )
 from train.experiments.results import Results, read_results
-from train.finetuning.job import checksum
-from train.finetuning.tuning import Method
-from train.models.load import Writer
+from train.models.finetunable import Method
+from train.models.load import Writer, checksum
 from train.rl.config import RLConfig
 from train.rl.job import Reinforcing
 from train.rl.learning.penalties import InvocationPenalty
-from train.rl.rollout.rows import Trajectory
 from train.rl.rollout.sampler import Sampler, Sampling
 from train.rl.rollout.strategies import OneResponse, Speech
+from train.rl.types import Trajectory
 
 PRETRAINING = {"copy": 0.49, "reverse": 0.49, "sort": 0.02}
 WEAVING = {"copy": 0.25, "reverse": 0.25, "sort": 0.5}

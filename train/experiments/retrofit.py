@@ -22,14 +22,14 @@ from thoughtbubbles.forking import GATE_UNIT
 from thoughtbubbles.pretrained import Pretrained, load_pretrained
 from thoughtbubbles.retrofit import add_forks
 from train.cli.command import run_command
-from train.config import EvalConfig
 from train.data import DataConfig, PackedData, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.config import EvalConfig
 from train.engine.fork_metrics import readable as fork_metrics
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TRAINED, make_trainable
 from train.engine.step import make_train_step
-from train.evaluate import Evaluator
+from train.evaluation.held_out import Evaluator
 from train.evaluation.policy_overrides import AnyPolicy
 from train.experiments.quality import KEY, report
 from train.experiments.results import Results, read_results

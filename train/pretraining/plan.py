@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 
-from train.config import RunConfig, as_json, noted_changes
+from train.cli.config_json import as_json
 from train.devices.mesh import shard_bytes
-from train.engine.state import Trainable
+from train.engine.state import Trainable, resolved
+from train.pretraining.config import RunConfig
 from train.runs.instruments import not_recorded
+from train.runs.resume import noted_changes
 
 
 def describe(config: RunConfig, trainable: Trainable, start: int) -> str:
@@ -25,11 +27,6 @@ def describe(config: RunConfig, trainable: Trainable, start: int) -> str:
         f"{mesh.size} {mesh.devices.flat[0].device_kind}{processes} ({sizes}); "
         f"steps {start} to {config.steps}"
     )
-
-
-def resolved(trainable: Trainable) -> dict[str, Any]:
-    """What the options `mesh` and `attention` of a run came to on its devices, as JSON."""
-    return {"mesh": dict(trainable.mesh.shape), "attention": trainable.attention}
 
 
 def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, Any] | None) -> str:

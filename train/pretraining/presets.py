@@ -3,10 +3,11 @@
 import dataclasses
 
 from thoughtbubbles import ModelConfig, Threshold, TopK
-from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.devices.mesh import MeshConfig
+from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
+from train.pretraining.config import RunConfig
 
 TINY = RunConfig(
     model=ModelConfig.preset("tiny"),

@@ -5,9 +5,9 @@ import math
 from typing import Literal
 
 from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
-from train.config import LoopConfig
+from train.engine.config import LoopConfig
 from train.engine.optim import OptimizerConfig
-from train.finetuning.tuning import Method
+from train.models.finetunable import Method
 from train.rl.learning.losses import LossConfig
 from train.rl.learning.penalties import InvocationPenalty
 

@@ -14,25 +14,30 @@ import memgen
 from memgen import MemGen, MemGenConfig
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.cache import check_cacheable
-from train.config import as_json
+from train.cli.config_json import as_json
 from train.devices.mesh import BATCH_AXES, make_mesh
-from train.engine.state import TrainState, make_trainable
-from train.finetuning.job import boundaries_for, checksum, load_writer_on
-from train.finetuning.tuning import TRAINED, Tuned
-from train.models.load import Writer, tokenizer_meta
-from train.models.tuned import trained_before
-from train.pretraining.plan import resolved
+from train.engine.state import TrainState, make_trainable, resolved
+from train.models.finetunable import TRAINED, Tuned
+from train.models.load import (
+    Writer,
+    boundaries_for,
+    checksum,
+    load_writer_on,
+    tokenizer_meta,
+    trained_before,
+)
 from train.rl.config import RLConfig
 from train.rl.learning.advantages import informative
 from train.rl.learning.credit import Episodes, credit
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
-from train.rl.protocols import BudgetAllocator, Problem, RolloutStrategy, Split
+from train.rl.protocols import BudgetAllocator, RolloutStrategy
 from train.rl.rollout.budgets import Uniform
-from train.rl.rollout.rows import Trajectory, make_rows
+from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, Sampling
 from train.rl.rollout.strategies import OneResponse, Speech, Turns
 from train.rl.tasks import make_task
+from train.rl.types import Problem, Split, Trajectory
 
 FEW = 32  # problems of an endless task that a run is known by
 ENDLESS = 256  # of its held-out problems that are scored if all are asked for

@@ -10,13 +10,14 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from train.config import as_json, noted_changes
+from train.cli.config_json import as_json
 from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
 from train.rl.job import Collected, Reinforcing
-from train.rl.rollout.rows import Trajectory
+from train.rl.types import Trajectory
 from train.runs.checkpoint import Checkpointer, load_meta
 from train.runs.instruments import Profiler, memory, not_recorded
 from train.runs.metrics import MetricWriter, Progress
+from train.runs.resume import noted_changes
 from train.runs.run_folder import (
     check_base,
     check_continuation,

@@ -1,63 +1,10 @@
 """What the learner asks of tasks, of strategies that make rollouts, and of budgets."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from train.rl.rollout.rows import Trajectory
-    from train.rl.rollout.sampler import Sampler
-
-Split = Literal["train", "test"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a policy is asked.
-
-    Attributes:
-        uid: names it in every run; what is remembered of a problem goes by it.
-        prompt: what the policy reads first.
-        answer: for the scorer alone; any value that JSON holds.
-        kind: for tables and histograms.
-    """
-
-    uid: str
-    prompt: str
-    answer: Any = None
-    kind: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What a policy wrote.
-
-    Attributes:
-        problem: that it was asked.
-        text: without an id that ended it.
-        tokens: its ids, the id that ended it among them.
-        finished: whether an id ended it; if not it was cut at the length limit.
-    """
-
-    problem: Problem
-    text: str
-    tokens: tuple[int, ...]
-    finished: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Reward:
-    """What a completion is worth.
-
-    Attributes:
-        value: what learning goes by.
-        success: what statistics, dynamic filtering and evaluation go by.
-        info: numbers for the metrics, averaged by name.
-    """
-
-    value: float
-    success: bool
-    info: Mapping[str, float] = dataclasses.field(default_factory=dict)
+from train.rl.rollout.sampler import Sampler
+from train.rl.types import Completion, Problem, Reward, Split, Trajectory, Turn
 
 
 class Task(Protocol):
@@ -79,29 +26,6 @@ class Task(Protocol):
     def problem(self, split: Split, index: int) -> Problem: ...
 
     def score(self, completion: Completion) -> Reward: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """What an environment makes of an action.
-
-    Attributes:
-        state: after it.
-        observation: what the policy reads next; of the last turn too, nothing is reset.
-        reward: of this turn.
-        terminated: the episode is over.
-        truncated: it was cut, e.g. for its number of turns.
-        success: whether it has ended well.
-        info: numbers for the metrics.
-    """
-
-    state: Any
-    observation: str
-    reward: float
-    terminated: bool
-    truncated: bool = False
-    success: bool = False
-    info: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Environment(Protocol):
@@ -131,12 +55,12 @@ class RolloutStrategy(Protocol):
 
     def collect(
         self,
-        sampler: "Sampler",
+        sampler: Sampler,
         task: Any,
         problems: Sequence[Problem],
         counts: Sequence[int],
         seed: Sequence[int],
-    ) -> "list[Trajectory]":
+    ) -> list[Trajectory]:
         """`counts[i]` rollouts of `problems[i]`, all of group `i`.
 
         Args:

@@ -8,7 +8,7 @@ import numpy as np
 from train.rl.config import RLConfig
 from train.rl.learning import advantages as estimators
 from train.rl.learning.penalties import invocation_penalty
-from train.rl.rollout.rows import Trajectory
+from train.rl.types import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from train.devices.mesh import batch_sharding, place, replicated
 from train.engine.state import Trainable, TrainState
 from train.engine.step import make_train_step
-from train.finetuning.tuning import Tuned
+from train.models.finetunable import Tuned
 from train.rl.config import RLConfig
 from train.rl.learning.losses import policy_loss
 from train.rl.learning.policy import acted, scores

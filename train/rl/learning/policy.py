@@ -17,7 +17,7 @@ from memgen import (
     WeaverConfig,
     token_log_probs,
 )
-from train.finetuning.tuning import Tuned
+from train.models.finetunable import Tuned
 
 NO_MEMORY = MemGenConfig(
     WeaverConfig(0, 0, context="nothing", match_scale=False), max_inference_events=0

@@ -1,63 +1,13 @@
 """What a policy did, as rows: the one record that every method hands to the learner."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from memgen.insertion import INFERENCE, PROMPT
-from train.rl.protocols import Problem, Reward
-
-SHORTEST = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """One row of `L` tokens: what was read and what the policy wrote, in order.
-
-    An episode of several turns is one row, or a row for each turn.
-
-    Attributes:
-        group: index of the problem in its batch; advantages compare rows of one group.
-        problem: that it is about.
-        tokens: `[L]` int32.
-        trained: `[L]` bool, tokens that the policy wrote. The others are attended to alone.
-        log_probs: `[L]` float32 of these as the sampler saw them, 0 elsewhere.
-        decisions: `[L]` int8 of the trigger before each token: -1 not asked, 0 skipped, 1 invoked;
-            -1 everywhere without latent memory.
-        begins: places of the first token of each response in the row.
-        reward: of the row: of its completion, its whole episode, or its turn's return.
-        turn_rewards: of all turns of the row's episode.
-        episode: number of the episode in its group; its turns may be rows of their own.
-        turn: which of its turns the first response in the row is.
-        weight: the row counts so many times.
-        finished: whether an id ended the last response; if not it was cut at the length limit.
-        texts: of the responses.
-        advantages: `[L]` float64 that a strategy gives itself, or None.
-    """
-
-    group: int
-    problem: Problem
-    tokens: np.ndarray
-    trained: np.ndarray
-    log_probs: np.ndarray
-    decisions: np.ndarray
-    begins: tuple[int, ...]
-    reward: Reward
-    finished: bool
-    texts: tuple[str, ...]
-    turn_rewards: tuple[float, ...]
-    episode: int
-    turn: int = 0
-    weight: float = 1.0
-    advantages: np.ndarray | None = None
-
-    @property
-    def written(self) -> int:
-        """Tokens that the policy wrote."""
-        return int(self.trained.sum())
-
+from train.rl.buckets import SHORTEST, bucket
+from train.rl.types import Trajectory
 
 Rows = dict[str, np.ndarray]
 """Arrays `[K, ...]` that the learner takes (`make_rows`)."""
@@ -125,9 +75,3 @@ def _plans(
         point[index, : len(places)] = places
         kind[index, : len(places)] = np.where(np.isin(places, row.begins), PROMPT, INFERENCE)
     return point, kind
-
-
-def bucket(size: int, multiple: int = 1) -> int:
-    """`multiple` times a power of two, `size` or more."""
-    parts = -(-max(size, 1) // multiple)
-    return multiple * (1 << (parts - 1).bit_length())

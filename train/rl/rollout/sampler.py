@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 import memgen
 from memgen import MemGen
 from train.devices.mesh import BATCH_AXES, place
-from train.rl.rollout.rows import SHORTEST, bucket
+from train.rl.buckets import SHORTEST, bucket
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import chat_ids
 from train.models.load import Writer
-from train.rl.protocols import Completion, Environment, Problem, Reward, Task, Turn
-from train.rl.rollout.rows import Trajectory
+from train.rl.protocols import Environment, Task
 from train.rl.rollout.sampler import Sampled, Sampler, row_keys
 from train.rl.tasks import safe_score, safe_step
+from train.rl.types import Completion, Problem, Reward, Trajectory, Turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from train.rl.protocols import Completion, Problem, Reward, Split
+from train.rl.types import Completion, Problem, Reward, Split
 
 TEST_SHARE = 5  # one problem of so many is held out
 _ATTEMPTS = 2000

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from train.rl.protocols import Completion, Problem, Reward, Split
 from train.rl.tasks.generated import digest, options
 from train.rl.tasks.shaping import format_bonus
+from train.rl.types import Completion, Problem, Reward, Split
 
 _HELD = 10  # of a single file, one question of so many is for test
 _NUMBER = re.compile(

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.protocols import Completion, Problem, Split, Turn
 from train.rl.tasks.generated import TEST_SHARE, answer_of, at_least, digest, options
+from train.rl.types import Completion, Problem, Split, Turn
 
 
 @dataclasses.dataclass(frozen=True)

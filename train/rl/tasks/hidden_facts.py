@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.protocols import Completion, Reward
 from train.rl.tasks.generated import Generated, answer_of, at_least
 from train.rl.tasks.shaping import ternary
+from train.rl.types import Completion, Reward
 
 NAMES = ("red", "blue", "green", "black", "white", "pink", "gold", "grey", "brown", "lime")
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from train.rl.protocols import Completion, Problem, Reward, Split
 from train.rl.tasks.generated import TEST_SHARE, at_least, digest, options
+from train.rl.types import Completion, Problem, Reward, Split
 
 _INSTALL = "pip install reasoning-gym"
 

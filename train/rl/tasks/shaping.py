@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from train.rl.protocols import Completion, Problem, Reward, Turn
+from train.rl.types import Completion, Problem, Reward, Turn
 
 
 def safe_score(task: Any, completion: Completion) -> Reward:

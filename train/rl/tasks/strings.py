@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.protocols import Completion, Reward
 from train.rl.tasks.generated import Generated, answer_of, at_least
+from train.rl.types import Completion, Reward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from memgen import (
 )
 from memgen.lora import with_dropout
 from thoughtbubbles import Backbone, Thoughtbubbles
-from train.data.chat_data import ChatRows, segment_mask
+from train.data.chat_data import segment_mask
 
 Method = Literal["all", "lora", "weaver", "trigger"]
 
@@ -106,23 +106,3 @@ class Tuned(nnx.Module):
             where = jax.random.key(0)  # held-out rows: the same places each time
         plan = plan_insertions(tokens, supervised, memgen.boundary[...], memgen.config, where)
         return memgen.predictors(tokens, plan, what)[:, 1:]
-
-
-def one_response_rows(rows: ChatRows) -> ChatRows:
-    """A row for each response: the conversation up to its end, and only it supervised.
-
-    A weaver remembers for one response; what came before is context without memory.
-    """
-    marks = rows.supervised
-    begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
-    ends = marks & ~np.pad(marks, ((0, 0), (0, 1)))[:, 1:]
-    row, first = np.nonzero(begins)
-    last = np.nonzero(ends)[1]
-    place = np.arange(marks.shape[1])
-    within = place <= last[:, None]
-    return ChatRows(
-        tokens=np.where(within, rows.tokens[row], -1).astype(np.int32),
-        supervised=within & (place >= first[:, None]),
-        segment=np.where(within, rows.segment[row], -1).astype(np.int32),
-        position=np.where(within, rows.position[row], 0).astype(np.int32),
-    )

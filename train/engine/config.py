@@ -1,0 +1,75 @@
+"""LoopConfig: what every training run has."""
+
+import dataclasses
+
+from train.devices.attention import Attention
+from train.devices.distributed import DistributedConfig
+from train.devices.mesh import MeshConfig
+from train.engine.optim import OptimizerConfig
+from train.runs.instruments import parse_window
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation.
+
+    Attributes:
+        every: steps between evaluations during the run (0: only at the end).
+        rows: validation rows scored, spread over the split (0: all).
+        positions: how many are scored prefix-only if the model is not causal (0: all).
+    """
+
+    every: int = 100
+    rows: int = 256
+    positions: int = 256
+
+    def __post_init__(self):
+        if min(self.every, self.rows) < 0 or self.positions < 0 or self.positions == 1:
+            raise ValueError(
+                f"every={self.every} rows={self.rows} positions={self.positions}: choose 0 or more "
+                "(positions: 0 or at least 2)"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What every training run has.
+
+    Attributes:
+        steps: optimizer steps, each over `batch_size` rows in `accumulate` parts.
+        seed: of the initial parameters.
+        out: run folder (config, checkpoints, metrics); a run found there is continued.
+        log_every, save_every: steps.
+        keep, keep_every: checkpoints kept: the newest ones, and those at multiples for ever.
+        attention: how attention is computed; "auto" takes the kernel of the mesh's devices.
+        profile: record these steps with jax's profiler, e.g. "10:20" (`train.runs.instruments`).
+        peak_tflops: of a device, for MFU, where `train.devices.hardware` does not know it.
+        dry_run: only say what would be run.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    evaluation: EvalConfig = EvalConfig()
+    steps: int = 300
+    batch_size: int = 16
+    accumulate: int = 1
+    seed: int = 0
+    out: str = "runs/tiny"
+    log_every: int = 10
+    save_every: int = 100
+    keep: int = 3
+    keep_every: int | None = None
+    attention: Attention = "auto"
+    profile: str = ""
+    peak_tflops: float | None = None
+    dry_run: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"peak_tflops={self.peak_tflops} is not positive")
+        if parse_window(self.profile)[0] > self.steps:
+            raise ValueError(f"profile={self.profile!r} begins after steps={self.steps}")

@@ -1,0 +1,243 @@
+"""A model as EleutherAI's evaluation harness (the extra `lm-eval`) wants it.
+
+From Python: lm_eval.simple_evaluate(HarnessModel(model="smollm2"), tasks=...).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from thoughtbubbles.decoding import generate
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.data.chat_templates import Message, render
+from train.evaluation.scoring import Scorer
+from train.models.load import Writer, load_model, load_weights
+
+try:
+    from lm_eval.api import model as harness  # pyright: ignore[reportMissingImports]
+except ImportError:
+    harness = None  # everything here can be imported without it, and nothing be run
+
+LM: Any = object if harness is None else harness.LM
+INSTALL = 'the evaluation harness is not installed: pip install lm_eval, or the extra "lm-eval"'
+MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How to continue a text, from the harness's `generation_kwargs`.
+
+    Attributes:
+        until: a text is cut before the first of these that it contains.
+        max_new_tokens: at most.
+        temperature: 0 unless samples are asked for.
+        top_k, top_p, min_p: as in `thoughtbubbles.decoding.generate`.
+    """
+
+    until: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], max_new_tokens: int) -> "Decoding":
+        """Read `until`, `do_sample`, `temperature`, `max_gen_toks` and its other names, `top_k`...
+
+        Raises:
+            ValueError: there is an option that would be ignored.
+        """
+        left = dict(options)
+        until = left.pop("until", None) or []
+        until = [until] if isinstance(until, str) else until
+        lengths = [left.pop(name, None) for name in MAX_NEW_TOKENS]
+        length = next((n for n in lengths if n is not None), max_new_tokens)
+        temperature = left.pop("temperature", None)
+        sampled = left.pop("do_sample", None)
+        if sampled is None:
+            sampled = bool(temperature)
+        if temperature is None:
+            temperature = 1.0
+        filters = {name: left.pop(name, None) for name in ("top_k", "top_p", "min_p")}
+        if left:
+            raise ValueError(
+                f"generation option {next(iter(left))} is not supported: choose of until, "
+                f"do_sample, temperature, {', '.join(filters)}, {MAX_NEW_TOKENS[0]}"
+            )
+        if not sampled:
+            return cls(tuple(filter(None, until)), int(length))
+        return cls(tuple(filter(None, until)), int(length), float(temperature), **filters)
+
+
+class HarnessModel(LM):
+    """A model as the harness asks it.
+
+    Args:
+        model: pretrained weights, "smollm2", a Hugging Face folder, or a .gguf file.
+        checkpoint: in place of them, the folder of a run.
+        writer: in place of both, a model that is loaded.
+        batch_size: rows per pass; "auto" is the default.
+        max_length: tokens read at a time; default: as many as the model was trained with.
+        max_gen_toks: new tokens where a task names no number.
+        seed: of samples.
+        device, max_batch_size: the harness passes them; jax chooses the device.
+
+    Raises:
+        ValueError: the harness is not installed, or not one model is named.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        checkpoint: str | None = None,
+        writer: Writer | None = None,
+        batch_size: int | str = 16,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        seed: int = 0,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        if harness is None:
+            raise ValueError(INSTALL)
+        super().__init__()
+        del device, max_batch_size
+        if sum(given is not None for given in (model, checkpoint, writer)) != 1:
+            raise ValueError(f"model={model} checkpoint={checkpoint}: pass one of them")
+        if model is not None:
+            writer = load_weights(model)
+        elif checkpoint is not None:
+            writer = load_model(checkpoint)
+        assert writer is not None
+        self._name = model or checkpoint or writer.tokenizer.name
+        self._writer, self._seed, self._max_gen_toks = writer, seed, max_gen_toks
+        self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
+        self._scorer = Scorer(writer, self.batch_size, max_length)
+        self._stops: dict[str, list[int]] = {}
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy) of each request's (context, continuation)."""
+        self._scorer.quiet = disable_tqdm
+        scores = self._scorer([request.args for request in requests])
+        return self._done("loglikelihood", requests, [(s.log_prob, s.greedy) for s in scores])
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability of each request's text."""
+        self._scorer.quiet = disable_tqdm
+        scores = self._scorer.rolling([request.args[0] for request in requests])
+        return self._done("loglikelihood_rolling", requests, [s.log_prob for s in scores])
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What follows each request's context, up to the first of its stop strings.
+
+        Decoding stops where one token holds a stop string; one that spans tokens is cut off
+        afterwards.
+        """
+        del disable_tqdm
+        groups: dict[Decoding, list[int]] = {}
+        for index, request in enumerate(requests):
+            decoding = Decoding.of(request.args[1], self._max_gen_toks)
+            groups.setdefault(decoding, []).append(index)
+        found = [""] * len(requests)
+        for decoding, members in groups.items():
+            prompts = {index: self._prompt(requests[index].args[0], decoding) for index in members}
+            members.sort(key=lambda index: -len(prompts[index]))
+            for first in range(0, len(members), self.batch_size):
+                batch = members[first : first + self.batch_size]
+                seed = self._seed + first  # equal prompts of other batches get other samples
+                texts = self._continue([prompts[index] for index in batch], decoding, seed)
+                for index, text in zip(batch, texts, strict=True):
+                    found[index] = text
+        return self._done("generate_until", requests, found)
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Message], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the text that the model was tuned on, up to where its answer begins,
+        or, without `add_generation_prompt`, up to the end of the last message's content."""
+        tokenizer = self._chat_tokenizer()
+        text = render(
+            tokenizer.chat_template or "",
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=tokenizer.bos,
+            eos_token=tokenizer.eos,
+        )
+        if add_generation_prompt:
+            return text
+        last = str(chat_history[-1]["content"]).strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template, for the harness's reports."""
+        return self._chat_tokenizer().chat_template if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches of requests."""
+        return self._writer.tokenizer.name.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results."""
+        return {"model": self._name, "model_num_parameters": self._writer.model.config.num_params()}
+
+    def _chat_tokenizer(self) -> PretrainedTokenizer:
+        """From here on texts spell out their special tokens, as the template renders them."""
+        tokenizer = self._writer.tokenizer
+        if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
+            raise ValueError(f"{self._name} has no chat template: leave out apply_chat_template")
+        self._scorer.encode = lambda text: tokenizer.rendered(text) or [tokenizer.separator]
+        return tokenizer
+
+    def _prompt(self, context: str, decoding: Decoding) -> list[int]:
+        """Ids of a context, without its beginning where the new tokens would find no room."""
+        ids, longest = self._scorer.encode(context), self._scorer.max_length
+        if longest is None:
+            return ids
+        if decoding.max_new_tokens >= longest:
+            raise ValueError(
+                f"max_gen_toks={decoding.max_new_tokens} of max_length={longest} leaves no room "
+                "for a context: lower it"
+            )
+        return ids[-(longest - decoding.max_new_tokens) :]
+
+    def _continue(self, prompts: list[list[int]], decoding: Decoding, seed: int) -> list[str]:
+        writer, options = self._writer, dataclasses.asdict(decoding)
+        until, length = options.pop("until"), options.pop("max_new_tokens")
+        stop = [*writer.ends, *(token for text in until for token in self._stop_ids(text))]
+        choices = writer.tokenizer.vocab_size
+        # Filled up, so that the last batch finds its program compiled.
+        filled = prompts + prompts[-1:] * (self.batch_size - len(prompts))
+        new = generate(
+            writer.model, filled, length, stop=stop, choices=choices, seed=seed, **options
+        )
+        texts = [writer.tokenizer.decode(ids) for ids in new[: len(prompts)]]
+        return [cut(text, until) for text in texts]
+
+    def _stop_ids(self, text: str) -> list[int]:
+        """Ids whose own text holds the stop string, or that are spelled so (special tokens)."""
+        if text not in self._stops:
+            tokenizer = self._writer.tokenizer
+            ids = range(tokenizer.vocab_size)
+            found = [token for token in ids if text in tokenizer.decode([token])]
+            if isinstance(tokenizer, PretrainedTokenizer):
+                spelled = tokenizer.rendered(text)
+                found += spelled if len(spelled) == 1 else []
+            self._stops[text] = found
+        return self._stops[text]
+
+    def _done(self, kind: str, requests: Sequence[Any], results: list[Any]) -> list[Any]:
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial(kind, request.args, result)
+        return results
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first place where one of the stop strings begins."""
+    places = [text.find(stop) for stop in until]
+    return text[: min((place for place in places if place >= 0), default=len(text))]

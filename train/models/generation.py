@@ -1,0 +1,83 @@
+"""Text from a model with its tokenizer: continued, or as an answer; and its bubbles."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+
+import memgen
+from memgen import MemGen
+from thoughtbubbles.bubbles import BubbleMap, bubble_map
+from thoughtbubbles.decoding import generate
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.data.chat_templates import chat_ids
+from train.models.load import Writer
+
+MEMORY = {
+    "always": memgen.AlwaysInvoke(),
+    "never": memgen.NeverInvoke(),
+    "learned": memgen.LearnedInvoke(),
+}
+
+
+def write(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
+    """Each prompt with its continuation; the options are those of `generate`."""
+    ids = [loaded.prompt(prompt) for prompt in prompts]
+    new = _continue(loaded, ids, max_new_tokens, options)
+    return [loaded.tokenizer.decode(old + added) for old, added in zip(ids, new, strict=True)]
+
+
+def answer(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
+    """The model's answer to each prompt, a message of its own; options are those of `generate`."""
+    tokenizer = loaded.tokenizer
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        raise ValueError("--chat needs a model with a chat template, e.g. --model smollm2")
+    ids = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    new = _continue(loaded, ids, max_new_tokens, options)
+    return [loaded.tokenizer.decode(added).strip() for added in new]
+
+
+def _continue(
+    loaded: Writer, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]
+) -> list[list[int]]:
+    longest, trained = max(map(len, ids)) + max_new_tokens, loaded.context_length
+    if trained is not None and longest > trained:
+        print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
+    choices = loaded.tokenizer.vocab_size
+    if loaded.memgen is not None:
+        options |= {"stop": loaded.ends, "choices": choices}
+        return _remember(loaded.memgen, ids, max_new_tokens, **options)
+    return generate(loaded.model, ids, max_new_tokens, stop=loaded.ends, choices=choices, **options)
+
+
+def _remember(
+    model: MemGen,
+    ids: list[list[int]],
+    max_new_tokens: int,
+    *,
+    memory: str = "always",
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Continue with latent memory; says where it was written."""
+    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if names := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{names[0]} is not offered with latent memory: leave it out")
+    response = memgen.generate(model, ids, max_new_tokens, policy=MEMORY[memory], **options)
+    for row, points in enumerate(np.asarray(response.points)):
+        places = ", ".join(str(point) for point in points[points >= 0]) or "none"
+        print(f"text {row}: memory before new tokens {places}", file=sys.stderr)
+    return response.texts
+
+
+def map_of_text(loaded: Writer, text: str) -> BubbleMap:
+    """Bubbles of a text, read as one block behind the separator (which the map leaves out)."""
+    ids = [loaded.tokenizer.separator, *loaded.tokenizer.encode(text)[0].tolist()]
+    tokens = ["", *(loaded.tokenizer.decode([token]) for token in ids[1:])]
+    found = bubble_map(loaded.model, ids, tokens)
+    return dataclasses.replace(
+        found, streams=found.streams[:, 1:], score=found.score[:, 1:], tokens=found.tokens[1:]
+    )

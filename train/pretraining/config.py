@@ -1,0 +1,54 @@
+"""RunConfig: everything that defines a pretraining run."""
+
+import dataclasses
+from typing import Literal
+
+from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
+from train.data import DataConfig
+from train.engine.config import LoopConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Pretrained weights that a run starts from.
+
+    Model and tokenizer are then theirs; of the run's `model` only how to compute is taken, `dtype`,
+    `scan_layers` and `remat`.
+
+    Attributes:
+        weights: "smollm2", a Hugging Face folder, or a .gguf file; "" for random ones.
+        forks: blocks that new fork layers go in front of (`thoughtbubbles.retrofit`).
+        policy: of these fork layers.
+    """
+
+    weights: str = ""
+    forks: tuple[int, ...] = ()
+    policy: TopK | PrefixRank | Threshold = PrefixRank()
+
+    def __post_init__(self):
+        if self.forks and not self.weights:
+            raise ValueError(
+                f"init.forks={self.forks} go into pretrained weights: add --init.weights, or "
+                "choose model.fork_layers"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(LoopConfig):
+    """A pretraining run.
+
+    Attributes:
+        train: all parameters, or only those of fork layers; the others stay as they are.
+        prompt: start of the sample written at the end.
+    """
+
+    model: ModelConfig
+    init: InitConfig = InitConfig()
+    train: Literal["all", "forks"] = "all"
+    data: DataConfig = DataConfig()
+    prompt: str = "def "
+
+    @property
+    def step_flops(self) -> int:
+        """Model FLOPs of a step: the matrix products of a forward pass, three times."""
+        return 3 * self.batch_size * self.model.forward_flops(self.data.seq_len)
