@@ -153,7 +153,12 @@ COMMANDS = {
     "decode": (benchmark_decoding.main, benchmark_decoding.DecodeBenchmark),
 }
 
-if __name__ == "__main__":
+
+def command() -> None:
     # The first word chooses, as presets do elsewhere.
     name = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "step"
     run_command(*COMMANDS[name])
+
+
+if __name__ == "__main__":
+    command()

@@ -282,6 +282,10 @@ def presets() -> dict[str, CompileConfig]:
     }
 
 
-if __name__ == "__main__":
+def command() -> None:
     sys.argv[1:] = as_options(sys.argv[1:])
     run_command(main, CompileConfig, presets())
+
+
+if __name__ == "__main__":
+    command()

@@ -169,5 +169,9 @@ def policies(config: EvaluateConfig, loaded: Writer) -> dict[str, AnyPolicy]:
     return {"": policy}
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, EvaluateConfig)
+
+
+if __name__ == "__main__":
+    command()

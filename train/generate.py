@@ -108,5 +108,9 @@ def under_policy(loaded: Writer, config: GenerateConfig) -> Writer:
     return dataclasses.replace(loaded, model=model, memgen=memory)
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, GenerateConfig)
+
+
+if __name__ == "__main__":
+    command()

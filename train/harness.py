@@ -21,9 +21,13 @@ def main() -> None:
     cli_evaluate()
 
 
-if __name__ == "__main__":
+def command() -> None:
     try:
         main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    command()

@@ -58,5 +58,9 @@ def dry_run(config: RunConfig) -> None:
         print(plan(config, trainable, rows, saved))
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, RunConfig, PRESETS)
+
+
+if __name__ == "__main__":
+    command()

@@ -33,5 +33,9 @@ def main(config: SFTConfig) -> None:
             print(f"python -m train.generate --checkpoint {config.out} {chat}--prompt '...'")
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, SFTConfig)
+
+
+if __name__ == "__main__":
+    command()

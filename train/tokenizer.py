@@ -102,5 +102,9 @@ def main(config: TokenizerConfig) -> None:
     print(run(config))
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, TokenizerConfig)
+
+
+if __name__ == "__main__":
+    command()

@@ -104,8 +104,8 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
     try:
         with contextlib.redirect_stderr(box):
             if default is None:
-                return tyro.cli(config, args=words, registry=OPTIONS)
-            return tyro.cli(config, args=words, default=default, registry=OPTIONS)
+                return tyro.cli(config, prog=_program(), args=words, registry=OPTIONS)
+            return tyro.cli(config, prog=_program(), args=words, default=default, registry=OPTIONS)
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise
@@ -122,3 +122,11 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
             close = re.search(r"Perhaps you meant: (--[\w.-]+)", " ".join(parts))
             text = f"{text} ({f'perhaps {close[1]}? ' if close else ''}see --help)"
         raise ValueError(text) from None
+
+
+def _program() -> str:
+    """What the user typed in front of the options."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or sys.argv[0].startswith("thoughtbubbles "):
+        return sys.argv[0]
+    return f"python -m {spec.name.removesuffix('.__main__')}"

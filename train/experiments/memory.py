@@ -318,5 +318,9 @@ def report(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, Experiment)
+
+
+if __name__ == "__main__":
+    command()

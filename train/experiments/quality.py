@@ -333,5 +333,9 @@ def _mean(values: list[float], sign: str = "") -> str:
     return f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.4f}"
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, Quality)
+
+
+if __name__ == "__main__":
+    command()

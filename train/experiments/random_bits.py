@@ -107,5 +107,9 @@ def strings(length: int) -> np.ndarray:
     return (numbers >> np.arange(length) & 1).astype(np.int32)
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, RandomBits)
+
+
+if __name__ == "__main__":
+    command()

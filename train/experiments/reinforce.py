@@ -380,5 +380,9 @@ def _mean(values: Sequence[float], sign: str = "") -> str:
     return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, Experiment)
+
+
+if __name__ == "__main__":
+    command()

@@ -438,5 +438,9 @@ def _mean(values: Sequence[float], digits: int) -> str:
     return f"{found} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, Experiment)
+
+
+if __name__ == "__main__":
+    command()

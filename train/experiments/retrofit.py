@@ -167,5 +167,9 @@ def train_and_score(
     }
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, Retrofit)
+
+
+if __name__ == "__main__":
+    command()

@@ -28,5 +28,9 @@ def main(config: RLConfig) -> None:
     print(f"python -m train.generate --checkpoint {config.out} {chat}--prompt '...'")
 
 
-if __name__ == "__main__":
+def command() -> None:
     run_command(main, RLConfig)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,99 @@
+"""The command `thoughtbubbles`, and what it says of run folders."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from import_graph import ROOT
+
+from train.cli import main as entry
+from train.list_runs import RunsConfig, main, run_folders, sparkline
+
+
+def test_every_command_is_there_and_every_experiment_is_listed():
+    modules = [module for module, _ in entry.COMMANDS.values() if module]
+    modules += [f"train.experiments.{name}" for name in entry.EXPERIMENTS]
+    assert all(callable(importlib.import_module(module).command) for module in modules)
+    files = (ROOT / "train/experiments").glob("*.py")
+    runnable = {file.stem for file in files if "\ndef command()" in file.read_text()}
+    assert runnable == set(entry.EXPERIMENTS)
+
+
+def test_help_imports_nothing_heavy(capsys):
+    script = (
+        "import sys; from train.cli.main import main\n"
+        "sys.argv = ['thoughtbubbles', '--help']; main()\n"
+        "assert not {'jax', 'numpy', 'tyro'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {name} " in done.stdout for name in entry.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretain"], "unknown command 'pretain': perhaps pretrain? choose one of pretrain, sft"),
+        (["experiment", "x"], "unknown experiment 'x': choose one of quality, random_bits"),
+    ],
+    ids=str,
+)
+def test_an_unknown_word_is_one_line(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["thoughtbubbles", *words])
+    with pytest.raises(SystemExit) as left:
+        entry.main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_a_folder_with_a_train_of_its_own(tmp_path: Path):
+    (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
+    script = Path(sys.executable).with_name("thoughtbubbles")
+    assert script.exists(), 'pip install -e ".[dev]" makes it'
+    done = subprocess.run([script, "runs", "here"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: here holds no run (config.json): name the --out of a run\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two runs that differ in their learning rate, and one that has logged nothing."""
+    for name, rate, loss in (("a", 0.1, 2.0), ("b", 0.2, 3.0), ("c", 0.2, None)):
+        (tmp_path / name).mkdir()
+        config = {"out": name, "steps": 9, "optimizer": {"learning_rate": rate, "clip": 1.0}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        if loss is not None:
+            lines = [{"step": step, "loss": loss - step / 10} for step in range(1, 10)]
+            lines.append({"step": 9, "eval/loss": loss})
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (tmp_path / name / "metrics.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_runs_side_by_side(folder, capsys):
+    figure = folder / "curves.png"
+    main(RunsConfig((str(folder),), figure=str(figure)))
+    head, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head.split() == ["run", "step", "loss", "eval/loss", "optimizer.learning_rate"]
+    assert rows[0].split() == [str(folder / "a"), "9", "1.1000", "2.0000", "0.1"]
+    assert rows[1].split() == [str(folder / "b"), "9", "2.1000", "3.0000", "0.2"]
+    assert rows[2].split() == [str(folder / "c"), "0", "0.2"]
+    assert figure.stat().st_size > 5000
+
+
+def test_a_curve_is_a_line_of_characters():
+    assert sparkline([3.0, 2.0, float("nan"), 1.0]) == "3.0000 █▅×▁ 1.0000"
+    assert sparkline([]) == "nothing logged"
+    assert len(sparkline([float(i) for i in range(1000)])) == len("0.0000  999.0000") + 40
+
+
+def test_run_folders_and_mistakes(folder):
+    assert run_folders([str(folder / "b"), str(folder)]) == [folder / name for name in "babc"]
+    with pytest.raises(ValueError, match="no folder is given"):
+        run_folders([])
+    with pytest.raises(ValueError, match="curves.txt: choose a name that ends in .png"):
+        main(RunsConfig((str(folder),), figure=str(folder / "curves.txt")))

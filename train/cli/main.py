@@ -1,0 +1,64 @@
+"""The command `thoughtbubbles`: its first word chooses the command, which alone is imported."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping
+
+COMMANDS = {
+    "pretrain": ("train.pretrain", "train a model on text"),
+    "sft": ("train.sft", "fine-tune a model on conversations"),
+    "rl": ("train.rl.__main__", "train a model on tasks whose answers can be checked"),
+    "generate": ("train.generate", "continue prompts, or answer them"),
+    "evaluate": ("train.evaluate", "held-out loss of a run, or scores on task files"),
+    "harness": ("train.harness", "EleutherAI's evaluation harness on our models"),
+    "compile": ("train.compile", "memory and time of a training step on chips that are not here"),
+    "benchmark": ("train.benchmark", "speed, side by side with a plain decoder"),
+    "tokenizer": ("train.tokenizer", "train a tokenizer on a corpus"),
+    "runs": ("train.list_runs", "compare run folders: configs, last metrics, curves"),
+    "experiment": ("", "measure a claim of the documentation again"),
+}
+EXPERIMENTS = {
+    "quality": "held-out loss of policies, side by side",
+    "random_bits": "whether a policy lets a model see its future",
+    "retrofit": "fork layers in a pretrained model",
+    "memory": "MemGen against a LoRA, soft prompts and pause tokens",
+    "reinforce": "RL methods on string tasks, against supervised tuning",
+    "remember": "a trigger that learns when to remember",
+}
+
+
+def main() -> None:
+    """Run the command that the first word names; a mistake is one line and exit status 2."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(_help("thoughtbubbles COMMAND", {name: line for name, (_, line) in COMMANDS.items()}))
+        return
+    name = _known(words.pop(0), COMMANDS, "command")
+    module = COMMANDS[name][0]
+    if name == "experiment":
+        if not words or words[0] in ("-h", "--help"):
+            print(_help("thoughtbubbles experiment NAME", EXPERIMENTS))
+            return
+        chosen = _known(words.pop(0), EXPERIMENTS, "experiment")
+        name, module = f"{name} {chosen}", f"train.experiments.{chosen}"
+    sys.argv = [f"thoughtbubbles {name}", *words]
+    importlib.import_module(module).command()
+
+
+def _known(name: str, choices: Mapping[str, object], kind: str) -> str:
+    if name not in choices:
+        close = difflib.get_close_matches(name, choices, n=1)
+        guess = f"perhaps {close[0]}? " if close else ""
+        print(
+            f"error: unknown {kind} {name!r}: {guess}choose one of {', '.join(choices)}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    return name
+
+
+def _help(usage: str, lines: Mapping[str, str]) -> str:
+    width = max(map(len, lines))
+    listed = "\n".join(f"  {name:<{width}}  {line}" for name, line in lines.items())
+    return f"usage: {usage} [OPTIONS]\n\n{listed}\n\nOptions of each: {usage} --help"

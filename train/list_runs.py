@@ -1,0 +1,176 @@
+"""Run folders side by side: thoughtbubbles runs runs/a runs/b [--figure curves.png]."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from train.cli.command import run_command
+from train.cli.figures import check_figure
+from train.runs.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 40  # characters of a curve in the terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class RunsConfig:
+    """Compare run folders: where their configs differ, their last metrics, and a curve of each.
+
+    Attributes:
+        folders: Run folders, or folders that hold run folders.
+        metric: Metric whose curve is drawn, by its name in `metrics.jsonl` (`loss`, `eval/loss`,
+            `reward`, `fork_1/forked_share`, ...).
+        figure: File to save all curves in, as .png, .pdf or .svg (needs matplotlib); none by
+            default.
+    """
+
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    metric: str = "loss"
+    figure: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder as it lies on disk.
+
+    Attributes:
+        folder: The run folder.
+        config: Options of the run by their dotted names.
+        metrics: Lines of `metrics.jsonl`, oldest first.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    def curve(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps at which the metric was written, and its values."""
+        points = [(line["step"], line[metric]) for line in self.metrics if metric in line]
+        return [step for step, _ in points], [float(value) for _, value in points]
+
+    def last(self) -> dict[str, float]:
+        """The newest value of the losses, rewards and success rates that the run has."""
+        names = ("loss", "eval/loss", "eval/bits_per_byte", "reward", "eval/success")
+        found = ((name, self.curve(name)[1]) for name in names)
+        return {name: values[-1] for name, values in found if values}
+
+
+def main(config: RunsConfig) -> None:
+    """Print the comparison, and save the figure if one is asked for."""
+    if config.figure:
+        check_figure(Path(config.figure))
+    runs = [read_run(folder) for folder in run_folders(config.folders)]
+    print(table(runs))
+    print(f"\n{config.metric}:")
+    width = max(len(str(run.folder)) for run in runs)
+    for run in runs:
+        print(f"  {run.folder!s:<{width}}  {sparkline(run.curve(config.metric)[1])}")
+    if config.figure:
+        draw(runs, config.metric).savefig(config.figure, dpi=150)
+        print(f"figure: {Path(config.figure).absolute()}")
+
+
+def run_folders(given: Sequence[str]) -> list[Path]:
+    """The run folders among these folders and right below them, in the order given.
+
+    Raises:
+        ValueError: A folder is no run folder and holds none.
+    """
+    if not given:
+        raise ValueError("no folder is given: name run folders, or a folder that holds some")
+    found: list[Path] = []
+    for name in given:
+        path = Path(name).expanduser()
+        below = sorted(file.parent for file in path.glob("*/config.json"))
+        runs = [path] if (path / "config.json").is_file() else below
+        if not runs:
+            raise ValueError(f"{path} holds no run (config.json): name the --out of a run")
+        found += runs
+    return found
+
+
+def read_run(folder: Path) -> Run:
+    """A run folder's config and metrics; a run that has logged nothing yet has no metrics."""
+    config = json.loads((folder / "config.json").read_text())
+    logged = (folder / "metrics.jsonl").is_file()
+    return Run(folder, flat(config), read_metrics(folder) if logged else [])
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return found
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A row for each run: its last step and metrics, and the options in which the runs differ."""
+    options = list(dict.fromkeys(name for run in runs for name in run.config))
+    differing = [
+        name
+        for name in options
+        if name != "out" and len({repr(run.config.get(name)) for run in runs}) > 1
+    ]
+    metrics = list(dict.fromkeys(name for run in runs for name in run.last()))
+    rows = [["run", "step", *metrics, *differing]]
+    for run in runs:
+        last = run.last()
+        step = run.metrics[-1]["step"] if run.metrics else 0
+        values = [f"{last[name]:.4f}" if name in last else "" for name in metrics]
+        rows.append(
+            [str(run.folder), str(step), *values, *(str(run.config.get(n, "")) for n in differing)]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A curve as one line of characters, with its first and last value."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "nothing logged"
+    low, high = min(finite), max(finite)
+    picked = (
+        [values[i * len(values) // WIDTH] for i in range(WIDTH)] if len(values) > WIDTH else values
+    )
+    top = len(BARS) - 1
+    bars = (
+        BARS[round(top * (value - low) / ((high - low) or 1))] if math.isfinite(value) else "×"
+        for value in picked
+    )
+    return f"{values[0]:.4f} {''.join(bars)} {values[-1]:.4f}"
+
+
+def draw(runs: Sequence[Run], metric: str) -> "Figure":
+    """The curves of one metric in one figure. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        axes.plot(*run.curve(metric), label=str(run.folder), linewidth=1.2)
+    axes.set(xlabel="step", ylabel=metric)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def command() -> None:
+    run_command(main, RunsConfig)
+
+
+if __name__ == "__main__":
+    command()
