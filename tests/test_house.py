@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +69,15 @@ def test_imports_run_down_and_in_no_circle():
 def test_only_checkpoint_imports_orbax():
     users = [relative(path) for path in MODULES if "orbax" in imported_packages(path)]
     assert users == ["train/runs/checkpoint.py"]
+
+
+def test_the_libraries_need_jax_flax_and_numpy_alone():
+    """Of what the extra `train` installs they import nothing that flax does not bring."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.split(r"[^\w-]", need)[0].lower().replace("-", "_") for need in extra["train"]}
+    heavy = (names | {"orbax", "grain"}) - {"optax", "etils"}  # flax itself imports these
+    script = f"import sys, thoughtbubbles, memgen; assert not {heavy!r} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_importing_everything_stays_light():

@@ -8,6 +8,8 @@ from thoughtbubbles.model import Output, Thoughtbubbles
 from thoughtbubbles.policies import Candidates, CausalPolicy, Policy, PrefixRank, Threshold, TopK
 from thoughtbubbles.streams import Streams
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PRESETS",
     "Backbone",

@@ -43,7 +43,12 @@ def main() -> None:
         chosen = _known(words.pop(0), EXPERIMENTS, "experiment")
         name, module = f"{name} {chosen}", f"train.experiments.{chosen}"
     sys.argv = [f"thoughtbubbles {name}", *words]
-    importlib.import_module(module).command()
+    try:
+        command = importlib.import_module(module).command
+    except ModuleNotFoundError as error:
+        print(f'error: {error}: pip install "thoughtbubbles[train]"', file=sys.stderr)
+        sys.exit(2)
+    command()
 
 
 def _known(name: str, choices: Mapping[str, object], kind: str) -> str:
