@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from train.cli.config_json import as_json
-from train.runs.resume import differences
 from train.devices.distributed import agreed, several, tell
+from train.runs.resume import differences
 
 _LOCK, _OTHERS = ".lock", ".lock-others"
 NETWORK_DISK = 90.0  # seconds after which every host sees a new file
