@@ -77,7 +77,7 @@ def test_how_processes_find_each_other_is_no_part_of_a_run():
     ours = dataclasses.replace(
         PRESETS["tiny"], dry_run=True, distributed=DistributedConfig("host:1", 2, 1)
     )
-    assert not differences(as_json(PRESETS["tiny"]), as_json(ours))
+    assert not differences(as_json(PRESETS["tiny"]), ours)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.retrofit import add_forks
 from thoughtbubbles.streams import left_align, restore_alignment
 from train import generate
-from train.cli.config_json import as_json
 from train.data import DataConfig, DataError
 from train.devices.mesh import MeshConfig, make_mesh, place, state_shardings
 from train.engine.config import EvalConfig
@@ -35,7 +33,6 @@ from train.pretraining.config import InitConfig, RunConfig
 from train.pretraining.job import make_run, on_weights, train
 from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_params
-from train.runs.resume import differences
 
 FIXTURES = Path(__file__).parent / "fixtures/pretrained"
 PLAIN = ModelConfig(
@@ -317,21 +314,6 @@ def test_a_run_that_cannot_start_from_weights(run_config, one_device, changes: d
 def test_forks_into_no_weights_are_refused():
     with pytest.raises(ValueError, match="go into pretrained weights: add --init.weights"):
         InitConfig(forks=(1,))
-
-
-def test_runs_from_before_there_were_weights_to_start_from_go_on():
-    now = as_json(PRESETS["tiny"])
-    old = json.loads(json.dumps(now))
-    del old["init"], old["train"], old["optimizer"]["fork_rate"], old["model"]["fork_gate"]
-    assert not differences(old, now)
-
-
-def test_a_run_is_resolved_once(run_config):
-    once = on_weights(run_config)
-    assert on_weights(once) == once != run_config
-
-
-# The real thing
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from train.devices.distributed import DistributedConfig
 from train.devices.mesh import MeshConfig
 from train.engine.optim import OptimizerConfig
 from train.runs.instruments import parse_window
+from train.runs.resume import FREE, NOTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +49,22 @@ class LoopConfig:
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
-    evaluation: EvalConfig = EvalConfig()
-    steps: int = 300
+    mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=NOTED)
+    distributed: DistributedConfig = dataclasses.field(default=DistributedConfig(), metadata=FREE)
+    evaluation: EvalConfig = dataclasses.field(default=EvalConfig(), metadata=FREE)
+    steps: int = dataclasses.field(default=300, metadata=NOTED)
     batch_size: int = 16
-    accumulate: int = 1
+    accumulate: int = dataclasses.field(default=1, metadata=NOTED)
     seed: int = 0
-    out: str = "runs/tiny"
-    log_every: int = 10
-    save_every: int = 100
-    keep: int = 3
-    keep_every: int | None = None
-    attention: Attention = "auto"
-    profile: str = ""
-    peak_tflops: float | None = None
-    dry_run: bool = False
+    out: str = dataclasses.field(default="runs/tiny", metadata=FREE)
+    log_every: int = dataclasses.field(default=10, metadata=FREE)
+    save_every: int = dataclasses.field(default=100, metadata=FREE)
+    keep: int = dataclasses.field(default=3, metadata=FREE)
+    keep_every: int | None = dataclasses.field(default=None, metadata=FREE)
+    attention: Attention = dataclasses.field(default="auto", metadata=NOTED)
+    profile: str = dataclasses.field(default="", metadata=FREE)
+    peak_tflops: float | None = dataclasses.field(default=None, metadata=FREE)
+    dry_run: bool = dataclasses.field(default=False, metadata=FREE)
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):

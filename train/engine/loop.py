@@ -153,7 +153,7 @@ def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
         writer = stack.enter_context(MetricWriter(out, resume_step=start, enabled=main_process))
         progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
         progress.write(f"{data.summary}\n{work.describe(start)}")
-        for change in noted_changes(saved, meta) if saved else ():
+        for change in noted_changes(saved, meta, config) if saved else ():
             progress.write(f"not the run that was begun: {change}")
         if line := not_recorded(config.profile, start, config.steps):
             progress.write(line)

@@ -39,6 +39,7 @@ from train.models.load import (
     load_writer_on,
     tokenizer_meta,
 )
+from train.runs.resume import FREE
 
 ROWS = ("tokens", "supervised", "segment")
 
@@ -64,7 +65,7 @@ class SFTConfig(LoopConfig):
     boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
     data: ChatDataConfig = ChatDataConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
-    out: str = "runs/sft"
+    out: str = dataclasses.field(default="runs/sft", metadata=FREE)
 
 
 class Finetuning:

@@ -6,6 +6,10 @@ from typing import Literal
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from train.data import DataConfig
 from train.engine.config import LoopConfig
+from train.runs.resume import FREE, free_inside
+
+EXECUTION = ("scan_layers", "remat")
+"""Fields of a `ModelConfig` that say how it is computed, and change nothing of what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +46,11 @@ class RunConfig(LoopConfig):
         prompt: start of the sample written at the end.
     """
 
-    model: ModelConfig
+    model: ModelConfig = dataclasses.field(metadata=free_inside(*EXECUTION))
     init: InitConfig = InitConfig()
     train: Literal["all", "forks"] = "all"
-    data: DataConfig = DataConfig()
-    prompt: str = "def "
+    data: DataConfig = dataclasses.field(default=DataConfig(), metadata=free_inside("cache_dir"))
+    prompt: str = dataclasses.field(default="def ", metadata=FREE)
 
     @property
     def step_flops(self) -> int:

@@ -17,10 +17,9 @@ from train.engine.state import TRAINED, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
 from train.models.load import find_weights, tokenizer_meta
-from train.pretraining.config import RunConfig
+from train.pretraining.config import EXECUTION, RunConfig
 from train.pretraining.plan import describe
 from train.pretraining.presets import PRESETS
-from train.runs.resume import FREE_IN
 
 
 class Pretraining:
@@ -106,7 +105,7 @@ def on_weights(config: RunConfig) -> RunConfig:
     _, model, tokenizer = open_pretrained(find_weights(config.init.weights))
     if config.init.forks:
         model = forking_config(model, config.init.forks, config.init.policy)
-    computing = {name: getattr(config.model, name) for name in FREE_IN["model"] + ("dtype",)}
+    computing = {name: getattr(config.model, name) for name in (*EXECUTION, "dtype")}
     model = dataclasses.replace(model, **computing)
 
     def asked(known: ModelConfig) -> list[str]:

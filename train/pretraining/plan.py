@@ -45,7 +45,7 @@ def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, An
     weights = state.params, state.frozen
     params, moments = (shard_bytes(tree) / 2**20 for tree in (weights, state.opt_state))
     meta = {"config": as_json(config), "resolved": resolved(trainable)}
-    changes = noted_changes(saved, meta) if saved else []
+    changes = noted_changes(saved, meta, config) if saved else []
     lines = {
         "run": describe(config, trainable, start),
         "model": f"{model.num_layers} layers of {model.embed_dim}, {model.num_heads} heads, "

@@ -10,6 +10,7 @@ from train.engine.optim import OptimizerConfig
 from train.models.finetunable import Method
 from train.rl.learning.losses import LossConfig
 from train.rl.learning.penalties import InvocationPenalty
+from train.runs.resume import FREE
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "rebn"]
 
@@ -132,12 +133,12 @@ class RLConfig(LoopConfig):
     memgen: MemGenConfig = MemGenConfig(WeaverConfig())
     trigger: TriggerConfig = TriggerConfig()
     boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
-    max_rows: int = 256
-    examples: int = 2
+    max_rows: int = dataclasses.field(default=256, metadata=FREE)
+    examples: int = dataclasses.field(default=2, metadata=FREE)
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-4, weight_decay=0.0, final_ratio=1.0
     )
-    out: str = "runs/rl"
+    out: str = dataclasses.field(default="runs/rl", metadata=FREE)
 
     def __post_init__(self):
         super().__post_init__()

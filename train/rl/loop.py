@@ -62,7 +62,7 @@ def train(work: Reinforcing) -> dict[str, float]:
         writer = stack.enter_context(MetricWriter(out, resume_step=start or -1))
         progress = stack.enter_context(Progress(config.steps, start))
         progress.write(work.describe())
-        for change in noted_changes(saved, work.meta) if saved else ():
+        for change in noted_changes(saved, work.meta, config) if saved else ():
             progress.write(f"not the run that was begun: {change}")
         if line := not_recorded(config.profile, start, config.steps):
             progress.write(line)

@@ -1,45 +1,59 @@
-"""What must be equal for a run to be continued, and what may change."""
+"""What must be equal for a run to be continued, and what may change.
 
+Every field of a config must be equal unless its metadata say otherwise, so that a new option can't
+resume unnoticed: `field(default=3, metadata=FREE)`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from train.cli.config_json import as_json, model_from_json
 
-# What must stay equal when a run is continued. Of the rest, changes of NOTED are told: steps move
-# the schedule, the others the order of float additions.
-FIXED = (
-    "train", "task", "method", "weights", "model", "init", "lora", "memgen", "boundaries", "data",
-    "optimizer", "batch_size", "seed",
-    # of reinforcement learning
-    "advantage", "clip_low", "clip_high", "dual_clip", "aggregate", "kl",
-    "importance_cap", "filter_groups", "rollouts", "minibatches", "epochs", "max_new_tokens",
-    "temperature", "chat", "max_batches", "advantage_clip", "gamma", "overlong_buffer",
-    "overlong_penalty", "max_turns", "max_observation", "carry", "penalty", "trigger",
-)  # fmt: skip
-FREE_IN = {"model": ("scan_layers", "remat"), "data": ("cache_dir",)}
-NOTED = ("steps", "accumulate", "mesh", "attention")
+FREE: Mapping[str, Any] = MappingProxyType({"resume": "free"})
+"""Metadata of a field that changes nothing that is computed."""
+
+NOTED: Mapping[str, Any] = MappingProxyType({"resume": "noted"})
+"""Metadata of a field whose change is printed: `steps` moves the schedule, the others the order of
+float additions."""
 
 
-def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Fields that keep a run from being continued, as `name: saved x, now y`."""
-    if "model" in saved and "model" in current:  # of pretraining
-        saved, current = (
-            config | {"model": _comparable(config["model"])} for config in (saved, current)
-        )
+def free_inside(*names: str) -> Mapping[str, Any]:
+    """Metadata of a field that holds a config of which these fields may change."""
+    return MappingProxyType({"resume": "fixed", "free": names})
+
+
+def differences(saved: dict[str, Any], config: Any) -> list[str]:
+    """Fields that keep a run from being continued, as `name: saved x, now y`.
+
+    Args:
+        saved: Config of a checkpoint, as `as_json` wrote it.
+        config: Config of the run that would go on from it.
+    """
+    rules = {field.name: field.metadata for field in dataclasses.fields(config)}
+    current = as_json(config)
+    if "model" in saved and "model" in current:
+        saved, current = (tree | {"model": _comparable(tree["model"])} for tree in (saved, current))
     found = []
-    for name in FIXED:
-        found += _differences(name, saved.get(name), current.get(name), FREE_IN.get(name, ()))
+    for name in {**saved, **current}:
+        rule = rules.get(name, {})
+        if rule.get("resume", "fixed") == "fixed":
+            found += _differences(name, saved.get(name), current.get(name), rule.get("free", ()))
     return found
 
 
-def noted_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def noted_changes(saved: dict[str, Any], current: dict[str, Any], config: Any) -> list[str]:
     """Allowed changes after which the run is no longer the one that was begun.
 
     Args:
-        saved, current: metadata of a checkpoint, and of the run that goes on from it: `config`, and
+        saved, current: Metadata of a checkpoint, and of the run that goes on from it: `config`, and
             under `resolved` what some of its options came to.
+        config: Config of the run that goes on.
     """
     before, now = (meta["config"] | meta["resolved"] for meta in (saved, current))
-    found = [_differences(name, before.get(name), now.get(name), ()) for name in NOTED]
+    names = [f.name for f in dataclasses.fields(config) if f.metadata.get("resume") == "noted"]
+    found = [_differences(name, before.get(name), now.get(name), ()) for name in names]
     return [line for lines in found for line in lines]
 
 

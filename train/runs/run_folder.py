@@ -14,7 +14,6 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from train.cli.config_json import as_json
 from train.devices.distributed import agreed, several, tell
 from train.runs.resume import differences
 
@@ -24,7 +23,7 @@ NETWORK_DISK = 90.0  # seconds after which every host sees a new file
 
 def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> None:
     """Raise if `out` holds a run that this config would not continue."""
-    found = differences(saved["config"], as_json(config)) if saved else []
+    found = differences(saved["config"], config) if saved else []
     if found:
         raise ValueError(
             f"{out} holds a run of another config ({'; '.join(found[:3])}"
