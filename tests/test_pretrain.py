@@ -380,7 +380,7 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(processes, arguments, fi
         (["tiny", "--model.policy", "TopK(ratio=0.5)"], ["ratio=0.5 is below 1"]),
         (
             ["tiny", "--model.policy", "Rank(ratio=2.0)"],
-            ["policy 'Rank(ratio=2.0)'", "PrefixRank(ratio=2.0, window=None, burst=0, noise=0.0)"],
+            ["unknown policy 'Rank' (perhaps PrefixRank?): choose one of TopK, PrefixRank"],
         ),
         (["tiny", "--model.fork-layers", "9"], ["fork layer 9 is out of range for num_layers=4"]),
         (["tiny", "--model.num-heads", "7"], ["num_heads=7 does not divide embed_dim=128"]),

@@ -1,11 +1,11 @@
 """Configs as JSON and policies as text, and back."""
 
-import ast
 import dataclasses
-from typing import Any, get_type_hints
+from typing import Any
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
+from train.cli.calls import from_text
 
 POLICIES = {policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)}
 
@@ -18,35 +18,7 @@ def policy_from_text(text: str) -> TopK | PrefixRank | Threshold:
     Raises:
         ValueError: no such policy or field, or a value of the wrong type.
     """
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        name, fields = call, []
-        if isinstance(call, ast.Call) and not call.args:
-            name, fields = call.func, call.keywords
-        policy = POLICIES[getattr(name, "id", "")]
-        types = get_type_hints(policy)
-        values = {str(field.arg): _literal(field.value, types[str(field.arg)]) for field in fields}
-        if len(values) < len(fields):
-            raise TypeError("a field is given twice")
-        return policy(**values)
-    except (SyntaxError, TypeError, KeyError, RecursionError):
-        choices = [
-            f"{name}({', '.join(f'{f.name}={f.default}' for f in dataclasses.fields(policy))})"
-            for name, policy in POLICIES.items()
-        ]
-        raise ValueError(f"policy {text!r}: choose one of {', '.join(choices)}") from None
-
-
-def _literal(node: ast.expr, kind: Any) -> Any:
-    try:
-        value = ast.literal_eval(node)
-    except ValueError:
-        raise TypeError("not a literal") from None
-    if kind is float and type(value) is int:
-        return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise TypeError(f"{value!r} is not {kind}")
-    return value
+    return from_text(text, POLICIES, "policy")
 
 
 def as_json(config: Any) -> Any:

@@ -2,18 +2,19 @@
 
 import sys
 
+from train.cli.calls import signature
 from train.cli.command import run_command
 from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.job import Reinforcing
 from train.rl.loop import train
-from train.rl.tasks import TASKS, signature
+from train.rl.tasks import TASKS
 
 
 def main(config: RLConfig) -> None:
     """Train, and say how to try it."""
     if config.task == "help":
-        print("\n".join(signature(name) for name in TASKS))
+        print("\n".join(signature(name, task) for name, task in TASKS.items()))
         return
     work = Reinforcing(config)
     if config.dry_run:

@@ -1,0 +1,83 @@
+"""What is written as `name(key=value, ...)`, on a command line or in a config: one parser for all.
+
+Values are Python literals; nothing is evaluated.
+"""
+
+import ast
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+
+def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: Any) -> Any:
+    """The object that a text asks for.
+
+    Args:
+        text: A name, or a name with options in brackets: `PrefixRank(ratio=1.5, window=64)`.
+            Options left out take their defaults.
+        choices: Dataclasses by their names.
+        kind: What they are, for error messages: "policy", "task".
+        given: Fields that the caller sets; the text can't.
+
+    Raises:
+        ValueError: There is no such name or option, or a value has the wrong type. The message is
+            one line and says what could be written.
+    """
+    name = text.partition("(")[0].partition(":")[0].strip()
+    if name not in choices:
+        close = difflib.get_close_matches(name, choices, 1, 0.5)
+        hint = f" (perhaps {close[0]}?)" if close else ""
+        raise ValueError(f"unknown {kind} {name!r}{hint}: choose one of {', '.join(choices)}")
+    chosen = choices[name]
+    try:
+        options = _options(text.strip(), chosen)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{kind} {text!r}: write {signature(name, chosen)}") from None
+    return chosen(**options, **given)
+
+
+def signature(name: str, chosen: type[Any]) -> str:
+    """How an object is asked for, with all options and their defaults."""
+    written = []
+    for field in _fields(chosen):
+        default = {} if field.default_factory is dict else field.default
+        missing = default is dataclasses.MISSING
+        written.append(f"{field.name}={'...' if missing else repr(default)}")
+    return f"{name}({', '.join(written)})"
+
+
+def _fields(chosen: type[Any]) -> list[dataclasses.Field[Any]]:
+    """Fields that a text can set: those that the object prints."""
+    return [field for field in dataclasses.fields(chosen) if field.init and field.repr]
+
+
+def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
+    """Options in brackets; raises where they are not those of the dataclass."""
+    call = ast.parse(text, mode="eval").body
+    if isinstance(call, ast.Name):
+        keywords = []
+    elif isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+        keywords = call.keywords
+    else:
+        raise TypeError("neither a name nor a call")
+    types = get_type_hints(chosen)
+    fields = {field.name: field for field in _fields(chosen)}
+    options = {}
+    for keyword in keywords:
+        if keyword.arg not in fields or keyword.arg in options:
+            raise TypeError("no such option, or twice the same")
+        options[keyword.arg] = _typed(ast.literal_eval(keyword.value), types[keyword.arg])
+    needed = {f.name for f in fields.values() if f.default is f.default_factory}  # both MISSING
+    if needed - options.keys():
+        raise TypeError("an option without default is left out")
+    return options
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """The value, an integer as a float where one is wanted; a TypeError if its type is another."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise TypeError(f"{value!r} is not {kind}")
+    return value
