@@ -116,7 +116,7 @@ def test_the_gradient_is_that_of_weighted_log_probabilities():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"accumulate": 4}, {"accumulate": 2, "aggregate": "token"}], ids=str
+    "changes", [{"accumulate": 4}, {"accumulate": 2, "method": "grpo(aggregate='token')"}], ids=str
 )
 def test_parts_of_a_minibatch_add_up(changes):
     _, _, trajectories = rollouts()
@@ -127,7 +127,7 @@ def test_parts_of_a_minibatch_add_up(changes):
     assert_close(one, parts)
 
 
-@pytest.mark.parametrize("changes", [{}, {"aggregate": "constant"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"method": "grpo(aggregate='constant')"}], ids=str)
 def test_order_and_filler_change_nothing(changes):
     """By sequences, and by a constant; by tokens it is the loss's test alone."""
     _, _, trajectories = rollouts()
@@ -200,7 +200,7 @@ def test_credit_of_turns_is_by_return():
     found = {}
     for carry in (True, False):
         rows = played(carry)
-        config = dataclasses.replace(CONFIG, method="rebn", gamma=0.9, carry=carry)
+        config = dataclasses.replace(CONFIG, method="rebn(gamma=0.9)", carry=carry)
         advantages = credit(rows, Episodes.of(rows), config)
         found[carry] = {
             (row.group, row.episode, row.turn + offset): advantage[begin]
@@ -247,7 +247,9 @@ def test_eight_devices_do_what_one_does():
     """The same texts; parameters after two optimizer steps differ by float noise."""
     found = {}
     for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(data=4, fsdp=2))):
-        reinforcing = work(devices=devices, mesh=mesh, train="all", minibatches=2, kl=0.1)
+        reinforcing = work(
+            devices=devices, mesh=mesh, train="all", minibatches=2, method="grpo(kl=0.1)"
+        )
         state, metrics, collected = reinforcing.step(reinforcing.first_state())
         found[devices] = jax.device_get(state.params), metrics, collected
     (one, metrics, mine), (eight, others, theirs) = found[1], found[8]

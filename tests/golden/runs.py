@@ -33,9 +33,10 @@ from train.engine.optim import OptimizerConfig
 from train.finetuning.job import Finetuning, SFTConfig
 from train.pretraining.config import RunConfig
 from train.pretraining.job import train
-from train.rl.config import METHODS, RLConfig
+from train.rl.config import RLConfig
 from train.rl.job import Reinforcing
 from train.rl.loop import train as train_rl
+from train.rl.methods import METHODS
 from train.runs.metrics import read_metrics
 
 VALUES = Path(__file__).with_name("values.json")
@@ -247,7 +248,7 @@ for method in METHODS:
             lambda folder: reinforced(folder, method=method)
         )
 RUNS["rl: weaver"] = lambda: in_folder(
-    lambda folder: reinforced(folder, method="dapo", train="weaver", kl=0.01, minibatches=2)
+    lambda folder: reinforced(folder, method="dapo(kl=0.01)", train="weaver", minibatches=2)
 )
 
 

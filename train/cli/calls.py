@@ -4,10 +4,12 @@ Values are Python literals; nothing is evaluated.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: Any) -> Any:
@@ -47,8 +49,14 @@ def signature(name: str, chosen: type[Any]) -> str:
     return f"{name}({', '.join(written)})"
 
 
-def _fields(chosen: type[Any]) -> list[dataclasses.Field[Any]]:
-    """Fields that a text can set: those that the object prints."""
+def text_of(word: str, value: Any) -> str:
+    """The text that `from_text` makes an equal object of, with all options."""
+    options = ", ".join(f"{field.name}={getattr(value, field.name)!r}" for field in _fields(value))
+    return f"{word}({options})"
+
+
+def _fields(chosen: Any) -> list[dataclasses.Field[Any]]:
+    """Fields of a dataclass that a text can set: those that it prints."""
     return [field for field in dataclasses.fields(chosen) if field.init and field.repr]
 
 
@@ -76,8 +84,16 @@ def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
 
 def _typed(value: Any, kind: Any) -> Any:
     """The value, an integer as a float where one is wanted; a TypeError if its type is another."""
-    if kind is float and type(value) is int:
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        for choice in get_args(kind):
+            with contextlib.suppress(TypeError):
+                return _typed(value, choice)
+    elif origin is Literal:
+        if value in get_args(kind):
+            return value
+    elif kind is float and type(value) is int:
         return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise TypeError(f"{value!r} is not {kind}")
-    return value
+    elif isinstance(value, origin or kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise TypeError(f"{value!r} is not {kind}")

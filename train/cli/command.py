@@ -15,6 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from thoughtbubbles.positions import RopeScaling
 from train.cli.config_json import POLICIES, policy_from_text
+from train.cli.plugins import load_plugins
 from train.devices.hardware import quiet_libtpu
 
 Config = TypeVar("Config")
@@ -26,24 +27,35 @@ OPTIONS = ConstructorRegistry()
 @OPTIONS.primitive_rule
 def policy_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """A policy is one option whose text is its repr, not a subcommand with options of its own."""
-    return _one_word(option, tuple(POLICIES.values()), "POLICY", policy_from_text, repr)
+    return one_word(option, tuple(POLICIES.values()), "POLICY", policy_from_text, repr)
 
 
 @OPTIONS.primitive_rule
 def rope_scaling_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Rope scaling is one option in JSON, as in a config.json, or `none`."""
     show = lambda scaling: json.dumps(scaling and dataclasses.asdict(scaling))  # noqa: E731
-    return _one_word(option, (RopeScaling,), "JSON|none", rope_scaling_from_text, show)
+    return one_word(option, (RopeScaling,), "JSON|none", rope_scaling_from_text, show)
 
 
-def _one_word(
+def one_word(
     option: PrimitiveTypeInfo,
     types: tuple[type, ...],
     metavar: str,
     read: Callable[[str], Any],
     show: Callable[[Any], str],
 ) -> PrimitiveConstructorSpec | None:
-    """A rule for options that hold one of `types`, or None; nothing for other options."""
+    """How tyro reads an option whose value is one word on the command line.
+
+    Args:
+        option: Option that tyro asks about.
+        types: Types of its value, besides None.
+        metavar: Name of the value in the help.
+        read: Value of a word; raises `ValueError` with one line.
+        show: Word of a value.
+
+    Returns:
+        None for options that hold anything else.
+    """
     choices = set(getattr(option.type, "__args__", [option.type])) - {type(None)}
     if not choices or not choices <= set(types):
         return None
@@ -83,6 +95,7 @@ def run_command(
     quiet_libtpu()
     words = sys.argv[1:]
     try:
+        load_plugins(words)
         default = None
         if presets is not None:
             named = bool(words) and not words[0].startswith("-")

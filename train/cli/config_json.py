@@ -5,7 +5,7 @@ from typing import Any
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
-from train.cli.calls import from_text
+from train.cli.calls import from_text, text_of
 
 POLICIES = {policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)}
 
@@ -25,6 +25,8 @@ def as_json(config: Any) -> Any:
     """Nested dict of a config, tuples as lists and policies as text, as it comes from JSON."""
     if isinstance(config, tuple(POLICIES.values())):
         return repr(config)
+    if hasattr(config, "word"):  # of a registry: `name(key=value)` as on the command line
+        return text_of(config.word, config)
     if dataclasses.is_dataclass(config):
         return {
             field.name: as_json(getattr(config, field.name)) for field in dataclasses.fields(config)

@@ -46,6 +46,8 @@ class LoopConfig:
         profile: record these steps with jax's profiler, e.g. "10:20" (`train.runs.instruments`).
         peak_tflops: of a device, for MFU, where `train.devices.hardware` does not know it.
         dry_run: only say what would be run.
+        plugin: Modules of your own, imported before the other options are read, from the working
+            directory too; they add methods or tasks to the registries.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -65,6 +67,7 @@ class LoopConfig:
     profile: str = dataclasses.field(default="", metadata=FREE)
     peak_tflops: float | None = dataclasses.field(default=None, metadata=FREE)
     dry_run: bool = dataclasses.field(default=False, metadata=FREE)
+    plugin: tuple[str, ...] = dataclasses.field(default=(), metadata=FREE)
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):

@@ -31,10 +31,11 @@ from train.engine.step import make_train_step
 from train.experiments.results import Results, read_results
 from train.models.load import Writer
 from train.rl.buckets import SHORTEST, bucket
-from train.rl.config import METHODS, RLConfig
+from train.rl.config import RLConfig
 from train.rl.job import Reinforcing
 from train.rl.learning.policy import token_scores
 from train.rl.loop import train
+from train.rl.methods import METHODS
 from train.rl.protocols import Task
 from train.rl.tasks import make_task
 from train.rl.types import Completion, Problem, Reward

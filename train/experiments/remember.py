@@ -53,6 +53,7 @@ from train.models.load import Writer, checksum
 from train.rl.config import RLConfig
 from train.rl.job import Reinforcing
 from train.rl.learning.penalties import InvocationPenalty
+from train.rl.methods import TriggerGRPO
 from train.rl.rollout.sampler import Sampler, Sampling
 from train.rl.rollout.strategies import OneResponse, Speech
 from train.rl.types import Trajectory
@@ -142,7 +143,7 @@ class Stages:
         the same reason the trigger is held near its start, a fair coin.
         """
         config = self.config
-        how = {"method": "trigger", "kl": config.hold} | changes
+        how = {"method": TriggerGRPO(kl=config.hold)} | changes
         return self.reinforced(
             self.rewarded[0],
             train="trigger",
@@ -197,7 +198,7 @@ def _taught_more(stages: Stages) -> Trained:
 
 
 def _divided(stages: Stages) -> Trained:
-    return stages.triggered(InvocationPenalty(stages.config.price), method="grpo", kl=0.0)
+    return stages.triggered(InvocationPenalty(stages.config.price), method="grpo")
 
 
 def _priced(stages: Stages) -> Trained:

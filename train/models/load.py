@@ -28,6 +28,7 @@ from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.cli.config_json import model_from_json
+from train.cli.plugins import missing_plugins
 from train.data import Tokenizer, load_tokenizer
 from train.devices.mesh import (
     state_shardings,
@@ -106,12 +107,15 @@ def load_model(
         shardings: where the model's parameters go, as in `load_pretrained`.
     """
     meta, params = load_params(path, step)
-    if "weights" in meta["config"]:
-        model, memgen = tuned_model(meta, params, shardings)
-    else:
-        shape = model_from_json(meta["config"]["model"])
-        model = Thoughtbubbles.from_params(shape, params, shardings=shardings)
-        memgen = None
+    try:
+        if "weights" in meta["config"]:
+            model, memgen = tuned_model(meta, params, shardings)
+        else:
+            shape = model_from_json(meta["config"]["model"])
+            model = Thoughtbubbles.from_params(shape, params, shardings=shardings)
+            memgen = None
+    except ValueError as error:
+        raise ValueError(f"{error}{missing_plugins(meta['config'])}") from error
     return Loaded(
         model,
         tokenizer_of(meta),

@@ -7,49 +7,10 @@ from typing import Literal
 from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
 from train.engine.config import LoopConfig
 from train.engine.optim import OptimizerConfig
-from train.models.finetunable import Method
-from train.rl.learning.losses import LossConfig
+from train.models import finetunable
 from train.rl.learning.penalties import InvocationPenalty
+from train.rl.methods import Method, method_from_text
 from train.runs.resume import FREE
-
-Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "rebn"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a method is made of.
-
-    Attributes:
-        advantage: estimator (`train.rl.learning.advantages`).
-        loss: clipping, aggregation, KL (`train.rl.learning.losses`).
-        filter_groups: problems whose rollouts all succeed, or all fail, are left out and others
-            are drawn in their place.
-    """
-
-    advantage: Advantage
-    loss: LossConfig
-    filter_groups: bool = False
-
-
-METHODS: dict[str, Recipe] = {
-    "grpo": Recipe("grpo", LossConfig(aggregate="sequence")),
-    "dr_grpo": Recipe("dr_grpo", LossConfig(aggregate="constant")),
-    "rloo": Recipe("rloo", LossConfig(aggregate="sequence")),
-    "dapo": Recipe("grpo", LossConfig(clip_high=0.28, aggregate="token"), filter_groups=True),
-    "reinforce_pp": Recipe(
-        "reinforce_pp_baseline",
-        LossConfig(clip_high=0.28, aggregate="token"),
-        filter_groups=True,
-    ),
-    "rebn": Recipe("rebn", LossConfig(aggregate="constant")),
-    "trigger": Recipe("dr_grpo", LossConfig(aggregate="sequence", kl=0.02)),
-}
-"""GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740), DAPO (2503.14476),
-REINFORCE++-baseline (2501.03262), and return batch normalisation of turns (GEM, 2510.01051).
-
-`trigger` is GRPO for decisions that have a price: advantages are not divided by the standard
-deviation (where all answers of a group are right, the least price would have full strength and
-silence the trigger), and it is held near its start (where nobody invokes nothing is learned)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,15 +25,10 @@ class RLConfig(LoopConfig):
         train: `all` parameters, a `lora` adapter, a `weaver` of latent memory, or the `trigger` of
             weights that have a weaver; in the last three the rest is frozen.
         task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl"; "help" lists all.
-        method: a name from `METHODS`; None becomes `trigger` for a trigger, else `grpo`.
-        advantage: in place of the method's (`train.rl.learning.advantages`).
-        clip_low: in place of the method's; and so the next ones.
-        clip_high: of a ratio, above 1.
-        dual_clip: bound on the loss where the advantage is negative, above 1.
-        aggregate: of tokens: mean of rows' means, mean of all, or a sum by a constant.
-        kl: weight of the divergence from the weights that the run began with.
-        importance_cap: weigh tokens by what the trainer's old probability is to the sampler's.
-        filter_groups: leave out problems whose rollouts all succeed or all fail.
+        method: Method of reinforcement learning, one of grpo, dr_grpo, rloo, dapo, reinforce_pp,
+            rebn and trigger (`train.rl.methods`), with options where they are to differ from the
+            method's own: "grpo(kl=0.01, clip_high=0.28)". The default is trigger where a trigger
+            is trained, else grpo.
         steps: each draws problems, samples rollouts and learns from them.
         seed: of new parameters, problems and rollouts.
         batch_size: problems of a step.
@@ -83,8 +39,6 @@ class RLConfig(LoopConfig):
         temperature: of sampling.
         chat: problems are messages to the model, in its chat template.
         max_batches: with `filter_groups`, batches of problems that a step draws at most.
-        advantage_clip: advantages are cut to plus and minus this.
-        gamma: discount of later turns (`rebn`).
         overlong_buffer: a response pays for the tokens that reach into the last so many before
             `max_new_tokens`, up to `overlong_penalty` (DAPO).
         max_turns: after which an episode of an environment is cut.
@@ -100,19 +54,9 @@ class RLConfig(LoopConfig):
     """
 
     weights: str = "smollm2"
-    train: Method = "lora"
+    train: finetunable.Method = "lora"
     task: str = "arithmetic"
-    method: Literal["grpo", "dr_grpo", "rloo", "dapo", "reinforce_pp", "rebn", "trigger"] | None = (
-        None
-    )
-    advantage: Advantage | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    dual_clip: float | None = None
-    aggregate: Literal["sequence", "token", "constant"] | None = None
-    kl: float | None = None
-    importance_cap: float | None = None
-    filter_groups: bool | None = None
+    method: Method | str | None = None
     batch_size: int = 16
     rollouts: int = 8
     minibatches: int = 1
@@ -121,8 +65,6 @@ class RLConfig(LoopConfig):
     temperature: float = 1.0
     chat: bool = False
     max_batches: int = 10
-    advantage_clip: float | None = None
-    gamma: float = 1.0
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
     max_turns: int = 8
@@ -142,19 +84,21 @@ class RLConfig(LoopConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.method is None:  # so that a run folder says what it was, by whatever default
+        method = self.method
+        if method is None:  # so that a run folder says what it was, by whatever default
             method = "trigger" if self.train == "trigger" else "grpo"
-            object.__setattr__(self, "method", method)
+        if isinstance(method, str):
+            object.__setattr__(self, "method", method_from_text(method))
         least = {"minibatches": 1, "epochs": 1, "max_batches": 1, "max_turns": 1, "max_rows": 1,
                  "max_observation": 1, "max_new_tokens": 1, "rollouts": 1, "examples": 0,
                  "overlong_buffer": 0}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)}: choose {bound} or more")
-        recipe = self.recipe
-        if self.rollouts < 2 and recipe.advantage != "rebn":
+        method = self.recipe
+        if self.rollouts < 2 and method.compares:
             raise ValueError(
-                f"rollouts={self.rollouts}: {recipe.advantage} compares rollouts of one problem: "
+                f"rollouts={self.rollouts}: {method.word} compares rollouts of one problem: "
                 "choose 2 or more"
             )
         greedy = self.temperature == 0 and self.train == "trigger"
@@ -168,24 +112,16 @@ class RLConfig(LoopConfig):
                 f"overlong_buffer={self.overlong_buffer} is more than max_new_tokens="
                 f"{self.max_new_tokens}: choose less"
             )
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma={self.gamma}: choose more than 0 and at most 1")
-        if recipe.advantage == "rebn" and (self.penalty.weight or self.overlong_buffer):
+        if method.by_turn and (self.penalty.weight or self.overlong_buffer):
             raise ValueError(
-                "rebn goes by the rewards of turns, which know no penalty.weight and no "
-                "overlong_buffer: leave them out, or choose another advantage"
+                f"{method.word} goes by the rewards of turns, which know no penalty.weight and no "
+                "overlong_buffer: leave them out, or choose another method"
             )
-        if recipe.advantage != "rebn" and self.gamma != 1:
-            raise ValueError(
-                f"gamma={self.gamma} is of rebn, the advantage is {recipe.advantage}: leave it out"
-            )
-        if recipe.loss.importance_cap is not None and self.train == "trigger":
+        if method.importance_cap is not None and self.train == "trigger":
             raise ValueError(
                 "importance_cap is of tokens, train='trigger' learns decisions: leave it out"
             )
-        if self.advantage_clip is not None and not self.advantage_clip > 0:
-            raise ValueError(f"advantage_clip={self.advantage_clip}: choose more than 0")
-        if recipe.filter_groups and self.rollouts < 2:
+        if method.filter_groups and self.rollouts < 2:
             raise ValueError(
                 f"filter_groups keeps no group of rollouts={self.rollouts}: choose 2 or more"
             )
@@ -198,17 +134,10 @@ class RLConfig(LoopConfig):
             )
 
     @property
-    def recipe(self) -> Recipe:
-        """The method with what was changed in it."""
-        assert self.method is not None
-        base = METHODS[self.method]
-        names = ("clip_low", "clip_high", "dual_clip", "aggregate", "kl", "importance_cap")
-        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return Recipe(
-            self.advantage or base.advantage,
-            dataclasses.replace(base.loss, **changes),
-            base.filter_groups if self.filter_groups is None else self.filter_groups,
-        )
+    def recipe(self) -> Method:
+        """The method with its options."""
+        assert isinstance(self.method, Method)
+        return self.method
 
     @property
     def carries(self) -> bool:

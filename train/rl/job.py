@@ -27,17 +27,22 @@ from train.models.load import (
     trained_before,
 )
 from train.rl.config import RLConfig
-from train.rl.learning.advantages import informative
 from train.rl.learning.credit import Episodes, credit
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
 from train.rl.protocols import BudgetAllocator, RolloutStrategy
-from train.rl.rollout.budgets import Uniform
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, Sampling
 from train.rl.rollout.strategies import OneResponse, Speech, Turns
+from train.rl.step_metrics import (
+    informative_groups,
+    invocations,
+    learning_metrics,
+    rollout_metrics,
+    standard_error,
+)
 from train.rl.tasks import make_task
-from train.rl.types import Problem, Split, Trajectory
+from train.rl.types import Collected, Problem, Split, Trajectory
 
 FEW = 32  # problems of an endless task that a run is known by
 ENDLESS = 256  # of its held-out problems that are scored if all are asked for
@@ -57,28 +62,6 @@ class Progressed:
     step: int = 0
     position: int = 0
     allocator: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Collected:
-    """The rollouts of a step.
-
-    Attributes:
-        trajectories: that are trained on.
-        drawn: all rollouts that were made, those of dropped problems too.
-        groups: problems drawn, and
-        kept: of them trained on.
-        written: tokens of all rollouts.
-    """
-
-    trajectories: list[Trajectory]
-    drawn: list[Trajectory]
-    groups: int
-    kept: int
-
-    @property
-    def written(self) -> int:
-        return sum(row.written for row in self.drawn)
 
 
 class Reinforcing:
@@ -133,11 +116,11 @@ class Reinforcing:
         shards = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
         self._multiple = shards * config.minibatches * config.accumulate
         self._speech = Speech(self.writer, config.chat)
-        self._strategy = strategy or self._default_strategy()
-        self._allocator = allocator or Uniform()
+        self._strategy = strategy or config.recipe.strategy(self._default_strategy())
+        self._allocator = allocator or config.recipe.allocator()
         self.keeps_frozen = config.train == "all"
         # What the frozen weights are, so that a run goes on beside the same ones.
-        holds_on = self.keeps_frozen and not config.recipe.loss.kl
+        holds_on = self.keeps_frozen and not config.recipe.kl
         self._base = None if holds_on else checksum(self.writer.memgen or model)
         longest = config.max_new_tokens * self._turns_of_a_row
         self.learner = Learner(config, self.trainable, self.sampling(), longest)
@@ -331,7 +314,7 @@ class Reinforcing:
 
     def _reference(self) -> Any:
         """Trained parameters as they began, where the method's KL holds on to them."""
-        if self.config.recipe.loss.kl and self._began is None:
+        if self.config.recipe.kl and self._began is None:
             weights = jax.device_put(self._first_weights(), self.trainable.shardings.weights)
             self._began = self.trainable.abstract.with_weights(weights).params
         return self._began
@@ -358,10 +341,10 @@ class Reinforcing:
         rate = float(episodes.success.mean())
         found = {
             "success": rate,
-            "standard_error": _standard_error(episodes, rows),
+            "standard_error": standard_error(episodes, rows),
             "reward": float(episodes.reward.mean()),
             "length": float(episodes.length.mean()),
-            **_invocations(rows, len(episodes.rows)),
+            **invocations(rows, len(episodes.rows)),
         }
         return found, rows
 
@@ -371,9 +354,9 @@ class Reinforcing:
         sizes = " x ".join(f"{name} {size}" for name, size in trainable.mesh.shape.items())
         return (
             f"{config.weights}: {trainable.config.num_params():,} parameters, trained are "
-            f"{trainable.num_trained:,} ({config.train}); {config.method} on {self.task.name}, "
-            f"{config.batch_size} problems x {config.rollouts} rollouts x {config.updates} updates "
-            f"a step; {sizes}"
+            f"{trainable.num_trained:,} ({config.train}); {config.recipe.word} on "
+            f"{self.task.name}, {config.batch_size} problems x {config.rollouts} rollouts x "
+            f"{config.updates} updates a step; {sizes}"
         )
 
 
@@ -386,62 +369,3 @@ def fingerprint(task: Any) -> str:
             problem = task.problem(split, index)
             found.update(f"{problem.prompt}\0{problem.answer}\0".encode())
     return f"{task.name} {found.hexdigest()}"
-
-
-def informative_groups(rows: Sequence[Trajectory]) -> list[int]:
-    """Groups of which some episodes succeed and some do not, rising."""
-    episodes = Episodes.of(rows)
-    told = informative(episodes.success, episodes.group, episodes.valid)
-    return np.unique(episodes.group[told]).tolist()
-
-
-def rollout_metrics(collected: Collected) -> dict[str, float]:
-    """Of all rollouts that were made."""
-    rows = collected.drawn
-    episodes = Episodes.of(rows)
-    names = sorted({name for row in rows for name in row.reward.info})
-    # All rows of an episode have its info.
-    first = [rows[turns[0]].reward.info for turns in episodes.rows]
-    info = {f"info/{name}": float(np.mean([i.get(name, 0.0) for i in first])) for name in names}
-    return {
-        "reward": float(episodes.reward.mean()),
-        "success": float(episodes.success.mean()),
-        "length": float(episodes.length.mean()),
-        "finished": float(np.mean([row.finished for row in rows])),
-        "informative": len(informative_groups(rows)) / collected.groups,
-        "groups": collected.groups,
-        "kept": collected.kept,
-        "rollouts": len(episodes.rows),
-        **_invocations(rows, len(episodes.rows)),
-        **info,
-    }
-
-
-def _standard_error(episodes: Episodes, rows: Sequence[Trajectory]) -> float:
-    """Of the share of successes; answers to a problem that comes several times are one draw."""
-    uids = [rows[turns[0]].problem.uid for turns in episodes.rows]
-    _, which = np.unique(uids, return_inverse=True)
-    deviation = np.bincount(which, weights=episodes.success - episodes.success.mean())
-    return float(np.sqrt((deviation**2).sum()) / len(uids))
-
-
-def _invocations(rows: Sequence[Trajectory], episodes: int) -> dict[str, float]:
-    """Of latent memory: per episode, and as a share of what was asked."""
-    asked = sum(int((row.decisions >= 0).sum()) for row in rows)
-    invoked = sum(int((row.decisions == 1).sum()) for row in rows)
-    if not asked:
-        return {}
-    return {"invocations": invoked / episodes, "invocation_rate": invoked / asked}
-
-
-def learning_metrics(learned: dict[str, Any]) -> dict[str, float]:
-    """Of the optimizer steps of a step: sums to means."""
-    sums = learned["sums"]
-    tokens = max(float(sums["tokens"]), 1.0)
-    means = {
-        name: float(sums[name]) / tokens
-        for name in ("clipped", "kl", "moved", "ratio")
-        if name in sums
-    }
-    names = ("loss", "grad_norm", "learning_rate")
-    return {name: learned[name] for name in names} | means

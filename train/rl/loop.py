@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from train.cli.config_json import as_json
 from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
-from train.rl.job import Collected, Reinforcing
-from train.rl.types import Trajectory
+from train.rl.job import Reinforcing
+from train.rl.types import Collected, Trajectory
 from train.runs.checkpoint import Checkpointer, load_meta
 from train.runs.instruments import Profiler, memory, not_recorded
 from train.runs.metrics import MetricWriter, Progress

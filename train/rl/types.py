@@ -126,3 +126,25 @@ class Trajectory:
     def written(self) -> int:
         """Tokens that the policy wrote."""
         return int(self.trained.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """The rollouts of a step.
+
+    Attributes:
+        trajectories: that are trained on.
+        drawn: all rollouts that were made, those of dropped problems too.
+        groups: problems drawn, and
+        kept: of them trained on.
+        written: tokens of all rollouts.
+    """
+
+    trajectories: list[Trajectory]
+    drawn: list[Trajectory]
+    groups: int
+    kept: int
+
+    @property
+    def written(self) -> int:
+        return sum(row.written for row in self.drawn)

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from train.rl.config import RLConfig
 from train.rl.learning import advantages as estimators
 from train.rl.learning.penalties import invocation_penalty
 from train.rl.types import Trajectory
@@ -50,10 +50,28 @@ class Episodes:
         return np.ones(len(self.rows), bool)
 
 
+def credit(trajectories: Sequence[Trajectory], episodes: Episodes, config: Any) -> list[np.ndarray]:
+    """Advantages `[L]` float64 of each trajectory, by the method of the run.
+
+    Args:
+        trajectories: Rows that are trained on.
+        episodes: The episodes that the rows are parts of.
+        config: Config of the run (`RLConfig`).
+    """
+    reward = shaped_rewards(trajectories, episodes, config)
+    return config.recipe.credit(trajectories, episodes, reward)
+
+
 def shaped_rewards(
-    trajectories: Sequence[Trajectory], episodes: Episodes, config: RLConfig
+    trajectories: Sequence[Trajectory], episodes: Episodes, config: Any
 ) -> np.ndarray:
-    """`[N]` float64: what advantages are made of, penalties taken off."""
+    """Rewards `[N]` float64 that advantages are made of, penalties taken off.
+
+    Args:
+        trajectories: Rows of the episodes.
+        episodes: `N` episodes.
+        config: Config of the run (`RLConfig`): its overlong penalty and its price of invocations.
+    """
     value = episodes.reward.copy()
     if config.overlong_buffer:
         value += estimators.overlong_penalty(
@@ -82,30 +100,21 @@ def _decisions(trajectories: Sequence[Trajectory], episodes: Episodes) -> np.nda
     return found
 
 
-def credit(
-    trajectories: Sequence[Trajectory], episodes: Episodes, config: RLConfig
+def spread_over_tokens(
+    advantage: np.ndarray, trajectories: Sequence[Trajectory], episodes: Episodes
 ) -> list[np.ndarray]:
-    """Advantages `[L]` float64 of each trajectory; those that bring their own keep them."""
-    if config.recipe.advantage == "rebn":
-        found = _by_turn(trajectories, episodes, config.gamma)
-    else:
-        estimate = getattr(estimators, config.recipe.advantage)
-        value = shaped_rewards(trajectories, episodes, config)
-        of_episode = estimate(value, episodes.group, episodes.valid)
-        found = [np.zeros(0)] * len(trajectories)
-        for rows, advantage in zip(episodes.rows, of_episode, strict=True):
-            for row in rows:
-                found[row] = np.full(len(trajectories[row].tokens), advantage)
-    if config.advantage_clip is not None:
-        found = [np.clip(a, -config.advantage_clip, config.advantage_clip) for a in found]
-    own = [row.advantages for row in trajectories]
-    return [mine if given is None else given for mine, given in zip(found, own, strict=True)]
+    """The advantage `[N]` of each episode as that of all tokens of its rows, `[L]` float64 each."""
+    found = [np.zeros(0)] * len(trajectories)
+    for rows, value in zip(episodes.rows, advantage, strict=True):
+        for row in rows:
+            found[row] = np.full(len(trajectories[row].tokens), value)
+    return found
 
 
-def _by_turn(
+def turn_advantages(
     trajectories: Sequence[Trajectory], episodes: Episodes, gamma: float
 ) -> list[np.ndarray]:
-    """Each turn's discounted return, normalised over all turns of the batch."""
+    """Each turn's discounted return, normalised over all turns of the batch, for its tokens."""
     returns = [
         estimators.discounted_returns(trajectories[rows[0]].turn_rewards, gamma)
         for rows in episodes.rows
