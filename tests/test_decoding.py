@@ -210,3 +210,17 @@ def test_bubble_map_in_a_terminal_and_as_a_figure(tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="2 ids and 1 texts"):
         bubble_map(model, [1, 2], ["a"])
+
+
+@pytest.mark.parametrize(("count", "written"), [(60, ["0", "3"]), (100, [])])
+def test_a_figure_has_a_colour_for_each_number_of_streams(count: int, written: list[str]):
+    streams = np.ones((2, count), np.int32)
+    streams[1, 4], streams[1, 7] = 3, 0
+    score = np.where(streams > 0, 0.5, 0).astype(np.float32)
+    figure = BubbleMap(streams, score, ("a",) * count, (1,)).figure()
+    numbers, scores = figure.axes[:2]
+    assert sorted(text.get_text() for text in numbers.texts) == written
+    [image] = numbers.images
+    assert len({image.to_rgba(n) for n in range(4)}) == image.cmap.N == 4
+    assert numbers.get_xticks().tolist() == scores.get_xticks().tolist() == list(range(count))
+    assert (np.asarray(image.get_array()) == streams).all()

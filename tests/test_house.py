@@ -1,9 +1,16 @@
 """Contracts of the tree as a whole: layout, import directions, and that the documents run."""
 
 import ast
+import contextlib
+import functools
+import importlib.util
+import io
+import itertools
 import json
+import pkgutil
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -25,6 +32,9 @@ from import_graph import (
     room_graph,
 )
 from processes import QUICK
+
+from train.cli import main as entry
+from train.cli.command import run_command
 
 LIBRARIES = {"thoughtbubbles": {"memgen", "train"}, "memgen": {"thoughtbubbles", "train"}}
 MODULES = list(modules().values())
@@ -95,16 +105,17 @@ def test_importing_everything_stays_light():
 
 
 class Fence(NamedTuple):
-    """A fenced block of README.md."""
+    """A fenced block of a page."""
 
+    page: Path
     language: str
     headings: str  # all headings that it stands under, joined
     line: int  # of its first line of code, from 0
     code: str
 
 
-def fences(text: str) -> Iterator[Fence]:
-    lines = text.splitlines()
+def fences(page: Path) -> Iterator[Fence]:
+    lines = page.read_text().splitlines()
     headings: list[str] = []
     start = None
     for number, line in enumerate(lines):
@@ -114,37 +125,133 @@ def fences(text: str) -> Iterator[Fence]:
                 continue
             language = lines[start - 1].strip("`").strip()
             code = "\n".join(lines[start:number])
-            yield Fence(language, " / ".join(headings), start, code)
+            yield Fence(page, language, " / ".join(headings), start, code)
             start = None
         elif start is None and (heading := re.match(r"(#+) +(.*)", line)):
             headings[len(heading[1]) - 1 :] = [heading[2]]
 
 
-README = list(fences((ROOT / "README.md").read_text()))
-SNIPPETS = [fence for fence in README if fence.language == "python"]
+def outside_fences(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+FENCES = [fence for page in PAGES for fence in fences(page)]
+SNIPPETS = [fence for fence in FENCES if fence.language == "python"]
+
+
+def test_readme_is_short_and_names_every_room():
+    """So does the page that says what each room is for."""
+    assert len(README.read_text().splitlines()) <= 150, "move it to a page in docs/"
+    for page in (README, ROOT / "docs/architecture.md"):
+        text = page.read_text()
+        assert [room for room in room_graph(module_graph()) if room not in text] == []
 
 
 def test_readme_sets_up_in_two_commands():
     """The continuous integration takes its commands from there: training first, tests second."""
-    train, test = (f for f in README if f.language == "bash" and "Set up" in f.headings)
+    blocks = [f for f in fences(README) if f.language == "bash" and "Set up" in f.headings]
+    train, test = blocks
     assert re.search(r"^python -m train\.pretrain\b", train.code, re.MULTILINE)
     assert test.code.splitlines()[-1] == "python -m pytest"
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: f"line{snippet.line}")
-def test_readme_snippet_runs(snippet: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # A real file, for inspect; shifted, so that an error names the line of README.md.
-    script = tmp_path / "README.md"
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: f"{s.page.stem}-line{s.line}")
+def test_snippet_runs(snippet: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # A real file, for inspect; shifted, so that an error names the line of the page.
+    script = tmp_path / snippet.page.name
     script.write_text("\n" * snippet.line + snippet.code)
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script), run_name="readme")
+    runpy.run_path(str(script), run_name="page")
 
 
 def test_readme_snippet_for_your_own_model_is_short():
-    own = [fence for fence in SNIPPETS if "your own model" in fence.headings.lower()]
+    own = [f for f in SNIPPETS if f.page == README and "your own model" in f.headings.lower()]
     assert own
     for fence in own:
         assert sum(bool(line.strip()) for line in fence.code.splitlines()) <= 25
+
+
+COMMAND = re.compile(r"(?:^| )(?:python -m train\.|thoughtbubbles )(?![A-Z]).*")
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Words of each command of ours: in blocks for a shell, and in code within a line."""
+    shell = "\n".join(fence.code for fence in fences(page) if fence.language == "bash")
+    lines = shell.replace("\\\n", " ").splitlines()
+    for line in [*lines, *re.findall(r"`([^`\n]+)`", outside_fences(page))]:
+        if found := COMMAND.search(line):
+            words = shlex.split(found[0], comments=True)
+            yield list(itertools.takewhile(lambda word: word not in (">", "|", "&&"), words))
+
+
+@functools.cache
+def mistake(words: tuple[str, ...]) -> str:
+    """What the command would say to these words before any work; nothing is run."""
+    if words[0] == "python":
+        known = {module: name for name, (module, _) in entry.COMMANDS.items() if module}
+        known |= {f"train.experiments.{name}": f"experiment {name}" for name in entry.EXPERIMENTS}
+        named = {name.removesuffix(".__main__"): words for name, words in known.items()}
+        if words[2] not in named:
+            return f"no command {words[2]}"
+        words = ("thoughtbubbles", *named[words[2]].split(), *words[3:])
+    if words[1] == "harness" and not importlib.util.find_spec("lm_eval"):
+        return ""  # options are those of lm_eval
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", list(words))
+        module = f"train.experiments.{words[2]}" if words[1] == "experiment" and words[2:] else ""
+        module = module or entry.COMMANDS.get(words[1], ("", ""))[0]
+        if module and importlib.util.find_spec(module):
+            parse_only = lambda main, *how: run_command(lambda config: None, *how)  # noqa: E731
+            patch.setattr(importlib.import_module(module), "run_command", parse_only)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                entry.main()
+        except SystemExit as left:
+            return said.getvalue() if left.code else ""  # 0 after --help
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_commands_of_a_page_are_understood(page: Path):
+    """Names, options and values: parsed as the command would, which is not run."""
+    said = {shlex.join(words): mistake(tuple(words)) for words in commands(page)}
+    assert {command: text for command, text in said.items() if text} == {}
+
+
+def test_a_mistake_in_a_page_would_be_found():
+    assert "train.pretain" in mistake(("python", "-m", "train.pretain"))
+    assert "unknown command" in mistake(("thoughtbubbles", "pretain"))
+    assert "--stepz" in mistake(("thoughtbubbles", "pretrain", "tiny", "--stepz", "3"))
+    assert "mehtod" in mistake(("thoughtbubbles", "rl", "--method", "mehtod"))
+    assert "huge" in mistake(("python", "-m", "train.pretrain", "huge"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Fragments of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.*)", outside_fences(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_of_a_page_lead_to_files(page: Path):
+    text = outside_fences(page)
+    for target, fragment in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists() and path.is_relative_to(ROOT), target
+        assert not fragment or fragment in anchors(path), f"{target}#{fragment}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_files_and_names_of_a_page_exist(page: Path):
+    """Paths of ours anywhere, and code within a line that begins with a dotted name of ours."""
+    packages = "|".join((*PACKAGES, "tests", "docs", "notebooks"))
+    for path in re.findall(rf"(?<![\w/.-])(?:{packages})/[\w./]*\w(?![\w/*])", page.read_text()):
+        assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
+    for name in re.findall(rf"`((?:{'|'.join(PACKAGES)})(?:\.\w+)+)", outside_fences(page)):
+        pkgutil.resolve_name(name)
 
 
 # Instead of the cell tagged "parameters": every cell runs, nothing is learned.

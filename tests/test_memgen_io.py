@@ -341,16 +341,16 @@ def test_one_pass_weaving_of_a_forking_model_is_one_line():
 WRAPPER = "class MyDecoder(memgen.Uncached):"
 
 
-def readme_wrapper() -> str:
-    """The fenced block of README.md that wraps a foreign decoder."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def wrapper_on_its_page() -> str:
+    """The fenced block of docs/memory.md that wraps a foreign decoder."""
+    text = (Path(__file__).parents[1] / "docs/memory.md").read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     [block] = [block for block in blocks if WRAPPER in block]
     return block
 
 
-def test_readme_wraps_a_foreign_decoder_in_thirty_lines():
-    block = readme_wrapper()
+def test_the_page_wraps_a_foreign_decoder_in_thirty_lines():
+    block = wrapper_on_its_page()
     first, *rest = block[block.index(WRAPPER) :].splitlines()
     body = itertools.takewhile(lambda line: not line or line.startswith(" "), rest)
     assert len([first, *body]) <= 30

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+READABLE = 70  # tokens whose numbers of streams are written into a figure
+
+
 @dataclasses.dataclass(frozen=True)
 class BubbleMap:
     """Bubbles of one text, by block and token.
@@ -76,28 +79,37 @@ class BubbleMap:
         return "\n".join(lines)
 
     def figure(self) -> "Figure":
-        """Two heat maps, layer by token: number of streams, and mean score. Needs matplotlib."""
+        """Two heat maps, block by token: number of streams, and mean score. Needs matplotlib."""
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         count = len(self.tokens)
-        figure = Figure(figsize=(min(max(6.0, 0.17 * count), 24.0), 4.8), layout="constrained")
+        figure = Figure(figsize=(min(max(6.0, 0.17 * count), 24.0), 4.0), layout="constrained")
         axes = figure.subplots(2, 1, sharex=True)
+        low, high = min(1, int(self.streams.min())), max(2, int(self.streams.max()))
+        numbers = colormaps["Blues"].resampled(high - low + 1)  # one colour for each number
         panels = (
-            (self.streams, "streams per token", "viridis", 1, max(2, int(self.streams.max()))),
+            (self.streams, "streams of a token", numbers, low - 0.5, high + 0.5),
             (self.score, "mean score p", "magma", 0, 1),
         )
-        for axis, (values, title, colours, low, high) in zip(axes, panels, strict=True):
+        for axis, (values, title, colours, least, most) in zip(axes, panels, strict=True):
             image = axis.imshow(
-                values, aspect="auto", origin="lower", cmap=colours, vmin=low, vmax=high,
+                values, aspect="auto", origin="lower", cmap=colours, vmin=least, vmax=most,
                 interpolation="nearest",
             )  # fmt: skip
-            figure.colorbar(image, ax=axis, label=title, ticks=MaxNLocator(5, integer=high > 1))
+            figure.colorbar(image, ax=axis, label=title, ticks=MaxNLocator(5, integer=most > 1))
             axis.set_ylabel("block")
             axis.yaxis.set_major_locator(MaxNLocator(integer=True))
             for layer in self.fork_layers:
-                axis.axhline(layer - 0.5, color="white", linewidth=0.8, linestyle=":")
-        if count <= 140:
+                axis.axhline(layer - 0.5, color="grey", linewidth=0.8, linestyle=":")
+        if count <= READABLE:
+            for block, token in np.argwhere(self.streams != 1):
+                number = self.streams[block, token]
+                shade = "white" if number > (low + high) / 2 else "black"
+                at = {"ha": "center", "va": "center", "size": 7, "color": shade}
+                axes[0].text(token, block, str(number), **at)
+        if count <= 2 * READABLE:
             axes[1].set_xticks(range(count), [_visible(token) for token in self.tokens])
             longest = max(map(len, self.tokens))
             axes[1].tick_params(axis="x", labelsize=7, rotation=90 if longest > 2 else 0)

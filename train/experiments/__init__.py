@@ -1,1 +1,1 @@
-"""Experiments behind the claims of the README: each is a command that can be run again."""
+"""Experiments behind the numbers of docs/measured.md: each is a command that can be run again."""
