@@ -19,7 +19,7 @@ from train.pretraining.config import RunConfig
 from train.runs.checkpoint import Checkpointer
 
 MODEL = ModelConfig(
-    vocab_size=264, embed_dim=16, num_layers=2, num_heads=8, fork_layers=(1,), policy=PrefixRank(2)
+    vocab_size=264, embed_dim=16, num_layers=1, num_heads=8, fork_layers=(0,), policy=PrefixRank(2)
 )
 STEPS = 50
 

@@ -18,7 +18,7 @@ from tiny import quick_model, random_tokens
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.attention import attend, attend_reference
 from thoughtbubbles.kernels import attend_cudnn, attend_splash, splash_block
-from train.devices.attention import on_mesh, resolve
+from train.devices.attention import Attention, on_mesh, resolve
 from train.devices.hardware import libtpu_without_tpus
 from train.devices.mesh import (
     BATCH_AXES,
@@ -240,18 +240,26 @@ def test_the_kernel_compiles_for_tpus(tpus, name, shape):
     assert jitted.lower(args, cotangent).compile().as_text().count(TPU_CALL) == 3
 
 
-@pytest.mark.slow
-def test_a_sharded_step_runs_the_kernel_on_tpus(tpus):
+def sharded_step(tpus, attention: Attention):
+    """The lowered train step of two scanned groups of blocks on eight chips."""
     mesh = make_mesh(MeshConfig(2, 2, 2), tpus("v5e:2x4"))
     size = {"embed_dim": 128, "vocab_size": 256, "dtype": "bfloat16"}
     config = dataclasses.replace(TWO_GROUPS, **size)
-    trainable = make_trainable(config, OptimizerConfig(), 10, mesh)
-    assert trainable.attention == "splash"
+    trainable = make_trainable(config, OptimizerConfig(), 10, mesh, attention=attention)
     tokens = jax.ShapeDtypeStruct((8, 257), jnp.int32)
-    lowered = make_train_step(trainable).lower(trainable.abstract, tokens)
+    return trainable, make_train_step(trainable).lower(trainable.abstract, tokens)
+
+
+def test_a_sharded_step_has_the_kernel_for_tpus(tpus):
+    trainable, lowered = sharded_step(tpus, "auto")
+    assert trainable.attention == "splash" and "tpu_custom_call" in lowered.as_text()
+    assert "tpu_custom_call" not in sharded_step(tpus, "xla")[1].as_text()
+
+
+@pytest.mark.experiment
+def test_a_sharded_step_runs_the_kernel_on_tpus(tpus):
+    """Compiled: `python -m pytest -m experiment tests/test_attention.py`, 20 seconds."""
+    _, lowered = sharded_step(tpus, "auto")
     # In each of the two scans: forward, again in the backward pass, and the two gradients.
     quick = {"exec_time_optimization_effort": -1.0}
     assert lowered.compile(compiler_options=quick).as_text().count(TPU_CALL) == 8
-    without = make_trainable(config, OptimizerConfig(), 10, mesh, attention="xla")
-    lowered = make_train_step(without).lower(without.abstract, tokens)
-    assert "tpu_custom_call" not in lowered.as_text()

@@ -13,8 +13,6 @@ FEW = (
     "forward: window, burst",
     "forward: top_k, streams",
     "decode: sampled",
-    "sft: lora",
-    "rl: dapo",
 )
 # Steps of training amplify what machines round differently.
 TOLERANCE = {

@@ -210,9 +210,7 @@ def test_a_run_compiles_each_function_once(monkeypatch, arguments):
 
 
 @pytest.mark.slow
-def test_kill_nine_three_times_gives_the_uninterrupted_run(
-    processes, monkeypatch, arguments, tmp_path
-):
+def test_kill_nine_twice_gives_the_uninterrupted_run(processes, monkeypatch, arguments, tmp_path):
     """Also of a tracked threshold, which is no parameter but part of the model."""
     policy = ("--model.policy", "Threshold(ratio=1.5)")
     long = [*arguments, *policy, "--steps", "120", "--save-every", "6"]
@@ -221,7 +219,7 @@ def test_kill_nine_three_times_gives_the_uninterrupted_run(
     assert "sample" in output, errors
     rng = random.Random(time.time_ns())
     kills = 0
-    for target in sorted(rng.sample(range(1, 110), 3)):
+    for target in sorted(rng.sample(range(1, 110), 2)):
         process = start(processes, long, killed)
         while lines_in(killed) < target and process.poll() is None:
             time.sleep(0.001)
@@ -229,7 +227,7 @@ def test_kill_nine_three_times_gives_the_uninterrupted_run(
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert kills == 3, "the run ended before it was killed"
+    assert kills == 2, "the run ended before it was killed"
     _, errors = start(processes, long, killed).communicate(timeout=300)
     assert "held-out loss" in errors
     assert curve(killed) == curve(whole)

@@ -227,7 +227,7 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rollouts": 1}, "rollouts=1: grpo compares rollouts of one problem: choose 2 or more"),
+        ({"rollouts": 1}, "rollouts=1: dapo compares rollouts of one problem: choose 2 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: choose 1 or more"),
         ({"temperature": 0.0}, "all rollouts of a problem would be equal"),
         ({"temperature": math.inf}, "temperature=inf: choose a number above 0"),
@@ -296,7 +296,7 @@ def test_a_reward_that_is_no_number_is_one_line(tmp_path, value, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "grpo"}, r"method: saved 'dapo\(.*\)', now 'grpo\(.*\)'"),
+        ({"method": "grpo"}, r'method: saved "dapo\(.*\)", now "grpo\(.*\)"'),
         ({"rollouts": 8}, "rollouts: saved 4, now 8"),
         ({"seed": 1}, "seed: saved 0, now 1"),
     ],

@@ -5,7 +5,8 @@ from thoughtbubbles.config import PRESETS, ModelConfig
 from thoughtbubbles.forking import merge
 from thoughtbubbles.layers import Block, Fork
 from thoughtbubbles.model import Output, Thoughtbubbles
-from thoughtbubbles.policies import Candidates, CausalPolicy, Policy, PrefixRank, Threshold, TopK
+from thoughtbubbles.policies import PrefixRank, Threshold, TopK
+from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, PolicyDefaults
 from thoughtbubbles.streams import Streams
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "Output",
     "Policy",
+    "PolicyDefaults",
     "PrefixRank",
     "Streams",
     "Thoughtbubbles",

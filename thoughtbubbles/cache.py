@@ -19,7 +19,8 @@ from thoughtbubbles.bubbles import bubbles_of
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.model import Thoughtbubbles
-from thoughtbubbles.policies import CausalPolicy, append
+from thoughtbubbles.policies import append
+from thoughtbubbles.policy import CausalPolicy
 from thoughtbubbles.streams import Streams
 
 EXECUTION_FIELDS = {"scan_layers", "remat"}  # of ModelConfig: they change no number

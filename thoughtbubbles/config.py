@@ -4,7 +4,8 @@ import dataclasses
 from typing import Literal
 
 from thoughtbubbles.attention import visited_pairs
-from thoughtbubbles.policies import PrefixRank, Threshold, TopK, check_forced_keep
+from thoughtbubbles.policies import PrefixRank, TopK
+from thoughtbubbles.policy import Policy, check_forced_keep
 from thoughtbubbles.positions import RopeScaling
 
 
@@ -53,7 +54,7 @@ class ModelConfig:
 
     copies: int = 1
     fork_layers: tuple[int, ...] = ()
-    policy: TopK | PrefixRank | Threshold = PrefixRank()
+    policy: Policy = PrefixRank()
     merge: Literal["probability", "residual", "rightmost"] = "residual"
     score_bias: Literal["head", "none"] = "head"
     score_originals: bool = False

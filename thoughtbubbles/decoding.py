@@ -15,7 +15,7 @@ import numpy as np
 
 from thoughtbubbles.cache import Cache, advance, cacheable, check_cacheable, init_cache
 from thoughtbubbles.model import Thoughtbubbles
-from thoughtbubbles.policies import PrefixRank, Threshold, TopK
+from thoughtbubbles.policy import Policy
 from thoughtbubbles.sampling import Sampling, sample
 
 SHORTEST_PROMPT = 16
@@ -51,7 +51,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[int] = (),
     choices: int | None = None,
-    policy: TopK | PrefixRank | Threshold | None = None,
+    policy: Policy | None = None,
     cached: bool | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; a row's text does not depend on the rest of its batch.
@@ -107,7 +107,7 @@ def generate_with_bubbles(
     seed: int = 0,
     stop: Sequence[int] = (),
     choices: int | None = None,
-    policy: TopK | PrefixRank | Threshold | None = None,
+    policy: Policy | None = None,
 ) -> list[Generation]:
     """`generate` with a cache, and what the fork layers did to each token on the way.
 

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from thoughtbubbles.policies import Candidates, Policy
+from thoughtbubbles.policy import Candidates, Policy
 from thoughtbubbles.streams import Streams
 
 Merge = Literal["probability", "residual", "rightmost"]

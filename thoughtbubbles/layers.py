@@ -17,20 +17,13 @@ from flax import nnx
 from thoughtbubbles import forking
 from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.config import ModelConfig
-from thoughtbubbles.policies import (
-    Candidates,
-    CausalPolicy,
-    Policy,
-    PrefixRank,
-    Threshold,
-    check_forced_keep,
-)
+from thoughtbubbles.policies import PrefixRank
+from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced_keep, hook
 from thoughtbubbles.positions import rotary_angles, rotate
 from thoughtbubbles.streams import Streams
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 INIT_STD = 0.02
-TRACKING_RATE = 0.05
 
 
 def weight(
@@ -301,7 +294,8 @@ class Fork(nnx.Module):
         noise = jax.random.normal(rngs.params(), (embed_dim,), jnp.float32)
         self.embedding = vector(scale * noise, ("embed",)) if embedding else None
         self.gate = None if gate is None else vector(jnp.asarray(gate, jnp.float32), ())
-        self.threshold = Tracked(jnp.zeros(())) if isinstance(policy, Threshold) else None
+        tracked = hook(policy, "init_tracked")()
+        self.threshold = None if tracked is None else Tracked(jnp.full((), tracked, jnp.float32))
 
     def __call__(
         self, streams: Streams, *, track: bool = False, key: jax.Array | None = None
@@ -309,18 +303,15 @@ class Fork(nnx.Module):
         """`S` slots a row to `min(2 S, policy.capacity(T))` slots.
 
         Args:
-            track: also let the threshold of a `Threshold` policy follow these scores (training).
-            key: of the noise of a `PrefixRank` policy (training); without it there is none.
+            track: Whether the state that the policy tracks follows these scores (training).
+            key: Random key of the policy's exploration (training); without it there is none.
         """
         candidates = self._candidates(streams)
-        if track and isinstance(self.policy, Threshold) and self.threshold is not None:
-            point = self.policy.meeting_point(candidates)
-            self.threshold[...] += TRACKING_RATE * (point - self.threshold[...])
+        if track and self.threshold is not None:
+            self.threshold[...] = hook(self.policy, "track")(candidates)
         chosen_by = candidates
-        if key is not None and isinstance(self.policy, PrefixRank) and self.policy.noise:
-            noise = jax.random.gumbel(key, candidates.log_score.shape)
-            log_score = candidates.log_score + self.policy.noise * noise
-            chosen_by = dataclasses.replace(candidates, log_score=log_score)
+        if key is not None:
+            chosen_by = hook(self.policy, "explore")(candidates, key)
         keep = self.policy.keep(chosen_by)
         return self._fork(streams, candidates, keep, streams.num_tokens)
 
@@ -353,9 +344,7 @@ class Fork(nnx.Module):
 
     def _fork(self, streams: Streams, candidates: Candidates, keep: jax.Array, num_tokens: int):
         plan = forking.compact(keep, min(keep.shape[1], self.policy.capacity(num_tokens)))
-        log_scores = candidates.log_score
-        if isinstance(self.policy, Threshold):
-            log_scores = self.policy.scores(candidates)
+        log_scores = hook(self.policy, "scores")(candidates)
         embedding = None if self.embedding is None else self.embedding[...]
         return forking.fork(streams, log_scores, plan, embedding)
 

@@ -12,7 +12,7 @@ from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
-from thoughtbubbles.policies import PrefixRank, Threshold, TopK
+from thoughtbubbles.policy import Policy, hook
 from thoughtbubbles.streams import Streams, left_align, restore_alignment
 
 Constrain = Callable[[jax.Array], jax.Array]
@@ -219,13 +219,15 @@ class Thoughtbubbles(nnx.Module):
         """The blocks one by one (a copy of their weights where it is compiled)."""
         return _unstack(self.blocks, 0, self.config.num_layers)
 
-    def with_policy(self, policy: TopK | PrefixRank | Threshold) -> "Thoughtbubbles":
+    def with_policy(self, policy: Policy) -> "Thoughtbubbles":
         """The same arrays under another policy: a dial at inference (ratio, window, offset).
 
         Raises:
-            ValueError: `Threshold` is asked for and the fork layers have tracked no threshold.
+            ValueError: The policy tracks a threshold, as `Threshold` does, and the fork layers have
+                none.
         """
-        if isinstance(policy, Threshold) and any(fork.threshold is None for fork in self.forks):
+        tracks = hook(policy, "init_tracked")() is not None
+        if tracks and any(fork.threshold is None for fork in self.forks):
             raise ValueError(
                 f"{policy} needs fork layers with a threshold, a model of {self.config.policy} has "
                 "none: take a model trained with Threshold, or PrefixRank as the policy"
@@ -235,7 +237,7 @@ class Thoughtbubbles(nnx.Module):
         model.config = dataclasses.replace(self.config, policy=policy)
         for fork in model.forks:
             fork.policy = policy
-            fork.threshold = fork.threshold if isinstance(policy, Threshold) else None
+            fork.threshold = fork.threshold if tracks else None
         return model
 
     def run_blocks(

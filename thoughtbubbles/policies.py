@@ -3,84 +3,20 @@
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.policy import Candidates, PolicyDefaults
 from thoughtbubbles.ranking import NO_TOKEN, best, prefix_ranks, ranks_among
 
 HIGHEST_THRESHOLD = 0.999
+TRACKING_RATE = 0.05
 UNBOUNDED = 2**30
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Candidates:
-    """What a policy sees: two candidates for each of `S` streams, `[fork_0, keep_0, fork_1, ...]`.
-
-    Attributes:
-        log_score: `[B, 2S]` float32, cumulative log-score of each candidate.
-        token: `[B, 2S]` int32, index of the input token that the candidate belongs to.
-        alive: `[B, 2S]` bool, false for candidates of dead slots (they stand last).
-        forced: `[B, 2S]` bool, candidates that must be kept: the keep candidate of each original.
-        length: `[B]` int32, number of real tokens in the row.
-        first: `[B]` int32, how many tokens of the sequence stand before the row's token 0 (0 but
-            in cached decoding).
-        num_tokens: `T`, the static number of token places in a row.
-        threshold: float32 scalar, the fork layer's tracked threshold on scores p, or None.
-    """
-
-    log_score: jax.Array
-    token: jax.Array
-    alive: jax.Array
-    forced: jax.Array
-    length: jax.Array
-    first: jax.Array
-    num_tokens: int = dataclasses.field(metadata={"static": True})
-    threshold: jax.Array | None = None
-
-
-class Policy(Protocol):
-    """Chooses candidates. Must keep every forced one and at most `capacity(T)` in all."""
-
-    @property
-    def causal(self) -> bool:
-        """Whether the fate of a token's candidates depends on tokens up to it alone."""
-        ...
-
-    def capacity(self, num_tokens: int) -> int:
-        """Static number of slots that a row of `num_tokens` tokens can fill."""
-        ...
-
-    def keep(self, candidates: Candidates) -> jax.Array:
-        """Keep mask over the candidates, `[B, 2S]` bool."""
-        ...
-
-
-@runtime_checkable
-class CausalPolicy(Policy, Protocol):
-    """A policy that can go on where it stopped, which is what a cache needs.
-
-    `keep` over a whole row must equal `keep_next` over its tokens in any parts.
-    """
-
-    def memory(self, batch: int, num_candidates: int) -> Any:
-        """What `keep_next` needs before the first token: any pytree of arrays `[batch, ...]`.
-
-        Args:
-            num_candidates: bound on the candidates of a whole sequence. A larger one may only add
-                unused places behind those of a smaller one.
-        """
-        ...
-
-    def keep_next(self, candidates: Candidates, memory: Any) -> tuple[jax.Array, Any]:
-        """Keep mask over the candidates of the next tokens, and the memory after them."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TopK:
+class TopK(PolicyDefaults):
     """The paper's policy: the best candidates of the whole row (arXiv 2510.00219, eqs. 4-6).
 
     It is **not causal**: scores of later tokens decide whether an earlier token's fork lives.
@@ -125,7 +61,7 @@ class TopK:
         return best(_keys(candidates), budget) & candidates.alive
 
 
-class Bucketed:
+class Bucketed(PolicyDefaults):
     """What policies behind a token bucket (`grant`) have in common."""
 
     ratio: float
@@ -172,6 +108,13 @@ class PrefixRank(Bucketed):
     def keep(self, candidates: Candidates) -> jax.Array:
         ranks = prefix_ranks(_ties(_keys(candidates)), self._tokens(candidates), self.window)
         return self._grant(candidates, ranks, jnp.zeros_like(candidates.length))[0]
+
+    def explore(self, candidates: Candidates, key: jax.Array) -> Candidates:
+        """Log-scores with Gumbel noise of scale `noise`."""
+        if not self.noise:
+            return candidates
+        noise = jax.random.gumbel(key, candidates.log_score.shape)
+        return dataclasses.replace(candidates, log_score=candidates.log_score + self.noise * noise)
 
     def memory(self, batch: int, num_candidates: int) -> "RankMemory":
         zeros = jnp.zeros((batch,), jnp.int32)
@@ -282,6 +225,16 @@ class Threshold(Bucketed):
         gated = jnp.log(score - threshold) - jnp.log1p(-threshold)
         return jnp.where(above, gated, candidates.log_score)
 
+    def init_tracked(self) -> float:
+        return 0.0
+
+    def track(self, candidates: Candidates) -> jax.Array | None:
+        """θ one step of an exponential average nearer to where wants meet the budget."""
+        threshold = candidates.threshold
+        if threshold is None:
+            return None
+        return threshold + TRACKING_RATE * (self.meeting_point(candidates) - threshold)
+
     def meeting_point(self, candidates: Candidates) -> jax.Array:
         """Score p, a scalar, above which as many candidates lie as the budget has room for.
 
@@ -377,15 +330,6 @@ def _keys(candidates: Candidates) -> jax.Array:
 def _ties(keys: jax.Array) -> jax.Array:
     """Keys to 1/1024: equal tokens can score the same, and float noise seldom decides then."""
     return jnp.round(keys * 1024) / 1024
-
-
-def check_forced_keep(policy: Policy, forced_keep: bool, score_originals: bool) -> None:
-    """Raise where originals are to compete by score and can't."""
-    if not forced_keep and (policy.causal or not score_originals):
-        raise ValueError(
-            f"forced_keep=False lets originals compete by score, with policy={policy} and "
-            f"score_originals={score_originals} they can't: set TopK(...) and True"
-        )
 
 
 def _check_ratio(ratio: float) -> None:

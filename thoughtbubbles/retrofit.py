@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.model import Thoughtbubbles
-from thoughtbubbles.policies import PrefixRank, Threshold, TopK
+from thoughtbubbles.policies import PrefixRank
+from thoughtbubbles.policy import Policy
 
 GATE = 1e-9
 
@@ -31,7 +32,7 @@ def add_forks(
     weights: Mapping[Any, Any],
     *,
     layers: Sequence[int],
-    policy: TopK | PrefixRank | Threshold = PrefixRank(),  # noqa: B008 (frozen)
+    policy: Policy = PrefixRank(),  # noqa: B008 (frozen)
     seed: int = 0,
 ) -> tuple[ModelConfig, dict[Any, Any]]:
     """A decoder without forks to a model that forks, with the same output until it is trained.
@@ -71,9 +72,7 @@ def add_forks(
     return forking, {**weights, "forks": jax.jit(forks, out_shardings=place)()}
 
 
-def forking_config(
-    config: ModelConfig, layers: Sequence[int], policy: TopK | PrefixRank | Threshold
-) -> ModelConfig:
+def forking_config(config: ModelConfig, layers: Sequence[int], policy: Policy) -> ModelConfig:
     """The config with fork layers that leave the output as it is at first."""
     return dataclasses.replace(
         config,

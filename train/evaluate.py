@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from thoughtbubbles import Policy
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.devices.mesh import (
@@ -17,7 +18,7 @@ from train.devices.mesh import (
 )
 from train.engine.config import EvalConfig
 from train.evaluation.held_out import held_out, readable, validation_rows
-from train.evaluation.policy_overrides import AnyPolicy, Setting, figure, table, turn
+from train.evaluation.policy_overrides import Setting, figure, table, turn
 from train.evaluation.scoring import Scorer
 from train.evaluation.task_files import read_task
 from train.evaluation.task_scores import (
@@ -56,7 +57,7 @@ class EvaluateConfig:
 
     checkpoint: str | None = None
     model: str | None = None
-    policy: AnyPolicy | None = None
+    policy: Policy | None = None
     ratio: float | None = None
     window: int | None = None
     threshold_offset: float | None = None
@@ -151,7 +152,7 @@ def score_held_out(config: EvaluateConfig) -> None:
         print(f"figure: {Path(config.figure).absolute()}")
 
 
-def policies(config: EvaluateConfig, loaded: Writer) -> dict[str, AnyPolicy]:
+def policies(config: EvaluateConfig, loaded: Writer) -> dict[str, Policy]:
     """The policies asked for, by the name of their setting."""
     if config.sweep and config.sweep_offset:
         raise ValueError("--sweep and --sweep-offset turn two dials at once: choose one of them")

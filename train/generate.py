@@ -7,10 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from thoughtbubbles import Backbone
+from thoughtbubbles import Backbone, Policy
 from train.cli.command import run_command
 from train.cli.figures import check_figure
-from train.evaluation.policy_overrides import AnyPolicy, turn
+from train.evaluation.policy_overrides import turn
 from train.models.generation import answer, map_of_text, write
 from train.models.load import Writer, load_named
 
@@ -48,7 +48,7 @@ class GenerateConfig:
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0
-    policy: AnyPolicy | None = None
+    policy: Policy | None = None
     ratio: float | None = None
     window: int | None = None
     threshold_offset: float | None = None

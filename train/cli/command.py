@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from thoughtbubbles import Policy
 from thoughtbubbles.positions import RopeScaling
 from train.cli.config_json import POLICIES, policy_from_text
 from train.cli.plugins import load_plugins
@@ -27,7 +28,7 @@ OPTIONS = ConstructorRegistry()
 @OPTIONS.primitive_rule
 def policy_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """A policy is one option whose text is its repr, not a subcommand with options of its own."""
-    return one_word(option, tuple(POLICIES.values()), "POLICY", policy_from_text, repr)
+    return one_word(option, (Policy, *POLICIES.values()), "POLICY", policy_from_text, repr)
 
 
 @OPTIONS.primitive_rule
@@ -63,7 +64,7 @@ def one_word(
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, types),
+        is_instance=lambda value: True,  # the default is ours, and read() made the rest
         str_from_instance=lambda value: [show(value)],
     )
 

@@ -3,14 +3,16 @@
 import dataclasses
 from typing import Any
 
-from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
+from thoughtbubbles import ModelConfig, Policy, PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
 from train.cli.calls import from_text, text_of
 
-POLICIES = {policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)}
+POLICIES: dict[str, type[Any]] = {
+    policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)
+}
 
 
-def policy_from_text(text: str) -> TopK | PrefixRank | Threshold:
+def policy_from_text(text: str) -> Policy:
     """The policy that prints as `text`, e.g. `PrefixRank(ratio=1.5, window=64)`.
 
     Fields left out take their defaults, and so does a bare name.

@@ -2,47 +2,48 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from thoughtbubbles import PrefixRank, Threshold, TopK
+from thoughtbubbles import Policy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-AnyPolicy = TopK | PrefixRank | Threshold
-
 
 def turn(
-    policy: AnyPolicy,
+    policy: Policy,
     ratio: float | None = None,
     window: int | None = None,
     threshold_offset: float | None = None,
-) -> AnyPolicy:
+) -> Policy:
     """The policy with some dials turned; None leaves one where it is.
 
     Raises:
         ValueError: the policy has no such dial, or not that far.
     """
+    fields = {field.name for field in dataclasses.fields(cast(Any, policy))}
     changes: dict[str, float | int | None] = {}
     if ratio is not None:
+        if "ratio" not in fields:
+            raise ValueError(f"ratio={ratio}: the policy {policy} has no ratio: leave it out")
         changes["ratio"] = ratio
-        if isinstance(policy, TopK):
+        if "streams" in fields:
             changes["streams"] = None  # a fixed number would make the ratio mean nothing
     if window is not None:
-        if not isinstance(policy, PrefixRank):
+        if "window" not in fields:
             raise ValueError(
                 f"window={window} is a dial of PrefixRank, the policy is {policy}: "
                 'leave it out, or pass --policy "PrefixRank(...)"'
             )
         changes["window"] = window
     if threshold_offset is not None:
-        if not isinstance(policy, Threshold):
+        if "offset" not in fields:
             raise ValueError(
                 f"threshold offset {threshold_offset} is a dial of Threshold, the policy is "
                 f"{policy}: leave it out, or turn ratio"
             )
         changes["offset"] = threshold_offset
-    return dataclasses.replace(policy, **changes)
+    return dataclasses.replace(cast(Any, policy), **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Setting:
     """Where a dial stood, and what `Evaluator` found there."""
 
     name: str
-    policy: AnyPolicy
+    policy: Policy
     metrics: dict[str, float]
 
 
@@ -67,7 +68,7 @@ def table(settings: Sequence[Setting]) -> str:
     return "\n".join(lines)
 
 
-def figure(settings: Sequence[Setting], title: str, trained: AnyPolicy) -> "Figure":
+def figure(settings: Sequence[Setting], title: str, trained: Policy) -> "Figure":
     """Held-out bits per byte against streams per token, one point for each setting.
 
     Args:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
+from thoughtbubbles import ModelConfig, Policy, PrefixRank, Threshold, TopK
 from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.losses import token_losses
@@ -58,7 +58,7 @@ def main(config: RandomBits) -> None:
             )
 
 
-def model_config(policy: TopK | PrefixRank | Threshold) -> ModelConfig:
+def model_config(policy: Policy) -> ModelConfig:
     """Five layers of width 32, forks before the second and the fourth."""
     return ModelConfig(
         vocab_size=2, embed_dim=32, num_layers=5, num_heads=2, fork_layers=(1, 3), policy=policy

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from thoughtbubbles import PrefixRank
+from thoughtbubbles import Policy, PrefixRank
 from thoughtbubbles.forking import GATE_UNIT
 from thoughtbubbles.pretrained import Pretrained, load_pretrained
 from thoughtbubbles.retrofit import add_forks
@@ -30,7 +30,6 @@ from train.engine.optim import OptimizerConfig
 from train.engine.state import TRAINED, make_trainable
 from train.engine.step import make_train_step
 from train.evaluation.held_out import Evaluator
-from train.evaluation.policy_overrides import AnyPolicy
 from train.experiments.quality import KEY, report
 from train.experiments.results import Results, read_results
 from train.models.load import find_weights
@@ -63,7 +62,7 @@ class Retrofit:
 
     weights: str = "smollm2"
     layers: tuple[int, ...] = (10, 20)
-    policy: AnyPolicy = PrefixRank(1.5)
+    policy: Policy = PrefixRank(1.5)
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1)
     steps: int = 40

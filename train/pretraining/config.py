@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
+from thoughtbubbles import ModelConfig, Policy, PrefixRank
 from train.data import DataConfig
 from train.engine.config import LoopConfig
 from train.runs.resume import FREE, free_inside
@@ -27,7 +27,7 @@ class InitConfig:
 
     weights: str = ""
     forks: tuple[int, ...] = ()
-    policy: TopK | PrefixRank | Threshold = PrefixRank()
+    policy: Policy = PrefixRank()
 
     def __post_init__(self):
         if self.forks and not self.weights:

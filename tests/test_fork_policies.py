@@ -1,0 +1,142 @@
+"""Promises that every fork policy keeps: ours, those on the command line, and a user's own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from thoughtbubbles import Fork, ModelConfig, PolicyDefaults, PrefixRank, Streams, Threshold, TopK
+from thoughtbubbles.testing import assert_budget, assert_cached_is_parallel, assert_causal
+from train.cli.config_json import POLICIES, as_json, model_from_json, policy_from_text
+from train.evaluation.policy_overrides import turn
+
+
+@dataclasses.dataclass(frozen=True)
+class EvenTokens:
+    """A user's policy with nothing but what is needed: every even token forks."""
+
+    causal = True
+
+    def capacity(self, num_tokens):
+        return 2 * num_tokens
+
+    def keep(self, candidates):
+        even = (candidates.token + candidates.first[:, None]) % 2 == 0
+        first = jnp.cumsum(jnp.where(candidates.forced, 1, 0), axis=1) == candidates.token
+        return candidates.alive & (
+            candidates.forced | (even & first & fork_of_original(candidates))
+        )
+
+
+def fork_of_original(candidates):
+    """The fork candidate right in front of each forced keep candidate."""
+    return jnp.roll(candidates.forced, -1, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loud(PolicyDefaults):
+    """A user's policy that uses every hook: forks what scores above a tracked level."""
+
+    ratio: float = 2.0
+    causal = True
+
+    def capacity(self, num_tokens):
+        return 2 * num_tokens
+
+    def keep(self, candidates):
+        return self.keep_next(candidates, self.memory(candidates.token.shape[0], 0))[0]
+
+    def memory(self, batch, num_candidates):
+        return jnp.zeros((batch,), jnp.int32)  # forks so far
+
+    def keep_next(self, candidates, memory):
+        loud = jnp.exp(candidates.log_score) > candidates.threshold
+        loud &= fork_of_original(candidates) & candidates.alive
+        return loud | (candidates.forced & candidates.alive), memory + loud.sum(axis=1)
+
+    def init_tracked(self):
+        return 0.25
+
+    def track(self, candidates):
+        return 0.5 * candidates.threshold + 0.5 * jnp.exp(candidates.log_score).mean()
+
+    def explore(self, candidates, key):
+        noise = jax.random.normal(key, candidates.log_score.shape)
+        return dataclasses.replace(candidates, log_score=candidates.log_score + noise)
+
+    def scores(self, candidates):
+        return jnp.where(candidates.forced, candidates.log_score, candidates.log_score / 2)
+
+
+EVERY = {
+    **{name: policy() for name, policy in POLICIES.items()},
+    "window, burst": PrefixRank(1.5, window=3, burst=2),
+    "no gate": Threshold(1.5, gate=False, offset=0.1),
+    "streams": TopK(streams=20),
+    "EvenTokens": EvenTokens(),
+    "Loud": Loud(),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_budget_holds_and_originals_live(name):
+    assert_budget(EVERY[name])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_causal_policy_does_not_see_later_tokens(name):
+    if EVERY[name].causal:
+        assert_causal(EVERY[name])
+    else:
+        with pytest.raises(AssertionError, match="depends on later tokens"):
+            assert_causal(EVERY[name])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_row_in_parts_is_the_whole_row(name):
+    if hasattr(EVERY[name], "keep_next"):
+        assert_cached_is_parallel(EVERY[name])
+    else:
+        with pytest.raises(ValueError, match=r"has no memory\(\) and keep_next\(\)"):
+            assert_cached_is_parallel(EVERY[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_is_written_as_it_prints(name):
+    policy = dataclasses.replace(POLICIES[name](), ratio=1.5)
+    assert policy_from_text(repr(policy)) == policy
+    config = ModelConfig.preset("tiny", policy=policy)
+    assert model_from_json(as_json(config)).policy == policy
+    assert turn(policy, ratio=2.0) == dataclasses.replace(policy, ratio=2.0)
+
+
+def test_hooks_of_a_users_policy_are_used():
+    """Tracked state, exploration, and the scores that streams go on with."""
+    fork = Fork(8, Loud(), score_originals=True, rngs=nnx.Rngs(0))
+    assert float(fork.threshold[...]) == 0.25
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 8)), jnp.float32)
+    fork.score[...] = jnp.asarray(np.random.default_rng(1).normal(size=(8, 2)), jnp.float32)
+    streams = Streams.start(x)
+    quiet, drawn = fork(streams), fork(streams, key=jax.random.key(0))
+    assert not np.array_equal(quiet.token, drawn.token)
+    assert float(fork.threshold[...]) == 0.25
+    fork(streams, track=True)
+    assert float(fork.threshold[...]) != 0.25
+    own = Fork(8, EvenTokens(), score_originals=True, rngs=nnx.Rngs(0))
+    own.score[...] = fork.score[...]
+    forks = ~np.asarray(quiet.original) & np.asarray(quiet.alive)
+    assert forks.any() and own.threshold is None
+    halved = np.asarray(quiet.log_score)[forks]
+    full = np.asarray(own._candidates(streams).log_score)[:, ::2]
+    by_token = full[np.nonzero(forks)[0], np.asarray(quiet.token)[forks]]
+    np.testing.assert_allclose(halved, by_token / 2, rtol=1e-6)
+
+
+def test_a_dial_that_a_policy_has_not_is_one_line():
+    with pytest.raises(ValueError, match="ratio=2.0: the policy EvenTokens.* has no ratio"):
+        turn(EvenTokens(), ratio=2.0)
+    with pytest.raises(ValueError, match="window=3 is a dial of PrefixRank"):
+        turn(Loud(), window=3)
