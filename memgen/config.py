@@ -21,8 +21,11 @@ class LoRAConfig:
     """Low-rank adapters (arXiv 2106.09685) of scale `alpha / rank`.
 
     Attributes:
-        targets: names of maps, as the backbone calls them (`DecoderBackbone.adaptable`).
-        dropout: on the adapter's input, in training only.
+        rank: Rank r of each adapter.
+        alpha: Numerator of the adapters' scale, alpha / rank.
+        dropout: Dropout rate on the adapters' input, in training only.
+        targets: Names of the linear layers that get an adapter, as the backbone calls them
+            (`DecoderBackbone.adaptable`).
     """
 
     rank: int = 16
@@ -41,15 +44,16 @@ class WeaverConfig:
     """What writes the latents.
 
     Attributes:
-        prompt_latents: `K_p`, written before the first new token.
-        inference_latents: `K_i`, written later at boundaries.
-        context: what the weaver reads of the stream: the `embeddings` that the reasoner reads
-            (the authors' code), the reasoner's `hidden` states (the paper), or `nothing`: the
-            same latents whatever the text is, a control known as pause tokens.
-        latents_see_latents: whether the weaver's context holds earlier latents. Without them all
+        prompt_latents: Latents written before the first new token (K_p).
+        inference_latents: Latents written later, at boundaries (K_i).
+        context: Vectors that the weaver reads: the "embeddings" that the reasoner reads (the
+            authors' code), the reasoner's "hidden" states (the paper), or "nothing", the same
+            latents whatever the text is (a control known as pause tokens).
+        latents_see_latents: Whether the weaver's context holds earlier latents. Without them all
             events of a row are woven in one pass in training.
-        match_scale: normalise each latent and multiply by a learned gain that begins at the size
-            of a token's embedding; without it latents start at whatever size comes out.
+        match_scale: Whether each latent is normalised and multiplied by a learned gain that begins
+            at the size of a token's embedding; otherwise latents start at whatever size comes out.
+        lora: Adapter of the weaver on its backbone.
     """
 
     prompt_latents: int = 8
@@ -80,9 +84,10 @@ class TriggerConfig:
     """What decides when to weave.
 
     Attributes:
-        source: what it reads: `tokens` (it never sees a latent), the `stream` of embeddings with
-            latents, or the `reasoner_hidden` state (no second pass, no adapter).
-        init_invoke_prob: probability of invoking before any training.
+        source: Vectors that the trigger reads: "tokens" (it never sees a latent), the "stream" of
+            embeddings with latents, or the "reasoner_hidden" state (no second pass, no adapter).
+        init_invoke_prob: Probability of invoking before any training.
+        lora: Adapter of the trigger on its backbone.
     """
 
     source: Literal["tokens", "stream", "reasoner_hidden"] = "tokens"
@@ -101,10 +106,14 @@ class MemGenConfig:
     """A weaver, a trigger, and where memory may be inserted (arXiv 2509.24704).
 
     Attributes:
-        trigger: None for a model whose trigger is a rule (`memgen.AlwaysInvoke` and others).
-        max_inference_events: `N` for each response; the one before its first token is not counted.
-        insertion: which boundaries of a training text get latents: the `first` N, or each with
-            probability `insertion_prob` (`random`) up to N.
+        weaver: What writes the latents.
+        trigger: What decides when to weave; None for a model whose trigger is a rule
+            (`memgen.AlwaysInvoke` and others).
+        max_inference_events: Events of a response at most (N), without the one before its first
+            token.
+        insertion: Boundaries of a training text that get latents: the "first" N, or each with
+            probability `insertion_prob` up to N ("random").
+        insertion_prob: Probability of an event at a boundary of a training text, with "random".
     """
 
     weaver: WeaverConfig = WeaverConfig()

@@ -32,6 +32,51 @@ class ModelConfig:
     invisible at first (see `retrofit`).
 
     The six switches from `fork_embedding` on each take one ingredient out, for ablations.
+
+    Attributes:
+        vocab_size: Number of token ids the embedding knows (V).
+        embed_dim: Width of the residual stream (D).
+        num_layers: Number of blocks.
+        num_heads: Number of attention heads (H).
+        num_kv_heads: Number of heads of keys and values (G), a divisor of `num_heads`; as many by
+            default.
+        head_dim: Width of an attention head (K), even; `embed_dim / num_heads` by default.
+        mlp_dim: Hidden width of the MLP (F); four times `embed_dim` by default.
+        norm: Kind of the norms.
+        norm_eps: Term added to the variance in norms (ε).
+        mlp: Kind of the MLP.
+        qk_norm: Whether queries and keys are normalised in each head.
+        tied_head: Whether the output head is the embedding.
+        rope_base: Base of the rotary frequencies (θ).
+        rope_scaling: Stretching of rotary positions to longer contexts, as in a Hugging Face
+            config.json.
+        nope_layers: Blocks without rotary positions, counted from 0.
+        biases: Linear layers and norms that have a bias: "all", those of "qkv", or "none".
+        context_length: Tokens at a time that pretrained weights are meant for; nothing is cut
+            there.
+        copies: Copies of each input residual, the copy-k baseline without forks.
+        fork_layers: Blocks that a fork layer stands in front of, counted from 0.
+        policy: Policy that chooses among the candidates of fork layers, e.g.
+            "PrefixRank(ratio=1.5)".
+        merge: Merge of a bubble into one prediction: the mixture of its streams' "probability" (the
+            paper's eq. 11), the weighted sum of their "residual" (the authors' later code), or the
+            "rightmost" stream alone.
+        score_bias: Place of log-scores in attention: "head" adds them before the division by
+            sqrt(K) (the authors' code), "none" after it.
+        score_originals: Whether originals carry a score as forks do (the paper), or keep a score of
+            1.
+        fork_gate: First value of a learned factor on the scores of forks; no such factor by
+            default.
+        fork_embedding: Whether a learned vector is added to forks.
+        key_bias: Whether log-scores bias the attention to keys.
+        value_scaling: Whether scores scale the values of attention.
+        residual_scaling: Whether scores scale what a block writes to the residual stream.
+        forced_keep: Whether originals always live (eq. 4).
+        fractional_positions: Whether the streams of a token have fractional rotary positions.
+        dtype: Type of the computation; parameters are float32.
+        scan_layers: Whether the blocks between fork layers are scanned, which compiles faster.
+        remat: Activations recomputed in the backward pass: "none", all but matrix products
+            ("dots"), or all of them ("full").
     """
 
     vocab_size: int
@@ -66,7 +111,6 @@ class ModelConfig:
     forced_keep: bool = True
     fractional_positions: bool = True
 
-    # How to compute, not what: none of these changes the weights.
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     remat: Literal["none", "dots", "full"] = "none"

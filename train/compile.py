@@ -38,11 +38,11 @@ class CompileConfig(RunConfig):
     """A pretraining run, and what to compile it for.
 
     Attributes:
-        topology: e.g. v5e:2x4, v5p:4x4x4, v6e:4x4, h100:16.
-        what: the train step, or a cached decode step of `batch_size` rows with room for
-            `data.seq_len` tokens.
-        advise: where it does not fit, compile what might, and say what does.
-        json: file for the report as data.
+        topology: Chips to compile for, e.g. v5e:2x4, v5p:4x4x4, v6e:4x4, h100:16.
+        what: Program to compile: the train "step", or a cached "decode" step of `batch_size` rows
+            with room for `data.seq_len` tokens.
+        advise: Whether to compile what might fit where the config does not, and to say what does.
+        json: File for the report as data; none by default.
     """
 
     topology: str = ""

@@ -38,21 +38,25 @@ class EvaluateConfig:
     or scores of tasks, of a run or of a pretrained model.
 
     Attributes:
-        checkpoint: run folder, or one step's folder in it.
-        model: in place of a checkpoint, "smollm2", a Hugging Face folder, or a .gguf file.
-        policy: in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
-        ratio, window, threshold_offset: change this in the policy.
-        sweep: several ratios, one after the other.
-        sweep_offset: several threshold offsets, one after the other.
-        figure: save the sweep's bits per byte against streams per token here (needs matplotlib).
-        rows: validation rows scored, spread over the split (0: all).
-        positions: how many are scored prefix-only if the policy is not causal (0: all).
-        batch_size: rows per pass.
-        tasks: in place of held-out rows, JSONL files of multiple-choice or cloze items: HellaSwag,
+        checkpoint: Run folder, or the folder of one of its steps.
+        model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
+            .gguf file.
+        policy: Fork policy in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
+        ratio: Streams per token in place of the policy's own.
+        window: Tokens that `PrefixRank` ranks among, in place of the policy's own.
+        threshold_offset: Offset of `Threshold`'s threshold; positive for fewer streams.
+        sweep: Several ratios, scored one after the other.
+        sweep_offset: Several threshold offsets, scored one after the other.
+        figure: File for the sweep's bits per byte against streams per token (needs matplotlib).
+        rows: Number of held-out rows scored, spread over the split; 0 scores all of them.
+        positions: Number of positions scored prefix-only where the policy is not causal; 0 scores
+            all.
+        batch_size: Rows of a forward pass.
+        tasks: JSONL files of multiple-choice or cloze items, in place of held-out rows: HellaSwag,
             PIQA, BLiMP, LAMBADA, or query, choices and gold; name=FILE names one.
-        limit: score this many items of each task only, the first.
-        json: save the scores of tasks here.
-        records: save the scores of every item here, one JSON object on each line.
+        limit: Number of items of each task that are scored, the first ones; all by default.
+        json: File for the scores of tasks; none by default.
+        records: File for the scores of every item, one JSON object on each line; none by default.
     """
 
     checkpoint: str | None = None

@@ -20,22 +20,28 @@ class GenerateConfig:
     """Continue prompts with a trained model, or a pretrained one.
 
     Attributes:
-        checkpoint: run folder, or one step's folder in it.
-        model: in place of a checkpoint, "smollm2", a Hugging Face folder, or a .gguf file.
-        chat: the prompts are messages to the model, and only its answers are printed.
-        prompt: one or more; each is continued as if it were alone.
-        max_new_tokens: at most this many; a text also ends at the document separator.
-        temperature: 0 takes the most probable token each time.
-        top_k: sample from this many most probable tokens.
-        top_p: from the fewest most probable ones that make up this much probability.
-        min_p: from those at least this many times as probable as the most probable one.
-        seed: of the samples.
-        policy: in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
-        ratio, window, threshold_offset: change this in the policy: more thinking, or less.
-        memory: of a model with a weaver: "always" weave where it may, "never", or "learned".
-        cache: keep keys and values where the policy is causal; else recompute the prefix each time.
-        bubbles: also print where the model forks in the text.
-        figure: also save the bubble map of the first text to this file (needs matplotlib).
+        checkpoint: Run folder, or the folder of one of its steps.
+        model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
+            .gguf file.
+        chat: Whether prompts are messages to the model, of which only its answers are printed.
+        prompt: One or more texts; each is continued as if it were alone.
+        max_new_tokens: Tokens added to each prompt at most; a text also ends at the document
+            separator.
+        temperature: Sampling temperature; 0 takes the most probable token each time.
+        top_k: Number of most probable tokens to sample from; all of them by default.
+        top_p: Probability mass of the fewest most probable tokens to sample from; 1 by default.
+        min_p: Least probability to sample from, as a share of the most probable token's; 0 by
+            default.
+        seed: Seed of the samples.
+        policy: Fork policy in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
+        ratio: Streams per token in place of the policy's own: more thinking, or less.
+        window: Tokens that `PrefixRank` ranks among, in place of the policy's own.
+        threshold_offset: Offset of `Threshold`'s threshold; positive for fewer streams.
+        memory: When a model with a weaver weaves: "always" where it may, "never", or as "learned".
+        cache: Whether keys and values are kept where the policy is causal, or the prefix is
+            recomputed for each token.
+        bubbles: Whether to print where the model forks in the text.
+        figure: File for the bubble map of the first text, as .png, .pdf or .svg (needs matplotlib).
     """
 
     checkpoint: str | None = None

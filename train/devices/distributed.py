@@ -28,12 +28,13 @@ class DistributedConfig:
     """How the processes of a run find each other; without a word of it there is only one.
 
     Attributes:
-        coordinator: host:port at which all processes reach process 0.
-        num_processes: of the run.
-        process_id: this process, from 0.
-        auto: let jax find these three: in SLURM, Open MPI, Kubernetes, on Cloud TPU.
-        timeout: seconds to wait for all processes at the start.
-        heartbeat: seconds of silence after which a process counts as dead.
+        coordinator: Address host:port at which all processes reach process 0; none for one process.
+        num_processes: Number of processes of the run.
+        process_id: Number of this process, from 0.
+        auto: Whether jax finds these three by itself, as it can in SLURM, Open MPI, Kubernetes and
+            on Cloud TPU.
+        timeout: Seconds to wait for all processes at the start.
+        heartbeat: Seconds of silence after which a process counts as dead.
     """
 
     coordinator: str | None = None

@@ -21,6 +21,11 @@ class MeshConfig:
 
     `data` replicates parameters, `fsdp` shards them (both split the batch), `tensor` splits heads,
     MLP width and vocabulary.
+
+    Attributes:
+        data: Devices along the axis that splits the batch and replicates parameters.
+        fsdp: Devices along the axis that splits both the batch and the parameters.
+        tensor: Devices along the axis that splits heads, MLP width and vocabulary.
     """
 
     data: int = -1

@@ -15,9 +15,10 @@ class EvalConfig:
     """Held-out evaluation.
 
     Attributes:
-        every: steps between evaluations during the run (0: only at the end).
-        rows: validation rows scored, spread over the split (0: all).
-        positions: how many are scored prefix-only if the model is not causal (0: all).
+        every: Steps between evaluations during the run; 0 evaluates at the end alone.
+        rows: Number of held-out rows scored, spread over the split; 0 scores all of them.
+        positions: Number of positions scored prefix-only where the policy is not causal; 0 scores
+            all.
     """
 
     every: int = 100
@@ -37,17 +38,27 @@ class LoopConfig:
     """What every training run has.
 
     Attributes:
-        steps: optimizer steps, each over `batch_size` rows in `accumulate` parts.
-        seed: of the initial parameters.
-        out: run folder (config, checkpoints, metrics); a run found there is continued.
-        log_every, save_every: steps.
-        keep, keep_every: checkpoints kept: the newest ones, and those at multiples for ever.
-        attention: how attention is computed; "auto" takes the kernel of the mesh's devices.
-        profile: record these steps with jax's profiler, e.g. "10:20" (`train.runs.instruments`).
-        peak_tflops: of a device, for MFU, where `train.devices.hardware` does not know it.
-        dry_run: only say what would be run.
+        optimizer: Optimizer and learning-rate schedule.
+        mesh: Sizes of the device mesh; -1 takes the devices that are left.
+        distributed: How the processes of the run find each other.
+        evaluation: How much held-out data is scored, and when.
+        steps: Number of optimizer steps, each over `batch_size` rows in `accumulate` parts.
+        batch_size: Rows of a step, over all devices and processes.
+        accumulate: Number of parts of a batch whose gradients are added up before an optimizer
+            step.
+        seed: Seed of the initial parameters.
+        out: Run folder for config, checkpoints and metrics; a run found there is continued.
+        log_every: Steps between lines of metrics.
+        save_every: Steps between checkpoints.
+        keep: Number of newest checkpoints that are kept.
+        keep_every: Steps between checkpoints that are kept for ever; none of them by default.
+        attention: Implementation of attention; "auto" takes the kernel of the mesh's devices.
+        profile: Steps recorded with jax's profiler, e.g. "10:20" (`train.runs.instruments`).
+        peak_tflops: Peak of one device in TFLOP/s, for MFU, where `train.devices.hardware` does not
+            know it.
+        dry_run: Whether only to print what would be run.
         plugin: Modules of your own, imported before the other options are read, from the working
-            directory too; they add methods or tasks to the registries.
+            directory too; they add policies, methods or tasks to the registries.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -19,11 +19,20 @@ class OptimizerConfig:
     with Muon on those that it orthogonalises.
 
     Attributes:
-        schedule: `"cosine"` down to `final_ratio` of the peak, or `"wsd"` (warm-up, stable, decay):
-            linear down to it over the last `decay` share of the steps.
-        warmup: share of the steps that rises linearly from 0.
-        clip: largest global gradient norm.
-        fork_rate: factor on the learning rate of fork layers: above 1 where they are new and the
+        name: Optimizer: "adamw", or "muon" for hidden matrices with AdamW for the rest.
+        learning_rate: Peak learning rate, reached after the warm-up.
+        b1: Decay rate of the first moment of AdamW (β1).
+        b2: Decay rate of the second moment of AdamW (β2).
+        eps: Term added to the denominator of AdamW (ε).
+        weight_decay: Decoupled weight decay of matrices, times the learning rate.
+        clip: Largest global norm of the gradient; longer gradients are scaled down to it.
+        schedule: Schedule after the warm-up: "cosine" down to `final_ratio` of the peak over all
+            steps, or "wsd" (warm-up, stable, decay), linear down to it over the last `decay` share
+            of the steps.
+        warmup: Share of the steps over which the learning rate rises linearly from 0, from 0 to 1.
+        decay: Share of the steps over which "wsd" decays at the end, from 0 to 1.
+        final_ratio: Learning rate at the last step, as a share of the peak.
+        fork_rate: Factor on the learning rate of fork layers, above 1 where they are new and the
             rest of the model is not.
     """
 

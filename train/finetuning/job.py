@@ -49,13 +49,15 @@ class SFTConfig(LoopConfig):
     """Supervised fine-tuning: only what the assistant says is trained on.
 
     Attributes:
-        weights: what to start from: a run folder, "smollm2", a Hugging Face folder, a .gguf file.
-        train: `all` parameters (tracked thresholds stay where they are), a `lora` adapter, or a
-            `weaver` of latent memory; in the last two the decoder is frozen, and a checkpoint holds
-            only what stands beside it.
-        lora: the adapter.
-        memgen: the weaver, and where it writes.
-        boundaries: after which tokens it may write (`memgen.boundary_table`).
+        weights: Model to start from: a run folder, "smollm2", a Hugging Face folder, or a .gguf
+            file.
+        train: Parameters that are trained: "all" (tracked thresholds stay where they are), a "lora"
+            adapter, or a "weaver" of latent memory; in the last two the decoder is frozen, and a
+            checkpoint holds only what stands beside it.
+        lora: Adapter of `lora`.
+        memgen: Weaver of `weaver`, and where it writes.
+        boundaries: Tokens after which memory may be written (`memgen.boundary_table`).
+        data: Conversations, row length and packing.
     """
 
     weights: str = "smollm2"

@@ -20,9 +20,11 @@ class InitConfig:
     `scan_layers` and `remat`.
 
     Attributes:
-        weights: "smollm2", a Hugging Face folder, or a .gguf file; "" for random ones.
-        forks: blocks that new fork layers go in front of (`thoughtbubbles.retrofit`).
-        policy: of these fork layers.
+        weights: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file; "" for
+            random ones.
+        forks: Blocks that new fork layers go in front of, counted from 0
+            (`thoughtbubbles.retrofit`).
+        policy: Policy of these fork layers.
     """
 
     weights: str = ""
@@ -42,8 +44,11 @@ class RunConfig(LoopConfig):
     """A pretraining run.
 
     Attributes:
-        train: all parameters, or only those of fork layers; the others stay as they are.
-        prompt: start of the sample written at the end.
+        model: Architecture and sizes of the model.
+        init: Pretrained weights that the run starts from.
+        train: Parameters that are trained: "all", or those of "forks" alone.
+        data: Corpus, tokenizer and row length.
+        prompt: Text that the sample at the end continues.
     """
 
     model: ModelConfig = dataclasses.field(metadata=free_inside(*EXECUTION))

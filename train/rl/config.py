@@ -21,36 +21,41 @@ class RLConfig(LoopConfig):
     steps on them, each in `accumulate` parts.
 
     Attributes:
-        weights: what to start from: a run folder, "smollm2", a Hugging Face folder, a .gguf file.
-        train: `all` parameters, a `lora` adapter, a `weaver` of latent memory, or the `trigger` of
-            weights that have a weaver; in the last three the rest is frozen.
-        task: e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl"; "help" lists all.
+        weights: Model to start from: a run folder, "smollm2", a Hugging Face folder, or a .gguf
+            file.
+        train: Parameters that are trained: "all", a "lora" adapter, a "weaver" of latent memory, or
+            the "trigger" of weights that have a weaver; in the last three the rest is frozen.
+        task: Task with its options, e.g. "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl";
+            "help" lists all.
         method: Method of reinforcement learning, one of grpo, dr_grpo, rloo, dapo, reinforce_pp,
             rebn and trigger (`train.rl.methods`), with options where they are to differ from the
-            method's own: "grpo(kl=0.01, clip_high=0.28)". The default is trigger where a trigger
-            is trained, else grpo.
-        steps: each draws problems, samples rollouts and learns from them.
-        seed: of new parameters, problems and rollouts.
-        batch_size: problems of a step.
-        rollouts: of each problem.
-        minibatches: optimizer steps on the rollouts of a step.
-        epochs: times that all of them are gone through.
-        max_new_tokens: of a response.
-        temperature: of sampling.
-        chat: problems are messages to the model, in its chat template.
-        max_batches: with `filter_groups`, batches of problems that a step draws at most.
-        overlong_buffer: a response pays for the tokens that reach into the last so many before
-            `max_new_tokens`, up to `overlong_penalty` (DAPO).
-        max_turns: after which an episode of an environment is cut.
-        max_observation: tokens of an observation that are read.
-        carry: go on in one row from turn to turn, with the latents so far; else each turn begins
-            anew with the text so far. None: unless there is latent memory, or `chat`.
-        penalty: on invocations of the trigger.
-        lora: of `lora`. Dropout of adapters is never applied here: what was sampled is replayed.
-        memgen: of `weaver`, where the weights have none; `trigger` of `trigger`.
-        boundaries: after which tokens memory may be written.
-        max_rows: rollouts that are generated at a time.
-        examples: texts that are printed at each evaluation.
+            method's own: "grpo(kl=0.01, clip_high=0.28)". The default is trigger where a trigger is
+            trained, else grpo.
+        steps: Number of steps, each of which draws problems, samples rollouts and learns from them.
+        seed: Seed of new parameters, problems and rollouts.
+        batch_size: Problems of a step.
+        rollouts: Rollouts of each problem (G of GRPO).
+        minibatches: Optimizer steps on the rollouts of a step (μ).
+        epochs: Number of passes over the rollouts of a step.
+        max_new_tokens: Longest response, in tokens.
+        temperature: Sampling temperature of rollouts.
+        chat: Whether problems are messages to the model, in its chat template.
+        max_batches: Batches of problems that a step draws at most, where the method filters groups.
+        overlong_buffer: Last tokens before `max_new_tokens` over which the overlong penalty of DAPO
+            grows; 0 for no penalty.
+        overlong_penalty: Overlong penalty of a response that reaches `max_new_tokens`.
+        max_turns: Turns after which an episode of an environment is cut.
+        max_observation: Tokens of an observation that are read at most.
+        carry: Whether turns go on in one row, with the latents so far, or each turn begins anew
+            with the text so far. The default carries where there is neither latent memory nor a
+            chat template.
+        penalty: Price of invocations of the trigger.
+        lora: Adapter of `lora`. Its dropout is never applied: what was sampled is replayed.
+        memgen: Weaver of `weaver`, where the weights have none.
+        trigger: Trigger of `trigger`.
+        boundaries: Tokens after which memory may be written (`memgen.boundary_table`).
+        max_rows: Rollouts that are generated at a time.
+        examples: Texts that are printed at each evaluation.
     """
 
     weights: str = "smollm2"

@@ -14,11 +14,11 @@ class InvocationPenalty:
     """The price of an invocation, less where good trajectories invoke often.
 
     Attributes:
-        weight: λ; 0 turns the penalty off, which is what the authors' code does. The paper gives
-            no value; 0.01 to 0.3 is sensible with rewards of 0 and 1.
-        rate: what invocations are counted by: the decisions that were asked for (the paper's
+        weight: Weight of the penalty (λ); 0 turns it off, as the authors' code does. The paper
+            gives no value; 0.01 to 0.3 is sensible with rewards of 0 and 1.
+        rate: Decisions that invocations are counted by: those that were asked for (the paper's
             second version) or all tokens of a trajectory (its first version).
-        scope: where trajectories are compared: in their group (second version) or in the whole
+        scope: Trajectories that are compared: those of a group (second version) or of the whole
             batch (first version).
     """
 
