@@ -46,7 +46,7 @@ class Ledger:
         return report
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        compiled, found = report.programs
+        compiled, found = getattr(report, "programs", (0, 0))  # none of a worker that crashed
         file = self.files[report.nodeid.partition("::")[0]]
         file.update(compiled=compiled, found=found, tests=report.when == "call")
         file["milliseconds"] += round(1000 * report.duration)
@@ -63,7 +63,7 @@ class Ledger:
         for name, file in ordered:
             total.update(file)
             write(_line(file) + name)
-        write(_line(total) + "all (seconds of both workers)")
+        write(_line(total) + "all (seconds of all workers)")
         longest = [(name, ms) for name, ms in self.tests.most_common(LONGEST) if ms >= 1000]
         for name, ms in longest:
             write(f"{ms / 1000:7.1f}  {name}")

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from import_graph import ROOT
 
+from train import generate
 from train.cli import main as entry
+from train.cli.command import run_command
+from train.cli.plugins import load_plugins, missing_plugins
 from train.list_runs import RunsConfig, main, run_folders, sparkline
 
 
@@ -91,9 +94,45 @@ def test_a_curve_is_a_line_of_characters():
     assert len(sparkline([float(i) for i in range(1000)])) == len("0.0000  999.0000") + 40
 
 
+def test_a_metric_that_no_run_has_is_one_line(folder):
+    with pytest.raises(ValueError, match="metric='los': no run has it, they have eval/loss, loss"):
+        main(RunsConfig((str(folder),), metric="los"))
+    line = json.dumps({"step": 1, "fork_1/score_histogram": [0.5, 0.5]}) + "\n"
+    (folder / "a" / "metrics.jsonl").write_text(line)
+    main(RunsConfig((str(folder),), metric="fork_1/score_histogram"))  # a list is no curve
+
+
 def test_run_folders_and_mistakes(folder):
     assert run_folders([str(folder / "b"), str(folder)]) == [folder / name for name in "babc"]
     with pytest.raises(ValueError, match="no folder is given"):
         run_folders([])
     with pytest.raises(ValueError, match="curves.txt: choose a name that ends in .png"):
         main(RunsConfig((str(folder),), figure=str(folder / "curves.txt")))
+
+
+@pytest.mark.parametrize("words", [["--plugin", "mine_too"], ["--plugin=mine_too"]], ids=str)
+def test_a_plugin_is_loaded_by_any_command(words, tmp_path, monkeypatch, capsys):
+    """Also by those that keep no record of it: they would refuse an option that they don't know."""
+    (tmp_path / "mine_too.py").write_text("LOADED = True")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *words, "--checkpoint", "none"])
+    monkeypatch.delitem(sys.modules, "mine_too", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit):
+        run_command(generate.main, generate.GenerateConfig)
+    assert sys.modules["mine_too"].LOADED and sys.path[-1] == str(tmp_path)
+    assert "none does not exist" in capsys.readouterr().err
+
+
+def test_a_plugin_that_is_not_there_is_one_line():
+    for name in ("nowhere_at_all", ".mine"):
+        with pytest.raises(
+            ValueError, match=f"plugin '{name}'.*name a module that can be imported"
+        ):
+            load_plugins(["--plugin", name, "--steps", "3"])
+    assert load_plugins(["tiny", "--plugin", "json", "math", "--steps", "3"]) == [
+        "tiny", "--steps", "3",
+    ]  # fmt: skip
+    assert missing_plugins({"plugin": ["json"]}) == "" == missing_plugins({})
+    hint = " (the run was made with --plugin nowhere_at_all: pass it here too)"
+    assert missing_plugins({"plugin": ["nowhere_at_all", "json"]}) == hint

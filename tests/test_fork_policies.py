@@ -113,6 +113,35 @@ def test_a_policy_is_written_as_it_prints(name):
     assert turn(policy, ratio=2.0) == dataclasses.replace(policy, ratio=2.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Half(EvenTokens):
+    """What becomes of a token depends on how many follow."""
+
+    def keep(self, candidates):
+        early = candidates.token < candidates.length[:, None] // 2
+        return candidates.alive & (candidates.forced | early & fork_of_original(candidates))
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(EvenTokens):
+    """Keeps all there is, for which it has no capacity."""
+
+    def keep(self, candidates):
+        return candidates.alive
+
+
+def test_broken_promises_are_found():
+    with pytest.raises(AssertionError, match="from which on it has no tokens"):
+        assert_causal(Half())
+    with pytest.raises(AssertionError, match=r"keeps 48 candidates of a row, capacity\(12\) is 24"):
+        assert_budget(Greedy())
+
+
+def test_a_policy_without_a_name_is_refused_before_a_run():
+    with pytest.raises(ValueError, match=r"policy EvenTokens\(\) has no name: put its class into"):
+        as_json(ModelConfig.preset("tiny", policy=EvenTokens()))
+
+
 def test_hooks_of_a_users_policy_are_used():
     """Tracked state, exploration, and the scores that streams go on with."""
     fork = Fork(8, Loud(), score_originals=True, rngs=nnx.Rngs(0))

@@ -316,6 +316,11 @@ def test_forks_into_no_weights_are_refused():
         InitConfig(forks=(1,))
 
 
+def test_a_run_is_resolved_once(run_config):
+    once = on_weights(run_config)
+    assert on_weights(once) == once != run_config
+
+
 @pytest.mark.slow
 def test_smollm2_writes_the_same_with_forks():
     """The plain model padded by two tokens differs from itself by as much: float32's noise."""

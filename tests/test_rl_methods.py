@@ -143,6 +143,13 @@ def test_mistakes_are_one_line(text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_method_needs_a_word_of_its_own(monkeypatch):
+    """Else a run folder would name another method."""
+    monkeypatch.setitem(METHODS, "mine", type("Mine", (GRPO,), {}))
+    with pytest.raises(ValueError, match="Mine has the word 'grpo' of another method"):
+        method_from_text("mine")
+
+
 def test_a_plugin_adds_a_method_in_a_folder_with_a_train_of_its_own(tmp_path: Path):
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
     (tmp_path / "mine.py").write_text(

@@ -29,10 +29,15 @@ def assert_budget(policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: 
         num_tokens: Tokens in a row.
         seed: Seed of rows and weights.
     """
-    for fork, streams in _forked(policy, _rows(rows, num_tokens, seed), seed):
-        slots = streams.token.shape[1]
-        capacity = policy.capacity(num_tokens)
-        assert slots <= capacity, f"{slots} slots, capacity({num_tokens}) is {capacity}"
+    x = _rows(rows, num_tokens, seed)
+    capacity = policy.capacity(num_tokens)
+    for fork, kept in enumerate(_kept(_layer(policy, seed), _layer(policy, seed + 1), x)):
+        most = int(np.asarray(kept).sum(axis=1).max())
+        assert most <= capacity, (
+            f"fork layer {fork}: keep() keeps {most} candidates of a row, capacity({num_tokens}) "
+            f"is {capacity}: what is too much would be cut from the right"
+        )
+    for fork, streams in _forked(policy, x, seed):
         originals = np.asarray(streams.original & streams.alive).sum(axis=1)
         assert (originals == num_tokens).all(), (
             f"fork layer {fork}: {num_tokens - originals.min()} originals are lost: keep every "
@@ -54,13 +59,17 @@ def assert_causal(policy: Policy, *, rows: int = 8, num_tokens: int = 12, seed: 
     before = [_by_token(streams) for _, streams in _forked(policy, x, seed)]
     for first in range(1, num_tokens):
         changed = np.where(np.arange(num_tokens)[:, None] < first, x, other)
-        after = [_by_token(streams) for _, streams in _forked(policy, changed, seed)]
-        for fork, (mine, theirs) in enumerate(zip(before, after, strict=True)):
-            for row in range(rows):
-                assert mine[row][:first] == theirs[row][:first], (
-                    f"fork layer {fork}: what becomes of a token depends on later tokens: row "
-                    f"{row} changed before token {first}, from which on it has other tokens"
-                )
+        for what, given in (("has other tokens", changed), ("has no tokens", None)):
+            after = _forked(
+                policy, x if given is None else given, seed, first if given is None else None
+            )
+            for fork, streams in after:
+                theirs = _by_token(streams)
+                for row in range(rows):
+                    assert before[fork][row][:first] == theirs[row][:first], (
+                        f"fork layer {fork}: what becomes of a token depends on later tokens: row "
+                        f"{row} changed before token {first}, from which on it {what}"
+                    )
 
 
 def assert_cached_is_parallel(
@@ -115,17 +124,30 @@ def _layer(policy: Policy, seed: int) -> Fork:
     fork = Fork(WIDTH, policy, rngs=nnx.Rngs(seed))
     scores = np.random.default_rng(seed).normal(size=(WIDTH, 2))
     fork.score[...] = jnp.asarray(scores, jnp.float32)
+    if fork.threshold is not None:
+        fork.threshold[...] = jnp.full((), 0.3, jnp.float32)
     return fork
 
 
-def _forked(policy: Policy, x: np.ndarray, seed: int) -> list[tuple[int, Streams]]:
-    """Streams after each of two fork layers."""
-    return list(enumerate(_twice(_layer(policy, seed), _layer(policy, seed + 1), x)))
+def _forked(
+    policy: Policy, x: np.ndarray, seed: int, length: int | None = None
+) -> list[tuple[int, Streams]]:
+    """Streams after each of two fork layers, of the first `length` tokens of rows."""
+    real = np.full(len(x), x.shape[1] if length is None else length, np.int32)
+    return list(enumerate(_twice(_layer(policy, seed), _layer(policy, seed + 1), x, real)))
 
 
 @jax.jit
-def _twice(lower: Fork, upper: Fork, x: jax.Array) -> tuple[Streams, Streams]:
-    streams = lower(Streams.start(x))
+def _kept(lower: Fork, upper: Fork, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the policy keeps at each of two fork layers, before slots are filled."""
+    streams = Streams.start(x)
+    first = lower.policy.keep(lower._candidates(streams))
+    return first, upper.policy.keep(upper._candidates(lower(streams)))
+
+
+@jax.jit
+def _twice(lower: Fork, upper: Fork, x: jax.Array, length: jax.Array) -> tuple[Streams, Streams]:
+    streams = lower(Streams.start(x, length))
     return streams, upper(streams)
 
 

@@ -53,8 +53,12 @@ class Run:
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps at which the metric was written, and its values."""
-        points = [(line["step"], line[metric]) for line in self.metrics if metric in line]
-        return [step for step, _ in points], [float(value) for _, value in points]
+        points = [
+            (line["step"], float(line[metric]))
+            for line in self.metrics
+            if isinstance(line.get(metric), (int, float))
+        ]
+        return [step for step, _ in points], [value for _, value in points]
 
     def last(self) -> dict[str, float]:
         """The newest value of the losses, rewards and success rates that the run has."""
@@ -68,6 +72,9 @@ def main(config: RunsConfig) -> None:
     if config.figure:
         check_figure(Path(config.figure))
     runs = [read_run(folder) for folder in run_folders(config.folders)]
+    known = sorted({name for run in runs for line in run.metrics for name in line} - {"step"})
+    if known and config.metric not in known:
+        raise ValueError(f"metric={config.metric!r}: no run has it, they have {', '.join(known)}")
     print(table(runs))
     print(f"\n{config.metric}:")
     width = max(len(str(run.folder)) for run in runs)

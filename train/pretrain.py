@@ -41,9 +41,7 @@ def main(config: RunConfig) -> None:
     if loaded.model.config.fork_layers:
         print("live streams of each token of its start:")
         print(map_of_text(loaded, text[:160]).text())
-    print(
-        f"python -m train.generate --checkpoint {config.out} --prompt '{config.prompt}' --bubbles"
-    )
+    print(f"thoughtbubbles generate --checkpoint {config.out} --prompt '{config.prompt}' --bubbles")
 
 
 def dry_run(config: RunConfig) -> None:

@@ -30,7 +30,7 @@ def main(config: SFTConfig) -> None:
         if jax.process_index() == 0:
             meta = load_meta(config.out) or {}
             chat = "--chat " if meta.get("chat", {}).get("chat_template") else ""
-            print(f"python -m train.generate --checkpoint {config.out} {chat}--prompt '...'")
+            print(f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'")
 
 
 def command() -> None:

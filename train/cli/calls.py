@@ -34,7 +34,7 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
     chosen = choices[name]
     try:
         options = _options(text.strip(), chosen)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+    except (ArithmeticError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"{kind} {text!r}: write {signature(name, chosen)}") from None
     return chosen(**options, **given)
 
@@ -85,12 +85,14 @@ def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
 def _typed(value: Any, kind: Any) -> Any:
     """The value, an integer as a float where one is wanted; a TypeError if its type is another."""
     origin = get_origin(kind)
+    if kind is Any:
+        return value
     if origin in (Union, UnionType):
         for choice in get_args(kind):
             with contextlib.suppress(TypeError):
                 return _typed(value, choice)
     elif origin is Literal:
-        if value in get_args(kind):
+        if any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
             return value
     elif kind is float and type(value) is int:
         return float(value)

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -96,7 +96,9 @@ def run_command(
     quiet_libtpu()
     words = sys.argv[1:]
     try:
-        load_plugins(words)
+        others = load_plugins(words)
+        if "plugin" not in {field.name for field in dataclasses.fields(cast(Any, config))}:
+            words = others
         default = None
         if presets is not None:
             named = bool(words) and not words[0].startswith("-")

@@ -23,10 +23,30 @@ def policy_from_text(text: str) -> Policy:
     return from_text(text, POLICIES, "policy")
 
 
+def policy_text(policy: Policy) -> str:
+    """The text that `policy_from_text` makes an equal policy of.
+
+    Raises:
+        ValueError: The policy's class is not in `POLICIES`, so that no run could be read again.
+    """
+    for name, known in POLICIES.items():
+        if type(policy) is known:
+            return text_of(name, policy)
+    raise ValueError(
+        f"the policy {policy} has no name: put its class into train.cli.config_json.POLICIES "
+        "before the run, in a module that --plugin names, so that the run can be read again"
+    )
+
+
 def as_json(config: Any) -> Any:
     """Nested dict of a config, tuples as lists and policies as text, as it comes from JSON."""
+    if isinstance(config, ModelConfig):
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return as_json(fields | {"policy": policy_text(config.policy)})
     if isinstance(config, tuple(POLICIES.values())):
-        return repr(config)
+        return policy_text(config)
+    if isinstance(config, dict):
+        return {name: as_json(value) for name, value in config.items()}
     if hasattr(config, "word"):  # of a registry: `name(key=value)` as on the command line
         return text_of(config.word, config)
     if dataclasses.is_dataclass(config):

@@ -12,24 +12,29 @@ from typing import Any
 OPTION = "--plugin"
 
 
-def load_plugins(words: Sequence[str]) -> None:
+def load_plugins(words: Sequence[str]) -> list[str]:
     """Import the modules that stand behind `--plugin`, from the working directory too.
 
     The working directory goes last on the path, so that a file there hides no installed package.
 
+    Returns:
+        The words without `--plugin` and its modules, for commands that keep no record of them.
+
     Raises:
         ValueError: There is no such module.
     """
-    for name in _named(words):
+    names, others = _named(words)
+    for name in names:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, TypeError) as error:
             raise ValueError(
                 f"plugin {name!r}: {error}: name a module that can be imported, such as mine for "
                 f"mine.py in {os.getcwd()}"
             ) from error
+    return others
 
 
 def missing_plugins(config: Mapping[str, Any]) -> str:
@@ -45,12 +50,18 @@ def missing_plugins(config: Mapping[str, Any]) -> str:
     return f" (the run was made with {OPTION} {' '.join(missing)}: pass it here too)"
 
 
-def _named(words: Sequence[str]) -> list[str]:
-    names = []
-    for place, word in enumerate(words):
-        if word == OPTION:
-            for name in words[place + 1 :]:
-                if name.startswith("-"):
-                    break
-                names.append(name)
-    return names
+def _named(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Modules that are named, as `--plugin a b` or `--plugin=a b`, and the other words."""
+    names: list[str] = []
+    others: list[str] = []
+    naming = False
+    for word in words:
+        if word == OPTION or word.startswith(f"{OPTION}="):
+            naming = True
+            names += [word.partition("=")[2]] if "=" in word else []
+        elif naming and not word.startswith("-"):
+            names.append(word)
+        else:
+            naming = False
+            others.append(word)
+    return names, others

@@ -136,7 +136,7 @@ class Finetuning:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What a reader of checkpoints needs besides the config (`train.models.tuned`)."""
+        """What a reader of checkpoints needs besides the config (`train.models.load`)."""
         meta = {"base": self._base, "model": as_json(self.trainable.config)}
         return meta | tokenizer_meta(self._writer.tokenizer)
 

@@ -26,7 +26,7 @@ def main(config: RLConfig) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     chat = "--chat " if config.chat else ""
-    print(f"python -m train.generate --checkpoint {config.out} {chat}--prompt '...'")
+    print(f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'")
 
 
 def command() -> None:

@@ -35,8 +35,8 @@ class RLConfig(LoopConfig):
         seed: Seed of new parameters, problems and rollouts.
         batch_size: Problems of a step.
         rollouts: Rollouts of each problem (G of GRPO).
-        minibatches: Optimizer steps on the rollouts of a step (μ).
-        epochs: Number of passes over the rollouts of a step.
+        minibatches: Parts of the rollouts of a step, one optimizer step each, in every pass.
+        epochs: Number of passes over the rollouts of a step (μ of GRPO).
         max_new_tokens: Longest response, in tokens.
         temperature: Sampling temperature of rollouts.
         chat: Whether problems are messages to the model, in its chat template.

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from train.cli.plugins import missing_plugins
 from train.devices.distributed import agreed, several, tell
 from train.runs.resume import differences
 
@@ -23,7 +24,11 @@ NETWORK_DISK = 90.0  # seconds after which every host sees a new file
 
 def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> None:
     """Raise if `out` holds a run that this config would not continue."""
-    found = differences(saved["config"], config) if saved else []
+    try:
+        found = differences(saved["config"], config) if saved else []
+    except ValueError as error:
+        hint = missing_plugins(saved["config"] if saved else {})
+        raise ValueError(f"{out} holds a run that can't be read: {error}{hint}") from error
     if found:
         raise ValueError(
             f"{out} holds a run of another config ({'; '.join(found[:3])}"

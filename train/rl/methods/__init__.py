@@ -37,7 +37,13 @@ def method_from_text(text: str) -> Method:
     Raises:
         ValueError: There is no such method or option, or a value that it can't have.
     """
-    return from_text(text, METHODS, "method")
+    method = from_text(text, METHODS, "method")
+    if METHODS.get(method.word) is not type(method):
+        raise ValueError(
+            f"method {text!r}: {type(method).__name__} has the word {method.word!r} of another "
+            "method: give it one of its own, the name that it has in METHODS"
+        )
+    return method
 
 
 @OPTIONS.primitive_rule

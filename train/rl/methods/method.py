@@ -60,7 +60,7 @@ class Method:
     def __post_init__(self):
         if self.advantage_clip is not None and not self.advantage_clip > 0:
             raise ValueError(f"advantage_clip={self.advantage_clip}: choose more than 0")
-        assert self.loss is not None  # its own checks
+        _ = self.loss  # checks the options that are its own
 
     @property
     def loss(self) -> LossConfig:
