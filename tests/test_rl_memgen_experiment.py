@@ -78,7 +78,9 @@ def test_only_answers_are_supervised():
         assert decode(tokens[supervised][:-1].tolist()) == answer
 
 
+@pytest.mark.experiment
 def test_runs_are_resumed_and_reported(tmp_path, capsys, small):
+    """`python -m pytest -m experiment tests/test_rl_memgen_experiment.py`, half a minute."""
     out = tmp_path / "remember.jsonl"
     remember.main(experiment(out, arms=("reasoner alone",)))
     first = out.read_text()
