@@ -3,8 +3,9 @@
 import ast
 import functools
 import graphlib
+import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,11 +79,6 @@ def floors(graph: Graph) -> dict[str, int]:
     return found
 
 
-def median(values: Iterable[int]) -> int:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
-
 def main() -> None:
     graph = module_graph()
     rooms = room_graph(graph)
@@ -94,7 +90,9 @@ def main() -> None:
     for module, path in modules().items():
         of_room.setdefault(room_of(module), []).append(len(path.read_text().splitlines()))
     lines = [count for counts in of_room.values() for count in counts]
-    print(f"{len(lines)} files, {max(lines)} lines at most, median {median(lines)}\n")
+    print(
+        f"{len(lines)} files, {max(lines)} lines at most, median {statistics.median_high(lines)}\n"
+    )
     print("floor  files  lines  room                  imports from")
     for room, floor in sorted(floors(rooms).items(), key=lambda item: (-item[1], item[0])):
         below = " ".join(sorted(other.removeprefix("train/") for other in rooms[room]))

@@ -15,18 +15,7 @@ import jax
 import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank
-from train.benchmarks import (
-    decoding as benchmark_decoding,
-)
-from train.benchmarks import (
-    memgen as benchmark_memgen,
-)
-from train.benchmarks import (
-    rl as benchmark_rl,
-)
-from train.benchmarks import (
-    selection as benchmark_selection,
-)
+from train.benchmarks import decoding, memgen, rl, selection
 from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
@@ -147,10 +136,10 @@ def prepare(config: Benchmark, fork_layers: tuple[int, ...]) -> Timed:
 
 COMMANDS = {
     "step": (main, Benchmark),
-    "selection": (benchmark_selection.main, benchmark_selection.SelectionBenchmark),
-    "memgen": (benchmark_memgen.main, benchmark_memgen.MemGenBenchmark),
-    "rl": (benchmark_rl.main, benchmark_rl.RLBenchmark),
-    "decode": (benchmark_decoding.main, benchmark_decoding.DecodeBenchmark),
+    "selection": (selection.main, selection.SelectionBenchmark),
+    "memgen": (memgen.main, memgen.MemGenBenchmark),
+    "rl": (rl.main, rl.RLBenchmark),
+    "decode": (decoding.main, decoding.DecodeBenchmark),
 }
 
 

@@ -11,11 +11,7 @@ from pathlib import Path
 from thoughtbubbles import Policy
 from train.cli.command import run_command
 from train.cli.figures import check_figure
-from train.devices.mesh import (
-    MeshConfig,
-    check_batch,
-    make_mesh,
-)
+from train.devices.mesh import MeshConfig, check_batch, make_mesh
 from train.engine.config import EvalConfig
 from train.evaluation.held_out import held_out, readable, validation_rows
 from train.evaluation.policy_overrides import Setting, figure, table, turn

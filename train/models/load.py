@@ -30,9 +30,7 @@ from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.cli.config_json import model_from_json
 from train.cli.plugins import missing_plugins
 from train.data import Tokenizer, load_tokenizer
-from train.devices.mesh import (
-    state_shardings,
-)
+from train.devices.mesh import state_shardings
 from train.models.finetunable import TRAINED, Method, Tuned
 from train.runs.checkpoint import load_meta, load_params
 
