@@ -29,9 +29,9 @@ class DecoderBackbone(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def adaptable(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]: ...
+    def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]: ...
 
-    def adapted(self: Self, adapter: Mapping[str, Any]) -> Self:
+    def apply_lora(self: Self, adapter: Mapping[str, Any]) -> Self:
         """The same arrays with `adapter[name](x)` added to what map `name` makes of `x`."""
         ...
 
@@ -43,7 +43,7 @@ class DecoderBackbone(Protocol):
         """Ids `[..., T]` int32 to vectors `[..., T, D]`."""
         ...
 
-    def read(
+    def hidden_states(
         self,
         x: jax.Array,
         length: jax.Array | None = None,
@@ -88,11 +88,11 @@ class DecoderBackbone(Protocol):
 METHODS = (
     "embed_dim",
     "vocab_size",
-    "adaptable",
-    "adapted",
+    "lora_targets",
+    "apply_lora",
     "for_decoding",
     "embed_tokens",
-    "read",
+    "hidden_states",
     "unembed",
     "init_cache",
     "extend",

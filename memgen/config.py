@@ -25,7 +25,7 @@ class LoRAConfig:
         alpha: Numerator of the adapters' scale, alpha / rank.
         dropout: Dropout rate on the adapters' input, in training only.
         targets: Names of the linear layers that get an adapter, as the backbone calls them
-            (`DecoderBackbone.adaptable`).
+            (`DecoderBackbone.lora_targets`).
     """
 
     rank: int = 16

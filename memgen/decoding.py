@@ -20,7 +20,7 @@ from memgen.insertion import INFERENCE, PROMPT
 from memgen.model import MemGen
 from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
 from memgen.response import Response
-from memgen.session import Chosen, Session, check_room, put, take
+from memgen.session import RowChunk, Session, check_room, put, take
 from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
 from memgen.weaver import Snippets
 
@@ -34,7 +34,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop: Sequence[int] = (),
-    choices: int | None = None,
+    valid_vocab_size: int | None = None,
     keep_memory: KeepMemory | None = None,
     retriever: Any = None,
 ) -> Response:
@@ -49,13 +49,13 @@ def generate(
         policy: when to weave.
         temperature: 0 takes the most probable token.
         seed: a row's key is made of it, its prompt, and how many equal prompts stand before it.
-        stop, choices, keep_memory, retriever: see `Request`.
+        stop, valid_vocab_size, keep_memory, retriever: see `Request`.
 
     Raises:
         ValueError: an argument can't be used, or the logits are NaN.
     """
     request = make_request(
-        memgen, max_new_tokens, policy, temperature, stop, choices, keep_memory, retriever
+        memgen, max_new_tokens, policy, temperature, stop, valid_vocab_size, keep_memory, retriever
     )
     tokens, length = pad_prompts(prompts, memgen.reasoner.vocab_size)
     room = bucket(max_new_tokens)
@@ -229,7 +229,7 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, la
     session, response, live = loop.session, loop.response, ~loop.done
     key = _keys(session, loop.step)[0]
     logits = memgen.reasoner.unembed(session.reasoner.hidden)
-    allowed = jnp.arange(logits.shape[-1]) < request.choices
+    allowed = jnp.arange(logits.shape[-1]) < request.valid_vocab_size
     logits = jnp.where(allowed, logits, -jnp.inf)
     if request.temperature is None:
         chosen = logits.argmax(axis=-1).astype(jnp.int32)
@@ -291,7 +291,7 @@ def _decide(decoders, request, session: Session, asked, keys) -> tuple[Session, 
         logits = memgen.checked_trigger()(session.reasoner.hidden)
     else:
         fetch, target = session.trigger_sees(memgen, decoders.trigger)
-        reader = session.trigger.catch_up(decoders.trigger, fetch, target, asked)
+        reader = session.trigger.extend_to(decoders.trigger, fetch, target, asked)
         session = session.replace(trigger=reader)
         logits = memgen.checked_trigger()(reader.hidden)
     return session, asked & request.policy(logits, keys)
@@ -337,7 +337,7 @@ def _weave_in_turn(
 
     def weave_next(state):
         waiting, session, latents, kept = state
-        chosen = Chosen.next(waiting, lanes)
+        chosen = RowChunk.next(waiting, lanes)
         weaves = chosen.take(waiting)
         rows, new, keep = _weave_rows(
             decoders, request, chosen.take(session, axes), weaves, *chosen.take(given)
@@ -389,7 +389,7 @@ def _read_and_weave(
     memgen, weaver = decoders.memgen, decoders.memgen.weaver
     assert session.weaver is not None
     fetch, target = session.weaver_sees(memgen)
-    reader = session.weaver.catch_up(decoders.weaver, fetch, target, weaves)
+    reader = session.weaver.extend_to(decoders.weaver, fetch, target, weaves)
     suffix, first = weaver.suffix(kind, snippets)
     slots = weaver.config.latents
     # The queries are read and forgotten: the cache without them lives on.

@@ -128,7 +128,7 @@ def assemble(vectors: jax.Array, latents: jax.Array, plan: Plan) -> jax.Array:
 
 def plan_insertions(
     tokens: jax.Array,
-    supervised: jax.Array,
+    loss_mask: jax.Array,
     boundary: jax.Array,
     config: MemGenConfig,
     key: jax.Array | None = None,
@@ -149,12 +149,12 @@ def plan_insertions(
         ValueError: no key for random places; a row without a response, or with several (checked
             unless traced).
     """
-    if not isinstance(supervised, Tracer):
-        check_one_response(supervised)
+    if not isinstance(loss_mask, Tracer):
+        check_one_response(loss_mask)
     length = tokens.shape[1]
     place = jnp.arange(length)
-    follows = jnp.pad(supervised, ((0, 0), (1, 0)))[:, :-1] & supervised
-    begins = supervised & ~follows
+    follows = jnp.pad(loss_mask, ((0, 0), (1, 0)))[:, :-1] & loss_mask
+    begins = loss_mask & ~follows
     last = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
     previous = jnp.pad(tokens, ((0, 0), (2, 0)))[:, :-2]
     chosen = follows & is_boundary(boundary, last, previous)
@@ -162,7 +162,7 @@ def plan_insertions(
         if key is None:
             raise ValueError("insertion='random' draws boundaries: pass a key")
         draw = lambda key: jax.random.bernoulli(key, config.insertion_prob, (length,))  # noqa: E731
-        chosen &= jax.vmap(draw)(_row_keys(key, tokens, supervised))
+        chosen &= jax.vmap(draw)(_row_keys(key, tokens, loss_mask))
     first = jnp.where(begins, place, length).min(axis=1, keepdims=True)
     later = jnp.sort(jnp.where(chosen, place, length), axis=1)[:, : config.max_inference_events]
     missing = config.max_inference_events - later.shape[1]
@@ -171,9 +171,9 @@ def plan_insertions(
     return _plan(jnp.where(point < length, point, -1), config)
 
 
-def _row_keys(key: jax.Array, tokens: jax.Array, supervised: jax.Array) -> jax.Array:
+def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Array:
     """A key for each row, of its tokens up to the last one that is supervised."""
-    text = jnp.cumsum(supervised[:, ::-1], axis=1)[:, ::-1] > 0
+    text = jnp.cumsum(loss_mask[:, ::-1], axis=1)[:, ::-1] > 0
     weights = jnp.cumprod(jnp.full(tokens.shape[1:], HASH, jnp.uint32))
     hashes = jnp.where(text, (tokens + 1).astype(jnp.uint32) * weights, 0).sum(axis=1)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes.astype(jnp.uint32))
@@ -204,9 +204,9 @@ def _plan(point: jax.Array, config: MemGenConfig) -> Plan:
     return Plan.of(point, kind, config)
 
 
-def check_one_response(supervised: Any) -> None:
+def check_one_response(loss_mask: Any) -> None:
     """Raise a ValueError for a row `[B, L]` whose supervised tokens are not one unbroken run."""
-    marks = np.asarray(supervised, bool)
+    marks = np.asarray(loss_mask, bool)
     begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
     for row, count in enumerate(begins.sum(axis=1)):
         if count != 1:

@@ -67,14 +67,17 @@ def make_adapter(
     Raises:
         ValueError: a target that the backbone has no map for.
     """
-    adaptable = backbone.adaptable
-    unknown = [name for name in config.targets if name not in adaptable]
+    lora_targets = backbone.lora_targets
+    unknown = [name for name in config.targets if name not in lora_targets]
     if unknown:
         raise ValueError(
-            f"no map {unknown[0]!r} to adapt: choose targets from {', '.join(adaptable)}"
+            f"no map {unknown[0]!r} to adapt: choose targets from {', '.join(lora_targets)}"
         )
     return nnx.Dict(
-        {name: LowRank(*adaptable[name], config, rngs=rngs, kind=kind) for name in config.targets}
+        {
+            name: LowRank(*lora_targets[name], config, rngs=rngs, kind=kind)
+            for name in config.targets
+        }
     )
 
 
@@ -95,7 +98,7 @@ def with_dropout(adapter: Mapping[str, LowRank], key: jax.Array | None) -> Mappi
 
 
 def linear_maps(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """`DecoderBackbone.adaptable` of a module made of `nnx.Linear`s, by their paths."""
+    """`DecoderBackbone.lora_targets` of a module made of `nnx.Linear`s, by their paths."""
     return {
         _path(path): ((), part.in_features, part.out_features)
         for path, part in nnx.iter_graph(module)
@@ -104,7 +107,7 @@ def linear_maps(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int
 
 
 def beside(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
-    """`DecoderBackbone.adapted` of such a module: the same arrays, adapters at those paths.
+    """`DecoderBackbone.apply_lora` of such a module: the same arrays, adapters at those paths.
 
     Raises:
         ValueError: a path at which no `nnx.Linear` stands.

@@ -16,7 +16,7 @@ def token_log_probs(
     targets: jax.Array,
     wanted: jax.Array,
     temperature: float | jax.Array = 1.0,
-    choices: int | jax.Array | None = None,
+    valid_vocab_size: int | jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> jax.Array:
     """Log-probabilities `[B, L]` float32 of targets, 0 where they are not wanted.
@@ -29,7 +29,7 @@ def token_log_probs(
         targets: `[B, L]` int32.
         wanted: `[B, L]` bool.
         temperature: logits are divided by it.
-        choices: only ids below it can be chosen; all if not given.
+        valid_vocab_size: only ids below it can be chosen; all if not given.
     """
     batch, length = targets.shape
     chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
@@ -43,8 +43,8 @@ def token_log_probs(
     def score(hidden, targets, wanted):
         logits = backbone.unembed(hidden) / temperature
         ids = jnp.arange(logits.shape[-1])
-        if choices is not None:
-            logits = jnp.where(ids < choices, logits, -jnp.inf)
+        if valid_vocab_size is not None:
+            logits = jnp.where(ids < valid_vocab_size, logits, -jnp.inf)
         chosen = ids == jnp.maximum(targets, 0)[..., None]
         picked = jnp.where(chosen, logits, 0).sum(axis=-1)
         return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
@@ -62,7 +62,7 @@ def token_log_probs(
 def sft_loss(
     memgen: MemGen,
     tokens: jax.Array,
-    supervised: jax.Array,
+    loss_mask: jax.Array,
     plan: Plan,
     dropout: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -79,5 +79,5 @@ def sft_loss(
         batch, not over rows.
     """
     hidden = memgen.predictors(tokens, plan, dropout)
-    log_probs = token_log_probs(memgen.reasoner, hidden, tokens, supervised)
-    return -log_probs.sum(), supervised.sum(dtype=jnp.float32)
+    log_probs = token_log_probs(memgen.reasoner, hidden, tokens, loss_mask)
+    return -log_probs.sum(), loss_mask.sum(dtype=jnp.float32)

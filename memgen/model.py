@@ -111,7 +111,7 @@ class MemGen(nnx.Module):
     def weaving(self, dropout: jax.Array | None = None) -> Any:
         """The decoder that weaves, its adapter beside it; `dropout` is a key, in training."""
         backbone = self.weaver_backbone or self.reasoner
-        return backbone.adapted(with_dropout(self.weaver.adapter, dropout))
+        return backbone.apply_lora(with_dropout(self.weaver.adapter, dropout))
 
     def triggering(self) -> Any:
         """The decoder that triggers, its adapter beside it.
@@ -122,7 +122,7 @@ class MemGen(nnx.Module):
         trigger = self.checked_trigger()
         if trigger.adapter is None:
             raise ValueError("a trigger on the reasoner's hidden states has no decoder of its own")
-        return (self.trigger_backbone or self.reasoner).adapted(trigger.adapter)
+        return (self.trigger_backbone or self.reasoner).apply_lora(trigger.adapter)
 
     def checked_trigger(self) -> Trigger:
         """The learned trigger; a ValueError where there is none."""
@@ -155,7 +155,7 @@ class MemGen(nnx.Module):
             latents = self._in_order(vectors, latents, plan, dropout)
         elif slots:
             backbone = self.weaving(dropout)
-            latents = self.weaver.weave_at_once(backbone, vectors, plan.point, plan.kind)
+            latents = self.weaver.weave_parallel(backbone, vectors, plan.point, plan.kind)
         whole = stream_length(plan, jnp.full((batch,), length, jnp.int32))
         return Woven(assemble(vectors, latents, plan), whole, latents)
 
@@ -165,7 +165,7 @@ class MemGen(nnx.Module):
             stream = assemble(vectors, latents, plan)
             length = jnp.take(plan.start, index, axis=1)
             if self.config.weaver.context == "hidden":
-                stream = self.reasoner.read(stream, length)
+                stream = self.reasoner.hidden_states(stream, length)
             written = self.weaver.weave(
                 self.weaving(own), stream, length, jnp.take(plan.kind, index, axis=1)
             )
@@ -183,7 +183,7 @@ class MemGen(nnx.Module):
         `i - 1`. Nothing predicts a first token without an event: its state is some other one.
         """
         woven = self.weave(tokens, plan, dropout)
-        hidden = self.reasoner.read(woven.stream, woven.length)
+        hidden = self.reasoner.hidden_states(woven.stream, woven.length)
         at = jnp.maximum(predictor_index(plan, tokens.shape[1]), 0)
         return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
@@ -197,13 +197,13 @@ class MemGen(nnx.Module):
         length = tokens.shape[1]
         if trigger.config.source == "tokens":
             decoder = self.triggering()
-            hidden = decoder.read(decoder.embed_tokens(tokens))
+            hidden = decoder.hidden_states(decoder.embed_tokens(tokens))
             at = jnp.broadcast_to(jnp.arange(length) - 1, tokens.shape)
         else:
             woven = self.weave(tokens, plan)
             own = trigger.config.source == "stream"
             decoder = self.triggering() if own else self.reasoner
-            hidden = decoder.read(woven.stream, woven.length)
+            hidden = decoder.hidden_states(woven.stream, woven.length)
             here = plan.point[:, :, None] == jnp.arange(length)
             at = stream_index(plan, length) - (plan.width[:, :, None] * here).sum(axis=1) - 1
         chosen = jnp.take_along_axis(hidden, jnp.maximum(at, 0)[..., None], axis=1)

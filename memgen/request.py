@@ -28,7 +28,7 @@ class Request:
         temperature: scalar, or None for the most probable token.
         max_new_tokens: int32 scalar, or `[B]`: rows of 0 rest.
         stop: `[M]` int32, ids after which a row is done.
-        choices: int32 scalar; only ids below it are chosen.
+        valid_vocab_size: int32 scalar; only ids below it are chosen.
         keep_memory: a pytree; told latents `[R, K, D]`, which of them are real `[R, K]`, and keys
             `[R]` of any rows of the batch, so it must judge each by itself; the events that it does
             not keep are skipped. None keeps all.
@@ -39,7 +39,7 @@ class Request:
     temperature: jax.Array | None
     max_new_tokens: jax.Array
     stop: jax.Array
-    choices: jax.Array
+    valid_vocab_size: jax.Array
     keep_memory: KeepMemory | None = None
     retriever: Any = dataclasses.field(default=None, metadata={"static": True})
 
@@ -50,7 +50,7 @@ def make_request(
     policy: TriggerPolicy = AlwaysInvoke(),  # noqa: B008 (frozen)
     temperature: float = 0.0,
     stop: Sequence[int] = (),
-    choices: int | None = None,
+    valid_vocab_size: int | None = None,
     keep_memory: KeepMemory | None = None,
     retriever: Any = None,
 ) -> Request:
@@ -75,14 +75,16 @@ def make_request(
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
     vocab = memgen.reasoner.vocab_size
-    if choices is not None and not 1 <= choices <= vocab:
-        raise ValueError(f"choices={choices}: choose from 1 to vocab_size={vocab}")
+    if valid_vocab_size is not None and not 1 <= valid_vocab_size <= vocab:
+        raise ValueError(
+            f"valid_vocab_size={valid_vocab_size}: choose from 1 to vocab_size={vocab}"
+        )
     return Request(
         policy,
         jnp.float32(temperature) if temperature else None,
         jnp.int32(max_new_tokens),
         jnp.asarray(list(stop), jnp.int32),
-        jnp.int32(vocab if choices is None else choices),
+        jnp.int32(vocab if valid_vocab_size is None else valid_vocab_size),
         keep_memory,
         retriever,
     )

@@ -32,14 +32,14 @@ class Reader:
 
     @classmethod
     def start(cls, decoder: Any, batch: int, room: int) -> "Reader":
-        hidden = jax.eval_shape(decoder.read, jnp.zeros((batch, 1, decoder.embed_dim)))
+        hidden = jax.eval_shape(decoder.hidden_states, jnp.zeros((batch, 1, decoder.embed_dim)))
         return cls(
             decoder.init_cache(batch, room),
             jnp.zeros((batch,), jnp.int32),
             jnp.zeros((batch, hidden.shape[-1]), hidden.dtype),
         )
 
-    def catch_up(
+    def extend_to(
         self, decoder: Any, fetch: Callable, target: jax.Array, asked: jax.Array
     ) -> "Reader":
         """Read on until every asked row is at its target; other rows may come along.
@@ -254,7 +254,7 @@ def _axis_of_rows(of_two: tuple[int, ...], of_three: tuple[int, ...]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class RowChunk:
     """One row of each lane; lanes are equal parts of a batch, rows in a lane stand together.
 
     Attributes:
@@ -264,7 +264,7 @@ class Chosen:
     place: jax.Array
 
     @classmethod
-    def next(cls, waiting: jax.Array, lanes: int) -> "Chosen":
+    def next(cls, waiting: jax.Array, lanes: int) -> "RowChunk":
         """The first row of each lane that waits, `[B]` bool; its first row where none does."""
         return cls(waiting.reshape(lanes, -1).argmax(axis=1).astype(jnp.int32))
 

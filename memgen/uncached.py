@@ -22,7 +22,7 @@ class Rows:
 class Uncached(nnx.Module):
     """What is left of a `DecoderBackbone` once `read` is there.
 
-    Derive from it, and add `embed_dim`, `vocab_size`, `adaptable`, `adapted`, `embed_tokens`,
+    Derive from it, and add `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,
     `read` and `unembed`; replace `init_cache` and `extend` by real ones for speed.
     """
 
@@ -45,7 +45,7 @@ class Uncached(nnx.Module):
         me: Any = self
         vectors = put(cache.vectors, x, cache.length, length)
         after = cache.length + length
-        hidden = me.read(vectors, after)
+        hidden = me.hidden_states(vectors, after)
         hidden = take(hidden, cache.length[:, None] + jnp.arange(x.shape[1]))
         full = (after > vectors.shape[1])[:, None, None]
         return jnp.where(full, jnp.nan, hidden), Rows(vectors, after)

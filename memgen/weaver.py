@@ -153,7 +153,7 @@ class Weaver(nnx.Module):
         index = jnp.where(place < length[:, None], place, places + place - length[:, None])
         x = jnp.take_along_axis(pool, jnp.minimum(index, pool.shape[1] - 1)[..., None], axis=1)
         total = length + extra + self.config.latents
-        hidden = backbone.read(x, total)
+        hidden = backbone.hidden_states(x, total)
         at = (length + extra)[:, None] + jnp.arange(self.config.latents)
         chosen = jnp.take_along_axis(hidden, at[..., None], axis=1)
         return self.memory(chosen.reshape(batch, -1, width))
@@ -172,7 +172,7 @@ class Weaver(nnx.Module):
         index = jnp.minimum(index, pool.shape[1] - 1)
         return jnp.take_along_axis(pool, index[..., None], axis=1), snippets.length
 
-    def weave_at_once(
+    def weave_parallel(
         self, backbone: DecoderBackbone, vectors: jax.Array, point: jax.Array, kind: jax.Array
     ) -> jax.Array:
         """Latents of all events in one pass, `[B, E, K, d_r]`: queries see tokens, no latents.
@@ -206,7 +206,7 @@ class Weaver(nnx.Module):
                 [token < first[..., None], jnp.broadcast_to(own, (batch, *own.shape))],
             ]
         )
-        hidden = backbone.read(x, positions=positions, visible=visible)[:, length:]
+        hidden = backbone.hidden_states(x, positions=positions, visible=visible)[:, length:]
         return self.memory(hidden).reshape(batch, events, slots, -1)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from tiny import heavy_model
 
 from thoughtbubbles import ModelConfig
-from train.models.load import Writer
+from train.models.load import LanguageModel
 
 LETTERS = "abcdefghijklmno "
 
@@ -27,5 +27,5 @@ class Letters:
         return "{}"
 
 
-def writer(config: ModelConfig) -> Writer:
-    return Writer(heavy_model(config), Letters())
+def writer(config: ModelConfig) -> LanguageModel:
+    return LanguageModel(heavy_model(config), Letters())

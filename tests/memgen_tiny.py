@@ -54,16 +54,16 @@ class MyDecoder(memgen.Uncached):
         self.embed_dim, self.vocab_size = model.embed.features, model.embed.num_embeddings
 
     @property
-    def adaptable(self):
+    def lora_targets(self):
         return memgen.linear_maps(self.model)
 
-    def adapted(self, adapter):
+    def apply_lora(self, adapter):
         return MyDecoder(memgen.beside(self.model, adapter))
 
     def embed_tokens(self, tokens):
         return self.model.embed(tokens)
 
-    def read(self, x, length=None, *, positions=None, visible=None):
+    def hidden_states(self, x, length=None, *, positions=None, visible=None):
         if positions is None or visible is None:  # one text from left to right
             place = jnp.arange(x.shape[1])
             positions = jnp.broadcast_to(place, x.shape[:2])
@@ -163,13 +163,13 @@ def pure(module: Any) -> dict[str, Any]:
 
 @jax.jit
 def read(decoder: Any, x: jax.Array, length: jax.Array | None = None) -> jax.Array:
-    return decoder.read(x, length)
+    return decoder.hidden_states(x, length)
 
 
 @jax.jit
 def plain_log_probs(decoder: Any, tokens: jax.Array) -> jax.Array:
     """Log-probabilities `[B, L, V]` after each token, without any memory."""
-    return jax.nn.log_softmax(decoder.unembed(decoder.read(decoder.embed_tokens(tokens))))
+    return jax.nn.log_softmax(decoder.unembed(decoder.hidden_states(decoder.embed_tokens(tokens))))
 
 
 @jax.jit

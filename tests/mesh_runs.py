@@ -10,7 +10,7 @@ import numpy as np
 
 from thoughtbubbles import ModelConfig, PrefixRank
 from train.data import DataConfig, TrainReader, prepare
-from train.devices.distributed import DistributedConfig, together
+from train.devices.distributed import DistributedConfig, distributed_context
 from train.devices.mesh import MeshConfig, make_mesh, place_local, rows_here
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
@@ -79,7 +79,7 @@ class OnMesh:
 
 
 def main(folder: Path, port: str, process: int) -> None:
-    with together(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
+    with distributed_context(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
         run = OnMesh(run_config(folder), MeshConfig(2, 2, 2), 8)
         _, begun = run.train(run.trainable.init(), STEPS)
         _, continued = run.train(run.restored(folder / "saved"), 20)

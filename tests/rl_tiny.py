@@ -13,8 +13,8 @@ from flax import nnx
 from memgen import MemGenConfig, TriggerConfig, WeaverConfig
 from thoughtbubbles import PrefixRank, Thoughtbubbles, Threshold
 from train.data import ByteTokenizer
-from train.models.finetunable import Tuned
-from train.models.load import Writer
+from train.models.finetunable import FinetunableModel
+from train.models.load import LanguageModel
 from train.rl.rollout.sampler import Sampling
 from train.rl.types import Problem, Reward, Turn
 
@@ -36,9 +36,9 @@ MEMGEN = MemGenConfig(
 BOUNDARY = (np.arange(PLAIN.vocab_size) % 2 == 0).astype(np.uint8)
 
 
-def writer(model: str = "plain") -> Writer:
+def writer(model: str = "plain") -> LanguageModel:
     build = lambda: Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0))  # noqa: E731
-    return Writer(filled(nnx.eval_shape(build)), ByteTokenizer())
+    return LanguageModel(filled(nnx.eval_shape(build)), ByteTokenizer())
 
 
 def filled(abstract: Any, seed: int = 0, scale: float = 0.25) -> Any:
@@ -61,11 +61,11 @@ def filled(abstract: Any, seed: int = 0, scale: float = 0.25) -> Any:
 
 
 @functools.cache
-def tuned(
+def finetunable(
     method: Any = "all", model: str = "plain", seed: int = 0, memgen: MemGenConfig = MEMGEN
-) -> Tuned:
+) -> FinetunableModel:
     """A policy, all of whose parameters matter."""
-    build = lambda: Tuned(  # noqa: E731
+    build = lambda: FinetunableModel(  # noqa: E731
         Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0)),
         method,
         lora=LORA,

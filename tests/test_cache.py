@@ -79,7 +79,7 @@ def texts(num_tokens: int = TOKENS) -> np.ndarray:
     return tokens
 
 
-def assert_same_bubbles(found: cache.Record, expected) -> None:
+def assert_same_bubbles(found: cache.Trace, expected) -> None:
     for fork, (streams, score) in enumerate(expected):
         np.testing.assert_array_equal(found.streams[fork][:, :TOKENS], streams)
         np.testing.assert_allclose(found.score[fork][:, :TOKENS], score, atol=1e-5)
@@ -108,7 +108,7 @@ def test_any_split_of_a_row_gives_the_blockwise_logits(name):
         assert (last[~active] == 0).all()
         length = length + active
         np.testing.assert_array_equal(filled.length, length)
-    assert_same_bubbles(filled.record, bubbles)
+    assert_same_bubbles(filled.trace, bubbles)
 
     # Chunks of random lengths from the first token on, some of them empty.
     length, chunked = np.zeros(ROWS, int), init_cache(model, ROWS, 16)
@@ -120,7 +120,7 @@ def test_any_split_of_a_row_gives_the_blockwise_logits(name):
         found = np.asarray(all_logits(model, streams))
         np.testing.assert_allclose(found[real], logits[rows[:, None], at][real], atol=1e-4)
         length = length + size
-    assert_same_bubbles(chunked.record, bubbles)
+    assert_same_bubbles(chunked.trace, bubbles)
     for ours, theirs in zip(chunked.groups, filled.groups, strict=True):
         np.testing.assert_array_equal(ours.count, theirs.count)
 
@@ -159,8 +159,8 @@ def test_four_thousand_steps_end_where_the_blockwise_pass_does():
     found, filled = steps(model, init_cache(model, 1, 4096), tokens[0])
     logits, [(streams, score)] = blockwise(model, tokens)
     np.testing.assert_allclose(found, logits, atol=1e-4)
-    np.testing.assert_array_equal(filled.record.streams[0], streams)
-    np.testing.assert_allclose(filled.record.score[0], score, atol=1e-5)
+    np.testing.assert_array_equal(filled.trace.streams[0], streams)
+    np.testing.assert_allclose(filled.trace.score[0], score, atol=1e-5)
     assert int(streams.sum()) > 1.3 * 4096
 
 

@@ -63,7 +63,7 @@ def letters(template: str | None, *merges: tuple[str, str]) -> PretrainedTokeniz
     made.decoder = decoders.Fuse()
     made.add_special_tokens(special)
     return PretrainedTokenizer(
-        made.to_str(), name="letters", ends=["<|im_end|>"], chat_template=template
+        made.to_str(), name="letters", stop_tokens=["<|im_end|>"], chat_template=template
     )
 
 
@@ -81,8 +81,8 @@ def write(path: Path, *lines: dict | str) -> Path:
     return path
 
 
-def spans(supervised: Sequence[bool]) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff([False, *supervised, False])).tolist()
+def spans(loss_mask: Sequence[bool]) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff([False, *loss_mask, False])).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
@@ -91,10 +91,10 @@ def check_answers(tokenizer: PretrainedTokenizer, messages: list[dict]) -> list[
     turns = iter(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
     answers = []
     for example in chat_examples(tokenizer, messages):
-        for start, end in spans(example.supervised):
+        for start, end in spans(example.loss_mask):
             assert example.ids[:start] == chat_ids(tokenizer, messages[: next(turns)])
-            assert example.ids[end - 1] in tokenizer.ends
-            assert not set(example.ids[start : end - 1]) & set(tokenizer.ends)
+            assert example.ids[end - 1] in tokenizer.stop_ids
+            assert not set(example.ids[start : end - 1]) & set(tokenizer.stop_ids)
             answers.append(tokenizer.decode(example.ids[start:end]))
     assert next(turns, None) is None
     return answers
@@ -116,7 +116,7 @@ def test_no_id_spans_the_header_and_the_answer():
     assert check_answers(tokenizer, say("q", "abc")) == ["abc"]
     [example] = chat_examples(tokenizer, say("q", "abc"))
     inside = tokenizer.rendered("a") + tokenizer.rendered("bc") + [tokenizer.id("<|im_end|>")]
-    assert example.ids[-3:] == inside and example.supervised[-4:] == [False, True, True, True]
+    assert example.ids[-3:] == inside and example.loss_mask[-4:] == [False, True, True, True]
     # In the next turn generation reads the first answer encoded with its header: another text.
     two = say("q", "abc", "bc", "ca")
     assert check_answers(tokenizer, two) == ["abc", "ca"]
@@ -130,8 +130,8 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_text_for_each():
     messages = say("q", "think:one", "r", "think:two")
     assert check_answers(tokenizer, messages) == ["think:one", "think:two"]
     first, second = chat_examples(tokenizer, messages)
-    assert "think" not in tokenizer.decode(second.ids[: second.supervised.index(True)])
-    assert spans(first.supervised)[0][1] == len(first.ids)
+    assert "think" not in tokenizer.decode(second.ids[: second.loss_mask.index(True)])
+    assert spans(first.loss_mask)[0][1] == len(first.ids)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_smollm2_is_trained_on_what_it_reads():
     plain = say("What is 12 + 30?", "It is 42.", "  And then?\n", " Then\n\nstop. é")
     assert check_answers(tokenizer, plain) == ["It is 42.", " Then\n\nstop. é"]
     [example] = chat_examples(tokenizer, plain)
-    assert "named SmolLM" in tokenizer.decode(example.ids[: spans(example.supervised)[0][0]])
+    assert "named SmolLM" in tokenizer.decode(example.ids[: spans(example.loss_mask)[0][0]])
     # "\n" of the header and "\n" of the answer are one id of the vocabulary.
     breaks = say("q", "\nanswer", "r", "\n\nanother")
     assert len(tokenizer.rendered("\n\n")) == 1
@@ -198,11 +198,11 @@ def test_all_forms_of_a_line_say_the_same(tokenizer, tmp_path: Path):
     data = prepare_chat(config, tokenizer)
     rows = data.train
     assert len(rows) == 3 and len(data.validation) == 1
-    assert (rows.tokens == rows.tokens[0]).all() and (rows.supervised == rows.supervised[0]).all()
-    if gap:  # as `Writer.prompt` begins a text, and as generation ends one
+    assert (rows.tokens == rows.tokens[0]).all() and (rows.loss_mask == rows.loss_mask[0]).all()
+    if gap:  # as `LanguageModel.prompt` begins a text, and as generation ends one
         text = b"is it\nhere"
         assert rows.tokens[0, :12].tolist() == [256, *text, 256]
-        assert spans(rows.supervised[0]) == [(7, 12)]
+        assert spans(rows.loss_mask[0]) == [(7, 12)]
     assert (rows.tokens[0][rows.segment[0] < 0] == -1).all()
 
 
@@ -212,7 +212,7 @@ def test_plain_text_is_not_merged_over_the_end_of_its_prompt(tmp_path: Path):
     data = prepare_chat(ChatDataConfig((str(file),), str(file), seq_len=9), tokenizer)
     wanted = [*map(tokenizer.id, "abca"), tokenizer.id("<|im_end|>")]
     assert data.train.tokens[0, :5].tolist() == wanted
-    assert spans(data.train.supervised[0]) == [(2, 5)]
+    assert spans(data.train.loss_mask[0]) == [(2, 5)]
 
 
 def conversations(count: int, seed: int = 0) -> list[dict]:
@@ -229,19 +229,19 @@ def prepared(tmp_path: Path, count: int = 60, **options):
 def texts_of(rows: ChatRows) -> list[tuple[bytes, bytes]]:
     """Prompt and answer of every conversation in the rows, sorted."""
     found = []
-    for tokens, supervised, segment, position in zip(
-        rows.tokens, rows.supervised, rows.segment, rows.position, strict=True
+    for tokens, loss_mask, segment, position in zip(
+        rows.tokens, rows.loss_mask, rows.segment, rows.position, strict=True
     ):
         count = segment.max() + 1
         assert (np.diff(segment[: (segment >= 0).sum()]) >= 0).all()
         for index in range(count):
             here = segment == index
             assert position[here].tolist() == list(range(here.sum()))
-            ids, mine = tokens[here], supervised[here]
+            ids, mine = tokens[here], loss_mask[here]
             start = int(mine.argmax())
             assert mine[start:].all() and ids[0] == ids[-1] == 256
             found.append((bytes(ids[1:start].tolist()), bytes(ids[start:-1].tolist())))
-        assert not supervised[segment < 0].any()
+        assert not loss_mask[segment < 0].any()
         assert ((tokens < 0) == (segment < 0)).all()
     return sorted(found)
 
@@ -278,7 +278,7 @@ def test_long_conversations_lose_their_end_or_are_left_out(tmp_path: Path):
         [256, *b"abcdef"],
         [256, *b"abcd", 256, -1],
     ]
-    assert spans(data.train.supervised[0]) == [(4, 7)]
+    assert spans(data.train.loss_mask[0]) == [(4, 7)]
     counts = data.statistics["train"]
     assert (counts["cut"], counts["dropped"], counts["rows"]) == (1, 1, 2)
     assert "1 cut at 7 tokens, 1 left out" in data.summary and str(file) in data.summary
@@ -295,8 +295,8 @@ def test_rows_hold_nothing_behind_the_last_answer_and_nothing_to_guess_unseen(tm
     data = prepare_chat(ChatDataConfig((str(file),), str(file), seq_len=6), tokenizer)
     texts = [tokenizer.decode(tokens) for tokens in data.train.tokens]
     assert texts == ["qr", "ab"] and (data.train.segment[0] >= 0).sum() == 4
-    assert spans(data.train.supervised[0]) == [(2, 4)]
-    assert spans(data.train.supervised[1]) == [(1, 3)]
+    assert spans(data.train.loss_mask[0]) == [(2, 4)]
+    assert spans(data.train.loss_mask[1]) == [(1, 3)]
 
 
 def test_a_folder_is_its_files(tmp_path: Path):
@@ -359,8 +359,8 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path):
     rows = prepared(tmp_path, seq_len=80).train
     reader = ChatReader(rows, 8, seed=3)
     batch = reader.batch(5)
-    assert batch.keys() == {"tokens", "supervised", "segment", "position", "rows"}
-    for name in ("tokens", "supervised", "segment", "position"):
+    assert batch.keys() == {"tokens", "loss_mask", "segment", "position", "rows"}
+    for name in ("tokens", "loss_mask", "segment", "position"):
         np.testing.assert_array_equal(batch[name], getattr(rows, name)[batch["rows"]])
     parts = [ChatReader(rows, 8, 3, held=np.array(held)).batch(5) for held in ([0, 5], [7, 1])]
     for part, held in zip(parts, ([0, 5], [7, 1]), strict=True):
@@ -387,7 +387,7 @@ def test_held_out_batches_come_once_and_in_order(tmp_path: Path):
     last = batches[-1]
     empty = last["rows"] < 0
     assert empty.any() and (last["tokens"][empty] == -1).all()
-    assert not last["supervised"][empty].any() and (last["segment"][empty] == -1).all()
+    assert not last["loss_mask"][empty].any() and (last["segment"][empty] == -1).all()
     [few] = rows.batches(4, limit=4)
     assert few["rows"].tolist() == [place * len(rows) // 4 for place in range(4)]
     with pytest.raises(DataError, match="a batch of 0 rows"):

@@ -155,7 +155,7 @@ def test_stop_ends_a_row_and_choices_bound_the_ids():
     stop = free[2]
     stopped = generate(model, PROMPTS, 6, stop=[stop])[0]
     assert stopped == free[: free.index(stop) + 1]
-    rows = generate(model, [[1] * 6, [2], [3]], 6, temperature=5.0, choices=4)
+    rows = generate(model, [[1] * 6, [2], [3]], 6, temperature=5.0, valid_vocab_size=4)
     assert max(map(max, rows)) < 4
     assert generate(model, [[1] * 12, [2], [3]], 0) == [[], [], []]
     assert generate(model, [], 3) == []
@@ -170,8 +170,8 @@ def test_prompt_mistakes():
         generate(model_of(BASE), [[1]], -2)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         generate(model_of(BASE), [[]], 2)
-    with pytest.raises(ValueError, match=f"choices=0: choose from 1 to vocab_size={VOCAB}"):
-        generate(model_of(BASE), [[1]], 2, choices=0)
+    with pytest.raises(ValueError, match=f"valid_vocab_size=0: .* to vocab_size={VOCAB}"):
+        generate(model_of(BASE), [[1]], 2, valid_vocab_size=0)
 
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]

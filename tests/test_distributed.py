@@ -18,7 +18,7 @@ from train.cli.config_json import as_json
 from train.data import DataConfig, prepare
 from train.devices.distributed import DistributedConfig
 from train.engine.config import EvalConfig
-from train.engine.loop import only_run_in
+from train.engine.loop import run_lock
 from train.evaluation.held_out import held_out
 from train.models.load import load_model
 from train.pretraining.config import RunConfig
@@ -224,7 +224,7 @@ def test_a_folder_with_a_live_run_is_refused_by_all(tmp_path: Path, command):
     """Of another number of processes, too: the test's own is one."""
     out = tmp_path / "run"
     with (
-        only_run_in(out),
+        run_lock(out),
         processes((*command, "--out", str(out)), tmp_path, devices=1) as started,
     ):
         assert started.statuses() == [2, 2], started.output(0) + started.output(1)
@@ -285,7 +285,7 @@ def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: 
         with processes(words, tmp_path) as started:
             started.wait_until(lambda: "GFLOP" in started.output(0))  # old metrics are trimmed
             started.wait_until(lambda target=target: steps_done() >= target)
-            with pytest.raises(ValueError, match="another run is going on"), only_run_in(out):
+            with pytest.raises(ValueError, match="another run is going on"), run_lock(out):
                 pass
             time.sleep(moments.random() * 0.1)
             started.running[victim].send_signal(signal.SIGKILL)

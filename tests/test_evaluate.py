@@ -16,7 +16,7 @@ from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
 from train.evaluation.held_out import Evaluator, _error_of_mean, readable
-from train.evaluation.policy_overrides import Setting, figure, table, turn
+from train.evaluation.policy_overrides import Setting, figure, override_policy, table
 
 
 class Rows:
@@ -111,22 +111,22 @@ def test_a_causal_policy_has_one_number_and_it_is_honest(policy):
         (Threshold(2.0), {"threshold_offset": -0.1}, Threshold(2.0, offset=-0.1)),
     ],
 )
-def test_dials(policy, dials, turned):
-    assert turn(policy, **dials) == turned
+def test_dials(policy, overrides, turned):
+    assert override_policy(policy, **overrides) == turned
 
 
 @pytest.mark.parametrize(
     ("policy", "dials", "message"),
     [
-        (TopK(2.0), {"window": 4}, "window=4 is a dial of PrefixRank, the policy is TopK"),
-        (PrefixRank(2.0), {"threshold_offset": 0.1}, "0.1 is a dial of Threshold"),
+        (TopK(2.0), {"window": 4}, "window=4 is a setting of PrefixRank, the policy is TopK"),
+        (PrefixRank(2.0), {"threshold_offset": 0.1}, "0.1 is a setting of Threshold"),
         (Threshold(2.0), {"threshold_offset": 2.0}, "offset=2.0"),
         (PrefixRank(2.0), {"ratio": 0.5}, "ratio=0.5 is below 1"),
     ],
 )
-def test_dials_that_are_not_there(policy, dials, message):
+def test_dials_that_are_not_there(policy, overrides, message):
     with pytest.raises(ValueError, match=message):
-        turn(policy, **dials)
+        override_policy(policy, **overrides)
 
 
 def test_dial_figure_and_table():

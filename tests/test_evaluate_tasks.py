@@ -19,7 +19,7 @@ from train.evaluate import EvaluateConfig
 from train.evaluation.scoring import Score, Scorer
 from train.evaluation.task_files import Item, Task, read_task
 from train.evaluation.task_scores import Answer, answers, check_output, summary, task_table
-from train.models.load import Loaded, load_weights
+from train.models.load import LoadedRun, load_weights
 from train.runs.run_folder import write_whole
 
 MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
@@ -142,7 +142,7 @@ def test_the_command_scores_files_and_writes_both_reports(monkeypatch, capsys, f
 
 def test_a_run_under_other_dials(monkeypatch, capsys, files):
     """A policy that is not causal is scored prefix by prefix, and the command says so."""
-    loaded = Loaded(
+    loaded = LoadedRun(
         quick_model(SMALL),
         Letters(),
         config={"data": {"seq_len": 16}},

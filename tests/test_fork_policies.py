@@ -11,7 +11,7 @@ from flax import nnx
 from thoughtbubbles import Fork, ModelConfig, PolicyDefaults, PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.testing import assert_budget, assert_cached_is_parallel, assert_causal
 from train.cli.config_json import POLICIES, as_json, model_from_json, policy_from_text
-from train.evaluation.policy_overrides import turn
+from train.evaluation.policy_overrides import override_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def test_a_policy_is_written_as_it_prints(name):
     assert policy_from_text(repr(policy)) == policy
     config = ModelConfig.preset("tiny", policy=policy)
     assert model_from_json(as_json(config)).policy == policy
-    assert turn(policy, ratio=2.0) == dataclasses.replace(policy, ratio=2.0)
+    assert override_policy(policy, ratio=2.0) == dataclasses.replace(policy, ratio=2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +166,6 @@ def test_hooks_of_a_users_policy_are_used():
 
 def test_a_dial_that_a_policy_has_not_is_one_line():
     with pytest.raises(ValueError, match="ratio=2.0: the policy EvenTokens.* has no ratio"):
-        turn(EvenTokens(), ratio=2.0)
-    with pytest.raises(ValueError, match="window=3 is a dial of PrefixRank"):
-        turn(Loud(), window=3)
+        override_policy(EvenTokens(), ratio=2.0)
+    with pytest.raises(ValueError, match="window=3 is a setting of PrefixRank"):
+        override_policy(Loud(), window=3)

@@ -96,7 +96,7 @@ def test_texts_are_generated_in_groups_and_cut(standing_in):
     plain = []
     for context in contexts:
         prompt = loaded.prompt(context)[-(LENGTH - 8) :]
-        new, _ = generate(loaded.model, [prompt] * 2, 8, stop=loaded.ends, choices=17)
+        new, _ = generate(loaded.model, [prompt] * 2, 8, stop=loaded.stop_ids, valid_vocab_size=17)
         plain.append(loaded.tokenizer.decode(new))
     assert all(plain)
     assert model.generate_until([Request(context, {}) for context in contexts]) == plain

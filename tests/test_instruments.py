@@ -46,7 +46,7 @@ def test_a_stopwatch_counts_steps_and_neither_the_first_nor_pauses():
 
 def test_a_pause_after_every_step_hides_none():
     clock = Clock()
-    watch = Stopwatch(tokens=1, flops=1, peak_flops=None, born=90.0, clock=clock)
+    watch = Stopwatch(tokens=1, flops=1, peak_flops=None, start_time=90.0, clock=clock)
     for _ in range(5):
         run(watch, clock, [1.0])
         clock.now += 0.25

@@ -438,7 +438,7 @@ def test_a_learned_trigger_must_be_there():
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": -0.5}, "temperature=-0.5"),
-        ({"choices": 0}, "choices=0"),
+        ({"valid_vocab_size": 0}, "valid_vocab_size=0"),
         ({"policy": RandomInvoke(1.5)}, "RandomInvoke.*1.5"),
         ({"policy": LearnedInvoke(0.0, sample=True)}, "LearnedInvoke.*temperature=0.0"),
     ],

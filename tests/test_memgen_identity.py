@@ -242,7 +242,7 @@ def test_a7_lora_is_beside_and_can_be_merged(kind: str, lora):
     x = vectors(2, 9, 32)
     read = lambda decoder: np.asarray(memgen_tiny.read(decoder, x))  # noqa: E731
     plain, adapter = read(decoder), adapter_of(decoder, lora)
-    beside = read(decoder.adapted(adapter))
+    beside = read(decoder.apply_lora(adapter))
     assert np.abs(beside - plain).max() > 0.01
     np.testing.assert_allclose(beside, read(merged(decoder, adapter, kind)), atol=1e-5)
     for low in adapter_of(decoder, lora).values():
@@ -251,12 +251,12 @@ def test_a7_lora_is_beside_and_can_be_merged(kind: str, lora):
         np.testing.assert_allclose(low.delta, 2 * delta)
         np.testing.assert_allclose(delta, low.a[...] @ low.b[...] * lora.alpha / lora.rank)
     doubled = adapter_of(decoder, dataclasses.replace(lora, alpha=2 * lora.alpha))
-    twice = read(decoder.adapted(doubled))
+    twice = read(decoder.apply_lora(doubled))
     np.testing.assert_allclose(twice, read(merged(decoder, doubled, kind)), atol=1e-5)
     assert np.abs(twice - beside).max() > 0.01
     for low in adapter.values():
         low.b[...] = jnp.zeros_like(low.b[...])
-    assert (read(decoder.adapted(adapter)) == plain).all()
+    assert (read(decoder.apply_lora(adapter)) == plain).all()
 
 
 @pytest.mark.parametrize("kind", ["plain", "foreign"])
@@ -267,12 +267,12 @@ def test_dropout_changes_outputs_and_keeps_their_mean(kind: str):
     decoder = backbone(kind)
     adapter = adapter_of(decoder, lora)
     x = vectors(1, 5, 32)
-    quiet = np.asarray(read(decoder.adapted(with_dropout(adapter, None)), x))
+    quiet = np.asarray(read(decoder.apply_lora(with_dropout(adapter, None)), x))
     noisy = [
-        np.asarray(read(decoder.adapted(with_dropout(adapter, jax.random.key(seed))), x))
+        np.asarray(read(decoder.apply_lora(with_dropout(adapter, jax.random.key(seed))), x))
         for seed in (0, 0, 1)
     ]
-    assert (quiet == read(decoder.adapted(adapter), x)).all()
+    assert (quiet == read(decoder.apply_lora(adapter), x)).all()
     assert (noisy[0] == noisy[1]).all()
     assert (noisy[0] != noisy[2]).any() and (noisy[0] != quiet).any()
     assert all(low.key is None for low in adapter.values()), "the adapter itself is as it was"
@@ -299,8 +299,8 @@ def test_dropout_is_the_same_in_a_scan_over_blocks_and_one_by_one():
     config = dataclasses.replace(decoder.model.config, scan_layers=True)
     scanned = type(decoder)(type(decoder.model).from_params(config, pure(decoder.model)))
     x = vectors(2, 6, 32)
-    one_by_one = read(decoder.adapted(noisy), x)
-    np.testing.assert_allclose(read(scanned.adapted(noisy), x), one_by_one, atol=1e-5)
+    one_by_one = read(decoder.apply_lora(noisy), x)
+    np.testing.assert_allclose(read(scanned.apply_lora(noisy), x), one_by_one, atol=1e-5)
     keys = noisy["q"].key
     assert keys is not None and (keys[0] != keys[1]).any()
 

@@ -105,8 +105,8 @@ def test_c24_gathered_stream_is_the_concatenation():
 
 
 @jax.jit
-def loss_of(made, tokens, supervised, plan):
-    return sft_loss(made, tokens, supervised, plan)
+def loss_of(made, tokens, loss_mask, plan):
+    return sft_loss(made, tokens, loss_mask, plan)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "temperature"))
@@ -197,24 +197,24 @@ def test_random_places_are_the_rows_own():
     """Of the key and its text: not of its neighbours, nor of what it is padded with."""
     rng = np.random.default_rng(3)
     tokens = rng.choice(np.flatnonzero(BOUNDARY), (40, 24))
-    supervised = np.broadcast_to((np.arange(24) >= 4) & (np.arange(24) < 20), tokens.shape)
+    loss_mask = np.broadcast_to((np.arange(24) >= 4) & (np.arange(24) < 20), tokens.shape)
     config = dataclasses.replace(CONFIG, max_inference_events=20, insertion="random")
 
     @jax.jit
-    def drawn(key, tokens, supervised):
-        return plan_insertions(tokens, supervised, BOUNDARY, config, key).point
+    def drawn(key, tokens, loss_mask):
+        return plan_insertions(tokens, loss_mask, BOUNDARY, config, key).point
 
     def points(*given):
         return np.asarray(drawn(*given)).tolist()
 
     key = jax.random.key(0)
-    whole = points(key, tokens, supervised)
-    assert points(key, tokens[::-1], supervised[::-1]) == whole[::-1]
+    whole = points(key, tokens, loss_mask)
+    assert points(key, tokens[::-1], loss_mask[::-1]) == whole[::-1]
     padded = np.pad(tokens, ((0, 0), (0, 9)), constant_values=5)
     padded[:, 20:] = rng.integers(1, VOCAB, padded[:, 20:].shape)
-    assert points(key, padded, np.pad(supervised, ((0, 0), (0, 9)))) == whole
+    assert points(key, padded, np.pad(loss_mask, ((0, 0), (0, 9)))) == whole
     assert len(set(map(tuple, whole))) == 40, "rows differ"
-    assert points(jax.random.key(1), tokens, supervised) != whole
+    assert points(jax.random.key(1), tokens, loss_mask) != whole
     rate = np.mean([len([p for p in row if p > 4]) for row in whole]) / 15
     assert abs(rate - 0.5) < 4 * (0.25 / (40 * 15)) ** 0.5
 

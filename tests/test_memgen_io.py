@@ -245,15 +245,15 @@ def test_parameter_count_is_the_specified_one():
 
     class Wide(memgen.Uncached):
         embed_dim, vocab_size = 1536, 4
-        adaptable = {"q": ((28,), 1536, 1536), "v": ((28,), 1536, 256)}
+        lora_targets = {"q": ((28,), 1536, 1536), "v": ((28,), 1536, 256)}
 
         def embed_tokens(self, tokens):
             return jnp.zeros((*tokens.shape, 1536))
 
-        def adapted(self, adapter):
+        def apply_lora(self, adapter):
             return self
 
-        read = unembed = adapted
+        read = unembed = apply_lora
 
     config = MemGenConfig.reference()
     build = lambda: MemGen(Wide(), config, boundary=np.zeros(4, np.uint8), rngs=nnx.Rngs(0))  # noqa: E731
@@ -301,9 +301,9 @@ def make(reasoner: Any, config: MemGenConfig = CONFIG, size: int = VOCAB, **part
 
 def test_a_backbone_that_lacks_a_method_is_one_line():
     class Half(memgen.Uncached):
-        embed_dim, vocab_size, adaptable = 32, VOCAB, {}
+        embed_dim, vocab_size, lora_targets = 32, VOCAB, {}
 
-        def read(self, x, length=None, *, positions=None, visible=None):
+        def hidden_states(self, x, length=None, *, positions=None, visible=None):
             return x
 
     whole = backbone("plain")
@@ -315,7 +315,7 @@ def test_a_backbone_that_lacks_a_method_is_one_line():
     ):
         with pytest.raises(ValueError, match=f"can't be a {role}: it has no ") as caught:
             make(**parts)
-        assert "\n" not in str(caught.value) and "adapted" in str(caught.value)
+        assert "\n" not in str(caught.value) and "apply_lora" in str(caught.value)
     with pytest.raises(ValueError, match="no adapted, embed_tokens, unembed "):
         make(Half())
 
@@ -329,7 +329,7 @@ def test_sizes_that_do_not_fit_are_one_line():
         make(whole, weaver_config(lora=lora))
     for kind in ("plain", "foreign"):
         with pytest.raises(ValueError, match="no map 'router' to adapt: choose from"):
-            backbone(kind).adapted({"router": None})
+            backbone(kind).apply_lora({"router": None})
 
 
 def test_one_pass_weaving_of_a_forking_model_is_one_line():

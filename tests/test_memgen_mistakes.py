@@ -14,7 +14,7 @@ from memgen import LearnedInvoke, MemGen, Plan, generate, make_adapter, plan_ins
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
 from train import generate as command
 from train.data import load_tokenizer
-from train.models.load import Writer
+from train.models.load import LanguageModel
 
 TOKENS = jnp.zeros((1, 12), jnp.int32)
 
@@ -42,11 +42,11 @@ def test_a_plan_made_by_hand_must_ascend():
 
 @pytest.mark.parametrize(("runs", "count"), [([], 0), ([(2, 4), (7, 9)], 2)])
 def test_a_plan_takes_one_response(runs: list[tuple[int, int]], count: int):
-    supervised = np.zeros((1, 12), bool)
+    loss_mask = np.zeros((1, 12), bool)
     for first, end in runs:
-        supervised[0, first:end] = True
+        loss_mask[0, first:end] = True
     with pytest.raises(ValueError, match=f"row 0 has {count} supervised responses, a plan takes 1"):
-        plan_insertions(TOKENS, jnp.asarray(supervised), jnp.asarray(BOUNDARY), CONFIG)
+        plan_insertions(TOKENS, jnp.asarray(loss_mask), jnp.asarray(BOUNDARY), CONFIG)
 
 
 def test_a_trigger_of_other_ids_is_refused():
@@ -86,12 +86,12 @@ def test_a_second_adapter_does_not_take_the_place_of_the_first():
     decoder = backbone("plain")
     adapter = make_adapter(decoder, CONFIG.weaver.lora, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="has an adapter already: merge it first"):
-        decoder.adapted(adapter).adapted(adapter)
+        decoder.apply_lora(adapter).apply_lora(adapter)
 
 
 def test_a_dial_reaches_the_reasoner_that_remembers():
     made = memgen_of("rank")
-    writer = Writer(made.reasoner.model, load_tokenizer("bytes"), made)
+    writer = LanguageModel(made.reasoner.model, load_tokenizer("bytes"), made)
     turned = command.under_policy(writer, command.GenerateConfig(ratio=1.0))
     assert turned.memgen is not None
     assert turned.memgen.reasoner.model.config.policy.ratio == 1.0
@@ -100,7 +100,7 @@ def test_a_dial_reaches_the_reasoner_that_remembers():
 
 def test_options_of_another_kind_of_model_are_refused(monkeypatch: pytest.MonkeyPatch):
     made = memgen_of()
-    writer = Writer(made.reasoner.model, load_tokenizer("bytes"), made)
+    writer = LanguageModel(made.reasoner.model, load_tokenizer("bytes"), made)
     monkeypatch.setattr(command, "load_named", lambda checkpoint, model: writer)
     with pytest.raises(ValueError, match="--no-cache is not offered with latent memory"):
         command.main(command.GenerateConfig(checkpoint="run", cache=False))

@@ -23,7 +23,7 @@ from memgen_tiny import (
 from memgen import TriggerConfig, begin, make_request
 from memgen import decoding as loop_module
 from memgen.request import pad_prompts, row_keys
-from memgen.session import CHUNK, NO_ROWS, Chosen, _cache_axes
+from memgen.session import CHUNK, NO_ROWS, RowChunk, _cache_axes
 from thoughtbubbles import Backbone
 from train.devices.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 
@@ -160,7 +160,7 @@ def test_chosen_rows_are_taken_out_and_put_back(lanes):
     tree = [rng.normal(size=size) for size in ((6, 3), (4, 6, 2), (5,))]
     axes = [0, 1, NO_ROWS]
     waiting = np.array([False, False, True, False, False, True]) if lanes < 6 else np.ones(6, bool)
-    chosen = Chosen.next(jnp.array(waiting), lanes)
+    chosen = RowChunk.next(jnp.array(waiting), lanes)
     rows = {1: [2], 2: [2, 5], 6: list(range(6))}[lanes]
     for taken, leaf, axis in zip(chosen.take(tree, axes), tree, axes, strict=True):
         np.testing.assert_allclose(taken, leaf if axis == NO_ROWS else leaf.take(rows, axis))
@@ -170,7 +170,7 @@ def test_chosen_rows_are_taken_out_and_put_back(lanes):
         if axis != NO_ROWS:
             np.moveaxis(expected, axis, 0)[rows] += 1
         np.testing.assert_allclose(found, expected, rtol=1e-6)
-    idle = Chosen.next(jnp.zeros(6, bool), lanes).take(jnp.arange(6))
+    idle = RowChunk.next(jnp.zeros(6, bool), lanes).take(jnp.arange(6))
     assert idle.tolist() == list(range(0, 6, 6 // lanes))
 
 

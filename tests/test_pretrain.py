@@ -17,7 +17,7 @@ from processes import QUICK
 
 from train import evaluate, generate, pretrain
 from train.cli.command import run_command
-from train.engine.loop import only_run_in
+from train.engine.loop import run_lock
 from train.engine.step import make_train_step
 from train.evaluate import EvaluateConfig
 from train.evaluation.held_out import Evaluator
@@ -311,7 +311,7 @@ def test_another_config_is_refused(monkeypatch, capsys, arguments, finished):
     assert run_here(monkeypatch, *arguments, "--data.seq-len", "8") == 2
     mistake(capsys, "data.seq_len: saved 16, now 8")
     assert sorted(finished.rglob("*")) == before
-    with only_run_in(finished):
+    with run_lock(finished):
         assert run_here(monkeypatch, *arguments) == 2
         mistake(capsys, "another run is going on")
     assert run_here(monkeypatch, *arguments, "--steps", "9") == 0
@@ -410,8 +410,8 @@ def test_evaluate_and_generate_name_what_cannot_be_dialled(monkeypatch, capsys, 
     """The plain mistakes of both commands, on a `TopK` run."""
     for words, part in (
         (["--policy", "Threshold"], "needs fork layers with a threshold"),
-        (["--window", "3"], "window=3 is a dial of PrefixRank"),
-        (["--threshold-offset", "0.1"], "is a dial of Threshold"),
+        (["--window", "3"], "window=3 is a setting of PrefixRank"),
+        (["--threshold-offset", "0.1"], "is a setting of Threshold"),
     ):
         for main, config in (
             (evaluate.main, EvaluateConfig),

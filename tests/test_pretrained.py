@@ -167,7 +167,7 @@ def test_safetensors_come_back_bit_equal(name: str, through: str, tmp_path: Path
     again = load_pretrained(tmp_path / "new", dtype=config.dtype)
     assert again.config == config
     assert again.tokenizer.to_json() == tokenizer.to_json()
-    assert again.tokenizer.ends == tokenizer.ends
+    assert again.tokenizer.stop_ids == tokenizer.stop_ids
     assert again.tokenizer.chat_template == tokenizer.chat_template
 
 
@@ -224,7 +224,7 @@ def test_the_tokenizer_is_one_of_the_trainer():
     assert tokenizer.decode([tokenizer.separator, *ids, -1]) == text
     spelled, _ = tokenizer.encode("<|im_end|>")  # a text that spells one out ends nothing
     assert len(spelled) > 1 and tokenizer.rendered("<|im_end|>") == [3]
-    assert tokenizer.ends == (3, 1) and tokenizer.prompt("") == [tokenizer.separator] == [1]
+    assert tokenizer.stop_ids == (3, 1) and tokenizer.prompt("") == [tokenizer.separator] == [1]
     with pytest.raises(ValueError, match="token id 99 is outside the vocabulary of 47"):
         tokenizer.decode([99])
 
@@ -322,7 +322,7 @@ def test_gguf_is_the_same_model(name: str, tmp_path: Path):
     ids, sizes = here.tokenizer.encode("the 12.")
     assert [here.tokenizer.decode([token]) for token in ids] == ["the", " ", "1", "2", "."]
     assert sizes.tolist() == [3, 1, 1, 1, 1]
-    assert here.tokenizer.ends == (2,) and here.tokenizer.separator == 0
+    assert here.tokenizer.stop_ids == (2,) and here.tokenizer.separator == 0
     assert chat_ids(here.tokenizer, [{"content": " the"}]) == [43, 2]
 
 

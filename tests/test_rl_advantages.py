@@ -10,7 +10,7 @@ from train.rl.learning.advantages import (
     discounted_returns,
     dr_grpo,
     grpo,
-    informative,
+    in_mixed_group,
     overlong_penalty,
     rebn,
     reinforce_pp_baseline,
@@ -189,7 +189,7 @@ def test_informative_rows_are_of_groups_that_succeed_and_fail():
     success = np.array([1, 0, 1, 1, 0, 0, 1, 1, 0], bool)
     group = np.array([4, 4, 2, 2, 9, 9, 5, 6, 6])
     valid = np.array([1, 1, 1, 1, 1, 1, 1, 1, 0], bool)
-    found = informative(success, group, valid)
+    found = in_mixed_group(success, group, valid)
     np.testing.assert_array_equal(found, [True, True] + [False] * 7)
     assert found.dtype == bool
 
@@ -199,7 +199,7 @@ def test_penalties_do_not_make_a_group_informative():
     group, valid = np.zeros(3, int), np.ones(3, bool)
     shaped = 1 + overlong_penalty(length, 16, 4)
     assert grpo(shaped, group, valid).any()
-    assert not informative(np.ones(3, bool), group, valid).any()
+    assert not in_mixed_group(np.ones(3, bool), group, valid).any()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_chance_that_a_group_is_informative(rollouts: int, success: float, chanc
     counts = np.arange(rollouts + 1)
     succeeded = (np.arange(rollouts) < counts[:, None]).ravel()
     group = np.repeat(counts, rollouts)
-    kept = informative(succeeded, group, np.ones(len(group), bool))[::rollouts]
+    kept = in_mixed_group(succeeded, group, np.ones(len(group), bool))[::rollouts]
     likely = [math.comb(rollouts, n) * success**n * (1 - success) ** (rollouts - n) for n in counts]
     assert np.dot(kept, likely) == pytest.approx(chance, abs=5e-5)
 

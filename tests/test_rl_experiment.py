@@ -14,7 +14,7 @@ from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
 from train.devices.mesh import make_mesh
 from train.experiments import reinforce
-from train.models.load import Writer
+from train.models.load import LanguageModel
 from train.rl.tasks.arithmetic import Arithmetic
 from train.rl.tasks.strings import Reverse
 from train.rl.types import Completion
@@ -31,7 +31,7 @@ def test_it_does_what_is_missing_and_reports(tmp_path, capsys, monkeypatch):
     out = tmp_path / "found.jsonl"
     config = reinforce.Experiment(
         tasks=("reverse",), arms=("demonstrations",), seeds=(0,), steps=2, batch_size=2,
-        rollouts=4, rows=8, out=str(out),
+        num_generations=4, rows=8, out=str(out),
     )  # fmt: skip
     reinforce.main(config)
     before = out.read_text()
@@ -75,7 +75,7 @@ def test_held_out_problems_do_not_say_when_demonstrations_end():
 
 
 def test_only_answers_and_their_ends_are_supervised():
-    writer = Writer(Thoughtbubbles(MODEL, rngs=nnx.Rngs(0)), ByteTokenizer())
+    writer = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(0)), ByteTokenizer())
     problems = [Arithmetic().problem("train", index) for index in range(3)]
     rows = reinforce.answered(writer, problems)
     for problem, tokens, trained, length in zip(problems, *rows.values(), strict=True):

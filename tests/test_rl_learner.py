@@ -13,8 +13,8 @@ from rl_tiny import LORA, MEMGEN, Echo, Vowels, writer
 from train.devices.mesh import MeshConfig
 from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
-from train.rl.job import Reinforcing
-from train.rl.learning.credit import Episodes, credit
+from train.rl.job import RLJob
+from train.rl.learning.credit import Episodes, assign_advantages
 from train.rl.learning.policy import scores
 from train.rl.rollout.rows import make_rows
 
@@ -24,7 +24,7 @@ CONFIG = RLConfig(
     memgen=dataclasses.replace(MEMGEN, trigger=None),
     steps=3,
     batch_size=4,
-    rollouts=4,
+    num_generations=4,
     max_new_tokens=6,
     max_turns=3,
     max_observation=8,
@@ -34,15 +34,15 @@ CONFIG = RLConfig(
 )
 
 
-def work(model: str = "shallow", task=None, devices: int = 1, **changes) -> Reinforcing:
+def work(model: str = "shallow", task=None, devices: int = 1, **changes) -> RLJob:
     config = dataclasses.replace(CONFIG, **changes)
-    return Reinforcing(config, writer(model), task or Vowels(), devices=jax.devices()[:devices])
+    return RLJob(config, writer(model), task or Vowels(), devices=jax.devices()[:devices])
 
 
-def stacked(reinforcing: Reinforcing, trajectories, multiple: int = 1):
+def stacked(reinforcing: RLJob, trajectories, multiple: int = 1):
     """Credited rows, moved by random advantages so that nothing cancels."""
     config = reinforcing.config
-    advantages = credit(trajectories, Episodes.of(trajectories), config)
+    advantages = assign_advantages(trajectories, Episodes.of(trajectories), config)
     return make_rows(trajectories, advantages, multiple, reinforcing._events_of_a_row())
 
 
@@ -84,7 +84,7 @@ def test_the_ratio_of_the_first_step_is_exactly_one(train, model):
     sums = metrics["sums"]
     assert sums["tokens"] == rows["trained"].sum() > 0
     assert sums["ratio"] == sums["tokens"]
-    assert sums["moved"] == sums["clipped"] == 0
+    assert sums["approx_kl"] == sums["clipped"] == 0
     assert metrics["grad_norm"] > 0
 
 
@@ -92,7 +92,7 @@ def test_later_steps_are_off_policy():
     _, _, trajectories = rollouts()
     _, metrics = updated(trajectories, 2, minibatches=2, epochs=2)
     assert metrics["sums"]["ratio"] != metrics["sums"]["tokens"]
-    assert metrics["sums"]["moved"] > 0
+    assert metrics["sums"]["approx_kl"] > 0
 
 
 def test_the_gradient_is_that_of_weighted_log_probabilities():
@@ -161,12 +161,12 @@ def test_a_filtered_step_changes_nothing_and_counts():
     assert (collected.groups, collected.kept) == (8, 0)
     assert reinforcing.progressed.position == 8
     assert (reinforcing.progressed.step, int(state.step)) == (1, 0)
-    assert metrics["informative"] == 0
+    assert metrics["mixed_groups"] == 0
     assert_close(jax.device_get(state.params), before, 0)
 
 
 def test_filtering_keeps_whole_groups_that_differ():
-    reinforcing = work(method="dapo", rollouts=2, max_batches=8)
+    reinforcing = work(method="dapo", num_generations=2, max_batches=8)
     collected = reinforcing.collect(reinforcing.first_state().weights)
     assert collected.kept == 4 < collected.groups
     kept = Episodes.of(collected.trajectories)
@@ -188,27 +188,27 @@ class Letters(Echo):
 
 
 @functools.cache
-def played(carry: bool):
+def played(keep_context: bool):
     """Rollouts of all parameters' policy."""
     few = {"max_new_tokens": 2, "max_observation": 2}
-    reinforcing = work(task=Letters(), carry=carry, train="all", **few)
+    reinforcing = work(task=Letters(), keep_context=keep_context, train="all", **few)
     return reinforcing.collect(reinforcing.first_state().weights).trajectories
 
 
 def test_credit_of_turns_is_by_return():
     """Rows of whole episodes and rows of turns get the same advantages at the same turns."""
     found = {}
-    for carry in (True, False):
-        rows = played(carry)
-        config = dataclasses.replace(CONFIG, method="rebn(gamma=0.9)", carry=carry)
-        advantages = credit(rows, Episodes.of(rows), config)
-        found[carry] = {
+    for keep_context in (True, False):
+        rows = played(keep_context)
+        config = dataclasses.replace(CONFIG, method="rebn(gamma=0.9)", keep_context=keep_context)
+        advantages = assign_advantages(rows, Episodes.of(rows), config)
+        found[keep_context] = {
             (row.group, row.episode, row.turn + offset): advantage[begin]
             for row, advantage in zip(rows, advantages, strict=True)
             for offset, begin in enumerate(row.begins)
         }
         # Pooled over turns they have mean 0 and population standard deviation 1.
-        pooled = np.array([*found[carry].values()])
+        pooled = np.array([*found[keep_context].values()])
         np.testing.assert_allclose([pooled.mean(), pooled.std()], [0, 1], atol=1e-6)
     assert found[True].keys() == found[False].keys()
     assert {turn for _, _, turn in found[True]} == {0, 1, 2}
@@ -220,8 +220,8 @@ def test_a_strategy_may_bring_its_own_advantages():
     own = np.arange(len(rows[1].tokens)) / 7
     mixed = [dataclasses.replace(rows[1], advantages=own) if i == 1 else r
              for i, r in enumerate(rows)]  # fmt: skip
-    usual = credit(rows, Episodes.of(rows), reinforcing.config)
-    found = credit(mixed, Episodes.of(mixed), reinforcing.config)
+    usual = assign_advantages(rows, Episodes.of(rows), reinforcing.config)
+    found = assign_advantages(mixed, Episodes.of(mixed), reinforcing.config)
     np.testing.assert_array_equal(found[1], own)
     np.testing.assert_array_equal(found[0], usual[0])
     arrays = make_rows(mixed, found)
@@ -231,8 +231,8 @@ def test_a_strategy_may_bring_its_own_advantages():
 def test_episodes_count_once_in_their_group():
     """GRPO of episodes whose turns are rows: statistics are of episodes, not of rows."""
     rows = played(False)
-    config = dataclasses.replace(CONFIG, carry=False)
-    advantages = credit(rows, Episodes.of(rows), config)
+    config = dataclasses.replace(CONFIG, keep_context=False)
+    advantages = assign_advantages(rows, Episodes.of(rows), config)
     for group in {row.group for row in rows}:
         mine = [(row, a) for row, a in zip(rows, advantages, strict=True) if row.group == group]
         reward = {row.episode: row.reward.value for row, _ in mine}
@@ -255,6 +255,6 @@ def test_eight_devices_do_what_one_does():
     (one, metrics, mine), (eight, others, theirs) = found[1], found[8]
     for row, other in zip(mine.trajectories, theirs.trajectories, strict=True):
         np.testing.assert_array_equal(row.tokens, other.tokens)
-    for name in ("grad_norm", "loss", "kl"):
+    for name in ("grad_norm", "loss", "ref_kl"):
         np.testing.assert_allclose(metrics[name], others[name], rtol=1e-4, atol=1e-6)
     assert_close(one, eight, 1e-4)

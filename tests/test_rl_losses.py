@@ -77,17 +77,17 @@ def test_five_rollouts(clip_high: float, advantages: np.ndarray, expected: dict[
         config = LossConfig(clip_high=clip_high, aggregate=aggregate)
         assert mean(config, rows) == pytest.approx(value, abs=5.01e-7)
         sums = derived(config, rows)[2]
-        assert sums["clipped"] == 4 and sums["tokens"] == 13 and "kl" not in sums
+        assert sums["clipped"] == 4 and sums["tokens"] == 13 and "ref_kl" not in sums
         flat = np.concatenate(MOVED)
         np.testing.assert_allclose(sums["ratio"], np.exp(flat).sum(), rtol=1e-14)
-        np.testing.assert_allclose(sums["moved"], (np.exp(flat) - flat - 1).sum(), rtol=1e-13)
+        np.testing.assert_allclose(sums["approx_kl"], (np.exp(flat) - flat - 1).sum(), rtol=1e-13)
 
 
 def test_divergence_from_the_reference():
     """k3 alone, by tokens and by rows, and with its coefficient in the loss."""
     rows = of_rows(GRPO, NOW, OLD, reference=padded(REFERENCE))
     sums = derived(LossConfig(aggregate="sequence"), rows)[2]
-    assert sums["kl"] / 13 == pytest.approx(0.036757, abs=5e-7)
+    assert sums["ref_kl"] / 13 == pytest.approx(0.036757, abs=5e-7)
     added = mean(LossConfig(aggregate="sequence", kl=0.04), rows)
     assert added == pytest.approx(0.057099, abs=5e-7)
     still = rows | {"advantages": np.zeros_like(rows["old"])}
@@ -99,7 +99,7 @@ def test_divergence_from_the_reference():
 @pytest.mark.parametrize("now, reference, value", [(-1, -1.5, 0.106531), (-1, -0.8, 0.0214028)])
 def test_k3_of_one_token(now: float, reference: float, value: float):
     rows = of_rows([0], [[now]], [[now]], reference=np.array([[reference]]))
-    assert derived(LossConfig(), rows)[2]["kl"] == pytest.approx(value, abs=5e-7)
+    assert derived(LossConfig(), rows)[2]["ref_kl"] == pytest.approx(value, abs=5e-7)
 
 
 def test_gradient_of_five_rollouts():
@@ -257,7 +257,7 @@ def random_rows(seed: int, rows: int = 6, length: int = 7) -> dict:
 def token_by_token(config: LossConfig, rows: dict, max_length: int):
     """Numerator, denominator and sums from the definitions."""
     numerator = denominator = 0.0
-    sums = dict.fromkeys(("tokens", "clipped", "ratio", "moved", "kl"), 0.0)
+    sums = dict.fromkeys(("tokens", "clipped", "ratio", "approx_kl", "ref_kl"), 0.0)
     for k in np.flatnonzero(rows["valid"]):
         losses = []
         for t in np.flatnonzero(rows["trained"][k]):
@@ -277,8 +277,8 @@ def token_by_token(config: LossConfig, rows: dict, max_length: int):
             sums["tokens"] += 1
             sums["clipped"] += -advantage * near > -advantage * ratio
             sums["ratio"] += ratio
-            sums["moved"] += ratio - math.log(ratio) - 1
-            sums["kl"] += kl
+            sums["approx_kl"] += ratio - math.log(ratio) - 1
+            sums["ref_kl"] += kl
         weight, length = rows["weight"][k], max(len(losses), 1)
         numerator += weight * sum(losses) / (length if config.aggregate == "sequence" else 1)
         denominator += weight * {

@@ -68,14 +68,14 @@ def test_held_out_lists_are_never_trained_on():
 def test_only_answers_are_supervised():
     batch = rows(np.random.default_rng(0), 20, {"copy": 0.5, "sort": 0.5})
     decode, end = ByteTokenizer().decode, ByteTokenizer.separator
-    for tokens, supervised in zip(batch["tokens"], batch["supervised"], strict=True):
+    for tokens, loss_mask in zip(batch["tokens"], batch["loss_mask"], strict=True):
         real = tokens[tokens >= 0]
         assert real[0] == end and real[-1] == end
         prompt, equals, answer = decode(real[1:-1].tolist()).partition("=")
         kind = {"c": "copy", "s": "sort"}[prompt[0]]
         numbers = np.array([int(digit) for digit in prompt[1:].split()])
         assert question(kind, numbers) == (prompt + equals, answer)
-        assert decode(tokens[supervised][:-1].tolist()) == answer
+        assert decode(tokens[loss_mask][:-1].tolist()) == answer
 
 
 @pytest.mark.experiment

@@ -62,9 +62,9 @@ def trajectories(rewards: list[list[float]]) -> list[Trajectory]:
 REWARDS = [[0.0, 1.0, 0.25], [1.0, 0.0], [1.0, 1.0, 0.0, 0.5]]
 
 
-def credit(method: Method, rows: list[Trajectory]) -> list[np.ndarray]:
+def assign_advantages(method: Method, rows: list[Trajectory]) -> list[np.ndarray]:
     episodes = Episodes.of(rows)
-    return method.credit(rows, episodes, episodes.reward.copy())
+    return method.assign_advantages(rows, episodes, episodes.reward.copy())
 
 
 @pytest.mark.parametrize("word", EVERY)
@@ -93,10 +93,10 @@ def test_a_method_is_written_as_it_is_read(word):
 @pytest.mark.parametrize("word", EVERY)
 def test_the_order_of_rows_changes_nothing(word):
     rows = trajectories(REWARDS)
-    found = credit(EVERY[word](), rows)
+    found = assign_advantages(EVERY[word](), rows)
     assert [len(advantage) for advantage in found] == [len(row.tokens) for row in rows]
     order = np.random.default_rng(1).permutation(len(rows))
-    shuffled = credit(EVERY[word](), [rows[index] for index in order])
+    shuffled = assign_advantages(EVERY[word](), [rows[index] for index in order])
     for index, advantage in zip(order, shuffled, strict=True):
         np.testing.assert_allclose(advantage, found[index], rtol=1e-12, atol=1e-12)
     assert max(np.abs(advantage).max() for advantage in found) > 0.1
@@ -105,14 +105,14 @@ def test_the_order_of_rows_changes_nothing(word):
 @pytest.mark.parametrize("word", EVERY)
 def test_better_rewards_get_higher_advantages_and_equal_ones_none(word):
     rows = trajectories(REWARDS)
-    acted = [advantage[-1] for advantage in credit(EVERY[word](), rows)]
+    acted = [advantage[-1] for advantage in assign_advantages(EVERY[word](), rows)]
     for group in range(len(REWARDS)):
         mine = [index for index, row in enumerate(rows) if row.group == group]
         mine.sort(key=lambda index: rows[index].reward.value)
         advantages = [acted[index] for index in mine]
         assert advantages == sorted(advantages)
         assert advantages[0] < 0 < advantages[-1]
-    equal = credit(EVERY[word](), trajectories([[1.0, 1.0], [1.0, 1.0, 1.0]]))
+    equal = assign_advantages(EVERY[word](), trajectories([[1.0, 1.0], [1.0, 1.0, 1.0]]))
     assert all((advantage == 0).all() for advantage in equal)
 
 
@@ -121,7 +121,7 @@ def test_advantages_are_clipped_and_those_of_a_strategy_are_kept(word):
     rows = trajectories(REWARDS)
     own = np.full(len(rows[0].tokens), 7.0)
     rows[0] = dataclasses.replace(rows[0], advantages=own)
-    found = credit(EVERY[word](advantage_clip=0.1), rows)
+    found = assign_advantages(EVERY[word](advantage_clip=0.1), rows)
     assert found[0] is own
     assert max(np.abs(advantage).max() for advantage in found[1:]) == pytest.approx(0.1)
 

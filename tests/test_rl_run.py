@@ -19,9 +19,9 @@ from train.cli.config_json import as_json
 from train.engine.config import EvalConfig
 from train.engine.loop import NonFiniteLoss
 from train.engine.optim import OptimizerConfig
-from train.models.load import Writer, load_model
+from train.models.load import LanguageModel, load_model
 from train.rl.config import RLConfig
-from train.rl.job import Reinforcing
+from train.rl.job import RLJob
 from train.rl.learning.penalties import InvocationPenalty
 from train.rl.loop import train
 from train.rl.methods import GRPO, DrGRPO, TriggerGRPO
@@ -42,7 +42,7 @@ def config(out: Path, **changes) -> RLConfig:
         minibatches=2,
         steps=4,
         batch_size=4,
-        rollouts=4,
+        num_generations=4,
         max_batches=2,
         max_new_tokens=4,
         save_every=2,
@@ -55,9 +55,9 @@ def config(out: Path, **changes) -> RLConfig:
 
 
 def work(
-    out: Path, task=None, start: Writer | None = None, allocator=None, **changes
-) -> Reinforcing:
-    return Reinforcing(
+    out: Path, task=None, start: LanguageModel | None = None, allocator=None, **changes
+) -> RLJob:
+    return RLJob(
         config(out, **changes),
         start or writer("shallow"),
         task or Vowels(),
@@ -120,7 +120,7 @@ def test_a_weavers_ratio_is_exactly_one_where_there_is_one_update(whole):
     steps = [line for line in read_metrics(whole("weaver")[0]) if "reward" in line]
     assert len(steps) == 4
     for line in steps:
-        assert (line["ratio"], line["moved"], line["clipped"]) == (1, 0, 0)
+        assert (line["ratio"], line["approx_kl"], line["clipped"]) == (1, 0, 0)
         assert line["grad_norm"] > 0
 
 
@@ -162,7 +162,7 @@ def test_what_a_run_writes_down(tmp_path):
     lines = read_metrics(tmp_path)
     steps = [line for line in lines if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    for name in ("success", "length", "finished", "kl", "clipped", "info/first", "grad_norm",
+    for name in ("success", "length", "finished", "ref_kl", "clipped", "info/first", "grad_norm",
                  "rollout_tokens_per_second", "update_tokens_per_second"):  # fmt: skip
         assert all(math.isfinite(line[name]) for line in steps), name
     held = [line for line in lines if "eval/success" in line]
@@ -227,7 +227,10 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rollouts": 1}, "rollouts=1: dapo compares rollouts of one problem: choose 2 or more"),
+        (
+            {"rollouts": 1},
+            "num_generations=1: dapo compares rollouts of one problem: choose 2 or more",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens=0: choose 1 or more"),
         ({"temperature": 0.0}, "all rollouts of a problem would be equal"),
         ({"temperature": math.inf}, "temperature=inf: choose a number above 0"),
@@ -239,7 +242,7 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
         ({"train": "trigger", "method": "grpo(importance_cap=2.0)"}, "importance_cap is of tokens"),
         (
             {"method": "rebn(filter_groups=True)", "rollouts": 1},
-            "filter_groups keeps no group of rollouts=1",
+            "filter_groups keeps no group of num_generations=1",
         ),
         ({"penalty": InvocationPenalty(0.1)}, "penalty.weight=0.1 is of a trigger, train='lora'"),
     ],

@@ -11,17 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from rl_tiny import LORA, MEMGEN, Echo, Vowels, sampling, tuned, writer
+from rl_tiny import LORA, MEMGEN, Echo, Vowels, finetunable, sampling, writer
 
 import memgen
 from memgen import TriggerConfig, WeaverConfig, decoding
 from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh
-from train.models.finetunable import Tuned
+from train.models.finetunable import FinetunableModel
 from train.rl.learning.policy import decision_scores, sampler_of, token_scores
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, row_keys
-from train.rl.rollout.strategies import OneResponse, Speech, Turns
+from train.rl.rollout.strategies import OneResponse, PromptFormatter, Turns
 from train.rl.types import Trajectory
 
 
@@ -52,7 +52,7 @@ POLICIES: dict[str, tuple[str, str, memgen.MemGenConfig, Any]] = {
     ),
 }
 SEEDS = {"trigger on forks": 3}  # of parameters by which it skips, and invokes
-SPEECH = Speech(writer())
+SPEECH = PromptFormatter(writer())
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 ROWS, LENGTH, EVENTS = 8, 32, 9
 STOP = tuple(range(0, 257, 9))
@@ -73,21 +73,21 @@ class Echoes(Echo):
 
 
 ONCE = OneResponse(SPEECH, 11)
-TURNS = {carry: Turns(SPEECH, 3, 3, 2, carry) for carry in (True, False)}
+TURNS = {keep_context: Turns(SPEECH, 3, 3, 2, keep_context) for keep_context in (True, False)}
 # So that turns with 8, 7 and 5 episodes in them follow each other: one bucket of rows.
 EPISODES = (1, 1, 3, 0, 1, 2)
 
 
-def make_sampler(name: str, max_rows: int = 64, **changes) -> tuple[Sampler, Tuned]:
+def make_sampler(name: str, max_rows: int = 64, **changes) -> tuple[Sampler, FinetunableModel]:
     method, model, config, memory = POLICIES[name]
-    policy = tuned(method, model, SEEDS.get(name, 0), config)
+    policy = finetunable(method, model, SEEDS.get(name, 0), config)
     how = sampling(**{"stop": STOP, "memory": memory} | changes)
     return Sampler(sampler_of(policy), how, max_rows, MESH), policy
 
 
 def collect(
     name: str, strategy: Any = ONCE, task: Any = None, counts=COUNTS, **changes
-) -> tuple[list[Trajectory], Tuned]:
+) -> tuple[list[Trajectory], FinetunableModel]:
     sampler, policy = make_sampler(name, **changes)
     task = task or Asks()
     problems = [task.problem("train", index) for index in range(len(counts))]
@@ -95,22 +95,24 @@ def collect(
 
 
 @functools.cache
-def rollout(name: str) -> tuple[list[Trajectory], Tuned]:
+def rollout(name: str) -> tuple[list[Trajectory], FinetunableModel]:
     return collect(name)
 
 
 @functools.cache
-def episodes(name: str, carry: bool, **changes) -> tuple[list[Trajectory], Tuned]:
-    return collect(name, TURNS[carry], Echoes(), EPISODES, choices=ASCII, **changes)
+def episodes(name: str, keep_context: bool, **changes) -> tuple[list[Trajectory], FinetunableModel]:
+    return collect(name, TURNS[keep_context], Echoes(), EPISODES, valid_vocab_size=ASCII, **changes)
 
 
 @jax.jit
-def log_probs(policy: Tuned, rows: Any, temperature: float, choices: int) -> jax.Array:
-    return token_scores(policy, rows, temperature, choices)
+def log_probs(
+    policy: FinetunableModel, rows: Any, temperature: float, valid_vocab_size: int
+) -> jax.Array:
+    return token_scores(policy, rows, temperature, valid_vocab_size)
 
 
 @jax.jit
-def decided(policy: Tuned, rows: Any) -> jax.Array:
+def decided(policy: FinetunableModel, rows: Any) -> jax.Array:
     return decision_scores(policy, rows)
 
 
@@ -125,7 +127,9 @@ def arrays_of(rows: list[Trajectory]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def of_parts(score: Any, policy: Tuned, arrays: dict[str, np.ndarray], *more) -> np.ndarray:
+def of_parts(
+    score: Any, policy: FinetunableModel, arrays: dict[str, np.ndarray], *more
+) -> np.ndarray:
     parts = range(0, len(arrays["tokens"]), ROWS)
     given = [{name: rows[at : at + ROWS] for name, rows in arrays.items()} for at in parts]
     return np.concatenate([score(policy, part, *more) for part in given])
@@ -133,13 +137,13 @@ def of_parts(score: Any, policy: Tuned, arrays: dict[str, np.ndarray], *more) ->
 
 def scored(
     rows: list[Trajectory],
-    policy: Tuned,
+    policy: FinetunableModel,
     temperature: float = 1.0,
-    choices: int = ByteTokenizer.vocab_size,
+    valid_vocab_size: int = ByteTokenizer.vocab_size,
 ):
     """Trainer's log-probabilities, where the policy wrote, and what it was given."""
     arrays = arrays_of(rows)
-    found = of_parts(log_probs, policy, arrays, temperature, choices)
+    found = of_parts(log_probs, policy, arrays, temperature, valid_vocab_size)
     assert not found[~arrays["trained"]].any()
     return found, arrays
 
@@ -155,14 +159,16 @@ def test_sampler_and_trainer_agree(name):
 
 
 def test_one_row_and_an_end_at_the_first_token():
-    rows, policy = collect("plain", counts=(1,), choices=len(STOP), stop=tuple(range(len(STOP))))
+    rows, policy = collect(
+        "plain", counts=(1,), valid_vocab_size=len(STOP), stop=tuple(range(len(STOP)))
+    )
     assert [row.written for row in rows] == [1]
-    found, arrays = scored(rows, policy, choices=len(STOP))
+    found, arrays = scored(rows, policy, valid_vocab_size=len(STOP))
     np.testing.assert_allclose(found, arrays["sampler"], atol=1e-4)
 
 
 def test_temperature_and_choices_are_scored_as_they_were_sampled():
-    rows, policy = collect("plain", temperature=0.5, choices=100)
+    rows, policy = collect("plain", temperature=0.5, valid_vocab_size=100)
     found, arrays = scored(rows, policy, 0.5, 100)
     assert arrays["tokens"][arrays["trained"]].max() < 100
     np.testing.assert_allclose(found, arrays["sampler"], atol=1e-4)
@@ -182,7 +188,7 @@ def test_decisions_are_scored_where_they_were_made():
     @jax.jit
     def by_hand(policy, tokens):
         decoder, trigger = policy.memgen.triggering(), policy.memgen.checked_trigger()
-        hidden = decoder.read(decoder.embed_tokens(tokens))  # it reads tokens alone
+        hidden = decoder.hidden_states(decoder.embed_tokens(tokens))  # it reads tokens alone
         return jax.nn.log_softmax(trigger(hidden))
 
     after = np.asarray(by_hand(policy, arrays["tokens"]))
@@ -206,7 +212,7 @@ def test_a_row_depends_on_no_other(name, alone):
 
 
 @pytest.mark.parametrize(
-    ("name", "carry", "changes"),
+    ("name", "keep_context", "changes"),
     [
         ("trigger on the stream", True, {}),
         ("trigger on forks", True, {}),
@@ -215,9 +221,9 @@ def test_a_row_depends_on_no_other(name, alone):
     ],
     ids=["stream", "hidden states of forks", "tokens"],
 )
-def test_decisions_of_every_kind_of_trigger_are_replayed(name, carry, changes):
+def test_decisions_of_every_kind_of_trigger_are_replayed(name, keep_context, changes):
     """A decision that was the likelier one is the likelier one when it is scored."""
-    rows, policy = episodes(name, carry, **changes)
+    rows, policy = episodes(name, keep_context, **changes)
     arrays = arrays_of(rows)
     asked = arrays["decisions"] >= 0
     assert asked.sum() > 20 and {0, 1} <= set(arrays["decisions"][asked])
@@ -256,7 +262,7 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "carry", "changes"),
+    ("name", "keep_context", "changes"),
     [
         ("plain", True, {}),
         ("plain", False, {}),
@@ -266,28 +272,28 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
     ],
     ids=str,
 )
-def test_episodes_of_several_turns(name, carry, changes):
+def test_episodes_of_several_turns(name, keep_context, changes):
     """Observations are attended to and not trained; every turn is scored as it was sampled."""
-    rows, policy = episodes(name, carry, **changes)
+    rows, policy = episodes(name, keep_context, **changes)
     turns = {index: 1 + index % 3 for index in range(len(EPISODES))}
     played = [turns[index] for index, count in enumerate(EPISODES) for _ in range(count)]
-    assert len(rows) == (len(played) if carry else sum(played))
+    assert len(rows) == (len(played) if keep_context else sum(played))
     for row in rows:
         assert len(row.turn_rewards) == turns[row.group]
-        assert len(row.begins) == (turns[row.group] if carry else 1)
-    found, arrays = scored(rows, policy, choices=ASCII)
+        assert len(row.begins) == (turns[row.group] if keep_context else 1)
+    found, arrays = scored(rows, policy, valid_vocab_size=ASCII)
     np.testing.assert_allclose(found, arrays["sampler"], atol=1e-4)
     last = next(row for row in rows if row.group == 2)
     said = ByteTokenizer().decode([*last.tokens[~last.trained]])
-    assert ("<" in said) == carry
-    if name != "plain" and carry:
+    assert ("<" in said) == keep_context
+    if name != "plain" and keep_context:
         assert (last.decisions[list(last.begins)] >= 0).all()
 
 
 def test_turn_by_turn_equals_one_row_without_memory():
     """Without memory both ways of playing are one policy."""
     together, policy = episodes("plain", True)
-    whole, _ = scored(together, policy, choices=ASCII)
+    whole, _ = scored(together, policy, valid_vocab_size=ASCII)
     turns, places = [], []
     for index, row in enumerate(together):
         ends = [*row.begins[1:], len(row.tokens)]
@@ -297,7 +303,7 @@ def test_turn_by_turn_equals_one_row_without_memory():
                 log_probs=row.log_probs[:end], decisions=row.decisions[:end],
             ))  # fmt: skip
             places.append(index)
-    found, parts = scored(turns, policy, choices=ASCII)
+    found, parts = scored(turns, policy, valid_vocab_size=ASCII)
     for turn, (index, trained) in enumerate(zip(places, parts["trained"], strict=False)):
         assert trained.any()
         np.testing.assert_allclose(found[turn][trained], whole[index][trained], atol=1e-4)

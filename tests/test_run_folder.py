@@ -19,7 +19,7 @@ from train.pretraining.config import RunConfig
 from train.runs.checkpoint import load_meta
 from train.runs.instruments import not_recorded
 from train.runs.resume import noted_changes
-from train.runs.run_folder import only_run_in
+from train.runs.run_folder import run_lock
 
 HOLD = """
 import pathlib, sys, time
@@ -38,7 +38,7 @@ def test_a_folder_is_held_as_long_as_any_process_of_a_run_lives(tmp_path: Path):
     out, port = tmp_path / "run", str(free_port())
 
     def refused(line: str) -> None:
-        with pytest.raises(ValueError, match=line), only_run_in(out):
+        with pytest.raises(ValueError, match=line), run_lock(out):
             pass
 
     words = lambda process: (port, str(process), str(out))  # noqa: E731
@@ -52,7 +52,7 @@ def test_a_folder_is_held_as_long_as_any_process_of_a_run_lives(tmp_path: Path):
         refused("a process of an earlier run in .*run is still there, .* end it, or wait")
         second.kill()
         second.wait()
-        with only_run_in(out):
+        with run_lock(out):
             refused("another run is going on")
 
 
@@ -83,7 +83,7 @@ def test_metadata_are_read_by_who_holds_the_folder(config, monkeypatch):
 
     def held(out) -> bool:
         try:
-            with only_run_in(Path(out)):
+            with run_lock(Path(out)):
                 return False
         except ValueError:
             return True

@@ -11,14 +11,14 @@ from tiny import SMALL, by_reference, quick_model
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from train.evaluation.scoring import Row, Score, Scorer, score_rows
-from train.models.load import Writer, load_weights
+from train.models.load import LanguageModel, load_weights
 
 WIDTH = 16
 PLAIN = dataclasses.replace(SMALL, fork_layers=())
 
 
-def writer(config: ModelConfig) -> Writer:
-    return Writer(quick_model(config), Letters())
+def writer(config: ModelConfig) -> LanguageModel:
+    return LanguageModel(quick_model(config), Letters())
 
 
 def logits_before(config: ModelConfig, ids: list[int], place: int) -> np.ndarray:
@@ -145,4 +145,4 @@ def test_rolling_scores_each_token_once_with_all_the_context_there_is_room_for(p
 def test_nan_is_told():
     broken = jax.tree.map(lambda leaf: leaf * math.nan, quick_model(PLAIN))
     with pytest.raises(ValueError, match="the logits are NaN"):
-        Scorer(Writer(broken, Letters()))([("a", "b")])
+        Scorer(LanguageModel(broken, Letters()))([("a", "b")])

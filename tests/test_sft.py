@@ -25,9 +25,9 @@ from train.engine.config import EvalConfig
 from train.engine.loop import run
 from train.engine.optim import OptimizerConfig
 from train.evaluation.scoring import Scorer
-from train.finetuning.job import Finetuning, SFTConfig, sft_loss
-from train.models.finetunable import TRAINED, Tuned
-from train.models.load import checksum, load_model, load_writer, load_writer_on
+from train.finetuning.job import SFTConfig, SFTJob, sft_loss
+from train.models.finetunable import TRAINED, FinetunableModel
+from train.models.load import checksum, load_language_model, load_language_model_on, load_model
 from train.pretraining.config import RunConfig
 from train.pretraining.job import train
 from train.runs.checkpoint import load_params
@@ -117,7 +117,7 @@ def config(base: Path, chats: Path, out: Path | str = "unused", **changes: Any) 
 
 
 def tune(configured: SFTConfig) -> dict[str, float]:
-    return run(lambda: Finetuning(configured), configured)
+    return run(lambda: SFTJob(configured), configured)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ def losses(out: Path) -> list[float]:
 
 
 @jax.jit
-def log_probs_of(tuned: Tuned, rows: dict[str, Any]) -> jax.Array:
-    return tuned.log_probs(rows)
+def log_probs_of(finetunable: FinetunableModel, rows: dict[str, Any]) -> jax.Array:
+    return finetunable.log_probs(rows)
 
 
 @pytest.mark.parametrize("kind", ["all", "lora", "weaver"])
@@ -168,20 +168,20 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(base, chats, whole, tmp_pat
 
 def test_a_merged_adapter_is_the_tuned_model(base, chats, whole):
     out, _ = whole("lora")
-    again = Finetuning(config(base, chats, out))
+    again = SFTJob(config(base, chats, out))
     rows = again.inputs(again.prepare().validation.read(np.arange(8)))
-    tuned = again._around(load_writer(str(base)).model)
-    tuned = memgen.load_params(tuned, load_params(out)[1], TRAINED["lora"])
+    finetunable = again._around(load_language_model(str(base)).model)
+    finetunable = memgen.load_params(finetunable, load_params(out)[1], TRAINED["lora"])
     mesh = make_mesh(MeshConfig(data=4, tensor=2))
-    model = load_writer_on(mesh, str(out)).model
-    before = load_writer(str(base)).model
+    model = load_language_model_on(mesh, str(out)).model
+    before = load_language_model(str(base)).model
     assert shard_bytes(nnx.state(model)) < 0.6 * shard_bytes(nnx.state(before))
     tokens = np.maximum(rows["tokens"], 0)
     log_probs = jax.jit(lambda model: jax.nn.log_softmax(model(tokens[:, :-1]), axis=-1))
     merged, unadapted = (np.asarray(log_probs(each)) for each in (model, before))
     expected = np.take_along_axis(merged, tokens[:, 1:, None], axis=2)[..., 0]
-    expected = np.where(rows["supervised"][:, 1:], expected, 0)
-    np.testing.assert_allclose(log_probs_of(tuned, rows), expected, atol=1e-5)
+    expected = np.where(rows["loss_mask"][:, 1:], expected, 0)
+    np.testing.assert_allclose(log_probs_of(finetunable, rows), expected, atol=1e-5)
     assert np.abs(unadapted - merged).max() > 1e-3
 
 
@@ -209,7 +209,10 @@ def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
 
 def test_each_device_is_given_its_part(base):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    whole, spread = load_writer(str(base)).model, load_writer_on(mesh, str(base)).model
+    whole, spread = (
+        load_language_model(str(base)).model,
+        load_language_model_on(mesh, str(base)).model,
+    )
     expected = jax.tree.leaves(state_shardings(nnx.state(whole), mesh))
     leaves = [jax.tree.leaves(nnx.state(model)) for model in (whole, spread)]
     for one, part, sharding in zip(*leaves, expected, strict=True):
@@ -224,11 +227,11 @@ def test_packing_changes_no_loss(base, chats):
     totals = []
     for pack in (False, True):
         data = ChatDataConfig(path=(str(chats),), validation=0.2, seq_len=64, pack=pack)
-        work = Finetuning(config(base, chats, data=data))
+        work = SFTJob(config(base, chats, data=data))
         rows = work.prepare().train
-        tuned = work.trainable.model(work.first_state().weights)
+        finetunable = work.trainable.model(work.first_state().weights)
         batch = work.inputs(next(rows.batches(64)))  # filled up with empty rows
-        total, weight = jax.jit(lambda *given: sft_loss(*given, None)[:2])(tuned, batch)
+        total, weight = jax.jit(lambda *given: sft_loss(*given, None)[:2])(finetunable, batch)
         totals.append((float(total), float(weight)))
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
 
@@ -236,17 +239,19 @@ def test_packing_changes_no_loss(base, chats):
 def test_padding_takes_no_budget_of_a_policy_that_sees_the_whole_row():
     model = heavy_model(dataclasses.replace(BASE, num_layers=3, fork_layers=(1, 2)))
     lora = LoRAConfig(rank=2)
-    tuned = Tuned(model, "lora", lora=lora, memgen=MEMORY, boundary=None, rngs=nnx.Rngs(0))
+    finetunable = FinetunableModel(
+        model, "lora", lora=lora, memgen=MEMORY, boundary=None, rngs=nnx.Rngs(0)
+    )
     tokens = np.asarray(random_tokens(1, 9))
 
     def scored(padding: int) -> np.ndarray:
         end = lambda rows, value: np.pad(rows, ((0, 0), (0, padding)), constant_values=value)  # noqa: E731
         rows = {
             "tokens": end(tokens, -1),
-            "supervised": end(tokens >= 0, False),
+            "loss_mask": end(tokens >= 0, False),
             "segment": end(np.zeros_like(tokens), -1),
         }
-        return np.asarray(log_probs_of(tuned, rows))
+        return np.asarray(log_probs_of(finetunable, rows))
 
     # One place at least, so that the last token is read in both.
     long, short = scored(7), scored(1)
@@ -255,39 +260,39 @@ def test_padding_takes_no_budget_of_a_policy_that_sees_the_whole_row():
 
 
 def test_a_weaver_reads_each_response_in_a_row_of_its_own(base, chats):
-    work = Finetuning(config(base, chats, train="weaver"))
-    plain = prepare_chat(work.config.data, load_writer(str(base)).tokenizer)
+    work = SFTJob(config(base, chats, train="weaver"))
+    plain = prepare_chat(work.config.data, load_language_model(str(base)).tokenizer)
     rows = plain.train
-    doubled = dataclasses.replace(rows, supervised=rows.supervised.copy())
-    place = np.argmax(doubled.supervised, axis=1)
-    doubled.supervised[np.arange(len(rows)), place + 1] = False  # a hole: now two responses
+    doubled = dataclasses.replace(rows, loss_mask=rows.loss_mask.copy())
+    place = np.argmax(doubled.loss_mask, axis=1)
+    doubled.loss_mask[np.arange(len(rows)), place + 1] = False  # a hole: now two responses
     split = one_response_rows(doubled)
     assert len(split) > len(rows)
-    assert split.supervised.sum() == doubled.supervised.sum()
-    first = split.supervised[0].argmax()
+    assert split.loss_mask.sum() == doubled.loss_mask.sum()
+    first = split.loss_mask[0].argmax()
     assert (split.tokens[0, : first + 1] == rows.tokens[0, : first + 1]).all()
     assert (split.tokens[0, first + 1 :] == -1).all()
 
 
 def test_a_weavers_loss_is_that_of_its_plan(base, chats):
-    work = Finetuning(config(base, chats, train="weaver"))
+    work = SFTJob(config(base, chats, train="weaver"))
     rows = work.inputs(work.prepare().train.read(np.arange(8)))
-    tuned = work.trainable.model(work.first_state().weights)
+    finetunable = work.trainable.model(work.first_state().weights)
     first = dataclasses.replace(MEMORY, insertion="first")
-    tuned.memgen.config = first
+    finetunable.memgen.config = first
     tokens = np.maximum(rows["tokens"], 0)
 
     @jax.jit
-    def expected_of(woven, supervised):
-        plan = plan_insertions(tokens, supervised, woven.boundary[...], first)
+    def expected_of(woven, loss_mask):
+        plan = plan_insertions(tokens, loss_mask, woven.boundary[...], first)
         logits = woven.reasoner.unembed(woven.predictors(tokens, plan))
         return plan.point, jax.nn.log_softmax(logits, axis=-1)
 
-    point, log_probs = map(np.asarray, expected_of(tuned.memgen, rows["supervised"]))
+    point, log_probs = map(np.asarray, expected_of(finetunable.memgen, rows["loss_mask"]))
     assert (point >= 0).sum() > 4  # commas are boundaries
     expected = np.take_along_axis(log_probs, tokens[..., None], axis=2)[..., 0]
-    expected = np.where(rows["supervised"], expected, 0)[:, 1:]
-    np.testing.assert_allclose(log_probs_of(tuned, rows), expected, atol=1e-5)
+    expected = np.where(rows["loss_mask"], expected, 0)[:, 1:]
+    np.testing.assert_allclose(log_probs_of(finetunable, rows), expected, atol=1e-5)
 
 
 def test_generate_says_where_it_remembers(base, whole, capsys):
@@ -321,7 +326,7 @@ def test_muon_moves_adapters_and_a_weaver_may_write_only_before_the_answer(base,
 def test_what_would_drop_the_memory_is_refused(chats, whole):
     woven, _ = whole("weaver")
     with pytest.raises(ValueError, match="holds a weaver, which fine-tuning would drop"):
-        Finetuning(config(woven, chats))
+        SFTJob(config(woven, chats))
     with pytest.raises(ValueError, match="tasks are scored without latent memory"):
         Scorer(load_model(woven))
     with pytest.raises(ValueError, match="fine-tuned on chat data.*--tasks FILE"):
@@ -331,9 +336,9 @@ def test_what_would_drop_the_memory_is_refused(chats, whole):
 def test_mistakes_are_one_line(base, chats, whole):
     packed = ChatDataConfig(path=(str(chats),), pack=True)
     with pytest.raises(ValueError, match="data.pack=True: a weaver reads rows of one conversation"):
-        Finetuning(config(base, chats, train="weaver", data=packed))
+        SFTJob(config(base, chats, train="weaver", data=packed))
     with pytest.raises(ValueError, match="no map 'w' to adapt: choose targets from"):
-        Finetuning(config(base, chats, lora=LoRAConfig(targets=("w",))))
+        SFTJob(config(base, chats, lora=LoRAConfig(targets=("w",))))
     work = config(base, chats, whole("lora")[0])
     with pytest.raises(ValueError, match="lora.rank: saved 2, now 3"):
         tune(dataclasses.replace(work, lora=dataclasses.replace(LORA, rank=3)))
@@ -350,13 +355,13 @@ def other_base(base: Path, tmp_path: Path) -> Iterator[None]:
 
 
 def test_other_frozen_weights_are_refused(base, chats, whole, request):
-    tuned, _ = whole("lora")
-    assert load_model(tuned).step == 8
+    finetunable, _ = whole("lora")
+    assert load_model(finetunable).step == 8
     request.getfixturevalue("other_base")
     with pytest.raises(ValueError, match="trained beside weights .* holds"):
-        load_model(tuned)
+        load_model(finetunable)
     with pytest.raises(ValueError, match="was trained beside weights .*, they are now"):
-        tune(config(base, chats, tuned, steps=9))
+        tune(config(base, chats, finetunable, steps=9))
 
 
 def test_the_command_trains_a_lora(base, chats, tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ class Backbone(nnx.Module):
         return self.model.config.vocab_size
 
     @property
-    def adaptable(self) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    def lora_targets(self) -> dict[str, tuple[tuple[int, ...], int, int]]:
         """Maps that an adapter can stand beside: stacked axes, inputs and outputs of each."""
         config = self.model.config
         heads, kv_heads = (n * config.head_width for n in (config.num_heads, config.kv_heads))
@@ -71,20 +71,20 @@ class Backbone(nnx.Module):
             sizes["gate"] = (embed, wide)
         return {name: ((config.num_layers,), *size) for name, size in sizes.items()}
 
-    def adapted(self, adapter: Mapping[str, Any]) -> "Backbone":
+    def apply_lora(self, adapter: Mapping[str, Any]) -> "Backbone":
         """The same arrays with an adapter beside them.
 
         Args:
-            adapter: by names of `adaptable`; pytrees that one calls, `[..., in]` to `[..., out]`,
-                whose arrays begin with the stacked axes.
+            adapter: by names of `lora_targets`; pytrees that one calls, `[..., in]` to
+                `[..., out]`, whose arrays begin with the stacked axes.
 
         Raises:
             ValueError: a name that the model has no map for, or it has an adapter already.
         """
-        unknown = sorted(set(adapter) - set(self.adaptable))
+        unknown = sorted(set(adapter) - set(self.lora_targets))
         if unknown:
             raise ValueError(
-                f"no map {unknown[0]!r} to adapt: choose from {', '.join(self.adaptable)}"
+                f"no map {unknown[0]!r} to adapt: choose from {', '.join(self.lora_targets)}"
             )
         leaves, structure = jax.tree.flatten(self.model)
         model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
@@ -116,7 +116,7 @@ class Backbone(nnx.Module):
         """`[..., D]`; NaN for an id outside the vocabulary."""
         return self.model.residuals(tokens)
 
-    def read(
+    def hidden_states(
         self,
         x: jax.Array,
         length: jax.Array | None = None,

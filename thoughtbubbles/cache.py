@@ -28,7 +28,7 @@ EXECUTION_FIELDS = {"scan_layers", "remat"}  # of ModelConfig: they change no nu
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Group:
+class KVSegment:
     """Cached streams of the blocks between two fork layers, live ones first.
 
     `N` is the capacity of a row in slots; what stands behind `count` is never seen.
@@ -48,7 +48,7 @@ class Group:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Record:
+class Trace:
     """What every fork layer did to every token so far; `F` fork layers.
 
     Attributes:
@@ -75,9 +75,9 @@ class Cache:
     """
 
     length: jax.Array
-    groups: tuple[Group, ...]
+    groups: tuple[KVSegment, ...]
     memories: tuple[Any, ...]
-    record: Record
+    trace: Trace
     max_tokens: int = dataclasses.field(metadata={"static": True})
     config: ModelConfig = dataclasses.field(metadata={"static": True})
 
@@ -102,11 +102,11 @@ def init_cache(model: Thoughtbubbles, batch: int, max_tokens: int) -> Cache:
         # A buffer for each block: one array in several places could not be donated.
         blank = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(start, end))  # noqa: B023, E731
         bias = jnp.zeros((batch, slots)) if index and config.key_bias else None
-        groups.append(Group(jnp.zeros((batch,), jnp.int32), blank(), blank(), bias))
+        groups.append(KVSegment(jnp.zeros((batch,), jnp.int32), blank(), blank(), bias))
     marks = (len(config.fork_layers), batch, max_tokens)
-    record = Record(jnp.zeros(marks, jnp.int32), jnp.zeros(marks))
+    trace = Trace(jnp.zeros(marks, jnp.int32), jnp.zeros(marks))
     length = jnp.zeros((batch,), jnp.int32)
-    return Cache(length, tuple(groups), tuple(memories), record, max_tokens, config)
+    return Cache(length, tuple(groups), tuple(memories), trace, max_tokens, config)
 
 
 def cacheable(config: ModelConfig) -> bool:
@@ -264,7 +264,7 @@ def advance(
     streams = Streams.start(x, length, config.copies, cache.length)
     # Rows with nothing before them can't have saved up more budget than these tokens' own.
     bound = min(chunk, cache.max_tokens) if fresh else cache.max_tokens
-    groups, memories, record = [], [], cache.record
+    groups, memories, trace = [], [], cache.trace
     for index, (start, end) in enumerate(config.groups()):
         if index:
             fork, memory = model.forks[index - 1], cache.memories[index - 1]
@@ -277,12 +277,12 @@ def advance(
             else:
                 streams, memory = fork.extend(streams, memory, bound)
             memories.append(memory)
-            record = _note(record, index - 1, streams)
+            trace = _note(trace, index - 1, streams)
         run = list(zip(layers[start:end], config.rotary_layers[start:end], strict=True))
         streams, group = _through(streams, run, cache.groups[index], config, fresh)
         groups.append(group)
     cache = dataclasses.replace(
-        cache, length=after, groups=tuple(groups), memories=tuple(memories), record=record
+        cache, length=after, groups=tuple(groups), memories=tuple(memories), trace=trace
     )
     return streams, cache
 
@@ -290,10 +290,10 @@ def advance(
 def _through(
     streams: Streams,
     layers: Sequence[tuple[Block, bool | None]],
-    group: Group,
+    group: KVSegment,
     config: ModelConfig,
     fresh: bool,
-) -> tuple[Streams, Group]:
+) -> tuple[Streams, KVSegment]:
     """Streams through the blocks of a group, which sees the slots of earlier ones before them.
 
     Each block comes with what `ModelConfig.rotary_layers` says of it.
@@ -326,7 +326,7 @@ def _through(
         keys.append(key)
         values.append(value)
     count = before + alive.sum(axis=1, dtype=jnp.int32)
-    return streams, Group(count, tuple(keys), tuple(values), bias)
+    return streams, KVSegment(count, tuple(keys), tuple(values), bias)
 
 
 def _at_start(stored: jax.Array, new: jax.Array) -> jax.Array:
@@ -351,10 +351,10 @@ def _append_heads_first(stored, new, used, valid):
     return jax.vmap(write)(stored, new.astype(stored.dtype), used, valid)
 
 
-def _note(record: Record, fork: int, streams: Streams) -> Record:
+def _note(trace: Trace, fork: int, streams: Streams) -> Trace:
     """Write the bubbles of new tokens as a fork layer left them."""
     streams_of, score_of = bubbles_of(streams)
     real = jnp.arange(streams.num_tokens) < streams.length[:, None]
-    counts = append(record.streams[fork], streams_of, streams.first, real)
-    scores = append(record.score[fork], score_of, streams.first, real)
-    return Record(record.streams.at[fork].set(counts), record.score.at[fork].set(scores))
+    counts = append(trace.streams[fork], streams_of, streams.first, real)
+    scores = append(trace.score[fork], score_of, streams.first, real)
+    return Trace(trace.streams.at[fork].set(counts), trace.score.at[fork].set(scores))

@@ -50,7 +50,7 @@ def generate(
     min_p: float | None = None,
     seed: int = 0,
     stop: Sequence[int] = (),
-    choices: int | None = None,
+    valid_vocab_size: int | None = None,
     policy: Policy | None = None,
     cached: bool | None = None,
 ) -> list[list[int]]:
@@ -67,7 +67,8 @@ def generate(
         seed: of the samples. A row's key is made of the seed, its prompt, and how many equal
             prompts stand before it, so that equal prompts get different texts.
         stop: a row ends after any of these ids (which is returned).
-        choices: only ids below it are chosen, where the tokenizer has fewer ids than the model.
+        valid_vocab_size: only ids below it are chosen, where the tokenizer has fewer ids than the
+            model.
         policy: decode under this one in place of the model's own.
         cached: keep keys and values, or recompute the prefix for every token; None caches where
             the model is causal.
@@ -86,9 +87,9 @@ def generate(
     elif cached:
         check_cacheable(model.config)
     sampling = Sampling.of(temperature, top_k, top_p, min_p)
-    if not _check(model, prompts, max_new_tokens, choices):
+    if not _check(model, prompts, max_new_tokens, valid_vocab_size):
         return []
-    request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, choices)
+    request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size)
     if cached:
         return _decode(model, prompts, request, read_all=False)[0]
     new, count = _recompute(model, *_padded(prompts, max_new_tokens), request)
@@ -106,7 +107,7 @@ def generate_with_bubbles(
     min_p: float | None = None,
     seed: int = 0,
     stop: Sequence[int] = (),
-    choices: int | None = None,
+    valid_vocab_size: int | None = None,
     policy: Policy | None = None,
 ) -> list[Generation]:
     """`generate` with a cache, and what the fork layers did to each token on the way.
@@ -118,11 +119,11 @@ def generate_with_bubbles(
         model = model.with_policy(policy)
     check_cacheable(model.config)
     sampling = Sampling.of(temperature, top_k, top_p, min_p)
-    if not _check(model, prompts, max_new_tokens, choices):
+    if not _check(model, prompts, max_new_tokens, valid_vocab_size):
         return []
-    request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, choices)
+    request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size)
     texts, cache = _decode(model, prompts, request, read_all=True)
-    streams, score = np.asarray(cache.record.streams), np.asarray(cache.record.score)
+    streams, score = np.asarray(cache.trace.streams), np.asarray(cache.trace.score)
     found = []
     for row, (prompt, new) in enumerate(zip(prompts, texts, strict=True)):
         end = len(prompt) + len(new)
@@ -140,21 +141,23 @@ class _Request:
     keys: jax.Array
     stop: jax.Array
     max_new_tokens: jax.Array
-    choices: jax.Array
+    valid_vocab_size: jax.Array
 
     @classmethod
-    def of(cls, model, prompts, max_new_tokens, sampling, seed, stop, choices) -> "_Request":
+    def of(
+        cls, model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size
+    ) -> "_Request":
         return cls(
             sampling,
             _row_keys(seed, [tuple(prompt) for prompt in prompts]),
             jnp.asarray(list(stop), jnp.int32),
             jnp.int32(max_new_tokens),
-            jnp.int32(model.config.vocab_size if choices is None else choices),
+            jnp.int32(model.config.vocab_size if valid_vocab_size is None else valid_vocab_size),
         )
 
     def choose(self, logits: jax.Array, length: jax.Array) -> jax.Array:
         """The next id of each row, `[B]`, or -1 where logits are NaN; `length [B]` before it."""
-        allowed = jnp.arange(logits.shape[-1]) < self.choices
+        allowed = jnp.arange(logits.shape[-1]) < self.valid_vocab_size
         keys = jax.vmap(jax.random.fold_in)(self.keys, length)
         return sample(jnp.where(allowed, logits, -jnp.inf), keys, self.sampling)
 
@@ -164,13 +167,15 @@ class _Request:
         return stopped | (chosen < 0) | (count >= self.max_new_tokens)
 
 
-def _check(model, prompts, max_new_tokens, choices) -> bool:
+def _check(model, prompts, max_new_tokens, valid_vocab_size) -> bool:
     """Raise for a mistake in the arguments; whether there is anything to continue."""
     vocab = model.config.vocab_size
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
-    if choices is not None and not 1 <= choices <= vocab:
-        raise ValueError(f"choices={choices}: choose from 1 to vocab_size={vocab}")
+    if valid_vocab_size is not None and not 1 <= valid_vocab_size <= vocab:
+        raise ValueError(
+            f"valid_vocab_size={valid_vocab_size}: choose from 1 to vocab_size={vocab}"
+        )
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(

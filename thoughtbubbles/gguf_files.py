@@ -131,7 +131,7 @@ class GGUFFile:
             text,
             name=str(self.path),
             bos=None if named["bos"] is None else tokens[named["bos"]],
-            ends=[tokens[end] for end in ends],
+            stop_tokens=[tokens[end] for end in ends],
             chat_template=self._field("tokenizer.chat_template", None),
         )
 

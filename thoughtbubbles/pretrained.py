@@ -303,7 +303,7 @@ def _texts(fields: dict[str, Any], tokenizer: PretrainedTokenizer) -> dict[str, 
     """The small files of a folder."""
     begin = None if tokenizer.bos is None else tokenizer.id(tokenizer.bos)
     # All of them, since a family's defaults may lie outside the vocabulary.
-    ids = {"bos_token_id": begin, "eos_token_id": list(tokenizer.ends), "pad_token_id": None}
+    ids = {"bos_token_id": begin, "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": None}
     words = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

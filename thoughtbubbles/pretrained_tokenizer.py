@@ -26,14 +26,14 @@ class PretrainedTokenizer:
         text: the tokenizer.json.
         name: for people, and for errors.
         bos: the token that the model calls its beginning, for chat templates.
-        ends: tokens after which a text is over.
+        stop_tokens: tokens after which a text is over.
         chat_template: in Jinja, or None.
 
     Attributes:
         name, chat_template: as given.
         vocab_size: all ids are below it.
         bos, eos: tokens, as templates know them; None where there is none.
-        ends: ids after which a text is over; the separator where no file tells.
+        stop_ids: tokens after which a text is over; the separator where no file tells.
         separator: id in front of a document: what the tokenizer itself puts there, or
             `<|endoftext|>`, or the first end.
 
@@ -47,7 +47,7 @@ class PretrainedTokenizer:
         *,
         name: str = "tokenizer.json",
         bos: str | None = None,
-        ends: Sequence[str] = (),
+        stop_tokens: Sequence[str] = (),
         chat_template: str | None = None,
     ):
         import tokenizers
@@ -62,22 +62,22 @@ class PretrainedTokenizer:
         self._tokenizer.no_padding()
         self._vocabulary = vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        unknown = [token for token in (bos, *ends) if token and token not in vocabulary]
+        unknown = [token for token in (bos, *stop_tokens) if token and token not in vocabulary]
         if unknown:
             raise ValueError(f"{name} has no token {unknown[0]!r}, which the model's files name")
-        self.bos, self.eos = bos, next(iter(ends), None)
-        given = [vocabulary[token] for token in ends]
+        self.bos, self.eos = bos, next(iter(stop_tokens), None)
+        given = [vocabulary[token] for token in stop_tokens]
         before = self._tokenizer.encode("").ids[:1]
         separators = [*before, *(vocabulary[t] for t in [SEPARATOR] if t in vocabulary), *given]
         if not separators:
             raise ValueError(f"{name}: no file of the model names its end token (eos_token)")
         self.separator: int = separators[0]
-        self.ends: tuple[int, ...] = tuple(dict.fromkeys(given or separators[:1]))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(given or separators[:1]))
 
     @property
-    def end_tokens(self) -> list[str]:
-        """`ends` as the vocabulary spells them."""
-        return [token for id_ in self.ends if (token := self._tokenizer.id_to_token(id_))]
+    def stop_tokens(self) -> list[str]:
+        """`stop_ids` as the vocabulary spells them."""
+        return [token for id_ in self.stop_ids if (token := self._tokenizer.id_to_token(id_))]
 
     @classmethod
     def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> "PretrainedTokenizer":
@@ -94,17 +94,17 @@ class PretrainedTokenizer:
         told = _optional_json(folder / "tokenizer_config.json")
         generation = _optional_json(folder / "generation_config.json")
         tokens = _tokens_by_id(text, str(file))
-        ends = [_content(told.get("eos_token"))]
+        stop_tokens = [_content(told.get("eos_token"))]
         for source in (generation, config):
             found = source.get("eos_token_id")
             ids = found if isinstance(found, list) else [found]
-            ends += [tokens.get(index) for index in ids if index is not None]
+            stop_tokens += [tokens.get(index) for index in ids if index is not None]
         template = folder / "chat_template.jinja"
         return cls(
             text,
             name=str(file),
             bos=_content(told.get("bos_token")) or tokens.get(config.get("bos_token_id")),
-            ends=list(dict.fromkeys(token for token in ends if token)),
+            stop_tokens=list(dict.fromkeys(token for token in stop_tokens if token)),
             chat_template=(
                 template.read_text(encoding="utf-8")
                 if template.is_file()

@@ -1,6 +1,6 @@
 """Held-out loss that tells the truth: prefix-only for models whose policy is not causal.
 
-Of a trained run, also under other dials: python -m train.evaluate --checkpoint runs/tiny
+Of a trained run, also under policy overrides: python -m train.evaluate --checkpoint runs/tiny
 Scores of tasks, of pretrained models too: python -m train.evaluate --model smollm2 --tasks a.jsonl
 """
 
@@ -14,7 +14,7 @@ from train.cli.figures import check_figure
 from train.devices.mesh import MeshConfig, check_batch, make_mesh
 from train.engine.config import EvalConfig
 from train.evaluation.held_out import held_out, readable, validation_rows
-from train.evaluation.policy_overrides import Setting, figure, table, turn
+from train.evaluation.policy_overrides import Setting, figure, override_policy, table
 from train.evaluation.scoring import Scorer
 from train.evaluation.task_files import read_task
 from train.evaluation.task_scores import (
@@ -25,12 +25,12 @@ from train.evaluation.task_scores import (
     write_records,
     write_results,
 )
-from train.models.load import Writer, check_named, load_model, load_named
+from train.models.load import LanguageModel, check_named, load_model, load_named
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out loss of a trained run, also under another policy or dial than it was trained with;
+    """Held-out loss of a trained run, also under policy overrides;
     or scores of tasks, of a run or of a pretrained model.
 
     Attributes:
@@ -128,7 +128,7 @@ def score_tasks(config: EvaluateConfig) -> None:
 
 
 def score_held_out(config: EvaluateConfig) -> None:
-    """Print the held-out loss of each setting of the dials."""
+    """Print the held-out loss of each policy override."""
     if config.figure:
         if not (config.sweep or config.sweep_offset):
             raise ValueError(f"figure {config.figure} shows a sweep: add --sweep 1.0 1.5 2.0")
@@ -152,21 +152,24 @@ def score_held_out(config: EvaluateConfig) -> None:
         print(f"figure: {Path(config.figure).absolute()}")
 
 
-def policies(config: EvaluateConfig, loaded: Writer) -> dict[str, Policy]:
+def policies(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Policy]:
     """The policies asked for, by the name of their setting."""
     if config.sweep and config.sweep_offset:
-        raise ValueError("--sweep and --sweep-offset turn two dials at once: choose one of them")
-    dials = (config.policy, config.ratio, config.window, config.threshold_offset)
-    turned = any(dial is not None for dial in dials) or config.sweep or config.sweep_offset
+        raise ValueError("--sweep and --sweep-offset are two settings at once: choose one")
+    overrides = (config.policy, config.ratio, config.window, config.threshold_offset)
+    turned = any(value is not None for value in overrides) or config.sweep or config.sweep_offset
     if turned and not loaded.model.config.fork_layers:
         name = config.checkpoint or config.model
         raise ValueError(f"{name} is a plain decoder: it has no policy to change")
     policy = config.policy or loaded.model.config.policy
-    policy = turn(policy, config.ratio, config.window, config.threshold_offset)
+    policy = override_policy(policy, config.ratio, config.window, config.threshold_offset)
     if config.sweep:
-        return {f"ratio {ratio:g}": turn(policy, ratio=ratio) for ratio in config.sweep}
+        return {f"ratio {ratio:g}": override_policy(policy, ratio=ratio) for ratio in config.sweep}
     if config.sweep_offset:
-        return {f"offset {o:+g}": turn(policy, threshold_offset=o) for o in config.sweep_offset}
+        return {
+            f"offset {o:+g}": override_policy(policy, threshold_offset=o)
+            for o in config.sweep_offset
+        }
     return {"": policy}
 
 

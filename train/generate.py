@@ -10,9 +10,9 @@ from typing import Literal
 from thoughtbubbles import Backbone, Policy
 from train.cli.command import run_command
 from train.cli.figures import check_figure
-from train.evaluation.policy_overrides import turn
+from train.evaluation.policy_overrides import override_policy
 from train.models.generation import answer, map_of_text, write
-from train.models.load import Writer, load_named
+from train.models.load import LanguageModel, load_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +101,16 @@ def main(config: GenerateConfig) -> None:
         print(f"bubble map: {Path(config.figure).absolute()}")
 
 
-def under_policy(loaded: Writer, config: GenerateConfig) -> Writer:
-    """The model with the policy and dials that were asked for."""
-    dials = (config.ratio, config.window, config.threshold_offset)
-    if config.policy is None and all(dial is None for dial in dials):
+def under_policy(loaded: LanguageModel, config: GenerateConfig) -> LanguageModel:
+    """The model with the policy and overrides that the config names."""
+    overrides = (config.ratio, config.window, config.threshold_offset)
+    if config.policy is None and all(value is None for value in overrides):
         return loaded
     if not loaded.model.config.fork_layers:
         name = config.checkpoint or config.model
         raise ValueError(f"{name} is a plain decoder: it has no policy to change")
-    model = loaded.model.with_policy(turn(config.policy or loaded.model.config.policy, *dials))
+    policy = override_policy(config.policy or loaded.model.config.policy, *overrides)
+    model = loaded.model.with_policy(policy)
     memory = loaded.memgen and loaded.memgen.with_reasoner(Backbone(model))
     return dataclasses.replace(loaded, model=model, memgen=memory)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from train.cli.command import run_command
-from train.devices.distributed import agreed, together
+from train.devices.distributed import distributed_context, sync_errors
 from train.devices.mesh import rows_here
 from train.engine.loop import NonFiniteLoss
 from train.models.generation import map_of_text, write
@@ -21,7 +21,7 @@ from train.runs.run_folder import check_continuation
 
 def main(config: RunConfig) -> None:
     """Train, then show a sample and where the model forked in it."""
-    with together(config.distributed):
+    with distributed_context(config.distributed):
         if config.dry_run:
             dry_run(config)
             return
@@ -46,7 +46,7 @@ def main(config: RunConfig) -> None:
 
 def dry_run(config: RunConfig) -> None:
     """Check what can be checked without reading data, and say what would be run."""
-    with agreed():
+    with sync_errors():
         config = on_weights(config)
         trainable = make_run(config)
         saved = load_meta(config.out)

@@ -8,22 +8,22 @@ import sys
 import jax
 
 from train.cli.command import run_command
-from train.devices.distributed import together
+from train.devices.distributed import distributed_context
 from train.engine.loop import NonFiniteLoss, run
-from train.finetuning.job import Finetuning, SFTConfig
+from train.finetuning.job import SFTConfig, SFTJob
 from train.runs.checkpoint import load_meta
 
 
 def main(config: SFTConfig) -> None:
     """Train, and say how to try it."""
-    with together(config.distributed):
+    with distributed_context(config.distributed):
         if config.dry_run:
-            work = Finetuning(config)
+            work = SFTJob(config)
             if jax.process_index() == 0:
                 print(work.describe(0))
             return
         try:
-            run(lambda: Finetuning(config), config)
+            run(lambda: SFTJob(config), config)
         except NonFiniteLoss as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

@@ -30,11 +30,11 @@ from train.data.chat_data import ChatDataConfig
 from train.engine.config import EvalConfig
 from train.engine.loop import run
 from train.engine.optim import OptimizerConfig
-from train.finetuning.job import Finetuning, SFTConfig
+from train.finetuning.job import SFTConfig, SFTJob
 from train.pretraining.config import RunConfig
 from train.pretraining.job import train
 from train.rl.config import RLConfig
-from train.rl.job import Reinforcing
+from train.rl.job import RLJob
 from train.rl.loop import train as train_rl
 from train.rl.methods import METHODS
 from train.runs.metrics import read_metrics
@@ -197,7 +197,7 @@ def in_folder(inside: Callable[[Path], Values]) -> Values:
         return inside(Path(folder))
 
 
-def tuned(folder: Path, kind: Any) -> Values:
+def finetunable(folder: Path, kind: Any) -> Values:
     pretrained(folder, model=dataclasses.replace(MODEL, fork_layers=()))
     lines = [{"prompt": f"{number}ab=", "completion": f"{number}, ok."} for number in range(64)]
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -214,12 +214,12 @@ def tuned(folder: Path, kind: Any) -> Values:
         log_every=1,
         out=str(folder / "tuned"),
     )
-    held_out = run(lambda: Finetuning(config), config)
+    held_out = run(lambda: SFTJob(config), config)
     return {"metrics": numbers(folder / "tuned"), "held_out": held_out}
 
 
 for kind in ("all", "lora", "weaver"):
-    RUNS[f"sft: {kind}"] = lambda kind=kind: in_folder(lambda folder: tuned(folder, kind))
+    RUNS[f"sft: {kind}"] = lambda kind=kind: in_folder(lambda folder: finetunable(folder, kind))
 
 
 def reinforced(folder: Path, **changes: Any) -> Values:
@@ -228,7 +228,7 @@ def reinforced(folder: Path, **changes: Any) -> Values:
         memgen=dataclasses.replace(rl_tiny.MEMGEN, trigger=None),
         steps=2,
         batch_size=4,
-        rollouts=4,
+        num_generations=4,
         max_batches=2,
         max_new_tokens=4,
         log_every=1,
@@ -238,7 +238,7 @@ def reinforced(folder: Path, **changes: Any) -> Values:
         **changes,
     )
     task = rl_tiny.Echo() if changes["method"] == "rebn" else rl_tiny.Vowels()
-    work = Reinforcing(config, rl_tiny.writer(), task, devices=jax.devices()[:1])
+    work = RLJob(config, rl_tiny.writer(), task, devices=jax.devices()[:1])
     return {"held_out": train_rl(work), "metrics": numbers(folder)}
 
 

@@ -87,11 +87,11 @@ class FromScratch(nnx.Module):
         return self.decoder.vocab_size
 
     @property
-    def adaptable(self):
-        return self.decoder.adaptable
+    def lora_targets(self):
+        return self.decoder.lora_targets
 
-    def adapted(self, adapter):
-        return FromScratch(self.decoder.adapted(adapter), self.slots, weaves=True)
+    def apply_lora(self, adapter):
+        return FromScratch(self.decoder.apply_lora(adapter), self.slots, weaves=True)
 
     def for_decoding(self):
         return FromScratch(self.decoder.for_decoding(), self.slots, self.weaves)
@@ -99,8 +99,8 @@ class FromScratch(nnx.Module):
     def embed_tokens(self, tokens):
         return self.decoder.embed_tokens(tokens)
 
-    def read(self, x, length=None, *, positions=None, visible=None):
-        return self.decoder.read(x, length, positions=positions, visible=visible)
+    def hidden_states(self, x, length=None, *, positions=None, visible=None):
+        return self.decoder.hidden_states(x, length, positions=positions, visible=visible)
 
     def unembed(self, hidden):
         return self.decoder.unembed(hidden)
@@ -126,7 +126,9 @@ class FromScratch(nnx.Module):
             def read(rows):
                 some = rows[:, :span]
                 if self.weaves:
-                    return jnp.pad(self.decoder.read(some, after), self._rest(span, room)), None
+                    return jnp.pad(
+                        self.decoder.hidden_states(some, after), self._rest(span, room)
+                    ), None
                 empty = self.decoder.init_cache(rows.shape[0], room)
                 hidden, new = self.decoder.extend(empty, some, after, fresh=True)
                 return jnp.pad(hidden, self._rest(span, room)), new
@@ -247,7 +249,7 @@ def training_step(config: MemGenBenchmark, latents_see_latents: bool | None) -> 
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
     tokens = jnp.asarray(tokens)
     place = jnp.arange(shape[1])
-    supervised = jnp.broadcast_to((place >= length // 2) & (place < length), shape)
+    loss_mask = jnp.broadcast_to((place >= length // 2) & (place < length), shape)
     point = length // 2 + jnp.arange(events) * (length // 2 // events)
     point = jnp.broadcast_to(point, (shape[0], events)).astype(jnp.int32)
     kind = jnp.broadcast_to(jnp.arange(events) > 0, point.shape).astype(jnp.int32)
@@ -259,11 +261,11 @@ def training_step(config: MemGenBenchmark, latents_see_latents: bool | None) -> 
         def loss(params):
             memgen = nnx.merge(graphdef, params, rest)
             if latents_see_latents is not None:
-                return sft_loss(memgen, tokens, supervised, plan)[0]
+                return sft_loss(memgen, tokens, loss_mask, plan)[0]
             vectors = memgen.reasoner.embed_tokens(tokens)
             read = memgen.weaving().read(memgen.weaver.context(vectors))
-            hidden = memgen.reasoner.read(vectors + memgen.weaver.memory(read))
-            return -token_log_probs(memgen.reasoner, hidden, tokens, supervised).sum()
+            hidden = memgen.reasoner.hidden_states(vectors + memgen.weaver.memory(read))
+            return -token_log_probs(memgen.reasoner, hidden, tokens, loss_mask).sum()
 
         return jax.value_and_grad(loss)(params)
 

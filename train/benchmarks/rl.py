@@ -10,9 +10,9 @@ from flax import nnx
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from train.benchmarks.memgen import interleaved
 from train.data import ByteTokenizer
-from train.models.load import Writer
+from train.models.load import LanguageModel
 from train.rl.config import RLConfig
-from train.rl.job import Reinforcing
+from train.rl.job import RLJob
 from train.rl.rollout.sampler import Sampled, Sampler, row_keys
 from train.rl.types import Completion, Problem, Reward, Split
 
@@ -24,7 +24,7 @@ class RLBenchmark:
     Attributes:
         prompts: tokens of a prompt; one measurement each.
         new_tokens: of a rollout.
-        rollouts: of a prompt.
+        num_generations: of a prompt.
         problems: of a step.
         accumulate: parts of an update.
         repeats: of each measurement; the smallest time counts.
@@ -35,7 +35,7 @@ class RLBenchmark:
     num_heads: int = 2
     prompts: tuple[int, ...] = (224, 992)
     new_tokens: int = 32
-    rollouts: int = 64
+    num_generations: int = 64
     problems: int = 1
     accumulate: int = 8
     repeats: int = 3
@@ -75,7 +75,8 @@ def main(config: RLBenchmark) -> None:
     """Print where the time of a step goes, and what it saves that a prompt is read once."""
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.new_tokens} new tokens; "
-        f"{config.problems} x {config.rollouts} rollouts a step, {config.rollouts} of one prompt"
+        f"{config.problems} x {config.num_generations} rollouts a step, "
+        f"{config.num_generations} of one prompt"
     )
     print("prompt  rollout tok/s  update tok/s  share of rollouts | prompt read once s  "
           "by each row s  times as fast")  # fmt: skip
@@ -98,7 +99,7 @@ def main(config: RLBenchmark) -> None:
         )
 
 
-def reinforcing(config: RLBenchmark, length: int, folder: str) -> Reinforcing:
+def reinforcing(config: RLBenchmark, length: int, folder: str) -> RLJob:
     """GRPO on prompts of that many tokens."""
     model = ModelConfig(
         vocab_size=ByteTokenizer.vocab_size,
@@ -111,17 +112,17 @@ def reinforcing(config: RLBenchmark, length: int, folder: str) -> Reinforcing:
         train="all",
         task="long prompts",
         batch_size=config.problems,
-        rollouts=config.rollouts,
+        num_generations=config.num_generations,
         accumulate=config.accumulate,
         max_new_tokens=config.new_tokens,
-        max_rows=config.problems * config.rollouts,
+        max_rows=config.problems * config.num_generations,
         out=folder,
     )
-    writer = Writer(Thoughtbubbles(model, rngs=nnx.Rngs(0)), ByteTokenizer())
-    return Reinforcing(run, writer, LongPrompts(length))
+    lm = LanguageModel(Thoughtbubbles(model, rngs=nnx.Rngs(0)), ByteTokenizer())
+    return RLJob(run, lm, LongPrompts(length))
 
 
-def best_step(work: Reinforcing, repeats: int) -> dict[str, float]:
+def best_step(work: RLJob, repeats: int) -> dict[str, float]:
     """Tokens written in a step, and the smallest seconds of each half after a first one."""
     state, steps = work.first_state(), []
     for _ in range(repeats + 1):
@@ -136,10 +137,10 @@ def best_step(work: Reinforcing, repeats: int) -> dict[str, float]:
 class Reading:
     """All rollouts of one prompt, timed: it is read once for all, or by each row for itself."""
 
-    def __init__(self, work: Reinforcing, config: RLBenchmark, shared: bool):
+    def __init__(self, work: RLJob, config: RLBenchmark, shared: bool):
         self._sampler: Sampler = work.sampler(work.first_state().weights)
         problem = work.problems("test", 0, 1)[0]
-        prompt, rows = work.writer.prompt(problem.prompt), config.rollouts
+        prompt, rows = work.lm.prompt(problem.prompt), config.num_generations
         self._prompts, self._source = [prompt] * rows, list(range(rows))
         if shared:
             self._prompts, self._source = [prompt], [0] * rows

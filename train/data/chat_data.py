@@ -81,7 +81,7 @@ class ChatRows:
     """
 
     tokens: np.ndarray
-    supervised: np.ndarray
+    loss_mask: np.ndarray
     segment: np.ndarray
     position: np.ndarray
 
@@ -107,7 +107,7 @@ class ChatRows:
             raise DataError(f"a batch of {batch_size} rows: choose at least 1")
         count = len(self) if limit is None else min(limit, len(self))
         chosen = np.arange(count) * len(self) // max(count, 1)
-        filler = {"tokens": PADDING, "supervised": False, "segment": -1, "position": 0, "rows": -1}
+        filler = {"tokens": PADDING, "loss_mask": False, "segment": -1, "position": 0, "rows": -1}
         for start in range(0, count, batch_size):
             batch = self.read(chosen[start : start + batch_size])
             missing = batch_size - len(batch["rows"])
@@ -263,7 +263,7 @@ class Conversation:
 def _plain(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
     encode = lambda text: tokenizer.encode(text)[0].tolist()  # noqa: E731
     if isinstance(tokenizer, PretrainedTokenizer):
-        return text_example(tokenizer.prompt, encode, prompt, completion, tokenizer.ends[0])
+        return text_example(tokenizer.prompt, encode, prompt, completion, tokenizer.stop_ids[0])
     separator = tokenizer.separator
     return text_example(
         lambda text: [separator, *encode(text)], encode, prompt, completion, separator
@@ -350,14 +350,14 @@ def _rows(
     shown = tqdm(conversations, "tokenising", unit="conversation", leave=False, disable=None)
     for example in (example for chat in shown for example in chat.examples(tokenizer)):
         counts["texts"] += 1
-        supervised = np.array(example.supervised[:width])
-        supervised[:1] = False  # nothing stands before it that could foretell it
-        if not supervised.any():
+        loss_mask = np.array(example.loss_mask[:width])
+        loss_mask[:1] = False  # nothing stands before it that could foretell it
+        if not loss_mask.any():
             counts["dropped"] += 1
             continue
         counts["cut"] += len(example.ids) > width
-        end = int(np.flatnonzero(supervised)[-1]) + 1  # a cut one may go on with a question
-        kept.append((np.array(example.ids[:end], np.int32), supervised[:end]))
+        end = int(np.flatnonzero(loss_mask)[-1]) + 1  # a cut one may go on with a question
+        kept.append((np.array(example.ids[:end], np.int32), loss_mask[:end]))
     if not kept:
         raise DataError(
             f"the {what} have no assistant token within seq_len={config.seq_len} and one more in "
@@ -373,12 +373,12 @@ def _rows(
     )
     for row, members in enumerate(packed):
         start = 0
-        for segment, (ids, supervised) in enumerate(kept[member] for member in members):
+        for segment, (ids, loss_mask) in enumerate(kept[member] for member in members):
             here = row, slice(start, start + len(ids))
-            rows.tokens[here], rows.supervised[here] = ids, supervised
+            rows.tokens[here], rows.loss_mask[here] = ids, loss_mask
             rows.segment[here], rows.position[here] = segment, np.arange(len(ids))
             start += len(ids)
-    counts |= {"tokens": sum(lengths), "supervised": int(rows.supervised.sum())}
+    counts |= {"tokens": sum(lengths), "supervised": int(rows.loss_mask.sum())}
     return rows, counts | {"rows": len(packed)}
 
 
@@ -417,7 +417,7 @@ def one_response_rows(rows: ChatRows) -> ChatRows:
 
     A weaver remembers for one response; what came before is context without memory.
     """
-    marks = rows.supervised
+    marks = rows.loss_mask
     begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
     ends = marks & ~np.pad(marks, ((0, 0), (0, 1)))[:, 1:]
     row, first = np.nonzero(begins)
@@ -426,7 +426,7 @@ def one_response_rows(rows: ChatRows) -> ChatRows:
     within = place <= last[:, None]
     return ChatRows(
         tokens=np.where(within, rows.tokens[row], -1).astype(np.int32),
-        supervised=within & (place >= first[:, None]),
+        loss_mask=within & (place >= first[:, None]),
         segment=np.where(within, rows.segment[row], -1).astype(np.int32),
         position=np.where(within, rows.position[row], 0).astype(np.int32),
     )

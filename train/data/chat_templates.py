@@ -28,7 +28,7 @@ class Example:
     """
 
     ids: list[int]
-    supervised: list[bool]
+    loss_mask: list[bool]
 
 
 def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> list[int]:
@@ -67,7 +67,7 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
             answer, or ends an answer with none of the model's end tokens.
     """
     assert tokenizer.chat_template is not None
-    ends = {*tokenizer.ends, tokenizer.separator}
+    ends = {*tokenizer.stop_ids, tokenizer.separator}
     fill = functools.partial(
         render,
         tokenizer.chat_template,
@@ -77,7 +77,7 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
     )
     examples: list[Example] = []
     ids: list[int] = []
-    supervised: list[bool] = []
+    loss_mask: list[bool] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -107,12 +107,12 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
                 "rewrite it"
             )
         if before[: len(ids)] != ids:  # the past reads otherwise now
-            examples.append(Example(ids, supervised))
-            supervised = []
-        unseen = len(before) - len(supervised)
+            examples.append(Example(ids, loss_mask))
+            loss_mask = []
+        unseen = len(before) - len(loss_mask)
         ids = before + answer[:length]
-        supervised = supervised + [False] * unseen + [True] * length
-    return [*examples, Example(ids, supervised)]
+        loss_mask = loss_mask + [False] * unseen + [True] * length
+    return [*examples, Example(ids, loss_mask)]
 
 
 def text_example(

@@ -70,7 +70,7 @@ class DistributedConfig:
 
 
 @contextlib.contextmanager
-def together(config: DistributedConfig) -> Iterator[None]:
+def distributed_context(config: DistributedConfig) -> Iterator[None]:
     """Be one of the processes of a run for the length of this block.
 
     Must come before the first use of a device. Whatever ends the block early ends the process, with
@@ -224,7 +224,7 @@ _last_words = _LastWords()
 _rounds = itertools.count()  # all processes agree in the same order
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether other processes take part in this run."""
     return global_state.client is not None and global_state.num_processes > 1
 
@@ -233,7 +233,7 @@ def _client() -> Any:
     return global_state.client
 
 
-def tell(value: Any) -> list[Any]:
+def broadcast(value: Any) -> list[Any]:
     """What each process of several says (JSON), by its number; all must come."""
     client, topic = _client(), f"thoughtbubbles/{next(_rounds)}"
     client.key_value_set(f"{topic}/{global_state.process_id}", json.dumps(value))
@@ -243,9 +243,9 @@ def tell(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
+def sync_errors() -> Iterator[None]:
     """What raises a `ValueError` or `OSError` in one process raises one in all."""
-    if not several():
+    if not is_multiprocess():
         yield
         return
     own: Exception | None = None
@@ -253,7 +253,7 @@ def agreed() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         own = error
-    told = tell(own and _first_line(own))
+    told = broadcast(own and _first_line(own))
     if own is not None:
         raise own
     for process, line in enumerate(told):
@@ -261,11 +261,11 @@ def agreed() -> Iterator[None]:
             raise ValueError(f"process {process}: {line}")
 
 
-def check_same(what: str, value: Any) -> None:
+def assert_same_on_all_hosts(what: str, value: Any) -> None:
     """Raise in all processes unless all have the same value (JSON)."""
-    if not several():
+    if not is_multiprocess():
         return
-    first, *others = (_flat(what, told) for told in tell(value))
+    first, *others = (_flat(what, told) for told in broadcast(value))
     for process, other in enumerate(others, 1):
         differing = [name for name in first | other if first.get(name) != other.get(name)]
         if differing:
@@ -307,7 +307,7 @@ def ends_when_alone() -> Iterator[None]:
 
 
 def _leave_if_alone(error: BaseException) -> None:
-    if several() and (reason := _loss(error)):
+    if is_multiprocess() and (reason := _loss(error)):
         # Not printed here: jax may be about to abort this process, with much to say.
         _last_words.say(
             f"error: process {global_state.process_id} of {global_state.num_processes}: another "

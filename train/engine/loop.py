@@ -17,7 +17,12 @@ import numpy as np
 
 from train.cli.config_json import as_json
 from train.data import Batch, TrainReader
-from train.devices.distributed import agreed, check_same, ends_when_alone, several
+from train.devices.distributed import (
+    assert_same_on_all_hosts,
+    ends_when_alone,
+    is_multiprocess,
+    sync_errors,
+)
 from train.devices.mesh import place_local, rows_here
 from train.engine.config import LoopConfig
 from train.engine.fork_metrics import readable as fork_metrics
@@ -32,7 +37,7 @@ from train.runs.run_folder import (
     check_base,
     check_continuation,
     check_data,
-    only_run_in,
+    run_lock,
     save_evidence,
     write_whole,
 )
@@ -51,7 +56,7 @@ class Pending:
     metrics: dict[str, Any]
 
 
-class Work(Protocol):
+class TrainingJob(Protocol):
     """What a run trains, on what, and how it is scored.
 
     Attributes:
@@ -94,7 +99,7 @@ class Work(Protocol):
     def describe(self, start: int) -> str: ...
 
 
-def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
+def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float]:
     """Run (or continue) a training run to its end and return the final held-out metrics.
 
     Every process of the run calls it with the same config.
@@ -107,11 +112,11 @@ def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
         NonFiniteLoss: the run folder then holds the batch and metrics of that step, and the
             checkpoints before it.
     """
-    born = time.monotonic()
+    start_time = time.monotonic()
     out = Path(config.out)
     main_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        with agreed():
+        with sync_errors():
             work = begin()
             config, trainable, mesh = work.config, work.trainable, work.trainable.mesh
             check_continuation(out, load_meta(out), config)  # before data are prepared
@@ -126,11 +131,11 @@ def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
             **work.meta,
         }
         own = {"distributed": None, "data": {**meta["config"]["data"], "cache_dir": None}}
-        check_same("config", meta["config"] | own)
-        check_same("the fingerprint of the data", data.fingerprint)
-        check_same("the checksum of the frozen weights", meta.get("base"))
-        stack.enter_context(only_run_in(out))
-        with agreed():
+        assert_same_on_all_hosts("config", meta["config"] | own)
+        assert_same_on_all_hosts("the fingerprint of the data", data.fingerprint)
+        assert_same_on_all_hosts("the checksum of the frozen weights", meta.get("base"))
+        stack.enter_context(run_lock(out))
+        with sync_errors():
             saved = load_meta(out)  # now nobody else writes
             check_continuation(out, saved, config)
             check_data(out, saved, data.fingerprint)
@@ -139,7 +144,7 @@ def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
             config.batch_size * work.seq_len,
             work.step_flops,
             peak_flops(mesh, config.peak_tflops),
-            born,
+            start_time,
         )
         train_step = work.train_step()
         checkpointer = stack.enter_context(
@@ -235,7 +240,7 @@ def run(begin: Callable[[], Work], config: LoopConfig) -> dict[str, float]:
 
 
 class Starts(Protocol):
-    """What `restore_or_init` asks of a `Work`."""
+    """What `restore_or_init` asks of a `TrainingJob`."""
 
     config: Any
     trainable: Trainable
@@ -247,7 +252,7 @@ class Starts(Protocol):
 def restore_or_init(checkpointer: Checkpointer, work: Starts) -> TrainState:
     """The newest checkpoint of the run folder, or the initial state."""
     newest = checkpointer.latest_step()
-    check_same("the newest checkpoint", newest)
+    assert_same_on_all_hosts("the newest checkpoint", newest)
     if newest is None:
         return work.first_state()
     abstract = work.trainable.abstract
@@ -273,13 +278,13 @@ def stop_signals() -> Iterator[Any]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        if several():
+        if is_multiprocess():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    numbers = (signal.SIGINT,) if several() else (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGINT,) if is_multiprocess() else (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, note) for number in numbers]
     try:
-        yield lambda: bool(received) and not several()
+        yield lambda: bool(received) and not is_multiprocess()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -21,7 +21,7 @@ from train.engine.config import EvalConfig
 from train.engine.losses import token_losses
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
-from train.models.load import Loaded
+from train.models.load import LoadedRun
 
 
 class Evaluator:
@@ -162,7 +162,7 @@ def readable(metrics: dict[str, float]) -> str:
     return f"{line} (prefix-only); blockwise {metrics['blockwise_loss']:.4f}, not causal"
 
 
-def validation_rows(loaded: Loaded) -> PackedRows:
+def validation_rows(loaded: LoadedRun) -> PackedRows:
     """The held-out rows of a run, from its own corpus."""
     if "weights" in loaded.config:
         raise ValueError(

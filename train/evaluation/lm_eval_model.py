@@ -11,7 +11,7 @@ from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import Message, render
 from train.evaluation.scoring import Scorer
-from train.models.load import Writer, load_model, load_weights
+from train.models.load import LanguageModel, load_model, load_weights
 
 try:
     from lm_eval.api import model as harness  # pyright: ignore[reportMissingImports]
@@ -91,7 +91,7 @@ class HarnessModel(LM):
         self,
         model: str | None = None,
         checkpoint: str | None = None,
-        writer: Writer | None = None,
+        lm: LanguageModel | None = None,
         batch_size: int | str = 16,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -103,17 +103,17 @@ class HarnessModel(LM):
             raise ValueError(INSTALL)
         super().__init__()
         del device, max_batch_size
-        if sum(given is not None for given in (model, checkpoint, writer)) != 1:
+        if sum(given is not None for given in (model, checkpoint, lm)) != 1:
             raise ValueError(f"model={model} checkpoint={checkpoint}: pass one of them")
         if model is not None:
-            writer = load_weights(model)
+            lm = load_weights(model)
         elif checkpoint is not None:
-            writer = load_model(checkpoint)
-        assert writer is not None
-        self._name = model or checkpoint or writer.tokenizer.name
-        self._writer, self._seed, self._max_gen_toks = writer, seed, max_gen_toks
+            lm = load_model(checkpoint)
+        assert lm is not None
+        self._name = model or checkpoint or lm.tokenizer.name
+        self._lm, self._seed, self._max_gen_toks = lm, seed, max_gen_toks
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
-        self._scorer = Scorer(writer, self.batch_size, max_length)
+        self._scorer = Scorer(lm, self.batch_size, max_length)
         self._stops: dict[str, list[int]] = {}
 
     def loglikelihood(
@@ -180,15 +180,15 @@ class HarnessModel(LM):
     @property
     def tokenizer_name(self) -> str:
         """For the harness's caches of requests."""
-        return self._writer.tokenizer.name.replace("/", "__")
+        return self._lm.tokenizer.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
-        return {"model": self._name, "model_num_parameters": self._writer.model.config.num_params()}
+        return {"model": self._name, "model_num_parameters": self._lm.model.config.num_params()}
 
     def _chat_tokenizer(self) -> PretrainedTokenizer:
         """From here on texts spell out their special tokens, as the template renders them."""
-        tokenizer = self._writer.tokenizer
+        tokenizer = self._lm.tokenizer
         if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
             raise ValueError(f"{self._name} has no chat template: leave out apply_chat_template")
         self._scorer.encode = lambda text: tokenizer.rendered(text) or [tokenizer.separator]
@@ -207,22 +207,28 @@ class HarnessModel(LM):
         return ids[-(longest - decoding.max_new_tokens) :]
 
     def _continue(self, prompts: list[list[int]], decoding: Decoding, seed: int) -> list[str]:
-        writer, options = self._writer, dataclasses.asdict(decoding)
+        lm, options = self._lm, dataclasses.asdict(decoding)
         until, length = options.pop("until"), options.pop("max_new_tokens")
-        stop = [*writer.ends, *(token for text in until for token in self._stop_ids(text))]
-        choices = writer.tokenizer.vocab_size
+        stop = [*lm.stop_ids, *(token for text in until for token in self._stop_ids(text))]
+        valid_vocab_size = lm.tokenizer.vocab_size
         # Filled up, so that the last batch finds its program compiled.
         filled = prompts + prompts[-1:] * (self.batch_size - len(prompts))
         new = generate(
-            writer.model, filled, length, stop=stop, choices=choices, seed=seed, **options
+            lm.model,
+            filled,
+            length,
+            stop=stop,
+            valid_vocab_size=valid_vocab_size,
+            seed=seed,
+            **options,
         )
-        texts = [writer.tokenizer.decode(ids) for ids in new[: len(prompts)]]
+        texts = [lm.tokenizer.decode(ids) for ids in new[: len(prompts)]]
         return [cut(text, until) for text in texts]
 
     def _stop_ids(self, text: str) -> list[int]:
         """Ids whose own text holds the stop string, or that are spelled so (special tokens)."""
         if text not in self._stops:
-            tokenizer = self._writer.tokenizer
+            tokenizer = self._lm.tokenizer
             ids = range(tokenizer.vocab_size)
             found = [token for token in ids if text in tokenizer.decode([token])]
             if isinstance(tokenizer, PretrainedTokenizer):

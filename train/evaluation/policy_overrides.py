@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def turn(
+def override_policy(
     policy: Policy,
     ratio: float | None = None,
     window: int | None = None,
     threshold_offset: float | None = None,
 ) -> Policy:
-    """The policy with some dials turned; None leaves one where it is.
+    """The policy with some of its settings replaced; None keeps one.
 
     Raises:
-        ValueError: the policy has no such dial, or not that far.
+        ValueError: the policy has no such setting, or the value is out of range.
     """
     fields = {field.name for field in dataclasses.fields(cast(Any, policy))}
     changes: dict[str, float | int | None] = {}
@@ -32,14 +32,14 @@ def turn(
     if window is not None:
         if "window" not in fields:
             raise ValueError(
-                f"window={window} is a dial of PrefixRank, the policy is {policy}: "
+                f"window={window} is a setting of PrefixRank, the policy is {policy}: "
                 'leave it out, or pass --policy "PrefixRank(...)"'
             )
         changes["window"] = window
     if threshold_offset is not None:
         if "offset" not in fields:
             raise ValueError(
-                f"threshold offset {threshold_offset} is a dial of Threshold, the policy is "
+                f"threshold offset {threshold_offset} is a setting of Threshold, the policy is "
                 f"{policy}: leave it out, or turn ratio"
             )
         changes["offset"] = threshold_offset
@@ -48,7 +48,7 @@ def turn(
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Where a dial stood, and what `Evaluator` found there."""
+    """Value of an override, and what `Evaluator` found there."""
 
     name: str
     policy: Policy

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from thoughtbubbles import Thoughtbubbles
-from train.models.load import Writer
+from train.models.load import LanguageModel
 
 SHORTEST_ROW = 16
 AT_ONCE = 8  # positions of a row whose logits are held together
@@ -56,29 +56,29 @@ class Scorer:
         quiet: show no progress.
 
     Attributes:
-        encode: ids of a text to be continued; `writer.prompt`, but for rendered chats.
+        encode: ids of a text to be continued; `lm.prompt`, but for rendered chats.
         truncated: rows so far that lost the beginning of their context.
     """
 
     def __init__(
         self,
-        writer: Writer,
+        lm: LanguageModel,
         batch_size: int = 16,
         max_length: int | None = None,
         quiet: bool = False,
     ):
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise ValueError(f"batch_size={batch_size} max_length={max_length}: choose 1 or more")
-        if writer.memgen is not None:
+        if lm.memgen is not None:
             raise ValueError(
                 "tasks are scored without latent memory, and this run has a weaver: score the "
                 "weights that it stands beside"
             )
-        self.encode: Callable[[str], list[int]] = writer.prompt
+        self.encode: Callable[[str], list[int]] = lm.prompt
         self.truncated = 0
-        self.max_length = writer.context_length if max_length is None else max_length
-        self._writer, self._batch_size, self.quiet = writer, batch_size, quiet
-        self._causal = writer.model.config.causal
+        self.max_length = lm.context_length if max_length is None else max_length
+        self._lm, self._batch_size, self.quiet = lm, batch_size, quiet
+        self._causal = lm.model.config.causal
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """Scores of (context, continuation) pairs.
@@ -101,7 +101,7 @@ class Scorer:
         if kept:
             ids = before + self.encode(kept + continuation)[len(before) :]
         else:
-            ids = before + self._writer.tokenizer.encode(continuation)[0].tolist()
+            ids = before + self._lm.tokenizer.encode(continuation)[0].tolist()
         new = len(ids) - len(before)
         if not new:
             raise ValueError(
@@ -124,7 +124,7 @@ class Scorer:
         before = self.encode("")
         rows, counts = [], []
         for text in texts:
-            ids = [*before, *self._writer.tokenizer.encode(text)[0].tolist()]
+            ids = [*before, *self._lm.tokenizer.encode(text)[0].tolist()]
             windows = list(_windows(ids, len(before), self.max_length or len(ids)))
             rows += windows
             counts.append(len(windows))
@@ -178,7 +178,7 @@ class Scorer:
         for place, row in enumerate(rows):
             tokens[place, : len(row.ids)] = row.ids
             start[place] = row.start
-        nats, greedy = score_rows(self._writer.model, jnp.asarray(tokens), jnp.asarray(start))
+        nats, greedy = score_rows(self._lm.model, jnp.asarray(tokens), jnp.asarray(start))
         totals = np.asarray(nats, np.float64).sum(axis=1)
         if np.isnan(totals).any():
             raise ValueError("the logits are NaN: check the parameters, or compute in float32")

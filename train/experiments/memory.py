@@ -56,15 +56,15 @@ def example(rng: np.random.Generator, kind: str) -> tuple[str, str]:
 
 
 def rows(rng: np.random.Generator, count: int, kinds: dict[str, float]) -> dict[str, np.ndarray]:
-    """`tokens [B, L]` int32 and `supervised [B, L]` bool: the answers."""
+    """`tokens [B, L]` int32 and `loss_mask [B, L]` bool: the answers."""
     tokens = np.zeros((count, WIDTH), np.int32)
-    supervised = np.zeros((count, WIDTH), bool)
+    loss_mask = np.zeros((count, WIDTH), bool)
     for row, kind in enumerate(rng.choice(list(kinds), count, p=list(kinds.values()))):
         prompt, answer = example(rng, kind)
         ids = [LETTERS.index(letter) for letter in prompt + answer]
         tokens[row, : len(ids)] = ids
-        supervised[row, len(prompt) : len(ids)] = True
-    return {"tokens": tokens, "supervised": supervised}
+        loss_mask[row, len(prompt) : len(ids)] = True
+    return {"tokens": tokens, "loss_mask": loss_mask}
 
 
 PRETRAINING = {"add": 0.5, "copy": 0.5 - RARE, "sort": RARE}
@@ -94,8 +94,8 @@ class LoRA(Arm):
         self.adapter = make_adapter(reasoner, config, rngs=rngs, kind=WeaverParam)
 
     def predictors(self, batch):
-        decoder = self.reasoner.adapted(self.adapter)
-        hidden = decoder.read(decoder.embed_tokens(batch["tokens"]))
+        decoder = self.reasoner.apply_lora(self.adapter)
+        hidden = decoder.hidden_states(decoder.embed_tokens(batch["tokens"]))
         return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
@@ -117,7 +117,7 @@ class Memory(Arm):
             first = jnp.zeros((tokens.shape[0], 1), jnp.int32)
             plan = Plan.of(first, first, memgen.config)
         else:
-            plan = plan_insertions(tokens, batch["supervised"], memgen.boundary[...], memgen.config)
+            plan = plan_insertions(tokens, batch["loss_mask"], memgen.boundary[...], memgen.config)
         return memgen.predictors(tokens, plan)
 
 
@@ -205,7 +205,7 @@ def pretrained(config: Experiment, seed: int) -> Backbone:
 
 class _Plain(Arm):
     def predictors(self, batch):
-        hidden = self.reasoner.read(self.reasoner.embed_tokens(batch["tokens"]))
+        hidden = self.reasoner.hidden_states(self.reasoner.embed_tokens(batch["tokens"]))
         return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
@@ -256,7 +256,7 @@ def fit(
         def loss(params):
             arm = nnx.merge(graphdef, params, rest)
             log_probs = answer_log_probs(arm, batch)
-            return -log_probs.sum() / batch["supervised"].sum()
+            return -log_probs.sum() / batch["loss_mask"].sum()
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -272,7 +272,7 @@ def fit(
 def answer_log_probs(arm: Arm, batch: dict[str, jax.Array]) -> jax.Array:
     """Log-probability of each supervised token, `[B, L]`, 0 elsewhere."""
     hidden = arm.predictors(batch)
-    return token_log_probs(arm.reasoner, hidden, batch["tokens"], batch["supervised"])
+    return token_log_probs(arm.reasoner, hidden, batch["tokens"], batch["loss_mask"])
 
 
 def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float]:
@@ -286,7 +286,7 @@ def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float
     def score(arm, batch):
         hidden = arm.predictors(batch)
         likeliest = arm.reasoner.unembed(hidden).argmax(axis=-1)
-        right = (likeliest == batch["tokens"]) | ~batch["supervised"]
+        right = (likeliest == batch["tokens"]) | ~batch["loss_mask"]
         return right.all(axis=1), answer_log_probs(arm, batch).sum()
 
     found, nats = [], 0.0
@@ -295,7 +295,7 @@ def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float
         right, log_prob = score(arm, part)
         found.append(np.asarray(right))
         nats -= float(log_prob)
-    return float(np.concatenate(found).mean()), nats / float(held_out["supervised"].sum())
+    return float(np.concatenate(found).mean()), nats / float(held_out["loss_mask"].sum())
 
 
 def report(results: list[dict[str, Any]]) -> str:

@@ -16,8 +16,8 @@ from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
 from train.engine.step import make_train_step
 from train.finetuning.job import sft_loss
-from train.models.finetunable import TRAINED, Method, Tuned
-from train.models.load import Writer, boundaries_for, trained_before
+from train.models.finetunable import TRAINED, FinetunableModel, Method
+from train.models.load import LanguageModel, boundaries_for, trained_before
 from train.rl.types import Completion, Problem, Reward, Split, Trajectory
 
 KINDS = ("copy", "reverse", "sort")
@@ -73,16 +73,16 @@ class Questions:
 
 
 def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Chat rows `[B, WIDTH]` (`Tuned.log_probs`), their answers supervised."""
+    """Chat rows `[B, WIDTH]` (`FinetunableModel.log_probs`), their answers supervised."""
     tokens = np.full((count, WIDTH), -1, np.int32)
-    supervised = np.zeros((count, WIDTH), bool)
+    loss_mask = np.zeros((count, WIDTH), bool)
     end, encode = ByteTokenizer.separator, ByteTokenizer().encode
     for row, kind in enumerate(rng.choice(list(kinds), count, p=list(kinds.values()))):
         prompt, answer = question(kind, rng.choice(SEEN))
         ids = [end, *encode(prompt + answer)[0], end]
         tokens[row, : len(ids)] = ids
-        supervised[row, 1 + len(prompt) : len(ids)] = True
-    return {"tokens": tokens, "supervised": supervised, "segment": np.minimum(tokens, 0)}
+        loss_mask[row, 1 + len(prompt) : len(ids)] = True
+    return {"tokens": tokens, "loss_mask": loss_mask, "segment": np.minimum(tokens, 0)}
 
 
 def batches(
@@ -95,14 +95,14 @@ def batches(
 
 
 def fit(
-    writer: Writer,
+    lm: LanguageModel,
     method: Method,
     data: Iterator[dict[str, np.ndarray]],
     steps: int,
     optimizer: OptimizerConfig,
     seed: int,
     memgen: MemGenConfig = MemGenConfig(),  # noqa: B008 (frozen)
-) -> Writer:
+) -> LanguageModel:
     """Supervised training of all parameters, or of a weaver: a new one, or the writer's.
 
     Args:
@@ -114,25 +114,27 @@ def fit(
     """
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
-    def around(model: Thoughtbubbles) -> Tuned:
-        boundary = boundaries_for(writer, method, "suffix")
+    def around(model: Thoughtbubbles) -> FinetunableModel:
+        boundary = boundaries_for(lm, method, "suffix")
         rngs = nnx.Rngs(seed)
-        return Tuned(model, method, lora=LoRAConfig(), memgen=memgen, boundary=boundary, rngs=rngs)
+        return FinetunableModel(
+            model, method, lora=LoRAConfig(), memgen=memgen, boundary=boundary, rngs=rngs
+        )
 
-    model = writer.model
+    model = lm.model
     trainable = make_trainable(
         model.config, optimizer, steps, mesh, seed, "auto", TRAINED[method], around
     )
-    tuned = around(model)
-    if writer.memgen is not None and tuned.memgen is not None:
-        tuned.memgen = nnx.data(trained_before(writer.memgen, tuned.memgen))
-    state = trainable.start(jax.tree.map(lambda leaf: leaf.copy(), nnx.state(tuned)))
+    finetunable = around(model)
+    if lm.memgen is not None and finetunable.memgen is not None:
+        finetunable.memgen = nnx.data(trained_before(lm.memgen, finetunable.memgen))
+    state = trainable.start(jax.tree.map(lambda leaf: leaf.copy(), nnx.state(finetunable)))
     step = make_train_step(trainable, 1, sft_loss)
     for _ in range(steps):
         batch = {name: place(values, mesh) for name, values in next(data).items()}
         state, _ = step(state, batch)
-    tuned = trainable.model(state.weights)
-    return Writer(tuned.backbone.model, writer.tokenizer, tuned.memgen)
+    finetunable = trainable.model(state.weights)
+    return LanguageModel(finetunable.backbone.model, lm.tokenizer, finetunable.memgen)
 
 
 def curves(steps: Sequence[Sequence[Trajectory]]) -> dict[str, list[float | None]]:

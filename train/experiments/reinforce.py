@@ -29,10 +29,10 @@ from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState
 from train.engine.step import make_train_step
 from train.experiments.results import Results, read_results
-from train.models.load import Writer
+from train.models.load import LanguageModel
 from train.rl.buckets import SHORTEST, bucket
 from train.rl.config import RLConfig
-from train.rl.job import Reinforcing
+from train.rl.job import RLJob
 from train.rl.learning.policy import token_scores
 from train.rl.loop import train
 from train.rl.methods import METHODS
@@ -86,7 +86,7 @@ class Experiment:
         seeds: of weights, problems and rollouts.
         pretrain_steps: on demonstrations (0: the study's own number).
         steps: of reinforcement learning.
-        batch_size, rollouts: problems of a step, and answers to each.
+        batch_size, num_generations: problems of a step, and answers to each.
         minibatches: optimizer steps of a step.
         learning_rate: of reinforcement learning.
         rows: held-out problems, none of which is ever trained on.
@@ -100,7 +100,7 @@ class Experiment:
     pretrain_steps: int = 0
     steps: int = 200
     batch_size: int = 32
-    rollouts: int = 8
+    num_generations: int = 8
     minibatches: int = 1
     learning_rate: float = 1e-3
     rows: int = 1024
@@ -178,20 +178,20 @@ class Baseline:
         self.task: Any = make_task(self.study.task, seed)
         most = config.pretrain_steps or self.study.steps
         optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
-        self.writer = Writer(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
+        self.lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
         with tempfile.TemporaryDirectory() as folder:
             run = self.rl(folder, steps=most, minibatches=1, optimizer=optimizer)
-            work = Reinforcing(run, self.writer, Tried(self.task))
+            work = RLJob(run, self.lm, Tried(self.task))
             shown = demonstrate(work, self.demonstrations(), ROWS)
             for self.steps, state in enumerate(itertools.islice(shown, most), 1):
                 if self.steps % CHECK == 0 or self.steps == most:
                     tried = work.evaluate(state.weights)[0]["success"]
                     if tried >= self.study.enough:
                         break
-            self.writer = Writer(
+            self.lm = LanguageModel(
                 work.trainable.model(state.weights).backbone.model, ByteTokenizer()
             )
-            work = Reinforcing(self.rl(folder), self.writer, self.task)
+            work = RLJob(self.rl(folder), self.lm, self.task)
             self.success = work.evaluate(work.first_state().weights)[0]["success"]
         self.seconds, self.cpu_seconds = clock.read()
 
@@ -208,7 +208,7 @@ class Baseline:
             task=self.study.task,
             steps=config.steps,
             batch_size=config.batch_size,
-            rollouts=config.rollouts,
+            num_generations=config.num_generations,
             minibatches=config.minibatches,
             max_new_tokens=self.study.max_new_tokens,
             max_rows=1024,
@@ -234,31 +234,29 @@ class Clock:
         return time.perf_counter() - self._wall, time.process_time() - self._cpu
 
 
-def demonstrate(
-    work: Reinforcing, problems: Sequence[Problem], batch_size: int
-) -> Iterator[TrainState]:
+def demonstrate(work: RLJob, problems: Sequence[Problem], batch_size: int) -> Iterator[TrainState]:
     """States after each supervised step on answers, from the weights that `work` begins with.
 
     A state is gone when the next one is asked for.
     """
-    vocab_size = work.writer.tokenizer.vocab_size
+    vocab_size = work.lm.tokenizer.vocab_size
 
-    def loss(tuned: Any, rows: dict[str, jax.Array], key: jax.Array) -> Any:
+    def loss(finetunable: Any, rows: dict[str, jax.Array], key: jax.Array) -> Any:
         del key
-        return -token_scores(tuned, rows, 1.0, vocab_size).sum(), rows["trained"].sum(), {}
+        return -token_scores(finetunable, rows, 1.0, vocab_size).sum(), rows["trained"].sum(), {}
 
     state, step = work.first_state(), make_train_step(work.trainable, 1, loss)
-    for rows in shuffled(answered(work.writer, problems), batch_size, work.config.seed):
+    for rows in shuffled(answered(work.lm, problems), batch_size, work.config.seed):
         batch = {name: place(values, work.trainable.mesh) for name, values in rows.items()}
         state, _ = step(state, batch)
         yield state
 
 
-def answered(writer: Writer, problems: Sequence[Problem]) -> dict[str, np.ndarray]:
+def answered(lm: LanguageModel, problems: Sequence[Problem]) -> dict[str, np.ndarray]:
     """Prompts with their answers: `tokens`, `trained` `[N, L]`, and `length [N]`."""
-    prompts = [writer.prompt(problem.prompt) for problem in problems]
+    prompts = [lm.prompt(problem.prompt) for problem in problems]
     answers = [
-        [*writer.tokenizer.encode(str(problem.answer))[0].tolist(), writer.ends[0]]
+        [*lm.tokenizer.encode(str(problem.answer))[0].tolist(), lm.stop_ids[0]]
         for problem in problems
     ]
     length = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], np.int32)
@@ -290,9 +288,9 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
         changes: dict[str, Any] = {"method": method}
         if arm == "demonstrations":
             changes |= {"steps": updates, "minibatches": 1}
-        work = Reinforcing(baseline.rl(folder, **changes), baseline.writer, task)
+        work = RLJob(baseline.rl(folder, **changes), baseline.lm, task)
         if arm == "demonstrations":
-            batch_size = config.batch_size * config.rollouts // config.minibatches
+            batch_size = config.batch_size * config.num_generations // config.minibatches
             shown = demonstrate(work, baseline.demonstrations(), batch_size)
             state = next(itertools.islice(shown, updates - 1, None))
             found = {"after": work.evaluate(state.weights)[0]["success"]}
@@ -309,7 +307,7 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
         "rows": config.rows,
         "steps": config.steps,
         "updates": updates,
-        "rows_per_update": config.batch_size * config.rollouts // config.minibatches,
+        "rows_per_update": config.batch_size * config.num_generations // config.minibatches,
         "learning_rate": config.learning_rate,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -323,7 +321,7 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
     }
 
 
-KEPT = ("reward", "success", "length", "informative", "clipped", "loss", "grad_norm")
+KEPT = ("reward", "success", "length", "mixed_groups", "clipped", "loss", "grad_norm")
 
 
 def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -49,13 +49,13 @@ from train.experiments.questions import (
 )
 from train.experiments.results import Results, read_results
 from train.models.finetunable import Method
-from train.models.load import Writer, checksum
+from train.models.load import LanguageModel, checksum
 from train.rl.config import RLConfig
-from train.rl.job import Reinforcing
+from train.rl.job import RLJob
 from train.rl.learning.penalties import InvocationPenalty
 from train.rl.methods import TriggerGRPO
 from train.rl.rollout.sampler import Sampler, Sampling
-from train.rl.rollout.strategies import OneResponse, Speech
+from train.rl.rollout.strategies import OneResponse, PromptFormatter
 from train.rl.types import Trajectory
 
 PRETRAINING = {"copy": 0.49, "reverse": 0.49, "sort": 0.02}
@@ -96,32 +96,32 @@ class Stages:
     def __init__(self, config: "Experiment", seed: int):
         self.config, self.seed = config, seed
 
-    def _supervised(self, writer: Writer, method: Method, **how: Any) -> Writer:
+    def _supervised(self, lm: LanguageModel, method: Method, **how: Any) -> LanguageModel:
         kinds = PRETRAINING if method == "all" else WEAVING
         data = batches((self.seed, how["stream"]), self.config.batch_size, kinds)
         rate = OptimizerConfig(learning_rate=how["rate"], weight_decay=0.0, final_ratio=how["to"])
-        return fit(writer, method, data, how["steps"], rate, self.seed, MEMGEN)
+        return fit(lm, method, data, how["steps"], rate, self.seed, MEMGEN)
 
     @functools.cached_property
-    def reasoner(self) -> Writer:
+    def reasoner(self) -> LanguageModel:
         model = Thoughtbubbles(REASONER, rngs=nnx.Rngs(self.seed))
-        writer = Writer(model, ByteTokenizer())
+        lm = LanguageModel(model, ByteTokenizer())
         steps = self.config.pretrain_steps
-        return self._supervised(writer, "all", stream=0, rate=3e-3, to=0.1, steps=steps)
+        return self._supervised(lm, "all", stream=0, rate=3e-3, to=0.1, steps=steps)
 
     @functools.cached_property
-    def taught(self) -> Writer:
+    def taught(self) -> LanguageModel:
         """With a weaver that was stopped early, at its full learning rate."""
         steps = self.config.sft_steps
         return self._supervised(self.reasoner, "weaver", stream=1, rate=1e-2, to=1.0, steps=steps)
 
     @functools.cached_property
-    def taught_more(self) -> Writer:
+    def taught_more(self) -> LanguageModel:
         steps = self.config.weaver_steps
         return self._supervised(self.taught, "weaver", stream=2, rate=1e-2, to=0.1, steps=steps)
 
     @functools.cached_property
-    def rewarded(self) -> tuple[Writer, Trained]:
+    def rewarded(self) -> tuple[LanguageModel, Trained]:
         """The weaver after GRPO."""
         config = self.config
         trained = self.reinforced(
@@ -132,7 +132,7 @@ class Stages:
             batch_size=config.weaver_problems,
             optimizer=OptimizerConfig(learning_rate=config.weaver_rate, weight_decay=0.0),
         )
-        return Writer(self.reasoner.model, ByteTokenizer(), trained.policy), trained
+        return LanguageModel(self.reasoner.model, ByteTokenizer(), trained.policy), trained
 
     def triggered(self, penalty: InvocationPenalty, **changes: Any) -> Trained:
         """A trigger beside the weaver that was rewarded; tokens are greedy, decisions sampled.
@@ -158,16 +158,16 @@ class Stages:
             **how,
         )
 
-    def reinforced(self, writer: Writer, **changes: Any) -> Trained:
+    def reinforced(self, lm: LanguageModel, **changes: Any) -> Trained:
         """GRPO, without a run folder: what a run would save and show is not needed here."""
         config = RLConfig(
-            rollouts=self.config.rollouts,
+            num_generations=self.config.num_generations,
             max_new_tokens=ROOM,
             seed=self.seed,
             **changes,
         )
         task = Questions(self.seed, WEAVING if config.train == "weaver" else ASKED)
-        work = Reinforcing(config, writer, task, devices=jax.devices()[:1])
+        work = RLJob(config, lm, task, devices=jax.devices()[:1])
         state, drawn = work.first_state(), []
         for _ in range(config.steps):
             state, _, collected = work.step(state)
@@ -209,9 +209,9 @@ def _priced_by_tokens(stages: Stages) -> Trained:
     return stages.triggered(InvocationPenalty(stages.config.price, "tokens", "batch"))
 
 
-def _memgen(writer: Writer) -> MemGen:
-    assert writer.memgen is not None
-    return writer.memgen
+def _memgen(lm: LanguageModel) -> MemGen:
+    assert lm.memgen is not None
+    return lm.memgen
 
 
 ALWAYS, START = "weaver, GRPO", "trigger at its start"
@@ -241,7 +241,7 @@ class Experiment:
         trigger_steps: of GRPO on the trigger.
         batch_size: rows of supervised training.
         weaver_problems, trigger_problems: of a step of GRPO, each with so many
-        rollouts: of the same question.
+        num_generations: of the same question.
         weaver_rate, trigger_rate: learning rates of GRPO.
         price: weight of the penalty on invocations.
         hold: coefficient of the divergence of the trigger from its start.
@@ -259,7 +259,7 @@ class Experiment:
     batch_size: int = 64
     weaver_problems: int = 32
     trigger_problems: int = 16
-    rollouts: int = 8
+    num_generations: int = 8
     weaver_rate: float = 1e-3
     trigger_rate: float = 5e-3
     price: float = 0.1
@@ -327,13 +327,13 @@ def held_out(stages: Stages, policy: MemGen, memory: TriggerPolicy) -> dict[str,
     `standard_error` is that of the accuracy. `invocations` are of a response, `rate` is of what
     was asked, `places` are shares of responses with memory before token 0, 1, and so on.
     """
-    writer = stages.reasoner
-    tokenizer = writer.tokenizer
-    how = Sampling(0.0, tokenizer.vocab_size, writer.ends, memory)
+    lm = stages.reasoner
+    tokenizer = lm.tokenizer
+    how = Sampling(0.0, tokenizer.vocab_size, lm.stop_ids, memory)
     sampler = Sampler(policy, how, 512, make_mesh(MeshConfig(), jax.devices()[:1]))
     task = Questions(stages.seed, ASKED)
     problems = [task.problem("test", i) for i in range(len(KINDS) * stages.config.held_out)]
-    collect = OneResponse(Speech(writer), ROOM).collect
+    collect = OneResponse(PromptFormatter(lm), ROOM).collect
     found = collect(sampler, task, problems, [1] * len(problems), (stages.seed, 3))
     kinds = {kind: _summary([row for row in found if row.problem.kind == kind]) for kind in KINDS}
 

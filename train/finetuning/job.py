@@ -31,17 +31,17 @@ from train.engine.config import LoopConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
-from train.models.finetunable import TRAINED, Tuned
+from train.models.finetunable import TRAINED, FinetunableModel
 from train.models.load import (
-    Writer,
+    LanguageModel,
     boundaries_for,
     checksum,
-    load_writer_on,
+    load_language_model_on,
     tokenizer_meta,
 )
 from train.runs.resume import FREE
 
-ROWS = ("tokens", "supervised", "segment")
+ROWS = ("tokens", "loss_mask", "segment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,8 @@ class SFTConfig(LoopConfig):
     out: str = dataclasses.field(default="runs/sft", metadata=FREE)
 
 
-class Finetuning:
-    """`train.engine.loop.Work` of an `SFTConfig`.
+class SFTJob:
+    """`train.engine.loop.TrainingJob` of an `SFTConfig`.
 
     Raises:
         ValueError: a mistake in the config, or in the weights.
@@ -81,9 +81,9 @@ class Finetuning:
         self.config = config
         mesh = make_mesh(config.mesh)
         check_batch(config.batch_size, config.accumulate, mesh)
-        self._writer: Writer = load_writer_on(mesh, config.weights)
-        model = self._writer.model
-        if self._writer.memgen is not None:
+        self._lm: LanguageModel = load_language_model_on(mesh, config.weights)
+        model = self._lm.model
+        if self._lm.memgen is not None:
             raise ValueError(
                 f"{config.weights} holds a weaver, which fine-tuning would drop: begin with the "
                 "weights that it was trained beside"
@@ -96,7 +96,7 @@ class Finetuning:
                 f"data.pack=True: {why} reads rows of one conversation: leave data.pack out"
             )
         self.keeps_frozen = config.train == "all"
-        self._boundary = boundaries_for(self._writer, config.train, config.boundaries)
+        self._boundary = boundaries_for(self._lm, config.train, config.boundaries)
         self.trainable = make_trainable(
             model.config,
             config.optimizer,
@@ -123,9 +123,9 @@ class Finetuning:
             out_shardings=replicated(mesh),
         )
 
-    def _around(self, model: Thoughtbubbles) -> Tuned:
+    def _around(self, model: Thoughtbubbles) -> FinetunableModel:
         config = self.config
-        return Tuned(
+        return FinetunableModel(
             model,
             config.train,
             lora=config.lora,
@@ -138,10 +138,10 @@ class Finetuning:
     def meta(self) -> dict[str, Any]:
         """What a reader of checkpoints needs besides the config (`train.models.load`)."""
         meta = {"base": self._base, "model": as_json(self.trainable.config)}
-        return meta | tokenizer_meta(self._writer.tokenizer)
+        return meta | tokenizer_meta(self._lm.tokenizer)
 
     def prepare(self) -> ChatData:
-        data = prepare_chat(self.config.data, self._writer.tokenizer)
+        data = prepare_chat(self.config.data, self._lm.tokenizer)
         if self.config.train != "weaver":
             return data
         return dataclasses.replace(
@@ -162,7 +162,7 @@ class Finetuning:
 
     def first_state(self) -> TrainState:
         """The weights as they are, and what is new beside them."""
-        return self.trainable.start(nnx.state(self._around(self._writer.model)))
+        return self.trainable.start(nnx.state(self._around(self._lm.model)))
 
     def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:
         """`loss` in nats per supervised token of held-out rows and its standard error, from having
@@ -188,7 +188,7 @@ class Finetuning:
         log_probs = self.trainable.model(weights).log_probs(rows)
         return {
             "nats": -log_probs.sum(axis=1),
-            "count": rows["supervised"][:, 1:].sum(axis=1, dtype=jnp.float32),
+            "count": rows["loss_mask"][:, 1:].sum(axis=1, dtype=jnp.float32),
         }
 
     def readable(self, held_out: dict[str, float]) -> str:
@@ -213,8 +213,8 @@ class Finetuning:
 
 
 def sft_loss(
-    tuned: Tuned, rows: dict[str, jax.Array], key: jax.Array
+    finetunable: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """`train.engine.step.Loss` of chat rows: a mean over supervised tokens of the whole batch."""
-    log_probs = tuned.log_probs(rows, key)
-    return -log_probs.sum(), rows["supervised"][:, 1:].sum(dtype=jnp.float32), {}
+    log_probs = finetunable.log_probs(rows, key)
+    return -log_probs.sum(), rows["loss_mask"][:, 1:].sum(dtype=jnp.float32), {}

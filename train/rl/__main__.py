@@ -6,7 +6,7 @@ from train.cli.calls import signature
 from train.cli.command import run_command
 from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
-from train.rl.job import Reinforcing
+from train.rl.job import RLJob
 from train.rl.loop import train
 from train.rl.tasks import TASKS
 
@@ -16,7 +16,7 @@ def main(config: RLConfig) -> None:
     if config.task == "help":
         print("\n".join(signature(name, task) for name, task in TASKS.items()))
         return
-    work = Reinforcing(config)
+    work = RLJob(config)
     if config.dry_run:
         print(work.describe())
         return

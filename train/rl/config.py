@@ -17,8 +17,8 @@ from train.runs.resume import FREE
 class RLConfig(LoopConfig):
     """Reinforcement learning with verifiable rewards.
 
-    A step draws `batch_size` problems, `rollouts` for each, and makes `minibatches` optimizer
-    steps on them, each in `accumulate` parts.
+    A step draws `batch_size` problems, samples `num_generations` responses to each, and makes
+    `minibatches` optimizer steps on them, each in `accumulate` parts.
 
     Attributes:
         weights: Model to start from: a run folder, "smollm2", a Hugging Face folder, or a .gguf
@@ -34,7 +34,7 @@ class RLConfig(LoopConfig):
         steps: Number of steps, each of which draws problems, samples rollouts and learns from them.
         seed: Seed of new parameters, problems and rollouts.
         batch_size: Problems of a step.
-        rollouts: Rollouts of each problem (G of GRPO).
+        num_generations: Rollouts of each problem (G of GRPO).
         minibatches: Parts of the rollouts of a step, one optimizer step each, in every pass.
         epochs: Number of passes over the rollouts of a step (μ of GRPO).
         max_new_tokens: Longest response, in tokens.
@@ -46,9 +46,9 @@ class RLConfig(LoopConfig):
         overlong_penalty: Overlong penalty of a response that reaches `max_new_tokens`.
         max_turns: Turns after which an episode of an environment is cut.
         max_observation: Tokens of an observation that are read at most.
-        carry: Whether turns go on in one row, with the latents so far, or each turn begins anew
-            with the text so far. The default carries where there is neither latent memory nor a
-            chat template.
+        keep_context: Whether turns go on in one row, with the latents so far, or each turn begins
+            anew with the text so far. The default keeps it where there is neither latent memory
+            nor a chat template.
         penalty: Price of invocations of the trigger.
         lora: Adapter of `lora`. Its dropout is never applied: what was sampled is replayed.
         memgen: Weaver of `weaver`, where the weights have none.
@@ -63,7 +63,7 @@ class RLConfig(LoopConfig):
     task: str = "arithmetic"
     method: Method | str | None = None
     batch_size: int = 16
-    rollouts: int = 8
+    num_generations: int = 8
     minibatches: int = 1
     epochs: int = 1
     max_new_tokens: int = 64
@@ -74,7 +74,7 @@ class RLConfig(LoopConfig):
     overlong_penalty: float = 1.0
     max_turns: int = 8
     max_observation: int = 64
-    carry: bool | None = None
+    keep_context: bool | None = None
     penalty: InvocationPenalty = InvocationPenalty()
     lora: LoRAConfig = LoRAConfig()
     memgen: MemGenConfig = MemGenConfig(WeaverConfig())
@@ -95,15 +95,16 @@ class RLConfig(LoopConfig):
         if isinstance(method, str):
             object.__setattr__(self, "method", method_from_text(method))
         least = {"minibatches": 1, "epochs": 1, "max_batches": 1, "max_turns": 1, "max_rows": 1,
-                 "max_observation": 1, "max_new_tokens": 1, "rollouts": 1, "examples": 0,
+                 "max_observation": 1, "max_new_tokens": 1, "num_generations": 1, "examples": 0,
                  "overlong_buffer": 0}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)}: choose {bound} or more")
         method = self.recipe
-        if self.rollouts < 2 and method.compares:
+        if self.num_generations < 2 and method.compares:
             raise ValueError(
-                f"rollouts={self.rollouts}: {method.word} compares rollouts of one problem: "
+                f"num_generations={self.num_generations}: {method.word} compares rollouts of one "
+                "problem: "
                 "choose 2 or more"
             )
         greedy = self.temperature == 0 and self.train == "trigger"
@@ -126,9 +127,10 @@ class RLConfig(LoopConfig):
             raise ValueError(
                 "importance_cap is of tokens, train='trigger' learns decisions: leave it out"
             )
-        if method.filter_groups and self.rollouts < 2:
+        if method.filter_groups and self.num_generations < 2:
             raise ValueError(
-                f"filter_groups keeps no group of rollouts={self.rollouts}: choose 2 or more"
+                f"filter_groups keeps no group of num_generations={self.num_generations}: choose 2 "
+                "or more"
             )
         if self.overlong_penalty < 0:
             raise ValueError(f"overlong_penalty={self.overlong_penalty}: choose 0 or more")
@@ -146,10 +148,10 @@ class RLConfig(LoopConfig):
 
     @property
     def carries(self) -> bool:
-        """`carry`, or what None stands for."""
-        if self.carry is None:
+        """`keep_context`, or what None stands for."""
+        if self.keep_context is None:
             return self.train in ("all", "lora") and not self.chat
-        return self.carry
+        return self.keep_context
 
     @property
     def updates(self) -> int:

@@ -17,27 +17,27 @@ from thoughtbubbles.cache import check_cacheable
 from train.cli.config_json import as_json
 from train.devices.mesh import BATCH_AXES, make_mesh
 from train.engine.state import TrainState, make_trainable, resolved
-from train.models.finetunable import TRAINED, Tuned
+from train.models.finetunable import TRAINED, FinetunableModel
 from train.models.load import (
-    Writer,
+    LanguageModel,
     boundaries_for,
     checksum,
-    load_writer_on,
+    load_language_model_on,
     tokenizer_meta,
     trained_before,
 )
 from train.rl.config import RLConfig
-from train.rl.learning.credit import Episodes, credit
+from train.rl.learning.credit import Episodes, assign_advantages
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
 from train.rl.protocols import BudgetAllocator, RolloutStrategy
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, Sampling
-from train.rl.rollout.strategies import OneResponse, Speech, Turns
+from train.rl.rollout.strategies import OneResponse, PromptFormatter, Turns
 from train.rl.step_metrics import (
-    informative_groups,
     invocations,
     learning_metrics,
+    mixed_groups,
     rollout_metrics,
     standard_error,
 )
@@ -64,7 +64,7 @@ class Progressed:
     allocator: Any = None
 
 
-class Reinforcing:
+class RLJob:
     """All of a run but its loop.
 
     Args:
@@ -82,7 +82,7 @@ class Reinforcing:
     def __init__(
         self,
         config: RLConfig,
-        writer: Writer | None = None,
+        lm: LanguageModel | None = None,
         task: Any = None,
         strategy: RolloutStrategy | None = None,
         allocator: BudgetAllocator | None = None,
@@ -90,8 +90,8 @@ class Reinforcing:
     ):
         self.config = config
         mesh = make_mesh(config.mesh, devices)
-        self.writer = load_writer_on(mesh, config.weights) if writer is None else writer
-        model = self.writer.model
+        self.lm = load_language_model_on(mesh, config.weights) if lm is None else lm
+        model = self.lm.model
         if model.config.fork_layers:
             check_cacheable(model.config)
         self.task = make_task(config.task, config.seed) if task is None else task
@@ -115,13 +115,13 @@ class Reinforcing:
         )
         shards = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
         self._multiple = shards * config.minibatches * config.accumulate
-        self._speech = Speech(self.writer, config.chat)
+        self._formatter = PromptFormatter(self.lm, config.chat)
         self._strategy = strategy or config.recipe.strategy(self._default_strategy())
         self._allocator = allocator or config.recipe.allocator()
         self.keeps_frozen = config.train == "all"
         # What the frozen weights are, so that a run goes on beside the same ones.
         holds_on = self.keeps_frozen and not config.recipe.kl
-        self._base = None if holds_on else checksum(self.writer.memgen or model)
+        self._base = None if holds_on else checksum(self.lm.memgen or model)
         longest = config.max_new_tokens * self._turns_of_a_row
         self.learner = Learner(config, self.trainable, self.sampling(), longest)
         self.progressed = Progressed()
@@ -129,7 +129,7 @@ class Reinforcing:
 
     def _memory(self) -> tuple[MemGenConfig, np.ndarray | None]:
         """The config of latent memory, and where it may be written."""
-        config, woven = self.config, self.writer.memgen
+        config, woven = self.config, self.lm.memgen
         if config.train in ("all", "lora"):
             if woven is not None:
                 raise ValueError(
@@ -151,18 +151,18 @@ class Reinforcing:
                 f"train='weaver' would drop the trigger of {whose}: leave it out, or choose "
                 "train='trigger'"
             )
-        if self.writer.model.config.fork_layers and not shape.weaver.latents_see_latents:
+        if self.lm.model.config.fork_layers and not shape.weaver.latents_see_latents:
             raise ValueError(
                 "memgen.weaver.latents_see_latents=False reads rows that are not one text, which a "
                 "model with fork layers can't: leave it True"
             )
         if woven is not None:
             return shape, np.asarray(woven.boundary[...])
-        return shape, boundaries_for(self.writer, config.train, config.boundaries)
+        return shape, boundaries_for(self.lm, config.train, config.boundaries)
 
-    def _around(self, model: Thoughtbubbles) -> Tuned:
+    def _around(self, model: Thoughtbubbles) -> FinetunableModel:
         config = self.config
-        return Tuned(
+        return FinetunableModel(
             model,
             config.train,
             lora=config.lora,
@@ -174,9 +174,9 @@ class Reinforcing:
     def _default_strategy(self) -> RolloutStrategy:
         config = self.config
         if not self.episodic:
-            return OneResponse(self._speech, config.max_new_tokens)
+            return OneResponse(self._formatter, config.max_new_tokens)
         return Turns(
-            self._speech,
+            self._formatter,
             config.max_new_tokens,
             config.max_turns,
             config.max_observation,
@@ -191,9 +191,9 @@ class Reinforcing:
             memory = memgen.AlwaysInvoke()
         elif self.config.train == "trigger":
             memory = memgen.LearnedInvoke(1.0, sample=True)
-        tokenizer = self.writer.tokenizer
+        tokenizer = self.lm.tokenizer
         temperature = 0.0 if greedy else self.config.temperature
-        return Sampling(temperature, tokenizer.vocab_size, self.writer.ends, memory)
+        return Sampling(temperature, tokenizer.vocab_size, self.lm.stop_ids, memory)
 
     def first_state(self) -> TrainState:
         """The weights as they are, and what is new beside them."""
@@ -201,10 +201,10 @@ class Reinforcing:
 
     def _first_weights(self) -> Any:
         """In arrays of their own: training overwrites them, and the writer may be used again."""
-        tuned = self._around(self.writer.model)
-        if self.writer.memgen is not None and tuned.memgen is not None:
-            tuned.memgen = nnx.data(trained_before(self.writer.memgen, tuned.memgen))
-        return jax.tree.map(lambda leaf: leaf.copy(), nnx.state(tuned))
+        finetunable = self._around(self.lm.model)
+        if self.lm.memgen is not None and finetunable.memgen is not None:
+            finetunable.memgen = nnx.data(trained_before(self.lm.memgen, finetunable.memgen))
+        return jax.tree.map(lambda leaf: leaf.copy(), nnx.state(finetunable))
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -212,12 +212,12 @@ class Reinforcing:
         return {
             "config": as_json(self.config),
             "data_fingerprint": self._fingerprint,
-            "tokenizer": self.writer.tokenizer.to_json(),
+            "tokenizer": self.lm.tokenizer.to_json(),
             "base": self._base,
             "resolved": resolved(self.trainable),
             "model": as_json(self.trainable.config),
             "rl": dataclasses.asdict(self.progressed),
-            **tokenizer_meta(self.writer.tokenizer),
+            **tokenizer_meta(self.lm.tokenizer),
         }
 
     def restore(self, meta: dict[str, Any]) -> None:
@@ -261,7 +261,7 @@ class Reinforcing:
             rows = [dataclasses.replace(row, group=groups + row.group) for row in rows]
             groups += len(problems)
             drawn += rows
-            usable = informative_groups(rows) if filtering else list(range(groups))
+            usable = mixed_groups(rows) if filtering else list(range(groups))
             usable = usable[: config.batch_size - found]
             found += len(usable)
             kept += [row for row in rows if row.group in set(usable)]
@@ -270,7 +270,7 @@ class Reinforcing:
         return Collected(kept, drawn, groups, found)
 
     def _planned(self, uids: list[str]) -> list[int]:
-        total = self.config.batch_size * self.config.rollouts
+        total = self.config.batch_size * self.config.num_generations
         counts = self._allocator.plan(uids, total)
         if len(counts) != len(uids) or min(counts) < 0 or sum(counts) != total:
             raise ValueError(
@@ -294,7 +294,9 @@ class Reinforcing:
         sampled = time.perf_counter()
         metrics = rollout_metrics(collected)
         if collected.trajectories:
-            advantages = credit(collected.trajectories, Episodes.of(collected.trajectories), config)
+            advantages = assign_advantages(
+                collected.trajectories, Episodes.of(collected.trajectories), config
+            )
             rows = make_rows(
                 collected.trajectories, advantages, self._multiple, self._events_of_a_row()
             )
@@ -355,7 +357,7 @@ class Reinforcing:
         return (
             f"{config.weights}: {trainable.config.num_params():,} parameters, trained are "
             f"{trainable.num_trained:,} ({config.train}); {config.recipe.word} on "
-            f"{self.task.name}, {config.batch_size} problems x {config.rollouts} rollouts x "
+            f"{self.task.name}, {config.batch_size} problems x {config.num_generations} rollouts x "
             f"{config.updates} updates a step; {sizes}"
         )
 

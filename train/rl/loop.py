@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from train.cli.config_json import as_json
 from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
-from train.rl.job import Reinforcing
+from train.rl.job import RLJob
 from train.rl.types import Collected, Trajectory
 from train.runs.checkpoint import Checkpointer, load_meta
 from train.runs.instruments import Profiler, memory, not_recorded
@@ -22,14 +22,14 @@ from train.runs.run_folder import (
     check_base,
     check_continuation,
     check_data,
-    only_run_in,
+    run_lock,
     write_whole,
 )
 
 SHOWN = 60  # characters of a prompt or a text in the progress view
 
 
-def train(work: Reinforcing) -> dict[str, float]:
+def train(work: RLJob) -> dict[str, float]:
     """Run (or continue) a run to its end and return the final held-out metrics.
 
     Raises:
@@ -46,7 +46,7 @@ def train(work: Reinforcing) -> dict[str, float]:
         )
     with contextlib.ExitStack() as stack:
         check_continuation(out, load_meta(out), config)
-        stack.enter_context(only_run_in(out))
+        stack.enter_context(run_lock(out))
         saved = load_meta(out)  # now nobody else writes
         check_continuation(out, saved, config)
         check_data(out, saved, work.meta["data_fingerprint"])
@@ -154,8 +154,8 @@ def readable_step(step: int, metrics: dict[str, float], collected: Collected) ->
         f"success {metrics['success']:.1%}",
         f"length {metrics['length']:.1f}",
     ]
-    if "kl" in metrics:
-        parts.append(f"KL {metrics['kl']:.4f}")
+    if "ref_kl" in metrics:
+        parts.append(f"KL {metrics['ref_kl']:.4f}")
     if "clipped" in metrics:
         parts.append(f"clipped {metrics['clipped']:.1%}")
     if "invocation_rate" in metrics:

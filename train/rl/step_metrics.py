@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from train.rl.learning.advantages import informative
+from train.rl.learning.advantages import in_mixed_group
 from train.rl.learning.credit import Episodes
 from train.rl.types import Collected, Trajectory
 
 
-def informative_groups(rows: Sequence[Trajectory]) -> list[int]:
+def mixed_groups(rows: Sequence[Trajectory]) -> list[int]:
     """Groups of which some episodes succeed and some do not, rising."""
     episodes = Episodes.of(rows)
-    told = informative(episodes.success, episodes.group, episodes.valid)
+    told = in_mixed_group(episodes.success, episodes.group, episodes.valid)
     return np.unique(episodes.group[told]).tolist()
 
 
@@ -30,7 +30,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "success": float(episodes.success.mean()),
         "length": float(episodes.length.mean()),
         "finished": float(np.mean([row.finished for row in rows])),
-        "informative": len(informative_groups(rows)) / collected.groups,
+        "mixed_groups": len(mixed_groups(rows)) / collected.groups,
         "groups": collected.groups,
         "kept": collected.kept,
         "rollouts": len(episodes.rows),
@@ -62,7 +62,7 @@ def learning_metrics(learned: dict[str, Any]) -> dict[str, float]:
     tokens = max(float(sums["tokens"]), 1.0)
     means = {
         name: float(sums[name]) / tokens
-        for name in ("clipped", "kl", "moved", "ratio")
+        for name in ("clipped", "ref_kl", "approx_kl", "ratio")
         if name in sums
     }
     names = ("loss", "grad_norm", "learning_rate")

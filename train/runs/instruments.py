@@ -36,12 +36,12 @@ class Stopwatch:
         tokens: int,
         flops: float,
         peak_flops: float | None,
-        born: float | None = None,
+        start_time: float | None = None,
         window: int = 100,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._tokens, self._flops, self._peak_flops = tokens, flops, peak_flops
-        self._clock, self._born = clock, clock() if born is None else born
+        self._clock, self._born = clock, clock() if start_time is None else start_time
         self._last: float | None = None
         self._in_steps = 0.0
         self._waited = 0.0  # for data, since the last completed step

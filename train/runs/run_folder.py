@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from train.cli.plugins import missing_plugins
-from train.devices.distributed import agreed, several, tell
+from train.devices.distributed import broadcast, is_multiprocess, sync_errors
 from train.runs.resume import differences
 
 _LOCK, _OTHERS = ".lock", ".lock-others"
@@ -55,7 +55,7 @@ def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any])
 
 
 @contextlib.contextmanager
-def only_run_in(out: Path) -> Iterator[None]:
+def run_lock(out: Path) -> Iterator[None]:
     """Hold the run folder: a second run in it would overwrite the first one's files.
 
     Every process of the run calls it. Process 0 holds one file for all, however many processes a
@@ -67,21 +67,21 @@ def only_run_in(out: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         token = secrets.token_hex()
-        with agreed():
+        with sync_errors():
             if jax.process_index() == 0:
                 held.enter_context(_first(out, token))
-        if several():
-            first, *_ = tell(token)
-            with agreed():
+        if is_multiprocess():
+            first, *_ = broadcast(token)
+            with sync_errors():
                 _check_shared(out, first)
                 if jax.process_index() > 0:
                     held.enter_context(_locked(out / _OTHERS, fcntl.LOCK_SH, _taken(out)))
         yield
-        if several():
+        if is_multiprocess():
             # Process 0 lets go last: whoever comes next finds nobody left of this run.
             if jax.process_index() > 0:
                 held.close()
-            tell(None)
+            broadcast(None)
 
 
 @contextlib.contextmanager

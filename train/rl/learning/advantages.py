@@ -142,7 +142,7 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
     return found
 
 
-def informative(success: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def in_mixed_group(success: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Rows that dynamic filtering keeps (DAPO): those of groups that both succeed and fail.
 
     Args:

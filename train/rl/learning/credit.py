@@ -50,7 +50,9 @@ class Episodes:
         return np.ones(len(self.rows), bool)
 
 
-def credit(trajectories: Sequence[Trajectory], episodes: Episodes, config: Any) -> list[np.ndarray]:
+def assign_advantages(
+    trajectories: Sequence[Trajectory], episodes: Episodes, config: Any
+) -> list[np.ndarray]:
     """Advantages `[L]` float64 of each trajectory, by the method of the run.
 
     Args:
@@ -59,7 +61,7 @@ def credit(trajectories: Sequence[Trajectory], episodes: Episodes, config: Any) 
         config: Config of the run (`RLConfig`).
     """
     reward = shaped_rewards(trajectories, episodes, config)
-    return config.recipe.credit(trajectories, episodes, reward)
+    return config.recipe.assign_advantages(trajectories, episodes, reward)
 
 
 def shaped_rewards(

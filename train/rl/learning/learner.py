@@ -10,10 +10,10 @@ import numpy as np
 from train.devices.mesh import batch_sharding, place, replicated
 from train.engine.state import Trainable, TrainState
 from train.engine.step import make_train_step
-from train.models.finetunable import Tuned
+from train.models.finetunable import FinetunableModel
 from train.rl.config import RLConfig
 from train.rl.learning.losses import policy_loss
-from train.rl.learning.policy import acted, scores
+from train.rl.learning.policy import action_mask, scores
 from train.rl.rollout.rows import Rows
 from train.rl.rollout.sampler import Sampling
 
@@ -25,7 +25,7 @@ class Learner:
 
     Args:
         config: of the method, minibatches and so on.
-        trainable: of a `Tuned`.
+        trainable: of a `FinetunableModel`.
         how: of the sampler.
         max_length: tokens that the policy can write in a row.
     """
@@ -43,18 +43,18 @@ class Learner:
         )
 
     def _policy_loss(
-        self, tuned: Tuned, rows: dict[str, jax.Array], key: jax.Array
+        self, finetunable: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """`train.engine.step.Loss`; nothing in it is random."""
         del key
-        now = scores(tuned, rows, self._how)
+        now = scores(finetunable, rows, self._how)
         old = jnp.where(rows["first"][:, None], jax.lax.stop_gradient(now), rows["old"])
         return policy_loss(
             self._loss,
             now,
             old,
             rows["advantages"],
-            acted(tuned, rows),
+            action_mask(finetunable, rows),
             valid=rows["valid"],
             weight=rows["weight"],
             max_length=self._max_length,

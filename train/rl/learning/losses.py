@@ -91,8 +91,8 @@ def policy_loss(
     Returns:
         numerator, denominator, and sums over trained tokens: `tokens` counts them, `clipped` those
         that the clip keeps from their gradient (before `dual_clip`), `ratio` is that to `old`,
-        `moved` and `kl` are k3 estimates in nats of the divergence of `old` from here and from
-        here to the reference. They do not know weights.
+        `approx_kl` and `ref_kl` are k3 estimates in nats of the divergence of `old` from here and
+        from here to the reference. They do not know weights.
     """
     if config.kl and reference is None:
         raise ValueError(f"kl={config.kl} needs the reference's log-probabilities")
@@ -127,11 +127,11 @@ def policy_loss(
         "tokens": counts.sum(dtype=loss.dtype),
         "clipped": (clipped > plain).sum(dtype=loss.dtype),
         "ratio": jnp.where(counts, ratio, 0).sum(),
-        "moved": (jnp.expm1(exponent) - exponent).sum(),
+        "approx_kl": (jnp.expm1(exponent) - exponent).sum(),
     }
     if reference is not None:
         kl = _k3(log_probs, constant(reference))
-        sums["kl"] = kl.sum()
+        sums["ref_kl"] = kl.sum()
         loss = loss + config.kl * kl
     numerator, denominator = _aggregate(config.aggregate, loss, counts, valid, weight, max_length)
     return numerator, denominator, jax.lax.stop_gradient(sums)

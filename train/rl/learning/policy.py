@@ -17,26 +17,29 @@ from memgen import (
     WeaverConfig,
     token_log_probs,
 )
-from train.models.finetunable import Tuned
+from train.models.finetunable import FinetunableModel
 
 NO_MEMORY = MemGenConfig(
     WeaverConfig(0, 0, context="nothing", match_scale=False), max_inference_events=0
 )
 
 
-def sampler_of(tuned: Tuned) -> MemGen:
+def sampler_of(finetunable: FinetunableModel) -> MemGen:
     """What samples: the policy's MemGen, or its decoder as one without memory."""
-    if tuned.memgen is not None:
-        return tuned.memgen
-    decoder = tuned.backbone
-    if tuned.adapter is not None:
-        decoder = decoder.adapted(tuned.adapter)
+    if finetunable.memgen is not None:
+        return finetunable.memgen
+    decoder = finetunable.backbone
+    if finetunable.adapter is not None:
+        decoder = decoder.apply_lora(finetunable.adapter)
     boundary = np.zeros(decoder.vocab_size, np.uint8)
     return MemGen(decoder, NO_MEMORY, boundary=boundary, rngs=nnx.Rngs(0))
 
 
 def token_scores(
-    tuned: Tuned, rows: dict[str, jax.Array], temperature: float, choices: int
+    finetunable: FinetunableModel,
+    rows: dict[str, jax.Array],
+    temperature: float,
+    valid_vocab_size: int,
 ) -> jax.Array:
     """Log-probabilities `[K, L]` float32 of the tokens that the policy wrote, 0 elsewhere.
 
@@ -45,25 +48,27 @@ def token_scores(
 
     Args:
         rows: of `make_rows`.
-        temperature, choices: of the sampler.
+        temperature, valid_vocab_size: of the sampler.
     """
     tokens = rows["tokens"]
-    if tuned.memgen is not None:
-        plan = Plan.of(rows["point"], rows["kind"], tuned.memgen.config)
+    if finetunable.memgen is not None:
+        plan = Plan.of(rows["point"], rows["kind"], finetunable.memgen.config)
         # A row's plan and stream may reach into its padding, which nothing real sees.
-        hidden = tuned.memgen.predictors(tokens, plan)
+        hidden = finetunable.memgen.predictors(tokens, plan)
     else:
-        decoder = tuned.backbone
-        if tuned.adapter is not None:
-            decoder = decoder.adapted(tuned.adapter)
-        read = decoder.read(decoder.embed_tokens(tokens), rows["length"])
+        decoder = finetunable.backbone
+        if finetunable.adapter is not None:
+            decoder = decoder.apply_lora(finetunable.adapter)
+        read = decoder.hidden_states(decoder.embed_tokens(tokens), rows["length"])
         hidden = jnp.pad(read, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    return token_log_probs(tuned.backbone, hidden, tokens, rows["trained"], temperature, choices)
+    return token_log_probs(
+        finetunable.backbone, hidden, tokens, rows["trained"], temperature, valid_vocab_size
+    )
 
 
-def decision_scores(tuned: Tuned, rows: dict[str, jax.Array]) -> jax.Array:
+def decision_scores(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
     """Log-probabilities `[K, L]` float32 of the trigger's decisions, 0 where it was not asked."""
-    memgen = tuned.memgen
+    memgen = finetunable.memgen
     assert memgen is not None
     plan = Plan.of(rows["point"], rows["kind"], memgen.config)
     scores = jax.nn.log_softmax(memgen.trigger_logits(rows["tokens"], plan))
@@ -72,19 +77,19 @@ def decision_scores(tuned: Tuned, rows: dict[str, jax.Array]) -> jax.Array:
     return jnp.where(decisions >= 0, picked, 0.0)
 
 
-def scores(tuned: Tuned, rows: dict[str, jax.Array], how: Any) -> jax.Array:
+def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], how: Any) -> jax.Array:
     """Log-probabilities `[K, L]` of what is trained: decisions of a trigger, else tokens.
 
     Args:
         how: a `train.rl.rollout.sampler.Sampling`.
     """
-    if tuned.method == "trigger":
-        return decision_scores(tuned, rows)
-    return token_scores(tuned, rows, how.temperature, how.choices)
+    if finetunable.method == "trigger":
+        return decision_scores(finetunable, rows)
+    return token_scores(finetunable, rows, how.temperature, how.valid_vocab_size)
 
 
-def acted(tuned: Tuned, rows: dict[str, jax.Array]) -> jax.Array:
+def action_mask(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
     """`[K, L]` bool: where the policy that is trained has acted."""
-    if tuned.method == "trigger":
+    if finetunable.method == "trigger":
         return rows["decisions"] >= 0
     return rows["trained"]

@@ -103,7 +103,7 @@ class Method:
         found = self.estimate(reward, episodes.group, episodes.valid)
         return spread_over_tokens(found, trajectories, episodes)
 
-    def credit(
+    def assign_advantages(
         self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
     ) -> list[np.ndarray]:
         """`advantages`, clipped; trajectories that bring their own keep them."""

@@ -24,13 +24,13 @@ class Sampling:
 
     Attributes:
         temperature: of tokens; 0 takes the most probable one.
-        choices: only ids below it are chosen.
+        valid_vocab_size: only ids below it are chosen.
         stop: ids that end a text.
         memory: when a policy with a weaver weaves.
     """
 
     temperature: float
-    choices: int
+    valid_vocab_size: int
     stop: tuple[int, ...]
     memory: memgen.TriggerPolicy = memgen.NeverInvoke()  # noqa: RUF009 (frozen)
 
@@ -70,7 +70,7 @@ class Sampler:
         self.policy, self.how, self.max_rows, self._mesh = policy, how, max_rows, mesh
         self._shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
         self.request = memgen.make_request(
-            policy, 0, how.memory, how.temperature, how.stop, how.choices
+            policy, 0, how.memory, how.temperature, how.stop, how.valid_vocab_size
         )
 
     def open(

@@ -9,7 +9,7 @@ import numpy as np
 
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import chat_ids
-from train.models.load import Writer
+from train.models.load import LanguageModel
 from train.rl.protocols import Environment, Task
 from train.rl.rollout.sampler import Sampled, Sampler, row_keys
 from train.rl.tasks import safe_score, safe_step
@@ -17,7 +17,7 @@ from train.rl.types import Completion, Problem, Reward, Trajectory, Turn
 
 
 @dataclasses.dataclass(frozen=True)
-class Speech:
+class PromptFormatter:
     """Texts to ids and back.
 
     Attributes:
@@ -25,14 +25,14 @@ class Speech:
         chat: whether what the policy reads are messages to it, in its chat template.
     """
 
-    writer: Writer
+    lm: LanguageModel
     chat: bool = False
 
     def prompt(self, messages: Sequence[str]) -> list[int]:
         """Ids of a conversation of user, policy, user and so on, up to the policy's answer."""
         if not self.chat:
-            return self.writer.prompt("".join(messages))
-        tokenizer = self.writer.tokenizer
+            return self.lm.prompt("".join(messages))
+        tokenizer = self.lm.tokenizer
         if not isinstance(tokenizer, PretrainedTokenizer):
             raise ValueError("chat=True needs weights with a chat template: leave chat out")
         roles = itertools.cycle(("user", "assistant"))
@@ -43,16 +43,16 @@ class Speech:
 
     def observation(self, text: str, limit: int) -> list[int]:
         """Ids of what is read in the middle of a text, at most `limit` of them."""
-        return self.writer.tokenizer.encode(text)[0].tolist()[:limit]
+        return self.lm.tokenizer.encode(text)[0].tolist()[:limit]
 
     def cut(self, text: str, limit: int) -> str:
         """What is left of an observation of at most `limit` ids."""
-        return self.writer.tokenizer.decode(self.observation(text, limit))
+        return self.lm.tokenizer.decode(self.observation(text, limit))
 
     def completion(self, problem: Problem, sampled: Sampled) -> Completion:
         ids = sampled.tokens.tolist()
-        finished = bool(ids) and ids[-1] in self.writer.ends
-        text = self.writer.tokenizer.decode(ids[:-1] if finished else ids)
+        finished = bool(ids) and ids[-1] in self.lm.stop_ids
+        text = self.lm.tokenizer.decode(ids[:-1] if finished else ids)
         return Completion(problem, text, tuple(ids), finished)
 
 
@@ -100,7 +100,7 @@ class OneResponse:
         max_new_tokens: of a response.
     """
 
-    speech: Speech
+    formatter: PromptFormatter
     max_new_tokens: int
 
     def collect(
@@ -112,13 +112,13 @@ class OneResponse:
         seed: Sequence[int],
     ) -> list[Trajectory]:
         """See `train.rl.protocols.RolloutStrategy`."""
-        prompts = [self.speech.prompt([problem.prompt]) for problem in problems]
+        prompts = [self.formatter.prompt([problem.prompt]) for problem in problems]
         found = []
         for rows in _rows(problems, counts, sampler.max_rows):
             texts, source = _shared([prompts[row.group] for row in rows])
             conversation = sampler.open(texts, source, _keys(rows, seed), self.max_new_tokens)
             for row, sampled in zip(rows, conversation.respond(self.max_new_tokens), strict=True):
-                completion = self.speech.completion(row.problem, sampled)
+                completion = self.formatter.completion(row.problem, sampled)
                 reward = safe_score(task, completion)
                 episode = _Episode(row, prompts[row.group])
                 episode.respond(sampled, completion)
@@ -135,21 +135,22 @@ class Turns:
         max_new_tokens: of a turn's response.
         max_turns: after which an episode is cut.
         max_observation: tokens of an observation that are read.
-        carry: go on in one row: what was read stays read, latents of earlier turns too, and an
-            episode is one row for the learner. Else each turn begins anew with the text so far,
+        keep_context: go on in one row: what was read stays read, latents of earlier turns too, and
+            an episode is one row for the learner. Else each turn begins anew with the text so far,
             without earlier latents (the authors' MemGen), and is a row of its own.
     """
 
-    speech: Speech
+    formatter: PromptFormatter
     max_new_tokens: int
     max_turns: int
     max_observation: int
-    carry: bool
+    keep_context: bool
 
     def __post_init__(self):
-        if self.carry and self.speech.chat:
+        if self.keep_context and self.formatter.chat:
             raise ValueError(
-                "carry=True goes on in one text, chat=True writes each turn's conversation anew: "
+                "keep_context=True goes on in one text, chat=True writes each turn's conversation "
+                "anew: "
                 "leave one of them out"
             )
 
@@ -164,12 +165,12 @@ class Turns:
         """See `train.rl.protocols.RolloutStrategy`."""
         found = []
         for rows in _rows(problems, counts, sampler.max_rows):
-            play = self._in_one_row if self.carry else self._turn_by_turn
+            play = self._in_one_row if self.keep_context else self._turn_by_turn
             found += play(sampler, task, rows, seed)
         return found
 
     def _in_one_row(self, sampler, task, rows, seed) -> list[Trajectory]:
-        episodes = [_Episode(row, self.speech.prompt([row.problem.prompt])) for row in rows]
+        episodes = [_Episode(row, self.formatter.prompt([row.problem.prompt])) for row in rows]
         plays = [_Play(task, row.problem) for row in rows]
         texts, source = _shared([episode.tokens for episode in episodes])
         room = self.max_turns * (self.max_new_tokens + self.max_observation)
@@ -182,11 +183,11 @@ class Turns:
             seen: list[list[int]] = [[] for _ in rows]
             for index in np.flatnonzero(active):
                 episode, play = episodes[index], plays[index]
-                completion = self.speech.completion(episode.row.problem, said[index])
+                completion = self.formatter.completion(episode.row.problem, said[index])
                 episode.respond(said[index], completion)
                 observation = play.act(completion)
                 if not play.over and turn + 1 < self.max_turns:
-                    seen[index] = self.speech.observation(observation, self.max_observation)
+                    seen[index] = self.formatter.observation(observation, self.max_observation)
                     episode.read(seen[index])
             conversation.observe(seen)
         return [
@@ -202,17 +203,17 @@ class Turns:
             going = [index for index, play in enumerate(plays) if not play.over]
             if not going:
                 break
-            prompts = [self.speech.prompt(said[index]) for index in going]
+            prompts = [self.formatter.prompt(said[index]) for index in going]
             texts, source = _shared(prompts)
             keys = _keys([rows[index] for index in going], (*seed, turn))
             conversation = sampler.open(texts, source, keys, self.max_new_tokens)
             answers = conversation.respond(self.max_new_tokens)
             for index, prompt, answer in zip(going, prompts, answers, strict=True):
-                completion = self.speech.completion(rows[index].problem, answer)
+                completion = self.formatter.completion(rows[index].problem, answer)
                 episode = _Episode(rows[index], prompt, turn)
                 episode.respond(answer, completion)
                 turns[index].append(episode)
-                seen = self.speech.cut(plays[index].act(completion), self.max_observation)
+                seen = self.formatter.cut(plays[index].act(completion), self.max_observation)
                 said[index] += [completion.text, seen]
         return [
             episode.trajectory(play.reward, tuple(play.rewards))
