@@ -132,26 +132,26 @@ def test_tasks_of_slurm_find_each_other(tmp_path: Path, command):
 AGREE = """
 import pathlib, sys, time
 from jax.experimental.multihost_utils import sync_global_devices
-from train.devices.distributed import DistributedConfig, agreed, check_same
-from train.devices.distributed import ends_when_alone, together
+from train.devices.distributed import DistributedConfig, sync_errors, assert_same_on_all_hosts
+from train.devices.distributed import distributed_context, ends_when_alone
 from train.runs import run_folder
 port, process, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 run_folder.NETWORK_DISK = 0.0
-with together(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
+with distributed_context(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
     for attempt in (
         lambda: open("/nowhere") if process else None,
-        lambda: check_same("config", {"steps": 3, "data": {"seed": process}}),
+        lambda: assert_same_on_all_hosts("config", {"steps": 3, "data": {"seed": process}}),
     ):
         try:
-            with agreed():
+            with sync_errors():
                 attempt()
         except (ValueError, OSError) as error:
             print(error)
-    check_same("config", {"steps": 3})
-    with run_folder.only_run_in(folder / "disk-0"):
+    assert_same_on_all_hosts("config", {"steps": 3})
+    with run_folder.run_lock(folder / "disk-0"):
         time.sleep(2 * process)  # process 1 leaves the first run while process 0 begins the next
     try:
-        with run_folder.only_run_in(folder / f"disk-{process}"):
+        with run_folder.run_lock(folder / f"disk-{process}"):
             print("not reached")
     except ValueError as error:
         print(error)
@@ -195,9 +195,10 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path):
 FALL_SILENT = """
 import os, signal, sys
 from jax.experimental.multihost_utils import sync_global_devices
-from train.devices.distributed import DistributedConfig, ends_when_alone, together
+from train.devices.distributed import DistributedConfig, distributed_context, ends_when_alone
 port, process = sys.argv[1], int(sys.argv[2])
-with together(DistributedConfig(f"127.0.0.1:{port}", 2, process, heartbeat=10)), ends_when_alone():
+config = DistributedConfig(f"127.0.0.1:{port}", 2, process, heartbeat=10)
+with distributed_context(config), ends_when_alone():
     sync_global_devices("both are here")
     if process:
         os.kill(os.getpid(), signal.SIGSTOP)

@@ -102,7 +102,7 @@ def test_a_causal_policy_has_one_number_and_it_is_honest(policy):
 
 
 @pytest.mark.parametrize(
-    ("policy", "dials", "turned"),
+    ("policy", "overrides", "turned"),
     [
         (TopK(2.0), {}, TopK(2.0)),
         (TopK(streams=30), {"ratio": 1.5}, TopK(1.5)),
@@ -116,7 +116,7 @@ def test_dials(policy, overrides, turned):
 
 
 @pytest.mark.parametrize(
-    ("policy", "dials", "message"),
+    ("policy", "overrides", "message"),
     [
         (TopK(2.0), {"window": 4}, "window=4 is a setting of PrefixRank, the policy is TopK"),
         (PrefixRank(2.0), {"threshold_offset": 0.1}, "0.1 is a setting of Threshold"),

@@ -79,7 +79,7 @@ def standing_in(monkeypatch):
 
 def test_requests_are_answered_in_their_order(standing_in):
     loaded = writer(PLAIN)
-    model = HarnessModel(writer=loaded, batch_size=4, max_length=LENGTH)
+    model = HarnessModel(lm=loaded, batch_size=4, max_length=LENGTH)
     pairs = [("abc", " d"), ("", "efghijklm"), ("a", "b")]
     scores = Scorer(loaded, 4, LENGTH)(pairs)
     found = model.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
@@ -91,7 +91,7 @@ def test_requests_are_answered_in_their_order(standing_in):
 
 def test_texts_are_generated_in_groups_and_cut(standing_in):
     loaded = writer(PLAIN)
-    model = HarnessModel(writer=loaded, batch_size=2, max_length=LENGTH, max_gen_toks=8)
+    model = HarnessModel(lm=loaded, batch_size=2, max_length=LENGTH, max_gen_toks=8)
     contexts = ["abc", "b", "cab abc abc abc abc abc", "abc"]
     plain = []
     for context in contexts:
@@ -116,7 +116,7 @@ def test_texts_are_generated_in_groups_and_cut(standing_in):
 
 
 def test_chats_are_rendered_and_read_with_their_special_tokens(standing_in):
-    model = HarnessModel(writer=load_weights(MODEL))
+    model = HarnessModel(lm=load_weights(MODEL))
     before = model._scorer.encode("<|im_end|>")
     chat = [{"role": "user", "content": "the end"}]
     text = model.apply_chat_template(chat)
@@ -126,7 +126,7 @@ def test_chats_are_rendered_and_read_with_their_special_tokens(standing_in):
     assert len(before) > 1 and len(model._scorer.encode("<|im_end|>")) == 1
     assert model.chat_template(True) and model.chat_template(False) is None
     with pytest.raises(ValueError, match="letters has no chat template"):
-        HarnessModel(writer=writer(PLAIN)).apply_chat_template(chat)
+        HarnessModel(lm=writer(PLAIN)).apply_chat_template(chat)
     with pytest.raises(ValueError, match="model=None checkpoint=None: pass one of them"):
         HarnessModel()
 

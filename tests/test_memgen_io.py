@@ -253,7 +253,7 @@ def test_parameter_count_is_the_specified_one():
         def apply_lora(self, adapter):
             return self
 
-        read = unembed = apply_lora
+        hidden_states = unembed = apply_lora
 
     config = MemGenConfig.reference()
     build = lambda: MemGen(Wide(), config, boundary=np.zeros(4, np.uint8), rngs=nnx.Rngs(0))  # noqa: E731
@@ -316,7 +316,7 @@ def test_a_backbone_that_lacks_a_method_is_one_line():
         with pytest.raises(ValueError, match=f"can't be a {role}: it has no ") as caught:
             make(**parts)
         assert "\n" not in str(caught.value) and "apply_lora" in str(caught.value)
-    with pytest.raises(ValueError, match="no adapted, embed_tokens, unembed "):
+    with pytest.raises(ValueError, match="no apply_lora, embed_tokens, unembed "):
         make(Half())
 
 

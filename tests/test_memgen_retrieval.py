@@ -145,7 +145,7 @@ def test_52_snippets_reach_the_weaver_and_never_the_reasoner():
 
     def respond_to(prompts, retriever) -> tuple[Response, Session]:
         tokens, length = pad_prompts(prompts, VOCAB)
-        request = make_request(made, NEW, choices=3, stop=NOBODY, retriever=retriever)
+        request = make_request(made, NEW, valid_vocab_size=3, stop=NOBODY, retriever=retriever)
         keys, room = row_keys(0, prompts), tokens.shape[1] + 16
         session = begin(made, tokens, length, keys, room, request=request)
         answer, session = respond(made, session, request, 16)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from processes import QUICK
 
+from thoughtbubbles import Thoughtbubbles
 from train import evaluate, generate, pretrain
 from train.cli.command import run_command
 from train.engine.loop import run_lock
@@ -278,14 +279,13 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
 ):
     saved = json.loads((finished / "config.json").read_text())
     assert saved["steps"] == 8
-    import train.engine.step
 
     def poisoned(*inputs, **options):
-        total, rest = original(*inputs, **options)
-        return total / 0.0, rest
+        total, *rest = original(*inputs, **options)
+        return total / 0.0, *rest
 
-    original = train.engine.step.next_token_loss
-    monkeypatch.setattr(train.engine.step, "next_token_loss", poisoned)
+    original = Thoughtbubbles.loss
+    monkeypatch.setattr(Thoughtbubbles, "loss", poisoned)
     assert run_here(monkeypatch, *arguments, "--steps", "12") == 1
     mistake(capsys, "step 9: loss inf", "last checkpoint is untouched")
     evidence = np.load(finished / "nonfinite-step-9" / "batch-0.npz")

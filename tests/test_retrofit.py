@@ -23,14 +23,13 @@ from train import generate
 from train.data import DataConfig, DataError
 from train.devices.mesh import MeshConfig, make_mesh, place, state_shardings
 from train.engine.config import EvalConfig
-from train.engine.losses import next_token_loss
 from train.engine.optim import OptimizerConfig, make_optimizer
-from train.engine.state import TRAINED, make_trainable
+from train.engine.state import make_trainable
 from train.engine.step import make_train_step
 from train.evaluation import held_out
 from train.models.load import find_weights, load_model
 from train.pretraining.config import InitConfig, RunConfig
-from train.pretraining.job import make_run, on_weights, train
+from train.pretraining.job import TRAINED, make_run, on_weights, train
 from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_params
 
@@ -107,7 +106,7 @@ def test_the_output_from_a_cache_is_that_of_the_pretrained_model(options: dict):
     for place_in_row in range(8, 12):
         logits, cache = decode_step(model, cache, tokens[:, place_in_row])
         np.testing.assert_allclose(logits, before[:, place_in_row], rtol=0, atol=1e-5)
-    assert (np.asarray(cache.record.streams).sum(axis=(1, 2)) > tokens.size).any()
+    assert (np.asarray(cache.trace.streams).sum(axis=(1, 2)) > tokens.size).any()
 
 
 def forks_of(tree: Any) -> dict[str, list[float]]:
@@ -122,7 +121,7 @@ def forks_of(tree: Any) -> dict[str, list[float]]:
 @jax.jit
 def gradient(model: Thoughtbubbles) -> Thoughtbubbles:
     tokens = random_tokens(4, 13, seed=1)
-    return jax.grad(lambda m: next_token_loss(m, tokens)[0] / tokens.size, allow_int=True)(model)
+    return jax.grad(lambda m: m.loss(tokens)[0] / tokens.size, allow_int=True)(model)
 
 
 @pytest.mark.parametrize("options", [FORKS[1], FORKS[3]], ids=str)

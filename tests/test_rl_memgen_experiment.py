@@ -19,7 +19,9 @@ TRIGGER = "trigger, penalty by tokens"
 
 def experiment(out: Path, **changes) -> remember.Experiment:
     steps = ("pretrain_steps", "sft_steps", "weaver_steps", "trigger_steps")
-    sizes = dict.fromkeys((*steps, "batch_size", "weaver_problems", "rollouts", "held_out"), 2)
+    sizes = dict.fromkeys(
+        (*steps, "batch_size", "weaver_problems", "num_generations", "held_out"), 2
+    )
     sizes["trigger_problems"] = 4  # 8 rows, as many as six held-out questions fill: one program
     every: dict[str, Any] = {**sizes, "seeds": (0,), "out": str(out), **changes}
     return remember.Experiment(**every)

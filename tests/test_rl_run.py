@@ -170,14 +170,16 @@ def test_what_a_run_writes_down(tmp_path):
     assert held[-1]["eval/success"] == found["success"]
     loaded = load_model(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["method"].startswith("grpo(")
-    before = nnx.to_pure_dict(nnx.state(reinforcing.writer.model))
+    before = nnx.to_pure_dict(nnx.state(reinforcing.lm.model))
     after = nnx.to_pure_dict(nnx.state(loaded.model))
     assert not np.array_equal(before["embed"], after["embed"])
 
 
 def test_two_stages_of_memgen(tmp_path, monkeypatch, whole):
     """A weaver, then a trigger beside it: each moves its own parameters; both are read back."""
-    monkeypatch.setattr("train.models.load.load_writer", lambda name, shardings=None: starts[name])
+    monkeypatch.setattr(
+        "train.models.load.load_language_model", lambda name, shardings=None: starts[name]
+    )
     starts = {"base": writer("shallow")}
     woven = load_model(whole("weaver")[0])
     assert woven.memgen is not None and woven.memgen.trigger is None
@@ -228,7 +230,7 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
     ("changes", "words"),
     [
         (
-            {"rollouts": 1},
+            {"num_generations": 1},
             "num_generations=1: dapo compares rollouts of one problem: choose 2 or more",
         ),
         ({"max_new_tokens": 0}, "max_new_tokens=0: choose 1 or more"),
@@ -241,7 +243,7 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
         ({"method": "rebn", "overlong_buffer": 2}, "know no penalty.weight and no overlong_buffer"),
         ({"train": "trigger", "method": "grpo(importance_cap=2.0)"}, "importance_cap is of tokens"),
         (
-            {"method": "rebn(filter_groups=True)", "rollouts": 1},
+            {"method": "rebn(filter_groups=True)", "num_generations": 1},
             "filter_groups keeps no group of num_generations=1",
         ),
         ({"penalty": InvocationPenalty(0.1)}, "penalty.weight=0.1 is of a trigger, train='lora'"),
@@ -300,7 +302,7 @@ def test_a_reward_that_is_no_number_is_one_line(tmp_path, value, words):
     ("changes", "words"),
     [
         ({"method": "grpo"}, r'method: saved "dapo\(.*\)", now "grpo\(.*\)"'),
-        ({"rollouts": 8}, "rollouts: saved 4, now 8"),
+        ({"num_generations": 8}, "num_generations: saved 4, now 8"),
         ({"seed": 1}, "seed: saved 0, now 1"),
     ],
     ids=str,

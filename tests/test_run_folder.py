@@ -23,10 +23,10 @@ from train.runs.run_folder import run_lock
 
 HOLD = """
 import pathlib, sys, time
-from train.devices.distributed import DistributedConfig, together
-from train.runs.run_folder import only_run_in
+from train.devices.distributed import DistributedConfig, distributed_context
+from train.runs.run_folder import run_lock
 port, process, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
-with together(DistributedConfig(f"127.0.0.1:{port}", 2, process)), only_run_in(folder):
+with distributed_context(DistributedConfig(f"127.0.0.1:{port}", 2, process)), run_lock(folder):
     print("held", flush=True)
     time.sleep(1000)
 """

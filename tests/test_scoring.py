@@ -100,7 +100,7 @@ def test_programs_are_few():
 
 def test_spaces_go_to_the_continuation_and_the_whole_is_encoded():
     scorer = Scorer(load_weights("tests/fixtures/pretrained/llama"))
-    tokenizer = scorer._writer.tokenizer
+    tokenizer = scorer._lm.tokenizer
     words = lambda ids: [tokenizer.decode([token]) for token in ids]  # noqa: E731
     row = scorer.row("in ", "the end")
     assert words(row.ids[row.start :]) == [" the", " ", "e", "n", "d"]

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import BASE
 
 from thoughtbubbles import Fork, PrefixRank, Streams, Threshold, TopK
+from thoughtbubbles.statistics import fork_statistics, readable, score_samples
 from train.devices.mesh import (
     MeshConfig,
     batch_sharding,
@@ -24,7 +25,6 @@ from train.devices.mesh import (
     rows_here,
     rows_on,
 )
-from train.engine.fork_metrics import fork_statistics, readable, score_samples
 from train.engine.optim import OptimizerConfig, make_schedule, muon_dimensions
 from train.engine.state import make_trainable
 from train.engine.step import make_train_step
@@ -69,7 +69,7 @@ def tracked_run(*, inputs=None, **how):
     for tokens in batches(4) if inputs is None else inputs:
         state, metrics = step(state, place(tokens, trainable.mesh))
         losses.append(float(metrics["loss"]))
-        thresholds.append(np.asarray(metrics["forks"]["threshold"]))
+        thresholds.append(np.asarray(metrics["aux"]["threshold"]))
         np.testing.assert_array_equal(jax.tree.leaves(state.tracked), thresholds[-1])
     assert step._cache_size() == 1
     return np.array(losses), np.array(thresholds)

@@ -79,7 +79,7 @@ def run(model: Thoughtbubbles, tokens: jax.Array, length: jax.Array | None = Non
 @jax.jit
 def forked(model: Thoughtbubbles, tokens: jax.Array, length: jax.Array):
     """Streams and originals behind each fork layer of a model without its blocks: soon compiled."""
-    streams, found = Streams.start(model.residuals(tokens), length), []
+    streams, found = Streams.start(model.embed_tokens(tokens), length), []
     for fork in model.forks:
         streams = fork(streams)
         found.append((streams, streams.original))

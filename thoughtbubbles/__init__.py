@@ -1,5 +1,6 @@
 """Thoughtbubbles: residual streams that fork and die inside the network (arXiv 2510.00219)."""
 
+from thoughtbubbles.architecture import ARCHITECTURES, Architecture, ArchitectureConfig
 from thoughtbubbles.backbone import Backbone
 from thoughtbubbles.config import PRESETS, ModelConfig
 from thoughtbubbles.forking import merge
@@ -12,6 +13,9 @@ from thoughtbubbles.streams import Streams
 __version__ = "0.1.0"
 
 __all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ArchitectureConfig",
     "PRESETS",
     "Backbone",
     "Block",

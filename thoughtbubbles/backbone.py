@@ -4,8 +4,10 @@ Rows of vectors come in, hidden states come out; adapters stand beside the weigh
 for exactly this of any decoder (`memgen.DecoderBackbone`).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,12 @@ from flax import nnx
 
 from thoughtbubbles.attention import attend_where
 from thoughtbubbles.cache import Cache, advance, init_cache
-from thoughtbubbles.layers import Block, Geometry
-from thoughtbubbles.model import Thoughtbubbles
+from thoughtbubbles.layers import Geometry
 from thoughtbubbles.positions import rotary_angles
 from thoughtbubbles.streams import Streams
+
+if TYPE_CHECKING:
+    from thoughtbubbles.model import Thoughtbubbles
 
 ATTENTION_MAPS = ("q", "k", "v", "o")
 MLP_MAPS = ("up", "gate", "down")
@@ -30,20 +34,18 @@ class Backbone(nnx.Module):
 
     Args:
         model: whose parameters these are; nothing is copied.
-        layers: its blocks one by one, if they have been taken out of the stack (`for_decoding`).
 
     Raises:
         ValueError: a token of the model has no one hidden state (`merge="probability"`).
     """
 
-    def __init__(self, model: Thoughtbubbles, layers: Sequence[Block] | None = None):
+    def __init__(self, model: Thoughtbubbles):
         if model.config.merge == "probability" and model.config.fork_layers:
             raise ValueError(
                 "merge='probability' mixes predictions, a token has no one hidden state: "
                 "use a model with merge='residual' or 'rightmost'"
             )
         self.model = model
-        self.layers = nnx.data(None if layers is None else list(layers))
 
     @property
     def embed_dim(self) -> int:
@@ -71,7 +73,7 @@ class Backbone(nnx.Module):
             sizes["gate"] = (embed, wide)
         return {name: ((config.num_layers,), *size) for name, size in sizes.items()}
 
-    def apply_lora(self, adapter: Mapping[str, Any]) -> "Backbone":
+    def apply_lora(self, adapter: Mapping[str, Any]) -> Backbone:
         """The same arrays with an adapter beside them.
 
         Args:
@@ -108,13 +110,13 @@ class Backbone(nnx.Module):
             kernel[...] = kernel[...] + delta.reshape(kernel.shape).astype(kernel.dtype)
         return model
 
-    def for_decoding(self) -> "Backbone":
+    def for_decoding(self) -> Backbone:
         """The form for a loop over `extend`: no step copies weights out of their stack."""
-        return Backbone(self.model, self.model.layers())
+        return Backbone(self.model.for_decoding())
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """`[..., D]`; NaN for an id outside the vocabulary."""
-        return self.model.residuals(tokens)
+        return self.model.embed_tokens(tokens)
 
     def hidden_states(
         self,
@@ -169,8 +171,7 @@ class Backbone(nnx.Module):
             hidden states `[B, C, D]` (NaN for a row that outgrows the cache), and the cache.
         """
         x = x.astype(self.model.config.dtype)
-        layers = self.model.layers() if self.layers is None else self.layers
-        streams, cache = advance(self.model, layers, cache, x, length, fresh)
+        streams, cache = advance(self.model, self.model.layers(), cache, x, length, fresh)
         return self._hidden(streams), cache
 
     def _hidden(self, streams: Streams) -> jax.Array:

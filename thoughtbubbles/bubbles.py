@@ -1,5 +1,7 @@
 """Bubble maps: where a model forked, as arrays, as text for a terminal, and as a figure."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,11 +12,12 @@ import numpy as np
 
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import membership
-from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from thoughtbubbles.model import Thoughtbubbles
 
 
 READABLE = 70  # tokens whose numbers of streams are written into a figure
@@ -43,7 +46,7 @@ class BubbleMap:
         streams: Sequence[np.ndarray] | np.ndarray,
         score: Sequence[np.ndarray] | np.ndarray,
         tokens: Sequence[str],
-    ) -> "BubbleMap":
+    ) -> BubbleMap:
         """From the streams and scores after each fork layer, `F` rows of `T`: of a `Generation`.
 
         Args:
@@ -78,7 +81,7 @@ class BubbleMap:
             start = end
         return "\n".join(lines)
 
-    def figure(self) -> "Figure":
+    def figure(self) -> Figure:
         """Two heat maps, block by token: number of streams, and mean score. Needs matplotlib."""
         from matplotlib import colormaps
         from matplotlib.figure import Figure

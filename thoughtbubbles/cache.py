@@ -4,10 +4,12 @@ What a causal policy decides about a token is final, so keys and values are only
 any split of a row into chunks gives what the blockwise forward pass gives, to float noise.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,12 @@ from thoughtbubbles.attention import attend_cached
 from thoughtbubbles.bubbles import bubbles_of
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.layers import Block, Geometry
-from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy
 from thoughtbubbles.streams import Streams
+
+if TYPE_CHECKING:
+    from thoughtbubbles.model import Thoughtbubbles
 
 EXECUTION_FIELDS = {"scan_layers", "remat"}  # of ModelConfig: they change no number
 
@@ -227,7 +231,7 @@ def _check_config(ours: ModelConfig, theirs: ModelConfig) -> None:
 
 @functools.partial(jax.jit, static_argnames="fresh")
 def _extend(model, cache, tokens, length, fresh):
-    return advance(model, model.layers(), cache, model.residuals(tokens), length, fresh)
+    return advance(model, model.layers(), cache, model.embed_tokens(tokens), length, fresh)
 
 
 @jax.jit

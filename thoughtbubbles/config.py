@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+import jax
+
+from thoughtbubbles.architecture import ArchitectureConfig
 from thoughtbubbles.attention import visited_pairs
 from thoughtbubbles.policies import PrefixRank, TopK
 from thoughtbubbles.policy import Policy, check_forced_keep
@@ -10,7 +13,7 @@ from thoughtbubbles.positions import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ArchitectureConfig):
     """A decoder, with or without fork layers.
 
     Sizes: `vocab_size` V, `embed_dim` D, `num_heads` H, `num_kv_heads` G (default H), `head_dim` K
@@ -194,6 +197,30 @@ class ModelConfig:
     def causal(self) -> bool:
         """Whether logits of a position depend on tokens up to it alone, by construction."""
         return not self.fork_layers or self.policy.causal
+
+    def summary(self) -> str:
+        """Where the model forks and by which policy, or "plain"."""
+        if not self.fork_layers:
+            return "plain"
+        return f"forks before layers {self.fork_layers}, {self.policy}"
+
+    def sizes(self) -> str:
+        """Depth, width, heads, vocabulary and type in one line."""
+        return (
+            f"{self.num_layers} layers of {self.embed_dim}, {self.num_heads} heads, vocabulary "
+            f"{self.vocab_size:,}, {self.dtype}"
+        )
+
+    def unused_fields(self) -> tuple[str, ...]:
+        """The fields of fork layers that a model without any does not use."""
+        return () if self.fork_layers else ("policy", "score_originals")
+
+    def attention_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """Shapes of query, key, value and bias of one attention call over 8 slots."""
+        query = jax.ShapeDtypeStruct((1, 8, self.num_heads, self.head_width), self.dtype)
+        key = jax.ShapeDtypeStruct((1, 8, self.kv_heads, self.head_width), self.dtype)
+        biased = self.fork_layers and self.key_bias
+        return query, key, key, jax.ShapeDtypeStruct((1, 8), "float32") if biased else None
 
     def groups(self) -> list[tuple[int, int]]:
         """Runs of blocks `(first, last + 1)` between fork layers; the first may be empty."""

@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thoughtbubbles.cache import Cache, advance, cacheable, check_cacheable, init_cache
+from thoughtbubbles.architecture import Architecture
+from thoughtbubbles.cache import check_cacheable
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.sampling import Sampling, sample
@@ -40,7 +42,7 @@ class Generation:
 
 
 def generate(
-    model: Thoughtbubbles,
+    model: Architecture,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -83,9 +85,9 @@ def generate(
     if policy is not None:
         model = model.with_policy(policy)
     if cached is None:
-        cached = cacheable(model.config)
+        cached = model.cacheable
     elif cached:
-        check_cacheable(model.config)
+        model.check_cacheable()
     sampling = Sampling.of(temperature, top_k, top_p, min_p)
     if not _check(model, prompts, max_new_tokens, valid_vocab_size):
         return []
@@ -113,8 +115,10 @@ def generate_with_bubbles(
     """`generate` with a cache, and what the fork layers did to each token on the way.
 
     Raises:
-        ValueError: as `generate`; the model must be causal.
+        ValueError: as `generate`; the model must be a causal `Thoughtbubbles`.
     """
+    if not isinstance(model, Thoughtbubbles):
+        raise ValueError(f"{type(model).__name__} has no bubbles: use generate")
     if policy is not None:
         model = model.with_policy(policy)
     check_cacheable(model.config)
@@ -218,13 +222,13 @@ def _texts(prompts, new: jax.Array, count: jax.Array) -> list[list[int]]:
     return texts
 
 
-def _decode(model, prompts, request, read_all) -> tuple[list[list[int]], Cache]:
+def _decode(model, prompts, request, read_all) -> tuple[list[list[int]], Any]:
     """Generate with a cache; with `read_all` the last token of each text is in the cache too."""
     longest = max(map(len, prompts))
     tokens, lengths = _padded(prompts, width=_bucket(longest, SHORTEST_PROMPT))
     room = _bucket(longest + int(request.max_new_tokens), SMALLEST_CACHE)
     chosen, cache = _begin(model, tokens, lengths, request, room)
-    new, count, cache = _continue(model, cache, chosen, request, jnp.bool_(read_all))
+    new, count, cache = _continue(model, cache, chosen, lengths, request, jnp.bool_(read_all), room)
     return _texts(prompts, new, count), cache
 
 
@@ -233,18 +237,17 @@ def _bucket(size: int, smallest: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="max_tokens")
-def _begin(model, tokens, lengths, request, max_tokens) -> tuple[jax.Array, Cache]:
-    """Read the prompts into a new cache and choose the first new tokens."""
-    cache = init_cache(model, tokens.shape[0], max_tokens)
-    x = model.residuals(tokens)
-    streams, cache = advance(model, model.layers(), cache, x, lengths, fresh=True)
-    return request.choose(model.logits_at(streams, lengths - 1), lengths), cache
+def _begin(model, tokens, lengths, request, max_tokens) -> tuple[jax.Array, Any]:
+    """Prefill a new cache with the prompts and choose the first new tokens."""
+    cache = model.init_cache(tokens.shape[0], max_tokens)
+    output, cache = model.advance(cache, tokens, lengths, fresh=True)
+    return request.choose(model.logits_at(output, lengths - 1), lengths), cache
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _continue(model, cache, chosen, request, read_all):
+@functools.partial(jax.jit, static_argnames="max_tokens", donate_argnames="cache")
+def _continue(model, cache, chosen, lengths, request, read_all, max_tokens):
     """From the first new token on: new ids `[B, max_tokens]`, how many, and the cache."""
-    layers = model.layers()  # out of the loop, so that no step copies weights
+    model = model.for_decoding()  # out of the loop, so that no step copies weights
     batch = chosen.shape[0]
 
     def unfinished(carry):
@@ -253,9 +256,10 @@ def _continue(model, cache, chosen, request, read_all):
     def step(carry):
         # A row that is done may still be read: for its bubbles, not to choose again.
         done, cache = carry["done"], carry["cache"]
-        x = model.residuals(carry["chosen"][:, None])
-        streams, cache = advance(model, layers, cache, x, carry["unread"].astype(jnp.int32))
-        chosen = request.choose(model.logits_at(streams, jnp.zeros_like(count)), cache.length)
+        unread = carry["unread"].astype(jnp.int32)
+        output, cache = model.advance(cache, carry["chosen"][:, None], unread)
+        length = carry["length"] + unread
+        chosen = request.choose(model.logits_at(output, jnp.zeros_like(count)), length)
         new = jax.lax.dynamic_update_slice(carry["new"], chosen[:, None], (0, carry["step"]))
         grown = carry["count"] + ~done
         ended = done | request.ends(chosen, grown)
@@ -264,6 +268,7 @@ def _continue(model, cache, chosen, request, read_all):
             "chosen": chosen,
             "new": new,
             "count": grown,
+            "length": length,
             "done": ended,
             "unread": ~done & (read_all | ~ended) & (chosen >= 0),
             "cache": cache,
@@ -274,8 +279,9 @@ def _continue(model, cache, chosen, request, read_all):
     carry = {
         "step": jnp.int32(1),
         "chosen": chosen,
-        "new": jnp.zeros((batch, cache.max_tokens), jnp.int32).at[:, 0].set(chosen),
+        "new": jnp.zeros((batch, max_tokens), jnp.int32).at[:, 0].set(chosen),
         "count": count,
+        "length": lengths,
         "done": done,
         "unread": (count > 0) & (read_all | ~done) & (chosen >= 0),
         "cache": cache,
@@ -294,7 +300,7 @@ def _recompute(model, tokens, lengths, request):
     def step(carry):
         tokens, length, done = carry
         # Places after a row's end are padding to the model, so the buffer's size changes nothing.
-        logits = model.logits_at(model.run(tokens, length).streams, length - 1)
+        logits = model.logits_at(model.run(tokens, length), length - 1)
         chosen = request.choose(logits, length)
         here = (jnp.arange(tokens.shape[1]) == length[:, None]) & ~done[:, None]
         tokens = jnp.where(here, chosen[:, None], tokens)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thoughtbubbles import forking
+from thoughtbubbles.architecture import Tracked
 from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.policies import PrefixRank
@@ -37,10 +38,6 @@ def weight(
 def vector(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
     """A bias, scale or embedding vector: no contracted axes, no weight decay."""
     return nnx.Param(value, axes=axes, inputs=0)
-
-
-class Tracked(nnx.Variable):
-    """Model state that follows statistics of training; not a parameter, fixed otherwise."""
 
 
 class Norm(nnx.Module):

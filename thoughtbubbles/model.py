@@ -1,21 +1,27 @@
 """Thoughtbubbles: embed, (Fork | Block)*, merge, logits; without fork layers a plain decoder."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from thoughtbubbles.attention import Attend, attend
+from thoughtbubbles import statistics
+from thoughtbubbles.architecture import ARCHITECTURES, Architecture, Constrain, log_prob_of
+from thoughtbubbles.attention import Attend
+from thoughtbubbles.attention import attend as attend_by_scores
+from thoughtbubbles.backbone import Backbone
+from thoughtbubbles.cache import Cache, advance, cacheable, check_cacheable, init_cache
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
 from thoughtbubbles.policy import Policy, hook
-from thoughtbubbles.streams import Streams, left_align, restore_alignment
+from thoughtbubbles.streams import Streams
 
-Constrain = Callable[[jax.Array], jax.Array]
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -36,7 +42,7 @@ class Output:
     forks: tuple[Streams, ...]
 
 
-class Thoughtbubbles(nnx.Module):
+class Thoughtbubbles(Architecture):
     """A causal decoder whose residual streams fork (arXiv 2510.00219).
 
     All blocks are stacked on a leading `layers` axis, so that weights don't depend on where the
@@ -50,16 +56,20 @@ class Thoughtbubbles(nnx.Module):
         attend: attention of the blocks; a trainer passes the kernel of its devices here.
     """
 
+    config_class: ClassVar[type[ModelConfig]] = ModelConfig
+    config: ModelConfig
+
     def __init__(
         self,
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
         constrain: Constrain | None = None,
-        attend: Attend = attend,
+        attend: Attend | None = None,
     ):
         self.config = config
         self.constrain = constrain or _identity
+        attend = attend or attend_by_scores
         self.embed = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         keys = rngs.split(config.num_layers)
         self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs, attend=attend))(keys)
@@ -67,60 +77,7 @@ class Thoughtbubbles(nnx.Module):
         self.final_norm = norm_of(config)
         shape, axes = (config.embed_dim, config.vocab_size), ("embed", "vocab")
         self.head = None if config.tied_head else weight(rngs, shape, axes)
-
-    @classmethod
-    def from_params(
-        cls,
-        config: ModelConfig,
-        params: Mapping[Any, Any],
-        constrain: Constrain | None = None,
-        attend: Attend = attend,
-        *,
-        shardings: Callable[[Any], Any] | None = None,
-    ) -> "Thoughtbubbles":
-        """A model with given parameters, e.g. from `train.runs.checkpoint.load_params`.
-
-        Args:
-            config: what they were made with.
-            params: nested dict of arrays as `nnx.to_pure_dict` gives it.
-            constrain, attend: as in the constructor.
-            shardings: where they go, as in `load_pretrained`; None leaves JAX arrays where they
-                are and puts others on the first device.
-
-        Raises:
-            ValueError: names or shapes differ from what the config asks for.
-        """
-        build = lambda: cls(config, rngs=nnx.Rngs(0), constrain=constrain, attend=attend)  # noqa: E731
-        graphdef, state = nnx.split(nnx.eval_shape(build))
-        wanted, given = _by_name(nnx.to_pure_dict(state)), _by_name(params)
-        for name in {**wanted, **given}:
-            there = given[name].shape if name in given else "missing"
-            here = wanted[name].shape if name in wanted else "none"
-            if there != here:
-                raise ValueError(
-                    f"parameter {name}: given {there}, config asks for {here}: "
-                    "use the config that the parameters were made with"
-                )
-        if shardings is None:
-            placed = jax.tree.map(jnp.asarray, dict(params))
-        else:
-            placed = jax.device_put(dict(params), nnx.to_pure_dict(shardings(state)))
-        nnx.replace_by_pure_dict(state, placed)
-        return nnx.merge(graphdef, state)
-
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Logits `[B, T, V]` float32 (log-probabilities where the probability merge mixes).
-
-        Args:
-            tokens: `[B, T]` int32; an id outside the vocabulary makes its row NaN.
-            mask: `[B, T]` bool, true for real tokens; padding, on either side, changes nothing of
-                real positions and gets zeros.
-        """
-        if mask is None:
-            return self.logits(self.run(tokens).streams)
-        aligned, length, rank = left_align(tokens, mask)
-        logits = self.logits(self.run(aligned, length).streams)
-        return restore_alignment(logits, mask, rank)
+        self.unstacked = nnx.data(None)
 
     def run(
         self,
@@ -138,7 +95,7 @@ class Thoughtbubbles(nnx.Module):
             track: let tracked thresholds follow these tokens (training).
             key: of the noise with which fork layers choose (training); without it there is none.
         """
-        return self.run_residuals(self.residuals(tokens), length, track=track, key=key)
+        return self.run_residuals(self.embed_tokens(tokens), length, track=track, key=key)
 
     def run_residuals(
         self,
@@ -161,12 +118,13 @@ class Thoughtbubbles(nnx.Module):
             streams = self.run_blocks(streams, start, end)
         return Output(streams, tuple(forks))
 
-    def residuals(self, tokens: jax.Array) -> jax.Array:
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
         return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
 
-    def logits(self, streams: Streams) -> jax.Array:
-        """Merge and decode: `[B, T, V]` float32."""
+    def logits(self, output: Output | Streams) -> jax.Array:
+        """Merge and decode: `[B, T, V]` float32, log-probabilities where `merge` mixes them."""
+        streams = _streams_of(output)
         if self.config.merge == "probability" and streams.forked:
             log_probs = jax.nn.log_softmax(self.decode(streams.x), axis=-1)
             return merge_log_probs(streams, log_probs, self.max_bubble(streams))
@@ -185,9 +143,10 @@ class Thoughtbubbles(nnx.Module):
             )
         return merge(streams, "rightmost" if self.config.merge == "rightmost" else "residual")
 
-    def logits_at(self, streams: Streams, token: jax.Array) -> jax.Array:
-        """Logits `[B, V]` float32 of one token per row, `token [B]` int32, and of no other."""
-        return self.logits(streams.bubble_of(token, self.max_bubble(streams)))[:, 0]
+    def logits_at(self, output: Output | Streams, position: jax.Array) -> jax.Array:
+        """Logits `[B, V]` float32 of one token per row, `position [B]` int32, and of no other."""
+        streams = _streams_of(output)
+        return self.logits(streams.bubble_of(position, self.max_bubble(streams)))[:, 0]
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Final norm and head: `[..., D]` to logits `[..., V]` float32."""
@@ -202,12 +161,13 @@ class Thoughtbubbles(nnx.Module):
         table = table[...].astype(self.config.dtype)
         return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
 
-    def log_prob(self, streams: Streams, targets: jax.Array) -> jax.Array:
+    def log_prob(self, output: Output | Streams, targets: jax.Array) -> jax.Array:
         """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits."""
+        streams = _streams_of(output)
         if self.config.merge != "probability" or not streams.forked:
-            return _log_prob_of(self.logits(streams), targets)
+            return log_prob_of(self.logits(streams), targets)
         per_stream = jnp.take_along_axis(targets, streams.token, axis=1)
-        log_prob = _log_prob_of(self.decode(streams.x), per_stream)
+        log_prob = log_prob_of(self.decode(streams.x), per_stream)
         return merge_log_prob(streams, log_prob, self.config.vocab_size)
 
     def max_bubble(self, streams: Streams) -> int:
@@ -216,10 +176,75 @@ class Thoughtbubbles(nnx.Module):
         return min(bound, streams.token.shape[1])
 
     def layers(self) -> list[Block]:
-        """The blocks one by one (a copy of their weights where it is compiled)."""
+        """The blocks one by one: a copy of their weights, unless `for_decoding` has made it."""
+        if self.unstacked is not None:
+            return self.unstacked
         return _unstack(self.blocks, 0, self.config.num_layers)
 
-    def with_policy(self, policy: Policy) -> "Thoughtbubbles":
+    def for_decoding(self) -> Thoughtbubbles:
+        """The model with its blocks beside the stack too, so that no decoding step copies them."""
+        leaves, structure = jax.tree.flatten(self)
+        model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
+        model.unstacked = nnx.data(self.layers())
+        return model
+
+    def init_cache(self, batch: int, max_tokens: int) -> Cache:
+        """`thoughtbubbles.cache.init_cache`."""
+        return init_cache(self, batch, max_tokens)
+
+    def advance(
+        self, cache: Cache, tokens: jax.Array, length: jax.Array, *, fresh: bool = False
+    ) -> tuple[Streams, Cache]:
+        x = self.embed_tokens(tokens)
+        return advance(self, self.layers(), cache, x, length, fresh)
+
+    def backbone(self) -> Backbone:
+        """The model as a decoder over vectors."""
+        return Backbone(self)
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether rows may be other than one text from left to right: without forks or copies."""
+        return not self.config.fork_layers and self.config.copies == 1
+
+    @property
+    def fork_policy(self) -> Policy | None:
+        """The policy of the fork layers, if there are any."""
+        return self.config.policy if self.config.fork_layers else None
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether the policy is causal and has what a cache needs."""
+        return cacheable(self.config)
+
+    def check_cacheable(self) -> None:
+        """Raise a ValueError that names the policy unless the model is `cacheable`."""
+        check_cacheable(self.config)
+
+    def statistics(self, output: Output) -> dict[str, jax.Array]:
+        """`thoughtbubbles.statistics.fork_statistics`."""
+        return statistics.fork_statistics(output)
+
+    def row_statistics(self, output: Output) -> dict[str, jax.Array]:
+        """`streams [B]` int32: live streams of a row after the last block."""
+        return {"streams": output.streams.alive.sum(axis=1)}
+
+    @classmethod
+    def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
+        """`threshold [F]` of fork layers that track one."""
+        return statistics.thresholds(tracked)
+
+    @classmethod
+    def step_metrics(cls, config: ModelConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Streams per token, share of tokens forked and so on, by fork layer."""
+        return statistics.readable(sums, config.fork_layers)
+
+    @classmethod
+    def step_histograms(cls, config: ModelConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores of all streams by fork layer."""
+        return statistics.score_samples(sums, config.fork_layers)
+
+    def with_policy(self, policy: Policy) -> Thoughtbubbles:
         """The same arrays under another policy: a dial at inference (ratio, window, offset).
 
         Raises:
@@ -296,16 +321,12 @@ def _fork_of(config: ModelConfig, rngs: nnx.Rngs) -> Fork:
     )
 
 
-def _log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _by_name(params: Mapping[Any, Any]) -> dict[str, Any]:
-    flat = jax.tree_util.tree_leaves_with_path(dict(params))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
 def _identity(x: jax.Array) -> jax.Array:
     return x
+
+
+def _streams_of(output: Output | Streams) -> Streams:
+    return output.streams if isinstance(output, Output) else output
+
+
+ARCHITECTURES["thoughtbubbles"] = Thoughtbubbles

@@ -1,7 +1,8 @@
-"""What every fork policy promises, as functions for the tests of your own policy.
+"""What every fork policy and every architecture promises, as functions for tests of your own.
 
-Each builds two fork layers with random weights around the policy and looks at random rows; nothing
-is trained, and no model is built. They raise an `AssertionError` that says which promise is broken.
+Those of policies build two fork layers with random weights around the policy and look at random
+rows; nothing is trained, and no model is built. Those of architectures (`assert_decoder_*`) take a
+model. They raise an `AssertionError` that says which promise is broken.
 """
 
 from functools import partial
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from thoughtbubbles.architecture import Architecture
 from thoughtbubbles.layers import Fork
 from thoughtbubbles.policy import CausalPolicy, Policy
 from thoughtbubbles.streams import Streams
@@ -112,6 +114,82 @@ def assert_cached_is_parallel(
                 f"row {row}, token {token}: forked in parts its streams score {mine}, at once "
                 f"{theirs}: keep_next over parts must give what keep gives over the row"
             )
+
+
+def assert_decoder_causal(
+    model: Architecture, *, rows: int = 4, num_tokens: int = 12, seed: int = 0
+) -> None:
+    """Logits of a position depend on tokens up to it alone, bit for bit, and not on padding.
+
+    Args:
+        model: Model under test, with random parameters.
+        rows: Number of random rows.
+        num_tokens: Tokens in a row; each in turn is the first that changes.
+        seed: Seed of the rows.
+    """
+    tokens, other = _token_rows(model, rows, num_tokens, seed)
+    whole = np.full(rows, num_tokens, np.int32)
+    before = np.asarray(_decoder_logits(model, tokens, whole))
+    for first in range(1, num_tokens):
+        changed = np.where(np.arange(num_tokens) < first, tokens, other)
+        for what, length in (("other tokens", whole), ("padding", np.full_like(whole, first))):
+            after = np.asarray(_decoder_logits(model, changed, length))
+            assert (before[:, :first] == after[:, :first]).all(), (
+                f"logits before position {first} change with {what} from there on: a position may "
+                "depend on tokens up to it alone"
+            )
+
+
+def assert_decoder_cached_is_parallel(
+    model: Architecture, *, rows: int = 4, num_tokens: int = 12, seed: int = 0
+) -> None:
+    """Rows read in parts have the logits of rows read at once, to 1e-5 of their size.
+
+    Args:
+        model: Model under test, with random parameters.
+        rows: Number of random rows.
+        num_tokens: Tokens in a row, cut into parts at other places in each row.
+        seed: Seed of the rows.
+    """
+    tokens, _ = _token_rows(model, rows, num_tokens, seed)
+    expected = np.asarray(_decoder_logits(model, tokens, np.full(rows, num_tokens, np.int32)))
+    found, cache = np.zeros_like(expected), model.init_cache(rows, num_tokens)
+    done = np.zeros(rows, np.int32)
+    for turn in range(3 * num_tokens):
+        # In each turn a row reads none, some or all of the next part.
+        length = np.minimum((turn + np.arange(rows)) % (PART + 1), num_tokens - done)
+        part = np.zeros((rows, PART), np.int32)
+        for row, (start, count) in enumerate(zip(done, length, strict=True)):
+            part[row, :count] = tokens[row, start : start + count]
+        logits, cache = _advanced(model, cache, part, length.astype(np.int32))
+        for row, (start, count) in enumerate(zip(done, length, strict=True)):
+            found[row, start : start + count] = np.asarray(logits)[row, :count]
+        done += length.astype(np.int32)
+        if (done == num_tokens).all():
+            break
+    gap = np.abs(found - expected).max()
+    assert gap <= 1e-5 * max(1.0, np.abs(expected).max()), (
+        f"logits of rows read in parts differ by {gap:.2g} from those of rows read at once: extend "
+        "must continue what hidden_states computes, and leave rows of length 0 as they are"
+    )
+
+
+def _token_rows(model: Architecture, rows: int, num_tokens: int, seed: int):
+    drawn = np.random.default_rng(seed).integers(model.vocab_size, size=(2, rows, num_tokens))
+    return drawn.astype(np.int32)
+
+
+@jax.jit
+def _decoder_logits(model: Architecture, tokens: jax.Array, length: jax.Array) -> jax.Array:
+    return model.logits(model.run(tokens, length))
+
+
+@jax.jit
+def _advanced(
+    model: Architecture, cache: Any, tokens: jax.Array, length: jax.Array
+) -> tuple[jax.Array, Any]:
+    output, cache = model.advance(cache, tokens, length)
+    return model.logits(output), cache
 
 
 def _rows(rows: int, num_tokens: int, seed: int) -> np.ndarray:

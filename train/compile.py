@@ -236,7 +236,7 @@ def heading(config: CompileConfig, topology: Topology) -> str:
     """What was compiled, and the command that compiles it again."""
     model, mesh = config.model, make_mesh(config.mesh, topology.devices)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    forks = f"forks before {model.fork_layers}, {model.policy}" if model.fork_layers else "plain"
+    forks = model.summary()
     if config.what == "step":
         work = (
             f"train step of {config.batch_size} rows of {config.data.seq_len} tokens "

@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from thoughtbubbles import Policy
+from thoughtbubbles import Architecture, Policy
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.devices.mesh import MeshConfig, check_batch, make_mesh
@@ -103,10 +103,11 @@ def score_tasks(config: EvaluateConfig) -> None:
         if names.count(name) > 1:
             raise ValueError(f"two tasks are called {name}: name them, as in other={name}.jsonl")
     loaded = load_named(config.checkpoint, config.model)
-    [policy] = policies(config, loaded).values()
-    loaded = dataclasses.replace(loaded, model=loaded.model.with_policy(policy))
+    [model] = models_of(config, loaded).values()
+    loaded = dataclasses.replace(loaded, model=model)
     scorer = Scorer(loaded, config.batch_size)
-    if not loaded.model.config.causal:
+    policy = model.fork_policy
+    if not model.config.causal:
         print(f"note: {policy} is not causal: a pass for each scored token", file=sys.stderr)
     found = answers(scorer, tasks)
     if scorer.truncated:
@@ -122,7 +123,7 @@ def score_tasks(config: EvaluateConfig) -> None:
     if config.json:
         setting = {
             "model": config.model or config.checkpoint,
-            "policy": str(policy) if loaded.model.config.fork_layers else None,
+            "policy": None if policy is None else str(policy),
         }
         write_results(Path(config.json), {**setting, "tasks": summaries})
 
@@ -136,14 +137,13 @@ def score_held_out(config: EvaluateConfig) -> None:
     settings = EvalConfig(rows=config.rows, positions=config.positions)
     check_batch(config.batch_size, 1, make_mesh(MeshConfig()))
     loaded = load_model(str(config.checkpoint))
-    trained = loaded.model.config.policy
-    models = {name: loaded.model.with_policy(p) for name, p in policies(config, loaded).items()}
+    trained = loaded.model.fork_policy
     rows = validation_rows(loaded)
     found = []
-    for name, model in models.items():
+    for name, model in models_of(config, loaded).items():
         metrics = held_out(model, rows, config.batch_size, settings)
-        found.append(Setting(name, model.config.policy, metrics))
-        print(f"{model.config.policy}: {readable(metrics)}")
+        found.append(Setting(name, model.fork_policy, metrics))
+        print(f"{model.fork_policy or model.config.summary()}: {readable(metrics)}")
     if len(found) > 1:
         print(f"\n{table(found)}")
     if config.figure:
@@ -152,25 +152,30 @@ def score_held_out(config: EvaluateConfig) -> None:
         print(f"figure: {Path(config.figure).absolute()}")
 
 
-def policies(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Policy]:
-    """The policies asked for, by the name of their setting."""
+def models_of(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Architecture]:
+    """The model under each policy that the config asks for, by the name of the setting."""
     if config.sweep and config.sweep_offset:
         raise ValueError("--sweep and --sweep-offset are two settings at once: choose one")
-    overrides = (config.policy, config.ratio, config.window, config.threshold_offset)
-    turned = any(value is not None for value in overrides) or config.sweep or config.sweep_offset
-    if turned and not loaded.model.config.fork_layers:
+    overrides = (config.ratio, config.window, config.threshold_offset)
+    asked = config.policy or config.sweep or config.sweep_offset
+    model, own = loaded.model, loaded.model.fork_policy
+    if not asked and all(value is None for value in overrides):
+        return {"": model}
+    if own is None:
         name = config.checkpoint or config.model
         raise ValueError(f"{name} is a plain decoder: it has no policy to change")
-    policy = config.policy or loaded.model.config.policy
-    policy = override_policy(policy, config.ratio, config.window, config.threshold_offset)
+    policy = override_policy(config.policy or own, *overrides)
+    policies = {"": policy}
     if config.sweep:
-        return {f"ratio {ratio:g}": override_policy(policy, ratio=ratio) for ratio in config.sweep}
-    if config.sweep_offset:
-        return {
+        policies = {
+            f"ratio {ratio:g}": override_policy(policy, ratio=ratio) for ratio in config.sweep
+        }
+    elif config.sweep_offset:
+        policies = {
             f"offset {o:+g}": override_policy(policy, threshold_offset=o)
             for o in config.sweep_offset
         }
-    return {"": policy}
+    return {name: model.with_policy(policy) for name, policy in policies.items()}
 
 
 def command() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from thoughtbubbles import Backbone, Policy
+from thoughtbubbles import Policy
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.evaluation.policy_overrides import override_policy
@@ -106,12 +106,13 @@ def under_policy(loaded: LanguageModel, config: GenerateConfig) -> LanguageModel
     overrides = (config.ratio, config.window, config.threshold_offset)
     if config.policy is None and all(value is None for value in overrides):
         return loaded
-    if not loaded.model.config.fork_layers:
+    own = loaded.model.fork_policy
+    if own is None:
         name = config.checkpoint or config.model
         raise ValueError(f"{name} is a plain decoder: it has no policy to change")
-    policy = override_policy(config.policy or loaded.model.config.policy, *overrides)
+    policy = override_policy(config.policy or own, *overrides)
     model = loaded.model.with_policy(policy)
-    memory = loaded.memgen and loaded.memgen.with_reasoner(Backbone(model))
+    memory = loaded.memgen and loaded.memgen.with_reasoner(model.backbone())
     return dataclasses.replace(loaded, model=model, memgen=memory)
 
 

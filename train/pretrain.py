@@ -38,7 +38,7 @@ def main(config: RunConfig) -> None:
         return
     [text] = write(loaded, [config.prompt], max_new_tokens=160, temperature=0.7, seed=0)
     print(f"\nsample (temperature 0.7):\n{text}\n")
-    if loaded.model.config.fork_layers:
+    if loaded.model.fork_policy is not None:
         print("live streams of each token of its start:")
         print(map_of_text(loaded, text[:160]).text())
     print(f"thoughtbubbles generate --checkpoint {config.out} --prompt '{config.prompt}' --bubbles")

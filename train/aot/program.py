@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from thoughtbubbles import ModelConfig
+from thoughtbubbles import ArchitectureConfig, ModelConfig
 from thoughtbubbles.attention import visited_pairs
 from thoughtbubbles.cache import Cache, cacheable, decode_step, init_cache
 from train.devices.attention import Attention
@@ -97,6 +97,11 @@ def _decode(config: RunConfig, trainable: Trainable) -> Program:
     gathered for every token, they would cross the links each time.
     """
     mesh, model_config = trainable.mesh, config.model
+    if not isinstance(model_config, ModelConfig):
+        raise ValueError(
+            f"{type(model_config).__name__}: no rule says how its decoding cache is sharded: "
+            "compile the step"
+        )
     if not cacheable(model_config):
         raise ValueError(
             f"{model_config.policy} can't be decoded with a cache, its choice looks at the whole "
@@ -140,8 +145,8 @@ def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
         for group in places.groups
     )
     by_fork = NamedSharding(mesh, P(None, BATCH_AXES))
-    record = dataclasses.replace(places.record, streams=by_fork, score=by_fork)
-    return dataclasses.replace(places, groups=groups, record=record)
+    trace = dataclasses.replace(places.trace, streams=by_fork, score=by_fork)
+    return dataclasses.replace(places, groups=groups, trace=trace)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -151,9 +156,9 @@ def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
-def recomputed_flops(config: ModelConfig, num_tokens: int) -> int:
+def recomputed_flops(config: ArchitectureConfig, num_tokens: int) -> int:
     """FLOPs a row that the backward pass spends on computing forward results again."""
-    if config.remat == "none":
+    if config.remat == "none" or not isinstance(config, ModelConfig):
         return 0
     slots = config.slots(num_tokens)
     mixing = sum(4 * visited_pairs(s) * config.num_heads * config.head_width for s in slots)

@@ -75,6 +75,7 @@ def main(config: DecodeBenchmark) -> None:
 def pretrained(config: DecodeBenchmark, name: str) -> None:
     """Print tokens per second of a pretrained model, a row for each context."""
     model = load_weights(name).model
+    assert isinstance(model, Thoughtbubbles)
     print(
         f"{name}: {model.config.num_params():,} parameters, {model.config.num_layers} layers, "
         f"{model.config.dtype}, batch {config.batch_size}; tokens per second / per CPU-second"

@@ -73,7 +73,7 @@ def main(config: SelectionBenchmark) -> None:
 
 def streams_before_forks(model: Thoughtbubbles, tokens: Any) -> list[Streams]:
     """The streams that each fork layer gets."""
-    streams, before = Streams.start(model.residuals(tokens)), []
+    streams, before = Streams.start(model.embed_tokens(tokens)), []
     for (start, end), fork in zip(model.config.groups(), model.forks, strict=False):
         before.append(model.run_blocks(streams, start, end))
         streams = fork(before[-1])

@@ -13,8 +13,9 @@ from typing import Any, TypeVar, cast
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from thoughtbubbles import Policy
+from thoughtbubbles import ARCHITECTURES, Policy
 from thoughtbubbles.positions import RopeScaling
+from train.cli.calls import from_text
 from train.cli.config_json import POLICIES, policy_from_text
 from train.cli.plugins import load_plugins
 from train.devices.hardware import quiet_libtpu
@@ -22,6 +23,7 @@ from train.devices.hardware import quiet_libtpu
 Config = TypeVar("Config")
 
 
+ARCHITECTURE = "--architecture"
 OPTIONS = ConstructorRegistry()
 
 
@@ -105,13 +107,39 @@ def run_command(
             name = words.pop(0) if named else next(iter(presets))
             if name not in presets:
                 raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
-            default = presets[name]
+            default = with_architecture(presets[name], words)
         main(parse(config, words, default))
     except (ValueError, OSError) as error:
         if os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def with_architecture(default: Config, words: list[str]) -> Config:
+    """The default with the model that `--architecture` names, whose options are then `--model.*`.
+
+    Args:
+        default: Config with a field `model`, or any other, which takes no such option.
+        words: Words of the command line; `--architecture` and its value are taken out.
+
+    Raises:
+        ValueError: There is no such architecture, or its config is wrong.
+    """
+    if "model" not in {field.name for field in dataclasses.fields(cast(Any, default))}:
+        return default
+    configs = {name: entry.config_class for name, entry in ARCHITECTURES.items()}
+    while places := [i for i, word in enumerate(words) if word.partition("=")[0] == ARCHITECTURE]:
+        first, *later = places
+        _, given, text = words.pop(first).partition("=")
+        if not given:
+            if first == len(words):
+                raise ValueError(f"{ARCHITECTURE} needs a name: {', '.join(configs)}")
+            text = words.pop(first)
+        if not later:
+            model = from_text(text, configs, "architecture")
+            default = dataclasses.replace(cast(Any, default), model=model)
+    return default
 
 
 def parse(config: type[Config], words: list[str], default: Config | None = None) -> Config:

@@ -1,10 +1,18 @@
 """Configs as JSON and policies as text, and back."""
 
 import dataclasses
+import typing
 from typing import Any
 
-from thoughtbubbles import ModelConfig, Policy, PrefixRank, Threshold, TopK
-from thoughtbubbles.positions import RopeScaling
+from thoughtbubbles import (
+    ARCHITECTURES,
+    ArchitectureConfig,
+    Policy,
+    PrefixRank,
+    Threshold,
+    TopK,
+)
+from thoughtbubbles.architecture import architecture_name
 from train.cli.calls import from_text, text_of
 
 POLICIES: dict[str, type[Any]] = {
@@ -40,9 +48,11 @@ def policy_text(policy: Policy) -> str:
 
 def as_json(config: Any) -> Any:
     """Nested dict of a config, tuples as lists and policies as text, as it comes from JSON."""
-    if isinstance(config, ModelConfig):
+    if isinstance(config, ArchitectureConfig):
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        return as_json(fields | {"policy": policy_text(config.policy)})
+        if "policy" in fields:
+            fields["policy"] = policy_text(fields["policy"])
+        return {"architecture": architecture_name(config)} | as_json(fields)
     if isinstance(config, tuple(POLICIES.values())):
         return policy_text(config)
     if isinstance(config, dict):
@@ -58,12 +68,30 @@ def as_json(config: Any) -> Any:
     return config
 
 
-def model_from_json(fields: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig that `as_json` wrote."""
+def model_from_json(fields: dict[str, Any]) -> Any:
+    """The config of a model that `as_json` wrote.
+
+    Raises:
+        ValueError: `ARCHITECTURES` has no architecture of its name, or that has other fields.
+    """
     fields = dict(fields)
-    fields["policy"] = policy_from_text(fields["policy"])
-    for name in ("fork_layers", "nope_layers"):
-        fields[name] = tuple(fields[name])
-    if fields["rope_scaling"] is not None:
-        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-    return ModelConfig(**fields)
+    name = fields.pop("architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+    config = ARCHITECTURES[name].config_class
+    known = typing.get_type_hints(config)
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise ValueError(f"the architecture {name} has no field {unknown[0]!r}")
+    return config(**{field: _value(known[field], value) for field, value in fields.items()})
+
+
+def _value(kind: Any, value: Any) -> Any:
+    """A value that JSON holds, as the type of its field wants it."""
+    if isinstance(value, list):
+        return tuple(value)
+    if kind is Policy:
+        return policy_from_text(value)
+    if isinstance(value, dict):
+        [nested] = filter(dataclasses.is_dataclass, (kind, *typing.get_args(kind)))
+        return nested(**value)  # pyright: ignore[reportCallIssue] (a class)
+    return value

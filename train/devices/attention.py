@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from thoughtbubbles import ModelConfig
+from thoughtbubbles import ArchitectureConfig
 from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.kernels import attend_cudnn, attend_splash
 from train.devices.mesh import BATCH_AXES
@@ -15,7 +15,7 @@ Attention = Literal["auto", "xla", "splash", "cudnn"]
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 
 
-def resolve(config: ModelConfig, mesh: Mesh, attention: Attention) -> Attention:
+def resolve(config: ArchitectureConfig, mesh: Mesh, attention: Attention) -> Attention:
     """The attention that a model gets on a mesh, `"auto"` replaced.
 
     Args:
@@ -29,6 +29,12 @@ def resolve(config: ModelConfig, mesh: Mesh, attention: Attention) -> Attention:
     if attention not in get_args(Attention):
         raise ValueError(f"attention={attention!r}: choose one of {', '.join(get_args(Attention))}")
     platform = mesh.devices.flat[0].platform
+    if config.attention_inputs() is None:
+        if attention not in ("auto", "xla"):
+            raise ValueError(
+                f"attention={attention!r}: {type(config).__name__} takes no kernel: choose auto"
+            )
+        return "xla"
     if attention == "auto":
         if platform == "gpu":
             return "xla" if _cudnn_obstacle(config) else "cudnn"
@@ -75,14 +81,10 @@ def on_mesh(kernel: Attend, mesh: Mesh) -> Attend:
     return attend_parts
 
 
-def _cudnn_obstacle(config: ModelConfig) -> str | None:
+def _cudnn_obstacle(config: ArchitectureConfig) -> str | None:
     """Why cuDNN's attention can't run the model here, in jax's words."""
-    query = jax.ShapeDtypeStruct((1, 8, config.num_heads, config.head_width), config.dtype)
-    key = jax.ShapeDtypeStruct((1, 8, config.kv_heads, config.head_width), config.dtype)
-    biased = config.fork_layers and config.key_bias
-    bias = jax.ShapeDtypeStruct((1, 8), "float32") if biased else None
     try:
-        jax.eval_shape(attend_cudnn, query, key, key, bias)
+        jax.eval_shape(attend_cudnn, *(config.attention_inputs() or ()))
     except (RuntimeError, ValueError) as error:
         return str(error).rstrip(".")
     return None

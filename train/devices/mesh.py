@@ -111,7 +111,13 @@ def _sharding_of(path, shape, axes, mesh: Mesh, rules: AxisRules) -> NamedShardi
     if axes is None or len(axes) > len(shape):
         return replicated(mesh)
     axes = ("layers",) * (len(shape) - len(axes)) + axes
-    spec = [getattr(rules, name) for name in axes]
+    known = dataclasses.asdict(rules)
+    if unknown := [name for name in axes if name is not None and name not in known]:
+        raise ValueError(
+            f"{jax.tree_util.keystr(path)}: no rule for the axis {unknown[0]!r}: choose from "
+            f"{', '.join(known)}, or None for an axis that is not split"
+        )
+    spec = [name and known[name] for name in axes]
     for size, name, mesh_axis in zip(shape, axes, spec, strict=True):
         if mesh_axis and size % mesh.shape[mesh_axis]:
             raise ValueError(

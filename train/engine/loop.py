@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +25,6 @@ from train.devices.distributed import (
 )
 from train.devices.mesh import place_local, rows_here
 from train.engine.config import LoopConfig
-from train.engine.fork_metrics import readable as fork_metrics
-from train.engine.fork_metrics import score_samples
 from train.engine.state import Trainable, TrainState, resolved
 from train.engine.step import TrainStep
 from train.runs.checkpoint import Checkpointer, load_meta
@@ -89,6 +87,10 @@ class TrainingJob(Protocol):
         ...
 
     def train_step(self) -> TrainStep: ...
+
+    def step_metrics(self, sums: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metrics and samples for histograms, by name, of the sums that the loss returned."""
+        ...
 
     def first_state(self) -> TrainState: ...
 
@@ -178,10 +180,9 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
                 metrics = {
                     name: pending.metrics[name] for name in ("loss", "grad_norm", "learning_rate")
                 }
-                forks, layers = pending.metrics["forks"], trainable.config.fork_layers
-                layers = layers if "tokens" in forks else ()
-                metrics |= fork_metrics(forks, layers) | stopwatch.report() | memory()
-                writer.write(pending.step, metrics, score_samples(forks, layers))
+                shown, histograms = work.step_metrics(pending.metrics["aux"])
+                metrics |= shown | stopwatch.report() | memory()
+                writer.write(pending.step, metrics, histograms)
             progress.update(pending.step, loss, stopwatch.tokens_per_second)
 
         def save(step: int) -> None:

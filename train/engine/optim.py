@@ -124,7 +124,12 @@ def in_forks(params: Any) -> Any:
 
 def is_matrix(variable: nnx.Variable) -> bool:
     """Whether weight decay acts on it: matrices yes, vectors and biases no."""
-    return variable.get_metadata()["inputs"] > 0
+    return _inputs(variable) > 0
+
+
+def _inputs(variable: nnx.Variable) -> int:
+    """Number of leading axes that a product contracts; without metadata, one of a matrix."""
+    return variable.get_metadata().get("inputs", int(variable.get_value().ndim > 1))
 
 
 def muon_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
@@ -132,7 +137,7 @@ def muon_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
 
     Leading axes beyond the named ones (stacked layers) are a batch of matrices.
     """
-    inputs = variable.get_metadata()["inputs"]
+    inputs = _inputs(variable)
     axes = variable.get_metadata().get("axes", (None,) * (inputs + 1))  # an adapter's matrix
     if inputs == 0 or "vocab" in axes or "candidates" in axes:
         return None

@@ -1,4 +1,4 @@
-"""TrainState: what moves during training, born sharded."""
+"""TrainState: what moves during training, created sharded."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,18 +12,13 @@ from flax import nnx
 from flax.nnx import filterlib
 from jax.sharding import Mesh
 
-from thoughtbubbles import ModelConfig, Thoughtbubbles
-from thoughtbubbles.layers import Tracked
+from thoughtbubbles import Architecture, ArchitectureConfig
+from thoughtbubbles.architecture import Tracked, architecture_of
 from train.devices.attention import Attention, attention_on, resolve
 from train.devices.mesh import constrain_batch, state_shardings
 from train.engine.optim import OptimizerConfig, make_optimizer, make_schedule
 
 EVERY_PARAMETER: filterlib.Filter = ...
-TRAINED: dict[str, filterlib.Filter] = {
-    "all": EVERY_PARAMETER,
-    "forks": nnx.PathContains("forks"),
-}
-"""Which parameters move, by what a run may ask for (`RunConfig.train`)."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +32,7 @@ class TrainState:
             see.
         frozen: nnx.State of the other parameters and of constants, which no step changes.
         opt_state: of the optimizer.
-        tracked: nnx.State of the thresholds that follow scores (empty for other policies).
+        tracked: nnx.State of the `Tracked` variables, which follow statistics of training.
         trained: static; which parameters are trained.
     """
 
@@ -52,7 +47,7 @@ class TrainState:
 
     @property
     def weights(self) -> Any:
-        """All that a model needs to run: parameters and tracked thresholds in one nnx.State."""
+        """All that a model needs to run: parameters and tracked variables in one nnx.State."""
         return nnx.merge_state(self.params, self.frozen, self.tracked)
 
     def with_weights(self, weights: Any) -> "TrainState":
@@ -70,7 +65,7 @@ class Trainable:
     """The static side of a run: how to build, update and place a `TrainState`.
 
     Attributes:
-        config: of the decoder.
+        config: of the decoder, whose class says its architecture (`ARCHITECTURES`).
         graphdef: merges with `TrainState.weights` to the model, or to what is built around it.
         optimizer, schedule: from optax.
         abstract: a `TrainState` of `jax.ShapeDtypeStruct` with shardings.
@@ -80,7 +75,7 @@ class Trainable:
         attention: which one the model runs.
     """
 
-    config: ModelConfig
+    config: ArchitectureConfig
     graphdef: Any
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -91,8 +86,13 @@ class Trainable:
     attention: Attention
 
     @property
+    def architecture(self) -> type[Architecture]:
+        """The class of the decoder."""
+        return architecture_of(self.config)
+
+    @property
     def num_trained(self) -> int:
-        """How many numbers steps change."""
+        """Number of parameters that steps change."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
 
     def model(self, weights: Any) -> Any:
@@ -103,7 +103,7 @@ class Trainable:
         """Initial state, created in place on the mesh; the same numbers on any mesh."""
 
         def create() -> TrainState:
-            model = Thoughtbubbles(self.config, rngs=nnx.Rngs(self.seed))
+            model = self.architecture(self.config, rngs=nnx.Rngs(self.seed))
             return _first_state(self.optimizer, nnx.state(model), self.abstract.trained)
 
         return jax.jit(create, out_shardings=self.shardings)()
@@ -118,7 +118,7 @@ class Trainable:
         Raises:
             ValueError: they are not those of the model.
         """
-        return self.start(nnx.state(Thoughtbubbles.from_params(self.config, weights)))
+        return self.start(nnx.state(self.architecture.from_params(self.config, weights)))
 
     def start(self, weights: Any) -> TrainState:
         """Initial state with all weights given, an nnx.State as `TrainState.weights`.
@@ -135,21 +135,22 @@ class Trainable:
 
 
 def make_trainable(
-    config: ModelConfig,
+    config: ArchitectureConfig,
     optimizer: OptimizerConfig,
     steps: int,
     mesh: Mesh,
     seed: int = 0,
     attention: Attention = "auto",
     trained: filterlib.Filter = EVERY_PARAMETER,
-    around: Callable[[Thoughtbubbles], nnx.Module] | None = None,
+    wrap: Callable[[Any], nnx.Module] | None = None,
 ) -> Trainable:
     """Everything about a run's state but the numbers; nothing is allocated.
 
     Args:
         trained: which parameters move, as a Flax filter, e.g. `nnx.PathContains("forks")` or a
             predicate of path and variable. The others get neither gradient nor optimizer state.
-        around: what is trained, if it is not the model alone but something built around it.
+        wrap: Function from the decoder to the module that is trained, where that is more than the
+            decoder; the decoder alone by default.
 
     Raises:
         ValueError: the mesh's devices can't run this `attention`
@@ -159,8 +160,10 @@ def make_trainable(
     constrain, attend = constrain_batch(mesh), attention_on(mesh, attention)
 
     def build() -> nnx.Module:
-        model = Thoughtbubbles(config, rngs=nnx.Rngs(seed), constrain=constrain, attend=attend)
-        return model if around is None else around(model)
+        model = architecture_of(config)(
+            config, rngs=nnx.Rngs(seed), constrain=constrain, attend=attend
+        )
+        return model if wrap is None else wrap(model)
 
     graphdef, weights = nnx.split(nnx.eval_shape(build))
     params, _, _ = nnx.split_state(weights, *_parts(trained))

@@ -10,24 +10,21 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from thoughtbubbles import Thoughtbubbles
-from thoughtbubbles.layers import Tracked
+from thoughtbubbles import Architecture
+from thoughtbubbles.architecture import Tracked
 from train.devices.mesh import batch_sharding, replicated
-from train.engine.fork_metrics import fork_statistics, thresholds
-from train.engine.losses import next_token_loss
 from train.engine.state import Trainable, TrainState
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-# Of a model, a batch and a random key: a sum, its weight, and sums for the metrics of fork layers.
+# Of a model, a batch and a random key: a sum, its weight, and sums for the metrics.
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 
 
 def pretraining_loss(
-    model: Thoughtbubbles, tokens: jax.Array, key: jax.Array
+    model: Architecture, rows: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """`Loss` of rows `tokens [B, T+1]`; thresholds follow them, forks are chosen with noise."""
-    total, (weight, output) = next_token_loss(model, tokens, track=True, key=key)
-    return total, weight, fork_statistics(output)
+    """`Loss` of rows `[B, T + 1]`; tracked variables follow them, forks are chosen with noise."""
+    return model.loss(rows, track=True, key=key)
 
 
 def make_train_step(
@@ -39,7 +36,7 @@ def make_train_step(
         trainable: from `make_trainable`.
         accumulate: micro-batches per step. Gradients are sums over targets, divided once by the
             number of targets of the whole batch, so the split changes nothing. Each micro-batch
-            moves the tracked thresholds from where the step found them; the step takes the mean,
+            moves the tracked variables from where the step found them; the step takes the mean,
             weighted by targets.
         loss: of a batch, a tree of arrays `[B, ...]`; its key depends on seed, step and part.
     """
@@ -50,9 +47,9 @@ def make_train_step(
 
         def of(params: Any) -> tuple[jax.Array, dict[str, Any]]:
             model = trainable.model(dataclasses.replace(state, params=params).weights)
-            total, weight, forks = loss(model, batch, key)
+            total, weight, aux = loss(model, batch, key)
             moved = jax.tree.map(lambda value: value * weight, nnx.state(model, Tracked))
-            return total, {"loss": total, "weight": weight, "forks": forks, "tracked": moved}
+            return total, {"loss": total, "weight": weight, "aux": aux, "tracked": moved}
 
         return jax.grad(of, has_aux=True)(state.params)
 
@@ -74,7 +71,7 @@ def make_train_step(
             "loss": sums["loss"] / weight,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(trainable.schedule(state.step), jnp.float32),
-            "forks": sums["forks"] | thresholds(tracked),
+            "aux": sums["aux"] | trainable.architecture.tracked_statistics(tracked),
         }
         state = dataclasses.replace(
             state, step=state.step + 1, params=params, opt_state=opt_state, tracked=tracked

@@ -1,5 +1,6 @@
 """Held-out loss of packed rows: prefix-only for models whose policy is not causal."""
 
+import collections
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from thoughtbubbles import Thoughtbubbles
+from thoughtbubbles import Architecture
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare
 from train.devices.mesh import (
     MeshConfig,
@@ -18,7 +19,6 @@ from train.devices.mesh import (
     replicated,
 )
 from train.engine.config import EvalConfig
-from train.engine.losses import token_losses
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
 from train.models.load import LoadedRun
@@ -44,21 +44,24 @@ class Evaluator:
         shardings = (trainable.shardings.weights, batch_sharding(self._mesh))
         everywhere = replicated(self._mesh)
 
-        def blockwise(weights: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Nats `[N, T]` and live streams `[N]` of rows."""
-            nats, output = token_losses(trainable.model(weights), tokens)
-            return nats, output.streams.alive.sum(axis=1)
+        def teacher_forced(weights: Any, rows: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+            """Nats `[N, T]` of rows, and the architecture's sums over each row, `[N]`."""
+            model = trainable.model(weights)
+            nats, output = model.token_losses(rows)
+            return nats, model.row_statistics(output)
 
         def prefix_only(weights: Any, prefixes: jax.Array) -> jax.Array:
             """`[N]` nats of each row's last token (-1 stands after it) given those before."""
             model = trainable.model(weights)
             length = (prefixes >= 0).sum(axis=1, dtype=jnp.int32) - 1
             target = jnp.take_along_axis(prefixes, length[:, None], axis=1)
-            streams = model.run(jnp.maximum(prefixes[:, :-1], 0), length).streams
-            log_probs = jax.nn.log_softmax(model.logits_at(streams, length - 1), axis=-1)
+            output = model.run(jnp.maximum(prefixes[:, :-1], 0), length)
+            log_probs = jax.nn.log_softmax(model.logits_at(output, length - 1), axis=-1)
             return -jnp.take_along_axis(log_probs, target, axis=1)[:, 0]
 
-        self._blockwise = jax.jit(blockwise, in_shardings=shardings, out_shardings=everywhere)
+        self._teacher_forced = jax.jit(
+            teacher_forced, in_shardings=shardings, out_shardings=everywhere
+        )
         self._prefix_only = jax.jit(prefix_only, in_shardings=shardings, out_shardings=everywhere)
 
     def __call__(self, weights: Any, rows: PackedRows) -> dict[str, float]:
@@ -66,7 +69,8 @@ class Evaluator:
 
         `loss` (nats per token) and `bits_per_byte` are the autoregressive model's;
         `standard_error` is that of `loss` for the whole split, from having scored some rows only;
-        `streams_per_token` is the mean after the last block, of the blockwise pass.
+        `streams_per_token`, of a model whose streams fork, is the mean after the last block, of
+        the teacher-forced pass.
 
         For a policy that is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside
         them. The loss is then the blockwise mean over all positions plus the mean difference
@@ -76,19 +80,20 @@ class Evaluator:
         Args:
             weights: `TrainState.weights`.
         """
-        tokens, nats, num_streams, num_bytes = self._score_blockwise(weights, rows)
+        tokens, nats, sums, num_bytes = self._score_teacher_forced(weights, rows)
         weight = tokens[:, 1:] >= 0
         total, count = float(nats[weight].sum()), int(weight.sum())
         to_bits = count / math.log(2) / max(num_bytes, 1)
         blockwise = total / count
         error = _error_of_mean(nats, weight, len(rows))
-        streams_per_token = num_streams / int((tokens[:, :-1] >= 0).sum())
+        read = int((tokens[:, :-1] >= 0).sum())
+        per_token = {f"{name}_per_token": value / read for name, value in sums.items()}
         if self._causal:
             return {
                 "loss": blockwise,
                 "bits_per_byte": blockwise * to_bits,
                 "standard_error": error,
-                "streams_per_token": streams_per_token,
+                **per_token,
             }
         row, place_in_row = np.nonzero(weight)
         chosen = self._choose(len(row))
@@ -100,21 +105,21 @@ class Evaluator:
             "loss": loss,
             "bits_per_byte": loss * to_bits,
             "standard_error": math.hypot(error, gap_error),
-            "streams_per_token": streams_per_token,
+            **per_token,
             "blockwise_loss": blockwise,
             "blockwise_bits_per_byte": blockwise * to_bits,
         }
 
-    def _score_blockwise(self, weights: Any, rows: PackedRows):
-        tokens, nats, num_streams, num_bytes = [], [], 0, 0
+    def _score_teacher_forced(self, weights: Any, rows: PackedRows):
+        tokens, nats, sums, num_bytes = [], [], collections.Counter(), 0
         limit = self._config.rows or None
         for batch in evaluation_batches(rows, self._batch_size, limit):
-            scored = self._blockwise(weights, place(batch["tokens"], self._mesh))
+            scored = self._teacher_forced(weights, place(batch["tokens"], self._mesh))
             tokens.append(batch["tokens"])
             nats.append(np.asarray(scored[0]))
-            num_streams += int(np.asarray(scored[1]).sum())
+            sums.update({name: np.asarray(rows).sum().item() for name, rows in scored[1].items()})
             num_bytes += int(batch["bytes"].sum())
-        return np.concatenate(tokens), np.concatenate(nats), num_streams, num_bytes
+        return np.concatenate(tokens), np.concatenate(nats), sums, num_bytes
 
     def _choose(self, count: int) -> np.ndarray:
         wanted = self._config.positions
@@ -154,9 +159,12 @@ def readable(metrics: dict[str, float]) -> str:
     """One line for a person."""
     line = (
         f"held-out loss {metrics['loss']:.4f} ± {metrics['standard_error']:.4f} nats/token, "
-        f"{metrics['bits_per_byte']:.4f} bits/byte, "
-        f"{metrics['streams_per_token']:.2f} streams/token"
+        f"{metrics['bits_per_byte']:.4f} bits/byte"
     )
+    ending = "_per_token"
+    for name in metrics:
+        if name.endswith(ending):
+            line += f", {metrics[name]:.2f} {name.removesuffix(ending)}/token"
     if "blockwise_loss" not in metrics:
         return line
     return f"{line} (prefix-only); blockwise {metrics['blockwise_loss']:.4f}, not causal"
@@ -179,7 +187,7 @@ def validation_rows(loaded: LoadedRun) -> PackedRows:
 
 
 def held_out(
-    model: Thoughtbubbles, rows: PackedRows, batch_size: int, config: EvalConfig
+    model: Architecture, rows: PackedRows, batch_size: int, config: EvalConfig
 ) -> dict[str, float]:
     """`Evaluator` on a model outside of a run, over all devices."""
     mesh = make_mesh(MeshConfig())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from thoughtbubbles import Thoughtbubbles
+from thoughtbubbles import Architecture
 from train.models.load import LanguageModel
 
 SHORTEST_ROW = 16
@@ -188,7 +188,7 @@ class Scorer:
 
 @jax.jit
 def score_rows(
-    model: Thoughtbubbles, tokens: jax.Array, start: jax.Array
+    model: Architecture, tokens: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Nats of the last tokens of each row, and whether all of them are the most probable ones.
 
@@ -202,13 +202,13 @@ def score_rows(
         `[B, >= T]` float32, from the first scored token on (0 after the last), and `[B]` bool.
     """
     end = (tokens >= 0).sum(axis=1, dtype=jnp.int32)
-    streams = model.run(jnp.maximum(tokens[:, :-1], 0), jnp.maximum(end - 1, 1)).streams
+    output = model.run(jnp.maximum(tokens[:, :-1], 0), jnp.maximum(end - 1, 1))
 
     def at(place: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Nats `[B]` of the token at one place `[B]` of each row, and whether it leads."""
         real = place < end
         target = jnp.take_along_axis(tokens, jnp.where(real, place, 0)[:, None], axis=1)
-        logits = model.logits_at(streams, jnp.where(real, place, 1) - 1)
+        logits = model.logits_at(output, jnp.where(real, place, 1) - 1)
         mine = jnp.take_along_axis(logits, target, axis=1)[:, 0]
         nats = jax.nn.logsumexp(logits, axis=-1) - mine
         return jnp.where(real, nats, 0), (logits.argmax(axis=-1) == target[:, 0]) | ~real

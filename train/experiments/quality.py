@@ -27,12 +27,11 @@ from thoughtbubbles import (
     Threshold,
     TopK,
 )
+from thoughtbubbles.statistics import readable as fork_metrics
 from train.cli.command import run_command
 from train.data import DataConfig, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.config import EvalConfig
-from train.engine.fork_metrics import readable as fork_metrics
-from train.engine.losses import token_losses
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
 from train.engine.step import make_train_step
@@ -151,7 +150,7 @@ class LookupTask:
     def evaluate(self, trainable: Trainable, params: Any) -> dict[str, float]:
         """Nats per answer, as `Evaluator` does: prefix-only where the policy is not causal."""
         rows, size = self._rows, 64
-        blockwise = jax.jit(lambda params, rows: token_losses(trainable.model(params), rows)[0])
+        blockwise = jax.jit(lambda params, rows: trainable.model(params).token_losses(rows)[0])
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         nats = np.concatenate([np.asarray(blockwise(params, part)) for part in parts])
         asked = self.task.asked(rows)
@@ -268,7 +267,7 @@ def train_and_score(
     jax.block_until_ready(state.params)
     trained = time.perf_counter()
     scores = task.evaluate(trainable, state.weights)
-    forks = fork_metrics(jax.device_get(metrics["forks"]), model.fork_layers)
+    forks = fork_metrics(jax.device_get(metrics["aux"]), model.fork_layers)
     return {
         "tokens": steps * task.batch_size * task.seq_len,
         "parameters": model.num_params(),

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from memgen import LoRAConfig, MemGenConfig
-from thoughtbubbles import Thoughtbubbles
+from thoughtbubbles import Architecture
 from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
@@ -114,7 +114,7 @@ def fit(
     """
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
-    def around(model: Thoughtbubbles) -> FinetunableModel:
+    def around(model: Architecture) -> FinetunableModel:
         boundary = boundaries_for(lm, method, "suffix")
         rngs = nnx.Rngs(seed)
         return FinetunableModel(

@@ -18,7 +18,6 @@ import numpy as np
 from thoughtbubbles import ModelConfig, Policy, PrefixRank, Threshold, TopK
 from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh, place
-from train.engine.losses import token_losses
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, TrainState, make_trainable
 from train.engine.step import make_train_step
@@ -83,7 +82,7 @@ def all_strings(trainable: Trainable, state: TrainState, length: int) -> dict[st
 
     @jax.jit
     def blockwise(variables: Any, rows: jax.Array) -> jax.Array:
-        return token_losses(trainable.model(variables), rows)[0].sum()
+        return trainable.model(variables).token_losses(rows)[0].sum()
 
     @jax.jit
     def next_bit(variables: Any, prefixes: jax.Array) -> jax.Array:

@@ -21,18 +21,19 @@ from thoughtbubbles import Policy, PrefixRank
 from thoughtbubbles.forking import GATE_UNIT
 from thoughtbubbles.pretrained import Pretrained, load_pretrained
 from thoughtbubbles.retrofit import add_forks
+from thoughtbubbles.statistics import readable as fork_metrics
 from train.cli.command import run_command
 from train.data import DataConfig, PackedData, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.config import EvalConfig
-from train.engine.fork_metrics import readable as fork_metrics
 from train.engine.optim import OptimizerConfig
-from train.engine.state import TRAINED, make_trainable
+from train.engine.state import make_trainable
 from train.engine.step import make_train_step
 from train.evaluation.held_out import Evaluator
 from train.experiments.quality import KEY, report
 from train.experiments.results import Results, read_results
 from train.models.load import find_weights
+from train.pretraining.job import TRAINED
 
 # Name: whether it forks, and which parameters are trained.
 VARIANTS = {
@@ -148,7 +149,7 @@ def train_and_score(
         if number % 10 == 0:
             print(f"{variant} seed {seed} step {number}: {losses[-1]:.4f}", flush=True)
     scores = evaluator(state.weights, data.validation)
-    forks = fork_metrics(jax.device_get(metrics["forks"]), model.fork_layers)
+    forks = fork_metrics(jax.device_get(metrics["aux"]), model.fork_layers)
     layers = nnx.to_pure_dict(state.weights).get("forks", {})
     return {
         "tokens": config.steps * config.batch_size * config.seq_len,

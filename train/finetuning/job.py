@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig
-from thoughtbubbles import Thoughtbubbles
+from thoughtbubbles import Architecture
 from train.cli.config_json import as_json
 from train.data import Batch
 from train.data.chat_data import (
@@ -90,8 +91,9 @@ class SFTJob:
             )
         if config.train == "weaver" and config.memgen.trigger is not None:
             raise ValueError("memgen.trigger: only the weaver is trained here: leave it out")
-        if config.data.pack and (config.train == "weaver" or model.config.fork_layers):
-            why = "a weaver" if config.train == "weaver" else "a model that forks"
+        if config.data.pack and (config.train == "weaver" or not model.takes_positions):
+            why = "a weaver" if config.train == "weaver" else type(model).__name__
+            why = "a model that forks" if model.fork_policy is not None else why
             raise ValueError(
                 f"data.pack=True: {why} reads rows of one conversation: leave data.pack out"
             )
@@ -123,7 +125,7 @@ class SFTJob:
             out_shardings=replicated(mesh),
         )
 
-    def _around(self, model: Thoughtbubbles) -> FinetunableModel:
+    def _around(self, model: Architecture) -> FinetunableModel:
         config = self.config
         return FinetunableModel(
             model,
@@ -159,6 +161,9 @@ class SFTJob:
 
     def train_step(self) -> TrainStep:
         return make_train_step(self.trainable, self.config.accumulate, sft_loss)
+
+    def step_metrics(self, sums: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {}, {}
 
     def first_state(self) -> TrainState:
         """The weights as they are, and what is new beside them."""

@@ -1,6 +1,6 @@
 """What fine-tuning moves: a whole decoder, an adapter beside it, a weaver, or a trigger."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from memgen import (
     token_log_probs,
 )
 from memgen.lora import with_dropout
-from thoughtbubbles import Backbone, Thoughtbubbles
+from thoughtbubbles import Architecture
 from train.data.chat_data import segment_mask
 
 Method = Literal["all", "lora", "weaver", "trigger"]
@@ -46,7 +46,7 @@ class FinetunableModel(nnx.Module):
 
     def __init__(
         self,
-        model: Thoughtbubbles,
+        model: Architecture,
         method: Method,
         *,
         lora: LoRAConfig,
@@ -57,18 +57,18 @@ class FinetunableModel(nnx.Module):
         if method not in get_args(Method):
             raise ValueError(f"method={method!r}: choose from {', '.join(get_args(Method))}")
         self.method = method
-        decoder = Backbone(model)
+        decoder = model.backbone()
         woven = method in ("weaver", "trigger")
-        self.decoder = None if woven else decoder
+        self.model = None if woven else model
         self.adapter = (
             make_adapter(decoder, lora, rngs=rngs, kind=AdapterParam) if method == "lora" else None
         )
         self.memgen = MemGen(decoder, memgen, boundary=boundary, rngs=rngs) if woven else None
 
     @property
-    def backbone(self) -> Backbone:
-        """The decoder alone."""
-        return self.memgen.reasoner if self.memgen is not None else self.decoder  # pyright: ignore
+    def backbone(self) -> Any:
+        """The decoder alone, a `memgen.DecoderBackbone`."""
+        return self.memgen.reasoner if self.memgen is not None else self.model.backbone()  # pyright: ignore
 
     def log_probs(self, rows: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
         """Log-probability of each target that is supervised, 0 elsewhere: `[B, T]` float32.

@@ -8,6 +8,7 @@ import numpy as np
 
 import memgen
 from memgen import MemGen
+from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
@@ -83,6 +84,8 @@ def _remember(
 
 def map_of_text(loaded: LanguageModel, text: str) -> BubbleMap:
     """Bubbles of a text, read as one block behind the separator (which the map leaves out)."""
+    if not isinstance(loaded.model, Thoughtbubbles):
+        raise ValueError(f"{type(loaded.model).__name__} has no bubbles to map")
     ids = [loaded.tokenizer.separator, *loaded.tokenizer.encode(text)[0].tolist()]
     tokens = ["", *(loaded.tokenizer.decode([token]) for token in ids[1:])]
     found = bubble_map(loaded.model, ids, tokens)

@@ -24,7 +24,8 @@ from memgen import (
     boundary_table,
 )
 from memgen import load_params as load_trained
-from thoughtbubbles import Thoughtbubbles
+from thoughtbubbles import Architecture, Thoughtbubbles
+from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.cli.config_json import model_from_json
@@ -50,7 +51,7 @@ class LanguageModel:
         memgen: latent memory around the model, if it was trained with it.
     """
 
-    model: Thoughtbubbles
+    model: Architecture
     tokenizer: Tokenizer
     memgen: MemGen | None = None
 
@@ -110,7 +111,7 @@ def load_model(
             model, memgen = finetuned_model(meta, params, shardings)
         else:
             shape = model_from_json(meta["config"]["model"])
-            model = Thoughtbubbles.from_params(shape, params, shardings=shardings)
+            model = architecture_of(shape).from_params(shape, params, shardings=shardings)
             memgen = None
     except ValueError as error:
         raise ValueError(f"{error}{missing_plugins(meta['config'])}") from error
@@ -228,7 +229,7 @@ def checksum(model: nnx.Module) -> str:
 
 def finetuned_model(
     meta: dict[str, Any], params: Mapping[Any, Any], shardings: Shardings | None = None
-) -> tuple[Thoughtbubbles, MemGen | None]:
+) -> tuple[Architecture, MemGen | None]:
     """The model of a fine-tuned run: an adapter merged into it, a weaver around it.
 
     Args:
@@ -240,8 +241,8 @@ def finetuned_model(
     """
     config = meta["config"]
     if config["train"] == "all":
-        shape, params = model_from_json(meta["model"]), params["decoder"]["model"]
-        return Thoughtbubbles.from_params(shape, params, shardings=shardings), None
+        shape, params = model_from_json(meta["model"]), params["model"]
+        return architecture_of(shape).from_params(shape, params, shardings=shardings), None
     lm = load_language_model(config["weights"], shardings)
     woven = lm.memgen
     now = checksum(woven or lm.model)

@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Literal
 
-from thoughtbubbles import ModelConfig, Policy, PrefixRank
+from thoughtbubbles import ArchitectureConfig, Policy, PrefixRank
 from train.data import DataConfig
 from train.engine.config import LoopConfig
 from train.runs.resume import FREE, free_inside
 
 EXECUTION = ("scan_layers", "remat")
-"""Fields of a `ModelConfig` that say how it is computed, and change nothing of what."""
+"""Fields of a model's config that say how it is computed, and change nothing of what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,14 @@ class RunConfig(LoopConfig):
     """A pretraining run.
 
     Attributes:
-        model: Architecture and sizes of the model.
+        model: Sizes and options of the model, of the architecture that `--architecture` names.
         init: Pretrained weights that the run starts from.
         train: Parameters that are trained: "all", or those of "forks" alone.
         data: Corpus, tokenizer and row length.
         prompt: Text that the sample at the end continues.
     """
 
-    model: ModelConfig = dataclasses.field(metadata=free_inside(*EXECUTION))
+    model: ArchitectureConfig = dataclasses.field(metadata=free_inside(*EXECUTION))
     init: InitConfig = InitConfig()
     train: Literal["all", "forks"] = "all"
     data: DataConfig = dataclasses.field(default=DataConfig(), metadata=free_inside("cache_dir"))

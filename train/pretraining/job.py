@@ -1,25 +1,34 @@
 """Pretraining as the loop sees it: a model, packed rows, and how they are scored."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
+from flax.nnx import filterlib
 
-from thoughtbubbles import ModelConfig
+from thoughtbubbles import ArchitectureConfig, ModelConfig
 from thoughtbubbles.pretrained import load_pretrained, open_pretrained
 from thoughtbubbles.retrofit import add_forks, forking_config
 from train.data import Batch, DataConfig, PackedData, TrainReader, load_tokenizer, prepare
 from train.data.storage import build_once
 from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.engine.loop import run
-from train.engine.state import TRAINED, Trainable, TrainState, make_trainable
+from train.engine.state import EVERY_PARAMETER, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
 from train.models.load import find_weights, tokenizer_meta
 from train.pretraining.config import EXECUTION, RunConfig
 from train.pretraining.plan import describe
 from train.pretraining.presets import PRESETS
+
+TRAINED: dict[str, filterlib.Filter] = {
+    "all": EVERY_PARAMETER,
+    "forks": nnx.PathContains("forks"),
+}
+"""Filter of the parameters that are trained, by the word of `RunConfig.train`."""
 
 
 class PretrainJob:
@@ -54,6 +63,14 @@ class PretrainJob:
     def train_step(self) -> TrainStep:
         return make_train_step(self.trainable, self.config.accumulate)
 
+    def step_metrics(self, sums: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        trainable = self.trainable
+        given = trainable.config, sums
+        return (
+            trainable.architecture.step_metrics(*given),
+            trainable.architecture.step_histograms(*given),
+        )
+
     def first_state(self) -> TrainState:
         return initial_state(self.trainable, self.config)
 
@@ -76,7 +93,7 @@ def make_run(config: RunConfig) -> Trainable:
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
     check_vocabulary(config)
-    if config.train == "forks" and not config.model.fork_layers:
+    if config.train == "forks" and not getattr(config.model, "fork_layers", ()):
         raise ValueError(
             "train='forks', and the model has no fork layers: add --init.forks (to pretrained "
             "weights) or --model.fork-layers, or train all"
@@ -102,13 +119,18 @@ def on_weights(config: RunConfig) -> RunConfig:
     """
     if not config.init.weights:
         return config
+    if not isinstance(config.model, ModelConfig):
+        raise ValueError(
+            f"init.weights={config.init.weights!r} bring their own architecture: leave "
+            "--architecture out"
+        )
     _, model, tokenizer = open_pretrained(find_weights(config.init.weights))
     if config.init.forks:
         model = forking_config(model, config.init.forks, config.init.policy)
     computing = {name: getattr(config.model, name) for name in (*EXECUTION, "dtype")}
     model = dataclasses.replace(model, **computing)
 
-    def asked(known: ModelConfig) -> list[str]:
+    def asked(known: ArchitectureConfig) -> list[str]:
         """Fields that somebody set who began with this model."""
         given, default = dataclasses.asdict(config.model), dataclasses.asdict(known)
         return [n for n in given if n not in computing and given[n] != default[n]]

@@ -16,13 +16,11 @@ from train.runs.resume import noted_changes
 def describe(config: RunConfig, trainable: Trainable, start: int) -> str:
     """Model, devices and steps of a run, in one line."""
     model, mesh = config.model, trainable.mesh
-    forks = (
-        f"forks before layers {model.fork_layers}, {model.policy}" if model.fork_layers else "plain"
-    )
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
-        f"{model.num_params():,} parameters, {forks}; {config.step_flops / 1e9:.1f} GFLOP a step; "
+        f"{model.num_params():,} parameters, {model.summary()}; "
+        f"{config.step_flops / 1e9:.1f} GFLOP a step; "
         f"attention {trainable.attention}; "
         f"{mesh.size} {mesh.devices.flat[0].device_kind}{processes} ({sizes}); "
         f"steps {start} to {config.steps}"
@@ -48,8 +46,7 @@ def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, An
     changes = noted_changes(saved, meta, config) if saved else []
     lines = {
         "run": describe(config, trainable, start),
-        "model": f"{model.num_layers} layers of {model.embed_dim}, {model.num_heads} heads, "
-        f"vocabulary {model.vocab_size:,}, {model.dtype}",
+        "model": model.sizes(),
         "state per device": f"{params:,.1f} MiB of parameters, {moments:,.1f} MiB of optimizer "
         f"state ({config.optimizer.name})",
         "batch": f"{config.batch_size} rows of {data.seq_len} tokens in {config.accumulate} "

@@ -12,8 +12,7 @@ from flax import nnx
 
 import memgen
 from memgen import MemGen, MemGenConfig
-from thoughtbubbles import Thoughtbubbles
-from thoughtbubbles.cache import check_cacheable
+from thoughtbubbles import Architecture
 from train.cli.config_json import as_json
 from train.devices.mesh import BATCH_AXES, make_mesh
 from train.engine.state import TrainState, make_trainable, resolved
@@ -92,8 +91,7 @@ class RLJob:
         mesh = make_mesh(config.mesh, devices)
         self.lm = load_language_model_on(mesh, config.weights) if lm is None else lm
         model = self.lm.model
-        if model.config.fork_layers:
-            check_cacheable(model.config)
+        model.check_cacheable()
         self.task = make_task(config.task, config.seed) if task is None else task
         self.episodic = hasattr(self.task, "step")
         if config.overlong_buffer and self.episodic:
@@ -151,7 +149,7 @@ class RLJob:
                 f"train='weaver' would drop the trigger of {whose}: leave it out, or choose "
                 "train='trigger'"
             )
-        if self.lm.model.config.fork_layers and not shape.weaver.latents_see_latents:
+        if not (self.lm.model.takes_positions or shape.weaver.latents_see_latents):
             raise ValueError(
                 "memgen.weaver.latents_see_latents=False reads rows that are not one text, which a "
                 "model with fork layers can't: leave it True"
@@ -160,7 +158,7 @@ class RLJob:
             return shape, np.asarray(woven.boundary[...])
         return shape, boundaries_for(self.lm, config.train, config.boundaries)
 
-    def _around(self, model: Thoughtbubbles) -> FinetunableModel:
+    def _around(self, model: Architecture) -> FinetunableModel:
         config = self.config
         return FinetunableModel(
             model,

@@ -59,9 +59,10 @@ def noted_changes(saved: dict[str, Any], current: dict[str, Any], config: Any) -
 
 def _comparable(model: dict[str, Any]) -> dict[str, Any]:
     """Read and written again, so that 2 for 2.0 is no difference."""
-    fields = as_json(model_from_json(model))
-    if not fields["fork_layers"]:  # a plain decoder has no policy, whatever stands there
-        del fields["policy"], fields["score_originals"]
+    config = model_from_json(model)
+    fields = as_json(config)
+    for name in config.unused_fields():
+        del fields[name]
     return fields
 
 

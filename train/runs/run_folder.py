@@ -161,7 +161,7 @@ def save_evidence(
         "step": step,
         "loss": str(loss),
         "grad_norm": str(norm),
-        "forks": {name: np.asarray(sums).tolist() for name, sums in metrics["forks"].items()},
+        "aux": {name: np.asarray(sums).tolist() for name, sums in metrics["aux"].items()},
         "learning_rate": float(metrics["learning_rate"]),
     }
     if jax.process_index() == 0:

@@ -103,7 +103,7 @@ class Learner:
                 state, metrics = self._step(state, self._placed(part))
                 found.append(metrics)
         found = jax.device_get(found)
-        sums = jax.tree.map(lambda *values: np.sum(values, axis=0), *[m["forks"] for m in found])
+        sums = jax.tree.map(lambda *values: np.sum(values, axis=0), *[m["aux"] for m in found])
         return state, {
             "loss": float(np.mean([m["loss"] for m in found])),
             "grad_norm": float(np.mean([m["grad_norm"] for m in found])),

@@ -1,12 +1,16 @@
 """Fork statistics of a batch as sums, so that micro-batches and devices add up."""
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thoughtbubbles import Output
+if TYPE_CHECKING:
+    from thoughtbubbles.model import Output
 
 SCORE_BINS = 10
 
@@ -48,11 +52,13 @@ def thresholds(tracked: Any) -> dict[str, jax.Array]:
     return {"threshold": jnp.stack(values)} if values else {}
 
 
-def readable(sums: dict[str, Any], fork_layers: tuple[int, ...]) -> dict[str, Any]:
+def readable(sums: Mapping[str, Any], fork_layers: tuple[int, ...]) -> dict[str, Any]:
     """Metrics by fork layer: streams per token, share of tokens forked, the score histogram, and
-    the threshold where there is one.
+    the threshold where there is one. None of a loss that keeps no `fork_statistics`.
     """
     metrics: dict[str, Any] = {}
+    if "tokens" not in sums:
+        return metrics
     for index, layer in enumerate(fork_layers):
         layer_sums = {name: np.asarray(values)[index] for name, values in sums.items()}
         tokens = max(float(layer_sums["tokens"]), 1.0)
@@ -66,8 +72,10 @@ def readable(sums: dict[str, Any], fork_layers: tuple[int, ...]) -> dict[str, An
     return metrics
 
 
-def score_samples(sums: dict[str, Any], fork_layers: tuple[int, ...]) -> dict[str, np.ndarray]:
+def score_samples(sums: Mapping[str, Any], fork_layers: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Scores of all streams by fork layer, each moved to the middle of its bin, for histograms."""
+    if "scores" not in sums:
+        return {}
     middles = (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS
     return {
         f"fork_{layer}/score": np.repeat(middles, np.asarray(sums["scores"])[index].astype(int))

@@ -1,0 +1,209 @@
+"""Promises that every architecture keeps: ours, those of the registry, and a user's own.
+
+The user's is the block of docs/architecture.md, taken through the ordinary commands.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from test_pretrain import mistake, run_here
+from tiny import BASE
+
+from thoughtbubbles import ARCHITECTURES, Architecture, ArchitectureConfig, PrefixRank
+from thoughtbubbles.architecture import architecture_name
+from thoughtbubbles.decoding import generate as generate_ids
+from thoughtbubbles.decoding import generate_with_bubbles
+from thoughtbubbles.testing import assert_decoder_cached_is_parallel, assert_decoder_causal
+from train import evaluate, generate, sft
+from train.cli.config_json import as_json, model_from_json
+from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
+from train.evaluate import EvaluateConfig
+from train.finetuning.job import SFTConfig
+from train.generate import GenerateConfig
+from train.models.load import load_model
+from train.rl.__main__ import main as rl_main
+from train.rl.config import RLConfig
+from train.runs.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+[EXAMPLE] = re.findall(
+    r"```python\n((?:(?!```).)*ARCHITECTURES\[.*?)```",
+    (ROOT / "docs" / "architecture.md").read_text(),
+    flags=re.DOTALL,
+)
+SMALL: dict[str, ArchitectureConfig] = {
+    "thoughtbubbles": dataclasses.replace(
+        BASE, num_layers=1, fork_layers=(0,), policy=PrefixRank(2.0)
+    )
+}
+"""Small configs of the registry's entries: a new entry adds its own."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recurrent(tmp_path_factory):
+    """The example of the docs as a module `mine_recurrent`, in the registry while tests run."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "mine_recurrent.py").write_text(EXAMPLE)
+    sys.path.append(str(folder))
+    known = dict(ARCHITECTURES)
+    import mine_recurrent  # pyright: ignore[reportMissingImports]
+
+    SMALL["recurrent"] = mine_recurrent.RecurrentConfig(vocab_size=64, embed_dim=16)
+    yield mine_recurrent
+    ARCHITECTURES.clear()
+    ARCHITECTURES.update(known)
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(params=[*ARCHITECTURES, "recurrent"])
+def model(request) -> Architecture:
+    config = SMALL[request.param]
+    made = ARCHITECTURES[request.param](config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    noise = lambda leaf: (rng.normal(size=leaf.shape) / 4).astype(np.float32)  # noqa: E731
+    nnx.update(made, jax.tree.map(noise, nnx.state(made, nnx.Param)))
+    return made
+
+
+def test_logits_know_no_later_token_and_no_padding(model):
+    assert_decoder_causal(model)
+
+
+def test_cached_decoding_is_the_parallel_forward_pass(model):
+    assert_decoder_cached_is_parallel(model)
+
+
+def test_a_model_is_saved_and_read(model):
+    config = model_from_json(json.loads(json.dumps(as_json(model.config))))
+    assert config == model.config
+    again = type(model).from_params(config, nnx.to_pure_dict(nnx.state(model)))
+    assert nnx.graphdef(again) == nnx.graphdef(model)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+
+
+def test_generation_with_a_cache_is_generation_without(model):
+    prompts = [[1, 2, 3], [4]]
+    cached = generate_ids(model, prompts, 6)
+    assert cached == generate_ids(model, prompts, 6, cached=False)
+    assert [len(text) for text in cached] == [6, 6]
+
+
+def test_counts_are_those_of_the_model(model):
+    held = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert model.config.num_params() == held
+    assert 0 < model.config.forward_flops(8) < model.config.forward_flops(16)
+
+
+def test_a_step_on_a_mesh_learns(model):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    optimizer = OptimizerConfig(learning_rate=5e-2, schedule="constant", warmup=0)
+    trainable = make_trainable(model.config, optimizer, 8, mesh)
+    state, step = trainable.init(), make_train_step(trainable)
+    rows = place(np.tile(np.arange(9, dtype=np.int32), (4, 1)), mesh)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, rows)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.9 * losses[0], losses
+    shown = trainable.architecture.step_metrics(trainable.config, jax.device_get(metrics["aux"]))
+    assert all(np.isfinite(value).all() for value in shown.values())
+
+
+def test_a_config_outside_of_the_registry_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Stray(ArchitectureConfig):
+        vocab_size: int = 8
+        embed_dim: int = 4
+
+    with pytest.raises(ValueError, match="Stray is the config of no architecture: .*--plugin"):
+        architecture_name(Stray())
+    with pytest.raises(ValueError, match="unknown architecture 'gone': choose one of thoughtb"):
+        model_from_json({"architecture": "gone"})
+    with pytest.raises(ValueError, match="architecture recurrent has no field 'depth'"):
+        model_from_json({"architecture": "recurrent", "depth": 3})
+
+
+def test_what_an_architecture_lacks_is_said_in_one_line(recurrent):
+    config = SMALL["recurrent"]
+    model = recurrent.Recurrent(config, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="Recurrent has no bubbles: use generate"):
+        generate_with_bubbles(model, [[1]], 2)
+    with pytest.raises(ValueError, match="Recurrent has no fork layers"):
+        model.with_policy(None)
+    with pytest.raises(ValueError, match="Recurrent has no linear layers that take an adapter"):
+        model.apply_lora({})
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with pytest.raises(ValueError, match="attention='splash': RecurrentConfig takes no kernel"):
+        make_trainable(config, OptimizerConfig(), 1, mesh, attention="splash")
+
+
+@pytest.mark.slow
+def test_ordinary_commands_run_it(monkeypatch, capsys, tmp_path, recurrent):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for index in range(20):
+        (texts / f"{index}.txt").write_text("the cat sat on the mat " * (40 + index))
+    run = [
+        *("tiny", "--plugin", "mine_recurrent", "--architecture", "recurrent(embed_dim=16)"),
+        *("--data.corpus", "texts", "--data.cache-dir", "cache", "--data.seq-len", "16"),
+        *("--batch-size", "8", "--log-every", "1", "--evaluation.rows", "4", "--out", "run"),
+    ]
+    assert run_here(monkeypatch, *run, "--steps", "2") == 0
+    assert run_here(monkeypatch, *run, "--steps", "4") == 0  # resumes
+    shown = capsys.readouterr().err
+    assert "continuing run from step 2" in shown and "RecurrentConfig" in shown
+    assert "streams" not in shown
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    other = ["--architecture", "recurrent(embed_dim=8)"]
+    assert run_here(monkeypatch, *run, *other, "--steps", "6") == 2
+    mistake(capsys, "model.embed_dim: saved 16, now 8")
+
+    words = ["--checkpoint", "run", "--prompt", "the ", "--max-new-tokens", "4"]
+    assert (
+        run_here(monkeypatch, *words, main=generate.main, config=GenerateConfig, presets=None) == 0
+    )
+    assert capsys.readouterr().out.startswith("the ")
+    ratio = [*words, "--ratio", "1.5"]
+    assert (
+        run_here(monkeypatch, *ratio, main=generate.main, config=GenerateConfig, presets=None) == 2
+    )
+    mistake(capsys, "run is a plain decoder: it has no policy to change")
+    scored = ["--checkpoint", "run", "--rows", "4"]
+    assert (
+        run_here(monkeypatch, *scored, main=evaluate.main, config=EvaluateConfig, presets=None) == 0
+    )
+    assert "bits/byte" in capsys.readouterr().out
+
+    with open("chats.jsonl", "w") as file:
+        for index in range(40):
+            file.write(json.dumps({"prompt": f"{index} plus 0", "completion": f" {index}"}) + "\n")
+    tuned = [
+        *("--weights", "run", "--data.path", "chats.jsonl", "--data.seq-len", "24"),
+        *("--batch-size", "4", "--steps", "2", "--out", "tuned", "--evaluation.rows", "2"),
+    ]
+    main = {"main": sft.main, "config": SFTConfig, "presets": None}
+    assert run_here(monkeypatch, *tuned, "--train", "all", **main) == 0
+    assert load_model("tuned").model.config.embed_dim == 16
+    capsys.readouterr()
+    assert run_here(monkeypatch, *tuned, "--train", "lora", "--out", "other", **main) == 2
+    mistake(capsys, "q")
+    learned = [
+        *("--weights", "tuned", "--train", "all", "--task", "copy", "--steps", "1"),
+        *("--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "4", "--out", "rl"),
+    ]
+    assert run_here(monkeypatch, *learned, main=rl_main, config=RLConfig, presets=None) == 0
+    assert load_model("rl").model.config.embed_dim == 16

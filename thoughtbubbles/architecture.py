@@ -1,0 +1,452 @@
+"""The architecture seam: what a decoder offers to training, evaluation, generation, memory and RL.
+
+A new architecture is a config, a module with five methods over rows of vectors, and an entry in
+`ARCHITECTURES`. All that stands around an architecture uses the methods of `Architecture` alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles.streams import left_align, restore_alignment
+
+Constrain = Callable[[jax.Array], jax.Array]
+
+
+class Tracked(nnx.Variable):
+    """Model state that follows statistics of training; not a parameter, fixed otherwise."""
+
+
+class ArchitectureConfig:
+    """Base of the configs of architectures, which are frozen dataclasses of JSON values.
+
+    A config can be written as `name(field=value, ...)`, so each field is a number, a text, a bool,
+    a tuple of these, or None.
+
+    Attributes:
+        vocab_size: Number of token ids that the embedding knows (V).
+        embed_dim: Width of the vectors that the model reads and of its hidden states (D).
+        context_length: Number of tokens at a time that the weights were made for, if known.
+        dtype: Type of the computation; parameters are float32.
+        scan_layers: Whether layers are scanned, which compiles faster, where that can be chosen.
+        remat: What the backward pass recomputes, where that can be chosen.
+    """
+
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+    vocab_size: int
+    embed_dim: int
+    context_length: int | None = None
+    dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
+
+    @property
+    def causal(self) -> bool:
+        """Whether logits of a position depend on tokens up to it alone, by construction."""
+        return True
+
+    def num_params(self) -> int:
+        """Number of parameters of the model."""
+        model = nnx.eval_shape(lambda: architecture_of(self)(self, rngs=nnx.Rngs(0)))
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+    def forward_flops(self, num_tokens: int) -> int:
+        """Matrix-multiplication FLOPs of a forward pass over one row, logits included.
+
+        The default takes every parameter to be used once for each token.
+
+        Args:
+            num_tokens: Number of tokens in the row.
+        """
+        return 2 * self.num_params() * num_tokens
+
+    def summary(self) -> str:
+        """What distinguishes the model, in a few words of the first line of a run."""
+        return type(self).__name__
+
+    def sizes(self) -> str:
+        """Sizes of the model in one line."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+    def unused_fields(self) -> tuple[str, ...]:
+        """Names of the fields that change nothing here and may differ when a run is resumed."""
+        return ()
+
+    def attention_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...] | None:
+        """Shapes of query, key, value and bias of one attention call, from which a kernel is
+        chosen; None for a model whose attention takes no kernel of others."""
+        return None
+
+
+class Architecture(nnx.Module):
+    """Base of decoders: five methods to write, and all that follows from them.
+
+    To write are the constructor, `embed_tokens`, `hidden_states`, `unembed`, and, for decoding with
+    a cache, `init_cache` and `extend`. The rest follows from these; an architecture whose
+    prediction is not made of one hidden state per token overrides `run`, `logits`, `logits_at`,
+    `log_prob` and `advance` instead, and returns another `backbone`.
+
+    Parameters are `nnx.Param`s; the metadata `axes` names their logical axes for sharding and
+    `inputs` counts the leading axes that a product contracts (`thoughtbubbles.layers.weight`).
+    Parameters without metadata are replicated.
+
+    Attributes:
+        config: Config that the model was made with.
+        config_class: Class of such configs.
+    """
+
+    config_class: ClassVar[type[Any]]
+    config: Any
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        rngs: nnx.Rngs,
+        constrain: Constrain | None = None,
+        attend: Any = None,
+    ):
+        """Make the parameters.
+
+        Args:
+            config: Sizes and options, a `config_class`.
+            rngs: Keys of the initial values.
+            constrain: Function that keeps residuals `[B, S, D]` sharded over the batch, to be
+                applied between blocks; None on one device.
+            attend: Attention of the devices (`thoughtbubbles.attention.Attend`), for
+                architectures with `attention_inputs`; None for their own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no constructor")
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    # To be written.
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Vectors `[..., D]` of token ids `[...]` int32."""
+        raise NotImplementedError(f"{type(self).__name__} has no embed_tokens")
+
+    def hidden_states(
+        self,
+        x: jax.Array,
+        length: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        visible: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states `[B, T, D]` of vectors, after the final norm.
+
+        Args:
+            x: Vectors `[B, T, D]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; all `T` by default.
+            positions: Position of each vector, `[B, T]` int32, and
+            visible: which vectors each one sees, `[B, T, T]` bool: in place of `length`, only for
+                an architecture with `takes_positions`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no hidden_states")
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits `[..., V]` float32 of hidden states `[..., D]`."""
+        raise NotImplementedError(f"{type(self).__name__} has no unembed")
+
+    def init_cache(self, batch: int, max_tokens: int) -> Any:
+        """An empty cache: a pytree whose arrays have one axis of size `batch` each.
+
+        Args:
+            batch: Number of rows.
+            max_tokens: Number of vectors that fit into a row.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can't decode with a cache")
+
+    def extend(
+        self, cache: Any, x: jax.Array, length: jax.Array, *, fresh: bool = False
+    ) -> tuple[jax.Array, Any]:
+        """Append vectors to the rows of a cache; any split into calls gives `hidden_states`.
+
+        Args:
+            cache: From `init_cache` or `extend`; it stays usable.
+            x: Vectors `[B, C, D]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; a row of 0 stays as it is.
+            fresh: Static promise that the cache is empty.
+
+        Returns:
+            Hidden states `[B, C, D]`, and the new cache.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can't decode with a cache")
+
+    # What follows.
+
+    def run(
+        self,
+        tokens: jax.Array,
+        length: jax.Array | None = None,
+        *,
+        track: bool = False,
+        key: jax.Array | None = None,
+    ) -> Any:
+        """A forward pass without the head; its result is what `logits` and the like take.
+
+        Args:
+            tokens: Token ids `[B, T]` int32, padded on the right.
+            length: Number of real tokens in each row, `[B]` int32; all `T` by default.
+            track: Whether `Tracked` variables follow these tokens, as in training.
+            key: Key of the noise of training; no noise by default.
+        """
+        return self.hidden_states(self.embed_tokens(tokens), length)
+
+    def logits(self, output: Any) -> jax.Array:
+        """Logits `[B, T, V]` float32 of what `run` or `advance` returned."""
+        return self.unembed(output)
+
+    def logits_at(self, output: Any, position: jax.Array) -> jax.Array:
+        """Logits `[B, V]` float32 of one position in each row.
+
+        Args:
+            output: What `run` or `advance` returned.
+            position: Position in each row, `[B]` int32.
+        """
+        hidden = jnp.take_along_axis(output, position[:, None, None], axis=1)
+        return self.unembed(hidden)[:, 0]
+
+    def log_prob(self, output: Any, targets: jax.Array) -> jax.Array:
+        """Log-probabilities `[B, T]` float32 of one target for each position.
+
+        Args:
+            output: What `run` returned.
+            targets: Token ids `[B, T]` int32.
+        """
+        return log_prob_of(self.logits(output), targets)
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Logits `[B, T, V]` float32, teacher-forced.
+
+        Args:
+            tokens: Token ids `[B, T]` int32.
+            mask: Whether each token is real, `[B, T]` bool; padding, on either side, changes
+                nothing of real positions and gets zeros.
+        """
+        if mask is None:
+            return self.logits(self.run(tokens))
+        aligned, length, rank = left_align(tokens, mask)
+        return restore_alignment(self.logits(self.run(aligned, length)), mask, rank)
+
+    def token_losses(
+        self, rows: jax.Array, *, track: bool = False, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Teacher-forced negative log-likelihoods of rows.
+
+        Args:
+            rows: Token ids `[B, T + 1]` int32; -1 for padding, which is no target.
+            track: As in `run`.
+            key: As in `run`.
+
+        Returns:
+            Nats `[B, T]` float32 of each next token, 0 where it is padding, and what `run`
+            returned.
+        """
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
+        output = self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
+        log_prob = self.log_prob(output, jnp.maximum(targets, 0))
+        return -jnp.where(targets >= 0, log_prob, 0), output
+
+    def loss(
+        self, rows: jax.Array, *, track: bool = False, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """The pretraining loss of rows as a sum, so that micro-batches and devices add up.
+
+        Args:
+            rows: Token ids `[B, T + 1]` int32; -1 for padding, which is no target.
+            track: As in `run`.
+            key: As in `run`.
+
+        Returns:
+            Sum in nats, number of targets (float32), and sums for `step_metrics`.
+        """
+        nats, output = self.token_losses(rows, track=track, key=key)
+        return nats.sum(), (rows[:, 1:] >= 0).sum(dtype=jnp.float32), self.statistics(output)
+
+    def advance(
+        self, cache: Any, tokens: jax.Array, length: jax.Array, *, fresh: bool = False
+    ) -> tuple[Any, Any]:
+        """`extend` by tokens.
+
+        Args:
+            cache: From `init_cache` or `advance`.
+            tokens: Token ids `[B, C]` int32, padded on the right.
+            length: Number of real tokens in each row, `[B]` int32; a row of 0 stays as it is.
+            fresh: Static promise that the cache is empty.
+
+        Returns:
+            What `logits_at` takes, whose position 0 is the first of `tokens`, and the new cache.
+        """
+        return self.extend(cache, self.embed_tokens(tokens), length, fresh=fresh)
+
+    def for_decoding(self) -> Self:
+        """The model in the form that decodes fastest; made once, outside of the loop."""
+        return self
+
+    def backbone(self) -> Any:
+        """The model as a decoder over vectors, as `memgen.DecoderBackbone` describes it."""
+        return self
+
+    @property
+    def model(self) -> Self:
+        """The model itself, as its own backbone names it."""
+        return self
+
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
+        """Linear layers that adapters can be added to; none by default."""
+        return {}
+
+    def apply_lora(self, adapter: Mapping[str, Any]) -> Any:
+        """The model with an adapter added to its linear layers, without copying arrays."""
+        raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether `hidden_states` takes `positions` and `visible`, which packed conversations and
+        one-pass weaving need."""
+        return False
+
+    @property
+    def fork_policy(self) -> Any:
+        """The policy of fork layers; None for a model that has none."""
+        return None
+
+    def with_policy(self, policy: Any) -> Self:
+        """The same arrays under another fork policy.
+
+        Raises:
+            ValueError: The model has no fork layers.
+        """
+        raise ValueError(f"{type(self).__name__} has no fork layers: it takes no policy, {policy}")
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether decoding with a cache gives what a forward pass gives."""
+        return self.config.causal
+
+    def check_cacheable(self) -> None:
+        """Raise a ValueError unless the model is `cacheable`."""
+        if not self.cacheable:
+            raise ValueError(f"{self.config} is not causal: it can't be decoded with a cache")
+
+    # Statistics of training and evaluation.
+
+    def statistics(self, output: Any) -> dict[str, jax.Array]:
+        """Sums over a batch of what the run's metrics show, of what `run` returned."""
+        return {}
+
+    def row_statistics(self, output: Any) -> dict[str, jax.Array]:
+        """Sums over each row, `[B]`; held-out metrics show them per token as `NAME_per_token`."""
+        return {}
+
+    @classmethod
+    def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
+        """What metrics show of `Tracked` variables, an nnx.State, beside `statistics`."""
+        return {}
+
+    @classmethod
+    def step_metrics(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics by name, numbers or lists, of `statistics` and `tracked_statistics`."""
+        return {}
+
+    @classmethod
+    def step_histograms(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Samples by name, for histograms, of `statistics` and `tracked_statistics`."""
+        return {}
+
+    @classmethod
+    def from_params(
+        cls,
+        config: Any,
+        params: Mapping[Any, Any],
+        constrain: Constrain | None = None,
+        attend: Any = None,
+        *,
+        shardings: Callable[[Any], Any] | None = None,
+    ) -> Self:
+        """A model with given parameters, e.g. from `train.runs.checkpoint.load_params`.
+
+        Args:
+            config: Config that the parameters were made with.
+            params: Nested dict of arrays as `nnx.to_pure_dict` gives it.
+            constrain: As in the constructor.
+            attend: As in the constructor.
+            shardings: Function from the abstract nnx.State to its shardings; by default JAX arrays
+                stay where they are and others go to the first device.
+
+        Raises:
+            ValueError: Names or shapes differ from what the config asks for.
+        """
+        build = lambda: cls(config, rngs=nnx.Rngs(0), constrain=constrain, attend=attend)  # noqa: E731
+        graphdef, state = nnx.split(nnx.eval_shape(build))
+        wanted, given = _by_name(nnx.to_pure_dict(state)), _by_name(params)
+        for name in {**wanted, **given}:
+            there = given[name].shape if name in given else "missing"
+            here = wanted[name].shape if name in wanted else "none"
+            if there != here:
+                raise ValueError(
+                    f"parameter {name}: given {there}, config asks for {here}: "
+                    "use the config that the parameters were made with"
+                )
+        if shardings is None:
+            placed = jax.tree.map(jnp.asarray, dict(params))
+        else:
+            placed = jax.device_put(dict(params), nnx.to_pure_dict(shardings(state)))
+        nnx.replace_by_pure_dict(state, placed)
+        return nnx.merge(graphdef, state)
+
+
+ARCHITECTURES: dict[str, type[Architecture]] = {}
+"""Architectures by the name that configs and `--architecture` call them."""
+
+
+def architecture_of(config: Any) -> type[Architecture]:
+    """The architecture of a config.
+
+    Raises:
+        ValueError: No entry of `ARCHITECTURES` has configs of this class.
+    """
+    return ARCHITECTURES[architecture_name(config)]
+
+
+def architecture_name(config: Any) -> str:
+    """The name under which `ARCHITECTURES` holds the architecture of a config.
+
+    Raises:
+        ValueError: No entry of `ARCHITECTURES` has configs of this class.
+    """
+    for name, architecture in ARCHITECTURES.items():
+        if type(config) is architecture.config_class:
+            return name
+    raise ValueError(
+        f"{type(config).__name__} is the config of no architecture: put its module into "
+        "thoughtbubbles.architecture.ARCHITECTURES, in a module that --plugin names"
+    )
+
+
+def log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities `[...]` of targets `[...]` under logits `[..., V]`."""
+    # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _by_name(params: Mapping[Any, Any]) -> dict[str, Any]:
+    flat = jax.tree_util.tree_leaves_with_path(dict(params))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
