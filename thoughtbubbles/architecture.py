@@ -151,9 +151,9 @@ class Architecture(nnx.Module):
         Args:
             x: Vectors `[B, T, D]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; all `T` by default.
-            positions: Position of each vector, `[B, T]` int32, and
-            visible: which vectors each one sees, `[B, T, T]` bool: in place of `length`, only for
-                an architecture with `takes_positions`.
+            positions: Position of each vector, `[B, T]` int32, in place of `length` and together
+                with `visible`; only for an architecture with `takes_positions`.
+            visible: Whether each position sees each other one, `[B, T, T]` bool.
         """
         raise NotImplementedError(f"{type(self).__name__} has no hidden_states")
 
@@ -357,7 +357,7 @@ class Architecture(nnx.Module):
 
     @classmethod
     def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
-        """What metrics show of `Tracked` variables, an nnx.State, beside `statistics`."""
+        """What metrics show of `Tracked` variables, an nnx.State, in addition to `statistics`."""
         return {}
 
     @classmethod

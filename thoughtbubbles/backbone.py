@@ -1,7 +1,7 @@
 """A decoder over vectors: what others build on a `Thoughtbubbles` model, forking or plain.
 
-Rows of vectors come in, hidden states come out; adapters stand beside the weights. `memgen` asks
-for exactly this of any decoder (`memgen.DecoderBackbone`).
+Vectors in, hidden states out, with LoRA adapters on the linear layers: what `memgen` needs of any
+decoder (`memgen.DecoderBackbone`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ MLP_MAPS = ("up", "gate", "down")
 
 
 class Backbone(nnx.Module):
-    """A `Thoughtbubbles` model that reads vectors.
+    """A `Thoughtbubbles` model over vectors in place of tokens.
 
-    Rows have no holes: what is appended to a row takes its next positions. A cache needs a causal
-    policy; `read` does not.
+    Vectors that are appended to a row take its next positions. A cache needs a causal policy;
+    `hidden_states` does not.
 
     Args:
-        model: whose parameters these are; nothing is copied.
+        model: Model whose parameters these are; nothing is copied.
 
     Raises:
-        ValueError: a token of the model has no one hidden state (`merge="probability"`).
+        ValueError: A token of the model has no one hidden state (`merge="probability"`).
     """
 
     def __init__(self, model: Thoughtbubbles):
@@ -57,7 +57,7 @@ class Backbone(nnx.Module):
 
     @property
     def lora_targets(self) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        """Maps that an adapter can stand beside: stacked axes, inputs and outputs of each."""
+        """Linear layers that take an adapter, by name: stacked axes, inputs and outputs of each."""
         config = self.model.config
         heads, kv_heads = (n * config.head_width for n in (config.num_heads, config.kv_heads))
         embed, wide = config.embed_dim, config.mlp_width
@@ -74,19 +74,19 @@ class Backbone(nnx.Module):
         return {name: ((config.num_layers,), *size) for name, size in sizes.items()}
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> Backbone:
-        """The same arrays with an adapter beside them.
+        """The same arrays with an adapter added to the linear layers.
 
         Args:
-            adapter: by names of `lora_targets`; pytrees that one calls, `[..., in]` to
-                `[..., out]`, whose arrays begin with the stacked axes.
+            adapter: Pytrees that one calls, `[..., in]` to `[..., out]`, by names of
+                `lora_targets`; their arrays begin with the stacked axes.
 
         Raises:
-            ValueError: a name that the model has no map for, or it has an adapter already.
+            ValueError: The model has no linear layer of a name, or it has an adapter already.
         """
         unknown = sorted(set(adapter) - set(self.lora_targets))
         if unknown:
             raise ValueError(
-                f"no map {unknown[0]!r} to adapt: choose from {', '.join(self.lora_targets)}"
+                f"no linear layer {unknown[0]!r}: choose from {', '.join(self.lora_targets)}"
             )
         leaves, structure = jax.tree.flatten(self.model)
         model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
@@ -101,7 +101,7 @@ class Backbone(nnx.Module):
         return Backbone(model)
 
     def merged(self, deltas: Mapping[str, jax.Array]) -> Thoughtbubbles:
-        """A model whose maps have taken up `deltas`, `[*stack, inputs, outputs]` each by name."""
+        """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
         leaves, structure = jax.tree.flatten(self.model)
         model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
         for name, delta in deltas.items():
@@ -111,7 +111,7 @@ class Backbone(nnx.Module):
         return model
 
     def for_decoding(self) -> Backbone:
-        """The form for a loop over `extend`: no step copies weights out of their stack."""
+        """The form for a loop over `extend`, in which no step copies weights out of their stack."""
         return Backbone(self.model.for_decoding())
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
@@ -129,14 +129,15 @@ class Backbone(nnx.Module):
         """Hidden states `[B, T, D]` after the final norm.
 
         Args:
-            x: `[B, T, D]` vectors, padded on the right.
-            length: `[B]` int32 of them real; all if not given.
-            positions: `[B, T]` int32, and
-            visible: `[B, T, T]` bool, which places each place sees: together, in place of
-                `length`, for rows that are not one text from left to right.
+            x: Vectors `[B, T, D]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; all `T` by default.
+            positions: Position of each vector, `[B, T]` int32, in place of `length`, for rows that
+                are not one text from left to right. Together with `visible`.
+            visible: Whether each position sees each other one, `[B, T, T]` bool.
 
         Raises:
-            ValueError: only one of `positions` and `visible`, or a forking model is given them.
+            ValueError: Only one of `positions` and `visible` is given, or a forking model is given
+                them.
         """
         x = x.astype(self.model.config.dtype)
         if positions is None and visible is None:
@@ -150,25 +151,26 @@ class Backbone(nnx.Module):
         return self.model.unembed(hidden)
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Room for `max_len` vectors in each row.
+        """An empty cache of `max_len` vectors a row.
 
         Raises:
-            ValueError: the model's policy is not causal, or a size is below 1.
+            ValueError: The policy of the model is not causal, or a size is below 1.
         """
         return init_cache(self.model, batch, max_len)
 
     def extend(
         self, cache: Cache, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, Cache]:
-        """Append to each row of the cache; any split into calls gives what `read` gives.
+        """Append to each row of the cache; any split into calls gives what `hidden_states` gives.
 
         Args:
-            x: `[B, C, D]` vectors, padded on the right.
-            length: `[B]` int32 of them real; rows of length 0 stay as they are.
-            fresh: static promise that the cache is empty.
+            x: Vectors `[B, C, D]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; rows of length 0 stay as they
+                are.
+            fresh: Static promise that the cache is empty.
 
         Returns:
-            hidden states `[B, C, D]` (NaN for a row that outgrows the cache), and the cache.
+            Hidden states `[B, C, D]`, NaN for a row that outgrows the cache, and the new cache.
         """
         x = x.astype(self.model.config.dtype)
         streams, cache = advance(self.model, self.model.layers(), cache, x, length, fresh)

@@ -29,10 +29,10 @@ class Generation:
     """A generated text and its bubbles, `T` tokens with the prompt; `F` fork layers.
 
     Attributes:
-        prompt: its ids.
-        tokens: the new ids.
-        streams: `[F, T]` int32, live streams of each token after each fork layer.
-        score: `[F, T]` float32, their mean cumulative score p (0 where none is left).
+        prompt: Token ids of the prompt.
+        tokens: Token ids of the continuation.
+        streams: Live streams of each token after each fork layer, `[F, T]` int32.
+        score: Mean cumulative score p of these streams, `[F, T]` float32; 0 where none is left.
     """
 
     prompt: list[int]
@@ -62,25 +62,27 @@ def generate(
     two, so that texts of other lengths find them compiled.
 
     Args:
-        prompts: token ids, at least one each; lengths may differ.
-        max_new_tokens: at most this many are added to each.
-        temperature: 0 takes the most probable token.
-        top_k, top_p, min_p: filters, applied in this order (`thoughtbubbles.sampling`).
-        seed: of the samples. A row's key is made of the seed, its prompt, and how many equal
-            prompts stand before it, so that equal prompts get different texts.
-        stop: a row ends after any of these ids (which is returned).
-        valid_vocab_size: only ids below it are chosen, where the tokenizer has fewer ids than the
-            model.
-        policy: decode under this one in place of the model's own.
-        cached: keep keys and values, or recompute the prefix for every token; None caches where
-            the model is causal.
+        prompts: Token ids of each prompt, at least one; lengths may differ.
+        max_new_tokens: Largest number of tokens added to each prompt.
+        temperature: Sampling temperature; 0 takes the most probable token.
+        top_k: Number of most probable tokens to sample from; all by default.
+        top_p: Probability mass of the fewest most probable tokens to sample from; 1 by default.
+        min_p: Least probability to sample from, as a share of the most probable token's.
+        seed: Seed of the samples. The key of a row is made of the seed, its prompt, and the number
+            of equal prompts in front of it, so that equal prompts get different texts.
+        stop: Token ids after any of which a row ends; the id is returned.
+        valid_vocab_size: Number of token ids that may be chosen, where the tokenizer has fewer than
+            the model; all by default.
+        policy: Fork policy in place of the model's own.
+        cached: Whether keys and values are kept, or the prefix is recomputed for every token; by
+            default they are kept where the model is causal.
 
     Returns:
-        the new ids of each prompt.
+        Token ids of each continuation.
 
     Raises:
-        ValueError: an argument can't be used, a cache was asked for a model that is not causal,
-            or the logits are NaN.
+        ValueError: An argument can't be used, a cache was asked for and the model is not causal, or
+            the logits are NaN.
     """
     if policy is not None:
         model = model.with_policy(policy)
@@ -115,7 +117,7 @@ def generate_with_bubbles(
     """`generate` with a cache, and what the fork layers did to each token on the way.
 
     Raises:
-        ValueError: as `generate`; the model must be a causal `Thoughtbubbles`.
+        ValueError: As for `generate`; the model must be a causal `Thoughtbubbles`.
     """
     if not isinstance(model, Thoughtbubbles):
         raise ValueError(f"{type(model).__name__} has no bubbles: use generate")
@@ -226,9 +228,11 @@ def _decode(model, prompts, request, read_all) -> tuple[list[list[int]], Any]:
     """Generate with a cache; with `read_all` the last token of each text is in the cache too."""
     longest = max(map(len, prompts))
     tokens, lengths = _padded(prompts, width=_bucket(longest, SHORTEST_PROMPT))
-    room = _bucket(longest + int(request.max_new_tokens), SMALLEST_CACHE)
-    chosen, cache = _begin(model, tokens, lengths, request, room)
-    new, count, cache = _continue(model, cache, chosen, lengths, request, jnp.bool_(read_all), room)
+    max_tokens = _bucket(longest + int(request.max_new_tokens), SMALLEST_CACHE)
+    chosen, cache = _begin(model, tokens, lengths, request, max_tokens)
+    new, count, cache = _continue(
+        model, cache, chosen, lengths, request, jnp.bool_(read_all), max_tokens
+    )
     return _texts(prompts, new, count), cache
 
 
@@ -292,7 +296,7 @@ def _continue(model, cache, chosen, lengths, request, read_all, max_tokens):
 
 @jax.jit
 def _recompute(model, tokens, lengths, request):
-    """New ids `[B, S]` and how many, each from its whole prefix; `tokens [B, S]` has room."""
+    """New ids `[B, S]` and how many, each from its whole prefix; `S` is their capacity."""
 
     def unfinished(carry):
         return ~carry[2].all()

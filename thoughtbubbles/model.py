@@ -34,8 +34,8 @@ class Output:
     """Result of a forward pass.
 
     Attributes:
-        streams: after the last block, in left-aligned rows.
-        forks: the streams as each fork layer left them, for statistics and bubble maps.
+        streams: Streams after the last block, in left-aligned rows.
+        forks: Streams as each fork layer left them, for statistics and bubble maps.
     """
 
     streams: Streams
@@ -49,11 +49,12 @@ class Thoughtbubbles(Architecture):
     forks stand: a plain decoder's blocks fit a forking model.
 
     Args:
-        config: sizes and options.
-        rngs: for the initial values.
-        constrain: applied to every residual array `[B, S, D]` between blocks; a trainer on a mesh
-            passes its sharding constraint here.
-        attend: attention of the blocks; a trainer passes the kernel of its devices here.
+        config: Sizes and options of the model.
+        rngs: Keys of the initial values.
+        constrain: Function applied to every residual array `[B, S, D]` between blocks; a trainer
+            passes the sharding constraint of its mesh.
+        attend: Attention of the blocks; a trainer passes the kernel of its devices. The default is
+            `thoughtbubbles.attention.attend`.
     """
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
@@ -90,10 +91,11 @@ class Thoughtbubbles(Architecture):
         """All layers but the head, over right-padded rows.
 
         Args:
-            tokens: `[B, T]` int32.
-            length: `[B]` number of real tokens in each row; all `T` if not given.
-            track: let tracked thresholds follow these tokens (training).
-            key: of the noise with which fork layers choose (training); without it there is none.
+            tokens: Token ids `[B, T]` int32, padded on the right; an id outside the vocabulary
+                makes its row NaN.
+            length: Number of real tokens in each row, `[B]` int32; all `T` by default.
+            track: Whether tracked thresholds follow these tokens, as in training.
+            key: Key of the noise with which fork layers choose in training; no noise by default.
         """
         return self.run_residuals(self.embed_tokens(tokens), length, track=track, key=key)
 
@@ -105,7 +107,7 @@ class Thoughtbubbles(Architecture):
         track: bool = False,
         key: jax.Array | None = None,
     ) -> Output:
-        """`run` from residuals `x [B, T, D]` in place of tokens, embedded ones or any others."""
+        """`run` from vectors `x [B, T, D]`: embedded tokens or any others."""
         config = self.config
         streams = Streams.start(self.constrain(x), length, config.copies)
         forks = []
@@ -134,7 +136,7 @@ class Thoughtbubbles(Architecture):
         """One residual per token, `[B, T, D]`.
 
         Raises:
-            ValueError: the model mixes the predictions of forked streams, not their residuals.
+            ValueError: The model mixes the predictions of forked streams, not their residuals.
         """
         if self.config.merge == "probability" and streams.forked:
             raise ValueError(
@@ -182,7 +184,7 @@ class Thoughtbubbles(Architecture):
         return _unstack(self.blocks, 0, self.config.num_layers)
 
     def for_decoding(self) -> Thoughtbubbles:
-        """The model with its blocks beside the stack too, so that no decoding step copies them."""
+        """The model with its blocks out of their stack, so that no decoding step copies them."""
         leaves, structure = jax.tree.flatten(self)
         model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
         model.unstacked = nnx.data(self.layers())

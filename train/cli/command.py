@@ -90,10 +90,11 @@ def run_command(
     """Parse the command line into `config` and call `main` with it.
 
     Args:
-        main: does the work; a `ValueError` or `OSError` from it is the user's to mend (set the
-            environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from).
-        config: frozen dataclass; every field becomes an option.
-        presets: named values; the first word of the command line may name one (default: the first).
+        main: Function that does the work; a `ValueError` or `OSError` from it is the user's to mend
+            (set the environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from).
+        config: Frozen dataclass, each of whose fields becomes an option.
+        presets: Configs by name; the first word of the command line may name one, and the first is
+            the default.
     """
     quiet_libtpu()
     words = sys.argv[1:]

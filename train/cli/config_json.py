@@ -26,7 +26,7 @@ def policy_from_text(text: str) -> Policy:
     Fields left out take their defaults, and so does a bare name.
 
     Raises:
-        ValueError: no such policy or field, or a value of the wrong type.
+        ValueError: There is no such policy or field, or a value has the wrong type.
     """
     return from_text(text, POLICIES, "policy")
 

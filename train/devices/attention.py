@@ -24,7 +24,7 @@ def resolve(config: ArchitectureConfig, mesh: Mesh, attention: Attention) -> Att
             cuDNN can't run (float32, keys wider than it takes, a computer without cuDNN).
 
     Raises:
-        ValueError: no such attention, or these devices can't run it for this model.
+        ValueError: There is no such attention, or these devices can't run it for this model.
     """
     if attention not in get_args(Attention):
         raise ValueError(f"attention={attention!r}: choose one of {', '.join(get_args(Attention))}")

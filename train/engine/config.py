@@ -58,7 +58,7 @@ class LoopConfig:
             know it.
         dry_run: Whether only to print what would be run.
         plugin: Modules of your own, imported before the other options are read, from the working
-            directory too; they add policies, methods or tasks to the registries.
+            directory too; they add architectures, policies, methods or tasks to the registries.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()

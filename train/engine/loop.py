@@ -58,13 +58,13 @@ class TrainingJob(Protocol):
     """What a run trains, on what, and how it is scored.
 
     Attributes:
-        config: with everything resolved that it leaves to weights.
-        trainable: nothing of it is allocated yet.
-        seq_len: targets per row.
-        step_flops: model FLOPs of a step.
-        keeps_frozen: whether checkpoints hold the parameters that no step changes; if not, the
-            first state brings them.
-        meta: JSON for checkpoints, besides what all of them hold.
+        config: Config of the run, with everything resolved that it leaves to weights.
+        trainable: Static side of the run's state; nothing of it is allocated yet.
+        seq_len: Number of targets in a row.
+        step_flops: Model FLOPs of a step.
+        keeps_frozen: Whether checkpoints hold the parameters that no step changes; if not,
+            `first_state` brings them.
+        meta: JSON for checkpoints, besides what all checkpoints hold.
     """
 
     config: Any
@@ -80,7 +80,14 @@ class TrainingJob(Protocol):
         """Data: `train` and `validation` rows, `tokenizer`, `fingerprint`, `summary`."""
         ...
 
-    def reader(self, data: Any, held: np.ndarray) -> TrainReader: ...
+    def reader(self, data: Any, local_rows: np.ndarray) -> TrainReader:
+        """Batches of the training rows.
+
+        Args:
+            data: From `prepare`.
+            local_rows: Rows of a batch that this process reads (`rows_here`).
+        """
+        ...
 
     def inputs(self, batch: Batch) -> Any:
         """What the step takes of a batch, a tree of arrays `[B, ...]`."""
@@ -89,16 +96,22 @@ class TrainingJob(Protocol):
     def train_step(self) -> TrainStep: ...
 
     def step_metrics(self, sums: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Metrics and samples for histograms, by name, of the sums that the loss returned."""
+        """Metrics, and samples for histograms, by name, of the sums that the loss returned."""
         ...
 
     def first_state(self) -> TrainState: ...
 
-    def evaluate(self, state: TrainState, data: Any) -> dict[str, float]: ...
+    def evaluate(self, state: TrainState, data: Any) -> dict[str, float]:
+        """Held-out metrics by name."""
+        ...
 
-    def readable(self, held_out: dict[str, float]) -> str: ...
+    def readable(self, held_out: dict[str, float]) -> str:
+        """Held-out metrics in one line."""
+        ...
 
-    def describe(self, start: int) -> str: ...
+    def describe(self, start: int) -> str:
+        """Model, devices and steps of the run, which begins at step `start`, in a line or two."""
+        ...
 
 
 def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float]:
@@ -107,59 +120,39 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
     Every process of the run calls it with the same config.
 
     Args:
-        begin: makes the work of that config.
+        begin: Function that makes the job of that config.
+        config: Config of the loop; the job's own, with everything resolved, replaces it.
 
     Raises:
-        ValueError: a mistake in the config, the data, or the run folder.
-        NonFiniteLoss: the run folder then holds the batch and metrics of that step, and the
-            checkpoints before it.
+        ValueError: The config, the data, or the run folder has a mistake.
+        NonFiniteLoss: The loss or a gradient became NaN or infinite. The run folder then holds the
+            batch and metrics of that step, and the checkpoints before it.
     """
     start_time = time.monotonic()
     out = Path(config.out)
     main_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        with sync_errors():
-            work = begin()
-            config, trainable, mesh = work.config, work.trainable, work.trainable.mesh
-            check_continuation(out, load_meta(out), config)  # before data are prepared
-            data = work.prepare()
-            held = rows_here(config.batch_size, mesh)
-            reader = work.reader(data, held)
-        meta = {
-            "config": as_json(config),
-            "resolved": resolved(trainable),
-            "data_fingerprint": data.fingerprint,
-            "tokenizer": data.tokenizer.to_json(),
-            **work.meta,
-        }
-        own = {"distributed": None, "data": {**meta["config"]["data"], "cache_dir": None}}
-        assert_same_on_all_hosts("config", meta["config"] | own)
-        assert_same_on_all_hosts("the fingerprint of the data", data.fingerprint)
-        assert_same_on_all_hosts("the checksum of the frozen weights", meta.get("base"))
-        stack.enter_context(run_lock(out))
-        with sync_errors():
-            saved = load_meta(out)  # now nobody else writes
-            check_continuation(out, saved, config)
-            check_data(out, saved, data.fingerprint)
-            check_base(out, saved, work.meta)
+        opened = _open(begin, out, stack)
+        job, data, meta, saved = opened.job, opened.data, opened.meta, opened.saved
+        config, mesh = job.config, job.trainable.mesh
         stopwatch = Stopwatch(
-            config.batch_size * work.seq_len,
-            work.step_flops,
+            config.batch_size * job.seq_len,
+            job.step_flops,
             peak_flops(mesh, config.peak_tflops),
             start_time,
         )
-        train_step = work.train_step()
+        train_step = job.train_step()
         checkpointer = stack.enter_context(
             Checkpointer(out, config.save_every, config.keep, config.keep_every)
         )
         stack.enter_context(ends_when_alone())
-        state = restore_or_init(checkpointer, work)
+        state = restore_or_init(checkpointer, job)
         start = int(state.step)
         if main_process:
             write_whole(out / "config.json", json.dumps(meta["config"], indent=2) + "\n")
         writer = stack.enter_context(MetricWriter(out, resume_step=start, enabled=main_process))
         progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
-        progress.write(f"{data.summary}\n{work.describe(start)}")
+        progress.write(f"{data.summary}\n{job.describe(start)}")
         for change in noted_changes(saved, meta, config) if saved else ():
             progress.write(f"not the run that was begun: {change}")
         if line := not_recorded(config.profile, start, config.steps):
@@ -167,81 +160,129 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
         interrupted = stack.enter_context(stop_signals())
         profiler = Profiler(config.profile if main_process else "", out / "profile")
         stack.enter_context(profiler)
+        pending: Pending | None = None
 
-        def finish(pending: Pending) -> None:
-            """Wait for a dispatched step, check it, and report it."""
-            loss, norm = float(pending.metrics["loss"]), float(pending.metrics["grad_norm"])
+        def flush() -> None:
+            """Wait for the dispatched step, check it, and report it."""
+            nonlocal pending
+            if pending is None:
+                return
+            done, pending = pending, None
+            loss, norm = float(done.metrics["loss"]), float(done.metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NonFiniteLoss(
-                    save_evidence(out, pending.step, pending.batch, pending.metrics)
-                )
+                raise NonFiniteLoss(save_evidence(out, done.step, done.batch, done.metrics))
             stopwatch.step_done()
-            if pending.step % config.log_every == 0 or pending.step == config.steps:
-                metrics = {
-                    name: pending.metrics[name] for name in ("loss", "grad_norm", "learning_rate")
-                }
-                shown, histograms = work.step_metrics(pending.metrics["aux"])
+            if done.step % config.log_every == 0 or done.step == config.steps:
+                names = ("loss", "grad_norm", "learning_rate")
+                metrics = {name: done.metrics[name] for name in names}
+                shown, histograms = job.step_metrics(done.metrics["aux"])
                 metrics |= shown | stopwatch.report() | memory()
-                writer.write(pending.step, metrics, histograms)
-            progress.update(pending.step, loss, stopwatch.tokens_per_second)
+                writer.write(done.step, metrics, histograms)
+            progress.update(done.step, loss, stopwatch.tokens_per_second)
+
+        def evaluate(step: int) -> dict[str, float]:
+            held_out = job.evaluate(state, data)
+            progress.write(f"step {step}: {job.readable(held_out)}")
+            return held_out
 
         def save(step: int) -> None:
-            weights = state.weights if work.keeps_frozen else state.params
+            weights = state.weights if job.keeps_frozen else state.params
             checkpointer.save(step, weights, state.rest, {**meta, "step": step}, force=True)
 
         held_out: dict[str, float] = {}
-        pending: Pending | None = None
-        batches = stack.enter_context(contextlib.closing(reader.iterate(start)))
+        batches = stack.enter_context(contextlib.closing(opened.reader.iterate(start)))
         for step in range(start + 1, config.steps + 1):
             with stopwatch.waiting():
                 batch = next(batches)
             with profiler.step(step):
-                inputs = jax.tree.map(
-                    lambda rows: place_local(rows, held, config.batch_size, mesh),
-                    work.inputs(batch),
-                )
-                state, metrics = train_step(state, inputs)
+                state, metrics = train_step(state, opened.placed(batch))
             # The device works on this step while the host reads the one before.
-            if pending is not None:
-                finish(pending)
+            flush()
             pending = Pending(step, batch, metrics)
             last = step == config.steps
             every = config.evaluation.every
-            to_evaluate = last or (every > 0 and step % every == 0)
-            if to_evaluate:
-                finish(pending)
-                pending = None
-                held_out = work.evaluate(state, data)
+            if last or (every > 0 and step % every == 0):
+                flush()
+                held_out = evaluate(step)
                 writer.write(step, {f"eval/{name}": value for name, value in held_out.items()})
-                progress.write(f"step {step}: {work.readable(held_out)}")
                 stopwatch.resume()
             if profiler.ends_with(step):
-                if pending is not None:
-                    finish(pending)
-                    pending = None
+                flush()
                 profiler.stop()
                 stopwatch.resume()
-            # Read once: a signal that comes later is seen after the next step.
+            # Asked once: a signal that comes later is seen after the next step.
             stop = (interrupted() or checkpointer.reached_preemption(step)) and not last
             if last or stop or step % config.save_every == 0:
-                # Nothing is saved of a step that has not been seen to be finite.
-                if pending is not None:
-                    finish(pending)
-                    pending = None
+                flush()  # nothing is saved of a step that has not been seen to be finite
                 save(step)
                 stopwatch.resume()
             if stop:
                 progress.write(f"stopped at step {step} and saved it in {out}: run again to go on")
                 break
         if not held_out and start >= config.steps:
-            held_out = work.evaluate(state, data)
-            progress.write(f"step {start}: {work.readable(held_out)}")
+            held_out = evaluate(start)
         progress.write(stopwatch.readable())
     return held_out
 
 
-class Starts(Protocol):
-    """What `restore_or_init` asks of a `TrainingJob`."""
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run whose config, data and folder are checked.
+
+    Attributes:
+        job: What is trained.
+        data: What the job prepared.
+        reader: Batches of the data.
+        local_rows: Rows of a batch that this process reads, `[b]`.
+        meta: Metadata of the checkpoints to come.
+        saved: Metadata of the newest checkpoint, if there is one.
+    """
+
+    job: TrainingJob
+    data: Any
+    reader: TrainReader
+    local_rows: np.ndarray
+    meta: dict[str, Any]
+    saved: dict[str, Any] | None
+
+    def placed(self, batch: Batch) -> Any:
+        """What the step takes of this process's rows of a batch, on the mesh."""
+        size, mesh = self.job.config.batch_size, self.job.trainable.mesh
+        place = lambda rows: place_local(rows, self.local_rows, size, mesh)  # noqa: E731
+        return jax.tree.map(place, self.job.inputs(batch))
+
+
+def _open(begin: Callable[[], TrainingJob], out: Path, stack: contextlib.ExitStack) -> Opened:
+    """Check config, data and folder; the folder is then locked until `stack` is left."""
+    with sync_errors():
+        job = begin()
+        config = job.config
+        check_continuation(out, load_meta(out), config)  # before data are prepared
+        data = job.prepare()
+        local_rows = rows_here(config.batch_size, job.trainable.mesh)
+        reader = job.reader(data, local_rows)
+    meta = {
+        "config": as_json(config),
+        "resolved": resolved(job.trainable),
+        "data_fingerprint": data.fingerprint,
+        "tokenizer": data.tokenizer.to_json(),
+        **job.meta,
+    }
+    own = {"distributed": None, "data": {**meta["config"]["data"], "cache_dir": None}}
+    assert_same_on_all_hosts("config", meta["config"] | own)
+    assert_same_on_all_hosts("the fingerprint of the data", data.fingerprint)
+    assert_same_on_all_hosts("the checksum of the frozen weights", meta.get("base"))
+    stack.enter_context(run_lock(out))
+    with sync_errors():
+        saved = load_meta(out)  # now nobody else writes
+        check_continuation(out, saved, config)
+        check_data(out, saved, data.fingerprint)
+        check_base(out, saved, job.meta)
+    return Opened(job, data, reader, local_rows, meta, saved)
+
+
+class Resumable(Protocol):
+    """The part of a `TrainingJob` that `restore_or_init` uses."""
 
     config: Any
     trainable: Trainable
@@ -250,19 +291,19 @@ class Starts(Protocol):
     def first_state(self) -> TrainState: ...
 
 
-def restore_or_init(checkpointer: Checkpointer, work: Starts) -> TrainState:
+def restore_or_init(checkpointer: Checkpointer, job: Resumable) -> TrainState:
     """The newest checkpoint of the run folder, or the initial state."""
     newest = checkpointer.latest_step()
     assert_same_on_all_hosts("the newest checkpoint", newest)
     if newest is None:
-        return work.first_state()
-    abstract = work.trainable.abstract
-    kept = abstract.weights if work.keeps_frozen else abstract.params
+        return job.first_state()
+    abstract = job.trainable.abstract
+    kept = abstract.weights if job.keeps_frozen else abstract.params
     step, weights, rest, _ = checkpointer.restore(kept, abstract.rest, newest)
-    if not work.keeps_frozen:
-        weights = dataclasses.replace(work.first_state(), params=weights).weights
+    if not job.keeps_frozen:
+        weights = dataclasses.replace(job.first_state(), params=weights).weights
     if jax.process_index() == 0:
-        print(f"continuing {work.config.out} from step {step}", file=sys.stderr)
+        print(f"continuing {job.config.out} from step {step}", file=sys.stderr)
     return rest.with_weights(weights)
 
 

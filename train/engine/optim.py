@@ -86,7 +86,8 @@ def make_optimizer(
     """Clipping, then AdamW or Muon.
 
     Args:
-        params: the parameter State (abstract is enough): its metadata decides the groups.
+        params: nnx.State of the trained parameters, abstract ones suffice; their metadata decides
+            which are decayed and which take Muon.
     """
     if config.name == "muon":
         optimizer = optax.contrib.muon(

@@ -24,16 +24,15 @@ EVERY_PARAMETER: filterlib.Filter = ...
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes, and what it reads beside that.
+    """All arrays of a run: what a step changes, and the frozen parameters that it reads.
 
     Attributes:
-        step: counter, int32 scalar.
-        params: nnx.State of the parameters that are trained, all that gradients and the optimizer
-            see.
+        step: Number of updates so far, int32 scalar.
+        params: nnx.State of the trained parameters, all that gradients and the optimizer see.
         frozen: nnx.State of the other parameters and of constants, which no step changes.
-        opt_state: of the optimizer.
+        opt_state: State of the optimizer.
         tracked: nnx.State of the `Tracked` variables, which follow statistics of training.
-        trained: static; which parameters are trained.
+        trained: Filter of the parameters that are trained (static).
     """
 
     step: jax.Array
@@ -65,14 +64,16 @@ class Trainable:
     """The static side of a run: how to build, update and place a `TrainState`.
 
     Attributes:
-        config: of the decoder, whose class says its architecture (`ARCHITECTURES`).
-        graphdef: merges with `TrainState.weights` to the model, or to what is built around it.
-        optimizer, schedule: from optax.
-        abstract: a `TrainState` of `jax.ShapeDtypeStruct` with shardings.
-        shardings: a `TrainState` of shardings.
-        mesh: where it all lives.
-        seed: of the initial parameters.
-        attention: which one the model runs.
+        config: Config of the decoder, whose class says its architecture (`ARCHITECTURES`).
+        graphdef: Graph definition that merges with `TrainState.weights` into the model, or into the
+            module built around it.
+        optimizer: Gradient transformation.
+        schedule: Learning rate by step.
+        abstract: `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
+        shardings: `TrainState` of shardings.
+        mesh: Mesh of the run's devices.
+        seed: Seed of the initial parameters.
+        attention: Implementation of attention that the model runs, with "auto" resolved.
     """
 
     config: ArchitectureConfig
@@ -100,7 +101,7 @@ class Trainable:
         return nnx.merge(self.graphdef, weights, copy=True)
 
     def init(self) -> TrainState:
-        """Initial state, created in place on the mesh; the same numbers on any mesh."""
+        """Initial state, created in place on the mesh; the same values on any mesh."""
 
         def create() -> TrainState:
             model = self.architecture(self.config, rngs=nnx.Rngs(self.seed))
@@ -109,21 +110,21 @@ class Trainable:
         return jax.jit(create, out_shardings=self.shardings)()
 
     def init_from(self, weights: Mapping[Any, Any]) -> TrainState:
-        """Initial state with given weights, moved to where they belong on the mesh.
+        """Initial state with given weights, placed on the mesh.
 
         Args:
-            weights: nested dict of arrays as `nnx.to_pure_dict` gives it. Those that lie in their
-                places already are not copied, and training overwrites them.
+            weights: Nested dict of arrays as `nnx.to_pure_dict` gives it. Arrays that have their
+                sharding already are not copied, and training overwrites them.
 
         Raises:
-            ValueError: they are not those of the model.
+            ValueError: Names or shapes are not those of the model.
         """
         return self.start(nnx.state(self.architecture.from_params(self.config, weights)))
 
     def start(self, weights: Any) -> TrainState:
         """Initial state with all weights given, an nnx.State as `TrainState.weights`.
 
-        Arrays that lie in their place already are not copied, and training overwrites them.
+        Arrays that have their sharding already are not copied, and training overwrites them.
         """
         state = jax.device_put(weights, self.shardings.weights)
         # Parameters stay the arrays that they are; the rest is new.
@@ -144,16 +145,17 @@ def make_trainable(
     trained: filterlib.Filter = EVERY_PARAMETER,
     wrap: Callable[[Any], nnx.Module] | None = None,
 ) -> Trainable:
-    """Everything about a run's state but the numbers; nothing is allocated.
+    """Everything about a run's state but its values; nothing is allocated.
 
     Args:
-        trained: which parameters move, as a Flax filter, e.g. `nnx.PathContains("forks")` or a
-            predicate of path and variable. The others get neither gradient nor optimizer state.
+        trained: Filter of the parameters that are trained, in Flax's words, e.g.
+            `nnx.PathContains("forks")` or a predicate of path and variable. The others get neither
+            gradient nor optimizer state.
         wrap: Function from the decoder to the module that is trained, where that is more than the
             decoder; the decoder alone by default.
 
     Raises:
-        ValueError: the mesh's devices can't run this `attention`
+        ValueError: The mesh's devices can't run this `attention`
             (`train.devices.attention.resolve`), or no parameter is trained.
     """
     attention = resolve(config, mesh, attention)

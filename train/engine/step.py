@@ -33,12 +33,13 @@ def make_train_step(
     """Jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
     Args:
-        trainable: from `make_trainable`.
-        accumulate: micro-batches per step. Gradients are sums over targets, divided once by the
-            number of targets of the whole batch, so the split changes nothing. Each micro-batch
-            moves the tracked variables from where the step found them; the step takes the mean,
-            weighted by targets.
-        loss: of a batch, a tree of arrays `[B, ...]`; its key depends on seed, step and part.
+        trainable: Static side of the run's state, from `make_trainable`.
+        accumulate: Number of micro-batches in a step. Gradients are sums over targets, divided once
+            by the number of targets of the whole batch, so the split changes nothing. Each
+            micro-batch moves the tracked variables from where the step found them; the step takes
+            the mean, weighted by targets.
+        loss: Loss of a batch, a tree of arrays `[B, ...]`; its key depends on seed, step and
+            micro-batch.
     """
 
     def gradients(state: TrainState, batch: Any, part: jax.Array) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Held-out loss of packed rows: prefix-only for models whose policy is not causal."""
+"""Held-out loss of packed rows: prefix by prefix for models whose policy is not causal."""
 
 import collections
 import math
@@ -27,14 +27,14 @@ from train.models.load import LoadedRun
 class Evaluator:
     """Scores packed rows with a model's parameters; compiles its functions once.
 
-    A blockwise pass scores all positions of a row at once. For a policy that looks at the whole row
-    (`TopK`) that is not the loss of an autoregressive model, so each scored position is computed
-    again with only its prefix as input.
+    A teacher-forced pass scores all positions of a row at once. For a policy that looks at the
+    whole row (`TopK`) that is not the loss of an autoregressive model, so each scored position is
+    computed again with only its prefix as input.
 
     Args:
-        trainable: the model and its mesh.
-        batch_size: rows per pass.
-        config: how much to score.
+        trainable: Model and its mesh.
+        batch_size: Number of rows in a pass.
+        config: Number of rows and positions to score.
     """
 
     def __init__(self, trainable: Trainable, batch_size: int, config: EvalConfig):
@@ -72,10 +72,10 @@ class Evaluator:
         `streams_per_token`, of a model whose streams fork, is the mean after the last block, of
         the teacher-forced pass.
 
-        For a policy that is not causal `blockwise_loss` and `blockwise_bits_per_byte` stand beside
-        them. The loss is then the blockwise mean over all positions plus the mean difference
-        between prefix-only and blockwise over the sampled positions, and the standard error
-        includes the error of that difference.
+        For a policy that is not causal, the teacher-forced `blockwise_loss` and
+        `blockwise_bits_per_byte` are added. `loss` is then the teacher-forced mean over all
+        positions plus the mean difference, over the sampled positions, between prefix-only and
+        teacher-forced; the standard error includes that of the difference.
 
         Args:
             weights: `TrainState.weights`.
@@ -95,10 +95,10 @@ class Evaluator:
                 "standard_error": error,
                 **per_token,
             }
-        row, place_in_row = np.nonzero(weight)
+        row, position = np.nonzero(weight)
         chosen = self._choose(len(row))
-        row, place_in_row = row[chosen], place_in_row[chosen]
-        gaps = self._score_prefixes(weights, tokens, row, place_in_row) - nats[row, place_in_row]
+        row, position = row[chosen], position[chosen]
+        gaps = self._score_prefixes(weights, tokens, row, position) - nats[row, position]
         gap_error = gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) < count else 0.0
         loss = blockwise + float(gaps.mean())
         return {
@@ -122,19 +122,19 @@ class Evaluator:
         return np.concatenate(tokens), np.concatenate(nats), sums, num_bytes
 
     def _choose(self, count: int) -> np.ndarray:
-        wanted = self._config.positions
-        if not 0 < wanted < count:
+        positions = self._config.positions
+        if not 0 < positions < count:
             return np.arange(count)
-        return np.sort(np.random.default_rng(0).choice(count, wanted, replace=False))
+        return np.sort(np.random.default_rng(0).choice(count, positions, replace=False))
 
-    def _score_prefixes(self, weights, tokens, row, place_in_row) -> np.ndarray:
-        """Nats of target `place_in_row` of each row, computed from the tokens up to it alone."""
+    def _score_prefixes(self, weights, tokens, row, position) -> np.ndarray:
+        """Nats of target `position` of each row, computed from the tokens up to it alone."""
         scores = []
         for start in range(0, len(row), self._batch_size):
             part = slice(start, start + self._batch_size)
             prefixes = np.full((self._batch_size, tokens.shape[1]), -1, np.int32)
             prefixes[:, :2] = 0  # filler rows are two tokens long
-            ends = place_in_row[part] + 1
+            ends = position[part] + 1
             for index, (source, end) in enumerate(zip(row[part], ends, strict=True)):
                 prefixes[index] = -1
                 prefixes[index, : end + 1] = tokens[source, : end + 1]

@@ -19,8 +19,8 @@ class Row(NamedTuple):
     """Ids of which the last ones are scored.
 
     Attributes:
-        ids: context and continuation.
-        start: 1 or more; `ids[start:]` are scored.
+        ids: Token ids of context and continuation.
+        start: Index of the first scored id, 1 or more: `ids[start:]` are scored.
     """
 
     ids: list[int]
@@ -31,9 +31,9 @@ class Score(NamedTuple):
     """What a model makes of a continuation.
 
     Attributes:
-        log_prob: in nats, of all its tokens.
-        greedy: whether each token is the most probable one.
-        tokens: that it has.
+        log_prob: Log-probability of the continuation, in nats.
+        greedy: Whether each token of the continuation is the most probable one.
+        tokens: Number of tokens of the continuation.
     """
 
     log_prob: float
@@ -49,15 +49,16 @@ class Scorer:
     ends there. A row's score does not depend on the rest of its batch, but for float noise.
 
     Args:
-        writer: model and tokenizer.
-        batch_size: rows per pass; a smaller batch is filled up.
-        max_length: tokens that the model reads at a time; None takes the context length that it
-            was trained with, if known.
-        quiet: show no progress.
+        lm: Model and tokenizer.
+        batch_size: Number of rows in a pass; a smaller batch is padded to it.
+        max_length: Number of tokens that the model reads at a time; by default the context length
+            that it was trained with, if known.
+        quiet: Whether to show no progress.
 
     Attributes:
-        encode: ids of a text to be continued; `lm.prompt`, but for rendered chats.
-        truncated: rows so far that lost the beginning of their context.
+        encode: Function from a text to be continued to its token ids: `lm.prompt`, except for
+            rendered chats.
+        truncated: Number of rows so far whose context lost its beginning.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Scorer:
         if lm.memgen is not None:
             raise ValueError(
                 "tasks are scored without latent memory, and this run has a weaver: score the "
-                "weights that it stands beside"
+                "weights that it was trained with"
             )
         self.encode: Callable[[str], list[int]] = lm.prompt
         self.truncated = 0
@@ -84,7 +85,7 @@ class Scorer:
         """Scores of (context, continuation) pairs.
 
         Raises:
-            ValueError: a continuation has no token of its own, or more than `max_length`; or its
+            ValueError: A continuation has no token of its own, or more than `max_length`, or its
                 score is NaN.
         """
         return self.score([self.row(*pair) for pair in pairs])
@@ -167,7 +168,7 @@ class Scorer:
         return Row(row.ids[more:], row.start - more)
 
     def _width(self, row: Row) -> int:
-        """Places for inputs of the program that scores the row."""
+        """Input length of the program that scores the row."""
         width = max(SHORTEST_ROW, 1 << (len(row.ids) - 2).bit_length())
         return width if self.max_length is None else min(width, self.max_length)
 
@@ -175,9 +176,9 @@ class Scorer:
         tokens = np.full((self._batch_size, width + 1), -1, np.int32)
         tokens[:, 0] = 0  # a filler row reads one token and has nothing to score
         start = np.ones(self._batch_size, np.int32)
-        for place, row in enumerate(rows):
-            tokens[place, : len(row.ids)] = row.ids
-            start[place] = row.start
+        for index, row in enumerate(rows):
+            tokens[index, : len(row.ids)] = row.ids
+            start[index] = row.start
         nats, greedy = score_rows(self._lm.model, jnp.asarray(tokens), jnp.asarray(start))
         totals = np.asarray(nats, np.float64).sum(axis=1)
         if np.isnan(totals).any():
@@ -192,7 +193,7 @@ def score_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """Nats of the last tokens of each row, and whether all of them are the most probable ones.
 
-    Logits are made for a few places at a time, only where a token is scored.
+    Logits are computed for a few positions at a time, only where a token is scored.
 
     Args:
         tokens: `[B, T + 1]` int32, -1 after the end of a row.
@@ -204,25 +205,25 @@ def score_rows(
     end = (tokens >= 0).sum(axis=1, dtype=jnp.int32)
     output = model.run(jnp.maximum(tokens[:, :-1], 0), jnp.maximum(end - 1, 1))
 
-    def at(place: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Nats `[B]` of the token at one place `[B]` of each row, and whether it leads."""
-        real = place < end
-        target = jnp.take_along_axis(tokens, jnp.where(real, place, 0)[:, None], axis=1)
-        logits = model.logits_at(output, jnp.where(real, place, 1) - 1)
+    def at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Nats `[B]` of the token at one position `[B]` of each row, and whether it leads."""
+        real = position < end
+        target = jnp.take_along_axis(tokens, jnp.where(real, position, 0)[:, None], axis=1)
+        logits = model.logits_at(output, jnp.where(real, position, 1) - 1)
         mine = jnp.take_along_axis(logits, target, axis=1)[:, 0]
         nats = jax.nn.logsumexp(logits, axis=-1) - mine
         return jnp.where(real, nats, 0), (logits.argmax(axis=-1) == target[:, 0]) | ~real
 
     def step(carry):
         index, nats, greedy = carry
-        places = start + index + jnp.arange(AT_ONCE)[:, None]
-        new, leads = jax.vmap(at)(places)
+        positions = start + index + jnp.arange(AT_ONCE)[:, None]
+        new, leads = jax.vmap(at)(positions)
         nats = jax.lax.dynamic_update_slice(nats, new.T, (0, index))
         return index + AT_ONCE, nats, greedy & leads.all(axis=0)
 
     batch, width = tokens.shape
-    room = -(-width // AT_ONCE) * AT_ONCE
-    carry = (jnp.int32(0), jnp.zeros((batch, room)), jnp.ones((batch,), bool))
+    capacity = -(-width // AT_ONCE) * AT_ONCE
+    carry = (jnp.int32(0), jnp.zeros((batch, capacity)), jnp.ones((batch,), bool))
     most = (end - start).max()
     _, nats, greedy = jax.lax.while_loop(lambda carry: carry[0] < most, step, carry)
     return nats, greedy

@@ -1,4 +1,4 @@
-"""Fine-tuning on chat data as the loop sees it: a decoder, what moves beside it, and rows."""
+"""Supervised fine-tuning as the loop sees it: a decoder, what is trained of it, and chat rows."""
 
 import dataclasses
 import math
@@ -54,7 +54,7 @@ class SFTConfig(LoopConfig):
             file.
         train: Parameters that are trained: "all" (tracked thresholds stay where they are), a "lora"
             adapter, or a "weaver" of latent memory; in the last two the decoder is frozen, and a
-            checkpoint holds only what stands beside it.
+            checkpoint holds only what is trained.
         lora: Adapter of `lora`.
         memgen: Weaver of `weaver`, and where it writes.
         boundaries: Tokens after which memory may be written (`memgen.boundary_table`).
@@ -72,10 +72,10 @@ class SFTConfig(LoopConfig):
 
 
 class SFTJob:
-    """`train.engine.loop.TrainingJob` of an `SFTConfig`.
+    """The `TrainingJob` of an `SFTConfig`.
 
     Raises:
-        ValueError: a mistake in the config, or in the weights.
+        ValueError: The config or the weights have a mistake.
     """
 
     def __init__(self, config: SFTConfig):
@@ -87,7 +87,7 @@ class SFTJob:
         if self._lm.memgen is not None:
             raise ValueError(
                 f"{config.weights} holds a weaver, which fine-tuning would drop: begin with the "
-                "weights that it was trained beside"
+                "weights that it was trained with"
             )
         if config.train == "weaver" and config.memgen.trigger is not None:
             raise ValueError("memgen.trigger: only the weaver is trained here: leave it out")
@@ -111,13 +111,13 @@ class SFTJob:
         )
         self.seq_len = config.data.seq_len
         # A frozen decoder needs no gradients of its weights: two products in place of three.
-        products, reads, length = 3 if config.train == "all" else 2, 1, self.seq_len
+        products, passes, length = 3 if config.train == "all" else 2, 1, self.seq_len
         if config.train == "weaver":
-            passes = config.memgen.events if config.memgen.weaver.latents_see_latents else 1
-            reads, length = 1 + passes, length + config.memgen.room
+            weaving = config.memgen.events if config.memgen.weaver.latents_see_latents else 1
+            passes, length = 1 + weaving, length + config.memgen.room
         flops = model.config.forward_flops(length)
-        self.step_flops = products * reads * config.batch_size * flops
-        # What the frozen weights are, so that a run goes on beside the same ones.
+        self.step_flops = products * passes * config.batch_size * flops
+        # Of the frozen weights, so that a run is continued with the same ones.
         self._base = None if self.keeps_frozen else checksum(model)
         self._score = jax.jit(
             self._scores,
@@ -152,8 +152,8 @@ class SFTJob:
             validation=one_response_rows(data.validation),
         )
 
-    def reader(self, data: ChatData, held: np.ndarray | None) -> ChatReader:
-        return ChatReader(data.train, self.config.batch_size, self.config.data.seed, held)
+    def reader(self, data: ChatData, local_rows: np.ndarray | None) -> ChatReader:
+        return ChatReader(data.train, self.config.batch_size, self.config.data.seed, local_rows)
 
     def inputs(self, batch: Batch) -> Any:
         names = (*ROWS, "position") if self.config.data.pack else ROWS
@@ -166,7 +166,7 @@ class SFTJob:
         return {}, {}
 
     def first_state(self) -> TrainState:
-        """The weights as they are, and what is new beside them."""
+        """The weights as they are, and new parameters."""
         return self.trainable.start(nnx.state(self._around(self._lm.model)))
 
     def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:
@@ -199,7 +199,7 @@ class SFTJob:
     def readable(self, held_out: dict[str, float]) -> str:
         error = held_out.get("standard_error")
         spread = "" if error is None else f" ± {error:.4f}"
-        # A policy that looks at the whole row has seen what it predicts from: say so.
+        # A policy that looks at the whole row has seen what it predicts: say so.
         blockwise = "" if self.trainable.config.causal else " (blockwise, not causal)"
         return (
             f"held-out loss {held_out['loss']:.4f}{spread} nats per supervised token, perplexity "
@@ -208,7 +208,7 @@ class SFTJob:
 
     def describe(self, start: int) -> str:
         trainable, config = self.trainable, self.config
-        frozen = "" if self._base is None else f" beside frozen weights {self._base[:12]}"
+        frozen = "" if self._base is None else f", frozen weights {self._base[:12]}"
         sizes = " x ".join(f"{name} {size}" for name, size in trainable.mesh.shape.items())
         return (
             f"{config.weights}: {trainable.config.num_params():,} parameters; trained are "

@@ -1,4 +1,4 @@
-"""What fine-tuning moves: a whole decoder, an adapter beside it, a weaver, or a trigger."""
+"""What fine-tuning trains: a whole decoder, a LoRA adapter, a weaver, or a trigger."""
 
 from typing import Any, Literal, get_args
 
@@ -25,23 +25,24 @@ Method = Literal["all", "lora", "weaver", "trigger"]
 
 
 class AdapterParam(nnx.Param):
-    """What LoRA training moves."""
+    """Parameter of a LoRA adapter of the decoder."""
 
 
 TRAINED = {"all": nnx.Param, "lora": AdapterParam, "weaver": WeaverParam, "trigger": TriggerParam}
 
 
 class FinetunableModel(nnx.Module):
-    """A decoder and what is trained beside it, scored on rows of chat data.
+    """A decoder with what fine-tuning adds to it, scored on rows of chat data.
 
     Args:
-        model: the decoder, frozen unless `method` is `all`.
-        method: `all` of its parameters, a `lora` adapter, a `weaver` of latent memory, or the
-            `trigger` beside a frozen weaver.
-        lora: of `lora`.
-        memgen: of `weaver` and `trigger`.
-        boundary: `[V]` table of these (`memgen.boundary_table`), None for the others.
-        rngs: for what is new.
+        model: Decoder; frozen unless `method` is `all`.
+        method: What is trained: `all` parameters of the decoder, a `lora` adapter, a `weaver` of
+            latent memory, or the `trigger` of a frozen weaver.
+        lora: Config of the adapter, for `lora`.
+        memgen: Config of latent memory, for `weaver` and `trigger`.
+        boundary: Boundary table `[V]` of the vocabulary, for these two (`memgen.boundary_table`);
+            None for the others.
+        rngs: Keys of the initial values of new parameters.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class FinetunableModel(nnx.Module):
         return self.memgen.reasoner if self.memgen is not None else self.model.backbone()  # pyright: ignore
 
     def log_probs(self, rows: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
-        """Log-probability of each target that is supervised, 0 elsewhere: `[B, T]` float32.
+        """Log-probability of each target in the loss mask, 0 elsewhere: `[B, T]` float32.
 
         Args:
-            rows: of `ChatRows`, `[B, T + 1]` each.
-            key: for dropout and random insertion, in training.
+            rows: Arrays `[B, T + 1]` by name, as `ChatRows` has them.
+            key: Key of dropout and of random insertion, in training; held-out rows have none.
         """
         tokens = jnp.maximum(rows["tokens"], 0)
         targets, loss_mask = tokens[:, 1:], rows["loss_mask"][:, 1:]

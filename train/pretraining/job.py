@@ -32,10 +32,10 @@ TRAINED: dict[str, filterlib.Filter] = {
 
 
 class PretrainJob:
-    """`train.engine.loop.TrainingJob` of a `RunConfig`.
+    """The `TrainingJob` of a `RunConfig`.
 
     Raises:
-        ValueError: a mistake in the config.
+        ValueError: The config has a mistake.
     """
 
     keeps_frozen = True
@@ -54,8 +54,8 @@ class PretrainJob:
     def prepare(self) -> PackedData:
         return prepare(self.config.data)
 
-    def reader(self, data: PackedData, held: np.ndarray | None) -> TrainReader:
-        return TrainReader(data.train, self.config.batch_size, self.config.data.seed, held)
+    def reader(self, data: PackedData, local_rows: np.ndarray | None) -> TrainReader:
+        return TrainReader(data.train, self.config.batch_size, self.config.data.seed, local_rows)
 
     def inputs(self, batch: Batch) -> Any:
         return batch["tokens"]
@@ -115,7 +115,7 @@ def on_weights(config: RunConfig) -> RunConfig:
     Their tokenizer.json is put where prepared data are kept. No weight is read.
 
     Raises:
-        ValueError: there are no such weights, or the config asks for another model or tokenizer.
+        ValueError: There are no such weights, or the config sets a model or tokenizer of its own.
     """
     if not config.init.weights:
         return config

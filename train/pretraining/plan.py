@@ -31,8 +31,8 @@ def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, An
     """What a run would do, in some lines; nothing is allocated, read or written for it.
 
     Args:
-        rows: of each batch that this process reads.
-        saved: metadata of the checkpoint that the run would go on from.
+        rows: Number of rows of each batch that this process reads.
+        saved: Metadata of the checkpoint that the run would continue, if there is one.
     """
     model, data = config.model, config.data
     start = saved["step"] if saved else 0
