@@ -26,9 +26,11 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Absolute dotted names that a file imports anywhere, lazily too."""
+    """Absolute dotted names that a file imports anywhere, lazily too; not those for types alone."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not _for_types(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -38,6 +40,11 @@ def imports_of(path: Path) -> set[str]:
             inner = {f"{module}.{alias.name}" for alias in node.names}
             names |= (inner & modules().keys()) or {module}
     return names
+
+
+def _for_types(node: ast.stmt) -> bool:
+    """Whether a statement is `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def module_graph() -> Graph:

@@ -3,6 +3,7 @@
 The user's is the block of docs/architecture.md, taken through the ordinary commands.
 """
 
+import ast
 import dataclasses
 import json
 import re
@@ -207,3 +208,14 @@ def test_ordinary_commands_run_it(monkeypatch, capsys, tmp_path, recurrent):
     ]
     assert run_here(monkeypatch, *learned, main=rl_main, config=RLConfig, presets=None) == 0
     assert load_model("rl").model.config.embed_dim == 16
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "train" / "engine").glob("*.py")), ids=lambda p: p.name
+)
+def test_the_engine_names_no_architecture(path):
+    names = {
+        node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)
+    }
+    assert not names & {"Thoughtbubbles", "ModelConfig", "Recurrent"}
+    assert "fork_layers" not in path.read_text()

@@ -7,7 +7,10 @@ import pytest
 
 from train.cli import main as entry
 from train.cli.command import parse
+from train.compile import presets
+from train.pretraining.presets import PRESETS
 
+DEFAULTS = {"RunConfig": lambda: PRESETS["tiny"], "CompileConfig": lambda: presets()["tiny"]}
 CONFIGS = {
     "pretrain": "train.pretraining.config.RunConfig",
     "sft": "train.finetuning.job.SFTConfig",
@@ -27,8 +30,10 @@ VALUE = re.compile(r"(?:\s+(?:\{[^}]*\}|[A-Z][A-Z_]+|\[.*?\]\]?)(?:\|\w+)*)?\s+"
 def descriptions(path: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """Options of a config and what the help says of them, without their defaults."""
     module, _, name = path.rpartition(".")
+    config = getattr(importlib.import_module(module), name)
+    default = DEFAULTS[name]() if name in DEFAULTS else None
     with pytest.raises(SystemExit):
-        parse(getattr(importlib.import_module(module), name), ["--help"])
+        parse(config, ["--help"], default)
     found: dict[str, str] = {}
     option = ""
     for line in capsys.readouterr().out.splitlines():

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from thoughtbubbles.parameters import with_params
+from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.streams import left_align, restore_alignment
 
 Constrain = Callable[[jax.Array], jax.Array]
@@ -394,22 +396,7 @@ class Architecture(nnx.Module):
             ValueError: Names or shapes differ from what the config asks for.
         """
         build = lambda: cls(config, rngs=nnx.Rngs(0), constrain=constrain, attend=attend)  # noqa: E731
-        graphdef, state = nnx.split(nnx.eval_shape(build))
-        wanted, given = _by_name(nnx.to_pure_dict(state)), _by_name(params)
-        for name in {**wanted, **given}:
-            there = given[name].shape if name in given else "missing"
-            here = wanted[name].shape if name in wanted else "none"
-            if there != here:
-                raise ValueError(
-                    f"parameter {name}: given {there}, config asks for {here}: "
-                    "use the config that the parameters were made with"
-                )
-        if shardings is None:
-            placed = jax.tree.map(jnp.asarray, dict(params))
-        else:
-            placed = jax.device_put(dict(params), nnx.to_pure_dict(shardings(state)))
-        nnx.replace_by_pure_dict(state, placed)
-        return nnx.merge(graphdef, state)
+        return with_params(build, params, shardings)
 
 
 ARCHITECTURES: dict[str, type[Architecture]] = {}
@@ -438,15 +425,3 @@ def architecture_name(config: Any) -> str:
         f"{type(config).__name__} is the config of no architecture: put its module into "
         "thoughtbubbles.architecture.ARCHITECTURES, in a module that --plugin names"
     )
-
-
-def log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log-probabilities `[...]` of targets `[...]` under logits `[..., V]`."""
-    # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _by_name(params: Mapping[Any, Any]) -> dict[str, Any]:
-    flat = jax.tree_util.tree_leaves_with_path(dict(params))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}

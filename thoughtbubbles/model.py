@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thoughtbubbles import statistics
-from thoughtbubbles.architecture import ARCHITECTURES, Architecture, Constrain, log_prob_of
+from thoughtbubbles.architecture import ARCHITECTURES, Architecture, Constrain
 from thoughtbubbles.attention import Attend
 from thoughtbubbles.attention import attend as attend_by_scores
 from thoughtbubbles.backbone import Backbone
@@ -20,6 +20,7 @@ from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
 from thoughtbubbles.policy import Policy, hook
+from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.streams import Streams
 
 REMAT_POLICIES = {

@@ -112,3 +112,10 @@ def keep_min_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
 
 def _at_least(logits: jax.Array, lowest: jax.Array) -> jax.Array:
     return jnp.where(logits >= lowest, logits, -jnp.inf)
+
+
+def log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities `[...]` float32 of target ids `[...]` under logits `[..., V]`."""
+    # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)

@@ -110,6 +110,9 @@ def run_command(
                 raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
             default = with_architecture(presets[name], words)
         main(parse(config, words, default))
+    except BrokenPipeError:  # of `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
             raise

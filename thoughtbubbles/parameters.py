@@ -1,0 +1,47 @@
+"""A module with given parameters: names and shapes are checked, arrays go where they belong."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def with_params(
+    build: Callable[[], nnx.Module],
+    params: Mapping[Any, Any],
+    shardings: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The module that `build` describes, with given parameters; nothing is initialised.
+
+    Args:
+        build: Function that makes the module; it is only traced.
+        params: Nested dict of arrays as `nnx.to_pure_dict` gives it.
+        shardings: Function from the abstract nnx.State to its shardings; by default JAX arrays
+            stay where they are and others go to the first device.
+
+    Raises:
+        ValueError: Names or shapes differ from those of the module.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    expected, given = _by_name(nnx.to_pure_dict(state)), _by_name(params)
+    for name in {**expected, **given}:
+        there = given[name].shape if name in given else "missing"
+        here = expected[name].shape if name in expected else "none"
+        if there != here:
+            raise ValueError(
+                f"parameter {name}: given {there}, config asks for {here}: "
+                "use the config that the parameters were made with"
+            )
+    if shardings is None:
+        placed = jax.tree.map(jnp.asarray, dict(params))
+    else:
+        placed = jax.device_put(dict(params), nnx.to_pure_dict(shardings(state)))
+    nnx.replace_by_pure_dict(state, placed)
+    return nnx.merge(graphdef, state)
+
+
+def _by_name(params: Mapping[Any, Any]) -> dict[str, Any]:
+    flat = jax.tree_util.tree_leaves_with_path(dict(params))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
