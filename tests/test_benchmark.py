@@ -2,10 +2,12 @@
 
 import pytest
 
-from train import benchmark
-from train.benchmark import Benchmark, main
+from train.benchmarks import training
+from train.benchmarks.training import TrainingBenchmark, main
 
-TINY = Benchmark(embed_dim=16, num_layers=2, num_heads=2, vocab_size=32, seq_len=8, repeats=1)
+TINY = TrainingBenchmark(
+    embed_dim=16, num_layers=2, num_heads=2, vocab_size=32, seq_len=8, repeats=1
+)
 
 
 def test_benchmark_prints_ratios(capsys):
@@ -24,6 +26,6 @@ def test_forks_stand_at_the_quarters_of_the_depth(monkeypatch):
         if forks:
             raise Begun(forks)
 
-    monkeypatch.setattr(benchmark, "prepare", stop)
+    monkeypatch.setattr(training, "prepare", stop)
     with pytest.raises(Begun, match=r"\(2, 4, 6\)"):
-        main(Benchmark(num_layers=8))
+        main(TrainingBenchmark(num_layers=8))

@@ -15,11 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from thoughtbubbles import ModelConfig, TopK
 from train import compile as command
+from train.aot import fitting
+from train.aot.config import CompileConfig, presets
+from train.aot.fitting import fit, needed_memory, remedies
 from train.aot.hlo import collectives_of
-from train.aot.program import recomputed_flops
-from train.aot.report import arguments_of, text_of
+from train.aot.program import program_of, recomputed_flops
+from train.aot.report import arguments_of, report_of, text_of
 from train.aot.topology import link_bandwidth, topology_of
-from train.compile import CompileConfig, as_options, fit, needed_memory, presets, remedies
+from train.compile import as_options
 from train.data import DataConfig
 from train.devices.hardware import CHIPS, GIB, chip_of
 from train.devices.mesh import BATCH_AXES, MeshConfig, make_mesh
@@ -213,9 +216,9 @@ def topology():
 def compiled(topology):
     """The train step of `CONFIG`, its program and its report."""
     mesh = make_mesh(CONFIG.mesh, topology.devices)
-    program = command.program_of(CONFIG, mesh, "step", "xla")
+    program = program_of(CONFIG, mesh, "step", "xla")
     executable = program.lower(topology.platform).compile()
-    report = command.report_of(executable, program, topology, mesh)
+    report = report_of(executable, program, topology, mesh)
     return executable, program, json.loads(json.dumps(report))
 
 
@@ -393,7 +396,7 @@ def pretend(monkeypatch, needs):
         memory = {"needed": needed, "peak": needed, "available": available}
         return {"fits": needed <= available, "memory": memory}
 
-    monkeypatch.setattr(command, "fit", pretended)
+    monkeypatch.setattr(fitting, "fit", pretended)
     return asked
 
 

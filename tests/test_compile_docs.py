@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from train.aot.config import CompileConfig, attention_of, presets
 from train.aot.program import program_of
 from train.aot.report import arguments_of, sharding_table
 from train.aot.topology import topology_of
 from train.cli.command import parse
-from train.compile import CompileConfig, as_options, attention_of, presets
+from train.compile import as_options
 from train.devices.hardware import GIB
 from train.devices.mesh import make_mesh
 

@@ -17,7 +17,7 @@ CONFIGS = {
     "rl": "train.rl.config.RLConfig",
     "generate": "train.generate.GenerateConfig",
     "evaluate": "train.evaluate.EvaluateConfig",
-    "compile": "train.compile.CompileConfig",
+    "compile": "train.aot.config.CompileConfig",
     "tokenizer": "train.tokenizer.TokenizerConfig",
     "runs": "train.list_runs.RunsConfig",
 }

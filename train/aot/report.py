@@ -8,11 +8,13 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from train.aot.config import CompileConfig, attention_of
 from train.aot.hlo import KINDS, Collective, collectives_of
 from train.aot.program import Program
 from train.aot.topology import Topology, link_bandwidth
+from train.devices.attention import resolve
 from train.devices.hardware import GIB
-from train.devices.mesh import shard_bytes
+from train.devices.mesh import make_mesh, shard_bytes
 
 LARGEST = 6
 ASSUMPTIONS = (
@@ -115,6 +117,27 @@ def report_of(
         },
         "sharding": sharding_table(program.arguments["parameters"]),
     }
+
+
+def heading(config: CompileConfig, topology: Topology) -> str:
+    """What was compiled, for which devices."""
+    model, mesh = config.model, make_mesh(config.mesh, topology.devices)
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    if config.what == "step":
+        work = (
+            f"train step of {config.batch_size} rows of {config.data.seq_len} tokens "
+            f"(accumulate {config.accumulate}), remat {model.remat}, "
+            f"{'scanned' if model.scan_layers else 'unrolled'} layers; attention "
+            f"{resolve(model, mesh, attention_of(config, topology))}"
+        )
+    else:
+        work = f"decode step of {config.batch_size} rows with room for {config.data.seq_len} tokens"
+    return (
+        f"{model.num_params():,} parameters, {model.summary()}, {model.dtype}\n"
+        f"{work}\n"
+        f"{topology.name}: {mesh.size} x {topology.devices[0].device_kind} ({sizes}); "
+        f"jax {jax.__version__}"
+    )
 
 
 def text_of(report: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ class HarnessModel(LM):
     Args:
         model: pretrained weights, "smollm2", a Hugging Face folder, or a .gguf file.
         checkpoint: in place of them, the folder of a run.
-        writer: in place of both, a model that is loaded.
+        lm: in place of both, a model that is loaded.
         batch_size: rows per pass; "auto" is the default.
         max_length: tokens read at a time; default: as many as the model was trained with.
         max_gen_toks: new tokens where a task names no number.

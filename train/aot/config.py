@@ -1,0 +1,58 @@
+"""What to compile and for which chips: a run's config and a topology."""
+
+import dataclasses
+
+from train.aot.program import What
+from train.aot.topology import KNOWN, Topology
+from train.devices.attention import Attention
+from train.pretraining.config import RunConfig
+from train.pretraining.presets import PRESETS
+
+# Options of a run that would mean something else here than they say.
+IDLE = ("dry_run", "profile", "peak_tflops", "distributed", "init", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig(RunConfig):
+    """A pretraining run, and what to compile it for.
+
+    Attributes:
+        topology: Chips to compile for, e.g. v5e:2x4, v5p:4x4x4, v6e:4x4, h100:16.
+        what: Program to compile: the train "step", or a cached "decode" step of `batch_size` rows
+            with room for `data.seq_len` tokens.
+        advise: Whether to compile what might fit where the config does not, and to say what does.
+        json: File for the report as data; none by default.
+    """
+
+    topology: str = ""
+    what: What = "step"
+    advise: bool = True
+    json: str | None = None
+
+
+def presets() -> dict[str, CompileConfig]:
+    """The runs of `train.pretraining.presets`, for no topology yet."""
+    return {
+        name: CompileConfig(
+            **{field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+        )
+        for name, run in PRESETS.items()
+    }
+
+
+def check_config(config: CompileConfig) -> None:
+    """Raise where the config names no topology, or options of a run that mean nothing here."""
+    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    for name in IDLE:
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(f"{name}={getattr(config, name)}: nothing is run here, leave it out")
+    if not config.topology:
+        examples = ", ".join(f"{chip}:{sizes[-1]}" for chip, sizes in KNOWN.items())
+        raise ValueError(f"compile for what? pass --topology, e.g. one of {examples}")
+
+
+def attention_of(config: CompileConfig, topology: Topology) -> Attention:
+    """As in training, but for GPUs: jax can't see from here what a card's cuDNN would run."""
+    if config.attention == "auto" and topology.platform == "cuda":
+        return "xla"
+    return config.attention
