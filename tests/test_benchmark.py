@@ -1,8 +1,12 @@
-"""The benchmark command on a model too small to say anything."""
+"""The benchmarks on models too small to say anything, and how they take times."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import pytest
 
-from train.benchmarks import training
+from train.benchmarks import memgen, timing, training
 from train.benchmarks.training import TrainingBenchmark, main
 
 TINY = TrainingBenchmark(
@@ -29,3 +33,27 @@ def test_forks_stand_at_the_quarters_of_the_depth(monkeypatch):
     monkeypatch.setattr(training, "prepare", stop)
     with pytest.raises(Begun, match=r"\(2, 4, 6\)"):
         main(TrainingBenchmark(num_layers=8))
+
+
+def test_costs_are_taken_in_turns_after_a_warm_up():
+    calls, costs = [], {"slow": [9.0, 4.0, 2.0, 6.0], "fast": [7.0, 1.0, 2.0, 2.0]}
+
+    def run(name: str) -> timing.Cost:
+        calls.append(name)
+        seconds = costs[name][calls.count(name) - 1]
+        return timing.Cost(seconds, 2 * seconds).per(2)
+
+    found = timing.interleaved({name: partial(run, name) for name in costs}, 3)
+    assert calls == ["slow", "fast"] * 4
+    assert found["slow"].best == (1.0, 2.0) and found["slow"].median == (2.0, 4.0)
+    assert timing.ratio(found["slow"], found["fast"]) == (2.0, 2.0, 1.0, 4.0)
+
+
+@pytest.mark.parametrize("latents_see_latents", [None, True, False])
+def test_training_steps_of_memgen_are_traced(latents_see_latents: bool | None):
+    """Not compiled: what is tested is that they call what there is."""
+    config = memgen.MemGenBenchmark(
+        embed_dim=8, num_layers=1, num_heads=2, vocab_size=16, latents=1, sft_batch=1,
+        sft_tokens=4, sft_events=2,
+    )  # fmt: skip
+    jax.eval_shape(lambda: jnp.float32(memgen.training_step(config, latents_see_latents)().seconds))

@@ -2,7 +2,7 @@
 
 WHAT is `step` (training, the default), `selection` (what choosing streams costs in a forward pass),
 `decode` (cached decoding against recomputation), `memgen` (what weaving costs) or `rl` (rollouts,
-updates, and what it saves that a prompt is read once).
+updates, and what it saves to prefill a prompt once for all rows).
 """
 
 import sys

@@ -1,35 +1,38 @@
 """Cached decoding against recomputing the prefix for every token, and against a plain decoder."""
 
 import dataclasses
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
+from thoughtbubbles import PrefixRank, Thoughtbubbles
 from thoughtbubbles.cache import Cache, decode_step, init_cache, prefill
+from train.benchmarks.models import ModelSizes, random_model, random_tokens
+from train.benchmarks.timing import Clock, Cost, interleaved, timed
 from train.models.load import load_weights
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeBenchmark:
-    """Random weights and random prompts: speed does not depend on what is said.
+class DecodeBenchmark(ModelSizes):
+    """Times greedy decoding with random prompts and, unless `model` is given, random weights.
 
     Attributes:
-        model: pretrained weights in place of random ones: "smollm2", a Hugging Face folder, or a
-            .gguf file; the sizes and forks below are then not used.
-        contexts: tokens in the cache when the timed steps begin.
-        new_tokens: timed steps at each context, one after another.
-        repeats: of each measurement, interleaved; the smallest time counts.
+        model: Pretrained weights in place of random ones: "smollm2", a Hugging Face folder, or a
+            .gguf file; the other sizes and the forks are then not used.
+        num_kv_heads: Number of heads of keys and values of a block.
+        vocab_size: Number of token ids.
+        batch_size: Number of rows of a batch.
+        ratio: Streams per token after the fork layers, `PrefixRank(ratio)`.
+        fork_layers: Blocks in front of which streams fork.
+        contexts: Numbers of tokens in the cache when the timed steps begin, a line for each.
+        new_tokens: Number of timed steps at each context, one after another.
+        repeats: Number of rounds of each measurement; the smallest time counts.
     """
 
-    model: str | None = None
     embed_dim: int = 512
-    num_layers: int = 6
     num_heads: int = 8
+    model: str | None = None
     num_kv_heads: int = 2
     vocab_size: int = 1024
     batch_size: int = 1
@@ -48,7 +51,17 @@ def main(config: DecodeBenchmark) -> None:
     """Print a row for each context."""
     if config.model is not None:
         return pretrained(config, config.model)
-    plain, bubbles = (build(config, forks) for forks in ((), config.fork_layers))
+    plain, bubbles = (
+        random_model(
+            config.model_config(
+                config.vocab_size,
+                num_kv_heads=config.num_kv_heads,
+                fork_layers=forks,
+                policy=PrefixRank(config.ratio),
+            )
+        )
+        for forks in ((), config.fork_layers)
+    )
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.num_heads} heads, "
         f"{config.num_kv_heads} of keys, batch {config.batch_size}; forks before "
@@ -61,9 +74,9 @@ def main(config: DecodeBenchmark) -> None:
             "plain": CachedRun(plain, config, context),
             "recomputed": RecomputedRun(bubbles, config, context),
         }
-        costs = least(config.repeats, runs)
+        timing = interleaved(runs, config.repeats)
         cached, plain_time, recomputed = (
-            1e3 * costs[name].seconds for name in ("cached", "plain", "recomputed")
+            1e3 * timing[name].best.seconds for name in ("cached", "plain", "recomputed")
         )
         print(
             f"{context:7} {cached:7.2f} {recomputed:11.1f} {recomputed / cached:6.1f} | "
@@ -86,7 +99,8 @@ def pretrained(config: DecodeBenchmark, name: str) -> None:
             "cached": CachedRun(model, config, context),
             "recomputed": RecomputedRun(model, config, context),
         }
-        costs = least(config.repeats, runs)
+        timing = interleaved(runs, config.repeats)
+        costs = {name: found.best for name, found in timing.items()}
         cells = [
             f"{config.batch_size / cost.seconds:8.2f} /{config.batch_size / cost.cpu_seconds:8.2f}"
             for cost in costs.values()
@@ -95,44 +109,8 @@ def pretrained(config: DecodeBenchmark, name: str) -> None:
         print(f"{context:7} {' '.join(cells)} {ratio:6.1f}", flush=True)
 
 
-class Cost(NamedTuple):
-    """Of a step, which is a token of each row: on the clock, and of all cores."""
-
-    seconds: float
-    cpu_seconds: float
-
-
-def least(repeats: int, runs: "dict[str, CachedRun | RecomputedRun]") -> dict[str, Cost]:
-    """The smallest costs of each run's steps, measured in turns."""
-    costs: dict[str, list[Cost]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            costs[name].append(run.cost())
-    return {name: Cost(*map(min, zip(*found, strict=True))) for name, found in costs.items()}
-
-
-def build(config: DecodeBenchmark, fork_layers: tuple[int, ...]) -> Thoughtbubbles:
-    """A model with random weights."""
-    model = ModelConfig(
-        vocab_size=config.vocab_size,
-        embed_dim=config.embed_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        fork_layers=fork_layers,
-        policy=PrefixRank(config.ratio),
-    )
-    return jax.jit(lambda: Thoughtbubbles(model, rngs=nnx.Rngs(0)))()
-
-
-def prompts(model: Thoughtbubbles, config: DecodeBenchmark, context: int) -> np.ndarray:
-    """Random tokens `[B, context]`."""
-    shape = (config.batch_size, context)
-    return np.random.default_rng(0).integers(0, model.config.vocab_size, shape, dtype=np.int32)
-
-
 class CachedRun:
-    """Greedy steps behind a prefill of `context` tokens, in one compiled loop as in `generate`."""
+    """Greedy steps after a prefill of `context` tokens, in one compiled loop as in `generate`."""
 
     def __init__(self, model: Thoughtbubbles, config: DecodeBenchmark, context: int):
         self._model, self._config, self._context = model, config, context
@@ -147,25 +125,25 @@ class CachedRun:
 
         self._steps = jax.jit(steps, donate_argnums=1)
         self._prefill = jax.jit(prefill)
-        self._cache = self._run()[1]  # compiles
+        self._cache: Cache | None = None
 
-    def cost(self) -> Cost:
-        cost, self._cache = self._run()
-        return Cost(*(part / self._config.new_tokens for part in cost))
-
-    def _run(self) -> tuple[Cost, Cache]:
+    def __call__(self) -> Cost:
+        """Cost of a step, which is a token of each row."""
         config, context = self._config, self._context
         cache = init_cache(self._model, config.batch_size, context + config.new_tokens)
-        tokens = jnp.asarray(prompts(self._model, config, context))
+        tokens = jnp.asarray(
+            random_tokens(self._model.config.vocab_size, config.batch_size, context)
+        )
         lengths = jnp.full((config.batch_size,), context, jnp.int32)
         logits, cache = self._prefill(self._model, cache, tokens, lengths)
         token = jax.block_until_ready(logits.argmax(axis=-1).astype(jnp.int32))
-        start, cpu = time.perf_counter(), time.process_time()
-        cache = jax.block_until_ready(self._steps(self._model, cache, token))
-        return Cost(time.perf_counter() - start, time.process_time() - cpu), cache
+        clock = Clock()
+        self._cache = jax.block_until_ready(self._steps(self._model, cache, token))
+        return clock.read().per(config.new_tokens)
 
     def streams(self) -> float:
-        """Live streams per token after the last fork layer."""
+        """Live streams per token after the last fork layer, in the cache of the last call."""
+        assert self._cache is not None
         return float((self._cache.groups[-1].count / self._cache.length).mean())
 
 
@@ -173,16 +151,17 @@ class RecomputedRun:
     """The forward pass over the whole prefix that each new token costs without a cache."""
 
     def __init__(self, model: Thoughtbubbles, config: DecodeBenchmark, context: int):
-        self._model, self._tokens = model, jnp.asarray(prompts(model, config, context))
+        self._model = model
+        self._tokens = jnp.asarray(
+            random_tokens(model.config.vocab_size, config.batch_size, context)
+        )
 
         def last(model: Thoughtbubbles, tokens: jax.Array) -> jax.Array:
             streams = model.run(tokens).streams
             return model.logits_at(streams, jnp.full(tokens.shape[:1], tokens.shape[1] - 1))
 
         self._last = jax.jit(last)
-        jax.block_until_ready(self._last(self._model, self._tokens))
 
-    def cost(self) -> Cost:
-        start, cpu = time.perf_counter(), time.process_time()
-        jax.block_until_ready(self._last(self._model, self._tokens))
-        return Cost(time.perf_counter() - start, time.process_time() - cpu)
+    def __call__(self) -> Cost:
+        """Cost of a forward pass, which gives a token of each row."""
+        return timed(self._last, self._model, self._tokens)

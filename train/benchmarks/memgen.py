@@ -1,8 +1,8 @@
-"""What weaving costs: in generation and in a training step, beside what it could cost."""
+"""What weaving costs in generation and in a training step, and what re-prefilling would cost."""
 
 import dataclasses
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,23 +26,29 @@ from memgen import (
 )
 from memgen.request import row_keys
 from memgen.session import put, take
-from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
+from thoughtbubbles import Backbone, Thoughtbubbles
+from train.benchmarks.models import ModelSizes, random_tokens
+from train.benchmarks.timing import Clock, Cost, interleaved, timed
 
 
 @dataclasses.dataclass(frozen=True)
-class MemGenBenchmark:
-    """Random weights; tokens are sampled, and a share of all ids are boundaries.
+class MemGenBenchmark(ModelSizes):
+    """Times MemGen with random weights; tokens are sampled, and a share of all ids are boundaries.
 
     Attributes:
-        weave: share of tokens after which memory is woven.
-        batches: rows of each generation.
-        sft_events: events of each training row.
-        repeats: of each measurement, interleaved; the smallest time counts.
+        num_kv_heads: Number of heads of keys and values of a block.
+        vocab_size: Number of token ids.
+        latents: Number of latents of an event.
+        weave: Share of tokens after which memory is woven.
+        batches: Numbers of rows of a generation, a line for each.
+        prompt: Number of tokens of a prompt.
+        new_tokens: Number of tokens that are generated in each row.
+        sft_batch: Number of rows of a training step.
+        sft_tokens: Number of tokens of a training row.
+        sft_events: Number of events of a training row.
+        repeats: Number of rounds of each measurement; the smallest time counts.
     """
 
-    embed_dim: int = 256
-    num_layers: int = 6
-    num_heads: int = 4
     num_kv_heads: int = 2
     vocab_size: int = 1024
     latents: int = 8
@@ -63,16 +69,16 @@ class MemGenBenchmark:
 
 
 class FromScratch(nnx.Module):
-    """What published code does: a chunk of latents drops the cache, and its row is read again.
+    """A decoder that re-prefills a row at each chunk of latents, as published code does.
 
-    A weaver reads its whole context again at each event. As there, only what has been written is
-    read: the span is rounded up to a quarter of the room. There all rows of a batch are read again
-    if one weaves; here, as in the loop beside it, those that weave.
+    A weaver re-prefills its whole context at each event. Only slots that are filled are computed,
+    rounded up to a quarter of the capacity. Published code re-prefills all rows of a batch if one
+    weaves; this class, as the loop that it is compared with, those that weave.
 
     Args:
-        decoder: the real one.
-        weaves: whether it is a weaver's, which is only ever read whole.
-        slots: vectors of a chunk that makes it read everything again.
+        decoder: Decoder that does the work.
+        slots: Number of vectors of a chunk that drops the cache.
+        weaves: Whether the decoder is a weaver's, whose forward passes are all over the whole row.
     """
 
     def __init__(self, decoder: Any, slots: int, weaves: bool = False):
@@ -114,33 +120,29 @@ class FromScratch(nnx.Module):
         rows, before, inner = cache
         rows, after = put(rows, x, before, length), before + length
         if not fresh and x.shape[1] != self.slots:
-            if self.weaves:  # kept until the queries come
+            if self.weaves:  # rows are kept until the queries come
                 return jnp.zeros_like(x), (rows, after, None)
             hidden, inner = self.decoder.extend(inner, x, length)
             return hidden, (rows, after, inner)
-        room = rows.shape[1]
-        spans = [-(-room * part // 4) for part in (1, 2, 3, 4)]
+        capacity = rows.shape[1]
+        spans = [-(-capacity * part // 4) for part in (1, 2, 3, 4)]
         chosen = jnp.searchsorted(jnp.array(spans), after.max())
 
-        def again(span: int) -> Callable:
-            def read(rows):
+        def prefill_of(span: int) -> Callable:
+            padding = (0, 0), (0, capacity - span), (0, 0)
+
+            def prefill(rows):
                 some = rows[:, :span]
                 if self.weaves:
-                    return jnp.pad(
-                        self.decoder.hidden_states(some, after), self._rest(span, room)
-                    ), None
-                empty = self.decoder.init_cache(rows.shape[0], room)
+                    return jnp.pad(self.decoder.hidden_states(some, after), padding), None
+                empty = self.decoder.init_cache(rows.shape[0], capacity)
                 hidden, new = self.decoder.extend(empty, some, after, fresh=True)
-                return jnp.pad(hidden, self._rest(span, room)), new
+                return jnp.pad(hidden, padding), new
 
-            return read
+            return prefill
 
-        hidden, inner = jax.lax.switch(chosen, [again(span) for span in spans], rows)
+        hidden, inner = jax.lax.switch(chosen, [prefill_of(span) for span in spans], rows)
         return take(hidden, before[:, None] + jnp.arange(x.shape[1])), (rows, after, inner)
-
-    @staticmethod
-    def _rest(span: int, room: int):
-        return (0, 0), (0, room - span), (0, 0)
 
 
 def main(config: MemGenBenchmark) -> None:
@@ -149,20 +151,21 @@ def main(config: MemGenBenchmark) -> None:
         f"d={config.embed_dim}, {config.num_layers} layers, {config.latents} latents an event, "
         f"prompts of {config.prompt}, {config.new_tokens} new tokens; tokens/s"
     )
-    print("batch  plain loop  weaving  events/token  again at each event | slower than plain  "
-          "faster than again")  # fmt: skip
+    print("batch  plain loop  weaving  events/token      with re-prefill | slower than plain  "
+          "re-prefill slower")  # fmt: skip
     for batch in config.batches:
         runs = {
             "plain": Generation(config, batch, NeverInvoke()),
             "weaving": Generation(config, batch, AlwaysInvoke()),
-            "again": Generation(config, batch, AlwaysInvoke(), again=True),
+            "re-prefill": Generation(config, batch, AlwaysInvoke(), re_prefill=True),
         }
-        best = interleaved(runs, config.repeats)
+        timing = interleaved(runs, config.repeats)
+        best = {name: found.best.seconds for name, found in timing.items()}
         tokens = batch * config.new_tokens
         print(
             f"{batch:5} {tokens / best['plain']:11.0f} {tokens / best['weaving']:8.0f} "
-            f"{runs['weaving'].events / tokens:13.3f} {tokens / best['again']:20.0f} | "
-            f"{best['weaving'] / best['plain']:17.2f} {best['again'] / best['weaving']:18.2f}",
+            f"{runs['weaving'].events / tokens:13.3f} {tokens / best['re-prefill']:20.0f} | "
+            f"{best['weaving'] / best['plain']:17.2f} {best['re-prefill'] / best['weaving']:18.2f}",
             flush=True,
         )
     runs = {
@@ -170,7 +173,8 @@ def main(config: MemGenBenchmark) -> None:
         "exact": training_step(config, latents_see_latents=True),
         "one pass": training_step(config, latents_see_latents=False),
     }
-    best = interleaved(runs, config.repeats)
+    timing = interleaved(runs, config.repeats)
+    best = {name: found.best.seconds for name, found in timing.items()}
     print(
         f"SFT step, batch {config.sft_batch}, {config.sft_tokens} tokens, {config.sft_events} "
         "events, forward and backward; ms (times one weaver and one reasoner pass)"
@@ -179,23 +183,15 @@ def main(config: MemGenBenchmark) -> None:
         print(f"{name:10} {1e3 * seconds:8.1f} ({seconds / best['two passes']:.2f})")
 
 
-def interleaved(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """The smallest of several times of each run, in seconds, after one that compiles."""
-    for run in runs.values():
-        run()
-    times = [{name: run() for name, run in runs.items()} for _ in range(repeats)]
-    return {name: min(time[name] for time in times) for name in runs}
-
-
 def build(config: MemGenBenchmark, events: int, latents_see_latents: bool = True) -> MemGen:
-    """A MemGen with random weights."""
-    model = ModelConfig(
-        vocab_size=config.vocab_size,
-        embed_dim=config.embed_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-    )
+    """A MemGen with random weights.
+
+    Args:
+        config: Sizes, and the share of ids that are boundaries.
+        events: Number of events of a row after the one at the end of its prompt.
+        latents_see_latents: Option of `WeaverConfig`.
+    """
+    model = config.model_config(config.vocab_size, num_kv_heads=config.num_kv_heads)
     weaver = WeaverConfig(config.latents, config.latents, latents_see_latents=latents_see_latents)
     rng = np.random.default_rng(0)
     boundary = (rng.random(config.vocab_size) < config.weave).astype(np.uint8)
@@ -210,46 +206,58 @@ def build(config: MemGenBenchmark, events: int, latents_see_latents: bool = True
 
 
 class Generation:
-    """One generation, timed without its prefill."""
+    """One generation, timed without its prefill.
 
-    def __init__(self, config: MemGenBenchmark, batch: int, policy: Any, again: bool = False):
+    Args:
+        config: Options of the benchmark.
+        batch: Number of rows.
+        policy: Trigger policy.
+        re_prefill: Whether rows that weave are prefilled again from their beginning.
+    """
+
+    def __init__(self, config: MemGenBenchmark, batch: int, policy: Any, re_prefill: bool = False):
         self._config, self._batch = config, batch
-        # More than will be asked for; none where nothing is woven, so that caches are no larger.
+        # Twice the expected number; 0 where nothing is woven, so that caches are no larger.
         never = isinstance(policy, NeverInvoke)
         events = 0 if never else 2 * round(config.weave * config.new_tokens)
         self._memgen = build(config, events)
-        if again:
+        if re_prefill:
             reasoner = FromScratch(self._memgen.reasoner, config.latents)
             self._memgen = self._memgen.with_reasoner(reasoner)
         self._request = make_request(self._memgen, config.new_tokens, policy, temperature=1.0)
         self.events = 0
 
-    def __call__(self) -> float:
-        config, shape = self._config, (self._batch, self._config.prompt)
-        tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
-        length = jnp.full(shape[:1], config.prompt, jnp.int32)
+    def __call__(self) -> Cost:
+        config = self._config
+        tokens = random_tokens(config.vocab_size, self._batch, config.prompt)
+        length = jnp.full((self._batch,), config.prompt, jnp.int32)
         keys = row_keys(0, [row.tolist() for row in tokens])
-        room = config.prompt + config.new_tokens
-        session = begin(self._memgen, jnp.asarray(tokens), length, keys, room)
+        capacity = config.prompt + config.new_tokens
+        session = begin(self._memgen, jnp.asarray(tokens), length, keys, capacity)
         jax.block_until_ready(session)
-        start = time.perf_counter()
+        clock = Clock()
         response, _ = respond(self._memgen, session, self._request, config.new_tokens)
         jax.block_until_ready(response)
-        seconds = time.perf_counter() - start
+        cost = clock.read()
         self.events = int((np.asarray(response.points) >= 0).sum())
-        return seconds
+        return cost
 
 
-def training_step(config: MemGenBenchmark, latents_see_latents: bool | None) -> Callable[[], float]:
-    """Loss and gradients of the weaver; None: one pass of each decoder, and nothing inserted."""
+def training_step(config: MemGenBenchmark, latents_see_latents: bool | None) -> Callable[[], Cost]:
+    """Returns a function that computes the loss and gradients of the weaver and gives their cost.
+
+    Args:
+        config: Options of the benchmark.
+        latents_see_latents: Option of `WeaverConfig`; None for one forward pass of each decoder
+            over rows of the same length, with nothing inserted.
+    """
     events, length = config.sft_events, config.sft_tokens
     memgen = build(config, events - 1, latents_see_latents is not False)
     whole = length + events * config.latents
     shape = (config.sft_batch, whole if latents_see_latents is None else length)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
-    tokens = jnp.asarray(tokens)
-    place = jnp.arange(shape[1])
-    loss_mask = jnp.broadcast_to((place >= length // 2) & (place < length), shape)
+    tokens = jnp.asarray(random_tokens(config.vocab_size, *shape))
+    position = jnp.arange(shape[1])
+    loss_mask = jnp.broadcast_to((position >= length // 2) & (position < length), shape)
     point = length // 2 + jnp.arange(events) * (length // 2 // events)
     point = jnp.broadcast_to(point, (shape[0], events)).astype(jnp.int32)
     kind = jnp.broadcast_to(jnp.arange(events) > 0, point.shape).astype(jnp.int32)
@@ -263,15 +271,10 @@ def training_step(config: MemGenBenchmark, latents_see_latents: bool | None) -> 
             if latents_see_latents is not None:
                 return sft_loss(memgen, tokens, loss_mask, plan)[0]
             vectors = memgen.reasoner.embed_tokens(tokens)
-            read = memgen.weaving().read(memgen.weaver.context(vectors))
-            hidden = memgen.reasoner.hidden_states(vectors + memgen.weaver.memory(read))
+            woven = memgen.weaving().hidden_states(memgen.weaver.context(vectors))
+            hidden = memgen.reasoner.hidden_states(vectors + memgen.weaver.memory(woven))
             return -token_log_probs(memgen.reasoner, hidden, tokens, loss_mask).sum()
 
         return jax.value_and_grad(loss)(params)
 
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(gradients(params, rest))
-        return time.perf_counter() - start
-
-    return run
+    return partial(timed, gradients, params, rest)

@@ -1,14 +1,12 @@
-"""What reinforcement learning costs: rollouts, updates, and prompts that many rows begin with."""
+"""What reinforcement learning costs: rollouts, updates, prompts that many rows begin with."""
 
 import dataclasses
 import tempfile
-import time
 
 import numpy as np
-from flax import nnx
 
-from thoughtbubbles import ModelConfig, Thoughtbubbles
-from train.benchmarks.memgen import interleaved
+from train.benchmarks.models import ModelSizes, random_model
+from train.benchmarks.timing import Cost, interleaved, ratio, timed
 from train.data import ByteTokenizer
 from train.models.load import LanguageModel
 from train.rl.config import RLConfig
@@ -18,16 +16,16 @@ from train.rl.types import Completion, Problem, Reward, Split
 
 
 @dataclasses.dataclass(frozen=True)
-class RLBenchmark:
-    """Random weights over bytes; few texts end before their last token.
+class RLBenchmark(ModelSizes):
+    """Times GRPO with random weights over bytes; few texts end before their last token.
 
     Attributes:
-        prompts: tokens of a prompt; one measurement each.
-        new_tokens: of a rollout.
-        num_generations: of a prompt.
-        problems: of a step.
-        accumulate: parts of an update.
-        repeats: of each measurement; the smallest time counts.
+        prompts: Numbers of tokens of a prompt, a line for each.
+        new_tokens: Number of tokens of a rollout.
+        num_generations: Number of rollouts of a prompt.
+        problems: Number of problems of a step.
+        accumulate: Number of parts that the rows of an update are split into.
+        repeats: Number of rounds of each measurement; the smallest time counts.
     """
 
     embed_dim: int = 128
@@ -47,10 +45,11 @@ class RLBenchmark:
 
 @dataclasses.dataclass(frozen=True)
 class LongPrompts:
-    """Random letters; a rollout is worth its share of low bytes.
+    """Task of random letters; a rollout is worth its share of low bytes.
 
     Attributes:
-        length: tokens of a prompt, with the separator that it begins with.
+        length: Number of tokens of a prompt, with the separator that it begins with.
+        name: Name of the task.
     """
 
     length: int
@@ -72,41 +71,37 @@ class LongPrompts:
 
 
 def main(config: RLBenchmark) -> None:
-    """Print where the time of a step goes, and what it saves that a prompt is read once."""
+    """Print where the time of a step goes, and what it saves to prefill a prompt once."""
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.new_tokens} new tokens; "
         f"{config.problems} x {config.num_generations} rollouts a step, "
         f"{config.num_generations} of one prompt"
     )
-    print("prompt  rollout tok/s  update tok/s  share of rollouts | prompt read once s  "
-          "by each row s  times as fast")  # fmt: skip
+    print("prompt  rollout tok/s  update tok/s  share of rollouts |  prefilled once, s  "
+          "in each row, s  times as fast")  # fmt: skip
     for length in config.prompts:
         with tempfile.TemporaryDirectory() as folder:
-            work = reinforcing(config, length, folder)
-            step = best_step(work, config.repeats)
-            once = Reading(work, config, shared=True)
-            each = Reading(work, config, shared=False)
-            best = interleaved({"once": once, "each": each}, config.repeats)
+            job = make_job(config, length, folder)
+            step = best_step(job, config.repeats)
+            once = Rollouts(job, config, shared=True)
+            each = Rollouts(job, config, shared=False)
+            timing = interleaved({"once": once, "each": each}, config.repeats)
         for mine, other in zip(once.found, each.found, strict=True):
             if mine.tokens.tolist() != other.tokens.tolist():
                 raise RuntimeError("rows that share a prompt wrote other texts")
         rollout, update = step["rollout_seconds"], step["update_seconds"]
         print(
             f"{length:6} {step['tokens'] / rollout:14,.0f} {step['tokens'] / update:13,.0f} "
-            f"{rollout / (rollout + update):18.0%} | {best['once']:18.2f} {best['each']:14.2f} "
-            f"{best['each'] / best['once']:14.2f}",
+            f"{rollout / (rollout + update):18.0%} | {timing['once'].best.seconds:18.2f} "
+            f"{timing['each'].best.seconds:14.2f} "
+            f"{ratio(timing['each'], timing['once']).best:14.2f}",
             flush=True,
         )
 
 
-def reinforcing(config: RLBenchmark, length: int, folder: str) -> RLJob:
-    """GRPO on prompts of that many tokens."""
-    model = ModelConfig(
-        vocab_size=ByteTokenizer.vocab_size,
-        embed_dim=config.embed_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-    )
+def make_job(config: RLBenchmark, length: int, folder: str) -> RLJob:
+    """GRPO on prompts of `length` tokens, its run in `folder`."""
+    model = random_model(config.model_config(ByteTokenizer.vocab_size))
     run = RLConfig(
         weights="random",
         train="all",
@@ -118,15 +113,17 @@ def reinforcing(config: RLBenchmark, length: int, folder: str) -> RLJob:
         max_rows=config.problems * config.num_generations,
         out=folder,
     )
-    lm = LanguageModel(Thoughtbubbles(model, rngs=nnx.Rngs(0)), ByteTokenizer())
-    return RLJob(run, lm, LongPrompts(length))
+    return RLJob(run, LanguageModel(model, ByteTokenizer()), LongPrompts(length))
 
 
-def best_step(work: RLJob, repeats: int) -> dict[str, float]:
-    """Tokens written in a step, and the smallest seconds of each half after a first one."""
-    state, steps = work.first_state(), []
+def best_step(job: RLJob, repeats: int) -> dict[str, float]:
+    """Mean tokens written in a step, and the smallest seconds of its rollouts and of its update.
+
+    The first step compiles and is not counted.
+    """
+    state, steps = job.first_state(), []
     for _ in range(repeats + 1):
-        state, metrics, collected = work.step(state)
+        state, metrics, collected = job.step(state)
         steps.append(metrics | {"tokens": collected.written})
     steps = steps[1:]
     return {"tokens": float(np.mean([step["tokens"] for step in steps]))} | {
@@ -134,13 +131,13 @@ def best_step(work: RLJob, repeats: int) -> dict[str, float]:
     }
 
 
-class Reading:
-    """All rollouts of one prompt, timed: it is read once for all, or by each row for itself."""
+class Rollouts:
+    """All rollouts of one prompt, which is prefilled once for all rows, or in each row."""
 
-    def __init__(self, work: RLJob, config: RLBenchmark, shared: bool):
-        self._sampler: Sampler = work.sampler(work.first_state().weights)
-        problem = work.problems("test", 0, 1)[0]
-        prompt, rows = work.lm.prompt(problem.prompt), config.num_generations
+    def __init__(self, job: RLJob, config: RLBenchmark, shared: bool):
+        self._sampler: Sampler = job.sampler(job.first_state().weights)
+        problem = job.problems("test", 0, 1)[0]
+        prompt, rows = job.lm.prompt(problem.prompt), config.num_generations
         self._prompts, self._source = [prompt] * rows, list(range(rows))
         if shared:
             self._prompts, self._source = [prompt], [0] * rows
@@ -148,8 +145,9 @@ class Reading:
         self._new_tokens = config.new_tokens
         self.found: list[Sampled] = []
 
-    def __call__(self) -> float:
-        start = time.perf_counter()
+    def __call__(self) -> Cost:
+        return timed(self._sample)
+
+    def _sample(self) -> None:
         conversation = self._sampler.open(self._prompts, self._source, self._keys, self._new_tokens)
         self.found = conversation.respond(self._new_tokens)
-        return time.perf_counter() - start

@@ -1,32 +1,39 @@
 """What forks cost in a train step and in a forward pass, beside the plain decoder."""
 
 import dataclasses
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
-from thoughtbubbles import ModelConfig, PrefixRank
+from thoughtbubbles import PrefixRank
+from train.benchmarks.models import ModelSizes, random_tokens
+from train.benchmarks.timing import interleaved, ratio, timed
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
 from train.engine.step import make_train_step
 
+PARTS = ("step", "forward")
+
 
 @dataclasses.dataclass(frozen=True)
-class TrainingBenchmark:
-    """What to time. Both models run interleaved, step by step, on the same batch.
+class TrainingBenchmark(ModelSizes):
+    """Times a forking decoder and the plain one of the same size on the same batch, in turns.
 
     Attributes:
-        fork_layers: default: at a quarter, half and three quarters of the depth.
-        repeats: timed calls of each function; the smallest time counts, the median is shown too.
+        vocab_size: Number of token ids.
+        seq_len: Number of tokens of a row.
+        batch_size: Number of rows of a batch.
+        ratio: Streams per token after the fork layers, `PrefixRank(ratio)`.
+        fork_layers: Blocks in front of which streams fork; by default those at a quarter, half and
+            three quarters of the depth.
+        dtype: Type of activations, "float32" or "bfloat16".
+        repeats: Number of timed calls of each function; the smallest time counts, and the median
+            stands beside it.
     """
 
-    embed_dim: int = 256
-    num_layers: int = 6
-    num_heads: int = 4
     vocab_size: int = 1024
     seq_len: int = 128
     batch_size: int = 8
@@ -41,8 +48,15 @@ class TrainingBenchmark:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timed:
-    """One model's functions, ready to call, and their FLOPs per call."""
+class Compiled:
+    """One model's functions, ready to call, and the FLOPs of a forward pass.
+
+    Attributes:
+        step: Train step on the batch; it updates the model.
+        forward: Forward pass to the logits of all positions.
+        flops: Model FLOPs of a forward pass.
+        xla_flops: XLA's count of the same; NaN where it gives none.
+    """
 
     step: Callable[[], Any]
     forward: Callable[[], Any]
@@ -56,16 +70,16 @@ def main(config: TrainingBenchmark) -> None:
     forks = config.fork_layers
     if forks is None:
         forks = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
-    models = {"plain": prepare(config, ()), "bubbles": prepare(config, forks)}
-    times: dict[tuple[str, str], list[float]] = {}
-    for _ in range(config.repeats + 1):
-        for name, timed in models.items():
-            for part in ("step", "forward"):
-                start = time.perf_counter()
-                jax.block_until_ready(getattr(timed, part)())
-                times.setdefault((name, part), []).append(time.perf_counter() - start)
-    best = {key: min(values[1:]) for key, values in times.items()}
-    median = {key: float(np.median(values[1:])) for key, values in times.items()}
+    plain, bubbles = prepare(config, ()), prepare(config, forks)
+    models = {"plain": plain, "bubbles": bubbles}
+    timing = interleaved(
+        {
+            f"{name} {part}": partial(timed, getattr(model, part))
+            for name, model in models.items()
+            for part in PARTS
+        },
+        config.repeats,
+    )
     tokens = config.batch_size * config.seq_len
     print(
         f"{config.dtype}, d={config.embed_dim}, {depth} layers, {config.seq_len} tokens, batch "
@@ -75,38 +89,34 @@ def main(config: TrainingBenchmark) -> None:
     print(
         f"{'':8} {'step ms':>16} {'forward ms':>16} {'tokens/s':>9} {'GFLOP/s':>8}   (min / median)"
     )
-    for name, timed in models.items():
-        cells = [
-            f"{best[name, p] * 1e3:7.1f} /{median[name, p] * 1e3:7.1f}" for p in ("step", "forward")
-        ]
-        rate = 3 * timed.flops / best[name, "step"] / 1e9
-        print(f"{name:8} {cells[0]} {cells[1]} {tokens / best[name, 'step']:9.0f} {rate:8.1f}")
-    plain, bubbles = models["plain"], models["bubbles"]
+    for name, model in models.items():
+        found = [timing[f"{name} {part}"] for part in PARTS]
+        cells = [f"{t.best.seconds * 1e3:7.1f} /{t.median.seconds * 1e3:7.1f}" for t in found]
+        seconds = found[0].best.seconds
+        rate = 3 * model.flops / seconds / 1e9
+        print(f"{name:8} {cells[0]} {cells[1]} {tokens / seconds:9.0f} {rate:8.1f}")
     flops = bubbles.flops / plain.flops
-    for part in ("step", "forward"):
-        ratio = best["bubbles", part] / best["plain", part]
-        middle = median["bubbles", part] / median["plain", part]
-        print(f"{part} ratio {ratio:.2f} (median {middle:.2f}) = {ratio / flops:.2f} x FLOP ratio")
+    for part in PARTS:
+        slower = ratio(timing[f"bubbles {part}"], timing[f"plain {part}"])
+        print(
+            f"{part} ratio {slower.best:.2f} (median {slower.median:.2f}, rounds "
+            f"{slower.low:.2f} to {slower.high:.2f}) = {slower.best / flops:.2f} x FLOP ratio"
+        )
     print(f"FLOP ratio {flops:.2f} (XLA's count of the forward pass: "
           f"{bubbles.xla_flops / plain.xla_flops:.2f})")  # fmt: skip
 
 
-def prepare(config: TrainingBenchmark, fork_layers: tuple[int, ...]) -> Timed:
-    """Compile the train step and the forward pass (logits of all positions)."""
-    model = ModelConfig(
-        vocab_size=config.vocab_size,
-        embed_dim=config.embed_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
+def prepare(config: TrainingBenchmark, fork_layers: tuple[int, ...]) -> Compiled:
+    """Compile the forward pass, and make the train step ready to compile at its first call."""
+    model = config.model_config(
+        config.vocab_size,
         fork_layers=fork_layers,
         policy=PrefixRank(config.ratio),
-        dtype=config.dtype,  # pyright: ignore[reportArgumentType] (checked by ModelConfig)
+        dtype=config.dtype,
     )
     mesh = make_mesh(MeshConfig())
     trainable = make_trainable(model, OptimizerConfig(), steps=1000, mesh=mesh)
-    shape = (config.batch_size, config.seq_len + 1)
-    batch = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
-    tokens = place(batch, mesh)
+    tokens = place(random_tokens(config.vocab_size, config.batch_size, config.seq_len + 1), mesh)
     state = trainable.init()
     params = jax.tree.map(jax.numpy.copy, state.params)
     step = make_train_step(trainable)
@@ -118,7 +128,7 @@ def prepare(config: TrainingBenchmark, fork_layers: tuple[int, ...]) -> Timed:
         holder[0], metrics = step(holder[0], tokens)
         return metrics["loss"], holder[0].params
 
-    return Timed(
+    return Compiled(
         run_step,
         lambda: compiled(params, tokens),
         config.batch_size * model.forward_flops(config.seq_len),

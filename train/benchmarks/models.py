@@ -1,0 +1,50 @@
+"""The decoders that benchmarks time: sizes, random weights and random tokens."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles import ModelConfig, Thoughtbubbles
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a decoder with random weights.
+
+    Attributes:
+        embed_dim: Width of the residual streams.
+        num_layers: Number of blocks.
+        num_heads: Number of attention heads of a block.
+    """
+
+    embed_dim: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+
+    def model_config(self, vocab_size: int, **options: Any) -> ModelConfig:
+        """Config of a decoder of these sizes.
+
+        Args:
+            vocab_size: Number of token ids.
+            options: Further fields of `ModelConfig`.
+        """
+        return ModelConfig(
+            vocab_size=vocab_size,
+            embed_dim=self.embed_dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            **options,
+        )
+
+
+def random_model(config: ModelConfig) -> Thoughtbubbles:
+    """A model with random weights; speed does not depend on what it says."""
+    return jax.jit(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))()
+
+
+def random_tokens(vocab_size: int, *shape: int) -> np.ndarray:
+    """Uniformly random token ids of a shape, int32."""
+    return np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int32)

@@ -1,0 +1,105 @@
+"""Timing side by side: rounds in turns after a warm-up, smallest and median cost, ratios."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Cost(NamedTuple):
+    """Cost of a piece of work.
+
+    Attributes:
+        seconds: Wall-clock time.
+        cpu_seconds: CPU time of this process, summed over all cores.
+    """
+
+    seconds: float
+    cpu_seconds: float
+
+    def per(self, count: int) -> "Cost":
+        """Cost of one of `count` equal parts."""
+        return Cost(self.seconds / count, self.cpu_seconds / count)
+
+
+class Clock:
+    """Wall-clock and CPU time since the clock was made."""
+
+    def __init__(self):
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> Cost:
+        return Cost(time.perf_counter() - self._wall, time.process_time() - self._cpu)
+
+
+def timed(function: Callable[..., Any], *args: Any) -> Cost:
+    """Cost of one call, until all arrays that it returns are computed."""
+    clock = Clock()
+    jax.block_until_ready(function(*args))
+    return clock.read()
+
+
+class Timing(NamedTuple):
+    """Costs of one function, a cost per round."""
+
+    rounds: Sequence[Cost]
+
+    @property
+    def best(self) -> Cost:
+        """The smallest time of each kind, which other work on the machine disturbs least."""
+        return Cost(*map(min, zip(*self.rounds, strict=True)))
+
+    @property
+    def median(self) -> Cost:
+        """The median time of each kind."""
+        return Cost(*map(float, np.median(np.array(self.rounds), axis=0)))
+
+
+class Ratio(NamedTuple):
+    """Ratio of two functions' wall-clock times.
+
+    Attributes:
+        best: Ratio of the smallest times.
+        median: Ratio of the median times.
+        low: Smallest ratio within a round.
+        high: Largest ratio within a round.
+    """
+
+    best: float
+    median: float
+    low: float
+    high: float
+
+
+def ratio(numerator: Timing, denominator: Timing) -> Ratio:
+    """Ratio of two timings of the same `interleaved` call, with its spread over rounds."""
+    pairs = zip(numerator.rounds, denominator.rounds, strict=True)
+    of_rounds = [mine.seconds / other.seconds for mine, other in pairs]
+    return Ratio(
+        numerator.best.seconds / denominator.best.seconds,
+        numerator.median.seconds / denominator.median.seconds,
+        min(of_rounds),
+        max(of_rounds),
+    )
+
+
+def interleaved(runs: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, Timing]:
+    """Times functions in turns, so that drifts of the machine reach all of them alike.
+
+    Args:
+        runs: Functions that do their work once and return its cost, by name. The first call of
+            each compiles and is not counted.
+        rounds: Number of counted calls of each function.
+
+    Returns:
+        A `Timing` for each name.
+    """
+    for run in runs.values():
+        run()
+    costs: dict[str, list[Cost]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            costs[name].append(run())
+    return {name: Timing(found) for name, found in costs.items()}
