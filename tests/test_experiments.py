@@ -13,7 +13,7 @@ import pytest
 from thoughtbubbles import ModelConfig, PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.forking import candidates_of
 from train.experiments import quality, random_bits
-from train.experiments.results import Results, read_results
+from train.experiments.study import Results, by_key, markdown_table, mean_text, read_results
 from train.experiments.tasks import Lookup
 
 
@@ -50,13 +50,27 @@ def test_finished_runs_are_found_again(tmp_path):
     out = tmp_path / "new" / "results.jsonl"
     results = Results(out, ("arm", "seed"))
     run = {"arm": "a", "seed": 0}
-    assert run not in results and not out.parent.exists()
+    assert results.missing([run]) == [run] and not out.parent.exists()
     results.add(run | {"loss": 1.5})
     again = Results(out, ("arm", "seed"))
     for found in (results, again):
-        assert run in found and run | {"note": "unread"} in found
+        assert found.missing([run]) == [] and run in found and run | {"note": "unread"} in found
         assert run | {"seed": 1} not in found and run | {"arm": "b"} not in found
     assert again.found == read_results(out) == [run | {"loss": 1.5}]
+
+
+def test_means_have_their_standard_errors():
+    values = [1.0, 2.0, 6.0]
+    assert mean_text(values, 2) == f"3.00 ± {math.sqrt((4 + 1 + 9) / 2 / 3):.2f}"
+    assert mean_text(values, 0, "+").startswith("+3 ±")
+    assert mean_text([2.0], 1) == "2.0" and mean_text([], 1) == ""
+
+
+def test_tables_group_runs_in_the_order_of_the_first_ones():
+    runs = [{"arm": arm, "seed": seed} for arm, seed in (("b", 0), ("a", 0), ("b", 1))]
+    groups = by_key(runs, "arm")
+    assert groups == {("b",): [runs[0], runs[2]], ("a",): [runs[1]]}
+    assert markdown_table(("x", "y"), [("1", "2")]) == ["| x | y |", "|---|---|", "| 1 | 2 |"]
 
 
 def with_one_fork(variant: Callable[[ModelConfig], ModelConfig]):

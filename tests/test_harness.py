@@ -3,21 +3,29 @@
 import dataclasses
 import json
 import math
+import sys
 import types
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from letters import writer
-from tiny import BASE
+from tiny import BASE, heavy_model
 
+from thoughtbubbles import PrefixRank
 from thoughtbubbles.decoding import generate
 from train import harness
+from train.cli import config_json
+from train.cli.config_json import as_json
+from train.data import ByteTokenizer
 from train.evaluation import lm_eval_model
 from train.evaluation.lm_eval_model import Decoding, HarnessModel, cut
 from train.evaluation.scoring import Scorer
 from train.evaluation.task_files import read_task
 from train.evaluation.task_scores import answers, summary
 from train.models.load import load_weights
+from train.runs.checkpoint import Checkpointer
 
 MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
 PLAIN = dataclasses.replace(BASE, fork_layers=(), num_layers=2)
@@ -25,18 +33,18 @@ LENGTH = 16
 
 
 def test_generation_options_are_those_of_the_harness():
-    assert Decoding.of({}, 7) == Decoding(max_new_tokens=7)
-    assert Decoding.of({"until": "\n", "max_new_tokens": 3}, 7) == Decoding(("\n",), 3)
+    assert Decoding.from_options({}, 7) == Decoding(max_new_tokens=7)
+    assert Decoding.from_options({"until": "\n", "max_new_tokens": 3}, 7) == Decoding(("\n",), 3)
     both = {"until": ["a", "", "b"], "max_gen_toks": 5, "max_tokens": 6}
-    assert Decoding.of(both, 7) == Decoding(("a", "b"), 5)
+    assert Decoding.from_options(both, 7) == Decoding(("a", "b"), 5)
     greedy = {"do_sample": False, "temperature": 0.7, "top_p": 0.5}
-    assert Decoding.of(greedy, 7) == Decoding(max_new_tokens=7)
-    assert Decoding.of({"temperature": 0.0}, 7).temperature == 0
-    sampled = Decoding.of({"temperature": 0.7, "top_k": 5}, 7)
+    assert Decoding.from_options(greedy, 7) == Decoding(max_new_tokens=7)
+    assert Decoding.from_options({"temperature": 0.0}, 7).temperature == 0
+    sampled = Decoding.from_options({"temperature": 0.7, "top_k": 5}, 7)
     assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.7, 5, None)
-    assert Decoding.of({"do_sample": True}, 7).temperature == 1
+    assert Decoding.from_options({"do_sample": True}, 7).temperature == 1
     with pytest.raises(ValueError, match="option num_beams is not supported: choose of until"):
-        Decoding.of({"num_beams": 2}, 7)
+        Decoding.from_options({"num_beams": 2}, 7)
 
 
 def test_texts_are_cut_before_the_first_stop_string():
@@ -111,24 +119,110 @@ def test_texts_are_generated_in_groups_and_cut(standing_in):
     sampled = {"do_sample": True, "temperature": 3.0}
     several = model.generate_until([Request("abc", sampled)] * 4)
     assert len(set(several)) > 1, "equal requests get samples of their own"
-    with pytest.raises(ValueError, match="max_gen_toks=16 of max_length=16 leaves no room"):
+    with pytest.raises(ValueError, match="max_gen_toks=16 of max_length=16 leaves no tokens"):
         model.generate_until([Request("a", {"max_gen_toks": 16})])
 
 
-def test_chats_are_rendered_and_read_with_their_special_tokens(standing_in):
-    model = HarnessModel(lm=load_weights(MODEL))
-    before = model._scorer.encode("<|im_end|>")
+def test_chats_are_rendered_and_encoded_with_their_special_tokens(standing_in):
+    loaded = load_weights(MODEL)
+    model, plain = HarnessModel(lm=loaded, chat=True), HarnessModel(lm=loaded)
     chat = [{"role": "user", "content": "the end"}]
     text = model.apply_chat_template(chat)
     assert text.endswith("<|im_start|>assistant\n") and "the end" in text
     begun = [*chat, {"role": "assistant", "content": "then "}]
     assert model.apply_chat_template(begun, add_generation_prompt=False).endswith("\nthen")
-    assert len(before) > 1 and len(model._scorer.encode("<|im_end|>")) == 1
+    ids = model._scorer.encode("<|im_end|>")
+    assert len(ids) == 1 and model._scorer.encode("") == plain._scorer.encode("")
     assert model.chat_template(True) and model.chat_template(False) is None
+    assert plain.chat_template(False) is None
+    for use in (plain.chat_template, plain.apply_chat_template):
+        with pytest.raises(ValueError, match="was loaded with chat=False: add chat=True"):
+            use(chat)
+    assert len(plain._scorer.encode("<|im_end|>")) > 1, "refusing changes nothing either"
     with pytest.raises(ValueError, match="letters has no chat template"):
-        HarnessModel(lm=writer(PLAIN)).apply_chat_template(chat)
+        HarnessModel(lm=writer(PLAIN), chat=True)
     with pytest.raises(ValueError, match="model=None checkpoint=None: pass one of them"):
         HarnessModel()
+
+
+PLUGIN = """
+import dataclasses
+from thoughtbubbles import PrefixRank
+from train.cli.config_json import POLICIES
+
+class Mine(PrefixRank):
+    pass
+
+POLICIES["{name}"] = dataclasses.dataclass(frozen=True)(Mine)
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch) -> str:
+    """A module in the working directory that adds a policy."""
+    name = "mine_for_harness"
+    (tmp_path / f"{name}.py").write_text(PLUGIN.format(name=name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(config_json.POLICIES, name, None)  # so that it is taken out again
+    monkeypatch.delitem(config_json.POLICIES, name)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return name
+
+
+def save_run(folder: Path, policy: str, plugin: str) -> None:
+    """The folder of a run whose policy comes from a plugin."""
+    config = dataclasses.replace(BASE, vocab_size=320, num_layers=2, fork_layers=(1,))
+    params = nnx.to_pure_dict(nnx.state(heavy_model(config)))
+    meta = {
+        "config": {
+            "model": as_json(config) | {"policy": policy},
+            "data": {"seq_len": LENGTH},
+            "plugin": [plugin],
+        },
+        "tokenizer": ByteTokenizer().to_json(),
+        "step": 1,
+        "data_fingerprint": "",
+    }
+    with Checkpointer(folder, save_interval=1) as checkpointer:
+        checkpointer.save(1, params, {"unread": jnp.zeros(1)}, meta)
+
+
+def test_a_run_with_the_policy_of_a_plugin_is_scored(standing_in, plugin, tmp_path):
+    run = str(tmp_path / "run")
+    save_run(tmp_path / "run", f"{plugin}(ratio=1.5)", plugin)
+    with pytest.raises(ValueError, match=f"was made with --plugin {plugin}: pass it here too"):
+        HarnessModel(checkpoint=run)
+    model = HarnessModel(checkpoint=run, plugin=plugin, batch_size=2)
+    policy = model._lm.model.config.policy
+    assert type(policy).__name__ == "Mine" and policy.ratio == 1.5
+    own = model._lm.model.with_policy(PrefixRank(1.5))
+    pairs = [("abc", " d"), ("a", "b")]
+    expected = Scorer(dataclasses.replace(model._lm, model=own), 2)(pairs)
+    found = model.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+    assert found == [(score.log_prob, score.greedy) for score in expected]
+
+
+def test_the_command_loads_plugins_before_the_harness_reads_its_options(monkeypatch, plugin):
+    asked = []
+    registered = lambda name: lambda model: asked.append((name, model))  # noqa: E731
+    modules = {
+        "lm_eval": {},
+        "lm_eval.__main__": {"cli_evaluate": lambda: asked.append(sys.argv[1:])},
+        "lm_eval.api": {},
+        "lm_eval.api.registry": {"register_model": registered},
+    }
+    for name, attributes in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**attributes))
+    monkeypatch.setattr(lm_eval_model, "harness", types.SimpleNamespace())
+    words = ["run", "--plugin", plugin, "--model", "thoughtbubbles"]
+    monkeypatch.setattr(sys, "argv", ["harness", *words])
+    harness.command()
+    assert asked == [("thoughtbubbles", HarnessModel), ["run", "--model", "thoughtbubbles"]]
+    assert plugin in config_json.POLICIES
+    monkeypatch.setattr(sys, "argv", ["harness", "--plugin", "nowhere_at_all"])
+    with pytest.raises(SystemExit):
+        harness.command()
 
 
 WORDS = ["cat", "dog", "tree", "sea", "sun", "then", "hat"]

@@ -20,14 +20,14 @@ from train.rl.tasks.strings import Reverse
 from train.rl.types import Completion
 
 MODEL = MODELS["shallow"]
-TINY = reinforce.Study("reverse(length=2, shortest=2)", 8, 0.9, 2, 3)
+TINY = reinforce.TaskSetup("reverse(length=2, shortest=2)", 8, 0.9, 2, 3)
 
 
 def test_it_does_what_is_missing_and_reports(tmp_path, capsys, monkeypatch):
     one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr("train.rl.job.make_mesh", lambda config, _: one_device(config))
     monkeypatch.setattr(reinforce, "MODEL", MODEL)
-    monkeypatch.setitem(reinforce.STUDIES, "reverse", TINY)
+    monkeypatch.setitem(reinforce.TASKS, "reverse", TINY)
     out = tmp_path / "found.jsonl"
     config = reinforce.Experiment(
         tasks=("reverse",), arms=("demonstrations",), seeds=(0,), steps=2, batch_size=2,
@@ -88,8 +88,8 @@ def test_only_answers_and_their_ends_are_supervised():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tasks": ("chess",)}, "tasks: unknown 'chess': choose from reverse, sort"),
-        ({"arms": ("ppo",)}, "arms: unknown 'ppo': choose from grpo"),
+        ({"tasks": ("chess",)}, "unknown task 'chess': choose from reverse, sort"),
+        ({"arms": ("ppo",)}, "unknown arm 'ppo': choose from grpo"),
     ],
     ids=str,
 )

@@ -1,10 +1,13 @@
 """EleutherAI's evaluation harness, its own command line, on models of ours (the extra `lm-eval`).
 
 python -m train.harness run --model thoughtbubbles --model_args model=smollm2 --tasks piqa
+
+`--plugin mine` imports a module of yours first, such as the one that has a run's fork policy.
 """
 
 import sys
 
+from train.cli.plugins import load_plugins
 from train.devices.hardware import quiet_libtpu
 from train.evaluation import lm_eval_model
 
@@ -17,6 +20,7 @@ def main() -> None:
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
     quiet_libtpu()
+    sys.argv[1:] = load_plugins(sys.argv[1:])
     register_model("thoughtbubbles")(lm_eval_model.HarnessModel)
     cli_evaluate()
 

@@ -1,14 +1,15 @@
-"""A model as EleutherAI's evaluation harness (the extra `lm-eval`) wants it.
+"""A model behind the interface of EleutherAI's evaluation harness (the extra `lm-eval`).
 
 From Python: lm_eval.simple_evaluate(HarnessModel(model="smollm2"), tasks=...).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.cli.plugins import OPTION, load_plugins
 from train.data.chat_templates import Message, render
 from train.evaluation.scoring import Scorer
 from train.models.load import LanguageModel, load_model, load_weights
@@ -25,13 +26,16 @@ MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completio
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How to continue a text, from the harness's `generation_kwargs`.
+    """Decoding options of a request, from the harness's `generation_kwargs`.
 
     Attributes:
-        until: a text is cut before the first of these that it contains.
-        max_new_tokens: at most.
-        temperature: 0 unless samples are asked for.
-        top_k, top_p, min_p: as in `thoughtbubbles.decoding.generate`.
+        until: Stop strings; a text is cut before the first one that it contains.
+        max_new_tokens: Largest number of new tokens.
+        temperature: Sampling temperature; 0 decodes greedily.
+        top_k: Number of most probable tokens that are sampled from, as in
+            `thoughtbubbles.decoding.generate`; None samples from all.
+        top_p: Probability mass that is sampled from, as there.
+        min_p: Least probability relative to the largest, as there.
     """
 
     until: tuple[str, ...] = ()
@@ -42,11 +46,16 @@ class Decoding:
     min_p: float | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], max_new_tokens: int) -> "Decoding":
-        """Read `until`, `do_sample`, `temperature`, `max_gen_toks` and its other names, `top_k`...
+    def from_options(cls, options: Mapping[str, Any], max_new_tokens: int) -> "Decoding":
+        """Reads a task's options.
+
+        Args:
+            options: The harness's `generation_kwargs`: `until`, `do_sample`, `temperature`,
+                `max_gen_toks` and its other names, `top_k`, `top_p`, `min_p`.
+            max_new_tokens: Largest number of new tokens where the options name none.
 
         Raises:
-            ValueError: there is an option that would be ignored.
+            ValueError: An option is not known, so that it would be ignored.
         """
         left = dict(options)
         until = left.pop("until", None) or []
@@ -71,20 +80,28 @@ class Decoding:
 
 
 class HarnessModel(LM):
-    """A model as the harness asks it.
+    """Language model for the harness: log-probabilities of continuations, and generated texts.
 
     Args:
-        model: pretrained weights, "smollm2", a Hugging Face folder, or a .gguf file.
-        checkpoint: in place of them, the folder of a run.
-        lm: in place of both, a model that is loaded.
-        batch_size: rows per pass; "auto" is the default.
-        max_length: tokens read at a time; default: as many as the model was trained with.
-        max_gen_toks: new tokens where a task names no number.
-        seed: of samples.
-        device, max_batch_size: the harness passes them; jax chooses the device.
+        model: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file.
+        checkpoint: Folder of a run, in place of `model`.
+        lm: Loaded model, in place of both.
+        batch_size: Number of rows of a forward pass; "auto" is the default number.
+        max_length: Largest number of tokens of a row; by default as many as the model was trained
+            on.
+        max_gen_toks: Largest number of new tokens of tasks that name no number.
+        seed: Seed of the sampling noise.
+        chat: Whether contexts are chats that the model's template has rendered, so that the special
+            tokens they spell out are encoded as such and none is put in front. The harness renders
+            them if it is called with `apply_chat_template`; both belong together.
+        plugin: Names of modules, separated by "+", that are imported before the model is loaded,
+            such as the one that has a run's fork policy (`thoughtbubbles harness --plugin` too).
+        device: Option that the harness passes to every model; jax chooses the device.
+        max_batch_size: Option that the harness passes to every model, without effect.
 
     Raises:
-        ValueError: the harness is not installed, or not one model is named.
+        ValueError: The harness is not installed, not exactly one model is given, a plugin can't be
+            imported, or `chat` is set for a model without a chat template.
     """
 
     def __init__(
@@ -96,6 +113,8 @@ class HarnessModel(LM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
+        chat: bool = False,
+        plugin: str = "",
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
@@ -105,6 +124,7 @@ class HarnessModel(LM):
         del device, max_batch_size
         if sum(given is not None for given in (model, checkpoint, lm)) != 1:
             raise ValueError(f"model={model} checkpoint={checkpoint}: pass one of them")
+        load_plugins([OPTION, *filter(None, plugin.split("+"))])
         if model is not None:
             lm = load_weights(model)
         elif checkpoint is not None:
@@ -114,12 +134,16 @@ class HarnessModel(LM):
         self._lm, self._seed, self._max_gen_toks = lm, seed, max_gen_toks
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self._scorer = Scorer(lm, self.batch_size, max_length)
+        self._chat = chat
+        if chat:
+            self._scorer.encode = chat_encoder(self._chat_tokenizer())
         self._stops: dict[str, list[int]] = {}
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy) of each request's (context, continuation)."""
+        """Log-probability of each request's continuation after its context, and whether greedy
+        decoding would write it."""
         self._scorer.quiet = disable_tqdm
         scores = self._scorer([request.args for request in requests])
         return self._done("loglikelihood", requests, [(s.log_prob, s.greedy) for s in scores])
@@ -141,7 +165,7 @@ class HarnessModel(LM):
         del disable_tqdm
         groups: dict[Decoding, list[int]] = {}
         for index, request in enumerate(requests):
-            decoding = Decoding.of(request.args[1], self._max_gen_toks)
+            decoding = Decoding.from_options(request.args[1], self._max_gen_toks)
             groups.setdefault(decoding, []).append(index)
         found = [""] * len(requests)
         for decoding, members in groups.items():
@@ -158,8 +182,16 @@ class HarnessModel(LM):
     def apply_chat_template(
         self, chat_history: Sequence[Message], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the text that the model was tuned on, up to where its answer begins,
-        or, without `add_generation_prompt`, up to the end of the last message's content."""
+        """Renders a conversation as the text that the model was tuned on.
+
+        Args:
+            chat_history: Messages, the oldest first.
+            add_generation_prompt: Whether the text ends where the model's answer begins; else it
+                ends with the content of the last message.
+
+        Raises:
+            ValueError: The model has no chat template, or was not loaded with `chat=True`.
+        """
         tokenizer = self._chat_tokenizer()
         text = render(
             tokenizer.chat_template or "",
@@ -174,34 +206,40 @@ class HarnessModel(LM):
         return text[: text.rindex(last) + len(last)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, for the harness's reports."""
+        """The template, for the harness's reports; None unless the harness applies it."""
         return self._chat_tokenizer().chat_template if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches of requests."""
+        """Name of the tokenizer, which the harness's caches of requests bear."""
         return self._lm.tokenizer.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Facts of the model that the harness writes into its results."""
         return {"model": self._name, "model_num_parameters": self._lm.model.config.num_params()}
 
     def _chat_tokenizer(self) -> PretrainedTokenizer:
-        """From here on texts spell out their special tokens, as the template renders them."""
+        """The tokenizer with the chat template, if chats can be scored."""
         tokenizer = self._lm.tokenizer
         if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
-            raise ValueError(f"{self._name} has no chat template: leave out apply_chat_template")
-        self._scorer.encode = lambda text: tokenizer.rendered(text) or [tokenizer.separator]
+            raise ValueError(
+                f"{self._name} has no chat template: leave out apply_chat_template and chat"
+            )
+        if not self._chat:
+            raise ValueError(
+                f"apply_chat_template, and {self._name} was loaded with chat=False: add chat=True "
+                "(to --model_args), so that rendered special tokens are encoded as such"
+            )
         return tokenizer
 
     def _prompt(self, context: str, decoding: Decoding) -> list[int]:
-        """Ids of a context, without its beginning where the new tokens would find no room."""
+        """Ids of a context; its oldest ids go where the new tokens would exceed `max_length`."""
         ids, longest = self._scorer.encode(context), self._scorer.max_length
         if longest is None:
             return ids
         if decoding.max_new_tokens >= longest:
             raise ValueError(
-                f"max_gen_toks={decoding.max_new_tokens} of max_length={longest} leaves no room "
+                f"max_gen_toks={decoding.max_new_tokens} of max_length={longest} leaves no tokens "
                 "for a context: lower it"
             )
         return ids[-(longest - decoding.max_new_tokens) :]
@@ -211,11 +249,11 @@ class HarnessModel(LM):
         until, length = options.pop("until"), options.pop("max_new_tokens")
         stop = [*lm.stop_ids, *(token for text in until for token in self._stop_ids(text))]
         valid_vocab_size = lm.tokenizer.vocab_size
-        # Filled up, so that the last batch finds its program compiled.
-        filled = prompts + prompts[-1:] * (self.batch_size - len(prompts))
+        # Padded, so that the last batch finds its program compiled.
+        padded = prompts + prompts[-1:] * (self.batch_size - len(prompts))
         new = generate(
             lm.model,
-            filled,
+            padded,
             length,
             stop=stop,
             valid_vocab_size=valid_vocab_size,
@@ -226,7 +264,7 @@ class HarnessModel(LM):
         return [cut(text, until) for text in texts]
 
     def _stop_ids(self, text: str) -> list[int]:
-        """Ids whose own text holds the stop string, or that are spelled so (special tokens)."""
+        """Ids of the tokens that contain a stop string, and of the special token of that name."""
         if text not in self._stops:
             tokenizer = self._lm.tokenizer
             ids = range(tokenizer.vocab_size)
@@ -243,7 +281,12 @@ class HarnessModel(LM):
         return results
 
 
+def chat_encoder(tokenizer: PretrainedTokenizer) -> Callable[[str], list[int]]:
+    """Encoder of texts that spell out their special tokens, as a chat template renders them."""
+    return lambda text: tokenizer.rendered(text) or [tokenizer.separator]
+
+
 def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first place where one of the stop strings begins."""
-    places = [text.find(stop) for stop in until]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
+    """The text in front of the first stop string that it contains."""
+    starts = [text.find(stop) for stop in until]
+    return text[: min((start for start in starts if start >= 0), default=len(text))]

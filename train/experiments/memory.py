@@ -9,9 +9,7 @@ Each finished (arm, seed) is one line of the file; starting again does what is m
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +30,19 @@ from memgen import (
     token_log_probs,
 )
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
+from train.benchmarks.timing import Clock
 from train.cli.command import run_command
-from train.experiments.results import Results, read_results
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
 from train.models.load import checksum
 
 LETTERS = "\n0123456789+=,. sc"  # the first one is padding
@@ -147,50 +156,49 @@ ARMS: dict[str, Callable[[Backbone, nnx.Rngs], Arm]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Train arms on a frozen reasoner, or report what was trained.
+class Experiment(StudyConfig):
+    """Trains arms on a frozen reasoner, or reports what was trained.
 
     Attributes:
-        arms: names from `ARMS`; `frozen` is the reasoner alone.
-        seeds: of the reasoner, of what is trained beside it, and of the data.
-        pretrain_steps, steps: of the reasoner, and of each arm.
-        batch_size: rows.
-        learning_rate: of the arms.
-        out: where results are appended, one JSON object a line.
-        report: a file of results to print as a table, in place of training.
+        arms: Names of `ARMS`; "frozen" is the reasoner alone.
+        pretrain_steps: Number of steps that train the reasoner.
+        steps: Number of steps that train each arm.
+        batch_size: Number of rows of a step.
+        learning_rate: Peak learning rate of the arms.
     """
 
     arms: tuple[str, ...] = ("frozen", *ARMS)
-    seeds: tuple[int, ...] = (0, 1, 2)
     pretrain_steps: int = 1500
     steps: int = 600
     batch_size: int = 64
     learning_rate: float = 1e-2
     out: str = "memory.jsonl"
-    report: str | None = None
 
     def __post_init__(self):
-        for name in self.arms:
-            if name != "frozen" and name not in ARMS:
-                raise ValueError(f"unknown arm {name!r}: choose from frozen, {', '.join(ARMS)}")
+        check_names("arm", self.arms, ("frozen", *ARMS))
 
 
 def main(config: Experiment) -> None:
     """Train what is missing, or print the table."""
-    if config.report is not None:
-        print(report(read_results(config.report)))
-        return
-    results = Results(config.out, ("arm", "seed"))
+    run_study(config, ("arm", "seed"), train_missing, report)
+
+
+def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs; arms of a seed share its reasoner."""
     for seed in config.seeds:
-        missing = [arm for arm in config.arms if {"arm": arm, "seed": seed} not in results]
-        if not missing:
+        runs = results.missing({"arm": arm, "seed": seed} for arm in config.arms)
+        if not runs:
             continue
         reasoner = pretrained(config, seed)
-        for arm in missing:
-            result = {"arm": arm, "seed": seed, **score_arm(config, reasoner, arm, seed)}
-            results.add(result)
-            print(f"{arm} seed {seed}: {result['accuracy']:.3f} of {HELD_OUT}, loss "
-                  f"{result['loss']:.4f}, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+        for run in runs:
+            result = run | score_arm(config, reasoner, run["arm"], seed)
+            yield (
+                result,
+                (
+                    f"{run['arm']} seed {seed}: {result['accuracy']:.3f} of {HELD_OUT}, loss "
+                    f"{result['loss']:.4f}, {result['seconds']:.0f} s"
+                ),
+            )
 
 
 def pretrained(config: Experiment, seed: int) -> Backbone:
@@ -209,9 +217,9 @@ class _Plain(Arm):
         return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
-def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> dict[str, Any]:
+def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> Result:
     """Train one arm to sort; held-out exact match, and what it cost."""
-    begin = time.perf_counter()
+    clock = Clock()
     before = checksum(reasoner)
     arm = _Plain(reasoner)
     parameters = 0
@@ -230,7 +238,7 @@ def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> d
         "loss": loss,
         "steps": 0 if name == "frozen" else config.steps,
         "reasoner": before,
-        "seconds": time.perf_counter() - begin,
+        "seconds": clock.read().seconds,
         "jax": jax.__version__,
     }
 
@@ -298,24 +306,22 @@ def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float
     return float(np.concatenate(found).mean()), nats / float(held_out["loss_mask"].sum())
 
 
-def report(results: list[dict[str, Any]]) -> str:
+def report(results: list[Result]) -> str:
     """A markdown table: held-out exact match in percent, mean over seeds ± its standard error."""
-    lines = [
-        "| arm | trained | seeds | exact match % | loss | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm in dict.fromkeys(result["arm"] for result in results):
-        mine = [result for result in results if result["arm"] == arm]
-        mean = lambda name, scale=1.0, mine=mine: scale * np.mean([r[name] for r in mine])  # noqa: E731
-        scores = [100 * result["accuracy"] for result in mine]
-        error = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
-        seeds = " ".join(str(result["seed"]) for result in mine)
-        exact = f"{np.mean(scores):.1f} ± {error:.1f}"
-        lines.append(
-            f"| {arm} | {mine[0]['parameters']:,} | {seeds} | {exact} | "
-            f"{mean('loss'):.3f} | {mean('seconds'):.0f} |"
+    rows = []
+    for (arm,), mine in by_key(results, "arm").items():
+        rows.append(
+            (
+                arm,
+                f"{mine[0]['parameters']:,}",
+                seeds_text(mine),
+                mean_text([100 * result["accuracy"] for result in mine], 1),
+                f"{np.mean([result['loss'] for result in mine]):.3f}",
+                f"{np.mean([result['seconds'] for result in mine]):.0f}",
+            )
         )
-    return "\n".join(lines)
+    head = ("arm", "trained", "seeds", "exact match %", "loss", "seconds")
+    return "\n".join(markdown_table(head, rows))
 
 
 def command() -> None:

@@ -8,7 +8,6 @@ Each finished (variant, seed) is one line of the file; starting again does what 
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from thoughtbubbles import (
     TopK,
 )
 from thoughtbubbles.statistics import readable as fork_metrics
+from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.data import DataConfig, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place
@@ -36,7 +36,17 @@ from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
 from train.engine.step import make_train_step
 from train.evaluation.held_out import Evaluator
-from train.experiments.results import Results, read_results
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
 from train.experiments.tasks import Lookup
 
 FORK_LAYERS, RATIO = (1, 2), 2.0
@@ -192,45 +202,43 @@ TASKS = {"stdlib": Stdlib, "lookup": LookupTask}
 
 
 @dataclasses.dataclass(frozen=True)
-class Quality:
-    """Train variants of one decoder on one task, or report what was trained.
+class Quality(StudyConfig):
+    """Trains variants of one decoder on one task, or reports what was trained.
 
     Attributes:
-        task: `stdlib` (bytes of source text) or `lookup` (`train.experiments.tasks`).
-        variants: names from `VARIANTS`.
-        seeds: of initial parameters and data order.
-        steps: of training (0: the task's own number).
-        rows: held-out rows, the same for all variants.
-        positions: how many targets are scored prefix-only if the policy is not causal.
-        out: where results are appended, one JSON object a line.
-        report: a file of results to print as a table, in place of training.
-        against: variant that the table compares the others with, seed by seed.
+        task: Task, "stdlib" (bytes of source text) or "lookup" (`train.experiments.tasks`).
+        variants: Names of `VARIANTS`.
+        steps: Number of training steps; 0 takes the task's own number.
+        rows: Number of held-out rows, the same ones for all variants.
+        positions: Number of targets that are scored prefix-only if the policy is not causal.
+        against: Variant that the table compares the others with, seed by seed.
     """
 
     task: Literal["stdlib", "lookup"] = "lookup"
     variants: tuple[str, ...] = ("plain", "copy2", "topk", "prefix_rank", "threshold", "random")
-    seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 0
     rows: int = 1024
     positions: int = 2048
     out: str = "quality.jsonl"
-    report: str | None = None
     against: str = "plain"
 
     def __post_init__(self):
-        for name in (*self.variants, self.against):
-            if name not in VARIANTS:
-                raise ValueError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+        check_names("variant", (*self.variants, self.against), VARIANTS)
 
 
 def main(config: Quality) -> None:
     """Train what is missing, or print the table."""
-    if config.report is not None:
-        print(report(read_results(config.report), config.against))
-        return
+    run_study(config, KEY, train_missing, lambda results: report(results, config.against))
+
+
+def train_missing(config: Quality, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs.
+
+    Raises:
+        ValueError: The file holds results over other numbers of rows or positions.
+    """
     task = TASKS[config.task](config.rows, config.positions)
     steps = config.steps or task.steps
-    results = Results(config.out, KEY)
     for result in results.found:
         scored = result["rows"], result["positions"]
         if scored != (config.rows, config.positions):
@@ -238,34 +246,38 @@ def main(config: Quality) -> None:
                 f"{config.out} holds results over rows, positions = {scored}, asked for "
                 f"{(config.rows, config.positions)}: pass another --out, or the same numbers"
             )
-    for seed in config.seeds:
-        for variant in config.variants:
-            result = {"task": config.task, "variant": variant, "seed": seed, "steps": steps}
-            if result in results:
-                continue
-            result |= {"rows": config.rows, "positions": config.positions}
-            result |= train_and_score(task, VARIANTS[variant](task.base), steps, seed)
-            results.add(result)
-            print(f"{variant} seed {seed}: {result['loss']:.4f} ± {result['standard_error']:.4f} "
-                  f"nats, {result['seconds']:.0f} s", flush=True)  # fmt: skip
+    runs = results.missing(
+        {"task": config.task, "variant": variant, "seed": seed, "steps": steps}
+        for seed in config.seeds
+        for variant in config.variants
+    )
+    for run in runs:
+        result = run | {"rows": config.rows, "positions": config.positions}
+        model = VARIANTS[run["variant"]](task.base)
+        result |= train_and_score(task, model, steps, run["seed"])
+        yield (
+            result,
+            (
+                f"{run['variant']} seed {run['seed']}: {result['loss']:.4f} ± "
+                f"{result['standard_error']:.4f} nats, {result['seconds']:.0f} s"
+            ),
+        )
 
 
-def train_and_score(
-    task: Stdlib | LookupTask, model: ModelConfig, steps: int, seed: int
-) -> dict[str, Any]:
+def train_and_score(task: Stdlib | LookupTask, model: ModelConfig, steps: int, seed: int) -> Result:
     """One run from scratch: held-out loss and what it cost."""
     trainable = task.trainable(model, steps, seed)
     step, state = make_train_step(trainable), trainable.init()
     batches = task.batches(seed)
-    begin = first = time.perf_counter()
+    clock = after_first = Clock()
     metrics: dict[str, Any] = {}
     for number in range(steps):
         state, metrics = step(state, place(next(batches), trainable.mesh))
         if number == 0:
             jax.block_until_ready(metrics["loss"])
-            first = time.perf_counter()
+            after_first = Clock()
     jax.block_until_ready(state.params)
-    trained = time.perf_counter()
+    seconds = after_first.read().seconds
     scores = task.evaluate(trainable, state.weights)
     forks = fork_metrics(jax.device_get(metrics["aux"]), model.fork_layers)
     return {
@@ -273,63 +285,58 @@ def train_and_score(
         "parameters": model.num_params(),
         **scores,
         **{name: value for name, value in forks.items() if not name.endswith("histogram")},
-        "step_ms": 1e3 * (trained - first) / max(steps - 1, 1),
-        "seconds": time.perf_counter() - begin,
+        "step_ms": 1e3 * seconds / max(steps - 1, 1),
+        "seconds": clock.read().seconds,
         "jax": jax.__version__,
     }
 
 
-def report(results: list[dict[str, Any]], against: str = "plain") -> str:
-    """Markdown tables, one for each task and number of steps.
+def report(results: list[Result], against: str = "plain") -> str:
+    """Markdown tables of variants, one for each task and number of steps.
 
-    Means over seeds ± standard error of that mean; differences are paired by seed.
+    Args:
+        results: Finished runs; of several of the same run the last one counts.
+        against: Variant whose loss is subtracted from the others', seed by seed.
+
+    Returns:
+        Means over seeds ± their standard errors.
     """
-    by_run = {tuple(result[name] for name in KEY): result for result in results}
+    latest = {tuple(result[name] for name in KEY): result for result in results}.values()
     lines = []
-    for task, steps in dict.fromkeys(key[:2] for key in by_run):
-        runs = {key[2:]: result for key, result in by_run.items() if key[:2] == (task, steps)}
-        tokens = next(iter(runs.values()))["tokens"]
+    for (task, steps), runs in by_key(latest, "task", "steps").items():
         lines += [
-            f"{task}, {steps:,} steps, {tokens:,} tokens; held-out nats per target, prefix-only",
+            f"{task}, {steps:,} steps, {runs[0]['tokens']:,} tokens; held-out nats per target, "
+            "prefix-only",
             "",
-            f"| variant | parameters | seeds | loss | minus {against} | blockwise | streams "
-            "| step ms |",
-            "|---|---|---|---|---|---|---|---|",
         ]
-        for variant in dict.fromkeys(variant for variant, _ in runs):
-            mine = {seed: result for (name, seed), result in runs.items() if name == variant}
+        losses = {(run["variant"], run["seed"]): run["loss"] for run in runs}
+        rows = []
+        for (variant,), mine in by_key(runs, "variant").items():
             paired = [
-                mine[s]["loss"] - runs[against, s]["loss"] for s in mine if (against, s) in runs
+                run["loss"] - losses[against, run["seed"]]
+                for run in mine
+                if (against, run["seed"]) in losses
             ]
-            blockwise = [run["blockwise_loss"] for run in mine.values() if "blockwise_loss" in run]
-            any_run = next(iter(mine.values()))
             streams = [
-                f"{np.mean([run[name] for run in mine.values()]):.2f}"
-                for name in any_run
+                f"{np.mean([run[name] for run in mine]):.2f}"
+                for name in mine[0]
                 if name.endswith("streams_per_token")
             ]
-            cells = [
-                variant,
-                f"{any_run['parameters']:,}",
-                " ".join(str(seed) for seed in sorted(mine)),
-                _mean([run["loss"] for run in mine.values()]),
-                _mean(paired, "+") if variant != against else "",
-                _mean(blockwise),
-                ", ".join(streams),
-                f"{np.median([run['step_ms'] for run in mine.values()]):.0f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+            rows.append(
+                (
+                    variant,
+                    f"{mine[0]['parameters']:,}",
+                    seeds_text(sorted(mine, key=lambda run: run["seed"])),
+                    mean_text([run["loss"] for run in mine], 4),
+                    mean_text(paired, 4, "+") if variant != against else "",
+                    mean_text([r["blockwise_loss"] for r in mine if "blockwise_loss" in r], 4),
+                    ", ".join(streams),
+                    f"{np.median([run['step_ms'] for run in mine]):.0f}",
+                )
+            )
+        head = ("variant", "parameters", "seeds", "loss", f"minus {against}", "blockwise")
+        lines += [*markdown_table((*head, "streams", "step ms"), rows), ""]
     return "\n".join(lines)
-
-
-def _mean(values: list[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    mean = f"{np.mean(values):{sign}.4f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.4f}"
 
 
 def command() -> None:

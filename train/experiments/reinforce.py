@@ -12,7 +12,6 @@ Each finished (task, arm, seed) is one line of the file; starting again does wha
 import dataclasses
 import itertools
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
+from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.data import ByteTokenizer
 from train.devices.mesh import place
@@ -28,7 +28,17 @@ from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState
 from train.engine.step import make_train_step
-from train.experiments.results import Results, read_results
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
 from train.models.load import LanguageModel
 from train.rl.buckets import SHORTEST, bucket
 from train.rl.config import RLConfig
@@ -51,14 +61,15 @@ MODEL = ModelConfig(
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
-    """A task, and how its baseline is made.
+class TaskSetup:
+    """A task, and how its baseline is made: by supervision until it is mediocre.
 
     Attributes:
-        demonstrations: problems whose answers are shown, again and again, until
-        enough: of other training problems succeed, a share, or
-        steps: optimizer steps are over.
-        max_new_tokens: room for the longest answer and its end.
+        task: Task of `train.rl.tasks`, written with its options.
+        demonstrations: Number of problems whose answers are shown, again and again.
+        enough: Share of other training problems whose success ends the supervision.
+        steps: Largest number of supervised optimizer steps.
+        max_new_tokens: Number of tokens of the longest answer and its end.
     """
 
     task: str
@@ -68,35 +79,33 @@ class Study:
     max_new_tokens: int
 
 
-STUDIES = {
-    "reverse": Study("reverse(length=5, shortest=3)", 200, 0.4, 300, 6),
-    "sort": Study("sort(length=5, shortest=3)", 200, 0.4, 300, 6),
+TASKS = {
+    "reverse": TaskSetup("reverse(length=5, shortest=3)", 200, 0.4, 300, 6),
+    "sort": TaskSetup("sort(length=5, shortest=3)", 200, 0.4, 300, 6),
 }
 CONTROLS = ("coin", "demonstrations")
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Run arms on tasks, or report what was run.
+class Experiment(StudyConfig):
+    """Runs arms on tasks, or reports what was run.
 
     Attributes:
-        tasks: names from `STUDIES`.
-        arms: methods of `train.rl`, or the controls: `coin` is GRPO with rewards that have nothing
-            to do with the answer, `demonstrations` more of the supervision that came before.
-        seeds: of weights, problems and rollouts.
-        pretrain_steps: on demonstrations (0: the study's own number).
-        steps: of reinforcement learning.
-        batch_size, num_generations: problems of a step, and answers to each.
-        minibatches: optimizer steps of a step.
-        learning_rate: of reinforcement learning.
-        rows: held-out problems, none of which is ever trained on.
-        out: where results are appended, one JSON object a line.
-        report: a file of results to print as a table, in place of training.
+        tasks: Names of `TASKS`.
+        arms: Methods of `train.rl`, or the controls: "coin" is GRPO with rewards that have nothing
+            to do with the answer, "demonstrations" more of the supervision that came before.
+        pretrain_steps: Largest number of supervised steps of the baseline; 0 takes the task's own
+            number.
+        steps: Number of steps of reinforcement learning.
+        batch_size: Number of problems of a step.
+        num_generations: Number of answers to each problem.
+        minibatches: Number of optimizer steps of a step.
+        learning_rate: Peak learning rate of reinforcement learning.
+        rows: Number of held-out problems, none of which is ever trained on.
     """
 
-    tasks: tuple[str, ...] = tuple(STUDIES)
+    tasks: tuple[str, ...] = tuple(TASKS)
     arms: tuple[str, ...] = ("grpo", *CONTROLS)
-    seeds: tuple[int, ...] = (0, 1, 2)
     pretrain_steps: int = 0
     steps: int = 200
     batch_size: int = 32
@@ -105,13 +114,10 @@ class Experiment:
     learning_rate: float = 1e-3
     rows: int = 1024
     out: str = "reinforce.jsonl"
-    report: str | None = None
 
     def __post_init__(self):
-        for name, known in (("tasks", tuple(STUDIES)), ("arms", (*METHODS, *CONTROLS))):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ValueError(f"{name}: unknown {value!r}: choose from {', '.join(known)}")
+        check_names("task", self.tasks, TASKS)
+        check_names("arm", self.arms, (*METHODS, *CONTROLS))
 
 
 class Tried:
@@ -150,23 +156,26 @@ class Coin:
 
 def main(config: Experiment) -> None:
     """Run what is missing, or print the table."""
-    if config.report is not None:
-        print(report(read_results(config.report)))
-        return
-    results = Results(config.out, ("task", "arm", "seed"))
-    for name in config.tasks:
-        for seed in config.seeds:
-            key = {"task": name, "seed": seed}
-            missing = [arm for arm in config.arms if key | {"arm": arm} not in results]
-            if not missing:
-                continue
-            baseline = Baseline(config, name, seed)
-            print(f"{name} seed {seed}: baseline {baseline.success:.1%}", flush=True)
-            for arm in missing:
-                result = key | {"arm": arm} | score_arm(baseline, arm)
-                results.add(result)
-                print(f"{name} {arm} seed {seed}: {result['before']:.1%} -> {result['after']:.1%},"
-                      f" {result['seconds']:.0f} s", flush=True)  # fmt: skip
+    run_study(config, ("task", "arm", "seed"), train_missing, report)
+
+
+def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs; arms of a task and seed share their baseline."""
+    for name, seed in itertools.product(config.tasks, config.seeds):
+        runs = results.missing({"task": name, "seed": seed, "arm": arm} for arm in config.arms)
+        if not runs:
+            continue
+        baseline = Baseline(config, name, seed)
+        print(f"{name} seed {seed}: baseline {baseline.success:.1%}", flush=True)
+        for run in runs:
+            result = run | score_arm(baseline, run["arm"])
+            yield (
+                result,
+                (
+                    f"{name} {run['arm']} seed {seed}: {result['before']:.1%} -> "
+                    f"{result['after']:.1%}, {result['seconds']:.0f} s"
+                ),
+            )
 
 
 class Baseline:
@@ -174,9 +183,9 @@ class Baseline:
 
     def __init__(self, config: Experiment, name: str, seed: int):
         clock = Clock()
-        self.config, self.study, self.seed = config, STUDIES[name], seed
-        self.task: Any = make_task(self.study.task, seed)
-        most = config.pretrain_steps or self.study.steps
+        self.config, self.setup, self.seed = config, TASKS[name], seed
+        self.task: Any = make_task(self.setup.task, seed)
+        most = config.pretrain_steps or self.setup.steps
         optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
         self.lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
         with tempfile.TemporaryDirectory() as folder:
@@ -186,18 +195,18 @@ class Baseline:
             for self.steps, state in enumerate(itertools.islice(shown, most), 1):
                 if self.steps % CHECK == 0 or self.steps == most:
                     tried = work.evaluate(state.weights)[0]["success"]
-                    if tried >= self.study.enough:
+                    if tried >= self.setup.enough:
                         break
             self.lm = LanguageModel(
                 work.trainable.model(state.weights).backbone.model, ByteTokenizer()
             )
             work = RLJob(self.rl(folder), self.lm, self.task)
             self.success = work.evaluate(work.first_state().weights)[0]["success"]
-        self.seconds, self.cpu_seconds = clock.read()
+        self.cost = clock.read()
 
     def demonstrations(self) -> list[Problem]:
         """Training problems whose answers are shown."""
-        return [self.task.problem("train", SHOWN + i) for i in range(self.study.demonstrations)]
+        return [self.task.problem("train", SHOWN + i) for i in range(self.setup.demonstrations)]
 
     def rl(self, folder: str, **changes: Any) -> RLConfig:
         """The config of a run in that folder."""
@@ -205,12 +214,12 @@ class Baseline:
         base = RLConfig(
             weights="demonstrations",
             train="all",
-            task=self.study.task,
+            task=self.setup.task,
             steps=config.steps,
             batch_size=config.batch_size,
             num_generations=config.num_generations,
             minibatches=config.minibatches,
-            max_new_tokens=self.study.max_new_tokens,
+            max_new_tokens=self.setup.max_new_tokens,
             max_rows=1024,
             seed=self.seed,
             optimizer=OptimizerConfig(
@@ -222,16 +231,6 @@ class Baseline:
             out=folder,
         )
         return dataclasses.replace(base, **changes)
-
-
-class Clock:
-    """Seconds since it was made: of the wall, and of all cores."""
-
-    def __init__(self):
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def read(self) -> tuple[float, float]:
-        return time.perf_counter() - self._wall, time.process_time() - self._cpu
 
 
 def demonstrate(work: RLJob, problems: Sequence[Problem], batch_size: int) -> Iterator[TrainState]:
@@ -300,7 +299,7 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
             if lines[-1]["step"] < config.steps:  # a signal: the arm is missing, and stays it
                 raise SystemExit(1)
             found = {"after": held_out["success"]} | of_a_run(lines)
-    seconds, cpu_seconds = clock.read()
+    cost = clock.read()
     return {
         "before": baseline.success,
         **found,
@@ -309,14 +308,14 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
         "updates": updates,
         "rows_per_update": config.batch_size * config.num_generations // config.minibatches,
         "learning_rate": config.learning_rate,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
+        "seconds": cost.seconds,
+        "cpu_seconds": cost.cpu_seconds,
         "baseline_steps": baseline.steps,
-        "baseline_demonstrations": baseline.study.demonstrations,
-        "baseline_seconds": baseline.seconds,
-        "baseline_cpu_seconds": baseline.cpu_seconds,
+        "baseline_demonstrations": baseline.setup.demonstrations,
+        "baseline_seconds": baseline.cost.seconds,
+        "baseline_cpu_seconds": baseline.cost.cpu_seconds,
         "parameters": MODEL.num_params(),
-        "spec": baseline.study.task,
+        "spec": baseline.setup.task,
         "jax": jax.__version__,
     }
 
@@ -344,39 +343,29 @@ def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report(results: list[dict[str, Any]]) -> str:
+def report(results: list[Result]) -> str:
     """A markdown table: held-out success in percent, mean over seeds ± its standard error."""
-    lines = [
-        "| task | arm | seeds | before | after | gained | least | updates | rollouts | tokens | "
-        "CPU-min |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for task, arm in dict.fromkeys((result["task"], result["arm"]) for result in results):
-        mine = [r for r in results if (r["task"], r["arm"]) == (task, arm)]
+    rows = []
+    for (task, arm), mine in by_key(results, "task", "arm").items():
         gained = [100 * (r["after"] - r["before"]) for r in mine]
         cost = [(r["cpu_seconds"] + r["baseline_cpu_seconds"]) / 60 for r in mine]
-        cells = [
-            task,
-            arm,
-            " ".join(str(r["seed"]) for r in mine),
-            _mean([100 * r["before"] for r in mine]),
-            _mean([100 * r["after"] for r in mine]),
-            _mean(gained, "+"),
-            f"{min(gained):+.1f}",
-            f"{np.mean([r['updates'] for r in mine]):,.0f}",
-            f"{np.mean([r.get('rollouts', 0) for r in mine]):,.0f}",
-            f"{np.mean([r.get('tokens', 0) for r in mine]):,.0f}",
-            f"{max(cost):.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _mean(values: Sequence[float], sign: str = "") -> str:
-    mean = f"{np.mean(values):{sign}.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+        rows.append(
+            (
+                task,
+                arm,
+                seeds_text(mine),
+                mean_text([100 * r["before"] for r in mine], 1),
+                mean_text([100 * r["after"] for r in mine], 1),
+                mean_text(gained, 1, "+"),
+                f"{min(gained):+.1f}",
+                f"{np.mean([r['updates'] for r in mine]):,.0f}",
+                f"{np.mean([r.get('rollouts', 0) for r in mine]):,.0f}",
+                f"{np.mean([r.get('tokens', 0) for r in mine]):,.0f}",
+                f"{max(cost):.1f}",
+            )
+        )
+    head = "task, arm, seeds, before, after, gained, least, updates, rollouts, tokens, CPU-min"
+    return "\n".join(markdown_table(head.split(", "), rows))
 
 
 def command() -> None:

@@ -12,8 +12,7 @@ Each finished (arm, seed) is one line of the file; starting again does what is m
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from memgen import (
     WeaverConfig,
 )
 from thoughtbubbles import ModelConfig, Thoughtbubbles
+from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh
@@ -47,7 +47,8 @@ from train.experiments.questions import (
     curves,
     fit,
 )
-from train.experiments.results import Results, read_results
+from train.experiments.remember_tables import ALWAYS, START, report
+from train.experiments.study import Result, Results, StudyConfig, check_names, run_study
 from train.models.finetunable import Method
 from train.models.load import LanguageModel, checksum
 from train.rl.config import RLConfig
@@ -214,7 +215,6 @@ def _memgen(lm: LanguageModel) -> MemGen:
     return lm.memgen
 
 
-ALWAYS, START = "weaver, GRPO", "trigger at its start"
 COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # what a trigger whose head is zero is
 ARMS: dict[str, Callable[[Stages], Trained]] = {
     "reasoner alone": _frozen,
@@ -230,28 +230,27 @@ ARMS: dict[str, Callable[[Stages], Trained]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Train arms, or report what was trained.
+class Experiment(StudyConfig):
+    """Trains arms, or reports what was trained.
 
     Attributes:
-        arms: names from `ARMS`.
-        seeds: of all parameters and of the data.
-        pretrain_steps, sft_steps: of the reasoner, and of the weaver before it is rewarded.
-        weaver_steps: of GRPO on the weaver, and of more supervision in its place.
-        trigger_steps: of GRPO on the trigger.
-        batch_size: rows of supervised training.
-        weaver_problems, trigger_problems: of a step of GRPO, each with so many
-        num_generations: of the same question.
-        weaver_rate, trigger_rate: learning rates of GRPO.
-        price: weight of the penalty on invocations.
-        hold: coefficient of the divergence of the trigger from its start.
-        held_out: questions of each kind that arms are compared on.
-        out: where results are appended, one JSON object a line.
-        report: a file of results to print as tables, in place of training.
+        arms: Names of `ARMS`.
+        pretrain_steps: Number of steps that train the reasoner.
+        sft_steps: Number of supervised steps of the weaver before it is rewarded.
+        weaver_steps: Number of steps of GRPO on the weaver, and of more supervision in its place.
+        trigger_steps: Number of steps of GRPO on the trigger.
+        batch_size: Number of rows of a supervised step.
+        weaver_problems: Number of questions of a step of GRPO on the weaver.
+        trigger_problems: Number of questions of a step of GRPO on the trigger.
+        num_generations: Number of answers to each question of a step of GRPO.
+        weaver_rate: Learning rate of GRPO on the weaver.
+        trigger_rate: Peak learning rate of GRPO on the trigger.
+        price: Weight of the penalty on invocations.
+        hold: Weight of the KL divergence of the trigger from its start.
+        held_out: Number of held-out questions of each kind.
     """
 
     arms: tuple[str, ...] = tuple(ARMS)
-    seeds: tuple[int, ...] = (0, 1, 2)
     pretrain_steps: int = 800
     sft_steps: int = 400
     weaver_steps: int = 60
@@ -266,28 +265,23 @@ class Experiment:
     hold: float = 0.02
     held_out: int = HELD_OUT
     out: str = "remember.jsonl"
-    report: str | None = None
 
     def __post_init__(self):
-        for name in self.arms:
-            if name not in ARMS:
-                raise ValueError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
+        check_names("arm", self.arms, ARMS)
 
 
 def main(config: Experiment) -> None:
     """Train what is missing, or print the tables."""
-    if config.report is not None:
-        print(report(read_results(config.report)))
-        return
-    results = Results(config.out, ("arm", "seed"))
+    run_study(config, ("arm", "seed"), train_missing, report)
+
+
+def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs; arms of a seed share what they need of each other."""
     for seed in config.seeds:
         stages = Stages(config, seed)
-        for arm in config.arms:
-            if {"arm": arm, "seed": seed} in results:
-                continue
-            result = {"arm": arm, "seed": seed, **run_arm(stages, arm)}
-            results.add(result)
-            print(f"seed {seed}, {arm}: {readable(result)}", flush=True)
+        for run in results.missing({"arm": arm, "seed": seed} for arm in config.arms):
+            result = run | run_arm(stages, run["arm"])
+            yield result, f"seed {seed}, {run['arm']}: {readable(result)}"
 
 
 def run_arm(stages: Stages, arm: str) -> dict[str, Any]:
@@ -298,9 +292,9 @@ def run_arm(stages: Stages, arm: str) -> dict[str, Any]:
     Raises:
         RuntimeError: weights that are frozen changed.
     """
-    before, begin = checksum(stages.reasoner.model), time.perf_counter()
+    before, clock = checksum(stages.reasoner.model), Clock()
     trained = ARMS[arm](stages)
-    seconds = time.perf_counter() - begin
+    seconds = clock.read().seconds
     after = checksum(trained.policy.reasoner.model)  # pyright: ignore (a Backbone)
     if before != after:
         raise RuntimeError(f"the frozen reasoner changed: {before} became {after}")
@@ -376,67 +370,6 @@ def readable(result: dict[str, Any]) -> str:
         f"{result['accuracy']:.1%} right, {result['invocations']:.2f} invocations a response; "
         f"{kinds}; {result['seconds']:.0f} s"
     )
-
-
-def report(results: list[dict[str, Any]]) -> str:
-    """Markdown tables, means over seeds ± their standard errors: what arms do, what triggers save
-    and lose against always invoking, and what it all costs."""
-    arms = {arm: [r for r in results if r["arm"] == arm] for arm in (r["arm"] for r in results)}
-    rated = {}  # what is evaluated, with the results of each seed
-    for arm, mine in arms.items():
-        rated[arm] = mine
-        for name in ("argmax", "coin"):
-            if name in mine[0]:
-                rated[f"{arm}: {name}"] = [{"seed": r["seed"], **r[name]} for r in mine]
-    lines = _head("arm", "seeds", "exact match %", *(f"{kind} %" for kind in KINDS), "invocations",
-                  "of those asked", *(f"in {kind}" for kind in KINDS))  # fmt: skip
-    for name, mine in rated.items():
-        of_kinds = [[r["kinds"][kind] for r in mine] for kind in KINDS]
-        lines += _row(
-            name,
-            " ".join(str(r["seed"]) for r in mine),
-            _mean([100 * r["accuracy"] for r in mine], 1),
-            *(_mean([100 * r["accuracy"] for r in of_kind], 1) for of_kind in of_kinds),
-            _mean([r["invocations"] for r in mine], 2),
-            f"{100 * np.mean([r['rate'] for r in mine]):.0f} %",
-            *(f"{np.mean([r['invocations'] for r in of_kind]):.2f}" for of_kind in of_kinds),
-        )
-    always, start = ({r["seed"]: r for r in arms.get(arm, ())} for arm in (ALWAYS, START))
-    if always:
-        lines += ["", *_head("against always", "accuracy, points", "standard error of one seed",
-                             "invocations", "of those at the start")]  # fmt: skip
-    for name, mine in rated.items():
-        pairs = [(r, always[r["seed"]], start.get(r["seed"])) for r in mine if r["seed"] in always]
-        if "trigger" in name and pairs:
-            spared = [100 * r["invocations"] / old["invocations"] for r, old, _ in pairs]
-            begun = [100 * r["invocations"] / s["invocations"] for r, _, s in pairs if s]
-            lines += _row(
-                name,
-                _mean([100 * (r["accuracy"] - old["accuracy"]) for r, old, _ in pairs], 1),
-                f"{100 * np.mean([old['standard_error'] for _, old, _ in pairs]):.1f}",
-                f"{_mean(spared, 0)} %",
-                f"{_mean(begun, 0)} %" if begun else "",
-            )
-    lines += ["", *_head("arm", "optimizer steps", "rollouts", "sampled tokens", "seconds")]
-    for arm, mine in arms.items():
-        cost = [f"{np.mean([r[n] for r in mine]):,.0f}" for n in ("steps", "rollouts", "tokens")]
-        lines += _row(arm, *cost, f"{np.mean([r['seconds'] for r in mine]):.0f}")
-    return "\n".join(lines)
-
-
-def _head(*names: str) -> list[str]:
-    return [*_row(*names), "|---" * len(names) + "|"]
-
-
-def _row(*cells: str) -> list[str]:
-    return [f"| {' | '.join(cells)} |"]
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    found = f"{np.mean(values):.{digits}f}"
-    if len(values) < 2:
-        return found
-    return f"{found} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
 def command() -> None:

@@ -9,9 +9,8 @@ Each finished (variant, seed) is one line of the file; starting again does what 
 import dataclasses
 import json
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from thoughtbubbles.forking import GATE_UNIT
 from thoughtbubbles.pretrained import Pretrained, load_pretrained
 from thoughtbubbles.retrofit import add_forks
 from thoughtbubbles.statistics import readable as fork_metrics
+from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.data import DataConfig, PackedData, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place
@@ -31,7 +31,7 @@ from train.engine.state import make_trainable
 from train.engine.step import make_train_step
 from train.evaluation.held_out import Evaluator
 from train.experiments.quality import KEY, report
-from train.experiments.results import Results, read_results
+from train.experiments.study import Result, Results, StudyConfig, check_names, run_study
 from train.models.load import find_weights
 from train.pretraining.job import TRAINED
 
@@ -44,21 +44,19 @@ VARIANTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrofit:
-    """Train pretrained weights further, with forks and without, or report what was trained.
+class Retrofit(StudyConfig):
+    """Trains pretrained weights further, with forks and without, or reports what was trained.
 
     Attributes:
-        weights: "smollm2", a Hugging Face folder, or a .gguf file.
-        layers: blocks that fork layers go in front of.
-        policy: of the fork layers.
-        variants: names from `VARIANTS`.
-        seeds: of the order of the text and of the new parameters.
-        steps: of training.
-        batch_size, seq_len: of each step; all variants see the same tokens.
-        optimizer: of all variants.
-        rows: held-out rows, the same for all variants.
-        out: where results are appended, one JSON object a line.
-        report: a file of results to print as a table, in place of training.
+        weights: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file.
+        layers: Blocks that fork layers go in front of.
+        policy: Policy of the fork layers.
+        variants: Names of `VARIANTS`.
+        steps: Number of training steps.
+        batch_size: Number of rows of a step, the same ones for all variants.
+        seq_len: Number of tokens of a row.
+        optimizer: Optimizer of all variants.
+        rows: Number of held-out rows, the same ones for all variants.
     """
 
     weights: str = "smollm2"
@@ -74,43 +72,53 @@ class Retrofit:
     )
     rows: int = 32
     out: str = "retrofit.jsonl"
-    report: str | None = None
 
     def __post_init__(self):
-        for name in self.variants:
-            if name not in VARIANTS:
-                raise ValueError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+        check_names("variant", self.variants, VARIANTS)
         if not self.policy.causal:
             raise ValueError(f"{self.policy} is not causal: choose PrefixRank(...) or Threshold")
 
 
 def main(config: Retrofit) -> None:
     """Train what is missing, or print the table."""
-    if config.report is not None:
-        print(report(read_results(config.report)))
-        return
+    run_study(config, KEY, train_missing, report)
+
+
+def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs.
+
+    Raises:
+        ValueError: The file holds results of other settings.
+    """
     settings = json.loads(json.dumps(dataclasses.asdict(config) | {"policy": repr(config.policy)}))
     for name in ("weights", "variants", "seeds", "steps", "out", "report"):
         del settings[name]
-    results = Results(config.out, KEY)
     for result in results.found:
         if result["settings"] != settings:
             raise ValueError(
                 f"{config.out} holds results of other settings ({result['settings']}, now "
                 f"{settings}): pass another --out, or the same ones"
             )
+    runs = results.missing(
+        {"task": Path(config.weights).name, "variant": variant, "seed": seed, "steps": config.steps}
+        for seed in config.seeds
+        for variant in config.variants
+    )
+    if not runs:
+        return
     pretrained = load_pretrained(find_weights(config.weights))
     data = prepare_data(pretrained, config.seq_len)
-    for seed in config.seeds:
-        for variant in config.variants:
-            key = {"task": Path(config.weights).name, "variant": variant, "seed": seed}
-            key |= {"steps": config.steps, "settings": settings}
-            if key in results:
-                continue
-            result = key | train_and_score(config, pretrained, data, variant, seed)
-            results.add(result)
-            print(f"{variant} seed {seed}: {result['loss_before']:.4f} to {result['loss']:.4f} "
-                  f"nats, {result['cpu_seconds']:.0f} CPU seconds", flush=True)  # fmt: skip
+    for run in runs:
+        variant, seed = run["variant"], run["seed"]
+        result = run | {"settings": settings}
+        result |= train_and_score(config, pretrained, data, variant, seed)
+        yield (
+            result,
+            (
+                f"{variant} seed {seed}: {result['loss_before']:.4f} to {result['loss']:.4f} "
+                f"nats, {result['cpu_seconds']:.0f} CPU seconds"
+            ),
+        )
 
 
 def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
@@ -123,7 +131,7 @@ def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
 
 def train_and_score(
     config: Retrofit, pretrained: Pretrained, data: PackedData, variant: str, seed: int
-) -> dict[str, Any]:
+) -> Result:
     """Held-out loss before and after training, prefix-only (the policy is causal), and the cost."""
     forked, trained = VARIANTS[variant]
     model, weights = pretrained.config, pretrained.params
@@ -136,21 +144,22 @@ def train_and_score(
     # A copy: training overwrites the arrays that it is given.
     state = trainable.init_from(jax.tree.map(np.array, weights))
     evaluator = Evaluator(trainable, config.batch_size, EvalConfig(rows=config.rows))
-    begin, begin_cpu = time.perf_counter(), time.process_time()
+    clock = Clock()
     before = evaluator(state.weights, data.validation)
     step, reader = make_train_step(trainable), TrainReader(data.train, config.batch_size, seed)
     metrics, losses, step_ms = {}, [], []
     for number in range(config.steps):
-        start = time.perf_counter()
+        step_clock = Clock()
         tokens = place(reader.batch(number)["tokens"], mesh)
         state, metrics = step(state, tokens)
         losses.append(float(metrics["loss"]))
-        step_ms.append(1e3 * (time.perf_counter() - start))
+        step_ms.append(1e3 * step_clock.read().seconds)
         if number % 10 == 0:
             print(f"{variant} seed {seed} step {number}: {losses[-1]:.4f}", flush=True)
     scores = evaluator(state.weights, data.validation)
     forks = fork_metrics(jax.device_get(metrics["aux"]), model.fork_layers)
     layers = nnx.to_pure_dict(state.weights).get("forks", {})
+    cost = clock.read()
     return {
         "tokens": config.steps * config.batch_size * config.seq_len,
         "parameters": model.num_params(),
@@ -161,8 +170,8 @@ def train_and_score(
         **{name: value for name, value in forks.items() if not name.endswith("histogram")},
         "gates": [float(GATE_UNIT * abs(fork["gate"])) for fork in layers.values()],
         "step_ms": float(np.median(step_ms)),
-        "seconds": time.perf_counter() - begin,
-        "cpu_seconds": time.process_time() - begin_cpu,
+        "seconds": cost.seconds,
+        "cpu_seconds": cost.cpu_seconds,
         "jax": jax.__version__,
     }
 

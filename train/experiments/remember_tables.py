@@ -1,0 +1,83 @@
+"""Tables of the experiment on both stages of MemGen (`train.experiments.remember`)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from train.experiments.questions import KINDS
+from train.experiments.study import Result, by_key, markdown_table, mean_text, seeds_text
+
+# Arms that triggers are compared with.
+ALWAYS, START = "weaver, GRPO", "trigger at its start"
+
+
+def report(results: list[Result]) -> str:
+    """Markdown tables, means over seeds ± their standard errors.
+
+    The first says what arms do on held-out questions, the second what triggers save and lose
+    against always invoking, the third what arms cost.
+    """
+    arms = {arm: mine for (arm,), mine in by_key(results, "arm").items()}
+    rated = {}  # what is evaluated, with the results of each seed
+    for arm, mine in arms.items():
+        rated[arm] = mine
+        for name in ("argmax", "coin"):
+            if name in mine[0]:
+                rated[f"{arm}: {name}"] = [{"seed": r["seed"], **r[name]} for r in mine]
+    tables = [_accuracy_table(rated), _savings_table(rated, arms), _cost_table(arms)]
+    return "\n\n".join("\n".join(table) for table in tables if table)
+
+
+def _accuracy_table(rated: Mapping[str, list[Result]]) -> list[str]:
+    rows = []
+    for name, mine in rated.items():
+        of_kinds = [[r["kinds"][kind] for r in mine] for kind in KINDS]
+        rows.append(
+            (
+                name,
+                seeds_text(mine),
+                mean_text([100 * r["accuracy"] for r in mine], 1),
+                *(mean_text([100 * r["accuracy"] for r in of_kind], 1) for of_kind in of_kinds),
+                mean_text([r["invocations"] for r in mine], 2),
+                f"{100 * np.mean([r['rate'] for r in mine]):.0f} %",
+                *(f"{np.mean([r['invocations'] for r in of_kind]):.2f}" for of_kind in of_kinds),
+            )
+        )
+    accuracies = (f"{kind} %" for kind in KINDS)
+    invocations = (f"in {kind}" for kind in KINDS)
+    head = ("arm", "seeds", "exact match %", *accuracies, "invocations", "of those asked")
+    return markdown_table((*head, *invocations), rows)
+
+
+def _savings_table(
+    rated: Mapping[str, list[Result]], arms: Mapping[str, list[Result]]
+) -> list[str]:
+    """Triggers against always invoking, paired by seed; nothing where that arm was not run."""
+    always, start = ({r["seed"]: r for r in arms.get(arm, ())} for arm in (ALWAYS, START))
+    if not always:
+        return []
+    rows = []
+    for name, mine in rated.items():
+        pairs = [(r, always[r["seed"]], start.get(r["seed"])) for r in mine if r["seed"] in always]
+        if "trigger" in name and pairs:
+            spared = [100 * r["invocations"] / old["invocations"] for r, old, _ in pairs]
+            begun = [100 * r["invocations"] / s["invocations"] for r, _, s in pairs if s]
+            rows.append(
+                (
+                    name,
+                    mean_text([100 * (r["accuracy"] - old["accuracy"]) for r, old, _ in pairs], 1),
+                    f"{100 * np.mean([old['standard_error'] for _, old, _ in pairs]):.1f}",
+                    f"{mean_text(spared, 0)} %",
+                    f"{mean_text(begun, 0)} %" if begun else "",
+                )
+            )
+    head = ("against always", "accuracy, points", "standard error of one seed", "invocations")
+    return markdown_table((*head, "of those at the start"), rows)
+
+
+def _cost_table(arms: Mapping[str, list[Result]]) -> list[str]:
+    rows = []
+    for arm, mine in arms.items():
+        cost = [f"{np.mean([r[n] for r in mine]):,.0f}" for n in ("steps", "rollouts", "tokens")]
+        rows.append((arm, *cost, f"{np.mean([r['seconds'] for r in mine]):.0f}"))
+    return markdown_table(("arm", "optimizer steps", "rollouts", "sampled tokens", "seconds"), rows)

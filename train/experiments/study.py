@@ -1,0 +1,141 @@
+"""What experiments share: results on disk, what is missing, means with errors, markdown tables."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+Result = dict[str, Any]
+Config = TypeVar("Config", bound="StudyConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """Options of every experiment that keeps its results in a file.
+
+    Attributes:
+        seeds: Seeds of the runs, one run of each arm for each.
+        out: File that results are appended to, one JSON object on each line; a run that is in it is
+            not run again.
+        report: File of results to print as a table, in place of training.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: str = "results.jsonl"
+    report: str | None = None
+
+
+def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Checks names that an option lists.
+
+    Args:
+        kind: Noun for the error message: "arm", "variant".
+        names: Names that are asked for.
+        known: Names that there are.
+
+    Raises:
+        ValueError: A name is not known; the message lists those that are.
+    """
+    known = tuple(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(known)}")
+
+
+def read_results(path: str | Path) -> list[Result]:
+    """The results in a file, in the order in which they were finished."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line]
+
+
+class Results:
+    """Finished runs, one JSON object on each line of a file, so that a study can be interrupted.
+
+    Args:
+        path: File; it is made, with its folder, when the first run is finished.
+        key: Names of the entries in which two results of the same run agree.
+    """
+
+    def __init__(self, path: str | Path, key: Sequence[str]):
+        self._path, self._key = Path(path), tuple(key)
+        self.found = read_results(path) if self._path.exists() else []
+
+    def __contains__(self, run: Mapping[str, Any]) -> bool:
+        mine = [run[name] for name in self._key]
+        return any([found[name] for name in self._key] == mine for found in self.found)
+
+    def missing(self, runs: Iterable[Result]) -> list[Result]:
+        """Those of some runs, each given by its key, that are not finished."""
+        return [run for run in runs if run not in self]
+
+    def add(self, result: Result) -> None:
+        """Append a finished run to the file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        self.found.append(result)
+
+
+def run_study(
+    config: Config,
+    key: Sequence[str],
+    train: Callable[[Config, Results], Iterator[tuple[Result, str]]],
+    report: Callable[[list[Result]], str],
+) -> None:
+    """Trains what is missing in the file of results, or prints its table.
+
+    Args:
+        config: Options of the study.
+        key: Names of the entries in which two results of the same run agree.
+        train: Generator of each missing run's result and a line that says it.
+        report: Text of all results.
+    """
+    if config.report is not None:
+        print(report(read_results(config.report)))
+        return
+    results = Results(config.out, key)
+    for result, line in train(config, results):
+        results.add(result)
+        print(line, flush=True)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean of some values; NaN for a single one."""
+    return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def mean_text(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """A mean with its standard error: `1.26 ± 0.04`.
+
+    Args:
+        values: One value for each seed. A single one stands without an error, and no value gives an
+            empty text.
+        digits: Number of digits after the point.
+        sign: "+" to print the sign of a positive mean too.
+    """
+    if not values:
+        return ""
+    mean = f"{np.mean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {standard_error(values):.{digits}f}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
+    row = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
+    return [row(head), "|---" * len(head) + "|", *map(row, rows)]
+
+
+def by_key(results: Iterable[Result], *key: str) -> dict[tuple[Any, ...], list[Result]]:
+    """Results that agree in the entries `key`, in the order of their first ones."""
+    found: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        found.setdefault(tuple(result[name] for name in key), []).append(result)
+    return found
+
+
+def seeds_text(results: Iterable[Result]) -> str:
+    """The seeds of some results, for a cell of a table."""
+    return " ".join(str(result["seed"]) for result in results)
