@@ -1,7 +1,7 @@
 """Will it fit, and how is it split? python -m train.compile PRESET --topology v5p:4x4x4.
 
-Compiles the train step (or a cached decode step) for devices that aren't there. Exit status 0: it
-fits, 1: it does not, 2: a mistake.
+Compiles the train step (or a cached decode step) for devices that are not attached. The exit status
+is 0 if it fits, 1 if it does not, and 2 after a mistake.
 """
 
 import json
@@ -27,9 +27,9 @@ JAX_SHARE = 0.75  # of a GPU's memory, by default
 def main(config: CompileConfig) -> None:
     """Compile, print the report, and leave with the status that answers the question."""
     check_config(config)
-    # Nothing runs here, and a device that is here should stay free.
+    # Nothing runs, and an attached device should stay free.
     jax.config.update("jax_platforms", "cpu")
-    # Its entries can't be read back without the device.
+    # Cached programs can't be loaded without the device.
     jax.config.update("jax_enable_compilation_cache", False)
     topology = topology_of(config.topology)
     report = fitting.fit(config, topology)
@@ -62,19 +62,19 @@ def main(config: CompileConfig) -> None:
 
 
 def as_options(words: list[str]) -> list[str]:
-    """Also understand `--preset NAME` and `--mesh data=1 fsdp=64`."""
+    """Rewrites `--preset NAME` and `--mesh data=1 fsdp=64` to the options that the parser knows."""
     words, given = list(words), []
     if "--preset" in words[:-1]:
-        place = words.index("--preset")
-        given = [words[place + 1]]
-        del words[place : place + 2]
+        at = words.index("--preset")
+        given = [words[at + 1]]
+        del words[at : at + 2]
     if "--mesh" in words:
-        place = end = words.index("--mesh") + 1
+        start = end = words.index("--mesh") + 1
         while end < len(words) and re.fullmatch(r"(data|fsdp|tensor)=-?\d+", words[end]):
             end += 1
-        sizes = [word.partition("=") for word in words[place:end]]
+        sizes = [word.partition("=") for word in words[start:end]]
         if sizes:  # a bare --mesh is left for the parser to refuse
-            words[place - 1 : end] = [w for name, _, n in sizes for w in (f"--mesh.{name}", n)]
+            words[start - 1 : end] = [w for name, _, n in sizes for w in (f"--mesh.{name}", n)]
     return given + words
 
 

@@ -1,1 +1,1 @@
-"""Programs compiled for chips that are not here, and what they need there."""
+"""Programs compiled ahead of time for chips that are not attached, and what they need there."""

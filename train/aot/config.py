@@ -8,7 +8,7 @@ from train.devices.attention import Attention
 from train.pretraining.config import RunConfig
 from train.pretraining.presets import PRESETS
 
-# Options of a run that would mean something else here than they say.
+# Options that only a real run has.
 IDLE = ("dry_run", "profile", "peak_tflops", "distributed", "init", "train")
 
 
@@ -19,8 +19,9 @@ class CompileConfig(RunConfig):
     Attributes:
         topology: Chips to compile for, e.g. v5e:2x4, v5p:4x4x4, v6e:4x4, h100:16.
         what: Program to compile: the train "step", or a cached "decode" step of `batch_size` rows
-            with room for `data.seq_len` tokens.
-        advise: Whether to compile what might fit where the config does not, and to say what does.
+            with a capacity of `data.seq_len` tokens.
+        advise: Whether to try changes where the config does not fit, and to print the first that
+            does.
         json: File for the report as data; none by default.
     """
 
@@ -31,7 +32,7 @@ class CompileConfig(RunConfig):
 
 
 def presets() -> dict[str, CompileConfig]:
-    """The runs of `train.pretraining.presets`, for no topology yet."""
+    """The runs of `train.pretraining.presets`, without a topology."""
     return {
         name: CompileConfig(
             **{field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
@@ -41,7 +42,11 @@ def presets() -> dict[str, CompileConfig]:
 
 
 def check_config(config: CompileConfig) -> None:
-    """Raise where the config names no topology, or options of a run that mean nothing here."""
+    """Checks that a config can be compiled for something.
+
+    Raises:
+        ValueError: The config has no topology, or sets an option that only a real run has.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     for name in IDLE:
         if getattr(config, name) != defaults[name]:
@@ -52,7 +57,8 @@ def check_config(config: CompileConfig) -> None:
 
 
 def attention_of(config: CompileConfig, topology: Topology) -> Attention:
-    """As in training, but for GPUs: jax can't see from here what a card's cuDNN would run."""
+    """Attention kernel to compile: that of training, but "xla" on GPUs in place of "auto", since
+    jax can't ask a card that is not attached what its cuDNN supports."""
     if config.attention == "auto" and topology.platform == "cuda":
         return "xla"
     return config.attention

@@ -1,4 +1,4 @@
-"""Whether a program fits on a topology, and if it does not, what would."""
+"""Whether a run's program fits on a topology, and which change of its config would fit."""
 
 import dataclasses
 import math
@@ -19,10 +19,14 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def fit(config: CompileConfig, topology: Topology) -> dict[str, Any]:
-    """The report of a config on a topology; where the compiler runs out of memory, a short one.
+    """Compiles a config for a topology.
+
+    Returns:
+        The report of `train.aot.report.report_of`; only its `fits` and `memory` where the compiler
+        itself finds the program too large.
 
     Raises:
-        ValueError: the config can't be placed on this topology, or does not compile.
+        ValueError: The config can't be placed on this topology, or does not compile.
     """
     mesh = make_mesh(config.mesh, topology.devices)
     program = program_of(config, mesh, config.what, attention_of(config, topology))
@@ -42,7 +46,7 @@ def fit(config: CompileConfig, topology: Topology) -> dict[str, Any]:
 
 
 def needed_memory(message: str) -> int | None:
-    """Bytes of HBM that a program needs, from libtpu's message; None if it says something else."""
+    """Bytes of HBM that a program needs, from libtpu's error message; None for another message."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     number = re.search(
@@ -57,10 +61,16 @@ def needed_memory(message: str) -> int | None:
 def advice(
     config: CompileConfig, topology: Topology, report: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The first change that fits, as options: what slows a run least comes first.
+    """The first change with which a config fits, of those of `remedies`.
 
     Args:
-        report: of the config as it is, which does not fit.
+        config: Config that does not fit.
+        topology: Devices to compile for.
+        report: Report of `config`.
+
+    Returns:
+        The change as `options` of the command line, and the `peak` memory in bytes; None if no
+        change helps.
     """
     state = sum(arguments_of(_program(config, topology)).values())
     excess = {config.model.remat: _excess(report)}
@@ -71,7 +81,7 @@ def advice(
             continue  # does not divide
         if part > topology.chip.memory:
             continue
-        # Splitting the state further saves what of it, and of gradients, is elsewhere then.
+        # Splitting the state further saves a part of it, and as much of the gradients.
         only_state = changed.accumulate == config.accumulate and "--mesh" in change
         if only_state and changed.mesh.tensor == config.mesh.tensor:
             known = excess.get(changed.model.remat)
@@ -101,10 +111,17 @@ def _excess(report: dict[str, Any]) -> float:
 
 
 def remedies(config: CompileConfig, devices: int) -> Iterator[tuple[str, CompileConfig]]:
-    """Changes that need less memory, as options and as configs, the least costly first.
+    """Changes that need less memory, those that slow a run least first.
 
-    Computing activations again; splitting the state over all devices; smaller parts of the batch;
-    splitting the matrices too.
+    They are to recompute activations, to split the state over all devices, to accumulate gradients
+    over smaller parts of the batch, and to split the matrices too.
+
+    Args:
+        config: Config that does not fit.
+        devices: Number of devices.
+
+    Returns:
+        Pairs of a change, written as options, and the changed config.
     """
     sizes = [size for size in dataclasses.asdict(config.mesh).values() if size != -1]
     rest = devices // max(math.prod(sizes), 1)

@@ -24,15 +24,15 @@ _ADD = re.compile(r" add\((%[^ ,]+), (%[^ ,)]+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program, on each device.
+    """One collective operation of a program.
 
     Attributes:
-        kind: one of `KINDS`.
-        shapes: of its result on a device, e.g. `("bf16[2048,8192]",)`.
-        size: bytes of a device's side that is whole: what is gathered, scattered, reduced or sent.
-        times: how often one run of the program executes it.
-        group: logical devices (flat places in the mesh) of one of its groups.
-        op_name: where it comes from in the traced program.
+        kind: Kind of operation, one of `KINDS`.
+        shapes: Shapes of the result on each device, e.g. `("bf16[2048,8192]",)`.
+        size: Bytes of the unsharded side: what is gathered, scattered, reduced or sent.
+        times: Number of executions in one run of the program.
+        group: Logical devices (flat indices into the mesh) of one of its groups.
+        op_name: Name of the traced operation that it comes from.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Collective:
 
     @property
     def received(self) -> float:
-        """Bytes that a device must at least get over its links in one execution."""
+        """Least number of bytes that a device receives over its links in one execution."""
         if self.kind == "collective-permute":
             return self.size
         rounds = 2 if self.kind == "all-reduce" else 1
@@ -56,9 +56,9 @@ class Collectives:
     """All collectives of a program.
 
     Attributes:
-        items: as found, those that run.
-        unknown_loops: how many loops that hold collectives have an unknown number of rounds;
-            they are counted as one round.
+        items: Collectives that run, in the order of the program.
+        unknown_loops: Number of loops with collectives whose number of rounds is unknown; such a
+            loop counts as one round.
     """
 
     items: tuple[Collective, ...]
@@ -68,14 +68,14 @@ class Collectives:
 def collectives_of(text: str, devices: int) -> Collectives:
     """The collectives of a compiled program.
 
-    A loop's body counts as often as the loop goes round: XLA's own count where it is given, else
-    what the constants of the loop's counter say. Of a conditional every branch counts. A
-    collective that the compiler has spread over several fused computations (one channel) counts
-    once.
+    The body of a loop counts once per round; the number of rounds is XLA's own count where it is
+    given, else follows from the constants of the loop's counter. Every branch of a conditional
+    counts. A collective that the compiler has spread over several fused computations (one channel)
+    counts once.
 
     Args:
-        text: `jax.stages.Compiled.as_text()`.
-        devices: of the mesh.
+        text: HLO of the program, from `jax.stages.Compiled.as_text()`.
+        devices: Number of devices of the mesh.
     """
     computations, entry = _computations(text)
     times, unknown = _times(computations, entry)
@@ -139,17 +139,17 @@ def _times(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, in
 
 
 def _rounds(line: str, called: dict[str, list[str]]) -> int | None:
-    """Rounds of a loop whose counter starts at 0, grows by a constant and stays below another."""
+    """Number of rounds of a loop that counts from 0 up to a constant; None if unknown."""
     if known := _TRIPS.search(line):
         return int(known[1])
     condition, body = called.get("condition", []), called["body"]
     bounds = list(_constants(condition).values())
-    places = [int(found[1]) for text in condition if (found := _COUNTER.search(text))]
-    if len(bounds) != 1 or len(places) != 1:
+    indices = [int(found[1]) for text in condition if (found := _COUNTER.search(text))]
+    if len(bounds) != 1 or len(indices) != 1:
         return None
-    # Where the compiler hides the sum in a fusion it is that of lax.scan, which counts by 1.
+    # A sum inside a fusion is that of lax.scan, which counts by 1.
     results = re.findall(r"%[^ ,)]+", body[-1].rpartition(" tuple(")[2].partition(")")[0])
-    counter = results[places[0]] if places[0] < len(results) else None
+    counter = results[indices[0]] if indices[0] < len(results) else None
     steps, step = _constants(body), 1
     for text in body:
         if counter and text.startswith(f"{counter} = ") and (added := _ADD.search(text)):
@@ -186,12 +186,12 @@ def _collective(computation: str, line: str, times: int, devices: int) -> Collec
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """The result's shape, which may be a tuple with brackets of its own, and what follows."""
+    """The result's shape, which may be a tuple with nested brackets, and the rest of the line."""
     if not text.startswith("("):
         shape, _, rest = text.partition(" ")
         return shape, rest
     depth = itertools.accumulate((c == "(") - (c == ")") for c in text)
-    end = next((place for place, open_ in enumerate(depth) if open_ == 0), len(text) - 1)
+    end = next((index for index, open_ in enumerate(depth) if open_ == 0), len(text) - 1)
     return text[: end + 1], text[end + 2 :]
 
 
@@ -202,7 +202,7 @@ def _bytes(kind: str, shape: str) -> int:
 
 
 def _pairs(line: str) -> tuple[int, ...]:
-    """The first pair of a permutation that moves something."""
+    """The first pair of a permutation whose source is not its target."""
     found = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     pairs = re.findall(r"(\d+),(\d+)", found[1]) if found else []
     return next(((int(a), int(b)) for a, b in pairs if a != b), (0,))

@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: the train step, or one cached decode step, on abstract arrays."""
+"""Programs on abstract arrays: the train step of a run, or a cached decode step."""
 
 import dataclasses
 from typing import Any, Literal
@@ -29,17 +29,18 @@ What = Literal["step", "decode"]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function to lower and what it is called with.
+    """A function to lower, with its abstract arguments.
 
     Attributes:
-        function: jitted, with shardings and donation.
-        inputs: trees of `jax.ShapeDtypeStruct` with shardings.
-        arguments: the same by what they are.
-        rewritten: names of the arguments that each run reads and writes whole.
-        flops: model FLOPs of one run on the whole mesh: the matrix products of a forward pass, and
-            for a train step twice as much again for its gradient.
+        function: Jitted function, with shardings and donation.
+        inputs: Positional arguments, trees of `jax.ShapeDtypeStruct` with shardings.
+        arguments: The same arrays by their purpose: "parameters", "optimizer state", "cache",
+            "batch".
+        rewritten: Names of the arguments that a run both reads and writes as a whole.
+        flops: Model FLOPs of one run on the whole mesh: the matrix products of a forward pass, or
+            three times as many for a train step.
         recomputed: FLOPs that rematerialisation adds.
-        tokens: that one run reads.
+        tokens: Number of tokens that one run processes.
     """
 
     function: Any
@@ -51,15 +52,22 @@ class Program:
     tokens: int
 
     def lower(self, platform: str) -> jax.stages.Lowered:
+        """Lowers the function for "tpu" or "cuda"."""
         return self.function.trace(*self.inputs).lower(lowering_platforms=(platform,))
 
 
 def program_of(config: RunConfig, mesh: Mesh, what: What, attention: Attention) -> Program:
-    """What a run of this config executes at each step on this mesh.
+    """The program that a run executes at each step.
+
+    Args:
+        config: Config of the run.
+        mesh: Mesh, of real or described devices.
+        what: Kind of program, "step" or "decode".
+        attention: Attention kernel.
 
     Raises:
-        ValueError: the batch or a parameter doesn't divide over the mesh, or the model can't be
-            decoded with a cache.
+        ValueError: The batch or a parameter does not divide over the mesh, or the model has no
+            decoding cache.
     """
     check_batch(config.batch_size, config.accumulate, mesh)
     trainable = make_trainable(
@@ -91,10 +99,10 @@ def _step(config: RunConfig, trainable: Trainable) -> Program:
 
 
 def _decode(config: RunConfig, trainable: Trainable) -> Program:
-    """One token for each of `batch_size` rows with room for `seq_len` tokens.
+    """One token for each of `batch_size` rows, whose caches have a capacity of `seq_len` tokens.
 
-    Rows split over `data` and `fsdp`, heads over `tensor`, and parameters over `tensor` alone:
-    gathered for every token, they would cross the links each time.
+    Rows split over `data` and `fsdp`, heads over `tensor`. Parameters split over `tensor` alone:
+    split over `fsdp` too, they would be gathered for every token.
     """
     mesh, model_config = trainable.mesh, config.model
     if not isinstance(model_config, ModelConfig):
@@ -115,20 +123,20 @@ def _decode(config: RunConfig, trainable: Trainable) -> Program:
         ),
         weights,
     )
-    cache_places = cache_shardings(cache, mesh)
+    cache_sharding = cache_shardings(cache, mesh)
     token = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
 
     def step(weights: Any, cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
         return decode_step(trainable.model(weights), cache, token)
 
-    places = (shardings, cache_places, batch_sharding(mesh))
+    argument_shardings = (shardings, cache_sharding, batch_sharding(mesh))
     function = jax.jit(
         step,
-        in_shardings=places,
-        out_shardings=(batch_sharding(mesh), cache_places),
+        in_shardings=argument_shardings,
+        out_shardings=(batch_sharding(mesh), cache_sharding),
         donate_argnums=1,
     )
-    inputs = tuple(map(_placed, (weights, cache, token), places))
+    inputs = tuple(map(_placed, (weights, cache, token), argument_shardings))
     arguments = {"parameters": inputs[0], "cache": inputs[1], "batch": inputs[2]}
     length = config.data.seq_len
     flops = config.batch_size * model_config.forward_flops(length) / length
@@ -136,17 +144,17 @@ def _decode(config: RunConfig, trainable: Trainable) -> Program:
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
-    """Rows over `data` and `fsdp`, heads of keys and values over `tensor`."""
+    """Shardings of a cache: rows over `data` and `fsdp`, heads of keys and values over `tensor`."""
     rows = batch_sharding(mesh)
     heads = NamedSharding(mesh, P(BATCH_AXES, "tensor"))
-    places = jax.tree.map(lambda leaf: rows if leaf.ndim else replicated(mesh), cache)
+    shardings = jax.tree.map(lambda leaf: rows if leaf.ndim else replicated(mesh), cache)
     groups = tuple(
         dataclasses.replace(group, key=(heads,) * len(group.key), value=(heads,) * len(group.value))
-        for group in places.groups
+        for group in shardings.groups
     )
     by_fork = NamedSharding(mesh, P(None, BATCH_AXES))
-    trace = dataclasses.replace(places.trace, streams=by_fork, score=by_fork)
-    return dataclasses.replace(places, groups=groups, trace=trace)
+    trace = dataclasses.replace(shardings.trace, streams=by_fork, score=by_fork)
+    return dataclasses.replace(shardings, groups=groups, trace=trace)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -157,7 +165,12 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def recomputed_flops(config: ArchitectureConfig, num_tokens: int) -> int:
-    """FLOPs a row that the backward pass spends on computing forward results again."""
+    """FLOPs that the backward pass of a row spends on recomputing activations.
+
+    Args:
+        config: Config of the model, with its remat policy.
+        num_tokens: Number of tokens of the row.
+    """
     if config.remat == "none" or not isinstance(config, ModelConfig):
         return 0
     slots = config.slots(num_tokens)

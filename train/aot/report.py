@@ -1,4 +1,4 @@
-"""The compile and fit report: what a compiled program needs of each device, as data and as text."""
+"""The compile report: what a program needs of each device, as data and as text."""
 
 import dataclasses
 from collections import defaultdict
@@ -28,12 +28,12 @@ ASSUMPTIONS = (
 
 
 def arguments_of(program: Program) -> dict[str, int]:
-    """Bytes on each device of each argument."""
+    """Bytes of each argument on each device, by the argument's name."""
     return {name: shard_bytes(tree) for name, tree in program.arguments.items()}
 
 
 def sharding_table(params: Any) -> list[dict[str, Any]]:
-    """Name, shape, PartitionSpec and per-device shape of each parameter."""
+    """A row for each parameter: its name, shape, PartitionSpec and shape on each device."""
     rows = []
     for path, variable in jax.tree_util.tree_leaves_with_path(
         params, is_leaf=lambda node: isinstance(node, nnx.Variable)
@@ -55,13 +55,20 @@ def report_of(
 ) -> dict[str, Any]:
     """Memory, collectives, FLOPs, roofline and sharding of a compiled program, ready for JSON.
 
-    Sizes are bytes on each device, times seconds of one run.
+    Args:
+        compiled: Executable of the program.
+        program: Program that was compiled.
+        topology: Devices that it was compiled for.
+        mesh: Mesh of these devices.
+
+    Returns:
+        Sizes in bytes on each device, times in seconds of one run.
     """
     stats: Any = compiled.memory_analysis()
     by_argument, chip = arguments_of(program), topology.chip
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # libtpu places what is not live at once in the same bytes, and judges by the peak. On a GPU
-    # the temporaries are one block, taken whole.
+    # libtpu lets buffers that are not live at once share memory, and checks the peak. On a GPU the
+    # temporaries are one block.
     live = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - results
     memory = {
         **by_argument,
@@ -120,7 +127,7 @@ def report_of(
 
 
 def heading(config: CompileConfig, topology: Topology) -> str:
-    """What was compiled, for which devices."""
+    """Lines that say what was compiled, and for which devices."""
     model, mesh = config.model, make_mesh(config.mesh, topology.devices)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     if config.what == "step":
@@ -131,7 +138,7 @@ def heading(config: CompileConfig, topology: Topology) -> str:
             f"{resolve(model, mesh, attention_of(config, topology))}"
         )
     else:
-        work = f"decode step of {config.batch_size} rows with room for {config.data.seq_len} tokens"
+        work = f"decode step of {config.batch_size} rows, capacity {config.data.seq_len} tokens"
     return (
         f"{model.num_params():,} parameters, {model.summary()}, {model.dtype}\n"
         f"{work}\n"
@@ -141,7 +148,7 @@ def heading(config: CompileConfig, topology: Topology) -> str:
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """The report as text, for a terminal."""
     memory, roofline, flops = report["memory"], report["roofline"], report["flops"]
     peak, available = memory["peak"], memory["available"]
     lines = [
@@ -201,7 +208,7 @@ def _verdict(fits: bool, needed: float, available: float) -> str:
 
 
 def out_of_memory_text(report: dict[str, Any]) -> str:
-    """The report of a program that the compiler found too large."""
+    """The short report of a program for which the compiler ran out of memory, as text."""
     lines = [_verdict(False, report["memory"]["needed"], report["memory"]["available"])]
     lines += [
         f"  {name:26}{size / GIB:10.3f}"

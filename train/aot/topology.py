@@ -1,4 +1,4 @@
-"""Devices that aren't there: topologies by name, for compiling ahead of time."""
+"""Topologies by name: descriptions of devices that are not attached, to compile for."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from train.devices.hardware import CHIPS, Chip, libtpu_without_tpus
 
 HOST_GPUS = 8
-# The slices that are offered of each chip, and sizes for GPUs.
+# Slices of each TPU that are offered, and numbers of GPUs.
 KNOWN = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
@@ -22,8 +22,8 @@ KNOWN = {
     "h100": ("1", "8", "16"),
     "h200": ("1", "8", "16"),
 }
-# What NVIDIA's compiler asks about a card, in the text form of XLA's GpuTargetConfig: facts of
-# the architecture (tuning guides of CUDA) and of the card.
+# XLA's GpuTargetConfig in its text form: facts of the architecture (from CUDA's tuning guides) and
+# of the card.
 _GPU = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -69,11 +69,11 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-        name: e.g. `v5p:4x4x4`.
-        chip: facts of one of them.
-        devices: descriptions; nothing can be put on them.
-        platform: to lower for.
-        options: of the compiler.
+        name: Name, e.g. "v5p:4x4x4".
+        chip: Memory, FLOP/s and bandwidths of one device.
+        devices: Descriptions of the devices; no array can be put on them.
+        platform: Platform to lower for, "tpu" or "cuda".
+        options: Options of the compiler.
     """
 
     name: str
@@ -84,10 +84,13 @@ class Topology:
 
 
 def topology_of(name: str) -> Topology:
-    """The topology `CHIP:SIZE`, e.g. `v5e:4x4`, or `h100:16` for GPUs in hosts of eight.
+    """The topology of a name.
+
+    Args:
+        name: Name `CHIP:SIZE`, e.g. "v5e:4x4", or "h100:16" for GPUs in hosts of eight.
 
     Raises:
-        ValueError: there is no such topology, or the compiler for it is not installed.
+        ValueError: The topology is unknown, or the compiler for it is not installed.
     """
     chip_name, _, size = name.partition(":")
     if chip_name not in KNOWN or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
@@ -127,7 +130,7 @@ def _gpus(name: str, chip: Chip, size: str) -> Topology:
     described = topologies.get_topology_desc(
         "", platform="cuda", target_config=card, topology=shape
     )
-    # Autotuning would run kernels on a card.
+    # Autotuning needs a card to run kernels on.
     return Topology(name, chip, described.devices, "cuda", {"xla_gpu_autotune_level": 0})
 
 
@@ -147,20 +150,21 @@ def _unknown(name: str) -> ValueError:
 
 
 def link_bandwidth(chip: Chip, devices: Sequence[Any], group: Sequence[int]) -> float:
-    """Bytes/s that each device of a group can get from the others, all links busy.
+    """Bytes/s that each device of a group receives from the others with all links busy.
 
-    On a TPU a group uses the links of every dimension of the torus that it spans. A group of GPUs
-    on several hosts uses the network cards of all its members on a host, if NVLink keeps up.
+    A group on a TPU uses the links of every dimension of the torus that it spans. A group of GPUs
+    on several hosts uses the network cards of all its members on a host, up to NVLink's bandwidth.
 
     Args:
-        devices: of the whole mesh, flat.
-        group: places of some of them.
+        chip: Bandwidths of a device.
+        devices: All devices of the mesh, flat.
+        group: Indices of the group's members in `devices`.
     """
     if chip.network is None:
-        places = [devices[place].coords for place in group]
-        spanned = sum(len(set(along)) > 1 for along in zip(*places, strict=True))
+        coordinates = [devices[index].coords for index in group]
+        spanned = sum(len(set(along)) > 1 for along in zip(*coordinates, strict=True))
         return chip.link * max(spanned, 1)
-    hosts = {devices[place].process_index for place in group}
+    hosts = {devices[index].process_index for index in group}
     if len(hosts) == 1:
         return chip.link
     return min(chip.link, chip.network * len(group) / len(hosts))

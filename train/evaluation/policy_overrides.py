@@ -1,4 +1,4 @@
-"""Dials at inference: a trained model under another ratio, window or threshold offset."""
+"""Policy overrides: a trained model under another ratio, window or threshold offset."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,10 +16,16 @@ def override_policy(
     window: int | None = None,
     threshold_offset: float | None = None,
 ) -> Policy:
-    """The policy with some of its settings replaced; None keeps one.
+    """The policy with some of its options replaced.
+
+    Args:
+        policy: Policy of a trained model.
+        ratio: Streams per token; None keeps the policy's.
+        window: Number of tokens that `PrefixRank` ranks among; None keeps the policy's.
+        threshold_offset: Offset of `Threshold`'s threshold; None keeps the policy's.
 
     Raises:
-        ValueError: the policy has no such setting, or the value is out of range.
+        ValueError: The policy lacks the option, or the value is out of range.
     """
     fields = {field.name for field in dataclasses.fields(cast(Any, policy))}
     changes: dict[str, float | int | None] = {}
@@ -28,7 +34,7 @@ def override_policy(
             raise ValueError(f"ratio={ratio}: the policy {policy} has no ratio: leave it out")
         changes["ratio"] = ratio
         if "streams" in fields:
-            changes["streams"] = None  # a fixed number would make the ratio mean nothing
+            changes["streams"] = None  # a fixed number would take precedence over the ratio
     if window is not None:
         if "window" not in fields:
             raise ValueError(
@@ -40,7 +46,7 @@ def override_policy(
         if "offset" not in fields:
             raise ValueError(
                 f"threshold offset {threshold_offset} is a setting of Threshold, the policy is "
-                f"{policy}: leave it out, or turn ratio"
+                f"{policy}: leave it out, or pass --ratio"
             )
         changes["offset"] = threshold_offset
     return dataclasses.replace(cast(Any, policy), **changes)
@@ -48,7 +54,13 @@ def override_policy(
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Value of an override, and what `Evaluator` found there."""
+    """A policy override and the held-out metrics under it.
+
+    Attributes:
+        name: Name of the override, e.g. "ratio 1.5".
+        policy: Policy after the override.
+        metrics: Metrics of `train.evaluation.held_out.Evaluator`.
+    """
 
     name: str
     policy: Policy
@@ -56,7 +68,7 @@ class Setting:
 
 
 def table(settings: Sequence[Setting]) -> str:
-    """One line for each setting, for a terminal."""
+    """A line for each setting, for a terminal."""
     width = max(len(str(setting.policy)) for setting in settings)
     lines = [f"{'policy':{width}}  streams/token  {'nats/token':15}  bits/byte"]
     for setting in settings:
@@ -72,9 +84,9 @@ def figure(settings: Sequence[Setting], title: str, trained: Policy) -> "Figure"
     """Held-out bits per byte against streams per token, one point for each setting.
 
     Args:
-        settings: in the order of the line through them.
-        title: of the figure.
-        trained: the policy of the run; its point is filled.
+        settings: Settings in the order in which a line connects them.
+        title: Title of the figure.
+        trained: Policy that the run was trained with; its point is filled.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Task files: JSONL records as the public benchmarks publish them, as questions to a model.
 
-What a model is asked is what EleutherAI's evaluation harness asks it for these data sets.
+Contexts and continuations are those of EleutherAI's evaluation harness for these data sets.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A context and what may follow it.
+    """A context and the texts that may follow it.
 
     Attributes:
-        context: may be empty.
-        choices: texts to choose from; a single one is a cloze, to be predicted word for word.
-        gold: index of the right choice.
-        line: of its file, from 1.
+        context: Text that the model is given; may be empty.
+        choices: Texts to choose from; a single one is a cloze, to be predicted word for word.
+        gold: Index of the right choice.
+        line: Line of the item in its file, from 1.
     """
 
     context: str
@@ -31,18 +31,19 @@ class Item:
 
     @property
     def continuations(self) -> list[str]:
-        """The choices as they follow the context, behind a space."""
+        """The choices as they follow the context, each with a space in front."""
         return [f" {choice}" for choice in self.choices]
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A kind of record.
+    """A format of records.
 
     Attributes:
-        name: for people.
-        fields: that a record of this kind has; of several in one entry, any will do.
-        read: makes (context, choices, gold) of one; raises `ValueError` on a mistake.
+        name: Name of the format.
+        fields: Fields that tell the format; an entry lists alternatives, of which a record has one.
+        read: Function from a record to (context, choices, gold); it raises `ValueError` for a
+            record with a mistake.
     """
 
     name: str
@@ -60,10 +61,10 @@ class Task:
     """The items of a file.
 
     Attributes:
-        name: for reports.
-        path: of the file.
-        format: name of the kind of its records.
-        items: in the order of the file.
+        name: Name of the task in reports.
+        path: Path of the file.
+        format: Name of the format of its records.
+        items: Items in the order of the file.
     """
 
     name: str
@@ -73,22 +74,23 @@ class Task:
 
     @property
     def cloze(self) -> bool:
+        """Whether items have one text, to be predicted, in place of choices."""
         return self.format == "lambada"
 
 
 def read_task(spec: str, limit: int | None = None) -> Task:
-    """The task that `name=path.jsonl`, or a path alone, stands for.
-
-    The first record shows what kind they all are.
+    """Reads a task file; the format of its first record is that of all.
 
     Args:
-        spec: the name of the file is that of the task, if none is given.
-        limit: read this many records only.
+        spec: Path of the file, or `name=path.jsonl`; without a name the task is named after the
+            file.
+        limit: Number of records that are read, the first ones; None reads all.
 
     Raises:
-        ValueError: one line, with file and line number: a record is no JSON object, lacks a field,
-            or can't be what its field says; no kind has such fields; there are no records.
-        OSError: the file can't be read.
+        ValueError: A record is no JSON object, lacks a field or has a wrong value in one, its
+            fields are of no known format, or there are no records. The message names the file and
+            the line.
+        OSError: The file can't be opened.
     """
     name, given, file = spec.partition("=")
     path = Path(file if given else spec).expanduser()
@@ -145,7 +147,7 @@ def _item(kind: Format, record: Record, number: int, where: str) -> Item:
 
 
 def _text(record: Record, *names: str) -> str:
-    """The first of the fields that is there."""
+    """Text of the first of these fields that the record has."""
     name = next(name for name in names if name in record)
     if not isinstance(record[name], str):
         raise ValueError(f"{name} is {record[name]!r}, not a text")
@@ -162,7 +164,8 @@ def _texts(record: Record, name: str) -> list[str]:
 
 
 def _gold(record: Record, names: tuple[str, ...], choices: list[str]) -> int:
-    """An index, also as a text ("2"), or one of the choices word for word."""
+    """Index of the right choice, which records give as a number, as its text ("2"), or as the
+    choice itself."""
     name = next(name for name in names if name in record)
     gold = record[name]
     word = choices.index(gold) if isinstance(gold, str) and gold in choices else None
@@ -198,7 +201,7 @@ def _read_hellaswag(record: Record) -> tuple[str, list[str], int]:
 
 
 def _without_markup(text: str) -> str:
-    """HellaSwag's texts from WikiHow mark their parts in brackets: `[title]`, `[step]`, ..."""
+    """Text without the marks in brackets of HellaSwag's WikiHow articles: `[title]`, `[step]`."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -226,7 +229,7 @@ def _read_choices(record: Record) -> tuple[str, list[str], int]:
     return _text(record, *CONTEXTS), choices, _gold(record, GOLDS, choices)
 
 
-# A record is of the first kind whose fields it has.
+# A record has the first format whose fields it has.
 FORMATS = (
     Format(
         "hellaswag",

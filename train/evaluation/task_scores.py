@@ -1,4 +1,4 @@
-"""What a model makes of tasks: accuracies, perplexities, their standard errors, every answer."""
+"""Scores of tasks: accuracies and perplexities with standard errors, and every answer."""
 
 import dataclasses
 import json
@@ -16,18 +16,28 @@ from train.runs.run_folder import write_whole
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An item and the scores of its choices."""
+    """An item and the scores of its choices.
+
+    Attributes:
+        item: Item of a task.
+        scores: Score of each choice, in their order.
+    """
 
     item: Item
     scores: tuple[Score, ...]
 
     def pick(self, lengths: Sequence[float] | None = None) -> int:
-        """Index of the most probable choice, or of the one with most log-probability per length."""
+        """Index of the choice that the model prefers.
+
+        Args:
+            lengths: Lengths of the choices that log-probabilities are divided by; None for 1.
+        """
         log_probs = np.array([score.log_prob for score in self.scores])
         return int(np.argmax(log_probs if lengths is None else log_probs / np.array(lengths)))
 
     def metrics(self) -> dict[str, float]:
-        """What is averaged over items: `acc`, by sum, per character, per UTF-8 byte."""
+        """Accuracies of the item, 0 or 1, with choices ranked by log-probability (`acc`), by
+        log-probability per character (`acc_norm`), and per UTF-8 byte (`acc_bytes`)."""
         gold, choices = self.item.gold, self.item.choices
         return {
             "acc": float(self.pick() == gold),
@@ -36,7 +46,12 @@ class Answer:
         }
 
     def record(self, task: str, cloze: bool) -> dict[str, Any]:
-        """Everything about it, for a line of JSON."""
+        """The answer for a line of JSON.
+
+        Args:
+            task: Name of the task.
+            cloze: Whether the item is a cloze.
+        """
         item = self.item
         record: dict[str, Any] = {"task": task, "line": item.line, "context": item.context}
         if cloze:
@@ -57,7 +72,8 @@ def answers(scorer: Scorer, tasks: Sequence[Task]) -> list[list[Answer]]:
     """Answers to the items of each task; rows of all tasks share batches.
 
     Raises:
-        ValueError: an item can't be scored (`Scorer.row`), with file and line; before any is.
+        ValueError: An item can't be scored (`Scorer.row`). The message names its file and line,
+            and is raised before any item is scored.
     """
     rows = []
     for task in tasks:
@@ -74,11 +90,17 @@ def answers(scorer: Scorer, tasks: Sequence[Task]) -> list[list[Answer]]:
 
 
 def summary(task: Task, found: Sequence[Answer]) -> dict[str, Any]:
-    """Metrics of a task, each beside its standard error (None for a single item).
+    """Metrics of a task and their standard errors.
 
-    Multiple choice: `acc`, `acc_norm` (per character), `acc_bytes`. Cloze: `acc`, whether greedy
-    decoding gives the target, and `perplexity` of a target, exp of the mean negative log-likelihood
-    (its error by the delta method).
+    Args:
+        task: Task of the answers.
+        found: Answers to all of its items.
+
+    Returns:
+        For multiple choice the means of `Answer.metrics`. For a cloze `acc`, the share of targets
+        that greedy decoding writes, and `perplexity`, exp of the mean negative log-likelihood of a
+        target. `NAME_stderr` is the standard error of NAME (by the delta method for `perplexity`);
+        None for a single item.
     """
     result: dict[str, Any] = {
         "file": str(task.path),
@@ -105,7 +127,11 @@ def _with_error(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def task_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for each metric of each task, for a terminal."""
+    """A line for each metric of each task, for a terminal.
+
+    Args:
+        summaries: Results of `summary`, by the names of their tasks.
+    """
     width = max(len("task"), *map(len, summaries))
     lines = [f"{'task':{width}}  {'items':>6}  {'metric':10}  {'value':>9}   standard error"]
     for name, found in summaries.items():
@@ -120,18 +146,22 @@ def task_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Raise before any work is done if a file could not be written there."""
+    """Checks an output path before any scoring is done.
+
+    Raises:
+        ValueError: The path is a folder, or its folder does not exist.
+    """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"{path} can't be written: it is a folder, or its folder does not exist")
 
 
 def write_results(path: Path, result: Mapping[str, Any]) -> None:
-    """The summaries as JSON."""
+    """Writes the summaries as JSON."""
     write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
 def write_records(path: Path, tasks: Sequence[Task], found: Sequence[Sequence[Answer]]) -> None:
-    """Every answer as a line of JSON."""
+    """Writes every answer as a line of JSON."""
     records = [
         answer.record(task.name, task.cloze)
         for task, answers in zip(tasks, found, strict=True)
