@@ -29,7 +29,7 @@ def test_lookup_rows_by_hand():
                 continue
             back = [tokens[row, at - offset] & 1 if at >= offset else 0 for offset in (1, 4)]
             assert answers[row, at + 1] == back[0] + 2 * back[1]
-    assert (task.asked(rows) == (tokens[:, :-1] >= 2)).all()
+    assert (task.is_question(rows) == (tokens[:, :-1] >= 2)).all()
     assert task.chance == pytest.approx((8 + 5) / 9 * math.log(2))
 
 
@@ -130,7 +130,7 @@ def test_no_causal_policy_beats_a_coin(policy):
     weights = jax.tree.map(noisy, jax.device_get(state.weights))
     scores = random_bits.all_strings(trainable, state.with_weights(weights), config.length)
     if policy.causal:
-        assert scores["blockwise"] == pytest.approx(scores["prefix_only"], abs=1e-5)
-        assert scores["blockwise"] > math.log(2) - 1e-6
+        assert scores["parallel"] == pytest.approx(scores["prefix_only"], abs=1e-5)
+        assert scores["parallel"] > math.log(2) - 1e-6
     else:
-        assert abs(scores["blockwise"] - scores["prefix_only"]) > 1e-4
+        assert abs(scores["parallel"] - scores["prefix_only"]) > 1e-4

@@ -1,16 +1,16 @@
 """Every option of every command has a description that a new user can read."""
 
-import importlib
+import pkgutil
 import re
 
 import pytest
 
+from train import benchmark
+from train.aot import config as compile_config
 from train.cli import main as entry
 from train.cli.command import parse
-from train.compile import presets
-from train.pretraining.presets import PRESETS
+from train.pretraining import presets
 
-DEFAULTS = {"RunConfig": lambda: PRESETS["tiny"], "CompileConfig": lambda: presets()["tiny"]}
 CONFIGS = {
     "pretrain": "train.pretraining.config.RunConfig",
     "sft": "train.finetuning.job.SFTConfig",
@@ -20,20 +20,33 @@ CONFIGS = {
     "compile": "train.aot.config.CompileConfig",
     "tokenizer": "train.tokenizer.TokenizerConfig",
     "runs": "train.list_runs.RunsConfig",
+    "benchmark step": "train.benchmarks.training.TrainingBenchmark",
+    "benchmark selection": "train.benchmarks.selection.SelectionBenchmark",
+    "benchmark decode": "train.benchmarks.decoding.DecodeBenchmark",
+    "benchmark memgen": "train.benchmarks.memgen.MemGenBenchmark",
+    "benchmark rl": "train.benchmarks.rl.RLBenchmark",
+    "experiment quality": "train.experiments.quality.Quality",
+    "experiment random_bits": "train.experiments.random_bits.RandomBits",
+    "experiment retrofit": "train.experiments.retrofit.Retrofit",
+    "experiment memory": "train.experiments.memory.Experiment",
+    "experiment reinforce": "train.experiments.reinforce.Experiment",
+    "experiment remember": "train.experiments.remember.Experiment",
 }
 
 
 # The value of an option in front of its description: INT, {None}|STR, [STR [STR ...]], ...
-VALUE = re.compile(r"(?:\s+(?:\{[^}]*\}|[A-Z][A-Z_]+|\[.*?\]\]?)(?:\|\w+)*)?\s+")
+VALUE = re.compile(r"(?:\s+(?:\{[^}]*\}|[A-Z][A-Z_]+|\[.*?\]\]?)(?:\|(?:\w+|\{[^}]*\}))*)?\s+")
 
 
-def descriptions(path: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+# Commands whose model's options are those of a preset's architecture.
+PRESETS = {"pretrain": presets.PRESETS["tiny"], "compile": compile_config.presets()["tiny"]}
+
+
+def descriptions(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """Options of a config and what the help says of them, without their defaults."""
-    module, _, name = path.rpartition(".")
-    config = getattr(importlib.import_module(module), name)
-    default = DEFAULTS[name]() if name in DEFAULTS else None
+    config = pkgutil.resolve_name(CONFIGS[command])
     with pytest.raises(SystemExit):
-        parse(config, ["--help"], default)
+        parse(config, ["--help"], PRESETS.get(command))
     found: dict[str, str] = {}
     option = ""
     for line in capsys.readouterr().out.splitlines():
@@ -55,7 +68,7 @@ def descriptions(path: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str
 @pytest.mark.parametrize("command", CONFIGS)
 def test_every_option_has_a_sentence(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    found = descriptions(CONFIGS[command], capsys)
+    found = descriptions(command, capsys)
     assert len(found) > 2
     for option, text in found.items():
         if option == "--help":
@@ -65,5 +78,7 @@ def test_every_option_has_a_sentence(command, capsys, monkeypatch):
 
 
 def test_every_command_with_a_config_is_here():
-    others = {"harness", "benchmark", "experiment"}  # of others, or of several configs
-    assert set(CONFIGS) | others == set(entry.COMMANDS)
+    words = set(entry.COMMANDS) - {"harness", "benchmark", "experiment"}  # options of lm_eval
+    words |= {f"benchmark {name}" for name in benchmark.COMMANDS}
+    words |= {f"experiment {name}" for name in entry.EXPERIMENTS}
+    assert set(CONFIGS) == words

@@ -67,7 +67,7 @@ def test_a_coin_pays_whatever_is_said_and_success_is_told_as_it_is():
 
 def test_held_out_problems_do_not_say_when_demonstrations_end():
     task = Reverse()
-    tried = reinforce.Tried(task)
+    tried = reinforce.ValidationTask(task)
     held_out = {task.problem("test", index).uid for index in range(50)}
     looked_at = {tried.problem("test", index).uid for index in range(50)}
     assert not held_out & looked_at

@@ -1,1 +1,1 @@
-"""Experiments behind the numbers of docs/measured.md: each is a command that can be run again."""
+"""Experiments of docs/measured.md, each a command that gives its results again."""

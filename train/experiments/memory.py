@@ -1,11 +1,11 @@
-"""Does woven memory teach a frozen reasoner? Weaver against controls of as many parameters.
+"""Does woven memory teach a frozen reasoner? A weaver against controls of as many parameters.
 
 python -m train.experiments.memory --out memory.jsonl
 python -m train.experiments.memory --report memory.jsonl
 
 A small decoder is pretrained on sums of two numbers and on copying lists; sorted lists are rare in
-its texts and it is weak at them. Then it is frozen, and each arm learns to sort.
-Each finished (arm, seed) is one line of the file; starting again does what is missing.
+its texts, and it seldom sorts correctly. Then it is frozen, and each arm learns to sort.
+Each finished (arm, seed) is a line of the file; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -65,7 +65,13 @@ def example(rng: np.random.Generator, kind: str) -> tuple[str, str]:
 
 
 def rows(rng: np.random.Generator, count: int, kinds: dict[str, float]) -> dict[str, np.ndarray]:
-    """`tokens [B, L]` int32 and `loss_mask [B, L]` bool: the answers."""
+    """Random examples: `tokens [B, L]` int32, and `loss_mask [B, L]` bool, True on answers.
+
+    Args:
+        rng: Generator of the examples.
+        count: Number of rows, B.
+        kinds: Probability of each kind.
+    """
     tokens = np.zeros((count, WIDTH), np.int32)
     loss_mask = np.zeros((count, WIDTH), bool)
     for row, kind in enumerate(rng.choice(list(kinds), count, p=list(kinds.values()))):
@@ -80,11 +86,11 @@ PRETRAINING = {"add": 0.5, "copy": 0.5 - RARE, "sort": RARE}
 REASONER = ModelConfig(vocab_size=32, embed_dim=64, num_layers=3, num_heads=4, mlp_dim=256)
 BOUNDARY = boundary_table([*LETTERS, *[""] * (REASONER.vocab_size - len(LETTERS))])
 WEAVER = WeaverConfig(prompt_latents=8, inference_latents=8, lora=LoRAConfig(8, 16.0))
-EVERY_MAP = ("q", "k", "v", "o", "up", "down")
+ALL_LINEAR = ("q", "k", "v", "o", "up", "down")
 
 
 class Arm(nnx.Module):
-    """A frozen reasoner and what an arm trains beside it."""
+    """A frozen reasoner with the parameters that an arm trains."""
 
     def __init__(self, reasoner: Backbone):
         self.reasoner = reasoner
@@ -99,7 +105,7 @@ class LoRA(Arm):
 
     def __init__(self, reasoner: Backbone, rngs: nnx.Rngs):
         super().__init__(reasoner)
-        config = LoRAConfig(4, 8.0, targets=EVERY_MAP)
+        config = LoRAConfig(4, 8.0, targets=ALL_LINEAR)
         self.adapter = make_adapter(reasoner, config, rngs=rngs, kind=WeaverParam)
 
     def predictors(self, batch):
@@ -109,7 +115,14 @@ class LoRA(Arm):
 
 
 class Memory(Arm):
-    """A weaver, or latents that read nothing (`context="nothing"`)."""
+    """A weaver, or latents without a context (`context="nothing"`).
+
+    Args:
+        reasoner: Frozen decoder.
+        weaver: Config of the weaver.
+        rngs: Random state of new parameters.
+        in_front: Whether latents stand in front of the text alone, as a soft prompt does.
+    """
 
     def __init__(
         self, reasoner: Backbone, weaver: WeaverConfig, rngs: nnx.Rngs, in_front: bool = False
@@ -144,8 +157,8 @@ ARMS: dict[str, Callable[[Backbone, nnx.Rngs], Arm]] = {
         reasoner, _weaver(context="nothing"), rngs, in_front=True
     ),
     "pause_tokens": lambda reasoner, rngs: Memory(reasoner, _weaver(context="nothing"), rngs),
-    # As many trained numbers as the weaver, whose LoRA is 96 latents' worth of them. (A soft prompt
-    # never uses the bank for later events: 641 of its numbers stay as they are.)
+    # As many trained parameters as the weaver, whose LoRA has as many as 96 latents. (A soft prompt
+    # never uses the bank for later events: 641 of its parameters stay as they are.)
     "long_soft_prompt": lambda reasoner, rngs: Memory(
         reasoner, _weaver(context="nothing", prompt_latents=104), rngs, in_front=True
     ),
@@ -202,7 +215,7 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
 
 
 def pretrained(config: Experiment, seed: int) -> Backbone:
-    """A reasoner that adds and copies."""
+    """A reasoner that has learned to add and to copy."""
     model = Thoughtbubbles(REASONER, rngs=nnx.Rngs(seed))
     arm = _Plain(Backbone(model))
     batches = data(np.random.default_rng([seed, 0]), config.batch_size, PRETRAINING)
@@ -218,7 +231,14 @@ class _Plain(Arm):
 
 
 def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> Result:
-    """Train one arm to sort; held-out exact match, and what it cost."""
+    """Train one arm to sort.
+
+    Returns:
+        Exact match on held-out lists, and the cost of the arm.
+
+    Raises:
+        RuntimeError: The frozen reasoner changed.
+    """
     clock = Clock()
     before = checksum(reasoner)
     arm = _Plain(reasoner)
@@ -254,7 +274,11 @@ def data(
 def fit(
     arm: Arm, kind: type[nnx.Param], batches: Iterator, steps: int, learning_rate: float
 ) -> tuple[int, float]:
-    """Train the arm's parameters of that kind in place; their number, and the last loss."""
+    """Train the arm's parameters of one kind; the arm is updated.
+
+    Returns:
+        The number of these parameters, and the loss of the last step.
+    """
     graphdef, params, rest = nnx.split(arm, kind, ...)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
@@ -278,7 +302,7 @@ def fit(
 
 
 def answer_log_probs(arm: Arm, batch: dict[str, jax.Array]) -> jax.Array:
-    """Log-probability of each supervised token, `[B, L]`, 0 elsewhere."""
+    """Log-probability of each answer token, `[B, L]`, 0 elsewhere."""
     hidden = arm.predictors(batch)
     return token_log_probs(arm.reasoner, hidden, batch["tokens"], batch["loss_mask"])
 

@@ -3,7 +3,7 @@
 python -m train.experiments.quality --task lookup --variants plain copy2 topk --out lookup.jsonl
 python -m train.experiments.quality --report lookup.jsonl
 
-Each finished (variant, seed) is one line of the file; starting again does what is missing.
+Each finished (variant, seed) is a line of the file; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -55,10 +55,13 @@ KEY = ("task", "steps", "variant", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class RandomForks:
-    """Control: `PrefixRank` over random keys, drawn once for each candidate place of a row.
+    """Control: `PrefixRank` over random keys, drawn once for each candidate slot of a row.
 
-    Where in a text a row begins is arbitrary, so a place says nothing of the token that stands
-    there: what forks is unrelated to what it is.
+    Rows begin anywhere in a text, so that a slot says nothing about its token: which tokens fork is
+    unrelated to what they are.
+
+    Attributes:
+        ratio: Streams per token.
     """
 
     ratio: float
@@ -72,7 +75,7 @@ class RandomForks:
 
     def keep(self, candidates: Candidates) -> jax.Array:
         count = candidates.log_score.shape[1]
-        keys = jax.random.normal(jax.random.key(count), (count,))  # others at each fork layer
+        keys = jax.random.normal(jax.random.key(count), (count,))  # other keys at each fork layer
         keys = jnp.broadcast_to(keys, candidates.log_score.shape)
         return PrefixRank(self.ratio).keep(dataclasses.replace(candidates, log_score=keys))
 
@@ -85,7 +88,7 @@ def _forking(policy, **changes) -> Callable[[ModelConfig], ModelConfig]:
     return _with(fork_layers=FORK_LAYERS, policy=policy, **changes)
 
 
-# A variant turns the plain base into what is compared.
+# Changes of the plain decoder's config.
 VARIANTS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
     "plain": lambda base: base,
     "copy2": _with(copies=2, merge="rightmost"),
@@ -124,7 +127,7 @@ class Stdlib:
 
 
 class AnswerModel(Thoughtbubbles):
-    """Reads the packed rows of `Lookup`: only answers are scored, and they are never input."""
+    """A decoder of the packed rows of `Lookup`: answers are scored, and are never input."""
 
     def run(self, tokens: jax.Array, length: jax.Array | None = None, **training: Any) -> Output:
         return super().run(tokens % self.config.vocab_size, length, **training)
@@ -135,7 +138,7 @@ class AnswerModel(Thoughtbubbles):
 
 
 class LookupTask:
-    """`tasks.Lookup` for a narrow model with one head: a token looks back in one way a layer."""
+    """`tasks.Lookup` for a narrow model with one head: a layer looks back at one offset."""
 
     task = Lookup()
     base = ModelConfig(vocab_size=task.vocab_size, embed_dim=32, num_layers=3, num_heads=1)
@@ -158,18 +161,18 @@ class LookupTask:
             yield self.task.rows(rng, self.batch_size)
 
     def evaluate(self, trainable: Trainable, params: Any) -> dict[str, float]:
-        """Nats per answer, as `Evaluator` does: prefix-only where the policy is not causal."""
+        """Nats per answer, as of `Evaluator`: prefix-only where the policy is not causal."""
         rows, size = self._rows, 64
-        blockwise = jax.jit(lambda params, rows: trainable.model(params).token_losses(rows)[0])
+        parallel = jax.jit(lambda params, rows: trainable.model(params).token_losses(rows)[0])
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        nats = np.concatenate([np.asarray(blockwise(params, part)) for part in parts])
-        asked = self.task.asked(rows)
-        loss = float(nats[asked].mean())
-        spread = np.where(asked, nats - loss, 0).sum(axis=1)
-        error = float(spread.std(ddof=1) * math.sqrt(len(rows)) / asked.sum())
+        nats = np.concatenate([np.asarray(parallel(params, part)) for part in parts])
+        is_question = self.task.is_question(rows)
+        loss = float(nats[is_question].mean())
+        spread = np.where(is_question, nats - loss, 0).sum(axis=1)
+        error = float(spread.std(ddof=1) * math.sqrt(len(rows)) / is_question.sum())
         if trainable.config.causal:
             return {"loss": loss, "standard_error": error}
-        row, at = np.nonzero(asked)
+        row, at = np.nonzero(is_question)
         chosen = np.random.default_rng(0).permutation(len(row))[: self._positions or None]
         row, at = row[chosen], at[chosen]
         gaps = self._prefix_only(trainable, params, row, at) - nats[row, at]
@@ -180,7 +183,7 @@ class LookupTask:
         }
 
     def _prefix_only(self, trainable, params, row, at) -> np.ndarray:
-        """Nats of the answer at place `at` of each row, computed from the tokens up to it alone."""
+        """Nats of the answer at position `at` of each row, from the tokens up to it alone."""
 
         @jax.jit
         def score(params, tokens, length, answer):
@@ -190,8 +193,8 @@ class LookupTask:
             return -jnp.take_along_axis(log_probs, answer[:, None], axis=1)[:, 0]
 
         answer = self._rows[row, at + 1] // self.task.vocab_size - 1
-        places = np.arange(self.seq_len)
-        tokens = np.where(places <= at[:, None], self._rows[row, :-1], 0)
+        position = np.arange(self.seq_len)
+        tokens = np.where(position <= at[:, None], self._rows[row, :-1], 0)
         parts = [slice(start, start + 64) for start in range(0, len(row), 64)]
         return np.concatenate(
             [np.asarray(score(params, tokens[p], at[p] + 1, answer[p])) for p in parts]
@@ -243,7 +246,7 @@ def train_missing(config: Quality, results: Results) -> Iterator[tuple[Result, s
         scored = result["rows"], result["positions"]
         if scored != (config.rows, config.positions):
             raise ValueError(
-                f"{config.out} holds results over rows, positions = {scored}, asked for "
+                f"{config.out} holds results over rows, positions = {scored}, now "
                 f"{(config.rows, config.positions)}: pass another --out, or the same numbers"
             )
     runs = results.missing(
@@ -265,7 +268,11 @@ def train_missing(config: Quality, results: Results) -> Iterator[tuple[Result, s
 
 
 def train_and_score(task: Stdlib | LookupTask, model: ModelConfig, steps: int, seed: int) -> Result:
-    """One run from scratch: held-out loss and what it cost."""
+    """Train a model from random weights.
+
+    Returns:
+        Its held-out loss, the statistics of its forks, and the cost of the run.
+    """
     trainable = task.trainable(model, steps, seed)
     step, state = make_train_step(trainable), trainable.init()
     batches = task.batches(seed)
@@ -334,7 +341,7 @@ def report(results: list[Result], against: str = "plain") -> str:
                     f"{np.median([run['step_ms'] for run in mine]):.0f}",
                 )
             )
-        head = ("variant", "parameters", "seeds", "loss", f"minus {against}", "blockwise")
+        head = ("variant", "parameters", "seeds", "loss", f"minus {against}", "parallel")
         lines += [*markdown_table((*head, "streams", "step ms"), rows), ""]
     return "\n".join(lines)
 

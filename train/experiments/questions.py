@@ -1,4 +1,4 @@
-"""Questions about three digits, in text, as a task with rewards and as rows for supervision."""
+"""Questions about three digits, as a task with rewards and as rows for supervised training."""
 
 import dataclasses
 import itertools
@@ -24,10 +24,10 @@ KINDS = ("copy", "reverse", "sort")
 LENGTH = 3
 HELD_OUT = 300  # of the 1000 lists
 WIDTH = 16  # of a row, with the separators around it
-ROOM = 6  # new tokens: "1,2,3" and the separator
+MAX_NEW_TOKENS = 6  # "1,2,3" and the separator
 
 LISTS = np.random.default_rng(0).permutation(list(itertools.product(range(10), repeat=LENGTH)))
-UNSEEN, SEEN = LISTS[:HELD_OUT], LISTS[HELD_OUT:]  # in whatever kind of question
+UNSEEN, SEEN = LISTS[:HELD_OUT], LISTS[HELD_OUT:]  # in questions of every kind
 
 
 def question(kind: str, numbers: np.ndarray) -> tuple[str, str]:
@@ -38,11 +38,14 @@ def question(kind: str, numbers: np.ndarray) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """`train.rl.protocols.Task`: digits to be copied, reversed or sorted, 1 for the very answer.
+    """Task (`train.rl.protocols.Task`) of digits to be copied, reversed or sorted.
+
+    The reward is 1 for the exact answer, else 0. Held-out problems are all unseen lists in each
+    kind of question.
 
     Attributes:
-        seed: of what is drawn for training.
-        kinds: how often each is drawn for training. Held out are all unseen lists in each kind.
+        seed: Seed of training problems.
+        kinds: Probability of each kind of training problem.
     """
 
     seed: int
@@ -52,7 +55,7 @@ class Questions:
 
     @property
     def sizes(self) -> Mapping[Split, int | None]:
-        """Held out is a list, training has no end."""
+        """Number of problems of each split; None for the endless training split."""
         return {"train": None, "test": HELD_OUT * len(KINDS)}
 
     def problem(self, split: Split, index: int) -> Problem:
@@ -61,8 +64,8 @@ class Questions:
             kind = str(rng.choice(list(self.kinds), p=list(self.kinds.values())))
             numbers = rng.choice(SEEN)
         else:
-            place, which = divmod(index, len(KINDS))
-            kind, numbers = KINDS[which], UNSEEN[place]
+            row, which = divmod(index, len(KINDS))
+            kind, numbers = KINDS[which], UNSEEN[row]
         prompt, answer = question(kind, numbers)
         return Problem(f"{split}{index}", prompt, answer, kind)
 
@@ -73,7 +76,7 @@ class Questions:
 
 
 def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Chat rows `[B, WIDTH]` (`FinetunableModel.log_probs`), their answers supervised."""
+    """Chat rows `[B, WIDTH]` (`FinetunableModel.log_probs`), `loss_mask` True on answers."""
     tokens = np.full((count, WIDTH), -1, np.int32)
     loss_mask = np.zeros((count, WIDTH), bool)
     end, encode = ByteTokenizer.separator, ByteTokenizer().encode
@@ -88,7 +91,7 @@ def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> di
 def batches(
     seed: tuple[int, int], size: int, kinds: Mapping[str, float]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """`rows` without end."""
+    """Endless batches of `size` rows, by the probability of each kind."""
     rng = np.random.default_rng(seed)
     while True:
         yield rows(rng, size, kinds)
@@ -103,18 +106,20 @@ def fit(
     seed: int,
     memgen: MemGenConfig = MemGenConfig(),  # noqa: B008 (frozen)
 ) -> LanguageModel:
-    """Supervised training of all parameters, or of a weaver: a new one, or the writer's.
+    """Supervised training of all parameters, or of a weaver, a new one unless `lm` has one.
 
     Args:
-        writer: what to start from.
-        method: `all` or `weaver`.
-        data: of `batches`.
-        seed: of a new weaver, and of where memory stands in training.
-        memgen: of a weaver.
+        lm: Model to start from.
+        method: Parameters to train, "all" or "weaver".
+        data: Batches of rows.
+        steps: Number of training steps.
+        optimizer: Optimizer and its schedule.
+        seed: Seed of a new weaver, and of the positions of memory in training.
+        memgen: Config of the weaver.
     """
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
-    def around(model: Architecture) -> FinetunableModel:
+    def wrap(model: Architecture) -> FinetunableModel:
         boundary = boundaries_for(lm, method, "suffix")
         rngs = nnx.Rngs(seed)
         return FinetunableModel(
@@ -123,9 +128,9 @@ def fit(
 
     model = lm.model
     trainable = make_trainable(
-        model.config, optimizer, steps, mesh, seed, "auto", TRAINED[method], around
+        model.config, optimizer, steps, mesh, seed, "auto", TRAINED[method], wrap
     )
-    finetunable = around(model)
+    finetunable = wrap(model)
     if lm.memgen is not None and finetunable.memgen is not None:
         finetunable.memgen = nnx.data(trained_before(lm.memgen, finetunable.memgen))
     state = trainable.start(jax.tree.map(lambda leaf: leaf.copy(), nnx.state(finetunable)))
@@ -138,9 +143,14 @@ def fit(
 
 
 def curves(steps: Sequence[Sequence[Trajectory]]) -> dict[str, list[float | None]]:
-    """By kind and step of a run, shares of right answers, and invocations a response.
+    """Learning curves of a run: the share of right answers, and invocations per response.
 
-    None where no question of that kind was asked.
+    Args:
+        steps: Rollouts of each step.
+
+    Returns:
+        A list over steps for `KIND/right` and `KIND/invocations` of each kind; None where a step
+        has no question of that kind.
     """
 
     def mean(values: Sequence[float]) -> float | None:

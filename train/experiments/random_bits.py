@@ -1,10 +1,10 @@
-"""Does training read the future through the survivor pattern? On random bits nobody may beat ln 2.
+"""Does training leak the future through which streams survive? Nothing beats ln 2 on random bits.
 
 python -m train.experiments.random_bits
 
-All strings are scored, each as often as every other, so the numbers are exact expectations: by
-Gibbs' inequality a model whose prediction of a bit depends on the bits before it alone cannot
-score below ln 2, whatever its weights.
+All strings are scored once, so that the losses are exact expectations: by Gibbs' inequality a model
+whose prediction of a bit depends on the bits before it alone cannot score below ln 2, whatever its
+weights.
 """
 
 import dataclasses
@@ -25,13 +25,14 @@ from train.engine.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class RandomBits:
-    """Train each policy on uniform random bits and score it on all strings.
+    """Trains each policy on uniform random bits and scores it on all strings.
 
     Attributes:
-        length: bits that are read; each predicts the next.
-        ratio: streams per token; both fork layers must choose, or there is nothing to leak.
-        steps: of `batch_size` fresh strings.
-        seeds: of initial parameters and strings.
+        length: Number of input bits of a string; each predicts the next bit.
+        ratio: Streams per token; at 2 the first fork layer keeps every fork, and nothing leaks.
+        steps: Number of training steps.
+        batch_size: Number of fresh strings of a step.
+        seeds: Seeds of initial parameters and strings.
     """
 
     length: int = 12
@@ -49,10 +50,10 @@ def main(config: RandomBits) -> None:
         for seed in config.seeds:
             trainable, state = trained(model_config(policy), config, seed)
             scores = all_strings(trainable, state, config.length)
-            blockwise, prefix_only = scores["blockwise"], scores["prefix_only"]
+            parallel, prefix_only = scores["parallel"], scores["prefix_only"]
             print(
-                f"{policy} seed {seed}: blockwise {blockwise:.6f}, prefix-only {prefix_only:.6f}, "
-                f"difference {prefix_only - blockwise:.6f}",
+                f"{policy} seed {seed}: parallel {parallel:.6f}, prefix-only {prefix_only:.6f}, "
+                f"difference {prefix_only - parallel:.6f}",
                 flush=True,
             )
 
@@ -77,25 +78,30 @@ def trained(model: ModelConfig, config: RandomBits, seed: int) -> tuple[Trainabl
 
 
 def all_strings(trainable: Trainable, state: TrainState, length: int) -> dict[str, float]:
-    """Mean nats a bit over all strings of `length + 1` bits: `blockwise` and `prefix_only`."""
+    """Mean nats per bit over all strings of `length + 1` bits.
+
+    Returns:
+        `parallel`, from teacher-forced passes over whole strings, and `prefix_only`, from a pass
+        for each prefix.
+    """
     rows = strings(length + 1)
 
     @jax.jit
-    def blockwise(variables: Any, rows: jax.Array) -> jax.Array:
+    def parallel(variables: Any, rows: jax.Array) -> jax.Array:
         return trainable.model(variables).token_losses(rows)[0].sum()
 
     @jax.jit
     def next_bit(variables: Any, prefixes: jax.Array) -> jax.Array:
-        """Nats of the next bit, both values being as likely."""
+        """Expected nats of the next bit, whose two values are equally likely."""
         model = trainable.model(variables)
         streams = model.run(prefixes).streams
         logits = model.logits_at(streams, jnp.full(prefixes.shape[:1], prefixes.shape[1] - 1))
         return -jax.nn.log_softmax(logits, axis=-1).mean()
 
-    parts = [blockwise(state.weights, part) for part in np.array_split(rows, 8)]
+    parts = [parallel(state.weights, part) for part in np.array_split(rows, 8)]
     prefixes = [next_bit(state.weights, strings(count + 1)) for count in range(length)]
     return {
-        "blockwise": float(np.sum(parts)) / (len(rows) * length),
+        "parallel": float(np.sum(parts)) / (len(rows) * length),
         "prefix_only": float(np.mean(prefixes)),
     }
 

@@ -1,12 +1,12 @@
-"""Does it learn? Held-out success before and after reinforcement learning, beside controls.
+"""Does it learn? Held-out success before and after reinforcement learning, and of controls.
 
 python -m train.experiments.reinforce --out reinforce.jsonl
 python -m train.experiments.reinforce --report reinforce.jsonl
 
-A small decoder of bytes is trained on demonstrations of a task until it is mediocre at it; then
-each arm goes on from there: a method of `train.rl` on problems without demonstrations, the same
-method paid by a coin, or as many more optimizer steps on the demonstrations.
-Each finished (task, arm, seed) is one line of the file; starting again does what is missing.
+A small decoder of bytes is trained on demonstrations of a task until it is mediocre at it; each arm
+starts from there: a method of `train.rl` on problems without demonstrations, the same method with
+rewards from a coin, or as many more optimizer steps on the demonstrations.
+Each finished (task, arm, seed) is a line of the file; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -51,9 +51,10 @@ from train.rl.tasks import make_task
 from train.rl.types import Completion, Problem, Reward
 from train.runs.metrics import read_metrics
 
-# Training problems from these indices on; those of rollouts begin at 0.
-SHOWN, TRIED = 10**6, 2 * 10**6
-CHECK = 10  # supervised steps between looks at what has been learned
+# First indices of the training problems that are demonstrated, and of those that say when the
+# baseline is good enough; problems of rollouts begin at 0.
+DEMONSTRATED, VALIDATION = 10**6, 2 * 10**6
+CHECK_EVERY = 10  # supervised steps
 ROWS = 128  # of a supervised step
 MODEL = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
@@ -120,8 +121,8 @@ class Experiment(StudyConfig):
         check_names("arm", self.arms, (*METHODS, *CONTROLS))
 
 
-class Tried:
-    """A task whose held-out problems are training problems: held-out ones must not say when
+class ValidationTask:
+    """A task whose test problems are training problems: held-out problems must not choose when
     demonstrations end."""
 
     def __init__(self, task: Task):
@@ -129,16 +130,16 @@ class Tried:
         self.name, self.sizes, self.score = task.name, task.sizes, task.score
 
     def problem(self, split: Any, index: int) -> Problem:
-        return self._task.problem("train", index + TRIED * (split == "test"))
+        return self._task.problem("train", index + VALIDATION * (split == "test"))
 
 
 class Coin:
-    """A task whose rewards are a coin; what succeeded is told as it is.
+    """Control task: rewards come from a coin, `success` is that of the real task.
 
     Args:
-        task: the real one.
-        share: of heads.
-        seed: of the coin.
+        task: Real task.
+        share: Probability of a reward of 1.
+        seed: Seed of the coin.
     """
 
     def __init__(self, task: Task, share: float, seed: int):
@@ -150,8 +151,8 @@ class Coin:
         return self._task.problem(split, index)
 
     def score(self, completion: Completion) -> Reward:
-        told = self._task.score(completion)
-        return Reward(float(self._rng.random() < self._share), told.success)
+        success = self._task.score(completion).success
+        return Reward(float(self._rng.random() < self._share), success)
 
 
 def main(config: Experiment) -> None:
@@ -179,7 +180,13 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
 
 
 class Baseline:
-    """A decoder that has seen demonstrations, and all that an arm needs to go on from it."""
+    """A decoder trained on demonstrations, from which all arms of a task and seed start.
+
+    Args:
+        config: Options of the experiment.
+        name: Name of the task in `TASKS`.
+        seed: Seed of weights, problems and rollouts.
+    """
 
     def __init__(self, config: Experiment, name: str, seed: int):
         clock = Clock()
@@ -190,26 +197,28 @@ class Baseline:
         self.lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
         with tempfile.TemporaryDirectory() as folder:
             run = self.rl(folder, steps=most, minibatches=1, optimizer=optimizer)
-            work = RLJob(run, self.lm, Tried(self.task))
-            shown = demonstrate(work, self.demonstrations(), ROWS)
+            job = RLJob(run, self.lm, ValidationTask(self.task))
+            shown = demonstrate(job, self.demonstrations(), ROWS)
             for self.steps, state in enumerate(itertools.islice(shown, most), 1):
-                if self.steps % CHECK == 0 or self.steps == most:
-                    tried = work.evaluate(state.weights)[0]["success"]
-                    if tried >= self.setup.enough:
+                if self.steps % CHECK_EVERY == 0 or self.steps == most:
+                    success = job.evaluate(state.weights)[0]["success"]
+                    if success >= self.setup.enough:
                         break
             self.lm = LanguageModel(
-                work.trainable.model(state.weights).backbone.model, ByteTokenizer()
+                job.trainable.model(state.weights).backbone.model, ByteTokenizer()
             )
-            work = RLJob(self.rl(folder), self.lm, self.task)
-            self.success = work.evaluate(work.first_state().weights)[0]["success"]
+            job = RLJob(self.rl(folder), self.lm, self.task)
+            self.success = job.evaluate(job.first_state().weights)[0]["success"]
         self.cost = clock.read()
 
     def demonstrations(self) -> list[Problem]:
         """Training problems whose answers are shown."""
-        return [self.task.problem("train", SHOWN + i) for i in range(self.setup.demonstrations)]
+        return [
+            self.task.problem("train", DEMONSTRATED + i) for i in range(self.setup.demonstrations)
+        ]
 
     def rl(self, folder: str, **changes: Any) -> RLConfig:
-        """The config of a run in that folder."""
+        """Config of a run in `folder`, with `changes` of its fields."""
         config = self.config
         base = RLConfig(
             weights="demonstrations",
@@ -233,20 +242,26 @@ class Baseline:
         return dataclasses.replace(base, **changes)
 
 
-def demonstrate(work: RLJob, problems: Sequence[Problem], batch_size: int) -> Iterator[TrainState]:
-    """States after each supervised step on answers, from the weights that `work` begins with.
+def demonstrate(job: RLJob, problems: Sequence[Problem], batch_size: int) -> Iterator[TrainState]:
+    """Supervised steps on answers.
 
-    A state is gone when the next one is asked for.
+    Args:
+        job: Job whose initial weights are trained.
+        problems: Problems with their answers.
+        batch_size: Number of rows of a step.
+
+    Returns:
+        The state after each step; its buffers are donated to the next step.
     """
-    vocab_size = work.lm.tokenizer.vocab_size
+    vocab_size = job.lm.tokenizer.vocab_size
 
     def loss(finetunable: Any, rows: dict[str, jax.Array], key: jax.Array) -> Any:
         del key
         return -token_scores(finetunable, rows, 1.0, vocab_size).sum(), rows["trained"].sum(), {}
 
-    state, step = work.first_state(), make_train_step(work.trainable, 1, loss)
-    for rows in shuffled(answered(work.lm, problems), batch_size, work.config.seed):
-        batch = {name: place(values, work.trainable.mesh) for name, values in rows.items()}
+    state, step = job.first_state(), make_train_step(job.trainable, 1, loss)
+    for rows in shuffled(answered(job.lm, problems), batch_size, job.config.seed):
+        batch = {name: place(values, job.trainable.mesh) for name, values in rows.items()}
         state, _ = step(state, batch)
         yield state
 
@@ -270,7 +285,7 @@ def answered(lm: LanguageModel, problems: Sequence[Problem]) -> dict[str, np.nda
 def shuffled(
     rows: dict[str, np.ndarray], batch_size: int, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches without end, each drawn from all rows."""
+    """Endless batches, each drawn from all rows with replacement."""
     rng = np.random.default_rng([seed, 3])
     while True:
         index = rng.integers(0, len(rows["length"]), batch_size)
@@ -278,7 +293,11 @@ def shuffled(
 
 
 def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
-    """Go on from the baseline in one way: held-out success, and what it cost."""
+    """Train one arm from the baseline.
+
+    Returns:
+        Held-out success, and the cost of the arm and of the baseline.
+    """
     config, clock = baseline.config, Clock()
     method = "grpo" if arm in CONTROLS else arm
     task = Coin(baseline.task, baseline.success, baseline.seed) if arm == "coin" else baseline.task
@@ -287,16 +306,16 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
         changes: dict[str, Any] = {"method": method}
         if arm == "demonstrations":
             changes |= {"steps": updates, "minibatches": 1}
-        work = RLJob(baseline.rl(folder, **changes), baseline.lm, task)
+        job = RLJob(baseline.rl(folder, **changes), baseline.lm, task)
         if arm == "demonstrations":
             batch_size = config.batch_size * config.num_generations // config.minibatches
-            shown = demonstrate(work, baseline.demonstrations(), batch_size)
+            shown = demonstrate(job, baseline.demonstrations(), batch_size)
             state = next(itertools.islice(shown, updates - 1, None))
-            found = {"after": work.evaluate(state.weights)[0]["success"]}
+            found = {"after": job.evaluate(state.weights)[0]["success"]}
         else:
-            held_out = train(work)
+            held_out = train(job)
             lines = read_metrics(folder)
-            if lines[-1]["step"] < config.steps:  # a signal: the arm is missing, and stays it
+            if lines[-1]["step"] < config.steps:  # a signal stopped it: not a result
                 raise SystemExit(1)
             found = {"after": held_out["success"]} | of_a_run(lines)
     cost = clock.read()
@@ -324,7 +343,8 @@ KEPT = ("reward", "success", "length", "mixed_groups", "clipped", "loss", "grad_
 
 
 def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a run's metrics say: what was generated, where the time went, and how it went."""
+    """Summary of a run's metrics: what was generated, where the time went, and learning curves in
+    tenths of the run."""
     steps = [line for line in lines if "reward" in line]
     total = lambda name: float(sum(step[name] for step in steps))  # noqa: E731
     tenth = max(len(steps) // 10, 1)

@@ -1,13 +1,13 @@
-"""Both stages of MemGen by reinforcement: a weaver that is rewarded, then a trigger that pays.
+"""Both stages of MemGen by reinforcement learning: the weaver, then a trigger with a penalty.
 
 python -m train.experiments.remember --out remember.jsonl
 python -m train.experiments.remember --report remember.jsonl
 
-A small decoder is pretrained to copy and to reverse three digits; sorted ones are rare in its texts
-and it is weak at them. Then it is frozen. A weaver beside it is trained on all three by
-supervision and stopped early, and goes on by GRPO (or by supervision, the control). Beside that
-weaver, frozen too, a trigger learns by GRPO when memory is worth its price.
-Each finished (arm, seed) is one line of the file; starting again does what is missing.
+A small decoder is pretrained to copy and to reverse three digits; sorted ones are rare in its
+texts, and it seldom sorts correctly. Then it is frozen. A weaver is trained on all three by
+supervision, stopped early, and trained further by GRPO (or by supervision, the control). With that
+weaver frozen too, a trigger learns by GRPO when memory is worth its price.
+Each finished (arm, seed) is a line of the file; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from train.experiments.questions import (
     HELD_OUT,
     KINDS,
     LENGTH,
-    ROOM,
+    MAX_NEW_TOKENS,
     Questions,
     batches,
     curves,
@@ -61,28 +61,29 @@ from train.rl.types import Trajectory
 
 PRETRAINING = {"copy": 0.49, "reverse": 0.49, "sort": 0.02}
 WEAVING = {"copy": 0.25, "reverse": 0.25, "sort": 0.5}
-ASKED = {"copy": 0.4, "reverse": 0.4, "sort": 0.2}  # of a trigger, and of held-out questions
-EVERY_MAP = ("q", "k", "v", "o", "up", "down")
+# Kinds of questions in a trigger's training and, as weights, in held-out means.
+QUESTIONS = {"copy": 0.4, "reverse": 0.4, "sort": 0.2}
+ALL_LINEAR = ("q", "k", "v", "o", "up", "down")
 REASONER = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=48, num_layers=2, num_heads=4, mlp_dim=192
 )
 MEMGEN = MemGenConfig(
-    WeaverConfig(4, 4, latents_see_latents=False, lora=LoRAConfig(8, 16.0, targets=EVERY_MAP)),
+    WeaverConfig(4, 4, latents_see_latents=False, lora=LoRAConfig(8, 16.0, targets=ALL_LINEAR)),
     max_inference_events=LENGTH - 1,
-    insertion="random",  # so that the weaver knows texts in which the trigger said no
+    insertion="random",  # so that the weaver has seen texts in which the trigger declined
 )
-TRIGGER = TriggerConfig("tokens", lora=LoRAConfig(8, 16.0, targets=EVERY_MAP))
+TRIGGER = TriggerConfig("tokens", lora=LoRAConfig(8, 16.0, targets=ALL_LINEAR))
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What an arm made, and at what expense.
+    """Model of an arm, and the cost of its training.
 
     Attributes:
-        policy: a MemGen.
-        memory: when it weaves.
-        cost: by name: optimizer steps, rollouts, tokens that were sampled for training.
-        curve: of reinforcement, what it was like after each step.
+        policy: Trained model.
+        memory: Trigger policy with which the model is evaluated.
+        cost: Numbers of optimizer `steps`, `rollouts` and sampled `tokens`.
+        curve: Learning curves of reinforcement learning (`train.experiments.questions.curves`).
     """
 
     policy: MemGen
@@ -92,38 +93,49 @@ class Trained:
 
 
 class Stages:
-    """What the arms of a seed share, made when it is first asked for."""
+    """Models that arms of a seed share; each is trained at its first use.
+
+    Args:
+        config: Options of the experiment.
+        seed: Seed of parameters and data.
+    """
 
     def __init__(self, config: "Experiment", seed: int):
         self.config, self.seed = config, seed
 
-    def _supervised(self, lm: LanguageModel, method: Method, **how: Any) -> LanguageModel:
+    def _supervised(
+        self, lm: LanguageModel, method: Method, stream: int, rate: float, final: float, steps: int
+    ) -> LanguageModel:
         kinds = PRETRAINING if method == "all" else WEAVING
-        data = batches((self.seed, how["stream"]), self.config.batch_size, kinds)
-        rate = OptimizerConfig(learning_rate=how["rate"], weight_decay=0.0, final_ratio=how["to"])
-        return fit(lm, method, data, how["steps"], rate, self.seed, MEMGEN)
+        data = batches((self.seed, stream), self.config.batch_size, kinds)
+        optimizer = OptimizerConfig(learning_rate=rate, weight_decay=0.0, final_ratio=final)
+        return fit(lm, method, data, steps, optimizer, self.seed, MEMGEN)
 
     @functools.cached_property
     def reasoner(self) -> LanguageModel:
+        """The pretrained decoder."""
         model = Thoughtbubbles(REASONER, rngs=nnx.Rngs(self.seed))
         lm = LanguageModel(model, ByteTokenizer())
         steps = self.config.pretrain_steps
-        return self._supervised(lm, "all", stream=0, rate=3e-3, to=0.1, steps=steps)
+        return self._supervised(lm, "all", stream=0, rate=3e-3, final=0.1, steps=steps)
 
     @functools.cached_property
     def taught(self) -> LanguageModel:
-        """With a weaver that was stopped early, at its full learning rate."""
+        """The decoder with a weaver whose training was stopped early, at its full learning rate."""
         steps = self.config.sft_steps
-        return self._supervised(self.reasoner, "weaver", stream=1, rate=1e-2, to=1.0, steps=steps)
+        return self._supervised(
+            self.reasoner, "weaver", stream=1, rate=1e-2, final=1.0, steps=steps
+        )
 
     @functools.cached_property
     def taught_more(self) -> LanguageModel:
+        """The same after as many more supervised steps as GRPO takes."""
         steps = self.config.weaver_steps
-        return self._supervised(self.taught, "weaver", stream=2, rate=1e-2, to=0.1, steps=steps)
+        return self._supervised(self.taught, "weaver", stream=2, rate=1e-2, final=0.1, steps=steps)
 
     @functools.cached_property
     def rewarded(self) -> tuple[LanguageModel, Trained]:
-        """The weaver after GRPO."""
+        """The decoder with the weaver after GRPO, and that arm."""
         config = self.config
         trained = self.reinforced(
             self.taught,
@@ -136,15 +148,15 @@ class Stages:
         return LanguageModel(self.reasoner.model, ByteTokenizer(), trained.policy), trained
 
     def triggered(self, penalty: InvocationPenalty, **changes: Any) -> Trained:
-        """A trigger beside the weaver that was rewarded; tokens are greedy, decisions sampled.
+        """A trigger of the rewarded weaver, trained on greedy tokens and sampled decisions.
 
-        Rewards are not divided by their standard deviation: where all answers of a group are right
-        the least price would have the full strength of an advantage, all kinds of questions would
-        push towards silence at once, and where nobody invokes any more nothing is learned. For
-        the same reason the trigger is held near its start, a fair coin.
+        Advantages are not divided by the standard deviation of rewards: in a group whose answers
+        are all right even the smallest penalty would give advantages of full size, and all kinds of
+        questions would push the trigger to decline at once. A trigger that never invokes learns
+        nothing more; hence also the KL penalty towards its start, a fair coin.
         """
         config = self.config
-        how = {"method": TriggerGRPO(kl=config.hold)} | changes
+        options = {"method": TriggerGRPO(kl=config.hold)} | changes
         return self.reinforced(
             self.rewarded[0],
             train="trigger",
@@ -156,26 +168,26 @@ class Stages:
             optimizer=OptimizerConfig(
                 learning_rate=config.trigger_rate, weight_decay=0.0, final_ratio=0.3
             ),
-            **how,
+            **options,
         )
 
     def reinforced(self, lm: LanguageModel, **changes: Any) -> Trained:
-        """GRPO, without a run folder: what a run would save and show is not needed here."""
+        """GRPO without a run folder, with `changes` of `RLConfig`."""
         config = RLConfig(
             num_generations=self.config.num_generations,
-            max_new_tokens=ROOM,
+            max_new_tokens=MAX_NEW_TOKENS,
             seed=self.seed,
             **changes,
         )
-        task = Questions(self.seed, WEAVING if config.train == "weaver" else ASKED)
-        work = RLJob(config, lm, task, devices=jax.devices()[:1])
-        state, drawn = work.first_state(), []
+        task = Questions(self.seed, WEAVING if config.train == "weaver" else QUESTIONS)
+        job = RLJob(config, lm, task, devices=jax.devices()[:1])
+        state, drawn = job.first_state(), []
         for _ in range(config.steps):
-            state, _, collected = work.step(state)
+            state, _, collected = job.step(state)
             drawn.append(collected.drawn)
         return Trained(
-            work.trainable.model(state.weights).memgen,
-            work.sampling().memory,
+            job.trainable.model(state.weights).memgen,
+            job.sampling().memory,
             {
                 "steps": config.steps,
                 "rollouts": sum(map(len, drawn)),
@@ -215,7 +227,7 @@ def _memgen(lm: LanguageModel) -> MemGen:
     return lm.memgen
 
 
-COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # what a trigger whose head is zero is
+COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # the decisions of a trigger whose head is zero
 ARMS: dict[str, Callable[[Stages], Trained]] = {
     "reasoner alone": _frozen,
     "weaver, supervised": _taught,
@@ -246,7 +258,7 @@ class Experiment(StudyConfig):
         weaver_rate: Learning rate of GRPO on the weaver.
         trigger_rate: Peak learning rate of GRPO on the trigger.
         price: Weight of the penalty on invocations.
-        hold: Weight of the KL divergence of the trigger from its start.
+        hold: Weight of the KL penalty that keeps the trigger near its start.
         held_out: Number of held-out questions of each kind.
     """
 
@@ -276,7 +288,7 @@ def main(config: Experiment) -> None:
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs; arms of a seed share what they need of each other."""
+    """Results of the missing runs; arms of a seed share `Stages`."""
     for seed in config.seeds:
         stages = Stages(config, seed)
         for run in results.missing({"arm": arm, "seed": seed} for arm in config.arms):
@@ -285,12 +297,17 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
 
 
 def run_arm(stages: Stages, arm: str) -> dict[str, Any]:
-    """What it costs and what it does on held-out questions, by `ARMS`.
+    """Train and evaluate an arm.
 
-    `seconds` of what arms share are counted where it is first asked for.
+    Args:
+        stages: Models of the seed.
+        arm: Name of `ARMS`.
+
+    Returns:
+        Its cost and its held-out results. `seconds` of shared models count at their first use.
 
     Raises:
-        RuntimeError: weights that are frozen changed.
+        RuntimeError: The frozen reasoner changed.
     """
     before, clock = checksum(stages.reasoner.model), Clock()
     trained = ARMS[arm](stages)
@@ -315,28 +332,35 @@ def run_arm(stages: Stages, arm: str) -> dict[str, Any]:
 
 
 def held_out(stages: Stages, policy: MemGen, memory: TriggerPolicy) -> dict[str, Any]:
-    """Accuracy and invocations on held-out questions, tokens greedy.
+    """Accuracy and invocations on held-out questions of each kind, with greedy tokens.
 
-    All unseen lists are asked for in each kind; the mean over kinds has the weights of `ASKED`.
-    `standard_error` is that of the accuracy. `invocations` are of a response, `rate` is of what
-    was asked, `places` are shares of responses with memory before token 0, 1, and so on.
+    Args:
+        stages: Models of the seed.
+        policy: Model to evaluate.
+        memory: Trigger policy.
+
+    Returns:
+        `accuracy` with its `standard_error`, `invocations` per response, and `rate`, the share of
+        decisions that invoke; all are means over kinds with the weights of `QUESTIONS`. `kinds` has
+        them for each kind, with `asked`, the decisions per response, and `places`, the shares of
+        responses with memory before token 0, 1, and so on.
     """
     lm = stages.reasoner
     tokenizer = lm.tokenizer
-    how = Sampling(0.0, tokenizer.vocab_size, lm.stop_ids, memory)
-    sampler = Sampler(policy, how, 512, make_mesh(MeshConfig(), jax.devices()[:1]))
-    task = Questions(stages.seed, ASKED)
+    sampling = Sampling(0.0, tokenizer.vocab_size, lm.stop_ids, memory)
+    sampler = Sampler(policy, sampling, 512, make_mesh(MeshConfig(), jax.devices()[:1]))
+    task = Questions(stages.seed, QUESTIONS)
     problems = [task.problem("test", i) for i in range(len(KINDS) * stages.config.held_out)]
-    collect = OneResponse(PromptFormatter(lm), ROOM).collect
+    collect = OneResponse(PromptFormatter(lm), MAX_NEW_TOKENS).collect
     found = collect(sampler, task, problems, [1] * len(problems), (stages.seed, 3))
     kinds = {kind: _summary([row for row in found if row.problem.kind == kind]) for kind in KINDS}
 
     def mean(name: str) -> float:
-        return sum(share * kinds[kind][name] for kind, share in ASKED.items())
+        return sum(share * kinds[kind][name] for kind, share in QUESTIONS.items())
 
     variance = sum(
         share**2 * kinds[kind]["accuracy"] * (1 - kinds[kind]["accuracy"]) / stages.config.held_out
-        for kind, share in ASKED.items()
+        for kind, share in QUESTIONS.items()
     )
     return {
         "accuracy": mean("accuracy"),
@@ -348,7 +372,7 @@ def held_out(stages: Stages, policy: MemGen, memory: TriggerPolicy) -> dict[str,
 
 
 def _summary(found: Sequence[Trajectory]) -> dict[str, Any]:
-    decisions = np.full((len(found), ROOM), -1)
+    decisions = np.full((len(found), MAX_NEW_TOKENS), -1)
     for row, trajectory in zip(decisions, found, strict=True):
         made = trajectory.decisions[trajectory.begins[0] :]
         row[: len(made)] = made
@@ -361,7 +385,7 @@ def _summary(found: Sequence[Trajectory]) -> dict[str, Any]:
 
 
 def readable(result: dict[str, Any]) -> str:
-    """One line."""
+    """A line of text about a result."""
     kinds = ", ".join(
         f"{kind} {found['accuracy']:.1%} ({found['invocations']:.2f})"
         for kind, found in result["kinds"].items()

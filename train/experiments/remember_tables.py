@@ -14,8 +14,8 @@ ALWAYS, START = "weaver, GRPO", "trigger at its start"
 def report(results: list[Result]) -> str:
     """Markdown tables, means over seeds ± their standard errors.
 
-    The first says what arms do on held-out questions, the second what triggers save and lose
-    against always invoking, the third what arms cost.
+    The first has the held-out results of arms, the second what triggers save and lose against
+    always invoking, the third the cost of arms.
     """
     arms = {arm: mine for (arm,), mine in by_key(results, "arm").items()}
     rated = {}  # what is evaluated, with the results of each seed

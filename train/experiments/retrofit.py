@@ -1,9 +1,9 @@
-"""Does a pretrained model that learns to fork read better than the same one trained without forks?
+"""Does a pretrained model that learns to fork predict better than the same one without forks?
 
 python -m train.experiments.retrofit --out docs/quality/retrofit.jsonl
 python -m train.experiments.retrofit --report docs/quality/retrofit.jsonl
 
-Each finished (variant, seed) is one line of the file; starting again does what is missing.
+Each finished (variant, seed) is a line of the file; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, 
 
 
 def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
-    """The standard library's source in the tokens of the weights."""
+    """The standard library's source, encoded with the tokenizer of the weights."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tokenizer.json")
         file.write_text(pretrained.tokenizer.to_json(), encoding="utf-8")
@@ -132,7 +132,11 @@ def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
 def train_and_score(
     config: Retrofit, pretrained: Pretrained, data: PackedData, variant: str, seed: int
 ) -> Result:
-    """Held-out loss before and after training, prefix-only (the policy is causal), and the cost."""
+    """Train one variant.
+
+    Returns:
+        Held-out loss before and after training, the statistics of its forks, and its cost.
+    """
     forked, trained = VARIANTS[variant]
     model, weights = pretrained.config, pretrained.params
     if forked:

@@ -18,9 +18,9 @@ class StudyConfig:
 
     Attributes:
         seeds: Seeds of the runs, one run of each arm for each.
-        out: File that results are appended to, one JSON object on each line; a run that is in it is
-            not run again.
-        report: File of results to print as a table, in place of training.
+        out: File that results are appended to, one JSON object on each line; finished runs in it
+            are skipped.
+        report: File of results to print as a table, without training.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -33,11 +33,11 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
     Args:
         kind: Noun for the error message: "arm", "variant".
-        names: Names that are asked for.
-        known: Names that there are.
+        names: Names that the option lists.
+        known: All valid names.
 
     Raises:
-        ValueError: A name is not known; the message lists those that are.
+        ValueError: A name is not valid; the message lists those that are.
     """
     known = tuple(known)
     for name in names:
@@ -113,7 +113,7 @@ def mean_text(values: Sequence[float], digits: int, sign: str = "") -> str:
     Args:
         values: One value for each seed. A single one stands without an error, and no value gives an
             empty text.
-        digits: Number of digits after the point.
+        digits: Number of digits after the decimal point.
         sign: "+" to print the sign of a positive mean too.
     """
     if not values:
@@ -123,7 +123,7 @@ def mean_text(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table."""
+    """Lines of a markdown table."""
     row = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
     return [row(head), "|---" * len(head) + "|", *map(row, rows)]
 

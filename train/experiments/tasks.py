@@ -1,4 +1,4 @@
-"""Lookup: a synthetic task in which one token needs several things at once. Pure NumPy."""
+"""Lookup: a synthetic task in which one token needs several earlier ones. Pure NumPy."""
 
 import dataclasses
 
@@ -7,16 +7,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """Bits go by; now and then a token asks which bits stood at several offsets before it.
+    """Random bits, and questions about the bits at several offsets before them.
 
-    A row is `seq_len` tokens. Each carries a random bit, and asks with probability `ask`: token
-    `bit + 2 * asks`. The answer to a question at place `t` is the number whose `i`-th binary digit
-    is the bit at place `t - offsets[i]` (0 before the row begins). Only answers are scored; they
-    never stand in the input.
+    A row has `seq_len` tokens. Each carries a random bit and is a question with probability `ask`:
+    its id is `bit + 2 * question`. The answer to a question at position t is the number whose i-th
+    binary digit is the bit at position t - offsets[i] (0 before the row begins). Only answers are
+    scored; they are never part of the input.
 
-    One attention head looks sharply at one offset, so a token with few heads needs more layers or
-    more streams; tokens that do not ask need none. Difficulty is graded: each offset that is found
-    saves ln 2 nats. The Bayes-optimal loss is 0; without looking back it is `chance`.
+    One attention head attends sharply to one offset, so that a question needs several heads, layers
+    or streams, and other tokens need none. Difficulty is graded: each offset that is found saves
+    ln 2 nats. The Bayes-optimal loss is 0; without attention to other positions it is `chance`.
+
+    Attributes:
+        offsets: Distances of the bits that a question is about.
+        ask: Probability that a token is a question.
+        seq_len: Number of tokens of a row.
     """
 
     offsets: tuple[int, ...] = (1, 3, 6, 10, 15, 21)
@@ -25,20 +30,21 @@ class Lookup:
 
     @property
     def vocab_size(self) -> int:
-        """Enough for the 4 input tokens and for every answer."""
+        """Number of ids, enough for the 4 input tokens and for every answer."""
         return max(4, 2 ** len(self.offsets))
 
     @property
     def chance(self) -> float:
-        """Mean nats of an answer for a model that knows nothing but its place in the row."""
+        """Mean nats of an answer for a model that knows nothing but its position in the row."""
         known = sum(max(self.seq_len - offset, 0) for offset in self.offsets)
         return known / self.seq_len * float(np.log(2))
 
     def rows(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` rows `[count, seq_len + 1]` int32, tokens and answers packed together.
+        """Random rows `[count, seq_len + 1]` int32, tokens and answers packed together.
 
-        Place `i` holds `token_i + vocab_size * (1 + answer to token_{i-1})`, or `token_i` alone if
-        that token did not ask: rows have the layout of packed text, each target one place late.
+        Position i holds `token_i + vocab_size * (1 + answer to token_{i-1})`, or `token_i` alone if
+        that token is no question. Rows have the layout of packed text: a target stands one position
+        after the token that predicts it.
         """
         bits = rng.integers(0, 2, (count, self.seq_len + 1))
         asks = rng.random(bits.shape) < self.ask
@@ -50,6 +56,6 @@ class Lookup:
         packed[:, 1:] += self.vocab_size * expected
         return packed.astype(np.int32)
 
-    def asked(self, rows: np.ndarray) -> np.ndarray:
-        """Mask `[N, seq_len]` of the tokens of `rows` that ask."""
+    def is_question(self, rows: np.ndarray) -> np.ndarray:
+        """Mask `[N, seq_len]` of the tokens of `rows` that are questions."""
         return rows[:, 1:] >= self.vocab_size
