@@ -23,7 +23,6 @@ class RLBenchmark(ModelSizes):
         prompts: Numbers of tokens of a prompt, a line for each.
         new_tokens: Number of tokens of a rollout.
         num_generations: Number of rollouts of a prompt.
-        problems: Number of problems of a step.
         accumulate: Number of parts that the rows of an update are split into.
         repeats: Number of rounds of each measurement; the smallest time counts.
     """
@@ -34,13 +33,12 @@ class RLBenchmark(ModelSizes):
     prompts: tuple[int, ...] = (224, 992)
     new_tokens: int = 32
     num_generations: int = 64
-    problems: int = 1
     accumulate: int = 8
     repeats: int = 3
 
     def __post_init__(self):
-        if min(self.repeats, self.new_tokens, self.problems) < 1 or min(self.prompts) < 2:
-            raise ValueError("repeats, new_tokens and problems: 1 or more; prompts: 2 or more")
+        if min(self.repeats, self.new_tokens) < 1 or min(self.prompts) < 2:
+            raise ValueError("repeats and new_tokens: 1 or more; prompts: 2 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +72,7 @@ def main(config: RLBenchmark) -> None:
     """Print where the time of a step goes, and what it saves to prefill a prompt once."""
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.new_tokens} new tokens; "
-        f"{config.problems} x {config.num_generations} rollouts a step, "
-        f"{config.num_generations} of one prompt"
+        f"{config.num_generations} rollouts a step, all of one prompt"
     )
     print("prompt  rollout tok/s  update tok/s  share of rollouts |  prefilled once, s  "
           "in each row, s  times as fast")  # fmt: skip
@@ -106,11 +103,11 @@ def make_job(config: RLBenchmark, length: int, folder: str) -> RLJob:
         weights="random",
         train="all",
         task="long prompts",
-        batch_size=config.problems,
+        batch_size=1,
         num_generations=config.num_generations,
         accumulate=config.accumulate,
         max_new_tokens=config.new_tokens,
-        max_rows=config.problems * config.num_generations,
+        max_rows=config.num_generations,
         out=folder,
     )
     return RLJob(run, LanguageModel(model, ByteTokenizer()), LongPrompts(length))

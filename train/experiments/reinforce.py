@@ -100,7 +100,6 @@ class Experiment(StudyConfig):
         steps: Number of steps of reinforcement learning.
         batch_size: Number of problems of a step.
         num_generations: Number of answers to each problem.
-        minibatches: Number of optimizer steps of a step.
         learning_rate: Peak learning rate of reinforcement learning.
         rows: Number of held-out problems, none of which is ever trained on.
     """
@@ -111,7 +110,6 @@ class Experiment(StudyConfig):
     steps: int = 200
     batch_size: int = 32
     num_generations: int = 8
-    minibatches: int = 1
     learning_rate: float = 1e-3
     rows: int = 1024
     out: str = "reinforce.jsonl"
@@ -196,7 +194,7 @@ class Baseline:
         optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
         self.lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
         with tempfile.TemporaryDirectory() as folder:
-            run = self.rl(folder, steps=most, minibatches=1, optimizer=optimizer)
+            run = self.rl(folder, steps=most, optimizer=optimizer)
             job = RLJob(run, self.lm, ValidationTask(self.task))
             shown = demonstrate(job, self.demonstrations(), ROWS)
             for self.steps, state in enumerate(itertools.islice(shown, most), 1):
@@ -227,7 +225,6 @@ class Baseline:
             steps=config.steps,
             batch_size=config.batch_size,
             num_generations=config.num_generations,
-            minibatches=config.minibatches,
             max_new_tokens=self.setup.max_new_tokens,
             max_rows=1024,
             seed=self.seed,
@@ -301,16 +298,12 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
     config, clock = baseline.config, Clock()
     method = "grpo" if arm in CONTROLS else arm
     task = Coin(baseline.task, baseline.success, baseline.seed) if arm == "coin" else baseline.task
-    updates = config.steps * config.minibatches
+    rows = config.batch_size * config.num_generations
     with tempfile.TemporaryDirectory() as folder:
-        changes: dict[str, Any] = {"method": method}
+        job = RLJob(baseline.rl(folder, method=method), baseline.lm, task)
         if arm == "demonstrations":
-            changes |= {"steps": updates, "minibatches": 1}
-        job = RLJob(baseline.rl(folder, **changes), baseline.lm, task)
-        if arm == "demonstrations":
-            batch_size = config.batch_size * config.num_generations // config.minibatches
-            shown = demonstrate(job, baseline.demonstrations(), batch_size)
-            state = next(itertools.islice(shown, updates - 1, None))
+            shown = demonstrate(job, baseline.demonstrations(), rows)
+            state = next(itertools.islice(shown, config.steps - 1, None))
             found = {"after": job.evaluate(state.weights)[0]["success"]}
         else:
             held_out = train(job)
@@ -324,8 +317,8 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
         **found,
         "rows": config.rows,
         "steps": config.steps,
-        "updates": updates,
-        "rows_per_update": config.batch_size * config.num_generations // config.minibatches,
+        "updates": config.steps,
+        "rows_per_update": rows,
         "learning_rate": config.learning_rate,
         "seconds": cost.seconds,
         "cpu_seconds": cost.cpu_seconds,
