@@ -76,7 +76,7 @@ class Ratio(NamedTuple):
 def ratio(numerator: Timing, denominator: Timing) -> Ratio:
     """Ratio of two timings of the same `interleaved` call, with its spread over rounds."""
     pairs = zip(numerator.rounds, denominator.rounds, strict=True)
-    of_rounds = [mine.seconds / other.seconds for mine, other in pairs]
+    of_rounds = [above.seconds / below.seconds for above, below in pairs]
     return Ratio(
         numerator.best.seconds / denominator.best.seconds,
         numerator.median.seconds / denominator.median.seconds,

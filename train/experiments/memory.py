@@ -100,6 +100,19 @@ class Arm(nnx.Module):
         raise NotImplementedError
 
 
+def decoder_predictors(decoder: Backbone, tokens: jax.Array) -> jax.Array:
+    """Hidden states `[B, L, D]` that predict each token; zeros for the first."""
+    hidden = decoder.hidden_states(decoder.embed_tokens(tokens))
+    return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
+class Frozen(Arm):
+    """The reasoner alone."""
+
+    def predictors(self, batch):
+        return decoder_predictors(self.reasoner, batch["tokens"])
+
+
 class LoRA(Arm):
     """An adapter on the reasoner itself."""
 
@@ -109,9 +122,7 @@ class LoRA(Arm):
         self.adapter = make_adapter(reasoner, config, rngs=rngs, kind=WeaverParam)
 
     def predictors(self, batch):
-        decoder = self.reasoner.apply_lora(self.adapter)
-        hidden = decoder.hidden_states(decoder.embed_tokens(batch["tokens"]))
-        return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        return decoder_predictors(self.reasoner.apply_lora(self.adapter), batch["tokens"])
 
 
 class Memory(Arm):
@@ -217,17 +228,11 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
 def pretrained(config: Experiment, seed: int) -> Backbone:
     """A reasoner that has learned to add and to copy."""
     model = Thoughtbubbles(REASONER, rngs=nnx.Rngs(seed))
-    arm = _Plain(Backbone(model))
+    arm = Frozen(Backbone(model))
     batches = data(np.random.default_rng([seed, 0]), config.batch_size, PRETRAINING)
     _, loss = fit(arm, nnx.Param, batches, config.pretrain_steps, 3e-3)
     print(f"reasoner seed {seed}: loss {loss:.4f}", flush=True)
     return arm.reasoner
-
-
-class _Plain(Arm):
-    def predictors(self, batch):
-        hidden = self.reasoner.hidden_states(self.reasoner.embed_tokens(batch["tokens"]))
-        return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
 def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> Result:
@@ -241,7 +246,7 @@ def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> R
     """
     clock = Clock()
     before = checksum(reasoner)
-    arm = _Plain(reasoner)
+    arm = Frozen(reasoner)
     parameters = 0
     if name != "frozen":
         arm = ARMS[name](reasoner, nnx.Rngs(seed))
@@ -333,15 +338,15 @@ def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float
 def report(results: list[Result]) -> str:
     """A markdown table: held-out exact match in percent, mean over seeds ± its standard error."""
     rows = []
-    for (arm,), mine in by_key(results, "arm").items():
+    for (arm,), of_arm in by_key(results, "arm").items():
         rows.append(
             (
                 arm,
-                f"{mine[0]['parameters']:,}",
-                seeds_text(mine),
-                mean_text([100 * result["accuracy"] for result in mine], 1),
-                f"{np.mean([result['loss'] for result in mine]):.3f}",
-                f"{np.mean([result['seconds'] for result in mine]):.0f}",
+                f"{of_arm[0]['parameters']:,}",
+                seeds_text(of_arm),
+                mean_text([100 * result["accuracy"] for result in of_arm], 1),
+                f"{np.mean([result['loss'] for result in of_arm]):.3f}",
+                f"{np.mean([result['seconds'] for result in of_arm]):.0f}",
             )
         )
     head = ("arm", "trained", "seeds", "exact match %", "loss", "seconds")

@@ -318,27 +318,29 @@ def report(results: list[Result], against: str = "plain") -> str:
         ]
         losses = {(run["variant"], run["seed"]): run["loss"] for run in runs}
         rows = []
-        for (variant,), mine in by_key(runs, "variant").items():
+        for (variant,), of_variant in by_key(runs, "variant").items():
             paired = [
                 run["loss"] - losses[against, run["seed"]]
-                for run in mine
+                for run in of_variant
                 if (against, run["seed"]) in losses
             ]
             streams = [
-                f"{np.mean([run[name] for run in mine]):.2f}"
-                for name in mine[0]
+                f"{np.mean([run[name] for run in of_variant]):.2f}"
+                for name in of_variant[0]
                 if name.endswith("streams_per_token")
             ]
             rows.append(
                 (
                     variant,
-                    f"{mine[0]['parameters']:,}",
-                    seeds_text(sorted(mine, key=lambda run: run["seed"])),
-                    mean_text([run["loss"] for run in mine], 4),
+                    f"{of_variant[0]['parameters']:,}",
+                    seeds_text(sorted(of_variant, key=lambda run: run["seed"])),
+                    mean_text([run["loss"] for run in of_variant], 4),
                     mean_text(paired, 4, "+") if variant != against else "",
-                    mean_text([r["blockwise_loss"] for r in mine if "blockwise_loss" in r], 4),
+                    mean_text(
+                        [r["blockwise_loss"] for r in of_variant if "blockwise_loss" in r], 4
+                    ),
                     ", ".join(streams),
-                    f"{np.median([run['step_ms'] for run in mine]):.0f}",
+                    f"{np.median([run['step_ms'] for run in of_variant]):.0f}",
                 )
             )
         head = ("variant", "parameters", "seeds", "loss", f"minus {against}", "parallel")

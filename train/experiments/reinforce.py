@@ -359,21 +359,21 @@ def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def report(results: list[Result]) -> str:
     """A markdown table: held-out success in percent, mean over seeds ± its standard error."""
     rows = []
-    for (task, arm), mine in by_key(results, "task", "arm").items():
-        gained = [100 * (r["after"] - r["before"]) for r in mine]
-        cost = [(r["cpu_seconds"] + r["baseline_cpu_seconds"]) / 60 for r in mine]
+    for (task, arm), of_arm in by_key(results, "task", "arm").items():
+        gained = [100 * (r["after"] - r["before"]) for r in of_arm]
+        cost = [(r["cpu_seconds"] + r["baseline_cpu_seconds"]) / 60 for r in of_arm]
         rows.append(
             (
                 task,
                 arm,
-                seeds_text(mine),
-                mean_text([100 * r["before"] for r in mine], 1),
-                mean_text([100 * r["after"] for r in mine], 1),
+                seeds_text(of_arm),
+                mean_text([100 * r["before"] for r in of_arm], 1),
+                mean_text([100 * r["after"] for r in of_arm], 1),
                 mean_text(gained, 1, "+"),
                 f"{min(gained):+.1f}",
-                f"{np.mean([r['updates'] for r in mine]):,.0f}",
-                f"{np.mean([r.get('rollouts', 0) for r in mine]):,.0f}",
-                f"{np.mean([r.get('tokens', 0) for r in mine]):,.0f}",
+                f"{np.mean([r['updates'] for r in of_arm]):,.0f}",
+                f"{np.mean([r.get('rollouts', 0) for r in of_arm]):,.0f}",
+                f"{np.mean([r.get('tokens', 0) for r in of_arm]):,.0f}",
                 f"{max(cost):.1f}",
             )
         )

@@ -17,29 +17,29 @@ def report(results: list[Result]) -> str:
     The first has the held-out results of arms, the second what triggers save and lose against
     always invoking, the third the cost of arms.
     """
-    arms = {arm: mine for (arm,), mine in by_key(results, "arm").items()}
+    arms = {arm: of_arm for (arm,), of_arm in by_key(results, "arm").items()}
     rated = {}  # what is evaluated, with the results of each seed
-    for arm, mine in arms.items():
-        rated[arm] = mine
+    for arm, of_arm in arms.items():
+        rated[arm] = of_arm
         for name in ("argmax", "coin"):
-            if name in mine[0]:
-                rated[f"{arm}: {name}"] = [{"seed": r["seed"], **r[name]} for r in mine]
+            if name in of_arm[0]:
+                rated[f"{arm}: {name}"] = [{"seed": r["seed"], **r[name]} for r in of_arm]
     tables = [_accuracy_table(rated), _savings_table(rated, arms), _cost_table(arms)]
     return "\n\n".join("\n".join(table) for table in tables if table)
 
 
 def _accuracy_table(rated: Mapping[str, list[Result]]) -> list[str]:
     rows = []
-    for name, mine in rated.items():
-        of_kinds = [[r["kinds"][kind] for r in mine] for kind in KINDS]
+    for name, of_arm in rated.items():
+        of_kinds = [[r["kinds"][kind] for r in of_arm] for kind in KINDS]
         rows.append(
             (
                 name,
-                seeds_text(mine),
-                mean_text([100 * r["accuracy"] for r in mine], 1),
+                seeds_text(of_arm),
+                mean_text([100 * r["accuracy"] for r in of_arm], 1),
                 *(mean_text([100 * r["accuracy"] for r in of_kind], 1) for of_kind in of_kinds),
-                mean_text([r["invocations"] for r in mine], 2),
-                f"{100 * np.mean([r['rate'] for r in mine]):.0f} %",
+                mean_text([r["invocations"] for r in of_arm], 2),
+                f"{100 * np.mean([r['rate'] for r in of_arm]):.0f} %",
                 *(f"{np.mean([r['invocations'] for r in of_kind]):.2f}" for of_kind in of_kinds),
             )
         )
@@ -57,8 +57,10 @@ def _savings_table(
     if not always:
         return []
     rows = []
-    for name, mine in rated.items():
-        pairs = [(r, always[r["seed"]], start.get(r["seed"])) for r in mine if r["seed"] in always]
+    for name, of_arm in rated.items():
+        pairs = [
+            (r, always[r["seed"]], start.get(r["seed"])) for r in of_arm if r["seed"] in always
+        ]
         if "trigger" in name and pairs:
             spared = [100 * r["invocations"] / old["invocations"] for r, old, _ in pairs]
             begun = [100 * r["invocations"] / s["invocations"] for r, _, s in pairs if s]
@@ -77,7 +79,7 @@ def _savings_table(
 
 def _cost_table(arms: Mapping[str, list[Result]]) -> list[str]:
     rows = []
-    for arm, mine in arms.items():
-        cost = [f"{np.mean([r[n] for r in mine]):,.0f}" for n in ("steps", "rollouts", "tokens")]
-        rows.append((arm, *cost, f"{np.mean([r['seconds'] for r in mine]):.0f}"))
+    for arm, of_arm in arms.items():
+        cost = [f"{np.mean([r[n] for r in of_arm]):,.0f}" for n in ("steps", "rollouts", "tokens")]
+        rows.append((arm, *cost, f"{np.mean([r['seconds'] for r in of_arm]):.0f}"))
     return markdown_table(("arm", "optimizer steps", "rollouts", "sampled tokens", "seconds"), rows)

@@ -64,8 +64,8 @@ class Results:
         self.found = read_results(path) if self._path.exists() else []
 
     def __contains__(self, run: Mapping[str, Any]) -> bool:
-        mine = [run[name] for name in self._key]
-        return any([found[name] for name in self._key] == mine for found in self.found)
+        entries = [run[name] for name in self._key]
+        return any([found[name] for name in self._key] == entries for found in self.found)
 
     def missing(self, runs: Iterable[Result]) -> list[Result]:
         """Those of some runs, each given by its key, that are not finished."""
