@@ -21,6 +21,7 @@ from thoughtbubbles import ARCHITECTURES, Architecture, ArchitectureConfig, Pref
 from thoughtbubbles.architecture import architecture_name
 from thoughtbubbles.decoding import generate as generate_ids
 from thoughtbubbles.decoding import generate_with_bubbles
+from thoughtbubbles.hatchling import HatchlingConfig
 from thoughtbubbles.testing import assert_decoder_cached_is_parallel, assert_decoder_causal
 from train import evaluate, generate, sft
 from train.cli.config_json import as_json, model_from_json
@@ -45,7 +46,10 @@ ROOT = Path(__file__).parents[1]
 SMALL: dict[str, ArchitectureConfig] = {
     "thoughtbubbles": dataclasses.replace(
         BASE, num_layers=1, fork_layers=(0,), policy=PrefixRank(2.0)
-    )
+    ),
+    "hatchling": HatchlingConfig(
+        vocab_size=64, embed_dim=16, num_neurons=64, num_layers=2, num_heads=2
+    ),
 }
 """Small configs of the registry's entries: a new entry adds its own."""
 
@@ -149,7 +153,22 @@ def test_what_an_architecture_lacks_is_said_in_one_line(recurrent):
 
 
 @pytest.mark.slow
-def test_ordinary_commands_run_it(monkeypatch, capsys, tmp_path, recurrent):
+@pytest.mark.parametrize(
+    ("text", "config", "smaller", "targets"),
+    [
+        ("recurrent(embed_dim=16)", "RecurrentConfig", "recurrent(embed_dim=8)", ()),
+        (
+            "hatchling(embed_dim=16, num_neurons=32, num_layers=2, num_heads=2)",
+            "hatchling (released) of 32 neurons",
+            "hatchling(embed_dim=8, num_neurons=32, num_layers=2, num_heads=2)",
+            ("dx", "e"),
+        ),
+    ],
+    ids=["recurrent", "hatchling"],
+)
+def test_ordinary_commands_run_it(
+    monkeypatch, capsys, tmp_path, recurrent, text, config, smaller, targets
+):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.chdir(tmp_path)
@@ -158,19 +177,18 @@ def test_ordinary_commands_run_it(monkeypatch, capsys, tmp_path, recurrent):
     for index in range(20):
         (texts / f"{index}.txt").write_text("the cat sat on the mat " * (40 + index))
     run = [
-        *("tiny", "--plugin", "mine_recurrent", "--architecture", "recurrent(embed_dim=16)"),
+        *("tiny", "--plugin", "mine_recurrent", "--architecture", text),
         *("--data.corpus", "texts", "--data.cache-dir", "cache", "--data.seq-len", "16"),
         *("--batch-size", "8", "--log-every", "1", "--evaluation.rows", "4", "--out", "run"),
     ]
     assert run_here(monkeypatch, *run, "--steps", "2") == 0
     assert run_here(monkeypatch, *run, "--steps", "4") == 0  # resumes
     shown = capsys.readouterr().err
-    assert "continuing run from step 2" in shown and "RecurrentConfig" in shown
+    assert "continuing run from step 2" in shown and config in shown
     assert "streams" not in shown
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    other = ["--architecture", "recurrent(embed_dim=8)"]
-    assert run_here(monkeypatch, *run, *other, "--steps", "6") == 2
+    assert run_here(monkeypatch, *run, "--architecture", smaller, "--steps", "6") == 2
     mistake(capsys, "model.embed_dim: saved 16, now 8")
 
     words = ["--checkpoint", "run", "--prompt", "the ", "--max-new-tokens", "4"]
@@ -200,8 +218,13 @@ def test_ordinary_commands_run_it(monkeypatch, capsys, tmp_path, recurrent):
     assert run_here(monkeypatch, *tuned, "--train", "all", **main) == 0
     assert load_model("tuned").model.config.embed_dim == 16
     capsys.readouterr()
-    assert run_here(monkeypatch, *tuned, "--train", "lora", "--out", "other", **main) == 2
-    mistake(capsys, "q")
+    lora = [*tuned, "--train", "lora", "--out", "adapted", "--lora.targets"]
+    if targets:
+        assert run_here(monkeypatch, *lora, *targets, **main) == 0
+        assert load_model("adapted").model.config.embed_dim == 16
+    else:
+        assert run_here(monkeypatch, *lora, "q", **main) == 2
+        mistake(capsys, "no map 'q' to adapt")
     learned = [
         *("--weights", "tuned", "--train", "all", "--task", "copy", "--steps", "1"),
         *("--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "4", "--out", "rl"),

@@ -318,6 +318,10 @@ class Architecture(nnx.Module):
         """The model with an adapter added to its linear layers, without copying arrays."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
+    def merged(self, deltas: Mapping[str, jax.Array]) -> Self:
+        """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
+        raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
+
     @property
     def takes_positions(self) -> bool:
         """Whether `hidden_states` takes `positions` and `visible`, which packed conversations and

@@ -107,7 +107,8 @@ class Backbone(nnx.Module):
         for name, delta in deltas.items():
             module = model.blocks.attention if name in ATTENTION_MAPS else model.blocks.mlp
             kernel = getattr(module, name)
-            kernel[...] = kernel[...] + delta.reshape(kernel.shape).astype(kernel.dtype)
+            # Not kernel[...] = ...: that writes into NumPy arrays, which the other model shares.
+            kernel.set_value(kernel[...] + delta.reshape(kernel.shape).astype(kernel.dtype))
         return model
 
     def for_decoding(self) -> Backbone:

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from typing import Any
 
+import thoughtbubbles.hatchling  # noqa: F401 (fills ARCHITECTURES)
 from thoughtbubbles import (
     ARCHITECTURES,
     ArchitectureConfig,

@@ -135,7 +135,8 @@ def on_weights(config: RunConfig) -> RunConfig:
         given, default = dataclasses.asdict(config.model), dataclasses.asdict(known)
         return [n for n in given if n not in computing and given[n] != default[n]]
 
-    if names := min(map(asked, (model, *(run.model for run in PRESETS.values()))), key=len):
+    presets = [run.model for run in PRESETS.values() if isinstance(run.model, ModelConfig)]
+    if names := min(map(asked, (model, *presets)), key=len):
         raise ValueError(
             f"model.{names[0]}={getattr(config.model, names[0])!r}: the model comes with the "
             f"weights {config.init.weights}: leave it out (forks are --init.forks, --init.policy)"

@@ -3,6 +3,7 @@
 import dataclasses
 
 from thoughtbubbles import ModelConfig, Threshold, TopK
+from thoughtbubbles.hatchling import HatchlingConfig
 from train.data import DataConfig
 from train.devices.mesh import MeshConfig
 from train.engine.config import EvalConfig
@@ -46,5 +47,8 @@ PRESETS: dict[str, RunConfig] = {
     "tiny_plain": _tiny("tiny_plain", fork_layers=()),
     "tiny_topk": _tiny("tiny_topk", policy=TopK(2.0), score_originals=True),
     "tiny_threshold": _tiny("tiny_threshold", policy=Threshold(2.0)),
+    "hatchling_tiny": dataclasses.replace(
+        TINY, model=HatchlingConfig.preset("tiny"), out="runs/hatchling_tiny"
+    ),
     **{name: _paper(name) for name in ("150m", "319m", "772m", "1_9b")},
 }

@@ -1,0 +1,220 @@
+"""Dragon Hatchling: golden numbers of the authors' code, a float64 reference, invariants."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.hatchling.config import PRESETS
+from thoughtbubbles.hatchling.model import frequencies
+
+GOLDEN = HatchlingConfig(vocab_size=11, embed_dim=8, num_neurons=32, num_layers=2, num_heads=2)
+TOKENS, TARGETS = np.array([[1, 5, 3, 9, 0, 7]]), np.array([[5, 3, 9, 0, 7, 2]])
+FIRST = "-.27960 -.46442 -.58637 -.62897 -.58643 -.46453 -.27975 -.05711 .17326 .38018 .53564"
+LAST = "-.25661 -.44369 -.57072 -.62050 -.58630 -.47275 -.29522 -.07773 .15029 .35796 .51718"
+FORMS = [
+    dataclasses.replace(GOLDEN, form=form, damping=damping)
+    for form in ("released", "paper")
+    for damping in (False, True)
+]
+
+
+def waves(shape: tuple[int, ...], amplitude: float, shift: float) -> np.ndarray:
+    wave = amplitude * np.sin(0.37 * np.arange(np.prod(shape)) + shift)
+    return wave.reshape(shape).astype(np.float32)
+
+
+def made(config: HatchlingConfig) -> Hatchling:
+    """A model with the parameters of the golden numbers."""
+    model = Hatchling(config, rngs=nnx.Rngs(0))
+    heads, width, neurons = config.num_heads, config.embed_dim, config.head_neurons
+    model.embed[...] = waves((config.vocab_size, width), 1, 0)
+    model.dx[...] = waves((heads, width, neurons), 0.5, 1).swapaxes(0, 1)
+    model.dy[...] = waves((heads, width, neurons), 0.5, 2).swapaxes(0, 1)
+    model.e[...] = waves((heads * neurons, width), 0.5, 3).reshape(heads, neurons, width)
+    model.head[...] = waves((width, config.vocab_size), 0.5, 4)
+    return model
+
+
+def drawn(config: HatchlingConfig) -> Hatchling:
+    """A model of random parameters, better conditioned than waves."""
+    model, rng = Hatchling(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    noise = lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32)  # noqa: E731
+    nnx.update(model, jax.tree.map(noise, nnx.state(model, nnx.Param)))
+    return model
+
+
+@jax.jit
+def logits_of(model, tokens, length=None):
+    return model.logits(model.run(tokens, length))
+
+
+def reference(config: HatchlingConfig, model: Hatchling, tokens: np.ndarray) -> np.ndarray:
+    """Logits in float64, one token after the other, straight from the equations."""
+    dx, dy, e, embed, head = (
+        np.asarray(p[...], np.float64)
+        for p in (model.dx, model.dy, model.e, model.embed, model.head)
+    )
+    frequency = np.asarray(model.frequency[...], np.float64)
+    slope = 2.0 ** (-8 * np.arange(1, config.num_heads + 1) / config.num_heads)
+    gamma = np.exp(-slope) if config.damping else np.ones(config.num_heads)
+    released = config.form == "released"
+    shape = (config.num_layers, config.num_heads, config.head_neurons, config.embed_dim)
+    rho, rows = np.zeros(shape), []
+
+    def norm(x):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+
+    for t, token in enumerate(tokens):
+        v = norm(embed[token]) if released else embed[token]
+        residual = 0.0
+        for layer in range(config.num_layers):
+            x = np.maximum(np.einsum("d,dhn->hn", v, dx), 0)
+            x = x if released else residual + x
+            phase = 2 * np.pi * ((t * frequency) % 1)
+            turned = np.stack([-x[:, 1::2], x[:, ::2]], axis=-1).reshape(x.shape)
+            q = x * np.cos(phase) + turned * np.sin(phase)
+            a = np.einsum("hn,hnd->hd", q, rho[layer])
+            rho[layer] = gamma[:, None, None] * (rho[layer] + q[:, :, None] * v)
+            y = np.maximum(np.einsum("hd,dhn->hn", norm(a), dy), 0) * x
+            o = norm(np.einsum("hn,hnd->d", y, e))
+            v, residual = (norm(v + o), 0.0) if released else (o, x)
+        rows.append(v @ head)
+    return np.array(rows)
+
+
+def test_golden_numbers_of_the_authors_code():
+    logits = np.asarray(logits_of(made(GOLDEN), TOKENS))[0]
+    np.testing.assert_allclose(logits[0], [float(x) for x in FIRST.split()], atol=6e-6)
+    np.testing.assert_allclose(logits[5], [float(x) for x in LAST.split()], atol=6e-6)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert -log_probs[np.arange(6), TARGETS[0]].mean() == pytest.approx(2.606666, abs=1e-6)
+    assert logits.sum() == pytest.approx(-9.860228, abs=1e-5)
+    assert np.abs(logits).sum() == pytest.approx(26.227123, abs=1e-5)
+    found = frequencies(16, GOLDEN.rope_base)[::2][:5]
+    np.testing.assert_allclose(found, [0.15915, 0.03979, 0.00995, 0.00249, 0.00062], atol=5e-6)
+
+
+@pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c.form}-{c.damping}")
+def test_parallel_chunked_and_recurrent_are_the_float64_reference(config):
+    tokens = np.random.default_rng(0).integers(11, size=(1, 19))
+    expected = reference(config, drawn(config), tokens[0])
+    scale = np.abs(expected).max()
+    for chunk in (None, 1, 4, 7, 19):
+        model = drawn(dataclasses.replace(config, chunk=chunk))
+        found = np.asarray(logits_of(model, tokens))[0]
+        assert np.abs(found - expected).max() < 1e-5 * scale, chunk
+
+
+@pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c.form}-{c.damping}")
+def test_rows_cut_anywhere_are_rows_read_whole(config):
+    """Also with unequal rows, of which some rest in a call."""
+    tokens = np.random.default_rng(1).integers(11, size=(3, 12))
+    model = drawn(config)
+    expected = np.asarray(logits_of(model, tokens))
+    step = jax.jit(lambda model, *inputs: model.advance(*inputs))
+    cache, done = model.init_cache(3, 12), np.zeros(3, int)
+    found = np.zeros_like(expected)
+    for lengths in ([1, 0, 4], [3, 4, 0], [4, 4, 2], [0, 4, 4], [4, 0, 2]):
+        part = np.zeros((3, 4), np.int32)
+        for row, count in enumerate(lengths):
+            part[row, :count] = tokens[row, done[row] : done[row] + count]
+        hidden, cache = step(model, cache, part, np.array(lengths, np.int32))
+        for row, count in enumerate(lengths):
+            found[row, done[row] : done[row] + count] = model.unembed(hidden)[row, :count]
+        done += lengths
+    assert (done == 12).all()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_gradients_through_a_carried_state_are_those_of_the_whole_row():
+    tokens = np.random.default_rng(2).integers(11, size=(2, 17))
+    gradient = jax.jit(jax.grad(lambda m: m.loss(tokens)[0], allow_int=True))
+    whole, chunked = (
+        jax.tree.leaves(nnx.state(gradient(drawn(config)), nnx.Param))
+        for config in (GOLDEN, dataclasses.replace(GOLDEN, chunk=5))
+    )
+    for mine, theirs in zip(chunked, whole, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_neuron_pairs_have_no_order():
+    model, other = made(GOLDEN), made(GOLDEN)
+    order = np.random.default_rng(3).permutation(8)
+    index = np.stack([2 * order, 2 * order + 1], axis=1).ravel()
+    for param in (other.dx, other.dy, other.frequency):
+        param[...] = param[...][..., index]
+    other.e[...] = other.e[...][:, index]
+    np.testing.assert_allclose(logits_of(other, TOKENS), logits_of(model, TOKENS), atol=1e-5)
+
+
+def test_sparsity_is_counted_over_real_tokens():
+    model = made(GOLDEN)
+    read = jax.jit(lambda m, t, n: m.run(t, n))(model, TOKENS, np.array([6]))
+    shown = Hatchling.step_metrics(GOLDEN, jax.device_get(model.statistics(read)))
+    assert shown["layer_0/x_active"] == 96 / 192
+    assert 0 < shown["layer_1/y_active"] <= shown["layer_1/x_active"] < 1
+    padded = np.pad(TOKENS, ((0, 0), (0, 3)))
+    other = jax.jit(lambda m, t, n: m.run(t, n))(model, padded, np.array([6]))
+    for mine, theirs in zip(
+        jax.tree.leaves(model.statistics(other)),
+        jax.tree.leaves(model.statistics(read)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    model = made(dataclasses.replace(GOLDEN, dropout=0.5))
+    run = jax.jit(lambda m, key: m.logits(m.run(TOKENS, key=key)))
+    np.testing.assert_array_equal(run(model, None), logits_of(made(GOLDEN), TOKENS))
+    assert (run(model, jax.random.key(0)) != run(model, jax.random.key(1))).any()
+
+
+def test_presets_have_the_sizes_of_their_names():
+    assert PRESETS["25m"].num_params() == 25_296_896
+    for name, millions in (("10m", 10), ("50m", 50), ("100m", 100), ("400m", 400), ("1b", 1000)):
+        assert PRESETS[name].num_params() / 1e6 == pytest.approx(millions, rel=0.06), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_neurons": 30, "num_heads": 4},
+            "num_neurons=30 does not divide into num_heads=4 .* multiple of 8, such as 32",
+        ),
+        ({"num_neurons": 2, "num_heads": 2}, "num_neurons=2 does not divide"),
+        ({"chunk": 0}, "chunk=0 is below 1: leave it out"),
+        ({"form": "printed"}, "form='printed': choose released or paper"),
+        ({"dropout": 1.0}, "dropout=1.0: choose 0 or more, below 1"),
+    ],
+)
+def test_mistakes_are_one_line(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(GOLDEN, **changes)
+
+
+def test_a_state_of_another_batch_is_refused():
+    model = made(GOLDEN)
+    with pytest.raises(ValueError, match="a state of 2 rows for vectors of 1: begin with"):
+        model.advance(model.init_cache(2, 8), jnp.asarray(TOKENS), jnp.array([6]))
+
+
+def test_an_adapter_beside_the_model_is_one_merged_into_it():
+    model, rng = drawn(GOLDEN), np.random.default_rng(4)
+    deltas = {
+        name: jnp.asarray(0.1 * rng.normal(size=(inputs, outputs)), jnp.float32)
+        for name, (_, inputs, outputs) in model.lora_targets.items()
+    }
+    adapter = {name: jax.tree_util.Partial(lambda d, x: x @ d, d) for name, d in deltas.items()}
+    found = logits_of(model.apply_lora(adapter), TOKENS)
+    np.testing.assert_allclose(found, logits_of(model.merged(deltas), TOKENS), atol=1e-5)
+    assert np.abs(found - logits_of(model, TOKENS)).max() > 1e-2
+    with pytest.raises(ValueError, match="no linear layer 'q': choose from dx, e"):
+        model.apply_lora({"q": adapter["e"]})

@@ -1,0 +1,9 @@
+"""Dragon Hatchling (BDH, arXiv 2509.26507): linear attention between neurons, in JAX."""
+
+from thoughtbubbles.architecture import ARCHITECTURES
+from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.model import Activations, Hatchling, State
+
+ARCHITECTURES["hatchling"] = Hatchling
+
+__all__ = ["Activations", "Hatchling", "HatchlingConfig", "State"]

@@ -1,0 +1,118 @@
+"""HatchlingConfig: sizes and options of a Dragon Hatchling, presets, FLOP count."""
+
+import dataclasses
+from typing import Literal
+
+from thoughtbubbles.architecture import ArchitectureConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class HatchlingConfig(ArchitectureConfig):
+    """A Dragon Hatchling (BDH, arXiv 2509.26507): L layers share one set of weights, Dx, Dy and E.
+
+    Attributes:
+        vocab_size: Number of token ids that the embedding knows (V).
+        embed_dim: Low-rank width between neurons (d).
+        num_neurons: Number of neurons (n), a multiple of twice `num_heads`.
+        num_layers: Number of times the shared layer is applied (L).
+        num_heads: Number of heads that split the neurons (H).
+        form: Computation: "released" is the authors' code, whose residual stream has width d, and
+            the form of the published curves; "paper" is eq. 8 of the paper, whose residual stream
+            is the neurons'.
+        damping: Whether attention to the past decays by a factor of its own in each head, as in
+            ALiBi; the released code has none.
+        rope_base: Base of the rotary frequencies (θ).
+        dropout: Probability with which a gated neuron (y) is dropped in training.
+        chunk: Number of tokens whose attention scores are computed at once; longer rows carry a
+            state from chunk to chunk, which gives the same. By default rows are read whole.
+        context_length: Number of tokens at a time that the weights were made for, if known.
+        dtype: Type of the computation; parameters, phases and states are float32.
+        remat: Activations that the backward pass recomputes: those of a layer ("full"), or "none".
+    """
+
+    vocab_size: int = 320
+    embed_dim: int = 256
+    num_neurons: int = 32_768
+    num_layers: int = 6
+    num_heads: int = 4
+    form: Literal["released", "paper"] = "released"
+    damping: bool = False
+    rope_base: float = 65_536.0
+    dropout: float = 0.0
+    chunk: int | None = None
+    context_length: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full"] = "full"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "embed_dim", "num_neurons", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1")
+        if self.num_neurons % (2 * self.num_heads):
+            step = 2 * self.num_heads
+            raise ValueError(
+                f"num_neurons={self.num_neurons} does not divide into num_heads={self.num_heads} "
+                f"heads of neuron pairs: choose a multiple of {step}, such as "
+                f"{max(round(self.num_neurons / step), 1) * step}"
+            )
+        for name, choices in (
+            ("form", ("released", "paper")),
+            ("dtype", ("float32", "bfloat16")),
+            ("remat", ("none", "full")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(choices)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: choose 0 or more, below 1")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk} is below 1: leave it out to read rows whole")
+
+    @property
+    def head_neurons(self) -> int:
+        """Number of neurons in a head (N = n / H)."""
+        return self.num_neurons // self.num_heads
+
+    def num_params(self) -> int:
+        """Number of parameters: 3nd + 2Vd."""
+        return self.embed_dim * (3 * self.num_neurons + 2 * self.vocab_size)
+
+    def forward_flops(self, num_tokens: int) -> int:
+        """Matrix-multiplication FLOPs of a forward pass over `num_tokens`, logits included."""
+        d, n, h = self.embed_dim, self.num_neurons, self.num_heads
+        chunk = min(self.chunk or num_tokens, num_tokens)
+        full, rest = divmod(num_tokens, chunk)
+        scores = (full * chunk**2 + rest**2) * (n + h * d)
+        state = 0 if chunk == num_tokens else 2 * num_tokens * n * d
+        layer = 3 * num_tokens * n * d + scores + state
+        return 2 * (self.num_layers * layer + num_tokens * d * self.vocab_size)
+
+    def summary(self) -> str:
+        """Form and number of neurons."""
+        return f"hatchling ({self.form}) of {self.num_neurons:,} neurons"
+
+    def sizes(self) -> str:
+        """Layers, widths and vocabulary in one line."""
+        return (
+            f"{self.num_layers} layers that share weights, {self.num_neurons:,} neurons in "
+            f"{self.num_heads} heads, width {self.embed_dim}, vocabulary {self.vocab_size:,}, "
+            f"{self.dtype}"
+        )
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "HatchlingConfig":
+        """A named size (see `PRESETS`), with changes."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[name], **changes)
+
+
+# The authors' default is 25m. They scale the number of neurons alone; 3nd + 2Vd counts parameters.
+PRESETS: dict[str, HatchlingConfig] = {
+    "tiny": HatchlingConfig(embed_dim=64, num_neurons=2048, num_layers=4),
+    "10m": HatchlingConfig(vocab_size=256, num_neurons=12_288),
+    "25m": HatchlingConfig(vocab_size=256),
+    "50m": HatchlingConfig(vocab_size=256, num_neurons=65_536),
+    "100m": HatchlingConfig(vocab_size=256, num_neurons=131_072),
+    "400m": HatchlingConfig(vocab_size=256, num_neurons=524_288),
+    "1b": HatchlingConfig(vocab_size=256, num_neurons=1_310_720),
+}
