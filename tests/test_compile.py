@@ -19,7 +19,7 @@ from train.aot import fitting
 from train.aot.config import CompileConfig, presets
 from train.aot.fitting import fit, needed_memory, remedies
 from train.aot.hlo import collectives_of
-from train.aot.program import program_of, recomputed_flops
+from train.aot.program import program_of
 from train.aot.report import arguments_of, report_of, text_of
 from train.aot.topology import link_bandwidth, topology_of
 from train.compile import as_options
@@ -344,11 +344,11 @@ def test_needed_memory_is_read_from_the_compiler():
 def test_full_remat_computes_the_forward_pass_again():
     plain = ModelConfig(64, 32, num_layers=4, num_heads=2, remat="full")
     logits = 2 * 128 * plain.embed_dim * plain.vocab_size
-    assert recomputed_flops(plain, 128) == plain.forward_flops(128) - logits
+    assert plain.recomputed_flops(128) == plain.forward_flops(128) - logits
     without = dataclasses.replace(plain, nope_layers=(3,))
-    assert recomputed_flops(without, 128) == recomputed_flops(plain, 128)
+    assert without.recomputed_flops(128) == plain.recomputed_flops(128)
     copies = dataclasses.replace(plain, copies=3, merge="rightmost")
-    assert recomputed_flops(copies, 128) < copies.forward_flops(128)
+    assert copies.recomputed_flops(128) < copies.forward_flops(128)
 
 
 @needs_libtpu

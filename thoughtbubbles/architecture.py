@@ -67,6 +67,14 @@ class ArchitectureConfig:
         """
         return 2 * self.num_params() * num_tokens
 
+    def recomputed_flops(self, num_tokens: int) -> int:
+        """FLOPs that the backward pass of one row spends on computing forward results again.
+
+        Args:
+            num_tokens: Number of tokens in the row.
+        """
+        return 0
+
     def summary(self) -> str:
         """What distinguishes the model, in a few words of the first line of a run."""
         return type(self).__name__

@@ -270,6 +270,20 @@ class ModelConfig(ArchitectureConfig):
                 total += 2 * num_tokens * slots[-1] * d
         return total + 2 * decoded * d * self.vocab_size
 
+    def recomputed_flops(self, num_tokens: int) -> int:
+        """FLOPs that the backward pass of one row spends on computing forward results again."""
+        if self.remat == "none":
+            return 0
+        slots, wide = self.slots(num_tokens), self.num_heads * self.head_width
+        mixing = sum(4 * visited_pairs(s) * wide for s in slots)
+        if self.remat == "dots":  # products of activations with activations are not kept
+            return mixing
+        one_layer = dataclasses.replace(
+            self, fork_layers=(), nope_layers=(), copies=1, num_layers=1
+        )
+        projections = one_layer.forward_flops(1) - 2 * self.embed_dim * self.vocab_size - 4 * wide
+        return mixing + projections * sum(slots)
+
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
         """A named size: `tiny`, or a size of arXiv 2510.00219 (see `PRESETS`), with changes."""

@@ -86,6 +86,12 @@ class HatchlingConfig(ArchitectureConfig):
         layer = 3 * num_tokens * n * d + scores + state
         return 2 * (self.num_layers * layer + num_tokens * d * self.vocab_size)
 
+    def recomputed_flops(self, num_tokens: int) -> int:
+        """FLOPs that the backward pass of one row spends on computing layers again."""
+        if self.remat == "none":
+            return 0
+        return self.forward_flops(num_tokens) - 2 * num_tokens * self.embed_dim * self.vocab_size
+
     def summary(self) -> str:
         """Form and number of neurons."""
         return f"hatchling ({self.form}) of {self.num_neurons:,} neurons"

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from thoughtbubbles import ArchitectureConfig, ModelConfig
-from thoughtbubbles.attention import visited_pairs
+from thoughtbubbles import ModelConfig
 from thoughtbubbles.cache import Cache, cacheable, decode_step, init_cache
 from train.devices.attention import Attention
 from train.devices.mesh import (
@@ -93,7 +92,7 @@ def _step(config: RunConfig, trainable: Trainable) -> Program:
         arguments,
         ("parameters", "optimizer state"),
         config.step_flops,
-        config.batch_size * recomputed_flops(config.model, length),
+        config.batch_size * config.model.recomputed_flops(length),
         config.batch_size * length,
     )
 
@@ -162,24 +161,3 @@ def _placed(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, NamedSharding):
         return place(tree, shardings)
     return jax.tree.map(place, tree, shardings)
-
-
-def recomputed_flops(config: ArchitectureConfig, num_tokens: int) -> int:
-    """FLOPs that the backward pass of a row spends on recomputing activations.
-
-    Args:
-        config: Config of the model, with its remat policy.
-        num_tokens: Number of tokens of the row.
-    """
-    if config.remat == "none" or not isinstance(config, ModelConfig):
-        return 0
-    slots = config.slots(num_tokens)
-    mixing = sum(4 * visited_pairs(s) * config.num_heads * config.head_width for s in slots)
-    if config.remat == "dots":  # products of activations with activations are not kept
-        return mixing
-    one_layer_less = dataclasses.replace(
-        config, fork_layers=(), nope_layers=(), copies=1, num_layers=1
-    )
-    projections = one_layer_less.forward_flops(1) - 2 * config.embed_dim * config.vocab_size
-    projections -= 4 * config.num_heads * config.head_width
-    return mixing + projections * sum(slots)
