@@ -1,4 +1,4 @@
-"""What MemGen asks of a decoder: vectors in, hidden states out, a cache, adapters."""
+"""The interface of a decoder for MemGen: vectors in, hidden states out, a cache, adapters."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
@@ -11,15 +11,21 @@ Self = TypeVar("Self", bound="DecoderBackbone")
 class DecoderBackbone(Protocol):
     """A causal decoder over rows of vectors.
 
-    A row has no holes: what is appended takes the row's next positions, so no position is ever
-    passed. Any split of a row into calls of `extend` gives what one `read` gives. Implementations
-    are pytrees (an `nnx.Module` is one); all methods are traced.
+    The vectors of a row stand at its first positions, without holes, and what is appended takes the
+    next ones; so no position is passed. Any split of a row into calls of `extend` gives the hidden
+    states that one call of `hidden_states` gives. Implementations are pytrees (an `nnx.Module` is
+    one), and all methods are traced.
+
+    A cache may be any pytree. Axis 0 of each of its arrays indexes the rows, and a scalar belongs
+    to all rows, unless the decoder has a method `cache_batch_axes(cache)`, which returns the same
+    pytree with the axis of each array, or None for an array that all rows share.
 
     Attributes:
-        embed_dim: width `D` of the vectors.
-        vocab_size: `V`.
-        adaptable: the maps that an adapter can stand beside, by name: stacked axes (`()` for a
-            map of its own, `(layers,)` for one that blocks hold in a stack), inputs, outputs.
+        embed_dim: Width `D` of the vectors.
+        vocab_size: Size `V` of the vocabulary.
+        lora_targets: Linear layers that an adapter can be added to, by name: the shape of the stack
+            that holds the layer (`()` for a layer of its own, `(layers,)` for one that blocks hold
+            in a stack), its number of inputs, and its number of outputs.
     """
 
     @property
@@ -32,15 +38,20 @@ class DecoderBackbone(Protocol):
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]: ...
 
     def apply_lora(self: Self, adapter: Mapping[str, Any]) -> Self:
-        """The same arrays with `adapter[name](x)` added to what map `name` makes of `x`."""
+        """The decoder with adapters, over the same arrays.
+
+        Args:
+            adapter: Adapters by the name of a linear layer; the layer's output of `x` becomes its
+                own output plus `adapter[name](x)`.
+        """
         ...
 
     def for_decoding(self: Self) -> Self:
-        """The form that decodes fastest; asked for once, outside of the loop."""
+        """The decoder in the form that decodes fastest; called once, before the loop."""
         ...
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Ids `[..., T]` int32 to vectors `[..., T, D]`."""
+        """Embeddings `[..., T, D]` of token ids `[..., T]` int32."""
         ...
 
     def hidden_states(
@@ -51,36 +62,38 @@ class DecoderBackbone(Protocol):
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states `[B, T, D]` after the final norm, of vectors `x [B, T, D]`.
+        """Hidden states `[B, T, D]` after the final norm.
 
         Args:
-            length: `[B]` int32, real vectors of each row, which stand first.
-            positions, visible: `[B, T]` int32 and `[B, T, T]` bool in place of `length`: where
-                each vector stands and what it sees. Only one-pass weaving asks for this.
+            x: `[B, T, D]` vectors, padded on the right.
+            length: `[B]` int32, number of real vectors of each row; all `T` by default.
+            positions: `[B, T]` int32, position of each vector, together with `visible` in place of
+                `length`. Only weaving in one pass (`latents_see_latents=False`) passes the two.
+            visible: `[B, T, T]` bool, whether a vector (axis 1) attends to another (axis 2).
         """
         ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[..., D]` to logits `[..., V]` float32."""
+        """Logits `[..., V]` float32 of hidden states `[..., D]`."""
         ...
 
     def init_cache(self, batch: int, max_len: int) -> Any:
-        """An empty cache with room for `max_len` vectors in each row.
-
-        Each of its arrays has one axis of size `batch`, a place for each row, or counts no rows.
-        """
+        """An empty cache for `batch` rows of up to `max_len` vectors."""
         ...
 
     def extend(
         self, cache: Any, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, Any]:
-        """Append the first `length [B]` vectors of `x [B, C, D]` to each row; 0 leaves it alone.
+        """Append vectors to each row.
 
         Args:
-            fresh: static promise that the cache is empty.
+            cache: Cache of the vectors so far; it stays usable.
+            x: `[B, C, D]` vectors, padded on the right.
+            length: `[B]` int32, number of real vectors of each row; a row of 0 stays as it is.
+            fresh: Static promise that the cache is empty.
 
         Returns:
-            hidden states `[B, C, D]`, and the new cache; the old one stays usable.
+            Hidden states `[B, C, D]` of the new vectors, and the cache after them.
         """
         ...
 
@@ -100,7 +113,7 @@ METHODS = (
 
 
 def check_backbone(backbone: Any, role: str) -> None:
-    """Raise a ValueError for what a `DecoderBackbone` has and this does not."""
+    """Raise a ValueError if the object lacks a method of `DecoderBackbone`."""
     missing = [name for name in METHODS if not hasattr(type(backbone), name)]
     missing = [name for name in missing if not hasattr(backbone, name)]
     if missing:
@@ -108,3 +121,27 @@ def check_backbone(backbone: Any, role: str) -> None:
             f"{type(backbone).__name__} can't be a {role}: it has no {', '.join(missing)} "
             "(see memgen.DecoderBackbone)"
         )
+
+
+def cache_batch_axes(decoder: Any, cache: Any) -> Any:
+    """The axis of the rows in each array of a cache, None for an array that all rows share."""
+    if hasattr(decoder, "cache_batch_axes"):
+        return decoder.cache_batch_axes(cache)
+    return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, cache)
+
+
+def check_cache(decoder: Any) -> None:
+    """Raise a ValueError unless exactly the axis of the rows grows with the number of rows."""
+    few, more = (jax.eval_shape(lambda rows=rows: decoder.init_cache(rows, 8)) for rows in (2, 3))
+
+    def check(path, two, three, axis):
+        sizes = list(zip(two.shape, three.shape, strict=True))
+        expected = [] if axis is None else [(axis, (2, 3))]
+        if [(at, pair) for at, pair in enumerate(sizes) if len(set(pair)) > 1] != expected:
+            raise ValueError(
+                f"init_cache of {type(decoder).__name__} gives {jax.tree_util.keystr(path)} the "
+                f"shape {two.shape} for 2 rows and {three.shape} for 3, which is not axis {axis}: "
+                "name the axis of the rows (cache_batch_axes of memgen.DecoderBackbone)"
+            )
+
+    jax.tree_util.tree_map_with_path(check, few, more, cache_batch_axes(decoder, few))

@@ -145,12 +145,12 @@ class MemGenConfig:
 
     @property
     def events(self) -> int:
-        """`E`, events that a response has room for."""
+        """`E`, the largest number of events of a response."""
         return 1 + self.max_inference_events
 
     @property
-    def room(self) -> int:
-        """Latents that a response has room for."""
+    def max_latents(self) -> int:
+        """The largest number of latents of a response."""
         return (
             self.weaver.prompt_latents + self.max_inference_events * self.weaver.inference_latents
         )

@@ -1,13 +1,13 @@
-"""Generation interleaved with weaving: one compiled loop, every row at its own events.
+"""Generation interleaved with weaving: one compiled loop, in which every row has events of its own.
 
-A step decides, inserts, predicts, in this order. Latents are appended to the live cache of the
-reasoner as a chunk, in the rows that weave alone; a step in which none weaves does nothing for it.
-The event after the prompt comes before the loop, in all rows at once.
+A step decides whether to weave, appends the latents of the rows that weave to the reasoner's live
+cache, then predicts a token. A step in which no row weaves costs nothing for weaving. The prompt's
+event precedes the loop, in all rows at once.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,13 @@ import numpy as np
 from jax.core import Tracer
 
 from memgen.delimiters import is_boundary
+from memgen.events import Decoders, Loop, memory_event
 from memgen.insertion import INFERENCE, PROMPT
 from memgen.model import MemGen
 from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
 from memgen.response import Response
-from memgen.session import RowChunk, Session, check_room, put, take
+from memgen.session import Session, check_capacity
 from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
-from memgen.weaver import Snippets
 
 
 def generate(
@@ -44,24 +44,32 @@ def generate(
     two; which rows weave when is not part of the program.
 
     Args:
-        prompts: ids, at least one each.
-        max_new_tokens: at most this many are added to each.
-        policy: when to weave.
-        temperature: 0 takes the most probable token.
-        seed: a row's key is made of it, its prompt, and how many equal prompts stand before it.
-        stop, valid_vocab_size, keep_memory, retriever: see `Request`.
+        memgen: Model that generates.
+        prompts: Token ids of each prompt, at least one.
+        max_new_tokens: Largest number of tokens that are added to a prompt.
+        policy: Trigger policy, which decides at each boundary whether to weave.
+        temperature: Temperature of sampling; 0 takes the most probable token.
+        seed: Seed of the sampling noise. A row's key is derived from the seed, the row's prompt and
+            the number of equal prompts before it.
+        stop: Token ids that end a row; the id itself is returned.
+        valid_vocab_size: Number of ids that may be sampled, from 0 on; all ids by default.
+        keep_memory: Filter of events (see `Request`); None keeps the latents of every event.
+        retriever: Retriever that is queried at each event (`memgen.retrieval.Retriever`), or None.
+
+    Returns:
+        Response with the new tokens of each prompt and its events.
 
     Raises:
-        ValueError: an argument can't be used, or the logits are NaN.
+        ValueError: An argument is out of its range, or the logits of a prompt are NaN.
     """
     request = make_request(
         memgen, max_new_tokens, policy, temperature, stop, valid_vocab_size, keep_memory, retriever
     )
     tokens, length = pad_prompts(prompts, memgen.reasoner.vocab_size)
-    room = bucket(max_new_tokens)
+    capacity = bucket(max_new_tokens)
     keys = row_keys(seed, prompts)
-    session = begin(memgen, tokens, length, keys, tokens.shape[1] + room, request=request)
-    response, _ = respond(memgen, session, request, room)
+    session = begin(memgen, tokens, length, keys, tokens.shape[1] + capacity, request=request)
+    response, _ = respond(memgen, session, request, capacity)
     bad = np.isnan(np.asarray(response.log_probs)).any(axis=1)
     if bad.any():
         raise ValueError(
@@ -81,39 +89,49 @@ def begin(
     *,
     request: Request | None = None,
 ) -> Session:
-    """Read the prompts `tokens [B, C]` of `length [B]` into a new session.
+    """Prefill a new session with prompts.
 
     Args:
-        keys: `[B]`, one for each row.
-        max_tokens: room in a row for tokens, responses among them.
-        max_responses: room for the latents of so many.
-        request: given if it retrieves, so that there is room for that.
+        memgen: Model that will respond.
+        tokens: `[B, C]` int32 prompts, padded on the right.
+        length: `[B]` int32, number of real tokens of each prompt.
+        keys: `[B]` random keys, one for each row.
+        max_tokens: Number of tokens that fit into a row, responses included.
+        max_responses: Number of responses whose latents fit into a row.
+        request: Request whose retriever determines how many retrieved tokens fit into an event;
+            None for a session without retrieval.
+
+    Raises:
+        ValueError: The prompts are longer than `max_tokens`.
     """
     if tokens.shape[1] > max_tokens:
         raise ValueError(
-            f"prompts of {tokens.shape[1]} tokens, room for max_tokens={max_tokens}: make more room"
+            f"prompts of {tokens.shape[1]} tokens do not fit into max_tokens={max_tokens}: raise it"
         )
     retriever = request.retriever if request else None
-    snippets = retriever.max_snippet_tokens if retriever else 0
-    return _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippets)
+    snippet_capacity = retriever.max_snippet_tokens if retriever else 0
+    return _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippet_capacity)
 
 
-@functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses", "snippets"))
-def _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippets) -> Session:
-    session = Session.start(memgen, keys, max_tokens, max_responses, snippets)
+@functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses", "snippet_capacity"))
+def _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippet_capacity) -> Session:
+    session = Session.start(memgen, keys, max_tokens, max_responses, snippet_capacity)
     return session.append_tokens(memgen, tokens, length, fresh=True)
 
 
 def observe(memgen: MemGen, session: Session, tokens: jax.Array, length: jax.Array) -> Session:
-    """Append tokens that somebody else wrote, `[B, C]` of `length [B]`, to the rows.
+    """Append tokens from outside, such as an environment's answer, to the rows.
 
     Args:
-        session: is used up.
+        memgen: Model of the session.
+        session: Session to extend; its buffers are donated, so only the result may be used.
+        tokens: `[B, C]` int32, padded on the right.
+        length: `[B]` int32, number of real tokens of each row.
 
     Raises:
-        ValueError: the session has no room (under your own `jit` its rows become NaN).
+        ValueError: A row would outgrow the session (under `jit` it becomes NaN instead).
     """
-    check_room(session, length)
+    check_capacity(session, length)
     return _observe(memgen, session, tokens, length)
 
 
@@ -123,39 +141,44 @@ def _observe(memgen, session, tokens, length) -> Session:
 
 
 def respond(
-    memgen: MemGen, session: Session, request: Request, room: int
+    memgen: MemGen, session: Session, request: Request, capacity: int
 ) -> tuple[Response, Session]:
-    """Write up to `room` tokens in each row, with memory where the policy asks for it.
+    """Generate a response in each row, with memory where the policy invokes the weaver.
 
-    What is in the rows stays, latents of earlier responses too; begin anew with the text alone to
-    go without them.
+    The rows keep everything, latents of earlier responses included; to drop those, begin a new
+    session with the text alone.
 
     Args:
-        memgen, request: the model and how.
-        session: is used up.
-        room: static bound on new tokens; `request.max_new_tokens` may be less.
+        memgen: Model that responds.
+        session: Session to extend; its buffers are donated, so only the result may be used.
+        request: How to respond (`make_request`).
+        capacity: Number of new tokens that the response's arrays hold (static); a smaller
+            `request.max_new_tokens` ends the response earlier.
 
     Returns:
-        the response, and the session after it.
+        The response, and the session after it.
 
     Raises:
-        ValueError: the session has no room (under your own `jit` its rows become NaN), or none
-            for what the request retrieves.
+        ValueError: A row would outgrow the session (under `jit` it becomes NaN instead), or the
+            session was not begun for the request's retriever.
     """
-    if request.retriever is not None and request.retriever.max_snippet_tokens > session.snippets:
-        raise ValueError(
-            f"the session has room for {session.snippets} retrieved tokens, the retriever gives "
-            f"{request.retriever.max_snippet_tokens}: begin(..., request=request)"
-        )
+    if request.retriever is not None:
+        most = request.retriever.max_snippet_tokens
+        if most > session.snippet_capacity:
+            raise ValueError(
+                f"the retriever gives up to {most} tokens, the session holds "
+                f"{session.snippet_capacity} of an event: begin(..., request=request)"
+            )
     if not isinstance(request.max_new_tokens, Tracer):
         never = isinstance(request.policy, NeverInvoke)
-        new = np.minimum(room, np.asarray(request.max_new_tokens))
-        check_room(session, new, 0 if never else memgen.config.room)
-    return _respond(memgen, session, request, room, lanes_of(session))
+        new = np.minimum(capacity, np.asarray(request.max_new_tokens))
+        check_capacity(session, new, 0 if never else memgen.config.max_latents)
+    return _respond(memgen, session, request, capacity, chunk_size(session))
 
 
-def lanes_of(session: Session) -> int:
-    """Rows that weave at a time: one of each shard of the session, so that shards work at once."""
+def chunk_size(session: Session) -> int:
+    """Number of rows that weave at a time: one of each shard of the batch, so that shards work at
+    once; 1 under a trace, where shards are unknown."""
     if isinstance(session.count, Tracer):
         return 1
     count = jnp.asarray(session.count)
@@ -163,71 +186,62 @@ def lanes_of(session: Session) -> int:
     return count.shape[0] // shard
 
 
-@functools.partial(jax.jit, static_argnames=("room", "lanes"), donate_argnames="session")
-def _respond(memgen, session, request, room, lanes) -> tuple[Response, Session]:
-    decoders = Decoders.of(memgen)
-    limit = jnp.minimum(request.max_new_tokens, room)
-    loop = _opened(decoders, request, session, room)
-    loop = jax.lax.while_loop(
-        lambda loop: ~loop.done.all() & (loop.step < limit.max()),
-        lambda loop: _step(decoders, request, limit, loop, lanes),
-        loop,
-    )
+@functools.partial(jax.jit, static_argnames=("capacity", "chunk"), donate_argnames="session")
+def _respond(memgen, session, request, capacity, chunk) -> tuple[Response, Session]:
+    decoders = Decoders.prepare(memgen)
+    limit = jnp.minimum(request.max_new_tokens, capacity)
+
+    def unfinished(loop: Loop) -> jax.Array:
+        return ~loop.done.all() & (loop.step < limit.max())
+
+    def step(loop: Loop) -> Loop:
+        return _step(decoders, request, limit, loop, chunk)
+
+    loop = jax.lax.while_loop(unfinished, step, _start(decoders, request, session, capacity))
     return loop.response, loop.session
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoders:
-    """The three readers' decoders, prepared once before the loop."""
-
-    memgen: MemGen  # its reasoner in the form for decoding
-    weaver: Any
-    trigger: Any
-
-    @classmethod
-    def of(cls, memgen: MemGen) -> "Decoders":
-        weaver = memgen.weaving().for_decoding() if memgen.config.weaver.latents else None
-        own = memgen.trigger is not None and memgen.trigger.adapter is not None
-        trigger = memgen.triggering().for_decoding() if own else None
-        return cls(memgen.with_reasoner(memgen.reasoner.for_decoding()), weaver, trigger)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """Carried from step to step; `step` is the number of the token to be written."""
-
-    step: jax.Array
-    events: jax.Array
-    done: jax.Array
-    session: Session
-    response: Response
-
-
-def _opened(decoders: Decoders, request: Request, session: Session, room: int) -> Loop:
-    """The loop before its first step: the prompts' events, all rows at once, have happened."""
+def _start(decoders: Decoders, request: Request, session: Session, capacity: int) -> Loop:
+    """The loop before its first step, after the prompt's event."""
     memgen, batch = decoders.memgen, session.count.shape[0]
     vector = jax.eval_shape(memgen.reasoner.embed_tokens, session.tokens[:, :1])
     loop = Loop(
-        jnp.int32(0),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.broadcast_to(request.max_new_tokens < 1, (batch,)) | (session.count < 1),
-        session.replace(responses=session.responses + 1),
-        Response.empty(memgen, batch, room, vector),
+        step=jnp.int32(0),
+        events=jnp.zeros((batch,), jnp.int32),
+        done=jnp.broadcast_to(request.max_new_tokens < 1, (batch,)) | (session.count < 1),
+        session=session.replace(responses=session.responses + 1),
+        response=Response.empty(memgen, batch, capacity, vector),
     )
-    return _remember(decoders, request, loop, ~loop.done, PROMPT, batch)[0]
+    return memory_event(decoders, request, loop, ~loop.done, PROMPT, batch)[0]
 
 
-def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, lanes: int) -> Loop:
+def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, chunk: int) -> Loop:
+    """Weave in the rows that are at a boundary and invoke the weaver, then generate a token."""
     memgen, most = decoders.memgen, decoders.memgen.config.max_inference_events
-    invoke = jnp.zeros_like(loop.done)
+    invoked = jnp.zeros_like(loop.done)
     if most:
         previous, last = loop.session.last_two
-        asked = ~loop.done & is_boundary(memgen.boundary[...], last, previous)
-        asked &= (loop.events < most) & (loop.step > 0)
-        loop, invoke = _remember(decoders, request, loop, asked, INFERENCE, lanes)
-    session, response, live = loop.session, loop.response, ~loop.done
-    key = _keys(session, loop.step)[0]
+        boundary = ~loop.done & is_boundary(memgen.boundary[...], last, previous)
+        boundary &= (loop.events < most) & (loop.step > 0)
+        loop, invoked = memory_event(decoders, request, loop, boundary, INFERENCE, chunk)
+    session, live = loop.session, ~loop.done
+    chosen, log_prob = _sample(memgen, request, session, session.step_keys(loop.step)[0])
+    response = _record_token(loop.response, chosen, log_prob, loop.step, live)
+    session = session.append_tokens(memgen, chosen[:, None], live.astype(jnp.int32))
+    ended = (chosen[:, None] == request.stop).any(axis=1) | (response.count >= limit)
+    return Loop(
+        step=loop.step + 1,
+        events=loop.events + invoked,
+        done=loop.done | ended | jnp.isnan(log_prob),
+        session=session,
+        response=response,
+    )
+
+
+def _sample(
+    memgen: MemGen, request: Request, session: Session, keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The next token of each row, `[B]` int32, and its log-probability, `[B]`."""
     logits = memgen.reasoner.unembed(session.reasoner.hidden)
     allowed = jnp.arange(logits.shape[-1]) < request.valid_vocab_size
     logits = jnp.where(allowed, logits, -jnp.inf)
@@ -235,196 +249,23 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, la
         chosen = logits.argmax(axis=-1).astype(jnp.int32)
     else:
         logits = logits / request.temperature
-        chosen = jax.vmap(jax.random.categorical)(key, logits).astype(jnp.int32)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)[:, 0]
-    column = lambda rows, value, none: jax.lax.dynamic_update_slice(  # noqa: E731
-        rows, jnp.where(live, value, none).astype(rows.dtype)[:, None], (0, loop.step)
-    )
-    response = dataclasses.replace(
+        chosen = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    log_probs = jax.nn.log_softmax(logits)
+    return chosen, jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
+
+
+def _record_token(
+    response: Response, chosen: jax.Array, log_prob: jax.Array, step: jax.Array, live: jax.Array
+) -> Response:
+    """The response with the token of this step in the rows that are `live`."""
+
+    def with_column(rows: jax.Array, value: jax.Array) -> jax.Array:
+        column = jnp.where(live, value, 0).astype(rows.dtype)[:, None]
+        return jax.lax.dynamic_update_slice(rows, column, (0, step))
+
+    return dataclasses.replace(
         response,
-        tokens=column(response.tokens, chosen, 0),
-        log_probs=column(response.log_probs, log_prob, 0.0),
+        tokens=with_column(response.tokens, chosen),
+        log_probs=with_column(response.log_probs, log_prob),
         count=response.count + live,
     )
-    session = session.append_tokens(memgen, chosen[:, None], live.astype(jnp.int32))
-    ended = (chosen[:, None] == request.stop).any(axis=1) | (response.count >= limit)
-    return Loop(
-        loop.step + 1,
-        loop.events + invoke,
-        loop.done | ended | jnp.isnan(log_prob),
-        session,
-        response,
-    )
-
-
-def _remember(
-    decoders: Decoders, request: Request, loop: Loop, asked: jax.Array, kind: int, lanes: int
-) -> tuple[Loop, jax.Array]:
-    """Decide in the rows that are asked, weave in those that invoke, and who did."""
-    memgen, invoke = decoders.memgen, jnp.zeros_like(asked)
-    _, to_decide, to_keep = _keys(loop.session, loop.step)
-    if not isinstance(request.policy, NeverInvoke):
-        session, invoke = when(
-            asked.any(),
-            lambda carry: _decide(decoders, request, carry[0], asked, to_decide),
-            (loop.session, invoke),
-        )
-        loop = dataclasses.replace(loop, session=session)
-        if memgen.config.weaver.latents:
-            loop, invoke = when(
-                invoke.any(),
-                lambda carry: _weave(decoders, request, carry[0], carry[1], to_keep, kind, lanes),
-                (loop, invoke),
-            )
-    here = jnp.broadcast_to(loop.step, asked.shape)
-    decisions = put(loop.response.decisions, invoke[:, None], here, asked.astype(jnp.int32))
-    response = dataclasses.replace(loop.response, decisions=decisions)
-    return dataclasses.replace(loop, response=response), invoke
-
-
-def _decide(decoders, request, session: Session, asked, keys) -> tuple[Session, jax.Array]:
-    """Consult the policy in the rows that are asked."""
-    memgen = decoders.memgen
-    if not request.policy.learned:
-        logits = jnp.zeros((asked.shape[0], 2))
-    elif session.trigger is None:
-        logits = memgen.checked_trigger()(session.reasoner.hidden)
-    else:
-        fetch, target = session.trigger_sees(memgen, decoders.trigger)
-        reader = session.trigger.extend_to(decoders.trigger, fetch, target, asked)
-        session = session.replace(trigger=reader)
-        logits = memgen.checked_trigger()(reader.hidden)
-    return session, asked & request.policy(logits, keys)
-
-
-def _weave(
-    decoders: Decoders, request: Request, loop: Loop, invoke, keys, kind: int, lanes: int
-) -> tuple[Loop, jax.Array]:
-    """Write memory into the rows that invoke; those whose memory is not kept do not.
-
-    One row of each lane at a time is taken out of the session and put back: the work grows with the
-    rows that weave, not with the batch. Where each row is a lane, all are read at once.
-    """
-    response, batch = loop.response, invoke.shape[0]
-    trigger, session = loop.session.trigger, loop.session.replace(trigger=None)
-    snippets = None
-    if request.retriever is not None:
-        snippets = _retrieved(decoders.memgen, request.retriever, session, invoke)
-    given = jnp.full((batch,), kind), keys, snippets
-    if lanes == batch:
-        session, latents, kept = _weave_rows(decoders, request, session, invoke, *given)
-    else:
-        session, latents, kept = _weave_in_turn(decoders, request, session, invoke, given, lanes)
-    once = kept.astype(jnp.int32)
-    event = jnp.zeros_like(loop.events) if kind == PROMPT else 1 + loop.events
-    response = dataclasses.replace(
-        response,
-        latents=put(response.latents, latents[:, None], event, once),
-        points=put(response.points, jnp.full((batch, 1), loop.step), event, once),
-    )
-    session = session.replace(trigger=trigger)
-    return dataclasses.replace(loop, session=session, response=response), kept
-
-
-def _weave_in_turn(
-    decoders: Decoders, request: Request, session: Session, invoke, given: tuple, lanes: int
-) -> tuple[Session, jax.Array, jax.Array]:
-    """As `_weave_rows`, one row of each lane at a time; `given` is what that is told of rows."""
-    vector = jax.eval_shape(decoders.memgen.reasoner.embed_tokens, session.tokens[:, :1])
-    slots = decoders.memgen.config.weaver.latents
-    none = jnp.zeros((invoke.shape[0], slots, vector.shape[-1]), vector.dtype)
-    axes = session.row_axes(decoders.memgen.reasoner, decoders.weaver, None)
-
-    def weave_next(state):
-        waiting, session, latents, kept = state
-        chosen = RowChunk.next(waiting, lanes)
-        weaves = chosen.take(waiting)
-        rows, new, keep = _weave_rows(
-            decoders, request, chosen.take(session, axes), weaves, *chosen.take(given)
-        )
-        new = jnp.where(keep[:, None, None], new.astype(latents.dtype), chosen.take(latents))
-        return (
-            chosen.put(waiting, jnp.zeros_like(weaves)),
-            chosen.put(session, rows, axes),
-            chosen.put(latents, new),
-            chosen.put(kept, chosen.take(kept) | keep),
-        )
-
-    state = invoke, session, none, jnp.zeros_like(invoke)
-    return jax.lax.while_loop(lambda state: state[0].any(), weave_next, state)[1:]
-
-
-def _weave_rows(
-    decoders: Decoders,
-    request: Request,
-    session: Session,
-    weaves: jax.Array,
-    kind: jax.Array,
-    keys: jax.Array,
-    snippets: Snippets | None,
-) -> tuple[Session, jax.Array, jax.Array]:
-    """The session of some rows after an event in those that weave, latents, and who kept them."""
-    memgen, weaver = decoders.memgen, decoders.memgen.weaver
-    width = weaver.width(kind)
-    if session.weaver is None:
-        latents = weaver.fixed(kind)
-    else:
-        latents, session = _read_and_weave(decoders, session, kind, weaves, snippets)
-    real = jnp.arange(weaver.config.latents) < width[:, None]
-    latents = jnp.where(real[..., None], latents, 0)
-    if request.keep_memory is not None:
-        weaves &= request.keep_memory(latents, real, keys)
-    session = session.append(memgen, latents, jnp.where(weaves, width, 0))
-    return session, latents, weaves
-
-
-def _read_and_weave(
-    decoders: Decoders,
-    session: Session,
-    kind: jax.Array,
-    weaves: jax.Array,
-    snippets: Snippets | None,
-) -> tuple[jax.Array, Session]:
-    """Latents `[G, K, D]` of the rows that weave, and the session with the weaver up to date."""
-    memgen, weaver = decoders.memgen, decoders.memgen.weaver
-    assert session.weaver is not None
-    fetch, target = session.weaver_sees(memgen)
-    reader = session.weaver.extend_to(decoders.weaver, fetch, target, weaves)
-    suffix, first = weaver.suffix(kind, snippets)
-    slots = weaver.config.latents
-    # The queries are read and forgotten: the cache without them lives on.
-    hidden, _ = decoders.weaver.extend(reader.cache, suffix, jnp.where(weaves, first + slots, 0))
-    latents = weaver.memory(take(hidden, first[:, None] + jnp.arange(slots)))
-    return latents, session.replace(weaver=reader)
-
-
-def _retrieved(memgen, retriever, session: Session, invoke) -> Snippets:
-    batch = invoke.shape[0]
-    shapes = (
-        jax.ShapeDtypeStruct((batch, retriever.max_snippet_tokens), jnp.int32),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-    )
-    ids, length = jax.pure_callback(
-        retriever.retrieve, shapes, session.tokens, session.count, invoke
-    )
-    return Snippets(memgen.reasoner.embed_tokens(ids), length)
-
-
-def when(predicate: jax.Array, change: Callable, carry: Any) -> Any:
-    """`change(carry)` if the predicate holds, at no cost if not.
-
-    A loop of one round: caches in a loop's carry are changed in place, those that go through a
-    conditional may be copied.
-    """
-    once = jax.lax.while_loop(
-        lambda state: state[0], lambda state: (jnp.bool_(False), change(state[1])),
-        (predicate, carry),
-    )  # fmt: skip
-    return once[1]
-
-
-def _keys(session: Session, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys `[B]` of a step: to choose a token, to decide, and to keep memory."""
-    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    here = fold(jax.vmap(jax.random.fold_in)(session.keys, session.responses), step)
-    return fold(here, 0), fold(here, 1), fold(here, 2)

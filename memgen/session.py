@@ -1,4 +1,4 @@
-"""What rows have read so far, and how more is read: live caches that are only appended to."""
+"""Sessions: rows of tokens and latents with the live caches of the decoders that process them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,143 +9,175 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from memgen.backbone import cache_batch_axes, check_cache
 from memgen.model import MemGen
 
-CHUNK = 32
-NO_ROWS = -1
+CHUNK = 32  # vectors by which a cache that lags behind catches up at a time
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reader:
-    """A decoder's cache that is brought up to date only when it is asked.
+class DecoderState:
+    """A decoder's cache, which may lag behind the rows.
 
     Attributes:
-        cache: of the decoder.
-        read: `[B]` int32, places it has read.
-        hidden: `[B, D]`, its hidden state at the last of them.
+        cache: Cache of the decoder.
+        length: `[B]` int32, number of vectors of each row that the cache holds.
+        hidden: `[B, D]`, hidden state at the last of them.
     """
 
     cache: Any
-    read: jax.Array
+    length: jax.Array
     hidden: jax.Array
 
     @classmethod
-    def start(cls, decoder: Any, batch: int, room: int) -> "Reader":
+    def start(cls, decoder: Any, batch: int, capacity: int) -> "DecoderState":
+        """The state before the first vector; `capacity` vectors fit into a row."""
+        check_cache(decoder)
         hidden = jax.eval_shape(decoder.hidden_states, jnp.zeros((batch, 1, decoder.embed_dim)))
         return cls(
-            decoder.init_cache(batch, room),
+            decoder.init_cache(batch, capacity),
             jnp.zeros((batch,), jnp.int32),
             jnp.zeros((batch, hidden.shape[-1]), hidden.dtype),
         )
 
     def extend_to(
-        self, decoder: Any, fetch: Callable, target: jax.Array, asked: jax.Array
-    ) -> "Reader":
-        """Read on until every asked row is at its target; other rows may come along.
+        self, decoder: Any, fetch: Callable, target: jax.Array, rows: jax.Array
+    ) -> "DecoderState":
+        """Extend the cache until every row of the mask `rows [B]` has `target [B]` vectors.
+
+        Other rows may be extended on the way.
 
         Args:
-            fetch: places `[B, C]` to the vectors that stand there `[B, C, D]`.
-            target: `[B]` int32.
-            asked: `[B]` bool.
+            decoder: Decoder whose cache it is.
+            fetch: Function from indices `[B, C]` to the vectors there, `[B, C, D]`.
+            target: `[B]` int32, number of vectors to reach in each row.
+            rows: `[B]` bool, rows that must reach their target.
         """
 
-        def behind(reader: Reader) -> jax.Array:
-            return (asked & (reader.read < target)).any()
+        def behind(state: DecoderState) -> jax.Array:
+            return (rows & (state.length < target)).any()
 
-        def step(reader: Reader) -> Reader:
-            count = jnp.clip(target - reader.read, 0, CHUNK)
-            vectors = fetch(reader.read[:, None] + jnp.arange(CHUNK))
-            hidden, cache = decoder.extend(reader.cache, vectors, count)
-            return Reader(cache, reader.read + count, last_hidden(hidden, count, reader.hidden))
+        def catch_up(state: DecoderState) -> DecoderState:
+            count = jnp.clip(target - state.length, 0, CHUNK)
+            vectors = fetch(state.length[:, None] + jnp.arange(CHUNK))
+            hidden, cache = decoder.extend(state.cache, vectors, count)
+            hidden = last_hidden(hidden, count, state.hidden)
+            return DecoderState(cache, state.length + count, hidden)
 
-        return jax.lax.while_loop(behind, step, self)
+        return jax.lax.while_loop(behind, catch_up, self)
+
+    def batch_axes(self, decoder: Any) -> "DecoderState":
+        """The axis of the rows in each array, None for an array that all rows share."""
+        row_axis: Any = 0
+        return DecoderState(cache_batch_axes(decoder, self.cache), row_axis, row_axis)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """Rows of one conversation each: their tokens, their streams, and who has read how far.
+    """One conversation per row: its tokens, its stream of vectors, and the caches over it.
 
     Attributes:
-        tokens: `[B, N]` int32, and
-        count: `[B]` int32 of them real.
-        vectors: `[B, S, D]`, the stream that the reasoner reads, or None where nobody asks.
-        hidden: `[B, S, D]` its hidden states, or None where nobody asks.
-        reasoner: always up to date.
-        weaver, trigger: lag behind; None where the model has none.
-        keys: `[B]`, of which all that is random in a row is made.
-        responses: `[B]` int32 so far.
-        places: `S`, room for tokens and latents in each row.
-        snippets: room for so many retrieved tokens at an event.
+        tokens: `[B, N]` int32 token ids, without the latents between them.
+        count: `[B]` int32, number of real tokens of each row.
+        vectors: `[B, S, D]`, the reasoner's input: embedded tokens and latents; None where neither
+            weaver nor trigger uses it.
+        hidden: `[B, S, D]`, the reasoner's hidden states; None where the weaver does not use them.
+        reasoner: State of the reasoner, always up to date.
+        weaver: State of the weaver's decoder, brought up to date at events; None without one.
+        trigger: State of the trigger's decoder, brought up to date at decisions; None without one.
+        keys: `[B]` random keys, from which all noise of a row is drawn.
+        responses: `[B]` int32, number of responses so far.
+        capacity: `S`, number of tokens and latents that fit into a row.
+        snippet_capacity: Number of retrieved tokens that fit into an event.
     """
 
     tokens: jax.Array
     count: jax.Array
     vectors: jax.Array | None
     hidden: jax.Array | None
-    reasoner: Reader
-    weaver: Reader | None
-    trigger: Reader | None
+    reasoner: DecoderState
+    weaver: DecoderState | None
+    trigger: DecoderState | None
     keys: jax.Array
     responses: jax.Array
-    places: int = dataclasses.field(metadata={"static": True})
-    snippets: int = dataclasses.field(metadata={"static": True})
+    capacity: int = dataclasses.field(metadata={"static": True})
+    snippet_capacity: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def start(
-        cls, memgen: MemGen, keys: jax.Array, max_tokens: int, max_responses: int, snippets: int = 0
+        cls,
+        memgen: MemGen,
+        keys: jax.Array,
+        max_tokens: int,
+        max_responses: int,
+        snippet_capacity: int = 0,
     ) -> "Session":
-        """Empty rows.
+        """A session of empty rows.
 
         Args:
-            keys: `[B]`, one for each row.
-            max_tokens: room for tokens in each row.
-            max_responses: room for the latents of so many responses.
-            snippets: room for so many retrieved tokens at an event.
+            memgen: Model that the session is for.
+            keys: `[B]` random keys, one for each row.
+            max_tokens: Number of tokens that fit into a row.
+            max_responses: Number of responses whose latents fit into a row.
+            snippet_capacity: Number of retrieved tokens that fit into an event.
         """
         config, batch = memgen.config, keys.shape[0]
-        room = max_tokens + max_responses * config.room
-        none = jnp.zeros((batch,), jnp.int32)
-        reasoner = Reader.start(memgen.reasoner, batch, room)
+        capacity = max_tokens + max_responses * config.max_latents
+        zeros = jnp.zeros((batch,), jnp.int32)
+        reasoner = DecoderState.start(memgen.reasoner, batch, capacity)
         weaver = trigger = None
         if config.weaver.latents and config.weaver.context != "nothing":
-            extra = config.weaver.latents + snippets
-            weaver = Reader.start(memgen.weaving(), batch, room + extra)
+            extra = config.weaver.latents + snippet_capacity
+            weaver = DecoderState.start(memgen.weaving(), batch, capacity + extra)
         source = config.trigger.source if config.trigger else None
         if source in ("tokens", "stream"):
-            trigger = Reader.start(memgen.triggering(), batch, room)
-        embedded = jax.eval_shape(memgen.reasoner.embed_tokens, none[:, None])
-        buffer = lambda like: jnp.zeros((batch, room, like.shape[-1]), like.dtype)  # noqa: E731
+            trigger = DecoderState.start(memgen.triggering(), batch, capacity)
+        embedded = jax.eval_shape(memgen.reasoner.embed_tokens, zeros[:, None])
         from_vectors = config.weaver.context == "embeddings" and config.weaver.latents_see_latents
+
+        def buffer(like: Any) -> jax.Array:
+            return jnp.zeros((batch, capacity, like.shape[-1]), like.dtype)
+
         return cls(
-            jnp.zeros((batch, max_tokens), jnp.int32),
-            none,
-            buffer(embedded) if source == "stream" or from_vectors else None,
-            buffer(reasoner.hidden) if config.weaver.context == "hidden" else None,
-            reasoner,
-            weaver,
-            trigger,
-            keys,
-            none,
-            room,
-            snippets,
+            tokens=jnp.zeros((batch, max_tokens), jnp.int32),
+            count=zeros,
+            vectors=buffer(embedded) if source == "stream" or from_vectors else None,
+            hidden=buffer(reasoner.hidden) if config.weaver.context == "hidden" else None,
+            reasoner=reasoner,
+            weaver=weaver,
+            trigger=trigger,
+            keys=keys,
+            responses=zeros,
+            capacity=capacity,
+            snippet_capacity=snippet_capacity,
         )
 
     def replace(self, **changes) -> "Session":
+        """The same session with some fields changed, as `dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
     @property
     def last_two(self) -> tuple[jax.Array, jax.Array]:
-        """Ids `[B]` before the last one, and the last one; 0 where there is none."""
+        """The last token but one and the last token of each row, `[B]` each; 0 where none is."""
         at = self.count[:, None] - jnp.array([2, 1])
         ids = jnp.take_along_axis(self.tokens, jnp.maximum(at, 0), axis=1)
         return tuple(jnp.where(at >= 0, ids, 0).T)
 
+    def step_keys(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Keys `[B]` of a response's step: for its token, its decision, and `keep_memory`."""
+        fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+        here = fold(jax.vmap(jax.random.fold_in)(self.keys, self.responses), step)
+        return fold(here, 0), fold(here, 1), fold(here, 2)
+
     def append_tokens(
         self, memgen: MemGen, tokens: jax.Array, count: jax.Array, *, fresh: bool = False
     ) -> "Session":
-        """Read the first `count [B]` of `tokens [B, C]`; rows that would overflow become NaN."""
+        """Append the first `count [B]` tokens of `tokens [B, C]` to each row.
+
+        Rows that would outgrow the session become NaN.
+        """
         session = self.append(memgen, memgen.reasoner.embed_tokens(tokens), count, fresh=fresh)
         return session.replace(
             tokens=put(self.tokens, tokens, self.count, count), count=self.count + count
@@ -154,72 +186,74 @@ class Session:
     def append(
         self, memgen: MemGen, vectors: jax.Array, count: jax.Array, *, fresh: bool = False
     ) -> "Session":
-        """Read the first `count [B]` of `vectors [B, C, D]` into the stream of each row."""
-        at, reader = self.reasoner.read, self.reasoner
-        hidden, cache = memgen.reasoner.extend(reader.cache, vectors, count, fresh=fresh)
-        last = last_hidden(hidden, count, reader.hidden)
+        """Append the first `count [B]` vectors of `vectors [B, C, D]` to each row's stream."""
+        state = self.reasoner
+        hidden, cache = memgen.reasoner.extend(state.cache, vectors, count, fresh=fresh)
+        last = last_hidden(hidden, count, state.hidden)
+        append = lambda rows, new: None if rows is None else put(rows, new, state.length, count)  # noqa: E731
         return self.replace(
-            reasoner=Reader(cache, at + count, last),
-            vectors=None if self.vectors is None else put(self.vectors, vectors, at, count),
-            hidden=None if self.hidden is None else put(self.hidden, hidden, at, count),
+            reasoner=DecoderState(cache, state.length + count, last),
+            vectors=append(self.vectors, vectors),
+            hidden=append(self.hidden, hidden),
         )
 
     def take_rows(self, memgen: MemGen, rows: jax.Array, keys: jax.Array) -> "Session":
-        """A session whose row `i` goes on from row `rows[i]` of this one, with a key of its own.
+        """A session whose row `i` continues row `rows[i]` of this one, under a key of its own.
 
-        One row may be taken many times: what it has read is read once. The old session stays
-        usable.
+        A row may be taken many times, so that a shared prompt is processed once. The old session
+        stays usable.
 
         Args:
-            rows: `[R]` int32.
-            keys: `[R]`.
+            memgen: Model that the session belongs to.
+            rows: `[R]` int32, indices of rows of this session.
+            keys: `[R]` random keys, one for each new row.
 
         Raises:
-            ValueError: there is no such row (under `jit` it becomes NaN).
+            ValueError: An index is out of range (under `jit` such a row becomes NaN).
         """
         _check_rows(rows, self.count.shape[0])
         weaver = None if self.weaver is None else memgen.weaving()
         trigger = None if self.trigger is None else memgen.triggering()
-        axes = self.row_axes(memgen.reasoner, weaver, trigger)
-        take = lambda leaf, axis: leaf if axis == NO_ROWS else jnp.take(leaf, rows, axis=axis)  # noqa: E731
+        axes = self.batch_axes(memgen.reasoner, weaver, trigger)
+        take = lambda leaf, axis: leaf if axis is None else jnp.take(leaf, rows, axis=axis)  # noqa: E731
         return jax.tree.map(take, self, axes).replace(keys=keys)
 
-    def row_axes(self, reasoner: Any, weaver: Any, trigger: Any) -> "Session":
-        """The axis that counts rows in place of each array, `NO_ROWS` where none does.
+    def batch_axes(self, reasoner: Any, weaver: Any, trigger: Any) -> "Session":
+        """The axis of the rows in each array, None for an array that all rows share.
 
         Args:
-            reasoner, weaver, trigger: the decoders whose caches these are.
+            reasoner: Decoder of the reasoner's cache.
+            weaver: Decoder of the weaver's cache; anything where there is no such cache.
+            trigger: Decoder of the trigger's cache; anything where there is no such cache.
         """
-
-        def of(reader: Reader | None, decoder: Any) -> Reader | None:
-            if reader is None:
-                return None
-            axes: Any = 0
-            return Reader(_cache_axes(decoder, reader.cache), axes, axes)
-
+        axes = lambda state, decoder: None if state is None else state.batch_axes(decoder)  # noqa: E731
         return jax.tree.map(lambda _: 0, self).replace(
-            reasoner=of(self.reasoner, reasoner),
-            weaver=of(self.weaver, weaver),
-            trigger=of(self.trigger, trigger),
+            reasoner=self.reasoner.batch_axes(reasoner),
+            weaver=axes(self.weaver, weaver),
+            trigger=axes(self.trigger, trigger),
         )
 
-    def weaver_sees(self, memgen: MemGen) -> tuple[Callable, jax.Array]:
-        """What the weaver reads: places to vectors of its own width, and how many there are."""
+    def weaver_inputs(self, memgen: MemGen) -> tuple[Callable, jax.Array]:
+        """The weaver's context: a function from indices to its vectors, and their number `[B]`."""
         if not memgen.config.weaver.latents_see_latents:
-            fetch, target = self._tokens_of(memgen.reasoner), self.count
+            fetch, target = self._embedded_tokens(memgen.reasoner), self.count
         else:
             rows = self.hidden if memgen.config.weaver.context == "hidden" else self.vectors
-            fetch, target = rows_of(rows), self.reasoner.read
-        return lambda places: memgen.weaver.context(fetch(places)), target
+            fetch, target = _vectors_of(rows), self.reasoner.length
+        return lambda index: memgen.weaver.context(fetch(index)), target
 
-    def trigger_sees(self, memgen: MemGen, decoder: Any) -> tuple[Callable, jax.Array]:
-        """What the trigger's decoder reads, and how many there are."""
+    def trigger_inputs(self, memgen: MemGen, decoder: Any) -> tuple[Callable, jax.Array]:
+        """The same for the trigger's decoder."""
         if memgen.checked_trigger().config.source == "tokens":
-            return self._tokens_of(decoder), self.count
-        return rows_of(self.vectors), self.reasoner.read
+            return self._embedded_tokens(decoder), self.count
+        return _vectors_of(self.vectors), self.reasoner.length
 
-    def _tokens_of(self, decoder: Any) -> Callable:
-        return lambda places: decoder.embed_tokens(take(self.tokens, places))
+    def _embedded_tokens(self, decoder: Any) -> Callable:
+        return lambda index: decoder.embed_tokens(take(self.tokens, index))
+
+
+def _vectors_of(rows: Any) -> Callable:
+    return lambda index: take(rows, index)
 
 
 def _check_rows(rows: jax.Array, count: int) -> None:
@@ -230,82 +264,67 @@ def _check_rows(rows: jax.Array, count: int) -> None:
         raise ValueError(f"row {wrong[0]} of a session of {count}: choose from 0 to {count - 1}")
 
 
-def _cache_axes(decoder: Any, cache: Any) -> Any:
-    """The axis of rows of each array of a decoder's cache; two shapes of it tell.
-
-    Raises:
-        ValueError: an array grows with rows, but not along one axis that counts them.
-    """
-    shapes = lambda batch: jax.eval_shape(lambda: decoder.init_cache(batch, 8))  # noqa: E731
-    few, more = (jax.tree.leaves(shapes(batch)) for batch in (2, 3))
-    axes = [_axis_of_rows(a.shape, b.shape) for a, b in zip(few, more, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(cache), axes)
-
-
-def _axis_of_rows(of_two: tuple[int, ...], of_three: tuple[int, ...]) -> int:
-    sizes = list(zip(of_two, of_three, strict=True))
-    differs = [axis for axis, (two, three) in enumerate(sizes) if two != three]
-    if [sizes[axis] for axis in differs] not in ([], [(2, 3)]):
-        raise ValueError(
-            f"init_cache gives an array {of_two} for 2 rows and {of_three} for 3: give rows an "
-            "axis of their own"
-        )
-    return differs[0] if differs else NO_ROWS
-
-
 @dataclasses.dataclass(frozen=True)
 class RowChunk:
-    """One row of each lane; lanes are equal parts of a batch, rows in a lane stand together.
+    """Some rows of a batch: one from each of several equal parts of it.
+
+    The parts are the shards of a batch that is spread over devices, so that taking a chunk out and
+    putting it back moves no row between them.
 
     Attributes:
-        place: `[G]` int32, the row of each lane.
+        index: `[R]` int32, index within each part of its row.
     """
 
-    place: jax.Array
+    index: jax.Array
 
     @classmethod
-    def next(cls, waiting: jax.Array, lanes: int) -> "RowChunk":
-        """The first row of each lane that waits, `[B]` bool; its first row where none does."""
-        return cls(waiting.reshape(lanes, -1).argmax(axis=1).astype(jnp.int32))
+    def next(cls, waiting: jax.Array, size: int) -> "RowChunk":
+        """The first row of each part that is `waiting`, `[B]` bool; row 0 of a part without any."""
+        return cls(waiting.reshape(size, -1).argmax(axis=1).astype(jnp.int32))
 
     def take(self, tree: Any, axes: Any = None) -> Any:
-        """The chosen rows of arrays whose axis of rows is 0, or as `axes` says."""
+        """The chunk's rows of all arrays; `axes` as of `Session.batch_axes`, by default all 0."""
 
         def rows(leaf, axis):
-            if axis == NO_ROWS:
+            if axis is None:
                 return leaf
-            one = lambda lane, place: jax.lax.dynamic_index_in_dim(lane, place, axis, False)  # noqa: E731
-            return jax.vmap(one, (axis, 0), axis)(self._lanes(leaf, axis), self.place)
+            one = lambda part, index: jax.lax.dynamic_index_in_dim(part, index, axis, False)  # noqa: E731
+            return jax.vmap(one, (axis, 0), axis)(self._parts(leaf, axis), self.index)
 
-        return jax.tree.map(rows, tree, self._axes(tree, axes))
+        return jax.tree.map(rows, tree, _or_zeros(axes, tree))
 
     def put(self, tree: Any, new: Any, axes: Any = None) -> Any:
-        """The arrays with other chosen rows; what counts no rows is taken from `new`."""
+        """The arrays with other rows in the chunk; an array that rows share is taken from `new`."""
 
         def rows(leaf, new, axis):
-            if axis == NO_ROWS:
+            if axis is None:
                 return new
-            one = lambda lane, new, place: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
-                lane, new, place, axis
+            one = lambda part, new, index: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
+                part, new, index, axis
             )
-            lanes = self._lanes(leaf, axis)
-            changed = jax.vmap(one, (axis, axis, 0), axis)(lanes, new, self.place)
-            return changed.reshape(leaf.shape)
+            parts = self._parts(leaf, axis)
+            return jax.vmap(one, (axis, axis, 0), axis)(parts, new, self.index).reshape(leaf.shape)
 
-        return jax.tree.map(rows, tree, new, self._axes(tree, axes))
+        return jax.tree.map(rows, tree, new, _or_zeros(axes, tree))
 
-    @staticmethod
-    def _axes(tree: Any, axes: Any) -> Any:
-        return jax.tree.map(lambda _: 0, tree) if axes is None else axes
-
-    def _lanes(self, leaf: jax.Array, axis: int) -> jax.Array:
-        lanes = self.place.shape[0]
-        split = (lanes, leaf.shape[axis] // lanes)
+    def _parts(self, leaf: jax.Array, axis: int) -> jax.Array:
+        size = self.index.shape[0]
+        split = (size, leaf.shape[axis] // size)
         return leaf.reshape(*leaf.shape[:axis], *split, *leaf.shape[axis + 1 :])
 
 
-def check_room(session: Session, tokens: Any, latents: int = 0) -> None:
-    """Raise a ValueError where rows would outgrow the session; not where lengths are traced."""
+def _or_zeros(axes: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda _: 0, tree) if axes is None else axes
+
+
+def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:
+    """Raise a ValueError if rows would outgrow the session; nothing is checked of traced lengths.
+
+    Args:
+        session: Session that is to be extended.
+        tokens: Number of new tokens of each row, `[B]` or a scalar.
+        latents: Number of new latents in each row that gets tokens.
+    """
     if isinstance(tokens, Tracer) or isinstance(session.count, Tracer):
         return
     count = int((np.asarray(session.count) + np.asarray(tokens)).max())
@@ -315,38 +334,33 @@ def check_room(session: Session, tokens: Any, latents: int = 0) -> None:
             f"{session.tokens.shape[1]}: begin with more"
         )
     more = np.asarray(tokens) + latents * (np.asarray(tokens) > 0)
-    places = int((np.asarray(session.reasoner.read) + more).max())
-    if places > session.places:
+    length = int((np.asarray(session.reasoner.length) + more).max())
+    if length > session.capacity:
         raise ValueError(
-            f"a row would grow to {places} tokens and latents, the session has room for "
-            f"{session.places}: begin with more max_responses"
+            f"a row would grow to {length} tokens and latents, the session holds "
+            f"{session.capacity}: begin with more max_responses"
         )
 
 
-def rows_of(rows: Any) -> Callable:
-    """Places `[B, C]` to what stands there in `rows [B, S, D]`."""
-    return lambda places: take(rows, places)
+def take(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """Entries of `rows [B, S, ...]` at `index [B, C]`, arbitrary ones beyond the end."""
+    index = jnp.minimum(index, rows.shape[1] - 1)
+    index = index.reshape(index.shape + (1,) * (rows.ndim - 2))
+    return jnp.take_along_axis(rows, index, axis=1)
 
 
-def take(rows: jax.Array, places: jax.Array) -> jax.Array:
-    """`rows [B, S, ...]` at `places [B, C]`; beyond the end, anything."""
-    places = jnp.minimum(places, rows.shape[1] - 1)
-    places = places.reshape(places.shape + (1,) * (rows.ndim - 2))
-    return jnp.take_along_axis(rows, places, axis=1)
+def put(rows: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+    """`rows [B, S, ...]` with the first `count [B]` of `new [B, C, ...]` from `start [B]` on."""
 
-
-def put(rows: jax.Array, new: jax.Array, at: jax.Array, count: jax.Array) -> jax.Array:
-    """`rows [B, S, ...]` with the first `count [B]` of `new [B, C, ...]` from place `at [B]` on."""
-
-    def write(row, new, at, count):
+    def write(row, new, start, count):
         offset = jnp.arange(new.shape[0])
-        place = jnp.where(offset < count, at + offset, row.shape[0])
-        return row.at[place].set(new.astype(row.dtype), mode="drop")
+        index = jnp.where(offset < count, start + offset, row.shape[0])
+        return row.at[index].set(new.astype(row.dtype), mode="drop")
 
-    return jax.vmap(write)(rows, new, at, count)
+    return jax.vmap(write)(rows, new, start, count)
 
 
 def last_hidden(hidden: jax.Array, count: jax.Array, before: jax.Array) -> jax.Array:
-    """The state after `count [B]` of `hidden [B, C, D]`, or the one before where none was read."""
+    """State `[B, D]` after `count [B]` vectors of `hidden [B, C, D]`; `before` where it is 0."""
     last = take(hidden, jnp.maximum(count - 1, 0)[:, None])[:, 0]
     return jnp.where((count > 0)[:, None], last, before)

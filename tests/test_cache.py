@@ -81,8 +81,8 @@ def texts(num_tokens: int = TOKENS) -> np.ndarray:
 
 def assert_same_bubbles(found: cache.Trace, expected) -> None:
     for fork, (streams, score) in enumerate(expected):
-        np.testing.assert_array_equal(found.streams[fork][:, :TOKENS], streams)
-        np.testing.assert_allclose(found.score[fork][:, :TOKENS], score, atol=1e-5)
+        np.testing.assert_array_equal(found.streams[:, fork, :TOKENS], streams)
+        np.testing.assert_allclose(found.score[:, fork, :TOKENS], score, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -159,8 +159,8 @@ def test_four_thousand_steps_end_where_the_blockwise_pass_does():
     found, filled = steps(model, init_cache(model, 1, 4096), tokens[0])
     logits, [(streams, score)] = blockwise(model, tokens)
     np.testing.assert_allclose(found, logits, atol=1e-4)
-    np.testing.assert_array_equal(filled.trace.streams[0], streams)
-    np.testing.assert_allclose(filled.trace.score[0], score, atol=1e-5)
+    np.testing.assert_array_equal(filled.trace.streams[:, 0], streams)
+    np.testing.assert_allclose(filled.trace.score[:, 0], score, atol=1e-5)
     assert int(streams.sum()) > 1.3 * 4096
 
 

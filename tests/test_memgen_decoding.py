@@ -257,8 +257,8 @@ def test_d30_while_is_scan():
 
     @jax.jit
     def by_scan(made, session, request):
-        decoders, limit = loop_module.Decoders.of(made), jnp.int32(NEW)
-        start = loop_module._opened(decoders, request, session, 16)
+        decoders, limit = loop_module.Decoders.prepare(made), jnp.int32(NEW)
+        start = loop_module._start(decoders, request, session, 16)
         step = lambda loop, _: (loop_module._step(decoders, request, limit, loop, 1), None)  # noqa: E731
         return jax.lax.scan(step, start, length=NEW)[0].response
 
@@ -414,7 +414,7 @@ def test_too_little_room_is_one_line(session_of_prompts):
     one_line(caught)
     with pytest.raises(ValueError, match="grow to 137 tokens"):
         observe(made, session, jnp.zeros((3, 100), jnp.int32), jnp.array([0, 0, 100]))
-    full = dataclasses.replace(session, places=session.places - made.config.room)
+    full = dataclasses.replace(session, capacity=session.capacity - made.config.max_latents)
     with pytest.raises(ValueError, match="grow to .* tokens and latents, .*max_resp") as caught:
         respond(made, full, make_request(made, 43), 64)
     one_line(caught)

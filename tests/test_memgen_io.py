@@ -97,7 +97,7 @@ def test_b15_d33_g51_two_responses_with_an_observation_between_are_recomputed(ki
             np.testing.assert_allclose(
                 log_probs[row, at : at + NEW], part.log_probs[row, :NEW], atol=1e-4
             )
-        assert reasoner.read[row] == len(whole) + width[row].sum()
+        assert reasoner.length[row] == len(whole) + width[row].sum()
         np.testing.assert_allclose(reasoner.hidden[row], hidden[row, len(whole)], atol=1e-4)
 
 
@@ -109,7 +109,7 @@ def test_a_session_has_room_for_the_latents_of_its_responses():
             lambda n=responses: begin(made, tokens, length, row_keys(0, PROMPTS), 99, n)
         )
         assert session.tokens.shape == (3, 99)
-        assert session.places == 99 + responses * (3 + 2 * 2)
+        assert session.capacity == 99 + responses * (3 + 2 * 2)
 
 
 def test_g49_fresh_latents_are_those_of_the_text_alone():
@@ -232,7 +232,7 @@ def test_presets():
         lora = config.weaver.lora
         assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 32, 0.1, ("q", "v"))
         assert (config.weaver.prompt_latents, config.weaver.inference_latents) == (8, 8)
-        assert (config.max_inference_events, config.events, config.room) == (5, 6, 48)
+        assert (config.max_inference_events, config.events, config.max_latents) == (5, 6, 48)
         assert not config.weaver.match_scale and config.weaver.latents_see_latents
     assert reference.trigger is not None and paper.trigger is not None
     assert (reference.weaver.context, reference.trigger.source) == ("embeddings", "tokens")

@@ -149,7 +149,7 @@ def test_52_snippets_reach_the_weaver_and_never_the_reasoner():
         keys, room = row_keys(0, prompts), tokens.shape[1] + 16
         session = begin(made, tokens, length, keys, room, request=request)
         answer, session = respond(made, session, request, 16)
-        answer, read = in_numpy((answer, session.reasoner.read))
+        answer, read = in_numpy((answer, session.reasoner.length))
         # Prompts, latents (3 of the prompt's event, 2 of others) and new tokens: no snippets.
         latents = ((answer.points >= 0) * np.array([3, 2, 2])).sum(axis=1)
         np.testing.assert_array_equal(read, length + answer.count + latents)

@@ -22,8 +22,9 @@ from memgen_tiny import (
 
 from memgen import TriggerConfig, begin, make_request
 from memgen import decoding as loop_module
+from memgen.backbone import check_cache
 from memgen.request import pad_prompts, row_keys
-from memgen.session import CHUNK, NO_ROWS, RowChunk, _cache_axes
+from memgen.session import CHUNK, DecoderState, RowChunk
 from thoughtbubbles import Backbone
 from train.devices.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 
@@ -108,7 +109,7 @@ def alone_of(made, **how):
 
 
 def test_whichever_rows_weave_each_is_what_it_is_alone():
-    """All patterns; lanes of four rows, of two (loads unequal or equal) and of one.
+    """All patterns; one row at a time, one of each half (loads unequal or equal), or all at once.
 
     What is told of a row is its own, at the events in the loop too: its key, by which all memory or
     some is kept, and its snippet.
@@ -122,12 +123,12 @@ def test_whichever_rows_weave_each_is_what_it_is_alone():
     assert (np.abs(with_memory - without).max(axis=1) > 0.01).all(), "memory matters in every row"
     later = np.concatenate([some[row, True].decisions[0, 1:] for row in range(ROWS)])
     assert {0, 1} <= set(later.tolist()), "in the loop some is kept, some is not"
-    for lanes in (1, 2, 4):
+    for chunk in (1, 2, 4):
         for everything, expected in ((True, alone), (False, some)):
             for pattern in PATTERNS if everything else PATTERNS[-1:]:
                 request = these(made, pattern, **told(everything))
                 session = opened(made, request=request)
-                response, _ = loop_module._respond(made, session, request, 16, lanes)
+                response, _ = loop_module._respond(made, session, request, 16, chunk)
                 assert_same(in_numpy(response), expected, pattern)
 
 
@@ -137,10 +138,10 @@ def test_rows_spread_over_devices_weave_where_they_are():
     alone, spread = alone_of(made), batch_sharding(mesh)
     made_there = jax.device_put(made, replicated(mesh))
 
-    def exchanged(lanes: int) -> set[str]:
-        """Types of what the devices tell each other."""
+    def exchanged(chunk: int) -> set[str]:
+        """Types of the values that devices exchange."""
         given = made_there, opened(made_there, sharding=spread), these(made, PATTERNS[1])
-        text = loop_module._respond.lower(*given, 16, lanes).compile().as_text()
+        text = loop_module._respond.lower(*given, 16, chunk).compile().as_text()
         told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
         return {kind for types in told for kind in re.findall(r"(\w+)\[", types)}
 
@@ -148,40 +149,71 @@ def test_rows_spread_over_devices_weave_where_they_are():
     assert exchanged(1) > {"pred"}, "this test can fail"
     for pattern in PATTERNS[::3]:
         session = opened(made_there, sharding=spread)
-        assert loop_module.lanes_of(session) == 2
+        assert loop_module.chunk_size(session) == 2
         response, session = loop_module.respond(made_there, session, these(made, pattern), 16)
-        assert loop_module.lanes_of(session) == 2, "the next response is not another program"
+        assert loop_module.chunk_size(session) == 2, "the next response is not another program"
         assert_same(in_numpy(response), alone, pattern)
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 6])
-def test_chosen_rows_are_taken_out_and_put_back(lanes):
-    rng = np.random.default_rng(lanes)
-    tree = [rng.normal(size=size) for size in ((6, 3), (4, 6, 2), (5,))]
-    axes = [0, 1, NO_ROWS]
-    waiting = np.array([False, False, True, False, False, True]) if lanes < 6 else np.ones(6, bool)
-    chosen = RowChunk.next(jnp.array(waiting), lanes)
-    rows = {1: [2], 2: [2, 5], 6: list(range(6))}[lanes]
-    for taken, leaf, axis in zip(chosen.take(tree, axes), tree, axes, strict=True):
-        np.testing.assert_allclose(taken, leaf if axis == NO_ROWS else leaf.take(rows, axis))
-    new = [leaf + 1 for leaf in chosen.take(tree, axes)]
-    for found, leaf, axis in zip(chosen.put(tree, new, axes), tree, axes, strict=True):
-        expected = leaf + 1 if axis == NO_ROWS else leaf.copy()
-        if axis != NO_ROWS:
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_a_chunk_of_rows_is_taken_out_and_put_back(size):
+    rng = np.random.default_rng(size)
+    tree = [rng.normal(size=shape) for shape in ((6, 3), (4, 6, 2), (5,))]
+    axes = [0, 1, None]
+    waiting = np.array([False, False, True, False, False, True]) if size < 6 else np.ones(6, bool)
+    chunk = RowChunk.next(jnp.array(waiting), size)
+    rows = {1: [2], 2: [2, 5], 6: list(range(6))}[size]
+    for taken, leaf, axis in zip(chunk.take(tree, axes), tree, axes, strict=True):
+        np.testing.assert_allclose(taken, leaf if axis is None else leaf.take(rows, axis))
+    new = [leaf + 1 for leaf in chunk.take(tree, axes)]
+    for found, leaf, axis in zip(chunk.put(tree, new, axes), tree, axes, strict=True):
+        expected = leaf + 1 if axis is None else leaf.copy()
+        if axis is not None:
             np.moveaxis(expected, axis, 0)[rows] += 1
         np.testing.assert_allclose(found, expected, rtol=1e-6)
-    idle = RowChunk.next(jnp.zeros(6, bool), lanes).take(jnp.arange(6))
-    assert idle.tolist() == list(range(0, 6, 6 // lanes))
+    idle = RowChunk.next(jnp.zeros(6, bool), size).take(jnp.arange(6))
+    assert idle.tolist() == list(range(0, 6, 6 // size))
 
 
-def test_a_cache_without_an_axis_of_rows_is_refused():
-    class Flat:
-        def init_cache(self, batch, room):
-            return {"keys": jnp.zeros((batch * 4, room, 8)), "used": jnp.zeros((batch,))}
+class Stacked:
+    """A decoder that stacks the keys of its layers, and counts for all rows together."""
 
-    wanted = r"array \(8, 8, 8\) for 2 rows and \(12, 8, 8\) for 3: give rows an axis"
-    with pytest.raises(ValueError, match=wanted):
-        _cache_axes(Flat(), Flat().init_cache(2, 8))
+    def init_cache(self, batch, max_len):
+        return {"keys": jnp.zeros((5, batch, max_len, 4)), "next": jnp.int32(0)}
+
+    def cache_batch_axes(self, cache):
+        return {"keys": 1, "next": None}
+
+
+def test_a_decoder_names_the_axis_of_rows_in_its_cache():
+    decoder, cache = Stacked(), Stacked().init_cache(3, 8)
+    check_cache(decoder)
+    keys = cache["keys"] + jnp.arange(3)[:, None, None]
+    state = DecoderState(cache | {"keys": keys}, jnp.arange(3), jnp.zeros((3, 2)))
+    part = RowChunk.next(jnp.array([False, True, False]), 1)
+    taken = part.take(state, state.batch_axes(decoder))
+    assert taken.cache["keys"].shape == (5, 1, 8, 4) and (taken.cache["keys"] == 1).all()
+    assert taken.length.tolist() == [1] and taken.cache["next"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ({"keys": (-4, 8)}, r"\['keys'\] the shape \(8, 8\) for 2 rows and \(12, 8\) for 3"),
+        ({"keys": (5, -1, 8)}, "which is not axis 0: name the axis"),
+        ({"keys": (8,)}, "which is not axis 0: name the axis"),
+    ],
+)
+def test_a_cache_whose_rows_are_elsewhere_is_refused(cache, message):
+    """Sizes below 0 count rows."""
+
+    class Wrong:
+        def init_cache(self, batch, max_len):
+            size = lambda shape: [-n * batch if n < 0 else n for n in shape]  # noqa: E731
+            return {name: jnp.zeros(size(shape)) for name, shape in cache.items()}
+
+    with pytest.raises(ValueError, match=message):
+        check_cache(Wrong())
 
 
 def test_only_rows_that_are_there_are_taken():

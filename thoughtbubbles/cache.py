@@ -53,11 +53,12 @@ class KVSegment:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What every fork layer did to every token so far; `F` fork layers.
+    """What each of the `F` fork layers did to the tokens so far.
 
     Attributes:
-        streams: `[F, B, max_tokens]` int32 live streams of each token after each fork layer.
-        score: `[F, B, max_tokens]` float32, their mean cumulative score p (0 where none is left).
+        streams: `[B, F, max_tokens]` int32, live streams of each token after each fork layer.
+        score: `[B, F, max_tokens]` float32, mean cumulative score p of these streams (0 where none
+            is left).
     """
 
     streams: jax.Array
@@ -107,7 +108,7 @@ def init_cache(model: Thoughtbubbles, batch: int, max_tokens: int) -> Cache:
         blank = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(start, end))  # noqa: B023, E731
         bias = jnp.zeros((batch, slots)) if index and config.key_bias else None
         groups.append(KVSegment(jnp.zeros((batch,), jnp.int32), blank(), blank(), bias))
-    marks = (len(config.fork_layers), batch, max_tokens)
+    marks = (batch, len(config.fork_layers), max_tokens)
     trace = Trace(jnp.zeros(marks, jnp.int32), jnp.zeros(marks))
     length = jnp.zeros((batch,), jnp.int32)
     return Cache(length, tuple(groups), tuple(memories), trace, max_tokens, config)
@@ -359,6 +360,6 @@ def _note(trace: Trace, fork: int, streams: Streams) -> Trace:
     """Write the bubbles of new tokens as a fork layer left them."""
     streams_of, score_of = bubbles_of(streams)
     real = jnp.arange(streams.num_tokens) < streams.length[:, None]
-    counts = append(trace.streams[fork], streams_of, streams.first, real)
-    scores = append(trace.score[fork], score_of, streams.first, real)
-    return Trace(trace.streams.at[fork].set(counts), trace.score.at[fork].set(scores))
+    counts = append(trace.streams[:, fork], streams_of, streams.first, real)
+    scores = append(trace.score[:, fork], score_of, streams.first, real)
+    return Trace(trace.streams.at[:, fork].set(counts), trace.score.at[:, fork].set(scores))

@@ -133,7 +133,7 @@ def generate_with_bubbles(
     found = []
     for row, (prompt, new) in enumerate(zip(prompts, texts, strict=True)):
         end = len(prompt) + len(new)
-        bubbles = streams[:, row, :end], score[:, row, :end]
+        bubbles = streams[row, :, :end], score[row, :, :end]
         found.append(Generation(list(prompt), new, *bubbles))
     return found
 

@@ -151,9 +151,7 @@ def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
         dataclasses.replace(group, key=(heads,) * len(group.key), value=(heads,) * len(group.value))
         for group in shardings.groups
     )
-    by_fork = NamedSharding(mesh, P(None, BATCH_AXES))
-    trace = dataclasses.replace(shardings.trace, streams=by_fork, score=by_fork)
-    return dataclasses.replace(shardings, groups=groups, trace=trace)
+    return dataclasses.replace(shardings, groups=groups)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

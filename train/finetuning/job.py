@@ -114,7 +114,7 @@ class SFTJob:
         products, passes, length = 3 if config.train == "all" else 2, 1, self.seq_len
         if config.train == "weaver":
             weaving = config.memgen.events if config.memgen.weaver.latents_see_latents else 1
-            passes, length = 1 + weaving, length + config.memgen.room
+            passes, length = 1 + weaving, length + config.memgen.max_latents
         flops = model.config.forward_flops(length)
         self.step_flops = products * passes * config.batch_size * flops
         # Of the frozen weights, so that a run is continued with the same ones.
