@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -227,6 +228,30 @@ def test_the_tokenizer_is_one_of_the_trainer():
     assert tokenizer.stop_ids == (3, 1) and tokenizer.prompt("") == [tokenizer.separator] == [1]
     with pytest.raises(ValueError, match="token id 99 is outside the vocabulary of 47"):
         tokenizer.decode([99])
+
+
+def test_a_thread_may_render_a_chat_while_another_encodes(monkeypatch):
+    """Special tokens are plain text in a document, whatever happens right before it is encoded."""
+    tokenizer = load_pretrained(FIXTURES / "llama").tokenizer
+    spelled, special = tokenizer.encode("<|im_end|>")[0].tolist(), tokenizer.rendered("<|im_end|>")
+    inner, rendered = tokenizer._tokenizer, []
+
+    class Interrupted:
+        """The tokenizer, with a chat rendered by another thread before its first call."""
+
+        def __setattr__(self, name, value):
+            setattr(inner, name, value)
+
+        def encode(self, *given, **how):
+            if not rendered:
+                rendered.append(None)
+                with ThreadPoolExecutor(1) as other:
+                    rendered.append(other.submit(tokenizer.rendered, "<|im_end|>").result())
+            return inner.encode(*given, **how)
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Interrupted())
+    assert tokenizer.encode("<|im_end|>")[0].tolist() == spelled != special
+    assert rendered == [None, special]
 
 
 @pytest.mark.parametrize(
@@ -450,7 +475,7 @@ def test_what_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fork_layers": (1,)}, r"no Hugging Face family of ours has forks before layers \(1,\)"),
+        ({"fork_layers": (1,)}, r"no supported Hugging Face family has forks before layers \(1,\)"),
         ({"norm": "layernorm"}, "has norm='layernorm'"),
         ({"biases": "qkv", "qk_norm": True}, "together"),
         ({"embed_dim": 64}, r"given \(2, 32, 2, 8\), config asks for \(2, 64, 2, 16\)"),

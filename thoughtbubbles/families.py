@@ -14,7 +14,7 @@ ARCHITECTURES = {
     "smollm3": "SmolLM3ForCausalLM",
 }
 
-# What stands in config.json where a family computes something that our decoder doesn't.
+# Values in config.json for which our decoder computes what the family computes.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
@@ -23,19 +23,19 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
 }
-# These keys say how the scaling came about, or repeat what the code does anyway.
-SCALING_TELLS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+# These keys describe how the scaling came about, or what the code does anyway.
+SCALING_NOTES = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
 
 def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
     """The ModelConfig of a `config.json` (versions 4 and 5 of transformers).
 
     Args:
-        fields: the object in it.
-        source: names it in errors.
+        fields: Fields of the config.json.
+        source: Name of the file in error messages.
 
     Raises:
-        ValueError: another family, something that the decoder does not do, or a size is missing.
+        ValueError: The family or an option of it is not supported, or a size is missing.
     """
     family = fields.get("model_type")
     if family not in ARCHITECTURES:
@@ -51,9 +51,7 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
         value = fields.get(name)
         value = default if value is None else value
         if value is None:
-            raise ValueError(
-                f"{source} has no {name}: it is no complete config of a {family} model"
-            )
+            raise ValueError(f"{source} has no {name}: it is no whole config of a {family} model")
         return value
 
     rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
@@ -100,12 +98,12 @@ def _scaling(rope: Mapping[str, Any], context: int | None) -> RopeScaling | None
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
-    fields = {name: value for name, value in rope.items() if name not in SCALING_TELLS}
+    fields = {name: value for name, value in rope.items() if name not in SCALING_NOTES}
     if kind != "linear":
         fields.setdefault("original_max_position_embeddings", context)
     known = {field.name for field in dataclasses.fields(RopeScaling)}
     unknown = sorted(set(fields) - known)
-    # The kind first: the parameters of another kind are no surprise.
+    # The kind is checked first: another kind may well have parameters that are unknown here.
     scaling = RopeScaling(kind, **{name: fields[name] for name in fields if name in known})
     if unknown:
         raise ValueError(f"rope scaling {kind} with {unknown[0]} is not supported")
@@ -113,10 +111,14 @@ def _scaling(rope: Mapping[str, Any], context: int | None) -> RopeScaling | None
 
 
 def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` of the family that computes what our decoder of this config does.
+    """The `config.json` of the family that computes what a decoder of this config computes.
+
+    Args:
+        config: Config of a decoder.
+        dtype: Dtype of the stored weights, such as "bfloat16".
 
     Raises:
-        ValueError: there is none, because of forks, copies, or kinds of layers.
+        ValueError: No family does, because of forks, copies, or the kinds of layers.
     """
     family = _family(config)
     fields = {
@@ -173,6 +175,6 @@ def _family(config: ModelConfig) -> str:
     for wrong, reason in (*reasons, (len(found) > 1, mixed)):
         if wrong:
             raise ValueError(
-                f"no Hugging Face family of ours has {reason}: keep such a model as a checkpoint"
+                f"no supported Hugging Face family has {reason}: keep such a model as a checkpoint"
             )
     return found[0] if found else "llama"

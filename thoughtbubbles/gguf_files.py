@@ -33,7 +33,7 @@ BLOCK = {
 }
 # Families whose queries and keys are stored with neighbouring channels as rotary pairs.
 INTERLEAVED = {"llama", "smollm3"}
-NOPE_INTERVAL = 4  # of SmolLM3; no key tells it
+NOPE_INTERVAL = 4  # of SmolLM3, which GGUF metadata does not hold
 CONTROL, USER_DEFINED = 3, 4  # token types
 YARN_DIALS = [
     "attn_factor",
@@ -48,12 +48,16 @@ YARN_DIALS = [
 class GGUFFile:
     """A GGUF file as config.json fields, tensors by Hugging Face name, and a tokenizer.
 
+    Args:
+        path: GGUF file.
+
     Attributes:
-        fields: as `families.config_from_json` reads them.
-        shapes: of every tensor, by Hugging Face name.
+        path: GGUF file.
+        fields: Fields of a config.json, for `families.config_from_json`.
+        shapes: Shape of every tensor, by Hugging Face name.
 
     Raises:
-        ValueError: the `gguf` package is missing; the file is cut short, or of another family.
+        ValueError: The `gguf` package is missing, or the file is cut short or of another family.
     """
 
     def __init__(self, path: Path):
@@ -83,7 +87,7 @@ class GGUFFile:
         self.fields = self._config()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, float32, in Hugging Face's order of channels."""
+        """One tensor as float32, its channels in Hugging Face's order."""
         tensor = self._tensors[name]
         try:
             values = self._dequantize(tensor.data, tensor.tensor_type)
@@ -100,12 +104,10 @@ class GGUFFile:
         """The tokenizer in the metadata.
 
         Raises:
-            ValueError: it is not a byte-level BPE of a known kind.
+            ValueError: The tokenizer is not a byte-level BPE with a supported pre-tokenizer.
         """
-        model, kind = (
-            self._field("tokenizer.ggml.model"),
-            self._field("tokenizer.ggml.pre", "gpt-2"),
-        )
+        model = self._field("tokenizer.ggml.model")
+        kind = self._field("tokenizer.ggml.pre", "gpt-2")
         if model != "gpt2":
             raise ValueError(
                 f"{self.path}: tokenizer {model!r} can't be rebuilt from GGUF, only byte-level BPE "
@@ -174,7 +176,7 @@ class GGUFFile:
         return found
 
     def _llama3(self, divisors: np.ndarray, found: dict[str, Any]) -> dict[str, Any]:
-        """The scaling that divides frequencies as `rope_freqs` does: Llama 3.1 and later."""
+        """The scaling of Llama 3.1 and later, checked against the divisors in `rope_freqs`."""
         fields = {"factor": float(divisors.max()), "original_max_position_embeddings": 8192}
         scaling = RopeScaling("llama3", **fields)
         plain = found["rope_theta"] ** (-np.arange(0, found["head_dim"], 2) / found["head_dim"])
@@ -189,13 +191,13 @@ class GGUFFile:
         field = self._reader.get_field(key)
         if field is None:
             if not default:
-                raise ValueError(f"{self.path} has no {key}: it is no complete GGUF of a model")
+                raise ValueError(f"{self.path} has no {key}: it is no whole GGUF file of a model")
             return default[0]
         return field.contents()
 
 
 def _hugging_face_name(name: str) -> str | None:
-    """None for what is no weight."""
+    """Hugging Face's name of a tensor; None for a tensor that is no weight."""
     if name == "rope_freqs.weight":
         return None
     if name in TOP:
@@ -206,6 +208,6 @@ def _hugging_face_name(name: str) -> str | None:
 
 
 def _halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Channels `0 1 2 3 ...` of each head, pairs side by side, to first and second halves."""
+    """Rotary pairs of each head from neighbouring channels to the first and second half."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

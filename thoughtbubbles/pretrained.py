@@ -6,6 +6,7 @@ Nothing is unpickled and no code of a checkpoint is run.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ from thoughtbubbles.safetensors_files import (
     write_safetensors,
 )
 
-# Our names of parameters to Hugging Face's; those of blocks stand in `model.layers.N`.
+# Our names of parameters to Hugging Face's; those of a block follow `model.layers.N.` there.
 TOP = {
     "embed": "model.embed_tokens.weight",
     "final_norm/scale": "model.norm.weight",
@@ -54,12 +55,12 @@ BLOCK = {
 
 
 class Pretrained(NamedTuple):
-    """A decoder as `load_pretrained` found it.
+    """A pretrained decoder.
 
     Attributes:
-        config: sizes and options.
-        params: nested dict of arrays, for `Thoughtbubbles.from_params(config, params)`.
-        tokenizer: the one that it was trained with.
+        config: Sizes and options of the decoder.
+        params: Nested dict of arrays, for `Thoughtbubbles.from_params(config, params)`.
+        tokenizer: Tokenizer that the decoder was trained with.
     """
 
     config: ModelConfig
@@ -76,30 +77,34 @@ class _Source(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-class _Leaf(NamedTuple):
-    """A parameter of ours and the tensors that it is made of.
+class _Parameter(NamedTuple):
+    """A parameter of our model and the stored tensors that it consists of.
 
     Attributes:
-        names: of the tensors; one for each block if `stacked`, else a single one.
-        shape: of one tensor in our order.
-        stored: of one tensor in theirs.
-        transposed: whether ours has the contracted axes first and theirs last.
-        stacked: whether the tensors lie along a leading axis of ours.
+        names: Names of the tensors; one for each block if `stacked`, else a single one.
+        shape: Shape of one tensor in our order of axes.
+        stored_shape: Shape of one tensor in the file.
+        transposed: Whether the contracted axes come first in our order and last in the file.
+        stacked: Whether the tensors lie along a leading axis of the parameter.
     """
 
     names: list[str]
     shape: tuple[int, ...]
-    stored: tuple[int, ...]
+    stored_shape: tuple[int, ...]
     transposed: bool
     stacked: bool
 
-    def ours(self, tensor: np.ndarray) -> np.ndarray:
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        return (len(self.names), *self.shape) if self.stacked else self.shape
+
+    def from_stored(self, tensor: np.ndarray) -> np.ndarray:
         return (tensor.T if self.transposed else tensor).reshape(self.shape)
 
-    def theirs(self, tensor: np.ndarray) -> np.ndarray:
+    def to_stored(self, tensor: np.ndarray) -> np.ndarray:
         if not self.transposed:
-            return tensor.reshape(self.stored)
-        return tensor.reshape(self.stored[::-1]).T
+            return tensor.reshape(self.stored_shape)
+        return tensor.reshape(self.stored_shape[::-1]).T
 
 
 def load_pretrained(
@@ -108,23 +113,25 @@ def load_pretrained(
     dtype: Literal["float32", "bfloat16"] = "float32",
     shardings: Callable[[Any], Any] | None = None,
 ) -> Pretrained:
-    """Read a Hugging Face folder or a GGUF file.
+    """Load a Hugging Face folder or a GGUF file.
 
-    Everything is checked before the first weight is read. Weights are read one tensor at a time,
-    cast, and put into their place in the stacked parameter; host memory holds one parameter (all
-    blocks of it) beside what is already on the devices. Each process reads all tensors and keeps
-    the parts that its devices hold.
+    Everything is checked before the first weight is read. Tensors are read and cast one at a time,
+    so that the host holds one parameter (of all blocks) besides what its devices hold. Each process
+    reads all tensors and keeps the parts that its devices hold.
 
     Args:
-        path: folder, or file ending in `.gguf`.
-        dtype: of the parameters and of the computation.
-        shardings: gives the sharding of every leaf of an abstract `nnx.State` of the model, as
-            `train.devices.mesh.state_shardings` does; None puts all on the first device of the
-            process.
+        path: Folder, or file ending in `.gguf`.
+        dtype: Dtype of the parameters and of the computation.
+        shardings: Function from an abstract `nnx.State` of the model to the sharding of each leaf,
+            such as `train.devices.mesh.state_shardings`; None puts all parameters on the first
+            device of the process.
+
+    Returns:
+        The decoder with its config and tokenizer.
 
     Raises:
-        ValueError: one line; an unknown family or option of one, a missing or damaged file, a
-            tensor too many, too few or of another shape, a tokenizer with more ids than the
+        ValueError: The family or an option of it is unknown, a file is missing or damaged, a tensor
+            is missing, unknown or of another shape, or the tokenizer has more ids than the
             embedding has rows.
     """
     path = Path(path).expanduser()
@@ -136,11 +143,12 @@ def load_pretrained(
         )
     config = dataclasses.replace(config, dtype=dtype)
     state = _abstract_state(config)
-    leaves = _leaves(config, state)
-    _check(path, source, leaves, config)
-    places = _places(state, shardings)
+    parameters = _parameters(config, state)
+    _check(path, source, parameters, config)
+    sharding = _sharding_by_name(state, shardings)
     params = {
-        name: _read(source, leaf, np.dtype(dtype), places[name]) for name, leaf in leaves.items()
+        name: _read(source, parameter, np.dtype(dtype), sharding[name])
+        for name, parameter in parameters.items()
     }
     return Pretrained(config, traverse_util.unflatten_dict(params, sep="/"), tokenizer)
 
@@ -155,51 +163,51 @@ def save_pretrained(
 ) -> None:
     """Write a folder that stock `transformers` loads: config.json, safetensors, tokenizer.json.
 
-    The folder gets its name only when it is complete. One tensor at a time is on the host.
+    The folder gets its name only when it is complete. The host holds one tensor at a time.
 
     Args:
-        path: the new folder; it must not exist, or be empty.
-        config: of a decoder without forks that one of the families can express.
-        params: nested dict of arrays, as `load_pretrained` gave it, or `nnx.to_pure_dict` of a
-            model's state; all their parts must be on this process's devices.
-        tokenizer: to be written beside it.
-        dtype: of the file; None keeps that of the embedding.
+        path: New folder; an empty one may exist.
+        config: Config of a decoder without forks that one of the families can express.
+        params: Nested dict of arrays, as `load_pretrained` returns it, or `nnx.to_pure_dict` of a
+            model's state; all parts of the arrays must be on this process's devices.
+        tokenizer: Tokenizer of the decoder.
+        dtype: Dtype of the stored tensors; None keeps that of the embedding.
 
     Raises:
-        ValueError: no family computes what this config does, the parameters are of another config,
-            or the folder is there already.
-        OSError: it can't be written; nothing is left of it.
+        ValueError: No family computes what the config computes, the parameters belong to another
+            config, or the folder exists and is not empty.
+        OSError: The folder can't be written; no part of it remains.
     """
     path = Path(path).expanduser()
     given = _by_name(params)
     stored = np.dtype(dtype) if dtype else given["embed"].dtype
     fields = config_to_json(config, str(stored))
-    leaves = _leaves(config, _abstract_state(config))
-    for name in {**leaves, **given}:
-        wanted = _whole_shape(leaves[name]) if name in leaves else "none"
-        there = given[name].shape if name in given else "missing"
-        if wanted != there:
+    parameters = _parameters(config, _abstract_state(config))
+    for name in {**parameters, **given}:
+        expected = parameters[name].whole_shape if name in parameters else "none"
+        found = given[name].shape if name in given else "missing"
+        if expected != found:
             raise ValueError(
-                f"parameter {name}: given {there}, config asks for {wanted}: "
+                f"parameter {name}: given {found}, config asks for {expected}: "
                 "use the config that the parameters were made with"
             )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: pass another folder, or delete it first")
     sources = {
-        name: (leaf, given[key], index if leaf.stacked else None)
-        for key, leaf in leaves.items()
-        for index, name in enumerate(leaf.names)
+        name: (parameter, given[key], index if parameter.stacked else None)
+        for key, parameter in parameters.items()
+        for index, name in enumerate(parameter.names)
     }
-    shapes = {name: leaf.stored for name, (leaf, _, _) in sorted(sources.items())}
+    shapes = {name: parameter.stored_shape for name, (parameter, _, _) in sorted(sources.items())}
 
-    def read(name: str) -> np.ndarray:
-        leaf, array, index = sources[name]
-        return leaf.theirs(np.asarray(array if index is None else array[index]))
+    def tensor(name: str) -> np.ndarray:
+        parameter, array, index = sources[name]
+        return parameter.to_stored(np.asarray(array if index is None else array[index]))
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        write_safetensors(unfinished / SINGLE, shapes, stored, read)
+        write_safetensors(unfinished / SINGLE, shapes, stored, tensor)
         for name, text in _texts(fields, tokenizer).items():
             (unfinished / name).write_text(text, encoding="utf-8")
         unfinished.chmod(0o755)  # a temporary folder is private
@@ -212,6 +220,7 @@ def save_pretrained(
 
 
 def open_pretrained(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokenizer]:
+    """The tensors, the config and the tokenizer of a folder or file; no tensor is read yet."""
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
         return file, config_from_json(file.fields, str(path)), file.tokenizer()
@@ -228,33 +237,38 @@ def _abstract_state(config: ModelConfig) -> nnx.State:
     return nnx.state(nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0))))
 
 
-def _leaves(config: ModelConfig, state: nnx.State) -> dict[str, _Leaf]:
-    """By our name."""
-    leaves = {}
+def _parameters(config: ModelConfig, state: nnx.State) -> dict[str, _Parameter]:
+    """The model's parameters by our names."""
+    found = {}
     for path, variable in nnx.to_flat_state(state):
         name = "/".join(map(str, path))
-        stacked = name in BLOCK
-        shape = tuple(variable.shape)[stacked:]
+        if name in BLOCK:
+            names = [f"model.layers.{index}.{BLOCK[name]}" for index in range(config.num_layers)]
+            shape = tuple(variable.shape[1:])
+        else:
+            names, shape = [TOP[name]], tuple(variable.shape)
+        # Contracted axes; none of the embedding, which is a lookup table and stored as ours.
         inputs = 0 if name == "embed" else variable.get_metadata()["inputs"]
-        size = lambda axes: int(np.prod(axes))  # noqa: E731
-        stored = (size(shape[inputs:]), size(shape[:inputs])) if inputs else (size(shape),)
-        if name == "embed":  # a table to look up, the other way round than a kernel
-            stored = shape
-        names = [TOP[name]] if not stacked else []
-        if stacked:
-            names = [f"model.layers.{i}.{BLOCK[name]}" for i in range(config.num_layers)]
-        leaves[name] = _Leaf(names, shape, stored, bool(inputs), stacked)
-    return leaves
+        if name == "embed":
+            stored_shape = shape
+        elif inputs:
+            stored_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        else:
+            stored_shape = (math.prod(shape),)
+        found[name] = _Parameter(names, shape, stored_shape, bool(inputs), name in BLOCK)
+    return found
 
 
-def _whole_shape(leaf: _Leaf) -> tuple[int, ...]:
-    return (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
-
-
-def _check(path: Path, source: _Source, leaves: dict[str, _Leaf], config: ModelConfig) -> None:
-    """Raise unless the tensors are those that the config asks for."""
-    wanted = {name: leaf.stored for leaf in leaves.values() for name in leaf.names}
-    for name, shape in wanted.items():
+def _check(
+    path: Path, source: _Source, parameters: dict[str, _Parameter], config: ModelConfig
+) -> None:
+    """Raise a ValueError unless the tensors are those of the config."""
+    expected = {
+        name: parameter.stored_shape
+        for parameter in parameters.values()
+        for name in parameter.names
+    }
+    for name, shape in expected.items():
         if name not in source.shapes:
             raise ValueError(f"{path} has no tensor {name}, which its config asks for")
         if source.shapes[name] != shape:
@@ -264,32 +278,32 @@ def _check(path: Path, source: _Source, leaves: dict[str, _Leaf], config: ModelC
     for name in source.shapes:
         repeated = config.tied_head and name == TOP["head"]
         buffer = name.endswith("rotary_emb.inv_freq")  # old files hold these, computed from config
-        if name not in wanted and not repeated and not buffer:
-            raise ValueError(f"{path} has a tensor {name}, which its config knows nothing of")
+        if name not in expected and not repeated and not buffer:
+            raise ValueError(f"{path} has a tensor {name}, which its config does not have")
 
 
-def _places(state: nnx.State, shardings: Callable[[Any], Any] | None) -> dict[str, Any]:
+def _sharding_by_name(state: nnx.State, shardings: Callable[[Any], Any] | None) -> dict[str, Any]:
     if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return {name: here for name in _by_name(nnx.to_pure_dict(state))}
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return {name: first for name in _by_name(nnx.to_pure_dict(state))}
     return _by_name(nnx.to_pure_dict(shardings(state)))
 
 
-def _read(source: _Source, leaf: _Leaf, dtype: np.dtype, sharding: Any) -> jax.Array:
-    """A parameter, each tensor read once, on the devices that the sharding names."""
-    shape = _whole_shape(leaf)
-    held = sharding.addressable_devices_indices_map(shape)
-    spans = {device: _spans(index, shape) for device, index in held.items()}
+def _read(source: _Source, parameter: _Parameter, dtype: np.dtype, sharding: Any) -> jax.Array:
+    """A parameter on the devices of its sharding; each tensor is read once."""
+    shape = parameter.whole_shape
+    local = sharding.addressable_devices_indices_map(shape)
+    spans = {device: _spans(index, shape) for device, index in local.items()}
     parts = {
         span: np.empty([last - first for first, last in span], dtype)
         for span in set(spans.values())
     }
-    for row, name in enumerate(leaf.names):
-        tensor = leaf.ours(source.read(name))
+    for row, name in enumerate(parameter.names):
+        tensor = parameter.from_stored(source.read(name))
         for span, part in parts.items():
-            rows, axes = (span[0], span[1:]) if leaf.stacked else ((0, 1), span)
+            rows, axes = (span[0], span[1:]) if parameter.stacked else ((0, 1), span)
             if rows[0] <= row < rows[1]:
-                target = part[row - rows[0]] if leaf.stacked else part
+                target = part[row - rows[0]] if parameter.stacked else part
                 target[...] = tensor[tuple(slice(*axis) for axis in axes)]
     arrays = [jax.device_put(parts[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
@@ -300,11 +314,11 @@ def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int,
 
 
 def _texts(fields: dict[str, Any], tokenizer: PretrainedTokenizer) -> dict[str, str]:
-    """The small files of a folder."""
-    begin = None if tokenizer.bos is None else tokenizer.id(tokenizer.bos)
+    """The contents of a folder's text files, by name."""
+    bos_id = None if tokenizer.bos is None else tokenizer.id(tokenizer.bos)
     # All of them, since a family's defaults may lie outside the vocabulary.
-    ids = {"bos_token_id": begin, "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": None}
-    words = {
+    ids = {"bos_token_id": bos_id, "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": None}
+    names = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "bos_token": tokenizer.bos,
@@ -314,7 +328,7 @@ def _texts(fields: dict[str, Any], tokenizer: PretrainedTokenizer) -> dict[str, 
     files = {
         "config.json": fields | ids,
         "generation_config.json": ids,
-        "tokenizer_config.json": {name: word for name, word in words.items() if word is not None},
+        "tokenizer_config.json": {key: value for key, value in names.items() if value is not None},
     }
     found = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
     return found | {"tokenizer.json": tokenizer.to_json()}

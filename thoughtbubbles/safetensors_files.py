@@ -1,9 +1,9 @@
 """Safetensors files, read one tensor at a time and written as one stream; no pickle, no mmap.
 
-The format is eight bytes, the length of a JSON header, then the header with the type, shape and
-place of each tensor, then their bytes in row-major order. The `safetensors` package reads the same
-types into NumPy, but through a map of the whole file: after the tensors of a 1.07 GB file, one by
-one, the process had peaked 1 GB higher than with this reader (by 16 MB).
+The format is eight bytes with the length of a JSON header, then the header with the type, shape and
+offsets of each tensor, then their bytes in row-major order. The `safetensors` package would be one
+more dependency, and reads through a map of the whole file: after the tensors of a 1.07 GB file, one
+by one, the process had peaked 1 GB higher than with this reader (by 16 MB).
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# Floating-point types of weights; packed and 8-bit ones would need scales that we know nothing of.
+# Floating-point types of weights; packed and 8-bit types would need scales, of an unknown layout.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -27,7 +27,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # as in the reference implementation
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -37,26 +37,29 @@ class _Place(NamedTuple):
 class SafetensorsFiles:
     """The tensors of a folder: of `model.safetensors`, or of the shards that its index names.
 
-    Headers are read and checked against the sizes of the files at once, tensors when asked for.
+    Headers are read at once and checked against the sizes of the files; tensors are read by `read`.
+
+    Args:
+        folder: Folder with the files.
 
     Attributes:
-        shapes: of every tensor, by name.
+        shapes: Shape of every tensor, by name.
 
     Raises:
-        ValueError: a file is missing, damaged, cut short, or holds what is no weight.
+        ValueError: A file is missing, damaged or cut short, or a tensor has an unsupported type.
     """
 
     def __init__(self, folder: Path):
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _Location] = {}
         if (folder / SINGLE).exists():
-            self._places = _places(folder / SINGLE)
+            self._locations = _locations(folder / SINGLE)
         elif (folder / INDEX).exists():
             self._add_shards(folder)
         else:
             pickled = sorted(path.name for path in folder.glob("*.bin"))
             why = f" (pickled weights such as {pickled[0]} are never read)" if pickled else ""
             raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}{why}: export safetensors")
-        self.shapes = {name: place.shape for name, place in self._places.items()}
+        self.shapes = {name: location.shape for name, location in self._locations.items()}
 
     def _add_shards(self, folder: Path) -> None:
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -69,23 +72,23 @@ class SafetensorsFiles:
                 f"{folder} lacks {missing[0]}, {len(missing)} of the {len(shards)} shards in its "
                 "index: copy them too"
             )
-        held = {name: _places(folder / Path(name).name) for name in shards}
+        by_shard = {name: _locations(folder / Path(name).name) for name in shards}
         for name, shard in weight_map.items():
-            if name not in held[shard]:
+            if name not in by_shard[shard]:
                 raise ValueError(f"{folder / shard} lacks {name}, which {INDEX} puts there")
-            self._places[name] = held[shard][name]
+            self._locations[name] = by_shard[shard][name]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored."""
-        place = self._places[name]
-        count = math.prod(place.shape)
-        flat = np.fromfile(place.file, place.dtype, count, offset=place.offset)
+        """One tensor in its stored type and shape."""
+        location = self._locations[name]
+        count = math.prod(location.shape)
+        flat = np.fromfile(location.file, location.dtype, count, offset=location.offset)
         if flat.size < count:
-            raise ValueError(f"{place.file} was cut short while it was read")
-        return flat.reshape(place.shape)
+            raise ValueError(f"{location.file} was cut short while it was read")
+        return flat.reshape(location.shape)
 
 
-def _places(file: Path) -> dict[str, _Place]:
+def _locations(file: Path) -> dict[str, _Location]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -106,7 +109,7 @@ def _places(file: Path) -> dict[str, _Place]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} has a damaged header: copy it again") from error
-    places = {}
+    locations = {}
     for name, dtype, shape, first, last in entries:
         if dtype not in DTYPES:
             raise ValueError(
@@ -122,23 +125,23 @@ def _places(file: Path) -> dict[str, _Place]:
                 f"{file} is cut short: {name} ends at byte {8 + length + last} of {size}: "
                 "copy it again"
             )
-        places[name] = _Place(file, DTYPES[dtype], shape, 8 + length + first)
-    return places
+        locations[name] = _Location(file, DTYPES[dtype], shape, 8 + length + first)
+    return locations
 
 
 def write_safetensors(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
-    read: Callable[[str], np.ndarray],
+    tensor_of: Callable[[str], np.ndarray],
 ) -> None:
-    """Write tensors of one type, one at a time.
+    """Write a file of tensors of one type, one at a time.
 
     Args:
-        file: to be written; what stood there is lost.
-        shapes: of every tensor, by name, in the order of the file.
-        dtype: of all of them in the file.
-        read: gives a tensor by name.
+        file: File to write; an existing one is overwritten.
+        shapes: Shape of every tensor by name, in the order of the file.
+        dtype: Type of all tensors in the file.
+        tensor_of: Function from a name to its tensor.
     """
     kind = next(name for name, known in DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -151,7 +154,7 @@ def write_safetensors(
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            tensor = np.ascontiguousarray(read(name).astype(dtype, copy=False))
+            tensor = np.ascontiguousarray(tensor_of(name).astype(dtype, copy=False))
             assert tensor.shape == shape, f"{name}: {tensor.shape} is not {shape}"
             stream.write(tensor.reshape(-1).view(np.uint8).data)
         stream.flush()
@@ -159,7 +162,7 @@ def write_safetensors(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file; a ValueError if it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
