@@ -6,7 +6,7 @@ from memgen.config import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
 from memgen.decoding import begin, generate, make_request, observe, respond
 from memgen.delimiters import boundary_table, is_boundary
 from memgen.insertion import Plan, plan_from_decisions, plan_insertions
-from memgen.lora import beside, linear_maps, make_adapter
+from memgen.lora import apply_lora, linear_layers, make_adapter
 from memgen.losses import sft_loss, token_log_probs
 from memgen.model import MemGen
 from memgen.response import Response
@@ -42,12 +42,12 @@ __all__ = [
     "Weaver",
     "WeaverConfig",
     "WeaverParam",
+    "apply_lora",
     "begin",
-    "beside",
     "boundary_table",
     "generate",
     "is_boundary",
-    "linear_maps",
+    "linear_layers",
     "load_params",
     "make_adapter",
     "make_request",

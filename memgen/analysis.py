@@ -1,4 +1,4 @@
-"""What was remembered: latents as arrays, their clusters, ranks and neighbours, and ablations."""
+"""Analysis of latent memory: records of latents, clusters, ranks, nearest tokens, ablations."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memgen.response import NOT_ASKED, Response
+from memgen.response import NO_DECISION, Response
 
 FEW_POINTS = 20
-"""Below, neighbourhoods are no more than noise: `embed_2d` draws a projection instead."""
+"""Fewer points have no meaningful neighbourhoods: `embed_2d` projects them instead."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memories:
-    """All memories of some generations, one a row, in the order in which they were recorded.
+    """All memories (the latents of an event) of some generations, in the order of recording.
 
     Attributes:
-        latents: `[M, K, D]` float32.
-        valid: `[M, K]` bool, latents that were inserted.
-        tag: `[M]` text, of the row that the memory was woven for.
-        position: `[M]` float32, new tokens before it as a share of the row's new tokens.
-        at_prompt: `[M]` bool, whether it stands before the first new token.
+        latents: `[M, K, D]` float32 latents.
+        valid: `[M, K]` bool, latents that were inserted; kinds of events differ in number.
+        tag: `[M]` text, tag of the row that the memory belongs to.
+        position: `[M]` float32, share of the row's new tokens that precede the memory.
+        at_prompt: `[M]` bool, memories before the first new token.
     """
 
     latents: np.ndarray
@@ -35,17 +35,18 @@ class Memories:
     at_prompt: np.ndarray
 
     def means(self) -> np.ndarray:
-        """`[M, D]`, see `sequence_means`."""
+        """Mean latent of each memory, `[M, D]` (`sequence_means`)."""
         return sequence_means(self.latents, self.valid)
 
 
 class LatentRecorder:
-    """Collects what several batches of generation wove and decided; saved as one .npz file.
+    """Collects latents and decisions of several batches of generation; saved as one .npz file.
 
     Attributes:
-        decisions: `[R, T]` int8 of all rows so far: -1 not asked, 0 skipped, 1 invoked.
-        count: `[R]` int32 new tokens of each row.
-        row_tag: `[R]` text of each row.
+        decisions: `[R, T]` int8, decision before each new token of all rows so far: -1 none, 0
+            skipped, 1 invoked.
+        count: `[R]` int32, number of new tokens of each row.
+        row_tag: `[R]` text, tag of each row.
     """
 
     def __init__(self):
@@ -55,20 +56,23 @@ class LatentRecorder:
         self.row_tag = np.zeros(0, np.str_)
 
     def add(self, response: Response, tags: str | Sequence[str]) -> None:
-        """Record what one batch of generation returned.
+        """Record one batch of generation.
 
         Args:
-            response: its latents that are 0 count as slots that the event has no latent for.
-            tags: a name for each row, such as its task, or one for all.
+            response: Response of the batch; a latent that is 0 counts as an unused slot.
+            tags: Tag of each row, such as its task, or one tag for all rows.
 
         Raises:
-            ValueError: not one tag for each row, or latents of another shape than before.
+            ValueError: The number of tags is not that of the rows, or the latents have another
+                shape than those before.
         """
         latents, points = np.asarray(response.latents, np.float32), np.asarray(response.points)
         count, decisions = np.asarray(response.count), np.asarray(response.decisions)
         names = np.array([tags] * len(count) if isinstance(tags, str) else list(tags), np.str_)
         if names.shape != count.shape:
-            raise ValueError(f"{names.size} tags for {count.size} rows: give one for each, or one")
+            raise ValueError(
+                f"{names.size} tags for {count.size} rows: give one for each, or a single string"
+            )
         if self._memories and latents.shape[2:] != self._memories[0].latents.shape[1:]:
             raise ValueError(
                 f"latents [K, D] of shape {list(latents.shape[2:])} after others of shape "
@@ -86,7 +90,7 @@ class LatentRecorder:
         self.row_tag = np.concatenate([self.row_tag, names])
 
     def memories(self) -> Memories:
-        """All written events so far."""
+        """All memories so far; a ValueError before the first batch."""
         if not self._memories:
             raise ValueError("nothing was recorded: add a batch first")
         fields = [field.name for field in dataclasses.fields(Memories)]
@@ -95,7 +99,7 @@ class LatentRecorder:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write everything to an .npz file."""
+        """Write all records to an .npz file."""
         np.savez_compressed(
             _npz(path),
             decisions=self.decisions,
@@ -106,7 +110,7 @@ class LatentRecorder:
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentRecorder":
-        """Read what `save` wrote; more batches may be added."""
+        """Read a file of `save`; more batches may be added."""
         recorder = cls()
         with np.load(_npz(path), allow_pickle=False) as saved:
             names = [field.name for field in dataclasses.fields(Memories)]
@@ -119,7 +123,7 @@ class LatentRecorder:
 
 
 def _widen(decisions: np.ndarray, steps: int) -> np.ndarray:
-    return np.pad(decisions, ((0, 0), (0, steps - decisions.shape[1])), constant_values=NOT_ASKED)
+    return np.pad(decisions, ((0, 0), (0, steps - decisions.shape[1])), constant_values=NO_DECISION)
 
 
 def _npz(path: str | Path) -> Path:
@@ -130,14 +134,17 @@ def _npz(path: str | Path) -> Path:
 
 
 def sequence_means(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Mean latent `[M, D]` of each memory `[M, K, D]` over its valid rows; 0 where none is."""
+    """Mean `[M, D]` of the latents `[M, K, D]` that are `valid [M, K]`; 0 where none is."""
     weight = np.asarray(valid, np.float32)[..., None]
     return (np.asarray(latents) * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
 
 
 def effective_rank(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """`[M]` effective rank of each memory `[M, K, D]`: exp of the entropy of its singular values,
-    which sum to 1 (Roy & Vetterli 2007). From 1 (all latents alike) to K; 0 if all are 0.
+    """Effective rank `[M]` of each memory's latents `[M, K, D]` (Roy & Vetterli 2007).
+
+    It is the exponential of the entropy of the singular values, normalised to sum 1: from 1 (all
+    latents are multiples of one) to K, and 0 if all latents are 0. Only latents that are
+    `valid [M, K]` count.
     """
     shown = np.where(np.asarray(valid)[..., None], latents, 0)
     values = np.linalg.svd(shown.astype(np.float64), compute_uv=False)
@@ -151,9 +158,9 @@ class Clusters(NamedTuple):
     """K-means of mean latents; cluster 0 is the largest.
 
     Attributes:
-        centroids: `[C, D]` float32.
-        labels: `[M]` int32.
-        silhouette: -1 to 1, high where clusters stand apart and below 0.2 where they hardly do.
+        centroids: `[C, D]` float32 cluster centers.
+        labels: `[M]` int32, cluster of each memory.
+        silhouette: Silhouette score, from -1 to 1; clusters are hardly separated below 0.2.
     """
 
     centroids: np.ndarray
@@ -162,10 +169,15 @@ class Clusters(NamedTuple):
 
 
 def cluster(means: np.ndarray, clusters: int = 4, seed: int = 0) -> Clusters:
-    """K-means of mean latents `[M, D]`. Needs scikit-learn.
+    """K-means of mean latents. Needs scikit-learn.
+
+    Args:
+        means: `[M, D]` mean latents (`sequence_means`).
+        clusters: Number of clusters, C.
+        seed: Seed of the initial centroids.
 
     Raises:
-        ValueError: no more different points than clusters, or fewer than 2 clusters.
+        ValueError: There are fewer than 2 clusters, or no more different means than clusters.
     """
     different = len(np.unique(means, axis=0))
     if not 2 <= clusters < different:
@@ -186,9 +198,16 @@ def cluster(means: np.ndarray, clusters: int = 4, seed: int = 0) -> Clusters:
 
 
 def embed_2d(means: np.ndarray, seed: int = 0) -> tuple[np.ndarray, Literal["t-SNE", "PCA"]]:
-    """Mean latents `[M, D]` in the plane, `[M, 2]`, and how: t-SNE, or PCA below `FEW_POINTS`.
+    """Two-dimensional embedding of mean latents. Needs scikit-learn.
 
-    Distances between far groups of a t-SNE picture mean nothing. Needs scikit-learn.
+    Distances between far groups of a t-SNE embedding have no meaning.
+
+    Args:
+        means: `[M, D]` mean latents (`sequence_means`).
+        seed: Seed of t-SNE.
+
+    Returns:
+        Points `[M, 2]`, and the method: t-SNE, or PCA for fewer than `FEW_POINTS` means.
     """
     if len(means) < 2 or means.shape[1] < 2:
         raise ValueError(f"means of shape {list(means.shape)}: give two or more of width 2 or more")
@@ -204,9 +223,9 @@ class Neighbours(NamedTuple):
     """Nearest tokens of `N` latents, nearest first.
 
     Attributes:
-        ids: `[N, k]` int32.
-        cosine: `[N, k]` float32. Near 0 the token explains nothing, however near the nearest it is.
-        norm_ratio: `[N]` float32, a latent's norm by the mean norm of embeddings.
+        ids: `[N, k]` int32 token ids.
+        cosine: `[N, k]` float32 cosine similarities; a token with one near 0 explains nothing.
+        norm_ratio: `[N]` float32, norm of each latent divided by the mean norm of embeddings.
     """
 
     ids: np.ndarray
@@ -215,14 +234,16 @@ class Neighbours(NamedTuple):
 
 
 def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5) -> Neighbours:
-    """Tokens whose embeddings point the way of latents `[N, D]`, by cosine.
+    """Tokens whose embeddings are most similar to latents, by cosine.
 
-    There is always a nearest token, also where latents are far from all: in weights that MemGen's
-    authors published, somebody found no cosine above 0.1 and latents 60 times as long as
-    embeddings. Read `cosine` and `norm_ratio` before the tokens.
+    There is always a nearest token, even for latents that are far from all: in the weights that
+    MemGen's authors published no cosine exceeds 0.1, and latents are 60 times as long as
+    embeddings. Look at `cosine` and `norm_ratio` before the tokens.
 
     Args:
-        embedding_table: `[V, D]`.
+        latents: `[N, D]` latents.
+        embedding_table: `[V, D]` token embeddings.
+        k: Number of tokens of each latent.
     """
     if not 1 <= k <= len(embedding_table):
         raise ValueError(f"k={k} of {len(embedding_table)} tokens: choose from 1 to all of them")
@@ -241,16 +262,17 @@ def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5)
 
 
 class InvocationHistogram(NamedTuple):
-    """How often the trigger was asked and invoked, by tag and position in the response.
+    """Number of decisions of the trigger, by tag and position in the response.
 
     Attributes:
-        edges: `[bins + 1]` positions as shares of the response.
-        asked, invoked: by tag, `[bins]` int64, sums over its rows.
-        rows: by tag, responses.
+        edges: `[bins + 1]` positions of the bins' edges, as shares of the response.
+        queried: `[bins]` int64 of each tag, number of decisions of either kind.
+        invoked: `[bins]` int64 of each tag, number of decisions to invoke the weaver.
+        rows: Number of responses of each tag.
     """
 
     edges: np.ndarray
-    asked: dict[str, np.ndarray]
+    queried: dict[str, np.ndarray]
     invoked: dict[str, np.ndarray]
     rows: dict[str, int]
 
@@ -258,34 +280,38 @@ class InvocationHistogram(NamedTuple):
 def invocation_histogram(
     decisions: np.ndarray, count: np.ndarray, tags: Sequence[str] | np.ndarray, bins: int = 20
 ) -> InvocationHistogram:
-    """Decisions by their place among the row's new tokens: decision j of n falls at j/n.
+    """Histogram of decisions over the response; a decision before token j of n is at j/n.
 
     Args:
-        decisions, count, tags: of `LatentRecorder` (`decisions`, `count`, `row_tag`).
+        decisions: `[R, T]` int8 decisions (`LatentRecorder.decisions`).
+        count: `[R]` int32, number of new tokens of each row (`LatentRecorder.count`).
+        tags: `[R]`, tag of each row (`LatentRecorder.row_tag`).
+        bins: Number of bins.
     """
     if bins < 1:
         raise ValueError(f"bins={bins}: choose 1 or more")
     step = np.arange(decisions.shape[1])
     inside = step < count[:, None]
-    place = step * bins // np.maximum(count[:, None], 1)
-    asked, invoked, rows = {}, {}, {}
+    in_bin = step * bins // np.maximum(count[:, None], 1)
+    queried, invoked, rows = {}, {}, {}
     for tag in sorted(set(map(str, tags))):
         of_tag = (np.asarray(tags) == tag)[:, None] & inside
-        for counts, these in ((asked, decisions >= 0), (invoked, decisions == 1)):
-            counts[tag] = np.bincount(place[of_tag & these], minlength=bins)
+        for counts, these in ((queried, decisions >= 0), (invoked, decisions == 1)):
+            counts[tag] = np.bincount(in_bin[of_tag & these], minlength=bins)
         rows[tag] = int((np.asarray(tags) == tag).sum())
-    return InvocationHistogram(np.linspace(0, 1, bins + 1), asked, invoked, rows)
+    return InvocationHistogram(np.linspace(0, 1, bins + 1), queried, invoked, rows)
 
 
 class CenterDistance(NamedTuple):
     """Mean distance between centers of two kinds, pair by pair.
 
     Attributes:
-        euclidean: as in the paper; where one kind is much longer it measures its length.
-        cosine: 1 minus the cosine, blind to length; small for all pairs where all share a
-            direction.
-        whitened: Euclidean distance of directions (centers at length 1) after whitening by the
-            covariance of all of them, blind to length and to what they share.
+        euclidean: Euclidean distance, as in the paper; it mostly measures length where one kind is
+            much longer than the other.
+        cosine: Cosine distance (1 minus the cosine), independent of length; it is small for all
+            pairs that share a direction.
+        whitened: Euclidean distance of the centers at length 1, whitened by the covariance of all
+            of them, independent of length and of a shared direction.
     """
 
     euclidean: float
@@ -300,7 +326,10 @@ def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str],
     Needs scikit-learn.
 
     Args:
-        centers: by kind, `[M, D]` means of the same M invocations in the same order.
+        centers: `[M, D]` means of each kind, of the same M invocations in the same order.
+
+    Raises:
+        ValueError: There are fewer than two kinds, or their shapes differ.
     """
     shapes = {name: list(np.shape(rows)) for name, rows in centers.items()}
     if len(centers) < 2 or len({tuple(shape) for shape in shapes.values()}) > 1:
@@ -323,22 +352,22 @@ def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str],
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClusterAblation:
-    """Drops memories of one cluster, as `keep_memory` of generation.
+    """Filter for `keep_memory` that drops the memories of one cluster.
 
-    `rule="nearest"` drops a memory if its mean is nearest to that cluster's centroid, and nearer
-    than `1 - margin` of the distance to any other.
-
-    `rule="paper"` drops it if the centroid is among the `neighbours` nearest, by cosine, of all
-    centroids and token embeddings. Where latents lie far from all embeddings, every centroid is:
-    then it removes nearly everything, whichever cluster is named. Compare with
-    `CountMatchedControl` under either rule.
+    The rule "nearest" drops a memory if the distance of its mean to the cluster's centroid is below
+    `1 - margin` of that to any other centroid. The rule "paper" drops a memory if the centroid is
+    among the `neighbours` nearest, by cosine, of all centroids and token embeddings; where latents
+    lie far from all embeddings every centroid is, so that nearly all memories are dropped, whatever
+    the cluster. Compare with `CountMatchedControl` under either rule.
 
     Attributes:
-        centroids: `[C, D]` float32, of `cluster`.
-        cluster: int32 scalar from 0.
-        margin: float32 scalar; 0 drops whatever k-means would assign to the cluster.
-        embeddings: `[V, D]` of the reasoner for the paper's rule, None for the other.
-        neighbours: static.
+        centroids: `[C, D]` float32 centroids (`Clusters.centroids`).
+        cluster: Index of the cluster to drop, an int32 scalar.
+        margin: Margin of the rule "nearest", a float32 scalar; 0 drops what k-means would assign to
+            the cluster.
+        embeddings: `[V, D]` token embeddings of the reasoner for the rule "paper", None for the
+            other.
+        neighbours: Number of neighbours of the rule "paper" (static).
     """
 
     centroids: jax.Array
@@ -358,10 +387,19 @@ class ClusterAblation:
         embeddings: np.ndarray | jax.Array | None = None,
         neighbours: int = 10,
     ) -> "ClusterAblation":
-        """Checked arguments.
+        """The filter of a cluster.
+
+        Args:
+            clusters: Clusters of memories.
+            cluster: Index of the cluster to drop.
+            margin: Margin of the rule "nearest", from 0 to 1.
+            rule: Rule by which a memory belongs to the cluster.
+            embeddings: `[V, D]` token embeddings of the reasoner, for the rule "paper" only.
+            neighbours: Number of neighbours of the rule "paper".
 
         Raises:
-            ValueError: no such cluster or rule, a margin outside [0, 1], or embeddings missing.
+            ValueError: The cluster or the rule does not exist, the margin is outside of [0, 1], or
+                the embeddings do not fit the rule.
         """
         if not 0 <= cluster < len(clusters.centroids):
             raise ValueError(f"cluster={cluster} of {len(clusters.centroids)}: count from 0")
@@ -380,8 +418,12 @@ class ClusterAblation:
         )
 
     def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
-        """Memories to keep, `[B]` bool, of latents `[B, K, D]` with those that are real `[B, K]`;
-        `keys` are not used.
+        """Memories to keep, `[B]` bool.
+
+        Args:
+            latents: `[B, K, D]` latents of each memory.
+            valid: `[B, K]` bool, latents that count.
+            keys: Unused; the filter is deterministic.
         """
         weight = valid.astype(jnp.float32)[..., None]
         mean = (latents * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
@@ -396,7 +438,7 @@ class ClusterAblation:
         return own >= (1 - self.margin) * other
 
     def drop_rate(self, memories: Memories) -> float:
-        """Share of recorded memories that it would drop."""
+        """Share of recorded memories that the filter drops."""
         keys = jax.random.split(jax.random.key(0), len(memories.latents))
         kept = self(jnp.asarray(memories.latents), jnp.asarray(memories.valid), keys)
         return float(1 - kept.mean())
@@ -405,35 +447,37 @@ class ClusterAblation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CountMatchedControl:
-    """Drops memories at random, on average as many as an ablation: `keep_memory` of generation.
+    """Filter for `keep_memory` that drops memories at random, as many as an ablation on average.
 
-    What this costs, losing any memory costs; only the rest of an ablation's effect is the cluster.
+    Its effect is that of losing any memory; only what an ablation does beyond it is due to the
+    cluster.
 
     Attributes:
-        rate: float32 scalar, probability of dropping; `ClusterAblation.drop_rate` of memories
-            recorded without ablation.
+        rate: Probability of dropping a memory, a float32 scalar; `ClusterAblation.drop_rate` of
+            memories that were recorded without ablation.
     """
 
     rate: jax.Array
 
     @classmethod
     def of(cls, rate: float) -> "CountMatchedControl":
+        """The control with a checked rate; a ValueError outside of [0, 1]."""
         if not 0 <= rate <= 1:
             raise ValueError(f"rate={rate}: choose from 0 to 1")
         return cls(jnp.float32(rate))
 
     def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
-        """Memories to keep, `[B]` bool, by one draw from each of `keys [B]`."""
+        """Memories to keep, `[B]` bool, by one draw from each key of `keys [B]`."""
         return jax.vmap(jax.random.uniform)(keys) >= self.rate
 
 
 def _unit(rows: Any) -> Any:
-    """Rows of NumPy or jax at length 1; those of length 0 stay 0."""
+    """Rows (NumPy or JAX) scaled to length 1; a row of zeros stays zero."""
     return rows / ((rows * rows).sum(axis=-1, keepdims=True) ** 0.5).clip(1e-30)
 
 
 def _one_thread() -> Any:
-    """OpenMP's threads wait spinning: on busy cores that takes minutes for milliseconds."""
+    """A context with one OpenMP thread: spinning threads on busy cores take minutes."""
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     return threadpool_limits(1)

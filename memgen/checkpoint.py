@@ -1,4 +1,4 @@
-"""What was trained, taken out of a MemGen and put into another, strictly."""
+"""Trained parameters of a MemGen: taken out of one, and loaded into another with every check."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -17,30 +17,30 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def trained_params(memgen: MemGen) -> dict[Any, Any]:
-    """Parameters of weaver and trigger as a nested dict of arrays; none of a decoder's."""
+    """Parameters of weaver and trigger as a nested dict of arrays, without those of decoders."""
     return nnx.to_pure_dict(nnx.state(memgen, TRAINED))
 
 
 def load_params(
     module: Module, params: Mapping[Any, Any], kind: filterlib.Filter = TRAINED
 ) -> Module:
-    """The module with `trained_params` of another one of the same sizes.
+    """The module with the trained parameters of another one of the same sizes.
 
     Args:
-        module: a MemGen, or another module.
-        params: nested dict of arrays.
-        kind: which variables they are, if not a MemGen's.
+        module: Module to load into, such as a MemGen.
+        params: Nested dict of arrays, such as that of `trained_params`.
+        kind: Filter of the variables that `params` holds; by default those of weaver and trigger.
 
     Raises:
-        ValueError: a leaf is missing, too many, or of another shape or dtype.
+        ValueError: A parameter is missing, unknown, or of another shape or dtype.
     """
     graphdef, mine, rest = nnx.split(module, kind, ...)
-    wanted, given = (
+    expected, given = (
         {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _by_name(tree).items()}
         for tree in (nnx.to_pure_dict(mine), params)
     )
-    for name in sorted(wanted | given):
-        here, there = wanted.get(name, "none"), given.get(name, "none")
+    for name in sorted(expected | given):
+        here, there = expected.get(name, "none"), given.get(name, "none")
         if here != there:
             raise ValueError(
                 f"{name}: the checkpoint has {there}, the model {here}: build the model with the "

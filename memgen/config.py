@@ -1,4 +1,4 @@
-"""MemGenConfig: sizes and choices of weaver, trigger and insertion, with two presets."""
+"""MemGenConfig: sizes and options of weaver, trigger and insertion, with two presets."""
 
 import dataclasses
 from typing import Literal
@@ -41,18 +41,18 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeaverConfig:
-    """What writes the latents.
+    """Sizes and options of the weaver, which writes the latents.
 
     Attributes:
-        prompt_latents: Latents written before the first new token (K_p).
-        inference_latents: Latents written later, at boundaries (K_i).
-        context: Vectors that the weaver reads: the "embeddings" that the reasoner reads (the
-            authors' code), the reasoner's "hidden" states (the paper), or "nothing", the same
-            latents whatever the text is (a control known as pause tokens).
-        latents_see_latents: Whether the weaver's context holds earlier latents. Without them all
-            events of a row are woven in one pass in training.
-        match_scale: Whether each latent is normalised and multiplied by a learned gain that begins
-            at the size of a token's embedding; otherwise latents start at whatever size comes out.
+        prompt_latents: Number of latents before the first new token (K_p).
+        inference_latents: Number of latents at a later boundary (K_i).
+        context: Input of the weaver: the reasoner's input "embeddings" (the authors' code), its
+            "hidden" states (the paper), or "nothing", which gives the same latents for every text
+            (a control known as pause tokens).
+        latents_see_latents: Whether the weaver's context includes earlier latents. Without them all
+            events of a row are woven in one forward pass in training.
+        match_scale: Whether each latent is normalised and multiplied by a learned gain, whose
+            initial value is the size of a token's embedding.
         lora: Adapter of the weaver on its backbone.
     """
 
@@ -75,17 +75,18 @@ class WeaverConfig:
 
     @property
     def latents(self) -> int:
-        """`K`, slots of an event of either kind."""
+        """`K`, the number of slots of an event of either kind."""
         return max(self.prompt_latents, self.inference_latents)
 
 
 @dataclasses.dataclass(frozen=True)
 class TriggerConfig:
-    """What decides when to weave.
+    """Sizes and options of the trigger, which decides when to weave.
 
     Attributes:
-        source: Vectors that the trigger reads: "tokens" (it never sees a latent), the "stream" of
-            embeddings with latents, or the "reasoner_hidden" state (no second pass, no adapter).
+        source: Input of the trigger: the "tokens" without latents, the "stream" of embeddings with
+            latents, or the reasoner's hidden state ("reasoner_hidden"; no second forward pass and
+            no adapter).
         init_invoke_prob: Probability of invoking before any training.
         lora: Adapter of the trigger on its backbone.
     """
@@ -106,13 +107,13 @@ class MemGenConfig:
     """A weaver, a trigger, and where memory may be inserted (arXiv 2509.24704).
 
     Attributes:
-        weaver: What writes the latents.
-        trigger: What decides when to weave; None for a model whose trigger is a rule
-            (`memgen.AlwaysInvoke` and others).
-        max_inference_events: Events of a response at most (N), without the one before its first
-            token.
+        weaver: Sizes and options of the weaver.
+        trigger: Sizes and options of the trigger; None for a model whose trigger is a rule, such as
+            `memgen.AlwaysInvoke`.
+        max_inference_events: Largest number of events of a response (N), without the one before its
+            first token.
         insertion: Boundaries of a training text that get latents: the "first" N, or each with
-            probability `insertion_prob` up to N ("random").
+            probability `insertion_prob`, up to N ("random").
         insertion_prob: Probability of an event at a boundary of a training text, with "random".
     """
 
@@ -130,14 +131,14 @@ class MemGenConfig:
 
     @classmethod
     def reference(cls) -> "MemGenConfig":
-        """What the authors' code does: weaver on embeddings, trigger on token ids."""
+        """The config of the authors' code: the weaver on embeddings, the trigger on token ids."""
         lora = LoRAConfig(dropout=0.1)
         weaver = WeaverConfig(match_scale=False, lora=lora)
         return cls(weaver, TriggerConfig("tokens", lora=lora))
 
     @classmethod
     def paper(cls) -> "MemGenConfig":
-        """What the paper says: both read hidden states, latents at random boundaries."""
+        """The config of the paper: both on hidden states, with latents at random boundaries."""
         lora = LoRAConfig(dropout=0.1)
         weaver = WeaverConfig(context="hidden", match_scale=False, lora=lora)
         trigger = TriggerConfig("reasoner_hidden", lora=lora)

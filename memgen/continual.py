@@ -16,13 +16,12 @@ State = TypeVar("State")
 class ContinualReport:
     """Accuracy on every task after every stage; `T` tasks, stage `k` trains task `k`.
 
-    The formulas count stages and tasks from 1: `R[i, j]` is accuracy on task `j` after stage `i`,
-    and `R[0, j]` is what the state could do before any training. Each is in the unit of the
-    accuracies.
+    The formulas count stages and tasks from 1: `R[i, j]` is the accuracy on task `j` after stage
+    `i`, and `R[0, j]` is that before any training. All metrics have the unit of the accuracies.
 
     Attributes:
-        tasks: names, in the order of training.
-        accuracy: `[stages done + 1, T]` float64, row 0 before any training.
+        tasks: Names of the tasks, in the order of training.
+        accuracy: `[stages done + 1, T]` float64 accuracies; row 0 is that before any training.
     """
 
     tasks: tuple[str, ...]
@@ -40,6 +39,7 @@ class ContinualReport:
 
     @property
     def stages_done(self) -> int:
+        """Number of finished stages."""
         return len(self.accuracy) - 1
 
     @property
@@ -51,7 +51,8 @@ class ContinualReport:
     def backward_transfer(self) -> float:
         """`1/(T−1) · Σ_{j<T} (R[T, j] − R[j, j])` (BWT of Lopez-Paz & Ranzato 2017).
 
-        What later stages did to a task after its own; below 0 it was forgotten. NaN for one task.
+        The mean change of a task's accuracy by the stages after its own, negative for forgetting;
+        NaN for a single task.
         """
         learned = np.diagonal(self._whole()[1:])
         return _mean((self.accuracy[-1] - learned)[:-1])
@@ -60,9 +61,9 @@ class ContinualReport:
     def forward_transfer(self) -> float:
         """`1/(T−1) · Σ_{j>1} (R[j−1, j] − R[0, j])` (FWT of Lopez-Paz & Ranzato 2017).
 
-        What earlier stages did for a task before its own. Their baseline is a random
-        initialisation; ours is the state before any training, which for memory in a pretrained
-        model is that model. NaN for one task.
+        The mean change of a task's accuracy by the stages before its own; NaN for a single task.
+        The paper's baseline R[0, j] is a random initialisation. Here it is the state before any
+        training, which for memory in a pretrained model is that model.
         """
         just_before = np.diagonal(self._whole()[:-1])
         return _mean((just_before - self.accuracy[0])[1:])
@@ -71,8 +72,8 @@ class ContinualReport:
     def forgetting(self) -> float:
         """`1/(T−1) · Σ_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])` (Chaudhry et al. 2018, 1801.10112).
 
-        How far a task fell from its best; unlike backward transfer it also counts what an earlier
-        stage had taught of a task. NaN for one task.
+        The mean fall of a task's accuracy from its best; unlike backward transfer it also counts
+        accuracy that stages before the task's own had given. NaN for a single task.
         """
         accuracy = self._whole()
         if len(self.tasks) == 1:
@@ -80,7 +81,7 @@ class ContinualReport:
         return _mean((accuracy[1:-1].max(axis=0) - accuracy[-1])[:-1])
 
     def markdown(self, digits: int = 2) -> str:
-        """The matrix as a table, a task's own stage in bold; the metrics below once all is done."""
+        """The matrix as a table, each task's own stage in bold, and the metrics of a whole run."""
         lines = [
             "| after training on | " + " | ".join(self.tasks) + " |",
             "|---|" + "---:|" * len(self.tasks),
@@ -103,7 +104,7 @@ class ContinualReport:
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
-        """Write as JSON; whoever reads meanwhile sees the old file or the new one."""
+        """Write the report as JSON, atomically: a reader sees the old file or the new one."""
         content = json.dumps({"tasks": self.tasks, "accuracy": self.accuracy.tolist()})
         partial = path.with_name(path.name + ".partial")
         partial.write_text(content + "\n")
@@ -111,6 +112,7 @@ class ContinualReport:
 
     @classmethod
     def load(cls, path: Path) -> "ContinualReport":
+        """Read a file of `save`; a ValueError for another file."""
         try:
             content = json.loads(path.read_text())
             return cls(content["tasks"], content["accuracy"])
@@ -133,12 +135,13 @@ def _mean(values: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Records(Generic[State]):
-    """Where a run of several stages leaves what it needs to go on.
+    """What a run of several stages needs to be resumed.
 
     Attributes:
-        report: JSON file, written before the first stage and after every one.
-        save: keeps the state after a task; called again if a run was stopped before its report.
-        restore: gives it back.
+        report: JSON file of the report, written before the first stage and after every one.
+        save: Function that saves the state after a task; it is called again for a task if a run was
+            stopped before the report was written.
+        restore: Function that returns the saved state after a task.
     """
 
     report: Path
@@ -155,17 +158,18 @@ def run_continual(
 ) -> ContinualReport:
     """Train one state through the tasks in order; evaluate it on all of them after each stage.
 
-    With records, a run that was stopped goes on after its last whole stage, and a finished one
-    just returns its report.
+    With records, a stopped run resumes after its last whole stage, and a finished run returns its
+    report.
 
     Args:
-        tasks: names, each once, in the order of training.
-        state: before any training.
-        train: a state and a task to the state after that stage.
-        evaluate: accuracy of a state on a task.
+        tasks: Names of the tasks, in the order of training.
+        state: State before any training.
+        train: Function from a state and a task to the state after training on the task.
+        evaluate: Function from a state and a task to the accuracy of the state on the task.
+        records: Files of the run; None for a run that can't be resumed.
 
     Raises:
-        ValueError: no tasks, one twice, or the report of another run.
+        ValueError: There are no tasks, a task occurs twice, or the report is that of another run.
     """
     tasks = tuple(tasks)
     if not tasks or len(set(tasks)) < len(tasks):

@@ -1,4 +1,4 @@
-"""Boundaries at which memory may be asked for, as a table over token ids."""
+"""Boundaries at which the trigger decides, as a table over token ids."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -18,19 +18,24 @@ def boundary_table(
     delimiters: Sequence[str] = DELIMITERS,
     encode: Callable[[str], Sequence[int]] | None = None,
 ) -> np.ndarray:
-    """What `is_boundary` needs to know of each token, `[V]` uint8.
+    """Table of flags for `is_boundary`, `[V]` uint8.
 
     Args:
-        texts: the surface text of each id.
-        mode: `suffix`: the text ends with a delimiter, in numbers and abbreviations too (the
-            authors' code). `exact_id`: the token is the delimiter's own, merged ones are missed (a
-            later revision of theirs). `sentence`: it ends with a line break or with one of . ? !
-            that does not follow a digit, which may be a decimal point.
-        delimiters: for the first two modes.
-        encode: text to ids, for `exact_id`.
+        texts: Surface text of each id.
+        mode: Rule for a token that ends a boundary. "suffix": its text ends with a delimiter, in
+            numbers and abbreviations too (the authors' code). "exact_id": it is a delimiter's own
+            token, so that merged tokens are missed (a later revision of that code). "sentence": its
+            text ends with a line break, or with one of . ? ! except a period after a digit, which
+            may be a decimal point.
+        delimiters: Delimiters of the modes "suffix" and "exact_id".
+        encode: Function from text to ids, for the mode "exact_id".
+
+    Returns:
+        `[V]` uint8 flags of each id.
 
     Raises:
-        ValueError: an unknown mode, no delimiter, or `exact_id` without `encode`.
+        ValueError: The mode is unknown, there is no delimiter or an empty one, or "exact_id" comes
+            without `encode`.
     """
     table = np.zeros(len(texts), np.uint8)
     if mode == "sentence":
@@ -63,7 +68,13 @@ def _sentence(text: str) -> int:
 
 
 def is_boundary(table: jax.Array, last: jax.Array, previous: jax.Array) -> jax.Array:
-    """Whether a text that ends with ids `previous`, `last` (int32, any shape) is at a boundary."""
+    """Whether a text is at a boundary.
+
+    Args:
+        table: `[V]` uint8 table of `boundary_table`.
+        last: Int32 ids of any shape, the last token of each text.
+        previous: Int32 ids of the same shape, the token before it.
+    """
     here, before = jnp.take(table, last), jnp.take(table, previous)
     doubtful = (here & UNLESS_AFTER_DIGIT > 0) & (before & DIGIT > 0)
     return (here & BOUNDARY > 0) & ~doubtful

@@ -45,7 +45,7 @@ class Loop:
     """What one step hands to the next.
 
     Attributes:
-        step: int32 scalar, index of the token that the step generates.
+        step: Index of the token that the step generates, an int32 scalar.
         events: `[B]` int32, events of each row so far, the prompt's not counted.
         done: `[B]` bool, rows that are finished.
         session: Session so far.

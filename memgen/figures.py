@@ -1,4 +1,4 @@
-"""A figure for each analysis of memory. All need matplotlib."""
+"""A figure for each analysis of memory; all need matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -19,14 +19,15 @@ BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
 
 
 def clusters_figure(
-    points: np.ndarray, how: str, clusters: Clusters, tags: Sequence[str] | np.ndarray
+    points: np.ndarray, method: str, clusters: Clusters, tags: Sequence[str] | np.ndarray
 ) -> "Figure":
     """Mean latents in the plane, twice: by cluster, and by tag.
 
     Args:
-        points, how: of `embed_2d`.
-        clusters: of `cluster`.
-        tags: `[M]` one for each memory.
+        points: `[M, 2]` points of `embed_2d`.
+        method: Method of `embed_2d`, for the axes' labels.
+        clusters: Clusters of the memories (`cluster`).
+        tags: `[M]`, tag of each memory.
     """
     figure = _figure(9.6, 4.4)
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -43,9 +44,9 @@ def clusters_figure(
             axis.scatter(
                 *these.T, s=22, alpha=0.75, color=colour, marker=marker, label=group, linewidth=0
             )
-        axis.set(title=title, xlabel=f"{how} 1", xticks=[], yticks=[])
+        axis.set(title=title, xlabel=f"{method} 1", xticks=[], yticks=[])
         axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    axes[0].set_ylabel(f"{how} 2")
+    axes[0].set_ylabel(f"{method} 2")
     figure.suptitle("Mean latent of each memory")
     return figure
 
@@ -54,21 +55,21 @@ def ranks_figure(ranks: np.ndarray, tags: Sequence[str] | np.ndarray, slots: int
     """Effective rank of each memory by tag, with means.
 
     Args:
-        ranks: `[M]` of `effective_rank`.
-        tags: `[M]` one for each memory.
-        slots: K, the highest possible rank.
+        ranks: `[M]` effective ranks (`effective_rank`).
+        tags: `[M]`, tag of each memory.
+        slots: Number K of latents of a memory, the highest possible rank.
     """
     names = sorted(set(map(str, tags)))
     figure = _figure(max(3.6, 1.6 + 1.1 * len(names)), 4.2)
     axis = figure.subplots()
-    rng = np.random.default_rng(0)  # side by side, so that equal ranks don't hide one another
-    for place, name in enumerate(names):
+    rng = np.random.default_rng(0)  # spread, so that equal ranks stay visible
+    for column, name in enumerate(names):
         these = ranks[np.asarray(tags) == name]
-        across = place + rng.uniform(-0.25, 0.25, len(these))
+        across = column + rng.uniform(-0.25, 0.25, len(these))
         axis.scatter(across, these, s=14, alpha=0.5, color=BLUE, linewidth=0)
-        axis.hlines(these.mean(), place - 0.35, place + 0.35, color="black", linewidth=2)
+        axis.hlines(these.mean(), column - 0.35, column + 0.35, color="black", linewidth=2)
         axis.annotate(
-            f"mean {these.mean():.2f}", (place, these.mean()), (0, 5),
+            f"mean {these.mean():.2f}", (column, these.mean()), (0, 5),
             textcoords="offset points", ha="center", fontsize=9,
             bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
         )  # fmt: skip
@@ -85,19 +86,19 @@ def ranks_figure(ranks: np.ndarray, tags: Sequence[str] | np.ndarray, slots: int
 
 def invocations_figure(histogram: InvocationHistogram) -> "Figure":
     """Decisions per response by position, one panel for each tag."""
-    tags = list(histogram.asked)
+    tags = list(histogram.queried)
     figure = _figure(7.0, 1.2 + 1.6 * len(tags))
     axes = figure.subplots(len(tags), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     left, width = 100 * histogram.edges[:-1], 100 * np.diff(histogram.edges)
     for axis, tag in zip(axes, tags, strict=True):
         rows = histogram.rows[tag]
         shape: dict[str, Any] = {"x": left, "width": width, "align": "edge"}
-        axis.bar(**shape, height=histogram.asked[tag] / rows, color="none", edgecolor="dimgrey",
-                 linewidth=0.8, label="asked")  # fmt: skip
+        axis.bar(**shape, height=histogram.queried[tag] / rows, color="none", edgecolor="dimgrey",
+                 linewidth=0.8, label="queried")  # fmt: skip
         axis.bar(**shape, height=histogram.invoked[tag] / rows, color=BLUE, alpha=0.85,
                  label="invoked")  # fmt: skip
-        asked, invoked = histogram.asked[tag].sum(), histogram.invoked[tag].sum()
-        axis.set_title(f"{tag}: {rows} responses, invoked {invoked} of {asked} times",
+        queried, invoked = histogram.queried[tag].sum(), histogram.invoked[tag].sum()
+        axis.set_title(f"{tag}: {rows} responses, invoked {invoked} of {queried} times",
                        fontsize=10, loc="left")  # fmt: skip
     axes[0].legend(ncols=2, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     axes[-1].set(xlabel="position in the response (% of its tokens)", xlim=(0, 100))
@@ -111,9 +112,9 @@ def nearest_figure(
     """A table of nearest tokens, shaded by cosine, and how long each latent is.
 
     Args:
-        neighbours: of `nearest_tokens`.
-        texts: of token ids.
-        rows: a name for each latent.
+        neighbours: Nearest tokens (`nearest_tokens`).
+        texts: Surface text of each token id.
+        rows: Name of each latent.
     """
     count, nearest = neighbours.ids.shape
     figure = _figure(2.6 + 1.15 * nearest, 1.5 + 0.3 * count)
@@ -140,25 +141,26 @@ def ablation_figure(
     score: str,
     dropped: Mapping[str, float],
 ) -> "Figure":
-    """Bars of what is left without each cluster, beside dropping as much at random.
+    """Bars of the score without each cluster, next to that without as many memories at random.
 
     Args:
-        ablated, control: by cluster, score and its standard error.
-        baseline: score and its standard error with all memory.
-        score: what is measured, with its unit.
-        dropped: by cluster, the share of memories dropped.
+        ablated: Score without each cluster, and its standard error, by the cluster's name.
+        control: Score of the control of each cluster, and its standard error.
+        baseline: Score with all memories, and its standard error.
+        score: Name of the score with its unit.
+        dropped: Share of memories that each ablation drops.
     """
     figure = _figure(max(5.4, 2.6 + 1.1 * len(ablated)), 4.2)
     axis = figure.subplots()
-    place = np.arange(len(ablated))
+    columns = np.arange(len(ablated))
     arms = (("without the cluster", ablated, -0.2, BLUE), ("as many at random", control, 0.2, GREY))
     for name, scores, offset, colour in arms:
         mean, error = np.array([scores[cluster] for cluster in ablated]).T
-        axis.bar(place + offset, mean, 0.38, yerr=error, color=colour, label=name, capsize=3)
+        axis.bar(columns + offset, mean, 0.38, yerr=error, color=colour, label=name, capsize=3)
     mean, error = baseline
     axis.axhline(mean, color="black", linewidth=1.2, label="all memory")
     axis.axhspan(mean - error, mean + error, color="black", alpha=0.1, linewidth=0)
-    axis.set_xticks(place, [f"{name}\n{dropped[name]:.0%}" for name in ablated])
+    axis.set_xticks(columns, [f"{name}\n{dropped[name]:.0%}" for name in ablated])
     axis.set(title="Ablation (bars: ± standard error)", ylabel=score,
              xlabel="cluster, and the share of memories dropped")  # fmt: skip
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -175,8 +177,8 @@ def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Fi
     for axis, measure in zip(axes, CenterDistance._fields, strict=True):
         values = [getattr(distance, measure) for distance in distances.values()]
         axis.barh(names, values, color=BLUE, height=0.6)
-        for place, value in enumerate(values):
-            axis.annotate(f"{value:.3g}", (value, place), (3, 0), va="center", fontsize=9,
+        for row, value in enumerate(values):
+            axis.annotate(f"{value:.3g}", (value, row), (3, 0), va="center", fontsize=9,
                           textcoords="offset points")  # fmt: skip
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set(
@@ -189,7 +191,7 @@ def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Fi
 
 
 def continual_figure(report: ContinualReport, digits: int = 1) -> "Figure":
-    """Heat map of accuracy on each task after each stage; framed where it was just trained."""
+    """Heat map of the accuracy on each task after each stage; a frame marks the stage's task."""
     rows, tasks = report.accuracy.shape
     figure = _figure(2.6 + 1.0 * tasks, 1.8 + 0.5 * rows)
     from matplotlib.patches import Rectangle

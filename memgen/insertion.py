@@ -1,11 +1,13 @@
-"""Where latents stand: plans, index maps and streams, as pure functions of static shape.
+"""Insertion of latents: plans, index maps and streams, as pure functions of static shape.
 
-A row of `L` tokens with `E` events becomes a stream: event `e` writes `width[e]` latents right
-before token `point[e]`, and everything after moves along. Rows are padded on the right.
+A row of `L` tokens with `E` events becomes a stream: the `width[e]` latents of event `e` are
+inserted right before token `point[e]`. Rows are padded on the right.
 """
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,12 @@ from jax.core import Tracer
 from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
 
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int, Key, UInt8
+
 PROMPT, INFERENCE = 0, 1
-HASH = 0x01000193  # a prime: polynomial hashes modulo 2**32
+HASH = 0x01000193  # a prime, the base of polynomial hashes modulo 2**32
 
 
 @jax.tree_util.register_dataclass
@@ -25,9 +31,9 @@ class Plan:
     """Events of each row, in ascending order.
 
     Attributes:
-        point: `[B, E]` int32, the token that the latents stand before; -1 for an unused event.
+        point: `[B, E]` int32, index of the token after the latents; -1 for an unused event.
         kind: `[B, E]` int32, `PROMPT` or `INFERENCE`.
-        width: `[B, E]` int32 latents, 0 for an unused event.
+        width: `[B, E]` int32, number of latents; 0 for an unused event.
     """
 
     point: jax.Array
@@ -35,11 +41,16 @@ class Plan:
     width: jax.Array
 
     @classmethod
-    def of(cls, point: jax.Array, kind: jax.Array, config: MemGenConfig) -> "Plan":
-        """A plan whose widths are the config's.
+    def of(cls, point: Int[Array, "B E"], kind: Int[Array, "B E"], config: MemGenConfig) -> Plan:
+        """A plan in which each event has as many latents as the config says for its kind.
+
+        Args:
+            point: Index of the token after each event; -1 for an unused event.
+            kind: Kind of each event, `PROMPT` or `INFERENCE`.
+            config: Config of the MemGen that weaves.
 
         Raises:
-            ValueError: the points of a row do not ascend (checked unless traced).
+            ValueError: The points of a row do not ascend (checked unless they are traced).
         """
         if not isinstance(point, Tracer):
             _check_ascending(np.asarray(point))
@@ -48,8 +59,8 @@ class Plan:
         return cls(point, kind, jnp.where(point >= 0, width, 0))
 
     @property
-    def start(self) -> jax.Array:
-        """`[B, E]` int32: the stream place of each event's first latent; 0 where unused."""
+    def start(self) -> Int[Array, "B E"]:
+        """Index in the stream of each event's first latent; 0 for an unused event."""
         before = jnp.cumsum(self.width, axis=1) - self.width
         return jnp.where(self.point >= 0, self.point + before, 0)
 
@@ -59,14 +70,14 @@ def _check_ascending(point: np.ndarray) -> None:
         used = row[row >= 0]
         if (np.diff(used) <= 0).any():
             raise ValueError(
-                f"points {used.tolist()} of a plan must ascend: sort them, one event for each"
+                f"points {used.tolist()} of a plan do not ascend: sort them, one event for each"
             )
 
 
-def check_plan(plan: Plan, tokens: jax.Array, slots: int) -> None:
-    """Raise a ValueError for a plan that is not one of `tokens [B, L]` and of `slots` latents.
+def check_plan(plan: Plan, tokens: Int[Array, "B L"], slots: int) -> None:
+    """Raise a ValueError unless a plan fits the tokens and events of up to `slots` latents.
 
-    Rows are always checked, widths and points unless traced.
+    The number of rows is always checked, widths and points unless they are traced.
     """
     rows, length = tokens.shape
     if plan.point.shape[0] != rows:
@@ -75,7 +86,7 @@ def check_plan(plan: Plan, tokens: jax.Array, slots: int) -> None:
         )
     if isinstance(plan.width, Tracer) or isinstance(plan.point, Tracer) or not plan.point.size:
         return
-    # By NumPy: under a trace a concrete plan must stay concrete.
+    # NumPy keeps a concrete plan concrete under a trace.
     widest, last = int(np.asarray(plan.width).max()), int(np.asarray(plan.point).max())
     if widest > slots:
         raise ValueError(
@@ -83,41 +94,49 @@ def check_plan(plan: Plan, tokens: jax.Array, slots: int) -> None:
             "make it with this MemGen's config"
         )
     if last >= length:
-        raise ValueError(f"a plan with point {last} for rows of {length} tokens: count from 0")
+        raise ValueError(
+            f"a plan with point {last} for rows of {length} tokens: choose from 0 to {length - 1}"
+        )
     _check_ascending(np.asarray(plan.point))
 
 
-def stream_index(plan: Plan, length: int) -> jax.Array:
-    """Where each token stands in the stream, `[B, L]` int32: `phi(i) = i + latents before i`."""
+def stream_index(plan: Plan, length: int) -> Int[Array, "B L"]:
+    """Index of each token in the stream: `phi(i) = i + latents before i`."""
     token = jnp.arange(length)
     before = (plan.point[:, :, None] >= 0) & (plan.point[:, :, None] <= token)
     return token + (plan.width[:, :, None] * before).sum(axis=1)
 
 
-def predictor_index(plan: Plan, length: int) -> jax.Array:
-    """The stream place whose output predicts each token, `[B, L]`: `phi(i) - 1` (-1 if none)."""
+def predictor_index(plan: Plan, length: int) -> Int[Array, "B L"]:
+    """Index in the stream of the vector whose output predicts each token: `phi(i) - 1`.
+
+    It is -1 for a first token without an event before it, which nothing predicts.
+    """
     return stream_index(plan, length) - 1
 
 
-def stream_length(plan: Plan, length: jax.Array) -> jax.Array:
-    """Vectors of each row's stream, `[B]`, for rows of `length [B]` tokens."""
+def stream_length(plan: Plan, length: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Number of vectors of each row's stream, for rows of `length` tokens."""
     return length + plan.width.sum(axis=1)
 
 
-def assemble(vectors: jax.Array, latents: jax.Array, plan: Plan) -> jax.Array:
-    """The stream `[B, L + E K, D]`; what stands behind its end is some copy, never to be read.
+def assemble(
+    vectors: Float[Array, "B L D"], latents: Float[Array, "B E K D"], plan: Plan
+) -> Float[Array, "B L+E*K D"]:
+    """The stream of tokens and latents; vectors after a row's end are arbitrary.
 
     Args:
-        vectors: `[B, L, D]`, embedded tokens.
-        latents: `[B, E, K, D]`; of each event the first `width` are taken.
+        vectors: Embedded tokens.
+        latents: Latents, of which the first `width` of each event are inserted.
+        plan: Events of each row.
     """
     batch, length, dim = vectors.shape
     events, slots = latents.shape[1:3]
-    place = jnp.arange(length + events * slots)
-    offset = place - plan.start[:, :, None]
+    index = jnp.arange(length + events * slots)
+    offset = index - plan.start[:, :, None]
     within = (offset >= 0) & (offset < plan.width[:, :, None])
     before = jnp.clip(offset, 0, plan.width[:, :, None]).sum(axis=1)
-    source = jnp.minimum(place - before, length - 1)
+    source = jnp.minimum(index - before, length - 1)
     of_event = length + jnp.arange(events)[:, None] * slots + offset
     source = jnp.where(within.any(axis=1), jnp.where(within, of_event, 0).sum(axis=1), source)
     pool = jnp.concatenate(
@@ -127,32 +146,30 @@ def assemble(vectors: jax.Array, latents: jax.Array, plan: Plan) -> jax.Array:
 
 
 def plan_insertions(
-    tokens: jax.Array,
-    loss_mask: jax.Array,
-    boundary: jax.Array,
+    tokens: Int[Array, "B L"],
+    loss_mask: Bool[Array, "B L"],
+    boundary: UInt8[Array, " V"],
     config: MemGenConfig,
-    key: jax.Array | None = None,
+    key: Key[Array, ""] | None = None,
 ) -> Plan:
-    """Events of training texts: one before the response, then at boundaries within it.
-
-    A boundary counts where it is supervised on both sides.
+    """Plan for training texts: an event before the response, then events at boundaries within it.
 
     Args:
-        tokens: `[B, L]` int32.
-        supervised: `[B, L]` bool, the response's tokens.
-        boundary: `[V]` table of `memgen.delimiters`.
-        key: for `insertion="random"`; a row's places are drawn by it and the row's own tokens,
-            whatever batch or padding it comes with (JAX's default kind of keys). Equal texts have
-            equal places.
+        tokens: Token ids of prompt and response, padded on the right.
+        loss_mask: Tokens of the response; a boundary needs one on both sides.
+        boundary: Table of boundaries (`boundary_table`).
+        config: Config of the MemGen that weaves.
+        key: Random key for `insertion="random"`. A row's events depend on the key and the row's
+            tokens alone, not on its batch or padding; equal texts have equal events.
 
     Raises:
-        ValueError: no key for random places; a row without a response, or with several (checked
-            unless traced).
+        ValueError: The key for random insertion is missing, or a row does not have exactly one
+            response (checked unless the mask is traced).
     """
     if not isinstance(loss_mask, Tracer):
         check_one_response(loss_mask)
     length = tokens.shape[1]
-    place = jnp.arange(length)
+    index = jnp.arange(length)
     follows = jnp.pad(loss_mask, ((0, 0), (1, 0)))[:, :-1] & loss_mask
     begins = loss_mask & ~follows
     last = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
@@ -163,8 +180,8 @@ def plan_insertions(
             raise ValueError("insertion='random' draws boundaries: pass a key")
         draw = lambda key: jax.random.bernoulli(key, config.insertion_prob, (length,))  # noqa: E731
         chosen &= jax.vmap(draw)(_row_keys(key, tokens, loss_mask))
-    first = jnp.where(begins, place, length).min(axis=1, keepdims=True)
-    later = jnp.sort(jnp.where(chosen, place, length), axis=1)[:, : config.max_inference_events]
+    first = jnp.where(begins, index, length).min(axis=1, keepdims=True)
+    later = jnp.sort(jnp.where(chosen, index, length), axis=1)[:, : config.max_inference_events]
     missing = config.max_inference_events - later.shape[1]
     later = jnp.pad(later, ((0, 0), (0, missing)), constant_values=length)
     point = jnp.concatenate([first, later], axis=1).astype(jnp.int32)
@@ -172,7 +189,7 @@ def plan_insertions(
 
 
 def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Array:
-    """A key for each row, of its tokens up to the last one that is supervised."""
+    """A key for each row, derived from its tokens up to the last one of the response."""
     text = jnp.cumsum(loss_mask[:, ::-1], axis=1)[:, ::-1] > 0
     weights = jnp.cumprod(jnp.full(tokens.shape[1:], HASH, jnp.uint32))
     hashes = jnp.where(text, (tokens + 1).astype(jnp.uint32) * weights, 0).sum(axis=1)
@@ -180,22 +197,23 @@ def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Ar
 
 
 def plan_from_decisions(
-    decisions: jax.Array, prompt_length: jax.Array, config: MemGenConfig
+    decisions: Int[Array, "B T"], prompt_length: Int[Array, " B"], config: MemGenConfig
 ) -> Plan:
-    """The plan of texts that were generated, over rows of prompt and response.
+    """Plan of generated texts, for rows of prompt and response.
 
     Args:
-        decisions: `[B, T]` int8 of each new token (`memgen.Response`).
-        prompt_length: `[B]` int32.
+        decisions: Decision before each new token (`Response.decisions`).
+        prompt_length: Number of tokens of each prompt.
+        config: Config of the MemGen that generated.
     """
-    place = jnp.arange(decisions.shape[1])
-    asked = jnp.sort(jnp.where(decisions[:, 1:] == 1, place[1:], place.size), axis=1)
-    asked = asked[:, : config.max_inference_events]
-    missing = config.max_inference_events - asked.shape[1]
-    asked = jnp.pad(asked, ((0, 0), (0, missing)), constant_values=place.size)
-    first = jnp.where(decisions[:, :1] == 1, 0, place.size)
-    chosen = jnp.concatenate([first, asked], axis=1)
-    point = jnp.where(chosen < place.size, chosen + prompt_length[:, None], -1)
+    step = jnp.arange(decisions.shape[1])
+    later = jnp.sort(jnp.where(decisions[:, 1:] == 1, step[1:], step.size), axis=1)
+    later = later[:, : config.max_inference_events]
+    missing = config.max_inference_events - later.shape[1]
+    later = jnp.pad(later, ((0, 0), (0, missing)), constant_values=step.size)
+    first = jnp.where(decisions[:, :1] == 1, 0, step.size)
+    invoked = jnp.concatenate([first, later], axis=1)
+    point = jnp.where(invoked < step.size, invoked + prompt_length[:, None], -1)
     return _plan(point.astype(jnp.int32), config)
 
 
@@ -205,12 +223,12 @@ def _plan(point: jax.Array, config: MemGenConfig) -> Plan:
 
 
 def check_one_response(loss_mask: Any) -> None:
-    """Raise a ValueError for a row `[B, L]` whose supervised tokens are not one unbroken run."""
+    """Raise a ValueError for a row of `loss_mask [B, L]` that is not one unbroken run."""
     marks = np.asarray(loss_mask, bool)
     begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
     for row, count in enumerate(begins.sum(axis=1)):
         if count != 1:
             raise ValueError(
-                f"row {row} has {count} supervised responses, a plan takes 1: "
+                f"row {row} has {count} responses in its loss mask, a plan needs 1: "
                 "give each response of a conversation a row of its own"
             )

@@ -1,4 +1,4 @@
-"""Low-rank adapters as pytrees, applied beside frozen weights (arXiv 2106.09685)."""
+"""Low-rank adapters as pytrees, added to frozen linear layers (arXiv 2106.09685)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +12,15 @@ from memgen.config import LoRAConfig
 
 
 class LowRank(nnx.Module):
-    """`x A B * alpha / rank`, for one map or a stack of them.
+    """`x A B * alpha / rank`, for one linear layer or a stack of them.
 
     Args:
-        stack: leading axes of the arrays, which a scan over blocks takes off.
-        inputs, outputs: of the map.
-        kind: type of the two parameters, by which a training stage finds them.
+        stack: Leading axes of the arrays, over which the blocks are scanned; `()` for one layer.
+        inputs: Number of inputs of the layer.
+        outputs: Number of outputs of the layer.
+        config: Rank, scale and dropout.
+        rngs: Random keys of the initial A; B starts at 0.
+        kind: Type of the two parameters, by which a training stage selects them.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class LowRank(nnx.Module):
         self.key: jax.Array | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., inputs]` to `[..., outputs]`; the stack's axes must be taken off before."""
+        """`[..., outputs]` of `x [..., inputs]`; the arrays must be those of a single layer."""
         if self.key is not None and self.dropout:
             keep = jax.random.bernoulli(
                 jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape
@@ -51,7 +54,7 @@ class LowRank(nnx.Module):
 
     @property
     def delta(self) -> jax.Array:
-        """What a merged weight would gain: `[*stack, inputs, outputs]`."""
+        """Sum to add to the layer's weight to merge the adapter: `[*stack, inputs, outputs]`."""
         return (self.a[...] @ self.b[...]) * self.scale
 
 
@@ -64,14 +67,20 @@ def make_adapter(
 ) -> nnx.Dict:
     """An adapter for a backbone: a `LowRank` for each of the config's targets.
 
+    Args:
+        backbone: Decoder to adapt.
+        config: Targets, rank, scale and dropout.
+        rngs: Random keys of the initial values.
+        kind: Type of the parameters, by which a training stage selects them.
+
     Raises:
-        ValueError: a target that the backbone has no map for.
+        ValueError: A target is no linear layer of the backbone.
     """
     lora_targets = backbone.lora_targets
     unknown = [name for name in config.targets if name not in lora_targets]
     if unknown:
         raise ValueError(
-            f"no map {unknown[0]!r} to adapt: choose targets from {', '.join(lora_targets)}"
+            f"no linear layer {unknown[0]!r}: choose targets from {', '.join(lora_targets)}"
         )
     return nnx.Dict(
         {
@@ -82,14 +91,14 @@ def make_adapter(
 
 
 def with_dropout(adapter: Mapping[str, LowRank], key: jax.Array | None) -> Mapping[str, LowRank]:
-    """The adapter as it is in training: with random inputs left out; None switches that off."""
+    """The adapter with dropout of its inputs by a random key; without dropout if it is None."""
     if key is None:
         return adapter
     noisy = {}
-    for index, (name, map_) in enumerate(adapter.items()):
-        leaves, structure = jax.tree.flatten(map_)
+    for index, (name, low_rank) in enumerate(adapter.items()):
+        leaves, structure = jax.tree.flatten(low_rank)
         copy: LowRank = jax.tree.unflatten(structure, leaves)
-        stack = map_.a.shape[:-2]
+        stack = low_rank.a.shape[:-2]
         copy.key = nnx.data(
             jax.random.key_data(jax.random.split(jax.random.fold_in(key, index), stack))
         )
@@ -97,8 +106,8 @@ def with_dropout(adapter: Mapping[str, LowRank], key: jax.Array | None) -> Mappi
     return noisy
 
 
-def linear_maps(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """`DecoderBackbone.lora_targets` of a module made of `nnx.Linear`s, by their paths."""
+def linear_layers(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """`DecoderBackbone.lora_targets` of a module: each of its `nnx.Linear`s by its path."""
     return {
         _path(path): ((), part.in_features, part.out_features)
         for path, part in nnx.iter_graph(module)
@@ -106,11 +115,15 @@ def linear_maps(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int
     }
 
 
-def beside(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
-    """`DecoderBackbone.apply_lora` of such a module: the same arrays, adapters at those paths.
+def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
+    """`DecoderBackbone.apply_lora` of a module: a copy with adapters, over the same arrays.
+
+    Args:
+        module: Module with `nnx.Linear`s.
+        adapter: Adapters by the path of a linear layer (`linear_layers`).
 
     Raises:
-        ValueError: a path at which no `nnx.Linear` stands.
+        ValueError: A path is that of no `nnx.Linear`.
     """
     leaves, structure = jax.tree.flatten(module)
     copy = jax.tree.unflatten(structure, leaves)
@@ -120,7 +133,7 @@ def beside(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
     }
     for name, low_rank in adapter.items():
         if name not in paths:
-            raise ValueError(f"no map {name!r} to adapt: choose from {', '.join(paths)}")
+            raise ValueError(f"no linear layer {name!r}: choose from {', '.join(paths)}")
         *above, last = paths[name]
         parent: Any = copy
         for part in above:

@@ -1,4 +1,8 @@
-"""Log-probabilities and the supervised loss, as (sum, weight)."""
+"""Log-probabilities of tokens, and the loss of supervised fine-tuning as (sum, weight)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -7,76 +11,83 @@ from memgen.backbone import DecoderBackbone
 from memgen.insertion import Plan
 from memgen.model import MemGen
 
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int, Key
+
 CHUNK = 128
 
 
 def token_log_probs(
     backbone: DecoderBackbone,
-    hidden: jax.Array,
-    targets: jax.Array,
-    wanted: jax.Array,
-    temperature: float | jax.Array = 1.0,
-    valid_vocab_size: int | jax.Array | None = None,
+    hidden: Float[Array, "B L D"],
+    targets: Int[Array, "B L"],
+    loss_mask: Bool[Array, "B L"],
+    temperature: float | Float[Array, ""] = 1.0,
+    valid_vocab_size: int | Int[Array, ""] | None = None,
     chunk: int = CHUNK,
-) -> jax.Array:
-    """Log-probabilities `[B, L]` float32 of targets, 0 where they are not wanted.
+) -> Float[Array, "B L"]:
+    """Float32 log-probabilities of targets, 0 where they are masked out.
 
-    The vocabulary is met `chunk` places at a time, fewer where there are more than 32 rows, and
-    not at all where none of them is wanted.
+    Logits are computed for `chunk` positions at a time, so that there is no array `[B, L, V]`, and
+    not at all for a chunk that is masked out.
 
     Args:
-        hidden: `[B, L, D]`, what predicts each target.
-        targets: `[B, L]` int32.
-        wanted: `[B, L]` bool.
-        temperature: logits are divided by it.
-        valid_vocab_size: only ids below it can be chosen; all if not given.
+        backbone: Decoder whose `unembed` gives the logits.
+        hidden: Hidden states that predict the targets.
+        targets: Target ids.
+        loss_mask: Targets to score.
+        temperature: Temperature that divides the logits.
+        valid_vocab_size: Number of ids with a probability, from 0 on; all ids by default.
+        chunk: Number of positions at a time; it is lowered for more than 32 rows.
     """
     batch, length = targets.shape
     chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
     parts = -(-length // chunk)
-    fill = ((0, 0), (0, parts * chunk - length))
+    padding = ((0, 0), (0, parts * chunk - length))
 
     def in_parts(values):
-        values = jnp.pad(values, fill + ((0, 0),) * (values.ndim - 2))
+        values = jnp.pad(values, padding + ((0, 0),) * (values.ndim - 2))
         return values.reshape(batch, parts, chunk, *values.shape[2:]).swapaxes(0, 1)
 
-    def score(hidden, targets, wanted):
+    def score(hidden, targets, mask):
         logits = backbone.unembed(hidden) / temperature
         ids = jnp.arange(logits.shape[-1])
         if valid_vocab_size is not None:
             logits = jnp.where(ids < valid_vocab_size, logits, -jnp.inf)
         chosen = ids == jnp.maximum(targets, 0)[..., None]
         picked = jnp.where(chosen, logits, 0).sum(axis=-1)
-        return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        return jnp.where(mask, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
     @jax.checkpoint
     def part(_, values):
-        hidden, targets, wanted = values
+        hidden, targets, mask = values
         nothing = lambda *_: jnp.zeros(targets.shape, jnp.float32)  # noqa: E731
-        return None, jax.lax.cond(wanted.any(), score, nothing, hidden, targets, wanted)
+        return None, jax.lax.cond(mask.any(), score, nothing, hidden, targets, mask)
 
-    _, found = jax.lax.scan(part, None, tuple(map(in_parts, (hidden, targets, wanted))))
+    _, found = jax.lax.scan(part, None, tuple(map(in_parts, (hidden, targets, loss_mask))))
     return found.swapaxes(0, 1).reshape(batch, parts * chunk)[:, :length]
 
 
 def sft_loss(
     memgen: MemGen,
-    tokens: jax.Array,
-    loss_mask: jax.Array,
+    tokens: Int[Array, "B L"],
+    loss_mask: Bool[Array, "B L"],
     plan: Plan,
-    dropout: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood of supervised tokens with memory woven in (eq. 11).
+    dropout: Key[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Negative log-likelihood of a response with memory woven in (arXiv 2509.24704, eq. 11).
 
     Args:
-        tokens: `[B, L]` int32, padded on the right by any ids.
-        supervised: `[B, L]` bool; padding is not, nor is a first token.
-        plan: the events.
-        dropout: a key for the weaver's adapter.
+        memgen: Model to train.
+        tokens: Token ids, padded on the right by any ids.
+        loss_mask: Tokens of the response; neither padding nor a row's first token.
+        plan: Events of each row (`plan_insertions`).
+        dropout: Random key of the weaver's adapter dropout; None switches dropout off.
 
     Returns:
-        sum in nats, and the number of supervised tokens: their mean is over all tokens of the
-        batch, not over rows.
+        The sum over the masked tokens in nats, and their number: the mean loss of the batch weighs
+        all tokens equally.
     """
     hidden = memgen.predictors(tokens, plan, dropout)
     log_probs = token_log_probs(memgen.reasoner, hidden, tokens, loss_mask)

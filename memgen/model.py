@@ -1,6 +1,8 @@
 """MemGen: a frozen reasoner, a weaver and a trigger (arXiv 2509.24704)."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +22,22 @@ from memgen.lora import with_dropout
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
 
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int, Key
+
 
 class Boundary(nnx.Variable):
-    """The table of boundaries, fixed."""
+    """The table of boundaries, which is not trained."""
 
 
 class Woven(NamedTuple):
-    """Streams with latents in them.
+    """Streams of tokens and latents.
 
     Attributes:
-        stream: `[B, S, D]` vectors that the reasoner reads.
-        length: `[B]` int32 of them real.
-        latents: `[B, E, K, D]`.
+        stream: `[B, S, D]` input vectors of the reasoner.
+        length: `[B]` int32, number of real vectors of each row.
+        latents: `[B, E, K, D]` latents of each event.
     """
 
     stream: jax.Array
@@ -42,19 +48,20 @@ class Woven(NamedTuple):
 class MemGen(nnx.Module):
     """Latent memory for a frozen decoder.
 
-    All weights of decoders are shared, none is copied: weaver and trigger are adapters beside
-    them: a stage of training moves the variables of type `WeaverParam`, or of `TriggerParam`.
+    Weaver and trigger are adapters of decoders, whose weights are shared and never copied. A
+    training stage updates the variables of type `WeaverParam` or those of type `TriggerParam`.
 
     Args:
-        reasoner: a `DecoderBackbone`.
-        config: of weaver and trigger.
-        boundary: `[V]` table over the reasoner's ids (`memgen.boundary_table`).
-        weaver_backbone: another decoder to weave with; the reasoner if not given.
-        trigger_backbone: another decoder to trigger with, one of the same ids.
-        rngs: for the initial values.
+        reasoner: Frozen decoder that generates.
+        config: Sizes and options of weaver and trigger.
+        boundary: `[V]` uint8 table over the reasoner's ids (`memgen.boundary_table`).
+        weaver_backbone: Decoder of the weaver; by default the reasoner.
+        trigger_backbone: Decoder of the trigger, with the reasoner's vocabulary if it takes tokens;
+            by default the reasoner.
+        rngs: Random keys of the initial values.
 
     Raises:
-        ValueError: a decoder lacks a method, or sizes don't fit.
+        ValueError: A decoder lacks a method, or sizes do not fit.
     """
 
     def __init__(
@@ -75,12 +82,12 @@ class MemGen(nnx.Module):
         if len(boundary) != reasoner.vocab_size:
             raise ValueError(
                 f"the boundary table has {len(boundary)} ids, the reasoner {reasoner.vocab_size}: "
-                "make the table from the reasoner's tokenizer, filled up with empty texts"
+                "make the table from the reasoner's tokenizer, padded with empty texts"
             )
         self.boundary = Boundary(jnp.asarray(boundary, jnp.uint8))
-        weaves = weaver_backbone or reasoner
-        check_backbone(weaves, "weaver")
-        self.weaver = Weaver(reasoner, weaves, config.weaver, rngs=rngs)
+        weaver_decoder = weaver_backbone or reasoner
+        check_backbone(weaver_decoder, "weaver")
+        self.weaver = Weaver(reasoner, weaver_decoder, config.weaver, rngs=rngs)
         self.trigger = self._make_trigger(rngs) if config.trigger is not None else None
 
     def _make_trigger(self, rngs: nnx.Rngs) -> Trigger:
@@ -90,34 +97,34 @@ class MemGen(nnx.Module):
         check_backbone(backbone, "trigger")
         if config.source == "tokens" and backbone.vocab_size != reasoner.vocab_size:
             raise ValueError(
-                f"a trigger of {backbone.vocab_size} ids can't read those of the reasoner, "
+                f"a trigger of {backbone.vocab_size} ids does not fit a reasoner of "
                 f"{reasoner.vocab_size}: give a decoder with the same tokenizer"
             )
         if config.source == "stream" and backbone.embed_dim != reasoner.embed_dim:
             raise ValueError(
-                f"a trigger of width {backbone.embed_dim} can't read the stream of width "
+                f"a trigger of width {backbone.embed_dim} does not fit the stream of width "
                 f"{reasoner.embed_dim}: use source='tokens'"
             )
-        reads = reasoner if config.source == "reasoner_hidden" else backbone
-        return Trigger(reads, config, rngs=rngs)
+        decoder = reasoner if config.source == "reasoner_hidden" else backbone
+        return Trigger(decoder, config, rngs=rngs)
 
-    def with_reasoner(self, reasoner: DecoderBackbone) -> "MemGen":
-        """The same weaver and trigger around another form of the reasoner."""
+    def with_reasoner(self, reasoner: DecoderBackbone) -> MemGen:
+        """A copy with another form of the reasoner, over the same arrays."""
         leaves, structure = jax.tree.flatten(self)
         memgen: MemGen = jax.tree.unflatten(structure, leaves)
         memgen.reasoner = nnx.data(reasoner)
         return memgen
 
     def weaving(self, dropout: jax.Array | None = None) -> Any:
-        """The decoder that weaves, its adapter beside it; `dropout` is a key, in training."""
+        """The weaver's decoder with its adapter; the key of the adapter's dropout in training."""
         backbone = self.weaver_backbone or self.reasoner
         return backbone.apply_lora(with_dropout(self.weaver.adapter, dropout))
 
     def triggering(self) -> Any:
-        """The decoder that triggers, its adapter beside it.
+        """The trigger's decoder with its adapter.
 
         Raises:
-            ValueError: there is no trigger, or it reads the reasoner's hidden states.
+            ValueError: There is no trigger, or it uses the reasoner's hidden states.
         """
         trigger = self.checked_trigger()
         if trigger.adapter is None:
@@ -125,24 +132,27 @@ class MemGen(nnx.Module):
         return (self.trigger_backbone or self.reasoner).apply_lora(trigger.adapter)
 
     def checked_trigger(self) -> Trigger:
-        """The learned trigger; a ValueError where there is none."""
+        """The learned trigger; a ValueError if there is none."""
         if self.trigger is None:
             raise ValueError(
-                "a learned trigger is asked for and this MemGen has none: set "
+                "the policy needs a learned trigger and this MemGen has none: set "
                 "MemGenConfig(trigger=TriggerConfig(...)) and train it, or use AlwaysInvoke()"
             )
         return self.trigger
 
-    def weave(self, tokens: jax.Array, plan: Plan, dropout: jax.Array | None = None) -> Woven:
-        """Write the latents of all events, in order, into the rows of tokens.
+    def weave(
+        self, tokens: Int[Array, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None
+    ) -> Woven:
+        """Insert the latents of all events into rows of tokens.
 
         Args:
-            tokens: `[B, L]` int32, padded on the right by any ids; events stand among real ones.
-            plan: of `E` events.
-            dropout: a key, in training; events that are woven in order have a mask each.
+            tokens: Token ids, padded on the right by any ids.
+            plan: Events of each row, before real tokens.
+            dropout: Random key of the adapter's dropout in training; each event that is woven in
+                order has a mask of its own.
 
         Raises:
-            ValueError: the plan is for other rows or of another width (checked unless traced).
+            ValueError: The plan does not fit the tokens or the config (checked unless traced).
         """
         check_plan(plan, tokens, self.config.weaver.latents)
         vectors = self.reasoner.embed_tokens(tokens)
@@ -161,37 +171,42 @@ class MemGen(nnx.Module):
 
     def _in_order(self, vectors, latents, plan: Plan, dropout) -> jax.Array:
         def event(latents, index):
-            own = None if dropout is None else jax.random.fold_in(dropout, index)
+            key = None if dropout is None else jax.random.fold_in(dropout, index)
             stream = assemble(vectors, latents, plan)
             length = jnp.take(plan.start, index, axis=1)
             if self.config.weaver.context == "hidden":
                 stream = self.reasoner.hidden_states(stream, length)
             written = self.weaver.weave(
-                self.weaving(own), stream, length, jnp.take(plan.kind, index, axis=1)
+                self.weaving(key), stream, length, jnp.take(plan.kind, index, axis=1)
             )
             return latents.at[:, index].set(written.astype(latents.dtype)), None
 
-        # Recomputed in the backward pass: only latents are kept from one event to the next.
+        # The backward pass recomputes each event; only its latents are kept.
         return jax.lax.scan(jax.checkpoint(event), latents, jnp.arange(plan.point.shape[1]))[0]
 
     def predictors(
-        self, tokens: jax.Array, plan: Plan, dropout: jax.Array | None = None
-    ) -> jax.Array:
-        """The reasoner's hidden states that predict each token, `[B, L, D]`.
+        self, tokens: Int[Array, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None
+    ) -> Float[Array, "B L D"]:
+        """The reasoner's hidden states that predict each token.
 
-        The one of token `i` stands at its last latent, where an event precedes it, else at token
-        `i - 1`. Nothing predicts a first token without an event: its state is some other one.
+        The state for token `i` is that after the last latent of an event right before it, else that
+        after token `i - 1`. A first token without an event has no such state, and gets an arbitrary
+        one. The arguments are those of `weave`.
         """
         woven = self.weave(tokens, plan, dropout)
         hidden = self.reasoner.hidden_states(woven.stream, woven.length)
         at = jnp.maximum(predictor_index(plan, tokens.shape[1]), 0)
         return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
-    def trigger_logits(self, tokens: jax.Array, plan: Plan) -> jax.Array:
-        """Skip and invoke logits before each token, `[B, L, 2]` float32, all in one pass.
+    def trigger_logits(self, tokens: Int[Array, "B L"], plan: Plan) -> Float[Array, "B L 2"]:
+        """Float32 skip and invoke logits before each token, in one forward pass.
 
-        The decision before token `i` sees what stands before the latents that it may call for;
-        before token 0 it sees nothing and its logits are zeros.
+        The decision before token `i` depends on what precedes the latents of an event there; the
+        decision before token 0 has no input, and its logits are zeros.
+
+        Args:
+            tokens: Token ids, padded on the right.
+            plan: Events of each row.
         """
         trigger = self.checked_trigger()
         length = tokens.shape[1]
@@ -201,10 +216,10 @@ class MemGen(nnx.Module):
             at = jnp.broadcast_to(jnp.arange(length) - 1, tokens.shape)
         else:
             woven = self.weave(tokens, plan)
-            own = trigger.config.source == "stream"
-            decoder = self.triggering() if own else self.reasoner
+            adapted = trigger.config.source == "stream"
+            decoder = self.triggering() if adapted else self.reasoner
             hidden = decoder.hidden_states(woven.stream, woven.length)
-            here = plan.point[:, :, None] == jnp.arange(length)
-            at = stream_index(plan, length) - (plan.width[:, :, None] * here).sum(axis=1) - 1
+            before = plan.point[:, :, None] == jnp.arange(length)
+            at = stream_index(plan, length) - (plan.width[:, :, None] * before).sum(axis=1) - 1
         chosen = jnp.take_along_axis(hidden, jnp.maximum(at, 0)[..., None], axis=1)
         return jnp.where(at[..., None] >= 0, trigger(chosen), 0.0)

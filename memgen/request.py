@@ -1,4 +1,4 @@
-"""What is asked of generation, checked: numbers, prompts and keys."""
+"""Requests for generation, checked: options, prompts and keys."""
 
 import dataclasses
 import zlib
@@ -24,15 +24,17 @@ class Request:
     """How to respond.
 
     Attributes:
-        policy: decides at boundaries.
-        temperature: scalar, or None for the most probable token.
-        max_new_tokens: int32 scalar, or `[B]`: rows of 0 rest.
-        stop: `[M]` int32, ids after which a row is done.
-        valid_vocab_size: int32 scalar; only ids below it are chosen.
-        keep_memory: a pytree; told latents `[R, K, D]`, which of them are real `[R, K]`, and keys
-            `[R]` of any rows of the batch, so it must judge each by itself; the events that it does
-            not keep are skipped. None keeps all.
-        retriever: `memgen.retrieval.Retriever`, asked on the host at each event, or None.
+        policy: Trigger policy, which decides at each boundary whether to weave.
+        temperature: Temperature of sampling, a float32 scalar; None takes the most probable token.
+        max_new_tokens: Largest number of new tokens, an int32 scalar or `[B]`; a row of 0 stays as
+            it is.
+        stop: `[M]` int32, token ids that end a row.
+        valid_vocab_size: Number of ids that may be sampled, from 0 on, an int32 scalar.
+        keep_memory: Filter of events, a pytree that maps latents `[R, K, D]`, the mask `[R, K]` of
+            real ones, and random keys `[R]` to `[R]` bool. It is called for any subset of the rows,
+            so it must judge each row by itself; an event that it drops counts as skipped. None
+            keeps all events.
+        retriever: Retriever that is queried on the host at each event, or None.
     """
 
     policy: TriggerPolicy
@@ -54,11 +56,21 @@ def make_request(
     keep_memory: KeepMemory | None = None,
     retriever: Any = None,
 ) -> Request:
-    """Checked numbers of a `Request`.
+    """A request of checked options.
+
+    Args:
+        memgen: Model that will respond.
+        max_new_tokens: Largest number of new tokens of a row.
+        policy: Trigger policy, which decides at each boundary whether to weave.
+        temperature: Temperature of sampling; 0 takes the most probable token.
+        stop: Token ids that end a row.
+        valid_vocab_size: Number of ids that may be sampled, from 0 on; all ids by default.
+        keep_memory: Filter of events (see `Request`); None keeps all.
+        retriever: Retriever that is queried at each event, or None.
 
     Raises:
-        ValueError: a number is out of its range; a learned trigger is asked for and there is none,
-            or it was never trained; a callable is no pytree.
+        ValueError: An option is out of its range, the policy needs a learned trigger and there is
+            none or an untrained one, or a callable is no pytree.
     """
     _check_pytree("policy", policy)
     _check_policy(policy)
@@ -69,7 +81,7 @@ def make_request(
     if keep_memory is not None:
         _check_pytree("keep_memory", keep_memory)
     if retriever is not None and memgen.config.weaver.context == "nothing":
-        raise ValueError("a retriever, and context='nothing' reads no text: leave one of them out")
+        raise ValueError("context='nothing' takes no text from a retriever: drop one of them")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
     if not (np.isfinite(temperature) and temperature >= 0):
@@ -94,8 +106,8 @@ def _check_trained(trigger: Trigger) -> None:
     kernel = trigger.kernel[...]
     if not isinstance(kernel, Tracer) and not kernel.any():
         raise ValueError(
-            "a learned trigger is asked for and its head is zero, it was never trained: train or "
-            "load it, or use AlwaysInvoke()"
+            "the policy needs a learned trigger and this one is untrained, its head is zero: train "
+            "or load it, or use AlwaysInvoke()"
         )
 
 
@@ -117,7 +129,7 @@ def _check_policy(policy: TriggerPolicy) -> None:
 
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """One key for each prompt, `[B]`: of the seed, the prompt, and how many equal ones precede."""
+    """Keys `[B]` of prompts, from the seed, the prompt and the number of equal ones before it."""
     rows = [tuple(prompt) for prompt in prompts]
     repeats = [rows[:index].count(row) for index, row in enumerate(rows)]
     hashes = [zlib.crc32(np.array(row, np.int32).tobytes()) for row in rows]
@@ -127,10 +139,10 @@ def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Rows `[B, C]` padded on the right to a power of two, and their lengths `[B]`.
+    """Rows `[B, C]` of prompts, padded on the right to a power of two, and their lengths `[B]`.
 
     Raises:
-        ValueError: no prompt, an empty one, or an id outside the vocabulary.
+        ValueError: There is no prompt, or one that is empty or has an id outside the vocabulary.
     """
     if len(prompts) == 0:
         raise ValueError("no prompt is given: give at least one")
@@ -150,5 +162,5 @@ def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.
 
 
 def bucket(size: int) -> int:
-    """The power of two, from 16 on, that a size is rounded up to."""
+    """A size rounded up to a power of two, at least 16."""
     return max(SHORTEST, 1 << (max(size, 1) - 1).bit_length())

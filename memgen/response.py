@@ -1,4 +1,4 @@
-"""What a generation gives back."""
+"""The result of a generation."""
 
 import dataclasses
 from typing import Any
@@ -9,21 +9,22 @@ import numpy as np
 
 from memgen.model import MemGen
 
-NOT_ASKED = -1
+NO_DECISION = -1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """New tokens of each row and what was remembered on the way.
+    """New tokens, decisions and latents of each row.
 
     Attributes:
-        tokens: `[B, T]` int32, the id that stopped a row among them.
-        count: `[B]` int32 of them real.
-        log_probs: `[B, T]` float32 of each, at the temperature of sampling (1 if greedy).
-        decisions: `[B, T]` int8 before each token: -1 not asked, 0 skipped, 1 invoked.
-        latents: `[B, E, K, D]`; event 0 stands before the first token.
-        points: `[B, E]` int32, the token that each event stands before, -1 if it did not happen.
+        tokens: `[B, T]` int32 new token ids, the stop id included.
+        count: `[B]` int32, number of real ones.
+        log_probs: `[B, T]` float32, log-probability of each token at the temperature of sampling (1
+            if greedy).
+        decisions: `[B, T]` int8, decision before each token: -1 none, 0 skipped, 1 invoked.
+        latents: `[B, E, K, D]` latents of each event; event 0 precedes the first token.
+        points: `[B, E]` int32, index of the token after each event; -1 for an unused event.
     """
 
     tokens: jax.Array
@@ -34,14 +35,15 @@ class Response:
     points: jax.Array
 
     @classmethod
-    def empty(cls, memgen: MemGen, batch: int, room: int, vector: Any) -> "Response":
+    def empty(cls, memgen: MemGen, batch: int, capacity: int, vector: Any) -> "Response":
+        """A response of up to `capacity` tokens; latents have the width and dtype of `vector`."""
         config = memgen.config
         latents = (batch, config.events, config.weaver.latents, vector.shape[-1])
         return cls(
-            jnp.zeros((batch, room), jnp.int32),
+            jnp.zeros((batch, capacity), jnp.int32),
             jnp.zeros((batch,), jnp.int32),
-            jnp.zeros((batch, room), jnp.float32),
-            jnp.full((batch, room), NOT_ASKED, jnp.int8),
+            jnp.zeros((batch, capacity), jnp.float32),
+            jnp.full((batch, capacity), NO_DECISION, jnp.int8),
             jnp.zeros(latents, vector.dtype),
             jnp.full((batch, config.events), -1, jnp.int32),
         )

@@ -1,4 +1,4 @@
-"""Retrieval: passages of local text for the weaver to read when it writes a memory."""
+"""Retrieval: passages of local text that are added to the weaver's context at an event."""
 
 import json
 import re
@@ -12,31 +12,32 @@ import numpy as np
 class Retriever(Protocol):
     """Finds snippets for a batch of queries, on the host, in fixed shapes.
 
-    Equal queries get equal answers, whatever else is in the batch: generation asks from within a
-    compiled loop and counts on that. It is hashed, so that a program knows whom it asks.
+    A snippet must depend on its query alone, not on the rest of the batch: generation queries from
+    within a compiled loop and relies on that. A retriever must be hashable, because it is a static
+    part of the compiled program.
 
     Attributes:
-        max_snippet_tokens: `Lc`, the longest answer.
+        max_snippet_tokens: Largest number `Lc` of tokens of a snippet.
     """
 
     @property
     def max_snippet_tokens(self) -> int: ...
 
     def retrieve(
-        self, ids: np.ndarray, length: np.ndarray, asks: np.ndarray
+        self, ids: np.ndarray, length: np.ndarray, queried: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Snippets for the text so far of each row.
 
         Args:
-            ids: `[B, T]` int32 tokens, padded on the right. All three may be arrays of jax: turn
-                them into NumPy's first; the program that asks is still running, and computing
-                with jax might wait for it.
-            length: `[B]` int32 real tokens of each row.
-            asks: `[B]` bool, rows that want an answer; the others get length 0.
+            ids: `[B, T]` int32 token ids, padded on the right. All three arrays may be JAX arrays:
+                convert them to NumPy first, since JAX may wait for the running program, which
+                waits for this call.
+            length: `[B]` int32, number of real tokens of each row.
+            queried: `[B]` bool, rows that need a snippet; the others get length 0.
 
         Returns:
-            Tokens `[B, Lc]` int32, 0 beyond the length, and lengths `[B]` int32; 0 says that
-            nothing was found.
+            Snippets `[B, Lc]` int32, padded on the right by 0, and their lengths `[B]` int32; 0
+            where nothing was found.
         """
         ...
 
@@ -44,21 +45,23 @@ class Retriever(Protocol):
 class BM25Retriever:
     """The passages that share the rarest words with the text so far (BM25). Needs bm25s.
 
-    Passages follow one another, best first, and the end is cut off where they are too long. One
-    without a word in common is never among them, so there may be fewer than `top`, or none.
+    A snippet is the best passages, best first, cut at `max_snippet_tokens`. Passages without a word
+    of the text are left out, so there may be fewer than `top`, or none.
 
     Args:
-        passages: texts to choose from.
-        encode: text to token ids.
-        decode: token ids to text.
-        top: P, passages of an answer.
-        max_snippet_tokens: a longer answer is cut there.
+        passages: Texts to choose from.
+        encode: Function from text to token ids.
+        decode: Function from token ids to text.
+        top: Number P of passages of a snippet.
+        max_snippet_tokens: Largest number of tokens of a snippet.
 
     Attributes:
-        passages, top, max_snippet_tokens: as given.
+        passages: Texts to choose from.
+        top: Number P of passages of a snippet.
+        max_snippet_tokens: Largest number of tokens of a snippet.
 
     Raises:
-        ValueError: no passage holds a word, `top` or `max_snippet_tokens` is below 1, or bm25s is
+        ValueError: No passage holds a word, `top` or `max_snippet_tokens` is below 1, or bm25s is
             missing.
     """
 
@@ -101,14 +104,18 @@ class BM25Retriever:
         top: int = 3,
         max_snippet_tokens: int = 256,
     ) -> "BM25Retriever":
-        """From text files, and from .jsonl files with one object with a `text` in each line.
+        """A retriever of text files and of .jsonl files with a `text` in the object of each line.
 
         Args:
-            paths: files of UTF-8 text; each, or each line of a .jsonl file, is one document.
-            passage_words: documents are cut into passages of so many words.
+            paths: Files of UTF-8 text; a text file, or a line of a .jsonl file, is one document.
+            encode: Function from text to token ids.
+            decode: Function from token ids to text.
+            passage_words: Number of words of a passage; documents are cut into passages.
+            top: Number P of passages of a snippet.
+            max_snippet_tokens: Largest number of tokens of a snippet.
 
         Raises:
-            ValueError: a file cannot be read, or a reason of the constructor.
+            ValueError: A file cannot be read, or a reason of the constructor.
         """
         if passage_words < 1:
             raise ValueError(f"passage_words={passage_words}: choose 1 or more")
@@ -129,17 +136,17 @@ class BM25Retriever:
         if not words:
             return []
         scores = self._index.get_scores(words)
-        order = np.argsort(-scores, kind="stable")  # of equal ones the first in the files
+        order = np.argsort(-scores, kind="stable")  # ties go to the earlier passage
         return [int(index) for index in order[: self.top] if scores[index] > 0]
 
     def retrieve(
-        self, ids: np.ndarray, length: np.ndarray, asks: np.ndarray
+        self, ids: np.ndarray, length: np.ndarray, queried: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `Retriever.retrieve`."""
+        """Snippets for the text so far of each row (`Retriever.retrieve`)."""
         ids, length = np.asarray(ids), np.asarray(length)
         found = np.zeros((len(ids), self.max_snippet_tokens), np.int32)
         found_length = np.zeros(len(ids), np.int32)
-        for row in np.flatnonzero(np.asarray(asks)):
+        for row in np.flatnonzero(np.asarray(queried)):
             tokens: list[int] = []
             for index in self.best(self._decode(ids[row, : length[row]].tolist())):
                 tokens += self._encode(self.passages[index])
@@ -154,7 +161,7 @@ def _words(text: str) -> list[str]:
 
 
 def _cut(document: str, words: int) -> Iterator[str]:
-    """Passages of so many words (the last may be shorter), with the white space between them."""
+    """Passages of `words` words, the last may be shorter, with the white space between words."""
     spans = [match.span() for match in re.finditer(r"\S+", document)]
     for start in range(0, len(spans), words):
         yield document[spans[start][0] : spans[min(start + words, len(spans)) - 1][1]]
@@ -168,7 +175,7 @@ def _documents(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [text]
     documents = []
-    # Not splitlines: JSON may hold other line ends, such as U+2028, unescaped.
+    # splitlines would also split at other line ends, such as U+2028, which JSON may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

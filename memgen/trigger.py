@@ -14,52 +14,53 @@ from memgen.lora import make_adapter
 
 
 class TriggerParam(nnx.Param):
-    """What trigger training moves; metadata as of `WeaverParam`."""
+    """A parameter of the trigger; its metadata is that of `WeaverParam`."""
 
 
 class Trigger(nnx.Module):
-    """Two logits, skip and invoke, on a hidden state; and the adapter of the decoder behind it.
+    """A linear head of two logits, skip and invoke, and the adapter of the decoder below it.
 
-    The head begins at zero with a bias, so that every decision starts at `init_invoke_prob`.
+    The head starts at zero except for its bias, so that the initial probability of invoking is
+    `init_invoke_prob` everywhere.
 
     Args:
-        backbone: the decoder whose hidden states are read; it is handed to every call.
-        config: source and sizes.
-        rngs: for the initial values.
+        backbone: Decoder whose hidden states are the head's input.
+        config: Source of the decisions, and sizes.
+        rngs: Random keys of the initial values.
     """
 
     def __init__(self, backbone: DecoderBackbone, config: TriggerConfig, *, rngs: nnx.Rngs):
         self.config = config
-        own = config.source != "reasoner_hidden"
+        adapted = config.source != "reasoner_hidden"
         self.adapter = (
-            make_adapter(backbone, config.lora, rngs=rngs, kind=TriggerParam) if own else None
+            make_adapter(backbone, config.lora, rngs=rngs, kind=TriggerParam) if adapted else None
         )
         self.kernel = TriggerParam(jnp.zeros((backbone.embed_dim, 2)), inputs=1)
         odds = math.log(config.init_invoke_prob / (1 - config.init_invoke_prob))
         self.bias = TriggerParam(jnp.array([0.0, odds]), inputs=0)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[..., D]` to logits `[..., 2]` float32."""
+        """Logits `[..., 2]` float32 of hidden states `[..., D]`."""
         return hidden.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
 
 
 class TriggerPolicy(Protocol):
-    """How decisions are made; a pytree."""
+    """A rule by which decisions are made; it must be a pytree."""
 
     @property
     def learned(self) -> bool:
-        """Whether `logits` are the learned trigger's; they are zeros otherwise."""
+        """Whether the rule uses the learned trigger's logits; otherwise it is given zeros."""
         ...
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        """Logits `[B, 2]` and one key for each row, to `[B]` bool: invoke."""
+        """Decisions to invoke, `[B]` bool, from logits `[B, 2]` and one random key for each row."""
         ...
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class AlwaysInvoke:
-    """At every boundary until the budget is spent."""
+    """Invokes at every boundary, up to `max_inference_events`."""
 
     learned = False
 
@@ -70,7 +71,7 @@ class AlwaysInvoke:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NeverInvoke:
-    """The reasoner alone."""
+    """Never invokes: the reasoner generates alone."""
 
     learned = False
 
@@ -81,7 +82,7 @@ class NeverInvoke:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RandomInvoke:
-    """With one probability everywhere."""
+    """Invokes at each boundary with the same probability."""
 
     probability: float | jax.Array
     learned = False
@@ -94,7 +95,7 @@ class RandomInvoke:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LearnedInvoke:
-    """What the trained trigger says: the likelier decision, or a sample at a temperature."""
+    """Follows the trained trigger: its likelier decision, or a sample at a temperature."""
 
     temperature: float | jax.Array = 1.0
     sample: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -1,4 +1,4 @@
-"""A cache for decoders that have none: read everything again. Slow, and right."""
+"""A cache for decoders without one: it recomputes the whole prefix, slow but exact."""
 
 import dataclasses
 from typing import Any
@@ -13,26 +13,32 @@ from memgen.session import put, take
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Vectors `[B, N, D]` so far, and how many of each row are real, `[B]`."""
+    """The vectors so far.
+
+    Attributes:
+        vectors: `[B, N, D]` vectors, padded on the right.
+        length: `[B]` int32, number of real ones of each row.
+    """
 
     vectors: jax.Array
     length: jax.Array
 
 
 class Uncached(nnx.Module):
-    """What is left of a `DecoderBackbone` once `read` is there.
+    """Base class of a `DecoderBackbone` without a cache of its own.
 
-    Derive from it, and add `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,
-    `read` and `unembed`; replace `init_cache` and `extend` by real ones for speed.
+    A subclass adds `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,
+    `hidden_states` and `unembed`, and for speed an `init_cache` and `extend` of its own.
     """
 
     def for_decoding(self):
+        """The decoder itself."""
         return self
 
     def init_cache(self, batch: int, max_len: int) -> Rows:
-        """Room for `max_len` vectors in each row."""
-        me: Any = self
-        vector = jax.eval_shape(me.embed_tokens, jnp.zeros((1,), jnp.int32))
+        """An empty cache for `batch` rows of up to `max_len` vectors."""
+        decoder: Any = self
+        vector = jax.eval_shape(decoder.embed_tokens, jnp.zeros((1,), jnp.int32))
         return Rows(
             jnp.zeros((batch, max_len, vector.shape[-1]), vector.dtype),
             jnp.zeros((batch,), jnp.int32),
@@ -41,11 +47,11 @@ class Uncached(nnx.Module):
     def extend(
         self, cache: Rows, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, Rows]:
-        """Hidden states `[B, C, D]` of the appended vectors, from all rows read again."""
-        me: Any = self
+        """Append vectors to each row (`DecoderBackbone.extend`): a forward pass of all vectors."""
+        decoder: Any = self
         vectors = put(cache.vectors, x, cache.length, length)
         after = cache.length + length
-        hidden = me.hidden_states(vectors, after)
+        hidden = decoder.hidden_states(vectors, after)
         hidden = take(hidden, cache.length[:, None] + jnp.arange(x.shape[1]))
         full = (after > vectors.shape[1])[:, None, None]
         return jnp.where(full, jnp.nan, hidden), Rows(vectors, after)

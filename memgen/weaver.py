@@ -1,4 +1,4 @@
-"""The weaver: learned queries read the stream so far and come out as latent memory."""
+"""The weaver: learned queries attend to the stream so far and become latent memory."""
 
 from typing import NamedTuple
 
@@ -16,15 +16,15 @@ NORM_EPS = 1e-5
 
 
 class WeaverParam(nnx.Param):
-    """What weaver training moves; `inputs` in its metadata says how many axes are contracted."""
+    """A parameter of the weaver; `inputs` in its metadata is the number of contracted axes."""
 
 
 class Snippets(NamedTuple):
-    """Retrieved text that an event may read besides the stream.
+    """Retrieved text that an event attends to besides the stream.
 
     Attributes:
-        vectors: `[B, C, D]` in the reasoner's space.
-        length: `[B]` int32, how many are real.
+        vectors: `[B, C, D]` embeddings of the reasoner.
+        length: `[B]` int32, number of real ones of each row.
     """
 
     vectors: jax.Array
@@ -32,7 +32,7 @@ class Snippets(NamedTuple):
 
 
 class Bank(nnx.Module):
-    """Query latents of one kind of event: `scale * LayerNorm(queries)`, `[slots, width]`."""
+    """Learned queries of one kind of event: `scale * LayerNorm(queries)`, `[slots, width]`."""
 
     def __init__(self, slots: int, width: int, *, rngs: nnx.Rngs):
         self.queries = WeaverParam(jax.random.normal(rngs.params(), (slots, width)), inputs=0)
@@ -48,7 +48,7 @@ class Bank(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """A dense map with bias; both begin uniform within `1 / sqrt(inputs)`."""
+    """A linear layer with bias; both start uniform within `1 / sqrt(inputs)`."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         draw = lambda shape: jax.random.uniform(  # noqa: E731
@@ -62,15 +62,15 @@ class Projection(nnx.Module):
 
 
 class Weaver(nnx.Module):
-    """Queries, projections and the adapter that makes a decoder weave.
+    """Queries, projections and the adapter that make a decoder weave.
 
-    It owns no decoder: `backbone` is handed to every call, with the weaver's adapter beside it.
+    The weaver owns no decoder; methods are given one with the weaver's adapter.
 
     Args:
-        reasoner: whose stream is read and written.
-        backbone: the decoder that weaves, the reasoner itself or another one of any width.
-        config: sizes.
-        rngs: for the initial values.
+        reasoner: Decoder whose stream gets the latents, of width `d_r`.
+        backbone: Decoder that weaves, of width `d_w`; the reasoner or another one.
+        config: Sizes and options.
+        rngs: Random keys of the initial values.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Weaver(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        width, reads = backbone.embed_dim, config.context != "nothing"
-        asks = width if reads else reasoner.embed_dim
+        width, has_context = backbone.embed_dim, config.context != "nothing"
+        query_width = width if has_context else reasoner.embed_dim
         self.adapter = (
             make_adapter(backbone, config.lora, rngs=rngs, kind=WeaverParam)
-            if reads
+            if has_context
             else nnx.Dict()
         )
-        bank = lambda slots: Bank(slots, asks, rngs=rngs) if slots else None  # noqa: E731
+        bank = lambda slots: Bank(slots, query_width, rngs=rngs) if slots else None  # noqa: E731
         self.prompt = bank(config.prompt_latents)
         self.inference = bank(config.inference_latents)
         self.to_weaver = Projection(reasoner.embed_dim, width, rngs=rngs)
@@ -97,11 +97,11 @@ class Weaver(nnx.Module):
         self.gain = WeaverParam(_embedding_size(reasoner), inputs=0) if config.match_scale else None
 
     def width(self, kind: jax.Array) -> jax.Array:
-        """Latents that an event of each kind writes, int32."""
+        """Number of latents of an event of each kind, int32."""
         return jnp.where(kind == PROMPT, self.config.prompt_latents, self.config.inference_latents)
 
     def queries(self, kind: jax.Array) -> jax.Array:
-        """`[B, K, d_w]` for `kind [B]`; the shorter kind is filled up with zeros."""
+        """Queries `[B, K, d_w]` of events of `kind [B]`, padded with zeros to `K`."""
         given = [bank() for bank in (self.prompt, self.inference) if bank is not None]
         blank = jnp.zeros((self.config.latents, given[0].shape[-1]))
         banks = [
@@ -111,21 +111,21 @@ class Weaver(nnx.Module):
         return jnp.where((kind == PROMPT)[:, None, None], *banks)
 
     def context(self, vectors: jax.Array) -> jax.Array:
-        """Rows of the reasoner's stream as the weaver reads them, `[..., d_r]` to `[..., d_w]`."""
+        """Input `[..., d_w]` of the weaver's decoder from the reasoner's vectors `[..., d_r]`."""
         return self.to_weaver(vectors)
 
     def memory(self, hidden: jax.Array) -> jax.Array:
-        """What the weaver's decoder gave at its queries, `[..., d_w]`, as latents `[..., d_r]`."""
+        """Latents `[..., d_r]` from the hidden states `[..., d_w]` of the weaver's decoder."""
         latents = self.to_reasoner(hidden)
         if self.gain is None:
             return latents
-        # The mean square itself may be tiny: no epsilon may dominate it.
+        # The bound is on the root: an epsilon could dominate a tiny mean square.
         size = jnp.sqrt(jnp.square(latents.astype(jnp.float32)).mean(axis=-1, keepdims=True))
         size = jnp.maximum(size, 1e-12)
         return (latents / size * self.gain[...]).astype(latents.dtype)
 
     def fixed(self, kind: jax.Array) -> jax.Array:
-        """Latents that depend on no text, `[..., K, d_r]` for `kind [...]`."""
+        """Latents `[..., K, d_r]` of events of `kind [...]` that do not depend on the text."""
         queries = self.queries(kind.reshape(-1))
         latents = self.memory(jax.nn.gelu(self.to_weaver(queries)))
         return latents.reshape(*kind.shape, *latents.shape[1:])
@@ -141,49 +141,58 @@ class Weaver(nnx.Module):
         """Latents of one event for each row, `[B, K, d_r]`.
 
         Args:
-            backbone: with the weaver's adapter.
-            stream: `[B, S, d_r]`; what stands at or after `length [B]` is not seen.
-            kind: `[B]` int32.
-            snippets: read between stream and queries.
+            backbone: Decoder with the weaver's adapter.
+            stream: `[B, S, d_r]` vectors of the reasoner, padded on the right.
+            length: `[B]` int32, number of real vectors of each row.
+            kind: `[B]` int32, `PROMPT` or `INFERENCE`.
+            snippets: Retrieved text between the stream and the queries, or None.
         """
         suffix, extra = self.suffix(kind, snippets)
-        batch, places, width = stream.shape[0], stream.shape[1], suffix.shape[-1]
+        batch, capacity, width = stream.shape[0], stream.shape[1], suffix.shape[-1]
         pool = jnp.concatenate([self.context(stream), suffix.astype(stream.dtype)], axis=1)
-        place = jnp.arange(pool.shape[1])
-        index = jnp.where(place < length[:, None], place, places + place - length[:, None])
+        at = jnp.arange(pool.shape[1])
+        index = jnp.where(at < length[:, None], at, capacity + at - length[:, None])
         x = jnp.take_along_axis(pool, jnp.minimum(index, pool.shape[1] - 1)[..., None], axis=1)
         total = length + extra + self.config.latents
         hidden = backbone.hidden_states(x, total)
-        at = (length + extra)[:, None] + jnp.arange(self.config.latents)
-        chosen = jnp.take_along_axis(hidden, at[..., None], axis=1)
+        query = (length + extra)[:, None] + jnp.arange(self.config.latents)
+        chosen = jnp.take_along_axis(hidden, query[..., None], axis=1)
         return self.memory(chosen.reshape(batch, -1, width))
 
     def suffix(self, kind: jax.Array, snippets: Snippets | None) -> tuple[jax.Array, jax.Array]:
-        """What follows the stream: snippets and then queries `[B, C + K, d_w]`, and how many
-        snippet vectors of each row come first, `[B]`."""
+        """The weaver's input after the stream: snippets and then queries, `[B, C + K, d_w]`.
+
+        Args:
+            kind: `[B]` int32, `PROMPT` or `INFERENCE`.
+            snippets: Retrieved text, or None.
+
+        Returns:
+            The vectors, and the number of snippet vectors of each row, `[B]`.
+        """
         queries = self.queries(kind)
         if snippets is None:
             return queries, jnp.zeros(kind.shape, jnp.int32)
         vectors = self.context(snippets.vectors)
         pool = jnp.concatenate([vectors, queries.astype(vectors.dtype)], axis=1)
-        place, slots = jnp.arange(pool.shape[1]), snippets.vectors.shape[1]
+        at, slots = jnp.arange(pool.shape[1]), snippets.vectors.shape[1]
         first = snippets.length[:, None]
-        index = jnp.where(place < first, place, slots + place - first)
+        index = jnp.where(at < first, at, slots + at - first)
         index = jnp.minimum(index, pool.shape[1] - 1)
         return jnp.take_along_axis(pool, index[..., None], axis=1), snippets.length
 
     def weave_parallel(
         self, backbone: DecoderBackbone, vectors: jax.Array, point: jax.Array, kind: jax.Array
     ) -> jax.Array:
-        """Latents of all events in one pass, `[B, E, K, d_r]`: queries see tokens, no latents.
+        """Latents of all events in one pass, `[B, E, K, d_r]`; they depend on tokens alone.
 
-        Positions count tokens only: the queries of an event before token `s` stand at `s`,
-        `s + 1`, and so on.
+        Positions count tokens only: the queries of an event before token `s` have the positions
+        `s`, `s + 1`, and so on.
 
         Args:
-            backbone: with the weaver's adapter.
+            backbone: Decoder with the weaver's adapter.
             vectors: `[B, L, d_r]` embedded tokens.
-            point, kind: `[B, E]` int32.
+            point: `[B, E]` int32, index of the token after each event; -1 for an unused event.
+            kind: `[B, E]` int32, `PROMPT` or `INFERENCE`.
         """
         batch, length, _ = vectors.shape
         events, slots = point.shape[1], self.config.latents
@@ -211,7 +220,7 @@ class Weaver(nnx.Module):
 
 
 def _embedding_size(reasoner: DecoderBackbone) -> jax.Array:
-    """Root mean square of the entries of token embeddings, over ids spread evenly."""
+    """Root mean square of token embeddings, over ids spread evenly."""
     count = min(reasoner.vocab_size, SAMPLED_IDS)
     ids = jnp.arange(count) * (reasoner.vocab_size // count)
     return jnp.sqrt(jnp.square(reasoner.embed_tokens(ids).astype(jnp.float32)).mean())

@@ -55,10 +55,10 @@ class MyDecoder(memgen.Uncached):
 
     @property
     def lora_targets(self):
-        return memgen.linear_maps(self.model)
+        return memgen.linear_layers(self.model)
 
     def apply_lora(self, adapter):
-        return MyDecoder(memgen.beside(self.model, adapter))
+        return MyDecoder(memgen.apply_lora(self.model, adapter))
 
     def embed_tokens(self, tokens):
         return self.model.embed(tokens)

@@ -187,7 +187,10 @@ def test_histogram_counts_by_relative_position_and_tag():
     found = invocation_histogram(recorder.decisions, recorder.count, recorder.row_tag, bins=2)
     assert found.edges.tolist() == [0, 0.5, 1]
     # Row of 4 tokens [1,-1|-1,1], row of 2 tokens [0|0]; rows [0,-1|1,0] and [1|1].
-    assert {tag: n.tolist() for tag, n in found.asked.items()} == {"sums": [2, 2], "words": [2, 3]}
+    assert {tag: n.tolist() for tag, n in found.queried.items()} == {
+        "sums": [2, 2],
+        "words": [2, 3],
+    }
     assert {t: n.tolist() for t, n in found.invoked.items()} == {"sums": [1, 1], "words": [1, 2]}
     assert found.rows == {"sums": 2, "words": 2}
 

@@ -405,7 +405,9 @@ def test_too_little_room_is_one_line(session_of_prompts):
     made, request = memgen_of(), make_request(memgen_of(), 20)
     tokens, length = pad_prompts(PROMPTS, VOCAB)
     keys = row_keys(0, PROMPTS)
-    with pytest.raises(ValueError, match="prompts of 64 tokens, room for max_tokens=9") as caught:
+    with pytest.raises(
+        ValueError, match="prompts of 64 tokens do not fit into max_tokens=9"
+    ) as caught:
         begin(made, tokens, length, keys, 9)
     one_line(caught)
     session = session_of_prompts(made)
@@ -423,7 +425,7 @@ def test_too_little_room_is_one_line(session_of_prompts):
 
 def test_a_learned_trigger_must_be_there():
     none = dataclasses.replace(CONFIG, trigger=None)
-    with pytest.raises(ValueError, match="a learned trigger is asked for and this MemGen has no"):
+    with pytest.raises(ValueError, match="needs a learned trigger and this MemGen has none"):
         generate(memgen_of(config=none), [[1]], 2, policy=LearnedInvoke())
     with pytest.raises(ValueError, match="no decoder of its own"):
         memgen_of(config=trigger_config("reasoner_hidden")).triggering()

@@ -325,10 +325,10 @@ def test_sizes_that_do_not_fit_are_one_line():
     with pytest.raises(ValueError, match="table has 99 ids, the reasoner 100"):
         make(whole, size=99)
     lora = dataclasses.replace(LORA, targets=("q", "gate"))
-    with pytest.raises(ValueError, match="no map 'gate' to adapt: choose targets from q, k"):
+    with pytest.raises(ValueError, match="no linear layer 'gate': choose targets from q, k"):
         make(whole, weaver_config(lora=lora))
     for kind in ("plain", "foreign"):
-        with pytest.raises(ValueError, match="no map 'router' to adapt: choose from"):
+        with pytest.raises(ValueError, match="no linear layer 'router': choose from"):
             backbone(kind).apply_lora({"router": None})
 
 

@@ -169,7 +169,7 @@ def test_52_snippets_reach_the_weaver_and_never_the_reasoner():
     found, _ = respond_to(every, find)
     assert (abs(found.latents[:, 0] - without.latents[:, 0]).max(axis=(1, 2)) > 1e-2).all()
     np.testing.assert_allclose(found.latents[:, 0], in_one_pass(made, every), atol=1e-5)
-    with pytest.raises(ValueError, match="room for 0 retrieved tokens, the retriever gives 8"):
+    with pytest.raises(ValueError, match="gives up to 8 tokens, the session holds 0"):
         respond(made, session, make_request(made, NEW, retriever=find), 16)
 
 

@@ -127,7 +127,9 @@ def test_a_trigger_that_cannot_read_is_one_line():
             rngs=nnx.Rngs(0),
         )
 
-    with pytest.raises(ValueError, match="a trigger of width 48 can't read the stream of width 32"):
+    with pytest.raises(
+        ValueError, match="a trigger of width 48 does not fit the stream of width 32"
+    ):
         nnx.eval_shape(lambda: built("stream"))
     made = nnx.eval_shape(lambda: built("tokens"))
     assert made.trigger is not None and made.trigger.kernel.shape == (48, 2)

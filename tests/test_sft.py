@@ -308,7 +308,7 @@ def test_generate_says_where_it_remembers(base, whole, capsys):
     assert capsys.readouterr().out == never.out
     with pytest.raises(ValueError, match="top_k is not offered with latent memory"):
         generate.main(dataclasses.replace(ask, top_k=3))
-    with pytest.raises(ValueError, match="learned trigger is asked for and this MemGen has none"):
+    with pytest.raises(ValueError, match="needs a learned trigger and this MemGen has none"):
         generate.main(dataclasses.replace(ask, memory="learned"))
 
 
@@ -337,7 +337,7 @@ def test_mistakes_are_one_line(base, chats, whole):
     packed = ChatDataConfig(path=(str(chats),), pack=True)
     with pytest.raises(ValueError, match="data.pack=True: a weaver reads rows of one conversation"):
         SFTJob(config(base, chats, train="weaver", data=packed))
-    with pytest.raises(ValueError, match="no map 'w' to adapt: choose targets from"):
+    with pytest.raises(ValueError, match="no linear layer 'w': choose targets from"):
         SFTJob(config(base, chats, lora=LoRAConfig(targets=("w",))))
     work = config(base, chats, whole("lora")[0])
     with pytest.raises(ValueError, match="lora.rank: saved 2, now 3"):
