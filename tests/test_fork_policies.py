@@ -47,15 +47,15 @@ class Loud(PolicyDefaults):
         return 2 * num_tokens
 
     def keep(self, candidates):
-        return self.keep_next(candidates, self.memory(candidates.token.shape[0], 0))[0]
+        return self.keep_next(candidates, self.init_state(candidates.token.shape[0], 0))[0]
 
-    def memory(self, batch, num_candidates):
+    def init_state(self, batch, num_candidates):
         return jnp.zeros((batch,), jnp.int32)  # forks so far
 
-    def keep_next(self, candidates, memory):
+    def keep_next(self, candidates, state):
         loud = jnp.exp(candidates.log_score) > candidates.threshold
         loud &= fork_of_original(candidates) & candidates.alive
-        return loud | (candidates.forced & candidates.alive), memory + loud.sum(axis=1)
+        return loud | (candidates.forced & candidates.alive), state + loud.sum(axis=1)
 
     def init_tracked(self):
         return 0.25
@@ -100,7 +100,7 @@ def test_a_row_in_parts_is_the_whole_row(name):
     if hasattr(EVERY[name], "keep_next"):
         assert_cached_is_parallel(EVERY[name])
     else:
-        with pytest.raises(ValueError, match=r"has no memory\(\) and keep_next\(\)"):
+        with pytest.raises(ValueError, match=r"has no init_state\(\) and keep_next\(\)"):
             assert_cached_is_parallel(EVERY[name])
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from fractions import Fraction
 
 import jax
@@ -88,8 +89,8 @@ def keep(policy, candidates):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def keep_next(policy, candidates, memory):
-    return policy.keep_next(candidates, memory)
+def keep_next(policy, candidates, state):
+    return policy.keep_next(candidates, state)
 
 
 def masks(array, rows):
@@ -147,6 +148,27 @@ def test_the_bucket_is_its_recursion(ratio, burst):
             assert (mask, int(n)) == bucket(row, want, ratio, burst)
 
 
+def test_the_example_in_the_docstring_of_grant_is_true():
+    """Token 2 has two streams, the others one; the first candidates of each token are demanded."""
+    lines = re.findall(r"^ +(\w+) .*?  ((?:\d +)+\d)$", grant.__doc__ or "", re.MULTILINE)
+    table = {name: np.array(numbers.split(), int) for name, numbers in lines}
+    tokens = np.repeat(table["token"], [2, 2, 4, 2, 2])
+    rank = np.array([(tokens[:i] == token).sum() for i, token in enumerate(tokens)])
+    forced = np.append(np.diff(tokens), 1) > 0
+    scores = np.linspace(-2, -1, len(tokens))  # the later of two is the better one
+    rows = [Row(scores.tolist(), tokens.tolist(), forced.tolist(), 5)] * ROWS
+    demand = np.zeros((ROWS, 2 * SLOTS), bool)
+    demand[:, : len(tokens)] = rank < table["demand"][tokens]
+    compiled = jax.jit(functools.partial(grant, ratio=1.5, burst=0))
+    keep, total = compiled(stacked(rows), demand, granted=np.zeros(ROWS, np.int32))
+    chosen = np.flatnonzero(masks(keep, rows)[0] & ~forced)
+    assert np.bincount(tokens[chosen], minlength=5).tolist() == table["kept"].tolist()
+    assert chosen[0] == 5, "the better one of token 2, whose candidates are 4 to 7"
+    assert table["granted"].tolist() == np.cumsum(table["kept"]).tolist()
+    assert total[0] == table["granted"][-1]
+    assert table["budget"].tolist() == [(token + 1) // 2 for token in table["token"]]
+
+
 @pytest.mark.parametrize("policy", CAUSAL, ids=str)
 def test_a_causal_policy_is_its_rule(policy):
     binds = 0
@@ -163,14 +185,14 @@ def test_a_causal_policy_is_its_rule(policy):
 def test_a_row_in_any_parts_is_the_row(policy):
     for seed in range(5):
         rows, candidates = draw(seed, nan=seed == 4)
-        memory = policy.memory(ROWS, 2 * SLOTS)
+        state = policy.init_state(ROWS, 2 * SLOTS)
         cuts = np.random.default_rng(seed).random(TOKENS - 1) < 0.4
         edges = [0, *(1 + np.flatnonzero(cuts)).tolist(), TOKENS]
         found = [[] for _ in rows]
         for start, end in itertools.pairwise(edges):
             parts = [part_of(row, start, end) for row in rows]
             piece = stacked(parts, first=[start] * ROWS)
-            mask, memory = keep_next(policy, piece, memory)
+            mask, state = keep_next(policy, piece, state)
             found = [old + new for old, new in zip(found, masks(mask, parts), strict=True)]
         assert found == masks(keep(policy, candidates), rows)
 

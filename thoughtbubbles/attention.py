@@ -1,12 +1,19 @@
 """Score-attenuated causal attention: a reference path, a fast path, and one over a cache."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-# What `attend` does, however: query, key, value and bias (or None) to `[B, S, H, K]`.
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
+
+# The signature of `attend`, which kernels implement too.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 MIN_BLOCK = 64
 MAX_BLOCKS = 8
@@ -14,21 +21,21 @@ SHORTEST_SPAN = 256
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
-) -> jax.Array:
+    query: Float[Array, "B S H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
+    bias: Float[Array, "B S"] | None = None,
+) -> Float[Array, "B S H K"]:
     """Causal attention over slots with a bias per key (arXiv 2510.00219, eq. 8).
 
-    Queries go in blocks, each against the keys up to its end only, so that about half of the
-    square above the diagonal is never computed and no `[B, H, S, S]` array is held.
+    Queries are processed in blocks, each against the keys up to its end only, so that about half of
+    the square above the diagonal is never computed and no array `[B, H, S, S]` is held.
 
     Args:
-        query: `[B, S, H, K]`.
-        key: `[B, S, G, K]`, `G` dividing `H` (grouped-query attention).
-        value: `[B, S, G, K]`, already scaled by the streams' scores where that is wanted.
-        bias: `[B, S]` float32 added to the logits of each key after their division by sqrt(K).
-
-    Returns:
-        `[B, S, H, K]`.
+        query: Rotated queries of `H` heads.
+        key: Rotated keys of `G` heads, where `G` divides `H` (grouped-query attention).
+        value: Values, scaled by the streams' scores if the config scales values.
+        bias: Float32 bias of each key, added to the logits after their division by sqrt(K).
     """
     slots = query.shape[1]
     block = block_size(slots)
@@ -43,44 +50,52 @@ def attend(
 
 
 def attend_reference(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
-) -> jax.Array:
-    """The same as `attend`, all keys at once."""
+    query: Float[Array, "B S H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
+    bias: Float[Array, "B S"] | None = None,
+) -> Float[Array, "B S H K"]:
+    """`attend` without blocks: all queries against all keys at once."""
     last = jnp.arange(query.shape[1])
     return _slots_first(_attend(*_heads_first(query, key, value), bias, last))
 
 
 def attend_where(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array
-) -> jax.Array:
-    """Attention in any pattern: `visible [B, S, S]` bool says which keys each query sees.
+    query: Float[Array, "B S H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
+    visible: Bool[Array, "B S S"],
+) -> Float[Array, "B S H K"]:
+    """Attention under any mask, such as that of packed texts or of branches.
 
-    Packed texts and branches are read so; a query that sees nothing gets some finite numbers.
+    Args:
+        query: Rotated queries.
+        key: Rotated keys.
+        value: Values.
+        visible: Whether a query (axis 1) attends to a key (axis 2); the result of a query without
+            any key is arbitrary but finite.
     """
     return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
 
 
 def attend_cached(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    first: jax.Array,
-) -> jax.Array:
-    """Attention of new slots over a cache that holds their own keys and values already.
+    query: Float[Array, "B Q H K"],
+    key: Float[Array, "B G N K"],
+    value: Float[Array, "B G N K"],
+    bias: Float[Array, "B N"] | None,
+    first: Int[Array, " B"],
+) -> Float[Array, "B Q H K"]:
+    """Attention of new slots over a cache that already holds their own keys and values.
 
-    Only a part of the cache is read: the shortest of a few static spans (`SHORTEST_SPAN` slots,
-    doubled up to `N`) that reaches as far as any row does.
+    Only a part of the cache is used: the shortest of a few static spans (`SHORTEST_SPAN` slots,
+    doubled up to `N`) that covers the used slots of every row.
 
     Args:
-        query: `[B, Q, H, K]`.
-        key, value: `[B, G, N, K]`, heads first, so that no step has to transpose a cache.
-        bias: `[B, N]` float32 added to the logits of each key, or None.
-        first: `[B]` int32, each row's cache slot of its query 0; query `q` sees the cache up to
-            slot `first + q`.
-
-    Returns:
-        `[B, Q, H, K]`.
+        query: Rotated queries of the new slots.
+        key: Keys of the cache, heads first, so that no step has to transpose the cache.
+        value: Values of the cache, heads first.
+        bias: Float32 bias of each key, added to the logits, or None.
+        first: Cache slot of each row's query 0; query `q` attends to slots up to `first + q`.
     """
     queries, slots = query.shape[1], key.shape[2]
     query = _grouped(query, key.shape[1])
@@ -98,7 +113,7 @@ def attend_cached(
 
 
 def cache_spans(slots: int) -> list[int]:
-    """Static numbers of slots of a cache that `attend_cached` chooses from, the last being all."""
+    """Numbers of slots that `attend_cached` chooses from; the last is that of the whole cache."""
     spans = [SHORTEST_SPAN]
     while spans[-1] < slots:
         spans.append(2 * spans[-1])
@@ -106,12 +121,12 @@ def cache_spans(slots: int) -> list[int]:
 
 
 def block_size(slots: int) -> int:
-    """Queries per block: at least `MIN_BLOCK`, and at most `MAX_BLOCKS` blocks to compile."""
+    """Number of queries of a block: at least `MIN_BLOCK`, in at most `MAX_BLOCKS` blocks."""
     return max(MIN_BLOCK, math.ceil(slots / MAX_BLOCKS))
 
 
 def visited_pairs(slots: int) -> int:
-    """Query-key pairs that `attend` computes for a row of `slots`, for FLOP counts."""
+    """Number of query-key pairs that `attend` computes for a row of `slots`, to count FLOPs."""
     block = block_size(slots)
     ends = [min(start + block, slots) for start in range(0, slots, block)]
     return sum((end - start) * end for start, end in zip(range(0, slots, block), ends, strict=True))
@@ -134,9 +149,9 @@ def _slots_first(mixed):
 
 
 def _attend(query, key, value, bias, last, few=False):
-    """Heads first; each query sees the keys up to slot `last`, `[Q]` or `[B, Q]`.
+    """Attention with heads first; each query attends to keys up to slot `last`, `[Q]` or `[B, Q]`.
 
-    `few`: static, whether there are few queries for the keys; only speed depends on it.
+    `few` says that there are few queries for the keys; only speed depends on it.
     """
     if few:
         # Keys first: with the query first, XLA transposes all of a cache's keys on a CPU.

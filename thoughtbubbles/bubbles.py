@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from thoughtbubbles.model import Thoughtbubbles
 
 
-READABLE = 70  # tokens whose numbers of streams are written into a figure
+READABLE = 70  # largest number of tokens whose counts are written into a figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class BubbleMap:
     """Bubbles of one text, by block and token.
 
     Attributes:
-        streams: `[num_layers, T]` int32, live streams of each token in each block.
-        score: `[num_layers, T]` float32, their mean cumulative score p (0 where none is left).
-        tokens: the text of each token.
-        fork_layers: blocks with a fork layer in front.
+        streams: `[num_layers, T]` int32, number of live streams of each token in each block.
+        score: `[num_layers, T]` float32, their mean cumulative score p (0 for a token without).
+        tokens: Text of each token.
+        fork_layers: Indices of the blocks with a fork layer in front.
     """
 
     streams: np.ndarray
@@ -47,12 +47,13 @@ class BubbleMap:
         score: Sequence[np.ndarray] | np.ndarray,
         tokens: Sequence[str],
     ) -> BubbleMap:
-        """From the streams and scores after each fork layer, `F` rows of `T`: of a `Generation`.
+        """The map of a text from the bubbles after each fork layer, as a `Generation` has them.
 
         Args:
-            config: of the model.
-            streams, score: as in `Generation` and `cache.Record`.
-            tokens: the text of each token.
+            config: Config of the model.
+            streams: `[F, T]` int32, number of live streams after each fork layer.
+            score: `[F, T]` float32, their mean cumulative score p.
+            tokens: Text of each token.
         """
         before = np.searchsorted(config.fork_layers, np.arange(config.num_layers), side="right")
         start = np.full((1, len(tokens)), config.copies, np.int32)
@@ -62,7 +63,7 @@ class BubbleMap:
         return cls(streams[before], score[before], tuple(tokens), config.fork_layers)
 
     def text(self, width: int = 100) -> str:
-        """The map for a terminal: the text, and below it each token's streams after each fork."""
+        """The map for a terminal: the tokens, and below each its streams after each fork layer."""
         label = max((len(f"fork {layer}") for layer in self.fork_layers), default=6)
         digits = len(str(self.streams.max()))  # ten streams or more need wider cells
         cells = [f"{_visible(token):<{digits}}" for token in self.tokens]
@@ -91,9 +92,9 @@ class BubbleMap:
         figure = Figure(figsize=(min(max(6.0, 0.17 * count), 24.0), 4.0), layout="constrained")
         axes = figure.subplots(2, 1, sharex=True)
         low, high = min(1, int(self.streams.min())), max(2, int(self.streams.max()))
-        numbers = colormaps["Blues"].resampled(high - low + 1)  # one colour for each number
+        counts = colormaps["Blues"].resampled(high - low + 1)  # one colour for each count
         panels = (
-            (self.streams, "streams of a token", numbers, low - 0.5, high + 0.5),
+            (self.streams, "streams of a token", counts, low - 0.5, high + 0.5),
             (self.score, "mean score p", "magma", 0, 1),
         )
         for axis, (values, title, colours, least, most) in zip(axes, panels, strict=True):
@@ -121,15 +122,19 @@ class BubbleMap:
 
 
 def bubble_map(model: Thoughtbubbles, ids: Sequence[int], tokens: Sequence[str]) -> BubbleMap:
-    """Run the model over one text and read its bubbles.
+    """The bubble map of one text, by a forward pass.
 
     Args:
-        ids: token ids, at least one.
-        tokens: the text of each.
+        model: Model with or without fork layers.
+        ids: Token ids, at least one.
+        tokens: Text of each token.
+
+    Raises:
+        ValueError: There are no ids, or not as many tokens as ids.
     """
     if len(ids) != len(tokens) or not len(ids):
         raise ValueError(
-            f"{len(ids)} ids and {len(tokens)} texts: need as many of both, at least one"
+            f"{len(ids)} ids and {len(tokens)} texts: give as many of both, at least one"
         )
     found = _trace(model, jnp.asarray(ids, jnp.int32)[None])
     streams = [np.asarray(count)[0] for count, _ in found]
@@ -137,7 +142,7 @@ def bubble_map(model: Thoughtbubbles, ids: Sequence[int], tokens: Sequence[str])
 
 
 def bubbles_of(streams: Streams) -> tuple[jax.Array, jax.Array]:
-    """Live streams `[B, T]` int32 of each token, and their mean score p (0 where none is left)."""
+    """Number `[B, T]` of live streams of each token, and their mean score p (0 without any)."""
     members = membership(streams)
     count = members.sum(axis=2, dtype=jnp.int32)
     total = jnp.where(members, jnp.exp(streams.log_score)[:, None, :], 0).sum(axis=2)

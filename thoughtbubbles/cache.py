@@ -1,7 +1,7 @@
-"""Cached decoding: what is kept of the tokens so far, and how the next ones are read.
+"""Cached decoding: keys, values and policy states of the tokens so far, and how they are extended.
 
-What a causal policy decides about a token is final, so keys and values are only ever appended and
-any split of a row into chunks gives what the blockwise forward pass gives, to float noise.
+A causal policy's decision about a token is final. So keys and values are only ever appended, and
+any split of a row into chunks gives the logits of the teacher-forced pass, up to float noise.
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ from jax.core import Tracer
 from thoughtbubbles.attention import attend_cached
 from thoughtbubbles.bubbles import bubbles_of
 from thoughtbubbles.config import ModelConfig
-from thoughtbubbles.layers import Block, Geometry
+from thoughtbubbles.layers import Block, Fork, Geometry
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy
 from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
+
     from thoughtbubbles.model import Thoughtbubbles
 
-EXECUTION_FIELDS = {"scan_layers", "remat"}  # of ModelConfig: they change no number
+EXECUTION_FIELDS = {"scan_layers", "remat"}  # of ModelConfig: they change no result
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVSegment:
-    """Cached streams of the blocks between two fork layers, live ones first.
+    """Keys and values of the blocks between two fork layers, live streams first.
 
-    `N` is the capacity of a row in slots; what stands behind `count` is never seen.
+    `N` is the capacity of a row in slots; slots from `count` on are never attended to.
 
     Attributes:
-        count: `[B]` int32 live streams so far.
+        count: `[B]` int32, number of live streams so far.
         key: `[B, G, N, K]` rotated keys, one array for each block.
-        value: `[B, G, N, K]` values, already scaled by the scores, one array for each block.
-        bias: `[B, N]` float32 of each key, or None where the config has none.
+        value: `[B, G, N, K]` values, scaled by the scores, one array for each block.
+        bias: `[B, N]` float32 bias of each key, or None where the config has none.
     """
 
     count: jax.Array
@@ -53,12 +56,11 @@ class KVSegment:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What each of the `F` fork layers did to the tokens so far.
+    """The bubbles of the tokens so far, as each of the `F` fork layers left them.
 
     Attributes:
-        streams: `[B, F, max_tokens]` int32, live streams of each token after each fork layer.
-        score: `[B, F, max_tokens]` float32, mean cumulative score p of these streams (0 where none
-            is left).
+        streams: `[B, F, max_tokens]` int32, number of live streams of each token.
+        score: `[B, F, max_tokens]` float32, their mean cumulative score p (0 for a token without).
     """
 
     streams: jax.Array
@@ -68,59 +70,71 @@ class Trace:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What a causal model keeps of the tokens that it has read.
+    """What a causal model needs of the tokens so far; axis 0 of every array indexes the rows.
 
     Attributes:
-        length: `[B]` int32 tokens so far.
-        groups: one for each run of blocks between fork layers (`ModelConfig.groups`).
-        memories: of the policy, one for each fork layer.
-        record: the bubbles so far.
-        max_tokens: that fit into a row.
-        config: of the model that the cache was made for.
+        length: `[B]` int32, number of tokens of each row.
+        groups: Keys and values of each group of blocks between fork layers (`ModelConfig.groups`).
+        policy_states: State of the policy at each fork layer (`CausalPolicy.init_state`).
+        trace: Bubbles of the tokens so far.
+        max_tokens: Number of tokens that fit into a row.
+        config: Config of the model that the cache was made for.
     """
 
     length: jax.Array
     groups: tuple[KVSegment, ...]
-    memories: tuple[Any, ...]
+    policy_states: tuple[Any, ...]
     trace: Trace
     max_tokens: int = dataclasses.field(metadata={"static": True})
     config: ModelConfig = dataclasses.field(metadata={"static": True})
 
 
 def init_cache(model: Thoughtbubbles, batch: int, max_tokens: int) -> Cache:
-    """An empty cache for `batch` rows of up to `max_tokens` tokens.
+    """An empty cache.
+
+    Args:
+        model: Model whose policy is causal.
+        batch: Number of rows.
+        max_tokens: Number of tokens that fit into a row.
 
     Raises:
-        ValueError: the model's policy is not causal, or a size is below 1.
+        ValueError: The model's policy is not causal, or a size is below 1.
     """
     config = model.config
     check_cacheable(config)
     if batch < 1 or max_tokens < 1:
         raise ValueError(f"batch={batch}, max_tokens={max_tokens}: choose 1 or more of both")
-    slots, groups, memories = max_tokens * config.copies, [], []
+    slots, groups, states = max_tokens * config.copies, [], []
     for index, (start, end) in enumerate(config.groups()):
         if index:
             policy = cast(CausalPolicy, config.policy)
-            memories.append(policy.memory(batch, 2 * slots))
+            states.append(policy.init_state(batch, 2 * slots))
             slots = min(2 * slots, policy.capacity(max_tokens))
-        shape = (batch, config.kv_heads, slots, config.head_width)
-        # A buffer for each block: one array in several places could not be donated.
-        blank = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(start, end))  # noqa: B023, E731
-        bias = jnp.zeros((batch, slots)) if index and config.key_bias else None
-        groups.append(KVSegment(jnp.zeros((batch,), jnp.int32), blank(), blank(), bias))
-    marks = (batch, len(config.fork_layers), max_tokens)
-    trace = Trace(jnp.zeros(marks, jnp.int32), jnp.zeros(marks))
+        has_bias = index > 0 and config.key_bias
+        groups.append(_empty_segment(config, batch, slots, end - start, has_bias))
+    shape = (batch, len(config.fork_layers), max_tokens)
+    trace = Trace(jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     length = jnp.zeros((batch,), jnp.int32)
-    return Cache(length, tuple(groups), tuple(memories), trace, max_tokens, config)
+    return Cache(length, tuple(groups), tuple(states), trace, max_tokens, config)
+
+
+def _empty_segment(
+    config: ModelConfig, batch: int, slots: int, blocks: int, has_bias: bool
+) -> KVSegment:
+    shape = (batch, config.kv_heads, slots, config.head_width)
+    # A buffer for each block: an array that occurs twice could not be donated.
+    key, value = (tuple(jnp.zeros(shape, config.dtype) for _ in range(blocks)) for _ in range(2))
+    bias = jnp.zeros((batch, slots)) if has_bias else None
+    return KVSegment(jnp.zeros((batch,), jnp.int32), key, value, bias)
 
 
 def cacheable(config: ModelConfig) -> bool:
-    """Whether a cache gives what the model computes."""
+    """Whether decoding with a cache computes what the model computes."""
     return config.causal and (not config.fork_layers or isinstance(config.policy, CausalPolicy))
 
 
 def check_cacheable(config: ModelConfig) -> None:
-    """Raise where a cache could not give what the model computes."""
+    """Raise a ValueError if decoding with a cache would not compute what the model computes."""
     if not config.causal:
         raise ValueError(
             f"{config.policy} can't be cached, its choice looks at the whole row: use "
@@ -128,64 +142,90 @@ def check_cacheable(config: ModelConfig) -> None:
         )
     if not cacheable(config):
         raise ValueError(
-            f"{config.policy} says it is causal and has no memory() and keep_next(): "
-            "add both, or use generate(..., cached=False)"
+            f"{config.policy} is causal but has no init_state() and keep_next(): add both, or use "
+            "generate(..., cached=False)"
         )
 
 
 def extend(
-    model: Thoughtbubbles, cache: Cache, tokens: jax.Array, length: jax.Array | None = None
+    model: Thoughtbubbles,
+    cache: Cache,
+    tokens: Int[Array, "B C"],
+    length: Int[Array, " B"] | None = None,
 ) -> tuple[Streams, Cache]:
-    """Read the next tokens of each row.
+    """Forward pass of the next tokens of each row; any split of a row into calls gives the same.
 
-    Any split of a row into calls gives the same. A row that would outgrow the cache is an error
-    where lengths are known; under a trace (your own `jit`) its streams become NaN for good.
+    A row that would outgrow the cache raises an error. Under `jit`, where lengths are unknown, its
+    streams become NaN instead, in all later calls too.
 
     Args:
-        tokens: `[B, C]` int32, padded on the right.
-        length: `[B]` int32 of them real; all `C` if not given. Rows of length 0 stay as they are.
+        model: Model that the cache was made for.
+        cache: Cache of the tokens so far.
+        tokens: Token ids, padded on the right.
+        length: Number of real tokens of each row; all `C` by default. A row of length
+            0 stays as it is.
 
     Returns:
-        the streams of these tokens after the last block (token 0 is the first of `tokens`), and
-        the cache after them.
+        The streams of these tokens after the last block, in which token 0 is the first of `tokens`,
+        and the cache after them.
 
     Raises:
-        ValueError: the cache was made for another config or policy, or is too small.
+        ValueError: The cache was made for another config or policy, or is too small.
     """
     return _checked(model, cache, tokens, length, fresh=False)
 
 
 def prefill(
-    model: Thoughtbubbles, cache: Cache, tokens: jax.Array, length: jax.Array | None = None
-) -> tuple[jax.Array, Cache]:
-    """`extend` of an empty cache, faster: the tokens attend among themselves, by `Block.attend`.
+    model: Thoughtbubbles,
+    cache: Cache,
+    tokens: Int[Array, "B C"],
+    length: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Forward pass of prompts into an empty cache.
+
+    It computes what `extend` computes, faster: the prompt's streams attend to each other by
+    `Block.attend`, not over the cache.
 
     Args:
-        tokens: `[B, C]` int32, padded on the right.
-        length: `[B]` int32 of them real; all `C` if not given.
+        model: Model that the cache was made for.
+        cache: Empty cache.
+        tokens: Token ids, padded on the right.
+        length: Number of real tokens of each row; all `C` by default.
 
     Returns:
-        logits `[B, V]` float32 of each row's last token (zeros for a row of length 0), and the
-        cache after it. Under a trace they are NaN for a row that was not empty.
+        Float32 logits after each row's last token (zeros for a row of length 0), and the
+        cache after it.
+
+    Raises:
+        ValueError: A row of the cache is not empty (under `jit` its logits are NaN instead), or a
+            reason of `extend`.
     """
     streams, cache = _checked(model, cache, tokens, length, fresh=True)
     return _last_logits(model, streams), cache
 
 
 def decode_step(
-    model: Thoughtbubbles, cache: Cache, token: jax.Array, active: jax.Array | None = None
-) -> tuple[jax.Array, Cache]:
-    """Read one more token of each row.
+    model: Thoughtbubbles,
+    cache: Cache,
+    token: Int[Array, " B"],
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Forward pass of one more token of each row.
 
-    A call copies the weights out of their stack; in a loop under one `jit` that is done once.
+    Each call copies the weights out of their stack of layers; in a loop under one `jit` that
+    happens once.
 
     Args:
-        token: `[B]` int32.
-        active: `[B]` bool, rows that take part; the others stay as they are.
+        model: Model that the cache was made for.
+        cache: Cache of the tokens so far.
+        token: Token id of each row.
+        active: Rows that get their token, while others stay as they are; all rows by default.
 
     Returns:
-        logits `[B, V]` float32 after the token (zeros for rows that don't take part), and the
-        cache after it.
+        Float32 logits after the token (zeros for inactive rows), and the cache after it.
+
+    Raises:
+        ValueError: A reason of `extend`.
     """
     length = None if active is None else active.astype(jnp.int32)
     streams, cache = _checked(model, cache, token[:, None], length, fresh=False)
@@ -193,7 +233,7 @@ def decode_step(
 
 
 def _checked(model, cache, tokens, length, fresh) -> tuple[Streams, Cache]:
-    """`_extend` after every check that can be made here: shapes always, lengths if concrete."""
+    """`_extend` after checks: of shapes always, of lengths unless they are traced."""
     _check_config(model.config, cache.config)
     if tokens.ndim != 2 or tokens.shape[0] != cache.length.shape[0]:
         raise ValueError(
@@ -226,7 +266,7 @@ def _check_config(ours: ModelConfig, theirs: ModelConfig) -> None:
         if here != there and field.name not in EXECUTION_FIELDS:
             raise ValueError(
                 f"this cache was made for {field.name}={there}, the model has {field.name}={here}: "
-                "read the tokens again into a new cache (init_cache)"
+                "prefill a new one with the tokens (init_cache)"
             )
 
 
@@ -238,25 +278,30 @@ def _extend(model, cache, tokens, length, fresh):
 @jax.jit
 def _last_logits(model: Thoughtbubbles, streams: Streams) -> jax.Array:
     logits = model.logits_at(streams, streams.length - 1)
-    nothing = jnp.where(streams.length < 0, jnp.nan, 0.0)  # a mistake, or a row that rests
-    return jnp.where(streams.length[:, None] > 0, logits, nothing[:, None])
+    empty = jnp.where(streams.length < 0, jnp.nan, 0.0)  # below 0: a mistake of the caller
+    return jnp.where(streams.length[:, None] > 0, logits, empty[:, None])
 
 
 def advance(
     model: Thoughtbubbles,
     layers: Sequence[Block],
     cache: Cache,
-    x: jax.Array,
-    length: jax.Array,
+    x: Float[Array, "B C D"],
+    length: Int[Array, " B"],
     fresh: bool = False,
 ) -> tuple[Streams, Cache]:
     """`extend` without checks, from residuals.
 
     Args:
-        layers: the model's blocks one by one (`model.layers()`), taken out of the stack once.
-        x: `[B, C, D]`.
-        length: `[B]` int32 of them real.
-        fresh: static; whether the cache is known to be empty, so that it need not be looked into.
+        model: Model that the cache was made for.
+        layers: Blocks of the model, taken out of their stack once (`model.layers()`).
+        cache: Cache of the tokens so far.
+        x: Residuals of the next tokens, padded on the right.
+        length: Number of real tokens of each row.
+        fresh: Static promise that the cache is empty, which makes the pass faster.
+
+    Returns:
+        The streams of these tokens after the last block, and the cache after them.
     """
     config, chunk = model.config, x.shape[1]
     after = cache.length + length
@@ -264,84 +309,104 @@ def advance(
     if fresh:
         wrong |= cache.length > 0
     x = jnp.where(wrong[:, None, None], jnp.nan, x)
-    # Poisoned for good: the cache's memories are not to be trusted either from here on.
+    # A wrong row stays wrong: its policy states can't be trusted from here on either.
     after = jnp.where(wrong, cache.max_tokens + 1, after)
     streams = Streams.start(x, length, config.copies, cache.length)
-    # Rows with nothing before them can't have saved up more budget than these tokens' own.
-    bound = min(chunk, cache.max_tokens) if fresh else cache.max_tokens
-    groups, memories, trace = [], [], cache.trace
+    groups, states, trace = [], [], cache.trace
     for index, (start, end) in enumerate(config.groups()):
         if index:
-            fork, memory = model.forks[index - 1], cache.memories[index - 1]
+            fork, state = model.forks[index - 1], cache.policy_states[index - 1]
             if fresh:
-                # Only as large as these tokens need: ranking looks at all that there is room for.
-                policy = cast(CausalPolicy, config.policy)
-                small = policy.memory(x.shape[0], 2 * streams.token.shape[1])
-                streams, small = fork.extend(streams, small, bound)
-                memory = jax.tree.map(_at_start, memory, small)
+                streams, state = _fork_first(fork, streams, state, min(chunk, cache.max_tokens))
             else:
-                streams, memory = fork.extend(streams, memory, bound)
-            memories.append(memory)
-            trace = _note(trace, index - 1, streams)
-        run = list(zip(layers[start:end], config.rotary_layers[start:end], strict=True))
-        streams, group = _through(streams, run, cache.groups[index], config, fresh)
+                streams, state = fork.extend(streams, state, cache.max_tokens)
+            states.append(state)
+            trace = _record_bubbles(trace, index - 1, streams)
+        blocks = list(zip(layers[start:end], config.rotary_layers[start:end], strict=True))
+        streams, group = _run_group(streams, blocks, cache.groups[index], config, fresh)
         groups.append(group)
     cache = dataclasses.replace(
-        cache, length=after, groups=tuple(groups), memories=tuple(memories), trace=trace
+        cache, length=after, groups=tuple(groups), policy_states=tuple(states), trace=trace
     )
     return streams, cache
 
 
-def _through(
+def _fork_first(fork: Fork, streams: Streams, state: Any, num_tokens: int) -> tuple[Streams, Any]:
+    """`fork.extend` of the first tokens of rows, at most `num_tokens` of each.
+
+    It uses a state that is only as large as these tokens need, because ranking looks at the whole
+    state; the state of the cache then begins with that one.
+    """
+    policy = cast(CausalPolicy, fork.policy)
+    small = policy.init_state(streams.x.shape[0], 2 * streams.token.shape[1])
+    streams, small = fork.extend(streams, small, num_tokens)
+    return streams, jax.tree.map(_at_start, state, small)
+
+
+def _run_group(
     streams: Streams,
-    layers: Sequence[tuple[Block, bool | None]],
+    blocks: Sequence[tuple[Block, bool | None]],
     group: KVSegment,
     config: ModelConfig,
     fresh: bool,
 ) -> tuple[Streams, KVSegment]:
-    """Streams through the blocks of a group, which sees the slots of earlier ones before them.
+    """The blocks of a group on new streams, which attend to each other and to the cached ones.
 
-    Each block comes with what `ModelConfig.rotary_layers` says of it.
+    Args:
+        streams: New streams.
+        blocks: Each block with its entry of `ModelConfig.rotary_layers`.
+        group: Keys and values of the earlier streams.
+        config: Config of the model.
+        fresh: Static promise that there are no earlier streams.
+
+    Returns:
+        The streams after the blocks, and keys and values of all streams.
     """
-    if not layers:
+    if not blocks:
         return streams, group
     geometry, alive, before = Geometry.of(streams, config), streams.alive, group.count
     bias, keys, values = group.bias, [], []
     if bias is not None and geometry.key_bias is not None:
         new_bias = geometry.key_bias
         bias = _into(bias, new_bias, 1) if fresh else append(bias, new_bias, before, alive)
-
-    for (layer, rotary), key, value in zip(layers, group.key, group.value, strict=True):
-        here = geometry.where(rotary)
-
-        def over_the_cache(query, new_key, new_value, key=key, value=value):
-            key = _append_heads_first(key, new_key, before, alive)
-            value = _append_heads_first(value, new_value, before, alive)
-            return attend_cached(query, key, value, bias, before), (key, value)
-
-        def among_themselves(query, key, value, attend=layer.attend):
-            mixed = attend(query, key, value, geometry.key_bias)
-            return mixed, (key.swapaxes(1, 2), value.swapaxes(1, 2))
-
+    for (block, rotary), key, value in zip(blocks, group.key, group.value, strict=True):
         if fresh:
-            streams, (new_key, new_value) = layer.mixing(streams, here, among_themselves)
-            key, value = _into(key, new_key, 2), _into(value, new_value, 2)
+            mix = functools.partial(_attend_and_store, block.attend, geometry.key_bias, key, value)
         else:
-            streams, (key, value) = layer.mixing(streams, here, over_the_cache)
+            mix = functools.partial(_attend_over_cache, bias, before, alive, key, value)
+        streams, (key, value) = block.mixing(streams, geometry.where(rotary), mix)
         keys.append(key)
         values.append(value)
     count = before + alive.sum(axis=1, dtype=jnp.int32)
     return streams, KVSegment(count, tuple(keys), tuple(values), bias)
 
 
+def _attend_over_cache(
+    bias, before, alive, key_cache, value_cache, query, key, value
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention over the cache with the new keys and values appended; also that cache."""
+    key_cache = _append_heads_first(key_cache, key, before, alive)
+    value_cache = _append_heads_first(value_cache, value, before, alive)
+    return attend_cached(query, key_cache, value_cache, bias, before), (key_cache, value_cache)
+
+
+def _attend_and_store(
+    attend, bias, key_cache, value_cache, query, key, value
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention among the new streams alone; also the empty cache with their keys and values."""
+    mixed = attend(query, key, value, bias)
+    key_cache = _into(key_cache, key.swapaxes(1, 2), 2)
+    return mixed, (key_cache, _into(value_cache, value.swapaxes(1, 2), 2))
+
+
 def _at_start(stored: jax.Array, new: jax.Array) -> jax.Array:
-    """`stored` with its first places, along all axes, from `new`."""
+    """`stored` with its first entries along every axis from `new`."""
     new = jax.lax.slice(new, (0,) * new.ndim, tuple(map(min, new.shape, stored.shape)))
     return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), (0,) * new.ndim)
 
 
 def _into(stored: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-    """`stored` with its first places along the axis from `new`; dead slots may stick out."""
+    """`stored` with its first entries along the axis from `new`, whose surplus dead slots go."""
     new = jax.lax.slice_in_dim(new, 0, min(new.shape[axis], stored.shape[axis]), axis=axis)
     return jax.lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), 0, axis)
 
@@ -350,14 +415,14 @@ def _append_heads_first(stored, new, used, valid):
     """`append` for `stored [B, G, N, K]` and `new [B, S, G, K]`."""
 
     def write(row, entries, start, mask):
-        place = jnp.where(mask, start + jnp.arange(mask.shape[0]), row.shape[1])
-        return row.at[:, place].set(entries.swapaxes(0, 1), mode="drop")
+        index = jnp.where(mask, start + jnp.arange(mask.shape[0]), row.shape[1])
+        return row.at[:, index].set(entries.swapaxes(0, 1), mode="drop")
 
     return jax.vmap(write)(stored, new.astype(stored.dtype), used, valid)
 
 
-def _note(trace: Trace, fork: int, streams: Streams) -> Trace:
-    """Write the bubbles of new tokens as a fork layer left them."""
+def _record_bubbles(trace: Trace, fork: int, streams: Streams) -> Trace:
+    """The trace with the bubbles of new tokens as fork layer `fork` left them."""
     streams_of, score_of = bubbles_of(streams)
     real = jnp.arange(streams.num_tokens) < streams.length[:, None]
     counts = append(trace.streams[:, fork], streams_of, streams.first, real)

@@ -1,15 +1,21 @@
 """Forking as pure functions: score, plan, fork, merge (arXiv 2510.00219, eqs. 1-6 and 11)."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 
 from thoughtbubbles.policy import Candidates, Policy
 from thoughtbubbles.streams import Streams
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
 
 Merge = Literal["probability", "residual", "rightmost"]
 LOWEST_LOG_SCORE = -20.0
@@ -18,23 +24,26 @@ LOWEST_GATE = 1e-12
 
 
 def candidate_log_scores(
-    score_logits: jax.Array, log_score: jax.Array, gate: jax.Array | None = None
-) -> jax.Array:
+    score_logits: Float[Array, "B S 2"],
+    log_score: Float[Array, "B S"],
+    gate: Float[Array, ""] | None = None,
+) -> Float[Array, "B 2*S"]:
     """Cumulative log-scores of the candidates (eqs. 1-3), always in float32.
 
     Args:
-        score_logits: `[B, S, 2]`, fork in column 0 and keep in column 1.
-        log_score: `[B, S]` cumulative log-score of the streams.
-        gate: scalar; `GATE_UNIT` times its magnitude multiplies the score of every fork.
+        score_logits: Score logits of each stream, fork in column 0 and keep in column 1.
+        log_score: Cumulative log-score of each stream.
+        gate: Learned gate, `GATE_UNIT` times whose magnitude multiplies the score of every fork;
+            None multiplies by 1.
 
     Returns:
-        `[B, 2S]` in candidate order `[fork_0, keep_0, fork_1, keep_1, ...]`.
+        Log-scores in candidate order `[fork_0, keep_0, fork_1, keep_1, ...]`.
     """
     own = jax.nn.log_sigmoid(score_logits.astype(jnp.float32))
     own = jnp.maximum(own, LOWEST_LOG_SCORE)
     if gate is not None:
-        # The magnitude, so that a step of the optimizer over 0 shuts no gate for ever; in units,
-        # so that it moves as far in a step as the scores do, which are sums over the width.
+        # The magnitude, so that no optimizer step across 0 closes a gate for good; the unit, so
+        # that a step changes it as much as the scores, which are sums over the width.
         log_gate = jnp.log(jnp.maximum(GATE_UNIT * jnp.abs(gate), LOWEST_GATE))
         own = own + jnp.stack([log_gate, jnp.zeros_like(log_gate)])
     cumulative = log_score[..., None] + own
@@ -44,13 +53,13 @@ def candidate_log_scores(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForkPlan:
-    """Where each new slot comes from, and where each candidate went.
+    """The candidate of each new slot, and the new slot of each candidate.
 
     Attributes:
-        source: `[B, S']` int32, the candidate in each new slot (0 where dead).
-        slot: `[B, 2S]` int32, the new slot of each candidate (meaningless where not kept).
-        kept: `[B, 2S]` bool.
-        alive: `[B, S']` bool, the filled slots.
+        source: `[B, S']` int32, candidate in each new slot (0 for a dead slot).
+        slot: `[B, 2S]` int32, new slot of each candidate (arbitrary for a candidate not kept).
+        kept: `[B, 2S]` bool, candidates that were kept.
+        alive: `[B, S']` bool, slots that hold a stream.
     """
 
     source: jax.Array
@@ -61,17 +70,17 @@ class ForkPlan:
 
 def candidates_of(
     streams: Streams,
-    log_scores: jax.Array,
+    log_scores: Float[Array, "B 2*S"],
     forced_keep: bool = True,
-    threshold: jax.Array | None = None,
+    threshold: Float[Array, ""] | None = None,
 ) -> Candidates:
-    """What a policy sees of the streams.
+    """The candidates of streams, a policy's input.
 
     Args:
-        streams: `S` streams a row.
-        log_scores: `[B, 2S]` from `candidate_log_scores`.
-        forced_keep: keep every original whatever its score (eq. 4).
-        threshold: the fork layer's, for policies that have one.
+        streams: Streams, `S` in a row.
+        log_scores: Log-scores of `candidate_log_scores`.
+        forced_keep: Whether every original is kept whatever its score (eq. 4).
+        threshold: Threshold that the fork layer tracks, for policies that have one.
     """
     twice = lambda values: jnp.repeat(values, 2, axis=1)  # noqa: E731
     is_keep = jnp.arange(log_scores.shape[1]) % 2 == 1
@@ -88,22 +97,22 @@ def candidates_of(
 
 
 def plan_fork(
-    streams: Streams, log_scores: jax.Array, policy: Policy, forced_keep: bool = True
+    streams: Streams, log_scores: Float[Array, "B 2*S"], policy: Policy, forced_keep: bool = True
 ) -> ForkPlan:
-    """Let the policy choose among the candidates and compact the kept ones, order preserved.
+    """Let the policy choose among the candidates, and compact the kept ones in order.
 
     Args:
-        streams: `S` streams a row.
-        log_scores: `[B, 2S]` from `candidate_log_scores`.
-        policy: what decides.
-        forced_keep: keep every original whatever its score (eq. 4).
+        streams: Streams, `S` in a row.
+        log_scores: Log-scores of `candidate_log_scores`.
+        policy: Policy that chooses.
+        forced_keep: Whether every original is kept whatever its score (eq. 4).
     """
     keep = policy.keep(candidates_of(streams, log_scores, forced_keep))
     return compact(keep, min(keep.shape[1], policy.capacity(streams.num_tokens)))
 
 
-def compact(keep: jax.Array, slots: int) -> ForkPlan:
-    """Plan that puts the candidates of the mask `keep [B, N]` into the first of `slots` slots."""
+def compact(keep: Bool[Array, "B N"], slots: int) -> ForkPlan:
+    """The plan that puts the candidates to keep into the first of `slots` slots."""
     slot = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
     kept = keep & (slot < slots)
     candidate = jnp.arange(keep.shape[1], dtype=jnp.int32)
@@ -113,18 +122,21 @@ def compact(keep: jax.Array, slots: int) -> ForkPlan:
 
 
 def fork(
-    streams: Streams, log_scores: jax.Array, plan: ForkPlan, embedding: jax.Array | None
+    streams: Streams,
+    log_scores: Float[Array, "B 2*S"],
+    plan: ForkPlan,
+    embedding: Float[Array, " D"] | None,
 ) -> Streams:
-    """Carry out a plan: forks copy their parent's residual plus the fork embedding (eq. 6).
+    """Carry out a plan: a fork is its parent's residual plus the fork embedding (eq. 6).
 
     Args:
-        streams: `S` streams a row.
-        log_scores: `[B, 2S]` cumulative log-scores of the candidates.
-        plan: `S'` slots a row.
-        embedding: `[D]` added to forks, or None.
+        streams: Streams, `S` in a row.
+        log_scores: Cumulative log-scores of the candidates.
+        plan: Plan of `S'` slots a row.
+        embedding: Embedding that is added to forks, or None.
 
     Returns:
-        `S'` streams a row.
+        Streams, `S'` in a row.
     """
     batch, slots = streams.token.shape
     parent = plan.source // 2
@@ -145,17 +157,19 @@ def fork(
 
 
 @jax.custom_vjp
-def take(values: jax.Array, index: jax.Array, inverse: jax.Array, used: jax.Array) -> jax.Array:
+def take(
+    values: Float[Array, "B N *D"],
+    index: Int[Array, "B M"],
+    inverse: Int[Array, "B N R"],
+    used: Bool[Array, "B N R"],
+) -> Float[Array, "B M *D"]:
     """Gather along axis 1 whose gradient is a gather too, never a scatter.
 
     Args:
-        values: `[B, N]` or `[B, N, D]`.
-        index: `[B, M]` int32.
-        inverse: `[B, N, R]` int32, the up to `R` places of the result that each value went to.
-        used: `[B, N, R]` bool, which of them are meant; other places of the result get no gradient.
-
-    Returns:
-        `[B, M]` or `[B, M, D]`.
+        values: Values to gather, scalars or vectors.
+        index: Index into the values of each entry of the result.
+        inverse: Indices of the up to `R` entries of the result that each value goes to.
+        used: Which of these indices are valid; other entries of the result get no gradient.
     """
     del inverse, used
     return _gather(values, index)
@@ -182,13 +196,17 @@ def _take_backward(residuals, gradient):
 take.defvjp(_take_forward, _take_backward)
 
 
-def merge(streams: Streams, kind: Merge = "residual") -> jax.Array:
-    """Bubble to one residual per token, `[B, T, D]`; 0 for a token without live streams.
+def merge(streams: Streams, kind: Merge = "residual") -> Float[Array, "B T D"]:
+    """Merge each bubble into one residual per token; 0 for a token without live streams.
 
     Args:
-        streams: the streams after the last block.
-        kind: `"residual"` sums residuals weighted by their scores p (a sum, not a mean: the norm
-            before the head takes the scale out); `"rightmost"` takes the original.
+        streams: Streams after the last block.
+        kind: Kind of the merge. "residual" sums the residuals weighted by their scores p (a sum and
+            no mean, since the norm before the head removes the scale); "rightmost" takes the
+            original.
+
+    Raises:
+        ValueError: The kind is "probability", which merges predictions (`merge_log_probs`).
     """
     if not streams.forked and streams.x.shape[1] == streams.num_tokens:
         return jnp.where(streams.alive[..., None], streams.x, 0)
@@ -206,22 +224,24 @@ def merge(streams: Streams, kind: Merge = "residual") -> jax.Array:
     return merged.astype(streams.x.dtype)
 
 
-def membership(streams: Streams) -> jax.Array:
-    """`[B, T, S]` bool: whether live stream `s` belongs to token `t`."""
+def membership(streams: Streams) -> Bool[Array, "B T S"]:
+    """Whether slot `s` holds a live stream of token `t`."""
     token = jnp.arange(streams.num_tokens, dtype=jnp.int32)[:, None]
     return (streams.token[:, None, :] == token) & streams.alive[:, None, :]
 
 
-def merge_log_prob(streams: Streams, log_prob: jax.Array, vocab_size: int) -> jax.Array:
+def merge_log_prob(
+    streams: Streams, log_prob: Float[Array, "B S"], vocab_size: int
+) -> Float[Array, "B T"]:
     """Mixture of the streams' predictions for one outcome per token (eq. 11), in log space.
 
     Args:
-        streams: the streams after the last block.
-        log_prob: `[B, S]` float32, each stream's log-probability of its token's outcome.
-        vocab_size: a token without live streams predicts uniformly.
+        streams: Streams after the last block.
+        log_prob: Float32 log-probability of the token's outcome by each of its streams.
+        vocab_size: Size of the vocabulary; a token without live streams predicts uniformly.
 
     Returns:
-        `[B, T]` float32: log of sum(p_j q_j) / sum(p_j) over the bubble of each token.
+        Float32 log of sum(p_j q_j) / sum(p_j) over the bubble of each token.
     """
     members = membership(streams)
     joint = _masked_logsumexp(members, streams.log_score + log_prob)
@@ -229,7 +249,9 @@ def merge_log_prob(streams: Streams, log_prob: jax.Array, vocab_size: int) -> ja
     return jnp.where(members.any(axis=-1), joint - total, -jnp.log(float(vocab_size)))
 
 
-def _masked_logsumexp(members: jax.Array, values: jax.Array) -> jax.Array:
+def _masked_logsumexp(
+    members: Bool[Array, "B T S"], values: Float[Array, "B S"]
+) -> Float[Array, "B T"]:
     any_member = members.any(axis=-1)
     peak = jnp.where(members, jax.lax.stop_gradient(values)[:, None, :], -jnp.inf).max(axis=-1)
     peak = jnp.where(any_member, peak, 0.0)
@@ -238,23 +260,28 @@ def _masked_logsumexp(members: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.log(jnp.where(any_member, total, 1.0)) + peak
 
 
-def merge_log_probs(streams: Streams, log_probs: jax.Array, max_bubble: int) -> jax.Array:
-    """Mixture of the streams' whole predictions (eq. 11), `[B, T, V]` float32 log-probabilities.
+def merge_log_probs(
+    streams: Streams, log_probs: Float[Array, "B S V"], max_bubble: int
+) -> Float[Array, "B T V"]:
+    """Mixture of the streams' predictions over the whole vocabulary (eq. 11), in log space.
 
     Args:
-        streams: the streams after the last block.
-        log_probs: `[B, S, V]` float32 log-probabilities of each stream.
-        max_bubble: static bound on the streams of one token (2 ** fork layers, at most S).
+        streams: Streams after the last block.
+        log_probs: Float32 log-probabilities of each stream.
+        max_bubble: Static upper bound on the streams of a token (2 ** fork layers, at most S).
+
+    Returns:
+        Float32 log-probabilities of each token.
     """
     members = membership(streams)
     count = members.sum(axis=-1)
     last = streams.token.shape[1] - 1 - jnp.argmax(members[..., ::-1], axis=-1)
     terms, weights = [], []
-    for place in range(max_bubble):
-        slot = jnp.maximum(last - place, 0)
+    for distance in range(max_bubble):
+        slot = jnp.maximum(last - distance, 0)
         # The first weight is finite, so that no term of a gradient is NaN.
         weight = _gather(streams.log_score, slot)
-        weights.append(jnp.where(place < jnp.maximum(count, 1), weight, -jnp.inf))
+        weights.append(jnp.where(distance < jnp.maximum(count, 1), weight, -jnp.inf))
         terms.append(weights[-1][..., None] + _gather(log_probs, slot))
     mixture, total = _log_add_exp(terms), _log_add_exp(weights)
     uniform = -jnp.log(float(log_probs.shape[-1]))
@@ -264,5 +291,5 @@ def merge_log_probs(streams: Streams, log_probs: jax.Array, max_bubble: int) -> 
 def _log_add_exp(terms: Sequence[jax.Array]) -> jax.Array:
     """Elementwise log-sum-exp of arrays of one shape, without stacking them in memory."""
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, terms))
-    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)  # an outcome that no stream thinks possible
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)  # an outcome impossible for every stream
     return jnp.log(sum(jnp.exp(term - peak) for term in terms)) + peak

@@ -1,12 +1,11 @@
 """Fast kernels for score-attenuated attention: splash attention on TPUs, cuDNN on GPUs.
 
-Both compute what `attention.attend` computes, from the same arguments, and never hold an array of
-slots by slots. Neither takes a bias per key that has a gradient, so the bias travels as channels of
-the keys: with `q' = [q / sqrt(K), 1, 1]` and `k' = [k, high, low]`, `q'·k' = q·k / sqrt(K) + bias`.
-`high` is the bias rounded to bfloat16 and `low` what the rounding left, because one bfloat16
-channel would turn a log-score of -20 into one that is wrong by up to 0.06. Accumulated in float32
-the two give 16 bits of the bias in bfloat16 and all of it in float32; its gradient is that of
-`low`, whose derivative is 1.
+Both compute what `attention.attend` computes, from the same arguments, without an array of slots by
+slots. Neither supports a bias per key that has a gradient, so the bias becomes channels of the
+keys: with `q' = [q / sqrt(K), 1, 1]` and `k' = [k, high, low]`, `q'·k' = q·k / sqrt(K) + bias`.
+`high` is the bias rounded to bfloat16, and `low` the remainder, because a single bfloat16 channel
+would change a log-score of -20 by up to 0.06. Accumulated in float32, the two give 16 bits of the
+bias in bfloat16 and all of it in float32; its gradient is that of `low`, whose derivative is 1.
 """
 
 import functools
@@ -37,14 +36,17 @@ def attend_splash(
 ) -> jax.Array:
     """`attention.attend` as a Pallas kernel for TPUs (jax's splash attention).
 
-    Blocks of keys that lie above the diagonal are skipped. XLA can't partition the kernel: on a
-    mesh call it under `jax.shard_map`.
+    Blocks of keys above the diagonal are skipped. XLA can't partition the kernel, so call it under
+    `jax.shard_map` on a mesh.
 
     Args:
-        query: `[B, S, H, K]`, float32 or bfloat16.
-        key, value: `[B, S, G, K]`, `G` dividing `H`.
-        bias: `[B, S]` float32 added to the logits of each key after their division by sqrt(K).
-        interpret: run the kernel as ordinary XLA operations, on any platform, slowly: for tests.
+        query: `[B, S, H, K]` queries, float32 or bfloat16.
+        key: `[B, S, G, K]` keys, where `G` divides `H`.
+        value: `[B, S, G, K]` values.
+        bias: `[B, S]` float32 bias of each key, added to the logits after their division by
+            sqrt(K).
+        interpret: Whether to run the kernel as ordinary XLA operations, on any platform but slowly,
+            for tests.
 
     Returns:
         `[B, S, H, K]`.
@@ -60,7 +62,10 @@ def attend_splash(
 
 
 def splash_block(slots: int) -> int:
-    """Queries and keys of a block: of 512, 384 and 256, what pads a row least, 128 if it fits."""
+    """Number of queries and keys of a block: of 512, 384 and 256 the one that pads a row least.
+
+    It is 128 for a row that fits into one such block.
+    """
     if slots <= LANES:
         return LANES
     return min(BLOCKS, key=lambda block: (-slots % block, -block))
@@ -95,22 +100,25 @@ def attend_cudnn(
 ) -> jax.Array:
     """`attention.attend` as cuDNN's flash attention, for NVIDIA GPUs.
 
-    cuDNN wants widths that are multiples of 8 and the same for keys and values, so all three are
-    padded with zeros: from `K`, or from `K + 2` with a bias, to the next multiple of 8.
+    cuDNN needs a head width that is a multiple of 8 and the same for keys and values. So all three
+    are padded with zeros: from `K`, or from `K + 2` with a bias, to the next multiple of 8.
 
     Args:
-        query: `[B, S, H, K]`, bfloat16 or float16; padded at most 128 wide, or 256 from compute
-            capability 9.0 on.
-        key, value: `[B, S, G, K]`, `G` dividing `H`.
-        bias: `[B, S]` float32 added to the logits of each key after their division by sqrt(K).
-        implementation: `"xla"` runs the same form without cuDNN, anywhere, with arrays of slots by
-            slots: for tests.
+        query: `[B, S, H, K]` queries, bfloat16 or float16; the padded width is at most 128, or 256
+            from compute capability 9.0 on.
+        key: `[B, S, G, K]` keys, where `G` divides `H`.
+        value: `[B, S, G, K]` values.
+        bias: `[B, S]` float32 bias of each key, added to the logits after their division by
+            sqrt(K).
+        implementation: Implementation of the attention; "xla" runs on any platform, with arrays of
+            slots by slots, for tests.
 
     Returns:
         `[B, S, H, K]`.
 
     Raises:
-        RuntimeError, ValueError: cuDNN can't run this type or width, or isn't there.
+        RuntimeError: The GPU's cuDNN is missing, or can't run this type or width.
+        ValueError: JAX does not support this type or width with cuDNN.
     """
     width = query.shape[3]
     query, key = _with_bias_channels(query, key, bias)
@@ -125,7 +133,7 @@ def attend_cudnn(
 
 
 def _with_bias_channels(query, key, bias):
-    """Query, divided by sqrt(K), and key; with a bias both are two channels wider."""
+    """Query, divided by sqrt(K), and key, both two channels wider if there is a bias."""
     query = query * query.shape[3] ** -0.5
     if bias is None:
         return query, key

@@ -1,14 +1,16 @@
 """Norm, Attention, MLP, Block and Fork: thin NNX modules that own parameters.
 
-Every parameter names its axes in the metadata `axes` (leading `layers` axis of stacked blocks left
-out) and how many of them are contracted in `inputs`; the names mean nothing until somebody maps
-them to a mesh, so a module needs none.
+The metadata of every parameter holds the names of its axes (`axes`, without the leading `layers`
+axis of stacked blocks) and the number of contracted ones (`inputs`). A module needs no mesh: the
+names have no effect until they are mapped to the axes of one.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,10 @@ from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced
 from thoughtbubbles.positions import rotary_angles, rotate
 from thoughtbubbles.streams import Streams
 
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float
+
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 INIT_STD = 0.02
 
@@ -30,13 +36,13 @@ INIT_STD = 0.02
 def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1, std=INIT_STD
 ) -> nnx.Param:
-    """A float32 matrix of normal entries; its first `inputs` axes are contracted."""
+    """A float32 weight of normal entries, whose first `inputs` axes are contracted."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, axes=axes, inputs=inputs)
 
 
 def vector(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
-    """A bias, scale or embedding vector: no contracted axes, no weight decay."""
+    """A bias, scale or embedding vector, without contracted axes and weight decay."""
     return nnx.Param(value, axes=axes, inputs=0)
 
 
@@ -57,8 +63,8 @@ class Norm(nnx.Module):
         has_bias = bias and kind == "layernorm"
         self.bias = vector(jnp.zeros((width,), jnp.float32), (axis,)) if has_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., width]` to the same shape and dtype."""
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Normalised `x`, in its dtype."""
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             y = y - y.mean(axis=-1, keepdims=True)
@@ -72,13 +78,14 @@ class Norm(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """What a block needs besides residuals; it changes only at forks, and is computed there.
+    """A block's input besides residuals; it changes only at fork layers, and is computed there.
 
     Attributes:
-        cos, sin: `[B, S, K/2]` float32 rotary angles.
-        key_bias: `[B, S]` float32 added to the attention logits of each key, or None.
-        value_scale: `[B, S]` float32, or None.
-        write_scale: `[B, S]` float32 on both residual writes, or None.
+        cos: `[B, S, K/2]` float32 cosines of the rotary angles.
+        sin: `[B, S, K/2]` float32 sines of the rotary angles.
+        key_bias: `[B, S]` float32 bias of each key, added to the attention logits, or None.
+        value_scale: `[B, S]` float32 factor of each value, or None.
+        write_scale: `[B, S]` float32 factor of each stream's residual writes, or None.
     """
 
     cos: jax.Array
@@ -88,8 +95,8 @@ class Geometry:
     write_scale: jax.Array | None = None
 
     @classmethod
-    def of(cls, streams: Streams, config: ModelConfig) -> "Geometry":
-        """Positions (App. D) and score attenuation (eqs. 8-10) of the streams."""
+    def of(cls, streams: Streams, config: ModelConfig) -> Geometry:
+        """Rotary angles (App. D) and score attenuation (eqs. 8-10) of the streams."""
         positions = streams.positions(config.fractional_positions)
         angles = rotary_angles(positions, config.head_width, config.rope_base, config.rope_scaling)
         if not streams.forked:
@@ -103,8 +110,8 @@ class Geometry:
             write_scale=score if config.residual_scaling else None,
         )
 
-    def where(self, rotary: jax.Array | bool | None) -> "Geometry":
-        """For one block: without rotary positions unless `rotary` is true or None."""
+    def where(self, rotary: jax.Array | bool | None) -> Geometry:
+        """The geometry of one block: without rotary positions if `rotary` is false."""
         if rotary is None:
             return self
         return dataclasses.replace(
@@ -113,10 +120,13 @@ class Geometry:
 
 
 def adapted(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name: str) -> jax.Array:
-    """`y`, what a map made of `x [..., in]`, and what the adapter of that name adds to it, if any.
+    """A linear layer's output `y` of `x`, plus that of the layer's adapter, if it has one.
 
-    An adapter is a pytree that one calls: `[..., in]` to `[..., out]`, where `y` may have `out`
-    split over several axes.
+    Args:
+        y: Output of the layer; its last axis may be split over several axes.
+        x: `[..., inputs]` input of the layer.
+        adapters: Adapters by the layer's name, callables from `[..., inputs]` to `[..., outputs]`.
+        name: Name of the layer.
     """
     if adapters is None or name not in adapters:
         return y
@@ -124,10 +134,10 @@ def adapted(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name
 
 
 class Attention(nnx.Module):
-    """Causal score-attenuated multi-head attention over streams (eq. 8), heads grouped if asked.
+    """Causal score-attenuated multi-head or grouped-query attention over streams (eq. 8).
 
     Attributes:
-        adapters: added to the maps `q`, `k`, `v`, `o` (`Backbone.adapted`).
+        adapters: Adapters of the layers `q`, `k`, `v`, `o` (`Backbone.apply_lora`), or None.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -149,8 +159,10 @@ class Attention(nnx.Module):
         self.k_norm = qk_norm() if config.qk_norm else None
         self.adapters: Mapping[str, Any] | None = nnx.data(None)
 
-    def __call__(self, x: jax.Array, geometry: Geometry, mix: Mix) -> tuple[jax.Array, Any]:
-        """`[B, S, D]` to `[B, S, D]`, and what else `mix` gave."""
+    def __call__(
+        self, x: Float[Array, "B S D"], geometry: Geometry, mix: Mix
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """The update of normalised residuals `x`, and the second result of `mix`."""
         query = self._project(x, "q", self.q_bias)
         key = self._project(x, "k", self.k_bias)
         value = self._project(x, "v", self.v_bias)
@@ -160,12 +172,12 @@ class Attention(nnx.Module):
         key = rotate(key, geometry.cos, geometry.sin)
         if geometry.value_scale is not None:
             value = value * geometry.value_scale[..., None, None].astype(value.dtype)
-        mixed, rest = mix(query, key, value)
+        mixed, aux = mix(query, key, value)
         out = jnp.einsum("bshk,hkd->bsd", mixed, self.o[...].astype(self.dtype))
         out = adapted(out, mixed.reshape(*mixed.shape[:2], -1), self.adapters, "o")
         if self.o_bias is not None:
             out = out + self.o_bias[...].astype(self.dtype)
-        return out, rest
+        return out, aux
 
     def _project(self, x, name, bias):
         kernel = getattr(self, name)[...].astype(self.dtype)
@@ -177,7 +189,7 @@ class MLP(nnx.Module):
     """`down(gelu(up x))`, or `down(silu(gate x) * up x)` for SwiGLU.
 
     Attributes:
-        adapters: added to the maps `up`, `gate`, `down` (`Backbone.adapted`).
+        adapters: Adapters of the layers `up`, `gate`, `down` (`Backbone.apply_lora`), or None.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -195,8 +207,8 @@ class MLP(nnx.Module):
         self.down_bias = vector(jnp.zeros((d,)), ("embed",)) if bias else None
         self.adapters: Mapping[str, Any] | None = nnx.data(None)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, S, D]` to `[B, S, D]`."""
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The update of normalised residuals `x`."""
         hidden = self._linear(x, "up", self.up_bias)
         if self.gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
@@ -213,9 +225,9 @@ class Block(nnx.Module):
     """Pre-norm decoder block; both residual writes are scaled by the scores (eqs. 9-10).
 
     Args:
-        config: sizes and options.
-        rngs: for the initial values.
-        attend: in place of `attention.attend`, a kernel of `thoughtbubbles.kernels` for example.
+        config: Sizes and options.
+        rngs: Random keys of the initial values.
+        attend: Attention function, such as a kernel of `thoughtbubbles.kernels`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, attend: Attend = attend):
@@ -227,26 +239,31 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, streams: Streams, geometry: Geometry | None = None) -> Streams:
-        """Streams to Streams of the same slots; `geometry` only saves computing it again."""
+        """The streams after the block, in the same slots; a given `geometry` saves computing it."""
         if geometry is None:
             geometry = Geometry.of(streams, self.config)
         bias = geometry.key_bias
         return self.mixing(streams, geometry, lambda q, k, v: (self.attend(q, k, v, bias), None))[0]
 
     def mixing(self, streams: Streams, geometry: Geometry, mix: Mix) -> tuple[Streams, Any]:
-        """The block with `mix` in place of attention among the streams themselves (a cache).
+        """The block with another attention, such as that over a cache.
 
         Args:
-            mix: of rotated query `[B, S, H, K]`, rotated key and scaled value `[B, S, G, K]`;
-                returns `[B, S, H, K]` and anything that is to be handed on.
+            streams: Streams before the block.
+            geometry: Geometry of the streams.
+            mix: Function from rotated queries `[B, S, H, K]`, rotated keys and scaled values
+                `[B, S, G, K]` to their mixture `[B, S, H, K]` and any second result.
+
+        Returns:
+            The streams after the block, and the second result of `mix`.
         """
         x = streams.x
         with jax.named_scope("attention"):
-            update, rest = self.attention(self.attention_norm(x), geometry, mix)
+            update, aux = self.attention(self.attention_norm(x), geometry, mix)
             x = x + self._write(update, geometry)
         with jax.named_scope("mlp"):
             x = x + self._write(self.mlp(self.mlp_norm(x)), geometry)
-        return streams.replace(x=x), rest
+        return streams.replace(x=x), aux
 
     def _write(self, update, geometry):
         if geometry.write_scale is None:
@@ -258,14 +275,16 @@ class Fork(nnx.Module):
     """Fork layer: scores both candidates of every stream and lets the policy choose (eqs. 1-6).
 
     Args:
-        embed_dim: width `D` of the residuals.
-        policy: which candidates live; the causal `PrefixRank(2.0)` if not given.
-        norm, norm_eps, norm_bias: the norm in front of the score map.
-        embedding: whether forks get a learned vector added (off: an ablation).
-        forced_keep: whether originals always live (off: an ablation).
-        score_originals: whether originals carry a score, as in the paper; by default theirs is 1.
-        gate: first value of a learned factor on the scores of forks; None for no such factor.
-        rngs: for the initial values.
+        embed_dim: Width `D` of the residuals.
+        policy: Policy that chooses the candidates to keep.
+        norm: Kind of the norm before the scores' linear layer.
+        norm_eps: Epsilon of that norm.
+        norm_bias: Whether that norm has a bias (LayerNorm only).
+        embedding: Whether a learned vector is added to forks; without it for an ablation.
+        forced_keep: Whether originals are always kept; without it for an ablation.
+        score_originals: Whether originals carry a score, as in the paper; by default theirs is 1.
+        gate: Initial value of a learned factor on the scores of forks; None for no such factor.
+        rngs: Random keys of the initial values.
     """
 
     def __init__(
@@ -297,9 +316,10 @@ class Fork(nnx.Module):
     def __call__(
         self, streams: Streams, *, track: bool = False, key: jax.Array | None = None
     ) -> Streams:
-        """`S` slots a row to `min(2 S, policy.capacity(T))` slots.
+        """The streams after the fork layer: `S` slots of a row become `min(2 S, capacity(T))`.
 
         Args:
+            streams: Streams before the fork layer.
             track: Whether the state that the policy tracks follows these scores (training).
             key: Random key of the policy's exploration (training); without it there is none.
         """
@@ -312,20 +332,23 @@ class Fork(nnx.Module):
         keep = self.policy.keep(chosen_by)
         return self._fork(streams, candidates, keep, streams.num_tokens)
 
-    def extend(self, streams: Streams, memory: Any, num_tokens: int) -> tuple[Streams, Any]:
-        """Fork the next tokens of rows whose earlier tokens were forked before.
+    def extend(self, streams: Streams, state: Any, num_tokens: int) -> tuple[Streams, Any]:
+        """Fork the next tokens of rows whose earlier tokens were forked in earlier calls.
 
         Args:
-            streams: of the next tokens; `streams.first` tells how many stand before them.
-            memory: of the policy, which must be causal.
-            num_tokens: bound on the tokens of the whole sequence.
+            streams: Streams of the next tokens, which follow `streams.first` earlier ones.
+            state: State of the policy, which must be causal (`CausalPolicy.init_state`).
+            num_tokens: Upper bound on the number of tokens of the whole sequence.
+
+        Returns:
+            The streams after the fork layer, and the policy's state after these tokens.
         """
         candidates = self._candidates(streams)
-        keep, memory = cast(CausalPolicy, self.policy).keep_next(candidates, memory)
-        return self._fork(streams, candidates, keep, num_tokens), memory
+        keep, state = cast(CausalPolicy, self.policy).keep_next(candidates, state)
+        return self._fork(streams, candidates, keep, num_tokens), state
 
     def _candidates(self, streams: Streams) -> Candidates:
-        # The norm's output and the score map stay in float32: ties in bfloat16 scores decide.
+        # Norm and scores are computed in float32, because bfloat16 scores would often tie.
         hidden = self.norm(streams.x.astype(jnp.float32))
         logits = jnp.einsum(
             "bsd,dc->bsc", hidden, self.score[...], precision=jax.lax.Precision.HIGHEST
@@ -347,5 +370,5 @@ class Fork(nnx.Module):
 
 
 def norm_of(config: ModelConfig) -> Norm:
-    """A norm of the config's kind over the residual."""
+    """A norm of the residuals of the config's kind."""
     return Norm(config.embed_dim, config.norm, bias=config.biases == "all", eps=config.norm_eps)

@@ -1,4 +1,4 @@
-"""Policies: which candidates of a fork layer live on."""
+"""Fork policies: which candidates of a fork layer survive."""
 
 import dataclasses
 import math
@@ -19,11 +19,12 @@ UNBOUNDED = 2**30
 class TopK(PolicyDefaults):
     """The paper's policy: the best candidates of the whole row (arXiv 2510.00219, eqs. 4-6).
 
-    It is **not causal**: scores of later tokens decide whether an earlier token's fork lives.
+    It is **not causal**: scores of later tokens decide whether an earlier token's fork survives.
 
     Attributes:
-        ratio: streams per token; a row of `n` tokens keeps `ceil(ratio * n)` streams.
-        streams: a fixed budget of streams per row whatever its length, in place of the ratio.
+        ratio: Streams per token, ρ; a row of `n` tokens keeps `ceil(ratio * n)` streams.
+        streams: Number of streams of a row whatever its length, in place of the ratio; None uses
+            the ratio.
     """
 
     ratio: float = 2.0
@@ -33,7 +34,7 @@ class TopK(PolicyDefaults):
         _check_ratio(self.ratio)
         if self.streams is not None and self.streams < 1:
             raise ValueError(
-                f"streams={self.streams} is below 1: choose the streams of a whole row"
+                f"streams={self.streams} is below 1: choose the number of streams of a row"
             )
 
     @property
@@ -62,7 +63,7 @@ class TopK(PolicyDefaults):
 
 
 class Bucketed(PolicyDefaults):
-    """What policies behind a token bucket (`grant`) have in common."""
+    """Base of the policies whose demand passes a token bucket (`grant`)."""
 
     ratio: float
     burst: int
@@ -77,19 +78,21 @@ class Bucketed(PolicyDefaults):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixRank(Bucketed):
-    """Wants a candidate iff it ranks within the budget of its own prefix; causal.
+    """Causal policy: a candidate is demanded if it ranks within the budget of its own prefix.
 
-    A candidate of token `t` is wanted iff fewer than `floor(ratio * (t + 1))` candidates of tokens
-    up to `t` score higher: what `TopK` would decide for the newest token of each prefix (but for
-    rounding the budget down), made final. Wants then pass a token bucket (`grant`).
+    A candidate of token `t` is demanded if fewer than `floor(ratio * (t + 1))` candidates of tokens
+    up to `t` score higher. `TopK`, its budget rounded down, would decide the same for the newest
+    token of each prefix; here the decision is final. The demand then passes a token bucket
+    (`grant`).
 
     Attributes:
-        ratio: streams per token, at most, in every prefix.
-        window: rank among the candidates of the last `window` tokens alone; all if None.
-        burst: streams that the bucket may run ahead of `ratio`.
-        noise: scale of the Gumbel noise on log-scores by which candidates are ranked in a forward
-            pass that is given a key, as in pretraining (with 1, a draw without replacement in
-            proportion to scores); evaluation and decoding rank by the scores alone.
+        ratio: Largest number of streams per token in every prefix, ρ.
+        window: Number of latest tokens whose candidates compete; None lets those of all earlier
+            tokens compete.
+        burst: Number of streams that a prefix may exceed `ratio` by.
+        noise: Scale of the Gumbel noise on the log-scores by which candidates are ranked in a
+            forward pass with a key, as in pretraining (a scale of 1 draws without replacement in
+            proportion to the scores); evaluation and decoding rank without noise.
     """
 
     ratio: float = 2.0
@@ -101,9 +104,9 @@ class PrefixRank(Bucketed):
         _check_ratio(self.ratio)
         _check_burst(self.burst)
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} is below 1: choose tokens to rank among")
+            raise ValueError(f"window={self.window} is below 1: choose 1 token or more")
         if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise ValueError(f"noise={self.noise} scales noise on log-scores: choose 0 or more")
+            raise ValueError(f"noise={self.noise} scales noise: choose a finite number, 0 or more")
 
     def keep(self, candidates: Candidates) -> jax.Array:
         ranks = prefix_ranks(_ties(_keys(candidates)), self._tokens(candidates), self.window)
@@ -116,28 +119,29 @@ class PrefixRank(Bucketed):
         noise = jax.random.gumbel(key, candidates.log_score.shape)
         return dataclasses.replace(candidates, log_score=candidates.log_score + self.noise * noise)
 
-    def memory(self, batch: int, num_candidates: int) -> "RankMemory":
+    def init_state(self, batch: int, num_candidates: int) -> "RankState":
+        """The state before the first token, with entries for `num_candidates` candidates."""
         zeros = jnp.zeros((batch,), jnp.int32)
         key = jnp.full((batch, num_candidates), -jnp.inf)
-        return RankMemory(zeros, key, jnp.full(key.shape, NO_TOKEN, jnp.int32), zeros)
+        return RankState(zeros, key, jnp.full(key.shape, NO_TOKEN, jnp.int32), zeros)
 
     def keep_next(
-        self, candidates: Candidates, memory: "RankMemory"
-    ) -> tuple[jax.Array, "RankMemory"]:
+        self, candidates: Candidates, state: "RankState"
+    ) -> tuple[jax.Array, "RankState"]:
         keys, token = _ties(_keys(candidates)), self._tokens(candidates)
         seen = dataclasses.replace(
-            memory,
-            key=append(memory.key, keys, memory.used, candidates.alive),
-            token=append(memory.token, token, memory.used, candidates.alive),
-            used=memory.used + candidates.alive.sum(axis=1, dtype=jnp.int32),
+            state,
+            key=append(state.key, keys, state.used, candidates.alive),
+            token=append(state.token, token, state.used, candidates.alive),
+            used=state.used + candidates.alive.sum(axis=1, dtype=jnp.int32),
         )
-        place = memory.used[:, None] + jnp.arange(keys.shape[1])
+        index = state.used[:, None] + jnp.arange(keys.shape[1])
         if keys.shape[1] ** 2 > seen.key.shape[1]:
             ranks = prefix_ranks(seen.key, seen.token, self.window)
-            ranks = jnp.take_along_axis(ranks, place, axis=1, mode="clip")
+            ranks = jnp.take_along_axis(ranks, index, axis=1, mode="clip")
         else:
-            ranks = ranks_among(seen.key, seen.token, keys, token, place, self.window)
-        keep, granted = self._grant(candidates, ranks, memory.granted)
+            ranks = ranks_among(seen.key, seen.token, keys, token, index, self.window)
+        keep, granted = self._grant(candidates, ranks, state.granted)
         return keep, dataclasses.replace(seen, granted=granted)
 
     def _tokens(self, candidates: Candidates) -> jax.Array:
@@ -151,20 +155,21 @@ class PrefixRank(Bucketed):
         if self.window is not None:
             prefix = jnp.minimum(prefix, self.window)
         ratio = _fraction(self.ratio)
-        wanted = ranks < ratio.numerator * prefix // ratio.denominator
-        return grant(candidates, wanted, self.ratio, self.burst, granted)
+        demand = ranks < ratio.numerator * prefix // ratio.denominator
+        return grant(candidates, demand, self.ratio, self.burst, granted)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RankMemory:
-    """What `PrefixRank` remembers of a row.
+class RankState:
+    """State of `PrefixRank` between the parts of a row; `N` candidates fit into it.
 
     Attributes:
-        granted: `[B]` int32, streams beyond the forced ones so far.
-        key: `[B, N]` float32, rank keys of all candidates so far (-inf where unused).
-        token: `[B, N]` int32, their tokens' places in the sequence (`NO_TOKEN` where unused).
-        used: `[B]` int32, how many there are.
+        granted: `[B]` int32, number of streams granted so far beyond the forced ones.
+        key: `[B, N]` float32, rank keys of all candidates so far (-inf in unused entries).
+        token: `[B, N]` int32, indices of their tokens in the sequence (`NO_TOKEN` in unused
+            entries).
+        used: `[B]` int32, number of used entries.
     """
 
     granted: jax.Array
@@ -175,18 +180,19 @@ class RankMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold(Bucketed):
-    """Wants a candidate iff its score p exceeds the fork layer's threshold θ; causal.
+    """Causal policy: a candidate is demanded if its score p exceeds the fork layer's threshold θ.
 
-    θ is state of the fork layer, not a parameter: in training it follows the score at which wants
-    meet the budget (`meeting_point`), otherwise it is a constant. Wants pass a token bucket.
+    θ is state of the fork layer, not a parameter. In training it follows the score at which the
+    demand equals the budget (`meeting_point`); otherwise it is constant. The demand then passes a
+    token bucket (`grant`).
 
     Attributes:
-        ratio: streams per token, at most, in every prefix.
-        burst: streams that the bucket may run ahead of `ratio`.
-        gate: give a kept candidate the score max(p - θ, 0) / (1 - θ) in place of p, so that a
-            stream is born without weight. Forced candidates keep theirs. (The loss is continuous
-            there with `score_bias="none"` and without fractional positions.)
-        offset: added to θ: a dial at inference, positive for fewer streams.
+        ratio: Largest number of streams per token in every prefix, ρ.
+        burst: Number of streams that a prefix may exceed `ratio` by.
+        gate: Whether a kept candidate goes on with the score max(p - θ, 0) / (1 - θ) in place of p,
+            so that a stream begins with weight 0; forced candidates keep p. (The loss is then
+            continuous at that point with `score_bias="none"` and without fractional positions.)
+        offset: Number added to θ, for another budget at inference; above 0 there are fewer streams.
     """
 
     ratio: float = 2.0
@@ -201,24 +207,24 @@ class Threshold(Bucketed):
             raise ValueError(f"offset={self.offset} is added to a score: choose from -1 to 1")
 
     def keep(self, candidates: Candidates) -> jax.Array:
-        return self.keep_next(candidates, self.memory(candidates.token.shape[0], 0))[0]
+        return self.keep_next(candidates, self.init_state(candidates.token.shape[0], 0))[0]
 
-    def memory(self, batch: int, num_candidates: int) -> jax.Array:
-        """`[B]` int32, streams granted so far beyond the forced ones."""
+    def init_state(self, batch: int, num_candidates: int) -> jax.Array:
+        """`[B]` int32, number of streams granted so far beyond the forced ones."""
         del num_candidates
         return jnp.zeros((batch,), jnp.int32)
 
-    def keep_next(self, candidates: Candidates, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Not "above": NaN is wanted, so that it goes on to the loss.
-        wanted = ~(jnp.exp(candidates.log_score) <= self._threshold(candidates))
-        return grant(candidates, wanted, self.ratio, self.burst, memory)
+    def keep_next(self, candidates: Candidates, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Not `>`: a NaN is demanded, so that it reaches the loss.
+        demand = ~(jnp.exp(candidates.log_score) <= self._threshold(candidates))
+        return grant(candidates, demand, self.ratio, self.burst, state)
 
     def scores(self, candidates: Candidates) -> jax.Array:
-        """Log-scores `[B, 2S]` that the kept candidates go on with."""
+        """Log-scores `[B, 2S]` that kept candidates go on with, gated if `gate` is set."""
         if not self.gate:
             return candidates.log_score
         threshold = self._threshold(candidates)
-        # Only candidates above θ have a gate; the others are replaced first, for the gradient.
+        # Candidates up to θ are replaced before the logarithm, so that no gradient is NaN.
         score = jnp.exp(candidates.log_score)
         above = (score > threshold) & ~candidates.forced
         score = jnp.where(above, score, (1 + threshold) / 2)
@@ -229,106 +235,125 @@ class Threshold(Bucketed):
         return 0.0
 
     def track(self, candidates: Candidates) -> jax.Array | None:
-        """θ one step of an exponential average nearer to where wants meet the budget."""
+        """θ after one step of the exponential average that follows `meeting_point`."""
         threshold = candidates.threshold
         if threshold is None:
             return None
         return threshold + TRACKING_RATE * (self.meeting_point(candidates) - threshold)
 
     def meeting_point(self, candidates: Candidates) -> jax.Array:
-        """Score p, a scalar, above which as many candidates lie as the budget has room for.
+        """Score p above which exactly as many candidates lie as the budget allows, a scalar.
 
-        Taken in each row (0 where all have room) and averaged over rows.
+        It is the mean over the rows, and 0 for a row whose budget allows all candidates.
         """
         keys = jnp.where(candidates.alive & ~candidates.forced, candidates.log_score, -jnp.inf)
         descending = -jnp.sort(-jax.lax.stop_gradient(keys), axis=1)
         ratio = _fraction(self.ratio) - 1
-        room = ratio.numerator * candidates.length // ratio.denominator
-        place = jnp.minimum(room, keys.shape[1] - 1)[:, None]
-        point = jnp.exp(jnp.take_along_axis(descending, place, axis=1)[:, 0])
+        budget = ratio.numerator * candidates.length // ratio.denominator
+        next_best = jnp.minimum(budget, keys.shape[1] - 1)[:, None]
+        point = jnp.exp(jnp.take_along_axis(descending, next_best, axis=1)[:, 0])
         filled = candidates.length > 0
-        point = jnp.where(filled & (room < keys.shape[1]), point, 0)
+        point = jnp.where(filled & (budget < keys.shape[1]), point, 0)
         return point.sum() / jnp.maximum(filled.sum(), 1)
 
     def _threshold(self, candidates: Candidates) -> jax.Array:
         if candidates.threshold is None:
-            raise ValueError("Threshold needs candidates with a threshold: use it in a Fork")
+            raise ValueError("Threshold needs Candidates.threshold: use it in a Fork")
         return jnp.clip(candidates.threshold + self.offset, 0, HIGHEST_THRESHOLD)
 
 
 def grant(
-    candidates: Candidates, wanted: jax.Array, ratio: float, burst: int, granted: jax.Array
+    candidates: Candidates, demand: jax.Array, ratio: float, burst: int, granted: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Token bucket: keep the wanted candidates that the budget of every prefix has room for.
+    """Token bucket: keep the demanded candidates that the budget of every prefix allows.
 
-    With `w_i` wants of token `i`, forced candidates being free of charge,
-    `n_i = min(n_{i-1} + w_i, floor((ratio - 1) * (i + 1)) + burst)` is what tokens up to `i` got;
-    token `i` keeps its `n_i - n_{i-1}` best-scored wants. The steps `n -> min(n + a, b)` compose,
-    so one associative scan gives all `n_i`.
+    Forced candidates are kept free of charge. With `w_i` other demanded candidates of token `i` and
+    the budget `b_i = floor((ratio - 1) * (i + 1)) + burst` of the prefix that ends with it,
+    `n_i = min(n_{i-1} + w_i, b_i)` streams are granted up to token `i`, which keeps the
+    `n_i - n_{i-1}` best-scored ones of its demand. Five tokens with a ratio of 1.5 and no burst:
+
+        token i             0  1  2  3  4
+        demand w_i          1  0  2  1  1
+        budget b_i          0  1  1  2  2
+        granted n_i         0  0  1  2  2
+        kept n_i - n_{i-1}  0  0  1  1  0
+
+    Token 1 leaves its budget to token 2, which spends it on the better one of its two candidates.
+    The steps `n -> min(n + w, b)` compose to one of the same form, so an associative scan gives all
+    `n_i`.
 
     Args:
-        wanted: `[B, 2S]` bool.
+        candidates: Candidates of the tokens of each row.
+        demand: `[B, 2S]` bool, demanded candidates.
+        ratio: Largest number of streams per token in every prefix, ρ.
+        burst: Number of streams that a prefix may exceed `ratio` by.
         granted: `[B]` int32, `n` before the first of these tokens.
 
     Returns:
-        keep mask `[B, 2S]`, and `n` after the last token `[B]`.
+        Keep mask `[B, 2S]`, and `n` after the last token `[B]`.
     """
-    wanted = wanted & candidates.alive & ~candidates.forced
+    demand = demand & candidates.alive & ~candidates.forced
     budget = _extras(ratio, burst, candidates.token + candidates.first[:, None] + 1)
     budget = jnp.where(candidates.alive, budget, UNBOUNDED)
 
     def compose(step, then):
-        return step[0] + then[0], jnp.minimum(step[1] + then[0], then[1])
+        (added, limit), (added_then, limit_then) = step, then
+        return added + added_then, jnp.minimum(limit + added_then, limit_then)
 
-    # One step for each candidate: those of a token have the same b, so w steps are one with a = w.
-    steps = (wanted.astype(jnp.int32), budget)
+    # A step for each candidate: those of a token share the limit, so together they add w_i.
+    steps = (demand.astype(jnp.int32), budget)
     total, limit = jax.lax.associative_scan(compose, steps, axis=1)
     after = jnp.minimum(granted[:, None] + total, limit)
     before = jnp.concatenate([granted[:, None], after[:, :-1]], axis=1)
-    # n never falls, so a token's first "before" and last "after" are found by running extremes.
-    ends = candidates.token[:, :-1] != candidates.token[:, 1:]
-    edge = jnp.ones_like(ends[:, :1])
-    starts, ends = jnp.concatenate([edge, ends], axis=1), jnp.concatenate([ends, edge], axis=1)
-    had = jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
-    has = jax.lax.cummin(jnp.where(ends, after, UNBOUNDED), axis=1, reverse=True)
-    keep = wanted & (_place_in_token(candidates, wanted) < has - had)
+    # n never falls, so running extremes find n before a token's first and after its last candidate.
+    changes = candidates.token[:, :-1] != candidates.token[:, 1:]
+    edge = jnp.ones_like(changes[:, :1])
+    is_first = jnp.concatenate([edge, changes], axis=1)
+    is_last = jnp.concatenate([changes, edge], axis=1)
+    n_before = jax.lax.cummax(jnp.where(is_first, before, 0), axis=1)
+    n_after = jax.lax.cummin(jnp.where(is_last, after, UNBOUNDED), axis=1, reverse=True)
+    keep = demand & (_rank_in_token(candidates, demand) < n_after - n_before)
     return keep | (candidates.forced & candidates.alive), after[:, -1]
 
 
-def _place_in_token(candidates: Candidates, wanted: jax.Array) -> jax.Array:
-    """`[B, 2S]` int32: how many wanted candidates of the same token rank before each."""
-    batch, count = wanted.shape
+def _rank_in_token(candidates: Candidates, demand: jax.Array) -> jax.Array:
+    """`[B, 2S]` int32: how many demanded candidates of the same token rank before each."""
+    batch, count = demand.shape
     index = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
-    keys = jnp.where(wanted, -_ties(_keys(candidates)), jnp.inf)
+    keys = jnp.where(demand, -_ties(_keys(candidates)), jnp.inf)
     token, _, order = jax.lax.sort((candidates.token, keys, index), dimension=1, num_keys=3)
     new_token = jnp.concatenate([index[:, :1] == 0, token[:, 1:] != token[:, :-1]], axis=1)
-    place = index - jax.lax.cummax(jnp.where(new_token, index, 0), axis=1)
-    return jax.lax.sort((order, place), dimension=1, num_keys=1)[1]
+    rank = index - jax.lax.cummax(jnp.where(new_token, index, 0), axis=1)
+    return jax.lax.sort((order, rank), dimension=1, num_keys=1)[1]
 
 
 def append(stored: jax.Array, new: jax.Array, used: jax.Array, valid: jax.Array) -> jax.Array:
-    """Rows `stored [B, N, ...]` with the valid entries of `new [B, M, ...]` from place `used [B]`.
+    """Write new entries behind the used ones of each row; what does not fit is dropped.
 
-    Valid entries of `valid [B, M]` stand first; what has no place is dropped.
+    Args:
+        stored: `[B, N, ...]` entries, of which the first `used` are used.
+        new: `[B, M, ...]` entries to append.
+        used: `[B]` int32, number of used entries.
+        valid: `[B, M]` bool, entries of `new` to append; they come before the others.
     """
 
     def write(row, entries, start, mask):
-        place = jnp.where(mask, start + jnp.arange(mask.shape[0]), row.shape[0])
-        return row.at[place].set(entries, mode="drop")
+        index = jnp.where(mask, start + jnp.arange(mask.shape[0]), row.shape[0])
+        return row.at[index].set(entries, mode="drop")
 
     return jax.vmap(write)(stored, new.astype(stored.dtype), used, valid)
 
 
 def _keys(candidates: Candidates) -> jax.Array:
-    """Rank keys `[B, 2S]`: forced ones and NaN first, dead ones last."""
+    """Keys `[B, 2S]` to rank by: forced candidates and NaN first, dead candidates last."""
     keys = jnp.where(candidates.forced, jnp.inf, candidates.log_score)
-    # NaN ranks first, so that it goes on to the loss instead of dying here unseen.
+    # A NaN ranks first, so that it reaches the loss instead of being dropped unseen.
     keys = jnp.where(jnp.isnan(candidates.log_score), jnp.inf, keys)
     return jax.lax.stop_gradient(jnp.where(candidates.alive, keys, -jnp.inf))
 
 
 def _ties(keys: jax.Array) -> jax.Array:
-    """Keys to 1/1024: equal tokens can score the same, and float noise seldom decides then."""
+    """Keys rounded to 1/1024, so that float noise seldom breaks the ties of equal tokens."""
     return jnp.round(keys * 1024) / 1024
 
 
@@ -339,7 +364,7 @@ def _check_ratio(ratio: float) -> None:
 
 def _check_burst(burst: int) -> None:
     if burst < 0:
-        raise ValueError(f"burst={burst} is below 0: choose how many streams may come early")
+        raise ValueError(f"burst={burst} is below 0: choose a number of streams, 0 or more")
 
 
 def _fraction(ratio: float) -> Fraction:
@@ -348,7 +373,7 @@ def _fraction(ratio: float) -> Fraction:
 
 
 def _extras(ratio: float, burst: int, tokens):
-    """Streams beyond one for each of `tokens` that a token bucket allows."""
+    """Number of streams beyond one per token that a token bucket allows to `tokens` tokens."""
     extra = _fraction(ratio) - 1
     whole, rest = divmod(extra.numerator, extra.denominator)
     return whole * tokens + rest * tokens // extra.denominator + burst

@@ -1,27 +1,33 @@
-"""What a fork policy is: what it sees, what it must do, and what it may do."""
+"""The interface of a fork policy: its input, its required methods, and its optional ones."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """What a policy sees: two candidates for each of `S` streams, `[fork_0, keep_0, fork_1, ...]`.
+    """Input of a policy: two candidates of each of `S` streams, `[fork_0, keep_0, fork_1, ...]`.
 
     Attributes:
         log_score: `[B, 2S]` float32, cumulative log-score of each candidate.
         token: `[B, 2S]` int32, index of the input token that the candidate belongs to.
-        alive: `[B, 2S]` bool, false for candidates of dead slots (they stand last).
+        alive: `[B, 2S]` bool, false for candidates of dead slots, which come last.
         forced: `[B, 2S]` bool, candidates that must be kept: the keep candidate of each original.
         length: `[B]` int32, number of real tokens in the row.
-        first: `[B]` int32, how many tokens of the sequence stand before the row's token 0 (0 but
-            in cached decoding).
-        num_tokens: `T`, the static number of token places in a row.
-        threshold: float32 scalar, the fork layer's tracked threshold on scores p, or None.
+        first: `[B]` int32, number of tokens of the sequence before the row's token 0; 0 except in
+            cached decoding.
+        num_tokens: Static number `T` of tokens in a row, padding included.
+        threshold: Float32 scalar, the fork layer's tracked threshold on scores p, or None.
     """
 
     log_score: jax.Array
@@ -35,50 +41,50 @@ class Candidates:
 
 
 class Policy(Protocol):
-    """Chooses candidates. Must keep every forced one and at most `capacity(T)` in all.
+    """Choice of candidates: a policy keeps every forced one, and at most `capacity(T)` in all.
 
-    What else a policy may do is in `PolicyDefaults`, whose methods it can have too.
+    The optional methods of a policy are those of `PolicyDefaults`.
     """
 
     @property
     def causal(self) -> bool:
-        """Whether the fate of a token's candidates depends on tokens up to it alone."""
+        """Whether the choice among a token's candidates depends on tokens up to it alone."""
         ...
 
     def capacity(self, num_tokens: int) -> int:
-        """Static number of slots that a row of `num_tokens` tokens can fill."""
+        """Largest number of streams of a row of `num_tokens` tokens, a Python int."""
         ...
 
-    def keep(self, candidates: Candidates) -> jax.Array:
-        """Keep mask over the candidates, `[B, 2S]` bool."""
+    def keep(self, candidates: Candidates) -> Bool[Array, "B 2*S"]:
+        """Mask of the candidates to keep."""
         ...
 
 
 class PolicyDefaults:
-    """What a policy may do beyond choosing, and does not unless it says so.
+    """Optional methods of a policy, with their defaults.
 
-    A policy that inherits from this class, or has none of these methods, tracks nothing, explores
-    nothing, and lets streams go on with the scores that they were chosen by.
+    A policy that inherits from this class, or has none of these methods, tracks no statistics of
+    training, does not explore, and leaves the scores of streams as they are.
     """
 
     def init_tracked(self) -> float | None:
-        """First value of a scalar that each fork layer tracks in training; None for no such state.
+        """Initial value of a scalar that each fork layer tracks in training; None tracks nothing.
 
-        It is neither a parameter nor trained: checkpoints hold it, and `Candidates.threshold` is
-        its value.
+        The scalar is no parameter; it is saved in checkpoints, and `Candidates.threshold` is its
+        value.
         """
         return None
 
-    def track(self, candidates: Candidates) -> jax.Array | None:
+    def track(self, candidates: Candidates) -> Float[Array, ""] | None:
         """The tracked scalar after a forward pass of training, from the candidates of that pass.
 
         Args:
-            candidates: Candidates of all rows, the present value in `threshold`.
+            candidates: Candidates of all rows, with the scalar's present value in `threshold`.
         """
         return candidates.threshold
 
     def explore(self, candidates: Candidates, key: jax.Array) -> Candidates:
-        """Candidates by which a forward pass of training chooses; `keep` sees these.
+        """The candidates that `keep` is given in a forward pass of training.
 
         Args:
             candidates: Candidates as the fork layer scored them.
@@ -87,8 +93,8 @@ class PolicyDefaults:
         del key
         return candidates
 
-    def scores(self, candidates: Candidates) -> jax.Array:
-        """Log-scores `[B, 2S]` float32 that kept candidates go on with."""
+    def scores(self, candidates: Candidates) -> Float[Array, "B 2*S"]:
+        """Float32 log-scores that kept candidates go on with."""
         return candidates.log_score
 
 
@@ -99,29 +105,30 @@ def hook(policy: Policy, name: str) -> Callable[..., Any]:
 
 @runtime_checkable
 class CausalPolicy(Policy, Protocol):
-    """A policy that can go on where it stopped, which is what a cache needs.
+    """A policy that can choose part by part, which a cache needs.
 
-    `keep` over a whole row must equal `keep_next` over its tokens in any parts.
+    `keep_next` over the tokens of a row in any parts must keep what `keep` over the row keeps.
     """
 
-    def memory(self, batch: int, num_candidates: int) -> Any:
-        """What `keep_next` needs before the first token: any pytree of arrays `[batch, ...]`.
+    def init_state(self, batch: int, num_candidates: int) -> Any:
+        """The policy's state before the first token, any pytree of arrays `[batch, ...]`.
 
         Args:
-            num_candidates: bound on the candidates of a whole sequence. A larger one may only add
-                unused places behind those of a smaller one.
+            batch: Number of rows.
+            num_candidates: Upper bound on the candidates of a whole sequence. A larger bound may
+                only append unused entries to the arrays of a smaller one.
         """
         ...
 
-    def keep_next(self, candidates: Candidates, memory: Any) -> tuple[jax.Array, Any]:
-        """Keep mask over the candidates of the next tokens, and the memory after them."""
+    def keep_next(self, candidates: Candidates, state: Any) -> tuple[Bool[Array, "B 2*S"], Any]:
+        """Mask of the next tokens' candidates to keep, and the state after these tokens."""
         ...
 
 
 def check_forced_keep(policy: Policy, forced_keep: bool, score_originals: bool) -> None:
-    """Raise where originals are to compete by score and can't."""
+    """Raise a ValueError if originals are to compete by score and can't."""
     if not forced_keep and (policy.causal or not score_originals):
         raise ValueError(
-            f"forced_keep=False lets originals compete by score, with policy={policy} and "
-            f"score_originals={score_originals} they can't: set TopK(...) and True"
+            f"forced_keep=False lets originals compete by score, which policy={policy} and "
+            f"score_originals={score_originals} rule out: set TopK(...) and score_originals=True"
         )

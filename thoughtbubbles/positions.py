@@ -11,14 +11,25 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies were slowed for contexts longer than the first training saw.
+    """Scaling of rotary frequencies to contexts longer than that of pretraining.
 
-    Names are those of `rope_scaling` in Hugging Face configs. `"linear"` divides every frequency by
-    `factor` (positions interpolated). The others divide the slow ones, leave the fast ones and go
-    over smoothly: `"llama3"` by wavelength, between `original_max_position_embeddings` over
-    `high_freq_factor` and over `low_freq_factor`; `"yarn"` (arXiv 2309.00071) by channel, between
-    those that turn `beta_fast` and `beta_slow` times in the original context. Cosines and sines of
-    yarn are also multiplied by `attention_factor` (by default 0.1 ln(factor) + 1).
+    The fields are those of `rope_scaling` in Hugging Face configs. "linear" divides every frequency
+    by `factor` (position interpolation). "llama3" and "yarn" divide slow frequencies, keep fast
+    ones and interpolate in between.
+
+    Attributes:
+        rope_type: Kind of the scaling.
+        factor: Divisor of the scaled frequencies.
+        original_max_position_embeddings: Context length of pretraining in tokens, for "llama3" and
+            "yarn".
+        low_freq_factor: Divisor of the context length that gives the wavelength from which on
+            frequencies are scaled in full ("llama3").
+        high_freq_factor: Divisor of the context length that gives the wavelength up to which
+            frequencies are kept ("llama3").
+        beta_fast: Turns in the original context from which on a frequency is kept ("yarn", arXiv
+            2309.00071).
+        beta_slow: Turns in the original context up to which a frequency is scaled in full ("yarn").
+        attention_factor: Factor of cosines and sines ("yarn"); by default 0.1 ln(factor) + 1.
     """
 
     rope_type: Literal["linear", "llama3", "yarn"]
@@ -48,13 +59,13 @@ class RopeScaling:
             )
 
     def frequencies(self, head_dim: int, base: float) -> np.ndarray:
-        """`[K/2]` float64, turns of each channel pair per token, in radians."""
+        """`[K/2]` float64, angle by which each channel pair turns per token, in radians."""
         plain = base ** (-np.arange(0, head_dim, 2) / head_dim)
         kept = self._kept(plain, head_dim, base)
         return plain * (kept + (1 - kept) / self.factor)
 
     def _kept(self, plain: np.ndarray, head_dim: int, base: float) -> np.ndarray:
-        """Share of each frequency that stays as it was."""
+        """Share of each frequency that is kept, from 0 to 1."""
         if self.rope_type == "linear":
             return np.zeros_like(plain)
         original = self.original_max_position_embeddings or 0
@@ -64,7 +75,7 @@ class RopeScaling:
             return np.clip((turns - self.low_freq_factor) / width, 0, 1)
 
         def channel(turns: float) -> float:
-            """Which pair, a fraction, turns that many times in the original context."""
+            """Fractional index of the channel pair that turns so often in the original context."""
             return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
         first = max(math.floor(channel(self.beta_fast)), 0)
@@ -74,7 +85,7 @@ class RopeScaling:
 
     @property
     def amplitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Factor of cosines and sines."""
         if self.rope_type != "yarn":
             return 1.0
         if self.attention_factor is not None:

@@ -5,67 +5,82 @@ import math
 import jax
 import jax.numpy as jnp
 
-NO_TOKEN = 2**30  # stands in places without a candidate: after every token
+NO_TOKEN = 2**30  # token index of an entry without a candidate: after every token
 
 
 def best(keys: jax.Array, count: jax.Array) -> jax.Array:
     """Mask of the `count [B]` largest `keys [B, N]` of each row; ties go to the lower index.
 
-    By sorting rather than `lax.top_k`, which all-gathers a batch-sharded operand.
+    It sorts, because `lax.top_k` all-gathers an operand that is sharded over rows.
     """
     count = count[:, None]
     descending = -jnp.sort(-keys, axis=-1)
     last = jnp.take_along_axis(descending, jnp.maximum(count - 1, 0), axis=-1)
     above = keys > last
     tied = (keys == last) & (count > 0)
-    room = count - above.sum(axis=-1, keepdims=True)
-    return above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
+    left = count - above.sum(axis=-1, keepdims=True)
+    return above | (tied & (jnp.cumsum(tied, axis=-1) <= left))
 
 
 def prefix_ranks(keys: jax.Array, token: jax.Array, window: int | None = None) -> jax.Array:
-    """How many entries rank above each one, among those of tokens up to its own.
+    """Rank of each entry of a row among the entries of tokens up to its own.
 
-    In O(N sqrt(N)) instead of N^2 comparisons: entries are sorted by rank and cut into buckets of
-    about sqrt(N). A table of how many entries of each bucket stand before each place of the row
-    answers for whole buckets, and the entries of a bucket are compared with each other.
+    The rank of an entry is the number of entries in its range that have a larger key; its range
+    runs from `start` to `end`, because tokens never fall along a row. Comparing all pairs would
+    take N^2 steps; this takes O(N sqrt(N)). Entries are sorted by key and cut into buckets of about
+    sqrt(N). Entries of better buckets are counted by prefix sums along the row, one for each
+    bucket; entries of the same bucket are compared in pairs.
 
     Args:
         keys: `[B, N]` float32 without NaN; a larger key ranks higher, ties go to the lower index.
-        token: `[B, N]` int32, never falling along a row.
-        window: only entries of the last `window` tokens count.
+        token: `[B, N]` int32, token of each entry, never falling along a row.
+        window: Number of latest tokens whose entries count; None counts those of all tokens up to
+            the entry's own.
 
     Returns:
-        `[B, N]` int32.
+        `[B, N]` int32 ranks, 0 for the best.
     """
     batch, count = keys.shape
     width = 2 ** math.ceil(math.log2(count) / 2)
     padded = -(-count // width) * width
-    beyond = ((0, 0), (0, padded - count))
-    keys = jnp.pad(keys, beyond, constant_values=-jnp.inf)
-    token = jnp.pad(token, beyond, constant_values=NO_TOKEN)
-    place = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32), keys.shape)
-    _, order = jax.lax.sort((-keys, place), dimension=1, num_keys=2)
-    _, rank = jax.lax.sort((order, place), dimension=1, num_keys=1)
-    # An entry competes with the places from start to end.
+    padding = ((0, 0), (0, padded - count))
+    keys = jnp.pad(keys, padding, constant_values=-jnp.inf)
+    token = jnp.pad(token, padding, constant_values=NO_TOKEN)
+    index = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32), keys.shape)
+    # `order` lists the entries by key; `overall` is each entry's position in that list.
+    _, order = jax.lax.sort((-keys, index), dimension=1, num_keys=2)
+    _, overall = jax.lax.sort((order, index), dimension=1, num_keys=1)
     end = _first_after(token, token)
     start = jnp.zeros_like(end) if window is None else _first_after(token, token - window)
+    same_bucket = _better_in_bucket(order, start, end, width)
+    same_bucket = jnp.take_along_axis(same_bucket.reshape(batch, -1), overall, axis=1)
+    bucket, buckets = overall // width, padded // width
+    # before[b, i, c]: number of the first i entries that lie in a bucket better than bucket c.
+    better = (bucket[:, :, None] < jnp.arange(buckets)).astype(jnp.int32)
+    before = jnp.pad(jnp.cumsum(better, axis=1), ((0, 0), (1, 0), (0, 0))).reshape(batch, -1)
+    up_to_end = jnp.take_along_axis(before, end * buckets + bucket, axis=1)
+    up_to_start = jnp.take_along_axis(before, start * buckets + bucket, axis=1)
+    return (same_bucket + up_to_end - up_to_start)[:, :count]
 
-    start_of, end_of = (jnp.take_along_axis(x, order, axis=1) for x in (start, end))
+
+def _better_in_bucket(order: jax.Array, start: jax.Array, end: jax.Array, width: int) -> jax.Array:
+    """For each entry by `order`, how many entries of its bucket are better and in its range.
+
+    Args:
+        order: `[B, N]` int32, indices of the entries, the best first.
+        start: `[B, N]` int32, index of the first entry in each entry's range.
+        end: `[B, N]` int32, index after the last entry in each entry's range.
+        width: Number of entries of a bucket.
+
+    Returns:
+        `[B, N / width, width]` int32.
+    """
+    batch = order.shape[0]
+    start, end = (jnp.take_along_axis(x, order, axis=1) for x in (start, end))
+    start, end = (x.reshape(batch, -1, width, 1) for x in (start, end))
     rivals = order.reshape(batch, -1, 1, width)
-    start_of, end_of = (x.reshape(batch, -1, width, 1) for x in (start_of, end_of))
-    above = jnp.tri(width, k=-1, dtype=bool)
-    within = ((rivals >= start_of) & (rivals < end_of) & above).sum(axis=3, dtype=jnp.int32)
-
-    bucket = rank // width
-    is_in = bucket[:, :, None] < jnp.arange(padded // width)  # an entry is above later buckets
-    before = jnp.cumsum(is_in.astype(jnp.int32), axis=1)
-    before = jnp.pad(before, ((0, 0), (1, 0), (0, 0))).reshape(batch, -1)
-
-    def up_to(place):
-        return jnp.take_along_axis(before, place * (padded // width) + bucket, axis=1)
-
-    within = jnp.take_along_axis(within.reshape(batch, -1), rank, axis=1)
-    return (within + up_to(end) - up_to(start))[:, :count]
+    better = jnp.tri(width, k=-1, dtype=bool)
+    return ((rivals >= start) & (rivals < end) & better).sum(axis=3, dtype=jnp.int32)
 
 
 def ranks_among(
@@ -73,18 +88,25 @@ def ranks_among(
     token: jax.Array,
     new_keys: jax.Array,
     new_token: jax.Array,
-    new_place: jax.Array,
+    new_index: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
-    """`prefix_ranks` of a few entries only, `[B, M]`, each compared with all `N` of the row.
+    """`prefix_ranks` of a few entries of a row, each compared with all entries.
 
     Args:
-        keys, token: `[B, N]`, as for `prefix_ranks`; the new entries stand among them.
-        new_keys, new_token, new_place: `[B, M]`, key, token and place in the row of each new one.
+        keys: `[B, N]` float32 keys of the row, those of the few entries among them.
+        token: `[B, N]` int32, token of each entry of the row.
+        new_keys: `[B, M]` float32, keys of the few entries.
+        new_token: `[B, M]` int32, token of each of them.
+        new_index: `[B, M]` int32, index in the row of each of them.
+        window: As in `prefix_ranks`.
+
+    Returns:
+        `[B, M]` int32 ranks.
     """
-    key, place = new_keys[:, :, None], new_place[:, :, None]
+    key, index = new_keys[:, :, None], new_index[:, :, None]
     others = keys[:, None, :]
-    higher = (others > key) | ((others == key) & (jnp.arange(keys.shape[1]) < place))
+    higher = (others > key) | ((others == key) & (jnp.arange(keys.shape[1]) < index))
     among = token[:, None, :] <= new_token[:, :, None]
     if window is not None:
         among &= token[:, None, :] > new_token[:, :, None] - window
@@ -92,6 +114,6 @@ def ranks_among(
 
 
 def _first_after(token: jax.Array, value: jax.Array) -> jax.Array:
-    """Number of entries of `token [B, N]`, never falling, that are at most `value [B, N]`."""
+    """`[B, N]`: number of entries of the sorted `token [B, N]` that are at most `value [B, N]`."""
     search = jax.vmap(lambda row, values: jnp.searchsorted(row, values, side="right"))
     return search(token, value).astype(jnp.int32)

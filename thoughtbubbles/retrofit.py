@@ -1,14 +1,14 @@
-"""Retrofit: fork layers into a pretrained decoder, whose output they leave as it is at first.
+"""Retrofit: fork layers in a pretrained decoder, which leave its output unchanged at first.
 
 A fork acts on other streams as one more key of attention, and that key weighs exactly its score p
 times what the original's would (`score_bias="none"`; values unscaled). A learned scalar gate of
-each fork layer multiplies p (`forking.candidate_log_scores`); born at `GATE`, it keeps every fork
-below float32's last digit. The output is linear in the gate to first order, so the gate has a
+each fork layer multiplies p (`forking.candidate_log_scores`). Its initial value `GATE` keeps every
+fork below float32's last digit. The output is linear in the gate to first order, so the gate has a
 gradient like any other parameter and the first step of an optimizer opens it; then scores and fork
 embeddings learn too.
 
 A fork itself is computed in full (`residual_scaling=False`): with its residual writes scaled by a p
-near 0 it would carry its parent's residual through the network unchanged, and have nothing to say.
+near 0 it would carry its parent's residual through the network unchanged, and contribute nothing.
 """
 
 import dataclasses
@@ -35,22 +35,23 @@ def add_forks(
     policy: Policy = PrefixRank(),  # noqa: B008 (frozen)
     seed: int = 0,
 ) -> tuple[ModelConfig, dict[Any, Any]]:
-    """A decoder without forks to a model that forks, with the same output until it is trained.
+    """Add fork layers to a decoder; its output stays the same until they are trained.
 
     Args:
-        config: of a decoder without forks.
-        weights: of it: nested dict of arrays, as `load_pretrained` gives, or an `nnx.State`. They
-            are handed on as they are, in their dtype and sharding.
-        layers: a fork layer goes in front of each of these blocks (0-based, rising).
-        policy: which candidates live.
-        seed: of the new parameters, which are float32 and lie on every device of the embedding.
+        config: Config of a decoder without forks.
+        weights: Weights of the decoder, a nested dict of arrays, such as `load_pretrained` returns,
+            or an `nnx.State`; their arrays are kept as they are.
+        layers: Indices of the blocks that get a fork layer in front, rising from 0.
+        policy: Policy of the fork layers.
+        seed: Seed of the new parameters, which are float32 and replicated on the devices of the
+            embedding.
 
     Returns:
-        the new config, and the weights with those of the fork layers under `forks`.
+        The new config, and the weights with those of the fork layers under `forks`.
 
     Raises:
-        ValueError: the config forks already or has copies, a layer is out of range, or the weights
-            are not those of the config.
+        ValueError: The config has fork layers or copies, a layer is out of range, or the weights do
+            not belong to the config.
     """
     if config.fork_layers:
         raise ValueError(
@@ -64,16 +65,16 @@ def add_forks(
     nnx.eval_shape(lambda: Thoughtbubbles.from_params(config, weights))  # raises if they don't fit
 
     def forks() -> Any:
-        # Of the whole model only these are returned, so only these are computed.
+        # XLA computes what is returned, so the rest of the model costs nothing.
         model = Thoughtbubbles(forking, rngs=nnx.Rngs(seed))
         return nnx.to_pure_dict(nnx.state(model))["forks"]
 
-    place = _everywhere(weights["embed"])
-    return forking, {**weights, "forks": jax.jit(forks, out_shardings=place)()}
+    replicated = _replicated_like(weights["embed"])
+    return forking, {**weights, "forks": jax.jit(forks, out_shardings=replicated)()}
 
 
 def forking_config(config: ModelConfig, layers: Sequence[int], policy: Policy) -> ModelConfig:
-    """The config with fork layers that leave the output as it is at first."""
+    """The config with fork layers that leave the output unchanged at first."""
     return dataclasses.replace(
         config,
         fork_layers=tuple(layers),
@@ -87,8 +88,8 @@ def forking_config(config: ModelConfig, layers: Sequence[int], policy: Policy) -
     )
 
 
-def _everywhere(array: Any) -> Any:
-    """A sharding that puts a whole array on every device of this one."""
+def _replicated_like(array: Any) -> Any:
+    """The sharding that replicates an array on the devices of this one."""
     sharding = getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())

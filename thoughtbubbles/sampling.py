@@ -1,26 +1,33 @@
-"""Drawing the next token: temperature, then top-k, top-p and min-p, as pure functions on logits.
+"""Sampling the next token: temperature, then top-k, top-p and min-p, as pure functions on logits.
 
-The order is that of Hugging Face's `generate`: each filter sees the distribution that the one
-before it left.
+The order is that of Hugging Face's `generate`: each filter applies to the distribution that the
+previous one left.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int, Key
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw; what is None is switched off, and nothing is computed for it.
+    """Options of sampling; a filter that is None is not applied and costs nothing.
 
     Attributes:
-        temperature: float32 scalar; None takes the most probable token.
-        top_k: int32 scalar.
-        top_p: float32 scalar.
-        min_p: float32 scalar.
+        temperature: Temperature, a float32 scalar; None takes the most probable token.
+        top_k: Number of most probable tokens to sample from, an int32 scalar.
+        top_p: Probability mass to sample from, a float32 scalar.
+        min_p: Smallest probability relative to that of the most probable token, a float32 scalar.
     """
 
     temperature: jax.Array | None = None
@@ -35,11 +42,18 @@ class Sampling:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-    ) -> "Sampling":
-        """Checked numbers; temperature 0 is greedy, where filters change nothing.
+    ) -> Sampling:
+        """Sampling of checked options.
+
+        Args:
+            temperature: Temperature; 0 is greedy, where filters change nothing.
+            top_k: Number of most probable tokens to sample from; None switches the filter off.
+            top_p: Probability mass to sample from; None switches the filter off.
+            min_p: Smallest probability relative to that of the most probable token; None switches
+                the filter off.
 
         Raises:
-            ValueError: a number is out of its range.
+            ValueError: An option is out of its range.
         """
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
@@ -56,13 +70,15 @@ class Sampling:
         return cls(jnp.float32(temperature), k, number(top_p), number(min_p))
 
 
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """One id per row, `[B]` int32; -1, which is no token, for a row whose logits hold a NaN.
+def sample(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
+) -> Int[Array, " B"]:
+    """One token id for each row, or -1 for a row whose logits hold a NaN.
 
     Args:
-        logits: `[B, V]` float32; -inf for what must not be chosen.
-        keys: `[B]`, one random key per row.
-        sampling: what to draw from.
+        logits: Float32 logits; -inf excludes a token.
+        keys: Random key of each row.
+        sampling: Options of sampling.
     """
     if sampling.temperature is None:
         chosen = logits.argmax(axis=-1)
@@ -71,8 +87,8 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(jnp.isnan(logits).any(axis=-1), -1, chosen).astype(jnp.int32)
 
 
-def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits `[B, V]` to draw from: tempered, and -inf where a filter says no."""
+def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits divided by the temperature, and -inf for tokens that a filter excludes."""
     if sampling.temperature is not None:
         logits = logits / sampling.temperature
     if sampling.top_k is not None:
@@ -84,29 +100,31 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def keep_top_k(logits: jax.Array, k: jax.Array | int) -> jax.Array:
-    """The `k` most probable tokens (Fan et al. 2018, arXiv 1805.04833), and what ties with them."""
+def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""] | int) -> Float[Array, "B V"]:
+    """Keep the `k` most probable tokens (Fan et al. 2018, arXiv 1805.04833), and ties of these."""
     descending = -jnp.sort(-logits, axis=-1)
-    place = jnp.minimum(k, logits.shape[-1]) - 1
-    return _at_least(logits, jnp.take(descending, place, axis=-1)[..., None])
+    last = jnp.minimum(k, logits.shape[-1]) - 1
+    return _at_least(logits, jnp.take(descending, last, axis=-1)[..., None])
 
 
-def keep_top_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
-    """The nucleus: fewest tokens of probability `p` or more (Holtzman et al. 2020,
-    arXiv 1904.09751).
+def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""] | float) -> Float[Array, "B V"]:
+    """Keep the nucleus, the fewest tokens whose probabilities sum to `p` or more, and its ties.
 
-    What ties with the last of them stays too.
+    Holtzman et al. 2020, arXiv 1904.09751.
     """
     descending = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(descending, axis=-1)
     more_probable = jnp.cumsum(probability, axis=-1) - probability
-    # The first has nothing above it in exact arithmetic, and is kept in any.
+    # The first token is always kept, even if rounding says otherwise.
     inside = (more_probable < p).at[..., 0].set(True)
     return _at_least(logits, jnp.where(inside, descending, jnp.inf).min(axis=-1, keepdims=True))
 
 
-def keep_min_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
-    """Tokens `p` times as probable as the first, or more (Nguyen et al. 2024, arXiv 2407.01082)."""
+def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, ""] | float) -> Float[Array, "B V"]:
+    """Keep tokens at least `p` times as probable as the most probable one.
+
+    Nguyen et al. 2024, arXiv 2407.01082.
+    """
     return _at_least(logits, logits.max(axis=-1, keepdims=True) + jnp.log(p))
 
 

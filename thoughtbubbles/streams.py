@@ -1,27 +1,35 @@
-"""Streams: the one value that flows between blocks."""
+"""Streams: the value that is passed from block to block."""
+
+from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """Residual streams of a batch, several per token, in reading order; dead slots stand last.
+    """Residual streams of a batch, several per token, in the order of the text; dead slots last.
 
-    Causal attention over slots is therefore enough: a live stream never sees a dead one.
+    So causal attention over slots is enough: a live stream never attends to a dead one.
 
     Attributes:
         x: `[B, S, D]` residuals.
-        log_score: `[B, S]` float32 cumulative log-score, 0 at the input.
-        token: `[B, S]` int32 index of the input token, non-decreasing over live slots.
-        alive: `[B, S]` bool.
-        length: `[B]` int32 number of real tokens in each row.
-        num_tokens: `T`, static number of token places; shorter rows are padded on the right.
-        first: `[B]` int32 tokens of the sequence before token 0 of the row (cached decoding).
-        forked: static; false until the first fork layer, while all scores are exactly 0.
+        log_score: `[B, S]` float32 cumulative log-score of each stream, 0 at the input.
+        token: `[B, S]` int32, index of each stream's input token, non-decreasing over live slots.
+        alive: `[B, S]` bool, slots that hold a stream.
+        length: `[B]` int32, number of real tokens of each row.
+        first: `[B]` int32, number of tokens of the sequence before the row's token 0; 0 except in
+            cached decoding.
+        num_tokens: Static number `T` of tokens of a row, padding on the right included.
+        forked: Whether a fork layer came before (static); until then all log-scores are exactly 0.
     """
 
     x: jax.Array
@@ -36,18 +44,18 @@ class Streams:
     @classmethod
     def start(
         cls,
-        x: jax.Array,
-        length: jax.Array | None = None,
+        x: Float[Array, "B T D"],
+        length: Int[Array, " B"] | None = None,
         copies: int = 1,
-        first: jax.Array | None = None,
-    ) -> "Streams":
-        """One stream per token from residuals `x [B, T, D]` (`copies` of each for copy-k).
+        first: Int[Array, " B"] | None = None,
+    ) -> Streams:
+        """The streams at the input: one per token, or `copies` of it for copy-k.
 
         Args:
-            x: residuals of right-padded rows.
-            length: `[B]` number of real tokens in each row; all `T` if not given.
-            copies: how many equal streams each token starts with.
-            first: `[B]` tokens of the sequence before these; none if not given.
+            x: Residuals of the tokens, padded on the right.
+            length: Number of real tokens of each row; all `T` by default.
+            copies: Number of equal streams of each token.
+            first: Number of tokens of the sequence before these; 0 by default.
         """
         batch, num_tokens, _ = x.shape
         if length is None:
@@ -60,22 +68,23 @@ class Streams:
         log_score = jnp.zeros(token.shape, jnp.float32)
         return cls(x, log_score, token, token < length[:, None], length, first, num_tokens)
 
-    def replace(self, **changes) -> "Streams":
+    def replace(self, **changes) -> Streams:
         """The same streams with some fields changed, as `dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
     @property
-    def original(self) -> jax.Array:
-        """`[B, S]` bool: the rightmost live stream of each token."""
-        # A sentinel, not a roll: a roll would compare a one-stream row with itself.
+    def original(self) -> Bool[Array, "B S"]:
+        """The rightmost live stream of each token."""
+        # Not jnp.roll, which would compare the only stream of a row with itself.
         ends_bubble = self.token[:, :-1] != self.token[:, 1:]
         last = jnp.ones_like(self.alive[:, :1])
         return self.alive & jnp.concatenate([ends_bubble | ~self.alive[:, 1:], last], axis=1)
 
-    def bubbles(self) -> tuple[jax.Array, jax.Array]:
-        """`(place, size)`, `[B, S]` int32: steps left of the original, and streams in the bubble.
+    def bubbles(self) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+        """Each stream's distance to the left of its original, and the size of its bubble.
 
-        Read off the sorted token index by running maxima; no scatter, no collective.
+        Both follow from the sorted token indices by running extremes, without scatter or
+        collective.
         """
         slots = self.token.shape[1]
         slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), self.token.shape)
@@ -85,24 +94,24 @@ class Streams:
         last = jax.lax.cummin(jnp.where(ends, slot, slots), axis=1, reverse=True)
         return last - slot, last - first + 1
 
-    def positions(self, fractional: bool = True) -> jax.Array:
-        """`[B, S]` float32 rotary positions (arXiv 2510.00219, App. D, eq. 13).
+    def positions(self, fractional: bool = True) -> Float[Array, "B S"]:
+        """Float32 rotary positions (arXiv 2510.00219, App. D, eq. 13).
 
-        The original of token `i` sits at `i`, the `p`-th fork to its left at `i - p / n` for a
-        bubble of `n` streams. With `fractional=False` all streams of token `i` sit at `i`.
+        The original of token `i` has position `i`, and the `p`-th fork to its left has `i - p / n`
+        in a bubble of `n` streams. With `fractional=False` all streams of token `i` have `i`.
         """
         token = (self.token + self.first[:, None]).astype(jnp.float32)
         if not fractional:
             return token
-        place, size = self.bubbles()
-        return jnp.where(self.alive, token - place / size, 0.0)
+        distance, size = self.bubbles()
+        return jnp.where(self.alive, token - distance / size, 0.0)
 
-    def bubble_of(self, token: jax.Array, max_bubble: int) -> "Streams":
-        """The bubble of one token per row, as streams of one-token rows (dead slots first).
+    def bubble_of(self, token: Int[Array, " B"], max_bubble: int) -> Streams:
+        """The bubble of one token of each row, as streams of rows of one token; dead slots first.
 
         Args:
-            token: `[B]` int32.
-            max_bubble: static bound on the streams of one token.
+            token: Index of the token in each row.
+            max_bubble: Static upper bound on the number of streams of a token.
         """
         slots = self.token.shape[1]
         mine = (self.token == token[:, None]) & self.alive
@@ -121,15 +130,18 @@ class Streams:
         )
 
 
-def left_align(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def left_align(
+    tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Int[Array, " B"], Int[Array, "B T"]]:
     """Move the real tokens of each row to its start, in order.
 
     Args:
-        tokens: `[B, T]` int32.
-        mask: `[B, T]` bool, true for real tokens (padding may stand anywhere).
+        tokens: Token ids with padding anywhere.
+        mask: Real tokens.
 
     Returns:
-        aligned tokens `[B, T]`, lengths `[B]`, and `rank [B, T]`: where each place went.
+        The aligned tokens, the number of real tokens of each row, and `rank`, the new index of each
+        token.
     """
     order = jnp.argsort(~mask, axis=1, stable=True)
     length = mask.sum(axis=1, dtype=jnp.int32)
@@ -137,8 +149,10 @@ def left_align(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.take_along_axis(tokens, order, axis=1), length, rank
 
 
-def restore_alignment(values: jax.Array, mask: jax.Array, rank: jax.Array) -> jax.Array:
-    """Undo `left_align` for per-token `values [B, T, ...]`; padded places become 0."""
+def restore_alignment(
+    values: Shaped[Array, "B T ..."], mask: Bool[Array, "B T"], rank: Int[Array, "B T"]
+) -> Shaped[Array, "B T ..."]:
+    """Undo `left_align` for values of each token; those of padding become 0."""
     mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
     rank = rank.reshape(rank.shape + (1,) * (values.ndim - 2))
     return jnp.where(mask, jnp.take_along_axis(values, rank, axis=1), 0)

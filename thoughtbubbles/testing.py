@@ -1,8 +1,8 @@
-"""What every fork policy and every architecture promises, as functions for tests of your own.
+"""The contracts of fork policies and of architectures, as assertions for tests of your own.
 
-Those of policies build two fork layers with random weights around the policy and look at random
-rows; nothing is trained, and no model is built. Those of architectures (`assert_decoder_*`) take a
-model. They raise an `AssertionError` that says which promise is broken.
+Those of policies apply two fork layers of random weights with the policy to random rows; nothing is
+trained, and no model is built. Those of architectures (`assert_decoder_*`) take a model. An
+`AssertionError` says which part of a contract is broken.
 """
 
 from functools import partial
@@ -23,13 +23,13 @@ PART = 3
 
 
 def assert_budget(policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: int = 0) -> None:
-    """Originals live, and no row has more streams than the policy's capacity.
+    """Assert that originals survive and that no row has more streams than the policy's capacity.
 
     Args:
         policy: Policy under test.
         rows: Number of random rows.
-        num_tokens: Tokens in a row.
-        seed: Seed of rows and weights.
+        num_tokens: Number of tokens of a row.
+        seed: Seed of the rows and the weights.
     """
     x = _rows(rows, num_tokens, seed)
     capacity = policy.capacity(num_tokens)
@@ -48,13 +48,13 @@ def assert_budget(policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: 
 
 
 def assert_causal(policy: Policy, *, rows: int = 8, num_tokens: int = 12, seed: int = 0) -> None:
-    """Streams of a token depend on tokens up to it alone, bit for bit.
+    """Assert that the streams of a token depend on tokens up to it alone, bit for bit.
 
     Args:
         policy: Policy under test.
         rows: Number of random rows.
-        num_tokens: Tokens in a row; each in turn is the first that changes.
-        seed: Seed of rows and weights.
+        num_tokens: Number of tokens of a row; each in turn is the first that changes.
+        seed: Seed of the rows and the weights.
     """
     x = _rows(rows, num_tokens, seed)
     other = _rows(rows, num_tokens, seed + 1)
@@ -77,34 +77,34 @@ def assert_causal(policy: Policy, *, rows: int = 8, num_tokens: int = 12, seed: 
 def assert_cached_is_parallel(
     policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: int = 0
 ) -> None:
-    """Rows forked in parts have the streams of rows forked at once, scores to 1e-5.
+    """Assert that rows forked in parts have the streams of rows forked at once, scores to 1e-5.
 
     Args:
-        policy: Policy under test, with `memory` and `keep_next` (`CausalPolicy`).
+        policy: Policy under test, with `init_state` and `keep_next` (`CausalPolicy`).
         rows: Number of random rows.
-        num_tokens: Tokens in a row, cut into parts at other places in each row.
-        seed: Seed of rows and weights.
+        num_tokens: Number of tokens of a row; each row is cut into parts of its own.
+        seed: Seed of the rows and the weights.
 
     Raises:
-        ValueError: The policy has no `memory` and `keep_next`.
+        ValueError: The policy has no `init_state` and `keep_next`.
     """
     if not isinstance(policy, CausalPolicy):
-        raise ValueError(f"{policy} has no memory() and keep_next(): it can't be cached")
+        raise ValueError(f"{policy} has no init_state() and keep_next(): it can't be cached")
     x = _rows(rows, num_tokens, seed)
     [(_, whole), _] = _forked(policy, x, seed)
     expected = _by_token(whole)
-    fork, memory = _layer(policy, seed), policy.memory(rows, 2 * num_tokens)
+    fork, policy_state = _layer(policy, seed), policy.init_state(rows, 2 * num_tokens)
     found: list[list[Any]] = [[] for _ in range(rows)]
     for start in range(0, num_tokens, PART):
-        # Rows are cut at different places: row r has its first tokens alone, r of them.
+        # Rows are cut differently: row r has its first r tokens in a part of their own.
         ends = np.minimum(start + PART + np.arange(rows) % PART, num_tokens)
         starts = np.where(start == 0, 0, np.minimum(start + np.arange(rows) % PART, num_tokens))
         part = np.zeros((rows, 2 * PART, WIDTH), np.float32)
         for row, (begin, end) in enumerate(zip(starts, ends, strict=True)):
             part[row, : end - begin] = x[row, begin:end]
         length = jnp.asarray(ends - starts, jnp.int32)
-        state = jnp.asarray(starts, jnp.int32), memory
-        streams, memory = _extended(fork, jnp.asarray(part), length, state, num_tokens)
+        state = jnp.asarray(starts, jnp.int32), policy_state
+        streams, policy_state = _extended(fork, jnp.asarray(part), length, state, num_tokens)
         for row, tokens in enumerate(_by_token(streams)):
             found[row] += tokens[: int(length[row])]
     for row in range(rows):
@@ -233,9 +233,9 @@ def _twice(lower: Fork, upper: Fork, x: jax.Array, length: jax.Array) -> tuple[S
 def _extended(
     fork: Fork, x: jax.Array, length: jax.Array, state: tuple[jax.Array, Any], num_tokens: int
 ) -> tuple[Streams, Any]:
-    """Streams of the next tokens, `length` of `x`; `state` is the tokens so far and a memory."""
-    first, memory = state
-    return fork.extend(Streams.start(x, length, first=first), memory, num_tokens)
+    """Streams of the next tokens; `state` is the number of earlier tokens and a policy state."""
+    first, policy_state = state
+    return fork.extend(Streams.start(x, length, first=first), policy_state, num_tokens)
 
 
 def _by_token(streams: Streams) -> list[list[tuple[float, ...]]]:
