@@ -1,4 +1,4 @@
-"""Analysis of latent memory: records of latents, clusters, ranks, nearest tokens, ablations."""
+"""Analysis of latent memory: records of latents, clusters, ranks, nearest tokens."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from memgen.response import NO_DECISION, Response
@@ -248,10 +246,10 @@ def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5)
     if not 1 <= k <= len(embedding_table):
         raise ValueError(f"k={k} of {len(embedding_table)} tokens: choose from 1 to all of them")
     latents, table = np.asarray(latents, np.float32), np.asarray(embedding_table, np.float32)
-    directions = _unit(table)
+    directions = unit_rows(table)
     ids, cosines = [], []
     for start in range(0, len(latents), 256):  # 256 rows of V cosines at once
-        cosine = _unit(latents[start : start + 256]) @ directions.T
+        cosine = unit_rows(latents[start : start + 256]) @ directions.T
         best = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
         found = np.take_along_axis(cosine, best, axis=1)
         order = np.argsort(-found, axis=1)
@@ -335,7 +333,7 @@ def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str],
     if len(centers) < 2 or len({tuple(shape) for shape in shapes.values()}) > 1:
         raise ValueError(f"centers of shapes {shapes}: give two or more kinds of one shape [M, D]")
     kinds = {name: np.asarray(rows, np.float64) for name, rows in centers.items()}
-    unit = {name: _unit(rows) for name, rows in kinds.items()}
+    unit = {name: unit_rows(rows) for name, rows in kinds.items()}
     precision = _sklearn("covariance").LedoitWolf().fit(np.concatenate([*unit.values()])).precision_
     names, found = list(kinds), {}
     for index, first in enumerate(names):
@@ -349,129 +347,7 @@ def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str],
     return found
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ClusterAblation:
-    """Filter for `keep_memory` that drops the memories of one cluster.
-
-    The rule "nearest" drops a memory if the distance of its mean to the cluster's centroid is below
-    `1 - margin` of that to any other centroid. The rule "paper" drops a memory if the centroid is
-    among the `neighbours` nearest, by cosine, of all centroids and token embeddings; where latents
-    lie far from all embeddings every centroid is, so that nearly all memories are dropped, whatever
-    the cluster. Compare with `CountMatchedControl` under either rule.
-
-    Attributes:
-        centroids: `[C, D]` float32 centroids (`Clusters.centroids`).
-        cluster: Index of the cluster to drop, an int32 scalar.
-        margin: Margin of the rule "nearest", a float32 scalar; 0 drops what k-means would assign to
-            the cluster.
-        embeddings: `[V, D]` token embeddings of the reasoner for the rule "paper", None for the
-            other.
-        neighbours: Number of neighbours of the rule "paper" (static).
-    """
-
-    centroids: jax.Array
-    cluster: jax.Array
-    margin: jax.Array
-    embeddings: jax.Array | None
-    neighbours: int = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(
-        cls,
-        clusters: Clusters,
-        cluster: int,
-        *,
-        margin: float = 0.1,
-        rule: Literal["nearest", "paper"] = "nearest",
-        embeddings: np.ndarray | jax.Array | None = None,
-        neighbours: int = 10,
-    ) -> "ClusterAblation":
-        """The filter of a cluster.
-
-        Args:
-            clusters: Clusters of memories.
-            cluster: Index of the cluster to drop.
-            margin: Margin of the rule "nearest", from 0 to 1.
-            rule: Rule by which a memory belongs to the cluster.
-            embeddings: `[V, D]` token embeddings of the reasoner, for the rule "paper" only.
-            neighbours: Number of neighbours of the rule "paper".
-
-        Raises:
-            ValueError: The cluster or the rule does not exist, the margin is outside of [0, 1], or
-                the embeddings do not fit the rule.
-        """
-        if not 0 <= cluster < len(clusters.centroids):
-            raise ValueError(f"cluster={cluster} of {len(clusters.centroids)}: count from 0")
-        if not 0 <= margin <= 1:
-            raise ValueError(f"margin={margin}: choose from 0 to 1")
-        if rule not in ("nearest", "paper"):
-            raise ValueError(f"rule={rule!r}: choose nearest or paper")
-        if (rule == "paper") != (embeddings is not None):
-            raise ValueError(f"rule={rule!r}: the paper's rule needs embeddings, the other none")
-        return cls(
-            jnp.asarray(clusters.centroids, jnp.float32),
-            jnp.int32(cluster),
-            jnp.float32(margin),
-            None if embeddings is None else jnp.asarray(embeddings, jnp.float32),
-            neighbours,
-        )
-
-    def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
-        """Memories to keep, `[B]` bool.
-
-        Args:
-            latents: `[B, K, D]` latents of each memory.
-            valid: `[B, K]` bool, latents that count.
-            keys: Unused; the filter is deterministic.
-        """
-        weight = valid.astype(jnp.float32)[..., None]
-        mean = (latents * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
-        if self.embeddings is not None:
-            near = _unit(mean) @ _unit(jnp.concatenate([self.centroids, self.embeddings])).T
-            own = jnp.take(near, self.cluster, axis=1)[:, None]
-            return (near > own).sum(axis=1) >= self.neighbours
-        distance = jnp.linalg.norm(mean[:, None] - self.centroids, axis=2)
-        named = jnp.arange(len(self.centroids)) == self.cluster
-        own = jnp.where(named, distance, 0).sum(axis=1)
-        other = jnp.where(named, jnp.inf, distance).min(axis=1)
-        return own >= (1 - self.margin) * other
-
-    def drop_rate(self, memories: Memories) -> float:
-        """Share of recorded memories that the filter drops."""
-        keys = jax.random.split(jax.random.key(0), len(memories.latents))
-        kept = self(jnp.asarray(memories.latents), jnp.asarray(memories.valid), keys)
-        return float(1 - kept.mean())
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CountMatchedControl:
-    """Filter for `keep_memory` that drops memories at random, as many as an ablation on average.
-
-    Its effect is that of losing any memory; only what an ablation does beyond it is due to the
-    cluster.
-
-    Attributes:
-        rate: Probability of dropping a memory, a float32 scalar; `ClusterAblation.drop_rate` of
-            memories that were recorded without ablation.
-    """
-
-    rate: jax.Array
-
-    @classmethod
-    def of(cls, rate: float) -> "CountMatchedControl":
-        """The control with a checked rate; a ValueError outside of [0, 1]."""
-        if not 0 <= rate <= 1:
-            raise ValueError(f"rate={rate}: choose from 0 to 1")
-        return cls(jnp.float32(rate))
-
-    def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
-        """Memories to keep, `[B]` bool, by one draw from each key of `keys [B]`."""
-        return jax.vmap(jax.random.uniform)(keys) >= self.rate
-
-
-def _unit(rows: Any) -> Any:
+def unit_rows(rows: Any) -> Any:
     """Rows (NumPy or JAX) scaled to length 1; a row of zeros stays zero."""
     return rows / ((rows * rows).sum(axis=-1, keepdims=True) ** 0.5).clip(1e-30)
 

@@ -135,7 +135,7 @@ def _mean(values: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Records(Generic[State]):
-    """What a run of several stages needs to be resumed.
+    """Files and functions by which a run of several stages is resumed.
 
     Attributes:
         report: JSON file of the report, written before the first stage and after every one.

@@ -151,7 +151,7 @@ def respond(
     Args:
         memgen: Model that responds.
         session: Session to extend; its buffers are donated, so only the result may be used.
-        request: How to respond (`make_request`).
+        request: Options of the response (`make_request`).
         capacity: Number of new tokens that the response's arrays hold (static); a smaller
             `request.max_new_tokens` ends the response earlier.
 
@@ -177,8 +177,10 @@ def respond(
 
 
 def chunk_size(session: Session) -> int:
-    """Number of rows that weave at a time: one of each shard of the batch, so that shards work at
-    once; 1 under a trace, where shards are unknown."""
+    """Number of rows that weave at a time: one of each shard of the batch, which work in parallel.
+
+    It is 1 under a trace, where the shards are unknown.
+    """
     if isinstance(session.count, Tracer):
         return 1
     count = jnp.asarray(session.count)

@@ -42,7 +42,7 @@ class Decoders:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What one step hands to the next.
+    """State of the generation loop between two steps.
 
     Attributes:
         step: Index of the token that the step generates, an int32 scalar.
@@ -60,7 +60,7 @@ class Loop:
 
 
 class EventInputs(NamedTuple):
-    """What an event needs to know of each row.
+    """Inputs of an event, by row.
 
     Attributes:
         kind: `[B]` int32, `PROMPT` or `INFERENCE`.

@@ -21,7 +21,7 @@ KeepMemory = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """How to respond.
+    """Options of a response.
 
     Attributes:
         policy: Trigger policy, which decides at each boundary whether to weave.

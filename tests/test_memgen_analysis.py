@@ -13,10 +13,9 @@ from matplotlib.text import Text
 from memgen_tiny import CONFIG, answer, in_numpy, rollout
 
 from memgen import decoding as loop_module
+from memgen.ablation import ClusterAblation, CountMatchedControl
 from memgen.analysis import (
-    ClusterAblation,
     Clusters,
-    CountMatchedControl,
     LatentRecorder,
     center_distances,
     cluster,

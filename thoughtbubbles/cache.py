@@ -70,7 +70,7 @@ class Trace:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What a causal model needs of the tokens so far; axis 0 of every array indexes the rows.
+    """State of a causal model after the tokens so far; axis 0 of every array indexes the rows.
 
     Attributes:
         length: `[B]` int32, number of tokens of each row.

@@ -46,7 +46,7 @@ def thresholds(tracked: Any) -> dict[str, jax.Array]:
     """`threshold [F]`: where tracking has brought each fork layer (empty without tracking).
 
     Args:
-        tracked: nnx.State of the model's tracked variables.
+        tracked: State of the model's tracked variables (`nnx.State`).
     """
     values = jax.tree.leaves(tracked)
     return {"threshold": jnp.stack(values)} if values else {}

@@ -1,0 +1,132 @@
+"""Ablations of latent memory: filters for `keep_memory` of generation, which drop some events."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memgen.analysis import Clusters, Memories, unit_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClusterAblation:
+    """Filter for `keep_memory` that drops the memories of one cluster.
+
+    The rule "nearest" drops a memory if the distance of its mean to the cluster's centroid is below
+    `1 - margin` of that to any other centroid. The rule "paper" drops a memory if the centroid is
+    among the `neighbours` nearest, by cosine, of all centroids and token embeddings; where latents
+    lie far from all embeddings every centroid is, so that nearly all memories are dropped, whatever
+    the cluster. Compare with `CountMatchedControl` under either rule.
+
+    Attributes:
+        centroids: `[C, D]` float32 centroids (`Clusters.centroids`).
+        cluster: Index of the cluster to drop, an int32 scalar.
+        margin: Margin of the rule "nearest", a float32 scalar; 0 drops what k-means would assign to
+            the cluster.
+        embeddings: `[V, D]` token embeddings of the reasoner for the rule "paper", None for the
+            other.
+        neighbours: Number of neighbours of the rule "paper" (static).
+    """
+
+    centroids: jax.Array
+    cluster: jax.Array
+    margin: jax.Array
+    embeddings: jax.Array | None
+    neighbours: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        clusters: Clusters,
+        cluster: int,
+        *,
+        margin: float = 0.1,
+        rule: Literal["nearest", "paper"] = "nearest",
+        embeddings: np.ndarray | jax.Array | None = None,
+        neighbours: int = 10,
+    ) -> "ClusterAblation":
+        """The filter of a cluster.
+
+        Args:
+            clusters: Clusters of memories.
+            cluster: Index of the cluster to drop.
+            margin: Margin of the rule "nearest", from 0 to 1.
+            rule: Rule by which a memory belongs to the cluster.
+            embeddings: `[V, D]` token embeddings of the reasoner, for the rule "paper" only.
+            neighbours: Number of neighbours of the rule "paper".
+
+        Raises:
+            ValueError: The cluster or the rule does not exist, the margin is outside of [0, 1], or
+                the embeddings do not fit the rule.
+        """
+        if not 0 <= cluster < len(clusters.centroids):
+            raise ValueError(f"cluster={cluster} of {len(clusters.centroids)}: count from 0")
+        if not 0 <= margin <= 1:
+            raise ValueError(f"margin={margin}: choose from 0 to 1")
+        if rule not in ("nearest", "paper"):
+            raise ValueError(f"rule={rule!r}: choose nearest or paper")
+        if (rule == "paper") != (embeddings is not None):
+            raise ValueError(f"rule={rule!r}: the paper's rule needs embeddings, the other none")
+        return cls(
+            jnp.asarray(clusters.centroids, jnp.float32),
+            jnp.int32(cluster),
+            jnp.float32(margin),
+            None if embeddings is None else jnp.asarray(embeddings, jnp.float32),
+            neighbours,
+        )
+
+    def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
+        """Memories to keep, `[B]` bool.
+
+        Args:
+            latents: `[B, K, D]` latents of each memory.
+            valid: `[B, K]` bool, latents that count.
+            keys: Unused; the filter is deterministic.
+        """
+        weight = valid.astype(jnp.float32)[..., None]
+        mean = (latents * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
+        if self.embeddings is not None:
+            near = unit_rows(mean) @ unit_rows(jnp.concatenate([self.centroids, self.embeddings])).T
+            own = jnp.take(near, self.cluster, axis=1)[:, None]
+            return (near > own).sum(axis=1) >= self.neighbours
+        distance = jnp.linalg.norm(mean[:, None] - self.centroids, axis=2)
+        named = jnp.arange(len(self.centroids)) == self.cluster
+        own = jnp.where(named, distance, 0).sum(axis=1)
+        other = jnp.where(named, jnp.inf, distance).min(axis=1)
+        return own >= (1 - self.margin) * other
+
+    def drop_rate(self, memories: Memories) -> float:
+        """Share of recorded memories that the filter drops."""
+        keys = jax.random.split(jax.random.key(0), len(memories.latents))
+        kept = self(jnp.asarray(memories.latents), jnp.asarray(memories.valid), keys)
+        return float(1 - kept.mean())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CountMatchedControl:
+    """Filter for `keep_memory` that drops memories at random, as many as an ablation on average.
+
+    Its effect is that of losing any memory; only what an ablation does beyond it is due to the
+    cluster.
+
+    Attributes:
+        rate: Probability of dropping a memory, a float32 scalar; `ClusterAblation.drop_rate` of
+            memories that were recorded without ablation.
+    """
+
+    rate: jax.Array
+
+    @classmethod
+    def of(cls, rate: float) -> "CountMatchedControl":
+        """The control with a checked rate; a ValueError outside of [0, 1]."""
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate={rate}: choose from 0 to 1")
+        return cls(jnp.float32(rate))
+
+    def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
+        """Memories to keep, `[B]` bool, by one draw from each key of `keys [B]`."""
+        return jax.vmap(jax.random.uniform)(keys) >= self.rate
