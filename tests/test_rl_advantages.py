@@ -11,11 +11,11 @@ from train.rl.learning.advantages import (
     dr_grpo,
     grpo,
     in_mixed_group,
-    overlong_penalty,
     rebn,
     reinforce_pp_baseline,
     rloo,
 )
+from train.rl.learning.penalties import overlong_penalty
 
 GROUPED = [grpo, dr_grpo, rloo, reinforce_pp_baseline]
 # Five rollouts of two problems.

@@ -14,9 +14,10 @@ from train.devices.mesh import MeshConfig
 from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
-from train.rl.learning.credit import Episodes, assign_advantages
+from train.rl.learning.credit import assign_advantages
 from train.rl.learning.policy import scores
 from train.rl.rollout.rows import make_rows
+from train.rl.types import Episodes
 
 RATE = 1e-2
 CONFIG = RLConfig(
@@ -26,8 +27,6 @@ CONFIG = RLConfig(
     batch_size=4,
     num_generations=4,
     max_new_tokens=6,
-    max_turns=3,
-    max_observation=8,
     optimizer=OptimizerConfig(
         learning_rate=RATE, weight_decay=0.0, warmup=0.0, final_ratio=1.0, clip=1e9
     ),
@@ -190,8 +189,8 @@ class Letters(Echo):
 @functools.cache
 def played(keep_context: bool):
     """Rollouts of all parameters' policy."""
-    few = {"max_new_tokens": 2, "max_observation": 2}
-    reinforcing = work(task=Letters(), keep_context=keep_context, train="all", **few)
+    strategy = f"turns(max_turns=3, max_observation=2, keep_context={keep_context})"
+    reinforcing = work(task=Letters(), strategy=strategy, train="all", max_new_tokens=2)
     return reinforcing.collect(reinforcing.first_state().weights).trajectories
 
 
@@ -200,7 +199,7 @@ def test_credit_of_turns_is_by_return():
     found = {}
     for keep_context in (True, False):
         rows = played(keep_context)
-        config = dataclasses.replace(CONFIG, method="rebn(gamma=0.9)", keep_context=keep_context)
+        config = dataclasses.replace(CONFIG, method="rebn(gamma=0.9)")
         advantages = assign_advantages(rows, Episodes.of(rows), config)
         found[keep_context] = {
             (row.group, row.episode, row.turn + offset): advantage[begin]
@@ -231,8 +230,7 @@ def test_a_strategy_may_bring_its_own_advantages():
 def test_episodes_count_once_in_their_group():
     """GRPO of episodes whose turns are rows: statistics are of episodes, not of rows."""
     rows = played(False)
-    config = dataclasses.replace(CONFIG, keep_context=False)
-    advantages = assign_advantages(rows, Episodes.of(rows), config)
+    advantages = assign_advantages(rows, Episodes.of(rows), CONFIG)
     for group in {row.group for row in rows}:
         mine = [(row, a) for row, a in zip(rows, advantages, strict=True) if row.group == group]
         reward = {row.episode: row.reward.value for row, _ in mine}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from train.rl.learning.advantages import dr_grpo, grpo
-from train.rl.learning.losses import Aggregate, LossConfig, policy_loss
+from train.rl.learning.losses import Aggregate, ClippedLoss
 
 
 @pytest.fixture(autouse=True)
@@ -21,20 +21,18 @@ def in_64_bits() -> Iterator[None]:
 
 
 @partial(jax.jit, static_argnames=("config", "max_length"))
-def derived(config: LossConfig, rows: dict, max_length: int = 4):
+def derived(config: ClippedLoss, rows: dict, max_length: int = 4):
     """Numerator, denominator, sums and the gradient of the numerator."""
 
     def numerator(log_probs):
-        total, weight, sums = policy_loss(
-            config, **rows | {"log_probs": log_probs}, max_length=max_length
-        )
+        total, weight, sums = config(**rows | {"log_probs": log_probs}, max_length=max_length)
         return total, (weight, sums)
 
     (total, (weight, sums)), slope = jax.value_and_grad(numerator, has_aux=True)(rows["log_probs"])
     return total, weight, sums, slope
 
 
-def mean(config: LossConfig, rows: dict, max_length: int = 4) -> float:
+def mean(config: ClippedLoss, rows: dict, max_length: int = 4) -> float:
     total, weight, _, _ = derived(config, rows, max_length)
     return float(total / weight)
 
@@ -74,7 +72,7 @@ GRPO, MEAN_ONLY = grpo(REWARD, GROUP, EVERY), dr_grpo(REWARD, GROUP, EVERY)
 def test_five_rollouts(clip_high: float, advantages: np.ndarray, expected: dict[Aggregate, float]):
     rows = of_rows(advantages, NOW, OLD)
     for aggregate, value in expected.items():
-        config = LossConfig(clip_high=clip_high, aggregate=aggregate)
+        config = ClippedLoss(clip_high=clip_high, aggregate=aggregate)
         assert mean(config, rows) == pytest.approx(value, abs=5.01e-7)
         sums = derived(config, rows)[2]
         assert sums["clipped"] == 4 and sums["tokens"] == 13 and "ref_kl" not in sums
@@ -86,24 +84,26 @@ def test_five_rollouts(clip_high: float, advantages: np.ndarray, expected: dict[
 def test_divergence_from_the_reference():
     """k3 alone, by tokens and by rows, and with its coefficient in the loss."""
     rows = of_rows(GRPO, NOW, OLD, reference=padded(REFERENCE))
-    sums = derived(LossConfig(aggregate="sequence"), rows)[2]
+    sums = derived(ClippedLoss(aggregate="sequence"), rows)[2]
     assert sums["ref_kl"] / 13 == pytest.approx(0.036757, abs=5e-7)
-    added = mean(LossConfig(aggregate="sequence", kl=0.04), rows)
+    added = mean(ClippedLoss(aggregate="sequence", kl=0.04), rows)
     assert added == pytest.approx(0.057099, abs=5e-7)
     still = rows | {"advantages": np.zeros_like(rows["old"])}
-    assert mean(LossConfig(aggregate="token", kl=1.0), still) == pytest.approx(0.036757, abs=5e-7)
-    by_row = mean(LossConfig(aggregate="sequence", kl=1.0), still)
+    assert mean(ClippedLoss(aggregate="token", kl=1.0), still) == pytest.approx(0.036757, abs=5e-7)
+    by_row = mean(ClippedLoss(aggregate="sequence", kl=1.0), still)
     assert by_row == pytest.approx(0.039071, abs=5e-7)
 
 
 @pytest.mark.parametrize("now, reference, value", [(-1, -1.5, 0.106531), (-1, -0.8, 0.0214028)])
 def test_k3_of_one_token(now: float, reference: float, value: float):
     rows = of_rows([0], [[now]], [[now]], reference=np.array([[reference]]))
-    assert derived(LossConfig(), rows)[2]["ref_kl"] == pytest.approx(value, abs=5e-7)
+    assert derived(ClippedLoss(aggregate="token"), rows)[2]["ref_kl"] == pytest.approx(
+        value, abs=5e-7
+    )
 
 
 def test_gradient_of_five_rollouts():
-    _, weight, _, slope = derived(LossConfig(aggregate="sequence"), of_rows(GRPO, NOW, OLD))
+    _, weight, _, slope = derived(ClippedLoss(aggregate="sequence"), of_rows(GRPO, NOW, OLD))
     expected = [
         [-0.085076, 0, -0.051601, 0],
         [0.070518, 0, 0, 0],
@@ -116,7 +116,7 @@ def test_gradient_of_five_rollouts():
 
 
 def test_gradient_of_the_first_step():
-    _, weight, _, slope = derived(LossConfig(aggregate="sequence"), of_rows(GRPO, OLD, OLD))
+    _, weight, _, slope = derived(ClippedLoss(aggregate="sequence"), of_rows(GRPO, OLD, OLD))
     for row, length in enumerate(map(len, OLD)):
         expected = -GRPO[row] / (length * 5)
         np.testing.assert_allclose(slope[row, :length] / weight, expected, rtol=1e-14)
@@ -135,30 +135,32 @@ def test_aggregation_of_known_losses(losses, expected: dict[Aggregate, float]):
     still = [[-1.0] * len(row) for row in losses]
     rows = of_rows([0, 0], still, still) | {"advantages": -padded(losses)}
     for aggregate, value in expected.items():
-        assert mean(LossConfig(aggregate=aggregate), rows, 8) == pytest.approx(value, rel=1e-15)
+        assert mean(ClippedLoss(aggregate=aggregate), rows, 8) == pytest.approx(value, rel=1e-15)
 
 
 def test_which_side_is_cut():
     """Two of the four corners keep their gradient."""
     ratio = np.array([1.5, 1.5, 0.5, 0.5])
     rows = of_rows([1, -1, 1, -1], np.log(ratio)[:, None].tolist(), [[0.0]] * 4)
-    slope = derived(LossConfig(), rows)[3][:, 0]
+    slope = derived(ClippedLoss(aggregate="token"), rows)[3][:, 0]
     np.testing.assert_allclose(slope, [0, 1.5, -0.5, 0], rtol=1e-14)
 
 
 def test_dual_clip_bounds_negative_advantages():
     ratio = np.array([2.0, 5, 5])
     rows = of_rows([-1, -2, 2], np.log(ratio)[:, None].tolist(), [[0.0]] * 3)
-    total, _, sums, slope = derived(LossConfig(dual_clip=3.0), rows)
+    total, _, sums, slope = derived(ClippedLoss(dual_clip=3.0, aggregate="token"), rows)
     assert total == pytest.approx(2 + 3 * 2 - 1.2 * 2, rel=1e-14)
     np.testing.assert_allclose(slope[:, 0], [2, 0, 0], rtol=1e-14)
     assert sums["clipped"] == 1  # the last one
-    assert derived(LossConfig(), rows)[0] == pytest.approx(2 + 5 * 2 - 1.2 * 2, rel=1e-14)
+    assert derived(ClippedLoss(aggregate="token"), rows)[0] == pytest.approx(
+        2 + 5 * 2 - 1.2 * 2, rel=1e-14
+    )
 
 
 def test_far_ratios_are_cut():
     rows = of_rows([-1, -1], [[0.0], [-100.0]], [[-100.0], [0.0]])
-    total, _, _, slope = derived(LossConfig(clip_low=1.0), rows)
+    total, _, _, slope = derived(ClippedLoss(clip_low=1.0, aggregate="token"), rows)
     assert total == pytest.approx(math.exp(20) + math.exp(-20), rel=1e-14)
     np.testing.assert_array_equal(slope, 0)
 
@@ -168,10 +170,10 @@ def test_importance_weights_are_cut_before_aggregation():
     sampler = np.log([[0.25, 2.0, 0.1]])
     rows = of_rows([1], [[0.0] * 3], [[0.0] * 3], sampler=sampler)
     rows |= {"reference": np.full((1, 3), 0.2)}
-    total, _, _, slope = derived(LossConfig(importance_cap=2.0), rows)
+    total, _, _, slope = derived(ClippedLoss(importance_cap=2.0, aggregate="token"), rows)
     assert total == pytest.approx(-(2 + 0.5 + 2), rel=1e-14)
     np.testing.assert_allclose(slope, [[-2, -0.5, -2]], rtol=1e-14)
-    with_kl = derived(LossConfig(importance_cap=2.0, kl=1.0), rows)[0]
+    with_kl = derived(ClippedLoss(importance_cap=2.0, kl=1.0, aggregate="token"), rows)[0]
     assert with_kl - total == pytest.approx(3 * 0.0214028, abs=3e-7)
 
 
@@ -182,8 +184,7 @@ def test_k3_as_a_loss_has_the_gradient_of_the_other_divergence():
 
     def loss(logits):
         column = jax.nn.log_softmax(logits)[:, None]
-        total, weight, _ = policy_loss(
-            LossConfig(kl=1.0),
+        total, weight, _ = ClippedLoss(kl=1.0, aggregate="token")(
             column,
             jax.lax.stop_gradient(column),
             jnp.zeros((3, 1)),
@@ -222,7 +223,7 @@ def test_k3_as_a_loss_has_the_gradient_of_the_other_divergence():
 
 
 # Everything at once, and each aggregation.
-PLAIN = [LossConfig(aggregate=name) for name in ("sequence", "token", "constant")]
+PLAIN = [ClippedLoss(aggregate=name) for name in ("sequence", "token", "constant")]
 FULL = [
     dataclasses.replace(c, clip_high=0.28, dual_clip=1.5, kl=0.05, importance_cap=1.2)
     for c in PLAIN
@@ -254,7 +255,7 @@ def random_rows(seed: int, rows: int = 6, length: int = 7) -> dict:
     }
 
 
-def token_by_token(config: LossConfig, rows: dict, max_length: int):
+def token_by_token(config: ClippedLoss, rows: dict, max_length: int):
     """Numerator, denominator and sums from the definitions."""
     numerator = denominator = 0.0
     sums = dict.fromkeys(("tokens", "clipped", "ratio", "approx_kl", "ref_kl"), 0.0)
@@ -289,7 +290,7 @@ def token_by_token(config: LossConfig, rows: dict, max_length: int):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("config", PLAIN + FULL, ids=lambda c: f"{c.aggregate}-{c.kl}")
-def test_agrees_with_a_loop_over_tokens(config: LossConfig, seed: int):
+def test_agrees_with_a_loop_over_tokens(config: ClippedLoss, seed: int):
     rows = random_rows(seed)
     total, weight, sums, slope = derived(config, rows, 9)
     numerator, denominator, expected = token_by_token(config, rows, 9)
@@ -303,7 +304,7 @@ def test_agrees_with_a_loop_over_tokens(config: LossConfig, seed: int):
 
 
 @pytest.mark.parametrize("config", FULL, ids=lambda c: c.aggregate)
-def test_gradient_agrees_with_finite_differences(config: LossConfig):
+def test_gradient_agrees_with_finite_differences(config: ClippedLoss):
     rows = random_rows(11)
     slope = derived(config, rows)[3]
     step = 1e-6 * np.eye(slope.size).reshape(-1, *slope.shape)
@@ -311,14 +312,14 @@ def test_gradient_agrees_with_finite_differences(config: LossConfig):
     @jax.jit
     @jax.vmap
     def loss(log_probs):
-        return policy_loss(config, **rows | {"log_probs": log_probs}, max_length=4)[0]
+        return config(**rows | {"log_probs": log_probs}, max_length=4)[0]
 
     differences = (loss(rows["log_probs"] + step) - loss(rows["log_probs"] - step)) / 2e-6
     np.testing.assert_allclose(differences.reshape(slope.shape), slope, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("config", FULL, ids=lambda c: c.aggregate)
-def test_order_of_rows_and_filler_change_nothing(config: LossConfig):
+def test_order_of_rows_and_filler_change_nothing(config: ClippedLoss):
     rows = random_rows(5)
     whole = derived(config, rows)
     order = np.array([3, 5, 0, 2, 4, 1])
@@ -340,7 +341,7 @@ def test_order_of_rows_and_filler_change_nothing(config: LossConfig):
 
 
 @pytest.mark.parametrize("config", FULL, ids=lambda c: c.aggregate)
-def test_micro_batches_add_up(config: LossConfig):
+def test_micro_batches_add_up(config: ClippedLoss):
     rows = random_rows(2)
     whole = derived(config, rows)
     for size in (1, 2, 4):  # 4 and the 2 that are left
@@ -383,7 +384,7 @@ def test_groups_without_a_difference_have_no_gradient():
     """All rows of problem 0 earned 0.1; problem 1 was both solved and not."""
     reward = np.array([0.1, 0.1, 0.1, 1, 0])
     rows = of_rows(grpo(reward, GROUP, EVERY), NOW, OLD)
-    slope = derived(LossConfig(), rows)[3]
+    slope = derived(ClippedLoss(aggregate="token"), rows)[3]
     np.testing.assert_array_equal(slope[:3], 0)
     assert slope[3:].any()
 
@@ -406,13 +407,13 @@ def test_mistakes_are_named():
         ("dual_clip", 1.0), ("kl", -1.0), ("importance_cap", 0.0), ("aggregate", "rows"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=f"^{field}={value!r}: choose"):
-            LossConfig(**{field: value})
+            ClippedLoss(**{field: value})
     rows = of_rows(GRPO, NOW, OLD)
     with pytest.raises(ValueError, match=r"kl=0.1 needs the reference's"):
-        derived(LossConfig(kl=0.1), rows)
+        derived(ClippedLoss(kl=0.1, aggregate="token"), rows)
     with pytest.raises(ValueError, match=r"importance_cap=2.0 needs the sampler's"):
-        derived(LossConfig(importance_cap=2.0), rows)
+        derived(ClippedLoss(importance_cap=2.0, aggregate="token"), rows)
     with pytest.raises(ValueError, match="max_length=0: choose 1 or more"):
-        derived(LossConfig(), rows, 0)
+        derived(ClippedLoss(aggregate="token"), rows, 0)
     with pytest.raises(ValueError, match=r"\(5, 1\) are not of tokens \(5, 4\)"):
-        derived(LossConfig(), rows | {"advantages": GRPO[:, None]})
+        derived(ClippedLoss(aggregate="token"), rows | {"advantages": GRPO[:, None]})

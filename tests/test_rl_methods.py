@@ -1,25 +1,35 @@
-"""Promises that every method in `METHODS` keeps, and a method of the user's own."""
+"""Promises that every method and every part in a registry keeps, and parts of the user's own."""
 
 import dataclasses
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from train.cli.calls import text_of
+from train.cli.command import parse
 from train.cli.config_json import as_json
 from train.rl.config import RLConfig
-from train.rl.learning.credit import Episodes
-from train.rl.methods import GRPO, METHODS, Method, method_from_text
-from train.rl.types import Problem, Reward, Trajectory
+from train.rl.learning.credit import assign_advantages
+from train.rl.learning.estimators import ADVANTAGES, GroupNormalized, LeaveOneOut
+from train.rl.learning.losses import ClippedLoss
+from train.rl.learning.penalties import REWARDS, OverlongPenalty
+from train.rl.methods import GRPO, METHODS
+from train.rl.parts import KINDS, choices, part_from_text
+from train.rl.rollout.budgets import ALLOCATORS
+from train.rl.rollout.strategies import Turns
+from train.rl.types import Episodes, Problem, Reward, Trajectory
+from train.runs.resume import differences
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranks(GRPO):
-    """A user's method: the rank of a reward in its group in place of the reward."""
+class Ranks(GroupNormalized):
+    """A user's estimator: the rank of a reward in its group in place of the reward."""
 
     word: ClassVar[str] = "ranks"
     power: float = 1.0
@@ -29,7 +39,25 @@ class Ranks(GRPO):
         return super().estimate(below.sum(axis=1) ** self.power, group, valid)
 
 
-EVERY = {**METHODS, "ranks": Ranks}
+@dataclasses.dataclass(frozen=True)
+class RankGRPO(GRPO):
+    """A user's method."""
+
+    word: ClassVar[str] = "rank_grpo"
+
+    @property
+    def advantage(self):
+        return Ranks()
+
+
+EVERY = {**METHODS, "rank_grpo": RankGRPO}
+ESTIMATORS = {
+    **{f"method {word}": RLConfig(method=method()) for word, method in EVERY.items()},
+    **{f"advantage {word}": RLConfig(advantage=word) for word in ADVANTAGES},
+    "advantage ranks": RLConfig(advantage=Ranks(2.0)),
+}
+EACH = [(kind, word) for kind, (_, registry) in KINDS.items() for word in registry]
+REQUIRED = {"overlong": "buffer=8"}
 
 
 def trajectories(rewards: list[list[float]]) -> list[Trajectory]:
@@ -59,69 +87,132 @@ def trajectories(rewards: list[list[float]]) -> list[Trajectory]:
     return rows
 
 
-REWARDS = [[0.0, 1.0, 0.25], [1.0, 0.0], [1.0, 1.0, 0.0, 0.5]]
+OUTCOMES = [[0.0, 1.0, 0.25], [1.0, 0.0], [1.0, 1.0, 0.0, 0.5]]
 
 
-def assign_advantages(method: Method, rows: list[Trajectory]) -> list[np.ndarray]:
-    episodes = Episodes.of(rows)
-    return method.assign_advantages(rows, episodes, episodes.reward.copy())
+def advantages_of(config: RLConfig, rows: list[Trajectory]) -> list[np.ndarray]:
+    return assign_advantages(rows, Episodes.of(rows), config)
 
 
-@pytest.mark.parametrize("word", EVERY)
-def test_a_method_is_made_of_parts(word):
-    method = EVERY[word]()
-    assert method.word == word and type(method).__doc__
-    allocator = method.allocator()
-    assert sum(allocator.plan(["a", "b", "c"], 8)) == 8
-    allocator.restore(allocator.state)
-    allocator.observe("a", [True, False])
-    default = object()
-    assert method.strategy(default) is default or hasattr(method.strategy(default), "collect")
-    assert method.loss.clip_low == method.clip_low
+def made(kind: str, word: str) -> Any:
+    return part_from_text(kind, f"{word}({REQUIRED.get(word, '')})")
 
 
-@pytest.mark.parametrize("word", METHODS)
-def test_a_method_is_written_as_it_is_read(word):
+@pytest.mark.parametrize(("kind", "word"), EACH)
+def test_a_part_is_written_as_it_is_read(kind, word):
     """On the command line and in config.json, with all options."""
-    method = dataclasses.replace(METHODS[word](), kl=0.5, clip_high=0.3)
-    assert method_from_text(text_of(word, method)) == method
-    saved = as_json(RLConfig(method=method))["method"]
-    assert method_from_text(saved) == method and "kl=0.5" in saved
-    assert RLConfig(method=word).recipe == METHODS[word]()
+    base, registry = KINDS[kind]
+    part = made(kind, word)
+    assert isinstance(part, base) and type(part) is registry[word]
+    text = text_of(word, part)
+    assert part_from_text(kind, text) == part and text.startswith(f"{word}(")
+    changes: dict[str, Any] = {kind: (text,) if kind == "reward" else text}
+    config = RLConfig(**changes | ({"train": "trigger"} if word == "invocation" else {}))
+    saved = as_json(config)[kind]
+    assert saved == ([text] if kind == "reward" else text)
+    read = parse(RLConfig, [f"--{kind}", text, "--train", config.train])
+    assert as_json(read) == as_json(config) and not differences(as_json(config), read)
+
+
+@pytest.mark.parametrize(("kind", "word"), EACH)
+def test_a_part_has_a_line_in_the_help(kind, word):
+    lines = choices().splitlines()
+    start = lines.index(f"choices of --{kind}:")
+    line = next(line for line in lines[start:] if re.match(rf"  {word}\W", line))
+    assert len(line.partition(": ")[2].split()) > 3
 
 
 @pytest.mark.parametrize("word", EVERY)
-def test_the_order_of_rows_changes_nothing(word):
-    rows = trajectories(REWARDS)
-    found = assign_advantages(EVERY[word](), rows)
+def test_a_method_is_a_preset_of_parts(word):
+    method = EVERY[word](kl=0.5, clip_high=0.3)
+    config = RLConfig(method=method)
+    assert config.recipe.word == word and type(method).__doc__
+    assert config.parts.advantage == method.advantage
+    assert (config.parts.loss.kl, config.parts.loss.clip_high) == (0.5, 0.3)
+    other = RLConfig(
+        method=EVERY[word](), advantage="rloo", loss="clipped(kl=0.25)", allocator="uniform",
+        strategy="turns(max_turns=3)",
+    )  # fmt: skip
+    assert other.parts.advantage == LeaveOneOut()
+    assert other.parts.loss == ClippedLoss(kl=0.25)
+    assert other.parts.strategy == Turns(max_turns=3)
+
+
+def test_integers_for_floats_are_no_difference_on_resume():
+    saved = as_json(RLConfig(method=GRPO(kl=0.0), reward=(OverlongPenalty(8, 1.0),)))
+    assert not differences(saved, RLConfig(method=GRPO(kl=0), reward=(OverlongPenalty(8, 1),)))
+    assert differences(saved, RLConfig(method=GRPO(kl=1), reward=(OverlongPenalty(8),)))
+    assert differences(saved, RLConfig(method="grpo", advantage="rloo"))
+
+
+@pytest.mark.parametrize("word", ALLOCATORS)
+def test_an_allocator_spends_its_budget_and_goes_on(word):
+    allocator = dataclasses.replace(made("allocator", word))
+    for uids, total in ((["a", "b", "c"], 24), (["c", "d", "e"], 25), (["a", "e"], 16)):
+        counts = allocator.plan(uids, total)
+        assert len(counts) == len(uids) and sum(counts) == total and min(counts) >= 0
+        for uid, count in zip(uids, counts, strict=True):
+            allocator.observe(uid, [number % 2 == 0 for number in range(count)])
+    again = dataclasses.replace(allocator)
+    again.restore(json.loads(json.dumps(allocator.state)))
+    assert again.plan(["a", "e", "f"], 24) == allocator.plan(["a", "e", "f"], 24)
+
+
+@pytest.mark.parametrize("word", REWARDS)
+def test_shaping_changes_no_success_and_knows_no_order(word):
+    shaping = made("reward", word)
+    rng = np.random.default_rng(0)
+    rows = [
+        dataclasses.replace(row, decisions=rng.choice([-1, 0, 1], len(row.tokens)).astype(np.int8))
+        for row in trajectories(OUTCOMES)
+    ]
+    episodes = Episodes.of(rows)
+    before = episodes.reward.copy()
+    found = shaping(episodes.reward.copy(), rows, episodes, 8)
+    assert found.dtype == np.float64 and np.isfinite(found).all() and (found != before).any()
+    np.testing.assert_array_equal(episodes.reward, before)
+    # What shapings before it have done is kept.
+    np.testing.assert_allclose(shaping(before + 2, rows, episodes, 8), found + 2, rtol=1e-12)
+    order = rng.permutation(len(rows))
+    shuffled = [rows[index] for index in order]
+    again = shaping(before[order], shuffled, Episodes.of(shuffled), 8)
+    np.testing.assert_allclose(again, found[order], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_order_of_rows_changes_nothing(name):
+    config = ESTIMATORS[name]
+    rows = trajectories(OUTCOMES)
+    found = advantages_of(config, rows)
     assert [len(advantage) for advantage in found] == [len(row.tokens) for row in rows]
     order = np.random.default_rng(1).permutation(len(rows))
-    shuffled = assign_advantages(EVERY[word](), [rows[index] for index in order])
+    shuffled = advantages_of(config, [rows[index] for index in order])
     for index, advantage in zip(order, shuffled, strict=True):
         np.testing.assert_allclose(advantage, found[index], rtol=1e-12, atol=1e-12)
     assert max(np.abs(advantage).max() for advantage in found) > 0.1
 
 
-@pytest.mark.parametrize("word", EVERY)
-def test_better_rewards_get_higher_advantages_and_equal_ones_none(word):
-    rows = trajectories(REWARDS)
-    acted = [advantage[-1] for advantage in assign_advantages(EVERY[word](), rows)]
-    for group in range(len(REWARDS)):
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_better_rewards_get_higher_advantages_and_equal_ones_none(name):
+    config = ESTIMATORS[name]
+    rows = trajectories(OUTCOMES)
+    acted = [advantage[-1] for advantage in advantages_of(config, rows)]
+    for group in range(len(OUTCOMES)):
         mine = [index for index, row in enumerate(rows) if row.group == group]
         mine.sort(key=lambda index: rows[index].reward.value)
         advantages = [acted[index] for index in mine]
         assert advantages == sorted(advantages)
         assert advantages[0] < 0 < advantages[-1]
-    equal = assign_advantages(EVERY[word](), trajectories([[1.0, 1.0], [1.0, 1.0, 1.0]]))
+    equal = advantages_of(config, trajectories([[1.0, 1.0], [1.0, 1.0, 1.0]]))
     assert all((advantage == 0).all() for advantage in equal)
 
 
 @pytest.mark.parametrize("word", EVERY)
 def test_advantages_are_clipped_and_those_of_a_strategy_are_kept(word):
-    rows = trajectories(REWARDS)
+    rows = trajectories(OUTCOMES)
     own = np.full(len(rows[0].tokens), 7.0)
     rows[0] = dataclasses.replace(rows[0], advantages=own)
-    found = assign_advantages(EVERY[word](advantage_clip=0.1), rows)
+    found = advantages_of(RLConfig(method=EVERY[word](advantage_clip=0.1)), rows)
     assert found[0] is own
     assert max(np.abs(advantage).max() for advantage in found[1:]) == pytest.approx(0.1)
 
@@ -139,7 +230,7 @@ def test_advantages_are_clipped_and_those_of_a_strategy_are_kept(word):
 )
 def test_mistakes_are_one_line(text, message):
     with pytest.raises(ValueError) as error:
-        method_from_text(text)
+        part_from_text("method", text)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -147,7 +238,7 @@ def test_a_method_needs_a_word_of_its_own(monkeypatch):
     """Else a run folder would name another method."""
     monkeypatch.setitem(METHODS, "mine", type("Mine", (GRPO,), {}))
     with pytest.raises(ValueError, match="Mine has the word 'grpo' of another method"):
-        method_from_text("mine")
+        part_from_text("method", "mine")
 
 
 def test_a_plugin_adds_a_method_in_a_folder_with_a_train_of_its_own(tmp_path: Path):
@@ -161,13 +252,19 @@ def test_a_plugin_adds_a_method_in_a_folder_with_a_train_of_its_own(tmp_path: Pa
         "    word: ClassVar[str] = 'mine'\n"
         "    strength: float = 1.0\n"
         "METHODS['mine'] = Mine\n"
+        "from train.rl.rollout.budgets import ALLOCATORS, Uniform\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Half(Uniform):\n"
+        "    'The same for half of the problems.'\n"
+        "    word: ClassVar[str] = 'half'\n"
+        "ALLOCATORS['half'] = Half\n"
     )
     command = [str(Path(sys.executable).with_name("thoughtbubbles")), "rl", "--task", "help"]
 
     def ask(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
 
-    known = ask("--plugin", "mine", "--method", "mine(strength=2)")
+    known = ask("--plugin", "mine", "--method", "mine(strength=2)", "--allocator", "half")
     assert known.returncode == 0 and "reverse(" in known.stdout, known.stderr
     unknown = ask("--method", "mine(strength=2)")
     assert unknown.returncode == 2 and "unknown method 'mine'" in unknown.stderr

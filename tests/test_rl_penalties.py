@@ -115,7 +115,7 @@ def test_skipping_and_always_invoking_cost_nothing():
 
 
 def test_without_weight_nothing_changes():
-    free = invocation_penalty(InvocationPenalty(), DECISIONS, REWARD, LENGTH, GROUP, VALID)
+    free = invocation_penalty(InvocationPenalty(0.0), DECISIONS, REWARD, LENGTH, GROUP, VALID)
     np.testing.assert_array_equal(free, 0)
     plain = grpo(REWARD, GROUP, VALID)
     np.testing.assert_array_equal(grpo(REWARD - free, GROUP, VALID), plain)

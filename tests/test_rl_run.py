@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -22,7 +22,6 @@ from train.engine.optim import OptimizerConfig
 from train.models.load import LanguageModel, load_model
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
-from train.rl.learning.penalties import InvocationPenalty
 from train.rl.loop import train
 from train.rl.methods import GRPO, DrGRPO, TriggerGRPO
 from train.rl.rollout.budgets import Uniform
@@ -54,14 +53,11 @@ def config(out: Path, **changes) -> RLConfig:
     return dataclasses.replace(base, **changes)
 
 
-def work(
-    out: Path, task=None, start: LanguageModel | None = None, allocator=None, **changes
-) -> RLJob:
+def work(out: Path, task=None, start: LanguageModel | None = None, **changes) -> RLJob:
     return RLJob(
         config(out, **changes),
         start or writer("shallow"),
         task or Vowels(),
-        allocator=allocator,
         devices=jax.devices()[:1],
     )
 
@@ -124,11 +120,12 @@ def test_a_weavers_ratio_is_exactly_one_where_there_is_one_update(whole):
         assert line["grad_norm"] > 0
 
 
+@dataclasses.dataclass(frozen=True)
 class Favourites(Uniform):
     """Gives all but two rollouts of each other problem to the first, and counts successes."""
 
-    def __init__(self):
-        self.told = {}
+    word: ClassVar[str] = "favourites"
+    told: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def plan(self, uids, total):
         return [total - 2 * (len(uids) - 1)] + [2] * (len(uids) - 1)
@@ -141,17 +138,23 @@ class Favourites(Uniform):
         return self.told
 
     def restore(self, state):
-        self.told = dict(state)
+        self.told.update(state)
 
 
 def test_an_allocator_gives_unequal_groups_and_remembers(tmp_path):
-    allocator = Favourites()
-    train(work(tmp_path, allocator=allocator, method="grpo", steps=2))
-    assert sorted(map(len, allocator.told.values())) == [2] * 6 + [10] * 2
-    again = Favourites()
-    train(work(tmp_path, allocator=again, method="grpo", steps=3))
-    assert {uid: again.told[uid] for uid in allocator.told} == allocator.told
-    assert len(again.told) == 12
+    config = Favourites()
+
+    def told(steps: int) -> dict:
+        reinforcing = work(tmp_path, allocator=config, method="grpo", steps=steps)
+        train(reinforcing)
+        return reinforcing.allocator.told
+
+    first = told(2)
+    assert sorted(map(len, first.values())) == [2] * 6 + [10] * 2
+    later = told(3)
+    assert {uid: later[uid] for uid in first} == first
+    assert len(later) == 12
+    assert not config.told, "what a run learns is not the config's"
 
 
 def test_what_a_run_writes_down(tmp_path):
@@ -231,22 +234,34 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
     [
         (
             {"num_generations": 1},
-            "num_generations=1: dapo compares rollouts of one problem: choose 2 or more",
+            "num_generations=1: grpo compares rollouts of one problem: choose 2 or more",
         ),
         ({"max_new_tokens": 0}, "max_new_tokens=0: choose 1 or more"),
         ({"temperature": 0.0}, "all rollouts of a problem would be equal"),
         ({"temperature": math.inf}, "temperature=inf: choose a number above 0"),
-        ({"overlong_buffer": 9}, "overlong_buffer=9 is more than max_new_tokens=4"),
+        ({"reward": ("overlong(buffer=9)",)}, "overlong.buffer=9. is more than max_new_tokens=4"),
         ({"minibatches": 0}, "minibatches=0: choose 1 or more"),
         ({"method": "grpo(clip_low=-1.0)"}, "clip_low"),
         ({"train": "trigger"}, "needs weights with a weaver"),
-        ({"method": "rebn", "overlong_buffer": 2}, "know no penalty.weight and no overlong_buffer"),
+        ({"method": "rebn", "reward": ("overlong(buffer=2)",)}, "which no reward shaping changes"),
         ({"train": "trigger", "method": "grpo(importance_cap=2.0)"}, "importance_cap is of tokens"),
         (
             {"method": "rebn(filter_groups=True)", "num_generations": 1},
             "filter_groups keeps no group of num_generations=1",
         ),
-        ({"penalty": InvocationPenalty(0.1)}, "penalty.weight=0.1 is of a trigger, train='lora'"),
+        (
+            {"reward": ("invocation",)},
+            "invocation penalty is of a trigger, train='lora' trains none",
+        ),
+        ({"advantage": "max"}, "unknown advantage 'max': choose one of grpo, dr_grpo, rloo"),
+        ({"allocator": "uniform(n=2)"}, "allocator 'uniform.n=2.': write uniform"),
+        ({"strategy": "turns(max_turns=0)"}, "max_turns=0: choose 1 or more"),
+        ({"strategy": "turns"}, "strategy turns does not fit vowels, which is a task: leave"),
+        (
+            {"loss": "clipped"},
+            "kl=0.01 of method dapo is of its loss, which",
+        ),
+        ({"reward": ("short",)}, "unknown reward 'short': choose one of overlong, invocation"),
     ],
     ids=str,
 )

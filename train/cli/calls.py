@@ -51,8 +51,14 @@ def signature(name: str, chosen: type[Any]) -> str:
 
 def text_of(word: str, value: Any) -> str:
     """The text that `from_text` makes an equal object of, with all options."""
-    options = ", ".join(f"{field.name}={getattr(value, field.name)!r}" for field in _fields(value))
-    return f"{word}({options})"
+    types = get_type_hints(type(value))
+    options = []
+    for field in _fields(value):
+        option = getattr(value, field.name)
+        with contextlib.suppress(TypeError):  # 0 for 0.0 is no difference
+            option = _typed(option, types[field.name])
+        options.append(f"{field.name}={option!r}")
+    return f"{word}({', '.join(options)})"
 
 
 def _fields(chosen: Any) -> list[dataclasses.Field[Any]]:

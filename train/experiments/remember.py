@@ -163,7 +163,7 @@ class Stages:
             steps=config.trigger_steps,
             batch_size=config.trigger_problems,
             temperature=0.0,
-            penalty=penalty,
+            reward=(penalty,),
             trigger=TRIGGER,
             optimizer=OptimizerConfig(
                 learning_rate=config.trigger_rate, weight_decay=0.0, final_ratio=0.3

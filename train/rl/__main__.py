@@ -8,6 +8,7 @@ from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.loop import train
+from train.rl.parts import choices
 from train.rl.tasks import TASKS
 
 
@@ -30,7 +31,12 @@ def main(config: RLConfig) -> None:
 
 
 def command() -> None:
-    run_command(main, RLConfig)
+    try:
+        run_command(main, RLConfig)
+    except SystemExit as end:
+        if not end.code:  # --help
+            print(choices())
+        raise
 
 
 if __name__ == "__main__":

@@ -26,13 +26,12 @@ from train.models.load import (
     trained_before,
 )
 from train.rl.config import RLConfig
-from train.rl.learning.credit import Episodes, assign_advantages
+from train.rl.learning.credit import assign_advantages
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
-from train.rl.protocols import BudgetAllocator, RolloutStrategy
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, Sampling
-from train.rl.rollout.strategies import OneResponse, PromptFormatter, Turns
+from train.rl.rollout.strategies import OneResponse, PromptFormatter, RolloutStrategy, Turns
 from train.rl.step_metrics import (
     invocations,
     learning_metrics,
@@ -41,7 +40,7 @@ from train.rl.step_metrics import (
     standard_error,
 )
 from train.rl.tasks import make_task
-from train.rl.types import Collected, Problem, Split, Trajectory
+from train.rl.types import Collected, Episodes, Problem, Split, Trajectory
 
 FEW = 32  # problems of an endless task that a run is known by
 ENDLESS = 256  # of its held-out problems that are scored if all are asked for
@@ -52,30 +51,30 @@ class Progressed:
     """What a run remembers besides its weights; all of it is in checkpoints.
 
     Attributes:
-        step: steps so far. Optimizer steps are counted in the `TrainState`: a step whose problems
-            are all left out makes none.
-        position: problems drawn so far.
-        allocator: its state.
+        step: Number of steps so far. Optimizer steps are counted in the `TrainState`: a step whose
+            problems are all left out makes none.
+        position: Number of problems drawn so far.
+        allocator: State of the budget allocator.
+        strategy: State of the rollout strategy.
     """
 
     step: int = 0
     position: int = 0
     allocator: Any = None
+    strategy: Any = None
 
 
 class RLJob:
     """All of a run but its loop.
 
     Args:
-        config: of the run.
-        writer: the weights that it starts from, if not those that `config.weights` names.
-        task: in place of the one that `config.task` names.
-        strategy: in place of the one that fits the task.
-        allocator: in place of `Uniform`.
-        devices: of the mesh; all if not given.
+        config: Config of the run.
+        lm: Weights to start from, in place of those that `config.weights` names.
+        task: Task or environment, in place of the one that `config.task` names.
+        devices: Devices of the mesh; all if not given.
 
     Raises:
-        ValueError: a mistake in the config, the weights or the task.
+        ValueError: The config, the weights or the task have a mistake, or do not fit each other.
     """
 
     def __init__(
@@ -83,8 +82,6 @@ class RLJob:
         config: RLConfig,
         lm: LanguageModel | None = None,
         task: Any = None,
-        strategy: RolloutStrategy | None = None,
-        allocator: BudgetAllocator | None = None,
         devices: Sequence[Any] | None = None,
     ):
         self.config = config
@@ -94,11 +91,6 @@ class RLJob:
         model.check_cacheable()
         self.task = make_task(config.task, config.seed) if task is None else task
         self.episodic = hasattr(self.task, "step")
-        if config.overlong_buffer and self.episodic:
-            raise ValueError(
-                f"overlong_buffer={config.overlong_buffer} is for tasks of one response, "
-                f"{config.task} has turns: leave it out"
-            )
         self._fingerprint = fingerprint(self.task)
         self.memgen, self._boundary = self._memory()
         self.trainable = make_trainable(
@@ -113,14 +105,14 @@ class RLJob:
         )
         shards = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
         self._multiple = shards * config.minibatches * config.accumulate
-        self._formatter = PromptFormatter(self.lm, config.chat)
-        self._strategy = strategy or config.recipe.strategy(self._default_strategy())
-        self._allocator = allocator or config.recipe.allocator()
+        parts = config.parts
+        self.strategy = self._strategy()
+        self.allocator = dataclasses.replace(parts.allocator)  # what it learns is this run's
         self.keeps_frozen = config.train == "all"
         # What the frozen weights are, so that a run goes on beside the same ones.
-        holds_on = self.keeps_frozen and not config.recipe.kl
+        holds_on = self.keeps_frozen and not parts.loss.uses_reference
         self._base = None if holds_on else checksum(self.lm.memgen or model)
-        longest = config.max_new_tokens * self._turns_of_a_row
+        longest = config.max_new_tokens * self.strategy.responses_per_row
         self.learner = Learner(config, self.trainable, self.sampling(), longest)
         self.progressed = Progressed()
         self._began: Any = None
@@ -169,17 +161,24 @@ class RLJob:
             rngs=nnx.Rngs(config.seed),
         )
 
-    def _default_strategy(self) -> RolloutStrategy:
+    def _strategy(self) -> RolloutStrategy:
+        """The strategy of this run, which must fit its task."""
         config = self.config
-        if not self.episodic:
-            return OneResponse(self._formatter, config.max_new_tokens)
-        return Turns(
-            self._formatter,
-            config.max_new_tokens,
-            config.max_turns,
-            config.max_observation,
-            config.carries,
-        )
+        episodic = hasattr(self.task, "step")
+        strategy = config.parts.strategy or (Turns() if episodic else OneResponse())
+        if strategy.episodic != episodic:
+            kind, word = ("an environment", "turns") if episodic else ("a task", "one_response")
+            raise ValueError(
+                f"strategy {strategy.word} does not fit {self.task.name}, which is {kind}: leave "
+                f"strategy out, or choose one such as {word}"
+            )
+        for shaping in config.parts.reward:
+            if shaping.one_response and episodic:
+                raise ValueError(
+                    f"reward {shaping.word} is for tasks of one response, {self.task.name} has "
+                    "turns: leave it out"
+                )
+        return strategy.for_run(PromptFormatter(self.lm, config.chat), config)
 
     def sampling(self, greedy: bool = False) -> Sampling:
         """How rollouts are sampled; `greedy` for held-out problems. A trigger is always sampled:
@@ -221,7 +220,8 @@ class RLJob:
     def restore(self, meta: dict[str, Any]) -> None:
         """Go on from what a checkpoint remembers."""
         self.progressed = Progressed(**meta["rl"])
-        self._allocator.restore(self.progressed.allocator)
+        self.allocator.restore(self.progressed.allocator)
+        self.strategy.restore(self.progressed.strategy)
 
     def sampler(self, weights: Any, greedy: bool = False) -> Sampler:
         policy: MemGen = sampler_of(self.trainable.model(weights))
@@ -251,7 +251,7 @@ class RLJob:
             position = self.progressed.position
             problems = self.problems("train", position, config.batch_size)
             counts = self._planned([problem.uid for problem in problems])
-            rows = self._strategy.collect(
+            rows = self.strategy.collect(
                 sampler, self.task, problems, counts, (config.seed, position)
             )
             self.progressed.position += len(problems)
@@ -269,10 +269,10 @@ class RLJob:
 
     def _planned(self, uids: list[str]) -> list[int]:
         total = self.config.batch_size * self.config.num_generations
-        counts = self._allocator.plan(uids, total)
+        counts = self.allocator.plan(uids, total)
         if len(counts) != len(uids) or min(counts) < 0 or sum(counts) != total:
             raise ValueError(
-                f"{type(self._allocator).__name__}.plan gave {sum(counts)} rollouts to "
+                f"{type(self.allocator).__name__}.plan gave {sum(counts)} rollouts to "
                 f"{len(counts)} problems, the budget is {total} for {len(uids)}: plan all of it, "
                 "none below 0"
             )
@@ -282,8 +282,9 @@ class RLJob:
         episodes = Episodes.of(rows)
         for group, problem in enumerate(problems):
             successes = episodes.success[episodes.group == group]
-            self._allocator.observe(problem.uid, successes.tolist())
-        self.progressed.allocator = self._allocator.state
+            self.allocator.observe(problem.uid, successes.tolist())
+        self.progressed.allocator = self.allocator.state
+        self.progressed.strategy = self.strategy.state
 
     def step(self, state: TrainState) -> tuple[TrainState, dict[str, float], Collected]:
         """Collect, credit, update; metrics by name."""
@@ -314,26 +315,22 @@ class RLJob:
 
     def _reference(self) -> Any:
         """Trained parameters as they began, where the method's KL holds on to them."""
-        if self.config.recipe.kl and self._began is None:
+        if self.config.parts.loss.uses_reference and self._began is None:
             weights = jax.device_put(self._first_weights(), self.trainable.shardings.weights)
             self._began = self.trainable.abstract.with_weights(weights).params
         return self._began
 
-    @property
-    def _turns_of_a_row(self) -> int:
-        return self.config.max_turns if self.episodic and self.config.carries else 1
-
     def _events_of_a_row(self) -> int:
         if self.config.train in ("all", "lora"):
             return 0
-        return self._turns_of_a_row * self.memgen.events
+        return self.strategy.responses_per_row * self.memgen.events
 
     def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
         """Held-out problems, one response or episode each, the most probable tokens."""
         size, wanted = self.task.sizes["test"], self.config.evaluation.rows
         count = min(wanted or size or ENDLESS, size or wanted or ENDLESS)
         problems = self.problems("test", 0, count)
-        rows = self._strategy.collect(
+        rows = self.strategy.collect(
             self.sampler(weights, greedy=True), self.task, problems, [1] * len(problems),
             (self.config.seed, 1),
         )  # fmt: skip

@@ -1,10 +1,9 @@
-"""What the learner asks of tasks, of strategies that make rollouts, and of budgets."""
+"""What a run demands of tasks and of environments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from train.rl.rollout.sampler import Sampler
-from train.rl.types import Completion, Problem, Reward, Split, Trajectory, Turn
+from train.rl.types import Completion, Problem, Reward, Split, Turn
 
 
 class Task(Protocol):
@@ -48,43 +47,3 @@ class Environment(Protocol):
         ...
 
     def step(self, state: Any, action: Completion) -> Turn: ...
-
-
-class RolloutStrategy(Protocol):
-    """How trajectories are made of problems: sampling, several turns, search."""
-
-    def collect(
-        self,
-        sampler: Sampler,
-        task: Any,
-        problems: Sequence[Problem],
-        counts: Sequence[int],
-        seed: Sequence[int],
-    ) -> list[Trajectory]:
-        """`counts[i]` rollouts of `problems[i]`, all of group `i`.
-
-        Args:
-            sampler: of the present weights.
-            task: a `Task` or an `Environment`.
-            seed: numbers that all randomness is made of.
-        """
-        ...
-
-
-class BudgetAllocator(Protocol):
-    """How many rollouts each problem gets. All it remembers is in `state`."""
-
-    def plan(self, uids: Sequence[str], total: int) -> list[int]:
-        """Rollouts of each problem, `total` together."""
-        ...
-
-    def observe(self, uid: str, successes: Sequence[bool]) -> None:
-        """Told of all rollouts of a problem."""
-        ...
-
-    @property
-    def state(self) -> Any:
-        """JSON, for checkpoints."""
-        ...
-
-    def restore(self, state: Any) -> None: ...

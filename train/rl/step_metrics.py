@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from train.rl.learning.advantages import in_mixed_group
-from train.rl.learning.credit import Episodes
-from train.rl.types import Collected, Trajectory
+from train.rl.types import Collected, Episodes, Trajectory
 
 
 def mixed_groups(rows: Sequence[Trajectory]) -> list[int]:

@@ -1,7 +1,7 @@
 """What tasks, environments, strategies and the learner hand to each other."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -148,3 +148,42 @@ class Collected:
     @property
     def written(self) -> int:
         return sum(row.written for row in self.drawn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Episodes:
+    """Trajectories by episode, `N` of them: one row each, or a row for each turn.
+
+    Attributes:
+        rows: of each episode, indices into the trajectories, in order.
+        group: `[N]` int.
+        reward: `[N]` float64 as it was given.
+        success: `[N]` bool.
+        length: `[N]` int, tokens that the policy wrote.
+    """
+
+    rows: list[list[int]]
+    group: np.ndarray
+    reward: np.ndarray
+    success: np.ndarray
+    length: np.ndarray
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> "Episodes":
+        found: dict[tuple[int, int], list[int]] = {}
+        for index, row in enumerate(trajectories):
+            found.setdefault((row.group, row.episode), []).append(index)
+        first = [trajectories[rows[0]] for rows in found.values()]
+        written = [sum(trajectories[row].written for row in rows) for rows in found.values()]
+        return cls(
+            list(found.values()),
+            np.array([row.group for row in first]),
+            np.array([row.reward.value for row in first], np.float64),
+            np.array([row.reward.success for row in first], bool),
+            np.array(written),
+        )
+
+    @property
+    def valid(self) -> np.ndarray:
+        """`[N]` bool, all True: padding comes later."""
+        return np.ones(len(self.rows), bool)

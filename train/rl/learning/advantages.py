@@ -155,23 +155,3 @@ def in_mixed_group(success: np.ndarray, group: np.ndarray, valid: np.ndarray) ->
     """
     groups = _grouped(np.asarray(success, bool), group, valid)
     return groups.spread(groups.deviation != 0, len(success)).astype(bool)
-
-
-def overlong_penalty(
-    length: np.ndarray, max_length: int, buffer: int, factor: float = 1.0
-) -> np.ndarray:
-    """What to add to the reward of long responses (DAPO): from 0 down to -factor.
-
-    Args:
-        length: `[K]`, in tokens.
-        max_length: where responses are cut.
-        buffer: the penalty grows evenly over the last so many tokens before `max_length`.
-        factor: of the penalty at `max_length`.
-
-    Returns:
-        `[K]` float64.
-    """
-    if not 0 < buffer <= max_length:
-        raise ValueError(f"buffer={buffer} of max_length={max_length}: choose from 1 to that")
-    left = max_length - buffer - np.asarray(length, np.float64)
-    return np.clip(left / buffer, -1.0, 0.0) * factor

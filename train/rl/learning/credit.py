@@ -1,59 +1,18 @@
 """What each token of a batch of trajectories is to be praised or blamed for."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from train.rl.learning import advantages as estimators
-from train.rl.learning.penalties import invocation_penalty
-from train.rl.types import Trajectory
-
-
-@dataclasses.dataclass(frozen=True)
-class Episodes:
-    """Trajectories by episode, `N` of them: one row each, or a row for each turn.
-
-    Attributes:
-        rows: of each episode, indices into the trajectories, in order.
-        group: `[N]` int.
-        reward: `[N]` float64 as it was given.
-        success: `[N]` bool.
-        length: `[N]` int, tokens that the policy wrote.
-    """
-
-    rows: list[list[int]]
-    group: np.ndarray
-    reward: np.ndarray
-    success: np.ndarray
-    length: np.ndarray
-
-    @classmethod
-    def of(cls, trajectories: Sequence[Trajectory]) -> "Episodes":
-        found: dict[tuple[int, int], list[int]] = {}
-        for index, row in enumerate(trajectories):
-            found.setdefault((row.group, row.episode), []).append(index)
-        first = [trajectories[rows[0]] for rows in found.values()]
-        written = [sum(trajectories[row].written for row in rows) for rows in found.values()]
-        return cls(
-            list(found.values()),
-            np.array([row.group for row in first]),
-            np.array([row.reward.value for row in first], np.float64),
-            np.array([row.reward.success for row in first], bool),
-            np.array(written),
-        )
-
-    @property
-    def valid(self) -> np.ndarray:
-        """`[N]` bool, all True: filler comes later."""
-        return np.ones(len(self.rows), bool)
+from train.rl.types import Episodes, Trajectory
 
 
 def assign_advantages(
     trajectories: Sequence[Trajectory], episodes: Episodes, config: Any
 ) -> list[np.ndarray]:
-    """Advantages `[L]` float64 of each trajectory, by the method of the run.
+    """Advantages `[L]` float64 of each trajectory, by the parts of a run; those of a strategy stay.
 
     Args:
         trajectories: Rows that are trained on.
@@ -61,45 +20,28 @@ def assign_advantages(
         config: Config of the run (`RLConfig`).
     """
     reward = shaped_rewards(trajectories, episodes, config)
-    return config.recipe.assign_advantages(trajectories, episodes, reward)
+    found = config.parts.advantage.of_tokens(trajectories, episodes, reward)
+    bound = config.recipe.advantage_clip
+    if bound is not None:
+        found = [np.clip(advantage, -bound, bound) for advantage in found]
+    own: list[Any] = [row.advantages for row in trajectories]
+    return [mine if given is None else given for mine, given in zip(found, own, strict=True)]
 
 
 def shaped_rewards(
     trajectories: Sequence[Trajectory], episodes: Episodes, config: Any
 ) -> np.ndarray:
-    """Rewards `[N]` float64 that advantages are made of, penalties taken off.
+    """Rewards `[N]` float64 that advantages are estimated from, after reward shaping.
 
     Args:
         trajectories: Rows of the episodes.
         episodes: `N` episodes.
-        config: Config of the run (`RLConfig`): its overlong penalty and its price of invocations.
+        config: Config of the run (`RLConfig`).
     """
-    value = episodes.reward.copy()
-    if config.overlong_buffer:
-        value += estimators.overlong_penalty(
-            episodes.length, config.max_new_tokens, config.overlong_buffer, config.overlong_penalty
-        )
-    if config.penalty.weight:
-        value -= invocation_penalty(
-            config.penalty,
-            _decisions(trajectories, episodes),
-            episodes.reward,
-            episodes.length,
-            episodes.group,
-            episodes.valid,
-        )
-    return value
-
-
-def _decisions(trajectories: Sequence[Trajectory], episodes: Episodes) -> np.ndarray:
-    """`[N, T]` int8, the decisions of each episode, -1 behind its end."""
-    joined = [
-        np.concatenate([trajectories[row].decisions for row in rows]) for rows in episodes.rows
-    ]
-    found = np.full((len(joined), max(map(len, joined))), -1, np.int8)
-    for row, decisions in zip(found, joined, strict=True):
-        row[: len(decisions)] = decisions
-    return found
+    reward = episodes.reward.copy()
+    for shaping in config.parts.reward:
+        reward = shaping(reward, trajectories, episodes, config.max_new_tokens)
+    return reward
 
 
 def spread_over_tokens(

@@ -12,7 +12,6 @@ from train.engine.state import Trainable, TrainState
 from train.engine.step import make_train_step
 from train.models.finetunable import FinetunableModel
 from train.rl.config import RLConfig
-from train.rl.learning.losses import policy_loss
 from train.rl.learning.policy import action_mask, scores
 from train.rl.rollout.rows import Rows
 from train.rl.rollout.sampler import Sampling
@@ -32,7 +31,7 @@ class Learner:
 
     def __init__(self, config: RLConfig, trainable: Trainable, how: Sampling, max_length: int):
         self._config, self._trainable, self._max_length = config, trainable, max_length
-        self._loss = config.recipe.loss
+        self._loss = config.parts.loss
         self._how = how
         mesh = trainable.mesh
         self._step = make_train_step(trainable, config.accumulate, self._policy_loss)
@@ -49,8 +48,7 @@ class Learner:
         del key
         now = scores(finetunable, rows, self._how)
         old = jnp.where(rows["first"][:, None], jax.lax.stop_gradient(now), rows["old"])
-        return policy_loss(
-            self._loss,
+        return self._loss(
             now,
             old,
             rows["advantages"],
@@ -59,7 +57,7 @@ class Learner:
             weight=rows["weight"],
             max_length=self._max_length,
             reference=rows.get("reference"),
-            sampler=rows["sampler"] if self._loss.importance_cap is not None else None,
+            sampler=rows["sampler"] if self._loss.uses_sampler else None,
         )
 
     def score(self, weights: Any, rows: Rows) -> np.ndarray:

@@ -4,7 +4,7 @@ Means are never taken here. Micro-batches are added up, and so is all that is re
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,97 @@ FARTHEST = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """How advantages become a loss.
+class PolicyLoss:
+    """Base of all losses.
+
+    A new one is a frozen dataclass with a `word`, options as fields, and `__call__`.
+    `LOSSES[word]` makes it known to `--loss`.
+    """
+
+    word: ClassVar[str]
+    """Name of the loss on the command line and in configs."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether it reads log-probabilities under the weights that the run began with."""
+        return False
+
+    @property
+    def uses_sampler(self) -> bool:
+        """Whether it reads log-probabilities as the sampler computed them."""
+        return False
+
+    def __call__(
+        self,
+        log_probs: jax.Array,
+        old: jax.Array,
+        advantages: jax.Array,
+        trained: jax.Array,
+        *,
+        valid: jax.Array,
+        max_length: int,
+        weight: jax.Array | None = None,
+        reference: jax.Array | None = None,
+        sampler: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """Numerator and denominator of the loss, to be minimised, and sums for the metrics.
+
+        Only `log_probs` gets a gradient. What is not trained or not valid may hold anything, NaN
+        too: it changes nothing, and its gradient is exactly 0.
+
+        Args:
+            log_probs: Log-probabilities `[K, L]` of tokens under the parameters being optimised.
+            old: Log-probabilities `[K, L]` under the parameters that the data came from, by the
+                same program.
+            advantages: Advantage of each token, `[K, L]`.
+            trained: Tokens that the policy generated, `[K, L]` bool.
+            valid: Rows that are no padding, `[K]` bool. A valid row without trained tokens is a
+                rollout like any other, of loss 0: it counts in "sequence" and in "constant".
+                Whether a policy had anything to decide can depend on the policy, so leaving the
+                row out would be a bias.
+            max_length: Greatest number of trained tokens of a row, for "constant".
+            weight: Multiplicity of each row in both sums, `[K]`; None for 1.
+            reference: Log-probabilities `[K, L]` under the reference; present where
+                `uses_reference` says so.
+            sampler: Log-probabilities `[K, L]` as the sampler computed them; present where
+                `uses_sampler` says so.
+
+        Returns:
+            Numerator, denominator, and sums over trained tokens, `tokens` (their number) among
+            them. The sums do not know weights.
+        """
+        raise NotImplementedError(f"{type(self).__name__} computes no loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClippedLoss(PolicyLoss):
+    """Clipped surrogate of PPO with an optional KL penalty and importance correction.
+
+    Per token, with ratio r, advantage A and reference log-probability:
+    max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high)) + β k3.
 
     Attributes:
-        clip_low: a ratio below 1 - clip_low gets no gradient from a negative advantage.
-        clip_high: a ratio above 1 + clip_high gets none from a positive one (DAPO: 0.28).
-        dual_clip: where the advantage is negative the loss is at most so many times its size;
-            more than 1.
-        aggregate: what is averaged. "token": all tokens of the batch (DAPO). "sequence": rows,
-            each by its own mean over tokens (GRPO). "constant": rows, each by its sum over tokens
-            divided by the greatest length (Dr. GRPO).
-        kl: coefficient of the divergence from the reference, k3, added to each token's loss. (k1
-            has no gradient in expectation.)
-        importance_cap: correct for tokens being drawn by a sampler that isn't quite the trainer:
-            each counts by the ratio of the two probabilities, at most so much.
+        clip_low: Clipping range below 1 of the probability ratio (ε_low): a ratio under
+            1 - clip_low gets no gradient from a negative advantage.
+        clip_high: Clipping range above 1 of the probability ratio (ε_high): a ratio over
+            1 + clip_high gets no gradient from a positive advantage (DAPO: 0.28).
+        dual_clip: Bound on the loss of a token with a negative advantage, in multiples of that
+            advantage (c of dual-clip PPO, above 1); None for no bound.
+        aggregate: Reduction over tokens: "sequence" averages the means of rows (GRPO), "token"
+            averages all tokens of the batch (DAPO), "constant" averages the sums of rows over the
+            greatest possible length (Dr. GRPO).
+        kl: Weight of the KL penalty (β, estimator k3) towards the weights that the run began with.
+            (k1 has no gradient in expectation.)
+        importance_cap: Upper bound on the truncated importance weight between the sampler's and
+            the trainer's probability of a token; None for no correction.
     """
+
+    word: ClassVar[str] = "clipped"
 
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
-    aggregate: Aggregate = "token"
+    aggregate: Aggregate = "sequence"
     kl: float = 0.0
     importance_cap: float | None = None
 
@@ -55,86 +125,84 @@ class LossConfig:
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise ValueError(f"importance_cap={self.importance_cap}: choose more than 0, or None")
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl > 0
 
-def policy_loss(
-    config: LossConfig,
-    log_probs: jax.Array,
-    old: jax.Array,
-    advantages: jax.Array,
-    trained: jax.Array,
-    *,
-    valid: jax.Array,
-    max_length: int,
-    weight: jax.Array | None = None,
-    reference: jax.Array | None = None,
-    sampler: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """The clipped surrogate, to be minimised. Only `log_probs` gets a gradient.
+    @property
+    def uses_sampler(self) -> bool:
+        return self.importance_cap is not None
 
-    What is not trained or not valid may hold anything, NaN too: it changes nothing, and its
-    gradient is exactly 0.
+    def __call__(
+        self,
+        log_probs: jax.Array,
+        old: jax.Array,
+        advantages: jax.Array,
+        trained: jax.Array,
+        *,
+        valid: jax.Array,
+        max_length: int,
+        weight: jax.Array | None = None,
+        reference: jax.Array | None = None,
+        sampler: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """See `PolicyLoss`.
 
-    Args:
-        config: clipping, KL, aggregation.
-        log_probs: `[K, L]` of tokens under the parameters that are optimised.
-        old: `[K, L]` under those that the data came from, by the same program.
-        advantages: `[K, L]`.
-        trained: `[K, L]` bool, tokens that the policy wrote.
-        valid: `[K]` bool, False for filler. A valid row without trained tokens is a rollout like
-            any other, of loss 0: it counts in "sequence" and in "constant". Whether a policy had
-            anything to decide can depend on the policy, so leaving it out would be a bias.
-        max_length: tokens that a response has at most, for "constant".
-        weight: `[K]`, a row counts so many times in both sums; 1 if not given.
-        reference: `[K, L]` under the reference; needed for `config.kl`, else only reported.
-        sampler: `[K, L]` as the sampler saw them; needed for `config.importance_cap`, else unused.
+        Returns:
+            Numerator, denominator, and sums over trained tokens: `tokens` is their number,
+            `clipped` counts those that the clip keeps from their gradient (before `dual_clip`),
+            `ratio` is that to `old`; `approx_kl` and `ref_kl` are k3 estimates in nats, of the
+            divergence of `old` from the policy and of the policy from the reference.
+        """
+        if self.kl and reference is None:
+            raise ValueError(f"kl={self.kl} needs the reference's log-probabilities")
+        if self.importance_cap is not None and sampler is None:
+            raise ValueError(f"importance_cap={self.importance_cap} needs the sampler's")
+        if max_length < 1:
+            raise ValueError(f"max_length={max_length}: choose 1 or more")
+        counts = trained & valid[:, None]
 
-    Returns:
-        numerator, denominator, and sums over trained tokens: `tokens` counts them, `clipped` those
-        that the clip keeps from their gradient (before `dual_clip`), `ratio` is that to `old`,
-        `approx_kl` and `ref_kl` are k3 estimates in nats of the divergence of `old` from here and
-        from here to the reference. They do not know weights.
-    """
-    if config.kl and reference is None:
-        raise ValueError(f"kl={config.kl} needs the reference's log-probabilities")
-    if config.importance_cap is not None and sampler is None:
-        raise ValueError(f"importance_cap={config.importance_cap} needs the sampler's")
-    if max_length < 1:
-        raise ValueError(f"max_length={max_length}: choose 1 or more")
-    counts = trained & valid[:, None]
+        def known(values: jax.Array) -> jax.Array:
+            """Chosen before anything is computed, so that no NaN comes back multiplied by 0."""
+            if values.shape != trained.shape:
+                raise ValueError(
+                    f"log-probabilities {values.shape} are not of tokens {trained.shape}"
+                )
+            return jnp.where(counts, values, 0)
 
-    def known(values: jax.Array) -> jax.Array:
-        """Chosen before anything is computed, so that no NaN comes back multiplied by 0."""
-        if values.shape != trained.shape:
-            raise ValueError(f"log-probabilities {values.shape} are not of tokens {trained.shape}")
-        return jnp.where(counts, values, 0)
+        def constant(values: jax.Array) -> jax.Array:
+            return jax.lax.stop_gradient(known(values))
 
-    def constant(values: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(known(values))
+        log_probs, old, advantages = known(log_probs), constant(old), constant(advantages)
+        exponent = _cut(log_probs - old)
+        ratio = jnp.exp(exponent)
+        plain = -advantages * ratio
+        clipped = -advantages * jnp.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
+        loss = jnp.maximum(plain, clipped)
+        if self.dual_clip is not None:
+            bounded = jnp.minimum(loss, -self.dual_clip * advantages)
+            loss = jnp.where(advantages < 0, bounded, loss)
+        if self.importance_cap is not None and sampler is not None:
+            drawn = jnp.exp(_cut(old - constant(sampler)))
+            loss = loss * jnp.minimum(drawn, self.importance_cap)
+        sums = {
+            "tokens": counts.sum(dtype=loss.dtype),
+            "clipped": (clipped > plain).sum(dtype=loss.dtype),
+            "ratio": jnp.where(counts, ratio, 0).sum(),
+            "approx_kl": (jnp.expm1(exponent) - exponent).sum(),
+        }
+        if reference is not None:
+            kl = _k3(log_probs, constant(reference))
+            sums["ref_kl"] = kl.sum()
+            loss = loss + self.kl * kl
+        numerator, denominator = _aggregate(self.aggregate, loss, counts, valid, weight, max_length)
+        return numerator, denominator, jax.lax.stop_gradient(sums)
 
-    log_probs, old, advantages = known(log_probs), constant(old), constant(advantages)
-    exponent = _cut(log_probs - old)
-    ratio = jnp.exp(exponent)
-    plain = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-    loss = jnp.maximum(plain, clipped)
-    if config.dual_clip is not None:
-        bounded = jnp.minimum(loss, -config.dual_clip * advantages)
-        loss = jnp.where(advantages < 0, bounded, loss)
-    if config.importance_cap is not None and sampler is not None:
-        drawn = jnp.exp(_cut(old - constant(sampler)))
-        loss = loss * jnp.minimum(drawn, config.importance_cap)
-    sums = {
-        "tokens": counts.sum(dtype=loss.dtype),
-        "clipped": (clipped > plain).sum(dtype=loss.dtype),
-        "ratio": jnp.where(counts, ratio, 0).sum(),
-        "approx_kl": (jnp.expm1(exponent) - exponent).sum(),
-    }
-    if reference is not None:
-        kl = _k3(log_probs, constant(reference))
-        sums["ref_kl"] = kl.sum()
-        loss = loss + config.kl * kl
-    numerator, denominator = _aggregate(config.aggregate, loss, counts, valid, weight, max_length)
-    return numerator, denominator, jax.lax.stop_gradient(sums)
+
+LOSS_OPTIONS = tuple(field.name for field in dataclasses.fields(ClippedLoss))
+"""Options of the clipped loss, which methods have too."""
+
+LOSSES: dict[str, type[PolicyLoss]] = {loss.word: loss for loss in (ClippedLoss,)}
 
 
 def _cut(difference: jax.Array) -> jax.Array:

@@ -1,28 +1,106 @@
-"""What a trajectory pays for invoking memory: MemGen's reward-adaptive penalty."""
+"""Reward shaping by name: `--reward "overlong(buffer=64)" "invocation(weight=0.1)"`."""
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
+
+from train.rl.types import Episodes, Trajectory
 
 Rate = Literal["decisions", "tokens"]
 Scope = Literal["group", "batch"]
 
 
 @dataclasses.dataclass(frozen=True)
-class InvocationPenalty:
-    """The price of an invocation, less where good trajectories invoke often.
+class RewardShaping:
+    """Base of all changes that are made to rewards before advantages are estimated.
+
+    A new one is a frozen dataclass with a `word`, options as fields, and `__call__`.
+    `REWARDS[word]` makes it known to `--reward`. What counts as a success is never changed.
+    """
+
+    word: ClassVar[str]
+    """Name of the shaping on the command line and in configs."""
+
+    one_response: ClassVar[bool] = False
+    """Whether it is defined for tasks of one response alone."""
+
+    def check(self, config: Any) -> None:
+        """Raise a `ValueError` for a run (`RLConfig`) that this shaping does not fit."""
+
+    def __call__(
+        self,
+        reward: np.ndarray,
+        trajectories: Sequence[Trajectory],
+        episodes: Episodes,
+        max_new_tokens: int,
+    ) -> np.ndarray:
+        """Shaped reward of each episode, `[N]` float64.
+
+        Args:
+            reward: Reward of each episode, `[N]` float64, after the shapings before this one.
+            trajectories: Rows of the episodes.
+            episodes: `N` episodes; their own rewards are unshaped.
+            max_new_tokens: Longest response, in tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} shapes no rewards")
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlongPenalty(RewardShaping):
+    """Penalty on the last tokens before the length limit (soft overlong punishment of DAPO).
 
     Attributes:
-        weight: Weight of the penalty (λ); 0 turns it off, as the authors' code does. The paper
-            gives no value; 0.01 to 0.3 is sensible with rewards of 0 and 1.
+        buffer: Number of last tokens before the limit over which the penalty grows evenly.
+        factor: Penalty of a response that reaches the limit.
+    """
+
+    word: ClassVar[str] = "overlong"
+    one_response: ClassVar[bool] = True
+
+    buffer: int
+    factor: float = 1.0
+
+    def __post_init__(self):
+        if self.buffer < 1:
+            raise ValueError(f"buffer={self.buffer}: choose 1 or more")
+        if not 0 <= self.factor < np.inf:
+            raise ValueError(f"factor={self.factor}: choose 0 or more")
+
+    def check(self, config: Any) -> None:
+        if self.buffer > config.max_new_tokens:
+            raise ValueError(
+                f"overlong(buffer={self.buffer}) is more than max_new_tokens="
+                f"{config.max_new_tokens}: choose less"
+            )
+
+    def __call__(
+        self,
+        reward: np.ndarray,
+        trajectories: Sequence[Trajectory],
+        episodes: Episodes,
+        max_new_tokens: int,
+    ) -> np.ndarray:
+        return reward + overlong_penalty(episodes.length, max_new_tokens, self.buffer, self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class InvocationPenalty(RewardShaping):
+    """Price of each invocation of latent memory, less where good trajectories invoke often.
+
+    Attributes:
+        weight: Weight of the penalty (λ). The paper gives no value, and the authors' code turns it
+            off; 0.01 to 0.3 is sensible with rewards of 0 and 1.
         rate: Decisions that invocations are counted by: those that were asked for (the paper's
             second version) or all tokens of a trajectory (its first version).
         scope: Trajectories that are compared: those of a group (second version) or of the whole
             batch (first version).
     """
 
-    weight: float = 0.0
+    word: ClassVar[str] = "invocation"
+
+    weight: float = 0.1
     rate: Rate = "decisions"
     scope: Scope = "group"
 
@@ -33,6 +111,66 @@ class InvocationPenalty:
             raise ValueError(f"rate={self.rate!r}: choose one of {', '.join(get_args(Rate))}")
         if self.scope not in get_args(Scope):
             raise ValueError(f"scope={self.scope!r}: choose one of {', '.join(get_args(Scope))}")
+
+    def check(self, config: Any) -> None:
+        if config.train != "trigger":
+            raise ValueError(
+                f"the invocation penalty is of a trigger, train={config.train!r} trains none: "
+                "leave it out"
+            )
+
+    def __call__(
+        self,
+        reward: np.ndarray,
+        trajectories: Sequence[Trajectory],
+        episodes: Episodes,
+        max_new_tokens: int,
+    ) -> np.ndarray:
+        penalty = invocation_penalty(
+            self,
+            _decisions(trajectories, episodes),
+            episodes.reward,
+            episodes.length,
+            episodes.group,
+            episodes.valid,
+        )
+        return reward - penalty
+
+
+REWARDS: dict[str, type[RewardShaping]] = {
+    shaping.word: shaping for shaping in (OverlongPenalty, InvocationPenalty)
+}
+
+
+def overlong_penalty(
+    length: np.ndarray, max_length: int, buffer: int, factor: float = 1.0
+) -> np.ndarray:
+    """Addition to the reward of long responses (DAPO), from 0 down to -factor, `[K]` float64.
+
+    Args:
+        length: Number of generated tokens of each response, `[K]`.
+        max_length: Greatest length of a response.
+        buffer: Number of last tokens before `max_length` over which the penalty grows evenly.
+        factor: Penalty at `max_length`.
+
+    Raises:
+        ValueError: The buffer is not between 1 and `max_length`.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"buffer={buffer} of max_length={max_length}: choose from 1 to that")
+    left = max_length - buffer - np.asarray(length, np.float64)
+    return np.clip(left / buffer, -1.0, 0.0) * factor
+
+
+def _decisions(trajectories: Sequence[Trajectory], episodes: Episodes) -> np.ndarray:
+    """Decisions of each episode, `[N, T]` int8, -1 behind its end."""
+    joined = [
+        np.concatenate([trajectories[row].decisions for row in rows]) for rows in episodes.rows
+    ]
+    found = np.full((len(joined), max(map(len, joined))), -1, np.int8)
+    for row, decisions in zip(found, joined, strict=True):
+        row[: len(decisions)] = decisions
+    return found
 
 
 def invocation_penalty(

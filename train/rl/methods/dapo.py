@@ -9,8 +9,10 @@ from train.rl.methods.grpo import GRPO
 
 @dataclasses.dataclass(frozen=True)
 class DAPO(GRPO):
-    """GRPO's advantage with a wider clipping range above, a mean over all tokens of the batch, and
-    dynamic sampling. Its overlong penalty is `overlong_buffer` of the run."""
+    """GRPO's advantage, a wider clipping range above, a mean over all tokens, dynamic sampling.
+
+    The paper's soft overlong punishment is a part of its own: `--reward "overlong(buffer=4096)"`.
+    """
 
     word: ClassVar[str] = "dapo"
 

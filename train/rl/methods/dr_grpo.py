@@ -3,18 +3,16 @@
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
-
-from train.rl.learning import advantages
+from train.rl.learning.estimators import Advantage, GroupCentered
 from train.rl.learning.losses import Aggregate
 from train.rl.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
 class DrGRPO(Method):
-    """Advantage: deviation from the mean of the group; tokens are summed over a constant length.
+    """Deviation from the mean of the group, and tokens summed over a constant length.
 
-    Without the standard deviation easy and hard problems weigh alike, without the row's own length
+    Without the standard deviation easy and hard problems weigh alike; without the row's own length
     wrong answers gain nothing by being long.
     """
 
@@ -22,5 +20,6 @@ class DrGRPO(Method):
 
     aggregate: Aggregate = "constant"
 
-    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        return advantages.dr_grpo(reward, group, valid)
+    @property
+    def advantage(self) -> Advantage:
+        return GroupCentered()

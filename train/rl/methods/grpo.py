@@ -3,17 +3,16 @@
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
-
-from train.rl.learning import advantages
+from train.rl.learning.estimators import Advantage, GroupNormalized
 from train.rl.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPO(Method):
-    """Advantage: deviation from the mean of the group over its standard deviation."""
+    """Deviation from the mean of the group over its standard deviation, clipped surrogate."""
 
     word: ClassVar[str] = "grpo"
 
-    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        return advantages.grpo(reward, group, valid)
+    @property
+    def advantage(self) -> Advantage:
+        return GroupNormalized()

@@ -1,16 +1,13 @@
 """What a method of reinforcement learning is: a preset of parts, each of which it may replace."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-
-from train.rl.learning.credit import Episodes, spread_over_tokens
-from train.rl.learning.losses import Aggregate, LossConfig
-from train.rl.protocols import BudgetAllocator, RolloutStrategy
-from train.rl.rollout.budgets import Uniform
-from train.rl.types import Trajectory
+from train.rl.learning.estimators import Advantage
+from train.rl.learning.losses import LOSS_OPTIONS, Aggregate, ClippedLoss, PolicyLoss
+from train.rl.learning.penalties import RewardShaping
+from train.rl.rollout.budgets import BudgetAllocator, Uniform
+from train.rl.rollout.strategies import RolloutStrategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +15,8 @@ class Method:
     """Base of all methods.
 
     A new method is one file: a frozen dataclass that inherits from this one, has a `word`, changes
-    defaults, adds options of its own, and overrides `estimate` or another part. `METHODS[word]`
-    makes it known to `--method`.
+    defaults, adds options of its own, and says which parts it is made of (`advantage` at least).
+    `METHODS[word]` makes it known to `--method`.
 
     Attributes:
         clip_low: Clipping range below 1 of the probability ratio (ε_low): a ratio under
@@ -42,12 +39,6 @@ class Method:
     word: ClassVar[str]
     """Name of the method on the command line and in configs."""
 
-    compares: ClassVar[bool] = True
-    """Whether rollouts of one problem are compared, so that a problem needs two or more."""
-
-    by_turn: ClassVar[bool] = False
-    """Whether advantages are made of the rewards of turns, which know no penalties of episodes."""
-
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -60,55 +51,40 @@ class Method:
     def __post_init__(self):
         if self.advantage_clip is not None and not self.advantage_clip > 0:
             raise ValueError(f"advantage_clip={self.advantage_clip}: choose more than 0")
-        _ = self.loss  # checks the options that are its own
+        _ = self.advantage, self.loss  # which check the options that are theirs
 
     @property
-    def loss(self) -> LossConfig:
-        """The clipped surrogate and its reduction."""
-        names = [field.name for field in dataclasses.fields(LossConfig)]
-        return LossConfig(**{name: getattr(self, name) for name in names})
-
     def allocator(self) -> BudgetAllocator:
         """How many rollouts each problem gets: as many as any other."""
         return Uniform()
 
-    def strategy(self, default: RolloutStrategy) -> RolloutStrategy:
-        """How trajectories are made.
+    @property
+    def strategy(self) -> RolloutStrategy | None:
+        """How rollouts are made; None for one response to a task and turns in an environment."""
+        return None
 
-        Args:
-            default: Strategy that fits the task: one response, or the turns of an environment.
-        """
-        return default
+    @property
+    def reward(self) -> tuple[RewardShaping, ...]:
+        """Changes of the rewards of episodes, in order: none."""
+        return ()
 
-    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """Advantage of each episode, `[N]` float64 (`train.rl.learning.advantages`).
+    @property
+    def advantage(self) -> Advantage:
+        """Estimator of advantages."""
+        raise NotImplementedError(f"{type(self).__name__} has no advantage")
 
-        Args:
-            reward: `[N]` float64, penalties taken off.
-            group: `[N]` int, the problem of each episode.
-            valid: `[N]` bool.
-        """
-        raise NotImplementedError(f"{type(self).__name__} estimates no advantages")
+    @property
+    def loss(self) -> PolicyLoss:
+        """Clipped surrogate loss with the method's options."""
+        return ClippedLoss(**{name: getattr(self, name) for name in LOSS_OPTIONS})
 
-    def advantages(
-        self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
-    ) -> list[np.ndarray]:
-        """Advantages `[L]` float64 of the tokens of each trajectory: those of its episode.
 
-        Args:
-            trajectories: Rows that are trained on.
-            episodes: The episodes that the rows are parts of, `N` of them.
-            reward: `[N]` float64, penalties taken off.
-        """
-        found = self.estimate(reward, episodes.group, episodes.valid)
-        return spread_over_tokens(found, trajectories, episodes)
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of: parts of its method, or what its config has in their place."""
 
-    def assign_advantages(
-        self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
-    ) -> list[np.ndarray]:
-        """`advantages`, clipped; trajectories that bring their own keep them."""
-        found = self.advantages(trajectories, episodes, reward)
-        if self.advantage_clip is not None:
-            found = [np.clip(a, -self.advantage_clip, self.advantage_clip) for a in found]
-        own: list[Any] = [row.advantages for row in trajectories]
-        return [mine if given is None else given for mine, given in zip(found, own, strict=True)]
+    allocator: BudgetAllocator
+    strategy: RolloutStrategy | None
+    reward: tuple[RewardShaping, ...]
+    advantage: Advantage
+    loss: PolicyLoss

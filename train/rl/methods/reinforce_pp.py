@@ -3,16 +3,17 @@
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
-
-from train.rl.learning import advantages
+from train.rl.learning.estimators import Advantage, BatchNormalized
 from train.rl.learning.losses import Aggregate
 from train.rl.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
 class ReinforcePP(Method):
-    """Advantage: deviation from the mean of the group over the standard deviation of the batch."""
+    """Deviation from the mean of the group over the standard deviation of the batch.
+
+    With a wider clipping range above, a mean over all tokens, and dynamic sampling.
+    """
 
     word: ClassVar[str] = "reinforce_pp"
 
@@ -20,5 +21,6 @@ class ReinforcePP(Method):
     aggregate: Aggregate = "token"
     filter_groups: bool = True
 
-    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        return advantages.reinforce_pp_baseline(reward, group, valid)
+    @property
+    def advantage(self) -> Advantage:
+        return BatchNormalized()

@@ -9,7 +9,7 @@ from train.rl.methods.dr_grpo import DrGRPO
 
 @dataclasses.dataclass(frozen=True)
 class TriggerGRPO(DrGRPO):
-    """Dr. GRPO's advantage, means of rows, and a KL penalty.
+    """Deviation from the mean of the group, means of rows, and a KL penalty (for a trigger).
 
     Advantages are not divided by the standard deviation: where all answers of a group are right,
     the smallest price would have full strength and silence the trigger. The KL penalty holds the

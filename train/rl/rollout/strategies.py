@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
@@ -92,16 +92,75 @@ def _shared(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class OneResponse:
-    """Each rollout is one response to the problem's prompt; the prompt is read once for all.
+class RolloutStrategy:
+    """Base of all strategies.
+
+    A new one is a frozen dataclass with a `word`, options as fields, and `collect`.
+    `STRATEGIES[word]` makes it known to `--strategy`. What it keeps between steps stands in a field
+    that is no option, `field(default_factory=dict, init=False, repr=False, compare=False)`, and is
+    saved by `state` and `restore`; each run has a copy of its own.
 
     Attributes:
-        speech: texts to ids.
-        max_new_tokens: of a response.
+        formatter: Translation of texts to ids; set by the run.
+        max_new_tokens: Longest response, in tokens; set by the run.
     """
 
-    formatter: PromptFormatter
-    max_new_tokens: int
+    word: ClassVar[str]
+    """Name of the strategy on the command line and in configs."""
+
+    episodic: ClassVar[bool] = False
+    """Whether it plays environments, not tasks of one response."""
+
+    formatter: PromptFormatter = dataclasses.field(default=cast(Any, None), repr=False)
+    max_new_tokens: int = dataclasses.field(default=64, repr=False)
+
+    def for_run(self, formatter: PromptFormatter, config: Any) -> Self:
+        """A copy for one run.
+
+        Args:
+            formatter: Translation of texts to ids.
+            config: Config of the run (`RLConfig`).
+        """
+        return dataclasses.replace(self, formatter=formatter, max_new_tokens=config.max_new_tokens)
+
+    @property
+    def responses_per_row(self) -> int:
+        """Greatest number of responses in one row."""
+        return 1
+
+    def collect(
+        self,
+        sampler: Sampler,
+        task: Any,
+        problems: Sequence[Problem],
+        counts: Sequence[int],
+        seed: Sequence[int],
+    ) -> list[Trajectory]:
+        """Rollouts of problems, `counts[i]` of `problems[i]`, all of group `i`.
+
+        Args:
+            sampler: Sampler of the present weights.
+            task: A `Task` or an `Environment`.
+            problems: Problem of each group.
+            counts: Number of rollouts of each problem.
+            seed: Numbers that all randomness is derived from.
+        """
+        raise NotImplementedError(f"{type(self).__name__} collects no rollouts")
+
+    @property
+    def state(self) -> Any:
+        """What is kept between steps, as JSON for checkpoints."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Continue from the `state` of a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneResponse(RolloutStrategy):
+    """One response to the problem's prompt, which is prefilled once for all rollouts."""
+
+    word: ClassVar[str] = "one_response"
 
     def collect(
         self,
@@ -111,7 +170,6 @@ class OneResponse:
         counts: Sequence[int],
         seed: Sequence[int],
     ) -> list[Trajectory]:
-        """See `train.rl.protocols.RolloutStrategy`."""
         prompts = [self.formatter.prompt([problem.prompt]) for problem in problems]
         found = []
         for rows in _rows(problems, counts, sampler.max_rows):
@@ -127,32 +185,45 @@ class OneResponse:
 
 
 @dataclasses.dataclass(frozen=True)
-class Turns:
-    """Each rollout is an episode in an environment.
+class Turns(RolloutStrategy):
+    """An episode of several turns in an environment.
 
     Attributes:
-        speech: texts to ids.
-        max_new_tokens: of a turn's response.
-        max_turns: after which an episode is cut.
-        max_observation: tokens of an observation that are read.
-        keep_context: go on in one row: what was read stays read, latents of earlier turns too, and
-            an episode is one row for the learner. Else each turn begins anew with the text so far,
-            without earlier latents (the authors' MemGen), and is a row of its own.
+        max_turns: Number of turns after which an episode is cut.
+        max_observation: Greatest number of tokens of an observation; the rest is cut off.
+        keep_context: Whether turns go on in one row, with the keys, values and latents so far, and
+            an episode is one row for the learner. Otherwise each turn begins anew with the text so
+            far, without earlier latents (the authors' MemGen), and is a row of its own. None keeps
+            the context where there is neither latent memory nor a chat template.
     """
 
-    formatter: PromptFormatter
-    max_new_tokens: int
-    max_turns: int
-    max_observation: int
-    keep_context: bool
+    word: ClassVar[str] = "turns"
+    episodic: ClassVar[bool] = True
+
+    max_turns: int = 8
+    max_observation: int = 64
+    keep_context: bool | None = None
 
     def __post_init__(self):
-        if self.keep_context and self.formatter.chat:
+        for name in ("max_turns", "max_observation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        if self.keep_context and self.formatter is not None and self.formatter.chat:
             raise ValueError(
                 "keep_context=True goes on in one text, chat=True writes each turn's conversation "
-                "anew: "
-                "leave one of them out"
+                "anew: leave one of them out"
             )
+
+    def for_run(self, formatter: PromptFormatter, config: Any) -> Self:
+        keeps = self.keep_context
+        if keeps is None:
+            keeps = config.train in ("all", "lora") and not config.chat
+        mine = super().for_run(formatter, config)
+        return dataclasses.replace(mine, keep_context=keeps)
+
+    @property
+    def responses_per_row(self) -> int:
+        return self.max_turns if self.keep_context else 1
 
     def collect(
         self,
@@ -162,7 +233,6 @@ class Turns:
         counts: Sequence[int],
         seed: Sequence[int],
     ) -> list[Trajectory]:
-        """See `train.rl.protocols.RolloutStrategy`."""
         found = []
         for rows in _rows(problems, counts, sampler.max_rows):
             play = self._in_one_row if self.keep_context else self._turn_by_turn
@@ -220,6 +290,11 @@ class Turns:
             for episodes, play in zip(turns, plays, strict=True)
             for episode in episodes
         ]
+
+
+STRATEGIES: dict[str, type[RolloutStrategy]] = {
+    strategy.word: strategy for strategy in (OneResponse, Turns)
+}
 
 
 class _Play:

@@ -1,0 +1,124 @@
+"""Advantage estimators by name: `--advantage "rebn(gamma=0.9)"`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from train.rl.learning import advantages
+from train.rl.learning.credit import spread_over_tokens, turn_advantages
+from train.rl.types import Episodes, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantage:
+    """Base of all advantage estimators.
+
+    A new one is a frozen dataclass with a `word`, options as fields, and `estimate`, or `of_tokens`
+    where tokens of one episode differ. `ADVANTAGES[word]` makes it known to `--advantage`.
+    """
+
+    word: ClassVar[str]
+    """Name of the estimator on the command line and in configs."""
+
+    compares: ClassVar[bool] = True
+    """Whether rollouts of one problem are compared, so that a problem needs two or more."""
+
+    by_turn: ClassVar[bool] = False
+    """Whether the rewards of turns are used in place of the shaped rewards of episodes."""
+
+    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Advantage of each episode, `[N]` float64 (`train.rl.learning.advantages`).
+
+        Args:
+            reward: Shaped reward of each episode, `[N]` float64.
+            group: Problem of each episode, `[N]` int.
+            valid: Episodes that count, `[N]` bool.
+        """
+        raise NotImplementedError(f"{type(self).__name__} estimates no advantages")
+
+    def of_tokens(
+        self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
+    ) -> list[np.ndarray]:
+        """Advantages `[L]` float64 of the tokens of each trajectory: those of its episode.
+
+        Args:
+            trajectories: Rows that are trained on.
+            episodes: The `N` episodes that the rows are parts of.
+            reward: Shaped reward of each episode, `[N]` float64.
+        """
+        found = self.estimate(reward, episodes.group, episodes.valid)
+        return spread_over_tokens(found, trajectories, episodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupNormalized(Advantage):
+    """Deviation from the mean of the group over its standard deviation (GRPO)."""
+
+    word: ClassVar[str] = "grpo"
+
+    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        return advantages.grpo(reward, group, valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupCentered(Advantage):
+    """Deviation from the mean of the group (Dr. GRPO)."""
+
+    word: ClassVar[str] = "dr_grpo"
+
+    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        return advantages.dr_grpo(reward, group, valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaveOneOut(Advantage):
+    """Deviation from the mean of the other rollouts of the group (RLOO)."""
+
+    word: ClassVar[str] = "rloo"
+
+    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        return advantages.rloo(reward, group, valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormalized(Advantage):
+    """Deviation from the mean of the group over the batch's standard deviation (REINFORCE++)."""
+
+    word: ClassVar[str] = "reinforce_pp"
+
+    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        return advantages.reinforce_pp_baseline(reward, group, valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReturnBatchNormalized(Advantage):
+    """Discounted return of a turn, normalised over all turns of the batch (GEM's ReBN).
+
+    Attributes:
+        gamma: Discount of the rewards of later turns (γ), above 0 and at most 1.
+    """
+
+    word: ClassVar[str] = "rebn"
+    compares: ClassVar[bool] = False
+    by_turn: ClassVar[bool] = True
+
+    gamma: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma}: choose more than 0 and at most 1")
+
+    def of_tokens(
+        self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
+    ) -> list[np.ndarray]:
+        return turn_advantages(trajectories, episodes, self.gamma)
+
+
+ADVANTAGES: dict[str, type[Advantage]] = {
+    advantage.word: advantage
+    for advantage in (
+        GroupNormalized, GroupCentered, LeaveOneOut, BatchNormalized, ReturnBatchNormalized,
+    )
+}  # fmt: skip

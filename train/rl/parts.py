@@ -1,0 +1,82 @@
+"""Methods and their parts by name: what `--method`, `--advantage` and their like take."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from train.cli.calls import from_text, signature, text_of
+from train.cli.command import OPTIONS, one_word
+from train.rl.learning.estimators import ADVANTAGES, Advantage
+from train.rl.learning.losses import LOSSES, PolicyLoss
+from train.rl.learning.penalties import REWARDS, RewardShaping
+from train.rl.methods import METHODS, Method
+from train.rl.rollout.budgets import ALLOCATORS, BudgetAllocator
+from train.rl.rollout.strategies import STRATEGIES, RolloutStrategy
+
+KINDS: dict[str, tuple[type, Mapping[str, type[Any]]]] = {
+    "method": (Method, METHODS),
+    "allocator": (BudgetAllocator, ALLOCATORS),
+    "strategy": (RolloutStrategy, STRATEGIES),
+    "reward": (RewardShaping, REWARDS),
+    "advantage": (Advantage, ADVANTAGES),
+    "loss": (PolicyLoss, LOSSES),
+}
+"""Base class and registry of each kind of part, by its option."""
+
+
+def part_from_text(kind: str, text: str) -> Any:
+    """The method or part that a text asks for, e.g. `dapo(clip_high=0.3, kl=0.01)`.
+
+    Args:
+        kind: Name of the option, a key of `KINDS`.
+        text: Name with options in brackets.
+
+    Raises:
+        ValueError: There is no such name or option, or a value that it can't have.
+    """
+    registry = KINDS[kind][1]
+    part = from_text(text, registry, kind)
+    if registry.get(part.word) is not type(part):
+        raise ValueError(
+            f"{kind} {text!r}: {type(part).__name__} has the word {part.word!r} of another "
+            f"{kind}: give it one of its own, the name that it is registered by"
+        )
+    return part
+
+
+def choices() -> str:
+    """All methods and parts, a line each, for the help of the command."""
+    lines = []
+    for kind, (_, registry) in KINDS.items():
+        lines.append(f"choices of --{kind}:")
+        for name, part in registry.items():
+            purpose = " ".join((part.__doc__ or "").partition("\n\n")[0].split())
+            lines.append(f"  {name if kind == 'method' else signature(name, part)}: {purpose}")
+    lines.insert(1 + len(METHODS), f"  options of each: {signature('method', Method)}")
+    return "\n".join(lines)
+
+
+@OPTIONS.primitive_rule
+def part_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A method or a part is one option, written as a call."""
+    for kind, (base, _) in KINDS.items():
+        if base in getattr(option.type, "__args__", ()):
+            read = lambda text, kind=kind: part_from_text(kind, text)  # noqa: E731
+            show = lambda part: text_of(part.word, part) if part else "None"  # noqa: E731
+            return one_word(option, (base, str), kind.upper(), read, show)
+    return None
+
+
+@OPTIONS.primitive_rule
+def reward_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Reward shapings are one option with several values, each written as a call."""
+    if tuple[RewardShaping | str, ...] not in getattr(option.type, "__args__", ()):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[REWARD [REWARD ...]]",
+        instance_from_str=lambda words: tuple(part_from_text("reward", word) for word in words),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [text_of(part.word, part) for part in value or ()],
+    )
