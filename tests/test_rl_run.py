@@ -160,7 +160,7 @@ def test_an_allocator_gives_unequal_groups_and_remembers(tmp_path):
 def test_what_a_run_writes_down(tmp_path):
     reinforcing = work(tmp_path, method="grpo(kl=0.01)", train="all")
     found = train(reinforcing)
-    update: Any = reinforcing.learner._step
+    update: Any = reinforcing.learner.programs.step
     assert update._cache_size() == 1, "four steps of one shape: one program"
     lines = read_metrics(tmp_path)
     steps = [line for line in lines if "reward" in line]

@@ -1,6 +1,7 @@
 """A run of reinforcement learning: a policy, its task, and what one step does."""
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Sequence
@@ -9,13 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 import memgen
-from memgen import MemGen, MemGenConfig
-from thoughtbubbles import Architecture
+from memgen import LoRAConfig, MemGen, MemGenConfig
+from thoughtbubbles import Architecture, ArchitectureConfig
 from train.cli.config_json import as_json
+from train.devices.attention import Attention
 from train.devices.mesh import BATCH_AXES, make_mesh
-from train.engine.state import TrainState, make_trainable, resolved
+from train.engine.optim import OptimizerConfig
+from train.engine.state import Trainable, TrainState, make_trainable, resolved
+from train.models import finetunable
 from train.models.finetunable import TRAINED, FinetunableModel
 from train.models.load import (
     LanguageModel,
@@ -64,6 +69,43 @@ class Progressed:
     strategy: Any = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What is built around a decoder to be trained: a description that equal runs share."""
+
+    train: finetunable.Method
+    lora: LoRAConfig
+    memgen: MemGenConfig
+    boundary: tuple[int, ...] | None
+    seed: int
+
+    def __call__(self, model: Architecture) -> FinetunableModel:
+        return FinetunableModel(
+            model,
+            self.train,
+            lora=self.lora,
+            memgen=self.memgen,
+            boundary=None if self.boundary is None else np.array(self.boundary, np.uint8),
+            rngs=nnx.Rngs(self.seed),
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def trainable_of(
+    model: ArchitectureConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    mesh: Mesh,
+    seed: int,
+    attention: Attention,
+    around: Around,
+) -> Trainable:
+    """`make_trainable`, one for equal arguments, so that equal runs share compiled programs."""
+    return make_trainable(
+        model, optimizer, steps, mesh, seed, attention, TRAINED[around.train], around
+    )
+
+
 class RLJob:
     """All of a run but its loop.
 
@@ -93,14 +135,15 @@ class RLJob:
         self.episodic = hasattr(self.task, "step")
         self._fingerprint = fingerprint(self.task)
         self.memgen, self._boundary = self._memory()
-        self.trainable = make_trainable(
+        boundary = None if self._boundary is None else tuple(self._boundary.tolist())
+        self._around = Around(config.train, config.lora, self.memgen, boundary, config.seed)
+        self.trainable = trainable_of(
             model.config,
             config.optimizer,
             config.steps * config.updates,
             mesh,
             config.seed,
             config.attention,
-            TRAINED[config.train],
             self._around,
         )
         shards = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
@@ -150,17 +193,6 @@ class RLJob:
             return shape, np.asarray(woven.boundary[...])
         return shape, boundaries_for(self.lm, config.train, config.boundaries)
 
-    def _around(self, model: Architecture) -> FinetunableModel:
-        config = self.config
-        return FinetunableModel(
-            model,
-            config.train,
-            lora=config.lora,
-            memgen=self.memgen,
-            boundary=self._boundary,
-            rngs=nnx.Rngs(config.seed),
-        )
-
     def _strategy(self) -> RolloutStrategy:
         """The strategy of this run, which must fit its task."""
         config = self.config
@@ -198,10 +230,10 @@ class RLJob:
 
     def _first_weights(self) -> Any:
         """In arrays of their own: training overwrites them, and the writer may be used again."""
-        finetunable = self._around(self.lm.model)
-        if self.lm.memgen is not None and finetunable.memgen is not None:
-            finetunable.memgen = nnx.data(trained_before(self.lm.memgen, finetunable.memgen))
-        return jax.tree.map(lambda leaf: leaf.copy(), nnx.state(finetunable))
+        policy = self._around(self.lm.model)
+        if self.lm.memgen is not None and policy.memgen is not None:
+            policy.memgen = nnx.data(trained_before(self.lm.memgen, policy.memgen))
+        return jax.tree.map(lambda leaf: leaf.copy(), nnx.state(policy))
 
     @property
     def meta(self) -> dict[str, Any]:

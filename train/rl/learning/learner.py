@@ -1,7 +1,9 @@
-"""The learner: rollouts that were credited become optimizer steps."""
+"""The learner: rollouts with advantages become optimizer steps."""
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,86 +11,123 @@ import numpy as np
 
 from train.devices.mesh import batch_sharding, place, replicated
 from train.engine.state import Trainable, TrainState
-from train.engine.step import make_train_step
+from train.engine.step import TrainStep, make_train_step
 from train.models.finetunable import FinetunableModel
 from train.rl.config import RLConfig
+from train.rl.learning.losses import PolicyLoss
 from train.rl.learning.policy import action_mask, scores
 from train.rl.rollout.rows import Rows
 from train.rl.rollout.sampler import Sampling
 
 
-class Learner:
-    """Optimizer steps on rows of `train.rl.rollout.rows.make_rows`.
+class Programs(NamedTuple):
+    """What a learner compiles, once for each bucket of rows and of lengths.
 
-    One program scores and one updates for each bucket of rows and of lengths.
-
-    Args:
-        config: of the method, minibatches and so on.
-        trainable: of a `FinetunableModel`.
-        how: of the sampler.
-        max_length: tokens that the policy can write in a row.
+    Attributes:
+        step: Train step `(state, rows) -> (state, metrics)`; the state is donated.
+        score: Log-probabilities `(weights, rows) -> [K, L]` of what is trained.
     """
 
-    def __init__(self, config: RLConfig, trainable: Trainable, how: Sampling, max_length: int):
-        self._config, self._trainable, self._max_length = config, trainable, max_length
-        self._loss = config.parts.loss
-        self._how = how
-        mesh = trainable.mesh
-        self._step = make_train_step(trainable, config.accumulate, self._policy_loss)
-        self._score = jax.jit(
-            lambda weights, rows: scores(trainable.model(weights), rows, how),
-            in_shardings=(trainable.shardings.weights, batch_sharding(mesh)),
-            out_shardings=replicated(mesh),
-        )
+    step: TrainStep
+    score: Callable[[Any, Any], jax.Array]
 
-    def _policy_loss(
-        self, finetunable: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array
+
+class _Same:
+    """A key that is equal for the same object alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+@functools.lru_cache(maxsize=32)
+def _programs(
+    trainable: _Same, loss: PolicyLoss, sampling: Sampling, max_length: int, accumulate: int
+) -> Programs:
+    """Programs of a `Trainable`, one set for equal arguments."""
+    of: Trainable = trainable.value
+
+    def policy_loss(
+        model: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """`train.engine.step.Loss`; nothing in it is random."""
         del key
-        now = scores(finetunable, rows, self._how)
+        now = scores(model, rows, sampling)
         old = jnp.where(rows["first"][:, None], jax.lax.stop_gradient(now), rows["old"])
-        return self._loss(
+        return loss(
             now,
             old,
             rows["advantages"],
-            action_mask(finetunable, rows),
+            action_mask(model, rows),
             valid=rows["valid"],
             weight=rows["weight"],
-            max_length=self._max_length,
+            max_length=max_length,
             reference=rows.get("reference"),
-            sampler=rows["sampler"] if self._loss.uses_sampler else None,
+            sampler=rows["sampler"] if loss.uses_sampler else None,
+        )
+
+    score = jax.jit(
+        lambda weights, rows: scores(of.model(weights), rows, sampling),
+        in_shardings=(of.shardings.weights, batch_sharding(of.mesh)),
+        out_shardings=replicated(of.mesh),
+    )
+    return Programs(make_train_step(of, accumulate, policy_loss), score)
+
+
+class Learner:
+    """Optimizer steps on rows of `train.rl.rollout.rows.make_rows`.
+
+    Learners of one `Trainable` with equal options share compiled programs.
+
+    Args:
+        config: Config of the run.
+        trainable: `Trainable` of a `FinetunableModel`.
+        sampling: How rollouts are sampled, and therefore scored.
+        max_length: Greatest number of tokens that the policy can generate in a row.
+    """
+
+    def __init__(self, config: RLConfig, trainable: Trainable, sampling: Sampling, max_length: int):
+        self._config, self._trainable = config, trainable
+        self.programs = _programs(
+            _Same(trainable), config.parts.loss, sampling, max_length, config.accumulate
         )
 
     def score(self, weights: Any, rows: Rows) -> np.ndarray:
-        """Log-probabilities `[K, L]` float32 of what is trained, part by part of a minibatch."""
+        """Log-probabilities `[K, L]` float32 of what is trained, a micro-batch at a time."""
         size = len(rows["valid"]) // (self._config.minibatches * self._config.accumulate)
         parts = []
         read = [name for name in rows if name not in ("old", "reference")]  # one program
         for start in range(0, len(rows["valid"]), size):
             part = {name: rows[name][start : start + size] for name in read}
-            parts.append(jax.device_get(self._score(weights, self._placed(part))))
+            parts.append(jax.device_get(self.programs.score(weights, self._placed(part))))
         return np.concatenate(parts)
 
     def update(
         self, state: TrainState, rows: Rows, rng: np.random.Generator, reference: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """All epochs and minibatches; the state is donated.
+        """Optimizer steps of all epochs and minibatches; the state is donated.
 
         Args:
-            rows: their number divides by the minibatches.
-            rng: shuffles rows.
-            reference: trained parameters that a KL holds on to, beside the same frozen ones.
+            state: State before the update.
+            rows: Rows of `make_rows`; the minibatches divide their number.
+            rng: Generator that shuffles rows into minibatches.
+            reference: Trained parameters of the reference policy, whose frozen ones are the same;
+                None where the loss reads no reference.
 
         Returns:
-            the state, and the metrics of `make_train_step`: sums of all minibatches, and the last
-            one's learning rate.
+            State after the update, and metrics: means of `loss` and `grad_norm` over minibatches,
+            the last `learning_rate`, and the loss's `sums` over all minibatches.
         """
         rows = dict(rows)
         if reference is not None:
             weights = dataclasses.replace(state, params=reference).weights
             rows["reference"] = self.score(weights, rows)
-        # In the first optimizer step nothing has moved: what was is what is.
+        # In the first optimizer step nothing has moved: the old policy is the present one.
         several = self._config.updates > 1
         rows["old"] = self.score(state.weights, rows) if several else np.zeros_like(rows["sampler"])
         found: list[dict[str, Any]] = []
@@ -98,7 +137,7 @@ class Learner:
                 part["first"] = np.full(len(index), epoch == 0 and number == 0)
                 if not part["valid"].any():  # momentum alone would move parameters
                     continue
-                state, metrics = self._step(state, self._placed(part))
+                state, metrics = self.programs.step(state, self._placed(part))
                 found.append(metrics)
         found = jax.device_get(found)
         sums = jax.tree.map(lambda *values: np.sum(values, axis=0), *[m["aux"] for m in found])
@@ -114,6 +153,6 @@ class Learner:
 
 
 def _shuffled(valid: np.ndarray, parts: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Rows of each of `parts` equal minibatches; real rows and filler are dealt out evenly."""
+    """Rows of each of `parts` equal minibatches; real rows and padding are dealt out evenly."""
     order = np.concatenate([rng.permutation(np.flatnonzero(valid)), np.flatnonzero(~valid)])
     return [order[part::parts] for part in range(parts)]
