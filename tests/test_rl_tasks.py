@@ -1,4 +1,4 @@
-"""Tasks of reinforcement learning: their problems, splits, scorers and mistakes."""
+"""Tasks and environments of reinforcement learning: problems, splits, scorers and mistakes."""
 
 import copy
 import json
@@ -8,13 +8,18 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from train.rl.tasks import format_bonus, make_task, safe_score, safe_step, ternary
+from train.rl.environments import ENVIRONMENTS
+from train.rl.named_tasks import make_task
+from train.rl.scoring import safe_score, safe_step
+from train.rl.tasks import TASKS
 from train.rl.tasks.gsm8k import final_number
+from train.rl.tasks.shaping import format_bonus, ternary
 from train.rl.types import Completion, Problem, Reward, Turn
 
 GENERATED = ("arithmetic", "arithmetic(digits=1, operators='+-*')", "chain_sum", "copy",
@@ -38,7 +43,7 @@ def say(problem: Problem, text: str) -> Completion:
 
 SHOW = """
 import sys
-from train.rl.tasks import make_task
+from train.rl.named_tasks import make_task
 for spec in sys.argv[1:]:
     task = make_task(spec, 3)
     print([task.problem(s, i) for s in ("train", "test") for i in (0, 1)])
@@ -79,6 +84,67 @@ def test_generated_problems(spec):
         for text in (*ADVERSARIAL, gold + "x"):
             assert not safe_score(task, say(problem, text)).success
     assert state == global_randomness()
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch) -> Callable[..., Any]:
+    """A task or environment of any registered name; what two of them need is made here."""
+    monkeypatch.setitem(sys.modules, "reasoning_gym", FAKE_GYM)
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(row(n) for n in range(60)))
+    needed = {"gsm8k": f"gsm8k:{path}", "reasoning_gym": "reasoning_gym:doubles"}
+    return lambda word, seed=0: make(needed.get(word, word), seed)
+
+
+def some(task: Any, split: str, count: int = 40) -> list[Problem]:
+    return [task.problem(split, index) for index in range(min(task.sizes[split] or count, count))]
+
+
+def arbitrary_texts() -> list[str]:
+    """Texts of any characters, and some that look like answers."""
+    rng = np.random.default_rng(0)
+    drawn = ["".join(map(chr, rng.integers(0, 0xD7FF, rng.integers(1, 30)))) for _ in range(20)]
+    ascii = ["".join(map(chr, rng.integers(32, 127, rng.integers(1, 30)))) for _ in range(20)]
+    return [*ADVERSARIAL, *drawn, *ascii, *(str(number) for number in range(-3, 12))]
+
+
+@pytest.mark.parametrize("word", [*TASKS, *ENVIRONMENTS])
+def test_every_task_is_determined_and_holds_problems_out(made, word):
+    state = global_randomness()
+    task, again, other = made(word), made(word), made(word, 1)
+    assert task.word == word and make(task.name, 0).name == task.name and type(task).__doc__
+    held_out = {problem.uid for problem in some(task, "test", 200)}
+    for split in ("train", "test"):
+        assert some(task, split) == some(again, split)
+        assert all(json.loads(json.dumps(p.answer)) == p.answer for p in some(task, split))
+    for trained in (task, other):
+        assert not held_out & {problem.uid for problem in some(trained, "train", 400)}
+    assert state == global_randomness()
+
+
+@pytest.mark.parametrize("word", TASKS)
+def test_no_text_breaks_a_scorer(made, word):
+    task = made(word)
+    assert not hasattr(task, "step"), "what has turns is an environment"
+    for problem in some(task, "train", 5):
+        for text in arbitrary_texts():
+            reward = task.score(say(problem, text))
+            assert reward == task.score(say(problem, text)) == safe_score(task, say(problem, text))
+
+
+@pytest.mark.parametrize("word", ENVIRONMENTS)
+def test_no_text_breaks_an_environment_and_states_are_values(made, word):
+    task = made(word)
+    for problem in some(task, "train", 3):
+        state = task.reset(problem)
+        for text in arbitrary_texts():
+            kept = copy.deepcopy(state)
+            turn = task.step(state, say(problem, text))
+            assert turn == task.step(state, say(problem, text)) and state == kept
+            assert turn == safe_step(task, problem, state, say(problem, text))
+            ended = turn.terminated or turn.truncated
+            state = task.reset(problem) if ended else turn.state
+        assert task.reset(problem) == task.reset(problem)
 
 
 def test_answers_are_right():
@@ -346,14 +412,17 @@ class Doubles:
         return 1.0 if int(answer) == int(entry["answer"]) else 0.01
 
 
-def test_reasoning_gym_adapter(monkeypatch):
-    def create(name, **options):
-        if name != "doubles":
-            raise ValueError(f"no data set {name}")
-        return Doubles(**options)
+def create_dataset(name, **options):
+    if name != "doubles":
+        raise ValueError(f"no data set {name}")
+    return Doubles(**options)
 
-    fake = types.SimpleNamespace(create_dataset=create)
-    monkeypatch.setitem(sys.modules, "reasoning_gym", fake)
+
+FAKE_GYM = types.SimpleNamespace(create_dataset=create_dataset)
+
+
+def test_reasoning_gym_adapter(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", FAKE_GYM)
     state = global_randomness()
     task = make("reasoning_gym(dataset='doubles', size=20)", 4)
     assert task.sizes == {"train": 16, "test": 4}

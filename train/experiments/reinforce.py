@@ -46,8 +46,8 @@ from train.rl.job import RLJob
 from train.rl.learning.policy import token_scores
 from train.rl.loop import train
 from train.rl.methods import METHODS
+from train.rl.named_tasks import make_task
 from train.rl.protocols import Task
-from train.rl.tasks import make_task
 from train.rl.types import Completion, Problem, Reward
 from train.runs.metrics import read_metrics
 

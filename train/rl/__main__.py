@@ -8,14 +8,14 @@ from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.loop import train
+from train.rl.named_tasks import tasks_by_name
 from train.rl.parts import choices
-from train.rl.tasks import TASKS
 
 
 def main(config: RLConfig) -> None:
     """Train, and say how to try it."""
     if config.task == "help":
-        print("\n".join(signature(name, task) for name, task in TASKS.items()))
+        print("\n".join(signature(name, task) for name, task in tasks_by_name().items()))
         return
     work = RLJob(config)
     if config.dry_run:

@@ -34,6 +34,7 @@ from train.rl.config import RLConfig
 from train.rl.learning.credit import assign_advantages
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
+from train.rl.named_tasks import make_task
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, Sampling
 from train.rl.rollout.strategies import OneResponse, PromptFormatter, RolloutStrategy, Turns
@@ -44,7 +45,6 @@ from train.rl.step_metrics import (
     rollout_metrics,
     standard_error,
 )
-from train.rl.tasks import make_task
 from train.rl.types import Collected, Episodes, Problem, Split, Trajectory
 
 FEW = 32  # problems of an endless task that a run is known by

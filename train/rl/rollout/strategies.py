@@ -12,7 +12,7 @@ from train.data.chat_templates import chat_ids
 from train.models.load import LanguageModel
 from train.rl.protocols import Environment, Task
 from train.rl.rollout.sampler import Sampled, Sampler, row_keys
-from train.rl.tasks import safe_score, safe_step
+from train.rl.scoring import safe_score, safe_step
 from train.rl.types import Completion, Problem, Reward, Trajectory, Turn
 
 

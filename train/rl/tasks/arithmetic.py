@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.tasks.generated import Generated, at_least
+from train.rl.problems import at_least
+from train.rl.tasks.generated import Generated
 
 _MOST_DIGITS = 9
 

@@ -1,35 +1,15 @@
 """Problems that are drawn without end, each a pure function of options, seed, split and index."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
+from train.rl.problems import TEST_SHARE, answer_of, digest, options
 from train.rl.types import Completion, Problem, Reward, Split
 
-TEST_SHARE = 5  # one problem of so many is held out
 _ATTEMPTS = 2000
-
-
-def digest(text: str) -> int:
-    """64 bits of a text, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def options(task: Any) -> str:
-    """Options of a task as they are written, e.g. `(length=4)`; those at their default left out."""
-    changed = [
-        f"{field.name}={value!r}"
-        for field in dataclasses.fields(task)
-        if field.repr
-        and ((value := getattr(task, field.name)) != field.default)
-        and not (
-            field.default_factory is not dataclasses.MISSING and value == field.default_factory()
-        )
-    ]
-    return f"({', '.join(changed)})" if changed else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,15 +67,3 @@ class Generated:
         """1 where the text, without space around it, is the answer; else 0."""
         right = answer_of(completion.text) == completion.problem.answer
         return Reward(float(right), right)
-
-
-def answer_of(text: str) -> str:
-    """The first line that says something, without space around it."""
-    return text.strip().partition("\n")[0].strip()
-
-
-def at_least(task: Any, **least: int) -> None:
-    """Raise a `ValueError` for an option that is below its bound."""
-    for name, bound in least.items():
-        if getattr(task, name) < bound:
-            raise ValueError(f"{task.word}: {name}={getattr(task, name)}: choose {bound} or more")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from train.rl.tasks.generated import digest, options
+from train.rl.problems import digest, options
 from train.rl.tasks.shaping import format_bonus
 from train.rl.types import Completion, Problem, Reward, Split
 

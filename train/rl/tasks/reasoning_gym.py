@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from train.rl.tasks.generated import TEST_SHARE, at_least, digest, options
+from train.rl.problems import TEST_SHARE, at_least, digest, options
 from train.rl.types import Completion, Problem, Reward, Split
 
 _INSTALL = "pip install reasoning-gym"

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.tasks.generated import Generated, answer_of, at_least
+from train.rl.problems import answer_of, at_least
+from train.rl.tasks.generated import Generated
 from train.rl.types import Completion, Reward
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.tasks.generated import TEST_SHARE, answer_of, at_least, digest, options
+from train.rl.problems import TEST_SHARE, answer_of, at_least, digest, options
 from train.rl.types import Completion, Problem, Split, Turn
 
 

@@ -1,0 +1,39 @@
+"""What `--task` takes: a task of one response or an environment, by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from train.cli.calls import from_text
+from train.rl.environments import ENVIRONMENTS
+from train.rl.protocols import Environment, Task
+from train.rl.tasks import TASKS
+
+_AFTER_COLON = {"gsm8k": "path", "reasoning_gym": "dataset"}
+
+
+def tasks_by_name() -> Mapping[str, type[Any]]:
+    """All tasks and environments."""
+    return {**TASKS, **ENVIRONMENTS}
+
+
+def make_task(spec: str, seed: int) -> Task | Environment:
+    """The task or environment that a text asks for.
+
+    Args:
+        spec: Name, with options in brackets where some are to differ from their defaults:
+            "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl", "reasoning_gym:chain_sum",
+            "gsm8k(path='problems.jsonl', bonus=0.1)", "guess_number(high=50)".
+        seed: Seed of the order of problems, 0 or more.
+
+    Raises:
+        ValueError: There is no such task or option, or an option cannot have its value.
+    """
+    if seed < 0:
+        raise ValueError(f"seed={seed}: choose 0 or more")
+    text = spec.strip()
+    name, colon, rest = text.partition(":")
+    if colon and name in _AFTER_COLON:
+        if not rest:
+            raise ValueError(f"task {spec!r}: write {name}:{_AFTER_COLON[name].upper()}")
+        return TASKS[name](**{_AFTER_COLON[name]: rest}, seed=seed)
+    return from_text(text, tasks_by_name(), "task", seed=seed)
