@@ -41,8 +41,8 @@ def work(model: str = "shallow", task=None, devices: int = 1, **changes) -> RLJo
 def stacked(reinforcing: RLJob, trajectories, multiple: int = 1):
     """Credited rows, moved by random advantages so that nothing cancels."""
     config = reinforcing.config
-    advantages = assign_advantages(trajectories, Episodes.of(trajectories), config)
-    return make_rows(trajectories, advantages, multiple, reinforcing._events_of_a_row())
+    advantages = assign_advantages(trajectories, Episodes.from_trajectories(trajectories), config)
+    return make_rows(trajectories, advantages, multiple, reinforcing.events_per_row)
 
 
 @functools.cache
@@ -166,8 +166,8 @@ def test_a_filtered_step_changes_nothing_and_counts():
     before = jax.device_get(state.params)
     state, metrics, collected = reinforcing.step(state)
     assert (collected.groups, collected.kept) == (8, 0)
-    assert reinforcing.progressed.position == 8
-    assert (reinforcing.progressed.step, int(state.step)) == (1, 0)
+    assert reinforcing.collector.position == 8
+    assert (reinforcing.steps_done, int(state.step)) == (1, 0)
     assert metrics["mixed_groups"] == 0
     assert_close(jax.device_get(state.params), before, 0)
 
@@ -176,7 +176,7 @@ def test_filtering_keeps_whole_groups_that_differ():
     reinforcing = work(method="dapo", num_generations=2, max_batches=8)
     collected = reinforcing.collect(reinforcing.first_state().weights)
     assert collected.kept == 4 < collected.groups
-    kept = Episodes.of(collected.trajectories)
+    kept = Episodes.from_trajectories(collected.trajectories)
     for group in set(kept.group):
         assert sorted(kept.success[kept.group == group]) == [False, True]
 
@@ -208,7 +208,7 @@ def test_credit_of_turns_is_by_return():
     for keep_context in (True, False):
         rows = played(keep_context)
         config = dataclasses.replace(CONFIG, method="rebn(gamma=0.9)")
-        advantages = assign_advantages(rows, Episodes.of(rows), config)
+        advantages = assign_advantages(rows, Episodes.from_trajectories(rows), config)
         found[keep_context] = {
             (row.group, row.episode, row.turn + offset): advantage[begin]
             for row, advantage in zip(rows, advantages, strict=True)
@@ -227,8 +227,8 @@ def test_a_strategy_may_bring_its_own_advantages():
     own = np.arange(len(rows[1].tokens)) / 7
     mixed = [dataclasses.replace(rows[1], advantages=own) if i == 1 else r
              for i, r in enumerate(rows)]  # fmt: skip
-    usual = assign_advantages(rows, Episodes.of(rows), reinforcing.config)
-    found = assign_advantages(mixed, Episodes.of(mixed), reinforcing.config)
+    usual = assign_advantages(rows, Episodes.from_trajectories(rows), reinforcing.config)
+    found = assign_advantages(mixed, Episodes.from_trajectories(mixed), reinforcing.config)
     np.testing.assert_array_equal(found[1], own)
     np.testing.assert_array_equal(found[0], usual[0])
     arrays = make_rows(mixed, found)
@@ -238,7 +238,7 @@ def test_a_strategy_may_bring_its_own_advantages():
 def test_episodes_count_once_in_their_group():
     """GRPO of episodes whose turns are rows: statistics are of episodes, not of rows."""
     rows = played(False)
-    advantages = assign_advantages(rows, Episodes.of(rows), CONFIG)
+    advantages = assign_advantages(rows, Episodes.from_trajectories(rows), CONFIG)
     for group in {row.group for row in rows}:
         mine = [(row, a) for row, a in zip(rows, advantages, strict=True) if row.group == group]
         reward = {row.episode: row.reward.value for row, _ in mine}

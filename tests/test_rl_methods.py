@@ -99,7 +99,7 @@ OUTCOMES = [[0.0, 1.0, 0.25], [1.0, 0.0], [1.0, 1.0, 0.0, 0.5]]
 
 
 def advantages_of(config: RLConfig, rows: list[Trajectory]) -> list[np.ndarray]:
-    return assign_advantages(rows, Episodes.of(rows), config)
+    return assign_advantages(rows, Episodes.from_trajectories(rows), config)
 
 
 def made(kind: str, word: str) -> Any:
@@ -174,7 +174,7 @@ def test_shaping_changes_no_success_and_knows_no_order(word):
         dataclasses.replace(row, decisions=rng.choice([-1, 0, 1], len(row.tokens)).astype(np.int8))
         for row in trajectories(OUTCOMES)
     ]
-    episodes = Episodes.of(rows)
+    episodes = Episodes.from_trajectories(rows)
     before = episodes.reward.copy()
     found = shaping(episodes.reward.copy(), rows, episodes, 8)
     assert found.dtype == np.float64 and np.isfinite(found).all() and (found != before).any()
@@ -183,7 +183,7 @@ def test_shaping_changes_no_success_and_knows_no_order(word):
     np.testing.assert_allclose(shaping(before + 2, rows, episodes, 8), found + 2, rtol=1e-12)
     order = rng.permutation(len(rows))
     shuffled = [rows[index] for index in order]
-    again = shaping(before[order], shuffled, Episodes.of(shuffled), 8)
+    again = shaping(before[order], shuffled, Episodes.from_trajectories(shuffled), 8)
     np.testing.assert_allclose(again, found[order], rtol=1e-12)
 
 

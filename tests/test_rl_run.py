@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import numpy as np
@@ -147,7 +147,7 @@ def test_an_allocator_gives_unequal_groups_and_remembers(tmp_path):
     def told(steps: int) -> dict:
         reinforcing = work(tmp_path, allocator=config, method="grpo", steps=steps)
         train(reinforcing)
-        return reinforcing.allocator.told
+        return cast(Favourites, reinforcing.collector.allocator).told
 
     first = told(2)
     assert sorted(map(len, first.values())) == [2] * 6 + [10] * 2

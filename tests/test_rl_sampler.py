@@ -6,6 +6,7 @@ ids that end a text. A rollout is made once, and many tests look at it.
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from train.models.finetunable import FinetunableModel
 from train.rl.learning.policy import decision_scores, sampler_of, token_scores
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, row_keys
-from train.rl.rollout.strategies import OneResponse, PromptFormatter, Turns
+from train.rl.rollout.strategies import STRATEGIES, OneResponse, PromptFormatter, Turns
 from train.rl.types import Trajectory
 
 
@@ -209,6 +210,29 @@ def test_a_row_depends_on_no_other(name, alone):
         np.testing.assert_array_equal(row.tokens, other.tokens)
         np.testing.assert_array_equal(row.decisions, other.decisions)
         np.testing.assert_allclose(row.log_probs, other.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("word", STRATEGIES)
+def test_every_strategy_makes_the_rollouts_that_were_planned(word):
+    """The same ones again from the same seed, and only generated tokens are trained."""
+    known: dict[str, Any] = {"one_response": (ONCE, COUNTS), "turns": (TURNS[True], EPISODES)}
+    default = dataclasses.replace(STRATEGIES[word](), formatter=SPEECH)
+    strategy, counts = known.get(word, (default, COUNTS))
+    task = Echoes() if strategy.episodic else Asks()
+    changes = {"valid_vocab_size": ASCII} if strategy.episodic else {}
+    rows, _ = collect("plain", strategy, task, counts, **changes)
+    again, _ = collect("plain", strategy, task, counts, **changes)
+    for group, count in enumerate(counts):
+        mine = [row for row in rows if row.group == group]
+        assert len({row.episode for row in mine}) == count
+        assert {row.problem for row in mine} <= {task.problem("train", group)}
+    for row, other in zip(rows, again, strict=True):
+        np.testing.assert_array_equal(row.tokens, other.tokens)
+        assert row.reward == other.reward
+        assert (row.log_probs[~row.trained] == 0).all() and (row.log_probs[row.trained] < 0).all()
+        assert len(row.begins) == len(row.texts) <= strategy.responses_per_row
+        assert row.trained[list(row.begins)].all()
+    strategy.restore(json.loads(json.dumps(strategy.state)))
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ class Rollouts:
 
     def __init__(self, job: RLJob, config: RLBenchmark, shared: bool):
         self._sampler: Sampler = job.sampler(job.first_state().weights)
-        problem = job.problems("test", 0, 1)[0]
+        problem = job.collector.problems("test", 0, 1)[0]
         prompt, rows = job.lm.prompt(problem.prompt), config.num_generations
         self._prompts, self._source = [prompt] * rows, list(range(rows))
         if shared:

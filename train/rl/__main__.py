@@ -13,16 +13,16 @@ from train.rl.parts import choices
 
 
 def main(config: RLConfig) -> None:
-    """Train, and say how to try it."""
+    """Train, and print the command that generates with the result."""
     if config.task == "help":
         print("\n".join(signature(name, task) for name, task in tasks_by_name().items()))
         return
-    work = RLJob(config)
+    job = RLJob(config)
     if config.dry_run:
-        print(work.describe())
+        print(job.describe())
         return
     try:
-        train(work)
+        train(job)
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,8 +1,8 @@
-"""A run of reinforcement learning: a policy, its task, and what one step does."""
+"""A run of reinforcement learning: a policy, its collector, its learner, and one step."""
 
+import copy
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -35,43 +35,23 @@ from train.rl.learning.credit import assign_advantages
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
 from train.rl.named_tasks import make_task
-from train.rl.rollout.rows import make_rows
+from train.rl.parts import KINDS
+from train.rl.rollout.collector import Collector, fingerprint, strategy_for
+from train.rl.rollout.rows import Rows, make_rows
 from train.rl.rollout.sampler import Sampler, Sampling
-from train.rl.rollout.strategies import OneResponse, PromptFormatter, RolloutStrategy, Turns
+from train.rl.rollout.strategies import PromptFormatter
 from train.rl.step_metrics import (
-    invocations,
+    held_out_metrics,
     learning_metrics,
-    mixed_groups,
     rollout_metrics,
-    standard_error,
+    timing_metrics,
 )
-from train.rl.types import Collected, Episodes, Problem, Split, Trajectory
-
-FEW = 32  # problems of an endless task that a run is known by
-ENDLESS = 256  # of its held-out problems that are scored if all are asked for
-
-
-@dataclasses.dataclass
-class Progressed:
-    """What a run remembers besides its weights; all of it is in checkpoints.
-
-    Attributes:
-        step: Number of steps so far. Optimizer steps are counted in the `TrainState`: a step whose
-            problems are all left out makes none.
-        position: Number of problems drawn so far.
-        allocator: State of the budget allocator.
-        strategy: State of the rollout strategy.
-    """
-
-    step: int = 0
-    position: int = 0
-    allocator: Any = None
-    strategy: Any = None
+from train.rl.types import Collected, Episodes, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """What is built around a decoder to be trained: a description that equal runs share."""
+    """What is built around a decoder to be trained; equal for runs that train the same."""
 
     train: finetunable.Method
     lora: LoRAConfig
@@ -107,7 +87,7 @@ def trainable_of(
 
 
 class RLJob:
-    """All of a run but its loop.
+    """A run of reinforcement learning without its loop (`train.rl.loop.train`).
 
     Args:
         config: Config of the run.
@@ -132,7 +112,6 @@ class RLJob:
         model = self.lm.model
         model.check_cacheable()
         self.task = make_task(config.task, config.seed) if task is None else task
-        self.episodic = hasattr(self.task, "step")
         self._fingerprint = fingerprint(self.task)
         self.memgen, self._boundary = self._memory()
         boundary = None if self._boundary is None else tuple(self._boundary.tolist())
@@ -149,19 +128,26 @@ class RLJob:
         shards = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
         self._multiple = shards * config.minibatches * config.accumulate
         parts = config.parts
-        self.strategy = self._strategy()
-        self.allocator = dataclasses.replace(parts.allocator)  # what it learns is this run's
+        self.collector = Collector(
+            config,
+            self.task,
+            strategy_for(config, self.task, PromptFormatter(self.lm, config.chat)),
+            dataclasses.replace(parts.allocator),  # what it learns is this run's
+        )
+        self._responses_per_row = self.collector.strategy.responses_per_row
         self.keeps_frozen = config.train == "all"
-        # What the frozen weights are, so that a run goes on beside the same ones.
-        holds_on = self.keeps_frozen and not parts.loss.uses_reference
-        self._base = None if holds_on else checksum(self.lm.memgen or model)
-        longest = config.max_new_tokens * self.strategy.responses_per_row
+        # A checksum of the frozen weights, so that a run goes on beside the same ones.
+        holds_all = self.keeps_frozen and not parts.loss.uses_reference
+        self._base = None if holds_all else checksum(self.lm.memgen or model)
+        longest = config.max_new_tokens * self._responses_per_row
         self.learner = Learner(config, self.trainable, self.sampling(), longest)
-        self.progressed = Progressed()
+        # Number of steps so far. Optimizer steps are counted in the `TrainState`: a step whose
+        # problems are all left out makes none.
+        self.steps_done = 0
         self._began: Any = None
 
     def _memory(self) -> tuple[MemGenConfig, np.ndarray | None]:
-        """The config of latent memory, and where it may be written."""
+        """Config of latent memory, and the table of tokens after which it may be written."""
         config, woven = self.config, self.lm.memgen
         if config.train in ("all", "lora"):
             if woven is not None:
@@ -193,28 +179,13 @@ class RLJob:
             return shape, np.asarray(woven.boundary[...])
         return shape, boundaries_for(self.lm, config.train, config.boundaries)
 
-    def _strategy(self) -> RolloutStrategy:
-        """The strategy of this run, which must fit its task."""
-        config = self.config
-        episodic = hasattr(self.task, "step")
-        strategy = config.parts.strategy or (Turns() if episodic else OneResponse())
-        if strategy.episodic != episodic:
-            kind, word = ("an environment", "turns") if episodic else ("a task", "one_response")
-            raise ValueError(
-                f"strategy {strategy.word} does not fit {self.task.name}, which is {kind}: leave "
-                f"strategy out, or choose one such as {word}"
-            )
-        for shaping in config.parts.reward:
-            if shaping.one_response and episodic:
-                raise ValueError(
-                    f"reward {shaping.word} is for tasks of one response, {self.task.name} has "
-                    "turns: leave it out"
-                )
-        return strategy.for_run(PromptFormatter(self.lm, config.chat), config)
-
     def sampling(self, greedy: bool = False) -> Sampling:
-        """How rollouts are sampled; `greedy` for held-out problems. A trigger is always sampled:
-        so it is trained."""
+        """How rollouts are sampled.
+
+        Args:
+            greedy: Whether the most probable tokens are taken, for held-out problems. A trigger is
+                always sampled: so it is trained.
+        """
         memory: Any = memgen.NeverInvoke()
         if self.config.train == "weaver":
             memory = memgen.AlwaysInvoke()
@@ -225,11 +196,11 @@ class RLJob:
         return Sampling(temperature, tokenizer.vocab_size, self.lm.stop_ids, memory)
 
     def first_state(self) -> TrainState:
-        """The weights as they are, and what is new beside them."""
+        """State before the first step: the given weights, and new parameters beside them."""
         return self.trainable.start(self._first_weights())
 
     def _first_weights(self) -> Any:
-        """In arrays of their own: training overwrites them, and the writer may be used again."""
+        """Weights in arrays of their own: training overwrites them, and `lm` may be used again."""
         policy = self._around(self.lm.model)
         if self.lm.memgen is not None and policy.memgen is not None:
             policy.memgen = nnx.data(trained_before(self.lm.memgen, policy.memgen))
@@ -237,7 +208,7 @@ class RLJob:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint holds besides arrays."""
+        """JSON of a checkpoint, besides its arrays."""
         return {
             "config": as_json(self.config),
             "data_fingerprint": self._fingerprint,
@@ -245,156 +216,88 @@ class RLJob:
             "base": self._base,
             "resolved": resolved(self.trainable),
             "model": as_json(self.trainable.config),
-            "rl": dataclasses.asdict(self.progressed),
+            "rl": {"step": self.steps_done, **copy.deepcopy(self.collector.state)},
             **tokenizer_meta(self.lm.tokenizer),
         }
 
     def restore(self, meta: dict[str, Any]) -> None:
-        """Go on from what a checkpoint remembers."""
-        self.progressed = Progressed(**meta["rl"])
-        self.allocator.restore(self.progressed.allocator)
-        self.strategy.restore(self.progressed.strategy)
+        """Continue from the `meta` of a checkpoint."""
+        self.steps_done = meta["rl"]["step"]
+        self.collector.restore(meta["rl"])
 
     def sampler(self, weights: Any, greedy: bool = False) -> Sampler:
+        """Sampler of these weights (`TrainState.weights`); see `sampling`."""
         policy: MemGen = sampler_of(self.trainable.model(weights))
         return Sampler(policy, self.sampling(greedy), self.config.max_rows, self.trainable.mesh)
 
-    def problems(self, split: Split, start: int, count: int) -> list[Problem]:
-        """`count` problems from a position on; a list of them is shuffled anew each time it is
-        gone through."""
-        size = self.task.sizes[split]
-        if size is None:
-            return [self.task.problem(split, start + offset) for offset in range(count)]
-        found = []
-        for place in range(start, start + count):
-            epoch, index = divmod(place, size)
-            order = np.random.default_rng([self.config.seed, epoch]).permutation(size)
-            found.append(self.task.problem(split, int(order[index])))
-        return found
-
     def collect(self, weights: Any) -> Collected:
-        """The rollouts of one step; what they are drawn from moves on."""
-        config, sampler = self.config, self.sampler(weights)
-        filtering = config.recipe.filter_groups
-        kept: list[Trajectory] = []
-        drawn: list[Trajectory] = []
-        groups = found = 0
-        for _ in range(config.max_batches if filtering else 1):
-            position = self.progressed.position
-            problems = self.problems("train", position, config.batch_size)
-            counts = self._planned([problem.uid for problem in problems])
-            rows = self.strategy.collect(
-                sampler, self.task, problems, counts, (config.seed, position)
-            )
-            self.progressed.position += len(problems)
-            self._observe(problems, rows)
-            rows = [dataclasses.replace(row, group=groups + row.group) for row in rows]
-            groups += len(problems)
-            drawn += rows
-            usable = mixed_groups(rows) if filtering else list(range(groups))
-            usable = usable[: config.batch_size - found]
-            found += len(usable)
-            kept += [row for row in rows if row.group in set(usable)]
-            if found >= config.batch_size:
-                break
-        return Collected(kept, drawn, groups, found)
-
-    def _planned(self, uids: list[str]) -> list[int]:
-        total = self.config.batch_size * self.config.num_generations
-        counts = self.allocator.plan(uids, total)
-        if len(counts) != len(uids) or min(counts) < 0 or sum(counts) != total:
-            raise ValueError(
-                f"{type(self.allocator).__name__}.plan gave {sum(counts)} rollouts to "
-                f"{len(counts)} problems, the budget is {total} for {len(uids)}: plan all of it, "
-                "none below 0"
-            )
-        return list(counts)
-
-    def _observe(self, problems: Sequence[Problem], rows: Sequence[Trajectory]) -> None:
-        episodes = Episodes.of(rows)
-        for group, problem in enumerate(problems):
-            successes = episodes.success[episodes.group == group]
-            self.allocator.observe(problem.uid, successes.tolist())
-        self.progressed.allocator = self.allocator.state
-        self.progressed.strategy = self.strategy.state
+        """Rollouts of one step by these weights; the position in the problems moves on."""
+        return self.collector.collect(self.sampler(weights))
 
     def step(self, state: TrainState) -> tuple[TrainState, dict[str, float], Collected]:
-        """Collect, credit, update; metrics by name."""
-        config, begin = self.config, time.perf_counter()
+        """Collect rollouts, assign advantages, update.
+
+        Args:
+            state: State before the step; it is donated.
+
+        Returns:
+            State after the step, metrics by name, and the rollouts.
+        """
+        begin = time.perf_counter()
         collected = self.collect(state.weights)
         sampled = time.perf_counter()
         metrics = rollout_metrics(collected)
         if collected.trajectories:
-            advantages = assign_advantages(
-                collected.trajectories, Episodes.of(collected.trajectories), config
-            )
-            rows = make_rows(
-                collected.trajectories, advantages, self._multiple, self._events_of_a_row()
-            )
-            rng = np.random.default_rng([config.seed, self.progressed.step])
+            rng = np.random.default_rng([self.config.seed, self.steps_done])
+            rows = self.rows(collected.trajectories)
             state, learned = self.learner.update(state, rows, rng, self._reference())
             metrics |= learning_metrics(learned)
-        self.progressed.step += 1
-        end = time.perf_counter()
-        written = sum(row.written for row in collected.trajectories)
-        metrics |= {
-            "rollout_seconds": sampled - begin,
-            "update_seconds": end - sampled,
-            "rollout_tokens_per_second": collected.written / (sampled - begin),
-            "update_tokens_per_second": written * config.epochs / (end - sampled),
-        }
+        self.steps_done += 1
+        metrics |= timing_metrics(
+            collected, self.config.epochs, sampled - begin, time.perf_counter() - sampled
+        )
         return state, metrics, collected
 
+    def rows(self, trajectories: Sequence[Trajectory]) -> Rows:
+        """Trajectories with their advantages, as the learner takes them."""
+        advantages = assign_advantages(
+            trajectories, Episodes.from_trajectories(trajectories), self.config
+        )
+        return make_rows(trajectories, advantages, self._multiple, self.events_per_row)
+
+    @property
+    def events_per_row(self) -> int:
+        """Capacity of a row for events of latent memory; 0 where nothing is woven."""
+        if self.config.train in ("all", "lora"):
+            return 0
+        return self._responses_per_row * self.memgen.events
+
     def _reference(self) -> Any:
-        """Trained parameters as they began, where the method's KL holds on to them."""
+        """Trained parameters as they began, where the loss reads a reference policy."""
         if self.config.parts.loss.uses_reference and self._began is None:
             weights = jax.device_put(self._first_weights(), self.trainable.shardings.weights)
             self._began = self.trainable.abstract.with_weights(weights).params
         return self._began
 
-    def _events_of_a_row(self) -> int:
-        if self.config.train in ("all", "lora"):
-            return 0
-        return self.strategy.responses_per_row * self.memgen.events
-
     def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
-        """Held-out problems, one response or episode each, the most probable tokens."""
-        size, wanted = self.task.sizes["test"], self.config.evaluation.rows
-        count = min(wanted or size or ENDLESS, size or wanted or ENDLESS)
-        problems = self.problems("test", 0, count)
-        rows = self.strategy.collect(
-            self.sampler(weights, greedy=True), self.task, problems, [1] * len(problems),
-            (self.config.seed, 1),
-        )  # fmt: skip
-        episodes = Episodes.of(rows)
-        rate = float(episodes.success.mean())
-        found = {
-            "success": rate,
-            "standard_error": standard_error(episodes, rows),
-            "reward": float(episodes.reward.mean()),
-            "length": float(episodes.length.mean()),
-            **invocations(rows, len(episodes.rows)),
-        }
-        return found, rows
+        """Metrics of held-out problems and their rollouts, one each, tokens greedy."""
+        rows = self.collector.held_out(self.sampler(weights, greedy=True))
+        return held_out_metrics(rows), rows
 
     def describe(self) -> str:
         """One line for the start of a run."""
         config, trainable = self.config, self.trainable
+        replaced = [
+            f"{kind} {part.word}"
+            for kind in KINDS
+            if kind != "method" and (given := getattr(config, kind)) is not None
+            for part in (given if isinstance(given, tuple) else (given,))
+        ]
+        method = " with ".join([config.recipe.word, *filter(None, [", ".join(replaced)])])
         sizes = " x ".join(f"{name} {size}" for name, size in trainable.mesh.shape.items())
         return (
             f"{config.weights}: {trainable.config.num_params():,} parameters, trained are "
-            f"{trainable.num_trained:,} ({config.train}); {config.recipe.word} on "
+            f"{trainable.num_trained:,} ({config.train}); {method} on "
             f"{self.task.name}, {config.batch_size} problems x {config.num_generations} rollouts x "
             f"{config.updates} updates a step; {sizes}"
         )
-
-
-def fingerprint(task: Any) -> str:
-    """The name of a task, and a hash of its problems, or of the first ones of an endless one."""
-    found = hashlib.blake2b(digest_size=8)
-    for split in ("train", "test"):
-        size = task.sizes[split]
-        for index in range(FEW if size is None else size):
-            problem = task.problem(split, index)
-            found.update(f"{problem.prompt}\0{problem.answer}\0".encode())
-    return f"{task.name} {found.hexdigest()}"

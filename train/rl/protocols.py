@@ -7,13 +7,13 @@ from train.rl.types import Completion, Problem, Reward, Split, Turn
 
 
 class Task(Protocol):
-    """Problems without end, or a list of them, and a verifier.
+    """Problems of one response, and a verifier.
 
     `problem` is a pure function of its arguments: nothing is drawn from a global state.
 
     Attributes:
-        name: as it is asked for.
-        sizes: problems of each split; None where they have no end.
+        name: Text that `--task` would make it of.
+        sizes: Number of problems of each split; None for an endless split.
     """
 
     @property
@@ -24,14 +24,16 @@ class Task(Protocol):
 
     def problem(self, split: Split, index: int) -> Problem: ...
 
-    def score(self, completion: Completion) -> Reward: ...
+    def score(self, completion: Completion) -> Reward:
+        """Reward of a response; should never raise, whatever the text is."""
+        ...
 
 
 class Environment(Protocol):
     """A task of several turns, with explicit state.
 
-    A state is a value: stepping from it twice gives the same, it can be kept and branched from,
-    and nothing starts anew on its own. A problem's prompt is the first observation.
+    A state is a value: stepping from it twice gives the same turn, it can be kept and branched
+    from, and nothing is reset automatically. A problem's prompt is the first observation.
     """
 
     @property
@@ -43,7 +45,9 @@ class Environment(Protocol):
     def problem(self, split: Split, index: int) -> Problem: ...
 
     def reset(self, problem: Problem) -> Any:
-        """The first state."""
+        """First state of the episode of a problem."""
         ...
 
-    def step(self, state: Any, action: Completion) -> Turn: ...
+    def step(self, state: Any, action: Completion) -> Turn:
+        """Turn after a response; should never raise, whatever the text is."""
+        ...

@@ -1,4 +1,4 @@
-"""What is written down of a step: rollouts, held-out episodes, updates."""
+"""Metrics of a step: of its rollouts, held-out episodes, updates, and time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from train.rl.types import Collected, Episodes, Trajectory
 
 
 def mixed_groups(rows: Sequence[Trajectory]) -> list[int]:
-    """Groups of which some episodes succeed and some do not, rising."""
-    episodes = Episodes.of(rows)
-    told = in_mixed_group(episodes.success, episodes.group, episodes.valid)
-    return np.unique(episodes.group[told]).tolist()
+    """Indices of groups of which some episodes succeed and some do not, in rising order."""
+    episodes = Episodes.from_trajectories(rows)
+    mixed = in_mixed_group(episodes.success, episodes.group, episodes.valid)
+    return np.unique(episodes.group[mixed]).tolist()
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
-    """Of all rollouts that were made."""
+    """Means over all rollouts of a step, those of dropped problems too."""
     rows = collected.drawn
-    episodes = Episodes.of(rows)
+    episodes = Episodes.from_trajectories(rows)
     names = sorted({name for row in rows for name in row.reward.info})
     # All rows of an episode have its info.
     first = [rows[turns[0]].reward.info for turns in episodes.rows]
@@ -38,8 +38,40 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     }
 
 
+def held_out_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over held-out episodes, with the standard error of the success rate."""
+    episodes = Episodes.from_trajectories(rows)
+    return {
+        "success": float(episodes.success.mean()),
+        "standard_error": standard_error(episodes, rows),
+        "reward": float(episodes.reward.mean()),
+        "length": float(episodes.length.mean()),
+        **invocations(rows, len(episodes.rows)),
+    }
+
+
+def timing_metrics(
+    collected: Collected, epochs: int, rollout_seconds: float, update_seconds: float
+) -> dict[str, float]:
+    """Seconds of both halves of a step, and generated tokens per second.
+
+    Args:
+        collected: Rollouts of the step.
+        epochs: Number of passes over the rollouts that are trained on.
+        rollout_seconds: Seconds that the rollouts took.
+        update_seconds: Seconds that the update took.
+    """
+    trained = sum(row.written for row in collected.trajectories)
+    return {
+        "rollout_seconds": rollout_seconds,
+        "update_seconds": update_seconds,
+        "rollout_tokens_per_second": collected.written / rollout_seconds,
+        "update_tokens_per_second": trained * epochs / update_seconds,
+    }
+
+
 def standard_error(episodes: Episodes, rows: Sequence[Trajectory]) -> float:
-    """Of the share of successes; answers to a problem that comes several times are one draw."""
+    """Standard error of the success rate; all answers to one problem are one draw."""
     uids = [rows[turns[0]].problem.uid for turns in episodes.rows]
     _, which = np.unique(uids, return_inverse=True)
     deviation = np.bincount(which, weights=episodes.success - episodes.success.mean())
@@ -47,16 +79,20 @@ def standard_error(episodes: Episodes, rows: Sequence[Trajectory]) -> float:
 
 
 def invocations(rows: Sequence[Trajectory], episodes: int) -> dict[str, float]:
-    """Of latent memory: per episode, and as a share of what was asked."""
-    asked = sum(int((row.decisions >= 0).sum()) for row in rows)
+    """Invocations of latent memory: per episode, and as a share of the decisions."""
+    decisions = sum(int((row.decisions >= 0).sum()) for row in rows)
     invoked = sum(int((row.decisions == 1).sum()) for row in rows)
-    if not asked:
+    if not decisions:
         return {}
-    return {"invocations": invoked / episodes, "invocation_rate": invoked / asked}
+    return {"invocations": invoked / episodes, "invocation_rate": invoked / decisions}
 
 
 def learning_metrics(learned: dict[str, Any]) -> dict[str, float]:
-    """Of the optimizer steps of a step: sums to means."""
+    """Means over the tokens and the optimizer steps of a step.
+
+    Args:
+        learned: Metrics of `Learner.update`.
+    """
     sums = learned["sums"]
     tokens = max(float(sums["tokens"]), 1.0)
     means = {

@@ -1,4 +1,4 @@
-"""What tasks, environments, strategies and the learner hand to each other."""
+"""Records that tasks, environments, strategies and the learner hand to each other."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ Split = Literal["train", "test"]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a policy is asked.
+    """A problem for the policy: a prompt, and what a scorer needs.
 
     Attributes:
-        uid: names it in every run; what is remembered of a problem goes by it.
-        prompt: what the policy reads first.
-        answer: for the scorer alone; any value that JSON holds.
-        kind: for tables and histograms.
+        uid: Name of the problem, the same in every run; allocators know problems by it.
+        prompt: Text that the policy is prompted with.
+        answer: Value for the scorer alone, anything that JSON holds.
+        kind: Label of the problem for tables and histograms.
     """
 
     uid: str
@@ -28,13 +28,13 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a policy wrote.
+    """A response of the policy.
 
     Attributes:
-        problem: that it was asked.
-        text: without an id that ended it.
-        tokens: its ids, the id that ended it among them.
-        finished: whether an id ended it; if not it was cut at the length limit.
+        problem: Problem that it responds to.
+        text: Text of the response, without the stop id.
+        tokens: Ids of the response, with the stop id.
+        finished: Whether a stop id ended the response; otherwise it was cut at the length limit.
     """
 
     problem: Problem
@@ -45,12 +45,13 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """What a completion is worth.
+    """Outcome of a completion or an episode.
 
     Attributes:
-        value: what learning goes by.
-        success: what statistics, dynamic filtering and evaluation go by.
-        info: numbers for the metrics, averaged by name.
+        value: Reward that advantages are estimated from.
+        success: Whether the problem was solved; allocators, dynamic sampling and evaluation use
+            this, never the value.
+        info: Numbers for the metrics, averaged by name.
     """
 
     value: float
@@ -60,16 +61,17 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What an environment makes of an action.
+    """Transition of an environment after an action.
 
     Attributes:
-        state: after it.
-        observation: what the policy reads next; of the last turn too, nothing is reset.
-        reward: of this turn.
-        terminated: the episode is over.
-        truncated: it was cut, e.g. for its number of turns.
-        success: whether it has ended well.
-        info: numbers for the metrics.
+        state: State after the action.
+        observation: Text that the policy is shown next; that of the last turn is kept, since
+            nothing is reset.
+        reward: Reward of this turn.
+        terminated: Whether the episode has ended.
+        truncated: Whether the episode was cut, e.g. at its greatest number of turns.
+        success: Whether the problem was solved.
+        info: Numbers for the metrics.
     """
 
     state: Any
@@ -83,27 +85,30 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """One row of `L` tokens: what was read and what the policy wrote, in order.
+    """One row of `L` tokens: prompt, responses and observations in order.
 
     An episode of several turns is one row, or a row for each turn.
 
     Attributes:
-        group: index of the problem in its batch; advantages compare rows of one group.
-        problem: that it is about.
-        tokens: `[L]` int32.
-        trained: `[L]` bool, tokens that the policy wrote. The others are attended to alone.
-        log_probs: `[L]` float32 of these as the sampler saw them, 0 elsewhere.
-        decisions: `[L]` int8 of the trigger before each token: -1 not asked, 0 skipped, 1 invoked;
-            -1 everywhere without latent memory.
-        begins: places of the first token of each response in the row.
-        reward: of the row: of its completion, its whole episode, or its turn's return.
-        turn_rewards: of all turns of the row's episode.
-        episode: number of the episode in its group; its turns may be rows of their own.
-        turn: which of its turns the first response in the row is.
-        weight: the row counts so many times.
-        finished: whether an id ended the last response; if not it was cut at the length limit.
-        texts: of the responses.
-        advantages: `[L]` float64 that a strategy gives itself, or None.
+        group: Index of the problem in its step; advantages compare episodes of one group.
+        problem: Problem of the row.
+        tokens: Ids of the row, `[L]` int32.
+        trained: Tokens that the policy generated, `[L]` bool; the others are only attended to.
+        log_probs: Log-probabilities of the generated tokens as the sampler computed them, `[L]`
+            float32; 0 elsewhere.
+        decisions: Decisions of the trigger before each token, `[L]` int8: -1 none was made, 0
+            skipped, 1 invoked; -1 everywhere without latent memory.
+        begins: Positions of the first token of each response in the row.
+        reward: Reward of the row's episode.
+        turn_rewards: Rewards of all turns of the row's episode.
+        episode: Index of the episode in its group; its turns may be rows of their own.
+        turn: Index in the episode of the first turn of the row.
+        weight: Multiplicity of the row in the loss.
+        finished: Whether a stop id ended the last response; otherwise it was cut at the length
+            limit.
+        texts: Texts of the responses.
+        advantages: Advantages `[L]` float64 that the strategy assigns itself; None for those of the
+            run's estimator.
     """
 
     group: int
@@ -124,7 +129,7 @@ class Trajectory:
 
     @property
     def written(self) -> int:
-        """Tokens that the policy wrote."""
+        """Number of tokens that the policy generated."""
         return int(self.trained.sum())
 
 
@@ -133,11 +138,10 @@ class Collected:
     """The rollouts of a step.
 
     Attributes:
-        trajectories: that are trained on.
-        drawn: all rollouts that were made, those of dropped problems too.
-        groups: problems drawn, and
-        kept: of them trained on.
-        written: tokens of all rollouts.
+        trajectories: Rows that are trained on.
+        drawn: Rows of all rollouts, those of dropped groups too.
+        groups: Number of problems that were drawn.
+        kept: Number of problems that are trained on.
     """
 
     trajectories: list[Trajectory]
@@ -147,19 +151,20 @@ class Collected:
 
     @property
     def written(self) -> int:
+        """Number of generated tokens of all rollouts."""
         return sum(row.written for row in self.drawn)
 
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
-    """Trajectories by episode, `N` of them: one row each, or a row for each turn.
+    """The `N` episodes that trajectories are parts of: one row each, or a row for each turn.
 
     Attributes:
-        rows: of each episode, indices into the trajectories, in order.
-        group: `[N]` int.
-        reward: `[N]` float64 as it was given.
-        success: `[N]` bool.
-        length: `[N]` int, tokens that the policy wrote.
+        rows: Indices of the rows of each episode into the trajectories, in order.
+        group: Group of each episode, `[N]` int.
+        reward: Unshaped reward of each episode, `[N]` float64.
+        success: Success of each episode, `[N]` bool.
+        length: Number of generated tokens of each episode, `[N]` int.
     """
 
     rows: list[list[int]]
@@ -169,7 +174,8 @@ class Episodes:
     length: np.ndarray
 
     @classmethod
-    def of(cls, trajectories: Sequence[Trajectory]) -> "Episodes":
+    def from_trajectories(cls, trajectories: Sequence[Trajectory]) -> "Episodes":
+        """Episodes in the order of their first rows."""
         found: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(trajectories):
             found.setdefault((row.group, row.episode), []).append(index)

@@ -1,4 +1,4 @@
-"""Guess a number in several turns."""
+"""A number to guess in several turns."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from train.rl.types import Completion, Problem, Split, Turn
 
 @dataclasses.dataclass(frozen=True)
 class Guessing:
-    """A state: the number that is looked for, turns so far, malformed ones, whether it is over."""
+    """State of an episode: the secret number, turns so far, malformed ones, whether it is over."""
 
     secret: int
     turns: int = 0
@@ -23,18 +23,19 @@ class Guessing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuessNumber:
-    """The policy reads `1-10? `, guesses, and reads ` higher ` or ` lower `.
+    """Guessing: the prompt is `1-10? `, observations are ` higher ` and ` lower `.
 
-    A turn's reward is 1 for the number and 0 for another one: turns that run out are worth
-    nothing, however near the last guess was. With a discount, halving is best. Numbers are held
-    out by rank of a hash, whatever the seed.
+    The reward of a turn is 1 for the secret number and 0 for another one: turns that run out are
+    worth nothing, however near the last guess was. With a discount, bisection is best. Numbers are
+    held out by rank of a hash, whatever the seed.
 
     Attributes:
-        low, high: bounds of the number, both possible.
-        max_turns: after which the episode is cut.
-        malformed: reward of a text that is no number within the bounds; it takes a turn.
-        strict: such a text ends the episode.
-        seed: of the order of the problems.
+        low: Least number.
+        high: Greatest number.
+        max_turns: Number of turns after which the episode is cut.
+        malformed: Reward of a text that is no number within the bounds; it takes a turn.
+        strict: Whether such a text ends the episode.
+        seed: Seed of the order of problems.
     """
 
     word: ClassVar[str] = "guess_number"
@@ -80,10 +81,10 @@ class GuessNumber:
         return Guessing(problem.answer)
 
     def step(self, state: Guessing, action: Completion) -> Turn:
-        """The state after a guess, and what it is told.
+        """Turn after a guess.
 
         Raises:
-            ValueError: the episode is over.
+            ValueError: The episode is over.
         """
         if state.over:
             raise ValueError("guess_number: the episode is over: reset before the next step")

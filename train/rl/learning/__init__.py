@@ -1,1 +1,1 @@
-"""Advantages, losses, credit, penalties, and the update."""
+"""Advantages, losses, reward shaping, and the update."""

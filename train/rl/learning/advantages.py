@@ -1,8 +1,8 @@
-"""Advantages: how much better a row did than the rows of its group, or than the batch.
+"""Advantage functions on arrays: rewards compared within groups, or over the batch.
 
-They are computed on the host over the complete set of groups, before it is cut into minibatches,
-in float64. Groups are named by arbitrary integers and may be of any sizes. Rows that are not
-`valid` are filler: whatever they hold, NaN too, they get 0 and change nothing.
+Advantages are computed on the host in float64, over the complete set of groups, before it is cut
+into minibatches. Groups are named by arbitrary integers and may be of any sizes. Rows that are not
+`valid` are padding: whatever they hold, NaN too, they get 0 and change nothing.
 
 A row that is alone in its group has nothing to be compared with and gets 0, as have all rows of a
 group that did equally well: exactly 0, free of rounding. (Elsewhere a lone row keeps its reward as
@@ -19,10 +19,10 @@ class _Groups(NamedTuple):
     """The `n` valid rows of `K`.
 
     Attributes:
-        rows: `[n]` indices of them.
-        index: `[n]` which group, from 0.
-        size: `[n]` rows of that group, as float64.
-        deviation: `[n]` reward minus the mean of the group.
+        rows: Indices of the valid rows, `[n]`.
+        index: Group of each row, counted from 0, `[n]`.
+        size: Number of rows of each row's group, `[n]` float64.
+        deviation: Reward minus the mean of the group, `[n]`.
     """
 
     rows: np.ndarray
@@ -31,11 +31,11 @@ class _Groups(NamedTuple):
     deviation: np.ndarray
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        """`[n]`, of each row's group."""
+        """Mean over each row's group, `[n]`."""
         return np.bincount(self.index, weights=values)[self.index] / self.size
 
     def spread(self, values: np.ndarray, total: int) -> np.ndarray:
-        """`[K]`: values of valid rows, 0 elsewhere."""
+        """Values of valid rows, 0 elsewhere, `[K]`."""
         found = np.zeros(total)
         found[self.rows] = values
         return found
@@ -54,7 +54,7 @@ def _grouped(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> _Group
     _, first, index, counts = np.unique(
         np.asarray(group)[rows], return_index=True, return_inverse=True, return_counts=True
     )
-    # Seen from a reward of the group equal rewards are 0, and so is their mean.
+    # Relative to a reward of the group, equal rewards are exactly 0, and so is their mean.
     values = values - values[first][index]
     groups = _Groups(rows, index, counts[index].astype(np.float64), values)
     return groups._replace(deviation=values - groups.mean(values))
@@ -68,14 +68,18 @@ def _scaled(values: np.ndarray, std: np.ndarray, eps: float) -> np.ndarray:
 def grpo(
     reward: np.ndarray, group: np.ndarray, valid: np.ndarray, eps: float = 1e-6, ddof: int = 1
 ) -> np.ndarray:
-    """(R - mean) / (std + eps) of the group, `[K]` float64.
+    """GRPO: (R - mean) / (std + eps) with the group's statistics.
 
     Args:
-        reward: `[K]`.
-        group: `[K]` int.
-        valid: `[K]` bool.
-        eps: added to the standard deviation.
-        ddof: 1 for that of a sample, as common trainers have it, 0 for that of a population.
+        reward: Reward of each row, `[K]`.
+        group: Group of each row, `[K]` int.
+        valid: Rows that are no padding, `[K]` bool.
+        eps: Constant added to the standard deviation.
+        ddof: Delta degrees of freedom of the standard deviation: 1 for that of a sample, as common
+            trainers have it, 0 for that of a population.
+
+    Returns:
+        Advantages, `[K]` float64.
     """
     groups = _grouped(reward, group, valid)
     variance = groups.mean(groups.deviation**2)
@@ -84,13 +88,13 @@ def grpo(
 
 
 def dr_grpo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """R - mean of the group, `[K]` float64; arguments as of `grpo`."""
+    """Dr. GRPO: R - mean of the group, `[K]` float64; arguments as those of `grpo`."""
     groups = _grouped(reward, group, valid)
     return groups.spread(groups.deviation, len(reward))
 
 
 def rloo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """R - mean of the others in the group, `[K]` float64; arguments as of `grpo`."""
+    """RLOO: R - mean of the others in the group, `[K]` float64; arguments as those of `grpo`."""
     groups = _grouped(reward, group, valid)
     scale = groups.size / np.maximum(groups.size - 1, 1)
     return groups.spread(scale * groups.deviation, len(reward))
@@ -99,17 +103,20 @@ def rloo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray
 def reinforce_pp_baseline(
     reward: np.ndarray, group: np.ndarray, valid: np.ndarray, eps: float = 1e-6
 ) -> np.ndarray:
-    """R - mean of the group, over the standard deviation of that in the batch, `[K]` float64.
+    """REINFORCE++ with a baseline: (R - group mean) over its standard deviation in the batch.
 
     The mean of the batch needs no subtraction, it is 0. The standard deviation is that of a
     population: the advantages 1.732 and -0.577 that the method is specified with. (One trainer
     takes that of a sample, but over all tokens of a batch, where both are the same.)
 
     Args:
-        reward: `[K]`, of groups that survived dynamic filtering.
-        group: `[K]` int.
-        valid: `[K]` bool.
-        eps: added to the standard deviation.
+        reward: Reward of each row, `[K]`, of groups that survived dynamic sampling.
+        group: Group of each row, `[K]` int.
+        valid: Rows that are no padding, `[K]` bool.
+        eps: Constant added to the standard deviation.
+
+    Returns:
+        Advantages, `[K]` float64.
     """
     groups = _grouped(reward, group, valid)
     variance = np.sum(groups.deviation**2) / max(len(groups.rows), 1)
@@ -120,11 +127,11 @@ def rebn(returns: np.ndarray, eps: float = 1e-9) -> np.ndarray:
     """Return batch normalisation: (G - mean) / (std + eps) over all turns of a batch.
 
     Args:
-        returns: `[N]`, discounted, of each turn of each episode.
-        eps: added to the standard deviation, which is that of a population.
+        returns: Discounted return of each turn of each episode, `[N]`.
+        eps: Constant added to the standard deviation, which is that of a population.
 
     Returns:
-        `[N]` float64.
+        Advantages, `[N]` float64.
     """
     # All turns are one group: its mean and standard deviation are those of the batch.
     everyone = np.zeros(np.shape(returns), int)
@@ -132,7 +139,7 @@ def rebn(returns: np.ndarray, eps: float = 1e-9) -> np.ndarray:
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
-    """G_t = sum over k >= t of gamma^(k-t) r_k: `[T]` float64 for an episode of `T` turns."""
+    """Returns G_t = sum over k >= t of gamma^(k-t) r_k of an episode's `T` turns, `[T]` float64."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma}: choose a discount from 0 to 1")
     found = np.zeros(len(rewards))
@@ -143,15 +150,16 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
 
 
 def in_mixed_group(success: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Rows that dynamic filtering keeps (DAPO): those of groups that both succeed and fail.
+    """Rows that dynamic sampling keeps (DAPO): those of groups that both succeed and fail.
 
     Args:
-        success: `[K]` bool: what verifiers say. Not the reward, which penalties make vary.
-        group: `[K]` int.
-        valid: `[K]` bool.
+        success: Verdict of the verifier on each row, `[K]` bool; not the reward, which penalties
+            make vary.
+        group: Group of each row, `[K]` int.
+        valid: Rows that are no padding, `[K]` bool.
 
     Returns:
-        `[K]` bool; False for rows alone in their group.
+        Kept rows, `[K]` bool; False for rows alone in their group.
     """
     groups = _grouped(np.asarray(success, bool), group, valid)
     return groups.spread(groups.deviation != 0, len(success)).astype(bool)

@@ -1,4 +1,4 @@
-"""What each token of a batch of trajectories is to be praised or blamed for."""
+"""From rewards of episodes to advantages of tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +47,7 @@ def shaped_rewards(
 def spread_over_tokens(
     advantage: np.ndarray, trajectories: Sequence[Trajectory], episodes: Episodes
 ) -> list[np.ndarray]:
-    """The advantage `[N]` of each episode as that of all tokens of its rows, `[L]` float64 each."""
+    """Advantage `[N]` of each episode spread over all tokens of its rows, `[L]` float64 each."""
     found = [np.zeros(0)] * len(trajectories)
     for rows, value in zip(episodes.rows, advantage, strict=True):
         for row in rows:
@@ -58,7 +58,16 @@ def spread_over_tokens(
 def turn_advantages(
     trajectories: Sequence[Trajectory], episodes: Episodes, gamma: float
 ) -> list[np.ndarray]:
-    """Each turn's discounted return, normalised over all turns of the batch, for its tokens."""
+    """Discounted return of each turn, normalised over all turns of the batch, for its tokens.
+
+    Args:
+        trajectories: Rows of the episodes.
+        episodes: `N` episodes.
+        gamma: Discount of the rewards of later turns (γ).
+
+    Returns:
+        Advantages of the tokens of each row, `[L]` float64 each.
+    """
     returns = [
         estimators.discounted_returns(trajectories[rows[0]].turn_rewards, gamma)
         for rows in episodes.rows

@@ -101,9 +101,9 @@ class Learner:
         """Log-probabilities `[K, L]` float32 of what is trained, a micro-batch at a time."""
         size = len(rows["valid"]) // (self._config.minibatches * self._config.accumulate)
         parts = []
-        read = [name for name in rows if name not in ("old", "reference")]  # one program
+        needed = [name for name in rows if name not in ("old", "reference")]  # one program
         for start in range(0, len(rows["valid"]), size):
-            part = {name: rows[name][start : start + size] for name in read}
+            part = {name: rows[name][start : start + size] for name in needed}
             parts.append(jax.device_get(self.programs.score(weights, self._placed(part))))
         return np.concatenate(parts)
 

@@ -1,4 +1,4 @@
-"""The loss of a policy that was rewarded: sums and weights, divided once by the learner.
+"""Policy losses by name: sums and weights, divided once by the learner.
 
 Means are never taken here. Micro-batches are added up, and so is all that is reported.
 """
@@ -210,7 +210,7 @@ def _cut(difference: jax.Array) -> jax.Array:
 
 
 def _k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
-    """Unbiased for KL(policy || reference) of tokens that the policy drew, and never negative."""
+    """k3: unbiased for KL(policy || reference) of tokens drawn by the policy, never negative."""
     difference = _cut(reference - log_probs)
     return jnp.expm1(difference) - difference
 

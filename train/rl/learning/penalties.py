@@ -92,10 +92,10 @@ class InvocationPenalty(RewardShaping):
     Attributes:
         weight: Weight of the penalty (λ). The paper gives no value, and the authors' code turns it
             off; 0.01 to 0.3 is sensible with rewards of 0 and 1.
-        rate: Decisions that invocations are counted by: those that were asked for (the paper's
-            second version) or all tokens of a trajectory (its first version).
-        scope: Trajectories that are compared: those of a group (second version) or of the whole
-            batch (first version).
+        rate: Unit that the rate of invocation is counted by: "decisions" of the trigger (the
+            paper's second version) or all "tokens" of a trajectory (its first version).
+        scope: Trajectories that are compared: those of a "group" (second version) or of the whole
+            "batch" (first version).
     """
 
     word: ClassVar[str] = "invocation"
@@ -186,20 +186,24 @@ def invocation_penalty(
     p̄ is the mean rate of invocation of good trajectories, those whose reward is at least the
     median. As d_j is 0 or 1, the sum is (1 - p̄) times the number of invocations.
 
-    A trajectory that was never asked pays nothing. Its reward counts in the median, but it has no
+    A trajectory without decisions pays nothing. Its reward counts in the median, but it has no
     rate per decision, so it stays out of that mean; by tokens its rate is 0. Where no good
-    trajectory was asked, nothing speaks for invoking and p̄ is 0.
+    trajectory has a decision, p̄ is 0.
 
     Args:
-        config: price, rate, scope.
-        decisions: `[K, L]` int: -1 not asked, 0 skipped, 1 invoked.
-        reward: `[K]`, before any penalty.
-        length: `[K]`, tokens of each trajectory; only read where the rate is by tokens.
-        group: `[K]` int, arbitrary.
-        valid: `[K]` bool; other rows are filler, which pay nothing and change nothing.
+        config: Weight, rate and scope of the penalty.
+        decisions: Decisions of each trajectory, `[K, L]` int: -1 none was made, 0 skipped, 1
+            invoked.
+        reward: Reward of each trajectory before any penalty, `[K]`.
+        length: Number of tokens of each trajectory, `[K]`; used where the rate is by tokens.
+        group: Group of each trajectory, `[K]` int, arbitrary.
+        valid: Rows that are no padding, `[K]` bool; others pay nothing and change nothing.
 
     Returns:
-        `[K]` float64.
+        Penalties, `[K]` float64.
+
+    Raises:
+        ValueError: The shapes do not fit each other, or a valid row holds no possible values.
     """
     beside = {"reward": reward, "length": length, "group": group, "valid": valid}
     shapes = {name: np.shape(values) for name, values in beside.items()}
@@ -235,7 +239,7 @@ def _refuse(rows: np.ndarray, bad: np.ndarray, why: str) -> None:
 
 
 def _medians(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Of each group, `[G]`; of an even number the mean of the middle two."""
+    """Median of each group, `[G]`; of an even number the mean of the middle two."""
     order = np.lexsort((values, index))
     size = np.bincount(index)
     start = np.cumsum(size) - size

@@ -1,4 +1,4 @@
-"""A policy as it samples and as it is scored: one set of weights, two readings of it.
+"""A policy as it is sampled and as it is scored: two programs of one set of weights.
 
 Anything that samples is a `MemGen`; a plain decoder is one that never invokes and has no weaver.
 """
@@ -25,7 +25,7 @@ NO_MEMORY = MemGenConfig(
 
 
 def sampler_of(finetunable: FinetunableModel) -> MemGen:
-    """What samples: the policy's MemGen, or its decoder as one without memory."""
+    """The policy as a `MemGen` to sample from; a plain decoder becomes one without memory."""
     if finetunable.memgen is not None:
         return finetunable.memgen
     decoder = finetunable.backbone
@@ -41,14 +41,16 @@ def token_scores(
     temperature: float,
     valid_vocab_size: int,
 ) -> jax.Array:
-    """Log-probabilities `[K, L]` float32 of the tokens that the policy wrote, 0 elsewhere.
+    """Log-probabilities `[K, L]` float32 of the tokens that the policy generated, 0 elsewhere.
 
-    What was decided is not decided again: memory stands where it stood (`point`, `kind`), and is
-    written anew, so that gradients reach the weaver.
+    Decisions are replayed, not made again: latents stand where they stood (`point`, `kind`), and
+    are woven anew, so that gradients reach the weaver.
 
     Args:
-        rows: of `make_rows`.
-        temperature, valid_vocab_size: of the sampler.
+        finetunable: The policy.
+        rows: Rows of `make_rows`.
+        temperature: Sampling temperature.
+        valid_vocab_size: Number of ids that the sampler chooses from.
     """
     tokens = rows["tokens"]
     if finetunable.memgen is not None:
@@ -59,15 +61,15 @@ def token_scores(
         decoder = finetunable.backbone
         if finetunable.adapter is not None:
             decoder = decoder.apply_lora(finetunable.adapter)
-        read = decoder.hidden_states(decoder.embed_tokens(tokens), rows["length"])
-        hidden = jnp.pad(read, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        states = decoder.hidden_states(decoder.embed_tokens(tokens), rows["length"])
+        hidden = jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     return token_log_probs(
         finetunable.backbone, hidden, tokens, rows["trained"], temperature, valid_vocab_size
     )
 
 
 def decision_scores(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
-    """Log-probabilities `[K, L]` float32 of the trigger's decisions, 0 where it was not asked."""
+    """Log-probabilities `[K, L]` float32 of the trigger's decisions, 0 where none was made."""
     memgen = finetunable.memgen
     assert memgen is not None
     plan = Plan.of(rows["point"], rows["kind"], memgen.config)
@@ -77,19 +79,21 @@ def decision_scores(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -
     return jnp.where(decisions >= 0, picked, 0.0)
 
 
-def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], how: Any) -> jax.Array:
+def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: Any) -> jax.Array:
     """Log-probabilities `[K, L]` of what is trained: decisions of a trigger, else tokens.
 
     Args:
-        how: a `train.rl.rollout.sampler.Sampling`.
+        finetunable: The policy.
+        rows: Rows of `make_rows`.
+        sampling: How the rows were sampled (`train.rl.rollout.sampler.Sampling`).
     """
     if finetunable.method == "trigger":
         return decision_scores(finetunable, rows)
-    return token_scores(finetunable, rows, how.temperature, how.valid_vocab_size)
+    return token_scores(finetunable, rows, sampling.temperature, sampling.valid_vocab_size)
 
 
 def action_mask(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
-    """`[K, L]` bool: where the policy that is trained has acted."""
+    """Positions where the trained policy has acted, `[K, L]` bool."""
     if finetunable.method == "trigger":
         return rows["decisions"] >= 0
     return rows["trained"]

@@ -1,1 +1,1 @@
-"""How rows are made: sampling, turns, budgets."""
+"""Rollouts: the sampler, strategies, budgets, and the collector."""

@@ -1,4 +1,4 @@
-"""What a policy did, as rows: the one record that every method hands to the learner."""
+"""Trajectories as padded rows: the one record that every method hands to the learner."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,18 +19,21 @@ def make_rows(
     multiple: int = 1,
     events: int = 0,
 ) -> Rows:
-    """Rows padded on the right to one length, and by filler rows to a bucket of rows.
+    """Rows padded on the right to one length, and by padding rows to a bucket of rows.
 
     Args:
-        trajectories: `N`, at least one.
-        advantages: of each, `[L]` or a scalar for all of its tokens.
-        multiple: the number of rows is one of this times a power of two.
-        events: room for so many events of latent memory in a row; 0 writes no plan.
+        trajectories: `N` trajectories, at least one.
+        advantages: Advantages of each trajectory, `[L]` or a scalar for all of its tokens.
+        multiple: Divisor of the number of rows, which is this times a power of two.
+        events: Capacity of a row for events of latent memory; 0 writes no plan.
 
     Returns:
-        `tokens`, `trained`, `decisions` and the sampler's log-probabilities `sampler` `[K, L]`;
-        `advantages [K, L]` float32; `length [K]`; `weight [K]`; `valid [K]`, False for filler;
-        with `events` the plan, `point` and `kind` `[K, E]` int32.
+        Arrays by name: `tokens`, `trained`, `decisions` and the sampler's log-probabilities
+        `sampler` `[K, L]`; `advantages [K, L]` float32; `length [K]`; `weight [K]`; `valid [K]`,
+        False for padding; with `events` the plan, `point` and `kind` `[K, E]` int32.
+
+    Raises:
+        ValueError: A trajectory has more events than its row's capacity.
     """
     count = bucket(len(trajectories), multiple)
     length = bucket(max(len(row.tokens) for row in trajectories), SHORTEST)
@@ -49,7 +52,7 @@ def make_rows(
         "trained": wide("trained", bool, False),
         "sampler": wide("log_probs", np.float32),
         "advantages": scaled,
-        # A filler row is one token long: no program meets an empty row.
+        # A padding row is one token long: no program meets an empty row.
         "length": np.array([len(row.tokens) for row in trajectories], np.int32),
         "valid": np.arange(count) < len(trajectories),
         "weight": np.array([row.weight for row in trajectories], np.float32),
@@ -65,13 +68,13 @@ def make_rows(
 def _plans(
     trajectories: Sequence[Trajectory], count: int, events: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where memory was written, exactly as it was in sampling: points and kinds `[K, E]`."""
+    """Points and kinds `[K, E]` of the events of memory, as they were in sampling."""
     point = np.full((count, events), -1, np.int32)
     kind = np.full((count, events), INFERENCE, np.int32)
     for index, row in enumerate(trajectories):
-        places = np.flatnonzero(row.decisions == 1)
-        if len(places) > events:
-            raise ValueError(f"a row of {len(places)} events, there is room for {events}")
-        point[index, : len(places)] = places
-        kind[index, : len(places)] = np.where(np.isin(places, row.begins), PROMPT, INFERENCE)
+        positions = np.flatnonzero(row.decisions == 1)
+        if len(positions) > events:
+            raise ValueError(f"a row of {len(positions)} events, its capacity is {events}")
+        point[index, : len(positions)] = positions
+        kind[index, : len(positions)] = np.where(np.isin(positions, row.begins), PROMPT, INFERENCE)
     return point, kind

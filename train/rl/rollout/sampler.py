@@ -1,4 +1,4 @@
-"""Sampling: prompts are read once and shared, rows are random by themselves, programs are few."""
+"""Sampling: prompts are prefilled once and shared, each row has a key, programs are few."""
 
 import dataclasses
 import functools
@@ -23,10 +23,10 @@ class Sampling:
     """How a policy is sampled, and therefore how it is scored.
 
     Attributes:
-        temperature: of tokens; 0 takes the most probable one.
-        valid_vocab_size: only ids below it are chosen.
-        stop: ids that end a text.
-        memory: when a policy with a weaver weaves.
+        temperature: Sampling temperature of tokens; 0 takes the most probable one.
+        valid_vocab_size: Number of ids that are chosen from, from 0.
+        stop: Ids that end a response.
+        memory: Trigger policy of latent memory, for a policy with a weaver.
     """
 
     temperature: float
@@ -37,12 +37,12 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """One response.
+    """One sampled response.
 
     Attributes:
-        tokens: ids, the one that ended it among them.
-        log_probs: float32 of each, at the temperature of sampling.
-        decisions: int8 before each (`memgen.Response`).
+        tokens: Ids of the response, `[T]`, with the stop id.
+        log_probs: Log-probability of each token at the sampling temperature, `[T]` float32.
+        decisions: Decision before each token (`memgen.Response`), `[T]` int8.
     """
 
     tokens: np.ndarray
@@ -51,26 +51,31 @@ class Sampled:
 
 
 class Sampler:
-    """Samples from one set of weights.
+    """Sampler of one set of weights.
 
     Programs depend on buckets of rows, of prompts and of lengths, which are powers of two: one is
-    compiled for each combination and found again.
+    compiled for each combination and reused.
 
     Args:
-        policy: a `MemGen` (`train.rl.learning.policy.sampler_of`).
-        how: temperature and so on.
-        max_rows: rows that are generated at a time.
-        mesh: what rows are spread over.
+        policy: Policy as a `MemGen` (`train.rl.learning.policy.sampler_of`).
+        sampling: Temperature, stop ids and so on.
+        max_rows: Greatest number of rows that are generated at a time.
+        mesh: Mesh whose devices share the rows.
 
     Raises:
-        ValueError: the policy can't be cached.
+        ValueError: The policy can't be cached.
     """
 
-    def __init__(self, policy: MemGen, how: Sampling, max_rows: int, mesh: Mesh):
-        self.policy, self.how, self.max_rows, self._mesh = policy, how, max_rows, mesh
+    def __init__(self, policy: MemGen, sampling: Sampling, max_rows: int, mesh: Mesh):
+        self.policy, self.sampling, self.max_rows, self._mesh = policy, sampling, max_rows, mesh
         self._shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
         self.request = memgen.make_request(
-            policy, 0, how.memory, how.temperature, how.stop, how.valid_vocab_size
+            policy,
+            0,
+            sampling.memory,
+            sampling.temperature,
+            sampling.stop,
+            sampling.valid_vocab_size,
         )
 
     def open(
@@ -81,24 +86,24 @@ class Sampler:
         more_tokens: int,
         responses: int = 1,
     ) -> "Conversation":
-        """Read each prompt once, and go on from it in as many rows as ask for it.
+        """Prefill each prompt once, and share it among the rows that begin with it.
 
         Args:
-            prompts: ids.
-            source: for each row the prompt that it begins with.
-            keys: `[R]`, one for each row (`row_keys`).
-            more_tokens: room for tokens after the prompts, and
-            responses: for the latents of so many responses.
+            prompts: Ids of the different prompts.
+            source: Index of the prompt of each row, `R` of them.
+            keys: Random key of each row, `[R]` (`row_keys`).
+            more_tokens: Capacity of a row for tokens after the prompt.
+            responses: Number of responses of a row whose latents the cache has capacity for.
         """
         rows, many = len(source), self._rows(len(source))
         tokens, length = _padded(prompts, self._rows(len(prompts)), 1)
         index = np.zeros(many, np.int32)
         index[:rows] = source
         keys = keys[jnp.minimum(jnp.arange(many), rows - 1)]
-        room = tokens.shape[1] + bucket(more_tokens, SHORTEST)
+        capacity = tokens.shape[1] + bucket(more_tokens, SHORTEST)
         session = _open(
             self.policy, self._place(tokens), self._place(length), self._place(index), keys,
-            room, responses,
+            capacity, responses,
         )  # fmt: skip
         return Conversation(self, session, rows)
 
@@ -110,19 +115,20 @@ class Sampler:
 
 
 class Conversation:
-    """Rows that are being written, `R` of them; what is compiled sees a bucket of rows."""
+    """`R` rows in the middle of generation; compiled programs see a bucket of rows."""
 
     def __init__(self, sampler: Sampler, session: Any, rows: int):
         self._sampler, self._session, self._rows = sampler, session, rows
 
     def respond(self, max_new_tokens: int, active: np.ndarray | None = None) -> list[Sampled]:
-        """Up to so many new tokens in each active row; an empty response in the others.
+        """Responses of up to `max_new_tokens` tokens in active rows, empty ones in the others.
 
         Args:
-            active: `[R]` bool; all if not given.
+            max_new_tokens: Longest response.
+            active: Rows that respond, `[R]` bool; all if not given.
 
         Raises:
-            FloatingPointError: logits are NaN.
+            FloatingPointError: The logits are NaN.
         """
         sampler, many = self._sampler, self._session.keys.shape[0]
         limit = np.zeros(many, np.int32)
@@ -139,13 +145,13 @@ class Conversation:
         count, tokens, log_probs, decisions = (array[: self._rows] for array in arrays)
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the policy's logits are NaN: it has diverged")
-        if isinstance(sampler.how.memory, memgen.NeverInvoke):
-            decisions = np.full_like(decisions, -1)  # nobody is asked
+        if isinstance(sampler.sampling.memory, memgen.NeverInvoke):
+            decisions = np.full_like(decisions, -1)  # none was made
         rows = zip(count, tokens, log_probs, decisions, strict=True)
         return [Sampled(*(part[:written] for part in parts)) for written, *parts in rows]
 
     def observe(self, observations: Sequence[Sequence[int]]) -> None:
-        """Read more in each row; nothing where there is nothing."""
+        """Prefill observations, one for each row; an empty one changes nothing."""
         tokens, length = _padded(observations, self._session.keys.shape[0], 0)
         if length.any():
             place = self._sampler._place
@@ -155,12 +161,14 @@ class Conversation:
 
 
 def row_keys(seed: Sequence[int], uids: Sequence[str], samples: Sequence[int]) -> jax.Array:
-    """One key for each row, `[R]`: of the seed, its problem, and its number among its rollouts.
+    """Random key of each row, `[R]`, derived from the seed, its problem and its index.
 
     So a row's text depends neither on the rows beside it nor on their order.
 
     Args:
-        seed: numbers, e.g. of a run and a step.
+        seed: Numbers such as those of a run and a step.
+        uids: Name of the problem of each row.
+        samples: Index of each row among the rollouts of its problem.
     """
     fold = jax.vmap(jax.random.fold_in)
     base = functools.reduce(jax.random.fold_in, seed[1:], jax.random.key(seed[0]))
@@ -169,17 +177,17 @@ def row_keys(seed: Sequence[int], uids: Sequence[str], samples: Sequence[int]) -
     return fold(fold(rows, jnp.asarray(hashes)), jnp.asarray(samples, jnp.uint32))
 
 
-@functools.partial(jax.jit, static_argnames=("room", "responses"))
-def _open(policy, tokens, length, source, keys, room, responses):
-    nobody = jnp.broadcast_to(keys[0], tokens.shape[:1])  # rows get their keys when they are taken
-    session = memgen.begin(policy, tokens, length, nobody, room, responses)
+@functools.partial(jax.jit, static_argnames=("capacity", "responses"))
+def _open(policy, tokens, length, source, keys, capacity, responses):
+    unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # rows get their keys when they are taken
+    session = memgen.begin(policy, tokens, length, unused, capacity, responses)
     return session.take_rows(policy, source, keys)
 
 
 def _padded(
     texts: Sequence[Sequence[int]], rows: int, shortest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as `[rows, C]` int32 padded on the right and their lengths; filler rows last."""
+    """Texts as `[rows, C]` int32 padded on the right and their lengths; padding rows last."""
     length = np.full(rows, shortest, np.int32)
     length[: len(texts)] = [len(text) for text in texts]
     tokens = np.zeros((rows, bucket(int(length.max()), SHORTEST)), np.int32)

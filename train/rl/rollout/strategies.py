@@ -1,4 +1,4 @@
-"""How rollouts are made: one response to a problem, or an episode of several turns."""
+"""Rollout strategies by name: one response to a problem, or an episode of several turns."""
 
 import dataclasses
 import itertools
@@ -18,18 +18,18 @@ from train.rl.types import Completion, Problem, Reward, Trajectory, Turn
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormatter:
-    """Texts to ids and back.
+    """Translation of texts to ids and back.
 
     Attributes:
-        writer: whose tokenizer it is.
-        chat: whether what the policy reads are messages to it, in its chat template.
+        lm: Language model whose tokenizer is used.
+        chat: Whether prompts are messages to the model, in its chat template.
     """
 
     lm: LanguageModel
     chat: bool = False
 
     def prompt(self, messages: Sequence[str]) -> list[int]:
-        """Ids of a conversation of user, policy, user and so on, up to the policy's answer."""
+        """Ids of a conversation of user, policy, user and so on, up to the policy's response."""
         if not self.chat:
             return self.lm.prompt("".join(messages))
         tokenizer = self.lm.tokenizer
@@ -42,14 +42,15 @@ class PromptFormatter:
         return chat_ids(tokenizer, said)
 
     def observation(self, text: str, limit: int) -> list[int]:
-        """Ids of what is read in the middle of a text, at most `limit` of them."""
+        """Ids of an observation in the middle of a text, at most `limit` of them."""
         return self.lm.tokenizer.encode(text)[0].tolist()[:limit]
 
     def cut(self, text: str, limit: int) -> str:
-        """What is left of an observation of at most `limit` ids."""
+        """Text of the first `limit` ids of an observation."""
         return self.lm.tokenizer.decode(self.observation(text, limit))
 
     def completion(self, problem: Problem, sampled: Sampled) -> Completion:
+        """A sampled response as text."""
         ids = sampled.tokens.tolist()
         finished = bool(ids) and ids[-1] in self.lm.stop_ids
         text = self.lm.tokenizer.decode(ids[:-1] if finished else ids)
@@ -58,7 +59,7 @@ class PromptFormatter:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One rollout that is asked for."""
+    """One rollout to make."""
 
     group: int
     problem: Problem
@@ -66,7 +67,7 @@ class Row:
 
 
 def _rows(problems: Sequence[Problem], counts: Sequence[int], most: int) -> Iterator[list[Row]]:
-    """All rows, some at a time; a problem's rollouts stand together.
+    """All rows, at most `most` at a time; the rollouts of a problem are neighbours.
 
     A problem that comes twice goes on counting, so that no two rows have one key.
     """
@@ -85,7 +86,7 @@ def _keys(rows: Sequence[Row], seed: Sequence[int]) -> Any:
 
 
 def _shared(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-    """Different texts, and which of them each is."""
+    """The different texts, and the index among them of each text."""
     found: dict[tuple[int, ...], int] = {}
     source = [found.setdefault(tuple(text), len(found)) for text in texts]
     return [list(text) for text in found], source
@@ -243,8 +244,8 @@ class Turns(RolloutStrategy):
         episodes = [_Episode(row, self.formatter.prompt([row.problem.prompt])) for row in rows]
         plays = [_Play(task, row.problem) for row in rows]
         texts, source = _shared([episode.tokens for episode in episodes])
-        room = self.max_turns * (self.max_new_tokens + self.max_observation)
-        conversation = sampler.open(texts, source, _keys(rows, seed), room, self.max_turns)
+        capacity = self.max_turns * (self.max_new_tokens + self.max_observation)
+        conversation = sampler.open(texts, source, _keys(rows, seed), capacity, self.max_turns)
         for turn in range(self.max_turns):
             active = np.array([not play.over for play in plays])
             if not active.any():
@@ -258,7 +259,7 @@ class Turns(RolloutStrategy):
                 observation = play.act(completion)
                 if not play.over and turn + 1 < self.max_turns:
                     seen[index] = self.formatter.observation(observation, self.max_observation)
-                    episode.read(seen[index])
+                    episode.observe(seen[index])
             conversation.observe(seen)
         return [
             episode.trajectory(play.reward, tuple(play.rewards))
@@ -298,7 +299,7 @@ STRATEGIES: dict[str, type[RolloutStrategy]] = {
 
 
 class _Play:
-    """An environment in the middle of an episode."""
+    """An episode of an environment that is being played."""
 
     def __init__(self, task: Environment, problem: Problem):
         self._task, self._problem = task, problem
@@ -308,7 +309,7 @@ class _Play:
         self._last: Turn | None = None
 
     def act(self, completion: Completion) -> str:
-        """Take a turn; what is to be read then."""
+        """Take a turn; returns the observation."""
         turn = safe_step(self._task, self._problem, self._state, completion)
         self._state, self._last = turn.state, turn
         self.rewards.append(turn.reward)
@@ -317,7 +318,7 @@ class _Play:
 
     @property
     def reward(self) -> Reward:
-        """Of the whole episode."""
+        """Reward of the whole episode."""
         last = self._last
         assert last is not None
         info = {"turns": float(len(self.rewards)), **last.info}
@@ -325,7 +326,7 @@ class _Play:
 
 
 class _Episode:
-    """A row that grows."""
+    """A trajectory that is being assembled."""
 
     def __init__(self, row: Row, prompt: Sequence[int], turn: int = 0):
         self.row, self._turn = row, turn
@@ -337,7 +338,7 @@ class _Episode:
         self._texts: list[str] = []
         self._finished = False
 
-    def read(self, ids: Sequence[int]) -> None:
+    def observe(self, ids: Sequence[int]) -> None:
         self._add(ids, [0.0] * len(ids), [-1] * len(ids), False)
 
     def respond(self, sampled: Sampled, completion: Completion) -> None:

@@ -13,11 +13,11 @@ _MOST_DIGITS = 9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic(Generated):
-    """Two numbers and an operator.
+    """Sums, differences or products of two numbers.
 
     Attributes:
-        digits: of a number, at most.
-        operators: of "+", "-" and "*", those that are drawn.
+        digits: Greatest number of digits of an operand.
+        operators: Operators that are drawn, of "+", "-" and "*".
     """
 
     word: ClassVar[str] = "arithmetic"
@@ -39,11 +39,12 @@ class Arithmetic(Generated):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainSum(Generated):
-    """Several numbers with signs, `4-7+2=`.
+    """Sums of several numbers with signs, `4-7+2=`.
 
     Attributes:
-        terms: how many numbers, at most; `fewest`: at least.
-        digits: of a number, at most.
+        terms: Greatest number of terms.
+        fewest: Least number of terms.
+        digits: Greatest number of digits of a term.
     """
 
     word: ClassVar[str] = "chain_sum"

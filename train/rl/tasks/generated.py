@@ -1,4 +1,4 @@
-"""Problems that are drawn without end, each a pure function of options, seed, split and index."""
+"""Endless tasks: each problem is a pure function of options, seed, split and index."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ _ATTEMPTS = 2000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What generated tasks have in common.
+    """Base of generated tasks.
 
-    A hash of the prompt says which split a problem is of, whatever the seed: what one seed trains
-    on is never another's test.
+    A hash of the prompt decides the split of a problem, whatever the seed: no seed trains on
+    another seed's test problems.
 
     Attributes:
-        seed: of the order in which problems come.
+        seed: Seed of the order of problems.
     """
 
     word: ClassVar[str] = ""
@@ -50,7 +50,7 @@ class Generated:
         """A problem of the split; the same one may come at several indices.
 
         Raises:
-            ValueError: there are so few problems that none is in the split.
+            ValueError: There are so few problems that none is in the split.
         """
         rng = np.random.default_rng([self.seed, split == "test", index])
         for _ in range(_ATTEMPTS):
@@ -64,6 +64,6 @@ class Generated:
         )
 
     def score(self, completion: Completion) -> Reward:
-        """1 where the text, without space around it, is the answer; else 0."""
+        """1 where the first line, without space around it, is the answer; else 0."""
         right = answer_of(completion.text) == completion.problem.answer
         return Reward(float(right), right)

@@ -11,7 +11,7 @@ from train.rl.problems import digest, options
 from train.rl.tasks.shaping import format_bonus
 from train.rl.types import Completion, Problem, Reward, Split
 
-_HELD = 10  # of a single file, one question of so many is for test
+_HELD = 10  # of a single file, one question of so many is held out
 _NUMBER = re.compile(
     r"(?:(?<![0-9])(?P<sign>[-\u2212])[$€£]?|[$€£](?P<inner>[-\u2212])?)?"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.(?P<part>[0-9]+))?"
@@ -20,7 +20,7 @@ _NUMBER = re.compile(
 
 
 def final_number(text: str) -> str | None:
-    """The number a text ends in: the first after its last `####`, or else its last one.
+    """Final number of a text: the first after its last `####`, or else its last one.
 
     Signs of money, commas between thousands, and zeros that say nothing are left out, so equal
     numbers are equal texts: `$1,072.50` is `1072.5`. None without a number, or where it is
@@ -41,14 +41,14 @@ def final_number(text: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GSM8K:
-    """Lines of `{"question": ..., "answer": "... #### 72"}`.
+    """Word problems, lines of `{"question": ..., "answer": "... #### 72"}`.
 
     Attributes:
-        path: a folder with train.jsonl and test.jsonl, or one file, a tenth of whose questions are
+        path: Folder with train.jsonl and test.jsonl, or one file, a tenth of whose questions are
             held out, by rank of a hash.
-        template: the prompt; `{question}` stands for the question.
-        bonus: value of a number after `####`, right or wrong.
-        seed: not used: the files say all.
+        template: Prompt, in which `{question}` stands for the question.
+        bonus: Addition to the reward for a number after `####`, right or wrong.
+        seed: Unused; the files determine all.
     """
 
     word: ClassVar[str] = "gsm8k"

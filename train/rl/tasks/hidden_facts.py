@@ -1,4 +1,4 @@
-"""Questions about facts, some of which cannot be known: answer or abstain."""
+"""Questions about facts, some of which are not stated: answer or abstain."""
 
 import dataclasses
 from typing import ClassVar
@@ -17,20 +17,22 @@ NAMES = ("red", "blue", "green", "black", "white", "pink", "gold", "grey", "brow
 class HiddenFacts(Generated):
     """`red=4 blue=7; red?` is answered by `4`; `red=4 blue=7; pink?` by `?`, one does not know.
 
-    A hidden fact has a value like the others that is not said, so a guess can hit it: its value
-    goes by the outcome (TruthRL, arXiv 2509.25760), so that with ten values guessing is worth
-    2/10 - 1. Success is a stated fact that is told or a hidden one that is abstained from: a lucky
-    guess is none. Info has the shares `accurate`, `abstained` and `hallucinated` and their
+    A hidden fact has a value like the others that is not stated, so a guess can hit it. The reward
+    goes by the outcome (TruthRL, arXiv 2509.25760): with ten values guessing is worth 2/10 - 1.
+    Success is a stated fact that is answered or a hidden one that is abstained from: a lucky guess
+    is none. Info has the shares `accurate`, `abstained` and `hallucinated` and their
     `truthfulness`, accurate - hallucinated.
 
     Attributes:
-        facts: stated ones.
-        values: numbers from 0 that a fact can be.
-        hidden: share of questions whose fact is not stated.
-        right, abstain, wrong: values of the outcomes.
-        knowledge: with a hidden fact, abstaining is worth `right` and anything else `wrong`
+        facts: Number of stated facts.
+        values: Number of values of a fact, from 0.
+        hidden: Share of questions whose fact is not stated.
+        right: Reward of a right answer.
+        abstain: Reward of abstaining.
+        wrong: Reward of a wrong answer.
+        knowledge: Whether abstaining from a hidden fact is worth `right` and anything else `wrong`
             (knowledge-enhanced).
-        unknown: the text that abstains. Only the whole answer does: "?4" is an answer.
+        unknown: Text that abstains. Only the whole answer does: "?4" is an answer.
     """
 
     word: ClassVar[str] = "hidden_facts"
@@ -76,18 +78,18 @@ class HiddenFacts(Generated):
     def score(self, completion: Completion) -> Reward:
         problem, said = completion.problem, answer_of(completion.text)
         hidden, abstained = problem.kind == "hidden", said == self.unknown
-        told = said == problem.answer
+        right = said == problem.answer
         outcome = ternary(
-            Reward(0.0, told), abstained, right=self.right, abstain=self.abstain, wrong=self.wrong
+            Reward(0.0, right), abstained, right=self.right, abstain=self.abstain, wrong=self.wrong
         )
         value = outcome.value
         if self.knowledge and hidden:
             value = self.right if abstained else self.wrong
-        wrong = not told and not abstained
+        wrong = not right and not abstained
         info = {
-            "accurate": float(told),
+            "accurate": float(right),
             "abstained": float(abstained),
             "hallucinated": float(wrong),
-            "truthfulness": float(told) - float(wrong),
+            "truthfulness": float(right) - float(wrong),
         }
-        return Reward(value, abstained if hidden else told, info)
+        return Reward(value, abstained if hidden else right, info)

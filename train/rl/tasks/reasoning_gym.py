@@ -17,17 +17,17 @@ _INSTALL = "pip install reasoning-gym"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
-    """A data set of reasoning-gym: its questions, and its scores as values.
+    """A data set of reasoning-gym: its questions, and its scores as rewards.
 
     A fifth of the questions is held out, by rank of a hash of their text, so one that the package
     gives twice is in one split. All are made at the start (some data sets take long: choose a
     smaller `size`).
 
     Attributes:
-        dataset: its name, e.g. "chain_sum".
-        size: questions of both splits.
-        options: of the data set, e.g. `{'max_terms': 3}`.
-        seed: of the data set.
+        dataset: Name of the data set, e.g. "chain_sum".
+        size: Number of questions of both splits.
+        options: Options of the data set, e.g. `{'max_terms': 3}`.
+        seed: Seed of the data set.
     """
 
     word: ClassVar[str] = "reasoning_gym"
@@ -90,7 +90,7 @@ class ReasoningGym:
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    """The package may seed and draw from the global generators: they are left as they were."""
+    """Restore the global generators, which the package may seed and draw from."""
     states = random.getstate(), np.random.get_state()
     try:
         yield

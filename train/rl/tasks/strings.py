@@ -1,4 +1,4 @@
-"""A few characters to write again, backwards, or in order."""
+"""A few characters to copy, reverse, or sort."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,13 +12,14 @@ from train.rl.types import Completion, Reward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copy(Generated):
-    """`abc>` is answered by `abc`.
+    """Copying: `abc>` is answered by `abc`.
 
     Attributes:
-        length: of the text, at most; `shortest`: at least.
-        alphabet: characters that are drawn.
-        partial: a wrong answer is worth the share of characters that stand in their place; it
-            remains no success.
+        length: Greatest length of the text.
+        shortest: Least length of the text.
+        alphabet: Characters that are drawn.
+        partial: Whether a wrong answer is worth the share of characters at their right positions;
+            it remains no success.
     """
 
     word: ClassVar[str] = "copy"
@@ -54,7 +55,7 @@ class Copy(Generated):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reverse(Copy):
-    """`abc>` is answered by `cba`. Options as of `copy`."""
+    """Reversing: `abc>` is answered by `cba`; options as those of `copy`."""
 
     word: ClassVar[str] = "reverse"
 
@@ -64,7 +65,7 @@ class Reverse(Copy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sort(Copy):
-    """`cab>` is answered by `abc`. Options as of `copy`."""
+    """Sorting: `cab>` is answered by `abc`; options as those of `copy`."""
 
     word: ClassVar[str] = "sort"
 

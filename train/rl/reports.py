@@ -1,0 +1,81 @@
+"""What a run prints, a line each, and what it keeps of a step that went wrong."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.rl.types import Collected, Trajectory
+
+SHOWN = 60  # characters of a prompt or a text in an example
+
+
+def save_rollouts(out: Path, step: int, metrics: dict[str, float], collected: Collected) -> Path:
+    """Write the texts, rewards and metrics of a step that went wrong; returns their folder."""
+    folder = out / f"nonfinite-step-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {name: str(value) for name, value in metrics.items()}
+    (folder / "metrics.json").write_text(json.dumps(shown, indent=2))
+    lines = [
+        {"prompt": row.problem.prompt, "texts": row.texts, "reward": str(row.reward.value)}
+        for row in collected.trajectories
+    ]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def readable_step(step: int, metrics: dict[str, float], collected: Collected) -> str:
+    """One line of the most important metrics of a step."""
+    parts = [
+        f"step {step}: reward {metrics['reward']:.3f}",
+        f"success {metrics['success']:.1%}",
+        f"length {metrics['length']:.1f}",
+    ]
+    if "ref_kl" in metrics:
+        parts.append(f"KL {metrics['ref_kl']:.4f}")
+    if "clipped" in metrics:
+        parts.append(f"clipped {metrics['clipped']:.1%}")
+    if "invocation_rate" in metrics:
+        parts.append(f"invoked {metrics['invocation_rate']:.0%}")
+    if collected.kept < collected.groups:
+        parts.append(f"{collected.kept} of {collected.groups} problems kept")
+    if not collected.kept:
+        parts.append("nothing to learn from: all rollouts of each problem agree")
+    parts.append(f"{metrics['rollout_tokens_per_second']:,.0f} tok/s")
+    return ", ".join(parts)
+
+
+def readable_evaluation(found: dict[str, float]) -> str:
+    """One line of the metrics of held-out problems."""
+    line = (
+        f"held-out success {found['success']:.1%} ± {found['standard_error']:.1%}, reward "
+        f"{found['reward']:.3f}, length {found['length']:.1f}"
+    )
+    if "invocations" in found:
+        line += f", {found['invocations']:.2f} invocations ({found['invocation_rate']:.0%})"
+    return line
+
+
+def examples(rows: Sequence[Trajectory], count: int) -> list[str]:
+    """`count` prompts with their responses and rewards, a line each."""
+    shown = []
+    for row in rows[:count]:
+        prompt, text = (_cut(words) for words in (row.problem.prompt, " | ".join(row.texts)))
+        shown.append(f"    {prompt} -> {text}   ({row.reward.value:g})")
+    return shown
+
+
+def _cut(text: str) -> str:
+    text = repr(text)[1:-1]
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+
+
+def readable_time(spent: dict[str, float], total: float) -> str:
+    """One line of the shares of time that rollouts and updates took.
+
+    Args:
+        spent: Seconds by name, `rollout_seconds` and `update_seconds`.
+        total: Seconds of the run.
+    """
+    total = max(total, 1e-9)
+    rollout, update = (spent[name] / total for name in ("rollout_seconds", "update_seconds"))
+    return f"{total:.0f} s: rollouts {rollout:.0%}, updates {update:.0%}"

@@ -1,0 +1,153 @@
+"""The collector: problems are drawn, and the parts of a run make rollouts of them."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from train.rl.config import RLConfig
+from train.rl.rollout.budgets import BudgetAllocator
+from train.rl.rollout.sampler import Sampler
+from train.rl.rollout.strategies import OneResponse, PromptFormatter, RolloutStrategy, Turns
+from train.rl.step_metrics import mixed_groups
+from train.rl.types import Collected, Episodes, Problem, Split, Trajectory
+
+_FINGERPRINTED = 32  # problems of an endless split that a task is known by
+_ENDLESS = 256  # held-out problems of an endless split that are scored where all are asked for
+
+
+class Collector:
+    """Problems of a task and their rollouts, in an order that a checkpoint continues.
+
+    Args:
+        config: Config of the run.
+        task: Task or environment.
+        strategy: Rollout strategy of this run (`strategy_for`).
+        allocator: Budget allocator of this run.
+    """
+
+    def __init__(
+        self, config: RLConfig, task: Any, strategy: RolloutStrategy, allocator: BudgetAllocator
+    ):
+        self._config, self._task = config, task
+        self.strategy, self.allocator = strategy, allocator
+        self.position = 0  # number of problems drawn so far
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Position and what the parts have learned, as JSON for checkpoints."""
+        return {
+            "position": self.position,
+            "allocator": self.allocator.state,
+            "strategy": self.strategy.state,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the `state` of a checkpoint."""
+        self.position = state["position"]
+        self.allocator.restore(state["allocator"])
+        self.strategy.restore(state["strategy"])
+
+    def problems(self, split: Split, start: int, count: int) -> list[Problem]:
+        """`count` problems from a position on; a finite split is shuffled anew in each epoch."""
+        size = self._task.sizes[split]
+        if size is None:
+            return [self._task.problem(split, start + offset) for offset in range(count)]
+        found = []
+        for position in range(start, start + count):
+            epoch, index = divmod(position, size)
+            order = np.random.default_rng([self._config.seed, epoch]).permutation(size)
+            found.append(self._task.problem(split, int(order[index])))
+        return found
+
+    def collect(self, sampler: Sampler) -> Collected:
+        """Rollouts of one step; the position moves on.
+
+        Where the method filters groups, batches are drawn until enough groups are mixed, or
+        `max_batches` of them.
+        """
+        config = self._config
+        filtering = config.recipe.filter_groups
+        kept: list[Trajectory] = []
+        drawn: list[Trajectory] = []
+        groups = found = 0
+        for _ in range(config.max_batches if filtering else 1):
+            problems = self.problems("train", self.position, config.batch_size)
+            counts = self._plan([problem.uid for problem in problems])
+            rows = self.strategy.collect(
+                sampler, self._task, problems, counts, (config.seed, self.position)
+            )
+            self.position += len(problems)
+            self._observe(problems, rows)
+            rows = [dataclasses.replace(row, group=groups + row.group) for row in rows]
+            groups += len(problems)
+            drawn += rows
+            usable = mixed_groups(rows) if filtering else list(range(groups))
+            usable = usable[: config.batch_size - found]
+            found += len(usable)
+            kept += [row for row in rows if row.group in set(usable)]
+            if found >= config.batch_size:
+                break
+        return Collected(kept, drawn, groups, found)
+
+    def held_out(self, sampler: Sampler) -> list[Trajectory]:
+        """Rollouts of held-out problems, one each, `evaluation.rows` of them."""
+        size, rows = self._task.sizes["test"], self._config.evaluation.rows
+        count = min(rows or size or _ENDLESS, size or rows or _ENDLESS)
+        problems = self.problems("test", 0, count)
+        return self.strategy.collect(
+            sampler, self._task, problems, [1] * count, (self._config.seed, 1)
+        )
+
+    def _plan(self, uids: list[str]) -> list[int]:
+        total = self._config.batch_size * self._config.num_generations
+        counts = self.allocator.plan(uids, total)
+        if len(counts) != len(uids) or min(counts) < 0 or sum(counts) != total:
+            raise ValueError(
+                f"{type(self.allocator).__name__}.plan gave {sum(counts)} rollouts to "
+                f"{len(counts)} problems, the budget is {total} for {len(uids)}: plan all of it, "
+                "none below 0"
+            )
+        return list(counts)
+
+    def _observe(self, problems: Sequence[Problem], rows: Sequence[Trajectory]) -> None:
+        episodes = Episodes.from_trajectories(rows)
+        for group, problem in enumerate(problems):
+            successes = episodes.success[episodes.group == group]
+            self.allocator.observe(problem.uid, successes.tolist())
+
+
+def strategy_for(config: RLConfig, task: Any, formatter: PromptFormatter) -> RolloutStrategy:
+    """The strategy of one run: that of its parts, or the one that fits the task.
+
+    Raises:
+        ValueError: The strategy or a reward shaping does not fit the task.
+    """
+    episodic = hasattr(task, "step")
+    strategy = config.parts.strategy or (Turns() if episodic else OneResponse())
+    if strategy.episodic != episodic:
+        kind, word = ("an environment", "turns") if episodic else ("a task", "one_response")
+        raise ValueError(
+            f"strategy {strategy.word} does not fit {task.name}, which is {kind}: leave strategy "
+            f"out, or choose one such as {word}"
+        )
+    for shaping in config.parts.reward:
+        if shaping.one_response and episodic:
+            raise ValueError(
+                f"reward {shaping.word} is for tasks of one response, {task.name} has turns: "
+                "leave it out"
+            )
+    return strategy.for_run(formatter, config)
+
+
+def fingerprint(task: Any) -> str:
+    """The name of a task and a hash of its problems, or of the first ones of an endless split."""
+    found = hashlib.blake2b(digest_size=8)
+    for split in ("train", "test"):
+        size = task.sizes[split]
+        for index in range(_FINGERPRINTED if size is None else size):
+            problem = task.problem(split, index)
+            found.update(f"{problem.prompt}\0{problem.answer}\0".encode())
+    return f"{task.name} {found.hexdigest()}"
