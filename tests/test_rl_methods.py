@@ -242,11 +242,23 @@ def test_mistakes_are_one_line(text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_method_needs_a_word_of_its_own(monkeypatch):
-    """Else a run folder would name another method."""
-    monkeypatch.setitem(METHODS, "mine", type("Mine", (GRPO,), {}))
-    with pytest.raises(ValueError, match="Mine has the word 'grpo' of another method"):
+def test_a_part_needs_a_word_of_its_own(monkeypatch):
+    """Else a run folder would name another one."""
+    mine = type("Mine", (GRPO,), {})
+    monkeypatch.setitem(METHODS, "mine", mine)
+    with pytest.raises(ValueError, match="method 'mine' has the word 'grpo': register it by"):
         part_from_text("method", "mine")
+    with pytest.raises(ValueError, match="Mine has the word 'grpo' of another method"):
+        RLConfig(method=mine())
+    with pytest.raises(ValueError, match="Other has the word 'rloo' of another advantage"):
+        RLConfig(advantage=type("Other", (LeaveOneOut,), {})())
+    with pytest.raises(ValueError, match="LeaveOneOut is no PolicyLoss: inherit from it"):
+        RLConfig(loss=LeaveOneOut())  # pyright: ignore[reportArgumentType]
+
+
+def test_one_reward_shaping_needs_no_tuple():
+    several = RLConfig(reward=(OverlongPenalty(8),))
+    assert RLConfig(reward="overlong(buffer=8)") == RLConfig(reward=OverlongPenalty(8)) == several
 
 
 def test_a_plugin_adds_a_method_in_a_folder_with_a_train_of_its_own(tmp_path: Path):

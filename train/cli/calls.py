@@ -50,7 +50,7 @@ def signature(name: str, chosen: type[Any]) -> str:
 
 
 def text_of(word: str, value: Any) -> str:
-    """The text that `from_text` makes an equal object of, with all options."""
+    """The text that `from_text` makes an equal object of, with all options, floats as floats."""
     types = get_type_hints(type(value))
     options = []
     for field in _fields(value):

@@ -13,7 +13,7 @@ from train.rl.learning.estimators import Advantage
 from train.rl.learning.losses import LOSS_OPTIONS, PolicyLoss
 from train.rl.learning.penalties import RewardShaping
 from train.rl.methods import Method, Parts
-from train.rl.parts import KINDS, part_from_text
+from train.rl.parts import KINDS, checked, part_from_text
 from train.rl.rollout.budgets import BudgetAllocator
 from train.rl.rollout.strategies import RolloutStrategy
 from train.runs.resume import FREE
@@ -73,7 +73,7 @@ class RLConfig(LoopConfig):
     method: Method | str | None = None
     allocator: BudgetAllocator | str | None = None
     strategy: RolloutStrategy | str | None = None
-    reward: tuple[RewardShaping | str, ...] | None = None
+    reward: tuple[RewardShaping | str, ...] | RewardShaping | str | None = None
     advantage: Advantage | str | None = None
     loss: PolicyLoss | str | None = None
     batch_size: int = 16
@@ -101,6 +101,8 @@ class RLConfig(LoopConfig):
             object.__setattr__(self, "method", "trigger" if self.train == "trigger" else "grpo")
         for kind in KINDS:
             object.__setattr__(self, kind, _objects(kind, getattr(self, kind)))
+        if isinstance(self.reward, RewardShaping):
+            object.__setattr__(self, "reward", (self.reward,))
         least = {"minibatches": 1, "epochs": 1, "max_batches": 1, "max_rows": 1,
                  "max_new_tokens": 1, "num_generations": 1, "examples": 0}  # fmt: skip
         for name, bound in least.items():
@@ -171,7 +173,9 @@ class RLConfig(LoopConfig):
 
 
 def _objects(kind: str, value: Any) -> Any:
-    """A part, or a tuple of parts, for the texts in it."""
+    """A part, or a tuple of parts, for the texts in it; None stays."""
+    if value is None:
+        return None
     if isinstance(value, (list, tuple)):
         return tuple(_objects(kind, item) for item in value)
-    return part_from_text(kind, value) if isinstance(value, str) else value
+    return part_from_text(kind, value) if isinstance(value, str) else checked(kind, value)

@@ -50,13 +50,13 @@ from train.rl.types import Collected, Episodes, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
-class Around:
-    """What is built around a decoder to be trained; equal for runs that train the same."""
+class PolicyWrapper:
+    """Wraps a decoder into the model that is trained; equal for runs that train the same."""
 
     train: finetunable.Method
     lora: LoRAConfig
     memgen: MemGenConfig
-    boundary: tuple[int, ...] | None
+    boundary: bytes | None
     seed: int
 
     def __call__(self, model: Architecture) -> FinetunableModel:
@@ -65,7 +65,7 @@ class Around:
             self.train,
             lora=self.lora,
             memgen=self.memgen,
-            boundary=None if self.boundary is None else np.array(self.boundary, np.uint8),
+            boundary=None if self.boundary is None else np.frombuffer(self.boundary, np.uint8),
             rngs=nnx.Rngs(self.seed),
         )
 
@@ -78,12 +78,10 @@ def trainable_of(
     mesh: Mesh,
     seed: int,
     attention: Attention,
-    around: Around,
+    wrap: PolicyWrapper,
 ) -> Trainable:
     """`make_trainable`, one for equal arguments, so that equal runs share compiled programs."""
-    return make_trainable(
-        model, optimizer, steps, mesh, seed, attention, TRAINED[around.train], around
-    )
+    return make_trainable(model, optimizer, steps, mesh, seed, attention, TRAINED[wrap.train], wrap)
 
 
 class RLJob:
@@ -113,9 +111,9 @@ class RLJob:
         model.check_cacheable()
         self.task = make_task(config.task, config.seed) if task is None else task
         self._fingerprint = fingerprint(self.task)
-        self.memgen, self._boundary = self._memory()
-        boundary = None if self._boundary is None else tuple(self._boundary.tolist())
-        self._around = Around(config.train, config.lora, self.memgen, boundary, config.seed)
+        self.memgen, table = self._memory()
+        boundary = None if table is None else np.asarray(table, np.uint8).tobytes()
+        self._wrap = PolicyWrapper(config.train, config.lora, self.memgen, boundary, config.seed)
         self.trainable = trainable_of(
             model.config,
             config.optimizer,
@@ -123,7 +121,7 @@ class RLJob:
             mesh,
             config.seed,
             config.attention,
-            self._around,
+            self._wrap,
         )
         shards = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
         self._multiple = shards * config.minibatches * config.accumulate
@@ -201,7 +199,7 @@ class RLJob:
 
     def _first_weights(self) -> Any:
         """Weights in arrays of their own: training overwrites them, and `lm` may be used again."""
-        policy = self._around(self.lm.model)
+        policy = self._wrap(self.lm.model)
         if self.lm.memgen is not None and policy.memgen is not None:
             policy.memgen = nnx.data(trained_before(self.lm.memgen, policy.memgen))
         return jax.tree.map(lambda leaf: leaf.copy(), nnx.state(policy))

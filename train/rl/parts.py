@@ -35,12 +35,27 @@ def part_from_text(kind: str, text: str) -> Any:
     Raises:
         ValueError: There is no such name or option, or a value that it can't have.
     """
-    registry = KINDS[kind][1]
-    part = from_text(text, registry, kind)
-    if registry.get(part.word) is not type(part):
+    part = from_text(text, KINDS[kind][1], kind)
+    if part.word != text.partition("(")[0].strip():
+        raise ValueError(f"{kind} {text!r} has the word {part.word!r}: register it by its word")
+    return checked(kind, part)
+
+
+def checked(kind: str, part: Any) -> Any:
+    """The part; a `ValueError` where it is of another kind or run folders would name another one.
+
+    Args:
+        kind: Name of the option, a key of `KINDS`.
+        part: Method or part, registered or not.
+    """
+    base, registry = KINDS[kind]
+    name = type(part).__name__
+    if not isinstance(part, base):
+        raise ValueError(f"{kind}={part!r}: {name} is no {base.__name__}: inherit from it")
+    if registry.get(part.word, type(part)) is not type(part):
         raise ValueError(
-            f"{kind} {text!r}: {type(part).__name__} has the word {part.word!r} of another "
-            f"{kind}: give it one of its own, the name that it is registered by"
+            f"{kind} {name} has the word {part.word!r} of another {kind}: give it one of its own, "
+            "the name that it is registered by"
         )
     return part
 
