@@ -293,6 +293,8 @@ def test_the_standard_error_knows_that_problems_repeat(tmp_path):
 
 def test_an_allocator_that_plans_too_much_is_one_line(tmp_path):
     class Spends(Uniform):
+        word = "spends"
+
         def plan(self, uids, total):
             return [total] * len(uids)
 
