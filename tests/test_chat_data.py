@@ -149,7 +149,7 @@ def test_a_template_that_cannot_be_trained_on_is_one_line(
     template: str, message: str, tmp_path: Path
 ):
     file = write(tmp_path / "a.jsonl", {"messages": say("q", "r")}, {"messages": say("q", "s")})
-    with pytest.raises(DataError, match=rf"a\.jsonl line \d: .*{message}") as caught:
+    with pytest.raises(DataError, match=rf"a\.jsonl, line \d: .*{message}") as caught:
         prepare_chat(ChatDataConfig((str(file),)), letters(template))
     assert len(str(caught.value).splitlines()) == 1
 
@@ -409,7 +409,7 @@ def test_packed_conversations_are_blind_to_each_other():
     def log_probs(tokens, position, visible):
         backbone = Backbone(model)
         x = backbone.embed_tokens(jnp.maximum(tokens, 0))
-        hidden = backbone.read(x, positions=position, visible=visible)
+        hidden = backbone.hidden_states(x, positions=position, visible=visible)
         return jax.nn.log_softmax(backbone.unembed(hidden))[0]
 
     @jax.jit
@@ -435,9 +435,9 @@ USER = {"role": "user", "content": "q"}
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{'a': 1}", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ("[1]", "is a JSON list, no object"),
+        ("{'a': 1}", ": not JSON"),
+        ("[" * 100_000, ": not JSON"),
+        ("[1]", "a JSON list, not an object"),
         ({"text": "a", "id": 2}, "has keys 'text', 'id': give \"messages\", or"),
         ({"prompt": "a"}, "has keys 'prompt'"),
         ({"prompt": "a", "completion": 3}, '"completion" is 3, no text'),
@@ -460,7 +460,7 @@ def test_a_line_that_is_no_conversation_is_named(line: dict | str, message: str,
     good = {"prompt": "a\u2028b", "completion": "c"}
     raw = json.dumps(good, ensure_ascii=False)
     file = write(tmp_path / "bad.jsonl", raw, "", {"prompt": "d", "completion": "e"}, line)
-    with pytest.raises(DataError, match=rf"^\S*bad\.jsonl line 4\b.*{message}") as caught:
+    with pytest.raises(DataError, match=rf"^\S*bad\.jsonl, line 4\b.*{message}") as caught:
         prepare_chat(ChatDataConfig((str(file),), str(file)), ByteTokenizer())
     assert len(str(caught.value).splitlines()) == 1
 

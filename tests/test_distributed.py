@@ -132,8 +132,8 @@ def test_tasks_of_slurm_find_each_other(tmp_path: Path, command):
 AGREE = """
 import pathlib, sys, time
 from jax.experimental.multihost_utils import sync_global_devices
-from train.devices.distributed import DistributedConfig, sync_errors, assert_same_on_all_hosts
-from train.devices.distributed import distributed_context, ends_when_alone
+from train.devices.distributed import DistributedConfig, assert_same_on_all_hosts
+from train.devices.distributed import distributed_context, ends_when_alone, sync_errors
 from train.runs import run_folder
 port, process, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 run_folder.NETWORK_DISK = 0.0

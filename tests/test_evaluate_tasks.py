@@ -20,7 +20,7 @@ from train.evaluation.scoring import Score, Scorer
 from train.evaluation.task_files import Item, Task, read_task
 from train.evaluation.task_scores import Answer, answers, check_output, summary, task_table
 from train.models.load import LoadedRun, load_weights
-from train.runs.run_folder import write_whole
+from train.runs.files import write_atomically
 
 MODEL = str(Path(__file__).parent / "fixtures/pretrained/llama")
 CHOICES = [
@@ -193,10 +193,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(monkeypatch, capsys, files
 
 def test_files_are_written_whole(tmp_path, monkeypatch):
     check_output(tmp_path / "new")
-    write_whole(tmp_path / "new", "one")
+    write_atomically(tmp_path / "new", "one")
     with monkeypatch.context() as patched, pytest.raises(OSError, match="disk"):
         patched.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-        write_whole(tmp_path / "new", "two")
+        write_atomically(tmp_path / "new", "two")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["one"]
     with pytest.raises(ValueError, match="it is a folder"):
         check_output(tmp_path)

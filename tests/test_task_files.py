@@ -69,7 +69,7 @@ def test_limit_blank_lines_and_names(tmp_path):
     ("records", "message"),
     [
         ([CHOICES, '{"query": '], "line 2: not JSON"),
-        ([CHOICES, "3"], "line 2: a record is an object with fields, this is 3"),
+        ([CHOICES, "3"], "line 2: a JSON int, not an object: 3"),
         ([{"what": 1}], "line 1: fields what are of no known format: hellaswag has ctx/ctx_a"),
         ([PIQA, {**PIQA, "sol2": None}], "line 2: sol2 is None, not a text"),
         ([PIQA, {"goal": "", "sol1": "", "label": 0}], "line 2: no field sol2, which piqa records"),

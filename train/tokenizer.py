@@ -6,7 +6,6 @@ python -m train.tokenizer --corpus stdlib --vocab-size 4096 --out tokenizer.json
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from train.cli.command import run_command
 from train.data import DataConfig, DataError, HuggingFaceTokenizer, open_corpus
 from train.data.corpora import Corpus
 from train.data.tokenizers import SEPARATORS
+from train.runs.files import write_atomically
 
 _SMALLEST = 256 + 1  # every byte, and the separator
 
@@ -78,10 +78,8 @@ def run(config: TokenizerConfig) -> str:
     )
     corpus = open_corpus(data.corpus, data.validation, data.cache)
     trained = train_tokenizer(corpus, config.vocab_size).to_str(pretty=True)
-    partial = config.out.with_name(config.out.name + ".partial")
     try:
-        partial.write_text(trained, encoding="utf-8")
-        os.replace(partial, config.out)
+        write_atomically(config.out, trained)
     except OSError as error:
         raise DataError(f"cannot write {config.out}: {error}; choose another --out") from error
     tokenizer = HuggingFaceTokenizer(config.out)

@@ -17,7 +17,7 @@ import bisect
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +30,9 @@ from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data import splits
 from train.data.chat_templates import Example, Message, chat_examples, text_example
 from train.data.config import DataError, check_rows
+from train.data.json_lines import read_json_lines
 from train.data.packing import PADDING, PackedRows
-from train.data.reader import Batch, TrainReader
-from train.data.text import read_text
+from train.data.reader import Batch, TrainReader, padded_batches
 from train.data.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -103,20 +103,8 @@ class ChatRows:
 
         The last batch is filled up with rows that hold nothing but padding ("rows": -1).
         """
-        if batch_size < 1:
-            raise DataError(f"a batch of {batch_size} rows: choose at least 1")
-        count = len(self) if limit is None else min(limit, len(self))
-        chosen = np.arange(count) * len(self) // max(count, 1)
-        filler = {"tokens": PADDING, "loss_mask": False, "segment": -1, "position": 0, "rows": -1}
-        for start in range(0, count, batch_size):
-            batch = self.read(chosen[start : start + batch_size])
-            missing = batch_size - len(batch["rows"])
-            yield {
-                name: np.concatenate(
-                    [part, np.full((missing, *part.shape[1:]), filler[name], part.dtype)]
-                )
-                for name, part in batch.items()
-            }
+        padding = {"tokens": PADDING, "loss_mask": False, "segment": -1, "position": 0, "rows": -1}
+        return padded_batches(self.read, len(self), batch_size, limit, padding)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -283,22 +271,13 @@ def _files(path: str) -> list[Path]:
 
 
 def _read(file: Path) -> Iterator[Conversation]:
-    # Not splitlines: JSON text may hold other line separators of Unicode.
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if line.strip():
-            where = f"{file} line {number}"
-            try:
-                parsed = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON ({error}): repair or delete it") from error
-            messages, gap = _messages(parsed, where)
-            digest = splits.digest(json.dumps([messages, gap], sort_keys=True))
-            yield Conversation(where, messages, gap, digest)
+    for where, _, fields in read_json_lines(file):
+        messages, gap = _messages(fields, where)
+        digest = splits.digest(json.dumps([messages, gap], sort_keys=True))
+        yield Conversation(where, messages, gap, digest)
 
 
-def _messages(line: Any, where: str) -> tuple[Sequence[Message], str]:
-    if not isinstance(line, dict):
-        raise DataError(f"{where} is a JSON {type(line).__name__}, no object: give {_FORMATS}")
+def _messages(line: Mapping[str, Any], where: str) -> tuple[Sequence[Message], str]:
     if "messages" in line:
         return _checked(line["messages"], where), "\n"
     for question, answer in _PAIRS:

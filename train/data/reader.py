@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import cast
 
 import grain
@@ -75,15 +75,45 @@ def evaluation_batches(
     Yields:
         "tokens" int32 [b, seq_len + 1], -1 behind the end of the text; "bytes" int32 [b].
     """
+
+    def read(indices: np.ndarray) -> Batch:
+        tokens, sizes = rows.read(indices)
+        return {"tokens": tokens, "bytes": sizes}
+
+    padding = {"tokens": PADDING, "bytes": 0}
+    return padded_batches(read, len(rows), batch_size, limit, padding)
+
+
+def padded_batches(
+    read: Callable[[np.ndarray], Batch],
+    num_rows: int,
+    batch_size: int,
+    limit: int | None,
+    padding: Mapping[str, int],
+) -> Iterator[Batch]:
+    """Rows of a split, evenly spaced over it, once and in order, in batches of one shape.
+
+    Args:
+        read: Function from indices [b] to a batch of arrays [b, ...] by name.
+        num_rows: Number of rows of the split.
+        batch_size: Number of rows of a batch; the last batch is padded to it.
+        limit: Number of rows to read; None reads all of them.
+        padding: Value of each array in padding rows.
+
+    Raises:
+        DataError: The batch size is less than 1.
+    """
     _check_size(batch_size)
-    count = len(rows) if limit is None else min(limit, len(rows))
-    chosen = np.arange(count) * len(rows) // max(count, 1)
+    count = num_rows if limit is None else min(limit, num_rows)
+    chosen = np.arange(count) * num_rows // max(count, 1)
     for start in range(0, count, batch_size):
-        tokens, sizes = rows.read(chosen[start : start + batch_size])
-        missing = batch_size - len(sizes)
+        batch = read(chosen[start : start + batch_size])
+        missing = batch_size - len(chosen[start : start + batch_size])
         yield {
-            "tokens": np.pad(tokens, ((0, missing), (0, 0)), constant_values=PADDING),
-            "bytes": np.pad(sizes, (0, missing)),
+            name: np.concatenate(
+                [part, np.full((missing, *part.shape[1:]), padding[name], part.dtype)]
+            )
+            for name, part in batch.items()
         }
 
 

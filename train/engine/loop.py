@@ -28,6 +28,7 @@ from train.engine.config import LoopConfig
 from train.engine.state import Trainable, TrainState, resolved
 from train.engine.step import TrainStep
 from train.runs.checkpoint import Checkpointer, load_meta
+from train.runs.files import write_atomically
 from train.runs.instruments import Profiler, Stopwatch, memory, not_recorded, peak_flops
 from train.runs.metrics import MetricWriter, Progress
 from train.runs.resume import noted_changes
@@ -37,7 +38,6 @@ from train.runs.run_folder import (
     check_data,
     run_lock,
     save_evidence,
-    write_whole,
 )
 
 
@@ -149,7 +149,7 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
         state = restore_or_init(checkpointer, job)
         start = int(state.step)
         if main_process:
-            write_whole(out / "config.json", json.dumps(meta["config"], indent=2) + "\n")
+            write_atomically(out / "config.json", json.dumps(meta["config"], indent=2) + "\n")
         writer = stack.enter_context(MetricWriter(out, resume_step=start, enabled=main_process))
         progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
         progress.write(f"{data.summary}\n{job.describe(start)}")

@@ -4,11 +4,13 @@ Contexts and continuations are those of EleutherAI's evaluation harness for thes
 """
 
 import dataclasses
-import json
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from train.data.json_lines import read_json_lines
 
 Record = Mapping[str, Any]
 
@@ -87,40 +89,19 @@ def read_task(spec: str, limit: int | None = None) -> Task:
         limit: Number of records that are read, the first ones; None reads all.
 
     Raises:
-        ValueError: A record is no JSON object, lacks a field or has a wrong value in one, its
-            fields are of no known format, or there are no records. The message names the file and
-            the line.
-        OSError: The file can't be opened.
+        ValueError: The file can't be read, a record is no JSON object, lacks a field or has a wrong
+            value in one, its fields are of no known format, or there are no records. The message
+            names the file and the line.
     """
     name, given, file = spec.partition("=")
     path = Path(file if given else spec).expanduser()
     kind, items = None, []
-    with path.open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(items) == limit:
-                    break
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                record = _record(line, where)
-                kind = kind or _recognise(record, where)
-                items.append(_item(kind, record, number, where))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: pass a .jsonl file") from error
+    for where, number, record in itertools.islice(read_json_lines(path), limit):
+        kind = kind or _recognise(record, where)
+        items.append(_item(kind, record, number, where))
     if kind is None:
         raise ValueError(f"{path} has no records: pass a .jsonl file with one on each line")
     return Task(name if given else path.stem, path, kind.name, tuple(items))
-
-
-def _record(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON, {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a record is an object with fields, this is {line.strip()[:40]}")
-    return record
 
 
 def _recognise(record: Record, where: str) -> Format:

@@ -11,7 +11,7 @@ import numpy as np
 
 from train.evaluation.scoring import Score, Scorer
 from train.evaluation.task_files import Item, Task
-from train.runs.run_folder import write_whole
+from train.runs.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def check_output(path: Path) -> None:
 
 def write_results(path: Path, result: Mapping[str, Any]) -> None:
     """Writes the summaries as JSON."""
-    write_whole(path, json.dumps(result, indent=2) + "\n")
+    write_atomically(path, json.dumps(result, indent=2) + "\n")
 
 
 def write_records(path: Path, tasks: Sequence[Task], found: Sequence[Sequence[Answer]]) -> None:
@@ -167,4 +167,4 @@ def write_records(path: Path, tasks: Sequence[Task], found: Sequence[Sequence[An
         for task, answers in zip(tasks, found, strict=True)
         for answer in answers
     ]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from train.data.json_lines import read_json_lines
+
 Result = dict[str, Any]
 Config = TypeVar("Config", bound="StudyConfig")
 
@@ -47,8 +49,7 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 def read_results(path: str | Path) -> list[Result]:
     """The results in a file, in the order in which they were finished."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line]
+    return [line.fields for line in read_json_lines(Path(path))]
 
 
 class Results:

@@ -22,6 +22,7 @@ from train.rl.reports import (
 )
 from train.rl.types import Collected
 from train.runs.checkpoint import Checkpointer, load_meta
+from train.runs.files import write_atomically
 from train.runs.instruments import Profiler, memory, not_recorded
 from train.runs.metrics import MetricWriter, Progress
 from train.runs.resume import noted_changes
@@ -30,7 +31,6 @@ from train.runs.run_folder import (
     check_continuation,
     check_data,
     run_lock,
-    write_whole,
 )
 
 
@@ -66,7 +66,7 @@ def train(job: RLJob) -> dict[str, float]:
         if saved:
             job.restore(saved)
         start = job.steps_done
-        write_whole(out / "config.json", json.dumps(as_json(config), indent=2) + "\n")
+        write_atomically(out / "config.json", json.dumps(as_json(config), indent=2) + "\n")
         writer = stack.enter_context(MetricWriter(out, resume_step=start or -1))
         progress = stack.enter_context(Progress(config.steps, start))
         progress.write(job.describe())

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from train.runs.files import write_atomically
+
 _FILE = "metrics.jsonl"
 _TENSORBOARD_FLUSH = 30.0  # seconds
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -288,16 +290,14 @@ def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _trim(file: Path, last_step: int | None) -> None:
-    """Drops a half-written last line and the lines of steps after `last_step`, at one stroke."""
+    """Drops a half-written last line and the lines of steps after `last_step`, atomically."""
     if not file.exists():
         return
     kept = b"".join(
         raw for raw, line in _lines(file) if last_step is None or line["step"] <= last_step
     )
     if len(kept) < file.stat().st_size:
-        temporary = file.with_suffix(".tmp")
-        temporary.write_bytes(kept)
-        os.replace(temporary, file)
+        write_atomically(file, kept)
 
 
 def _unwritten(path: Path, error: OSError) -> MetricsError:

@@ -3,9 +3,7 @@
 import contextlib
 import fcntl
 import json
-import os
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -133,19 +131,6 @@ def _check_shared(out: Path, token: str) -> None:
                 "on a disk that all processes share"
             )
         time.sleep(0.5)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill or a full disk leaves the old one or the new one."""
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(unfinished, 0o644)  # a temporary file is private
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
 
 
 def save_evidence(

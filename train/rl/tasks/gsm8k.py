@@ -1,12 +1,12 @@
 """Word problems in GSM8K's format, from disk."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from train.data.json_lines import JsonLine, read_json_lines
 from train.rl.problems import digest, options
 from train.rl.tasks.shaping import format_bonus
 from train.rl.types import Completion, Problem, Reward, Split
@@ -110,26 +110,17 @@ class GSM8K:
     def _file(self, path: Path) -> list[Problem]:
         if not path.is_file():
             raise ValueError(f"gsm8k: no file {path}: give a .jsonl or a folder of train and test")
-        problems = []
-        with open(path, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    problems.append(self._line(line, f"{path}, line {number}"))
+        lines = read_json_lines(path, texts=("question", "answer"))
+        problems = [self._problem(line) for line in lines]
         if not problems:
             raise ValueError(f"{path} has no problems")
         return problems
 
-    def _line(self, line: str, where: str) -> Problem:
-        try:
-            row = json.loads(line)
-            question, answer = row["question"], row["answer"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f'{where}: not {{"question": ..., "answer": ...}}') from None
-        if not isinstance(question, str) or not isinstance(answer, str):
-            raise ValueError(f"{where}: question and answer are texts in GSM8K's format")
+    def _problem(self, line: JsonLine) -> Problem:
+        question, answer = line.fields["question"], line.fields["answer"]
         _, mark, after = answer.rpartition("####")
         number = final_number(after) if mark else None
         if number is None:
-            raise ValueError(f"{where}: the answer does not end in `#### number`")
+            raise ValueError(f"{line.where}: the answer does not end in `#### number`")
         prompt = self.template.replace("{question}", question)
         return Problem(f"gsm8k-{digest(question):016x}", prompt, number)

@@ -1,0 +1,27 @@
+"""Files that are written whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a kill or a full disk leaves the old content or the new one.
+
+    Args:
+        path: File to write, in a folder that exists.
+        content: Text, written as UTF-8, or bytes.
+
+    Raises:
+        OSError: The file cannot be written; the old one is left as it was.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(unfinished, 0o644)  # a temporary file is private
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
