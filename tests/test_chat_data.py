@@ -362,7 +362,7 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path):
     assert batch.keys() == {"tokens", "loss_mask", "segment", "position", "rows"}
     for name in ("tokens", "loss_mask", "segment", "position"):
         np.testing.assert_array_equal(batch[name], getattr(rows, name)[batch["rows"]])
-    parts = [ChatReader(rows, 8, 3, held=np.array(held)).batch(5) for held in ([0, 5], [7, 1])]
+    parts = [ChatReader(rows, 8, 3, np.array(local)).batch(5) for local in ([0, 5], [7, 1])]
     for part, held in zip(parts, ([0, 5], [7, 1]), strict=True):
         for name, values in part.items():
             np.testing.assert_array_equal(values, batch[name][held])

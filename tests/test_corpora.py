@@ -1,5 +1,6 @@
 """Corpora: what belongs to one, on which side each document stands, TFDS names, bad files."""
 
+import dataclasses
 import gzip
 import os
 import random
@@ -10,11 +11,21 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from train.data import DataConfig, DataError, open_corpus, prepare
+from train.cli.calls import required_options
+from train.data import (
+    SOURCES,
+    DataConfig,
+    DataError,
+    SplitCorpus,
+    TrainReader,
+    open_corpus,
+    prepare,
+)
 from train.data.builder import quiet
-from train.data.source import find_source
+from train.data.sources import Files, StandardLibrary, Tfds, source_from_text
 from train.data.splits import digest, divide, held_out
 from train.data.text import SECTION, is_text, read_text, sections
+from train.data.text_files import standard_library
 
 SHARE = 0.2
 WORDS = ["stream", "bubble", "fork", "keep", "token", "café", "流れ", "👍🏽"]
@@ -96,7 +107,7 @@ def test_no_side_of_a_small_corpus_is_empty():
 
 
 def test_standard_library_is_found():
-    source = find_source("stdlib")
+    source = standard_library()
     assert {"json/decoder.py", "typing.py", "asyncio/events.py"} <= set(source.files)
     assert 300 < len(source.files) < 2000
     folders = {part for file in source.files for part in file.split("/")[:-1]}
@@ -214,6 +225,92 @@ def test_tfds_data_are_found_where_tfds_keeps_them(tmp_path, monkeypatch):
     store(monkeypatch, "lm1b", tmp_path / "home", {"train": ["a b c"], "test": ["d e f"]}, "text")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "home"))
     assert list(open_corpus("tfds:lm1b", 0.1, tmp_path / "cache").documents("train")) == ["a b c"]
+
+
+# Sources: what each promises
+
+EXAMPLES = {"files": "files(path={folder!r})", "tfds": "tfds(name='lambada')"}
+"""How a source is written that has no default for some option."""
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_batches_of_every_source_depend_on_the_step_alone(name, tmp_path, monkeypatch):
+    """Not on the number of hosts, on a resume, or on what the cache holds."""
+    assert name in EXAMPLES or not required_options(SOURCES[name]), "write an example"
+    documents = [f"{number} {some_text(random.Random(number))}" for number in range(30)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, document in enumerate(documents):
+        (folder / f"{number}.py").write_text(document)
+    if name == "stdlib":
+        monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(folder)})
+    if name == "tfds":
+        store(monkeypatch, "lambada", tmp_path, {"train": documents}, "passage")
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    text = EXAMPLES.get(name, name).format(folder=str(folder))
+    config, other = (
+        DataConfig(text, seq_len=8, validation=0.3, cache_dir=str(tmp_path / cache))
+        for cache in ("first", "second")
+    )
+    data, again = prepare(config), prepare(other)
+    assert data.fingerprint == again.fingerprint == prepare(config).fingerprint
+    corpus = open_corpus(text, 0.3, config.cache)
+    sides = [list(corpus.documents(split)) for split in ("train", "validation")]
+    assert all(sides) and not set(sides[0]) & set(sides[1])
+    assert all(document.strip() for side in sides for document in side)
+    assert sides[0] == list(corpus.documents("train")) and corpus.count("train") >= len(sides[0])
+
+    whole = TrainReader(data.train, 8, seed=3)
+    for hosts in (1, 2, 4):
+        local = np.arange(8).reshape(hosts, -1)
+        readers = [TrainReader(again.train, 8, 3, local_rows=rows) for rows in local]
+        for step in (0, 7):
+            parts = [reader.batch(step)["tokens"] for reader in readers]
+            assert np.array_equal(np.concatenate(parts), whole.batch(step)["tokens"])
+        resumed = readers[-1].iterate(start_step=7)
+        assert np.array_equal(next(resumed)["tokens"], parts[-1])
+        resumed.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """A source of a user's own."""
+
+    count: int = 20
+
+    def open(self, validation, cache):
+        texts = lambda: (f"document {number}" for number in range(self.count))  # noqa: E731
+        return SplitCorpus(f"counting to {self.count}", texts, validation)
+
+
+def test_a_source_of_your_own_has_options(tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "counting", Counting)
+    short, long = (open_corpus(f"counting{n}", 0.3, tmp_path) for n in ("", "(count=30)"))
+    assert short.name == "counting to 20" and short.fingerprint != long.fingerprint
+    assert long.count("train") + long.count("validation") == 30
+    assert set(short.documents("train")) < set(long.documents("train"))
+    assert open_corpus("counting", 0.4, tmp_path).fingerprint != short.fingerprint
+    with pytest.raises(DataError, match=r"corpus 'counting\(9\)': write counting\(count=20\)"):
+        open_corpus("counting(9)", 0.3, tmp_path)
+
+
+def test_short_spellings_of_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("files", "stdlib", "sums(a=1)"):
+        write_corpus(tmp_path / name, 2)
+    assert source_from_text("stdlib") == source_from_text("stdlib()") == StandardLibrary()
+    assert source_from_text("tfds:c4/en") == source_from_text("tfds(name='c4/en')") == Tfds("c4/en")
+    for path in ("files", "./stdlib", "sums(a=1)", "~/texts", "/no/such (yet)"):
+        assert source_from_text(path) == Files(path)
+    assert source_from_text("files(path='a')") == Files("a")
+    named = [open_corpus(text, 0.3, tmp_path) for text in ("files", "files(path='files')")]
+    assert named[0].fingerprint == named[1].fingerprint and named[0].name == named[1].name
+
+
+def test_an_unknown_source_names_the_known_ones():
+    message = r"unknown corpus 'stdlb' \(perhaps stdlib\?\): choose one of stdlib, files, tfds \(.*"
+    with pytest.raises(DataError, match=message + "--plugin"):
+        source_from_text("stdlb()")
 
 
 # Mistakes

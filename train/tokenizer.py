@@ -13,8 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.cli.command import run_command
-from train.data import DataConfig, DataError, HuggingFaceTokenizer, open_corpus
-from train.data.corpora import Corpus
+from train.data import Corpus, DataConfig, DataError, HuggingFaceTokenizer, open_corpus
 from train.data.tokenizers import SEPARATORS
 from train.runs.files import write_atomically
 

@@ -61,6 +61,11 @@ def text_of(word: str, value: Any) -> str:
     return f"{word}({', '.join(options)})"
 
 
+def required_options(chosen: type[Any]) -> set[str]:
+    """Names of the options that have no default."""
+    return {f.name for f in _fields(chosen) if f.default is f.default_factory}  # both MISSING
+
+
 def _fields(chosen: Any) -> list[dataclasses.Field[Any]]:
     """Fields of a dataclass that a text can set: those that it prints."""
     return [field for field in dataclasses.fields(chosen) if field.init and field.repr]
@@ -82,8 +87,7 @@ def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
         if keyword.arg not in fields or keyword.arg in options:
             raise TypeError("no such option, or twice the same")
         options[keyword.arg] = _typed(ast.literal_eval(keyword.value), types[keyword.arg])
-    needed = {f.name for f in fields.values() if f.default is f.default_factory}  # both MISSING
-    if needed - options.keys():
+    if required_options(chosen) - options.keys():
         raise TypeError("an option without default is left out")
     return options
 

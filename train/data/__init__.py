@@ -14,13 +14,15 @@ from train.data.chat_data import (
     segment_mask,
 )
 from train.data.config import DataConfig, DataError
-from train.data.corpora import Corpus, open_corpus
+from train.data.corpus import Corpus, SplitCorpus
 from train.data.packing import PackedRows
 from train.data.prepared import PackedData, prepare
 from train.data.reader import Batch, TrainReader, evaluation_batches
+from train.data.sources import SOURCES, Source, open_corpus
 from train.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
+    "SOURCES",
     "Batch",
     "ByteTokenizer",
     "ChatData",
@@ -33,6 +35,8 @@ __all__ = [
     "HuggingFaceTokenizer",
     "PackedData",
     "PackedRows",
+    "Source",
+    "SplitCorpus",
     "Tokenizer",
     "TrainReader",
     "evaluation_batches",

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from train.data import splits
-from train.data.source import Source
+from train.data.text_files import TextFiles
 
 _CHUNK = 64  # documents per read
 
@@ -23,8 +23,8 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, source: Source, validation: float, **kwargs):
-        self._source = source
+    def __init__(self, files: TextFiles, validation: float, **kwargs):
+        self._files = files
         self._validation = validation
         super().__init__(**kwargs)
 
@@ -38,10 +38,10 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
         owner: dict[bytes, str] = {}  # digest → first file that holds the document
-        for file in tqdm(self._source.files, "reading", unit="file", leave=False, disable=None):
-            for document in self._source.documents(file):
+        for file in tqdm(self._files.files, "reading", unit="file", leave=False, disable=None):
+            for document in self._files.documents(file):
                 owner.setdefault(splits.digest(document), file)
-        train, validation = splits.divide(set(owner), self._validation, self._source.name)
+        train, validation = splits.divide(set(owner), self._validation, self._files.name)
         return {
             name: self._generate_examples({key: owner[key] for key in sorted(side)})
             for name, side in (("train", train), ("validation", validation))
@@ -49,7 +49,7 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, owner: dict[bytes, str]):
         for file in sorted(set(owner.values())):
-            for document in self._source.documents(file):
+            for document in self._files.documents(file):
                 key = splits.digest(document)
                 if key in owner:
                     del owner[key]  # a lone file may repeat a section
@@ -57,14 +57,19 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
                     yield key.hex(), {"text": document, "path": path}
 
 
-def prepare_text(source: Source, validation: float, folder: Path) -> None:
-    """Writes the documents of `source` as a TFDS data set (ArrayRecord) under `folder`.
+def prepare_text(files: TextFiles, validation: float, folder: Path) -> None:
+    """Write the documents of text files as a TFDS data set (ArrayRecord).
+
+    Args:
+        files: Text files of the corpus.
+        validation: Share of the documents to hold out, between 0 and 1.
+        folder: Folder that the data set is written to.
 
     Raises:
-        DataError: a file isn't text, or there are fewer than two documents.
-        OSError: the data cannot be written.
+        DataError: A file is not text, or there are fewer than two documents.
+        OSError: The data cannot be written.
     """
-    builder = LocalText(source, validation, data_dir=folder, file_format="array_record")
+    builder = LocalText(files, validation, data_dir=folder, file_format="array_record")
     with quiet():
         try:
             builder.download_and_prepare()

@@ -184,14 +184,14 @@ class ChatReader(TrainReader):
     """A `TrainReader` of chat rows: each batch is what `ChatRows.read` gives."""
 
     def __init__(
-        self, rows: ChatRows, global_batch: int, seed: int, held: np.ndarray | None = None
+        self, rows: ChatRows, global_batch: int, seed: int, local_rows: np.ndarray | None = None
     ):
         self._chat = rows
         # The order, all that is inherited, needs their number only.
-        super().__init__(cast(PackedRows, rows), global_batch, seed, held)
+        super().__init__(cast(PackedRows, rows), global_batch, seed, local_rows)
 
     def _read(self, rows: np.ndarray) -> Batch:
-        return self._chat.read(rows if self._held is None else rows[self._held])
+        return self._chat.read(rows if self._local_rows is None else rows[self._local_rows])
 
 
 def segment_mask(segment: jax.Array) -> jax.Array:

@@ -26,8 +26,9 @@ class DataConfig:
     """Corpus, tokenizer and row length of a run."""
 
     corpus: str = "stdlib"
-    """Where the text comes from: "stdlib" (the Python standard library's own source), the path of
-    a folder of text files or of one file, or "tfds:NAME[/CONFIG]" (a TFDS data set on disk)."""
+    """Source of the text: "stdlib" (the Python standard library's own source), the path of a folder
+    of text files or of one file, "tfds:NAME[/CONFIG]" (a TFDS data set on disk), or a source of a
+    plugin as name(key=value)."""
 
     tokenizer: str = "bytes"
     """Either "bytes", or the path of a Hugging Face tokenizer.json."""

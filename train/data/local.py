@@ -6,29 +6,31 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.data.source import find_source
 from train.data.storage import build_once
+from train.data.text_files import TextFiles
 
-FORMAT = 1  # raise when prepared corpora must be made anew
+FORMAT = 1  # to be raised when prepared corpora must be made again
 
 
 class LocalCorpus:
-    """Text files as a TFDS data set in the cache, named by what the files hold: an edited folder
-    is prepared anew, an unchanged one is reused.
+    """Text files as a TFDS data set in the cache.
 
-    Documents of equal content are kept once. The split is by content (`splits.divide`).
+    The data set is named by the files' content: an edited folder is prepared again, an unchanged
+    one is reused. Documents of equal content are kept once. The split is by content
+    (`splits.divide`).
+
+    Args:
+        files: Text files of the corpus.
+        validation: Share of the documents to hold out, between 0 and 1.
+        cache: Folder that prepared corpora are kept in.
     """
 
-    def __init__(self, spec: str, validation: float, cache: Path):
-        self._source = find_source(spec)
-        self._validation = validation
-        identity = f"{FORMAT} {self._source.fingerprint()} {validation} {self._source.lone}"
+    def __init__(self, files: TextFiles, validation: float, cache: Path):
+        self.name = files.name
+        self._files, self._validation = files, validation
+        identity = f"{FORMAT} {files.fingerprint()} {validation} {files.lone}"
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         self._folder = cache / "corpora" / self.fingerprint
-
-    @property
-    def name(self) -> str:
-        return self._source.name
 
     def documents(self, split: str) -> Iterator[str]:
         return self._prepared().documents(split)
@@ -40,7 +42,5 @@ class LocalCorpus:
         # TFDS takes half a second to import, which a run with packed rows in the cache never needs.
         from train.data.builder import StoredText, prepare_text
 
-        build_once(
-            self._folder, lambda folder: prepare_text(self._source, self._validation, folder)
-        )
+        build_once(self._folder, lambda folder: prepare_text(self._files, self._validation, folder))
         return StoredText(self._folder)

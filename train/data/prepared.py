@@ -11,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from train.data.config import DataConfig, DataError
-from train.data.corpora import Corpus, Split, open_corpus
+from train.data.corpus import Corpus, Split
 from train.data.packing import PackedRows, write_rows
+from train.data.sources import open_corpus
 from train.data.storage import build_once
 from train.data.tokenizers import Tokenizer, load_tokenizer
 

@@ -22,16 +22,21 @@ class TrainReader:
     on the number of processes.
 
     Args:
-        rows: of the split.
-        global_batch: B, rows of a batch.
-        held: places in the batch, from 0 to B - 1, that this process reads; all by default.
+        rows: Rows of the split.
+        global_batch: Number of rows of a batch over all processes, B.
+        seed: Seed of the order.
+        local_rows: Indices in the batch, from 0 to B - 1, of the rows that this process reads; None
+            reads all of them.
+
+    Raises:
+        DataError: The batch size is less than 1.
     """
 
     def __init__(
-        self, rows: PackedRows, global_batch: int, seed: int, held: np.ndarray | None = None
+        self, rows: PackedRows, global_batch: int, seed: int, local_rows: np.ndarray | None = None
     ):
         _check_size(global_batch)
-        self._rows, self._held = rows, held
+        self._rows, self._local_rows = rows, local_rows
         # grain adds the epoch to the seed: taken as it is, seed 1 would begin with the second epoch
         # of seed 0.
         key = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -57,7 +62,7 @@ class TrainReader:
             batches.close()
 
     def _read(self, rows: np.ndarray) -> Batch:
-        rows = rows if self._held is None else rows[self._held]
+        rows = rows if self._local_rows is None else rows[self._local_rows]
         tokens, _ = self._rows.read(rows)
         return {"tokens": tokens, "rows": rows.astype(np.int64)}
 

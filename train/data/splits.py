@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 from train.data.config import DataError
 
@@ -18,6 +19,11 @@ def held_out(document: bytes, share: float) -> bool:
     """Whether the document of this digest is for validation: true for `share` of all digests,
     and never changed by other documents that come or go."""
     return int.from_bytes(document[:8]) < share * 2**64
+
+
+def split_of(document: str, share: float) -> Literal["train", "validation"]:
+    """The split of a document, where `share` of all documents is held out."""
+    return "validation" if held_out(digest(document), share) else "train"
 
 
 def divide(documents: set[bytes], share: float, corpus: str) -> tuple[set[bytes], set[bytes]]:

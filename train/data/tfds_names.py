@@ -21,8 +21,16 @@ _NAME = re.compile(r"(?P<name>\w+)(/[\w.\-]+)?(:\d+\.\d+\.\d+)?")
 class TfdsCorpus:
     """A data set that TFDS knows, in its stored order.
 
-    Held out is its own validation split, else its own test split, else `validation` of its
-    documents by content.
+    Its own validation split is held out, else its own test split, else a share of its documents
+    by content.
+
+    Args:
+        spec: Name of the data set, as tfds:NAME[/CONFIG][:VERSION].
+        validation: Share of the documents to hold out, where the data set has no such split.
+        cache: Folder in whose subfolder `tfds` the data set is looked for first.
+
+    Raises:
+        DataError: The data set is unknown, not on disk, needs TensorFlow, or has no text field.
     """
 
     def __init__(self, spec: str, validation: float, cache: Path):
@@ -41,7 +49,8 @@ class TfdsCorpus:
         from train.data.builder import texts
 
         for document in texts(self._builder, self._stored(split), self._field):
-            if document.strip() and (self._held_out or split == self._side(document)):
+            side = split if self._held_out else splits.split_of(document, self._validation)
+            if side == split and document.strip():
                 yield document
 
     def count(self, split: str) -> int:
@@ -49,10 +58,6 @@ class TfdsCorpus:
 
     def _stored(self, split: str) -> str:
         return self._held_out if split == "validation" and self._held_out else "train"
-
-    def _side(self, document: str) -> str:
-        held_out = splits.held_out(splits.digest(document), self._validation)
-        return "validation" if held_out else "train"
 
 
 def _open(spec: str, cache: Path):

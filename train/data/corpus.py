@@ -1,0 +1,81 @@
+"""A corpus: documents in two splits, train and validation, with a fingerprint."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, Protocol
+
+from train.data import splits
+
+Split = Literal["train", "validation"]
+
+
+class Corpus(Protocol):
+    """Text to train on, opened."""
+
+    @property
+    def name(self) -> str:
+        """Name of the corpus in messages."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash that changes when a document, or the split that it is in, may have changed."""
+        ...
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """Documents of a split, in the same order each time; none is white space alone.
+
+        Prepares the corpus on disk if that has not happened yet.
+        """
+        ...
+
+    def count(self, split: Split) -> int:
+        """Number of documents that are stored for a split, for a progress bar."""
+        ...
+
+
+class SplitCorpus:
+    """Documents that a function gives, split by their content (`splits.held_out`).
+
+    Equal documents are in the same split. The fingerprint is that of all documents, so that their
+    function is called once more before each run.
+
+    Args:
+        name: Name of the corpus in messages.
+        documents: Function that gives all documents, in the same order each time.
+        validation: Share of the documents to hold out, between 0 and 1.
+    """
+
+    def __init__(self, name: str, documents: Callable[[], Iterable[str]], validation: float):
+        self.name = name
+        self._documents, self._validation = documents, validation
+
+    @property
+    def fingerprint(self) -> str:
+        return self._scan[0]
+
+    def documents(self, split: Split) -> Iterator[str]:
+        return (document for document in self._texts() if self._split(document) == split)
+
+    def count(self, split: Split) -> int:
+        return self._scan[1][split]
+
+    def _texts(self) -> Iterator[str]:
+        return (document for document in self._documents() if document.strip())
+
+    def _split(self, document: str) -> Split:
+        return splits.split_of(document, self._validation)
+
+    @functools.cached_property
+    def _scan(self) -> tuple[str, Counter[Split]]:
+        """Fingerprint, and number of documents of each split."""
+        total = hashlib.blake2b(f"{self._validation} ".encode(), digest_size=16)
+        counts: Counter[Split] = Counter()
+        for document in self._texts():
+            total.update(splits.digest(document))
+            counts[self._split(document)] += 1
+        return total.hexdigest(), counts

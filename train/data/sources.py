@@ -1,0 +1,113 @@
+"""Where text comes from: a source by its name, with options, as in `--data.corpus`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.cli.calls import from_text, required_options
+from train.data.config import DataError
+from train.data.corpus import Corpus
+from train.data.local import LocalCorpus
+from train.data.text_files import find_text_files, standard_library
+from train.data.tfds_names import TfdsCorpus
+
+
+class Source(Protocol):
+    """Where text comes from: a frozen dataclass whose fields are the options of the source."""
+
+    def open(self, validation: float, cache: Path) -> Corpus:
+        """The documents of the source.
+
+        Args:
+            validation: Share of the documents to hold out, if the source has no split of its own.
+            cache: Folder that prepared corpora are kept in.
+
+        Raises:
+            DataError: There is no such corpus, or nothing in it.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardLibrary:
+    """The source text of Python's standard library, found on every machine with Python."""
+
+    def open(self, validation: float, cache: Path) -> Corpus:
+        return LocalCorpus(standard_library(), validation, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Text files on disk.
+
+    Attributes:
+        path: Folder of text files, or one file.
+    """
+
+    path: str
+
+    def open(self, validation: float, cache: Path) -> Corpus:
+        return LocalCorpus(find_text_files(self.path), validation, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """A data set that TensorFlow Datasets has prepared on disk; TensorFlow is not imported.
+
+    Attributes:
+        name: Name of the data set, as NAME[/CONFIG][:VERSION].
+    """
+
+    name: str
+
+    def open(self, validation: float, cache: Path) -> Corpus:
+        return TfdsCorpus(f"tfds:{self.name}", validation, cache)
+
+
+SOURCES: dict[str, type[Any]] = {"stdlib": StandardLibrary, "files": Files, "tfds": Tfds}
+"""Sources by their names on the command line; a module that `--plugin` names may add its own."""
+
+
+def source_from_text(text: str) -> Source:
+    """The source that `DataConfig.corpus` names.
+
+    Args:
+        text: Name of `SOURCES`, with options in brackets where it has some: "stdlib",
+            "tfds(name='lm1b')"; or, for short, "tfds:lm1b" or the path of a folder or file. A
+            folder of the name of a source that needs no options is written "./name".
+
+    Raises:
+        DataError: There is no such source or option, or a value has the wrong type.
+    """
+    if text.startswith("tfds:"):
+        return Tfds(text.removeprefix("tfds:"))
+    name = text.partition("(")[0]
+    is_call = re.fullmatch(r"\w+\(.*\)", text) is not None
+    if text in SOURCES:
+        by_name = not required_options(SOURCES[text])
+    else:
+        by_name = is_call and (name in SOURCES or not Path(text).exists())
+    if not by_name:
+        return Files(text)
+    try:
+        return from_text(text, SOURCES, "corpus")
+    except ValueError as error:
+        hint = "" if name in SOURCES else " (one of your own needs its --plugin)"
+        raise DataError(f"{error}{hint}") from None
+
+
+def open_corpus(text: str, validation: float, cache: Path) -> Corpus:
+    """The corpus that `DataConfig.corpus` names.
+
+    Args:
+        text: Source of the corpus, as `source_from_text` reads it.
+        validation: Share of the documents to hold out, if the source has no split of its own.
+        cache: Folder that prepared corpora are kept in.
+
+    Raises:
+        DataError: There is no such corpus, or nothing in it.
+    """
+    return source_from_text(text).open(validation, cache)
