@@ -1,6 +1,8 @@
 """Checkpoints survive what happens to runs: kills, full disks, damage, other machines."""
 
 import contextlib
+import errno
+import logging
 import os
 import random
 import shutil
@@ -22,6 +24,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from train.runs.checkpoint import Checkpointer, CheckpointError, load_params
+from train.runs.quiet_orbax import QuietOrbax
 
 ROOT = Path(__file__).parents[1]
 
@@ -400,6 +403,40 @@ def test_full_disk(small_disk: Path, capfd: pytest.CaptureFixture[str]):
         assert checkpointer.save(3, SMALL, SMALL, {})
     assert [path.name for path in small_disk.iterdir()] == ["3"]
     assert capfd.readouterr() == ("", "")
+
+
+def hooks() -> tuple[Any, ...]:
+    filters = [list(logging.getLogger(name).filters) for name in ("absl", "asyncio")]
+    return (*filters, sys.unraisablehook)
+
+
+def test_hooks_of_the_process_are_set_while_a_checkpointer_is_open(tmp_path: Path, monkeypatch):
+    # Failed saves of other tests have left theirs.
+    monkeypatch.setattr(QuietOrbax, "_open", 0)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    for name in ("absl", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    before = hooks()
+    first = Checkpointer(tmp_path / "a", save_interval=1)
+    second = Checkpointer(tmp_path / "b", save_interval=1)
+    first.close()
+    assert hooks()[0] != before[0] and hooks()[2] != before[2]
+    second.close()
+    second.close()
+    assert hooks() == before
+    (tmp_path / "file").write_text("")
+    with one_line_error("cannot keep checkpoints"):
+        Checkpointer(tmp_path / "file" / "below", save_interval=1)
+    assert hooks() == before
+    with Checkpointer(tmp_path / "c", save_interval=1) as failing:
+        monkeypatch.setattr(failing._manager, "save", refuse)
+        with one_line_error("checkpoint of step 1 ", "No space left"):
+            failing.save(1, SMALL, SMALL, {})
+    assert hooks() != before, "threads of a failed save print after it is closed"
+
+
+def refuse(*_: Any, **__: Any) -> bool:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # Several processes

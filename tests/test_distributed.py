@@ -16,7 +16,7 @@ from processes import PATIENCE, free_port, processes
 from train import pretrain
 from train.cli.config_json import as_json
 from train.data import DataConfig, prepare
-from train.devices.distributed import DistributedConfig
+from train.devices.distributed import DistributedConfig, _loss
 from train.engine.config import EvalConfig
 from train.engine.loop import run_lock
 from train.evaluation.held_out import held_out
@@ -190,6 +190,45 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path):
         "error: process 0 of 2: another process has ended or can't be reached ("
     ), first
     assert "start all of them again" in last and "Traceback" not in first
+
+
+LOST = {
+    "gloo, a peer's end": "UNKNOWN: Gloo AllGather failed: [external/gloo/gloo/transport/tcp/"
+    "pair.cc:547] Connection closed by peer [127.0.0.1]:62101",
+    "gloo, a peer's host": "UNKNOWN: Gloo AllReduce failed: [external/gloo/gloo/transport/tcp/"
+    "pair.cc:547] Read error [127.0.0.1]:62101: Connection reset by peer",
+    "barrier": "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 "
+    "heartbeat timeout. This indicates that the remote task has failed, got preempted, or crashed "
+    "unexpectedly.",
+    "coordinator": "UNAVAILABLE: Failed to send RPC to coordination service. Either the leader "
+    "task was preempted/died/restarted unexpectedly or this task is experiencing network issues.",
+    "socket": "UNAVAILABLE: failed\nAdditional GRPC error information from remote target:\n"
+    ':UNKNOWN:Error received from peer  {grpc_status:14, grpc_message:"Socket closed"}',
+}
+OWN = {
+    "memory": "RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes.",
+    "compiler": "INTERNAL: Mosaic failed to compile TPU kernel: unsupported shape cast",
+    "no status": "the coordination of Gloo and NCCL: heartbeat",
+}
+
+
+@pytest.mark.parametrize("message", LOST.values(), ids=LOST)
+def test_words_of_jax_about_a_lost_process(message):
+    """Those of a peer's end, the barrier and the coordinator as jax 0.10.2 raised them in one
+    process of two whose other was killed; the others have the same form.
+    """
+    first = message.splitlines()[0]
+    expected = first if len(first) <= 120 else first[:117] + "..."
+    for kind in (ValueError, jax.errors.JaxRuntimeError):
+        assert _loss(kind(message)) == expected
+        outer = RuntimeError("the step failed")
+        outer.__cause__ = kind(message)
+        assert _loss(outer) == expected
+
+
+@pytest.mark.parametrize("message", OWN.values(), ids=OWN)
+def test_an_error_of_one_process_is_no_lost_process(message):
+    assert _loss(RuntimeError(message)) is None
 
 
 FALL_SILENT = """

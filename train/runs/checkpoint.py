@@ -6,6 +6,7 @@ class is needed to read them, and `meta`, JSON: the caller's metadata and the fo
 step folder gets its final name only when it is complete.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from train.runs.quiet_orbax import hush_failed_saves, hush_leftovers
+from train.runs.quiet_orbax import QuietOrbax
 
 _ITEMS = ("params", "train")
 _SHOWN = 3  # leaves named in an error line
@@ -70,14 +71,16 @@ class Checkpointer:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,  # what a killed save has left
         )
-        hush_failed_saves()
-        try:
-            self._manager = _Manager(self._directory, options=options)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot keep checkpoints in {self._directory}: {_reason(error)}; "
-                f"pass another directory"
-            ) from error
+        with contextlib.ExitStack() as stack:
+            self._quiet = stack.enter_context(QuietOrbax())
+            try:
+                self._manager = _Manager(self._directory, options=options)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot keep checkpoints in {self._directory}: {_reason(error)}; "
+                    f"pass another directory"
+                ) from error
+            self._resources = stack.pop_all()  # closed by close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -175,10 +178,11 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits until the last save is on disk."""
-        try:
-            self._wait()
-        finally:
-            self._manager.close()
+        with self._resources:
+            try:
+                self._wait()
+            finally:
+                self._manager.close()
 
     def _wait(self) -> None:
         try:
@@ -187,7 +191,7 @@ class Checkpointer:
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: Exception) -> CheckpointError:
-        hush_leftovers()
+        self._quiet.stay()
         last = self.latest_step()
         intact = "there is no earlier checkpoint" if last is None else f"step {last} is intact"
         return CheckpointError(

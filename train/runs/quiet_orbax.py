@@ -2,22 +2,54 @@
 
 import logging
 import sys
+import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 
-def hush_failed_saves() -> None:
-    """Install filters, for good: threads of a failed save speak up after everything is closed."""
-    logging.getLogger("absl").addFilter(_not_logged_by_orbax)
-    logging.getLogger("asyncio").addFilter(_not_a_task_of_orbax)
-    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
-        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+class QuietOrbax:
+    """Context manager: what orbax would print about a failed save is left out inside it.
 
+    Several may be open at once, and end in any order. The hooks of the process (filters of two
+    loggers, `sys.unraisablehook`) are set by the first and put back by the last one.
+    """
 
-def hush_leftovers() -> None:
-    """After a failed save: its coroutines that never started warn when they are collected."""
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    _lock = threading.Lock()
+    _open = 0
+    _hook: Any = None  # of the process, before ours
+
+    def __init__(self) -> None:
+        self._stays = False
+
+    def __enter__(self) -> "QuietOrbax":
+        cls = QuietOrbax
+        with cls._lock:
+            cls._open += 1
+            if cls._open == 1:
+                logging.getLogger("absl").addFilter(_not_logged_by_orbax)
+                logging.getLogger("asyncio").addFilter(_not_a_task_of_orbax)
+                cls._hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        cls = QuietOrbax
+        if self._stays:
+            return
+        with cls._lock:
+            cls._open -= 1
+            if cls._open == 0:
+                logging.getLogger("absl").removeFilter(_not_logged_by_orbax)
+                logging.getLogger("asyncio").removeFilter(_not_a_task_of_orbax)
+                if sys.unraisablehook is _without_closed_loops:  # nobody has wrapped it since
+                    sys.unraisablehook = cls._hook
+
+    def stay(self) -> None:
+        """Keep silent until the process ends: threads of a failed save print after it is closed.
+
+        Its coroutines that never started warn when they are collected.
+        """
+        self._stays = True
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _not_logged_by_orbax(record: logging.LogRecord) -> bool:
@@ -29,12 +61,7 @@ def _not_a_task_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.getMessage()
 
 
-class _WithoutClosedLoops:
-    """The hook before, but for writes that report to an event loop which the failure has closed."""
-
-    def __init__(self, hook: Callable[[Any], Any]):
-        self._hook = hook
-
-    def __call__(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            self._hook(unraisable)
+def _without_closed_loops(unraisable: Any) -> None:
+    """The earlier hook, except for writes whose event loop the failure has closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        QuietOrbax._hook(unraisable)
