@@ -68,7 +68,7 @@ class Run:
 
 
 def main(config: RunsConfig) -> None:
-    """Print the comparison, and save the figure if one is asked for."""
+    """Print the comparison, and save the figure if a file is given."""
     if config.figure:
         check_figure(Path(config.figure))
     runs = [read_run(folder) for folder in run_folders(config.folders)]
@@ -86,7 +86,10 @@ def main(config: RunsConfig) -> None:
 
 
 def run_folders(given: Sequence[str]) -> list[Path]:
-    """The run folders among these folders and right below them, in the order given.
+    """Run folders among some folders and directly below them, in the order given.
+
+    Args:
+        given: Run folders, or folders that hold run folders.
 
     Raises:
         ValueError: A folder is no run folder and holds none.

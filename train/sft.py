@@ -15,7 +15,7 @@ from train.runs.checkpoint import load_meta
 
 
 def main(config: SFTConfig) -> None:
-    """Train, and say how to try it."""
+    """Train, and print a command that generates with the result."""
     with distributed_context(config.distributed):
         if config.dry_run:
             work = SFTJob(config)

@@ -25,26 +25,30 @@ class TokenizerConfig:
     """Trains a byte-level BPE tokenizer on the training split of a corpus."""
 
     corpus: str = DataConfig.corpus
-    """Where the text comes from: "stdlib", the path of a folder or file, "tfds:NAME[/CONFIG]"."""
+    """Source of the text: "stdlib", the path of a folder or file, or "tfds:NAME[/CONFIG]"."""
 
     vocab_size: int = 4096
-    """Tokens, the 256 bytes and the separator among them."""
+    """Size of the vocabulary, which includes the 256 bytes and the separator."""
 
     out: Path = Path("tokenizer.json")
-    """Where the tokenizer goes; an older file is replaced."""
+    """File of the tokenizer; an older one is replaced."""
 
     validation: float = DataConfig.validation
-    """Share of the documents that is held out: as in the run that will use the tokenizer."""
+    """Share of the documents that is held out, as in the run that will use the tokenizer."""
 
     cache_dir: str | None = None
-    """Where prepared data are kept; default ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data."""
+    """Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by default."""
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens; the same one for the same corpus.
+    """Train a byte-level BPE; equal corpora give equal tokenizers.
+
+    Args:
+        corpus: Corpus on whose training split the tokenizer is trained.
+        vocab_size: Size of the vocabulary; a small corpus gives fewer tokens.
 
     Raises:
-        DataError: `vocab_size` has no room for every byte.
+        DataError: The size is too small for every byte and the separator.
     """
     if vocab_size < _SMALLEST:
         raise DataError(
@@ -66,11 +70,13 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def run(config: TokenizerConfig) -> str:
-    """Trains, saves and measures; returns a line of the size reached and the bytes per token on
-    the held-out documents.
+    """Train, save and measure a tokenizer.
+
+    Returns:
+        One line with the size of the vocabulary and the bytes per token of the held-out documents.
 
     Raises:
-        DataError: the corpus cannot be used, or the file not be written.
+        DataError: The corpus cannot be used, or the file cannot be written.
     """
     data = DataConfig(
         corpus=config.corpus, validation=config.validation, cache_dir=config.cache_dir

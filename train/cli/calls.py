@@ -1,4 +1,4 @@
-"""What is written as `name(key=value, ...)`, on a command line or in a config: one parser for all.
+"""Objects written as `name(key=value, ...)`, on a command line or in a config: one parser for all.
 
 Values are Python literals; nothing is evaluated.
 """
@@ -13,14 +13,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: Any) -> Any:
-    """The object that a text asks for.
+    """The object that a text describes.
 
     Args:
         text: A name, or a name with options in brackets: `PrefixRank(ratio=1.5, window=64)`.
             Options left out take their defaults.
         choices: Dataclasses by their names.
-        kind: What they are, for error messages: "policy", "task".
-        given: Fields that the caller sets; the text can't.
+        kind: Noun for the choices in error messages, such as "policy" or "task".
+        given: Fields that the caller sets, and the text cannot.
 
     Raises:
         ValueError: There is no such name or option, or a value has the wrong type. The message is
@@ -40,7 +40,7 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
 
 
 def signature(name: str, chosen: type[Any]) -> str:
-    """How an object is asked for, with all options and their defaults."""
+    """How an object is written, with all options and their defaults."""
     written = []
     for field in _fields(chosen):
         default = {} if field.default_factory is dict else field.default
@@ -50,7 +50,12 @@ def signature(name: str, chosen: type[Any]) -> str:
 
 
 def text_of(word: str, value: Any) -> str:
-    """The text that `from_text` makes an equal object of, with all options, floats as floats."""
+    """Text of which `from_text` makes an equal object, with all options, floats as floats.
+
+    Args:
+        word: Name of the object's class among the choices.
+        value: The object, a dataclass.
+    """
     types = get_type_hints(type(value))
     options = []
     for field in _fields(value):
@@ -67,12 +72,12 @@ def required_options(chosen: type[Any]) -> set[str]:
 
 
 def _fields(chosen: Any) -> list[dataclasses.Field[Any]]:
-    """Fields of a dataclass that a text can set: those that it prints."""
+    """Fields of a dataclass that a text can set: those of its repr."""
     return [field for field in dataclasses.fields(chosen) if field.init and field.repr]
 
 
 def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
-    """Options in brackets; raises where they are not those of the dataclass."""
+    """Options in brackets; raises if they are not those of the dataclass."""
     call = ast.parse(text, mode="eval").body
     if isinstance(call, ast.Name):
         keywords = []
@@ -93,7 +98,7 @@ def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """The value, an integer as a float where one is wanted; a TypeError if its type is another."""
+    """The value, with an int as a float if the type is float; else a TypeError for another type."""
     origin = get_origin(kind)
     if kind is Any:
         return value

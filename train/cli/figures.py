@@ -1,11 +1,11 @@
-"""Whether a figure can be saved, asked before the work that it shows is done."""
+"""Whether a figure can be saved, checked before the work that it shows."""
 
 import importlib.util
 from pathlib import Path
 
 
 def check_figure(path: Path) -> None:
-    """Raise before any work is done if a figure could not be saved there."""
+    """Raise a ValueError if a figure could not be saved at a path."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('a figure needs matplotlib: pip install "thoughtbubbles[notebooks]"')
     if not path.absolute().parent.is_dir():

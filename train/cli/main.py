@@ -1,4 +1,4 @@
-"""The command `thoughtbubbles`: its first word chooses the command, which alone is imported."""
+"""The command `thoughtbubbles`: its first word names a subcommand, and only that is imported."""
 
 import difflib
 import importlib

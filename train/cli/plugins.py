@@ -13,9 +13,12 @@ OPTION = "--plugin"
 
 
 def load_plugins(words: Sequence[str]) -> list[str]:
-    """Import the modules that stand behind `--plugin`, from the working directory too.
+    """Import the modules that `--plugin` names, from the working directory too.
 
     The working directory goes last on the path, so that a file there hides no installed package.
+
+    Args:
+        words: Words of the command line.
 
     Returns:
         The words without `--plugin` and its modules, for commands that keep no record of them.
@@ -38,8 +41,7 @@ def load_plugins(words: Sequence[str]) -> list[str]:
 
 
 def missing_plugins(config: Mapping[str, Any]) -> str:
-    """What to say when a run can't be read: the plugins that it was made with and that are not
-    loaded, or nothing.
+    """Hint for the error of a run that cannot be read: its plugins that are not loaded, if any.
 
     Args:
         config: Config of the run, as it was saved.
@@ -51,7 +53,7 @@ def missing_plugins(config: Mapping[str, Any]) -> str:
 
 
 def _named(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Modules that are named, as `--plugin a b` or `--plugin=a b`, and the other words."""
+    """Modules named as `--plugin a b` or `--plugin=a b`, and the other words."""
     names: list[str] = []
     others: list[str] = []
     naming = False

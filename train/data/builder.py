@@ -1,4 +1,4 @@
-"""The TFDS side of local text: writing it and reading it back. TensorFlow is not involved."""
+"""Local text as a TFDS data set, written and read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHUNK = 64  # documents per read
 
 
 class LocalText(tfds.core.GeneratorBasedBuilder):
-    """One example per document. TFDS orders them by a hash of their key: the content's digest."""
+    """One example per document, which TFDS orders by a hash of its key, the content's digest."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -78,7 +78,7 @@ def prepare_text(files: TextFiles, validation: float, folder: Path) -> None:
 
 
 class StoredText:
-    """A text data set that `prepare_text` has written."""
+    """A text data set that `prepare_text` has written to a folder."""
 
     def __init__(self, folder: Path):
         self._builder = tfds.builder_from_directory(
@@ -93,7 +93,13 @@ class StoredText:
 
 
 def texts(builder: Any, split: str, field: str) -> Iterator[str]:
-    """The decoded text field of every example of a prepared TFDS split, in stored order."""
+    """Texts of a prepared TFDS split, in stored order.
+
+    Args:
+        builder: Builder of the data set.
+        split: Name of the split.
+        field: Name of the field that holds the text.
+    """
     source = builder.as_data_source(split)
     for start in range(0, len(source), _CHUNK):
         keys = range(start, min(start + _CHUNK, len(source)))
@@ -104,7 +110,7 @@ def texts(builder: Any, split: str, field: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences TFDS, which announces a download on stdout and draws bars of its own."""
+    """Silence TFDS, which announces a download on stdout and draws progress bars."""
     tfds.display_progress_bar(False)
     try:
         with contextlib.redirect_stdout(io.StringIO()):

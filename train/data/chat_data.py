@@ -1,14 +1,13 @@
-"""Conversations in JSONL to rows that are trained on where the assistant speaks.
+"""Conversations in JSON Lines to rows whose loss covers the assistant's tokens.
 
 A line is `{"messages": [{"role": ..., "content": ...}, ...]}` (roles: system, user, assistant,
-tool), `{"prompt": ..., "completion": ...}` or `{"question": ..., "answer": ...}`; other keys beside
-these are left alone, the first of the three counts.
+tool), `{"prompt": ..., "completion": ...}` or `{"question": ..., "answer": ...}`. The first of the
+three formats that a line has is used, and its other fields are ignored.
 
-Pretrained tokenizers render all of them with their own chat template
-(`train.data.chat_templates.chat_examples`; prompt and completion are then a user's and an
-assistant's message). A model without a template
-reads a completion right behind its prompt, and an answer one line break behind its question or
-lone user message; the end is the separator.
+Pretrained tokenizers render a conversation with their own chat template
+(`train.data.chat_templates.chat_examples`), in which a prompt and its completion are a user's and
+an assistant's message. Without a template a completion directly follows its prompt, an answer
+follows its question, or a single user message, after a line break, and the separator ends both.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ class ChatDataConfig:
     """Conversations, row length and packing of a run on chat data."""
 
     path: tuple[str, ...] = ()
-    """JSONL files, and folders of them (.jsonl, also with .gz, at any depth)."""
+    """JSON Lines files, and folders of them (.jsonl, also with .gz, at any depth)."""
 
     validation_path: str | None = None
-    """File or folder of held-out conversations; in place of a share of the others."""
+    """File or folder of held-out conversations, instead of a share of the others."""
 
     validation: float = 0.05
     """Share of the conversations that is held out, without a validation_path."""
@@ -58,8 +57,8 @@ class ChatDataConfig:
     """Targets per row; a row holds seq_len + 1 tokens."""
 
     pack: bool = False
-    """Several conversations in a row, each blind to the others. Only a plain decoder reads those;
-    a model that forks needs rows of one conversation."""
+    """Several conversations in a row, each masked from the others. Only a plain decoder takes such
+    rows; a model that forks needs rows of one conversation."""
 
     seed: int = 0
     """Order of the training rows. Neither the split nor the rows depend on it."""
@@ -70,14 +69,16 @@ class ChatDataConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatRows:
-    """Rows of tokens, each `[N, seq_len + 1]`; inputs are all but the last, targets all but the
-    first of a row.
+    """Rows of tokens: inputs are all but the last token of a row, targets all but the first.
 
     Attributes:
-        tokens: int32, -1 behind the last conversation.
-        supervised: bool, the assistant wrote this token: its content, or the end of its turn.
-        segment: int32, which conversation of the row, from 0; -1 for padding.
-        position: int32, place in its conversation; 0 for padding.
+        tokens: Token ids `[N, seq_len + 1]`, int32; -1 for padding.
+        loss_mask: Whether the assistant wrote the token, its content or the end of its turn
+            `[N, seq_len + 1]`, bool.
+        segment: Index of the token's conversation in the row `[N, seq_len + 1]`, int32; -1 for
+            padding.
+        position: Position of the token in its conversation `[N, seq_len + 1]`, int32; 0 for
+            padding.
     """
 
     tokens: np.ndarray
@@ -90,18 +91,33 @@ class ChatRows:
 
     @property
     def seq_len(self) -> int:
+        """Number of targets of a row."""
         return self.tokens.shape[1] - 1
 
     def read(self, indices: np.ndarray) -> Batch:
-        """Some rows: the attributes by name, and "rows" int64, which they are."""
+        """Some rows.
+
+        Args:
+            indices: Indices of the rows `[b]`.
+
+        Returns:
+            The four attributes by their names `[b, seq_len + 1]`, and the indices as "rows" `[b]`,
+            int64.
+        """
         fields = (field.name for field in dataclasses.fields(self))
         batch = {name: getattr(self, name)[indices] for name in fields}
         return batch | {"rows": np.asarray(indices, np.int64)}
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """`limit` rows (default: all), evenly spaced, once and in order, as `read` gives them.
+        """Rows in the form of `read`, evenly spaced over the split, once and in order.
 
-        The last batch is filled up with rows that hold nothing but padding ("rows": -1).
+        Args:
+            batch_size: Number of rows of a batch; the last batch is padded to it by rows of
+                padding, with -1 as their index.
+            limit: Number of rows to read; None reads all of them.
+
+        Raises:
+            DataError: The batch size is less than 1.
         """
         padding = {"tokens": PADDING, "loss_mask": False, "segment": -1, "position": 0, "rows": -1}
         return padded_batches(self.read, len(self), batch_size, limit, padding)
@@ -109,15 +125,17 @@ class ChatRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatData:
-    """Conversations to train on and held out, as rows.
+    """Training and held-out conversations as rows.
 
     Attributes:
-        train, validation: the rows.
-        tokenizer: what they were tokenised with.
-        fingerprint: of the rows and the tokenizer.
-        statistics: counts of each split: conversations, texts (a conversation may need several),
-            tokens, supervised tokens, rows, texts cut and left out for being too long.
-        name: the files, as the user named them.
+        train: Rows of the training split.
+        validation: Rows of the held-out split.
+        tokenizer: Tokenizer of the rows.
+        fingerprint: Hash of the rows and the tokenizer.
+        statistics: Counts of each split: "conversations", "texts" (a conversation may need
+            several), "tokens", "loss_tokens" (those in the loss), "rows", and texts that were "cut"
+            or "dropped" because a row is too short for them.
+        name: Names of the files, as the user wrote them.
     """
 
     train: ChatRows
@@ -138,22 +156,26 @@ class ChatData:
             f"{validation['conversations']:,} held out; {train['rows']:,} + "
             f"{validation['rows']:,} rows of {length} tokens "
             f"({total['tokens'] / (rows * (length + 1)):.0%} full, "
-            f"{total['supervised'] / total['tokens']:.0%} of it supervised); "
+            f"{total['loss_tokens'] / total['tokens']:.0%} of it in the loss); "
             f"{total['cut']:,} cut at {length + 1} tokens, {total['dropped']:,} left out "
             f"(no answer within them); {self.tokenizer.name}"
         )
 
 
 def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
-    """Reads, renders and packs the conversations of `config`, in memory.
+    """Read, render and pack conversations, in memory.
 
-    A text that is too long for a row loses its end; if no answer begins in what is left, the whole
-    text. Conversations of equal content are on the same side of the split; a validation_path is
-    taken as it is.
+    A text that is too long for a row loses its end, and is dropped if no answer begins in what is
+    left. Conversations of equal content are in the same split; those of a validation_path are held
+    out whatever the others are.
+
+    Args:
+        config: Files, row length and packing.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-        DataError: no files, a line that is no conversation or does not fit the tokenizer (with
-            file and line), or a split without rows.
+        DataError: There are no files, a line is no conversation or does not fit the tokenizer, or a
+            split has no rows.
     """
     if not config.path:
         raise DataError("no chat data are named: pass --data.path and a JSONL file or a folder")
@@ -181,13 +203,20 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
 
 
 class ChatReader(TrainReader):
-    """A `TrainReader` of chat rows: each batch is what `ChatRows.read` gives."""
+    """A `TrainReader` of chat rows, whose batches are those of `ChatRows.read`.
+
+    Args:
+        rows: Rows of the split.
+        global_batch: Number of rows of a batch over all processes.
+        seed: Seed of the order.
+        local_rows: Indices in the batch of the rows that this process reads; None reads all.
+    """
 
     def __init__(
         self, rows: ChatRows, global_batch: int, seed: int, local_rows: np.ndarray | None = None
     ):
         self._chat = rows
-        # The order, all that is inherited, needs their number only.
+        # Only the order is inherited, which needs nothing but the number of rows.
         super().__init__(cast(PackedRows, rows), global_batch, seed, local_rows)
 
     def _read(self, rows: np.ndarray) -> Batch:
@@ -195,16 +224,16 @@ class ChatReader(TrainReader):
 
 
 def segment_mask(segment: jax.Array) -> jax.Array:
-    """Which places each place of packed rows sees: itself and those before it of its conversation.
+    """Attention mask of packed rows: causal, and within a conversation.
 
-    Padding sees padding alone. Its tokens are -1, for which `embed_tokens` has only NaN, and NaN
-    spreads through what a mask hides: give it a real id, `jnp.maximum(tokens, 0)`.
+    Padding attends to padding alone. Its tokens are -1, for which `embed_tokens` gives NaN, and NaN
+    spreads through masked attention: give padding a real id, `jnp.maximum(tokens, 0)`.
 
     Args:
-        segment: `[B, T]` int32.
+        segment: Index of each token's conversation in its row `[B, T]`, int32.
 
     Returns:
-        `[B, T, T]` bool, `[b, query, key]`.
+        Whether a query attends to a key `[B, T, T]` (row, query, key), bool.
     """
     same = segment[:, :, None] == segment[:, None, :]
     return same & jnp.tri(segment.shape[1], dtype=bool)
@@ -215,10 +244,10 @@ class Conversation:
     """One line of a file.
 
     Attributes:
-        where: file and line, for errors.
-        messages: checked: roles, texts, the last one the assistant's.
-        gap: between question and answer where there is no chat template.
-        digest: of all but `where`.
+        where: File and line number, for error messages.
+        messages: Messages with known roles and text as their content; the last is the assistant's.
+        gap: Text between question and answer where there is no chat template.
+        digest: Hash of messages and gap.
     """
 
     where: str
@@ -227,10 +256,13 @@ class Conversation:
     digest: bytes
 
     def examples(self, tokenizer: Tokenizer) -> list[Example]:
-        """What is trained on.
+        """Texts with their loss masks; a chat template may need several for a conversation.
+
+        Args:
+            tokenizer: Tokenizer of the model.
 
         Raises:
-            DataError: it does not fit the tokenizer.
+            DataError: The conversation does not fit the tokenizer.
         """
         if isinstance(tokenizer, PretrainedTokenizer) and tokenizer.chat_template is not None:
             try:
@@ -330,12 +362,13 @@ def _rows(
     for example in (example for chat in shown for example in chat.examples(tokenizer)):
         counts["texts"] += 1
         loss_mask = np.array(example.loss_mask[:width])
-        loss_mask[:1] = False  # nothing stands before it that could foretell it
+        loss_mask[:1] = False  # the first token of a row is no target
         if not loss_mask.any():
             counts["dropped"] += 1
             continue
         counts["cut"] += len(example.ids) > width
-        end = int(np.flatnonzero(loss_mask)[-1]) + 1  # a cut one may go on with a question
+        # A cut text may end in a question without an answer.
+        end = int(np.flatnonzero(loss_mask)[-1]) + 1
         kept.append((np.array(example.ids[:end], np.int32), loss_mask[:end]))
     if not kept:
         raise DataError(
@@ -357,55 +390,59 @@ def _rows(
             rows.tokens[here], rows.loss_mask[here] = ids, loss_mask
             rows.segment[here], rows.position[here] = segment, np.arange(len(ids))
             start += len(ids)
-    counts |= {"tokens": sum(lengths), "supervised": int(rows.loss_mask.sum())}
+    counts |= {"tokens": sum(lengths), "loss_tokens": int(rows.loss_mask.sum())}
     return rows, counts | {"rows": len(packed)}
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Which texts share a row: the longest first, each where it leaves the least room.
+    """Best-fit decreasing packing: longest texts first, each into the fullest row that takes it.
 
     Args:
-        lengths: of the texts, at most `width` each.
+        lengths: Lengths of the texts in tokens, at most `width` each.
+        width: Number of tokens of a row.
 
     Returns:
-        For each row, indices of its texts.
+        Indices of the texts of each row.
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows with that many places left
-    rooms: list[int] = []  # the keys, ascending
+    by_free: dict[int, list[int]] = {}  # rows by their number of free tokens
+    sizes: list[int] = []  # the keys, ascending
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        fit = bisect.bisect_left(rooms, lengths[text])
-        if fit < len(rooms):
-            room = rooms[fit]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room], rooms[fit]
+        fit = bisect.bisect_left(sizes, lengths[text])
+        if fit < len(sizes):
+            free = sizes[fit]
+            row = by_free[free].pop()
+            if not by_free[free]:
+                del by_free[free], sizes[fit]
         else:
-            room, row = width, len(rows)
+            free, row = width, len(rows)
             rows.append([])
         rows[row].append(text)
-        left = room - lengths[text]
-        if left not in by_room:
-            bisect.insort(rooms, left)
-        by_room.setdefault(left, []).append(row)
+        left = free - lengths[text]
+        if left not in by_free:
+            bisect.insort(sizes, left)
+        by_free.setdefault(left, []).append(row)
     return rows
 
 
 def one_response_rows(rows: ChatRows) -> ChatRows:
-    """A row for each response: the conversation up to its end, and only it supervised.
+    """A row for each response: the conversation up to its end, with the loss on the response.
 
-    A weaver remembers for one response; what came before is context without memory.
+    A weaver adds memory to one response; earlier turns are context without memory.
+
+    Args:
+        rows: Rows of conversations, each with any number of responses.
     """
     marks = rows.loss_mask
     begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
     ends = marks & ~np.pad(marks, ((0, 0), (0, 1)))[:, 1:]
     row, first = np.nonzero(begins)
     last = np.nonzero(ends)[1]
-    place = np.arange(marks.shape[1])
-    within = place <= last[:, None]
+    index = np.arange(marks.shape[1])
+    within = index <= last[:, None]
     return ChatRows(
         tokens=np.where(within, rows.tokens[row], -1).astype(np.int32),
-        loss_mask=within & (place >= first[:, None]),
+        loss_mask=within & (index >= first[:, None]),
         segment=np.where(within, rows.segment[row], -1).astype(np.int32),
         position=np.where(within, rows.position[row], 0).astype(np.int32),
     )

@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text that a model was tuned to answer; rendered in a sandbox."""
+"""Chat templates: messages to the text that a model was fine-tuned on; rendered in a sandbox."""
 
 import dataclasses
 import datetime
@@ -14,8 +14,7 @@ Message = Mapping[str, Any]
 INSTALL = 'pip install "jinja2>=3.1.6", or the extra "pretrained"'
 
 TRAINING_DAY = datetime.datetime(2026, 1, 1)
-"""What templates that ask for the date are told in training, so that a run that goes on tomorrow
-has the same rows."""
+"""Date that templates print in training, so that a run that is resumed tomorrow has equal rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +22,9 @@ class Example:
     """A text to train on.
 
     Attributes:
-        ids: of its tokens.
-        supervised: for each, whether the assistant wrote it: its content, or the end after that.
+        ids: Token ids of the text.
+        loss_mask: Whether the assistant wrote the token, its content or the end of its turn, for
+            each token.
     """
 
     ids: list[int]
@@ -32,10 +32,14 @@ class Example:
 
 
 def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation up to where the model's answer begins.
+    """Token ids of a conversation up to where the model's answer begins.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        messages: Messages of the conversation.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or it fails (see `render`).
+        ValueError: The tokenizer has no chat template, or the template fails (see `render`).
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -48,23 +52,23 @@ def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> l
 
 
 def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> list[Example]:
-    """A conversation as the model meets it when it answers, with its answers supervised.
+    """A conversation as generation sees it, with a loss mask on its answers.
 
-    In front of each answer stand exactly the ids of `chat_ids`; behind them the answer's own, up to
-    and with the first token that ends it. An id that would span both is not made: the answer is
-    then encoded alone.
+    The ids before each answer are exactly those of `chat_ids`. The answer's own ids follow, up to
+    and including its first end token. An answer is encoded alone where one token would span its
+    boundary.
 
-    Mostly this is one text for the whole conversation. A template may show an earlier answer
-    differently once there is a later turn (without its thoughts, say), or its text may be cut into
-    other ids; what the model then reads is another text, and a new example begins.
+    Usually there is one example for the whole conversation. A template may render an earlier answer
+    differently once there is a later turn (without its thoughts, say), or its text may be tokenised
+    otherwise; generation then sees another prefix, and a new example begins.
 
     Args:
-        tokenizer: with a chat template.
-        messages: at least one of the role "assistant".
+        tokenizer: Tokenizer with a chat template.
+        messages: Messages, at least one of which has the role "assistant".
 
     Raises:
-        ValueError: the template fails, shows an answer that does not follow its own invitation to
-            answer, or ends an answer with none of the model's end tokens.
+        ValueError: The template fails, renders an answer that does not follow its own generation
+            prompt, or ends an answer with none of the model's end tokens.
     """
     assert tokenizer.chat_template is not None
     ends = {*tokenizer.stop_ids, tokenizer.separator}
@@ -93,7 +97,7 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
         whole = tokenizer.rendered(text)
         follows = whole[: len(before)] == before
         answer = whole[len(before) :] if follows else tokenizer.rendered(text[len(prompt) :])
-        length = next((place + 1 for place, token in enumerate(answer) if token in ends), None)
+        length = next((index + 1 for index, token in enumerate(answer) if token in ends), None)
         if length is None:
             raise ValueError(
                 f"the chat template of {tokenizer.name} ends message {turn + 1} with none of the "
@@ -106,7 +110,7 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
                 f"message {turn + 1} spells a token that ends an answer, the rest would be lost: "
                 "rewrite it"
             )
-        if before[: len(ids)] != ids:  # the past reads otherwise now
+        if before[: len(ids)] != ids:  # earlier turns are rendered or tokenised otherwise now
             examples.append(Example(ids, loss_mask))
             loss_mask = []
         unseen = len(before) - len(loss_mask)
@@ -122,14 +126,16 @@ def text_example(
     completion: str,
     end: int,
 ) -> Example:
-    """A prompt and its completion as plain text, with the completion and the end supervised.
+    """A prompt and its completion as plain text, with the loss on the completion and the end.
 
-    The ids of the prompt stay what generation reads, as in `chat_examples`.
+    The ids of the prompt are those that generation sees, as in `chat_examples`.
 
     Args:
-        prompt_ids: ids of a text to be continued, at least one.
-        encode: ids of a text that follows another.
-        end: id after which a text is over.
+        prompt_ids: Function from a text to be continued to its token ids, at least one.
+        encode: Function from a text that follows another to its token ids.
+        prompt: Text of the prompt.
+        completion: Text that follows the prompt.
+        end: Token id that ends the completion.
     """
     before = prompt_ids(prompt)
     whole = prompt_ids(prompt + completion)
@@ -146,25 +152,25 @@ def render(
     now: datetime.datetime | None = None,
     **variables: Any,
 ) -> str:
-    """A Jinja chat template of Hugging Face's conventions, filled in.
+    """Render a Jinja chat template of Hugging Face's conventions.
 
-    A template comes with the weights, so it is not trusted: it sees plain copies of the messages,
-    can't change them, and reaches no attribute of Python's own.
+    A template comes with the weights, so it is not trusted: it gets plain copies of the messages,
+    cannot change them, and reaches no attribute of Python's own.
 
     Args:
-        template: in Jinja; knows `raise_exception(text)`, `strftime_now(format)`, the filter
-            `tojson`, `break` and `continue`; `{% generation %}` marks nothing here.
-        messages: each with `role` and `content`.
-        add_generation_prompt: end where the answer begins.
-        now: what a template that asks for the date is told; the present if not given.
-        variables: others that the template knows, such as `bos_token` or `tools`.
+        template: Jinja template. It may use `raise_exception(text)`, `strftime_now(format)`, the
+            filter `tojson`, `break` and `continue`; `{% generation %}` is rendered as its content.
+        messages: Messages, each with `role` and `content`.
+        add_generation_prompt: Whether the text ends where the model's answer begins.
+        now: Date and time that `strftime_now` formats; None takes the present.
+        variables: Other variables of the template, such as `bos_token` or `tools`.
 
     Raises:
-        ValueError: the template is wrong, tries to leave the sandbox, or refuses the messages.
+        ValueError: The template is wrong, tries to leave the sandbox, or refuses the messages.
     """
     seen = json.loads(json.dumps({"messages": list(messages), **variables}))
     moment = now or datetime.datetime.now()
-    _environment()  # outside: a missing package is no fault of the template
+    _environment()  # outside of try: a missing package is no error of the template
     try:
         return _compiled(template).render(
             seen,

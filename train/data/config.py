@@ -1,4 +1,4 @@
-"""What a user chooses about the data, and the error she gets when it cannot be."""
+"""Options of pretraining data, and the error of a choice that is not possible."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 class DataError(ValueError):
-    """A mistake in what the user asked for: one line that says what is wrong and the way out."""
+    """A mistake of the user about data: one line that says what is wrong and the way out."""
 
 
 def check_rows(seq_len: int, validation: float, seed: int) -> None:
-    """Raise a DataError for a number that no data can be cut, split or shuffled by."""
+    """Raise a DataError for a row length, share or seed that is not possible."""
     if seq_len < 1:
         raise DataError(f"seq_len={seq_len}: a row needs at least 1 target")
     if not 0 < validation < 1:
@@ -34,23 +34,23 @@ class DataConfig:
     """Either "bytes", or the path of a Hugging Face tokenizer.json."""
 
     seq_len: int = 256
-    """Targets per row; a row holds seq_len + 1 tokens."""
+    """Number of targets of a row, which holds seq_len + 1 tokens."""
 
     seed: int = 0
-    """Order of the training rows. Neither the split nor the packed rows depend on it."""
+    """Seed of the order of training rows; neither the split nor the packed rows depend on it."""
 
     validation: float = 0.05
-    """Share of the documents that is held out, unless the corpus brings its own held-out split."""
+    """Share of the documents that is held out, unless the corpus has its own held-out split."""
 
     cache_dir: str | None = None
-    """Where prepared data are kept; default ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data."""
+    """Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by default."""
 
     def __post_init__(self) -> None:
         check_rows(self.seq_len, self.validation, self.seed)
 
     @property
     def cache(self) -> Path:
-        """The folder that prepared data are kept in."""
+        """Folder of prepared data."""
         if self.cache_dir is not None:
             return Path(self.cache_dir).expanduser()
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,4 +1,4 @@
-"""Local text: the Python standard library's own source, a folder, or a lone file."""
+"""Local text files as a corpus that is prepared on disk."""
 
 from __future__ import annotations
 

@@ -12,18 +12,24 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from train.data.tokenizers import Tokenizer
 
-PADDING = -1  # in the tokens behind the end of the last validation row
+PADDING = -1
+"""Token id behind the end of the last validation row."""
 
-_BLOCK = 1 << 20  # tokens that are held in memory before their rows are written
+_BLOCK = 1 << 20  # tokens in memory before their rows are written
 
 
 class PackedRows:
-    """The rows of a split: row i holds tokens i·seq_len to (i + 1)·seq_len of the stream
-    [separator] document [separator] document ..., so that each token is a target exactly once,
-    except the very first, which is none.
+    """Rows of a split.
 
-    `rows[i]` is (tokens int32 [seq_len + 1], bytes int): `bytes` counts those of the text that the
-    targets tokens[1:] stand for. A short last row is padded with -1.
+    Row i holds tokens i·seq_len to (i + 1)·seq_len of the stream [separator] document [separator]
+    document ..., so that each token but the very first is a target exactly once. `rows[i]` is its
+    tokens [seq_len + 1], int32, and the number of bytes of text that its targets tokens[1:] stand
+    for. A short last row is padded with -1.
+
+    Args:
+        path: ArrayRecord file of the rows.
+        seq_len: Number of targets of a row.
+        vocab_size: Size of the vocabulary that the rows were written with.
     """
 
     def __init__(self, path: Path, seq_len: int, vocab_size: int):
@@ -42,18 +48,24 @@ class PackedRows:
         return list(zip(tokens, sizes.tolist(), strict=True))
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Many rows in one access: (tokens int32 [n, seq_len + 1], bytes int32 [n]).
+        """Many rows in one access.
+
+        Args:
+            indices: Indices of the rows [n].
+
+        Returns:
+            Tokens [n, seq_len + 1], int32, and bytes of text that the targets stand for [n], int32.
 
         Raises:
-            IndexError: no such row.
+            IndexError: A row does not exist.
         """
-        wanted = [int(index) for index in indices]
-        for index in wanted:
+        rows = [int(index) for index in indices]
+        for index in rows:
             if not 0 <= index < len(self):
                 raise IndexError(f"row {index} of {len(self)}")
-        if not wanted:
+        if not rows:
             return np.zeros((0, self.seq_len + 1), np.int32), np.zeros(0, np.int32)
-        records = np.frombuffer(b"".join(self._source.__getitems__(wanted)), self._record)
+        records = np.frombuffer(b"".join(self._source.__getitems__(rows)), self._record)
         tokens = records["tokens"].astype(np.int32)
         if self._record["tokens"].base.kind == "u":
             tokens[tokens == np.iinfo(np.uint16).max] = PADDING
@@ -61,8 +73,10 @@ class PackedRows:
 
 
 def record_dtype(seq_len: int, vocab_size: int) -> np.dtype:
-    """The layout of a stored row: little-endian, 16 bits per token where the vocabulary allows it
-    (the largest value is the padding)."""
+    """Layout of a stored row: little-endian, 16 bits per token where the vocabulary allows it.
+
+    The largest 16-bit value is the padding.
+    """
     token = "<u2" if vocab_size <= np.iinfo(np.uint16).max else "<i4"
     return np.dtype([("bytes", "<i4"), ("tokens", token, (seq_len + 1,))])
 
@@ -70,17 +84,20 @@ def record_dtype(seq_len: int, vocab_size: int) -> np.dtype:
 def write_rows(
     documents: Iterable[str], tokenizer: Tokenizer, seq_len: int, path: Path, *, keep_tail: bool
 ) -> dict[str, int]:
-    """Tokenises documents and writes their rows to `path`.
+    """Tokenise documents and write their rows.
 
     Args:
-        documents: in the order in which they are to follow each other.
-        keep_tail: pad the last row if the tokens don't fill it, instead of dropping them.
+        documents: Documents in the order of the stream.
+        tokenizer: Tokenizer of the documents.
+        seq_len: Number of targets of a row.
+        path: ArrayRecord file to write.
+        keep_tail: Whether tokens that do not fill the last row are padded, or else dropped.
 
     Returns:
         Counts of "documents", "tokens" (with separators), "bytes" of text, and "rows".
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     counts = {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0}
     record = record_dtype(seq_len, tokenizer.vocab_size)
@@ -109,8 +126,10 @@ def write_rows(
 def _blocks(
     documents: Iterable[str], tokenizer: Tokenizer, counts: dict[str, int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The stream of tokens and their bytes in pieces of at least _BLOCK tokens; counts as it
-    goes."""
+    """The stream of tokens and their bytes in pieces of at least _BLOCK tokens.
+
+    Documents, tokens and bytes are added to `counts` on the way.
+    """
     separator = (np.array([tokenizer.separator], np.int32), np.zeros(1, np.int32))
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     pending = 0
@@ -136,7 +155,7 @@ def _joined(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np
 
 
 def _write(writer, tokens: np.ndarray, sizes: np.ndarray, seq_len: int, record: np.dtype) -> int:
-    """Writes all whole rows at the front of the stream; how many."""
+    """Write all whole rows at the front of the stream; returns their number."""
     count = max(0, len(tokens) - 1) // seq_len
     if count:
         windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]

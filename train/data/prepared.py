@@ -1,4 +1,4 @@
-"""From a DataConfig to packed rows: everything happens once and is kept in the cache."""
+"""From a DataConfig to packed rows, which are made once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from train.data.sources import open_corpus
 from train.data.storage import build_once
 from train.data.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 1  # raise when packed rows must be made anew
+FORMAT = 1  # to be raised when packed rows must be made again
 
 _METADATA = "metadata.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedData:
-    """The two splits of a corpus as rows of tokens.
+    """Two splits of a corpus as rows of tokens.
 
     Attributes:
-        train, validation: the rows.
-        tokenizer: what they were tokenised with.
-        fingerprint: of corpus, split, tokenizer and row length; equal rows have equal fingerprints.
-        statistics: what was packed: corpus and tokenizer, and documents, tokens, bytes and rows of
-            each split.
+        train: Rows of the training split.
+        validation: Rows of the held-out split.
+        tokenizer: Tokenizer of the rows.
+        fingerprint: Hash of corpus, split, tokenizer and row length; equal fingerprints mean equal
+            rows.
+        statistics: Names of corpus and tokenizer, and the counts of documents, tokens, bytes and
+            rows of each split.
     """
 
     train: PackedRows
@@ -54,12 +56,15 @@ class PackedData:
 
 
 def prepare(config: DataConfig) -> PackedData:
-    """Opens the packed rows of `config`, packing them first if the cache has none.
+    """Open the packed rows of a corpus; they are packed first if the cache has none.
 
-    Packing shows its progress on stderr where somebody watches.
+    Packing shows its progress on a terminal.
+
+    Args:
+        config: Corpus, tokenizer and row length.
 
     Raises:
-        DataError: corpus or tokenizer cannot be used, or the corpus is too small.
+        DataError: Corpus or tokenizer cannot be used, or the corpus is too small.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = open_corpus(config.corpus, config.validation, config.cache)
@@ -71,11 +76,17 @@ def prepare(config: DataConfig) -> PackedData:
 
 
 def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:
-    """Writes the rows of both splits and what is known of them to an empty folder.
+    """Write the rows of both splits and their statistics.
+
+    Args:
+        corpus: Documents to pack.
+        tokenizer: Tokenizer of the documents.
+        seq_len: Number of targets of a row.
+        folder: Empty folder to write.
 
     Raises:
-        DataError: a split gives no row.
-        OSError: the folder cannot be written.
+        DataError: A split gives no row.
+        OSError: The folder cannot be written.
     """
     statistics: dict[str, Any] = {
         "format": FORMAT,
@@ -94,7 +105,7 @@ def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> No
             corpus.count(split),
             unit="document",
             leave=False,
-            disable=None,  # only where somebody watches
+            disable=None,  # shown on a terminal only
         )
         with documents:
             counts = write_rows(

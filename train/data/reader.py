@@ -15,11 +15,11 @@ Batch = dict[str, np.ndarray]
 
 
 class TrainReader:
-    """The rows of a split in a shuffled, endless order that is new in every epoch.
+    """Rows of a split in a shuffled, endless order that is new in every epoch.
 
-    The global batch of step s is rows s·B to (s + 1)·B of that order, of which a process reads
-    some. The step number is therefore the whole state of the reader, and the batches don't depend
-    on the number of processes.
+    The global batch of step s is rows s·B to (s + 1)·B of that order, of which each process reads
+    its local rows. The step number is therefore the whole state of the reader, and batches do not
+    depend on the number of processes.
 
     Args:
         rows: Rows of the split.
@@ -41,18 +41,29 @@ class TrainReader:
         # of seed 0.
         key = int(np.random.SeedSequence(seed).generate_state(1)[0])
         order = grain.MapDataset.range(len(rows)).shuffle(seed=key).repeat()
-        # There is no remainder; without the word, grain 0.2.18 overflows for batches of one row.
+        # An endless order has no remainder; without drop_remainder grain 0.2.18 overflows for
+        # batches of one row.
         self._batches = order.batch(global_batch, drop_remainder=True).map(self._read)
 
     def batch(self, step: int) -> Batch:
-        """This process's part of the batch of a step: "tokens" int32 [b, seq_len + 1] and "rows"
-        int64 [b], the index of each row in its split."""
+        """Local rows of the batch of a step.
+
+        Args:
+            step: Number of the step, from 0.
+
+        Returns:
+            "tokens" [b, seq_len + 1], int32, and "rows" [b], int64, the index of each row in its
+            split.
+        """
         return cast(Batch, self._batches[step])  # only a filtered data set has gaps
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """`batch(start_step)`, `batch(start_step + 1)`, ... without end, read ahead by two threads.
+        """Batches of all steps from one on, without end, read ahead by two threads.
 
         The threads end when the iterator is closed or dropped.
+
+        Args:
+            start_step: Number of the first step.
         """
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         batches = iter(self._batches[start_step:].to_iter_dataset(options))
@@ -70,15 +81,22 @@ class TrainReader:
 def evaluation_batches(
     rows: PackedRows, batch_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """`limit` rows of a split (default: all), evenly spaced over it, once and in order.
+    """Rows of a split, evenly spaced over it, once and in order.
 
-    Neighbouring rows come from the same document: its first rows would be a poor sample of a split.
+    Neighbouring rows come from the same document, so that the first rows would be a poor sample.
 
-    All batches have the same shape: the last one is filled up with rows that hold nothing but -1
-    and 0 bytes.
+    Args:
+        rows: Rows of the split.
+        batch_size: Number of rows of a batch; the last batch is padded to it by rows of -1 with
+            0 bytes.
+        limit: Number of rows to read; None reads all of them.
 
-    Yields:
-        "tokens" int32 [b, seq_len + 1], -1 behind the end of the text; "bytes" int32 [b].
+    Returns:
+        Batches of "tokens" [b, seq_len + 1], int32, -1 behind the end of the text, and "bytes" [b],
+        int32.
+
+    Raises:
+        DataError: The batch size is less than 1.
     """
 
     def read(indices: np.ndarray) -> Batch:

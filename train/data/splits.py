@@ -1,4 +1,4 @@
-"""On which side a document stands: decided by its content alone."""
+"""Training or held-out: the split of a document follows from its content alone."""
 
 from __future__ import annotations
 
@@ -7,31 +7,45 @@ from typing import Literal
 
 from train.data.config import DataError
 
-_KEY = b"thoughtbubbles: held out"  # another use of the same hash must not see the same documents
+_KEY = b"thoughtbubbles: held out"  # keeps the split independent of other uses of the hash
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that name a document. Copies have the same digest and so never part."""
+    """Hash of a document, 16 bytes. Equal documents have equal hashes and so the same split."""
     return hashlib.blake2b(text.encode(), digest_size=16, key=_KEY).digest()
 
 
 def held_out(document: bytes, share: float) -> bool:
-    """Whether the document of this digest is for validation: true for `share` of all digests,
-    and never changed by other documents that come or go."""
+    """Whether a document is held out; other documents of the corpus do not matter.
+
+    Args:
+        document: Hash of the document (`digest`).
+        share: Share of all documents that is held out.
+    """
     return int.from_bytes(document[:8]) < share * 2**64
 
 
 def split_of(document: str, share: float) -> Literal["train", "validation"]:
-    """The split of a document, where `share` of all documents is held out."""
+    """Split of a document's text, where `share` of all documents is held out."""
     return "validation" if held_out(digest(document), share) else "train"
 
 
 def divide(documents: set[bytes], share: float, corpus: str) -> tuple[set[bytes], set[bytes]]:
-    """Train and validation digests, neither empty: a side that `held_out` leaves empty, as it may
-    in a small corpus, gets the document that is nearest to it.
+    """Divide documents into the two splits, of which neither is empty.
+
+    A split that `held_out` leaves empty, as it may in a small corpus, gets the document that is
+    nearest to the border.
+
+    Args:
+        documents: Hashes of the documents.
+        share: Share of all documents that is held out.
+        corpus: Name of the corpus, for the error message.
+
+    Returns:
+        Hashes of the training documents, and of the held-out ones.
 
     Raises:
-        DataError: fewer than two documents.
+        DataError: There are fewer than two documents.
     """
     if len(documents) < 2:
         raise DataError(

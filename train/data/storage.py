@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whatever is killed and whoever else is at it."""
+"""Folders that are written whole or not at all, by one process at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from train.data.config import DataError
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
-    """Makes `folder` by calling `build` on an empty neighbour and renaming that; whether it did.
+    """Make a folder atomically, unless it exists.
 
-    A second process that wants the same folder waits, then finds it made. What a killed process
-    left behind is swept away by the next one.
+    It is built under another name beside its own and then renamed. A second process that needs the
+    same folder waits for the first one. What a killed process left is removed by the next one.
+
+    Args:
+        folder: Folder to make.
+        build: Function that fills an empty folder.
+
+    Returns:
+        Whether the folder was made by this call.
 
     Raises:
-        DataError: the file system refuses (no space, no permission, no locks).
+        DataError: The file system refuses (no space, no permission, no locks).
     """
     if folder.exists():
         return False

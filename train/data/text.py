@@ -1,4 +1,4 @@
-"""Files to text: which files count, how one is decoded, where a lone file is cut."""
+"""Files to text: which files count, how they are decoded, where a lone file is cut."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from train.data.config import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-"""Files of a folder that are read; also with .gz behind. Others are left alone: HTML too, since it
-mostly stands beside the text that it was made from, and one would be trained on and the other held
-out."""
+"""Suffixes of the files of a folder that are read, also followed by .gz. HTML is left out, since it
+often lies beside the text that it was made from: one could be trained on and the other held out."""
 
 SECTION = 8192
-"""Characters after which a lone file is cut at the next blank line."""
+"""Number of characters after which a lone file is cut at the next blank line."""
 
 
 def is_text(name: str) -> bool:
@@ -24,10 +23,10 @@ def is_text(name: str) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file: unpacked (.gz) and decoded as UTF-8.
+    """Text of a file in UTF-8, unpacked if its name ends in .gz.
 
     Raises:
-        DataError: the file cannot be read, or isn't text.
+        DataError: The file cannot be read, or is not text.
     """
     try:
         raw = path.read_bytes()
@@ -48,10 +47,10 @@ def read_text(path: Path) -> str:
 
 
 def sections(text: str) -> Iterator[str]:
-    """Cuts the text of a lone file, which has no document boundaries, at blank lines.
+    """Cut the text of a lone file, which has no document boundaries, at blank lines.
 
-    The pieces are SECTION to 2·SECTION characters long (the last one may be shorter); where there
-    is no blank line they end at a line's end. Joined, they are the text.
+    Sections have SECTION to 2·SECTION characters (the last one may be shorter); where there is no
+    blank line they end at a line's end. Joined, they are the text.
     """
     start = 0
     while len(text) - start > SECTION:

@@ -1,4 +1,4 @@
-"""Corpora by TFDS name: "tfds:lm1b", "tfds:c4/en", ... read from disk, never downloaded."""
+"""Corpora of TensorFlow Datasets by name, read from disk and never downloaded."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TfdsCorpus:
 
 
 def _open(spec: str, cache: Path):
-    """The builder of a prepared data set: in cache/tfds, or where TFDS keeps its data."""
+    """Builder of a prepared data set, in cache/tfds or where TFDS keeps its data."""
     import tensorflow_datasets as tfds
 
     from train.data.builder import quiet

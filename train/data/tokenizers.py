@@ -22,55 +22,58 @@ SEPARATORS = (
     "<|im_end|>",
     "[SEP]",
 )
-"""Special tokens that may separate documents, in order of preference."""
+"""Special tokens that can separate documents, in order of preference."""
 
 _BYTES_JSON = '{"type": "bytes"}'
 
 
 class Tokenizer(Protocol):
-    """What the trainer asks of a tokenizer."""
+    """A tokenizer of pretraining data."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of the tokenizer in messages."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that encode alike."""
+        """Hash that is equal for tokenizers that encode alike."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """All ids are below it."""
+        """Size of the vocabulary; all ids are below it."""
         ...
 
     @property
     def separator(self) -> int:
-        """Id in front of every document; also what generation without a prompt starts from."""
+        """Token id before every document; generation without a prompt starts from it."""
         ...
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32 [n], bytes int32 [n]): the token ids of the text, no special ones among them,
-        and the UTF-8 bytes that each stands for. The bytes sum to the length of the text unless n
-        is 0."""
+        """Token ids of a text, without special tokens.
+
+        Returns:
+            Ids [n], int32, and the number of UTF-8 bytes that each stands for [n], int32. The bytes
+            sum to the length of the text in bytes, unless n is 0.
+        """
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids; separators and negative ids (padding) stand for nothing.
+        """Text of token ids; separators and negative ids (padding) are skipped.
 
         Raises:
-            DataError: an id is not in the vocabulary.
+            DataError: An id is not in the vocabulary.
         """
         ...
 
     def to_json(self) -> str:
-        """The whole tokenizer; written to a file, `load_tokenizer` reads it back."""
+        """The tokenizer as the content of a file that `load_tokenizer` reads."""
         ...
 
 
 class ByteTokenizer:
-    """Every byte of the UTF-8 text is a token; 256 is the separator."""
+    """Tokenizer whose tokens are the bytes of the UTF-8 text; 256 is the separator."""
 
     name = "bytes"
     vocab_size = 257
@@ -94,8 +97,11 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer.json of the `tokenizers` library, without its templates, padding and truncation.
 
+    Args:
+        path: Path of the file.
+
     Raises:
-        DataError: the file isn't one, or has none of `SEPARATORS`.
+        DataError: The file is no tokenizer.json, or has none of `SEPARATORS`.
     """
 
     def __init__(self, path: str | Path):
@@ -141,11 +147,13 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `DataConfig.tokenizer` names: "bytes", or the path of a file that holds a
-    Hugging Face tokenizer or what `Tokenizer.to_json` gave.
+    """The tokenizer that `DataConfig.tokenizer` names.
+
+    Args:
+        spec: "bytes", or the path of a tokenizer.json or of a file that `Tokenizer.to_json` made.
 
     Raises:
-        DataError: there is no such file, or it holds something else.
+        DataError: There is no such file, or it has another content.
     """
     if spec == "bytes" or _read(spec) == _BYTES_JSON:
         return ByteTokenizer()
@@ -172,7 +180,7 @@ def _fingerprint(json_text: str) -> str:
 
 
 def _tokens(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[int]:
-    """The ids that stand for text."""
+    """Ids without padding and separators."""
     array = np.asarray(ids, np.int64)
     if array.size and array.max() >= tokenizer.vocab_size:
         raise DataError(

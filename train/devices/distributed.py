@@ -1,4 +1,4 @@
-"""Several processes, one run: how they find each other, agree, and end."""
+"""A run of several processes: how they connect, agree on values and errors, and end."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,13 @@ import jax
 # The one private name: its client is the only way to jax's coordination service.
 from jax._src.distributed import global_state
 
-_FOREVER = 7 * 24 * 3600 * 1000  # ms: tokenising may take its time; a dead process ends the wait
+_FOREVER = 7 * 24 * 3600 * 1000  # ms; tokenising may be slow, and a dead process ends the wait
 _LEAVING = 5_000  # ms that a process which has failed waits for others that fail as well
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of a run find each other; without a word of it there is only one.
+    """How the processes of a run connect; by default there is one process.
 
     Attributes:
         coordinator: Address host:port at which all processes reach process 0; none for one process.
@@ -71,21 +71,24 @@ class DistributedConfig:
 
 @contextlib.contextmanager
 def distributed_context(config: DistributedConfig) -> Iterator[None]:
-    """Be one of the processes of a run for the length of this block.
+    """Context in which this process is one of the processes of a run.
 
-    Must come before the first use of a device. Whatever ends the block early ends the process, with
-    one line and status 2 for a `ValueError` or `OSError`, else 1: the usual end would wait for the
-    others, which may be waiting for this one.
+    It must be entered before the first use of a device. An exception in the block ends the process
+    at once, with one line and status 2 for a `ValueError` or `OSError`, else 1: jax's own end would
+    wait for the other processes, which may be waiting for this one.
+
+    Args:
+        config: Address of the coordinator and number of the processes.
 
     Raises:
-        ValueError: the others cannot be found.
+        ValueError: The other processes cannot be found.
     """
     if config.coordinator is None and not config.auto:
         yield
         return
     _join(config)
     name = f"process {global_state.process_id} of {global_state.num_processes}"
-    _last_words.say(
+    _last_words.set(
         f"error: {name} was ended before the run was: by a kill, or by jax since another process "
         f"fell silent; start all of them again, and the run goes on from its last checkpoint"
     )
@@ -97,9 +100,9 @@ def distributed_context(config: DistributedConfig) -> Iterator[None]:
         with contextlib.suppress(Exception):
             _client().wait_at_barrier("thoughtbubbles/leaving", _LEAVING)
             jax.distributed.shutdown()  # all fail alike
-        _last_words.take_back()
+        _last_words.withdraw()
         _exit(status)
-    _last_words.take_back()
+    _last_words.withdraw()
     try:
         jax.distributed.shutdown()
     except jax.errors.JaxRuntimeError as error:  # what this process had to do is done
@@ -167,7 +170,7 @@ def _exit(status: int) -> None:
 
 
 def _report(error: BaseException) -> int:
-    """Say why this process ends; its exit status."""
+    """Print why this process ends; returns its exit status."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
@@ -184,9 +187,9 @@ def _first_line(error: BaseException) -> str:
 
 
 class _LastWords:
-    """A line on stderr for when this process ends and has not taken it back.
+    """A line that is printed on stderr when this process ends, unless it is withdrawn before.
 
-    jax ends a process whose peers are gone by an abort in C++, after which no Python runs: so a
+    jax ends a process whose peers are gone by an abort in C++, after which no Python runs. So a
     small process waits at a pipe for the end of this one.
     """
 
@@ -201,8 +204,8 @@ if any(lines[-1:]):
 
     _watcher: subprocess.Popen[str] | None = None
 
-    def say(self, line: str) -> None:
-        """In place of what was said before."""
+    def set(self, line: str) -> None:
+        """Set the line; it replaces an earlier one."""
         if self._watcher is None:
             command = [sys.executable, "-I", "-S", "-c", self._WATCH]
             self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
@@ -210,7 +213,8 @@ if any(lines[-1:]):
         self._watcher.stdin.write(f"{line}\n")
         self._watcher.stdin.flush()
 
-    def take_back(self) -> None:
+    def withdraw(self) -> None:
+        """Print nothing when this process ends."""
         if self._watcher is not None:
             self._watcher.communicate("\n")
             self._watcher = None
@@ -221,7 +225,7 @@ _last_words = _LastWords()
 
 # Agreement
 
-_rounds = itertools.count()  # all processes agree in the same order
+_rounds = itertools.count()  # equal in all processes, which call `broadcast` in the same order
 
 
 def is_multiprocess() -> bool:
@@ -234,17 +238,21 @@ def _client() -> Any:
 
 
 def broadcast(value: Any) -> list[Any]:
-    """What each process of several says (JSON), by its number; all must come."""
+    """Values of all processes, by process number; every process must call it.
+
+    Args:
+        value: Value of this process, as JSON can write it.
+    """
     client, topic = _client(), f"thoughtbubbles/{next(_rounds)}"
     client.key_value_set(f"{topic}/{global_state.process_id}", json.dumps(value))
     client.wait_at_barrier(topic, _FOREVER)
-    told = {int(key.rpartition("/")[2]): said for key, said in client.key_value_dir_get(topic)}
-    return [json.loads(told[process]) for process in range(global_state.num_processes)]
+    values = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(topic)}
+    return [json.loads(values[process]) for process in range(global_state.num_processes)]
 
 
 @contextlib.contextmanager
 def sync_errors() -> Iterator[None]:
-    """What raises a `ValueError` or `OSError` in one process raises one in all."""
+    """Context in which a `ValueError` or `OSError` of one process raises one in all processes."""
     if not is_multiprocess():
         yield
         return
@@ -253,26 +261,31 @@ def sync_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         own = error
-    told = broadcast(own and _first_line(own))
+    lines = broadcast(own and _first_line(own))
     if own is not None:
         raise own
-    for process, line in enumerate(told):
+    for process, line in enumerate(lines):
         if line is not None:
             raise ValueError(f"process {process}: {line}")
 
 
-def assert_same_on_all_hosts(what: str, value: Any) -> None:
-    """Raise in all processes unless all have the same value (JSON)."""
+def assert_same_on_all_hosts(name: str, value: Any) -> None:
+    """Raise a ValueError in all processes unless all have the same value.
+
+    Args:
+        name: Name of the value, for the error message.
+        value: Value of this process, as JSON can write it.
+    """
     if not is_multiprocess():
         return
-    first, *others = (_flat(what, told) for told in broadcast(value))
+    first, *others = (_flat(name, other) for other in broadcast(value))
     for process, other in enumerate(others, 1):
-        differing = [name for name in first | other if first.get(name) != other.get(name)]
+        differing = [key for key in first | other if first.get(key) != other.get(key)]
         if differing:
-            name = differing[0]
+            key = differing[0]
             raise ValueError(
-                f"processes disagree: {name} is {first.get(name)!r} in process 0 and "
-                f"{other.get(name)!r} in process {process}: give all of them the same options, "
+                f"processes disagree: {key} is {first.get(key)!r} in process 0 and "
+                f"{other.get(key)!r} in process {process}: give all of them the same options, "
                 "data and disk"
             )
 
@@ -300,9 +313,9 @@ _GONE = re.compile(
 
 @contextlib.contextmanager
 def ends_when_alone() -> Iterator[None]:
-    """End the process in this block with one line when an error shows that another one is gone.
+    """Context in which an error that shows the loss of another process ends this one, in one line.
 
-    Right here, because whatever is cleaned up around the block may wait for the lost one.
+    The process ends inside the block, because clean-up around it may wait for the lost process.
     """
     try:
         yield
@@ -314,7 +327,7 @@ def ends_when_alone() -> Iterator[None]:
 def _leave_if_alone(error: BaseException) -> None:
     if is_multiprocess() and (reason := _loss(error)):
         # Not printed here: jax may be about to abort this process, with much to say.
-        _last_words.say(
+        _last_words.set(
             f"error: process {global_state.process_id} of {global_state.num_processes}: another "
             f"process has ended or can't be reached ({reason}); see its output, start all of them "
             "again, and the run goes on from its last checkpoint"

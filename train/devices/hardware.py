@@ -1,4 +1,4 @@
-"""Chips: what their vendors publish, for roofline times, memory limits and MFU."""
+"""Published facts of chips, for roofline times, memory limits and MFU."""
 
 import dataclasses
 import os
@@ -12,15 +12,16 @@ class Chip:
     """One accelerator as JAX sees it (a device).
 
     Attributes:
-        name: in topology names, e.g. `v5p` of `v5p:4x4x4`.
+        name: Name of the chip in topologies, such as `v5p` of `v5p:4x4x4`.
         kinds: `device_kind` strings of `jax.devices()`.
-        flops: peak bfloat16 matrix FLOP/s, dense, float32 accumulation.
-        memory: bytes that a program can have.
-        memory_bandwidth: bytes/s.
-        link: bytes/s that a device sends along one dimension of its torus (two links, one each
-            way) on a TPU, or to the other devices of its host on a GPU.
-        network: bytes/s that each device sends to other hosts; None for a TPU, whose slice is one
-            network, and for cards of no system that could be named, hence no topology.
+        flops: Peak bfloat16 matrix FLOP/s, dense, with float32 accumulation.
+        memory: Memory that a program can use, in bytes.
+        memory_bandwidth: Bandwidth of that memory, in bytes/s.
+        link: Bandwidth at which a device sends, in bytes/s: along one dimension of its torus (two
+            links, one each way) on a TPU, to the other devices of its host on a GPU.
+        network: Bandwidth at which each device sends to other hosts, in bytes/s. None for a TPU,
+            whose slice is one network, and for cards that belong to no known system, hence have no
+            topology.
     """
 
     name: str
@@ -60,15 +61,15 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip with this `jax.Device.device_kind`, or None if the table lacks it."""
+    """The chip of a `jax.Device.device_kind`, or None if the table lacks it."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip
     return None
 
 
-# Without these libtpu asks a machine without TPUs who it is, and prints that nobody answers;
-# without the first, two processes can't compile for TPUs at once.
+# Without these libtpu queries the metadata server of a machine without TPUs, and prints that it
+# does not answer; without the first, two processes cannot compile for TPUs at once.
 _LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -86,9 +87,9 @@ def libtpu_without_tpus() -> None:
 
 
 def quiet_libtpu() -> None:
-    """Keep libtpu silent where it is installed and no TPU is.
+    """Keep libtpu silent on a machine without TPUs.
 
-    JAX loads libtpu to ask for devices; to be called before JAX does so.
+    To be called before JAX lists devices, for which it loads libtpu.
     """
     if not (any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))):
         libtpu_without_tpus()

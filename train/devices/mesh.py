@@ -17,10 +17,7 @@ BATCH_AXES = ("data", "fsdp")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 for the one that takes what is left.
-
-    `data` replicates parameters, `fsdp` shards them (both split the batch), `tensor` splits heads,
-    MLP width and vocabulary.
+    """Number of devices along each mesh axis; one of them may be -1, for all that are left.
 
     Attributes:
         data: Devices along the axis that splits the batch and replicates parameters.
@@ -48,7 +45,15 @@ class AxisRules:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A `data x fsdp x tensor` mesh over all devices (one device is the 1x1x1 mesh)."""
+    """A `data x fsdp x tensor` mesh; one device is the 1x1x1 mesh.
+
+    Args:
+        config: Number of devices along each axis.
+        devices: Devices of the mesh; None takes all devices.
+
+    Raises:
+        ValueError: The product of the sizes is not the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     free = [name for name, size in sizes.items() if size == -1]
@@ -56,9 +61,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if len(free) == 1 and fixed >= 1 and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
-        wanted = " ".join(f"{name}={size}" for name, size in sizes.items())
+        given = " ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"mesh {wanted} does not fit {len(devices)} devices: "
+            f"mesh {given} does not fit {len(devices)} devices: "
             f"choose sizes whose product is {len(devices)}, one of them may be -1"
         )
     auto, shape = (AxisType.Auto,) * len(sizes), tuple(sizes.values())
@@ -70,16 +75,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over `data` and `fsdp`."""
+    """Sharding of the leading axis over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raise unless a batch divides into `accumulate` parts that divide over the mesh."""
+    """Raise a ValueError unless a batch divides into microbatches that divide over the mesh.
+
+    Args:
+        batch_size: Number of rows of a batch over all devices.
+        accumulate: Number of microbatches of a batch.
+        mesh: Mesh of the run.
+    """
     shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
     if batch_size < 1 or accumulate < 1 or batch_size % (accumulate * shards):
         raise ValueError(
@@ -92,8 +104,13 @@ def state_shardings(state: Any, mesh: Mesh, rules: AxisRules = AxisRules()) -> A
     """Shardings of a tree that holds Flax Variables with `axes` metadata; other leaves replicate.
 
     Args:
-        state: abstract or real parameters, optimizer state (moments keep their parameter's
-            metadata), or anything that contains them.
+        state: Parameters, optimizer state (moments keep their parameter's metadata), or any tree
+            of them; abstract or real.
+        mesh: Mesh of the run.
+        rules: Mesh axis of each logical parameter axis.
+
+    Raises:
+        ValueError: The size of a parameter does not divide over its mesh axis.
     """
 
     def of_node(path: Any, node: Any) -> Any:
@@ -128,7 +145,7 @@ def _sharding_of(path, shape, axes, mesh: Mesh, rules: AxisRules) -> NamedShardi
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of arrays, real or abstract, with shardings."""
+    """Bytes that one device holds of a tree of arrays, real or abstract, with shardings."""
     sizes = [
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -137,9 +154,9 @@ def shard_bytes(tree: Any) -> int:
 
 
 def constrain_batch(mesh: Mesh):
-    """A function that keeps residuals `[B, S, D]` split over the batch alone.
+    """A sharding constraint for residuals `[B, S, D]`, which splits the batch alone.
 
-    Without it XLA may choose to split `D` instead, at several times the memory.
+    Without it XLA may choose to split `D`, at several times the memory. None for one device.
     """
     if mesh.size == 1:
         return None
@@ -153,26 +170,32 @@ def place(batch: Any, mesh: Mesh) -> jax.Array:
 
 
 def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a batch this process's devices hold, rising.
+    """Indices of the local rows of a batch, those on this process's devices, ascending `[b]`.
 
-    Not always neighbours: on a TPU slice a process has a block of the torus. Processes that differ
-    only along `tensor` hold the same rows.
+    They need not be contiguous: on a TPU slice a process has a block of the torus. Processes that
+    differ only along `tensor` have the same rows.
     """
     return rows_on(batch_sharding(mesh).addressable_devices, batch_size, mesh)
 
 
 def rows_on(devices: Iterable[Any], batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a batch some of the mesh's devices hold, rising."""
-    places = batch_sharding(mesh).devices_indices_map((batch_size,))
+    """Indices of the rows of a batch on some of the mesh's devices, ascending `[b]`."""
+    slices = batch_sharding(mesh).devices_indices_map((batch_size,))
     every = np.arange(batch_size)
-    return np.unique(np.concatenate([every[places[device]] for device in devices]))
+    return np.unique(np.concatenate([every[slices[device]] for device in devices]))
 
 
 def place_local(part: np.ndarray, rows: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
-    """Put this process's rows of a batch on the mesh.
+    """Put this process's local rows of a batch on the mesh.
 
     Args:
-        part: `[b, ...]`, the rows of the batch that `rows [b]` names (`rows_here`).
+        part: Local rows of the batch `[b, ...]`.
+        rows: Indices of these rows in the batch, ascending `[b]` (`rows_here`).
+        batch_size: Number of rows of the batch over all processes, B.
+        mesh: Mesh of the run.
+
+    Returns:
+        The whole batch `[B, ...]`, split over `data` and `fsdp`.
     """
 
     def shard(index: Any) -> np.ndarray:

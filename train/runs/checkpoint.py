@@ -15,31 +15,40 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import traverse_util
 
+from train.runs.leaves import (
+    CheckpointError,
+    flatten,
+    forms,
+    key_impls,
+    nested,
+    read_targets,
+    stored,
+)
 from train.runs.quiet_orbax import QuietOrbax
 
 _ITEMS = ("params", "train")
 _SHOWN = 3  # leaves named in an error line
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written, or not be read into what was asked for; one line."""
-
-
 class Checkpointer:
     """Saves and restores the two pytrees of a run; every process of the run calls every method.
 
-    `params` and `train` are any pytrees of jax arrays (typed PRNG keys included); `meta` is a JSON
-    object. Saves at multiples of `save_interval` and when the cluster announces a preemption; keeps
-    the newest `keep` checkpoints and, for ever, those at multiples of `keep_every`.
+    Checkpoints are written in the background. The error of an earlier save is raised by the next
+    call or by `close`, as a one-line `CheckpointError`, and leaves older checkpoints as they are.
 
-    Writing goes on in the background: the error of an earlier save is raised by the next call or by
-    `close`, always as a one-line `CheckpointError`, and never touches an older checkpoint.
+    Args:
+        directory: Run folder; it is made if it does not exist.
+        save_interval: Number of steps between checkpoints. One is also due when the cluster
+            announces a preemption.
+        keep: Number of newest checkpoints that are kept.
+        keep_every: Number of steps whose multiples are kept for ever; None for none.
+
+    Raises:
+        CheckpointError: A number is less than 1, or the folder cannot be used.
     """
 
     def __init__(
@@ -96,14 +105,24 @@ class Checkpointer:
     def save(
         self, step: int, params: Any, train: Any, meta: Mapping[str, Any], force: bool = False
     ) -> bool:
-        """Starts to save when a save is due at `step` (or `force`); True if it did.
+        """Start to save if a checkpoint is due.
 
-        Returns as soon as the arrays are copied; they may be donated right after. A step that is
-        already saved is left as it is (False).
+        The call returns as soon as the arrays are copied; they may be donated then. A step that is
+        already saved is left as it is.
+
+        Args:
+            step: Number of updates done.
+            params: Pytree of arrays (typed PRNG keys included) that `load_params` reads.
+            train: Pytree of the arrays that only a resumed run needs.
+            meta: Metadata of the run, as JSON can write it.
+            force: Whether to save even if no checkpoint is due.
+
+        Returns:
+            Whether a save was started.
 
         Raises:
-            CheckpointError: an earlier save failed; a leaf is not an array or is empty; `meta` is
-                not JSON; a newer checkpoint than `step` exists, which resuming would prefer.
+            CheckpointError: An earlier save failed; a leaf is not an array or is empty; `meta` is
+                not JSON; a newer checkpoint than `step` exists, from which a run would resume.
         """
         if not self._manager.is_saving_in_progress():
             self._wait()
@@ -115,11 +134,11 @@ class Checkpointer:
             )
         if newest == step or not (force or self._manager.should_save(step)):
             return False
-        trees = {"params": _flatten(params), "train": _flatten(train)}
+        trees = {"params": flatten(params), "train": flatten(train)}
         envelope = {
             "meta": dict(meta),
-            "leaves": {item: _forms(tree) for item, tree in trees.items()},
-            "keys": {item: _key_impls(tree) for item, tree in trees.items()},
+            "leaves": {item: forms(tree) for item, tree in trees.items()},
+            "keys": {item: key_impls(tree) for item, tree in trees.items()},
         }
         try:
             json.dumps(envelope)
@@ -127,7 +146,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"meta is not JSON ({error}): pass only strings, numbers, None, lists and dicts"
             ) from None
-        items = {item: ocp.args.StandardSave(_stored(tree)) for item, tree in trees.items()}
+        items = {item: ocp.args.StandardSave(stored(tree)) for item, tree in trees.items()}
         self._writing = step
         try:
             return self._manager.save(
@@ -139,23 +158,26 @@ class Checkpointer:
             raise self._unwritten(error) from error
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint (one still being written does not count), or None."""
+        """Step of the newest complete checkpoint (one being written does not count), or None."""
         return max(_steps(self._directory), default=None)
 
     def restore(
         self, params_abstract: Any, train_abstract: Any, step: int | None = None
     ) -> tuple[int, Any, Any, dict[str, Any]]:
-        """Reads `step` (None: the newest) into the structure and shardings of the abstract trees.
+        """Read a checkpoint into the structure and shardings of abstract trees.
 
         Args:
-            params_abstract, train_abstract: pytrees of `jax.ShapeDtypeStruct` or arrays; the result
-                has their structure and their shardings (the first device for a leaf without one).
+            params_abstract: Pytree of `jax.ShapeDtypeStruct` or arrays like the saved `params`; a
+                leaf without a sharding goes to the first device.
+            train_abstract: The same for `train`.
+            step: Step of the checkpoint; None takes the newest.
 
         Returns:
-            (step, params, train, meta)
+            Step, `params`, `train` and `meta` of the checkpoint.
 
         Raises:
-            CheckpointError: no such step; names, shapes or dtypes differ; the files are damaged.
+            CheckpointError: There is no such step; names, shapes or dtypes differ; or the files are
+                damaged.
         """
         self._wait()
         step = _choose(self._directory, step)
@@ -163,21 +185,24 @@ class Checkpointer:
         envelope = _read_envelope(folder)
         restored = []
         for item, abstract in zip(_ITEMS, (params_abstract, train_abstract), strict=True):
-            targets = _flatten(abstract)
-            _compare(folder, item, envelope["leaves"][item], _forms(targets))
-            leaves = _read(folder, item, _with_shardings(targets), envelope)
+            targets = flatten(abstract)
+            _compare(folder, item, envelope["leaves"][item], forms(targets))
+            leaves = _read(folder, item, read_targets(targets), envelope)
             restored.append(jax.tree.unflatten(jax.tree.structure(abstract), leaves.values()))
         return step, restored[0], restored[1], envelope["meta"]
 
     def reached_preemption(self, step: int) -> bool:
-        """True in all processes at the same step after the cluster announced a preemption to one.
+        """Whether the cluster has announced a preemption to one of the processes.
 
-        Needs `jax.distributed`; always False without it.
+        True in all processes at the same step; always False without `jax.distributed`.
+
+        Args:
+            step: Number of updates done.
         """
         return self._manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Waits until the last save is on disk."""
+        """Wait until the last save is on disk."""
         with self._resources:
             try:
                 self._wait()
@@ -201,12 +226,16 @@ class Checkpointer:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Counts steps from the first one asked for: jax settles on 1 if the notice came before."""
+    """Orbax's manager, with steps counted from the first call of `reached_preemption`.
+
+    jax agrees on step 1 if the notice came before that call.
+    """
 
     _first: int | None = None
 
     def reached_preemption(self, step: int) -> bool:
-        # The thread that ends a save asks about its step; jax would think that we stand there.
+        # The thread that finishes a save calls it for the saved step, which jax would take for the
+        # step of the run.
         if threading.current_thread() is not threading.main_thread():
             return False
         if self._first is None:
@@ -217,18 +246,19 @@ class _Manager(ocp.CheckpointManager):
 def load_params(
     path: str | os.PathLike[str], step: int | None = None
 ) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """Reads the parameters alone, on any machine, without model, trainer or mesh.
+    """Read the parameters alone, on any machine, without model, trainer or mesh.
 
     Args:
-        path: run folder or one of its step folders.
-        step: which step of a run folder; None is the newest.
+        path: Run folder, or one of its step folders.
+        step: Step of the checkpoint in a run folder; None takes the newest.
 
     Returns:
-        (meta, params): `params` is a nested dict of NumPy arrays by name; the keys of a level whose
-        names are all digits (list indices) are ints, as in `flax.nnx.to_pure_dict`.
+        Metadata of the run, and its parameters as a nested dict of NumPy arrays by name. Keys are
+        ints on a level whose names are all digits (list indices), as in `flax.nnx.to_pure_dict`.
 
     Raises:
-        CheckpointError: missing folder, no checkpoint in it, no such step, damaged files.
+        CheckpointError: The folder does not exist, has no checkpoint or not this one, or its files
+            are damaged.
     """
     directory = epath.Path(path).expanduser().absolute()
     if directory.name.isdigit() and (directory / "params").exists():
@@ -240,92 +270,21 @@ def load_params(
     folder = directory / str(_choose(directory, step))
     envelope = _read_envelope(folder)
     targets = dict.fromkeys(envelope["leaves"]["params"])
-    return envelope["meta"], _nested(_read(folder, "params", targets, envelope))
+    return envelope["meta"], nested(_read(folder, "params", targets, envelope))
 
 
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The caller's metadata of the newest checkpoint in a run folder, or None if it has none."""
+    """Metadata of the newest checkpoint in a run folder, or None if there is no checkpoint.
+
+    Args:
+        path: Run folder.
+
+    Raises:
+        CheckpointError: The metadata are damaged.
+    """
     directory = epath.Path(path).expanduser().absolute()
     steps = _steps(directory) if directory.exists() else []
     return _read_envelope(directory / str(steps[-1]))["meta"] if steps else None
-
-
-# Leaves and their names
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """{name: leaf} in the order of the tree's leaves."""
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        # An nnx.Variable adds this key below the name of the parameter.
-        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-            path = path[:-1]
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in named:
-            raise CheckpointError(f"two leaves have the name {name}: rename one of them")
-        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            raise CheckpointError(
-                f"{name} is a Python {type(leaf).__name__} ({leaf!r}), not an array: "
-                f"make it jnp.asarray({leaf!r})"
-            )
-        if leaf.size == 0:
-            raise CheckpointError(f"{name} has shape {leaf.shape}, no elements to store: drop it")
-        named[name] = leaf
-    return named
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[Any, Any]:
-    def with_indices(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        as_key = int if all(key.isdigit() for key in node) else str
-        return {as_key(key): with_indices(child) for key, child in node.items()}
-
-    return with_indices(traverse_util.unflatten_dict(dict(leaves), sep="/"))
-
-
-def _forms(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """{name: shape and dtype}; the dtype of a PRNG key names its implementation."""
-    impls = _key_impls(leaves)
-    return {
-        name: f"{tuple(leaf.shape)} "
-        + (f"key<{impls[name]}>" if name in impls else str(leaf.dtype))
-        for name, leaf in leaves.items()
-    }
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_impls(leaves: Mapping[str, Any]) -> dict[str, str]:
-    impls = {}
-    for name, leaf in leaves.items():
-        if _is_key(leaf):
-            # Inside a trace this also works for an abstract key.
-            jax.eval_shape(
-                lambda key, name=name: impls.update({name: str(jax.random.key_impl(key))}),
-                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            )
-    return impls
-
-
-def _stored(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: jax.random.key_data(leaf) if _is_key(leaf) else leaf for n, leaf in leaves.items()}
-
-
-def _with_shardings(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """What to read for abstract leaves: for a PRNG key its data, sharded like the key."""
-    targets = {}
-    for name, leaf in leaves.items():
-        form = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        if _is_key(leaf):
-            form = jax.eval_shape(jax.random.key_data, form)
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is None:
-            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        targets[name] = jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=sharding)
-    return targets
 
 
 # Reading
@@ -364,7 +323,7 @@ def _read(
     targets: Mapping[str, jax.ShapeDtypeStruct | None],
     envelope: dict[str, Any],
 ) -> dict[str, Any]:
-    """The named leaves of an item, sharded like their targets, or as NumPy arrays (target None)."""
+    """Named leaves of an item, sharded like their targets, or as NumPy arrays (target None)."""
     leaves = {}
     for name, target in targets.items():
         # Where one process has all shards, it reads the leaf at once, which is faster.
@@ -436,7 +395,7 @@ def _is_intact(folder: epath.Path) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's words if there are any in it; else the first line, cut."""
+    """The operating system's message if the error has one in it; else its first line, cut."""
     text = str(error)
     for code in errno.errorcode:
         if os.strerror(code) in text:

@@ -1,4 +1,4 @@
-"""What a run's time and memory go to: steps, data, MFU, percentiles, a profiler window."""
+"""Time and memory of a run: step times, data wait, MFU, percentiles, a profiler window."""
 
 import contextlib
 import re
@@ -17,18 +17,19 @@ from train.devices.hardware import GIB, chip_of
 
 
 class Stopwatch:
-    """Times of completed steps, by a clock that never jumps.
+    """Times of completed steps, by a monotonic clock.
 
-    A step takes from the completion of the step before to its own, so that dispatching ahead of
-    the device counts for nothing. The first step (it compiles) only starts time, and a pause
-    (`resume`: an evaluation, a checkpoint) is no part of any step.
+    The time of a step runs from the completion of the step before to its own, whenever it was
+    dispatched. The first step, which compiles, is not timed, and a pause (`resume`: an evaluation,
+    a checkpoint) is no part of any step.
 
     Args:
-        tokens: of a step.
-        flops: that a step needs on the whole mesh (`RunConfig.step_flops`).
-        peak_flops: FLOP/s of the whole mesh, or None if unknown (`peak_flops`).
-        born: when the process began, by the same clock, for goodput; now by default.
-        window: how many steps rates and percentiles look back.
+        tokens: Number of tokens of a step.
+        flops: FLOPs of a step on the whole mesh (`RunConfig.step_flops`).
+        peak_flops: Peak FLOP/s of the whole mesh (`peak_flops`); None if unknown.
+        start_time: Time at which the process began, by the same clock, for goodput; None takes now.
+        window: Number of newest steps that rates and percentiles are taken over.
+        clock: Function that returns the time in seconds.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Stopwatch:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._tokens, self._flops, self._peak_flops = tokens, flops, peak_flops
-        self._clock, self._born = clock, clock() if start_time is None else start_time
+        self._clock, self._start_time = clock, clock() if start_time is None else start_time
         self._last: float | None = None
         self._in_steps = 0.0
         self._waited = 0.0  # for data, since the last completed step
@@ -49,12 +50,13 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the host's wait for its next batch."""
+        """Context of the host's wait for its next batch."""
         start = self._clock()
         yield
         self._waited += self._clock() - start
 
     def step_done(self) -> None:
+        """To be called when a step is complete on the device."""
         now = self._clock()
         if self._last is not None:
             self._steps.append((now - self._last, self._waited))
@@ -68,18 +70,18 @@ class Stopwatch:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the window; None before the second step."""
+        """Rate over the window; None before the second step."""
         seconds = sum(seconds for seconds, _ in self._steps)
         return self._tokens * len(self._steps) / max(seconds, 1e-9) if self._steps else None
 
     def report(self) -> dict[str, float]:
-        """Rates over the window, and the share of wall time since birth that went to steps.
+        """Rates and percentiles over the window.
 
         Returns:
-            `tokens_per_second`; `step_seconds` (median), `step_seconds_p90`, `step_seconds_p99`;
-            `data_wait`, the share of step time in which the host waited for a batch; `goodput`,
-            the share of the process's time in completed steps (what is missing: start,
-            compilation, evaluation, checkpoints); `mfu`, the model's FLOPs at the median step time
+            Values by name: `tokens_per_second`; `step_seconds` (median), `step_seconds_p90` and
+            `step_seconds_p99`; `data_wait`, the share of step time in which the host waited for a
+            batch; `goodput`, the share of the process's time in completed steps (the rest is start,
+            compilation, evaluation and checkpoints); `mfu`, model FLOP/s at the median step time
             over the peak, where the peak is known. Empty before the second step.
         """
         if self.tokens_per_second is None:
@@ -92,14 +94,14 @@ class Stopwatch:
             "step_seconds_p90": p90,
             "step_seconds_p99": p99,
             "data_wait": waited.sum() / max(seconds.sum(), 1e-9),
-            "goodput": self._in_steps / max(self._clock() - self._born, 1e-9),
+            "goodput": self._in_steps / max(self._clock() - self._start_time, 1e-9),
         }
         if self._peak_flops is not None:
             report["mfu"] = self._flops / max(median, 1e-9) / self._peak_flops
         return {name: float(value) for name, value in report.items()}
 
     def readable(self) -> str:
-        """One line for a person."""
+        """The report in one line of text."""
         report = self.report()
         if not report:
             return "time: fewer than two steps"
@@ -112,9 +114,12 @@ class Stopwatch:
 
 
 def peak_flops(mesh: Mesh, tflops_per_device: float | None = None) -> float | None:
-    """Peak FLOP/s of a mesh: its chips' bfloat16 peak (`train.devices.hardware`), or what is given.
+    """Peak bfloat16 FLOP/s of a mesh; None for devices of no known chip, such as CPUs.
 
-    None for devices that the table lacks, such as CPUs.
+    Args:
+        mesh: Mesh of the run.
+        tflops_per_device: Peak of a device in 10^12 FLOP/s; None takes that of its chip
+            (`train.devices.hardware`).
     """
     if tflops_per_device is not None:
         return tflops_per_device * 1e12 * mesh.size
@@ -123,30 +128,30 @@ def peak_flops(mesh: Mesh, tflops_per_device: float | None = None) -> float | No
 
 
 def memory() -> dict[str, float]:
-    """GiB in use and at the peak on this process's fullest device, and the host process's peak.
+    """Memory of this process in GiB: in use and peak of its fullest device, and peak of the host.
 
-    Devices that keep no account of their memory (CPUs) are left out.
+    Devices without memory statistics (CPUs) are left out.
     """
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     report = {
         "memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     }
-    accounts = [account for d in jax.local_devices() if (account := d.memory_stats())]
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
     for name, key in (("in_use", "bytes_in_use"), ("peak", "peak_bytes_in_use")):
-        if accounts and all(key in account for account in accounts):
-            report[f"memory/device_{name}_gib"] = max(a[key] for a in accounts) / GIB
+        if stats and all(key in found for found in stats):
+            report[f"memory/device_{name}_gib"] = max(found[key] for found in stats) / GIB
     return report
 
 
 class Profiler:
-    """Records the steps of a window with jax's profiler, for TensorBoard and Perfetto.
+    """Profiler trace of a window of steps, for TensorBoard and Perfetto.
 
     Args:
-        window: `"10:20"` or `"steps=10:20"`: from step 10 to step 20, both included; "" for none.
-        folder: where the trace goes.
+        window: First and last step, both included, as "10:20" or "steps=10:20"; "" for no trace.
+        folder: Folder of the trace.
 
     Raises:
-        ValueError: the window is written in another way.
+        ValueError: The window is written in another way.
     """
 
     def __init__(self, window: str, folder: Path):
@@ -162,7 +167,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the dispatch of a step."""
+        """Context of the dispatch of a step."""
         if not self._on and self._first <= number <= self._last:
             jax.profiler.start_trace(self._folder)
             self._on = True
@@ -170,7 +175,7 @@ class Profiler:
             yield
 
     def ends_with(self, number: int) -> bool:
-        """Whether step `number` is the last of the window that is being recorded."""
+        """Whether a step is the last of the window that is being recorded."""
         return self._on and number >= self._last
 
     def stop(self) -> None:
@@ -181,7 +186,13 @@ class Profiler:
 
 
 def not_recorded(window: str, start: int, steps: int) -> str | None:
-    """A line if a run of so many steps that goes on from `start` is past a part of its window."""
+    """A line for the user if a resumed run is past a part of its profiler window, else None.
+
+    Args:
+        window: First and last step of the window, as in `Profiler`.
+        start: Step that the run resumes from.
+        steps: Number of steps of the whole run.
+    """
     first, last = parse_window(window)
     last = min(last, steps)
     if not first <= min(start, last):
@@ -191,7 +202,7 @@ def not_recorded(window: str, start: int, steps: int) -> str | None:
 
 
 def parse_window(text: str) -> tuple[int, int]:
-    """First and last step of `"10:20"` or `"steps=10:20"`; a window that never comes for ""."""
+    """First and last step of "10:20" or "steps=10:20"; an empty window for ""."""
     if not text:
         return 0, -1
     match = re.fullmatch(r"(?:steps=)?(\d+):(\d+)", text)

@@ -1,4 +1,4 @@
-"""What a run reports: a JSON Lines file, TensorBoard, a progress bar."""
+"""Metrics of a run: a JSON Lines file, TensorBoard, a progress bar."""
 
 import json
 import math
@@ -31,12 +31,16 @@ class MetricWriter:
     the strings "NaN", "Infinity" and "-Infinity" (`read_metrics` turns them back). Each line is
     handed to the operating system at once, so that killing the process loses none.
 
-    A step is the number of updates done. `resume_step` is the step of the checkpoint that the run
-    goes on from (0: from the start): what was written for later steps is dropped, so that the file
-    ends up as that of an uninterrupted run, provided that the line of a step is written before its
-    checkpoint. None appends. A line that a kill cut in half is dropped in both cases.
+    Args:
+        directory: Run folder; it is made if it does not exist.
+        resume_step: Step of the checkpoint that the run resumes from, 0 for a new run. Lines of
+            later steps are dropped, so that the file becomes that of an uninterrupted run, provided
+            that the line of a step is written before its checkpoint. None appends. A line that a
+            kill cut in half is dropped in both cases.
+        enabled: Whether this process writes; only one process of a run may.
 
-    Only one process of a run may write: the others pass `enabled=False`, and nothing happens.
+    Raises:
+        MetricsError: The folder cannot be written, or the file is damaged.
     """
 
     def __init__(
@@ -71,15 +75,16 @@ class MetricWriter:
     def write(
         self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes one line, and the same to TensorBoard.
+        """Write one line, and the same to TensorBoard.
 
         Args:
-            values: scalars and vectors by name (Python, NumPy or jax); a vector is shown in
+            step: Number of updates done.
+            values: Scalars and vectors by name (Python, NumPy or jax); a vector is shown in
                 TensorBoard as the scalars name/0, name/1, ...
-            histograms: samples of any shape by name, for TensorBoard alone; only finite ones count.
+            histograms: Samples of any shape by name, for TensorBoard alone; only finite ones count.
 
         Raises:
-            MetricsError: a value that is no number or has more than one axis; the disk is full.
+            MetricsError: A value is no number or has more than one axis, or the disk is full.
         """
         if not self._enabled:
             return
@@ -99,6 +104,7 @@ class MetricWriter:
             raise _unwritten(self._path, error) from error
 
     def close(self) -> None:
+        """Close both files."""
         if not self._enabled:
             return
         self._file.close()
@@ -109,10 +115,14 @@ class MetricWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file (or of the run folder that holds it), a dict each, in order.
+    """Lines of a metrics file in order, a dict each.
+
+    Args:
+        path: Run folder, or its metrics file.
 
     Raises:
-        MetricsError: no such file, or a line other than a half-written last one is damaged.
+        MetricsError: There is no such file, or a line other than a half-written last one is
+            damaged.
     """
     file = Path(path)
     if file.is_dir():
@@ -123,12 +133,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Loss, tokens per second, time left: a bar on a terminal, else a line every `every` seconds.
+    """Loss, tokens per second and time left: a bar on a terminal, else a line now and then.
 
     Args:
-        total: steps of the whole run; `start` of them were done before.
-        enabled: False in all processes but one.
-        stream: where to; None is standard error.
+        total: Number of steps of the whole run.
+        start: Number of steps that were done before this process.
+        every: Seconds between lines where there is no terminal.
+        enabled: Whether this process prints; only one process of a run should.
+        stream: Text stream that is printed to; None takes standard error.
+        clock: Function that returns the time in seconds.
     """
 
     def __init__(
@@ -158,7 +171,13 @@ class Progress:
         self.close()
 
     def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
-        """Shows that `step` steps of the run are done."""
+        """Show the state of the run.
+
+        Args:
+            step: Number of updates done.
+            loss: Training loss of the last of them.
+            tokens_per_second: Rate of training; None if it is not known yet.
+        """
         if not self._enabled:
             return
         rate = (
@@ -182,12 +201,13 @@ class Progress:
         self.write(f"step {step}/{self._total}: loss {loss:.4f}{rate}{left}")
 
     def write(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Print a line without breaking the bar."""
         if self._enabled:
             tqdm.write(text, file=self._stream)
             self._stream.flush()
 
     def close(self) -> None:
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -195,8 +215,8 @@ class Progress:
 class _Events:
     """One TensorBoard event file, written in this thread.
 
-    `tensorboardX.SummaryWriter` would hand events to a thread, and wait for it for ever once the
-    thread has died of a full disk.
+    `tensorboardX.SummaryWriter` hands events to a thread, for which it waits for ever once a full
+    disk has ended the thread.
     """
 
     def __init__(self, directory: Path, resume_step: int | None):
@@ -274,7 +294,7 @@ def _decode(values: Any) -> Any:
 
 
 def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """(bytes, object) of every line; without a half-written last one."""
+    """Bytes and object of every line but a half-written last one."""
     lines = []
     for number, raw in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if not raw.endswith(b"\n"):
@@ -290,7 +310,7 @@ def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _trim(file: Path, last_step: int | None) -> None:
-    """Drops a half-written last line and the lines of steps after `last_step`, atomically."""
+    """Drop a half-written last line and the lines of steps after `last_step`, atomically."""
     if not file.exists():
         return
     kept = b"".join(

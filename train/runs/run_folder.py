@@ -1,4 +1,4 @@
-"""The folder of a run: who holds it, whether it may be continued, what a failure leaves in it."""
+"""The folder of a run: its lock, whether a config may resume it, what a failure leaves in it."""
 
 import contextlib
 import fcntl
@@ -17,11 +17,18 @@ from train.devices.distributed import broadcast, is_multiprocess, sync_errors
 from train.runs.resume import differences
 
 _LOCK, _OTHERS = ".lock", ".lock-others"
-NETWORK_DISK = 90.0  # seconds after which every host sees a new file
+NETWORK_DISK = 90.0
+"""Seconds after which every host of a shared disk sees a new file."""
 
 
 def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> None:
-    """Raise if `out` holds a run that this config would not continue."""
+    """Raise a ValueError if a run folder holds a run that this config may not resume.
+
+    Args:
+        out: Run folder.
+        saved: Metadata of its newest checkpoint; None if there is none.
+        config: Config of the run that is to resume.
+    """
     try:
         found = differences(saved["config"], config) if saved else []
     except ValueError as error:
@@ -35,7 +42,13 @@ def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> 
 
 
 def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> None:
-    """Raise if `out` holds a run on other data."""
+    """Raise a ValueError if a run folder holds a run on other data.
+
+    Args:
+        out: Run folder.
+        saved: Metadata of its newest checkpoint; None if there is none.
+        fingerprint: Hash of the data of the run that is to resume.
+    """
     if saved and saved["data_fingerprint"] != fingerprint:
         raise ValueError(
             f"{out} was trained on data {saved['data_fingerprint']}, they are now {fingerprint}: "
@@ -44,7 +57,13 @@ def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> Non
 
 
 def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any]) -> None:
-    """Raise if the run in `out` stands beside other frozen weights."""
+    """Raise a ValueError if the run of a folder was trained with other frozen weights.
+
+    Args:
+        out: Run folder.
+        saved: Metadata of its newest checkpoint; None if there is none.
+        meta: Metadata of the run that is to resume.
+    """
     if saved and saved.get("base") != meta.get("base"):
         raise ValueError(
             f"{out} was trained beside weights {saved.get('base')}, they are now "
@@ -54,44 +73,48 @@ def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any])
 
 @contextlib.contextmanager
 def run_lock(out: Path) -> Iterator[None]:
-    """Hold the run folder: a second run in it would overwrite the first one's files.
+    """Context that locks the run folder against a second run, which would overwrite its files.
 
-    Every process of the run calls it. Process 0 holds one file for all, however many processes a
-    second run has. The others share another one, so that a run is refused, too, while a process of
-    an earlier run is left that has not noticed the end of its process 0.
+    Every process of the run calls it. Process 0 locks one file for all. The others share the lock
+    of another file, so that a new run is also refused while a process of an earlier run is left
+    that has not noticed the end of its process 0.
+
+    Args:
+        out: Run folder; it is made if it does not exist.
 
     Raises:
-        ValueError: in all processes: another run holds the folder, or they see different folders.
+        ValueError: Another run has locked the folder, or the processes see different folders; it
+            is raised in all processes.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         token = secrets.token_hex()
         with sync_errors():
             if jax.process_index() == 0:
-                held.enter_context(_first(out, token))
+                locks.enter_context(_first(out, token))
         if is_multiprocess():
             first, *_ = broadcast(token)
             with sync_errors():
                 _check_shared(out, first)
                 if jax.process_index() > 0:
-                    held.enter_context(_locked(out / _OTHERS, fcntl.LOCK_SH, _taken(out)))
+                    locks.enter_context(_locked(out / _OTHERS, fcntl.LOCK_SH, _taken(out)))
         yield
         if is_multiprocess():
-            # Process 0 lets go last: whoever comes next finds nobody left of this run.
+            # Process 0 unlocks last, so that the next run finds no process of this one.
             if jax.process_index() > 0:
-                held.close()
+                locks.close()
             broadcast(None)
 
 
 @contextlib.contextmanager
 def _first(out: Path, token: str) -> Iterator[None]:
-    """Hold the folder as process 0, once no process of an earlier run is left."""
+    """Lock the folder as process 0, once no process of an earlier run is left."""
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out / _LOCK, fcntl.LOCK_EX, _taken(out)) as lock:
         left = (
             f"a process of an earlier run in {out} is still there, though its process 0 is not: "
             "end it, or wait until it notices (distributed.heartbeat seconds)"
         )
-        # Nobody can take it from here on who does not hold the first lock or belong to this run.
+        # From here on only processes of this run can lock it.
         with _locked(out / _OTHERS, fcntl.LOCK_EX, left):
             pass
         lock.truncate(0)
@@ -118,9 +141,9 @@ def _taken(out: Path) -> str:
 
 
 def _check_shared(out: Path, token: str) -> None:
-    """Raise unless this process sees the folder that process 0 holds.
+    """Raise a ValueError unless this process sees the folder that process 0 has locked.
 
-    Else each would write its part of a checkpoint to a disk of its own.
+    Otherwise each process would write its part of a checkpoint to its own disk.
     """
     lock = out / _LOCK
     deadline = time.monotonic() + NETWORK_DISK
@@ -136,7 +159,17 @@ def _check_shared(out: Path, token: str) -> None:
 def save_evidence(
     out: Path, step: int, batch: Mapping[str, np.ndarray], metrics: Mapping[str, Any]
 ) -> str:
-    """Keep the batch and metrics of a step whose loss is not finite; returns the error line."""
+    """Save the batch and metrics of a step whose loss is not finite.
+
+    Args:
+        out: Run folder.
+        step: Number of the step.
+        batch: Local rows of the batch: "tokens" and "rows".
+        metrics: Metrics of the step.
+
+    Returns:
+        The error message of the run.
+    """
     folder = out / f"nonfinite-step-{step}"
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"batch-{jax.process_index()}.npz"
