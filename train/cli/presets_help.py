@@ -1,0 +1,56 @@
+"""Presets as text for `--help`: a line each, with what differs from the first one."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_LEFT_OUT = ("out",)  # the run folder is named after the preset
+
+
+def presets_text(presets: Mapping[str, Any], width: int | None = None) -> str:
+    """A heading and one line for each preset: its name, and the options that it changes.
+
+    Args:
+        presets: Configs by name, of one class; the first is the default.
+        width: Number of characters of a line; None takes the width of the terminal. Options that
+            do not fit are counted.
+    """
+    width = width or shutil.get_terminal_size().columns
+    default, *others = presets
+    indent = max(map(len, presets)) + 4
+    changes = {name: dict(differences(presets[default], presets[name])) for name in others}
+    # Options that tell the presets apart come first: sizes before what all large ones share.
+    values: dict[str, set[str]] = {}
+    for option, value in (item for found in changes.values() for item in found.items()):
+        values.setdefault(option, set()).add(value)
+    lines = ["presets (the first word; options override its values):"]
+    lines += [f"  {default:<{indent - 2}}the default"]
+    for name in others:
+        ordered = sorted(changes[name].items(), key=lambda item: -len(values[item[0]]))
+        text = _fitting([f"{option}={value}" for option, value in ordered], width - indent)
+        lines.append(f"  {name:<{indent - 2}}{text}")
+    return "\n".join(lines)
+
+
+def differences(first: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Options in which a config differs from the first one, by dotted names, with its values."""
+    for field in dataclasses.fields(first):
+        before, now = getattr(first, field.name), getattr(other, field.name)
+        if before == now or (not prefix and field.name in _LEFT_OUT):
+            continue
+        name = prefix + field.name
+        if dataclasses.is_dataclass(now) and type(now) is type(before):
+            yield from differences(before, now, f"{name}.")
+        else:
+            yield name, " ".join(map(str, now)) or "()" if isinstance(now, tuple) else str(now)
+
+
+def _fitting(changes: list[str], width: int) -> str:
+    """As many of the changes as fit into a line, at least one, and the number of the others."""
+    for shown in range(len(changes), 0, -1):
+        left = len(changes) - shown
+        text = ", ".join(changes[:shown]) + (f", and {left} more" if left else "")
+        if len(text) <= width or shown == 1:
+            return text
+    return "as the default"
