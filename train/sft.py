@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: python -m train.sft --weights smollm2 --data.path chats.jsonl
+"""Supervised fine-tuning of a decoder, a LoRA adapter or a weaver of latent memory.
 
-All of a decoder, a LoRA adapter, or a weaver of latent memory (`--train all|lora|weaver`).
+python -m train.sft --weights smollm2 --data.path chats.jsonl --train lora
 """
 
 import sys

@@ -294,7 +294,7 @@ def _decode(values: Any) -> Any:
 
 
 def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Bytes and object of every line but a half-written last one."""
+    """Bytes and object of every line but a half-written last one, which a kill leaves in a log."""
     lines = []
     for number, raw in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if not raw.endswith(b"\n"):
