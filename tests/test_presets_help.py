@@ -14,6 +14,7 @@ def test_every_preset_has_a_line_that_fits():
     assert shown["tiny_plain"] == "model.fork_layers=()"
     assert "model.policy=TopK(ratio=2.0" in shown["tiny_topk"]
     assert "model.score_originals=True" in shown["tiny_topk"]
+    assert shown["hatchling_tiny"].startswith("model=HatchlingConfig(")
     assert "model.embed_dim=768" in shown["150m"] and shown["150m"].endswith(" more")
 
 

@@ -47,10 +47,10 @@ def differences(first: Any, other: Any, prefix: str = "") -> Iterator[tuple[str,
 
 
 def _fitting(changes: list[str], width: int) -> str:
-    """As many of the changes as fit into a line, at least one, and the number of the others."""
+    """As many of the changes as fit into a line, and the number of the others; the first is cut."""
     for shown in range(len(changes), 0, -1):
         left = len(changes) - shown
         text = ", ".join(changes[:shown]) + (f", and {left} more" if left else "")
-        if len(text) <= width or shown == 1:
+        if len(text) <= width:
             return text
-    return "as the default"
+    return f"{changes[0][: width - 3]}..." if changes else "as the default"
