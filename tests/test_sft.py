@@ -150,7 +150,7 @@ def test_a_run_learns_and_only_what_is_trained_moves(base, base_sum, whole, kind
     assert checksum(load_model(base).model) == base_sum  # what it began with is read only
     names = jax.tree_util.tree_leaves_with_path(load_params(out)[1])
     first = {jax.tree_util.keystr(path[:1], simple=True) for path, _ in names}
-    assert first == {{"all": "decoder", "lora": "adapter", "weaver": "memgen"}[kind]}
+    assert first == {{"all": "model", "lora": "adapter", "weaver": "memgen"}[kind]}
     if kind != "all":  # nothing of the frozen weights is stored
         assert not any("embed" in jax.tree_util.keystr(path) for path, _ in names)
 

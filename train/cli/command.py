@@ -18,6 +18,7 @@ from thoughtbubbles.positions import RopeScaling
 from train.cli.calls import from_text
 from train.cli.config_json import POLICIES, policy_from_text
 from train.cli.plugins import load_plugins
+from train.cli.presets_help import presets_text
 from train.devices.hardware import quiet_libtpu
 
 Config = TypeVar("Config")
@@ -109,6 +110,9 @@ def run_command(
             if name not in presets:
                 raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
             default = with_architecture(presets[name], words)
+            if {"-h", "--help"} & set(words):
+                names = ", ".join(ARCHITECTURES)
+                print(f"{presets_text(presets)}\n\n{ARCHITECTURE} NAME(option=value): {names}\n")
         main(parse(config, words, default))
     except BrokenPipeError:  # of `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -159,7 +163,7 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
             raise
         # A message of ours comes unwrapped; tyro's own stands in a box, above the first rule.
         text = getattr(end.__context__, "message", None)
-        if text is None or text.startswith("invalid literal"):
+        if not isinstance(text, str) or text.startswith("invalid literal"):
             inside = box.getvalue().partition("\n")[2]  # the first line is the box's title
             parts = re.split(r"^\W*[-─]{9,}\W*$", inside, flags=re.MULTILINE)
             parts = [
