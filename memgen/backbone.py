@@ -114,6 +114,10 @@ METHODS = (
 
 def check_backbone(backbone: Any, role: str) -> None:
     """Raise a ValueError if the object lacks a method of `DecoderBackbone`."""
+    if hasattr(backbone, "backbone") and backbone.backbone() is not backbone:
+        raise ValueError(
+            f"{type(backbone).__name__} can't be a {role}, it reads tokens: pass its backbone()"
+        )
     missing = [name for name in METHODS if not hasattr(type(backbone), name)]
     missing = [name for name in missing if not hasattr(backbone, name)]
     if missing:

@@ -311,13 +311,14 @@ def test_a_backbone_that_lacks_a_method_is_one_line():
         ({"reasoner": Half()}, "reasoner"),
         ({"reasoner": whole, "weaver_backbone": Half()}, "weaver"),
         ({"reasoner": whole, "trigger_backbone": Half()}, "trigger"),
-        ({"reasoner": whole.model}, "reasoner"),
     ):
         with pytest.raises(ValueError, match=f"can't be a {role}: it has no ") as caught:
             make(**parts)
         assert "\n" not in str(caught.value) and "apply_lora" in str(caught.value)
     with pytest.raises(ValueError, match="no apply_lora, embed_tokens, unembed "):
         make(Half())
+    with pytest.raises(ValueError, match="Thoughtbubbles can't be a reasoner, .* its backbone"):
+        make(whole.model)
 
 
 def test_sizes_that_do_not_fit_are_one_line():

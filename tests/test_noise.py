@@ -118,5 +118,5 @@ def test_the_noise_of_a_step_is_its_own_and_the_same_on_any_mesh():
 
 @pytest.mark.parametrize("noise", [-1.0, math.nan, math.inf])
 def test_a_scale_that_scales_nothing_is_refused(noise):
-    with pytest.raises(ValueError, match="choose 0 or more"):
+    with pytest.raises(ValueError, match="choose a finite number, 0 or more"):
         PrefixRank(noise=noise)

@@ -314,7 +314,7 @@ class Architecture(nnx.Module):
 
     @property
     def model(self) -> Self:
-        """The model itself, as its own backbone names it."""
+        """The model itself: what `backbone().model` is for an architecture of its own backbone."""
         return self
 
     @property

@@ -138,6 +138,10 @@ class Hatchling(Architecture):
         shape = (config.num_layers, batch, config.num_heads, config.head_neurons, config.embed_dim)
         return State(jnp.zeros((batch,), jnp.int32), jnp.zeros(shape))
 
+    def cache_batch_axes(self, cache: State) -> State:
+        """Axis of the rows in each array of a state."""
+        return State(0, 1)  # pyright: ignore[reportArgumentType]
+
     def extend(
         self, cache: State, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, State]:

@@ -198,7 +198,7 @@ def find_weights(name: str) -> Path:
 
 
 def load_language_model_on(mesh: Mesh, name: str) -> LanguageModel:
-    """`load_language_model`, on one process straight into the parts that its devices hold.
+    """`load_language_model`, with each parameter read straight onto the devices of a mesh.
 
     Of several processes each reads the whole onto its first device: placing parts across them needs
     all of them, and one that can't read would keep the others waiting.

@@ -81,7 +81,7 @@ def key_impls(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def stored(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays that are written: a PRNG key as its data."""
+    """The tree as it is written: PRNG keys are replaced by their uint32 data."""
     return {n: jax.random.key_data(leaf) if _is_key(leaf) else leaf for n, leaf in leaves.items()}
 
 
