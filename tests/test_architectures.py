@@ -135,6 +135,8 @@ def test_a_config_outside_of_the_registry_is_named():
         architecture_name(Stray())
     with pytest.raises(ValueError, match="unknown architecture 'gone': choose one of thoughtb"):
         model_from_json({"architecture": "gone"})
+    with pytest.raises(ValueError, match="names no architecture, an older version made it"):
+        model_from_json({"vocab_size": 64})
     with pytest.raises(ValueError, match="architecture recurrent has no field 'depth'"):
         model_from_json({"architecture": "recurrent", "depth": 3})
 

@@ -124,6 +124,16 @@ def test_a_plugin_is_loaded_by_any_command(words, tmp_path, monkeypatch, capsys)
     assert "none does not exist" in capsys.readouterr().err
 
 
+def test_a_plugin_with_a_mistake_of_its_own_says_where(tmp_path, monkeypatch):
+    (tmp_path / "mine_wrong.py").write_text("first = 1\nsecond = frist\n")
+    (tmp_path / "mine_needs.py").write_text("import nowhere_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'mine_wrong' failed: NameError: .*wrong.py, line 2\)"):
+        load_plugins(["--plugin", "mine_wrong"])
+    with pytest.raises(ValueError, match="'mine_needs' failed: ModuleNotFoundError: No module nam"):
+        load_plugins(["--plugin", "mine_needs"])
+
+
 def test_a_plugin_that_is_not_there_is_one_line():
     for name in ("nowhere_at_all", ".mine"):
         with pytest.raises(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -356,3 +357,8 @@ def test_a_method_improves_and_goes_on_bit_for_bit_after_a_kill(tmp_path, word):
     assert timeless(killed) == timeless(whole)
     ours, theirs = (load_params(folder)[1] for folder in (killed, whole))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_an_infinite_option_is_written_so_that_it_is_read():
+    endless = GRPO(clip_high=math.inf)
+    assert part_from_text("method", text_of("grpo", endless)) == endless

@@ -244,7 +244,10 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
         ({"method": "grpo(clip_low=-1.0)"}, "clip_low"),
         ({"train": "trigger"}, "needs weights with a weaver"),
         ({"method": "rebn", "reward": ("overlong(buffer=2)",)}, "which no reward shaping changes"),
-        ({"train": "trigger", "method": "grpo(importance_cap=2.0)"}, "importance_cap is of tokens"),
+        (
+            {"train": "trigger", "method": "grpo(importance_cap=2.0)"},
+            r"importance_cap\), train=.trigger. learns decisions",
+        ),
         (
             {"method": "rebn(filter_groups=True)", "num_generations": 1},
             "filter_groups keeps no group of num_generations=1",
@@ -257,6 +260,10 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
         ({"allocator": "uniform(n=2)"}, "allocator 'uniform.n=2.': write uniform"),
         ({"strategy": "turns(max_turns=0)"}, "max_turns=0: choose 1 or more"),
         ({"strategy": "turns"}, "strategy turns does not fit vowels, which is a task: leave"),
+        (
+            {"method": "rebn(gamma=0.9)", "advantage": "grpo"},
+            r"gamma=0.9 of method rebn is of its advantage, which advantage grpo\(\) replaces",
+        ),
         (
             {"loss": "clipped"},
             "kl=0.01 of method dapo is of its loss, which",

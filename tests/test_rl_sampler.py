@@ -73,8 +73,8 @@ class Echoes(Echo):
         return dataclasses.replace(super().problem(split, index), prompt=f"say this much: {index}")
 
 
-ONCE = OneResponse(SPEECH, 11)
-TURNS = {keep_context: Turns(SPEECH, 3, 3, 2, keep_context) for keep_context in (True, False)}
+ONCE = OneResponse(formatter=SPEECH, max_new_tokens=11)
+TURNS = {keep: Turns(3, 2, keep, formatter=SPEECH, max_new_tokens=3) for keep in (True, False)}
 # So that turns with 8, 7 and 5 episodes in them follow each other: one bucket of rows.
 EPISODES = (1, 1, 3, 0, 1, 2)
 

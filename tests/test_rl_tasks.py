@@ -1,6 +1,7 @@
 """Tasks and environments of reinforcement learning: problems, splits, scorers and mistakes."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -450,3 +451,18 @@ def test_the_real_reasoning_gym():
     gold = eval(problem.prompt.split(":")[-1].split("=")[0])
     assert task.score(say(problem, str(gold))) == Reward(1.0, True)
     assert not task.score(say(problem, "x")).success
+
+
+def test_a_task_needs_no_seed_and_its_own_may_be_written(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Seedless:
+        size: int = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class Seeded:
+        seed: int = 0
+
+    monkeypatch.setitem(TASKS, "seedless", Seedless)
+    monkeypatch.setitem(TASKS, "seeded", Seeded)
+    assert make_task("seedless(size=2)", 5) == Seedless(2)
+    assert make_task("seeded", 5) == Seeded(5) and make_task("seeded(seed=2)", 5) == Seeded(2)

@@ -360,7 +360,7 @@ def test_other_frozen_weights_are_refused(base, chats, whole, request):
     request.getfixturevalue("other_base")
     with pytest.raises(ValueError, match="trained with frozen weights .* holds"):
         load_model(finetunable)
-    with pytest.raises(ValueError, match="was trained beside weights .*, they are now"):
+    with pytest.raises(ValueError, match="was trained with frozen weights .*, they are now"):
         tune(config(base, chats, finetunable, steps=9))
 
 

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,7 +21,7 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
             Options left out take their defaults.
         choices: Dataclasses by their names.
         kind: Noun for the choices in error messages, such as "policy" or "task".
-        given: Fields that the caller sets, and the text cannot.
+        given: Fields that the caller sets where the text does not.
 
     Raises:
         ValueError: There is no such name or option, or a value has the wrong type. The message is
@@ -36,7 +37,7 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
         options = _options(text.strip(), chosen)
     except (ArithmeticError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"{kind} {text!r}: write {signature(name, chosen)}") from None
-    return chosen(**options, **given)
+    return chosen(**{**given, **options})
 
 
 def signature(name: str, chosen: type[Any]) -> str:
@@ -62,7 +63,9 @@ def text_of(word: str, value: Any) -> str:
         option = getattr(value, field.name)
         with contextlib.suppress(TypeError):  # 0 for 0.0 is no difference
             option = _typed(option, types[field.name])
-        options.append(f"{field.name}={option!r}")
+        infinite = isinstance(option, float) and math.isinf(option)
+        text = f"{'-' * (option < 0)}1e999" if infinite else repr(option)
+        options.append(f"{field.name}={text}")
     return f"{word}({', '.join(options)})"
 
 

@@ -76,7 +76,9 @@ def model_from_json(fields: dict[str, Any]) -> Any:
         ValueError: `ARCHITECTURES` has no architecture of its name, or that has other fields.
     """
     fields = dict(fields)
-    name = fields.pop("architecture")
+    name = fields.pop("architecture", None)
+    if name is None:
+        raise ValueError("the run names no architecture, an older version made it: train it again")
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
     config = ARCHITECTURES[name].config_class

@@ -6,6 +6,7 @@ A plugin is imported because its user names it, never because a checkpoint does.
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def load_plugins(words: Sequence[str]) -> list[str]:
         The words without `--plugin` and its modules, for commands that keep no record of them.
 
     Raises:
-        ValueError: There is no such module.
+        ValueError: There is no such module, or importing it raises.
     """
     names, others = _named(words)
     for name in names:
@@ -32,12 +33,24 @@ def load_plugins(words: Sequence[str]) -> list[str]:
             sys.path.append(os.getcwd())
         try:
             importlib.import_module(name)
-        except (ModuleNotFoundError, TypeError) as error:
+        except Exception as error:  # whatever the module's own code raises
+            missing = isinstance(error, ModuleNotFoundError) and error.name in (name, _root(name))
+            if missing or name.startswith("."):
+                raise ValueError(
+                    f"plugin {name!r}: {error}: name a module that can be imported, such as mine "
+                    f"for mine.py in {os.getcwd()}"
+                ) from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())
             raise ValueError(
-                f"plugin {name!r}: {error}: name a module that can be imported, such as mine for "
-                f"mine.py in {os.getcwd()}"
+                f"plugin {name!r} failed: {type(error).__name__}: {text} "
+                f"({frame.filename}, line {frame.lineno})"
             ) from error
     return others
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def missing_plugins(config: Mapping[str, Any]) -> str:

@@ -351,7 +351,7 @@ def held_out(stages: Stages, policy: MemGen, memory: TriggerPolicy) -> dict[str,
     sampler = Sampler(policy, sampling, 512, make_mesh(MeshConfig(), jax.devices()[:1]))
     task = Questions(stages.seed, QUESTIONS)
     problems = [task.problem("test", i) for i in range(len(KINDS) * stages.config.held_out)]
-    collect = OneResponse(PromptFormatter(lm), MAX_NEW_TOKENS).collect
+    collect = OneResponse(formatter=PromptFormatter(lm), max_new_tokens=MAX_NEW_TOKENS).collect
     found = collect(sampler, task, problems, [1] * len(problems), (stages.seed, 3))
     kinds = {kind: _summary([row for row in found if row.problem.kind == kind]) for kind in KINDS}
 

@@ -10,7 +10,7 @@ from train.engine.config import LoopConfig
 from train.engine.optim import OptimizerConfig
 from train.models import finetunable
 from train.rl.learning.estimators import Advantage
-from train.rl.learning.losses import LOSS_OPTIONS, PolicyLoss
+from train.rl.learning.losses import PolicyLoss
 from train.rl.learning.penalties import RewardShaping
 from train.rl.methods import Method, Parts
 from train.rl.parts import KINDS, checked, part_from_text
@@ -136,17 +136,29 @@ class RLConfig(LoopConfig):
             )
         if parts.loss.uses_sampler and self.train == "trigger":
             raise ValueError(
-                "importance_cap is of tokens, train='trigger' learns decisions: leave it out"
+                f"{text_of(parts.loss.word, parts.loss)} weighs tokens by the sampler's "
+                "probabilities (importance_cap), train='trigger' learns decisions: leave that out"
             )
-        for field in dataclasses.fields(method) if self.loss is not None else ():
-            value = getattr(method, field.name)
-            if value != field.default and field.name in LOSS_OPTIONS:
-                raise ValueError(
-                    f"{field.name}={value} of method {method.word} is of its loss, which loss "
-                    f"{text_of(parts.loss.word, parts.loss)} replaces: write it there"
-                )
+        for kind in (
+            kind for kind in KINDS if kind != "method" and getattr(self, kind) is not None
+        ):
+            self._check_replaced(kind)
         for shaping in parts.reward:
             shaping.check(self)
+
+    def _check_replaced(self, kind: str) -> None:
+        """Raise a `ValueError` for an option of the method that the replaced part would use."""
+        method, given = self.recipe, getattr(self, kind)
+        for field in dataclasses.fields(method):
+            value = getattr(method, field.name)
+            without = dataclasses.replace(method, **{field.name: field.default})
+            if value != field.default and getattr(without, kind) != getattr(method, kind):
+                texts = given if isinstance(given, tuple) else (given,)
+                written = " ".join(text_of(part.word, part) for part in texts) or "()"
+                raise ValueError(
+                    f"{field.name}={value} of method {method.word} is of its {kind}, which {kind} "
+                    f"{written} replaces: write it there"
+                )
 
     @property
     def recipe(self) -> Method:

@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 import memgen
 from memgen import LoRAConfig, MemGen, MemGenConfig
 from thoughtbubbles import Architecture, ArchitectureConfig
+from thoughtbubbles.architecture import architecture_of
+from train.cli.calls import text_of
 from train.cli.config_json import as_json
 from train.devices.attention import Attention
 from train.devices.mesh import BATCH_AXES, make_mesh
@@ -70,7 +72,6 @@ class PolicyWrapper:
         )
 
 
-@functools.lru_cache(maxsize=16)
 def trainable_of(
     model: ArchitectureConfig,
     optimizer: OptimizerConfig,
@@ -81,7 +82,19 @@ def trainable_of(
     wrap: PolicyWrapper,
 ) -> Trainable:
     """`make_trainable`, one for equal arguments, so that equal runs share compiled programs."""
-    return make_trainable(model, optimizer, steps, mesh, seed, attention, TRAINED[wrap.train], wrap)
+    key = (architecture_of(model), model, optimizer, steps, mesh, seed, attention, wrap)
+    try:
+        hash(key)
+    except TypeError:  # options such as lists: nothing is shared
+        return _trainable_of.__wrapped__(*key)
+    return _trainable_of(*key)
+
+
+@functools.lru_cache(maxsize=16)
+def _trainable_of(architecture: Any, *arguments: Any) -> Trainable:
+    del architecture  # of the key alone: a class that was defined again is another one
+    wrap: PolicyWrapper = arguments[-1]
+    return make_trainable(*arguments[:-1], TRAINED[wrap.train], wrap)  # pyright: ignore[reportCallIssue]
 
 
 class RLJob:
@@ -151,7 +164,7 @@ class RLJob:
             if woven is not None:
                 raise ValueError(
                     f"{config.weights} holds a weaver, which train={config.train!r} would drop: "
-                    "choose weaver or trigger, or the weights that it was trained beside"
+                    "choose weaver or trigger, or the weights that it was trained with"
                 )
             return config.memgen, None
         if woven is None and config.train == "trigger":
@@ -286,7 +299,7 @@ class RLJob:
         """One line for the start of a run."""
         config, trainable = self.config, self.trainable
         replaced = [
-            f"{kind} {part.word}"
+            f"{kind} {text_of(part.word, part)}"
             for kind in KINDS
             if kind != "method" and (given := getattr(config, kind)) is not None
             for part in (given if isinstance(given, tuple) else (given,))

@@ -1,5 +1,6 @@
 """What `--task` takes: a task of one response or an environment, by name."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,4 +37,6 @@ def make_task(spec: str, seed: int) -> Task | Environment:
         if not rest:
             raise ValueError(f"task {spec!r}: write {name}:{_AFTER_COLON[name].upper()}")
         return TASKS[name](**{_AFTER_COLON[name]: rest}, seed=seed)
-    return from_text(text, tasks_by_name(), "task", seed=seed)
+    chosen = tasks_by_name().get(name.partition("(")[0].strip())
+    seeded = chosen is not None and "seed" in {field.name for field in dataclasses.fields(chosen)}
+    return from_text(text, tasks_by_name(), "task", **({"seed": seed} if seeded else {}))

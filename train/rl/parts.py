@@ -36,8 +36,9 @@ def part_from_text(kind: str, text: str) -> Any:
         ValueError: There is no such name or option, or a value that it can't have.
     """
     part = from_text(text, KINDS[kind][1], kind)
-    if part.word != text.partition("(")[0].strip():
-        raise ValueError(f"{kind} {text!r} has the word {part.word!r}: register it by its word")
+    word = getattr(part, "word", None)
+    if word != text.partition("(")[0].strip():
+        raise ValueError(f"{kind} {text!r} has the word {word!r}: register it by its word")
     return checked(kind, part)
 
 
@@ -52,6 +53,8 @@ def checked(kind: str, part: Any) -> Any:
     name = type(part).__name__
     if not isinstance(part, base):
         raise ValueError(f"{kind}={part!r}: {name} is no {base.__name__}: inherit from it")
+    if getattr(part, "word", None) is None:
+        raise ValueError(f"{kind} {name} has no word: give it the name that it is registered by")
     if registry.get(part.word, type(part)) is not type(part):
         raise ValueError(
             f"{kind} {name} has the word {part.word!r} of another {kind}: give it one of its own, "

@@ -36,6 +36,8 @@ def readable_step(step: int, metrics: dict[str, float], collected: Collected) ->
         parts.append(f"clipped {metrics['clipped']:.1%}")
     if "invocation_rate" in metrics:
         parts.append(f"invoked {metrics['invocation_rate']:.0%}")
+    if failed := metrics.get("info/scorer_errors"):
+        parts.append(f"the scorer raised in {failed:.0%}")
     if collected.kept < collected.groups:
         parts.append(f"{collected.kept} of {collected.groups} problems kept")
     if not collected.kept:

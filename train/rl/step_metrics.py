@@ -94,11 +94,9 @@ def learning_metrics(learned: dict[str, Any]) -> dict[str, float]:
         learned: Metrics of `Learner.update`.
     """
     sums = learned["sums"]
+    if "tokens" not in sums:
+        raise ValueError("the loss returns no sum 'tokens' (see PolicyLoss): its metrics need one")
     tokens = max(float(sums["tokens"]), 1.0)
-    means = {
-        name: float(sums[name]) / tokens
-        for name in ("clipped", "ref_kl", "approx_kl", "ratio")
-        if name in sums
-    }
+    means = {name: float(value) / tokens for name, value in sums.items() if name != "tokens"}
     names = ("loss", "grad_norm", "learning_rate")
     return {name: learned[name] for name in names} | means

@@ -226,7 +226,9 @@ class _Events:
         self._summary, self._proto = summary, event_pb2
         directory.mkdir(exist_ok=True)
         # The nanoseconds keep two writers of the same second apart.
-        self._lm = event_file_writer.EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        self._writer = event_file_writer.EventsWriter(
+            str(directory / "events"), f".{time.time_ns()}"
+        )
         self._flushed = time.monotonic()
         # Powers of 1.1 at both sides of 0, as TensorBoard itself bins.
         powers = 1e-12 * 1.1 ** np.arange(774)
@@ -236,7 +238,7 @@ class _Events:
             self._event(resume_step + 1, session_log={"status": "START"})
 
     def _event(self, step: int, **content: Any) -> None:
-        self._lm.write_event(self._proto.Event(step=step, wall_time=time.time(), **content))
+        self._writer.write_event(self._proto.Event(step=step, wall_time=time.time(), **content))
 
     def write(self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -251,11 +253,11 @@ class _Events:
             if array.size:
                 self._event(step, summary=self._summary.histogram(name, array, self._edges))
         if time.monotonic() - self._flushed > _TENSORBOARD_FLUSH:
-            self._lm.flush()
+            self._writer.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._lm.close()
+        self._writer.close()
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -66,7 +66,7 @@ def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any])
     """
     if saved and saved.get("base") != meta.get("base"):
         raise ValueError(
-            f"{out} was trained beside weights {saved.get('base')}, they are now "
+            f"{out} was trained with frozen weights {saved.get('base')}, they are now "
             f"{meta.get('base')}: put those back that it began with, or pass another --out"
         )
 

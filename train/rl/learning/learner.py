@@ -93,9 +93,13 @@ class Learner:
 
     def __init__(self, config: RLConfig, trainable: Trainable, sampling: Sampling, max_length: int):
         self._config, self._trainable = config, trainable
-        self.programs = _programs(
-            _Same(trainable), config.parts.loss, sampling, max_length, config.accumulate
-        )
+        key = (_Same(trainable), config.parts.loss, sampling, max_length, config.accumulate)
+        try:
+            hash(key)
+        except TypeError:  # a loss with options such as lists: nothing is shared
+            self.programs = _programs.__wrapped__(*key)
+        else:
+            self.programs = _programs(*key)
 
     def score(self, weights: Any, rows: Rows) -> np.ndarray:
         """Log-probabilities `[K, L]` float32 of what is trained, a micro-batch at a time."""

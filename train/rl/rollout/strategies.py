@@ -112,6 +112,7 @@ class RolloutStrategy:
     episodic: ClassVar[bool] = False
     """Whether it plays environments, not tasks of one response."""
 
+    _: dataclasses.KW_ONLY
     formatter: PromptFormatter = dataclasses.field(default=cast(Any, None), repr=False)
     max_new_tokens: int = dataclasses.field(default=64, repr=False)
 
