@@ -26,11 +26,9 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Absolute dotted names that a file imports anywhere, lazily too; not those for types alone."""
+    """Absolute dotted names that a file imports anywhere: lazily and for types alone too."""
     names = set()
-    tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if not _for_types(node)]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -40,11 +38,6 @@ def imports_of(path: Path) -> set[str]:
             inner = {f"{module}.{alias.name}" for alias in node.names}
             names |= (inner & modules().keys()) or {module}
     return names
-
-
-def _for_types(node: ast.stmt) -> bool:
-    """Whether a statement is `if TYPE_CHECKING:`, whose imports never run."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def module_graph() -> Graph:

@@ -7,7 +7,7 @@ decoder (`memgen.DecoderBackbone`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,10 @@ from flax import nnx
 
 from thoughtbubbles.attention import attend_where
 from thoughtbubbles.cache import Cache, advance, init_cache
+from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Geometry
 from thoughtbubbles.positions import rotary_angles
 from thoughtbubbles.streams import Streams
-
-if TYPE_CHECKING:
-    from thoughtbubbles.model import Thoughtbubbles
 
 ATTENTION_MAPS = ("q", "k", "v", "o")
 MLP_MAPS = ("up", "gate", "down")
@@ -39,7 +37,7 @@ class Backbone(nnx.Module):
         ValueError: A token of the model has no one hidden state (`merge="probability"`).
     """
 
-    def __init__(self, model: Thoughtbubbles):
+    def __init__(self, model: ForkingDecoder):
         if model.config.merge == "probability" and model.config.fork_layers:
             raise ValueError(
                 "merge='probability' mixes predictions, a token has no one hidden state: "
@@ -89,7 +87,7 @@ class Backbone(nnx.Module):
                 f"no linear layer {unknown[0]!r}: choose from {', '.join(self.lora_targets)}"
             )
         leaves, structure = jax.tree.flatten(self.model)
-        model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
+        model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
         for module, names in (
             (model.blocks.attention, ATTENTION_MAPS),
             (model.blocks.mlp, MLP_MAPS),
@@ -100,10 +98,10 @@ class Backbone(nnx.Module):
             module.adapters = nnx.data(mine or None)
         return Backbone(model)
 
-    def merged(self, deltas: Mapping[str, jax.Array]) -> Thoughtbubbles:
+    def merged(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:
         """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
         leaves, structure = jax.tree.flatten(self.model)
-        model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
+        model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
         for name, delta in deltas.items():
             module = model.blocks.attention if name in ATTENTION_MAPS else model.blocks.mlp
             kernel = getattr(module, name)

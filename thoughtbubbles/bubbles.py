@@ -12,12 +12,11 @@ import numpy as np
 
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import membership
+from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from thoughtbubbles.model import Thoughtbubbles
 
 
 READABLE = 70  # largest number of tokens whose counts are written into a figure
@@ -121,7 +120,7 @@ class BubbleMap:
         return figure
 
 
-def bubble_map(model: Thoughtbubbles, ids: Sequence[int], tokens: Sequence[str]) -> BubbleMap:
+def bubble_map(model: ForkingDecoder, ids: Sequence[int], tokens: Sequence[str]) -> BubbleMap:
     """The bubble map of one text, by a forward pass.
 
     Args:
@@ -150,7 +149,7 @@ def bubbles_of(streams: Streams) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit
-def _trace(model: Thoughtbubbles, ids: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+def _trace(model: ForkingDecoder, ids: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     return [bubbles_of(streams) for streams in model.run(ids).forks]
 
 

@@ -19,6 +19,7 @@ from jax.core import Tracer
 from thoughtbubbles.attention import attend_cached
 from thoughtbubbles.bubbles import bubbles_of
 from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Fork, Geometry
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Float, Int
 
-    from thoughtbubbles.model import Thoughtbubbles
 
 EXECUTION_FIELDS = {"scan_layers", "remat"}  # of ModelConfig: they change no result
 
@@ -89,7 +89,7 @@ class Cache:
     config: ModelConfig = dataclasses.field(metadata={"static": True})
 
 
-def init_cache(model: Thoughtbubbles, batch: int, max_tokens: int) -> Cache:
+def init_cache(model: ForkingDecoder, batch: int, max_tokens: int) -> Cache:
     """An empty cache.
 
     Args:
@@ -148,7 +148,7 @@ def check_cacheable(config: ModelConfig) -> None:
 
 
 def extend(
-    model: Thoughtbubbles,
+    model: ForkingDecoder,
     cache: Cache,
     tokens: Int[Array, "B C"],
     length: Int[Array, " B"] | None = None,
@@ -176,7 +176,7 @@ def extend(
 
 
 def prefill(
-    model: Thoughtbubbles,
+    model: ForkingDecoder,
     cache: Cache,
     tokens: Int[Array, "B C"],
     length: Int[Array, " B"] | None = None,
@@ -205,7 +205,7 @@ def prefill(
 
 
 def decode_step(
-    model: Thoughtbubbles,
+    model: ForkingDecoder,
     cache: Cache,
     token: Int[Array, " B"],
     active: Bool[Array, " B"] | None = None,
@@ -276,14 +276,14 @@ def _extend(model, cache, tokens, length, fresh):
 
 
 @jax.jit
-def _last_logits(model: Thoughtbubbles, streams: Streams) -> jax.Array:
+def _last_logits(model: ForkingDecoder, streams: Streams) -> jax.Array:
     logits = model.logits_at(streams, streams.length - 1)
     empty = jnp.where(streams.length < 0, jnp.nan, 0.0)  # below 0: a mistake of the caller
     return jnp.where(streams.length[:, None] > 0, logits, empty[:, None])
 
 
 def advance(
-    model: Thoughtbubbles,
+    model: ForkingDecoder,
     layers: Sequence[Block],
     cache: Cache,
     x: Float[Array, "B C D"],

@@ -1,49 +1,23 @@
-"""Thoughtbubbles: embed, (Fork | Block)*, merge, logits; without fork layers a plain decoder."""
+"""Thoughtbubbles: the forking decoder with its cache, its backbone and its statistics."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from thoughtbubbles import statistics
-from thoughtbubbles.architecture import ARCHITECTURES, Architecture, Constrain
-from thoughtbubbles.attention import Attend
-from thoughtbubbles.attention import attend as attend_by_scores
+from thoughtbubbles.architecture import ARCHITECTURES
 from thoughtbubbles.backbone import Backbone
 from thoughtbubbles.cache import Cache, advance, cacheable, check_cacheable, init_cache
 from thoughtbubbles.config import ModelConfig
-from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
-from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
-from thoughtbubbles.policy import Policy, hook
-from thoughtbubbles.sampling import log_prob_of
+from thoughtbubbles.forward import ForkingDecoder, Output
+from thoughtbubbles.policy import Policy
 from thoughtbubbles.streams import Streams
 
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """Result of a forward pass.
-
-    Attributes:
-        streams: Streams after the last block, in left-aligned rows.
-        forks: Streams as each fork layer left them, for statistics and bubble maps.
-    """
-
-    streams: Streams
-    forks: tuple[Streams, ...]
-
-
-class Thoughtbubbles(Architecture):
+class Thoughtbubbles(ForkingDecoder):
     """A causal decoder whose residual streams fork (arXiv 2510.00219).
 
     All blocks are stacked on a leading `layers` axis, so that weights don't depend on where the
@@ -59,137 +33,6 @@ class Thoughtbubbles(Architecture):
     """
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
-    config: ModelConfig
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        constrain: Constrain | None = None,
-        attend: Attend | None = None,
-    ):
-        self.config = config
-        self.constrain = constrain or _identity
-        attend = attend or attend_by_scores
-        self.embed = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
-        keys = rngs.split(config.num_layers)
-        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs, attend=attend))(keys)
-        self.forks = nnx.List([_fork_of(config, rngs) for _ in config.fork_layers])
-        self.final_norm = norm_of(config)
-        shape, axes = (config.embed_dim, config.vocab_size), ("embed", "vocab")
-        self.head = None if config.tied_head else weight(rngs, shape, axes)
-        self.unstacked = nnx.data(None)
-
-    def run(
-        self,
-        tokens: jax.Array,
-        length: jax.Array | None = None,
-        *,
-        track: bool = False,
-        key: jax.Array | None = None,
-    ) -> Output:
-        """All layers but the head, over right-padded rows.
-
-        Args:
-            tokens: Token ids `[B, T]` int32, padded on the right; an id outside the vocabulary
-                makes its row NaN.
-            length: Number of real tokens in each row, `[B]` int32; all `T` by default.
-            track: Whether tracked thresholds follow these tokens, as in training.
-            key: Key of the noise with which fork layers choose in training; no noise by default.
-        """
-        return self.run_residuals(self.embed_tokens(tokens), length, track=track, key=key)
-
-    def run_residuals(
-        self,
-        x: jax.Array,
-        length: jax.Array | None = None,
-        *,
-        track: bool = False,
-        key: jax.Array | None = None,
-    ) -> Output:
-        """`run` from vectors `x [B, T, D]`: embedded tokens or any others."""
-        config = self.config
-        streams = Streams.start(self.constrain(x), length, config.copies)
-        forks = []
-        for index, (start, end) in enumerate(config.groups()):
-            if index:
-                own = None if key is None else jax.random.fold_in(key, index)
-                streams = self.forks[index - 1](streams, track=track, key=own)
-                streams = streams.replace(x=self.constrain(streams.x))
-                forks.append(streams)
-            streams = self.run_blocks(streams, start, end)
-        return Output(streams, tuple(forks))
-
-    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
-        return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
-
-    def logits(self, output: Output | Streams) -> jax.Array:
-        """Merge and decode: `[B, T, V]` float32, log-probabilities where `merge` mixes them."""
-        streams = _streams_of(output)
-        if self.config.merge == "probability" and streams.forked:
-            log_probs = jax.nn.log_softmax(self.decode(streams.x), axis=-1)
-            return merge_log_probs(streams, log_probs, self.max_bubble(streams))
-        return self.decode(self.merged(streams))
-
-    def merged(self, streams: Streams) -> jax.Array:
-        """One residual per token, `[B, T, D]`.
-
-        Raises:
-            ValueError: The model mixes the predictions of forked streams, not their residuals.
-        """
-        if self.config.merge == "probability" and streams.forked:
-            raise ValueError(
-                "merge='probability' mixes predictions, a token has no one residual: "
-                "use a model with merge='residual' or 'rightmost'"
-            )
-        return merge(streams, "rightmost" if self.config.merge == "rightmost" else "residual")
-
-    def logits_at(self, output: Output | Streams, position: jax.Array) -> jax.Array:
-        """Logits `[B, V]` float32 of one token per row, `position [B]` int32, and of no other."""
-        streams = _streams_of(output)
-        return self.logits(streams.bubble_of(position, self.max_bubble(streams)))[:, 0]
-
-    def decode(self, x: jax.Array) -> jax.Array:
-        """Final norm and head: `[..., D]` to logits `[..., V]` float32."""
-        return self.unembed(self.final_norm(x))
-
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """The head alone, for what the final norm gave: `[..., D]` to logits `[..., V]` float32."""
-        # Contracted as it lies: a transposed table would be copied for every decoded token.
-        table, subscripts = (
-            (self.embed, "...d,vd->...v") if self.head is None else (self.head, "...d,dv->...v")
-        )
-        table = table[...].astype(self.config.dtype)
-        return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
-
-    def log_prob(self, output: Output | Streams, targets: jax.Array) -> jax.Array:
-        """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits."""
-        streams = _streams_of(output)
-        if self.config.merge != "probability" or not streams.forked:
-            return log_prob_of(self.logits(streams), targets)
-        per_stream = jnp.take_along_axis(targets, streams.token, axis=1)
-        log_prob = log_prob_of(self.decode(streams.x), per_stream)
-        return merge_log_prob(streams, log_prob, self.config.vocab_size)
-
-    def max_bubble(self, streams: Streams) -> int:
-        """Static bound on the streams of one token."""
-        bound = self.config.copies * 2 ** len(self.config.fork_layers)
-        return min(bound, streams.token.shape[1])
-
-    def layers(self) -> list[Block]:
-        """The blocks one by one: a copy of their weights, unless `for_decoding` has made it."""
-        if self.unstacked is not None:
-            return self.unstacked
-        return _unstack(self.blocks, 0, self.config.num_layers)
-
-    def for_decoding(self) -> Thoughtbubbles:
-        """The model with its blocks out of their stack, so that no decoding step copies them."""
-        leaves, structure = jax.tree.flatten(self)
-        model: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
-        model.unstacked = nnx.data(self.layers())
-        return model
 
     def init_cache(self, batch: int, max_tokens: int) -> Cache:
         """`thoughtbubbles.cache.init_cache`."""
@@ -246,90 +89,6 @@ class Thoughtbubbles(Architecture):
     def step_histograms(cls, config: ModelConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
         """Scores of all streams by fork layer."""
         return statistics.score_samples(sums, config.fork_layers)
-
-    def with_policy(self, policy: Policy) -> Thoughtbubbles:
-        """The same arrays under another policy: a dial at inference (ratio, window, offset).
-
-        Raises:
-            ValueError: The policy tracks a threshold, as `Threshold` does, and the fork layers have
-                none.
-        """
-        tracks = hook(policy, "init_tracked")() is not None
-        if tracks and any(fork.threshold is None for fork in self.forks):
-            raise ValueError(
-                f"{policy} needs fork layers with a threshold, a model of {self.config.policy} has "
-                "none: take a model trained with Threshold, or PrefixRank as the policy"
-            )
-        leaves, structure = jax.tree.flatten(self)
-        model = jax.tree.unflatten(structure, leaves)
-        model.config = dataclasses.replace(self.config, policy=policy)
-        for fork in model.forks:
-            fork.policy = policy
-            fork.threshold = fork.threshold if tracks else None
-        return model
-
-    def run_blocks(
-        self,
-        streams: Streams,
-        start: int,
-        end: int,
-        geometry: Geometry | None = None,
-        mix: Mix | None = None,
-    ) -> Streams:
-        """Streams through blocks `start` to `end - 1`; `geometry` and `mix` replace their own."""
-        if start == end:
-            return streams
-        where = geometry or Geometry.of(streams, self.config)
-
-        def run(streams: Streams, layer: tuple[Block, Any]) -> tuple[Streams, None]:
-            block, rotary = layer
-            here = where.where(rotary)
-            streams = block.mixing(streams, here, mix)[0] if mix else block(streams, here)
-            return streams.replace(x=self.constrain(streams.x)), None
-
-        rotary = self.config.rotary_layers[start:end]
-
-        if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
-            run = jax.checkpoint(run, policy=policy, prevent_cse=not self.config.scan_layers)
-        if self.config.scan_layers:
-            stack = jax.tree.map(lambda leaf: leaf[start:end], self.blocks)
-            flags = None if rotary[0] is None else jnp.array(rotary)
-            return jax.lax.scan(run, streams, (stack, flags))[0]
-        for layer in zip(_unstack(self.blocks, start, end), rotary, strict=True):
-            streams, _ = run(streams, layer)
-        return streams
-
-
-def _unstack(blocks: Block, start: int, end: int) -> list[Block]:
-    leaves, structure = jax.tree.flatten(blocks)
-    # Split rather than index: its gradient is one concatenation, not a sum of padded slices.
-    rows = [jax.lax.split(leaf[start:end], [1] * (end - start)) for leaf in leaves]
-    layers = [[leaf[i].squeeze(0) for leaf in rows] for i in range(end - start)]
-    return [jax.tree.unflatten(structure, layer) for layer in layers]
-
-
-def _fork_of(config: ModelConfig, rngs: nnx.Rngs) -> Fork:
-    return Fork(
-        config.embed_dim,
-        config.policy,
-        norm=config.norm,
-        norm_eps=config.norm_eps,
-        norm_bias=config.biases == "all",
-        embedding=config.fork_embedding,
-        forced_keep=config.forced_keep,
-        score_originals=config.score_originals,
-        gate=config.fork_gate,
-        rngs=rngs,
-    )
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x
-
-
-def _streams_of(output: Output | Streams) -> Streams:
-    return output.streams if isinstance(output, Output) else output
 
 
 ARCHITECTURES["thoughtbubbles"] = Thoughtbubbles

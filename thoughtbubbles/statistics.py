@@ -1,16 +1,13 @@
 """Fork statistics of a batch as sums, so that micro-batches and devices add up."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from thoughtbubbles.model import Output
+from thoughtbubbles.forward import Output
 
 SCORE_BINS = 10
 
