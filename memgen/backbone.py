@@ -114,7 +114,8 @@ METHODS = (
 
 def check_backbone(backbone: Any, role: str) -> None:
     """Raise a ValueError if the object lacks a method of `DecoderBackbone`."""
-    if hasattr(backbone, "backbone") and backbone.backbone() is not backbone:
+    gives_one = callable(getattr(type(backbone), "backbone", None))  # not an attribute of its own
+    if gives_one and backbone.backbone() is not backbone:
         raise ValueError(
             f"{type(backbone).__name__} can't be a {role}, it reads tokens: pass its backbone()"
         )

@@ -78,6 +78,11 @@ def make_adapter(
     """
     lora_targets = backbone.lora_targets
     unknown = [name for name in config.targets if name not in lora_targets]
+    if not lora_targets:
+        raise ValueError(
+            f"{type(backbone).__name__} names no linear layers for adapters (lora_targets): "
+            "train all of its parameters"
+        )
     if unknown:
         raise ValueError(
             f"no linear layer {unknown[0]!r}: choose targets from {', '.join(lora_targets)}"

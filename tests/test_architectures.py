@@ -17,13 +17,23 @@ from flax import nnx
 from test_pretrain import mistake, run_here
 from tiny import BASE
 
-from thoughtbubbles import ARCHITECTURES, Architecture, ArchitectureConfig, PrefixRank
+from memgen import LoRAConfig, MemGenConfig, WeaverConfig
+from memgen.backbone import check_cache
+from thoughtbubbles import (
+    ARCHITECTURES,
+    Architecture,
+    ArchitectureConfig,
+    PrefixRank,
+    Thoughtbubbles,
+)
 from thoughtbubbles.architecture import architecture_name
 from thoughtbubbles.decoding import generate as generate_ids
 from thoughtbubbles.decoding import generate_with_bubbles
 from thoughtbubbles.hatchling import HatchlingConfig
 from thoughtbubbles.testing import assert_decoder_cached_is_parallel, assert_decoder_causal
 from train import evaluate, generate, sft
+from train.aot.config import presets
+from train.aot.fitting import remedies
 from train.cli.config_json import as_json, model_from_json
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
@@ -32,6 +42,7 @@ from train.engine.step import make_train_step
 from train.evaluate import EvaluateConfig
 from train.finetuning.job import SFTConfig
 from train.generate import GenerateConfig
+from train.models.finetunable import FinetunableModel
 from train.models.load import load_model
 from train.rl.__main__ import main as rl_main
 from train.rl.config import RLConfig
@@ -45,7 +56,7 @@ ROOT = Path(__file__).parents[1]
 )
 SMALL: dict[str, ArchitectureConfig] = {
     "thoughtbubbles": dataclasses.replace(
-        BASE, num_layers=1, fork_layers=(0,), policy=PrefixRank(2.0)
+        BASE, vocab_size=64, num_layers=1, fork_layers=(0,), policy=PrefixRank(2.0)
     ),
     "hatchling": HatchlingConfig(
         vocab_size=64, embed_dim=16, num_neurons=64, num_layers=2, num_heads=2
@@ -110,19 +121,25 @@ def test_counts_are_those_of_the_model(model):
     assert 0 < model.config.forward_flops(8) < model.config.forward_flops(16)
 
 
-def test_a_step_on_a_mesh_learns(model):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+def test_steps_on_a_mesh_are_those_of_one_device_and_learn(model):
     optimizer = OptimizerConfig(learning_rate=5e-2, schedule="constant", warmup=0)
-    trainable = make_trainable(model.config, optimizer, 8, mesh)
-    state, step = trainable.init(), make_train_step(trainable)
-    rows = place(np.tile(np.arange(9, dtype=np.int32), (4, 1)), mesh)
-    losses = []
-    for _ in range(8):
-        state, metrics = step(state, rows)
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.9 * losses[0], losses
+    rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))
+    losses = {}
+    for sizes in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)):
+        mesh = make_mesh(sizes, jax.devices()[: sizes.fsdp * sizes.tensor])
+        trainable = make_trainable(model.config, optimizer, 8, mesh)
+        state, step = trainable.init(), make_train_step(trainable)
+        for _ in range(8):
+            state, metrics = step(state, place(rows, mesh))
+            losses.setdefault(sizes.tensor, []).append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
+    assert losses[1][-1] < 0.9 * losses[1][0], losses
     shown = trainable.architecture.step_metrics(trainable.config, jax.device_get(metrics["aux"]))
     assert all(np.isfinite(value).all() for value in shown.values())
+
+
+def test_the_rows_of_a_cache_are_where_it_says(model):
+    check_cache(model.backbone())
 
 
 def test_a_config_outside_of_the_registry_is_named():
@@ -135,6 +152,10 @@ def test_a_config_outside_of_the_registry_is_named():
         architecture_name(Stray())
     with pytest.raises(ValueError, match="unknown architecture 'gone': choose one of thoughtb"):
         model_from_json({"architecture": "gone"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "mine", type("Mine", (ARCHITECTURES["hatchling"],), {}))
+        with pytest.raises(ValueError, match="hatchling and mine share HatchlingConfig: give each"):
+            architecture_name(SMALL["hatchling"])
     with pytest.raises(ValueError, match="names no architecture, an older version made it"):
         model_from_json({"vocab_size": 64})
     with pytest.raises(ValueError, match="architecture recurrent has no field 'depth'"):
@@ -150,6 +171,14 @@ def test_what_an_architecture_lacks_is_said_in_one_line(recurrent):
         model.with_policy(None)
     with pytest.raises(ValueError, match="Recurrent has no linear layers that take an adapter"):
         model.apply_lora({})
+    halfway = type("Halfway", (recurrent.Recurrent,), {
+        "lora_targets": {"mix": ((), 16, 32)}, "apply_lora": lambda self, adapter: self,
+    })(config, rngs=nnx.Rngs(0))  # fmt: skip
+    with pytest.raises(ValueError, match="Halfway takes adapters and can't merge them"):
+        FinetunableModel(
+            halfway, "lora", lora=LoRAConfig(targets=("mix",)), rngs=nnx.Rngs(0),
+            memgen=MemGenConfig(WeaverConfig()), boundary=None,
+        )  # fmt: skip
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with pytest.raises(ValueError, match="attention='splash': RecurrentConfig takes no kernel"):
         make_trainable(config, OptimizerConfig(), 1, mesh, attention="splash")
@@ -186,9 +215,11 @@ def test_ordinary_commands_run_it(
     ]
     assert run_here(monkeypatch, *run, "--steps", "2") == 0
     assert run_here(monkeypatch, *run, "--steps", "4") == 0  # resumes
-    shown = capsys.readouterr().err
+    printed = capsys.readouterr()
+    shown = printed.err
     assert "continuing run from step 2" in shown and config in shown
     assert "streams" not in shown
+    assert "--plugin mine_recurrent" in printed.out and "--bubbles" not in printed.out
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert run_here(monkeypatch, *run, "--architecture", smaller, "--steps", "6") == 2
@@ -227,7 +258,7 @@ def test_ordinary_commands_run_it(
         assert load_model("adapted").model.config.embed_dim == 16
     else:
         assert run_here(monkeypatch, *lora, "q", **main) == 2
-        mistake(capsys, "no linear layer 'q': choose targets from")
+        mistake(capsys, "Recurrent names no linear layers for adapters")
     learned = [
         *("--weights", "tuned", "--train", "all", "--task", "copy", "--steps", "1"),
         *("--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "4", "--out", "rl"),
@@ -236,12 +267,35 @@ def test_ordinary_commands_run_it(
     assert load_model("rl").model.config.embed_dim == 16
 
 
+def test_advice_changes_only_what_a_config_has(recurrent):
+    """Of how much is recomputed: what its own field offers."""
+    configs = {"hatchling": {"none": {"none", "full"}}, "recurrent": {"none": {"none"}}}
+    for name, by_start in configs.items():
+        for start, known in by_start.items():
+            model = SMALL[name]
+            if name == "hatchling":
+                model = dataclasses.replace(model, remat=start)  # pyright: ignore
+            run = dataclasses.replace(presets()["tiny"], model=model)
+            assert {changed.model.remat for _, changed in remedies(run, 8)} == known
+
+
+def test_an_adapter_added_after_for_decoding_is_decoded_with():
+    model = Thoughtbubbles(SMALL["thoughtbubbles"], rngs=nnx.Rngs(0))  # pyright: ignore
+    backbone = model.backbone().for_decoding()
+    assert backbone.model.unstacked is not None
+    assert backbone.apply_lora({}).model.unstacked is None
+    assert backbone.merge_lora({}).unstacked is None
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "train" / "engine").glob("*.py")), ids=lambda p: p.name
 )
 def test_the_engine_names_no_architecture(path):
-    names = {
-        node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)
-    }
-    assert not names & {"Thoughtbubbles", "ModelConfig", "Recurrent"}
-    assert "fork_layers" not in path.read_text()
+    known = [*ARCHITECTURES.values()]
+    forbidden = {cls.__name__ for entry in known for cls in (entry, entry.config_class)}
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {node.name for node in nodes if isinstance(node, ast.alias)}
+    assert not names & forbidden
+    assert "fork_layers" not in names

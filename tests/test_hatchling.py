@@ -169,11 +169,60 @@ def test_sparsity_is_counted_over_real_tokens():
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_dropout_needs_a_key_and_keeps_the_mean():
-    model = made(dataclasses.replace(GOLDEN, dropout=0.5))
-    run = jax.jit(lambda m, key: m.logits(m.run(TOKENS, key=key)))
-    np.testing.assert_array_equal(run(model, None), logits_of(made(GOLDEN), TOKENS))
-    assert (run(model, jax.random.key(0)) != run(model, jax.random.key(1))).any()
+def test_dropout_doubles_the_neurons_that_it_keeps():
+    """With a rate of a half; without a key it drops none, and what is counted is before it."""
+    seen = []
+
+    class Probe(Hatchling):
+        def _project(self, y):
+            seen.append(np.asarray(y))
+            return super()._project(y)
+
+    config = dataclasses.replace(GOLDEN, dropout=0.5, num_layers=1, remat="none")
+    model = Probe(config, rngs=nnx.Rngs(0))
+    nnx.update(model, nnx.state(drawn(config)))
+    with jax.disable_jit():
+        whole, dropped = (model.run(TOKENS, key=key) for key in (None, jax.random.key(0)))
+    plain, noisy = seen
+    kept = noisy != 0
+    np.testing.assert_array_equal(noisy[kept], 2 * plain[kept])
+    assert 0.3 < kept.sum() / (plain != 0).sum() < 0.7
+    assert whole.y_active == dropped.y_active == (plain > 0).sum()
+
+
+def test_bfloat16_is_computed_in_bfloat16_with_a_float32_state():
+    """Of float32 vectors too, such as latents; in parts as at once."""
+    model = drawn(dataclasses.replace(GOLDEN, dtype="bfloat16"))
+    x = np.random.default_rng(5).normal(size=(2, 9, 8)).astype(np.float32)
+    length = np.full(2, 9, np.int32)
+    whole = jax.jit(lambda m: m.hidden_states(x, length))(model)
+    extend = jax.jit(lambda m, *inputs: m.extend(*inputs))
+    first, cache = extend(model, model.init_cache(2, 9), x[:, :5], length - 4)
+    second, cache = extend(model, cache, x[:, 5:], length - 5)
+    assert whole.dtype == first.dtype == jnp.bfloat16 and cache.synapses.dtype == jnp.float32
+    parts = np.concatenate([first, second], axis=1).astype(np.float32)
+    np.testing.assert_allclose(parts, whole.astype(np.float32), atol=0.1)
+    assert np.abs(parts - whole.astype(np.float32)).mean() < 0.01
+
+
+def test_a_fresh_state_is_only_written():
+    model = drawn(GOLDEN)
+    extend = jax.jit(lambda m, fresh: m.extend(
+        m.init_cache(1, 6), m.embed_tokens(TOKENS), np.array([6]), fresh=fresh
+    ), static_argnums=1)  # fmt: skip
+    for mine, theirs in zip(
+        *map(jax.tree.leaves, (extend(model, True), extend(model, False))), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_no_vectors_change_nothing_and_a_wrong_length_is_nan():
+    model = drawn(GOLDEN)
+    cache = model.init_cache(1, 6)
+    hidden, same = model.advance(cache, jnp.asarray(TOKENS[:, :0]), jnp.array([0]))
+    assert hidden.shape == (1, 0, 8) and same is cache
+    hidden, _ = model.advance(cache, jnp.asarray(TOKENS), jnp.array([7]))
+    assert np.isnan(hidden).all()
 
 
 def test_presets_have_the_sizes_of_their_names():
@@ -193,6 +242,7 @@ def test_presets_have_the_sizes_of_their_names():
         ({"chunk": 0}, "chunk=0 is below 1: leave it out"),
         ({"form": "printed"}, "form='printed': choose released or paper"),
         ({"dropout": 1.0}, "dropout=1.0: choose 0 or more, below 1"),
+        ({"rope_base": 0.0}, "rope_base=0.0: choose a positive number"),
     ],
 )
 def test_mistakes_are_one_line(changes, message):
@@ -214,7 +264,7 @@ def test_an_adapter_beside_the_model_is_one_merged_into_it():
     }
     adapter = {name: jax.tree_util.Partial(lambda d, x: x @ d, d) for name, d in deltas.items()}
     found = logits_of(model.apply_lora(adapter), TOKENS)
-    np.testing.assert_allclose(found, logits_of(model.merged(deltas), TOKENS), atol=1e-5)
+    np.testing.assert_allclose(found, logits_of(model.merge_lora(deltas), TOKENS), atol=1e-5)
     assert np.abs(found - logits_of(model, TOKENS)).max() > 1e-2
     with pytest.raises(ValueError, match="no linear layer 'q': choose from dx, e"):
         model.apply_lora({"q": adapter["e"]})

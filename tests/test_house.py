@@ -33,8 +33,14 @@ from import_graph import (
 )
 from processes import QUICK
 
+from thoughtbubbles import ARCHITECTURES
 from train.cli import main as entry
 from train.cli.command import run_command
+from train.cli.config_json import POLICIES
+from train.data.sources import SOURCES
+from train.rl.environments import ENVIRONMENTS
+from train.rl.parts import KINDS
+from train.rl.tasks import TASKS
 
 LIBRARIES = {"thoughtbubbles": {"memgen", "train"}, "memgen": {"thoughtbubbles", "train"}}
 MODULES = list(modules().values())
@@ -157,6 +163,19 @@ def test_readme_sets_up_in_two_commands():
     assert test.code.splitlines()[-1] == "python -m pytest"
 
 
+@pytest.fixture
+def registries():
+    """Without the entries that an example makes in registries: other tests have their names."""
+    kinds = [registry for _, registry in KINDS.values()]
+    filled = [ARCHITECTURES, ENVIRONMENTS, POLICIES, SOURCES, TASKS, *kinds]
+    before = [dict(registry) for registry in filled]
+    yield
+    for registry, entries in zip(filled, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: f"{s.page.stem}-line{s.line}")
 def test_snippet_runs(snippet: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # A real file, for inspect; shifted, so that an error names the line of the page.

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from memgen import (
     plan_from_decisions,
 )
 from memgen import decoding as loop_module
+from memgen.backbone import METHODS, check_backbone
 from memgen.checkpoint import load_params, trained_params
 from memgen.insertion import INFERENCE, PROMPT
 from memgen.losses import sft_loss, token_log_probs
@@ -317,6 +319,8 @@ def test_a_backbone_that_lacks_a_method_is_one_line():
         assert "\n" not in str(caught.value) and "apply_lora" in str(caught.value)
     with pytest.raises(ValueError, match="no apply_lora, embed_tokens, unembed "):
         make(Half())
+    named = types.SimpleNamespace(**dict.fromkeys(METHODS), backbone=print)  # a field of that name
+    check_backbone(named, "reasoner")
     with pytest.raises(ValueError, match="Thoughtbubbles can't be a reasoner, .* its backbone"):
         make(whole.model)
 

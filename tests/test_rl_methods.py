@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import numpy as np
@@ -29,7 +29,8 @@ from train.rl.loop import train
 from train.rl.methods import GRPO, METHODS
 from train.rl.parts import KINDS, choices, part_from_text
 from train.rl.rollout.budgets import ALLOCATORS
-from train.rl.rollout.strategies import Turns
+from train.rl.rollout.collector import Collector
+from train.rl.rollout.strategies import OneResponse, Turns
 from train.rl.types import Episodes, Problem, Reward, Trajectory
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
@@ -362,3 +363,20 @@ def test_a_method_improves_and_goes_on_bit_for_bit_after_a_kill(tmp_path, word):
 def test_an_infinite_option_is_written_so_that_it_is_read():
     endless = GRPO(clip_high=math.inf)
     assert part_from_text("method", text_of("grpo", endless)) == endless
+
+
+def test_a_strategy_learns_nothing_from_held_out_problems():
+    @dataclasses.dataclass(frozen=True)
+    class Counts(OneResponse):
+        word: ClassVar[str] = "counts"
+        seen: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+        def collect(self, sampler, task, problems, counts, seed):
+            self.seen[seed] = len(problems)
+            return []
+
+    strategy = Counts()
+    collector = Collector(RLConfig(), Vowels(), strategy, ALLOCATORS["uniform"]())
+    assert collector.held_out(cast(Any, None)) == [] and strategy.seen == {}
+    strategy.collect(None, None, [1, 2], [1, 1], (0,))
+    assert strategy.seen == {(0,): 2}

@@ -1,7 +1,8 @@
 """The architecture seam: what a decoder offers to training, evaluation, generation, memory and RL.
 
 A new architecture is a config, a module with five methods over rows of vectors, and an entry in
-`ARCHITECTURES`. All that stands around an architecture uses the methods of `Architecture` alone.
+`ARCHITECTURES`. Bubble maps, fork policies and pretrained weights are `Thoughtbubbles`' own; all
+else uses the methods of `Architecture` alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -172,13 +173,17 @@ class Architecture(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} has no unembed")
 
     def init_cache(self, batch: int, max_tokens: int) -> Any:
-        """An empty cache: a pytree whose arrays have one axis of size `batch` each.
+        """An empty cache: a pytree whose arrays have the rows on axis 0 (see `cache_batch_axes`).
 
         Args:
             batch: Number of rows.
             max_tokens: Number of vectors that fit into a row.
         """
         raise NotImplementedError(f"{type(self).__name__} can't decode with a cache")
+
+    def cache_batch_axes(self, cache: Any) -> Any:
+        """Axis of the rows in each array of a cache, None for an array that all rows share."""
+        return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, cache)
 
     def extend(
         self, cache: Any, x: jax.Array, length: jax.Array, *, fresh: bool = False
@@ -305,16 +310,12 @@ class Architecture(nnx.Module):
         return self.extend(cache, self.embed_tokens(tokens), length, fresh=fresh)
 
     def for_decoding(self) -> Self:
-        """The model in the form that decodes fastest; made once, outside of the loop."""
+        """The model in the form that decodes fastest, made outside of the loop and used in it
+        alone: its nnx state may hold weights twice, and is neither saved nor updated."""
         return self
 
     def backbone(self) -> Any:
         """The model as a decoder over vectors, as `memgen.DecoderBackbone` describes it."""
-        return self
-
-    @property
-    def model(self) -> Self:
-        """The model itself: what `backbone().model` is for an architecture of its own backbone."""
         return self
 
     @property
@@ -326,7 +327,7 @@ class Architecture(nnx.Module):
         """The model with an adapter added to its linear layers, without copying arrays."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
-    def merged(self, deltas: Mapping[str, jax.Array]) -> Self:
+    def merge_lora(self, deltas: Mapping[str, jax.Array]) -> Any:
         """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
@@ -419,7 +420,7 @@ def architecture_of(config: Any) -> type[Architecture]:
     """The architecture of a config.
 
     Raises:
-        ValueError: No entry of `ARCHITECTURES` has configs of this class.
+        ValueError: Not exactly one entry of `ARCHITECTURES` has configs of this class.
     """
     return ARCHITECTURES[architecture_name(config)]
 
@@ -428,11 +429,17 @@ def architecture_name(config: Any) -> str:
     """The name under which `ARCHITECTURES` holds the architecture of a config.
 
     Raises:
-        ValueError: No entry of `ARCHITECTURES` has configs of this class.
+        ValueError: Not exactly one entry of `ARCHITECTURES` has configs of this class.
     """
-    for name, architecture in ARCHITECTURES.items():
-        if type(config) is architecture.config_class:
-            return name
+    entries = ARCHITECTURES.items()
+    names = [name for name, entry in entries if type(config) is entry.config_class]
+    if len(names) > 1:
+        raise ValueError(
+            f"the architectures {' and '.join(names)} share {type(config).__name__}: give each a "
+            "config class of its own"
+        )
+    if names:
+        return names[0]
     raise ValueError(
         f"{type(config).__name__} is the config of no architecture: put its module into "
         "thoughtbubbles.architecture.ARCHITECTURES, in a module that --plugin names"

@@ -88,20 +88,22 @@ class Backbone(nnx.Module):
             )
         leaves, structure = jax.tree.flatten(self.model)
         model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
+        model.unstacked = nnx.data(None)  # blocks taken out before would lack what is added
         for module, names in (
             (model.blocks.attention, ATTENTION_MAPS),
             (model.blocks.mlp, MLP_MAPS),
         ):
             mine = {name: adapter[name] for name in names if name in adapter}
             if mine and module.adapters is not None:
-                raise ValueError("this decoder has an adapter already: merge it first (merged)")
+                raise ValueError("this decoder has an adapter already: merge it first (merge_lora)")
             module.adapters = nnx.data(mine or None)
         return Backbone(model)
 
-    def merged(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:
+    def merge_lora(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:
         """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
         leaves, structure = jax.tree.flatten(self.model)
         model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
+        model.unstacked = nnx.data(None)  # blocks taken out before would lack what is added
         for name, delta in deltas.items():
             module = model.blocks.attention if name in ATTENTION_MAPS else model.blocks.mlp
             kernel = getattr(module, name)

@@ -34,6 +34,31 @@ class Thoughtbubbles(ForkingDecoder):
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
 
+    def hidden_states(
+        self,
+        x: jax.Array,
+        length: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        visible: jax.Array | None = None,
+    ) -> jax.Array:
+        return Backbone(self).hidden_states(x, length, positions=positions, visible=visible)
+
+    def extend(
+        self, cache: Cache, x: jax.Array, length: jax.Array, *, fresh: bool = False
+    ) -> tuple[jax.Array, Cache]:
+        return Backbone(self).extend(cache, x, length, fresh=fresh)
+
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
+        return Backbone(self).lora_targets
+
+    def apply_lora(self, adapter: Mapping[str, Any]) -> Backbone:
+        return Backbone(self).apply_lora(adapter)
+
+    def merge_lora(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:
+        return Backbone(self).merge_lora(deltas)
+
     def init_cache(self, batch: int, max_tokens: int) -> Cache:
         """`thoughtbubbles.cache.init_cache`."""
         return init_cache(self, batch, max_tokens)

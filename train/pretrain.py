@@ -41,7 +41,10 @@ def main(config: RunConfig) -> None:
     if loaded.model.fork_policy is not None:
         print("live streams of each token of its start:")
         print(map_of_text(loaded, text[:160]).text())
-    print(f"thoughtbubbles generate --checkpoint {config.out} --prompt '{config.prompt}' --bubbles")
+    options = f"--checkpoint {config.out} --prompt '{config.prompt}'"
+    options += " --bubbles" if loaded.model.fork_policy is not None else ""
+    options += f" --plugin {' '.join(config.plugin)}" if config.plugin else ""
+    print(f"thoughtbubbles generate {options}")
 
 
 def dry_run(config: RunConfig) -> None:

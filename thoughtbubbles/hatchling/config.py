@@ -1,6 +1,7 @@
 """HatchlingConfig: sizes and options of a Dragon Hatchling, presets, FLOP count."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from thoughtbubbles.architecture import ArchitectureConfig
@@ -22,12 +23,14 @@ class HatchlingConfig(ArchitectureConfig):
         damping: Whether attention to the past decays by a factor of its own in each head, as in
             ALiBi; the released code has none.
         rope_base: Base of the rotary frequencies (θ).
-        dropout: Probability with which a gated neuron (y) is dropped in training.
+        dropout: Probability with which a gated neuron (y) is dropped in pretraining; fine-tuning
+            and RL drop none.
         chunk: Number of tokens whose attention scores are computed at once; longer rows carry a
             state from chunk to chunk, which gives the same. By default rows are read whole.
         context_length: Number of tokens at a time that the weights were made for, if known.
         dtype: Type of the computation; parameters, phases and states are float32.
         remat: Activations that the backward pass recomputes: those of a layer ("full"), or "none".
+            The neurons between layers of the paper's form are kept in either case.
     """
 
     vocab_size: int = 320
@@ -62,6 +65,8 @@ class HatchlingConfig(ArchitectureConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(choices)}")
+        if not 0 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base={self.rope_base}: choose a positive number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: choose 0 or more, below 1")
         if self.chunk is not None and self.chunk < 1:
@@ -116,7 +121,7 @@ class HatchlingConfig(ArchitectureConfig):
 PRESETS: dict[str, HatchlingConfig] = {
     "tiny": HatchlingConfig(embed_dim=64, num_neurons=2048, num_layers=4),
     "10m": HatchlingConfig(vocab_size=256, num_neurons=12_288),
-    "25m": HatchlingConfig(vocab_size=256),
+    "25m": HatchlingConfig(vocab_size=256, dropout=0.1),
     "50m": HatchlingConfig(vocab_size=256, num_neurons=65_536),
     "100m": HatchlingConfig(vocab_size=256, num_neurons=131_072),
     "400m": HatchlingConfig(vocab_size=256, num_neurons=524_288),

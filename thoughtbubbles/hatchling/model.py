@@ -111,7 +111,7 @@ class Hatchling(Architecture):
     ) -> jax.Array:
         if positions is not None or visible is not None:
             raise ValueError("a Hatchling reads rows from left to right: leave positions out")
-        return self._forward(x, length).hidden
+        return self._forward(x.astype(self.config.dtype), length).hidden
 
     def run(
         self,
@@ -150,8 +150,11 @@ class Hatchling(Architecture):
                 f"a state of {cache.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
                 "init_cache of that batch"
             )
-        read, cache = self._chunks(x, length, cache, None)
-        return read.hidden, cache
+        if not x.shape[1]:
+            return x.astype(self.config.dtype), cache
+        read, cache = self._chunks(x.astype(self.config.dtype), length, cache, None, fresh)
+        wrong = (length > x.shape[1])[:, None, None]  # a length that the vectors do not have
+        return jnp.where(wrong, jnp.nan, read.hidden), cache
 
     @property
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
@@ -172,7 +175,7 @@ class Hatchling(Architecture):
         model.adapters = nnx.data(dict(adapter))
         return model
 
-    def merged(self, deltas: Mapping[str, jax.Array]) -> "Hatchling":
+    def merge_lora(self, deltas: Mapping[str, jax.Array]) -> "Hatchling":
         """The model with `deltas [inputs, outputs]` added to Dx and E."""
         leaves, structure = jax.tree.flatten(self)
         model: Hatchling = jax.tree.unflatten(structure, leaves)
@@ -208,13 +211,18 @@ class Hatchling(Architecture):
         return self._chunks(x, length, self.init_cache(x.shape[0], x.shape[1]), key)[0]
 
     def _chunks(
-        self, x: jax.Array, length: jax.Array, state: State, key: jax.Array | None
+        self,
+        x: jax.Array,
+        length: jax.Array,
+        state: State,
+        key: jax.Array | None,
+        fresh: bool = False,
     ) -> tuple[Activations, State]:
         """Read rows of any length chunk by chunk."""
         size = x.shape[1] if self.config.chunk is None else min(self.config.chunk, x.shape[1])
         count = -(-x.shape[1] // size)
         if count == 1:
-            read, new = self._chunk(x, length, state, key)
+            read, new = self._chunk(x, length, state, key, fresh)
             assert new is not None
             return read, new
         padded = jnp.pad(x, ((0, 0), (0, count * size - x.shape[1]), (0, 0)))
@@ -233,13 +241,21 @@ class Hatchling(Architecture):
         return Activations(hidden, *(leaf.sum(axis=0) for leaf in sums)), state
 
     def _chunk(
-        self, x: jax.Array, length: jax.Array, state: State | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        length: jax.Array,
+        state: State | None,
+        key: jax.Array | None,
+        fresh: bool = False,
     ) -> tuple[Activations, State | None]:
-        """Read one chunk of each row after what `state` holds; None is a state of no tokens.
+        """Read one chunk of each row after what a state holds.
 
         Args:
             x: Vectors `[B, C, d]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32.
+            state: State before the chunk; None for rows that begin here and end here.
+            key: Key of dropout; None for none.
+            fresh: Static promise that the state is empty, so that it is only written.
         """
         config = self.config
         batch, size = x.shape[:2]
@@ -262,9 +278,12 @@ class Hatchling(Architecture):
             if not released:
                 x = carried + x
             rotated = jnp.where(real[..., None, None], _rotate(x, turns), 0)
-            read, synapses = self._attend(rotated, value, synapses, length)
+            read, synapses = self._attend(rotated, value, synapses, length, fresh)
             gate = jnp.einsum("bthd,dhn->bthn", _norm(read), self._cast(self.dy))
             y = jax.nn.relu(gate) * x
+            active = [
+                ((neurons > 0) & real[..., None, None]).sum(dtype=jnp.float32) for neurons in (x, y)
+            ]
             if key is not None and config.dropout:
                 kept = jax.random.bernoulli(
                     jax.random.fold_in(key, index), 1 - config.dropout, y.shape
@@ -272,9 +291,6 @@ class Hatchling(Architecture):
                 y = jnp.where(kept, y / (1 - config.dropout), 0)
             out = _norm(self._project(y))
             value = self.constrain(_norm(value + out) if released else out)
-            active = [
-                ((neurons > 0) & real[..., None, None]).sum(dtype=jnp.float32) for neurons in (x, y)
-            ]
             return (value, carried if released else x), (*active, synapses)
 
         if config.remat == "full":
@@ -288,7 +304,12 @@ class Hatchling(Architecture):
         return read, None if state is None else State(state.length + length, after)
 
     def _attend(
-        self, rotated: jax.Array, value: jax.Array, synapses: jax.Array | None, length: jax.Array
+        self,
+        rotated: jax.Array,
+        value: jax.Array,
+        synapses: jax.Array | None,
+        length: jax.Array,
+        fresh: bool,
     ) -> tuple[jax.Array, jax.Array | None]:
         """What each token reads of those before it, `[B, C, H, d]`, and the synapses after it.
 
@@ -297,6 +318,7 @@ class Hatchling(Architecture):
             value: Vectors `[B, C, d]` that are read.
             synapses: State before the chunk, `[B, H, N, d]` float32.
             length: Number of real tokens of the chunk in each row, `[B]` int32.
+            fresh: Static promise that `synapses` are 0.
         """
         size = value.shape[1]
         offset = jnp.arange(size)
@@ -310,17 +332,17 @@ class Hatchling(Architecture):
         read = jnp.einsum("bhts,bsd->bthd", (scores * past).astype(value.dtype), value)
         if synapses is None:
             return read, None
-        query = rotated.astype(jnp.float32)
-        before = jnp.einsum("bthn,bhnd->bthd", query, synapses)
-        if decay is None:
-            written = jnp.einsum("bthn,btd->bhnd", query, value.astype(jnp.float32))
-            return read + before.astype(value.dtype), synapses + written
-        before = before * decay[:, None] ** offset[:, None, None]
-        left = jnp.maximum(length[:, None] - offset, 0)
-        weighted = query * (decay[:, None] ** left[..., None, None])
-        written = jnp.einsum("bthn,btd->bhnd", weighted, value.astype(jnp.float32))
-        kept = synapses * (decay ** length[:, None])[..., None, None]
-        return read + before.astype(value.dtype), kept + written
+        query, wide = rotated.astype(jnp.float32), value.astype(jnp.float32)
+        if not fresh:
+            before = jnp.einsum("bthn,bhnd->bthd", query, synapses)
+            if decay is not None:
+                before = before * decay[:, None] ** offset[:, None, None]
+            read = read + before.astype(value.dtype)
+        if decay is not None:
+            left = jnp.maximum(length[:, None] - offset, 0)
+            query = query * (decay[:, None] ** left[..., None, None])
+            synapses = synapses * (decay ** length[:, None])[..., None, None]
+        return read, synapses + jnp.einsum("bthn,btd->bhnd", query, wide)
 
     def _neurons(self, value: jax.Array) -> jax.Array:
         """Dx: vectors `[B, C, d]` to neurons `[B, C, H, N]`."""

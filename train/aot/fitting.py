@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,8 +128,9 @@ def remedies(config: CompileConfig, devices: int) -> Iterator[tuple[str, Compile
     rest = devices // max(math.prod(sizes), 1)
     data, fsdp, tensor = (rest if size == -1 else size for size in dataclasses.astuple(config.mesh))
     step = config.what == "step"
-    policies = ("none", "dots", "full")
-    stricter = policies[policies.index(config.model.remat) + 1 :] if step else ()
+    kinds = typing.get_type_hints(type(config.model)) if _has_field(config.model, "remat") else {}
+    policies = typing.get_args(kinds.get("remat"))
+    stricter = policies[policies.index(config.model.remat) + 1 :] if step and policies else ()
     remats = [(f"--model.remat {name}", {"remat": name}) for name in stricter]
     same = ("", {})
     meshes = [("", config.mesh)]
@@ -148,6 +150,10 @@ def remedies(config: CompileConfig, devices: int) -> Iterator[tuple[str, Compile
             rows = (1, data * fsdp // split) if step else (data * fsdp // split, 1)
             mesh_option, mesh = _mesh_change(*rows, tensor * split)
             yield _change(config, change, mesh, 1, mesh_option, remat_option)
+
+
+def _has_field(model: Any, name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(model)}
 
 
 def _mesh_change(data: int, fsdp: int, tensor: int) -> tuple[str, MeshConfig]:

@@ -133,8 +133,7 @@ def heading(config: CompileConfig, topology: Topology) -> str:
     if config.what == "step":
         work = (
             f"train step of {config.batch_size} rows of {config.data.seq_len} tokens "
-            f"(accumulate {config.accumulate}), remat {model.remat}, "
-            f"{'scanned' if model.scan_layers else 'unrolled'} layers; attention "
+            f"(accumulate {config.accumulate}), {_execution(model)}attention "
             f"{resolve(model, mesh, attention_of(config, topology))}"
         )
     else:
@@ -220,3 +219,11 @@ def out_of_memory_text(report: dict[str, Any]) -> str:
 
 def _sizes(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
+
+
+def _execution(model: Any) -> str:
+    """What can be chosen of how the model is computed, as it was chosen."""
+    chosen = {field.name for field in dataclasses.fields(model)}
+    remat = f"remat {model.remat}, " if "remat" in chosen else ""
+    layers = f"{'scanned' if model.scan_layers else 'unrolled'} layers; "
+    return remat + (layers if "scan_layers" in chosen else "")

@@ -64,6 +64,11 @@ class FinetunableModel(nnx.Module):
         self.adapter = (
             make_adapter(decoder, lora, rngs=rngs, kind=AdapterParam) if method == "lora" else None
         )
+        if method == "lora" and _unmergeable(decoder):
+            raise ValueError(
+                f"{type(decoder).__name__} takes adapters and can't merge them, so that the run "
+                "could not be read again: add merge_lora to it"
+            )
         self.memgen = MemGen(decoder, memgen, boundary=boundary, rngs=rngs) if woven else None
 
     @property
@@ -107,3 +112,8 @@ class FinetunableModel(nnx.Module):
             where = jax.random.key(0)  # held-out rows: the same places each time
         plan = plan_insertions(tokens, loss_mask, memgen.boundary[...], memgen.config, where)
         return memgen.predictors(tokens, plan, what)[:, 1:]
+
+
+def _unmergeable(decoder: Any) -> bool:
+    """Whether a decoder lacks `merge_lora`, or has it from `Architecture`, where it raises."""
+    return getattr(type(decoder), "merge_lora", None) in (None, Architecture.merge_lora)

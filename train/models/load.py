@@ -276,7 +276,7 @@ def finetuned_model(
     if finetunable.adapter is None:
         return lm.model, finetunable.memgen
     deltas = {name: map_.delta for name, map_ in finetunable.adapter.items()}
-    return finetunable.backbone.merged(deltas), None
+    return finetunable.backbone.merge_lora(deltas), None
 
 
 def trained_before(woven: MemGen, around: MemGen) -> MemGen:

@@ -93,13 +93,15 @@ class Collector:
         return Collected(kept, drawn, groups, found)
 
     def held_out(self, sampler: Sampler) -> list[Trajectory]:
-        """Rollouts of held-out problems, one each, `evaluation.rows` of them."""
+        """Rollouts of held-out problems, one each, `evaluation.rows` of them.
+
+        A strategy that keeps state keeps none of these: training learns nothing from them.
+        """
         size, rows = self._task.sizes["test"], self._config.evaluation.rows
         count = min(rows or size or _ENDLESS, size or rows or _ENDLESS)
         problems = self.problems("test", 0, count)
-        return self.strategy.collect(
-            sampler, self._task, problems, [1] * count, (self._config.seed, 1)
-        )
+        strategy = dataclasses.replace(self.strategy)  # with no state
+        return strategy.collect(sampler, self._task, problems, [1] * count, (self._config.seed, 1))
 
     def _plan(self, uids: list[str]) -> list[int]:
         total = self._config.batch_size * self._config.num_generations
