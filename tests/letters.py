@@ -27,5 +27,5 @@ class Letters:
         return "{}"
 
 
-def writer(config: ModelConfig) -> LanguageModel:
+def language_model(config: ModelConfig) -> LanguageModel:
     return LanguageModel(heavy_model(config), Letters())

@@ -36,7 +36,7 @@ MEMGEN = MemGenConfig(
 BOUNDARY = (np.arange(PLAIN.vocab_size) % 2 == 0).astype(np.uint8)
 
 
-def writer(model: str = "plain") -> LanguageModel:
+def language_model(model: str = "plain") -> LanguageModel:
     build = lambda: Thoughtbubbles(MODELS[model], rngs=nnx.Rngs(0))  # noqa: E731
     return LanguageModel(filled(nnx.eval_shape(build)), ByteTokenizer())
 

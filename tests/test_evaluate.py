@@ -88,7 +88,7 @@ def test_a_plain_decoder_has_one_number():
     assert set(metrics) == {"loss", "bits_per_byte", "standard_error", "streams_per_token"}
     assert metrics["streams_per_token"] == 1
     assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
-    assert "blockwise" not in readable(metrics)
+    assert "teacher-forced" not in readable(metrics)
 
 
 @pytest.mark.parametrize("policy", [PrefixRank(1.5, window=3), Threshold(1.5)], ids=str)
@@ -97,7 +97,7 @@ def test_a_causal_policy_has_one_number_and_it_is_honest(policy):
     config = dataclasses.replace(SMALL, policy=policy)
     metrics = evaluate(config)
     assert metrics["loss"] == pytest.approx(brute_force(config), rel=1e-5)
-    assert "blockwise_loss" not in metrics and "blockwise" not in readable(metrics)
+    assert "blockwise_loss" not in metrics and "teacher-forced" not in readable(metrics)
     check_streams_per_token(config, metrics)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from letters import writer
+from letters import language_model
 from tiny import BASE, heavy_model
 
 from thoughtbubbles import PrefixRank
@@ -86,7 +86,7 @@ def standing_in(monkeypatch):
 
 
 def test_requests_are_answered_in_their_order(standing_in):
-    loaded = writer(PLAIN)
+    loaded = language_model(PLAIN)
     model = HarnessModel(lm=loaded, batch_size=4, max_length=LENGTH)
     pairs = [("abc", " d"), ("", "efghijklm"), ("a", "b")]
     scores = Scorer(loaded, 4, LENGTH)(pairs)
@@ -98,7 +98,7 @@ def test_requests_are_answered_in_their_order(standing_in):
 
 
 def test_texts_are_generated_in_groups_and_cut(standing_in):
-    loaded = writer(PLAIN)
+    loaded = language_model(PLAIN)
     model = HarnessModel(lm=loaded, batch_size=2, max_length=LENGTH, max_gen_toks=8)
     contexts = ["abc", "b", "cab abc abc abc abc abc", "abc"]
     plain = []
@@ -140,7 +140,7 @@ def test_chats_are_rendered_and_encoded_with_their_special_tokens(standing_in):
             use(chat)
     assert len(plain._scorer.encode("<|im_end|>")) > 1, "refusing changes nothing either"
     with pytest.raises(ValueError, match="letters has no chat template"):
-        HarnessModel(lm=writer(PLAIN), chat=True)
+        HarnessModel(lm=language_model(PLAIN), chat=True)
     with pytest.raises(ValueError, match="model=None checkpoint=None: pass one of them"):
         HarnessModel()
 

@@ -120,7 +120,9 @@ def test_a_run_from_start_to_text(monkeypatch, capsys, arguments, tmp_path):
     mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
     assert run_here(monkeypatch, *arguments, *mesh, "--steps", "20") == 0
     shown = capsys.readouterr()
-    assert "held-out loss" in shown.err and "blockwise" in shown.err and "not causal" in shown.err
+    assert (
+        "held-out loss" in shown.err and "teacher-forced" in shown.err and "not causal" in shown.err
+    )
     assert "fork 1" in shown.out and "sample" in shown.out
     lines = read_metrics(tmp_path / "run")
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rl_tiny import LORA, MEMGEN, Echo, Vowels, writer
+from rl_tiny import LORA, MEMGEN, Echo, Vowels, language_model
 
 from train.devices.mesh import MeshConfig
 from train.engine.optim import OptimizerConfig
@@ -35,7 +35,7 @@ CONFIG = RLConfig(
 
 def work(model: str = "shallow", task=None, devices: int = 1, **changes) -> RLJob:
     config = dataclasses.replace(CONFIG, **changes)
-    return RLJob(config, writer(model), task or Vowels(), devices=jax.devices()[:devices])
+    return RLJob(config, language_model(model), task or Vowels(), devices=jax.devices()[:devices])
 
 
 def stacked(reinforcing: RLJob, trajectories, multiple: int = 1):

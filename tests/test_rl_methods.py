@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import jax
 import numpy as np
 import pytest
-from rl_tiny import Vowels, writer
+from rl_tiny import Vowels, language_model
 
 from train.cli.calls import text_of
 from train.cli.command import parse
@@ -318,7 +318,7 @@ def job(out: Path, method: Any, task: Any = None, **changes) -> RLJob:
         out=str(out),
         **changes,
     )
-    return RLJob(config, writer("shallow"), task or Vowels(), devices=jax.devices()[:1])
+    return RLJob(config, language_model("shallow"), task or Vowels(), devices=jax.devices()[:1])
 
 
 def rewards(out: Path) -> list[float]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from rl_tiny import LORA, MEMGEN, Vowels, writer
+from rl_tiny import LORA, MEMGEN, Vowels, language_model
 
 from memgen import TriggerParam, WeaverParam, trained_params
 from train.cli.config_json import as_json
@@ -56,7 +56,7 @@ def config(out: Path, **changes) -> RLConfig:
 def work(out: Path, task=None, start: LanguageModel | None = None, **changes) -> RLJob:
     return RLJob(
         config(out, **changes),
-        start or writer("shallow"),
+        start or language_model("shallow"),
         task or Vowels(),
         devices=jax.devices()[:1],
     )
@@ -183,7 +183,7 @@ def test_two_stages_of_memgen(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(
         "train.models.load.load_language_model", lambda name, shardings=None: starts[name]
     )
-    starts = {"base": writer("shallow")}
+    starts = {"base": language_model("shallow")}
     woven = load_model(whole("weaver")[0])
     assert woven.memgen is not None and woven.memgen.trigger is None
     starts["woven"] = woven

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from rl_tiny import LORA, MEMGEN, Echo, Vowels, finetunable, sampling, writer
+from rl_tiny import LORA, MEMGEN, Echo, Vowels, finetunable, language_model, sampling
 
 import memgen
 from memgen import TriggerConfig, WeaverConfig, decoding
@@ -53,7 +53,7 @@ POLICIES: dict[str, tuple[str, str, memgen.MemGenConfig, Any]] = {
     ),
 }
 SEEDS = {"trigger on forks": 3}  # of parameters by which it skips, and invokes
-SPEECH = PromptFormatter(writer())
+SPEECH = PromptFormatter(language_model())
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 ROWS, LENGTH, EVENTS = 8, 32, 9
 STOP = tuple(range(0, 257, 9))

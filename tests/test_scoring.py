@@ -17,7 +17,7 @@ WIDTH = 16
 PLAIN = dataclasses.replace(SMALL, fork_layers=())
 
 
-def writer(config: ModelConfig) -> LanguageModel:
+def language_model(config: ModelConfig) -> LanguageModel:
     return LanguageModel(quick_model(config), Letters())
 
 
@@ -54,7 +54,7 @@ def test_scores_are_brute_force(config):
         ("ab  ", "c"),
         ("", "cabdefghonmlk"),
     ]
-    scorer = Scorer(writer(config), batch_size=4)
+    scorer = Scorer(language_model(config), batch_size=4)
     rows = [scorer.row(*pair) for pair in pairs]
     rows.append(Row([16, *greedy_text(config)], 1))
     assert max(len(row.ids) for row in rows) - 1 <= WIDTH
@@ -74,7 +74,7 @@ def greedy_text(config: ModelConfig) -> list[int]:
 
 def test_a_row_does_not_depend_on_its_batch():
     """Nor on its place in it: other lengths, other companions, alone."""
-    scorer = Scorer(writer(PLAIN), batch_size=4)
+    scorer = Scorer(language_model(PLAIN), batch_size=4)
     rng = np.random.default_rng(0)
     rows = [Row(rng.integers(0, 17, n).tolist(), int(rng.integers(1, n))) for n in range(2, 40)]
     whole, alone = scorer.score(rows), [scorer.score([row])[0] for row in rows]
@@ -91,7 +91,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_programs_are_few():
     """One for each power of two in length, however many lengths there are."""
     before = score_rows._cache_size()
-    scorer = Scorer(writer(PLAIN), batch_size=3, max_length=50)
+    scorer = Scorer(language_model(PLAIN), batch_size=3, max_length=50)
     scorer.score([Row([0] * length, 1) for length in range(2, 52)])
     assert score_rows._cache_size() - before == 3  # 16, 32, and 50 itself
     scorer.score([Row([1] * 20, start) for start in range(1, 20)])
@@ -118,7 +118,7 @@ def test_spaces_go_to_the_continuation_and_the_whole_is_encoded():
 
 def test_long_contexts_lose_their_beginning():
     """The model reads `max_length` ids, and the last one is scored, not read."""
-    scorer = Scorer(writer(PLAIN), max_length=8)
+    scorer = Scorer(language_model(PLAIN), max_length=8)
     assert scorer.row("abcdefg", "h") == Row([16, *range(8)], 8) and scorer.truncated == 0
     assert scorer.row("abcdefgh", "ij") == Row([*range(1, 10)], 7) and scorer.truncated == 1
     [score], [wanted] = scorer([("abcdefghij", "klm")]), scorer.score([Row([*range(4, 13)], 6)])
@@ -126,20 +126,22 @@ def test_long_contexts_lose_their_beginning():
     with pytest.raises(ValueError, match="has 9 tokens, the model reads 8 at a time"):
         scorer.row("a", "bcdefghij")
     with pytest.raises(ValueError, match="batch_size=16 max_length=0: choose 1 or more"):
-        Scorer(writer(PLAIN), max_length=0)
+        Scorer(language_model(PLAIN), max_length=0)
 
 
 @pytest.mark.parametrize("policy", [None, TopK(1.5)], ids=str)
 def test_rolling_scores_each_token_once_with_all_the_context_there_is_room_for(policy):
     config = PLAIN if policy is None else dataclasses.replace(SMALL, policy=policy)
-    scorer = Scorer(writer(config), max_length=4)
+    scorer = Scorer(language_model(config), max_length=4)
     text = "abcdefghij"
     windows = [Row([16, 0, 1, 2, 3], 1), Row([3, 4, 5, 6, 7], 1), Row([5, 6, 7, 8, 9], 3)]
     long, nothing, short = scorer.rolling([text, "", "ab"])
     assert long.log_prob == pytest.approx(sum(s.log_prob for s in scorer.score(windows)), rel=1e-6)
     assert long.tokens == 10 and nothing == Score(0, True, 0)
     assert short == scorer([("", "ab")])[0]
-    assert Scorer(writer(config)).rolling([text])[0].log_prob != pytest.approx(long.log_prob)
+    assert Scorer(language_model(config)).rolling([text])[0].log_prob != pytest.approx(
+        long.log_prob
+    )
 
 
 def test_nan_is_told():

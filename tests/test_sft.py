@@ -355,13 +355,13 @@ def other_base(base: Path, tmp_path: Path) -> Iterator[None]:
 
 
 def test_other_frozen_weights_are_refused(base, chats, whole, request):
-    finetunable, _ = whole("lora")
-    assert load_model(finetunable).step == 8
+    out, _ = whole("lora")
+    assert load_model(out).step == 8
     request.getfixturevalue("other_base")
     with pytest.raises(ValueError, match="trained with frozen weights .* holds"):
-        load_model(finetunable)
+        load_model(out)
     with pytest.raises(ValueError, match="was trained with frozen weights .*, they are now"):
-        tune(config(base, chats, finetunable, steps=9))
+        tune(config(base, chats, out, steps=9))
 
 
 def test_the_command_trains_a_lora(base, chats, tmp_path, monkeypatch, capsys):

@@ -62,6 +62,7 @@ def generate(
     two, so that texts of other lengths find them compiled.
 
     Args:
+        model: Any architecture; one that is not causal recomputes each prefix.
         prompts: Token ids of each prompt, at least one; lengths may differ.
         max_new_tokens: Largest number of tokens added to each prompt.
         temperature: Sampling temperature; 0 takes the most probable token.

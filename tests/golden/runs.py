@@ -197,7 +197,7 @@ def in_folder(inside: Callable[[Path], Values]) -> Values:
         return inside(Path(folder))
 
 
-def finetunable(folder: Path, kind: Any) -> Values:
+def fine_tuned(folder: Path, kind: Any) -> Values:
     pretrained(folder, model=dataclasses.replace(MODEL, fork_layers=()))
     lines = [{"prompt": f"{number}ab=", "completion": f"{number}, ok."} for number in range(64)]
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -219,7 +219,7 @@ def finetunable(folder: Path, kind: Any) -> Values:
 
 
 for kind in ("all", "lora", "weaver"):
-    RUNS[f"sft: {kind}"] = lambda kind=kind: in_folder(lambda folder: finetunable(folder, kind))
+    RUNS[f"sft: {kind}"] = lambda kind=kind: in_folder(lambda folder: fine_tuned(folder, kind))
 
 
 def reinforced(folder: Path, **changes: Any) -> Values:
@@ -238,7 +238,7 @@ def reinforced(folder: Path, **changes: Any) -> Values:
         **changes,
     )
     task = rl_tiny.Echo() if changes["method"] == "rebn" else rl_tiny.Vowels()
-    work = RLJob(config, rl_tiny.writer(), task, devices=jax.devices()[:1])
+    work = RLJob(config, rl_tiny.language_model(), task, devices=jax.devices()[:1])
     return {"held_out": train_rl(work), "metrics": numbers(folder)}
 
 

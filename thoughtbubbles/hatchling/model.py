@@ -145,6 +145,7 @@ class Hatchling(Architecture):
     def extend(
         self, cache: State, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, State]:
+        """Append vectors to rows of unequal length; a length that they lack makes its row NaN."""
         if cache.length.shape[0] != x.shape[0]:
             raise ValueError(
                 f"a state of {cache.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "

@@ -93,7 +93,8 @@ def find_text_files(path: str) -> TextFiles:
         return TextFiles(path, root.parent, (root.name,), lone=True)
     if not root.is_dir():
         raise DataError(
-            f'corpus {path} does not exist: give a folder, a file, "stdlib" or "tfds:NAME"'
+            f'corpus {path} does not exist: give a folder, a file, "stdlib", "tfds:NAME", or a '
+            "source of a --plugin"
         )
     files = [file for file in _walk(root) if text.is_text(file)]
     suffixes = " ".join(text.TEXT_SUFFIXES) + ", also with .gz"

@@ -19,6 +19,8 @@ def resolve(config: ArchitectureConfig, mesh: Mesh, attention: Attention) -> Att
     """The attention that a model gets on a mesh, `"auto"` replaced.
 
     Args:
+        config: Config of the decoder.
+        mesh: Mesh whose devices run it.
         attention: `"splash"` for TPUs, `"cudnn"` for NVIDIA GPUs, `"xla"` for all; `"auto"` is the
             kernel of the mesh's platform, or `"xla"` where there is none: on CPUs, and for what
             cuDNN can't run (float32, keys wider than it takes, a computer without cuDNN).

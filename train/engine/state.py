@@ -148,6 +148,12 @@ def make_trainable(
     """Everything about a run's state but its values; nothing is allocated.
 
     Args:
+        config: Config of the decoder.
+        optimizer: Optimizer and schedule.
+        steps: Number of steps of the schedule.
+        mesh: Mesh that the state is sharded over.
+        seed: Seed of the initial parameters and of the noise of training.
+        attention: Implementation of attention (`train.devices.attention.resolve`).
         trained: Filter of the parameters that are trained, in Flax's words, e.g.
             `nnx.PathContains("forks")` or a predicate of path and variable. The others get neither
             gradient nor optimizer state.

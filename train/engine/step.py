@@ -16,8 +16,8 @@ from train.devices.mesh import batch_sharding, replicated
 from train.engine.state import Trainable, TrainState
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-# Of a model, a batch and a random key: a sum, its weight, and sums for the metrics.
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+"""Loss of `(model, batch, key)`: its sum, the weight that divides it, and sums for the metrics."""
 
 
 def pretraining_loss(

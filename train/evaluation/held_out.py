@@ -167,7 +167,7 @@ def readable(metrics: dict[str, float]) -> str:
             line += f", {metrics[name]:.2f} {name.removesuffix(ending)}/token"
     if "blockwise_loss" not in metrics:
         return line
-    return f"{line} (prefix-only); blockwise {metrics['blockwise_loss']:.4f}, not causal"
+    return f"{line} (prefix-only); teacher-forced {metrics['blockwise_loss']:.4f}, not causal"
 
 
 def validation_rows(loaded: LoadedRun) -> PackedRows:

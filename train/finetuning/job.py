@@ -200,10 +200,10 @@ class SFTJob:
         error = held_out.get("standard_error")
         spread = "" if error is None else f" ± {error:.4f}"
         # A policy that looks at the whole row has seen what it predicts: say so.
-        blockwise = "" if self.trainable.config.causal else " (blockwise, not causal)"
+        note = "" if self.trainable.config.causal else " (teacher-forced, not causal)"
         return (
             f"held-out loss {held_out['loss']:.4f}{spread} nats per supervised token, perplexity "
-            f"{held_out['perplexity']:.2f}{blockwise}"
+            f"{held_out['perplexity']:.2f}{note}"
         )
 
     def describe(self, start: int) -> str:

@@ -222,7 +222,7 @@ def boundaries_for(
 
 
 def checksum(model: nnx.Module) -> str:
-    """Of all arrays of a model."""
+    """Hash of all arrays of a model, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(nnx.state(model)):
         digest.update(np.ascontiguousarray(leaf).data.cast("B"))
@@ -286,17 +286,17 @@ def trained_before(woven: MemGen, around: MemGen) -> MemGen:
 
 
 def lora_from_json(fields: Any) -> LoRAConfig:
-    """What `train.cli.config_json.as_json` made of it."""
+    """The LoRAConfig that `as_json` wrote."""
     return LoRAConfig(**{**fields, "targets": tuple(fields["targets"])})
 
 
 def trigger_from_json(fields: Any) -> TriggerConfig:
-    """What `train.cli.config_json.as_json` made of it."""
+    """The TriggerConfig that `as_json` wrote."""
     return TriggerConfig(**{**fields, "lora": lora_from_json(fields["lora"])})
 
 
 def memgen_from_json(fields: Any) -> MemGenConfig:
-    """What `train.cli.config_json.as_json` made of it."""
+    """The MemGenConfig that `as_json` wrote."""
     weaver = WeaverConfig(**{**fields["weaver"], "lora": lora_from_json(fields["weaver"]["lora"])})
     trigger = fields["trigger"] and trigger_from_json(fields["trigger"])
     return MemGenConfig(**{**fields, "weaver": weaver, "trigger": trigger})
