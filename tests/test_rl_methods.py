@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -30,7 +31,7 @@ from train.rl.methods import GRPO, METHODS
 from train.rl.parts import KINDS, choices, part_from_text
 from train.rl.rollout.budgets import ALLOCATORS
 from train.rl.rollout.collector import Collector
-from train.rl.rollout.strategies import OneResponse, Turns
+from train.rl.rollout.strategies import STRATEGIES, OneResponse, Turns
 from train.rl.types import Episodes, Problem, Reward, Trajectory
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
@@ -68,6 +69,10 @@ ESTIMATORS = {
 }
 EACH = [(kind, word) for kind, (_, registry) in KINDS.items() for word in registry]
 REQUIRED = {"overlong": "buffer=8"}
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+[PARTS] = re.findall(
+    r"```python\n((?:(?!```).)*STRATEGIES\[.*?)```", PAGE.read_text(), flags=re.DOTALL
+)
 
 
 def trajectories(rewards: list[list[float]]) -> list[Trajectory]:
@@ -358,6 +363,25 @@ def test_a_method_improves_and_goes_on_bit_for_bit_after_a_kill(tmp_path, word):
     assert timeless(killed) == timeless(whole)
     ours, theirs = (load_params(folder)[1] for folder in (killed, whole))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_parts_of_the_page_improve_and_go_on(tmp_path, monkeypatch):
+    """An allocator and a strategy of a user's own, as docs/architecture.md writes them."""
+    monkeypatch.setitem(ALLOCATORS, "unsolved", None)  # not there afterwards
+    monkeypatch.setitem(STRATEGIES, "second_chance", None)
+    parts = {"allocator": "unsolved()", "strategy": "second_chance(hint=' No: ')"}
+    module = types.ModuleType("of_the_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(PARTS, module.__dict__)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    found = train(job(whole, GRPO(), **parts))
+    lines = [line for line in read_metrics(whole) if "reward" in line]
+    assert lines[-1]["reward"] > lines[0]["reward"]
+    assert lines[0]["length"] > 2  # the longest of one response
+    with pytest.raises(KeyboardInterrupt):
+        train(job(killed, GRPO(), Dies(killed), **parts))
+    assert train(job(killed, GRPO(), **parts)) == found
+    assert timeless(killed) == timeless(whole)
 
 
 def test_an_infinite_option_is_written_so_that_it_is_read():

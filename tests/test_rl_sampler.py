@@ -20,9 +20,10 @@ from train.data import ByteTokenizer
 from train.devices.mesh import MeshConfig, make_mesh
 from train.models.finetunable import FinetunableModel
 from train.rl.learning.policy import decision_scores, sampler_of, token_scores
+from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampler, row_keys
-from train.rl.rollout.strategies import STRATEGIES, OneResponse, PromptFormatter, Turns
+from train.rl.rollout.strategies import STRATEGIES, OneResponse, Turns
 from train.rl.types import Trajectory
 
 
@@ -215,9 +216,9 @@ def test_a_row_depends_on_no_other(name, alone):
 @pytest.mark.parametrize("word", STRATEGIES)
 def test_every_strategy_makes_the_rollouts_that_were_planned(word):
     """The same ones again from the same seed, and only generated tokens are trained."""
-    known: dict[str, Any] = {"one_response": (ONCE, COUNTS), "turns": (TURNS[True], EPISODES)}
+    known: dict[str, Any] = {"one_response": (ONCE, EPISODES), "turns": (TURNS[True], EPISODES)}
     default = dataclasses.replace(STRATEGIES[word](), formatter=SPEECH)
-    strategy, counts = known.get(word, (default, COUNTS))
+    strategy, counts = known.get(word, (default, EPISODES))
     task = Echoes() if strategy.episodic else Asks()
     changes = {"valid_vocab_size": ASCII} if strategy.episodic else {}
     rows, _ = collect("plain", strategy, task, counts, **changes)

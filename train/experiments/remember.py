@@ -55,8 +55,9 @@ from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.learning.penalties import InvocationPenalty
 from train.rl.methods import TriggerGRPO
+from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.sampler import Sampler, Sampling
-from train.rl.rollout.strategies import OneResponse, PromptFormatter
+from train.rl.rollout.strategies import OneResponse
 from train.rl.types import Trajectory
 
 PRETRAINING = {"copy": 0.49, "reverse": 0.49, "sort": 0.02}

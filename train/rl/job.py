@@ -39,9 +39,9 @@ from train.rl.learning.policy import sampler_of
 from train.rl.named_tasks import make_task
 from train.rl.parts import KINDS
 from train.rl.rollout.collector import Collector, fingerprint, strategy_for
+from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.rows import Rows, make_rows
 from train.rl.rollout.sampler import Sampler, Sampling
-from train.rl.rollout.strategies import PromptFormatter
 from train.rl.step_metrics import (
     held_out_metrics,
     learning_metrics,

@@ -9,8 +9,9 @@ import numpy as np
 
 from train.rl.config import RLConfig
 from train.rl.rollout.budgets import BudgetAllocator
+from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.sampler import Sampler
-from train.rl.rollout.strategies import OneResponse, PromptFormatter, RolloutStrategy, Turns
+from train.rl.rollout.strategies import OneResponse, RolloutStrategy, Turns
 from train.rl.step_metrics import mixed_groups
 from train.rl.types import Collected, Episodes, Problem, Split, Trajectory
 

@@ -1,95 +1,23 @@
 """Rollout strategies by name: one response to a problem, or an episode of several turns."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.data.chat_templates import chat_ids
-from train.models.load import LanguageModel
 from train.rl.protocols import Environment, Task
-from train.rl.rollout.sampler import Sampled, Sampler, row_keys
-from train.rl.scoring import safe_score, safe_step
-from train.rl.types import Completion, Problem, Reward, Trajectory, Turn
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptFormatter:
-    """Translation of texts to ids and back.
-
-    Attributes:
-        lm: Language model whose tokenizer is used.
-        chat: Whether prompts are messages to the model, in its chat template.
-    """
-
-    lm: LanguageModel
-    chat: bool = False
-
-    def prompt(self, messages: Sequence[str]) -> list[int]:
-        """Ids of a conversation of user, policy, user and so on, up to the policy's response."""
-        if not self.chat:
-            return self.lm.prompt("".join(messages))
-        tokenizer = self.lm.tokenizer
-        if not isinstance(tokenizer, PretrainedTokenizer):
-            raise ValueError("chat=True needs weights with a chat template: leave chat out")
-        roles = itertools.cycle(("user", "assistant"))
-        said = [
-            {"role": role, "content": text} for role, text in zip(roles, messages, strict=False)
-        ]
-        return chat_ids(tokenizer, said)
-
-    def observation(self, text: str, limit: int) -> list[int]:
-        """Ids of an observation in the middle of a text, at most `limit` of them."""
-        return self.lm.tokenizer.encode(text)[0].tolist()[:limit]
-
-    def cut(self, text: str, limit: int) -> str:
-        """Text of the first `limit` ids of an observation."""
-        return self.lm.tokenizer.decode(self.observation(text, limit))
-
-    def completion(self, problem: Problem, sampled: Sampled) -> Completion:
-        """A sampled response as text."""
-        ids = sampled.tokens.tolist()
-        finished = bool(ids) and ids[-1] in self.lm.stop_ids
-        text = self.lm.tokenizer.decode(ids[:-1] if finished else ids)
-        return Completion(problem, text, tuple(ids), finished)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One rollout to make."""
-
-    group: int
-    problem: Problem
-    number: int  # among the problem's rollouts
-
-
-def _rows(problems: Sequence[Problem], counts: Sequence[int], most: int) -> Iterator[list[Row]]:
-    """All rows, at most `most` at a time; the rollouts of a problem are neighbours.
-
-    A problem that comes twice goes on counting, so that no two rows have one key.
-    """
-    seen: dict[str, int] = {}
-    rows = []
-    for group, (problem, count) in enumerate(zip(problems, counts, strict=True)):
-        first = seen.get(problem.uid, 0)
-        seen[problem.uid] = first + count
-        rows += [Row(group, problem, first + number) for number in range(count)]
-    for start in range(0, len(rows), most):
-        yield rows[start : start + most]
-
-
-def _keys(rows: Sequence[Row], seed: Sequence[int]) -> Any:
-    return row_keys(seed, [row.problem.uid for row in rows], [row.number for row in rows])
-
-
-def _shared(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-    """The different texts, and the index among them of each text."""
-    found: dict[tuple[int, ...], int] = {}
-    source = [found.setdefault(tuple(text), len(found)) for text in texts]
-    return [list(text) for text in found], source
+from train.rl.rollout.episodes import (
+    EnvironmentEpisode,
+    TrajectoryBuilder,
+    rollout_batches,
+    sampling_keys,
+    unique_prompts,
+)
+from train.rl.rollout.formatter import PromptFormatter
+from train.rl.rollout.sampler import Sampler
+from train.rl.scoring import safe_score
+from train.rl.types import Problem, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +102,15 @@ class OneResponse(RolloutStrategy):
     ) -> list[Trajectory]:
         prompts = [self.formatter.prompt([problem.prompt]) for problem in problems]
         found = []
-        for rows in _rows(problems, counts, sampler.max_rows):
-            texts, source = _shared([prompts[row.group] for row in rows])
-            conversation = sampler.open(texts, source, _keys(rows, seed), self.max_new_tokens)
-            for row, sampled in zip(rows, conversation.respond(self.max_new_tokens), strict=True):
-                completion = self.formatter.completion(row.problem, sampled)
+        for rollouts in rollout_batches(problems, counts, sampler.max_rows):
+            texts, source = unique_prompts([prompts[rollout.group] for rollout in rollouts])
+            keys = sampling_keys(rollouts, seed)
+            conversation = sampler.open(texts, source, keys, self.max_new_tokens)
+            responses = conversation.respond(self.max_new_tokens)
+            for rollout, sampled in zip(rollouts, responses, strict=True):
+                completion = self.formatter.completion(rollout.problem, sampled)
                 reward = safe_score(task, completion)
-                episode = _Episode(row, prompts[row.group])
+                episode = TrajectoryBuilder(rollout, prompts[rollout.group])
                 episode.respond(sampled, completion)
                 found.append(episode.trajectory(reward, (reward.value,)))
         return found
@@ -236,26 +166,30 @@ class Turns(RolloutStrategy):
         seed: Sequence[int],
     ) -> list[Trajectory]:
         found = []
-        for rows in _rows(problems, counts, sampler.max_rows):
+        for rollouts in rollout_batches(problems, counts, sampler.max_rows):
             play = self._in_one_row if self.keep_context else self._turn_by_turn
-            found += play(sampler, task, rows, seed)
+            found += play(sampler, task, rollouts, seed)
         return found
 
-    def _in_one_row(self, sampler, task, rows, seed) -> list[Trajectory]:
-        episodes = [_Episode(row, self.formatter.prompt([row.problem.prompt])) for row in rows]
-        plays = [_Play(task, row.problem) for row in rows]
-        texts, source = _shared([episode.tokens for episode in episodes])
+    def _in_one_row(self, sampler, task, rollouts, seed) -> list[Trajectory]:
+        episodes = [
+            TrajectoryBuilder(rollout, self.formatter.prompt([rollout.problem.prompt]))
+            for rollout in rollouts
+        ]
+        plays = [EnvironmentEpisode(task, rollout.problem) for rollout in rollouts]
+        texts, source = unique_prompts([episode.tokens for episode in episodes])
         capacity = self.max_turns * (self.max_new_tokens + self.max_observation)
-        conversation = sampler.open(texts, source, _keys(rows, seed), capacity, self.max_turns)
+        keys = sampling_keys(rollouts, seed)
+        conversation = sampler.open(texts, source, keys, capacity, self.max_turns)
         for turn in range(self.max_turns):
             active = np.array([not play.over for play in plays])
             if not active.any():
                 break
             said = conversation.respond(self.max_new_tokens, active)
-            seen: list[list[int]] = [[] for _ in rows]
+            seen: list[list[int]] = [[] for _ in rollouts]
             for index in np.flatnonzero(active):
                 episode, play = episodes[index], plays[index]
-                completion = self.formatter.completion(episode.row.problem, said[index])
+                completion = self.formatter.completion(episode.rollout.problem, said[index])
                 episode.respond(said[index], completion)
                 observation = play.act(completion)
                 if not play.over and turn + 1 < self.max_turns:
@@ -267,22 +201,22 @@ class Turns(RolloutStrategy):
             for episode, play in zip(episodes, plays, strict=True)
         ]
 
-    def _turn_by_turn(self, sampler, task, rows, seed) -> list[Trajectory]:
-        plays = [_Play(task, row.problem) for row in rows]
-        said: list[list[str]] = [[row.problem.prompt] for row in rows]
-        turns: list[list[_Episode]] = [[] for _ in rows]
+    def _turn_by_turn(self, sampler, task, rollouts, seed) -> list[Trajectory]:
+        plays = [EnvironmentEpisode(task, rollout.problem) for rollout in rollouts]
+        said: list[list[str]] = [[rollout.problem.prompt] for rollout in rollouts]
+        turns: list[list[TrajectoryBuilder]] = [[] for _ in rollouts]
         for turn in range(self.max_turns):
             going = [index for index, play in enumerate(plays) if not play.over]
             if not going:
                 break
             prompts = [self.formatter.prompt(said[index]) for index in going]
-            texts, source = _shared(prompts)
-            keys = _keys([rows[index] for index in going], (*seed, turn))
+            texts, source = unique_prompts(prompts)
+            keys = sampling_keys([rollouts[index] for index in going], (*seed, turn))
             conversation = sampler.open(texts, source, keys, self.max_new_tokens)
             answers = conversation.respond(self.max_new_tokens)
             for index, prompt, answer in zip(going, prompts, answers, strict=True):
-                completion = self.formatter.completion(rows[index].problem, answer)
-                episode = _Episode(rows[index], prompt, turn)
+                completion = self.formatter.completion(rollouts[index].problem, answer)
+                episode = TrajectoryBuilder(rollouts[index], prompt, turn)
                 episode.respond(answer, completion)
                 turns[index].append(episode)
                 seen = self.formatter.cut(plays[index].act(completion), self.max_observation)
@@ -297,76 +231,3 @@ class Turns(RolloutStrategy):
 STRATEGIES: dict[str, type[RolloutStrategy]] = {
     strategy.word: strategy for strategy in (OneResponse, Turns)
 }
-
-
-class _Play:
-    """An episode of an environment that is being played."""
-
-    def __init__(self, task: Environment, problem: Problem):
-        self._task, self._problem = task, problem
-        self._state = task.reset(problem)
-        self.rewards: list[float] = []
-        self.over = False
-        self._last: Turn | None = None
-
-    def act(self, completion: Completion) -> str:
-        """Take a turn; returns the observation."""
-        turn = safe_step(self._task, self._problem, self._state, completion)
-        self._state, self._last = turn.state, turn
-        self.rewards.append(turn.reward)
-        self.over = turn.terminated or turn.truncated
-        return turn.observation
-
-    @property
-    def reward(self) -> Reward:
-        """Reward of the whole episode."""
-        last = self._last
-        assert last is not None
-        info = {"turns": float(len(self.rewards)), **last.info}
-        return Reward(float(sum(self.rewards)), last.success, info)
-
-
-class _Episode:
-    """A trajectory that is being assembled."""
-
-    def __init__(self, row: Row, prompt: Sequence[int], turn: int = 0):
-        self.row, self._turn = row, turn
-        self.tokens = list(prompt)
-        self._log_probs = [0.0] * len(prompt)
-        self._trained = [False] * len(prompt)
-        self._decisions = [-1] * len(prompt)
-        self._begins: list[int] = []
-        self._texts: list[str] = []
-        self._finished = False
-
-    def observe(self, ids: Sequence[int]) -> None:
-        self._add(ids, [0.0] * len(ids), [-1] * len(ids), False)
-
-    def respond(self, sampled: Sampled, completion: Completion) -> None:
-        self._begins.append(len(self.tokens))
-        self._texts.append(completion.text)
-        self._finished = completion.finished
-        self._add(sampled.tokens, sampled.log_probs, sampled.decisions, True)
-
-    def _add(self, ids, log_probs, decisions, trained) -> None:
-        self.tokens += list(map(int, ids))
-        self._log_probs += list(log_probs)
-        self._decisions += list(decisions)
-        self._trained += [trained] * len(ids)
-
-    def trajectory(self, reward: Reward, turn_rewards: tuple[float, ...]) -> Trajectory:
-        return Trajectory(
-            group=self.row.group,
-            problem=self.row.problem,
-            tokens=np.array(self.tokens, np.int32),
-            trained=np.array(self._trained, bool),
-            log_probs=np.array(self._log_probs, np.float32),
-            decisions=np.array(self._decisions, np.int8),
-            begins=tuple(self._begins),
-            reward=reward,
-            finished=self._finished,
-            texts=tuple(self._texts),
-            turn_rewards=turn_rewards,
-            turn=self._turn,
-            episode=self.row.number,
-        )

@@ -1,0 +1,167 @@
+"""What a rollout strategy is written with: batches of rollouts, their keys, and trajectories."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from train.rl.protocols import Environment
+from train.rl.rollout.sampler import Sampled, row_keys
+from train.rl.scoring import safe_step
+from train.rl.types import Completion, Problem, Reward, Trajectory, Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One rollout to make: a response, or an episode.
+
+    Attributes:
+        group: Index of the problem in its step.
+        problem: Problem that is responded to.
+        number: Index of the rollout among those of the problem in its step; with the problem's uid
+            it decides the sampling noise.
+    """
+
+    group: int
+    problem: Problem
+    number: int
+
+
+def rollout_batches(
+    problems: Sequence[Problem], counts: Sequence[int], max_rows: int
+) -> Iterator[list[Rollout]]:
+    """All rollouts in batches of at most `max_rows`; the rollouts of a problem are neighbours.
+
+    A problem that comes twice in a step goes on counting, so that no two rollouts share a key.
+
+    Args:
+        problems: Problem of each group.
+        counts: Number of rollouts of each problem.
+        max_rows: Greatest number of rows that the sampler takes (`Sampler.max_rows`).
+    """
+    seen: dict[str, int] = {}
+    rollouts = []
+    for group, (problem, count) in enumerate(zip(problems, counts, strict=True)):
+        first = seen.get(problem.uid, 0)
+        seen[problem.uid] = first + count
+        rollouts += [Rollout(group, problem, first + number) for number in range(count)]
+    for start in range(0, len(rollouts), max_rows):
+        yield rollouts[start : start + max_rows]
+
+
+def sampling_keys(rollouts: Sequence[Rollout], seed: Sequence[int]) -> Any:
+    """Keys of rows for `Sampler.open`: of the seed, the problem and the number, not of the batch.
+
+    Args:
+        rollouts: Rollout of each row.
+        seed: Numbers that all randomness is derived from, those that `collect` was given; append
+            numbers of your own where a rollout is opened more than once.
+    """
+    uids = [rollout.problem.uid for rollout in rollouts]
+    return row_keys(seed, uids, [rollout.number for rollout in rollouts])
+
+
+def unique_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
+    """The different prompts, and the index among them of each prompt, as `Sampler.open` takes them.
+
+    Args:
+        prompts: Ids of the prompt of each row.
+    """
+    found: dict[tuple[int, ...], int] = {}
+    source = [found.setdefault(tuple(prompt), len(found)) for prompt in prompts]
+    return [list(prompt) for prompt in found], source
+
+
+class TrajectoryBuilder:
+    """A trajectory that is assembled from a prompt, responses and observations.
+
+    Args:
+        rollout: Rollout that the trajectory records.
+        prompt: Ids of the prompt.
+        turn: Index in the episode of the row's first turn.
+    """
+
+    def __init__(self, rollout: Rollout, prompt: Sequence[int], turn: int = 0):
+        self.rollout, self._turn = rollout, turn
+        self.tokens = list(prompt)
+        self._log_probs = [0.0] * len(prompt)
+        self._trained = [False] * len(prompt)
+        self._decisions = [-1] * len(prompt)
+        self._begins: list[int] = []
+        self._texts: list[str] = []
+        self._finished = False
+
+    def observe(self, ids: Sequence[int]) -> None:
+        """Append ids that the policy attends to and is not trained on."""
+        self._add(ids, [0.0] * len(ids), [-1] * len(ids), False)
+
+    def respond(self, sampled: Sampled, completion: Completion) -> None:
+        """Append a response that the policy sampled, which is trained on."""
+        self._begins.append(len(self.tokens))
+        self._texts.append(completion.text)
+        self._finished = completion.finished
+        self._add(sampled.tokens, sampled.log_probs, sampled.decisions, True)
+
+    def _add(self, ids, log_probs, decisions, trained) -> None:
+        self.tokens += list(map(int, ids))
+        self._log_probs += list(log_probs)
+        self._decisions += list(decisions)
+        self._trained += [trained] * len(ids)
+
+    def trajectory(self, reward: Reward, turn_rewards: Sequence[float]) -> Trajectory:
+        """The trajectory.
+
+        Args:
+            reward: Reward of the whole episode.
+            turn_rewards: Rewards of all turns of the episode.
+        """
+        return Trajectory(
+            group=self.rollout.group,
+            problem=self.rollout.problem,
+            tokens=np.array(self.tokens, np.int32),
+            trained=np.array(self._trained, bool),
+            log_probs=np.array(self._log_probs, np.float32),
+            decisions=np.array(self._decisions, np.int8),
+            begins=tuple(self._begins),
+            reward=reward,
+            finished=self._finished,
+            texts=tuple(self._texts),
+            turn_rewards=tuple(turn_rewards),
+            turn=self._turn,
+            episode=self.rollout.number,
+        )
+
+
+class EnvironmentEpisode:
+    """An episode of an environment that is being played.
+
+    Args:
+        environment: Environment.
+        problem: Problem that the episode begins from.
+    """
+
+    def __init__(self, environment: Environment, problem: Problem):
+        self._environment, self._problem = environment, problem
+        self._state = environment.reset(problem)
+        self._last: Turn | None = None
+        self.rewards: list[float] = []
+        """Reward of each turn so far."""
+        self.over = False
+        """Whether the episode has ended or was cut."""
+
+    def act(self, completion: Completion) -> str:
+        """Take a turn; returns the observation."""
+        turn = safe_step(self._environment, self._problem, self._state, completion)
+        self._state, self._last = turn.state, turn
+        self.rewards.append(turn.reward)
+        self.over = turn.terminated or turn.truncated
+        return turn.observation
+
+    @property
+    def reward(self) -> Reward:
+        """Reward of the whole episode; at least one turn was taken."""
+        last = self._last
+        assert last is not None
+        info = {"turns": float(len(self.rewards)), **last.info}
+        return Reward(float(sum(self.rewards)), last.success, info)
