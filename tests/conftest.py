@@ -1,5 +1,6 @@
 """Settings that every test shares; the environment must be set before jax is first imported."""
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402 (reads the environment)
 from ledger import Ledger  # noqa: E402
+
+# Tracing makes millions of small objects that live on: looking through them takes a tenth of all.
+gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_configure(config: pytest.Config) -> None:

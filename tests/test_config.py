@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,19 @@ def test_a_new_option_is_compared_unless_it_says_otherwise(changes, found):
     del fields["data"]
     missing = {name: value for name, value in as_json(config).items() if name != "rate"}
     assert differences(missing, config) == ["rate: saved None, now 1.0"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_plain", "hatchling_tiny"])
+def test_how_a_model_is_computed_may_change(name):
+    """Of every architecture, and nothing else of it."""
+    run = PRESETS[name]
+    saved = as_json(run)
+    values: dict[str, Any] = {"scan_layers": True, "remat": "none", "chunk": 4}
+    changes = {field: values[field] for field in run.model.execution_fields}
+    now = dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
+    assert now.model != run.model and not differences(saved, now)
+    other = dataclasses.replace(now, model=dataclasses.replace(now.model, embed_dim=96))
+    assert [line.partition(":")[0] for line in differences(saved, other)] == ["model.embed_dim"]
 
 
 def test_every_option_says_whether_it_may_change():

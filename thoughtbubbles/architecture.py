@@ -48,6 +48,10 @@ class ArchitectureConfig:
     scan_layers: bool = False
     remat: str = "none"
 
+    execution_fields: ClassVar[tuple[str, ...]] = ("scan_layers", "remat")
+    """Fields that change how a result is computed, not which one: a run or a cache may go on with
+    other values of them."""
+
     @property
     def causal(self) -> bool:
         """Whether logits of a position depend on tokens up to it alone, by construction."""

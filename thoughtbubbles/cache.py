@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
-EXECUTION_FIELDS = {"scan_layers", "remat"}  # of ModelConfig: they change no result
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVSegment:
@@ -263,7 +260,7 @@ def _checked(model, cache, tokens, length, fresh) -> tuple[Streams, Cache]:
 def _check_config(ours: ModelConfig, theirs: ModelConfig) -> None:
     for field in dataclasses.fields(ModelConfig):
         here, there = getattr(ours, field.name), getattr(theirs, field.name)
-        if here != there and field.name not in EXECUTION_FIELDS:
+        if here != there and field.name not in ours.execution_fields:
             raise ValueError(
                 f"this cache was made for {field.name}={there}, the model has {field.name}={here}: "
                 "prefill a new one with the tokens (init_cache)"

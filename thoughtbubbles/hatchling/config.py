@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from thoughtbubbles.architecture import ArchitectureConfig
 
@@ -46,6 +46,8 @@ class HatchlingConfig(ArchitectureConfig):
     context_length: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full"] = "full"
+
+    execution_fields: ClassVar[tuple[str, ...]] = ("remat", "chunk")
 
     def __post_init__(self):
         for name in ("vocab_size", "embed_dim", "num_neurons", "num_layers", "num_heads"):

@@ -8,9 +8,6 @@ from train.data import DataConfig
 from train.engine.config import LoopConfig
 from train.runs.resume import FREE, free_inside
 
-EXECUTION = ("scan_layers", "remat")
-"""Fields of a model's config that say how it is computed, and change nothing of what."""
-
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
@@ -51,7 +48,7 @@ class RunConfig(LoopConfig):
         prompt: Text that the sample at the end continues.
     """
 
-    model: ArchitectureConfig = dataclasses.field(metadata=free_inside(*EXECUTION))
+    model: ArchitectureConfig
     init: InitConfig = InitConfig()
     train: Literal["all", "forks"] = "all"
     data: DataConfig = dataclasses.field(default=DataConfig(), metadata=free_inside("cache_dir"))

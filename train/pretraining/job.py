@@ -20,7 +20,7 @@ from train.engine.state import EVERY_PARAMETER, Trainable, TrainState, make_trai
 from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
 from train.models.load import find_weights, tokenizer_meta
-from train.pretraining.config import EXECUTION, RunConfig
+from train.pretraining.config import RunConfig
 from train.pretraining.plan import describe
 from train.pretraining.presets import PRESETS
 
@@ -127,7 +127,8 @@ def on_weights(config: RunConfig) -> RunConfig:
     _, model, tokenizer = open_pretrained(find_weights(config.init.weights))
     if config.init.forks:
         model = forking_config(model, config.init.forks, config.init.policy)
-    computing = {name: getattr(config.model, name) for name in (*EXECUTION, "dtype")}
+    fields = (*config.model.execution_fields, "dtype")
+    computing = {name: getattr(config.model, name) for name in fields}
     model = dataclasses.replace(model, **computing)
 
     def asked(known: ArchitectureConfig) -> list[str]:

@@ -58,11 +58,11 @@ def noted_changes(saved: dict[str, Any], current: dict[str, Any], config: Any) -
 
 
 def _comparable(model: dict[str, Any]) -> dict[str, Any]:
-    """Read and written again, so that 2 for 2.0 is no difference."""
+    """Read and written again, so that 2 for 2.0 is no difference; without what may change."""
     config = model_from_json(model)
     fields = as_json(config)
-    for name in config.unused_fields():
-        del fields[name]
+    for name in {*config.unused_fields(), *config.execution_fields}:
+        fields.pop(name, None)
     return fields
 
 
