@@ -15,6 +15,7 @@ from thoughtbubbles.attention import attend as attend_by_scores
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
+from thoughtbubbles.placement import embedding_rows
 from thoughtbubbles.policy import Policy, hook
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.streams import Streams
@@ -111,7 +112,7 @@ class ForkingDecoder(Architecture):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
-        return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
+        return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
     def logits(self, output: Output | Streams) -> jax.Array:
         """Merge and decode: `[B, T, V]` float32, log-probabilities where `merge` mixes them."""

@@ -7,6 +7,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.policy import Candidates, PolicyDefaults
 from thoughtbubbles.ranking import NO_TOKEN, best, prefix_ranks, ranks_among
 
@@ -207,7 +208,7 @@ class Threshold(Bucketed):
             raise ValueError(f"offset={self.offset} is added to a score: choose from -1 to 1")
 
     def keep(self, candidates: Candidates) -> jax.Array:
-        return self.keep_next(candidates, self.init_state(candidates.token.shape[0], 0))[0]
+        return self.keep_next(candidates, jnp.zeros_like(candidates.length))[0]
 
     def init_state(self, batch: int, num_candidates: int) -> jax.Array:
         """`[B]` int32, number of streams granted so far beyond the forced ones."""
@@ -318,8 +319,7 @@ def grant(
 
 def _rank_in_token(candidates: Candidates, demand: jax.Array) -> jax.Array:
     """`[B, 2S]` int32: how many demanded candidates of the same token rank before each."""
-    batch, count = demand.shape
-    index = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+    index = broadcast_beside(jnp.arange(demand.shape[1]), candidates.token, 2)
     keys = jnp.where(demand, -_ties(_keys(candidates)), jnp.inf)
     token, _, order = jax.lax.sort((candidates.token, keys, index), dimension=1, num_keys=3)
     new_token = jnp.concatenate([index[:, :1] == 0, token[:, 1:] != token[:, :-1]], axis=1)

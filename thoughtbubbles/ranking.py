@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.placement import broadcast_beside
+
 NO_TOKEN = 2**30  # token index of an entry without a candidate: after every token
 
 
@@ -46,11 +48,11 @@ def prefix_ranks(keys: jax.Array, token: jax.Array, window: int | None = None) -
     padding = ((0, 0), (0, padded - count))
     keys = jnp.pad(keys, padding, constant_values=-jnp.inf)
     token = jnp.pad(token, padding, constant_values=NO_TOKEN)
-    index = jnp.broadcast_to(jnp.arange(padded, dtype=jnp.int32), keys.shape)
+    index = broadcast_beside(jnp.arange(padded), token, 2)
     # `order` lists the entries by key; `overall` is each entry's position in that list.
     _, order = jax.lax.sort((-keys, index), dimension=1, num_keys=2)
     _, overall = jax.lax.sort((order, index), dimension=1, num_keys=1)
-    end = _first_after(token, token)
+    end = _after_run(token, index)
     start = jnp.zeros_like(end) if window is None else _first_after(token, token - window)
     same_bucket = _better_in_bucket(order, start, end, width)
     same_bucket = jnp.take_along_axis(same_bucket.reshape(batch, -1), overall, axis=1)
@@ -113,7 +115,22 @@ def ranks_among(
     return (higher & among).sum(axis=2, dtype=jnp.int32)
 
 
+def _after_run(token: jax.Array, index: jax.Array) -> jax.Array:
+    """`[B, N]`: index after the last entry of the token of each entry of a sorted row."""
+    changes = token[:, :-1] != token[:, 1:]
+    is_last = jnp.concatenate([changes, jnp.ones_like(token[:, :1], bool)], axis=1)
+    return jax.lax.cummin(jnp.where(is_last, index + 1, token.shape[1]), axis=1, reverse=True)
+
+
 def _first_after(token: jax.Array, value: jax.Array) -> jax.Array:
-    """`[B, N]`: number of entries of the sorted `token [B, N]` that are at most `value [B, N]`."""
-    search = jax.vmap(lambda row, values: jnp.searchsorted(row, values, side="right"))
-    return search(token, value).astype(jnp.int32)
+    """`[B, N]`: number of entries of the sorted `token [B, N]` that are at most `value [B, N]`.
+
+    A binary search: `jnp.searchsorted` under `vmap` fails under explicit axes (jax 0.10).
+    """
+    low = jnp.zeros_like(value)
+    for step in reversed(range(token.shape[1].bit_length())):
+        middle = low + 2**step
+        last = jnp.minimum(middle, token.shape[1]) - 1
+        fits = jnp.take_along_axis(token, last, axis=1) <= value
+        low = jnp.where(fits & (middle <= token.shape[1]), middle, low)
+    return low

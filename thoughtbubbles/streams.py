@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.placement import broadcast_beside
+
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Float, Int, Shaped
@@ -57,15 +59,13 @@ class Streams:
             copies: Number of equal streams of each token.
             first: Number of tokens of the sequence before these; 0 by default.
         """
-        batch, num_tokens, _ = x.shape
-        if length is None:
-            length = jnp.full((batch,), num_tokens, jnp.int32)
-        if first is None:
-            first = jnp.zeros((batch,), jnp.int32)
-        token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch, num_tokens))
+        num_tokens = x.shape[1]
+        length = broadcast_beside(num_tokens if length is None else length, x, 1)
+        first = broadcast_beside(0 if first is None else first, x, 1)
+        token = broadcast_beside(jnp.arange(num_tokens), x, 2)
         if copies > 1:
             x, token = jnp.repeat(x, copies, axis=1), jnp.repeat(token, copies, axis=1)
-        log_score = jnp.zeros(token.shape, jnp.float32)
+        log_score = jnp.zeros_like(token, jnp.float32)
         return cls(x, log_score, token, token < length[:, None], length, first, num_tokens)
 
     def replace(self, **changes) -> Streams:
@@ -87,7 +87,7 @@ class Streams:
         collective.
         """
         slots = self.token.shape[1]
-        slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), self.token.shape)
+        slot = broadcast_beside(jnp.arange(slots), self.token, 2)
         ends = self.original
         starts = jnp.concatenate([jnp.ones_like(ends[:, :1]), ends[:, :-1]], axis=1)
         first = jax.lax.cummax(jnp.where(starts, slot, 0), axis=1)

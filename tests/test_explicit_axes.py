@@ -1,0 +1,138 @@
+"""The modules under explicit axes, which are JAX's default, under auto ones, and in `shard_map`.
+
+Rows are sharded and parameters replicated: nothing is gathered, and each row is what it is alone.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny import BASE
+
+from thoughtbubbles import Fork, PrefixRank, Streams, Thoughtbubbles, Threshold, merge
+from thoughtbubbles.placement import broadcast_beside, embedding_rows, placed_beside, zeros_beside
+from thoughtbubbles.ranking import prefix_ranks
+from train.cli.config_json import POLICIES
+
+ROWS, TOKENS, WIDTH = 8, 12, 16
+SHARDED = PartitionSpec("rows")
+LENGTH = np.array([12, 3, 0, 7, 12, 1, 9, 5], np.int32)
+KINDS = [(AxisType.Explicit, 2), (AxisType.Explicit, 8), (AxisType.Auto, 8), ("manual", 8)]
+
+
+def on_mesh(call: Any, kind: Any, devices: int, module: Any, *rows: Any) -> tuple[Any, str]:
+    """Result of a call whose rows are sharded, and its compiled program as text."""
+    axis = AxisType.Explicit if kind == "manual" else kind
+    mesh = jax.make_mesh((devices,), ("rows",), axis_types=(axis,), devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(rows, NamedSharding(mesh, SHARDED))
+        if kind == "manual":
+            specs = (PartitionSpec(), *[SHARDED] * len(rows))
+            call = jax.shard_map(call, in_specs=specs, out_specs=SHARDED)
+        compiled = jax.jit(call).lower(module, *rows).compile()
+        return compiled(module, *rows), compiled.as_text()
+
+
+def residuals(seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(ROWS, TOKENS, WIDTH)), jnp.float32)
+
+
+def forked(forks: Any, x: jax.Array, length: jax.Array) -> jax.Array:
+    streams = Streams.start(x, length)
+    for fork in forks:
+        streams = fork(streams)
+    return merge(streams)
+
+
+@pytest.mark.parametrize(("kind", "devices"), KINDS, ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [*(pytest.param(kind(1.5), id=name) for name, kind in POLICIES.items()), PrefixRank(2.0, 3)],
+    ids=str,
+)
+def test_forks_and_merge_are_bit_for_bit_those_of_one_device(policy, kind, devices):
+    forks = [Fork(WIDTH, policy, rngs=nnx.Rngs(seed)) for seed in range(2)]
+    x = residuals()
+    found, program = on_mesh(forked, kind, devices, forks, x, LENGTH)
+    np.testing.assert_array_equal(found, jax.jit(forked)(forks, x, LENGTH))
+    assert not any(word in program for word in ("all-gather", "all-to-all", "all-reduce"))
+
+
+def test_eager_calls_need_no_jit():
+    forks = [Fork(WIDTH, PrefixRank(2.0, 3), rngs=nnx.Rngs(0))]
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        rows = jax.device_put((residuals(), LENGTH), NamedSharding(mesh, SHARDED))
+        found = forked(forks, *rows)
+    assert jax.typeof(found).sharding.spec == PartitionSpec("rows", None, None)
+    np.testing.assert_allclose(found, forked(forks, residuals(), LENGTH), atol=1e-6)
+
+
+def losses(model: Thoughtbubbles, tokens: jax.Array, length: jax.Array) -> jax.Array:
+    return model.log_prob(model.run(tokens, length), tokens).sum(axis=1)
+
+
+def gradients(model: Thoughtbubbles, tokens: jax.Array, length: jax.Array) -> Any:
+    grads = nnx.grad(lambda model: losses(model, tokens, length).sum())(model)
+    return nnx.state(grads, nnx.Param)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {"fork_layers": ()},
+    "rank, scanned": {"policy": PrefixRank(2.0), "scan_layers": True, "remat": "full"},
+    "threshold, probability": {"policy": Threshold(2.0), "merge": "probability"},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_and_its_gradients(name):
+    config = dataclasses.replace(
+        BASE, vocab_size=64, embed_dim=WIDTH, num_layers=2, fork_layers=(1,)
+    )
+    model = Thoughtbubbles(dataclasses.replace(config, **MODELS[name]), rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
+    found, program = on_mesh(losses, AxisType.Explicit, 2, model, tokens, LENGTH)
+    expected = jax.jit(losses)(model, tokens, LENGTH)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert "all-gather" not in program and "all-reduce" not in program
+    found, program = on_mesh(gradients, AxisType.Explicit, 2, model, tokens, LENGTH)
+    assert "all-gather" not in program and "all-reduce" in program
+    expected = jax.jit(gradients)(model, tokens, LENGTH)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(scale, 1))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_ranks_are_those_of_all_pairs(window):
+    """Their binary search too, at sizes around powers of two."""
+    rng = np.random.default_rng(0)
+    for count in (1, 8, 13):
+        token = np.sort(rng.integers(0, count, (2, count)), axis=1).astype(np.int32)
+        keys = rng.integers(0, 5, (2, count)).astype(np.float32)
+        row = np.arange(count)
+        ahead = (keys[:, None] > keys[:, :, None]) | (
+            (keys[:, None] == keys[:, :, None]) & (row < row[:, None])
+        )
+        among = token[:, None] <= token[:, :, None]
+        if window is not None:
+            among &= token[:, None] > token[:, :, None] - window
+        found = jax.jit(prefix_ranks, static_argnums=2)(keys, token, window)
+        np.testing.assert_array_equal(found, (ahead & among).sum(axis=2))
+
+
+def test_arrays_beside_others_without_a_mesh():
+    x, table = residuals(), jnp.arange(12.0).reshape(6, 2)
+    np.testing.assert_array_equal(
+        broadcast_beside(jnp.arange(TOKENS), x, 2), np.tile(np.arange(TOKENS), (ROWS, 1))
+    )
+    assert zeros_beside(x, (ROWS, 5), jnp.int32).shape == (ROWS, 5)
+    assert placed_beside(table, x) is table
+    index = jnp.array([[0, 5], [-1, 6]])
+    np.testing.assert_array_equal(embedding_rows(table, index), jnp.take(table, index, axis=0))
