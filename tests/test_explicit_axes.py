@@ -16,7 +16,6 @@ from tiny import BASE
 
 from thoughtbubbles import Fork, PrefixRank, Streams, Thoughtbubbles, Threshold, merge
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, placed_beside, zeros_beside
-from thoughtbubbles.ranking import prefix_ranks
 from train.cli.config_json import POLICIES
 
 ROWS, TOKENS, WIDTH = 8, 12, 16
@@ -107,24 +106,6 @@ def test_a_model_and_its_gradients(name):
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         scale = np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(scale, 1))
-
-
-@pytest.mark.parametrize("window", [None, 1, 3])
-def test_ranks_are_those_of_all_pairs(window):
-    """Their binary search too, at sizes around powers of two."""
-    rng = np.random.default_rng(0)
-    for count in (1, 8, 13):
-        token = np.sort(rng.integers(0, count, (2, count)), axis=1).astype(np.int32)
-        keys = rng.integers(0, 5, (2, count)).astype(np.float32)
-        row = np.arange(count)
-        ahead = (keys[:, None] > keys[:, :, None]) | (
-            (keys[:, None] == keys[:, :, None]) & (row < row[:, None])
-        )
-        among = token[:, None] <= token[:, :, None]
-        if window is not None:
-            among &= token[:, None] > token[:, :, None] - window
-        found = jax.jit(prefix_ranks, static_argnums=2)(keys, token, window)
-        np.testing.assert_array_equal(found, (ahead & among).sum(axis=2))
 
 
 def test_arrays_beside_others_without_a_mesh():
