@@ -15,6 +15,7 @@ CONFIGS = {
     "pretrain": "train.pretraining.config.RunConfig",
     "sft": "train.finetuning.job.SFTConfig",
     "rl": "train.rl.config.RLConfig",
+    "play": "train.play.PlayConfig",
     "generate": "train.generate.GenerateConfig",
     "evaluate": "train.evaluate.EvaluateConfig",
     "compile": "train.aot.config.CompileConfig",
@@ -30,6 +31,7 @@ CONFIGS = {
     "experiment retrofit": "train.experiments.retrofit.Retrofit",
     "experiment memory": "train.experiments.memory.Experiment",
     "experiment reinforce": "train.experiments.reinforce.Experiment",
+    "experiment environments": "train.experiments.environments.Experiment",
     "experiment remember": "train.experiments.remember.Experiment",
 }
 

@@ -9,6 +9,7 @@ COMMANDS = {
     "pretrain": ("train.pretrain", "train a model on text"),
     "sft": ("train.sft", "fine-tune a model on conversations"),
     "rl": ("train.rl.__main__", "train a model on tasks whose answers can be checked"),
+    "play": ("train.play", "play an environment yourself, or watch a player"),
     "generate": ("train.generate", "continue prompts, or answer them"),
     "evaluate": ("train.evaluate", "held-out loss of a run, or scores on task files"),
     "harness": ("train.harness", "EleutherAI's evaluation harness on our models"),
@@ -24,6 +25,7 @@ EXPERIMENTS = {
     "retrofit": "fork layers in a pretrained model",
     "memory": "MemGen against a LoRA, soft prompts and pause tokens",
     "reinforce": "RL methods on string tasks, against supervised tuning",
+    "environments": "scores of the random and the scripted player of each environment",
     "remember": "a trigger that learns when to remember",
 }
 

@@ -2,20 +2,19 @@
 
 import sys
 
-from train.cli.calls import signature
 from train.cli.command import run_command
 from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.loop import train
-from train.rl.named_tasks import tasks_by_name
+from train.rl.named_tasks import tasks_help
 from train.rl.parts import choices
 
 
 def main(config: RLConfig) -> None:
     """Train, and print the command that generates with the result."""
     if config.task == "help":
-        print("\n".join(signature(name, task) for name, task in tasks_by_name().items()))
+        print(tasks_help())
         return
     job = RLJob(config)
     if config.dry_run:

@@ -33,7 +33,8 @@ class Environment(Protocol):
     """A task of several turns, with explicit state.
 
     A state is a value: stepping from it twice gives the same turn, it can be kept and branched
-    from, and nothing is reset automatically. A problem's prompt is the first observation.
+    from, and nothing is reset automatically. A problem's prompt is the first observation. One that
+    cuts its episodes itself says after how many turns in an attribute `max_turns`.
     """
 
     @property

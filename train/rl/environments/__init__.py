@@ -2,10 +2,31 @@
 
 from typing import Any
 
+from train.rl.environments.calculator import Calculator
+from train.rl.environments.fifteen_puzzle import FifteenPuzzle
+from train.rl.environments.game_2048 import Game2048
+from train.rl.environments.gem_adapter import Gem
 from train.rl.environments.guess_number import GuessNumber
+from train.rl.environments.hanoi import Hanoi
+from train.rl.environments.mastermind import Mastermind
+from train.rl.environments.minesweeper import Minesweeper
+from train.rl.environments.search_qa import SearchQA
+from train.rl.environments.sokoban import Sokoban
 
 __all__ = ["ENVIRONMENTS"]
 
 ENVIRONMENTS: dict[str, type[Any]] = {
-    environment.word: environment for environment in (GuessNumber,)
+    environment.word: environment
+    for environment in (
+        GuessNumber,
+        Mastermind,
+        Minesweeper,
+        Sokoban,
+        Hanoi,
+        FifteenPuzzle,
+        Game2048,
+        Calculator,
+        SearchQA,
+        Gem,
+    )
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -27,7 +27,7 @@ class GuessNumber:
 
     The reward of a turn is 1 for the secret number and 0 for another one: turns that run out are
     worth nothing, however near the last guess was. With a discount, bisection is best. Numbers are
-    held out by rank of a hash, whatever the seed.
+    held out by rank of a hash, whatever the seed. The scripted player bisects.
 
     Attributes:
         low: Least number.
@@ -110,3 +110,14 @@ class GuessNumber:
             right,
             {"malformed": float(malformed)},
         )
+
+    def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        """A random number within the bounds (`GeneratedEnvironment.random_action`)."""
+        return str(rng.integers(self.low, self.high + 1))
+
+    def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        """The middle of the numbers that are left (`GeneratedEnvironment.scripted_action`)."""
+        low, high = self.low, self.high
+        for guess, observation in zip(map(int, shown[1::2]), shown[2::2], strict=True):
+            low, high = (guess + 1, high) if "higher" in observation else (low, guess - 1)
+        return str((low + high) // 2)

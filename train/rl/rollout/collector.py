@@ -142,7 +142,7 @@ def strategy_for(config: RLConfig, task: Any, formatter: PromptFormatter) -> Rol
                 f"reward {shaping.word} is for tasks of one response, {task.name} has turns: "
                 "leave it out"
             )
-    return strategy.for_run(formatter, config)
+    return strategy.for_run(formatter, config).for_task(task)
 
 
 def fingerprint(task: Any) -> str:

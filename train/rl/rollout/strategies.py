@@ -19,6 +19,8 @@ from train.rl.rollout.sampler import Sampler
 from train.rl.scoring import safe_score
 from train.rl.types import Problem, Trajectory
 
+_MAX_TURNS = 8  # of environments that do not say how many turns they take
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStrategy:
@@ -52,6 +54,15 @@ class RolloutStrategy:
             config: Config of the run (`RLConfig`).
         """
         return dataclasses.replace(self, formatter=formatter, max_new_tokens=config.max_new_tokens)
+
+    def for_task(self, task: Any) -> Self:
+        """A copy for a task or an environment, after `for_run`.
+
+        Args:
+            task: `Task` or `Environment` of the run.
+        """
+        del task
+        return self
 
     @property
     def responses_per_row(self) -> int:
@@ -121,7 +132,8 @@ class Turns(RolloutStrategy):
     """An episode of several turns in an environment.
 
     Attributes:
-        max_turns: Number of turns after which an episode is cut.
+        max_turns: Number of turns after which an episode is cut. None takes the `max_turns` of the
+            environment, which cuts its episodes itself, or 8 where it has none.
         max_observation: Greatest number of tokens of an observation; the rest is cut off.
         keep_context: Whether turns go on in one row, with the keys, values and latents so far, and
             an episode is one row for the learner. Otherwise each turn begins anew with the text so
@@ -132,13 +144,13 @@ class Turns(RolloutStrategy):
     word: ClassVar[str] = "turns"
     episodic: ClassVar[bool] = True
 
-    max_turns: int = 8
+    max_turns: int | None = None
     max_observation: int = 64
     keep_context: bool | None = None
 
     def __post_init__(self):
         for name in ("max_turns", "max_observation"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
         if self.keep_context and self.formatter is not None and self.formatter.chat:
             raise ValueError(
@@ -155,7 +167,17 @@ class Turns(RolloutStrategy):
 
     @property
     def responses_per_row(self) -> int:
-        return self.max_turns if self.keep_context else 1
+        return self.turn_limit if self.keep_context else 1
+
+    @property
+    def turn_limit(self) -> int:
+        """Number of turns after which an episode is cut."""
+        return self.max_turns or _MAX_TURNS
+
+    def for_task(self, task: Any) -> Self:
+        return dataclasses.replace(
+            self, max_turns=self.max_turns or getattr(task, "max_turns", None) or _MAX_TURNS
+        )
 
     def collect(
         self,
@@ -178,10 +200,10 @@ class Turns(RolloutStrategy):
         ]
         plays = [EnvironmentEpisode(task, rollout.problem) for rollout in rollouts]
         texts, source = unique_prompts([episode.tokens for episode in episodes])
-        capacity = self.max_turns * (self.max_new_tokens + self.max_observation)
+        capacity = self.turn_limit * (self.max_new_tokens + self.max_observation)
         keys = sampling_keys(rollouts, seed)
-        conversation = sampler.open(texts, source, keys, capacity, self.max_turns)
-        for turn in range(self.max_turns):
+        conversation = sampler.open(texts, source, keys, capacity, self.turn_limit)
+        for turn in range(self.turn_limit):
             active = np.array([not play.over for play in plays])
             if not active.any():
                 break
@@ -192,7 +214,7 @@ class Turns(RolloutStrategy):
                 completion = self.formatter.completion(episode.rollout.problem, said[index])
                 episode.respond(said[index], completion)
                 observation = play.act(completion)
-                if not play.over and turn + 1 < self.max_turns:
+                if not play.over and turn + 1 < self.turn_limit:
                     seen[index] = self.formatter.observation(observation, self.max_observation)
                     episode.observe(seen[index])
             conversation.observe(seen)
@@ -205,7 +227,7 @@ class Turns(RolloutStrategy):
         plays = [EnvironmentEpisode(task, rollout.problem) for rollout in rollouts]
         said: list[list[str]] = [[rollout.problem.prompt] for rollout in rollouts]
         turns: list[list[TrajectoryBuilder]] = [[] for _ in rollouts]
-        for turn in range(self.max_turns):
+        for turn in range(self.turn_limit):
             going = [index for index, play in enumerate(plays) if not play.over]
             if not going:
                 break

@@ -1,0 +1,156 @@
+"""Numbers to push together, up to a goal."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from train.rl.environments.generated import GeneratedEnvironment, Move, board, rows_of
+from train.rl.problems import at_least
+
+WAYS = "UDLR"
+Cells = tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pushed:
+    """State of a game: its board, the seed of its new tiles, and how many have come."""
+
+    cells: Cells
+    seed: int
+    spawned: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Game2048(GeneratedEnvironment):
+    """2048 in small: a board has a line for each row, `.` is empty; `L` pushes all tiles left.
+
+    Equal tiles that meet become one; then a 2 comes, or in a tenth of the cases a 4. A push that
+    moves nothing takes a turn. The problem is solved by a tile of the goal. Where new tiles come is
+    drawn from the problem's seed and the number of tiles before. The scripted player looks one push
+    ahead and values empty cells and large tiles in a corner.
+
+    Attributes:
+        size: Number of rows and of columns.
+        goal: Tile that solves the problem, a power of 2.
+        max_turns: Number of turns after which the episode is cut.
+        malformed: Reward of a text that is none of U, D, L and R; it takes a turn.
+        strict: Whether such a text ends the episode.
+        seed: Seed of the order of problems.
+    """
+
+    word: ClassVar[str] = "game_2048"
+    size: int = 3
+    goal: int = 32
+    max_turns: int = 40
+
+    def check(self) -> None:
+        at_least(self, size=2, goal=8)
+        if self.size > 5:
+            raise ValueError(f"game_2048: size={self.size}: choose 5 or less")
+        if self.goal & (self.goal - 1):
+            raise ValueError(f"game_2048: goal={self.goal}: choose a power of 2")
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, str]:
+        return int(rng.integers(2**31)), f"goal {self.goal}"
+
+    def prompt(self, answer: int) -> str:
+        return f"goal {self.goal}{_shown(self.begin(answer).cells)}"
+
+    def begin(self, answer: int) -> Pushed:
+        cells = ((0,) * self.size,) * self.size
+        for number in range(2):
+            cells = _with_new_tile(cells, answer, number)
+        return Pushed(cells, answer)
+
+    def move(self, game: Pushed, said: str) -> Move | None:
+        if said.upper() not in WAYS or len(said) != 1:
+            return None
+        after = pushed(game.cells, said.upper())
+        if after == game.cells:
+            return Move(game, _shown(after))
+        if max(map(max, after)) >= self.goal:
+            done = Pushed(after, game.seed, game.spawned)
+            return Move(done, _shown(after), success=True)
+        after = _with_new_tile(after, game.seed, game.spawned)
+        stuck = all(pushed(after, way) == after for way in WAYS)
+        return Move(Pushed(after, game.seed, game.spawned + 1), _shown(after), lost=stuck)
+
+    def reminder(self, game: Pushed) -> str:
+        return _shown(game.cells)
+
+    def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        cells = self._read(shown[-1])
+        ways = [way for way in WAYS if pushed(cells, way) != cells]
+        return ways[rng.integers(len(ways))]
+
+    def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        cells = self._read(shown[-1])
+
+        def worth(way: str) -> float:
+            after = pushed(cells, way)
+            if after == cells:
+                return -np.inf
+            following = [
+                max(_value(pushed(_with(after, place, 2), way)) for way in WAYS)
+                for place in _empty(after)
+            ]
+            return float(np.mean(following))
+
+        return max(WAYS, key=worth)
+
+    def _read(self, text: str) -> Cells:
+        rows = rows_of(text)[-self.size :]
+        return tuple(tuple(int(c) if c != "." else 0 for c in row.split()) for row in rows)
+
+
+def pushed(cells: Cells, way: str) -> Cells:
+    """The board after all tiles have been pushed one way."""
+    if way in "UD":
+        turned = pushed(tuple(zip(*cells, strict=True)), "L" if way == "U" else "R")
+        return tuple(zip(*turned, strict=True))
+    if way == "R":
+        return tuple(row[::-1] for row in pushed(tuple(row[::-1] for row in cells), "L"))
+    return tuple(map(_pushed_row, cells))
+
+
+def _pushed_row(row: tuple[int, ...]) -> tuple[int, ...]:
+    merged: list[int] = []
+    fresh = False  # whether the last tile may still be doubled
+    for tile in filter(None, row):
+        if fresh and merged[-1] == tile:
+            merged[-1], fresh = 2 * tile, False
+        else:
+            merged.append(tile)
+            fresh = True
+    return (*merged, *([0] * (len(row) - len(merged))))
+
+
+def _empty(cells: Cells) -> list[tuple[int, int]]:
+    size = range(len(cells))
+    return [(i, j) for i, j in itertools.product(size, size) if not cells[i][j]]
+
+
+def _with(cells: Cells, place: tuple[int, int], tile: int) -> Cells:
+    return tuple(
+        tuple(tile if (i, j) == place else old for j, old in enumerate(row))
+        for i, row in enumerate(cells)
+    )
+
+
+def _with_new_tile(cells: Cells, seed: int, number: int) -> Cells:
+    rng = np.random.default_rng([seed, number])
+    places = _empty(cells)
+    return _with(cells, places[rng.integers(len(places))], 4 if rng.random() < 0.1 else 2)
+
+
+def _value(cells: Cells) -> float:
+    """Empty cells, and tiles the more the nearer they are to one corner, in squares."""
+    corner = sum(t * t / (1 + i + j) for i, row in enumerate(cells) for j, t in enumerate(row))
+    return len(_empty(cells)) + corner / max(map(max, cells))
+
+
+def _shown(cells: Cells) -> str:
+    return board([" ".join(str(tile or ".") for tile in row) for row in cells])

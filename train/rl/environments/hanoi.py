@@ -1,0 +1,108 @@
+"""The towers of Hanoi, from any position."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from train.rl.environments.generated import GeneratedEnvironment, Move
+from train.rl.problems import at_least
+
+PEGS = "abc"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hanoi(GeneratedEnvironment):
+    """Towers of Hanoi: the prompt is `32 - 1 `, pegs a, b and c; `ca` moves a disk from c to a.
+
+    Disks are written by their sizes, from the bottom up. All have to come to peg c, none on a
+    smaller one. The scripted player needs the fewest moves.
+
+    Attributes:
+        disks: Number of disks.
+        max_turns: Number of turns after which the episode is cut.
+        malformed: Reward of a text that is no move, or of a move against the rules; it takes a
+            turn.
+        strict: Whether such a text ends the episode.
+        seed: Seed of the order of problems.
+    """
+
+    word: ClassVar[str] = "hanoi"
+    disks: int = 3
+    max_turns: int = 14
+
+    def check(self) -> None:
+        at_least(self, disks=2)
+        if self.disks > 9:
+            raise ValueError(f"hanoi: disks={self.disks}: choose 9 or less")
+
+    def draw(self, rng: np.random.Generator) -> tuple[list[int], str]:
+        while True:
+            pegs = rng.integers(0, 3, self.disks).tolist()
+            if set(pegs) != {2}:
+                return pegs, f"{moves_left(pegs)} moves"
+
+    def prompt(self, answer: Sequence[int]) -> str:
+        return self.shown(answer).lstrip()
+
+    def begin(self, answer: Sequence[int]) -> tuple[int, ...]:
+        return tuple(answer)
+
+    def move(self, game: tuple[int, ...], said: str) -> Move | None:
+        if len(said) != 2 or said[0] == said[1] or not set(said) <= set(PEGS):
+            return None
+        start, end = map(PEGS.index, said)
+        disk = game.index(start) if start in game else len(game)
+        if disk == len(game) or end in game[:disk]:
+            return None
+        after = (*game[:disk], end, *game[disk + 1 :])
+        return Move(after, self.shown(after), set(after) == {2})
+
+    def reminder(self, game: tuple[int, ...]) -> str:
+        return self.shown(game)
+
+    def shown(self, pegs: Sequence[int]) -> str:
+        """Text of the three pegs, each disk by its size."""
+        towers = [
+            "".join(str(disk + 1) for disk in reversed(range(len(pegs))) if pegs[disk] == peg)
+            for peg in range(3)
+        ]
+        return f" {' '.join(tower or '-' for tower in towers)} "
+
+    def _read(self, text: str) -> list[int]:
+        where = {disk: peg for peg, tower in enumerate(text.split()) for disk in tower}
+        return [where[str(disk + 1)] for disk in range(self.disks)]
+
+    def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        pegs = tuple(self._read(shown[-1]))
+        moves = [a + b for a in PEGS for b in PEGS if self.move(pegs, a + b)]
+        return moves[rng.integers(len(moves))]
+
+    def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        return best_move(self._read(shown[-1]))
+
+
+def best_move(pegs: Sequence[int]) -> str:
+    """First move of the shortest way to peg c.
+
+    A disk that is not where it belongs waits until all smaller ones are on the third peg.
+
+    Args:
+        pegs: Peg of each disk, the smallest first; not all on peg c.
+    """
+    target, move = 2, ""
+    for peg in reversed(pegs):
+        if peg != target:
+            move, target = PEGS[peg] + PEGS[target], 3 - peg - target
+    return move
+
+
+def moves_left(pegs: Sequence[int]) -> int:
+    """Fewest moves until all disks are on peg c."""
+    target, moves = 2, 0
+    for disk in reversed(range(len(pegs))):
+        if pegs[disk] != target:
+            moves += 2**disk
+            target = 3 - pegs[disk] - target
+    return moves

@@ -1,0 +1,83 @@
+"""A secret code to break in several guesses."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from train.rl.environments.generated import GeneratedEnvironment, Move
+from train.rl.problems import at_least
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mastermind(GeneratedEnvironment):
+    """Mastermind: the prompt is `3 of 1-6? `, a guess `132`, an observation ` 1 exact 1 near `.
+
+    `exact` counts digits at their positions, `near` further digits of the code elsewhere. The
+    scripted player guesses the first code that agrees with all observations.
+
+    Attributes:
+        length: Number of digits of the code.
+        colours: Number of different digits, from 1.
+        max_turns: Number of turns after which the episode is cut.
+        malformed: Reward of a text that is no code; it takes a turn.
+        strict: Whether such a text ends the episode.
+        seed: Seed of the order of problems.
+    """
+
+    word: ClassVar[str] = "mastermind"
+    length: int = 3
+    colours: int = 6
+    max_turns: int = 10
+
+    def check(self) -> None:
+        at_least(self, length=1, colours=2)
+        if self.colours > 9:
+            raise ValueError(f"mastermind: colours={self.colours}: choose 9 or less")
+        if self.colours**self.length > 10**6:
+            raise ValueError(
+                f"mastermind: length={self.length} and colours={self.colours} make more than a "
+                "million codes: choose smaller ones"
+            )
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, str]:
+        return "".join(map(str, rng.integers(1, self.colours + 1, self.length))), ""
+
+    def prompt(self, answer: str) -> str:
+        return f"{self.length} of 1-{self.colours}? "
+
+    def begin(self, answer: str) -> str:
+        return answer
+
+    def move(self, game: str, said: str) -> Move | None:
+        if not re.fullmatch(f"[1-{self.colours}]{{{self.length}}}", said):
+            return None
+        exact, near = feedback(game, said)
+        return Move(game, f" {exact} exact {near} near ", exact == self.length)
+
+    def reminder(self, game: str) -> str:
+        return f" {self.prompt(game)}"
+
+    def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        return self.draw(rng)[0]
+
+    def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        seen = [
+            (guess, tuple(map(int, re.findall("[0-9]+", answer))))
+            for guess, answer in zip(shown[1::2], shown[2::2], strict=True)
+        ]
+        digits = "123456789"[: self.colours]
+        for code in map("".join, itertools.product(digits, repeat=self.length)):
+            if all(feedback(code, guess) == answer for guess, answer in seen):
+                return code
+        return self.random_action(shown, rng)
+
+
+def feedback(code: str, guess: str) -> tuple[int, int]:
+    """Number of digits at their positions, and of further digits of the code elsewhere."""
+    exact = sum(a == b for a, b in zip(code, guess, strict=True))
+    common = sum(min(code.count(digit), guess.count(digit)) for digit in set(guess))
+    return exact, common - exact

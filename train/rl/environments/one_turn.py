@@ -1,0 +1,52 @@
+"""A task of one response as an environment, for tools and for people."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from train.rl.protocols import Task
+from train.rl.scoring import safe_score
+from train.rl.types import Completion, Problem, Split, Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class OneTurn:
+    """An environment whose only turn is scored by a task: `ToolEnvironment(OneTurn(task), tools)`.
+
+    A state is whether the response was given.
+
+    Attributes:
+        task: Task that has problems and scores.
+        max_turns: Number of turns, 1.
+    """
+
+    task: Task
+    max_turns: int = dataclasses.field(default=1, init=False)
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def sizes(self) -> Mapping[Split, int | None]:
+        return self.task.sizes
+
+    def problem(self, split: Split, index: int) -> Problem:
+        return self.task.problem(split, index)
+
+    def reset(self, problem: Problem) -> tuple[Problem, bool]:
+        return problem, False
+
+    def step(self, state: tuple[Problem, bool], action: Completion) -> Turn:
+        """Turn with the task's reward.
+
+        Raises:
+            ValueError: The response was given before.
+        """
+        problem, over = state
+        if over:
+            raise ValueError(f"{self.name}: the episode is over: reset before the next step")
+        reward = safe_score(self.task, dataclasses.replace(action, problem=problem))
+        observation = " right " if reward.success else " wrong "
+        return Turn(
+            (problem, True), observation, reward.value, True, False, reward.success, reward.info
+        )

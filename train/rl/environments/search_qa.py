@@ -1,0 +1,131 @@
+"""Questions whose answers stand in a local corpus, and a search tool."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from train.data.json_lines import read_json_lines
+from train.rl.environments.bm25 import BM25Index, words_of
+from train.rl.environments.questions import QuestionWithTools
+from train.rl.environments.tools import SearchTool
+from train.rl.problems import at_least
+
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchQA(QuestionWithTools):
+    """Answering with a search tool: `search(Mara)` gives the passage that fits best by BM25.
+
+    Any other text is the answer, of which there is one; case and a final dot do not count. The
+    corpus is made up, the same for every seed: people live in towns, and each town has a river.
+    `Which river is in the town of Mara?` takes two searches. A folder of yours takes its place:
+    `passages.jsonl` with a `text` in each line, `questions.jsonl` with `question` and `answer`. The
+    scripted player searches for the last word of the question (the whole one, if it is yours), then
+    for the river of the last word of what it found, and answers with the last word.
+
+    Attributes:
+        people: Number of people of the made-up corpus.
+        hops: Number of passages that a question needs: 1 asks for the town, 2 for its river.
+        path: Folder with a corpus and questions; empty for those that are made up.
+        top: Number of passages that a search gives.
+        max_turns: Number of turns after which the episode is cut.
+        malformed: Reward of an empty text; it takes a turn.
+        strict: Whether such a text ends the episode.
+        seed: Seed of the order of problems.
+        max_argument: Greatest number of characters of a call's argument; a longer call fails.
+    """
+
+    word: ClassVar[str] = "search_qa"
+    people: int = 100
+    hops: int = 2
+    path: str = ""
+    top: int = 1
+    max_turns: int = 6
+
+    def __post_init__(self):
+        at_least(self, people=5, top=1, max_argument=1)
+        if self.hops not in (1, 2):
+            raise ValueError(f"search_qa: hops={self.hops}: choose 1 or 2")
+        passages, questions = self._from_files() if self.path else self._made_up()
+        object.__setattr__(self, "_tools", (SearchTool(BM25Index(passages), self.top),))
+        object.__setattr__(self, "_questions", questions)
+        super().__post_init__()
+
+    @property
+    def tools(self) -> tuple[SearchTool]:
+        return self.__dict__["_tools"]
+
+    def draw(self, rng: np.random.Generator) -> tuple[list[str], str]:
+        questions: list[list[str]] = self.__dict__["_questions"]
+        return questions[rng.integers(len(questions))], "own" if self.path else f"{self.hops} hops"
+
+    def _answered(self, game: Any, said: str) -> Any:
+        if _plain(said) == _plain(game.answer):
+            said = game.answer
+        return super()._answered(game, said)
+
+    def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        passages = self.tools[0].index.passages
+        words = words_of(passages[rng.integers(len(passages))])
+        word = words[rng.integers(len(words))]
+        return f"search({word})" if rng.random() < 0.5 else word
+
+    def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        last = words_of(shown[-1])[-1]
+        if len(shown) == 1:
+            return f"search({shown[0].strip() if self.path else last})"
+        if len(shown) < 1 + 2 * self.hops:
+            return f"search(river {last})"
+        return last
+
+    def _made_up(self) -> tuple[list[str], list[list[str]]]:
+        rng = np.random.default_rng(self.people)
+        towns = 2 + self.people // 4
+        names = _names(rng, self.people + 2 * towns)
+        people, places, rivers = np.split(np.array(names), [self.people, self.people + towns])
+        homes = rng.integers(0, towns, self.people)
+        passages = [f"{name} lives in {places[home]}." for name, home in zip(people, homes)]  # noqa: B905
+        passages += [f"The river of {place} is {river}." for place, river in zip(places, rivers)]  # noqa: B905
+        questions = [
+            [f"Which river is in the town of {name}?", str(rivers[home])]
+            if self.hops == 2
+            else [f"Where does {name} live?", str(places[home])]
+            for name, home in zip(people, homes)  # noqa: B905
+        ]
+        return [passages[i] for i in rng.permutation(len(passages))], questions
+
+    def _from_files(self) -> tuple[list[str], list[list[str]]]:
+        folder = Path(self.path).expanduser()
+        files = {name: folder / f"{name}.jsonl" for name in ("passages", "questions")}
+        for file in files.values():
+            if not file.is_file():
+                raise ValueError(
+                    f"search_qa: no file {file}: give a folder with passages.jsonl and "
+                    "questions.jsonl"
+                )
+        passages = [line.fields["text"] for line in read_json_lines(files["passages"], ("text",))]
+        lines = read_json_lines(files["questions"], texts=("question", "answer"))
+        questions = [[line.fields["question"], line.fields["answer"]] for line in lines]
+        if not passages or not questions:
+            raise ValueError(f"search_qa: {folder} has no passages or no questions: write some")
+        return passages, questions
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").strip().lower()
+
+
+def _names(rng: np.random.Generator, count: int) -> list[str]:
+    """Different made-up names of six letters."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        letters = [
+            _CONSONANTS[rng.integers(len(_CONSONANTS))] + _VOWELS[rng.integers(len(_VOWELS))]
+            for _ in range(3)
+        ]
+        found["".join(letters).capitalize()] = None
+    return list(found)

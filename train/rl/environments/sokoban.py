@@ -1,0 +1,78 @@
+"""Boxes to push onto goals."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from train.rl.environments.generated import GeneratedEnvironment, Move, board, rows_of
+from train.rl.environments.sokoban_levels import STEPS, Level, generate, solve
+from train.rl.problems import at_least
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sokoban(GeneratedEnvironment):
+    """Sokoban: a board has a line for each row; `UUL` steps up twice, then left, and pushes boxes.
+
+    `#` is a wall, `@` the player, `$` a box, `.` a goal, `*` a box on a goal, `+` the player on a
+    goal, `-` floor. A step that is blocked changes nothing. All levels can be solved; a push can
+    make one that cannot. The scripted player needs the fewest steps.
+
+    Attributes:
+        height: Number of rows, with the walls around.
+        width: Number of columns, with the walls around.
+        boxes: Number of boxes.
+        walls: Number of walls inside.
+        pulls: Number of random steps that a level is made with, backwards from its solution.
+        moves: Greatest number of steps of one action.
+        max_turns: Number of turns after which the episode is cut.
+        malformed: Reward of a text that is no run of steps; it takes a turn.
+        strict: Whether such a text ends the episode.
+        seed: Seed of the order of problems.
+    """
+
+    word: ClassVar[str] = "sokoban"
+    height: int = 6
+    width: int = 6
+    boxes: int = 2
+    walls: int = 2
+    pulls: int = 30
+    moves: int = 4
+    max_turns: int = 12
+
+    def check(self) -> None:
+        at_least(self, height=4, width=4, boxes=1, walls=0, pulls=1, moves=1)
+        inside = (self.height - 2) * (self.width - 2)
+        if self.boxes + self.walls > inside // 2:
+            raise ValueError(
+                f"sokoban: boxes={self.boxes} and walls={self.walls} in {inside} cells: "
+                "choose half of them or less"
+            )
+
+    def draw(self, rng: np.random.Generator) -> tuple[list[str], str]:
+        level = generate(rng, self.height, self.width, self.boxes, self.walls, self.pulls)
+        return level.rows, f"boxes {self.boxes}"
+
+    def prompt(self, answer: Sequence[str]) -> str:
+        return board(answer).lstrip()
+
+    def begin(self, answer: Sequence[str]) -> Level:
+        return Level.from_rows(answer)
+
+    def move(self, game: Level, said: str) -> Move | None:
+        if not 1 <= len(said) <= self.moves or not set(said.upper()) <= STEPS.keys():
+            return None
+        for way in said.upper():
+            game = game.moved(way) or game
+        return Move(game, board(game.rows), game.solved)
+
+    def reminder(self, game: Level) -> str:
+        return board(game.rows)
+
+    def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        return "".join("UDLR"[i] for i in rng.integers(0, 4, self.moves))
+
+    def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        solution = solve(Level.from_rows(rows_of(shown[-1])))
+        return solution[: self.moves] if solution else self.random_action(shown, rng)

@@ -1,0 +1,221 @@
+"""Levels of Sokoban: their text, a generator of solvable ones, and a breadth-first solver."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
+_MARKS = {"#": "#", "-": "", " ": "", "_": "", ".": ".", "$": "$", "*": "$.", "@": "@", "+": "@."}
+Cell = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A position of Sokoban; a cell is its row and column.
+
+    Attributes:
+        height: Number of rows.
+        width: Number of columns.
+        walls: Cells that nothing enters.
+        goals: Cells that the boxes have to come to.
+        player: Cell of the player.
+        boxes: Cells of the boxes, as many as goals.
+    """
+
+    height: int
+    width: int
+    walls: frozenset[Cell]
+    goals: frozenset[Cell]
+    player: Cell
+    boxes: frozenset[Cell]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[str]) -> "Level":
+        """A level in the usual notation.
+
+        Args:
+            rows: Lines of `#` walls, `@` the player, `$` boxes, `.` goals, `+` and `*` the player
+                and a box on a goal, `-`, `_` or space for floor; shorter lines end in floor.
+
+        Raises:
+            ValueError: A character is unknown, there is not one player, or there are not as many
+                boxes as goals.
+        """
+        found: dict[str, set[Cell]] = {mark: set() for mark in "#.$@"}
+        for i, row in enumerate(rows):
+            for j, character in enumerate(row):
+                if character not in _MARKS:
+                    raise ValueError(
+                        f"sokoban: character {character!r} in row {i + 1}: write one of "
+                        f"{' '.join(_MARKS)}"
+                    )
+                for mark in _MARKS[character]:
+                    found[mark].add((i, j))
+        if len(found["@"]) != 1 or len(found["$"]) != len(found["."]):
+            raise ValueError(
+                f"sokoban: {len(found['@'])} players, {len(found['$'])} boxes and "
+                f"{len(found['.'])} goals: write one player and as many boxes as goals"
+            )
+        return cls(
+            len(rows),
+            max(map(len, rows)),
+            frozenset(found["#"]),
+            frozenset(found["."]),
+            found["@"].pop(),
+            frozenset(found["$"]),
+        )
+
+    @property
+    def rows(self) -> list[str]:
+        """Lines that `from_rows` reads."""
+        return ["".join(self._mark((i, j)) for j in range(self.width)) for i in range(self.height)]
+
+    def _mark(self, cell: Cell) -> str:
+        if cell in self.walls:
+            return "#"
+        mark = "@" if cell == self.player else "$" if cell in self.boxes else ""
+        both = {"@": "+", "$": "*", "": "."}
+        return both[mark] if cell in self.goals else mark or "-"
+
+    @property
+    def solved(self) -> bool:
+        """Whether all boxes are on goals."""
+        return self.boxes == self.goals
+
+    def free(self, cell: Cell) -> bool:
+        """Whether a cell is on the board and no wall."""
+        return 0 <= cell[0] < self.height and 0 <= cell[1] < self.width and cell not in self.walls
+
+    def moved(self, way: str) -> "Level | None":
+        """The level after a step of the player, who may push one box; None where that is blocked.
+
+        Args:
+            way: One of U, D, L and R.
+        """
+        step = STEPS[way]
+        target = _add(self.player, step)
+        if not self.free(target):
+            return None
+        if target not in self.boxes:
+            return dataclasses.replace(self, player=target)
+        beyond = _add(target, step)
+        if not self.free(beyond) or beyond in self.boxes:
+            return None
+        boxes = self.boxes - {target} | {beyond}
+        return dataclasses.replace(self, player=target, boxes=boxes)
+
+
+def _add(cell: Cell, step: Cell) -> Cell:
+    return cell[0] + step[0], cell[1] + step[1]
+
+
+def generate(
+    rng: np.random.Generator,
+    height: int = 6,
+    width: int = 6,
+    boxes: int = 1,
+    walls: int = 3,
+    pulls: int = 30,
+) -> Level:
+    """A level that can be solved: boxes are pulled away from their goals at random.
+
+    Each pull is a push backwards, so the way back is a solution.
+
+    Args:
+        rng: Generator of the level.
+        height: Number of rows, with the walls around.
+        width: Number of columns, with the walls around.
+        boxes: Number of boxes.
+        walls: Number of walls inside.
+        pulls: Number of steps of the random walk away from the solved level.
+    """
+    edge = {(i, j) for i in range(height) for j in range(width)
+            if i in (0, height - 1) or j in (0, width - 1)}  # fmt: skip
+    inside = [(i, j) for i in range(1, height - 1) for j in range(1, width - 1)]
+    while True:
+        order = [inside[k] for k in rng.permutation(len(inside))]
+        inner, goals, player = order[:walls], order[walls : walls + boxes], order[walls + boxes]
+        solved = frozenset(goals)
+        level = Level(height, width, frozenset(edge | set(inner)), solved, player, solved)
+        for _ in range(pulls):
+            level = _pulled(level, rng)
+        if not level.solved:
+            return level
+
+
+def _pulled(level: Level, rng: np.random.Generator) -> Level:
+    """The level before a random step: with a pull if there is one and the coin says so."""
+    ways = []
+    for step in STEPS.values():
+        origin, ahead = _add(level.player, (-step[0], -step[1])), _add(level.player, step)
+        if level.free(origin) and origin not in level.boxes:
+            ways.append((origin, ahead if ahead in level.boxes else None))
+    if not ways:
+        return level
+    pulling = [way for way in ways if way[1]]
+    pull = bool(pulling) and rng.random() < 0.7
+    origin, box = (pulling if pull else ways)[rng.integers(len(pulling if pull else ways))]
+    boxes = level.boxes - {box} | {level.player} if pull else level.boxes
+    return dataclasses.replace(level, player=origin, boxes=boxes)
+
+
+@functools.lru_cache(maxsize=1024)
+def solve(level: Level, most: int = 10**6) -> str | None:
+    """Fewest steps that solve a level, as letters U, D, L and R, by breadth-first search.
+
+    Positions with a box where no push brings it to a goal are left out.
+
+    Args:
+        level: Level to solve.
+        most: Greatest number of positions to look at.
+
+    Returns:
+        Steps, or None where there is no solution.
+
+    Raises:
+        ValueError: More positions would have to be looked at.
+    """
+    alive = _alive(level)
+    came: dict[tuple[Cell, frozenset[Cell]], tuple[Level, str] | None]
+    came = {(level.player, level.boxes): None}
+    queue = collections.deque([level])
+    while queue:
+        here = queue.popleft()
+        if here.solved:
+            return _path(here, came)
+        for way in STEPS:
+            after = here.moved(way)
+            if after is None or (after.player, after.boxes) in came:
+                continue
+            if after.boxes is not here.boxes and not after.boxes <= alive:
+                continue
+            if len(came) >= most:
+                raise ValueError(f"sokoban: most={most} positions do not solve it: choose more")
+            came[after.player, after.boxes] = here, way
+            queue.append(after)
+    return None
+
+
+def _path(level: Level, came: dict) -> str:
+    ways = []
+    while (before := came[level.player, level.boxes]) is not None:
+        level, way = before
+        ways.append(way)
+    return "".join(reversed(ways))
+
+
+def _alive(level: Level) -> frozenset[Cell]:
+    """Cells from which a box alone could be pushed to a goal: those that pulls reach from there."""
+    found, waiting = set(level.goals), list(level.goals)
+    while waiting:
+        cell = waiting.pop()
+        for step in STEPS.values():
+            before = _add(cell, (-step[0], -step[1]))
+            pusher = _add(before, (-step[0], -step[1]))
+            if before not in found and level.free(before) and level.free(pusher):
+                found.add(before)
+                waiting.append(before)
+    return frozenset(found)

@@ -1,0 +1,305 @@
+"""Many environments, stepped on threads: none waits for a slow one, a hanging one is cut."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+
+from train.rl.environments.stepping import StepPool, TimedOut, counted_step, failed_turn
+from train.rl.protocols import Environment
+from train.rl.types import Completion, Problem, Split, Turn
+
+Autoreset = Literal["next_step", "same_step", "disabled"]
+_RESETS = 3  # problems that a slot tries to begin from
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedEpisode:
+    """What an episode came to.
+
+    Attributes:
+        problem: Problem that it began from.
+        observation: Its last observation.
+        info: Info of its last turn.
+        reward: Sum of its rewards.
+        turns: Number of its turns.
+        success: Whether the problem was solved.
+    """
+
+    problem: Problem
+    observation: str
+    info: Mapping[str, float]
+    reward: float
+    turns: int
+    success: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorStep:
+    """Transition of one slot.
+
+    Attributes:
+        observation: Text to act on next: in the mode "same_step" the prompt of the next episode
+            where this one has ended, otherwise what the turn showed.
+        reward: Reward of the action; 0 where `fresh` is set by the mode "next_step".
+        terminated: Whether the action has ended its episode.
+        truncated: Whether its episode was cut.
+        success: Whether its problem was solved.
+        info: Numbers of the action's turn; failures are counted there (`timeouts`,
+            `scorer_errors`, `invalid_turns`).
+        fresh: Whether `observation` is the prompt of a new episode.
+        finished: The episode that the action has ended, whatever the mode; None while it goes on.
+    """
+
+    observation: str
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    success: bool = False
+    info: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    fresh: bool = False
+    finished: FinishedEpisode | None = None
+
+
+@dataclasses.dataclass
+class _Slot:
+    """An environment and its episode; only the caller's thread changes it."""
+
+    environment: Environment
+    rng: np.random.Generator
+    problem: Problem | None = None
+    state: Any = None
+    rewards: list[float] = dataclasses.field(default_factory=list)
+    over: bool = False
+    busy: bool = False
+    turn: Turn | None = None  # that waits for the reset of the mode "same_step"
+    resets: int = 0  # that have failed one after the other
+
+
+class VectorEnvironment:
+    """Environments in slots, each with problems, an episode and a generator of its own.
+
+    Problems of a slot depend on the seed and the slot alone, not on how fast others are. What
+    happens after an episode's last turn is explicit:
+
+    - "next_step": the slot shows the last observation; the next action is not looked at, it begins
+      the next episode.
+    - "same_step": the slot shows the prompt of the next episode at once.
+    - "disabled": the slot takes no action until `reset`.
+
+    In each mode the finished episode comes with its last observation and info.
+
+    Args:
+        environments: Environment of each slot; one object may stand in several, since states are
+            values.
+        autoreset: What follows the last turn of an episode.
+        seed: Seed of the problems.
+        split: Split of the problems.
+        threads: Number of environments that step at a time; None for one thread a slot, 64 at most.
+        limit_s: Number of seconds after which a step or a reset is cut and counted.
+
+    Attributes:
+        counts: Number of steps and resets that failed, by their counters.
+
+    Raises:
+        ValueError: There is no environment, or no such mode.
+    """
+
+    def __init__(
+        self,
+        environments: Sequence[Environment],
+        *,
+        autoreset: Autoreset = "next_step",
+        seed: int = 0,
+        split: Split = "train",
+        threads: int | None = None,
+        limit_s: float = 30.0,
+    ):
+        if not environments:
+            raise ValueError("no environment is given: give one for each slot")
+        if autoreset not in get_args(Autoreset):
+            modes = ", ".join(get_args(Autoreset))
+            raise ValueError(f"autoreset={autoreset!r}: choose one of {modes}")
+        self._autoreset: Autoreset = autoreset
+        self._split: Split = split
+        self._slots = [
+            _Slot(environment, np.random.default_rng([seed, slot]), over=True)
+            for slot, environment in enumerate(environments)
+        ]
+        self._pool = StepPool(threads or min(len(environments), 64), limit_s)
+        self._results: dict[int, VectorStep] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._pool.close()
+
+    def reset(self, slots: Iterable[int] | None = None) -> dict[int, str]:
+        """Begin new episodes, and wait for all of them.
+
+        Args:
+            slots: Slots that begin anew, whatever became of their episodes; all by default.
+
+        Returns:
+            Prompt of each slot.
+
+        Raises:
+            ValueError: A slot is still stepping, or cannot begin an episode.
+        """
+        chosen = list(range(len(self)) if slots is None else slots)
+        for slot in chosen:
+            self._claim(slot)
+            self._begin(slot)
+        return {slot: step.observation for slot, step in self._wait(chosen).items()}
+
+    def send(self, actions: Mapping[int, str | Completion]) -> None:
+        """Let slots act; returns at once.
+
+        Args:
+            actions: Action of each slot that is to act: a text, or a response of a policy.
+
+        Raises:
+            ValueError: A slot is still stepping, has no episode, or is over in the mode "disabled".
+        """
+        for slot, action in actions.items():
+            found = self._slots[slot]
+            if found.problem is None or (found.over and self._autoreset == "disabled"):
+                raise ValueError(f"slot {slot} has no episode that goes on: reset it first")
+            self._claim(slot)
+            if found.over:
+                self._begin(slot)
+                continue
+            if isinstance(action, str):
+                action = Completion(found.problem, action, (), True)
+            arguments = (found.environment, found.problem, found.state, action)
+            self._pool.submit(slot, lambda arguments=arguments: counted_step(*arguments))
+
+    def receive(self, least: int = 1) -> dict[int, VectorStep]:
+        """Transitions of slots that are ready.
+
+        Args:
+            least: Number of slots to wait for; all that are stepping where they are fewer.
+
+        Raises:
+            ValueError: A slot cannot begin an episode.
+        """
+        while len(self._results) < least and any(slot.busy for slot in self._slots):
+            for slot, outcome in self._pool.ready():
+                self._settle(cast(int, slot), outcome)
+        found, self._results = self._results, {}
+        return found
+
+    def step(
+        self, actions: Sequence[str] | Mapping[int, str | Completion]
+    ) -> dict[int, VectorStep]:
+        """Let slots act, and wait for all of them.
+
+        Args:
+            actions: Action of every slot, or of some by their numbers.
+
+        Raises:
+            ValueError: There are not as many actions as slots, or a reason of `send`.
+        """
+        if not isinstance(actions, Mapping):
+            if len(actions) != len(self):
+                raise ValueError(
+                    f"{len(actions)} actions for {len(self)} slots: give one for each, or a dict"
+                )
+            actions = dict(enumerate(actions))
+        self.send(actions)
+        return self._wait(list(actions))
+
+    def _wait(self, slots: Sequence[int]) -> dict[int, VectorStep]:
+        while any(self._slots[slot].busy for slot in slots):
+            for slot, outcome in self._pool.ready():
+                self._settle(cast(int, slot), outcome)
+        return {slot: self._results.pop(slot) for slot in slots}
+
+    def _claim(self, slot: int) -> None:
+        if self._slots[slot].busy or slot in self._results:
+            raise ValueError(f"slot {slot} is still stepping: receive its transition first")
+        self._slots[slot].busy = True
+
+    def _begin(self, slot: int) -> None:
+        """Draw a problem and reset to it, on a thread."""
+        found = self._slots[slot]
+        environment, split = found.environment, self._split
+        size = environment.sizes[split]
+        index = int(found.rng.integers(2**31 if size is None else size))
+
+        def reset() -> tuple[Problem, Any]:
+            problem = environment.problem(split, index)
+            return problem, environment.reset(problem)
+
+        found.over = True
+        self._pool.submit(slot, reset)
+
+    def _settle(self, slot: int, outcome: Any) -> None:
+        found = self._slots[slot]
+        if found.over:
+            self._settle_reset(slot, outcome)
+            return
+        if isinstance(outcome, BaseException):
+            counter = "timeouts" if isinstance(outcome, TimedOut) else "scorer_errors"
+            outcome = failed_turn(found.environment, found.state, counter)
+        turn: Turn = outcome
+        for counter in ("timeouts", "scorer_errors", "invalid_turns"):
+            self.counts[counter] += int(turn.info.get(counter, 0))
+        found.state = turn.state
+        found.rewards.append(turn.reward)
+        found.over = turn.terminated or turn.truncated
+        if found.over and self._autoreset == "same_step":
+            found.turn = turn
+            self._begin(slot)
+        else:
+            self._give(slot, self._step_of(found, turn))
+
+    def _settle_reset(self, slot: int, outcome: Any) -> None:
+        found = self._slots[slot]
+        if isinstance(outcome, BaseException):
+            self.counts["reset_failures"] += 1
+            found.resets += 1
+            if found.resets < _RESETS:
+                self._begin(slot)
+                return
+            found.busy, found.resets = False, 0
+            raise ValueError(
+                f"{found.environment.name} began no episode of {_RESETS} problems, the last time: "
+                f"{type(outcome).__name__}: {' '.join(str(outcome).split())}"
+            ) from outcome
+        step = VectorStep("") if found.turn is None else self._step_of(found, found.turn)
+        found.turn, found.resets = None, 0
+        found.problem, found.state = outcome
+        found.rewards, found.over = [], False
+        observation = cast(Problem, found.problem).prompt
+        self._give(slot, dataclasses.replace(step, observation=observation, fresh=True))
+
+    def _step_of(self, slot: _Slot, turn: Turn) -> VectorStep:
+        finished = None
+        if slot.over:
+            finished = FinishedEpisode(
+                cast(Problem, slot.problem),
+                turn.observation,
+                turn.info,
+                float(sum(slot.rewards)),
+                len(slot.rewards),
+                turn.success,
+            )
+        return VectorStep(
+            turn.observation,
+            turn.reward,
+            turn.terminated,
+            turn.truncated,
+            turn.success,
+            turn.info,
+            finished=finished,
+        )
+
+    def _give(self, slot: int, step: VectorStep) -> None:
+        self._slots[slot].busy = False
+        self._results[slot] = step
