@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import fake_gem
 import numpy as np
 import pytest
 
@@ -52,7 +53,7 @@ for spec in sys.argv[1:]:
 
 
 def test_problems_are_the_same_in_other_processes():
-    specs = [*GENERATED, "guess_number"]
+    specs = [*GENERATED, *(word for word in ENVIRONMENTS if word != "gem")]
     shown = {
         subprocess.run(
             [sys.executable, "-c", SHOW, *specs],
@@ -91,9 +92,11 @@ def test_generated_problems(spec):
 def made(tmp_path, monkeypatch) -> Callable[..., Any]:
     """A task or environment of any registered name; what two of them need is made here."""
     monkeypatch.setitem(sys.modules, "reasoning_gym", FAKE_GYM)
+    monkeypatch.setitem(sys.modules, "gem", fake_gem)
     path = tmp_path / "problems.jsonl"
     path.write_text("\n".join(row(n) for n in range(60)))
-    needed = {"gsm8k": f"gsm8k:{path}", "reasoning_gym": "reasoning_gym:doubles"}
+    needed = {"gsm8k": f"gsm8k:{path}", "reasoning_gym": "reasoning_gym:doubles",
+              "gem": "gem:guess"}  # fmt: skip
     return lambda word, seed=0: make(needed.get(word, word), seed)
 
 

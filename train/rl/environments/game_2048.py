@@ -1,6 +1,7 @@
 """Numbers to push together, up to a goal."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import ClassVar
@@ -97,7 +98,7 @@ class Game2048(GeneratedEnvironment):
                 max(_value(pushed(_with(after, place, 2), way)) for way in WAYS)
                 for place in _empty(after)
             ]
-            return float(np.mean(following))
+            return sum(following) / len(following)
 
         return max(WAYS, key=worth)
 
@@ -116,6 +117,7 @@ def pushed(cells: Cells, way: str) -> Cells:
     return tuple(map(_pushed_row, cells))
 
 
+@functools.lru_cache(maxsize=65536)
 def _pushed_row(row: tuple[int, ...]) -> tuple[int, ...]:
     merged: list[int] = []
     fresh = False  # whether the last tile may still be doubled

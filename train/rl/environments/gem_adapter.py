@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import importlib
+import logging
 import math
 import random
 import threading
@@ -93,10 +94,9 @@ class Gem:
 
     def __post_init__(self):
         try:
-            package = importlib.import_module("gem")
+            object.__setattr__(self, "_package", _imported())
         except ImportError as error:
             raise ValueError(f"task {self.name} needs gem-llm ({error}): {_INSTALL}") from None
-        object.__setattr__(self, "_package", package)
         object.__setattr__(self, "_live", collections.OrderedDict())
         try:
             object.__setattr__(self, "_turns", self._most_turns())
@@ -132,7 +132,7 @@ class Gem:
         return Replayable(problem.answer)
 
     def step(self, state: Replayable, action: Completion) -> Turn:
-        """Turn after an action; raises what the package's step raises.
+        """Turn after an action; one where the package's step raises is a counted failure.
 
         Raises:
             ValueError: The episode is over.
@@ -142,11 +142,18 @@ class Gem:
         with _LOCK:
             live = self.__dict__["_live"].pop(state, None)
         live = live or self._replayed(state)
-        observation, reward, terminated, truncated, info = live.run(
-            lambda: live.environment.step(action.text)
-        )
-        reward, over = float(reward), bool(terminated or truncated)
-        after = Replayable(state.seed, (*state.actions, action.text), over)
+        actions = (*state.actions, action.text)
+        try:
+            observation, reward, terminated, truncated, info = live.run(
+                lambda: live.environment.step(action.text)
+            )
+            reward = float(reward)
+        except Exception:  # some of the package's scorers raise on a malformed answer
+            return _failed(state.seed, actions, "scorer_errors")
+        if not math.isfinite(reward):
+            return _failed(state.seed, actions, "invalid_turns")
+        over = bool(terminated or truncated)
+        after = Replayable(state.seed, actions, over)
         if not over:
             self._keep(after, live)
             observation = self._shown(observation, info)
@@ -194,6 +201,21 @@ class Gem:
                 live, _ = self._begun(seed)
                 turns.append(live.environment.unwrapped.max_turns)
         return max((number for number in turns if isinstance(number, int)), default=None)
+
+
+def _failed(seed: int, actions: tuple[str, ...], counter: str) -> Turn:
+    return Turn(Replayable(seed, actions, True), "", 0.0, True, info={counter: 1.0})
+
+
+def _imported() -> Any:
+    """The package; what its import does to the log of the process is undone."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        return importlib.import_module("gem")
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _is_number(value: Any) -> bool:

@@ -12,6 +12,7 @@ from train.rl.protocols import Environment
 from train.rl.types import Completion, Problem, Split, Turn
 
 Autoreset = Literal["next_step", "same_step", "disabled"]
+_FAILURES = ("timeouts", "scorer_errors", "invalid_turns")
 _RESETS = 3  # problems that a slot tries to begin from
 
 
@@ -248,8 +249,7 @@ class VectorEnvironment:
             counter = "timeouts" if isinstance(outcome, TimedOut) else "scorer_errors"
             outcome = failed_turn(found.environment, found.state, counter)
         turn: Turn = outcome
-        for counter in ("timeouts", "scorer_errors", "invalid_turns"):
-            self.counts[counter] += int(turn.info.get(counter, 0))
+        self.counts.update(counter for counter in _FAILURES if turn.info.get(counter))
         found.state = turn.state
         found.rewards.append(turn.reward)
         found.over = turn.terminated or turn.truncated

@@ -1,0 +1,371 @@
+"""The suite of environments: promises of every entry, players, games, tools and the solvers."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from train.experiments import environments as table
+from train.rl.environments import ENVIRONMENTS
+from train.rl.environments.bm25 import BM25Index
+from train.rl.environments.expressions import evaluate, number_text
+from train.rl.environments.fifteen_puzzle import shortest, slid, solved
+from train.rl.environments.game_2048 import pushed
+from train.rl.environments.hanoi import best_move, moves_left
+from train.rl.environments.mastermind import feedback
+from train.rl.environments.minesweeper import mine_chances
+from train.rl.environments.observations import ObservationView
+from train.rl.environments.one_turn import OneTurn
+from train.rl.environments.players import completion_of, play_episode, score_player
+from train.rl.environments.sokoban_levels import STEPS, Level, generate, solve
+from train.rl.environments.tools import CalculatorTool, ToolEnvironment, call_of, run_tool
+from train.rl.named_tasks import make_task, tasks_help
+from train.rl.scoring import safe_step
+from train.rl.types import Problem
+
+SUITE = [word for word in ENVIRONMENTS if word != "gem"]  # which needs a package
+LONG = ("x" * 10**6, "9" * 10**6, f"calc({'1+' * 500_000}1)", f"search({'a ' * 500_000})")
+
+
+@functools.cache
+def environment(spec: str) -> Any:
+    return make_task(spec, 0)
+
+
+def finish(task: Any, problem: Problem, texts) -> list[Any]:
+    """Turns of texts up to the end of the episode."""
+    state, turns = task.reset(problem), []
+    for text in texts:
+        turns.append(task.step(state, completion_of(problem, text)))
+        state = turns[-1].state
+        if turns[-1].terminated or turns[-1].truncated:
+            break
+    return turns
+
+
+@pytest.mark.parametrize("word", SUITE)
+def test_the_scripted_player_is_better_than_the_random_one(word):
+    """Each sees texts alone, and episodes end within the environment's number of turns."""
+    task = environment(word)
+    random, scripted = (score_player(task, player, 30, 0) for player in ("random", "scripted"))
+    assert scripted.success > random.success + 0.2 and scripted.reward > random.reward
+    assert max(random.turns, scripted.turns) <= task.max_turns
+    assert scripted == score_player(task, "scripted", 30, 0)
+
+
+@pytest.mark.parametrize("word", SUITE)
+def test_a_whole_episode_is_shown_and_fits(word):
+    """Observations fit into the 64 tokens that a strategy takes, byte by byte; the last is kept."""
+    task = environment(word)
+    for index, act in itertools.product(range(4), (task.random_action, task.scripted_action)):
+        problem = task.problem("train", index)
+        episode = play_episode(task, problem, act, np.random.default_rng(index))
+        assert all(0 < len(text.encode()) <= 64 for text in episode.shown)
+        assert len(episode.shown) == 1 + 2 * len(episode.rewards)
+        assert episode.last.observation == episode.shown[-1]
+        assert episode.last.success == (sum(episode.rewards) == 1)
+        last = finish(task, problem, episode.shown[1::2])
+        assert [turn.observation for turn in last] == list(episode.shown[2::2])
+        with pytest.raises(ValueError, match="the episode is over"):
+            task.step(last[-1].state, completion_of(problem, "1"))
+
+
+@pytest.mark.parametrize("word", SUITE)
+def test_a_text_that_is_no_action_is_counted(word):
+    task = environment(word)
+    problem = task.problem("train", 0)
+    turns = finish(task, problem, itertools.repeat(" \n"))
+    assert [turn.reward for turn in turns] == [-0.1] * task.max_turns
+    assert turns[-1].truncated and not turns[-1].terminated and not turns[-1].success
+    assert turns[-1].info["malformed"] == task.max_turns and turns[-1].observation
+    strict = dataclasses.replace(task, strict=True)
+    [only] = finish(strict, problem, [""])
+    assert only.terminated and only.reward == -0.1 and not only.success
+    for text in LONG:
+        turn = safe_step(task, problem, task.reset(problem), completion_of(problem, text))
+        assert "scorer_errors" not in turn.info and not turn.success
+        assert len(turn.observation) < 100
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mastermind(colours=10)", "colours=10: choose 9 or less"),
+        ("mastermind(length=7, colours=9)", "make more than a million codes"),
+        ("mastermind(length=1, colours=2)", "too few different problems"),
+        ("mastermind(max_turns=0)", "max_turns=0: choose 1 or more"),
+        ("minesweeper(mines=24)", "mines=24 of 25 cells: leave two cells free"),
+        ("minesweeper(rows=27)", "rows=27 and columns=5: choose 26 or less"),
+        ("sokoban(boxes=5, walls=4)", "boxes=5 and walls=4 in 16 cells: choose half"),
+        ("sokoban(width=3)", "width=3: choose 4 or more"),
+        ("hanoi(disks=10)", "disks=10: choose 9 or less"),
+        ("fifteen_puzzle(size=5)", "size=5: choose 4 or less"),
+        ("game_2048(goal=48)", "goal=48: choose a power of 2"),
+        ("calculator(digits=10)", "digits=10: choose 9 or less"),
+        ("search_qa(hops=3)", "hops=3: choose 1 or 2"),
+        ("search_qa(path='nowhere')", "no file nowhere/passages.jsonl: give a folder with"),
+        ("search_q", "unknown task 'search_q' (perhaps search_qa?)"),
+    ],
+)
+def test_mistakes_in_options_are_one_line(spec, message):
+    with pytest.raises(ValueError) as error:
+        make_task(spec, 0)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_feedback_of_codes():
+    assert feedback("1123", "1123") == (4, 0) and feedback("1123", "3211") == (0, 4)
+    assert feedback("1123", "1111") == (2, 0) and feedback("1123", "2456") == (0, 1)
+    assert feedback("12", "21") == (0, 2) and feedback("11", "12") == (1, 0)
+
+
+def test_shortest_ways_are_shortest():
+    """Towers from every position, and boards within four moves: against a search in breadth."""
+    tower = environment("hanoi")
+    goal = (2, 2, 2)
+    distance = _distances(goal, lambda pegs: [
+        move.game for a, b in itertools.permutations("abc", 2) if (move := tower.move(pegs, a + b))
+    ])  # fmt: skip
+    assert len(distance) == 27 and max(distance.values()) == 7
+    for pegs, moves in distance.items():
+        assert moves_left(pegs) == moves
+        if moves:
+            assert distance[tower.move(pegs, best_move(pegs)).game] == moves - 1
+    near = _distances(
+        solved(3), lambda tiles: [after for way in "UDLR" if (after := slid(tiles, way))], 4
+    )
+    assert all(len(shortest(tiles)) == moves for tiles, moves in near.items())
+    with pytest.raises(ValueError, match="cannot be brought into order"):
+        shortest("213.")
+
+
+def _distances(start, neighbours, most=math.inf):
+    found, queue = {start: 0}, [start]
+    for here in queue:
+        for after in neighbours(here) if found[here] < most else ():
+            if after not in found:
+                found[after] = found[here] + 1
+                queue.append(after)
+    return found
+
+
+LEVEL = ("#######", "#@--#-#", "#-$-.-#", "#--*--#", "#######")
+
+
+def test_levels_are_read_and_written():
+    level = Level.from_rows(LEVEL)
+    assert level.rows == list(LEVEL) and Level.from_rows(level.rows) == level
+    on_goal = Level.from_rows(["+$", ".$"])
+    assert on_goal.player in on_goal.goals and on_goal.rows == ["+$", ".$"]
+    for row, words in (("@x", "character 'x'"), ("$.", "0 players"), ("@$", "1 boxes and 0")):
+        with pytest.raises(ValueError, match=words):
+            Level.from_rows([row])
+
+
+def test_generated_levels_are_solved_by_the_fewest_steps():
+    rng = np.random.default_rng(0)
+    for boxes in (1, 2, 3):
+        for _ in range(4):
+            level = generate(rng, 6, 6, boxes, 2, 20)
+            solution = solve(level)
+            assert solution and not level.solved and len(level.boxes) == boxes
+            for way in solution:
+                level = level.moved(way)
+                assert level is not None
+            assert level.solved
+    small = generate(rng, 5, 5, 1, 1, 20)
+    steps = _distances(small, lambda here: [a for way in STEPS if (a := here.moved(way))])
+    solution = solve(small)
+    assert solution is not None
+    assert len(solution) == min(moves for level, moves in steps.items() if level.solved)
+    assert solve(Level.from_rows(["#####", "#$@.#", "#####"])) is None
+    with pytest.raises(ValueError, match="most=3 positions do not solve it"):
+        solve(Level.from_rows(["#######", "#@--$.#", "#######"]), 3)
+
+
+def test_pushed_tiles_merge_once():
+    assert pushed(((2, 2, 4), (2, 2, 2), (0, 4, 4)), "L") == ((4, 4, 0), (4, 2, 0), (8, 0, 0))
+    assert pushed(((2, 2, 2), (0, 0, 0), (2, 0, 4)), "R") == ((0, 2, 4), (0, 0, 0), (0, 2, 4))
+    assert pushed(((2, 0), (2, 4)), "U") == ((4, 4), (0, 0))
+    assert pushed(((2, 0), (2, 4)), "D") == ((0, 0), (4, 4))
+
+
+def test_chances_of_mines_are_those_of_all_boards_that_agree():
+    """Against all placements of the mines of a board."""
+    task = environment("minesweeper(rows=3, columns=4, mines=3)")
+    for index in range(6):
+        problem = task.problem("train", index)
+        marks = "".join(problem.prompt.split("\n")[1:])
+        closed = {cell for cell, mark in enumerate(marks) if mark == "?"}
+        numbers = [
+            (closed & set(task._around(cell)), int(mark) if mark != "." else 0)
+            for cell, mark in enumerate(marks)
+            if mark != "?"
+        ]
+        boards = [
+            set(mines)
+            for mines in itertools.combinations(sorted(closed), 3)
+            if all(len(cells & set(mines)) == count for cells, count in numbers)
+        ]
+        found = mine_chances(closed, [pair for pair in numbers if pair[0]], 3)
+        for cell in closed:
+            share = sum(cell in mines for mines in boards) / len(boards)
+            assert found[cell] == pytest.approx(share, abs=1e-12)
+
+
+def test_expressions():
+    """Against Python's own values of random expressions, in fractions."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        numbers = [f"Fraction({n})" for n in rng.integers(0, 50, 5)]
+        signs = [str(s) for s in rng.choice(["+", "-", "*", "/", "*-", "-("], 4)]
+        python = numbers[0] + "".join(s + n for s, n in zip(signs, numbers[1:], strict=True))
+        python += ")" * python.count("-(")
+        text = python.replace("Fraction(", "").replace(")", "", 5)
+        try:
+            expected = eval(python)
+        except ZeroDivisionError:
+            with pytest.raises(ValueError, match="division by zero"):
+                evaluate(text)
+            continue
+        assert evaluate(text) == expected, text
+    assert evaluate(" 2 * (3 - 1.5) ") == 3 and evaluate("--2") == 2
+    shown = [number_text(Fraction(*pair)) for pair in ((6, 3), (1, 3), (-5, 2), (10**20, 1))]
+    assert shown == ["2", "0.333333", "-2.5", "1" + "0" * 20]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the end came too early"), ("2+", "the end came too early"), ("(2", "not closed"),
+        ("2)", r"unexpected '\)'"), ("2 3", "unexpected '3'"), ("x", "unexpected 'x'"),
+        ("2**3", r"unexpected '\*'"), ("1/(2-2)", "division by zero"), ("٣", "unexpected"),
+        ("1" * 257, "257 characters: write 256 or less"), ("(" * 99, "more than 32 brackets"),
+        ("9" * 200, "too large"), ("*".join(["99999999"] * 25), "too large"), ("1e9", "unexpected"),
+    ],
+)  # fmt: skip
+def test_bad_expressions_are_named(text, words):
+    with pytest.raises(ValueError, match=words):
+        evaluate(text)
+
+
+def test_bm25_is_that_of_the_package():
+    bm25s = pytest.importorskip("bm25s")
+    rng = np.random.default_rng(0)
+    words = [f"w{n}" for n in range(12)]
+    passages = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(30)]
+    theirs = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+    theirs.index([passage.split() for passage in passages], show_progress=False)
+    ours = BM25Index(passages)
+    for _ in range(5):
+        query = list(dict.fromkeys(rng.choice(words, 3).tolist()))
+        found, scores = ours.scores(" ".join(query)), theirs.get_scores(query)
+        # Lucene leaves out the constant factor k1 + 1.
+        expected = np.array([found.get(i, 0.0) for i in range(30)]) / 2.5
+        np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+        best = ours.search(" ".join(query), 30)
+        assert len(best) == np.count_nonzero(scores) and best[0] == passages[int(scores.argmax())]
+    assert ours.search("nothing", 3) == []
+    with pytest.raises(ValueError, match="2 passages without a word"):
+        BM25Index(["", "?"])
+
+
+def test_a_corpus_of_ones_own(tmp_path):
+    texts = [{"text": f"The colour of {n} is c{n}."} for n in range(12)]
+    asked = [{"question": f"Colour of {n}?", "answer": f"c{n}"} for n in range(12)]
+    for name, lines in (("passages", texts), ("questions", asked)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = make_task(f"search_qa(path={str(tmp_path)!r}, hops=1)", 0)
+    assert make_task(task.name, 0) == task
+    assert score_player(task, "scripted", 12, 0).success == 1
+    problem = task.problem("train", 0)
+    number = problem.prompt.split()[-1].rstrip("?")
+    found, answered = finish(task, problem, [f"search({number})", f"C{number}."])
+    assert found.observation == f" The colour of {number} is c{number}. " and answered.success
+    (tmp_path / "questions.jsonl").write_text('{"question": "a"}')
+    with pytest.raises(ValueError, match=r"questions.jsonl, line 1"):
+        make_task(task.name, 0)
+
+
+def test_a_call_that_fails_is_counted():
+    task = environment("calculator")
+    problem = Problem("p", "6*7? ", ["6*7?", "42"])
+    texts = [LONG[2], "calc(1/0)", "calc(6*7)", "42"]
+    turns = finish(task, problem, texts)
+    assert [turn.info["tool_errors"] for turn in turns] == [1, 2, 2, 2]
+    assert turns[0].observation == " error: 1000001 characters, 256 at most "
+    assert turns[1].observation == " error: division by zero "
+    assert turns[2].observation == " 42 "
+    assert turns[3].success and [turn.reward for turn in turns] == [0, 0, 0, 1]
+    assert turns[3].info == {"malformed": 0, "tool_calls": 3, "tool_errors": 2}
+    [wrong] = finish(task, problem, ["41"])
+    assert (wrong.terminated, wrong.success, wrong.reward) == (True, False, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """A tool that gives no text, or raises what has no message."""
+
+    name: str = "broken"
+
+    def __call__(self, argument: str) -> Any:
+        if argument:
+            raise RuntimeError
+        return 3
+
+
+def test_tools_around_an_environment():
+    inner = environment("guess_number")
+    task = ToolEnvironment(inner, (CalculatorTool(), Broken()), max_calls=2, tool_reward=0.25)
+    # What a wrapper says of the environment is asked of it, not copied.
+    assert task.max_turns == inner.max_turns + 2 and task.sizes == inner.sizes
+    assert task.name == "guess_number with calc+broken"
+    problem = Problem("p", "1-10? ", 5)
+    texts = ["calc(2+2)", "4", "broken(1)", "calc(1+1)", "5"]
+    turns = finish(task, problem, texts)
+    assert [turn.observation for turn in turns] == [
+        " 4 ", " higher ", " error: RuntimeError ", " no calls left 1-10? ", " right "
+    ]  # fmt: skip
+    assert [turn.reward for turn in turns] == [0.25, 0, 0, -0.1, 1]
+    assert turns[-1].info == {"malformed": 1, "tool_calls": 2, "tool_errors": 1}
+    assert turns[-1].state.inner.turns == 3
+    assert run_tool(Broken(), "").failed
+    for text in ("calc(1) more", "calculate(1)", " calc", "calc)"):
+        assert call_of(text, task.tools) is None
+    sums = ToolEnvironment(OneTurn(make_task("arithmetic", 0)), (CalculatorTool(),))
+    problem = sums.problem("test", 0)
+    called, answered = finish(sums, problem, [f"calc({problem.prompt[:-1]})", problem.answer])
+    assert called.observation == f" {problem.answer} " and answered.success and answered.terminated
+
+
+def test_views_of_an_episode():
+    inner = environment("guess_number")
+    problem = Problem("p", "1-10? ", 5)
+    for view, expected in (
+        ("last", " lower "),
+        ("observations", "1-10?  higher  lower "),
+        ("transcript", "1-10? 2 higher 9 lower "),
+        (lambda shown: f"{len(shown) // 2} turns", "2 turns"),
+    ):
+        task = ObservationView(inner, view)
+        assert finish(task, problem, ["2", "9"])[-1].observation == expected
+        assert task.max_turns == inner.max_turns
+    with pytest.raises(ValueError, match="unknown view 'all': choose one of last, observations"):
+        ObservationView(inner, "all")
+
+
+def test_help_prints_the_suite(capsys):
+    printed = tasks_help()
+    for word, kind in ENVIRONMENTS.items():
+        assert f"\n  {word}(" in printed
+        assert kind.__doc__.partition("\n")[0][:40] in printed
+    with pytest.raises(ValueError, match="unknown environment with players 'gem'"):
+        table.main(table.Experiment(environments=("gem",)))
+    table.main(table.Experiment(environments=("hanoi(disks=2)",), episodes=3))
+    assert "| `hanoi(disks=2)` | scripted | 1.000 ± 0.000 |" in capsys.readouterr().out

@@ -1,0 +1,258 @@
+"""Environments of gem-llm through their adapter: with a stand-in, and with the package itself.
+
+The six traps of the package are each reproduced with it and shown to be none of the adapter's.
+`pip install "thoughtbubbles[gem]"` brings the package, which pins another version of reasoning-gym
+than `pip install reasoning-gym` brings: each has an environment of its own.
+"""
+
+import itertools
+import logging
+import random
+import sys
+import warnings
+from typing import Any
+
+import fake_gem
+import numpy as np
+import pytest
+
+from train.rl.environments.gem_adapter import Gem
+from train.rl.environments.players import completion_of, play_episode
+from train.rl.environments.tools import CalculatorTool, ToolEnvironment
+from train.rl.environments.vector import VectorEnvironment
+from train.rl.named_tasks import make_task
+from train.rl.types import Problem
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> Gem:
+    monkeypatch.setitem(sys.modules, "gem", fake_gem)
+    return Gem(id="guess")
+
+
+@pytest.fixture(scope="module")
+def package() -> Any:
+    with warnings.catch_warnings(action="ignore"):  # of packages that it imports
+        return pytest.importorskip("gem")
+
+
+def randomness() -> Any:
+    numpy: Any = np.random.get_state()
+    return random.getstate(), numpy[1].tolist()
+
+
+def act(task: Any, problem: Problem, texts: list[str]) -> list[Any]:
+    state, turns = task.reset(problem), []
+    for text in texts:
+        turns.append(task.step(state, completion_of(problem, text)))
+        state = turns[-1].state
+    return turns
+
+
+def test_states_are_branched_from(stand_in):
+    """The package's object goes on from the newest state; an earlier one is played again."""
+    problem = stand_in.problem("train", 0)
+    assert problem.prompt.startswith("Guess 1-50, luck ") and "Your guess?" in problem.prompt
+    texts = ["1", "2", "3"]
+    turns = act(stand_in, problem, texts)
+    assert [turn.observation for turn in turns] == ["higher\nYour guess?\n"] * 2 + ["Too late."]
+    assert turns[-1].truncated and not turns[-1].success and 0 < turns[-1].reward < 1
+    again = stand_in.step(turns[0].state, completion_of(problem, "2"))
+    assert again == turns[1] and act(stand_in, problem, texts) == turns
+    other = stand_in.step(turns[0].state, completion_of(problem, "50"))
+    assert other.state.actions == ("1", "50") and other.info == turns[1].info
+    assert set(other.info) == {"luck"}, "numbers that are finite"
+    with pytest.raises(ValueError, match="the episode is over"):
+        stand_in.step(turns[-1].state, completion_of(problem, "4"))
+    assert stand_in.max_turns == 3 and Gem(id="guess", options={"max_turns": 5}).max_turns == 5
+
+
+def test_interleaved_episodes_draw_from_generators_of_their_own(stand_in):
+    problems = [stand_in.problem("train", index) for index in range(3)]
+    alone = [act(stand_in, problem, ["1", "2"]) for problem in problems]
+    before = randomness()
+    states = [stand_in.reset(problem) for problem in problems]
+    for turn in range(2):
+        for index, problem in enumerate(problems):
+            step = stand_in.step(states[index], completion_of(problem, "12"[turn]))
+            assert step == alone[index][turn]
+            states[index] = step.state
+    assert randomness() == before
+    assert len({turns[0].info["luck"] for turns in alone}) > 1
+
+
+def test_a_step_of_the_package_that_raises_is_a_counted_failure(stand_in):
+    problem = stand_in.problem("test", 0)
+    [turn] = act(stand_in, problem, ["nan"])
+    assert (turn.terminated, turn.success, turn.reward) == (True, False, 0)
+    assert turn.info == {"scorer_errors": 1} and turn.state.over
+
+
+def test_mistakes_are_one_line(stand_in, monkeypatch):
+    for spec, message in (
+        ("gem:", "write gem:ID"),
+        ("gem", "write gem(id=..., options={}, success_reward=1.0, suffix=True)"),
+        ("gem:chess", "Environment chess not found"),
+        ("gem(id='guess', options={'depth': 3})", "depth"),
+    ):
+        with pytest.raises(ValueError) as error:
+            make_task(spec, 0)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert make_task("gem:guess", 3) == Gem(id="guess", seed=3)
+    monkeypatch.setitem(sys.modules, "gem", None)
+    with pytest.raises(ValueError, match=r"needs gem-llm .*pip install .thoughtbubbles\[gem\]"):
+        make_task("gem:guess", 0)
+
+
+def test_trap_1_the_last_observation_and_info(package):
+    """The package's vector hides them where it resets in the same step."""
+    theirs = package.make_vec(["game:GuessTheNumber-v0-easy"], seed=0)
+    theirs.reset(seed=0)
+    shown, rewards, ended, _, _ = theirs.step(["no number"])
+    assert ended[0] and "valid guess" not in shown[0] and rewards[0] < 0
+    task = Gem(id="game:GuessTheNumber-v0-easy")
+    vector = VectorEnvironment([task], autoreset="same_step")
+    vector.reset()
+    step = vector.step(["no number"])[0]
+    assert step.terminated and step.fresh and "You are playing" in step.observation
+    assert (
+        step.finished is not None and "did not provide a valid guess" in step.finished.observation
+    )
+    vector.close()
+
+
+def test_trap_2_the_process_is_not_seeded(package):
+    before = randomness()
+    package.make("game:Mastermind-v0-easy").reset(seed=1)
+    assert randomness() != before
+    for name in ("game:Mastermind-v0-easy", "game:Minesweeper-v0-easy", "rg:chain_sum"):
+        before = randomness()
+        task = Gem(id=name)
+        problem = task.problem("train", 0)
+        turn = act(task, problem, [r"\boxed{1 2}"])[0]
+        assert randomness() == before
+        again = Gem(id=name)
+        random.seed(7)
+        assert again.problem("train", 0) == problem
+        assert act(again, problem, [r"\boxed{1 2}"])[0] == turn
+
+
+def test_trap_3_a_near_miss_is_no_success(package):
+    task = Gem(id="game:GuessTheNumber-v0-hard")
+    for index in itertools.count():
+        problem = task.problem("train", index)
+        number = task._begun(problem.answer)[0].environment.game_number
+        if number < 50:
+            break
+    far = [n for n in range(1, 51) if abs(n - number) > 1][:6]
+    turns = act(task, problem, [rf"\boxed{{{n}}}" for n in [*far, number + 1]])
+    assert turns[-1].reward == pytest.approx(1 - 1 / 49, abs=1e-12)
+    assert round(turns[-1].reward, 4) == 0.9796
+    assert turns[-1].truncated and not turns[-1].success
+    won = act(task, problem, [rf"\boxed{{{number}}}"])[0]
+    assert won.success and won.reward == 1 and won.terminated
+
+
+def test_trap_4_wrappers_ask_and_do_not_copy(package):
+    from gem.wrappers.episode_tracking_wrapper import EpisodeTrackingWrapper  # noqa: PLC0415
+
+    theirs: Any = EpisodeTrackingWrapper(package.make("game:GuessTheNumber-v0-easy"))
+    theirs.reset(seed=0)
+    for _ in range(2):
+        theirs.step(r"\boxed{1}")
+    assert (theirs.unwrapped.turn_count, theirs.turn_count) == (2, 0)
+    inner = Gem(id="game:GuessTheNumber-v0-easy")
+    task = ToolEnvironment(inner, (CalculatorTool(),), max_calls=1)
+    assert inner.max_turns == 4 and task.max_turns == 5
+    problem = task.problem("train", 0)
+    called, first, second = act(task, problem, ["calc(2/2)", r"\boxed{1}", "x"])
+    assert called.observation == " 1 " and len(first.state.inner.actions) == 1
+    assert second.state.inner == inner.step(first.state.inner, completion_of(problem, "x")).state
+
+
+def test_trap_5_a_fixed_set_of_episodes_is_played_to_its_end(package):
+    """Those that have ended after a fixed time are the short ones."""
+    task = Gem(id="game:GuessTheNumber-v0-easy")
+
+    def player(shown, rng):
+        return rf"\boxed{{{len(shown) // 2 + 1}}}"
+
+    problems = [task.problem("train", index) for index in range(12)]
+    lengths = [
+        len(play_episode(task, problem, player, np.random.default_rng(0)).rewards)
+        for problem in problems
+    ]
+    vector = VectorEnvironment([task] * 12, autoreset="same_step")
+    vector.reset()
+    done = [s.finished.turns for _ in range(2) for s in vector.step([r"\boxed{1}"] * 12).values()
+            if s.finished]  # fmt: skip
+    vector.close()
+    assert len(lengths) == 12 and max(lengths) == 4
+    assert all(turns <= 2 for turns in done), "episodes of four turns are not among them"
+
+
+def test_trap_6_a_scorer_that_raises_is_a_failed_answer(package):
+    theirs = package.make("rg:prime_factorization")
+    theirs.reset(seed=0)
+    with pytest.raises(ValueError):
+        theirs.step(r"\boxed{two}")
+    task = Gem(id="rg:prime_factorization")
+    [turn] = act(task, task.problem("train", 0), [r"\boxed{two}"])
+    assert (turn.terminated, turn.reward, turn.info) == (True, 0, {"scorer_errors": 1})
+
+
+def test_trap_6_in_reasoning_gym_without_the_package():
+    with warnings.catch_warnings(action="ignore"):
+        pytest.importorskip("reasoning_gym")
+    task = make_task("reasoning_gym(dataset='prime_factorization', size=10)", 0)
+    reward = task.score(completion_of(task.problem("train", 0), "two"))
+    assert (reward.value, reward.success, reward.info) == (0, False, {"scorer_errors": 1})
+
+
+def test_importing_the_package_leaves_the_log_alone(package):
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    for name in [name for name in sys.modules if name.split(".")[0] == "gem"]:
+        del sys.modules[name]
+    Gem(id="game:TowerofHanoi-v0-easy")
+    assert (root.handlers, root.level) == (handlers, level)
+
+
+GAMES = [
+    f"game:{name}-v0-{level}"
+    for name, levels in (
+        ("GuessTheNumber", "easy hard random"), ("Mastermind", "easy hard random"),
+        ("Minesweeper", "easy hard random"), ("FifteenPuzzle", "easy hard"),
+        ("Sudoku", "easy hard random"), ("TowerofHanoi", "easy hard random"),
+        ("Game2048", "easy hard random"), ("Sokoban", "easy"),
+    )
+    for level in levels.split()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*GAMES, "rg:chain_sum", "rg:spell_backward", "rg:gcd"])
+def test_environments_are_usable_as_they_are(package, name):
+    """Two copies play the same episode by the package's own random actions, to its end."""
+    task = Gem(id=name)
+    problem = task.problem("test", 1)
+    live, prompt = task._begun(problem.answer)
+    assert prompt == problem.prompt
+    try:
+        texts = [live.run(live.environment.sample_random_action) for _ in range(200)]
+    except NotImplementedError:
+        texts = [r"\boxed{7}"]
+    turns, state = [], task.reset(problem)
+    for text in texts:
+        turn = task.step(state, completion_of(problem, text))
+        turns.append(turn)
+        state = turn.state
+        if turn.terminated or turn.truncated:
+            break
+    assert all("scorer_errors" not in turn.info for turn in turns)
+    assert state.over or len(turns) == 200
+    if task.max_turns is not None:
+        assert len(turns) <= task.max_turns
+    again = Gem(id=name)
+    middle = turns[len(turns) // 2 - 1].state if len(turns) > 1 else task.reset(problem)
+    index = len(middle.actions)
+    assert again.step(middle, completion_of(problem, texts[index])) == turns[index]
