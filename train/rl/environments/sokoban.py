@@ -24,7 +24,7 @@ class Sokoban(GeneratedEnvironment):
         width: Number of columns, with the walls around.
         boxes: Number of boxes.
         walls: Number of walls inside.
-        pulls: Number of random steps that a level is made with, backwards from its solution.
+        pulls: Number of random pulls that a level is made with, backwards from its solution.
         moves: Greatest number of steps of one action.
         max_turns: Number of turns after which the episode is cut.
         malformed: Reward of a text that is no run of steps; it takes a turn.
@@ -37,7 +37,7 @@ class Sokoban(GeneratedEnvironment):
     width: int = 6
     boxes: int = 2
     walls: int = 2
-    pulls: int = 30
+    pulls: int = 12
     moves: int = 4
     max_turns: int = 12
 

@@ -118,11 +118,12 @@ def generate(
     width: int = 6,
     boxes: int = 1,
     walls: int = 3,
-    pulls: int = 30,
+    pulls: int = 12,
 ) -> Level:
     """A level that can be solved: boxes are pulled away from their goals at random.
 
-    Each pull is a push backwards, so the way back is a solution.
+    Each pull is a push backwards, so the way back is a solution. The position whose boxes are
+    farthest from the goals is taken, with the player anywhere within reach.
 
     Args:
         rng: Generator of the level.
@@ -130,7 +131,7 @@ def generate(
         width: Number of columns, with the walls around.
         boxes: Number of boxes.
         walls: Number of walls inside.
-        pulls: Number of steps of the random walk away from the solved level.
+        pulls: Number of pulls.
     """
     edge = {(i, j) for i in range(height) for j in range(width)
             if i in (0, height - 1) or j in (0, width - 1)}  # fmt: skip
@@ -140,26 +141,50 @@ def generate(
         inner, goals, player = order[:walls], order[walls : walls + boxes], order[walls + boxes]
         solved = frozenset(goals)
         level = Level(height, width, frozenset(edge | set(inner)), solved, player, solved)
+        walk = [level]
         for _ in range(pulls):
-            level = _pulled(level, rng)
+            walk.append(_pulled(walk[-1], rng))
+        level = max(walk, key=_distance)
         if not level.solved:
-            return level
+            within = sorted(_reachable(level))
+            return dataclasses.replace(level, player=within[rng.integers(len(within))])
 
 
 def _pulled(level: Level, rng: np.random.Generator) -> Level:
-    """The level before a random step: with a pull if there is one and the coin says so."""
-    ways = []
-    for step in STEPS.values():
-        origin, ahead = _add(level.player, (-step[0], -step[1])), _add(level.player, step)
-        if level.free(origin) and origin not in level.boxes:
-            ways.append((origin, ahead if ahead in level.boxes else None))
-    if not ways:
+    """The level after the player has walked to a box and pulled it; itself where none can be."""
+    within = _reachable(level)
+    pulls = []
+    for box in sorted(level.boxes):
+        for step in STEPS.values():
+            side = _add(box, step)
+            back = _add(side, step)
+            if side in within and level.free(back) and back not in level.boxes:
+                pulls.append((box, side, back))
+    if not pulls:
         return level
-    pulling = [way for way in ways if way[1]]
-    pull = bool(pulling) and rng.random() < 0.7
-    origin, box = (pulling if pull else ways)[rng.integers(len(pulling if pull else ways))]
-    boxes = level.boxes - {box} | {level.player} if pull else level.boxes
-    return dataclasses.replace(level, player=origin, boxes=boxes)
+    box, side, back = pulls[rng.integers(len(pulls))]
+    return dataclasses.replace(level, player=back, boxes=level.boxes - {box} | {side})
+
+
+def _reachable(level: Level) -> set[Cell]:
+    """Cells that the player can walk to without a push."""
+    found, waiting = {level.player}, [level.player]
+    while waiting:
+        cell = waiting.pop()
+        for step in STEPS.values():
+            after = _add(cell, step)
+            if after not in found and level.free(after) and after not in level.boxes:
+                found.add(after)
+                waiting.append(after)
+    return found
+
+
+def _distance(level: Level) -> int:
+    """Sum of the steps from each box to the nearest goal, walls aside."""
+    return sum(
+        min(abs(box[0] - goal[0]) + abs(box[1] - goal[1]) for goal in level.goals)
+        for box in level.boxes
+    )
 
 
 @functools.lru_cache(maxsize=1024)
