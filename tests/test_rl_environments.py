@@ -168,6 +168,18 @@ def test_levels_are_read_and_written():
             Level.from_rows([row])
 
 
+def test_boxes_are_pushed_one_at_a_time():
+    level = Level.from_rows(["######", "#@$-$#", "#-..-#", "######"])
+    once = level.moved("R")
+    assert once is not None and once.rows[1] == "#-@$$#" and level.rows[1] == "#@$-$#"
+    assert once.moved("R") is None, "two boxes"
+    assert level.moved("U") is None and level.moved("L") is None, "walls"
+    right = Level.from_rows(["#####", "#.@$#", "#####"])
+    assert right.moved("R") is None, "a box against a wall"
+    edge = Level.from_rows(["@$", "-."])
+    assert edge.moved("R") is None and edge.moved("U") is None, "the end of the board"
+
+
 def test_generated_levels_are_solved_by_the_fewest_steps():
     rng = np.random.default_rng(0)
     for boxes in (1, 2, 3):
@@ -197,26 +209,32 @@ def test_pushed_tiles_merge_once():
 
 
 def test_chances_of_mines_are_those_of_all_boards_that_agree():
-    """Against all placements of the mines of a board."""
-    task = environment("minesweeper(rows=3, columns=4, mines=3)")
-    for index in range(6):
+    """Against all placements of the mines, in front of each action of some episodes."""
+    task = environment("minesweeper(rows=4, columns=4, mines=4)")
+    varied = 0
+    for index in range(8):
         problem = task.problem("train", index)
-        marks = "".join(problem.prompt.split("\n")[1:])
-        closed = {cell for cell, mark in enumerate(marks) if mark == "?"}
-        numbers = [
-            (closed & set(task._around(cell)), int(mark) if mark != "." else 0)
-            for cell, mark in enumerate(marks)
-            if mark != "?"
-        ]
-        boards = [
-            set(mines)
-            for mines in itertools.combinations(sorted(closed), 3)
-            if all(len(cells & set(mines)) == count for cells, count in numbers)
-        ]
-        found = mine_chances(closed, [pair for pair in numbers if pair[0]], 3)
-        for cell in closed:
-            share = sum(cell in mines for mines in boards) / len(boards)
-            assert found[cell] == pytest.approx(share, abs=1e-12)
+        episode = play_episode(task, problem, task.scripted_action, np.random.default_rng(0))
+        for shown in episode.shown[:-1:2]:
+            marks = "".join(shown.split("\n")[1:])
+            closed = {cell for cell, mark in enumerate(marks) if mark == "?"}
+            numbers = [
+                (closed & set(task._around(cell)), int(mark) if mark != "." else 0)
+                for cell, mark in enumerate(marks)
+                if mark != "?"
+            ]
+            boards = [
+                set(mines)
+                for mines in itertools.combinations(sorted(closed), 4)
+                if all(len(cells & set(mines)) == count for cells, count in numbers)
+            ]
+            near = set().union(*(cells for cells, _ in numbers))
+            varied += len({len(mines & near) for mines in boards}) > 1
+            found = mine_chances(closed, [pair for pair in numbers if pair[0]], 4)
+            for cell in closed:
+                share = sum(cell in mines for mines in boards) / len(boards)
+                assert found[cell] == pytest.approx(share, abs=1e-12)
+    assert varied > 3, "boards that agree have different numbers of mines near open cells"
 
 
 def test_expressions():

@@ -9,6 +9,7 @@ import itertools
 import logging
 import random
 import sys
+import threading
 import warnings
 from typing import Any
 
@@ -70,6 +71,7 @@ def test_states_are_branched_from(stand_in):
 def test_interleaved_episodes_draw_from_generators_of_their_own(stand_in):
     problems = [stand_in.problem("train", index) for index in range(3)]
     alone = [act(stand_in, problem, ["1", "2"]) for problem in problems]
+    random.seed(5)
     before = randomness()
     states = [stand_in.reset(problem) for problem in problems]
     for turn in range(2):
@@ -88,10 +90,37 @@ def test_a_step_of_the_package_that_raises_is_a_counted_failure(stand_in):
     assert turn.info == {"scorer_errors": 1} and turn.state.over
 
 
+def test_a_step_of_the_package_that_hangs_is_cut(stand_in, monkeypatch):
+    """The next episode goes on, with its own generators."""
+    task, gate = Gem(id="guess", limit_s=0.1), threading.Event()
+    first, second = (task.problem("train", index) for index in range(2))
+    expected = act(stand_in, second, ["1"])
+    step = fake_gem.Guess.step
+    monkeypatch.setattr(fake_gem.Guess, "step", lambda self, action: gate.wait(20))
+    random.seed(5)
+    before = randomness()
+    [turn] = act(task, first, ["1"])
+    assert (turn.info, turn.terminated, turn.success) == ({"timeouts": 1}, True, False)
+    monkeypatch.setattr(fake_gem.Guess, "step", step)
+    assert act(task, second, ["1"]) == expected and randomness() == before
+    gate.set()
+    assert act(Gem(id="guess", limit_s=None), second, ["1"]) == expected
+
+
+def test_episodes_on_threads_are_those_of_one(stand_in):
+    def played(threads: int) -> list:
+        vector = VectorEnvironment([stand_in] * 6, autoreset="same_step", threads=threads)
+        shown = [vector.reset(), *(vector.step(["7"] * 6) for _ in range(7))]
+        vector.close()
+        return shown
+
+    assert played(4) == played(1)
+
+
 def test_mistakes_are_one_line(stand_in, monkeypatch):
     for spec, message in (
         ("gem:", "write gem:ID"),
-        ("gem", "write gem(id=..., options={}, success_reward=1.0, suffix=True)"),
+        ("gem", "write gem(id=..., options={}, success_reward=1.0, suffix=True, limit_s=20.0)"),
         ("gem:chess", "Environment chess not found"),
         ("gem(id='guess', options={'depth': 3})", "depth"),
     ):

@@ -7,17 +7,19 @@ import logging
 import math
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
+from train.rl.environments.stepping import StepPool, TimedOut
 from train.rl.problems import TEST_SHARE, digest, options
 from train.rl.types import Completion, Problem, Split, Turn
 
 _INSTALL = 'pip install "thoughtbubbles[gem]"'
 _LIVE = 256  # episodes that are kept to go on from
-_VARIED = 16  # resets that are looked at where the seed decides how many turns there are
+_VARIED, _PATIENCE = 32, 5.0  # seeds, seconds: where the seed decides how many turns there are
 _LOCK = threading.RLock()  # of the process's generators, which the package seeds and draws from
 
 
@@ -47,13 +49,20 @@ class _Live:
         self._generators: Any = random.Random(seed).getstate(), _numpy_state(seed)
         self.environment: Any = None
 
-    def run(self, call: Callable[[], Any]) -> Any:
+    def run(self, call: Callable[[], Any], pool: StepPool | None = None) -> Any:
+        """Result of a call; on a thread of the pool, where it is cut after the pool's limit."""
         with _LOCK:
             outside = random.getstate(), np.random.get_state()
             random.setstate(self._generators[0])
             np.random.set_state(self._generators[1])
             try:
-                return call()
+                if pool is None:
+                    return call()
+                pool.submit(0, call)
+                [(_, outcome)] = pool.ready()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                return outcome
             finally:
                 self._generators = random.getstate(), np.random.get_state()
                 random.setstate(outside[0])
@@ -71,8 +80,8 @@ class Gem:
     A state is the seed and the actions since: a step from the newest state steps the package's
     environment, one from an earlier state plays the actions again. The package draws from the
     process's generators; each episode has its own, and the process's are restored. So one step of
-    the package runs at a time, and one that hangs holds up the others. Success is an ended episode
-    whose last reward is `success_reward` or more: some games pay nearly as much for a near miss.
+    the package runs at a time. Success is an ended episode whose last reward is `success_reward` or
+    more: some games pay nearly as much for a near miss.
 
     A hash of id and seed decides the split; whether two seeds make the same problem only the
     package knows. Observations are long: `--strategy "turns(max_observation=512)"`.
@@ -82,6 +91,9 @@ class Gem:
         options: Options of the environment, e.g. `{'max_turns': 5}`.
         success_reward: Least last reward of a solved problem.
         suffix: Whether the `suffix` of the package's info follows each observation.
+        limit_s: Number of seconds after which a step is cut, as a failure that is counted
+            (`timeouts`). Steps then run on a thread of their own; None calls them directly, for
+            graders that use signals.
         seed: Seed of the order of problems.
     """
 
@@ -90,6 +102,7 @@ class Gem:
     options: dict = dataclasses.field(default_factory=dict)
     success_reward: float = 1.0
     suffix: bool = True
+    limit_s: float | None = 20.0
     seed: int = dataclasses.field(default=0, repr=False)
 
     def __post_init__(self):
@@ -98,6 +111,8 @@ class Gem:
         except ImportError as error:
             raise ValueError(f"task {self.name} needs gem-llm ({error}): {_INSTALL}") from None
         object.__setattr__(self, "_live", collections.OrderedDict())
+        pool = None if self.limit_s is None else StepPool(1, self.limit_s)
+        object.__setattr__(self, "_pool", pool)
         try:
             object.__setattr__(self, "_turns", self._most_turns())
         except Exception as error:  # whatever an id or an option does to the package
@@ -145,9 +160,11 @@ class Gem:
         actions = (*state.actions, action.text)
         try:
             observation, reward, terminated, truncated, info = live.run(
-                lambda: live.environment.step(action.text)
+                lambda: live.environment.step(action.text), self.__dict__["_pool"]
             )
             reward = float(reward)
+        except TimedOut:
+            return _failed(state.seed, actions, "timeouts")
         except Exception:  # some of the package's scorers raise on a malformed answer
             return _failed(state.seed, actions, "scorer_errors")
         if not math.isfinite(reward):
@@ -193,13 +210,14 @@ class Gem:
                 kept.popitem(last=False)
 
     def _most_turns(self) -> int | None:
-        """Greatest number of turns; several seeds are looked at where the seed decides it."""
-        live, _ = self._begun(0)
-        turns = [getattr(live.environment.unwrapped, "max_turns", None)]
-        if getattr(live.environment.unwrapped, "_is_random", False):
-            for seed in range(1, _VARIED):
-                live, _ = self._begun(seed)
-                turns.append(live.environment.unwrapped.max_turns)
+        """Greatest number of turns: of several seeds, or seconds, where the seed decides it."""
+        turns, begin = [], time.monotonic()
+        for seed in range(_VARIED):
+            unwrapped = _Live(seed).run(self._made).unwrapped
+            turns.append(getattr(unwrapped, "max_turns", None))
+            varied = getattr(unwrapped, "_is_random", False)
+            if not varied or time.monotonic() - begin > _PATIENCE:
+                break
         return max((number for number in turns if isinstance(number, int)), default=None)
 
 
