@@ -17,7 +17,7 @@ class Calculator(QuestionWithTools):
     """Arithmetic with a calculator: the prompt is `(371*84)-59? `, a call `calc(371*84)`.
 
     Any other text is the answer, of which there is one. The tool takes numbers, `+ - * /` and
-    brackets, and is exact. The scripted player asks it for the whole and repeats what it says.
+    brackets, and is exact. The scripted player calls it once and repeats the result.
 
     Attributes:
         terms: Number of numbers.

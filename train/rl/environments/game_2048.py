@@ -95,8 +95,8 @@ class Game2048(GeneratedEnvironment):
             if after == cells:
                 return -np.inf
             following = [
-                max(_value(pushed(_with(after, place, 2), way)) for way in WAYS)
-                for place in _empty(after)
+                max(_value(pushed(_with(after, cell, 2), way)) for way in WAYS)
+                for cell in _empty(after)
             ]
             return sum(following) / len(following)
 
@@ -135,17 +135,17 @@ def _empty(cells: Cells) -> list[tuple[int, int]]:
     return [(i, j) for i, j in itertools.product(size, size) if not cells[i][j]]
 
 
-def _with(cells: Cells, place: tuple[int, int], tile: int) -> Cells:
+def _with(cells: Cells, cell: tuple[int, int], tile: int) -> Cells:
     return tuple(
-        tuple(tile if (i, j) == place else old for j, old in enumerate(row))
+        tuple(tile if (i, j) == cell else old for j, old in enumerate(row))
         for i, row in enumerate(cells)
     )
 
 
 def _with_new_tile(cells: Cells, seed: int, number: int) -> Cells:
     rng = np.random.default_rng([seed, number])
-    places = _empty(cells)
-    return _with(cells, places[rng.integers(len(places))], 4 if rng.random() < 0.1 else 2)
+    empty = _empty(cells)
+    return _with(cells, empty[rng.integers(len(empty))], 4 if rng.random() < 0.1 else 2)
 
 
 def _value(cells: Cells) -> float:

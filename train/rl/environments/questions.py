@@ -8,7 +8,7 @@ from train.rl.environments.tools import Tool, call_of, run_tool
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class QuestionState:
     """State of a question.
 
     Attributes:
@@ -43,24 +43,24 @@ class QuestionWithTools(GeneratedEnvironment):
     def prompt(self, answer: Sequence[str]) -> str:
         return f"{answer[0]} "
 
-    def begin(self, answer: Sequence[str]) -> Asked:
-        return Asked(answer[1])
+    def begin(self, answer: Sequence[str]) -> QuestionState:
+        return QuestionState(answer[1])
 
-    def move(self, game: Asked, said: str) -> Move | None:
+    def move(self, game: QuestionState, said: str) -> Move | None:
         call = call_of(said, self.tools)
         if call is None:
             return self._answered(game, said) if said else None
         result = run_tool(*call, self.max_argument)
-        game = Asked(game.answer, game.calls + 1, game.failed + result.failed)
+        game = QuestionState(game.answer, game.calls + 1, game.failed + result.failed)
         return Move(game, f" {result.output} ", info=_info(game))
 
-    def _answered(self, game: Asked, said: str) -> Move:
+    def _answered(self, game: QuestionState, said: str) -> Move:
         right = said == game.answer
         return Move(game, " right " if right else " wrong ", right, not right, _info(game))
 
-    def reminder(self, game: Asked) -> str:
+    def reminder(self, game: QuestionState) -> str:
         return " ? "
 
 
-def _info(game: Asked) -> dict[str, float]:
+def _info(game: QuestionState) -> dict[str, float]:
     return {"tool_calls": float(game.calls), "tool_errors": float(game.failed)}

@@ -84,17 +84,20 @@ class SearchQA(QuestionWithTools):
 
     def _made_up(self) -> tuple[list[str], list[list[str]]]:
         rng = np.random.default_rng(self.people)
-        towns = 2 + self.people // 4
-        names = _names(rng, self.people + 2 * towns)
-        people, places, rivers = np.split(np.array(names), [self.people, self.people + towns])
-        homes = rng.integers(0, towns, self.people)
-        passages = [f"{name} lives in {places[home]}." for name, home in zip(people, homes)]  # noqa: B905
-        passages += [f"The river of {place} is {river}." for place, river in zip(places, rivers)]  # noqa: B905
+        size = 2 + self.people // 4
+        names = _names(rng, self.people + 2 * size)
+        people, towns, rivers = np.split(np.array(names), [self.people, self.people + size])
+        homes = rng.integers(0, size, self.people)
+        living = list(zip(people, homes, strict=True))
+        passages = [f"{name} lives in {towns[home]}." for name, home in living]
+        passages += [
+            f"The river of {town} is {river}." for town, river in zip(towns, rivers, strict=True)
+        ]
         questions = [
             [f"Which river is in the town of {name}?", str(rivers[home])]
             if self.hops == 2
-            else [f"Where does {name} live?", str(places[home])]
-            for name, home in zip(people, homes)  # noqa: B905
+            else [f"Where does {name} live?", str(towns[home])]
+            for name, home in living
         ]
         return [passages[i] for i in rng.permutation(len(passages))], questions
 
