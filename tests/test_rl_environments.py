@@ -322,6 +322,9 @@ def test_a_call_that_fails_is_counted():
     assert turns[2].observation == " 42 "
     assert turns[3].success and [turn.reward for turn in turns] == [0, 0, 0, 1]
     assert turns[3].info == {"malformed": 0, "tool_calls": 3, "tool_errors": 2}
+    assert finish(task, problem, [LONG[2], ""])[1].info == {
+        "malformed": 1, "tool_calls": 1, "tool_errors": 1
+    }  # fmt: skip
     [wrong] = finish(task, problem, ["41"])
     assert (wrong.terminated, wrong.success, wrong.reward) == (True, False, 0)
 

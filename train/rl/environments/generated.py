@@ -39,14 +39,12 @@ class Move:
         observation: Text that is shown.
         success: Whether the game is solved, which ends it and is worth 1.
         lost: Whether the game ends unsolved, which is worth 0.
-        info: Numbers for the metrics, counted from the beginning of the episode.
     """
 
     game: Any
     observation: str
     success: bool = False
     lost: bool = False
-    info: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +104,11 @@ class GeneratedEnvironment:
     def reminder(self, game: Any) -> str:
         """What a text that is no action is answered by."""
         raise NotImplementedError
+
+    def info(self, game: Any) -> Mapping[str, float]:
+        """Numbers for the metrics, counted from the beginning of the episode."""
+        del game
+        return {}
 
     def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
         """A random action, well-formed.
@@ -176,7 +179,7 @@ class GeneratedEnvironment:
             terminated,
             truncated,
             move.success,
-            {"malformed": float(malformed), **move.info},
+            {"malformed": float(malformed), **self.info(move.game)},
         )
 
 

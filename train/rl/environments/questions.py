@@ -1,7 +1,7 @@
 """Base of environments that ask one question, which tools help to answer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from train.rl.environments.generated import GeneratedEnvironment, Move
 from train.rl.environments.tools import Tool, call_of, run_tool
@@ -52,15 +52,14 @@ class QuestionWithTools(GeneratedEnvironment):
             return self._answered(game, said) if said else None
         result = run_tool(*call, self.max_argument)
         game = QuestionState(game.answer, game.calls + 1, game.failed + result.failed)
-        return Move(game, f" {result.output} ", info=_info(game))
+        return Move(game, f" {result.output} ")
 
     def _answered(self, game: QuestionState, said: str) -> Move:
         right = said == game.answer
-        return Move(game, " right " if right else " wrong ", right, not right, _info(game))
+        return Move(game, " right " if right else " wrong ", right, not right)
 
     def reminder(self, game: QuestionState) -> str:
         return " ? "
 
-
-def _info(game: QuestionState) -> dict[str, float]:
-    return {"tool_calls": float(game.calls), "tool_errors": float(game.failed)}
+    def info(self, game: QuestionState) -> Mapping[str, float]:
+        return {"tool_calls": float(game.calls), "tool_errors": float(game.failed)}
