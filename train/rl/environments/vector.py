@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 
@@ -136,8 +136,14 @@ class VectorEnvironment:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end; leaving a `with` block does so."""
         self._pool.close()
 
     def reset(self, slots: Iterable[int] | None = None) -> dict[int, str]:
