@@ -7,20 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hatchling_tiny import FORMS, GOLDEN, drawn, logits_of, reference, wide
 
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
 from thoughtbubbles.hatchling.config import PRESETS
 from thoughtbubbles.hatchling.model import frequencies
 
-GOLDEN = HatchlingConfig(vocab_size=11, embed_dim=8, num_neurons=32, num_layers=2, num_heads=2)
 TOKENS, TARGETS = np.array([[1, 5, 3, 9, 0, 7]]), np.array([[5, 3, 9, 0, 7, 2]])
 FIRST = "-.27960 -.46442 -.58637 -.62897 -.58643 -.46453 -.27975 -.05711 .17326 .38018 .53564"
 LAST = "-.25661 -.44369 -.57072 -.62050 -.58630 -.47275 -.29522 -.07773 .15029 .35796 .51718"
-FORMS = [
-    dataclasses.replace(GOLDEN, form=form, damping=damping)
-    for form in ("released", "paper")
-    for damping in (False, True)
-]
 
 
 def waves(shape: tuple[int, ...], amplitude: float, shift: float) -> np.ndarray:
@@ -40,54 +35,6 @@ def made(config: HatchlingConfig) -> Hatchling:
     return model
 
 
-def drawn(config: HatchlingConfig) -> Hatchling:
-    """A model of random parameters, better conditioned than waves."""
-    model, rng = Hatchling(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
-    noise = lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype(np.float32)  # noqa: E731
-    nnx.update(model, jax.tree.map(noise, nnx.state(model, nnx.Param)))
-    return model
-
-
-@jax.jit
-def logits_of(model, tokens, length=None):
-    return model.logits(model.run(tokens, length))
-
-
-def reference(config: HatchlingConfig, model: Hatchling, tokens: np.ndarray) -> np.ndarray:
-    """Logits in float64, one token after the other, straight from the equations."""
-    dx, dy, e, embed, head = (
-        np.asarray(p[...], np.float64)
-        for p in (model.dx, model.dy, model.e, model.embed, model.head)
-    )
-    frequency = np.asarray(model.frequency[...], np.float64)
-    slope = 2.0 ** (-8 * np.arange(1, config.num_heads + 1) / config.num_heads)
-    gamma = np.exp(-slope) if config.damping else np.ones(config.num_heads)
-    released = config.form == "released"
-    shape = (config.num_layers, config.num_heads, config.head_neurons, config.embed_dim)
-    rho, rows = np.zeros(shape), []
-
-    def norm(x):
-        centred = x - x.mean(axis=-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
-
-    for t, token in enumerate(tokens):
-        v = norm(embed[token]) if released else embed[token]
-        residual = 0.0
-        for layer in range(config.num_layers):
-            x = np.maximum(np.einsum("d,dhn->hn", v, dx), 0)
-            x = x if released else residual + x
-            phase = 2 * np.pi * ((t * frequency) % 1)
-            turned = np.stack([-x[:, 1::2], x[:, ::2]], axis=-1).reshape(x.shape)
-            q = x * np.cos(phase) + turned * np.sin(phase)
-            a = np.einsum("hn,hnd->hd", q, rho[layer])
-            rho[layer] = gamma[:, None, None] * (rho[layer] + q[:, :, None] * v)
-            y = np.maximum(np.einsum("hd,dhn->hn", norm(a), dy), 0) * x
-            o = norm(np.einsum("hn,hnd->d", y, e))
-            v, residual = (norm(v + o), 0.0) if released else (o, x)
-        rows.append(v @ head)
-    return np.array(rows)
-
-
 def test_golden_numbers_of_the_authors_code():
     logits = np.asarray(logits_of(made(GOLDEN), TOKENS))[0]
     np.testing.assert_allclose(logits[0], [float(x) for x in FIRST.split()], atol=6e-6)
@@ -103,7 +50,7 @@ def test_golden_numbers_of_the_authors_code():
 @pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c.form}-{c.damping}")
 def test_parallel_chunked_and_recurrent_are_the_float64_reference(config):
     tokens = np.random.default_rng(0).integers(11, size=(1, 19))
-    expected = reference(config, drawn(config), tokens[0])
+    expected = reference(config, wide(drawn(config)), tokens[0])
     scale = np.abs(expected).max()
     for chunk in (None, 1, 4, 7, 19):
         model = drawn(dataclasses.replace(config, chunk=chunk))

@@ -20,6 +20,8 @@ CONFIGS = {
     "evaluate": "train.evaluate.EvaluateConfig",
     "compile": "train.aot.config.CompileConfig",
     "tokenizer": "train.tokenizer.TokenizerConfig",
+    "grow": "train.pretraining.growing.GrowConfig",
+    "merge": "train.pretraining.growing.MergeConfig",
     "runs": "train.list_runs.RunsConfig",
     "benchmark step": "train.benchmarks.training.TrainingBenchmark",
     "benchmark selection": "train.benchmarks.selection.SelectionBenchmark",

@@ -2,8 +2,9 @@
 
 from thoughtbubbles.architecture import ARCHITECTURES
 from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.growth import grow, merge
 from thoughtbubbles.hatchling.model import Activations, Hatchling, State
 
 ARCHITECTURES["hatchling"] = Hatchling
 
-__all__ = ["Activations", "Hatchling", "HatchlingConfig", "State"]
+__all__ = ["Activations", "Hatchling", "HatchlingConfig", "State", "grow", "merge"]

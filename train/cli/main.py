@@ -16,6 +16,8 @@ COMMANDS = {
     "compile": ("train.compile", "memory and time of a training step on chips that are not here"),
     "benchmark": ("train.benchmark", "speed, side by side with a plain decoder"),
     "tokenizer": ("train.tokenizer", "train a tokenizer on a corpus"),
+    "grow": ("train.grow", "more neurons for a trained Dragon Hatchling"),
+    "merge": ("train.merge", "one Dragon Hatchling with the neurons of several"),
     "runs": ("train.list_runs", "compare run folders: configs, last metrics, curves"),
     "experiment": ("", "measure a claim of the documentation again"),
 }

@@ -1,0 +1,207 @@
+"""Growing a Dragon Hatchling by copies of its neurons, and merging several by concatenation."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.model import Hatchling
+
+ANGLES = (15, 40)
+"""Degrees between which the angle φ of two copies is drawn. Copies of 45° would have the same
+gradients for ever; copies of angles near 0° would be one neuron and an almost silent one."""
+
+NEURON_AXES = {"dx": (1, 2), "dy": (1, 2), "e": (0, 1), "frequency": (0, 1)}
+"""Axes of the heads and of their neurons in each array that has neurons."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """A plan of copies: which neuron each neuron of the grown model copies, and with which share.
+
+    A neuron x = (v Dx)₊ acts through products of two: x·x in attention, and x·E in what the layer
+    writes. So copies whose Dx and E are scaled by factors whose squares sum to 1, such as cos φ and
+    sin φ, compute what their origin computes, in both forms; frequency and Dy are the same in all.
+    The gradient of a copy's Dy is that of its origin times the squared factor: copies of different
+    factors diverge in training.
+
+    Attributes:
+        source: Index in its head of the neuron that each neuron copies, `[H, N']` int.
+        share: Factor of each copy's Dx and E, `[H, N']` float64.
+    """
+
+    source: np.ndarray
+    share: np.ndarray
+
+    def parameter(self, name: str, value: Any) -> np.ndarray:
+        """A grown parameter or constant.
+
+        Args:
+            name: Name of the array in the model: one of `NEURON_AXES`, others stay as they are.
+            value: Array of the smaller model; the result has its dtype.
+        """
+        return self._copied(name, value, 1 if name in ("dx", "e") else 0)
+
+    def gradient(self, name: str, value: Any, power: int = 1) -> np.ndarray:
+        """The gradient that the copies have where their origins have `value`, or its mean.
+
+        Args:
+            name: Name of the parameter.
+            value: Gradient, or a mean of gradients, of the smaller model.
+            power: Power of the gradient that `value` is a mean of: 2 for Adam's second moment.
+        """
+        return self._copied(name, value, power * (2 if name == "dy" else 1))
+
+    def tree(self, tree: Any) -> Any:
+        """A tree of the smaller model's arrays, grown: parameters, moments, a whole train state.
+
+        Arrays are told by the last name in their path that the model has too. Those below `mu` and
+        `nu` are first and second moments of optax's optimizers. What has no neurons stays.
+        """
+
+        def grown(path: Any, leaf: Any) -> Any:
+            names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+            found = [name for name in names if name in NEURON_AXES]
+            if not found:
+                return leaf
+            if "mu" in names:
+                return self.gradient(found[-1], leaf)
+            if "nu" in names:
+                return self.gradient(found[-1], leaf, power=2)
+            return self.parameter(found[-1], leaf)
+
+        return jax.tree_util.tree_map_with_path(grown, tree)
+
+    def _copied(self, name: str, value: Any, power: int) -> np.ndarray:
+        """Copies of the neurons in `value`, times a power of their shares."""
+        value = np.asarray(value)
+        if name not in NEURON_AXES:
+            return value
+        index, share = self.source, self.share**power
+        if name in ("dx", "dy"):
+            index, share = index[None], share[None]
+        elif name == "e":
+            index, share = index[..., None], share[..., None]
+        copied = np.take_along_axis(value, index, axis=NEURON_AXES[name][1])
+        return (copied * share).astype(value.dtype)
+
+
+def plan_growth(config: HatchlingConfig, num_neurons: int, seed: int = 0) -> Growth:
+    """Copies that grow a model; none of its neurons is copied twice before all are copied once.
+
+    Args:
+        config: Config of the smaller model.
+        num_neurons: Number of neurons of the grown model (n), a multiple of twice `num_heads`.
+        seed: Seed of which pairs are copied and of their angles φ, one for each pair.
+
+    Raises:
+        ValueError: The model has as many neurons already, or heads can't share them equally.
+    """
+    if num_neurons <= config.num_neurons:
+        raise ValueError(
+            f"num_neurons={num_neurons}: the model has {config.num_neurons} already: choose more, "
+            f"such as {2 * config.num_neurons}"
+        )
+    pairs = dataclasses.replace(config, num_neurons=num_neurons).head_neurons // 2
+    rng = np.random.default_rng(seed)
+    source = np.tile(np.arange(config.head_neurons // 2), (config.num_heads, 1))
+    share = np.ones(source.shape)
+    while source.shape[1] < pairs:
+        count = min(pairs - source.shape[1], source.shape[1])
+        order = rng.permuted(np.broadcast_to(np.arange(source.shape[1]), source.shape), axis=1)
+        chosen = order[:, :count]
+        angle = np.deg2rad(rng.uniform(*ANGLES, chosen.shape))
+        copied = np.take_along_axis(share, chosen, axis=1)
+        np.put_along_axis(share, chosen, copied * np.cos(angle), axis=1)
+        share = np.concatenate([share, copied * np.sin(angle)], axis=1)
+        source = np.concatenate([source, np.take_along_axis(source, chosen, axis=1)], axis=1)
+    both = 2 * source[..., None] + np.arange(2)  # the two neurons of a pair
+    return Growth(both.reshape(config.num_heads, -1), np.repeat(share, 2, axis=1))
+
+
+def grow(model: Hatchling, num_neurons: int, seed: int = 0) -> Hatchling:
+    """A model of more neurons that computes what `model` computes, and whose neurons all learn.
+
+    Args:
+        model: Model to grow; it is left as it is.
+        num_neurons: Number of neurons of the grown model (n), a multiple of twice `num_heads`.
+        seed: Seed of the plan (`plan_growth`), by which an optimizer state is grown too.
+
+    Raises:
+        ValueError: As in `plan_growth`; or the model has an adapter.
+    """
+    _check_merged(model)
+    plan = plan_growth(model.config, num_neurons, seed)
+    params = {name: plan.parameter(name, value) for name, value in _params(model).items()}
+    return _model_of(dataclasses.replace(model.config, num_neurons=num_neurons), model, params)
+
+
+def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neurons") -> Hatchling:
+    """One model with the neurons of several; embedding and head are the means of theirs.
+
+    Args:
+        models: Models of one form, width, vocabulary and depth, in the order of their neurons.
+        along: Axis of the concatenation: "neurons" of each head, as the paper does, so that all
+            read one sum of the past; or "heads", so that the neurons of each model read their own.
+
+    Raises:
+        ValueError: There is one model only, or two differ in more than their number of neurons
+            (along "heads": of heads); heads are added to models with `damping`, whose rates depend
+            on their number; or a model has an adapter.
+    """
+    if along not in ("neurons", "heads"):
+        raise ValueError(f"along={along!r}: choose neurons or heads")
+    if len(models) < 2:
+        raise ValueError(f"{len(models)} model(s) to merge: give two or more")
+    for model in models:
+        _check_merged(model)
+    first = models[0].config
+    free = {"num_neurons", *({"num_heads"} if along == "heads" else ())}
+    for other in (model.config for model in models[1:]):
+        for field in dataclasses.fields(HatchlingConfig):
+            here, there = getattr(first, field.name), getattr(other, field.name)
+            if here != there and field.name not in free:
+                raise ValueError(
+                    f"models to merge differ in {field.name}: {here} and {there}: they must agree "
+                    f"in all but {' and '.join(sorted(free))}"
+                )
+        if along == "heads" and first.head_neurons != other.head_neurons:
+            raise ValueError(
+                f"heads of {first.head_neurons} and of {other.head_neurons} neurons can't stand "
+                "side by side: merge along neurons"
+            )
+    if along == "heads" and first.damping:
+        raise ValueError(
+            "damping=True gives each head a rate that depends on the number of heads: merge along "
+            "neurons"
+        )
+    config = dataclasses.replace(
+        first,
+        num_neurons=sum(model.config.num_neurons for model in models),
+        num_heads=sum(m.config.num_heads for m in models) if along == "heads" else first.num_heads,
+    )
+    every, merged = [_params(model) for model in models], {}
+    for name in every[0]:
+        values = [params[name] for params in every]
+        if name in NEURON_AXES:
+            merged[name] = np.concatenate(values, axis=NEURON_AXES[name][along == "neurons"])
+        else:
+            merged[name] = np.mean(values, axis=0, dtype=np.float64).astype(values[0].dtype)
+    return _model_of(config, models[0], merged)
+
+
+def _check_merged(model: Hatchling) -> None:
+    if model.adapters is not None:
+        raise ValueError("a model with an adapter beside it: merge the adapter first (merge_lora)")
+
+
+def _params(model: Hatchling) -> dict[str, Any]:
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+
+
+def _model_of(config: HatchlingConfig, like: Hatchling, params: dict[str, Any]) -> Hatchling:
+    return type(like).from_params(config, params, like.constrain)

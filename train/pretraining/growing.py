@@ -1,0 +1,145 @@
+"""Saved runs of Dragon Hatchlings, grown or merged into new run folders."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.hatchling.growth import merge, plan_growth
+from train.cli.config_json import as_json, model_from_json
+from train.devices.mesh import MeshConfig, make_mesh
+from train.engine.optim import OptimizerConfig
+from train.engine.state import Trainable, TrainState, make_trainable
+from train.models.load import load_model
+from train.runs.checkpoint import Checkpointer, load_meta
+from train.runs.files import write_atomically
+from train.runs.run_folder import run_lock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrowConfig:
+    """Grow a Dragon Hatchling: more neurons, the same function, and training goes on from there.
+
+    Attributes:
+        checkpoint: Run folder of a pretraining run.
+        num_neurons: Number of neurons of the grown model, a multiple of twice its heads.
+        out: Folder of the grown run, which `thoughtbubbles pretrain` continues.
+        seed: Seed of which neurons are copied.
+    """
+
+    checkpoint: str
+    num_neurons: int
+    out: str
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Merge Dragon Hatchlings: one model with the neurons of all, and the mean of embeddings.
+
+    Attributes:
+        checkpoints: Run folders of two or more pretraining runs, with one tokenizer.
+        out: Folder of the merged run: its config is that of the first, at step 0.
+        along: Axis of the concatenation: neurons of each head, as in the paper, or heads.
+    """
+
+    checkpoints: tuple[str, ...]
+    out: str
+    along: Literal["neurons", "heads"] = "neurons"
+
+
+def grow_run(config: GrowConfig) -> str:
+    """Write the grown run, optimizer state and step included.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        ValueError: The run can't be grown so, or `out` holds a run.
+    """
+    meta, shape = _read(config.checkpoint)
+    plan = plan_growth(shape, config.num_neurons, config.seed)
+    grown = dataclasses.replace(shape, num_neurons=config.num_neurons)
+    abstract = _trainable(meta, shape).abstract
+    with Checkpointer(config.checkpoint, 1) as checkpointer:
+        step, weights, rest, _ = checkpointer.restore(abstract.weights, abstract.rest)
+    state = plan.tree(rest.with_weights(weights))
+    state = jax.device_put(state, _trainable(meta, grown).shardings)
+    _write(config.out, step, state, meta, grown)
+    return (
+        f"{config.out}: {shape.num_neurons:,} neurons of {config.checkpoint} at step {step} grown "
+        f"to {grown.num_neurons:,}, with their optimizer state; continue it with "
+        f"--model.num-neurons {grown.num_neurons} --out {config.out}"
+    )
+
+
+def merge_runs(config: MergeConfig) -> str:
+    """Write the merged run, at step 0 with a new optimizer state.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        ValueError: The runs can't be merged, or `out` holds a run.
+    """
+    found = [_read(checkpoint) for checkpoint in config.checkpoints]
+    for name, (meta, _) in zip(config.checkpoints, found, strict=True):
+        if meta["tokenizer"] != found[0][0]["tokenizer"]:
+            raise ValueError(
+                f"{config.checkpoints[0]} and {name} have different tokenizers: their ids mean "
+                "different texts, so embeddings can't be averaged"
+            )
+    models = [load_model(checkpoint).model for checkpoint in config.checkpoints]
+    merged = merge([model for model in models if isinstance(model, Hatchling)], config.along)
+    meta = found[0][0]
+    state = _trainable(meta, merged.config).start(nnx.state(merged))
+    _write(config.out, 0, state, meta, merged.config)
+    return (
+        f"{config.out}: {merged.config.num_neurons:,} neurons in {merged.config.num_heads} heads, "
+        f"those of {' and '.join(config.checkpoints)}"
+    )
+
+
+def _read(checkpoint: str) -> tuple[dict[str, Any], HatchlingConfig]:
+    """Metadata of a pretraining run, and the config of its model."""
+    meta = load_meta(checkpoint)
+    if meta is None:
+        raise ValueError(f"no checkpoint in {checkpoint}: pass the folder of a run that saved one")
+    if "model" not in meta["config"]:
+        raise ValueError(
+            f"{checkpoint} is no pretraining run: pass the folder of thoughtbubbles pretrain"
+        )
+    shape = model_from_json(meta["config"]["model"])
+    if not isinstance(shape, HatchlingConfig):
+        raise ValueError(
+            f"{checkpoint} holds a {type(shape).__name__}: only the neurons of a Dragon Hatchling "
+            "can be copied or joined"
+        )
+    return meta, shape
+
+
+def _trainable(meta: dict[str, Any], shape: HatchlingConfig) -> Trainable:
+    config = meta["config"]
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    optimizer = OptimizerConfig(**config["optimizer"])
+    return make_trainable(shape, optimizer, config["steps"], mesh, config["seed"])
+
+
+def _write(
+    out: str, step: int, state: TrainState, meta: dict[str, Any], shape: HatchlingConfig
+) -> None:
+    folder = Path(out).expanduser()
+    with run_lock(folder):
+        if load_meta(folder) is not None:
+            raise ValueError(f"{out} holds a run already: choose another --out")
+        config = meta["config"] | {"model": as_json(shape), "out": out}
+        meta = meta | {"config": config, "step": step}
+        with Checkpointer(folder, 1) as checkpointer:
+            rest = dataclasses.replace(state.rest, step=np.asarray(step, np.int32))
+            checkpointer.save(step, state.weights, rest, meta, force=True)
+        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
