@@ -10,8 +10,8 @@ from flax import nnx
 from hatchling_tiny import FORMS, GOLDEN, drawn, logits_of, reference, wide
 
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.hatchling.attention import frequencies
 from thoughtbubbles.hatchling.config import PRESETS
-from thoughtbubbles.hatchling.model import frequencies
 
 TOKENS, TARGETS = np.array([[1, 5, 3, 9, 0, 7]]), np.array([[5, 3, 9, 0, 7, 2]])
 FIRST = "-.27960 -.46442 -.58637 -.62897 -.58643 -.46453 -.27975 -.05711 .17326 .38018 .53564"

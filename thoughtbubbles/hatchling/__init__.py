@@ -3,8 +3,9 @@
 from thoughtbubbles.architecture import ARCHITECTURES
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.growth import grow, merge
-from thoughtbubbles.hatchling.model import Activations, Hatchling, State
+from thoughtbubbles.hatchling.model import Hatchling
+from thoughtbubbles.hatchling.state import Activations, Neurons, State
 
 ARCHITECTURES["hatchling"] = Hatchling
 
-__all__ = ["Activations", "Hatchling", "HatchlingConfig", "State", "grow", "merge"]
+__all__ = ["Activations", "Hatchling", "HatchlingConfig", "Neurons", "State", "grow", "merge"]

@@ -27,6 +27,11 @@ class HatchlingConfig(ArchitectureConfig):
             and RL drop none.
         chunk: Number of tokens whose attention scores are computed at once; longer rows carry a
             state from chunk to chunk, which gives the same. By default rows are read whole.
+        separator: Token id that begins a document: with it the state is emptied and positions begin
+            at 0, so that packed documents are separate ones. None for rows of one text each.
+        truncate: Number of tokens after which the gradient of the pretraining loss stops: longer
+            rows are read in such segments, each after the state of those before, in the memory of
+            one. None for the gradient through the whole row.
         context_length: Number of tokens at a time that the weights were made for, if known.
         dtype: Type of the computation; parameters, phases and states are float32.
         remat: Activations that the backward pass recomputes: those of a layer ("full"), or "none".
@@ -43,6 +48,8 @@ class HatchlingConfig(ArchitectureConfig):
     rope_base: float = 65_536.0
     dropout: float = 0.0
     chunk: int | None = None
+    separator: int | None = None
+    truncate: int | None = None
     context_length: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full"] = "full"
@@ -73,6 +80,15 @@ class HatchlingConfig(ArchitectureConfig):
             raise ValueError(f"dropout={self.dropout}: choose 0 or more, below 1")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} is below 1: leave it out to read rows whole")
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(
+                f"truncate={self.truncate} is below 1: leave it out for the gradient of whole rows"
+            )
+        if self.separator is not None and not 0 <= self.separator < self.vocab_size:
+            raise ValueError(
+                f"separator={self.separator} is no token id of vocab_size={self.vocab_size}: "
+                f"choose 0 to {self.vocab_size - 1}, or leave it out"
+            )
 
     @property
     def head_neurons(self) -> int:

@@ -4,7 +4,6 @@ Parallel, chunked and recurrent computation are one function, `Hatchling._chunk`
 attends among itself by a matrix of scores and to everything before it by the state.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,48 +13,13 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles.architecture import Architecture, Constrain
+from thoughtbubbles.hatchling.attention import Reach, attend, frequencies, rotate, turns_of
 from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
+from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.layers import weight
 
 NORM_EPS = 1e-5
-
-
-class Frequency(nnx.Variable):
-    """Rotary frequencies in turns per token; a constant that checkpoints keep, since a model that
-    has grown keeps the frequencies of its old neurons."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What a Hatchling keeps of the tokens that it has read; its size does not grow with them.
-
-    Attributes:
-        length: Number of tokens so far, `[B]` int32.
-        synapses: Sum of outer products of rotated neurons and values in each layer,
-            `[L, B, H, N, d]` float32 (ρ of the paper).
-    """
-
-    length: jax.Array
-    synapses: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Activations:
-    """Result of a forward pass.
-
-    Attributes:
-        hidden: Hidden states `[B, T, d]`.
-        tokens: Number of real tokens, float32.
-        x_active: Number of neurons x above 0 in each layer, over all tokens, `[L]` float32.
-        y_active: Number of gated neurons y above 0 in each layer, over all tokens, `[L]` float32.
-    """
-
-    hidden: jax.Array
-    tokens: jax.Array
-    x_active: jax.Array
-    y_active: jax.Array
 
 
 class Hatchling(Architecture):
@@ -108,10 +72,32 @@ class Hatchling(Architecture):
         *,
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
+        starts: jax.Array | None = None,
     ) -> jax.Array:
-        if positions is not None or visible is not None:
-            raise ValueError("a Hatchling reads rows from left to right: leave positions out")
-        return self._forward(x.astype(self.config.dtype), length).hidden
+        """Hidden states `[B, T, d]` of vectors.
+
+        Args:
+            x: Vectors `[B, T, d]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; all `T` by default.
+            positions: Position of each vector, `[B, T]` int32, in place of `length` and together
+                with `visible`; such rows are computed whole, whatever `chunk` is.
+            visible: Whether a vector (axis 1) sees another (axis 2), `[B, T, T]` bool; none reads
+                itself.
+            starts: Whether a document begins with each vector, `[B, T]` bool.
+
+        Raises:
+            ValueError: Only one of `positions` and `visible` is given, or `starts` beside them.
+        """
+        x = x.astype(self.config.dtype)
+        if positions is None and visible is None:
+            return self._forward(x, length, starts=starts).hidden
+        if positions is None or visible is None or starts is not None:
+            raise ValueError("positions and visible belong together, without starts: give both")
+        return self._layers(x, Reach.where(self.config, positions, visible), None)[0].value
+
+    @property
+    def takes_positions(self) -> bool:
+        return True
 
     def run(
         self,
@@ -122,7 +108,51 @@ class Hatchling(Architecture):
         key: jax.Array | None = None,
     ) -> Activations:
         """A forward pass without the head; `key` is that of dropout, in training."""
-        return self._forward(self.embed_tokens(tokens), length, key)
+        return self._forward(self.embed_tokens(tokens), length, key, self._starts(tokens))
+
+    def loss(
+        self, rows: jax.Array, *, track: bool = False, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """As in `Architecture`; with `truncate` the gradient stops between segments of a row."""
+        size = self.config.truncate
+        if size is None or rows.shape[1] - 1 <= size:
+            return super().loss(rows, track=track, key=key)
+        count = -(-(rows.shape[1] - 1) // size)
+        more = ((0, 0), (0, count * size + 1 - rows.shape[1]))
+        parts = [
+            jnp.pad(values, more, constant_values=-1).reshape(-1, count, size).swapaxes(0, 1)
+            for values in (rows[:, :-1], rows[:, 1:])
+        ]
+
+        def segment(model: "Hatchling", state: State, inputs: Any) -> Any:
+            index, tokens, targets = inputs
+            length = (tokens >= 0).sum(axis=1, dtype=jnp.int32)
+            own = None if key is None else jax.random.fold_in(key, index)
+            tokens = jnp.maximum(tokens, 0)
+            x, starts = model.embed_tokens(tokens), model._starts(tokens)
+            output, state = model._chunks(x, length, state, own, starts=starts)
+            log_prob = model.log_prob(output, jnp.maximum(targets, 0))
+            nats = -jnp.where(targets >= 0, log_prob, 0).sum()
+            return nats, (state, model.statistics(output))
+
+        state = self.init_cache(rows.shape[0], rows.shape[1])
+        nats, sums = truncated_sum(segment, self, state, (jnp.arange(count), *parts))
+        return nats, (rows[:, 1:] >= 0).sum(dtype=jnp.float32), sums
+
+    def activations(self, tokens: jax.Array, length: jax.Array | None = None) -> Neurons:
+        """Neurons of all layers as features of tokens, for tools that read models.
+
+        Args:
+            tokens: Token ids `[B, T]` int32, padded on the right.
+            length: Number of real tokens in each row, `[B]` int32; all `T` by default.
+        """
+        if length is None:
+            length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        first = jnp.zeros_like(length)
+        reach = Reach.of(self.config, first, length, tokens.shape[1], self._starts(tokens))
+        read, _ = self._layers(self.embed_tokens(tokens), reach, None, watch=True)
+        assert read.watched is not None
+        return read.watched
 
     def logits(self, output: Activations | jax.Array) -> jax.Array:
         return self.unembed(_hidden_of(output))
@@ -142,10 +172,31 @@ class Hatchling(Architecture):
         """Axis of the rows in each array of a state."""
         return State(0, 1)  # pyright: ignore[reportArgumentType]
 
-    def extend(
-        self, cache: State, x: jax.Array, length: jax.Array, *, fresh: bool = False
+    def advance(
+        self, cache: State, tokens: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, State]:
-        """Append vectors to rows of unequal length; a length that they lack makes its row NaN."""
+        x, starts = self.embed_tokens(tokens), self._starts(tokens)
+        return self.extend(cache, x, length, fresh=fresh, starts=starts)
+
+    def extend(
+        self,
+        cache: State,
+        x: jax.Array,
+        length: jax.Array,
+        *,
+        fresh: bool = False,
+        starts: jax.Array | None = None,
+    ) -> tuple[jax.Array, State]:
+        """Append vectors to rows of unequal length; a length that they lack makes its row NaN.
+
+        Args:
+            cache: From `init_cache` or `extend`; it stays usable.
+            x: Vectors `[B, C, d]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; a row of 0 stays as it is.
+            fresh: Static promise that the cache is empty.
+            starts: Whether a document begins with each vector, `[B, C]` bool: what its row has read
+                so far is forgotten.
+        """
         if cache.length.shape[0] != x.shape[0]:
             raise ValueError(
                 f"a state of {cache.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
@@ -153,7 +204,7 @@ class Hatchling(Architecture):
             )
         if not x.shape[1]:
             return x.astype(self.config.dtype), cache
-        read, cache = self._chunks(x.astype(self.config.dtype), length, cache, None, fresh)
+        read, cache = self._chunks(x.astype(self.config.dtype), length, cache, None, fresh, starts)
         wrong = (length > x.shape[1])[:, None, None]  # a length that the vectors do not have
         return jnp.where(wrong, jnp.nan, read.hidden), cache
 
@@ -202,14 +253,23 @@ class Hatchling(Architecture):
             for name in ("x", "y")
         }
 
+    def _starts(self, tokens: jax.Array) -> jax.Array | None:
+        """Whether each token begins a document; None where none does."""
+        return None if self.config.separator is None else tokens == self.config.separator
+
     def _forward(
-        self, x: jax.Array, length: jax.Array | None, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        length: jax.Array | None,
+        key: jax.Array | None = None,
+        starts: jax.Array | None = None,
     ) -> Activations:
         if length is None:
             length = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
         if self.config.chunk is None or x.shape[1] <= self.config.chunk:
-            return self._chunk(x, length, None, key)[0]
-        return self._chunks(x, length, self.init_cache(x.shape[0], x.shape[1]), key)[0]
+            return self._chunk(x, length, None, key, starts=starts)[0]
+        state = self.init_cache(x.shape[0], x.shape[1])
+        return self._chunks(x, length, state, key, starts=starts)[0]
 
     def _chunks(
         self,
@@ -218,26 +278,32 @@ class Hatchling(Architecture):
         state: State,
         key: jax.Array | None,
         fresh: bool = False,
+        starts: jax.Array | None = None,
     ) -> tuple[Activations, State]:
         """Read rows of any length chunk by chunk."""
         size = x.shape[1] if self.config.chunk is None else min(self.config.chunk, x.shape[1])
         count = -(-x.shape[1] // size)
         if count == 1:
-            read, new = self._chunk(x, length, state, key, fresh)
+            read, new = self._chunk(x, length, state, key, fresh, starts)
             assert new is not None
             return read, new
-        padded = jnp.pad(x, ((0, 0), (0, count * size - x.shape[1]), (0, 0)))
-        parts = padded.reshape(x.shape[0], count, size, x.shape[2]).swapaxes(0, 1)
 
-        def step(state: State, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Activations]:
-            index, part = inputs
+        def parts(values: jax.Array) -> jax.Array:
+            """Values `[B, T, ...]` by chunk, `[chunks, B, C, ...]`."""
+            more = [(0, 0), (0, count * size - values.shape[1])] + [(0, 0)] * (values.ndim - 2)
+            padded = jnp.pad(values, more)
+            return padded.reshape(len(values), count, size, *values.shape[2:]).swapaxes(0, 1)
+
+        def step(state: State, inputs: Any) -> tuple[Any, Activations]:
+            index, part, starts = inputs
             here = jnp.clip(length - index * size, 0, size)
             own = None if key is None else jax.random.fold_in(key, index)
-            read, state = self._chunk(part, here, state, own)  # pyright: ignore
+            read, state = self._chunk(part, here, state, own, starts=starts)  # pyright: ignore
             return state, read
 
-        state, read = jax.lax.scan(step, state, (jnp.arange(count), parts))
-        hidden = read.hidden.swapaxes(0, 1).reshape(padded.shape)[:, : x.shape[1]]
+        inputs = jnp.arange(count), parts(x), None if starts is None else parts(starts)
+        state, read = jax.lax.scan(step, state, inputs)
+        hidden = read.hidden.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
         sums = (read.tokens, read.x_active, read.y_active)
         return Activations(hidden, *(leaf.sum(axis=0) for leaf in sums)), state
 
@@ -248,6 +314,7 @@ class Hatchling(Architecture):
         state: State | None,
         key: jax.Array | None,
         fresh: bool = False,
+        starts: jax.Array | None = None,
     ) -> tuple[Activations, State | None]:
         """Read one chunk of each row after what a state holds.
 
@@ -257,19 +324,41 @@ class Hatchling(Architecture):
             state: State before the chunk; None for rows that begin here and end here.
             key: Key of dropout; None for none.
             fresh: Static promise that the state is empty, so that it is only written.
+            starts: Whether a document begins with each vector, `[B, C]` bool.
+        """
+        first = jnp.zeros_like(length) if state is None else state.length
+        reach = Reach.of(self.config, first, length, x.shape[1], starts)
+        before = None if state is None else state.synapses
+        read, after = self._layers(x, reach, before, key, fresh)
+        tokens = reach.real.sum(dtype=jnp.float32)
+        output = Activations(read.value, tokens, read.x_active, read.y_active)
+        return output, None if after is None else State(reach.end, after)
+
+    def _layers(
+        self,
+        x: jax.Array,
+        reach: Reach,
+        synapses: jax.Array | None,
+        key: jax.Array | None = None,
+        fresh: bool = False,
+        watch: bool = False,
+    ) -> tuple[Layers, jax.Array | None]:
+        """All layers on the vectors of a chunk, and the synapses after it.
+
+        Args:
+            x: Vectors `[B, C, d]`.
+            reach: Reach of each vector.
+            synapses: Synapses before the chunk, `[L, B, H, N, d]` float32, or None.
+            key: Key of dropout; None for none.
+            fresh: Static promise that the synapses are 0.
+            watch: Whether the result holds the neurons of each layer.
         """
         config = self.config
-        batch, size = x.shape[:2]
-        start = jnp.zeros_like(length) if state is None else state.length
-        offset = jnp.arange(size)
-        real = offset < length[:, None]
-        turns = _turns(start[:, None] + offset, self.frequency[...])
+        turns = turns_of(reach.position, self.frequency[...])
+        real = reach.real[..., None, None]
         released = config.form == "released"
-        carried = (
-            None
-            if released
-            else jnp.zeros((batch, size, config.num_heads, config.head_neurons), x.dtype)
-        )
+        shape = (*x.shape[:2], config.num_heads, config.head_neurons)
+        carried = None if released else jnp.zeros(shape, x.dtype)
         value = _norm(x) if released else x
 
         def layer(carry: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
@@ -278,13 +367,15 @@ class Hatchling(Architecture):
             x = jax.nn.relu(self._neurons(value))
             if not released:
                 x = carried + x
-            rotated = jnp.where(real[..., None, None], _rotate(x, turns), 0)
-            read, synapses = self._attend(rotated, value, synapses, length, fresh)
+            rotated = jnp.where(real, rotate(x, turns), 0)
+            read, synapses = attend(rotated, value, reach, synapses, fresh)
             gate = jnp.einsum("bthd,dhn->bthn", _norm(read), self._cast(self.dy))
             y = jax.nn.relu(gate) * x
-            active = [
-                ((neurons > 0) & real[..., None, None]).sum(dtype=jnp.float32) for neurons in (x, y)
-            ]
+            active = [((neurons > 0) & real).sum(dtype=jnp.float32) for neurons in (x, y)]
+            watched = None
+            if watch:
+                seen = jnp.where(reach.real[..., None], value, 0)
+                watched = Neurons(jnp.where(real, x, 0), jnp.where(real, y, 0), seen)
             if key is not None and config.dropout:
                 kept = jax.random.bernoulli(
                     jax.random.fold_in(key, index), 1 - config.dropout, y.shape
@@ -292,58 +383,15 @@ class Hatchling(Architecture):
                 y = jnp.where(kept, y / (1 - config.dropout), 0)
             out = _norm(self._project(y))
             value = self.constrain(_norm(value + out) if released else out)
-            return (value, carried if released else x), (*active, synapses)
+            return (value, carried if released else x), (*active, watched, synapses)
 
         if config.remat == "full":
             layer = jax.checkpoint(layer, prevent_cse=False)
-        before = None if state is None else state.synapses
         layers = jnp.arange(config.num_layers)
-        (hidden, _), (x_active, y_active, after) = jax.lax.scan(
-            layer, (self.constrain(value), carried), (layers, before)
+        (value, _), (x_active, y_active, watched, after) = jax.lax.scan(
+            layer, (self.constrain(value), carried), (layers, synapses)
         )
-        read = Activations(hidden, real.sum(dtype=jnp.float32), x_active, y_active)
-        return read, None if state is None else State(state.length + length, after)
-
-    def _attend(
-        self,
-        rotated: jax.Array,
-        value: jax.Array,
-        synapses: jax.Array | None,
-        length: jax.Array,
-        fresh: bool,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """What each token reads of those before it, `[B, C, H, d]`, and the synapses after it.
-
-        Args:
-            rotated: Rotated neurons `[B, C, H, N]`, 0 in padding.
-            value: Vectors `[B, C, d]` that are read.
-            synapses: State before the chunk, `[B, H, N, d]` float32.
-            length: Number of real tokens of the chunk in each row, `[B]` int32.
-            fresh: Static promise that `synapses` are 0.
-        """
-        size = value.shape[1]
-        offset = jnp.arange(size)
-        # Strictly the past: a token reads before it writes.
-        past = (offset[:, None] > offset).astype(jnp.float32)
-        decay = damping(self.config)
-        if decay is not None:
-            distance = jnp.maximum(offset[:, None] - offset, 0)
-            past = past * decay[:, None, None] ** distance
-        scores = jnp.einsum("bthn,bshn->bhts", rotated, rotated, preferred_element_type=jnp.float32)
-        read = jnp.einsum("bhts,bsd->bthd", (scores * past).astype(value.dtype), value)
-        if synapses is None:
-            return read, None
-        query, wide = rotated.astype(jnp.float32), value.astype(jnp.float32)
-        if not fresh:
-            before = jnp.einsum("bthn,bhnd->bthd", query, synapses)
-            if decay is not None:
-                before = before * decay[:, None] ** offset[:, None, None]
-            read = read + before.astype(value.dtype)
-        if decay is not None:
-            left = jnp.maximum(length[:, None] - offset, 0)
-            query = query * (decay[:, None] ** left[..., None, None])
-            synapses = synapses * (decay ** length[:, None])[..., None, None]
-        return read, synapses + jnp.einsum("bthn,btd->bhnd", query, wide)
+        return Layers(value, x_active, y_active, watched), after
 
     def _neurons(self, value: jax.Array) -> jax.Array:
         """Dx: vectors `[B, C, d]` to neurons `[B, C, H, N]`."""
@@ -361,34 +409,6 @@ class Hatchling(Architecture):
 
     def _cast(self, param: nnx.Param) -> jax.Array:
         return param[...].astype(self.config.dtype)
-
-
-def frequencies(neurons: int, base: float) -> jax.Array:
-    """Rotary frequencies `[N]` of a head in turns per token; a pair of neurons shares one."""
-    pair = np.arange(neurons) // 2
-    return jnp.asarray(base ** (-2 * pair / neurons) / (2 * np.pi), jnp.float32)
-
-
-def damping(config: HatchlingConfig) -> jax.Array | None:
-    """Factor `[H]` by which each head's memory decays per token, of ALiBi's slopes; or None."""
-    if not config.damping:
-        return None
-    slope = 2.0 ** (-8 * np.arange(1, config.num_heads + 1) / config.num_heads)
-    return jnp.asarray(np.exp(-slope), jnp.float32)
-
-
-def _turns(position: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, C, H, N]` float32 of positions `[B, C]`; phases are taken modulo 1."""
-    phase = (position.astype(jnp.float32)[..., None, None] * frequency) % 1.0
-    return jnp.cos(2 * jnp.pi * phase), jnp.sin(2 * jnp.pi * phase)
-
-
-def _rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Pairs of neighbours in `x [B, C, H, N]` turned by their phases."""
-    cos, sin = turns
-    even, odd = x[..., ::2], x[..., 1::2]
-    turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)
-    return (x * cos + turned * sin).astype(x.dtype)
 
 
 def _norm(x: jax.Array) -> jax.Array:

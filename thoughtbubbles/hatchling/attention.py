@@ -1,0 +1,160 @@
+"""Linear attention between neurons: rotary phases, what each vector reads, the state it leaves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles.hatchling.config import HatchlingConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """How far each vector of a chunk reaches into its past; equal in all layers.
+
+    Attributes:
+        position: Position of each vector, `[B, C]` float32 or int32.
+        real: Whether each slot holds a vector, `[B, C]` bool.
+        past: Factor of what vector s (last axis) has written in what vector t reads, float32: 0
+            unless s comes before t; `[B, H, C, C]`, or what broadcasts to it.
+        before: Factor of the state before the chunk in what each vector reads, `[B, C, H]` float32,
+            or what broadcasts to it; None for 1.
+        kept: Factor of what each vector has written in the state after the chunk, as `before`.
+        left: Factor of the state before the chunk in the state after it, `[B, H]`; None for 1.
+        end: Position of the next vector of each row, `[B]` int32.
+    """
+
+    position: jax.Array
+    real: jax.Array
+    past: jax.Array
+    before: jax.Array | None
+    kept: jax.Array | None
+    left: jax.Array | None
+    end: jax.Array
+
+    @classmethod
+    def of(
+        cls,
+        config: HatchlingConfig,
+        first: jax.Array,
+        length: jax.Array,
+        size: int,
+        starts: jax.Array | None = None,
+    ) -> "Reach":
+        """The reach of chunks whose vectors follow each other.
+
+        Args:
+            config: Config of the model.
+            first: Position of the first vector of each row, `[B]` int32.
+            length: Number of real vectors in each row, `[B]` int32.
+            size: Number of slots of the chunk (C).
+            starts: Whether a document begins with each vector, `[B, C]` bool: what comes before is
+                not reached, and its position is 0. None begins no document.
+        """
+        offset = jnp.arange(size)
+        real = offset < length[:, None]
+        position, end = first[:, None] + offset, first + length
+        # Strictly the past: a vector reads before it writes.
+        past = (offset[:, None] > offset).astype(jnp.float32)
+        before, kept, left = None, None, None
+        decay = damping(config)
+        if decay is not None:
+            past = past * decay[:, None, None] ** jnp.maximum(offset[:, None] - offset, 0)
+            before = decay ** offset[:, None]
+            kept = decay ** jnp.maximum(length[:, None] - offset, 0)[..., None]
+            left = decay ** length[:, None]
+        if starts is not None:
+            starts = starts & real
+            document = jnp.cumsum(starts, axis=1)
+            began = jax.lax.cummax(jnp.where(starts, offset, 0), axis=1)
+            position = jnp.where(document > 0, offset - began, position)
+            any_start = document[:, -1] > 0
+            end = jnp.where(any_start, length - began[:, -1], end)
+            past = past * (document[:, None, :, None] == document[:, None, None, :])
+            before = (document == 0)[..., None] * (jnp.float32(1) if before is None else before)
+            last = document == document[:, -1:]
+            kept = last[..., None] * (jnp.float32(1) if kept is None else kept)
+            left = ~any_start[:, None] * (jnp.float32(1) if left is None else left)
+        return cls(position, real, past, before, kept, left, end)
+
+    @classmethod
+    def where(cls, config: HatchlingConfig, position: jax.Array, visible: jax.Array) -> "Reach":
+        """The reach of whole rows that are not one text from left to right.
+
+        Args:
+            config: Config of the model.
+            position: Position of each vector, `[B, T]` int32.
+            visible: Whether a vector (axis 1) sees another (axis 2), `[B, T, T]` bool; none reads
+                what it writes itself, whatever the diagonal says.
+        """
+        size = position.shape[1]
+        past = (visible & ~jnp.eye(size, dtype=bool)).astype(jnp.float32)[:, None]
+        decay = damping(config)
+        if decay is not None:
+            distance = jnp.maximum(position[:, :, None] - position[:, None, :], 0)
+            past = past * decay[:, None, None] ** distance[:, None]
+        real = jnp.ones(position.shape, bool)
+        return cls(position, real, past, None, None, None, position[:, -1])
+
+
+def attend(
+    rotated: jax.Array,
+    value: jax.Array,
+    reach: Reach,
+    synapses: jax.Array | None,
+    fresh: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What each vector reads of those before it, `[B, C, H, d]`, and the synapses after them.
+
+    Args:
+        rotated: Rotated neurons `[B, C, H, N]`, 0 in padding.
+        value: Vectors `[B, C, d]` that are read.
+        reach: Reach of each vector.
+        synapses: State before the chunk, `[B, H, N, d]` float32; None for rows that begin here.
+        fresh: Static promise that `synapses` are 0.
+    """
+    scores = jnp.einsum("bthn,bshn->bhts", rotated, rotated, preferred_element_type=jnp.float32)
+    read = jnp.einsum("bhts,bsd->bthd", (scores * reach.past).astype(value.dtype), value)
+    if synapses is None:
+        return read, None
+    query, wide = rotated.astype(jnp.float32), value.astype(jnp.float32)
+    if not fresh:
+        before = jnp.einsum("bthn,bhnd->bthd", query, synapses)
+        if reach.before is not None:
+            before = before * reach.before[..., None]
+        read = read + before.astype(value.dtype)
+    if reach.kept is not None:
+        query = query * reach.kept[..., None]
+    if reach.left is not None:
+        synapses = synapses * reach.left[..., None, None]
+    return read, synapses + jnp.einsum("bthn,btd->bhnd", query, wide)
+
+
+def frequencies(neurons: int, base: float) -> jax.Array:
+    """Rotary frequencies `[N]` of a head in turns per token; a pair of neurons shares one."""
+    pair = np.arange(neurons) // 2
+    return jnp.asarray(base ** (-2 * pair / neurons) / (2 * np.pi), jnp.float32)
+
+
+def damping(config: HatchlingConfig) -> jax.Array | None:
+    """Factor `[H]` by which each head's memory decays per token, of ALiBi's slopes; or None."""
+    if not config.damping:
+        return None
+    slope = 2.0 ** (-8 * np.arange(1, config.num_heads + 1) / config.num_heads)
+    return jnp.asarray(np.exp(-slope), jnp.float32)
+
+
+def turns_of(position: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[B, C, H, N]` float32 of positions `[B, C]`; phases are taken modulo 1."""
+    phase = (position.astype(jnp.float32)[..., None, None] * frequency) % 1.0
+    return jnp.cos(2 * jnp.pi * phase), jnp.sin(2 * jnp.pi * phase)
+
+
+def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Pairs of neighbours in `x [B, C, H, N]` turned by their phases."""
+    cos, sin = turns
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)
+    return (x * cos + turned * sin).astype(x.dtype)

@@ -1,0 +1,75 @@
+"""What a Dragon Hatchling keeps of the past, and what a forward pass returns."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+
+class Frequency(nnx.Variable):
+    """Rotary frequencies in turns per token; a constant that checkpoints keep, since a model that
+    has grown keeps the frequencies of its old neurons."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a Hatchling keeps of the tokens that it has read; its size does not grow with them.
+
+    Attributes:
+        length: Number of tokens so far, since the last document began, `[B]` int32.
+        synapses: Sum of outer products of rotated neurons and values in each layer,
+            `[L, B, H, N, d]` float32 (ρ of the paper).
+    """
+
+    length: jax.Array
+    synapses: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Result of a forward pass.
+
+    Attributes:
+        hidden: Hidden states `[B, T, d]`.
+        tokens: Number of real tokens, float32.
+        x_active: Number of neurons x above 0 in each layer, over all tokens, `[L]` float32.
+        y_active: Number of gated neurons y above 0 in each layer, over all tokens, `[L]` float32.
+    """
+
+    hidden: jax.Array
+    tokens: jax.Array
+    x_active: jax.Array
+    y_active: jax.Array
+
+
+class Neurons(NamedTuple):
+    """What the neurons of each layer did at each token; 0 in padding.
+
+    Attributes:
+        x: Neurons `[L, B, T, H, N]`, which attention reads and writes with.
+        y: Gated neurons `[L, B, T, H, N]`, of which the layer makes its output.
+        value: Vectors `[L, B, T, d]` that the layer makes neurons of and writes to its synapses.
+    """
+
+    x: jax.Array
+    y: jax.Array
+    value: jax.Array
+
+
+class Layers(NamedTuple):
+    """What the layers made of a chunk.
+
+    Attributes:
+        value: Hidden states `[B, C, d]`.
+        x_active: Number of neurons x above 0 in each layer, `[L]` float32.
+        y_active: Number of gated neurons y above 0 in each layer, `[L]` float32.
+        watched: Neurons of each layer; None unless they are watched.
+    """
+
+    value: jax.Array
+    x_active: jax.Array
+    y_active: jax.Array
+    watched: Neurons | None
