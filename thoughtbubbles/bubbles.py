@@ -65,7 +65,7 @@ class BubbleMap:
         """The map for a terminal: the tokens, and below each its streams after each fork layer."""
         label = max((len(f"fork {layer}") for layer in self.fork_layers), default=6)
         digits = len(str(self.streams.max()))  # ten streams or more need wider cells
-        cells = [f"{_visible(token):<{digits}}" for token in self.tokens]
+        cells = [f"{visible_text(token):<{digits}}" for token in self.tokens]
         lines, start = [], 0
         while start < len(cells):
             end, used = start, label + 2
@@ -113,7 +113,7 @@ class BubbleMap:
                 at = {"ha": "center", "va": "center", "size": 7, "color": shade}
                 axes[0].text(token, block, str(number), **at)
         if count <= 2 * READABLE:
-            axes[1].set_xticks(range(count), [_visible(token) for token in self.tokens])
+            axes[1].set_xticks(range(count), [visible_text(token) for token in self.tokens])
             longest = max(map(len, self.tokens))
             axes[1].tick_params(axis="x", labelsize=7, rotation=90 if longest > 2 else 0)
         axes[1].set_xlabel("token (dotted lines: fork layers)")
@@ -153,6 +153,7 @@ def _trace(model: ForkingDecoder, ids: jax.Array) -> list[tuple[jax.Array, jax.A
     return [bubbles_of(streams) for streams in model.run(ids).forks]
 
 
-def _visible(token: str) -> str:
+def visible_text(token: str) -> str:
+    """A token's text as one line of printable characters."""
     token = token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
     return "".join(char if char.isprintable() else "·" for char in token) or "·"

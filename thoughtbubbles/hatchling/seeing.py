@@ -1,0 +1,235 @@
+"""What a Dragon Hatchling does inside: synapses over time, and which of them tell texts apart."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles.hatchling.attention import damping
+from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.model import Hatchling
+from thoughtbubbles.hatchling.state import Neurons, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Synapses:
+    """Synapses of one layer, by the neurons that they connect.
+
+    Attributes:
+        head: Head of the neurons, `[K]` int.
+        source: Index in its head of the neuron x that reads, `[K]` int.
+        target: Index in its head of the neuron y whose gate it opens or closes, `[K]` int.
+    """
+
+    head: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.head)
+
+
+def synapse_traces(
+    model: Hatchling, tokens: np.ndarray, layer: int, synapses: Synapses
+) -> np.ndarray:
+    """Strength of synapses after each token: the entries of the state, as the next token reads it.
+
+    The synapse from neuron j to neuron i of a head is what x_j = 1 at the next token would add to
+    the gate of y_i before the norm: σ(i, j) = ρ_j · Dy_i, where ρ_j is the state of neuron j,
+    turned and damped as of the next token, and Dy_i is centred, as the norm centres its factor.
+
+    Args:
+        model: Model to look into.
+        tokens: Token ids `[B, T]`, without padding.
+        layer: Index of the layer, from 0.
+        synapses: Synapses to follow.
+
+    Returns:
+        Strengths `[B, T, K]` float32.
+
+    Raises:
+        ValueError: There is no such layer, or no such head or neuron.
+    """
+    config = model.config
+    if config.separator is not None and (np.asarray(tokens)[:, 1:] == config.separator).any():
+        raise ValueError(
+            f"token {config.separator} begins a document inside of a row: give each its own row"
+        )
+    _check_layer(config, layer)
+    for name, index, count in (
+        ("head", synapses.head, config.num_heads),
+        ("source", synapses.source, config.head_neurons),
+        ("target", synapses.target, config.head_neurons),
+    ):
+        if len(index) != len(synapses) or ((index < 0) | (index >= count)).any():
+            raise ValueError(
+                f"{name}={np.asarray(index).tolist()}: choose {len(synapses)} from 0 to {count - 1}"
+            )
+    seen = jax.device_get(_activations(model, jnp.asarray(tokens)))
+    x, value = seen.x[layer].astype(np.float64), seen.value[layer].astype(np.float64)
+    dy = np.asarray(model.dy[...], np.float64)
+    decay = damping(config)
+    gamma = np.ones(config.num_heads) if decay is None else np.asarray(decay, np.float64)
+    time = np.arange(x.shape[1])
+    distance = time[:, None] + 1 - time  # of the token after t from each token s
+    past = distance > 0
+    traces = []
+    for head, source, target in zip(synapses.head, synapses.source, synapses.target, strict=True):
+        direction = dy[:, head, target] - dy[:, head, target].mean()
+        phase = 2 * np.pi * distance * float(model.frequency[head, source])
+        # A pair (even, odd) is turned by its phase; x_j = 1 reads one of the two.
+        side = 1 if source % 2 == 0 else -1
+        own, other = x[:, :, head, source], x[:, :, head, source + side]
+        reach = np.where(past, gamma[head] ** np.maximum(distance, 0), 0)
+        written = value @ direction
+        trace = np.einsum("ts,bs->bt", reach * np.cos(phase), own * written)
+        trace += side * np.einsum("ts,bs->bt", reach * np.sin(phase), other * written)
+        traces.append(trace)
+    return np.stack(traces, axis=-1).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class MannWhitney:
+    """Result of Mann and Whitney's test of each column.
+
+    Attributes:
+        u: Number of pairs in which the value of the first sample is larger, ties as halves.
+        rank_biserial: Rank-biserial correlation 2 u / (m n) - 1: 1 where every value of the first
+            sample is larger than every one of the second, -1 where it is smaller.
+        p_value: Probability of a `u` as far from m n / 2, if both samples had one distribution.
+    """
+
+    u: np.ndarray
+    rank_biserial: np.ndarray
+    p_value: np.ndarray
+
+
+def mann_whitney(first: np.ndarray, second: np.ndarray) -> MannWhitney:
+    """Mann and Whitney's two-sided test whether values are larger in one sample than in another.
+
+    A synapse is monosemantic for a concept if its strengths at mentions of the concept and at other
+    places hardly overlap. The p-value is the normal approximation with corrections for ties and
+    continuity; it is one test's, so choose synapses on other texts than those that they are tested
+    on, or divide by their number.
+
+    Args:
+        first: Values of the first sample, `[m, ...]`.
+        second: Values of the second sample, `[n, ...]`.
+
+    Returns:
+        Statistics, `[...]` float64 each.
+
+    Raises:
+        ValueError: A sample is empty, values are not finite, or their columns differ.
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape[1:] != second.shape[1:]:
+        raise ValueError(
+            f"samples of {first.shape} and {second.shape}: give both the same columns after axis 0"
+        )
+    m, n = len(first), len(second)
+    if min(m, n) < 1:
+        raise ValueError(f"samples of {m} and {n} values: give each at least one")
+    values = np.concatenate([first, second]).reshape(m + n, -1)
+    if not np.isfinite(values).all():
+        raise ValueError("samples hold values that are not finite: leave them out")
+    u, deviation = np.empty((2, values.shape[1]))
+    for column in range(values.shape[1]):
+        _, inverse, count = np.unique(values[:, column], return_inverse=True, return_counts=True)
+        rank = (np.cumsum(count) - (count - 1) / 2)[inverse]  # ties share their mean rank
+        u[column] = rank[:m].sum() - m * (m + 1) / 2
+        ties = (count**3 - count).sum() / ((m + n) * (m + n - 1)) if m + n > 1 else 0.0
+        deviation[column] = math.sqrt(max(m * n / 12 * (m + n + 1 - ties), 0))
+    excess = np.maximum(np.abs(u - m * n / 2) - 0.5, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score = np.where(deviation > 0, excess / deviation, 0)
+    p_value = np.array([math.erfc(z / math.sqrt(2)) for z in score])
+    shape = first.shape[1:]
+    biserial = 2 * u / (m * n) - 1
+    return MannWhitney(*(found.reshape(shape) for found in (u, biserial, p_value)))
+
+
+def strongest_synapses(
+    model: Hatchling, tokens: np.ndarray, layer: int, count: int
+) -> tuple[Synapses, np.ndarray]:
+    """The synapses of a layer that are strongest after some texts.
+
+    Args:
+        model: Model to look into.
+        tokens: Token ids `[B, T]`, without padding.
+        layer: Index of the layer, from 0.
+        count: Number of synapses, the strongest ones of all heads.
+
+    Returns:
+        Synapses, the strongest first, and their mean magnitude over the texts, `[count]` float64.
+
+    Raises:
+        ValueError: There is no such layer, or there are not as many synapses.
+    """
+    config = model.config
+    _check_layer(config, layer)
+    neurons = config.head_neurons
+    if not 1 <= count <= config.num_heads * neurons**2:
+        raise ValueError(
+            f"count={count}: {config.num_heads} heads of {neurons} neurons have "
+            f"{config.num_heads * neurons**2} synapses"
+        )
+    state = jax.device_get(_state_after(model, jnp.asarray(tokens)))
+    found, strength = [], []
+    for head in range(config.num_heads):
+        matrix = np.zeros((neurons, neurons))
+        for row, length in zip(state.synapses[layer], state.length, strict=True):
+            matrix += np.abs(synapse_matrix(model, row, int(length), head)) / len(tokens)
+        best = np.argpartition(-matrix, min(count, matrix.size) - 1, axis=None)[:count]
+        found += [(head, *np.unravel_index(index, matrix.shape)) for index in best]
+        strength += matrix.ravel()[best].tolist()
+    order = np.argsort(-np.array(strength), kind="stable")[:count]
+    head, source, target = np.array(found)[order].T
+    return Synapses(head, source, target), np.array(strength)[order]
+
+
+def synapse_matrix(model: Hatchling, synapses: np.ndarray, length: int, head: int) -> np.ndarray:
+    """Strengths of all synapses of a head, `[N, N]` float64, from source (axis 0) to target.
+
+    Args:
+        model: Model to look into.
+        synapses: State of one row in one layer, `[H, N, d]` (`State.synapses`).
+        length: Number of tokens that the row has read (`State.length`).
+        head: Index of the head.
+    """
+    phase = 2 * np.pi * length * np.asarray(model.frequency[head], np.float64)[::2, None]
+    even, odd = np.asarray(synapses[head], np.float64).reshape(len(phase), 2, -1).swapaxes(0, 1)
+    cos, sin = np.cos(phase), np.sin(phase)
+    # Stored neurons are turned by their own phases; a reader turns by that of the next token.
+    seen = np.stack([even * cos + odd * sin, odd * cos - even * sin], axis=1)
+    dy = np.asarray(model.dy[:, head], np.float64)
+    return seen.reshape(synapses.shape[1:]) @ (dy - dy.mean(axis=0))
+
+
+def most_active(neurons: np.ndarray, count: int) -> np.ndarray:
+    """Indices `[count]` of the neurons whose activity sums to most, the most active first.
+
+    Args:
+        neurons: Activity `[..., n]`.
+        count: Number of neurons.
+    """
+    total = neurons.reshape(-1, neurons.shape[-1]).sum(axis=0)
+    return np.argsort(-total, kind="stable")[:count]
+
+
+def _check_layer(config: HatchlingConfig, layer: int) -> None:
+    if not 0 <= layer < config.num_layers:
+        raise ValueError(f"layer={layer}: choose from 0 to {config.num_layers - 1}")
+
+
+@jax.jit
+def _state_after(model: Hatchling, tokens: jax.Array) -> State:
+    empty = model.init_cache(*tokens.shape)
+    return model.advance(empty, tokens, jnp.full(len(tokens), tokens.shape[1], jnp.int32))[1]
+
+
+@jax.jit
+def _activations(model: Hatchling, tokens: jax.Array) -> Neurons:
+    return model.activations(tokens)
