@@ -29,7 +29,7 @@ from thoughtbubbles import (
 from thoughtbubbles.architecture import architecture_name
 from thoughtbubbles.decoding import generate as generate_ids
 from thoughtbubbles.decoding import generate_with_bubbles
-from thoughtbubbles.hatchling import HatchlingConfig
+from thoughtbubbles.hatchling import ForkingHatchlingConfig, HatchlingConfig
 from thoughtbubbles.testing import assert_decoder_cached_is_parallel, assert_decoder_causal
 from train import evaluate, generate, sft
 from train.aot.config import presets
@@ -59,6 +59,9 @@ SMALL: dict[str, ArchitectureConfig] = {
         BASE, vocab_size=64, num_layers=1, fork_layers=(0,), policy=PrefixRank(2.0)
     ),
     "hatchling": HatchlingConfig(
+        vocab_size=64, embed_dim=16, num_neurons=64, num_layers=2, num_heads=2
+    ),
+    "forking_hatchling": ForkingHatchlingConfig(
         vocab_size=64, embed_dim=16, num_neurons=64, num_layers=2, num_heads=2
     ),
 }

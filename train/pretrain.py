@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from thoughtbubbles import Thoughtbubbles
 from train.cli.command import run_command
 from train.devices.distributed import distributed_context, sync_errors
 from train.devices.mesh import rows_here
@@ -38,11 +39,12 @@ def main(config: RunConfig) -> None:
         return
     [text] = write(loaded, [config.prompt], max_new_tokens=160, temperature=0.7, seed=0)
     print(f"\nsample (temperature 0.7):\n{text}\n")
-    if loaded.model.fork_policy is not None:
+    bubbles = isinstance(loaded.model, Thoughtbubbles) and loaded.model.fork_policy is not None
+    if bubbles:
         print("live streams of each token of its start:")
         print(map_of_text(loaded, text[:160]).text())
     options = f"--checkpoint {config.out} --prompt '{config.prompt}'"
-    options += " --bubbles" if loaded.model.fork_policy is not None else ""
+    options += " --bubbles" if bubbles else ""
     options += f" --plugin {' '.join(config.plugin)}" if config.plugin else ""
     print(f"thoughtbubbles generate {options}")
 

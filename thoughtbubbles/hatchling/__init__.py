@@ -2,10 +2,21 @@
 
 from thoughtbubbles.architecture import ARCHITECTURES
 from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.forking import ForkingHatchling, ForkingHatchlingConfig
 from thoughtbubbles.hatchling.growth import grow, merge
 from thoughtbubbles.hatchling.model import Hatchling
 from thoughtbubbles.hatchling.state import Activations, Neurons, State
 
 ARCHITECTURES["hatchling"] = Hatchling
 
-__all__ = ["Activations", "Hatchling", "HatchlingConfig", "Neurons", "State", "grow", "merge"]
+__all__ = [
+    "Activations",
+    "ForkingHatchling",
+    "ForkingHatchlingConfig",
+    "Hatchling",
+    "HatchlingConfig",
+    "Neurons",
+    "State",
+    "grow",
+    "merge",
+]

@@ -1,4 +1,4 @@
-"""Linear attention between neurons: rotary phases, what each vector reads, the state it leaves."""
+"""Linear attention between neurons: phases, what each vector reads, the state that it leaves."""
 
 import dataclasses
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from thoughtbubbles.hatchling.config import HatchlingConfig
+
+NORM_EPS = 1e-5
 
 
 @jax.tree_util.register_dataclass
@@ -158,3 +160,11 @@ def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
     even, odd = x[..., ::2], x[..., 1::2]
     turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)
     return (x * cos + turned * sin).astype(x.dtype)
+
+
+def normalized(x: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis, without scale and bias."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + NORM_EPS)).astype(x.dtype)

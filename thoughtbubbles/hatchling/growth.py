@@ -37,16 +37,16 @@ class Growth:
     source: np.ndarray
     share: np.ndarray
 
-    def parameter(self, name: str, value: Any) -> np.ndarray:
+    def parameter(self, name: str, value: Any) -> Any:
         """A grown parameter or constant.
 
         Args:
-            name: Name of the array in the model: one of `NEURON_AXES`, others stay as they are.
+            name: Name of the array in the model; what is not in `NEURON_AXES` stays as it is.
             value: Array of the smaller model; the result has its dtype.
         """
         return self._copied(name, value, 1 if name in ("dx", "e") else 0)
 
-    def gradient(self, name: str, value: Any, power: int = 1) -> np.ndarray:
+    def gradient(self, name: str, value: Any, power: int = 1) -> Any:
         """The gradient that the copies have where their origins have `value`, or its mean.
 
         Args:
@@ -76,11 +76,11 @@ class Growth:
 
         return jax.tree_util.tree_map_with_path(grown, tree)
 
-    def _copied(self, name: str, value: Any, power: int) -> np.ndarray:
+    def _copied(self, name: str, value: Any, power: int) -> Any:
         """Copies of the neurons in `value`, times a power of their shares."""
-        value = np.asarray(value)
         if name not in NEURON_AXES:
             return value
+        value = np.asarray(value)
         index, share = self.source, self.share**power
         if name in ("dx", "dy"):
             index, share = index[None], share[None]
@@ -162,7 +162,12 @@ def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neu
     first = models[0].config
     free = {"num_neurons", *({"num_heads"} if along == "heads" else ())}
     for other in (model.config for model in models[1:]):
-        for field in dataclasses.fields(HatchlingConfig):
+        if type(other) is not type(first):
+            raise ValueError(
+                f"a {type(first).__name__} and a {type(other).__name__} are of two architectures: "
+                "merge models of one"
+            )
+        for field in dataclasses.fields(first):
             here, there = getattr(first, field.name), getattr(other, field.name)
             if here != there and field.name not in free:
                 raise ValueError(
@@ -190,8 +195,12 @@ def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neu
         if name in NEURON_AXES:
             merged[name] = np.concatenate(values, axis=NEURON_AXES[name][along == "neurons"])
         else:
-            merged[name] = np.mean(values, axis=0, dtype=np.float64).astype(values[0].dtype)
+            merged[name] = jax.tree.map(_mean, *values)
     return _model_of(config, models[0], merged)
+
+
+def _mean(*values: np.ndarray) -> np.ndarray:
+    return np.mean(values, axis=0, dtype=np.float64).astype(values[0].dtype)
 
 
 def _check_merged(model: Hatchling) -> None:

@@ -13,13 +13,18 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles.architecture import Architecture, Constrain
-from thoughtbubbles.hatchling.attention import Reach, attend, frequencies, rotate, turns_of
+from thoughtbubbles.hatchling.attention import (
+    Reach,
+    attend,
+    frequencies,
+    normalized,
+    rotate,
+    turns_of,
+)
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.layers import weight
-
-NORM_EPS = 1e-5
 
 
 class Hatchling(Architecture):
@@ -93,7 +98,8 @@ class Hatchling(Architecture):
             return self._forward(x, length, starts=starts).hidden
         if positions is None or visible is None or starts is not None:
             raise ValueError("positions and visible belong together, without starts: give both")
-        return self._layers(x, Reach.where(self.config, positions, visible), None)[0].value
+        reach = Reach.where(self.config, positions, visible)
+        return self._layers(self._first(x), reach, None)[0].value
 
     @property
     def takes_positions(self) -> bool:
@@ -150,7 +156,8 @@ class Hatchling(Architecture):
             length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
         first = jnp.zeros_like(length)
         reach = Reach.of(self.config, first, length, tokens.shape[1], self._starts(tokens))
-        read, _ = self._layers(self.embed_tokens(tokens), reach, None, watch=True)
+        x = self._first(self.embed_tokens(tokens))
+        read, _ = self._layers(x, reach, None, watch=True)
         assert read.watched is not None
         return read.watched
 
@@ -197,11 +204,7 @@ class Hatchling(Architecture):
             starts: Whether a document begins with each vector, `[B, C]` bool: what its row has read
                 so far is forgotten.
         """
-        if cache.length.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"a state of {cache.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
-                "init_cache of that batch"
-            )
+        self._check_rows(cache, x)
         if not x.shape[1]:
             return x.astype(self.config.dtype), cache
         read, cache = self._chunks(x.astype(self.config.dtype), length, cache, None, fresh, starts)
@@ -252,6 +255,13 @@ class Hatchling(Architecture):
             for layer in range(config.num_layers)
             for name in ("x", "y")
         }
+
+    def _check_rows(self, cache: State, x: jax.Array) -> None:
+        if cache.length.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"a state of {cache.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
+                "init_cache of that batch"
+            )
 
     def _starts(self, tokens: jax.Array) -> jax.Array | None:
         """Whether each token begins a document; None where none does."""
@@ -329,37 +339,44 @@ class Hatchling(Architecture):
         first = jnp.zeros_like(length) if state is None else state.length
         reach = Reach.of(self.config, first, length, x.shape[1], starts)
         before = None if state is None else state.synapses
-        read, after = self._layers(x, reach, before, key, fresh)
+        read, after = self._layers(self._first(x), reach, before, key, fresh)
         tokens = reach.real.sum(dtype=jnp.float32)
         output = Activations(read.value, tokens, read.x_active, read.y_active)
         return output, None if after is None else State(reach.end, after)
 
+    def _first(self, x: jax.Array) -> jax.Array:
+        """What the first layer reads of vectors."""
+        return normalized(x) if self.config.form == "released" else x
+
     def _layers(
         self,
-        x: jax.Array,
+        value: jax.Array,
         reach: Reach,
         synapses: jax.Array | None,
         key: jax.Array | None = None,
         fresh: bool = False,
         watch: bool = False,
+        layers: tuple[int, int] | None = None,
+        write_scale: jax.Array | None = None,
     ) -> tuple[Layers, jax.Array | None]:
-        """All layers on the vectors of a chunk, and the synapses after it.
+        """Layers on the vectors of a chunk, and the synapses after it.
 
         Args:
-            x: Vectors `[B, C, d]`.
+            value: Vectors `[B, C, d]`.
             reach: Reach of each vector.
             synapses: Synapses before the chunk, `[L, B, H, N, d]` float32, or None.
             key: Key of dropout; None for none.
             fresh: Static promise that the synapses are 0.
             watch: Whether the result holds the neurons of each layer.
+            layers: First layer and the one after the last; all of them by default.
+            write_scale: Factor of what a layer adds to each vector, `[B, C]`; 1 by default.
         """
         config = self.config
         turns = turns_of(reach.position, self.frequency[...])
         real = reach.real[..., None, None]
         released = config.form == "released"
-        shape = (*x.shape[:2], config.num_heads, config.head_neurons)
-        carried = None if released else jnp.zeros(shape, x.dtype)
-        value = _norm(x) if released else x
+        shape = (*value.shape[:2], config.num_heads, config.head_neurons)
+        carried = None if released else jnp.zeros(shape, value.dtype)
 
         def layer(carry: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             index, synapses = inputs
@@ -369,7 +386,7 @@ class Hatchling(Architecture):
                 x = carried + x
             rotated = jnp.where(real, rotate(x, turns), 0)
             read, synapses = attend(rotated, value, reach, synapses, fresh)
-            gate = jnp.einsum("bthd,dhn->bthn", _norm(read), self._cast(self.dy))
+            gate = jnp.einsum("bthd,dhn->bthn", normalized(read), self._cast(self.dy))
             y = jax.nn.relu(gate) * x
             active = [((neurons > 0) & real).sum(dtype=jnp.float32) for neurons in (x, y)]
             watched = None
@@ -381,15 +398,17 @@ class Hatchling(Architecture):
                     jax.random.fold_in(key, index), 1 - config.dropout, y.shape
                 )
                 y = jnp.where(kept, y / (1 - config.dropout), 0)
-            out = _norm(self._project(y))
-            value = self.constrain(_norm(value + out) if released else out)
+            out = normalized(self._project(y))
+            if write_scale is not None:
+                out = out * write_scale[..., None].astype(out.dtype)
+            value = self.constrain(normalized(value + out) if released else out)
             return (value, carried if released else x), (*active, watched, synapses)
 
         if config.remat == "full":
             layer = jax.checkpoint(layer, prevent_cse=False)
-        layers = jnp.arange(config.num_layers)
+        numbers = jnp.arange(*(layers or (0, config.num_layers)))
         (value, _), (x_active, y_active, watched, after) = jax.lax.scan(
-            layer, (self.constrain(value), carried), (layers, synapses)
+            layer, (self.constrain(value), carried), (numbers, synapses)
         )
         return Layers(value, x_active, y_active, watched), after
 
@@ -409,14 +428,6 @@ class Hatchling(Architecture):
 
     def _cast(self, param: nnx.Param) -> jax.Array:
         return param[...].astype(self.config.dtype)
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    """LayerNorm over the last axis, without scale and bias."""
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + NORM_EPS)).astype(x.dtype)
 
 
 def _hidden_of(output: Activations | jax.Array) -> jax.Array:

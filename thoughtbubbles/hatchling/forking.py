@@ -1,0 +1,357 @@
+"""ForkingHatchling: a Dragon Hatchling whose residual streams fork and die between its layers."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from thoughtbubbles import statistics
+from thoughtbubbles.architecture import ARCHITECTURES, Constrain
+from thoughtbubbles.forking import merge
+from thoughtbubbles.hatchling.attention import Reach, damping, normalized
+from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.model import Hatchling
+from thoughtbubbles.hatchling.state import Activations, State
+from thoughtbubbles.layers import Fork
+from thoughtbubbles.policies import PrefixRank
+from thoughtbubbles.policy import CausalPolicy, Policy, hook
+from thoughtbubbles.streams import Streams
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkingHatchlingConfig(HatchlingConfig):
+    """A Dragon Hatchling of the released form with fork layers between applications of its layer.
+
+    Attributes:
+        fork_layers: Applications of the layer that a fork layer stands in front of, from 0.
+        policy: Policy that chooses among the candidates of fork layers.
+    """
+
+    fork_layers: tuple[int, ...] = (1,)
+    policy: Policy = PrefixRank()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.form == "paper":
+            raise ValueError(
+                "form='paper' has no residual stream of width d, neurons are its residual: "
+                "choose form='released' to fork"
+            )
+        for name in ("chunk", "separator", "truncate"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} cuts rows, of which fork layers choose as a "
+                    "whole: leave it out"
+                )
+        for layer in self.fork_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(
+                    f"fork layer {layer} is out of range for num_layers={self.num_layers}: "
+                    f"choose from 0 to {self.num_layers - 1}"
+                )
+        if list(self.fork_layers) != sorted(set(self.fork_layers)):
+            raise ValueError(f"fork_layers={self.fork_layers} must rise without repeats")
+
+    @property
+    def causal(self) -> bool:
+        return not self.fork_layers or self.policy.causal
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Runs of layers `(first, last + 1)` between fork layers; the first may be empty."""
+        cuts = [0, *self.fork_layers, self.num_layers]
+        return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+    def slots(self, num_tokens: int) -> list[int]:
+        """Stream slots of a row in each group of layers."""
+        counts = [num_tokens]
+        for _ in self.fork_layers:
+            counts.append(min(2 * counts[-1], self.policy.capacity(num_tokens)))
+        return counts
+
+    def num_params(self) -> int:
+        """Number of parameters: 3nd + 2Vd, and 5d of each fork layer."""
+        return super().num_params() + 5 * self.embed_dim * len(self.fork_layers)
+
+    def forward_flops(self, num_tokens: int) -> int:
+        """Matrix-multiplication FLOPs of a forward pass over `num_tokens`, logits included."""
+        d, n, h = self.embed_dim, self.num_neurons, self.num_heads
+        total, slots = num_tokens * d * self.vocab_size, self.slots(num_tokens)
+        for count, (start, end) in zip(slots, self.groups(), strict=True):
+            total += (end - start) * (3 * count * n * d + count**2 * (n + h * d))
+        total += sum(2 * count * d for count in slots[:-1])
+        if self.fork_layers:
+            total += num_tokens * slots[-1] * d  # the merge
+        return 2 * total
+
+    def summary(self) -> str:
+        return f"{super().summary()}, forks before layers {self.fork_layers}, {self.policy}"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForkingState(State):
+    """A state with those of the fork policies.
+
+    Attributes:
+        policies: State of the policy of each fork layer.
+        max_tokens: Number of tokens that fit into a row, which policies need to know.
+    """
+
+    policies: tuple[Any, ...]
+    max_tokens: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForkingActivations(Activations):
+    """Result of a forward pass whose streams forked.
+
+    Attributes:
+        streams: Streams after the last layer.
+        forks: Streams as each fork layer left them.
+    """
+
+    streams: Streams
+    forks: tuple[Streams, ...]
+
+
+class ForkingHatchling(Hatchling):
+    """A Dragon Hatchling with fork layers: a token thinks in several residual streams of width d.
+
+    Streams stand in the order of the text, a fork directly left of its parent, and each reads those
+    left of it. What a stream of score p writes to the synapses, and what layers add to it, is
+    multiplied by p: that is to linear attention what a bias of log p is to softmax. In the end the
+    streams of a token are summed, weighted by p, and normalised.
+
+    Args:
+        config: Sizes and options of the model.
+        rngs: Keys of the initial values.
+        constrain: Function applied to every residual array `[B, S, d]` between layers.
+        attend: Not used: attention is linear.
+    """
+
+    config_class: ClassVar[type[ForkingHatchlingConfig]] = ForkingHatchlingConfig
+    config: ForkingHatchlingConfig
+
+    def __init__(
+        self,
+        config: ForkingHatchlingConfig,
+        *,
+        rngs: nnx.Rngs,
+        constrain: Constrain | None = None,
+        attend: Any = None,
+    ):
+        super().__init__(config, rngs=rngs, constrain=constrain, attend=attend)
+        self.forks = nnx.List(
+            [Fork(config.embed_dim, config.policy, rngs=rngs) for _ in config.fork_layers]
+        )
+
+    def run(
+        self,
+        tokens: jax.Array,
+        length: jax.Array | None = None,
+        *,
+        track: bool = False,
+        key: jax.Array | None = None,
+    ) -> ForkingActivations:
+        streams = Streams.start(self._first(self.embed_tokens(tokens)), length)
+
+        def fork(index: int, streams: Streams) -> Streams:
+            own = None if key is None else jax.random.fold_in(key, self.config.num_layers + index)
+            return self.forks[index](streams, track=track, key=own)
+
+        return self._groups(streams, None, fork, key)[0]
+
+    def hidden_states(
+        self,
+        x: jax.Array,
+        length: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        visible: jax.Array | None = None,
+        starts: jax.Array | None = None,
+    ) -> jax.Array:
+        if positions is not None or visible is not None or starts is not None:
+            raise ValueError(
+                "rows that are not one text from left to right can't fork: use a Hatchling without "
+                f"fork layers (now {self.config.fork_layers})"
+            )
+        streams = Streams.start(self._first(x.astype(self.config.dtype)), length)
+        fork = lambda index, streams: self.forks[index](streams)  # noqa: E731
+        return self._groups(streams, None, fork)[0].hidden
+
+    @property
+    def takes_positions(self) -> bool:
+        return False
+
+    def init_cache(self, batch: int, max_tokens: int) -> ForkingState:
+        """The state of `batch` empty rows of up to `max_tokens` tokens, which policies may need."""
+        self.check_cacheable()
+        empty = super().init_cache(batch, max_tokens)
+        policy, slots = cast(CausalPolicy, self.config.policy), self.config.slots(max_tokens)
+        policies = tuple(policy.init_state(batch, 2 * count) for count in slots[:-1])
+        return ForkingState(empty.length, empty.synapses, policies, max_tokens)
+
+    def cache_batch_axes(self, cache: State) -> State:
+        state = cast(ForkingState, cache)
+        first = jax.tree.map(lambda leaf: 0, state.policies)
+        return ForkingState(0, 1, first, state.max_tokens)  # pyright: ignore[reportArgumentType]
+
+    def extend(
+        self,
+        cache: State,
+        x: jax.Array,
+        length: jax.Array,
+        *,
+        fresh: bool = False,
+        starts: jax.Array | None = None,
+    ) -> tuple[jax.Array, State]:
+        """Append vectors to rows; a row that outgrows the state becomes NaN, and stays so."""
+        state = cast(ForkingState, cache)
+        if starts is not None:
+            raise ValueError("a document can't begin inside of a row that forks: leave starts out")
+        self._check_rows(state, x)
+        x = x.astype(self.config.dtype)
+        if not x.shape[1]:
+            return x, cache
+        after = state.length + length
+        wrong = (after > state.max_tokens) | (length > x.shape[1])
+        x = jnp.where(wrong[:, None, None], jnp.nan, x)
+        streams = Streams.start(self._first(x), length, first=state.length)
+        policies = list(state.policies)
+
+        def fork(index: int, streams: Streams) -> Streams:
+            layer: Fork = self.forks[index]
+            streams, policies[index] = layer.extend(streams, policies[index], state.max_tokens)
+            return streams
+
+        read, synapses = self._groups(streams, state.synapses, fork, fresh=fresh)
+        assert synapses is not None
+        after = jnp.where(wrong, state.max_tokens + 1, after)
+        hidden = jnp.where(wrong[:, None, None], jnp.nan, read.hidden)
+        return hidden, ForkingState(after, synapses, tuple(policies), state.max_tokens)
+
+    @property
+    def fork_policy(self) -> Policy | None:
+        return self.config.policy if self.config.fork_layers else None
+
+    def with_policy(self, policy: Policy) -> Self:
+        tracks = hook(policy, "init_tracked")() is not None
+        if tracks and any(fork.threshold is None for fork in self.forks):
+            raise ValueError(
+                f"{policy} needs fork layers with a threshold, a model of {self.config.policy} has "
+                "none: take a model trained with Threshold, or PrefixRank as the policy"
+            )
+        leaves, structure = jax.tree.flatten(self)
+        model = jax.tree.unflatten(structure, leaves)
+        model.config = dataclasses.replace(self.config, policy=policy)
+        for fork in model.forks:
+            fork.policy, fork.threshold = policy, fork.threshold if tracks else None
+        return model
+
+    @property
+    def cacheable(self) -> bool:
+        config = self.config
+        return not config.fork_layers or (config.causal and isinstance(config.policy, CausalPolicy))
+
+    def check_cacheable(self) -> None:
+        if not self.cacheable:
+            raise ValueError(
+                f"{self.config.policy} can't be cached, its choice is not made token by token: use "
+                "model.with_policy(PrefixRank(...)), or generate(..., cached=False)"
+            )
+
+    def statistics(self, output: Any) -> dict[str, jax.Array]:
+        """Sums of a Hatchling, and of each fork layer under names that begin with `fork_`."""
+        sums = statistics.fork_statistics(output)
+        return super().statistics(output) | {f"fork_{name}": sums[name] for name in sums}
+
+    def row_statistics(self, output: Any) -> dict[str, jax.Array]:
+        return {"streams": output.streams.alive.sum(axis=1)}
+
+    @classmethod
+    def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
+        found = statistics.thresholds(tracked)
+        return {f"fork_{name}": value for name, value in found.items()}
+
+    @classmethod
+    def step_metrics(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, Any]:
+        forks = _of_forks(sums)
+        return super().step_metrics(config, sums) | statistics.readable(forks, config.fork_layers)
+
+    @classmethod
+    def step_histograms(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, Any]:
+        return statistics.score_samples(_of_forks(sums), config.fork_layers)
+
+    def _groups(
+        self, streams: Streams, synapses: jax.Array | None, fork, key=None, fresh: bool = False
+    ) -> tuple[ForkingActivations, jax.Array | None]:
+        """Layers and fork layers in turn.
+
+        Args:
+            streams: Streams of the tokens, one each.
+            synapses: Synapses before these tokens, `[L, B, H, N, d]`; None for whole rows.
+            fork: Function of a fork layer's index and the streams before it to those after it.
+            key: Key of dropout.
+            fresh: Static promise that the synapses are 0.
+        """
+        forks, after, active = [], [], []
+        tokens = streams.alive.sum(dtype=jnp.float32)
+        for index, (start, end) in enumerate(self.config.groups()):
+            if index:
+                streams = fork(index - 1, streams)
+                streams = streams.replace(x=self.constrain(streams.x))
+                forks.append(streams)
+            before = None if synapses is None else synapses[start:end]
+            score = jnp.exp(streams.log_score) if streams.forked else None
+            reach = reach_of(self.config, streams, score)
+            read, new = self._layers(
+                streams.x, reach, before, key, fresh, layers=(start, end), write_scale=score
+            )
+            streams = streams.replace(x=read.value)
+            after.append(new)
+            # Per token, as if each had one stream: metrics divide by tokens.
+            share = tokens / jnp.maximum(streams.alive.sum(dtype=jnp.float32), 1)
+            active.append((read.x_active * share, read.y_active * share))
+        hidden = merge(streams)
+        if streams.forked:
+            hidden = normalized(hidden)
+        x_active, y_active = map(jnp.concatenate, zip(*active, strict=True))
+        output = ForkingActivations(hidden, tokens, x_active, y_active, streams, tuple(forks))
+        return output, None if synapses is None else jnp.concatenate(after)
+
+
+def reach_of(config: HatchlingConfig, streams: Streams, score: jax.Array | None) -> Reach:
+    """The reach of streams: each reads what streams left of it wrote, times their scores p.
+
+    Args:
+        config: Config of the model.
+        streams: Streams, of which dead ones write nothing.
+        score: Score p of each stream, `[B, S]` float32; None for 1.
+    """
+    slot = jnp.arange(streams.token.shape[1])
+    past = (slot[:, None] > slot).astype(jnp.float32)
+    before, kept, left = None, None, None
+    decay = damping(config)
+    if decay is not None:
+        token = streams.token
+        distance = jnp.maximum(token[:, :, None] - token[:, None, :], 0)
+        past = past * decay[:, None, None] ** distance[:, None]
+        before = decay ** token[..., None]
+        kept = decay ** jnp.maximum(streams.length[:, None] - token, 0)[..., None]
+        left = decay ** streams.length[:, None]
+    if score is not None:
+        past = past * score[:, None, None, :]
+        kept = score[..., None] * (jnp.float32(1) if kept is None else kept)
+    end = streams.first + streams.length
+    return Reach(streams.positions(), streams.alive, past, before, kept, left, end)
+
+
+def _of_forks(sums: Mapping[str, Any]) -> dict[str, Any]:
+    return {name[5:]: value for name, value in sums.items() if name.startswith("fork_")}
+
+
+ARCHITECTURES["forking_hatchling"] = ForkingHatchling
