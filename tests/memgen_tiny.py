@@ -14,6 +14,9 @@ import memgen
 from memgen import LoRAConfig, MemGen, MemGenConfig, TriggerConfig, WeaverConfig
 from memgen.request import bucket, pad_prompts, row_keys
 from thoughtbubbles import Backbone, ModelConfig, PrefixRank, Thoughtbubbles, Threshold
+from thoughtbubbles.architecture import architecture_of
+from thoughtbubbles.hatchling import ForkingHatchlingConfig, HatchlingConfig
+from thoughtbubbles.hatchling.attention import frequencies
 
 VOCAB, PROMPT_LATENTS, INFERENCE_LATENTS, EVENTS = 100, 3, 2, 2
 BOUNDARY = (np.arange(VOCAB) % 2 == 0).astype(np.uint8)
@@ -38,6 +41,14 @@ MODELS = {
     "one fork by rank": dataclasses.replace(PLAIN, **ONE_FORK, policy=PrefixRank(2.0)),
     "one fork by threshold": dataclasses.replace(PLAIN, **ONE_FORK, policy=Threshold(2.0)),
     "shallow": dataclasses.replace(PLAIN, num_layers=1),
+}
+HATCHLINGS = {
+    "hatchling": HatchlingConfig(
+        vocab_size=VOCAB, embed_dim=32, num_neurons=128, num_layers=2, num_heads=2, damping=True
+    ),
+    "forking hatchling": ForkingHatchlingConfig(
+        vocab_size=VOCAB, embed_dim=32, num_neurons=128, num_layers=2, num_heads=2
+    ),
 }
 CONFIG = MemGenConfig(
     WeaverConfig(PROMPT_LATENTS, INFERENCE_LATENTS, lora=LORA),
@@ -87,6 +98,8 @@ def filled(abstract: Any, seed: int, scale: float = 0.25) -> Any:
             values = np.full(leaf.shape, 0.3)
         elif "scale" in name or "gain" in name:
             values = 1 + values
+        elif "frequency" in name:
+            values = np.tile(frequencies(leaf.shape[1], 65_536.0), (leaf.shape[0], 1))
         elif "score" in name or "kernel" in name and "trigger" in name:
             values = 2 * values
         return jnp.asarray(values.astype(leaf.dtype))
@@ -98,6 +111,9 @@ def filled(abstract: Any, seed: int, scale: float = 0.25) -> Any:
 def backbone(kind: str, embed_dim: int = 32, dtype: str = "float32") -> Any:
     if kind == "foreign":
         build = lambda: MyDecoder(ForeignDecoder(VOCAB, embed_dim, 2, 4, 128, rngs=nnx.Rngs(0)))  # noqa: E731
+    elif kind in HATCHLINGS:
+        config = dataclasses.replace(HATCHLINGS[kind], embed_dim=embed_dim, dtype=dtype)
+        build = lambda: architecture_of(config)(config, rngs=nnx.Rngs(0)).backbone()  # noqa: E731
     else:
         config = dataclasses.replace(MODELS[kind], embed_dim=embed_dim, dtype=dtype)
         build = lambda: Backbone(Thoughtbubbles(config, rngs=nnx.Rngs(0)))  # noqa: E731
@@ -117,6 +133,8 @@ def memgen_of(
     if kind == "foreign":
         lora = dataclasses.replace(LORA, targets=("blocks/0/q", "blocks/1/v"))
         config = with_lora(config, lora)
+    if kind in HATCHLINGS:
+        config = with_lora(config, dataclasses.replace(LORA, targets=("dx", "e")))
     build = lambda: MemGen(  # noqa: E731
         reasoner, config, boundary=BOUNDARY, weaver_backbone=weaver_backbone, rngs=nnx.Rngs(1)
     )

@@ -21,7 +21,7 @@ from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
 
 TOKENS = np.random.default_rng(7).integers(11, size=(2, 9))
-BOTH = [config for config in FORMS if config.damping]
+BOTH = [FORMS[0], FORMS[3]]
 
 
 @jax.jit
@@ -103,7 +103,7 @@ def test_copies_diverge_in_training_unless_their_angle_is_45_degrees():
     assert apart["equal"] == 0 and apart["drawn"] > 0.1, apart
 
 
-@pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c.form}-{c.damping}")
+@pytest.mark.parametrize("config", BOTH, ids=lambda c: f"{c.form}-{c.damping}")
 def test_shares_of_a_model_merge_into_it(config):
     """Two models whose Dx and E are cos φ and sin φ of one are that one, by concatenation."""
     model = drawn(config)

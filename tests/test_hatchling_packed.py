@@ -13,7 +13,9 @@ from thoughtbubbles.hatchling import Hatchling
 from thoughtbubbles.testing import assert_decoder_cached_is_parallel, assert_decoder_causal
 
 SEPARATOR = 0
-PACKED = [dataclasses.replace(config, separator=SEPARATOR) for config in FORMS]
+# Of the forms, one with damping and one without: what packing adds is the same in all.
+BOTH = [FORMS[0], FORMS[3]]
+PACKED = [dataclasses.replace(config, separator=SEPARATOR) for config in BOTH]
 LENGTHS = (5, 1, 7, 6)
 
 
@@ -41,7 +43,7 @@ def test_packed_documents_are_separate_documents(config):
         ]
     )
     scale = np.abs(expected).max()
-    for chunk in (None, 1, 4, 7):
+    for chunk in (None, 1, 7):
         model = drawn(dataclasses.replace(config, chunk=chunk))
         found = np.asarray(logits_of(model, rows))
         assert np.abs(found - expected).max() < 1e-5 * scale, chunk
@@ -70,7 +72,7 @@ def test_a_cache_forgets_at_a_separator_and_no_document_sees_another():
     np.testing.assert_allclose(state.synapses, expected.synapses, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c.form}-{c.damping}")
+@pytest.mark.parametrize("config", BOTH, ids=lambda c: f"{c.form}-{c.damping}")
 def test_positions_and_visibility_are_documents_too(config):
     """Rows of a conversation packed with others, as fine-tuning gives them."""
     rows = packed()
@@ -95,7 +97,7 @@ def loss_and_gradient(model: Hatchling, rows):
     return nats, weight, sums, nnx.state(gradient, nnx.Param)
 
 
-@pytest.mark.parametrize("config", [PACKED[0], PACKED[3]], ids=lambda c: c.form)
+@pytest.mark.parametrize("config", PACKED, ids=lambda c: c.form)
 def test_a_truncated_gradient_is_that_of_segments_after_constant_states(config):
     rows = np.random.default_rng(5).integers(11, size=(3, 18)).astype(np.int32)
     rows[1, 11:] = -1

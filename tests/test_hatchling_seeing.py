@@ -21,11 +21,11 @@ from thoughtbubbles.hatchling.seeing import (
 )
 
 TOKENS = np.random.default_rng(11).integers(11, size=(2, 9)).astype(np.int32)
-EVERY = [dataclasses.replace(config, num_neurons=16) for config in FORMS]
+BOTH = [dataclasses.replace(config, num_neurons=16) for config in (FORMS[0], FORMS[3])]
 ALL = Synapses(*np.array(list(itertools.product(range(2), range(8), range(8)))).T)
 
 
-@pytest.mark.parametrize("config", EVERY, ids=lambda c: f"{c.form}-{c.damping}")
+@pytest.mark.parametrize("config", BOTH, ids=lambda c: f"{c.form}-{c.damping}")
 def test_all_synapses_of_a_neuron_together_are_its_gate(config):
     """Sums over sources, weighed by x of the next token, are what opens each y, up to the norm."""
     model = drawn(config)
@@ -43,7 +43,7 @@ def test_all_synapses_of_a_neuron_together_are_its_gate(config):
         np.testing.assert_allclose(opened, factor * drive, atol=1e-4 * opened.max())
 
 
-@pytest.mark.parametrize("config", EVERY, ids=lambda c: f"{c.form}-{c.damping}")
+@pytest.mark.parametrize("config", BOTH, ids=lambda c: f"{c.form}-{c.damping}")
 def test_traces_are_entries_of_the_carried_state(config):
     model = drawn(config)
     step = jax.jit(lambda m, state, tokens: m.advance(state, tokens, jnp.ones(2, jnp.int32))[1])
@@ -141,7 +141,7 @@ def test_figures_show_what_they_are_given(tmp_path):
 )
 def test_mistakes_are_one_line(layer, synapses, message):
     with pytest.raises(ValueError, match=message):
-        synapse_traces(drawn(EVERY[0]), TOKENS, layer, synapses)
+        synapse_traces(drawn(BOTH[0]), TOKENS, layer, synapses)
 
 
 def test_rows_of_several_documents_have_no_one_trace():

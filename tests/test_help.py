@@ -26,6 +26,7 @@ CONFIGS = {
     "benchmark step": "train.benchmarks.training.TrainingBenchmark",
     "benchmark selection": "train.benchmarks.selection.SelectionBenchmark",
     "benchmark decode": "train.benchmarks.decoding.DecodeBenchmark",
+    "benchmark hatchling": "train.benchmarks.hatchling.HatchlingBenchmark",
     "benchmark memgen": "train.benchmarks.memgen.MemGenBenchmark",
     "benchmark rl": "train.benchmarks.rl.RLBenchmark",
     "experiment quality": "train.experiments.quality.Quality",

@@ -1,13 +1,14 @@
 """Speed side by side with the plain decoder of the same size: python -m train.benchmark [WHAT].
 
 WHAT is `step` (training, the default), `selection` (what choosing streams costs in a forward pass),
-`decode` (cached decoding against recomputation), `memgen` (what weaving costs) or `rl` (rollouts,
-updates, and what it saves to prefill a prompt once for all rows).
+`decode` (cached decoding against recomputation), `hatchling` (a Dragon Hatchling: step, prefill,
+decoding), `memgen` (what weaving costs) or `rl` (rollouts, updates, and what it saves to prefill a
+prompt once for all rows).
 """
 
 import sys
 
-from train.benchmarks import decoding, memgen, rl, selection, training
+from train.benchmarks import decoding, hatchling, memgen, rl, selection, training
 from train.cli.command import run_command
 
 COMMANDS = {
@@ -15,6 +16,7 @@ COMMANDS = {
     "selection": (selection.main, selection.SelectionBenchmark),
     "memgen": (memgen.main, memgen.MemGenBenchmark),
     "rl": (rl.main, rl.RLBenchmark),
+    "hatchling": (hatchling.main, hatchling.HatchlingBenchmark),
     "decode": (decoding.main, decoding.DecodeBenchmark),
 }
 
