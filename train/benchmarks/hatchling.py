@@ -117,7 +117,7 @@ def random_architecture(config: Any) -> Architecture:
 
 def step_of(model: Architecture, config: HatchlingBenchmark, context: int) -> Callable[[], Cost]:
     """A training step on rows of `context` tokens."""
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     trainable = make_trainable(model.config, OptimizerConfig(), steps=1000, mesh=mesh)
     rows = place(random_tokens(config.vocab_size, config.batch_size, context + 1), mesh)
     step, holder = make_train_step(trainable), [trainable.init()]
