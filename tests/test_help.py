@@ -32,6 +32,7 @@ CONFIGS = {
     "experiment quality": "train.experiments.quality.Quality",
     "experiment random_bits": "train.experiments.random_bits.RandomBits",
     "experiment retrofit": "train.experiments.retrofit.Retrofit",
+    "experiment merge_languages": "train.experiments.merge_languages.MergeLanguages",
     "experiment memory": "train.experiments.memory.Experiment",
     "experiment reinforce": "train.experiments.reinforce.Experiment",
     "experiment environments": "train.experiments.environments.Experiment",

@@ -25,6 +25,7 @@ EXPERIMENTS = {
     "quality": "held-out loss of policies, side by side",
     "random_bits": "whether a policy lets a model see its future",
     "retrofit": "fork layers in a pretrained model",
+    "merge_languages": "Dragon Hatchlings tuned to other languages, merged untrained",
     "memory": "MemGen against a LoRA, soft prompts and pause tokens",
     "reinforce": "RL methods on string tasks, against supervised tuning",
     "environments": "scores of the random and the scripted player of each environment",

@@ -1,0 +1,192 @@
+"""Do Dragon Hatchlings merge? Copies of one model, tuned to other languages, joined untrained.
+
+python -m train.experiments.merge_languages --out docs/quality/merge_languages.jsonl
+python -m train.experiments.merge_languages --report docs/quality/merge_languages.jsonl
+
+A language is the standard library's source with its letters exchanged: the same grammar in other
+words. A base model learns language 0; copies of it are tuned to languages 1 and 2; their neurons
+are concatenated, along neurons and along heads. Each finished seed is a line of the file.
+"""
+
+import dataclasses
+import string
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles.hatchling import Hatchling, HatchlingConfig, grow, merge
+from train.benchmarks.timing import Clock
+from train.cli.command import run_command
+from train.data import DataConfig, PackedData, TrainReader, prepare
+from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    markdown_table,
+    mean_text,
+    run_study,
+)
+
+LANGUAGES = (0, 1, 2)
+KEY = ("seed", "steps", "tuning_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeLanguages(StudyConfig):
+    """Trains, tunes and merges Dragon Hatchlings, or reports what was trained.
+
+    Attributes:
+        embed_dim: Width of the models (d).
+        num_neurons: Number of neurons of the base model (n).
+        num_layers: Number of times that the layer is applied.
+        steps: Number of training steps of the base model.
+        tuning_steps: Number of steps of each tuning, of copies and of the merged model.
+        batch_size: Number of rows of a step.
+        seq_len: Number of tokens of a row.
+        rows: Number of held-out rows, the same ones in each language.
+        optimizer: Optimizer of the base model.
+        tuning: Optimizer of each tuning.
+    """
+
+    embed_dim: int = 32
+    num_neurons: int = 1024
+    num_layers: int = 3
+    steps: int = 600
+    tuning_steps: int = 300
+    batch_size: int = 8
+    seq_len: int = 64
+    rows: int = 64
+    optimizer: OptimizerConfig = OptimizerConfig()
+    tuning: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
+    out: str = "merge_languages.jsonl"
+
+
+def main(config: MergeLanguages) -> None:
+    """Train what is missing, or print the table."""
+    run_study(config, KEY, train_missing, report)
+
+
+def train_missing(config: MergeLanguages, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing seeds."""
+    runs = results.missing(
+        {"seed": seed, "steps": config.steps, "tuning_steps": config.tuning_steps}
+        for seed in config.seeds
+    )
+    data = prepare(DataConfig(seq_len=config.seq_len)) if runs else None
+    for run in runs:
+        assert data is not None
+        clock = Clock()
+        losses = losses_of_a_seed(config, data, run["seed"])
+        result = run | {"losses": losses, "cpu_seconds": clock.read().cpu_seconds}
+        yield result, f"seed {run['seed']}: {result['cpu_seconds']:.0f} CPU seconds"
+
+
+def losses_of_a_seed(config: MergeLanguages, data: PackedData, seed: int) -> dict[str, list[float]]:
+    """Held-out nats per byte in each language, by model."""
+    shape = HatchlingConfig(
+        embed_dim=config.embed_dim, num_neurons=config.num_neurons, num_layers=config.num_layers
+    )
+    base = trained(config, data, shape, None, [0], seed)
+    tuned = [trained(config, data, shape, base, [0, language], seed) for language in (1, 2)]
+    models = {"base": base, "tuned to 1": tuned[0], "tuned to 2": tuned[1]}
+    models |= {f"merged along {along}": merge(tuned, along) for along in ("neurons", "heads")}
+    joined = models["merged along neurons"]
+    every = list(LANGUAGES)
+    models["merged, then tuned to all"] = trained(config, data, joined.config, joined, every, seed)
+    # Controls: as many steps on all languages, without and with as many neurons.
+    models["base tuned to all"] = trained(config, data, shape, base, every, seed)
+    twice = grow(base, 2 * config.num_neurons)  # not merged with itself: equal copies stay equal
+    models["base grown, tuned to all"] = trained(config, data, twice.config, twice, every, seed)
+    return {name: scores(config, data, model) for name, model in models.items()}
+
+
+def trained(
+    config: MergeLanguages,
+    data: PackedData,
+    shape: HatchlingConfig,
+    start: Hatchling | None,
+    languages: Sequence[int],
+    seed: int,
+) -> Hatchling:
+    """A model trained on rows of some languages in turn.
+
+    Args:
+        config: Options of the experiment.
+        data: Rows of language 0.
+        shape: Config of the model.
+        start: Model to begin with, which is tuned; None trains a new one.
+        languages: Languages of the rows: row i of a batch is in language i modulo their number.
+        seed: Seed of the parameters and of the order of rows.
+    """
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    optimizer, steps = config.optimizer, config.steps
+    if start is not None:
+        optimizer, steps = config.tuning, config.tuning_steps
+    trainable = make_trainable(shape, optimizer, steps, mesh, seed)
+    if start is None:
+        state = trainable.init()
+    else:  # a copy: training overwrites the arrays that it is given
+        state = trainable.start(jax.tree.map(np.array, nnx.state(start)))
+    step = make_train_step(trainable)
+    reader = TrainReader(data.train, config.batch_size, seed + (start is not None))
+    tables = np.stack([cipher(language) for language in languages])
+    for number in range(steps):
+        rows = reader.batch(number)["tokens"]
+        own = tables[np.arange(len(rows)) % len(tables)]
+        state, _ = step(state, place(np.take_along_axis(own, rows, axis=1), mesh))
+    return trainable.model(state.weights)
+
+
+def cipher(language: int) -> np.ndarray:
+    """The byte of a language that stands for each byte of language 0, `[320]` int32."""
+    table = np.arange(320, dtype=np.int32)
+    if language:
+        order = np.random.default_rng(language).permutation(26)
+        for letters in (string.ascii_lowercase, string.ascii_uppercase):
+            codes = np.frombuffer(letters.encode(), np.uint8)
+            table[codes] = codes[order]
+    return table
+
+
+def scores(config: MergeLanguages, data: PackedData, model: Hatchling) -> list[float]:
+    """Held-out nats per byte in each language."""
+    count = len(data.validation)
+    rows, _ = data.validation.read(np.linspace(0, count - 1, min(config.rows, count)).astype(int))
+    found = []
+    for language in LANGUAGES:
+        told = np.where(rows < 0, -1, cipher(language)[np.maximum(rows, 0)])
+        nats = np.asarray(_nats(model, told))
+        found.append(float(nats.sum() / (told[:, 1:] >= 0).sum()))
+    return found
+
+
+@jax.jit
+def _nats(model: Hatchling, rows: Any) -> jax.Array:
+    return model.token_losses(rows)[0]
+
+
+def report(results: list[Result]) -> str:
+    """The table: a row for each model, a column for each language."""
+    names = list(results[0]["losses"]) if results else []
+    head = ("nats per byte", *(f"language {language}" for language in LANGUAGES))
+    rows = []
+    for name in names:
+        columns = zip(*(result["losses"][name] for result in results), strict=True)
+        rows.append((name, *(mean_text(list(values), 3) for values in columns)))
+    seeds = " ".join(str(result["seed"]) for result in results)
+    return "\n".join([*markdown_table(head, rows), "", f"seeds {seeds}"])
+
+
+def command() -> None:
+    run_command(main, MergeLanguages)
+
+
+if __name__ == "__main__":
+    command()
