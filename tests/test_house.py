@@ -280,6 +280,7 @@ FEW_STEPS = {
     "03_teach_it_when_to_remember": (
         "SEED, COPY_STEPS, SORT_STEPS, TRIGGER_STEPS, PROBLEMS = 0, 10, 10, 2, 30"
     ),
+    "07_hatchling": "STEPS = 20",
 }
 
 
