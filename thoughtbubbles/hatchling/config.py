@@ -100,9 +100,12 @@ class HatchlingConfig(ArchitectureConfig):
         return self.embed_dim * (3 * self.num_neurons + 2 * self.vocab_size)
 
     def forward_flops(self, num_tokens: int) -> int:
-        """Matrix-multiplication FLOPs of a forward pass over `num_tokens`, logits included."""
+        """Matrix-multiplication FLOPs of a forward pass over `num_tokens`, logits included.
+
+        Rows are read in chunks, or in the segments of the pretraining loss if those are shorter.
+        """
         d, n, h = self.embed_dim, self.num_neurons, self.num_heads
-        chunk = min(self.chunk or num_tokens, num_tokens)
+        chunk = min(self.chunk or num_tokens, self.truncate or num_tokens, num_tokens)
         full, rest = divmod(num_tokens, chunk)
         scores = (full * chunk**2 + rest**2) * (n + h * d)
         state = 0 if chunk == num_tokens else 2 * num_tokens * n * d
