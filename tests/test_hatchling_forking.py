@@ -172,5 +172,7 @@ def test_what_a_policy_lacks_is_said():
         model.init_cache(1, 4)
     with pytest.raises(ValueError, match="needs fork layers with a threshold"):
         model.with_policy(Threshold(2.0))
+    with pytest.raises(ValueError, match="neurons of a model that forks belong to streams"):
+        model.activations(jnp.asarray(TOKENS))
     with pytest.raises(ValueError, match="rows that are not one text from left to right"):
         model.hidden_states(jnp.zeros((1, 2, 8)), starts=jnp.zeros((1, 2), bool))

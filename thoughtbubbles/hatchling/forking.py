@@ -14,7 +14,7 @@ from thoughtbubbles.forking import merge
 from thoughtbubbles.hatchling.attention import Reach, damping, normalized
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.model import Hatchling
-from thoughtbubbles.hatchling.state import Activations, State
+from thoughtbubbles.hatchling.state import Activations, Neurons, State
 from thoughtbubbles.layers import Fork
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import CausalPolicy, Policy, hook
@@ -186,6 +186,12 @@ class ForkingHatchling(Hatchling):
     @property
     def takes_positions(self) -> bool:
         return False
+
+    def activations(self, tokens: jax.Array, length: jax.Array | None = None) -> Neurons:
+        raise ValueError(
+            "neurons of a model that forks belong to streams, not to tokens: look into a Hatchling "
+            f"without fork layers (now {self.config.fork_layers})"
+        )
 
     def init_cache(self, batch: int, max_tokens: int) -> ForkingState:
         """The state of `batch` empty rows of up to `max_tokens` tokens, which policies may need."""

@@ -66,7 +66,9 @@ def grow_run(config: GrowConfig) -> str:
     plan = plan_growth(shape, config.num_neurons, config.seed)
     grown = dataclasses.replace(shape, num_neurons=config.num_neurons)
     abstract = _trainable(meta, shape).abstract
-    with Checkpointer(config.checkpoint, 1) as checkpointer:
+    # The lock: a checkpointer clears what it takes for a killed run's half-written checkpoint.
+    source = Path(config.checkpoint).expanduser()
+    with run_lock(source), Checkpointer(source, 1) as checkpointer:
         step, weights, rest, _ = checkpointer.restore(abstract.weights, abstract.rest)
     state = plan.tree(rest.with_weights(weights))
     state = jax.device_put(state, _trainable(meta, grown).shardings)
