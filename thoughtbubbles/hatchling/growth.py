@@ -160,7 +160,7 @@ def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neu
     for model in models:
         _check_merged(model)
     first = models[0].config
-    free = {"num_neurons", *({"num_heads"} if along == "heads" else ())}
+    free = {"num_neurons", *first.execution_fields, *({"num_heads"} if along == "heads" else ())}
     for other in (model.config for model in models[1:]):
         if type(other) is not type(first):
             raise ValueError(

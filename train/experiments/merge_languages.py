@@ -35,7 +35,7 @@ from train.experiments.study import (
 )
 
 LANGUAGES = (0, 1, 2)
-KEY = ("seed", "steps", "tuning_steps")
+KEY = ("seed", "steps", "tuning_steps", "num_neurons")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,7 @@ def main(config: MergeLanguages) -> None:
 def train_missing(config: MergeLanguages, results: Results) -> Iterator[tuple[Result, str]]:
     """Results of the missing seeds."""
     runs = results.missing(
-        {"seed": seed, "steps": config.steps, "tuning_steps": config.tuning_steps}
-        for seed in config.seeds
+        {"seed": seed} | {name: getattr(config, name) for name in KEY[1:]} for seed in config.seeds
     )
     data = prepare(DataConfig(seq_len=config.seq_len)) if runs else None
     for run in runs:
