@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import BASE
 
 from thoughtbubbles import Fork, PrefixRank, Streams, Thoughtbubbles, Threshold, merge
+from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, placed_beside, zeros_beside
 from train.cli.config_json import POLICIES
 
@@ -106,6 +107,32 @@ def test_a_model_and_its_gradients(name):
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         scale = np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(scale, 1))
+
+
+def decoded(model: Any, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits after prompts, and after one more token."""
+    cache = model.init_cache(ROWS, TOKENS + 4)
+    output, cache = model.advance(cache, tokens, length, fresh=True)
+    more, _ = model.advance(cache, tokens[:, :1], jnp.ones_like(length))
+    return model.logits_at(output, length - 1), model.logits_at(more, jnp.zeros_like(length))
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+def test_a_hatchling_its_state_and_its_gradients(form):
+    config = HatchlingConfig(
+        vocab_size=64, embed_dim=WIDTH, num_neurons=64, num_layers=2, num_heads=2, form=form,
+        chunk=5,
+    )  # fmt: skip
+    model = Hatchling(config, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
+    length = np.maximum(LENGTH, 1)
+    for call in (decoded, losses, gradients):
+        found, program = on_mesh(call, AxisType.Explicit, 2, model, tokens, length)
+        assert "all-gather" not in program
+        assert ("all-reduce" in program) == (call is gradients)
+        expected = jax.jit(call)(model, tokens, length)
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_arrays_beside_others_without_a_mesh():

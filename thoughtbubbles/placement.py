@@ -24,25 +24,23 @@ def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.i
         axes: Number of leading axes of `like` that the result has.
         dtype: Type of the result.
     """
-    return zeros_beside(like, like.shape[:axes], dtype) + jnp.asarray(values, dtype)
+    return _zeros(like, like.shape[:axes], dtype, axes) + jnp.asarray(values, dtype)
 
 
 def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros of a shape that begins with the batch axis of an array, and are placed as it is.
+    """Zeros whose batch axis is placed as that of an array; their other axes are replicated.
 
     Args:
-        like: Array `[B, ...]`; axes of the result beyond the first follow it where they are equal
-            in size.
+        like: Array `[B, ...]`.
         shape: Shape of the result, `B` first.
         dtype: Type of the result.
     """
+    return _zeros(like, shape, dtype, 1)
+
+
+def _zeros(like: jax.Array, shape: tuple[int, ...], dtype: Any, axes: int) -> jax.Array:
     here = jax.typeof(like).sharding
-    names = list(here.spec)[: len(shape)]
-    names = [
-        name if size == other else None
-        for name, size, other in zip(names, shape, like.shape, strict=False)
-    ]
-    place = NamedSharding(here.mesh, PartitionSpec(*names))
+    place = NamedSharding(here.mesh, PartitionSpec(*here.spec[:axes]))
     return jnp.zeros_like(like, dtype, shape, out_sharding=place)
 
 

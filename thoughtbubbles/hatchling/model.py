@@ -25,6 +25,12 @@ from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.layers import weight
+from thoughtbubbles.placement import (
+    broadcast_beside,
+    embedding_rows,
+    placed_beside,
+    zeros_beside,
+)
 
 
 class Hatchling(Architecture):
@@ -63,7 +69,7 @@ class Hatchling(Architecture):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Vectors `[..., d]`; NaN for an id outside the vocabulary."""
-        return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
+        return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits `[..., V]` float32 of hidden states `[..., d]`."""
@@ -141,7 +147,7 @@ class Hatchling(Architecture):
             nats = -jnp.where(targets >= 0, log_prob, 0).sum()
             return nats, (state, model.statistics(output))
 
-        state = self.init_cache(rows.shape[0], rows.shape[1])
+        state = _beside(self.init_cache(rows.shape[0], rows.shape[1]), rows)
         nats, sums = truncated_sum(segment, self, state, (jnp.arange(count), *parts))
         return nats, (rows[:, 1:] >= 0).sum(dtype=jnp.float32), sums
 
@@ -152,8 +158,7 @@ class Hatchling(Architecture):
             tokens: Token ids `[B, T]` int32, padded on the right.
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
         """
-        if length is None:
-            length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        length = broadcast_beside(tokens.shape[1] if length is None else length, tokens, 1)
         first = jnp.zeros_like(length)
         reach = Reach.of(self.config, first, length, tokens.shape[1], self._starts(tokens))
         x = self._first(self.embed_tokens(tokens))
@@ -207,6 +212,7 @@ class Hatchling(Architecture):
         self._check_rows(cache, x)
         if not x.shape[1]:
             return x.astype(self.config.dtype), cache
+        length, cache = broadcast_beside(length, x, 1), _beside(cache, x)
         read, cache = self._chunks(x.astype(self.config.dtype), length, cache, None, fresh, starts)
         wrong = (length > x.shape[1])[:, None, None]  # a length that the vectors do not have
         return jnp.where(wrong, jnp.nan, read.hidden), cache
@@ -274,11 +280,10 @@ class Hatchling(Architecture):
         key: jax.Array | None = None,
         starts: jax.Array | None = None,
     ) -> Activations:
-        if length is None:
-            length = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+        length = broadcast_beside(x.shape[1] if length is None else length, x, 1)
         if self.config.chunk is None or x.shape[1] <= self.config.chunk:
             return self._chunk(x, length, None, key, starts=starts)[0]
-        state = self.init_cache(x.shape[0], x.shape[1])
+        state = _beside(self.init_cache(x.shape[0], x.shape[1]), x)
         return self._chunks(x, length, state, key, starts=starts)[0]
 
     def _chunks(
@@ -376,7 +381,7 @@ class Hatchling(Architecture):
         real = reach.real[..., None, None]
         released = config.form == "released"
         shape = (*value.shape[:2], config.num_heads, config.head_neurons)
-        carried = None if released else jnp.zeros(shape, value.dtype)
+        carried = None if released else zeros_beside(value, shape, value.dtype)
 
         def layer(carry: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             index, synapses = inputs
@@ -432,6 +437,11 @@ class Hatchling(Architecture):
 
 def _hidden_of(output: Activations | jax.Array) -> jax.Array:
     return output.hidden if isinstance(output, Activations) else output
+
+
+def _beside(state: State, x: jax.Array) -> State:
+    """The state placed as the rows of vectors are."""
+    return State(placed_beside(state.length, x), placed_beside(state.synapses, x, axis=1))
 
 
 def _identity(x: jax.Array) -> jax.Array:
