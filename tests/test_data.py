@@ -171,7 +171,7 @@ def test_prepared_data_are_reused_and_edited_folders_are_not(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr("train.data.prepared.pack", fail)
-        patch.setattr("train.data.builder.prepare_text", fail)
+        patch.setattr("train.data.local.write_documents", fail)
         again = prepare(config)
     assert again.fingerprint == first.fingerprint and again.statistics == first.statistics
     assert capsys.readouterr() == ("", "")  # a library says nothing
@@ -247,7 +247,7 @@ def test_two_at_once_make_it_once(tmp_path):
     assert len(built) == 1 and (made / "whole").exists()
 
 
-@pytest.mark.parametrize("limit", [100, 6000])  # while TFDS writes; while rows are written
+@pytest.mark.parametrize("limit", [100, 6000])  # while documents are written; rows
 def test_full_disk(limit, tmp_path):
     root = write_corpus(tmp_path / "corpus", 40)
     config = DataConfig(str(root), seq_len=8, cache_dir=str(tmp_path / "cache"))
@@ -402,7 +402,7 @@ def test_corpus_shorter_than_a_row(tmp_path):
         prepare(DataConfig(str(root), seq_len=9000, cache_dir=str(tmp_path / "cache")))
 
 
-def test_tensorflow_is_never_imported(tmp_path):
+def test_text_files_need_no_tensorflow_datasets(tmp_path):
     root = write_corpus(tmp_path / "corpus")
     script = f"""
 import sys
@@ -410,7 +410,7 @@ from train.data import DataConfig, TrainReader, prepare
 data = prepare(DataConfig({str(root)!r}, seq_len=8, cache_dir={str(tmp_path / "cache")!r}))
 batches = TrainReader(data.train, 4, seed=0).iterate()
 next(batches)
-assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
+assert "tensorflow_datasets" not in sys.modules and "tensorflow" not in sys.modules
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],

@@ -30,7 +30,7 @@ def test_objects_with_their_line_numbers(name, tmp_path):
         (b'{"answer": "b"}', ', line 1: the field "question" is missing: give a string'),
         (b'{"question": "a", "answer": 3}', ', line 1: the field "answer" is 3: give a string'),
         (b"\xff\xfe", "is not UTF-8 text"),
-        (None, "cannot read .*No such file.*; repair it or name another file"),
+        (None, "cannot read .*No such file.*; repair it or leave it out"),
     ],
 )
 def test_mistakes_are_one_line(content, message, tmp_path):

@@ -26,6 +26,11 @@ class Corpus(Protocol):
         """Hash that changes when a document, or the split that it is in, may have changed."""
         ...
 
+    @property
+    def note(self) -> str:
+        """What was read of the corpus and what was passed over, for people; may be empty."""
+        ...
+
     def documents(self, split: Split) -> Iterator[str]:
         """Documents of a split, in the same order each time; none is white space alone.
 
@@ -41,14 +46,16 @@ class Corpus(Protocol):
 class SplitCorpus:
     """Documents that a function gives, split by their content (`splits.held_out`).
 
-    Equal documents are in the same split. The fingerprint is that of all documents, so that their
-    function is called once more before each run.
+    Near-duplicates (`splits.canonical`) are in the same split. The fingerprint is that of all
+    documents, so that their function is called once more before each run.
 
     Args:
         name: Name of the corpus in messages.
         documents: Function that gives all documents, in the same order each time.
         validation: Share of the documents to hold out, between 0 and 1.
     """
+
+    note = ""
 
     def __init__(self, name: str, documents: Callable[[], Iterable[str]], validation: float):
         self.name = name

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.data.config import DataError
+from train.data.streams import file_lines, file_text, unpacked_name
 
 
 class JsonLine(NamedTuple):
@@ -17,7 +16,7 @@ class JsonLine(NamedTuple):
 
     Attributes:
         where: File and line number, for error messages.
-        number: Line number in the file, from 1.
+        number: Line number in the file, from 1; in a JSON array the number of the item.
         fields: Fields of the object by name.
     """
 
@@ -26,41 +25,77 @@ class JsonLine(NamedTuple):
     fields: dict[str, Any]
 
 
-def read_json_lines(path: Path, texts: Sequence[str] = ()) -> Iterator[JsonLine]:
+def read_json_lines(
+    path: Path, texts: Sequence[str] = (), encoding: str = "utf-8"
+) -> Iterator[JsonLine]:
     """Objects of a JSON Lines file in order, one at a time; blank lines are skipped.
 
+    A file whose name ends in .json may hold one array of objects instead, which is read whole.
+
     Args:
-        path: File in UTF-8; one whose name ends in .gz is unpacked.
+        path: Path of the file; one whose name ends in one of `streams.PACKERS` is unpacked.
         texts: Names of fields that every object must have, with a string as their value.
+        encoding: Encoding of a file without a byte order mark.
 
     Raises:
-        DataError: The file cannot be read, is not UTF-8, or has a line that is no JSON object or
+        DataError: The file cannot be read, is not text, or has a line that is no JSON object or
             lacks one of `texts`.
     """
-    unpack = gzip.open if path.name.lower().endswith(".gz") else open
-    try:
-        # Only "\n" ends a line: JSON text may hold other line separators of Unicode.
-        with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield JsonLine(where, number, _object(line, where, texts))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}): convert it") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}; repair it or name another file") from error
+    if unpacked_name(path.name).endswith(".json") and _is_array(path, encoding):
+        items = _parsed("".join(file_text(path, encoding)), str(path))
+        for number, value in enumerate(items, 1):
+            where = f"{path}, item {number}"
+            yield JsonLine(where, number, _object(value, where, texts))
+        return
+    for number, line in enumerate(file_lines(path, encoding), 1):
+        if line and not line.isspace():
+            where = f"{path}, line {number}"
+            yield JsonLine(where, number, _object(_parsed(line, where), where, texts))
 
 
-def _object(line: str, where: str, texts: Sequence[str]) -> dict[str, Any]:
+def _is_array(path: Path, encoding: str) -> bool:
+    begin = (text.lstrip() for text in file_text(path, encoding))
+    return next(filter(None, begin), "").startswith("[")
+
+
+def _parsed(text: str, where: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}): repair or delete it") from error
+
+
+def _object(value: Any, where: str, texts: Sequence[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise DataError(f"{where}: a JSON {kind}, not an object: {line.strip()[:40]}")
+        hint = ": one array of all objects belongs in a .json file" * isinstance(value, list)
+        shown = json.dumps(value, ensure_ascii=False)[:40]
+        raise DataError(f"{where}: a JSON {type(value).__name__}, not an object: {shown}{hint}")
     for name in texts:
-        if not isinstance(value.get(name), str):
-            found = json.dumps(value[name])[:40] if name in value else "missing"
-            raise DataError(f'{where}: the field "{name}" is {found}: give a string')
+        check_text(value, name, where)
+    return value
+
+
+def check_text(fields: dict[str, Any], name: str, where: str, way_out: str = "") -> str:
+    """The string of a field, which can be written as UTF-8.
+
+    Args:
+        fields: Fields of an object.
+        name: Name of the field.
+        where: File and line number, for error messages.
+        way_out: What a user could do about a missing field; "" asks for a string.
+
+    Raises:
+        DataError: The field is missing, is no string, or holds half a character.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str):
+        found = json.dumps(value, ensure_ascii=False)[:40] if name in fields else "missing"
+        raise DataError(f'{where}: the field "{name}" is {found}: {way_out or "give a string"}')
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f'{where}: the field "{name}" holds half a character ({error.reason}): repair it'
+            ) from error
     return value

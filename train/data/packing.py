@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 
+from train.data.storage import record_writer
 from train.data.tokenizers import Tokenizer
 
 PADDING = -1
@@ -101,25 +101,18 @@ def write_rows(
     """
     counts = {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0}
     record = record_dtype(seq_len, tokenizer.vocab_size)
-    # Uncompressed: 2 bytes per token are cheap, and reading is twice as fast.
-    writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
     tokens = sizes = np.zeros(0, np.int32)
-    try:
+    with record_writer(path) as write:
         for ids, lengths in _blocks(documents, tokenizer, counts):
             tokens = np.concatenate([tokens, ids])
             sizes = np.concatenate([sizes, lengths])
-            written = _write(writer, tokens, sizes, seq_len, record)
+            written = _write(write, tokens, sizes, seq_len, record)
             counts["rows"] += written
             tokens, sizes = tokens[written * seq_len :], sizes[written * seq_len :]
         if keep_tail and len(tokens) > 1:
             missing = seq_len + 1 - len(tokens)
             tokens = np.pad(tokens, (0, missing), constant_values=PADDING)
-            counts["rows"] += _write(writer, tokens, np.pad(sizes, (0, missing)), seq_len, record)
-    finally:
-        try:
-            writer.close()
-        except RuntimeError as error:  # array_record reports a full disk here
-            raise OSError(str(error)) from error
+            counts["rows"] += _write(write, tokens, np.pad(sizes, (0, missing)), seq_len, record)
     return counts
 
 
@@ -154,7 +147,13 @@ def _joined(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np
     return np.concatenate(ids), np.concatenate(lengths)
 
 
-def _write(writer, tokens: np.ndarray, sizes: np.ndarray, seq_len: int, record: np.dtype) -> int:
+def _write(
+    write: Callable[[bytes], None],
+    tokens: np.ndarray,
+    sizes: np.ndarray,
+    seq_len: int,
+    record: np.dtype,
+) -> int:
     """Write all whole rows at the front of the stream; returns their number."""
     count = max(0, len(tokens) - 1) // seq_len
     if count:
@@ -163,5 +162,5 @@ def _write(writer, tokens: np.ndarray, sizes: np.ndarray, seq_len: int, record: 
         rows["tokens"] = windows[:count]
         rows["bytes"] = sizes[1 : count * seq_len + 1].reshape(count, seq_len).sum(axis=1)
         for row in rows:
-            writer.write(row.tobytes())
+            write(row.tobytes())
     return count

@@ -34,6 +34,7 @@ class PackedData:
             rows.
         statistics: Names of corpus and tokenizer, and the counts of documents, tokens, bytes and
             rows of each split.
+        note: What was read of the corpus and what was passed over; may be empty.
     """
 
     train: PackedRows
@@ -41,6 +42,7 @@ class PackedData:
     tokenizer: Tokenizer
     fingerprint: str
     statistics: dict[str, Any]
+    note: str = ""
 
     @property
     def summary(self) -> str:
@@ -52,6 +54,7 @@ class PackedData:
             f"({validation['bytes'] / 1e6:.1f} MB) held out; {train['rows']:,} + "
             f"{validation['rows']:,} rows of {self.train.seq_len} tokens "
             f"({self.statistics['tokenizer']}, vocabulary {self.tokenizer.vocab_size:,})"
+            f"{self.note and '; '}{self.note}"
         )
 
 
@@ -72,7 +75,7 @@ def prepare(config: DataConfig) -> PackedData:
     fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     folder = config.cache / "rows" / fingerprint
     build_once(folder, lambda partial: pack(corpus, tokenizer, config.seq_len, partial))
-    return _open(folder, corpus.name, tokenizer, config.seq_len, fingerprint)
+    return _open(folder, corpus, tokenizer, config.seq_len, fingerprint)
 
 
 def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:
@@ -122,12 +125,12 @@ def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> No
 
 
 def _open(
-    folder: Path, corpus: str, tokenizer: Tokenizer, seq_len: int, fingerprint: str
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, fingerprint: str
 ) -> PackedData:
     try:
         statistics = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         # Equal content may have been packed under another path.
-        statistics |= {"corpus": corpus, "tokenizer": tokenizer.name}
+        statistics |= {"corpus": corpus.name, "tokenizer": tokenizer.name}
         rows = {
             split: PackedRows(_file(folder, split), seq_len, tokenizer.vocab_size)
             for split in ("train", "validation")
@@ -137,7 +140,8 @@ def _open(
         damaged = True
     if damaged:
         raise DataError(f"the prepared rows in {folder} are damaged: delete that folder")
-    return PackedData(rows["train"], rows["validation"], tokenizer, fingerprint, statistics)
+    train, validation = rows["train"], rows["validation"]
+    return PackedData(train, validation, tokenizer, fingerprint, statistics, corpus.note)
 
 
 def _file(folder: Path, split: str) -> Path:

@@ -41,16 +41,24 @@ class StandardLibrary:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Text files on disk.
+    """Files on disk: text, or records with a field of text (JSON Lines, Parquet, Arrow).
 
     Attributes:
-        path: Folder of text files, or one file.
+        path: Folder of files, or one file.
+        field: Name of the field of records that holds the text.
+        suffixes: Suffixes of the files of a folder that are read, separated by blanks; "" reads
+            records where there are any, else text (`text_files.find_text_files`).
+        encoding: Encoding of files without a byte order mark.
     """
 
     path: str
+    field: str = "text"
+    suffixes: str = ""
+    encoding: str = "utf-8"
 
     def open(self, validation: float, cache: Path) -> Corpus:
-        return LocalCorpus(find_text_files(self.path), validation, cache)
+        files = find_text_files(self.path, self.field, self.suffixes, self.encoding)
+        return LocalCorpus(files, validation, cache)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from typing import Literal
 
 from train.data.config import DataError
@@ -10,16 +11,33 @@ from train.data.config import DataError
 _KEY = b"thoughtbubbles: held out"  # keeps the split independent of other uses of the hash
 
 
+def canonical(text: str) -> str:
+    """Text without what two copies of one document may differ in.
+
+    That is Unicode form (NFC or NFD), line ends, and white space at the ends of lines and text.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return "\n".join(map(str.rstrip, text.split("\n"))).rstrip("\n")
+
+
 def digest(text: str) -> bytes:
-    """Hash of a document, 16 bytes. Equal documents have equal hashes and so the same split."""
+    """Hash of a text, 16 bytes."""
     return hashlib.blake2b(text.encode(), digest_size=16, key=_KEY).digest()
+
+
+def document_digest(text: str) -> bytes:
+    """Hash of a document, 16 bytes, equal for near-duplicates that are `canonical`ly equal."""
+    return digest(canonical(text) + "\n")
 
 
 def held_out(document: bytes, share: float) -> bool:
     """Whether a document is held out; other documents of the corpus do not matter.
 
     Args:
-        document: Hash of the document (`digest`).
+        document: Hash of the document (`document_digest`).
         share: Share of all documents that is held out.
     """
     return int.from_bytes(document[:8]) < share * 2**64
@@ -27,7 +45,7 @@ def held_out(document: bytes, share: float) -> bool:
 
 def split_of(document: str, share: float) -> Literal["train", "validation"]:
     """Split of a document's text, where `share` of all documents is held out."""
-    return "validation" if held_out(digest(document), share) else "train"
+    return "validation" if held_out(document_digest(document), share) else "train"
 
 
 def divide(documents: set[bytes], share: float, corpus: str) -> tuple[set[bytes], set[bytes]]:
@@ -48,11 +66,16 @@ def divide(documents: set[bytes], share: float, corpus: str) -> tuple[set[bytes]
         DataError: There are fewer than two documents.
     """
     if len(documents) < 2:
-        raise DataError(
-            f"corpus {corpus} has {len(documents)} distinct document, and one must be held out: "
-            "add a second file, or point at a longer one"
-        )
+        raise too_few(corpus, len(documents))
     ordered = sorted(documents)
     border = sum(held_out(document, share) for document in ordered)
     border = min(max(border, 1), len(ordered) - 1)
     return set(ordered[border:]), set(ordered[:border])
+
+
+def too_few(corpus: str, count: int) -> DataError:
+    """The error of a corpus that cannot be divided."""
+    return DataError(
+        f"corpus {corpus} has {count} distinct document{'s' * (count != 1)}, and one must be held "
+        "out: add a second file, or point at a longer one"
+    )

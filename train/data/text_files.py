@@ -5,36 +5,66 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from train.data import text
 from train.data.config import DataError
+from train.data.records import ARROW_SUFFIXES, JSON_SUFFIXES, is_records, record_texts
+from train.data.streams import PACKERS, file_text, unpacked_name
+from train.data.text import SECTION, TEXT_SUFFIXES, WHOLE, is_text, sections
 
 _NOT_LIBRARY = frozenset(
     ["site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"]
 )
 
+# Names of splits as `datasets` finds them in the paths of a data set's files.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-    """Text files of one corpus.
+    """Files of one corpus: text, or records with a field of text.
 
     Attributes:
         name: Name of the corpus in messages.
         root: Folder of the files.
         files: Paths of the files relative to `root`, sorted.
-        lone: Whether the corpus is a single file, which is cut into sections.
+        lone: Whether the corpus is a single file, which is cut into sections if it is text.
+        held_out: Those of `files` that the corpus itself holds out; empty if it has no such split.
+        field: Name of the field of records that holds the text.
+        encoding: Encoding of files without a byte order mark.
+        passed_over: Number of files of the folder that are not read, by the reason.
     """
 
     name: str
     root: Path
     files: tuple[str, ...]
     lone: bool = False
+    held_out: frozenset[str] = frozenset()
+    field: str = "text"
+    encoding: str = "utf-8"
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """How many files are read, and which are not."""
+        read = f"{len(self.files):,} file{'s' * (len(self.files) != 1)} read"
+        if not self.passed_over:
+            return read
+        reasons = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0]))
+        shown = [f"{count:,} {reason}" for reason, count in reasons[:6]]
+        shown += ["..."] * (len(reasons) > 6)
+        return f"{read}, {sum(self.passed_over.values()):,} passed over: {', '.join(shown)}"
 
     def fingerprint(self) -> str:
-        """Hash of the files' names and bytes.
+        """Hash of the files' names and bytes, and of how they are read.
 
         Raises:
             DataError: A file cannot be read.
@@ -49,6 +79,8 @@ class TextFiles:
                     f"cannot read {self.root / file}: {error}; move it out of the corpus"
                 ) from error
             total.update(os.fsencode(file) + b"\0")
+        how = f"{self.lone} {sorted(map(os.fsencode, self.held_out))} {self.field} {self.encoding}"
+        total.update(how.encode())
         return total.hexdigest()
 
     def documents(self, file: str) -> Iterator[str]:
@@ -58,11 +90,15 @@ class TextFiles:
             file: Path of the file relative to `root`.
 
         Raises:
-            DataError: The file cannot be read, or is not text.
+            DataError: The file cannot be read, is not text, or has a record without text.
         """
-        content = text.read_text(self.root / file)
-        pieces = text.sections(content) if self.lone else iter([content])
-        return (piece for piece in pieces if piece.strip())
+        path = self.root / file
+        if is_records(file):
+            pieces = record_texts(path, self.field, self.encoding)
+        else:
+            text = file_text(path, self.encoding)
+            pieces = sections(text, SECTION if self.lone else WHOLE)
+        return (piece for piece in pieces if piece and not piece.isspace())
 
 
 def standard_library() -> TextFiles:
@@ -72,45 +108,128 @@ def standard_library() -> TextFiles:
         DataError: This Python has no source files of its standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for file in _walk(root, _NOT_LIBRARY) if file.endswith(".py")]
-    return _not_empty(TextFiles("stdlib", root, tuple(files)), ".py")
+    files = [file for file in _walk(root, Counter(), _NOT_LIBRARY) if file.endswith(".py")]
+    if not files:
+        raise DataError(f"corpus stdlib is empty: no .py file in {root}")
+    return TextFiles("stdlib", root, tuple(files))
 
 
-def find_text_files(path: str) -> TextFiles:
-    """The text files of a folder, or a lone file.
+def find_text_files(
+    path: str, field: str = "text", suffixes: str = "", encoding: str = "utf-8"
+) -> TextFiles:
+    """The files of a folder that make a corpus, or a lone file.
 
-    In a folder, files with a suffix of `text.TEXT_SUFFIXES` count, at any depth; hidden files and
-    folders are left out. A lone file counts whatever its suffix is.
+    A folder that holds records (JSON Lines, Parquet, Arrow) is a data set: these are read, and the
+    text beside them (README.md) is about them. In another folder, files with a suffix of
+    `text.TEXT_SUFFIXES` are read. Both are found at any depth and behind links; hidden files and
+    folders are left out. A lone file is read whatever its suffix is.
 
     Args:
         path: Path of a folder or a file.
+        field: Name of the field of records that holds the text.
+        suffixes: Suffixes of the files of a folder that are read, separated by blanks, such as
+            ".txt .jsonl"; "" chooses as said above.
+        encoding: Encoding of files without a byte order mark.
 
     Raises:
-        DataError: The path does not exist, or holds no text file.
+        DataError: The path does not exist, holds no such file, or there is no such encoding.
     """
+    _check_encoding(encoding)
     root = Path(path).expanduser().absolute()
     if root.is_file():
-        return TextFiles(path, root.parent, (root.name,), lone=True)
+        one = (root.name,)
+        return TextFiles(path, root.parent, one, lone=True, field=field, encoding=encoding)
     if not root.is_dir():
+        what = "is no regular file" if root.exists() else "does not exist"
         raise DataError(
-            f'corpus {path} does not exist: give a folder, a file, "stdlib", "tfds:NAME", or a '
+            f'corpus {path} {what}: give a folder, a file, "stdlib", "tfds:NAME", or a '
             "source of a --plugin"
         )
-    files = [file for file in _walk(root) if text.is_text(file)]
-    suffixes = " ".join(text.TEXT_SUFFIXES) + ", also with .gz"
-    return _not_empty(TextFiles(path, root, tuple(files)), suffixes)
+    passed: Counter[str] = Counter()
+    found = _walk(root, passed)
+    belongs, why = _chooser(found, suffixes)
+    files = [file for file in found if belongs(file)]
+    passed.update(why(file) for file in found if not belongs(file))
+    files, held_out = _own_splits(files, passed)
+    if not files:
+        known = suffixes or " ".join(
+            (*TEXT_SUFFIXES, *JSON_SUFFIXES[:-1], *ARROW_SUFFIXES, "also packed:", *PACKERS)
+        )
+        note = TextFiles(path, root, (), passed_over=+passed).note
+        raise DataError(f"corpus {path} is empty: no text file ({known}) in {root}; {note}")
+    return TextFiles(path, root, tuple(files), False, held_out, field, encoding, +passed)
 
 
-def _not_empty(found: TextFiles, suffixes: str) -> TextFiles:
-    if not found.files:
-        raise DataError(f"corpus {found.name} is empty: no text file ({suffixes}) in {found.root}")
-    return found
+def _check_encoding(encoding: str) -> None:
+    try:
+        "".encode(encoding)
+    except (LookupError, ValueError):
+        raise DataError(
+            f"unknown encoding {encoding!r}: write one of Python's, such as latin-1 or utf-16"
+        ) from None
 
 
-def _walk(root: Path, excluded: frozenset[str] = frozenset()) -> list[str]:
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if f not in excluded and not f.startswith(".")]
-        paths = (Path(folder, f) for f in files if not f.startswith("."))
-        found += [path.relative_to(root).as_posix() for path in paths if path.is_file()]
+def _chooser(found: list[str], suffixes: str) -> tuple[Callable[[str], bool], Callable[[str], str]]:
+    """Whether a file of a folder is read, and the reason for one that is not."""
+    if suffixes:
+        chosen = tuple(suffixes.lower().split())
+        named = lambda file: file.lower().endswith(chosen)  # noqa: E731
+        return lambda file: named(file) or named(unpacked_name(file)), _suffix
+    # A bare .json is mostly about data (dataset_info.json); of data (C4's) it is packed.
+    records = lambda file: is_records(file) and not file.lower().endswith(".json")  # noqa: E731
+    if any(map(records, found)):
+        return records, lambda file: _suffix(file) + " beside records" * is_text(file)
+    return is_text, _suffix
+
+
+def _suffix(file: str) -> str:
+    return Path(file.lower()).suffix or "without a suffix"
+
+
+def _own_splits(files: list[str], passed: Counter[str]) -> tuple[list[str], frozenset[str]]:
+    """Files to read, and those of them that a data set's own split holds out.
+
+    The validation split is held out, else the test split; the other one is not read.
+    """
+    of = {file: _split_name(file) if is_records(file) else None for file in files}
+    if "train" not in of.values():
+        return files, frozenset()
+    held_out = next((name for name in ("validation", "test") if name in of.values()), None)
+    unread = {file for file, name in of.items() if name == "test" != held_out}
+    passed["of the test split"] += len(unread)
+    chosen = frozenset(file for file, name in of.items() if name is not None and name == held_out)
+    return [file for file in files if file not in unread], chosen
+
+
+def _split_name(file: str) -> str | None:
+    """Split that a path names, as in data/train-00000-of-00002.parquet or test/part.jsonl."""
+    words = re.split(r"[^a-z]+", file.lower())
+    for word in reversed(words):  # the file's own name says more than its folder's
+        for split, names in _SPLITS.items():
+            if word in names:
+                return split
+    return None
+
+
+def _walk(root: Path, passed: Counter[str], excluded: frozenset[str] = frozenset()) -> list[str]:
+    """Files of a folder at any depth, behind links too, sorted; counts what is passed over."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()  # a link may lead to a folder that it lies in
+    for folder, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            passed["folders linked twice"] += 1
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        passed["hidden"] += sum(name.startswith(".") for name in (*folders, *files))
+        folders[:] = sorted(f for f in folders if f not in excluded and not f.startswith("."))
+        for name in files:
+            path = Path(folder, name)
+            if name.startswith("."):
+                continue
+            if path.is_file():
+                found.append(path.relative_to(root).as_posix())
+            else:
+                passed["broken links" if path.is_symlink() else "no regular files"] += 1
     return sorted(found)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import io
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from train.data import splits
 from train.data.config import DataError
 
 _TEXT_FIELDS = ("text", "book_text", "passage", "article", "document", "content", "body")
+_CHUNK = 64  # documents per read
 _NAME = re.compile(r"(?P<name>\w+)(/[\w.\-]+)?(:\d+\.\d+\.\d+)?")
 
 
@@ -33,9 +36,11 @@ class TfdsCorpus:
         DataError: The data set is unknown, not on disk, needs TensorFlow, or has no text field.
     """
 
+    note = ""
+
     def __init__(self, spec: str, validation: float, cache: Path):
         self.name = spec
-        self._builder = _open(spec, cache)
+        self._builder: Any = _open(spec, cache)
         info = self._builder.info
         self._field = _text_field(spec, info.features)
         own = [name for name in ("validation", "test") if name in info.splits]
@@ -46,15 +51,21 @@ class TfdsCorpus:
         self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     def documents(self, split: str) -> Iterator[str]:
-        from train.data.builder import texts
-
-        for document in texts(self._builder, self._stored(split), self._field):
+        for document in self._texts(self._stored(split)):
             side = split if self._held_out else splits.split_of(document, self._validation)
             if side == split and document.strip():
                 yield document
 
     def count(self, split: str) -> int:
         return self._builder.info.splits[self._stored(split)].num_examples
+
+    def _texts(self, stored: str) -> Iterator[str]:
+        source = self._builder.as_data_source(stored)
+        for start in range(0, len(source), _CHUNK):
+            keys = range(start, min(start + _CHUNK, len(source)))
+            for example in source.__getitems__(list(keys)):
+                value = example[self._field]
+                yield value.decode() if isinstance(value, bytes) else str(value)
 
     def _stored(self, split: str) -> str:
         return self._held_out if split == "validation" and self._held_out else "train"
@@ -63,8 +74,6 @@ class TfdsCorpus:
 def _open(spec: str, cache: Path):
     """Builder of a prepared data set, in cache/tfds or where TFDS keeps its data."""
     import tensorflow_datasets as tfds
-
-    from train.data.builder import quiet
 
     name = spec.removeprefix("tfds:")
     match = _NAME.fullmatch(name)
@@ -109,3 +118,16 @@ def _text_field(spec: str, features) -> str:
         f"{spec} has no field of running text ({', '.join(_TEXT_FIELDS)}) but "
         f"{', '.join(features)}: choose a corpus for language modelling"
     )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence TFDS, which announces a download on stdout and draws progress bars."""
+    import tensorflow_datasets as tfds
+
+    tfds.display_progress_bar(False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(True)

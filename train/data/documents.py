@@ -1,0 +1,172 @@
+"""The documents of a corpus on disk, in two splits: written once, in constant memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from tqdm import tqdm
+
+from train.data import splits
+from train.data.config import DataError
+from train.data.corpus import Split
+from train.data.storage import record_writer
+from train.data.text_files import TextFiles
+
+SIDES: tuple[Split, Split] = ("train", "validation")
+
+_METADATA = "documents.json"
+_BUFFER = 1 << 15  # bytes of each of 256 buckets in memory
+_KEY, _SIZE = 16, 8  # bytes in front of a spooled document
+_CHUNK = 64  # documents per read
+
+
+def write_documents(files: TextFiles, validation: float, folder: Path) -> None:
+    """Write the distinct documents of text files, each split in an order by hash.
+
+    Of near-duplicates, which have an equal `splits.document_digest`, the first one is kept. Where
+    the corpus has a held-out split of its own, its documents are taken out of the training split.
+
+    Args:
+        files: Files of the corpus.
+        validation: Share of the documents to hold out, between 0 and 1, where the corpus does not
+            say itself what is held out.
+        folder: Empty folder to write.
+
+    Raises:
+        DataError: A file is not text, or a split would have no document.
+        OSError: The data cannot be written.
+    """
+    spool = _Spool(folder / "spool")
+    ends: dict[Split, tuple[bytes, bytes]] = {}  # lowest and highest digest of each split
+    own: set[bytes] = set()  # digests of documents that the corpus itself holds out
+    read = 0
+    in_order = sorted(files.files, key=lambda file: file not in files.held_out)
+    for file in tqdm(in_order, "reading", unit="file", leave=False, disable=None):
+        for document in files.documents(file):
+            read += 1
+            key = splits.document_digest(document)
+            if file in files.held_out:
+                own.add(key)
+            elif key in own:
+                continue
+            held = file in files.held_out if files.held_out else splits.held_out(key, validation)
+            side = SIDES[held]
+            low, high = ends.get(side, (key, key))
+            ends[side] = min(low, key), max(high, key)
+            spool.add(side, key, document.encode())
+    spool.flush()
+    moved = _to_move(files, ends)
+    stored = 0
+    with contextlib.ExitStack() as stack:
+        write = {side: stack.enter_context(record_writer(_file(folder, side))) for side in SIDES}
+        for side in SIDES:
+            for key, document in spool.in_order(side):
+                write[SIDES[side == "train"] if key == moved else side](document)
+                stored += 1
+    (folder / "spool").rmdir()
+    counts = {"documents": read, "repeated": read - stored}
+    (folder / _METADATA).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+
+
+def _to_move(files: TextFiles, ends: dict[Split, tuple[bytes, bytes]]) -> bytes | None:
+    """Digest of the document that an empty split gets, the one nearest to the border."""
+    if len(ends) == 2:
+        return None
+    if files.held_out:
+        empty = "train" if "validation" in ends else "validation"
+        raise DataError(
+            f"corpus {files.name} has no document in its own {empty} split that is not in the "
+            f"other: choose files that have both with suffixes=..., or one file ({files.note})"
+        )
+    low, high = next(iter(ends.values()), (b"", b""))
+    if low == high:
+        raise splits.too_few(files.name, int(bool(ends)))
+    return low if "train" in ends else high
+
+
+class StoredDocuments:
+    """Documents that `write_documents` has written.
+
+    Args:
+        folder: Folder of the documents.
+    """
+
+    def __init__(self, folder: Path):
+        self._sources = {
+            side: ArrayRecordDataSource(os.fspath(_file(folder, side))) for side in SIDES
+        }
+        counts = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        self.repeated: int = counts["repeated"]
+
+    def documents(self, split: Split) -> Iterator[str]:
+        source = self._sources[split]
+        for start in range(0, len(source), _CHUNK):
+            stop = min(start + _CHUNK, len(source))
+            for document in source.__getitems__(list(range(start, stop))):
+                yield document.decode()
+
+    def count(self, split: Split) -> int:
+        return len(self._sources[split])
+
+
+class _Spool:
+    """Documents in files by the first byte of their key in an order by hash.
+
+    Args:
+        folder: Folder of the files.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self._folder = folder
+        self._buffers: dict[Path, bytearray] = {}
+
+    def add(self, side: Split, key: bytes, document: bytes) -> None:
+        order = hashlib.md5(side.encode() + key.hex().encode()).digest()
+        path = self._folder / f"{side}-{order[0]:02x}"
+        buffer = self._buffers.setdefault(path, bytearray())
+        buffer += order + key + len(document).to_bytes(_SIZE, "little") + document
+        if len(buffer) > _BUFFER:
+            self._write(path, buffer)
+
+    def flush(self) -> None:
+        for path, buffer in self._buffers.items():
+            self._write(path, buffer)
+
+    def in_order(self, side: Split) -> Iterator[tuple[bytes, bytes]]:
+        """Key and text of the distinct documents of a split, once: their files are removed."""
+        for path in sorted(self._folder.glob(f"{side}-*")):
+            with open(path, "rb") as file:
+                before = b""
+                for order, start, size in sorted(_index(path)):
+                    if order == before:
+                        continue
+                    before = order
+                    file.seek(start)
+                    yield file.read(_KEY), file.read(_SIZE + size)[_SIZE:]
+            path.unlink()
+
+    @staticmethod
+    def _write(path: Path, buffer: bytearray) -> None:
+        with open(path, "ab") as file:
+            file.write(buffer)
+        buffer.clear()
+
+
+def _index(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Order, index of the key's first byte, and size of each document of a spool's file."""
+    with open(path, "rb") as file:
+        while head := file.read(_KEY + _KEY + _SIZE):
+            size = int.from_bytes(head[-_SIZE:], "little")
+            yield head[:_KEY], file.tell() - _KEY - _SIZE, size
+            file.seek(size, os.SEEK_CUR)
+
+
+def _file(folder: Path, side: str) -> Path:
+    return folder / f"{side}.array_record"
