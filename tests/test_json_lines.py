@@ -29,7 +29,10 @@ def test_objects_with_their_line_numbers(name, tmp_path):
         (b'"text"', ', line 1: a JSON str, not an object: "text"'),
         (b'{"answer": "b"}', ', line 1: the field "question" is missing: give a string'),
         (b'{"question": "a", "answer": 3}', ', line 1: the field "answer" is 3: give a string'),
-        (b"\xff\xfe", "is not UTF-8 text"),
+        (
+            b'{}\n{"a": "\xe9"}',
+            r"is not UTF-8 text \(line 2: byte 0xe9, inv",
+        ),
         (None, "cannot read .*No such file.*; repair it or leave it out"),
     ],
 )
@@ -40,6 +43,17 @@ def test_mistakes_are_one_line(content, message, tmp_path):
     with pytest.raises(DataError, match=message) as error:
         list(read_json_lines(path, TEXTS))
     assert "\n" not in str(error.value) and "a.jsonl" in str(error.value)
+
+
+def test_an_array_of_objects(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(f"\n[{json.dumps(ROW)},\n {{}}]")
+    assert [line.fields for line in read_json_lines(path)] == [ROW, {}]
+    with pytest.raises(DataError, match='item 2: the field "question" is missing'):
+        list(read_json_lines(path, TEXTS))
+    path.with_suffix(".jsonl").write_text("[{}]")
+    with pytest.raises(DataError, match="a JSON list, not an object: .*belongs in a .json file"):
+        list(read_json_lines(path.with_suffix(".jsonl")))
 
 
 def test_a_damaged_archive_is_named(tmp_path):

@@ -95,6 +95,6 @@ def test_a_bad_record_is_one_line_with_its_place(records, message, tmp_path):
 
 def test_no_text_at_all(tmp_path):
     path = tmp_path / "items.jsonl"
-    path.write_bytes(b"\xff\xfe")
+    path.write_bytes(b"\xfe")
     with pytest.raises(ValueError, match="items.jsonl is not UTF-8 text"):
         read_task(str(path))

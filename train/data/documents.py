@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -23,7 +23,7 @@ SIDES: tuple[Split, Split] = ("train", "validation")
 _METADATA = "documents.json"
 _BUFFER = 1 << 15  # bytes of each of 256 buckets in memory
 _KEY, _SIZE = 16, 8  # bytes in front of a spooled document
-_CHUNK = 64  # documents per read
+_BLOCK = 1 << 18  # bytes of a record
 
 
 def write_documents(files: TextFiles, validation: float, folder: Path) -> None:
@@ -62,16 +62,21 @@ def write_documents(files: TextFiles, validation: float, folder: Path) -> None:
             spool.add(side, key, document.encode())
     spool.flush()
     moved = _to_move(files, ends)
-    stored = 0
+    counts = dict.fromkeys(SIDES, 0)
     with contextlib.ExitStack() as stack:
-        write = {side: stack.enter_context(record_writer(_file(folder, side))) for side in SIDES}
+        blocks = {
+            side: _Blocks(stack.enter_context(record_writer(_file(folder, side)))) for side in SIDES
+        }
         for side in SIDES:
             for key, document in spool.in_order(side):
-                write[SIDES[side == "train"] if key == moved else side](document)
-                stored += 1
+                to = SIDES[side == "train"] if key == moved else side
+                blocks[to].add(document)
+                counts[to] += 1
+        for block in blocks.values():
+            block.flush()
     (folder / "spool").rmdir()
-    counts = {"documents": read, "repeated": read - stored}
-    (folder / _METADATA).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+    stored = counts | {"repeated": read - sum(counts.values())}
+    (folder / _METADATA).write_text(json.dumps(stored) + "\n", encoding="utf-8")
 
 
 def _to_move(files: TextFiles, ends: dict[Split, tuple[bytes, bytes]]) -> bytes | None:
@@ -98,21 +103,47 @@ class StoredDocuments:
     """
 
     def __init__(self, folder: Path):
-        self._sources = {
-            side: ArrayRecordDataSource(os.fspath(_file(folder, side))) for side in SIDES
-        }
-        counts = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
-        self.repeated: int = counts["repeated"]
+        self._folder = folder
+        self._counts = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+
+    @property
+    def repeated(self) -> int:
+        """Number of documents that were read and left out, as others are equal to them."""
+        return self._counts["repeated"]
 
     def documents(self, split: Split) -> Iterator[str]:
-        source = self._sources[split]
-        for start in range(0, len(source), _CHUNK):
-            stop = min(start + _CHUNK, len(source))
-            for document in source.__getitems__(list(range(start, stop))):
-                yield document.decode()
+        source = ArrayRecordDataSource(os.fspath(_file(self._folder, split)))
+        for index in range(len(source)):
+            block, start = source[index], 0
+            while start < len(block):
+                size = int.from_bytes(block[start : start + _SIZE], "little")
+                start += _SIZE + size
+                yield block[start - size : start].decode()
 
     def count(self, split: Split) -> int:
-        return len(self._sources[split])
+        return self._counts[split]
+
+
+class _Blocks:
+    """Documents behind their sizes, many to a record: they are read in order.
+
+    Args:
+        write: Function that appends a record.
+    """
+
+    def __init__(self, write: Callable[[bytes], None]):
+        self._write = write
+        self._block = bytearray()
+
+    def add(self, document: bytes) -> None:
+        self._block += len(document).to_bytes(_SIZE, "little") + document
+        if len(self._block) > _BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._block:
+            self._write(bytes(self._block))
+        self._block.clear()
 
 
 class _Spool:
@@ -125,19 +156,20 @@ class _Spool:
     def __init__(self, folder: Path):
         folder.mkdir()
         self._folder = folder
-        self._buffers: dict[Path, bytearray] = {}
+        self._buffers: dict[tuple[Split, int], bytearray] = {}
 
     def add(self, side: Split, key: bytes, document: bytes) -> None:
         order = hashlib.md5(side.encode() + key.hex().encode()).digest()
-        path = self._folder / f"{side}-{order[0]:02x}"
-        buffer = self._buffers.setdefault(path, bytearray())
+        bucket = side, order[0]
+        buffer = self._buffers.setdefault(bucket, bytearray())
         buffer += order + key + len(document).to_bytes(_SIZE, "little") + document
         if len(buffer) > _BUFFER:
-            self._write(path, buffer)
+            self._write(bucket, buffer)
 
     def flush(self) -> None:
-        for path, buffer in self._buffers.items():
-            self._write(path, buffer)
+        for bucket, buffer in self._buffers.items():
+            self._write(bucket, buffer)
+        self._buffers.clear()
 
     def in_order(self, side: Split) -> Iterator[tuple[bytes, bytes]]:
         """Key and text of the distinct documents of a split, once: their files are removed."""
@@ -152,9 +184,8 @@ class _Spool:
                     yield file.read(_KEY), file.read(_SIZE + size)[_SIZE:]
             path.unlink()
 
-    @staticmethod
-    def _write(path: Path, buffer: bytearray) -> None:
-        with open(path, "ab") as file:
+    def _write(self, bucket: tuple[Split, int], buffer: bytearray) -> None:
+        with open(self._folder / f"{bucket[0]}-{bucket[1]:02x}", "ab") as file:
             file.write(buffer)
         buffer.clear()
 

@@ -15,7 +15,7 @@ from train.data.tokenizers import Tokenizer
 PADDING = -1
 """Token id behind the end of the last validation row."""
 
-_BLOCK = 1 << 20  # tokens in memory before their rows are written
+_BLOCK = 1 << 18  # tokens in memory before their rows are written
 
 
 class PackedRows:
