@@ -107,14 +107,14 @@ class ContinualReport:
         """Write the report as JSON, atomically: a reader sees the old file or the new one."""
         content = json.dumps({"tasks": self.tasks, "accuracy": self.accuracy.tolist()})
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(content + "\n")
+        partial.write_text(content + "\n", encoding="utf-8")
         os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> "ContinualReport":
         """Read a file of `save`; a ValueError for another file."""
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             return cls(content["tasks"], content["accuracy"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(

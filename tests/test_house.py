@@ -65,6 +65,24 @@ def test_module_is_short_and_says_its_purpose(path: Path):
     assert not rest or not rest[0], "the docstring's first line stands alone"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_text_files_are_opened_with_an_encoding(path: Path):
+    """What a run writes under a Latin-1 locale is read elsewhere."""
+    missing = []
+    for call in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(call, ast.Call) or any(k.arg == "encoding" for k in call.keywords):
+            continue
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        is_open = isinstance(call.func, ast.Name) and call.func.id == "open"
+        modes = [a.value for a in call.args if isinstance(a, ast.Constant)]
+        binary = any("b" in mode for mode in modes[-1:] if isinstance(mode, str))
+        path_open = name == "open" and any(mode in ("r", "w", "a", "a+", "x") for mode in modes)
+        text = any(k.arg == "text" for k in call.keywords)
+        if name in ("read_text", "write_text") or (is_open and not binary) or path_open or text:
+            missing.append(call.lineno)
+    assert missing == []
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_imports_point_one_way(name: str):
     forbidden = {"tensorflow", "tests"} | LIBRARIES.get(name, set())

@@ -57,7 +57,7 @@ def main(config: CompileConfig) -> None:
         "jax": jax.__version__,
     }
     if config.json:
-        Path(config.json).write_text(json.dumps(report, indent=2) + "\n")
+        Path(config.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.exit(0 if report["fits"] else 1)
 
 

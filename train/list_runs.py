@@ -109,7 +109,7 @@ def run_folders(given: Sequence[str]) -> list[Path]:
 
 def read_run(folder: Path) -> Run:
     """A run folder's config and metrics; a run that has logged nothing yet has no metrics."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     logged = (folder / "metrics.jsonl").is_file()
     return Run(folder, flat(config), read_metrics(folder) if logged else [])
 

@@ -35,7 +35,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
     partial = folder.with_name(folder.name + ".partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        with open(folder.with_name(folder.name + ".lock"), "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when the process dies
             if folder.exists():
                 return False

@@ -208,7 +208,7 @@ if any(lines[-1:]):
         """Set the line; it replaces an earlier one."""
         if self._watcher is None:
             command = [sys.executable, "-I", "-S", "-c", self._WATCH]
-            self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+            self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8")
         assert self._watcher.stdin
         self._watcher.stdin.write(f"{line}\n")
         self._watcher.stdin.flush()

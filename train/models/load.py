@@ -133,7 +133,7 @@ def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
         return PretrainedTokenizer(meta["tokenizer"], **meta["chat"])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tokenizer.json")
-        file.write_text(meta["tokenizer"])
+        file.write_text(meta["tokenizer"], encoding="utf-8")
         return load_tokenizer(str(file))
 
 

@@ -14,12 +14,14 @@ def save_rollouts(out: Path, step: int, metrics: dict[str, float], collected: Co
     folder = out / f"nonfinite-step-{step}"
     folder.mkdir(parents=True, exist_ok=True)
     shown = {name: str(value) for name, value in metrics.items()}
-    (folder / "metrics.json").write_text(json.dumps(shown, indent=2))
+    (folder / "metrics.json").write_text(json.dumps(shown, indent=2), encoding="utf-8")
     lines = [
         {"prompt": row.problem.prompt, "texts": row.texts, "reward": str(row.reward.value)}
         for row in collected.trajectories
     ]
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "rollouts.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     return folder
 
 

@@ -385,7 +385,7 @@ def _damaged(folder: epath.Path, what: str, error: Exception) -> CheckpointError
 
 def _is_intact(folder: epath.Path) -> bool:
     try:
-        leaves = json.loads((folder / "meta" / "metadata").read_text())["leaves"]
+        leaves = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))["leaves"]
         for item in _ITEMS:
             for name in leaves[item]:
                 _read_leaf(folder / item, name, None)

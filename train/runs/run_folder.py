@@ -125,7 +125,7 @@ def _first(out: Path, token: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path, how: int, refusal: str) -> Iterator[TextIO]:
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -147,7 +147,7 @@ def _check_shared(out: Path, token: str) -> None:
     """
     lock = out / _LOCK
     deadline = time.monotonic() + NETWORK_DISK
-    while not (lock.exists() and lock.read_text() == token):
+    while not (lock.exists() and lock.read_text(encoding="utf-8") == token):
         if time.monotonic() > deadline:
             raise ValueError(
                 f"{out} is not the folder that process 0 has under this name: pass an --out "
@@ -183,7 +183,7 @@ def save_evidence(
         "learning_rate": float(metrics["learning_rate"]),
     }
     if jax.process_index() == 0:
-        (folder / "metrics.json").write_text(json.dumps(evidence, indent=2))
+        (folder / "metrics.json").write_text(json.dumps(evidence, indent=2), encoding="utf-8")
     return (
         f"step {step}: loss {loss}, gradient norm {norm}: stopped; its batch and metrics "
         f"are in {folder}, the last checkpoint is untouched; look at the batch, or lower "
