@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import fake_gem
@@ -20,7 +21,7 @@ from train.rl.environments import ENVIRONMENTS
 from train.rl.named_tasks import make_task
 from train.rl.scoring import safe_score, safe_step
 from train.rl.tasks import TASKS
-from train.rl.tasks.gsm8k import final_number
+from train.rl.tasks.numbers import final_number, number_text, read_number
 from train.rl.tasks.shaping import format_bonus, ternary
 from train.rl.types import Completion, Problem, Reward, Turn
 
@@ -285,13 +286,45 @@ def test_hidden_facts_are_not_in_the_prompt():
     "text, number",
     [
         ("so 3 + 4\n#### 72", "72"), ("#### $1,072.50.", "1072.5"), ("it is 72.0.", "72"),
-        ("#### -5", "-5"), ("-$5", "-5"), ("$-5", "-5"), ("10-3", "3"), ("7 #### none", "7"),
-        ("#### 1 #### 2 or 3", "2"), ("007", "7"), ("-0.0", "0"), ("1,2345", "2345"),
+        ("#### -5", "-5"), ("-$5", "-5"), ("$-5", "-5"), ("10-3", None), ("7 #### none", "7"),
+        ("#### 1 #### 2 or 3", "2"), ("007", "7"), ("-0.0", "0"), ("1,2345", None),
         ("€3 €4", "4"), ("1e400", None), ("nan", None), ("", None), ("٣", None), ("####", None),
+        ("it is 1 000", "1000"), ("#### 5/8", "0.625"), ("4/6", "2/3"), ("at 3:30", None),
+        ("about 5 million", None), ("so x=5", "5"), ("3*24=72", "72"), ("1 1/2 cups", "1.5"),
+        ("we get \\boxed{1{,}000}", "1000"), ("<answer>72</answer>", "72"), ("**72**", "72"),
+        ("7 and 5 m^2", "5"), ("- 5\n- 6", "6"), ("10 - 3", None), ("#### 3:30", None),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):
     assert final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("5", "5"), ("+5", "5"), ("-5", "-5"), ("−5", "-5"), ("--5", None), ("(5)", "5"),
+        (".5", "1/2"), ("-.25", "-1/4"), ("5.", "5"), ("5.50", "11/2"), ("1.2.3", None),
+        ("1/2", "1/2"), ("1 / 2", "1/2"), ("-3/4", "-3/4"), ("5/8", "5/8"), ("1/0", None),
+        ("5/", None), ("1/2/3", None), ("1 1/2", "3/2"), ("-1 1/2", "-3/2"), ("½", "1/2"),
+        ("2½", "5/2"), ("\\frac{3}{4}", "3/4"), ("\\boxed{-7}", "-7"), ("$72$", "72"),
+        ("1,000", "1000"), ("1 000", "1000"), ("1\u202f000\u00a0000", "1000000"), ("1'000", "1000"),
+        ("12,345.5", "24691/2"), ("1,2345", None), ("12,34", None), ("1,000 000", None),
+        ("1.000.000", None), ("0 100", None), ("1_000", None), ("$1,072.50", "2145/2"),
+        ("-$5", "-5"), ("$-5", "-5"), ("-$-5", None), ("5€", "5"), ("50%", "50"), ("50 \\%", "50"),
+        ("5 km/h", "5"), ("72 cups of tea", "72"), ("$5 per day", "5"), ("5 m^2", "5"),
+        ("20 °C", "20"), ("3/4 cup", "3/4"), ("5 million", None), ("5M", None), ("5k", None),
+        ("3 dozen", None), ("5 and a half", None), ("3 or 4", None), ("3 to 4 cups", None),
+        ("2 hours 30 minutes", None), ("3:30", None), ("10-3", None), ("2^3", None), ("1e3", None),
+        ("1e999999999", None), ("9" * 101, None), ("٣", None), ("five", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_text_is_one_number_or_none(text, value):
+    assert read_number(text) == (None if value is None else Fraction(value))
+
+
+def test_equal_numbers_are_equal_texts():
+    for text in ("0.125", "-12.5", "0.05", "-0.001", "1000", "0", "2/3", "-22/7"):
+        assert number_text(Fraction(text)) == text and read_number(text) == Fraction(text)
 
 
 def test_long_texts_are_read_quickly():

@@ -51,7 +51,12 @@ def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> l
     return tokenizer.rendered(text)
 
 
-def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> list[Example]:
+def chat_examples(
+    tokenizer: "PretrainedTokenizer",
+    messages: Sequence[Message],
+    in_loss: Sequence[bool] | None = None,
+    tools: Sequence[Any] = (),
+) -> list[Example]:
     """A conversation as generation sees it, with a loss mask on its answers.
 
     The ids before each answer are exactly those of `chat_ids`. The answer's own ids follow, up to
@@ -65,10 +70,14 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
     Args:
         tokenizer: Tokenizer with a chat template.
         messages: Messages, at least one of which has the role "assistant".
+        in_loss: Whether an answer is learned, for each message; None learns all answers. The others
+            are context.
+        tools: Tools that the template shows, as JSON schemas.
 
     Raises:
         ValueError: The template fails, renders an answer that does not follow its own generation
-            prompt, or ends an answer with none of the model's end tokens.
+            prompt, ends an answer with none of the model's end tokens, or does not show the tools,
+            tool calls or thoughts of a message.
     """
     assert tokenizer.chat_template is not None
     ends = {*tokenizer.stop_ids, tokenizer.separator}
@@ -78,6 +87,7 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
         bos_token=tokenizer.bos,
         eos_token=tokenizer.eos,
         now=TRAINING_DAY,
+        **({"tools": list(tools)} if tools else {}),
     )
     examples: list[Example] = []
     ids: list[int] = []
@@ -93,6 +103,7 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
                 "it asks for it: give the model a template whose answers follow its generation "
                 "prompt"
             )
+        _check_shown(tokenizer.name, prompt, text, message, turn, tools)
         before = tokenizer.rendered(prompt)
         whole = tokenizer.rendered(text)
         follows = whole[: len(before)] == before
@@ -115,8 +126,34 @@ def chat_examples(tokenizer: "PretrainedTokenizer", messages: Sequence[Message])
             loss_mask = []
         unseen = len(before) - len(loss_mask)
         ids = before + answer[:length]
-        loss_mask = loss_mask + [False] * unseen + [True] * length
+        learned = in_loss is None or in_loss[turn]
+        loss_mask = loss_mask + [False] * unseen + [learned] * length
     return [*examples, Example(ids, loss_mask)]
+
+
+def _check_shown(
+    name: str, prompt: str, text: str, message: Message, turn: int, tools: Sequence[Any]
+) -> None:
+    """Refuse a template that leaves out what a message says beside its content."""
+    parts = [
+        ("a tool", function["name"], prompt)
+        for tool in tools
+        if isinstance(tool, Mapping)
+        and isinstance(function := tool.get("function", tool), Mapping)
+        and "name" in function
+    ]
+    answer = text[len(prompt) :]
+    for call in message.get("tool_calls", ()):
+        parts.append(("a tool call", call.get("function", call)["name"], answer))
+    for field in ("reasoning_content", "reasoning", "thinking"):
+        if message.get(field):
+            parts.append((field, str(message[field]).strip(), answer))
+    for what, shown, where in parts:
+        if shown not in where:
+            raise ValueError(
+                f"the chat template of {name} does not show {what} of message {turn + 1} "
+                f"({shown[:40]!r}): take it out, or give the model a template that does"
+            )
 
 
 def text_example(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.config import DataError
-from train.data.json_lines import check_text, read_json_lines
+from train.data.json_lines import JsonLine, check_text, read_json_lines
 from train.data.streams import unpacked_name
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -20,6 +20,28 @@ _BATCH = 256  # records in memory
 def is_records(name: str) -> bool:
     """Whether a file of this name holds records; JSON may be packed."""
     return unpacked_name(name).endswith(JSON_SUFFIXES) or name.lower().endswith(ARROW_SUFFIXES)
+
+
+def read_records(path: Path) -> Iterator[JsonLine]:
+    """Records of a file with all of their fields, in order, a few at a time.
+
+    Fields of Arrow and Parquet that are null are left out, as other records may have them.
+
+    Args:
+        path: Path of a file that `is_records`; another one is read as JSON Lines.
+
+    Raises:
+        DataError: The file cannot be read, or a line is no JSON object.
+    """
+    if not path.name.lower().endswith(ARROW_SUFFIXES):
+        yield from read_json_lines(path)
+        return
+    with _arrow_errors(path), contextlib.ExitStack() as stack:
+        _, batches = _opened(path, None, stack)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            fields = {name: value for name, value in row.items() if value is not None}
+            yield JsonLine(f"{path}, row {number}", number, fields)
 
 
 def record_texts(path: Path, field: str, encoding: str = "utf-8") -> Iterator[str]:
@@ -50,32 +72,39 @@ def _other_field(names: list[str]) -> str:
 
 
 def _column(path: Path, field: str) -> Iterator[str]:
+    count = 0
+    with _arrow_errors(path), contextlib.ExitStack() as stack:
+        schema, batches = _opened(path, field, stack)
+        kinds = {column.name: _value_type(column.type) for column in schema}
+        if not _is_text(kinds.get(field)):
+            found = str(kinds[field]) if field in kinds else "missing"
+            named = [name for name, kind in kinds.items() if _is_text(kind)]
+            raise DataError(f'{path}: the column "{field}" is {found}: {_other_field(named)}')
+        for batch in batches:
+            for value in batch.column(batch.schema.get_field_index(field)).to_pylist():
+                count += 1
+                if value is None:
+                    raise DataError(
+                        f'{path}, row {count}: the column "{field}" is null: give a string'
+                    )
+                yield value
+
+
+@contextlib.contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
     import pyarrow  # half a second, which a corpus of text files does not need
 
-    count = 0
     try:
-        with contextlib.ExitStack() as stack:
-            schema, batches = _opened(path, field, stack)
-            kinds = {column.name: _value_type(column.type) for column in schema}
-            if not _is_text(kinds.get(field)):
-                found = str(kinds[field]) if field in kinds else "missing"
-                named = [name for name, kind in kinds.items() if _is_text(kind)]
-                raise DataError(f'{path}: the column "{field}" is {found}: {_other_field(named)}')
-            for batch in batches:
-                for value in batch.column(batch.schema.get_field_index(field)).to_pylist():
-                    count += 1
-                    if value is None:
-                        raise DataError(
-                            f'{path}, row {count}: the column "{field}" is null: give a string'
-                        )
-                    yield value
+        yield
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot read {path}: {why}; repair it or leave it out") from error
 
 
-def _opened(path: Path, field: str, stack: contextlib.ExitStack) -> tuple[Any, Iterator[Any]]:
-    """Schema and record batches of a file."""
+def _opened(
+    path: Path, field: str | None, stack: contextlib.ExitStack
+) -> tuple[Any, Iterator[Any]]:
+    """Schema and record batches of a file, with one column or all."""
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -83,7 +112,7 @@ def _opened(path: Path, field: str, stack: contextlib.ExitStack) -> tuple[Any, I
         # A buffer, so that pages are read one after the other and not a row group at once.
         file = stack.enter_context(parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False))
         schema = file.schema_arrow
-        columns = [field] if field in schema.names else []
+        columns = None if field is None else [name for name in schema.names if name == field]
         return schema, file.iter_batches(_BATCH, columns=columns, use_threads=False)
     source = stack.enter_context(pyarrow.memory_map(str(path)))
     try:

@@ -1,47 +1,25 @@
 """Word problems in GSM8K's format, from disk."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from train.data.json_lines import JsonLine, read_json_lines
 from train.rl.problems import digest, options
+from train.rl.tasks.numbers import answers_after_mark, final_number, number_text, read_number
 from train.rl.tasks.shaping import format_bonus
 from train.rl.types import Completion, Problem, Reward, Split
 
 _HELD = 10  # of a single file, one question of so many is held out
-_NUMBER = re.compile(
-    r"(?:(?<![0-9])(?P<sign>[-\u2212])[$€£]?|[$€£](?P<inner>[-\u2212])?)?"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.(?P<part>[0-9]+))?"
-    r"(?P<power>[eE][+-]?[0-9]+)?"
-)
-
-
-def final_number(text: str) -> str | None:
-    """Final number of a text: the first after its last `####`, or else its last one.
-
-    Signs of money, commas between thousands, and zeros that say nothing are left out, so equal
-    numbers are equal texts: `$1,072.50` is `1072.5`. None without a number, or where it is
-    written with an exponent.
-    """
-    _, mark, after = text.rpartition("####")
-    found = _NUMBER.search(after) if mark else None
-    if found is None:
-        for found in _NUMBER.finditer(text):  # noqa: B007 (the last)
-            pass
-    if found is None or found["power"]:
-        return None
-    whole = found["whole"].replace(",", "").lstrip("0") or "0"
-    part = (found["part"] or "").rstrip("0")
-    number = f"{whole}.{part}" if part else whole
-    return f"-{number}" if (found["sign"] or found["inner"]) and number != "0" else number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GSM8K:
     """Word problems, lines of `{"question": ..., "answer": "... #### 72"}`.
+
+    Numbers are compared exactly, as fractions (`numbers.read_number`); an answer of the file that
+    is not one number stops the run.
 
     Attributes:
         path: Folder with train.jsonl and test.jsonl, or one file, a tenth of whose questions are
@@ -83,8 +61,7 @@ class GSM8K:
         reward = Reward(float(right), right)
         if not self.bonus:
             return reward
-        _, mark, after = completion.text.rpartition("####")
-        return format_bonus(reward, bool(mark and _NUMBER.search(after)), self.bonus)
+        return format_bonus(reward, answers_after_mark(completion.text), self.bonus)
 
     def _read(self) -> dict[Split, list[Problem]]:
         path = Path(self.path)
@@ -119,8 +96,9 @@ class GSM8K:
     def _problem(self, line: JsonLine) -> Problem:
         question, answer = line.fields["question"], line.fields["answer"]
         _, mark, after = answer.rpartition("####")
-        number = final_number(after) if mark else None
+        number = read_number(after) if mark else None
         if number is None:
-            raise ValueError(f"{line.where}: the answer does not end in `#### number`")
+            found = f"ends in {'####' + after[:40]!r}" if mark else "has no ####"
+            raise ValueError(f"{line.where}: the answer {found}: end it in `#### number`")
         prompt = self.template.replace("{question}", question)
-        return Problem(f"gsm8k-{digest(question):016x}", prompt, number)
+        return Problem(f"gsm8k-{digest(question):016x}", prompt, number_text(number))

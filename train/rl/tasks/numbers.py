@@ -1,0 +1,143 @@
+"""Exact numbers in texts: read whole, as fractions, or not at all."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from fractions import Fraction
+
+_LONGEST = 100  # characters of a number; Python refuses integers of some thousand digits
+
+_SPACES = " \u00a0\u2009\u202f"
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:['\u2019][0-9]{3})+|[0-9]+)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)"
+_UNIT = r"(?:(?:[kcm]?m|ft|in)\^?[23]|[^\W\d_]+[²³]?)"
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)[$€£¥]?(?P<inner>[-+]?)"
+    rf"(?:(?P<mixed>{_DIGITS})&)?(?P<top>{_DECIMAL})(?:/(?P<bottom>{_DECIMAL}))?"
+    rf"(?:\s?[%°$€£¥]|\s?°?(?P<unit>{_UNIT}(?:(?:/|\s|\sper\s){_UNIT}){{0,4}}))?"
+)
+
+# What changes the value of the number before it, or says that there is more than one.
+_MULTIPLIERS = frozenset(["hundred", "thousand", "million", "billion", "trillion", "dozen"])
+_NO_UNITS = _MULTIPLIERS | frozenset(
+    ["k", "b", "bn", "mn", "e", "x", "i", "pi", "π", "half", "halves", "third", "thirds", "quarter",
+     "quarters", "score", "and", "or", "to", "minus", "plus", "times", "point", "th", "st", "nd",
+     "rd"]
+)  # fmt: skip
+
+_LATEX = (
+    (re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r" \1/\2 "),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"\\[,;! ]"), ""),
+    (re.compile(r"\\(?:boxed|text|mathrm|mathbf)\b|[{}\\]"), " "),
+)
+_FRACTION_SIGN = re.compile("[¼-¾⅐-⅞]")
+_THOUSANDS = re.compile(
+    rf"(?<![0-9.,/:'])(?<![0-9][{_SPACES}])([1-9][0-9]{{0,2}})((?:[{_SPACES}][0-9]{{3}})+)(?![0-9])"
+)
+_MIXED = re.compile(r"(?<![0-9./:,])([0-9]+)[ \u00a0]([0-9]+[ ]?/[ ]?[0-9])")
+_OPERATOR = re.compile(r"(?<=[0-9])[ \t]?([-+*×÷/^])[ \t]?(?=[0-9])")
+_OUTSIDE = "()[]*_`\"'“”‘’.,;:!?#~≈|"
+
+
+def read_number(text: str) -> Fraction | None:
+    """Value of a text that is one number, or None.
+
+    Fractions (3/4), mixed numbers (1 1/2), decimals (.5), thousands in three styles (1,000 and
+    1 000 and 1'000) and signs are read; a sign of money, a per cent sign and a unit in words are
+    left out, so 50 % is 50. A text with a second number, a word for a multiple (5 million), an
+    exponent, a time of day or an expression is no number.
+    """
+    return _value(_normal(text).strip())
+
+
+def final_number(text: str) -> str | None:
+    """Final number of a text: the first after its last `####`, or else its last one.
+
+    Equal numbers are equal texts: `$1,072.50` is `1072.5`, and `4/6` is `2/3`. None where there
+    is no number, or what stands there is more than a number, as in `3:30` or `10-3`.
+    """
+    _, mark, after = text.rpartition("####")
+    for part, index in ((after if mark else "", 0), (text, -1)):
+        words = _words(part)
+        found = [n for n, word in enumerate(words) if _has_number(word)]
+        if found:
+            place = found[index]
+            scaled = words[place + 1 : place + 2] and words[place + 1].lower() in _MULTIPLIERS
+            value = None if scaled else _value(words[place])
+            return None if value is None else number_text(value)
+    return None
+
+
+def answers_after_mark(text: str) -> bool:
+    """Whether a number follows the last `####` of a text."""
+    _, mark, after = text.rpartition("####")
+    return bool(mark) and final_number(f"####{after}") is not None
+
+
+def number_text(value: Fraction) -> str:
+    """A number in decimals where they end, else as a fraction in lowest terms."""
+    places = 0
+    rest = value.denominator
+    for prime in (2, 5):
+        count = 0
+        while rest % prime == 0:
+            rest //= prime
+            count += 1
+        places = max(places, count)
+    if rest != 1:
+        return str(value)
+    digits = f"{abs(value.numerator) * 10**places // value.denominator:0{places + 1}d}"
+    whole, part = digits[: len(digits) - places], digits[len(digits) - places :]
+    return "-" * (value < 0) + whole + f".{part}" * bool(places)
+
+
+def _normal(text: str) -> str:
+    """Text in which each number is written without spaces, and a mixed one with `&`."""
+    text = text.replace("\u2212", "-").replace("\u2044", "/")
+    for pattern, by in _LATEX:
+        text = pattern.sub(by, text)
+    fraction = lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/")  # noqa: E731
+    text = _FRACTION_SIGN.sub(fraction, text)
+    text = _THOUSANDS.sub(lambda found: re.sub(rf"[{_SPACES}]", "", found[0]), text)
+    text = _MIXED.sub(r"\1&\2", text)
+    return _OPERATOR.sub(r"\1", text)
+
+
+def _words(text: str) -> list[str]:
+    """Words of a text without the signs around them."""
+    words = re.split(r"[\s=<>]+", _normal(text))
+    return [_stripped(word) for word in words]
+
+
+def _has_number(word: str) -> bool:
+    """Whether a word has a digit that is not that of a unit, as in m^2."""
+    return re.search("[0-9]", word) is not None and not re.fullmatch(_UNIT, word)
+
+
+def _stripped(word: str) -> str:
+    word = word.rstrip(_OUTSIDE)
+    # A point in front belongs to a decimal.
+    begin = word.lstrip(_OUTSIDE)
+    return word[len(word) - len(begin) - 1 :] if word[: -len(begin)].endswith(".") else begin
+
+
+def _value(text: str) -> Fraction | None:
+    text = _stripped(text)
+    found = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
+    if found is None or (found["sign"] and found["inner"]):
+        return None
+    unit = (found["unit"] or "").lower()
+    if _NO_UNITS & set(re.split(r"[\s/]+", unit)) or (found["unit"] or "") in ("M", "K", "B"):
+        return None
+    top, bottom = (_decimal(found[name] or "1") for name in ("top", "bottom"))
+    if bottom == 0 or (found["mixed"] and not found["bottom"]):
+        return None
+    value = top / bottom + _decimal(found["mixed"] or "0")
+    return -value if "-" in found["sign"] + found["inner"] else value
+
+
+def _decimal(text: str) -> Fraction:
+    return Fraction(re.sub("[,'\u2019]", "", text).removesuffix("."))
