@@ -82,7 +82,7 @@ def test_what_a_record_says(record, messages, in_loss, tools):
         ({"messages": [USER, {**BOT, "tool_calls": [{"id": 1}]}]}, "without the name of a fun"),
         ({"messages": [USER, {**BOT, "tool_calls": [{"name": "f", "arguments": "{"}]}]},
          "message 2: the arguments of f are not JSON"),
-        ({"messages": [{**USER, "content": [{"type": "image_url"}]}, BOT]}, "message 1 is .*no tex"),
+        ({"messages": [{**USER, "content": [{"type": "image"}]}, BOT]}, "message 1 is .*no tex"),
         ({"messages": [SYSTEM, USER, BOT], "system": "be brief"}, "keep one"),
         ({"messages": [USER, BOT], "tools": "look"}, '"tools" are not JSON'),
         ({"messages": [USER, BOT], "tools": {"name": "look"}}, '"tools" is .*give a list'),

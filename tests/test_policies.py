@@ -22,7 +22,7 @@ ROWS, TOKENS, SLOTS = 6, 10, 24
 RATIOS = [1.0, 1.1, 1.5, 2.0, 3.0]
 CAUSAL = [
     *(PrefixRank(ratio) for ratio in RATIOS),
-    *(PrefixRank(1.5, window=1), PrefixRank(1.5, window=4), PrefixRank(2.0, burst=3)),
+    *(PrefixRank(1.5, window=2), PrefixRank(1.5, window=4), PrefixRank(2.0, burst=3)),
     *(Threshold(ratio) for ratio in RATIOS),
     *(Threshold(1.5, burst=3), Threshold(1.5, offset=0.2), Threshold(1.5, offset=-0.5)),
 ]
@@ -390,3 +390,16 @@ def test_causal_stream_counts_are_a_function_of_the_prefix(policy, seed):
 def test_stream_counts_of_top_k_tell_the_next_token():
     """Some bits of the 9: with these weights 1.6 and 1.4."""
     assert information(TopK(1.5), 0) > 1 and information(TopK(1.5), 1) > 1
+
+
+@pytest.mark.parametrize("ratio, window", [(1.25, 3), (1.5, 1), (1.1, 9), (1.001, 999)])
+def test_a_window_whose_originals_use_up_its_budget_is_refused(ratio, window):
+    message = rf"window={window} with ratio={ratio} never forks.* a window of {window + 1} or more"
+    with pytest.raises(ValueError, match=message):
+        PrefixRank(ratio, window)
+    # The smallest one that is accepted forks.
+    policy = PrefixRank(ratio, window + 1)
+    assert math.floor(Fraction(str(ratio)) * policy.window) > policy.window
+    assert PrefixRank(1.0, window).capacity(8) == 8, "a ratio of 1 says that nothing forks"
+    with pytest.raises(ValueError, match="burst=4 with ratio=1.0 never forks"):
+        PrefixRank(1.0, burst=4)

@@ -48,6 +48,15 @@ def test_filters_see_what_the_one_before_left():
     assert kept(filtered(LOGITS[:1], Sampling.of(9.0, min_p=0.7))) == [[0, 1, 2, 3, 4]]
 
 
+def test_a_mass_of_one_is_off():
+    """The cumulative sum rounds to 1 before its end: the filter would drop improbable tokens."""
+    logits = jnp.linspace(0.0, -40.0, 500)[None]
+    assert len(kept(keep_top_p(logits, 1.0))[0]) < 500
+    for mass in (1.0, 1 - 1e-9, 1, None):
+        assert len(kept(filtered(logits, Sampling.of(1.0, top_p=mass)))[0]) == 500
+    assert len(kept(filtered(logits, Sampling.of(1.0, top_p=0.999)))[0]) < 500
+
+
 def test_samples_have_the_filtered_frequencies():
     sampling = Sampling.of(0.5, top_k=3)
     rows = jnp.broadcast_to(LOGITS[0], (4000, 5))

@@ -27,7 +27,7 @@ from train.devices.mesh import (
 )
 from train.engine.optim import OptimizerConfig, make_schedule, muon_dimensions
 from train.engine.state import make_trainable
-from train.engine.step import make_train_step
+from train.engine.step import make_train_step, pretraining_loss
 
 CONFIG = dataclasses.replace(BASE, vocab_size=32, num_layers=2, fork_layers=(0, 1))
 TRACKED = dataclasses.replace(CONFIG, policy=Threshold(1.5))
@@ -118,6 +118,21 @@ def test_accumulation_has_the_true_denominator(one_device):
     _, losses, params, _ = run_steps(devices=1, accumulate=4)
     np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
     assert_close(params, one_device[2], 2e-5)
+
+
+def test_weights_that_sum_below_one_are_divided_by_their_sum(one_device):
+    """The scale of all weights together changes nothing."""
+    trainable, _ = program(devices=1)
+
+    def scaled(model, batch, key):
+        total, weight, aux = pretraining_loss(model, batch, key)
+        return total * 1e-4, weight * 1e-4, aux
+
+    step = make_train_step(trainable, 1, scaled)
+    state, metrics = step(trainable.init(), place(batches(1)[0], trainable.mesh))
+    np.testing.assert_allclose(metrics["loss"], one_device[1][0], rtol=1e-5)
+    whole = program(devices=1)[1](trainable.init(), place(batches(1)[0], trainable.mesh))[1]
+    np.testing.assert_allclose(metrics["grad_norm"], whole["grad_norm"], rtol=1e-4)
 
 
 def test_accumulation_on_a_mesh(one_device):

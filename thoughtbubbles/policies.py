@@ -108,6 +108,7 @@ class PrefixRank(Bucketed):
             raise ValueError(f"window={self.window} is below 1: choose 1 token or more")
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise={self.noise} scales noise: choose a finite number, 0 or more")
+        _check_forks(self.ratio, self.window, self.burst)
 
     def keep(self, candidates: Candidates) -> jax.Array:
         ranks = prefix_ranks(_ties(_keys(candidates)), self._tokens(candidates), self.window)
@@ -360,6 +361,22 @@ def _ties(keys: jax.Array) -> jax.Array:
 def _check_ratio(ratio: float) -> None:
     if not (math.isfinite(ratio) and ratio >= 1):
         raise ValueError(f"ratio={ratio} is below 1: every token needs a stream, choose 1 or more")
+
+
+def _check_forks(ratio: float, window: int | None, burst: int) -> None:
+    """Refuse a budget of a window that its originals use up; a ratio of 1 alone says so itself."""
+    extra = _fraction(ratio) - 1
+    if extra == 0 and burst:
+        raise ValueError(
+            f"burst={burst} with ratio={ratio} never forks, as originals use up the budget: "
+            "choose a ratio above 1, or burst=0"
+        )
+    if extra > 0 and window is not None and extra * window < 1:
+        raise ValueError(
+            f"window={window} with ratio={ratio} never forks, as its originals use up "
+            f"floor({ratio} * {window}) = {window} streams: choose a window of {math.ceil(1 / extra)} "
+            "or more"
+        )
 
 
 def _check_burst(burst: int) -> None:

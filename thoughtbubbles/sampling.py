@@ -48,7 +48,7 @@ class Sampling:
         Args:
             temperature: Temperature; 0 is greedy, where filters change nothing.
             top_k: Number of most probable tokens to sample from; None switches the filter off.
-            top_p: Probability mass to sample from; None switches the filter off.
+            top_p: Probability mass to sample from; None and 1 switch the filter off.
             min_p: Smallest probability relative to that of the most probable token; None switches
                 the filter off.
 
@@ -63,6 +63,10 @@ class Sampling:
             raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
         if min_p is not None and not 0 <= min_p <= 1:
             raise ValueError(f"min_p={min_p}: choose from 0 to 1")
+        if (
+            top_p is not None and jnp.float32(top_p) == 1
+        ):  # rounding of the cumulative sum would exclude improbable tokens
+            top_p = None
         if jnp.float32(temperature) == 0:
             return cls()
         number = lambda value: None if value is None else jnp.float32(value)  # noqa: E731
