@@ -374,8 +374,8 @@ def _check_forks(ratio: float, window: int | None, burst: int) -> None:
     if extra > 0 and window is not None and extra * window < 1:
         raise ValueError(
             f"window={window} with ratio={ratio} never forks, as its originals use up "
-            f"floor({ratio} * {window}) = {window} streams: choose a window of {math.ceil(1 / extra)} "
-            "or more"
+            f"floor({ratio} * {window}) = {window} streams: choose a window of "
+            f"{math.ceil(1 / extra)} or more"
         )
 
 

@@ -26,7 +26,7 @@ class ChatDataConfig:
     """Conversations, row length and packing of a run on chat data."""
 
     path: tuple[str, ...] = ()
-    """JSON Lines files, and folders of them (.jsonl, also with .gz, at any depth)."""
+    """Files of conversations (JSON Lines, also packed, Parquet, Arrow), and folders of them."""
 
     validation_path: str | None = None
     """File or folder of held-out conversations, instead of a share of the others."""

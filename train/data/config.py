@@ -27,8 +27,8 @@ class DataConfig:
 
     corpus: str = "stdlib"
     """Source of the text: "stdlib" (the Python standard library's own source), the path of a folder
-    of text files or of one file, "tfds:NAME[/CONFIG]" (a TFDS data set on disk), or a source of a
-    plugin as name(key=value)."""
+    or file of text, JSON Lines or Parquet, files(path=..., field='text') with options,
+    "tfds:NAME[/CONFIG]" (a TFDS data set on disk), or a source of a plugin as name(key=value)."""
 
     tokenizer: str = "bytes"
     """Either "bytes", or the path of a Hugging Face tokenizer.json."""
