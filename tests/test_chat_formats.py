@@ -3,14 +3,16 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
-from test_chat_data import letters
+from test_chat_data import CHATML, letters
 
 from train.data import ByteTokenizer, DataError
 from train.data.chat_formats import read_chat
-from train.data.chat_templates import render
+from train.data.chat_templates import chat_examples, render
 from train.data.conversations import Conversation, read_conversations
+from train.models.load import LanguageModel
 
 SYSTEM = {"role": "system", "content": "be brief"}
 USER = {"role": "user", "content": "what is it"}
@@ -170,3 +172,45 @@ def test_twins_have_one_digest():
     twin = {"messages": [USER, {**BOT, "content": "it is here  \r\n"}]}
     chats = [read_chat(record, "a") for record in (twin, {"messages": [USER, BOT]})]
     assert len({Conversation("a", chat).digest for chat in chats}) == 1
+
+
+THINKS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+def test_a_thought_that_the_template_opens_is_closed():
+    tokenizer = letters(THINKS)
+    messages = [USER, BOT]
+    with pytest.raises(ValueError, match="opens <think> before message 2.*--data.close-thoughts"):
+        chat_examples(tokenizer, messages)
+    prompt = render(THINKS, messages[:1])
+    [example] = chat_examples(tokenizer, messages, close_thoughts=True)
+    start = example.loss_mask.index(True)
+    assert example.ids[:start] == tokenizer.rendered(prompt)
+    closed = f"{prompt}\n</think>\n\nit is here<|im_end|>"
+    assert example.ids == tokenizer.rendered(closed)
+    # A thought of its own that the template leaves out is not dropped unseen.
+    strips = THINKS.replace("m.content", "m.content.split('</think>')[-1]")
+    own = [USER, {**BOT, "content": "<think>\nhm\n</think>\n\nit is here"}]
+    with pytest.raises(ValueError, match="does not show the thought of message 2 .'hm'"):
+        chat_examples(letters(strips), own, close_thoughts=True)
+    [whole] = chat_examples(tokenizer, own)
+    assert tokenizer.decode(whole.ids[start:]) == tokenizer.decode(
+        tokenizer.rendered("hm\n</think>\n\nit is here")
+    )
+
+
+def test_an_end_of_turn_that_the_files_do_not_name():
+    """Of the base models of Qwen2.5: their eos is <|endoftext|>, their turns end in <|im_end|>."""
+    base = letters(CHATML.replace("<|im_end|>", "x"))
+    with pytest.raises(ValueError, match="name the one that it ends with, --data.end-token"):
+        chat_examples(base, [USER, BOT])
+    lm = LanguageModel(cast(Any, None), base)
+    ends = lm.with_stop_token("x")
+    assert ends.stop_ids[: len(base.stop_ids) + 1] == (*base.stop_ids, base.id("x"))
+    assert cast(Any, ends.tokenizer).eos == base.eos, "what the template shows stays"
+    [example] = chat_examples(cast(Any, ends.tokenizer), [USER, BOT])
+    assert example.ids[-1] == base.id("x") and example.loss_mask[-1]
+    with pytest.raises(ValueError, match="has no token 'absent'"):
+        lm.with_stop_token("absent")
+    with pytest.raises(ValueError, match="bytes has one end token: leave it out"):
+        LanguageModel(cast(Any, None), ByteTokenizer()).with_stop_token("x")

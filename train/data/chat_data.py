@@ -41,6 +41,13 @@ class ChatDataConfig:
     """Several conversations in a row, each masked from the others. Only a plain decoder takes such
     rows; a model that forks needs rows of one conversation."""
 
+    end_token: str | None = None
+    """Token that ends an answer where the weights' own files name another one, such as "<|im_end|>"
+    for the base models of Qwen2.5; the tuned model stops there too."""
+
+    close_thoughts: bool = False
+    """Empty thought before answers without one, for templates that open <think> themselves."""
+
     seed: int = 0
     """Order of the training rows. Neither the split nor the rows depend on it."""
 
@@ -227,7 +234,9 @@ def _rows(
     counts = {"conversations": len(conversations), "texts": 0, "cut": 0, "dropped": 0}
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     shown = tqdm(conversations, "tokenising", unit="conversation", leave=False, disable=None)
-    for example in (example for chat in shown for example in chat.examples(tokenizer)):
+    for example in (
+        example for chat in shown for example in chat.examples(tokenizer, config.close_thoughts)
+    ):
         counts["texts"] += 1
         loss_mask = np.array(example.loss_mask[:width])
         loss_mask[:1] = False  # the first token of a row is no target

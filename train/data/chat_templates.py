@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ def chat_examples(
     messages: Sequence[Message],
     in_loss: Sequence[bool] | None = None,
     tools: Sequence[Any] = (),
+    close_thoughts: bool = False,
 ) -> list[Example]:
     """A conversation as generation sees it, with a loss mask on its answers.
 
@@ -73,6 +75,8 @@ def chat_examples(
         in_loss: Whether an answer is learned, for each message; None learns all answers. The others
             are context.
         tools: Tools that the template shows, as JSON schemas.
+        close_thoughts: Whether an answer begins with an empty thought where the generation prompt
+            opens one (`<think>`) and the template shows the answer without.
 
     Raises:
         ValueError: The template fails, renders an answer that does not follow its own generation
@@ -97,6 +101,15 @@ def chat_examples(
             continue
         prompt = fill(messages=messages[:turn])
         text = fill(messages=messages[: turn + 1], add_generation_prompt=False)
+        opened = re.search(r"<think>\s*$", prompt)
+        if opened and not text.startswith(prompt) and text.startswith(prompt[: opened.start()]):
+            if not close_thoughts:
+                raise ValueError(
+                    f"the chat template of {tokenizer.name} opens <think> before message "
+                    f"{turn + 1}, and shows it without: pass --data.close-thoughts, which puts an "
+                    "empty thought there"
+                )
+            text = f"{prompt}\n</think>\n\n{text[opened.start() :].lstrip()}"
         if not text.startswith(prompt):
             raise ValueError(
                 f"the chat template of {tokenizer.name} shows message {turn + 1} otherwise than "
@@ -112,8 +125,8 @@ def chat_examples(
         if length is None:
             raise ValueError(
                 f"the chat template of {tokenizer.name} ends message {turn + 1} with none of the "
-                f"model's end tokens (ids {sorted(ends)}), so it would not learn to stop: add its "
-                "eos_token to the template"
+                f"model's end tokens (ids {sorted(ends)}), so it would not learn to stop: name the "
+                "one that it ends with, --data.end-token, or add its eos_token to the template"
             )
         rest = answer[length:]
         if ends & set(rest) and tokenizer.decode([i for i in rest if i not in ends]).strip():
@@ -145,6 +158,9 @@ def _check_shown(
     answer = text[len(prompt) :]
     for call in message.get("tool_calls", ()):
         parts.append(("a tool call", call.get("function", call)["name"], answer))
+    thought, closed, _ = message["content"].rpartition("</think>")
+    if closed:
+        parts.append(("the thought", thought.rpartition("<think>")[2].strip(), answer))
     for field in ("reasoning_content", "reasoning", "thinking"):
         if message.get(field):
             parts.append((field, str(message[field]).strip(), answer))

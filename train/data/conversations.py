@@ -49,11 +49,13 @@ class Conversation:
         parts = [messages, self.chat.gap, *([self.chat.tools] if self.chat.tools else [])]
         return splits.digest(json.dumps(parts, sort_keys=True))
 
-    def examples(self, tokenizer: Tokenizer) -> list[Example]:
+    def examples(self, tokenizer: Tokenizer, close_thoughts: bool = False) -> list[Example]:
         """Texts with their loss masks; a chat template may need several for a conversation.
 
         Args:
             tokenizer: Tokenizer of the model.
+            close_thoughts: Whether an answer begins with an empty thought where its generation
+                prompt opens one.
 
         Raises:
             DataError: The conversation does not fit the tokenizer.
@@ -61,7 +63,11 @@ class Conversation:
         if isinstance(tokenizer, PretrainedTokenizer) and tokenizer.chat_template is not None:
             try:
                 return chat_examples(
-                    tokenizer, self.chat.messages, self.chat.in_loss, self.chat.tools
+                    tokenizer,
+                    self.chat.messages,
+                    self.chat.in_loss,
+                    self.chat.tools,
+                    close_thoughts,
                 )
             except ValueError as error:
                 raise DataError(f"{self.where}: {error}") from error

@@ -83,6 +83,8 @@ class SFTJob:
         mesh = make_mesh(config.mesh)
         check_batch(config.batch_size, config.accumulate, mesh)
         self._lm: LanguageModel = load_language_model_on(mesh, config.weights)
+        if config.data.end_token is not None:
+            self._lm = self._lm.with_stop_token(config.data.end_token)
         model = self._lm.model
         if self._lm.memgen is not None:
             raise ValueError(

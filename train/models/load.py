@@ -55,6 +55,25 @@ class LanguageModel:
     tokenizer: Tokenizer
     memgen: MemGen | None = None
 
+    def with_stop_token(self, token: str) -> "LanguageModel":
+        """This model, which also stops at another token of its vocabulary.
+
+        Args:
+            token: Token that ends an answer, such as "<|im_end|>".
+
+        Raises:
+            ValueError: The vocabulary has no such token, or the tokenizer is no pretrained one.
+        """
+        if not isinstance(self.tokenizer, PretrainedTokenizer):
+            raise ValueError(
+                f"end_token={token!r}: {self.tokenizer.name} has one end token: leave it out"
+            )
+        parts = tokenizer_meta(self.tokenizer)
+        stop_tokens = list(dict.fromkeys([*self.tokenizer.stop_tokens, token]))
+        parts["chat"] |= {"stop_tokens": stop_tokens}
+        stored = parts | {"tokenizer": self.tokenizer.to_json()}
+        return dataclasses.replace(self, tokenizer=tokenizer_of(stored))
+
     @property
     def context_length(self) -> int | None:
         """Number of tokens that the model was trained on at a time, if known."""
