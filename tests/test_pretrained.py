@@ -70,6 +70,26 @@ def edit(file: Path, **changes) -> None:
 # Equal to the reference
 
 
+def test_a_head_beside_a_tied_embedding_is_compared(copy):
+    """Equal: tied. Another one is used, as it was trained, and said so."""
+    library = pytest.importorskip("safetensors.numpy")
+    folder = copy("qwen2")
+    tied = load_pretrained(folder)
+    embed = np.asarray(tied.params["embed"])
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "head.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    library.save_file({"lm_head.weight": embed}, folder / "head.safetensors")
+    assert load_pretrained(folder).config.tied_head
+    library.save_file({"lm_head.weight": 2 * embed}, folder / "head.safetensors")
+    with pytest.warns(UserWarning, match="lm_head.weight differs from model.embed_tokens.weight"):
+        own = load_pretrained(folder)
+    assert not own.config.tied_head
+    tokens = jnp.asarray(expected("qwen2")["tokens"], jnp.int32)
+    logits = [logits_of(model_of(found), tokens) for found in (tied, own)]
+    np.testing.assert_allclose(2 * logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_cached_greedy_decoding_are_those_of_transformers(name: str):
     wanted, found = expected(name), load_pretrained(FIXTURES / name)

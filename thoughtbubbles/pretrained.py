@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -220,17 +221,38 @@ def save_pretrained(
 
 
 def open_pretrained(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokenizer]:
-    """The tensors, the config and the tokenizer of a folder or file; no tensor is read yet."""
+    """The tensors, the config and the tokenizer of a folder or file.
+
+    No tensor is read yet but a head that stands beside an embedding which the config ties it to.
+    """
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
-        return file, config_from_json(file.fields, str(path)), file.tokenizer()
+        config = _untied(path, file, config_from_json(file.fields, str(path)))
+        return file, config, file.tokenizer()
     if not path.is_dir():
         raise ValueError(f"{path} is no folder and no .gguf file: pass a model that is on disk")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: pass a Hugging Face folder or a .gguf file")
     fields = read_json(path / "config.json")
     config = config_from_json(fields, str(path / "config.json"))
-    return SafetensorsFiles(path), config, PretrainedTokenizer.from_folder(path, fields)
+    files = SafetensorsFiles(path)
+    config = _untied(path, files, config)
+    return files, config, PretrainedTokenizer.from_folder(path, fields)
+
+
+def _untied(path: Path, source: _Source, config: ModelConfig) -> ModelConfig:
+    """The config without a tied head where the file has another one, as `transformers` does."""
+    embed, head = TOP["embed"], TOP["head"]
+    if not config.tied_head or not {embed, head} <= source.shapes.keys():
+        return config
+    if np.array_equal(source.read(embed), source.read(head)):
+        return config
+    warnings.warn(
+        f"{path}: {head} differs from {embed}, to which the config ties it: the head of the file "
+        "is used; set tie_word_embeddings to false",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tied_head=False)
 
 
 def _abstract_state(config: ModelConfig) -> nnx.State:

@@ -59,7 +59,7 @@ def make_train_step(
             grads, sums = gradients(state, batch, jnp.int32(0))
         else:
             grads, sums = _accumulated(partial(gradients, state), batch, accumulate)
-        weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
+        weight = jnp.maximum(sums["weight"], jnp.finfo(jnp.float32).tiny)  # 0 / 0 would be NaN
         grads = jax.tree.map(lambda grad: grad / weight, grads)
         updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
