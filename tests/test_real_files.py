@@ -202,6 +202,13 @@ def test_one_long_line_and_bare_returns(tmp_path):
     assert [len(line) for line in file_lines(path)] == [len(long) + 12, 17]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_lines_end_where_they_end_in_every_chunk(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(streams_module, "CHUNK", chunk)
+    (tmp_path / "a").write_bytes("é\r\n\r\nb\rc\n\n\u2028d\r\n".encode())
+    assert list(file_lines(tmp_path / "a")) == ["é", "", "b", "c", "", "\u2028d"]
+
+
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(streams_module, "LONGEST_LINE", 100)
     monkeypatch.setattr(streams_module, "CHUNK", 64)
