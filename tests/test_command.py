@@ -13,7 +13,7 @@ from train import generate
 from train.cli import main as entry
 from train.cli.command import run_command
 from train.cli.plugins import load_plugins, missing_plugins
-from train.list_runs import RunsConfig, main, run_folders, sparkline
+from train.list_runs import RunsConfig, draw_below, main, read_run, run_folders, sparkline
 
 
 def test_every_command_is_there_and_every_experiment_is_listed():
@@ -86,6 +86,20 @@ def test_runs_side_by_side(folder, capsys):
     assert rows[1].split() == [str(folder / "b"), "9", "2.1000", "3.0000", "0.2"]
     assert rows[2].split() == [str(folder / "c"), "0", "0.2"]
     assert figure.stat().st_size > 5000
+
+
+def test_metrics_below_a_slash_are_drawn_together(folder, capsys):
+    lines = [{"step": step, "budget/never": 2.0, "budget/most": 8.0} for step in range(3)]
+    (folder / "a" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    figure = folder / "budgets.png"
+    main(RunsConfig((str(folder),), metric="budget/", figure=str(figure)))
+    shown = capsys.readouterr().out
+    assert "budget/most:\n" in shown and "budget/never:\n" in shown
+    assert figure.stat().st_size > 5000
+    runs = [read_run(folder / name) for name in "ab"]
+    drawn = draw_below(runs, ["budget/most", "budget/never"])
+    assert [len(axes.lines) for axes in drawn.axes] == [2, 2]
+    assert list(drawn.axes[0].lines[0].get_ydata()) == [8.0] * 3
 
 
 def test_a_curve_is_a_line_of_characters():

@@ -13,15 +13,13 @@ from typing import Any, ClassVar, cast
 import jax
 import numpy as np
 import pytest
-from rl_tiny import Vowels, language_model
+from rl_runs import Dies, job, rewards, timeless, trajectories
+from rl_tiny import Vowels
 
 from train.cli.calls import text_of
 from train.cli.command import parse
 from train.cli.config_json import as_json
-from train.engine.config import EvalConfig
-from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
-from train.rl.job import RLJob
 from train.rl.learning.credit import assign_advantages
 from train.rl.learning.estimators import ADVANTAGES, GroupNormalized, LeaveOneOut
 from train.rl.learning.losses import ClippedLoss
@@ -32,9 +30,8 @@ from train.rl.parts import KINDS, choices, part_from_text
 from train.rl.rollout.budgets import ALLOCATORS
 from train.rl.rollout.collector import Collector
 from train.rl.rollout.strategies import STRATEGIES, OneResponse, Turns
-from train.rl.types import Episodes, Problem, Reward, Trajectory
+from train.rl.types import Episodes, Trajectory
 from train.runs.checkpoint import load_params
-from train.runs.metrics import read_metrics
 from train.runs.resume import differences
 
 
@@ -73,33 +70,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 [PARTS] = re.findall(
     r"```python\n((?:(?!```).)*STRATEGIES\[.*?)```", PAGE.read_text(), flags=re.DOTALL
 )
-
-
-def trajectories(rewards: list[list[float]]) -> list[Trajectory]:
-    """One row for each episode, groups of unequal sizes, rows of unequal lengths."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for group, values in enumerate(rewards):
-        for episode, value in enumerate(values):
-            length = int(rng.integers(3, 9))
-            trained = np.arange(length) >= 2
-            rows.append(
-                Trajectory(
-                    group=group,
-                    problem=Problem(f"p{group}", "?"),
-                    tokens=rng.integers(0, 9, length, dtype=np.int32),
-                    trained=trained,
-                    log_probs=np.where(trained, -1.0, 0.0).astype(np.float32),
-                    decisions=np.full(length, -1, np.int8),
-                    begins=(2,),
-                    reward=Reward(value, value > 0),
-                    finished=True,
-                    texts=("",),
-                    turn_rewards=(value,),
-                    episode=episode,
-                )
-            )
-    return rows
 
 
 OUTCOMES = [[0.0, 1.0, 0.25], [1.0, 0.0], [1.0, 1.0, 0.0, 0.5]]
@@ -298,56 +268,6 @@ def test_a_plugin_adds_a_method_in_a_folder_with_a_train_of_its_own(tmp_path: Pa
     missing = ask("--plugin", "nowhere")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: plugin 'nowhere': No module named 'nowhere'")
-
-
-STEPS = 6
-
-
-def job(out: Path, method: Any, task: Any = None, **changes) -> RLJob:
-    """A run of a tiny decoder; all methods share its sampler, and equal losses their update."""
-    config = RLConfig(
-        weights="base",
-        train="all",
-        method=method,
-        steps=STEPS,
-        batch_size=4,
-        num_generations=8,
-        max_batches=2,
-        max_new_tokens=2,
-        save_every=2,
-        log_every=1,
-        evaluation=EvalConfig(every=0, rows=4),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-2, weight_decay=0.0, warmup=0.0, final_ratio=1.0
-        ),
-        out=str(out),
-        **changes,
-    )
-    return RLJob(config, language_model("shallow"), task or Vowels(), devices=jax.devices()[:1])
-
-
-def rewards(out: Path) -> list[float]:
-    return [line["reward"] for line in read_metrics(out) if "reward" in line]
-
-
-def timeless(out: Path) -> list[dict]:
-    clock = ("time", "seconds", "tokens_per_second", "memory")
-    return [
-        {name: value for name, value in line.items() if not any(word in name for word in clock)}
-        for line in read_metrics(out)
-    ]
-
-
-class Dies(Vowels):
-    """Vowels until the problems of step 4, which a run that has saved step 2 doesn't survive."""
-
-    def __init__(self, out: Path):
-        self.out = out
-
-    def score(self, completion):
-        if len(rewards(self.out)) == 3:
-            raise KeyboardInterrupt
-        return super().score(completion)
 
 
 @pytest.mark.parametrize("word", EVERY)

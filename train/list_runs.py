@@ -27,7 +27,8 @@ class RunsConfig:
     Attributes:
         folders: Run folders, or folders that hold run folders.
         metric: Metric whose curve is drawn, by its name in `metrics.jsonl` (`loss`, `eval/loss`,
-            `reward`, `fork_1/forked_share`, ...).
+            `reward`, `fork_1/forked_share`, ...), or a part of names that ends in a slash for all
+            below it (`budget/`).
         figure: File to save all curves in, as .png, .pdf or .svg (needs matplotlib); none by
             default.
     """
@@ -73,16 +74,27 @@ def main(config: RunsConfig) -> None:
         check_figure(Path(config.figure))
     runs = [read_run(folder) for folder in run_folders(config.folders)]
     known = sorted({name for run in runs for line in run.metrics for name in line} - {"step"})
-    if known and config.metric not in known:
+    chosen = metrics_of(config.metric, known)
+    if known and not chosen:
         raise ValueError(f"metric={config.metric!r}: no run has it, they have {', '.join(known)}")
     print(table(runs))
-    print(f"\n{config.metric}:")
     width = max(len(str(run.folder)) for run in runs)
-    for run in runs:
-        print(f"  {run.folder!s:<{width}}  {sparkline(run.curve(config.metric)[1])}")
+    chosen = chosen or [config.metric]
+    for metric in chosen:
+        print(f"\n{metric}:")
+        for run in runs:
+            print(f"  {run.folder!s:<{width}}  {sparkline(run.curve(metric)[1])}")
     if config.figure:
-        draw(runs, config.metric).savefig(config.figure, dpi=150)
+        figure = draw_below(runs, chosen) if len(chosen) > 1 else draw(runs, chosen[0])
+        figure.savefig(config.figure, dpi=150)
         print(f"figure: {Path(config.figure).absolute()}")
+
+
+def metrics_of(name: str, known: Sequence[str]) -> list[str]:
+    """Metrics that a name stands for: itself, or all below it if it ends in a slash."""
+    if name.endswith("/"):
+        return [metric for metric in known if metric.startswith(name)]
+    return [name] if name in known else []
 
 
 def run_folders(given: Sequence[str]) -> list[Path]:
@@ -175,6 +187,21 @@ def draw(runs: Sequence[Run], metric: str) -> "Figure":
         axes.plot(*run.curve(metric), label=str(run.folder), linewidth=1.2)
     axes.set(xlabel="step", ylabel=metric)
     axes.legend(fontsize=8)
+    return figure
+
+
+def draw_below(runs: Sequence[Run], metrics: Sequence[str]) -> "Figure":
+    """The curves of several metrics, a panel for each run. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 2.5 * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for run, axes in zip(runs, panels, strict=True):
+        for metric in metrics:
+            axes.plot(*run.curve(metric), ".-", label=metric, linewidth=1.0, markersize=3)
+        axes.set(title=str(run.folder))
+    panels[-1].set(xlabel="step")
+    panels[0].legend(fontsize=7, ncols=2)
     return figure
 
 

@@ -49,6 +49,8 @@ class RLConfig(LoopConfig):
         steps: Number of steps, each of which draws problems, samples rollouts and learns from them.
         seed: Seed of new parameters, of the order of problems, and of the rollouts.
         batch_size: Number of problems of a step.
+        pool: Number of training problems of the task, its first ones, which come again in every
+            epoch. The default is all of them, which for an endless task hardly ever come again.
         num_generations: Number of rollouts of each problem (G of GRPO), on average where the
             allocator is not uniform.
         minibatches: Number of parts of the rollouts of a step, one optimizer step each, in every
@@ -77,6 +79,7 @@ class RLConfig(LoopConfig):
     advantage: Advantage | str | None = None
     loss: PolicyLoss | str | None = None
     batch_size: int = 16
+    pool: int | None = None
     num_generations: int = 8
     minibatches: int = 1
     epochs: int = 1
@@ -103,6 +106,10 @@ class RLConfig(LoopConfig):
             object.__setattr__(self, kind, _objects(kind, getattr(self, kind)))
         if isinstance(self.reward, RewardShaping):
             object.__setattr__(self, "reward", (self.reward,))
+        if self.pool is not None and self.pool < 1:
+            raise ValueError(
+                f"pool={self.pool}: choose 1 or more, or leave it out for all problems"
+            )
         least = {"minibatches": 1, "epochs": 1, "max_batches": 1, "max_rows": 1,
                  "max_new_tokens": 1, "num_generations": 1, "examples": 0}  # fmt: skip
         for name, bound in least.items():
@@ -143,6 +150,7 @@ class RLConfig(LoopConfig):
             kind for kind in KINDS if kind != "method" and getattr(self, kind) is not None
         ):
             self._check_replaced(kind)
+        parts.allocator.check(self)
         for shaping in parts.reward:
             shaping.check(self)
 

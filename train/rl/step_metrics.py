@@ -21,6 +21,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     rows = collected.drawn
     episodes = Episodes.from_trajectories(rows)
     names = sorted({name for row in rows for name in row.reward.info})
+    mixed = mixed_groups(rows)
     # All rows of an episode have its info.
     first = [rows[turns[0]].reward.info for turns in episodes.rows]
     info = {f"info/{name}": float(np.mean([i.get(name, 0.0) for i in first])) for name in names}
@@ -29,10 +30,13 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "success": float(episodes.success.mean()),
         "length": float(episodes.length.mean()),
         "finished": float(np.mean([row.finished for row in rows])),
-        "mixed_groups": len(mixed_groups(rows)) / collected.groups,
+        # The ratio of effective gradients, per problem and per rollout.
+        "mixed_groups": len(mixed) / collected.groups,
+        "mixed_rollouts": float(np.isin(episodes.group, mixed).mean()),
         "groups": collected.groups,
         "kept": collected.kept,
         "rollouts": len(episodes.rows),
+        **collected.budget,
         **invocations(rows, len(episodes.rows)),
         **info,
     }

@@ -142,12 +142,14 @@ class Collected:
         drawn: Rows of all rollouts, those of dropped groups too.
         groups: Number of problems that were drawn.
         kept: Number of problems that are trained on.
+        budget: Metrics of how the rollouts were allocated, by name.
     """
 
     trajectories: list[Trajectory]
     drawn: list[Trajectory]
     groups: int
     kept: int
+    budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def written(self) -> int:

@@ -3,6 +3,7 @@
 from train.rl.methods.dapo import DAPO
 from train.rl.methods.dr_grpo import DrGRPO
 from train.rl.methods.grpo import GRPO
+from train.rl.methods.knapsack import KnapsackGRPO
 from train.rl.methods.method import Method, Parts
 from train.rl.methods.rebn import ReBN
 from train.rl.methods.reinforce_pp import ReinforcePP
@@ -15,6 +16,7 @@ __all__ = [
     "METHODS",
     "RLOO",
     "DrGRPO",
+    "KnapsackGRPO",
     "Method",
     "Parts",
     "ReBN",
@@ -23,5 +25,6 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.word: method for method in (GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO)
+    method.word: method
+    for method in (GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO)
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.rl.config import RLConfig
-from train.rl.rollout.budgets import BudgetAllocator
+from train.rl.rollout.budgets import BudgetAllocator, budget_metrics
 from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.sampler import Sampler
 from train.rl.rollout.strategies import OneResponse, RolloutStrategy, Turns
@@ -54,6 +54,8 @@ class Collector:
     def problems(self, split: Split, start: int, count: int) -> list[Problem]:
         """`count` problems from a position on; a finite split is shuffled anew in each epoch."""
         size = self._task.sizes[split]
+        if split == "train" and self._config.pool is not None:
+            size = self._config.pool if size is None else min(size, self._config.pool)
         if size is None:
             return [self._task.problem(split, start + offset) for offset in range(count)]
         found = []
@@ -73,10 +75,15 @@ class Collector:
         filtering = config.recipe.filter_groups
         kept: list[Trajectory] = []
         drawn: list[Trajectory] = []
+        classes: list[str] = []
+        planned: list[int] = []
         groups = found = 0
         for _ in range(config.max_batches if filtering else 1):
             problems = self.problems("train", self.position, config.batch_size)
-            counts = self._plan([problem.uid for problem in problems])
+            uids = [problem.uid for problem in problems]
+            counts = self._plan(uids)
+            classes += self.allocator.classes(uids)
+            planned += counts
             rows = self.strategy.collect(
                 sampler, self._task, problems, counts, (config.seed, self.position)
             )
@@ -91,7 +98,7 @@ class Collector:
             kept += [row for row in rows if row.group in set(usable)]
             if found >= config.batch_size:
                 break
-        return Collected(kept, drawn, groups, found)
+        return Collected(kept, drawn, groups, found, budget_metrics(classes, planned))
 
     def held_out(self, sampler: Sampler) -> list[Trajectory]:
         """Rollouts of held-out problems, one each, `evaluation.rows` of them.
