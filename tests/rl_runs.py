@@ -1,5 +1,6 @@
 """Small runs of reinforcement learning, and rollouts made by hand, that tests share."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def job(out: Path, method: Any, task: Any = None, **changes) -> RLJob:
             learning_rate=3e-2, weight_decay=0.0, warmup=0.0, final_ratio=1.0
         ),
         out=str(out),
-        **changes,
     )
+    config = dataclasses.replace(config, **changes)
     return RLJob(
         config,
         rl_tiny.language_model("shallow"),

@@ -36,6 +36,7 @@ CONFIGS = {
     "experiment memory": "train.experiments.memory.Experiment",
     "experiment reinforce": "train.experiments.reinforce.Experiment",
     "experiment environments": "train.experiments.environments.Experiment",
+    "experiment broadening": "train.experiments.broadening.Broadening",
     "experiment remember": "train.experiments.remember.Experiment",
 }
 

@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "memory": "MemGen against a LoRA, soft prompts and pause tokens",
     "reinforce": "RL methods on string tasks, against supervised tuning",
     "environments": "scores of the random and the scripted player of each environment",
+    "broadening": "why more rollouts of a problem help: BroRL's theory, simulated",
     "remember": "a trigger that learns when to remember",
 }
 

@@ -18,6 +18,8 @@ from train.rl.rollout.budgets import BudgetAllocator
 from train.rl.rollout.strategies import RolloutStrategy
 from train.runs.resume import FREE
 
+_NUM_GENERATIONS = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(LoopConfig):
@@ -52,7 +54,7 @@ class RLConfig(LoopConfig):
         pool: Number of training problems of the task, its first ones, which come again in every
             epoch. The default is all of them, which for an endless task hardly ever come again.
         num_generations: Number of rollouts of each problem (G of GRPO), on average where the
-            allocator is not uniform.
+            allocator is not uniform. The default is the method's, mostly 8.
         minibatches: Number of parts of the rollouts of a step, one optimizer step each, in every
             pass.
         epochs: Number of passes over the rollouts of a step (μ of GRPO).
@@ -80,7 +82,7 @@ class RLConfig(LoopConfig):
     loss: PolicyLoss | str | None = None
     batch_size: int = 16
     pool: int | None = None
-    num_generations: int = 8
+    num_generations: int | None = None
     minibatches: int = 1
     epochs: int = 1
     max_new_tokens: int = 64
@@ -104,6 +106,7 @@ class RLConfig(LoopConfig):
             object.__setattr__(self, "method", "trigger" if self.train == "trigger" else "grpo")
         for kind in KINDS:
             object.__setattr__(self, kind, _objects(kind, getattr(self, kind)))
+        object.__setattr__(self, "num_generations", self._num_generations())
         if isinstance(self.reward, RewardShaping):
             object.__setattr__(self, "reward", (self.reward,))
         if self.pool is not None and self.pool < 1:
@@ -123,15 +126,35 @@ class RLConfig(LoopConfig):
             )
         self._check_parts()
 
+    def _num_generations(self) -> int:
+        """Number of rollouts of each problem: that of this config, of the method, or 8."""
+        mine, of_method = self.num_generations, self.recipe.num_generations
+        if mine is None:
+            return _NUM_GENERATIONS if of_method is None else of_method
+        if of_method not in (mine, type(self.recipe).num_generations):
+            raise ValueError(
+                f"num_generations={mine} of the run and {of_method} of method {self.recipe.word}: "
+                "leave one of them out"
+            )
+        return mine
+
     def _check_parts(self) -> None:
         """Raise a `ValueError` for parts that do not fit each other or the run."""
         method, parts = self.recipe, self.parts
-        if self.num_generations < 2 and parts.advantage.compares:
+        alone = self.rollouts < 2 * self.batch_size
+        given = method.reference_reset != type(method).reference_reset
+        if given and method.reference_reset and not parts.loss.uses_reference:
+            raise ValueError(
+                f"reference_reset={method.reference_reset} of method {method.word} is of the "
+                "reference of a KL penalty, and the loss has none: choose kl above 0, or "
+                "reference_reset=None"
+            )
+        if alone and parts.advantage.compares:
             raise ValueError(
                 f"num_generations={self.num_generations}: {parts.advantage.word} compares rollouts "
                 "of one problem: choose 2 or more"
             )
-        if self.num_generations < 2 and method.filter_groups:
+        if alone and method.filter_groups:
             raise ValueError(
                 f"filter_groups keeps no group of num_generations={self.num_generations}: choose 2 "
                 "or more"
@@ -185,6 +208,19 @@ class RLConfig(LoopConfig):
                 for name, value in given.items()
             }
         )
+
+    @property
+    def rollouts(self) -> int:
+        """Number of rollouts of a batch of problems."""
+        assert self.num_generations is not None  # resolved
+        return self.batch_size * self.num_generations
+
+    @property
+    def scaled_optimizer(self) -> OptimizerConfig:
+        """The optimizer with the learning rate that the method makes of the config's."""
+        scale = self.recipe.rate_scale(self.batch_size, self.rollouts // self.batch_size)
+        rate = self.optimizer.learning_rate * scale
+        return dataclasses.replace(self.optimizer, learning_rate=rate)
 
     @property
     def updates(self) -> int:

@@ -36,6 +36,7 @@ from train.rl.config import RLConfig
 from train.rl.learning.credit import assign_advantages
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
+from train.rl.learning.reference import Reference
 from train.rl.named_tasks import make_task
 from train.rl.parts import KINDS
 from train.rl.rollout.collector import Collector, fingerprint, strategy_for
@@ -129,7 +130,7 @@ class RLJob:
         self._wrap = PolicyWrapper(config.train, config.lora, self.memgen, boundary, config.seed)
         self.trainable = trainable_of(
             model.config,
-            config.optimizer,
+            config.scaled_optimizer,
             config.steps * config.updates,
             mesh,
             config.seed,
@@ -155,7 +156,12 @@ class RLJob:
         # Number of steps so far. Optimizer steps are counted in the `TrainState`: a step whose
         # problems are all left out makes none.
         self.steps_done = 0
-        self._began: Any = None
+        self.reference = Reference(
+            self.trainable,
+            self._first_weights,
+            parts.loss.uses_reference,
+            config.recipe.reference_reset,
+        )
 
     def _memory(self) -> tuple[MemGenConfig, np.ndarray | None]:
         """Config of latent memory, and the table of tokens after which it may be written."""
@@ -258,10 +264,11 @@ class RLJob:
         collected = self.collect(state.weights)
         sampled = time.perf_counter()
         metrics = rollout_metrics(collected)
+        self.reference.reset_if_due(self.steps_done, state.params)
         if collected.trajectories:
             rng = np.random.default_rng([self.config.seed, self.steps_done])
             rows = self.rows(collected.trajectories)
-            state, learned = self.learner.update(state, rows, rng, self._reference())
+            state, learned = self.learner.update(state, rows, rng, self.reference.params)
             metrics |= learning_metrics(learned)
         self.steps_done += 1
         metrics |= timing_metrics(
@@ -283,13 +290,6 @@ class RLJob:
             return 0
         return self._responses_per_row * self.memgen.events
 
-    def _reference(self) -> Any:
-        """Trained parameters as they began, where the loss reads a reference policy."""
-        if self.config.parts.loss.uses_reference and self._began is None:
-            weights = jax.device_put(self._first_weights(), self.trainable.shardings.weights)
-            self._began = self.trainable.abstract.with_weights(weights).params
-        return self._began
-
     def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
         """Metrics of held-out problems and their rollouts, one each, tokens greedy."""
         rows = self.collector.held_out(self.sampler(weights, greedy=True))
@@ -305,10 +305,12 @@ class RLJob:
             for part in (given if isinstance(given, tuple) else (given,))
         ]
         method = " with ".join([config.recipe.word, *filter(None, [", ".join(replaced)])])
+        scaled = config.scaled_optimizer.learning_rate
+        rate = "" if scaled == config.optimizer.learning_rate else f", learning rate {scaled:.3g}"
         sizes = " x ".join(f"{name} {size}" for name, size in trainable.mesh.shape.items())
         return (
             f"{config.weights}: {trainable.config.num_params():,} parameters, trained are "
             f"{trainable.num_trained:,} ({config.train}); {method} on "
             f"{self.task.name}, {config.batch_size} problems x {config.num_generations} rollouts x "
-            f"{config.updates} updates a step; {sizes}"
+            f"{config.updates} updates a step{rate}; {sizes}"
         )

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from train.cli.config_json import as_json
 from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
 from train.rl.job import RLJob
+from train.rl.learning.reference import ReferenceCheckpointer
 from train.rl.reports import (
     examples,
     readable_evaluation,
@@ -21,7 +22,7 @@ from train.rl.reports import (
     save_rollouts,
 )
 from train.rl.types import Collected
-from train.runs.checkpoint import Checkpointer, load_meta
+from train.runs.checkpoint import load_meta
 from train.runs.files import write_atomically
 from train.runs.instruments import Profiler, memory, not_recorded
 from train.runs.metrics import MetricWriter, Progress
@@ -60,7 +61,9 @@ def train(job: RLJob) -> dict[str, float]:
         check_data(out, saved, job.meta["data_fingerprint"])
         check_base(out, saved, job.meta)
         checkpointer = stack.enter_context(
-            Checkpointer(out, config.save_every, config.keep, config.keep_every)
+            ReferenceCheckpointer(
+                out, config.save_every, config.keep, config.keep_every, job.reference
+            )
         )
         state = restore_or_init(checkpointer, job)
         if saved:

@@ -28,7 +28,7 @@ class PolicyLoss:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether it reads log-probabilities under the weights that the run began with."""
+        """Whether it reads log-probabilities under the reference policy."""
         return False
 
     @property
@@ -95,8 +95,8 @@ class ClippedLoss(PolicyLoss):
         aggregate: Reduction over tokens: "sequence" averages the means of rows (GRPO), "token"
             averages all tokens of the batch (DAPO), "constant" averages the sums of rows over the
             greatest possible length (Dr. GRPO).
-        kl: Weight of the KL penalty (β, estimator k3) towards the weights that the run began with.
-            (k1 has no gradient in expectation.)
+        kl: Weight of the KL penalty (β, estimator k3) towards the reference policy. (k1 has
+            no gradient in expectation.)
         importance_cap: Upper bound on the truncated importance weight between the sampler's and
             the trainer's probability of a token; None for no correction.
     """

@@ -1,5 +1,6 @@
 """Methods of reinforcement learning by name, one file each: `--method "dapo(clip_high=0.3)"`."""
 
+from train.rl.methods.brorl import BroRL
 from train.rl.methods.dapo import DAPO
 from train.rl.methods.dr_grpo import DrGRPO
 from train.rl.methods.grpo import GRPO
@@ -15,6 +16,7 @@ __all__ = [
     "GRPO",
     "METHODS",
     "RLOO",
+    "BroRL",
     "DrGRPO",
     "KnapsackGRPO",
     "Method",
@@ -26,5 +28,5 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.word: method
-    for method in (GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO)
+    for method in (GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO, BroRL)
 }

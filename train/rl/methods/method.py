@@ -28,12 +28,17 @@ class Method:
         aggregate: Reduction over tokens: "sequence" averages the means of rows (GRPO), "token"
             averages all tokens of the batch (DAPO), "constant" averages the sums of rows over the
             greatest possible length (Dr. GRPO).
-        kl: Weight of the KL penalty (β, estimator k3) towards the weights that the run began with.
+        kl: Weight of the KL penalty (β, estimator k3) towards the reference policy: the weights
+            that the run began with, or those of the last `reference_reset`.
         importance_cap: Upper bound on the truncated importance weight between the sampler's and
             the trainer's probability of a token; None for no correction.
         filter_groups: Whether problems whose rollouts all succeed or all fail are left out and
             others drawn in their place (dynamic sampling).
         advantage_clip: Bound on the magnitude of an advantage; None for no bound.
+        reference_reset: Number of steps after which the reference policy of the KL penalty becomes
+            the present policy, again and again (ProRL); None keeps the weights of the beginning.
+        num_generations: Number of rollouts of each problem where the run's config leaves it out;
+            None for 8.
     """
 
     word: ClassVar[str]
@@ -47,10 +52,14 @@ class Method:
     importance_cap: float | None = None
     filter_groups: bool = False
     advantage_clip: float | None = None
+    reference_reset: int | None = None
+    num_generations: int | None = None
 
     def __post_init__(self):
         if self.advantage_clip is not None and not self.advantage_clip > 0:
             raise ValueError(f"advantage_clip={self.advantage_clip}: choose more than 0")
+        if self.reference_reset is not None and self.reference_reset < 1:
+            raise ValueError(f"reference_reset={self.reference_reset}: choose 1 or more, or None")
         _ = self.advantage, self.loss  # which check the options that are theirs
 
     @property
@@ -77,6 +86,15 @@ class Method:
     def loss(self) -> PolicyLoss:
         """Clipped surrogate loss with the method's options."""
         return ClippedLoss(**{name: getattr(self, name) for name in LOSS_OPTIONS})
+
+    def rate_scale(self, batch_size: int, num_generations: int) -> float:
+        """Factor on the learning rate of the run's config.
+
+        Args:
+            batch_size: Number of problems of a step.
+            num_generations: Number of rollouts of each problem.
+        """
+        return 1.0
 
 
 @dataclasses.dataclass(frozen=True)

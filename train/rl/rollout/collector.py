@@ -112,7 +112,7 @@ class Collector:
         return strategy.collect(sampler, self._task, problems, [1] * count, (self._config.seed, 1))
 
     def _plan(self, uids: list[str]) -> list[int]:
-        total = self._config.batch_size * self._config.num_generations
+        total = self._config.rollouts
         counts = self.allocator.plan(uids, total)
         if len(counts) != len(uids) or min(counts) < 0 or sum(counts) != total:
             raise ValueError(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +69,8 @@ class Sampler:
     def __init__(self, policy: MemGen, sampling: Sampling, max_rows: int, mesh: Mesh):
         self.policy, self.sampling, self.max_rows, self._mesh = policy, sampling, max_rows, mesh
         self._shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+        self._kept: _Prefilled | None = None
+        self.prefills = 0  # number of prompts that were prefilled so far
         self.request = memgen.make_request(
             policy,
             0,
@@ -88,6 +90,9 @@ class Sampler:
     ) -> "Conversation":
         """Prefill each prompt once, and share it among the rows that begin with it.
 
+        A call of `max_rows` rows, most of which share a prompt, keeps its prefilled prompts for the
+        next call, where the rows of a problem may go on.
+
         Args:
             prompts: Ids of the different prompts.
             source: Index of the prompt of each row, `R` of them.
@@ -96,16 +101,34 @@ class Sampler:
             responses: Number of responses of a row whose latents the cache has capacity for.
         """
         rows, many = len(source), self._rows(len(source))
-        tokens, length = _padded(prompts, self._rows(len(prompts)), 1)
+        texts = [tuple(prompt) for prompt in prompts]
+        capacity = (bucket(more_tokens, SHORTEST), responses)
+        kept = self._kept
+        if kept and kept.capacity == capacity and kept.index.keys() >= set(texts):
+            prefilled = kept
+        else:
+            self._kept = kept = None  # its memory is needed
+            prefilled = self._prefill(texts, keys, capacity)
+        shared = rows == self.max_rows and 2 * len(prefilled.index) <= rows
+        self._kept = prefilled if shared else None
         index = np.zeros(many, np.int32)
-        index[:rows] = source
+        index[:rows] = [prefilled.index[texts[prompt]] for prompt in source]
         keys = keys[jnp.minimum(jnp.arange(many), rows - 1)]
-        capacity = tokens.shape[1] + bucket(more_tokens, SHORTEST)
-        session = _open(
-            self.policy, self._place(tokens), self._place(length), self._place(index), keys,
-            capacity, responses,
-        )  # fmt: skip
+        session = _take(self.policy, prefilled.session, self._place(index), keys)
         return Conversation(self, session, rows)
+
+    def _prefill(
+        self, texts: Sequence[tuple[int, ...]], keys: jax.Array, capacity: tuple[int, int]
+    ) -> "_Prefilled":
+        tokens, length = _padded(texts, self._rows(len(texts)), 1)
+        more_tokens, responses = capacity
+        unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # rows get keys when they are taken
+        session = memgen.begin(
+            self.policy, self._place(tokens), self._place(length), unused,
+            tokens.shape[1] + more_tokens, responses,
+        )  # fmt: skip
+        self.prefills += len(texts)
+        return _Prefilled(session, {text: row for row, text in enumerate(texts)}, capacity)
 
     def _rows(self, count: int) -> int:
         return bucket(count, self._shards)
@@ -177,10 +200,23 @@ def row_keys(seed: Sequence[int], uids: Sequence[str], samples: Sequence[int]) -
     return fold(fold(rows, jnp.asarray(hashes)), jnp.asarray(samples, jnp.uint32))
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "responses"))
-def _open(policy, tokens, length, source, keys, capacity, responses):
-    unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # rows get their keys when they are taken
-    session = memgen.begin(policy, tokens, length, unused, capacity, responses)
+@dataclasses.dataclass(frozen=True)
+class _Prefilled:
+    """Prefilled prompts.
+
+    Attributes:
+        session: Session of which each row holds a prompt.
+        index: Row of each prompt in the session, by its ids.
+        capacity: Capacity of a row for tokens after the prompt, and number of responses.
+    """
+
+    session: Any
+    index: Mapping[tuple[int, ...], int]
+    capacity: tuple[int, int]
+
+
+@jax.jit
+def _take(policy, session, source, keys):
     return session.take_rows(policy, source, keys)
 
 

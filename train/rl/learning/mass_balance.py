@@ -1,0 +1,161 @@
+"""Why more rollouts of a problem help: mass balance of one update (BroRL, arXiv 2510.01180).
+
+One token is chosen of `V`, p = softmax(z). An update follows the surrogate -(1/N) sum_i R_i p_i
+over the sampled tokens, whose reward is R_c if they are correct and R_w if not; tokens that were
+not sampled have reward 0. All in float64.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class MassBalance(NamedTuple):
+    """First-order change of the probability of a correct token, and what it is made of.
+
+    Attributes:
+        correct_mass: Probability of a correct token (Q_pos).
+        baseline: Expected reward of the sampled tokens, sum of R_i p_i over them (S_R).
+        sampled_correct: Sum of p^2 over sampled correct tokens (A_2).
+        sampled_wrong: Sum of p^2 over sampled wrong tokens (B_2).
+        unsampled_correct: Sum of p^2 over correct tokens that were not sampled (U_pos,2).
+        unsampled_wrong: Sum of p^2 over wrong tokens that were not sampled (U_neg,2).
+        terms: Contributions of the sampled correct, the sampled wrong, and the unsampled tokens,
+            without the step size. The first two are never negative; the third, the unsampled
+            coupling, has either sign, and vanishes as the number of rollouts grows.
+        change: Change of the correct mass, the sum of the terms times the step size (ΔQ_pos).
+    """
+
+    correct_mass: float
+    baseline: float
+    sampled_correct: float
+    sampled_wrong: float
+    unsampled_correct: float
+    unsampled_wrong: float
+    terms: tuple[float, float, float]
+    change: float
+
+
+def mass_balance(
+    logits: np.ndarray,
+    correct: np.ndarray,
+    sampled: np.ndarray,
+    right: float = 1.0,
+    wrong: float = -1.0,
+    rate: float = 1.0,
+) -> MassBalance:
+    """Mass balance of one update.
+
+    ΔQ_pos = (η/N) [(R_c - S_R) Q_neg A_2 + (S_R - R_w) Q_pos B_2
+                    + S_R (Q_pos U_neg,2 - Q_neg U_pos,2)]
+
+    Args:
+        logits: Logits of the tokens, `[V]`.
+        correct: Tokens that are correct, `[V]` bool.
+        sampled: Tokens that were sampled at least once, `[V]` bool.
+        right: Reward of a sampled correct token (R_c).
+        wrong: Reward of a sampled wrong token (R_w).
+        rate: Learning rate over the number of rollouts (η/N).
+
+    Raises:
+        ValueError: The shapes differ, or there is no axis or more than one.
+    """
+    shapes = {np.shape(logits), np.shape(correct), np.shape(sampled)}
+    if len(shapes) > 1 or np.ndim(logits) != 1:
+        raise ValueError(
+            f"logits {np.shape(logits)}, correct {np.shape(correct)} and sampled "
+            f"{np.shape(sampled)}: give [V] for each"
+        )
+    p = softmax(logits)
+    correct, sampled = np.asarray(correct, bool), np.asarray(sampled, bool)
+    wrongs = ~correct
+    sampled_correct, sampled_wrong, unsampled_correct, unsampled_wrong = (
+        float((p[which] ** 2).sum())
+        for which in (correct & sampled, wrongs & sampled, correct & ~sampled, wrongs & ~sampled)
+    )
+    positive = float(p[correct].sum())
+    negative = 1.0 - positive
+    expected = float(right * p[correct & sampled].sum() + wrong * p[wrongs & sampled].sum())
+    terms = (
+        (right - expected) * negative * sampled_correct,
+        (expected - wrong) * positive * sampled_wrong,
+        expected * (positive * unsampled_wrong - negative * unsampled_correct),
+    )
+    return MassBalance(
+        positive, expected, sampled_correct, sampled_wrong, unsampled_correct, unsampled_wrong,
+        terms, rate * sum(terms),
+    )  # fmt: skip
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of logits `[V]`, float64."""
+    powers = np.exp(np.asarray(logits, np.float64) - np.max(logits))
+    return powers / powers.sum()
+
+
+def unsampled_mass(rate: np.ndarray | float, count: np.ndarray | float) -> np.ndarray:
+    """Expected squared probability of a token where it is never drawn: p^2 (1-p)^N.
+
+    Args:
+        rate: Probability of the token (p).
+        count: Number of rollouts (N), a shape that broadcasts with that of `rate`.
+    """
+    rate = np.asarray(rate, np.float64)
+    return rate**2 * (1.0 - rate) ** count
+
+
+class Simulated(NamedTuple):
+    """What a simulated training came to.
+
+    Attributes:
+        correct_mass: Probability of a correct token before the first step and after each one.
+        worst: Least change of the probability of a correct token; below 0 knowledge was lost.
+        improved: Share of the correct tokens whose probability has risen.
+    """
+
+    correct_mass: np.ndarray
+    worst: float
+    improved: float
+
+
+def simulate(
+    rollouts: int,
+    seed: int,
+    tokens: int = 2000,
+    correct: int = 160,
+    steps: int = 300,
+    learning_rate: float = 1e-3,
+) -> Simulated:
+    """Train the logits of one choice with a number of rollouts a step.
+
+    Correct tokens begin with logit 3, one wrong token, the anchor, with 5, the others with 0.
+    Rewards are +1 and -1 minus the mean of the batch; AdamW (weight decay 0.01) follows the
+    surrogate -(1/N) sum_i (R_i - mean) p_i.
+
+    Args:
+        rollouts: Number of rollouts of a step (N).
+        seed: Seed of the rollouts.
+        tokens: Number of tokens to choose from.
+        correct: Number of correct tokens, the first ones.
+        steps: Number of optimizer steps.
+        learning_rate: Learning rate of AdamW.
+    """
+    rng = np.random.default_rng(seed)
+    logits = np.zeros(tokens)
+    logits[:correct], logits[correct] = 3.0, 5.0
+    reward = np.where(np.arange(tokens) < correct, 1.0, -1.0)
+    first, second = np.zeros(tokens), np.zeros(tokens)
+    p = before = softmax(logits)
+    masses = [p[:correct].sum()]
+    for step in range(1, steps + 1):
+        drawn = rng.multinomial(rollouts, p) / rollouts
+        pull = drawn * (reward - drawn @ reward) * p
+        gradient = p * pull.sum() - pull
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        scale = np.sqrt(second / (1 - 0.999**step)) + 1e-8
+        logits = logits - learning_rate * (first / (1 - 0.9**step) / scale + 0.01 * logits)
+        p = softmax(logits)
+        masses.append(p[:correct].sum())
+    change = (p - before)[:correct]
+    return Simulated(np.array(masses), float(change.min()), float((change > 0).mean()))
