@@ -251,9 +251,23 @@ def _sample(
         chosen = logits.argmax(axis=-1).astype(jnp.int32)
     else:
         logits = logits / request.temperature
-        chosen = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        inside = logits if request.top_p is None else nucleus(logits, request.top_p)
+        chosen = jax.vmap(jax.random.categorical)(keys, inside).astype(jnp.int32)
     log_probs = jax.nn.log_softmax(logits)
     return chosen, jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits `[B, V]`, -inf outside the fewest tokens whose probabilities sum to `top_p` or more.
+
+    Holtzman et al. 2020, arXiv 1904.09751. Ties of the last of them stay.
+    """
+    descending = -jnp.sort(-logits, axis=-1)
+    probability = jax.nn.softmax(descending, axis=-1)
+    more_probable = jnp.cumsum(probability, axis=-1) - probability
+    inside = (more_probable < top_p).at[..., 0].set(True)  # the first, whatever rounding says
+    least = jnp.where(inside, descending, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 def _record_token(

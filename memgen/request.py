@@ -35,6 +35,8 @@ class Request:
             so it must judge each row by itself; an event that it drops counts as skipped. None
             keeps all events.
         retriever: Retriever that is queried on the host at each event, or None.
+        top_p: Probability mass of the fewest most probable tokens that are sampled from, a float32
+            scalar; None for all. Log-probabilities are those without it.
     """
 
     policy: TriggerPolicy
@@ -44,6 +46,7 @@ class Request:
     valid_vocab_size: jax.Array
     keep_memory: KeepMemory | None = None
     retriever: Any = dataclasses.field(default=None, metadata={"static": True})
+    top_p: jax.Array | None = None
 
 
 def make_request(
@@ -55,6 +58,7 @@ def make_request(
     valid_vocab_size: int | None = None,
     keep_memory: KeepMemory | None = None,
     retriever: Any = None,
+    top_p: float | None = None,
 ) -> Request:
     """A request of checked options.
 
@@ -67,6 +71,7 @@ def make_request(
         valid_vocab_size: Number of ids that may be sampled, from 0 on; all ids by default.
         keep_memory: Filter of events (see `Request`); None keeps all.
         retriever: Retriever that is queried at each event, or None.
+        top_p: Probability mass of the fewest most probable tokens to sample from; None for all.
 
     Raises:
         ValueError: An option is out of its range, the policy needs a learned trigger and there is
@@ -86,6 +91,8 @@ def make_request(
         raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
     vocab = memgen.reasoner.vocab_size
     if valid_vocab_size is not None and not 1 <= valid_vocab_size <= vocab:
         raise ValueError(
@@ -99,6 +106,7 @@ def make_request(
         jnp.int32(vocab if valid_vocab_size is None else valid_vocab_size),
         keep_memory,
         retriever,
+        None if top_p is None else jnp.float32(top_p),
     )
 
 

@@ -16,6 +16,7 @@ CONFIGS = {
     "sft": "train.finetuning.job.SFTConfig",
     "rl": "train.rl.config.RLConfig",
     "play": "train.play.PlayConfig",
+    "probe": "train.rl.probe.ProbeConfig",
     "generate": "train.generate.GenerateConfig",
     "evaluate": "train.evaluate.EvaluateConfig",
     "compile": "train.aot.config.CompileConfig",

@@ -181,6 +181,8 @@ def test_the_reference_policy_is_reset_and_kept_with_the_checkpoint(tmp_path: Pa
     divergence = [line["ref_kl"] for line in read_metrics(whole) if "ref_kl" in line]
     # Step 1 warms up: nothing moves before step 2.
     assert [value == 0 for value in divergence] == [True, True, True, False, True, False]
+    rates = [line["learning_rate"] for line in read_metrics(whole) if "learning_rate" in line]
+    assert rates == pytest.approx([0.0, *[3e-2 * 0.5**0.5] * 5])
     with pytest.raises(KeyboardInterrupt):
         train(run(killed, Dies(killed)))
     assert len(rewards(killed)) == 3

@@ -22,7 +22,7 @@ from train.rl.named_tasks import make_task
 from train.rl.scoring import safe_score, safe_step
 from train.rl.tasks import TASKS
 from train.rl.tasks.numbers import final_number, number_text, read_number
-from train.rl.tasks.shaping import format_bonus, ternary
+from train.rl.tasks.shaping import format_bonus
 from train.rl.types import Completion, Problem, Reward, Turn
 
 GENERATED = ("arithmetic", "arithmetic(digits=1, operators='+-*')", "chain_sum", "copy",
@@ -196,7 +196,6 @@ def test_partial_credit_is_no_success():
         ("hidden_facts(hidden=2)", "hidden=2.0: choose from 0 to 1"),
         ("hidden_facts(facts=10)", "facts=10: choose 9 or less"),
         ("hidden_facts(unknown='7')", "unknown='7'"),
-        ("hidden_facts(right=-1)", "right=-1.0"),
         ("guess_number(low=1, high=2)", "low=1 and high=2"),
         ("guess_number(max_turns=0)", "max_turns=0"),
     ],
@@ -250,25 +249,6 @@ def test_guessing_is_pure_and_never_starts_anew():
         assert (turn.reward, turn.terminated, turn.info) == (-0.1, False, {"malformed": 1.0})
     strict = make("guess_number(strict=True)", 0)
     assert strict.step(state, say(problem, "x")).terminated
-
-
-@pytest.mark.parametrize(
-    "spec, stated, hidden",
-    [
-        ("hidden_facts", (1, 0, -1), (1, 0, -1)),
-        ("hidden_facts(abstain=0.5)", (1, 0.5, -1), (1, 0.5, -1)),
-        ("hidden_facts(knowledge=True)", (1, 0, -1), (-1, 1, -1)),
-    ],
-)
-def test_hidden_facts_are_scored_by_outcome(spec, stated, hidden):
-    task = make(spec, 0)
-    for kind, values in (("stated", stated), ("hidden", hidden)):
-        problem = Problem("p", "red=4; pink?", "4", kind)
-        found = [task.score(say(problem, text)) for text in ("4", "?", "5")]
-        assert [reward.value for reward in found] == list(values)
-        assert [reward.success for reward in found] == [kind != "hidden", kind == "hidden", False]
-        assert [reward.info["truthfulness"] for reward in found] == [1, 0, -1]
-        assert task.score(say(problem, "?4")).value == -1
 
 
 def test_hidden_facts_are_not_in_the_prompt():
@@ -426,9 +406,6 @@ def test_rewards_are_checked():
 
 def test_shaping():
     right, wrong = Reward(1.0, True), Reward(0.0, False, {"a": 1.0})
-    assert ternary(right, False) == right
-    assert ternary(wrong, False) == Reward(-1.0, False, {"a": 1.0})
-    assert ternary(wrong, True, abstain=0.5).value == 0.5
     assert format_bonus(wrong, True, 0.1) == Reward(0.1, False, {"a": 1.0, "well_formed": 1.0})
     assert format_bonus(right, False, 0.1) == Reward(1.0, True, {"well_formed": 0.0})
 

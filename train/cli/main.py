@@ -10,6 +10,7 @@ COMMANDS = {
     "sft": ("train.sft", "fine-tune a model on conversations"),
     "rl": ("train.rl.__main__", "train a model on tasks whose answers can be checked"),
     "play": ("train.play", "play an environment yourself, or watch a player"),
+    "probe": ("train.rl.probe", "which problems of a task a model never solves"),
     "generate": ("train.generate", "continue prompts, or answer them"),
     "evaluate": ("train.evaluate", "held-out loss of a run, or scores on task files"),
     "harness": ("train.harness", "EleutherAI's evaluation harness on our models"),

@@ -124,6 +124,8 @@ class RLJob:
         model = self.lm.model
         model.check_cacheable()
         self.task = make_task(config.task, config.seed) if task is None else task
+        for shaping in config.parts.reward:
+            self.task = shaping.of_task(self.task)
         self._fingerprint = fingerprint(self.task)
         self.memgen, table = self._memory()
         boundary = None if table is None else np.asarray(table, np.uint8).tobytes()
@@ -158,7 +160,7 @@ class RLJob:
         self.steps_done = 0
         self.reference = Reference(
             self.trainable,
-            self._first_weights,
+            self.first_weights,
             parts.loss.uses_reference,
             config.recipe.reference_reset,
         )
@@ -214,10 +216,13 @@ class RLJob:
 
     def first_state(self) -> TrainState:
         """State before the first step: the given weights, and new parameters beside them."""
-        return self.trainable.start(self._first_weights())
+        return self.trainable.start(self.first_weights())
 
-    def _first_weights(self) -> Any:
-        """Weights in arrays of their own: training overwrites them, and `lm` may be used again."""
+    def first_weights(self) -> Any:
+        """The given weights, and new parameters beside them, in arrays of their own.
+
+        Training overwrites them, and `lm` may be used again.
+        """
         policy = self._wrap(self.lm.model)
         if self.lm.memgen is not None and policy.memgen is not None:
             policy.memgen = nnx.data(trained_before(self.lm.memgen, policy.memgen))

@@ -20,11 +20,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     """Means over all rollouts of a step, those of dropped problems too."""
     rows = collected.drawn
     episodes = Episodes.from_trajectories(rows)
-    names = sorted({name for row in rows for name in row.reward.info})
     mixed = mixed_groups(rows)
-    # All rows of an episode have its info.
-    first = [rows[turns[0]].reward.info for turns in episodes.rows]
-    info = {f"info/{name}": float(np.mean([i.get(name, 0.0) for i in first])) for name in names}
     return {
         "reward": float(episodes.reward.mean()),
         "success": float(episodes.success.mean()),
@@ -38,7 +34,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "rollouts": len(episodes.rows),
         **collected.budget,
         **invocations(rows, len(episodes.rows)),
-        **info,
+        **info_metrics(rows, episodes),
     }
 
 
@@ -51,7 +47,17 @@ def held_out_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
         "reward": float(episodes.reward.mean()),
         "length": float(episodes.length.mean()),
         **invocations(rows, len(episodes.rows)),
+        **info_metrics(rows, episodes),
     }
+
+
+def info_metrics(rows: Sequence[Trajectory], episodes: Episodes) -> dict[str, float]:
+    """Means over episodes of what scorers note in a reward's info."""
+    first = [
+        rows[turns[0]].reward.info for turns in episodes.rows
+    ]  # all rows of an episode have it
+    names = sorted({name for info in first for name in info})
+    return {f"info/{name}": float(np.mean([i.get(name, 0.0) for i in first])) for name in names}
 
 
 def timing_metrics(

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
+from train.rl.tasks.probed import unsolved_problems
+from train.rl.tasks.truthful import Reasoning, truthful
 from train.rl.types import Episodes, Trajectory
 
 Rate = Literal["decisions", "tokens"]
@@ -16,8 +18,9 @@ Scope = Literal["group", "batch"]
 class RewardShaping:
     """Base of all changes that are made to rewards before advantages are estimated.
 
-    A new one is a frozen dataclass with a `word`, options as fields, and `__call__`.
-    `REWARDS[word]` makes it known to `--reward`. What counts as a success is never changed.
+    A new one is a frozen dataclass with a `word`, options as fields, and `__call__`, or `of_task`
+    where responses are to be scored anew. `REWARDS[word]` makes it known to `--reward`. `__call__`
+    never changes what counts as a success.
     """
 
     word: ClassVar[str]
@@ -29,6 +32,10 @@ class RewardShaping:
     def check(self, config: Any) -> None:
         """Raise a `ValueError` for a run (`RLConfig`) that this shaping does not fit."""
 
+    def of_task(self, task: Any) -> Any:
+        """The task with the scorer that this reward demands: its own."""
+        return task
+
     def __call__(
         self,
         reward: np.ndarray,
@@ -36,7 +43,7 @@ class RewardShaping:
         episodes: Episodes,
         max_new_tokens: int,
     ) -> np.ndarray:
-        """Shaped reward of each episode, `[N]` float64.
+        """Shaped reward of each episode, `[N]` float64: unchanged.
 
         Args:
             reward: Reward of each episode, `[N]` float64, after the shapings before this one.
@@ -44,7 +51,7 @@ class RewardShaping:
             episodes: `N` episodes; their own rewards are unshaped.
             max_new_tokens: Longest response, in tokens.
         """
-        raise NotImplementedError(f"{type(self).__name__} shapes no rewards")
+        return reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +144,53 @@ class InvocationPenalty(RewardShaping):
         return reward - penalty
 
 
+@dataclasses.dataclass(frozen=True)
+class Ternary(RewardShaping):
+    """Reward by outcome, for any task: 1 right, `abstain` no answer, -1 wrong (TruthRL).
+
+    Responses are scored anew (`train.rl.tasks.truthful.TruthfulTask` says in which order), so the
+    reward of metrics and of held-out problems is this one too, and `info/` has their `accuracy`,
+    `uncertain`, `hallucination` and `truthfulness`.
+
+    Attributes:
+        abstain: Reward of abstaining (r_abstain), from -1 (a binary reward) to below 1. Answering
+            pays where it is right with a probability above (1 + r_abstain) / 2; with advantages
+            over the standard deviation of small groups that holds at 0 and -1 alone.
+        boxed: Whether the answer has to stand in `\\boxed{...}`.
+        unknown: Phrase that abstains; empty for that of the task, or else "I don't know".
+        knowledge: Whether only abstaining is rewarded on problems out of knowledge.
+        probe: File that says which problems are out of knowledge (`thoughtbubbles probe`); empty
+            where the task says so.
+        reasoning: How the task's score of the reasoning, 0 or 1, changes the reward r of an
+            outcome: "multiplicative" r (1 + score), "additive" r + score / 2, "conditional" r score
+            for right answers, or "none".
+    """
+
+    word: ClassVar[str] = "ternary"
+    one_response: ClassVar[bool] = True
+
+    abstain: float = 0.0
+    boxed: bool = False
+    unknown: str = ""
+    knowledge: bool = False
+    probe: str = ""
+    reasoning: Reasoning = "none"
+
+    def __post_init__(self):
+        if not -1 <= self.abstain < 1:
+            raise ValueError(f"abstain={self.abstain}: choose from -1 to below 1, as 1 is right")
+        if self.probe and not self.knowledge:
+            raise ValueError(f"probe={self.probe!r} is of knowledge=True: set it, or leave it out")
+        if self.reasoning not in get_args(Reasoning):
+            names = ", ".join(get_args(Reasoning))
+            raise ValueError(f"reasoning={self.reasoning!r}: choose one of {names}")
+
+    def of_task(self, task: Any) -> Any:
+        return truthful(task, self, unsolved_problems(self.probe, task) if self.probe else None)
+
+
 REWARDS: dict[str, type[RewardShaping]] = {
-    shaping.word: shaping for shaping in (OverlongPenalty, InvocationPenalty)
+    shaping.word: shaping for shaping in (OverlongPenalty, InvocationPenalty, Ternary)
 }
 
 

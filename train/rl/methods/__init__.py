@@ -10,6 +10,7 @@ from train.rl.methods.rebn import ReBN
 from train.rl.methods.reinforce_pp import ReinforcePP
 from train.rl.methods.rloo import RLOO
 from train.rl.methods.trigger import TriggerGRPO
+from train.rl.methods.truthrl import TruthRL
 
 __all__ = [
     "DAPO",
@@ -24,9 +25,12 @@ __all__ = [
     "ReBN",
     "ReinforcePP",
     "TriggerGRPO",
+    "TruthRL",
 ]
 
 METHODS: dict[str, type[Method]] = {
     method.word: method
-    for method in (GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO, BroRL)
-}
+    for method in (
+        GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO, BroRL, TruthRL,
+    )
+}  # fmt: skip

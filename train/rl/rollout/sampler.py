@@ -27,12 +27,15 @@ class Sampling:
         valid_vocab_size: Number of ids that are chosen from, from 0.
         stop: Ids that end a response.
         memory: Trigger policy of latent memory, for a policy with a weaver.
+        top_p: Probability mass of the fewest most probable tokens that are sampled from; None for
+            all, as in training, which scores tokens without it.
     """
 
     temperature: float
     valid_vocab_size: int
     stop: tuple[int, ...]
     memory: memgen.TriggerPolicy = memgen.NeverInvoke()  # noqa: RUF009 (frozen)
+    top_p: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Sampler:
             sampling.temperature,
             sampling.stop,
             sampling.valid_vocab_size,
+            top_p=sampling.top_p,
         )
 
     def open(

@@ -1,0 +1,45 @@
+"""TruthRL: a reward that lets a policy abstain (arXiv 2509.25760)."""
+
+import dataclasses
+from typing import ClassVar
+
+from train.rl.learning.penalties import RewardShaping, Ternary
+from train.rl.methods.grpo import GRPO
+from train.rl.tasks.truthful import Reasoning
+
+
+@dataclasses.dataclass(frozen=True)
+class TruthRL(GRPO):
+    """GRPO on the ternary reward: 1 for a right answer, 0 for none, -1 for a wrong one.
+
+    Advantages over the standard deviation of small groups move the confidence from which answering
+    pays towards a half: where `abstain` is neither 0 nor -1, choose `--advantage dr_grpo` or groups
+    of 64.
+
+    Attributes:
+        abstain: Reward of abstaining (r_abstain), from -1 (a binary reward) to below 1.
+        boxed: Whether the answer has to stand in `\\boxed{...}`.
+        knowledge: Whether only abstaining is rewarded on problems out of knowledge.
+        probe: File that says which problems are out of knowledge (`thoughtbubbles probe`); empty
+            where the task says so.
+        reasoning: How the task's score of the reasoning changes the reward ("multiplicative",
+            "additive" or "conditional"), or "none".
+    """
+
+    word: ClassVar[str] = "truthrl"
+
+    kl: float = 0.001
+    abstain: float = 0.0
+    boxed: bool = False
+    knowledge: bool = False
+    probe: str = ""
+    reasoning: Reasoning = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.reward  # which checks the options that are its own
+
+    @property
+    def reward(self) -> tuple[RewardShaping, ...]:
+        options = ("abstain", "boxed", "knowledge", "probe", "reasoning")
+        return (Ternary(**{name: getattr(self, name) for name in options}),)

@@ -1,0 +1,178 @@
+"""Which problems of a task a model never solves: python -m train.rl.probe --weights runs/sft
+
+TruthRL's knowledge-enhanced reward takes the file:
+`--method "truthrl(knowledge=True, probe='probe.jsonl')"`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train.cli.command import run_command
+from train.rl.config import RLConfig
+from train.rl.job import RLJob
+from train.rl.learning.penalties import Ternary
+from train.rl.learning.policy import sampler_of
+from train.rl.rollout.sampler import Sampler
+from train.rl.tasks.probed import Probed, append_lines, read_probe
+from train.rl.types import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """Samples answers to a task's training problems and counts the right ones.
+
+    A problem is out of the model's knowledge if none of its answers is right. A second call of the
+    same options goes on where the first one stopped.
+
+    Attributes:
+        weights: Model that answers: a run folder, "smollm2", a Hugging Face folder, or a .gguf
+            file.
+        task: Task with its options.
+        pool: Number of training problems, the first ones; the default is all of a finite task.
+        samples: Number of answers to each problem.
+        temperature: Temperature of the sampled answers.
+        top_p: Probability mass of the fewest most probable tokens to sample from.
+        max_new_tokens: Longest answer, in tokens.
+        chat: Whether problems are messages to the model, in its chat template.
+        boxed: Whether the answer has to stand in a box.
+        unknown: Phrase that abstains; empty for that of the task, or else "I don't know".
+        batch_size: Number of problems whose answers are sampled before they are written.
+        max_rows: Greatest number of answers that are generated at a time.
+        seed: Seed of the task and of the answers.
+        out: File that problems are written to, a line each.
+    """
+
+    weights: str = "smollm2"
+    task: str = "arithmetic"
+    pool: int | None = None
+    samples: int = 256
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_new_tokens: int = 64
+    chat: bool = False
+    boxed: bool = False
+    unknown: str = ""
+    batch_size: int = 16
+    max_rows: int = 256
+    seed: int = 0
+    out: str = "probe.jsonl"
+
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: choose 1 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: choose more than 0 and at most 1")
+
+    @property
+    def rl(self) -> RLConfig:
+        """Config of a run that samples as this probe does."""
+        return RLConfig(
+            weights=self.weights,
+            train="all",
+            task=self.task,
+            reward=Ternary(boxed=self.boxed, unknown=self.unknown),
+            advantage="dr_grpo",
+            pool=self.pool,
+            num_generations=max(self.samples, 2),
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            chat=self.chat,
+            batch_size=self.batch_size,
+            max_rows=self.max_rows,
+            seed=self.seed,
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options that the numbers depend on, the first line of the file."""
+        free = ("pool", "batch_size", "max_rows", "out")
+        fields = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in fields if name not in free}
+
+
+def main(config: ProbeConfig) -> None:
+    """Probe what is missing in the file, and print how many problems are out of knowledge."""
+    probe(config, RLJob(config.rl))
+    _, problems = read_probe(config.out)
+    never = sum(not problem.correct for problem in problems)
+    print(f"{config.out}: {never} of {len(problems)} problems have no right answer in ", end="")
+    print(f"{config.samples}")
+
+
+def probe(config: ProbeConfig, job: RLJob) -> None:
+    """Probe the problems that are missing in the file.
+
+    Args:
+        config: Options of the probe.
+        job: Job of `config.rl`.
+
+    Raises:
+        ValueError: The task is endless and no pool is given, or the file is of other options.
+    """
+    out = Path(config.out)
+    if out.exists():
+        options, found = read_probe(out)
+        if options != config.options:
+            changed = sorted(k for k in config.options if options.get(k) != config.options[k])
+            name = changed[0] if changed else "options"
+            raise ValueError(
+                f"{out} was probed with {name}={options.get(name)!r}, now it is "
+                f"{config.options.get(name)!r}: choose another file"
+            )
+        done = {problem.uid for problem in found}
+    else:
+        done = set()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        append_lines(out, [{"probe": config.options}])
+    missing = list(_problems(job, done))
+    sampler = _sampler(config, job)
+    for start in range(0, len(missing), config.batch_size):
+        problems = missing[start : start + config.batch_size]
+        append_lines(out, map(dataclasses.asdict, sample(config, job, sampler, problems)))
+
+
+def sample(
+    config: ProbeConfig, job: RLJob, sampler: Sampler, problems: list[Problem]
+) -> list[Probed]:
+    """Number of right answers to each problem."""
+    counts = [config.samples] * len(problems)
+    rows = job.collector.strategy.collect(sampler, job.task, problems, counts, (config.seed,))
+    right = [0.0] * len(problems)
+    for row in rows:
+        right[row.group] += row.reward.info["accuracy"]
+    return [
+        Probed(problem.uid, round(count), config.samples)
+        for problem, count in zip(problems, right, strict=True)
+    ]
+
+
+def _sampler(config: ProbeConfig, job: RLJob) -> Sampler:
+    weights = jax.device_put(job.first_weights(), job.trainable.shardings.weights)
+    sampling = dataclasses.replace(job.sampling(), top_p=config.top_p)
+    policy = sampler_of(job.trainable.model(weights))
+    return Sampler(policy, sampling, config.max_rows, job.trainable.mesh)
+
+
+def _problems(job: RLJob, done: set[str]) -> Iterator[Problem]:
+    """Training problems that are not done, each once."""
+    size, pool = job.task.sizes["train"], job.config.pool
+    if size is None and pool is None:
+        raise ValueError(f"pool=None: {job.task.name} is endless, choose a number of problems")
+    seen = set(done)
+    for index in range(min(size or pool or 0, pool or size or 0)):
+        problem = job.task.problem("train", index)
+        if problem.uid not in seen:
+            seen.add(problem.uid)
+            yield problem
+
+
+def command() -> None:
+    run_command(main, ProbeConfig)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,67 @@
+"""What a probe has found: how often a model solves each problem of a task."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from train.data.json_lines import read_json_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """A probed problem, a line of the file.
+
+    Attributes:
+        uid: Name of the problem.
+        correct: Number of right answers.
+        samples: Number of samples.
+    """
+
+    uid: str
+    correct: int
+    samples: int
+
+
+def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
+    """Options of a probe, and the problems that it has probed so far.
+
+    Raises:
+        ValueError: There is no such file, or it is none of a probe.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"probe {path}: no such file: make it with `thoughtbubbles probe`")
+    lines = [line.fields for line in read_json_lines(file)]
+    try:
+        return dict(lines[0]["probe"]), [Probed(**line) for line in lines[1:]]
+    except (IndexError, KeyError, TypeError):
+        raise ValueError(f"{path} is no file of `thoughtbubbles probe`: give one") from None
+
+
+def append_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Append lines to the file of a probe."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def unsolved_problems(path: str | Path, task: Any) -> frozenset[str]:
+    """Names of the problems that were never solved.
+
+    Args:
+        path: File of the probe.
+        task: Task that was probed.
+
+    Raises:
+        ValueError: The file is not of this task.
+    """
+    _, problems = read_probe(path)
+    uids = {problem.uid for problem in problems}
+    first = task.problem("train", 0).uid
+    if first not in uids:
+        raise ValueError(
+            f"probe {path} has no problem {first!r}, the first of {task.name}: it is of another "
+            "task or seed; probe this one"
+        )
+    return frozenset(problem.uid for problem in problems if not problem.correct)

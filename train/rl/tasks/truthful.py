@@ -1,0 +1,234 @@
+"""Answers that may abstain: right, abstained or wrong (TruthRL, arXiv 2509.25760)."""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from train.rl.problems import answer_of
+from train.rl.protocols import Task
+from train.rl.scoring import safe_score
+from train.rl.types import Completion, Problem, Reward, Split
+
+Reasoning = Literal["none", "multiplicative", "additive", "conditional"]
+Outcome = Literal["right", "abstained", "wrong"]
+
+UNKNOWN = "I don't know"
+"""Phrase that abstains, unless a task or the user names another one."""
+
+INVALID = "invalid question"
+"""Phrase that rejects a question: while training, a wrong answer."""
+
+_BOX = "\\boxed{"
+_NEITHER_WORD_NOR_SPACE = re.compile(r"[^\w\s]|_")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+def boxed(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}` of a text, braces balanced; None without a whole one."""
+    start = text.rfind(_BOX)
+    if start < 0:
+        return None
+    depth = 1
+    for index in range(start + len(_BOX), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
+        if depth == 0:
+            return text[start + len(_BOX) : index]
+    return None
+
+
+def normalized(text: str) -> str:
+    """Text in lower case, without punctuation and articles, with single spaces."""
+    text = _ARTICLES.sub(" ", _NEITHER_WORD_NOR_SPACE.sub("", text.lower()))
+    return " ".join(text.split())
+
+
+def abstains(answer: str, phrase: str) -> bool:
+    """Whether an answer contains a phrase, both normalised: "I don't know, maybe Paris" does.
+
+    A phrase without letters and digits, such as "?", has to be the whole first line.
+
+    Args:
+        answer: Answer, as it was written.
+        phrase: Phrase that abstains.
+    """
+    if not normalized(phrase):
+        return answer_of(answer) == phrase.strip()
+    return normalized(phrase) in normalized(answer)
+
+
+def truthfulness(
+    accuracy: float,
+    uncertain: float,
+    hallucination: float,
+    weights: tuple[float, float, float] = (1.0, 0.0, 1.0),
+) -> float:
+    """Truthfulness w1 Acc + w2 Unc - w3 Hall.
+
+    Args:
+        accuracy: Share of right answers.
+        uncertain: Share of abstentions.
+        hallucination: Share of wrong answers.
+        weights: Weights (w1, w2, w3).
+    """
+    return weights[0] * accuracy + weights[1] * uncertain - weights[2] * hallucination
+
+
+def outcome_value(outcome: Outcome, abstain: float = 0.0, out_of_knowledge: bool = False) -> float:
+    """Ternary reward: 1 for a right answer, `abstain` for none, -1 for a wrong one.
+
+    Args:
+        outcome: What the answer is.
+        abstain: Reward of abstaining (r_abstain); -1 makes the reward binary.
+        out_of_knowledge: Whether the problem is known to be out of the policy's knowledge; then
+            abstaining is worth 1 and all else -1 (knowledge-enhanced).
+    """
+    if out_of_knowledge:
+        return 1.0 if outcome == "abstained" else -1.0
+    return {"right": 1.0, "abstained": abstain, "wrong": -1.0}[outcome]
+
+
+def with_reasoning(value: float, score: float, how: Reasoning) -> float:
+    """Reasoning-enhanced reward of an outcome's value r_o.
+
+    Args:
+        value: Value of the outcome (r_o).
+        score: Score of the reasoning, 0 or 1 (r_reason).
+        how: "multiplicative" r_o (1 + r_reason), "additive" r_o + r_reason / 2, "conditional"
+            r_o r_reason where r_o = 1 and else r_o, or "none" r_o.
+    """
+    if how == "multiplicative":
+        return value * (1.0 + score)
+    if how == "additive":
+        return value + 0.5 * score
+    if how == "conditional":
+        return value * score if value == 1 else value
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class TruthfulTask:
+    r"""A task whose responses may abstain, scored by outcome; its problems are those of the task.
+
+    In this order: without a box (where one is demanded) a response is wrong; it abstains if it
+    contains the phrase that does; it is wrong if it contains "invalid question"; it is right if its
+    first line equals one of the task's `golds(problem)`, both normalised, or if the task's own
+    scorer calls it a success; else it is wrong. The info of a reward has the outcome as shares,
+    `accuracy`, `uncertain` and `hallucination`, and `truthfulness` with w2 = 0, 1/2 and -1/2.
+
+    Attributes:
+        task: Task with a scorer; it may have `golds(problem)`, texts that are right answers, with
+            `normalize(text)` where they aren't prose, `out_of_knowledge(problem)`, and
+            `reasoning(completion)`, a score of 0 or 1.
+        abstain: Reward of abstaining (r_abstain).
+        demand_box: Whether the answer has to stand in `\boxed{...}`, the last of the response; else
+            the whole response is the answer.
+        phrase: Phrase that abstains.
+        knowledge: Whether problems out of knowledge reward abstention alone.
+        unsolved: Names of the problems out of knowledge, besides those that the task knows.
+        reasoning: How the score of the reasoning changes the reward.
+    """
+
+    task: Any
+    abstain: float = 0.0
+    demand_box: bool = False
+    phrase: str = UNKNOWN
+    knowledge: bool = False
+    unsolved: Collection[str] = ()
+    reasoning: Reasoning = "none"
+
+    failure_value = -1.0
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def sizes(self) -> Mapping[Split, int | None]:
+        return self.task.sizes
+
+    def problem(self, split: Split, index: int) -> Problem:
+        return self.task.problem(split, index)
+
+    def score(self, completion: Completion) -> Reward:
+        problem = completion.problem
+        answer = boxed(completion.text) if self.demand_box else completion.text
+        verdict = Reward(0.0, False)
+        if answer is not None:
+            verdict = safe_score(self.task, dataclasses.replace(completion, text=answer))
+        outcome = self._outcome(problem, answer, verdict)
+        beyond = self.out_of_knowledge(problem)
+        value = outcome_value(outcome, self.abstain, self.knowledge and beyond)
+        if self.reasoning != "none":
+            value = with_reasoning(value, float(self.task.reasoning(completion)), self.reasoning)
+        # A lucky guess is right, but solves nothing.
+        success = verdict.success or (outcome == "right" and not beyond)
+        return Reward(value, success, {**verdict.info, **shares(outcome)})
+
+    def out_of_knowledge(self, problem: Problem) -> bool:
+        """Whether a problem is known to be out of the policy's knowledge."""
+        knows = getattr(self.task, "out_of_knowledge", None)
+        return problem.uid in self.unsolved or bool(knows and knows(problem))
+
+    def _outcome(self, problem: Problem, answer: str | None, verdict: Reward) -> Outcome:
+        if answer is None:
+            return "wrong"
+        if abstains(answer, self.phrase):
+            return "abstained"
+        if INVALID in normalized(answer):
+            return "wrong"
+        golds = getattr(self.task, "golds", lambda problem: ())(problem)
+        plain = getattr(self.task, "normalize", normalized)
+        text = plain(answer_of(answer))
+        equal = bool(text) and text in {plain(gold) for gold in golds}
+        return "right" if equal or verdict.success else "wrong"
+
+
+def shares(outcome: Outcome) -> dict[str, float]:
+    """An outcome as shares, whose means over responses are the metrics."""
+    right, abstained, wrong = (float(outcome == name) for name in ("right", "abstained", "wrong"))
+    return {
+        "accuracy": right,
+        "uncertain": abstained,
+        "hallucination": wrong,
+        "truthfulness": truthfulness(right, abstained, wrong),
+        "truthfulness_plus_half": truthfulness(right, abstained, wrong, (1.0, 0.5, 1.0)),
+        "truthfulness_minus_half": truthfulness(right, abstained, wrong, (1.0, -0.5, 1.0)),
+    }
+
+
+def truthful(task: Task | Any, options: Any, unsolved: Collection[str] | None) -> TruthfulTask:
+    """A task that is scored by outcome.
+
+    Args:
+        task: Task with a scorer.
+        options: Options of the scorer (`train.rl.learning.penalties.Ternary`).
+        unsolved: Names of problems that are out of knowledge; None where none were looked for.
+
+    Raises:
+        ValueError: The task has turns, or lacks what the options need.
+    """
+    if hasattr(task, "step"):
+        raise ValueError(
+            f"reward ternary is for tasks of one response, {task.name} has turns: leave it out"
+        )
+    if options.knowledge and unsolved is None and not hasattr(task, "out_of_knowledge"):
+        raise ValueError(
+            f"knowledge=True needs to know which problems of {task.name} are out of knowledge: "
+            "give probe=FILE of `thoughtbubbles probe`"
+        )
+    if options.reasoning != "none" and not hasattr(task, "reasoning"):
+        raise ValueError(
+            f"reasoning={options.reasoning!r} needs a score of the reasoning, and {task.name} has "
+            "no method `reasoning(completion)`: choose 'none', or give it one"
+        )
+    phrase = options.unknown or getattr(task, "unknown", UNKNOWN)
+    return TruthfulTask(
+        task,
+        options.abstain,
+        options.boxed,
+        phrase,
+        options.knowledge,
+        frozenset(unsolved or ()),
+        options.reasoning,
+    )
