@@ -202,7 +202,7 @@ def test_what_was_learned_of_problems_goes_on_after_a_kill(tmp_path: Path):
     """Problems of a pool come again, and get unequal numbers of rollouts."""
 
     def run(out: Path, task: Any = None) -> Any:
-        return job(out, "knapsack(high=20)", task, pool=6)
+        return job(out, "knapsack(high=20, filter_groups=True)", task, pool=6)
 
     whole, killed = run(tmp_path / "whole"), tmp_path / "killed"
     found = train(whole)
@@ -214,9 +214,9 @@ def test_what_was_learned_of_problems_goes_on_after_a_kill(tmp_path: Path):
     first, second = (cast(Knapsack, made.collector.allocator) for made in (whole, again))
     assert first.state == second.state and len(first.state) == 6
     lines = [line for line in timeless(killed) if "budget/most" in line]
-    assert lines[0]["budget/unknown"] == 8 and lines[0]["budget/most"] == 8
+    assert lines[0]["budget/unknown"] == 8
     assert max(line["budget/most"] for line in lines[2:]) > 8
-    assert all(line["rollouts"] == 32 for line in lines)
+    assert {line["rollouts"] for line in lines} == {32, 64}, "one batch of problems or two"
 
 
 def test_a_pool_is_the_tasks_first_problems():

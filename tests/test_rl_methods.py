@@ -32,6 +32,7 @@ from train.rl.rollout.collector import Collector
 from train.rl.rollout.strategies import STRATEGIES, OneResponse, Turns
 from train.rl.types import Completion, Episodes, Trajectory
 from train.runs.checkpoint import load_params
+from train.runs.metrics import read_metrics
 from train.runs.resume import differences
 
 

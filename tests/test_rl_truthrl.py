@@ -1,5 +1,6 @@
 """TruthRL: outcomes in their order, the ternary reward and what it makes a policy do, the probe."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -20,6 +21,7 @@ from train.rl.learning.penalties import Ternary
 from train.rl.methods import TruthRL
 from train.rl.named_tasks import make_task
 from train.rl.probe import ProbeConfig, probe
+from train.rl.rollout.sampler import Sampler
 from train.rl.scoring import safe_score
 from train.rl.tasks.probed import read_probe
 from train.rl.tasks.truthful import (
@@ -51,7 +53,7 @@ class Capitals:
     def score(self, completion: Completion) -> Reward:
         if "crash" in completion.text:
             raise RuntimeError("the judge is down")
-        right = completion.text == "Lutetia"
+        right = "Lutetia" in completion.text
         return Reward(float(right), right, {"judged": 1.0})
 
 
@@ -303,6 +305,22 @@ def test_a_probe_finds_what_is_out_of_knowledge(tmp_path: Path):
     out.write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="is no file of `thoughtbubbles probe`"):
         read_probe(out)
+
+
+def test_answers_of_a_probe_are_of_the_nucleus(tmp_path: Path):
+    """A nucleus of one token is greedy, whatever the temperature."""
+    made = job(tmp_path, "grpo")
+    weights = made.first_state().weights
+    problems = [made.task.problem("train", index) for index in range(4)]
+
+    def texts(**changes: Any) -> list[tuple[str, ...]]:
+        sampler = made.sampler(weights, greedy=not changes)
+        sampling = dataclasses.replace(sampler.sampling, **changes)
+        narrow = Sampler(sampler.policy, sampling, 256, made.trainable.mesh)
+        rows = made.collector.strategy.collect(narrow, made.task, problems, [1] * 4, (0,))
+        return [row.texts for row in rows]
+
+    assert texts(top_p=1e-6) == texts() != texts(top_p=1.0)
 
 
 def test_top_p_keeps_the_nucleus():

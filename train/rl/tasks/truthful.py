@@ -161,8 +161,8 @@ class TruthfulTask:
         value = outcome_value(outcome, self.abstain, self.knowledge and beyond)
         if self.reasoning != "none":
             value = with_reasoning(value, float(self.task.reasoning(completion)), self.reasoning)
-        # A lucky guess is right, but solves nothing.
-        success = verdict.success or (outcome == "right" and not beyond)
+        success = outcome != "wrong" and verdict.success
+        success |= outcome == "right" and not beyond  # a lucky guess solves nothing
         return Reward(value, success, {**verdict.info, **shares(outcome)})
 
     def out_of_knowledge(self, problem: Problem) -> bool:
