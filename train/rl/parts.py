@@ -1,5 +1,6 @@
 """Methods and their parts by name: what `--method`, `--advantage` and their like take."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,9 +71,21 @@ def choices() -> str:
         lines.append(f"choices of --{kind}:")
         for name, part in registry.items():
             purpose = " ".join((part.__doc__ or "").partition("\n\n")[0].split())
-            lines.append(f"  {name if kind == 'method' else signature(name, part)}: {purpose}")
-    lines.insert(1 + len(METHODS), f"  options of each: {signature('method', Method)}")
+            written = _preset(name, part) if kind == "method" else signature(name, part)
+            lines.append(f"  {written}: {purpose}")
+    lines.insert(1 + len(METHODS), f"  options of all: {signature('method', Method)}")
     return "\n".join(lines)
+
+
+def _preset(name: str, method: type[Any]) -> str:
+    """How a method is written with the options that are its own or have defaults of its own."""
+    common = {field.name: field.default for field in dataclasses.fields(Method)}
+    own = [
+        f"{field.name}={field.default!r}"
+        for field in dataclasses.fields(method)
+        if field.name not in common or field.default != common[field.name]
+    ]
+    return f"{name}({', '.join(own)})"
 
 
 @OPTIONS.primitive_rule
