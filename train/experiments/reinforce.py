@@ -2,6 +2,7 @@
 
 python -m train.experiments.reinforce --out reinforce.jsonl
 python -m train.experiments.reinforce --report reinforce.jsonl
+python -m train.experiments.reinforce --tasks hidden_facts --arms truthrl "truthrl(abstain=-1.0)"
 
 A small decoder of bytes is trained on demonstrations of a task until it is mediocre at it; each arm
 starts from there: a method of `train.rl` on problems without demonstrations, the same method with
@@ -47,6 +48,7 @@ from train.rl.learning.policy import token_scores
 from train.rl.loop import train
 from train.rl.methods import METHODS
 from train.rl.named_tasks import make_task
+from train.rl.parts import part_from_text
 from train.rl.protocols import Task
 from train.rl.types import Completion, Problem, Reward
 from train.runs.metrics import read_metrics
@@ -71,6 +73,8 @@ class TaskSetup:
         enough: Share of other training problems whose success ends the supervision.
         steps: Largest number of supervised optimizer steps.
         max_new_tokens: Number of tokens of the longest answer and its end.
+        abstentions: Share of the demonstrations that abstain, whatever the question.
+        pool: Number of training problems of reinforcement learning; None for an endless task.
     """
 
     task: str
@@ -78,11 +82,17 @@ class TaskSetup:
     enough: float
     steps: int
     max_new_tokens: int
+    abstentions: float = 0.0
+    pool: int | None = None
 
 
 TASKS = {
     "reverse": TaskSetup("reverse(length=5, shortest=3)", 200, 0.4, 300, 6),
     "sort": TaskSetup("sort(length=5, shortest=3)", 200, 0.4, 300, 6),
+    # The baseline answers hidden facts too, and rarely abstains.
+    "hidden_facts": TaskSetup("hidden_facts(facts=2)", 4000, 0.35, 600, 2, abstentions=0.05),
+    # Some problems are always solved and some never.
+    "mixed": TaskSetup("reverse(length=8)", 400, 0.35, 300, 9, pool=256),
 }
 CONTROLS = ("coin", "demonstrations")
 
@@ -93,8 +103,9 @@ class Experiment(StudyConfig):
 
     Attributes:
         tasks: Names of `TASKS`.
-        arms: Methods of `train.rl`, or the controls: "coin" is GRPO with rewards that have nothing
-            to do with the answer, "demonstrations" more of the supervision that came before.
+        arms: Methods of `train.rl` with their options, or the controls: "coin" is GRPO with rewards
+            that have nothing to do with the answer, "demonstrations" more of the supervision that
+            came before.
         pretrain_steps: Largest number of supervised steps of the baseline; 0 takes the task's own
             number.
         steps: Number of steps of reinforcement learning.
@@ -104,7 +115,7 @@ class Experiment(StudyConfig):
         rows: Number of held-out problems, none of which is ever trained on.
     """
 
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = ("reverse", "sort")
     arms: tuple[str, ...] = ("grpo", *CONTROLS)
     pretrain_steps: int = 0
     steps: int = 200
@@ -116,7 +127,11 @@ class Experiment(StudyConfig):
 
     def __post_init__(self):
         check_names("task", self.tasks, TASKS)
-        check_names("arm", self.arms, (*METHODS, *CONTROLS))
+        for arm in self.arms:
+            if arm.partition("(")[0] in METHODS:
+                part_from_text("method", arm)
+            else:
+                check_names("arm", (arm,), (*METHODS, *CONTROLS))
 
 
 class ValidationTask:
@@ -211,8 +226,14 @@ class Baseline:
 
     def demonstrations(self) -> list[Problem]:
         """Training problems whose answers are shown."""
+        count = self.setup.demonstrations
+        problems = [self.task.problem("train", DEMONSTRATED + i) for i in range(count)]
+        rng = np.random.default_rng([self.seed, 4])
         return [
-            self.task.problem("train", DEMONSTRATED + i) for i in range(self.setup.demonstrations)
+            dataclasses.replace(problem, answer=self.task.unknown)
+            if rng.random() < self.setup.abstentions
+            else problem
+            for problem in problems
         ]
 
     def rl(self, folder: str, **changes: Any) -> RLConfig:
@@ -226,6 +247,7 @@ class Baseline:
             batch_size=config.batch_size,
             num_generations=config.num_generations,
             max_new_tokens=self.setup.max_new_tokens,
+            pool=self.setup.pool,
             max_rows=1024,
             seed=self.seed,
             optimizer=OptimizerConfig(
@@ -332,7 +354,10 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
     }
 
 
-KEPT = ("reward", "success", "length", "mixed_groups", "clipped", "loss", "grad_norm")
+KEPT = (
+    "reward", "success", "length", "mixed_groups", "mixed_rollouts", "clipped", "loss", "grad_norm",
+)  # fmt: skip
+OUTCOMES = ("accuracy", "uncertain", "hallucination", "truthfulness")
 
 
 def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -348,6 +373,11 @@ def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "rollout_seconds": total("rollout_seconds"),
         "update_seconds": total("update_seconds"),
         "held_out": [[x["step"], x["eval/success"]] for x in lines if "eval/success" in x],
+        "outcomes": {
+            name: [x[f"eval/info/{name}"] for x in lines if f"eval/info/{name}" in x]
+            for name in OUTCOMES
+            if f"eval/info/{name}" in lines[-1] | lines[0]
+        },
         "tenths": {
             name: [float(np.mean([step[name] for step in part])) for part in parts]
             for name in KEPT
@@ -375,10 +405,36 @@ def report(results: list[Result]) -> str:
                 f"{np.mean([r.get('rollouts', 0) for r in of_arm]):,.0f}",
                 f"{np.mean([r.get('tokens', 0) for r in of_arm]):,.0f}",
                 f"{max(cost):.1f}",
+                mean_text([100 * late_mixed(r) for r in of_arm if "tenths" in r], 1),
             )
         )
-    head = "task, arm, seeds, before, after, gained, least, updates, rollouts, tokens, CPU-min"
-    return "\n".join(markdown_table(head.split(", "), rows))
+    head = (
+        "task, arm, seeds, before, after, gained, least, updates, rollouts, tokens, CPU-min, "
+        "rollouts in mixed groups (last half)"
+    )
+    lines = markdown_table(head.split(", "), rows)
+    if told := [result for result in results if result.get("outcomes")]:
+        lines += ["", *outcomes_table(told)]
+    return "\n".join(lines)
+
+
+def late_mixed(result: Result) -> float:
+    """Share of rollouts in groups that both succeed and fail, in the last half of a run."""
+    tenths = result["tenths"].get("mixed_rollouts", result["tenths"]["mixed_groups"])
+    return float(np.mean(tenths[len(tenths) // 2 :]))
+
+
+def outcomes_table(results: Sequence[Result]) -> list[str]:
+    """Lines of a markdown table: shares of outcomes on held-out problems in percent."""
+    rows = []
+    for (task, arm), of_arm in by_key(results, "task", "arm").items():
+        for when, index in (("before", 0), ("after", -1)):
+            shares = [
+                mean_text([100 * result["outcomes"][name][index] for result in of_arm], 1)
+                for name in OUTCOMES
+            ]
+            rows.append((task, arm, when, *shares))
+    return markdown_table(("task", "arm", "", *OUTCOMES), rows)
 
 
 def command() -> None:
