@@ -19,6 +19,7 @@ from train.rl.learning.mass_balance import mass_balance, simulate, softmax, unsa
 from train.rl.loop import train
 from train.rl.methods import GRPO, BroRL
 from train.rl.rollout.rows import make_rows
+from train.rl.rollout.sampler import _take
 from train.rl.types import Episodes
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
@@ -168,6 +169,22 @@ def test_hundreds_of_rollouts_share_one_prefill(tmp_path):
         np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-5)
     assert len(Episodes.from_trajectories(parts.drawn).rows) == 32
     assert collect(3)[1] == 4, "twice where a sub-batch holds two problems"
+
+
+def test_rows_that_are_taken_share_no_buffer_with_what_is_kept():
+    """Not even an array that all rows of a cache share: a session that responds is donated."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Shared:
+        table: jax.Array
+
+        def take_rows(self, policy, source, keys):
+            return self
+
+    kept = Shared(jax.numpy.arange(4))
+    _take(None, kept, None, None).table.delete()
+    assert kept.table.sum() == 6
 
 
 def test_the_reference_policy_is_reset_and_kept_with_the_checkpoint(tmp_path: Path):

@@ -16,6 +16,7 @@ from train.devices.mesh import make_mesh
 from train.experiments import reinforce
 from train.models.load import LanguageModel
 from train.rl.tasks.arithmetic import Arithmetic
+from train.rl.tasks.hidden_facts import HiddenFacts
 from train.rl.tasks.strings import Reverse
 from train.rl.types import Completion
 
@@ -90,9 +91,36 @@ def test_only_answers_and_their_ends_are_supervised():
     [
         ({"tasks": ("chess",)}, "unknown task 'chess': choose from reverse, sort"),
         ({"arms": ("ppo",)}, "unknown arm 'ppo': choose from grpo"),
+        ({"arms": ("dapo(clip=1)",)}, r"method 'dapo\(clip=1\)': write dapo\(clip_low"),
     ],
     ids=str,
 )
 def test_unknown_names_are_one_line(changes, words):
     with pytest.raises(ValueError, match=words):
         reinforce.Experiment(**changes)
+
+
+def test_outcomes_and_late_rollouts_in_mixed_groups_have_columns():
+    cost = {"cpu_seconds": 60, "baseline_cpu_seconds": 60, "updates": 2, "rollouts": 8, "tokens": 9}
+    arm = {"task": "hidden_facts", "arm": "truthrl", "before": 0.5, "after": 0.75}
+    outcomes = {"accuracy": [0.5, 0.25], "uncertain": [0.0, 0.5], "hallucination": [0.5, 0.25],
+                "truthfulness": [0.0, 0.0]}  # fmt: skip
+    tenths = {"mixed_groups": [0.0] * 4, "mixed_rollouts": [0.0, 1.0, 0.25, 0.75]}
+    found = {**cost, **arm, "seed": 0, "outcomes": outcomes, "tenths": tenths}
+    assert reinforce.late_mixed(found) == 0.5
+    assert reinforce.late_mixed({"tenths": {"mixed_groups": [0.0, 1.0]}}) == 1.0
+    lines = reinforce.report([found]).splitlines()
+    assert lines[2].endswith("| 2.0 | 50.0 |")
+    assert lines[-2:] == [
+        "| hidden_facts | truthrl | before | 50.0 | 0.0 | 50.0 | 0.0 |",
+        "| hidden_facts | truthrl | after | 25.0 | 50.0 | 25.0 | 0.0 |",
+    ]
+
+
+def test_some_demonstrations_abstain():
+    setup = reinforce.TASKS["hidden_facts"]
+    baseline = object.__new__(reinforce.Baseline)
+    baseline.setup, baseline.seed, baseline.task = setup, 0, HiddenFacts()
+    problems = baseline.demonstrations()
+    abstained = np.mean([problem.answer == "?" for problem in problems])
+    assert abstained == pytest.approx(setup.abstentions, abs=0.015) and len(problems) == 4000

@@ -221,7 +221,10 @@ class _Prefilled:
 
 @jax.jit
 def _take(policy, session, source, keys):
-    return session.take_rows(policy, source, keys)
+    """Rows of a session in buffers of their own: those of a session that responds are donated."""
+    before = {id(leaf) for leaf in jax.tree.leaves(session)}
+    taken = session.take_rows(policy, source, keys)
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in before else leaf, taken)
 
 
 def _padded(
