@@ -16,7 +16,6 @@ from train.devices.mesh import make_mesh
 from train.experiments import reinforce
 from train.models.load import LanguageModel
 from train.rl.tasks.arithmetic import Arithmetic
-from train.rl.tasks.hidden_facts import HiddenFacts
 from train.rl.tasks.strings import Reverse
 from train.rl.types import Completion
 
@@ -102,7 +101,7 @@ def test_unknown_names_are_one_line(changes, words):
 
 def test_outcomes_and_late_rollouts_in_mixed_groups_have_columns():
     cost = {"cpu_seconds": 60, "baseline_cpu_seconds": 60, "updates": 2, "rollouts": 8, "tokens": 9}
-    arm = {"task": "hidden_facts", "arm": "truthrl", "before": 0.5, "after": 0.75}
+    arm = {"task": "sort", "arm": "truthrl", "before": 0.5, "after": 0.75}
     outcomes = {"accuracy": [0.5, 0.25], "uncertain": [0.0, 0.5], "hallucination": [0.5, 0.25],
                 "truthfulness": [0.0, 0.0]}  # fmt: skip
     tenths = {"mixed_groups": [0.0] * 4, "mixed_rollouts": [0.0, 1.0, 0.25, 0.75]}
@@ -112,15 +111,6 @@ def test_outcomes_and_late_rollouts_in_mixed_groups_have_columns():
     lines = reinforce.report([found]).splitlines()
     assert lines[2].endswith("| 2.0 | 50.0 |")
     assert lines[-2:] == [
-        "| hidden_facts | truthrl | before | 50.0 | 0.0 | 50.0 | 0.0 |",
-        "| hidden_facts | truthrl | after | 25.0 | 50.0 | 25.0 | 0.0 |",
+        "| sort | truthrl | before | 50.0 | 0.0 | 50.0 | 0.0 |",
+        "| sort | truthrl | after | 25.0 | 50.0 | 25.0 | 0.0 |",
     ]
-
-
-def test_some_demonstrations_abstain():
-    setup = reinforce.TASKS["hidden_facts"]
-    baseline = object.__new__(reinforce.Baseline)
-    baseline.setup, baseline.seed, baseline.task = setup, 0, HiddenFacts()
-    problems = baseline.demonstrations()
-    abstained = np.mean([problem.answer == "?" for problem in problems])
-    assert abstained == pytest.approx(setup.abstentions, abs=0.015) and len(problems) == 4000
