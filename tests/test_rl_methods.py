@@ -310,6 +310,28 @@ def test_the_parts_of_the_page_improve_and_go_on(tmp_path, monkeypatch):
     assert timeless(killed) == timeless(whole)
 
 
+class Raises(Vowels):
+    """Vowels by a scorer that raises for some responses, or for all."""
+
+    def __init__(self, below: int):
+        self.below = below
+
+    def score(self, completion):
+        return super().score(completion) if completion.tokens[0] < self.below else 1 / 0
+
+
+def test_why_a_scorer_raised_is_shown_and_one_that_always_does_ends_the_run(tmp_path, capsys):
+    train(job(tmp_path / "some", GRPO(), Raises(below=200), steps=2))
+    shown = capsys.readouterr().err
+    assert shown.count("Traceback (most recent call last)") == 1  # the first one alone
+    lines = [line for line in shown.splitlines() if "the scorer raised in" in line]
+    assert len(lines) == 2
+    assert all("% (ZeroDivisionError: division by zero)" in line for line in lines)
+    with pytest.raises(ValueError, match="step 1: the scorer of vowels raised for every") as error:
+        train(job(tmp_path / "all", GRPO(), Raises(below=0)))
+    assert str(error.value).endswith("response, ZeroDivisionError: division by zero: mend it")
+
+
 def test_an_infinite_option_is_written_so_that_it_is_read():
     endless = GRPO(clip_high=math.inf)
     assert part_from_text("method", text_of("grpo", endless)) == endless

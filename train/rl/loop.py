@@ -20,6 +20,7 @@ from train.rl.reports import (
     readable_step,
     readable_time,
     save_rollouts,
+    scorer_error,
 )
 from train.rl.types import Collected
 from train.runs.checkpoint import load_meta
@@ -80,10 +81,21 @@ def train(job: RLJob) -> dict[str, float]:
         interrupted = stack.enter_context(stop_signals())
         profiler = Profiler(config.profile, out / "profile")
         stack.enter_context(profiler)
+        told = False
         spent = {"rollout_seconds": 0.0, "update_seconds": 0.0}
 
         def check(step: int, metrics: dict[str, float], collected: Collected) -> None:
-            """End the run at a metric that is no finite number."""
+            """End the run at a metric that is no finite number, or if every scorer raises."""
+            nonlocal told
+            error = scorer_error(collected)
+            if error and not told:
+                progress.write(f"step {step}: the scorer raised; its first traceback:\n{error}")
+                told = True
+            if metrics.get("info/scorer_errors") == 1:
+                raise ValueError(
+                    f"step {step}: the scorer of {job.task.name} raised for every response, "
+                    f"{error.strip().rpartition(chr(10))[2] or 'as its info says'}: mend it"
+                )
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
             if bad:
                 where = save_rollouts(out, step, metrics, collected)

@@ -39,13 +39,19 @@ def readable_step(step: int, metrics: dict[str, float], collected: Collected) ->
     if "invocation_rate" in metrics:
         parts.append(f"invoked {metrics['invocation_rate']:.0%}")
     if failed := metrics.get("info/scorer_errors"):
-        parts.append(f"the scorer raised in {failed:.0%}")
+        why = scorer_error(collected).strip().rpartition("\n")[2]
+        parts.append(f"the scorer raised in {failed:.0%} ({_cut(why)})")
     if collected.kept < collected.groups:
         parts.append(f"{collected.kept} of {collected.groups} problems kept")
     if not collected.kept:
         parts.append("nothing to learn from: all rollouts of each problem agree")
     parts.append(f"{metrics['rollout_tokens_per_second']:,.0f} tok/s")
     return ", ".join(parts)
+
+
+def scorer_error(collected: Collected) -> str:
+    """Traceback of the first scorer or environment that raised in a step; empty if none did."""
+    return next((row.reward.error for row in collected.drawn if row.reward.error), "")
 
 
 def readable_evaluation(found: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """Rewards of tasks and turns of environments that a run can stand on."""
 
 import math
+import traceback
 from typing import Any
 
 from train.rl.types import Completion, Problem, Reward, Turn
@@ -10,7 +11,7 @@ def safe_score(task: Any, completion: Completion) -> Reward:
     """The task's reward of a completion.
 
     A scorer that raises has not verified the completion: it is a failure, worth the task's
-    `failure_value` (0 where it has none), and counted as `scorer_errors`.
+    `failure_value` (0 where it has none), and counted as `scorer_errors`; `Reward.error` says why.
 
     Raises:
         ValueError: The task gives no reward, or one that is not finite.
@@ -21,7 +22,7 @@ def safe_score(task: Any, completion: Completion) -> Reward:
     try:
         reward = score(completion)
     except Exception:  # whatever a text does to a scorer, the run goes on
-        return Reward(float(getattr(task, "failure_value", 0.0)), False, {"scorer_errors": 1.0})
+        return Reward(_failure_value(task), False, {"scorer_errors": 1.0}, traceback.format_exc())
     if not isinstance(reward, Reward):
         raise ValueError(
             f"task {_name(task)} gave no reward for problem {completion.problem.uid} but "
@@ -44,8 +45,8 @@ def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Tu
     try:
         turn = task.step(state, action)
     except Exception:
-        value = float(getattr(task, "failure_value", 0.0))
-        return Turn(state, "", value, True, info={"scorer_errors": 1.0})
+        info, error = {"scorer_errors": 1.0}, traceback.format_exc()
+        return Turn(state, "", _failure_value(task), True, info=info, error=error)
     if not isinstance(turn, Turn):
         raise ValueError(
             f"task {_name(task)} gave no reward for problem {problem.uid} but "
@@ -55,6 +56,10 @@ def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Tu
     for value in turn.info.values():
         _check_finite(task, problem, value)
     return turn
+
+
+def _failure_value(task: Any) -> float:
+    return float(getattr(task, "failure_value", 0.0))
 
 
 def _check_finite(task: Any, problem: Problem, value: Any) -> None:

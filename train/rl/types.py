@@ -52,11 +52,13 @@ class Reward:
         success: Whether the problem was solved; allocators, dynamic sampling and evaluation use
             this, never the value.
         info: Numbers for the metrics, averaged by name.
+        error: Traceback of a scorer that raised; empty where none did.
     """
 
     value: float
     success: bool
     info: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    error: str = dataclasses.field(default="", compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Turn:
         truncated: Whether the episode was cut, e.g. at its greatest number of turns.
         success: Whether the problem was solved.
         info: Numbers for the metrics.
+        error: Traceback of an environment that raised; empty where it did not.
     """
 
     state: Any
@@ -81,6 +84,7 @@ class Turn:
     truncated: bool = False
     success: bool = False
     info: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    error: str = dataclasses.field(default="", compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,4 +164,4 @@ class EnvironmentEpisode:
         last = self._last
         assert last is not None
         info = {"turns": float(len(self.rewards)), **last.info}
-        return Reward(float(sum(self.rewards)), last.success, info)
+        return Reward(float(sum(self.rewards)), last.success, info, last.error)
