@@ -121,8 +121,8 @@ def test_any_split_of_a_row_gives_the_blockwise_logits(name):
         np.testing.assert_allclose(found[real], logits[rows[:, None], at][real], atol=1e-4)
         length = length + size
     assert_same_bubbles(chunked.trace, bubbles)
-    for ours, theirs in zip(chunked.groups, filled.groups, strict=True):
-        np.testing.assert_array_equal(ours.count, theirs.count)
+    for ours, theirs in zip(chunked.forks, filled.forks, strict=True):
+        np.testing.assert_array_equal(ours.used, theirs.used)
 
 
 def test_a_long_cache_is_read_in_spans():
@@ -133,7 +133,7 @@ def test_a_long_cache_is_read_in_spans():
     last, filled = prefill(model, init_cache(model, 2, 400), tokens[:, :100], np.array([90, 100]))
     np.testing.assert_allclose(last, logits[[0, 1], [89, 99]], atol=1e-4)
     found, filled = steps(model, filled, tokens[0, 90:290], tokens[1, 100:])
-    assert (np.asarray(filled.groups[1].count) > 512).all()
+    assert (np.asarray(filled.forks[0].used) > 512).all()
     np.testing.assert_allclose(found, np.stack([logits[0, 90:290], logits[1, 100:]]), atol=1e-4)
 
 

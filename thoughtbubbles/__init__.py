@@ -3,12 +3,13 @@
 from thoughtbubbles.architecture import ARCHITECTURES, Architecture, ArchitectureConfig
 from thoughtbubbles.backbone import Backbone
 from thoughtbubbles.config import PRESETS, ModelConfig
+from thoughtbubbles.fork_cache import ForkCache, KVSlots, token_slots
 from thoughtbubbles.forking import merge
 from thoughtbubbles.layers import Block, Fork
 from thoughtbubbles.model import Output, Thoughtbubbles
 from thoughtbubbles.policies import PrefixRank, Threshold, TopK
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, PolicyDefaults
-from thoughtbubbles.streams import Streams
+from thoughtbubbles.streams import Streams, left_align, restore_alignment
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,8 @@ __all__ = [
     "Candidates",
     "CausalPolicy",
     "Fork",
+    "ForkCache",
+    "KVSlots",
     "ModelConfig",
     "Output",
     "Policy",
@@ -31,5 +34,8 @@ __all__ = [
     "Thoughtbubbles",
     "Threshold",
     "TopK",
+    "left_align",
     "merge",
+    "restore_alignment",
+    "token_slots",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from jax.core import Tracer
 from thoughtbubbles.attention import attend_cached
 from thoughtbubbles.bubbles import bubbles_of
 from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.fork_cache import ForkCache, KVSlots, init_fork_cache, token_slots
 from thoughtbubbles.forward import ForkingDecoder
-from thoughtbubbles.layers import Block, Fork, Geometry
+from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy
 from thoughtbubbles.streams import Streams
@@ -35,16 +36,14 @@ if TYPE_CHECKING:
 class KVSegment:
     """Keys and values of the blocks between two fork layers, live streams first.
 
-    `N` is the capacity of a row in slots; slots from `count` on are never attended to.
+    `N` is the capacity of a row in slots; unused slots come last and are never attended to.
 
     Attributes:
-        count: `[B]` int32, number of live streams so far.
         key: `[B, G, N, K]` rotated keys, one array for each block.
         value: `[B, G, N, K]` values, scaled by the scores, one array for each block.
         bias: `[B, N]` float32 bias of each key, or None where the config has none.
     """
 
-    count: jax.Array
     key: tuple[jax.Array, ...]
     value: tuple[jax.Array, ...]
     bias: jax.Array | None
@@ -72,7 +71,7 @@ class Cache:
     Attributes:
         length: `[B]` int32, number of tokens of each row.
         groups: Keys and values of each group of blocks between fork layers (`ModelConfig.groups`).
-        policy_states: State of the policy at each fork layer (`CausalPolicy.init_state`).
+        forks: State of each fork layer.
         trace: Bubbles of the tokens so far.
         max_tokens: Number of tokens that fit into a row.
         config: Config of the model that the cache was made for.
@@ -80,10 +79,15 @@ class Cache:
 
     length: jax.Array
     groups: tuple[KVSegment, ...]
-    policy_states: tuple[Any, ...]
+    forks: tuple[ForkCache, ...]
     trace: Trace
     max_tokens: int = dataclasses.field(metadata={"static": True})
     config: ModelConfig = dataclasses.field(metadata={"static": True})
+
+    @property
+    def streams(self) -> Int[Array, " B"]:
+        """Number of live streams of each row after the last block."""
+        return self.forks[-1].used if self.forks else self.length * self.config.copies
 
 
 def init_cache(model: ForkingDecoder, batch: int, max_tokens: int) -> Cache:
@@ -101,18 +105,18 @@ def init_cache(model: ForkingDecoder, batch: int, max_tokens: int) -> Cache:
     check_cacheable(config)
     if batch < 1 or max_tokens < 1:
         raise ValueError(f"batch={batch}, max_tokens={max_tokens}: choose 1 or more of both")
-    slots, groups, states = max_tokens * config.copies, [], []
+    slots, groups, forks = max_tokens * config.copies, [], []
     for index, (start, end) in enumerate(config.groups()):
         if index:
-            policy = cast(CausalPolicy, config.policy)
-            states.append(policy.init_state(batch, 2 * slots))
-            slots = min(2 * slots, policy.capacity(max_tokens))
+            before = forks[-1] if forks else None
+            forks.append(init_fork_cache(config.policy, batch, max_tokens, before))
+            slots = forks[-1].slots
         has_bias = index > 0 and config.key_bias
         groups.append(_empty_segment(config, batch, slots, end - start, has_bias))
     shape = (batch, len(config.fork_layers), max_tokens)
     trace = Trace(jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     length = jnp.zeros((batch,), jnp.int32)
-    return Cache(length, tuple(groups), tuple(states), trace, max_tokens, config)
+    return Cache(length, tuple(groups), tuple(forks), trace, max_tokens, config)
 
 
 def _empty_segment(
@@ -122,7 +126,7 @@ def _empty_segment(
     # A buffer for each block: an array that occurs twice could not be donated.
     key, value = (tuple(jnp.zeros(shape, config.dtype) for _ in range(blocks)) for _ in range(2))
     bias = jnp.zeros((batch, slots)) if has_bias else None
-    return KVSegment(jnp.zeros((batch,), jnp.int32), key, value, bias)
+    return KVSegment(key, value, bias)
 
 
 def cacheable(config: ModelConfig) -> bool:
@@ -309,39 +313,26 @@ def advance(
     # A wrong row stays wrong: its policy states can't be trusted from here on either.
     after = jnp.where(wrong, cache.max_tokens + 1, after)
     streams = Streams.start(x, length, config.copies, cache.length)
-    groups, states, trace = [], [], cache.trace
+    slots = token_slots(streams, cache.max_tokens)
+    groups, forks, trace = [], [], cache.trace
     for index, (start, end) in enumerate(config.groups()):
         if index:
-            fork, state = model.forks[index - 1], cache.policy_states[index - 1]
-            if fresh:
-                streams, state = _fork_first(fork, streams, state, min(chunk, cache.max_tokens))
-            else:
-                streams, state = fork.extend(streams, state, cache.max_tokens)
-            states.append(state)
+            fork, state = model.forks[index - 1], cache.forks[index - 1]
+            streams, slots, state = fork.advance(streams, state, fresh=fresh)
+            forks.append(state)
             trace = _record_bubbles(trace, index - 1, streams)
         blocks = list(zip(layers[start:end], config.rotary_layers[start:end], strict=True))
-        streams, group = _run_group(streams, blocks, cache.groups[index], config, fresh)
+        streams, group = _run_group(streams, slots, blocks, cache.groups[index], config, fresh)
         groups.append(group)
     cache = dataclasses.replace(
-        cache, length=after, groups=tuple(groups), policy_states=tuple(states), trace=trace
+        cache, length=after, groups=tuple(groups), forks=tuple(forks), trace=trace
     )
     return streams, cache
 
 
-def _fork_first(fork: Fork, streams: Streams, state: Any, num_tokens: int) -> tuple[Streams, Any]:
-    """`fork.extend` of the first tokens of rows, at most `num_tokens` of each.
-
-    It uses a state that is only as large as these tokens need, because ranking looks at the whole
-    state; the state of the cache then begins with that one.
-    """
-    policy = cast(CausalPolicy, fork.policy)
-    small = policy.init_state(streams.x.shape[0], 2 * streams.token.shape[1])
-    streams, small = fork.extend(streams, small, num_tokens)
-    return streams, jax.tree.map(_at_start, state, small)
-
-
 def _run_group(
     streams: Streams,
+    slots: KVSlots,
     blocks: Sequence[tuple[Block, bool | None]],
     group: KVSegment,
     config: ModelConfig,
@@ -351,6 +342,7 @@ def _run_group(
 
     Args:
         streams: New streams.
+        slots: Slots that they take.
         blocks: Each block with its entry of `ModelConfig.rotary_layers`.
         group: Keys and values of the earlier streams.
         config: Config of the model.
@@ -361,11 +353,11 @@ def _run_group(
     """
     if not blocks:
         return streams, group
-    geometry, alive, before = Geometry.of(streams, config), streams.alive, group.count
+    geometry, alive, before = Geometry.of(streams, config), slots.alive, slots.used
     bias, keys, values = group.bias, [], []
     if bias is not None and geometry.key_bias is not None:
         new_bias = geometry.key_bias
-        bias = _into(bias, new_bias, 1) if fresh else append(bias, new_bias, before, alive)
+        bias = _into(bias, new_bias, 1) if fresh else slots.write(bias, new_bias)
     for (block, rotary), key, value in zip(blocks, group.key, group.value, strict=True):
         if fresh:
             mix = functools.partial(_attend_and_store, block.attend, geometry.key_bias, key, value)
@@ -374,8 +366,7 @@ def _run_group(
         streams, (key, value) = block.mixing(streams, geometry.where(rotary), mix)
         keys.append(key)
         values.append(value)
-    count = before + alive.sum(axis=1, dtype=jnp.int32)
-    return streams, KVSegment(count, tuple(keys), tuple(values), bias)
+    return streams, KVSegment(tuple(keys), tuple(values), bias)
 
 
 def _attend_over_cache(
@@ -394,12 +385,6 @@ def _attend_and_store(
     mixed = attend(query, key, value, bias)
     key_cache = _into(key_cache, key.swapaxes(1, 2), 2)
     return mixed, (key_cache, _into(value_cache, value.swapaxes(1, 2), 2))
-
-
-def _at_start(stored: jax.Array, new: jax.Array) -> jax.Array:
-    """`stored` with its first entries along every axis from `new`."""
-    new = jax.lax.slice(new, (0,) * new.ndim, tuple(map(min, new.shape, stored.shape)))
-    return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), (0,) * new.ndim)
 
 
 def _into(stored: jax.Array, new: jax.Array, axis: int) -> jax.Array:

@@ -20,6 +20,16 @@ from thoughtbubbles import forking
 from thoughtbubbles.architecture import Tracked
 from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.fork_cache import (
+    ForkCache,
+    KVSlots,
+    advanced,
+    at_start,
+    check_next,
+    init_fork_cache,
+    with_wrong_rows,
+    wrong_rows,
+)
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced_keep, hook
 from thoughtbubbles.positions import rotary_angles, rotate
@@ -101,11 +111,11 @@ class Geometry:
         angles = rotary_angles(positions, config.head_width, config.rope_base, config.rope_scaling)
         if not streams.forked:
             return cls(*angles)
-        scale = config.head_width**-0.5 if config.score_bias == "head" else 1.0
-        score = jnp.exp(streams.log_score)
+        width = config.head_width if config.score_bias == "head" else None
+        score = streams.score()
         return cls(
             *angles,
-            key_bias=streams.log_score * scale if config.key_bias else None,
+            key_bias=streams.attention_bias(width) if config.key_bias else None,
             value_scale=score if config.value_scaling else None,
             write_scale=score if config.residual_scaling else None,
         )
@@ -323,6 +333,12 @@ class Fork(nnx.Module):
             track: Whether the state that the policy tracks follows these scores (training).
             key: Random key of the policy's exploration (training); without it there is none.
         """
+        self._check(streams)
+        if streams.continued:
+            raise ValueError(
+                "streams of Streams.start(..., first=...) follow earlier tokens, whose state this "
+                "call does not have: fork them by Fork.extend (Fork.init_cache)"
+            )
         candidates = self._candidates(streams)
         if track and self.threshold is not None:
             self.threshold[...] = hook(self.policy, "track")(candidates)
@@ -332,20 +348,71 @@ class Fork(nnx.Module):
         keep = self.policy.keep(chosen_by)
         return self._fork(streams, candidates, keep, streams.num_tokens)
 
-    def extend(self, streams: Streams, state: Any, num_tokens: int) -> tuple[Streams, Any]:
+    def init_cache(self, batch: int, max_tokens: int, before: ForkCache | None = None) -> ForkCache:
+        """The state of this fork layer before the first token, for `extend`.
+
+        Args:
+            batch: Number of rows.
+            max_tokens: Number of tokens that fit into a row.
+            before: State of the fork layer in front of this one, if there is one.
+
+        Raises:
+            ValueError: The policy is not causal, a size is below 1, or `before` has other sizes.
+        """
+        return init_fork_cache(self.policy, batch, max_tokens, before)
+
+    def extend(
+        self, streams: Streams, cache: ForkCache, *, fresh: bool = False
+    ) -> tuple[Streams, KVSlots, ForkCache]:
         """Fork the next tokens of rows whose earlier tokens were forked in earlier calls.
+
+        Any split of a row into calls gives the streams of one call over the row. Under `jit`, where
+        lengths are unknown, the residuals of a row that is not continued by these streams, or
+        outgrows the cache, become NaN, in all later calls too.
 
         Args:
             streams: Streams of the next tokens, which follow `streams.first` earlier ones.
-            state: State of the policy, which must be causal (`CausalPolicy.init_state`).
-            num_tokens: Upper bound on the number of tokens of the whole sequence.
+            cache: State after the earlier tokens.
+            fresh: Static promise that there are no earlier tokens, which makes the pass faster.
 
         Returns:
-            The streams after the fork layer, and the policy's state after these tokens.
+            The streams after the fork layer, the slots that they take in the caches of the next
+            blocks, and the state after these tokens.
+
+        Raises:
+            ValueError: The streams are not those that come next, the cache is too small, or it was
+                made for another fork layer.
         """
+        self._check(streams)
+        check_next(self.policy, streams, cache, fresh)
+        wrong = wrong_rows(streams, cache, fresh)
+        return with_wrong_rows(wrong, *self.advance(streams, cache, fresh=fresh))
+
+    def advance(
+        self, streams: Streams, cache: ForkCache, *, fresh: bool = False
+    ) -> tuple[Streams, KVSlots, ForkCache]:
+        """`extend` without checks, for streams of rows whose lengths were checked."""
         candidates = self._candidates(streams)
-        keep, state = cast(CausalPolicy, self.policy).keep_next(candidates, state)
-        return self._fork(streams, candidates, keep, num_tokens), state
+        policy, state, num_tokens = cast(CausalPolicy, self.policy), cache.state, cache.max_tokens
+        if fresh:
+            # As large as these tokens need, because ranking looks at the whole state.
+            num_tokens = min(streams.num_tokens, num_tokens)
+            state = policy.init_state(*candidates.token.shape)
+        keep, state = policy.keep_next(candidates, state)
+        if fresh:
+            state = jax.tree.map(at_start, cache.state, state)
+        return advanced(cache, self._fork(streams, candidates, keep, num_tokens), state)
+
+    def _check(self, streams: Streams) -> None:
+        if not isinstance(streams, Streams):
+            shape = getattr(streams, "shape", type(streams).__name__)
+            raise ValueError(f"a fork layer takes Streams, not {shape}: Streams.start(x)")
+        width, expected = streams.x.shape[-1], self.score.shape[0]
+        if width != expected:
+            raise ValueError(
+                f"residuals of width {width} in a fork layer of embed_dim={expected}: "
+                "give both the same width"
+            )
 
     def _candidates(self, streams: Streams) -> Candidates:
         # Norm and scores are computed in float32, because bfloat16 scores would often tie.

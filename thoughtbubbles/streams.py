@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from thoughtbubbles.placement import broadcast_beside
 
@@ -32,6 +34,7 @@ class Streams:
             cached decoding.
         num_tokens: Static number `T` of tokens of a row, padding on the right included.
         forked: Whether a fork layer came before (static); until then all log-scores are exactly 0.
+        continued: Whether the row may have earlier tokens (static): whether `first` was given.
     """
 
     x: jax.Array
@@ -42,6 +45,7 @@ class Streams:
     first: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
     forked: bool = dataclasses.field(default=False, metadata={"static": True})
+    continued: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def start(
@@ -58,15 +62,20 @@ class Streams:
             length: Number of real tokens of each row; all `T` by default.
             copies: Number of equal streams of each token.
             first: Number of tokens of the sequence before these; 0 by default.
+
+        Raises:
+            ValueError: A shape is wrong, or a length is not from 0 to `T` (lengths that are traced
+                by `jit` are checked by `Fork.extend` alone, whose rows become NaN).
         """
-        num_tokens = x.shape[1]
+        _check_start(x, length, copies, first)
+        num_tokens, continued = x.shape[1], first is not None
         length = broadcast_beside(num_tokens if length is None else length, x, 1)
         first = broadcast_beside(0 if first is None else first, x, 1)
         token = broadcast_beside(jnp.arange(num_tokens), x, 2)
         if copies > 1:
             x, token = jnp.repeat(x, copies, axis=1), jnp.repeat(token, copies, axis=1)
-        log_score = jnp.zeros_like(token, jnp.float32)
-        return cls(x, log_score, token, token < length[:, None], length, first, num_tokens)
+        log_score, alive = jnp.zeros_like(token, jnp.float32), token < length[:, None]
+        return cls(x, log_score, token, alive, length, first, num_tokens, continued=continued)
 
     def replace(self, **changes) -> Streams:
         """The same streams with some fields changed, as `dataclasses.replace`."""
@@ -106,6 +115,29 @@ class Streams:
         distance, size = self.bubbles()
         return jnp.where(self.alive, token - distance / size, 0.0)
 
+    def score(self) -> Float[Array, "B S"]:
+        """Float32 cumulative score p of each stream, from 0 to 1."""
+        return jnp.exp(self.log_score)
+
+    def attention_bias(self, head_dim: int | None = None) -> Float[Array, "B S"]:
+        """Float32 bias of each stream's key, added to the attention logits (eq. 8).
+
+        Args:
+            head_dim: Width K of a head, for the bias log p / sqrt(K) of the authors' code; without
+                it the bias is log p, which weighs a key by exactly p. Both are added to logits that
+                are already divided by sqrt(K).
+        """
+        return self.log_score * (1.0 if head_dim is None else head_dim**-0.5)
+
+    def attenuate(self, values: Float[Array, "B S *rest"]) -> Float[Array, "B S *rest"]:
+        """Each stream's values times its score p, in their dtype.
+
+        Applied to the values of attention (eq. 8) and to what a block adds to the residuals (eqs.
+        9-10).
+        """
+        score = self.score().reshape(self.log_score.shape + (1,) * (values.ndim - 2))
+        return values * score.astype(values.dtype)
+
     def bubble_of(self, token: Int[Array, " B"], max_bubble: int) -> Streams:
         """The bubble of one token of each row, as streams of rows of one token; dead slots first.
 
@@ -127,6 +159,27 @@ class Streams:
             length=jnp.ones_like(self.length),
             first=self.first + token,
             num_tokens=1,
+        )
+
+
+def _check_start(x, length, copies, first) -> None:
+    if jnp.ndim(x) != 3:
+        raise ValueError(
+            f"residuals of shape {jnp.shape(x)}: Streams.start takes [batch, tokens, width]"
+        )
+    if copies < 1:
+        raise ValueError(f"copies={copies} is below 1: 1 means no copies")
+    for name, value in (("length", length), ("first", first)):
+        if value is not None and jnp.shape(value) != x.shape[:1]:
+            raise ValueError(
+                f"{name} of shape {jnp.shape(value)} for {x.shape[0]} rows: give one number a row"
+            )
+    if length is None or isinstance(length, Tracer):
+        return
+    lengths = np.asarray(length)
+    if lengths.max(initial=0) > x.shape[1] or lengths.min(initial=0) < 0:
+        raise ValueError(
+            f"lengths {lengths.tolist()} of {x.shape[1]} tokens: choose 0 to {x.shape[1]}"
         )
 
 

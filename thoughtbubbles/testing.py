@@ -5,7 +5,6 @@ trained, and no model is built. Those of architectures (`assert_decoder_*`) take
 `AssertionError` says which part of a contract is broken.
 """
 
-from functools import partial
 from typing import Any, cast
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles.architecture import Architecture
+from thoughtbubbles.fork_cache import ForkCache
 from thoughtbubbles.layers import Fork
 from thoughtbubbles.policy import CausalPolicy, Policy
 from thoughtbubbles.streams import Streams
@@ -93,7 +93,8 @@ def assert_cached_is_parallel(
     x = _rows(rows, num_tokens, seed)
     [(_, whole), _] = _forked(policy, x, seed)
     expected = _by_token(whole)
-    fork, policy_state = _layer(policy, seed), policy.init_state(rows, 2 * num_tokens)
+    fork = _layer(policy, seed)
+    cache = fork.init_cache(rows, num_tokens)
     found: list[list[Any]] = [[] for _ in range(rows)]
     for start in range(0, num_tokens, PART):
         # Rows are cut differently: row r has its first r tokens in a part of their own.
@@ -103,8 +104,7 @@ def assert_cached_is_parallel(
         for row, (begin, end) in enumerate(zip(starts, ends, strict=True)):
             part[row, : end - begin] = x[row, begin:end]
         length = jnp.asarray(ends - starts, jnp.int32)
-        state = jnp.asarray(starts, jnp.int32), policy_state
-        streams, policy_state = _extended(fork, jnp.asarray(part), length, state, num_tokens)
+        streams, cache = _extended(fork, jnp.asarray(part), length, cache)
         for row, tokens in enumerate(_by_token(streams)):
             found[row] += tokens[: int(length[row])]
     for row in range(rows):
@@ -229,13 +229,13 @@ def _twice(lower: Fork, upper: Fork, x: jax.Array, length: jax.Array) -> tuple[S
     return streams, upper(streams)
 
 
-@partial(jax.jit, static_argnums=4)
+@jax.jit
 def _extended(
-    fork: Fork, x: jax.Array, length: jax.Array, state: tuple[jax.Array, Any], num_tokens: int
-) -> tuple[Streams, Any]:
-    """Streams of the next tokens; `state` is the number of earlier tokens and a policy state."""
-    first, policy_state = state
-    return fork.extend(Streams.start(x, length, first=first), policy_state, num_tokens)
+    fork: Fork, x: jax.Array, length: jax.Array, cache: ForkCache
+) -> tuple[Streams, ForkCache]:
+    """Streams of the next tokens, and the state after them."""
+    streams, _, cache = fork.extend(Streams.start(x, length, first=cache.length), cache)
+    return streams, cache
 
 
 def _by_token(streams: Streams) -> list[list[tuple[float, ...]]]:

@@ -144,7 +144,7 @@ class CachedRun:
     def streams(self) -> float:
         """Live streams per token after the last fork layer, in the cache of the last call."""
         assert self._cache is not None
-        return float((self._cache.groups[-1].count / self._cache.length).mean())
+        return float((self._cache.streams / self._cache.length).mean())
 
 
 class RecomputedRun:

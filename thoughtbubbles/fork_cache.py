@@ -1,0 +1,260 @@
+"""ForkCache: the state of a fork layer between calls, and the slots that new streams take.
+
+A decoder of any kind caches keys and values itself. What it needs besides stands here, so that it
+asks no policy for anything: how many slots its caches must have, which of them new streams fill,
+and which of them a new stream's query attends to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from thoughtbubbles.policies import append
+from thoughtbubbles.policy import CausalPolicy, Policy
+from thoughtbubbles.streams import Streams
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Int
+
+Stored = TypeVar("Stored")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVSlots:
+    """The slots that new streams take in key-value caches of `N` slots a row.
+
+    The same slots serve the caches of all blocks up to the next fork layer.
+
+    Attributes:
+        used: `[B]` int32, number of slots that earlier streams of the row fill.
+        alive: `[B, S]` bool, new streams that take a slot, in order; dead ones take none.
+        capacity: Static number `N` of slots of a row.
+    """
+
+    used: jax.Array
+    alive: jax.Array
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+    def index(self) -> Int[Array, "B S"]:
+        """Slot of each new stream; `N`, which is no slot, for a dead one."""
+        slot = self.used[:, None] + jnp.arange(self.alive.shape[1], dtype=jnp.int32)
+        return jnp.where(self.alive, slot, self.capacity)
+
+    def visible(self) -> Bool[Array, "B S N"]:
+        """Whether the query of a new stream attends to the key in a slot (causal attention)."""
+        last = self.used[:, None] + jnp.arange(self.alive.shape[1], dtype=jnp.int32)
+        return jnp.arange(self.capacity) <= last[..., None]
+
+    def write(self, stored: Stored, new: Stored) -> Stored:
+        """The caches with the entries of new streams in their slots.
+
+        Args:
+            stored: Caches, a pytree of arrays `[B, N, ...]`, of a block's keys and values and of
+                the attention bias of each key (`Streams.attention_bias`).
+            new: Entries of the new streams, the same tree of arrays `[B, S, ...]`.
+
+        Raises:
+            ValueError: A cache has another number of slots than `capacity`, or `new` is not of the
+                new streams.
+        """
+
+        def write(stored: jax.Array, new: jax.Array) -> jax.Array:
+            if stored.shape[:2] != (self.alive.shape[0], self.capacity):
+                raise ValueError(
+                    f"a cache of shape {stored.shape} for {self.alive.shape[0]} rows of "
+                    f"{self.capacity} slots: allocate [batch, slots, ...], with the `slots` of the "
+                    "ForkCache behind a fork layer and max_tokens in front of the first"
+                )
+            if new.shape[:2] != self.alive.shape:
+                raise ValueError(
+                    f"entries of shape {new.shape} for new streams {self.alive.shape}: give "
+                    "[batch, streams, ...] of the same call"
+                )
+            return append(stored, new, self.used, self.alive)
+
+        return jax.tree.map(write, stored, new)
+
+
+def token_slots(streams: Streams, max_tokens: int) -> KVSlots:
+    """The slots that new streams take in the caches of the blocks in front of all fork layers.
+
+    Args:
+        streams: Streams of the next tokens (`Streams.start` with `first`).
+        max_tokens: Number of tokens that fit into a row.
+
+    Raises:
+        ValueError: The streams have passed a fork layer.
+    """
+    if streams.forked:
+        raise ValueError(
+            f"token_slots of {streams.token.shape} streams behind a fork layer: take the slots "
+            "that Fork.extend returns"
+        )
+    copies = streams.token.shape[1] // streams.num_tokens
+    return KVSlots(streams.first * copies, streams.alive, max_tokens * copies)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForkCache:
+    """State of a fork layer after the tokens so far (`Fork.init_cache`, `Fork.extend`).
+
+    Axis 0 of every array indexes the rows.
+
+    Attributes:
+        state: State of the policy.
+        length: `[B]` int32, number of tokens so far; above `max_tokens` for a row that was extended
+            wrongly under `jit`, whose residuals are NaN from there on.
+        used: `[B]` int32, number of live streams behind the fork layer so far.
+        max_tokens: Static number of tokens that fit into a row.
+        policies: Static policies of the fork layers up to this one, which is the last.
+    """
+
+    state: Any
+    length: jax.Array
+    used: jax.Array
+    max_tokens: int = dataclasses.field(metadata={"static": True})
+    policies: tuple[Policy, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of a row in the key-value caches of the blocks behind the fork layer."""
+        return _slots(self.policies, self.max_tokens, self.max_tokens)
+
+
+def init_fork_cache(
+    policy: Policy, batch: int, max_tokens: int, before: ForkCache | None = None
+) -> ForkCache:
+    """The state of a fork layer before the first token.
+
+    Args:
+        policy: Policy of the fork layer, which must be causal.
+        batch: Number of rows.
+        max_tokens: Number of tokens that fit into a row.
+        before: State of the fork layer in front of this one, if there is one.
+
+    Raises:
+        ValueError: The policy can't be cached, a size is below 1, or `before` has other sizes.
+    """
+    causal = _causal(policy)
+    if batch < 1 or max_tokens < 1:
+        raise ValueError(f"batch={batch}, max_tokens={max_tokens}: choose 1 or more of both")
+    if before is not None and (before.length.shape[0], before.max_tokens) != (batch, max_tokens):
+        raise ValueError(
+            f"batch={batch}, max_tokens={max_tokens} behind a fork layer of "
+            f"batch={before.length.shape[0]}, max_tokens={before.max_tokens}: give both the same"
+        )
+    earlier = () if before is None else before.policies
+    state = causal.init_state(batch, 2 * _slots(earlier, max_tokens, max_tokens))
+    # Two arrays of zeros: one that occurs twice could not be donated.
+    length, used = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
+    return ForkCache(state, length, used, max_tokens, (*earlier, policy))
+
+
+def _causal(policy: Policy) -> CausalPolicy:
+    if not policy.causal:
+        raise ValueError(
+            f"{policy} can't be cached, its choice looks at the whole row: use PrefixRank(...) or "
+            "Threshold(...)"
+        )
+    if not isinstance(policy, CausalPolicy):
+        raise ValueError(
+            f"{policy} is causal but has no init_state() and keep_next(): add both for a cache"
+        )
+    return policy
+
+
+def _slots(policies: tuple[Policy, ...], num_tokens: int, max_tokens: int) -> int:
+    """Static slots of `num_tokens` new tokens behind fork layers, in rows of up to `max_tokens`."""
+    slots = num_tokens
+    for policy in policies:
+        slots = min(2 * slots, policy.capacity(max_tokens))
+    return slots
+
+
+def check_next(policy: Policy, streams: Streams, cache: ForkCache, fresh: bool) -> None:
+    """Raise a ValueError unless the streams are those that come next; lengths unless traced."""
+    if not isinstance(cache, ForkCache):
+        raise ValueError(
+            f"extend from a {type(cache).__name__}: give the ForkCache of "
+            "fork.init_cache(batch, max_tokens), or that of the last extend"
+        )
+    if cache.policies[-1] != policy:
+        raise ValueError(
+            f"this cache was made for {cache.policies[-1]}, the fork layer has {policy}: begin "
+            "with a new one (fork.init_cache)"
+        )
+    if streams.token.shape[0] != cache.length.shape[0]:
+        raise ValueError(
+            f"streams of {streams.token.shape[0]} rows for a cache of {cache.length.shape[0]}: "
+            "give one row each"
+        )
+    if not (streams.continued or fresh):
+        raise ValueError(
+            "streams that begin at token 0 (first=None) in a call with a cache: "
+            "Streams.start(x, length, first=cache.length)"
+        )
+    bound = min(streams.num_tokens, cache.max_tokens) if fresh else cache.max_tokens
+    earlier = cache.policies[:-1]
+    expected = _slots(earlier, streams.num_tokens, bound)
+    if streams.forked != bool(earlier) or streams.token.shape[1] != expected:
+        raise ValueError(
+            f"{streams.token.shape[1]} streams of {streams.num_tokens} tokens for a cache behind "
+            f"{len(earlier)} fork layers, which give {expected}: make the cache of a later fork "
+            "layer by fork.init_cache(batch, max_tokens, before=cache of the one in front)"
+        )
+    if any(isinstance(n, Tracer) for n in (streams.first, streams.length, cache.length)):
+        return
+    first, new, so_far = (np.asarray(n) for n in (streams.first, streams.length, cache.length))
+    longest = int((so_far + new).max())
+    if longest > cache.max_tokens:
+        raise ValueError(
+            f"a row would grow to {longest} tokens, the cache has max_tokens={cache.max_tokens}: "
+            "make a larger one (fork.init_cache)"
+        )
+    if (first != so_far).any():
+        raise ValueError(
+            f"streams that begin at tokens {first.tolist()} for a cache of {so_far.tolist()} "
+            "tokens: Streams.start(x, length, first=cache.length), and keep the cache that "
+            "extend returns"
+        )
+    if fresh and so_far.any():
+        raise ValueError(f"fresh=True with a cache of {so_far.tolist()} tokens: leave it out")
+
+
+def wrong_rows(streams: Streams, cache: ForkCache, fresh: bool) -> Bool[Array, " B"]:
+    """Rows in which the streams are not those that come next, for what is known at run time."""
+    wrong = (streams.first != cache.length) | (streams.length > streams.num_tokens)
+    wrong |= (streams.length < 0) | (cache.length + streams.length > cache.max_tokens)
+    return wrong | (cache.length > 0) if fresh else wrong
+
+
+def advanced(cache: ForkCache, streams: Streams, state: Any) -> tuple[Streams, KVSlots, ForkCache]:
+    """What `Fork.advance` returns, of the streams that it made and the policy's state."""
+    slots = KVSlots(cache.used, streams.alive, cache.slots)
+    length = cache.length + streams.length
+    used = cache.used + streams.alive.sum(axis=1, dtype=jnp.int32)
+    return streams, slots, dataclasses.replace(cache, state=state, length=length, used=used)
+
+
+def with_wrong_rows(
+    wrong: Bool[Array, " B"], streams: Streams, slots: KVSlots, cache: ForkCache
+) -> tuple[Streams, KVSlots, ForkCache]:
+    """The same with NaN in wrong rows, which stay wrong: their policy states can't be trusted."""
+    streams = streams.replace(x=jnp.where(wrong[:, None, None], jnp.nan, streams.x))
+    length = jnp.where(wrong, cache.max_tokens + 1, cache.length)
+    return streams, slots, dataclasses.replace(cache, length=length)
+
+
+def at_start(stored: jax.Array, new: jax.Array) -> jax.Array:
+    """`stored` with its first entries along every axis from `new`."""
+    new = jax.lax.slice(new, (0,) * new.ndim, tuple(map(min, new.shape, stored.shape)))
+    return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), (0,) * new.ndim)
