@@ -9,7 +9,13 @@ from thoughtbubbles.layers import Block, Fork
 from thoughtbubbles.model import Output, Thoughtbubbles
 from thoughtbubbles.policies import PrefixRank, Threshold, TopK
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, PolicyDefaults
-from thoughtbubbles.streams import Streams, left_align, restore_alignment
+from thoughtbubbles.streams import (
+    Streams,
+    join_segments,
+    left_align,
+    restore_alignment,
+    split_segments,
+)
 
 __version__ = "0.1.0"
 
@@ -34,8 +40,10 @@ __all__ = [
     "Thoughtbubbles",
     "Threshold",
     "TopK",
+    "join_segments",
     "left_align",
     "merge",
     "restore_alignment",
+    "split_segments",
     "token_slots",
 ]

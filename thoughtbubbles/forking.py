@@ -208,6 +208,9 @@ def merge(streams: Streams, kind: Merge = "residual") -> Float[Array, "B T D"]:
     Raises:
         ValueError: The kind is "probability", which merges predictions (`merge_log_probs`).
     """
+    if not isinstance(streams, Streams):
+        shape = getattr(streams, "shape", type(streams).__name__)
+        raise ValueError(f"merge takes Streams, not {shape}: Streams.start(x)")
     if not streams.forked and streams.x.shape[1] == streams.num_tokens:
         return jnp.where(streams.alive[..., None], streams.x, 0)
     if kind == "residual":

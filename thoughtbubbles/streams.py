@@ -184,28 +184,89 @@ def _check_start(x, length, copies, first) -> None:
 
 
 def left_align(
-    tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
-) -> tuple[Int[Array, "B T"], Int[Array, " B"], Int[Array, "B T"]]:
+    tokens: Shaped[Array, "B T *rest"], mask: Bool[Array, "B T"]
+) -> tuple[Shaped[Array, "B T *rest"], Int[Array, " B"], Int[Array, "B T"]]:
     """Move the real tokens of each row to its start, in order.
 
     Args:
-        tokens: Token ids with padding anywhere.
+        tokens: Token ids or vectors of tokens, with padding anywhere.
         mask: Real tokens.
 
     Returns:
         The aligned tokens, the number of real tokens of each row, and `rank`, the new index of each
         token.
     """
+    mask = _real(mask, tokens)
     order = jnp.argsort(~mask, axis=1, stable=True)
     length = mask.sum(axis=1, dtype=jnp.int32)
     rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    order = order.reshape(order.shape + (1,) * (tokens.ndim - 2))
     return jnp.take_along_axis(tokens, order, axis=1), length, rank
 
 
 def restore_alignment(
-    values: Shaped[Array, "B T ..."], mask: Bool[Array, "B T"], rank: Int[Array, "B T"]
-) -> Shaped[Array, "B T ..."]:
+    values: Shaped[Array, "B T *rest"], mask: Bool[Array, "B T"], rank: Int[Array, "B T"]
+) -> Shaped[Array, "B T *rest"]:
     """Undo `left_align` for values of each token; those of padding become 0."""
+    mask = _real(mask, values)
     mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
     rank = rank.reshape(rank.shape + (1,) * (values.ndim - 2))
     return jnp.where(mask, jnp.take_along_axis(values, rank, axis=1), 0)
+
+
+def split_segments(
+    tokens: Shaped[Array, "B T *rest"], segment_ids: Int[Array, "B T"], num_segments: int
+) -> tuple[Shaped[Array, "B*N T *rest"], Int[Array, " B*N"]]:
+    """Rows of one text each, out of packed rows: a fork policy's budget is that of a row.
+
+    Args:
+        tokens: Token ids or vectors of tokens, several texts in a row.
+        segment_ids: Number of each token's text in its row, from 1; 0 for padding.
+        num_segments: Static largest number `N` of texts of a row.
+
+    Returns:
+        The aligned tokens, those of text `n` of row `b` in row `b * N + n - 1`, and the number of
+        tokens of each new row. `join_segments` takes values of tokens back.
+
+    Raises:
+        ValueError: A segment id is not from 0 to `N`; under `jit`, where ids are unknown,
+            `join_segments` gives NaN for its tokens.
+    """
+    if not isinstance(segment_ids, Tracer):
+        ids = np.asarray(segment_ids)
+        if ids.max(initial=0) > num_segments or ids.min(initial=0) < 0:
+            raise ValueError(
+                f"segment ids from {ids.min()} to {ids.max()} with num_segments={num_segments}: "
+                "choose the largest id, and 0 for padding"
+            )
+    mask = _segments(segment_ids, num_segments)
+    aligned, length, _ = left_align(jnp.repeat(tokens, num_segments, axis=0), mask)
+    return aligned, length
+
+
+def join_segments(
+    values: Shaped[Array, "B*N T *rest"], segment_ids: Int[Array, "B T"]
+) -> Shaped[Array, "B T *rest"]:
+    """Undo `split_segments` for float values of each token; those of padding become 0."""
+    batch, num_segments = segment_ids.shape[0], values.shape[0] // segment_ids.shape[0]
+    mask = _segments(segment_ids, num_segments)
+    rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    rows = restore_alignment(values, mask, rank)
+    joined = rows.reshape(batch, num_segments, *values.shape[1:]).sum(axis=1, dtype=values.dtype)
+    wrong = (segment_ids < 0) | (segment_ids > num_segments)
+    return jnp.where(wrong.reshape(wrong.shape + (1,) * (values.ndim - 2)), jnp.nan, joined)
+
+
+def _segments(segment_ids: jax.Array, num_segments: int) -> jax.Array:
+    """`[B*N, T]` bool, tokens of each text of each row."""
+    mask = segment_ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[:, None]
+    return mask.reshape(-1, segment_ids.shape[1])
+
+
+def _real(mask: jax.Array, values: jax.Array) -> jax.Array:
+    if mask.shape != values.shape[:2]:
+        raise ValueError(
+            f"a mask of shape {mask.shape} for tokens of shape {values.shape}: give one entry "
+            "for each token"
+        )
+    return mask.astype(bool)

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def rotate(x, positions):
+    angle = positions[..., None, None] * 1e4 ** (-jnp.arange(0, x.shape[-1], 2) / x.shape[-1])
+    (low, high), cos, sin = jnp.split(x, 2, axis=-1), jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+class Block(nnx.Module):
+    def __init__(self, width, heads, kv_heads, head_dim, *, rngs):
+        self.attention_norm, self.mlp_norm = (nnx.RMSNorm(width, rngs=rngs) for _ in range(2))
+        linear = lambda *sizes: nnx.LinearGeneral(*sizes, use_bias=False, rngs=rngs)  # noqa: E731
+        self.q = linear(width, (heads, head_dim))
+        self.k, self.v = (linear(width, (kv_heads, head_dim)) for _ in range(2))
+        self.o = nnx.LinearGeneral(
+            (heads, head_dim), width, axis=(-2, -1), use_bias=False, rngs=rngs
+        )
+        self.up, self.gate, self.down = (
+            nnx.Linear(*sizes, use_bias=False, rngs=rngs)
+            for sizes in ((width, 2 * width), (width, 2 * width), (2 * width, width))
+        )
+
+    def __call__(self, x, first=0, cache=None):
+        y, positions = self.attention_norm(x), first + jnp.arange(x.shape[1])[None]
+        query, key, value = self.q(y), self.k(y), self.v(y)
+        query, key = rotate(query, positions), rotate(key, positions)
+        if cache is not None:
+            put = lambda stored, new: jax.lax.dynamic_update_slice(stored, new, (0, first, 0, 0))  # noqa: E731
+            key, value = cache = jax.tree.map(put, cache, (key, value))
+        visible = positions[..., None] >= jnp.arange(key.shape[1])
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+        x = x + self.o(mixed)
+        y = self.mlp_norm(x)
+        x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        return x, cache
+
+    def init_cache(self, batch, slots):
+        shape = (batch, slots, *self.k.out_features)
+        return jnp.zeros(shape), jnp.zeros(shape)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, vocab, width, depth, heads, kv_heads, head_dim, *, rngs):
+        self.embed = nnx.Embed(vocab, width, rngs=rngs)
+        sizes = (width, heads, kv_heads, head_dim)
+        self.blocks = nnx.List([Block(*sizes, rngs=rngs) for _ in range(depth)])
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.embed.attend(self.norm(x))
+
+    def init_cache(self, batch, max_tokens):
+        return 0, [block.init_cache(batch, max_tokens) for block in self.blocks]
+
+    def extend(self, cache, tokens):
+        first, layers = cache
+        x, after = self.embed(tokens), []
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x, layer = block(x, first, layer)
+            after.append(layer)
+        return self.embed.attend(self.norm(x)), (first + tokens.shape[1], after)
