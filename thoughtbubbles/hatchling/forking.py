@@ -10,6 +10,7 @@ from flax import nnx
 
 from thoughtbubbles import statistics
 from thoughtbubbles.architecture import ARCHITECTURES, Constrain
+from thoughtbubbles.fork_cache import ForkCache
 from thoughtbubbles.forking import merge
 from thoughtbubbles.hatchling.attention import Reach, damping, normalized
 from thoughtbubbles.hatchling.config import HatchlingConfig
@@ -93,14 +94,14 @@ class ForkingHatchlingConfig(HatchlingConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ForkingState(State):
-    """A state with those of the fork policies.
+    """A state with those of the fork layers.
 
     Attributes:
-        policies: State of the policy of each fork layer.
+        forks: State of each fork layer.
         max_tokens: Number of tokens that fit into a row, which policies need to know.
     """
 
-    policies: tuple[Any, ...]
+    forks: tuple[ForkCache, ...]
     max_tokens: int = dataclasses.field(metadata={"static": True})
 
 
@@ -197,13 +198,15 @@ class ForkingHatchling(Hatchling):
         """The state of `batch` empty rows of up to `max_tokens` tokens, which policies may need."""
         self.check_cacheable()
         empty = super().init_cache(batch, max_tokens)
-        policy, slots = cast(CausalPolicy, self.config.policy), self.config.slots(max_tokens)
-        policies = tuple(policy.init_state(batch, 2 * count) for count in slots[:-1])
-        return ForkingState(empty.length, empty.synapses, policies, max_tokens)
+        forks: list[ForkCache] = []
+        for fork in self.forks:
+            before = forks[-1] if forks else None
+            forks.append(fork.init_cache(batch, max_tokens, before=before))
+        return ForkingState(empty.length, empty.synapses, tuple(forks), max_tokens)
 
     def cache_batch_axes(self, cache: State) -> State:
         state = cast(ForkingState, cache)
-        first = jax.tree.map(lambda leaf: 0, state.policies)
+        first = jax.tree.map(lambda leaf: 0, state.forks)
         return ForkingState(0, 1, first, state.max_tokens)  # pyright: ignore[reportArgumentType]
 
     def extend(
@@ -227,18 +230,18 @@ class ForkingHatchling(Hatchling):
         wrong = (after > state.max_tokens) | (length > x.shape[1])
         x = jnp.where(wrong[:, None, None], jnp.nan, x)
         streams = Streams.start(self._first(x), length, first=state.length)
-        policies = list(state.policies)
+        forks = list(state.forks)
 
         def fork(index: int, streams: Streams) -> Streams:
             layer: Fork = self.forks[index]
-            streams, policies[index] = layer.extend(streams, policies[index], state.max_tokens)
+            streams, _, forks[index] = layer.advance(streams, forks[index], fresh=fresh)
             return streams
 
         read, synapses = self._groups(streams, state.synapses, fork, fresh=fresh)
         assert synapses is not None
         after = jnp.where(wrong, state.max_tokens + 1, after)
         hidden = jnp.where(wrong[:, None, None], jnp.nan, read.hidden)
-        return hidden, ForkingState(after, synapses, tuple(policies), state.max_tokens)
+        return hidden, ForkingState(after, synapses, tuple(forks), state.max_tokens)
 
     @property
     def fork_policy(self) -> Policy | None:
