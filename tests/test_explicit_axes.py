@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import BASE
 
-from thoughtbubbles import Fork, PrefixRank, Streams, Thoughtbubbles, Threshold, merge
+from thoughtbubbles import Architecture, Fork, PrefixRank, Streams, Thoughtbubbles, Threshold, merge
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, placed_beside, zeros_beside
 from train.cli.config_json import POLICIES
@@ -74,11 +74,11 @@ def test_eager_calls_need_no_jit():
     np.testing.assert_allclose(found, forked(forks, residuals(), LENGTH), atol=1e-6)
 
 
-def losses(model: Thoughtbubbles, tokens: jax.Array, length: jax.Array) -> jax.Array:
+def losses(model: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
     return model.log_prob(model.run(tokens, length), tokens).sum(axis=1)
 
 
-def gradients(model: Thoughtbubbles, tokens: jax.Array, length: jax.Array) -> Any:
+def gradients(model: Any, tokens: jax.Array, length: jax.Array) -> Any:
     grads = nnx.grad(lambda model: losses(model, tokens, length).sum())(model)
     return nnx.state(grads, nnx.Param)
 
@@ -90,25 +90,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_and_its_gradients(name):
-    config = dataclasses.replace(
-        BASE, vocab_size=64, embed_dim=WIDTH, num_layers=2, fork_layers=(1,)
-    )
-    model = Thoughtbubbles(dataclasses.replace(config, **MODELS[name]), rngs=nnx.Rngs(0))
-    tokens = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
-    found, program = on_mesh(losses, AxisType.Explicit, 2, model, tokens, LENGTH)
-    expected = jax.jit(losses)(model, tokens, LENGTH)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert "all-gather" not in program and "all-reduce" not in program
-    found, program = on_mesh(gradients, AxisType.Explicit, 2, model, tokens, LENGTH)
-    assert "all-gather" not in program and "all-reduce" in program
-    expected = jax.jit(gradients)(model, tokens, LENGTH)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        scale = np.abs(theirs).max()
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(scale, 1))
-
-
 def decoded(model: Any, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits after prompts, and after one more token."""
     cache = model.init_cache(ROWS, TOKENS + 4)
@@ -117,13 +98,26 @@ def decoded(model: Any, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array
     return model.logits_at(output, length - 1), model.logits_at(more, jnp.zeros_like(length))
 
 
-@pytest.mark.parametrize("form", ["released", "paper"])
-def test_a_hatchling_its_state_and_its_gradients(form):
+def architecture(name: str) -> Architecture:
+    if name in MODELS:
+        config = dataclasses.replace(
+            BASE,
+            vocab_size=64,
+            embed_dim=WIDTH,
+            num_layers=2,
+            **{"fork_layers": (1,), **MODELS[name]},
+        )
+        return Thoughtbubbles(config, rngs=nnx.Rngs(0))
     config = HatchlingConfig(
-        vocab_size=64, embed_dim=WIDTH, num_neurons=64, num_layers=2, num_heads=2, form=form,
+        vocab_size=64, embed_dim=WIDTH, num_neurons=64, num_layers=2, num_heads=2, form=name,
         chunk=5,
     )  # fmt: skip
-    model = Hatchling(config, rngs=nnx.Rngs(0))
+    return Hatchling(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", [*MODELS, "released", "paper"])
+def test_models_their_caches_and_their_gradients(name):
+    model = architecture(name)
     tokens = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
     length = np.maximum(LENGTH, 1)
     for call in (decoded, losses, gradients):

@@ -22,6 +22,7 @@ from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.fork_cache import ForkCache, KVSlots, init_fork_cache, token_slots
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
+from thoughtbubbles.placement import broadcast_beside, placed_beside
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy
 from thoughtbubbles.streams import Streams
@@ -305,6 +306,7 @@ def advance(
         The streams of these tokens after the last block, and the cache after them.
     """
     config, chunk = model.config, x.shape[1]
+    cache, length = placed_beside(cache, x), broadcast_beside(length, x, 1)
     after = cache.length + length
     wrong = (after > cache.max_tokens) | (length > chunk) | (length < 0)
     if fresh:

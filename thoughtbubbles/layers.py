@@ -30,6 +30,7 @@ from thoughtbubbles.fork_cache import (
     with_wrong_rows,
     wrong_rows,
 )
+from thoughtbubbles.placement import placed_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced_keep, hook
 from thoughtbubbles.positions import rotary_angles, rotate
@@ -392,12 +393,12 @@ class Fork(nnx.Module):
         self, streams: Streams, cache: ForkCache, *, fresh: bool = False
     ) -> tuple[Streams, KVSlots, ForkCache]:
         """`extend` without checks, for streams of rows whose lengths were checked."""
-        candidates = self._candidates(streams)
+        candidates, cache = self._candidates(streams), placed_beside(cache, streams.x)
         policy, state, num_tokens = cast(CausalPolicy, self.policy), cache.state, cache.max_tokens
         if fresh:
             # As large as these tokens need, because ranking looks at the whole state.
             num_tokens = min(streams.num_tokens, num_tokens)
-            state = policy.init_state(*candidates.token.shape)
+            state = placed_beside(policy.init_state(*candidates.token.shape), streams.x)
         keep, state = policy.keep_next(candidates, state)
         if fresh:
             state = jax.tree.map(at_start, cache.state, state)
