@@ -17,9 +17,13 @@ import pytest
 from flax import nnx
 
 from thoughtbubbles import (
+    Fork,
     ModelConfig,
     PrefixRank,
+    Streams,
     Thoughtbubbles,
+    Threshold,
+    TopK,
     left_align,
     restore_alignment,
 )
@@ -209,3 +213,40 @@ def test_the_decoder_without_rotary_positions_equals_ours():
         block.o.kernel[...] = np.asarray(attention.o[...]).reshape(32, 32)
         block.up.kernel[...], block.down.kernel[...] = layer.mlp.up[...], layer.mlp.down[...]
     assert_equal_parallel_and_cached(theirs, model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fork_layers": ()},
+        {"policy": PrefixRank(2.0, 3)},
+        {"policy": Threshold(2.0), "merge": "probability", "biases": "all", "norm": "layernorm"},
+        {"policy": TopK(1.5), "merge": "rightmost"},
+    ],
+    ids=["plain", "rank", "threshold", "top-k"],
+)
+def test_promotion_of_ranks_may_be_forbidden(changes):
+    """A setting of JAX that users turn on to find mistakes of their own."""
+    small = {"vocab_size": 32, "embed_dim": 16, "num_layers": 2, "num_heads": 2}
+    config = ModelConfig.preset("tiny", **small, **{"fork_layers": (1,), **changes})
+    model = Thoughtbubbles(config, rngs=nnx.Rngs(0))
+    tokens, length = jnp.zeros((2, 8), jnp.int32), jnp.array([8, 5])
+
+    def everything(model):
+        output = model.run(tokens, length)
+        grads = nnx.grad(lambda model: model.log_prob(model.run(tokens, length), tokens).sum())
+        found = grads(model), model.logits(output), model.statistics(output)
+        if not model.cacheable:
+            return found
+        _, cache = model.advance(model.init_cache(2, 12), tokens, length, fresh=True)
+        return found, model.advance(cache, tokens[:, :2], jnp.array([2, 1]))
+
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(everything, model)
+
+
+def test_a_repr_gives_shapes_in_place_of_numbers():
+    streams = Streams.start(jnp.ones((4, 128, 64)))
+    assert repr(streams).startswith("Streams(x=float32[4,128,64], log_score=float32[4,128], ")
+    fork = Fork(64, PrefixRank(2.0), rngs=nnx.Rngs(0))
+    assert max(len(repr(value)) for value in (streams, fork.init_cache(4, 128))) < 300

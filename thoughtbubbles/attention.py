@@ -99,7 +99,7 @@ def attend_cached(
     """
     queries, slots = query.shape[1], key.shape[2]
     query = _grouped(query, key.shape[1])
-    last = first[:, None] + jnp.arange(queries)
+    last = first[:, None] + jnp.arange(queries)[None]
 
     def over(span: int):
         seen = None if bias is None else bias[:, :span]
@@ -161,7 +161,9 @@ def _attend(query, key, value, bias, last, few=False):
         logits = jnp.einsum("bgrqk,bgsk->bgrqs", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias[:, None, None, None, :]
-    sees = jnp.arange(key.shape[2]) <= last.reshape(-1, 1, 1, last.shape[-1], 1)
+    sees = jnp.arange(key.shape[2])[None, None, None, None] <= last.reshape(
+        -1, 1, 1, last.shape[-1], 1
+    )
     logits = jnp.where(sees, logits, -jnp.inf)
     # The peak is taken out of the gradient and the sum divided out after the product with the
     # values: two passes over [q, s] less than jax.nn.softmax.

@@ -25,6 +25,7 @@ from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.placement import broadcast_beside, placed_beside
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy
+from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVSegment:
+@dataclasses.dataclass(frozen=True, repr=False)
+class KVSegment(ShortRepr):
     """Keys and values of the blocks between two fork layers, live streams first.
 
     `N` is the capacity of a row in slots; unused slots come last and are never attended to.
@@ -51,8 +52,8 @@ class KVSegment:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Trace:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Trace(ShortRepr):
     """The bubbles of the tokens so far, as each of the `F` fork layers left them.
 
     Attributes:
@@ -65,8 +66,8 @@ class Trace:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Cache(ShortRepr):
     """State of a causal model after the tokens so far; axis 0 of every array indexes the rows.
 
     Attributes:
@@ -408,7 +409,7 @@ def _append_heads_first(stored, new, used, valid):
 def _record_bubbles(trace: Trace, fork: int, streams: Streams) -> Trace:
     """The trace with the bubbles of new tokens as fork layer `fork` left them."""
     streams_of, score_of = bubbles_of(streams)
-    real = jnp.arange(streams.num_tokens) < streams.length[:, None]
+    real = jnp.arange(streams.num_tokens)[None] < streams.length[:, None]
     counts = append(trace.streams[:, fork], streams_of, streams.first, real)
     scores = append(trace.score[:, fork], score_of, streams.first, real)
     return Trace(trace.streams.at[:, fork].set(counts), trace.score.at[:, fork].set(scores))

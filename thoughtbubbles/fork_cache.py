@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy, Policy
+from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ Stored = TypeVar("Stored")
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVSlots:
+@dataclasses.dataclass(frozen=True, repr=False)
+class KVSlots(ShortRepr):
     """The slots that new streams take in key-value caches of `N` slots a row.
 
     The same slots serve the caches of all blocks up to the next fork layer.
@@ -45,13 +46,14 @@ class KVSlots:
 
     def index(self) -> Int[Array, "B S"]:
         """Slot of each new stream; `N`, which is no slot, for a dead one."""
-        slot = self.used[:, None] + jnp.arange(self.alive.shape[1], dtype=jnp.int32)
-        return jnp.where(self.alive, slot, self.capacity)
+        return jnp.where(self.alive, self._slot(), self.capacity)
 
     def visible(self) -> Bool[Array, "B S N"]:
         """Whether the query of a new stream attends to the key in a slot (causal attention)."""
-        last = self.used[:, None] + jnp.arange(self.alive.shape[1], dtype=jnp.int32)
-        return jnp.arange(self.capacity) <= last[..., None]
+        return jnp.arange(self.capacity)[None, None] <= self._slot()[..., None]
+
+    def _slot(self) -> Int[Array, "B S"]:
+        return self.used[:, None] + jnp.arange(self.alive.shape[1], dtype=jnp.int32)[None]
 
     def write(self, stored: Stored, new: Stored) -> Stored:
         """The caches with the entries of new streams in their slots.
@@ -103,8 +105,8 @@ def token_slots(streams: Streams, max_tokens: int) -> KVSlots:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ForkCache:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ForkCache(ShortRepr):
     """State of a fork layer after the tokens so far (`Fork.init_cache`, `Fork.extend`).
 
     Axis 0 of every array indexes the rows.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from thoughtbubbles.policy import Candidates, Policy
+from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
@@ -45,14 +46,14 @@ def candidate_log_scores(
         # The magnitude, so that no optimizer step across 0 closes a gate for good; the unit, so
         # that a step changes it as much as the scores, which are sums over the width.
         log_gate = jnp.log(jnp.maximum(GATE_UNIT * jnp.abs(gate), LOWEST_GATE))
-        own = own + jnp.stack([log_gate, jnp.zeros_like(log_gate)])
+        own = own + jnp.stack([log_gate, jnp.zeros_like(log_gate)])[None, None]
     cumulative = log_score[..., None] + own
     return cumulative.reshape(cumulative.shape[0], -1)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ForkPlan:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ForkPlan(ShortRepr):
     """The candidate of each new slot, and the new slot of each candidate.
 
     Attributes:
@@ -83,7 +84,7 @@ def candidates_of(
         threshold: Threshold that the fork layer tracks, for policies that have one.
     """
     twice = lambda values: jnp.repeat(values, 2, axis=1)  # noqa: E731
-    is_keep = jnp.arange(log_scores.shape[1]) % 2 == 1
+    is_keep = (jnp.arange(log_scores.shape[1]) % 2 == 1)[None]
     return Candidates(
         log_scores,
         twice(streams.token),
@@ -115,7 +116,7 @@ def compact(keep: Bool[Array, "B N"], slots: int) -> ForkPlan:
     """The plan that puts the candidates to keep into the first of `slots` slots."""
     slot = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
     kept = keep & (slot < slots)
-    candidate = jnp.arange(keep.shape[1], dtype=jnp.int32)
+    candidate = jnp.arange(keep.shape[1], dtype=jnp.int32)[None]
     source = jnp.sort(jnp.where(kept, candidate, keep.shape[1]), axis=1)[:, :slots]
     alive = source < keep.shape[1]
     return ForkPlan(jnp.where(alive, source, 0), slot, kept, alive)
@@ -144,7 +145,7 @@ def fork(
     x = take(streams.x, parent, plan.slot.reshape(per_parent), plan.kept.reshape(per_parent))
     if embedding is not None:
         is_fork = (plan.source % 2 == 0)[..., None]
-        x = jnp.where(is_fork, x + embedding.astype(x.dtype), x)
+        x = jnp.where(is_fork, x + embedding.astype(x.dtype)[None, None], x)
     log_score = take(log_scores, plan.source, plan.slot[..., None], plan.kept[..., None])
     return dataclasses.replace(
         streams,
@@ -229,7 +230,7 @@ def merge(streams: Streams, kind: Merge = "residual") -> Float[Array, "B T D"]:
 
 def membership(streams: Streams) -> Bool[Array, "B T S"]:
     """Whether slot `s` holds a live stream of token `t`."""
-    token = jnp.arange(streams.num_tokens, dtype=jnp.int32)[:, None]
+    token = jnp.arange(streams.num_tokens, dtype=jnp.int32)[None, :, None]
     return (streams.token[:, None, :] == token) & streams.alive[:, None, :]
 
 

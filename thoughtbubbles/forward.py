@@ -18,6 +18,7 @@ from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
 from thoughtbubbles.placement import embedding_rows
 from thoughtbubbles.policy import Policy, hook
 from thoughtbubbles.sampling import log_prob_of
+from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
 REMAT_POLICIES = {
@@ -27,8 +28,8 @@ REMAT_POLICIES = {
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Output(ShortRepr):
     """Result of a forward pass.
 
     Attributes:

@@ -34,6 +34,7 @@ from thoughtbubbles.placement import placed_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced_keep, hook
 from thoughtbubbles.positions import rotary_angles, rotate
+from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ def weight(
 def vector(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
     """A bias, scale or embedding vector, without contracted axes and weight decay."""
     return nnx.Param(value, axes=axes, inputs=0)
+
+
+def plus_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """`y` plus a bias of its last axes, in its dtype."""
+    if bias is None:
+        return y
+    return y + jnp.expand_dims(bias[...].astype(y.dtype), range(y.ndim - bias.ndim))
 
 
 class Norm(nnx.Module):
@@ -80,15 +88,16 @@ class Norm(nnx.Module):
         if self.kind == "layernorm":
             y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        y = y * self.scale[...]
+        # As many axes as `y`: users may forbid the promotion of ranks.
+        y = y * jnp.expand_dims(self.scale[...], range(y.ndim - 1))
         if self.bias is not None:
-            y = y + self.bias[...]
+            y = plus_bias(y, self.bias)
         return y.astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Geometry:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Geometry(ShortRepr):
     """A block's input besides residuals; it changes only at fork layers, and is computed there.
 
     Attributes:
@@ -186,14 +195,12 @@ class Attention(nnx.Module):
         mixed, aux = mix(query, key, value)
         out = jnp.einsum("bshk,hkd->bsd", mixed, self.o[...].astype(self.dtype))
         out = adapted(out, mixed.reshape(*mixed.shape[:2], -1), self.adapters, "o")
-        if self.o_bias is not None:
-            out = out + self.o_bias[...].astype(self.dtype)
-        return out, aux
+        return plus_bias(out, self.o_bias), aux
 
     def _project(self, x, name, bias):
         kernel = getattr(self, name)[...].astype(self.dtype)
         y = adapted(jnp.einsum("bsd,dhk->bshk", x, kernel), x, self.adapters, name)
-        return y if bias is None else y + bias[...].astype(self.dtype)
+        return plus_bias(y, bias)
 
 
 class MLP(nnx.Module):
@@ -229,7 +236,7 @@ class MLP(nnx.Module):
 
     def _linear(self, x, name, bias):
         y = adapted(x @ getattr(self, name)[...].astype(self.dtype), x, self.adapters, name)
-        return y if bias is None else y + bias[...].astype(self.dtype)
+        return plus_bias(y, bias)
 
 
 class Block(nnx.Module):

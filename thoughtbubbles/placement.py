@@ -24,7 +24,9 @@ def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.i
         axes: Number of leading axes of `like` that the result has.
         dtype: Type of the result.
     """
-    return _zeros(like, like.shape[:axes], dtype, axes) + jnp.asarray(values, dtype)
+    values = jnp.asarray(values, dtype)
+    values = jnp.expand_dims(values, range(axes - values.ndim))
+    return _zeros(like, like.shape[:axes], dtype, axes) + values
 
 
 def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.policy import Candidates, PolicyDefaults
 from thoughtbubbles.ranking import NO_TOKEN, best, prefix_ranks, ranks_among
+from thoughtbubbles.short_repr import ShortRepr
 
 HIGHEST_THRESHOLD = 0.999
 TRACKING_RATE = 0.05
@@ -123,9 +124,10 @@ class PrefixRank(Bucketed):
 
     def init_state(self, batch: int, num_candidates: int) -> "RankState":
         """The state before the first token, with entries for `num_candidates` candidates."""
-        zeros = jnp.zeros((batch,), jnp.int32)
+        # Two arrays of zeros: one that occurs twice could not be donated.
+        granted, used = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
         key = jnp.full((batch, num_candidates), -jnp.inf)
-        return RankState(zeros, key, jnp.full(key.shape, NO_TOKEN, jnp.int32), zeros)
+        return RankState(granted, key, jnp.full(key.shape, NO_TOKEN, jnp.int32), used)
 
     def keep_next(
         self, candidates: Candidates, state: "RankState"
@@ -137,7 +139,7 @@ class PrefixRank(Bucketed):
             token=append(state.token, token, state.used, candidates.alive),
             used=state.used + candidates.alive.sum(axis=1, dtype=jnp.int32),
         )
-        index = state.used[:, None] + jnp.arange(keys.shape[1])
+        index = state.used[:, None] + jnp.arange(keys.shape[1])[None]
         if keys.shape[1] ** 2 > seen.key.shape[1]:
             ranks = prefix_ranks(seen.key, seen.token, self.window)
             ranks = jnp.take_along_axis(ranks, index, axis=1, mode="clip")
@@ -162,8 +164,8 @@ class PrefixRank(Bucketed):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RankState:
+@dataclasses.dataclass(frozen=True, repr=False)
+class RankState(ShortRepr):
     """State of `PrefixRank` between the parts of a row; `N` candidates fit into it.
 
     Attributes:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 
+from thoughtbubbles.short_repr import ShortRepr
+
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Float
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Candidates:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Candidates(ShortRepr):
     """Input of a policy: two candidates of each of `S` streams, `[fork_0, keep_0, fork_1, ...]`.
 
     Attributes:

@@ -102,9 +102,10 @@ def rotary_angles(
     """
     if scaling is None:
         frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-        angle = positions[..., None] * frequency
+        angle = positions[..., None] * frequency[None, None]
         return jnp.cos(angle), jnp.sin(angle)
-    angle = positions[..., None] * scaling.frequencies(head_dim, base).astype(np.float32)
+    frequency = scaling.frequencies(head_dim, base).astype(np.float32)
+    angle = positions[..., None] * frequency[None, None]
     return scaling.amplitude * jnp.cos(angle), scaling.amplitude * jnp.sin(angle)
 
 

@@ -58,7 +58,7 @@ def prefix_ranks(keys: jax.Array, token: jax.Array, window: int | None = None) -
     same_bucket = jnp.take_along_axis(same_bucket.reshape(batch, -1), overall, axis=1)
     bucket, buckets = overall // width, padded // width
     # before[b, i, c]: number of the first i entries that lie in a bucket better than bucket c.
-    better = (bucket[:, :, None] < jnp.arange(buckets)).astype(jnp.int32)
+    better = (bucket[:, :, None] < jnp.arange(buckets)[None, None]).astype(jnp.int32)
     before = jnp.pad(jnp.cumsum(better, axis=1), ((0, 0), (1, 0), (0, 0))).reshape(batch, -1)
     up_to_end = jnp.take_along_axis(before, end * buckets + bucket, axis=1)
     up_to_start = jnp.take_along_axis(before, start * buckets + bucket, axis=1)
@@ -81,7 +81,7 @@ def _better_in_bucket(order: jax.Array, start: jax.Array, end: jax.Array, width:
     start, end = (jnp.take_along_axis(x, order, axis=1) for x in (start, end))
     start, end = (x.reshape(batch, -1, width, 1) for x in (start, end))
     rivals = order.reshape(batch, -1, 1, width)
-    better = jnp.tri(width, k=-1, dtype=bool)
+    better = jnp.tri(width, k=-1, dtype=bool)[None, None]
     return ((rivals >= start) & (rivals < end) & better).sum(axis=3, dtype=jnp.int32)
 
 
@@ -108,7 +108,7 @@ def ranks_among(
     """
     key, index = new_keys[:, :, None], new_index[:, :, None]
     others = keys[:, None, :]
-    higher = (others > key) | ((others == key) & (jnp.arange(keys.shape[1]) < index))
+    higher = (others > key) | ((others == key) & (jnp.arange(keys.shape[1])[None, None] < index))
     among = token[:, None, :] <= new_token[:, :, None]
     if window is not None:
         among &= token[:, None, :] > new_token[:, :, None] - window

@@ -139,5 +139,6 @@ def _at_least(logits: jax.Array, lowest: jax.Array) -> jax.Array:
 def log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Log-probabilities `[...]` float32 of target ids `[...]` under logits `[..., V]`."""
     # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    token = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
+    chosen = token == targets[..., None]
     return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)

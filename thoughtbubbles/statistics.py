@@ -26,7 +26,8 @@ def fork_statistics(output: Output) -> dict[str, jax.Array]:
         _, size = streams.bubbles()
         score = jnp.exp(streams.log_score)
         bin_of = jnp.minimum((score * SCORE_BINS).astype(jnp.int32), SCORE_BINS - 1)
-        in_bin = (bin_of[..., None] == jnp.arange(SCORE_BINS)) & streams.alive[..., None]
+        bins = jnp.arange(SCORE_BINS)[None, None]
+        in_bin = (bin_of[..., None] == bins) & streams.alive[..., None]
         originals = streams.original
         layers.append(
             {

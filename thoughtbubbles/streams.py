@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from thoughtbubbles.placement import broadcast_beside
+from thoughtbubbles.short_repr import ShortRepr
 
 if TYPE_CHECKING:
     from jax import Array
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Streams:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Streams(ShortRepr):
     """Residual streams of a batch, several per token, in the order of the text; dead slots last.
 
     So causal attention over slots is enough: a live stream never attends to a dead one.
@@ -148,7 +149,7 @@ class Streams:
         slots = self.token.shape[1]
         mine = (self.token == token[:, None]) & self.alive
         last = slots - 1 - jnp.argmax(mine[:, ::-1], axis=1)
-        slot = last[:, None] - jnp.arange(max_bubble - 1, -1, -1)
+        slot = last[:, None] - jnp.arange(max_bubble - 1, -1, -1)[None]
         alive = (slot >= 0) & jnp.take_along_axis(mine, jnp.maximum(slot, 0), axis=1)
         slot = jnp.maximum(slot, 0)
         return self.replace(
@@ -259,7 +260,7 @@ def join_segments(
 
 def _segments(segment_ids: jax.Array, num_segments: int) -> jax.Array:
     """`[B*N, T]` bool, tokens of each text of each row."""
-    mask = segment_ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[:, None]
+    mask = segment_ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[None, :, None]
     return mask.reshape(-1, segment_ids.shape[1])
 
 
