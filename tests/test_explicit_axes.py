@@ -16,6 +16,7 @@ from tiny import BASE
 
 from thoughtbubbles import Architecture, Fork, PrefixRank, Streams, Thoughtbubbles, Threshold, merge
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.hatchling.forking import ForkingHatchling, ForkingHatchlingConfig
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, placed_beside, zeros_beside
 from train.cli.config_json import POLICIES
 
@@ -108,14 +109,16 @@ def architecture(name: str) -> Architecture:
             **{"fork_layers": (1,), **MODELS[name]},
         )
         return Thoughtbubbles(config, rngs=nnx.Rngs(0))
-    config = HatchlingConfig(
-        vocab_size=64, embed_dim=WIDTH, num_neurons=64, num_layers=2, num_heads=2, form=name,
-        chunk=5,
-    )  # fmt: skip
-    return Hatchling(config, rngs=nnx.Rngs(0))
+    small: dict[str, Any] = {
+        "vocab_size": 64, "embed_dim": WIDTH, "num_neurons": 64, "num_layers": 2, "num_heads": 2
+    }  # fmt: skip
+    if name == "forks":
+        forking = ForkingHatchlingConfig(**small, fork_layers=(1,), policy=PrefixRank(2.0))
+        return ForkingHatchling(forking, rngs=nnx.Rngs(0))
+    return Hatchling(HatchlingConfig(**small, form=name, chunk=5), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", [*MODELS, "released", "paper"])
+@pytest.mark.parametrize("name", [*MODELS, "released", "paper", "forks"])
 def test_models_their_caches_and_their_gradients(name):
     model = architecture(name)
     tokens = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)

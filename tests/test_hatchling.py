@@ -215,3 +215,30 @@ def test_an_adapter_beside_the_model_is_one_merged_into_it():
     assert np.abs(found - logits_of(model, TOKENS)).max() > 1e-2
     with pytest.raises(ValueError, match="no linear layer 'q': choose from dx, e"):
         model.apply_lora({"q": adapter["e"]})
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_length_that_the_vectors_lack_makes_its_row_wrong_for_good(chunk):
+    model = Hatchling(dataclasses.replace(GOLDEN, num_layers=1, chunk=chunk), rngs=nnx.Rngs(0))
+    vectors = jnp.ones((3, 4, GOLDEN.embed_dim))
+    extend = jax.jit(lambda cache, length: model.extend(cache, vectors, length))
+    hidden, cache = extend(model.init_cache(3, 8), jnp.array([7, 4, -2]))
+    again, _ = extend(cache, jnp.array([4, 4, 4]))
+    for found in (hidden, again):
+        wrong = np.isnan(found).all(axis=(1, 2))
+        assert wrong.tolist() == [True, False, True] and np.isfinite(found[1]).all()
+
+
+def test_depth_costs_no_memory_in_training():
+    """Nothing as wide as the neurons is kept for all layers."""
+
+    def temporaries(layers: int) -> int:
+        config = dataclasses.replace(GOLDEN, num_layers=layers, num_neurons=512, num_heads=2)
+        model = nnx.eval_shape(lambda: Hatchling(config, rngs=nnx.Rngs(0)))
+        tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+        step = jax.jit(
+            nnx.grad(lambda model, tokens: model.log_prob(model.run(tokens), tokens).sum())
+        )
+        return step.lower(model, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(12) < 1.1 * temporaries(2)

@@ -41,6 +41,7 @@ def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
 
 
 def _zeros(like: jax.Array, shape: tuple[int, ...], dtype: Any, axes: int) -> jax.Array:
+    like = jnp.asarray(like)
     here = jax.typeof(like).sharding
     place = NamedSharding(here.mesh, PartitionSpec(*here.spec[:axes]))
     return jnp.zeros_like(like, dtype, shape, out_sharding=place)
@@ -53,6 +54,7 @@ def embedding_rows(table: jax.Array, index: jax.Array) -> jax.Array:
         table: `[V, ...]` array.
         index: Indices of any shape, whose placement the result takes.
     """
+    table, index = jnp.asarray(table), jnp.asarray(index)
     here = jax.typeof(index).sharding
     place = NamedSharding(here.mesh, PartitionSpec(*here.spec, *[None] * (table.ndim - 1)))
     return table.at[index].get(mode="fill", fill_value=jnp.nan, out_sharding=place)
@@ -66,7 +68,7 @@ def placed_beside(tree: Any, like: jax.Array, axis: int = 0) -> Any:
         like: Array of the batch, `[B, ...]`.
         axis: Axis of the batch in each leaf.
     """
-    here = jax.typeof(like).sharding
+    here = jax.typeof(jnp.asarray(like)).sharding
     if not here.spec or here.spec[0] is None:
         return tree  # without a mesh, auto and manual axes: nothing to do
 

@@ -17,6 +17,7 @@ from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.model import Hatchling
 from thoughtbubbles.hatchling.state import Activations, Neurons, State
 from thoughtbubbles.layers import Fork
+from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import CausalPolicy, Policy, hook
 from thoughtbubbles.streams import Streams
@@ -226,8 +227,9 @@ class ForkingHatchling(Hatchling):
         x = x.astype(self.config.dtype)
         if not x.shape[1]:
             return x, cache
+        length, state = broadcast_beside(length, x, 1), state.beside(x)
         after = state.length + length
-        wrong = (after > state.max_tokens) | (length > x.shape[1])
+        wrong = (after > state.max_tokens) | (length > x.shape[1]) | (length < 0)
         x = jnp.where(wrong[:, None, None], jnp.nan, x)
         streams = Streams.start(self._first(x), length, first=state.length)
         forks = list(state.forks)

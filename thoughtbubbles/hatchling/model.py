@@ -25,12 +25,7 @@ from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.layers import weight
-from thoughtbubbles.placement import (
-    broadcast_beside,
-    embedding_rows,
-    placed_beside,
-    zeros_beside,
-)
+from thoughtbubbles.placement import broadcast_beside, embedding_rows, zeros_beside
 
 
 class Hatchling(Architecture):
@@ -147,7 +142,7 @@ class Hatchling(Architecture):
             nats = -jnp.where(targets >= 0, log_prob, 0).sum()
             return nats, (state, model.statistics(output))
 
-        state = _beside(self.init_cache(rows.shape[0], rows.shape[1]), rows)
+        state = self.init_cache(rows.shape[0], rows.shape[1]).beside(rows)
         nats, sums = truncated_sum(segment, self, state, (jnp.arange(count), *parts))
         return nats, (rows[:, 1:] >= 0).sum(dtype=jnp.float32), sums
 
@@ -212,10 +207,13 @@ class Hatchling(Architecture):
         self._check_rows(cache, x)
         if not x.shape[1]:
             return x.astype(self.config.dtype), cache
-        length, cache = broadcast_beside(length, x, 1), _beside(cache, x)
-        read, cache = self._chunks(x.astype(self.config.dtype), length, cache, None, fresh, starts)
-        wrong = (length > x.shape[1])[:, None, None]  # a length that the vectors do not have
-        return jnp.where(wrong, jnp.nan, read.hidden), cache
+        length, cache = broadcast_beside(length, x, 1), cache.beside(x)
+        # A length that the vectors do not have: NaN reaches the state, so the row stays wrong.
+        wrong = (length > x.shape[1]) | (length < 0)
+        length = jnp.where(wrong, x.shape[1], length)
+        x = jnp.where(wrong[:, None, None], jnp.nan, x.astype(self.config.dtype))
+        read, cache = self._chunks(x, length, cache, None, fresh, starts)
+        return read.hidden, cache
 
     @property
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
@@ -283,7 +281,7 @@ class Hatchling(Architecture):
         length = broadcast_beside(x.shape[1] if length is None else length, x, 1)
         if self.config.chunk is None or x.shape[1] <= self.config.chunk:
             return self._chunk(x, length, None, key, starts=starts)[0]
-        state = _beside(self.init_cache(x.shape[0], x.shape[1]), x)
+        state = self.init_cache(x.shape[0], x.shape[1]).beside(x)
         return self._chunks(x, length, state, key, starts=starts)[0]
 
     def _chunks(
@@ -377,7 +375,8 @@ class Hatchling(Architecture):
             write_scale: Factor of what a layer adds to each vector, `[B, C]`; 1 by default.
         """
         config = self.config
-        turns = turns_of(reach.position, self.frequency[...])
+        rematerialized = config.remat == "full"
+        turns = None if rematerialized else turns_of(reach.position, self.frequency[...])
         real = reach.real[..., None, None]
         released = config.form == "released"
         shape = (*value.shape[:2], config.num_heads, config.head_neurons)
@@ -389,7 +388,9 @@ class Hatchling(Architecture):
             x = jax.nn.relu(self._neurons(value))
             if not released:
                 x = carried + x
-            rotated = jnp.where(real, rotate(x, turns), 0)
+            # Tables of n entries a token: in a layer that is recomputed, none of them is kept.
+            here = turns_of(reach.position, self.frequency[...]) if turns is None else turns
+            rotated = jnp.where(real, rotate(x, here), 0)
             read, synapses = attend(rotated, value, reach, synapses, fresh)
             gate = jnp.einsum("bthd,dhn->bthn", normalized(read), self._cast(self.dy))
             y = jax.nn.relu(gate) * x
@@ -409,7 +410,7 @@ class Hatchling(Architecture):
             value = self.constrain(normalized(value + out) if released else out)
             return (value, carried if released else x), (*active, watched, synapses)
 
-        if config.remat == "full":
+        if rematerialized:
             layer = jax.checkpoint(layer, prevent_cse=False)
         numbers = jnp.arange(*(layers or (0, config.num_layers)))
         (value, _), (x_active, y_active, watched, after) = jax.lax.scan(
@@ -437,11 +438,6 @@ class Hatchling(Architecture):
 
 def _hidden_of(output: Activations | jax.Array) -> jax.Array:
     return output.hidden if isinstance(output, Activations) else output
-
-
-def _beside(state: State, x: jax.Array) -> State:
-    """The state placed as the rows of vectors are."""
-    return State(placed_beside(state.length, x), placed_beside(state.synapses, x, axis=1))
 
 
 def _identity(x: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
 """What a Dragon Hatchling keeps of the past, and what a forward pass returns."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 from flax import nnx
+
+from thoughtbubbles.placement import placed_beside
 
 
 class Frequency(nnx.Variable):
@@ -25,6 +27,12 @@ class State:
 
     length: jax.Array
     synapses: jax.Array
+
+    def beside(self, rows: jax.Array) -> Self:
+        """The same state placed on the devices as rows `[B, ...]` are."""
+        length = placed_beside(self.length, rows)
+        synapses = placed_beside(self.synapses, rows, axis=1)
+        return dataclasses.replace(self, length=length, synapses=synapses)
 
 
 @jax.tree_util.register_dataclass
