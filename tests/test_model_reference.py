@@ -45,7 +45,7 @@ COPIES = {"fork_layers": (), "merge": "rightmost"}
 
 CAUSAL: list[dict[str, Any]] = [
     {"policy": PrefixRank(1.5), "score_originals": False},
-    {"policy": PrefixRank(1.3, window=3, burst=1)},
+    {"policy": PrefixRank(1.3, window=4, burst=1)},
     {"policy": PrefixRank(2.0), "score_originals": False, "merge": "residual"},
     {"policy": Threshold(1.5), "score_originals": False},
     {"policy": Threshold(1.3, burst=2, gate=False, offset=0.1)},
