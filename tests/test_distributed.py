@@ -304,7 +304,7 @@ def test_a_run_of_two_processes(whole, corpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.experiment)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.experiment)])
 def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: int):
     """`kill -9` of one process, time and again, then SIGTERM to one: the same parameters."""
     out = tmp_path / "run"
@@ -319,9 +319,10 @@ def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: 
     def saved() -> int:
         return (load_meta(out) or {"step": 0})["step"]
 
+    first = moments.randrange(2)
     targets = sorted(moments.sample(range(1, STEPS - 2 * SAVE_EVERY), kills))
     for kill, target in enumerate(targets):
-        victim = kill % 2
+        victim = (kill + first) % 2
         with processes(words, tmp_path) as started:
             started.wait_until(lambda: "GFLOP" in started.output(0))  # old metrics are trimmed
             started.wait_until(lambda target=target: steps_done() >= target)
