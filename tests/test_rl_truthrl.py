@@ -23,12 +23,13 @@ from train.rl.named_tasks import make_task
 from train.rl.probe import ProbeConfig, probe
 from train.rl.rollout.sampler import Sampler
 from train.rl.scoring import safe_score
-from train.rl.tasks.probed import read_probe
+from train.rl.tasks.probed import append_lines, drop_half_line, read_probe, unsolved_problems
 from train.rl.tasks.truthful import (
     TruthfulTask,
     boxed,
     normalized,
     outcome_value,
+    truthful,
     truthfulness,
     with_reasoning,
 )
@@ -328,3 +329,36 @@ def test_top_p_keeps_the_nucleus():
     for top_p in (0.1, 0.5, 0.9, 1.0):
         found = nucleus(logits, jnp.float32(top_p))
         np.testing.assert_array_equal(found, keep_top_p(logits, top_p))
+
+
+def test_a_scorer_that_raises_is_no_silent_zero():
+    """Its traceback reaches the run's log, and responses without a box are scored too."""
+
+    class Broken(type(make_task("reverse", 0))):
+        def score(self, completion):
+            raise RuntimeError("no verifier")
+
+    task = truthful(Broken(), Ternary(boxed=True), None)
+    found = task.score(Completion(task.problem("train", 0), "no box", (1,), True))
+    assert found.info["scorer_errors"] == 1 and "RuntimeError: no verifier" in found.error
+    with pytest.raises(ValueError, match="reward ternary is given twice"):
+        truthful(task, Ternary(), None)
+
+
+def test_a_probe_must_be_whole(tmp_path):
+    class Two:
+        name, sizes = "two", {"train": 2, "test": 2}
+
+        def problem(self, split, index):
+            return Problem(f"{split}{index}", "?")
+
+    file = tmp_path / "probe.jsonl"
+    lines = [{"probe": {}}, {"uid": "train0", "correct": 0, "samples": 4}]
+    append_lines(file, lines)
+    with pytest.raises(ValueError, match="has 1 of the 2 training problems of two"):
+        unsolved_problems(file, Two())
+    append_lines(file, [{"uid": "train1", "correct": 1, "samples": 4}])
+    whole = file.read_text()
+    file.write_text(whole + '{"uid": "tra')
+    drop_half_line(file)
+    assert file.read_text() == whole and unsolved_problems(file, Two()) == {"train0"}

@@ -229,13 +229,16 @@ class Baseline:
     def rl(self, folder: str, **changes: Any) -> RLConfig:
         """Config of a run in `folder`, with `changes` of its fields."""
         config = self.config
+        method = part_from_text("method", changes.pop("method", "grpo"))
+        own = method.num_generations is not None
         base = RLConfig(
             weights="demonstrations",
             train="all",
+            method=method,
             task=self.setup.task,
             steps=config.steps,
             batch_size=config.batch_size,
-            num_generations=config.num_generations,
+            num_generations=None if own else config.num_generations,
             max_new_tokens=self.setup.max_new_tokens,
             pool=self.setup.pool,
             max_rows=1024,
@@ -310,9 +313,10 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
     config, clock = baseline.config, Clock()
     method = "grpo" if arm in CONTROLS else arm
     task = Coin(baseline.task, baseline.success, baseline.seed) if arm == "coin" else baseline.task
-    rows = config.batch_size * config.num_generations
     with tempfile.TemporaryDirectory() as folder:
-        job = RLJob(baseline.rl(folder, method=method), baseline.lm, task)
+        run = baseline.rl(folder, method=method)
+        rows = run.rollouts
+        job = RLJob(run, baseline.lm, task)
         if arm == "demonstrations":
             shown = demonstrate(job, baseline.demonstrations(), rows)
             state = next(itertools.islice(shown, config.steps - 1, None))
@@ -331,7 +335,7 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
         "steps": config.steps,
         "updates": config.steps,
         "rows_per_update": rows,
-        "learning_rate": config.learning_rate,
+        "learning_rate": run.scaled_optimizer.learning_rate,
         "seconds": cost.seconds,
         "cpu_seconds": cost.cpu_seconds,
         "baseline_steps": baseline.steps,

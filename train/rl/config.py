@@ -131,7 +131,7 @@ class RLConfig(LoopConfig):
         mine, of_method = self.num_generations, self.recipe.num_generations
         if mine is None:
             return _NUM_GENERATIONS if of_method is None else of_method
-        if of_method not in (mine, type(self.recipe).num_generations):
+        if of_method not in (None, mine, type(self.recipe).num_generations):
             raise ValueError(
                 f"num_generations={mine} of the run and {of_method} of method {self.recipe.word}: "
                 "leave one of them out"

@@ -17,7 +17,7 @@ from train.rl.job import RLJob
 from train.rl.learning.penalties import Ternary
 from train.rl.learning.policy import sampler_of
 from train.rl.rollout.sampler import Sampler
-from train.rl.tasks.probed import Probed, append_lines, read_probe
+from train.rl.tasks.probed import Probed, append_lines, drop_half_line, read_probe
 from train.rl.types import Problem
 
 
@@ -115,6 +115,8 @@ def probe(config: ProbeConfig, job: RLJob) -> None:
     """
     out = Path(config.out)
     if out.exists():
+        drop_half_line(out)
+    if out.exists() and out.stat().st_size:
         options, found = read_probe(out)
         if options != config.options:
             changed = sorted(k for k in config.options if options.get(k) != config.options[k])
@@ -143,6 +145,9 @@ def sample(
     rows = job.collector.strategy.collect(sampler, job.task, problems, counts, (config.seed,))
     right = [0.0] * len(problems)
     for row in rows:
+        if row.reward.info.get("scorer_errors"):
+            why = row.reward.error.strip().rpartition("\n")[2] or "its scorer says not why"
+            raise ValueError(f"the scorer of {job.task.name} raised ({why}): mend it")
         right[row.group] += row.reward.info["accuracy"]
     return [
         Probed(problem.uid, round(count), config.samples)

@@ -160,4 +160,6 @@ def fingerprint(task: Any) -> str:
         for index in range(_FINGERPRINTED if size is None else size):
             problem = task.problem(split, index)
             found.update(f"{problem.prompt}\0{problem.answer}\0".encode())
+    for uid in sorted(getattr(task, "unsolved", ())):  # of a probe: they change rewards
+        found.update(f"{uid}\0".encode())
     return f"{task.name} {found.hexdigest()}"

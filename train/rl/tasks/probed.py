@@ -40,6 +40,15 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
         raise ValueError(f"{path} is no file of `thoughtbubbles probe`: give one") from None
 
 
+def drop_half_line(path: str | Path) -> None:
+    """Cut off what a killed probe has written of its last line."""
+    file = Path(path)
+    whole = file.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if kept != whole:
+        file.write_bytes(kept)
+
+
 def append_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:
     """Append lines to the file of a probe."""
     with Path(path).open("a", encoding="utf-8") as file:
@@ -54,14 +63,21 @@ def unsolved_problems(path: str | Path, task: Any) -> frozenset[str]:
         task: Task that was probed.
 
     Raises:
-        ValueError: The file is not of this task.
+        ValueError: The file is not of this task, or lacks some of its problems.
     """
     _, problems = read_probe(path)
     uids = {problem.uid for problem in problems}
+    size = task.sizes["train"] or 1
+    missing = sum(task.problem("train", index).uid not in uids for index in range(size))
     first = task.problem("train", 0).uid
     if first not in uids:
         raise ValueError(
             f"probe {path} has no problem {first!r}, the first of {task.name}: it is of another "
             "task or seed; probe this one"
+        )
+    if missing:
+        raise ValueError(
+            f"probe {path} has {size - missing} of the {size} training problems of {task.name}: "
+            "run `thoughtbubbles probe` again, it goes on where it stopped"
         )
     return frozenset(problem.uid for problem in problems if not problem.correct)

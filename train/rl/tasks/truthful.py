@@ -153,9 +153,9 @@ class TruthfulTask:
     def score(self, completion: Completion) -> Reward:
         problem = completion.problem
         answer = boxed(completion.text) if self.demand_box else completion.text
-        verdict = Reward(0.0, False)
-        if answer is not None:
-            verdict = safe_score(self.task, dataclasses.replace(completion, text=answer))
+        # Scored without a box too: a scorer that always raises is to be noticed.
+        text = completion.text if answer is None else answer
+        verdict = safe_score(self.task, dataclasses.replace(completion, text=text))
         outcome = self._outcome(problem, answer, verdict)
         beyond = self.out_of_knowledge(problem)
         value = outcome_value(outcome, self.abstain, self.knowledge and beyond)
@@ -163,7 +163,7 @@ class TruthfulTask:
             value = with_reasoning(value, float(self.task.reasoning(completion)), self.reasoning)
         success = outcome != "wrong" and verdict.success
         success |= outcome == "right" and not beyond  # a lucky guess solves nothing
-        return Reward(value, success, {**verdict.info, **shares(outcome)})
+        return Reward(value, success, {**verdict.info, **shares(outcome)}, verdict.error)
 
     def out_of_knowledge(self, problem: Problem) -> bool:
         """Whether a problem is known to be out of the policy's knowledge."""
@@ -212,6 +212,8 @@ def truthful(task: Task | Any, options: Any, unsolved: Collection[str] | None) -
         raise ValueError(
             f"reward ternary is for tasks of one response, {task.name} has turns: leave it out"
         )
+    if isinstance(task, TruthfulTask):
+        raise ValueError("reward ternary is given twice: leave one of them out")
     if options.knowledge and unsolved is None and not hasattr(task, "out_of_knowledge"):
         raise ValueError(
             f"knowledge=True needs to know which problems of {task.name} are out of knowledge: "
