@@ -35,7 +35,8 @@ from train.experiments.study import (
 )
 
 LANGUAGES = (0, 1, 2)
-KEY = ("seed", "steps", "tuning_steps", "num_neurons")
+SIZES = ("num_neurons", "embed_dim", "num_layers", "batch_size", "seq_len", "rows")
+KEY = ("seed", "steps", "tuning_steps", *SIZES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +174,9 @@ def _nats(model: Hatchling, rows: Any) -> jax.Array:
 
 def report(results: list[Result]) -> str:
     """The table: a row for each model, a column for each language."""
+    kinds = {tuple(result[name] for name in KEY[1:]) for result in results}
+    if len(kinds) > 1:
+        raise ValueError(f"the file has results of {len(kinds)} settings: give each its own --out")
     names = list(results[0]["losses"]) if results else []
     head = ("nats per byte", *(f"language {language}" for language in LANGUAGES))
     rows = []

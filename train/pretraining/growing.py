@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from train.devices.mesh import MeshConfig, make_mesh
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, TrainState, make_trainable
 from train.models.load import load_model
+from train.pretraining.job import TRAINED
 from train.runs.checkpoint import Checkpointer, load_meta
 from train.runs.files import write_atomically
 from train.runs.run_folder import run_lock
@@ -36,6 +37,10 @@ class GrowConfig:
     num_neurons: int
     out: str
     seed: int = 0
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is below 0: choose 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,7 @@ def grow_run(config: GrowConfig) -> str:
     Raises:
         ValueError: The run can't be grown so, or `out` holds a run.
     """
+    _check_out(config.out)
     meta, shape = _read(config.checkpoint)
     plan = plan_growth(shape, config.num_neurons, config.seed)
     grown = dataclasses.replace(shape, num_neurons=config.num_neurons)
@@ -89,6 +95,7 @@ def merge_runs(config: MergeConfig) -> str:
     Raises:
         ValueError: The runs can't be merged, or `out` holds a run.
     """
+    _check_out(config.out)
     found = [_read(checkpoint) for checkpoint in config.checkpoints]
     for name, (meta, _) in zip(config.checkpoints, found, strict=True):
         if meta["tokenizer"] != found[0][0]["tokenizer"]:
@@ -96,8 +103,8 @@ def merge_runs(config: MergeConfig) -> str:
                 f"{config.checkpoints[0]} and {name} have different tokenizers: their ids mean "
                 "different texts, so embeddings can't be averaged"
             )
-    models = [load_model(checkpoint).model for checkpoint in config.checkpoints]
-    merged = merge([model for model in models if isinstance(model, Hatchling)], config.along)
+    models = [cast(Hatchling, load_model(checkpoint).model) for checkpoint in config.checkpoints]
+    merged = merge(models, config.along)
     meta = found[0][0]
     state = _trainable(meta, merged.config).start(nnx.state(merged))
     _write(config.out, 0, state, meta, merged.config)
@@ -129,7 +136,18 @@ def _trainable(meta: dict[str, Any], shape: HatchlingConfig) -> Trainable:
     config = meta["config"]
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     optimizer = OptimizerConfig(**config["optimizer"])
-    return make_trainable(shape, optimizer, config["steps"], mesh, config["seed"])
+    trained = TRAINED[config["train"]]
+    return make_trainable(shape, optimizer, config["steps"], mesh, config["seed"], trained=trained)
+
+
+def _check_out(out: str) -> None:
+    """Raise a ValueError for a folder of a run, even of one that was killed before it saved."""
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    for name in ("config.json", "metrics.jsonl"):
+        if (folder / name).exists():
+            raise ValueError(f"{out} holds a run already ({name}): choose another --out")
 
 
 def _write(
@@ -137,6 +155,7 @@ def _write(
 ) -> None:
     folder = Path(out).expanduser()
     with run_lock(folder):
+        _check_out(out)
         if load_meta(folder) is not None:
             raise ValueError(f"{out} holds a run already: choose another --out")
         config = meta["config"] | {"model": as_json(shape), "out": out}
