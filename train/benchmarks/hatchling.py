@@ -165,10 +165,6 @@ def decode_of(model: Architecture, config: HatchlingBenchmark, context: int) -> 
 
     def run() -> Cost:
         cache: Any = model.init_cache(rows, context + config.new_tokens)
-        groups = getattr(cache, "groups", None)
-        if groups is not None:  # keys and values beside the length
-            groups = tuple(dataclasses.replace(group, count=full()) for group in groups)
-            cache = dataclasses.replace(cache, groups=groups)
         cache = jax.block_until_ready(dataclasses.replace(cache, length=full()))
         clock = Clock()
         jax.block_until_ready(compiled(decoder, cache, one))
