@@ -19,6 +19,7 @@ from memgen.delimiters import is_boundary
 from memgen.events import Decoders, Loop, memory_event
 from memgen.insertion import INFERENCE, PROMPT
 from memgen.model import MemGen
+from memgen.placement import placed_beside, row_shards
 from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
 from memgen.response import Response
 from memgen.session import Session, check_capacity
@@ -115,7 +116,9 @@ def begin(
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses", "snippet_capacity"))
 def _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippet_capacity) -> Session:
-    session = Session.start(memgen, keys, max_tokens, max_responses, snippet_capacity)
+    session = Session.start(
+        memgen, placed_beside(keys, tokens), max_tokens, max_responses, snippet_capacity
+    )
     return session.append_tokens(memgen, tokens, length, fresh=True)
 
 
@@ -179,10 +182,10 @@ def respond(
 def chunk_size(session: Session) -> int:
     """Number of rows that weave at a time: one of each shard of the batch, which work in parallel.
 
-    It is 1 under a trace, where the shards are unknown.
+    It is 1 under a trace with automatic axes, where the shards are unknown.
     """
     if isinstance(session.count, Tracer):
-        return 1
+        return row_shards(session.count)
     count = jnp.asarray(session.count)
     (shard,) = count.sharding.shard_shape(count.shape)
     return count.shape[0] // shard
@@ -209,10 +212,10 @@ def _start(decoders: Decoders, request: Request, session: Session, capacity: int
     vector = jax.eval_shape(memgen.reasoner.embed_tokens, session.tokens[:, :1])
     loop = Loop(
         step=jnp.int32(0),
-        events=jnp.zeros((batch,), jnp.int32),
-        done=jnp.broadcast_to(request.max_new_tokens < 1, (batch,)) | (session.count < 1),
+        events=jnp.zeros_like(session.count),
+        done=(request.max_new_tokens < 1) | (session.count < 1),
         session=session.replace(responses=session.responses + 1),
-        response=Response.empty(memgen, batch, capacity, vector),
+        response=placed_beside(Response.empty(memgen, batch, capacity, vector), session.count),
     )
     return memory_event(decoders, request, loop, ~loop.done, PROMPT, batch)[0]
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from memgen.placement import table_rows
 
 DELIMITERS = (",", ".", "\n")
 BOUNDARY, UNLESS_AFTER_DIGIT, DIGIT = 1, 2, 4
@@ -75,6 +76,6 @@ def is_boundary(table: jax.Array, last: jax.Array, previous: jax.Array) -> jax.A
         last: Int32 ids of any shape, the last token of each text.
         previous: Int32 ids of the same shape, the token before it.
     """
-    here, before = jnp.take(table, last), jnp.take(table, previous)
+    here, before = table_rows(table, last), table_rows(table, previous)
     doubtful = (here & UNLESS_AFTER_DIGIT > 0) & (before & DIGIT > 0)
     return (here & BOUNDARY > 0) & ~doubtful

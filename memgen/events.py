@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from memgen.insertion import PROMPT
 from memgen.model import MemGen
+from memgen.placement import broadcast_beside, placed_beside
 from memgen.request import Request
 from memgen.response import Response
 from memgen.session import RowChunk, Session, put, take
@@ -95,7 +96,7 @@ def memory_event(
         loop = dataclasses.replace(loop, session=session)
         if memgen.config.weaver.latents:
             loop, invoked = apply_if(invoked.any(), weave, (loop, invoked))
-    step = jnp.broadcast_to(loop.step, boundary.shape)
+    step = broadcast_beside(loop.step, boundary, 1)
     decisions = put(loop.response.decisions, invoked[:, None], step, boundary.astype(jnp.int32))
     response = dataclasses.replace(loop.response, decisions=decisions)
     return dataclasses.replace(loop, response=response), invoked
@@ -107,7 +108,7 @@ def _decide(
     """The session with the trigger's cache up to date, and `[B]` bool: invoke the weaver."""
     memgen = decoders.memgen
     if not request.policy.learned:
-        logits = jnp.zeros((boundary.shape[0], 2))
+        logits = placed_beside(jnp.zeros((boundary.shape[0], 2)), boundary)
     elif session.trigger is None:
         logits = memgen.checked_trigger()(session.reasoner.hidden)
     else:
@@ -137,7 +138,7 @@ def _weave(
     snippets = None
     if request.retriever is not None:
         snippets = _retrieve(decoders.memgen, request.retriever, session, invoked)
-    inputs = EventInputs(jnp.full((batch,), kind), keys, snippets)
+    inputs = EventInputs(broadcast_beside(kind, invoked, 1), keys, snippets)
     weave = _weave_rows if chunk == batch else functools.partial(_weave_chunks, chunk)
     session, latents, kept = weave(decoders, request, session, invoked, inputs)
     once = kept.astype(jnp.int32)
@@ -145,7 +146,7 @@ def _weave(
     response = dataclasses.replace(
         response,
         latents=put(response.latents, latents[:, None], event, once),
-        points=put(response.points, jnp.full((batch, 1), loop.step), event, once),
+        points=put(response.points, broadcast_beside(loop.step, invoked, 1)[:, None], event, once),
     )
     session = session.replace(trigger=trigger)
     return dataclasses.replace(loop, session=session, response=response), kept
@@ -183,6 +184,7 @@ def _weave_chunks(
         )
 
     latents = jnp.zeros((invoked.shape[0], slots, vector.shape[-1]), vector.dtype)
+    latents = placed_beside(latents, invoked)
     state = invoked, session, latents, jnp.zeros_like(invoked)
     return jax.lax.while_loop(some_left, weave_chunk, state)[1:]
 
@@ -235,6 +237,7 @@ def _retrieve(memgen: MemGen, retriever: Any, session: Session, invoked: jax.Arr
     ids, length = jax.pure_callback(
         retriever.retrieve, shapes, session.tokens, session.count, invoked
     )
+    ids, length = placed_beside((ids, length), invoked)
     return Snippets(memgen.reasoner.embed_tokens(ids), length)
 
 
@@ -246,6 +249,6 @@ def apply_if(predicate: jax.Array, update: Callable, state: Any) -> Any:
     """
     return jax.lax.while_loop(
         lambda carry: carry[0],
-        lambda carry: (jnp.bool_(False), update(carry[1])),
+        lambda carry: (jnp.zeros_like(carry[0]), update(carry[1])),
         (predicate, state),
     )[1]

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
+from memgen.placement import broadcast_beside
 
 if TYPE_CHECKING:
     from jax import Array
@@ -218,7 +219,7 @@ def plan_from_decisions(
 
 
 def _plan(point: jax.Array, config: MemGenConfig) -> Plan:
-    kind = jnp.broadcast_to(jnp.arange(point.shape[1]) > 0, point.shape).astype(jnp.int32)
+    kind = broadcast_beside(jnp.arange(point.shape[1]) > 0, point, 2)
     return Plan.of(point, kind, config)
 
 

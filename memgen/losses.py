@@ -62,7 +62,7 @@ def token_log_probs(
     @jax.checkpoint
     def part(_, values):
         hidden, targets, mask = values
-        nothing = lambda *_: jnp.zeros(targets.shape, jnp.float32)  # noqa: E731
+        nothing = lambda *_: jnp.zeros_like(targets, jnp.float32)  # noqa: E731
         return None, jax.lax.cond(mask.any(), score, nothing, hidden, targets, mask)
 
     _, found = jax.lax.scan(part, None, tuple(map(in_parts, (hidden, targets, loss_mask))))

@@ -19,6 +19,7 @@ from memgen.insertion import (
     stream_length,
 )
 from memgen.lora import with_dropout
+from memgen.placement import broadcast_beside, placed_beside
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
 
@@ -158,7 +159,7 @@ class MemGen(nnx.Module):
         vectors = self.reasoner.embed_tokens(tokens)
         batch, length, dim = vectors.shape
         events, slots = plan.point.shape[1], self.config.weaver.latents
-        latents = jnp.zeros((batch, events, slots, dim), vectors.dtype)
+        latents = placed_beside(jnp.zeros((batch, events, slots, dim), vectors.dtype), vectors)
         if slots and self.config.weaver.context == "nothing":
             latents = self.weaver.fixed(plan.kind)
         elif slots and self.config.weaver.latents_see_latents:
@@ -166,7 +167,7 @@ class MemGen(nnx.Module):
         elif slots:
             backbone = self.weaving(dropout)
             latents = self.weaver.weave_parallel(backbone, vectors, plan.point, plan.kind)
-        whole = stream_length(plan, jnp.full((batch,), length, jnp.int32))
+        whole = stream_length(plan, broadcast_beside(length, vectors, 1))
         return Woven(assemble(vectors, latents, plan), whole, latents)
 
     def _in_order(self, vectors, latents, plan: Plan, dropout) -> jax.Array:
@@ -213,7 +214,7 @@ class MemGen(nnx.Module):
         if trigger.config.source == "tokens":
             decoder = self.triggering()
             hidden = decoder.hidden_states(decoder.embed_tokens(tokens))
-            at = jnp.broadcast_to(jnp.arange(length) - 1, tokens.shape)
+            at = broadcast_beside(jnp.arange(length) - 1, tokens, 2)
         else:
             woven = self.weave(tokens, plan)
             adapted = trigger.config.source == "stream"

@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from memgen.backbone import cache_batch_axes, check_cache
 from memgen.model import MemGen
+from memgen.placement import join_rows, placed_beside, split_rows
 
 CHUNK = 32  # vectors by which a cache that lags behind catches up at a time
 
@@ -127,20 +128,22 @@ class Session:
         capacity = max_tokens + max_responses * config.max_latents
         zeros = jnp.zeros((batch,), jnp.int32)
         reasoner = DecoderState.start(memgen.reasoner, batch, capacity)
-        weaver = trigger = None
+        weaver = trigger = weaving = triggering = None
         if config.weaver.latents and config.weaver.context != "nothing":
             extra = config.weaver.latents + snippet_capacity
-            weaver = DecoderState.start(memgen.weaving(), batch, capacity + extra)
+            weaving = memgen.weaving()
+            weaver = DecoderState.start(weaving, batch, capacity + extra)
         source = config.trigger.source if config.trigger else None
         if source in ("tokens", "stream"):
-            trigger = DecoderState.start(memgen.triggering(), batch, capacity)
+            triggering = memgen.triggering()
+            trigger = DecoderState.start(triggering, batch, capacity)
         embedded = jax.eval_shape(memgen.reasoner.embed_tokens, zeros[:, None])
         from_vectors = config.weaver.context == "embeddings" and config.weaver.latents_see_latents
 
         def buffer(like: Any) -> jax.Array:
             return jnp.zeros((batch, capacity, like.shape[-1]), like.dtype)
 
-        return cls(
+        session = cls(
             tokens=jnp.zeros((batch, max_tokens), jnp.int32),
             count=zeros,
             vectors=buffer(embedded) if source == "stream" or from_vectors else None,
@@ -152,6 +155,9 @@ class Session:
             responses=zeros,
             capacity=capacity,
             snippet_capacity=snippet_capacity,
+        )
+        return placed_beside(
+            session, keys, session.batch_axes(memgen.reasoner, weaving, triggering)
         )
 
     def replace(self, **changes) -> "Session":
@@ -280,7 +286,7 @@ class RowChunk:
     @classmethod
     def next(cls, waiting: jax.Array, size: int) -> "RowChunk":
         """The first row of each part that is `waiting`, `[B]` bool; row 0 of a part without any."""
-        return cls(waiting.reshape(size, -1).argmax(axis=1).astype(jnp.int32))
+        return cls(split_rows(waiting, 0, size).argmax(axis=1).astype(jnp.int32))
 
     def take(self, tree: Any, axes: Any = None) -> Any:
         """The chunk's rows of all arrays; `axes` as of `Session.batch_axes`, by default all 0."""
@@ -289,7 +295,8 @@ class RowChunk:
             if axis is None:
                 return leaf
             one = lambda part, index: jax.lax.dynamic_index_in_dim(part, index, axis, False)  # noqa: E731
-            return jax.vmap(one, (axis, 0), axis)(self._parts(leaf, axis), self.index)
+            parts = split_rows(leaf, axis, self.index.shape[0])
+            return jax.vmap(one, (axis, 0), axis)(parts, self.index)
 
         return jax.tree.map(rows, tree, _or_zeros(axes, tree))
 
@@ -302,15 +309,11 @@ class RowChunk:
             one = lambda part, new, index: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
                 part, new, index, axis
             )
-            parts = self._parts(leaf, axis)
-            return jax.vmap(one, (axis, axis, 0), axis)(parts, new, self.index).reshape(leaf.shape)
+            parts = split_rows(leaf, axis, self.index.shape[0])
+            parts = jax.vmap(one, (axis, axis, 0), axis)(parts, new, self.index)
+            return join_rows(parts, leaf)
 
         return jax.tree.map(rows, tree, new, _or_zeros(axes, tree))
-
-    def _parts(self, leaf: jax.Array, axis: int) -> jax.Array:
-        size = self.index.shape[0]
-        split = (size, leaf.shape[axis] // size)
-        return leaf.reshape(*leaf.shape[:axis], *split, *leaf.shape[axis + 1 :])
 
 
 def _or_zeros(axes: Any, tree: Any) -> Any:

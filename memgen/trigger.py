@@ -65,7 +65,7 @@ class AlwaysInvoke:
     learned = False
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        return jnp.ones(logits.shape[:1], bool)
+        return jnp.ones_like(logits[:, 0], bool)
 
 
 @jax.tree_util.register_static
@@ -76,7 +76,7 @@ class NeverInvoke:
     learned = False
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        return jnp.zeros(logits.shape[:1], bool)
+        return jnp.zeros_like(logits[:, 0], bool)
 
 
 @jax.tree_util.register_dataclass

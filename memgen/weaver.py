@@ -10,6 +10,7 @@ from memgen.backbone import DecoderBackbone
 from memgen.config import WeaverConfig
 from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
+from memgen.placement import broadcast_beside, placed_beside
 
 SAMPLED_IDS = 1024
 NORM_EPS = 1e-5
@@ -101,14 +102,16 @@ class Weaver(nnx.Module):
         return jnp.where(kind == PROMPT, self.config.prompt_latents, self.config.inference_latents)
 
     def queries(self, kind: jax.Array) -> jax.Array:
-        """Queries `[B, K, d_w]` of events of `kind [B]`, padded with zeros to `K`."""
+        """Queries `[..., K, d_w]` of events of `kind [...]`, padded with zeros to `K`."""
         given = [bank() for bank in (self.prompt, self.inference) if bank is not None]
         blank = jnp.zeros((self.config.latents, given[0].shape[-1]))
         banks = [
             blank if bank is None else blank.at[: bank.queries.shape[0]].set(bank())
             for bank in (self.prompt, self.inference)
         ]
-        return jnp.where((kind == PROMPT)[:, None, None], *banks)
+        prompt, inference = (jnp.broadcast_to(bank, (*kind.shape, *bank.shape)) for bank in banks)
+        prompt, inference = placed_beside((prompt, inference), kind)
+        return jnp.where((kind == PROMPT)[..., None, None], prompt, inference)
 
     def context(self, vectors: jax.Array) -> jax.Array:
         """Input `[..., d_w]` of the weaver's decoder from the reasoner's vectors `[..., d_r]`."""
@@ -126,9 +129,7 @@ class Weaver(nnx.Module):
 
     def fixed(self, kind: jax.Array) -> jax.Array:
         """Latents `[..., K, d_r]` of events of `kind [...]` that do not depend on the text."""
-        queries = self.queries(kind.reshape(-1))
-        latents = self.memory(jax.nn.gelu(self.to_weaver(queries)))
-        return latents.reshape(*kind.shape, *latents.shape[1:])
+        return self.memory(jax.nn.gelu(self.to_weaver(self.queries(kind))))
 
     def weave(
         self,
@@ -171,7 +172,7 @@ class Weaver(nnx.Module):
         """
         queries = self.queries(kind)
         if snippets is None:
-            return queries, jnp.zeros(kind.shape, jnp.int32)
+            return queries, jnp.zeros_like(kind)
         vectors = self.context(snippets.vectors)
         pool = jnp.concatenate([vectors, queries.astype(vectors.dtype)], axis=1)
         at, slots = jnp.arange(pool.shape[1]), snippets.vectors.shape[1]
@@ -196,7 +197,7 @@ class Weaver(nnx.Module):
         """
         batch, length, _ = vectors.shape
         events, slots = point.shape[1], self.config.latents
-        queries = self.queries(kind.reshape(-1)).reshape(batch, events * slots, -1)
+        queries = self.queries(kind).reshape(batch, events * slots, -1)
         x = self.context(vectors)
         x = jnp.concatenate([x, queries.astype(x.dtype)], axis=1)
         token = jnp.arange(length)
@@ -204,15 +205,17 @@ class Weaver(nnx.Module):
         event = jnp.repeat(jnp.arange(events), slots)
         first = jnp.repeat(jnp.maximum(point, 0), slots, axis=1)
         positions = jnp.concatenate(
-            [jnp.broadcast_to(token, (batch, length)), first + rank], axis=1
+            [broadcast_beside(token, x[:, :length], 2), first + rank], axis=1
         )
         tokens_see = jnp.broadcast_to(token[:, None] >= token, (batch, length, length))
         none = jnp.zeros((batch, length, events * slots), bool)
         own = (event[:, None] == event) & (rank[:, None] >= rank)
+        own = jnp.broadcast_to(own, (batch, *own.shape))
+        tokens_see, none, own = placed_beside((tokens_see, none, own), x)
         visible = jnp.block(
             [
                 [tokens_see, none],
-                [token < first[..., None], jnp.broadcast_to(own, (batch, *own.shape))],
+                [token < first[..., None], own],
             ]
         )
         hidden = backbone.hidden_states(x, positions=positions, visible=visible)[:, length:]

@@ -1,0 +1,107 @@
+"""Arrays made beside others: placed as they are, whatever the mesh.
+
+`thoughtbubbles.placement` says why; the two libraries do not import each other. Here the rows of a
+batch may also be taken apart, shard by shard.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.int32) -> jax.Array:
+    """Values broadcast to the first axes of an array, and placed as it is.
+
+    Args:
+        values: Values that broadcast to `like.shape[:axes]`.
+        like: Array that the result stands beside.
+        axes: Number of leading axes of `like` that the result has.
+        dtype: Type of the result.
+    """
+    like, values = jnp.asarray(like), jnp.asarray(values, dtype)
+    here = jax.typeof(like).sharding
+    place = NamedSharding(here.mesh, PartitionSpec(*here.spec[:axes]))
+    zeros = jnp.zeros_like(like, dtype, like.shape[:axes], out_sharding=place)
+    return zeros + jnp.expand_dims(values, range(axes - values.ndim))
+
+
+def table_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table, `jnp.take(table, index, axis=0)`.
+
+    Args:
+        table: `[V, ...]` array.
+        index: Indices of any shape, whose placement the result takes.
+    """
+    table, index = jnp.asarray(table), jnp.asarray(index)
+    here = jax.typeof(index).sharding
+    spec = PartitionSpec(*here.spec, *[None] * (table.ndim - 1))
+    return table.at[index].get(mode="fill", out_sharding=NamedSharding(here.mesh, spec))
+
+
+def placed_beside(tree: Any, like: jax.Array, axes: Any = 0) -> Any:
+    """Arrays that were made for a number of rows (caches, keys), placed as other rows are.
+
+    Inside `shard_map` they vary over the mesh axes that the other rows vary over, so that a loop
+    may carry them.
+
+    Args:
+        tree: Arrays with an axis of rows.
+        like: Array `[B, ...]` whose rows the others stand beside.
+        axes: Axis of the rows in each array: a number for all of them, or a pytree of numbers, with
+            None for an array that all rows share.
+    """
+    here = jax.typeof(jnp.asarray(like))
+    rows = here.sharding.spec[0] if here.sharding.spec else None
+
+    def place(leaf: jax.Array, axis: int | None) -> jax.Array:
+        own = jax.typeof(leaf)
+        missing = here.manual_axis_type.varying - own.manual_axis_type.varying
+        if missing:
+            leaf = jax.lax.pcast(leaf, tuple(missing), to="varying")
+        if rows is None or axis is None:
+            return leaf
+        spec = [*own.sharding.spec, *[None] * (leaf.ndim - len(own.sharding.spec))]
+        spec[axis] = rows
+        place = NamedSharding(here.sharding.mesh, PartitionSpec(*spec))
+        return jax.sharding.reshard(leaf, place)
+
+    if isinstance(axes, int):
+        return jax.tree.map(lambda leaf: place(leaf, axes), tree)
+    return jax.tree.map(place, tree, axes)
+
+
+def row_shards(like: jax.Array) -> int:
+    """Number of parts that explicit axes split the rows of an array into; 1 under others."""
+    here = jax.typeof(like).sharding
+    rows = here.spec[0] if here.spec else None
+    names = rows if isinstance(rows, tuple) else () if rows is None else (rows,)
+    return math.prod(here.mesh.shape[name] for name in names)
+
+
+def split_rows(leaf: jax.Array, axis: int, parts: int) -> jax.Array:
+    """The axis of the rows as two: the parts, which explicit axes split, and the rows of each.
+
+    Args:
+        leaf: Array with an axis of rows.
+        axis: That axis.
+        parts: Number of parts, that of the shards (`row_shards`).
+    """
+    shape = (*leaf.shape[:axis], parts, leaf.shape[axis] // parts, *leaf.shape[axis + 1 :])
+    here = jax.typeof(leaf).sharding
+    if not any(here.spec):
+        return leaf.reshape(shape)
+    spec = PartitionSpec(*here.spec[: axis + 1], None, *here.spec[axis + 1 :])
+    return jax.lax.reshape(leaf, shape, out_sharding=NamedSharding(here.mesh, spec))
+
+
+def join_rows(parts: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `split_rows`, with shape and placement of the array that was split."""
+    here = jax.typeof(like).sharding
+    if not any(here.spec):
+        return parts.reshape(like.shape)
+    return jax.lax.reshape(parts, like.shape, out_sharding=here)
