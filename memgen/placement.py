@@ -24,10 +24,29 @@ def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.i
         dtype: Type of the result.
     """
     like, values = jnp.asarray(like), jnp.asarray(values, dtype)
-    here = jax.typeof(like).sharding
-    place = NamedSharding(here.mesh, PartitionSpec(*here.spec[:axes]))
-    zeros = jnp.zeros_like(like, dtype, like.shape[:axes], out_sharding=place)
+    zeros = _zeros(like, like.shape[:axes], dtype)
     return zeros + jnp.expand_dims(values, range(axes - values.ndim))
+
+
+def repeat_beside(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Values repeated for each element of an array, and placed as it is.
+
+    The gradient of the values is summed where the elements are (`reshard` would gather it first).
+
+    Args:
+        values: `[...]` array, the same on all devices.
+        like: Array of any shape that the result stands beside.
+
+    Returns:
+        Array of the shape of `like` and then that of the values.
+    """
+    return _zeros(like, (*like.shape, *values.shape), values.dtype) + values
+
+
+def _zeros(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    here = jax.typeof(like).sharding
+    place = NamedSharding(here.mesh, PartitionSpec(*here.spec[: len(shape)]))
+    return jnp.zeros_like(like, dtype, shape, out_sharding=place)
 
 
 def table_rows(table: jax.Array, index: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from memgen.backbone import DecoderBackbone
 from memgen.config import WeaverConfig
 from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
-from memgen.placement import broadcast_beside, placed_beside
+from memgen.placement import broadcast_beside, placed_beside, repeat_beside
 
 SAMPLED_IDS = 1024
 NORM_EPS = 1e-5
@@ -109,8 +109,7 @@ class Weaver(nnx.Module):
             blank if bank is None else blank.at[: bank.queries.shape[0]].set(bank())
             for bank in (self.prompt, self.inference)
         ]
-        prompt, inference = (jnp.broadcast_to(bank, (*kind.shape, *bank.shape)) for bank in banks)
-        prompt, inference = placed_beside((prompt, inference), kind)
+        prompt, inference = (repeat_beside(bank, kind) for bank in banks)
         return jnp.where((kind == PROMPT)[..., None, None], prompt, inference)
 
     def context(self, vectors: jax.Array) -> jax.Array:

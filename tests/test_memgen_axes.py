@@ -1,0 +1,128 @@
+"""Latent memory with the batch's rows sharded: explicit axes, which are JAX's default, and manual.
+
+Parameters are replicated: nothing is gathered, and each row is what it is on one device.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from memgen_tiny import (
+    HATCHLINGS,
+    MODELS,
+    NEW,
+    NOBODY,
+    PROMPTS,
+    SEEDS,
+    VOCAB,
+    memgen_of,
+    random_tokens,
+    replaced,
+    trigger_config,
+)
+
+import memgen
+from memgen.request import bucket, pad_prompts, row_keys
+
+DEVICES = 2
+KINDS = ["explicit", "manual"]
+SHARDED = PartitionSpec("rows")
+FOUR = [*PROMPTS, [4, 5]]
+
+
+def on_mesh(call: Any, kind: str, made: Any, *rows: Any) -> tuple[Any, str]:
+    """Result of a call whose rows are sharded over two devices, and its program as text."""
+    axes = (AxisType.Explicit,)
+    mesh = jax.make_mesh((DEVICES,), ("rows",), axis_types=axes, devices=jax.devices()[:DEVICES])
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(rows, NamedSharding(mesh, SHARDED))
+        if kind == "manual":
+            specs = (PartitionSpec(), *[SHARDED] * len(rows))
+            call = jax.shard_map(call, in_specs=specs, out_specs=SHARDED)
+        compiled = jax.jit(call).lower(made, *rows).compile()
+        return compiled(made, *rows), compiled.as_text() or ""
+
+
+def respond(made: memgen.MemGen, tokens: jax.Array, length: jax.Array, keys: jax.Array) -> Any:
+    request = memgen.make_request(made, NEW, stop=NOBODY)
+    session = memgen.begin(made, tokens, length, keys, tokens.shape[1] + bucket(NEW))
+    response, _ = memgen.respond(made, session, request, bucket(NEW))
+    names = ("tokens", "log_probs", "decisions", "points", "latents")
+    return {name: getattr(response, name) for name in names}
+
+
+def check_decoding(kind: str, made: memgen.MemGen) -> None:
+    tokens, length = pad_prompts(FOUR, VOCAB)
+    rows = (tokens, length, row_keys(0, FOUR))
+    expected = jax.jit(respond)(made, *rows)
+    found, program = on_mesh(respond, kind, made, *rows)
+    assert "all-gather" not in program and "all-to-all" not in program
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+    assert (expected["decisions"] > 0).any() and (expected["points"] > 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoding_loop(kind: str):
+    check_decoding(kind, memgen_of("shallow"))
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("source", SEEDS)
+@pytest.mark.parametrize("backbone", [*MODELS, *HATCHLINGS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_decoding_loop(kind: str, backbone: str, source: str):
+    check_decoding(kind, memgen_of(backbone, trigger_config(source)))
+
+
+def losses(made: memgen.MemGen, tokens: jax.Array, point: jax.Array, kind: jax.Array) -> jax.Array:
+    hidden = made.predictors(tokens, memgen.Plan.of(point, kind, made.config))
+    return memgen.token_log_probs(made.reasoner, hidden, tokens, tokens > 0)
+
+
+TEACHER_FORCED = (
+    random_tokens(4, 12),
+    jnp.array([[3, 6, -1], [2, -1, -1], [4, 8, 10], [1, 5, 9]], jnp.int32),
+    jnp.array([[0, 1, 1]] * 4, jnp.int32),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training(kind: str):
+    made = memgen_of("shallow")
+    found, program = on_mesh(losses, kind, made, *TEACHER_FORCED)
+    np.testing.assert_allclose(found, jax.jit(losses)(made, *TEACHER_FORCED), atol=1e-5)
+    assert "all-gather" not in program and "all-to-all" not in program
+
+
+def test_gradients_are_those_of_one_device():
+    def gradients(made, *rows):
+        return jax.grad(lambda weaver: losses(replaced(made, weaver=weaver), *rows).sum())(
+            made.weaver
+        )
+
+    made = memgen_of("shallow")
+    expected = jax.jit(gradients)(made, *TEACHER_FORCED)
+    found, program = on_mesh(gradients, "explicit", made, *TEACHER_FORCED)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), found, expected
+    )
+    assert "all-gather" not in program and max(map(abs_max, jax.tree.leaves(expected))) > 1
+
+
+def abs_max(leaf: jax.Array) -> float:
+    return float(np.abs(leaf).max())
+
+
+@pytest.mark.experiment
+def test_prompts_of_a_host_need_nothing():
+    """`generate` under a mesh on which nothing is placed yet."""
+    made = memgen_of("shallow")
+    expected = memgen.generate(made, PROMPTS, NEW, stop=NOBODY)
+    mesh = jax.make_mesh((DEVICES,), ("rows",), devices=jax.devices()[:DEVICES])
+    with jax.set_mesh(mesh):
+        found = memgen.generate(made, PROMPTS, NEW, stop=NOBODY)
+    assert found.texts == expected.texts
