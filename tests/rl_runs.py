@@ -65,6 +65,8 @@ def job(out: Path, method: Any, task: Any = None, **changes) -> RLJob:
         ),
         out=str(out),
     )
+    if config.parts.allocator.needs_repeats:
+        changes = {"pool": 16, **changes}
     config = dataclasses.replace(config, **changes)
     return RLJob(
         config,

@@ -194,6 +194,13 @@ def test_informative_rows_are_of_groups_that_succeed_and_fail():
     assert found.dtype == bool
 
 
+def test_a_group_of_several_verdicts_is_kept_whole():
+    """Right, abstained and wrong: also the row whose verdict is the group's mean."""
+    verdict = np.array([0.0, 1, -1, 0, -1, 0, 0])
+    group, valid = np.array([3, 3, 3, 1, 1, 2, 2]), np.ones(7, bool)
+    np.testing.assert_array_equal(in_mixed_group(verdict, group, valid), [True] * 5 + [False] * 2)
+
+
 def test_penalties_do_not_make_a_group_informative():
     length = np.array([10, 14, 16])
     group, valid = np.zeros(3, int), np.ones(3, bool)

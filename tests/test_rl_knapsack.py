@@ -219,6 +219,12 @@ def test_what_was_learned_of_problems_goes_on_after_a_kill(tmp_path: Path):
     assert {line["rollouts"] for line in lines} == {32, 64}, "one batch of problems or two"
 
 
+def test_an_endless_task_needs_a_pool(tmp_path: Path):
+    with pytest.raises(ValueError, match="those of vowels never do: set pool") as error:
+        job(tmp_path, "knapsack", pool=None)
+    assert "\n" not in str(error.value)
+
+
 def test_a_pool_is_the_tasks_first_problems():
     config = RLConfig(pool=3)
     collector = Collector(config, Vowels(), cast(Any, None), Knapsack())

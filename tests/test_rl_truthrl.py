@@ -90,6 +90,7 @@ def test_outcomes_are_told_in_order(text, outcome):
     shares = {name: found.info[name] for name in ("accuracy", "uncertain", "hallucination")}
     assert shares == {name: float(name == outcome) for name in shares}
     assert found.value == {"accuracy": 1, "uncertain": 0.25, "hallucination": -1}[outcome]
+    assert found.verdict == found.value
     assert found.success == (outcome == "accuracy")
     assert found.info.get("scorer_errors", 0.0) == float("crash" in text)
 
@@ -249,6 +250,9 @@ def test_mistakes_are_one_line(options, message):
 
 def test_a_run_shows_outcomes_of_training_and_of_held_out_problems(tmp_path: Path):
     made = job(tmp_path, "truthrl(abstain=0.5)")
+    assert "in place of" not in made.describe()
+    replaced = job(tmp_path, "truthrl", reward="overlong(buffer=1)").describe()
+    assert "truthrl with reward overlong(buffer=1, factor=1.0) in place of ternary(" in replaced
     assert isinstance(made.task, TruthfulTask) and made.task.abstain == 0.5
     found, rows = made.evaluate(made.first_state().weights)
     three = [found[f"info/{name}"] for name in ("accuracy", "uncertain", "hallucination")]

@@ -304,10 +304,9 @@ class RLJob:
         """One line for the start of a run."""
         config, trainable = self.config, self.trainable
         replaced = [
-            f"{kind} {text_of(part.word, part)}"
+            f"{kind} {_written(given)} in place of {_written(getattr(config.recipe, kind))}"
             for kind in KINDS
             if kind != "method" and (given := getattr(config, kind)) is not None
-            for part in (given if isinstance(given, tuple) else (given,))
         ]
         method = " with ".join([config.recipe.word, *filter(None, [", ".join(replaced)])])
         scaled = config.scaled_optimizer.learning_rate
@@ -319,3 +318,9 @@ class RLJob:
             f"{self.task.name}, {config.batch_size} problems x {config.num_generations} rollouts x "
             f"{config.updates} updates a step{rate}; {sizes}"
         )
+
+
+def _written(parts: Any) -> str:
+    """A part, several, or none, as they are written on the command line."""
+    parts = parts if isinstance(parts, tuple) else (parts,)
+    return " ".join(text_of(part.word, part) for part in parts if part is not None) or "none"

@@ -28,7 +28,7 @@ def safe_score(task: Any, completion: Completion) -> Reward:
             f"task {_name(task)} gave no reward for problem {completion.problem.uid} but "
             f"{type(reward).__name__}: return a Reward from `score`"
         )
-    for value in (reward.value, *reward.info.values()):
+    for value in (reward.value, reward.verdict or 0.0, *reward.info.values()):
         _check_finite(task, completion.problem, value)
     return reward
 

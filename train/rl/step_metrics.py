@@ -10,9 +10,9 @@ from train.rl.types import Collected, Episodes, Trajectory
 
 
 def mixed_groups(rows: Sequence[Trajectory]) -> list[int]:
-    """Indices of groups of which some episodes succeed and some do not, in rising order."""
+    """Indices of groups whose episodes differ in their verdict, in rising order."""
     episodes = Episodes.from_trajectories(rows)
-    mixed = in_mixed_group(episodes.success, episodes.group, episodes.valid)
+    mixed = in_mixed_group(episodes.verdict, episodes.group, episodes.valid)
     return np.unique(episodes.group[mixed]).tolist()
 
 

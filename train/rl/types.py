@@ -49,16 +49,20 @@ class Reward:
 
     Attributes:
         value: Reward that advantages are estimated from.
-        success: Whether the problem was solved; allocators, dynamic sampling and evaluation use
-            this, never the value.
+        success: Whether the problem was solved; allocators and evaluation use this, never the
+            value.
         info: Numbers for the metrics, averaged by name.
         error: Traceback of a scorer that raised; empty where none did.
+        verdict: Value of the verdict alone where there are more than two, e.g. 1, 0 and -1 of an
+            answer that may abstain; None where `success` says all. Dynamic sampling keeps the
+            groups in which it varies.
     """
 
     value: float
     success: bool
     info: Mapping[str, float] = dataclasses.field(default_factory=dict)
     error: str = dataclasses.field(default="", compare=False, repr=False)
+    verdict: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +174,7 @@ class Episodes:
         group: Group of each episode, `[N]` int.
         reward: Unshaped reward of each episode, `[N]` float64.
         success: Success of each episode, `[N]` bool.
+        verdict: Value of the verdict on each episode, `[N]` float64 (`Reward.verdict`).
         length: Number of generated tokens of each episode, `[N]` int.
     """
 
@@ -177,6 +182,7 @@ class Episodes:
     group: np.ndarray
     reward: np.ndarray
     success: np.ndarray
+    verdict: np.ndarray
     length: np.ndarray
 
     @classmethod
@@ -192,6 +198,7 @@ class Episodes:
             np.array([row.group for row in first]),
             np.array([row.reward.value for row in first], np.float64),
             np.array([row.reward.success for row in first], bool),
+            np.array([_verdict(row.reward) for row in first], np.float64),
             np.array(written),
         )
 
@@ -199,3 +206,7 @@ class Episodes:
     def valid(self) -> np.ndarray:
         """`[N]` bool, all True: padding comes later."""
         return np.ones(len(self.rows), bool)
+
+
+def _verdict(reward: Reward) -> float:
+    return float(reward.success) if reward.verdict is None else reward.verdict

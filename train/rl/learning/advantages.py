@@ -149,17 +149,17 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
     return found
 
 
-def in_mixed_group(success: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def in_mixed_group(verdict: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Rows that dynamic sampling keeps (DAPO): those of groups that both succeed and fail.
 
     Args:
-        success: Verdict of the verifier on each row, `[K]` bool; not the reward, which penalties
-            make vary.
+        verdict: Verdict of the verifier on each row, `[K]`: 0 or 1, or more values where an answer
+            may also abstain; not the reward, which penalties make vary.
         group: Group of each row, `[K]` int.
         valid: Rows that are no padding, `[K]` bool.
 
     Returns:
         Kept rows, `[K]` bool; False for rows alone in their group.
     """
-    groups = _grouped(np.asarray(success, bool), group, valid)
-    return groups.spread(groups.deviation != 0, len(success)).astype(bool)
+    groups = _grouped(verdict, group, valid)
+    return groups.spread(groups.mean(groups.deviation**2) != 0, len(verdict)).astype(bool)

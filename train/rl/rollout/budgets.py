@@ -22,6 +22,9 @@ class BudgetAllocator:
     word: ClassVar[str]
     """Name of the allocator on the command line and in configs."""
 
+    needs_repeats: ClassVar[bool] = False
+    """Whether problems have to come again: an endless task without `RLConfig.pool` is refused."""
+
     def check(self, config: Any) -> None:
         """Raise a `ValueError` for a run (`RLConfig`) that this allocator does not fit."""
 
@@ -83,7 +86,7 @@ class Knapsack(BudgetAllocator):
     `train.rl.rollout.knapsack.plan`. The success rate of a problem is that of its last visit, or of
     its 16 newest rollouts where that visit had fewer, and is known from 8 rollouts on; until then
     the problem gets as many as all would get evenly. So problems have to come again: an endless
-    task needs a pool (`RLConfig.pool`).
+    task without a pool (`RLConfig.pool`) is refused.
 
     Attributes:
         low: Least number of rollouts of a problem whose success rate is known, 2 or more.
@@ -91,6 +94,7 @@ class Knapsack(BudgetAllocator):
     """
 
     word: ClassVar[str] = "knapsack"
+    needs_repeats: ClassVar[bool] = True
 
     low: int = 2
     high: int = 128

@@ -27,11 +27,19 @@ class Collector:
         task: Task or environment.
         strategy: Rollout strategy of this run (`strategy_for`).
         allocator: Budget allocator of this run.
+
+    Raises:
+        ValueError: The allocator needs problems that come again, and the task has none.
     """
 
     def __init__(
         self, config: RLConfig, task: Any, strategy: RolloutStrategy, allocator: BudgetAllocator
     ):
+        if allocator.needs_repeats and task.sizes["train"] is None and config.pool is None:
+            raise ValueError(
+                f"allocator {allocator.word} learns from problems that come again, those of "
+                f"{task.name} never do: set pool (--pool), or choose another allocator"
+            )
         self._config, self._task = config, task
         self.strategy, self.allocator = strategy, allocator
         self.position = 0  # number of problems drawn so far

@@ -158,12 +158,13 @@ class TruthfulTask:
         verdict = safe_score(self.task, dataclasses.replace(completion, text=text))
         outcome = self._outcome(problem, answer, verdict)
         beyond = self.out_of_knowledge(problem)
-        value = outcome_value(outcome, self.abstain, self.knowledge and beyond)
+        value = of_outcome = outcome_value(outcome, self.abstain, self.knowledge and beyond)
         if self.reasoning != "none":
             value = with_reasoning(value, float(self.task.reasoning(completion)), self.reasoning)
         success = outcome != "wrong" and verdict.success
         success |= outcome == "right" and not beyond  # a lucky guess solves nothing
-        return Reward(value, success, {**verdict.info, **shares(outcome)}, verdict.error)
+        info = {**verdict.info, **shares(outcome)}
+        return Reward(value, success, info, verdict.error, of_outcome)
 
     def out_of_knowledge(self, problem: Problem) -> bool:
         """Whether a problem is known to be out of the policy's knowledge."""
