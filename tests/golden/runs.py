@@ -237,6 +237,8 @@ def reinforced(folder: Path, **changes: Any) -> Values:
         out=str(folder),
         **changes,
     )
+    if config.parts.allocator.needs_repeats:
+        config = dataclasses.replace(config, pool=6)
     task = rl_tiny.Echo() if changes["method"] == "rebn" else rl_tiny.Vowels()
     work = RLJob(config, rl_tiny.language_model(), task, devices=jax.devices()[:1])
     return {"held_out": train_rl(work), "metrics": numbers(folder)}
