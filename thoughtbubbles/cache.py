@@ -20,11 +20,11 @@ from thoughtbubbles.attention import attend_cached
 from thoughtbubbles.bubbles import bubbles_of
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.fork_cache import ForkCache, KVSlots, init_fork_cache, token_slots
+from thoughtbubbles.fork_models import check_cacheable
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.placement import broadcast_beside, placed_beside
 from thoughtbubbles.policies import append
-from thoughtbubbles.policy import CausalPolicy
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
@@ -129,25 +129,6 @@ def _empty_segment(
     key, value = (tuple(jnp.zeros(shape, config.dtype) for _ in range(blocks)) for _ in range(2))
     bias = jnp.zeros((batch, slots)) if has_bias else None
     return KVSegment(key, value, bias)
-
-
-def cacheable(config: ModelConfig) -> bool:
-    """Whether decoding with a cache computes what the model computes."""
-    return config.causal and (not config.fork_layers or isinstance(config.policy, CausalPolicy))
-
-
-def check_cacheable(config: ModelConfig) -> None:
-    """Raise a ValueError if decoding with a cache would not compute what the model computes."""
-    if not config.causal:
-        raise ValueError(
-            f"{config.policy} can't be cached, its choice looks at the whole row: use "
-            "model.with_policy(PrefixRank(...)) or Threshold, or generate(..., cached=False)"
-        )
-    if not cacheable(config):
-        raise ValueError(
-            f"{config.policy} is causal but has no init_state() and keep_next(): add both, or use "
-            "generate(..., cached=False)"
-        )
 
 
 def extend(

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from thoughtbubbles.architecture import Architecture
-from thoughtbubbles.cache import check_cacheable
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.sampling import Sampling, sample
@@ -124,7 +123,7 @@ def generate_with_bubbles(
         raise ValueError(f"{type(model).__name__} has no bubbles: use generate")
     if policy is not None:
         model = model.with_policy(policy)
-    check_cacheable(model.config)
+    model.check_cacheable()
     sampling = Sampling.of(temperature, top_k, top_p, min_p)
     if not _check(model, prompts, max_new_tokens, valid_vocab_size):
         return []

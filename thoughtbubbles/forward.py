@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from thoughtbubbles import fork_models
 from thoughtbubbles.architecture import Architecture, Constrain
 from thoughtbubbles.attention import Attend
 from thoughtbubbles.attention import attend as attend_by_scores
@@ -16,7 +17,7 @@ from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
 from thoughtbubbles.placement import embedding_rows
-from thoughtbubbles.policy import Policy, hook
+from thoughtbubbles.policy import Policy
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
@@ -182,25 +183,8 @@ class ForkingDecoder(Architecture):
         return model
 
     def with_policy(self, policy: Policy) -> Self:
-        """The same arrays under another policy at inference (ratio, window, offset).
-
-        Raises:
-            ValueError: The policy tracks a threshold, as `Threshold` does, and the fork layers have
-                none.
-        """
-        tracks = hook(policy, "init_tracked")() is not None
-        if tracks and any(fork.threshold is None for fork in self.forks):
-            raise ValueError(
-                f"{policy} needs fork layers with a threshold, a model of {self.config.policy} has "
-                "none: take a model trained with Threshold, or PrefixRank as the policy"
-            )
-        leaves, structure = jax.tree.flatten(self)
-        model = jax.tree.unflatten(structure, leaves)
-        model.config = dataclasses.replace(self.config, policy=policy)
-        for fork in model.forks:
-            fork.policy = policy
-            fork.threshold = fork.threshold if tracks else None
-        return model
+        """The same arrays under another policy at inference (`fork_models.with_policy`)."""
+        return fork_models.with_policy(self, policy)
 
     def run_blocks(
         self,

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import jax
 
-from thoughtbubbles import statistics
+from thoughtbubbles import fork_models, statistics
 from thoughtbubbles.architecture import ARCHITECTURES
 from thoughtbubbles.backbone import Backbone
-from thoughtbubbles.cache import Cache, advance, cacheable, check_cacheable, init_cache
+from thoughtbubbles.cache import Cache, advance, init_cache
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forward import ForkingDecoder, Output
 from thoughtbubbles.policy import Policy
@@ -86,11 +86,11 @@ class Thoughtbubbles(ForkingDecoder):
     @property
     def cacheable(self) -> bool:
         """Whether the policy is causal and has what a cache needs."""
-        return cacheable(self.config)
+        return fork_models.cacheable(self.config)
 
     def check_cacheable(self) -> None:
         """Raise a ValueError that names the policy unless the model is `cacheable`."""
-        check_cacheable(self.config)
+        fork_models.check_cacheable(self.config)
 
     def statistics(self, output: Output) -> dict[str, jax.Array]:
         """`thoughtbubbles.statistics.fork_statistics`."""

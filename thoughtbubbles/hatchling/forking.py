@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from thoughtbubbles import statistics
+from thoughtbubbles import fork_models, statistics
 from thoughtbubbles.architecture import ARCHITECTURES, Constrain
 from thoughtbubbles.fork_cache import ForkCache
 from thoughtbubbles.forking import merge
@@ -19,7 +19,7 @@ from thoughtbubbles.hatchling.state import Activations, Neurons, State
 from thoughtbubbles.layers import Fork
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.policies import PrefixRank
-from thoughtbubbles.policy import CausalPolicy, Policy, hook
+from thoughtbubbles.policy import Policy
 from thoughtbubbles.streams import Streams
 
 
@@ -250,30 +250,15 @@ class ForkingHatchling(Hatchling):
         return self.config.policy if self.config.fork_layers else None
 
     def with_policy(self, policy: Policy) -> Self:
-        tracks = hook(policy, "init_tracked")() is not None
-        if tracks and any(fork.threshold is None for fork in self.forks):
-            raise ValueError(
-                f"{policy} needs fork layers with a threshold, a model of {self.config.policy} has "
-                "none: take a model trained with Threshold, or PrefixRank as the policy"
-            )
-        leaves, structure = jax.tree.flatten(self)
-        model = jax.tree.unflatten(structure, leaves)
-        model.config = dataclasses.replace(self.config, policy=policy)
-        for fork in model.forks:
-            fork.policy, fork.threshold = policy, fork.threshold if tracks else None
-        return model
+        """The same arrays under another policy at inference (`fork_models.with_policy`)."""
+        return fork_models.with_policy(self, policy)
 
     @property
     def cacheable(self) -> bool:
-        config = self.config
-        return not config.fork_layers or (config.causal and isinstance(config.policy, CausalPolicy))
+        return fork_models.cacheable(self.config)
 
     def check_cacheable(self) -> None:
-        if not self.cacheable:
-            raise ValueError(
-                f"{self.config.policy} can't be cached, its choice is not made token by token: use "
-                "model.with_policy(PrefixRank(...)), or generate(..., cached=False)"
-            )
+        fork_models.check_cacheable(self.config)
 
     def statistics(self, output: Any) -> dict[str, jax.Array]:
         """Sums of a Hatchling, and of each fork layer under names that begin with `fork_`."""

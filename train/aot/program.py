@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from thoughtbubbles import ModelConfig
-from thoughtbubbles.cache import Cache, cacheable, decode_step, init_cache
+from thoughtbubbles.cache import Cache, decode_step, init_cache
+from thoughtbubbles.fork_models import cacheable
 from train.devices.attention import Attention
 from train.devices.mesh import (
     BATCH_AXES,
