@@ -171,7 +171,9 @@ def test_mistakes_are_one_line(changes, message):
 def test_what_a_policy_lacks_is_said():
     model = ForkingHatchling(dataclasses.replace(FORKING, policy=TopK(2.0)), rngs=nnx.Rngs(0))
     assert not model.cacheable
-    with pytest.raises(ValueError, match=r"TopK\(.*can't be cached, its choice looks at the whole row"):
+    with pytest.raises(
+        ValueError, match=r"TopK\(.*can't be cached, its choice looks at the whole row"
+    ):
         model.init_cache(1, 4)
     with pytest.raises(ValueError, match="needs fork layers with a threshold"):
         model.with_policy(Threshold(2.0))

@@ -134,6 +134,14 @@ def test_a_silent_model_merges_without_a_trace_and_embeddings_are_averaged(along
     np.testing.assert_allclose(mean.head[...], 1 / 3 * model.head[...], rtol=1e-6)
 
 
+def test_models_that_were_trained_otherwise_merge():
+    first = drawn(GOLDEN)
+    config = dataclasses.replace(GOLDEN, dropout=0.1, truncate=8, dtype="bfloat16")
+    other = Hatchling.from_params(config, nnx.to_pure_dict(nnx.state(first)))
+    assert merge([first, other]).config == merge([first, first]).config
+    assert merge([other, first]).config.dropout == 0.1
+
+
 def test_merged_neurons_of_the_first_layer_have_the_states_of_their_models():
     first, second = drawn(GOLDEN), drawn(GOLDEN)
     second.dx[...] = -second.dx[...]

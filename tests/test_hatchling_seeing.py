@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from flax import nnx
 from hatchling_tiny import FORMS, GOLDEN, drawn
 
+from thoughtbubbles.hatchling import ForkingHatchling, ForkingHatchlingConfig
 from thoughtbubbles.hatchling.figures import neurons_figure, traces_figure
 from thoughtbubbles.hatchling.seeing import (
     Synapses,
@@ -150,3 +152,15 @@ def test_rows_of_several_documents_have_no_one_trace():
         synapse_traces(model, TOKENS, 0, Synapses(*np.zeros((3, 1), int)))
     with pytest.raises(ValueError, match="count=0: 2 heads of 16 neurons have 512 synapses"):
         strongest_synapses(drawn(GOLDEN), TOKENS, 0, 0)
+    forking = ForkingHatchling(ForkingHatchlingConfig(num_layers=2), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="synapses of a model that forks have the phases of"):
+        strongest_synapses(forking, TOKENS, 0, 1)
+
+
+def test_synapses_may_be_lists_and_none():
+    model = drawn(BOTH[0])
+    lists = synapse_traces(model, TOKENS, 0, Synapses([0, 1], [3, 2], [1, 7]))  # pyright: ignore
+    arrays = Synapses(np.array([0, 1]), np.array([3, 2]), np.array([1, 7]))
+    np.testing.assert_array_equal(lists, synapse_traces(model, TOKENS, 0, arrays))
+    none = synapse_traces(model, TOKENS, 0, Synapses(*np.zeros((3, 0), int)))
+    assert none.shape == (*TOKENS.shape, 0)

@@ -140,8 +140,14 @@ def grow(model: Hatchling, num_neurons: int, seed: int = 0) -> Hatchling:
     return _model_of(dataclasses.replace(model.config, num_neurons=num_neurons), model, params)
 
 
+_OF_TRAINING = ("dropout", "truncate", "context_length", "dtype")
+
+
 def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neurons") -> Hatchling:
     """One model with the neurons of several; embedding and head are the means of theirs.
+
+    Settings of training (dropout, truncation, context length) and the dtype of the computation are
+    those of the first model.
 
     Args:
         models: Models of one form, width, vocabulary and depth, in the order of their neurons.
@@ -160,7 +166,8 @@ def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neu
     for model in models:
         _check_merged(model)
     first = models[0].config
-    free = {"num_neurons", *first.execution_fields, *({"num_heads"} if along == "heads" else ())}
+    free = {"num_neurons", *_OF_TRAINING, *first.execution_fields}
+    free |= {"num_heads"} if along == "heads" else set()
     for other in (model.config for model in models[1:]):
         if type(other) is not type(first):
             raise ValueError(

@@ -63,9 +63,10 @@ def synapse_traces(
         ("source", synapses.source, config.head_neurons),
         ("target", synapses.target, config.head_neurons),
     ):
+        index = np.asarray(index)
         if len(index) != len(synapses) or ((index < 0) | (index >= count)).any():
             raise ValueError(
-                f"{name}={np.asarray(index).tolist()}: choose {len(synapses)} from 0 to {count - 1}"
+                f"{name}={index.tolist()}: choose {len(synapses)} from 0 to {count - 1}"
             )
     seen = jax.device_get(_activations(model, jnp.asarray(tokens)))
     x, value = seen.x[layer].astype(np.float64), seen.value[layer].astype(np.float64)
@@ -75,7 +76,7 @@ def synapse_traces(
     time = np.arange(x.shape[1])
     distance = time[:, None] + 1 - time  # of the token after t from each token s
     past = distance > 0
-    traces = []
+    traces = [np.zeros((*x.shape[:2], 0))]
     for head, source, target in zip(synapses.head, synapses.source, synapses.target, strict=True):
         direction = dy[:, head, target] - dy[:, head, target].mean()
         phase = 2 * np.pi * distance * float(model.frequency[head, source])
@@ -86,8 +87,8 @@ def synapse_traces(
         written = value @ direction
         trace = np.einsum("ts,bs->bt", reach * np.cos(phase), own * written)
         trace += side * np.einsum("ts,bs->bt", reach * np.sin(phase), other * written)
-        traces.append(trace)
-    return np.stack(traces, axis=-1).astype(np.float32)
+        traces.append(trace[..., None])
+    return np.concatenate(traces, axis=-1).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +167,16 @@ def strongest_synapses(
         Synapses, the strongest first, and their mean magnitude over the texts, `[count]` float64.
 
     Raises:
-        ValueError: There is no such layer, or there are not as many synapses.
+        ValueError: There is no such layer, there are not as many synapses, or the model forks.
     """
     config = model.config
     _check_layer(config, layer)
+    fork_layers = getattr(config, "fork_layers", ())
+    if fork_layers:
+        raise ValueError(
+            "synapses of a model that forks have the phases of streams, not of tokens: look into a "
+            f"Hatchling without fork layers (now {fork_layers})"
+        )
     neurons = config.head_neurons
     if not 1 <= count <= config.num_heads * neurons**2:
         raise ValueError(
