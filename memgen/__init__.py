@@ -6,8 +6,9 @@ from memgen.config import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
 from memgen.decoding import begin, generate, make_request, observe, respond
 from memgen.delimiters import boundary_table, is_boundary
 from memgen.insertion import Plan, plan_from_decisions, plan_insertions
+from memgen.invocations import invocation_penalty
 from memgen.lora import apply_lora, linear_layers, make_adapter
-from memgen.losses import sft_loss, token_log_probs
+from memgen.losses import decision_log_probs, sft_loss, token_log_probs, trigger_loss
 from memgen.model import MemGen
 from memgen.response import Response
 from memgen.trigger import (
@@ -45,7 +46,9 @@ __all__ = [
     "apply_lora",
     "begin",
     "boundary_table",
+    "decision_log_probs",
     "generate",
+    "invocation_penalty",
     "is_boundary",
     "linear_layers",
     "load_params",
@@ -58,4 +61,5 @@ __all__ = [
     "sft_loss",
     "token_log_probs",
     "trained_params",
+    "trigger_loss",
 ]

@@ -92,3 +92,72 @@ def sft_loss(
     hidden = memgen.predictors(tokens, plan, dropout)
     log_probs = token_log_probs(memgen.reasoner, hidden, tokens, loss_mask)
     return -log_probs.sum(), loss_mask.sum(dtype=jnp.float32)
+
+
+def decision_log_probs(
+    memgen: MemGen, tokens: Int[Array, "B L"], decisions: Int[Array, "B L"], plan: Plan
+) -> Float[Array, "B L"]:
+    """Float32 log-probabilities of a trigger's decisions, in one forward pass.
+
+    Decisions are replayed and not made again: latents stand where they stood.
+
+    Args:
+        memgen: Model with a trigger.
+        tokens: Token ids, padded on the right.
+        decisions: Decision before each token: 1 invoked, 0 skipped, -1 none.
+        plan: Events of each row (`plan_from_decisions`).
+
+    Returns:
+        Log-probability of each decision; 0 where none was made.
+    """
+    scores = jax.nn.log_softmax(memgen.trigger_logits(tokens, plan))
+    picked = jnp.where(decisions == 1, scores[..., 1], scores[..., 0])
+    return jnp.where(decisions >= 0, picked, 0.0)
+
+
+def trigger_loss(
+    log_probs: Float[Array, "B L"],
+    decisions: Int[Array, "B L"],
+    advantages: Float[Array, " B"],
+    old: Float[Array, "B L"] | None = None,
+    reference: Float[Array, "B L"] | None = None,
+    *,
+    clip: float = 0.2,
+    kl: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """GRPO on a trigger's decisions (arXiv 2509.24704), to be minimised.
+
+    Per decision, with probability ratio r to the sampling parameters and advantage A of its row:
+    max(-A r, -A clip(r, 1 - ε, 1 + ε)) + β k3; a row is the mean of its decisions, and 0 without
+    any. The reward that the advantages are of pays for invocations (`invocation_penalty`).
+
+    Args:
+        log_probs: Log-probabilities under the parameters to train (`decision_log_probs`).
+        decisions: Decision before each token: 1 invoked, 0 skipped, -1 none.
+        advantages: Advantage of each row, e.g. its reward less the mean of its group.
+        old: Log-probabilities under the parameters that the rows were sampled with, by the same
+            program; None where these are the ones to train.
+        reference: Log-probabilities under the trigger that the KL penalty holds on to; None without
+            a penalty.
+        clip: Clipping range of the ratio (ε).
+        kl: Weight of the KL penalty (β, estimator k3).
+
+    Returns:
+        The sum over rows and their number: the mean loss weighs all rows equally.
+
+    Raises:
+        ValueError: `kl` is above 0 and there is no reference.
+    """
+    if kl and reference is None:
+        raise ValueError(f"kl={kl} needs the reference's log-probabilities")
+    made = decisions >= 0
+    constant = lambda values: jax.lax.stop_gradient(jnp.where(made, values, 0.0))  # noqa: E731
+    log_probs = jnp.where(made, log_probs, 0.0)
+    ratio = jnp.exp(log_probs - constant(log_probs if old is None else old))
+    gain = jax.lax.stop_gradient(advantages)[:, None]
+    loss = jnp.maximum(-gain * ratio, -gain * jnp.clip(ratio, 1 - clip, 1 + clip))
+    if reference is not None:
+        further = constant(reference) - log_probs
+        loss += kl * (jnp.expm1(further) - further)
+    loss = jnp.where(made, loss, 0.0).sum(axis=1) / jnp.maximum(made.sum(axis=1), 1)
+    return loss.sum(), jnp.float32(len(loss))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import memgen
 from train.rl.learning.advantages import dr_grpo, grpo
 from train.rl.learning.losses import LOSSES, Aggregate, ClippedLoss, PolicyLoss
 
@@ -421,3 +422,25 @@ def test_mistakes_are_named():
         derived(ClippedLoss(aggregate="token"), rows, 0)
     with pytest.raises(ValueError, match=r"\(5, 1\) are not of tokens \(5, 4\)"):
         derived(ClippedLoss(aggregate="token"), rows | {"advantages": GRPO[:, None]})
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_loss_of_a_trigger_is_the_clipped_loss_of_its_decisions(kl: float):
+    """That of `memgen`, for loops without a learner; a row without decisions counts as 0."""
+    rng = np.random.default_rng(0)
+    decisions = rng.integers(-1, 2, (4, 6))
+    decisions[2] = -1
+    rows = of_rows(rng.normal(size=4), *(np.log(rng.uniform(0.2, 0.9, (2, 4, 6))).tolist()))
+    rows |= {"trained": decisions >= 0, "reference": rows["old"] - 0.1}
+    expected = derived(ClippedLoss(aggregate="sequence", kl=kl), rows)
+
+    def total(log_probs):
+        return memgen.trigger_loss(
+            log_probs, decisions, rows["advantages"][:, 0], rows["old"], rows["reference"], kl=kl
+        )
+
+    found, slope = jax.value_and_grad(total, has_aux=True)(rows["log_probs"])
+    np.testing.assert_allclose(found, expected[:2], rtol=1e-12)
+    np.testing.assert_allclose(slope, expected[3], rtol=1e-12)
+    with pytest.raises(ValueError, match="kl=0.1 needs the reference"):
+        memgen.trigger_loss(rows["old"], decisions, np.ones(4), kl=0.1)

@@ -6,8 +6,15 @@ import statistics
 import numpy as np
 import pytest
 
+import memgen
 from train.rl.learning.advantages import grpo
-from train.rl.learning.penalties import InvocationPenalty, invocation_penalty
+from train.rl.learning.penalties import InvocationPenalty
+
+
+def invocation_penalty(config: InvocationPenalty, *rows: np.ndarray) -> np.ndarray:
+    options = {"weight": config.weight, "rate": config.rate, "scope": config.scope}
+    return memgen.invocation_penalty(*rows, **options)
+
 
 FIRST = InvocationPenalty(1.0, rate="tokens", scope="batch")
 SECOND = InvocationPenalty(1.0, rate="decisions", scope="group")

@@ -15,6 +15,7 @@ from memgen import (
     MemGenConfig,
     Plan,
     WeaverConfig,
+    decision_log_probs,
     token_log_probs,
 )
 from train.models.finetunable import FinetunableModel
@@ -73,10 +74,7 @@ def decision_scores(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -
     memgen = finetunable.memgen
     assert memgen is not None
     plan = Plan.of(rows["point"], rows["kind"], memgen.config)
-    scores = jax.nn.log_softmax(memgen.trigger_logits(rows["tokens"], plan))
-    decisions = rows["decisions"]
-    picked = jnp.where(decisions == 1, scores[..., 1], scores[..., 0])
-    return jnp.where(decisions >= 0, picked, 0.0)
+    return decision_log_probs(memgen, rows["tokens"], rows["decisions"], plan)
 
 
 def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: Any) -> jax.Array:
