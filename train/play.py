@@ -9,7 +9,7 @@ import tyro
 
 from train.cli.command import run_command
 from train.rl.environments.one_turn import OneTurn
-from train.rl.environments.players import Player, play_episode
+from train.rl.environments.players import Player, play_episode, player_of
 from train.rl.named_tasks import make_task, tasks_help
 
 
@@ -65,14 +65,14 @@ def main(config: PlayConfig) -> None:
     counted = ", ".join(f"{name} {value:g}" for name, value in last.info.items() if value)
     if counted:
         print(counted)
+    if last.error:
+        print(last.error.rstrip())
 
 
 def _player(task: Any, name: str) -> Player:
     if name == "person":
         return _person
-    choose = getattr(task, f"{name}_action", None)
-    if choose is None:
-        raise ValueError(f"player={name!r}: {task.name} has no such player: play it yourself")
+    choose = player_of(task, name)
 
     def watched(shown: Sequence[str], rng: np.random.Generator) -> str:
         action = choose(shown, rng)

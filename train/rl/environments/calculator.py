@@ -9,7 +9,7 @@ import numpy as np
 from train.rl.environments.expressions import evaluate, number_text
 from train.rl.environments.questions import QuestionWithTools
 from train.rl.environments.tools import CalculatorTool
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,7 @@ class Calculator(QuestionWithTools):
 
     def check(self) -> None:
         at_least(self, terms=2, digits=1, max_argument=1)
-        for name, most in (("terms", 16), ("digits", 9)):
-            if getattr(self, name) > most:
-                raise ValueError(f"calculator: {name}={getattr(self, name)}: choose {most} or less")
+        at_most(self, terms=16, digits=9)
 
     @property
     def tools(self) -> tuple[CalculatorTool]:

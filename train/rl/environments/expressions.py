@@ -7,6 +7,7 @@ LONGEST = 256
 """Greatest number of characters of an expression."""
 
 _DEPTH = 32  # of brackets and signs
+_DECIMALS = 6  # of a fraction that is shown
 _BITS = 512  # of a numerator or denominator
 _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?)|([-+*/()]))")
 
@@ -40,10 +41,14 @@ def evaluate(text: str) -> Fraction:
 
 
 def number_text(value: Fraction) -> str:
-    """Digits of a number: an integer as it is, a fraction with six decimals at most."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{float(value):.6f}".rstrip("0").rstrip(".")
+    """Digits of a number: an integer as it is, a fraction rounded to six decimals at most.
+
+    A value half-way between two of them goes to the even one.
+    """
+    scaled = round(value * 10**_DECIMALS)
+    whole, decimals = divmod(abs(scaled), 10**_DECIMALS)
+    text = f"{whole}.{decimals:0{_DECIMALS}}".rstrip("0").rstrip(".")
+    return f"-{text}" if scaled < 0 else text
 
 
 def _sum(tokens: list[str], depth: int) -> tuple[Fraction, list[str]]:

@@ -9,10 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from train.rl.environments.generated import GeneratedEnvironment, Move, board, rows_of
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
 
 TILES = ".123456789abcdef"
 _STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
+_ATTEMPTS = 100  # to scramble a board; on two rows some numbers of moves lead back
 _BACK = {"U": "D", "D": "U", "L": "R", "R": "L"}
 
 
@@ -41,11 +42,10 @@ class FifteenPuzzle(GeneratedEnvironment):
 
     def check(self) -> None:
         at_least(self, size=2, scramble=1, moves=1)
-        if self.size > 4:
-            raise ValueError(f"fifteen_puzzle: size={self.size}: choose 4 or less")
+        at_most(self, size=4, scramble=1000)
 
     def draw(self, rng: np.random.Generator) -> tuple[str, str]:
-        while True:
+        for _ in range(_ATTEMPTS):
             tiles, last = solved(self.size), ""
             for _ in range(self.scramble):
                 ways = {way: slid(tiles, way) for way in _STEPS if way != _BACK.get(last)}
@@ -54,6 +54,10 @@ class FifteenPuzzle(GeneratedEnvironment):
                 tiles = ways[last] or tiles
             if tiles != solved(self.size):
                 return tiles, f"scramble {self.scramble}"
+        raise ValueError(
+            f"fifteen_puzzle: scramble={self.scramble} moves bring each board of size={self.size} "
+            "back into order: choose another number"
+        )
 
     def prompt(self, answer: str) -> str:
         return self._shown(answer).lstrip()
@@ -108,11 +112,16 @@ def slid(tiles: str, way: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def shortest(tiles: str) -> str:
+def shortest(tiles: str, most: int = 10**6) -> str:
     """Fewest moves that bring a board into order: A* by the tiles' distances.
 
     Args:
         tiles: Board whose order can be reached.
+        most: Greatest number of boards to look at.
+
+    Raises:
+        ValueError: The board cannot be brought into order, or more boards would have to be looked
+            at.
     """
     size = round(len(tiles) ** 0.5)
     goal = solved(size)
@@ -130,6 +139,10 @@ def shortest(tiles: str) -> str:
         for way in _STEPS:
             after = slid(state, way)
             if after and len(path) + 1 < best.get(after, len(path) + 2):
+                if len(best) >= most:
+                    raise ValueError(
+                        f"fifteen_puzzle: most={most} boards do not solve {tiles}: choose more"
+                    )
                 best[after] = len(path) + 1
                 heapq.heappush(queue, (len(path) + 1 + distance(after), after, path + way))
     raise ValueError(f"fifteen_puzzle: the board {tiles} cannot be brought into order")

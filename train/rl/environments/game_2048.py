@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from train.rl.environments.generated import GeneratedEnvironment, Move, board, rows_of
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
 
 WAYS = "UDLR"
 Cells = tuple[tuple[int, ...], ...]
@@ -49,8 +49,8 @@ class Game2048(GeneratedEnvironment):
 
     def check(self) -> None:
         at_least(self, size=2, goal=8)
-        if self.size > 5:
-            raise ValueError(f"game_2048: size={self.size}: choose 5 or less")
+        at_most(self, size=5)
+        at_most(self, goal=2 ** (self.size**2 + 1))  # more does not fit onto the board
         if self.goal & (self.goal - 1):
             raise ValueError(f"game_2048: goal={self.goal}: choose a power of 2")
 

@@ -7,19 +7,18 @@ import logging
 import math
 import random
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
-from train.rl.environments.stepping import StepPool, TimedOut
-from train.rl.problems import TEST_SHARE, digest, options
+from train.rl.environments.stepping import StepPool, TimedOut, counter_of, failed_turn
+from train.rl.problems import TEST_SHARE, check_types, digest, options
 from train.rl.types import Completion, Problem, Split, Turn
 
 _INSTALL = 'pip install "thoughtbubbles[gem]"'
 _LIVE = 256  # episodes that are kept to go on from
-_VARIED, _PATIENCE = 32, 5.0  # seeds, seconds: where the seed decides how many turns there are
+_VARIED = 8  # seeds that are looked at where the seed decides how many turns there are
 _LOCK = threading.RLock()  # of the process's generators, which the package seeds and draws from
 
 
@@ -42,7 +41,8 @@ class _Live:
     """An environment of the package in the middle of an episode, with generators of its own.
 
     The package draws from the process's generators. Within `run` they are the episode's, and
-    afterwards what they were.
+    afterwards what they were. A call that was cut goes on: one that wakes later draws from, or
+    seeds, the generators that the process then has.
     """
 
     def __init__(self, seed: int):
@@ -50,19 +50,18 @@ class _Live:
         self.environment: Any = None
 
     def run(self, call: Callable[[], Any], pool: StepPool | None = None) -> Any:
-        """Result of a call; on a thread of the pool, where it is cut after the pool's limit."""
+        """Result of a call; on a thread of the pool, where it is cut after the pool's limit.
+
+        Raises:
+            TimedOut: The call took longer than the limit.
+            Exception: Whatever the call raises.
+        """
         with _LOCK:
             outside = random.getstate(), np.random.get_state()
             random.setstate(self._generators[0])
             np.random.set_state(self._generators[1])
             try:
-                if pool is None:
-                    return call()
-                pool.submit(0, call)
-                [(_, outcome)] = pool.ready()
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                return outcome
+                return call() if pool is None else pool.call(call)
             finally:
                 self._generators = random.getstate(), np.random.get_state()
                 random.setstate(outside[0])
@@ -91,13 +90,16 @@ class Gem:
         options: Options of the environment, e.g. `{'max_turns': 5}`.
         success_reward: Least last reward of a solved problem.
         suffix: Whether the `suffix` of the package's info follows each observation.
-        limit_s: Number of seconds after which a step is cut, as a failure that is counted
-            (`timeouts`). Steps then run on a thread of their own; None calls them directly, for
-            graders that use signals.
+        limit_s: Number of seconds after which a call of the package is cut. A step that is cut is a
+            failure that is counted (`timeouts`). Calls then run on a thread of their own; None
+            makes them directly, for graders that use signals.
         seed: Seed of the order of problems.
     """
 
     word: ClassVar[str] = "gem"
+    serial: ClassVar[bool] = True
+    """The package draws from the process's generators: one step of it runs at a time."""
+
     id: str
     options: dict = dataclasses.field(default_factory=dict)
     success_reward: float = 1.0
@@ -106,11 +108,13 @@ class Gem:
     seed: int = dataclasses.field(default=0, repr=False)
 
     def __post_init__(self):
+        check_types(self)
         try:
             object.__setattr__(self, "_package", _imported())
         except ImportError as error:
             raise ValueError(f"task {self.name} needs gem-llm ({error}): {_INSTALL}") from None
         object.__setattr__(self, "_live", collections.OrderedDict())
+        object.__setattr__(self, "_keeping", threading.Lock())
         pool = None if self.limit_s is None else StepPool(1, self.limit_s)
         object.__setattr__(self, "_pool", pool)
         try:
@@ -132,14 +136,25 @@ class Gem:
         return self.__dict__["_turns"]
 
     def problem(self, split: Split, index: int) -> Problem:
-        """A problem of the split: a seed, and the first observation that it makes."""
+        """A problem of the split: a seed, and the first observation that it makes.
+
+        Raises:
+            ValueError: The package makes none of the seed, or takes too long.
+        """
         rng = np.random.default_rng([self.seed, split == "test", index])
         while True:
             seed = int(rng.integers(2**31))
             found = digest(f"{self.id} {self.options} {seed}")
             if (found % TEST_SHARE == 0) == (split == "test"):
                 break
-        live, prompt = self._begun(seed)
+        try:
+            live, prompt = self._begun(seed)
+        except Exception as error:  # whatever the package raises
+            way_out = ": choose a larger limit_s" if isinstance(error, TimedOut) else ""
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{self.name}: no episode began from seed {seed}: {reason}{way_out}"
+            ) from error
         self._keep(Replayable(seed), live)
         return Problem(f"gem-{self.id}-{found:016x}", prompt, seed, self.id)
 
@@ -154,28 +169,26 @@ class Gem:
         """
         if state.over:
             raise ValueError(f"{self.name}: the episode is over: reset before the next step")
-        with _LOCK:
+        with self.__dict__["_keeping"]:
             live = self.__dict__["_live"].pop(state, None)
-        live = live or self._replayed(state)
         actions = (*state.actions, action.text)
+        failed = Replayable(state.seed, actions, True)
         try:
-            observation, reward, terminated, truncated, info = live.run(
-                lambda: live.environment.step(action.text), self.__dict__["_pool"]
-            )
+            live = live or self._replayed(state)
+            observation, reward, terminated, truncated, info = self._stepped(live, action.text)
             reward = float(reward)
-        except TimedOut:
-            return _failed(state.seed, actions, "timeouts")
-        except Exception:  # some of the package's scorers raise on a malformed answer
-            return _failed(state.seed, actions, "scorer_errors")
+            numbers = {name: float(value) for name, value in info.items() if _is_number(value)}
+            if not (terminated or truncated):
+                observation = self._shown(observation, info)
+        except Exception as error:  # some of the package's scorers raise on a malformed answer
+            return failed_turn(self, failed, counter_of(error), error)
         if not math.isfinite(reward):
-            return _failed(state.seed, actions, "invalid_turns")
+            return failed_turn(self, failed, "invalid_turns", f"the reward is {reward}")
         over = bool(terminated or truncated)
         after = Replayable(state.seed, actions, over)
         if not over:
             self._keep(after, live)
-            observation = self._shown(observation, info)
         success = over and reward >= self.success_reward
-        numbers = {name: float(value) for name, value in info.items() if _is_number(value)}
         return Turn(after, observation, reward, bool(terminated), bool(truncated), success, numbers)
 
     def _made(self) -> Any:
@@ -189,13 +202,16 @@ class Gem:
             live.environment = self._made()
             return live.environment.reset(seed=seed)
 
-        observation, info = live.run(begin)
+        observation, info = live.run(begin, self.__dict__["_pool"])
         return live, self._shown(observation, info)
+
+    def _stepped(self, live: _Live, text: str) -> Any:
+        return live.run(lambda: live.environment.step(text), self.__dict__["_pool"])
 
     def _replayed(self, state: Replayable) -> _Live:
         live, _ = self._begun(state.seed)
         for text in state.actions:
-            live.run(lambda text=text: live.environment.step(text))
+            self._stepped(live, text)
         return live
 
     def _shown(self, observation: str, info: Mapping[str, Any]) -> str:
@@ -203,26 +219,21 @@ class Gem:
         return f"{observation}\n{suffix}\n" if suffix else f"{observation}\n"
 
     def _keep(self, state: Replayable, live: _Live) -> None:
-        with _LOCK:
-            kept = self.__dict__["_live"]
+        kept = self.__dict__["_live"]
+        with self.__dict__["_keeping"]:
             kept[state] = live
             while len(kept) > _LIVE:
                 kept.popitem(last=False)
 
     def _most_turns(self) -> int | None:
-        """Greatest number of turns: of several seeds, or seconds, where the seed decides it."""
-        turns, begin = [], time.monotonic()
+        """Greatest number of turns; of several seeds, where the seed decides it."""
+        turns = []
         for seed in range(_VARIED):
-            unwrapped = _Live(seed).run(self._made).unwrapped
+            unwrapped = _Live(seed).run(self._made, self.__dict__["_pool"]).unwrapped
             turns.append(getattr(unwrapped, "max_turns", None))
-            varied = getattr(unwrapped, "_is_random", False)
-            if not varied or time.monotonic() - begin > _PATIENCE:
+            if not getattr(unwrapped, "_is_random", False):
                 break
         return max((number for number in turns if isinstance(number, int)), default=None)
-
-
-def _failed(seed: int, actions: tuple[str, ...], counter: str) -> Turn:
-    return Turn(Replayable(seed, actions, True), "", 0.0, True, info={counter: 1.0})
 
 
 def _imported() -> Any:

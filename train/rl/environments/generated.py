@@ -3,14 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from train.rl.problems import TEST_SHARE, answer_of, at_least, digest, options
-from train.rl.types import Completion, Problem, Split, Turn
-
-_ATTEMPTS = 2000
+from train.rl.problems import GeneratedProblems, answer_of, at_least, digest
+from train.rl.types import Completion, Problem, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Move:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratedEnvironment:
+class GeneratedEnvironment(GeneratedProblems):
     """Base of the generated environments.
 
     A new one is a frozen dataclass with a `word`, options as fields, `draw`, `prompt`, `begin`,
@@ -63,34 +61,33 @@ class GeneratedEnvironment:
         seed: Seed of the order of problems.
     """
 
-    word: ClassVar[str] = ""
-    """Name of the environment on the command line."""
-
     max_turns: int = 8
     malformed: float = -0.1
     strict: bool = False
-    seed: int = dataclasses.field(default=0, repr=False)
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, max_turns=1)
-        self.check()
-        for split in ("train", "test"):
-            self.problem(split, 0)
-
-    def check(self) -> None:
-        """Raise a `ValueError` for options that make no problems."""
 
     def draw(self, rng: np.random.Generator) -> tuple[Any, str]:
         """Answer (a value that JSON holds) and kind of a problem of any split."""
-        raise NotImplementedError
+        raise self._missing("draw(rng)")
+
+    def hashed(self, drawn: tuple[Any, ...]) -> str:
+        return f"{self.word} {json.dumps(drawn[0])}"
+
+    def made(self, drawn: tuple[Any, ...]) -> Problem:
+        answer, kind = drawn
+        uid = f"{self.word}-{digest(self.hashed(drawn)):016x}"
+        return Problem(uid, self.prompt(answer), answer, kind)
 
     def prompt(self, answer: Any) -> str:
         """First observation of an episode."""
-        raise NotImplementedError
+        raise self._missing("prompt(answer)")
 
     def begin(self, answer: Any) -> Any:
         """First state of the game."""
-        raise NotImplementedError
+        raise self._missing("begin(answer)")
 
     def move(self, game: Any, said: str) -> Move | None:
         """What an action does to a game, or None where the text is no action.
@@ -99,11 +96,11 @@ class GeneratedEnvironment:
             game: State of the game.
             said: First line of the response.
         """
-        raise NotImplementedError
+        raise self._missing("move(game, said)")
 
     def reminder(self, game: Any) -> str:
         """What a text that is no action is answered by."""
-        raise NotImplementedError
+        raise self._missing("reminder(game)")
 
     def info(self, game: Any) -> Mapping[str, float]:
         """Numbers for the metrics, counted from the beginning of the episode."""
@@ -117,8 +114,11 @@ class GeneratedEnvironment:
             shown: Texts so far: the prompt, the first action, its observation, and so on up to the
                 last observation.
             rng: Generator of the player.
+
+        Raises:
+            ValueError: The environment has no such player.
         """
-        raise NotImplementedError
+        raise self._no_player("random")
 
     def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
         """The action of a player that knows the game, from what was shown alone.
@@ -126,32 +126,19 @@ class GeneratedEnvironment:
         Args:
             shown: Texts so far, as for `random_action`.
             rng: Generator of the player.
-        """
-        raise NotImplementedError
-
-    @property
-    def name(self) -> str:
-        return self.word + options(self)
-
-    @property
-    def sizes(self) -> Mapping[Split, int | None]:
-        return {"train": None, "test": None}
-
-    def problem(self, split: Split, index: int) -> Problem:
-        """A problem of the split; the same one may come at several indices.
 
         Raises:
-            ValueError: There are so few problems that none is in the split.
+            ValueError: The environment has no such player.
         """
-        rng = np.random.default_rng([self.seed, split == "test", index])
-        for _ in range(_ATTEMPTS):
-            answer, kind = self.draw(rng)
-            found = digest(f"{self.word} {json.dumps(answer)}")
-            if (found % TEST_SHARE == 0) == (split == "test"):
-                return Problem(f"{self.word}-{found:016x}", self.prompt(answer), answer, kind)
-        raise ValueError(
-            f"{self.name} has too few different problems to hold some out for {split}: "
-            "choose larger options"
+        raise self._no_player("scripted")
+
+    def _missing(self, method: str) -> Exception:
+        return NotImplementedError(f"{type(self).__name__} lacks a method: write {method}")
+
+    def _no_player(self, name: str) -> Exception:
+        return ValueError(
+            f"player={name!r}: {self.name} has no such player: play it yourself, or write "
+            f"{name}_action(shown, rng)"
         )
 
     def reset(self, problem: Problem) -> EpisodeState:

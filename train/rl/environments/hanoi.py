@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from train.rl.environments.generated import GeneratedEnvironment, Move
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
 
 PEGS = "abc"
 
@@ -34,8 +34,7 @@ class Hanoi(GeneratedEnvironment):
 
     def check(self) -> None:
         at_least(self, disks=2)
-        if self.disks > 9:
-            raise ValueError(f"hanoi: disks={self.disks}: choose 9 or less")
+        at_most(self, disks=9)
 
     def draw(self, rng: np.random.Generator) -> tuple[list[int], str]:
         while True:

@@ -9,7 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from train.rl.environments.generated import GeneratedEnvironment, Move
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
+
+_MOST = 10**6  # codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,8 @@ class Mastermind(GeneratedEnvironment):
 
     def check(self) -> None:
         at_least(self, length=1, colours=2)
-        if self.colours > 9:
-            raise ValueError(f"mastermind: colours={self.colours}: choose 9 or less")
-        if self.colours**self.length > 10**6:
+        at_most(self, colours=9)
+        if self.length > _MOST.bit_length() or self.colours**self.length > _MOST:
             raise ValueError(
                 f"mastermind: length={self.length} and colours={self.colours} make more than a "
                 "million codes: choose smaller ones"

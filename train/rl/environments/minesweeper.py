@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from train.rl.environments.generated import GeneratedEnvironment, Move, board, rows_of
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
 
 _FRONTIER = 20  # cells whose mines are enumerated together
 
@@ -50,10 +50,7 @@ class Minesweeper(GeneratedEnvironment):
 
     def check(self) -> None:
         at_least(self, rows=2, columns=2, mines=1)
-        if max(self.rows, self.columns) > 26:
-            raise ValueError(
-                f"minesweeper: rows={self.rows} and columns={self.columns}: choose 26 or less"
-            )
+        at_most(self, rows=26, columns=26)
         if self.mines > self.rows * self.columns - 2:
             raise ValueError(
                 f"minesweeper: mines={self.mines} of {self.rows * self.columns} cells: "

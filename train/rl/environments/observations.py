@@ -1,11 +1,13 @@
 """Wrappers that change what a policy is shown: earlier turns again, or a text of one's own."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from train.rl.protocols import Environment
-from train.rl.types import Completion, Problem, Split, Turn
+import numpy as np
+
+from train.rl.environments.wrapper import EnvironmentWrapper
+from train.rl.types import Completion, Problem, Turn
 
 View = Callable[[Sequence[str]], str]
 """Observation for the texts so far: the prompt, the first action, its observation, and so on."""
@@ -29,6 +31,13 @@ def transcript(shown: Sequence[str]) -> str:
 VIEWS: dict[str, View] = {view.__name__: view for view in (last, observations, transcript)}
 """Views by name."""
 
+_REPEATED: dict[str, Callable[[str, str], str]] = {
+    "last": lambda shown, action: "",
+    "observations": lambda shown, action: shown,
+    "transcript": lambda shown, action: shown + action,
+}
+"""What an observation of a view begins with, of the observation and the action before."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Viewed:
@@ -44,18 +53,18 @@ class Viewed:
 
 
 @dataclasses.dataclass(frozen=True)
-class ObservationView:
+class ObservationView(EnvironmentWrapper):
     """An environment whose observations are those of a view of the whole episode.
 
     For policies that read one observation at a time. The strategy `turns` shows a policy the whole
-    text anyway: there, a view that repeats earlier turns shows them twice.
+    text anyway: there, a view that repeats earlier turns shows them twice. The environment's
+    players play through `last`, `observations` and `transcript`; other views hide too much.
 
     Attributes:
         environment: Environment to wrap; tools go inside (`ToolEnvironment`).
         view: Observation for the texts so far, a name of `VIEWS` or a function.
     """
 
-    environment: Environment
     view: str | View = "transcript"
 
     def __post_init__(self):
@@ -68,16 +77,27 @@ class ObservationView:
         return f"{self.environment.name} shown by {view}"
 
     @property
-    def sizes(self) -> Mapping[Split, int | None]:
-        return self.environment.sizes
+    def random_action(self) -> Any:
+        return self._seeing(super().random_action)
 
     @property
-    def max_turns(self) -> int | None:
-        """Greatest number of turns of an episode; None where the environment says none."""
-        return getattr(self.environment, "max_turns", None)
+    def scripted_action(self) -> Any:
+        return self._seeing(super().scripted_action)
 
-    def problem(self, split: Split, index: int) -> Problem:
-        return self.environment.problem(split, index)
+    def _seeing(self, act: Any) -> Any:
+        """A player who is shown the observations that the view was made of."""
+        repeated = _REPEATED.get(self.view) if isinstance(self.view, str) else None
+        if repeated is None:
+            raise AttributeError(f"{self.name} has no players: they see through {list(_REPEATED)}")
+
+        def acts(shown: Sequence[str], rng: np.random.Generator) -> str:
+            texts = list(shown)
+            for index in range(2, len(shown), 2):
+                before = repeated(shown[index - 2], shown[index - 1])
+                texts[index] = shown[index].removeprefix(before)
+            return act(texts, rng)
+
+        return acts
 
     def reset(self, problem: Problem) -> Viewed:
         return Viewed(self.environment.reset(problem), (problem.prompt,))

@@ -23,6 +23,11 @@ class OneTurn:
     max_turns: int = dataclasses.field(default=1, init=False)
 
     @property
+    def failure_value(self) -> float:
+        """Reward of a response that could not be scored."""
+        return float(getattr(self.task, "failure_value", 0.0))
+
+    @property
     def name(self) -> str:
         return self.task.name
 
@@ -48,5 +53,11 @@ class OneTurn:
         reward = safe_score(self.task, dataclasses.replace(action, problem=problem))
         observation = " right " if reward.success else " wrong "
         return Turn(
-            (problem, True), observation, reward.value, True, False, reward.success, reward.info
+            (problem, True),
+            observation,
+            reward.value,
+            True,
+            success=reward.success,
+            info=reward.info,
+            error=reward.error,
         )

@@ -15,6 +15,24 @@ Player = Callable[[Sequence[str], np.random.Generator], str]
 """Action for the texts so far: the prompt, the first action, its observation, and so on."""
 
 
+def player_of(environment: Any, name: str) -> Player:
+    """A player of an environment.
+
+    Args:
+        environment: Environment, or a task of one response.
+        name: "random" or "scripted".
+
+    Raises:
+        ValueError: The environment has no such player.
+    """
+    found = getattr(environment, f"{name}_action", None)
+    if found is None:
+        raise ValueError(
+            f"player={name!r}: {environment.name} has no such player: play it yourself"
+        )
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class PlayedEpisode:
     """An episode to its end.
@@ -89,9 +107,12 @@ def score_player(
         episodes: Number of episodes; a finite split begins again at its end.
         seed: Seed of the player.
         split: Split of the problems.
+
+    Raises:
+        ValueError: The environment has no such player.
     """
     size = environment.sizes[split]
-    act = {"random": environment.random_action, "scripted": environment.scripted_action}[player]
+    act = player_of(environment, player)
     played = []
     for index in range(episodes):
         problem = environment.problem(split, index if size is None else index % size)

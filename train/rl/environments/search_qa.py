@@ -11,7 +11,7 @@ from train.data.json_lines import read_json_lines
 from train.rl.environments.bm25 import BM25Index, words_of
 from train.rl.environments.questions import QuestionWithTools
 from train.rl.environments.tools import SearchTool
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
@@ -46,14 +46,16 @@ class SearchQA(QuestionWithTools):
     top: int = 1
     max_turns: int = 6
 
-    def __post_init__(self):
+    def check(self) -> None:
         at_least(self, people=5, top=1, max_argument=1)
+        at_most(self, people=10_000, top=100)
         if self.hops not in (1, 2):
             raise ValueError(f"search_qa: hops={self.hops}: choose 1 or 2")
+
+    def prepare(self) -> None:
         passages, questions = self._from_files() if self.path else self._made_up()
         object.__setattr__(self, "_tools", (SearchTool(BM25Index(passages), self.top),))
         object.__setattr__(self, "_questions", questions)
-        super().__post_init__()
 
     @property
     def tools(self) -> tuple[SearchTool]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from train.rl.environments.generated import GeneratedEnvironment, Move, board, rows_of
 from train.rl.environments.sokoban_levels import STEPS, Level, generate, solve
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,12 @@ class Sokoban(GeneratedEnvironment):
 
     def check(self) -> None:
         at_least(self, height=4, width=4, boxes=1, walls=0, pulls=1, moves=1)
+        at_most(self, height=20, width=20, boxes=8, pulls=1000, moves=100)
+        if max(self.height, self.width) < 5:
+            raise ValueError(
+                f"sokoban: height={self.height} and width={self.width}: choose one of them 5 or "
+                "more, so that a box can be pulled"
+            )
         inside = (self.height - 2) * (self.width - 2)
         if self.boxes + self.walls > inside // 2:
             raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 _MARKS = {"#": "#", "-": "", " ": "", "_": "", ".": ".", "$": "$", "*": "$.", "@": "@", "+": "@."}
 Cell = tuple[int, int]
+_ATTEMPTS = 1000  # to draw a level of which a box can be pulled; a third succeeds on small boards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +133,14 @@ def generate(
         boxes: Number of boxes.
         walls: Number of walls inside.
         pulls: Number of pulls.
+
+    Raises:
+        ValueError: No level is found, since there is no space to pull a box.
     """
     edge = {(i, j) for i in range(height) for j in range(width)
             if i in (0, height - 1) or j in (0, width - 1)}  # fmt: skip
     inside = [(i, j) for i in range(1, height - 1) for j in range(1, width - 1)]
-    while True:
+    for _ in range(_ATTEMPTS if walls + boxes < len(inside) else 0):
         order = [inside[k] for k in rng.permutation(len(inside))]
         inner, goals, player = order[:walls], order[walls : walls + boxes], order[walls + boxes]
         solved = frozenset(goals)
@@ -148,6 +152,10 @@ def generate(
         if not level.solved:
             within = sorted(_reachable(level))
             return dataclasses.replace(level, player=within[rng.integers(len(within))])
+    raise ValueError(
+        f"sokoban: no level of height={height}, width={width}, boxes={boxes} and walls={walls} is "
+        f"left after {pulls} pulls: choose a larger one, or fewer boxes and walls"
+    )
 
 
 def _pulled(level: Level, rng: np.random.Generator) -> Level:

@@ -1,14 +1,15 @@
 """Tools that a policy calls within an episode, as `name(argument)`; a wrapper that adds them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from train.rl.environments.bm25 import BM25Index
 from train.rl.environments.expressions import evaluate, number_text
+from train.rl.environments.wrapper import EnvironmentWrapper
 from train.rl.problems import answer_of
-from train.rl.protocols import Environment
-from train.rl.types import Completion, Problem, Split, Turn
+from train.rl.types import Completion, Problem, Turn
 
 
 class Tool(Protocol):
@@ -110,15 +111,19 @@ class ToolState:
         inner: State of the wrapped environment.
         calls: Number of calls.
         failed: Number of failed calls.
+        over: Whether the episode has ended or was cut.
+        info: Info of the environment's last turn, which calls repeat.
     """
 
     inner: Any
     calls: int = 0
     failed: int = 0
+    over: bool = False
+    info: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class ToolEnvironment:
+class ToolEnvironment(EnvironmentWrapper):
     """An environment with tools: a call is answered by its tool, any other text by the environment.
 
     A call takes none of the environment's turns. Calls beyond `max_calls` go to the environment as
@@ -132,11 +137,17 @@ class ToolEnvironment:
         max_argument: Greatest number of characters of a call's argument.
     """
 
-    environment: Environment
     tools: Sequence[Tool]
     max_calls: int = 4
     tool_reward: float = 0.0
     max_argument: int = 256
+
+    def __post_init__(self):
+        for name, least in (("max_calls", 0), ("max_argument", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: choose {least} or more")
+        if not math.isfinite(self.tool_reward):
+            raise ValueError(f"tool_reward={self.tool_reward}: choose a finite number")
 
     @property
     def name(self) -> str:
@@ -144,35 +155,42 @@ class ToolEnvironment:
         return f"{self.environment.name} with {tools}"
 
     @property
-    def sizes(self) -> Mapping[Split, int | None]:
-        return self.environment.sizes
-
-    @property
     def max_turns(self) -> int | None:
         """Greatest number of turns of an episode; None where the environment says none."""
-        turns = getattr(self.environment, "max_turns", None)
+        turns = super().max_turns
         return None if turns is None else turns + self.max_calls
-
-    def problem(self, split: Split, index: int) -> Problem:
-        return self.environment.problem(split, index)
 
     def reset(self, problem: Problem) -> ToolState:
         return ToolState(self.environment.reset(problem))
 
     def step(self, state: ToolState, action: Completion) -> Turn:
+        """Turn after a call, or after an action of the environment.
+
+        Raises:
+            ValueError: The episode is over.
+        """
+        if state.over:
+            raise ValueError(f"{self.name}: the episode is over: reset before the next step")
         call = call_of(answer_of(action.text), self.tools)
         if call is None or state.calls >= self.max_calls:
             turn = self.environment.step(state.inner, action)
-            over = " no calls left" if call else ""
-            state = dataclasses.replace(state, inner=turn.state)
+            no_calls = " no calls left" if call else ""
+            state = dataclasses.replace(
+                state,
+                inner=turn.state,
+                over=turn.terminated or turn.truncated,
+                info=turn.info,
+            )
             return dataclasses.replace(
-                turn, state=state, observation=over + turn.observation, info=_info(turn.info, state)
+                turn, state=state, observation=no_calls + turn.observation, info=_info(state)
             )
         result = run_tool(*call, self.max_argument)
-        state = ToolState(state.inner, state.calls + 1, state.failed + result.failed)
+        state = dataclasses.replace(
+            state, calls=state.calls + 1, failed=state.failed + result.failed
+        )
         reward = 0.0 if result.failed else self.tool_reward
-        return Turn(state, f" {result.output} ", reward, False, info=_info({}, state))
+        return Turn(state, f" {result.output} ", reward, False, info=_info(state))
 
 
-def _info(info: Mapping[str, float], state: ToolState) -> Mapping[str, float]:
-    return {**info, "tool_calls": float(state.calls), "tool_errors": float(state.failed)}
+def _info(state: ToolState) -> Mapping[str, float]:
+    return {**state.info, "tool_calls": float(state.calls), "tool_errors": float(state.failed)}

@@ -2,12 +2,18 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 
-from train.rl.environments.stepping import StepPool, TimedOut, counted_step, failed_turn
+from train.rl.environments.stepping import (
+    PoolClosed,
+    StepPool,
+    counted_step,
+    counter_of,
+    failed_turn,
+)
 from train.rl.protocols import Environment
 from train.rl.types import Completion, Problem, Split, Turn
 
@@ -27,6 +33,7 @@ class FinishedEpisode:
         reward: Sum of its rewards.
         turns: Number of its turns.
         success: Whether the problem was solved.
+        error: Reason why the episode failed; empty where it did not.
     """
 
     problem: Problem
@@ -35,6 +42,7 @@ class FinishedEpisode:
     reward: float
     turns: int
     success: bool
+    error: str = dataclasses.field(default="", compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,7 @@ class _Slot:
     busy: bool = False
     turn: Turn | None = None  # that waits for the reset of the mode "same_step"
     resets: int = 0  # that have failed one after the other
+    failure: ValueError | None = None  # why it began no episode; raised once
 
 
 class VectorEnvironment:
@@ -90,7 +99,8 @@ class VectorEnvironment:
     - "same_step": the slot shows the prompt of the next episode at once.
     - "disabled": the slot takes no action until `reset`.
 
-    In each mode the finished episode comes with its last observation and info.
+    In each mode the finished episode comes with its last observation and info. A slot that cannot
+    begin an episode raises, after its last transition was given; nothing of the others is lost.
 
     Args:
         environments: Environment of each slot; one object may stand in several, since states are
@@ -99,13 +109,14 @@ class VectorEnvironment:
         seed: Seed of the problems.
         split: Split of the problems.
         threads: Number of environments that step at a time; None for one thread a slot, 64 at most.
+            Of those that are `serial` (they share what the process has once) one steps at a time.
         limit_s: Number of seconds after which a step or a reset is cut and counted.
 
     Attributes:
         counts: Number of steps and resets that failed, by their counters.
 
     Raises:
-        ValueError: There is no environment, or no such mode.
+        ValueError: There is no environment, no such mode, or an environment has no problems.
     """
 
     def __init__(
@@ -123,13 +134,17 @@ class VectorEnvironment:
         if autoreset not in get_args(Autoreset):
             modes = ", ".join(get_args(Autoreset))
             raise ValueError(f"autoreset={autoreset!r}: choose one of {modes}")
+        for environment in environments:
+            if environment.sizes.get(split, 0) == 0:
+                raise ValueError(f"{environment.name} has no problems of the split {split!r}")
         self._autoreset: Autoreset = autoreset
         self._split: Split = split
         self._slots = [
             _Slot(environment, np.random.default_rng([seed, slot]), over=True)
             for slot, environment in enumerate(environments)
         ]
-        self._pool = StepPool(threads or min(len(environments), 64), limit_s)
+        threads = min(len(environments), 64) if threads is None else threads
+        self._pool = StepPool(threads, limit_s)
         self._results: dict[int, VectorStep] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -156,11 +171,13 @@ class VectorEnvironment:
             Prompt of each slot.
 
         Raises:
-            ValueError: A slot is still stepping, or cannot begin an episode.
+            ValueError: There is no such slot, a slot is given twice or is still stepping, or cannot
+                begin an episode. The prompts of the others are then given by `receive`.
         """
         chosen = list(range(len(self)) if slots is None else slots)
+        self._check(chosen)
         for slot in chosen:
-            self._claim(slot)
+            self._slots[slot].failure = None
             self._begin(slot)
         return {slot: step.observation for slot, step in self._wait(chosen).items()}
 
@@ -171,20 +188,24 @@ class VectorEnvironment:
             actions: Action of each slot that is to act: a text, or a response of a policy.
 
         Raises:
-            ValueError: A slot is still stepping, has no episode, or is over in the mode "disabled".
+            ValueError: There is no such slot; a slot is still stepping, has no episode, or is over
+                in another mode than "next_step"; or one could not begin an episode. No slot acts.
         """
+        self._raise_failure()
+        self._check(list(actions))
+        for slot in actions:
+            found = self._slots[slot]
+            if found.problem is None or (found.over and self._autoreset != "next_step"):
+                raise ValueError(f"slot {slot} has no episode that goes on: reset it first")
         for slot, action in actions.items():
             found = self._slots[slot]
-            if found.problem is None or (found.over and self._autoreset == "disabled"):
-                raise ValueError(f"slot {slot} has no episode that goes on: reset it first")
-            self._claim(slot)
             if found.over:
                 self._begin(slot)
                 continue
             if isinstance(action, str):
-                action = Completion(found.problem, action, (), True)
-            arguments = (found.environment, found.problem, found.state, action)
-            self._pool.submit(slot, lambda arguments=arguments: counted_step(*arguments))
+                action = Completion(cast(Problem, found.problem), action, (), True)
+            arguments = (found.environment, cast(Problem, found.problem), found.state, action)
+            self._submit(slot, lambda arguments=arguments: counted_step(*arguments))
 
     def receive(self, least: int = 1) -> dict[int, VectorStep]:
         """Transitions of slots that are ready.
@@ -193,11 +214,14 @@ class VectorEnvironment:
             least: Number of slots to wait for; all that are stepping where they are fewer.
 
         Raises:
-            ValueError: A slot cannot begin an episode.
+            ValueError: A slot cannot begin an episode. What is ready is given by the next call.
         """
+        self._raise_failure()
+        self._settle_ready(0)
         while len(self._results) < least and any(slot.busy for slot in self._slots):
-            for slot, outcome in self._pool.ready():
-                self._settle(cast(int, slot), outcome)
+            self._raise_failure()
+            self._settle_ready(1)
+        self._raise_failure()
         found, self._results = self._results, {}
         return found
 
@@ -210,27 +234,50 @@ class VectorEnvironment:
             actions: Action of every slot, or of some by their numbers.
 
         Raises:
-            ValueError: There are not as many actions as slots, or a reason of `send`.
+            ValueError: There are not as many actions as slots, or a reason of `send` or `receive`.
         """
         if not isinstance(actions, Mapping):
-            if len(actions) != len(self):
-                raise ValueError(
-                    f"{len(actions)} actions for {len(self)} slots: give one for each, or a dict"
-                )
+            if isinstance(actions, str) or len(actions) != len(self):
+                what = "one text" if isinstance(actions, str) else f"{len(actions)} actions"
+                raise ValueError(f"{what} for {len(self)} slots: give one for each, or a dict")
             actions = dict(enumerate(actions))
         self.send(actions)
         return self._wait(list(actions))
 
     def _wait(self, slots: Sequence[int]) -> dict[int, VectorStep]:
         while any(self._slots[slot].busy for slot in slots):
-            for slot, outcome in self._pool.ready():
-                self._settle(cast(int, slot), outcome)
+            self._settle_ready(1)
+        self._raise_failure()
         return {slot: self._results.pop(slot) for slot in slots}
 
-    def _claim(self, slot: int) -> None:
-        if self._slots[slot].busy or slot in self._results:
-            raise ValueError(f"slot {slot} is still stepping: receive its transition first")
-        self._slots[slot].busy = True
+    def _check(self, slots: Sequence[int]) -> None:
+        """Raise a `ValueError`, before anything runs, for slots that cannot begin to run."""
+        if self._pool.closed:
+            raise ValueError("these environments are closed: make a new VectorEnvironment")
+        seen = set()
+        for slot in slots:
+            if not isinstance(slot, (int, np.integer)) or not 0 <= slot < len(self):
+                raise ValueError(f"slot {slot!r}: choose from 0 to {len(self) - 1}")
+            if slot in seen:
+                raise ValueError(f"slot {slot} is given twice: give it once")
+            if self._slots[slot].busy or slot in self._results:
+                raise ValueError(f"slot {slot} is still stepping: receive its transition first")
+            seen.add(slot)
+
+    def _raise_failure(self) -> None:
+        """Raise why a slot began no episode, once its last transition was given."""
+        for index, slot in enumerate(self._slots):
+            if slot.failure is not None and index not in self._results:
+                failure, slot.failure = slot.failure, None
+                raise failure
+
+    def _submit(self, slot: int, call: Callable[[], Any]) -> None:
+        found = self._slots[slot]
+        found.busy = True
+        try:
+            self._pool.submit(slot, call, bool(getattr(found.environment, "serial", False)))
+        except PoolClosed as error:
+            self._fail(slot, error)
 
     def _begin(self, slot: int) -> None:
         """Draw a problem and reset to it, on a thread."""
@@ -244,16 +291,22 @@ class VectorEnvironment:
             return problem, environment.reset(problem)
 
         found.over = True
-        self._pool.submit(slot, reset)
+        self._submit(slot, reset)
+
+    def _settle_ready(self, least: int) -> None:
+        for slot, outcome in self._pool.ready(least):
+            self._settle(cast(int, slot), outcome)
 
     def _settle(self, slot: int, outcome: Any) -> None:
         found = self._slots[slot]
+        if isinstance(outcome, PoolClosed):
+            self._fail(slot, outcome)
+            return
         if found.over:
             self._settle_reset(slot, outcome)
             return
         if isinstance(outcome, BaseException):
-            counter = "timeouts" if isinstance(outcome, TimedOut) else "scorer_errors"
-            outcome = failed_turn(found.environment, found.state, counter)
+            outcome = failed_turn(found.environment, found.state, counter_of(outcome), outcome)
         turn: Turn = outcome
         self.counts.update(counter for counter in _FAILURES if turn.info.get(counter))
         found.state = turn.state
@@ -273,17 +326,28 @@ class VectorEnvironment:
             if found.resets < _RESETS:
                 self._begin(slot)
                 return
-            found.busy, found.resets = False, 0
-            raise ValueError(
+            failure = ValueError(
                 f"{found.environment.name} began no episode of {_RESETS} problems, the last time: "
                 f"{type(outcome).__name__}: {' '.join(str(outcome).split())}"
-            ) from outcome
+            )
+            failure.__cause__ = outcome
+            self._fail(slot, failure)
+            return
         step = VectorStep("") if found.turn is None else self._step_of(found, found.turn)
         found.turn, found.resets = None, 0
         found.problem, found.state = outcome
         found.rewards, found.over = [], False
         observation = cast(Problem, found.problem).prompt
         self._give(slot, dataclasses.replace(step, observation=observation, fresh=True))
+
+    def _fail(self, slot: int, failure: ValueError) -> None:
+        """Leave a slot without an episode; the turn that ended its last one is given."""
+        found = self._slots[slot]
+        found.busy, found.resets, found.failure = False, 0, failure
+        if found.turn is not None:
+            self._give(slot, self._step_of(found, found.turn))
+            found.turn = None
+        found.over = True
 
     def _step_of(self, slot: _Slot, turn: Turn) -> VectorStep:
         finished = None
@@ -295,6 +359,7 @@ class VectorEnvironment:
                 float(sum(slot.rewards)),
                 len(slot.rewards),
                 turn.success,
+                turn.error,
             )
         return VectorStep(
             turn.observation,

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.problems import at_least
+from train.rl.problems import at_least, at_most
 from train.rl.tasks.generated import Generated
 
 _MOST_DIGITS = 9
@@ -26,7 +26,7 @@ class Arithmetic(Generated):
 
     def check(self) -> None:
         at_least(self, digits=1)
-        _at_most_digits(self)
+        at_most(self, digits=_MOST_DIGITS)
         if not self.operators or set(self.operators) - set("+-*"):
             raise ValueError(f"arithmetic: operators={self.operators!r}: choose of '+-*'")
 
@@ -54,7 +54,7 @@ class ChainSum(Generated):
 
     def check(self) -> None:
         at_least(self, digits=1, fewest=2, terms=self.fewest)
-        _at_most_digits(self)
+        at_most(self, digits=_MOST_DIGITS, terms=1000)
 
     def draw(self, rng: np.random.Generator) -> tuple[str, str, str]:
         count = int(rng.integers(self.fewest, self.terms + 1))
@@ -64,8 +64,3 @@ class ChainSum(Generated):
         text = str(numbers[0]) + "".join(f"{'+' if sign > 0 else '-'}{n}" for sign, n in later)
         total = sum(sign * number for sign, number in zip(signs, numbers, strict=True))
         return f"{text}=", str(total), f"{count} terms"
-
-
-def _at_most_digits(task: Arithmetic | ChainSum) -> None:
-    if task.digits > _MOST_DIGITS:
-        raise ValueError(f"{task.word}: digits={task.digits}: choose {_MOST_DIGITS} or less")

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.problems import answer_of, at_least
+from train.rl.problems import answer_of, at_least, at_most
 from train.rl.tasks.generated import Generated
 from train.rl.types import Completion, Problem, Reward
 
@@ -36,8 +36,7 @@ class HiddenFacts(Generated):
 
     def check(self) -> None:
         at_least(self, facts=1, values=2)
-        if self.facts >= len(NAMES):
-            raise ValueError(f"hidden_facts: facts={self.facts}: choose {len(NAMES) - 1} or less")
+        at_most(self, facts=len(NAMES) - 1, values=10**9)
         if not 0 <= self.hidden <= 1:
             raise ValueError(f"hidden_facts: hidden={self.hidden}: choose from 0 to 1")
         if answer_of(self.unknown) != self.unknown or not self.unknown or self.unknown.isdecimal():

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from train.rl.problems import answer_of, at_least
+from train.rl.problems import answer_of, at_least, at_most
 from train.rl.tasks.generated import Generated
 from train.rl.types import Completion, Reward
 
@@ -30,6 +30,7 @@ class Copy(Generated):
 
     def check(self) -> None:
         at_least(self, shortest=1, length=self.shortest)
+        at_most(self, length=10_000)
         if not self.alphabet or any(c.isspace() or c in ">" for c in self.alphabet):
             raise ValueError(
                 f"{self.word}: alphabet={self.alphabet!r}: choose characters other than space "
