@@ -324,7 +324,9 @@ def test_why_a_scorer_raised_is_shown_and_one_that_always_does_ends_the_run(tmp_
     train(job(tmp_path / "some", GRPO(), Raises(below=200), steps=2))
     shown = capsys.readouterr().err
     assert shown.count("Traceback (most recent call last)") == 1  # the first one alone
-    lines = [line for line in shown.splitlines() if "the scorer raised in" in line]
+    raised = [line for line in shown.splitlines() if "the scorer raised in" in line]
+    assert any("held-out" in line for line in raised)
+    lines = [line for line in raised if "held-out" not in line]
     assert len(lines) == 2
     assert all("% (ZeroDivisionError: division by zero)" in line for line in lines)
     with pytest.raises(ValueError, match="step 1: the scorer of vowels raised for every") as error:

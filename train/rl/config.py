@@ -67,6 +67,10 @@ class RLConfig(LoopConfig):
         memgen: Weaver of `train="weaver"`, where the weights have none.
         trigger: Trigger of `train="trigger"`, where the weights have none.
         boundaries: Tokens after which memory may be written (`memgen.boundary_table`).
+        environment_limit_s: Number of seconds after which a reset or a step of an environment is
+            cut. Its episode is a failure, counted as `info/timeouts`; eight in a row end the run.
+            None has no limit, and calls the environment on the main thread, which graders that use
+            signals need.
         max_rows: Greatest number of rollouts that are generated at a time.
         examples: Number of texts that are printed at each evaluation.
     """
@@ -93,6 +97,7 @@ class RLConfig(LoopConfig):
     memgen: MemGenConfig = MemGenConfig(WeaverConfig())
     trigger: TriggerConfig = TriggerConfig()
     boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
+    environment_limit_s: float | None = dataclasses.field(default=30.0, metadata=FREE)
     max_rows: int = dataclasses.field(default=256, metadata=FREE)
     examples: int = dataclasses.field(default=2, metadata=FREE)
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -118,6 +123,11 @@ class RLConfig(LoopConfig):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)}: choose {bound} or more")
+        limit = self.environment_limit_s
+        if limit is not None and not limit > 0:
+            raise ValueError(
+                f"environment_limit_s={limit}: choose a number of seconds above 0, or None"
+            )
         greedy = self.temperature == 0 and self.train == "trigger"
         if not (greedy or 0 < self.temperature < math.inf):
             raise ValueError(

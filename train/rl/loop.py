@@ -15,6 +15,7 @@ from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
 from train.rl.job import RLJob
 from train.rl.learning.reference import ReferenceCheckpointer
 from train.rl.reports import (
+    FAILURES,
     examples,
     readable_evaluation,
     readable_step,
@@ -89,11 +90,17 @@ def train(job: RLJob) -> dict[str, float]:
             nonlocal told
             error = scorer_error(collected)
             if error and not told:
-                progress.write(f"step {step}: the scorer raised; its first traceback:\n{error}")
+                progress.write(
+                    f"step {step}: the first failure of a scorer or an environment:\n{error}"
+                )
                 told = True
-            if metrics.get("info/scorer_errors") == 1:
+            if sum(metrics.get(name, 0.0) for name in FAILURES) > 1 - 1e-6:
+                raised = metrics.get("info/scorer_errors") == 1
+                how = (
+                    f"the scorer of {job.task.name} raised" if raised else f"{job.task.name} failed"
+                )
                 raise ValueError(
-                    f"step {step}: the scorer of {job.task.name} raised for every response, "
+                    f"step {step}: {how} for every response, "
                     f"{error.strip().rpartition(chr(10))[2] or 'as its info says'}: mend it"
                 )
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]

@@ -6,6 +6,13 @@ from pathlib import Path
 
 from train.rl.types import Collected, Trajectory
 
+FAILURES = {
+    "info/scorer_errors": "the scorer raised",
+    "info/timeouts": "the environment took too long",
+    "info/invalid_turns": "the environment gave no finite reward",
+}
+"""What went wrong with an episode, by the metric that counts it."""
+
 SHOWN = 60  # characters of a prompt or a text in an example
 
 
@@ -38,9 +45,9 @@ def readable_step(step: int, metrics: dict[str, float], collected: Collected) ->
         parts.append(f"clipped {metrics['clipped']:.1%}")
     if "invocation_rate" in metrics:
         parts.append(f"invoked {metrics['invocation_rate']:.0%}")
-    if failed := metrics.get("info/scorer_errors"):
+    if failed := _failed(metrics):
         why = scorer_error(collected).strip().rpartition("\n")[2]
-        parts.append(f"the scorer raised in {failed:.0%} ({_cut(why)})")
+        parts.append(f"{failed} ({_cut(why)})")
     if collected.kept < collected.groups:
         parts.append(f"{collected.kept} of {collected.groups} problems kept")
     if not collected.kept:
@@ -49,8 +56,14 @@ def readable_step(step: int, metrics: dict[str, float], collected: Collected) ->
     return ", ".join(parts)
 
 
+def _failed(metrics: dict[str, float]) -> str:
+    """Shares of the episodes in which something went wrong; empty where nothing did."""
+    counted = ((text, metrics.get(name)) for name, text in FAILURES.items())
+    return ", ".join(f"{text} in {share:.0%}" for text, share in counted if share)
+
+
 def scorer_error(collected: Collected) -> str:
-    """Traceback of the first scorer or environment that raised in a step; empty if none did."""
+    """Why the first scorer or environment failed in a step: its traceback; empty if none did."""
     return next((row.reward.error for row in collected.drawn if row.reward.error), "")
 
 
@@ -60,6 +73,8 @@ def readable_evaluation(found: dict[str, float]) -> str:
         f"held-out success {found['success']:.1%} ± {found['standard_error']:.1%}, reward "
         f"{found['reward']:.3f}, length {found['length']:.1f}"
     )
+    if failed := _failed(found):
+        line += f", {failed}"
     if "invocations" in found:
         line += f", {found['invocations']:.2f} invocations ({found['invocation_rate']:.0%})"
     return line

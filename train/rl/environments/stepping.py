@@ -14,6 +14,8 @@ from train.rl.protocols import Environment
 from train.rl.scoring import safe_step
 from train.rl.types import Completion, Problem, Split, Turn
 
+_MOST_CUT = 8  # calls in a row before an environment is taken for one that hangs
+
 
 class TimedOut(Exception):
     """A call took longer than the limit of its pool."""
@@ -305,6 +307,20 @@ class TimeLimited(EnvironmentWrapper):
     def __post_init__(self):
         pool = None if self.limit_s is None else StepPool(1, self.limit_s)
         object.__setattr__(self, "_pool", pool)
+        object.__setattr__(self, "_cuts", [])
+
+    @property
+    def _reasons(self) -> list[str]:
+        """Why resets and steps were cut since the last step that was not."""
+        return self.__dict__["_cuts"]
+
+    def raise_if_hanging(self) -> None:
+        """Raise a `ValueError` where the last eight resets and steps were cut."""
+        if len(self._reasons) >= _MOST_CUT:
+            raise ValueError(
+                f"{self.name} hangs: {len(self._reasons)} calls in a row gave {self._reasons[-1]}: "
+                "mend it, or choose a larger limit, such as --environment-limit-s 300"
+            )
 
     def problem(self, split: Split, index: int) -> Problem:
         """A problem of the environment.
@@ -324,6 +340,8 @@ class TimeLimited(EnvironmentWrapper):
         try:
             return self._call(lambda: self.environment.reset(problem))
         except Exception as error:
+            if isinstance(error, TimedOut):
+                self._reasons.append(str(error))
             return FailedState(counter_of(error), reason_of(error), over=False)
 
     def step(self, state: Any, action: Completion) -> Turn:
@@ -337,9 +355,14 @@ class TimeLimited(EnvironmentWrapper):
                 raise ValueError(f"{self.name}: the episode is over: reset before the next step")
             return self._failed(state.counter, state.error)
         try:
-            return self._call(lambda: counted_step(self.environment, action.problem, state, action))
+            turn = self._call(lambda: counted_step(self.environment, action.problem, state, action))
         except TimedOut as error:
-            return self._failed("timeouts", str(error))
+            turn = self._failed("timeouts", str(error))
+        if "timeouts" in turn.info:  # an environment may have a limit of its own, too
+            self._reasons.append(turn.error)
+        else:
+            self._reasons.clear()
+        return turn
 
     def _failed(self, counter: str, error: str) -> Turn:
         return failed_turn(self, FailedState(counter, error), counter, error)

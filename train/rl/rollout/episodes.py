@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from train.rl.environments.stepping import TimeLimited
 from train.rl.protocols import Environment
 from train.rl.rollout.sampler import Sampled, row_keys
 from train.rl.scoring import safe_step
@@ -137,13 +138,17 @@ class EnvironmentEpisode:
     """An episode of an environment that is being played.
 
     Args:
-        environment: Environment.
+        environment: Environment; one that is `TimeLimited` and hangs again and again ends the run.
         problem: Problem that the episode begins from.
+
+    Raises:
+        ValueError: The environment hangs; so does `act`.
     """
 
     def __init__(self, environment: Environment, problem: Problem):
         self._environment, self._problem = environment, problem
         self._state = environment.reset(problem)
+        self._raise_if_hanging()
         self._last: Turn | None = None
         self.rewards: list[float] = []
         """Reward of each turn so far."""
@@ -153,10 +158,15 @@ class EnvironmentEpisode:
     def act(self, completion: Completion) -> str:
         """Take a turn; returns the observation."""
         turn = safe_step(self._environment, self._problem, self._state, completion)
+        self._raise_if_hanging()
         self._state, self._last = turn.state, turn
         self.rewards.append(turn.reward)
         self.over = turn.terminated or turn.truncated
         return turn.observation
+
+    def _raise_if_hanging(self) -> None:
+        if isinstance(self._environment, TimeLimited):
+            self._environment.raise_if_hanging()
 
     @property
     def reward(self) -> Reward:

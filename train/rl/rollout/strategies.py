@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
+from train.rl.environments.stepping import TimeLimited
 from train.rl.protocols import Environment, Task
 from train.rl.rollout.episodes import (
     EnvironmentEpisode,
@@ -34,6 +35,8 @@ class RolloutStrategy:
     Attributes:
         formatter: Translation of texts to ids; set by the run.
         max_new_tokens: Longest response, in tokens; set by the run.
+        environment_limit_s: Number of seconds after which a reset or a step of an environment is
+            cut (`TimeLimited`), None for no limit; set by the run.
     """
 
     word: ClassVar[str]
@@ -45,6 +48,7 @@ class RolloutStrategy:
     _: dataclasses.KW_ONLY
     formatter: PromptFormatter = dataclasses.field(default=cast(Any, None), repr=False)
     max_new_tokens: int = dataclasses.field(default=64, repr=False)
+    environment_limit_s: float | None = dataclasses.field(default=30.0, repr=False)
 
     def for_run(self, formatter: PromptFormatter, config: Any) -> Self:
         """A copy for one run.
@@ -53,7 +57,12 @@ class RolloutStrategy:
             formatter: Translation of texts to ids.
             config: Config of the run (`RLConfig`).
         """
-        return dataclasses.replace(self, formatter=formatter, max_new_tokens=config.max_new_tokens)
+        return dataclasses.replace(
+            self,
+            formatter=formatter,
+            max_new_tokens=config.max_new_tokens,
+            environment_limit_s=config.environment_limit_s,
+        )
 
     def for_task(self, task: Any) -> Self:
         """A copy for a task or an environment, after `for_run`.
@@ -188,9 +197,10 @@ class Turns(RolloutStrategy):
         seed: Sequence[int],
     ) -> list[Trajectory]:
         found = []
+        limited = TimeLimited(task, self.environment_limit_s)
         for rollouts in rollout_batches(problems, counts, sampler.max_rows):
             play = self._in_one_row if self.keep_context else self._turn_by_turn
-            found += play(sampler, task, rollouts, seed)
+            found += play(sampler, limited, rollouts, seed)
         return found
 
     def _in_one_row(self, sampler, task, rollouts, seed) -> list[Trajectory]:
