@@ -20,10 +20,11 @@ from train.rl.environments.game_2048 import pushed
 from train.rl.environments.hanoi import best_move, moves_left
 from train.rl.environments.mastermind import feedback
 from train.rl.environments.minesweeper import mine_chances
-from train.rl.environments.observations import ObservationView
+from train.rl.environments.observations import VIEWS, ObservationView
 from train.rl.environments.one_turn import OneTurn
 from train.rl.environments.players import completion_of, play_episode, score_player
 from train.rl.environments.sokoban_levels import STEPS, Level, generate, solve
+from train.rl.environments.stepping import StepPool, TimeLimited, counted_step
 from train.rl.environments.tools import CalculatorTool, ToolEnvironment, call_of, run_tool
 from train.rl.named_tasks import make_task, tasks_help
 from train.rl.scoring import safe_step
@@ -110,6 +111,15 @@ def test_a_text_that_is_no_action_is_counted(word):
         ("calculator(digits=10)", "digits=10: choose 9 or less"),
         ("search_qa(hops=3)", "hops=3: choose 1 or 2"),
         ("search_qa(path='nowhere')", "no file nowhere/passages.jsonl: give a folder with"),
+        ("search_qa(people=400000)", "people=400000: choose 10000 or less"),
+        ("mastermind(length=100000000)", "length=100000000 and colours=6 make more than a million"),
+        ("sokoban(height=4, width=4)", "height=4 and width=4: choose one of them 5 or more"),
+        ("sokoban(pulls=1000000000)", "pulls=1000000000: choose 1000 or less"),
+        ("sokoban(height=1000000)", "height=1000000: choose 20 or less"),
+        ("fifteen_puzzle(size=2, scramble=12)", "scramble=12 moves bring each board of size=2"),
+        ("fifteen_puzzle(scramble=1000000000)", "scramble=1000000000: choose 1000 or less"),
+        ("game_2048(size=2, goal=64)", "goal=64: choose 32 or less"),
+        ("hanoi(malformed=1e999)", "malformed=inf: choose a finite number"),
         ("search_q", "unknown task 'search_q' (perhaps search_qa?)"),
     ],
 )
@@ -117,6 +127,24 @@ def test_mistakes_in_options_are_one_line(spec, message):
     with pytest.raises(ValueError) as error:
         make_task(spec, 0)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+EXTREMES = (0, -1, -(10**20), 1, 2, 3, 10**4, 10**8, 10**30, 2.5, math.nan, math.inf, "3", None,
+            True)  # fmt: skip
+
+
+@pytest.mark.parametrize("word", [*SUITE, "arithmetic", "chain_sum", "copy", "hidden_facts"])
+def test_any_value_of_any_option_is_taken_or_refused_at_once(word):
+    kind, pool = type(environment(word)), StepPool(1, limit_s=10)
+    refused = 0
+    for field, value in itertools.product(dataclasses.fields(kind), EXTREMES):
+        try:
+            pool.call(functools.partial(kind, **{field.name: value}))
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith(word)
+            refused += 1
+    assert refused > 30
+    pool.close()
 
 
 def test_feedback_of_codes():
@@ -143,6 +171,8 @@ def test_shortest_ways_are_shortest():
     assert all(len(shortest(tiles)) == moves for tiles, moves in near.items())
     with pytest.raises(ValueError, match="cannot be brought into order"):
         shortest("213.")
+    with pytest.raises(ValueError, match="most=9 boards do not solve 8672543.1: choose more"):
+        shortest("8672543.1", 9)
 
 
 def _distances(start, neighbours, most=math.inf):
@@ -197,6 +227,9 @@ def test_generated_levels_are_solved_by_the_fewest_steps():
     assert solution is not None
     assert len(solution) == min(moves for level, moves in steps.items() if level.solved)
     assert solve(Level.from_rows(["#####", "#$@.#", "#####"])) is None
+    for size in ({"height": 4, "width": 4}, {"height": 3, "width": 3}, {"boxes": 16}):
+        with pytest.raises(ValueError, match="choose a larger one, or fewer boxes and walls"):
+            generate(rng, **{"walls": 0, **size})
     with pytest.raises(ValueError, match="most=3 positions do not solve it"):
         solve(Level.from_rows(["#######", "#@--$.#", "#######"]), 3)
 
@@ -256,6 +289,17 @@ def test_expressions():
     assert evaluate(" 2 * (3 - 1.5) ") == 3 and evaluate("--2") == 2
     shown = [number_text(Fraction(*pair)) for pair in ((6, 3), (1, 3), (-5, 2), (10**20, 1))]
     assert shown == ["2", "0.333333", "-2.5", "1" + "0" * 20]
+    for pair, text in (
+        ((10**20, 3), "3" * 20 + ".333333"),
+        ((-1, 10**9), "0"),
+        ((2, 3), "0.666667"),
+        ((-2 * 10**30, 3), "-" + "6" * 30 + ".666667"),
+        ((1, 2 * 10**6), "0"),
+        ((3, 2 * 10**6), "0.000002"),
+        ((2 * 10**7 - 1, 10**7), "2"),
+        ((10**7 + 1, 10**2), "100000.01"),
+    ):
+        assert number_text(Fraction(*pair)) == text
 
 
 @pytest.mark.parametrize(
@@ -363,6 +407,89 @@ def test_tools_around_an_environment():
     problem = sums.problem("test", 0)
     called, answered = finish(sums, problem, [f"calc({problem.prompt[:-1]})", problem.answer])
     assert called.observation == f" {problem.answer} " and answered.success and answered.terminated
+
+
+def test_an_episode_with_tools_ends_and_keeps_its_numbers():
+    task = ToolEnvironment(environment("guess_number"), (CalculatorTool(),))
+    problem = Problem("p", "1-10? ", 5)
+    malformed, called = finish(task, problem, ["x", "calc(2+2)"])
+    assert malformed.info == {"malformed": 1, "tool_calls": 0, "tool_errors": 0}
+    assert called.info == {"malformed": 1, "tool_calls": 1, "tool_errors": 0}
+    [won] = finish(task, problem, ["5"])
+    for text in ("calc(1)", "5"):
+        with pytest.raises(ValueError, match="guess_number with calc: the episode is over"):
+            task.step(won.state, completion_of(problem, text))
+    for options, words in (
+        ({"max_calls": -1}, "max_calls=-1: choose 0 or more"),
+        ({"max_argument": 0}, "max_argument=0: choose 1 or more"),
+        ({"tool_reward": math.nan}, "tool_reward=nan: choose a finite number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ToolEnvironment(environment("hanoi"), (), **options)
+
+
+class Silent:
+    """An environment that says its failures are worth -1, and has no players."""
+
+    name, sizes, failure_value, max_turns, serial = "silent", {"train": 3}, -1.0, 7, True
+
+    def problem(self, split, index):
+        return Problem("p", "go? ", index)
+
+    def reset(self, problem):
+        return 0
+
+    def step(self, state, action):
+        raise RuntimeError("broken")
+
+
+WRAPPERS = (
+    TimeLimited,
+    lambda inner: ToolEnvironment(inner, ()),
+    *(lambda inner, view=view: ObservationView(inner, view) for view in VIEWS),
+)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapper_is_what_its_environment_is(wrap):
+    silent: Any = Silent()
+    task = wrap(silent)
+    assert (task.failure_value, task.serial, task.sizes) == (-1.0, True, {"train": 3})
+    assert task.max_turns == 7 + getattr(task, "max_calls", 0)
+    problem = task.problem("train", 1)
+    turn = counted_step(task, problem, task.reset(problem), completion_of(problem, "x"))
+    assert turn.reward == -1 and turn.error.endswith("RuntimeError: broken\n")
+    with pytest.raises(ValueError, match="player='scripted': silent.* has no such player"):
+        score_player(task, "scripted", 1, 0, "train")
+    for word in ("hanoi", "mastermind", "guess_number"):
+        inner = environment(word)
+        assert not wrap(inner).serial and wrap(inner).failure_value == 0
+        for player in ("random", "scripted"):
+            assert score_player(wrap(inner), player, 9, 0) == score_player(inner, player, 9, 0)
+
+
+def test_a_view_of_ones_own_has_no_players():
+    task = ObservationView(environment("hanoi"), lambda shown: "hidden")
+    with pytest.raises(ValueError, match="has no such player: play it yourself"):
+        score_player(task, "random", 1, 0)
+
+
+def test_one_turn_says_why_its_task_failed():
+    @dataclasses.dataclass(frozen=True)
+    class Broken:
+        name, sizes, failure_value = "broken", {"train": None}, -2.0
+
+        def problem(self, split, index):
+            return Problem("p", "1?", "1")
+
+        def score(self, completion):
+            raise RuntimeError("no verifier")
+
+    broken: Any = Broken()
+    task = OneTurn(broken)
+    [turn] = finish(task, task.problem("train", 0), ["x"])
+    assert (turn.reward, turn.info) == (-2, {"scorer_errors": 1})
+    assert turn.error.endswith("RuntimeError: no verifier\n") and task.failure_value == -2
 
 
 def test_views_of_an_episode():

@@ -10,6 +10,7 @@ import logging
 import random
 import sys
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -88,6 +89,7 @@ def test_a_step_of_the_package_that_raises_is_a_counted_failure(stand_in):
     [turn] = act(stand_in, problem, ["nan"])
     assert (turn.terminated, turn.success, turn.reward) == (True, False, 0)
     assert turn.info == {"scorer_errors": 1} and turn.state.over
+    assert "ValueError: invalid literal for int()" in turn.error
 
 
 def test_a_step_of_the_package_that_hangs_is_cut(stand_in, monkeypatch):
@@ -105,6 +107,76 @@ def test_a_step_of_the_package_that_hangs_is_cut(stand_in, monkeypatch):
     assert act(task, second, ["1"]) == expected and randomness() == before
     gate.set()
     assert act(Gem(id="guess", limit_s=None), second, ["1"]) == expected
+
+
+def test_an_earlier_state_is_played_again_within_the_limit(stand_in, monkeypatch):
+    """A replay that hangs or raises is a counted failure, as the step itself would be."""
+    task, gate = Gem(id="guess", limit_s=0.1), threading.Event()
+    problem = task.problem("train", 0)
+    [turn] = act(task, problem, ["1"])
+    step = fake_gem.Guess.step
+
+    def hang(self, action):
+        return gate.wait(20) if action == "1" else step(self, action)
+
+    def fail(self, action):
+        return 1 / 0 if action == "1" else step(self, action)
+
+    for replayed, counter, reason in (
+        (hang, "timeouts", "no result after 0.1 seconds"),
+        (fail, "scorer_errors", "ZeroDivisionError: division by zero\n"),
+    ):
+        task.__dict__["_live"].clear()
+        monkeypatch.setattr(fake_gem.Guess, "step", replayed)
+        failed = task.step(turn.state, completion_of(problem, "2"))
+        assert failed.info == {counter: 1} and failed.state.over
+        assert failed.state.actions == ("1", "2") and failed.error.endswith(reason)
+    gate.set()
+
+
+def test_a_reset_of_the_package_that_hangs_or_raises_is_one_line(stand_in, monkeypatch):
+    task, gate = Gem(id="guess", limit_s=0.1), threading.Event()
+
+    def fail(self, seed=None):
+        raise RuntimeError("no\nlevel")
+
+    for reset, words in (
+        (lambda self, seed=None: gate.wait(20), "no result after 0.1 seconds: choose a larger lim"),
+        (fail, "no level$"),
+    ):
+        monkeypatch.setattr(fake_gem.Guess, "reset", reset)
+        with pytest.raises(ValueError, match=rf"no episode began from seed \d+: {words}"):
+            task.problem("train", 0)
+    gate.set()
+
+
+def test_the_number_of_turns_is_the_greatest_of_eight_seeds(stand_in, monkeypatch):
+    """However long they take to be made."""
+    made: list[Any] = []
+
+    def make(id, **options):
+        time.sleep(0.01)
+        made.append(fake_gem.Guess(max_turns=3 + len(made)))
+        made[-1]._is_random = True
+        return made[-1]
+
+    monkeypatch.setattr(fake_gem, "make", make)
+    assert Gem(id="guess").max_turns == 10 and len(made) == 8
+
+
+def test_waiting_for_the_generators_of_the_process_is_no_time_of_a_step(stand_in, monkeypatch):
+    step = fake_gem.Guess.step
+
+    def slow(self, action):
+        time.sleep(0.12)
+        return step(self, action)
+
+    monkeypatch.setattr(fake_gem.Guess, "step", slow)
+    vector = VectorEnvironment([stand_in] * 6, limit_s=0.5)
+    vector.reset()
+    vector.step(["1"] * 6)
+    vector.close()
+    assert not vector.counts
 
 
 def test_episodes_on_threads_are_those_of_one(stand_in):
@@ -211,13 +283,7 @@ def test_trap_5_a_fixed_set_of_episodes_is_played_to_its_end(package):
         len(play_episode(task, problem, player, np.random.default_rng(0)).rewards)
         for problem in problems
     ]
-    vector = VectorEnvironment([task] * 12, autoreset="same_step")
-    vector.reset()
-    done = [s.finished.turns for _ in range(2) for s in vector.step([r"\boxed{1}"] * 12).values()
-            if s.finished]  # fmt: skip
-    vector.close()
     assert len(lengths) == 12 and max(lengths) == 4
-    assert all(turns <= 2 for turns in done), "episodes of four turns are not among them"
 
 
 def test_trap_6_a_scorer_that_raises_is_a_failed_answer(package):

@@ -1,6 +1,8 @@
 """Episodes keep to their environment's number of turns; the command that plays one."""
 
 import dataclasses
+import threading
+import time
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +13,10 @@ from rl_tiny import language_model
 
 from train.play import PlayConfig, main
 from train.rl.config import RLConfig
+from train.rl.environments import ENVIRONMENTS
 from train.rl.environments.generated import GeneratedEnvironment, Move
+from train.rl.environments.guess_number import GuessNumber
+from train.rl.environments.players import score_player
 from train.rl.named_tasks import make_task
 from train.rl.rollout.collector import strategy_for
 from train.rl.rollout.formatter import PromptFormatter
@@ -69,6 +74,47 @@ def test_episodes_last_as_long_as_the_environment_says(
         assert sampler.capacity == turns * (2 + 64)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stuck(GuessNumber):
+    """Guessing that hangs, or gives no finite reward, where the guess is 7."""
+
+    gate: Any = dataclasses.field(default_factory=threading.Event, repr=False)
+    reward: float | None = None
+
+    def step(self, state, action):
+        turn = super().step(state, action)
+        if action.text == "7" and self.reward is None:
+            self.gate.wait(20)
+        return dataclasses.replace(turn, reward=self.reward or turn.reward)
+
+
+@pytest.mark.parametrize("keep_context", [True, False])
+def test_an_environment_that_hangs_costs_its_limit_and_is_counted(formatter, keep_context):
+    """And ends the collection where it always does."""
+    config = RLConfig(
+        strategy=f"turns(keep_context={keep_context})", task="guess_number", train="all",
+        max_new_tokens=2, environment_limit_s=0.02,
+    )  # fmt: skip
+
+    def collect(environment: Any, count: int) -> list[Any]:
+        sampler: Any = Says(formatter, "7")
+        strategy = strategy_for(config, environment, formatter)
+        problem = environment.problem("train", 0)
+        return strategy.collect(sampler, environment, [problem], [count], (0, 0))
+
+    stuck = Stuck()
+    rows = collect(stuck, 2)
+    assert [row.reward.info for row in rows] == [{"turns": 1, "timeouts": 1}] * 2
+    assert all(row.reward.error == "no result after 0.02 seconds" for row in rows)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="hangs: 8 calls in a row .* --environment-limit-s 300"):
+        collect(stuck, 40)
+    assert time.monotonic() - begin < 10
+    stuck.gate.set()
+    [row] = collect(Stuck(reward=float("nan")), 1)
+    assert row.reward.info["invalid_turns"] == 1 and "the reward nan" in row.reward.error
+
+
 def test_an_environment_that_says_none_gets_eight(formatter):
     config = RLConfig(task="guess_number", train="all")
     silent: Any = types.SimpleNamespace(name="silent", step=None)
@@ -114,6 +160,23 @@ def test_players_are_watched(capsys):
     assert "environments of several turns" in capsys.readouterr().out
 
 
+def test_why_an_episode_failed_is_printed(monkeypatch, capsys):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Broken(GuessNumber):
+        """Broken."""
+
+        word = "broken"
+
+        def move(self, game, said):
+            raise RuntimeError("no rules")
+
+    monkeypatch.setitem(ENVIRONMENTS, "broken", Broken)
+    main(PlayConfig("broken", "random"))
+    printed = capsys.readouterr().out
+    assert "not solved after 1 turn, reward 0\nscorer_errors 1\nTraceback" in printed
+    assert printed.endswith("RuntimeError: no rules\n")
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -157,3 +220,8 @@ def test_an_environment_is_one_short_class():
     problem = task.problem("test", 0)
     turn = task.step(task.reset(problem), types.SimpleNamespace(text="1"))  # pyright: ignore
     assert (turn.observation, turn.reward) == (" odd or even? ", -0.1)
+    for player in ("random", "scripted"):
+        with pytest.raises(ValueError, match=f"{player}.*parity.* has no such player: play it you"):
+            score_player(task, player, 1, 0)
+    with pytest.raises(NotImplementedError, match=r"lacks a method: write draw\(rng\)"):
+        GeneratedEnvironment()

@@ -1,16 +1,24 @@
 """Many environments at once: slow, hanging and failing ones, what follows an episode's end."""
 
 import dataclasses
+import gc
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from train.rl.environments.players import completion_of
-from train.rl.environments.stepping import StepPool, TimedOut, TimeLimited, counted_step
+from train.rl.environments.stepping import (
+    PoolClosed,
+    StepPool,
+    TimedOut,
+    TimeLimited,
+    counted_step,
+)
 from train.rl.environments.vector import VectorEnvironment
 from train.rl.named_tasks import make_task
 from train.rl.types import Problem, Turn
@@ -160,27 +168,91 @@ def test_a_step_that_fails_is_counted_and_nothing_is_lost():
     vector.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class Rare(Counting):
+    """Resets fail as often as the iterator says."""
+
+    fails: Any = dataclasses.field(default_factory=lambda: iter([]))
+
+    def reset(self, problem):
+        if next(self.fails, False):
+            raise RuntimeError("no\nlevel")
+        return super().reset(problem)
+
+
 def test_a_reset_that_fails_is_tried_again_and_then_one_line():
-    calls = itertools.count()
-
-    @dataclasses.dataclass(frozen=True)
-    class Rare(Counting):
-        fails: int = 2
-
-        def reset(self, problem):
-            if next(calls) < self.fails:
-                raise RuntimeError("no\nlevel")
-            return super().reset(problem)
-
-    vector = VectorEnvironment([Rare()])
+    vector = VectorEnvironment([Rare(fails=iter([True] * 2))])
     assert vector.reset() == {0: f"train {numbers(0, 3)[2]}"}
     assert vector.counts == {"reset_failures": 2}
-    calls = itertools.count()
-    vector = VectorEnvironment([Rare(fails=9)])
+    vector = VectorEnvironment([Rare(fails=iter([True] * 5))])
     with pytest.raises(ValueError, match="no episode of 3 problems, the last time: Runtime"):
         vector.reset()
     with pytest.raises(ValueError, match="slot 0 has no episode that goes on: reset it first"):
         vector.send({0: "x"})
+    assert vector.reset() == {0: f"train {numbers(0, 6)[5]}"}
+
+
+def test_a_slot_that_cannot_begin_is_known_at_once_and_can_begin_anew():
+    """Whatever others still do."""
+    gate, begin = threading.Event(), time.monotonic()
+    fails = iter([False, True, True, True])
+    slots = [OneStep(fails=fails), OneStep(before=lambda problem: gate.wait(20))]
+    for mode in ("next_step", "same_step"):
+        vector = VectorEnvironment(slots, autoreset=mode)
+        vector.reset()
+        vector.send({0: "go", 1: "go"})
+        assert vector.receive().keys() == {0}
+        if mode == "next_step":
+            vector.send({0: "not looked at"})
+            with pytest.raises(ValueError, match="began no episode"):
+                vector.receive(2)
+            fails = iter([False, True, True, True])
+            slots[0] = OneStep(fails=fails)
+        assert vector.reset([0]).keys() == {0}
+        assert vector.step({0: "go"})[0].finished
+        vector.close()
+    assert time.monotonic() - begin < 15, "before the other slot"
+    gate.set()
+
+
+class OneStep(Rare):
+    """Every step ends its episode."""
+
+    def problem(self, split, index):
+        return Problem(f"{index}", f"{split} {index}", 1)
+
+
+@pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
+def test_a_slot_that_cannot_begin_takes_nothing_from_the_others(mode):
+    """Outcomes that come with its failure are given; so is the turn that ended its last episode."""
+    failing = OneStep(fails=itertools.chain([False], itertools.repeat(True)))
+    vector = VectorEnvironment([failing, OneStep(), OneStep()], autoreset=mode)
+    vector.reset()
+    vector.send(dict.fromkeys(range(3), "go"))
+    time.sleep(0.05)  # all outcomes come at once
+    steps = vector.receive(3)
+    for slot, step in steps.items():
+        assert step.finished is not None and step.finished.observation == "saw go"
+        assert step.fresh == (mode == "same_step" and slot > 0)
+    if mode == "next_step":
+        vector.send(dict.fromkeys(range(3), "not looked at"))
+        time.sleep(0.05)
+    with pytest.raises(ValueError, match="counting began no episode of 3 problems"):
+        if mode == "same_step":
+            vector.send({1: "no slot acts"})
+        elif mode == "next_step":
+            vector.receive(3)
+        else:
+            vector.reset()
+    if mode != "same_step":
+        assert all(step.fresh for step in vector.receive(2).values())
+    assert vector.receive() == {}, "nothing is waited for"
+    if mode != "next_step":
+        with pytest.raises(ValueError, match="slot 0 has no episode that goes on"):
+            vector.send({1: "x", 0: "x"})
+    assert vector.step({1: "y"})[1].observation.endswith("saw y" if mode != "same_step" else "")
+    assert vector.counts == {"reset_failures": 3}
+    vector.close()
 
 
 def test_mistakes_are_one_line():
@@ -193,9 +265,26 @@ def test_mistakes_are_one_line():
         StepPool(0)
     with pytest.raises(ValueError, match="limit_s=0: choose a number of seconds above 0"):
         StepPool(1, 0)
-    vector = VectorEnvironment([GUESS, GUESS])
-    with pytest.raises(ValueError, match="1 actions for 2 slots"):
-        vector.step(["5"])
+    with pytest.raises(ValueError, match="threads=0: choose 1 or more"):
+        VectorEnvironment([GUESS], threads=0)
+    split: Any = "dev"
+    with pytest.raises(ValueError, match="guess_number has no problems of the split 'dev'"):
+        VectorEnvironment([GUESS], split=split)
+    vector = VectorEnvironment([Counting(), Counting()])
+    vector.reset()
+    for actions, words in (
+        (["5"], "1 actions for 2 slots"),
+        ("55", "one text for 2 slots"),
+        ({0: "5", -1: "5"}, "slot -1: choose from 0 to 1"),
+        ({0: "5", 2: "5"}, "slot 2: choose from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vector.step(actions)
+    for slots, words in (([0, 2], "slot 2: choose from 0 to 1"), ([0, 0], "slot 0 is given twice")):
+        with pytest.raises(ValueError, match=words):
+            vector.reset(slots)
+    assert vector.receive() == {}, "no slot of these has acted"
+    assert vector.reset() == {slot: f"train {numbers(slot, 2)[1]}" for slot in range(2)}
     vector.close()
 
 
@@ -209,6 +298,200 @@ def test_a_pool_gives_outcomes_as_they_come():
     gate.set()
     assert pool.ready() == []
     pool.close()
+
+
+def steppers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "environment steps"}
+
+
+def wait_until(true: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 10
+    while not true() and time.monotonic() < end:
+        time.sleep(0.005)
+    return true()
+
+
+def test_threads_start_with_calls_and_end_with_their_pool():
+    gc.collect()
+    before = steppers()
+    pool, limited = StepPool(4), TimeLimited(GUESS)
+    vector = VectorEnvironment([GUESS] * 5, autoreset="same_step")
+    assert steppers() <= before, "no call, no thread"
+    pool.submit(0, lambda: 1)
+    assert len(steppers() - before) == 1 and pool.ready() == [(0, 1)]
+    problem = GUESS.problem("train", 0)
+    limited.step(limited.reset(problem), completion_of(problem, "5"))
+    TimeLimited(Stuck(at="error")).reset(problem)  # its error has frames, which have the pool
+    vector.reset()
+    vector.step(["5"] * 5)
+    assert steppers() - before
+    del pool, limited, vector
+    gc.collect()
+    assert wait_until(lambda: steppers() <= before), "all without close"
+
+
+def test_calls_of_a_closed_pool_are_refused_and_those_that_wait_end():
+    gate = threading.Event()
+    pool = StepPool(1)
+    pool.submit("runs", lambda: gate.wait(20))
+    pool.submit("waits", lambda: 7)
+    assert wait_until(lambda: len(pool._workers.running) == 1)
+    pool.close()
+    [(key, outcome)] = pool.ready()
+    assert key == "waits" and isinstance(outcome, PoolClosed)
+    for use in (lambda: pool.submit(0, int), lambda: pool.call(int)):
+        with pytest.raises(ValueError, match="the pool is closed and runs no more calls"):
+            use()
+    gate.set()
+    assert pool.ready() == [("runs", True)] and pool.closed
+
+    gate.clear()
+    vector = VectorEnvironment([Counting(before=lambda p: gate.wait(20)), Counting()], threads=1)
+    vector.reset()
+    vector.send({0: "go", 1: "go"})
+    assert wait_until(lambda: len(vector._pool._workers.running) == 1)
+    vector.close()
+    with pytest.raises(ValueError, match="the pool is closed"):
+        vector.receive()
+    for use in (lambda: vector.send({1: "go"}), vector.reset):
+        with pytest.raises(ValueError, match="these environments are closed"):
+            use()
+    gate.set()
+    assert vector.receive()[0].observation == "saw go" and vector.receive() == {}
+
+
+def test_each_of_two_threads_gets_the_turns_of_its_own_episode():
+    task, wrong = TimeLimited(Counting(before=lambda problem: time.sleep(0.001))), []
+
+    def play(number: int) -> None:
+        problem = Problem(f"{number}", "", 40)
+        state = task.reset(problem)
+        for turn in range(40):
+            text = f"{number} {turn}"
+            found = task.step(state, completion_of(problem, text))
+            state = found.state
+            if found.observation != f"saw {text}" or state != 39 - turn:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=play, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    with pytest.raises(KeyError):
+        StepPool(1).call(lambda: {}["none"])
+
+
+@dataclasses.dataclass(frozen=True)
+class OneAtATime(Counting):
+    """Steps that must not run beside each other."""
+
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
+    serial = True
+
+    def step(self, state, action):
+        with self.lock:
+            time.sleep(0.1)
+            return super().step(state, action)
+
+
+def test_waiting_for_another_serial_environment_is_no_time_of_its_own():
+    """Nor does an environment that is not serial wait for one that is."""
+    quick = Counting()
+    vector = VectorEnvironment([TimeLimited(OneAtATime()), *[OneAtATime()] * 4, quick], limit_s=0.3)
+    vector.reset()
+    vector.send({slot: "go" for slot in range(6)})
+    assert vector.receive().keys() == {5}
+    steps = vector.receive(5)
+    vector.close()
+    assert steps.keys() == {0, 1, 2, 3, 4} and not vector.counts
+    assert all(step.observation == "saw go" for step in steps.values())
+
+
+def test_a_failure_says_why():
+    gate = threading.Event()
+
+    def fail(problem):
+        raise RuntimeError("broken")
+
+    slots = [Counting(before=fail), Counting(reward=float("nan")),
+             Counting(before=lambda problem: gate.wait(20))]  # fmt: skip
+    vector = VectorEnvironment(slots, limit_s=0.1)
+    vector.reset()
+    steps = vector.step(["go"] * 3)
+    gate.set()
+    errors = [step.finished.error for step in steps.values() if step.finished]
+    assert errors[0].endswith("RuntimeError: broken\n") and "Traceback" in errors[0]
+    assert "the reward nan" in errors[1] and errors[2] == "no result after 0.1 seconds"
+    vector.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stuck(Counting):
+    """It hangs where it is told to, and pays -1 for a failure."""
+
+    at: str = "reset"
+    gate: Any = dataclasses.field(default_factory=threading.Event)
+    failure_value = -1.0
+
+    def problem(self, split, index):
+        return self._maybe("problem") or super().problem(split, index)
+
+    def reset(self, problem):
+        return self._maybe("reset") or super().reset(problem)
+
+    def step(self, state, action):
+        return self._maybe("step") or super().step(state, action)
+
+    def _maybe(self, where: str) -> Any:
+        if self.at == "error":
+            raise RuntimeError("no level")
+        return self.at == where and self.gate.wait(20) and None
+
+
+@pytest.mark.parametrize(
+    ("at", "counter", "reason"),
+    [("reset", "timeouts", "no result after 0.05 seconds"), ("error", "scorer_errors", "no level")],
+)
+def test_a_reset_that_fails_in_order_is_counted_by_the_first_step(at, counter, reason):
+    inner = Stuck(at=at)
+    task, problem = TimeLimited(inner, 0.05), Problem("p", "", 2)
+    turn = task.step(task.reset(problem), completion_of(problem, "go"))
+    assert (turn.info, turn.reward, turn.terminated) == ({counter: 1}, -1, True)
+    assert reason in turn.error
+    with pytest.raises(ValueError, match="the episode is over"):
+        task.step(turn.state, completion_of(problem, "go"))
+    inner.gate.set()
+
+
+def test_an_environment_that_hangs_again_and_again_is_named():
+    inner = Stuck(at="step")
+    task, problem = TimeLimited(inner, 0.01), Problem("p", "", 2)
+    for _ in range(8):
+        task.raise_if_hanging()
+        task.step(task.reset(problem), completion_of(problem, "go"))
+    with pytest.raises(ValueError, match="counting hangs: 8 calls in a row gave no result after 0"):
+        task.raise_if_hanging()
+    inner.gate.set()
+    wait_until(lambda: task.step(2, completion_of(problem, "go")).info == {})
+    task.raise_if_hanging()
+    task = TimeLimited(Stuck(at="reset", gate=(gate := threading.Event())), 0.01)
+    for _ in range(8):
+        task.reset(problem)
+    with pytest.raises(ValueError, match="8 calls in a row"):
+        task.raise_if_hanging()
+    gate.set()
+    stuck = Stuck(at="problem")
+    with pytest.raises(ValueError, match="problem 3 of test: no result after 0.01 s.*a larger"):
+        TimeLimited(stuck, 0.01).problem("test", 3)
+    stuck.gate.set()
+    endless = TimeLimited(Counting(before=lambda problem: time.sleep(0.02)), float("inf"))
+    assert endless.step(2, completion_of(problem, "go")).reward == 0.5
+    main = TimeLimited(Counting(before=lambda p: seen.append(threading.current_thread())), None)
+    seen: list[threading.Thread] = []
+    main.step(2, completion_of(problem, "go"))
+    assert seen == [threading.main_thread()]
 
 
 def test_all_episodes_of_some_problems_favour_no_length():

@@ -131,6 +131,7 @@ class _Workers:
             self.closed = True
             while self.waiting:
                 self._finish(self.waiting.popleft(), PoolClosed())
+            self.changed.notify_all()
 
     def _hire(self) -> None:
         while len(self.waiting) > self._alive - len(self.running) and self._alive < self._threads:
@@ -177,7 +178,7 @@ class _Workers:
                     return
                 self.running.remove(job)
                 self._finish(job, outcome)
-            del job, outcome  # an idle thread keeps nothing alive, the pool least of all
+            del outcome  # an idle thread keeps nothing alive, the pool least of all
 
 
 class StepPool:
