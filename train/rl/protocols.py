@@ -33,8 +33,12 @@ class Environment(Protocol):
     """A task of several turns, with explicit state.
 
     A state is a value: stepping from it twice gives the same turn, it can be kept and branched
-    from, and nothing is reset automatically. A problem's prompt is the first observation. One that
-    cuts its episodes itself says after how many turns in an attribute `max_turns`.
+    from, and nothing is reset automatically. A problem's prompt is the first observation.
+
+    What an environment may have besides: `max_turns`, after which it cuts its episodes itself;
+    `failure_value`, the reward of an episode that fails (0 without it); `serial`, True where its
+    steps share something that the process has once; and players, `random_action(shown, rng)` and
+    `scripted_action(shown, rng)`.
     """
 
     @property

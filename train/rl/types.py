@@ -78,7 +78,8 @@ class Turn:
         truncated: Whether the episode was cut, e.g. at its greatest number of turns.
         success: Whether the problem was solved.
         info: Numbers for the metrics.
-        error: Traceback of an environment that raised; empty where it did not.
+        error: Reason why the episode failed, such as the traceback of an environment that raised;
+            empty where it did not.
     """
 
     state: Any
