@@ -416,9 +416,11 @@ def test_an_episode_with_tools_ends_and_keeps_its_numbers():
     assert malformed.info == {"malformed": 1, "tool_calls": 0, "tool_errors": 0}
     assert called.info == {"malformed": 1, "tool_calls": 1, "tool_errors": 0}
     [won] = finish(task, problem, ["5"])
-    for text in ("calc(1)", "5"):
+    cut = finish(task, problem, ["4"] * 8)[-1]
+    assert won.terminated and cut.truncated
+    for last, text in itertools.product((won, cut), ("calc(1)", "5")):
         with pytest.raises(ValueError, match="guess_number with calc: the episode is over"):
-            task.step(won.state, completion_of(problem, text))
+            task.step(last.state, completion_of(problem, text))
     for options, words in (
         ({"max_calls": -1}, "max_calls=-1: choose 0 or more"),
         ({"max_argument": 0}, "max_argument=0: choose 1 or more"),

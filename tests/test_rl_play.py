@@ -98,6 +98,7 @@ def test_an_environment_that_hangs_costs_its_limit_and_is_counted(formatter, kee
 
     def collect(environment: Any, count: int) -> list[Any]:
         sampler: Any = Says(formatter, "7")
+        sampler.max_rows = 64  # all in one batch
         strategy = strategy_for(config, environment, formatter)
         problem = environment.problem("train", 0)
         return strategy.collect(sampler, environment, [problem], [count], (0, 0))
