@@ -259,6 +259,8 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
         ({"advantage": "max"}, "unknown advantage 'max': choose one of grpo, dr_grpo, rloo"),
         ({"allocator": "uniform(n=2)"}, "allocator 'uniform.n=2.': write uniform"),
         ({"strategy": "turns(max_turns=0)"}, "max_turns=0: choose 1 or more"),
+        ({"strategy": "turns(max_turns=20000)"}, "max_turns=20000: choose 10000 or less"),
+        ({"environment_limit_s": 0.0}, "environment_limit_s=0.0: choose a number of seconds above"),
         ({"strategy": "turns"}, "strategy turns does not fit vowels, which is a task: leave"),
         (
             {"method": "rebn(gamma=0.9)", "advantage": "grpo"},

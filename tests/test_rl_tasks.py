@@ -196,6 +196,9 @@ def test_partial_credit_is_no_success():
         ("hidden_facts(hidden=2)", "hidden=2.0: choose from 0 to 1"),
         ("hidden_facts(facts=10)", "facts=10: choose 9 or less"),
         ("hidden_facts(unknown='7')", "unknown='7'"),
+        ("reasoning_gym(dataset='chain_sum', size=1000000000)", "size=1000000000: choose 100000"),
+        ("copy(length=1000000000)", "length=1000000000: choose 10000 or less"),
+        ("chain_sum(terms=1000000000)", "terms=1000000000: choose 1000 or less"),
         ("guess_number(low=1, high=2)", "low=1 and high=2"),
         ("guess_number(max_turns=0)", "max_turns=0"),
     ],
@@ -381,7 +384,7 @@ def test_rewards_are_checked():
     task = Scored(lambda c: [][0])
     task.failure_value = -1.0
     assert safe_score(task, done).value == -1
-    values: tuple[Any, ...] = (float("nan"), float("inf"), "one", None)
+    values: tuple[Any, ...] = (float("nan"), float("inf"), "one", None, 10**400)
     for value in values:
         message = f"task scored gave problem uid7 the reward {value!r}"
         with pytest.raises(ValueError, match=message):

@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -54,7 +54,7 @@ def at_most(task: Any, **most: int) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max
 
 
 _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {

@@ -65,7 +65,7 @@ def _failure_value(task: Any) -> float:
 def _check_finite(task: Any, problem: Problem, value: Any) -> None:
     try:
         finite = math.isfinite(value)
-    except TypeError:
+    except (TypeError, OverflowError):  # no number, or an int that no float holds
         finite = False
     if not finite:
         raise ValueError(

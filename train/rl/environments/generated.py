@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from train.rl.problems import GeneratedProblems, answer_of, at_least, digest
+from train.rl.problems import GeneratedProblems, answer_of, at_least, at_most, digest
 from train.rl.types import Completion, Problem, Turn
 
 
@@ -68,6 +68,7 @@ class GeneratedEnvironment(GeneratedProblems):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, max_turns=1)
+        at_most(self, max_turns=10_000)
 
     def draw(self, rng: np.random.Generator) -> tuple[Any, str]:
         """Answer (a value that JSON holds) and kind of a problem of any split."""

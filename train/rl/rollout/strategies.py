@@ -20,6 +20,7 @@ from train.rl.rollout.sampler import Sampler
 from train.rl.scoring import safe_score
 from train.rl.types import Problem, Trajectory
 
+_LONGEST = 10_000  # turns, or tokens of an observation
 _MAX_TURNS = 8  # of environments that do not say how many turns they take
 
 
@@ -159,8 +160,11 @@ class Turns(RolloutStrategy):
 
     def __post_init__(self):
         for name in ("max_turns", "max_observation"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: choose 1 or more")
+            if value is not None and value > _LONGEST:
+                raise ValueError(f"{name}={value}: choose {_LONGEST} or less")
         if self.keep_context and self.formatter is not None and self.formatter.chat:
             raise ValueError(
                 "keep_context=True goes on in one text, chat=True writes each turn's conversation "

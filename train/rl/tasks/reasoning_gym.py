@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from train.rl.problems import TEST_SHARE, at_least, digest, options
+from train.rl.problems import TEST_SHARE, at_least, at_most, digest, options
 from train.rl.types import Completion, Problem, Reward, Split
 
 _INSTALL = "pip install reasoning-gym"
@@ -38,6 +38,7 @@ class ReasoningGym:
 
     def __post_init__(self):
         at_least(self, size=2)
+        at_most(self, size=100_000)
         try:
             package = importlib.import_module("reasoning_gym")
         except ImportError:
