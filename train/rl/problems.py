@@ -54,7 +54,7 @@ def at_most(task: Any, **most: int) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max
+    return isinstance(value, (int, float, np.number)) and abs(value) <= sys.float_info.max
 
 
 _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
