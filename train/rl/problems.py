@@ -54,7 +54,8 @@ def at_most(task: Any, **most: int) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and abs(value) <= sys.float_info.max
+    number = isinstance(value, (int, float, np.floating, np.integer))
+    return bool(number and -sys.float_info.max <= value <= sys.float_info.max)
 
 
 _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
