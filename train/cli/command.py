@@ -17,6 +17,7 @@ from thoughtbubbles import ARCHITECTURES, Policy
 from thoughtbubbles.positions import RopeScaling
 from train.cli.calls import from_text
 from train.cli.config_json import POLICIES, policy_from_text
+from train.cli.option_rules import RULES, one_word, option_rule
 from train.cli.plugins import load_plugins
 from train.cli.presets_help import presets_text
 from train.devices.hardware import quiet_libtpu
@@ -25,51 +26,19 @@ Config = TypeVar("Config")
 
 
 ARCHITECTURE = "--architecture"
-OPTIONS = ConstructorRegistry()
 
 
-@OPTIONS.primitive_rule
+@option_rule
 def policy_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """A policy is one option whose text is its repr, not a subcommand with options of its own."""
     return one_word(option, (Policy, *POLICIES.values()), "POLICY", policy_from_text, repr)
 
 
-@OPTIONS.primitive_rule
+@option_rule
 def rope_scaling_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Rope scaling is one option in JSON, as in a config.json, or `none`."""
     show = lambda scaling: json.dumps(scaling and dataclasses.asdict(scaling))  # noqa: E731
     return one_word(option, (RopeScaling,), "JSON|none", rope_scaling_from_text, show)
-
-
-def one_word(
-    option: PrimitiveTypeInfo,
-    types: tuple[type, ...],
-    metavar: str,
-    read: Callable[[str], Any],
-    show: Callable[[Any], str],
-) -> PrimitiveConstructorSpec | None:
-    """How tyro reads an option whose value is one word on the command line.
-
-    Args:
-        option: Option that tyro asks about.
-        types: Types of its value, besides None.
-        metavar: Name of the value in the help.
-        read: Value of a word; raises `ValueError` with one line.
-        show: Word of a value.
-
-    Returns:
-        None for options that hold anything else.
-    """
-    choices = set(getattr(option.type, "__args__", [option.type])) - {type(None)}
-    if not choices or not choices <= set(types):
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: True,  # the default is ours, and read() made the rest
-        str_from_instance=lambda value: [show(value)],
-    )
 
 
 def rope_scaling_from_text(text: str) -> RopeScaling | None:
@@ -152,12 +121,14 @@ def with_architecture(default: Config, words: list[str]) -> Config:
 
 def parse(config: type[Config], words: list[str], default: Config | None = None) -> Config:
     """The config that the options ask for; a mistake in them is a `ValueError` of one line."""
-    box = io.StringIO()
+    box, registry = io.StringIO(), ConstructorRegistry()
+    for rule in RULES:
+        registry.primitive_rule(rule)
     try:
         with contextlib.redirect_stderr(box):
             if default is None:
-                return tyro.cli(config, prog=_program(), args=words, registry=OPTIONS)
-            return tyro.cli(config, prog=_program(), args=words, default=default, registry=OPTIONS)
+                return tyro.cli(config, prog=_program(), args=words, registry=registry)
+            return tyro.cli(config, prog=_program(), args=words, default=default, registry=registry)
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise

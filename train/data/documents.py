@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tqdm import tqdm
 
 from train.data import splits
@@ -112,6 +111,9 @@ class StoredDocuments:
         return self._counts["repeated"]
 
     def documents(self, split: Split) -> Iterator[str]:
+        # Here: what needs no packed rows runs without array_record.
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
         source = ArrayRecordDataSource(os.fspath(_file(self._folder, split)))
         for index in range(len(source)):
             block, start = source[index], 0

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from train.data.storage import record_writer
 from train.data.tokenizers import Tokenizer
@@ -35,6 +34,9 @@ class PackedRows:
     def __init__(self, path: Path, seq_len: int, vocab_size: int):
         self.seq_len = seq_len
         self._record = record_dtype(seq_len, vocab_size)
+        # Here: what needs no packed rows runs without array_record.
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
         self._source = ArrayRecordDataSource(os.fspath(path))
 
     def __len__(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import cast
 
-import grain
 import numpy as np
 
 from train.data.config import DataError
@@ -35,6 +34,8 @@ class TrainReader:
     def __init__(
         self, rows: PackedRows, global_batch: int, seed: int, local_rows: np.ndarray | None = None
     ):
+        import grain  # here: what reads no packed rows runs without it
+
         _check_size(global_batch)
         self._rows, self._local_rows = rows, local_rows
         # grain adds the epoch to the seed: taken as it is, seed 1 would begin with the second epoch
@@ -65,6 +66,8 @@ class TrainReader:
         Args:
             start_step: Number of the first step.
         """
+        import grain
+
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         batches = iter(self._batches[start_step:].to_iter_dataset(options))
         try:

@@ -1,19 +1,22 @@
 """Methods and their parts by name: what `--method`, `--advantage` and their like take."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
+from typing import TYPE_CHECKING, Any
 
 from train.cli.calls import from_text, signature, text_of
-from train.cli.command import OPTIONS, one_word
+from train.cli.option_rules import one_word, option_rule
 from train.rl.learning.estimators import ADVANTAGES, Advantage
 from train.rl.learning.losses import LOSSES, PolicyLoss
 from train.rl.learning.penalties import REWARDS, RewardShaping
 from train.rl.methods import METHODS, Method
 from train.rl.rollout.budgets import ALLOCATORS, BudgetAllocator
 from train.rl.rollout.strategies import STRATEGIES, RolloutStrategy
+
+if TYPE_CHECKING:
+    from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 KINDS: dict[str, tuple[type, Mapping[str, type[Any]]]] = {
     "method": (Method, METHODS),
@@ -88,7 +91,7 @@ def _preset(name: str, method: type[Any]) -> str:
     return f"{name}({', '.join(own)})"
 
 
-@OPTIONS.primitive_rule
+@option_rule
 def part_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """A method or a part is one option, written as a call."""
     for kind, (base, _) in KINDS.items():
@@ -99,9 +102,11 @@ def part_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     return None
 
 
-@OPTIONS.primitive_rule
+@option_rule
 def reward_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Reward shapings are one option with several values, each written as a call."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
     if tuple[RewardShaping | str, ...] not in getattr(option.type, "__args__", ()):
         return None
     return PrimitiveConstructorSpec(
