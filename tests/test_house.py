@@ -230,6 +230,7 @@ def mistake(words: tuple[str, ...]) -> str:
     if words[0] == "python":
         known = {module: name for name, (module, _) in entry.COMMANDS.items() if module}
         known |= {f"train.experiments.{name}": f"experiment {name}" for name in entry.EXPERIMENTS}
+        known["train.benchmarks.accelerator"] = "benchmark accelerator"  # the same without tyro
         named = {name.removesuffix(".__main__"): words for name, words in known.items()}
         if words[2] not in named:
             return f"no command {words[2]}"

@@ -2,13 +2,14 @@
 
 WHAT is `step` (training, the default), `selection` (what choosing streams costs in a forward pass),
 `decode` (cached decoding against recomputation), `hatchling` (a Dragon Hatchling: step, prefill,
-decoding), `memgen` (what weaving costs) or `rl` (rollouts, updates, and what it saves to prefill a
-prompt once for all rows).
+decoding), `memgen` (what weaving costs), `rl` (rollouts, updates, and what it saves to prefill a
+prompt once for all rows) or `accelerator` (what one GPU or TPU does, part by part).
 """
 
 import sys
 
 from train.benchmarks import decoding, hatchling, memgen, rl, selection, training
+from train.benchmarks.accelerator import config as accelerator
 from train.cli.command import run_command
 
 COMMANDS = {
@@ -17,6 +18,7 @@ COMMANDS = {
     "memgen": (memgen.main, memgen.MemGenBenchmark),
     "rl": (rl.main, rl.RLBenchmark),
     "hatchling": (hatchling.main, hatchling.HatchlingBenchmark),
+    "accelerator": (accelerator.main, accelerator.AcceleratorBenchmark),
     "decode": (decoding.main, decoding.DecodeBenchmark),
 }
 

@@ -32,6 +32,34 @@ def arguments_of(program: Program) -> dict[str, int]:
     return {name: shard_bytes(tree) for name, tree in program.arguments.items()}
 
 
+def memory_of(compiled: jax.stages.Compiled, program: Program, platform: str) -> dict[str, int]:
+    """Forecast of the memory that a compiled program needs of each device, in bytes.
+
+    Args:
+        compiled: Executable of the program.
+        program: Program that was compiled.
+        platform: Platform that it was compiled for, such as "tpu" or "cuda".
+
+    Returns:
+        Bytes of each argument, of "padding", "temporaries", "results" and "program", and their sum,
+        the "peak".
+    """
+    stats: Any = compiled.memory_analysis()
+    by_argument = arguments_of(program)
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    # libtpu lets buffers that are not live at once share memory, and checks the peak. On a GPU the
+    # temporaries are one block.
+    live = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - results
+    memory = {
+        **by_argument,
+        "padding": max(stats.argument_size_in_bytes - sum(by_argument.values()), 0),
+        "temporaries": live if platform == "tpu" else stats.temp_size_in_bytes,
+        "results": results,
+        "program": stats.generated_code_size_in_bytes,
+    }
+    return memory | {"peak": sum(memory.values())}
+
+
 def sharding_table(params: Any) -> list[dict[str, Any]]:
     """A row for each parameter: its name, shape, PartitionSpec and shape on each device."""
     rows = []
@@ -64,20 +92,8 @@ def report_of(
     Returns:
         Sizes in bytes on each device, times in seconds of one run.
     """
-    stats: Any = compiled.memory_analysis()
-    by_argument, chip = arguments_of(program), topology.chip
-    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # libtpu lets buffers that are not live at once share memory, and checks the peak. On a GPU the
-    # temporaries are one block.
-    live = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - results
-    memory = {
-        **by_argument,
-        "padding": max(stats.argument_size_in_bytes - sum(by_argument.values()), 0),
-        "temporaries": live if topology.platform == "tpu" else stats.temp_size_in_bytes,
-        "results": results,
-        "program": stats.generated_code_size_in_bytes,
-    }
-    memory |= {"peak": sum(memory.values()), "available": round(chip.memory)}
+    chip, by_argument = topology.chip, arguments_of(program)
+    memory = memory_of(compiled, program, topology.platform) | {"available": round(chip.memory)}
     found = collectives_of(compiled.as_text() or "", mesh.size)
     devices = list(mesh.devices.flat)
     kinds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))

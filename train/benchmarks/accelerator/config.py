@@ -1,0 +1,114 @@
+"""Options of the benchmark and the order of its parts, each in a process of its own."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from train.benchmarks.accelerator.part import PARTS, run_part
+from train.benchmarks.accelerator.record import TimeIsUp, read
+from train.benchmarks.accelerator.sizes import full_sizes, tiny_sizes
+from train.benchmarks.accelerator.table import tables
+
+LEAST = 10.0  # seconds that a part needs to start
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceleratorBenchmark:
+    """Measures what one GPU or TPU does, part by part; called again, it goes on.
+
+    Attributes:
+        minutes: Time for this call; no measurement begins later.
+        out: Folder of the results, a JSON file for each part, and of compiled programs.
+        parts: Parts to run, in this order: "kernels" (attention against the reference), "step"
+            (train step and MFU), "memory" (peak against the forecast), "decode", "rl" (rollouts and
+            updates), "precision" (bfloat16 against float32), "then" (the runs of `then`).
+        then: File of training runs for the time that is left, one JSON object a line
+            (`docs/accelerators.md`); none by default.
+        tiny: Whether sizes are tiny, for a CPU, in one process; nothing is learned about speed.
+        table: Whether to print the results of the folder as tables, and to measure nothing.
+        compile_for: Topologies such as v5e:2x2 and h100:1 to compile the programs for, on any
+            machine; nothing is measured then.
+    """
+
+    minutes: float = 9.0
+    out: str = "runs/accelerator"
+    parts: tuple[str, ...] = PARTS
+    then: str | None = None
+    tiny: bool = False
+    table: bool = False
+    compile_for: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.minutes >= 1:
+            raise ValueError(f"minutes={self.minutes:g} is below 1: a part needs that to start")
+        if unknown := [name for name in self.parts if name not in PARTS]:
+            raise ValueError(f"unknown part {unknown[0]!r}: choose from {', '.join(PARTS)}")
+
+
+def main(config: AcceleratorBenchmark) -> None:
+    """Run the parts that are not finished until the time is over, and print what was found.
+
+    Raises:
+        ValueError: An option, or the file of runs, has a mistake.
+    """
+    folder = Path(config.out)
+    if config.table:
+        print(tables(folder, PARTS))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.compile_for:
+        from train.benchmarks.accelerator.described import compile_for
+
+        for name in config.compile_for:
+            compile_for(name, folder, tiny_sizes() if config.tiny else full_sizes())
+            print(tables(folder, (f"compiled_{name.replace(':', '_')}",)), flush=True)
+        return
+    if config.then is not None:
+        from train.benchmarks.accelerator.queued import read_queue
+
+        read_queue(config.then)  # a mistake is said before any work
+    end = time.monotonic() + 60 * config.minutes
+    for name in config.parts:
+        done = (read(folder, name) or {}).get("finished", False)
+        if name == "then":
+            done = config.then is None  # the file may have grown
+        if done:
+            continue
+        left = end - time.monotonic()
+        if left < LEAST:
+            print(f"the time is over before {name}: the same command goes on there", flush=True)
+            return
+        started = time.monotonic()
+        finished = _run(name, config, folder, left)
+        state = "done" if finished else "cut"
+        print(f"{name}: {state} after {time.monotonic() - started:.0f} s", flush=True)
+        if (data := read(folder, name)) and data["measurements"]:
+            print(tables(folder, (name,)) + "\n", flush=True)
+
+
+def _run(name: str, config: AcceleratorBenchmark, folder: Path, seconds: float) -> bool:
+    """Run a part; whether it got to its end."""
+    if config.tiny:
+        try:
+            run_part(name, folder, seconds, True, config.then)
+        except TimeIsUp:
+            return False
+        return True
+    given = {"name": name, "folder": str(folder), "tiny": False, "then": config.then,
+             "seconds": max(seconds - LEAST, 1.0)}  # fmt: skip
+    # A process for each part: its memory is given back, and a crash leaves the other parts.
+    command = [sys.executable, "-m", "train.benchmarks.accelerator.part", json.dumps(given)]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute())}
+    try:
+        status = subprocess.run(command, env=cache | os.environ, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return False
+    if status == 2:  # its message is printed already
+        sys.exit(2)
+    if status not in (0, 3):
+        print(f"{name}: the process ended with status {status}", file=sys.stderr, flush=True)
+    return status == 0

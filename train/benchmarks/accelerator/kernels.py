@@ -1,0 +1,94 @@
+"""Attention kernels against the reference in float32: errors of results and gradients, times."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from thoughtbubbles.attention import Attend, attend, attend_reference
+from thoughtbubbles.kernels import attend_cudnn, attend_splash
+from train.benchmarks.accelerator.record import Record, seconds_per_call
+from train.benchmarks.accelerator.sizes import KernelShape, Sizes
+
+
+def implementations(platform: str) -> dict[str, Attend]:
+    """Attention functions that run on a platform, by name."""
+    if platform == "tpu":
+        return {"xla": attend, "splash": attend_splash}
+    if platform in ("gpu", "cuda"):
+        return {"xla": attend, "cudnn": attend_cudnn}
+    stand_in = functools.partial(attend_cudnn, implementation="xla")
+    return {"xla": attend, "cudnn's layout by xla": stand_in}
+
+
+def measure_kernels(record: Record, sizes: Sizes) -> None:
+    """A measurement for each kernel, shape, and with and without a bias."""
+    for shape in sizes.kernels:
+        for biased in (False, True):
+            for name, kernel in implementations(jax.devices()[0].platform).items():
+                record.measure(
+                    f"{name} {shape}{' bias' if biased else ''}",
+                    functools.partial(against_reference, kernel, shape, biased, sizes.calls),
+                )
+
+
+def against_reference(
+    kernel: Attend, shape: KernelShape, biased: bool, calls: int
+) -> dict[str, Any]:
+    """Errors and times of a kernel on random bfloat16 arrays."""
+    inputs, cotangent = random_inputs(shape, biased)
+    exact = [None if x is None else x.astype(jnp.float32) for x in inputs]
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(with_gradients(attend_reference))(*exact, cotangent.astype(jnp.float32))
+    gradients = jax.jit(with_gradients(kernel))
+    found = gradients(*inputs, cotangent)
+    names = ("out", "d_query", "d_key", "d_value", "d_bias")
+    errors = {
+        name: error_of(mine, theirs)
+        for name, mine, theirs in zip(names, found, expected, strict=False)
+    }
+    forward = jax.jit(kernel)
+    return {
+        "errors": errors,
+        "forward_seconds": seconds_per_call(lambda: forward(*inputs), calls),
+        "forward_and_gradient_seconds": seconds_per_call(
+            lambda: gradients(*inputs, cotangent), calls
+        ),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def random_inputs(shape: KernelShape, biased: bool) -> tuple[tuple[Any, ...], jax.Array]:
+    """Query, key and value in bfloat16, a float32 bias of log-scores or None; and a cotangent."""
+    query, key, value, bias, cotangent = jax.random.split(jax.random.key(0), 5)
+
+    def heads(key: jax.Array, count: int) -> jax.Array:
+        sizes = (shape.batch, shape.slots, count, shape.width)
+        return jax.random.normal(key, sizes, jnp.bfloat16)
+
+    rows = (shape.batch, shape.slots)
+    bias = jax.random.uniform(bias, rows, minval=-8.0, maxval=0.0) if biased else None
+    inputs = heads(query, shape.heads), heads(key, shape.kv_heads), heads(value, shape.kv_heads)
+    return (*inputs, bias), heads(cotangent, shape.heads)
+
+
+def with_gradients(kernel: Attend) -> Any:
+    """Function of the inputs and a cotangent: the result, and the gradient of each input."""
+
+    def function(query: Any, key: Any, value: Any, bias: Any, cotangent: Any) -> tuple[Any, ...]:
+        given = (query, key, value) if bias is None else (query, key, value, bias)
+        call = kernel if bias is not None else lambda *arrays: kernel(*arrays, None)
+        out, backward = jax.vjp(call, *given)
+        return (out, *backward(cotangent.astype(out.dtype)))
+
+    return function
+
+
+def error_of(mine: jax.Array, theirs: jax.Array) -> dict[str, float]:
+    """Largest absolute error, and the error's norm relative to that of the exact array."""
+    difference = mine.astype(jnp.float32) - theirs.astype(jnp.float32)
+    return {
+        "max_absolute": float(jnp.abs(difference).max()),
+        "relative": float(jnp.linalg.norm(difference.ravel()) / jnp.linalg.norm(theirs.ravel())),
+    }

@@ -1,0 +1,139 @@
+"""Measurements of a part in a JSON file that is whole at any time, so that a cut loses nothing."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train.runs.files import write_atomically
+
+
+class TimeIsUp(Exception):
+    """No time is left for the next measurement."""
+
+
+class Record:
+    """File of a part's measurements.
+
+    Args:
+        folder: Folder of the benchmark's results.
+        part: Name of the part.
+        seconds: Time that is left; no measurement begins after it.
+
+        device: Kind of the device that the measurements are of; by default the first one of jax.
+
+    Raises:
+        ValueError: The folder holds results of another device.
+    """
+
+    def __init__(self, folder: Path, part: str, seconds: float, device: str | None = None):
+        self.folder, self.part = folder, part
+        self._path = folder / f"{part}.json"
+        self._end = time.monotonic() + seconds
+        device = device or jax.devices()[0].device_kind
+        self.data: dict[str, Any] = read(folder, part) or {
+            "part": part,
+            "device": device,
+            "jax": jax.__version__,
+            "finished": False,
+            "measurements": {},
+        }
+        if self.data["device"] != device:
+            raise ValueError(
+                f"{self._path} is of {self.data['device']}, this machine has {device}: "
+                "choose another --out"
+            )
+
+    @property
+    def measurements(self) -> dict[str, dict[str, Any]]:
+        """Results by name, in the order in which they were measured."""
+        return self.data["measurements"]
+
+    @property
+    def seconds_left(self) -> float:
+        """Time that is left, in seconds."""
+        return self._end - time.monotonic()
+
+    def measure(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Result of a measurement, from the file if it is there.
+
+        An exception becomes the result, one line under "error"; "out_of_memory" says whether it is
+        one of memory.
+
+        Args:
+            name: Name of the measurement.
+            work: Function that measures and returns what JSON can write.
+
+        Raises:
+            TimeIsUp: The time is over.
+        """
+        if name in self.measurements:
+            return self.measurements[name]
+        if self.seconds_left <= 0:
+            raise TimeIsUp
+        started = time.perf_counter()
+        try:
+            found = work()
+        except (TimeIsUp, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever a kernel or a compiler raises, the next one may run
+            found = {"error": one_line(error), "out_of_memory": is_out_of_memory(error)}
+            print(f"{self.part}: {name}: {found['error']}", file=sys.stderr, flush=True)
+        found["wall_seconds"] = time.perf_counter() - started
+        self.put(name, found)
+        return found
+
+    def put(self, name: str, found: dict[str, Any]) -> None:
+        """Write a result down."""
+        self.measurements[name] = found
+        self._save()
+
+    def finish(self) -> None:
+        """Mark the part as complete."""
+        self.data["finished"] = True
+        self._save()
+
+    def _save(self) -> None:
+        write_atomically(self._path, json.dumps(self.data, indent=1) + "\n")
+
+
+def read(folder: Path, part: str) -> dict[str, Any] | None:
+    """Contents of a part's file; None if there is none."""
+    path = folder / f"{part}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    first = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[0][:300]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory was too small, in XLA's words."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
+def seconds_per_call(call: Callable[[], Any], calls: int, rounds: int = 3) -> float:
+    """Smallest mean time of a call over some rounds, after a call that warms up.
+
+    Calls are dispatched one after another and awaited once a round, so that the device is busy.
+
+    Args:
+        call: Function that returns arrays.
+        calls: Number of calls of a round.
+        rounds: Number of rounds.
+    """
+    jax.block_until_ready(call())
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(calls):
+            last = call()
+        jax.block_until_ready(last)
+        best = min(best, (time.perf_counter() - started) / calls)
+    return best
