@@ -78,7 +78,7 @@ def with_gradients(kernel: Attend) -> Any:
 
     def function(query: Any, key: Any, value: Any, bias: Any, cotangent: Any) -> tuple[Any, ...]:
         given = (query, key, value) if bias is None else (query, key, value, bias)
-        call = kernel if bias is not None else lambda *arrays: kernel(*arrays, None)
+        call = lambda *arrays: kernel(*arrays, *(None,) * (bias is None))  # noqa: E731
         out, backward = jax.vjp(call, *given)
         return (out, *backward(cotangent.astype(out.dtype)))
 
