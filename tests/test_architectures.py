@@ -24,7 +24,6 @@ from thoughtbubbles import (
     Architecture,
     ArchitectureConfig,
     PrefixRank,
-    Thoughtbubbles,
 )
 from thoughtbubbles.architecture import architecture_name
 from thoughtbubbles.decoding import generate as generate_ids
@@ -280,14 +279,6 @@ def test_advice_changes_only_what_a_config_has(recurrent):
                 model = dataclasses.replace(model, remat=start)  # pyright: ignore
             run = dataclasses.replace(presets()["tiny"], model=model)
             assert {changed.model.remat for _, changed in remedies(run, 8)} == known
-
-
-def test_an_adapter_added_after_for_decoding_is_decoded_with():
-    model = Thoughtbubbles(SMALL["thoughtbubbles"], rngs=nnx.Rngs(0))  # pyright: ignore
-    backbone = model.backbone().for_decoding()
-    assert backbone.model.unstacked is not None
-    assert backbone.apply_lora({}).model.unstacked is None
-    assert backbone.merge_lora({}).unstacked is None
 
 
 @pytest.mark.parametrize(

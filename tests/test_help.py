@@ -30,6 +30,7 @@ CONFIGS = {
     "benchmark hatchling": "train.benchmarks.hatchling.HatchlingBenchmark",
     "benchmark memgen": "train.benchmarks.memgen.MemGenBenchmark",
     "benchmark rl": "train.benchmarks.rl.RLBenchmark",
+    "benchmark first-token": "train.benchmarks.first_token.FirstTokenBenchmark",
     "benchmark accelerator": "train.benchmarks.accelerator.config.AcceleratorBenchmark",
     "experiment quality": "train.experiments.quality.Quality",
     "experiment random_bits": "train.experiments.random_bits.RandomBits",

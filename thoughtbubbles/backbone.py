@@ -16,7 +16,7 @@ from flax import nnx
 from thoughtbubbles.attention import attend_where
 from thoughtbubbles.cache import Cache, advance, init_cache
 from thoughtbubbles.forward import ForkingDecoder
-from thoughtbubbles.layers import Geometry
+from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.positions import rotary_angles
 from thoughtbubbles.streams import Streams
 
@@ -88,32 +88,37 @@ class Backbone(nnx.Module):
             )
         leaves, structure = jax.tree.flatten(self.model)
         model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
-        model.unstacked = nnx.data(None)  # blocks taken out before would lack what is added
-        for module, names in (
-            (model.blocks.attention, ATTENTION_MAPS),
-            (model.blocks.mlp, MLP_MAPS),
-        ):
-            mine = {name: adapter[name] for name in names if name in adapter}
-            if mine and module.adapters is not None:
-                raise ValueError("this decoder has an adapter already: merge it first (merge_lora)")
-            module.adapters = nnx.data(mine or None)
+        for block, index in _blocks_of(model):
+            for module, names in ((block.attention, ATTENTION_MAPS), (block.mlp, MLP_MAPS)):
+                mine = {name: adapter[name] for name in names if name in adapter}
+                if mine and module.adapters is not None:
+                    raise ValueError(
+                        "this decoder has an adapter already: merge it first (merge_lora)"
+                    )
+                if index is not None:
+                    mine = jax.tree.map(lambda leaf, index=index: leaf[index], mine)
+                module.adapters = nnx.data(mine or None)
         return Backbone(model)
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:
         """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
         leaves, structure = jax.tree.flatten(self.model)
         model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
-        model.unstacked = nnx.data(None)  # blocks taken out before would lack what is added
-        for name, delta in deltas.items():
-            module = model.blocks.attention if name in ATTENTION_MAPS else model.blocks.mlp
-            kernel = getattr(module, name)
-            # Not kernel[...] = ...: that writes into NumPy arrays, which the other model shares.
-            kernel.set_value(kernel[...] + delta.reshape(kernel.shape).astype(kernel.dtype))
+        for block, index in _blocks_of(model):
+            for name, delta in deltas.items():
+                kernel = getattr(block.attention if name in ATTENTION_MAPS else block.mlp, name)
+                delta = delta if index is None else delta[index]
+                delta = delta.reshape(kernel.shape).astype(kernel.dtype)
+                # Not kernel[...] = ...: that writes into NumPy arrays, which the other model
+                # shares.
+                kernel.set_value(kernel[...] + delta)
         return model
 
-    def for_decoding(self) -> Backbone:
-        """The form for a loop over `extend`, in which no step copies weights out of their stack."""
-        return Backbone(self.model.for_decoding())
+    def for_decoding(self, *, donate: bool = False) -> Backbone:
+        """The form of `ForkingDecoder.for_decoding`, for a loop over `extend`."""
+        if self.model.unstacked is not None:
+            return self
+        return Backbone(self.model.for_decoding(donate=donate))
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """`[..., D]`; NaN for an id outside the vocabulary."""
@@ -195,3 +200,11 @@ class Backbone(nnx.Module):
             Streams.start(x), 0, config.num_layers, Geometry(*angles), mix
         )
         return self._hidden(streams)
+
+
+def _blocks_of(model: ForkingDecoder) -> list[tuple[Block, int | None]]:
+    """Modules that hold the blocks' weights: the stack and None, or each block and its index."""
+    if model.unstacked is not None:
+        return [(block, layer) for layer, block in enumerate(model.unstacked)]
+    assert model.blocks is not None  # one of the two forms
+    return [(model.blocks, None)]

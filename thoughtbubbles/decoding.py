@@ -6,6 +6,7 @@ would not give what the model computes; its ratio budget follows the length of t
 
 import dataclasses
 import functools
+import weakref
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from thoughtbubbles.architecture import Architecture
 from thoughtbubbles.model import Thoughtbubbles
@@ -21,6 +23,10 @@ from thoughtbubbles.sampling import Sampling, sample
 
 SHORTEST_PROMPT = 16
 SMALLEST_CACHE = 64
+
+_FORMS: weakref.WeakKeyDictionary[Architecture, tuple[Sequence[weakref.ref], Architecture]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +90,7 @@ def generate(
         ValueError: An argument can't be used, a cache was asked for and the model is not causal, or
             the logits are NaN.
     """
-    if policy is not None:
-        model = model.with_policy(policy)
+    given, model = model, model if policy is None else model.with_policy(policy)
     if cached is None:
         cached = model.cacheable
     elif cached:
@@ -95,7 +100,7 @@ def generate(
         return []
     request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size)
     if cached:
-        return _decode(model, prompts, request, read_all=False)[0]
+        return _decode(_decoding_form(given, policy), prompts, request, read_all=False)[0]
     new, count = _recompute(model, *_padded(prompts, max_new_tokens), request)
     return _texts(prompts, new, count)
 
@@ -121,14 +126,14 @@ def generate_with_bubbles(
     """
     if not isinstance(model, Thoughtbubbles):
         raise ValueError(f"{type(model).__name__} has no bubbles: use generate")
-    if policy is not None:
-        model = model.with_policy(policy)
+    given, model = model, model if policy is None else model.with_policy(policy)
     model.check_cacheable()
     sampling = Sampling.of(temperature, top_k, top_p, min_p)
     if not _check(model, prompts, max_new_tokens, valid_vocab_size):
         return []
     request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size)
-    texts, cache = _decode(model, prompts, request, read_all=True)
+    form = _decoding_form(given, policy)
+    texts, cache = _decode(form, prompts, request, read_all=True)
     streams, score = np.asarray(cache.trace.streams), np.asarray(cache.trace.score)
     found = []
     for row, (prompt, new) in enumerate(zip(prompts, texts, strict=True)):
@@ -234,6 +239,20 @@ def _decode(model, prompts, request, read_all) -> tuple[list[list[int]], Any]:
         model, cache, chosen, lengths, request, jnp.bool_(read_all), max_tokens
     )
     return _texts(prompts, new, count), cache
+
+
+def _decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
+    """`model.for_decoding()` under a policy, made once and kept as long as the model's arrays."""
+    leaves, form = jax.tree.leaves(model), None
+    if not any(isinstance(leaf, Tracer) for leaf in leaves):
+        known, form = _FORMS.get(model, ((), None))
+        same = len(known) == len(leaves)
+        if not same or any(was() is not leaf for was, leaf in zip(known, leaves, strict=True)):
+            form = model.for_decoding()
+            if form is not model:
+                _FORMS[model] = tuple(map(weakref.ref, leaves)), form
+    form = form or model
+    return form if policy is None else form.with_policy(policy)
 
 
 def _bucket(size: int, smallest: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from thoughtbubbles import fork_models
 from thoughtbubbles.architecture import Architecture, Constrain
@@ -47,7 +48,8 @@ class ForkingDecoder(Architecture):
 
     Attributes:
         config: Sizes and options of the model.
-        unstacked: Blocks out of their stack, of a model `for_decoding`; None otherwise.
+        blocks: Blocks stacked on a leading `layers` axis; None in a model `for_decoding`.
+        unstacked: Blocks one by one, of a model `for_decoding`; None otherwise.
     """
 
     config: ModelConfig
@@ -65,7 +67,8 @@ class ForkingDecoder(Architecture):
         attend = attend or attend_by_scores
         self.embed = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         keys = rngs.split(config.num_layers)
-        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs=rngs, attend=attend))(keys)
+        stack = nnx.vmap(lambda rngs: Block(config, rngs=rngs, attend=attend))(keys)
+        self.blocks: Block | None = stack
         self.forks = nnx.List([_fork_of(config, rngs) for _ in config.fork_layers])
         self.final_norm = norm_of(config)
         shape, axes = (config.embed_dim, config.vocab_size), ("embed", "vocab")
@@ -171,15 +174,41 @@ class ForkingDecoder(Architecture):
 
     def layers(self) -> list[Block]:
         """The blocks one by one: a copy of their weights, unless `for_decoding` has made it."""
-        if self.unstacked is not None:
-            return self.unstacked
-        return _unstack(self.blocks, 0, self.config.num_layers)
+        return self._layers(0, self.config.num_layers)
 
-    def for_decoding(self) -> Self:
-        """The model with its blocks out of their stack, so that no decoding step copies them."""
+    def _layers(self, start: int, end: int) -> list[Block]:
+        if self.unstacked is not None:
+            return self.unstacked[start:end]
+        return _unstack(self.blocks, start, end)
+
+    def for_decoding(self, *, donate: bool = False) -> Self:
+        """The model with its blocks one by one in place of their stack.
+
+        A compiled program copies blocks out of their stack, each time it runs. Outside of `jit`
+        this copies them once, and programs that get the result copy nothing.
+
+        Args:
+            donate: Whether the stack is deleted as it is taken apart, so that the weights are in
+                memory once; every model that shares it can then not be used any more.
+        """
+        if self.unstacked is not None:
+            return self
         leaves, structure = jax.tree.flatten(self)
         model: Self = jax.tree.unflatten(structure, leaves)
-        model.unstacked = nnx.data(self.layers())
+        depth = self.config.num_layers
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            layers = self.layers()
+        else:
+            stacks, block = jax.tree.flatten(self.blocks)
+            layers = [[] for _ in range(depth)]
+            for stack in stacks:
+                for layer, row in zip(layers, _take_apart(stack), strict=True):
+                    layer.append(row)
+                if donate and isinstance(stack, jax.Array):
+                    stack.delete()
+            layers = [jax.tree.unflatten(block, layer) for layer in layers]
+        model.unstacked = nnx.data(layers)
+        model.blocks = nnx.data(None)
         return model
 
     def with_policy(self, policy: Policy) -> Self:
@@ -210,16 +239,21 @@ class ForkingDecoder(Architecture):
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
             run = jax.checkpoint(run, policy=policy, prevent_cse=not self.config.scan_layers)
-        if self.config.scan_layers:
+        if self.config.scan_layers and self.unstacked is None:
             stack = jax.tree.map(lambda leaf: leaf[start:end], self.blocks)
             flags = None if rotary[0] is None else jnp.array(rotary)
             return jax.lax.scan(run, streams, (stack, flags))[0]
-        for layer in zip(_unstack(self.blocks, start, end), rotary, strict=True):
+        for layer in zip(self._layers(start, end), rotary, strict=True):
             streams, _ = run(streams, layer)
         return streams
 
 
-def _unstack(blocks: Block, start: int, end: int) -> list[Block]:
+@jax.jit
+def _take_apart(stack: jax.Array) -> list[jax.Array]:
+    return [row.squeeze(0) for row in jax.lax.split(stack, [1] * stack.shape[0])]
+
+
+def _unstack(blocks: Block | None, start: int, end: int) -> list[Block]:
     leaves, structure = jax.tree.flatten(blocks)
     # Split rather than index: its gradient is one concatenation, not a sum of padded slices.
     rows = [jax.lax.split(leaf[start:end], [1] * (end - start)) for leaf in leaves]

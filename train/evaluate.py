@@ -103,6 +103,8 @@ def score_tasks(config: EvaluateConfig) -> None:
         if names.count(name) > 1:
             raise ValueError(f"two tasks are called {name}: name them, as in other={name}.jsonl")
     loaded = load_named(config.checkpoint, config.model)
+    if not loaded.model.config.scan_layers:
+        loaded = loaded.for_inference()
     [model] = models_of(config, loaded).values()
     loaded = dataclasses.replace(loaded, model=model)
     scorer = Scorer(loaded, config.batch_size)

@@ -69,7 +69,7 @@ def main(config: GenerateConfig) -> None:
         raise ValueError("--chat prints answers alone: leave out --bubbles and --figure")
     if config.figure:
         check_figure(Path(config.figure))
-    loaded = under_policy(load_named(config.checkpoint, config.model), config)
+    loaded = under_policy(load_named(config.checkpoint, config.model).for_inference(), config)
     compose = answer if config.chat else write
     how = {"cached": None if config.cache else False}
     if loaded.memgen is not None:

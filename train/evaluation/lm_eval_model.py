@@ -126,7 +126,7 @@ class HarnessModel(LM):
             raise ValueError(f"model={model} checkpoint={checkpoint}: pass one of them")
         load_plugins([OPTION, *filter(None, plugin.split("+"))])
         if model is not None:
-            lm = load_weights(model)
+            lm = load_weights(model).for_inference()
         elif checkpoint is not None:
             lm = load_model(checkpoint)
         assert lm is not None
