@@ -70,9 +70,7 @@ class Sampler:
     """
 
     def __init__(self, policy: MemGen, sampling: Sampling, max_rows: int, mesh: Mesh):
-        # Once for all prompts and responses of these weights, not once in each compiled call.
-        self.policy = policy.for_decoding()
-        self.sampling, self.max_rows, self._mesh = sampling, max_rows, mesh
+        self.policy, self.sampling, self.max_rows, self._mesh = policy, sampling, max_rows, mesh
         self._shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
         self._kept: _Prefilled | None = None
         self.prefills = 0  # number of prompts that were prefilled so far
