@@ -3,7 +3,7 @@
 from memgen.backbone import DecoderBackbone
 from memgen.checkpoint import load_params, trained_params
 from memgen.config import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
-from memgen.decoding import begin, generate, make_request, observe, respond
+from memgen.decoding import begin, generate, make_request, observe, replay, respond
 from memgen.delimiters import boundary_table, is_boundary
 from memgen.insertion import Plan, plan_from_decisions, plan_insertions
 from memgen.invocations import invocation_penalty
@@ -57,6 +57,7 @@ __all__ = [
     "observe",
     "plan_from_decisions",
     "plan_insertions",
+    "replay",
     "respond",
     "sft_loss",
     "token_log_probs",

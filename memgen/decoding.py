@@ -17,12 +17,12 @@ from jax.core import Tracer
 
 from memgen.delimiters import is_boundary
 from memgen.events import Decoders, Loop, memory_event
-from memgen.insertion import INFERENCE, PROMPT
+from memgen.insertion import INFERENCE, PROMPT, Plan, assemble, check_plan, stream_length
 from memgen.model import MemGen
 from memgen.placement import placed_beside, row_shards
 from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
 from memgen.response import Response
-from memgen.session import Session, check_capacity
+from memgen.session import Session, check_capacity, put
 from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
 
 
@@ -122,6 +122,51 @@ def _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippet_capa
     return session.append_tokens(memgen, tokens, length, fresh=True)
 
 
+def replay(
+    memgen: MemGen,
+    tokens: jax.Array,
+    length: jax.Array,
+    plan: Plan,
+    latents: jax.Array,
+    keys: jax.Array,
+    max_tokens: int,
+    max_responses: int = 1,
+) -> Session:
+    """Prefill a new session with texts and with latents that were woven in them before.
+
+    The caches of weaver and trigger follow when they are needed, as they do in generation.
+
+    Args:
+        memgen: Model that wove the latents.
+        tokens: `[B, C]` int32 texts, padded on the right.
+        length: `[B]` int32, number of real tokens of each text.
+        plan: Plan of `E` events with the points of the latents in the texts.
+        latents: `[B, E, K, D]` latents of each event, as in `Response.latents`.
+        keys: `[B]` random keys, one for each row.
+        max_tokens: Number of tokens that fit into a row, texts included.
+        max_responses: Number of responses whose latents fit into a row.
+
+    Raises:
+        ValueError: The texts are longer than `max_tokens`, or the plan does not fit them.
+    """
+    if tokens.shape[1] > max_tokens:
+        raise ValueError(
+            f"texts of {tokens.shape[1]} tokens do not fit into max_tokens={max_tokens}: raise it"
+        )
+    check_plan(plan, tokens, latents.shape[2])
+    return _replay(memgen, tokens, length, plan, latents, keys, max_tokens, max_responses)
+
+
+@functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses"))
+def _replay(memgen, tokens, length, plan, latents, keys, max_tokens, max_responses) -> Session:
+    session = Session.start(memgen, keys, max_tokens, max_responses)
+    stream = assemble(memgen.reasoner.embed_tokens(tokens), latents, plan)
+    stream = stream[:, : session.capacity]  # the rest is beyond every row's end
+    session = session.append(memgen, stream, stream_length(plan, length), fresh=True)
+    zeros = jnp.zeros_like(length)
+    return session.replace(tokens=put(session.tokens, tokens, zeros, length), count=length)
+
+
 def observe(memgen: MemGen, session: Session, tokens: jax.Array, length: jax.Array) -> Session:
     """Append tokens from outside, such as an environment's answer, to the rows.
 
@@ -173,10 +218,21 @@ def respond(
                 f"{session.snippet_capacity} of an event: begin(..., request=request)"
             )
     if not isinstance(request.max_new_tokens, Tracer):
-        never = isinstance(request.policy, NeverInvoke)
         new = np.minimum(capacity, np.asarray(request.max_new_tokens))
-        check_capacity(session, new, 0 if never else memgen.config.max_latents)
+        check_capacity(session, new, _most_latents(memgen, request))
     return _respond(memgen, session, request, capacity, chunk_size(session))
+
+
+def _most_latents(memgen: MemGen, request: Request) -> Any:
+    """Greatest number of latents that a response adds to a row, a scalar or `[B]`."""
+    config = memgen.config
+    if isinstance(request.policy, NeverInvoke):
+        return 0
+    if request.events is None or isinstance(request.events, Tracer):
+        return config.max_latents
+    events = np.asarray(request.events)
+    left = (config.max_inference_events - events) * config.weaver.inference_latents
+    return np.where(events < 0, config.max_latents, left)
 
 
 def chunk_size(session: Session) -> int:
@@ -210,14 +266,16 @@ def _start(decoders: Decoders, request: Request, session: Session, capacity: int
     """The loop before its first step, after the prompt's event."""
     memgen, batch = decoders.memgen, session.count.shape[0]
     vector = jax.eval_shape(memgen.reasoner.embed_tokens, session.tokens[:, :1])
+    before = request.events
     loop = Loop(
         step=jnp.int32(0),
-        events=jnp.zeros_like(session.count),
+        events=jnp.zeros_like(session.count) if before is None else jnp.maximum(before, 0),
         done=(request.max_new_tokens < 1) | (session.count < 1),
         session=session.replace(responses=session.responses + 1),
         response=placed_beside(Response.empty(memgen, batch, capacity, vector), session.count),
     )
-    return memory_event(decoders, request, loop, ~loop.done, PROMPT, batch)[0]
+    begins = ~loop.done if before is None else ~loop.done & (before < 0)
+    return memory_event(decoders, request, loop, begins, PROMPT, batch)[0]
 
 
 def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, chunk: int) -> Loop:
@@ -227,7 +285,10 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, ch
     if most:
         previous, last = loop.session.last_two
         boundary = ~loop.done & is_boundary(memgen.boundary[...], last, previous)
-        boundary &= (loop.events < most) & (loop.step > 0)
+        within = loop.step > 0
+        if request.events is not None:
+            within |= request.events >= 0
+        boundary &= (loop.events < most) & within
         loop, invoked = memory_event(decoders, request, loop, boundary, INFERENCE, chunk)
     session, live = loop.session, ~loop.done
     chosen, log_prob = _sample(memgen, request, session, session.step_keys(loop.step)[0])

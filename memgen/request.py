@@ -37,6 +37,9 @@ class Request:
         retriever: Retriever that is queried on the host at each event, or None.
         top_p: Probability mass of the fewest most probable tokens that are sampled from, a float32
             scalar; None for all. Log-probabilities are those without it.
+        events: Number of events that each row's response already has after the one before its first
+            token, `[B]` int32, for rows that continue a response that was cut; -1 for rows that
+            begin one. None where all rows begin one.
     """
 
     policy: TriggerPolicy
@@ -47,6 +50,7 @@ class Request:
     keep_memory: KeepMemory | None = None
     retriever: Any = dataclasses.field(default=None, metadata={"static": True})
     top_p: jax.Array | None = None
+    events: jax.Array | None = None
 
 
 def make_request(

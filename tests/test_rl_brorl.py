@@ -19,7 +19,7 @@ from train.rl.learning.mass_balance import mass_balance, simulate, softmax, unsa
 from train.rl.loop import train
 from train.rl.methods import GRPO, BroRL
 from train.rl.rollout.rows import make_rows
-from train.rl.rollout.sampler import _take
+from train.rl.rollout.sampler import take_rows
 from train.rl.types import Episodes
 from train.runs.checkpoint import load_params
 from train.runs.metrics import read_metrics
@@ -183,7 +183,7 @@ def test_rows_that_are_taken_share_no_buffer_with_what_is_kept():
             return self
 
     kept = Shared(jax.numpy.arange(4))
-    _take(None, kept, None, None).table.delete()
+    take_rows(None, kept, None, None).table.delete()
     assert kept.table.sum() == 6
 
 

@@ -75,7 +75,7 @@ def timing_metrics(
     return {
         "rollout_seconds": rollout_seconds,
         "update_seconds": update_seconds,
-        "rollout_tokens_per_second": collected.written / rollout_seconds,
+        "rollout_tokens_per_second": collected.generated / rollout_seconds,
         "update_tokens_per_second": trained * epochs / update_seconds,
     }
 

@@ -8,6 +8,10 @@ import numpy as np
 
 Split = Literal["train", "test"]
 
+Source = Literal["direct", "search", "cache", "probe"]
+"""Origin of a trajectory: a rollout from the prompt, a search, the cache of solved problems, or a
+probe, a rollout that only counts for success rates."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -118,6 +122,9 @@ class Trajectory:
         texts: Texts of the responses.
         advantages: Advantages `[L]` float64 that the strategy assigns itself; None for those of the
             run's estimator.
+        node_values: Value in a search tree of the node of each token, from -1 to 1, `[L]` float64;
+            None without a tree.
+        source: Origin of the trajectory. Success rates are those of direct rollouts and probes.
     """
 
     group: int
@@ -135,6 +142,8 @@ class Trajectory:
     turn: int = 0
     weight: float = 1.0
     advantages: np.ndarray | None = None
+    node_values: np.ndarray | None = None
+    source: Source = "direct"
 
     @property
     def written(self) -> int:
@@ -151,7 +160,8 @@ class Collected:
         drawn: Rows of all rollouts, those of dropped groups too.
         groups: Number of problems that were drawn.
         kept: Number of problems that are trained on.
-        budget: Metrics of how the rollouts were allocated, by name.
+        budget: Metrics of how the rollouts were allocated and made, by name.
+        generated: Number of tokens that were generated for them, those that no row has too.
     """
 
     trajectories: list[Trajectory]
@@ -159,11 +169,7 @@ class Collected:
     groups: int
     kept: int
     budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def written(self) -> int:
-        """Number of generated tokens of all rollouts."""
-        return sum(row.written for row in self.drawn)
+    generated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -116,9 +116,55 @@ class ReturnBatchNormalized(Advantage):
         return turn_advantages(trajectories, episodes, self.gamma)
 
 
+@dataclasses.dataclass(frozen=True)
+class TreeCentered(Advantage):
+    """Value of a token's node minus the mean outcome of the tree's terminals (DeepSearch).
+
+    Without a tree, the deviation of the reward from the mean of the group.
+
+    Attributes:
+        one_sided: Advantages in a tree whose terminals all agree: "zero", as in any group, or
+            "keep", as in the authors' code, which reinforces the prefixes of a tree that only fails
+            and weakens those of one that only succeeds.
+    """
+
+    word: ClassVar[str] = "tree"
+
+    one_sided: Literal["zero", "keep"] = "zero"
+
+    def __post_init__(self):
+        if self.one_sided not in ("zero", "keep"):
+            raise ValueError(f"one_sided={self.one_sided!r}: choose zero or keep")
+
+    def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        return advantages.dr_grpo(reward, group, valid)
+
+    def of_tokens(
+        self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
+    ) -> list[np.ndarray]:
+        found = super().of_tokens(trajectories, episodes, reward)
+        shaped = reward - episodes.reward
+        for group in np.unique(episodes.group):
+            mine = np.flatnonzero(episodes.group == group).tolist()
+            rows = [trajectories[row] for episode in mine for row in episodes.rows[episode]]
+            if any(row.node_values is None for row in rows):
+                continue
+            agree = len(set(episodes.success[mine].tolist())) == 1
+            outcome = np.where(episodes.success[mine], 1.0, -1.0) + shaped[mine]
+            for episode in mine:
+                for row in episodes.rows[episode]:
+                    values = trajectories[row].node_values
+                    assert values is not None
+                    found[row] = values + shaped[episode] - outcome.mean()
+                    if agree and self.one_sided == "zero":
+                        found[row] = np.zeros_like(values)
+        return found
+
+
 ADVANTAGES: dict[str, type[Advantage]] = {
     advantage.word: advantage
     for advantage in (
         GroupNormalized, GroupCentered, LeaveOneOut, BatchNormalized, ReturnBatchNormalized,
+        TreeCentered,
     )
 }  # fmt: skip

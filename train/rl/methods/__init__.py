@@ -2,6 +2,7 @@
 
 from train.rl.methods.brorl import BroRL
 from train.rl.methods.dapo import DAPO
+from train.rl.methods.deepsearch import DeepSearch
 from train.rl.methods.dr_grpo import DrGRPO
 from train.rl.methods.grpo import GRPO
 from train.rl.methods.knapsack import KnapsackGRPO
@@ -18,6 +19,7 @@ __all__ = [
     "METHODS",
     "RLOO",
     "BroRL",
+    "DeepSearch",
     "DrGRPO",
     "KnapsackGRPO",
     "Method",
@@ -32,5 +34,6 @@ METHODS: dict[str, type[Method]] = {
     method.word: method
     for method in (
         GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO, BroRL, TruthRL,
+        DeepSearch,
     )
 }  # fmt: skip

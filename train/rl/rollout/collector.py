@@ -1,6 +1,7 @@
 """The collector: problems are drawn, and the parts of a run make rollouts of them."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -61,15 +62,13 @@ class Collector:
 
     def problems(self, split: Split, start: int, count: int) -> list[Problem]:
         """`count` problems from a position on; a finite split is shuffled anew in each epoch."""
-        size = self._task.sizes[split]
-        if split == "train" and self._config.pool is not None:
-            size = self._config.pool if size is None else min(size, self._config.pool)
+        size = self._epoch if split == "train" else self._task.sizes[split]
         if size is None:
             return [self._task.problem(split, start + offset) for offset in range(count)]
         found = []
         for position in range(start, start + count):
             epoch, index = divmod(position, size)
-            order = np.random.default_rng([self._config.seed, epoch]).permutation(size)
+            order = _order(self._config.seed, epoch, size)
             found.append(self._task.problem(split, int(order[index])))
         return found
 
@@ -86,17 +85,19 @@ class Collector:
         classes: list[str] = []
         planned: list[int] = []
         groups = found = 0
+        before = sampler.generated
         for _ in range(config.max_batches if filtering else 1):
-            problems = self.problems("train", self.position, config.batch_size)
+            start = self.position
+            problems = self._draw(config.batch_size)
             uids = [problem.uid for problem in problems]
             counts = self._plan(uids)
             classes += self.allocator.classes(uids)
             planned += counts
             rows = self.strategy.collect(
-                sampler, self._task, problems, counts, (config.seed, self.position)
+                sampler, self._task, problems, counts, (config.seed, start)
             )
-            self.position += len(problems)
             self._observe(problems, rows)
+            rows = [row for row in rows if row.source != "probe"]
             rows = [dataclasses.replace(row, group=groups + row.group) for row in rows]
             groups += len(problems)
             drawn += rows
@@ -106,7 +107,34 @@ class Collector:
             kept += [row for row in rows if row.group in set(usable)]
             if found >= config.batch_size:
                 break
-        return Collected(kept, drawn, groups, found, budget_metrics(classes, planned))
+        budget = budget_metrics(classes, planned) | self.strategy.metrics()
+        return Collected(kept, drawn, groups, found, budget, sampler.generated - before)
+
+    def _draw(self, count: int) -> list[Problem]:
+        """The next problems that the strategy has not set aside; the position moves on.
+
+        A problem comes twice only where the pool is that small. Where a whole epoch is set aside,
+        the strategy takes all problems back.
+        """
+        found: list[Problem] = []
+        passed = 0
+        while len(found) < count:
+            [problem] = self.problems("train", self.position, 1)
+            self.position += 1
+            if not self.strategy.sets_aside(problem.uid):
+                found.append(problem)
+                passed = 0
+                continue
+            passed += 1
+            if passed == self._epoch:
+                self.strategy.requeue()
+        return found
+
+    @property
+    def _epoch(self) -> int | None:
+        """Number of training problems of an epoch; None for an endless split."""
+        size, pool = self._task.sizes["train"], self._config.pool
+        return size if pool is None else pool if size is None else min(size, pool)
 
     def held_out(self, sampler: Sampler) -> list[Trajectory]:
         """Rollouts of held-out problems, one each, `evaluation.rows` of them.
@@ -116,7 +144,7 @@ class Collector:
         size, rows = self._task.sizes["test"], self._config.evaluation.rows
         count = min(rows or size or _ENDLESS, size or rows or _ENDLESS)
         problems = self.problems("test", 0, count)
-        strategy = dataclasses.replace(self.strategy)  # with no state
+        strategy = self.strategy.for_held_out
         return strategy.collect(sampler, self._task, problems, [1] * count, (self._config.seed, 1))
 
     def _plan(self, uids: list[str]) -> list[int]:
@@ -132,9 +160,19 @@ class Collector:
 
     def _observe(self, problems: Sequence[Problem], rows: Sequence[Trajectory]) -> None:
         episodes = Episodes.from_trajectories(rows)
+        # A search, and what it found before, say little of how often the policy succeeds.
+        direct = np.array(
+            [rows[turns[0]].source in ("direct", "probe") for turns in episodes.rows], bool
+        )
         for group, problem in enumerate(problems):
-            successes = episodes.success[episodes.group == group]
+            successes = episodes.success[(episodes.group == group) & direct]
             self.allocator.observe(problem.uid, successes.tolist())
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Order of the problems of an epoch, `[size]` int."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def strategy_for(config: RLConfig, task: Any, formatter: PromptFormatter) -> RolloutStrategy:
@@ -145,7 +183,7 @@ def strategy_for(config: RLConfig, task: Any, formatter: PromptFormatter) -> Rol
     """
     episodic = hasattr(task, "step")
     strategy = config.parts.strategy or (Turns() if episodic else OneResponse())
-    if strategy.episodic != episodic:
+    if strategy.episodic not in (None, episodic):
         kind, word = ("an environment", "turns") if episodic else ("a task", "one_response")
         raise ValueError(
             f"strategy {strategy.word} does not fit {task.name}, which is {kind}: leave strategy "

@@ -1,5 +1,6 @@
 """What a rollout strategy is written with: batches of rollouts, their keys, and trajectories."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -155,6 +156,12 @@ class EnvironmentEpisode:
         self.over = False
         """Whether the episode has ended or was cut."""
 
+    def branch(self) -> "EnvironmentEpisode":
+        """An episode that goes on from here, apart from this one."""
+        other = copy.copy(self)
+        other.rewards = list(self.rewards)
+        return other
+
     def act(self, completion: Completion) -> str:
         """Take a turn; returns the observation."""
         turn = safe_step(self._environment, self._problem, self._state, completion)
@@ -167,6 +174,11 @@ class EnvironmentEpisode:
     def _raise_if_hanging(self) -> None:
         if isinstance(self._environment, TimeLimited):
             self._environment.raise_if_hanging()
+
+    @property
+    def terminated(self) -> bool:
+        """Whether the environment has ended the episode, which was not cut."""
+        return self._last is not None and self._last.terminated
 
     @property
     def reward(self) -> Reward:

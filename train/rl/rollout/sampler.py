@@ -46,11 +46,14 @@ class Sampled:
         tokens: Ids of the response, `[T]`, with the stop id.
         log_probs: Log-probability of each token at the sampling temperature, `[T]` float32.
         decisions: Decision before each token (`memgen.Response`), `[T]` int8.
+        latents: Latents that were woven in the response, `[E, K, D]`, one entry for each decision
+            to invoke; None unless they were asked for.
     """
 
     tokens: np.ndarray
     log_probs: np.ndarray
     decisions: np.ndarray
+    latents: np.ndarray | None = None
 
 
 class Sampler:
@@ -74,6 +77,7 @@ class Sampler:
         self._shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
         self._kept: _Prefilled | None = None
         self.prefills = 0  # number of prompts that were prefilled so far
+        self.generated = 0  # number of tokens that were sampled so far
         self.request = memgen.make_request(
             policy,
             0,
@@ -104,7 +108,7 @@ class Sampler:
             more_tokens: Capacity of a row for tokens after the prompt.
             responses: Number of responses of a row whose latents the cache has capacity for.
         """
-        rows, many = len(source), self._rows(len(source))
+        rows, many = len(source), self.rows(len(source))
         texts = [tuple(prompt) for prompt in prompts]
         capacity = (bucket(more_tokens, SHORTEST), responses)
         kept = self._kept
@@ -118,53 +122,80 @@ class Sampler:
         index = np.zeros(many, np.int32)
         index[:rows] = [prefilled.index[texts[prompt]] for prompt in source]
         keys = keys[jnp.minimum(jnp.arange(many), rows - 1)]
-        session = _take(self.policy, prefilled.session, self._place(index), keys)
+        session = take_rows(self.policy, prefilled.session, self.place(index), keys)
         return Conversation(self, session, rows)
 
     def _prefill(
         self, texts: Sequence[tuple[int, ...]], keys: jax.Array, capacity: tuple[int, int]
     ) -> "_Prefilled":
-        tokens, length = _padded(texts, self._rows(len(texts)), 1)
+        tokens, length = padded(texts, self.rows(len(texts)), 1)
         more_tokens, responses = capacity
         unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # rows get keys when they are taken
         session = memgen.begin(
-            self.policy, self._place(tokens), self._place(length), unused,
+            self.policy, self.place(tokens), self.place(length), unused,
             tokens.shape[1] + more_tokens, responses,
         )  # fmt: skip
         self.prefills += len(texts)
         return _Prefilled(session, {text: row for row, text in enumerate(texts)}, capacity)
 
-    def _rows(self, count: int) -> int:
+    @property
+    def weaves(self) -> bool:
+        """Whether latents may be woven into responses."""
+        return not isinstance(self.sampling.memory, memgen.NeverInvoke)
+
+    def rows(self, count: int) -> int:
+        """Number of rows that programs are compiled for, of which `count` are used."""
         return bucket(count, self._shards)
 
-    def _place(self, rows: np.ndarray) -> jax.Array:
+    def place(self, rows: np.ndarray) -> jax.Array:
+        """Put an array `[R, ...]` on the mesh."""
         return place(rows, self._mesh)
 
 
 class Conversation:
-    """`R` rows in the middle of generation; compiled programs see a bucket of rows."""
+    """`R` rows in the middle of generation; compiled programs see a bucket of rows.
+
+    Args:
+        sampler: Sampler of the rows.
+        session: Session of a bucket of rows, the first of which are used.
+        rows: Number of rows that are used.
+    """
 
     def __init__(self, sampler: Sampler, session: Any, rows: int):
-        self._sampler, self._session, self._rows = sampler, session, rows
+        self._sampler, self.session, self._rows = sampler, session, rows
 
-    def respond(self, max_new_tokens: int, active: np.ndarray | None = None) -> list[Sampled]:
+    def respond(
+        self,
+        max_new_tokens: int,
+        active: np.ndarray | None = None,
+        *,
+        limits: np.ndarray | None = None,
+        events: np.ndarray | None = None,
+    ) -> list[Sampled]:
         """Responses of up to `max_new_tokens` tokens in active rows, empty ones in the others.
 
         Args:
             max_new_tokens: Longest response.
             active: Rows that respond, `[R]` bool; all if not given.
+            limits: Longest response of each row, `[R]` int, where some are shorter.
+            events: Number of events of each row's response so far, `[R]` int, where rows continue a
+                response (`memgen.request.Request`); their latents are then returned too.
 
         Raises:
             FloatingPointError: The logits are NaN.
         """
-        sampler, many = self._sampler, self._session.keys.shape[0]
+        sampler, many = self._sampler, self.session.keys.shape[0]
         limit = np.zeros(many, np.int32)
-        limit[: self._rows] = max_new_tokens
+        limit[: self._rows] = max_new_tokens if limits is None else limits
         if active is not None:
             limit[: self._rows] *= active
-        request = dataclasses.replace(sampler.request, max_new_tokens=sampler._place(limit))
-        response, self._session = memgen.respond(
-            sampler.policy, self._session, request, bucket(max_new_tokens, SHORTEST)
+        request = dataclasses.replace(sampler.request, max_new_tokens=sampler.place(limit))
+        if events is not None:
+            before = np.full(many, -1, np.int32)
+            before[: self._rows] = events
+            request = dataclasses.replace(request, events=sampler.place(before))
+        response, self.session = memgen.respond(
+            sampler.policy, self.session, request, bucket(max_new_tokens, SHORTEST)
         )
         arrays = jax.device_get(
             (response.count, response.tokens, response.log_probs, response.decisions)
@@ -172,18 +203,24 @@ class Conversation:
         count, tokens, log_probs, decisions = (array[: self._rows] for array in arrays)
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the policy's logits are NaN: it has diverged")
-        if isinstance(sampler.sampling.memory, memgen.NeverInvoke):
+        sampler.generated += int(count.sum())
+        if not sampler.weaves:
             decisions = np.full_like(decisions, -1)  # none was made
         rows = zip(count, tokens, log_probs, decisions, strict=True)
-        return [Sampled(*(part[:written] for part in parts)) for written, *parts in rows]
+        found = [Sampled(*(part[:written] for part in parts)) for written, *parts in rows]
+        if events is None:
+            return found
+        points, latents = jax.device_get((response.points, response.latents))
+        rows = zip(found, points, latents, strict=False)
+        return [dataclasses.replace(one, latents=new[at >= 0]) for one, at, new in rows]
 
     def observe(self, observations: Sequence[Sequence[int]]) -> None:
         """Prefill observations, one for each row; an empty one changes nothing."""
-        tokens, length = _padded(observations, self._session.keys.shape[0], 0)
+        tokens, length = padded(observations, self.session.keys.shape[0], 0)
         if length.any():
-            place = self._sampler._place
-            self._session = memgen.observe(
-                self._sampler.policy, self._session, place(tokens), place(length)
+            place = self._sampler.place
+            self.session = memgen.observe(
+                self._sampler.policy, self.session, place(tokens), place(length)
             )
 
 
@@ -220,11 +257,12 @@ class _Prefilled:
 
 
 @jax.jit
-def _take(policy, session, source, keys):
+def take_rows(policy, session, source, keys):
+    """`Session.take_rows`, compiled."""
     return session.take_rows(policy, source, keys)
 
 
-def _padded(
+def padded(
     texts: Sequence[Sequence[int]], rows: int, shortest: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Texts as `[rows, C]` int32 padded on the right and their lengths; padding rows last."""

@@ -240,13 +240,13 @@ class SearchTree:
         self.nodes = [self.root]
         self.outputs: list[Node] = []
         """Terminals that were backed up, in order."""
-        self._target, self._max_depth, self._options = outputs, max_depth, options
+        self.target, self._max_depth, self._options = outputs, max_depth, options
         self._rng = rng
         self._current: Node | None = self.root
 
     def request(self) -> Expansion | None:
         """The next expansion; None where the search is finished."""
-        while len(self.outputs) < self._target:
+        while len(self.outputs) < self.target:
             if self._current is not None:
                 missing = self._options.width - len(self._current.children)
                 return Expansion(self._current, missing)

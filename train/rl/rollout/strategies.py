@@ -43,8 +43,8 @@ class RolloutStrategy:
     word: ClassVar[str]
     """Name of the strategy on the command line and in configs."""
 
-    episodic: ClassVar[bool] = False
-    """Whether it plays environments, not tasks of one response."""
+    episodic: ClassVar[bool | None] = False
+    """Whether it plays environments, not tasks of one response; None if it does both."""
 
     _: dataclasses.KW_ONLY
     formatter: PromptFormatter = dataclasses.field(default=cast(Any, None), repr=False)
@@ -97,6 +97,23 @@ class RolloutStrategy:
             seed: Numbers that all randomness is derived from.
         """
         raise NotImplementedError(f"{type(self).__name__} collects no rollouts")
+
+    @property
+    def for_held_out(self) -> "RolloutStrategy":
+        """Strategy by which held-out problems are responded to: this one, without its state."""
+        return dataclasses.replace(self)
+
+    def sets_aside(self, uid: str) -> bool:
+        """Whether the problem of a name is left out for now."""
+        del uid
+        return False
+
+    def requeue(self) -> None:
+        """Take back all problems, as all of them are set aside."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of how rollouts were made since the last call, by name."""
+        return {}
 
     @property
     def state(self) -> Any:

@@ -1,0 +1,43 @@
+"""DeepSearch: tree search inside of training (arXiv 2509.25454)."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from train.rl.learning.estimators import Advantage, TreeCentered
+from train.rl.learning.losses import Aggregate
+from train.rl.methods.method import Method
+from train.rl.rollout.search import OPTIONS, TreeSearch, TreeSearchOptions
+from train.rl.rollout.strategies import RolloutStrategy
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSearch(TreeSearchOptions, Method):
+    """Hard problems are searched by trees, whose nodes have advantages of their own.
+
+    The number of rollouts of a problem is the number of terminals that its tree backs up. Solutions
+    of problems that are seldom solved are kept and trained on again; problems that are often solved
+    are set aside.
+
+    Attributes:
+        one_sided: Advantages in a tree whose terminals all agree, "zero" or "keep"; with
+            `filter_groups` such a tree is left out.
+    """
+
+    word: ClassVar[str] = "deepsearch"
+
+    clip_high: float = 0.28
+    dual_clip: float | None = 10.0
+    aggregate: Aggregate = "token"
+    one_sided: Literal["zero", "keep"] = "zero"
+
+    def __post_init__(self):
+        super().__post_init__()
+        Method.__post_init__(self)
+
+    @property
+    def strategy(self) -> RolloutStrategy:
+        return TreeSearch(**{name: getattr(self, name) for name in OPTIONS})
+
+    @property
+    def advantage(self) -> Advantage:
+        return TreeCentered(self.one_sided)

@@ -1,0 +1,298 @@
+"""Tree search as a rollout strategy (DeepSearch, arXiv 2509.25454)."""
+
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from train.rl.rollout.formatter import PromptFormatter
+from train.rl.rollout.sampler import Sampler
+from train.rl.rollout.search_tree import SearchOptions
+from train.rl.rollout.searching import Limits, Searcher
+from train.rl.rollout.solved_problems import SolvedProblems
+from train.rl.rollout.strategies import STRATEGIES, OneResponse, RolloutStrategy, Turns
+from train.rl.rollout.tree_json import append_tree
+from train.rl.types import Problem, Trajectory
+
+_STEP_LEN = 256
+_DEPTH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeSearchOptions(SearchOptions):
+    """Options of searches in training.
+
+    Attributes:
+        step_len: Greatest number of tokens of a node, at most those of a response. None for the
+            paper's 256, or an eighth of the longest response where that is less. In an environment
+            a node is a turn and this is left out.
+        cache_mib: Greatest number of MiB of cached state of the nodes that a search may go on from;
+            beyond it the least recently used are evicted, and prefilled again when needed.
+        probe: Number of direct rollouts of a new problem that decide whether it is hard (K); 0
+            takes every new problem for a hard one.
+        threshold: Greatest success rate of a problem that is hard and is searched (δ).
+        max_turns: Number of turns after which an episode is cut, as of `turns`.
+        max_observation: Greatest number of tokens of an observation; the rest is cut off.
+        export: File that the first tree of each step is appended to, as JSON lines; none if empty.
+    """
+
+    step_len: int | None = None
+    cache_mib: float = 1024.0
+    probe: int = 4
+    threshold: float = 0.25
+    max_turns: int | None = None
+    max_observation: int = 64
+    export: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        least = {"step_len": 1, "probe": 0, "max_turns": 1, "max_observation": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name}={value}: choose {bound} or more")
+        if not 0 < self.cache_mib < math.inf:
+            raise ValueError(f"cache_mib={self.cache_mib}: choose a number of MiB above 0")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(
+                f"threshold={self.threshold}: choose a success rate from 0 to below 1, as at 1 no "
+                "problem is ever set aside"
+            )
+
+
+OPTIONS = [field.name for field in dataclasses.fields(TreeSearchOptions)]
+"""Names of the options, which a method shares with the strategy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeSearch(TreeSearchOptions, RolloutStrategy):
+    """A tree of chunks for each hard problem, whose terminals are the rollouts (DeepSearch).
+
+    A new problem gets `probe` direct rollouts. If it is not hard, direct rollouts are its group and
+    it is set aside. A hard problem is searched, each backup of its tree a rollout. Where an earlier
+    visit solved it seldom, its solutions and direct rollouts are the group.
+    """
+
+    word: ClassVar[str] = "tree_search"
+    episodic: ClassVar[bool | None] = None
+
+    _: dataclasses.KW_ONLY
+    turns: int = dataclasses.field(default=0, repr=False)
+    """Number of turns of an episode, 0 for a task of one response; set by the run."""
+
+    _kept: dict[str, Any] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._kept.update(solved=SolvedProblems(self.threshold), counts={})
+
+    def for_run(self, formatter: PromptFormatter, config: Any) -> "TreeSearch":
+        if self.step_len is not None and self.step_len > config.max_new_tokens:
+            raise ValueError(
+                f"step_len={self.step_len} is longer than a response, max_new_tokens="
+                f"{config.max_new_tokens}: choose at most that, an eighth of it or so"
+            )
+        return super().for_run(formatter, config)
+
+    def for_task(self, task: Any) -> "TreeSearch":
+        if not hasattr(task, "step"):
+            if self.max_turns is not None:
+                raise ValueError(
+                    f"max_turns={self.max_turns} is for environments, {task.name} is a task of one "
+                    "response: leave it out"
+                )
+            return self
+        if self.step_len is not None:
+            raise ValueError(
+                f"step_len={self.step_len} is for tasks of one response, in {task.name} a node is "
+                "a turn: leave it out"
+            )
+        if self.formatter.chat:
+            raise ValueError(
+                f"tree_search goes on in one text, chat=True writes each turn of {task.name} anew: "
+                "leave one of them out"
+            )
+        limit = Turns(self.max_turns).for_task(task).turn_limit
+        return dataclasses.replace(self, turns=limit)
+
+    @property
+    def responses_per_row(self) -> int:
+        return max(self.turns, 1)
+
+    @property
+    def for_held_out(self) -> RolloutStrategy:
+        return self._direct
+
+    @property
+    def _direct(self) -> RolloutStrategy:
+        """Strategy of direct rollouts."""
+        shared = {"formatter": self.formatter, "max_new_tokens": self.max_new_tokens}
+        if not self.turns:
+            return OneResponse(**shared)
+        return Turns(self.turns, self.max_observation, True, **shared)
+
+    @property
+    def _limits(self) -> Limits:
+        step_len = self.step_len or min(_STEP_LEN, -(-self.max_new_tokens // _DEPTH))
+        return Limits(
+            step_len, self.max_new_tokens, self.turns, self.max_observation,
+            self.cache_mib * 2**20,
+        )  # fmt: skip
+
+    @property
+    def _solved(self) -> SolvedProblems:
+        return self._kept["solved"]
+
+    def collect(
+        self,
+        sampler: Sampler,
+        task: Any,
+        problems: Sequence[Problem],
+        counts: Sequence[int],
+        seed: Sequence[int],
+    ) -> list[Trajectory]:
+        visit = _Visit(sampler, task, problems, seed)
+        active = {group: count for group, count in enumerate(counts) if count}
+        new = [group for group in active if not self._solved.is_known(problems[group].uid)]
+        probes = self._respond(visit, dict.fromkeys(new, self.probe))
+        easy = [group for group in new if probes[group] and not self._is_hard(probes[group])]
+        replayed = self._replay(
+            visit, {group: active[group] for group in active if group not in new}
+        )
+        more = {group: active[group] - self.probe for group in easy}
+        more |= {group: active[group] - len(rows) for group, rows in replayed.items()}
+        fresh = self._respond(visit, more, 1)
+        searched = self._search(
+            visit, {group: count for group, count in active.items() if group not in more}
+        )
+        found = []
+        for group, count in active.items():
+            direct = [*probes.get(group, ()), *fresh.get(group, ())]
+            rows = searched.get(group) or [*replayed.get(group, ()), *direct][:count]
+            judged = searched.get(group) or direct
+            self._solved.visited(problems[group].uid, _rate(judged), judged)
+            # Direct rollouts that are not of the group only count for success rates.
+            probing = (
+                direct if group in searched else direct[count - len(replayed.get(group, ())) :]
+            )
+            rows = [_with_values(row) for row in rows]
+            rows += [dataclasses.replace(row, source="probe") for row in probing]
+            found += [dataclasses.replace(row, episode=at) for at, row in enumerate(rows)]
+        self._add({"direct": len(easy), "replayed": len(replayed)})
+        return found
+
+    def _respond(
+        self, visit: "_Visit", counts: Mapping[int, int], *salt: int
+    ) -> dict[int, list[Trajectory]]:
+        """Direct rollouts, so many of each group."""
+        groups = [group for group in sorted(counts) if counts[group] > 0]
+        rows = self._direct.collect(
+            visit.sampler, visit.task, [visit.problems[group] for group in groups],
+            [counts[group] for group in groups], (*visit.seed, *salt),
+        )  # fmt: skip
+        found: dict[int, list[Trajectory]] = {group: [] for group in counts}
+        for row in rows:
+            group = groups[row.group]
+            found[group].append(dataclasses.replace(row, group=group))
+        return found
+
+    def _replay(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
+        """Solutions of earlier visits, of the groups that have some.
+
+        At least one rollout of a group is new: it says whether the problem is still hard.
+        """
+        found = {}
+        for group, count in counts.items():
+            problem = visit.problems[group]
+            rng = np.random.default_rng([*visit.seed, zlib.crc32(problem.uid.encode())])
+            if rows := self._solved.solutions(group, problem, count - 1, rng):
+                found[group] = rows
+        return found
+
+    def _search(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
+        """The trajectories of searches, so many of each group."""
+        searcher = Searcher(
+            visit.sampler, self.formatter, visit.task, self, self._limits, visit.seed
+        )
+        groups = list(counts)
+        problems = [visit.problems[group] for group in groups]
+        searches = searcher.run(groups, problems, list(counts.values()))
+        self._add(searcher.counts)
+        if self.export and searches:
+            append_tree(Path(self.export), visit.seed, searches[0], self.formatter)
+        return {search.group: searcher.trajectories(search) for search in searches}
+
+    def _is_hard(self, rows: Sequence[Trajectory]) -> bool:
+        return self._solved.is_hard(_rate(rows))
+
+    def sets_aside(self, uid: str) -> bool:
+        return self._solved.is_aside(uid)
+
+    def requeue(self) -> None:
+        self._solved.requeue()
+
+    def _add(self, counts: Mapping[str, float]) -> None:
+        total = self._kept["counts"]
+        for name, count in counts.items():
+            total[name] = total.get(name, 0.0) + count
+
+    def metrics(self) -> dict[str, float]:
+        found = {f"search/{name}": float(count) for name, count in self._kept["counts"].items()}
+        self._kept["counts"] = {}
+        return found | {
+            "search/hard": float(self._solved.num_hard),
+            "search/aside": float(self._solved.num_aside),
+            "search/solutions": float(self._solved.num_solutions),
+        }
+
+    @property
+    def _tokenizer(self) -> int:
+        """A number of the run's tokenizer, whose ids solutions are made of."""
+        written = json.dumps(self.formatter.lm.tokenizer.to_json(), sort_keys=True)
+        return zlib.crc32(written.encode())
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Hard problems with their solutions, and problems that are set aside."""
+        return {"tokenizer": self._tokenizer, **self._solved.state}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state["tokenizer"] != self._tokenizer:
+            raise ValueError(
+                f"the solutions of solved problems are of another model's tokenizer "
+                f"({state['tokenizer']:08x}, this one is {self._tokenizer:08x}): begin a new run"
+            )
+        self._solved.restore(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visit:
+    """What `collect` was given."""
+
+    sampler: Sampler
+    task: Any
+    problems: Sequence[Problem]
+    seed: Sequence[int]
+
+
+def _rate(rows: Sequence[Trajectory]) -> float:
+    """Success rate of some rollouts, at least one."""
+    return float(np.mean([row.reward.success for row in rows]))
+
+
+def _with_values(row: Trajectory) -> Trajectory:
+    """A trajectory with the values of a tree; without a tree they are its outcome everywhere."""
+    if row.node_values is not None:
+        return row
+    outcome = 1.0 if row.reward.success else -1.0
+    return dataclasses.replace(row, node_values=np.full(len(row.tokens), outcome))
+
+
+STRATEGIES[TreeSearch.word] = TreeSearch

@@ -1,0 +1,383 @@
+"""Many searches at once: the chunks that all trees ask for are generated in shared batches."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from memgen.insertion import INFERENCE, PROMPT
+from train.rl.buckets import SHORTEST, bucket
+from train.rl.rollout.episodes import EnvironmentEpisode, Rollout, TrajectoryBuilder
+from train.rl.rollout.formatter import PromptFormatter
+from train.rl.rollout.prefix_cache import Prefix, PrefixCache
+from train.rl.rollout.sampler import Sampled, Sampler, row_keys
+from train.rl.rollout.search_tree import Chunk, Expansion, Node, SearchOptions, SearchTree
+from train.rl.scoring import safe_score
+from train.rl.types import Completion, Problem, Reward, Trajectory
+
+_NOISE = 2  # of the seed: a search and direct rollouts of the same step differ
+_MOST_NODES = 1 << 20  # of a tree; problems that come twice in a step have noise of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Sizes of searches.
+
+    Attributes:
+        step_len: Greatest number of tokens of a node.
+        max_new_tokens: Longest response, in tokens.
+        turns: Number of turns after which an episode is cut, each of which is one node; 0 for a
+            task of one response.
+        max_observation: Greatest number of tokens of an observation.
+        cache_bytes: Greatest number of bytes of cached state.
+    """
+
+    step_len: int
+    max_new_tokens: int
+    turns: int
+    max_observation: int
+    cache_bytes: float
+
+    @property
+    def max_depth(self) -> int:
+        """Greatest depth of a tree (d_T)."""
+        return self.turns or -(-self.max_new_tokens // self.step_len)
+
+    @property
+    def row(self) -> int:
+        """Greatest number of tokens of a row after the prompt."""
+        return max(self.turns, 1) * (self.max_new_tokens + self.turns_observe)
+
+    @property
+    def turns_observe(self) -> int:
+        """Greatest number of tokens that follow a node's own."""
+        return self.max_observation if self.turns else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What was generated in a node, with a link to what stands before it.
+
+    Attributes:
+        sampled: Generated tokens.
+        before: What was generated in the parent; None after the prompt.
+        seen: Ids of the observation that follows.
+        play: Episode after this turn; None in a task of one response.
+        completion: Response that ends in this node: of a turn, or of a terminal's whole text.
+        reward: Reward of a terminal.
+    """
+
+    sampled: Sampled
+    before: "Written | None"
+    seen: Sequence[int] = ()
+    play: EnvironmentEpisode | None = None
+    completion: Completion | None = None
+    reward: Reward | None = None
+
+    @property
+    def path(self) -> "list[Written]":
+        """What was generated from the prompt on, this node included."""
+        found: list[Written] = []
+        at: Written | None = self
+        while at is not None:
+            found.append(at)
+            at = at.before
+        return found[::-1]
+
+
+@dataclasses.dataclass
+class Search:
+    """The search of one problem.
+
+    Attributes:
+        group: Index of the problem in its step.
+        problem: Problem.
+        copy: Number of earlier searches of the same problem in this step.
+        prompt: Ids of the prompt.
+        tree: Tree.
+        start: Episode before the first turn; None for a task of one response.
+    """
+
+    group: int
+    problem: Problem
+    copy: int
+    prompt: list[int]
+    tree: SearchTree
+    start: EnvironmentEpisode | None
+
+
+class Searcher:
+    """Searches of the problems of a step.
+
+    Args:
+        sampler: Sampler of the present weights.
+        formatter: Translation of texts to ids.
+        task: Task or environment.
+        options: Options of the trees.
+        limits: Sizes.
+        seed: Numbers that all randomness is derived from.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        formatter: PromptFormatter,
+        task: Any,
+        options: SearchOptions,
+        limits: Limits,
+        seed: Sequence[int],
+    ):
+        self._sampler, self._formatter, self._task = sampler, formatter, task
+        self._options, self._limits, self._seed = options, limits, seed
+        self.counts: dict[str, float] = dict.fromkeys(
+            ("trees", "solved", "one_sided", "expansions", "whole", "nodes", "tokens", "prefills",
+             "reprefills", "prefilled_tokens", "reused_tokens", "generation_seconds"), 0.0,
+        )  # fmt: skip
+        """Numbers of all searches, by name."""
+
+    def run(
+        self, groups: Sequence[int], problems: Sequence[Problem], outputs: Sequence[int]
+    ) -> list[Search]:
+        """Finished searches.
+
+        Args:
+            groups: Index of each problem in its step.
+            problems: Problems.
+            outputs: Number of terminals that each search backs up.
+        """
+        searches = self._start(groups, problems, outputs)
+        if not searches:
+            return []
+        limits, before = self._limits, self._sampler.generated
+        longest = max(len(search.prompt) for search in searches)
+        nodes = sum(outputs) * limits.max_depth * self._options.width + len(searches)
+        cache = PrefixCache(
+            self._sampler, nodes, limits.cache_bytes,
+            bucket(longest, SHORTEST) + bucket(limits.row, SHORTEST), max(limits.turns, 1),
+        )  # fmt: skip
+        going = searches
+        while asked := [(s, e) for s in going if (e := s.tree.request()) is not None]:
+            self._expand([(s, e) for s, e in asked if not e.whole], cache)
+            self._respond([s for s, e in asked if e.whole], cache)
+            for search in going:
+                if len(search.tree.outputs) >= search.tree.target:
+                    cache.release([(search.group, node.number) for node in search.tree.nodes])
+            going = [search for search, _ in asked]
+        self._count(searches, cache, self._sampler.generated - before)
+        return searches
+
+    def trajectories(self, search: Search) -> list[Trajectory]:
+        """The trajectories that a finished search backed up, with the values of their nodes."""
+        found = []
+        for number, end in enumerate(search.tree.outputs):
+            row = TrajectoryBuilder(Rollout(search.group, search.problem, number), search.prompt)
+            last: Written = end.chunk.payload
+            values = np.zeros(len(search.prompt))
+            if not self._limits.turns:
+                assert last.completion is not None
+                row.respond(_joined(last.path), last.completion)
+            for node, part in zip(end.path[1:], last.path, strict=True):
+                if self._limits.turns:
+                    assert part.completion is not None
+                    row.respond(part.sampled, part.completion)
+                    row.observe(part.seen)
+                length = len(part.sampled.tokens) + len(part.seen)
+                values = np.append(values, np.full(length, search.tree.bounded_value(node)))
+            assert last.reward is not None
+            rewards = last.play.rewards if last.play else [last.reward.value]
+            made = row.trajectory(last.reward, rewards)
+            found.append(dataclasses.replace(made, node_values=values, source="search"))
+        return found
+
+    def _start(self, groups, problems, outputs) -> list[Search]:
+        copies: dict[str, int] = {}
+        found = []
+        for group, problem, target in zip(groups, problems, outputs, strict=True):
+            copy = copies.get(problem.uid, 0)
+            copies[problem.uid] = copy + 1
+            lot = np.frombuffer(problem.uid.encode() + bytes([copy % 256]), np.uint8)
+            rng = np.random.default_rng([*self._seed, *lot.tolist()])
+            tree = SearchTree(target, self._limits.max_depth, self._options, rng)
+            prompt = self._formatter.prompt([problem.prompt])
+            start = EnvironmentEpisode(self._task, problem) if self._limits.turns else None
+            found.append(Search(group, problem, copy, prompt, tree, start))
+        return found
+
+    def _expand(self, asked: Sequence[tuple[Search, Expansion]], cache: PrefixCache) -> None:
+        """Generate the chunks that trees ask for, and hand them over."""
+        rows = [(s, e.node, number) for s, e in asked for number in range(e.count)]
+        chunks: dict[int, list[Chunk]] = {id(search): [] for search, _ in asked}
+        for batch in _batches(rows, self._sampler.max_rows, cache.capacity):
+            searches, nodes, numbers = zip(*batch, strict=True)
+            born = [len(s.tree.nodes) + n for s, n in zip(searches, numbers, strict=True)]
+            begin = time.perf_counter()
+            conversation = cache.branch(
+                [self._prefix(s, node) for s, node in zip(searches, nodes, strict=True)],
+                self._keys(searches, born),
+            )
+            before = [node.chunk.payload for node in nodes]
+            sampled = self._generate(conversation, before)
+            self.counts["generation_seconds"] += time.perf_counter() - begin
+            made = [self._chunk(*row) for row in zip(searches, before, sampled, strict=True)]
+            for search, chunk in zip(searches, made, strict=True):
+                chunks[id(search)].append(chunk)
+            begin = time.perf_counter()
+            living = [row for row, chunk in enumerate(made) if chunk.outcome is None]
+            if living:
+                conversation.observe([chunk.payload.seen for chunk in made])
+                keys = [(searches[row].group, born[row]) for row in living]
+                cache.hold(conversation, living, keys)
+            self.counts["generation_seconds"] += time.perf_counter() - begin
+        for search, expansion in asked:
+            search.tree.expand(expansion.node, chunks[id(search)])
+            if expansion.node.parent is not None:  # the root may be needed again
+                cache.release([(search.group, expansion.node.number)])
+        self.counts["expansions"] += len(asked)
+
+    def _respond(self, searches: Sequence[Search], cache: PrefixCache) -> None:
+        """Generate whole responses, chunk by chunk, for trees with nothing left to expand."""
+        most = min(self._sampler.max_rows, cache.capacity)
+        for start in range(0, len(searches), most):
+            some = searches[start : start + most]
+            begin = time.perf_counter()
+            born = [len(search.tree.nodes) for search in some]
+            roots = [self._prefix(search, search.tree.root) for search in some]
+            conversation = cache.branch(roots, self._keys(some, born))
+            chunks: list[list[Chunk]] = [[] for _ in some]
+            active = np.ones(len(some), bool)
+            while active.any():
+                before = [made[-1].payload if made else None for made in chunks]
+                sampled = self._generate(conversation, before, active)
+                for row in np.flatnonzero(active).tolist():
+                    chunks[row].append(self._chunk(some[row], before[row], sampled[row]))
+                    active[row] = chunks[row][-1].outcome is None
+                seen = [
+                    made[-1].payload.seen if on else ()
+                    for made, on in zip(chunks, active, strict=True)
+                ]
+                conversation.observe(seen)
+            self.counts["generation_seconds"] += time.perf_counter() - begin
+            for search, made in zip(some, chunks, strict=True):
+                search.tree.add_response(made)
+        self.counts["whole"] += len(searches)
+
+    def _keys(self, searches: Sequence[Search], born: Sequence[int]) -> Any:
+        """Key of each row: of the problem and of the number that its node will have."""
+        uids = [search.problem.uid for search in searches]
+        numbers = [
+            search.copy * _MOST_NODES + number
+            for search, number in zip(searches, born, strict=True)
+        ]
+        return row_keys((*self._seed, _NOISE), uids, numbers)
+
+    def _generate(
+        self, conversation: Any, before: Sequence[Written | None], active: Any = None
+    ) -> list[Sampled]:
+        """The next chunk, or turn, of each row."""
+        limits = self._limits
+        if limits.turns:
+            events = np.full(len(before), -1) if self._sampler.weaves else None
+            return conversation.respond(limits.max_new_tokens, active, events=events)
+        written = [sum(len(part.sampled.tokens) for part in _path(at)) for at in before]
+        left = np.minimum(limits.step_len, limits.max_new_tokens - np.array(written))
+        events = None
+        if self._sampler.weaves:
+            events = np.array([_events(at) for at in before])
+        return conversation.respond(limits.step_len, active, limits=left, events=events)
+
+    def _chunk(self, search: Search, before: Written | None, sampled: Sampled) -> Chunk:
+        """A chunk of generated tokens, scored where it ends its response."""
+        turn = self._turn if self._limits.turns else self._part
+        return turn(search, before, sampled)
+
+    def _part(self, search: Search, before: Written | None, sampled: Sampled) -> Chunk:
+        made = Written(sampled, before)
+        finished = sampled.tokens[-1] in self._formatter.lm.stop_ids
+        written = sum(len(part.sampled.tokens) for part in made.path)
+        if not finished and written < self._limits.max_new_tokens:
+            return Chunk(sampled.log_probs, payload=made)
+        completion = self._formatter.completion(search.problem, _joined(made.path))
+        reward = safe_score(self._task, completion)
+        made = dataclasses.replace(made, completion=completion, reward=reward)
+        return Chunk(sampled.log_probs, 1 if reward.success else -1, bool(finished), made)
+
+    def _turn(self, search: Search, before: Written | None, sampled: Sampled) -> Chunk:
+        completion = self._formatter.completion(search.problem, sampled)
+        earlier = search.start if before is None else before.play
+        assert earlier is not None
+        play = earlier.branch()
+        observation = play.act(completion)
+        made = Written(sampled, before, play=play, completion=completion)
+        if not play.over and len(play.rewards) < self._limits.turns:
+            seen = self._formatter.observation(observation, self._limits.max_observation)
+            return Chunk(sampled.log_probs, payload=dataclasses.replace(made, seen=seen))
+        made = dataclasses.replace(made, reward=play.reward)
+        outcome = 1 if play.reward.success else -1
+        return Chunk(sampled.log_probs, outcome, play.terminated, made)
+
+    def _prefix(self, search: Search, node: Node) -> Prefix:
+        """The text of a node, with the latents in it."""
+        tokens = list(search.prompt)
+        points: list[int] = []
+        kinds: list[int] = []
+        latents: list[np.ndarray] = []
+        for number, part in enumerate(_path(node.chunk.payload)):
+            invoked = np.flatnonzero(part.sampled.decisions == 1)
+            if self._sampler.weaves and len(invoked):
+                assert part.sampled.latents is not None
+                begins = bool(self._limits.turns) or number == 0
+                points += (len(tokens) + invoked).tolist()
+                kinds += [PROMPT if begins and at == 0 else INFERENCE for at in invoked]
+                latents += list(part.sampled.latents)
+            tokens += [*part.sampled.tokens.tolist(), *part.seen]
+        return Prefix((search.group, node.number), tokens, points, kinds, latents)
+
+    def _count(self, searches: Sequence[Search], cache: PrefixCache, tokens: int) -> None:
+        counts = self.counts
+        counts["trees"] += len(searches)
+        counts["tokens"] += tokens
+        for name in ("reprefills", "prefilled_tokens", "reused_tokens", "prefills"):
+            counts[name] += getattr(cache, name)
+        for search in searches:
+            right = [end.chunk.outcome == 1 for end in search.tree.outputs]
+            counts["solved"] += any(right)
+            counts["one_sided"] += len(set(right)) == 1
+            counts["nodes"] += len(search.tree.nodes)
+
+
+def _path(written: Written | None) -> list[Written]:
+    return [] if written is None else written.path
+
+
+def _events(before: Written | None) -> int:
+    """Number of events of a response so far, that of its prompt left out; -1 before it begins."""
+    if before is None:
+        return -1
+    return int((_joined(before.path).decisions[1:] == 1).sum())
+
+
+def _joined(parts: Sequence[Written]) -> Sampled:
+    """The chunks of a response as one."""
+    sampled = [part.sampled for part in parts]
+    return Sampled(
+        np.concatenate([part.tokens for part in sampled]),
+        np.concatenate([part.log_probs for part in sampled]),
+        np.concatenate([part.decisions for part in sampled]),
+    )
+
+
+def _batches(rows: Sequence[Any], max_rows: int, max_nodes: int) -> Iterator[list[Any]]:
+    """Rows `(search, node, number)` in batches of so many rows and different nodes at most."""
+    batch: list[Any] = []
+    nodes: set[int] = set()
+    for row in rows:
+        new = id(row[1]) not in nodes
+        if batch and (len(batch) == max_rows or (new and len(nodes) == max_nodes)):
+            yield batch
+            batch, nodes = [], set()
+        batch.append(row)
+        nodes.add(id(row[1]))
+    if batch:
+        yield batch

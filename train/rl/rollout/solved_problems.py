@@ -1,0 +1,127 @@
+"""What a search remembers of problems: which are set aside, and the solutions of hard ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from train.rl.types import Problem, Reward, Trajectory
+
+
+class SolvedProblems:
+    """Problems by how often they are solved, and solutions of those that seldom are.
+
+    A problem that is new is unknown. After each visit it is hard if its success rate was at most
+    the threshold, and else set aside; the solutions of a hard problem are kept and accumulate.
+
+    Args:
+        threshold: Greatest success rate of a problem that counts as hard (δ).
+    """
+
+    def __init__(self, threshold: float):
+        self._threshold = threshold
+        self._hard: dict[str, list[dict[str, Any]]] = {}
+        self._aside: set[str] = set()
+
+    def is_known(self, uid: str) -> bool:
+        """Whether a problem was visited before, and not taken back since."""
+        return uid in self._hard or uid in self._aside
+
+    def is_aside(self, uid: str) -> bool:
+        """Whether a problem is set aside."""
+        return uid in self._aside
+
+    def is_hard(self, rate: float) -> bool:
+        """Whether a success rate is that of a hard problem."""
+        return rate <= self._threshold
+
+    def requeue(self) -> None:
+        """Take back all problems that were set aside, as unknown ones."""
+        self._aside.clear()
+
+    def visited(self, uid: str, rate: float, rows: Sequence[Trajectory] = ()) -> None:
+        """Take note of a visit.
+
+        Args:
+            uid: Name of the problem.
+            rate: Success rate of the visit.
+            rows: Trajectories of the visit, of which those that succeed are solutions.
+        """
+        if not self.is_hard(rate):
+            self._hard.pop(uid, None)
+            self._aside.add(uid)
+            return
+        self._aside.discard(uid)
+        kept = self._hard.setdefault(uid, [])
+        for row in rows:
+            if row.reward.success and (solution := _as_json(row)) not in kept:
+                kept.append(solution)
+
+    def solutions(
+        self, group: int, problem: Problem, most: int, rng: np.random.Generator
+    ) -> list[Trajectory]:
+        """Up to `most` solutions of a problem as trajectories, drawn without replacement.
+
+        Args:
+            group: Index of the problem in its step.
+            problem: Problem.
+            most: Greatest number of solutions.
+            rng: Generator that draws them.
+        """
+        kept = self._hard.get(problem.uid, [])
+        chosen = rng.permutation(len(kept))[:most]
+        return [_from_json(kept[index], group, problem) for index in sorted(chosen.tolist())]
+
+    @property
+    def num_solutions(self) -> int:
+        """Number of solutions of all problems."""
+        return sum(map(len, self._hard.values()))
+
+    @property
+    def num_hard(self) -> int:
+        """Number of problems that are hard."""
+        return len(self._hard)
+
+    @property
+    def num_aside(self) -> int:
+        """Number of problems that are set aside."""
+        return len(self._aside)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Everything, as JSON for checkpoints."""
+        return {"hard": self._hard, "aside": sorted(self._aside)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the `state` of a checkpoint."""
+        self._hard = {uid: list(kept) for uid, kept in state["hard"].items()}
+        self._aside = set(state["aside"])
+
+
+def _as_json(row: Trajectory) -> dict[str, Any]:
+    """A trajectory without its group and problem; log-probabilities keep every bit."""
+    names = ("tokens", "trained", "log_probs", "decisions")
+    arrays = {name: getattr(row, name).tolist() for name in names}
+    tuples = {name: list(getattr(row, name)) for name in ("begins", "texts", "turn_rewards")}
+    reward = {
+        "value": row.reward.value, "success": row.reward.success, "info": dict(row.reward.info),
+    }  # fmt: skip
+    return {**arrays, **tuples, "finished": row.finished, "reward": reward}
+
+
+def _from_json(kept: Mapping[str, Any], group: int, problem: Problem) -> Trajectory:
+    return Trajectory(
+        group=group,
+        problem=problem,
+        tokens=np.array(kept["tokens"], np.int32),
+        trained=np.array(kept["trained"], bool),
+        log_probs=np.array(kept["log_probs"], np.float32),
+        decisions=np.array(kept["decisions"], np.int8),
+        begins=tuple(kept["begins"]),
+        reward=Reward(**kept["reward"]),
+        finished=kept["finished"],
+        texts=tuple(kept["texts"]),
+        turn_rewards=tuple(kept["turn_rewards"]),
+        episode=0,
+        source="cache",
+    )
