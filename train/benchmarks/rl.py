@@ -121,7 +121,7 @@ def best_step(job: RLJob, repeats: int) -> dict[str, float]:
     state, steps = job.first_state(), []
     for _ in range(repeats + 1):
         state, metrics, collected = job.step(state)
-        steps.append(metrics | {"tokens": collected.written})
+        steps.append(metrics | {"tokens": collected.generated})
     steps = steps[1:]
     return {"tokens": float(np.mean([step["tokens"] for step in steps]))} | {
         name: min(step[name] for step in steps) for name in ("rollout_seconds", "update_seconds")

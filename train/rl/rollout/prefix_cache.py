@@ -15,6 +15,8 @@ from memgen.insertion import INFERENCE
 from memgen.session import Session
 from train.rl.rollout.sampler import Conversation, Sampler, padded, take_rows
 
+_PARTS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
@@ -44,6 +46,8 @@ class PrefixCache:
 
     Args:
         sampler: Sampler whose conversations are branched.
+        batch: Greatest number of rows of a call, of which programs take a quarter at least, so that
+            few are compiled.
         useful: Number of prefixes for which slots are useful.
         max_bytes: Greatest number of bytes of all slots.
         max_tokens: Number of tokens that fit into a row.
@@ -54,9 +58,16 @@ class PrefixCache:
     """
 
     def __init__(
-        self, sampler: Sampler, useful: int, max_bytes: float, max_tokens: int, responses: int
+        self,
+        sampler: Sampler,
+        batch: int,
+        useful: int,
+        max_bytes: float,
+        max_tokens: int,
+        responses: int,
     ):
         self._sampler, self._max_tokens, self._responses = sampler, max_tokens, responses
+        self._least = sampler.rows(batch) // _PARTS
         least = sampler.rows(1)
         of_row = row_bytes(sampler.policy, max_tokens, responses)
         fitting = int(max_bytes // of_row) // least * least
@@ -96,12 +107,14 @@ class PrefixCache:
         for prefix in prefixes:
             self.reused_tokens += len(prefix.tokens)
         self.reused_tokens -= sum(len(prefix.tokens) for prefix in missing)
-        rows, many = len(prefixes), self._sampler.rows(len(prefixes))
+        rows, many = len(prefixes), self._rows(len(prefixes))
         index = np.zeros(many, np.int32)
         index[:rows] = [self._slots[prefix.key] for prefix in prefixes]
         keys = keys[jnp.minimum(jnp.arange(many), rows - 1)]
         sampler = self._sampler
         session = take_rows(sampler.policy, self._session, sampler.place(index), keys)
+        # Noise goes by the keys alone, whether the prefix was held or prefilled again.
+        session = session.replace(responses=jnp.zeros_like(session.responses))
         return Conversation(sampler, session, rows)
 
     def hold(self, conversation: Conversation, rows: Sequence[int], keys: Sequence[Hashable]):
@@ -125,10 +138,13 @@ class PrefixCache:
             if key in self._slots:
                 self._free.append(self._slots.pop(key))
 
+    def _rows(self, count: int) -> int:
+        return max(self._sampler.rows(count), self._least)
+
     def _prefill(self, prefixes: Sequence[Prefix], keys: jax.Array) -> None:
         sampler = self._sampler
         texts = [prefix.tokens for prefix in prefixes]
-        tokens, length = padded(texts, sampler.rows(len(texts)), 1)
+        tokens, length = padded(texts, self._rows(len(texts)), 1)
         tokens = tokens[:, : self._max_tokens]
         unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # rows get keys when they are taken
         given = sampler.policy, sampler.place(tokens), sampler.place(length)

@@ -167,6 +167,8 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
             visit, {group: active[group] for group in active if group not in new}
         )
         more = {group: active[group] - self.probe for group in easy}
+        aside = [group for group in active if self._solved.is_aside(problems[group].uid)]
+        more |= {group: active[group] for group in aside}
         more |= {group: active[group] - len(rows) for group, rows in replayed.items()}
         fresh = self._respond(visit, more, 1)
         searched = self._search(
@@ -185,7 +187,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
             rows = [_with_values(row) for row in rows]
             rows += [dataclasses.replace(row, source="probe") for row in probing]
             found += [dataclasses.replace(row, episode=at) for at, row in enumerate(rows)]
-        self._add({"direct": len(easy), "replayed": len(replayed)})
+        self._add({"direct": len(easy) + len(aside), "replayed": len(replayed)})
         return found
 
     def _respond(

@@ -153,8 +153,9 @@ class Searcher:
         limits, before = self._limits, self._sampler.generated
         longest = max(len(search.prompt) for search in searches)
         nodes = sum(outputs) * limits.max_depth * self._options.width + len(searches)
+        batch = min(self._sampler.max_rows, len(searches) * self._options.width)
         cache = PrefixCache(
-            self._sampler, nodes, limits.cache_bytes,
+            self._sampler, batch, nodes, limits.cache_bytes,
             bucket(longest, SHORTEST) + bucket(limits.row, SHORTEST), max(limits.turns, 1),
         )  # fmt: skip
         going = searches
@@ -294,7 +295,7 @@ class Searcher:
 
     def _part(self, search: Search, before: Written | None, sampled: Sampled) -> Chunk:
         made = Written(sampled, before)
-        finished = sampled.tokens[-1] in self._formatter.lm.stop_ids
+        finished = sampled.tokens[-1] in self._sampler.sampling.stop
         written = sum(len(part.sampled.tokens) for part in made.path)
         if not finished and written < self._limits.max_new_tokens:
             return Chunk(sampled.log_probs, payload=made)
