@@ -85,8 +85,8 @@ def test_branched_rows_are_scored_as_they_were_sampled(name):
     assert made.metrics["search/tokens"] == made.sampler.generated
     if name == "trigger":
         events = [int((row.decisions == 1).sum()) for row in made.rows]
-        first = [int((row.decisions[: row.begins[0] + 4] == 1).sum()) for row in made.rows]
-        assert np.array(events).max() > np.array(first).max(), "memory is woven in later chunks too"
+        later = np.concatenate([row.decisions[row.begins[0] + 4 :] for row in made.rows])
+        assert (later >= 0).any(), "it is asked in later chunks, as the same response goes on"
         assert max(events) <= 1 + made.sampler.policy.config.max_inference_events
 
 
@@ -153,8 +153,9 @@ def test_nodes_of_one_chunk_are_plain_sampling():
     ours = assign_advantages(rows, episodes, config)
     theirs = assign_advantages(rows, episodes, RLConfig(method="dr_grpo"))
     assert max(np.abs(advantage).max() for advantage in theirs) > 0
-    for mine, other in zip(ours, theirs, strict=True):  # rewards are 0 and 1, outcomes -1 and 1
-        np.testing.assert_allclose(mine, 2 * other, atol=1e-12)
+    for row, mine, other in zip(rows, ours, theirs, strict=True):
+        on = row.trained  # rewards are 0 and 1, outcomes -1 and 1
+        np.testing.assert_allclose(mine[on], 2 * other[on], atol=1e-12)
 
 
 class LowByte(Asks):
