@@ -40,6 +40,7 @@ CONFIGS = {
     "experiment reinforce": "train.experiments.reinforce.Experiment",
     "experiment environments": "train.experiments.environments.Experiment",
     "experiment broadening": "train.experiments.broadening.Broadening",
+    "experiment needle": "train.experiments.needle.Experiment",
     "experiment remember": "train.experiments.remember.Experiment",
 }
 

@@ -371,8 +371,8 @@ def test_the_published_numbers_are_the_defaults():
     assert (strategy.width, strategy.exploration) == (8, 2.0)
     assert (strategy.value_weight, strategy.entropy_weight, strategy.depth_weight) == (0.4, 0, 0.01)
     assert (strategy.probe, strategy.threshold, strategy.value_temperature) == (4, 0.25, 1.0)
-    assert dataclasses.replace(strategy, max_new_tokens=16384)._limits.step_len == 256
-    assert dataclasses.replace(strategy, max_new_tokens=16384)._limits.max_depth == 64
+    assert dataclasses.replace(strategy, max_new_tokens=16384).limits.step_len == 256
+    assert dataclasses.replace(strategy, max_new_tokens=16384).limits.max_depth == 64
     loss = method.parts.loss
     assert (loss.clip_low, loss.clip_high, loss.dual_clip) == (0.2, 0.28, 10.0)
     assert (loss.aggregate, loss.kl, method.num_generations) == ("token", 0, 8)

@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "reinforce": "RL methods on string tasks, against supervised tuning",
     "environments": "scores of the random and the scripted player of each environment",
     "broadening": "why more rollouts of a problem help: BroRL's theory, simulated",
+    "needle": "tree search against plain sampling at equal tokens: DeepSearch's planted needle",
     "remember": "a trigger that learns when to remember",
 }
 

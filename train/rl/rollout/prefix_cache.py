@@ -13,7 +13,7 @@ import numpy as np
 import memgen
 from memgen.insertion import INFERENCE
 from memgen.session import Session
-from train.rl.rollout.sampler import Conversation, Sampler, padded, take_rows
+from train.rl.rollout.sampler import Conversation, Sampler, padded, row_keys, take_rows
 
 _PARTS = 4
 
@@ -91,30 +91,35 @@ class PrefixCache:
         self.reused_tokens = 0
         """Number of tokens of branched prefixes that were not processed again."""
 
-    def branch(self, prefixes: Sequence[Prefix], keys: jax.Array) -> Conversation:
+    def branch(
+        self, prefixes: Sequence[Prefix], seed: Sequence[int], names: Sequence[str],
+        numbers: Sequence[int],
+    ) -> Conversation:  # fmt: skip
         """Rows that go on from prefixes, which may be equal.
 
         Args:
             prefixes: Prefix of each row, at most `capacity` different ones.
-            keys: Random key of each row, `[R]`.
+            seed: Numbers that all randomness is derived from.
+            names: Name of the problem of each row.
+            numbers: Number of each row among those of its problem; with the name and the seed it
+                decides the row's noise (`row_keys`).
         """
         different = {prefix.key: prefix for prefix in prefixes}
         for key in different.keys() & self._slots.keys():
             self._slots.move_to_end(key)
         missing = [prefix for key, prefix in different.items() if key not in self._slots]
+        rows, many = len(prefixes), self._rows(len(prefixes))
+        padding = [0] * (many - rows)  # the first row again
+        names, numbers = ([*part, *(part[at] for at in padding)] for part in (names, numbers))
+        keys = row_keys(seed, names, numbers)
         if missing:
             self._prefill(missing, keys)
-        for prefix in prefixes:
-            self.reused_tokens += len(prefix.tokens)
+        self.reused_tokens += sum(len(prefix.tokens) for prefix in prefixes)
         self.reused_tokens -= sum(len(prefix.tokens) for prefix in missing)
-        rows, many = len(prefixes), self._rows(len(prefixes))
         index = np.zeros(many, np.int32)
         index[:rows] = [self._slots[prefix.key] for prefix in prefixes]
-        keys = keys[jnp.minimum(jnp.arange(many), rows - 1)]
         sampler = self._sampler
-        session = take_rows(sampler.policy, self._session, sampler.place(index), keys)
-        # Noise goes by the keys alone, whether the prefix was held or prefilled again.
-        session = session.replace(responses=jnp.zeros_like(session.responses))
+        session = _branch_rows(sampler.policy, self._session, sampler.place(index), keys)
         return Conversation(sampler, session, rows)
 
     def hold(self, conversation: Conversation, rows: Sequence[int], keys: Sequence[Hashable]):
@@ -209,6 +214,13 @@ def _axes(policy: Any, session: Any) -> Any:
     weaver = None if session.weaver is None else policy.weaving()
     trigger = None if session.trigger is None else policy.triggering()
     return session.batch_axes(policy.reasoner, weaver, trigger)
+
+
+@jax.jit
+def _branch_rows(policy, slots, source, keys):
+    session = slots.take_rows(policy, source, keys)
+    # Noise goes by the keys alone, whether the prefix was held or prefilled again.
+    return session.replace(responses=jnp.zeros_like(session.responses))
 
 
 @functools.partial(jax.jit, donate_argnames="slots")

@@ -234,11 +234,19 @@ def row_keys(seed: Sequence[int], uids: Sequence[str], samples: Sequence[int]) -
         uids: Name of the problem of each row.
         samples: Index of each row among the rollouts of its problem.
     """
-    fold = jax.vmap(jax.random.fold_in)
-    base = functools.reduce(jax.random.fold_in, seed[1:], jax.random.key(seed[0]))
     hashes = np.array([zlib.crc32(uid.encode()) for uid in uids], np.uint32)
-    rows = jnp.broadcast_to(base, hashes.shape)
-    return fold(fold(rows, jnp.asarray(hashes)), jnp.asarray(samples, jnp.uint32))
+    return _fold_rows(_base_key(tuple(seed)), hashes, np.array(samples, np.uint32))
+
+
+@functools.lru_cache(maxsize=64)
+def _base_key(seed: tuple[int, ...]) -> jax.Array:
+    return functools.reduce(jax.random.fold_in, seed[1:], jax.random.key(seed[0]))
+
+
+@jax.jit
+def _fold_rows(base: jax.Array, hashes: jax.Array, samples: jax.Array) -> jax.Array:
+    fold = jax.vmap(jax.random.fold_in)
+    return fold(fold(jnp.broadcast_to(base, hashes.shape), hashes), samples)
 
 
 @dataclasses.dataclass(frozen=True)

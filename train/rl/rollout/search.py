@@ -16,7 +16,7 @@ from train.rl.rollout.search_tree import SearchOptions
 from train.rl.rollout.searching import Limits, Searcher
 from train.rl.rollout.solved_problems import SolvedProblems
 from train.rl.rollout.strategies import STRATEGIES, OneResponse, RolloutStrategy, Turns
-from train.rl.rollout.tree_json import append_tree
+from train.rl.rollout.tree_export import append_tree
 from train.rl.types import Problem, Trajectory
 
 _STEP_LEN = 256
@@ -139,7 +139,8 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         return Turns(self.turns, self.max_observation, True, **shared)
 
     @property
-    def _limits(self) -> Limits:
+    def limits(self) -> Limits:
+        """Sizes of the searches of a run."""
         step_len = self.step_len or min(_STEP_LEN, -(-self.max_new_tokens // _DEPTH))
         return Limits(
             step_len, self.max_new_tokens, self.turns, self.max_observation,
@@ -221,7 +222,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
     def _search(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
         """The trajectories of searches, so many of each group."""
         searcher = Searcher(
-            visit.sampler, self.formatter, visit.task, self, self._limits, visit.seed
+            visit.sampler, self.formatter, visit.task, self, self.limits, visit.seed
         )
         groups = list(counts)
         problems = [visit.problems[group] for group in groups]

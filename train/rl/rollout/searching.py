@@ -12,7 +12,7 @@ from train.rl.buckets import SHORTEST, bucket
 from train.rl.rollout.episodes import EnvironmentEpisode, Rollout, TrajectoryBuilder
 from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.prefix_cache import Prefix, PrefixCache
-from train.rl.rollout.sampler import Sampled, Sampler, row_keys
+from train.rl.rollout.sampler import Conversation, Sampled, Sampler
 from train.rl.rollout.search_tree import Chunk, Expansion, Node, SearchOptions, SearchTree
 from train.rl.scoring import safe_score
 from train.rl.types import Completion, Problem, Reward, Trajectory
@@ -214,10 +214,7 @@ class Searcher:
             searches, nodes, numbers = zip(*batch, strict=True)
             born = [len(s.tree.nodes) + n for s, n in zip(searches, numbers, strict=True)]
             begin = time.perf_counter()
-            conversation = cache.branch(
-                [self._prefix(s, node) for s, node in zip(searches, nodes, strict=True)],
-                self._keys(searches, born),
-            )
+            conversation = self._branch(cache, [(s, node) for s, node, _ in batch], born)
             before = [node.chunk.payload for node in nodes]
             sampled = self._generate(conversation, before)
             self.counts["generation_seconds"] += time.perf_counter() - begin
@@ -244,8 +241,7 @@ class Searcher:
             some = searches[start : start + most]
             begin = time.perf_counter()
             born = [len(search.tree.nodes) for search in some]
-            roots = [self._prefix(search, search.tree.root) for search in some]
-            conversation = cache.branch(roots, self._keys(some, born))
+            conversation = self._branch(cache, [(s, s.tree.root) for s in some], born)
             chunks: list[list[Chunk]] = [[] for _ in some]
             active = np.ones(len(some), bool)
             while active.any():
@@ -264,17 +260,20 @@ class Searcher:
                 search.tree.add_response(made)
         self.counts["whole"] += len(searches)
 
-    def _keys(self, searches: Sequence[Search], born: Sequence[int]) -> Any:
-        """Key of each row: of the problem and of the number that its node will have."""
-        uids = [search.problem.uid for search in searches]
-        numbers = [
-            search.copy * _MOST_NODES + number
-            for search, number in zip(searches, born, strict=True)
-        ]
-        return row_keys((*self._seed, _NOISE), uids, numbers)
+    def _branch(
+        self, cache: PrefixCache, rows: Sequence[tuple[Search, Node]], born: Sequence[int]
+    ) -> Conversation:
+        """Rows that go on from nodes, with noise of the problem and of each new node's number."""
+        numbers = [s.copy * _MOST_NODES + at for (s, _), at in zip(rows, born, strict=True)]
+        return cache.branch(
+            [self._prefix(search, node) for search, node in rows],
+            (*self._seed, _NOISE),
+            [search.problem.uid for search, _ in rows],
+            numbers,
+        )
 
     def _generate(
-        self, conversation: Any, before: Sequence[Written | None], active: Any = None
+        self, conversation: Conversation, before: Sequence[Written | None], active: Any = None
     ) -> list[Sampled]:
         """The next chunk, or turn, of each row."""
         limits = self._limits

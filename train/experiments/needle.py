@@ -1,0 +1,259 @@
+"""Tree search against plain sampling at equal tokens: planted needles, and sums.
+
+python -m train.experiments.needle --out needle.jsonl --figure tree.png
+python -m train.experiments.needle --report needle.jsonl
+
+A needle is one letter of a response that the policy writes with a known small probability, and that
+alone makes the response right: "late" in the last node of a tree, "middle" and "early" in earlier
+ones. A small decoder of bytes is trained on responses that are drawn so. Cases are problems that 8
+plain samples miss. Each gets one search, and then plain samples until they have as many tokens.
+"""
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles import ModelConfig, Thoughtbubbles
+from train.cli.command import run_command
+from train.cli.figures import check_figure
+from train.data import ByteTokenizer
+from train.engine.optim import OptimizerConfig
+from train.experiments.reinforce import demonstrate
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
+from train.models.load import LanguageModel
+from train.rl.config import RLConfig
+from train.rl.job import RLJob
+from train.rl.rollout.formatter import PromptFormatter
+from train.rl.rollout.sampler import Sampler
+from train.rl.rollout.search import TreeSearch
+from train.rl.rollout.searching import Search, Searcher
+from train.rl.rollout.strategies import OneResponse
+from train.rl.rollout.tree_export import draw_tree, tree_json
+from train.rl.tasks.arithmetic import Arithmetic
+from train.rl.types import Completion, Problem, Reward
+
+MODEL = ModelConfig(
+    vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
+)
+LENGTH, STEP_LEN = 23, 4  # letters before the end of a response, tokens of a node
+DEMONSTRATED = 10**6  # first index of the problems that are demonstrated
+SAMPLES = 8  # by which a case is missed
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """Responses of letters a and b, with z or y at one position: z is right.
+
+    Attributes:
+        at: Index of the letter that decides.
+        rate: Probability of z in demonstrations.
+    """
+
+    at: int
+    rate: float
+
+    name = "needle"
+    sizes: Any = dataclasses.field(default_factory=lambda: {"train": None, "test": None})
+
+    def problem(self, split: str, index: int) -> Problem:
+        rng = np.random.default_rng([index, split == "test"])
+        letters = rng.choice(list("ab"), LENGTH)
+        letters[self.at] = "z" if rng.random() < self.rate else "y"
+        return Problem(f"{split}{index}", f"{index % 100:02}:", "".join(letters))
+
+    def score(self, completion: Completion) -> Reward:
+        found = completion.text[self.at : self.at + 1] == "z"
+        return Reward(float(found), found)
+
+
+TASKS: dict[str, tuple[Any, int, int]] = {
+    "late": (Needle(LENGTH - 2, 1 / 16), LENGTH + 1, STEP_LEN),
+    "middle": (Needle(LENGTH // 2, 1 / 16), LENGTH + 1, STEP_LEN),
+    "early": (Needle(1, 1 / 16), LENGTH + 1, STEP_LEN),
+    # A real task: sums of a decoder that has seen some, whose digits are nodes.
+    "sums": (Arithmetic(seed=0, digits=2), 4, 1),
+}
+"""Task, tokens of the longest response, and tokens of a node, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(StudyConfig):
+    """Searches planted needles and sums, or reports what was found.
+
+    Attributes:
+        tasks: Names of `TASKS`.
+        problems: Number of problems, of which those that 8 samples miss are cases.
+        supervised: Number of optimizer steps on demonstrations.
+        figure: File for the first tree that found a needle, as .png, .pdf or .svg (needs
+            matplotlib); none by default.
+    """
+
+    tasks: tuple[str, ...] = ("late", "middle", "early", "sums")
+    problems: int = 128
+    supervised: int = 300
+    out: str = "needle.jsonl"
+    figure: str | None = None
+
+    def __post_init__(self):
+        check_names("task", self.tasks, TASKS)
+        for name in ("problems", "supervised"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+
+
+def main(config: Experiment) -> None:
+    """Search what is missing, or print the table."""
+    if config.figure:
+        check_figure(Path(config.figure))
+    run_study(config, ("task", "seed", "problems", "supervised"), search_missing, report)
+
+
+def search_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs."""
+    sizes = {"problems": config.problems, "supervised": config.supervised}
+    runs = ({"task": name, "seed": seed, **sizes} for name in config.tasks for seed in config.seeds)
+    for run in results.missing(runs):
+        found, trees = compare(run["task"], run["seed"], config.problems, config.supervised)
+        if config.figure and trees:
+            draw_tree(trees[0]).savefig(config.figure, dpi=150)
+            print(f"figure: {Path(config.figure).absolute()}")
+        yield (
+            run | found,
+            f"{run['task']} seed {run['seed']}: {found['cases']} cases, search found "
+            f"{found['search']:.1%}, plain sampling {found['plain']:.1%} at equal tokens",
+        )
+
+
+def compare(
+    name: str, seed: int, problems: int, supervised: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Search and plain sampling of a task's cases.
+
+    Args:
+        name: Name of the task in `TASKS`.
+        seed: Seed of weights and of noise.
+        problems: Number of problems.
+        supervised: Number of optimizer steps on demonstrations.
+
+    Returns:
+        Shares of cases found, tokens and throughput by name, and trees that found theirs, as JSON.
+    """
+    task, longest, step_len = TASKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        job, sampler = policy_of(task, seed, longest, supervised, folder)
+    form = PromptFormatter(job.lm)
+    direct = OneResponse(formatter=form, max_new_tokens=longest)
+    strategy = TreeSearch(step_len=step_len, probe=0, formatter=form, max_new_tokens=longest)
+    every = [task.problem("train", index) for index in range(problems)]
+    rows = direct.collect(sampler, task, every, [SAMPLES] * problems, (seed, 0))
+    solved = {row.group for row in rows if row.reward.success}
+    cases = [problem for at, problem in enumerate(every) if at not in solved]
+    if not cases:
+        raise ValueError(f"{name}: {SAMPLES} samples miss none of {problems} problems: take more")
+
+    def search(key: int) -> tuple[Searcher, list[Search], float]:
+        searcher = Searcher(sampler, form, task, strategy, strategy.limits, (seed, key))
+        begin = time.perf_counter()
+        made = searcher.run(range(len(cases)), cases, [SAMPLES] * len(cases))
+        return searcher, made, time.perf_counter() - begin
+
+    search(1)  # compiles
+    searcher, searches, seconds = search(2)
+    spent = [sum(len(node.chunk.log_probs) for node in s.tree.nodes) for s in searches]
+    mean = float(np.mean([row.written for row in rows]))
+    counts = [int(np.ceil(tokens / mean)) for tokens in spent]
+    batch = min(sampler.max_rows, len(cases) * strategy.width)  # that of searches
+    sampler = Sampler(sampler.policy, sampler.sampling, batch, job.trainable.mesh)
+    direct.collect(sampler, task, cases, counts, (seed, 3))  # compiles
+    before, begin = sampler.generated, time.perf_counter()
+    plain = direct.collect(sampler, task, cases, counts, (seed, 4))
+    plain_seconds = time.perf_counter() - begin
+    by_plain = {row.group for row in plain if row.reward.success}
+    trees = [tree_json(one, form) for one in searches if one.tree.solved]
+    counted = searcher.counts
+    return {
+        "cases": len(cases),
+        "sampled": float(np.mean([row.reward.success for row in rows])),
+        "search": len(trees) / len(cases),
+        "plain": len(by_plain) / len(cases),
+        "tokens": float(np.mean(spent)),
+        "plain_tokens": (sampler.generated - before) / len(cases),
+        "terminals": float(np.mean([sum(n.terminal for n in s.tree.nodes) for s in searches])),
+        "plain_samples": float(np.mean(counts)),
+        "generation_share": counted["generation_seconds"] / seconds,
+        "search_tokens_per_second": counted["tokens"] / seconds,
+        "plain_tokens_per_second": (sampler.generated - before) / plain_seconds,
+        "reused_tokens": counted["reused_tokens"],
+        "prefilled_tokens": counted["prefilled_tokens"],
+    }, trees
+
+
+def policy_of(
+    task: Any, seed: int, longest: int, supervised: int, folder: str
+) -> tuple[RLJob, Sampler]:
+    """A decoder that has been shown responses to a task, and its sampler."""
+    config = RLConfig(
+        weights="demonstrations", train="all", method="deepsearch(probe=0)", steps=supervised,
+        max_new_tokens=longest, max_rows=512, seed=seed, out=folder,
+        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
+    )  # fmt: skip
+    lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
+    job = RLJob(config, lm, task)
+    shown = [task.problem("train", DEMONSTRATED + index) for index in range(4096)]
+    state = next(itertools.islice(demonstrate(job, shown, 128), supervised - 1, None))
+    return job, job.sampler(state.weights)
+
+
+def report(results: list[Result]) -> str:
+    """A markdown table: means over seeds ± their standard errors."""
+    rows = []
+    for (name,), of_task in by_key(results, "task").items():
+        column = lambda key, scale=1.0, of_task=of_task: [scale * r[key] for r in of_task]  # noqa: E731
+        speed = [r["search_tokens_per_second"] / r["plain_tokens_per_second"] for r in of_task]
+        rows.append(
+            [
+                name,
+                str(sum(column("cases"), 0)).partition(".")[0],
+                mean_text(column("sampled", 100), 1),
+                mean_text(column("search", 100), 1),
+                mean_text(column("plain", 100), 1),
+                mean_text(column("tokens"), 0),
+                mean_text(column("plain_tokens"), 0),
+                mean_text(column("terminals"), 0),
+                mean_text(column("plain_samples"), 0),
+                mean_text(column("generation_share", 100), 0),
+                mean_text(speed, 2),
+                seeds_text(of_task),
+            ]
+        )
+    head = [
+        "task", "cases", "a sample is right, %", "search finds, %", "plain finds, %",
+        "tokens of search", "of plain", "terminals", "samples", "time in generation, %",
+        "tokens/s over plain's", "seeds",
+    ]  # fmt: skip
+    return "\n".join(markdown_table(head, rows))
+
+
+def command() -> None:
+    run_command(main, Experiment)
+
+
+if __name__ == "__main__":
+    command()

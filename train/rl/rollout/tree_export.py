@@ -1,0 +1,133 @@
+"""Finished search trees as JSON lines and as figures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.rl.rollout.formatter import PromptFormatter
+from train.rl.rollout.search_tree import mean_entropy
+from train.rl.rollout.searching import Search
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LABELLED = 120  # nodes of a figure at most that have their texts beside them
+
+
+def tree_json(search: Search, formatter: PromptFormatter) -> dict[str, Any]:
+    """A tree as JSON: its prompt and its nodes in the order of generation, the root first.
+
+    A node has its `parent`'s index, `depth`, `text` and number of `tokens`, mean `entropy`,
+    `visits` (N), `value` (q), `bounded` value for advantages, `outcome` (1, -1, or None where it
+    ends nothing), `output` (its index among the terminals that were backed up, or None), and
+    `score`, by which the frontier is ordered, or None where it can't be expanded.
+
+    Args:
+        search: Finished search.
+        formatter: Translation of ids to texts.
+    """
+    tree = search.tree
+    frontier, outputs = set(tree.frontier), {end: at for at, end in enumerate(tree.outputs)}
+    nodes = []
+    for node in tree.nodes:
+        written = node.chunk.payload
+        ids = [] if written is None else written.sampled.tokens.tolist()
+        seen = [] if written is None else list(written.seen)
+        nodes.append(
+            {
+                "parent": None if node.parent is None else node.parent.number,
+                "depth": node.depth,
+                "text": formatter.lm.tokenizer.decode([*ids, *seen]),
+                "tokens": len(ids),
+                "entropy": mean_entropy([node]),
+                "visits": node.visits,
+                "value": node.value,
+                "bounded": tree.bounded_value(node),
+                "outcome": node.chunk.outcome,
+                "output": outputs.get(node),
+                "score": tree.score(node) if node in frontier else None,
+            }
+        )
+    return {"uid": search.problem.uid, "prompt": search.problem.prompt, "nodes": nodes}
+
+
+def append_tree(
+    path: Path, seed: Sequence[int], search: Search, formatter: PromptFormatter
+) -> None:
+    """Append a tree to a file of JSON lines, with the seed of its step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"seed": list(seed), **tree_json(search, formatter)}) + "\n")
+
+
+def draw_tree(tree: dict[str, Any]) -> "Figure":
+    """A figure of a finished tree (`tree_json`), the root on top.
+
+    A node's colour is its value for advantages. Squares are terminals, those that were backed up
+    with their order inside; diamonds are the frontier; all else are circles.
+
+    Args:
+        tree: Tree as JSON.
+    """
+    from matplotlib.figure import Figure
+
+    nodes = tree["nodes"]
+    x, y = _positions(nodes), [-node["depth"] for node in nodes]
+    size = min(max(8.0, max(x) / 5), 24.0), 1.5 - min(y)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    for at, node in enumerate(nodes[1:], 1):
+        above = node["parent"]
+        axes.plot([x[above], x[at]], [y[above], y[at]], color="0.8", linewidth=0.7, zorder=1)
+    kinds = {
+        "inner node": ("o", [n["outcome"] is None and n["score"] is None for n in nodes]),
+        "frontier": ("D", [n["score"] is not None for n in nodes]),
+        "terminal, number: order of backup": ("s", [n["outcome"] is not None for n in nodes]),
+    }
+    drawn = None
+    for label, (marker, mine) in kinds.items():
+        some = [at for at, on in enumerate(mine) if on]
+        drawn = axes.scatter(
+            [x[at] for at in some], [y[at] for at in some],
+            c=[nodes[at]["bounded"] for at in some], cmap="RdYlGn", vmin=-1, vmax=1,
+            marker=marker, s=70, edgecolors="0.3", linewidths=0.6, zorder=2, label=label,
+        )  # fmt: skip
+    for at, node in enumerate(nodes):
+        if node["output"] is not None:
+            axes.annotate(
+                str(node["output"] + 1), (x[at], y[at]), ha="center", va="center", fontsize=6
+            )
+        if len(nodes) <= LABELLED and node["text"]:
+            axes.annotate(
+                node["text"].strip(), (x[at], y[at]), xytext=(0, -9), rotation=90, ha="center",
+                va="top", fontsize=5, textcoords="offset points", parse_math=False,
+            )  # fmt: skip
+    axes.set(
+        ylabel="depth", xticks=[], yticks=sorted(set(y)), ylim=(min(y) - 0.7, 0.5),
+        title=f"{tree['prompt'].strip()!r}: {len(nodes)} nodes",
+    )  # fmt: skip
+    axes.set_yticklabels([str(-at) for at in sorted(set(y))])
+    axes.legend(fontsize=7, loc="upper left")
+    assert drawn is not None
+    figure.colorbar(drawn, ax=axes, label="value (terminals: outcome)", pad=0.01)
+    return figure
+
+
+def _positions(nodes: Sequence[dict[str, Any]]) -> list[float]:
+    """Horizontal position of each node: leaves side by side, others above their children."""
+    children: list[list[int]] = [[] for _ in nodes]
+    for at, node in enumerate(nodes[1:], 1):
+        children[node["parent"]].append(at)
+    order, stack = [], [0]
+    while stack:
+        order.append(stack.pop())
+        stack += children[order[-1]][::-1]
+    leaves = [at for at in order if not children[at]]
+    found = [0.0] * len(nodes)
+    for number, at in enumerate(leaves):
+        found[at] = float(number)
+    for at in reversed(order):
+        if children[at]:
+            found[at] = sum(found[child] for child in children[at]) / len(children[at])
+    return found
