@@ -17,6 +17,7 @@ from test_rl_sampler import ASCII, SPEECH, Asks, Echoes, make_sampler, of_parts,
 
 from test_rl_sampler import arrays_of, decided  # isort: skip
 
+from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.learning.credit import assign_advantages
 from train.rl.loop import train
@@ -25,6 +26,7 @@ from train.rl.rollout.prefix_cache import row_bytes
 from train.rl.rollout.sampler import Sampler
 from train.rl.rollout.search import TreeSearch
 from train.rl.rollout.strategies import OneResponse, Turns
+from train.rl.rollout.tree_export import draw_tree
 from train.rl.types import Episodes, Problem, Reward, Trajectory
 from train.runs.checkpoint import load_params
 
@@ -301,8 +303,9 @@ class KilledSearch(Scripted):
 
 
 def test_a_run_killed_in_a_search_goes_on_bit_for_bit(tmp_path: Path):
-    method = "deepsearch(width=4, step_len=1, probe=2)"
-    changes = {"num_generations": 4, "max_new_tokens": 3}
+    method = "deepsearch(width=4, step_len=1, probe=2, threshold=0.5)"
+    slow = OptimizerConfig(learning_rate=1e-4, warmup=0.0)
+    changes = {"num_generations": 4, "max_new_tokens": 3, "optimizer": slow}
     whole, killed = job(tmp_path / "whole", method, KilledSearch(), **changes), tmp_path / "killed"
     final = train(whole)
     with pytest.raises(KeyboardInterrupt):
@@ -318,6 +321,27 @@ def test_a_run_killed_in_a_search_goes_on_bit_for_bit(tmp_path: Path):
     assert max(line["search/trees"] for line in lines[3:]) > 0
     assert max(line["search/replayed"] for line in lines[1:]) > 0
     assert lines[-1]["search/aside"] > 0
+
+
+def test_a_tree_is_exported_and_drawn(tmp_path: Path):
+    out = tmp_path / "trees.jsonl"
+    made = search("plain", dataclasses.replace(SEARCH, export=str(out)), valid_vocab_size=ASCII)
+    [tree] = [json.loads(line) for line in out.read_text().splitlines()]
+    nodes = tree["nodes"]
+    assert (tree["uid"], tree["seed"]) == ("train0", [7, 1])
+    outputs = sorted((n for n in nodes if n["output"] is not None), key=lambda n: n["output"])
+    rows = [row for row in made.rows if row.group == 0]
+    for end, row in zip(outputs, rows, strict=True):
+        text, at = "", end
+        while at["parent"] is not None:
+            text, at = at["text"] + text, nodes[at["parent"]]
+        assert text == SPEECH.lm.tokenizer.decode(row.tokens[row.trained].tolist())
+        assert end["outcome"] == end["bounded"] == (1 if row.reward.success else -1)
+    frontier = [n for n in nodes if n["score"] is not None]
+    assert frontier and all(n["outcome"] is None for n in frontier)
+    figure = draw_tree(tree)
+    points = sum(len(marks.get_offsets()) for marks in figure.axes[0].collections)
+    assert points == len(nodes) and len(figure.axes[0].lines) == len(nodes) - 1
 
 
 def strategy_of(**changes) -> Any:

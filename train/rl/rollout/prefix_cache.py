@@ -109,9 +109,10 @@ class PrefixCache:
             self._slots.move_to_end(key)
         missing = [prefix for key, prefix in different.items() if key not in self._slots]
         rows, many = len(prefixes), self._rows(len(prefixes))
-        padding = [0] * (many - rows)  # the first row again
-        names, numbers = ([*part, *(part[at] for at in padding)] for part in (names, numbers))
-        keys = row_keys(seed, names, numbers)
+        padded_to = [*range(rows), *[0] * (many - rows)]  # the first row again
+        keys = row_keys(
+            seed, [names[row] for row in padded_to], [numbers[row] for row in padded_to]
+        )
         if missing:
             self._prefill(missing, keys)
         self.reused_tokens += sum(len(prefix.tokens) for prefix in prefixes)
