@@ -65,7 +65,7 @@ def draw_tree(tree: dict[str, Any]) -> "Figure":
     """A figure of a finished tree (`tree_json`), the root on top.
 
     A node's colour is its value for advantages. Squares are terminals, those that were backed up
-    with their order inside; diamonds are the frontier; all else are circles.
+    with their order below; diamonds are the frontier; all else are circles.
 
     Args:
         tree: Tree as JSON.
@@ -83,7 +83,7 @@ def draw_tree(tree: dict[str, Any]) -> "Figure":
     kinds = {
         "inner node": ("o", [n["outcome"] is None and n["score"] is None for n in nodes]),
         "frontier": ("D", [n["score"] is not None for n in nodes]),
-        "terminal, number: order of backup": ("s", [n["outcome"] is not None for n in nodes]),
+        "terminal, (order of backup)": ("s", [n["outcome"] is not None for n in nodes]),
     }
     drawn = None
     for label, (marker, mine) in kinds.items():
@@ -94,24 +94,27 @@ def draw_tree(tree: dict[str, Any]) -> "Figure":
             marker=marker, s=70, edgecolors="0.3", linewidths=0.6, zorder=2, label=label,
         )  # fmt: skip
     for at, node in enumerate(nodes):
-        if node["output"] is not None:
+        order = "" if node["output"] is None else f"({node['output'] + 1})"
+        text = _printable(node["text"].strip()) if len(nodes) <= LABELLED else ""
+        if order or text:
             axes.annotate(
-                str(node["output"] + 1), (x[at], y[at]), ha="center", va="center", fontsize=6
-            )
-        if len(nodes) <= LABELLED and node["text"]:
-            axes.annotate(
-                node["text"].strip(), (x[at], y[at]), xytext=(0, -9), rotation=90, ha="center",
-                va="top", fontsize=5, textcoords="offset points", parse_math=False,
+                " ".join(filter(None, [order, text])), (x[at], y[at]), xytext=(0, -7), rotation=90,
+                ha="center", va="top", fontsize=6, textcoords="offset points", parse_math=False,
             )  # fmt: skip
     axes.set(
         ylabel="depth", xticks=[], yticks=sorted(set(y)), ylim=(min(y) - 0.7, 0.5),
-        title=f"{tree['prompt'].strip()!r}: {len(nodes)} nodes",
+        title=f"{_printable(tree['prompt'].strip())}   ({len(nodes)} nodes)",
     )  # fmt: skip
     axes.set_yticklabels([str(-at) for at in sorted(set(y))])
     axes.legend(fontsize=7, loc="upper left")
     assert drawn is not None
     figure.colorbar(drawn, ax=axes, label="value (terminals: outcome)", pad=0.01)
     return figure
+
+
+def _printable(text: str) -> str:
+    """A text without what fonts have no glyph for."""
+    return "".join(letter if " " <= letter <= "~" else "." for letter in text)
 
 
 def _positions(nodes: Sequence[dict[str, Any]]) -> list[float]:
