@@ -159,7 +159,7 @@ def replay(
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses"))
 def _replay(memgen, tokens, length, plan, latents, keys, max_tokens, max_responses) -> Session:
-    session = Session.start(memgen, keys, max_tokens, max_responses)
+    session = Session.start(memgen, placed_beside(keys, tokens), max_tokens, max_responses)
     stream = assemble(memgen.reasoner.embed_tokens(tokens), latents, plan)
     stream = stream[:, : session.capacity]  # the rest is beyond every row's end
     session = session.append(memgen, stream, stream_length(plan, length), fresh=True)
