@@ -23,6 +23,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from train.runs import checksums
 from train.runs.checkpoint import Checkpointer, CheckpointError, load_params
 from train.runs.quiet_orbax import QuietOrbax
 
@@ -155,6 +156,7 @@ def test_restores_onto_other_meshes(tmp_path: Path):
 
     script = """
 import sys, jax, numpy as np
+from train.runs import checksums
 from train.runs.checkpoint import load_params
 assert jax.device_count() == 1
 np.save(sys.argv[2], load_params(sys.argv[1])[1]["w"])
@@ -297,6 +299,7 @@ def test_a_damaged_checkpoint_names_the_intact_one(tmp_path: Path, files: str, h
 
 SAVE_FOR_EVER = """
 import sys, itertools, jax, jax.numpy as jnp
+from train.runs import checksums
 from train.runs.checkpoint import Checkpointer
 shape = (1024, 1024)
 make = jax.jit(lambda step: {str(i): jnp.full(shape, step + i, jnp.float32) for i in range(8)})
@@ -336,6 +339,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path: Path):
 
 LIMIT_FILE_SIZE = """
 import resource, sys, jax.numpy as jnp, numpy as np
+from train.runs import checksums
 from train.runs.checkpoint import Checkpointer, CheckpointError
 small = {"w": jnp.ones(3)}
 large = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)))}
@@ -444,6 +448,7 @@ def refuse(*_: Any, **__: Any) -> bool:
 TWO_PROCESSES = """
 import os, signal, sys, time, jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from train.runs import checksums
 from train.runs.checkpoint import Checkpointer
 directory, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
@@ -483,4 +488,7 @@ def test_preempting_one_process_saves_in_both(tmp_path: Path):
     steps = {int(output.split()[-1]) for output, _ in outputs}
     assert len(steps) == 1
     step = steps.pop()
+    processes_of = {name.split("/")[1] for name in checksums._read(tmp_path / str(step))}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= processes_of
+    assert not list(tmp_path.rglob("checksums-*"))
     assert_same(load_params(tmp_path, step)[1], {"w": np.arange(8, dtype=np.float32) + step})

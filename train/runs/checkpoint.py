@@ -3,7 +3,7 @@
 A run folder holds one folder per saved step with three items: `params` and `train`, flat maps from
 readable names such as `blocks/attention/q` or `opt/0/mu/embed` to arrays, so that no Flax or Optax
 class is needed to read them, and `meta`, JSON: the caller's metadata and the form of every leaf. A
-step folder gets its final name only when it is complete.
+step folder gets its final name only when it is complete, its checksums included.
 """
 
 import contextlib
@@ -12,13 +12,17 @@ import json
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import future
 
+from train.devices.distributed import sync_errors
+from train.runs import checksums
 from train.runs.leaves import (
     CheckpointError,
     flatten,
@@ -79,11 +83,18 @@ class Checkpointer:
             save_decision_policy=policies.AnySavePolicy(due),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,  # what a killed save has left
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        self._handlers = {item: _SummedHandler() for item in _ITEMS}
+        for item, handler in self._handlers.items():
+            handlers.add(item, ocp.args.StandardSave, handler)
         with contextlib.ExitStack() as stack:
             self._quiet = stack.enter_context(QuietOrbax())
             try:
-                self._manager = _Manager(self._directory, options=options)
+                self._manager = _Manager(
+                    self._directory, options=options, handler_registry=handlers
+                )
             except OSError as error:
                 raise CheckpointError(
                     f"cannot keep checkpoints in {self._directory}: {_reason(error)}; "
@@ -182,6 +193,8 @@ class Checkpointer:
         self._wait()
         step = _choose(self._directory, step)
         folder = self._directory / str(step)
+        with sync_errors():
+            _verify(folder, ("meta", *_ITEMS), jax.process_index(), jax.process_count())
         envelope = _read_envelope(folder)
         restored = []
         for item, abstract in zip(_ITEMS, (params_abstract, train_abstract), strict=True):
@@ -215,6 +228,10 @@ class Checkpointer:
         except Exception as error:
             raise self._unwritten(error) from error
 
+    def _write_checksums(self) -> None:
+        """Called by the first process when all files are written, before the folder is renamed."""
+        checksums.write(self._handlers["params"].step_folder)
+
     def _unwritten(self, error: Exception) -> CheckpointError:
         self._quiet.stay()
         last = self.latest_step()
@@ -223,6 +240,25 @@ class Checkpointer:
             f"checkpoint of step {self._writing} could not be written to {self._directory}: "
             f"{_reason(error)}; {intact}; free space or pass another directory"
         )
+
+
+class _SummedHandler(ocp.StandardCheckpointHandler):
+    """Orbax's handler, of which each process also writes the checksums of its own files."""
+
+    step_folder: Path  # unfinished, once all processes have written
+
+    async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> Any:
+        process = jax.process_index()
+        return [
+            future.ChainedFuture(
+                await super().async_save(directory, *args, **kwargs) or [],
+                lambda: checksums.write_part(Path(directory), process),
+            )
+        ]
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        self.step_folder = Path(directory).parent
 
 
 class _Manager(ocp.CheckpointManager):
@@ -268,6 +304,7 @@ def load_params(
             )
         directory, step = directory.parent, int(directory.name)
     folder = directory / str(_choose(directory, step))
+    _verify(folder, ("meta", "params"))
     envelope = _read_envelope(folder)
     targets = dict.fromkeys(envelope["leaves"]["params"])
     return envelope["meta"], nested(_read(folder, "params", targets, envelope))
@@ -284,7 +321,11 @@ def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     directory = epath.Path(path).expanduser().absolute()
     steps = _steps(directory) if directory.exists() else []
-    return _read_envelope(directory / str(steps[-1]))["meta"] if steps else None
+    if not steps:
+        return None
+    folder = directory / str(steps[-1])
+    _verify(folder, ("meta",))
+    return _read_envelope(folder)["meta"]
 
 
 # Reading
@@ -309,12 +350,25 @@ def _choose(directory: epath.Path, step: int | None) -> int:
     return step
 
 
+def _verify(folder: epath.Path, items: tuple[str, ...], share: int = 0, shares: int = 1) -> None:
+    try:
+        checksums.verify(Path(folder), items, share, shares)
+    except checksums.NoChecksumsError:
+        raise CheckpointError(
+            f"checkpoint {folder} has no file {checksums.NAME}, so damage could not be seen: if "
+            f'you know that its files are whole, write it: python -c "from pathlib import Path; '
+            f"from train.runs import checksums; checksums.write(Path('{folder}'))\""
+        ) from None
+    except checksums.DamagedFileError as error:
+        raise _damaged(folder, str(error)) from error
+
+
 def _read_envelope(folder: epath.Path) -> dict[str, Any]:
     try:
         envelope = ocp.JsonCheckpointHandler().restore(folder / "meta")
         return {part: envelope[part] for part in ("meta", "leaves", "keys")}
     except Exception as error:
-        raise _damaged(folder, "meta", error) from error
+        raise _damaged(folder, f"meta: {_reason(error)}") from error
 
 
 def _read(
@@ -331,7 +385,7 @@ def _read(
         try:
             leaf = _read_leaf(folder / item, name, None if local else target)
         except Exception as error:
-            raise _damaged(folder, f"{item} {name}", error) from error
+            raise _damaged(folder, f"{item} {name}: {_reason(error)}") from error
         if target is not None and local:
             leaf = jax.device_put(leaf, target.sharding, may_alias=False)
         impl = envelope["keys"][item].get(name)
@@ -373,23 +427,20 @@ def _compare(folder: epath.Path, item: str, there: dict[str, str], here: dict[st
 # Errors
 
 
-def _damaged(folder: epath.Path, what: str, error: Exception) -> CheckpointError:
+def _damaged(folder: epath.Path, damage: str) -> CheckpointError:
     others = [step for step in _steps(folder.parent) if str(step) != folder.name]
     intact = next((s for s in reversed(others) if _is_intact(folder.parent / str(s))), None)
     if intact is None:
         way_out = "no other step here is intact: pass another directory"
     else:
         way_out = f"step {intact} is intact: delete {folder} or ask for step {intact}"
-    return CheckpointError(f"checkpoint {folder} is damaged ({what}: {_reason(error)}); {way_out}")
+    return CheckpointError(f"checkpoint {folder} is damaged ({damage}); {way_out}")
 
 
 def _is_intact(folder: epath.Path) -> bool:
     try:
-        leaves = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))["leaves"]
-        for item in _ITEMS:
-            for name in leaves[item]:
-                _read_leaf(folder / item, name, None)
-    except Exception:
+        checksums.verify(Path(folder), ("meta", *_ITEMS))
+    except checksums.DamagedFileError:
         return False
     return True
 

@@ -1,0 +1,163 @@
+"""Damage of one bit, anywhere in a checkpoint, is one line that names file, array and way out."""
+
+import random
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.runs import checksums
+from train.runs.checkpoint import Checkpointer, CheckpointError, load_meta, load_params
+
+# Written by orbax when the checksums are complete, and never read.
+UNREAD = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def state() -> tuple[Any, Any]:
+    noise = np.random.default_rng(0).normal(size=(96, 32)).astype(np.float32)
+    params = {"embed": jnp.asarray(noise), "scale": jnp.ones(3)}
+    return params, {"opt": {"mu": params}, "key": jax.random.key(1), "step": jnp.int32(2)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    with Checkpointer(folder, save_interval=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, *state(), {"config": {"a": 1}})
+    return folder
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def flip(path: Path, at: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def refused(read: Callable[[], Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_flipped_bit_is_refused_by_all_that_reads_it(run: Path):
+    step, chance = run / "2", random.Random(0)
+    files = [path for path in sorted(step.rglob("*")) if path.is_file()]
+    read = [path for path in files if path.parent != step or path.name not in UNREAD]
+    assert len(read) > 20
+    with Checkpointer(run, save_interval=1) as checkpointer:
+        for path in read:
+            name, size = str(path.relative_to(step)), path.stat().st_size
+            readers: list[Callable[[], Any]] = [lambda: checkpointer.restore(*state())]
+            if not name.startswith("train"):
+                readers.append(lambda: load_params(run))
+            if name.startswith("meta") or name == checksums.NAME:
+                readers.append(lambda: load_meta(run))
+            for at in {0, size - 1, *(chance.randrange(size) for _ in range(6))}:
+                bit = chance.randrange(8)
+                flip(path, at, bit)
+                for reader in readers:
+                    message = refused(reader)
+                    assert f"{step} is damaged ({name} " in message and "step 1 is int" in message
+                flip(path, at, bit)
+        for path in set(files) - set(read):  # nothing that it says is used
+            for bit in range(8):
+                flip(path, path.stat().st_size // 2, bit)
+                restored = checkpointer.restore(*state())[1:3]
+                assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), restored, state()))
+
+
+@pytest.mark.parametrize("harm", ["delete", "cut", "append", "folder"])
+def test_other_damage_of_any_file(run: Path, harm: str):
+    step = run / "2"
+    listed = [name for name in checksums._read(step) if not name.startswith("train")]
+    for name in listed:
+        path = step / name
+        content = path.read_bytes()
+        if harm in ("delete", "folder"):
+            path.unlink()
+        if harm == "folder":
+            path.mkdir()
+        elif harm != "delete":
+            path.write_bytes(content[:-1] if harm == "cut" else content + b"\0")
+        assert f"damaged ({name}" in refused(lambda: load_params(run))
+        if harm == "folder":
+            path.rmdir()
+        path.write_bytes(content)
+    load_params(run)
+
+
+def test_the_array_whose_bytes_differ_is_named(run: Path):
+    step = run / "2"
+    (name, pieces), *others = [
+        (name, pieces)
+        for name, pieces in checksums._read(step).items()
+        if name.startswith("params/ocdbt.process_0/d/") and pieces[0][1] > 8000
+    ]
+    assert not others and pieces[0][3] == ["embed"]
+    flip(step / name, 5000, 3)
+    message = refused(lambda: load_params(run))
+    assert f"({name} is not as it was written: array embed)" in message
+    shutil.rmtree(run / "1" / "params" / "d")
+    assert "no other step here is intact" in refused(lambda: load_params(run))
+
+
+def test_pieces_cover_every_file_and_every_array(run: Path):
+    step = run / "2"
+    found = checksums._read(step)
+    files = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
+    assert files == found.keys() | UNREAD | {checksums.NAME}
+    for name, pieces in found.items():
+        starts = [start for start, *_ in pieces]
+        ends = [start + size for start, size, *_ in pieces]
+        assert starts == [0, *ends[:-1]] and ends[-1] == (step / name).stat().st_size
+    for item, arrays in (("params", {"embed", "scale"}), ("train", {"opt/mu/embed", "key"})):
+        inside = [piece[3] for name in found if name.startswith(item) for piece in found[name]]
+        assert arrays <= {array for names in inside for array in names}
+
+
+def test_long_pieces_are_folded_as_fletcher_has_it(tmp_path: Path):
+    data = np.random.default_rng(0).integers(0, 256, (1 << 20) + 70_001, np.uint8).tobytes()
+    vectors = np.frombuffer(data + bytes(-len(data) % 65536), np.uint64).reshape(-1, 8192)
+    totals = np.zeros(8192, np.uint64)
+    positions = np.zeros(8192, np.uint64)
+    for vector in vectors:
+        totals += vector
+        positions += totals
+    expected = zlib.crc32(totals.tobytes() + positions.tobytes())
+
+    def checksum(content: bytes) -> int:
+        (tmp_path / "file").write_bytes(content)
+        with open(tmp_path / "file", "rb") as stream:
+            return checksums._checksum(stream, len(data))
+
+    assert checksum(data) == expected
+    assert checksum(data[:-1]) != expected
+    swapped = data[65536:131072] + data[:65536] + data[131072:]
+    assert checksum(swapped) != expected
+    assert checksum(data[: 1 << 19]) != expected
+    assert checksum(bytes(len(data))) != expected
+
+
+def test_without_checksums_a_checkpoint_is_refused_until_they_are_written(run: Path):
+    (run / "2" / checksums.NAME).unlink()
+    for read in (load_params, load_meta):
+        message = refused(lambda read=read: read(run))
+        assert f"{run / '2'} has no file checksums" in message
+    script = message[message.index('"') + 1 : -1]
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert load_params(run)[0] == {"config": {"a": 1}}

@@ -1,0 +1,206 @@
+"""Checksums of a checkpoint's files, each piece of a file with the arrays that lie in it.
+
+Orbax verifies its indices and manifests (OCDBT nodes end in a CRC-32C), but not the arrays' bytes,
+nor its JSON. So the file `checksums` of a step folder holds the CRC-32 of every piece of every file
+of its items, and begins with its own. It knows files and bytes alone: any mesh and any number of
+hosts can verify what others have written.
+"""
+
+import functools
+import json
+import zlib
+from collections.abc import Iterable
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+NAME = "checksums"
+_PART = "checksums-of-process-"  # until the step is committed, beside what the process wrote
+_FOLDED = 2**16  # bytes that a long piece is folded to, twice
+_BUFFER = 16 * _FOLDED
+_SHOWN = 3
+
+# Offset, number of bytes, checksum, names of arrays.
+Piece = tuple[int, int, int, list[str]]
+
+
+class DamagedFileError(ValueError):
+    """A file is not as it was written; the message names it and the arrays in it."""
+
+
+class NoChecksumsError(DamagedFileError):
+    """Nothing says how the files of a folder were written."""
+
+
+def write_part(item: Path, process: int) -> None:
+    """Write the checksums of the files that one process has written for an item.
+
+    Args:
+        item: Folder of the item.
+        process: Index of the process, whose arrays are on disk.
+    """
+    own = item / f"ocdbt.process_{process}"
+    found = _pieces_of_files(item, [path for path in own.rglob("*") if path.is_file()])
+    (item / f"{_PART}{process}").write_text(json.dumps(found), encoding="utf-8")
+
+
+def write(folder: Path) -> None:
+    """Write the checksums of a step folder, of what `write_part` has not yet seen.
+
+    Args:
+        folder: Folder with one folder for each item.
+    """
+    found: dict[str, list[Piece]] = {}
+    for item in sorted(path for path in folder.iterdir() if path.is_dir()):
+        parts = list(item.glob(f"{_PART}*"))
+        pieces: dict[str, list[Piece]] = {}
+        for part in parts:
+            pieces |= json.loads(part.read_text(encoding="utf-8"))
+            part.unlink()
+        rest = [
+            p for p in item.rglob("*") if p.is_file() and str(p.relative_to(item)) not in pieces
+        ]
+        pieces |= _pieces_of_files(item, rest)
+        found |= {f"{item.name}/{name}": pieces[name] for name in sorted(pieces)}
+    body = json.dumps(found).encode()
+    (folder / NAME).write_bytes(b"%08x\n" % zlib.crc32(body) + body)
+
+
+def verify(folder: Path, items: Iterable[str], share: int = 0, shares: int = 1) -> None:
+    """Compare the files of items with their checksums.
+
+    Args:
+        folder: Step folder.
+        items: Names of the items whose files are read.
+        share: Index of the part of the files that is compared.
+        shares: Number of parts, such as the number of processes.
+
+    Raises:
+        DamagedFileError: A file differs or is missing, or there are no checksums.
+    """
+    found = _read(folder)
+    names: list[str] = []
+    for item in items:
+        inside = [name for name in found if name.startswith(f"{item}/")]
+        if not inside:
+            raise DamagedFileError(f"{NAME} lists no file of {item}")
+        names += inside
+    for name in sorted(names)[share::shares]:
+        try:
+            with open(folder / name, "rb") as stream:
+                for _, size, checksum, arrays in found[name]:
+                    if _checksum(stream, size) != checksum:
+                        raise DamagedFileError(f"{name} is not as it was written{_of(arrays)}")
+                if stream.read(1):
+                    raise DamagedFileError(f"{name} is longer than it was written")
+        except OSError as error:
+            arrays = [array for *_, inside in found[name] for array in inside]
+            raise DamagedFileError(f"{name}: {error.strerror}{_of(arrays)}") from error
+
+
+def _read(folder: Path) -> dict[str, list[Piece]]:
+    try:
+        head, _, body = (folder / NAME).read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        raise NoChecksumsError(f"{folder} has no checksums") from None
+    if head != b"%08x" % zlib.crc32(body):
+        raise DamagedFileError(f"{NAME} is not as it was written")
+    return json.loads(body)
+
+
+def _of(arrays: list[str]) -> str:
+    names = list(dict.fromkeys(arrays))
+    shown = ", ".join(names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f": array {shown}{more}" if names else ""
+
+
+def _checksum(stream: BufferedReader, size: int) -> int:
+    """CRC-32 of the next bytes of a file; a long piece is folded first.
+
+    Folding is Fletcher's checksum, as ZFS has it, over 64 KiB vectors of 64-bit words: the sum of
+    all vectors and the sum of all partial sums. It is twice as fast as a CRC.
+    """
+    if size <= _BUFFER:
+        return zlib.crc32(stream.read(size))
+    totals, positions = (np.zeros(_FOLDED // 8, np.uint64) for _ in range(2))
+    buffer = bytearray(_BUFFER)
+    view, rows = memoryview(buffer), np.frombuffer(buffer, np.uint64).reshape(-1, len(totals))
+    left = size
+    while left:
+        count = stream.readinto(view[: min(left, _BUFFER)])
+        if not count:
+            break  # truncated: the CRC tells
+        left -= count
+        used = -(-count // _FOLDED)
+        view[count : used * _FOLDED] = bytes(used * _FOLDED - count)
+        for row in rows[:used]:
+            np.add(totals, row, totals)
+            np.add(positions, totals, positions)
+    return zlib.crc32(positions.tobytes(), zlib.crc32(totals.tobytes(), left))
+
+
+def _pieces_of_files(item: Path, files: Iterable[Path]) -> dict[str, list[Piece]]:
+    """Pieces of files by their names in the item's folder."""
+    names = {path: str(path.relative_to(item)) for path in files}
+    arrays: dict[str, dict[tuple[int, int], list[str]]] = {}
+    for path in names:
+        if path.name == "manifest.ocdbt":
+            _collect(path.parent, item, arrays)
+    found: dict[str, list[Piece]] = {}
+    for path, name in names.items():
+        with open(path, "rb") as stream:
+            bounds = _bounds(arrays.get(name, {}), path.stat().st_size)
+            found[name] = [
+                (start, end - start, _checksum(stream, end - start), inside)
+                for start, end, inside in bounds
+            ]
+    return found
+
+
+def _bounds(
+    ranges: dict[tuple[int, int], list[str]], size: int
+) -> list[tuple[int, int, list[str]]]:
+    """Consecutive ranges that cover a file: those of arrays, and what lies between."""
+    bounds: list[tuple[int, int, list[str]]] = []
+    at = 0
+    for (start, end), names in sorted(ranges.items()):
+        if start > at:
+            bounds.append((at, start, []))
+        if bounds and bounds[-1][1] == start and bounds[-1][2] == names:
+            bounds[-1] = (bounds[-1][0], end, names)
+        elif end > at:
+            bounds.append((max(at, start), end, names))
+        at = max(at, end)
+    return [*bounds, (at, size, [])] if at < size else bounds
+
+
+def _collect(
+    database: Path, item: Path, arrays: dict[str, dict[tuple[int, int], list[str]]]
+) -> None:
+    """Add which bytes of which files an OCDBT database refers to, and the arrays in them."""
+    base = tensorstore.KvStore.open({"driver": "file", "path": f"{database}/"}).result()
+    dump = functools.partial(tensorstore.ocdbt.dump, base)
+
+    def add(location: str, names: list[str]) -> None:
+        _, folder, file, start, size = location.split(":")
+        path = str((database / folder / file).relative_to(item))
+        arrays.setdefault(path, {})[int(start), int(start) + int(size)] = names
+
+    nodes = [version["root"]["location"] for version in dump().result()["versions"]]
+    while nodes:
+        node: str = nodes.pop()
+        entries: list[dict[str, Any]] = dump(node).result()["entries"]
+        inside = []
+        for entry in entries:
+            if "location" in entry:
+                nodes.append(entry["location"])
+                continue
+            name = bytes(entry["key"]).decode().rpartition("/")[0]
+            inside.append(name)
+            if "indirect_value" in entry:
+                add(entry["indirect_value"], [name])
+        add(node, list(dict.fromkeys(inside)))
