@@ -7,7 +7,6 @@ step folder gets its final name only when it is complete, its checksums included
 """
 
 import contextlib
-import errno
 import json
 import os
 import threading
@@ -23,6 +22,7 @@ from orbax.checkpoint import future
 
 from train.devices.distributed import sync_errors
 from train.runs import checksums
+from train.runs.files import reason_of
 from train.runs.leaves import (
     CheckpointError,
     flatten,
@@ -97,7 +97,7 @@ class Checkpointer:
                 )
             except OSError as error:
                 raise CheckpointError(
-                    f"cannot keep checkpoints in {self._directory}: {_reason(error)}; "
+                    f"cannot keep checkpoints in {self._directory}: {reason_of(error)}; "
                     f"pass another directory"
                 ) from error
             self._resources = stack.pop_all()  # closed by close()
@@ -238,7 +238,7 @@ class Checkpointer:
         intact = "there is no earlier checkpoint" if last is None else f"step {last} is intact"
         return CheckpointError(
             f"checkpoint of step {self._writing} could not be written to {self._directory}: "
-            f"{_reason(error)}; {intact}; free space or pass another directory"
+            f"{reason_of(error)}; {intact}; free space or pass another directory"
         )
 
 
@@ -368,7 +368,7 @@ def _read_envelope(folder: epath.Path) -> dict[str, Any]:
         envelope = ocp.JsonCheckpointHandler().restore(folder / "meta")
         return {part: envelope[part] for part in ("meta", "leaves", "keys")}
     except Exception as error:
-        raise _damaged(folder, f"meta: {_reason(error)}") from error
+        raise _damaged(folder, f"meta: {reason_of(error)}") from error
 
 
 def _read(
@@ -385,7 +385,7 @@ def _read(
         try:
             leaf = _read_leaf(folder / item, name, None if local else target)
         except Exception as error:
-            raise _damaged(folder, f"{item} {name}: {_reason(error)}") from error
+            raise _damaged(folder, f"{item} {name}: {reason_of(error)}") from error
         if target is not None and local:
             leaf = jax.device_put(leaf, target.sharding, may_alias=False)
         impl = envelope["keys"][item].get(name)
@@ -443,13 +443,3 @@ def _is_intact(folder: epath.Path) -> bool:
     except checksums.DamagedFileError:
         return False
     return True
-
-
-def _reason(error: BaseException) -> str:
-    """The operating system's message if the error has one in it; else its first line, cut."""
-    text = str(error)
-    for code in errno.errorcode:
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    line = (text.splitlines() or [""])[0] or type(error).__name__
-    return line if len(line) <= 120 else line[:117] + "..."

@@ -1,5 +1,6 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and why one could not be."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -25,3 +26,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         os.unlink(unfinished)
         raise
+
+
+def reason_of(error: BaseException) -> str:
+    """The operating system's message if the error has one in it; else its first line, cut."""
+    text = str(error)
+    for code in errno.errorcode:
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    line = (text.splitlines() or [""])[0] or type(error).__name__
+    return line if len(line) <= 120 else line[:117] + "..."
