@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.fields import Fields, shown
 from thoughtbubbles.positions import RopeScaling
 
 ARCHITECTURES = {
@@ -37,77 +38,79 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
     Raises:
         ValueError: The family or an option of it is not supported, or a size is missing.
     """
-    family = fields.get("model_type")
+    given = Fields(fields, source, "it is no whole config of a model")
+    family = given.text("model_type", "")
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{source}: model_type {family!r} is not one of {known}")
+        raise ValueError(f"{source}: model_type {shown(family or None)} is not one of {known}")
     for name, allowed in PLAIN.items():
-        if fields.get(name) not in allowed:
-            raise ValueError(f"{source}: {name}={fields[name]!r} is not supported for {family}")
-    if "sliding_attention" in (fields.get("layer_types") or ()):
+        if given.raw(name) not in allowed:
+            value = shown(given.raw(name))
+            raise ValueError(f"{source}: {name}={value} is not supported for {family}")
+    if "sliding_attention" in given.list("layer_types", str, []):
         raise ValueError(f"{source}: layers of sliding_attention are not supported")
-
-    def size(name: str, default: Any = None) -> Any:
-        value = fields.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise ValueError(f"{source} has no {name}: it is no whole config of a {family} model")
-        return value
-
-    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    context = fields.get("max_position_embeddings")
-    base = rope.get("rope_theta") or fields.get("rope_theta")
-    heads = size("num_attention_heads")
-    width = size("hidden_size")
-    head_dim = fields.get("head_dim") or (128 if family == "qwen3" else None)
+    rope, older = given.object("rope_parameters"), given.object("rope_scaling")
+    rope = rope if rope.names() else older
+    context = given.integer("max_position_embeddings", None)
+    default_base = 2e6 if family == "smollm3" else 10_000.0
+    heads, width = given.integer("num_attention_heads"), given.integer("hidden_size")
+    head_dim = given.integer("head_dim", 128 if family == "qwen3" else None)
     try:
         return ModelConfig(
-            vocab_size=size("vocab_size"),
+            vocab_size=given.integer("vocab_size"),
             embed_dim=width,
-            num_layers=size("num_hidden_layers"),
+            num_layers=given.integer("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=size("num_key_value_heads", heads),
+            num_kv_heads=given.integer("num_key_value_heads", heads),
             head_dim=None if head_dim and head_dim * heads == width else head_dim,
-            mlp_dim=size("intermediate_size"),
+            mlp_dim=given.integer("intermediate_size"),
             norm="rmsnorm",
-            norm_eps=size("rms_norm_eps", 1e-6),
+            norm_eps=given.number("rms_norm_eps", 1e-6),
             mlp="swiglu",
             qk_norm=family == "qwen3",
-            tied_head=size("tie_word_embeddings", family == "smollm3"),
-            rope_base=float(base or (2e6 if family == "smollm3" else 10_000.0)),
+            tied_head=given.flag("tie_word_embeddings", family == "smollm3"),
+            rope_base=rope.number("rope_theta", given.number("rope_theta", default_base)),
             rope_scaling=_scaling(rope, context),
-            nope_layers=_nope_layers(fields) if family == "smollm3" else (),
+            nope_layers=_nope_layers(given, source) if family == "smollm3" else (),
             biases="qkv" if family == "qwen2" else "none",
             context_length=context,
         )
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        line = str(error)
+        raise ValueError(line if line.startswith(source) else f"{source}: {line}") from error
 
 
-def _nope_layers(fields: Mapping[str, Any]) -> tuple[int, ...]:
+def _nope_layers(given: Fields, source: str) -> tuple[int, ...]:
     """SmolLM3 writes a 1 for a layer *with* rotary positions, whatever the name says."""
-    flags = fields.get("no_rope_layers")
-    count = fields["num_hidden_layers"]
-    if flags is None:
-        interval = fields.get("no_rope_layer_interval", 4)
-        flags = [(layer + 1) % interval for layer in range(count)]
-    return tuple(layer for layer in range(count) if not flags[layer])
+    flags, count = given.list("no_rope_layers", int, None), given.integer("num_hidden_layers")
+    if flags is not None and len(flags) < count:
+        raise ValueError(f"{source}: no_rope_layers has {len(flags)} of {count} layers")
+    if flags is not None:
+        return tuple(layer for layer in range(count) if not flags[layer])
+    interval = given.integer("no_rope_layer_interval", 4)
+    return tuple(range(interval - 1, count, interval))
 
 
-def _scaling(rope: Mapping[str, Any], context: int | None) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+def _scaling(rope: Fields, context: int | None) -> RopeScaling | None:
+    kind = rope.text("rope_type", None) or rope.text("type", None) or "default"
     if kind == "default":
         return None
-    fields = {name: value for name, value in rope.items() if name not in SCALING_NOTES}
+    known = {field.name for field in dataclasses.fields(RopeScaling)}
+    unknown = sorted(set(rope.names()) - known - SCALING_NOTES)
+    wholes = {"original_max_position_embeddings"}
+    fields: dict[str, Any] = {
+        name: rope.integer(name) if name in wholes else rope.number(name)
+        for name in rope.names()
+        if name in known - SCALING_NOTES
+    }
     if kind != "linear":
         fields.setdefault("original_max_position_embeddings", context)
-    known = {field.name for field in dataclasses.fields(RopeScaling)}
-    unknown = sorted(set(fields) - known)
     # The kind is checked first: another kind may well have parameters that are unknown here.
-    scaling = RopeScaling(kind, **{name: fields[name] for name in fields if name in known})
+    RopeScaling(kind, **{**fields, "factor": 1.0})
+    fields["factor"] = rope.number("factor")
     if unknown:
-        raise ValueError(f"rope scaling {kind} with {unknown[0]} is not supported")
-    return scaling
+        raise ValueError(f"rope scaling {kind} with {shown(unknown[0])[1:-1]} is not supported")
+    return RopeScaling(kind, **fields)
 
 
 def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 Quantised tensors are dequantised one at a time. The package is an optional extra.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from thoughtbubbles.families import ARCHITECTURES
+from thoughtbubbles.fields import Fields
 from thoughtbubbles.positions import RopeScaling
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer, byte_level_bpe
 
@@ -34,7 +36,7 @@ BLOCK = {
 # Families whose queries and keys are stored with neighbouring channels as rotary pairs.
 INTERLEAVED = {"llama", "smollm3"}
 NOPE_INTERVAL = 4  # of SmolLM3, which GGUF metadata does not hold
-CONTROL, USER_DEFINED = 3, 4  # token types
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types
 YARN_DIALS = [
     "attn_factor",
     "yarn_attn_factor",
@@ -69,9 +71,10 @@ class GGUFFile:
         self.path = path
         try:
             self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        except Exception as error:  # whatever its parser trips over
             raise ValueError(f"{path} is cut short or no GGUF file: copy it again") from error
-        self._family = str(self._field("general.architecture"))
+        self._metadata = Fields(_Contents(self._reader), str(path), "it is no whole GGUF file")
+        self._family = self._metadata.text("general.architecture")
         if self._family not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"{path}: architecture {self._family!r} is not one of {known}")
@@ -84,6 +87,7 @@ class GGUFFile:
             name: tuple(int(size) for size in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
         }
+        self._check_spans()
         self.fields = self._config()
 
     def read(self, name: str) -> np.ndarray:
@@ -100,75 +104,110 @@ class GGUFFile:
             values = _halves(values, self.fields["head_dim"])
         return values
 
-    def tokenizer(self) -> PretrainedTokenizer:
+    def tokenizer(self, embedding_rows: int | None = None) -> PretrainedTokenizer:
         """The tokenizer in the metadata.
 
+        Args:
+            embedding_rows: Number of token ids that the embedding knows; None for all.
+
         Raises:
-            ValueError: The tokenizer is not a byte-level BPE with a supported pre-tokenizer.
+            ValueError: The tokenizer is not a byte-level BPE with a supported pre-tokenizer, or its
+                parts do not belong together.
         """
-        model = self._field("tokenizer.ggml.model")
-        kind = self._field("tokenizer.ggml.pre", "gpt-2")
+        given = self._metadata
+        model, kind = (
+            given.text("tokenizer.ggml.model"),
+            given.text("tokenizer.ggml.pre", "gpt-2"),
+        )
         if model != "gpt2":
             raise ValueError(
                 f"{self.path}: tokenizer {model!r} can't be rebuilt from GGUF, only byte-level BPE "
                 "(gpt2): load the model's Hugging Face folder"
             )
-        tokens = self._field("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
-        types = self._field("tokenizer.ggml.token_type", [])
-        named = {
-            name: self._field(f"tokenizer.ggml.{name}_token_id", None)
-            for name in ("bos", "eos", "eot")
+        tokens = given.list("tokenizer.ggml.tokens", str)
+        merges = given.list("tokenizer.ggml.merges", str)
+        types = given.list("tokenizer.ggml.token_type", int, [])
+        if types and len(types) != len(tokens):
+            raise ValueError(f"{self.path}: {len(tokens)} tokens have {len(types)} token types")
+        special = {
+            name: None if index is None else tokens[index]
+            for name in ("bos", "eos", "eot", "eom")
+            for index in [
+                given.integer(
+                    f"tokenizer.ggml.{name}_token_id", None, least=0, most=len(tokens) - 1
+                )
+            ]
         }
-        begins = self._field("tokenizer.ggml.add_bos_token", kind == "llama-bpe")
-        begin = tokens[named["bos"]] if begins and named["bos"] is not None else None
-        added = {
-            token: kind == CONTROL
-            for token, kind in zip(tokens, types, strict=False)
-            if kind in (CONTROL, USER_DEFINED)
-        }
-        text = byte_level_bpe(tokens, merges, added, begin, kind, str(self.path))
-        ends = [named[name] for name in ("eos", "eot") if named[name] is not None]
+        bos = special["bos"]
+        begins = given.flag("tokenizer.ggml.add_bos_token", kind == "llama-bpe")
+        kinds = dict(zip(tokens, types, strict=True)) if types else {}
+        text = byte_level_bpe(
+            # Rows of the embedding that no token has are called [PAD151936] and so on.
+            {token: id_ for id_, token in enumerate(tokens) if kinds.get(token) != UNUSED},
+            [tuple(merge.split(" ", 1)) for merge in merges],
+            {t: of == CONTROL for t, of in kinds.items() if of in (CONTROL, USER_DEFINED)},
+            bos if begins else None,
+            kind,
+            str(self.path),
+        )
+        ends = [special[name] for name in ("eos", "eot", "eom")]
         return PretrainedTokenizer(
             text,
             name=str(self.path),
-            bos=None if named["bos"] is None else tokens[named["bos"]],
-            stop_tokens=[tokens[end] for end in ends],
-            chat_template=self._field("tokenizer.chat_template", None),
+            bos=bos,
+            stop_tokens=list(dict.fromkeys(end for end in ends if end is not None)),
+            chat_template=given.text("tokenizer.chat_template", None),
+            embedding_rows=embedding_rows,
         )
 
-    def _config(self) -> dict[str, Any]:
-        def of(key: str, *default: Any) -> Any:
-            return self._field(f"{self._family}.{key}", *default)
+    def _check_spans(self) -> None:
+        """Raise a ValueError if two tensors share bytes."""
+        end = 0
+        for tensor in sorted(self._reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+            if int(tensor.data_offset) < end:
+                raise ValueError(
+                    f"{self.path}: {tensor.name} begins at byte {tensor.data_offset}, the tensor "
+                    f"before it ends at {end}: copy it again"
+                )
+            end = int(tensor.data_offset) + int(tensor.n_bytes)
 
-        heads, width = of("attention.head_count"), of("embedding_length")
-        found = {
-            "model_type": self._family,
+    def _config(self) -> dict[str, Any]:
+        given, family = self._metadata, self._family
+
+        def size(key: str, *default: Any) -> Any:
+            return given.integer(f"{family}.{key}", *default)
+
+        def number(key: str, *default: Any) -> Any:
+            return given.number(f"{family}.{key}", *default)
+
+        heads, width = size("attention.head_count"), size("embedding_length")
+        found: dict[str, Any] = {
+            "model_type": family,
             "vocab_size": self.shapes.get(TOP["token_embd.weight"], (None,))[0],
             "hidden_size": width,
-            "num_hidden_layers": of("block_count"),
+            "num_hidden_layers": size("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": of("attention.head_count_kv", heads),
-            "head_dim": of("attention.key_length", width // heads),
-            "intermediate_size": of("feed_forward_length"),
-            "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
+            "num_key_value_heads": size("attention.head_count_kv", heads),
+            "head_dim": size("attention.key_length", width // heads),
+            "intermediate_size": size("feed_forward_length"),
+            "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": TOP["output.weight"] not in self.shapes,
-            "rope_theta": of("rope.freq_base", 10_000.0),
+            "rope_theta": number("rope.freq_base", 10_000.0),
             "no_rope_layer_interval": NOPE_INTERVAL,
-            "max_position_embeddings": of("context_length", None),
+            "max_position_embeddings": size("context_length", None),
         }
-        rotated = of("rope.dimension_count", found["head_dim"])
-        found["partial_rotary_factor"] = rotated / found["head_dim"]
-        if of("attention.sliding_window", None):
+        rotated = size("rope.dimension_count", found["head_dim"])
+        found["partial_rotary_factor"] = rotated / found["head_dim"] if found["head_dim"] else 1.0
+        if given.raw(f"{family}.attention.sliding_window"):
             found["use_sliding_window"] = True
-        kind = of("rope.scaling.type", "none")
+        kind = given.text(f"{family}.rope.scaling.type", "none")
         if kind != "none":
-            found["rope_scaling"] = {"rope_type": kind, "factor": of("rope.scaling.factor")}
-            original = of("rope.scaling.original_context_length", None)
+            found["rope_scaling"] = {"rope_type": kind, "factor": number("rope.scaling.factor")}
+            original = size("rope.scaling.original_context_length", None)
             if original is not None:
                 found["rope_scaling"]["original_max_position_embeddings"] = original
             for name in YARN_DIALS:
-                if of(f"rope.scaling.{name}", None) is not None:
+                if given.raw(f"{family}.rope.scaling.{name}") is not None:
                     raise ValueError(f"{self.path}: rope.scaling.{name} is not supported")
         divisors = [t for t in self._reader.tensors if t.name == "rope_freqs.weight"]
         if divisors:
@@ -187,13 +226,24 @@ class GGUFFile:
             )
         return {"rope_type": "llama3", **fields}
 
-    def _field(self, key: str, *default: Any) -> Any:
-        field = self._reader.get_field(key)
-        if field is None:
-            if not default:
-                raise ValueError(f"{self.path} has no {key}: it is no whole GGUF file of a model")
-            return default[0]
-        return field.contents()
+
+class _Contents(Mapping[str, Any]):
+    """The metadata of a GGUF file by key."""
+
+    def __init__(self, reader: Any):
+        self._fields = reader.fields
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return self._fields[key].contents()
+        except (ValueError, IndexError, TypeError):  # such as text that is not UTF-8
+            return b"damaged"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
 
 
 def _hugging_face_name(name: str) -> str | None:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from thoughtbubbles.fields import shown
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -44,7 +46,8 @@ class RopeScaling:
     def __post_init__(self):
         known = get_args(type(self).__annotations__["rope_type"])
         if self.rope_type not in known:
-            raise ValueError(f"rope scaling {self.rope_type!r}: choose one of {', '.join(known)}")
+            kind = shown(self.rope_type)
+            raise ValueError(f"rope scaling {kind}: choose one of {', '.join(known)}")
         if not self.factor > 0:
             raise ValueError(f"rope scaling factor={self.factor}: choose a number above 0")
         if self.rope_type != "linear" and not self.original_max_position_embeddings:

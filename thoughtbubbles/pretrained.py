@@ -21,15 +21,11 @@ from flax import nnx, traverse_util
 
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.families import config_from_json, config_to_json
+from thoughtbubbles.fields import read_json
 from thoughtbubbles.gguf_files import GGUFFile
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from thoughtbubbles.safetensors_files import (
-    SINGLE,
-    SafetensorsFiles,
-    read_json,
-    write_safetensors,
-)
+from thoughtbubbles.safetensors_files import SINGLE, SafetensorsFiles, write_safetensors
 
 # Our names of parameters to Hugging Face's; those of a block follow `model.layers.N.` there.
 TOP = {
@@ -137,11 +133,6 @@ def load_pretrained(
     """
     path = Path(path).expanduser()
     source, config, tokenizer = open_pretrained(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "
-            f"{config.vocab_size} rows: they belong to different models"
-        )
     config = dataclasses.replace(config, dtype=dtype)
     state = _abstract_state(config)
     parameters = _parameters(config, state)
@@ -227,8 +218,10 @@ def open_pretrained(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokeniz
     """
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
-        config = _untied(path, file, config_from_json(file.fields, str(path)))
-        return file, config, file.tokenizer()
+        config = config_from_json(file.fields, str(path))
+        _check_sizes(path, file, config)
+        config = _untied(path, file, config)
+        return file, config, file.tokenizer(config.vocab_size)
     if not path.is_dir():
         raise ValueError(f"{path} is no folder and no .gguf file: pass a model that is on disk")
     if not (path / "config.json").is_file():
@@ -236,8 +229,9 @@ def open_pretrained(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokeniz
     fields = read_json(path / "config.json")
     config = config_from_json(fields, str(path / "config.json"))
     files = SafetensorsFiles(path)
+    _check_sizes(path / "config.json", files, config)
     config = _untied(path, files, config)
-    return files, config, PretrainedTokenizer.from_folder(path, fields)
+    return files, config, PretrainedTokenizer.from_folder(path, fields, config.vocab_size)
 
 
 def _untied(path: Path, source: _Source, config: ModelConfig) -> ModelConfig:
@@ -279,6 +273,25 @@ def _parameters(config: ModelConfig, state: nnx.State) -> dict[str, _Parameter]:
             stored_shape = (math.prod(shape),)
         found[name] = _Parameter(names, shape, stored_shape, bool(inputs), name in BLOCK)
     return found
+
+
+def _check_sizes(path: Path, source: _Source, config: ModelConfig) -> None:
+    """Raise a ValueError for sizes that no tensor can have, before any shape is made of them."""
+    stored = sum(math.prod(shape) for shape in source.shapes.values())
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_width,
+        "num_attention_heads * head_dim": config.num_heads * config.head_width,
+    }
+    for name, size in sizes.items():
+        if size > stored:
+            raise ValueError(f"{path}: {name}={size}, but its tensors have {stored} elements")
+    if config.num_layers > len(source.shapes):
+        raise ValueError(
+            f"{path}: num_hidden_layers={config.num_layers}, but it has {len(source.shapes)} "
+            "tensors: copy config.json again"
+        )
 
 
 def _check(

@@ -3,11 +3,14 @@
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from thoughtbubbles.fields import Fields, parse_object, read_json, read_text, shown
 
 SEPARATOR = "<|endoftext|>"
 
@@ -29,11 +32,14 @@ class PretrainedTokenizer:
         bos: Beginning-of-sequence token, for chat templates; None for a model without one.
         stop_tokens: Tokens that end a text, the end-of-sequence token first.
         chat_template: Chat template in Jinja, or None.
+        embedding_rows: Number of token ids that the embedding knows. Tokens that were added above
+            it can be neither encoded nor generated; None if there are none.
 
     Attributes:
         name: Name in messages.
         chat_template: Chat template in Jinja, or None.
-        vocab_size: Size of the vocabulary; all ids are below it.
+        vocab_size: Size of the vocabulary, as far as the embedding knows it; all ids are below it.
+        embedding_rows: Number of token ids that the embedding knows, or None.
         bos: Beginning-of-sequence token, or None.
         eos: End-of-sequence token, or None.
         stop_ids: Ids that end a text; the separator if no stop token is given.
@@ -41,7 +47,8 @@ class PretrainedTokenizer:
             that of `<|endoftext|>`, else the first stop id.
 
     Raises:
-        ValueError: The text is no tokenizer.json, or a token is not in its vocabulary.
+        ValueError: The text is no tokenizer.json, a token is not in its vocabulary, or a token that
+            was not added lies above the embedding.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class PretrainedTokenizer:
         bos: str | None = None,
         stop_tokens: Sequence[str] = (),
         chat_template: str | None = None,
+        embedding_rows: int | None = None,
     ):
         import tokenizers
 
@@ -59,18 +67,29 @@ class PretrainedTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more precise
-            why = (str(error).splitlines() or ["unknown reason"])[0]
+            why = (str(error).splitlines() or ["unknown reason"])[0][:200]
             raise ValueError(f"{name} is not a tokenizer.json: {why}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # as text
         self._vocabulary = vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.embedding_rows = embedding_rows
+        if embedding_rows is not None and self.vocab_size > embedding_rows:
+            own = self._tokenizer.get_vocab(with_added_tokens=False)
+            added = self._tokenizer.get_added_tokens_decoder()
+            if any(id_ >= embedding_rows and id_ not in added for id_ in own.values()):
+                raise ValueError(
+                    f"{name}: the tokenizer has {self.vocab_size} ids, the embedding "
+                    f"{embedding_rows} rows: they belong to different models"
+                )
+            self.vocab_size = embedding_rows
         unknown = [token for token in (bos, *stop_tokens) if token and token not in vocabulary]
         if unknown:
-            raise ValueError(f"{name} has no token {unknown[0]!r}, which the model's files use")
+            line = f"{name} has no token {shown(unknown[0])}, which the model's files use"
+            raise ValueError(line)
         self.bos, self.eos = bos, next(iter(stop_tokens), None)
-        given = [vocabulary[token] for token in stop_tokens]
+        given = [vocabulary[t] for t in stop_tokens if vocabulary[t] < self.vocab_size]
         prefix = self._tokenizer.encode("").ids[:1]
         separators = [*prefix, *(vocabulary[t] for t in [SEPARATOR] if t in vocabulary), *given]
         if not separators:
@@ -84,14 +103,17 @@ class PretrainedTokenizer:
         return [token for id_ in self.stop_ids if (token := self._tokenizer.id_to_token(id_))]
 
     @classmethod
-    def from_folder(cls, folder: Path, config: Mapping[str, Any]) -> "PretrainedTokenizer":
+    def from_folder(
+        cls, folder: Path, config: Mapping[str, Any], embedding_rows: int | None = None
+    ) -> "PretrainedTokenizer":
         """The tokenizer of a Hugging Face folder.
 
         Args:
             folder: Folder with tokenizer.json and, optionally, tokenizer_config.json,
-                generation_config.json and chat_template.jinja.
+                special_tokens_map.json, generation_config.json and chat_template.jinja.
             config: Content of the folder's config.json, which may hold bos_token_id and
                 eos_token_id.
+            embedding_rows: Number of token ids that the embedding knows; None for all.
 
         Raises:
             ValueError: The folder has no tokenizer.json, or a file in it is damaged.
@@ -99,26 +121,32 @@ class PretrainedTokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{folder} has no tokenizer.json: save its fast tokenizer there")
-        text = file.read_text(encoding="utf-8")
-        options = _optional_json(folder / "tokenizer_config.json")
-        generation = _optional_json(folder / "generation_config.json")
+        text = read_text(file)
+        options, special, generation = (
+            _optional_fields(folder / f"{stem}.json")
+            for stem in ("tokenizer_config", "special_tokens_map", "generation_config")
+        )
+        model = Fields(config, str(folder / "config.json"))
         tokens = _tokens_by_id(text, str(file))
-        stop_tokens = [_content(options.get("eos_token"))]
-        for source in (generation, config):
-            found = source.get("eos_token_id")
-            ids = found if isinstance(found, list) else [found]
-            stop_tokens += [tokens.get(index) for index in ids if index is not None]
+        stop_tokens = [options.token("eos_token") or special.token("eos_token")]
+        for source in (generation, model):
+            for index in source.ids("eos_token_id"):
+                stop_tokens.append(tokens.get(index))
+                if index not in tokens:
+                    line = f"{folder}: eos_token_id={index} names no token and is passed over"
+                    warnings.warn(line, stacklevel=2)
+        first = next(iter(model.ids("bos_token_id")), None)
+        bos = options.token("bos_token") or special.token("bos_token") or tokens.get(first)
         template = folder / "chat_template.jinja"
         return cls(
             text,
             name=str(file),
-            bos=_content(options.get("bos_token")) or tokens.get(config.get("bos_token_id")),
+            bos=bos,
             stop_tokens=list(dict.fromkeys(token for token in stop_tokens if token)),
             chat_template=(
-                template.read_text(encoding="utf-8")
-                if template.is_file()
-                else _default_template(options.get("chat_template"))
+                read_text(template) if template.is_file() else _default_template(options)
             ),
+            embedding_rows=embedding_rows,
         )
 
     @property
@@ -134,18 +162,29 @@ class PretrainedTokenizer:
         text's length unless `n` is 0.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32), bytes_of_tokens(text, encoding.offsets)
+        return np.array(self._known(encoding.ids), np.int32), bytes_of_tokens(
+            text, encoding.offsets
+        )
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt, with what the tokenizer itself puts in front of a text.
 
         An empty prompt is the separator alone.
         """
-        return self._tokenizer.encode(text).ids or [self.separator]
+        return self._known(self._tokenizer.encode(text).ids) or [self.separator]
 
     def rendered(self, text: str) -> list[int]:
         """Ids of a text that spells out its special tokens, as chat templates do."""
-        return self._with_special_tokens.encode(text, add_special_tokens=False).ids
+        return self._known(self._with_special_tokens.encode(text, add_special_tokens=False).ids)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        if self.embedding_rows is not None and max(ids, default=0) >= self.embedding_rows:
+            token = self._tokenizer.id_to_token(max(ids))
+            raise ValueError(
+                f"{self.name}: token {token!r} has id {max(ids)}, the embedding "
+                f"{self.embedding_rows} rows: the model can't read it, leave it out"
+            )
+        return ids
 
     @functools.cached_property
     def _with_special_tokens(self) -> Any:
@@ -197,7 +236,7 @@ def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray
 
 
 def byte_level_bpe(
-    tokens: Sequence[str],
+    vocabulary: Mapping[str, int],
     merges: Sequence[tuple[str, ...]],
     added: Mapping[str, bool],
     begin: str | None,
@@ -207,7 +246,7 @@ def byte_level_bpe(
     """The tokenizer.json of a byte-level BPE from its parts, as GGUF metadata lists them.
 
     Args:
-        tokens: Token of each id.
+        vocabulary: Id of each token.
         merges: Pairs of tokens to merge, the earliest merge first.
         added: Tokens that are never split, and whether each is special.
         begin: Token in front of every text, or None.
@@ -215,7 +254,7 @@ def byte_level_bpe(
         source: Name of the file in error messages.
 
     Raises:
-        ValueError: The pre-tokenizer is not supported.
+        ValueError: The pre-tokenizer is not supported, or a merge names a token that is missing.
     """
     from tokenizers import (
         AddedToken,
@@ -234,9 +273,13 @@ def byte_level_bpe(
             f"{source}: pre-tokenizer {kind!r} is not one of {known}: load the model's Hugging "
             "Face folder"
         )
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    for pair in merges:
+        missing = [part for part in (*pair, "".join(pair)) if part not in vocabulary]
+        if len(pair) != 2 or missing:
+            why = f"names {shown(missing[0])}, no token" if missing else "is no pair"
+            raise ValueError(f"{source}: merge {shown(' '.join(pair))} {why}: copy it again")
     # Llama 3 takes whole words that are tokens, whether merges lead there or not.
-    model = models.BPE(vocabulary, list(merges), ignore_merges=kind == "llama-bpe")  # type: ignore
+    model = models.BPE(dict(vocabulary), list(merges), ignore_merges=kind == "llama-bpe")  # type: ignore
     made = Tokenizer(model)
     words: dict[str, list[Any]] = {
         "smollm": [pre_tokenizers.Digits(individual_digits=True)],
@@ -262,34 +305,26 @@ def byte_level_bpe(
 
 
 def _tokens_by_id(text: str, name: str) -> dict[int | None, str]:
-    try:
-        parts = json.loads(text)
-        found = {entry["id"]: entry["content"] for entry in parts["added_tokens"]}
-        vocabulary = parts["model"]["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is not a tokenizer.json: copy it again") from error
+    parts = Fields(parse_object(text, name), name, "it is not a tokenizer.json, copy it again")
+    added = [Fields(entry, f"{name}: added_tokens") for entry in parts.list("added_tokens", dict)]
+    found = {entry.integer("id", least=0): entry.text("content") for entry in added}
+    vocabulary = parts.object("model").raw("vocab")
     if isinstance(vocabulary, dict):  # a Unigram model has a list of pairs
+        wrong = [t for t, index in vocabulary.items() if type(index) is not int or index < 0]
+        if wrong:
+            Fields(vocabulary, f"{name}: vocab").integer(wrong[0], least=0)
         found |= {index: token for token, index in vocabulary.items() if index not in found}
     return found
 
 
-def _content(token: Any) -> str | None:
-    """A token of tokenizer_config.json, which is a string or an object with one."""
-    return token.get("content") if isinstance(token, dict) else token
+def _default_template(options: Fields) -> str | None:
+    if not isinstance(options.raw("chat_template"), list):
+        return options.text("chat_template", None)
+    for entry in options.list("chat_template", dict):  # several templates, each with a name
+        if entry.get("name") == "default":
+            return Fields(entry, "chat_template of tokenizer_config.json").text("template", None)
+    return None
 
 
-def _default_template(template: Any) -> str | None:
-    if isinstance(template, list):  # several templates, each with a name
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        return named.get("default")
-    return template
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: copy it again") from error
-    return found if isinstance(found, dict) else {}
+def _optional_fields(path: Path) -> Fields:
+    return Fields(read_json(path) if path.is_file() else {}, str(path))

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from thoughtbubbles.fields import LARGEST, Fields, cut, parse_object, read_json, shown
+
 # Floating-point types of weights; packed and 8-bit types would need scales, of an unknown layout.
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -65,12 +67,16 @@ class SafetensorsFiles:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX} has no weight_map: copy the index again")
+        places = Fields(weight_map, f"{folder / INDEX}: weight_map")
+        weight_map = {name: places.text(name) for name in weight_map}
         shards = sorted(set(weight_map.values()))
-        missing = [name for name in shards if not (folder / Path(name).name).is_file()]
+        missing = [
+            name for name in shards if len(name) > 200 or not (folder / Path(name).name).is_file()
+        ]
         if missing:
             raise ValueError(
-                f"{folder} lacks {missing[0]}, {len(missing)} of the {len(shards)} shards in its "
-                "index: copy them too"
+                f"{folder} lacks {cut(missing[0])}, {len(missing)} of the {len(shards)} shards in "
+                "its index: copy them too"
             )
         by_shard = {name: _locations(folder / Path(name).name) for name in shards}
         for name, shard in weight_map.items():
@@ -89,44 +95,65 @@ class SafetensorsFiles:
 
 
 def _locations(file: Path) -> dict[str, _Location]:
+    if not file.is_file():  # a pipe would never end
+        raise ValueError(f"{file} is no regular file: copy it again")
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
             raise ValueError(f"{file} is cut short or no safetensors file: copy it again")
         text = stream.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = [
-            (
-                name,
-                entry["dtype"],
-                tuple(map(int, entry["shape"])),
-                *map(int, entry["data_offsets"]),
-            )
-            for name, entry in header.items()
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} has a damaged header: copy it again") from error
+    header = parse_object(text, f"the header of {file}")
+    header.pop("__metadata__", None)
     locations = {}
-    for name, dtype, shape, first, last in entries:
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"{file}: {name} has type {dtype}, not one of {', '.join(DTYPES)}: export the "
-                "weights without quantisation"
-            )
-        if min(shape, default=0) < 0 or last - first != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(
-                f"{file} has a damaged header: {name} {shape} fills no {last - first} B"
-            )
-        if first < 0 or 8 + length + last > size:
+    spans: list[tuple[int, int, str]] = []
+    for name in header:
+        if len(name) > 200:
+            raise ValueError(f"{file}: the name {shown(name)} is too long: copy it again")
+        dtype, shape, first, last = _entry(header, name, str(file))
+        if 8 + length + last > size:
             raise ValueError(
                 f"{file} is cut short: {name} ends at byte {8 + length + last} of {size}: "
                 "copy it again"
             )
-        locations[name] = _Location(file, DTYPES[dtype], shape, 8 + length + first)
+        if last - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{file} has a damaged header: {name} {shape} fills no {last - first} B"
+            )
+        spans.append((first, last, name))
+        locations[name] = _Location(file, dtype, shape, 8 + length + first)
+    end = 0
+    for first, last, name in sorted(spans):
+        if first != end:  # as in the reference implementation
+            raise ValueError(
+                f"{file} has a damaged header: {name} begins at byte {first} of the tensors, the "
+                f"tensor before it ends at {end}: copy it again"
+            )
+        end = last
+    if 8 + length + end < size:
+        raise ValueError(f"{file} has {size - 8 - length - end} bytes after its last tensor")
     return locations
+
+
+def _entry(
+    header: dict[str, Any], name: str, file: str
+) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Type, shape and first and last byte of a tensor."""
+    if not isinstance(header[name], dict):
+        raise ValueError(f"{file}: {name}={shown(header[name])} is not an object: copy it again")
+    entry = Fields(header[name], f"{file}: {name}")
+    kind = entry.text("dtype")
+    if kind not in DTYPES:
+        raise ValueError(
+            f"{file}: {name} has type {shown(kind)[1:-1]}, not one of {', '.join(DTYPES)}: export "
+            "the weights without quantisation"
+        )
+    shape, offsets = entry.list("shape", int), entry.list("data_offsets", int)
+    if not all(0 <= axis <= LARGEST for axis in shape) or len(shape) > 8:
+        raise ValueError(f"{file}: {name} has shape {shown(shape)}: copy it again")
+    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] < 2**63:
+        raise ValueError(f"{file}: {name} has data_offsets {shown(offsets)}: copy it again")
+    return DTYPES[kind], tuple(shape), offsets[0], offsets[1]
 
 
 def write_safetensors(
@@ -159,14 +186,3 @@ def write_safetensors(
             stream.write(tensor.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a ValueError if it holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except ValueError:
-        pass
-    raise ValueError(f"{path} is not a JSON object: copy it again")

@@ -177,6 +177,7 @@ def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
             "bos": tokenizer.bos,
             "stop_tokens": tokenizer.stop_tokens,
             "chat_template": tokenizer.chat_template,
+            "embedding_rows": tokenizer.embedding_rows,
         }
     }
 
