@@ -1,6 +1,7 @@
 """MemGenConfig: sizes and options of weaver, trigger and insertion, with two presets."""
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -37,6 +38,10 @@ class LoRAConfig:
         _at_least(self, rank=1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: choose from 0 to below 1")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha}: choose a positive number")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets={self.targets} names a layer twice: name each once")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ def test_metadata_are_read_by_who_holds_the_folder(config, monkeypatch):
         except ValueError:
             return True
 
-    monkeypatch.setattr(loop, "load_meta", reading)
+    monkeypatch.setattr(loop, "load_run_meta", reading)
     job.train(config)
     assert asked == [False, True]
 

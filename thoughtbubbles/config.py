@@ -7,6 +7,7 @@ import jax
 
 from thoughtbubbles.architecture import ArchitectureConfig
 from thoughtbubbles.attention import visited_pairs
+from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.policies import PrefixRank, TopK
 from thoughtbubbles.policy import Policy, check_forced_keep
 from thoughtbubbles.positions import RopeScaling
@@ -136,6 +137,13 @@ class ModelConfig(ArchitectureConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name}={getattr(self, name)} is above {LARGEST}")
+        for name in ("norm_eps", "rope_base"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: choose a positive number")
+        if self.context_length is not None and self.context_length < 1:
+            raise ValueError(f"context_length={self.context_length} is below 1")
         if self.head_dim is None and self.embed_dim % self.num_heads:
             divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
             near = sorted(divisors, key=lambda n: abs(n - self.num_heads))[:2]
@@ -163,7 +171,7 @@ class ModelConfig(ArchitectureConfig):
             if list(layers) != sorted(set(layers)):
                 raise ValueError(f"{kind}_layers={layers} must rise without repeats")
         check_forced_keep(self.policy, self.forced_keep, self.score_originals)
-        if self.fork_gate is not None and not self.fork_gate > 0:
+        if self.fork_gate is not None and not 0 < self.fork_gate < float("inf"):
             raise ValueError(f"fork_gate={self.fork_gate} is not positive: choose e.g. 1e-9")
         if self.copies < 1:
             raise ValueError(f"copies={self.copies} is below 1: 1 means no copies")

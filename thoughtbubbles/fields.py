@@ -10,18 +10,18 @@ LARGEST = 2**31 - 1  # JAX indexes with 32 bits
 _REQUIRED: Any = object()
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, longest: int = 60) -> str:
     """A value as it may stand in a line, however long it is."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # too many digits, too deep
         text = f"a huge {type(value).__name__}"
-    return cut(text)
+    return cut(text, longest)
 
 
-def cut(text: str) -> str:
+def cut(text: str, longest: int = 60) -> str:
     """A text as it may stand in a line, however long it is."""
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 class Fields:
@@ -34,7 +34,7 @@ class Fields:
     """
 
     def __init__(self, content: Mapping[str, Any], source: str, whole: str = "copy it again"):
-        self._content, self._source, self._whole = content, source, whole
+        self._content, self.source, self._whole = content, source, whole
 
     def integer(
         self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST
@@ -68,7 +68,7 @@ class Fields:
     def object(self, name: str) -> "Fields":
         """The fields of an object, none if it is missing."""
         found = self._read(name, {}, lambda value: isinstance(value, dict), "an object")
-        return Fields(found, f"{self._source}: {name}", self._whole)
+        return Fields(found, f"{self.source}: {name}", self._whole)
 
     def list(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
         """A list of values of one type, or the default."""
@@ -111,12 +111,12 @@ class Fields:
         if value is None and default is not _REQUIRED:
             return default
         if value is None:
-            raise ValueError(f"{self._source} has no {name}: {self._whole}")
+            raise ValueError(f"{self.source} has no {name}: {self._whole}")
         return value if fits(value) else self._refuse(name, kind)
 
     def _refuse(self, name: str, kind: str) -> Any:
         value = shown(self._content[name])
-        raise ValueError(f"{self._source}: {name}={value} is not {kind}: copy it again")
+        raise ValueError(f"{self.source}: {name}={value} is not {kind}: copy it again")
 
 
 def read_text(path: Path) -> str:

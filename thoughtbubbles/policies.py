@@ -7,6 +7,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.policy import Candidates, PolicyDefaults
 from thoughtbubbles.ranking import NO_TOKEN, best, prefix_ranks, ranks_among
@@ -34,6 +35,8 @@ class TopK(PolicyDefaults):
 
     def __post_init__(self):
         _check_ratio(self.ratio)
+        if self.streams is not None and self.streams > LARGEST:
+            raise ValueError(f"streams={self.streams} is above {LARGEST}: choose less")
         if self.streams is not None and self.streams < 1:
             raise ValueError(
                 f"streams={self.streams} is below 1: choose the number of streams of a row"
@@ -107,6 +110,8 @@ class PrefixRank(Bucketed):
         _check_burst(self.burst)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} is below 1: choose 1 token or more")
+        if self.window is not None and self.window > LARGEST:
+            raise ValueError(f"window={self.window} is above {LARGEST}: leave it out")
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise={self.noise} scales noise: choose a finite number, 0 or more")
         _check_forks(self.ratio, self.window, self.burst)
@@ -360,9 +365,14 @@ def _ties(keys: jax.Array) -> jax.Array:
     return jnp.round(keys * 1024) / 1024
 
 
+_LARGEST_RATIO = 1000  # so that budgets of a row fit 32 bits
+
+
 def _check_ratio(ratio: float) -> None:
     if not (math.isfinite(ratio) and ratio >= 1):
         raise ValueError(f"ratio={ratio} is below 1: every token needs a stream, choose 1 or more")
+    if ratio > _LARGEST_RATIO:
+        raise ValueError(f"ratio={ratio} is above {_LARGEST_RATIO} streams of a token: choose less")
 
 
 def _check_forks(ratio: float, window: int | None, burst: int) -> None:
@@ -384,6 +394,8 @@ def _check_forks(ratio: float, window: int | None, burst: int) -> None:
 def _check_burst(burst: int) -> None:
     if burst < 0:
         raise ValueError(f"burst={burst} is below 0: choose a number of streams, 0 or more")
+    if burst > LARGEST:
+        raise ValueError(f"burst={burst} is above {LARGEST}: choose less")
 
 
 def _fraction(ratio: float) -> Fraction:

@@ -55,14 +55,7 @@ class Sampling:
         Raises:
             ValueError: An option is out of its range.
         """
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k={top_k} leaves no token: choose 1 or more")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
-        if min_p is not None and not 0 <= min_p <= 1:
-            raise ValueError(f"min_p={min_p}: choose from 0 to 1")
+        check_sampling(temperature, top_k, top_p, min_p)
         if (
             top_p is not None and jnp.float32(top_p) == 1
         ):  # rounding of the cumulative sum would exclude improbable tokens
@@ -142,3 +135,24 @@ def log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
     token = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
     chosen = token == targets[..., None]
     return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> None:
+    """Raise a ValueError for options of `Sampling.of` that are out of their range.
+
+    Args:
+        temperature: Temperature; 0 is greedy.
+        top_k: Number of most probable tokens, or None.
+        top_p: Probability mass, or None.
+        min_p: Smallest probability relative to that of the most probable token, or None.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} leaves no token: choose 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p}: choose from 0 to 1")

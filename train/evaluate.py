@@ -11,6 +11,7 @@ from pathlib import Path
 from thoughtbubbles import Architecture, Policy
 from train.cli.command import run_command
 from train.cli.figures import check_figure
+from train.cli.numbers import check_least
 from train.devices.mesh import MeshConfig, check_batch, make_mesh
 from train.engine.config import EvalConfig
 from train.evaluation.held_out import held_out, readable, validation_rows
@@ -74,6 +75,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_named(self.checkpoint, self.model)
+        check_least(self, ratio=1, window=1, threshold_offset=-1, sweep=1, sweep_offset=-1)
+        check_least(self, rows=0, positions=0, batch_size=1)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} is below 1")
         if self.tasks:

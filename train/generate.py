@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from thoughtbubbles import Policy
+from thoughtbubbles.sampling import check_sampling
 from train.cli.command import run_command
 from train.cli.figures import check_figure
+from train.cli.numbers import check_least
 from train.evaluation.policy_overrides import override_policy
 from train.models.generation import answer, map_of_text, write
 from train.models.load import LanguageModel, load_named
@@ -62,6 +64,10 @@ class GenerateConfig:
     cache: bool = True
     bubbles: bool = False
     figure: str | None = None
+
+    def __post_init__(self):
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        check_least(self, max_new_tokens=1, ratio=1, window=1, threshold_offset=-1)
 
 
 def main(config: GenerateConfig) -> None:

@@ -16,7 +16,7 @@ from train.pretraining.config import RunConfig
 from train.pretraining.job import make_run, on_weights, train
 from train.pretraining.plan import plan
 from train.pretraining.presets import PRESETS
-from train.runs.checkpoint import load_meta
+from train.runs.metadata import load_run_meta
 from train.runs.run_folder import check_continuation
 
 
@@ -54,7 +54,7 @@ def dry_run(config: RunConfig) -> None:
     with sync_errors():
         config = on_weights(config)
         trainable = make_run(config)
-        saved = load_meta(config.out)
+        saved = load_run_meta(config.out)
         check_continuation(Path(config.out), saved, config)
     rows = len(rows_here(config.batch_size, trainable.mesh))
     if jax.process_index() == 0:

@@ -11,7 +11,7 @@ from train.cli.command import run_command
 from train.devices.distributed import distributed_context
 from train.engine.loop import NonFiniteLoss, run
 from train.finetuning.job import SFTConfig, SFTJob
-from train.runs.checkpoint import load_meta
+from train.runs.metadata import load_run_meta
 
 
 def main(config: SFTConfig) -> None:
@@ -28,7 +28,7 @@ def main(config: SFTConfig) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         if jax.process_index() == 0:
-            meta = load_meta(config.out) or {}
+            meta = load_run_meta(config.out) or {}
             chat = "--chat " if meta.get("chat", {}).get("chat_template") else ""
             print(f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'")
 

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.cli.command import run_command
+from train.cli.numbers import check_least
 from train.data import Corpus, DataConfig, DataError, HuggingFaceTokenizer, open_corpus
 from train.data.tokenizers import SEPARATORS
 from train.runs.files import write_atomically
@@ -38,6 +39,13 @@ class TokenizerConfig:
 
     cache_dir: str | None = None
     """Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by default."""
+
+    def __post_init__(self):
+        if not 0 <= self.validation < 1:
+            raise ValueError(
+                f"validation={self.validation} is not a share: choose from 0 to below 1"
+            )
+        check_least(self, vocab_size=_SMALLEST)
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:

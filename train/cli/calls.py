@@ -12,6 +12,11 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from thoughtbubbles.fields import shown
+from train.cli.numbers import LARGEST_SEED
+
+_LONGEST = 10_000  # characters of an object's text
+
 
 def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: Any) -> Any:
     """The object that a text describes.
@@ -27,16 +32,18 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
         ValueError: There is no such name or option, or a value has the wrong type. The message is
             one line and says what could be written.
     """
+    if len(text) > _LONGEST:
+        raise ValueError(f"{kind} {shown(text)} has {len(text)} characters, more than {_LONGEST}")
     name = text.partition("(")[0].partition(":")[0].strip()
     if name not in choices:
         close = difflib.get_close_matches(name, choices, 1, 0.5)
         hint = f" (perhaps {close[0]}?)" if close else ""
-        raise ValueError(f"unknown {kind} {name!r}{hint}: choose one of {', '.join(choices)}")
+        raise ValueError(f"unknown {kind} {shown(name)}{hint}: choose one of {', '.join(choices)}")
     chosen = choices[name]
     try:
         options = _options(text.strip(), chosen)
     except (ArithmeticError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{kind} {text!r}: write {signature(name, chosen)}") from None
+        raise ValueError(f"{kind} {shown(text, 200)}: write {signature(name, chosen)}") from None
     return chosen(**{**given, **options})
 
 
@@ -62,7 +69,7 @@ def text_of(word: str, value: Any) -> str:
     for field in _fields(value):
         option = getattr(value, field.name)
         with contextlib.suppress(TypeError):  # 0 for 0.0 is no difference
-            option = _typed(option, types[field.name])
+            option = typed(option, types[field.name])
         infinite = isinstance(option, float) and math.isinf(option)
         text = f"{'-' * (option < 0)}1e999" if infinite else repr(option)
         options.append(f"{field.name}={text}")
@@ -94,13 +101,13 @@ def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
     for keyword in keywords:
         if keyword.arg not in fields or keyword.arg in options:
             raise TypeError("no such option, or twice the same")
-        options[keyword.arg] = _typed(ast.literal_eval(keyword.value), types[keyword.arg])
+        options[keyword.arg] = typed(ast.literal_eval(keyword.value), types[keyword.arg])
     if required_options(chosen) - options.keys():
         raise TypeError("an option without default is left out")
     return options
 
 
-def _typed(value: Any, kind: Any) -> Any:
+def typed(value: Any, kind: Any) -> Any:
     """The value, with an int as a float if the type is float; else a TypeError for another type."""
     origin = get_origin(kind)
     if kind is Any:
@@ -108,12 +115,14 @@ def _typed(value: Any, kind: Any) -> Any:
     if origin in (Union, UnionType):
         for choice in get_args(kind):
             with contextlib.suppress(TypeError):
-                return _typed(value, choice)
+                return typed(value, choice)
     elif origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
             return value
     elif kind is float and type(value) is int:
         return float(value)
+    elif kind is int and type(value) is int and abs(value) > LARGEST_SEED:
+        raise TypeError(f"{value} has more than 64 bits")
     elif isinstance(value, origin or kind) and isinstance(value, bool) == (kind is bool):
         return value
     raise TypeError(f"{value!r} is not {kind}")

@@ -17,6 +17,7 @@ from thoughtbubbles import ARCHITECTURES, Policy
 from thoughtbubbles.positions import RopeScaling
 from train.cli.calls import from_text
 from train.cli.config_json import POLICIES, policy_from_text
+from train.cli.numbers import check_numbers
 from train.cli.option_rules import RULES, one_word, option_rule
 from train.cli.plugins import load_plugins
 from train.cli.presets_help import presets_text
@@ -127,8 +128,11 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
     try:
         with contextlib.redirect_stderr(box):
             if default is None:
-                return tyro.cli(config, prog=_program(), args=words, registry=registry)
-            return tyro.cli(config, prog=_program(), args=words, default=default, registry=registry)
+                found = tyro.cli(config, prog=_program(), args=words, registry=registry)
+            else:
+                found = tyro.cli(
+                    config, prog=_program(), args=words, default=default, registry=registry
+                )
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise
@@ -145,6 +149,8 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
             close = re.search(r"Perhaps you meant: (--[\w.-]+)", " ".join(parts))
             text = f"{text} ({f'perhaps {close[1]}? ' if close else ''}see --help)"
         raise ValueError(text) from None
+    check_numbers(found)
+    return found
 
 
 def _program() -> str:

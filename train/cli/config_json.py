@@ -1,6 +1,7 @@
 """Configs as JSON and policies as text, and back."""
 
 import dataclasses
+import types
 import typing
 from typing import Any
 
@@ -14,7 +15,8 @@ from thoughtbubbles import (
     TopK,
 )
 from thoughtbubbles.architecture import architecture_name
-from train.cli.calls import from_text, text_of
+from thoughtbubbles.fields import shown
+from train.cli.calls import from_text, required_options, text_of, typed
 
 POLICIES: dict[str, type[Any]] = {
     policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)
@@ -69,32 +71,75 @@ def as_json(config: Any) -> Any:
     return config
 
 
-def model_from_json(fields: dict[str, Any]) -> Any:
+def model_from_json(fields: Any) -> Any:
     """The config of a model that `as_json` wrote.
 
     Raises:
         ValueError: `ARCHITECTURES` has no architecture of its name, or that has other fields.
     """
-    fields = dict(fields)
-    name = fields.pop("architecture", None)
+    if not isinstance(fields, dict):
+        raise ValueError(f"model={shown(fields)} is no object with the fields of an architecture")
+    name = fields.get("architecture")
     if name is None:
         raise ValueError("the run names no architecture, an older version made it: train it again")
-    if name not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
-    config = ARCHITECTURES[name].config_class
-    known = typing.get_type_hints(config)
-    if unknown := sorted(fields.keys() - known.keys()):
-        raise ValueError(f"the architecture {name} has no field {unknown[0]!r}")
-    return config(**{field: _value(known[field], value) for field, value in fields.items()})
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(
+            f"unknown architecture {shown(name)}: choose one of {', '.join(ARCHITECTURES)}"
+        )
+    fields = {field: value for field, value in fields.items() if field != "architecture"}
+    return from_json(ARCHITECTURES[name].config_class, fields, f"the architecture {name}")
 
 
-def _value(kind: Any, value: Any) -> Any:
-    """A value that JSON holds, as the type of its field wants it."""
-    if isinstance(value, list):
-        return tuple(value)
-    if kind is Policy:
+def from_json(kind: type[Any], fields: Any, name: str) -> Any:
+    """The dataclass that `as_json` wrote.
+
+    Args:
+        kind: Dataclass.
+        fields: Its fields as they come from JSON.
+        name: What it is, for messages.
+
+    Raises:
+        ValueError: A field is unknown, missing or of another type.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name}={shown(fields)} is no object with fields of {kind.__name__}")
+    hints = typing.get_type_hints(kind)
+    known = {field.name for field in dataclasses.fields(kind) if field.init}
+    if unknown := sorted(fields.keys() - known):
+        raise ValueError(f"{name} has no field {shown(unknown[0])}: a newer version may have it")
+    if missing := sorted(required_options(kind) - fields.keys()):
+        raise ValueError(f"{name} lacks {missing[0]!r}, which this version needs")
+    found = {}
+    for field, value in fields.items():
+        try:
+            found[field] = _value(hints[field], value, f"{name}: {field}")
+        except TypeError:
+            expected = getattr(hints[field], "__name__", str(hints[field]))
+            line = f"{name}: {field}={shown(value)} is not {expected}"
+            raise ValueError(line) from None
+    return kind(**found)
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    """A value that JSON holds, as the type of its field wants it; a TypeError for another one."""
+    if kind is Policy or kind in POLICIES.values():
+        if not isinstance(value, str):
+            raise TypeError
         return policy_from_text(value)
-    if isinstance(value, dict):
-        [nested] = filter(dataclasses.is_dataclass, (kind, *typing.get_args(kind)))
-        return nested(**value)  # pyright: ignore[reportCallIssue] (a class)
-    return value
+    if dataclasses.is_dataclass(kind):
+        return from_json(typing.cast(Any, kind), value, name)
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        rest = [choice for choice in choices if choice is not type(None)]
+        if len(rest) == 1:
+            return _value(rest[0], value, name)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        inner = choices[:1] * len(value) if choices[1:] == (...,) else choices
+        if len(inner) != len(value):
+            raise TypeError
+        return tuple(_value(of, item, name) for of, item in zip(inner, value, strict=True))
+    return typed(value, kind)

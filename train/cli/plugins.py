@@ -59,7 +59,9 @@ def missing_plugins(config: Mapping[str, Any]) -> str:
     Args:
         config: Config of the run, as it was saved.
     """
-    missing = [name for name in config.get("plugin", ()) if name not in sys.modules]
+    names = config.get("plugin")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    missing = [name for name in names if name not in sys.modules]
     if not missing:
         return ""
     return f" (the run was made with {OPTION} {' '.join(missing)}: pass it here too)"

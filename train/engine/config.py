@@ -1,6 +1,7 @@
 """LoopConfig: what every training run has."""
 
 import dataclasses
+import math
 
 from train.devices.attention import Attention
 from train.devices.distributed import DistributedConfig
@@ -81,10 +82,12 @@ class LoopConfig:
     plugin: tuple[str, ...] = dataclasses.field(default=(), metadata=FREE)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            raise ValueError(f"peak_tflops={self.peak_tflops} is not positive")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"keep_every={self.keep_every} is below 1")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"peak_tflops={self.peak_tflops} is not positive and finite")
         if parse_window(self.profile)[0] > self.steps:
             raise ValueError(f"profile={self.profile!r} begins after steps={self.steps}")

@@ -27,9 +27,10 @@ from train.devices.mesh import place_local, rows_here
 from train.engine.config import LoopConfig
 from train.engine.state import Trainable, TrainState, resolved
 from train.engine.step import TrainStep
-from train.runs.checkpoint import Checkpointer, load_meta
+from train.runs.checkpoint import Checkpointer
 from train.runs.files import write_atomically
 from train.runs.instruments import Profiler, Stopwatch, memory, not_recorded, peak_flops
+from train.runs.metadata import load_run_meta
 from train.runs.metrics import MetricWriter, Progress
 from train.runs.resume import noted_changes
 from train.runs.run_folder import (
@@ -257,7 +258,7 @@ def _open(begin: Callable[[], TrainingJob], out: Path, stack: contextlib.ExitSta
     with sync_errors():
         job = begin()
         config = job.config
-        check_continuation(out, load_meta(out), config)  # before data are prepared
+        check_continuation(out, load_run_meta(out), config)  # before data are prepared
         data = job.prepare()
         local_rows = rows_here(config.batch_size, job.trainable.mesh)
         reader = job.reader(data, local_rows)
@@ -274,7 +275,7 @@ def _open(begin: Callable[[], TrainingJob], out: Path, stack: contextlib.ExitSta
     assert_same_on_all_hosts("the checksum of the frozen weights", meta.get("base"))
     stack.enter_context(run_lock(out))
     with sync_errors():
-        saved = load_meta(out)  # now nobody else writes
+        saved = load_run_meta(out)  # now nobody else writes
         check_continuation(out, saved, config)
         check_data(out, saved, data.fingerprint)
         check_base(out, saved, job.meta)

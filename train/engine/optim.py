@@ -1,6 +1,7 @@
 """Optimizers and schedules: AdamW and Muon from optax, with parameter groups by axis names."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -54,8 +55,13 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose 0 to 1")
         for name in ("learning_rate", "clip", "eps", "fork_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is not positive and finite")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose from 0 to below 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}: choose a number, 0 or more")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(
                 f"warmup={self.warmup} and decay={self.decay} exceed the run: "

@@ -19,21 +19,22 @@ from memgen import (
     MemGenConfig,
     TriggerConfig,
     TriggerParam,
-    WeaverConfig,
     WeaverParam,
     boundary_table,
 )
 from memgen import load_params as load_trained
 from thoughtbubbles import Architecture, Thoughtbubbles
 from thoughtbubbles.architecture import architecture_of
+from thoughtbubbles.fields import Fields
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.cli.config_json import model_from_json
+from train.cli.config_json import from_json, model_from_json
 from train.cli.plugins import missing_plugins
 from train.data import Tokenizer, load_tokenizer
 from train.devices.mesh import state_shardings
 from train.models.finetunable import TRAINED, FinetunableModel, Method
-from train.runs.checkpoint import load_meta, load_params
+from train.runs.checkpoint import load_params
+from train.runs.metadata import checked_meta, load_run_meta
 
 Shardings = Callable[[Any], Any]
 
@@ -138,11 +139,12 @@ def load_model(
             parameters, as in `load_pretrained`; by default they go to the first device.
     """
     meta, params = load_params(path, step)
+    meta = checked_meta(meta, path)
     try:
         if "weights" in meta["config"]:
             model, memgen = finetuned_model(meta, params, shardings)
         else:
-            shape = model_from_json(meta["config"]["model"])
+            shape = model_from_json(meta["config"].get("model"))
             model = architecture_of(shape).from_params(shape, params, shardings=shardings)
             memgen = None
     except ValueError as error:
@@ -200,7 +202,7 @@ def load_named(checkpoint: str | None, model: str | None) -> LanguageModel:
 def load_language_model(name: str, shardings: Shardings | None = None) -> LanguageModel:
     """A run folder, or what `load_weights` takes."""
     path = Path(name).expanduser()
-    if name not in PACKAGED and path.is_dir() and load_meta(path) is not None:
+    if name not in PACKAGED and path.is_dir() and load_run_meta(path) is not None:
         return load_model(path, shardings=shardings)
     return load_weights(name, shardings)
 
@@ -276,27 +278,31 @@ def finetuned_model(
             many.
     """
     config = meta["config"]
-    if config["train"] == "all":
-        shape, params = model_from_json(meta["model"]), params["model"]
+    fields = Fields(config, "the config of the run")
+    train, weights = fields.text("train"), fields.text("weights")
+    if train not in TRAINED and train != "all":
+        raise ValueError(f"the config of the run: train={train[:60]!r} is unknown here")
+    if train == "all":
+        shape, params = model_from_json(meta.get("model")), params.get("model", {})
         return architecture_of(shape).from_params(shape, params, shardings=shardings), None
-    lm = load_language_model(config["weights"], shardings)
+    lm = load_language_model(weights, shardings)
     woven = lm.memgen
     now = checksum(woven or lm.model)
-    if now != meta["base"]:
+    if now != meta.get("base"):
         raise ValueError(
-            f"this run was trained with frozen weights {meta['base']}, {config['weights']} holds "
+            f"this run was trained with frozen weights {meta.get('base')}, {weights} holds "
             f"{now}: put the weights that it began with there"
         )
-    shape = memgen_from_json(config["memgen"]) if woven is None else woven.config
-    boundary = boundaries_for(lm, config["train"], config["boundaries"])
+    shape = memgen_from_json(config.get("memgen")) if woven is None else woven.config
+    boundary = boundaries_for(lm, train, fields.text("boundaries"))
     if woven is not None:
         boundary = np.asarray(woven.boundary[...])
-        if config["train"] == "trigger" and shape.trigger is None:
-            shape = dataclasses.replace(shape, trigger=trigger_from_json(config["trigger"]))
+        if train == "trigger" and shape.trigger is None:
+            shape = dataclasses.replace(shape, trigger=trigger_from_json(config.get("trigger")))
     finetunable = FinetunableModel(
         lm.model,
-        config["train"],
-        lora=lora_from_json(config["lora"]),
+        train,
+        lora=lora_from_json(config.get("lora")),
         memgen=shape,
         boundary=boundary,
         rngs=nnx.Rngs(0),
@@ -318,16 +324,14 @@ def trained_before(woven: MemGen, around: MemGen) -> MemGen:
 
 def lora_from_json(fields: Any) -> LoRAConfig:
     """The LoRAConfig that `as_json` wrote."""
-    return LoRAConfig(**{**fields, "targets": tuple(fields["targets"])})
+    return from_json(LoRAConfig, fields, "lora")
 
 
 def trigger_from_json(fields: Any) -> TriggerConfig:
     """The TriggerConfig that `as_json` wrote."""
-    return TriggerConfig(**{**fields, "lora": lora_from_json(fields["lora"])})
+    return from_json(TriggerConfig, fields, "trigger")
 
 
 def memgen_from_json(fields: Any) -> MemGenConfig:
     """The MemGenConfig that `as_json` wrote."""
-    weaver = WeaverConfig(**{**fields["weaver"], "lora": lora_from_json(fields["weaver"]["lora"])})
-    trigger = fields["trigger"] and trigger_from_json(fields["trigger"])
-    return MemGenConfig(**{**fields, "weaver": weaver, "trigger": trigger})
+    return from_json(MemGenConfig, fields, "memgen")

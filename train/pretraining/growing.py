@@ -11,14 +11,15 @@ from flax import nnx
 
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
 from thoughtbubbles.hatchling.growth import merge, plan_growth
-from train.cli.config_json import as_json, model_from_json
+from train.cli.config_json import as_json, from_json, model_from_json
 from train.devices.mesh import MeshConfig, make_mesh
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, TrainState, make_trainable
 from train.models.load import load_model
 from train.pretraining.job import TRAINED
-from train.runs.checkpoint import Checkpointer, load_meta
+from train.runs.checkpoint import Checkpointer
 from train.runs.files import write_atomically
+from train.runs.metadata import load_run_meta
 from train.runs.run_folder import run_lock
 
 
@@ -116,7 +117,7 @@ def merge_runs(config: MergeConfig) -> str:
 
 def _read(checkpoint: str) -> tuple[dict[str, Any], HatchlingConfig]:
     """Metadata of a pretraining run, and the config of its model."""
-    meta = load_meta(checkpoint)
+    meta = load_run_meta(checkpoint)
     if meta is None:
         raise ValueError(f"no checkpoint in {checkpoint}: pass the folder of a run that saved one")
     if "model" not in meta["config"]:
@@ -135,7 +136,7 @@ def _read(checkpoint: str) -> tuple[dict[str, Any], HatchlingConfig]:
 def _trainable(meta: dict[str, Any], shape: HatchlingConfig) -> Trainable:
     config = meta["config"]
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    optimizer = OptimizerConfig(**config["optimizer"])
+    optimizer = from_json(OptimizerConfig, config["optimizer"], "optimizer")
     trained = TRAINED[config["train"]]
     return make_trainable(shape, optimizer, config["steps"], mesh, config["seed"], trained=trained)
 
@@ -156,7 +157,7 @@ def _write(
     folder = Path(out).expanduser()
     with run_lock(folder):
         _check_out(out)
-        if load_meta(folder) is not None:
+        if load_run_meta(folder) is not None:
             raise ValueError(f"{out} holds a run already: choose another --out")
         config = meta["config"] | {"model": as_json(shape), "out": out}
         meta = meta | {"config": config, "step": step}

@@ -16,6 +16,7 @@ from train.data import Batch, DataConfig, PackedData, TrainReader, load_tokenize
 from train.data.storage import build_once
 from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.engine.loop import run
+from train.engine.memory import check_memory
 from train.engine.state import EVERY_PARAMETER, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
@@ -98,7 +99,7 @@ def make_run(config: RunConfig) -> Trainable:
             "train='forks', and the model has no fork layers: add --init.forks (to pretrained "
             "weights) or --model.fork-layers, or train all"
         )
-    return make_trainable(
+    trainable = make_trainable(
         config.model,
         config.optimizer,
         config.steps,
@@ -107,6 +108,8 @@ def make_run(config: RunConfig) -> Trainable:
         config.attention,
         TRAINED[config.train],
     )
+    check_memory(trainable, config.batch_size, config.data.seq_len)
+    return trainable
 
 
 def on_weights(config: RunConfig) -> RunConfig:

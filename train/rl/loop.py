@@ -24,9 +24,9 @@ from train.rl.reports import (
     scorer_error,
 )
 from train.rl.types import Collected
-from train.runs.checkpoint import load_meta
 from train.runs.files import write_atomically
 from train.runs.instruments import Profiler, memory, not_recorded
+from train.runs.metadata import load_run_meta
 from train.runs.metrics import MetricWriter, Progress
 from train.runs.resume import noted_changes
 from train.runs.run_folder import (
@@ -56,9 +56,9 @@ def train(job: RLJob) -> dict[str, float]:
             "one, on all devices that it sees"
         )
     with contextlib.ExitStack() as stack:
-        check_continuation(out, load_meta(out), config)
+        check_continuation(out, load_run_meta(out), config)
         stack.enter_context(run_lock(out))
-        saved = load_meta(out)  # now nobody else writes
+        saved = load_run_meta(out)  # now nobody else writes
         check_continuation(out, saved, config)
         check_data(out, saved, job.meta["data_fingerprint"])
         check_base(out, saved, job.meta)

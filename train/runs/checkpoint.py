@@ -22,19 +22,18 @@ from orbax.checkpoint import future
 
 from train.devices.distributed import sync_errors
 from train.runs import checksums
+from train.runs.envelope import ITEMS, make_envelope, read_envelope
 from train.runs.files import reason_of
 from train.runs.leaves import (
     CheckpointError,
     flatten,
     forms,
-    key_impls,
     nested,
     read_targets,
     stored,
 )
 from train.runs.quiet_orbax import QuietOrbax
 
-_ITEMS = ("params", "train")
 _SHOWN = 3  # leaves named in an error line
 
 
@@ -86,7 +85,7 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        self._handlers = {item: _SummedHandler() for item in _ITEMS}
+        self._handlers = {item: _SummedHandler() for item in ITEMS}
         for item, handler in self._handlers.items():
             handlers.add(item, ocp.args.StandardSave, handler)
         with contextlib.ExitStack() as stack:
@@ -146,11 +145,7 @@ class Checkpointer:
         if newest == step or not (force or self._manager.should_save(step)):
             return False
         trees = {"params": flatten(params), "train": flatten(train)}
-        envelope = {
-            "meta": dict(meta),
-            "leaves": {item: forms(tree) for item, tree in trees.items()},
-            "keys": {item: key_impls(tree) for item, tree in trees.items()},
-        }
+        envelope = make_envelope(meta, trees)
         try:
             json.dumps(envelope)
         except (TypeError, ValueError) as error:
@@ -194,10 +189,10 @@ class Checkpointer:
         step = _choose(self._directory, step)
         folder = self._directory / str(step)
         with sync_errors():
-            _verify(folder, ("meta", *_ITEMS), jax.process_index(), jax.process_count())
+            _verify(folder, ("meta", *ITEMS), jax.process_index(), jax.process_count())
         envelope = _read_envelope(folder)
         restored = []
-        for item, abstract in zip(_ITEMS, (params_abstract, train_abstract), strict=True):
+        for item, abstract in zip(ITEMS, (params_abstract, train_abstract), strict=True):
             targets = flatten(abstract)
             _compare(folder, item, envelope["leaves"][item], forms(targets))
             leaves = _read(folder, item, read_targets(targets), envelope)
@@ -365,9 +360,10 @@ def _verify(folder: epath.Path, items: tuple[str, ...], share: int = 0, shares: 
 
 def _read_envelope(folder: epath.Path) -> dict[str, Any]:
     try:
-        envelope = ocp.JsonCheckpointHandler().restore(folder / "meta")
-        return {part: envelope[part] for part in ("meta", "leaves", "keys")}
-    except Exception as error:
+        return read_envelope(Path(folder))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, f"meta: {reason_of(error)}") from error
 
 
@@ -439,7 +435,7 @@ def _damaged(folder: epath.Path, damage: str) -> CheckpointError:
 
 def _is_intact(folder: epath.Path) -> bool:
     try:
-        checksums.verify(Path(folder), ("meta", *_ITEMS))
+        checksums.verify(Path(folder), ("meta", *ITEMS))
     except checksums.DamagedFileError:
         return False
     return True

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from thoughtbubbles.fields import shown
 from train.cli.config_json import as_json, model_from_json
 
 FREE: Mapping[str, Any] = MappingProxyType({"resume": "free"})
@@ -71,4 +72,7 @@ def _differences(name: str, saved: Any, current: Any, free: tuple[str, ...]) -> 
         names = [key for key in {**saved, **current} if key not in free]
         found = [_differences(f"{name}.{k}", saved.get(k), current.get(k), ()) for k in names]
         return [line for lines in found for line in lines]
-    return [] if saved == current else [f"{name}: saved {saved!r}, now {current!r}"]
+    if saved == current:
+        return []
+    before, now = (shown(value, 200) for value in (saved, current))
+    return [f"{name}: saved {before}, now {now}"]

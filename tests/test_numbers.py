@@ -1,0 +1,199 @@
+"""Every numeric option of every command with senseless numbers: one line, or legal and listed."""
+
+import dataclasses
+import functools
+import math
+import typing
+from typing import Any
+
+import pytest
+from tiny import SMALL
+
+from memgen import LoRAConfig
+from train.cli.command import parse
+from train.cli.numbers import check_numbers
+from train.evaluate import EvaluateConfig
+from train.finetuning.job import SFTConfig
+from train.generate import GenerateConfig
+from train.pretraining.config import RunConfig
+from train.pretraining.job import make_run
+from train.rl.config import RLConfig
+from train.rl.named_tasks import make_task
+from train.tokenizer import TokenizerConfig
+
+CONFIGS = {
+    "pretrain": RunConfig(model=dataclasses.replace(SMALL, vocab_size=257)),
+    "sft": SFTConfig(),
+    "rl": RLConfig(),
+    "generate": GenerateConfig(checkpoint="run"),
+    "evaluate": EvaluateConfig(checkpoint="run"),
+    "tokenizer": TokenizerConfig(),
+}
+WRONG = [math.nan, math.inf, -math.inf, -1, 0, 1e308, 2**70]
+
+
+def numeric(config: Any, above: tuple[str, ...] = ()) -> dict[tuple[str, ...], type]:
+    """The fields that hold a whole or a real number, those of configs inside included."""
+    found: dict[tuple[str, ...], type] = {}
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        kinds = {hints[field.name], *typing.get_args(hints[field.name])}
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= numeric(value, (*above, field.name))
+        elif kind := next((kind for kind in (float, int) if kind in kinds), None):
+            found[(*above, field.name)] = kind
+    return found
+
+
+def replaced(config: Any, path: tuple[str, ...], value: Any) -> Any:
+    name, *rest = path
+    inner = replaced(getattr(config, name), tuple(rest), value) if rest else value
+    return dataclasses.replace(config, **{name: inner})
+
+
+def value_at(config: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(getattr, path, config)
+
+
+def accepted(config: Any) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for path, kind in numeric(config).items():
+        for value in WRONG:
+            if kind is int and not isinstance(value, int):
+                continue  # no whole number: refused as such by the parser
+            given = value if kind is int else float(value)
+            if isinstance(value_at(config, path), tuple):
+                given = (given,)
+            try:
+                check_numbers(replaced(config, path, given))
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400
+            else:
+                found.setdefault(".".join(path), []).append(value)
+    return found
+
+
+# What is legal, by the end of an option's name.
+ZERO = tuple(
+    [
+        "nope_layers",
+        "fork_layers",
+        "burst",
+        "noise",
+        "optimizer.b1",
+        "optimizer.b2",
+        "optimizer.weight_decay",
+        "optimizer.warmup",
+        "optimizer.decay",
+        "optimizer.final_ratio",
+        "evaluation.every",
+        "evaluation.rows",
+        "evaluation.positions",
+        "rows",
+        "positions",
+        "seed",
+        "lora.dropout",
+        "prompt_latents",
+        "inference_latents",
+        "max_inference_events",
+        "insertion_prob",
+        "examples",
+        "method.clip_low",
+        "method.clip_high",
+        "method.kl",
+        "min_p",
+        "validation",
+        "threshold_offset",
+        "sweep_offset",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+    ]
+)
+MINUS_ONE = ["mesh.data", "mesh.fsdp", "mesh.tensor", "threshold_offset", "sweep_offset"]
+INFINITE = [
+    "clip_high",
+    "dual_clip",
+    "method.kl",
+    "importance_cap",
+    "advantage_clip",
+]  # no clipping
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_senseless_numbers_are_refused(command: str):
+    for name, values in accepted(CONFIGS[command]).items():
+        for value in values:
+            if value == 0 and name == "temperature":
+                legal = command == "generate"
+            elif value == 0:
+                legal = name.endswith(ZERO)
+            elif value == -1:
+                legal = name.endswith(tuple(MINUS_ONE))
+            elif value in (math.inf, 1e308):
+                legal = name.endswith(tuple(INFINITE))
+            else:
+                legal = value == 2**70  # 1.2e21, finite in 32 bits
+            assert legal, (name, value)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--keep", "0"], "keep=0 is below 1"),
+        (["--keep-every", "0"], "keep_every=0 is below 1"),
+        (["--seed", str(2**63)], "seed=9223372036854775808 is out of range"),
+        (["--batch-size", str(10**13)], "batch_size=10000000000000 is out of range"),
+        (["--model.embed-dim", str(10**19)], "embed_dim=10000000000000000000 is above 2147483647"),
+        (["--model.rope-base", "nan"], "rope_base=nan: choose a positive number"),
+        (["--optimizer.learning-rate", "inf"], "learning_rate=inf is not positive and finite"),
+        (["--optimizer.b1", "nan"], "b1=nan: choose from 0 to below 1"),
+        (["--optimizer.weight-decay", "nan"], "weight_decay=nan"),
+        (["--optimizer.eps", "-1"], "eps=-1.0 is not positive and finite"),
+        (["--model.policy", "PrefixRank(ratio=1e308)"], "ratio=1e+308 is above 1000"),
+        (["--model.policy", "PrefixRank(window=5000000000)"], "window=5000000000 is above"),
+        (["--model.policy", "x" * 100_000], "has 100000 characters, more than 10000"),
+        (["--model.policy", "PrefixRank(" + "(" * 9000], "write PrefixRank("),
+    ],
+)
+def test_what_the_command_says(words: list[str], line: str):
+    with pytest.raises(ValueError) as caught:
+        parse(RunConfig, words, CONFIGS["pretrain"])
+    text = str(caught.value)
+    assert line in text and "\n" not in text and len(text) < 500
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ("copy(length=1000000000)", "copy: length=1000000000: choose 10000 or less"),
+        ("arithmetic(digits=1000000000)", "digits=1000000000: choose 9 or less"),
+        ("reverse()()", "write reverse("),
+        ("copy(length=" + "9" * 5000 + ")", "write copy("),
+    ],
+)
+def test_tasks_that_fill_the_memory_are_refused(task: str, line: str):
+    with pytest.raises(ValueError, match="^[^\n]*$") as caught:
+        make_task(task, 0)
+    assert line in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_repeated_targets_of_an_adapter_are_refused():
+    with pytest.raises(ValueError, match="names a layer twice"):
+        LoRAConfig(targets=("q", "q"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        (("batch_size",), 2**31 - 8, r"tokens of a step need [0-9,]+\.\d GiB, this machine has"),
+        (("model", "embed_dim"), 2**22, r"optimizer state need [0-9,]+\.\d GiB on each device"),
+        (("model", "mlp_dim"), 2**31 - 1, r"optimizer state need [0-9,]+\.\d GiB on each device"),
+    ],
+)
+def test_a_plan_that_exceeds_the_memory_is_refused_with_its_estimate(
+    path: tuple[str, ...], value: int, line: str
+):
+    with pytest.raises(ValueError, match=line):
+        make_run(replaced(CONFIGS["pretrain"], path, value))

@@ -1,0 +1,54 @@
+"""Numbers of a config that no computation can use: refused before anything begins."""
+
+import dataclasses
+import math
+from typing import Any
+
+from thoughtbubbles.fields import LARGEST, shown
+
+LARGEST_SEED = 2**63 - 1
+_LARGEST_FLOAT = 3e38  # of 32 bits
+
+
+def check_least(config: Any, **least: float) -> None:
+    """Raise a ValueError for an option that is below its bound; one that is None is left out.
+
+    Args:
+        config: Config with the options.
+        least: Smallest value of each option, by name.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is not None and item < bound:
+                raise ValueError(f"{name}={item} is below {bound}")
+
+
+def check_numbers(config: Any, above: str = "") -> None:
+    """Raise a ValueError for a number that is no option of any kind.
+
+    Numbers must fit 32 bits, as sizes, steps and arrays do in JAX, and seeds 63 bits. Infinity is
+    left to parts that are written as `name(key=value)`, where it may mean that nothing is clipped.
+
+    Args:
+        config: Config, whose fields may hold configs.
+        above: Dotted name of the config in front of its fields' names, for messages.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = f"{above}{field.name}"
+        for item in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(item):
+                check_numbers(item, f"{name}.")
+            elif isinstance(item, float):
+                if math.isnan(item) or (abs(item) > _LARGEST_FLOAT and not hasattr(config, "word")):
+                    raise ValueError(f"{name}={item} is out of range: choose a finite number")
+            elif isinstance(item, int) and not isinstance(item, bool):
+                _check_whole(name, item)
+
+
+def _check_whole(name: str, value: int) -> None:
+    seed = name.rpartition(".")[2] in ("seed", "seeds")
+    least, most = (0, LARGEST_SEED) if seed else (-LARGEST, LARGEST)
+    if not least <= value <= most:
+        raise ValueError(f"{name}={shown(value)} is out of range: choose from {least} to {most}")

@@ -1,0 +1,57 @@
+"""What the item `meta` of a checkpoint holds besides the caller's metadata, and its version."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train.runs.leaves import CheckpointError, forms, key_impls
+
+FORMAT = 1
+"""Version of what a checkpoint holds; it rises when an older reader would misread it."""
+
+ITEMS = ("params", "train")
+_PARTS = ("meta", "leaves", "keys")
+
+
+def make_envelope(
+    meta: Mapping[str, Any], trees: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What is written: the version, the metadata, and the form of every leaf of every item."""
+    return {
+        "format": FORMAT,
+        "meta": dict(meta),
+        "leaves": {item: forms(tree) for item, tree in trees.items()},
+        "keys": {item: key_impls(tree) for item, tree in trees.items()},
+    }
+
+
+def read_envelope(folder: Path) -> dict[str, Any]:
+    """What `make_envelope` made, of a step folder.
+
+    Raises:
+        CheckpointError: A newer version wrote it.
+        OSError: It can't be read.
+        ValueError: It is damaged.
+    """
+    envelope = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+    if not isinstance(envelope, dict):
+        raise ValueError("it is no object")
+    version = envelope.get("format")
+    if type(version) is not int:
+        raise ValueError(f"format={version!r:.60} is no version")
+    if version > FORMAT:
+        unknown = ", ".join(sorted(envelope.keys() - {"format", *_PARTS})) or "none"
+        raise CheckpointError(
+            f"checkpoint {folder} has format {version}, this version of thoughtbubbles reads "
+            f"{FORMAT} (fields unknown here: {unknown[:100]}): install a newer one"
+        )
+    parts = {part: envelope.get(part) for part in _PARTS}
+    for part, value in parts.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{part} is no object")
+        for item in ITEMS if part != "meta" else ():
+            leaves = value.get(item)
+            if not isinstance(leaves, dict) or not all(isinstance(v, str) for v in leaves.values()):
+                raise ValueError(f"{part} of {item} are no texts")
+    return parts

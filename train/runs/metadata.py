@@ -1,0 +1,62 @@
+"""The metadata of a run's checkpoint, with the types that its readers rely on."""
+
+import os
+from typing import Any
+
+from thoughtbubbles.fields import Fields
+from train.runs.checkpoint import load_meta
+
+_EDITED = "it was edited, or another version of this library wrote it"
+
+
+def load_run_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Metadata of the newest checkpoint in a run folder, checked; None if there is no checkpoint.
+
+    Args:
+        path: Run folder.
+
+    Raises:
+        ValueError: The metadata are damaged, or are none of a run.
+    """
+    meta = load_meta(path)
+    return None if meta is None else checked_meta(meta, path)
+
+
+def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Metadata of a run's checkpoint, if they are that.
+
+    Args:
+        meta: Metadata as they come from the checkpoint.
+        path: Run folder, for messages.
+
+    Raises:
+        ValueError: A field is missing or has another type.
+    """
+    fields = Fields(meta, f"the metadata of {path}", _EDITED)
+    for name in ("data_fingerprint", "tokenizer"):
+        fields.text(name)
+    fields.integer("step", least=0)
+    fields.text("base", None)
+    for name in ("config", "resolved"):
+        if meta.get(name) is None:
+            fields.text(name)  # says that it is missing
+        fields.object(name)
+    for name in ("chat", "model", "rl"):
+        if name in meta:
+            fields.object(name)
+    if chat := meta.get("chat"):
+        _check_chat(Fields(chat, f"the metadata of {path}: chat", _EDITED))
+    if rl := meta.get("rl"):
+        Fields(rl, f"the metadata of {path}: rl", _EDITED).integer("step", least=0)
+    return meta
+
+
+def _check_chat(fields: Fields) -> None:
+    known = {"name", "bos", "stop_tokens", "chat_template", "embedding_rows"}
+    if unknown := sorted(set(fields.names()) - known):
+        raise ValueError(f"{fields.source} has a field {unknown[0]!r}: {_EDITED}")
+    fields.text("name")
+    fields.text("bos", None)
+    fields.list("stop_tokens", str)
+    fields.text("chat_template", None)
+    fields.integer("embedding_rows", None)
