@@ -297,6 +297,11 @@ class Architecture(nnx.Module):
         nats, output = self.token_losses(rows, track=track, key=key)
         return nats.sum(), (rows[:, 1:] >= 0).sum(dtype=jnp.float32), self.statistics(output)
 
+    @property
+    def loss_by_token(self) -> bool:
+        """Whether `loss` is the sum of `token_losses`, so that metrics can split it by rows."""
+        return type(self).loss is Architecture.loss
+
     def advance(
         self, cache: Any, tokens: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[Any, Any]:

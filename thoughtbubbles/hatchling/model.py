@@ -146,6 +146,10 @@ class Hatchling(Architecture):
         nats, sums = truncated_sum(segment, self, state, (jnp.arange(count), *parts))
         return nats, (rows[:, 1:] >= 0).sum(dtype=jnp.float32), sums
 
+    @property
+    def loss_by_token(self) -> bool:
+        return self.config.truncate is None
+
     def activations(self, tokens: jax.Array, length: jax.Array | None = None) -> Neurons:
         """Neurons of all layers as features of tokens, for tools that read models.
 

@@ -1,6 +1,7 @@
 """Text to batches: corpora, tokenizers, packing, and a reader whose position is the step number.
 
 `prepare(config)` tokenises and packs a corpus once; `TrainReader` and `evaluation_batches` read it.
+A mixture of sources is a corpus too (`train.data.mixture`), which `MixtureReader` reads.
 `prepare_chat(config, tokenizer)` does so with conversations, which `ChatReader` reads.
 A user's mistake is a `DataError`.
 """
@@ -15,9 +16,11 @@ from train.data.chat_data import (
 )
 from train.data.config import DataConfig, DataError
 from train.data.corpus import Corpus, SplitCorpus
+from train.data.mixture import Mixture, MixtureData, MixtureReader, mix, parse_mixture, prepare
 from train.data.packing import PackedRows
-from train.data.prepared import PackedData, prepare
+from train.data.prepared import PackedData
 from train.data.reader import Batch, TrainReader, evaluation_batches
+from train.data.schedule import interpolate
 from train.data.sources import SOURCES, Source, open_corpus
 from train.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
@@ -33,6 +36,9 @@ __all__ = [
     "DataConfig",
     "DataError",
     "HuggingFaceTokenizer",
+    "Mixture",
+    "MixtureData",
+    "MixtureReader",
     "PackedData",
     "PackedRows",
     "Source",
@@ -40,8 +46,11 @@ __all__ = [
     "Tokenizer",
     "TrainReader",
     "evaluation_batches",
+    "interpolate",
     "load_tokenizer",
+    "mix",
     "open_corpus",
+    "parse_mixture",
     "prepare",
     "prepare_chat",
     "segment_mask",

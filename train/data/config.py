@@ -28,7 +28,8 @@ class DataConfig:
     corpus: str = "stdlib"
     """Source of the text: "stdlib" (the Python standard library's own source), the path of a folder
     or file of text, JSON Lines or Parquet, files(path=..., field='text') with options,
-    "tfds:NAME[/CONFIG]" (a TFDS data set on disk), or a source of a plugin as name(key=value)."""
+    "tfds:NAME[/CONFIG]" (a TFDS data set on disk), a source of a plugin as name(key=value), or a
+    mixture of such sources with their weights as mix({"stdlib": 0.6, "~/texts": 0.4})."""
 
     tokenizer: str = "bytes"
     """Either "bytes", or the path of a Hugging Face tokenizer.json."""

@@ -58,8 +58,8 @@ class PackedData:
         )
 
 
-def prepare(config: DataConfig) -> PackedData:
-    """Open the packed rows of a corpus; they are packed first if the cache has none.
+def prepare_corpus(config: DataConfig) -> PackedData:
+    """Open the packed rows of one corpus; they are packed first if the cache has none.
 
     Packing shows its progress on a terminal.
 

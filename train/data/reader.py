@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,19 +29,19 @@ class TrainReader:
 
     Raises:
         DataError: The batch size is less than 1.
+
+    Attributes:
+        end: Number of steps after which there are no more batches; None without end.
     """
+
+    end: int | None = None
 
     def __init__(
         self, rows: PackedRows, global_batch: int, seed: int, local_rows: np.ndarray | None = None
     ):
-        import grain  # here: what reads no packed rows runs without it
-
-        _check_size(global_batch)
+        check_size(global_batch)
         self._rows, self._local_rows = rows, local_rows
-        # grain adds the epoch to the seed: taken as it is, seed 1 would begin with the second epoch
-        # of seed 0.
-        key = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        order = grain.MapDataset.range(len(rows)).shuffle(seed=key).repeat()
+        order = shuffled(len(rows), seed)
         # An endless order has no remainder; without drop_remainder grain 0.2.18 overflows for
         # batches of one row.
         self._batches = order.batch(global_batch, drop_remainder=True).map(self._read)
@@ -54,12 +54,12 @@ class TrainReader:
 
         Returns:
             "tokens" [b, seq_len + 1], int32, and "rows" [b], int64, the index of each row in its
-            split.
+            split; from a mixture also "source" [b], int32, the number of the source.
         """
         return cast(Batch, self._batches[step])  # only a filtered data set has gaps
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches of all steps from one on, without end, read ahead by two threads.
+        """Batches of all steps from one on, read ahead by two threads.
 
         The threads end when the iterator is closed or dropped.
 
@@ -129,7 +129,7 @@ def padded_batches(
     Raises:
         DataError: The batch size is less than 1.
     """
-    _check_size(batch_size)
+    check_size(batch_size)
     count = num_rows if limit is None else min(limit, num_rows)
     chosen = np.arange(count) * num_rows // max(count, 1)
     for start in range(0, count, batch_size):
@@ -143,6 +143,24 @@ def padded_batches(
         }
 
 
-def _check_size(batch_size: int) -> None:
+def shuffled(size: int, seed: int, *more: int) -> Any:
+    """An endless order of rows by random access: each epoch is another order of all rows.
+
+    Args:
+        size: Number of rows.
+        seed: Seed of the order.
+        more: Integers that tell orders of one seed apart.
+    """
+    import grain  # here: what reads no packed rows runs without it
+
+    # grain adds the epoch to the seed: taken as it is, seed 1 would begin with the second epoch of
+    # seed 0.
+    entropy = [seed, *more] if more else seed
+    key = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    return grain.MapDataset.range(size).shuffle(seed=key).repeat()
+
+
+def check_size(batch_size: int) -> None:
+    """Raise a DataError for an empty batch."""
     if batch_size < 1:
         raise DataError(f"a batch of {batch_size} rows: choose at least 1")

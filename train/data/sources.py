@@ -90,6 +90,8 @@ def source_from_text(text: str) -> Source:
     Raises:
         DataError: There is no such source or option, or a value has the wrong type.
     """
+    if re.match(r"mix\s*\(", text):
+        raise DataError(f"{text} is a mixture, which pretraining alone takes: name one source")
     if text.startswith("tfds:"):
         return Tfds(text.removeprefix("tfds:"))
     name = text.partition("(")[0]

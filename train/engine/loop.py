@@ -96,8 +96,19 @@ class TrainingJob(Protocol):
 
     def train_step(self) -> TrainStep: ...
 
-    def step_metrics(self, sums: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Metrics, and samples for histograms, by name, of the sums that the loss returned."""
+    def step_metrics(
+        self, sums: Mapping[str, Any], step: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metrics, and samples for histograms, by name.
+
+        Args:
+            sums: Sums that the loss returned.
+            step: Number of updates that are done.
+        """
+        ...
+
+    def progress(self, step: int) -> str:
+        """What the progress line says of the data read so far; may be empty."""
         ...
 
     def first_state(self) -> TrainState: ...
@@ -173,13 +184,13 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteLoss(save_evidence(out, done.step, done.batch, done.metrics))
             stopwatch.step_done()
-            if done.step % config.log_every == 0 or done.step == config.steps:
+            if done.step % config.log_every == 0 or done.step == end:
                 names = ("loss", "grad_norm", "learning_rate")
                 metrics = {name: done.metrics[name] for name in names}
-                shown, histograms = job.step_metrics(done.metrics["aux"])
+                shown, histograms = job.step_metrics(done.metrics["aux"], done.step)
                 metrics |= shown | stopwatch.report() | memory()
                 writer.write(done.step, metrics, histograms)
-            progress.update(done.step, loss, stopwatch.tokens_per_second)
+            progress.update(done.step, loss, stopwatch.tokens_per_second, job.progress(done.step))
 
         def evaluate(step: int) -> dict[str, float]:
             held_out = job.evaluate(state, data)
@@ -192,7 +203,8 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
 
         held_out: dict[str, float] = {}
         batches = stack.enter_context(contextlib.closing(opened.reader.iterate(start)))
-        for step in range(start + 1, config.steps + 1):
+        end = min(config.steps, opened.reader.end or config.steps)
+        for step in range(start + 1, end + 1):
             with stopwatch.waiting():
                 batch = next(batches)
             with profiler.step(step):
@@ -200,7 +212,7 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
             # The device works on this step while the host reads the one before.
             flush()
             pending = Pending(step, batch, metrics)
-            last = step == config.steps
+            last = step == end
             every = config.evaluation.every
             if last or (every > 0 and step % every == 0):
                 flush()
@@ -220,8 +232,10 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
             if stop:
                 progress.write(f"stopped at step {step} and saved it in {out}: run again to go on")
                 break
-        if not held_out and start >= config.steps:
+        if not held_out and start >= end:
             held_out = evaluate(start)
+        if end < config.steps:
+            progress.write(f"ended at step {end} of {config.steps}: no new rows are left")
         progress.write(stopwatch.readable())
     return held_out
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from thoughtbubbles import Architecture
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare
+from train.data.mixture import JoinedRows
 from train.devices.mesh import (
     MeshConfig,
     batch_sharding,
@@ -77,9 +78,16 @@ class Evaluator:
         positions plus the mean difference, over the sampled positions, between prefix-only and
         teacher-forced; the standard error includes that of the difference.
 
+        Of a mixture's rows each source is scored by itself, as `source/NAME/...`, and the others
+        are means over sources with the weights at the end of its schedule.
+
         Args:
             weights: `TrainState.weights`.
+            rows: Rows of the split.
         """
+        if isinstance(rows, JoinedRows):
+            scored = {name: self(weights, part) for name, part in rows.parts.items()}
+            return _mixed(scored, dict(zip(rows.parts, rows.weights, strict=True)))
         tokens, nats, sums, num_bytes = self._score_teacher_forced(weights, rows)
         weight = tokens[:, 1:] >= 0
         total, count = float(nats[weight].sum()), int(weight.sum())
@@ -143,6 +151,23 @@ class Evaluator:
         return np.concatenate(scores)
 
 
+def _mixed(scored: dict[str, dict[str, float]], weights: dict[str, float]) -> dict[str, float]:
+    """Metrics of each source, and of the mixture in which sources have these shares of tokens."""
+    found: dict[str, float] = {}
+    for name in next(iter(scored.values())):
+        found[name] = sum(weights[source] * of[name] for source, of in scored.items())
+    errors = [weights[source] * of["standard_error"] for source, of in scored.items()]
+    found["standard_error"] = math.hypot(*errors)
+    for prefix in {name.removesuffix("bits_per_byte") for name in found if "bits_per_" in name}:
+        # Bytes of a token are loss / ln 2 / bits_per_byte in each source.
+        loss, bits = f"{prefix}loss", f"{prefix}bits_per_byte"
+        num_bytes = sum(weights[source] * of[loss] / of[bits] for source, of in scored.items())
+        found[bits] = found[loss] / num_bytes
+    for source, metrics in scored.items():
+        found |= {f"source/{source}/{name}": value for name, value in metrics.items()}
+    return found
+
+
 def _error_of_mean(nats: np.ndarray, weight: np.ndarray, rows_in_split: int) -> float:
     """Standard error of the mean over targets, rows being the units that were sampled."""
     scored = weight.any(axis=1)
@@ -163,11 +188,17 @@ def readable(metrics: dict[str, float]) -> str:
     )
     ending = "_per_token"
     for name in metrics:
-        if name.endswith(ending):
+        if name.endswith(ending) and not name.startswith("source/"):
             line += f", {metrics[name]:.2f} {name.removesuffix(ending)}/token"
-    if "blockwise_loss" not in metrics:
-        return line
-    return f"{line} (prefix-only); teacher-forced {metrics['blockwise_loss']:.4f}, not causal"
+    if "blockwise_loss" in metrics:
+        line += f" (prefix-only); teacher-forced {metrics['blockwise_loss']:.4f}, not causal"
+    sources = [name.split("/", 1)[1].rsplit("/", 1)[0] for name in metrics if _is_source(name)]
+    losses = [f"{name} {metrics[f'source/{name}/loss']:.4f}" for name in sources]
+    return f"{line}; {', '.join(losses)}" if losses else line
+
+
+def _is_source(name: str) -> bool:
+    return name.startswith("source/") and name.endswith("/loss")
 
 
 def validation_rows(loaded: LoadedRun) -> PackedRows:

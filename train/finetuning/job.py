@@ -164,8 +164,13 @@ class SFTJob:
     def train_step(self) -> TrainStep:
         return make_train_step(self.trainable, self.config.accumulate, sft_loss)
 
-    def step_metrics(self, sums: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def step_metrics(
+        self, sums: Mapping[str, Any], step: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
+
+    def progress(self, step: int) -> str:
+        return ""
 
     def first_state(self) -> TrainState:
         """The weights as they are, and new parameters."""

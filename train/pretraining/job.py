@@ -12,7 +12,18 @@ from flax.nnx import filterlib
 from thoughtbubbles import ArchitectureConfig, ModelConfig
 from thoughtbubbles.pretrained import load_pretrained, open_pretrained
 from thoughtbubbles.retrofit import add_forks, forking_config
-from train.data import Batch, DataConfig, PackedData, TrainReader, load_tokenizer, prepare
+from train.data import (
+    Batch,
+    DataConfig,
+    MixtureData,
+    MixtureReader,
+    PackedData,
+    TrainReader,
+    load_tokenizer,
+    parse_mixture,
+    prepare,
+)
+from train.data.mixture import is_mixture
 from train.data.storage import build_once
 from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.engine.loop import run
@@ -22,6 +33,7 @@ from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
 from train.models.load import find_weights, tokenizer_meta
 from train.pretraining.config import RunConfig
+from train.pretraining.mixture import mixture_loss, mixture_metrics
 from train.pretraining.plan import describe
 from train.pretraining.presets import PRESETS
 
@@ -47,30 +59,55 @@ class PretrainJob:
         self.meta: dict[str, Any] = {}
         if weights := config.init.weights:
             self.meta = tokenizer_meta(open_pretrained(find_weights(weights))[2])
+        self._mixture: MixtureData | None = None
         self.seq_len, self.step_flops = self.config.data.seq_len, self.config.step_flops
         self._evaluator = Evaluator(
             self.trainable, config.batch_size // config.accumulate, config.evaluation
         )
 
     def prepare(self) -> PackedData:
-        return prepare(self.config.data)
+        data = prepare(self.config.data)
+        self._mixture = data if isinstance(data, MixtureData) else None
+        return data
 
     def reader(self, data: PackedData, local_rows: np.ndarray | None) -> TrainReader:
-        return TrainReader(data.train, self.config.batch_size, self.config.data.seed, local_rows)
+        size, seed = self.config.batch_size, self.config.data.seed
+        if isinstance(data, MixtureData):
+            return MixtureReader(data, size, seed, local_rows)
+        return TrainReader(data.train, size, seed, local_rows)
 
     def inputs(self, batch: Batch) -> Any:
-        return batch["tokens"]
+        if self._mixture is None:
+            return batch["tokens"]
+        return {name: batch[name] for name in ("tokens", "source")}
 
     def train_step(self) -> TrainStep:
-        return make_train_step(self.trainable, self.config.accumulate)
+        trainable, parts = self.trainable, self.config.accumulate
+        if self._mixture is None:
+            return make_train_step(trainable, parts)
+        return make_train_step(trainable, parts, mixture_loss(len(self._mixture.parts)))
 
-    def step_metrics(self, sums: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        trainable = self.trainable
+    def step_metrics(
+        self, sums: Mapping[str, Any], step: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        trainable, metrics = self.trainable, {}
+        if self._mixture is not None:
+            metrics, sums = mixture_metrics(self._mixture, sums, self._sequences(step))
         given = trainable.config, sums
         return (
-            trainable.architecture.step_metrics(*given),
+            trainable.architecture.step_metrics(*given) | metrics,
             trainable.architecture.step_histograms(*given),
         )
+
+    def progress(self, step: int) -> str:
+        if self._mixture is None:
+            return ""
+        seen = self._mixture.progress(self._sequences(step))
+        return " ".join(f"{name} {share:.0%}" for name, (share, _) in seen.items())
+
+    def _sequences(self, step: int) -> int:
+        """Number of sequences that a run has read after some steps."""
+        return step * self.config.batch_size
 
     def first_state(self) -> TrainState:
         return initial_state(self.trainable, self.config)
@@ -82,11 +119,13 @@ class PretrainJob:
         return readable(held_out)
 
     def describe(self, start: int) -> str:
-        line = describe(self.config, self.trainable, start)
-        if self.config.train == "all":
-            return line
-        trained = self.trainable.num_trained
-        return f"{line}\ntrained are {trained:,} parameters, those of the {self.config.train}"
+        lines = [describe(self.config, self.trainable, start)]
+        if self.config.train != "all":
+            trained = self.trainable.num_trained
+            lines.append(f"trained are {trained:,} parameters, those of the {self.config.train}")
+        if self._mixture is not None:
+            lines += self._mixture.outlook(self._sequences(self.config.steps))
+        return "\n".join(lines)
 
 
 def make_run(config: RunConfig) -> Trainable:
@@ -94,6 +133,8 @@ def make_run(config: RunConfig) -> Trainable:
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
     check_vocabulary(config)
+    if is_mixture(config.data.corpus):
+        parse_mixture(config.data.corpus)  # its mistakes are found before anything is opened
     if config.train == "forks" and not getattr(config.model, "fork_layers", ()):
         raise ValueError(
             "train='forks', and the model has no fork layers: add --init.forks (to pretrained "

@@ -170,21 +170,25 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+    def update(
+        self, step: int, loss: float, tokens_per_second: float | None, note: str = ""
+    ) -> None:
         """Show the state of the run.
 
         Args:
             step: Number of updates done.
             loss: Training loss of the last of them.
             tokens_per_second: Rate of training; None if it is not known yet.
+            note: Words that follow the rate; none by default.
         """
         if not self._enabled:
             return
         rate = (
             "" if tokens_per_second is None else f", {tqdm.format_sizeof(tokens_per_second)} tok/s"
         )
+        note = note and f", {note}"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}{rate}", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}{rate}{note}", refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = self._clock()
@@ -198,7 +202,7 @@ class Progress:
         if step > first:
             seconds = (now - since) / (step - first) * (self._total - step)
             left = f", {tqdm.format_interval(seconds)} left"
-        self.write(f"step {step}/{self._total}: loss {loss:.4f}{rate}{left}")
+        self.write(f"step {step}/{self._total}: loss {loss:.4f}{rate}{note}{left}")
 
     def write(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -1,0 +1,244 @@
+"""Weights of several sources over training, and their exact integrals."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Literal
+
+from train.data.config import DataError
+
+Kind = Literal["constant", "linear"]
+TOLERANCE = Fraction(1, 10**6)
+"""Distance from 1 up to which a sum of weights is taken for rounding, and divided out."""
+
+
+def interpolate(w0: Mapping[str, float], w1: Mapping[str, float], alpha: float) -> dict[str, float]:
+    """Weights on the line from one mixture to another: (1 - α)·w0 + α·w1.
+
+    Args:
+        w0: Weights at α = 0, by name; a name that is missing has weight 0.
+        w1: Weights at α = 1, by name.
+        alpha: Position on the line α, from 0 to 1.
+
+    Raises:
+        DataError: The position is outside of the line.
+    """
+    if not 0 <= alpha <= 1:
+        raise DataError(f"alpha={alpha} is not between two mixtures: choose 0 to 1")
+    names = dict.fromkeys((*w0, *w1))
+    return {name: (1 - alpha) * w0.get(name, 0) + alpha * w1.get(name, 0) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A stretch of training over which the weights of all sources are linear.
+
+    Attributes:
+        start: Number of tokens before the stretch.
+        stop: Number of tokens before the next stretch; None for the last one, whose weights stay.
+        first: Weights at its start [S].
+        last: Weights at its end [S].
+    """
+
+    start: int
+    stop: int | None
+    first: tuple[Fraction, ...]
+    last: tuple[Fraction, ...]
+
+    def at(self, tokens: int) -> tuple[Fraction, ...]:
+        """Weights [S] after a number of tokens."""
+        if self.stop is None:
+            return self.first
+        alpha = Fraction(tokens - self.start, self.stop - self.start)
+        return tuple(a + alpha * (b - a) for a, b in zip(self.first, self.last, strict=True))
+
+
+def schedule(
+    knots: Sequence[tuple[int, Sequence[float]]], names: Sequence[str], kind: Kind
+) -> list[Piece]:
+    """Pieces of the schedule through some knots.
+
+    Args:
+        knots: Number of tokens and weights [S] of each knot, in ascending order from token 0.
+        names: Names of the sources [S], for error messages.
+        kind: Whether weights are "constant" up to the next knot, or "linear" between knots; behind
+            the last knot they stay.
+
+    Raises:
+        DataError: Weights do not sum to 1 or are no weights, or the knots are not in order.
+    """
+    weights = [normalised(values, names, tokens) for tokens, values in knots]
+    times = [tokens for tokens, _ in knots]
+    if times[0] != 0:
+        raise DataError(f"mix: the schedule begins at token {times[0]}: its first knot is token 0")
+    for before, after in itertools.pairwise(times):
+        if after <= before:
+            raise DataError(
+                f"mix: the schedule goes back from token {before} to token {after}: write its "
+                "knots in ascending order"
+            )
+    for source, name in enumerate(names):
+        if not any(values[source] for values in weights):
+            raise DataError(f'mix: "{name}" has weight 0 at every knot: leave it out')
+    ends = [*times[1:], None]
+    following = [*weights[1:], weights[-1]] if kind == "linear" else weights
+    return [Piece(*piece) for piece in zip(times, ends, weights, following, strict=True)]
+
+
+def normalised(values: Sequence[float], names: Sequence[str], tokens: int) -> tuple[Fraction, ...]:
+    """Weights as exact fractions that sum to 1.
+
+    Args:
+        values: Weights [S], each taken for the decimal that it is written as.
+        names: Names of the sources [S].
+        tokens: Number of tokens of the knot, for error messages.
+
+    Raises:
+        DataError: A weight is not a number of 0 or more, or they do not sum to 1.
+    """
+    for name, value in zip(names, values, strict=True):
+        number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise DataError(f'mix: the weight of "{name}" is {value!r}: choose a number from 0 on')
+    exact = [Fraction(str(value)) for value in values]
+    total = sum(exact, Fraction())
+    if abs(total - 1) > TOLERANCE:
+        listed = ", ".join(f'"{name}" {v:g}' for name, v in zip(names, values, strict=True))
+        way_out = f"divide each by {float(total):g}" if total else "give one of them a weight"
+        raise DataError(
+            f"mix: the weights sum to {float(total):g}, not to 1, at token {tokens} ({listed}): "
+            f"{way_out}"
+        )
+    return tuple(value / total for value in exact)
+
+
+def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Piece], int | None]:
+    """A schedule in which a source has weight 0 from some token on.
+
+    The weights of the others are divided by their sum where a piece begins and ends, and are linear
+    between.
+
+    Args:
+        pieces: Pieces of the schedule.
+        source: Index of the source.
+        tokens: Number of tokens after which its weight is 0.
+
+    Returns:
+        The pieces, and the number of tokens after which no other source has a weight, if there is
+        such a one; the weights behind it mean nothing.
+    """
+    found: list[Piece] = []
+    for piece in pieces:
+        if piece.stop is not None and piece.stop <= tokens:
+            found.append(piece)
+            continue
+        start = max(piece.start, tokens)
+        if piece.start < tokens:
+            found.append(Piece(piece.start, tokens, piece.first, piece.at(tokens)))
+        first, last = (_others(w, source) for w in (piece.at(start), piece.last))
+        if first is None and last is None:
+            return [*found, Piece(start, None, piece.first, piece.first)], start
+        # At one end alone the source may be all there is: the others are there in the limit.
+        first, last = first or last, last or first
+        assert first is not None and last is not None
+        found.append(Piece(start, piece.stop, first, last))
+    return found, None
+
+
+def _others(weights: Sequence[Fraction], source: int) -> tuple[Fraction, ...] | None:
+    rest = 1 - weights[source]
+    if not rest:
+        return None
+    return tuple(Fraction() if i == source else w / rest for i, w in enumerate(weights))
+
+
+class Integral:
+    """The integral W(n) of a weight over the first n sequences, exact for every whole n.
+
+    Args:
+        starts: First whole n of each piece, ascending.
+        coefficients: Integers c0, c1, c2 of each piece, with scale·W(n) = c0 + c1·n + c2·n².
+        scale: The common denominator.
+    """
+
+    def __init__(
+        self, starts: Sequence[int], coefficients: Sequence[tuple[int, int, int]], scale: int
+    ):
+        self.starts, self.coefficients, self.scale = tuple(starts), tuple(coefficients), scale
+        self._values = [self.scaled(start) for start in starts]
+
+    def __add__(self, other: Integral) -> Integral:
+        pairs = zip(self.coefficients, other.coefficients, strict=True)
+        added = [(a + d, b + e, c + f) for (a, b, c), (d, e, f) in pairs]
+        return Integral(self.starts, added, self.scale)
+
+    @property
+    def constant(self) -> int | None:
+        """The weight times the scale, if it never changes."""
+        same = {c[1:] for c in self.coefficients} == {(self.coefficients[0][1], 0)}
+        return self.coefficients[0][1] if same and not self.coefficients[0][0] else None
+
+    def scaled(self, n: int) -> int:
+        """scale·W(n) for a whole n."""
+        c0, c1, c2 = self.coefficients[bisect.bisect_right(self.starts, n) - 1]
+        return c0 + n * (c1 + n * c2)
+
+    def last_below(self, value: int) -> int | None:
+        """The largest whole n with scale·W(n) <= value; None if that holds for all n."""
+        piece = bisect.bisect_right(self._values, value) - 1
+        c0, c1, c2 = self.coefficients[piece]
+        left = value - c0
+        if c2 == 0:
+            n = left // c1 if c1 else None
+        else:
+            root = c1 * c1 + 4 * c2 * left
+            if root < 0:  # the weight sinks to 0 before
+                n = None
+            elif c2 > 0:
+                n = (math.isqrt(root) - c1) // (2 * c2)
+            else:
+                n = (c1 - (math.isqrt(root - 1) + 1 if root else 0)) // (-2 * c2)
+        if piece + 1 == len(self.starts):
+            return n
+        end = self.starts[piece + 1] - 1
+        return end if n is None else min(n, end)
+
+    def last_growth(self) -> int:
+        """The whole n at which an integral that stops growing has its last growth behind it."""
+        growing = [i for i, c in enumerate(self.coefficients) if c[1:] != (0, 0)]
+        return self.starts[growing[-1] + 1]
+
+
+def integrals(pieces: Sequence[Piece], seq_len: int) -> list[Integral]:
+    """The integral of each source's weight, in sequences.
+
+    Args:
+        pieces: Pieces of the schedule.
+        seq_len: Number of tokens of a sequence.
+    """
+    exact: list[list[tuple[Fraction, Fraction, Fraction]]] = []
+    for source in range(len(pieces[0].first)):
+        before, of_source = Fraction(), []
+        for piece in pieces:
+            start, first = piece.start, piece.first[source]
+            slope = Fraction()  # for each token
+            if piece.stop is not None:
+                slope = (piece.last[source] - first) / (piece.stop - start)
+            # W(n) = before + (first·x + slope·x²/2) / seq_len with x = n·seq_len - start
+            c0 = before + (slope * start * start / 2 - first * start) / seq_len
+            of_source.append((c0, first - slope * start, slope * seq_len / 2))
+            if piece.stop is not None:
+                x = piece.stop - start
+                before += (first * x + slope * x * x / 2) / seq_len
+        exact.append(of_source)
+    scale = math.lcm(*(c.denominator for cs in exact for poly in cs for c in poly))
+    starts = [-(-piece.start // seq_len) for piece in pieces]
+    return [
+        Integral(starts, [tuple(int(c * scale) for c in poly) for poly in cs], scale)  # pyright: ignore[reportArgumentType]
+        for cs in exact
+    ]
