@@ -21,6 +21,7 @@ CONFIGS = {
     "evaluate": "train.evaluate.EvaluateConfig",
     "compile": "train.aot.config.CompileConfig",
     "tokenizer": "train.tokenizer.TokenizerConfig",
+    "mixture": "train.mixture.MixtureConfig",
     "grow": "train.pretraining.growing.GrowConfig",
     "merge": "train.pretraining.growing.MergeConfig",
     "runs": "train.list_runs.RunsConfig",

@@ -17,6 +17,7 @@ COMMANDS = {
     "compile": ("train.compile", "memory and time of a training step on chips that are not here"),
     "benchmark": ("train.benchmark", "speed, side by side with a plain decoder"),
     "tokenizer": ("train.tokenizer", "train a tokenizer on a corpus"),
+    "mixture": ("train.mixture", "weights of sources for wanted shares of labels"),
     "grow": ("train.grow", "more neurons for a trained Dragon Hatchling"),
     "merge": ("train.merge", "one Dragon Hatchling with the neurons of several"),
     "runs": ("train.list_runs", "compare run folders: configs, last metrics, curves"),

@@ -1,0 +1,154 @@
+"""Which weights give a mixture the label shares that one wants; and how good the labels are.
+
+python -m train.mixture --sources stdlib ~/texts --shares reasoning=0.6 visual=0.15
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+from train.cli.command import run_command
+from train.data import DataConfig, DataError, open_corpus
+from train.data.labels import (
+    RULES,
+    Classifier,
+    Segment,
+    by_rules,
+    divided,
+    read_labelled,
+    score,
+    segments,
+    standard_library_segments,
+)
+from train.data.shares import Solution, solve_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Labels segments of sources, and finds the weights for wanted label shares.
+
+    Attributes:
+        sources: Sources of text, as in --data.corpus; none only measures the labeller.
+        shares: Wanted shares of labels, as LABEL=SHARE.
+        labelled: Labelled segments that a classifier is trained on, and measured on: a JSON Lines
+            file of objects with "text" and "labels", or "stdlib" for the standard library's code
+            and prose, which Python's tokenizer tells apart; the rules alone by default.
+        segments: Number of segments of each source that are labelled, from its first documents.
+        validation: Share of the documents that is held out, which are not labelled.
+        cache_dir: Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by
+            default.
+    """
+
+    sources: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
+    labelled: str | None = None
+    segments: int = 500
+    validation: float = DataConfig.validation
+    cache_dir: str | None = None
+
+    def __post_init__(self):
+        if self.segments < 1:
+            raise ValueError(f"segments={self.segments} is below 1")
+        if not self.sources and self.labelled is None:
+            raise ValueError("nothing to do: name --sources to label, or --labelled segments")
+        if self.shares and not self.sources:
+            raise ValueError(f"shares of {self.shares[0]}: name the --sources to mix")
+
+
+def main(config: MixtureConfig) -> None:
+    """Print the labeller's accuracy, the label shares of each source, and the weights."""
+    wanted = dict(map(_share, config.shares))
+    classifier = None
+    if config.labelled is not None:
+        classifier = measured(config.labelled)
+    if not config.sources:
+        return
+    labels = classifier.labels if classifier else tuple(RULES)
+    judged = f"a classifier of {config.labelled}" if classifier else "rules, which are not measured"
+    print(f"shares of labels in {config.segments} segments of each source, by {judged}:")
+    matrix = {}
+    for source in config.sources:
+        data = DataConfig(source, validation=config.validation, cache_dir=config.cache_dir)
+        documents = open_corpus(source, data.validation, data.cache).documents("train")
+        texts = list(itertools.islice(segments(documents), config.segments))
+        if not texts:
+            raise DataError(f"{source} has no document that is long enough to be labelled")
+        found = [
+            classifier(text) if classifier else {n for n in labels if by_rules(text, n)}
+            for text in texts
+        ]
+        matrix[source] = {n: sum(n in of for of in found) / len(found) for n in labels}
+        print(f"  {source}: {_listed(matrix[source])} ({len(texts)} segments)")
+    if wanted:
+        print(readable(solve_weights(matrix, wanted), wanted))
+
+
+def measured(labelled: str, limit: int = 3000) -> Classifier:
+    """A classifier of labelled segments; prints what it and the rules find in held-out ones.
+
+    Args:
+        labelled: File of segments, or "stdlib".
+        limit: Number of segments of the standard library.
+    """
+    examples: list[Segment]
+    is_own = labelled == "stdlib"
+    examples = standard_library_segments(limit) if is_own else read_labelled(Path(labelled))
+    labels = sorted({label for example in examples for label in example.labels})
+    train, held_out = divided(examples)
+    if not labels:
+        raise DataError(f"{labelled} has no label: give segments that have some")
+    classifier = Classifier(train, labels)
+    given = [classifier(example.text) for example in held_out]
+    print(f"labels of {len(held_out)} held-out segments, from {len(train)} others:")
+    for label in labels:
+        has = [label in example.labels for example in held_out]
+        most = max(sum(has), len(has) - sum(has)) / len(has)
+        ours = score([label in of for of in given], has)
+        line = f"  {label}: classifier {ours.accuracy:.1%} right (F1 {ours.f1:.2f}), "
+        if label in RULES:
+            rules = score([by_rules(example.text, label) for example in held_out], has)
+            line += f"rules {rules.accuracy:.1%} (F1 {rules.f1:.2f}), "
+        print(f"{line}the more frequent answer {most:.1%}")
+    return classifier
+
+
+def readable(solution: Solution, wanted: Mapping[str, float]) -> str:
+    """Weights as a corpus that pretraining takes, and how near they come."""
+    weights = {name: round(weight, 4) for name, weight in solution.weights.items()}
+    weights = {name: weight for name, weight in weights.items() if weight}
+    largest = max(weights, key=weights.__getitem__)
+    weights[largest] = round(weights[largest] + 1 - sum(weights.values()), 4)
+    shares = {label: solution.shares[label] for label in wanted}
+    hit = "hits" if solution.distance < 5e-4 else f"misses by up to {solution.distance:.1%}"
+    return (
+        f"wanted {_listed(wanted)}; the nearest mixture has {_listed(shares)}: it {hit}\n"
+        f"--data.corpus '{_corpus(weights)}'"
+    )
+
+
+def _corpus(weights: Mapping[str, float]) -> str:
+    written = ", ".join(f'"{name}": {weight!r}' for name, weight in weights.items())
+    return f"mix({{{written}}})"
+
+
+def _share(text: str) -> tuple[str, float]:
+    label, _, share = text.partition("=")
+    try:
+        return label, float(share)
+    except ValueError:
+        raise ValueError(f"shares {text!r}: write LABEL=SHARE, as reasoning=0.6") from None
+
+
+def _listed(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{label} {share:.1%}" for label, share in shares.items())
+
+
+def command() -> None:
+    run_command(main, MixtureConfig)
+
+
+if __name__ == "__main__":
+    command()
