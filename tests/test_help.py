@@ -37,6 +37,7 @@ CONFIGS = {
     "experiment random_bits": "train.experiments.random_bits.RandomBits",
     "experiment retrofit": "train.experiments.retrofit.Retrofit",
     "experiment merge_languages": "train.experiments.merge_languages.MergeLanguages",
+    "experiment mixtures": "train.experiments.mixtures.Mixtures",
     "experiment memory": "train.experiments.memory.Experiment",
     "experiment reinforce": "train.experiments.reinforce.Experiment",
     "experiment environments": "train.experiments.environments.Experiment",

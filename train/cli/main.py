@@ -28,6 +28,7 @@ EXPERIMENTS = {
     "random_bits": "whether a policy lets a model see its future",
     "retrofit": "fork layers in a pretrained model",
     "merge_languages": "Dragon Hatchlings tuned to other languages, merged untrained",
+    "mixtures": "what more of one source does to a small model",
     "memory": "MemGen against a LoRA, soft prompts and pause tokens",
     "reinforce": "RL methods on string tasks, against supervised tuning",
     "environments": "scores of the random and the scripted player of each environment",

@@ -203,7 +203,7 @@ def standard_library_segments(limit: int, of_file: int = 5) -> list[Segment]:
             break
         text = (source.root / file).read_text(encoding="utf-8", errors="replace")
         try:
-            is_prose = _prose(text)
+            is_prose = prose_characters(text)
         except (tokenize.TokenError, SyntaxError):  # of a Python that is not this one
             continue
         starts = range(0, len(text) - SEGMENT, SEGMENT)
@@ -216,8 +216,12 @@ def standard_library_segments(limit: int, of_file: int = 5) -> list[Segment]:
     return found[:limit]
 
 
-def _prose(text: str) -> list[bool]:
-    """Whether each character stands in a comment or a string of several lines."""
+def prose_characters(text: str) -> list[bool]:
+    """Whether each character of a Python file stands in a comment or a string of several lines.
+
+    Raises:
+        SyntaxError: The text is no Python; tokenize.TokenError where it ends too early.
+    """
     starts = [0]
     for line in text.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))

@@ -69,8 +69,20 @@ def prepare_corpus(config: DataConfig) -> PackedData:
     Raises:
         DataError: Corpus or tokenizer cannot be used, or the corpus is too small.
     """
+    return prepare_documents(open_corpus(config.corpus, config.validation, config.cache), config)
+
+
+def prepare_documents(corpus: Corpus, config: DataConfig) -> PackedData:
+    """Open the packed rows of a corpus that is opened; they are packed first if the cache has none.
+
+    Args:
+        corpus: Corpus, in place of the one that the config names.
+        config: Tokenizer, row length and cache.
+
+    Raises:
+        DataError: The tokenizer cannot be used, or the corpus is too small.
+    """
     tokenizer = load_tokenizer(config.tokenizer)
-    corpus = open_corpus(config.corpus, config.validation, config.cache)
     identity = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint} {config.seq_len}"
     fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     folder = config.cache / "rows" / fingerprint

@@ -1,0 +1,260 @@
+"""What more of one source does to a small model: a category at 0 to 100 %, the rest in proportion.
+
+python -m train.experiments.mixtures --category code --out mixtures.jsonl
+python -m train.experiments.mixtures --report mixtures.jsonl
+
+All arms read equally many tokens. Sources are code and prose of Python's standard library, which
+its tokenizer tells apart, and sums. Beside the held-out loss of each source, two probes that no
+source holds: which bracket closes a nest of brackets, and a string of random letters read again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import tokenize
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles import Architecture, ModelConfig
+from train.benchmarks.timing import Clock
+from train.cli.command import run_command
+from train.data import DataConfig, MixtureReader, PackedData, SplitCorpus, mix, parse_mixture
+from train.data.labels import prose_characters
+from train.data.prepared import prepare_documents
+from train.data.shares import with_share
+from train.data.text_files import standard_library
+from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.config import EvalConfig
+from train.engine.optim import OptimizerConfig
+from train.engine.state import Trainable, TrainState, make_trainable
+from train.engine.step import TrainStep, make_train_step
+from train.evaluation.held_out import Evaluator
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
+
+KEY = ("category", "share", "steps", "seed")
+BASE = {"code": 0.4, "prose": 0.4, "sums": 0.2}
+"""Weights that the share of the category changes."""
+
+SEQ_LEN, BATCH = 64, 32
+MODEL = ModelConfig(vocab_size=320, embed_dim=64, num_layers=2, num_heads=2, mlp_dim=256)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3)
+PAIRS = {"(": ")", "[": "]", "{": "}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixtures(StudyConfig):
+    """Trains a model on each share of a category, or reports what was trained.
+
+    Attributes:
+        category: Source whose share is changed: "code", "prose" or "sums".
+        shares: Shares of that source; the others keep their proportions.
+        steps: Number of training steps, equal for all shares.
+        rows: Number of held-out rows of each source, and of each probe.
+    """
+
+    category: str = "code"
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    steps: int = 1000
+    rows: int = 256
+    out: str = "mixtures.jsonl"
+
+    def __post_init__(self):
+        check_names("source", (self.category,), BASE)
+        for share in self.shares:
+            with_share(BASE, [self.category], share)
+
+
+def main(config: Mixtures) -> None:
+    """Train what is missing, or print the table."""
+    run_study(config, KEY, train_missing, report)
+
+
+def train_missing(config: Mixtures, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs, one compiled program for all shares of a seed."""
+    runs = results.missing(
+        {"category": config.category, "share": share, "steps": config.steps, "seed": seed}
+        for seed in config.seeds
+        for share in config.shares
+    )
+    parts = packed_sources() if runs else {}
+    for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        trainable = make_trainable(
+            MODEL, OptimizerConfig(learning_rate=3e-3), config.steps, mesh, seed
+        )
+        step, scorer = make_train_step(trainable), Scorer(trainable, parts, config.rows)
+        for run in of_seed:
+            weights = with_share(BASE, [config.category], run["share"])
+            clock = Clock()
+            state = trained(trainable, step, weights, parts, config.steps)
+            scores = scorer(state.weights)
+            result = run | {"weights": weights, "rows": config.rows} | scores
+            result |= {"seconds": clock.read().seconds, "jax": jax.__version__}
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            yield result, f"{run['category']} {run['share']:.0%} seed {seed}: {shown}"
+
+
+def trained(
+    trainable: Trainable,
+    step: TrainStep,
+    weights: Mapping[str, float],
+    parts: Mapping[str, PackedData],
+    steps: int,
+) -> TrainState:
+    """A model trained from random parameters on a mixture; a source of weight 0 is left out."""
+    weights = {name: weight for name, weight in weights.items() if weight}
+    mixture = parse_mixture(f"mix({weights!r})")
+    data = mix(mixture, {name: parts[name] for name in weights})
+    state = trainable.init()
+    batches = MixtureReader(data, BATCH, trainable.seed).iterate()
+    for batch in itertools.islice(batches, steps):
+        state, _ = step(state, place(batch["tokens"], trainable.mesh))
+    batches.close()
+    return state
+
+
+class Scorer:
+    """Held-out loss of each source, and the probes; compiled once.
+
+    Args:
+        trainable: Model and its mesh.
+        parts: Packed rows of each source.
+        rows: Number of rows of each source and probe.
+    """
+
+    def __init__(self, trainable: Trainable, parts: Mapping[str, PackedData], rows: int):
+        self._parts = parts
+        self._evaluate = Evaluator(trainable, BATCH, EvalConfig(rows=rows))
+        self._brackets = brackets(rows)
+        self._repeats = repeats(rows)
+        self._closers = jnp.array([ord(sign) for sign in PAIRS.values()])
+
+        def guesses(weights: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Likeliest closing bracket `[N, T]` after each token, and nats of the next one."""
+            model: Architecture = trainable.model(weights)
+            nats, output = model.token_losses(tokens)
+            closers = model.logits(output)[..., self._closers]
+            return self._closers[closers.argmax(axis=-1)], nats
+
+        self._guesses = jax.jit(guesses)
+
+    def __call__(self, weights: Any) -> dict[str, float]:
+        """Scores by name: `NAME_loss` of sources in nats, `brackets` a share, `repeats` in nats."""
+        found = {
+            f"{name}_loss": self._evaluate(weights, part.validation)["loss"]
+            for name, part in self._parts.items()
+        }
+        guess = np.asarray(self._guesses(weights, self._brackets)[0])
+        targets = self._brackets[:, 1:]
+        closes = np.isin(targets, np.asarray(self._closers))
+        nats = np.asarray(self._guesses(weights, self._repeats)[1])
+        return found | {
+            "brackets": float((guess == targets)[closes].mean()),
+            "repeats": float(nats[:, SEQ_LEN // 2 :].mean()),
+        }
+
+
+def brackets(rows: int) -> np.ndarray:
+    """Nests of three kinds of brackets around single letters, `[rows, SEQ_LEN + 1]` int32.
+
+    Which bracket closes follows from what was opened last and is not closed yet: 1/3 is chance.
+    """
+    rng = random.Random(0)
+    found = []
+    for _ in range(rows):
+        text, open_ones = "", []
+        while len(text) <= SEQ_LEN:
+            if open_ones and (len(open_ones) > 4 or rng.random() < 0.5):
+                text += PAIRS[open_ones.pop()]
+            else:
+                open_ones.append(rng.choice("([{"))
+                text += open_ones[-1]
+            text += rng.choice("abcdefgh") * (rng.random() < 0.5)
+        found.append(list(text[: SEQ_LEN + 1].encode()))
+    return np.array(found, np.int32)
+
+
+def repeats(rows: int) -> np.ndarray:
+    """A string of random letters twice, `[rows, SEQ_LEN + 1]` int32: nats of the second are scored.
+
+    Whoever reads the first scores near 0, whoever does not at best ln 26 = 3.26.
+    """
+    letters = np.random.default_rng(0).integers(97, 123, (rows, SEQ_LEN // 2))
+    return np.concatenate([np.full((rows, 1), 10), letters, letters], axis=1).astype(np.int32)
+
+
+def packed_sources() -> dict[str, PackedData]:
+    """Packed rows of the sources of `BASE`."""
+    config = DataConfig(seq_len=SEQ_LEN)
+    documents = {"code": lambda: library(False), "prose": lambda: library(True), "sums": sums}
+    return {
+        name: prepare_documents(SplitCorpus(name, of, config.validation), config)
+        for name, of in documents.items()
+    }
+
+
+def library(prose: bool) -> Iterator[str]:
+    """The comments and long strings of each file of the standard library, or all but these."""
+    source = standard_library()
+    for file in source.files:
+        text = (source.root / file).read_text(encoding="utf-8", errors="replace")
+        try:
+            is_prose = prose_characters(text)
+        except (tokenize.TokenError, SyntaxError):  # of a Python that is not this one
+            continue
+        kept = (
+            sign for sign, of in zip(text, is_prose, strict=True) if of == prose or sign == "\n"
+        )
+        yield "\n".join(line.rstrip() for line in "".join(kept).splitlines() if line.strip())
+
+
+def sums() -> Iterator[str]:
+    """Sums of numbers below 1000, a hundred in a document."""
+    rng = random.Random(0)
+    for _ in range(1000):
+        pairs = [(rng.randrange(1000), rng.randrange(1000)) for _ in range(100)]
+        yield "\n".join(f"{a} + {b} = {a + b}" for a, b in pairs)
+
+
+def report(results: list[Result]) -> str:
+    """Markdown tables of shares, one for each category and number of steps."""
+    lines = []
+    for (category, steps), runs in by_key(results, "category", "steps").items():
+        names = [*(f"{name}_loss" for name in BASE), "brackets", "repeats"]
+        tokens = steps * BATCH * SEQ_LEN
+        lines += [f"share of {category}, {steps:,} steps, {tokens:,} tokens", ""]
+        rows = [
+            (
+                f"{share:.0%}",
+                seeds_text(of_share),
+                *(mean_text([run[name] for run in of_share], 3) for name in names),
+            )
+            for (share,), of_share in sorted(by_key(runs, "share").items())
+        ]
+        head = (category, "seeds", *(name.replace("_", " ") for name in names))
+        lines += [*markdown_table(head, rows), ""]
+    return "\n".join(lines)
+
+
+def command() -> None:
+    run_command(main, Mixtures)
+
+
+if __name__ == "__main__":
+    command()
