@@ -84,6 +84,19 @@ def test_counts_stay_within_two_of_their_integrals_in_every_prefix(trial):
     assert np.array_equal(part, (sources[begin : begin + 50], indices[begin : begin + 50]))
 
 
+def test_the_inverse_of_an_integral_is_exact():
+    """Against a search, at and around every value that the integral takes."""
+    rng = random.Random(2)
+    for _ in range(6):
+        pieces = some_pieces(rng, 4, rng.choice([1, 2, 4]), 1)
+        for of_source in Assignment(pieces, 1).integrals:
+            values = [of_source.scaled(n) for n in range(400)]
+            for value in {v + d for v in values[:320] for d in (-1, 0, 1) if v + d >= 0}:
+                expected = sum(v <= value for v in values) - 1
+                found = of_source.last_below(value)
+                assert found == expected or (expected == 399 and (found is None or found > 399))
+
+
 def test_any_number_of_sources_with_constant_weights_fits():
     rng = random.Random(1)
     for count in (17, 40, 100):

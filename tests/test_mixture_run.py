@@ -18,6 +18,7 @@ from train.cli.command import run_command
 from train.data import DataConfig, MixtureReader, prepare
 from train.engine.step import pretraining_loss
 from train.evaluate import EvaluateConfig
+from train.evaluation.held_out import over_sources
 from train.pretraining.config import RunConfig
 from train.pretraining.job import train
 from train.pretraining.mixture import mixture_loss, mixture_metrics
@@ -169,6 +170,23 @@ def test_the_loss_of_a_mixture_is_that_of_its_rows(folders):
     metrics, others = mixture_metrics(data, two, 8)
     assert metrics["source/words/loss"] == 2 and "source/sums/loss" not in metrics
     assert others == {"mine": 1} and math.isclose(metrics["source/sums/share"], 0.25)
+
+
+def test_a_mean_over_sources_divides_by_the_bytes_of_the_mixture():
+    """Nats of the mixture over its bytes, not a mean of quotients."""
+    bytes_of_token, losses = {"a": 0.8, "b": 4.0}, {"a": 5.0, "b": 2.0}
+    scored = {
+        name: {
+            "loss": losses[name],
+            "bits_per_byte": losses[name] / math.log(2) / bytes_of_token[name],
+            "standard_error": 0.1,
+        }
+        for name in "ab"
+    }
+    mean = over_sources(scored, {"a": 0.75, "b": 0.25})
+    assert mean["loss"] == 4.25 and mean["source/b/loss"] == 2
+    assert mean["bits_per_byte"] == pytest.approx(4.25 / math.log(2) / (0.6 + 1.0))
+    assert mean["standard_error"] == pytest.approx(0.1 * math.hypot(0.75, 0.25))
 
 
 @pytest.mark.parametrize("truncate", [None, 16])

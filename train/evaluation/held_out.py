@@ -87,7 +87,7 @@ class Evaluator:
         """
         if isinstance(rows, JoinedRows):
             scored = {name: self(weights, part) for name, part in rows.parts.items()}
-            return _mixed(scored, dict(zip(rows.parts, rows.weights, strict=True)))
+            return over_sources(scored, dict(zip(rows.parts, rows.weights, strict=True)))
         tokens, nats, sums, num_bytes = self._score_teacher_forced(weights, rows)
         weight = tokens[:, 1:] >= 0
         total, count = float(nats[weight].sum()), int(weight.sum())
@@ -151,7 +151,9 @@ class Evaluator:
         return np.concatenate(scores)
 
 
-def _mixed(scored: dict[str, dict[str, float]], weights: dict[str, float]) -> dict[str, float]:
+def over_sources(
+    scored: dict[str, dict[str, float]], weights: dict[str, float]
+) -> dict[str, float]:
     """Metrics of each source, and of the mixture in which sources have these shares of tokens."""
     found: dict[str, float] = {}
     for name in next(iter(scored.values())):
