@@ -299,7 +299,7 @@ class Architecture(nnx.Module):
 
     @property
     def loss_by_token(self) -> bool:
-        """Whether `loss` is the sum of `token_losses`, so that metrics can split it by rows."""
+        """Whether `loss` is the sum of `token_losses`, which metrics can then split by rows."""
         return type(self).loss is Architecture.loss
 
     def advance(
@@ -342,8 +342,7 @@ class Architecture(nnx.Module):
 
     @property
     def takes_positions(self) -> bool:
-        """Whether `hidden_states` takes `positions` and `visible`, which packed conversations and
-        one-pass weaving need."""
+        """Whether `hidden_states` takes `positions` and `visible`, for packing and weaving."""
         return False
 
     @property
@@ -352,11 +351,7 @@ class Architecture(nnx.Module):
         return None
 
     def with_policy(self, policy: Any) -> Self:
-        """The same arrays under another fork policy.
-
-        Raises:
-            ValueError: The model has no fork layers.
-        """
+        """The same arrays under another fork policy; a ValueError if there are no fork layers."""
         raise ValueError(f"{type(self).__name__} has no fork layers: it takes no policy, {policy}")
 
     @property
