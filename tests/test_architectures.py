@@ -191,11 +191,12 @@ def test_what_an_architecture_lacks_is_said_in_one_line(recurrent):
     ("text", "config", "smaller", "targets"),
     [
         ("recurrent(embed_dim=16)", "RecurrentConfig", "recurrent(embed_dim=8)", ()),
-        (
+        pytest.param(
             "hatchling(embed_dim=16, num_neurons=32, num_layers=2, num_heads=2)",
             "hatchling (released) of 32 neurons",
             "hatchling(embed_dim=8, num_neurons=32, num_layers=2, num_heads=2)",
             ("dx", "e"),
+            marks=pytest.mark.experiment,  # its runs in CI: tests/test_hatchling_growth.py
         ),
     ],
     ids=["recurrent", "hatchling"],

@@ -187,7 +187,7 @@ def test_a_merged_adapter_is_the_tuned_model(base, chats, whole):
 
 @pytest.mark.parametrize("kind", ["lora", "weaver"])
 def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
-    """Without randomness, which differs between micro-batches; a weaver's both at once."""
+    """Without randomness, which differs between micro-batches."""
     still = dataclasses.replace(LORA, dropout=0.0)
     memory = dataclasses.replace(
         MEMORY,
@@ -196,15 +196,13 @@ def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
             MEMORY.weaver, lora=dataclasses.replace(still, targets=("q", "v"))
         ),
     )
-    parts, mesh = {"accumulate": 2}, {"mesh": MeshConfig(data=2, fsdp=2, tensor=2)}
-    others = {"parts": parts, "mesh": mesh} if kind == "lora" else {"both": parts | mesh}
+    both = {"accumulate": 2, "mesh": MeshConfig(data=2, fsdp=2, tensor=2)}
     found = {}
-    for name, changes in {"one": {}, **others}.items():
+    for name, changes in {"one": {}, "both": both}.items():
         changes = {"lora": still, "memgen": memory} | changes
         tune(config(base, chats, tmp_path / name, train=kind, steps=3, **changes))
         found[name] = losses(tmp_path / name)
-    for name in others:
-        np.testing.assert_allclose(found[name], found["one"], rtol=1e-5)
+    np.testing.assert_allclose(found["both"], found["one"], rtol=1e-5)
 
 
 def test_each_device_is_given_its_part(base):
