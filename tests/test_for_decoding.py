@@ -67,12 +67,28 @@ def test_blocks_are_taken_out_once(model: Thoughtbubbles, monkeypatch):
 
 
 def test_what_is_kept_goes_with_the_model(model: Thoughtbubbles):
+    other = jax.tree.map(lambda leaf: leaf + 0, model)
     generate(model, PROMPTS, 4)
-    assert model in decoding._FORMS
-    before = len(decoding._FORMS)
-    del model
+    generate(other, PROMPTS, 4)
+    assert len(decoding._KEPT) == 1
+    del other
     gc.collect()
-    assert len(decoding._FORMS) <= before  # the fixture holds one
+    assert not decoding._KEPT
+
+
+def test_nothing_is_kept_of_another_model(model: Thoughtbubbles):
+    """Arrays of NumPy that were written in place, the same arrays under another config."""
+    once = generate(model, PROMPTS, 4)
+    [before] = decoding._KEPT
+    arrays = jax.tree.map(np.array, model)
+    assert generate(arrays, PROMPTS, 4) == once and decoding._KEPT[0] is before
+    assert arrays.blocks is not None
+    arrays.blocks.mlp.up[...] *= -1
+    changed = jax.tree.map(jnp.asarray, arrays)
+    assert generate(arrays, PROMPTS, 4) == generate(changed, PROMPTS, 4)
+    model.config = dataclasses.replace(CONFIG, context_length=64)
+    generate(model, PROMPTS, 4)
+    assert decoding._KEPT[0].form.config.context_length == 64 != before.form.config.context_length
 
 
 def test_weights_are_in_memory_once(model: Thoughtbubbles):

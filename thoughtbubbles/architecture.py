@@ -319,8 +319,7 @@ class Architecture(nnx.Module):
         return self.extend(cache, self.embed_tokens(tokens), length, fresh=fresh)
 
     def for_decoding(self) -> Self:
-        """The model in the form that decodes fastest, made outside of the loop and used in it
-        alone: its nnx state may hold weights twice, and is neither saved nor updated."""
+        """The model in the form that decodes fastest, made outside of the loop; it is not saved."""
         return self
 
     def backbone(self) -> Any:

@@ -9,7 +9,7 @@ import functools
 import weakref
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,17 @@ from thoughtbubbles.sampling import Sampling, sample
 SHORTEST_PROMPT = 16
 SMALLEST_CACHE = 64
 
-_FORMS: weakref.WeakKeyDictionary[Architecture, tuple[Sequence[weakref.ref], Architecture]] = (
-    weakref.WeakKeyDictionary()
-)
+
+class _DecodingForm(NamedTuple):
+    """A model `for_decoding`, and the model that it was made of: its structure and its arrays."""
+
+    structure: Any
+    leaves: tuple[weakref.ref, ...]
+    form: Architecture
+
+
+_KEPT: list[_DecodingForm] = []
+"""The newest form, or none: as long as the arrays that it was made of live."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,16 +250,25 @@ def _decode(model, prompts, request, read_all) -> tuple[list[list[int]], Any]:
 
 
 def _decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
-    """`model.for_decoding()` under a policy, made once and kept as long as the model's arrays."""
-    leaves, form = jax.tree.leaves(model), None
-    if not any(isinstance(leaf, Tracer) for leaf in leaves):
-        known, form = _FORMS.get(model, ((), None))
-        same = len(known) == len(leaves)
-        if not same or any(was() is not leaf for was, leaf in zip(known, leaves, strict=True)):
+    """`model.for_decoding()` under a policy; made once for calls with the same arrays.
+
+    Nothing is kept of models with NumPy arrays, which can be written in place.
+    """
+    form = model
+    leaves, structure = jax.tree.flatten(model)
+    if all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
+        for kept in _KEPT[:1]:
+            if kept.structure == structure and all(
+                was() is leaf for was, leaf in zip(kept.leaves, leaves, strict=True)
+            ):
+                form = kept.form
+        if form is model:
+            _KEPT.clear()  # first, so that there are never two
             form = model.for_decoding()
-            if form is not model:
-                _FORMS[model] = tuple(map(weakref.ref, leaves)), form
-    form = form or model
+        if form is not model and not _KEPT:
+            drop = lambda _: _KEPT.clear()  # noqa: E731
+            were = tuple(weakref.ref(leaf, drop) for leaf in leaves)
+            _KEPT.append(_DecodingForm(structure, were, form))
     return form if policy is None else form.with_policy(policy)
 
 

@@ -80,10 +80,12 @@ class LanguageModel:
 
         What is loaded must not be used any more: its arrays are deleted as they are rearranged.
         """
-        model = self.model
+        model, memgen = self.model, self.memgen
         if isinstance(model, Thoughtbubbles):
-            model = model.for_decoding(donate=True)
-        memgen = self.memgen and self.memgen.with_reasoner(model.backbone()).for_decoding()
+            decoders = (memgen.weaver_backbone, memgen.trigger_backbone) if memgen else ()
+            # A decoder of its own may stand over the same arrays.
+            model = model.for_decoding(donate=not any(decoders))
+        memgen = memgen and memgen.with_reasoner(model.backbone()).for_decoding()
         return dataclasses.replace(self, model=model, memgen=memgen)
 
     @property
