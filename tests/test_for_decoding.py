@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -93,10 +94,14 @@ def test_nothing_is_kept_of_another_model(model: Thoughtbubbles):
 
 def test_weights_are_in_memory_once(model: Thoughtbubbles):
     logits = model(jnp.array(PROMPTS))
-    loaded = dataclasses.replace(rl_tiny.language_model("shallow"), model=model)
-    stacks = jax.tree.leaves(model.blocks)
-    inference = loaded.for_inference().model
-    assert all(stack.is_deleted() for stack in stacks)
+    other = jax.tree.map(lambda leaf: leaf + 0, model)
+    stacks = [weakref.ref(leaf) for leaf in jax.tree.leaves(other.blocks)]
+    loaded = dataclasses.replace(rl_tiny.language_model("shallow"), model=other)
+    del other
+    loaded = loaded.for_inference()
+    gc.collect()
+    inference = loaded.model
+    assert [stack() for stack in stacks] == [None] * len(stacks)
     assert isinstance(inference, Thoughtbubbles) and inference.blocks is None
     np.testing.assert_allclose(inference(jnp.array(PROMPTS)), logits, rtol=1e-5, atol=1e-5)
     assert inference.for_decoding() is inference

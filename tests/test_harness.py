@@ -180,6 +180,7 @@ def save_run(folder: Path, policy: str, plugin: str) -> None:
             "data": {"seq_len": LENGTH},
             "plugin": [plugin],
         },
+        "resolved": {},
         "tokenizer": ByteTokenizer().to_json(),
         "step": 1,
         "data_fingerprint": "",

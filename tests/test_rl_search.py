@@ -21,6 +21,7 @@ from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.learning.credit import assign_advantages
 from train.rl.loop import train
+from train.rl.rollout.budgets import Uniform
 from train.rl.rollout.collector import Collector, strategy_for
 from train.rl.rollout.prefix_cache import row_bytes
 from train.rl.rollout.sampler import Sampler
@@ -264,7 +265,7 @@ def test_what_is_set_aside_is_passed_over_until_nothing_is_left():
     task = Scripted({})
     config = RLConfig(batch_size=2, pool=4)
     strategy = dataclasses.replace(SEARCH)
-    collector = Collector(config, task, strategy, cast(Any, None))
+    collector = Collector(config, task, strategy, Uniform())
     epoch = [problem.uid for problem in collector.problems("train", 0, 4)]
     for uid in epoch[:3]:
         strategy._solved.visited(uid, 1.0)

@@ -114,11 +114,11 @@ class Backbone(nnx.Module):
                 kernel.set_value(kernel[...] + delta)
         return model
 
-    def for_decoding(self, *, donate: bool = False) -> Backbone:
+    def for_decoding(self) -> Backbone:
         """The form of `ForkingDecoder.for_decoding`, for a loop over `extend`."""
         if self.model.unstacked is not None:
             return self
-        return Backbone(self.model.for_decoding(donate=donate))
+        return Backbone(self.model.for_decoding())
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """`[..., D]`; NaN for an id outside the vocabulary."""

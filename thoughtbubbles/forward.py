@@ -181,15 +181,11 @@ class ForkingDecoder(Architecture):
             return self.unstacked[start:end]
         return _unstack(self.blocks, start, end)
 
-    def for_decoding(self, *, donate: bool = False) -> Self:
+    def for_decoding(self) -> Self:
         """The model with its blocks one by one in place of their stack.
 
         A compiled program copies blocks out of their stack, each time it runs. Outside of `jit`
         this copies them once, and programs that get the result copy nothing.
-
-        Args:
-            donate: Whether the stack is deleted as it is taken apart, so that the weights are in
-                memory once; every model that shares it can then not be used any more.
         """
         if self.unstacked is not None:
             return self
@@ -204,8 +200,6 @@ class ForkingDecoder(Architecture):
             for stack in stacks:
                 for layer, row in zip(layers, _take_apart(stack), strict=True):
                     layer.append(row)
-                if donate and isinstance(stack, jax.Array):
-                    stack.delete()
             layers = [jax.tree.unflatten(block, layer) for layer in layers]
         model.unstacked = nnx.data(layers)
         model.blocks = nnx.data(None)

@@ -76,15 +76,13 @@ class LanguageModel:
         return dataclasses.replace(self, tokenizer=tokenizer_of(stored))
 
     def for_inference(self) -> Self:
-        """The same weights in the form that decodes fastest, in memory once.
+        """The same weights in the form that decodes fastest.
 
-        What is loaded must not be used any more: its arrays are deleted as they are rearranged.
+        They are in memory once as soon as nobody holds what was loaded any more.
         """
         model, memgen = self.model, self.memgen
         if isinstance(model, Thoughtbubbles):
-            decoders = (memgen.weaver_backbone, memgen.trigger_backbone) if memgen else ()
-            # A decoder of its own may stand over the same arrays.
-            model = model.for_decoding(donate=not any(decoders))
+            model = model.for_decoding()
         memgen = memgen and memgen.with_reasoner(model.backbone()).for_decoding()
         return dataclasses.replace(self, model=model, memgen=memgen)
 
