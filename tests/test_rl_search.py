@@ -21,11 +21,13 @@ from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.learning.credit import assign_advantages
 from train.rl.loop import train
+from train.rl.rollout import searching
 from train.rl.rollout.budgets import Uniform
 from train.rl.rollout.collector import Collector, strategy_for
 from train.rl.rollout.prefix_cache import row_bytes
 from train.rl.rollout.sampler import Sampler
 from train.rl.rollout.search import TreeSearch
+from train.rl.rollout.solved_problems import SolvedProblems
 from train.rl.rollout.strategies import OneResponse, Turns
 from train.rl.rollout.tree_export import draw_tree
 from train.rl.types import Episodes, Problem, Reward, Trajectory
@@ -73,7 +75,10 @@ def same(rows: Sequence[Trajectory], others: Sequence[Trajectory]) -> None:
         np.testing.assert_allclose(cast(Any, row.node_values), cast(Any, other.node_values))
 
 
-@pytest.mark.parametrize("name", ["plain", "threshold", "trigger"])
+LONG = [pytest.param(name, marks=pytest.mark.experiment) for name in ("threshold", "trigger")]
+
+
+@pytest.mark.parametrize("name", ["plain", *LONG])
 def test_branched_rows_are_scored_as_they_were_sampled(name):
     """Three chunks from cached state are one response to the trainer, latents in their places."""
     made = found(name)
@@ -93,7 +98,7 @@ def test_branched_rows_are_scored_as_they_were_sampled(name):
         assert max(events) <= 1 + made.sampler.policy.config.max_inference_events
 
 
-@pytest.mark.parametrize("name", ["plain", "trigger"])
+@pytest.mark.parametrize("name", ["trigger", pytest.param("plain", marks=pytest.mark.experiment)])
 def test_an_evicted_prefix_is_prefilled_again(name):
     """With its latents; a limit of bytes changes no text and only rounds log-probabilities."""
     whole = found(name)
@@ -123,7 +128,7 @@ def test_a_problem_that_comes_twice_is_searched_anew():
     assert len(texts) == 4
 
 
-@pytest.mark.parametrize("name", ["plain"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("trigger", marks=pytest.mark.experiment)])
 def test_a_turn_is_a_node(name):
     """Of its own environment's state; every turn is scored as it was sampled."""
     made = played(name)
@@ -240,7 +245,8 @@ def test_problems_wait_by_how_often_they_are_solved():
     solved = [row for row in first[2] if row.source == "search" and row.reward.success]
     assert len(solved) == 1
     second = visit(2)
-    assert [row.source for row in second[1]] == ["search"] * 8, "never solved: searched again"
+    again = ["search"] * 8 + ["probe"] * 4
+    assert [row.source for row in second[1]] == again, "never solved: searched again"
     assert [row.source for row in second[2]] == ["cache"] + ["direct"] * 7
     [again] = second[2][:1]
     for name in ("tokens", "trained", "log_probs", "decisions", "begins", "turn_rewards", "texts"):
@@ -274,6 +280,65 @@ def test_what_is_set_aside_is_passed_over_until_nothing_is_left():
     strategy._solved.visited(epoch[3], 1.0)
     drawn = {problem.uid for problem in collector._draw(4)}
     assert len(drawn) >= 2 and not any(map(strategy.sets_aside, epoch)), "all were taken back"
+
+
+def test_nothing_is_taken_back_while_a_problem_is_left():
+    """Epochs are shuffled anew, so that its two visits may lie nearly two epochs apart."""
+    for seed in range(50):
+        strategy = dataclasses.replace(SEARCH)
+        config = RLConfig(batch_size=1, pool=8, seed=seed)
+        collector = Collector(config, Scripted({}), strategy, Uniform())
+        uids = {problem.uid for problem in collector.problems("train", 0, 8)}
+        for uid in uids - {"train3"}:
+            strategy._solved.visited(uid, 1.0)
+        assert {collector._draw(1)[0].uid for _ in range(6)} == {"train3"}
+
+
+def test_a_strategy_that_takes_nothing_back_ends_the_run():
+    class Never(OneResponse):
+        word = "never"
+
+        def sets_aside(self, uid: str) -> bool:
+            return True
+
+    for pool in (4, None):
+        collector = Collector(RLConfig(pool=pool), Scripted({}), Never(), Uniform())
+        with pytest.raises(ValueError, match="strategy never has set aside .* takes none back"):
+            collector._draw(1)
+
+
+def test_solutions_are_json_and_kept_once():
+    [row, *_] = found("plain").rows
+    kept = SolvedProblems(0.25)
+    for number in range(20):
+        tokens = row.tokens + number // 2 % 18
+        reward = Reward(
+            np.float32(1), np.bool_(True), {"first": np.int64(2)}, verdict=np.float64(1)
+        )
+        log_probs = row.log_probs + number  # of the policy of that time: no other answer
+        changed = {"tokens": tokens, "reward": reward, "log_probs": log_probs}
+        kept.visited("a", 0.0, [dataclasses.replace(row, **changed)])
+    assert kept.num_solutions == 10
+    other = SolvedProblems(0.25)
+    other.restore(json.loads(json.dumps(kept.state)))
+    [again] = other.solutions(
+        0, dataclasses.replace(row.problem, uid="a"), 1, np.random.default_rng(0)
+    )
+    assert again.reward == Reward(1.0, True, {"first": 2.0}, verdict=1.0)
+
+
+def test_a_search_keeps_the_limit_of_time(monkeypatch):
+    limits = []
+    start = searching.EnvironmentEpisode
+
+    def watched(environment, problem):
+        limits.append(environment.limit_s)
+        return start(environment, problem)
+
+    monkeypatch.setattr(searching, "EnvironmentEpisode", watched)
+    strategy = dataclasses.replace(PLAY, environment_limit_s=7.0)
+    search("plain", strategy, Echoes(), valid_vocab_size=ASCII)
+    assert set(limits) == {7.0} and cast(Any, strategy._direct).environment_limit_s == 7.0
 
 
 def test_held_out_problems_are_answered_not_searched():

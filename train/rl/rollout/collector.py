@@ -19,6 +19,8 @@ from train.rl.types import Collected, Episodes, Problem, Split, Trajectory
 _FINGERPRINTED = 32  # problems of an endless split that a task is known by
 _ENDLESS = 256  # held-out problems of an endless split that are scored where all are asked for
 
+_ENDLESS_SKIPS = 10_000  # of an endless task, whose problems may yet repeat
+
 
 class Collector:
     """Problems of a task and their rollouts, in an order that a checkpoint continues.
@@ -113,11 +115,15 @@ class Collector:
     def _draw(self, count: int) -> list[Problem]:
         """The next problems that the strategy has not set aside; the position moves on.
 
-        A problem comes twice only where the pool is that small. Where a whole epoch is set aside,
-        the strategy takes all problems back.
+        A problem comes twice only where the pool is that small. Where all are set aside, the
+        strategy takes all problems back.
+
+        Raises:
+            ValueError: The strategy sets all problems aside and takes none back.
         """
         found: list[Problem] = []
-        passed = 0
+        # Epochs are shuffled anew: between two visits of a problem lie up to two of them, less two.
+        passed, most = 0, _ENDLESS_SKIPS if self._epoch is None else 2 * self._epoch - 1
         while len(found) < count:
             [problem] = self.problems("train", self.position, 1)
             self.position += 1
@@ -126,8 +132,14 @@ class Collector:
                 passed = 0
                 continue
             passed += 1
-            if passed == self._epoch:
+            if passed == most:
                 self.strategy.requeue()
+            if passed == 2 * most:
+                raise ValueError(
+                    f"strategy {self.strategy.word} has set aside {passed} problems of "
+                    f"{self._task.name} one after the other and takes none back: end the run, or "
+                    "choose a larger pool"
+                )
         return found
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from train.rl.environments.stepping import TimeLimited
 from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.sampler import Sampler
 from train.rl.rollout.search_tree import SearchOptions
@@ -73,9 +74,10 @@ OPTIONS = [field.name for field in dataclasses.fields(TreeSearchOptions)]
 class TreeSearch(TreeSearchOptions, RolloutStrategy):
     """A tree of chunks for each hard problem, whose terminals are the rollouts (DeepSearch).
 
-    A new problem gets `probe` direct rollouts. If it is not hard, direct rollouts are its group and
-    it is set aside. A hard problem is searched, each backup of its tree a rollout. Where an earlier
-    visit solved it seldom, its solutions and direct rollouts are the group.
+    A problem gets `probe` direct rollouts at each visit. If it is not hard, direct rollouts are its
+    group and it is set aside. A hard problem is searched, each backup of its tree a rollout. Where
+    an earlier visit found solutions, these and direct rollouts are the group. Only direct rollouts
+    say whether a problem is hard.
     """
 
     word: ClassVar[str] = "tree_search"
@@ -133,7 +135,8 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
     @property
     def _direct(self) -> RolloutStrategy:
         """Strategy of direct rollouts."""
-        shared = {"formatter": self.formatter, "max_new_tokens": self.max_new_tokens}
+        names = ("formatter", "max_new_tokens", "environment_limit_s")
+        shared = {name: getattr(self, name) for name in names}
         if not self.turns:
             return OneResponse(**shared)
         return Turns(self.turns, self.max_observation, True, **shared)
@@ -161,14 +164,13 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
     ) -> list[Trajectory]:
         visit = _Visit(sampler, task, problems, seed)
         active = {group: count for group, count in enumerate(counts) if count}
-        new = [group for group in active if not self._solved.is_known(problems[group].uid)]
-        probes = self._respond(visit, dict.fromkeys(new, self.probe))
-        easy = [group for group in new if probes[group] and not self._is_hard(probes[group])]
-        replayed = self._replay(
-            visit, {group: active[group] for group in active if group not in new}
-        )
-        more = {group: active[group] - self.probe for group in easy}
         aside = [group for group in active if self._solved.is_aside(problems[group].uid)]
+        replayed = self._replay(visit, active)
+        # A search says little of how often the policy succeeds: the probes do, at each visit.
+        probed = [group for group in active if group not in aside and group not in replayed]
+        probes = self._respond(visit, dict.fromkeys(probed, self.probe))
+        easy = [group for group in probed if probes[group] and not self._is_hard(probes[group])]
+        more = {group: active[group] - self.probe for group in easy}
         more |= {group: active[group] for group in aside}
         more |= {group: active[group] - len(rows) for group, rows in replayed.items()}
         fresh = self._respond(visit, more, 1)
@@ -179,8 +181,8 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         for group, count in active.items():
             direct = [*probes.get(group, ()), *fresh.get(group, ())]
             rows = searched.get(group) or [*replayed.get(group, ()), *direct][:count]
-            judged = searched.get(group) or direct
-            self._solved.visited(problems[group].uid, _rate(judged), judged)
+            solutions = [*searched.get(group, ()), *direct]
+            self._solved.visited(problems[group].uid, _rate(direct), solutions)
             # Direct rollouts that are not of the group only count for success rates.
             probing = (
                 direct if group in searched else direct[count - len(replayed.get(group, ())) :]
@@ -209,21 +211,22 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
     def _replay(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
         """Solutions of earlier visits, of the groups that have some.
 
-        At least one rollout of a group is new: it says whether the problem is still hard.
+        `probe` rollouts of a group are new where it is that large, one at least: they say whether
+        the problem is still hard.
         """
         found = {}
         for group, count in counts.items():
             problem = visit.problems[group]
             rng = np.random.default_rng([*visit.seed, zlib.crc32(problem.uid.encode())])
-            if rows := self._solved.solutions(group, problem, count - 1, rng):
+            most = min(max(count - self.probe, 1), count - 1)
+            if rows := self._solved.solutions(group, problem, most, rng):
                 found[group] = rows
         return found
 
     def _search(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
         """The trajectories of searches, so many of each group."""
-        searcher = Searcher(
-            visit.sampler, self.formatter, visit.task, self, self.limits, visit.seed
-        )
+        task = TimeLimited(visit.task, self.environment_limit_s) if self.turns else visit.task
+        searcher = Searcher(visit.sampler, self.formatter, task, self, self.limits, visit.seed)
         groups = list(counts)
         problems = [visit.problems[group] for group in groups]
         searches = searcher.run(groups, problems, list(counts.values()))
@@ -286,8 +289,8 @@ class _Visit:
 
 
 def _rate(rows: Sequence[Trajectory]) -> float:
-    """Success rate of some rollouts, at least one."""
-    return float(np.mean([row.reward.success for row in rows]))
+    """Success rate of some rollouts; 0 of none."""
+    return float(np.mean([row.reward.success for row in rows])) if rows else 0.0
 
 
 def _with_values(row: Trajectory) -> Trajectory:

@@ -7,6 +7,9 @@ import numpy as np
 
 from train.rl.types import Problem, Reward, Trajectory
 
+MOST_SOLUTIONS = 16
+"""Greatest number of solutions that are kept of a problem."""
+
 
 class SolvedProblems:
     """Problems by how often they are solved, and solutions of those that seldom are.
@@ -45,7 +48,8 @@ class SolvedProblems:
         Args:
             uid: Name of the problem.
             rate: Success rate of the visit.
-            rows: Trajectories of the visit, of which those that succeed are solutions.
+            rows: Trajectories of the visit, of which those that succeed are solutions; the newest
+                `MOST_SOLUTIONS` different ones are kept.
         """
         if not self.is_hard(rate):
             self._hard.pop(uid, None)
@@ -54,8 +58,10 @@ class SolvedProblems:
         self._aside.discard(uid)
         kept = self._hard.setdefault(uid, [])
         for row in rows:
-            if row.reward.success and (solution := _as_json(row)) not in kept:
+            if row.reward.success and (solution := _as_json(row)):
+                kept[:] = [old for old in kept if not _same_text(old, solution)]
                 kept.append(solution)
+        del kept[:-MOST_SOLUTIONS]
 
     def solutions(
         self, group: int, problem: Problem, most: int, rng: np.random.Generator
@@ -103,10 +109,19 @@ def _as_json(row: Trajectory) -> dict[str, Any]:
     names = ("tokens", "trained", "log_probs", "decisions")
     arrays = {name: getattr(row, name).tolist() for name in names}
     tuples = {name: list(getattr(row, name)) for name in ("begins", "texts", "turn_rewards")}
-    reward = {
-        "value": row.reward.value, "success": row.reward.success, "info": dict(row.reward.info),
-    }  # fmt: skip
-    return {**arrays, **tuples, "finished": row.finished, "reward": reward}
+    tuples["turn_rewards"] = [float(reward) for reward in row.turn_rewards]
+    verdict = row.reward.verdict
+    reward = {  # scorers may give numbers of NumPy
+        "value": float(row.reward.value),
+        "success": bool(row.reward.success),
+        "info": {name: float(number) for name, number in row.reward.info.items()},
+        "verdict": None if verdict is None else float(verdict),
+    }
+    return {**arrays, **tuples, "finished": bool(row.finished), "reward": reward}
+
+
+def _same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in ("tokens", "decisions"))
 
 
 def _from_json(kept: Mapping[str, Any], group: int, problem: Problem) -> Trajectory:
