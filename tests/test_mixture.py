@@ -381,3 +381,26 @@ def test_too_many_sources_that_lead_in_turn_are_refused():
     assert Assignment(mixture.pieces[:1], 8).bound < 2
     with pytest.raises(DataError, match="its 32 sources may stray 2.5 sequences .*, 2 are allowed"):
         check_bound(mixture.pieces, 8)
+
+
+def test_schedules_of_many_computed_knots_are_quick():
+    """Weights of seventeen digits do not give each knot a denominator of its own."""
+    ends = {"a": 0.331, "b": 0.217, "c": 0.452}, {"a": 0.52, "b": 0.148, "c": 0.332}
+    knots = [(1000 * at, list(interpolate(*ends, at / 99).values())) for at in range(100)]
+    pieces = schedule(knots, ("a", "b", "c"), "linear")
+    for piece in pieces:
+        assert sum(piece.first) == 1 and all(10**9 % w.denominator == 0 for w in piece.first)
+    began = time.perf_counter()
+    Assignment(pieces, 512).sequences(40, 552)
+    assert time.perf_counter() - began < 10, "it took minutes with 300 knots"
+
+
+@pytest.mark.parametrize("weights", ["1e308, 'b': 1e308", f"{10**400}", "1e999"])
+def test_huge_weights_are_one_line(weights: str):
+    with pytest.raises(DataError, match="the weight of .* choose a number from 0 to 1") as error:
+        parse_mixture(f"mix({{'a': {weights}}})")
+    assert len(str(error.value)) < 120
+    with pytest.raises(DataError, match="write mix"):
+        parse_mixture("mix({0: {'a': 1}, 1e999: {'b': 1}})")
+    with pytest.raises(DataError, match="write mix"):
+        parse_mixture("mix({'a': 1})({'b': 1})")

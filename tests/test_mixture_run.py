@@ -20,7 +20,7 @@ from train.engine.step import pretraining_loss
 from train.evaluate import EvaluateConfig
 from train.evaluation.held_out import over_sources
 from train.pretraining.config import RunConfig
-from train.pretraining.job import train
+from train.pretraining.job import PretrainJob, train
 from train.pretraining.mixture import mixture_loss, mixture_metrics
 from train.pretraining.presets import PRESETS
 from train.runs.checkpoint import load_params
@@ -172,6 +172,28 @@ def test_the_loss_of_a_mixture_is_that_of_its_rows(folders):
     assert others == {"mine": 1} and math.isclose(metrics["source/sums/share"], 0.25)
 
 
+def test_a_source_in_few_steps_has_a_loss(folders, tmp_path):
+    """Its steps and those with a line of metrics may never be the same ones."""
+    config = dataclasses.replace(PRESETS["tiny_plain"], batch_size=8, out=str(tmp_path))
+    job = PretrainJob(config)
+    job._mixture = packed(folders)
+    for number in range(1, 10):
+        rare = number % 10 == 5
+        job.observe({"mixture_nats": [8.0, 6.0 * rare], "mixture_targets": [4.0, 2.0 * rare]})
+    last = {"mixture_nats": [4.0, 0.0], "mixture_targets": [4.0, 0.0]}
+    job.observe(last)
+    metrics, _ = job.step_metrics(last, 10)
+    assert metrics["source/sums/loss"] == 3 and metrics["source/words/loss"] == 76 / 40
+    assert job._sources == {}
+
+
+def test_a_perfect_source_has_a_mean():
+    perfect = {"loss": 0.0, "bits_per_byte": 0.0, "standard_error": 0.0}
+    other = {"loss": 2.0, "bits_per_byte": 1.0, "standard_error": 0.1}
+    mean = over_sources({"a": perfect, "b": other}, {"a": 0.5, "b": 0.5})
+    assert mean["loss"] == 1 and mean["bits_per_byte"] == 0.5
+
+
 def test_a_mean_over_sources_divides_by_the_bytes_of_the_mixture():
     """Nats of the mixture over its bytes, not a mean of quotients."""
     bytes_of_token, losses = {"a": 0.8, "b": 4.0}, {"a": 5.0, "b": 2.0}
@@ -194,6 +216,13 @@ def test_a_loss_that_is_no_sum_of_tokens_is_not_split(truncate):
     shape = HatchlingConfig.preset("tiny", truncate=truncate)
     abstract = nnx.eval_shape(lambda: Hatchling(shape, rngs=nnx.Rngs(0)))
     assert abstract.loss_by_token == (truncate is None)
+
+    class Louder(Hatchling):
+        def loss(self, *inputs, **options):
+            total, *rest = super().loss(*inputs, **options)
+            return 2 * total, *rest
+
+    assert not nnx.eval_shape(lambda: Louder(shape, rngs=nnx.Rngs(0))).loss_by_token
 
     class Own(Thoughtbubbles):
         def loss(self, rows, **options):

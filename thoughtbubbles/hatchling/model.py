@@ -148,7 +148,7 @@ class Hatchling(Architecture):
 
     @property
     def loss_by_token(self) -> bool:
-        return self.config.truncate is None
+        return type(self).loss is Hatchling.loss and self.config.truncate is None
 
     def activations(self, tokens: jax.Array, length: jax.Array | None = None) -> Neurons:
         """Neurons of all layers as features of tokens, for tools that read models.

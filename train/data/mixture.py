@@ -83,7 +83,7 @@ def parse_mixture(text: str) -> Mixture:
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or len(call.args) != 1:
+        if not isinstance(call, ast.Call) or len(call.args) != 1 or ast.unparse(call.func) != "mix":
             raise TypeError
         table = _pairs(call.args[0])
         options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
@@ -91,7 +91,7 @@ def parse_mixture(text: str) -> Mixture:
         if table and not isinstance(table[0][0], str):
             knots = [(_tokens(tokens), _pairs(weights)) for tokens, weights in table]
         named = [(t, [(_str(s), ast.literal_eval(w)) for s, w in pairs]) for t, pairs in knots]
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, TypeError, ValueError, OverflowError, RecursionError, MemoryError):
         raise DataError(f"corpus {text!r}: {_WRITE}") from None
     kind, exhausted = options.pop("schedule", "constant"), options.pop("exhausted", "repeat")
     for option, value, choices in (

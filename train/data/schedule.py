@@ -13,6 +13,8 @@ from typing import Literal
 from train.data.config import DataError
 
 Kind = Literal["constant", "linear"]
+_DENOMINATOR = 10**9  # of weights that are no short decimals
+_LARGEST = 10**9  # a weight, before it is told to be 1 at most
 TOLERANCE = Fraction(1, 10**6)
 """Distance from 1 up to which a sum of weights is taken for rounding, and divided out."""
 
@@ -93,6 +95,9 @@ def schedule(
 def normalised(values: Sequence[float], names: Sequence[str], tokens: int) -> tuple[Fraction, ...]:
     """Weights as exact fractions that sum to 1.
 
+    Weights of up to nine decimals stay as they are; others are rounded to those, so that schedules
+    of many computed knots have one denominator. No weight above 0 becomes 0.
+
     Args:
         values: Weights [S], each taken for the decimal that it is written as.
         names: Names of the sources [S].
@@ -103,18 +108,29 @@ def normalised(values: Sequence[float], names: Sequence[str], tokens: int) -> tu
     """
     for name, value in zip(names, values, strict=True):
         number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf:
-            raise DataError(f'mix: the weight of "{name}" is {value!r}: choose a number from 0 on')
+        if not number or not 0 <= value < _LARGEST:
+            shown = value if isinstance(value, float) else repr(value)[:20]
+            raise DataError(f'mix: the weight of "{name}" is {shown}: choose a number from 0 to 1')
     exact = [Fraction(str(value)) for value in values]
     total = sum(exact, Fraction())
     if abs(total - 1) > TOLERANCE:
-        listed = ", ".join(f'"{name}" {v:g}' for name, v in zip(names, values, strict=True))
+        listed = ", ".join(f'"{name}" {float(v):g}' for name, v in zip(names, values, strict=True))
         way_out = f"divide each by {float(total):g}" if total else "give one of them a weight"
         raise DataError(
             f"mix: the weights sum to {float(total):g}, not to 1, at token {tokens} ({listed}): "
             f"{way_out}"
         )
-    return tuple(value / total for value in exact)
+    shares = [value / total for value in exact]
+    if all(_DENOMINATOR % share.denominator == 0 for share in shares):
+        return tuple(shares)
+    parts = [max(int(share * _DENOMINATOR), int(share > 0)) for share in shares]
+    lost = [share * _DENOMINATOR - part for share, part in zip(shares, parts, strict=True)]
+    largest = parts.index(max(parts))
+    left = _DENOMINATOR - sum(parts)
+    for source in sorted(range(len(parts)), key=lambda source: -lost[source])[: max(left, 0)]:
+        parts[source] += 1
+    parts[largest] += min(left, 0)
+    return tuple(Fraction(part, _DENOMINATOR) for part in parts)
 
 
 def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Piece], int | None]:

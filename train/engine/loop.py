@@ -96,6 +96,10 @@ class TrainingJob(Protocol):
 
     def train_step(self) -> TrainStep: ...
 
+    def observe(self, sums: Mapping[str, Any]) -> None:
+        """Take note of the sums that the loss returned in a step; also of steps without a line."""
+        ...
+
     def step_metrics(
         self, sums: Mapping[str, Any], step: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -184,6 +188,7 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteLoss(save_evidence(out, done.step, done.batch, done.metrics))
             stopwatch.step_done()
+            job.observe(done.metrics["aux"])
             if done.step % config.log_every == 0 or done.step == end:
                 names = ("loss", "grad_norm", "learning_rate")
                 metrics = {name: done.metrics[name] for name in names}

@@ -163,8 +163,9 @@ def over_sources(
     for prefix in {name.removesuffix("bits_per_byte") for name in found if "bits_per_" in name}:
         # Bytes of a token are loss / ln 2 / bits_per_byte in each source.
         loss, bits = f"{prefix}loss", f"{prefix}bits_per_byte"
-        num_bytes = sum(weights[source] * of[loss] / of[bits] for source, of in scored.items())
-        found[bits] = found[loss] / num_bytes
+        if all(of[bits] for of in scored.values()):  # else nothing says how many bytes they have
+            num_bytes = sum(weights[source] * of[loss] / of[bits] for source, of in scored.items())
+            found[bits] = found[loss] / num_bytes
     for source, metrics in scored.items():
         found |= {f"source/{source}/{name}": value for name, value in metrics.items()}
     return found

@@ -164,6 +164,9 @@ class SFTJob:
     def train_step(self) -> TrainStep:
         return make_train_step(self.trainable, self.config.accumulate, sft_loss)
 
+    def observe(self, sums: Mapping[str, Any]) -> None:
+        pass
+
     def step_metrics(
         self, sums: Mapping[str, Any], step: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -33,7 +33,7 @@ from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
 from train.models.load import find_weights, tokenizer_meta
 from train.pretraining.config import RunConfig
-from train.pretraining.mixture import mixture_loss, mixture_metrics
+from train.pretraining.mixture import SOURCE_SUMS, mixture_loss, mixture_metrics
 from train.pretraining.plan import describe
 from train.pretraining.presets import PRESETS
 
@@ -60,6 +60,7 @@ class PretrainJob:
         if weights := config.init.weights:
             self.meta = tokenizer_meta(open_pretrained(find_weights(weights))[2])
         self._mixture: MixtureData | None = None
+        self._sources: dict[str, np.ndarray] = {}  # sums of each source since the last metrics
         self.seq_len, self.step_flops = self.config.data.seq_len, self.config.step_flops
         self._evaluator = Evaluator(
             self.trainable, config.batch_size // config.accumulate, config.evaluation
@@ -87,12 +88,19 @@ class PretrainJob:
             return make_train_step(trainable, parts)
         return make_train_step(trainable, parts, mixture_loss(len(self._mixture.parts)))
 
+    def observe(self, sums: Mapping[str, Any]) -> None:
+        if self._mixture is not None:
+            for name in SOURCE_SUMS & sums.keys():
+                self._sources[name] = self._sources.get(name, 0) + np.asarray(sums[name])
+
     def step_metrics(
         self, sums: Mapping[str, Any], step: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         trainable, metrics = self.trainable, {}
         if self._mixture is not None:
-            metrics, sums = mixture_metrics(self._mixture, sums, self._sequences(step))
+            given = {**sums, **self._sources}
+            self._sources = {}
+            metrics, sums = mixture_metrics(self._mixture, given, self._sequences(step))
         given = trainable.config, sums
         return (
             trainable.architecture.step_metrics(*given) | metrics,

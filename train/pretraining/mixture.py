@@ -12,6 +12,8 @@ from train.data import MixtureData
 from train.engine.step import Loss
 
 _NATS, _TARGETS = "mixture_nats", "mixture_targets"
+SOURCE_SUMS = frozenset((_NATS, _TARGETS))
+"""Names of the sums of each source; a source is in few steps, so they are added up over steps."""
 
 
 def mixture_loss(num_sources: int) -> Loss:
@@ -46,16 +48,16 @@ def mixture_loss(num_sources: int) -> Loss:
 def mixture_metrics(
     data: MixtureData, sums: Mapping[str, Any], sequences: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics of each source: share and epochs so far, and the loss of its rows in this step.
+    """Metrics of each source: share and epochs so far, and the loss of its rows.
 
     Args:
         data: The mixture.
-        sums: Sums of the step.
+        sums: Sums of the step; those of the sources are of all steps that the loss is the mean of.
         sequences: Number of sequences that the run has read.
 
     Returns:
-        Metrics by name, and the sums that are not of the mixture. A source that is not in the batch
-        has no loss.
+        Metrics by name, and the sums that are not of the mixture. A source without rows in
+        these steps has no loss.
     """
     metrics: dict[str, float] = {}
     for name, (share, epochs) in data.progress(sequences).items():
