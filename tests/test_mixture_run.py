@@ -1,5 +1,6 @@
 """Runs on a mixture, through the commands: metrics of each source, resume, the end of the rows."""
 
+import dataclasses
 import math
 import random
 import signal
