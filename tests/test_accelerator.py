@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -128,10 +129,63 @@ def test_running_out_of_memory_is_one_line_and_leaves_the_rest(tmp_path: Path, c
     assert "error" not in saved["measurements"]["plain batch 2"]
 
 
+def test_a_measurement_that_ends_its_process_is_passed_over(tmp_path: Path, capsys):
+    """It is begun twice; what never returned has no result."""
+    for _ in range(2):
+        with pytest.raises(BaseException, match="the process ends"):
+            Record(tmp_path, "kernels", 60).measure("crash", lambda: _end())
+    record = Record(tmp_path, "kernels", 60)
+    assert "ended twice" in record.measure("crash", dict)["error"]
+    assert record.measure("next", lambda: {"seconds": 1})["seconds"] == 1
+    assert "crash: the process ended twice" in capsys.readouterr().err
+
+
+class _Ends(BaseException):
+    pass
+
+
+def _end() -> dict:
+    raise _Ends("the process ends")
+
+
+def test_full_sizes_need_an_accelerator(tmp_path: Path):
+    with pytest.raises(ValueError, match="jax finds no accelerator here"):
+        part.run_part("kernels", tmp_path, 60, False, None)
+
+
+def test_a_failed_run_may_be_mended_and_a_cut_one_may_not_change(tmp_path: Path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: too much")
+
+    train, name = queued._train, "small seed 0"
+    monkeypatch.setattr(queued, "_train", fails)
+    record = Record(tmp_path, "then", 60)
+    queued.measure_queue(record, queue(tmp_path, RUN))
+    assert record.measurements[name]["out_of_memory"]
+    monkeypatch.setattr(queued, "_train", lambda *_: {"fine": True})
+    smaller = queue(tmp_path, RUN | {"batch_size": 1})
+    queued.measure_queue(record, smaller)
+    assert record.measurements[name]["fine"]
+    with pytest.raises(ValueError, match="small seed 0 of .* had other settings"):
+        queued.measure_queue(record, queue(tmp_path, RUN))
+    assert train is not queued._train
+
+
+def test_examples_of_queues_are_read(tmp_path: Path):
+    page = (ROOT / "docs" / "accelerators.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith('{"name"')]
+    lines.append(re.findall(r"`(\{.*?\})`", (queued.__doc__ or "").replace("\n", " "))[0])
+    assert len(lines) > 1
+    for line in lines:
+        run = queued._run_of(json.loads(line), tmp_path)
+        assert run.vocab_size == 8192 and run.model.embed_dim == 512
+
+
 def test_batches_that_surely_fit_are_passed_over():
     found = {"forecast": {"temporaries": 90, "results": 10, "peak": 200}}
     assert training.next_batch(16, found, None) == 32
     assert training.next_batch(16, found, 300) == 32  # would need 300 of which 255 are believed
+    assert training.next_batch(16, {"forecast": dict.fromkeys(found["forecast"], 0)}, 300) == 32
     # 8 times the rows need 900, 16 times 1700.
     assert training.next_batch(16, found, 901 / training.ROOM) == 128
     assert training.next_batch(16, found, 899 / training.ROOM) == 64

@@ -1,8 +1,13 @@
 """One part in a process of its own: python -m train.benchmarks.accelerator.part (see `main`)."""
 
 import json
+import os
 import sys
+import threading
+import time
 from pathlib import Path
+
+import jax
 
 from train.benchmarks.accelerator.record import Record, TimeIsUp
 from train.benchmarks.accelerator.sizes import full_sizes, tiny_sizes
@@ -22,9 +27,12 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
 
     Raises:
         TimeIsUp: The part is not finished.
-        ValueError: The folder's results are of another device, or the file has a mistake.
+        ValueError: There is no accelerator, the folder's results are of another device, or the file
+            has a mistake.
     """
     # Imported here, so that a part whose imports fail does not take the others with it.
+    if not tiny and jax.default_backend() == "cpu":
+        raise ValueError("jax finds no accelerator here: install its plugin, or add --tiny")
     record, sizes = Record(folder, name, seconds), tiny_sizes() if tiny else full_sizes()
     if name == "then":
         from train.benchmarks.accelerator.queued import measure_queue
@@ -54,6 +62,7 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
 def main() -> None:
     """Run the part that the only argument describes in JSON; status 3 if the time was over."""
     given = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         run_part(**given | {"folder": Path(given["folder"])})
     except TimeIsUp:
@@ -61,6 +70,13 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has, so that nothing holds the accelerator."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Training runs that wait for an accelerator: a file of them, each on a packed corpus.
 
-One JSON object a line: `{"name": "plain30m", "model": {"preset": "150m", "embed_dim": 512},
-"corpus": "corpus.npy", "vocab_size": 8192, "steps": 2000, "seeds": [0, 1]}`.
+One JSON object a line: `{"name": "plain30m", "model": {"preset": "150m", "embed_dim": 512,
+"num_heads": 8, "fork_layers": []}, "corpus": "corpus.npy", "vocab_size": 8192, "steps": 2000,
+"seeds": [0, 1]}`.
 """
 
 import dataclasses
@@ -169,13 +170,41 @@ def measure_queue(record: Record, path: str) -> None:
         for seed in run.seeds:
             name = f"{run.name} seed {seed}"
             identity = as_json(run) | {"seeds": [seed]}
-            before = record.measurements.get(name, {}).get("run")
-            if before is not None and before != identity:
+            known = record.data.setdefault("runs", {})
+            failed = "error" in record.measurements.get(name, {})
+            folder = _folder(record, run, seed)
+            if known.get(name, identity) != identity and (folder.exists() or not failed):
                 raise ValueError(
                     f"{name} of {record.folder} had other settings: give the changed run a name of "
                     "its own"
                 )
+            known[name] = identity
+            if failed:  # it may have been mended since
+                del record.measurements[name]
             record.measure(name, functools.partial(_train, record, run, seed, identity))
+
+
+def _folder(record: Record, run: QueuedRun, seed: int) -> Path:
+    """Folder of a run's checkpoints."""
+    return record.folder / "then" / f"{run.name}-{seed}"
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Time of steps: without the first one of a process, which compiles, and without saving."""
+
+    seconds: float
+    steps: int
+    _since: tuple[float, int] | None = None
+
+    def start(self, step: int) -> None:
+        self._since = time.perf_counter(), step
+
+    def stop(self, step: int) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since[0]
+            self.steps += step - self._since[1]
+        self._since = None
 
 
 def _train(record: Record, run: QueuedRun, seed: int, identity: dict[str, Any]) -> dict[str, Any]:
@@ -183,27 +212,32 @@ def _train(record: Record, run: QueuedRun, seed: int, identity: dict[str, Any]) 
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     trainable = make_trainable(run.model, run.optimizer, run.steps, mesh, seed)
     step, corpus = make_train_step(trainable), run.tokens()
-    folder = record.folder / "then" / f"{run.name}-{seed}"
+    folder = _folder(record, run, seed)
     every = max(1, run.steps // POINTS)
     with Checkpointer(folder, save_interval=1, keep=1) as checkpoints:
         state, meta = _first(checkpoints, trainable, identity)
-        losses, seconds = meta["losses"], meta["seconds"]
-        started = saved = time.perf_counter()
+        losses, clock = meta["losses"], _Clock(meta["seconds"], meta["timed_steps"])
+        begin, saved = int(state.step), time.perf_counter()
         pending: list[tuple[int, jax.Array]] = []
 
         def save() -> None:
+            done = int(state.step)
+            clock.stop(done)
             losses.extend([number, float(loss)] for number, loss in pending)
             pending.clear()
-            spent = seconds + time.perf_counter() - started
-            kept = {"losses": losses, "seconds": spent, "run": identity}
-            checkpoints.save(int(state.step), state.weights, state.rest, kept, force=True)
+            timed = {"seconds": clock.seconds, "timed_steps": clock.steps}
+            kept = {"losses": losses, "run": identity, **timed}
+            checkpoints.save(done, state.weights, state.rest, kept, force=True)
+            clock.start(done)
 
-        for number in range(int(state.step), run.steps):
+        for number in range(begin, run.steps):
             rows = batch_of(corpus, run, seed, number)
             state, metrics = step(state, place(rows, mesh))
             if number % every == 0 or number + 1 == run.steps:
                 pending.append((number + 1, metrics["loss"]))
-            if number % 8 == 0:
+            if number == begin:  # which compiles
+                clock.start(int(state.step))
+            elif number % 8 == 0:
                 jax.block_until_ready(metrics["loss"])  # the clock follows the device
             now = time.perf_counter()
             if record.seconds_left <= 0 and number + 1 < run.steps:
@@ -212,18 +246,19 @@ def _train(record: Record, run: QueuedRun, seed: int, identity: dict[str, Any]) 
             if now - saved > SAVE_SECONDS:
                 save()
                 saved = now
-        jax.block_until_ready(state.step)
         save()
-        spent = seconds + time.perf_counter() - started
     held_out = held_out_loss(trainable, state, corpus, run)
-    chip, rate = chip_of(jax.devices()[0].device_kind), run.batch_size * run.steps / spent
+    chip, rate = chip_of(jax.devices()[0].device_kind), None
+    if clock.seconds:
+        rate = run.batch_size * clock.steps / clock.seconds
     return {
         "run": identity,
         "parameters": run.model.num_params(),
         "tokens": run.steps * run.batch_size * run.seq_len,
-        "train_seconds": spent,
-        "tokens_per_second": rate * run.seq_len,
-        "mfu": 3 * rate * run.model.forward_flops(run.seq_len) / chip.flops if chip else None,
+        "train_seconds": clock.seconds,
+        "timed_steps": clock.steps,
+        "tokens_per_second": rate and rate * run.seq_len,
+        "mfu": rate and chip and 3 * rate * run.model.forward_flops(run.seq_len) / chip.flops,
         "held_out_nats" if run.model.causal else "held_out_nats_parallel": held_out,
         "losses": losses,
     }
@@ -234,7 +269,7 @@ def _first(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The newest state, or the first one, and what was written beside it."""
     if checkpoints.latest_step() is None:
-        return trainable.init(), {"losses": [], "seconds": 0.0}
+        return trainable.init(), {"losses": [], "seconds": 0.0, "timed_steps": 0}
     abstract = trainable.abstract
     _, weights, rest, meta = checkpoints.restore(abstract.weights, abstract.rest)
     if meta["run"] != identity:

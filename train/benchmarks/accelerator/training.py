@@ -76,6 +76,8 @@ def next_batch(batch: int, found: dict[str, Any], limit: float | None) -> int:
         return grown
     forecast = found["forecast"]
     variable = forecast["temporaries"] + forecast["results"]
+    if variable <= 0:  # a runtime that counts no memory
+        return grown
     fixed = forecast["peak"] - variable
     while fixed + variable * 2 * grown / batch <= ROOM * limit:
         grown *= 2
