@@ -404,3 +404,17 @@ def test_huge_weights_are_one_line(weights: str):
         parse_mixture("mix({0: {'a': 1}, 1e999: {'b': 1}})")
     with pytest.raises(DataError, match="write mix"):
         parse_mixture("mix({'a': 1})({'b': 1})")
+
+
+def test_a_curriculum_goes_on_with_its_next_stage():
+    """Where an exhausted source is alone, the next knot with others takes over."""
+    stages = schedule([(0, [1, 0]), (100, [0, 1])], "ab", "constant")
+    pieces, end = without(stages, 0, 40)
+    assert end is None
+    assert [(p.start, p.stop, [*map(float, p.first)]) for p in pieces] == [
+        (0, 40, [1, 0]),
+        (40, 100, [0, 1]),
+        (100, None, [0, 1]),
+    ]
+    _, end = without(stages, 1, 150)
+    assert end == 150

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import sys
 
 import numpy as np
@@ -20,8 +21,9 @@ from train.data.labels import (
     segments,
     standard_library_segments,
 )
+from train.data.mixture import parse_mixture
 from train.data.shares import label_shares, solve_weights, with_share
-from train.mixture import MixtureConfig
+from train.mixture import MixtureConfig, readable
 
 # arXiv 2509.26625: share of segments, source by source.
 MATRIX = {
@@ -170,3 +172,11 @@ def test_the_command_prints_accuracy_shares_and_a_corpus(tmp_path, monkeypatch, 
     ):
         with pytest.raises(ValueError, match=message):
             MixtureConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["files(path='/a b')", 'files(path="/x")', "~/it's", "stdlib"])
+def test_the_line_to_paste_is_read_by_the_shell_and_back(name: str):
+    matrix = {name: {"a": 1.0}, "other": {"a": 0.0}}
+    shown = readable(solve_weights(matrix, {"a": 0.5}), {"a": 0.5}).splitlines()[-1]
+    option, corpus = shlex.split(shown)
+    assert option == "--data.corpus" and list(parse_mixture(corpus).sources) == [name, "other"]

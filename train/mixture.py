@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -125,12 +126,13 @@ def readable(solution: Solution, wanted: Mapping[str, float]) -> str:
     hit = "hits" if solution.distance < 5e-4 else f"misses by up to {solution.distance:.1%}"
     return (
         f"wanted {_listed(wanted)}; the nearest mixture has {_listed(shares)}: it {hit}\n"
-        f"--data.corpus '{_corpus(weights)}'"
+        f"--data.corpus {shlex.quote(_corpus(weights))}"
     )
 
 
 def _corpus(weights: Mapping[str, float]) -> str:
-    written = ", ".join(f'"{name}": {weight!r}' for name, weight in weights.items())
+    quoted = {name: repr(name) if '"' in name or "\\" in name else f'"{name}"' for name in weights}
+    written = ", ".join(f"{quoted[name]}: {weight!r}" for name, weight in weights.items())
     return f"mix({{{written}}})"
 
 

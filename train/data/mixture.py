@@ -370,7 +370,8 @@ def check_bound(pieces: Sequence[Piece], seq_len: int) -> None:
         raise DataError(
             f"mix: under this schedule counts of its {len(pieces[0].first)} sources may stray "
             f"{float(bound):.1f} sequences from their weights, {_LIMIT} are allowed: put some of "
-            "them into one folder (up to 16 sources, or constant weights, always fit)"
+            "them into one folder (up to 16 sources, or weights that never change, always fit; "
+            'exhausted="renormalise" changes them)'
         )
 
 

@@ -137,7 +137,7 @@ def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Pie
     """A schedule in which a source has weight 0 from some token on.
 
     The weights of the others are divided by their sum where a piece begins and ends, and are linear
-    between.
+    between. A piece in which no other source has a weight takes the weights of the next that has.
 
     Args:
         pieces: Pieces of the schedule.
@@ -149,7 +149,7 @@ def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Pie
         such a one; the weights behind it mean nothing.
     """
     found: list[Piece] = []
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         if piece.stop is not None and piece.stop <= tokens:
             found.append(piece)
             continue
@@ -157,6 +157,9 @@ def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Pie
         if piece.start < tokens:
             found.append(Piece(piece.start, tokens, piece.first, piece.at(tokens)))
         first, last = (_others(w, source) for w in (piece.at(start), piece.last))
+        if first is None and last is None:
+            knots = (weights for later in pieces[number:] for weights in (later.first, later.last))
+            first = last = next(filter(None, (_others(w, source) for w in knots)), None)
         if first is None and last is None:
             return [*found, Piece(start, None, piece.first, piece.first)], start
         # At one end alone the source may be all there is: the others are there in the limit.
