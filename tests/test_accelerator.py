@@ -240,6 +240,11 @@ def test_held_out_rows_are_never_trained_on():
         ({"corpus": "other.npy"}, "other.npy is no .npy file that opens"),
         ({"name": "a/b"}, "name='a/b'"),
         ({"optimizer": {"rate": 1}}, "unknown option 'rate' of optimizer"),
+        ({"model": "150m"}, "model='150m': write an object"),
+        ({"seeds": 3}, "seeds=3: write a list"),
+        ({"seeds": [1, 1]}, "seeds=[1, 1]: choose one or more different"),
+        ({"corpus": 3}, "corpus=3: write a text"),
+        ({"optimizer": None}, "optimizer=None: write an object"),
     ],
 )
 def test_a_mistake_in_the_file_of_runs_names_its_line(tmp_path: Path, change, message):

@@ -67,8 +67,11 @@ class QueuedRun:
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{field}={value!r}: choose a whole number of 1 or more")
-        if not self.seeds or not all(type(seed) is int and seed >= 0 for seed in self.seeds):
-            raise ValueError(f"seeds={list(self.seeds)}: choose one or more numbers of 0 or more")
+        whole = all(type(seed) is int and 0 <= seed < 2**63 for seed in self.seeds)
+        if not whole or not 0 < len(self.seeds) == len(set(self.seeds)):
+            raise ValueError(
+                f"seeds={list(self.seeds)}: choose one or more different whole numbers of 0 or more"
+            )
         if self.model.vocab_size != self.vocab_size:
             raise ValueError(
                 f"the corpus {self.corpus} has vocab_size={self.vocab_size} and the model "
@@ -139,6 +142,11 @@ def _run_of(fields: Any, folder: Path) -> QueuedRun:
     needed = [f.name for f in dataclasses.fields(QueuedRun) if f.default is dataclasses.MISSING]
     if missing := [name for name in needed if name not in fields]:
         raise ValueError(f"the field {missing[0]!r} is missing")
+    kinds = {"name": str, "model": dict, "corpus": str, "seeds": list, "optimizer": dict}
+    for name, kind in kinds.items():
+        if name in fields and not isinstance(fields[name], kind):
+            written = {str: "a text", dict: "an object {...}", list: "a list [...]"}[kind]
+            raise ValueError(f"{name}={fields[name]!r}: write {written}")
     model = dict(fields["model"])
     preset = model.pop("preset", None)
     base = {"architecture": "thoughtbubbles"}
