@@ -270,6 +270,7 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
             {"loss": "clipped"},
             "kl=0.01 of method dapo is of its loss, which",
         ),
+        ({"batch_size": 2**31 - 8}, "rollouts a step: choose 4,194,304 at most"),
         ({"reward": ("short",)}, "unknown reward 'short': choose one of overlong, invocation"),
     ],
     ids=str,

@@ -19,6 +19,7 @@ from train.rl.rollout.strategies import RolloutStrategy
 from train.runs.resume import FREE
 
 _NUM_GENERATIONS = 8
+_MOST_ROLLOUTS = 2**22  # of a step; their texts lie on the host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,12 @@ class RLConfig(LoopConfig):
     def _check_parts(self) -> None:
         """Raise a `ValueError` for parts that do not fit each other or the run."""
         method, parts = self.recipe, self.parts
+        if self.rollouts > _MOST_ROLLOUTS:
+            raise ValueError(
+                f"batch_size={self.batch_size} problems with num_generations="
+                f"{self.num_generations} are {self.rollouts:,} rollouts a step: choose "
+                f"{_MOST_ROLLOUTS:,} at most"
+            )
         alone = self.rollouts < 2 * self.batch_size
         given = method.reference_reset != type(method).reference_reset
         if given and method.reference_reset and not parts.loss.uses_reference:
