@@ -1,8 +1,10 @@
 """Many environments at once: slow, hanging and failing ones, what follows an episode's end."""
 
+import contextvars
 import dataclasses
 import gc
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from train.rl.environments.stepping import (
 )
 from train.rl.environments.vector import VectorEnvironment
 from train.rl.named_tasks import make_task
+from train.rl.scoring import safe_step
 from train.rl.types import Problem, Turn
 
 GUESS: Any = make_task("guess_number", 0)
@@ -525,3 +528,31 @@ def test_a_strategy_that_steps_in_order_is_held_up_no_longer():
     assert (limited.name, limited.sizes, limited.max_turns) == (GUESS.name, GUESS.sizes, 8)
     odd = Counting(reward=float("inf"))
     assert counted_step(odd, problem, 1, action).info == {"invalid_turns": 1}
+
+
+def test_what_an_environment_calls_timeouts_is_no_hang():
+    """Numbers of its own, zero or not; a grader that calls `sys.exit` is a counted failure."""
+
+    class Own(Counting):
+        def step(self, state, action):
+            return dataclasses.replace(super().step(state, action), info={"timeouts": 2.0})
+
+    class Exits(Counting):
+        def step(self, state, action):
+            sys.exit(3)
+
+    own = TimeLimited(Own(), 5.0)
+    problem = own.problem("train", 3)
+    for _ in range(10):
+        own.step(own.reset(problem), completion_of(problem, "go"))
+    own.raise_if_hanging()
+    exits = TimeLimited(Exits(), 5.0)
+    turn = safe_step(exits, problem, exits.reset(problem), completion_of(problem, "go"))
+    assert turn.info == {"scorer_errors": 1} and "sys.exit(3)" in turn.error
+
+
+def test_calls_run_in_the_callers_context():
+    seen, variable = [], contextvars.ContextVar("variable", default="another")
+    variable.set("the caller's")
+    StepPool(1).call(lambda: seen.append(variable.get()))
+    assert seen == ["the caller's"]

@@ -15,7 +15,6 @@ from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
 from train.rl.job import RLJob
 from train.rl.learning.reference import ReferenceCheckpointer
 from train.rl.reports import (
-    FAILURES,
     examples,
     readable_evaluation,
     readable_step,
@@ -94,14 +93,18 @@ def train(job: RLJob) -> dict[str, float]:
                     f"step {step}: the first failure of a scorer or an environment:\n{error}"
                 )
                 told = True
-            if sum(metrics.get(name, 0.0) for name in FAILURES) > 1 - 1e-6:
+            rewards = [row.reward for row in collected.drawn]
+            if rewards and all(r.error or r.info.get("scorer_errors") == 1 for r in rewards):
+                # Steps run on a thread of their own, which signals and some connections refuse.
+                threads = hasattr(job.task, "step") and config.environment_limit_s is not None
+                or_by = ", or try --environment-limit-s None" if threads else ""
                 raised = metrics.get("info/scorer_errors") == 1
                 how = (
                     f"the scorer of {job.task.name} raised" if raised else f"{job.task.name} failed"
                 )
                 raise ValueError(
                     f"step {step}: {how} for every response, "
-                    f"{error.strip().rpartition(chr(10))[2] or 'as its info says'}: mend it"
+                    f"{error.strip().rpartition(chr(10))[2] or 'as its info says'}: mend it{or_by}"
                 )
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
             if bad:

@@ -1,6 +1,7 @@
 """Steps of environments that cannot break a run: failures are counted, hanging ones are cut."""
 
 import collections
+import contextvars
 import dataclasses
 import threading
 import time
@@ -69,7 +70,10 @@ def reason_of(error: BaseException) -> str:
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-    """A call of a pool; its outcome stays with it where one caller waits for it alone."""
+    """A call of a pool; its outcome stays with it where one caller waits for it alone.
+
+    It runs in the caller's context: context variables, and what NumPy does with errors.
+    """
 
     key: Hashable
     call: Callable[[], Any]
@@ -78,11 +82,14 @@ class _Job:
     started: float | None = None
     outcome: Any = None
     done: bool = False
+    context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
 
     def run(self) -> Any:
         """What the call returns, or the exception that it raises."""
         try:
-            return self.call()
+            return self.context.run(self.call)
+        except SystemExit as error:  # of a grader that is a command, say: no end of the run
+            return RuntimeError(f"the call ended by sys.exit({error.code})")
         except BaseException as error:  # whoever takes the outcome decides
             return error
 
@@ -359,7 +366,8 @@ class TimeLimited(EnvironmentWrapper):
             turn = self._call(lambda: counted_step(self.environment, action.problem, state, action))
         except TimedOut as error:
             turn = self._failed("timeouts", str(error))
-        if "timeouts" in turn.info:  # an environment may have a limit of its own, too
+        # An environment may have a limit of its own, too, and may count what it calls timeouts.
+        if turn.terminated and turn.error and turn.info.get("timeouts"):
             self._reasons.append(turn.error)
         else:
             self._reasons.clear()
