@@ -37,7 +37,7 @@ def read_envelope(folder: Path) -> dict[str, Any]:
     envelope = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
     if not isinstance(envelope, dict):
         raise ValueError("it is no object")
-    version = envelope.get("format")
+    version = envelope.get("format", 0)  # of before there were versions, laid out as 1 is
     if type(version) is not int:
         raise ValueError(f"format={version!r:.60} is no version")
     if version > FORMAT:
