@@ -320,7 +320,8 @@ def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: 
         return (load_meta(out) or {"step": 0})["step"]
 
     first = moments.randrange(2)
-    targets = sorted(moments.sample(range(1, STEPS - 2 * SAVE_EVERY), kills))
+    first_step = 2 * SAVE_EVERY if kills == 1 else 1  # something is saved before the last kill
+    targets = sorted(moments.sample(range(first_step, STEPS - 2 * SAVE_EVERY), kills))
     for kill, target in enumerate(targets):
         victim = (kill + first) % 2
         with processes(words, tmp_path) as started:

@@ -266,10 +266,15 @@ def _decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
             _KEPT.clear()  # first, so that there are never two
             form = model.for_decoding()
         if form is not model and not _KEPT:
-            drop = lambda _: _KEPT.clear()  # noqa: E731
-            were = tuple(weakref.ref(leaf, drop) for leaf in leaves)
+            were = tuple(weakref.ref(leaf, _forget) for leaf in leaves)
             _KEPT.append(_DecodingForm(structure, were, form))
     return form if policy is None else form.with_policy(policy)
+
+
+def _forget(dead: weakref.ref) -> None:
+    """Drop the form of whose arrays one died; those of a replaced form may die later."""
+    if any(was is dead for kept in _KEPT[:1] for was in kept.leaves):
+        _KEPT.clear()
 
 
 def _bucket(size: int, smallest: int) -> int:
