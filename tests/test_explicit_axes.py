@@ -122,7 +122,12 @@ def architecture(name: str) -> Architecture:
     return Hatchling(HatchlingConfig(**small, form=name, chunk=5), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", [*MODELS, "released", "paper", "forks"])
+SCANNED = pytest.param("rank, scanned", marks=pytest.mark.experiment)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", SCANNED, "threshold, probability", "released", "paper", "forks"]
+)
 def test_models_their_caches_and_their_gradients(name):
     model = architecture(name)
     tokens = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)

@@ -57,7 +57,9 @@ def assert_same_start(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((1, 8, 1), marks=pytest.mark.experiment), (2, 2, 2)], ids=str
+)
 def test_fifty_steps_on_any_mesh(folder, one_device, sizes):
     run = OnMesh(run_config(folder), MeshConfig(*sizes), 8)
     _, result = run.train(run.trainable.init(), STEPS)

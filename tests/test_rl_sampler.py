@@ -241,7 +241,7 @@ def test_every_strategy_makes_the_rollouts_that_were_planned(word):
     ("name", "keep_context", "changes"),
     [
         ("trigger on the stream", True, {}),
-        ("trigger on forks", True, {}),
+        pytest.param("trigger on forks", True, {}, marks=pytest.mark.experiment),
         # Near temperature 0 the likelier one is drawn, by the program that draws.
         ("trigger", False, {"memory": memgen.LearnedInvoke(1e-4, sample=True)}),
     ],

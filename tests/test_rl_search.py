@@ -98,7 +98,7 @@ def test_branched_rows_are_scored_as_they_were_sampled(name):
         assert max(events) <= 1 + made.sampler.policy.config.max_inference_events
 
 
-@pytest.mark.parametrize("name", ["trigger", pytest.param("plain", marks=pytest.mark.experiment)])
+@pytest.mark.parametrize("name", ["plain", pytest.param("trigger", marks=pytest.mark.experiment)])
 def test_an_evicted_prefix_is_prefilled_again(name):
     """With its latents; a limit of bytes changes no text and only rounds log-probabilities."""
     whole = found(name)
