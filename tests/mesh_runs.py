@@ -21,7 +21,7 @@ from train.runs.checkpoint import Checkpointer
 MODEL = ModelConfig(
     vocab_size=264, embed_dim=16, num_layers=1, num_heads=8, fork_layers=(0,), policy=PrefixRank(2)
 )
-STEPS = 50
+STEPS, MORE_STEPS = 16, 6  # of a run, and of one that goes on
 
 
 def run_config(folder: Path, model: ModelConfig = MODEL) -> RunConfig:
@@ -29,7 +29,7 @@ def run_config(folder: Path, model: ModelConfig = MODEL) -> RunConfig:
     return RunConfig(
         model=model,
         data=DataConfig(str(folder / "text"), seq_len=16, cache_dir=str(folder / "cache")),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
         steps=STEPS,
         batch_size=16,
     )
@@ -82,7 +82,7 @@ def main(folder: Path, port: str, process: int) -> None:
     with distributed_context(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
         run = OnMesh(run_config(folder), MeshConfig(2, 2, 2), 8)
         _, begun = run.train(run.trainable.init(), STEPS)
-        _, continued = run.train(run.restored(folder / "saved"), 20)
+        _, continued = run.train(run.restored(folder / "saved"), MORE_STEPS)
         np.savez(
             folder / f"process-{process}.npz",
             begun=begun.losses,

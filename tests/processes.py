@@ -1,14 +1,21 @@
-"""Runs of several real processes on simulated devices; ended at the latest with the test."""
+"""Runs of several real processes on simulated devices; ended at the latest with the test.
+
+Each is forked from one process that has imported what they need and started no backend: imports
+take as long as all else that most of them do.
+"""
 
 import contextlib
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import jax
 
 ROOT = Path(__file__).resolve().parents[1]
 # Compiling is most of the work of the tests; this takes a fifth of the time, where no cache is.
@@ -25,22 +32,77 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train.pretrain", "jax.experimental.multihost_utils"])
+
+
+def run_words(words: Sequence[str], environment: Mapping[str, str], output: str) -> None:
+    """What `python words` does, in a process that was forked."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    # jax has read its variables already.
+    jax.config.update("jax_compilation_cache_dir", environment["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_log_compiles", "JAX_LOG_COMPILES" in environment)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    if words[0] in ("-m", "-c"):
+        option, program, *arguments = words
+    else:
+        option, (program, *arguments) = "", words
+    sys.argv = [program, *arguments]
+    if option == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    elif option == "-c":
+        exec(program, {"__name__": "__main__"})
+    else:
+        runpy.run_path(program, run_name="__main__")
+
+
+class Process:
+    """One of them: as much of `subprocess.Popen` as tests use, and what it has printed so far."""
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str], folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._output = folder / f"output-{free_port()}"
+        self._output.touch()
+        arguments = (tuple(map(str, words)), dict(environment), str(self._output))
+        self._process = SERVER.Process(target=run_words, args=arguments, daemon=True)
+        self._process.start()
+
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal, or None as long as the process lives."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, once there is one."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutError(f"the process lives after {timeout} s")
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+
 class Processes:
     """What was started, by its number, and what it has printed so far."""
 
     def __init__(self, commands: Sequence[Sequence[str]], environments, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._outputs = [folder / f"output-{free_port()}-{i}" for i in range(len(commands))]
-        self.running = []
-        for command, environment, output in zip(commands, environments, self._outputs, strict=True):
-            with output.open("wb") as file:
-                started = subprocess.Popen(
-                    command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
-                )
-            self.running.append(started)
+        self.running = [
+            Process(command, environment, folder)
+            for command, environment in zip(commands, environments, strict=True)
+        ]
 
     def output(self, process: int) -> str:
-        return self._outputs[process].read_text(errors="replace")
+        return self.running[process].output()
 
     def wait_until(self, true: Callable[[], bool]) -> None:
         """Until something has happened that does so before the first process ends."""
@@ -94,11 +156,10 @@ def processes(
     shared = os.environ | {
         "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache or folder / "jax"),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         **(environment or {}),
     }
     started = Processes(
-        [(sys.executable, *words, *(each or find_each_other)(i)) for i in range(count)],
+        [(*words, *(each or find_each_other)(i)) for i in range(count)],
         [shared | (environment_of_each(i) if environment_of_each else {}) for i in range(count)],
         folder,
     )

@@ -28,7 +28,7 @@ from train.runs.checkpoint import Checkpointer, load_meta, load_params
 from train.runs.metrics import read_metrics
 from train.runs.resume import differences
 
-STEPS, SAVE_EVERY = 40, 5
+STEPS, SAVE_EVERY = 30, 6
 SMALL = (
     *("--model.embed-dim", "8", "--model.num-layers", "1", "--model.num-heads", "2"),
     *("--mesh.data", "1", "--mesh.fsdp", "-1", "--data.seq-len", "16", "--batch-size", "8"),
@@ -341,7 +341,7 @@ def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: 
     with processes(words, tmp_path) as started:
         started.wait_until(lambda: "GFLOP" in started.output(0))
         started.wait_until(lambda: steps_done() > before)
-        started.running[1].terminate()
+        started.running[1].send_signal(signal.SIGTERM)
         assert started.statuses() == [0, 0], started.output(0) + started.output(1)
         assert f"stopped at step {saved()} and saved it" in started.output(0)
         assert before < saved() == steps_done() < STEPS

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from mesh_runs import MODEL, STEPS, OnMesh, run_config
+from mesh_runs import MODEL, MORE_STEPS, STEPS, OnMesh, run_config
 from processes import free_port, processes
 
 from thoughtbubbles import Threshold
@@ -39,7 +39,7 @@ def saved(folder):
     state, _ = run.train(run.trainable.init(), 5)
     with Checkpointer(folder / "saved", 1) as checkpointer:
         checkpointer.save(5, state.weights, state.rest, {})
-    return run.train(state, 20)[1]
+    return run.train(state, MORE_STEPS)[1]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def assert_same_start(ours, theirs):
 @pytest.mark.parametrize(
     "sizes", [pytest.param((1, 8, 1), marks=pytest.mark.experiment), (2, 2, 2)], ids=str
 )
-def test_fifty_steps_on_any_mesh(folder, one_device, sizes):
+def test_steps_on_any_mesh(folder, one_device, sizes):
     run = OnMesh(run_config(folder), MeshConfig(*sizes), 8)
     _, result = run.train(run.trainable.init(), STEPS)
     assert_same_start(result.initial, one_device.initial)
@@ -68,7 +68,7 @@ def test_fifty_steps_on_any_mesh(folder, one_device, sizes):
     assert one_device.losses[-1] < one_device.losses[0] - 0.5, "it learns"
 
 
-def test_fifty_steps_with_tracked_thresholds(folder):
+def test_steps_with_tracked_thresholds(folder):
     results = []
     for sizes, devices in ((MeshConfig(1), 1), (MeshConfig(2, 2, 2), 8)):
         run = OnMesh(run_config(folder, TRACKED), sizes, devices)
@@ -82,7 +82,7 @@ def test_going_on_elsewhere(folder, saved, sizes, devices):
     run = OnMesh(run_config(folder), MeshConfig(*sizes), devices)
     state = run.restored(folder / "saved")
     assert int(state.step) == 5
-    _, result = run.train(state, 20)
+    _, result = run.train(state, MORE_STEPS)
     np.testing.assert_allclose(result.losses, saved.losses, rtol=1e-5)
     np.testing.assert_array_equal(result.rows, saved.rows)
 

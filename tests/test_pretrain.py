@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from processes import QUICK
+from processes import QUICK, Process
 
 from thoughtbubbles import Thoughtbubbles
 from train import evaluate, generate, pretrain
@@ -172,11 +171,8 @@ def test_going_on_is_bit_for_bit(monkeypatch, arguments, tmp_path):
     assert_same_params(halves, whole)
 
 
-def start(environment, arguments, out, *more):
-    command = [sys.executable, "-m", "train.pretrain", *arguments, "--out", str(out), *more]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(environment, arguments, out):
+    return Process(("-m", "train.pretrain", *arguments, "--out", out), environment, out.parent)
 
 
 def lines_in(out):
@@ -216,20 +212,20 @@ def test_a_run_compiles_each_function_once(monkeypatch, arguments):
 def test_kill_nine_gives_the_uninterrupted_run(processes, monkeypatch, arguments, tmp_path):
     """Also of a tracked threshold, which is no parameter but part of the model."""
     policy = ("--model.policy", "Threshold(ratio=1.5)")
-    long = [*arguments, *policy, "--steps", "120", "--save-every", "6"]
+    long = [*arguments, *policy, "--steps", "48", "--save-every", "8"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output, errors = start(processes, long, whole).communicate(timeout=300)
-    assert "sample" in output, errors
+    process = start(processes, long, whole)
+    assert process.wait(timeout=300) == 0 and "sample" in process.output(), process.output()
     rng = random.Random(time.time_ns())
-    process, target = start(processes, long, killed), rng.randrange(1, 110)
+    process, target = start(processes, long, killed), rng.randrange(1, 40)
     while lines_in(killed) < target and process.poll() is None:
         time.sleep(0.001)
     time.sleep(rng.random() * 0.02)
     assert process.poll() is None, "the run ended before it was killed"
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    _, errors = start(processes, long, killed).communicate(timeout=300)
-    assert "held-out loss" in errors
+    assert process.wait() == -signal.SIGKILL
+    process = start(processes, long, killed)
+    assert process.wait(timeout=300) == 0 and "held-out loss" in process.output()
     assert curve(killed) == curve(whole)
     assert_same_params(killed, whole)
     last = [line for line in curve(killed) if "fork_1/threshold" in line][-1]
@@ -250,10 +246,9 @@ def test_sigterm_saves_and_leaves(processes, arguments, tmp_path):
     while lines_in(tmp_path / "run") < 5:
         assert process.poll() is None
         time.sleep(0.01)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "run again to go on" in errors
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0, process.output()
+    assert "run again to go on" in process.output()
     assert load_model(tmp_path / "run").step == lines_in(tmp_path / "run")
 
 
@@ -360,13 +355,12 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(processes, arguments, fi
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); pretrain.main(c)\n"
         "run_command(main, RunConfig, PRESETS)"
     )
-    command = [sys.executable, "-c", code, *arguments, "--steps", "12"]
     # Parameters of 80 kB in one file: 20 kB is a full disk to them.
-    done = subprocess.run(command, env=processes, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.rstrip().splitlines()[-1]
-    assert last.startswith("error: checkpoint of step 12 could not be written"), done.stderr
-    assert "step 8 is intact" in last and "Traceback" not in done.stderr
+    process = Process(("-c", code, *arguments, "--steps", "12"), processes, finished.parent)
+    assert process.wait(timeout=300) == 2, process.output()
+    last = process.output().rstrip().splitlines()[-1]
+    assert last.startswith("error: checkpoint of step 12 could not be written"), process.output()
+    assert "step 8 is intact" in last and "Traceback" not in process.output()
     assert load_model(finished).step == 8
 
 

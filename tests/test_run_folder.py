@@ -47,10 +47,10 @@ def test_a_folder_is_held_as_long_as_any_process_of_a_run_lives(tmp_path: Path):
         refused("another run is going on")
         first, second = started.running
         second.send_signal(signal.SIGSTOP)  # it must not notice
-        first.kill()
+        first.send_signal(signal.SIGKILL)
         first.wait()
         refused("a process of an earlier run in .*run is still there, .* end it, or wait")
-        second.kill()
+        second.send_signal(signal.SIGKILL)
         second.wait()
         with run_lock(out):
             refused("another run is going on")
