@@ -4,6 +4,7 @@ import contextvars
 import dataclasses
 import gc
 import itertools
+import re
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from train.rl.environments.stepping import (
     StepPool,
     TimedOut,
     TimeLimited,
+    TimeLimits,
     counted_step,
 )
 from train.rl.environments.vector import VectorEnvironment
@@ -556,3 +558,66 @@ def test_calls_run_in_the_callers_context():
     variable.set("the caller's")
     StepPool(1).call(lambda: seen.append(variable.get()))
     assert seen == ["the caller's"]
+
+
+class Says:
+    """An environment that fails in what it says of itself, or shows numbers."""
+
+    name, sizes = "says", {"train": None, "test": None}
+
+    def __init__(self, observation: Any = "", reward: Any = 0.0, failure_value: Any = 0.0):
+        self.observation, self.reward, self.failure_value = observation, reward, failure_value
+
+    def problem(self, split, index):
+        return Problem(f"{index}", "", None)
+
+    def reset(self, problem):
+        return None
+
+    def step(self, state, action):
+        if action.text == "raise":
+            raise OSError("gone")
+        return Turn(state, self.observation, self.reward, False)
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        (Says(observation=7), "an observation of the type int: observations are texts"),
+        (Says(reward=1e19), "the reward 1e.19: rewards are at most 1e.18 in size"),
+        (Says(reward=np.float32("nan")), "finite numbers"),
+    ],
+)
+def test_a_turn_that_cannot_be_learned_from_is_counted(says, words):
+    problem = says.problem("train", 0)
+    turn = counted_step(says, problem, None, completion_of(problem, "x"))
+    assert turn.terminated and turn.info == {"invalid_turns": 1.0}
+    assert re.search(words, turn.error), turn.error
+
+
+def test_a_slot_whose_environment_fails_in_its_own_failure_is_told_and_others_go_on():
+    with VectorEnvironment([Says(failure_value="lost"), Says(reward=np.float32(0.5))]) as vector:
+        vector.reset()
+        with pytest.raises(ValueError, match="Says: ValueError: could not convert string"):
+            vector.step(["raise", "go"])
+        assert vector.receive()[1].reward == 0.5
+
+
+def test_what_hangs_counts_over_all_steps_of_a_run():
+    ended = threading.Event()
+    environment: Any = Counting(before=lambda problem: ended.wait(30) if problem.answer > 1 else 0)
+    limits = TimeLimits(0.02)
+    limited = limits.of(environment)
+    assert limits.of(environment) is limited and limits.of(Counting()) is not limited
+    slow, quick = (limited.problem("train", index) for index in (1, 0))
+    for _ in range(64):
+        limited.raise_if_hanging()
+        limited.step(2, completion_of(slow, "x"))
+        limited.step(1, completion_of(quick, "x"))
+    with pytest.raises(ValueError, match="hangs: 64 calls were cut and have not ended since"):
+        limited.raise_if_hanging()
+    ended.set()
+    deadline = time.monotonic() + 30
+    while limited.__dict__["_pool"].hanging and time.monotonic() < deadline:
+        time.sleep(0.01)
+    limited.raise_if_hanging()

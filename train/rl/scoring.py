@@ -2,9 +2,12 @@
 
 import math
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 from train.rl.types import Completion, Problem, Reward, Turn
+
+_LARGEST_REWARD = 1e18
 
 
 def safe_score(task: Any, completion: Completion) -> Reward:
@@ -14,7 +17,7 @@ def safe_score(task: Any, completion: Completion) -> Reward:
     `failure_value` (0 where it has none), and counted as `scorer_errors`; `Reward.error` says why.
 
     Raises:
-        ValueError: The task gives no reward, or one that is not finite.
+        ValueError: The task gives no reward, one that is not finite, or one above 1e18.
     """
     score = getattr(task, "score", None)
     if score is None:
@@ -28,8 +31,7 @@ def safe_score(task: Any, completion: Completion) -> Reward:
             f"task {_name(task)} gave no reward for problem {completion.problem.uid} but "
             f"{type(reward).__name__}: return a Reward from `score`"
         )
-    for value in (reward.value, reward.verdict or 0.0, *reward.info.values()):
-        _check_finite(task, completion.problem, value)
+    _check_numbers(task, completion.problem, reward.value, reward.verdict or 0.0, reward.info)
     return reward
 
 
@@ -40,7 +42,8 @@ def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Tu
     `safe_score`.
 
     Raises:
-        ValueError: The environment gives no turn, or a reward that is not finite.
+        ValueError: The environment gives no turn, a reward that is not finite or above 1e18, or an
+            observation that is no text.
     """
     try:
         turn = task.step(state, action)
@@ -52,9 +55,12 @@ def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Tu
             f"task {_name(task)} gave no reward for problem {problem.uid} but "
             f"{type(turn).__name__}: return a Turn from `step`"
         )
-    _check_finite(task, problem, turn.reward)
-    for value in turn.info.values():
-        _check_finite(task, problem, value)
+    if not isinstance(turn.observation, str):
+        raise ValueError(
+            f"task {_name(task)} gave problem {problem.uid} an observation of the type "
+            f"{type(turn.observation).__name__}: observations are texts"
+        )
+    _check_numbers(task, problem, turn.reward, 0.0, turn.info)
     return turn
 
 
@@ -62,15 +68,23 @@ def _failure_value(task: Any) -> float:
     return float(getattr(task, "failure_value", 0.0))
 
 
-def _check_finite(task: Any, problem: Problem, value: Any) -> None:
-    try:
-        finite = math.isfinite(value)
-    except (TypeError, OverflowError):  # no number, or an int that no float holds
-        finite = False
-    if not finite:
+def _check_numbers(
+    task: Any, problem: Problem, reward: Any, verdict: float, info: Mapping[str, Any]
+) -> None:
+    for value in (reward, verdict, *info.values()):
+        try:
+            finite = math.isfinite(value)
+        except (TypeError, OverflowError):  # no number, or an int that no float holds
+            finite = False
+        if not finite:
+            raise ValueError(
+                f"task {_name(task)} gave problem {problem.uid} the reward {value!r}: "
+                "rewards, and numbers of their info, are finite numbers"
+            )
+    if abs(reward) > _LARGEST_REWARD:
         raise ValueError(
-            f"task {_name(task)} gave problem {problem.uid} the reward {value!r}: "
-            "rewards, and numbers of their info, are finite numbers"
+            f"task {_name(task)} gave problem {problem.uid} the reward {reward!r}: rewards are "
+            f"at most {_LARGEST_REWARD:g} in size, so that a float32 holds their squares"
         )
 
 

@@ -16,6 +16,7 @@ from train.rl.scoring import safe_step
 from train.rl.types import Completion, Problem, Split, Turn
 
 _MOST_CUT = 8  # calls in a row before an environment is taken for one that hangs
+_MOST_HANGING = 64  # threads that a run may lose to calls that do not end
 
 
 class TimedOut(Exception):
@@ -110,6 +111,7 @@ class _Workers:
         self.finished: list[_Job] = []
         self.closed = False
         self.hung = 0
+        self.hanging = 0  # of them, those that have not ended since
         self._threads = threads
         self._alive = 0  # without those that hang
 
@@ -152,6 +154,7 @@ class _Workers:
                 self.running.remove(job)
                 self._finish(job, TimedOut(f"no result after {self.limit:g} seconds"))
                 self.hung += 1
+                self.hanging += 1
                 self._alive -= 1
                 self._hire()
 
@@ -182,6 +185,7 @@ class _Workers:
             outcome = job.run()
             with self.changed:
                 if job.done:  # it was cut, and another thread has taken this one's position
+                    self.hanging -= 1
                     return
                 self.running.remove(job)
                 self._finish(job, outcome)
@@ -191,8 +195,9 @@ class _Workers:
 class StepPool:
     """Daemon threads that run calls, each with a limit of time, and give results as they come.
 
-    A thread cannot be stopped: one whose call takes too long is left alone and replaced. Nothing
-    waits for it, at the end of the process neither. Threads start when calls come, and end when the
+    A thread cannot be stopped: one whose call takes too long is left alone and replaced, once
+    somebody waits for an outcome. Nothing waits for it, at the end of the process neither, and its
+    call goes on beside those that follow. Threads start when calls come, and end when the
     pool is closed or nobody has it any more.
 
     Args:
@@ -218,6 +223,11 @@ class StepPool:
         return self._workers.hung
 
     @property
+    def hanging(self) -> int:
+        """Number of calls that were cut and have not ended since; each keeps a thread."""
+        return self._workers.hanging
+
+    @property
     def closed(self) -> bool:
         """Whether the pool runs no more calls."""
         return self._workers.closed
@@ -228,8 +238,8 @@ class StepPool:
         Args:
             key: Key that `ready` gives its outcome under.
             call: Function without arguments.
-            serial: Whether the call must not run beside another call that is serial. While it waits
-                for one its time does not count.
+            serial: Whether the call must not run beside another call of this pool that is serial.
+                While it waits for one its time does not count.
 
         Raises:
             PoolClosed: The pool is closed; a `ValueError`.
@@ -302,7 +312,8 @@ class TimeLimited(EnvironmentWrapper):
 
     A step or a reset that takes too long makes its episode a failure, counted as `timeouts`;
     failures of other kinds are counted as `counted_step` does. That of a reset is counted by the
-    first step after it.
+    first step after it. A call that was cut goes on beside later ones, so an environment whose
+    steps change what others share (a server, generators of the process) needs a limit of its own.
 
     Attributes:
         environment: Environment to wrap; other wrappers go inside.
@@ -323,7 +334,13 @@ class TimeLimited(EnvironmentWrapper):
         return self.__dict__["_cuts"]
 
     def raise_if_hanging(self) -> None:
-        """Raise a `ValueError` where the last eight resets and steps were cut."""
+        """Raise a `ValueError` where the last eight resets and steps were cut, or 64 go on."""
+        pool: StepPool | None = self.__dict__["_pool"]
+        if pool is not None and pool.hanging >= _MOST_HANGING:
+            raise ValueError(
+                f"{self.name} hangs: {pool.hanging} calls were cut and have not ended since: mend "
+                "it, or choose a larger limit, such as --environment-limit-s 300"
+            )
         if len(self._reasons) >= _MOST_CUT:
             raise ValueError(
                 f"{self.name} hangs: {len(self._reasons)} calls in a row gave {self._reasons[-1]}: "
@@ -379,3 +396,23 @@ class TimeLimited(EnvironmentWrapper):
     def _call(self, call: Callable[[], Any]) -> Any:
         pool: StepPool | None = self.__dict__["_pool"]
         return call() if pool is None else pool.call(call)
+
+
+class TimeLimits:
+    """Time limits of the environments of a run, so that what hangs counts over all its steps.
+
+    Args:
+        limit_s: Limit of each environment, as of `TimeLimited`.
+    """
+
+    def __init__(self, limit_s: float | None):
+        self._limit_s = limit_s
+        self._made: list[TimeLimited] = []
+
+    def of(self, environment: Environment) -> TimeLimited:
+        """The environment with its limit; the same object each time."""
+        for made in self._made:
+            if made.environment is environment:
+                return made
+        self._made.append(TimeLimited(environment, self._limit_s))
+        return self._made[-1]

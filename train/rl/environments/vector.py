@@ -295,7 +295,13 @@ class VectorEnvironment:
 
     def _settle_ready(self, least: int) -> None:
         for slot, outcome in self._pool.ready(least):
-            self._settle(cast(int, slot), outcome)
+            try:
+                self._settle(cast(int, slot), outcome)
+            except Exception as error:  # of what the environment says of itself
+                name = type(self._slots[cast(int, slot)].environment).__name__
+                failure = ValueError(f"{name}: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                self._fail(cast(int, slot), failure)
 
     def _settle(self, slot: int, outcome: Any) -> None:
         found = self._slots[slot]
@@ -310,7 +316,7 @@ class VectorEnvironment:
         turn: Turn = outcome
         self.counts.update(counter for counter in _FAILURES if turn.info.get(counter))
         found.state = turn.state
-        found.rewards.append(turn.reward)
+        found.rewards.append(float(turn.reward))
         found.over = turn.terminated or turn.truncated
         if found.over and self._autoreset == "same_step":
             found.turn = turn

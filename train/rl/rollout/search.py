@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from train.rl.environments.stepping import TimeLimited
 from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.sampler import Sampler
 from train.rl.rollout.search_tree import SearchOptions
@@ -225,7 +224,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
     def _search(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
         """The trajectories of searches, so many of each group."""
-        task = TimeLimited(visit.task, self.environment_limit_s) if self.turns else visit.task
+        task = self.limited(visit.task) if self.turns else visit.task
         searcher = Searcher(visit.sampler, self.formatter, task, self, self.limits, visit.seed)
         groups = list(counts)
         problems = [visit.problems[group] for group in groups]

@@ -1,12 +1,13 @@
 """Rollout strategies by name: one response to a problem, or an episode of several turns."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from train.rl.environments.stepping import TimeLimited
+from train.rl.environments.stepping import TimeLimited, TimeLimits
 from train.rl.protocols import Environment, Task
 from train.rl.rollout.episodes import (
     EnvironmentEpisode,
@@ -50,6 +51,14 @@ class RolloutStrategy:
     formatter: PromptFormatter = dataclasses.field(default=cast(Any, None), repr=False)
     max_new_tokens: int = dataclasses.field(default=64, repr=False)
     environment_limit_s: float | None = dataclasses.field(default=30.0, repr=False)
+
+    def limited(self, environment: Environment) -> TimeLimited:
+        """The environment with the run's limit of time; the same wrapper in every step of a run."""
+        return self._limits.of(environment)
+
+    @functools.cached_property
+    def _limits(self) -> TimeLimits:
+        return TimeLimits(self.environment_limit_s)
 
     def for_run(self, formatter: PromptFormatter, config: Any) -> Self:
         """A copy for one run.
@@ -218,7 +227,7 @@ class Turns(RolloutStrategy):
         seed: Sequence[int],
     ) -> list[Trajectory]:
         found = []
-        limited = TimeLimited(task, self.environment_limit_s)
+        limited = self.limited(task)
         for rollouts in rollout_batches(problems, counts, sampler.max_rows):
             play = self._in_one_row if self.keep_context else self._turn_by_turn
             found += play(sampler, limited, rollouts, seed)
