@@ -95,6 +95,8 @@ def test_a_category_gets_its_share_and_the_rest_keeps_its_proportions():
     [
         (lambda: solve_weights(MATRIX, {"visual": 1.2}), "a share of 1.2 of visual"),
         (lambda: solve_weights(MATRIX, {"auditory": 0.2}), "no source has the label auditory"),
+        (lambda: solve_weights(MATRIX, {}), "no share is wanted: give that of one of"),
+        (lambda: solve_weights(MATRIX, {"visual": 0.2}, {"x": 1}), "no source x to prefer: choose"),
         (lambda: with_share(MIX0, ["maths"], 0.5), "no source maths in the mixture"),
         (lambda: with_share(MIX0, ["math"], 2), "a share of 2 of math"),
         (lambda: with_share({"a": 1, "b": 0}, ["b"], 0.5), "have weight 0"),
@@ -109,6 +111,9 @@ def test_mistakes_are_one_line(call, message):
 
 def test_segments_cover_documents():
     assert list(segments(["abcdefghij", "k", " " * 9], 4)) == ["abcd", "efgh", "ij"]
+    short = ["a", "bcdefg", " ", "h", "i"]  # "a", "h" and "i" are one text
+    assert list(segments(short, 4)) == ["bcde", "fg", "a\n\nh"]
+    assert list(segments(["a", "h", "i"], 6)) == ["a\n\nh\n\n"]
 
 
 def test_scores():
@@ -162,6 +167,12 @@ def test_the_command_prints_accuracy_shares_and_a_corpus(tmp_path, monkeypatch, 
             in shown
         )
         assert "the nearest mixture has reasoning 70.0%: it hits" in shown
+    monkeypatch.setattr(sys, "argv", ["mixture", *words, "--shares", "reasonings=0.7"])
+    with pytest.raises(SystemExit):  # before anything is labelled
+        run_command(mixture.main, MixtureConfig)
+    told = capsys.readouterr()
+    assert "no source has the label reasonings: choose from code, prose" in told.err
+    assert "shares of labels" not in told.out
     assert "reasoning: classifier 100.0% right (F1 1.00), rules 100.0%" in shown
     labelled.write_text('{"text": "a", "labels": "visual"}\n')
     with pytest.raises(DataError, match="line 1: the field \"labels\" is 'visual': give a list"):

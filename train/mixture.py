@@ -15,6 +15,7 @@ from train.cli.command import run_command
 from train.data import DataConfig, DataError, open_corpus
 from train.data.labels import (
     RULES,
+    SEGMENT,
     Classifier,
     Segment,
     by_rules,
@@ -24,7 +25,7 @@ from train.data.labels import (
     segments,
     standard_library_segments,
 )
-from train.data.shares import Solution, solve_weights
+from train.data.shares import Solution, check_wanted, solve_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,8 @@ def main(config: MixtureConfig) -> None:
     if not config.sources:
         return
     labels = classifier.labels if classifier else tuple(RULES)
+    if wanted:
+        check_wanted(wanted, labels)
     judged = f"a classifier of {config.labelled}" if classifier else "rules, which are not measured"
     print(f"shares of labels in {config.segments} segments of each source, by {judged}:")
     matrix = {}
@@ -76,7 +79,7 @@ def main(config: MixtureConfig) -> None:
         documents = open_corpus(source, data.validation, data.cache).documents("train")
         texts = list(itertools.islice(segments(documents), config.segments))
         if not texts:
-            raise DataError(f"{source} has no document that is long enough to be labelled")
+            raise DataError(f"{source} has fewer than {SEGMENT // 2} characters to label")
         found = [
             classifier(text) if classifier else {n for n in labels if by_rules(text, n)}
             for text in texts

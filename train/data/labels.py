@@ -56,17 +56,29 @@ class Segment:
 
 
 def segments(documents: Iterable[str], size: int = SEGMENT) -> Iterator[str]:
-    """Pieces of documents, of equal size; what is left of a document is a piece if long enough.
+    """Pieces of documents, of equal size; short documents make pieces together.
 
     Args:
-        documents: Documents in any order.
+        documents: Documents in any order. Those below half a piece are joined by empty lines.
         size: Number of characters of a piece; a last one of half of it or more is kept.
     """
+    short = ""
     for document in documents:
-        for start in range(0, len(document), size):
-            piece = document[start : start + size]
-            if len(piece) >= size // 2 and piece.strip():
-                yield piece
+        if len(document) >= size // 2:
+            yield from _pieces(document, size)
+        elif document.strip():
+            short = f"{short}\n\n{document}" if short else document
+            if len(short) >= size:
+                yield short[:size]
+                short = ""
+    yield from _pieces(short, size)
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    for start in range(0, len(text), size):
+        piece = text[start : start + size]
+        if len(piece) >= size // 2 and piece.strip():
+            yield piece
 
 
 def by_rules(text: str, label: str) -> bool:
@@ -223,7 +235,7 @@ def prose_characters(text: str) -> list[bool]:
         SyntaxError: The text is no Python; tokenize.TokenError where it ends too early.
     """
     starts = [0]
-    for line in text.splitlines(keepends=True):
+    for line in io.StringIO(text):  # as the tokenizer reads it
         starts.append(starts[-1] + len(line))
     found = [False] * len(text)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

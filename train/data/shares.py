@@ -7,7 +7,7 @@ several labels). A mixture with weights w has the shares w·C.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -64,17 +64,16 @@ def solve_weights(
         near: Preferred weights; equal ones by default.
 
     Raises:
-        DataError: A wanted share is no share, or no source has the label.
+        DataError: No share is wanted, one is no share or of a label that no source has, or a source
+            is preferred that is not there.
     """
     from scipy.optimize import nnls  # 0.2 s to import
 
     names = list(matrix)
-    for label, share in wanted.items():
-        if not 0 <= share <= 1:
-            raise DataError(f"a share of {share:g} of {label}: choose 0 to 1")
-        if not any(label in shares for shares in matrix.values()):
-            known = dict.fromkeys(label for shares in matrix.values() for label in shares)
-            raise DataError(f"no source has the label {label}: choose from {', '.join(known)}")
+    check_wanted(wanted, [label for shares in matrix.values() for label in shares])
+    for name in near or ():
+        if name not in matrix:
+            raise DataError(f"no source {name} to prefer: choose from {', '.join(names)}")
     targets = np.array([[matrix[name].get(label, 0.0) for name in names] for label in wanted])
     missed = targets - np.array(list(wanted.values()))[:, None]
     preferred = np.array([near.get(name, 0.0) if near else 1 / len(names) for name in names])
@@ -85,6 +84,23 @@ def solve_weights(
     shares = label_shares(weights, matrix)
     distance = max((abs(shares[label] - share) for label, share in wanted.items()), default=0.0)
     return Solution(weights, shares, distance)
+
+
+def check_wanted(wanted: Mapping[str, float], labels: Iterable[str]) -> None:
+    """Raise a `DataError` for wanted shares that no mixture can have.
+
+    Args:
+        wanted: Wanted share of each label.
+        labels: Labels that there are.
+    """
+    known = dict.fromkeys(labels)
+    if not wanted:
+        raise DataError(f"no share is wanted: give that of one of {', '.join(known)}")
+    for label, share in wanted.items():
+        if not 0 <= share <= 1:
+            raise DataError(f"a share of {share:g} of {label}: choose 0 to 1")
+        if label not in known:
+            raise DataError(f"no source has the label {label}: choose from {', '.join(known)}")
 
 
 def with_share(
