@@ -63,6 +63,17 @@ def test_every_part_is_measured_and_not_twice(tmp_path: Path, capsys, monkeypatc
     assert "### rl (cpu, jax" in shown and "| bubbles batch 2 | " in shown
 
 
+def test_a_loss_that_diverged_is_no_number_and_a_damaged_file_is_named(tmp_path: Path):
+    Record(tmp_path, "step", 9).measure("one", lambda: {"loss": [1.0, float("nan")]})
+    text = (tmp_path / "step.json").read_text()
+    assert "NaN" not in text and "null" in text
+    found = read(tmp_path, "step")
+    assert found and found["measurements"]["one"]["loss"] == [1.0, None]
+    (tmp_path / "step.json").write_text("")
+    with pytest.raises(ValueError, match=r"step.json is damaged .*: remove it"):
+        Record(tmp_path, "step", 9)
+
+
 def test_a_process_without_the_heavy_packages_measures_a_part(tmp_path: Path):
     """In a process of its own, by argparse, with jax, flax, optax, orbax and tokenizers alone."""
     heavy = ("tyro", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "matplotlib",

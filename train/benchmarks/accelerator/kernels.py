@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from thoughtbubbles.attention import Attend, attend, attend_reference
 from thoughtbubbles.kernels import attend_cudnn, attend_splash
-from train.benchmarks.accelerator.record import Record, seconds_per_call
+from train.benchmarks.accelerator.record import Record, seconds_in_a_loop
 from train.benchmarks.accelerator.sizes import KernelShape, Sizes
 
 
@@ -48,13 +48,15 @@ def against_reference(
         name: error_of(mine, theirs)
         for name, mine, theirs in zip(names, found, expected, strict=False)
     }
-    forward = jax.jit(kernel)
+    seconds = seconds_in_a_loop(kernel, inputs, calls)
+    with_backward = seconds_in_a_loop(with_gradients(kernel), (*inputs, cotangent), calls)
     return {
         "errors": errors,
-        "forward_seconds": seconds_per_call(lambda: forward(*inputs), calls),
-        "forward_and_gradient_seconds": seconds_per_call(
-            lambda: gradients(*inputs, cotangent), calls
-        ),
+        "forward_seconds": seconds,
+        "forward_tflops_per_second": shape.flops / seconds / 1e12,
+        "forward_and_gradient_seconds": with_backward,
+        # Seven products instead of two: the backward pass makes the weights again.
+        "forward_and_gradient_tflops_per_second": 3.5 * shape.flops / with_backward / 1e12,
     }
 
 

@@ -15,6 +15,11 @@ class KernelShape:
     kv_heads: int
     width: int
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of a forward call: two products, of the causal half of all pairs of slots."""
+        return 2 * self.batch * self.slots**2 * self.heads * self.width
+
     def __str__(self) -> str:
         return f"{self.batch}x{self.slots}x{self.heads}/{self.kv_heads}x{self.width}"
 

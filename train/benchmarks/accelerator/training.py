@@ -136,14 +136,20 @@ def running(config: RunConfig, compiled: Any) -> Iterator[Any]:
 
 def measure_memory(record: Record, sizes: Sizes) -> None:
     """Peak of the device beside the forecast, at the largest batch of which a step was timed."""
-    for name, model in sizes.models.items():
-        timed = (read(record.folder, "step") or {"measurements": {}})["measurements"]
-        batches = [
-            found["batch"]
-            for key, found in timed.items()
-            if key.startswith(f"{name} ") and "step_seconds" in found
-        ]
-        run = run_config(model, max(batches, default=sizes.first_batch), sizes.seq_len)
+    timed = (read(record.folder, "step") or {"measurements": {}})["measurements"]
+    largest: dict[str, tuple[int, int]] = {}
+    for name in sizes.models:
+        largest[name] = max(
+            (
+                (found["forecast"]["peak"], found["batch"])
+                for key, found in timed.items()
+                if key.startswith(f"{name} ") and "step_seconds" in found
+            ),
+            default=(0, sizes.first_batch),
+        )
+    # The device counts the peak of the process: the smaller comes first, or it would be hidden.
+    for name in sorted(largest, key=lambda name: largest[name]):
+        run = run_config(sizes.models[name], largest[name][1], sizes.seq_len)
         record.measure(name, functools.partial(peak_of, run))
 
 
@@ -169,7 +175,7 @@ def peak_of(config: RunConfig) -> dict[str, Any]:
 
 
 def measure_precision(record: Record, sizes: Sizes) -> None:
-    """Loss curves of the same model on the same batches in float32 and in bfloat16."""
+    """Loss curves of a model on the same batches in float32 and in bfloat16, by XLA's attention."""
     for name, model in sizes.precision_models.items():
         curves = [
             record.measure(
@@ -194,7 +200,7 @@ def loss_curve(model: ModelConfig, sizes: Sizes) -> dict[str, Any]:
     """Losses of the first steps on texts that can be learned; float32 at full precision."""
     mesh, steps = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), sizes.precision_steps
     with jax.default_matmul_precision("highest" if model.dtype == "float32" else "default"):
-        trainable = make_trainable(model, OptimizerConfig(), steps, mesh)
+        trainable = make_trainable(model, OptimizerConfig(), steps, mesh, attention="xla")
         step, state, losses = make_train_step(trainable), trainable.init(), []
         for number in range(steps):
             rows = chains(model.vocab_size, sizes.precision_batch, sizes.seq_len + 1, number)
