@@ -7,9 +7,10 @@ from memgen.decoding import begin, generate, make_request, observe, replay, resp
 from memgen.delimiters import boundary_table, is_boundary
 from memgen.insertion import Plan, plan_from_decisions, plan_insertions
 from memgen.invocations import invocation_penalty
-from memgen.lora import apply_lora, linear_layers, make_adapter
+from memgen.lora import make_adapter
 from memgen.losses import decision_log_probs, sft_loss, token_log_probs, trigger_loss
 from memgen.model import MemGen
+from memgen.nnx_layers import apply_lora, linear_layers, merge_lora
 from memgen.response import Response
 from memgen.trigger import (
     AlwaysInvoke,
@@ -54,6 +55,7 @@ __all__ = [
     "load_params",
     "make_adapter",
     "make_request",
+    "merge_lora",
     "observe",
     "plan_from_decisions",
     "plan_insertions",

@@ -25,8 +25,9 @@ class LoRAConfig:
         rank: Rank r of each adapter.
         alpha: Numerator of the adapters' scale, alpha / rank.
         dropout: Dropout rate on the adapters' input, in training only.
-        targets: Names of the linear layers that get an adapter, as the backbone calls them
-            (`DecoderBackbone.lora_targets`).
+        targets: Linear layers that get an adapter: a path of `DecoderBackbone.lora_targets`, the
+            last part of one ("q", which names "layers/0/attn/q" and "layers/0/attn/q_proj" too), or
+            a pattern with wildcards ("layers/1?/*", "*_proj").
     """
 
     rank: int = 16

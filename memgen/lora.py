@@ -1,7 +1,7 @@
 """Low-rank adapters as pytrees, added to frozen linear layers (arXiv 2106.09685)."""
 
 from collections.abc import Mapping
-from typing import Any
+from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import nnx
 
 from memgen.backbone import DecoderBackbone
 from memgen.config import LoRAConfig
+from memgen.nnx_layers import choices
 
 
 class LowRank(nnx.Module):
@@ -65,7 +66,7 @@ def make_adapter(
     rngs: nnx.Rngs,
     kind: type[nnx.Variable] = nnx.Param,
 ) -> nnx.Dict:
-    """An adapter for a backbone: a `LowRank` for each of the config's targets.
+    """An adapter for a backbone: a `LowRank` for each layer that one of the config's targets names.
 
     Args:
         backbone: Decoder to adapt.
@@ -74,25 +75,31 @@ def make_adapter(
         kind: Type of the parameters, by which a training stage selects them.
 
     Raises:
-        ValueError: A target is no linear layer of the backbone.
+        ValueError: A target names no linear layer of the backbone.
     """
     lora_targets = backbone.lora_targets
-    unknown = [name for name in config.targets if name not in lora_targets]
     if not lora_targets:
         raise ValueError(
             f"{type(backbone).__name__} names no linear layers for adapters (lora_targets): "
             "train all of its parameters"
         )
-    if unknown:
-        raise ValueError(
-            f"no linear layer {unknown[0]!r}: choose targets from {', '.join(lora_targets)}"
-        )
-    return nnx.Dict(
-        {
-            name: LowRank(*lora_targets[name], config, rngs=rngs, kind=kind)
-            for name in config.targets
-        }
-    )
+    found: dict[str, LowRank] = {}
+    for target in config.targets:
+        names = [name for name in lora_targets if _matches(name, target)]
+        if not names:
+            raise ValueError(
+                f"no linear layer {target!r}: choose targets from {choices(lora_targets)}"
+            )
+        for name in names:
+            if name not in found:
+                found[name] = LowRank(*lora_targets[name], config, rngs=rngs, kind=kind)
+    return nnx.Dict(found)
+
+
+def _matches(name: str, target: str) -> bool:
+    """Whether a target of a `LoRAConfig` names a linear layer."""
+    last = name.rpartition("/")[2]
+    return name == target or last in (target, f"{target}_proj") or fnmatchcase(name, target)
 
 
 def with_dropout(adapter: Mapping[str, LowRank], key: jax.Array | None) -> Mapping[str, LowRank]:
@@ -109,59 +116,3 @@ def with_dropout(adapter: Mapping[str, LowRank], key: jax.Array | None) -> Mappi
         )
         noisy[name] = copy
     return noisy
-
-
-def linear_layers(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """`DecoderBackbone.lora_targets` of a module: each of its `nnx.Linear`s by its path."""
-    return {
-        _path(path): ((), part.in_features, part.out_features)
-        for path, part in nnx.iter_graph(module)
-        if isinstance(part, nnx.Linear)
-    }
-
-
-def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
-    """`DecoderBackbone.apply_lora` of a module: a copy with adapters, over the same arrays.
-
-    Args:
-        module: Module with `nnx.Linear`s.
-        adapter: Adapters by the path of a linear layer (`linear_layers`).
-
-    Raises:
-        ValueError: A path is that of no `nnx.Linear`.
-    """
-    leaves, structure = jax.tree.flatten(module)
-    copy = jax.tree.unflatten(structure, leaves)
-    paths = {
-        _path(path): path
-        for path in (p for p, part in nnx.iter_graph(copy) if isinstance(part, nnx.Linear))
-    }
-    for name, low_rank in adapter.items():
-        if name not in paths:
-            raise ValueError(f"no linear layer {name!r}: choose from {', '.join(paths)}")
-        *above, last = paths[name]
-        parent: Any = copy
-        for part in above:
-            parent = _child(parent, part)
-        wrapped = _Sum(_child(parent, last), low_rank)
-        if isinstance(last, int):
-            parent[last] = wrapped
-        else:
-            setattr(parent, str(last), wrapped)
-    return copy
-
-
-class _Sum(nnx.Module):
-    def __init__(self, linear: nnx.Linear, low_rank: Any):
-        self.linear, self.low_rank = linear, nnx.data(low_rank)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear(x) + self.low_rank(x)
-
-
-def _child(parent: Any, part: Any) -> Any:
-    return parent[part] if isinstance(part, int) else getattr(parent, part)
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))

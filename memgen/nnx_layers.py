@@ -1,0 +1,259 @@
+"""Linear layers of any Flax NNX module: their names, adapters added to them, adapters merged."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+
+
+class _Form(NamedTuple):
+    """How a layer's kernel, input and output look as a matrix, a vector and a vector.
+
+    Attributes:
+        stack: Sizes of the leading axes that `nnx.vmap` or `nnx.scan` gave the kernel.
+        inputs: Sizes of the contracted axes, in the order of the kernel.
+        outputs: Sizes of the other axes, in the order of the kernel.
+        kernel: Order of the kernel's own axes: the contracted ones and then the others.
+        before: Einsum equation of the input that moves its contracted axes to the end, or None.
+        after: Einsum equation from `[..., *outputs]` to the layer's output, or None.
+        axis: Contracted axes of the input where there is no equation.
+    """
+
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    kernel: tuple[int, ...]
+    before: str | None = None
+    after: str | None = None
+    axis: tuple[int, ...] = (-1,)
+
+    @property
+    def target(self) -> tuple[tuple[int, ...], int, int]:
+        return self.stack, math.prod(self.inputs), math.prod(self.outputs)
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """The input of the layer as `[..., inputs]`."""
+        last = range(-len(self.inputs), 0)
+        x = jnp.einsum(self.before, x) if self.before else jnp.moveaxis(x, self.axis, last)
+        x = _whole(x, len(self.inputs))
+        return x.reshape(*x.shape[: x.ndim - len(self.inputs)], -1)
+
+    def of_rows(self, y: jax.Array) -> jax.Array:
+        """`[..., outputs]` as the output of the layer."""
+        y = y.reshape(*y.shape[:-1], *self.outputs)
+        return jnp.einsum(self.after, y) if self.after else y
+
+    def of_matrix(self, delta: jax.Array) -> jax.Array:
+        """`[*stack, inputs, outputs]` as the kernel."""
+        delta = delta.reshape(*self.stack, *self.inputs, *self.outputs)
+        depth = len(self.stack)
+        back = sorted(range(len(self.kernel)), key=self.kernel.__getitem__)
+        return delta.transpose(*range(depth), *(depth + axis for axis in back))
+
+
+def linear_layers(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """`DecoderBackbone.lora_targets` of a module: each of its linear layers by its path.
+
+    Layers are `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum`, subclasses of them, and modules
+    of a class that is called `...Linear` and has a `kernel [inputs, outputs]`; also those that
+    `nnx.vmap` or `nnx.scan` stacked on a first axis. Left out are layers with a matrix for each
+    element of a batch axis, and an `nnx.Einsum` whose equation comes with the call.
+
+    Args:
+        module: Module of any kind.
+
+    Raises:
+        ValueError: A stack of layers does not lie on the first axes of its kernel.
+    """
+    return {name: form.target for name, _, form in _layers(module)}
+
+
+def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
+    """`DecoderBackbone.apply_lora` of a module: a copy with adapters, over the same arrays.
+
+    A layer with an adapter keeps its type, its attributes (`kernel`, `out_features`, ...) and the
+    arguments of its call (`out_sharding`).
+
+    Args:
+        module: Module with linear layers.
+        adapter: Adapters by the path of a linear layer (`linear_layers`), callables from
+            `[..., inputs]` to `[..., outputs]`.
+
+    Raises:
+        ValueError: A path is that of no linear layer, or the layer has an adapter already.
+    """
+
+    def change(name: str, layer: Any, form: _Form) -> Any:
+        adapted: Any = object.__new__(_with_adapter(type(layer)))
+        vars(adapted).update(vars(_copy(layer)))
+        adapted.low_rank = nnx.data(adapter[name])
+        return adapted
+
+    return _changed(module, adapter, change)
+
+
+def merge_lora(module: nnx.Module, deltas: Mapping[str, jax.Array]) -> Any:
+    """A copy of a module with adapters merged into the kernels of its linear layers.
+
+    Args:
+        module: Module with linear layers.
+        deltas: Sum to add to each kernel by the path of its layer, `[*stack, inputs, outputs]`
+            (`LowRank.delta`).
+
+    Raises:
+        ValueError: A path is that of no linear layer, a delta has another shape, or the layer has
+            an adapter already.
+    """
+
+    def change(name: str, layer: Any, form: _Form) -> Any:
+        stack, *matrix = form.target
+        if deltas[name].shape != (*stack, *matrix):
+            raise ValueError(
+                f"{name}: a delta of shape {deltas[name].shape} for a layer of "
+                f"{(*stack, *matrix)}: merge the adapter of this module"
+            )
+        copy = _copy(layer)
+        kernel = copy.kernel[...]
+        copy.kernel.set_value(kernel + form.of_matrix(deltas[name]).astype(kernel.dtype))
+        return copy
+
+    return _changed(module, deltas, change)
+
+
+def choices(names: Mapping[str, Any]) -> str:
+    """Names of layers for an error message, with `*` for the indices of equal ones."""
+    short = (
+        "/".join("*" if part.isdigit() else part for part in name.split("/")) for name in names
+    )
+    return ", ".join(dict.fromkeys(short))
+
+
+def _layers(module: Any) -> Iterator[tuple[str, Any, _Form]]:
+    found, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_layer)
+    for path, layer in found:
+        if _is_layer(layer) and (form := _form_of(name := _name(path), layer)) is not None:
+            yield name, layer, form
+
+
+def _changed(module: Any, changes: Mapping[str, Any], change: Any) -> Any:
+    known = {name: (layer, form) for name, layer, form in _layers(module)}
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"no linear layer {name!r}: choose from {choices(known)}")
+        if hasattr(known[name][0], "low_rank"):
+            raise ValueError(f"{name} has an adapter already: merge it first (merge_lora)")
+    # Unflattened around new layers: the copy shares no object with the module, only arrays.
+    found, structure = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_layer)
+    parts = [
+        change(name, *known[name]) if (name := _name(path)) in changes else _copy(part)
+        for path, part in found
+    ]
+    return jax.tree.unflatten(structure, parts)
+
+
+def _copy(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _is_layer(part: Any) -> bool:
+    if isinstance(part, LAYERS):
+        return True
+    named = isinstance(part, nnx.Module) and type(part).__name__.endswith("Linear")
+    return named and isinstance(getattr(part, "kernel", None), nnx.Variable)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    keys = (getattr(key, "name", getattr(key, "idx", getattr(key, "key", key))) for key in path)
+    return "/".join(map(str, keys))
+
+
+class _Adapted:
+    """A linear layer with `low_rank` added to what it computes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        y = super().__call__(*args, **kwargs)  # pyright: ignore
+        inputs, *_ = (*args, *kwargs.values())
+        layer: Any = self
+        form = _form_of("a layer", layer)
+        assert form is not None  # or no adapter had been added to it
+        # In the type that the layer computes in, which its dtype may set.
+        update = form.of_rows(layer.low_rank(form.rows(inputs).astype(y.dtype)))
+        return y + _placed_as(update.astype(y.dtype), y)
+
+
+@functools.cache
+def _with_adapter(kind: type) -> type:
+    return type(f"Adapted{kind.__name__}", (_Adapted, kind), {})
+
+
+def _form_of(name: str, layer: Any) -> _Form | None:
+    """The form of a layer; None for one that is no single matrix."""
+    if isinstance(layer, nnx.Einsum):
+        return None if layer.einsum_str is None else _einsum_form(name, layer)
+    if isinstance(layer, nnx.LinearGeneral):
+        if layer.batch_axis:
+            return None
+        inputs, outputs = tuple(layer.in_features), tuple(layer.out_features)
+        order, axis = tuple(range(len(inputs) + len(outputs))), tuple(layer.axis)
+        return _Form(_stack(name, layer, (*inputs, *outputs)), inputs, outputs, order, axis=axis)
+    inputs, outputs = layer.kernel.shape[-2:]
+    if isinstance(layer, nnx.Linear):
+        inputs, outputs = layer.in_features, layer.out_features
+    return _Form(_stack(name, layer, (inputs, outputs)), (inputs,), (outputs,), (0, 1))
+
+
+def _einsum_form(name: str, layer: nnx.Einsum) -> _Form | None:
+    given, _, result = layer.einsum_str.replace(" ", "").partition("->")
+    given, _, kernel = given.partition(",")
+    contracted = [axis for axis in kernel if axis in given]
+    kept = [axis for axis in kernel if axis not in given]
+    rest = "".join(axis for axis in given if axis not in contracted)
+    # A matrix alone: no axis of the kernel is a batch axis, none is summed away or repeated.
+    plain = sorted(rest + "".join(kept)) == sorted(result) and len(set(kernel)) == len(kernel)
+    if not plain or not contracted or not kept or "." in kernel:
+        return None
+    order = tuple(map(kernel.index, (*contracted, *kept)))
+    sizes = [layer.kernel_shape[axis] for axis in order]
+    return _Form(
+        _stack(name, layer, tuple(layer.kernel_shape)),
+        tuple(sizes[: len(contracted)]),
+        tuple(sizes[len(contracted) :]),
+        order,
+        before=f"{given}->{rest}{''.join(contracted)}",
+        after=f"{rest}{''.join(kept)}->{result}",
+    )
+
+
+def _stack(name: str, layer: Any, own: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of a kernel in front of its own."""
+    shape = tuple(layer.kernel.shape)
+    if shape[max(0, len(shape) - len(own)) :] != own:
+        raise ValueError(
+            f"{name} has a kernel of shape {shape}, its sizes are {own}: "
+            "stack layers on the first axis of their kernels"
+        )
+    return shape[: len(shape) - len(own)]
+
+
+def _whole(x: jax.Array, axes: int) -> jax.Array:
+    """`x` without explicit sharding of its last axes, which are to be one axis."""
+    here = jax.typeof(x).sharding
+    if not any(here.spec[x.ndim - axes :]):
+        return x
+    spec = PartitionSpec(*here.spec[: x.ndim - axes], *[None] * axes)
+    return jax.sharding.reshard(x, NamedSharding(here.mesh, spec))
+
+
+def _placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    there = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == there else jax.sharding.reshard(x, there)

@@ -1,0 +1,211 @@
+"""Adapters on Flax layers of any kind: found, added, stacked, sharded and merged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import memgen
+from memgen.lora import LowRank, make_adapter
+
+RANK = 2
+
+
+class OwnLinear(nnx.Module):
+    def __init__(self, inputs, outputs, *, rngs):
+        self.kernel = nnx.Param(0.1 * jax.random.normal(rngs.params(), (inputs, outputs)))
+
+    def __call__(self, x, *, out_sharding=None):
+        return jnp.matmul(x, self.kernel[...], out_sharding=out_sharding)
+
+
+class Attention(nnx.Module):
+    """Attention as bonsai writes it: einsums, sharded results, sizes read from kernels."""
+
+    def __init__(self, width, heads, head_dim, *, rngs):
+        self.q_proj = nnx.Einsum("BTD,DNH->BTNH", (width, heads, head_dim), rngs=rngs)
+        self.k_proj = nnx.Einsum("BSD,DNH->BSNH", (width, heads, head_dim), rngs=rngs)
+        self.v_proj = nnx.Einsum("BSD,DNH->BSNH", (width, heads, head_dim), rngs=rngs)
+        self.o_proj = nnx.Einsum("BTNH,NHD->BTD", (heads, head_dim, width), rngs=rngs)
+
+    def __call__(self, x, heads_split, out):
+        query, key, value = (
+            layer(x, out_sharding=heads_split) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        scale = self.o_proj.kernel.shape[1] ** -0.5
+        weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->btns", query, key) * scale, axis=-1)
+        return self.o_proj(jnp.einsum("btns,bsnh->btnh", weights, value), out_sharding=out)
+
+
+class Layer(nnx.Module):
+    def __init__(self, *, rngs):
+        self.attn = Attention(16, 4, 4, rngs=rngs)
+        self.gate_proj = nnx.Linear(16, 32, use_bias=False, rngs=rngs)
+        self.down_proj = OwnLinear(32, 16, rngs=rngs)
+
+    def __call__(self, x, heads_split=None, wide=None, out=None):
+        norm = lambda x: x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True))  # noqa: E731
+        x = x + self.attn(norm(x), heads_split, out)
+        y = norm(x)
+        return x + self.down_proj(nnx.silu(self.gate_proj(y, out_sharding=wide)), out_sharding=out)
+
+
+class Net(nnx.Module):
+    def __init__(self, *, rngs):
+        self.layers = nnx.List([Layer(rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x, *shardings):
+        for layer in self.layers:
+            x = layer(x, *shardings)
+        return x
+
+    @property
+    def lora_targets(self):
+        return memgen.linear_layers(self)
+
+
+class Stacked(nnx.Module):
+    """The layers of `Net` in one stack, applied by `nnx.scan`."""
+
+    def __init__(self, *, rngs):
+        self.layers = nnx.vmap(lambda rngs: Layer(rngs=rngs))(rngs.split(2))
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, layer: (layer(x), None), in_axes=(nnx.Carry, 0))
+        return run(x, self.layers)[0]
+
+    @property
+    def lora_targets(self):
+        return memgen.linear_layers(self)
+
+
+def drawn(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def random_adapter(net, *targets):
+    """Adapters of which each one matters."""
+    adapter = make_adapter(net, memgen.LoRAConfig(RANK, targets=targets), rngs=nnx.Rngs(0))  # pyright: ignore
+    for seed, low in enumerate(adapter.values()):
+        low.a[...], low.b[...] = drawn(low.a.shape, seed) / 16, drawn(low.b.shape, seed + 99) / 16
+    return adapter
+
+
+def merged(net, adapter):
+    return memgen.merge_lora(net, {name: low.delta for name, low in adapter.items()})
+
+
+X = drawn((2, 3, 16))
+EINSUM, GENERAL = nnx.Einsum, nnx.LinearGeneral
+LAYERS = {
+    "linear": (lambda r: nnx.Linear(16, 6, rngs=r), (3, 16), "io->io"),
+    "of one's own": (lambda r: OwnLinear(16, 6, rngs=r), (3, 16), "io->io"),
+    "general": (lambda r: GENERAL(16, (2, 3), rngs=r), (3, 16), "ixy->ixy"),
+    "two axes": (lambda r: GENERAL((2, 8), 6, axis=(-2, -1), rngs=r), (3, 2, 8), "xyo->xyo"),
+    "middle axis": (lambda r: GENERAL(2, 6, axis=(1,), rngs=r), (3, 2, 8), "io->io"),
+    "heads in": (lambda r: EINSUM("BTNH,NHD->BTD", (4, 4, 16), rngs=r), (3, 5, 4, 4), "NHD->NHD"),
+    "heads out": (lambda r: EINSUM("BTD,NDH->NBTH", (4, 16, 5), rngs=r), (3, 5, 16), "DNH->NDH"),
+    "turned": (lambda r: EINSUM("BHTN,DNH->DTB", (6, 3, 4), rngs=r), (2, 4, 5, 3), "NHD->DNH"),
+    "dots": (lambda r: EINSUM("...d,dnh->...nh", (16, 2, 3), rngs=r), (3, 5, 16), "dnh->dnh"),
+    "bias": (lambda r: EINSUM("td,de->te", (16, 6), (6,), rngs=r), (3, 16), "de->de"),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_adapter_is_a_change_of_the_kernel(kind: str):
+    """Against the layer itself with another kernel, which NumPy makes."""
+    make, shape, equation = LAYERS[kind]
+    layer = make(nnx.Rngs(0))
+    (name, (stack, inputs, outputs)) = next(iter(memgen.linear_layers(layer).items()))
+    assert (stack, inputs * outputs) == ((), layer.kernel.size)
+    low = LowRank((), inputs, outputs, memgen.LoRAConfig(RANK, 3.0), rngs=nnx.Rngs(0))
+    low.b[...] = drawn(low.b.shape)
+    # Contracted axes first: those are what A and B look like.
+    order, _, kernel_order = equation.partition("->")
+    sizes = dict(zip(kernel_order, layer.kernel.shape, strict=True))
+    delta = (np.asarray(low.a[...]) @ np.asarray(low.b[...])) * 1.5
+    delta = np.einsum(equation, delta.reshape([sizes[axis] for axis in order]))
+    x, changed = drawn(shape), make(nnx.Rngs(0))
+    changed.kernel[...] = changed.kernel[...] + delta
+    adapted = memgen.apply_lora(layer, {name: low})
+    run = jax.jit(lambda layer, x: layer(x))
+    np.testing.assert_allclose(run(adapted, x), run(changed, x), atol=1e-5)
+    assert float(jnp.abs(run(layer, x) - run(adapted, x)).max()) > 0.1
+    np.testing.assert_allclose(
+        memgen.merge_lora(layer, {name: low.delta}).kernel[...], changed.kernel[...], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", [Net, Stacked])
+def test_a_decoder_as_others_write_it(kind):
+    net = kind(rngs=nnx.Rngs(0))
+    adapter = random_adapter(net, *memgen.LoRAConfig().targets, "*/[ko]_proj", "*down_proj", "gate")
+    assert set(adapter) == set(memgen.linear_layers(net)), "queries and values by their last names"
+    stack = (2,) if kind is Stacked else ()
+    assert adapter[f"layers{'' if stack else '/1'}/attn/o_proj"].delta.shape == (*stack, 16, 16)
+    run = jax.jit(lambda net, x: net(x))
+    adapted = memgen.apply_lora(net, adapter)
+    found = run(adapted, X)
+    np.testing.assert_allclose(found, run(merged(net, adapter), X), atol=1e-5)
+    assert float(jnp.abs(found - run(net, X)).max()) > 0.1
+    if stack:  # the same layers one by one
+        apart, state = Net(rngs=nnx.Rngs(0)), nnx.state(merged(net, adapter).layers)
+        for index in range(2):
+            own = jax.tree.map(lambda leaf, index=index: leaf[index], state)
+            nnx.update(apart.layers[index], own)
+        np.testing.assert_allclose(found, run(apart, X), atol=1e-5)
+    gates = [(n.layers if stack else n.layers[0]).gate_proj for n in (net, adapted)]
+    assert isinstance(gates[1], nnx.Linear) and gates[0].kernel[...] is gates[1].kernel[...]
+
+
+def test_under_explicit_axes():
+    """Batch and heads sharded: as on one device, and every result where its layer puts it."""
+    net = Net(rngs=nnx.Rngs(0))
+    adapter = random_adapter(net, "*")
+    expected = jax.jit(lambda net: net(X))(merged(net, adapter))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        heads, wide = (
+            PartitionSpec("data", None, "tensor", None),
+            PartitionSpec("data", None, "tensor"),
+        )
+        x = jax.device_put(X, PartitionSpec("data"))
+        run = jax.jit(lambda net, x: net(x, heads, wide, PartitionSpec("data", None, None)))
+        found = run(memgen.apply_lora(net, adapter), x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.sharding.spec[0] == "data"
+
+
+class Misfits(nnx.Module):
+    def __init__(self, rngs):
+        self.experts = nnx.Einsum("BED,EDF->BEF", (2, 16, 4), rngs=rngs)
+        self.called = nnx.Einsum("BD,DF->BF", (16, 4), rngs=rngs)
+        self.called.einsum_str = None
+        self.batched = nnx.LinearGeneral(16, 4, batch_axis={0: 2}, rngs=rngs)
+        self.conv = nnx.Conv(16, 4, (3,), rngs=rngs)
+        self.fits = nnx.Linear(16, 4, rngs=rngs)
+
+
+def test_layers_of_several_matrices_are_left_out():
+    assert memgen.linear_layers(Misfits(nnx.Rngs(0))) == {"fits": ((), 16, 4)}
+
+
+def test_mistakes():
+    net = Net(rngs=nnx.Rngs(0))
+    adapter = random_adapter(net, "q")
+    with pytest.raises(ValueError, match=r"no linear layer 'w': .* layers/\*/attn/k_proj, layers"):
+        random_adapter(net, "w")
+    with pytest.raises(ValueError, match=r"no linear layer 'w': choose from layers/\*/attn/k_proj"):
+        memgen.apply_lora(net, {"w": None})
+    adapted = memgen.apply_lora(net, adapter)
+    with pytest.raises(ValueError, match="layers/0/attn/q_proj has an adapter already"):
+        memgen.apply_lora(adapted, adapter)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        merged(adapted, adapter)
+    with pytest.raises(ValueError, match=r"a delta of shape \(16, 8\) for a layer of \(16, 16\)"):
+        memgen.merge_lora(net, {"layers/0/attn/q_proj": jnp.zeros((16, 8))})
+    aside = nnx.vmap(lambda rngs: nnx.Linear(3, 4, rngs=rngs), out_axes=1)(nnx.Rngs(0).split(2))
+    with pytest.raises(ValueError, match=r"kernel of shape \(3, 2, 4\), its sizes are \(3, 4\)"):
+        memgen.linear_layers(aside)
