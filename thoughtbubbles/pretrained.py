@@ -8,8 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +23,12 @@ from thoughtbubbles.fields import read_json
 from thoughtbubbles.gguf_files import GGUFFile
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from thoughtbubbles.safetensors_files import SINGLE, SafetensorsFiles, write_safetensors
+from thoughtbubbles.safetensors_files import (
+    SINGLE,
+    SafetensorsFiles,
+    new_folder,
+    write_safetensors,
+)
 
 # Our names of parameters to Hugging Face's; those of a block follow `model.layers.N.` there.
 TOP = {
@@ -183,8 +186,6 @@ def save_pretrained(
                 f"parameter {name}: given {found}, config asks for {expected}: "
                 "use the config that the parameters were made with"
             )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: pass another folder, or delete it first")
     sources = {
         name: (parameter, given[key], index if parameter.stacked else None)
         for key, parameter in parameters.items()
@@ -196,19 +197,10 @@ def save_pretrained(
         parameter, array, index = sources[name]
         return parameter.to_stored(np.asarray(array if index is None else array[index]))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        write_safetensors(unfinished / SINGLE, shapes, stored, tensor)
+    with new_folder(path) as folder:
+        write_safetensors(folder / SINGLE, shapes, stored, tensor)
         for name, text in _texts(fields, tokenizer).items():
-            (unfinished / name).write_text(text, encoding="utf-8")
-        unfinished.chmod(0o755)  # a temporary folder is private
-        unfinished.rename(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"{path} could not be written: {reason}; nothing is left of it") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def open_pretrained(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokenizer]:

@@ -6,10 +6,13 @@ more dependency, and reads through a map of the whole file: after the tensors of
 by one, the process had peaked 1 GB higher than with this reader (by 16 MB).
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +46,7 @@ class SafetensorsFiles:
 
     Args:
         folder: Folder with the files.
+        single: Name of the file that holds all tensors; only the default one may be in shards.
 
     Attributes:
         shapes: Shape of every tensor, by name.
@@ -51,16 +55,17 @@ class SafetensorsFiles:
         ValueError: A file is missing, damaged or cut short, or a tensor has an unsupported type.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, single: str = SINGLE):
         self._locations: dict[str, _Location] = {}
-        if (folder / SINGLE).exists():
-            self._locations = _locations(folder / SINGLE)
-        elif (folder / INDEX).exists():
+        if (folder / single).exists():
+            self._locations = _locations(folder / single)
+        elif single == SINGLE and (folder / INDEX).exists():
             self._add_shards(folder)
         else:
             pickled = sorted(path.name for path in folder.glob("*.bin"))
             why = f" (pickled weights such as {pickled[0]} are never read)" if pickled else ""
-            raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}{why}: export safetensors")
+            names = f"{single} and no {INDEX}" if single == SINGLE else single
+            raise ValueError(f"{folder} has no {names}{why}: export safetensors")
         self.shapes = {name: location.shape for name, location in self._locations.items()}
 
     def _add_shards(self, folder: Path) -> None:
@@ -154,6 +159,32 @@ def _entry(
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] < 2**63:
         raise ValueError(f"{file}: {name} has data_offsets {shown(offsets)}: copy it again")
     return DTYPES[kind], tuple(shape), offsets[0], offsets[1]
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name only when the block has ended without an error.
+
+    Args:
+        path: New folder; an empty one may exist.
+
+    Raises:
+        ValueError: The folder exists and is not empty.
+        OSError: The folder can't be written; no part of it remains.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: pass another folder, or delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # a temporary folder is private
+        unfinished.rename(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path} could not be written: {reason}; nothing is left of it") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_safetensors(

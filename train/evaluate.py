@@ -7,6 +7,7 @@ Scores of tasks, of pretrained models too: python -m train.evaluate --model smol
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 from thoughtbubbles import Architecture, Policy
 from train.cli.command import run_command
@@ -28,6 +29,8 @@ from train.evaluation.task_scores import (
 )
 from train.models.load import LanguageModel, check_named, load_model, load_named
 
+Loaded = TypeVar("Loaded", bound=LanguageModel)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
@@ -38,6 +41,7 @@ class EvaluateConfig:
         checkpoint: Run folder, or the folder of one of its steps.
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
+        adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
         policy: Fork policy in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
         ratio: Streams per token in place of the policy's own.
         window: Tokens that `PrefixRank` ranks among, in place of the policy's own.
@@ -58,6 +62,7 @@ class EvaluateConfig:
 
     checkpoint: str | None = None
     model: str | None = None
+    adapter: str | None = None
     policy: Policy | None = None
     ratio: float | None = None
     window: int | None = None
@@ -105,7 +110,7 @@ def score_tasks(config: EvaluateConfig) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two tasks are called {name}: name them, as in other={name}.jsonl")
-    loaded = load_named(config.checkpoint, config.model)
+    loaded = changed(load_named(config.checkpoint, config.model), config)
     if not loaded.model.config.scan_layers:
         loaded = loaded.for_inference()
     [model] = models_of(config, loaded).values()
@@ -141,7 +146,7 @@ def score_held_out(config: EvaluateConfig) -> None:
         check_figure(Path(config.figure))
     settings = EvalConfig(rows=config.rows, positions=config.positions)
     check_batch(config.batch_size, 1, make_mesh(MeshConfig()))
-    loaded = load_model(str(config.checkpoint))
+    loaded = changed(load_model(str(config.checkpoint)), config)
     trained = loaded.model.fork_policy
     rows = validation_rows(loaded)
     found = []
@@ -155,6 +160,11 @@ def score_held_out(config: EvaluateConfig) -> None:
         title = f"{config.checkpoint}, {type(found[0].policy).__name__}"
         figure(found, title, trained).savefig(config.figure, dpi=150)
         print(f"figure: {Path(config.figure).absolute()}")
+
+
+def changed(loaded: Loaded, config: EvaluateConfig) -> Loaded:
+    """The model with the adapter that the config names."""
+    return loaded if config.adapter is None else loaded.with_adapter(config.adapter)
 
 
 def models_of(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Architecture]:

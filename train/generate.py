@@ -25,6 +25,7 @@ class GenerateConfig:
         checkpoint: Run folder, or the folder of one of its steps.
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
+        adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
         chat: Whether prompts are messages to the model, of which only its answers are printed.
         prompt: One or more texts; each is continued as if it were alone.
         max_new_tokens: Tokens added to each prompt at most; a text also ends at the document
@@ -48,6 +49,7 @@ class GenerateConfig:
 
     checkpoint: str | None = None
     model: str | None = None
+    adapter: str | None = None
     chat: bool = False
     prompt: tuple[str, ...] = ("",)
     max_new_tokens: int = 128
@@ -75,7 +77,10 @@ def main(config: GenerateConfig) -> None:
         raise ValueError("--chat prints answers alone: leave out --bubbles and --figure")
     if config.figure:
         check_figure(Path(config.figure))
-    loaded = under_policy(load_named(config.checkpoint, config.model).for_inference(), config)
+    loaded = load_named(config.checkpoint, config.model)
+    if config.adapter is not None:
+        loaded = loaded.with_adapter(config.adapter)
+    loaded = under_policy(loaded.for_inference(), config)
     compose = answer if config.chat else write
     how = {"cached": None if config.cache else False}
     if loaded.memgen is not None:

@@ -24,6 +24,7 @@ from memgen import (
 )
 from memgen import load_params as load_trained
 from thoughtbubbles import Architecture, Thoughtbubbles
+from thoughtbubbles.adapters import load_adapter
 from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.fields import Fields
 from thoughtbubbles.pretrained import load_pretrained
@@ -74,6 +75,22 @@ class LanguageModel:
         parts["chat"] |= {"stop_tokens": stop_tokens}
         stored = parts | {"tokenizer": self.tokenizer.to_json()}
         return dataclasses.replace(self, tokenizer=tokenizer_of(stored))
+
+    def with_adapter(self, path: str) -> Self:
+        """The model with an adapter that `peft` wrote merged into its weights.
+
+        Args:
+            path: Folder of the adapter.
+
+        Raises:
+            ValueError: The adapter can't be used (`thoughtbubbles.adapters.load_adapter`), or the
+                model has latent memory, which was trained around other weights.
+        """
+        if self.memgen is not None:
+            raise ValueError(f"adapter {path}: latent memory was trained without it: leave it out")
+        adapter = load_adapter(path, self.model.lora_targets)
+        model = self.model.merge_lora({name: low.delta for name, low in adapter.items()})
+        return dataclasses.replace(self, model=model)
 
     def for_inference(self) -> Self:
         """The same weights in the form that decodes fastest.

@@ -1,0 +1,355 @@
+"""LoRA adapters in the format of Hugging Face's `peft`: read, checked, and written.
+
+An adapter is a folder with adapter_config.json and adapter_model.safetensors. Every field that
+would change what the adapter computes is honoured or refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles.backbone import ATTENTION_MAPS, MLP_MAPS
+from thoughtbubbles.fields import Fields, cut, read_json, shown
+from thoughtbubbles.pretrained import BLOCK
+from thoughtbubbles.safetensors_files import SafetensorsFiles, new_folder, write_safetensors
+from thoughtbubbles.short_repr import ShortRepr
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, PARTS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
+MODULES = {
+    name: BLOCK[f"blocks/{part}/{name}"].removesuffix(".weight")
+    for part, names in (("attention", ATTENTION_MAPS), ("mlp", MLP_MAPS))
+    for name in names
+}
+
+# Fields that change nothing of what a trained adapter computes beside a frozen decoder: notes,
+# options of training, where tensors are found (they are compared with the decoder's layers), and
+# fan_in_fan_out, which says how the layers of the base are stored.
+NOTES = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
+}  # fmt: skip
+READ = {
+    "alpha_pattern", "exclude_modules", "layers_to_transform", "lora_alpha", "r", "rank_pattern",
+    "target_modules", "use_rslora",
+}  # fmt: skip
+# Values of the other fields for which an adapter is `x A B * scale` and nothing else.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    # Other ways to begin change the frozen weights too.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+
+Targets = Mapping[str, tuple[tuple[int, ...], int, int]]
+ModuleName = Callable[[str, tuple[int, ...]], str]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoRAWeights(ShortRepr):
+    """A trained adapter of one linear layer, or of a stack of them: `x A B * scale`.
+
+    Attributes:
+        a: Matrices A, `[*stack, inputs, rank]` float32.
+        b: Matrices B, `[*stack, rank, outputs]` float32.
+        scale: Scale of each layer, `[*stack]` float32.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., outputs]` of `x [..., inputs]`; the arrays must be those of a single layer."""
+        return (x @ self.a.astype(x.dtype) @ self.b.astype(x.dtype)) * self.scale
+
+    @property
+    def delta(self) -> jax.Array:
+        """Sum to add to the layer's weight to merge the adapter: `[*stack, inputs, outputs]`."""
+        return (self.a @ self.b) * self.scale[..., None, None]
+
+
+def hugging_face_module(target: str, index: tuple[int, ...]) -> str:
+    """The name that `transformers` gives to a linear layer of our pretrained decoders.
+
+    Args:
+        target: Name of a linear layer in `Thoughtbubbles.lora_targets`, such as "q".
+        index: Index of the layer in its stack, `(block,)`.
+
+    Raises:
+        ValueError: No pretrained decoder has such a layer.
+    """
+    if target not in MODULES or len(index) != 1:
+        raise ValueError(f"{target!r} has no name in transformers: pass module_name")
+    return f"model.layers.{index[0]}.{MODULES[target]}"
+
+
+class _Layer(NamedTuple):
+    """A linear layer of the decoder: its target, its index in the stack, its matrix's shape."""
+
+    target: str
+    index: tuple[int, ...]
+    inputs: int
+    outputs: int
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    lora_targets: Targets,
+    *,
+    module_name: ModuleName = hugging_face_module,
+    base: str | None = None,
+) -> dict[str, LoRAWeights]:
+    """Load an adapter that `peft` wrote, for `apply_lora` or, by its deltas, for `merge_lora`.
+
+    Layers of a stack that the adapter leaves out get zeros, and lower ranks are padded with zeros,
+    which changes nothing. The rank-stabilised scale alpha / sqrt(rank) is known.
+
+    Args:
+        path: Folder with adapter_config.json and adapter_model.safetensors.
+        lora_targets: Linear layers of the decoder (`Thoughtbubbles.lora_targets`,
+            `memgen.linear_layers`).
+        module_name: Function from a name in `lora_targets` and the index of a layer in its stack to
+            the name of that layer in `transformers`.
+        base: Name that the adapter must give as that of its base (base_model_name_or_path); by
+            default layers and shapes alone are compared.
+
+    Returns:
+        Adapters by names of `lora_targets`.
+
+    Raises:
+        ValueError: The adapter belongs to another base, computes something else than `x A B` beside
+            linear layers, or a file is missing or damaged.
+    """
+    path = Path(path).expanduser()
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{path} has no {CONFIG}: pass the folder of an adapter")
+    fields = Fields(read_json(path / CONFIG), str(path / CONFIG))
+    _check_plain(fields)
+    given_base = fields.text("base_model_name_or_path", None)
+    if base is not None and base != given_base:
+        raise ValueError(f"{path} belongs to the base {shown(given_base)}, not to {base!r}")
+    files = SafetensorsFiles(path, TENSORS)
+    layers = {name: layer for name, layer in _layers(lora_targets, module_name)}
+    modules = _modules(files, str(path / TENSORS), layers, given_base)
+    _check_targets(fields, modules, layers)
+    scales = {module: _scale(fields, module, rank) for module, rank in modules.items()}
+    adapter = {}
+    for target, (stack, inputs, outputs) in lora_targets.items():
+        ours = [module for module in modules if layers[module].target == target]
+        if not ours:
+            continue
+        rank = max(modules[module] for module in ours)
+        a, b = np.zeros((*stack, inputs, rank), "f4"), np.zeros((*stack, rank, outputs), "f4")
+        scale = np.zeros(stack, "f4")
+        for module in ours:
+            index, own = layers[module].index, modules[module]
+            low, high = (files.read(f"{PREFIX}{module}{part}") for part in PARTS)
+            a[(*index, slice(None), slice(own))] = low.T
+            b[(*index, slice(own))] = high.T
+            scale[index] = scales[module]
+        adapter[target] = LoRAWeights(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale))
+    return adapter
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: Mapping[str, Any],
+    *,
+    module_name: ModuleName = hugging_face_module,
+    base: str | None = None,
+    dropout: float = 0.0,
+) -> None:
+    """Write an adapter as a folder that `peft` loads.
+
+    Args:
+        path: New folder; an empty one may exist.
+        adapter: Adapters by name of a linear layer, objects with arrays `a [*stack, inputs, rank]`,
+            `b [*stack, rank, outputs]` and `scale`, a number or `[*stack]`: `LoRAWeights`, or those
+            of `memgen.make_adapter`.
+        module_name: Function from a name in the adapter and the index of a layer in its stack to
+            the name of that layer in `transformers`.
+        base: Name or path of the base model, which `peft` loads it by.
+        dropout: Dropout rate that the adapter was trained with, a note for training on.
+
+    Raises:
+        ValueError: The adapter is empty, a layer has no name in `transformers`, or the folder
+            exists and is not empty.
+        OSError: The folder can't be written; no part of it remains.
+    """
+    if not adapter:
+        raise ValueError("an adapter of no layer: choose targets first")
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    complete = True
+    for target, low in adapter.items():
+        a, b = (np.asarray(side[...], np.float32) for side in (low.a, low.b))
+        stack, rank = a.shape[:-2], a.shape[-1]
+        scale = np.broadcast_to(np.asarray(low.scale, np.float32), stack)
+        for index in np.ndindex(stack):
+            if not scale[index]:  # a layer that was left out
+                complete = False
+                continue
+            module = module_name(target, index)
+            ranks[module], alphas[module] = rank, float(scale[index] * np.float32(rank))
+            for part, side in zip(PARTS, (a, b), strict=True):
+                tensors[f"{PREFIX}{module}{part}"] = side[index].T
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    short = complete and module_name is hugging_face_module  # a target is all layers of a name
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted({name.rpartition(".")[2] if short else name for name in ranks}),
+        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {name: _whole(own) for name, own in alphas.items() if own != alpha},
+    }
+    shapes = {name: tensors[name].shape for name in sorted(tensors)}
+    with new_folder(Path(path).expanduser()) as folder:
+        write_safetensors(folder / TENSORS, shapes, np.dtype("f4"), tensors.__getitem__)
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number.is_integer() else number
+
+
+def _layers(lora_targets: Targets, module_name: ModuleName) -> Iterator[tuple[str, _Layer]]:
+    for target, (stack, inputs, outputs) in lora_targets.items():
+        for index in np.ndindex(stack):
+            yield module_name(target, index), _Layer(target, index, inputs, outputs)
+
+
+def _check_plain(fields: Fields) -> None:
+    """Raise a ValueError for a field that says that the adapter computes something else."""
+    kind = fields.text("peft_type", None)
+    if kind != "LORA":
+        raise ValueError(f"{fields.source}: peft_type={shown(kind)} is not supported, only LORA")
+    for name in fields.names():
+        value = fields.raw(name)
+        if name in NOTES or name in READ or name in PLAIN and value in PLAIN[name]:
+            continue
+        if value is False and name not in PLAIN or value in ({}, []):
+            continue
+        raise ValueError(
+            f"{fields.source}: {cut(name)}={shown(value)} is not supported: merge the adapter into "
+            "its base with peft, and load that"
+        )
+
+
+def _modules(
+    files: SafetensorsFiles, source: str, layers: Mapping[str, _Layer], base: str | None
+) -> dict[str, int]:
+    """Rank of each adapted module; every tensor belongs to one and has the shape of its place."""
+    other = f"the adapter belongs to another base ({shown(base)})"
+    found: dict[str, set[str]] = {}
+    for name in files.shapes:
+        part = next((part for part in PARTS if name.endswith(part)), None)
+        module = name.removeprefix(PREFIX).removesuffix(part or "")
+        if part is None or not name.startswith(PREFIX):
+            raise ValueError(f"{source}: {cut(name, 200)} is no matrix of a linear layer's adapter")
+        if module not in layers:
+            raise ValueError(
+                f"{source} adapts {cut(module, 200)}, which is no layer of this model that takes "
+                f"an adapter: {other}"
+            )
+        found.setdefault(module, set()).add(part)
+    ranks = {}
+    for module, parts in found.items():
+        missing = [part for part in PARTS if part not in parts]
+        if missing:
+            raise ValueError(f"{source} lacks {PREFIX}{module}{missing[0]}: copy it again")
+        layer = layers[module]
+        a, b = (files.shapes[f"{PREFIX}{module}{part}"] for part in PARTS)
+        if len(a) != 2 or a[0] < 1 or a[1] != layer.inputs or b != (layer.outputs, a[0]):
+            raise ValueError(
+                f"{source}: {module} has matrices of shapes {a} and {b}, this model asks for "
+                f"(r, {layer.inputs}) and ({layer.outputs}, r): {other}"
+            )
+        ranks[module] = a[0]
+    if not ranks:
+        raise ValueError(f"{source} holds no matrices: copy it again")
+    return ranks
+
+
+def _check_targets(
+    fields: Fields, modules: Mapping[str, int], layers: Mapping[str, _Layer]
+) -> None:
+    """Raise a ValueError unless config and tensors name the same layers, and the same ranks."""
+    for module, rank in modules.items():
+        expected = _pattern(fields, "rank_pattern", module) or fields.integer("r")
+        if rank != expected:
+            raise ValueError(
+                f"{fields.source}: {module} has rank {expected}, its matrices have {rank}: "
+                "copy both files again"
+            )
+    targets = fields.raw("target_modules")
+    if isinstance(targets, str):  # a regular expression of theirs, which is not run here
+        return
+    targets = fields.list("target_modules", str)
+    excluded = fields.raw("exclude_modules")
+    if isinstance(excluded, str):
+        return
+    excluded = fields.list("exclude_modules", str, [])
+    only = fields.raw("layers_to_transform")
+    only = [only] if type(only) is int else fields.list("layers_to_transform", int, [])
+    for module in layers:
+        number = next((int(part) for part in module.split(".") if part.isdigit()), None)
+        wanted = _named(module, targets) and not _named(module, excluded)
+        wanted = wanted and (not only or number in only)
+        if wanted != (module in modules):
+            has = "has" if module in modules else "lacks"
+            raise ValueError(
+                f"{fields.source} names the layers {shown(targets)}, and {TENSORS} {has} "
+                f"{module}: the adapter belongs to another base, or copy both files again"
+            )
+    for target in targets:
+        if not any(_named(module, [target]) for module in modules):
+            raise ValueError(
+                f"{fields.source}: target_modules has {shown(target)}, which is no layer of this "
+                "model that takes an adapter"
+            )
+
+
+def _named(module: str, names: list[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _scale(fields: Fields, module: str, rank: int) -> float:
+    alpha = _pattern(fields, "alpha_pattern", module)
+    alpha = fields.number("lora_alpha") if alpha is None else alpha
+    return alpha / (math.sqrt(rank) if fields.flag("use_rslora", False) else rank)
+
+
+def _pattern(fields: Fields, name: str, module: str) -> Any:
+    """The number that a pattern of peft gives to a module, or None.
+
+    Its keys are regular expressions; names, alone or from the start, are those that are known.
+    """
+    pattern = fields.object(name)
+    for key in pattern.names():
+        plain = key.removeprefix("^").removesuffix("$")
+        if not all(char.isalnum() or char in "._" for char in plain):
+            raise ValueError(f"{fields.source}: {name} has {shown(key)}, which is no layer's name")
+        if module == plain or not key.startswith("^") and module.endswith(f".{plain}"):
+            return pattern.integer(key) if name == "rank_pattern" else pattern.number(key)
+    return None
