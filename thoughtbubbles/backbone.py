@@ -18,6 +18,7 @@ from thoughtbubbles.cache import Cache, advance, init_cache
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.positions import rotary_angles
+from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.streams import Streams
 
 ATTENTION_MAPS = ("q", "k", "v", "o")
@@ -107,6 +108,8 @@ class Backbone(nnx.Module):
         for block, index in _blocks_of(model):
             for name, delta in deltas.items():
                 kernel = getattr(block.attention if name in ATTENTION_MAPS else block.mlp, name)
+                if isinstance(kernel, Int8Weight):
+                    raise ValueError(f"{name} is in int8: merge adapters first, then quantise")
                 delta = delta if index is None else delta[index]
                 delta = delta.reshape(kernel.shape).astype(kernel.dtype)
                 # Not kernel[...] = ...: that writes into NumPy arrays, which the other model

@@ -19,6 +19,7 @@ from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
 from thoughtbubbles.placement import embedding_rows
 from thoughtbubbles.policy import Policy
+from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
@@ -117,6 +118,8 @@ class ForkingDecoder(Architecture):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
+        if isinstance(self.embed, Int8Weight):
+            return self.embed.rows(tokens).astype(self.config.dtype)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
     def logits(self, output: Output | Streams) -> jax.Array:
@@ -155,6 +158,8 @@ class ForkingDecoder(Architecture):
         table, subscripts = (
             (self.embed, "...d,vd->...v") if self.head is None else (self.head, "...d,dv->...v")
         )
+        if isinstance(table, Int8Weight):
+            return table(hidden)
         table = table[...].astype(self.config.dtype)
         return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
 

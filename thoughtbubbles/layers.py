@@ -34,6 +34,7 @@ from thoughtbubbles.placement import placed_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced_keep, hook
 from thoughtbubbles.positions import rotary_angles, rotate
+from thoughtbubbles.quantisation import linear, unquantised
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
@@ -193,14 +194,13 @@ class Attention(nnx.Module):
         if geometry.value_scale is not None:
             value = value * geometry.value_scale[..., None, None].astype(value.dtype)
         mixed, aux = mix(query, key, value)
-        out = jnp.einsum("bshk,hkd->bsd", mixed, self.o[...].astype(self.dtype))
+        out = linear("bshk,hkd->bsd", mixed, self.o, self.dtype)
         out = adapted(out, mixed.reshape(*mixed.shape[:2], -1), self.adapters, "o")
         return plus_bias(out, self.o_bias), aux
 
     def _project(self, x, name, bias):
-        kernel = getattr(self, name)[...].astype(self.dtype)
-        y = adapted(jnp.einsum("bsd,dhk->bshk", x, kernel), x, self.adapters, name)
-        return plus_bias(y, bias)
+        y = linear("bsd,dhk->bshk", x, getattr(self, name), self.dtype)
+        return plus_bias(adapted(y, x, self.adapters, name), bias)
 
 
 class MLP(nnx.Module):
@@ -235,8 +235,8 @@ class MLP(nnx.Module):
         return self._linear(hidden, "down", self.down_bias)
 
     def _linear(self, x, name, bias):
-        y = adapted(x @ getattr(self, name)[...].astype(self.dtype), x, self.adapters, name)
-        return plus_bias(y, bias)
+        y = linear("...d,df->...f", x, getattr(self, name), self.dtype)
+        return plus_bias(adapted(y, x, self.adapters, name), bias)
 
 
 class Block(nnx.Module):
@@ -425,9 +425,8 @@ class Fork(nnx.Module):
     def _candidates(self, streams: Streams) -> Candidates:
         # Norm and scores are computed in float32, because bfloat16 scores would often tie.
         hidden = self.norm(streams.x.astype(jnp.float32))
-        logits = jnp.einsum(
-            "bsd,dc->bsc", hidden, self.score[...], precision=jax.lax.Precision.HIGHEST
-        )
+        score = unquantised(self.score.get_value())
+        logits = jnp.einsum("bsd,dc->bsc", hidden, score, precision=jax.lax.Precision.HIGHEST)
         gate = None if self.gate is None else self.gate[...]
         log_scores = forking.candidate_log_scores(logits, streams.log_score, gate)
         threshold = None if self.threshold is None else self.threshold[...]

@@ -42,6 +42,7 @@ class EvaluateConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
+        int8: Whether weights are held in 8 bits, but for norms, biases and fork layers.
         policy: Fork policy in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
         ratio: Streams per token in place of the policy's own.
         window: Tokens that `PrefixRank` ranks among, in place of the policy's own.
@@ -63,6 +64,7 @@ class EvaluateConfig:
     checkpoint: str | None = None
     model: str | None = None
     adapter: str | None = None
+    int8: bool = False
     policy: Policy | None = None
     ratio: float | None = None
     window: int | None = None
@@ -163,8 +165,9 @@ def score_held_out(config: EvaluateConfig) -> None:
 
 
 def changed(loaded: Loaded, config: EvaluateConfig) -> Loaded:
-    """The model with the adapter that the config names."""
-    return loaded if config.adapter is None else loaded.with_adapter(config.adapter)
+    """The model with the adapter and in the form that the config names."""
+    loaded = loaded if config.adapter is None else loaded.with_adapter(config.adapter)
+    return loaded.in_int8() if config.int8 else loaded
 
 
 def models_of(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Architecture]:

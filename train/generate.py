@@ -26,6 +26,7 @@ class GenerateConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
+        int8: Whether weights are held in 8 bits, but for norms, biases and fork layers.
         chat: Whether prompts are messages to the model, of which only its answers are printed.
         prompt: One or more texts; each is continued as if it were alone.
         max_new_tokens: Tokens added to each prompt at most; a text also ends at the document
@@ -50,6 +51,7 @@ class GenerateConfig:
     checkpoint: str | None = None
     model: str | None = None
     adapter: str | None = None
+    int8: bool = False
     chat: bool = False
     prompt: tuple[str, ...] = ("",)
     max_new_tokens: int = 128
@@ -80,6 +82,8 @@ def main(config: GenerateConfig) -> None:
     loaded = load_named(config.checkpoint, config.model)
     if config.adapter is not None:
         loaded = loaded.with_adapter(config.adapter)
+    if config.int8:
+        loaded = loaded.in_int8()
     loaded = under_policy(loaded.for_inference(), config)
     compose = answer if config.chat else write
     how = {"cached": None if config.cache else False}

@@ -29,6 +29,7 @@ from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.fields import Fields
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from thoughtbubbles.quantisation import quantise
 from train.cli.config_json import from_json, model_from_json
 from train.cli.plugins import missing_plugins
 from train.data import Tokenizer, load_tokenizer
@@ -91,6 +92,12 @@ class LanguageModel:
         adapter = load_adapter(path, self.model.lora_targets)
         model = self.model.merge_lora({name: low.delta for name, low in adapter.items()})
         return dataclasses.replace(self, model=model)
+
+    def in_int8(self) -> Self:
+        """The model with linear layers and embeddings in int8 (`quantisation.quantise`)."""
+        model = quantise(self.model)
+        memgen = self.memgen and self.memgen.with_reasoner(model.backbone())
+        return dataclasses.replace(self, model=model, memgen=memgen)
 
     def for_inference(self) -> Self:
         """The same weights in the form that decodes fastest.

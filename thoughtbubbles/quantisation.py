@@ -1,0 +1,155 @@
+"""Weights in eight bits for inference: a symmetric scale for each output of a linear layer.
+
+Linear layers and embeddings are held in int8; norms, biases, and fork layers, whose scores decide
+which streams live, stay in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from thoughtbubbles.placement import embedding_rows
+
+LARGEST = 127
+# Number of weights that are converted at a time: as many as stay in a core's cache until they are
+# multiplied. A whole table would be written to memory in float32 and read again for each token.
+CHUNK = 1 << 19
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class Int8Param(nnx.Variable):
+    """An array of a quantised weight, which no training changes."""
+
+
+class Int8Weight(nnx.Module):
+    """The matrix of a linear layer or an embedding, or a stack of them, in int8.
+
+    Args:
+        kernel: Weights `[*stack, *inputs, *outputs]`, float.
+        inputs: Number of contracted axes.
+        stack: Number of leading axes over which layers are stacked.
+
+    Attributes:
+        values: `[*stack, outputs, inputs]` int8, each in one axis.
+        scale: `[*stack, outputs]` float32: the largest weight of each output over 127.
+        inputs: Number of contracted axes of the layer's input.
+        outputs: Sizes of the layer's output.
+    """
+
+    def __init__(self, kernel: jax.Array, inputs: int = 1, stack: int = 0):
+        shape = kernel.shape[stack:]
+        self.inputs, self.outputs = inputs, shape[inputs:]
+        matrix = kernel.reshape(*kernel.shape[:stack], math.prod(shape[:inputs]), -1)
+        matrix = matrix.swapaxes(-1, -2).astype(jnp.float32)
+        largest = jnp.abs(matrix).max(axis=-1)
+        scale = jnp.where(largest > 0, largest, 1.0) / LARGEST
+        self.values = Int8Param(jnp.rint(matrix / scale[..., None]).astype(jnp.int8))
+        self.scale = Int8Param(scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., *outputs]` float32 of `x [..., *inputs]`; the weight must be no stack."""
+        x = x.reshape(*x.shape[: x.ndim - self.inputs], -1)
+        values = self.values[...]
+        rows = max(1, CHUNK // values.shape[1])
+        whole = values.shape[0] // rows
+        parts = []
+        if whole > 3:
+            chunks = values[: whole * rows].reshape(whole, rows, -1)
+            found = jax.lax.map(lambda chunk: _product(x, chunk), chunks)
+            parts.append(jnp.moveaxis(found, 0, -2).reshape(*x.shape[:-1], whole * rows))
+            values = values[whole * rows :]
+        if values.shape[0]:
+            parts.append(_product(x, values + _zero_of(x)))
+        y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        y = y * jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        return y.reshape(*x.shape[:-1], *self.outputs)
+
+    def rows(self, index: jax.Array) -> jax.Array:
+        """Rows of an embedding, `[..., inputs]` float32; NaN for an index outside of it."""
+        scale = embedding_rows(self.scale[...], index)
+        values = self.values[...].at[index].get(mode="clip")
+        return values.astype(jnp.float32) * scale[..., None]
+
+
+def linear(equation: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
+    """`einsum(equation, x, kernel)` in a dtype, whatever the kernel is held in.
+
+    Args:
+        equation: Einsum equation of the layer.
+        x: Input of the layer.
+        kernel: `nnx.Param`, or the `Int8Weight` of one, whose product needs no equation.
+        dtype: Dtype of the computation and of the result.
+    """
+    if isinstance(kernel, Int8Weight):
+        return kernel(x).astype(dtype)
+    return jnp.einsum(equation, x, kernel[...].astype(dtype))
+
+
+def unquantised(score: Any) -> jax.Array:
+    """The weight of a fork layer's scores; a ValueError if some library has quantised it."""
+    dtype = getattr(score, "dtype", type(score).__name__)
+    if not (hasattr(score, "dtype") and jnp.issubdtype(dtype, jnp.floating)):
+        raise ValueError(
+            f"the score weight of a fork layer is {dtype}, and must be float32, as scores would "
+            'tie: exclude "forks" from quantisation, or use thoughtbubbles.quantisation.quantise'
+        )
+    return score
+
+
+def quantise(model: Model) -> Model:
+    """A copy of a `Thoughtbubbles` model whose linear layers and embeddings are in int8.
+
+    It is for inference: `generate`, `for_decoding`, caches, adapters beside its layers
+    (`apply_lora`) and policies work as before; merging and training do not.
+
+    Args:
+        model: Model in float32 or bfloat16, in either form (`for_decoding`).
+
+    Raises:
+        ValueError: The model is of another architecture, or in int8 already.
+    """
+    if not hasattr(model, "unstacked"):
+        raise ValueError(f"{type(model).__name__} has no int8 form: give a Thoughtbubbles model")
+    leaves, structure = jax.tree.flatten(model)
+    copy: Any = jax.tree.unflatten(structure, leaves)
+    if isinstance(copy.embed, Int8Weight):
+        raise ValueError("the weights of this model are in int8 already: quantise it once")
+    for block in [copy.blocks] if copy.unstacked is None else copy.unstacked:
+        for layer, names in ((block.attention, "qkvo"), (block.mlp, ("up", "gate", "down"))):
+            for name in names:
+                if (kernel := getattr(layer, name)) is not None:
+                    setattr(layer, name, nnx.data(_of_kernel(kernel)))
+    # A scale for each row: the row of an id, and the output of a tied head.
+    copy.embed = nnx.data(Int8Weight(copy.embed[...].T))
+    if copy.head is not None:
+        copy.head = nnx.data(_of_kernel(copy.head))
+    return copy
+
+
+def _of_kernel(kernel: nnx.Param) -> Int8Weight:
+    """The weight of a kernel `[*stack, *inputs, *outputs]`."""
+    metadata = kernel.get_metadata()
+    return Int8Weight(kernel[...], metadata["inputs"], kernel.ndim - len(metadata["axes"]))
+
+
+def _zero_of(x: jax.Array) -> jax.Array:
+    """0, int8, which a compiler does not know before it knows `x`.
+
+    Otherwise all weights of a program are converted as soon as it begins, out of its loop over
+    tokens too, and held in float32 side by side; XLA drops optimisation barriers before that.
+    """
+    first = jax.lax.bitcast_convert_type(x[(0,) * x.ndim].astype(jnp.float32), jnp.int32)
+    return (jax.lax.population_count(first) >> 6).astype(jnp.int8)  # of 32 bits
+
+
+def _product(x: jax.Array, values: jax.Array) -> jax.Array:
+    # Eight bits fit exactly into bfloat16 too.
+    return jnp.einsum(
+        "...i,oi->...o", x, values.astype(x.dtype), preferred_element_type=jnp.float32
+    )
