@@ -20,7 +20,7 @@ from thoughtbubbles import ModelConfig, Thoughtbubbles
 from thoughtbubbles.adapters import hugging_face_module, load_adapter, save_adapter
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.safetensors_files import write_safetensors
-from train.generate import GenerateConfig, main
+from train import evaluate, generate
 from train.models.load import load_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -182,16 +182,17 @@ def test_another_base_and_damaged_folders(tmp_path: Path):
         hugging_face_module("dx", (0,))
 
 
-def test_the_command_merges_one(capsys):
-    """Greedy text with the adapter is that of the merged model."""
-    model = str(FIXTURES / "pretrained/llama")
-    options = dict(model=model, prompt=(" is the thing",), max_new_tokens=12, temperature=0.0)
-    texts = []
-    for adapter in (None, str(FIXTURES / "adapters/llama")):
-        main(GenerateConfig(**options, adapter=adapter))  # pyright: ignore
-        texts.append(capsys.readouterr().out)
-    assert texts[0] != texts[1]
-    merged = load_weights(model).with_adapter(str(FIXTURES / "adapters/llama"))
-    assert merged.model.config == load_weights(model).model.config
+def test_the_commands_merge_one(monkeypatch, capsys):
+    model, adapter = str(FIXTURES / "pretrained/llama"), str(FIXTURES / "adapters/llama")
+    seen = []
+    monkeypatch.setattr(generate, "write", lambda lm, *rest, **how: seen.append(lm) or [""])
+    generate.main(generate.GenerateConfig(model=model, adapter=adapter))
+    config = evaluate.EvaluateConfig(model=model, adapter=adapter, tasks=("a.jsonl",))
+    seen.append(evaluate.changed(load_weights(model), config).for_inference())
+    base, low = load_weights(model).model, load_adapter(adapter, targets_of("llama"))["down"]
+    for loaded in seen:
+        found = loaded.model.layers()[1].mlp.down[...]
+        expected = base.layers()[1].mlp.down[...] + low.delta[1]  # pyright: ignore
+        np.testing.assert_allclose(found, expected, atol=1e-6)
     with pytest.raises(ValueError, match="another base"):
         load_weights(model).with_adapter(str(FIXTURES / "adapters/qwen3"))

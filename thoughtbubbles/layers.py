@@ -415,7 +415,7 @@ class Fork(nnx.Module):
         if not isinstance(streams, Streams):
             shape = getattr(streams, "shape", type(streams).__name__)
             raise ValueError(f"a fork layer takes Streams, not {shape}: Streams.start(x)")
-        width, expected = streams.x.shape[-1], self.score.shape[0]
+        width, expected = streams.x.shape[-1], unquantised(self.score.get_value()).shape[0]
         if width != expected:
             raise ValueError(
                 f"residuals of width {width} in a fork layer of embed_dim={expected}: "

@@ -118,7 +118,7 @@ def quantise(model: Model) -> Model:
         raise ValueError(f"{type(model).__name__} has no int8 form: give a Thoughtbubbles model")
     leaves, structure = jax.tree.flatten(model)
     copy: Any = jax.tree.unflatten(structure, leaves)
-    if isinstance(copy.embed, Int8Weight):
+    if in_int8(copy):
         raise ValueError("the weights of this model are in int8 already: quantise it once")
     for block in [copy.blocks] if copy.unstacked is None else copy.unstacked:
         for layer, names in ((block.attention, "qkvo"), (block.mlp, ("up", "gate", "down"))):
@@ -130,6 +130,11 @@ def quantise(model: Model) -> Model:
     if copy.head is not None:
         copy.head = nnx.data(_of_kernel(copy.head))
     return copy
+
+
+def in_int8(model: Any) -> bool:
+    """Whether `quantise` made a model."""
+    return isinstance(getattr(model, "embed", None), Int8Weight)
 
 
 def _of_kernel(kernel: nnx.Param) -> Int8Weight:

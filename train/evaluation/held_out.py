@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles import Architecture
+from thoughtbubbles.quantisation import in_int8, quantise
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare
 from train.data.mixture import JoinedRows
 from train.devices.mesh import (
@@ -225,6 +226,7 @@ def held_out(
 ) -> dict[str, float]:
     """`Evaluator` on a model outside of a run, over all devices."""
     mesh = make_mesh(MeshConfig())
-    trainable = make_trainable(model.config, OptimizerConfig(), 1, mesh)
+    wrap = quantise if in_int8(model) else None
+    trainable = make_trainable(model.config, OptimizerConfig(), 1, mesh, wrap=wrap)
     weights = jax.device_put(nnx.state(model), trainable.shardings.weights)
     return Evaluator(trainable, batch_size, config)(weights, rows)
