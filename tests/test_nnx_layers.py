@@ -178,6 +178,19 @@ def test_under_explicit_axes():
     assert found.sharding.spec[0] == "data"
 
 
+def test_a_contracted_axis_that_is_sharded_behind_another():
+    """The two can't be one axis as they are."""
+    layer = nnx.Einsum("BTNH,NHD->BTD", (4, 4, 16), rngs=nnx.Rngs(0))
+    low = LowRank((), 16, 16, memgen.LoRAConfig(RANK), rngs=nnx.Rngs(0))
+    low.b[...] = drawn(low.b.shape)
+    x, adapted = drawn((2, 3, 4, 4)), memgen.apply_lora(layer, {"": low})
+    expected = jax.jit(lambda x: adapted(x))(x)
+    with jax.set_mesh(jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])):
+        split = jax.device_put(x, PartitionSpec(None, None, None, "tensor"))
+        found = jax.jit(lambda x: adapted(x, out_sharding=PartitionSpec(None, None, None)))(split)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 class Misfits(nnx.Module):
     def __init__(self, rngs):
         self.experts = nnx.Einsum("BED,EDF->BEF", (2, 16, 4), rngs=rngs)
