@@ -17,6 +17,7 @@ from jax.core import Tracer
 from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
 from memgen.placement import broadcast_beside
+from memgen.short_repr import ShortRepr
 
 if TYPE_CHECKING:
     from jax import Array
@@ -27,8 +28,8 @@ HASH = 0x01000193  # a prime, the base of polynomial hashes modulo 2**32
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Plan:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan(ShortRepr):
     """Events of each row, in ascending order.
 
     Attributes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from thoughtbubbles.pages import Page, streams_page
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.short_repr import ShortRepr
 
@@ -161,6 +163,38 @@ class Streams(ShortRepr):
             first=self.first + token,
             num_tokens=1,
         )
+
+    def page(self, texts: Sequence[Sequence[str]] | None = None) -> Page:
+        """The streams in HTML: a dot for each, whose slot, score and position are its title.
+
+        `page().save("streams.html")` writes a page that needs no other file.
+
+        Args:
+            texts: Text of each token of each row, padding included; indices by default.
+
+        Raises:
+            ValueError: The arrays are not here (traced, donated, or on other hosts), or the texts
+                are not as many as the tokens.
+        """
+        if not self._is_here():
+            raise ValueError(f"{self!r} has no values here: show it outside of jit, on one host")
+        log_score, token = np.asarray(self.log_score), np.asarray(self.token)
+        alive, first = np.asarray(self.alive), np.asarray(self.first)
+        return streams_page(log_score, token, alive, first, self.num_tokens, texts)
+
+    def _is_here(self) -> bool:
+        return all(map(_is_here, (self.log_score, self.token, self.alive, self.first)))
+
+    def _repr_html_(self) -> str | None:
+        return self.page()._repr_html_() if self._is_here() else None
+
+
+def _is_here(value: object) -> bool:
+    """Whether a value of streams can be read: of a batch, neither traced nor donated."""
+    if isinstance(value, Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
+        return False
+    here = isinstance(value, np.ndarray) or (value.is_fully_addressable and not value.is_deleted())
+    return here and value.ndim <= 2
 
 
 def _check_start(x, length, copies, first) -> None:

@@ -1,0 +1,152 @@
+"""Responses as HTML: for Jupyter, or saved as a page that needs no other file."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from memgen.response import Response
+
+TOKENS, ROWS = 1000, 16  # what a page shows at most: of a row, of a batch
+LONGEST = 24  # characters of a token's text; all of it is in the title
+_JOINERS = "\u200c\u200d"  # not printable, but emoji and Persian are other texts without them
+_DECISIONS = ("no decision", "memory skipped", "memory woven")  # for -1, 0, 1
+
+STYLE = """
+.memory-page { font: 14px/1.4 ui-monospace, Menlo, Consolas, monospace; color: #1a1a1a;
+  background: #fff; padding: 8px; }
+.memory-page p { margin: 4px 0; color: #555; }
+.memory-page .row { display: flex; flex-wrap: wrap; row-gap: 6px; margin: 0 0 10px; }
+.memory-page .token { white-space: pre; min-width: 9px; text-align: center; padding: 1px 2px;
+  border: 1px solid #ccc; border-inline-start-width: 0; }
+.memory-page .prompt { background: #eee; }
+.memory-page .skipped { border-inline-start: 2px dotted #0072b2; }
+.memory-page .memory { display: flex; gap: 2px; padding: 0 3px; background: #fbe9de;
+  border: 1px solid #d55e00; }
+.memory-page .memory i { width: 3px; background: #d55e00; margin: 2px 0; }
+.memory-page .token:hover, .memory-page .memory:hover { outline: 2px solid #e69f00; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A picture in HTML; Jupyter shows it where it is the last value of a cell.
+
+    Attributes:
+        title: Title of the page, a text.
+        body: HTML of its content, in which all texts are escaped.
+    """
+
+    title: str
+    body: str = dataclasses.field(repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write a page that a browser shows without any other file.
+
+        Args:
+            path: Path of the file, which is written over.
+        """
+        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
+        text = f"<!DOCTYPE html>\n<html><head>{head}<style>{STYLE}</style></head>\n"
+        Path(path).write_text(f"{text}<body>{self.body}</body></html>\n", encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        return f"<style>{STYLE}</style>{self.body}"
+
+
+def response_page(
+    response: Response,
+    text_of: Callable[[int], str] = str,
+    prompts: Sequence[Sequence[int]] | None = None,
+) -> Page:
+    """The page of a response: each row's tokens, with a bar for each latent where memory is woven.
+
+    Args:
+        response: Response of a batch, outside of `jit`.
+        text_of: Function from a token id to its text.
+        prompts: Token ids of the prompt of each row, which stand in front; none by default.
+
+    Raises:
+        ValueError: There are not as many prompts as rows.
+    """
+    rows = len(response.count)
+    if prompts is not None and len(prompts) != rows:
+        raise ValueError(f"{len(prompts)} prompts for {rows} rows: give the prompt of each row")
+    parts = [_note(f"{rows} rows; bars are latents, dots in front of a token memory not taken")]
+    latents = np.asarray(response.latents[:ROWS], np.float32)
+    points, answers = np.asarray(response.points), response.texts
+    for row, ids in enumerate(answers[:ROWS]):
+        prompt = [] if prompts is None else prompts[row]
+        norms = np.linalg.norm(latents[row], axis=-1)
+        cells = [_token(id_, text_of, "prompt", f"prompt token {at}")
+                 for at, id_ in enumerate(prompt)]  # fmt: skip
+        cells += _new_tokens(response, row, ids, text_of, norms)
+        memories = (points[row] >= 0).sum()
+        parts.append(_note(f"row {row}: {len(ids)} new tokens, {memories} memories"))
+        direction = _direction("".join(map(text_of, [*prompt, *ids])))
+        parts.append(f'<div class="row" dir="{direction}">{"".join(cells[:TOKENS])}</div>')
+        parts += _left_out(len(cells), TOKENS, "cells of the row")
+    parts += _left_out(rows, ROWS, "rows")
+    return Page("Response", f'<div class="memory-page">{"".join(parts)}</div>')
+
+
+def _new_tokens(
+    response: Response, row: int, ids: list[int], text_of: Callable[[int], str], norms: np.ndarray
+) -> Iterable[str]:
+    """Cells of the new tokens of a row and of the memories before them; `norms [E, K]`."""
+    read = response.points, response.log_probs, response.decisions
+    points, log_probs, decisions = (np.asarray(values[row]) for values in read)
+    for at in range(len(ids) + 1):
+        for event in np.flatnonzero(points == at):
+            yield _memory(int(event), at, norms[event])
+        if at < len(ids):
+            decision = int(decisions[at])
+            said = (
+                f"new token {at}, log-probability {log_probs[at]:.3f}, {_DECISIONS[decision + 1]}"
+            )
+            yield _token(ids[at], text_of, "skipped" if decision == 0 else "", said)
+
+
+def _token(id_: int, text_of: Callable[[int], str], kind: str, said: str) -> str:
+    text = text_of(id_)
+    title = _quoted(f"{said}: id {id_}, {text!r}")
+    return f'<bdi class="token {kind}" title="{title}">{html.escape(_visible(text))}</bdi>'
+
+
+def _memory(event: int, at: int, norms: np.ndarray) -> str:
+    real = norms[norms > 0]  # a latent of zeros is an unused slot
+    sizes = ", ".join(f"{norm:.3g}" for norm in real)
+    title = f"event {event}, before new token {at}: {len(real)} latents of norm {sizes}"
+    return f'<span class="memory" title="{_quoted(title)}">{"<i></i>" * len(real)}</span>'
+
+
+def _left_out(count: int, most: int, noun: str) -> list[str]:
+    return [_note(f"{count - most:,} more {noun} are left out here")] if count > most else []
+
+
+def _note(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _quoted(text: str) -> str:
+    return html.escape(text).replace("\n", "&#10;")
+
+
+def _visible(token: str) -> str:
+    marks = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
+    chars = (marks.get(c, c if c.isprintable() or c in _JOINERS else "·") for c in token)
+    text = "".join(chars) or "·"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def _direction(text: str) -> str:
+    """Direction of a text by its first letter that has one (Unicode's rule P2)."""
+    kinds = (unicodedata.bidirectional(char) for char in text)
+    return "rtl" if next((k for k in kinds if k in ("L", "R", "AL")), "L") != "L" else "ltr"
