@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from thoughtbubbles.changes import replaced
 from thoughtbubbles.pages import Page, streams_page
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.short_repr import ShortRepr
@@ -80,9 +81,16 @@ class Streams(ShortRepr):
         log_score, alive = jnp.zeros_like(token, jnp.float32), token < length[:, None]
         return cls(x, log_score, token, alive, length, first, num_tokens, continued=continued)
 
-    def replace(self, **changes) -> Streams:
-        """The same streams with some fields changed, as `dataclasses.replace`."""
-        return dataclasses.replace(self, **changes)
+    def replace(self, **changes: Unpack[StreamsChanges]) -> Streams:
+        """The same streams with some fields changed, as `dataclasses.replace`.
+
+        Args:
+            changes: New values of the fields, such as `x`.
+
+        Raises:
+            TypeError: A change is of no field.
+        """
+        return replaced(self, changes)
 
     @property
     def original(self) -> Bool[Array, "B S"]:
@@ -187,6 +195,20 @@ class Streams(ShortRepr):
 
     def _repr_html_(self) -> str | None:
         return self.page()._repr_html_() if self._is_here() else None
+
+
+class StreamsChanges(TypedDict, total=False):
+    """The fields of `Streams` as keyword arguments, so that type checkers find a typo."""
+
+    x: jax.Array
+    log_score: jax.Array
+    token: jax.Array
+    alive: jax.Array
+    length: jax.Array
+    first: jax.Array
+    num_tokens: int
+    forked: bool
+    continued: bool
 
 
 def _is_here(value: object) -> bool:
