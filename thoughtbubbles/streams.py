@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Streams(ShortRepr):
     """Residual streams of a batch, several per token, in the order of the text; dead slots last.
 
-    So causal attention over slots is enough: a live stream never attends to a dead one.
+    The value that flows through a model (arXiv 2510.00219). Causal attention over slots is enough:
+    a live stream never attends to a dead one.
 
     Attributes:
         x: `[B, S, D]` residuals.
@@ -220,6 +221,10 @@ def _is_here(value: object) -> bool:
 
 
 def _check_start(x, length, copies, first) -> None:
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"residuals are a {type(x).__name__}: give an array, by jnp.asarray(...)")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"residuals of type {x.dtype}: embed token ids first, into floats")
     if jnp.ndim(x) != 3:
         raise ValueError(
             f"residuals of shape {jnp.shape(x)}: Streams.start takes [batch, tokens, width]"
@@ -252,6 +257,9 @@ def left_align(
     Returns:
         The aligned tokens, the number of real tokens of each row, and `rank`, the new index of each
         token.
+
+    Raises:
+        ValueError: The mask is not of these tokens.
     """
     mask = _real(mask, tokens)
     order = jnp.argsort(~mask, axis=1, stable=True)
@@ -264,7 +272,16 @@ def left_align(
 def restore_alignment(
     values: Shaped[Array, "B T *rest"], mask: Bool[Array, "B T"], rank: Int[Array, "B T"]
 ) -> Shaped[Array, "B T *rest"]:
-    """Undo `left_align` for values of each token; those of padding become 0."""
+    """Undo `left_align` for values of each token; those of padding become 0.
+
+    Args:
+        values: Values of the aligned tokens.
+        mask: Mask that `left_align` was given.
+        rank: New index of each token, as `left_align` returned it.
+
+    Raises:
+        ValueError: The mask is not of these tokens.
+    """
     mask = _real(mask, values)
     mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
     rank = rank.reshape(rank.shape + (1,) * (values.ndim - 2))
@@ -286,9 +303,16 @@ def split_segments(
         tokens of each new row. `join_segments` takes values of tokens back.
 
     Raises:
-        ValueError: A segment id is not from 0 to `N`; under `jit`, where ids are unknown,
-            `join_segments` gives NaN for its tokens.
+        ValueError: `N` is below 1, there is not one id for each token, or a segment id is not from
+            0 to `N`; under `jit`, where ids are unknown, `join_segments` gives NaN for its tokens.
     """
+    if num_segments < 1:
+        raise ValueError(f"num_segments={num_segments} is below 1: give the largest segment id")
+    if segment_ids.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"segment ids of shape {segment_ids.shape} for tokens of shape {tokens.shape}: give "
+            "one id for each token"
+        )
     if not isinstance(segment_ids, Tracer):
         ids = np.asarray(segment_ids)
         if ids.max(initial=0) > num_segments or ids.min(initial=0) < 0:
@@ -304,7 +328,20 @@ def split_segments(
 def join_segments(
     values: Shaped[Array, "B*N T *rest"], segment_ids: Int[Array, "B T"]
 ) -> Shaped[Array, "B T *rest"]:
-    """Undo `split_segments` for float values of each token; those of padding become 0."""
+    """Undo `split_segments` for float values of each token; those of padding become 0.
+
+    Args:
+        values: Values of the rows of one text each.
+        segment_ids: Ids that `split_segments` was given.
+
+    Raises:
+        ValueError: The rows of values are not a multiple of those of ids, or of other lengths.
+    """
+    if values.shape[0] % segment_ids.shape[0] or values.shape[1] != segment_ids.shape[1]:
+        raise ValueError(
+            f"values of shape {values.shape} for segment ids of shape {segment_ids.shape}: give "
+            "num_segments rows for each row of ids, as split_segments made them"
+        )
     batch, num_segments = segment_ids.shape[0], values.shape[0] // segment_ids.shape[0]
     mask = _segments(segment_ids, num_segments)
     rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
