@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import html
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from memgen.response import Response
 
 TOKENS, ROWS = 1000, 16  # what a page shows at most: of a row, of a batch
 LONGEST = 24  # characters of a token's text; all of it is in the title
@@ -62,56 +58,55 @@ class Page:
 
 
 def response_page(
-    response: Response,
+    rows: Sequence[Sequence[int]],
+    log_probs: np.ndarray,
+    decisions: np.ndarray,
+    latents: np.ndarray,
+    points: np.ndarray,
     text_of: Callable[[int], str] = str,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> Page:
     """The page of a response: each row's tokens, with a bar for each latent where memory is woven.
 
     Args:
-        response: Response of a batch, outside of `jit`.
+        rows: New token ids of each row.
+        log_probs: `[B, T]` log-probability of each token.
+        decisions: `[B, T]` decision before each token: -1 none, 0 skipped, 1 invoked.
+        latents: `[B, E, K, D]` latents of each event.
+        points: `[B, E]` index of the token after each event; -1 for an unused event.
         text_of: Function from a token id to its text.
         prompts: Token ids of the prompt of each row, which stand in front; none by default.
 
     Raises:
         ValueError: There are not as many prompts as rows.
     """
-    rows = len(response.count)
-    if prompts is not None and len(prompts) != rows:
-        raise ValueError(f"{len(prompts)} prompts for {rows} rows: give the prompt of each row")
-    parts = [_note(f"{rows} rows; bars are latents, dots in front of a token memory not taken")]
-    latents = np.asarray(response.latents[:ROWS], np.float32)
-    points, answers = np.asarray(response.points), response.texts
-    for row, ids in enumerate(answers[:ROWS]):
+    if prompts is not None and len(prompts) != len(rows):
+        raise ValueError(
+            f"{len(prompts)} prompts for {len(rows)} rows: give the prompt of each row"
+        )
+    said = "bars are latents, dots in front of a token memory not taken"
+    parts = [_note(f"{len(rows)} rows; {said}")]
+    norms = np.linalg.norm(latents[:ROWS].astype(np.float32), axis=-1)
+    for row, ids in enumerate(rows[:ROWS]):
         prompt = [] if prompts is None else prompts[row]
-        norms = np.linalg.norm(latents[row], axis=-1)
-        cells = [_token(id_, text_of, "prompt", f"prompt token {at}")
-                 for at, id_ in enumerate(prompt)]  # fmt: skip
-        cells += _new_tokens(response, row, ids, text_of, norms)
+        cells = [
+            _token(id_, text_of, "prompt", f"prompt token {at}") for at, id_ in enumerate(prompt)
+        ]
+        for at in range(len(ids) + 1):
+            for event in np.flatnonzero(points[row] == at):
+                cells.append(_memory(int(event), at, norms[row, event]))
+            if at < len(ids):
+                decision = int(decisions[row, at])
+                said = f"new token {at}, log-probability {log_probs[row, at]:.3f}, "
+                kind = "skipped" if decision == 0 else ""
+                cells.append(_token(ids[at], text_of, kind, said + _DECISIONS[decision + 1]))
         memories = (points[row] >= 0).sum()
         parts.append(_note(f"row {row}: {len(ids)} new tokens, {memories} memories"))
         direction = _direction("".join(map(text_of, [*prompt, *ids])))
         parts.append(f'<div class="row" dir="{direction}">{"".join(cells[:TOKENS])}</div>')
         parts += _left_out(len(cells), TOKENS, "cells of the row")
-    parts += _left_out(rows, ROWS, "rows")
+    parts += _left_out(len(rows), ROWS, "rows")
     return Page("Response", f'<div class="memory-page">{"".join(parts)}</div>')
-
-
-def _new_tokens(
-    response: Response, row: int, ids: list[int], text_of: Callable[[int], str], norms: np.ndarray
-) -> Iterable[str]:
-    """Cells of the new tokens of a row and of the memories before them; `norms [E, K]`."""
-    read = response.points, response.log_probs, response.decisions
-    points, log_probs, decisions = (np.asarray(values[row]) for values in read)
-    for at in range(len(ids) + 1):
-        for event in np.flatnonzero(points == at):
-            yield _memory(int(event), at, norms[event])
-        if at < len(ids):
-            decision = int(decisions[at])
-            said = (
-                f"new token {at}, log-probability {log_probs[at]:.3f}, {_DECISIONS[decision + 1]}"
-            )
-            yield _token(ids[at], text_of, "skipped" if decision == 0 else "", said)
 
 
 def _token(id_: int, text_of: Callable[[int], str], kind: str, said: str) -> str:

@@ -76,7 +76,9 @@ class Response(ShortRepr):
         """
         if isinstance(self.tokens, Tracer):
             raise ValueError(f"{self!r} has no values here: show it outside of jit")
-        return response_page(self, text_of, prompts)
+        log_probs, decisions = np.asarray(self.log_probs), np.asarray(self.decisions)
+        latents, points = np.asarray(self.latents), np.asarray(self.points)
+        return response_page(self.texts, log_probs, decisions, latents, points, text_of, prompts)
 
     def _repr_html_(self) -> str | None:
         here = all(isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, Tracer)
