@@ -1,6 +1,6 @@
 """A figure for each analysis of memory; all need matplotlib."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from memgen.analysis import CenterDistance, Clusters, InvocationHistogram, Neighbours
 from memgen.continual import ContinualReport
+from memgen.response import Response
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -219,6 +220,49 @@ def continual_figure(report: ContinualReport, digits: int = 1) -> "Figure":
             fontsize=10,
         )
     return figure
+
+
+def strips_figure(
+    responses: Mapping[str, Response],
+    prompts: Sequence[Sequence[int]],
+    text_of: Callable[[int], str],
+    rows: Sequence[int] = (0, 1, 2),
+) -> "Figure":
+    """Some rows of responses, token by token: bars are latents, a dotted line a memory not taken.
+
+    Args:
+        responses: Responses to the same prompts, by name.
+        prompts: Token ids of the prompt of each row, drawn on grey.
+        text_of: Function from a token id to its text.
+        rows: Indices of the rows that are drawn, of each response.
+    """
+    shown = [(name, response, row) for name, response in responses.items() for row in rows]
+    figure = _figure(9.0, 0.3 + 0.42 * len(shown))
+    axis = figure.subplots()
+    for line, (_, response, row) in enumerate(shown):
+        _strip(axis, line, response, row, prompts[row], text_of)
+    axis.set(yticks=range(len(shown)), yticklabels=[name for name, _, _ in shown])
+    axis.set(xticks=[], ylim=(len(shown) - 0.5, -0.6))
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return figure
+
+
+def _strip(axis: Any, line: int, response: Response, row: int, prompt, text_of) -> None:
+    """One row of a response, on one line of the figure."""
+    points, latents = np.asarray(response.points[row]), np.asarray(response.latents[row])
+    x = 0.0
+    for at, id_ in enumerate([*prompt, *response.texts[row]], -len(prompt)):
+        woven = latents[points == at] if at >= 0 else latents[:0]
+        slots = np.arange((woven != 0).any(axis=2).sum())  # a latent of zeros is an unused slot
+        axis.bar(x + 0.15 * slots, 0.7, 0.1, line - 0.35, align="edge", color=VERMILION)
+        x += 0.15 * len(slots)
+        if at >= 0 and response.decisions[row, at] == 0:
+            axis.vlines(x, line - 0.4, line + 0.4, color=BLUE, linestyle=":", linewidth=2)
+        face = "#EEEEEE" if at < 0 else "white"
+        axis.bar(x, 0.7, 0.9, line - 0.35, align="edge", color=face, edgecolor=GREY)
+        axis.text(x + 0.45, line, _visible(text_of(id_)), ha="center", va="center")
+        x += 1.0
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from memgen.checks import check_by_token
 from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
 from memgen.placement import broadcast_beside
+from memgen.short_repr import ShortRepr
 
 if TYPE_CHECKING:
     from jax import Array
@@ -27,8 +29,8 @@ HASH = 0x01000193  # a prime, the base of polynomial hashes modulo 2**32
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Plan:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan(ShortRepr):
     """Events of each row, in ascending order.
 
     Attributes:
@@ -164,9 +166,10 @@ def plan_insertions(
             tokens alone, not on its batch or padding; equal texts have equal events.
 
     Raises:
-        ValueError: The key for random insertion is missing, or a row does not have exactly one
-            response (checked unless the mask is traced).
+        ValueError: The loss mask is not of these tokens, the key for random insertion is missing,
+            or a row does not have exactly one response (checked unless the mask is traced).
     """
+    check_by_token("a loss mask", loss_mask, tokens)
     if not isinstance(loss_mask, Tracer):
         check_one_response(loss_mask)
     length = tokens.shape[1]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memgen.backbone import DecoderBackbone
+from memgen.checks import check_by_token
 from memgen.insertion import Plan
 from memgen.model import MemGen
 
@@ -88,7 +89,11 @@ def sft_loss(
     Returns:
         The sum over the masked tokens in nats, and their number: the mean loss of the batch weighs
         all tokens equally.
+
+    Raises:
+        ValueError: The loss mask or the plan is not of these tokens.
     """
+    check_by_token("a loss mask", loss_mask, tokens)
     hidden = memgen.predictors(tokens, plan, dropout)
     log_probs = token_log_probs(memgen.reasoner, hidden, tokens, loss_mask)
     return -log_probs.sum(), loss_mask.sum(dtype=jnp.float32)
@@ -109,7 +114,11 @@ def decision_log_probs(
 
     Returns:
         Log-probability of each decision; 0 where none was made.
+
+    Raises:
+        ValueError: There is no trigger, or the decisions or the plan are not of these tokens.
     """
+    check_by_token("decisions", decisions, tokens)
     scores = jax.nn.log_softmax(memgen.trigger_logits(tokens, plan))
     picked = jnp.where(decisions == 1, scores[..., 1], scores[..., 0])
     return jnp.where(decisions >= 0, picked, 0.0)
@@ -146,8 +155,14 @@ def trigger_loss(
         The sum over rows and their number: the mean loss weighs all rows equally.
 
     Raises:
-        ValueError: `kl` is above 0 and there is no reference.
+        ValueError: A shape is wrong, or `kl` is above 0 and there is no reference.
     """
+    check_by_token("decisions", decisions, log_probs)
+    if advantages.shape != log_probs.shape[:1]:
+        raise ValueError(
+            f"advantages of shape {advantages.shape} for {log_probs.shape[0]} rows: give one "
+            "number a row"
+        )
     if kl and reference is None:
         raise ValueError(f"kl={kl} needs the reference's log-probabilities")
     made = decisions >= 0

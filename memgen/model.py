@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memgen.backbone import DecoderBackbone, check_backbone
+from memgen.checks import check_ids
 from memgen.config import MemGenConfig
 from memgen.insertion import (
     Plan,
@@ -19,6 +20,7 @@ from memgen.insertion import (
     stream_length,
 )
 from memgen.lora import with_dropout
+from memgen.module import Module
 from memgen.placement import broadcast_beside, placed_beside
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
@@ -46,8 +48,8 @@ class Woven(NamedTuple):
     latents: jax.Array
 
 
-class MemGen(nnx.Module):
-    """Latent memory for a frozen decoder.
+class MemGen(Module):
+    """Latent memory for a frozen decoder (arXiv 2509.24704).
 
     Weaver and trigger are adapters of decoders, whose weights are shared and never copied. A
     training stage updates the variables of type `WeaverParam` or those of type `TriggerParam`.
@@ -76,6 +78,11 @@ class MemGen(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_backbone(reasoner, "reasoner")
+        if not isinstance(config, MemGenConfig):
+            raise ValueError(
+                f"config is a {type(config).__name__}: give a MemGenConfig, such as "
+                "MemGenConfig(weaver=WeaverConfig(...))"
+            )
         self.config = config
         self.reasoner = nnx.data(reasoner)
         self.weaver_backbone = nnx.data(weaver_backbone)
@@ -161,8 +168,10 @@ class MemGen(nnx.Module):
                 order has a mask of its own.
 
         Raises:
-            ValueError: The plan does not fit the tokens or the config (checked unless traced).
+            ValueError: The tokens are no ids `[B, L]`, or the plan does not fit them or the config
+                (values are checked unless traced).
         """
+        check_ids(tokens)
         check_plan(plan, tokens, self.config.weaver.latents)
         vectors = self.reasoner.embed_tokens(tokens)
         batch, length, dim = vectors.shape
@@ -200,7 +209,7 @@ class MemGen(nnx.Module):
 
         The state for token `i` is that after the last latent of an event right before it, else that
         after token `i - 1`. A first token without an event has no such state, and gets an arbitrary
-        one. The arguments are those of `weave`.
+        one. The arguments and errors are those of `weave`.
         """
         woven = self.weave(tokens, plan, dropout)
         hidden = self.reasoner.hidden_states(woven.stream, woven.length)
@@ -216,8 +225,12 @@ class MemGen(nnx.Module):
         Args:
             tokens: Token ids, padded on the right.
             plan: Events of each row.
+
+        Raises:
+            ValueError: There is no trigger, or the tokens or the plan do not fit (`weave`).
         """
         trigger = self.checked_trigger()
+        check_ids(tokens)
         length = tokens.shape[1]
         if trigger.config.source == "tokens":
             decoder = self.triggering()

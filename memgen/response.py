@@ -1,21 +1,25 @@
 """The result of a generation."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from memgen.model import MemGen
+from memgen.pages import Page, response_page
+from memgen.short_repr import ShortRepr
 
 NO_DECISION = -1
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Response:
-    """New tokens, decisions and latents of each row.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Response(ShortRepr):
+    """New tokens, decisions and latents of each row; Jupyter shows them as `page` does.
 
     Attributes:
         tokens: `[B, T]` int32 new token ids, the stop id included.
@@ -53,3 +57,30 @@ class Response:
         """The new ids of each row."""
         rows = zip(np.asarray(self.tokens), np.asarray(self.count), strict=True)
         return [row[:count].tolist() for row, count in rows]
+
+    def page(
+        self,
+        text_of: Callable[[int], str] = str,
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> Page:
+        """The response in HTML: each row's tokens, and before them the memories woven there.
+
+        `page().save("response.html")` writes a page that needs no other file.
+
+        Args:
+            text_of: Function from a token id to its text; by default ids are shown.
+            prompts: Token ids of the prompt of each row, which stand in front; none by default.
+
+        Raises:
+            ValueError: There are not as many prompts as rows, or the response is traced.
+        """
+        if isinstance(self.tokens, Tracer):
+            raise ValueError(f"{self!r} has no values here: show it outside of jit")
+        log_probs, decisions = np.asarray(self.log_probs), np.asarray(self.decisions)
+        latents, points = np.asarray(self.latents), np.asarray(self.points)
+        return response_page(self.texts, log_probs, decisions, latents, points, text_of, prompts)
+
+    def _repr_html_(self) -> str | None:
+        here = all(isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, Tracer)
+                   for value in dataclasses.astuple(self))  # fmt: skip
+        return self.page()._repr_html_() if here and self.tokens.ndim == 2 else None

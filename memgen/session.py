@@ -12,13 +12,14 @@ from jax.core import Tracer
 from memgen.backbone import cache_batch_axes, check_cache
 from memgen.model import MemGen
 from memgen.placement import join_rows, placed_beside, split_rows
+from memgen.short_repr import ShortRepr
 
 CHUNK = 32  # vectors by which a cache that lags behind catches up at a time
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecoderState:
+@dataclasses.dataclass(frozen=True, repr=False)
+class DecoderState(ShortRepr):
     """A decoder's cache, which may lag behind the rows.
 
     Attributes:
@@ -75,8 +76,8 @@ class DecoderState:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Session:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Session(ShortRepr):
     """One conversation per row: its tokens, its stream of vectors, and the caches over it.
 
     Attributes:

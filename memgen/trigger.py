@@ -7,40 +7,66 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone
+from memgen.checks import check_width
 from memgen.config import TriggerConfig
 from memgen.lora import make_adapter
+from memgen.module import Module, named
 
 
 class TriggerParam(nnx.Param):
     """A parameter of the trigger; its metadata is that of `WeaverParam`."""
 
 
-class Trigger(nnx.Module):
+class Trigger(Module):
     """A linear head of two logits, skip and invoke, and the adapter of the decoder below it.
 
-    The head starts at zero except for its bias, so that the initial probability of invoking is
-    `init_invoke_prob` everywhere.
+    It decides when to weave (arXiv 2509.24704). The head starts at zero except for its bias, so
+    that the initial probability of invoking is `init_invoke_prob` everywhere.
 
     Args:
         backbone: Decoder whose hidden states are the head's input.
         config: Source of the decisions, and sizes.
         rngs: Random keys of the initial values.
+        kernel_init: Initializer of the head's kernel; zeros by default.
+        param_dtype: Type of the head's parameters; those of the adapter are float32.
+
+    Raises:
+        ValueError: A target of the adapter is no linear layer of the backbone.
     """
 
-    def __init__(self, backbone: DecoderBackbone, config: TriggerConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        backbone: DecoderBackbone,
+        config: TriggerConfig,
+        *,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
         self.config = config
         adapted = config.source != "reasoner_hidden"
         self.adapter = (
             make_adapter(backbone, config.lora, rngs=rngs, kind=TriggerParam) if adapted else None
         )
-        self.kernel = TriggerParam(jnp.zeros((backbone.embed_dim, 2)), inputs=1)
+        shape = backbone.embed_dim, 2
+        if kernel_init is None:
+            kernel = jnp.zeros(shape, param_dtype)
+        else:
+            kernel = jnp.asarray(kernel_init(rngs.params(), shape, param_dtype))
+        self.kernel = named(TriggerParam, kernel, ("embed", None), inputs=1)
         odds = math.log(config.init_invoke_prob / (1 - config.init_invoke_prob))
-        self.bias = TriggerParam(jnp.array([0.0, odds]), inputs=0)
+        self.bias = named(TriggerParam, jnp.array([0.0, odds], param_dtype), (None,))
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Logits `[..., 2]` float32 of hidden states `[..., D]`."""
+        """Logits `[..., 2]` float32 of hidden states `[..., D]`.
+
+        Raises:
+            ValueError: The states have another width than those of the trigger's decoder.
+        """
+        check_width(hidden, self.kernel.shape[0], "a trigger")
         return hidden.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from memgen.module import Module
 from memgen.session import put, take
 
 
@@ -24,7 +24,7 @@ class Rows:
     length: jax.Array
 
 
-class Uncached(nnx.Module):
+class Uncached(Module):
     """Base class of a `DecoderBackbone` without a cache of its own.
 
     A subclass adds `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,

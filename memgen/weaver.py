@@ -1,15 +1,19 @@
 """The weaver: learned queries attend to the stream so far and become latent memory."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone
+from memgen.checks import check_width
 from memgen.config import WeaverConfig
 from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
+from memgen.module import Module, named
 from memgen.placement import broadcast_beside, placed_beside, repeat_beside
 
 SAMPLED_IDS = 1024
@@ -32,46 +36,74 @@ class Snippets(NamedTuple):
     length: jax.Array
 
 
-class Bank(nnx.Module):
+class Bank(Module):
     """Learned queries of one kind of event: `scale * LayerNorm(queries)`, `[slots, width]`."""
 
-    def __init__(self, slots: int, width: int, *, rngs: nnx.Rngs):
-        self.queries = WeaverParam(jax.random.normal(rngs.params(), (slots, width)), inputs=0)
-        self.norm_scale = WeaverParam(jnp.ones((width,)), inputs=0)
-        self.norm_bias = WeaverParam(jnp.zeros((width,)), inputs=0)
-        self.scale = WeaverParam(jnp.ones(()), inputs=0)
+    def __init__(self, slots: int, width: int, *, rngs: nnx.Rngs, param_dtype: Dtype = jnp.float32):
+        queries = jax.random.normal(rngs.params(), (slots, width)).astype(param_dtype)
+        self.queries = named(WeaverParam, queries, (None, "embed"))
+        self.norm_scale = named(WeaverParam, jnp.ones((width,), param_dtype), ("embed",))
+        self.norm_bias = named(WeaverParam, jnp.zeros((width,), param_dtype), ("embed",))
+        self.scale = named(WeaverParam, jnp.ones((), param_dtype), ())
 
     def __call__(self) -> jax.Array:
-        x = self.queries[...]
+        x, scale = self.queries[...].astype(jnp.float32), self.scale[...].astype(jnp.float32)
         x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPS)
-        return self.scale[...] * (x * self.norm_scale[...] + self.norm_bias[...])
+        return scale * (x * self.norm_scale[...] + self.norm_bias[...])
 
 
-class Projection(nnx.Module):
-    """A linear layer with bias; both start uniform within `1 / sqrt(inputs)`."""
+class Projection(Module):
+    """A linear layer with bias; both start uniform within `1 / sqrt(inputs)`.
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        draw = lambda shape: jax.random.uniform(  # noqa: E731
-            rngs.params(), shape, minval=-(inputs**-0.5), maxval=inputs**-0.5
-        )
-        self.kernel = WeaverParam(draw((inputs, outputs)), inputs=1)
-        self.bias = WeaverParam(draw((outputs,)), inputs=0)
+    Args:
+        inputs: Number of inputs.
+        outputs: Number of outputs.
+        rngs: Random keys of the initial values.
+        kernel_init: Initializer of the kernel in place of that distribution.
+        param_dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+            bound = inputs**-0.5
+            return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
+
+        make = kernel_init or uniform
+        kernel = jnp.asarray(make(rngs.params(), (inputs, outputs), param_dtype))
+        self.kernel = named(WeaverParam, kernel, ("embed", None), inputs=1)
+        bias = uniform(rngs.params(), (outputs,), param_dtype)
+        self.bias = named(WeaverParam, bias, (None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
-class Weaver(nnx.Module):
-    """Queries, projections and the adapter that make a decoder weave.
+class Weaver(Module):
+    """Queries, projections and the adapter that make a decoder weave (arXiv 2509.24704).
 
-    The weaver owns no decoder; methods are given one with the weaver's adapter.
+    The weaver owns no decoder; methods are given one with the weaver's adapter. It computes in the
+    type of the vectors that it is given, the norm of queries and the size of latents in float32.
 
     Args:
         reasoner: Decoder whose stream gets the latents, of width `d_r`.
         backbone: Decoder that weaves, of width `d_w`; the reasoner or another one.
         config: Sizes and options.
         rngs: Random keys of the initial values.
+        kernel_init: Initializer of the projections' kernels; uniform within `1 / sqrt(inputs)` by
+            default.
+        param_dtype: Type of the parameters; those of the adapter are float32.
+
+    Raises:
+        ValueError: A target of the adapter is no linear layer of the backbone.
     """
 
     def __init__(
@@ -81,6 +113,8 @@ class Weaver(nnx.Module):
         config: WeaverConfig,
         *,
         rngs: nnx.Rngs,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
     ):
         self.config = config
         width, has_context = backbone.embed_dim, config.context != "nothing"
@@ -90,12 +124,16 @@ class Weaver(nnx.Module):
             if has_context
             else nnx.Dict()
         )
-        bank = lambda slots: Bank(slots, query_width, rngs=rngs) if slots else None  # noqa: E731
-        self.prompt = bank(config.prompt_latents)
-        self.inference = bank(config.inference_latents)
-        self.to_weaver = Projection(reasoner.embed_dim, width, rngs=rngs)
-        self.to_reasoner = Projection(width, reasoner.embed_dim, rngs=rngs)
-        self.gain = WeaverParam(_embedding_size(reasoner), inputs=0) if config.match_scale else None
+        bank = partial(Bank, width=query_width, rngs=rngs, param_dtype=param_dtype)
+        self.prompt = bank(config.prompt_latents) if config.prompt_latents else None
+        self.inference = bank(config.inference_latents) if config.inference_latents else None
+        projection = partial(
+            Projection, rngs=rngs, kernel_init=kernel_init, param_dtype=param_dtype
+        )
+        self.to_weaver = projection(reasoner.embed_dim, width)
+        self.to_reasoner = projection(width, reasoner.embed_dim)
+        size = _embedding_size(reasoner).astype(param_dtype) if config.match_scale else None
+        self.gain = None if size is None else named(WeaverParam, size, ())
 
     def width(self, kind: jax.Array) -> jax.Array:
         """Number of latents of an event of each kind, int32."""
@@ -113,7 +151,12 @@ class Weaver(nnx.Module):
         return jnp.where((kind == PROMPT)[..., None, None], prompt, inference)
 
     def context(self, vectors: jax.Array) -> jax.Array:
-        """Input `[..., d_w]` of the weaver's decoder from the reasoner's vectors `[..., d_r]`."""
+        """Input `[..., d_w]` of the weaver's decoder from the reasoner's vectors `[..., d_r]`.
+
+        Raises:
+            ValueError: The vectors have another width than the reasoner's.
+        """
+        check_width(vectors, self.to_weaver.kernel.shape[0], "a weaver")
         return self.to_weaver(vectors)
 
     def memory(self, hidden: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from thoughtbubbles.module import Module
 from thoughtbubbles.parameters import with_params
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.streams import left_align, restore_alignment
@@ -99,7 +100,7 @@ class ArchitectureConfig:
         return None
 
 
-class Architecture(nnx.Module):
+class Architecture(Module):
     """Base of decoders: five methods to write, and all that follows from them.
 
     To write are the constructor, `embed_tokens`, `hidden_states`, `unembed`, and, for decoding with
@@ -108,7 +109,7 @@ class Architecture(nnx.Module):
     `log_prob` and `advance` instead, and returns another `backbone`.
 
     Parameters are `nnx.Param`s; the metadata `axes` names their logical axes for sharding and
-    `inputs` counts the leading axes that a product contracts (`thoughtbubbles.layers.weight`).
+    `inputs` counts the leading axes that a product contracts (`thoughtbubbles.weights.weight`).
     Parameters without metadata are replicated.
 
     Attributes:

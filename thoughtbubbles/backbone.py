@@ -17,6 +17,7 @@ from thoughtbubbles.attention import attend_where
 from thoughtbubbles.cache import Cache, advance, init_cache
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
+from thoughtbubbles.module import Module
 from thoughtbubbles.positions import rotary_angles
 from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.streams import Streams
@@ -25,7 +26,7 @@ ATTENTION_MAPS = ("q", "k", "v", "o")
 MLP_MAPS = ("up", "gate", "down")
 
 
-class Backbone(nnx.Module):
+class Backbone(Module):
     """A `Thoughtbubbles` model over vectors in place of tokens.
 
     Vectors that are appended to a row take its next positions. A cache needs a causal policy;

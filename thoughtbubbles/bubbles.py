@@ -1,4 +1,4 @@
-"""Bubble maps: where a model forked, as arrays, as text for a terminal, and as a figure."""
+"""Bubble maps: where a model forked, as arrays, text for a terminal, a figure, and a page."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import membership
 from thoughtbubbles.forward import ForkingDecoder
+from thoughtbubbles.pages import Page, map_page
+from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 READABLE = 70  # largest number of tokens whose counts are written into a figure
 
 
-@dataclasses.dataclass(frozen=True)
-class BubbleMap:
-    """Bubbles of one text, by block and token.
+@dataclasses.dataclass(frozen=True, repr=False)
+class BubbleMap(ShortRepr):
+    """Bubbles of one text, by block and token; Jupyter shows them as `page` does.
 
     Attributes:
         streams: `[num_layers, T]` int32, number of live streams of each token in each block.
@@ -80,6 +82,16 @@ class BubbleMap:
             lines.append("")
             start = end
         return "\n".join(lines)
+
+    def page(self) -> Page:
+        """The map in HTML: above each token its streams, whose scores stand in the titles.
+
+        `page().save("map.html")` writes a page that needs no other file.
+        """
+        return map_page(self.streams, self.score, self.tokens, self.fork_layers)
+
+    def _repr_html_(self) -> str:
+        return self.page()._repr_html_()
 
     def figure(self) -> Figure:
         """Two heat maps, block by token: number of streams, and mean score. Needs matplotlib."""

@@ -1,12 +1,13 @@
 """ModelConfig: sizes, ablations, presets, parameter and FLOP counts."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import jax
 
 from thoughtbubbles.architecture import ArchitectureConfig
 from thoughtbubbles.attention import visited_pairs
+from thoughtbubbles.changes import replaced
 from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.policies import PrefixRank, TopK
 from thoughtbubbles.policy import Policy, check_forced_keep
@@ -293,11 +294,58 @@ class ModelConfig(ArchitectureConfig):
         return mixing + projections * sum(slots)
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "ModelConfig":
-        """A named size: `tiny`, or a size of arXiv 2510.00219 (see `PRESETS`), with changes."""
+    def preset(cls, name: str, **changes: Unpack["ModelConfigChanges"]) -> "ModelConfig":
+        """A named size: `tiny`, or a size of arXiv 2510.00219 (see `PRESETS`), with changes.
+
+        Args:
+            name: Name of the preset.
+            changes: Fields that differ from the preset's.
+
+        Raises:
+            ValueError: There is no preset of that name, or the fields do not fit together.
+            TypeError: A change is of no field.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-        return dataclasses.replace(PRESETS[name], **changes)
+        return replaced(PRESETS[name], changes)
+
+
+class ModelConfigChanges(TypedDict, total=False):
+    """The fields of `ModelConfig` as keyword arguments, so that type checkers find a typo."""
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None
+    head_dim: int | None
+    mlp_dim: int | None
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: float
+    mlp: Literal["gelu", "swiglu"]
+    qk_norm: bool
+    tied_head: bool
+    rope_base: float
+    rope_scaling: RopeScaling | None
+    nope_layers: tuple[int, ...]
+    biases: Literal["all", "qkv", "none"]
+    context_length: int | None
+    copies: int
+    fork_layers: tuple[int, ...]
+    policy: Policy
+    merge: Literal["probability", "residual", "rightmost"]
+    score_bias: Literal["head", "none"]
+    score_originals: bool
+    fork_gate: float | None
+    fork_embedding: bool
+    key_bias: bool
+    value_scaling: bool
+    residual_scaling: bool
+    forced_keep: bool
+    fractional_positions: bool
+    dtype: Literal["float32", "bfloat16"]
+    scan_layers: bool
+    remat: Literal["none", "dots", "full"]
 
 
 def _paper(embed_dim: int, num_layers: int, num_heads: int, fork_layers: tuple[int, ...]):

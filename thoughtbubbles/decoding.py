@@ -20,6 +20,7 @@ from thoughtbubbles.architecture import Architecture
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.sampling import Sampling, sample
+from thoughtbubbles.short_repr import ShortRepr
 
 SHORTEST_PROMPT = 16
 SMALLEST_CACHE = 64
@@ -37,8 +38,8 @@ _KEPT: list[_DecodingForm] = []
 """The newest form, or none: as long as the arrays that it was made of live."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Generation(ShortRepr):
     """A generated text and its bubbles, `T` tokens with the prompt; `F` fork layers.
 
     Attributes:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Float, Int
 
-Merge = Literal["probability", "residual", "rightmost"]
 LOWEST_LOG_SCORE = -20.0
 GATE_UNIT = 10.0
 LOWEST_GATE = 1e-12
@@ -197,7 +196,9 @@ def _take_backward(residuals, gradient):
 take.defvjp(_take_forward, _take_backward)
 
 
-def merge(streams: Streams, kind: Merge = "residual") -> Float[Array, "B T D"]:
+def merge(
+    streams: Streams, kind: Literal["residual", "rightmost"] = "residual"
+) -> Float[Array, "B T D"]:
     """Merge each bubble into one residual per token; 0 for a token without live streams.
 
     Args:
@@ -207,21 +208,20 @@ def merge(streams: Streams, kind: Merge = "residual") -> Float[Array, "B T D"]:
             original.
 
     Raises:
-        ValueError: The kind is "probability", which merges predictions (`merge_log_probs`).
+        ValueError: The kind is another one, such as the "probability" of a config, which merges
+            predictions and no residuals (`merge_log_probs`), or the input are no streams.
     """
     if not isinstance(streams, Streams):
         shape = getattr(streams, "shape", type(streams).__name__)
         raise ValueError(f"merge takes Streams, not {shape}: Streams.start(x)")
-    if not streams.forked and streams.x.shape[1] == streams.num_tokens:
-        return jnp.where(streams.alive[..., None], streams.x, 0)
-    if kind == "residual":
-        weight = jnp.exp(streams.log_score)
-    elif kind == "rightmost":
-        weight = streams.original.astype(jnp.float32)
-    else:
+    if kind not in ("residual", "rightmost"):
         raise ValueError(
             f"merge={kind!r} has no residual: use 'residual', 'rightmost' or merge_log_probs"
         )
+    if not streams.forked and streams.x.shape[1] == streams.num_tokens:
+        return jnp.where(streams.alive[..., None], streams.x, 0)
+    is_sum = kind == "residual"
+    weight = jnp.exp(streams.log_score) if is_sum else streams.original.astype(jnp.float32)
     weights = jnp.where(membership(streams), weight[:, None, :], 0).astype(streams.x.dtype)
     # The highest precision makes the rightmost stream an exact copy on every backend.
     merged = jnp.einsum("bts,bsd->btd", weights, streams.x, precision=jax.lax.Precision.HIGHEST)

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype, Initializer
 from jax.core import Tracer
 
 from thoughtbubbles import fork_models
 from thoughtbubbles.architecture import Architecture, Constrain
 from thoughtbubbles.attention import Attend
 from thoughtbubbles.attention import attend as attend_by_scores
+from thoughtbubbles.checks import check_ids, check_integers, check_streams
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
-from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of, weight
+from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of
 from thoughtbubbles.placement import embedding_rows
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
+from thoughtbubbles.weights import weight, without_layers
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -62,18 +66,27 @@ class ForkingDecoder(Architecture):
         rngs: nnx.Rngs,
         constrain: Constrain | None = None,
         attend: Attend | None = None,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
     ):
+        if not isinstance(config, ModelConfig):
+            raise ValueError(
+                f"config is a {type(config).__name__}: give a ModelConfig, such as "
+                "ModelConfig.preset('tiny')"
+            )
         self.config = config
         self.constrain = constrain or _identity
         attend = attend or attend_by_scores
-        self.embed = weight(rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"))
-        keys = rngs.split(config.num_layers)
-        stack = nnx.vmap(lambda rngs: Block(config, rngs=rngs, attend=attend))(keys)
-        self.blocks: Block | None = stack
-        self.forks = nnx.List([_fork_of(config, rngs) for _ in config.fork_layers])
-        self.final_norm = norm_of(config)
-        shape, axes = (config.embed_dim, config.vocab_size), ("embed", "vocab")
-        self.head = None if config.tied_head else weight(rngs, shape, axes)
+        shape = config.vocab_size, config.embed_dim
+        self.embed = weight(rngs, shape, ("vocab", "embed"), dtype=param_dtype)
+        options: Any = {"kernel_init": kernel_init, "param_dtype": param_dtype}
+        make = lambda rngs: Block(config, rngs=rngs, attend=attend, **options)  # noqa: E731
+        make_stack = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        self.blocks: Block | None = make_stack(rngs.split(config.num_layers))
+        self.forks = nnx.List([_fork_of(config, rngs, **options) for _ in config.fork_layers])
+        self.final_norm = norm_of(config, param_dtype)
+        head = partial(weight, rngs, shape[::-1], ("embed", "vocab"))
+        self.head = None if config.tied_head else head(init=kernel_init, dtype=param_dtype)
         self.unstacked = nnx.data(None)
 
     def run(
@@ -92,7 +105,11 @@ class ForkingDecoder(Architecture):
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
             track: Whether tracked thresholds follow these tokens, as in training.
             key: Key of the noise with which fork layers choose in training; no noise by default.
+
+        Raises:
+            ValueError: The ids are not `[B, T]` integers, or the lengths not `[B]`.
         """
+        check_ids(tokens)
         return self.run_residuals(self.embed_tokens(tokens), length, track=track, key=key)
 
     def run_residuals(
@@ -106,6 +123,7 @@ class ForkingDecoder(Architecture):
         """`run` from vectors `x [B, T, D]`: embedded tokens or any others."""
         config = self.config
         streams = Streams.start(self.constrain(x), length, config.copies)
+        check_streams(streams, config.embed_dim, "a model")
         forks = []
         for index, (start, end) in enumerate(config.groups()):
             if index:
@@ -118,6 +136,7 @@ class ForkingDecoder(Architecture):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
+        check_integers(tokens)
         if isinstance(self.embed, Int8Weight):
             return self.embed.rows(tokens).astype(self.config.dtype)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
@@ -200,7 +219,7 @@ class ForkingDecoder(Architecture):
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             layers = self.layers()
         else:
-            stacks, block = jax.tree.flatten(self.blocks)
+            stacks, block = jax.tree.flatten(without_layers(self.blocks))
             layers = [[] for _ in range(depth)]
             for stack in stacks:
                 for layer, row in zip(layers, _take_apart(stack), strict=True):
@@ -253,14 +272,14 @@ def _take_apart(stack: jax.Array) -> list[jax.Array]:
 
 
 def _unstack(blocks: Block | None, start: int, end: int) -> list[Block]:
-    leaves, structure = jax.tree.flatten(blocks)
+    leaves, structure = jax.tree.flatten(without_layers(blocks))
     # Split rather than index: its gradient is one concatenation, not a sum of padded slices.
     rows = [jax.lax.split(leaf[start:end], [1] * (end - start)) for leaf in leaves]
     layers = [[leaf[i].squeeze(0) for leaf in rows] for i in range(end - start)]
     return [jax.tree.unflatten(structure, layer) for layer in layers]
 
 
-def _fork_of(config: ModelConfig, rngs: nnx.Rngs) -> Fork:
+def _fork_of(config: ModelConfig, rngs: nnx.Rngs, **options: Any) -> Fork:
     return Fork(
         config.embed_dim,
         config.policy,
@@ -272,6 +291,7 @@ def _fork_of(config: ModelConfig, rngs: nnx.Rngs) -> Fork:
         score_originals=config.score_originals,
         gate=config.fork_gate,
         rngs=rngs,
+        **options,
     )
 
 

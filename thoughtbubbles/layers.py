@@ -1,24 +1,22 @@
-"""Norm, Attention, MLP, Block and Fork: thin NNX modules that own parameters.
-
-The metadata of every parameter holds the names of its axes (`axes`, without the leading `layers`
-axis of stacked blocks) and the number of contracted ones (`inputs`). A module needs no mesh: the
-names have no effect until they are mapped to the axes of one.
-"""
+"""Attention, MLP, Block and Fork: thin NNX modules that own parameters (`weights`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype, Initializer
 
 from thoughtbubbles import forking
 from thoughtbubbles.architecture import Tracked
 from thoughtbubbles.attention import Attend, attend
+from thoughtbubbles.checks import check_streams
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.fork_cache import (
     ForkCache,
@@ -30,6 +28,7 @@ from thoughtbubbles.fork_cache import (
     with_wrong_rows,
     wrong_rows,
 )
+from thoughtbubbles.module import Module
 from thoughtbubbles.placement import placed_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced_keep, hook
@@ -37,63 +36,14 @@ from thoughtbubbles.positions import rotary_angles, rotate
 from thoughtbubbles.quantisation import linear, unquantised
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
+from thoughtbubbles.weights import INIT_STD, Norm, adapted, plus_bias, vector
+from thoughtbubbles.weights import weight as make_weight
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-INIT_STD = 0.02
-
-
-def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1, std=INIT_STD
-) -> nnx.Param:
-    """A float32 weight of normal entries, whose first `inputs` axes are contracted."""
-    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, axes=axes, inputs=inputs)
-
-
-def vector(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
-    """A bias, scale or embedding vector, without contracted axes and weight decay."""
-    return nnx.Param(value, axes=axes, inputs=0)
-
-
-def plus_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """`y` plus a bias of its last axes, in its dtype."""
-    if bias is None:
-        return y
-    return y + jnp.expand_dims(bias[...].astype(y.dtype), range(y.ndim - bias.ndim))
-
-
-class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the last axis, computed in float32."""
-
-    def __init__(
-        self,
-        width: int,
-        kind: Literal["layernorm", "rmsnorm"] = "layernorm",
-        *,
-        bias: bool = True,
-        eps: float = 1e-5,
-        axis: str = "embed",
-    ):
-        self.kind, self.eps = kind, eps
-        self.scale = vector(jnp.ones((width,), jnp.float32), (axis,))
-        has_bias = bias and kind == "layernorm"
-        self.bias = vector(jnp.zeros((width,), jnp.float32), (axis,)) if has_bias else None
-
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """Normalised `x`, in its dtype."""
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
-        # As many axes as `y`: users may forbid the promotion of ranks.
-        y = y * jnp.expand_dims(self.scale[...], range(y.ndim - 1))
-        if self.bias is not None:
-            y = plus_bias(y, self.bias)
-        return y.astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -140,42 +90,38 @@ class Geometry(ShortRepr):
         )
 
 
-def adapted(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name: str) -> jax.Array:
-    """A linear layer's output `y` of `x`, plus that of the layer's adapter, if it has one.
-
-    Args:
-        y: Output of the layer; its last axis may be split over several axes.
-        x: `[..., inputs]` input of the layer.
-        adapters: Adapters by the layer's name, callables from `[..., inputs]` to `[..., outputs]`.
-        name: Name of the layer.
-    """
-    if adapters is None or name not in adapters:
-        return y
-    return y + adapters[name](x).reshape(y.shape).astype(y.dtype)
-
-
-class Attention(nnx.Module):
+class Attention(Module):
     """Causal score-attenuated multi-head or grouped-query attention over streams (eq. 8).
 
     Attributes:
         adapters: Adapters of the layers `q`, `k`, `v`, `o` (`Backbone.apply_lora`), or None.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
         d, h, g, k = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
         self.dtype = config.dtype
-        self.q = weight(rngs, (d, h, k), ("embed", "heads", "head_dim"))
-        self.k = weight(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"))
-        self.v = weight(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"))
+        weight = partial(make_weight, rngs, init=kernel_init, dtype=param_dtype)
+        self.q = weight((d, h, k), ("embed", "heads", "head_dim"))
+        self.k = weight((d, g, k), ("embed", "kv_heads", "head_dim"))
+        self.v = weight((d, g, k), ("embed", "kv_heads", "head_dim"))
         out_std = INIT_STD / math.sqrt(2 * config.num_layers)
-        self.o = weight(rngs, (h, k, d), ("heads", "head_dim", "embed"), inputs=2, std=out_std)
+        self.o = weight((h, k, d), ("heads", "head_dim", "embed"), inputs=2, std=out_std)
         has_bias = config.biases in ("all", "qkv")
-        zeros = lambda n: vector(jnp.zeros((n, k)), ("heads" if n == h else "kv_heads", "head_dim"))  # noqa: E731
-        self.q_bias = zeros(h) if has_bias else None
-        self.k_bias = zeros(g) if has_bias else None
-        self.v_bias = zeros(g) if has_bias else None
-        self.o_bias = vector(jnp.zeros((d,)), ("embed",)) if config.biases == "all" else None
-        qk_norm = lambda: Norm(k, "rmsnorm", eps=config.norm_eps, axis="head_dim")  # noqa: E731
+        zeros = lambda shape, *axes: vector(jnp.zeros(shape, param_dtype), axes)  # noqa: E731
+        self.q_bias = zeros((h, k), "heads", "head_dim") if has_bias else None
+        self.k_bias = zeros((g, k), "kv_heads", "head_dim") if has_bias else None
+        self.v_bias = zeros((g, k), "kv_heads", "head_dim") if has_bias else None
+        self.o_bias = zeros((d,), "embed") if config.biases == "all" else None
+        qk_norm = partial(
+            Norm, k, "rmsnorm", eps=config.norm_eps, axis="head_dim", param_dtype=param_dtype
+        )
         self.q_norm = qk_norm() if config.qk_norm else None
         self.k_norm = qk_norm() if config.qk_norm else None
         self.adapters: Mapping[str, Any] | None = nnx.data(None)
@@ -203,26 +149,33 @@ class Attention(nnx.Module):
         return plus_bias(adapted(y, x, self.adapters, name), bias)
 
 
-class MLP(nnx.Module):
+class MLP(Module):
     """`down(gelu(up x))`, or `down(silu(gate x) * up x)` for SwiGLU.
 
     Attributes:
         adapters: Adapters of the layers `up`, `gate`, `down` (`Backbone.apply_lora`), or None.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
         d, f = config.embed_dim, config.mlp_width
         self.dtype = config.dtype
-        self.up = weight(rngs, (d, f), ("embed", "mlp"))
-        self.gate = weight(rngs, (d, f), ("embed", "mlp")) if config.mlp == "swiglu" else None
+        weight = partial(make_weight, rngs, init=kernel_init, dtype=param_dtype)
+        zeros = lambda n, axis: vector(jnp.zeros((n,), param_dtype), (axis,))  # noqa: E731
+        self.up = weight((d, f), ("embed", "mlp"))
+        self.gate = weight((d, f), ("embed", "mlp")) if config.mlp == "swiglu" else None
         out_std = INIT_STD / math.sqrt(2 * config.num_layers)
-        self.down = weight(rngs, (f, d), ("mlp", "embed"), std=out_std)
+        self.down = weight((f, d), ("mlp", "embed"), std=out_std)
         bias = config.biases == "all"
-        self.up_bias = vector(jnp.zeros((f,)), ("mlp",)) if bias else None
-        self.gate_bias = (
-            vector(jnp.zeros((f,)), ("mlp",)) if bias and self.gate is not None else None
-        )
-        self.down_bias = vector(jnp.zeros((d,)), ("embed",)) if bias else None
+        self.up_bias = zeros(f, "mlp") if bias else None
+        self.gate_bias = zeros(f, "mlp") if bias and self.gate is not None else None
+        self.down_bias = zeros(d, "embed") if bias else None
         self.adapters: Mapping[str, Any] | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -239,25 +192,49 @@ class MLP(nnx.Module):
         return plus_bias(adapted(y, x, self.adapters, name), bias)
 
 
-class Block(nnx.Module):
-    """Pre-norm decoder block; both residual writes are scaled by the scores (eqs. 9-10).
+class Block(Module):
+    """Pre-norm decoder block over streams.
+
+    Both residual writes are scaled by the scores (arXiv 2510.00219, eqs. 9-10).
 
     Args:
-        config: Sizes and options.
+        config: Sizes and options, the type of the computation among them (`dtype`).
         rngs: Random keys of the initial values.
         attend: Attention function, such as a kernel of `thoughtbubbles.kernels`.
+        kernel_init: Initializer of all kernels, called for matrices of inputs by outputs. By
+            default they are normal, of standard deviation 0.02, and those that write to the
+            residuals of 0.02 / sqrt(2 L).
+        param_dtype: Type of the parameters.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, attend: Attend = attend):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        attend: Attend = attend,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
+    ):
         self.config = config
         self.attend = attend
-        self.attention_norm = norm_of(config)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = norm_of(config)
-        self.mlp = MLP(config, rngs=rngs)
+        options: Any = {"rngs": rngs, "kernel_init": kernel_init, "param_dtype": param_dtype}
+        self.attention_norm = norm_of(config, param_dtype)
+        self.attention = Attention(config, **options)
+        self.mlp_norm = norm_of(config, param_dtype)
+        self.mlp = MLP(config, **options)
 
     def __call__(self, streams: Streams, geometry: Geometry | None = None) -> Streams:
-        """The streams after the block, in the same slots; a given `geometry` saves computing it."""
+        """The streams after the block, in the same slots.
+
+        Args:
+            streams: Streams before the block.
+            geometry: Geometry of the streams, which saves computing it.
+
+        Raises:
+            ValueError: The input are no streams, or of another width than `embed_dim`.
+        """
+        check_streams(streams, self.config.embed_dim, "a block")
         if geometry is None:
             geometry = Geometry.of(streams, self.config)
         bias = geometry.key_bias
@@ -289,8 +266,10 @@ class Block(nnx.Module):
         return update * geometry.write_scale[..., None].astype(update.dtype)
 
 
-class Fork(nnx.Module):
-    """Fork layer: scores both candidates of every stream and lets the policy choose (eqs. 1-6).
+class Fork(Module):
+    """Fork layer: scores both candidates of every stream and lets the policy choose.
+
+    These are eqs. 1-6 of arXiv 2510.00219. Scores are computed in float32 whatever the types.
 
     Args:
         embed_dim: Width `D` of the residuals.
@@ -303,6 +282,14 @@ class Fork(nnx.Module):
         score_originals: Whether originals carry a score, as in the paper; by default theirs is 1.
         gate: Initial value of a learned factor on the scores of forks; None for no such factor.
         rngs: Random keys of the initial values.
+        dtype: Type of the residuals behind the fork layer; None keeps theirs.
+        param_dtype: Type of the parameters.
+        kernel_init: Initializer of the scores' kernel, called for `[D, 2]`; by default it is
+            normal, of standard deviation 0.02.
+
+    Raises:
+        ValueError: A size is below 1, a kind is unknown, the policy is none, or it and the options
+            rule each other out.
     """
 
     def __init__(
@@ -318,15 +305,23 @@ class Fork(nnx.Module):
         score_originals: bool = False,
         gate: float | None = None,
         rngs: nnx.Rngs,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer | None = None,
     ):
+        if embed_dim < 1:
+            raise ValueError(f"embed_dim={embed_dim} is below 1: give the width of the residuals")
+        if gate is not None and not 0 < gate < math.inf:
+            raise ValueError(f"gate={gate} is not positive: choose e.g. 1e-9")
         check_forced_keep(policy, forced_keep, score_originals)
         self.policy, self.forced_keep = policy, forced_keep
-        self.score_originals = score_originals
-        self.norm = Norm(embed_dim, norm, bias=norm_bias, eps=norm_eps)
-        self.score = weight(rngs, (embed_dim, 2), ("embed", "candidates"))
-        scale = embed_dim**-0.5
-        noise = jax.random.normal(rngs.params(), (embed_dim,), jnp.float32)
-        self.embedding = vector(scale * noise, ("embed",)) if embedding else None
+        self.score_originals, self.dtype = score_originals, dtype
+        self.norm = Norm(embed_dim, norm, bias=norm_bias, eps=norm_eps, param_dtype=param_dtype)
+        self.score = make_weight(
+            rngs, (embed_dim, 2), ("embed", "candidates"), init=kernel_init, dtype=param_dtype
+        )
+        noise = embed_dim**-0.5 * jax.random.normal(rngs.params(), (embed_dim,), jnp.float32)
+        self.embedding = vector(noise.astype(param_dtype), ("embed",)) if embedding else None
         self.gate = None if gate is None else vector(jnp.asarray(gate, jnp.float32), ())
         tracked = hook(policy, "init_tracked")()
         self.threshold = None if tracked is None else Tracked(jnp.full((), tracked, jnp.float32))
@@ -340,6 +335,10 @@ class Fork(nnx.Module):
             streams: Streams before the fork layer.
             track: Whether the state that the policy tracks follows these scores (training).
             key: Random key of the policy's exploration (training); without it there is none.
+
+        Raises:
+            ValueError: The input are no streams, of another width than `embed_dim`, or a later part
+                of a row (`extend`).
         """
         self._check(streams)
         if streams.continued:
@@ -412,20 +411,12 @@ class Fork(nnx.Module):
         return advanced(cache, self._fork(streams, candidates, keep, num_tokens), state)
 
     def _check(self, streams: Streams) -> None:
-        if not isinstance(streams, Streams):
-            shape = getattr(streams, "shape", type(streams).__name__)
-            raise ValueError(f"a fork layer takes Streams, not {shape}: Streams.start(x)")
-        width, expected = streams.x.shape[-1], unquantised(self.score.get_value()).shape[0]
-        if width != expected:
-            raise ValueError(
-                f"residuals of width {width} in a fork layer of embed_dim={expected}: "
-                "give both the same width"
-            )
+        check_streams(streams, unquantised(self.score.get_value()).shape[0], "a fork layer")
 
     def _candidates(self, streams: Streams) -> Candidates:
         # Norm and scores are computed in float32, because bfloat16 scores would often tie.
         hidden = self.norm(streams.x.astype(jnp.float32))
-        score = unquantised(self.score.get_value())
+        score = unquantised(self.score.get_value()).astype(jnp.float32)
         logits = jnp.einsum("bsd,dc->bsc", hidden, score, precision=jax.lax.Precision.HIGHEST)
         gate = None if self.gate is None else self.gate[...]
         log_scores = forking.candidate_log_scores(logits, streams.log_score, gate)
@@ -440,9 +431,12 @@ class Fork(nnx.Module):
         plan = forking.compact(keep, min(keep.shape[1], self.policy.capacity(num_tokens)))
         log_scores = hook(self.policy, "scores")(candidates)
         embedding = None if self.embedding is None else self.embedding[...]
+        if self.dtype is not None:
+            streams = streams.replace(x=streams.x.astype(self.dtype))
         return forking.fork(streams, log_scores, plan, embedding)
 
 
-def norm_of(config: ModelConfig) -> Norm:
+def norm_of(config: ModelConfig, param_dtype: Dtype = jnp.float32) -> Norm:
     """A norm of the residuals of the config's kind."""
-    return Norm(config.embed_dim, config.norm, bias=config.biases == "all", eps=config.norm_eps)
+    bias, eps = config.biases == "all", config.norm_eps
+    return Norm(config.embed_dim, config.norm, bias=bias, eps=eps, param_dtype=param_dtype)

@@ -30,6 +30,11 @@ class Thoughtbubbles(ForkingDecoder):
             passes the sharding constraint of its mesh.
         attend: Attention of the blocks; a trainer passes the kernel of its devices. The default is
             `thoughtbubbles.attention.attend`.
+        kernel_init: Initializer of all kernels of blocks, fork layers and an untied head (`Block`).
+        param_dtype: Type of the parameters; that of the computation is the config's `dtype`.
+
+    Raises:
+        ValueError: The config is of another class.
     """
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig

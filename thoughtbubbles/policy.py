@@ -128,7 +128,11 @@ class CausalPolicy(Policy, Protocol):
 
 
 def check_forced_keep(policy: Policy, forced_keep: bool, score_originals: bool) -> None:
-    """Raise a ValueError if originals are to compete by score and can't."""
+    """Raise a ValueError if originals are to compete by score and can't, or the policy is none."""
+    if isinstance(policy, type) or not all(hasattr(policy, name) for name in ("capacity", "keep")):
+        raise ValueError(
+            f"policy={policy!r} is no fork policy: give an object such as PrefixRank(ratio=2.0)"
+        )
     if not forced_keep and (policy.causal or not score_originals):
         raise ValueError(
             f"forced_keep=False lets originals compete by score, which policy={policy} and "

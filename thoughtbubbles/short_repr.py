@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+LONGEST = 16  # values of a tuple
+
 
 class ShortRepr:
     """A dataclass with `repr=False`, whose repr gives arrays by type and shape."""
@@ -17,5 +19,6 @@ def _short(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if isinstance(value, tuple) and type(value) is tuple:
-        return f"({', '.join(map(_short, value))}{',' * (len(value) == 1)})"
+        shown = [_short(item) for item in value[:LONGEST]] + ["..."] * (len(value) > LONGEST)
+        return f"({', '.join(shown)}{',' * (len(value) == 1)})"
     return repr(value)

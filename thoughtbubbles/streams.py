@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from thoughtbubbles.changes import replaced
+from thoughtbubbles.pages import Page, streams_page
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.short_repr import ShortRepr
 
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 class Streams(ShortRepr):
     """Residual streams of a batch, several per token, in the order of the text; dead slots last.
 
-    So causal attention over slots is enough: a live stream never attends to a dead one.
+    The value that flows through a model (arXiv 2510.00219). Causal attention over slots is enough:
+    a live stream never attends to a dead one.
 
     Attributes:
         x: `[B, S, D]` residuals.
@@ -78,9 +82,16 @@ class Streams(ShortRepr):
         log_score, alive = jnp.zeros_like(token, jnp.float32), token < length[:, None]
         return cls(x, log_score, token, alive, length, first, num_tokens, continued=continued)
 
-    def replace(self, **changes) -> Streams:
-        """The same streams with some fields changed, as `dataclasses.replace`."""
-        return dataclasses.replace(self, **changes)
+    def replace(self, **changes: Unpack[StreamsChanges]) -> Streams:
+        """The same streams with some fields changed, as `dataclasses.replace`.
+
+        Args:
+            changes: New values of the fields, such as `x`.
+
+        Raises:
+            TypeError: A change is of no field.
+        """
+        return replaced(self, changes)
 
     @property
     def original(self) -> Bool[Array, "B S"]:
@@ -162,8 +173,58 @@ class Streams(ShortRepr):
             num_tokens=1,
         )
 
+    def page(self, texts: Sequence[Sequence[str]] | None = None) -> Page:
+        """The streams in HTML: a dot for each, whose slot, score and position are its title.
+
+        `page().save("streams.html")` writes a page that needs no other file.
+
+        Args:
+            texts: Text of each token of each row, padding included; indices by default.
+
+        Raises:
+            ValueError: The arrays are not here (traced, donated, or on other hosts), or the texts
+                are not as many as the tokens.
+        """
+        if not self._is_here():
+            raise ValueError(f"{self!r} has no values here: show it outside of jit, on one host")
+        log_score, token = np.asarray(self.log_score), np.asarray(self.token)
+        alive, first = np.asarray(self.alive), np.asarray(self.first)
+        return streams_page(log_score, token, alive, first, self.num_tokens, texts)
+
+    def _is_here(self) -> bool:
+        return all(map(_is_here, (self.log_score, self.token, self.alive, self.first)))
+
+    def _repr_html_(self) -> str | None:
+        return self.page()._repr_html_() if self._is_here() else None
+
+
+class StreamsChanges(TypedDict, total=False):
+    """The fields of `Streams` as keyword arguments, so that type checkers find a typo."""
+
+    x: jax.Array
+    log_score: jax.Array
+    token: jax.Array
+    alive: jax.Array
+    length: jax.Array
+    first: jax.Array
+    num_tokens: int
+    forked: bool
+    continued: bool
+
+
+def _is_here(value: object) -> bool:
+    """Whether a value of streams can be read: of a batch, neither traced nor donated."""
+    if isinstance(value, Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
+        return False
+    here = isinstance(value, np.ndarray) or (value.is_fully_addressable and not value.is_deleted())
+    return here and value.ndim <= 2
+
 
 def _check_start(x, length, copies, first) -> None:
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"residuals are a {type(x).__name__}: give an array, by jnp.asarray(...)")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"residuals of type {x.dtype}: embed token ids first, into floats")
     if jnp.ndim(x) != 3:
         raise ValueError(
             f"residuals of shape {jnp.shape(x)}: Streams.start takes [batch, tokens, width]"
@@ -196,6 +257,9 @@ def left_align(
     Returns:
         The aligned tokens, the number of real tokens of each row, and `rank`, the new index of each
         token.
+
+    Raises:
+        ValueError: The mask is not of these tokens.
     """
     mask = _real(mask, tokens)
     order = jnp.argsort(~mask, axis=1, stable=True)
@@ -208,7 +272,16 @@ def left_align(
 def restore_alignment(
     values: Shaped[Array, "B T *rest"], mask: Bool[Array, "B T"], rank: Int[Array, "B T"]
 ) -> Shaped[Array, "B T *rest"]:
-    """Undo `left_align` for values of each token; those of padding become 0."""
+    """Undo `left_align` for values of each token; those of padding become 0.
+
+    Args:
+        values: Values of the aligned tokens.
+        mask: Mask that `left_align` was given.
+        rank: New index of each token, as `left_align` returned it.
+
+    Raises:
+        ValueError: The mask is not of these tokens.
+    """
     mask = _real(mask, values)
     mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
     rank = rank.reshape(rank.shape + (1,) * (values.ndim - 2))
@@ -230,9 +303,16 @@ def split_segments(
         tokens of each new row. `join_segments` takes values of tokens back.
 
     Raises:
-        ValueError: A segment id is not from 0 to `N`; under `jit`, where ids are unknown,
-            `join_segments` gives NaN for its tokens.
+        ValueError: `N` is below 1, there is not one id for each token, or a segment id is not from
+            0 to `N`; under `jit`, where ids are unknown, `join_segments` gives NaN for its tokens.
     """
+    if num_segments < 1:
+        raise ValueError(f"num_segments={num_segments} is below 1: give the largest segment id")
+    if segment_ids.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"segment ids of shape {segment_ids.shape} for tokens of shape {tokens.shape}: give "
+            "one id for each token"
+        )
     if not isinstance(segment_ids, Tracer):
         ids = np.asarray(segment_ids)
         if ids.max(initial=0) > num_segments or ids.min(initial=0) < 0:
@@ -248,7 +328,20 @@ def split_segments(
 def join_segments(
     values: Shaped[Array, "B*N T *rest"], segment_ids: Int[Array, "B T"]
 ) -> Shaped[Array, "B T *rest"]:
-    """Undo `split_segments` for float values of each token; those of padding become 0."""
+    """Undo `split_segments` for float values of each token; those of padding become 0.
+
+    Args:
+        values: Values of the rows of one text each.
+        segment_ids: Ids that `split_segments` was given.
+
+    Raises:
+        ValueError: The rows of values are not a multiple of those of ids, or of other lengths.
+    """
+    if values.shape[0] % segment_ids.shape[0] or values.shape[1] != segment_ids.shape[1]:
+        raise ValueError(
+            f"values of shape {values.shape} for segment ids of shape {segment_ids.shape}: give "
+            "num_segments rows for each row of ids, as split_segments made them"
+        )
     batch, num_segments = segment_ids.shape[0], values.shape[0] // segment_ids.shape[0]
     mask = _segments(segment_ids, num_segments)
     rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypedDict, Unpack
 
 from thoughtbubbles.architecture import ArchitectureConfig
+from thoughtbubbles.changes import replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +132,40 @@ class HatchlingConfig(ArchitectureConfig):
         )
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "HatchlingConfig":
-        """A named size (see `PRESETS`), with changes."""
+    def preset(cls, name: str, **changes: Unpack["HatchlingConfigChanges"]) -> "HatchlingConfig":
+        """A named size (see `PRESETS`), with changes.
+
+        Args:
+            name: Name of the preset.
+            changes: Fields that differ from the preset's.
+
+        Raises:
+            ValueError: There is no preset of that name, or the fields do not fit together.
+            TypeError: A change is of no field.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-        return dataclasses.replace(PRESETS[name], **changes)
+        return replaced(PRESETS[name], changes)
+
+
+class HatchlingConfigChanges(TypedDict, total=False):
+    """The fields of `HatchlingConfig` as keyword arguments, so that type checkers find a typo."""
+
+    vocab_size: int
+    embed_dim: int
+    num_neurons: int
+    num_layers: int
+    num_heads: int
+    form: Literal["released", "paper"]
+    damping: bool
+    rope_base: float
+    dropout: float
+    chunk: int | None
+    separator: int | None
+    truncate: int | None
+    context_length: int | None
+    dtype: Literal["float32", "bfloat16"]
+    remat: Literal["none", "full"]
 
 
 # The authors' default is 25m. They scale the number of neurons alone; 3nd + 2Vd counts parameters.

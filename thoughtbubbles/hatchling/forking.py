@@ -93,7 +93,7 @@ class ForkingHatchlingConfig(HatchlingConfig):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ForkingState(State):
     """A state with those of the fork layers.
 
@@ -107,7 +107,7 @@ class ForkingState(State):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ForkingActivations(Activations):
     """Result of a forward pass whose streams forked.
 

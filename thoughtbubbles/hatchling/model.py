@@ -24,8 +24,8 @@ from thoughtbubbles.hatchling.attention import (
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
-from thoughtbubbles.layers import weight
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, zeros_beside
+from thoughtbubbles.weights import weight
 
 
 class Hatchling(Architecture):

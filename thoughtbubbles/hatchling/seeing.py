@@ -11,10 +11,11 @@ from thoughtbubbles.hatchling.attention import damping
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.model import Hatchling
 from thoughtbubbles.hatchling.state import Neurons, State
+from thoughtbubbles.short_repr import ShortRepr
 
 
-@dataclasses.dataclass(frozen=True)
-class Synapses:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Synapses(ShortRepr):
     """Synapses of one layer, by the neurons that they connect.
 
     Attributes:

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from thoughtbubbles.placement import placed_beside
+from thoughtbubbles.short_repr import ShortRepr
 
 
 class Frequency(nnx.Variable):
@@ -15,8 +16,8 @@ class Frequency(nnx.Variable):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
+@dataclasses.dataclass(frozen=True, repr=False)
+class State(ShortRepr):
     """What a Hatchling keeps of the tokens that it has read; its size does not grow with them.
 
     Attributes:
@@ -36,8 +37,8 @@ class State:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Activations:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Activations(ShortRepr):
     """Result of a forward pass.
 
     Attributes:

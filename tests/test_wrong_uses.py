@@ -1,0 +1,254 @@
+"""Wrong uses of what the libraries export: each is one line that names both values; all are cheap,
+since nothing is computed: shapes alone are followed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import memgen
+from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
+from thoughtbubbles import (
+    Block,
+    Fork,
+    ModelConfig,
+    PrefixRank,
+    Streams,
+    Thoughtbubbles,
+    Threshold,
+    TopK,
+    join_segments,
+    left_align,
+    merge,
+    restore_alignment,
+    split_segments,
+    token_slots,
+)
+from thoughtbubbles.bubbles import bubble_map
+
+SMALL = ModelConfig(vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, fork_layers=(1,))
+Call = Callable[[], Any]
+
+
+class Given:
+    """Values of shapes alone."""
+
+    def array(self, *shape: int, dtype: Any = jnp.float32) -> Any:
+        return jnp.zeros(shape, dtype)
+
+    def ids(self, *shape: int) -> Any:
+        return jnp.zeros(shape, jnp.int32)
+
+    def streams(self, width: int = 8, **changes: Any) -> Streams:
+        return Streams.start(jnp.zeros((2, 4, width)), **changes)
+
+    @property
+    def fork(self) -> Fork:
+        return Fork(8, PrefixRank(2.0), rngs=nnx.Rngs(0))
+
+    @property
+    def model(self) -> Thoughtbubbles:
+        return Thoughtbubbles(SMALL, rngs=nnx.Rngs(0))
+
+    @property
+    def made(self) -> memgen.MemGen:
+        return self.with_memory()
+
+    def with_memory(self, config: MemGenConfig | None = None, **parts: Any) -> memgen.MemGen:
+        lora = LoRAConfig(rank=2)
+        config = config or MemGenConfig(WeaverConfig(2, 2, lora=lora), TriggerConfig(lora=lora))
+        parts = {"boundary": np.zeros(20, np.uint8)} | parts
+        return memgen.MemGen(self.model.backbone(), config, rngs=nnx.Rngs(0), **parts)
+
+    def plan(self, rows: int = 2) -> memgen.Plan:
+        kind = self.ids(rows, 2)
+        return memgen.Plan(kind + jnp.array([0, 2]), kind, kind + 2)
+
+
+WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
+    # Streams
+    "residuals of two axes": (lambda g: Streams.start(g.array(4, 8)), r"shape \(4, 8\).*\[batch"),
+    "residuals that are ids": (lambda g: Streams.start(g.ids(2, 4, 8)), "int32.*float"),
+    "residuals that are no array": (lambda g: Streams.start([[1.0]]), r"list.*array"),
+    "no copies": (lambda g: g.streams(copies=0), "copies=0 is below 1"),
+    "lengths of other rows": (lambda g: g.streams(length=g.ids(3)), r"\(3,\) for 2 rows"),
+    "lengths beyond the row": (lambda g: g.streams(length=np.array([9, 0])), r"\[9, 0\] of 4"),
+    "negative lengths": (lambda g: g.streams(length=np.array([-1, 0])), r"\[-1, 0\] of 4 tokens"),
+    "first of other rows": (lambda g: g.streams(first=g.ids(3)), r"first of shape \(3,\) for 2"),
+    "a misspelt field": (lambda g: g.streams().replace(y=0), "no field 'y': did you mean"),
+    "texts of other rows": (lambda g: g.streams().page([["a"]]), r"no values here|texts of \[1\]"),
+    # Rows
+    "a mask of other tokens": (
+        lambda g: left_align(g.ids(2, 4), g.ids(2, 3) > 0),
+        r"\(2, 3\).*\(2, 4",
+    ),
+    "a mask of other values": (
+        lambda g: restore_alignment(g.array(2, 4), g.ids(1, 4) > 0, g.ids(2, 4)),
+        r"\(1, 4\).*\(2, 4",
+    ),
+    "segment ids beyond": (
+        lambda g: split_segments(g.ids(2, 4), np.full((2, 4), 3), 2),
+        "to 3 with num_segments=2",
+    ),
+    "segment ids of other tokens": (
+        lambda g: split_segments(g.ids(2, 4), g.ids(2, 3), 2),
+        r"ids of shape \(2, 3\).*\(2, 4\)",
+    ),
+    "no segments": (lambda g: split_segments(g.ids(2, 4), g.ids(2, 4), 0), "num_segments=0"),
+    "segments of other rows": (
+        lambda g: join_segments(g.array(3, 4), g.ids(2, 4)),
+        r"\(3, 4\) for segment ids of shape \(2, 4\): give",
+    ),
+    # Fork layers
+    "an array in a fork layer": (lambda g: g.fork(g.array(2, 4, 8)), r"not \(2, 4, 8\): Streams.s"),
+    "another width in a fork layer": (lambda g: g.fork(g.streams(6)), "width 6 .* embed_dim=8"),
+    "another width in extend": (
+        lambda g: g.fork.extend(g.streams(6), g.fork.init_cache(2, 4)),
+        "width 6 .* embed_dim=8",
+    ),
+    "a fork layer without width": (lambda g: Fork(0, rngs=nnx.Rngs(0)), "embed_dim=0"),
+    "a policy by name": (lambda g: Fork(8, "TopK", rngs=nnx.Rngs(0)), "policy='TopK'.*PrefixRank"),
+    "an unknown norm": (
+        lambda g: Fork(8, norm="layer", rngs=nnx.Rngs(0)),
+        "norm='layer'.*layernorm",
+    ),
+    "a gate of 0": (lambda g: Fork(8, gate=0.0, rngs=nnx.Rngs(0)), "gate=0.0.*positive"),
+    "a later part without a cache": (lambda g: g.fork(g.streams(first=g.ids(2))), "Fork.extend"),
+    "a cache for the paper's policy": (
+        lambda g: Fork(8, TopK(2.0), rngs=nnx.Rngs(0)).init_cache(2, 4),
+        "TopK.* can't be cached",
+    ),
+    "a cache of no rows": (lambda g: g.fork.init_cache(0, 4), "batch=0, max_tokens=4: choose 1"),
+    "a cache behind another one": (
+        lambda g: g.fork.init_cache(2, 4, g.fork.init_cache(3, 4)),
+        "batch=2, .* batch=3",
+    ),
+    "a cache of other rows": (
+        lambda g: g.fork.extend(g.streams(), g.fork.init_cache(3, 4)),
+        "2 rows.*3|3.*2",
+    ),
+    "slots behind a fork layer": (lambda g: token_slots(g.fork(g.streams()), 4), "take the slots"),
+    "entries of other slots": (
+        lambda g: token_slots(g.streams(), 9).write(g.array(2, 8), g.array(2, 4)),
+        r"\(2, 8\) for 2 rows of 9",
+    ),
+    "entries of other streams": (
+        lambda g: token_slots(g.streams(), 9).write(g.array(2, 9), g.array(2, 3)),
+        r"\(2, 3\) for new streams \(2, 4\)",
+    ),
+    "a merge of an array": (lambda g: merge(g.array(2, 4, 8)), r"not \(2, 4, 8\): Streams.start"),
+    "a merge of predictions": (lambda g: merge(g.streams(), "probability"), "merge='probability'"),
+    "a ratio below 1": (lambda g: PrefixRank(ratio=0.5), "ratio=0.5"),
+    "a window of 0": (lambda g: PrefixRank(ratio=2.0, window=0), "window=0"),
+    "a threshold's ratio below 1": (lambda g: Threshold(ratio=0.5), "ratio=0.5"),
+    # Models
+    "heads that do not divide": (lambda g: ModelConfig(20, 8, 2, 3), "num_heads=3 .* embed_dim=8"),
+    "a fork layer beyond": (
+        lambda g: ModelConfig(20, 8, 2, 2, fork_layers=(2,)),
+        "fork layer 2 .* num_layers=2",
+    ),
+    "a policy by name in a config": (
+        lambda g: ModelConfig(20, 8, 2, 2, policy="TopK"),
+        "policy='TopK'.*PrefixRank",
+    ),
+    "an unknown preset": (lambda g: ModelConfig.preset("huge"), "'huge': choose one of tiny"),
+    "a config that is a dict": (
+        lambda g: Thoughtbubbles({"vocab_size": 20}, rngs=nnx.Rngs(0)),
+        "dict.*ModelConfig",
+    ),
+    "ids of one axis": (lambda g: g.model(g.ids(4)), r"shape \(4,\).*\[batch, tokens\]"),
+    "ids that are floats": (lambda g: g.model(g.array(2, 4)), "float32.*int"),
+    "a mask of other ids": (lambda g: g.model(g.ids(2, 4), g.ids(2, 3) > 0), r"\(2, 3\).*\(2, 4\)"),
+    "lengths of other ids": (lambda g: g.model.run(g.ids(2, 4), g.ids(3)), r"\(3,\) for 2 rows"),
+    "vectors of another width": (lambda g: g.model.hidden_states(g.array(2, 4, 6)), "width 6.*8"),
+    "an array in a block": (
+        lambda g: Block(SMALL, rngs=nnx.Rngs(0))(g.array(2, 4, 8)),
+        r"not \(2, 4, 8\): Streams.start",
+    ),
+    "another width in a block": (
+        lambda g: Block(SMALL, rngs=nnx.Rngs(0))(g.streams(6)),
+        "width 6 .*embed_dim=8",
+    ),
+    "a text of other ids": (lambda g: bubble_map(g.model, [1, 2], ["a"]), "2 ids and 1 texts"),
+    # Memory
+    "a boundary table of other ids": (lambda g: g.with_memory(boundary=np.zeros(3)), "3 ids.* 20"),
+    "a reasoner that is no decoder": (
+        lambda g: memgen.MemGen(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), boundary=[], rngs=nnx.Rngs(0)),
+        "embed_dim",
+    ),
+    "a config of another class": (
+        lambda g: g.with_memory(WeaverConfig()),
+        "WeaverConfig.*MemGenConfig",
+    ),
+    "a rank of 0": (lambda g: LoRAConfig(rank=0), "rank=0: choose 1"),
+    "a target that is no layer": (
+        lambda g: memgen.make_adapter(
+            g.model.backbone(), LoRAConfig(targets=("qq",)), rngs=nnx.Rngs(0)
+        ),
+        "'qq': choose",
+    ),
+    "an unknown context": (lambda g: WeaverConfig(context="text"), "context='text': choose emb"),
+    "a certain trigger": (
+        lambda g: TriggerConfig(init_invoke_prob=1.0),
+        "init_invoke_prob=1.0: ch",
+    ),
+    "text of one axis": (lambda g: g.made.weave(g.ids(4), g.plan()), r"shape \(4,\).*\[batch, tok"),
+    "text of floats": (lambda g: g.made.weave(g.array(2, 4), g.plan()), "float32.*int"),
+    "a plan of other rows": (lambda g: g.made.weave(g.ids(2, 4), g.plan(3)), "3 rows .* 2"),
+    "a loss mask of other tokens": (
+        lambda g: memgen.sft_loss(g.made, g.ids(2, 4), g.ids(2, 3) > 0, g.plan()),
+        r"loss mask of shape \(2, 3\).*\(2, 4\)",
+    ),
+    "decisions of other tokens": (
+        lambda g: memgen.decision_log_probs(g.made, g.ids(2, 4), g.ids(2, 3), g.plan()),
+        r"decisions of shape \(2, 3\).*\(2, 4\)",
+    ),
+    "a plan from another mask": (
+        lambda g: memgen.plan_insertions(
+            g.ids(2, 4), g.ids(2, 3) > 0, g.made.boundary[...], g.made.config
+        ),
+        r"loss mask of shape \(2, 3\).*\(2, 4\)",
+    ),
+    "advantages of other rows": (
+        lambda g: memgen.trigger_loss(g.array(2, 4), g.ids(2, 4), g.array(3)),
+        r"\(3,\).* 2 rows",
+    ),
+    "decisions of a loss": (
+        lambda g: memgen.trigger_loss(g.array(2, 4), g.ids(2, 3), g.array(2)),
+        r"decisions of shape \(2, 3\).*\(2, 4\)",
+    ),
+    "a trigger of another width": (lambda g: g.made.trigger(g.array(2, 6)), "width 6.*8"),
+    "a stream of another width": (lambda g: g.made.weaver.context(g.array(2, 4, 6)), "width 6.*8"),
+    "an unknown rule for boundaries": (
+        lambda g: memgen.boundary_table(["a"], mode="end"),
+        "'end'.*suffix",
+    ),
+    "no prompts": (lambda g: memgen.generate(g.made, [], 4), "prompt"),
+    "a prompt beyond the ids": (lambda g: memgen.generate(g.made, [[99]], 4), "99.*20"),
+    "a negative temperature": (
+        lambda g: memgen.make_request(g.made, 4, temperature=-1.0),
+        "temperature=-1.0",
+    ),
+    "a negative number of tokens": (lambda g: memgen.make_request(g.made, -1), "max_new_tokens=-1"),
+    "parameters of another shape": (
+        lambda g: memgen.load_params(g.made, {"weaver": {}}),
+        "checkpoint has none, the model float32.*: build the model with",
+    ),
+}
+
+
+def test_there_are_forty():
+    assert len(WRONG) >= 40
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_use_is_one_line(name: str):
+    use, message = WRONG[name]
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        nnx.eval_shape(lambda: use(Given()))
+    [line] = str(caught.value).splitlines()
+    assert "incompatible shapes" not in line, "of JAX, without a way out"
+    assert ": " in line or "choose" in line

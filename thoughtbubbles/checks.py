@@ -1,0 +1,43 @@
+"""Checks of arguments: a wrong one is one line that names both values and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from thoughtbubbles.streams import Streams
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}")
+
+
+def check_ids(tokens: Any) -> None:
+    """Raise a ValueError unless these are token ids `[batch, tokens]`."""
+    if jnp.ndim(tokens) != 2:
+        shape = jnp.shape(tokens)
+        raise ValueError(f"token ids of shape {shape}: give [batch, tokens], such as tokens[None]")
+    check_integers(tokens)
+
+
+def check_integers(tokens: Any) -> None:
+    """Raise a ValueError unless token ids are integers."""
+    dtype = jnp.result_type(tokens)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"token ids of type {dtype}: give int32, or vectors to hidden_states")
+
+
+def check_streams(streams: Any, embed_dim: int, layer: str) -> None:
+    """Raise a ValueError unless these are streams of a layer's width."""
+    if not isinstance(streams, Streams):
+        shape = getattr(streams, "shape", type(streams).__name__)
+        raise ValueError(f"{layer} takes Streams, not {shape}: Streams.start(x)")
+    if streams.x.shape[-1] != embed_dim:
+        raise ValueError(
+            f"residuals of width {streams.x.shape[-1]} in {layer} of embed_dim={embed_dim}: "
+            "give both the same width"
+        )
