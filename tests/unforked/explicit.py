@@ -41,3 +41,35 @@ class Block(nnx.Module):
         y = self.mlp_norm(x)
         x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
         return x, cache
+
+    def init_cache(self, batch, slots):
+        shape = (batch, slots, *self.k.kernel.shape[1:])
+        return tuple(jnp.zeros(shape, out_sharding=P("data")) for _ in range(2))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, vocab, width, depth, heads, kv_heads, head_dim, *, rngs):
+        self.table = nnx.Embed(vocab, width, rngs=rngs)
+        sizes = (width, heads, kv_heads, head_dim)
+        self.blocks = nnx.List([Block(*sizes, rngs=rngs) for _ in range(depth)])
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+
+    def embed(self, tokens):
+        return self.table(tokens, out_sharding=P("data"))
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.table.attend(self.norm(x))
+
+    def init_cache(self, batch, max_tokens):
+        return 0, [block.init_cache(batch, max_tokens) for block in self.blocks]
+
+    def extend(self, cache, tokens):
+        first, layers = cache
+        x, after = self.embed(tokens), []
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x, layer = block(x, first, layer)
+            after.append(layer)
+        return self.table.attend(self.norm(x)), (first + tokens.shape[1], after)

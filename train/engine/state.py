@@ -152,9 +152,9 @@ def make_trainable(
         config: Config of the decoder.
         optimizer: Optimizer and schedule.
         steps: Number of steps of the schedule.
-        mesh: Mesh that the state is sharded over: `make_mesh`'s, or any with axes `data`, `fsdp` and
-            `tensor`, or some of them. With explicit axes, which `jax.make_mesh` makes by default,
-            only the batch is split, and steps are called inside `jax.set_mesh(mesh)`.
+        mesh: Mesh that the state is sharded over: that of `make_mesh`, or any with axes `data`,
+            `fsdp` and `tensor`, or some of them. With explicit axes, which `jax.make_mesh` makes by
+            default, only the batch is split, and steps are called inside `jax.set_mesh(mesh)`.
         seed: Seed of the initial parameters and of the noise of training.
         attention: Implementation of attention (`train.devices.attention.resolve`).
         trained: Filter of the parameters that are trained, in Flax's words, e.g.
