@@ -1,9 +1,10 @@
-"""The modules under explicit axes, which are JAX's default, under auto ones, and in `shard_map`.
+"""Modules and trainer under explicit axes, which are JAX's default, auto ones, and `shard_map`.
 
 Rows are sharded and parameters replicated: nothing is gathered, and each row is what it is alone.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,11 +15,16 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import BASE
 
-from thoughtbubbles import Architecture, Fork, PrefixRank, Streams, Thoughtbubbles, Threshold, merge
-from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
-from thoughtbubbles.hatchling.forking import ForkingHatchling, ForkingHatchlingConfig
+from thoughtbubbles import ArchitectureConfig, Fork, PrefixRank, Streams, Threshold, merge
+from thoughtbubbles.architecture import architecture_of
+from thoughtbubbles.hatchling import HatchlingConfig
+from thoughtbubbles.hatchling.forking import ForkingHatchlingConfig
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, placed_beside, zeros_beside
 from train.cli.config_json import POLICIES
+from train.devices.mesh import place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
 
 ROWS, TOKENS, WIDTH = 8, 12, 16
 SHARDED = PartitionSpec("rows")
@@ -79,70 +85,86 @@ def test_eager_calls_need_no_jit():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def losses(model: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
-    return model.log_prob(model.run(tokens, length), tokens).sum(axis=1)
-
-
-def gradients(model: Any, tokens: jax.Array, length: jax.Array) -> Any:
-    grads = nnx.grad(lambda model: losses(model, tokens, length).sum())(model)
-    return nnx.state(grads, nnx.Param)
-
-
-MODELS: dict[str, dict[str, Any]] = {
-    "plain": {"fork_layers": ()},
-    "rank, scanned": {"policy": PrefixRank(2.0), "scan_layers": True, "remat": "full"},
-    "threshold, probability": {"policy": Threshold(2.0), "merge": "probability"},
+SMALL = dataclasses.replace(BASE, vocab_size=64, num_layers=1, fork_layers=(0,))
+HATCHLING: dict[str, Any] = {
+    "vocab_size": 64, "embed_dim": WIDTH, "num_neurons": 64, "num_layers": 1, "num_heads": 2
+}  # fmt: skip
+MODELS: dict[str, ArchitectureConfig] = {
+    "plain": dataclasses.replace(SMALL, fork_layers=()),
+    "top-k": SMALL,
+    "rank, scanned": dataclasses.replace(
+        SMALL,
+        num_layers=2,
+        fork_layers=(1,),
+        policy=PrefixRank(2.0),
+        scan_layers=True,
+        remat="full",
+    ),
+    "threshold": dataclasses.replace(SMALL, policy=Threshold(2.0), merge="probability"),
+    "released": HatchlingConfig(**HATCHLING, form="released", chunk=5),
+    "paper": HatchlingConfig(**HATCHLING, form="paper", chunk=5),
+    "rank": ForkingHatchlingConfig(**HATCHLING, fork_layers=(0,), policy=PrefixRank(2.0)),
 }
-
-
-def decoded(model: Any, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits after prompts, and after one more token."""
-    cache = model.init_cache(ROWS, TOKENS + 4)
-    output, cache = model.advance(cache, tokens, length, fresh=True)
-    more, _ = model.advance(cache, tokens[:, :1], jnp.ones_like(length))
-    return model.logits_at(output, length - 1), model.logits_at(more, jnp.zeros_like(length))
-
-
-def architecture(name: str) -> Architecture:
-    if name in MODELS:
-        config = dataclasses.replace(
-            BASE,
-            vocab_size=64,
-            embed_dim=WIDTH,
-            num_layers=2,
-            **{"fork_layers": (1,), **MODELS[name]},
-        )
-        return Thoughtbubbles(config, rngs=nnx.Rngs(0))
-    small: dict[str, Any] = {
-        "vocab_size": 64, "embed_dim": WIDTH, "num_neurons": 64, "num_layers": 2, "num_heads": 2
-    }  # fmt: skip
-    if name == "forks":
-        forking = ForkingHatchlingConfig(**small, fork_layers=(1,), policy=PrefixRank(2.0))
-        return ForkingHatchling(forking, rngs=nnx.Rngs(0))
-    return Hatchling(HatchlingConfig(**small, form=name, chunk=5), rngs=nnx.Rngs(0))
-
-
 SCANNED = pytest.param("rank, scanned", marks=pytest.mark.experiment)
+TEXT = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", SCANNED, "threshold, probability", "released", "paper", "forks"]
-)
-def test_models_their_caches_and_their_gradients(name):
-    model = architecture(name)
-    tokens = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
-    length = np.maximum(LENGTH, 1)
+@functools.cache
+def weights(name: str) -> Any:
+    """Made by NumPy: nothing is compiled."""
+    model = nnx.eval_shape(lambda: architecture_of(MODELS[name])(MODELS[name], rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype)  # noqa: E731
+    return jax.tree.map(draw, nnx.state(model))
 
-    def forward(model: Any, tokens: jax.Array, length: jax.Array) -> Any:
-        return losses(model, tokens, length), decoded(model, tokens, length)
 
-    for call in (forward, gradients):
-        found, program = on_mesh(call, AxisType.Explicit, 2, model, tokens, length)
-        assert "all-gather" not in program
-        assert ("all-reduce" in program) == (call is gradients)
-        expected = jax.jit(call)(model, tokens, length)
-        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+def assert_close(ours: Any, theirs: Any) -> None:
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", ["threshold", "released", "paper", "rank", SCANNED])
+def test_models_and_their_caches(name):
+    def forward(weights: Any, tokens: jax.Array, length: jax.Array) -> Any:
+        model = architecture_of(MODELS[name]).from_params(MODELS[name], weights)
+        output, cache = model.advance(
+            model.init_cache(ROWS, TOKENS + 4), tokens, length, fresh=True
+        )
+        more, _ = model.advance(cache, tokens[:, :1], jnp.ones_like(length))
+        log_probs = model.log_prob(model.run(tokens, length), tokens)
+        after = model.logits_at(output, length - 1), model.logits_at(more, jnp.zeros_like(length))
+        return log_probs, after
+
+    rows = TEXT, np.maximum(LENGTH, 1)
+    given = nnx.to_pure_dict(weights(name))
+    found, program = on_mesh(forward, AxisType.Explicit, 2, given, *rows)
+    assert not any(word in program for word in ("all-gather", "all-to-all", "all-reduce"))
+    assert_close(found, jax.jit(forward)(given, *rows))
+
+
+@pytest.mark.parametrize("name", ["plain", "top-k", "threshold", "released", "rank", SCANNED])
+def test_a_training_step_is_that_of_one_device(name):
+    """Gradients are read from Adam's first moment, (1 - b1) g, after a step that clips nothing."""
+    optimizer = OptimizerConfig(clip=1e9)
+    rows = np.where(np.arange(TOKENS) < np.maximum(LENGTH, 2)[:, None], TEXT, -1)
+    found = []
+    for devices, axes in ((1, AxisType.Auto), (2, AxisType.Explicit)):
+        mesh = jax.make_mesh(
+            (devices,), ("data",), axis_types=(axes,), devices=jax.devices()[:devices]
+        )
+        with jax.set_mesh(mesh):
+            trainable = make_trainable(MODELS[name], optimizer, 10, mesh)
+            zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)  # noqa: E731
+            state = jax.tree.map(zeros, trainable.abstract.rest).with_weights(weights(name))
+            state, batch = jax.device_put(state, trainable.shardings), place(rows, mesh)
+            step = make_train_step(trainable).lower(state, batch).compile()
+            state, metrics = step(state, batch)
+            found.append((metrics, state.opt_state[1][0].mu, state.tracked))
+    program = step.as_text()
+    assert "all-reduce" in program and "all-gather" not in program and "all-to-all" not in program
+    np.testing.assert_allclose(found[1][0]["loss"], found[0][0]["loss"], rtol=1e-6)
+    assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(found[0][1])) > 1e-3
+    assert_close(*jax.device_get(found[::-1]))
 
 
 def test_arrays_beside_others_without_a_mesh():

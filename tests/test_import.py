@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from thoughtbubbles import (
     Fork,
@@ -29,7 +30,9 @@ from thoughtbubbles import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = {"rotary": "Rotary", "left_padded": "Learned", "linen": "Linen"}
+SECTIONS = {
+    "rotary": "Rotary", "left_padded": "Learned", "linen": "Linen", "explicit": "Explicit"
+}  # fmt: skip
 ROWS, TOKENS, CAPACITY, VOCAB = 4, 8, 12, 50
 
 
@@ -38,12 +41,15 @@ def code_of(name: str) -> str:
     return re.search(rf"## {SECTIONS[name]}.*?```python\n(.*?)```", page, re.DOTALL)[1]
 
 
+def definitions_of(name: str) -> str:
+    """The page's model without the lines at its end that run it."""
+    return re.split(r"\n\n\n(?=model|with)", code_of(name))[0]
+
+
 @functools.cache
 def module_of(name: str) -> types.SimpleNamespace:
-    """What the page's model defines, without the lines at its end that run it."""
-    definitions = re.split(r"\n\n\n(?=model)", code_of(name))[0]
     values: dict[str, Any] = {}
-    exec(compile(definitions, f"docs/import.md {name}", "exec"), values)
+    exec(compile(definitions_of(name), f"docs/import.md {name}", "exec"), values)
     return types.SimpleNamespace(**values)
 
 
@@ -52,11 +58,10 @@ class Model(NamedTuple):
 
     params: Any
     logits: Callable
-    init_cache: Callable
+    init_cache: Callable  # of the parameters and the number of rows
     extend: Callable
 
 
-@functools.cache
 def model_of(name: str) -> Model:
     """Scores far from each other, so that some tokens fork and others do not."""
     module = module_of(name)
@@ -69,23 +74,24 @@ def model_of(name: str) -> Model:
         return Model(
             params,
             lambda params, tokens, length: model.apply(params, tokens, length),
-            lambda params: model.apply(params, ROWS, CAPACITY, method="init_cache"),
+            lambda params, rows: model.apply(params, rows, CAPACITY, method="init_cache"),
             lambda params, *given: model.apply(params, *given, method="extend"),
         )
     make = {
         "rotary": lambda rngs: module.Decoder(VOCAB, 32, 2, 4, 2, 8, rngs=rngs),
+        "explicit": lambda rngs: module.Decoder(VOCAB, 32, 2, 4, 2, 8, rngs=rngs),
         "left_padded": lambda rngs: module.GPT2(VOCAB, 32, 32, 2, 4, rngs=rngs),
     }[name]
     graph, params = nnx.split(jax.jit(lambda: make(nnx.Rngs(0)))())
     params["fork"]["score"][...] = 30 * np.asarray(params["fork"]["score"][...])
 
     def given(tokens, length):
-        return length if name == "rotary" else jnp.arange(tokens.shape[1]) < length[:, None]
+        return jnp.arange(tokens.shape[1]) < length[:, None] if name == "left_padded" else length
 
     return Model(
         params,
         lambda params, tokens, length: nnx.merge(graph, params)(tokens, given(tokens, length)),
-        lambda params: nnx.merge(graph, params).init_cache(ROWS, CAPACITY),
+        lambda params, rows: nnx.merge(graph, params).init_cache(rows, CAPACITY),
         lambda params, cache, tokens, length: nnx.merge(graph, params).extend(
             cache, tokens, given(tokens, length)
         ),
@@ -95,64 +101,127 @@ def model_of(name: str) -> Model:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_model_differs_by_few_lines(name: str):
     unforked = (ROOT / f"tests/unforked/{name}.py").read_text().splitlines()
-    forked = re.split(r"\n\n\n(?=model)", code_of(name))[0].splitlines()
+    forked = definitions_of(name).splitlines()
     changed = [line for line in difflib.ndiff(unforked, forked) if line.startswith("+ ")]
     assert 10 < sum(bool(line[2:].strip()) for line in changed) <= 60
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", ["rotary", "left_padded", "linen"])
 def test_a_model_trains_is_saved_and_decodes_as_it_was_trained(name: str, tmp_path: Path):
-    model, rng = model_of(name), np.random.default_rng(0)
-    rows = (rng.integers(0, VOCAB, (ROWS, 1)) + np.arange(TOKENS + 1)) % VOCAB  # counting
-    full = np.full(ROWS, TOKENS, np.int32)
-    tokens, targets = (jnp.asarray(part, jnp.int32) for part in (rows[:, :-1], rows[:, 1:]))
+    model = model_of(name)
+    params, expected = train_and_save(model, counting(ROWS), tmp_path)
+    check_decoding(model, restored(tmp_path, params), counting(ROWS), expected)
+
+
+OTHERS = [pytest.param(*p, marks=pytest.mark.experiment) for p in ((8, 2), (8, 8), (2, 2))]
+
+
+@pytest.mark.parametrize(("trained_on", "decoded_on"), [(2, 8), *OTHERS])
+def test_the_explicit_model_trains_on_some_devices_and_decodes_on_others(
+    trained_on: int, decoded_on: int, tmp_path: Path
+):
+    first, second = (
+        jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        for devices in (trained_on, decoded_on)
+    )
+    with jax.set_mesh(first):
+        model = model_of("explicit")
+        params, expected = train_and_save(model, counting(8), tmp_path, placed)
+    with jax.set_mesh(second):
+        everywhere = NamedSharding(second, PartitionSpec())
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params
+        )
+        check_decoding(model, restored(tmp_path, abstract), counting(8), expected, placed)
+
+
+def placed(rows: np.ndarray) -> jax.Array:
+    """Rows that are split over the mesh around."""
+    return jax.device_put(rows, NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data")))
+
+
+def counting(size: int) -> np.ndarray:
+    first = np.random.default_rng(0).integers(0, VOCAB, (size, 1))
+    return ((first + np.arange(TOKENS + 1)) % VOCAB).astype(np.int32)
+
+
+def train_and_save(
+    model: Model, rows: np.ndarray, folder: Path, place: Callable = jnp.asarray
+) -> tuple[Any, np.ndarray]:
+    """Parameters after 30 steps, which the folder holds, and their logits of the rows."""
     optimizer = optax.adam(1e-2)
 
-    @jax.jit
-    def step(params, state):
+    def step(params, state, tokens, length, targets):
         def loss(params):
-            logits = model.logits(params, tokens, full)
+            logits = model.logits(params, tokens, length)
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
         value, gradients = jax.value_and_grad(loss, allow_int=True)(params)
         updates, state = optimizer.update(gradients, state)
         return optax.apply_updates(params, updates), state, value
 
-    params, state, losses = model.params, optimizer.init(model.params), []
+    full = np.full(len(rows), TOKENS, np.int32)
+    batch = [place(part) for part in (rows[:, :-1], full, rows[:, 1:])]
+    params, state, losses = model.params, jax.jit(optimizer.init)(model.params), []
+    step = compiled(step, params, state, *batch)
     for _ in range(30):
-        params, state, value = step(params, state)
+        params, state, value = step(params, state, *batch)
         losses.append(float(value))
     assert losses[-1] < losses[0] / 2, losses
-
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "params", params)
+        checkpointer.save(folder / "params", params)
         checkpointer.wait_until_finished()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, params)
-        restored = checkpointer.restore(tmp_path / "params", abstract)
-    jax.tree.map(np.testing.assert_array_equal, params, restored)
+    jax.tree.map(np.testing.assert_array_equal, params, restored(folder, params))
+    return params, np.asarray(compiled(model.logits, params, *batch[:2])(params, *batch[:2]))
 
-    expected = np.asarray(jax.jit(model.logits)(restored, tokens, full))
-    extend, cache = jax.jit(model.extend), model.init_cache(restored)
-    found, done = np.zeros_like(expected), np.zeros(ROWS, np.int32)
+
+def restored(folder: Path, params: Any) -> Any:
+    """The folder's parameters, placed as those that are given, which may be abstract."""
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "params", abstract)
+
+
+def check_decoding(
+    model: Model,
+    params: Any,
+    rows: np.ndarray,
+    expected: np.ndarray,
+    place: Callable = jnp.asarray,
+) -> None:
+    size, rng = len(rows), np.random.default_rng(0)
+    cache = model.init_cache(params, size)
+    wide, one = np.zeros((size, 6), np.int32), np.ones(size, np.int32)
+    extend = compiled(model.extend, params, cache, place(wide), place(one))
+    found, done = np.zeros_like(expected), np.zeros(size, np.int32)
     while (done < TOKENS).any():  # parts of 0 to 3 tokens, another number in each row
-        size = np.minimum(rng.integers(0, 4, ROWS), TOKENS - done).astype(np.int32)
+        part = np.minimum(rng.integers(0, 4, size), TOKENS - done).astype(np.int32)
         at = np.minimum(done[:, None] + np.arange(6), TOKENS - 1)
-        logits, cache = extend(restored, cache, np.take_along_axis(rows, at, 1), size)
-        for row in range(ROWS):
-            found[row, done[row] : done[row] + size[row]] = logits[row, : size[row]]
-        done += size
+        logits, cache = extend(params, cache, place(np.take_along_axis(rows, at, 1)), place(part))
+        logits = np.asarray(logits)
+        for row in range(size):
+            found[row, done[row] : done[row] + part[row]] = logits[row, : part[row]]
+        done += part
     np.testing.assert_allclose(found, expected, atol=1e-4)
     used = np.asarray(cache[0].used)
     assert (used > TOKENS).any(), "nothing forked"
 
     # Too many tokens under jit: NaN in that row alone, and for good.
-    more = np.array([CAPACITY - TOKENS + 1, 1, 0, 1], np.int32)
-    wide = np.zeros((ROWS, 6), np.int32)
-    logits, cache = extend(restored, cache, wide, more)
+    more = one.copy()
+    more[[0, 2]] = CAPACITY - TOKENS + 1, 0
+    logits, cache = extend(params, cache, place(wide), place(more))
+    logits = np.asarray(logits)
     assert np.isnan(logits[0]).any(axis=-1)[: more[0]].all()
     assert np.isfinite(logits[1:][np.arange(6) < more[1:, None]]).all()
-    logits, _ = extend(restored, cache, np.zeros((ROWS, 6), np.int32), np.ones(ROWS, np.int32))
-    assert np.isnan(np.asarray(logits)[0, 0]).all() and np.isfinite(logits[1:, 0]).all()
+    logits = np.asarray(extend(params, cache, place(wide), place(one))[0])
+    assert np.isnan(logits[0, 0]).all() and np.isfinite(logits[1:, 0]).all()
+
+
+def compiled(call: Callable, *given: Any) -> Callable:
+    """A program that takes the results of earlier calls again, and gathers nothing."""
+    program = jax.jit(call).lower(*given).compile()
+    assert "all-gather" not in program.as_text() and "all-to-all" not in program.as_text()
+    return program
 
 
 def ours(**changes) -> Thoughtbubbles:

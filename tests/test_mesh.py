@@ -1,6 +1,7 @@
 """Meshes and shardings: what is split over what, preset by preset."""
 
 import dataclasses
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import BASE
 
@@ -17,6 +18,7 @@ from train.devices.mesh import (
     BATCH_AXES,
     AxisRules,
     MeshConfig,
+    check_batch,
     constrain_batch,
     make_mesh,
     rows_on,
@@ -24,6 +26,8 @@ from train.devices.mesh import (
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
 from train.pretraining.presets import PRESETS
+from train.rl.config import RLConfig
+from train.rl.job import RLJob
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -97,6 +101,50 @@ def test_sizes_must_multiply_to_the_devices():
             make_mesh(sizes)
 
 
+def explicit(sizes: tuple[int, ...], *names: str) -> jax.sharding.Mesh:
+    return jax.make_mesh(sizes, names, devices=jax.devices()[: math.prod(sizes)])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "message"),
+    [
+        ((2,), ("rows",), "mesh rows=2 has axes that the trainer does not know: name them data"),
+        ((2,), ("tensor",), "mesh tensor=2 has axes that the trainer does not know"),
+        ((2, 2), ("data", "tensor"), "data=2 tensor=2 is explicit.*leave tensor=2 to auto axes"),
+        ((2, 2), ("data", "fsdp"), "data=2 fsdp=2 is explicit.*leave fsdp=2 to auto axes"),
+    ],
+)
+def test_meshes_of_users_that_no_run_can_have(sizes, names, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainable(CONFIG, OptimizerConfig(), 10, explicit(sizes, *names))
+
+
+def test_a_mesh_of_the_batch_alone_replicates_parameters():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    trainable = make_trainable(CONFIG, OptimizerConfig(), 10, mesh)
+    assert not any(any(leaf.sharding.spec) for leaf in jax.tree.leaves(trainable.abstract))
+    check_batch(4, 2, mesh)
+    with pytest.raises(ValueError, match="data x fsdp = 2 devices"):
+        check_batch(4, 4, mesh)
+
+
+def test_the_mesh_around_is_taken_or_refused():
+    mesh = explicit((2,), "data")
+    trainable = make_trainable(CONFIG, OptimizerConfig(), 10, mesh)
+    with pytest.raises(ValueError, match=r"mesh data=2 is explicit and the mesh around is none: c"):
+        trainable.model(trainable.abstract.weights)
+    with jax.set_mesh(explicit((4,), "data")), pytest.raises(ValueError, match="around is data=4"):
+        trainable.model(trainable.abstract.weights)
+    with jax.set_mesh(mesh):
+        trainable.model(trainable.abstract.weights)
+        assert make_mesh(MeshConfig()) == mesh
+        assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+        with pytest.raises(ValueError, match=r"data=2 fsdp=1 tensor=1 inside jax.set_mesh of dat"):
+            make_mesh(MeshConfig(2))
+        with pytest.raises(ValueError, match="data=2 is explicit, reinforcement learning needs"):
+            RLJob(RLConfig(weights="unused"))
+
+
 def test_residuals_are_split_over_the_batch_alone():
     mesh = make_mesh(SIZES)
     constrain = constrain_batch(mesh)
@@ -104,6 +152,7 @@ def test_residuals_are_split_over_the_batch_alone():
     split = jax.jit(constrain)(jax.numpy.zeros((8, 6, 4)))
     assert split.sharding.is_equivalent_to(NamedSharding(mesh, P(BATCH_AXES)), 3)
     assert constrain_batch(make_mesh(MeshConfig(), jax.devices()[:1])) is None
+    assert constrain_batch(explicit((2,), "data")) is None, "types say it"
 
 
 def test_rules_are_fields():

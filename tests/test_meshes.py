@@ -3,13 +3,16 @@
 import dataclasses
 import random
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from mesh_runs import MODEL, MORE_STEPS, STEPS, OnMesh, run_config
 from processes import free_port, processes
 
 from thoughtbubbles import Threshold
 from train.devices.mesh import MeshConfig
+from train.pretraining.job import train
 from train.runs.checkpoint import Checkpointer
 
 TRACKED = dataclasses.replace(MODEL, policy=Threshold(2.0))
@@ -85,6 +88,20 @@ def test_going_on_elsewhere(folder, saved, sizes, devices):
     _, result = run.train(state, MORE_STEPS)
     np.testing.assert_allclose(result.losses, saved.losses, rtol=1e-5)
     np.testing.assert_array_equal(result.rows, saved.rows)
+
+
+@pytest.mark.experiment
+def test_a_run_on_the_mesh_around_it(folder, tmp_path):
+    """Also in parts, and continued; explicit axes are those that `jax.make_mesh` makes."""
+    results = []
+    for axes in (AxisType.Auto, AxisType.Explicit):
+        out = str(tmp_path / str(axes))
+        config = dataclasses.replace(run_config(folder), out=out, accumulate=2, steps=3)
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(axes,), devices=jax.devices()[:2])
+        with jax.set_mesh(mesh):
+            train(dataclasses.replace(config, steps=2))
+            results.append(train(config))
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
 @pytest.mark.slow

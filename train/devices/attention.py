@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from thoughtbubbles import ArchitectureConfig
 from thoughtbubbles.attention import Attend, attend
 from thoughtbubbles.kernels import attend_cudnn, attend_splash
-from train.devices.mesh import BATCH_AXES
+from train.devices.mesh import batch_axes
 
 Attention = Literal["auto", "xla", "splash", "cudnn"]
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
@@ -67,13 +67,14 @@ def on_mesh(kernel: Attend, mesh: Mesh) -> Attend:
     """
     if mesh.size == 1:
         return kernel
-    heads = P(BATCH_AXES, None, "tensor", None)
+    batch, tensor = batch_axes(mesh), "tensor" if "tensor" in mesh.shape else None
+    heads = P(batch, None, tensor, None)
 
     def attend_parts(query, key, value, bias=None):
         parts = jax.shard_map(
             kernel,
             mesh=mesh,
-            in_specs=(heads, heads, heads, None if bias is None else P(BATCH_AXES)),
+            in_specs=(heads, heads, heads, None if bias is None else P(batch)),
             out_specs=heads,
             # Pallas kernels don't say over which axes their results vary.
             check_vma=False,

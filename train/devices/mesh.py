@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH_AXES = ("data", "fsdp")
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that split the batch: `data` and `fsdp`, as far as it has them."""
+    return tuple(name for name in BATCH_AXES if name in mesh.shape)
+
+
+def is_explicit(mesh: Mesh) -> bool:
+    """Whether shardings over a mesh are part of the types of arrays."""
+    return AxisType.Explicit in mesh.axis_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +59,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
     Args:
         config: Number of devices along each axis.
-        devices: Devices of the mesh; None takes all devices.
+        devices: Devices of the mesh; None takes the mesh of a surrounding `jax.set_mesh`, whatever
+            its axis types, or else all devices.
 
     Raises:
-        ValueError: The product of the sizes is not the number of devices.
+        ValueError: The product of the sizes is not the number of devices, or sizes are given inside
+            `jax.set_mesh`.
     """
+    around = jax.sharding.get_mesh()
+    if devices is None and not around.empty:
+        if config != MeshConfig():
+            raise ValueError(
+                f"mesh {_sizes(dataclasses.asdict(config))} inside jax.set_mesh of "
+                f"{_sizes(around.shape)}: leave one of the two out"
+            )
+        return around
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     free = [name for name, size in sizes.items() if size == -1]
@@ -61,9 +81,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if len(free) == 1 and fixed >= 1 and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
-        given = " ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"mesh {given} does not fit {len(devices)} devices: "
+            f"mesh {_sizes(sizes)} does not fit {len(devices)} devices: "
             f"choose sizes whose product is {len(devices)}, one of them may be -1"
         )
     auto, shape = (AxisType.Auto,) * len(sizes), tuple(sizes.values())
@@ -74,6 +93,57 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return Mesh(split, tuple(sizes), axis_types=auto)
 
 
+def check_mesh(mesh: Mesh) -> None:
+    """Raise a ValueError for a mesh that the trainer can't shard a run over.
+
+    Args:
+        mesh: Mesh of the run, of the trainer's own or of a user's making.
+    """
+    if not batch_axes(mesh) or not set(mesh.shape) <= {*BATCH_AXES, "tensor"}:
+        raise ValueError(
+            f"mesh {_sizes(mesh.shape)} has axes that the trainer does not know: name them data, "
+            "fsdp (both split the batch) and tensor"
+        )
+    parameters = {name: mesh.shape[name] for name in ("fsdp", "tensor") if name in mesh.shape}
+    if is_explicit(mesh) and max(parameters.values(), default=1) > 1:
+        raise ValueError(
+            f"mesh {_sizes(mesh.shape)} is explicit, and under explicit axes parameters are not "
+            f"split: leave {_sizes(parameters)} to auto axes, or split the batch over data alone"
+        )
+
+
+def check_entered(mesh: Mesh) -> None:
+    """Raise a ValueError outside of the `jax.set_mesh` that explicit axes need.
+
+    Args:
+        mesh: Mesh of the run.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    if is_explicit(mesh) and around != mesh.abstract_mesh:
+        raise ValueError(
+            f"mesh {_sizes(mesh.shape)} is explicit and the mesh around is "
+            f"{_sizes(around.shape) or 'none'}: call inside jax.set_mesh(mesh)"
+        )
+
+
+def check_auto(mesh: Mesh, who: str) -> None:
+    """Raise a ValueError for a mesh with explicit axes.
+
+    Args:
+        mesh: Mesh of the run.
+        who: What needs auto axes, e.g. "fine-tuning".
+    """
+    if is_explicit(mesh):
+        raise ValueError(
+            f"mesh {_sizes(mesh.shape)} is explicit, {who} needs auto axes: give jax.make_mesh "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.shape)}"
+        )
+
+
+def _sizes(shape: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in shape.items())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
@@ -81,7 +151,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of the leading axis over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+    return NamedSharding(mesh, P(batch_axes(mesh)))
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
@@ -92,7 +162,7 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         accumulate: Number of microbatches of a batch.
         mesh: Mesh of the run.
     """
-    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    shards = math.prod(mesh.shape[name] for name in batch_axes(mesh))
     if batch_size < 1 or accumulate < 1 or batch_size % (accumulate * shards):
         raise ValueError(
             f"batch_size={batch_size} does not divide into accumulate={accumulate} parts over "
@@ -134,7 +204,7 @@ def _sharding_of(path, shape, axes, mesh: Mesh, rules: AxisRules) -> NamedShardi
             f"{jax.tree_util.keystr(path)}: no rule for the axis {unknown[0]!r}: choose from "
             f"{', '.join(known)}, or None for an axis that is not split"
         )
-    spec = [name and known[name] for name in axes]
+    spec = [known[name] if name and known[name] in mesh.shape else None for name in axes]
     for size, name, mesh_axis in zip(shape, axes, spec, strict=True):
         if mesh_axis and size % mesh.shape[mesh_axis]:
             raise ValueError(
@@ -156,11 +226,12 @@ def shard_bytes(tree: Any) -> int:
 def constrain_batch(mesh: Mesh):
     """A sharding constraint for residuals `[B, S, D]`, which splits the batch alone.
 
-    Without it XLA may choose to split `D`, at several times the memory. None for one device.
+    Without it XLA may choose to split `D`, at several times the memory. None for one device, and
+    under explicit axes, where types say the same.
     """
-    if mesh.size == 1:
+    if mesh.size == 1 or is_explicit(mesh):
         return None
-    sharding = NamedSharding(mesh, P(BATCH_AXES, None, None))
+    sharding = NamedSharding(mesh, P(batch_axes(mesh), None, None))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from thoughtbubbles import Architecture, ArchitectureConfig
 from thoughtbubbles.architecture import Tracked, architecture_of
 from train.devices.attention import Attention, attention_on, resolve
-from train.devices.mesh import constrain_batch, state_shardings
+from train.devices.mesh import check_entered, check_mesh, constrain_batch, state_shardings
 from train.engine.optim import OptimizerConfig, make_optimizer, make_schedule
 
 EVERY_PARAMETER: filterlib.Filter = ...
@@ -97,6 +97,7 @@ class Trainable:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
 
     def model(self, weights: Any) -> Any:
+        check_entered(self.mesh)
         # Copies of the variables (not of the arrays): tracking must not change the caller's.
         return nnx.merge(self.graphdef, weights, copy=True)
 
@@ -151,7 +152,9 @@ def make_trainable(
         config: Config of the decoder.
         optimizer: Optimizer and schedule.
         steps: Number of steps of the schedule.
-        mesh: Mesh that the state is sharded over.
+        mesh: Mesh that the state is sharded over: that of `make_mesh`, or any with axes `data`,
+            `fsdp` and `tensor`, or some of them. With explicit axes, which `jax.make_mesh` makes by
+            default, only the batch is split, and steps are called inside `jax.set_mesh(mesh)`.
         seed: Seed of the initial parameters and of the noise of training.
         attention: Implementation of attention (`train.devices.attention.resolve`).
         trained: Filter of the parameters that are trained, in Flax's words, e.g.
@@ -162,8 +165,10 @@ def make_trainable(
 
     Raises:
         ValueError: The mesh's devices can't run this `attention`
-            (`train.devices.attention.resolve`), or no parameter is trained.
+            (`train.devices.attention.resolve`), its axes have other names or are explicit and split
+            parameters, or no parameter is trained.
     """
+    check_mesh(mesh)
     attention = resolve(config, mesh, attention)
     constrain, attend = constrain_batch(mesh), attention_on(mesh, attention)
 

@@ -19,7 +19,7 @@ from thoughtbubbles.architecture import architecture_of
 from train.cli.calls import text_of
 from train.cli.config_json import as_json
 from train.devices.attention import Attention
-from train.devices.mesh import BATCH_AXES, make_mesh
+from train.devices.mesh import batch_axes, check_auto, make_mesh
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, TrainState, make_trainable, resolved
 from train.models import finetunable
@@ -120,6 +120,7 @@ class RLJob:
     ):
         self.config = config
         mesh = make_mesh(config.mesh, devices)
+        check_auto(mesh, "reinforcement learning")
         self.lm = load_language_model_on(mesh, config.weights) if lm is None else lm
         model = self.lm.model
         model.check_cacheable()
@@ -139,7 +140,7 @@ class RLJob:
             config.attention,
             self._wrap,
         )
-        shards = int(np.prod([mesh.shape[name] for name in BATCH_AXES]))
+        shards = int(np.prod([mesh.shape[name] for name in batch_axes(mesh)]))
         self._multiple = shards * config.minibatches * config.accumulate
         parts = config.parts
         self.collector = Collector(

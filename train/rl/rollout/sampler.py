@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 import memgen
 from memgen import MemGen
-from train.devices.mesh import BATCH_AXES, place
+from train.devices.mesh import batch_axes, place
 from train.rl.buckets import SHORTEST, bucket
 
 
@@ -74,7 +74,7 @@ class Sampler:
 
     def __init__(self, policy: MemGen, sampling: Sampling, max_rows: int, mesh: Mesh):
         self.policy, self.sampling, self.max_rows, self._mesh = policy, sampling, max_rows, mesh
-        self._shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+        self._shards = math.prod(mesh.shape[name] for name in batch_axes(mesh))
         self._kept: _Prefilled | None = None
         self.prefills = 0  # number of prompts that were prefilled so far
         self.generated = 0  # number of tokens that were sampled so far
