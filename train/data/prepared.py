@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.config import DataConfig, DataError
 from train.data.corpus import Corpus, Split
 from train.data.packing import PackedRows, write_rows
@@ -84,6 +85,8 @@ def prepare_documents(corpus: Corpus, config: DataConfig) -> PackedData:
     """
     tokenizer = load_tokenizer(config.tokenizer)
     identity = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint} {config.seq_len}"
+    if isinstance(tokenizer, PretrainedTokenizer):  # whose file alone doesn't tell these
+        identity += f" {tokenizer.separator} {tokenizer.vocab_size}"
     fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     folder = config.cache / "rows" / fingerprint
     build_once(folder, lambda partial: pack(corpus, tokenizer, config.seq_len, partial))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from thoughtbubbles.pretrained_tokenizer import bytes_of_tokens
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer, bytes_of_tokens
 from train.data.config import DataError
 
 SEPARATORS = (
@@ -25,6 +25,7 @@ SEPARATORS = (
 """Special tokens that can separate documents, in order of preference."""
 
 _BYTES_JSON = '{"type": "bytes"}'
+_PRETRAINED = "pretrained"  # type of a file that `pretrained_json` made
 
 
 class Tokenizer(Protocol):
@@ -150,14 +151,36 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `DataConfig.tokenizer` names.
 
     Args:
-        spec: "bytes", or the path of a tokenizer.json or of a file that `Tokenizer.to_json` made.
+        spec: "bytes", or the path of a tokenizer.json or of a file that `Tokenizer.to_json` or
+            `pretrained_json` made.
 
     Raises:
         DataError: There is no such file, or it has another content.
     """
-    if spec == "bytes" or _read(spec) == _BYTES_JSON:
+    text = _BYTES_JSON if spec == "bytes" else _read(spec)
+    if text == _BYTES_JSON:
         return ByteTokenizer()
-    return HuggingFaceTokenizer(spec)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = None  # refused below, with the reason
+    if not isinstance(fields, dict) or fields.get("type") != _PRETRAINED:
+        return HuggingFaceTokenizer(spec)
+    try:
+        return PretrainedTokenizer(fields["tokenizer"], **fields["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{spec} is damaged ({_first_line(error)}): delete its folder") from error
+
+
+def pretrained_json(tokenizer: PretrainedTokenizer, options: Mapping[str, Any]) -> str:
+    """The content of a file of which `load_tokenizer` makes an equal tokenizer.
+
+    Args:
+        tokenizer: Tokenizer of a pretrained model.
+        options: Other arguments that it was made with.
+    """
+    stored = {"type": _PRETRAINED, "tokenizer": tokenizer.to_json(), "options": dict(options)}
+    return json.dumps(stored)
 
 
 def _read(path: str | Path) -> str:
