@@ -17,15 +17,15 @@ ARCHITECTURES = {
 
 # Values in config.json for which our decoder computes what the family computes.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
+    "hidden_act": ("silu", "swish", None),  # two names of one function
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
 }
-# These keys describe how the scaling came about, or what the code does anyway.
-SCALING_NOTES = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+# These keys are read elsewhere, or describe how the scaling came about.
+SCALING_NOTES = {"rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
 
 def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
@@ -47,14 +47,16 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
         if given.raw(name) not in allowed:
             value = shown(given.raw(name))
             raise ValueError(f"{source}: {name}={value} is not supported for {family}")
-    if "sliding_attention" in given.list("layer_types", str, []):
-        raise ValueError(f"{source}: layers of sliding_attention are not supported")
-    rope, older = given.object("rope_parameters"), given.object("rope_scaling")
-    rope = rope if rope.names() else older
+    others = set(given.list("layer_types", str, [])) - {"full_attention"}
+    if others:
+        kind = shown(min(others))[1:-1]
+        raise ValueError(f"{source}: layers of {kind} are not supported")
+    rope = _rope(given)
     context = given.integer("max_position_embeddings", None)
     default_base = 2e6 if family == "smollm3" else 10_000.0
     heads, width = given.integer("num_attention_heads"), given.integer("hidden_size")
-    head_dim = given.integer("head_dim", 128 if family == "qwen3" else None)
+    # A head_dim of 0 is none, as in transformers.
+    head_dim = given.integer("head_dim", 128 if family == "qwen3" else None, least=0) or None
     try:
         return ModelConfig(
             vocab_size=given.integer("vocab_size"),
@@ -70,7 +72,9 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
             qk_norm=family == "qwen3",
             tied_head=given.flag("tie_word_embeddings", family == "smollm3"),
             rope_base=rope.number("rope_theta", given.number("rope_theta", default_base)),
-            rope_scaling=_scaling(rope, context),
+            rope_scaling=_scaling(
+                rope, context, given.integer("original_max_position_embeddings", None)
+            ),
             nope_layers=_nope_layers(given, source) if family == "smollm3" else (),
             biases="qkv" if family == "qwen2" else "none",
             context_length=context,
@@ -91,9 +95,56 @@ def _nope_layers(given: Fields, source: str) -> tuple[int, ...]:
     return tuple(range(interval - 1, count, interval))
 
 
-def _scaling(rope: Fields, context: int | None) -> RopeScaling | None:
-    kind = rope.text("rope_type", None) or rope.text("type", None) or "default"
+def _rope(given: Fields) -> Fields:
+    """The rotary parameters under their names of versions 4 and 5, which may not contradict."""
+    newer, older = (_of_all_layers(given, name) for name in ("rope_parameters", "rope_scaling"))
+    for name in newer.keys() & older.keys():
+        if newer[name] != older[name]:
+            raise ValueError(
+                f"{given.source}: rope_parameters has {name}={shown(newer[name])}, rope_scaling "
+                f"{shown(older[name])}: leave out the one that the model was not trained with"
+            )
+    name = "rope_parameters" if newer or not older else "rope_scaling"
+    rope = Fields(older | newer, f"{given.source}: {name}", "it is no whole config of a model")
+    share = rope.number("partial_rotary_factor", 1.0)
+    if share != 1:
+        raise ValueError(f"{rope.source}: partial_rotary_factor={share} is not supported")
+    return rope
+
+
+def _of_all_layers(given: Fields, name: str) -> dict[str, Any]:
+    """Rotary parameters that may be nested by layer type; a ValueError if the types differ."""
+    fields = given.object(name)
+    content = {key: fields.raw(key) for key in fields.names()}
+    nested = [value for value in content.values() if isinstance(value, dict)]
+    if nested:
+        if len(nested) < len(content) or any(value != nested[0] for value in nested):
+            kinds = ", ".join(sorted(content))
+            raise ValueError(
+                f"{fields.source} differ by layer type ({shown(kinds)[1:-1]}): not supported"
+            )
+        fields = Fields(nested[0], fields.source)
+        content = {key: fields.raw(key) for key in fields.names()}
+    if "type" in content:  # its name of before version 4.43
+        kind = content.pop("type")
+        if content.setdefault("rope_type", kind) != kind:
+            both = f"rope_type={shown(content['rope_type'])} and type={shown(kind)}"
+            raise ValueError(f"{fields.source} has {both}: leave one out")
+    return content
+
+
+def _scaling(rope: Fields, context: int | None, original: int | None) -> RopeScaling | None:
+    kind = rope.text("rope_type", "default")
     if kind == "default":
+        extra = [name for name in rope.names() if name not in SCALING_NOTES]
+        if extra == ["factor"] and rope.number("factor") == 1:
+            extra = []
+        if extra:
+            value = shown(rope.raw(extra[0]))
+            raise ValueError(
+                f"{rope.source}: {shown(extra[0])[1:-1]}={value} without a rope_type that has it: "
+                "add the rope_type, or leave it out"
+            )
         return None
     known = {field.name for field in dataclasses.fields(RopeScaling)}
     unknown = sorted(set(rope.names()) - known - SCALING_NOTES)
@@ -104,7 +155,12 @@ def _scaling(rope: Fields, context: int | None) -> RopeScaling | None:
         if name in known - SCALING_NOTES
     }
     if kind != "linear":
-        fields.setdefault("original_max_position_embeddings", context)
+        own = fields.setdefault("original_max_position_embeddings", original or context)
+        if original not in (None, own):
+            raise ValueError(
+                f"{rope.source}: original_max_position_embeddings={own}, beside it {original}: "
+                "leave one out"
+            )
     # The kind is checked first: another kind may well have parameters that are unknown here.
     RopeScaling(kind, **{**fields, "factor": 1.0})
     fields["factor"] = rope.number("factor")

@@ -341,7 +341,7 @@ def _tokens_by_id(text: str, name: str) -> dict[int | None, str]:
 
 def _default_template(options: Fields) -> str | None:
     if not isinstance(options.raw("chat_template"), list):
-        return options.text("chat_template", None)
+        return options.text("chat_template", None) or None
     for entry in options.list("chat_template", dict):  # several templates, each with a name
         if entry.get("name") == "default":
             return Fields(entry, "chat_template of tokenizer_config.json").text("template", None)
