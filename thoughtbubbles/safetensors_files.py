@@ -9,6 +9,7 @@ by one, the process had peaked 1 GB higher than with this reader (by 16 MB).
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class SafetensorsFiles:
     """The tensors of a folder: of `model.safetensors`, or of the shards that its index names.
 
     Headers are read at once and checked against the sizes of the files; tensors are read by `read`.
+    A tensor of a shard that the index does not list is one of the weights too. Warnings name such
+    tensors, copies in other shards, and safetensors files that are not read.
 
     Args:
         folder: Folder with the files.
@@ -61,6 +64,10 @@ class SafetensorsFiles:
             pickled = sorted(path.name for path in folder.glob("*.bin"))
             why = f" (pickled weights such as {pickled[0]} are never read)" if pickled else ""
             raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}{why}: export safetensors")
+        files = {location.file.name for location in self._locations.values()}
+        others = {path.name for path in folder.glob("*.safetensors")} - files - {SINGLE}
+        if others:
+            _warn(f"{folder}: the weights are in {_some(files)}; not read are {_some(others)}")
         self.shapes = {name: location.shape for name, location in self._locations.items()}
 
     def _add_shards(self, folder: Path) -> None:
@@ -83,6 +90,23 @@ class SafetensorsFiles:
             if name not in by_shard[shard]:
                 raise ValueError(f"{folder / shard} lacks {name}, which {INDEX} puts there")
             self._locations[name] = by_shard[shard][name]
+        unlisted, copies = set(), set()
+        for shard, tensors in by_shard.items():
+            for name in tensors:
+                if name not in self._locations:
+                    unlisted.add(name)
+                    self._locations[name] = tensors[name]
+                elif name in unlisted:
+                    raise ValueError(
+                        f"{folder}: {name} is in two shards, and {INDEX} does not say which one "
+                        "holds: list it there"
+                    )
+                elif weight_map[name] != shard:
+                    copies.add(f"{name} of {shard}")
+        if unlisted:
+            _warn(f"{folder / INDEX} does not list {_some(unlisted)}: read all the same")
+        if copies:
+            _warn(f"{folder / INDEX} lists another shard for {_some(copies)}: not read")
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored type and shape."""
@@ -92,6 +116,16 @@ class SafetensorsFiles:
         if flat.size < count:
             raise ValueError(f"{location.file} was cut short while it was read")
         return flat.reshape(location.shape)
+
+
+def _some(names: set[str]) -> str:
+    """The first names, and how many more there are."""
+    first = ", ".join(cut(name, 100) for name in sorted(names)[:3])
+    return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=4)
 
 
 def _locations(file: Path) -> dict[str, _Location]:
