@@ -2,16 +2,23 @@
 
 import dataclasses
 import functools
+import json
 import math
 import typing
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 from tiny import SMALL
 
 from memgen import LoRAConfig
+from train.cli.calls import from_text
 from train.cli.command import parse
+from train.cli.config_json import as_json
 from train.cli.numbers import check_numbers
+from train.engine.optim import OptimizerConfig, make_optimizer
 from train.evaluate import EvaluateConfig
 from train.finetuning.job import SFTConfig
 from train.generate import GenerateConfig
@@ -19,6 +26,7 @@ from train.pretraining.config import RunConfig
 from train.pretraining.job import make_run
 from train.rl.config import RLConfig
 from train.rl.named_tasks import make_task
+from train.rl.parts import part_from_text
 from train.tokenizer import TokenizerConfig
 
 CONFIGS = {
@@ -115,9 +123,9 @@ MINUS_ONE = ["mesh.data", "mesh.fsdp", "mesh.tensor", "threshold_offset", "sweep
 INFINITE = [
     "clip_high",
     "dual_clip",
-    "method.kl",
     "importance_cap",
     "advantage_clip",
+    "optimizer.clip",
 ]  # no clipping
 
 
@@ -177,6 +185,60 @@ def test_tasks_that_fill_the_memory_are_refused(task: str, line: str):
     with pytest.raises(ValueError, match="^[^\n]*$") as caught:
         make_task(task, 0)
     assert line in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("method", "grpo(kl=1e999)"),
+        ("method", "brorl(kl=1e999)"),
+        ("loss", "clipped(kl=1e999)"),
+        ("allocator", "knapsack(epsilon=1e999)"),
+        ("reward", "overlong(buffer=1, factor=1e999)"),
+    ],
+)
+def test_infinite_literals_are_refused(kind: str, text: str):
+    with pytest.raises(ValueError, match="^[^\n]*$"):
+        part_from_text(kind, text)
+
+
+def test_infinite_literals_anywhere_in_a_value_are_refused():
+    @dataclasses.dataclass
+    class Weights:
+        by_name: dict[str, float]
+        bound: float = 1.0
+        may_be_infinite: typing.ClassVar = frozenset({"bound"})
+
+    for inside in ("1e999", "-1e999", "(1, 1e999)", "[1e999]", "{1e999: 1}"):
+        with pytest.raises(ValueError, match="^part Weights: by_name=.*: choose a finite number$"):
+            from_text(f"Weights(by_name={{'a': {inside}}})", {"Weights": Weights}, "part")
+    found = from_text("Weights(by_name={}, bound=1e999)", {"Weights": Weights}, "part")
+    assert found.bound == math.inf
+
+
+def test_an_infinite_clip_turns_clipping_off():
+    """Bit for bit as a very large one, also of a run that is read back from its metadata."""
+    params = nnx.state(nnx.eval_shape(lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params)
+    gradients = jax.tree.map(lambda leaf: 100 * leaf, params)
+
+    def updated(clip: float) -> list[Any]:
+        config = parse(RunConfig, ["--optimizer.clip", str(clip)], CONFIGS["pretrain"])
+        assert json.loads(json.dumps(as_json(config), allow_nan=False)) == as_json(config)
+        transform = make_optimizer(config.optimizer, lambda _: 0.1, params)
+        state = jax.eval_shape(transform.init, params)
+        assert jax.tree.structure(state) == jax.tree.structure(
+            jax.eval_shape(make_optimizer(OptimizerConfig(), lambda _: 0.1, params).init, params)
+        )
+        update = lambda given: transform.update(given, transform.init(given), given)  # noqa: E731
+        return jax.tree.leaves(jax.jit(update)(gradients)[1])
+
+    for off, large, on in zip(updated(math.inf), updated(1e30), updated(1.0), strict=True):
+        np.testing.assert_array_equal(off, large)
+        assert off.ndim == 0 or (np.asarray(off) != np.asarray(on)).any()
+    for clip in ("-inf", "nan", "0"):
+        with pytest.raises(ValueError, match="clip=.* is not positive: choose a norm, or inf"):
+            parse(RunConfig, ["--optimizer.clip", clip], CONFIGS["pretrain"])
 
 
 def test_repeated_targets_of_an_adapter_are_refused():

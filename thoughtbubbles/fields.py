@@ -31,10 +31,18 @@ class Fields:
         content: Names and values as they come from a file.
         source: Name of the file in error messages.
         whole: End of the message on a missing field, such as "it is no whole config".
+        remedy: End of the message on a wrong value, what to do about it.
     """
 
-    def __init__(self, content: Mapping[str, Any], source: str, whole: str = "copy it again"):
-        self._content, self.source, self._whole = content, source, whole
+    def __init__(
+        self,
+        content: Mapping[str, Any],
+        source: str,
+        whole: str = "copy it again, or export it anew",
+        remedy: str = "correct it, or export it anew",
+    ):
+        self._content, self.source = content, source
+        self._whole, self._remedy = whole, remedy
 
     def integer(
         self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST
@@ -69,7 +77,7 @@ class Fields:
     def object(self, name: str) -> "Fields":
         """The fields of an object, none if it is missing."""
         found = self._read(name, {}, lambda value: isinstance(value, dict), "an object")
-        return Fields(found, f"{self.source}: {name}", self._whole)
+        return Fields(found, f"{self.source}: {name}", self._whole, self._remedy)
 
     def list(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
         """A list of values of one type, or the default; an int may be written as 32.0."""
@@ -121,7 +129,7 @@ class Fields:
 
     def _refuse(self, name: str, kind: str) -> Any:
         value = shown(self._content[name])
-        raise ValueError(f"{self.source}: {name}={value} is not {kind}: copy it again")
+        raise ValueError(f"{self.source}: {name}={value} is not {kind}: {self._remedy}")
 
 
 def _is_whole(value: Any) -> bool:
@@ -131,11 +139,11 @@ def _is_whole(value: Any) -> bool:
 def read_text(path: Path) -> str:
     """The text of a regular file; a ValueError if there is none."""
     if not path.is_file():  # a pipe would never end
-        raise ValueError(f"{path} is no regular file: copy it again")
+        raise ValueError(f"{path} is no regular file: put one there")
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
-        raise ValueError(f"{path} is not UTF-8: copy it again") from error
+        raise ValueError(f"{path} is not UTF-8: copy it again, or save it as UTF-8") from error
 
 
 def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
@@ -150,7 +158,7 @@ def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{source} is not a JSON object: copy it again")
+        raise ValueError(f"{source} is not a JSON object: copy it again, or export it anew")
     return found
 
 

@@ -73,7 +73,9 @@ class GGUFFile:
             self._reader = gguf.GGUFReader(path)
         except Exception as error:  # whatever its parser trips over
             raise ValueError(f"{path} is cut short or no GGUF file: copy it again") from error
-        self._metadata = Fields(_Contents(self._reader), str(path), "it is no whole GGUF file")
+        self._metadata = Fields(
+            _Contents(self._reader), str(path), "it is no whole GGUF file", "convert it anew"
+        )
         self._family = self._metadata.text("general.architecture")
         if self._family not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -177,7 +179,7 @@ class GGUFFile:
             if int(tensor.data_offset) < end:
                 raise ValueError(
                     f"{self.path}: {tensor.name} begins at byte {tensor.data_offset}, the tensor "
-                    f"before it ends at {end}: copy it again"
+                    f"before it ends at {end}: convert it anew"
                 )
             end = int(tensor.data_offset) + int(tensor.n_bytes)
 

@@ -290,7 +290,7 @@ def _check_sizes(path: Path, source: _Source, config: ModelConfig) -> None:
     if config.num_layers > len(source.shapes):
         raise ValueError(
             f"{path}: num_hidden_layers={config.num_layers}, but it has {len(source.shapes)} "
-            "tensors: copy config.json again"
+            "tensors: put the config.json of these weights there"
         )
 
 

@@ -294,12 +294,12 @@ def byte_level_bpe(
             "Face folder"
         )
     if begin is not None and begin not in vocabulary:
-        raise ValueError(f"{source}: bos {shown(begin)} is a padding token: copy it again")
+        raise ValueError(f"{source}: bos {shown(begin)} is a padding token: convert it anew")
     for pair in merges:
         missing = [part for part in (*pair, "".join(pair)) if part not in vocabulary]
         if len(pair) != 2 or missing:
             why = f"names {shown(missing[0])}, no token" if missing else "is no pair"
-            raise ValueError(f"{source}: merge {shown(' '.join(pair))} {why}: copy it again")
+            raise ValueError(f"{source}: merge {shown(' '.join(pair))} {why}: convert it anew")
     # Llama 3 takes whole words that are tokens, whether merges lead there or not.
     model = models.BPE(dict(vocabulary), list(merges), ignore_merges=kind == "llama-bpe")  # type: ignore
     made = Tokenizer(model)
@@ -327,7 +327,7 @@ def byte_level_bpe(
 
 
 def _tokens_by_id(text: str, name: str) -> dict[int | None, str]:
-    parts = Fields(parse_object(text, name), name, "it is not a tokenizer.json, copy it again")
+    parts = Fields(parse_object(text, name), name, "it is not a tokenizer.json")
     added = [Fields(entry, f"{name}: added_tokens") for entry in parts.list("added_tokens", dict)]
     found = {entry.integer("id", least=0): entry.text("content") for entry in added}
     vocabulary = parts.object("model").raw("vocab")

@@ -73,7 +73,9 @@ class SafetensorsFiles:
     def _add_shards(self, folder: Path) -> None:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX} has no weight_map: copy the index again")
+            raise ValueError(
+                f"{folder / INDEX} has no weight_map: copy the index again, or export it anew"
+            )
         places = Fields(weight_map, f"{folder / INDEX}: weight_map")
         weight_map = {name: places.text(name) for name in weight_map}
         shards = sorted(set(weight_map.values()))
@@ -130,7 +132,7 @@ def _warn(line: str) -> None:
 
 def _locations(file: Path) -> dict[str, _Location]:
     if not file.is_file():  # a pipe would never end
-        raise ValueError(f"{file} is no regular file: copy it again")
+        raise ValueError(f"{file} is no regular file: put one there")
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -143,7 +145,7 @@ def _locations(file: Path) -> dict[str, _Location]:
     spans: list[tuple[int, int, str]] = []
     for name in header:
         if len(name) > 200:
-            raise ValueError(f"{file}: the name {shown(name)} is too long: copy it again")
+            raise ValueError(f"{file}: the name {shown(name)} is too long: export it anew")
         dtype, shape, first, last = _entry(header, name, str(file))
         if 8 + length + last > size:
             raise ValueError(
@@ -161,7 +163,7 @@ def _locations(file: Path) -> dict[str, _Location]:
         if first != end:  # as in the reference implementation
             raise ValueError(
                 f"{file} has a damaged header: {name} begins at byte {first} of the tensors, the "
-                f"tensor before it ends at {end}: copy it again"
+                f"tensor before it ends at {end}: export it anew"
             )
         end = last
     if 8 + length + end < size:
@@ -174,7 +176,7 @@ def _entry(
 ) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """Type, shape and first and last byte of a tensor."""
     if not isinstance(header[name], dict):
-        raise ValueError(f"{file}: {name}={shown(header[name])} is not an object: copy it again")
+        raise ValueError(f"{file}: {name}={shown(header[name])} is not an object: export it anew")
     entry = Fields(header[name], f"{file}: {name}")
     kind = entry.text("dtype")
     if kind not in DTYPES:
@@ -184,9 +186,9 @@ def _entry(
         )
     shape, offsets = entry.list("shape", int), entry.list("data_offsets", int)
     if not all(0 <= axis <= LARGEST for axis in shape) or len(shape) > 8:
-        raise ValueError(f"{file}: {name} has shape {shown(shape)}: copy it again")
+        raise ValueError(f"{file}: {name} has shape {shown(shape)}: export it anew")
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] < 2**63:
-        raise ValueError(f"{file}: {name} has data_offsets {shown(offsets)}: copy it again")
+        raise ValueError(f"{file}: {name} has data_offsets {shown(offsets)}: export it anew")
     return DTYPES[kind], tuple(shape), offsets[0], offsets[1]
 
 

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from thoughtbubbles.fields import shown
-from train.cli.numbers import LARGEST_SEED
+from train.cli.numbers import LARGEST_SEED, infinite_options
 
 _LONGEST = 10_000  # characters of an object's text
 
@@ -29,8 +29,8 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
         given: Fields that the caller sets where the text does not.
 
     Raises:
-        ValueError: There is no such name or option, or a value has the wrong type. The message is
-            one line and says what could be written.
+        ValueError: There is no such name or option, or a value has the wrong type, or is infinite
+            where that means nothing. The message is one line and says what could be written.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"{kind} {shown(text)} has {len(text)} characters, more than {_LONGEST}")
@@ -44,6 +44,9 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
         options = _options(text.strip(), chosen)
     except (ArithmeticError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"{kind} {shown(text, 200)}: write {signature(name, chosen)}") from None
+    for option, value in options.items():
+        if _is_infinite(value) and option not in infinite_options(chosen):
+            raise ValueError(f"{kind} {name}: {option}={shown(value)}: choose a finite number")
     return chosen(**{**given, **options})
 
 
@@ -79,6 +82,15 @@ def text_of(word: str, value: Any) -> str:
 def required_options(chosen: type[Any]) -> set[str]:
     """Names of the options that have no default."""
     return {f.name for f in _fields(chosen) if f.default is f.default_factory}  # both MISSING
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether a literal is too large for a float, as `1e999` is, or holds one that is."""
+    if isinstance(value, Mapping):
+        return any(_is_infinite(item) for pair in value.items() for item in pair)
+    if isinstance(value, (list, tuple, set)):
+        return any(map(_is_infinite, value))
+    return isinstance(value, float) and math.isinf(value)
 
 
 def _fields(chosen: Any) -> list[dataclasses.Field[Any]]:

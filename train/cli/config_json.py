@@ -1,6 +1,7 @@
 """Configs as JSON and policies as text, and back."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -50,7 +51,7 @@ def policy_text(policy: Policy) -> str:
 
 
 def as_json(config: Any) -> Any:
-    """Nested dict of a config, tuples as lists and policies as text, as it comes from JSON."""
+    """Nested dict of a config as it comes from JSON: tuples as lists, policies and inf as text."""
     if isinstance(config, ArchitectureConfig):
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         if "policy" in fields:
@@ -68,7 +69,7 @@ def as_json(config: Any) -> Any:
         }
     if isinstance(config, (list, tuple)):
         return [as_json(item) for item in config]
-    return config
+    return str(config) if isinstance(config, float) and not math.isfinite(config) else config
 
 
 def model_from_json(fields: Any) -> Any:

@@ -34,7 +34,7 @@ from train.data import Tokenizer, load_tokenizer
 from train.devices.mesh import state_shardings
 from train.models.finetunable import TRAINED, FinetunableModel, Method
 from train.runs.checkpoint import load_params
-from train.runs.metadata import checked_meta, load_run_meta
+from train.runs.metadata import EDITED, checked_meta, load_run_meta
 
 Shardings = Callable[[Any], Any]
 
@@ -278,7 +278,7 @@ def finetuned_model(
             many.
     """
     config = meta["config"]
-    fields = Fields(config, "the config of the run")
+    fields = Fields(config, "the config of the run", EDITED, EDITED)
     train, weights = fields.text("train"), fields.text("weights")
     if train not in TRAINED and train != "all":
         raise ValueError(f"the config of the run: train={train[:60]!r} is unknown here")

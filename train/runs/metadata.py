@@ -6,7 +6,8 @@ from typing import Any
 from thoughtbubbles.fields import Fields
 from train.runs.checkpoint import load_meta
 
-_EDITED = "it was edited, or another version of this library wrote it"
+EDITED = "it was edited, or another version of this library wrote it"
+"""End of the message on a field of our own metadata that is missing or wrong."""
 
 
 def load_run_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -32,7 +33,7 @@ def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str
     Raises:
         ValueError: A field is missing or has another type.
     """
-    fields = Fields(meta, f"the metadata of {path}", _EDITED)
+    fields = Fields(meta, f"the metadata of {path}", EDITED, EDITED)
     for name in ("data_fingerprint", "tokenizer"):
         fields.text(name)
     fields.integer("step", least=0)
@@ -45,16 +46,16 @@ def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str
         if name in meta:
             fields.object(name)
     if chat := meta.get("chat"):
-        _check_chat(Fields(chat, f"the metadata of {path}: chat", _EDITED))
+        _check_chat(Fields(chat, f"the metadata of {path}: chat", EDITED, EDITED))
     if rl := meta.get("rl"):
-        Fields(rl, f"the metadata of {path}: rl", _EDITED).integer("step", least=0)
+        Fields(rl, f"the metadata of {path}: rl", EDITED, EDITED).integer("step", least=0)
     return meta
 
 
 def _check_chat(fields: Fields) -> None:
     known = {"name", "bos", "stop_tokens", "chat_template", "embedding_rows"}
     if unknown := sorted(set(fields.names()) - known):
-        raise ValueError(f"{fields.source} has a field {unknown[0]!r}: {_EDITED}")
+        raise ValueError(f"{fields.source} has a field {unknown[0]!r}: {EDITED}")
     fields.text("name")
     fields.text("bos", None)
     fields.list("stop_tokens", str)
