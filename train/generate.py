@@ -12,6 +12,7 @@ from thoughtbubbles.sampling import check_sampling
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.cli.numbers import check_least
+from train.engine.memory import check_generation
 from train.evaluation.policy_overrides import override_policy
 from train.models.generation import answer, map_of_text, write
 from train.models.load import LanguageModel, load_named
@@ -76,6 +77,8 @@ def main(config: GenerateConfig) -> None:
     if config.figure:
         check_figure(Path(config.figure))
     loaded = under_policy(load_named(config.checkpoint, config.model).for_inference(), config)
+    cached = config.cache and loaded.model.cacheable
+    check_generation(loaded.model, len(config.prompt), config.max_new_tokens, cached)
     compose = answer if config.chat else write
     how = {"cached": None if config.cache else False}
     if loaded.memgen is not None:

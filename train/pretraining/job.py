@@ -29,7 +29,7 @@ from train.data.storage import build_once
 from train.data.tokenizers import pretrained_json
 from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.engine.loop import run
-from train.engine.memory import check_memory
+from train.engine.memory import training_memory
 from train.engine.state import EVERY_PARAMETER, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
@@ -159,7 +159,8 @@ def make_run(config: RunConfig) -> Trainable:
         config.attention,
         TRAINED[config.train],
     )
-    check_memory(trainable, config.batch_size, config.data.seq_len)
+    if not config.dry_run:  # which may be of a run on another machine: its plan says the memory
+        training_memory(trainable, config.batch_size, config.data.seq_len).check()
     return trainable
 
 
