@@ -34,6 +34,7 @@ CONFIGS = {
     "benchmark first-token": "train.benchmarks.first_token.FirstTokenBenchmark",
     "benchmark accelerator": "train.benchmarks.accelerator.config.AcceleratorBenchmark",
     "experiment quality": "train.experiments.quality.Quality",
+    "experiment precision": "train.experiments.precision.Precision",
     "experiment random_bits": "train.experiments.random_bits.RandomBits",
     "experiment retrofit": "train.experiments.retrofit.Retrofit",
     "experiment merge_languages": "train.experiments.merge_languages.MergeLanguages",

@@ -26,6 +26,7 @@ COMMANDS = {
 EXPERIMENTS = {
     "quality": "held-out loss of policies, side by side",
     "random_bits": "whether a policy lets a model see its future",
+    "precision": "what bfloat16 costs in loss, and how often it forks elsewhere",
     "retrofit": "fork layers in a pretrained model",
     "merge_languages": "Dragon Hatchlings tuned to other languages, merged untrained",
     "mixtures": "what more of one source does to a small model",
