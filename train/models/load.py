@@ -114,11 +114,13 @@ class LoadedRun(LanguageModel):
         step: Number of training steps.
         data_fingerprint: Fingerprint of the rows that the model was trained on
             (`PackedData.fingerprint`).
+        python: Version of the interpreter that trained the model; None if it is not known.
     """
 
     config: dict[str, Any]
     step: int
     data_fingerprint: str
+    python: str | None = None
 
     @property
     def context_length(self) -> int | None:
@@ -156,6 +158,7 @@ def load_model(
         config=meta["config"],
         step=meta["step"],
         data_fingerprint=meta["data_fingerprint"],
+        python=meta.get("python"),
     )
 
 
@@ -214,7 +217,7 @@ def load_weights(name: str, shardings: Shardings | None = None) -> LanguageModel
         ValueError: There are no such weights; see `load_pretrained`.
     """
     config, params, tokenizer = load_pretrained(find_weights(name), shardings=shardings)
-    return LanguageModel(Thoughtbubbles.from_params(config, params), tokenizer)
+    return LanguageModel(architecture_of(config).from_params(config, params), tokenizer)
 
 
 def find_weights(name: str) -> Path:
