@@ -75,7 +75,8 @@ def make_request(
         valid_vocab_size: Number of ids that may be sampled, from 0 on; all ids by default.
         keep_memory: Filter of events (see `Request`); None keeps all.
         retriever: Retriever that is queried at each event, or None.
-        top_p: Probability mass of the fewest most probable tokens to sample from; None for all.
+        top_p: Probability mass of the fewest most probable tokens to sample from; None and 1
+            for all.
 
     Raises:
         ValueError: An option is out of its range, the policy needs a learned trigger and there is
@@ -110,7 +111,8 @@ def make_request(
         jnp.int32(vocab if valid_vocab_size is None else valid_vocab_size),
         keep_memory,
         retriever,
-        None if top_p is None else jnp.float32(top_p),
+        # At 1 rounding of the cumulative sum would exclude improbable tokens.
+        None if top_p is None or jnp.float32(top_p) == 1 else jnp.float32(top_p),
     )
 
 

@@ -1,5 +1,7 @@
 """Damage of one bit, anywhere in a checkpoint, is one line that names file, array and way out."""
 
+import errno
+import os
 import random
 import shutil
 import subprocess
@@ -161,3 +163,83 @@ def test_without_checksums_a_checkpoint_is_refused_until_they_are_written(run: P
     script = message[message.index('"') + 1 : -1]
     subprocess.run([sys.executable, "-c", script], check=True)
     assert load_params(run)[0] == {"config": {"a": 1}}
+
+
+@pytest.mark.parametrize("when", ["before", "half", "after"])
+def test_a_run_that_deletes_the_step_that_is_read(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    """Its newest step is read in its place; a step that was asked for by name is gone."""
+    verify, seen = checksums.verify, []
+
+    def beside_a_run(folder: Path, *args: Any) -> None:
+        seen.append(folder.name)
+        if when == "after":
+            verify(folder, *args)
+        if folder.name == "2":
+            shutil.copytree(folder, tmp_path / "3")
+            if when == "half":
+                (folder / "meta" / "metadata").unlink()
+            else:
+                shutil.rmtree(folder)
+            (tmp_path / "3").rename(run / "3")
+        if when != "after":
+            verify(folder, *args)
+
+    monkeypatch.setattr(checksums, "verify", beside_a_run)
+    for read in (lambda: load_params(run)[0], lambda: load_meta(run)):
+        assert read() == {"config": {"a": 1}}
+        # The other step is only looked at for the message that nobody sees.
+        assert [name for name in seen if name in ("2", "3")] in (["2", "3"], ["2", "3", "3"])
+        shutil.rmtree(run / "2", ignore_errors=True)
+        (run / "3").rename(run / "2")
+        seen.clear()
+    message = refused(lambda: load_params(run / "2"))
+    assert ("step 2 was deleted" in message and "[1, 3]" in message) or when == "half"
+
+
+def test_a_disk_that_refuses_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(error: int) -> Callable[..., Any]:
+        def raises(*_: Any) -> Any:
+            raise OSError(error, os.strerror(error), "the file")
+
+        return raises
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "_checksum", refuse(errno.EIO))
+        assert f"{run / '2'} can't be read: Input/output error (the file)" in refused(
+            lambda: load_params(run)
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse(errno.EACCES))
+        for read in (load_params, load_meta):
+            assert "can't be read: Permission denied" in refused(lambda read=read: read(run))
+    (run / "2" / checksums.NAME).unlink()
+    (run / "2" / checksums.NAME).mkdir()
+    assert "is damaged (checksums: Is a directory); step 1 is in" in refused(
+        lambda: load_params(run)
+    )
+
+
+def test_a_step_that_cannot_be_read_is_not_called_intact(run: Path):
+    file = run / "1" / "meta" / "metadata"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    checksums.write(run / "1")
+    flip(run / "2" / "meta" / "metadata", 5, 1)
+    assert "no other step here is intact" in refused(lambda: load_params(run))
+
+
+def test_checksums_are_on_the_disk_before_the_step_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    synced, fsync = [], os.fsync
+
+    def recorded(handle: int) -> None:
+        fsync(handle)
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        synced.append((Path(name).name, (tmp_path / "7").exists()))
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    with Checkpointer(tmp_path, save_interval=1) as checkpointer:
+        checkpointer.save(7, *state(), {})
+    assert (checksums.NAME, False) in synced

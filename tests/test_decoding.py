@@ -206,6 +206,7 @@ def test_bubble_map_in_a_terminal_and_as_a_figure(tmp_path):
     assert lines[2] == f"fork 1  {counts[0]} {counts[1]}{counts[2]}"
     many = dataclasses.replace(found, streams=np.array([[12, 4, 16]] * 2))
     assert many.text(width=40).splitlines()[:2] == ["        ab⏎ c", "fork 0  124 16"]
+    assert found.figure().get_suptitle() == "Streams of each token, and their scores"
     found.figure().savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="2 ids and 1 texts"):
@@ -217,7 +218,8 @@ def test_a_figure_has_a_colour_for_each_number_of_streams(count: int, written: l
     streams = np.ones((2, count), np.int32)
     streams[1, 4], streams[1, 7] = 3, 0
     score = np.where(streams > 0, 0.5, 0).astype(np.float32)
-    figure = BubbleMap(streams, score, ("a",) * count, (1,)).figure()
+    figure = BubbleMap(streams, score, ("a",) * count, (1,)).figure("a run")
+    assert figure.get_suptitle() == "a run"
     numbers, scores = figure.axes[:2]
     assert sorted(text.get_text() for text in numbers.texts) == written
     [image] = numbers.images

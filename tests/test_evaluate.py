@@ -135,14 +135,19 @@ def test_dial_figure_and_table():
         Setting(
             f"{ratio:g}",
             PrefixRank(ratio),
-            {"streams_per_token": s, "loss": b, "bits_per_byte": b, "standard_error": 0.01},
+            {"streams_per_token": s, "loss": 2 * b, "bits_per_byte": b, "standard_error": 0.01},
         )
         for ratio, s, b in points
     ]
-    line, trained = figure(settings, "title", PrefixRank(1.5)).axes[0].lines
+    axis = figure(settings, "title", PrefixRank(1.5)).axes[0]
+    line, *_, trained = axis.lines
+    assert axis.get_title() == "title"
+    [bars] = axis.collections  # half of the error in nats, as bits here are half the nats
+    ends = np.array(bars.get_segments())[:, :, 1]
+    np.testing.assert_allclose(ends, [[b - 0.005, b + 0.005] for *_, b in points])
     assert list(zip(*line.get_data(), strict=True)) == [point[1:] for point in points]
     assert list(zip(*trained.get_data(), strict=True)) == [(1.4, 2.2)]
-    assert len(figure(settings, "title", TopK()).axes[0].lines) == 1
+    assert len(figure(settings, "title", TopK()).axes[0].lines) == len(axis.lines) - 1
     lines = table(settings).splitlines()
     assert len({len(line) for line in lines}) == 1 and "1.400" in lines[2]
 

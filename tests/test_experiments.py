@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import SMALL, quick_model, random_tokens
 
 from thoughtbubbles import ModelConfig, PrefixRank, Streams, Threshold, TopK
+from thoughtbubbles.bubbles import bubble_map
 from thoughtbubbles.forking import candidates_of
-from train.experiments import quality, random_bits
+from train.experiments import precision, quality, random_bits
 from train.experiments.study import Results, by_key, markdown_table, mean_text, read_results
 from train.experiments.tasks import Lookup
 
@@ -31,6 +33,24 @@ def test_lookup_rows_by_hand():
             assert answers[row, at + 1] == back[0] + 2 * back[1]
     assert (task.is_question(rows) == (tokens[:, :-1] >= 2)).all()
     assert task.chance == pytest.approx((8 + 5) / 9 * math.log(2))
+
+
+def test_precision_scores_what_the_model_does():
+    model = quick_model(dataclasses.replace(SMALL, policy=PrefixRank(1.5)))
+    tokens = np.asarray(random_tokens(precision.BATCH, 11))
+    nats, streams = precision.scores(model, tokens)
+    np.testing.assert_array_equal(nats, jax.jit(lambda m, t: m.token_losses(t)[0])(model, tokens))
+    for row in (0, 5):
+        found = bubble_map(model, tokens[row, :-1].tolist(), ["a"] * 10)
+        after = [found.streams[layer] for layer in found.fork_layers]
+        np.testing.assert_array_equal(streams[row], after)
+    assert streams.shape == (8, len(SMALL.fork_layers), 10) and streams.max() > 1
+    run = {"variant": "plain", "seed": 0, "steps": 2, "rows": 8, "loss": 2.0, "added": -0.001}
+    run |= {"added_error": 0.0002, "size_of_added": 0.01, "rows_elsewhere": 3}
+    run |= {"tokens_elsewhere": 0.005}
+    lines = precision.report([run, run | {"variant": "threshold"}]).splitlines()
+    assert lines[2] == "| plain | 0 | 2.0000 | -0.00100 ± 0.00020 | 0.01000 |  |  |"
+    assert lines[3].endswith("| 3 of 8 | 0.50% |")
 
 
 def test_the_random_control_ignores_scores():

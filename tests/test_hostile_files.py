@@ -104,17 +104,114 @@ def test_config(folder: Path):
         "attention_bias": ["zero"],  # as false
         "mlp_bias": ["zero"],
         "use_sliding_window": ["zero"],
-        "layer_types": ["list of text"],
         "partial_rotary_factor": ["true"],  # as 1
         "max_position_embeddings": ["ten million"],
         "rope_theta": numbers,
-        "rope_parameters": ["object", "object of one"],
-        "rope_scaling": ["object", "object of one"],
+        "rope_parameters": ["object"],
+        "rope_scaling": ["object"],
+        "head_dim": ["zero"],  # as none
         "rms_norm_eps": numbers,
         "tie_word_embeddings": ["true"],
-        "eos_token_id": ["list", "zero", "ten million"],
-        "bos_token_id": ["list", "zero", "ten million"],
+        "eos_token_id": ["list", "minus one", "zero", "ten million"],
+        "bos_token_id": ["list", "minus one", "zero", "ten million"],
     }
+
+
+# Values that transformers 5.24 loads, or that have one meaning all the same, and what they mean.
+# It refuses whole floats (but in head_dim and in rotary parameters), which other writers make.
+SAME = [
+    ("eos_token_id", -1, []),
+    ("eos_token_id", [-1], []),
+    ("eos_token_id", [3.0, 1], [3, 1]),
+    ("bos_token_id", -1, None),
+    ("bos_token_id", 2.0, 2),
+    ("head_dim", 0, None),
+    ("head_dim", 8.0, 8),
+    ("hidden_act", "swish", "silu"),
+    ("hidden_size", 32.0, 32),
+    ("intermediate_size", 24.0, 24),
+    ("num_hidden_layers", 4.0, 4),
+    ("num_attention_heads", 4.0, 4),
+    ("num_key_value_heads", 2.0, 2),
+    ("vocab_size", 64.0, 64),
+    ("max_position_embeddings", 128.0, 128),
+    ("max_position_embeddings", 1.28e2, 128),
+    ("no_rope_layers", [1.0, 0.0, 1, 0], [1, 0, 1, 0]),
+    ("rope_scaling", {}, None),
+    ("rope_parameters", {"rope_theta": 2e6, "factor": 1.0}, None),
+    ("rope_parameters", {"full_attention": {"rope_theta": 2000000}}, None),
+    ("layer_types", None, ["full_attention"] * 4),
+]
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 2e6}
+ROPES = [
+    ({"rope_parameters": LINEAR, "rope_scaling": {"type": "linear", "factor": 2}}, LINEAR),
+    (
+        {"rope_parameters": {"rope_theta": 2e6}, "rope_scaling": {"type": "linear", "factor": 2}},
+        LINEAR,
+    ),
+    ({"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}}, LINEAR),
+    (
+        {"rope_parameters": LINEAR, "rope_scaling": {"type": "linear", "factor": 4}},
+        "rope_parameters has factor=2.0, rope_scaling 4: leave out",
+    ),
+    (
+        {
+            "rope_parameters": {"rope_type": "default"},
+            "rope_scaling": {"type": "linear", "factor": 2},
+        },
+        "rope_parameters has rope_type='default', rope_scaling 'linear'",
+    ),
+    (
+        {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_theta": 1e4}}},
+        "rope_parameters differ by layer type (full_attention, sliding_attention): not supported",
+    ),
+    ({"rope_parameters": {"rope_theta": 2e6, "full_attention": LINEAR}}, "differ by layer type"),
+    ({"rope_parameters": LINEAR | {"type": "yarn"}}, "has rope_type='linear' and type='yarn'"),
+    ({"rope_parameters": {"factor": 8.0}}, "factor=8.0 without a rope_type that has it"),
+    ({"rope_scaling": {"content": 3}}, "content=3 without a rope_type that has it"),
+    (
+        {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5 is not supported",
+    ),
+    (
+        {
+            "rope_parameters": LINEAR
+            | {"rope_type": "yarn", "original_max_position_embeddings": 32},
+            "original_max_position_embeddings": 64,
+        },
+        "original_max_position_embeddings=32, beside it 64",
+    ),
+    ({"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "layers of linear_attention"),
+]
+
+
+def read_config(folder: Path, changes: dict[str, Any]) -> Any:
+    """Config, stop ids and bos of a copy of the fixture's folder with other fields."""
+    file, original = folder / "config.json", (folder / "config.json").read_text()
+    file.write_text(json.dumps(json.loads(original) | changes))
+    try:
+        _, config, tokenizer = open_pretrained(folder)
+    finally:
+        file.write_text(original)
+    return config, tokenizer.stop_ids, tokenizer.bos
+
+
+@pytest.mark.parametrize(("name", "odd", "plain"), SAME)
+def test_odd_values_with_one_meaning(folder: Path, name: str, odd: Any, plain: Any):
+    assert read_config(folder, {name: odd}) == read_config(folder, {name: plain})
+
+
+@pytest.mark.parametrize(("changes", "meaning"), ROPES)
+def test_rotary_parameters_of_two_names_or_nested(folder: Path, changes: dict, meaning: Any):
+    changes = {"rope_parameters": None} | changes
+    if isinstance(meaning, str):
+        with pytest.raises(ValueError) as caught:
+            read_config(folder, changes)
+        assert meaning in str(caught.value) and "\n" not in str(caught.value)
+    else:
+        found = read_config(folder, changes)[0]
+        assert found == read_config(folder, {"rope_parameters": meaning})[0]
+        assert (found.rope_scaling.factor, found.rope_base) == (2.0, 2e6)
 
 
 def test_rope_parameters(folder: Path):
@@ -159,7 +256,11 @@ def test_tokenizer(folder: Path):
         ("tokenizer_config", "bos_token eos_token", {}),
         ("tokenizer_config", "chat_template", {"chat_template": ["text", "long text"]}),
         ("special_tokens_map", "bos_token eos_token", {}),
-        ("generation_config", "eos_token_id", {"eos_token_id": ["list", "zero", "ten million"]}),
+        (
+            "generation_config",
+            "eos_token_id",
+            {"eos_token_id": ["list", "minus one", "zero", "ten million"]},
+        ),
     ],
 )
 def test_optional_files(tmp_path: Path, stem: str, names: str, accepted: dict):

@@ -110,6 +110,13 @@ def oracle_rows(name: str) -> tuple[Any, Any, list[oracle.Generated]]:
     return made, response, rows
 
 
+def test_a_top_p_of_one_is_off():
+    """Summed in float32 it would leave out improbable tokens."""
+    made = memgen_of()
+    assert make_request(made, 4, temperature=1.0, top_p=1.0).top_p is None
+    assert make_request(made, 4, temperature=1.0, top_p=0.5).top_p == 0.5
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -79,6 +79,12 @@ def test_a_resumed_run_says_what_was_edited():
                 assert refused or field == "model", (path, value)
 
 
+def test_wrong_values_of_our_own_are_not_to_be_copied_again():
+    for name, value in (("step", "3"), ("tokenizer", 5), ("config", [])):
+        with pytest.raises(ValueError, match=f"{name}=.*: it was edited, or another version of"):
+            checked_meta(META | {name: value}, "run")
+
+
 def test_a_model_says_what_was_edited(monkeypatch: pytest.MonkeyPatch):
     def model_of(meta: dict[str, Any]) -> None:
         monkeypatch.setattr(load, "load_params", lambda *_: (meta, {}))

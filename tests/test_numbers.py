@@ -2,23 +2,39 @@
 
 import dataclasses
 import functools
+import json
 import math
+import re
+import types
 import typing
+from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
-from tiny import SMALL
+from flax import nnx
+from tiny import SMALL, quick_model
 
 from memgen import LoRAConfig
-from train.cli.command import parse
+from thoughtbubbles import PrefixRank
+from train import evaluate
+from train.cli.calls import from_text
+from train.cli.command import parse, run_command
+from train.cli.config_json import as_json
 from train.cli.numbers import check_numbers
+from train.data.chat_data import ChatDataConfig
+from train.engine import memory
+from train.engine.optim import OptimizerConfig, make_optimizer
 from train.evaluate import EvaluateConfig
-from train.finetuning.job import SFTConfig
+from train.finetuning.job import SFTConfig, SFTJob
 from train.generate import GenerateConfig
+from train.pretrain import dry_run
 from train.pretraining.config import RunConfig
 from train.pretraining.job import make_run
 from train.rl.config import RLConfig
 from train.rl.named_tasks import make_task
+from train.rl.parts import part_from_text
 from train.tokenizer import TokenizerConfig
 
 CONFIGS = {
@@ -115,9 +131,9 @@ MINUS_ONE = ["mesh.data", "mesh.fsdp", "mesh.tensor", "threshold_offset", "sweep
 INFINITE = [
     "clip_high",
     "dual_clip",
-    "method.kl",
     "importance_cap",
     "advantage_clip",
+    "optimizer.clip",
 ]  # no clipping
 
 
@@ -179,6 +195,60 @@ def test_tasks_that_fill_the_memory_are_refused(task: str, line: str):
     assert line in str(caught.value) and len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("method", "grpo(kl=1e999)"),
+        ("method", "brorl(kl=1e999)"),
+        ("loss", "clipped(kl=1e999)"),
+        ("allocator", "knapsack(epsilon=1e999)"),
+        ("reward", "overlong(buffer=1, factor=1e999)"),
+    ],
+)
+def test_infinite_literals_are_refused(kind: str, text: str):
+    with pytest.raises(ValueError, match="^[^\n]*$"):
+        part_from_text(kind, text)
+
+
+def test_infinite_literals_anywhere_in_a_value_are_refused():
+    @dataclasses.dataclass
+    class Weights:
+        by_name: dict[str, float]
+        bound: float = 1.0
+        may_be_infinite: typing.ClassVar = frozenset({"bound"})
+
+    for inside in ("1e999", "-1e999", "(1, 1e999)", "[1e999]", "{1e999: 1}"):
+        with pytest.raises(ValueError, match="^part Weights: by_name=.*: choose a finite number$"):
+            from_text(f"Weights(by_name={{'a': {inside}}})", {"Weights": Weights}, "part")
+    found = from_text("Weights(by_name={}, bound=1e999)", {"Weights": Weights}, "part")
+    assert found.bound == math.inf
+
+
+def test_an_infinite_clip_turns_clipping_off():
+    """Bit for bit as a very large one, also of a run that is read back from its metadata."""
+    params = nnx.state(nnx.eval_shape(lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params)
+    gradients = jax.tree.map(lambda leaf: 100 * leaf, params)
+
+    def updated(clip: float) -> list[Any]:
+        config = parse(RunConfig, ["--optimizer.clip", str(clip)], CONFIGS["pretrain"])
+        assert json.loads(json.dumps(as_json(config), allow_nan=False)) == as_json(config)
+        transform = make_optimizer(config.optimizer, lambda _: 0.1, params)
+        state = jax.eval_shape(transform.init, params)
+        assert jax.tree.structure(state) == jax.tree.structure(
+            jax.eval_shape(make_optimizer(OptimizerConfig(), lambda _: 0.1, params).init, params)
+        )
+        update = lambda given: transform.update(given, transform.init(given), given)  # noqa: E731
+        return jax.tree.leaves(jax.jit(update)(gradients)[1])
+
+    for off, large, on in zip(updated(math.inf), updated(1e30), updated(1.0), strict=True):
+        np.testing.assert_array_equal(off, large)
+        assert off.ndim == 0 or (np.asarray(off) != np.asarray(on)).any()
+    for clip in ("-inf", "nan", "0"):
+        with pytest.raises(ValueError, match="clip=.* is not positive: choose a norm, or inf"):
+            parse(RunConfig, ["--optimizer.clip", clip], CONFIGS["pretrain"])
+
+
 def test_repeated_targets_of_an_adapter_are_refused():
     with pytest.raises(ValueError, match="names a layer twice"):
         LoRAConfig(targets=("q", "q"))
@@ -197,3 +267,95 @@ def test_a_plan_that_exceeds_the_memory_is_refused_with_its_estimate(
 ):
     with pytest.raises(ValueError, match=line):
         make_run(replaced(CONFIGS["pretrain"], path, value))
+
+
+ROWS = 2**31 - 8
+
+
+@pytest.fixture
+def gibibyte(monkeypatch: pytest.MonkeyPatch):
+    """This machine, as if it had one."""
+    monkeypatch.setattr(memory, "_host_bytes", lambda: 2**30)
+
+
+def test_every_command_estimates_its_rows_before_it_allocates(
+    gibibyte, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights, tasks and rows that do not exist are not even looked for."""
+    line = r"^the 2147483640 rows of \d+ tokens of a step need [0-9,.]+ GiB, this machine has 1.0 "
+    with pytest.raises(ValueError, match=line):
+        SFTJob(SFTConfig(weights="nowhere", batch_size=ROWS))
+    with pytest.raises(ValueError, match="16 rows of 2147483647 tokens"):
+        data = ChatDataConfig(("nowhere",), seq_len=2**31 - 1)
+        SFTJob(SFTConfig(weights="nowhere", data=data))
+    with pytest.raises(ValueError, match=line):
+        evaluate.main(EvaluateConfig(model="nowhere", tasks=("nowhere",), batch_size=ROWS))
+    loaded = types.SimpleNamespace(model=types.SimpleNamespace(fork_policy=None), context_length=8)
+    monkeypatch.setattr(evaluate, "load_model", lambda _: loaded)
+    with pytest.raises(ValueError, match=line):
+        evaluate.main(EvaluateConfig(checkpoint="nowhere", batch_size=ROWS))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_generation_estimates_its_texts(gibibyte, cached: bool):
+    model = quick_model(dataclasses.replace(SMALL, policy=PrefixRank(1.5)))
+    bytes_of_token = 4 + 4 * SMALL.embed_dim
+    if cached:
+        found = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(2, 2**20)))
+        bytes_of_token = sum(leaf.size * leaf.dtype.itemsize for leaf in found) / 2**21
+    fits = int(2**30 / 2 / bytes_of_token) - 2000
+    memory.check_generation(model, 2, fits, cached)
+    line = (
+        r"^2 text\(s\) of \d+ new tokens need [0-9,.]+ GiB at least, the device has 1.0 GiB: make"
+    )
+    for tokens in (fits + 4000, 2**31 - 1):
+        with pytest.raises(ValueError, match=line):
+            memory.check_generation(model, 2, tokens, cached)
+
+
+def test_the_memory_of_a_gpu_that_reports_none_is_not_the_hosts(monkeypatch: pytest.MonkeyPatch):
+    class Device:
+        def __init__(self, platform: str, stats: Any):
+            self.platform, self.memory_stats = platform, lambda: stats
+
+    devices = [Device("cpu", None), Device("gpu", None), Device("tpu", {}), Device("gpu", {})]
+    devices += [Device("gpu", {"bytes_limit": 5}), Device("cpu", {"bytes_limit": 7})]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    found = [memory._device_bytes(device) for device in devices]
+    assert found == [memory._host_bytes(), None, None, None, 5, 7]
+    assert memory._device_bytes(Device("cpu", None)) is None  # of another process
+
+
+def test_a_dry_run_of_another_machine_says_its_memory(gibibyte, capsys, tmp_path: Path):
+    config = CONFIGS["pretrain"]
+    config = dataclasses.replace(config, batch_size=ROWS, dry_run=True, out=str(tmp_path))
+    dry_run(replaced(config, ("model", "embed_dim"), 2**22))
+    said = capsys.readouterr().out
+    [line] = [line for line in said.splitlines() if line.startswith("memory")]
+    found = re.search(
+        r"at least ([0-9,.]+) GiB on each device \(here 1.0 GiB\), ([0-9,.]+) GiB of", line
+    )
+    assert found is not None and float(found[1].replace(",", "")) > 1000
+    rows = ROWS * config.data.seq_len * 12 / 2**30
+    assert float(found[2].replace(",", "")) == pytest.approx(rows, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError("Unable to allocate 264. GiB"), "out of memory (Unable to allocate 264. GiB)"),
+        (MemoryError(), "out of memory (no more was to be had)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes\nmore"), "(RESOURCE_EXHAUSTED: 9 bytes): make"),
+        (RuntimeError("another"), None),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line(error, says, monkeypatch, capsys):
+    def main(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["command"])
+    with pytest.raises(RuntimeError if says is None else SystemExit):
+        run_command(main, TokenizerConfig)
+    if says is not None:
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and says in line and line.count("\n") == 1

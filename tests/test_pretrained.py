@@ -91,6 +91,54 @@ def test_a_head_beside_a_tied_embedding_is_compared(copy):
     np.testing.assert_allclose(2 * logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
+def test_tensors_that_the_index_does_not_list_are_read_and_named(copy):
+    """As those of a single file are: used if the config has them, else refused."""
+    library = pytest.importorskip("safetensors.numpy")
+    folder = copy("qwen2")
+    params = load_pretrained(folder).params
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    shard = index["weight_map"].pop("model.norm.weight")
+    file.write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match=r"does not list model.norm.weight: read all the same$"):
+        again = load_pretrained(folder)
+    jax.tree.map(np.testing.assert_array_equal, params, again.params)
+    index["weight_map"]["model.norm.weight"] = shard
+    index["weight_map"] |= {name: "more.safetensors" for name in ("a", "b", "c", "d")}
+    file.write_text(json.dumps({"weight_map": index["weight_map"]}))
+    copies = {"model.norm.weight": np.zeros(32, np.float32)}
+    library.save_file(copies | dict.fromkeys("abcd", np.zeros(1)), folder / "more.safetensors")
+    with (
+        pytest.warns(
+            UserWarning, match="shard for model.norm.weight of more.safetensors: not read"
+        ),
+        pytest.raises(ValueError, match="has a tensor a, which its config does not have"),
+    ):
+        load_pretrained(folder)
+    for name in "abcd":
+        index["weight_map"].pop(name)
+    index["weight_map"].pop("model.layers.0.self_attn.q_proj.bias")
+    index["weight_map"]["model.layers.0.input_layernorm.weight"] = "more.safetensors"
+    copies = {"model.layers.0.input_layernorm.weight": np.ones(32, np.float32)}
+    copies |= dict.fromkeys(("model.layers.0.self_attn.q_proj.bias", "x"), np.zeros(32, np.float32))
+    library.save_file(copies, folder / "more.safetensors")
+    file.write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(ValueError, match="q_proj.bias is in two shards, and model.safe.* list it"):
+        load_pretrained(folder)
+
+
+def test_files_that_are_not_read_are_named(copy):
+    folder = copy("qwen2")
+    shutil.copy(FIXTURES / "llama/model.safetensors", folder / "consolidated.safetensors")
+    line = r"the weights are in model-00001-of-00003.*; not read are consolidated.safetensors$"
+    with pytest.warns(UserWarning, match=line):
+        SafetensorsFiles(folder)
+    shutil.copy(FIXTURES / "llama/model.safetensors", folder / "model.safetensors")
+    line = "are in model.safetensors; not read are consolidated.safetensors, model-00001-.* more$"
+    with pytest.warns(UserWarning, match=line):
+        SafetensorsFiles(folder)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_cached_greedy_decoding_are_those_of_transformers(name: str):
     wanted, found = expected(name), load_pretrained(FIXTURES / name)
@@ -233,7 +281,7 @@ def test_chat_is_rendered_and_read_as_in_transformers():
     text = render(tokenizer.chat_template, CHAT, bos_token=tokenizer.bos)
     assert text == str(wanted["chat"])
     assert chat_ids(tokenizer, CHAT) == wanted["chat_ids"].tolist()
-    with pytest.raises(ValueError, match="the chat template fails: no role tool"):
+    with pytest.raises(ValueError, match="the chat template of .*json fails: no role tool"):
         chat_ids(tokenizer, [{"role": "tool", "content": ""}])
 
 

@@ -1,5 +1,6 @@
 """Vocabularies that do not have the size of the embedding, and what ends a text."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,11 @@ from gguf_model import FIXTURES, write_gguf
 
 from thoughtbubbles.pretrained import open_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.data import DataConfig
 from train.models.load import tokenizer_meta, tokenizer_of
+from train.pretraining.config import InitConfig
+from train.pretraining.job import PretrainJob, on_weights
+from train.pretraining.presets import PRESETS
 
 ROWS, TOKENS = 64, 47  # of the fixture's embedding and tokenizer
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz0123456789."]
@@ -46,7 +51,8 @@ def test_tokens_added_above_the_embedding_load_and_are_never_used(folder: Path, 
     before = tokenizer(folder)
     add_tokens(folder, special)
     edit(folder / "generation_config.json", eos_token_id=[ROWS, 3])
-    found = tokenizer(folder)
+    with pytest.warns(UserWarning, match=r"above the 64 rows .* passed over: '<pad>' \(id 64\)$"):
+        found = tokenizer(folder)
     assert (before.vocab_size, found.vocab_size) == (TOKENS, ROWS)
     assert ROWS not in found.stop_ids and found.stop_ids
     assert (found.encode("the end")[0] == before.encode("the end")[0]).all()
@@ -59,6 +65,64 @@ def test_tokens_added_above_the_embedding_load_and_are_never_used(folder: Path, 
     again = tokenizer_of(tokenizer_meta(found) | {"tokenizer": found.to_json()})
     assert isinstance(again, PretrainedTokenizer) and again.vocab_size == ROWS
     assert again.stop_ids == found.stop_ids
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_special_tokens_above_the_embedding_stand_for_nothing(folder: Path, wrapped: bool):
+    """Neither as bos, nor as end of a text, nor as separator, nor around a text."""
+    add_tokens(folder, special=True)
+    file = folder / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    around = {"<pad>": {"id": "<pad>", "ids": [ROWS], "tokens": ["<pad>"]}}
+    pieces = [
+        {"SpecialToken": {"id": "<pad>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces}
+    edit(file, post_processor=template | {"special_tokens": around} if wrapped else None)
+    for added in fields["added_tokens"]:
+        if added["content"] == "<|endoftext|>":
+            added["content"] = "<old>"
+    fields["added_tokens"].append(
+        fields["added_tokens"][-1] | {"id": 65, "content": "<|endoftext|>"}
+    )
+    vocabulary = fields["model"]["vocab"]
+    if "<|endoftext|>" in vocabulary:
+        vocabulary["<old>"] = vocabulary.pop("<|endoftext|>")
+    edit(file, added_tokens=fields["added_tokens"], model=fields["model"])
+    edit(folder / "tokenizer_config.json", bos_token="<pad>", eos_token="<pad>")
+    edit(folder / "generation_config.json", eos_token_id=[ROWS, 3])
+    edit(folder / "config.json", eos_token_id=None, bos_token_id=None)
+    with pytest.warns(UserWarning, match="passed over: '<pad>'"):
+        found = tokenizer(folder)
+    assert (found.bos, found.eos, found.separator, found.stop_ids) == (None, "<|im_end|>", 3, (3,))
+    assert found.prompt("the end") == found.encode("the end")[0].tolist()
+    assert found.prompt("") == [3]
+
+
+def test_a_run_on_weights_has_their_tokenizer_whole(folder: Path, tmp_path: Path):
+    """With the tokens above the embedding, and the separator that generation begins with."""
+    add_tokens(folder, special=False)
+    bos = {"<|im_start|>": {"id": "<|im_start|>", "ids": [2], "tokens": ["<|im_start|>"]}}
+    pieces = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}]
+    pieces += [{"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces}
+    edit(folder / "tokenizer.json", post_processor=template | {"special_tokens": bos})
+    own = tokenizer(folder)
+    (tmp_path / "text").mkdir()
+    for name in "abcd":
+        (tmp_path / "text" / f"{name}.txt").write_text(f"the {name} in the end " * 9)
+    data = DataConfig(str(tmp_path / "text"), seq_len=8, cache_dir=str(tmp_path / "cache"))
+    config = dataclasses.replace(PRESETS["tiny"], init=InitConfig(weights=str(folder)), data=data)
+    job = PretrainJob(config)
+    packed = job.prepare()
+    assert isinstance(packed.tokenizer, PretrainedTokenizer)
+    assert packed.tokenizer.embedding_rows == ROWS and packed.tokenizer.vocab_size == ROWS
+    assert packed.tokenizer.separator == own.separator == 2
+    assert (packed.train[0][0] == 2).any()
+    stored = job.meta | {"tokenizer": packed.tokenizer.to_json()}
+    assert tokenizer_meta(tokenizer_of(stored)) == tokenizer_meta(own) == job.meta
+    assert on_weights(job.config) == job.config
 
 
 def test_other_tokens_above_the_embedding_are_refused(folder: Path):
@@ -119,6 +183,27 @@ def test_unused_rows_of_a_gguf_are_no_tokens(tmp_path: Path, folder: Path):
     assert tokenizer(path).stop_tokens == ["<|im_end|>", "<|endoftext|>"]
     write_gguf(path, "llama", changes={"tokenizer.ggml.eom_token_id": 1})
     assert tokenizer(path).stop_tokens == ["<|im_end|>", "<|im_start|>"]
+
+
+def test_unused_rows_of_older_ggufs_are_no_tokens(tmp_path: Path):
+    """They say that a user has defined them; a token of a user may have such a name elsewhere."""
+    path, tokens = tmp_path / "model.gguf", [*WORDS[:44], "[PAD9]"]
+    unused = [f"[PAD{index}]" for index in range(len(tokens), ROWS)]
+    changes = {
+        "tokenizer.ggml.tokens": tokens + unused,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * 41 + [4] * (1 + len(unused)),
+    }
+    write_gguf(path, "llama", changes=changes)
+    here = tokenizer(path)
+    assert here.vocab_size == len(tokens) and "[PAD45]" not in here.to_json()
+    assert here.encode("the [PAD9]")[0][-1] == 44
+    write_gguf(path, "llama", changes=changes | {"tokenizer.ggml.bos_token_id": 50})
+    with pytest.raises(ValueError, match=r"has no token '\[PAD50\]', which"):
+        tokenizer(path)
+    begins = {"tokenizer.ggml.bos_token_id": 50, "tokenizer.ggml.add_bos_token": True}
+    write_gguf(path, "llama", changes=changes | begins)
+    with pytest.raises(ValueError, match=r"bos '\[PAD50\]' is a padding token"):
+        tokenizer(path)
 
 
 def test_user_defined_tokens_of_a_gguf_above_the_embedding_load(tmp_path: Path):

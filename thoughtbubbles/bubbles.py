@@ -93,8 +93,12 @@ class BubbleMap(ShortRepr):
     def _repr_html_(self) -> str:
         return self.page()._repr_html_()
 
-    def figure(self) -> Figure:
-        """Two heat maps, block by token: number of streams, and mean score. Needs matplotlib."""
+    def figure(self, title: str = "Streams of each token, and their scores") -> Figure:
+        """Two heat maps, block by token: number of streams, and mean score. Needs matplotlib.
+
+        Args:
+            title: Title of the figure, such as the model and its policy.
+        """
         from matplotlib import colormaps
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -102,18 +106,19 @@ class BubbleMap(ShortRepr):
         count = len(self.tokens)
         figure = Figure(figsize=(min(max(6.0, 0.17 * count), 24.0), 4.0), layout="constrained")
         axes = figure.subplots(2, 1, sharex=True)
+        figure.suptitle(title, fontsize="medium", wrap=True)
         low, high = min(1, int(self.streams.min())), max(2, int(self.streams.max()))
         counts = colormaps["Blues"].resampled(high - low + 1)  # one colour for each count
         panels = (
             (self.streams, "streams of a token", counts, low - 0.5, high + 0.5),
             (self.score, "mean score p", "magma", 0, 1),
         )
-        for axis, (values, title, colours, least, most) in zip(axes, panels, strict=True):
+        for axis, (values, label, colours, least, most) in zip(axes, panels, strict=True):
             image = axis.imshow(
                 values, aspect="auto", origin="lower", cmap=colours, vmin=least, vmax=most,
                 interpolation="nearest",
             )  # fmt: skip
-            figure.colorbar(image, ax=axis, label=title, ticks=MaxNLocator(5, integer=most > 1))
+            figure.colorbar(image, ax=axis, label=label, ticks=MaxNLocator(5, integer=most > 1))
             axis.set_ylabel("block")
             axis.yaxis.set_major_locator(MaxNLocator(integer=True))
             for layer in self.fork_layers:

@@ -31,20 +31,29 @@ class Fields:
         content: Names and values as they come from a file.
         source: Name of the file in error messages.
         whole: End of the message on a missing field, such as "it is no whole config".
+        remedy: End of the message on a wrong value, what to do about it.
     """
 
-    def __init__(self, content: Mapping[str, Any], source: str, whole: str = "copy it again"):
-        self._content, self.source, self._whole = content, source, whole
+    def __init__(
+        self,
+        content: Mapping[str, Any],
+        source: str,
+        whole: str = "copy it again, or export it anew",
+        remedy: str = "correct it, or export it anew",
+    ):
+        self._content, self.source = content, source
+        self._whole, self._remedy = whole, remedy
 
     def integer(
         self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST
     ) -> Any:
-        """A whole number between two bounds, or the default."""
+        """A whole number between two bounds, which may be written as 32.0, or the default."""
 
         def fits(value: Any) -> bool:
-            return type(value) is int and least <= value <= most
+            return _is_whole(value) and least <= value <= most
 
-        return self._read(name, default, fits, f"a whole number from {least} to {most}")
+        found = self._read(name, default, fits, f"a whole number from {least} to {most}")
+        return int(found) if type(found) is float else found
 
     def number(self, name: str, default: Any = _REQUIRED, *, positive: bool = True) -> Any:
         """A finite number, above 0 unless `positive` is false, or the default."""
@@ -68,27 +77,31 @@ class Fields:
     def object(self, name: str) -> "Fields":
         """The fields of an object, none if it is missing."""
         found = self._read(name, {}, lambda value: isinstance(value, dict), "an object")
-        return Fields(found, f"{self.source}: {name}", self._whole)
+        return Fields(found, f"{self.source}: {name}", self._whole, self._remedy)
 
     def list(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """A list of values of one type, or the default."""
+        """A list of values of one type, or the default; an int may be written as 32.0."""
 
         def fits(value: Any) -> bool:
-            return isinstance(value, list) and all(type(item) is kind for item in value)
+            is_one = _is_whole if kind is int else lambda item: type(item) is kind
+            return isinstance(value, list) and all(map(is_one, value))
 
-        return self._read(name, default, fits, f"a list of {kind.__name__}")
+        found = self._read(name, default, fits, f"a list of {kind.__name__}")
+        given = found is not default and kind is int
+        return [int(item) for item in found] if given else found
 
     def ids(self, name: str) -> "list[int]":
-        """Token ids: one, a list of them, or none."""
+        """Token ids: one, a list of them, or none, which -1 means too."""
 
         def fits(value: Any) -> bool:
-            return type(value) is int and 0 <= value <= LARGEST
+            return _is_whole(value) and -1 <= value <= LARGEST
 
         def all_fit(value: Any) -> bool:
             return fits(value) or (isinstance(value, list) and all(map(fits, value)))
 
         found = self._read(name, [], all_fit, "a token id or a list of them")
-        return found if isinstance(found, list) else [found]
+        ids = found if isinstance(found, list) else [found]
+        return [int(index) for index in ids if index != -1]
 
     def token(self, name: str) -> str | None:
         """A special token: a text, an object with one as `content`, or none."""
@@ -116,17 +129,21 @@ class Fields:
 
     def _refuse(self, name: str, kind: str) -> Any:
         value = shown(self._content[name])
-        raise ValueError(f"{self.source}: {name}={value} is not {kind}: copy it again")
+        raise ValueError(f"{self.source}: {name}={value} is not {kind}: {self._remedy}")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def read_text(path: Path) -> str:
     """The text of a regular file; a ValueError if there is none."""
     if not path.is_file():  # a pipe would never end
-        raise ValueError(f"{path} is no regular file: copy it again")
+        raise ValueError(f"{path} is no regular file: put one there")
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
-        raise ValueError(f"{path} is not UTF-8: copy it again") from error
+        raise ValueError(f"{path} is not UTF-8: copy it again, or save it as UTF-8") from error
 
 
 def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
@@ -141,7 +158,7 @@ def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{source} is not a JSON object: copy it again")
+        raise ValueError(f"{source} is not a JSON object: copy it again, or export it anew")
     return found
 
 

@@ -73,7 +73,9 @@ class GGUFFile:
             self._reader = gguf.GGUFReader(path)
         except Exception as error:  # whatever its parser trips over
             raise ValueError(f"{path} is cut short or no GGUF file: copy it again") from error
-        self._metadata = Fields(_Contents(self._reader), str(path), "it is no whole GGUF file")
+        self._metadata = Fields(
+            _Contents(self._reader), str(path), "it is no whole GGUF file", "convert it anew"
+        )
         self._family = self._metadata.text("general.architecture")
         if self._family not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -141,11 +143,21 @@ class GGUFFile:
         bos = special["bos"]
         begins = given.flag("tokenizer.ggml.add_bos_token", kind == "llama-bpe")
         kinds = dict(zip(tokens, types, strict=True)) if types else {}
+        # Rows of the embedding that no token has are called [PAD151936] and so on; older files say
+        # that a user has defined them.
+        padding = {
+            token
+            for id_, (token, kind_) in enumerate(zip(tokens, types, strict=False))
+            if kind_ == UNUSED or (kind_ == USER_DEFINED and token == f"[PAD{id_}]")
+        }
         text = byte_level_bpe(
-            # Rows of the embedding that no token has are called [PAD151936] and so on.
-            {token: id_ for id_, token in enumerate(tokens) if kinds.get(token) != UNUSED},
+            {token: id_ for id_, token in enumerate(tokens) if token not in padding},
             [tuple(merge.split(" ", 1)) for merge in merges],
-            {t: of == CONTROL for t, of in kinds.items() if of in (CONTROL, USER_DEFINED)},
+            {
+                token: of == CONTROL
+                for token, of in kinds.items()
+                if of in (CONTROL, USER_DEFINED) and token not in padding
+            },
             bos if begins else None,
             kind,
             str(self.path),
@@ -167,7 +179,7 @@ class GGUFFile:
             if int(tensor.data_offset) < end:
                 raise ValueError(
                     f"{self.path}: {tensor.name} begins at byte {tensor.data_offset}, the tensor "
-                    f"before it ends at {end}: copy it again"
+                    f"before it ends at {end}: convert it anew"
                 )
             end = int(tensor.data_offset) + int(tensor.n_bytes)
 

@@ -33,7 +33,8 @@ class PretrainedTokenizer:
         stop_tokens: Tokens that end a text, the end-of-sequence token first.
         chat_template: Chat template in Jinja, or None.
         embedding_rows: Number of token ids that the embedding knows. Tokens that were added above
-            it can be neither encoded nor generated; None if there are none.
+            it can be neither encoded nor generated, and stand for nothing: a warning names those
+            among the special tokens. None if there are none.
 
     Attributes:
         name: Name in messages.
@@ -41,7 +42,7 @@ class PretrainedTokenizer:
         vocab_size: Size of the vocabulary, as far as the embedding knows it; all ids are below it.
         embedding_rows: Number of token ids that the embedding knows, or None.
         bos: Beginning-of-sequence token, or None.
-        eos: End-of-sequence token, or None.
+        eos: End-of-sequence token, the first of the given ones that the embedding knows, or None.
         stop_ids: Ids that end a text; the separator if no stop token is given.
         separator: Id in front of each document: the one that the tokenizer itself puts there, else
             that of `<|endoftext|>`, else the first stop id.
@@ -88,14 +89,31 @@ class PretrainedTokenizer:
         if unknown:
             line = f"{name} has no token {shown(unknown[0])}, which the model's files use"
             raise ValueError(line)
-        self.bos, self.eos = bos, next(iter(stop_tokens), None)
-        given = [vocabulary[t] for t in stop_tokens if vocabulary[t] < self.vocab_size]
-        prefix = self._tokenizer.encode("").ids[:1]
-        separators = [*prefix, *(vocabulary[t] for t in [SEPARATOR] if t in vocabulary), *given]
-        if not separators:
+        prefix = [self._tokenizer.id_to_token(id_) for id_ in self._tokenizer.encode("").ids]
+        special = [token for token in (bos, *stop_tokens, *prefix) if token]
+        above = [t for t in dict.fromkeys(special) if vocabulary[t] >= self.vocab_size]
+        if above:
+            names = ", ".join(f"{shown(token)} (id {vocabulary[token]})" for token in above[:3])
+            more = f" and {len(above) - 3} more" if len(above) > 3 else ""
+            warnings.warn(
+                f"{name}: special tokens above the {self.vocab_size} rows of the embedding are "
+                f"passed over: {names}{more}",
+                stacklevel=2,
+            )
+        self.bos = None if bos in above else bos
+        known = [token for token in stop_tokens if token not in above]
+        self.eos = next(iter(known), None)
+        # As the tokenizer puts its special tokens around a text: all of them, or none.
+        self._wraps = not set(prefix) & set(above)
+        separators = [*(prefix[:1] if self._wraps else []), SEPARATOR, *known]
+        ids = [vocabulary[token] for token in separators if token in vocabulary]
+        ids = [id_ for id_ in ids if id_ < self.vocab_size]
+        if not ids:
             raise ValueError(f"{name}: no file of the model has an eos_token: add one")
-        self.separator: int = separators[0]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(given or separators[:1]))
+        self.separator: int = ids[0]
+        self.stop_ids: tuple[int, ...] = tuple(
+            dict.fromkeys([vocabulary[token] for token in known] or ids[:1])
+        )
 
     @property
     def stop_tokens(self) -> list[str]:
@@ -161,7 +179,7 @@ class PretrainedTokenizer:
         A special token that the text spells out is encoded as plain text. The bytes sum to the
         text's length unless `n` is 0.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoded(self._tokenizer, text, add_special_tokens=False)
         return np.array(self._known(encoding.ids), np.int32), bytes_of_tokens(
             text, encoding.offsets
         )
@@ -171,11 +189,16 @@ class PretrainedTokenizer:
 
         An empty prompt is the separator alone.
         """
-        return self._known(self._tokenizer.encode(text).ids) or [self.separator]
+        found = self._encoded(self._tokenizer, text, add_special_tokens=self._wraps)
+        return self._known(found.ids) or [self.separator]
 
     def rendered(self, text: str) -> list[int]:
         """Ids of a text that spells out its special tokens, as chat templates do."""
-        return self._known(self._with_special_tokens.encode(text, add_special_tokens=False).ids)
+        encoding = self._encoded(self._with_special_tokens, text, add_special_tokens=False)
+        return self._known(encoding.ids)
+
+    def _encoded(self, tokenizer: Any, text: str, **options: Any) -> Any:
+        return encoded(tokenizer, text, self.name, **options)
 
     def _known(self, ids: list[int]) -> list[int]:
         if self.embedding_rows is not None and max(ids, default=0) >= self.embedding_rows:
@@ -214,6 +237,35 @@ class PretrainedTokenizer:
     def to_json(self) -> str:
         """Content of the tokenizer.json."""
         return self._json
+
+    def to_pretrained(self) -> "PretrainedTokenizer":
+        """The tokenizer itself: that of a run is made one that can be saved (`train.data`)."""
+        return self
+
+
+def encoded(tokenizer: Any, text: str, name: str, **options: Any) -> Any:
+    """What a tokenizer of the `tokenizers` library makes of a text.
+
+    Args:
+        tokenizer: Tokenizer of that library.
+        text: Text to encode.
+        name: Name of the tokenizer in messages.
+        options: Options of its method `encode`.
+
+    Raises:
+        ValueError: The text has half of a surrogate pair, as `"\\ud800"` in JSON, or bytes that are
+            no UTF-8, so that it is no Unicode text.
+    """
+    try:
+        return tokenizer.encode(text, **options)
+    except TypeError as error:
+        wrong = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+        if wrong is None:
+            raise
+        raise ValueError(
+            f"{name} can't encode {wrong!r} after {text.index(wrong)} characters, which is no "
+            "Unicode text: convert the text to UTF-8"
+        ) from error
 
 
 def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -254,7 +306,8 @@ def byte_level_bpe(
         source: Name of the file in error messages.
 
     Raises:
-        ValueError: The pre-tokenizer is not supported, or a merge names a token that is missing.
+        ValueError: The pre-tokenizer is not supported, or a merge or `begin` names a token that is
+            missing.
     """
     from tokenizers import (
         AddedToken,
@@ -273,11 +326,13 @@ def byte_level_bpe(
             f"{source}: pre-tokenizer {kind!r} is not one of {known}: load the model's Hugging "
             "Face folder"
         )
+    if begin is not None and begin not in vocabulary:
+        raise ValueError(f"{source}: bos {shown(begin)} is a padding token: convert it anew")
     for pair in merges:
         missing = [part for part in (*pair, "".join(pair)) if part not in vocabulary]
         if len(pair) != 2 or missing:
             why = f"names {shown(missing[0])}, no token" if missing else "is no pair"
-            raise ValueError(f"{source}: merge {shown(' '.join(pair))} {why}: copy it again")
+            raise ValueError(f"{source}: merge {shown(' '.join(pair))} {why}: convert it anew")
     # Llama 3 takes whole words that are tokens, whether merges lead there or not.
     model = models.BPE(dict(vocabulary), list(merges), ignore_merges=kind == "llama-bpe")  # type: ignore
     made = Tokenizer(model)
@@ -305,7 +360,7 @@ def byte_level_bpe(
 
 
 def _tokens_by_id(text: str, name: str) -> dict[int | None, str]:
-    parts = Fields(parse_object(text, name), name, "it is not a tokenizer.json, copy it again")
+    parts = Fields(parse_object(text, name), name, "it is not a tokenizer.json")
     added = [Fields(entry, f"{name}: added_tokens") for entry in parts.list("added_tokens", dict)]
     found = {entry.integer("id", least=0): entry.text("content") for entry in added}
     vocabulary = parts.object("model").raw("vocab")
@@ -319,7 +374,7 @@ def _tokens_by_id(text: str, name: str) -> dict[int | None, str]:
 
 def _default_template(options: Fields) -> str | None:
     if not isinstance(options.raw("chat_template"), list):
-        return options.text("chat_template", None)
+        return options.text("chat_template", None) or None
     for entry in options.list("chat_template", dict):  # several templates, each with a name
         if entry.get("name") == "default":
             return Fields(entry, "chat_template of tokenizer_config.json").text("template", None)

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ class SafetensorsFiles:
     """The tensors of a folder: of `model.safetensors`, or of the shards that its index names.
 
     Headers are read at once and checked against the sizes of the files; tensors are read by `read`.
+    A tensor of a shard that the index does not list is one of the weights too. Warnings name such
+    tensors, copies in other shards, and safetensors files that are not read.
 
     Args:
         folder: Folder with the files.
@@ -66,12 +69,18 @@ class SafetensorsFiles:
             why = f" (pickled weights such as {pickled[0]} are never read)" if pickled else ""
             names = f"{single} and no {INDEX}" if single == SINGLE else single
             raise ValueError(f"{folder} has no {names}{why}: export safetensors")
+        files = {location.file.name for location in self._locations.values()}
+        others = {path.name for path in folder.glob("*.safetensors")} - files - {SINGLE}
+        if others:
+            _warn(f"{folder}: the weights are in {_some(files)}; not read are {_some(others)}")
         self.shapes = {name: location.shape for name, location in self._locations.items()}
 
     def _add_shards(self, folder: Path) -> None:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX} has no weight_map: copy the index again")
+            raise ValueError(
+                f"{folder / INDEX} has no weight_map: copy the index again, or export it anew"
+            )
         places = Fields(weight_map, f"{folder / INDEX}: weight_map")
         weight_map = {name: places.text(name) for name in weight_map}
         shards = sorted(set(weight_map.values()))
@@ -88,6 +97,23 @@ class SafetensorsFiles:
             if name not in by_shard[shard]:
                 raise ValueError(f"{folder / shard} lacks {name}, which {INDEX} puts there")
             self._locations[name] = by_shard[shard][name]
+        unlisted, copies = set(), set()
+        for shard, tensors in by_shard.items():
+            for name in tensors:
+                if name not in self._locations:
+                    unlisted.add(name)
+                    self._locations[name] = tensors[name]
+                elif name in unlisted:
+                    raise ValueError(
+                        f"{folder}: {name} is in two shards, and {INDEX} does not say which one "
+                        "holds: list it there"
+                    )
+                elif weight_map[name] != shard:
+                    copies.add(f"{name} of {shard}")
+        if unlisted:
+            _warn(f"{folder / INDEX} does not list {_some(unlisted)}: read all the same")
+        if copies:
+            _warn(f"{folder / INDEX} lists another shard for {_some(copies)}: not read")
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored type and shape."""
@@ -99,9 +125,19 @@ class SafetensorsFiles:
         return flat.reshape(location.shape)
 
 
+def _some(names: set[str]) -> str:
+    """The first names, and how many more there are."""
+    first = ", ".join(cut(name, 100) for name in sorted(names)[:3])
+    return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=4)
+
+
 def _locations(file: Path) -> dict[str, _Location]:
     if not file.is_file():  # a pipe would never end
-        raise ValueError(f"{file} is no regular file: copy it again")
+        raise ValueError(f"{file} is no regular file: put one there")
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -114,7 +150,7 @@ def _locations(file: Path) -> dict[str, _Location]:
     spans: list[tuple[int, int, str]] = []
     for name in header:
         if len(name) > 200:
-            raise ValueError(f"{file}: the name {shown(name)} is too long: copy it again")
+            raise ValueError(f"{file}: the name {shown(name)} is too long: export it anew")
         dtype, shape, first, last = _entry(header, name, str(file))
         if 8 + length + last > size:
             raise ValueError(
@@ -132,7 +168,7 @@ def _locations(file: Path) -> dict[str, _Location]:
         if first != end:  # as in the reference implementation
             raise ValueError(
                 f"{file} has a damaged header: {name} begins at byte {first} of the tensors, the "
-                f"tensor before it ends at {end}: copy it again"
+                f"tensor before it ends at {end}: export it anew"
             )
         end = last
     if 8 + length + end < size:
@@ -145,7 +181,7 @@ def _entry(
 ) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """Type, shape and first and last byte of a tensor."""
     if not isinstance(header[name], dict):
-        raise ValueError(f"{file}: {name}={shown(header[name])} is not an object: copy it again")
+        raise ValueError(f"{file}: {name}={shown(header[name])} is not an object: export it anew")
     entry = Fields(header[name], f"{file}: {name}")
     kind = entry.text("dtype")
     if kind not in DTYPES:
@@ -155,10 +191,16 @@ def _entry(
         )
     shape, offsets = entry.list("shape", int), entry.list("data_offsets", int)
     if not all(0 <= axis <= LARGEST for axis in shape) or len(shape) > 8:
-        raise ValueError(f"{file}: {name} has shape {shown(shape)}: copy it again")
+        raise ValueError(f"{file}: {name} has shape {shown(shape)}: export it anew")
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] < 2**63:
-        raise ValueError(f"{file}: {name} has data_offsets {shown(offsets)}: copy it again")
+        raise ValueError(f"{file}: {name} has data_offsets {shown(offsets)}: export it anew")
     return DTYPES[kind], tuple(shape), offsets[0], offsets[1]
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise a ValueError unless there is nothing at the path, or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: pass another folder, or delete it first")
 
 
 @contextlib.contextmanager
@@ -172,8 +214,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         ValueError: The folder exists and is not empty.
         OSError: The folder can't be written; no part of it remains.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: pass another folder, or delete it first")
+    check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -212,7 +253,7 @@ def write_safetensors(
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            tensor = np.ascontiguousarray(tensor_of(name).astype(dtype, copy=False))
+            tensor = tensor_of(name).astype(dtype, order="C", copy=False)
             assert tensor.shape == shape, f"{name}: {tensor.shape} is not {shape}"
             stream.write(tensor.reshape(-1).view(np.uint8).data)
         stream.flush()

@@ -15,6 +15,7 @@ from train.cli.figures import check_figure
 from train.cli.numbers import check_least
 from train.devices.mesh import MeshConfig, check_batch, make_mesh
 from train.engine.config import EvalConfig
+from train.engine.memory import check_row_memory
 from train.evaluation.held_out import held_out, readable, validation_rows
 from train.evaluation.policy_overrides import Setting, figure, override_policy, table
 from train.evaluation.scoring import Scorer
@@ -107,6 +108,7 @@ def score_tasks(config: EvaluateConfig) -> None:
     outputs = [Path(file) for file in (config.json, config.records) if file]
     for path in outputs:
         check_output(path)
+    check_row_memory(config.batch_size, 1)
     tasks = [read_task(spec, config.limit) for spec in config.tasks]
     names = [task.name for task in tasks]
     for name in names:
@@ -150,6 +152,7 @@ def score_held_out(config: EvaluateConfig) -> None:
     check_batch(config.batch_size, 1, make_mesh(MeshConfig()))
     loaded = changed(load_model(str(config.checkpoint)), config)
     trained = loaded.model.fork_policy
+    check_row_memory(config.batch_size, loaded.context_length or 1)
     rows = validation_rows(loaded)
     found = []
     for name, model in models_of(config, loaded).items():

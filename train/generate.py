@@ -112,7 +112,8 @@ def main(config: GenerateConfig) -> None:
         if config.bubbles:
             print("\n" + map_of_text(loaded, text).text())
     if config.figure:
-        map_of_text(loaded, texts[0]).figure().savefig(config.figure, dpi=150)
+        title = f"{config.checkpoint or config.model}, {loaded.model.fork_policy or 'no forks'}"
+        map_of_text(loaded, texts[0]).figure(title).savefig(config.figure, dpi=150)
         print(f"bubble map: {Path(config.figure).absolute()}")
 
 

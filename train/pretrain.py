@@ -56,7 +56,9 @@ def dry_run(config: RunConfig) -> None:
         trainable = make_run(config)
         saved = load_run_meta(config.out)
         check_continuation(Path(config.out), saved, config)
-    rows = len(rows_here(config.batch_size, trainable.mesh))
+    rows = config.batch_size  # not as a list, which may be too long for this machine
+    if jax.process_count() > 1:
+        rows = len(rows_here(rows, trainable.mesh))
     if jax.process_index() == 0:
         print(plan(config, trainable, rows, saved))
 

@@ -14,6 +14,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from thoughtbubbles import ARCHITECTURES, Policy
+from thoughtbubbles.fields import cut
 from thoughtbubbles.positions import RopeScaling
 from train.cli.calls import from_text
 from train.cli.config_json import POLICIES, policy_from_text
@@ -62,7 +63,8 @@ def run_command(
 
     Args:
         main: Function that does the work; a `ValueError` or `OSError` from it is the user's to mend
-            (set the environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from).
+            (set the environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from), and
+            so is memory that does not suffice.
         config: Frozen dataclass, each of whose fields becomes an option.
         presets: Configs by name; the first word of the command line may name one, and the first is
             the default.
@@ -92,6 +94,20 @@ def run_command(
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if not full or os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
+            raise
+        print(f"error: {_out_of_memory(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _out_of_memory(error: Exception) -> str:
+    reason = (str(error).splitlines() or ["no more was to be had"])[0]
+    return (
+        f"out of memory ({cut(reason, 200)}): make the batch, the texts or the model smaller "
+        "(THOUGHTBUBBLES_TRACEBACK=1 says where)"
+    )
 
 
 def with_architecture(default: Config, words: list[str]) -> Config:

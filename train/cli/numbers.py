@@ -27,8 +27,9 @@ def check_least(config: Any, **least: float) -> None:
 def check_numbers(config: Any, above: str = "") -> None:
     """Raise a ValueError for a number that is no option of any kind.
 
-    Numbers must fit 32 bits, as sizes, steps and arrays do in JAX, and seeds 63 bits. Infinity is
-    left to parts that are written as `name(key=value)`, where it may mean that nothing is clipped.
+    Numbers must fit 32 bits, as sizes, steps and arrays do in JAX, and seeds 63 bits. Positive
+    infinity is a number only of options for which it means that nothing is clipped: those that the
+    class names in `may_be_infinite`.
 
     Args:
         config: Config, whose fields may hold configs.
@@ -41,10 +42,17 @@ def check_numbers(config: Any, above: str = "") -> None:
             if dataclasses.is_dataclass(item):
                 check_numbers(item, f"{name}.")
             elif isinstance(item, float):
-                if math.isnan(item) or (abs(item) > _LARGEST_FLOAT and not hasattr(config, "word")):
+                if item == math.inf and field.name in infinite_options(config):
+                    continue
+                if not abs(item) <= _LARGEST_FLOAT:
                     raise ValueError(f"{name}={item} is out of range: choose a finite number")
             elif isinstance(item, int) and not isinstance(item, bool):
                 _check_whole(name, item)
+
+
+def infinite_options(config: Any) -> frozenset[str]:
+    """Names of the options of a config or its class for which infinity means no clipping."""
+    return getattr(config, "may_be_infinite", frozenset())
 
 
 def _check_whole(name: str, value: int) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from thoughtbubbles.pretrained_tokenizer import bytes_of_tokens
+from thoughtbubbles.pretrained_tokenizer import (
+    PretrainedTokenizer,
+    byte_level_bpe,
+    bytes_of_tokens,
+    encoded,
+)
 from train.data.config import DataError
 
 SEPARATORS = (
@@ -25,6 +30,7 @@ SEPARATORS = (
 """Special tokens that can separate documents, in order of preference."""
 
 _BYTES_JSON = '{"type": "bytes"}'
+_PRETRAINED = "pretrained"  # type of a file that `pretrained_json` made
 
 
 class Tokenizer(Protocol):
@@ -71,6 +77,10 @@ class Tokenizer(Protocol):
         """The tokenizer as the content of a file that `load_tokenizer` reads."""
         ...
 
+    def to_pretrained(self) -> PretrainedTokenizer:
+        """The tokenizer as a tokenizer.json of the same ids, with the separator before a prompt."""
+        ...
+
 
 class ByteTokenizer:
     """Tokenizer whose tokens are the bytes of the UTF-8 text; 256 is the separator."""
@@ -92,6 +102,14 @@ class ByteTokenizer:
 
     def to_json(self) -> str:
         return _BYTES_JSON
+
+    def to_pretrained(self) -> PretrainedTokenizer:
+        begin = SEPARATORS[0]
+        vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        text = byte_level_bpe(
+            {**vocabulary, begin: self.separator}, [], {begin: True}, begin, "gpt-2", self.name
+        )
+        return PretrainedTokenizer(text, name=self.name, bos=begin, stop_tokens=[begin])
 
 
 class HuggingFaceTokenizer:
@@ -127,6 +145,7 @@ class HuggingFaceTokenizer:
                 f"{path} has no token to separate documents with: add one of "
                 f"{' '.join(SEPARATORS)} to its special tokens"
             )
+        self._separator_token = known[0]
         self.separator: int = vocabulary[known[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
 
@@ -135,7 +154,7 @@ class HuggingFaceTokenizer:
         return _fingerprint(self._json)
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = encoded(self._tokenizer, text, self.name, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
         return ids, bytes_of_tokens(text, encoding.offsets)
 
@@ -145,19 +164,62 @@ class HuggingFaceTokenizer:
     def to_json(self) -> str:
         return self._json
 
+    def to_pretrained(self) -> PretrainedTokenizer:
+        from tokenizers import Tokenizer, processors
+
+        copy = Tokenizer.from_str(self._json)
+        copy.no_truncation()
+        copy.no_padding()
+        begin = self._separator_token
+        copy.post_processor = processors.TemplateProcessing(  # pyright: ignore
+            single=[begin, "$A"], special_tokens=[(begin, self.separator)]
+        )
+        return PretrainedTokenizer(copy.to_str(), name=self.name, bos=begin, stop_tokens=[begin])
+
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `DataConfig.tokenizer` names.
 
     Args:
-        spec: "bytes", or the path of a tokenizer.json or of a file that `Tokenizer.to_json` made.
+        spec: "bytes", or the path of a tokenizer.json or of a file that `Tokenizer.to_json` or
+            `pretrained_json` made.
 
     Raises:
         DataError: There is no such file, or it has another content.
     """
-    if spec == "bytes" or _read(spec) == _BYTES_JSON:
+    text = _BYTES_JSON if spec == "bytes" else _read(spec)
+    if text == _BYTES_JSON:
         return ByteTokenizer()
-    return HuggingFaceTokenizer(spec)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = None  # refused below, with the reason
+    if not isinstance(fields, dict) or fields.get("type") != _PRETRAINED:
+        return HuggingFaceTokenizer(spec)
+    try:
+        return PretrainedTokenizer(fields["tokenizer"], **fields["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{spec} is damaged ({_first_line(error)}): delete its folder") from error
+
+
+def pretrained_json(tokenizer: PretrainedTokenizer, options: Mapping[str, Any]) -> str:
+    """The content of a file of which `load_tokenizer` makes an equal tokenizer.
+
+    Args:
+        tokenizer: Tokenizer of a pretrained model.
+        options: Other arguments that it was made with.
+    """
+    stored = {"type": _PRETRAINED, "tokenizer": tokenizer.to_json(), "options": dict(options)}
+    return json.dumps(stored)
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies, as in GPT-2."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in shown)
+    letters = {byte: chr(byte) for byte in shown}
+    letters |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
 
 
 def _read(path: str | Path) -> str:

@@ -1,19 +1,60 @@
-"""What a run needs of memory at the very least, refused before anything is allocated."""
+"""What a command needs of memory at the very least, refused before anything is allocated."""
 
+import dataclasses
 import os
+from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 
+from thoughtbubbles import Architecture
 from train.devices.mesh import shard_bytes
 from train.engine.state import Trainable
 
 _PER_TOKEN = 4 + 4 + 4  # ids, targets and weights of a step's rows on the host, int32 and float32
+_LONGEST = 2**20  # tokens; the caches of longer texts grow with them
 
 
-def check_memory(trainable: Trainable, rows: int, seq_len: int) -> None:
-    """Raise a ValueError for a run whose state and rows alone exceed what there is.
+@dataclasses.dataclass(frozen=True)
+class TrainingMemory:
+    """What the state and the rows of a training step need; activations come on top of it.
 
-    Activations come on top of it: `thoughtbubbles compile` says what a step needs in all.
+    `thoughtbubbles compile` says what a step needs in all.
+
+    Attributes:
+        state: Bytes of parameters, gradients and optimizer state on each device.
+        rows: Bytes of the rows of a step on each host.
+        device: Bytes of a device's memory; None if that is not known.
+        host: Bytes of this machine's memory.
+        shape: Number of rows of a step, over all processes, and of tokens of a row.
+    """
+
+    state: int
+    rows: int
+    device: int | None
+    host: int
+    shape: tuple[int, int]
+
+    def __str__(self) -> str:
+        device = "" if self.device is None else f" (here {_gib(self.device)})"
+        return (
+            f"at least {_gib(self.state)} on each device{device}, {_gib(self.rows)} of rows on "
+            f"each host (here {_gib(self.host)})"
+        )
+
+    def check(self) -> None:
+        """Raise a ValueError if this machine has less."""
+        if self.device is not None and self.state > self.device:
+            raise ValueError(
+                f"parameters, gradients and optimizer state need {_gib(self.state)} on each "
+                f"device, which has {_gib(self.device)}: make the model smaller or the mesh larger"
+            )
+        _check_row_bytes(*self.shape, self.rows, self.host)
+
+
+def training_memory(trainable: Trainable, rows: int, seq_len: int) -> TrainingMemory:
+    """Estimate of a training step.
 
     Args:
         trainable: Model, optimizer and mesh, of abstract arrays.
@@ -21,23 +62,80 @@ def check_memory(trainable: Trainable, rows: int, seq_len: int) -> None:
         seq_len: Number of tokens of a row.
     """
     state = trainable.abstract
-    params = shard_bytes(state.params)
-    needed = 2 * params + shard_bytes(state.frozen) + shard_bytes(state.opt_state)  # with gradients
-    device = trainable.mesh.devices.flat[0]
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    here = device in jax.local_devices()
-    there = (device.memory_stats() or {}).get("bytes_limit", host) if here else None
+    # Parameters twice: their gradients are as large.
+    needed = 2 * shard_bytes(state.params) + shard_bytes((state.frozen, state.opt_state))
+    return TrainingMemory(
+        needed,
+        _row_bytes(rows, seq_len),
+        _device_bytes(trainable.mesh.devices.flat[0]),
+        _host_bytes(),
+        (rows, seq_len),
+    )
+
+
+def check_row_memory(rows: int, tokens: int) -> None:
+    """Raise a ValueError for rows of a step or pass that exceed the memory of a host.
+
+    Args:
+        rows: Number of rows, over all processes.
+        tokens: Number of tokens of a row.
+    """
+    _check_row_bytes(rows, tokens, _row_bytes(rows, tokens), _host_bytes())
+
+
+def check_generation(model: Architecture, rows: int, new_tokens: int, cached: bool) -> None:
+    """Raise a ValueError for texts that exceed the memory of the model's device.
+
+    Args:
+        model: Model with its parameters.
+        rows: Number of texts that are generated at a time.
+        new_tokens: Largest number of tokens added to each.
+        cached: Whether keys and values are kept; else the prefix is recomputed for each token.
+    """
+    parameters = jax.tree.leaves(nnx.state(model))
+    device = next(iter(parameters[0].devices()))
+    there = _device_bytes(device)
+    if cached:
+        tokens = min(new_tokens, _LONGEST)
+        cache = jax.eval_shape(lambda: model.init_cache(rows, tokens))
+        needed = -(-_bytes(cache) * new_tokens // tokens)
+    else:
+        dtype = np.dtype(model.config.dtype)
+        needed = rows * new_tokens * (4 + model.embed_dim * dtype.itemsize)
+    needed += _bytes(parameters)
     if there is not None and needed > there:
         raise ValueError(
-            f"parameters, gradients and optimizer state need {_gib(needed)} on each device, which "
-            f"has {_gib(there)}: make the model smaller or the mesh larger"
+            f"{rows} text(s) of {new_tokens} new tokens need {_gib(needed)} at least, the device "
+            f"has {_gib(there)}: make max_new_tokens smaller"
         )
-    batch = rows // jax.process_count() * seq_len * _PER_TOKEN
-    if batch > host:
+
+
+def _check_row_bytes(rows: int, tokens: int, needed: int, host: int) -> None:
+    if needed > host:
         raise ValueError(
-            f"the {rows} rows of {seq_len} tokens of a step need {_gib(batch)}, this machine has "
-            f"{_gib(host)}: make batch_size smaller"
+            f"the {rows} rows of {tokens} tokens of a step need {_gib(needed)}, this machine has "
+            f"{_gib(host)}: make batch_size or the rows smaller"
         )
+
+
+def _row_bytes(rows: int, tokens: int) -> int:
+    return -(-rows // jax.process_count()) * tokens * _PER_TOKEN
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _device_bytes(device: Any) -> int | None:
+    """Memory of a device of this process, if it says so; that of a CPU is the host's."""
+    if device not in jax.local_devices():  # of another process, or only described
+        return None
+    known = (device.memory_stats() or {}).get("bytes_limit")
+    return _host_bytes() if known is None and device.platform == "cpu" else known
 
 
 def _gib(size: int) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
@@ -26,7 +26,8 @@ class OptimizerConfig:
         b2: Decay rate of the second moment of AdamW (β2).
         eps: Term added to the denominator of AdamW (ε).
         weight_decay: Decoupled weight decay of matrices, times the learning rate.
-        clip: Largest global norm of the gradient; longer gradients are scaled down to it.
+        clip: Largest global norm of the gradient; longer gradients are scaled down to it, and "inf"
+            turns clipping off.
         schedule: Schedule after the warm-up: "cosine" down to `final_ratio` of the peak over all
             steps, or "wsd" (warm-up, stable, decay), linear down to it over the last `decay` share
             of the steps.
@@ -36,6 +37,8 @@ class OptimizerConfig:
         fork_rate: Factor on the learning rate of fork layers, above 1 where they are new and the
             rest of the model is not.
     """
+
+    may_be_infinite: ClassVar[frozenset[str]] = frozenset({"clip"})
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-3
@@ -54,7 +57,9 @@ class OptimizerConfig:
         for name in ("warmup", "decay", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose 0 to 1")
-        for name in ("learning_rate", "clip", "eps", "fork_rate"):
+        if not self.clip > 0:
+            raise ValueError(f"clip={self.clip} is not positive: choose a norm, or inf for none")
+        for name in ("learning_rate", "eps", "fork_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive and finite")
         for name in ("b1", "b2"):
@@ -116,7 +121,8 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=decayed,
         )
-    parts = [optax.clip_by_global_norm(config.clip), optimizer]
+    clip = optax.identity() if math.isinf(config.clip) else optax.clip_by_global_norm(config.clip)
+    parts = [clip, optimizer]
     if config.fork_rate != 1:
         parts.append(optax.masked(optax.scale(config.fork_rate), in_forks))
     return optax.chain(*parts)

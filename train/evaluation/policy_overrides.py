@@ -83,6 +83,9 @@ def table(settings: Sequence[Setting]) -> str:
 def figure(settings: Sequence[Setting], title: str, trained: Policy) -> "Figure":
     """Held-out bits per byte against streams per token, one point for each setting.
 
+    Bars are one standard error of the whole split, from having scored some rows only. All settings
+    are scored on the same rows, so that differences between points are surer than the bars.
+
     Args:
         settings: Settings in the order in which a line connects them.
         title: Title of the figure.
@@ -94,12 +97,18 @@ def figure(settings: Sequence[Setting], title: str, trained: Policy) -> "Figure"
     axis = drawing.subplots()
     streams = [setting.metrics["streams_per_token"] for setting in settings]
     bits = [setting.metrics["bits_per_byte"] for setting in settings]
-    axis.plot(streams, bits, "o-", color="tab:blue", markerfacecolor="white")
+    errors = [  # of nats per token, in bits per byte
+        found["standard_error"] * found["bits_per_byte"] / found["loss"]
+        for found in (setting.metrics for setting in settings)
+    ]
+    axis.errorbar(
+        streams, bits, errors, fmt="o-", color="tab:blue", markerfacecolor="white", capsize=3
+    )
     for setting, x, y in zip(settings, streams, bits, strict=True):
         if setting.policy == trained:
             axis.plot([x], [y], "o", color="tab:blue", label="as trained")
             axis.legend()
         axis.annotate(setting.name, (x, y), (4, 6), textcoords="offset points")
     axis.margins(0.2, 0.2)
-    axis.set(title=title, xlabel="streams per token", ylabel="held-out bits per byte")
+    axis.set(title=title, xlabel="streams per token", ylabel="held-out bits per byte ± s.e.")
     return drawing

@@ -29,6 +29,7 @@ from train.devices.mesh import (
     replicated,
 )
 from train.engine.config import LoopConfig
+from train.engine.memory import check_row_memory, training_memory
 from train.engine.optim import OptimizerConfig
 from train.engine.state import TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
@@ -82,6 +83,8 @@ class SFTJob:
         self.config = config
         mesh = make_mesh(config.mesh)
         check_batch(config.batch_size, config.accumulate, mesh)
+        if not config.dry_run:
+            check_row_memory(config.batch_size, config.data.seq_len)
         self._lm: LanguageModel = load_language_model_on(mesh, config.weights)
         if config.data.end_token is not None:
             self._lm = self._lm.with_stop_token(config.data.end_token)
@@ -112,6 +115,9 @@ class SFTJob:
             self._around,
         )
         self.seq_len = config.data.seq_len
+        self._memory = training_memory(self.trainable, config.batch_size, self.seq_len)
+        if not config.dry_run:  # which may be of a run on another machine
+            self._memory.check()
         # A frozen decoder needs no gradients of its weights: two products in place of three.
         products, passes, length = 3 if config.train == "all" else 2, 1, self.seq_len
         if config.train == "weaver":
@@ -223,7 +229,8 @@ class SFTJob:
         return (
             f"{config.weights}: {trainable.config.num_params():,} parameters; trained are "
             f"{trainable.num_trained:,} ({config.train}){frozen}; attention "
-            f"{trainable.attention}; {sizes}; steps {start} to {config.steps}"
+            f"{trainable.attention}; {sizes}; steps {start} to {config.steps}; memory "
+            f"{self._memory}"
         )
 
 

@@ -36,7 +36,7 @@ from train.data import Tokenizer, load_tokenizer
 from train.devices.mesh import state_shardings
 from train.models.finetunable import TRAINED, FinetunableModel, Method
 from train.runs.checkpoint import load_params
-from train.runs.metadata import checked_meta, load_run_meta
+from train.runs.metadata import EDITED, checked_meta, load_run_meta
 
 Shardings = Callable[[Any], Any]
 
@@ -138,11 +138,13 @@ class LoadedRun(LanguageModel):
         step: Number of training steps.
         data_fingerprint: Fingerprint of the rows that the model was trained on
             (`PackedData.fingerprint`).
+        python: Version of the interpreter that trained the model; None if it is not known.
     """
 
     config: dict[str, Any]
     step: int
     data_fingerprint: str
+    python: str | None = None
 
     @property
     def context_length(self) -> int | None:
@@ -180,6 +182,7 @@ def load_model(
         config=meta["config"],
         step=meta["step"],
         data_fingerprint=meta["data_fingerprint"],
+        python=meta.get("python"),
     )
 
 
@@ -238,7 +241,7 @@ def load_weights(name: str, shardings: Shardings | None = None) -> LanguageModel
         ValueError: There are no such weights; see `load_pretrained`.
     """
     config, params, tokenizer = load_pretrained(find_weights(name), shardings=shardings)
-    return LanguageModel(Thoughtbubbles.from_params(config, params), tokenizer)
+    return LanguageModel(architecture_of(config).from_params(config, params), tokenizer)
 
 
 def find_weights(name: str) -> Path:
@@ -302,7 +305,7 @@ def finetuned_model(
             many.
     """
     config = meta["config"]
-    fields = Fields(config, "the config of the run")
+    fields = Fields(config, "the config of the run", EDITED, EDITED)
     train, weights = fields.text("train"), fields.text("weights")
     if train not in TRAINED and train != "all":
         raise ValueError(f"the config of the run: train={train[:60]!r} is unknown here")

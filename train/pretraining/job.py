@@ -1,6 +1,7 @@
 """Pretraining as the loop sees it: a model, packed rows, and how they are scored."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from train.data import (
 )
 from train.data.mixture import is_mixture
 from train.data.storage import build_once
+from train.data.tokenizers import pretrained_json
 from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.engine.loop import run
-from train.engine.memory import check_memory
+from train.engine.memory import training_memory
 from train.engine.state import EVERY_PARAMETER, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
@@ -157,14 +159,15 @@ def make_run(config: RunConfig) -> Trainable:
         config.attention,
         TRAINED[config.train],
     )
-    check_memory(trainable, config.batch_size, config.data.seq_len)
+    if not config.dry_run:  # which may be of a run on another machine: its plan says the memory
+        training_memory(trainable, config.batch_size, config.data.seq_len).check()
     return trainable
 
 
 def on_weights(config: RunConfig) -> RunConfig:
     """The config with the model and the tokenizer of the weights that it starts from, if any.
 
-    Their tokenizer.json is put where prepared data are kept. No weight is read.
+    Their tokenizer is put where prepared data are kept. No weight is read.
 
     Raises:
         ValueError: There are no such weights, or the config sets a model or tokenizer of its own.
@@ -177,6 +180,11 @@ def on_weights(config: RunConfig) -> RunConfig:
             "--architecture out"
         )
     _, model, tokenizer = open_pretrained(find_weights(config.init.weights))
+    if not isinstance(model, ModelConfig):
+        raise ValueError(
+            f"init.weights={config.init.weights!r} hold a {type(model).__name__}, pretraining goes "
+            "on from a Thoughtbubbles or a plain decoder alone: name one of those"
+        )
     if config.init.forks:
         model = forking_config(model, config.init.forks, config.init.policy)
     fields = (*config.model.execution_fields, "dtype")
@@ -194,8 +202,9 @@ def on_weights(config: RunConfig) -> RunConfig:
             f"model.{names[0]}={getattr(config.model, names[0])!r}: the model comes with the "
             f"weights {config.init.weights}: leave it out (forks are --init.forks, --init.policy)"
         )
-    folder = config.data.cache / "tokenizers" / tokenizer.fingerprint
-    file = folder / "tokenizer.json"
+    content = pretrained_json(tokenizer, tokenizer_meta(tokenizer)["chat"])
+    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    file = config.data.cache / "tokenizers" / digest / "tokenizer.json"
     if config.data.tokenizer not in (DataConfig().tokenizer, str(file)):
         raise ValueError(
             f"data.tokenizer={config.data.tokenizer!r}: the weights {config.init.weights} bring "
@@ -203,9 +212,9 @@ def on_weights(config: RunConfig) -> RunConfig:
         )
 
     def write(partial: Path) -> None:
-        (partial / file.name).write_text(tokenizer.to_json(), encoding="utf-8")
+        (partial / file.name).write_text(content, encoding="utf-8")
 
-    build_once(folder, write)
+    build_once(file.parent, write)
     data = dataclasses.replace(config.data, tokenizer=str(file))
     return dataclasses.replace(config, model=model, data=data)
 

@@ -7,6 +7,7 @@ import jax
 
 from train.cli.config_json import as_json
 from train.devices.mesh import shard_bytes
+from train.engine.memory import training_memory
 from train.engine.state import Trainable, resolved
 from train.pretraining.config import RunConfig
 from train.runs.instruments import not_recorded
@@ -49,6 +50,7 @@ def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, An
         "model": model.sizes(),
         "state per device": f"{params:,.1f} MiB of parameters, {moments:,.1f} MiB of optimizer "
         f"state ({config.optimizer.name})",
+        "memory": str(training_memory(trainable, config.batch_size, data.seq_len)),
         "batch": f"{config.batch_size} rows of {data.seq_len} tokens in {config.accumulate} "
         f"part(s); process 0 reads {rows} rows of it",
         "data": f"{data.corpus}, tokenizer {data.tokenizer}, prepared in {data.cache}",

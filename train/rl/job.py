@@ -20,6 +20,7 @@ from train.cli.calls import text_of
 from train.cli.config_json import as_json
 from train.devices.attention import Attention
 from train.devices.mesh import batch_axes, check_auto, make_mesh
+from train.engine.memory import training_memory
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, TrainState, make_trainable, resolved
 from train.models import finetunable
@@ -155,6 +156,8 @@ class RLJob:
         holds_all = self.keeps_frozen and not parts.loss.uses_reference
         self._base = None if holds_all else checksum(self.lm.memgen or model)
         longest = config.max_new_tokens * self._responses_per_row
+        if not config.dry_run:  # which may be of a run on another machine
+            training_memory(self.trainable, config.rollouts, longest).check()
         self.learner = Learner(config, self.trainable, self.sampling(), longest)
         # Number of steps so far. Optimizer steps are counted in the `TrainState`: a step whose
         # problems are all left out makes none.

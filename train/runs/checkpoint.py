@@ -22,7 +22,7 @@ from orbax.checkpoint import future
 
 from train.devices.distributed import sync_errors
 from train.runs import checksums
-from train.runs.envelope import ITEMS, make_envelope, read_envelope
+from train.runs.envelope import ITEMS, make_envelope
 from train.runs.files import reason_of
 from train.runs.leaves import (
     CheckpointError,
@@ -33,6 +33,14 @@ from train.runs.leaves import (
     stored,
 )
 from train.runs.quiet_orbax import QuietOrbax
+from train.runs.steps import (
+    checked_envelope,
+    chosen_step,
+    damaged,
+    read_step,
+    saved_steps,
+    verify,
+)
 
 _SHOWN = 3  # leaves named in an error line
 
@@ -68,7 +76,7 @@ class Checkpointer:
         ):
             if value < 1:
                 raise CheckpointError(f"{name}={value} is less than 1: choose a positive number")
-        self._directory = epath.Path(directory).expanduser().absolute()
+        self._directory = Path(directory).expanduser().absolute()
         self._writing: int | None = None
         policies = ocp.checkpoint_managers
         due = [
@@ -92,7 +100,7 @@ class Checkpointer:
             self._quiet = stack.enter_context(QuietOrbax())
             try:
                 self._manager = _Manager(
-                    self._directory, options=options, handler_registry=handlers
+                    epath.Path(self._directory), options=options, handler_registry=handlers
                 )
             except OSError as error:
                 raise CheckpointError(
@@ -165,7 +173,7 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint (one being written does not count), or None."""
-        return max(_steps(self._directory), default=None)
+        return max(saved_steps(self._directory), default=None)
 
     def restore(
         self, params_abstract: Any, train_abstract: Any, step: int | None = None
@@ -186,11 +194,11 @@ class Checkpointer:
                 damaged.
         """
         self._wait()
-        step = _choose(self._directory, step)
+        step = chosen_step(self._directory, step)
         folder = self._directory / str(step)
         with sync_errors():
-            _verify(folder, ("meta", *ITEMS), jax.process_index(), jax.process_count())
-        envelope = _read_envelope(folder)
+            verify(folder, ("meta", *ITEMS), jax.process_index(), jax.process_count())
+        envelope = checked_envelope(folder)
         restored = []
         for item, abstract in zip(ITEMS, (params_abstract, train_abstract), strict=True):
             targets = flatten(abstract)
@@ -291,18 +299,21 @@ def load_params(
         CheckpointError: The folder does not exist, has no checkpoint or not this one, or its files
             are damaged.
     """
-    directory = epath.Path(path).expanduser().absolute()
+    directory = Path(path).expanduser().absolute()
     if directory.name.isdigit() and (directory / "params").exists():
         if step not in (None, int(directory.name)):
             raise CheckpointError(
                 f"step={step}, but {directory} is step {directory.name}: pass {directory.parent}"
             )
         directory, step = directory.parent, int(directory.name)
-    folder = directory / str(_choose(directory, step))
-    _verify(folder, ("meta", "params"))
-    envelope = _read_envelope(folder)
-    targets = dict.fromkeys(envelope["leaves"]["params"])
-    return envelope["meta"], nested(_read(folder, "params", targets, envelope))
+
+    def read(folder: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
+        verify(folder, ("meta", "params"))
+        envelope = checked_envelope(folder)
+        targets = dict.fromkeys(envelope["leaves"]["params"])
+        return envelope["meta"], nested(_read(folder, "params", targets, envelope))
+
+    return read_step(directory, step, read)
 
 
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -314,61 +325,22 @@ def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         CheckpointError: The metadata are damaged.
     """
-    directory = epath.Path(path).expanduser().absolute()
-    steps = _steps(directory) if directory.exists() else []
-    if not steps:
+    directory = Path(path).expanduser().absolute()
+    if not directory.is_dir() or not saved_steps(directory):
         return None
-    folder = directory / str(steps[-1])
-    _verify(folder, ("meta",))
-    return _read_envelope(folder)["meta"]
+
+    def read(folder: Path) -> dict[str, Any]:
+        verify(folder, ("meta",))
+        return checked_envelope(folder)["meta"]
+
+    return read_step(directory, None, read)
 
 
 # Reading
 
 
-def _steps(directory: epath.Path) -> list[int]:
-    return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
-
-
-def _choose(directory: epath.Path, step: int | None) -> int:
-    if not directory.exists():
-        raise CheckpointError(f"{directory} does not exist: pass the folder of a run")
-    steps = _steps(directory)
-    if not steps:
-        raise CheckpointError(
-            f"no checkpoint in {directory}: pass the folder of a run that saved one"
-        )
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise CheckpointError(f"no checkpoint of step {step} in {directory}: choose one of {steps}")
-    return step
-
-
-def _verify(folder: epath.Path, items: tuple[str, ...], share: int = 0, shares: int = 1) -> None:
-    try:
-        checksums.verify(Path(folder), items, share, shares)
-    except checksums.NoChecksumsError:
-        raise CheckpointError(
-            f"checkpoint {folder} has no file {checksums.NAME}, so damage could not be seen: if "
-            f'you know that its files are whole, write it: python -c "from pathlib import Path; '
-            f"from train.runs import checksums; checksums.write(Path('{folder}'))\""
-        ) from None
-    except checksums.DamagedFileError as error:
-        raise _damaged(folder, str(error)) from error
-
-
-def _read_envelope(folder: epath.Path) -> dict[str, Any]:
-    try:
-        return read_envelope(Path(folder))
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(folder, f"meta: {reason_of(error)}") from error
-
-
 def _read(
-    folder: epath.Path,
+    folder: Path,
     item: str,
     targets: Mapping[str, jax.ShapeDtypeStruct | None],
     envelope: dict[str, Any],
@@ -381,7 +353,7 @@ def _read(
         try:
             leaf = _read_leaf(folder / item, name, None if local else target)
         except Exception as error:
-            raise _damaged(folder, f"{item} {name}: {reason_of(error)}") from error
+            raise damaged(folder, f"{item} {name}: {reason_of(error)}") from error
         if target is not None and local:
             leaf = jax.device_put(leaf, target.sharding, may_alias=False)
         impl = envelope["keys"][item].get(name)
@@ -389,7 +361,7 @@ def _read(
     return leaves
 
 
-def _read_leaf(folder: epath.Path, name: str, target: jax.ShapeDtypeStruct | None) -> Any:
+def _read_leaf(folder: Path, name: str, target: jax.ShapeDtypeStruct | None) -> Any:
     # One leaf at a time: when one of several concurrent reads fails, orbax closes its event loop
     # under the others, which then print tracebacks from threads.
     handler = ocp.PyTreeCheckpointHandler()
@@ -399,12 +371,12 @@ def _read_leaf(folder: epath.Path, name: str, target: jax.ShapeDtypeStruct | Non
         tree, how = {name: target}, ocp.checkpoint_utils.construct_restore_args({name: target})
     try:
         args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
-        return handler.restore(folder, args=args)[name]
+        return handler.restore(epath.Path(folder), args=args)[name]
     finally:
         handler.close()
 
 
-def _compare(folder: epath.Path, item: str, there: dict[str, str], here: dict[str, str]) -> None:
+def _compare(folder: Path, item: str, there: dict[str, str], here: dict[str, str]) -> None:
     """Names, shapes, dtypes must agree (orbax would cast dtypes silently)."""
     differing = [name for name in here | there if here.get(name) != there.get(name)]
     if differing:
@@ -418,24 +390,3 @@ def _compare(folder: epath.Path, item: str, there: dict[str, str], here: dict[st
             f"{item} of {folder} does not fit: {'; '.join(shown)}: "
             f"use the configuration it was saved with, or another directory"
         )
-
-
-# Errors
-
-
-def _damaged(folder: epath.Path, damage: str) -> CheckpointError:
-    others = [step for step in _steps(folder.parent) if str(step) != folder.name]
-    intact = next((s for s in reversed(others) if _is_intact(folder.parent / str(s))), None)
-    if intact is None:
-        way_out = "no other step here is intact: pass another directory"
-    else:
-        way_out = f"step {intact} is intact: delete {folder} or ask for step {intact}"
-    return CheckpointError(f"checkpoint {folder} is damaged ({damage}); {way_out}")
-
-
-def _is_intact(folder: epath.Path) -> bool:
-    try:
-        checksums.verify(Path(folder), ("meta", *ITEMS))
-    except checksums.DamagedFileError:
-        return False
-    return True

@@ -8,6 +8,7 @@ hosts can verify what others have written.
 
 import functools
 import json
+import os
 import zlib
 from collections.abc import Iterable
 from io import BufferedReader
@@ -66,7 +67,10 @@ def write(folder: Path) -> None:
         pieces |= _pieces_of_files(item, rest)
         found |= {f"{item.name}/{name}": pieces[name] for name in sorted(pieces)}
     body = json.dumps(found).encode()
-    (folder / NAME).write_bytes(b"%08x\n" % zlib.crc32(body) + body)
+    with open(folder / NAME, "wb") as stream:
+        stream.write(b"%08x\n" % zlib.crc32(body) + body)
+        stream.flush()
+        os.fsync(stream.fileno())  # before the folder gets its name
 
 
 def verify(folder: Path, items: Iterable[str], share: int = 0, shares: int = 1) -> None:
@@ -80,6 +84,7 @@ def verify(folder: Path, items: Iterable[str], share: int = 0, shares: int = 1) 
 
     Raises:
         DamagedFileError: A file differs or is missing, or there are no checksums.
+        OSError: The file system refuses to read a file that is there.
     """
     found = _read(folder)
     names: list[str] = []
@@ -96,7 +101,7 @@ def verify(folder: Path, items: Iterable[str], share: int = 0, shares: int = 1) 
                         raise DamagedFileError(f"{name} is not as it was written{_of(arrays)}")
                 if stream.read(1):
                     raise DamagedFileError(f"{name} is longer than it was written")
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             arrays = [array for *_, inside in found[name] for array in inside]
             raise DamagedFileError(f"{name}: {error.strerror}{_of(arrays)}") from error
 
@@ -106,6 +111,8 @@ def _read(folder: Path) -> dict[str, list[Piece]]:
         head, _, body = (folder / NAME).read_bytes().partition(b"\n")
     except FileNotFoundError:
         raise NoChecksumsError(f"{folder} has no checksums") from None
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise DamagedFileError(f"{NAME}: {error.strerror}") from error
     if head != b"%08x" % zlib.crc32(body):
         raise DamagedFileError(f"{NAME} is not as it was written")
     return json.loads(body)

@@ -21,6 +21,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     try:
         with open(handle, "wb") as stream:
             stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a power cut may leave the new name without content
         os.chmod(unfinished, 0o644)  # a temporary file is private
         os.replace(unfinished, path)
     except BaseException:

@@ -1,12 +1,16 @@
 """The metadata of a run's checkpoint, with the types that its readers rely on."""
 
 import os
+import platform
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from thoughtbubbles.fields import Fields
 from train.runs.checkpoint import load_meta
 
-_EDITED = "it was edited, or another version of this library wrote it"
+EDITED = "it was edited, or another version of this library wrote it"
+"""End of the message on a field of our own metadata that is missing or wrong."""
 
 
 def load_run_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -32,11 +36,12 @@ def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str
     Raises:
         ValueError: A field is missing or has another type.
     """
-    fields = Fields(meta, f"the metadata of {path}", _EDITED)
+    fields = Fields(meta, f"the metadata of {path}", EDITED, EDITED)
     for name in ("data_fingerprint", "tokenizer"):
         fields.text(name)
     fields.integer("step", least=0)
-    fields.text("base", None)
+    for name in ("base", "python"):
+        fields.text(name, None)
     for name in ("config", "resolved"):
         if meta.get(name) is None:
             fields.text(name)  # says that it is missing
@@ -45,16 +50,34 @@ def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str
         if name in meta:
             fields.object(name)
     if chat := meta.get("chat"):
-        _check_chat(Fields(chat, f"the metadata of {path}: chat", _EDITED))
+        _check_chat(Fields(chat, f"the metadata of {path}: chat", EDITED, EDITED))
     if rl := meta.get("rl"):
-        Fields(rl, f"the metadata of {path}: rl", _EDITED).integer("step", least=0)
+        Fields(rl, f"the metadata of {path}: rl", EDITED, EDITED).integer("step", least=0)
     return meta
+
+
+def why_other_data(meta: Mapping[str, Any]) -> str:
+    """What an error adds where a run's corpus may have changed with the interpreter, or "".
+
+    Args:
+        meta: Metadata of the run's checkpoint.
+    """
+    corpus = (meta["config"].get("data") or {}).get("corpus", "")
+    now = platform.python_version()
+    if not re.search(r"(?<![\w/.~-])stdlib(?![\w/.-])", str(corpus)) or meta.get("python") == now:
+        return ""
+    then = f"Python {meta['python']}" if meta.get("python") else "an interpreter it doesn't name"
+    return (
+        f" (stdlib is the library of the Python that runs: the run was trained under {then}, this "
+        f"is Python {now}: take that one, or copy the rows that it prepared, the folder "
+        f"rows/{meta['data_fingerprint']} of its data cache, to evaluate)"
+    )
 
 
 def _check_chat(fields: Fields) -> None:
     known = {"name", "bos", "stop_tokens", "chat_template", "embedding_rows"}
     if unknown := sorted(set(fields.names()) - known):
-        raise ValueError(f"{fields.source} has a field {unknown[0]!r}: {_EDITED}")
+        raise ValueError(f"{fields.source} has a field {unknown[0]!r}: {EDITED}")
     fields.text("name")
     fields.text("bos", None)
     fields.list("stop_tokens", str)

@@ -4,6 +4,7 @@ Means are never taken here. Micro-batches are added up, and so is all that is re
 """
 
 import dataclasses
+import math
 from typing import ClassVar, Literal, get_args
 
 import jax
@@ -102,6 +103,9 @@ class ClippedLoss(PolicyLoss):
     """
 
     word: ClassVar[str] = "clipped"
+    may_be_infinite: ClassVar[frozenset[str]] = frozenset(
+        {"clip_high", "dual_clip", "importance_cap"}
+    )
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -120,8 +124,8 @@ class ClippedLoss(PolicyLoss):
         if self.aggregate not in get_args(Aggregate):
             names = ", ".join(get_args(Aggregate))
             raise ValueError(f"aggregate={self.aggregate!r}: choose one of {names}")
-        if not self.kl >= 0:
-            raise ValueError(f"kl={self.kl}: choose 0 or more")
+        if not 0 <= self.kl < math.inf:
+            raise ValueError(f"kl={self.kl}: choose a finite number, 0 or more")
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise ValueError(f"importance_cap={self.importance_cap}: choose more than 0, or None")
 

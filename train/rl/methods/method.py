@@ -44,6 +44,9 @@ class Method:
     word: ClassVar[str]
     """Name of the method on the command line and in configs."""
 
+    may_be_infinite: ClassVar[frozenset[str]] = ClippedLoss.may_be_infinite | {"advantage_clip"}
+    """Names of the options for which infinity means no clipping."""
+
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
