@@ -19,6 +19,7 @@ CONFIGS = {
     "probe": "train.rl.probe.ProbeConfig",
     "generate": "train.generate.GenerateConfig",
     "evaluate": "train.evaluate.EvaluateConfig",
+    "export": "train.export.ExportConfig",
     "compile": "train.aot.config.CompileConfig",
     "tokenizer": "train.tokenizer.TokenizerConfig",
     "mixture": "train.mixture.MixtureConfig",

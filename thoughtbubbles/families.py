@@ -1,7 +1,7 @@
 """Decoder families of pretrained weights: Hugging Face's config.json as ModelConfig, and back."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from thoughtbubbles.config import ModelConfig
@@ -13,16 +13,26 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",  # Qwen2.5 too
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",  # LayerNorm, GELU, biases: our default
 }
 
 # Values in config.json for which our decoder computes what the family computes.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
+}
+_SWIGLU: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+}
+_STARCODER: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh", None),
+    "use_bias": (True, None),
+    "sliding_window": (None,),
+    "mlp_type": ("default", None),
+    "norm_type": ("layer_norm", None),
 }
 # These keys describe how the scaling came about, or what the code does anyway.
 SCALING_NOTES = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
@@ -43,7 +53,13 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{source}: model_type {shown(family or None)} is not one of {known}")
-    for name, allowed in PLAIN.items():
+    starcoder = family == "starcoder2"
+    # A Llama has biases on all linear layers or on none.
+    biased = family == "llama" and fields.get("attention_bias") is fields.get("mlp_bias") is True
+    plain = PLAIN | (_STARCODER if starcoder else _SWIGLU)
+    if biased:
+        plain |= {"attention_bias": (True,), "mlp_bias": (True,)}
+    for name, allowed in plain.items():
         if given.raw(name) not in allowed:
             value = shown(given.raw(name))
             raise ValueError(f"{source}: {name}={value} is not supported for {family}")
@@ -61,18 +77,22 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
             embed_dim=width,
             num_layers=given.integer("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=given.integer("num_key_value_heads", heads),
+            num_kv_heads=given.integer("num_key_value_heads", 2 if starcoder else heads),
             head_dim=None if head_dim and head_dim * heads == width else head_dim,
             mlp_dim=given.integer("intermediate_size"),
-            norm="rmsnorm",
-            norm_eps=given.number("rms_norm_eps", 1e-6),
-            mlp="swiglu",
+            norm="layernorm" if starcoder else "rmsnorm",
+            norm_eps=(
+                given.number("norm_epsilon", 1e-5)
+                if starcoder
+                else given.number("rms_norm_eps", 1e-6)
+            ),
+            mlp="gelu" if starcoder else "swiglu",
             qk_norm=family == "qwen3",
-            tied_head=given.flag("tie_word_embeddings", family == "smollm3"),
+            tied_head=given.flag("tie_word_embeddings", family in ("smollm3", "starcoder2")),
             rope_base=rope.number("rope_theta", given.number("rope_theta", default_base)),
             rope_scaling=_scaling(rope, context),
             nope_layers=_nope_layers(given, source) if family == "smollm3" else (),
-            biases="qkv" if family == "qwen2" else "none",
+            biases="all" if starcoder or biased else "qkv" if family == "qwen2" else "none",
             context_length=context,
         )
     except ValueError as error:
@@ -123,7 +143,7 @@ def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     Raises:
         ValueError: No family does, because of forks, copies, or the kinds of layers.
     """
-    family = _family(config)
+    family = family_of(config)
     fields = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -134,12 +154,17 @@ def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
         "rope_theta": config.rope_base,
         "torch_dtype": dtype,
     }
+    if family == "starcoder2":
+        fields |= {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": config.norm_eps}
+        fields |= {"use_bias": True, "sliding_window": None}
+    else:
+        fields |= {"hidden_act": "silu", "rms_norm_eps": config.norm_eps}
+    if family == "llama" and config.biases == "all":
+        fields |= {"attention_bias": True, "mlp_bias": True}
     if config.context_length is not None:
         fields["max_position_embeddings"] = config.context_length
     if config.rope_scaling is not None:
@@ -160,24 +185,43 @@ def _scaling_to_json(scaling: RopeScaling) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _family(config: ModelConfig) -> str:
+def family_of(config: Any) -> str:
+    """Name of the family that computes what a model of this config computes.
+
+    Raises:
+        ValueError: No family does.
+    """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(_no_family(f"a {type(config).__name__.removesuffix('Config')}"))
+    norm, mlp, biases = config.norm, config.mlp, config.biases
+    kinds = {("layernorm", "gelu"), ("rmsnorm", "swiglu")}
+    starcoder = (norm, mlp) == ("layernorm", "gelu")
     reasons: list[tuple[bool, str]] = [
         (bool(config.fork_layers), f"forks before layers {config.fork_layers}"),
         (config.copies > 1, f"copies={config.copies}"),
-        (config.norm != "rmsnorm", f"norm={config.norm!r}"),
-        (config.mlp != "swiglu", f"mlp={config.mlp!r}"),
-        (config.biases == "all", f"biases={config.biases!r}"),
+        ((norm, mlp) not in kinds, f"norm={norm!r} with mlp={mlp!r}"),
+        (starcoder and biases != "all", f"norm={norm!r} and mlp={mlp!r} with biases={biases!r}"),
     ]
-    features: dict[str, Callable[[ModelConfig], bool]] = {
-        "qwen2": lambda config: config.biases == "qkv",
-        "qwen3": lambda config: config.qk_norm,
-        "smollm3": lambda config: bool(config.nope_layers),
+    features = {
+        "starcoder2": starcoder,
+        "llama": not starcoder and biases == "all",
+        "qwen2": biases == "qkv",
+        "qwen3": config.qk_norm,
+        "smollm3": bool(config.nope_layers),
     }
-    found = [family for family, has in features.items() if has(config)]
-    mixed = "biases, qk_norm and nope_layers together"
+    found = [family for family, has in features.items() if has]
+    mixed = (
+        f"mlp={mlp!r}, biases={biases!r}, qk_norm={config.qk_norm} and "
+        f"nope_layers={config.nope_layers} together"
+    )
     for wrong, reason in (*reasons, (len(found) > 1, mixed)):
         if wrong:
-            raise ValueError(
-                f"no supported Hugging Face family has {reason}: keep such a model as a checkpoint"
-            )
+            raise ValueError(_no_family(reason))
     return found[0] if found else "llama"
+
+
+def _no_family(reason: str) -> str:
+    return (
+        f"no supported Hugging Face family has {reason}: save it in the form of this library "
+        '(form="thoughtbubbles")'
+    )

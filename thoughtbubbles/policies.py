@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -408,3 +409,9 @@ def _extras(ratio: float, burst: int, tokens):
     extra = _fraction(ratio) - 1
     whole, rest = divmod(extra.numerator, extra.denominator)
     return whole * tokens + rest * tokens // extra.denominator + burst
+
+
+POLICIES: dict[str, type[Any]] = {
+    policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)
+}
+"""Policies that configs can name, by their names."""

@@ -1,7 +1,8 @@
 """Pretrained decoders: Llama, SmolLM2, Qwen2, Qwen3 and SmolLM3 weights in, and out again.
 
-Weights come from a Hugging Face folder (config.json, safetensors, tokenizer.json) or a GGUF file.
-Nothing is unpickled and no code of a checkpoint is run.
+Weights come from a Hugging Face folder (config.json, safetensors, tokenizer.json), a folder of the
+library's own form (`thoughtbubbles.own_form`), or a GGUF file. Nothing is unpickled and no code of
+a checkpoint is run.
 """
 
 import dataclasses
@@ -17,11 +18,12 @@ import jax
 import numpy as np
 from flax import nnx, traverse_util
 
+from thoughtbubbles import own_form
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.families import config_from_json, config_to_json
 from thoughtbubbles.fields import read_json
 from thoughtbubbles.gguf_files import GGUFFile
-from thoughtbubbles.model import Thoughtbubbles
+from thoughtbubbles.own_form import OwnFiles
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.safetensors_files import (
     SINGLE,
@@ -29,41 +31,26 @@ from thoughtbubbles.safetensors_files import (
     new_folder,
     write_safetensors,
 )
-
-# Our names of parameters to Hugging Face's; those of a block follow `model.layers.N.` there.
-TOP = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm/scale": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-BLOCK = {
-    "blocks/attention_norm/scale": "input_layernorm.weight",
-    "blocks/attention/q": "self_attn.q_proj.weight",
-    "blocks/attention/k": "self_attn.k_proj.weight",
-    "blocks/attention/v": "self_attn.v_proj.weight",
-    "blocks/attention/o": "self_attn.o_proj.weight",
-    "blocks/attention/q_bias": "self_attn.q_proj.bias",
-    "blocks/attention/k_bias": "self_attn.k_proj.bias",
-    "blocks/attention/v_bias": "self_attn.v_proj.bias",
-    "blocks/attention/q_norm/scale": "self_attn.q_norm.weight",
-    "blocks/attention/k_norm/scale": "self_attn.k_norm.weight",
-    "blocks/mlp_norm/scale": "post_attention_layernorm.weight",
-    "blocks/mlp/gate": "mlp.gate_proj.weight",
-    "blocks/mlp/up": "mlp.up_proj.weight",
-    "blocks/mlp/down": "mlp.down_proj.weight",
-}
+from thoughtbubbles.stored_parameters import (
+    TOP,
+    StoredParameter,
+    abstract_state,
+    family_parameters,
+    own_parameters,
+)
 
 
 class Pretrained(NamedTuple):
     """A pretrained decoder.
 
     Attributes:
-        config: Sizes and options of the decoder.
-        params: Nested dict of arrays, for `Thoughtbubbles.from_params(config, params)`.
+        config: Sizes and options of the decoder: a `ModelConfig`, or in a folder of the library's
+            own form the config of any architecture.
+        params: Nested dict of arrays, for `architecture_of(config).from_params(config, params)`.
         tokenizer: Tokenizer that the decoder was trained with.
     """
 
-    config: ModelConfig
+    config: Any
     params: dict[Any, Any]
     tokenizer: PretrainedTokenizer
 
@@ -77,43 +64,21 @@ class _Source(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-class _Parameter(NamedTuple):
-    """A parameter of our model and the stored tensors that it consists of.
+class AnyTokenizer(Protocol):
+    """A `PretrainedTokenizer`, or a tokenizer of a run (`train.data`)."""
 
-    Attributes:
-        names: Names of the tensors; one for each block if `stacked`, else a single one.
-        shape: Shape of one tensor in our order of axes.
-        stored_shape: Shape of one tensor in the file.
-        transposed: Whether the contracted axes come first in our order and last in the file.
-        stacked: Whether the tensors lie along a leading axis of the parameter.
-    """
-
-    names: list[str]
-    shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]
-    transposed: bool
-    stacked: bool
-
-    @property
-    def whole_shape(self) -> tuple[int, ...]:
-        return (len(self.names), *self.shape) if self.stacked else self.shape
-
-    def from_stored(self, tensor: np.ndarray) -> np.ndarray:
-        return (tensor.T if self.transposed else tensor).reshape(self.shape)
-
-    def to_stored(self, tensor: np.ndarray) -> np.ndarray:
-        if not self.transposed:
-            return tensor.reshape(self.stored_shape)
-        return tensor.reshape(self.stored_shape[::-1]).T
+    def to_pretrained(self) -> PretrainedTokenizer:
+        """The tokenizer as one that encodes the same ids and can be saved as tokenizer.json."""
+        ...
 
 
 def load_pretrained(
     path: str | os.PathLike[str],
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16"] | None = None,
     shardings: Callable[[Any], Any] | None = None,
 ) -> Pretrained:
-    """Load a Hugging Face folder or a GGUF file.
+    """Load a Hugging Face folder, a folder of the library's own form, or a GGUF file.
 
     Everything is checked before the first weight is read. Tensors are read and cast one at a time,
     so that the host holds one parameter (of all blocks) besides what its devices hold. Each process
@@ -121,7 +86,8 @@ def load_pretrained(
 
     Args:
         path: Folder, or file ending in `.gguf`.
-        dtype: Dtype of the parameters and of the computation.
+        dtype: Dtype of the parameters and of the computation. None takes float32; a model of the
+            library's own form then computes in the dtype of its config.
         shardings: Function from an abstract `nnx.State` of the model to the sharding of each leaf,
             such as `train.devices.mesh.state_shardings`; None puts all parameters on the first
             device of the process.
@@ -136,48 +102,59 @@ def load_pretrained(
     """
     path = Path(path).expanduser()
     source, config, tokenizer = open_pretrained(path)
-    config = dataclasses.replace(config, dtype=dtype)
-    state = _abstract_state(config)
-    parameters = _parameters(config, state)
-    _check(path, source, parameters, config)
+    own = isinstance(source, OwnFiles)
+    if not own or dtype:
+        config = dataclasses.replace(config, dtype=dtype or "float32")
+    state = abstract_state(config)
+    parameters = own_parameters(state) if own else family_parameters(config, state)
+    _check(path, source, parameters, tied=not own and config.tied_head)
     sharding = _sharding_by_name(state, shardings)
     params = {
-        name: _read(source, parameter, np.dtype(dtype), sharding[name])
+        parameter.path: _read(source, parameter, np.dtype(dtype or "float32"), sharding[name])
         for name, parameter in parameters.items()
     }
-    return Pretrained(config, traverse_util.unflatten_dict(params, sep="/"), tokenizer)
+    return Pretrained(config, traverse_util.unflatten_dict(params), tokenizer)
 
 
 def save_pretrained(
     path: str | os.PathLike[str],
-    config: ModelConfig,
+    config: Any,
     params: Mapping[Any, Any],
-    tokenizer: PretrainedTokenizer,
+    tokenizer: AnyTokenizer,
     *,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    form: Literal["transformers", "thoughtbubbles"] = "transformers",
 ) -> None:
     """Write a folder that stock `transformers` loads: config.json, safetensors, tokenizer.json.
 
-    The folder gets its name only when it is complete. The host holds one tensor at a time.
+    A model that no family of `transformers` computes, one that forks above all, is written in the
+    library's own form (`thoughtbubbles.own_form`). `load_pretrained` reads both. The folder gets
+    its name only when it is complete. The host holds one tensor at a time.
 
     Args:
         path: New folder; an empty one may exist.
-        config: Config of a decoder without forks that one of the families can express.
+        config: Config of a decoder: one without forks that a family can express, or any for the
+            library's own form.
         params: Nested dict of arrays, as `load_pretrained` returns it, or `nnx.to_pure_dict` of a
             model's state; all parts of the arrays must be on this process's devices.
-        tokenizer: Tokenizer of the decoder.
+        tokenizer: Tokenizer of the decoder, that of a run included.
         dtype: Dtype of the stored tensors; None keeps that of the embedding.
+        form: Form of the folder: "transformers", or "thoughtbubbles" for the library's own.
 
     Raises:
         ValueError: No family computes what the config computes, the parameters belong to another
-            config, or the folder exists and is not empty.
+            config, a parameter does not fit into `dtype`, or the folder exists and is not empty.
         OSError: The folder can't be written; no part of it remains.
     """
     path = Path(path).expanduser()
     given = _by_name(params)
     stored = np.dtype(dtype) if dtype else given["embed"].dtype
-    fields = config_to_json(config, str(stored))
-    parameters = _parameters(config, _abstract_state(config))
+    if form == "thoughtbubbles":
+        fields = own_form.own_to_json(config, str(stored))
+        parameters = own_parameters(abstract_state(config))
+    else:
+        fields = config_to_json(config, str(stored))
+        parameters = family_parameters(config, abstract_state(config))
     for name in {**parameters, **given}:
         expected = parameters[name].whole_shape if name in parameters else "none"
         found = given[name].shape if name in given else "missing"
@@ -186,6 +163,7 @@ def save_pretrained(
                 f"parameter {name}: given {found}, config asks for {expected}: "
                 "use the config that the parameters were made with"
             )
+    check_new_folder(path)
     sources = {
         name: (parameter, given[key], index if parameter.stacked else None)
         for key, parameter in parameters.items()
@@ -195,15 +173,37 @@ def save_pretrained(
 
     def tensor(name: str) -> np.ndarray:
         parameter, array, index = sources[name]
-        return parameter.to_stored(np.asarray(array if index is None else array[index]))
+        whole = np.asarray(array if index is None else array[index])
+        return parameter.to_stored(_narrowed(whole, stored, name))
 
     with new_folder(path) as folder:
         write_safetensors(folder / SINGLE, shapes, stored, tensor)
-        for name, text in _texts(fields, tokenizer).items():
+        for name, text in _texts(fields, tokenizer.to_pretrained()).items():
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def open_pretrained(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokenizer]:
+def check_new_folder(path: Path) -> None:
+    """Raise a ValueError unless there is nothing at the path, or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: pass another folder, or delete it first")
+
+
+def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The tensor in another type; a ValueError if that is too narrow for what it holds."""
+    with np.errstate(over="ignore"):
+        found = tensor.astype(dtype, copy=False)
+    finite = np.isfinite(tensor.astype(np.float32)).all()
+    if (finite and not np.isfinite(found.astype(np.float32)).all()) or (
+        tensor.any() and not found.any()
+    ):
+        raise ValueError(
+            f"{name} holds magnitudes up to {np.abs(tensor).max():.3g}, which {dtype} can't: "
+            "save it as float32"
+        )
+    return found
+
+
+def open_pretrained(path: Path) -> tuple[_Source, Any, PretrainedTokenizer]:
     """The tensors, the config and the tokenizer of a folder or file.
 
     No tensor is read yet but a head that stands beside an embedding which the config ties it to.
@@ -219,6 +219,11 @@ def open_pretrained(path: Path) -> tuple[_Source, ModelConfig, PretrainedTokeniz
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: pass a Hugging Face folder or a .gguf file")
     fields = read_json(path / "config.json")
+    if own_form.is_own(fields):
+        config = own_form.own_from_json(fields, str(path / "config.json"))
+        own = OwnFiles(path)
+        own_form.check_sizes(path / "config.json", own, config)
+        return own, config, PretrainedTokenizer.from_folder(path, fields, config.vocab_size)
     config = config_from_json(fields, str(path / "config.json"))
     files = SafetensorsFiles(path)
     _check_sizes(path / "config.json", files, config)
@@ -241,32 +246,6 @@ def _untied(path: Path, source: _Source, config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, tied_head=False)
 
 
-def _abstract_state(config: ModelConfig) -> nnx.State:
-    return nnx.state(nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0))))
-
-
-def _parameters(config: ModelConfig, state: nnx.State) -> dict[str, _Parameter]:
-    """The model's parameters by our names."""
-    found = {}
-    for path, variable in nnx.to_flat_state(state):
-        name = "/".join(map(str, path))
-        if name in BLOCK:
-            names = [f"model.layers.{index}.{BLOCK[name]}" for index in range(config.num_layers)]
-            shape = tuple(variable.shape[1:])
-        else:
-            names, shape = [TOP[name]], tuple(variable.shape)
-        # Contracted axes; none of the embedding, which is a lookup table and stored as ours.
-        inputs = 0 if name == "embed" else variable.get_metadata()["inputs"]
-        if name == "embed":
-            stored_shape = shape
-        elif inputs:
-            stored_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-        else:
-            stored_shape = (math.prod(shape),)
-        found[name] = _Parameter(names, shape, stored_shape, bool(inputs), name in BLOCK)
-    return found
-
-
 def _check_sizes(path: Path, source: _Source, config: ModelConfig) -> None:
     """Raise a ValueError for sizes that no tensor can have, before any shape is made of them."""
     stored = sum(math.prod(shape) for shape in source.shapes.values())
@@ -287,7 +266,7 @@ def _check_sizes(path: Path, source: _Source, config: ModelConfig) -> None:
 
 
 def _check(
-    path: Path, source: _Source, parameters: dict[str, _Parameter], config: ModelConfig
+    path: Path, source: _Source, parameters: dict[str, StoredParameter], *, tied: bool
 ) -> None:
     """Raise a ValueError unless the tensors are those of the config."""
     expected = {
@@ -303,7 +282,7 @@ def _check(
                 f"{path}: {name} has shape {source.shapes[name]}, its config asks for {shape}"
             )
     for name in source.shapes:
-        repeated = config.tied_head and name == TOP["head"]
+        repeated = tied and name == TOP["head"]
         buffer = name.endswith("rotary_emb.inv_freq")  # old files hold these, computed from config
         if name not in expected and not repeated and not buffer:
             raise ValueError(f"{path} has a tensor {name}, which its config does not have")
@@ -316,7 +295,7 @@ def _sharding_by_name(state: nnx.State, shardings: Callable[[Any], Any] | None) 
     return _by_name(nnx.to_pure_dict(shardings(state)))
 
 
-def _read(source: _Source, parameter: _Parameter, dtype: np.dtype, sharding: Any) -> jax.Array:
+def _read(source: _Source, parameter: StoredParameter, dtype: np.dtype, sharding: Any) -> jax.Array:
     """A parameter on the devices of its sharding; each tensor is read once."""
     shape = parameter.whole_shape
     local = sharding.addressable_devices_indices_map(shape)

@@ -215,6 +215,10 @@ class PretrainedTokenizer:
         """Content of the tokenizer.json."""
         return self._json
 
+    def to_pretrained(self) -> "PretrainedTokenizer":
+        """The tokenizer itself: that of a run is made one that can be saved (`train.data`)."""
+        return self
+
 
 def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     """Number of UTF-8 bytes of each token, int32 `[n]`; they sum to the text's length.

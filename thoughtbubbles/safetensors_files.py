@@ -212,7 +212,7 @@ def write_safetensors(
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            tensor = np.ascontiguousarray(tensor_of(name).astype(dtype, copy=False))
+            tensor = tensor_of(name).astype(dtype, order="C", copy=False)
             assert tensor.shape == shape, f"{name}: {tensor.shape} is not {shape}"
             stream.write(tensor.reshape(-1).view(np.uint8).data)
         stream.flush()

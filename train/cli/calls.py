@@ -9,11 +9,10 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from thoughtbubbles.fields import shown
-from train.cli.numbers import LARGEST_SEED
+from thoughtbubbles.typed_json import fields_of, required_options, typed
 
 _LONGEST = 10_000  # characters of an object's text
 
@@ -50,7 +49,7 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
 def signature(name: str, chosen: type[Any]) -> str:
     """How an object is written, with all options and their defaults."""
     written = []
-    for field in _fields(chosen):
+    for field in fields_of(chosen):
         default = {} if field.default_factory is dict else field.default
         missing = default is dataclasses.MISSING
         written.append(f"{field.name}={'...' if missing else repr(default)}")
@@ -66,7 +65,7 @@ def text_of(word: str, value: Any) -> str:
     """
     types = get_type_hints(type(value))
     options = []
-    for field in _fields(value):
+    for field in fields_of(value):
         option = getattr(value, field.name)
         with contextlib.suppress(TypeError):  # 0 for 0.0 is no difference
             option = typed(option, types[field.name])
@@ -74,16 +73,6 @@ def text_of(word: str, value: Any) -> str:
         text = f"{'-' * (option < 0)}1e999" if infinite else repr(option)
         options.append(f"{field.name}={text}")
     return f"{word}({', '.join(options)})"
-
-
-def required_options(chosen: type[Any]) -> set[str]:
-    """Names of the options that have no default."""
-    return {f.name for f in _fields(chosen) if f.default is f.default_factory}  # both MISSING
-
-
-def _fields(chosen: Any) -> list[dataclasses.Field[Any]]:
-    """Fields of a dataclass that a text can set: those of its repr."""
-    return [field for field in dataclasses.fields(chosen) if field.init and field.repr]
 
 
 def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
@@ -96,7 +85,7 @@ def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
     else:
         raise TypeError("neither a name nor a call")
     types = get_type_hints(chosen)
-    fields = {field.name: field for field in _fields(chosen)}
+    fields = {field.name: field for field in fields_of(chosen)}
     options = {}
     for keyword in keywords:
         if keyword.arg not in fields or keyword.arg in options:
@@ -105,24 +94,3 @@ def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
     if required_options(chosen) - options.keys():
         raise TypeError("an option without default is left out")
     return options
-
-
-def typed(value: Any, kind: Any) -> Any:
-    """The value, with an int as a float if the type is float; else a TypeError for another type."""
-    origin = get_origin(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, UnionType):
-        for choice in get_args(kind):
-            with contextlib.suppress(TypeError):
-                return typed(value, choice)
-    elif origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
-            return value
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif kind is int and type(value) is int and abs(value) > LARGEST_SEED:
-        raise TypeError(f"{value} has more than 64 bits")
-    elif isinstance(value, origin or kind) and isinstance(value, bool) == (kind is bool):
-        return value
-    raise TypeError(f"{value!r} is not {kind}")

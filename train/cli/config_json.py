@@ -1,26 +1,14 @@
 """Configs as JSON and policies as text, and back."""
 
 import dataclasses
-import types
-import typing
 from typing import Any
 
 import thoughtbubbles.hatchling  # noqa: F401 (fills ARCHITECTURES)
-from thoughtbubbles import (
-    ARCHITECTURES,
-    ArchitectureConfig,
-    Policy,
-    PrefixRank,
-    Threshold,
-    TopK,
-)
+from thoughtbubbles import ARCHITECTURES, ArchitectureConfig, Policy, typed_json
 from thoughtbubbles.architecture import architecture_name
 from thoughtbubbles.fields import shown
-from train.cli.calls import from_text, required_options, text_of, typed
-
-POLICIES: dict[str, type[Any]] = {
-    policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)
-}
+from thoughtbubbles.policies import POLICIES
+from train.cli.calls import from_text, text_of
 
 
 def policy_from_text(text: str) -> Policy:
@@ -101,45 +89,10 @@ def from_json(kind: type[Any], fields: Any, name: str) -> Any:
     Raises:
         ValueError: A field is unknown, missing or of another type.
     """
-    if not isinstance(fields, dict):
-        raise ValueError(f"{name}={shown(fields)} is no object with fields of {kind.__name__}")
-    hints = typing.get_type_hints(kind)
-    known = {field.name for field in dataclasses.fields(kind) if field.init}
-    if unknown := sorted(fields.keys() - known):
-        raise ValueError(f"{name} has no field {shown(unknown[0])}: a newer version may have it")
-    if missing := sorted(required_options(kind) - fields.keys()):
-        raise ValueError(f"{name} lacks {missing[0]!r}, which this version needs")
-    found = {}
-    for field, value in fields.items():
-        try:
-            found[field] = _value(hints[field], value, f"{name}: {field}")
-        except TypeError:
-            expected = getattr(hints[field], "__name__", str(hints[field]))
-            line = f"{name}: {field}={shown(value)} is not {expected}"
-            raise ValueError(line) from None
-    return kind(**found)
+    return typed_json.from_json(kind, fields, name, _policy)
 
 
-def _value(kind: Any, value: Any, name: str) -> Any:
-    """A value that JSON holds, as the type of its field wants it; a TypeError for another one."""
-    if kind is Policy or kind in POLICIES.values():
-        if not isinstance(value, str):
-            raise TypeError
-        return policy_from_text(value)
-    if dataclasses.is_dataclass(kind):
-        return from_json(typing.cast(Any, kind), value, name)
-    choices = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        if value is None and type(None) in choices:
-            return None
-        rest = [choice for choice in choices if choice is not type(None)]
-        if len(rest) == 1:
-            return _value(rest[0], value, name)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        inner = choices[:1] * len(value) if choices[1:] == (...,) else choices
-        if len(inner) != len(value):
-            raise TypeError
-        return tuple(_value(of, item, name) for of, item in zip(inner, value, strict=True))
-    return typed(value, kind)
+def _policy(value: Any) -> Policy:
+    if not isinstance(value, str):
+        raise TypeError
+    return policy_from_text(value)

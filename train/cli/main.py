@@ -13,6 +13,7 @@ COMMANDS = {
     "probe": ("train.rl.probe", "which problems of a task a model never solves"),
     "generate": ("train.generate", "continue prompts, or answer them"),
     "evaluate": ("train.evaluate", "held-out loss of a run, or scores on task files"),
+    "export": ("train.export", "a run's model as a folder that other programs load"),
     "harness": ("train.harness", "EleutherAI's evaluation harness on our models"),
     "compile": ("train.compile", "memory and time of a training step on chips that are not here"),
     "benchmark": ("train.benchmark", "speed, side by side with a plain decoder"),

@@ -10,7 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
-from thoughtbubbles.pretrained_tokenizer import bytes_of_tokens
+from thoughtbubbles.pretrained_tokenizer import (
+    PretrainedTokenizer,
+    byte_level_bpe,
+    bytes_of_tokens,
+)
 from train.data.config import DataError
 
 SEPARATORS = (
@@ -71,6 +75,10 @@ class Tokenizer(Protocol):
         """The tokenizer as the content of a file that `load_tokenizer` reads."""
         ...
 
+    def to_pretrained(self) -> PretrainedTokenizer:
+        """The tokenizer as a tokenizer.json of the same ids, with the separator before a prompt."""
+        ...
+
 
 class ByteTokenizer:
     """Tokenizer whose tokens are the bytes of the UTF-8 text; 256 is the separator."""
@@ -92,6 +100,14 @@ class ByteTokenizer:
 
     def to_json(self) -> str:
         return _BYTES_JSON
+
+    def to_pretrained(self) -> PretrainedTokenizer:
+        begin = SEPARATORS[0]
+        vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        text = byte_level_bpe(
+            {**vocabulary, begin: self.separator}, [], {begin: True}, begin, "gpt-2", self.name
+        )
+        return PretrainedTokenizer(text, name=self.name, bos=begin, stop_tokens=[begin])
 
 
 class HuggingFaceTokenizer:
@@ -127,6 +143,7 @@ class HuggingFaceTokenizer:
                 f"{path} has no token to separate documents with: add one of "
                 f"{' '.join(SEPARATORS)} to its special tokens"
             )
+        self._separator_token = known[0]
         self.separator: int = vocabulary[known[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
 
@@ -145,6 +162,18 @@ class HuggingFaceTokenizer:
     def to_json(self) -> str:
         return self._json
 
+    def to_pretrained(self) -> PretrainedTokenizer:
+        from tokenizers import Tokenizer, processors
+
+        copy = Tokenizer.from_str(self._json)
+        copy.no_truncation()
+        copy.no_padding()
+        begin = self._separator_token
+        copy.post_processor = processors.TemplateProcessing(  # pyright: ignore
+            single=[begin, "$A"], special_tokens=[(begin, self.separator)]
+        )
+        return PretrainedTokenizer(copy.to_str(), name=self.name, bos=begin, stop_tokens=[begin])
+
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `DataConfig.tokenizer` names.
@@ -158,6 +187,15 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes" or _read(spec) == _BYTES_JSON:
         return ByteTokenizer()
     return HuggingFaceTokenizer(spec)
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies, as in GPT-2."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in shown)
+    letters = {byte: chr(byte) for byte in shown}
+    letters |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
 
 
 def _read(path: str | Path) -> str:

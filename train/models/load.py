@@ -238,7 +238,7 @@ def load_weights(name: str, shardings: Shardings | None = None) -> LanguageModel
         ValueError: There are no such weights; see `load_pretrained`.
     """
     config, params, tokenizer = load_pretrained(find_weights(name), shardings=shardings)
-    return LanguageModel(Thoughtbubbles.from_params(config, params), tokenizer)
+    return LanguageModel(architecture_of(config).from_params(config, params), tokenizer)
 
 
 def find_weights(name: str) -> Path:

@@ -177,6 +177,11 @@ def on_weights(config: RunConfig) -> RunConfig:
             "--architecture out"
         )
     _, model, tokenizer = open_pretrained(find_weights(config.init.weights))
+    if not isinstance(model, ModelConfig):
+        raise ValueError(
+            f"init.weights={config.init.weights!r} hold a {type(model).__name__}, pretraining goes "
+            "on from a Thoughtbubbles or a plain decoder alone: name one of those"
+        )
     if config.init.forks:
         model = forking_config(model, config.init.forks, config.init.policy)
     fields = (*config.model.execution_fields, "dtype")

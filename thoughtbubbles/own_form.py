@@ -1,0 +1,128 @@
+"""The library's own form of a model's folder: every architecture, under our names and axes.
+
+The folder is that of any Hugging Face model: config.json, model.safetensors, tokenizer.json. In
+config.json, `model_type` is "thoughtbubbles", `format` the version of the form, `architecture` a
+name in `ARCHITECTURES`, and `model` holds all fields of its config; a fork policy is an object of
+its name, `policy`, and its fields. Tensors have the names that parameters have in a checkpoint,
+such as `blocks/attention/q`, and their shapes: blocks lie stacked along a leading axis, and
+contracted axes come first. See docs/pretrained.md.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import thoughtbubbles.hatchling  # noqa: F401 (fills ARCHITECTURES)
+from thoughtbubbles.architecture import ARCHITECTURES, ArchitectureConfig, architecture_name
+from thoughtbubbles.fields import Fields, shown
+from thoughtbubbles.policies import POLICIES
+from thoughtbubbles.policy import Policy
+from thoughtbubbles.safetensors_files import SafetensorsFiles
+from thoughtbubbles.typed_json import from_json
+
+MODEL_TYPE = "thoughtbubbles"
+FORMAT = 1
+"""Version of the form; it rises when an older reader would misread it."""
+
+
+class OwnFiles(SafetensorsFiles):
+    """The tensors of a folder of the library's own form."""
+
+
+def is_own(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of the library's own form."""
+    return fields.get("model_type") == MODEL_TYPE
+
+
+def own_to_json(config: ArchitectureConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a model of any architecture.
+
+    Args:
+        config: Config of the model.
+        dtype: Dtype of the stored parameters, such as "bfloat16".
+
+    Raises:
+        ValueError: The architecture or the fork policy has no name, so that nobody could read it.
+    """
+    name = architecture_name(config)
+    model = dataclasses.asdict(config)
+    if "policy" in model:
+        model["policy"] = _policy_to_json(getattr(config, "policy"))  # noqa: B009 (not of the base)
+    return {
+        "architectures": [ARCHITECTURES[name].__name__],
+        "model_type": MODEL_TYPE,
+        "format": FORMAT,
+        "architecture": name,
+        "model": model,
+        "torch_dtype": dtype,
+    }
+
+
+def own_from_json(fields: Mapping[str, Any], source: str) -> Any:
+    """The config of a model that `own_to_json` wrote.
+
+    Args:
+        fields: Fields of the config.json.
+        source: Name of the file in error messages.
+
+    Raises:
+        ValueError: A newer version wrote it, the architecture or the policy is unknown here, or a
+            field is missing, unknown or of another type.
+    """
+    given = Fields(fields, source)
+    version = given.integer("format")
+    if version > FORMAT:
+        raise ValueError(
+            f"{source} has format {version}, this version of thoughtbubbles reads {FORMAT}: "
+            "install a newer one"
+        )
+    name = given.text("architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"{source}: unknown architecture {shown(name)}: choose one of "
+            f"{', '.join(ARCHITECTURES)}, or import the module that adds it"
+        )
+    kind = ARCHITECTURES[name].config_class
+    try:
+        return from_json(kind, given.raw("model"), "model", _policy_from_json)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def check_sizes(path: Path, files: OwnFiles, config: ArchitectureConfig) -> None:
+    """Raise a ValueError for a config of more parameters than the file has, before any is made."""
+    stored = sum(math.prod(shape) for shape in files.shapes.values())
+    if config.num_params() > stored:
+        raise ValueError(
+            f"{path}: the config has {config.num_params()} parameters, its tensors {stored} "
+            "elements: copy both again"
+        )
+
+
+def _policy_to_json(policy: Policy) -> dict[str, Any]:
+    for name, known in POLICIES.items():
+        if type(policy) is known:
+            return {"policy": name, **dataclasses.asdict(cast(Any, policy))}
+    raise ValueError(
+        f"the policy {policy} has no name: put its class into thoughtbubbles.policies.POLICIES, so "
+        "that the folder can be read again"
+    )
+
+
+def _policy_from_json(value: Any) -> Policy:
+    if not isinstance(value, dict):
+        raise TypeError
+    name = value.get("policy")
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ValueError(
+            f"unknown policy {shown(name)}: choose one of {', '.join(POLICIES)}, or import the "
+            "module that adds it to thoughtbubbles.policies.POLICIES"
+        )
+    options = {field: option for field, option in value.items() if field != "policy"}
+
+    def nested(value: Any) -> Policy:
+        raise TypeError
+
+    return from_json(POLICIES[name], options, f"the policy {name}", nested)

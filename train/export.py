@@ -1,0 +1,147 @@
+"""The model of a run as a folder of weights, config and tokenizer, for any machine.
+
+thoughtbubbles export runs/tiny --to tiny_model
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from flax import nnx
+
+from thoughtbubbles.families import family_of
+from thoughtbubbles.pretrained import check_new_folder, save_pretrained
+from train.cli.command import run_command
+from train.cli.numbers import check_least
+from train.models.load import LanguageModel, load_model, load_weights
+from train.runs.metadata import load_run_meta
+
+Form = Literal["auto", "transformers", "thoughtbubbles"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Write the model of a run as a folder: safetensors, config.json and tokenizer.json.
+
+    Attributes:
+        run: Run folder, or the folder of one of its steps; pretrained weights too ("smollm2", a
+            Hugging Face folder, a .gguf file).
+        to: New folder to write.
+        step: Step of the run; the newest by default.
+        form: Form of the folder: "transformers", which that library loads and which models that
+            fork don't have; "thoughtbubbles", which holds every model and which `--model` and
+            `load_pretrained` load; or "auto", the first where there is one.
+        dtype: Type of the stored weights; that of the model's own by default.
+    """
+
+    run: tyro.conf.Positional[str]
+    to: str
+    step: int | None = None
+    form: Form = "auto"
+    dtype: Dtype | None = None
+
+    def __post_init__(self):
+        check_least(self, step=0)
+
+
+def export_model(
+    lm: LanguageModel, to: str | Path, form: Form = "auto", dtype: Dtype | None = None
+) -> str:
+    """Write a model and its tokenizer as a folder.
+
+    Args:
+        lm: Model with its tokenizer.
+        to: New folder; an empty one may exist.
+        form: As in `ExportConfig`.
+        dtype: Type of the stored weights; None keeps that of the embedding.
+
+    Returns:
+        Text that says what was written, how large it is, and what loads it.
+
+    Raises:
+        ValueError: The folder is there already, its disk is too full, the model has latent memory,
+            or no family computes what the model computes.
+        OSError: The folder can't be written; nothing is left of it.
+    """
+    to = Path(to).expanduser()
+    check_new_folder(to)
+    if lm.memgen is not None:
+        raise ValueError(
+            "the model has latent memory around its decoder, which no exported form holds: keep "
+            "the checkpoint, or export the weights that it began with"
+        )
+    config = dataclasses.replace(lm.model.config, context_length=lm.context_length)
+    chosen, reason = _form(config, form)
+    params = nnx.to_pure_dict(nnx.state(lm.model))
+    _check_disk(to, params, dtype)
+    save_pretrained(to, config, params, lm.tokenizer, dtype=dtype, form=chosen)
+    files = {file.name: file.stat().st_size for file in sorted(to.iterdir())}
+    listed = ", ".join(f"{name} {_readable(size)}" for name, size in files.items())
+    theirs = (
+        f"`transformers` loads it as a {family_of(config)}"
+        if chosen == "transformers"
+        else f"`transformers` does not{reason}"
+    )
+    return (
+        f"{to}: {_readable(sum(files.values()))} ({listed})\n"
+        f"--model {to} and load_pretrained load it; {theirs}"
+    )
+
+
+def _load(config: ExportConfig) -> LanguageModel:
+    path = Path(config.run).expanduser()
+    is_step = path.name.isdigit() and (path / "meta").is_dir()
+    if path.is_dir() and (is_step or load_run_meta(path) is not None):
+        return load_model(path, config.step)
+    if config.step is not None:
+        raise ValueError(f"step={config.step}: {config.run} is no run folder: leave --step out")
+    return load_weights(config.run)
+
+
+def _form(model: Any, form: Form) -> tuple[Literal["transformers", "thoughtbubbles"], str]:
+    """The form of the folder, and why it is not that of `transformers`."""
+    if form != "auto":
+        return form, ""
+    try:
+        family_of(model)
+    except ValueError as error:
+        return "thoughtbubbles", f" ({str(error).partition(': ')[0]})"
+    return "transformers", ""
+
+
+def _check_disk(to: Path, params: Any, dtype: str | None) -> None:
+    """Raise a ValueError if the disk has no room for the weights."""
+    leaves = nnx.traversals.flatten_mapping(params).values()
+    size = sum(leaf.size * np.dtype(dtype or leaf.dtype).itemsize for leaf in leaves)
+    folder = next(parent for parent in to.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ValueError(
+            f"the weights take {_readable(size)}, {folder} has {_readable(free)} left: choose "
+            "another --to, or --dtype bfloat16"
+        )
+
+
+def _readable(size: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"
+
+
+def main(config: ExportConfig) -> None:
+    """Export and say what was written."""
+    check_new_folder(Path(config.to).expanduser())  # before anything is read
+    print(export_model(_load(config), config.to, config.form, config.dtype))
+
+
+def command() -> None:
+    run_command(main, ExportConfig)
+
+
+if __name__ == "__main__":
+    command()
