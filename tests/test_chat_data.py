@@ -142,7 +142,7 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_text_for_each():
             CHATML.replace("assistant\n{% endif", "assistant\nthink{% endif"),
             "shows message 2",
         ),
-        ("{{ raise_exception('not today') }}", "the chat template fails: not today"),
+        ("{{ raise_exception('not today') }}", "the chat template of letters fails: not today"),
     ],
 )
 def test_a_template_that_cannot_be_trained_on_is_one_line(

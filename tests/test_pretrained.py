@@ -233,7 +233,7 @@ def test_chat_is_rendered_and_read_as_in_transformers():
     text = render(tokenizer.chat_template, CHAT, bos_token=tokenizer.bos)
     assert text == str(wanted["chat"])
     assert chat_ids(tokenizer, CHAT) == wanted["chat_ids"].tolist()
-    with pytest.raises(ValueError, match="the chat template fails: no role tool"):
+    with pytest.raises(ValueError, match="the chat template of .*json fails: no role tool"):
         chat_ids(tokenizer, [{"role": "tool", "content": ""}])
 
 

@@ -47,7 +47,11 @@ def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> l
             f"{tokenizer.name} has no chat template: leave out --chat to continue text"
         )
     text = render(
-        tokenizer.chat_template, messages, bos_token=tokenizer.bos, eos_token=tokenizer.eos
+        tokenizer.chat_template,
+        messages,
+        bos_token=tokenizer.bos,
+        eos_token=tokenizer.eos,
+        source=f"the chat template of {tokenizer.name}",
     )
     return tokenizer.rendered(text)
 
@@ -91,6 +95,7 @@ def chat_examples(
         bos_token=tokenizer.bos,
         eos_token=tokenizer.eos,
         now=TRAINING_DAY,
+        source=f"the chat template of {tokenizer.name}",
         **({"tools": list(tools)} if tools else {}),
     )
     examples: list[Example] = []
@@ -203,12 +208,14 @@ def render(
     *,
     add_generation_prompt: bool = True,
     now: datetime.datetime | None = None,
+    source: str = "the chat template",
     **variables: Any,
 ) -> str:
     """Render a Jinja chat template of Hugging Face's conventions.
 
     A template comes with the weights, so it is not trusted: it gets plain copies of the messages,
-    cannot change them, and reaches no attribute of Python's own.
+    cannot change them, reaches no attribute of Python's own, and has limits of work and memory
+    (`template_limits`).
 
     Args:
         template: Jinja template. It may use `raise_exception(text)`, `strftime_now(format)`, the
@@ -216,23 +223,31 @@ def render(
         messages: Messages, each with `role` and `content`.
         add_generation_prompt: Whether the text ends where the model's answer begins.
         now: Date and time that `strftime_now` formats; None takes the present.
+        source: Name of the template in error messages.
         variables: Other variables of the template, such as `bos_token` or `tools`.
 
     Raises:
-        ValueError: The template is wrong, tries to leave the sandbox, or refuses the messages.
+        ValueError: The template is wrong, tries to leave the sandbox or its limits, or refuses the
+            messages.
     """
-    seen = json.loads(json.dumps({"messages": list(messages), **variables}))
+    text = json.dumps({"messages": list(messages), **variables})
+    given = json.loads(text)
     moment = now or datetime.datetime.now()
-    _environment()  # outside of try: a missing package is no error of the template
+    limits = _limits()  # outside of try: a missing package is no error of the template
+
+    def strftime_now(form: str) -> str:  # a bound method would lead to more
+        if len(form) > 100:
+            raise ValueError(f"strftime_now takes up to 100 characters, not {len(form)}")
+        return moment.strftime(form)
+
     try:
-        return _compiled(template).render(
-            seen,
-            add_generation_prompt=add_generation_prompt,
-            strftime_now=lambda form: moment.strftime(form),  # a bound method would lead to more
-        )
+        with limits.limited(given, len(text)):
+            return _compiled(template).render(
+                given, add_generation_prompt=add_generation_prompt, strftime_now=strftime_now
+            )
     except Exception as error:  # a template can raise whatever Python can
         why = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"the chat template fails: {why}") from error
+        raise ValueError(f"{source} fails: {why}") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -242,35 +257,12 @@ def _compiled(template: str):
 
 @functools.cache
 def _environment():
+    return _limits().LimitedEnvironment()
+
+
+def _limits():
     try:
-        import jinja2.ext
-        import jinja2.sandbox
+        from train.data import template_limits
     except ImportError:
         raise ValueError(f"chat templates need jinja2: {INSTALL}") from None
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` around answers: a mark for training that renders as its content."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any):
-    """As Hugging Face's: Jinja's own would escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _refuse(message: str):
-    raise ValueError(message)
+    return template_limits

@@ -199,6 +199,7 @@ class HarnessModel(LM):
             add_generation_prompt=add_generation_prompt,
             bos_token=tokenizer.bos,
             eos_token=tokenizer.eos,
+            source=f"the chat template of {tokenizer.name}",
         )
         if add_generation_prompt:
             return text
