@@ -62,9 +62,9 @@ HOSTILE = {
     "{{ 1.5|round(10**9, 'ceil') }}": "the filter round of 1000000000 is above",
     "{{ range(100000)|batch(1)|sum(start=[]) }}": "the filter sum adds numbers alone",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes more",
-    "{% for i in range(999) %}{% for j in range(9999) if 0 %}{% endfor %}{% endfor %}": "takes more",
+    "{% for i in range(999) %}{% for j in range(9999) if 0 %}{% endfor %}{% endfor %}": "takes",
     "{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(500) }}": "takes|recursion",
-    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}": "takes",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}": "",
     double("'ab'", "n.s + n.s"): "the operator \\+ takes more than the 40\\d,\\d{3} steps it may",
     double("'ab'", "n.s ~ n.s"): "the operator ~ takes more",
     double("'ab'", "'%s%s' % (n.s, n.s)"): "a format, a text of .* takes more",
@@ -139,7 +139,7 @@ message.content.startswith('<tool_response>')) %}{%- set ns.multi = false %}
 {{- '<|im_start|>' + message.role + '\n' }}
 {%- if loop.index0 < ns.last and reasoning %}{{- '<think>\n' + reasoning + '\n</think>\n\n' }}
 {%- endif %}{{- content }}{{- '<|im_end|>\n' }}{%- endfor %}"""
-CHATML = """{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ 'system' }}{% endif %}
+CHATML = """{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ 'x' }}{% endif %}
 {{'<|im_start|>' + m['role'] + '\n' + m['content'] | string + '<|im_end|>' + '\n'}}{% endfor %}"""
 MISTRAL = """{%- set loop_messages = messages | rejectattr('role', 'equalto', 'system') | list %}
 {%- set users = loop_messages | selectattr("role", "equalto", "user") | list %}
