@@ -6,7 +6,7 @@ from typing import Literal, TypedDict, Unpack
 import jax
 
 from thoughtbubbles.architecture import ArchitectureConfig
-from thoughtbubbles.attention import visited_pairs
+from thoughtbubbles.attention import block_size, visited_pairs
 from thoughtbubbles.changes import replaced
 from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.policies import PrefixRank, TopK
@@ -244,6 +244,15 @@ class ModelConfig(ArchitectureConfig):
                 count = min(2 * count, self.policy.capacity(num_tokens))
             per_layer += [count] * (end - start)
         return per_layer
+
+    def prefill_bytes(self, num_tokens: int) -> int:
+        """Bytes that a forward pass over one row takes beside parameters and cache, about.
+
+        The logits of one block of queries lead, of which XLA has 5 to 6 copies at a time on a CPU.
+        """
+        slots = max(self.slots(num_tokens))
+        logits = self.num_heads * min(block_size(slots), slots) * slots
+        return 4 * (11 * logits // 2 + slots * (self.mlp_width + 4 * self.embed_dim))
 
     def num_params(self) -> int:
         """Number of parameters of the built model."""

@@ -161,7 +161,7 @@ class PretrainedTokenizer:
         A special token that the text spells out is encoded as plain text. The bytes sum to the
         text's length unless `n` is 0.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoded(self._tokenizer, text, add_special_tokens=False)
         return np.array(self._known(encoding.ids), np.int32), bytes_of_tokens(
             text, encoding.offsets
         )
@@ -171,11 +171,15 @@ class PretrainedTokenizer:
 
         An empty prompt is the separator alone.
         """
-        return self._known(self._tokenizer.encode(text).ids) or [self.separator]
+        return self._known(self._encoded(self._tokenizer, text).ids) or [self.separator]
 
     def rendered(self, text: str) -> list[int]:
         """Ids of a text that spells out its special tokens, as chat templates do."""
-        return self._known(self._with_special_tokens.encode(text, add_special_tokens=False).ids)
+        encoding = self._encoded(self._with_special_tokens, text, add_special_tokens=False)
+        return self._known(encoding.ids)
+
+    def _encoded(self, tokenizer: Any, text: str, **options: Any) -> Any:
+        return encoded(tokenizer, text, self.name, **options)
 
     def _known(self, ids: list[int]) -> list[int]:
         if self.embedding_rows is not None and max(ids, default=0) >= self.embedding_rows:
@@ -218,6 +222,31 @@ class PretrainedTokenizer:
     def to_pretrained(self) -> "PretrainedTokenizer":
         """The tokenizer itself: that of a run is made one that can be saved (`train.data`)."""
         return self
+
+
+def encoded(tokenizer: Any, text: str, name: str, **options: Any) -> Any:
+    """What a tokenizer of the `tokenizers` library makes of a text.
+
+    Args:
+        tokenizer: Tokenizer of that library.
+        text: Text to encode.
+        name: Name of the tokenizer in messages.
+        options: Options of its method `encode`.
+
+    Raises:
+        ValueError: The text has half of a surrogate pair, as `"\\ud800"` in JSON, or bytes that are
+            no UTF-8, so that it is no Unicode text.
+    """
+    try:
+        return tokenizer.encode(text, **options)
+    except TypeError as error:
+        wrong = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+        if wrong is None:
+            raise
+        raise ValueError(
+            f"{name} can't encode {wrong!r} after {text.index(wrong)} characters, which is no "
+            "Unicode text: convert the text to UTF-8"
+        ) from error
 
 
 def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -96,6 +96,14 @@ class HatchlingConfig(ArchitectureConfig):
         """Number of neurons in a head (N = n / H)."""
         return self.num_neurons // self.num_heads
 
+    def prefill_bytes(self, num_tokens: int) -> int:
+        """Bytes that a forward pass over one row takes beside parameters and cache, about."""
+        chunk = min(self.chunk or num_tokens, num_tokens)
+        scores = self.num_heads * chunk**2
+        return 4 * (
+            5 * scores // 2 + 6 * chunk * self.num_neurons + 8 * num_tokens * self.embed_dim
+        )
+
     def num_params(self) -> int:
         """Number of parameters: 3nd + 2Vd."""
         return self.embed_dim * (3 * self.num_neurons + 2 * self.vocab_size)

@@ -73,6 +73,10 @@ class ForkingHatchlingConfig(HatchlingConfig):
             counts.append(min(2 * counts[-1], self.policy.capacity(num_tokens)))
         return counts
 
+    def prefill_bytes(self, num_tokens: int) -> int:
+        """Bytes that a forward pass over one row takes beside parameters and cache, about."""
+        return super().prefill_bytes(max(self.slots(num_tokens)))
+
     def num_params(self) -> int:
         """Number of parameters: 3nd + 2Vd, and 5d of each fork layer."""
         return super().num_params() + 5 * self.embed_dim * len(self.fork_layers)

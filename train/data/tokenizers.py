@@ -14,6 +14,7 @@ from thoughtbubbles.pretrained_tokenizer import (
     PretrainedTokenizer,
     byte_level_bpe,
     bytes_of_tokens,
+    encoded,
 )
 from train.data.config import DataError
 
@@ -152,7 +153,7 @@ class HuggingFaceTokenizer:
         return _fingerprint(self._json)
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = encoded(self._tokenizer, text, self.name, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
         return ids, bytes_of_tokens(text, encoding.offsets)
 

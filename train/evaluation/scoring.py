@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from thoughtbubbles import Architecture
 from train.models.load import LanguageModel
+from train.models.room import check_room, memory_errors
 
 SHORTEST_ROW = 16
 AT_ONCE = 8  # positions of a row whose logits are held together
@@ -150,6 +151,7 @@ class Scorer:
         found: dict[int, Score] = {}
         with tqdm(total=len(rows), unit="row", disable=self.quiet or None) as progress:
             for width, members in by_width.items():
+                check_room(self._lm.model, self._batch_size, width, cached=False)
                 for first in range(0, len(members), self._batch_size):
                     batch = members[first : first + self._batch_size]
                     scores = self._pass([rows[index] for index in batch], width)
@@ -179,8 +181,9 @@ class Scorer:
         for index, row in enumerate(rows):
             tokens[index, : len(row.ids)] = row.ids
             start[index] = row.start
-        nats, greedy = score_rows(self._lm.model, jnp.asarray(tokens), jnp.asarray(start))
-        totals = np.asarray(nats, np.float64).sum(axis=1)
+        with memory_errors(self._lm.model, self._batch_size, width):
+            nats, greedy = score_rows(self._lm.model, jnp.asarray(tokens), jnp.asarray(start))
+            totals = np.asarray(nats, np.float64).sum(axis=1)
         if np.isnan(totals).any():
             raise ValueError("the logits are NaN: check the parameters, or compute in float32")
         found = zip(rows, totals.tolist(), np.asarray(greedy).tolist(), strict=False)

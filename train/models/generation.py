@@ -14,6 +14,7 @@ from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import chat_ids
 from train.models.load import LanguageModel
+from train.models.room import check_room, memory_errors
 
 MEMORY = {
     "always": memgen.AlwaysInvoke(),
@@ -26,6 +27,7 @@ def write(
     loaded: LanguageModel, prompts: list[str], max_new_tokens: int, **options: Any
 ) -> list[str]:
     """Each prompt with its continuation; the options are those of `generate`."""
+    _check_text(prompts)
     ids = [loaded.prompt(prompt) for prompt in prompts]
     new = _continue(loaded, ids, max_new_tokens, options)
     return [loaded.tokenizer.decode(old + added) for old, added in zip(ids, new, strict=True)]
@@ -38,9 +40,26 @@ def answer(
     tokenizer = loaded.tokenizer
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError("--chat needs a model with a chat template, e.g. --model smollm2")
+    _check_text(prompts)
     ids = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
     new = _continue(loaded, ids, max_new_tokens, options)
     return [loaded.tokenizer.decode(added).strip() for added in new]
+
+
+def _check_text(prompts: list[str]) -> None:
+    """Raise a ValueError for a prompt with bytes that are no UTF-8, as a command line passes on."""
+    for index, prompt in enumerate(prompts):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            wrong = error.object[error.start]
+            byte = (
+                f"byte 0x{ord(wrong) - 0xDC00:x}" if "\udc80" <= wrong <= "\udcff" else repr(wrong)
+            )
+            raise ValueError(
+                f"prompt {index} is no UTF-8 ({byte} after {error.start} characters): convert it, "
+                "as with iconv -t UTF-8"
+            ) from error
 
 
 def _continue(
@@ -49,15 +68,13 @@ def _continue(
     longest, trained = max(map(len, ids)) + max_new_tokens, loaded.context_length
     if trained is not None and longest > trained:
         print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
+    cached = options.get("cached") is not False and loaded.model.cacheable
+    check_room(loaded.model, len(ids), longest - max_new_tokens, max_new_tokens, cached)
     options |= {"stop": loaded.stop_ids, "valid_vocab_size": loaded.tokenizer.vocab_size}
-    if loaded.memgen is not None:
-        return _remember(loaded.memgen, ids, max_new_tokens, **options)
-    return generate(
-        loaded.model,
-        ids,
-        max_new_tokens,
-        **options,
-    )
+    with memory_errors(loaded.model, len(ids), longest):
+        if loaded.memgen is not None:
+            return _remember(loaded.memgen, ids, max_new_tokens, **options)
+        return generate(loaded.model, ids, max_new_tokens, **options)
 
 
 def _remember(
@@ -87,6 +104,7 @@ def map_of_text(loaded: LanguageModel, text: str) -> BubbleMap:
     if not isinstance(loaded.model, Thoughtbubbles):
         raise ValueError(f"{type(loaded.model).__name__} has no bubbles to map")
     ids = [loaded.tokenizer.separator, *loaded.tokenizer.encode(text)[0].tolist()]
+    check_room(loaded.model, 1, len(ids))
     tokens = ["", *(loaded.tokenizer.decode([token]) for token in ids[1:])]
     found = bubble_map(loaded.model, ids, tokens)
     return dataclasses.replace(

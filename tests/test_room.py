@@ -1,0 +1,119 @@
+"""Texts too long for memory, and bytes that are no text: one line before anything is compiled."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from test_export import bpe
+from tiny import SMALL, quick_model
+
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
+from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.pretrained import load_pretrained
+from train.data import ByteTokenizer
+from train.evaluation.scoring import Scorer, score_rows
+from train.models import generation, room
+from train.models.generation import answer, map_of_text, write
+from train.models.load import LanguageModel
+from train.models.room import check_room, needed_bytes
+
+LLAMA = Path(__file__).parent / "fixtures/pretrained/llama"
+CONFIG = dataclasses.replace(SMALL, vocab_size=260, policy=PrefixRank(2.0))
+HATCHLING = HatchlingConfig(260, 16, 64, 2, 2)
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    return LanguageModel(quick_model(CONFIG), ByteTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Thoughtbubbles, ModelConfig(64, 32, 1, 4)),
+        (Thoughtbubbles, ModelConfig(64, 32, 2, 4, fork_layers=(1,), policy=PrefixRank(2.0))),
+        (Hatchling, HatchlingConfig(64, 16, 256, 1, 4)),
+    ],
+    ids=["plain", "forks", "hatchling"],
+)
+def test_the_estimate_is_what_xla_plans(kind: Any, config: Any):
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    rows = jax.ShapeDtypeStruct((2, 2048 + 1), jnp.int32)
+    start = jax.ShapeDtypeStruct((2,), jnp.int32)
+    compiled = score_rows.lower(model, rows, start).compile()
+    planned = compiled.memory_analysis().temp_size_in_bytes  # pyright: ignore
+    assert 0.6 * planned < needed_bytes(model, 2, 2048) < 1.5 * planned
+
+
+@pytest.mark.parametrize("config", [CONFIG, HATCHLING], ids=["forks", "hatchling"])
+def test_what_is_said_to_fit_fits(config: Any, monkeypatch: pytest.MonkeyPatch):
+    kind = Thoughtbubbles if config is CONFIG else Hatchling
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    monkeypatch.setattr(room, "free_bytes", lambda: 10**9)
+    said = r"3 texts of up to 100,000 tokens.* GiB, 0.9 GiB are free: [\d,]+ tokens fit, so shorten"
+    for cached, new in ((True, 10), (True, 0), (False, 10)):
+        with pytest.raises(ValueError, match=said) as caught:
+            check_room(model, 3, 100_000, new, cached)
+        fits = int(str(caught.value).split("free: ")[1].split(" tokens")[0].replace(",", ""))
+        assert fits > 1000
+        if cached and not new:  # rows are compiled for powers of two
+            assert fits.bit_count() == 1
+        check_room(model, 3, fits, new, cached)
+        with pytest.raises(ValueError, match="shorten them or take fewer at a time"):
+            check_room(model, 3, fits + 1, new, cached)
+    if config is CONFIG:  # the state of a Hatchling does not grow
+        with pytest.raises(ValueError, match="and 1,000,000,000 new ones .*: 0 tokens fit, so add"):
+            check_room(model, 1, 5, 10**9)
+
+
+def test_a_prompt_too_long_for_memory_is_one_line_at_once(lm, monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda: 2**30)
+    with pytest.raises(
+        ValueError, match="1 text of up to 200,001 tokens and 2 new ones need about"
+    ):
+        write(lm, ["a" * 200_000], 2)
+    with pytest.raises(ValueError, match="1 text of up to 200,001 tokens need about"):
+        map_of_text(lm, "a" * 200_000)
+    with pytest.raises(ValueError, match="4 texts of up to 262,144 tokens need about"):
+        Scorer(lm, 4, quiet=True)([("a" * 200_000, "b")])
+    pretrained = load_pretrained(LLAMA)
+    chat = LanguageModel(
+        Thoughtbubbles.from_params(pretrained.config, pretrained.params), pretrained.tokenizer
+    )
+    with pytest.raises(ValueError, match="1 text of up to 60,0.. tokens and 3 new ones need about"):
+        answer(chat, [" a" * 60_000], 3)
+
+
+def test_memory_that_runs_out_all_the_same_is_one_line(lm, monkeypatch: pytest.MonkeyPatch):
+    def exhausted(*_: Any, **__: Any):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(generation, "generate", exhausted)
+    message = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+    with pytest.raises(ValueError, match="1 text of up to 5 tokens ran out of memory"):
+        write(lm, ["ab"], 2)
+    message = "INTERNAL: other"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="other"):
+        write(lm, ["ab"], 2)
+
+
+def test_bytes_that_are_no_text_are_one_line(lm, tmp_path: Path):
+    wrong = b"a\xff".decode(errors="surrogateescape")
+    for tokenizer in (ByteTokenizer(), bpe(tmp_path), load_pretrained(LLAMA).tokenizer):
+        named = dataclasses.replace(lm, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="prompt 1 is no UTF-8 .byte 0xff after 1 characters"):
+            write(named, ["b", wrong], 2)
+        for text in (wrong, json.loads('"a\\ud800"')):
+            with pytest.raises(ValueError, match="can't encode .*ud(800|cff)' ") as e:
+                tokenizer.encode(text)
+            assert "\n" not in str(e.value)
+    for method in ("prompt", "rendered"):
+        with pytest.raises(ValueError, match="can't encode"):
+            getattr(load_pretrained(LLAMA).tokenizer, method)(wrong)
+    with pytest.raises(ValueError, match="prompt 0 is no UTF-8"):
+        answer(dataclasses.replace(lm, tokenizer=load_pretrained(LLAMA).tokenizer), [wrong], 2)
