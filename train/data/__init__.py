@@ -18,7 +18,7 @@ from train.data.config import DataConfig, DataError
 from train.data.corpus import Corpus, SplitCorpus
 from train.data.mixture import Mixture, MixtureData, MixtureReader, mix, parse_mixture, prepare
 from train.data.packing import PackedRows
-from train.data.prepared import PackedData
+from train.data.prepared import PackedData, stored_rows
 from train.data.reader import Batch, TrainReader, evaluation_batches
 from train.data.schedule import interpolate
 from train.data.sources import SOURCES, Source, open_corpus
@@ -54,4 +54,5 @@ __all__ = [
     "prepare",
     "prepare_chat",
     "segment_mask",
+    "stored_rows",
 ]

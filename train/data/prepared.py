@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,26 @@ def prepare_documents(corpus: Corpus, config: DataConfig) -> PackedData:
     return _open(folder, corpus, tokenizer, config.seq_len, fingerprint)
 
 
+def stored_rows(config: DataConfig, fingerprint: str, split: Split) -> PackedRows | None:
+    """Rows that were packed before, also where their corpus is gone or another one now.
+
+    Args:
+        config: Row length and cache.
+        fingerprint: Fingerprint of the data, `PackedData.fingerprint`.
+        split: Split of the corpus.
+
+    Returns:
+        The rows, or None if the cache has none of this fingerprint.
+
+    Raises:
+        DataError: The rows are damaged.
+    """
+    folder = config.cache / "rows" / fingerprint
+    if not re.fullmatch(r"\w+", fingerprint) or not (folder / _METADATA).is_file():
+        return None
+    return _read(folder, config.seq_len)[1][split]
+
+
 def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:
     """Write the rows of both splits and their statistics.
 
@@ -139,21 +160,27 @@ def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> No
 def _open(
     folder: Path, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, fingerprint: str
 ) -> PackedData:
+    statistics, rows = _read(folder, seq_len)
+    # Equal content may have been packed under another path.
+    statistics |= {"corpus": corpus.name, "tokenizer": tokenizer.name}
+    train, validation = rows["train"], rows["validation"]
+    return PackedData(train, validation, tokenizer, fingerprint, statistics, corpus.note)
+
+
+def _read(folder: Path, seq_len: int) -> tuple[dict[str, Any], dict[str, PackedRows]]:
+    """Statistics and rows of both splits."""
     try:
         statistics = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
-        # Equal content may have been packed under another path.
-        statistics |= {"corpus": corpus.name, "tokenizer": tokenizer.name}
         rows = {
-            split: PackedRows(_file(folder, split), seq_len, tokenizer.vocab_size)
+            split: PackedRows(_file(folder, split), seq_len, statistics["vocab_size"])
             for split in ("train", "validation")
         }
         damaged = any(len(rows[split]) != statistics[split]["rows"] for split in rows)
-    except (OSError, RuntimeError, ValueError, KeyError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         damaged = True
     if damaged:
         raise DataError(f"the prepared rows in {folder} are damaged: delete that folder")
-    train, validation = rows["train"], rows["validation"]
-    return PackedData(train, validation, tokenizer, fingerprint, statistics, corpus.note)
+    return statistics, rows
 
 
 def _file(folder: Path, split: str) -> Path:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -286,6 +287,7 @@ def _open(begin: Callable[[], TrainingJob], out: Path, stack: contextlib.ExitSta
         "resolved": resolved(job.trainable),
         "data_fingerprint": data.fingerprint,
         "tokenizer": data.tokenizer.to_json(),
+        "python": platform.python_version(),  # whose library is the corpus stdlib
         **job.meta,
     }
     own = {"distributed": None, "data": {**meta["config"]["data"], "cache_dir": None}}

@@ -11,7 +11,7 @@ from flax import nnx
 
 from thoughtbubbles import Architecture
 from thoughtbubbles.quantisation import in_int8, quantise
-from train.data import DataConfig, PackedRows, evaluation_batches, prepare
+from train.data import DataConfig, PackedRows, evaluation_batches, prepare, stored_rows
 from train.data.mixture import JoinedRows
 from train.devices.mesh import (
     MeshConfig,
@@ -24,6 +24,7 @@ from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
 from train.models.load import LoadedRun
+from train.runs.metadata import why_other_data
 
 
 class Evaluator:
@@ -206,17 +207,27 @@ def _is_source(name: str) -> bool:
 
 
 def validation_rows(loaded: LoadedRun) -> PackedRows:
-    """The held-out rows of a run, from its own corpus."""
+    """The held-out rows of a run: those in the data cache, else of its corpus as it is now.
+
+    Raises:
+        ValueError: The run has no corpus, or the rows are gone and its corpus is another one now.
+    """
     if "weights" in loaded.config:
         raise ValueError(
             "this run was fine-tuned on chat data, its held-out loss is in metrics.jsonl: pass "
             "--tasks FILE"
         )
-    data = prepare(DataConfig(**loaded.config["data"]))
+    config = DataConfig(**loaded.config["data"])
+    stored = stored_rows(config, loaded.data_fingerprint, "validation")
+    if stored is not None:
+        return stored
+    data = prepare(config)
     if data.fingerprint != loaded.data_fingerprint:
+        meta = {name: getattr(loaded, name) for name in ("config", "data_fingerprint", "python")}
         raise ValueError(
             f"the run was trained on data {loaded.data_fingerprint}, the corpus is now "
             f"{data.fingerprint}: restore the corpus {loaded.config['data']['corpus']}"
+            f"{why_other_data(meta)}"
         )
     return data.validation
 

@@ -138,11 +138,13 @@ class LoadedRun(LanguageModel):
         step: Number of training steps.
         data_fingerprint: Fingerprint of the rows that the model was trained on
             (`PackedData.fingerprint`).
+        python: Version of the interpreter that trained the model; None if it is not known.
     """
 
     config: dict[str, Any]
     step: int
     data_fingerprint: str
+    python: str | None = None
 
     @property
     def context_length(self) -> int | None:
@@ -180,6 +182,7 @@ def load_model(
         config=meta["config"],
         step=meta["step"],
         data_fingerprint=meta["data_fingerprint"],
+        python=meta.get("python"),
     )
 
 

@@ -1,6 +1,9 @@
 """The metadata of a run's checkpoint, with the types that its readers rely on."""
 
 import os
+import platform
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from thoughtbubbles.fields import Fields
@@ -36,7 +39,8 @@ def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str
     for name in ("data_fingerprint", "tokenizer"):
         fields.text(name)
     fields.integer("step", least=0)
-    fields.text("base", None)
+    for name in ("base", "python"):
+        fields.text(name, None)
     for name in ("config", "resolved"):
         if meta.get(name) is None:
             fields.text(name)  # says that it is missing
@@ -49,6 +53,24 @@ def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str
     if rl := meta.get("rl"):
         Fields(rl, f"the metadata of {path}: rl", _EDITED).integer("step", least=0)
     return meta
+
+
+def why_other_data(meta: Mapping[str, Any]) -> str:
+    """What an error adds where a run's corpus may have changed with the interpreter, or "".
+
+    Args:
+        meta: Metadata of the run's checkpoint.
+    """
+    corpus = (meta["config"].get("data") or {}).get("corpus", "")
+    now = platform.python_version()
+    if not re.search(r"(?<![\w/.~-])stdlib(?![\w/.-])", str(corpus)) or meta.get("python") == now:
+        return ""
+    then = f"Python {meta['python']}" if meta.get("python") else "an interpreter it doesn't name"
+    return (
+        f" (stdlib is the library of the Python that runs: the run was trained under {then}, this "
+        f"is Python {now}: take that one, or copy the rows that it prepared, the folder "
+        f"rows/{meta['data_fingerprint']} of its data cache, to evaluate)"
+    )
 
 
 def _check_chat(fields: Fields) -> None:

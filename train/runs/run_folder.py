@@ -14,6 +14,7 @@ import numpy as np
 
 from train.cli.plugins import missing_plugins
 from train.devices.distributed import broadcast, is_multiprocess, sync_errors
+from train.runs.metadata import why_other_data
 from train.runs.resume import differences
 
 _LOCK, _OTHERS = ".lock", ".lock-others"
@@ -52,7 +53,7 @@ def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> Non
     if saved and saved["data_fingerprint"] != fingerprint:
         raise ValueError(
             f"{out} was trained on data {saved['data_fingerprint']}, they are now {fingerprint}: "
-            "restore the corpus or task, or pass another --out"
+            f"restore the corpus or task, or pass another --out{why_other_data(saved)}"
         )
 
 

@@ -1,0 +1,93 @@
+"""A run's own rows outlive its corpus, and `stdlib` of another Python says that it is one."""
+
+import dataclasses
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_metadata import META
+from tiny import SMALL, quick_model
+
+from train.cli.config_json import as_json
+from train.data import ByteTokenizer, DataConfig, DataError, prepare, stored_rows
+from train.evaluation import held_out
+from train.evaluation.held_out import validation_rows
+from train.models.load import LoadedRun
+from train.pretraining.config import RunConfig
+from train.runs.metadata import checked_meta, why_other_data
+from train.runs.run_folder import check_data
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    (tmp_path / "texts").mkdir()
+    for index in range(9):
+        (tmp_path / f"texts/{index}.txt").write_text(f"text {index} " * 30)
+    return DataConfig(str(tmp_path / "texts"), seq_len=16, cache_dir=str(tmp_path / "cache"))
+
+
+def run_on(data: DataConfig, fingerprint: str, python: str | None = None) -> LoadedRun:
+    config = as_json(RunConfig(model=SMALL, data=data))
+    return LoadedRun(
+        quick_model(SMALL),
+        ByteTokenizer(),
+        config=config,
+        step=3,
+        data_fingerprint=fingerprint,
+        python=python,
+    )
+
+
+def test_a_run_is_evaluated_on_the_rows_that_it_was_trained_with(data: DataConfig):
+    prepared = prepare(data)
+    before = prepared.validation.read(np.arange(len(prepared.validation)))
+    run = run_on(data, prepared.fingerprint)
+    (Path(data.corpus) / "new.txt").write_text("something new " * 50)
+    found = validation_rows(run)
+    for values, expected in zip(found.read(np.arange(len(found))), before, strict=True):
+        np.testing.assert_array_equal(values, expected)
+    shutil.rmtree(data.corpus)
+    assert len(validation_rows(run)) == len(prepared.validation)
+    folder = data.cache / "rows" / prepared.fingerprint
+    (folder / "metadata.json").write_text("{}")
+    with pytest.raises(DataError, match="the prepared rows in .* are damaged: delete that folder"):
+        validation_rows(run)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="texts"):
+        validation_rows(run)
+    assert stored_rows(data, "../rows", "train") is None
+
+
+@pytest.mark.parametrize("corpus", ["stdlib", 'mix({"stdlib": 0.5, "texts": 0.5})'])
+@pytest.mark.parametrize("python", ["3.13.1", None])
+def test_stdlib_of_another_python_is_named(corpus: str, python: str | None, tmp_path, monkeypatch):
+    then = r"Python 3\.13\.1" if python else "an interpreter it doesn't name"
+    now = rf"this is Python {platform.python_version()}: take that one, or copy .* rows/0 of its"
+    data = DataConfig(corpus, cache_dir=str(tmp_path))
+    meta: dict[str, Any] = {**META, "config": as_json(RunConfig(model=SMALL, data=data))}
+    meta |= {"python": python} if python else {}
+    with pytest.raises(ValueError, match=f"was trained on data 0, they are now 1.*{then}, {now}"):
+        check_data(tmp_path, checked_meta(meta, "run"), "1")
+    other = dataclasses.make_dataclass("Other", ["fingerprint"])("1")
+    monkeypatch.setattr(held_out, "prepare", lambda config: other)
+    with pytest.raises(
+        ValueError, match=f"trained on data 0, the corpus is now 1: .*{then}, {now}"
+    ):
+        validation_rows(run_on(data, "0", python))
+
+
+def test_other_corpora_and_the_same_python_need_no_such_words():
+    for corpus in ("~/stdlib/texts", "texts", "stdlib_of_mine", "./stdlib"):
+        config = as_json(RunConfig(model=SMALL, data=DataConfig(corpus)))
+        assert why_other_data({**META, "config": config, "python": "3.13.1"}) == ""
+    same = {**META, "python": platform.python_version()}
+    assert same["config"]["data"]["corpus"] == "stdlib" and why_other_data(same) == ""
+    assert why_other_data({**META, "config": {"task": "copy"}}) == ""
+
+
+def test_metadata_with_a_wrong_version_are_one_line():
+    with pytest.raises(ValueError, match="python=3.13 is not a text"):
+        checked_meta({**META, "python": 3.13}, "run")
