@@ -162,7 +162,6 @@ def save_pretrained(
                 f"parameter {name}: given {found}, config asks for {expected}: "
                 "use the config that the parameters were made with"
             )
-    check_new_folder(path)
     sources = {
         name: (parameter, given[key], index if parameter.stacked else None)
         for key, parameter in parameters.items()
@@ -179,12 +178,6 @@ def save_pretrained(
         write_safetensors(folder / SINGLE, shapes, stored, tensor)
         for name, text in _texts(fields, tokenizer.to_pretrained()).items():
             (folder / name).write_text(text, encoding="utf-8")
-
-
-def check_new_folder(path: Path) -> None:
-    """Raise a ValueError unless there is nothing at the path, or an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: pass another folder, or delete it first")
 
 
 def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

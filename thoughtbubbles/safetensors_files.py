@@ -172,8 +172,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         ValueError: The folder exists and is not empty.
         OSError: The folder can't be written; no part of it remains.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already: pass another folder, or delete it first")
+    check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -185,6 +184,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written: {reason}; nothing is left of it") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise a ValueError unless there is nothing at the path, or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already: pass another folder, or delete it first")
 
 
 def write_safetensors(

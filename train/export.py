@@ -13,7 +13,8 @@ import tyro
 from flax import nnx
 
 from thoughtbubbles.families import family_of
-from thoughtbubbles.pretrained import check_new_folder, save_pretrained
+from thoughtbubbles.pretrained import save_pretrained
+from thoughtbubbles.safetensors_files import check_new_folder
 from train.cli.command import run_command
 from train.cli.numbers import check_least
 from train.models.load import LanguageModel, load_model, load_weights
