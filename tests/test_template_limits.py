@@ -62,7 +62,7 @@ HOSTILE = {
     "{{ 1.5|round(10**9, 'ceil') }}": "the filter round of 1000000000 is above",
     "{{ range(100000)|batch(1)|sum(start=[]) }}": "the filter sum adds numbers alone",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes more",
-    "{% set x=range(9999)|list %}{% for i in x %}{% for j in x if 0 %}{% endfor %}{% endfor %}": "a",
+    "{% set x = range(9999)|list %}{%for i in x%}{% for j in x if 0 %}{% endfor %}{%endfor%}": "a",
     "{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(500) }}": "takes|recursion",
     "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}": "",
     double("'ab'", "n.s + n.s"): "the operator \\+ takes more than the 40\\d,\\d{3} steps it may",

@@ -20,9 +20,9 @@ import numpy as np
 
 from thoughtbubbles.backbone import ATTENTION_MAPS, MLP_MAPS
 from thoughtbubbles.fields import Fields, cut, read_json, shown
-from thoughtbubbles.stored_parameters import BLOCK
 from thoughtbubbles.safetensors_files import SafetensorsFiles, new_folder, write_safetensors
 from thoughtbubbles.short_repr import ShortRepr
+from thoughtbubbles.stored_parameters import BLOCK
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, PARTS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")

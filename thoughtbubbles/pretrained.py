@@ -18,12 +18,11 @@ import jax
 import numpy as np
 from flax import nnx, traverse_util
 
-from thoughtbubbles import own_form
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.families import config_from_json, config_to_json
 from thoughtbubbles.fields import read_json
 from thoughtbubbles.gguf_files import GGUFFile
-from thoughtbubbles.own_form import OwnFiles
+from thoughtbubbles.own_form import OwnFiles, check_sizes, is_own, own_from_json, own_to_json
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.safetensors_files import (
     SINGLE,
@@ -151,7 +150,7 @@ def save_pretrained(
     given = _by_name(params)
     stored = np.dtype(dtype) if dtype else given["embed"].dtype
     if form == "thoughtbubbles":
-        fields = own_form.own_to_json(config, str(stored))
+        fields = own_to_json(config, str(stored))
         parameters = own_parameters(abstract_state(config))
     else:
         fields = config_to_json(config, str(stored))
@@ -214,10 +213,10 @@ def open_pretrained(path: Path) -> tuple[_Source, Any, PretrainedTokenizer]:
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: pass a Hugging Face folder or a .gguf file")
     fields = read_json(path / "config.json")
-    if own_form.is_own(fields):
-        config = own_form.own_from_json(fields, str(path / "config.json"))
+    if is_own(fields):
+        config = own_from_json(fields, str(path / "config.json"))
         own = OwnFiles(path)
-        own_form.check_sizes(path / "config.json", own, config)
+        check_sizes(path / "config.json", own, config)
         return own, config, PretrainedTokenizer.from_folder(path, fields, config.vocab_size)
     config = config_from_json(fields, str(path / "config.json"))
     files = SafetensorsFiles(path)
