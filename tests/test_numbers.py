@@ -14,10 +14,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import SMALL, quick_model
+from tiny import SMALL
 
 from memgen import LoRAConfig
-from thoughtbubbles import PrefixRank
 from train import evaluate
 from train.cli.calls import from_text
 from train.cli.command import parse, run_command
@@ -294,23 +293,6 @@ def test_every_command_estimates_its_rows_before_it_allocates(
     monkeypatch.setattr(evaluate, "load_model", lambda _: loaded)
     with pytest.raises(ValueError, match=line):
         evaluate.main(EvaluateConfig(checkpoint="nowhere", batch_size=ROWS))
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_generation_estimates_its_texts(gibibyte, cached: bool):
-    model = quick_model(dataclasses.replace(SMALL, policy=PrefixRank(1.5)))
-    bytes_of_token = 4 + 4 * SMALL.embed_dim
-    if cached:
-        found = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(2, 2**20)))
-        bytes_of_token = sum(leaf.size * leaf.dtype.itemsize for leaf in found) / 2**21
-    fits = int(2**30 / 2 / bytes_of_token) - 2000
-    memory.check_generation(model, 2, fits, cached)
-    line = (
-        r"^2 text\(s\) of \d+ new tokens need [0-9,.]+ GiB at least, the device has 1.0 GiB: make"
-    )
-    for tokens in (fits + 4000, 2**31 - 1):
-        with pytest.raises(ValueError, match=line):
-            memory.check_generation(model, 2, tokens, cached)
 
 
 def test_the_memory_of_a_gpu_that_reports_none_is_not_the_hosts(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def test_what_is_said_to_fit_fits(config: Any, monkeypatch: pytest.MonkeyPatch):
     if config is CONFIG:  # the state of a Hatchling does not grow
         with pytest.raises(ValueError, match="and 1,000,000,000 new ones .*: 0 tokens fit, so add"):
             check_room(model, 1, 5, 10**9)
+
+
+def test_nothing_is_refused_on_a_device_that_does_not_say_its_memory(lm, monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert room.free_bytes() is None
+    check_room(lm.model, 1, 10**8)
 
 
 def test_a_prompt_too_long_for_memory_is_one_line_at_once(lm, monkeypatch):

@@ -5,15 +5,11 @@ import os
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 
-from thoughtbubbles import Architecture
 from train.devices.mesh import shard_bytes
 from train.engine.state import Trainable
 
 _PER_TOKEN = 4 + 4 + 4  # ids, targets and weights of a step's rows on the host, int32 and float32
-_LONGEST = 2**20  # tokens; the caches of longer texts grow with them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,33 +77,6 @@ def check_row_memory(rows: int, tokens: int) -> None:
         tokens: Number of tokens of a row.
     """
     _check_row_bytes(rows, tokens, _row_bytes(rows, tokens), _host_bytes())
-
-
-def check_generation(model: Architecture, rows: int, new_tokens: int, cached: bool) -> None:
-    """Raise a ValueError for texts that exceed the memory of the model's device.
-
-    Args:
-        model: Model with its parameters.
-        rows: Number of texts that are generated at a time.
-        new_tokens: Largest number of tokens added to each.
-        cached: Whether keys and values are kept; else the prefix is recomputed for each token.
-    """
-    parameters = jax.tree.leaves(nnx.state(model))
-    device = next(iter(parameters[0].devices()))
-    there = _device_bytes(device)
-    if cached:
-        tokens = min(new_tokens, _LONGEST)
-        cache = jax.eval_shape(lambda: model.init_cache(rows, tokens))
-        needed = -(-_bytes(cache) * new_tokens // tokens)
-    else:
-        dtype = np.dtype(model.config.dtype)
-        needed = rows * new_tokens * (4 + model.embed_dim * dtype.itemsize)
-    needed += _bytes(parameters)
-    if there is not None and needed > there:
-        raise ValueError(
-            f"{rows} text(s) of {new_tokens} new tokens need {_gib(needed)} at least, the device "
-            f"has {_gib(there)}: make max_new_tokens smaller"
-        )
 
 
 def _check_row_bytes(rows: int, tokens: int, needed: int, host: int) -> None:

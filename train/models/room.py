@@ -54,7 +54,7 @@ def check_room(
         return needed_bytes(model, rows, _power(length), _power(length + new))
 
     free = free_bytes()
-    if needed(tokens) <= free:
+    if free is None or needed(tokens) <= free:
         return
     fits, above = 0, tokens
     while above - fits > 1:
@@ -82,11 +82,14 @@ def memory_errors(model: Architecture, rows: int, tokens: int) -> Iterator[None]
         ) from error
 
 
-def free_bytes() -> int:
-    """Bytes that the first device has left; on a CPU, what the machine or its container has."""
-    stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
+def free_bytes() -> int | None:
+    """Bytes that the first device has left, None if it does not say; a CPU's are the machine's."""
+    device = jax.local_devices()[0]
+    stats: dict[str, Any] = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if device.platform != "cpu":
+        return None
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
