@@ -89,7 +89,7 @@ def test_only_answers_and_their_ends_are_supervised():
     ("changes", "words"),
     [
         ({"tasks": ("chess",)}, "unknown task 'chess': choose from reverse, sort"),
-        ({"arms": ("ppo",)}, "unknown arm 'ppo': choose from grpo"),
+        ({"arms": ("a2c",)}, "unknown arm 'a2c': choose from grpo"),
         ({"arms": ("dapo(clip=1)",)}, r"method 'dapo\(clip=1\)': write dapo\(clip_low"),
     ],
     ids=str,

@@ -194,8 +194,12 @@ def test_better_rewards_get_higher_advantages_and_equal_ones_none(name):
         advantages = [acted[index] for index in mine]
         assert advantages == sorted(advantages)
         assert advantages[0] < 0 < advantages[-1]
-    equal = advantages_of(config, trajectories([[1.0, 1.0], [1.0, 1.0, 1.0]]))
-    assert all((advantage == 0).all() for advantage in equal)
+    # A value head, where there is one, has predicted them.
+    equal = [
+        dataclasses.replace(row, values=np.ones(len(row.tokens)))
+        for row in trajectories([[1.0, 1.0], [1.0, 1.0, 1.0]])
+    ]
+    assert all((advantage == 0).all() for advantage in advantages_of(config, equal))
 
 
 @pytest.mark.parametrize("word", EVERY)

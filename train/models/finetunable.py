@@ -28,7 +28,28 @@ class AdapterParam(nnx.Param):
     """Parameter of a LoRA adapter of the decoder."""
 
 
+class ValueParam(nnx.Param):
+    """Parameter of a value head."""
+
+
 TRAINED = {"all": nnx.Param, "lora": AdapterParam, "weaver": WeaverParam, "trigger": TriggerParam}
+
+
+class ValueHead(nnx.Module):
+    """Linear layer from a hidden state to its value, V = w · h + b in float32; zeros at first.
+
+    Args:
+        embed_dim: Width of the hidden states.
+    """
+
+    def __init__(self, embed_dim: int):
+        self.kernel = ValueParam(jnp.zeros(embed_dim, jnp.float32))
+        self.bias = ValueParam(jnp.zeros((), jnp.float32))
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Values `[...]` float32 of hidden states `[..., D]`."""
+        kernel, hidden = self.kernel[...], hidden.astype(jnp.float32)
+        return jnp.matmul(hidden, kernel, precision=jax.lax.Precision.HIGHEST) + self.bias[...]
 
 
 class FinetunableModel(nnx.Module):
@@ -43,6 +64,8 @@ class FinetunableModel(nnx.Module):
         boundary: Boundary table `[V]` of the vocabulary, for these two (`memgen.boundary_table`);
             None for the others.
         rngs: Keys of the initial values of new parameters.
+        value_head: Whether the model has a `ValueHead` on its hidden states, which is trained
+            beside what `method` says.
     """
 
     def __init__(
@@ -54,6 +77,7 @@ class FinetunableModel(nnx.Module):
         memgen: MemGenConfig,
         boundary: np.ndarray | None,
         rngs: nnx.Rngs,
+        value_head: bool = False,
     ):
         if method not in get_args(Method):
             raise ValueError(f"method={method!r}: choose from {', '.join(get_args(Method))}")
@@ -70,6 +94,7 @@ class FinetunableModel(nnx.Module):
                 "could not be read again: add merge_lora to it"
             )
         self.memgen = MemGen(decoder, memgen, boundary=boundary, rngs=rngs) if woven else None
+        self.value_head = ValueHead(decoder.embed_dim) if value_head else None
 
     @property
     def backbone(self) -> Any:

@@ -336,6 +336,8 @@ def finetuned_model(
     )
     if woven is not None and finetunable.memgen is not None:
         finetunable.memgen = nnx.data(trained_before(woven, finetunable.memgen))
+    # A value head is of no use but to the run that trains it.
+    params = {name: values for name, values in params.items() if name != "value_head"}
     finetunable = load_trained(finetunable, params, TRAINED[finetunable.method])
     if finetunable.adapter is None:
         return lm.model, finetunable.memgen

@@ -181,6 +181,8 @@ class RLConfig(LoopConfig):
                 f"{parts.advantage.word} goes by the rewards of turns, which no reward shaping "
                 "changes: leave reward out, or choose another advantage"
             )
+        if parts.advantage.critic is not None:
+            self._check_critic(parts)
         if parts.loss.uses_sampler and self.train == "trigger":
             raise ValueError(
                 f"{text_of(parts.loss.word, parts.loss)} weighs tokens by the sampler's "
@@ -193,6 +195,27 @@ class RLConfig(LoopConfig):
         parts.allocator.check(self)
         for shaping in parts.reward:
             shaping.check(self)
+
+    def _check_critic(self, parts: Parts) -> None:
+        """Raise a `ValueError` for what can't have the value head that the advantage needs."""
+        needs = f"advantage {parts.advantage.word} needs a value head"
+        if self.train == "trigger":
+            raise ValueError(
+                f"{needs}, which values states before tokens, and train='trigger' learns decisions "
+                "between them: choose another advantage such as dr_grpo"
+            )
+        strategy, loss = parts.strategy, parts.loss
+        if strategy is not None and not strategy.on_policy:
+            raise ValueError(
+                f"{needs}, which learns from samples of the policy, and what strategy "
+                f"{strategy.word} finds is none: choose another advantage such as tree, or leave "
+                "strategy out"
+            )
+        if type(loss).reduce is PolicyLoss.reduce:
+            raise ValueError(
+                f"{needs}, and loss {loss.word} has no `reduce` by which its loss could be added: "
+                "write one (PolicyLoss), or choose another loss such as clipped"
+            )
 
     def _check_replaced(self, kind: str) -> None:
         """Raise a `ValueError` for an option of the method that the replaced part would use."""

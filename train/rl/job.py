@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.nnx import filterlib
 from jax.sharding import Mesh
 
 import memgen
@@ -24,7 +25,7 @@ from train.engine.memory import training_memory
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, TrainState, make_trainable, resolved
 from train.models import finetunable
-from train.models.finetunable import TRAINED, FinetunableModel
+from train.models.finetunable import TRAINED, FinetunableModel, ValueParam
 from train.models.load import (
     LanguageModel,
     boundaries_for,
@@ -34,7 +35,8 @@ from train.models.load import (
     trained_before,
 )
 from train.rl.config import RLConfig
-from train.rl.learning.credit import assign_advantages
+from train.rl.learning.credit import assign_advantages, shaped_rewards
+from train.rl.learning.critic import value_metrics
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
 from train.rl.learning.reference import Reference
@@ -62,6 +64,12 @@ class PolicyWrapper:
     memgen: MemGenConfig
     boundary: bytes | None
     seed: int
+    value_head: bool = False
+
+    @property
+    def trained(self) -> filterlib.Filter:
+        """Filter of the parameters that are trained."""
+        return (TRAINED[self.train], ValueParam) if self.value_head else TRAINED[self.train]
 
     def __call__(self, model: Architecture) -> FinetunableModel:
         return FinetunableModel(
@@ -71,6 +79,7 @@ class PolicyWrapper:
             memgen=self.memgen,
             boundary=None if self.boundary is None else np.frombuffer(self.boundary, np.uint8),
             rngs=nnx.Rngs(self.seed),
+            value_head=self.value_head,
         )
 
 
@@ -96,7 +105,7 @@ def trainable_of(
 def _trainable_of(architecture: Any, *arguments: Any) -> Trainable:
     del architecture  # of the key alone: a class that was defined again is another one
     wrap: PolicyWrapper = arguments[-1]
-    return make_trainable(*arguments[:-1], TRAINED[wrap.train], wrap)  # pyright: ignore[reportCallIssue]
+    return make_trainable(*arguments[:-1], wrap.trained, wrap)  # pyright: ignore[reportCallIssue]
 
 
 class RLJob:
@@ -131,7 +140,10 @@ class RLJob:
         self._fingerprint = fingerprint(self.task)
         self.memgen, table = self._memory()
         boundary = None if table is None else np.asarray(table, np.uint8).tobytes()
-        self._wrap = PolicyWrapper(config.train, config.lora, self.memgen, boundary, config.seed)
+        self._wrap = PolicyWrapper(
+            config.train, config.lora, self.memgen, boundary, config.seed,
+            value_head=config.parts.advantage.critic is not None,
+        )  # fmt: skip
         self.trainable = trainable_of(
             model.config,
             config.scaled_optimizer,
@@ -276,21 +288,42 @@ class RLJob:
         self.reference.reset_if_due(self.steps_done, state.params)
         if collected.trajectories:
             rng = np.random.default_rng([self.config.seed, self.steps_done])
-            rows = self.rows(collected.trajectories)
+            rows = self.rows(collected.trajectories, state.weights)
             state, learned = self.learner.update(state, rows, rng, self.reference.params)
             metrics |= learning_metrics(learned)
+            if "values" in rows:
+                metrics |= value_metrics(rows)
         self.steps_done += 1
         metrics |= timing_metrics(
             collected, self.config.epochs, sampled - begin, time.perf_counter() - sampled
         )
         return state, metrics, collected
 
-    def rows(self, trajectories: Sequence[Trajectory]) -> Rows:
-        """Trajectories with their advantages, as the learner takes them."""
-        advantages = assign_advantages(
-            trajectories, Episodes.from_trajectories(trajectories), self.config
-        )
-        return make_rows(trajectories, advantages, self._multiple, self.events_per_row)
+    def rows(self, trajectories: Sequence[Trajectory], weights: Any) -> Rows:
+        """Trajectories with their advantages, as the learner takes them.
+
+        Args:
+            trajectories: Rows that are trained on.
+            weights: Weights that collected them (`TrainState.weights`), whose value head, if there
+                is one, gives their values.
+        """
+        config, shape = self.config, (self._multiple, self.events_per_row)
+        if config.parts.advantage.critic is None:
+            episodes = Episodes.from_trajectories(trajectories)
+            return make_rows(
+                trajectories, assign_advantages(trajectories, episodes, config), *shape
+            )
+        nothing = [np.zeros(len(row.tokens)) for row in trajectories]
+        old, values = self.learner.score_values(weights, make_rows(trajectories, nothing, *shape))
+        trajectories = [
+            dataclasses.replace(row, values=mine[: len(row.tokens)].astype(np.float64))
+            for row, mine in zip(trajectories, values, strict=False)
+        ]
+        episodes = Episodes.from_trajectories(trajectories)
+        reward = shaped_rewards(trajectories, episodes, config)
+        returns = config.parts.advantage.value_targets(trajectories, episodes, reward)
+        advantages = assign_advantages(trajectories, episodes, config)
+        return make_rows(trajectories, advantages, *shape, returns) | {"old": old}
 
     @property
     def events_per_row(self) -> int:

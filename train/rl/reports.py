@@ -43,6 +43,8 @@ def readable_step(step: int, metrics: dict[str, float], collected: Collected) ->
         parts.append(f"KL {metrics['ref_kl']:.4f}")
     if "clipped" in metrics:
         parts.append(f"clipped {metrics['clipped']:.1%}")
+    if "explained_variance" in metrics:
+        parts.append(f"values explain {metrics['explained_variance']:.0%}")
     if "invocation_rate" in metrics:
         parts.append(f"invoked {metrics['invocation_rate']:.0%}")
     if failed := _failed(metrics):

@@ -124,6 +124,8 @@ class Trajectory:
             run's estimator.
         node_values: Value in a search tree of the node of each token, from -1 to 1, `[L]` float64;
             None without a tree.
+        values: Value before each token by the policy's value head, `[L]` float64; None without
+            such a head.
         source: Origin of the trajectory. Success rates are those of direct rollouts and probes.
     """
 
@@ -143,6 +145,7 @@ class Trajectory:
     weight: float = 1.0
     advantages: np.ndarray | None = None
     node_values: np.ndarray | None = None
+    values: np.ndarray | None = None
     source: Source = "direct"
 
     @property

@@ -133,9 +133,40 @@ def rebn(returns: np.ndarray, eps: float = 1e-9) -> np.ndarray:
     Returns:
         Advantages, `[N]` float64.
     """
-    # All turns are one group: its mean and standard deviation are those of the batch.
-    everyone = np.zeros(np.shape(returns), int)
-    return grpo(returns, everyone, everyone == 0, eps, ddof=0)
+    return whiten(returns, eps)
+
+
+def whiten(values: np.ndarray, eps: float = 1e-9) -> np.ndarray:
+    """Values `[N]` of a batch, brought to mean 0 and (population) standard deviation 1.
+
+    Where nothing varies they become 0.
+    """
+    # All values are one group: its mean and standard deviation are those of the batch.
+    everyone = np.zeros(np.shape(values), int)
+    return grpo(values, everyone, everyone == 0, eps, ddof=0)
+
+
+def gae(reward: np.ndarray, value: np.ndarray, discount: np.ndarray, lam: float) -> np.ndarray:
+    """Generalised advantage estimation (arXiv 1506.02438), eq. 16, of `N` episodes.
+
+    δ_t = r_t + γ_t V_{t+1} - V_t and A_t = δ_t + γ_t λ A_{t+1}, with V = A = 0 after the last step.
+
+    Args:
+        reward: Reward after each step, `[N, T]` float64; 0 in padding, which is on the right.
+        value: Value before each step, `[N, T]` float64; 0 in padding.
+        discount: Discount γ_t of what comes after each step, `[N, T]`; anything in padding.
+        lam: Decay of later TD errors (λ): 0 for one step alone, 1 for returns minus values.
+
+    Returns:
+        Advantages, `[N, T]` float64; 0 in padding.
+    """
+    found = np.zeros(value.shape)
+    next_value = later = np.zeros(len(value))
+    for step in reversed(range(value.shape[1])):
+        error = reward[:, step] + discount[:, step] * next_value - value[:, step]
+        found[:, step] = later = error + discount[:, step] * lam * later
+        next_value = value[:, step]
+    return found
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:

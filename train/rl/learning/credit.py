@@ -83,3 +83,89 @@ def turn_advantages(
             for offset, begin in enumerate(row.begins):  # up to the next turn; only what is
                 found[index][begin:] = normalised[row.turn + offset]  # trained counts
     return found
+
+
+def token_advantages(
+    trajectories: Sequence[Trajectory],
+    episodes: Episodes,
+    reward: np.ndarray,
+    gamma: float,
+    lam: float,
+) -> list[np.ndarray]:
+    """GAE over the generated tokens of each episode, across its turns and rows.
+
+    The reward of a turn comes with its last token, and only that token discounts what follows.
+    What reward shaping has added to an episode comes with its last token. An episode that was cut
+    ends like any other: no value stands for what might have come.
+
+    Args:
+        trajectories: Rows of the episodes, with the `values` of a value head; 0 without.
+        episodes: `N` episodes.
+        reward: Shaped reward of each episode, `[N]` float64.
+        gamma: Discount of what comes after a turn (γ).
+        lam: Decay of later TD errors, per token (λ).
+
+    Returns:
+        Advantages of the tokens of each row, `[L]` float64 each; 0 for those that the policy did
+        not generate.
+
+    Raises:
+        ValueError: An episode has not one reward for each of its responses, or an empty response.
+    """
+    steps = [_steps([trajectories[row] for row in rows], gamma) for rows in episodes.rows]
+    longest = max(len(paid) for paid, _, _ in steps)
+    padded = np.zeros((3, len(steps), longest))
+    for index, parts in enumerate(steps):
+        padded[:, index, : len(parts[0])] = parts
+        padded[0, index, len(parts[0]) - 1] += reward[index] - episodes.reward[index]
+    paid, value, discount = padded
+    advantage = estimators.gae(paid, value, discount, lam)
+    found = [np.zeros(len(row.tokens)) for row in trajectories]
+    for rows, mine in zip(episodes.rows, advantage, strict=True):
+        done = 0
+        for row in rows:
+            trained = trajectories[row].trained
+            found[row][trained] = mine[done : done + trained.sum()]
+            done += trained.sum()
+    return found
+
+
+def whiten_tokens(
+    trajectories: Sequence[Trajectory], advantages: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Advantages with mean 0 and standard deviation 1 over all generated tokens of the batch."""
+    trained = [row.trained for row in trajectories]
+    pooled = [values[mask] for values, mask in zip(advantages, trained, strict=True)]
+    ends = np.cumsum([len(values) for values in pooled])
+    found = [np.zeros(len(mask)) for mask in trained]
+    parts = np.split(estimators.whiten(np.concatenate(pooled)), ends[:-1])
+    for row, mask, values in zip(found, trained, parts, strict=True):
+        row[mask] = values
+    return found
+
+
+def _steps(rows: Sequence[Trajectory], gamma: float) -> np.ndarray:
+    """Reward after, value before, and discount after each generated token, `[3, T]`."""
+    responses = sum(len(row.begins) for row in rows)
+    rewards = rows[0].turn_rewards
+    if responses != len(rewards):
+        raise ValueError(
+            f"an episode of problem {rows[0].problem.uid} has {responses} responses and "
+            f"{len(rewards)} rewards of turns: a value head needs one for each (turn_rewards)"
+        )
+    parts = []
+    for row in rows:
+        values = np.zeros(len(row.tokens)) if row.values is None else row.values
+        for offset, (begin, end) in enumerate(
+            zip(row.begins, (*row.begins[1:], len(row.tokens)), strict=True)
+        ):
+            mine = values[begin:end][row.trained[begin:end]]
+            if not len(mine):
+                raise ValueError(
+                    f"response {row.turn + offset} to problem {row.problem.uid} has no token that "
+                    "its reward could come with: a value head needs one or more"
+                )
+            part = np.stack([np.zeros(len(mine)), mine, np.ones(len(mine))])
+            part[0, -1], part[2, -1] = rewards[row.turn + offset], gamma
+            parts.append(part)
+    return np.concatenate(parts, axis=1)

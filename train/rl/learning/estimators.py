@@ -7,7 +7,13 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from train.rl.learning import advantages
-from train.rl.learning.credit import spread_over_tokens, turn_advantages
+from train.rl.learning.credit import (
+    spread_over_tokens,
+    token_advantages,
+    turn_advantages,
+    whiten_tokens,
+)
+from train.rl.learning.critic import ValueLoss
 from train.rl.types import Episodes, Trajectory
 
 
@@ -27,6 +33,17 @@ class Advantage:
 
     by_turn: ClassVar[bool] = False
     """Whether the rewards of turns are used in place of the shaped rewards of episodes."""
+
+    @property
+    def critic(self) -> ValueLoss | None:
+        """Loss of the value head that the estimator needs on the policy; None for no such head."""
+        return None
+
+    def value_targets(
+        self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
+    ) -> list[np.ndarray]:
+        """Returns `[L]` float64 that a value head learns to predict; arguments as `of_tokens`."""
+        raise NotImplementedError(f"{type(self).__name__} has no value head")
 
     def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Advantage of each episode, `[N]` float64 (`train.rl.learning.advantages`).
@@ -161,10 +178,66 @@ class TreeCentered(Advantage):
         return found
 
 
+@dataclasses.dataclass(frozen=True)
+class GAE(Advantage):
+    """Generalised advantage estimation by a value head on the policy (PPO).
+
+    A step is a token, as in TRL and verl: δ_t = r_t + γ_t V_{t+1} - V_t, A_t = δ_t + γ_t λ A_{t+1}
+    over all tokens that the policy generated in an episode. The discount counts turns, not tokens:
+    γ_t is `gamma` at the last token of a turn and 1 elsewhere. So `gamma` means what it means in
+    `rebn`, long responses are not worth less, and with λ = 1 and no values the advantage of a
+    token is the discounted return of its turn. Prompts, observations and latents are no steps.
+
+    Attributes:
+        gamma: Discount of the rewards of later turns (γ), above 0 and at most 1.
+        lam: Decay of the TD errors of later tokens (λ), from 0 to 1.
+        whiten: Whether advantages are brought to mean 0 and standard deviation 1 over all tokens of
+            the batch. What the value head learns to predict, A_t + V_t, is not whitened.
+        value_clip: Clipping range of values around those that the batch was collected with, in
+            units of the reward (TRL: 0.2); None for none.
+        value_coef: Weight of the value loss, ½ of a squared error, beside the policy's loss.
+    """
+
+    word: ClassVar[str] = "gae"
+    compares: ClassVar[bool] = False
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    value_clip: float | None = 0.2
+    value_coef: float = 0.5
+
+    def __post_init__(self):
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma}: choose more than 0 and at most 1")
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam={self.lam}: choose from 0 to 1")
+        _ = self.critic  # which checks the options that are its
+
+    @property
+    def critic(self) -> ValueLoss:
+        return ValueLoss(self.value_clip, self.value_coef)
+
+    def of_tokens(
+        self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
+    ) -> list[np.ndarray]:
+        found = token_advantages(trajectories, episodes, reward, self.gamma, self.lam)
+        return whiten_tokens(trajectories, found) if self.whiten else found
+
+    def value_targets(
+        self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
+    ) -> list[np.ndarray]:
+        found = token_advantages(trajectories, episodes, reward, self.gamma, self.lam)
+        return [
+            advantage if row.values is None else advantage + row.values
+            for row, advantage in zip(trajectories, found, strict=True)
+        ]
+
+
 ADVANTAGES: dict[str, type[Advantage]] = {
     advantage.word: advantage
     for advantage in (
         GroupNormalized, GroupCentered, LeaveOneOut, BatchNormalized, ReturnBatchNormalized,
-        TreeCentered,
+        TreeCentered, GAE,
     )
 }  # fmt: skip

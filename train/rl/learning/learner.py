@@ -14,8 +14,9 @@ from train.engine.state import Trainable, TrainState
 from train.engine.step import TrainStep, make_train_step
 from train.models.finetunable import FinetunableModel
 from train.rl.config import RLConfig
+from train.rl.learning.critic import ValueLoss
 from train.rl.learning.losses import PolicyLoss
-from train.rl.learning.policy import action_mask, scores
+from train.rl.learning.policy import action_mask, scores, scores_and_values
 from train.rl.rollout.rows import Rows
 from train.rl.rollout.sampler import Sampling
 
@@ -26,10 +27,13 @@ class Programs(NamedTuple):
     Attributes:
         step: Train step `(state, rows) -> (state, metrics)`; the state is donated.
         score: Log-probabilities `(weights, rows) -> [K, L]` of what is trained.
+        score_values: Log-probabilities and values `(weights, rows) -> [K, L], [K, L]`, for a policy
+            with a value head; None for others.
     """
 
     step: TrainStep
     score: Callable[[Any, Any], jax.Array]
+    score_values: Callable[[Any, Any], tuple[jax.Array, jax.Array]] | None = None
 
 
 class _Same:
@@ -47,7 +51,12 @@ class _Same:
 
 @functools.lru_cache(maxsize=32)
 def _programs(
-    trainable: _Same, loss: PolicyLoss, sampling: Sampling, max_length: int, accumulate: int
+    trainable: _Same,
+    loss: PolicyLoss,
+    critic: ValueLoss | None,
+    sampling: Sampling,
+    max_length: int,
+    accumulate: int,
 ) -> Programs:
     """Programs of a `Trainable`, one set for equal arguments."""
     of: Trainable = trainable.value
@@ -57,26 +66,43 @@ def _programs(
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """`train.engine.step.Loss`; nothing in it is random."""
         del key
-        now = scores(model, rows, sampling)
+        values = None
+        if critic is None:
+            now = scores(model, rows, sampling)
+        else:
+            now, values = scores_and_values(model, rows, sampling)
         old = jnp.where(rows["first"][:, None], jax.lax.stop_gradient(now), rows["old"])
-        return loss(
+        trained = action_mask(model, rows)
+        common: dict[str, Any] = {
+            "valid": rows["valid"], "weight": rows["weight"], "max_length": max_length
+        }  # fmt: skip
+        total, denominator, sums = loss(
             now,
             old,
             rows["advantages"],
-            action_mask(model, rows),
-            valid=rows["valid"],
-            weight=rows["weight"],
-            max_length=max_length,
+            trained,
             reference=rows.get("reference"),
             sampler=rows["sampler"] if loss.uses_sampler else None,
+            **common,
+        )
+        if critic is not None and values is not None:
+            counts = trained & rows["valid"][:, None]
+            of_values, more = critic(values, rows["values"], rows["returns"], counts)
+            total, sums = total + loss.reduce(of_values, counts, **common)[0], sums | more
+        return total, denominator, sums
+
+    def scoring(score: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+        return jax.jit(
+            lambda weights, rows: score(of.model(weights), rows, sampling),
+            in_shardings=(of.shardings.weights, batch_sharding(of.mesh)),
+            out_shardings=replicated(of.mesh),
         )
 
-    score = jax.jit(
-        lambda weights, rows: scores(of.model(weights), rows, sampling),
-        in_shardings=(of.shardings.weights, batch_sharding(of.mesh)),
-        out_shardings=replicated(of.mesh),
+    return Programs(
+        make_train_step(of, accumulate, policy_loss),
+        scoring(scores),
+        scoring(scores_and_values) if critic is not None else None,
     )
-    return Programs(make_train_step(of, accumulate, policy_loss), score)
 
 
 class Learner:
@@ -93,7 +119,11 @@ class Learner:
 
     def __init__(self, config: RLConfig, trainable: Trainable, sampling: Sampling, max_length: int):
         self._config, self._trainable = config, trainable
-        key = (_Same(trainable), config.parts.loss, sampling, max_length, config.accumulate)
+        parts = config.parts
+        key = (
+            _Same(trainable), parts.loss, parts.advantage.critic, sampling, max_length,
+            config.accumulate,
+        )  # fmt: skip
         try:
             hash(key)
         except TypeError:  # a loss with options such as lists: nothing is shared
@@ -103,13 +133,32 @@ class Learner:
 
     def score(self, weights: Any, rows: Rows) -> np.ndarray:
         """Log-probabilities `[K, L]` float32 of what is trained, a micro-batch at a time."""
+        return self._scored(self.programs.score, weights, rows)
+
+    def score_values(self, weights: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities of tokens and values before them, `[K, L]` float32 each.
+
+        Args:
+            weights: Weights of a policy with a value head.
+            rows: Rows of `make_rows`.
+
+        Raises:
+            FloatingPointError: A value of a trained token is NaN or infinite.
+        """
+        assert self.programs.score_values is not None
+        log_probs, values = self._scored(self.programs.score_values, weights, rows)
+        if not np.isfinite(values[rows["trained"]]).all():
+            raise FloatingPointError("the value head gives NaN or infinity: it has diverged")
+        return log_probs, values
+
+    def _scored(self, program: Callable[[Any, Any], Any], weights: Any, rows: Rows) -> Any:
         size = len(rows["valid"]) // (self._config.minibatches * self._config.accumulate)
         parts = []
         needed = [name for name in rows if name not in ("old", "reference")]  # one program
         for start in range(0, len(rows["valid"]), size):
             part = {name: rows[name][start : start + size] for name in needed}
-            parts.append(jax.device_get(self.programs.score(weights, self._placed(part))))
-        return np.concatenate(parts)
+            parts.append(jax.device_get(program(weights, self._placed(part))))
+        return jax.tree.map(lambda *found: np.concatenate(found), *parts)
 
     def update(
         self, state: TrainState, rows: Rows, rng: np.random.Generator, reference: Any = None
@@ -118,7 +167,8 @@ class Learner:
 
         Args:
             state: State before the update.
-            rows: Rows of `make_rows`; the minibatches divide their number.
+            rows: Rows of `make_rows`; the minibatches divide their number. Log-probabilities under
+                this state, `old`, are computed where they are needed and not among them.
             rng: Generator that shuffles rows into minibatches.
             reference: Trained parameters of the reference policy, whose frozen ones are the same;
                 None where the loss reads no reference.
@@ -133,7 +183,9 @@ class Learner:
             rows["reference"] = self.score(weights, rows)
         # In the first optimizer step nothing has moved: the old policy is the present one.
         several = self._config.updates > 1
-        rows["old"] = self.score(state.weights, rows) if several else np.zeros_like(rows["sampler"])
+        if "old" not in rows:
+            blank = np.zeros_like(rows["sampler"])
+            rows["old"] = self.score(state.weights, rows) if several else blank
         found: list[dict[str, Any]] = []
         for epoch in range(self._config.epochs):
             for number, index in enumerate(_shuffled(rows["valid"], self._config.minibatches, rng)):

@@ -78,6 +78,28 @@ class PolicyLoss:
         """
         raise NotImplementedError(f"{type(self).__name__} computes no loss")
 
+    def reduce(
+        self,
+        loss: jax.Array,
+        counts: jax.Array,
+        *,
+        valid: jax.Array,
+        max_length: int,
+        weight: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Numerator and denominator of losses of tokens, the denominator that of `__call__`.
+
+        The loss of a value head is added by it; losses that are used without one need none.
+
+        Args:
+            loss: Loss of each token, `[K, L]`, 0 where nothing counts.
+            counts: Tokens that count, `[K, L]` bool.
+            valid: Rows that are no padding, `[K]` bool.
+            max_length: Greatest number of trained tokens of a row.
+            weight: Multiplicity of each row in both sums, `[K]`; None for 1.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reduces no losses")
+
 
 @dataclasses.dataclass(frozen=True)
 class ClippedLoss(PolicyLoss):
@@ -199,8 +221,21 @@ class ClippedLoss(PolicyLoss):
             kl = _k3(log_probs, constant(reference))
             sums["ref_kl"] = kl.sum()
             loss = loss + self.kl * kl
-        numerator, denominator = _aggregate(self.aggregate, loss, counts, valid, weight, max_length)
+        numerator, denominator = self.reduce(
+            loss, counts, valid=valid, max_length=max_length, weight=weight
+        )
         return numerator, denominator, jax.lax.stop_gradient(sums)
+
+    def reduce(
+        self,
+        loss: jax.Array,
+        counts: jax.Array,
+        *,
+        valid: jax.Array,
+        max_length: int,
+        weight: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        return _aggregate(self.aggregate, loss, counts, valid, weight, max_length)
 
 
 LOSS_OPTIONS = tuple(field.name for field in dataclasses.fields(ClippedLoss))

@@ -36,36 +36,47 @@ def sampler_of(finetunable: FinetunableModel) -> MemGen:
     return MemGen(decoder, NO_MEMORY, boundary=boundary, rngs=nnx.Rngs(0))
 
 
+def predictors(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
+    """Hidden states `[K, L, D]` that predict each token, those that the logits are made of.
+
+    Decisions are replayed, not made again: latents stand where they stood (`point`, `kind`), and
+    are woven anew, so that gradients reach the weaver. The state of a first token is arbitrary.
+
+    Args:
+        finetunable: The policy.
+        rows: Rows of `make_rows`.
+    """
+    tokens = rows["tokens"]
+    if finetunable.memgen is not None:
+        plan = Plan.of(rows["point"], rows["kind"], finetunable.memgen.config)
+        # A row's plan and stream may reach into its padding, which nothing real sees.
+        return finetunable.memgen.predictors(tokens, plan)
+    decoder = finetunable.backbone
+    if finetunable.adapter is not None:
+        decoder = decoder.apply_lora(finetunable.adapter)
+    states = decoder.hidden_states(decoder.embed_tokens(tokens), rows["length"])
+    return jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+
 def token_scores(
     finetunable: FinetunableModel,
     rows: dict[str, jax.Array],
     temperature: float,
     valid_vocab_size: int,
+    hidden: jax.Array | None = None,
 ) -> jax.Array:
     """Log-probabilities `[K, L]` float32 of the tokens that the policy generated, 0 elsewhere.
-
-    Decisions are replayed, not made again: latents stand where they stood (`point`, `kind`), and
-    are woven anew, so that gradients reach the weaver.
 
     Args:
         finetunable: The policy.
         rows: Rows of `make_rows`.
         temperature: Sampling temperature.
         valid_vocab_size: Number of ids that the sampler chooses from.
+        hidden: Hidden states of `predictors`, where the caller has them.
     """
-    tokens = rows["tokens"]
-    if finetunable.memgen is not None:
-        plan = Plan.of(rows["point"], rows["kind"], finetunable.memgen.config)
-        # A row's plan and stream may reach into its padding, which nothing real sees.
-        hidden = finetunable.memgen.predictors(tokens, plan)
-    else:
-        decoder = finetunable.backbone
-        if finetunable.adapter is not None:
-            decoder = decoder.apply_lora(finetunable.adapter)
-        states = decoder.hidden_states(decoder.embed_tokens(tokens), rows["length"])
-        hidden = jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    hidden = predictors(finetunable, rows) if hidden is None else hidden
     return token_log_probs(
-        finetunable.backbone, hidden, tokens, rows["trained"], temperature, valid_vocab_size
+        finetunable.backbone, hidden, rows["tokens"], rows["trained"], temperature, valid_vocab_size
     )
 
 
@@ -88,6 +99,29 @@ def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: 
     if finetunable.method == "trigger":
         return decision_scores(finetunable, rows)
     return token_scores(finetunable, rows, sampling.temperature, sampling.valid_vocab_size)
+
+
+def scores_and_values(
+    finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and values `[K, L]` of tokens, by one forward pass.
+
+    The value of a token is that of the state before it: the value head takes the hidden state that
+    predicts the token. There the streams of a forking model are merged, as for the logits, and the
+    latents of MemGen are attended to. Values are computed at every position, those of prompts and
+    padding too, and count where tokens are trained.
+
+    Args:
+        finetunable: Policy with a value head.
+        rows: Rows of `make_rows`.
+        sampling: How the rows were sampled (`train.rl.rollout.sampler.Sampling`).
+    """
+    assert finetunable.value_head is not None
+    hidden = predictors(finetunable, rows)
+    log_probs = token_scores(
+        finetunable, rows, sampling.temperature, sampling.valid_vocab_size, hidden
+    )
+    return log_probs, finetunable.value_head(hidden)
 
 
 def action_mask(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:

@@ -7,6 +7,7 @@ from train.rl.methods.dr_grpo import DrGRPO
 from train.rl.methods.grpo import GRPO
 from train.rl.methods.knapsack import KnapsackGRPO
 from train.rl.methods.method import Method, Parts
+from train.rl.methods.ppo import PPO
 from train.rl.methods.rebn import ReBN
 from train.rl.methods.reinforce_pp import ReinforcePP
 from train.rl.methods.rloo import RLOO
@@ -17,6 +18,7 @@ __all__ = [
     "DAPO",
     "GRPO",
     "METHODS",
+    "PPO",
     "RLOO",
     "BroRL",
     "DeepSearch",
@@ -34,6 +36,6 @@ METHODS: dict[str, type[Method]] = {
     method.word: method
     for method in (
         GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO, BroRL, TruthRL,
-        DeepSearch,
+        DeepSearch, PPO,
     )
 }  # fmt: skip

@@ -18,6 +18,7 @@ def make_rows(
     advantages: Sequence[np.ndarray],
     multiple: int = 1,
     events: int = 0,
+    returns: Sequence[np.ndarray] | None = None,
 ) -> Rows:
     """Rows padded on the right to one length, and by padding rows to a bucket of rows.
 
@@ -26,11 +27,14 @@ def make_rows(
         advantages: Advantages of each trajectory, `[L]` or a scalar for all of its tokens.
         multiple: Divisor of the number of rows, which is this times a power of two.
         events: Capacity of a row for events of latent memory; 0 writes no plan.
+        returns: Return from each token of each trajectory on, `[L]`, which a value head learns to
+            predict; None without such a head.
 
     Returns:
         Arrays by name: `tokens`, `trained`, `decisions` and the sampler's log-probabilities
         `sampler` `[K, L]`; `advantages [K, L]` float32; `length [K]`; `weight [K]`; `valid [K]`,
-        False for padding; with `events` the plan, `point` and `kind` `[K, E]` int32.
+        False for padding; with `events` the plan, `point` and `kind` `[K, E]` int32; with
+        `returns` these and the trajectories' `values`, `[K, L]` float32.
 
     Raises:
         ValueError: A trajectory has more events than its row's capacity.
@@ -44,14 +48,17 @@ def make_rows(
             filled[: len(row.tokens)] = getattr(row, name)
         return array
 
-    scaled = np.zeros((count, length), np.float32)
-    for filled, row, advantage in zip(scaled, trajectories, advantages, strict=False):
-        filled[: len(row.tokens)] = advantage
+    def floats(values: Sequence[Any]) -> np.ndarray:
+        array = np.zeros((count, length), np.float32)
+        for filled, row, value in zip(array, trajectories, values, strict=False):
+            filled[: len(row.tokens)] = value
+        return array
+
     rows = {
         "tokens": wide("tokens", np.int32),
         "trained": wide("trained", bool, False),
         "sampler": wide("log_probs", np.float32),
-        "advantages": scaled,
+        "advantages": floats(advantages),
         # A padding row is one token long: no program meets an empty row.
         "length": np.array([len(row.tokens) for row in trajectories], np.int32),
         "valid": np.arange(count) < len(trajectories),
@@ -62,6 +69,8 @@ def make_rows(
     if events:
         rows["decisions"] = wide("decisions", np.int8, -1)
         rows["point"], rows["kind"] = _plans(trajectories, count, events)
+    if returns is not None:
+        rows["values"], rows["returns"] = wide("values", np.float32), floats(returns)
     return rows
 
 

@@ -81,6 +81,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
     word: ClassVar[str] = "tree_search"
     episodic: ClassVar[bool | None] = None
+    on_policy: ClassVar[bool] = False
 
     _: dataclasses.KW_ONLY
     turns: int = dataclasses.field(default=0, repr=False)

@@ -47,6 +47,9 @@ class RolloutStrategy:
     episodic: ClassVar[bool | None] = False
     """Whether it plays environments, not tasks of one response; None if it does both."""
 
+    on_policy: ClassVar[bool] = True
+    """Whether each rollout is a sample of the policy, so that its return is one of the state's."""
+
     _: dataclasses.KW_ONLY
     formatter: PromptFormatter = dataclasses.field(default=cast(Any, None), repr=False)
     max_new_tokens: int = dataclasses.field(default=64, repr=False)

@@ -1,0 +1,78 @@
+"""The critic of actor-critic methods: the loss of the value head, and how well values predict."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueLoss:
+    """Clipped squared error of values, per token (PPO, arXiv 1707.06347, as in TRL and verl).
+
+    With value V, the value V_old of the parameters that collected the batch, and return R:
+    c · ½ max((V - R)², (V_old + clip(V - V_old, -ε, ε) - R)²).
+
+    Attributes:
+        clip: Clipping range of a value around V_old (ε), in units of the reward; None for none.
+        coef: Weight of the loss beside that of the policy (c).
+    """
+
+    clip: float | None = 0.2
+    coef: float = 0.5
+
+    def __post_init__(self):
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"value_clip={self.clip}: choose more than 0, or None")
+        if not self.coef > 0:
+            raise ValueError(f"value_coef={self.coef}: choose more than 0")
+
+    def __call__(
+        self, values: jax.Array, old: jax.Array, returns: jax.Array, counts: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss of each token `[K, L]`, 0 where nothing counts, and sums for the metrics.
+
+        Only `values` gets a gradient. What does not count may hold anything, NaN too.
+
+        Args:
+            values: Value before each token under the parameters being optimised, `[K, L]`.
+            old: Value before each token under the parameters that collected the batch, `[K, L]`.
+            returns: Return from each token on, `[K, L]`.
+            counts: Tokens that count, `[K, L]` bool.
+
+        Returns:
+            Loss of each token, and sums over tokens: `value_loss` without the weight c, and
+            `value_clipped`, the number of values that the clip keeps from their gradient.
+        """
+        known = lambda array: jnp.where(counts, array, 0)  # noqa: E731
+        values, old, returns = known(values), known(old), known(returns)
+        old, returns = jax.lax.stop_gradient((old, returns))
+        plain = clipped = jnp.square(values - returns)
+        if self.clip is not None:
+            near = old + jnp.clip(values - old, -self.clip, self.clip)
+            clipped = jnp.square(near - returns)
+        loss = 0.5 * jnp.maximum(plain, clipped)
+        sums = {
+            "value_loss": loss.sum(),
+            "value_clipped": (clipped > plain).sum(dtype=loss.dtype),
+        }
+        return self.coef * loss, jax.lax.stop_gradient(sums)
+
+
+def value_metrics(rows: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean value and explained variance over the trained tokens of a step, before its update.
+
+    Args:
+        rows: Rows of `make_rows` with `values` and `returns`.
+
+    Returns:
+        `value`, and `explained_variance`, 1 - Var(R - V) / Var(R): 1 for perfect values, 0 for
+        constant ones, below 0 for worse ones; 0 too where the returns do not vary.
+    """
+    counts = rows["trained"] & rows["valid"][:, None]
+    values, returns = (rows[name][counts].astype(np.float64) for name in ("values", "returns"))
+    variance = returns.var()
+    explained = 1 - (returns - values).var() / variance if variance > 0 else 0.0
+    return {"value": float(values.mean()), "explained_variance": float(explained)}

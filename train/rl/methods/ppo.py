@@ -1,0 +1,41 @@
+"""PPO: proximal policy optimization with a value head (arXiv 1707.06347)."""
+
+import dataclasses
+from typing import ClassVar
+
+from train.rl.learning.estimators import GAE, Advantage
+from train.rl.learning.losses import Aggregate
+from train.rl.methods.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO(Method):
+    """Advantages of tokens by GAE on a value head, whitened over the batch; clipped value loss.
+
+    The value head is a linear layer of the policy's last hidden state, zeros at first, so that
+    policy and values share the decoder and its gradients. Rollouts of a problem are not compared:
+    one of each (`num_generations=1`) is enough.
+
+    Attributes:
+        gamma: Discount of the rewards of later turns (γ), above 0 and at most 1; within a turn
+            nothing is discounted.
+        lam: Decay of the TD errors of later tokens (λ), from 0 to 1.
+        whiten: Whether advantages are brought to mean 0 and standard deviation 1 over all tokens of
+            the batch.
+        value_clip: Clipping range of values around those that the batch was collected with, in
+            units of the reward (TRL: 0.2); None for none.
+        value_coef: Weight of the value loss, ½ of a squared error, beside the policy's loss.
+    """
+
+    word: ClassVar[str] = "ppo"
+
+    aggregate: Aggregate = "token"
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    value_clip: float | None = 0.2
+    value_coef: float = 0.5
+
+    @property
+    def advantage(self) -> Advantage:
+        return GAE(self.gamma, self.lam, self.whiten, self.value_clip, self.value_coef)
