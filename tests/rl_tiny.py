@@ -62,7 +62,11 @@ def filled(abstract: Any, seed: int = 0, scale: float = 0.25) -> Any:
 
 @functools.cache
 def finetunable(
-    method: Any = "all", model: str = "plain", seed: int = 0, memgen: MemGenConfig = MEMGEN
+    method: Any = "all",
+    model: str = "plain",
+    seed: int = 0,
+    memgen: MemGenConfig = MEMGEN,
+    value_head: bool = False,
 ) -> FinetunableModel:
     """A policy, all of whose parameters matter."""
     build = lambda: FinetunableModel(  # noqa: E731
@@ -72,6 +76,7 @@ def finetunable(
         memgen=memgen,
         boundary=BOUNDARY,
         rngs=nnx.Rngs(1),
+        value_head=value_head,
     )
     return filled(nnx.eval_shape(build), seed)
 
