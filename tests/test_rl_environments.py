@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rl_tiny import language_model
 
+from train.data import ByteTokenizer
 from train.experiments import environments as table
 from train.rl.environments import ENVIRONMENTS
 from train.rl.environments.bm25 import BM25Index
@@ -519,3 +521,26 @@ def test_help_prints_the_suite(capsys):
         table.main(table.Experiment(environments=("gem",)))
     table.main(table.Experiment(environments=("hanoi(disks=2)",), episodes=3))
     assert "| `hanoi(disks=2)` | scripted | 1.000 ± 0.000 |" in capsys.readouterr().out
+
+
+def test_a_trained_player_has_seen_actions_of_the_random_one():
+    """Each action and its end are trained on, what the environment says is not, and nothing after
+    the last action."""
+    environment = make_task("guess_number(max_turns=3)", 0)
+    lm = language_model("shallow")
+    rows = [
+        table.random_episode(lm, environment, problem, np.random.default_rng(seed))
+        for seed, problem in enumerate(environment.problem("train", index) for index in range(6))
+    ]
+    for row in rows:
+        said = [[*text.encode(), ByteTokenizer.separator] for text in row.texts]
+        assert row.tokens[row.trained].tolist() == sum(said, []) and row.trained[-1]
+        assert len(row.begins) == len(row.turn_rewards) == len(said)
+    assert max(len(row.begins) for row in rows) > 1
+    score = table.score_of(rows)
+    assert score.turns == np.mean([len(row.begins) for row in rows])
+    assert score.success == np.mean([row.reward.success for row in rows])
+    with pytest.raises(ValueError, match="unknown method 'a2c'"):
+        table.Experiment(arms=("a2c",))
+    with pytest.raises(ValueError, match="steps=0: choose 1 or more"):
+        table.Experiment(steps=0)

@@ -217,6 +217,13 @@ def test_credit_of_turns_is_by_return():
         # Pooled over turns they have mean 0 and population standard deviation 1.
         pooled = np.array([*found[keep_context].values()])
         np.testing.assert_allclose([pooled.mean(), pooled.std()], [0, 1], atol=1e-6)
+        # Values of 0 and λ = 1: what GAE gives all tokens of a turn, before anything is normalised.
+        config = dataclasses.replace(CONFIG, method="ppo(gamma=0.9, lam=1.0, whiten=False)")
+        returns = assign_advantages(rows, Episodes.from_trajectories(rows), config)
+        turns = np.concatenate([of[row.trained] for row, of in zip(rows, advantages, strict=True)])
+        tokens = np.concatenate([of[row.trained] for row, of in zip(rows, returns, strict=True)])
+        scale = np.polyfit(tokens, turns, 1)
+        np.testing.assert_allclose(np.polyval(scale, tokens), turns, atol=1e-6)
     assert found[True].keys() == found[False].keys()
     assert {turn for _, _, turn in found[True]} == {0, 1, 2}
 

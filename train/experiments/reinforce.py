@@ -255,11 +255,16 @@ class Baseline:
 
 
 def demonstrate(job: RLJob, problems: Sequence[Problem], batch_size: int) -> Iterator[TrainState]:
-    """Supervised steps on answers.
+    """`supervise` on the answers of problems."""
+    return supervise(job, answered(job.lm, problems), batch_size)
+
+
+def supervise(job: RLJob, rows: dict[str, np.ndarray], batch_size: int) -> Iterator[TrainState]:
+    """Supervised steps on the trained tokens of rows.
 
     Args:
         job: Job whose initial weights are trained.
-        problems: Problems with their answers.
+        rows: Arrays `tokens`, `trained` `[N, L]` and `length [N]`.
         batch_size: Number of rows of a step.
 
     Returns:
@@ -272,8 +277,8 @@ def demonstrate(job: RLJob, problems: Sequence[Problem], batch_size: int) -> Ite
         return -token_scores(finetunable, rows, 1.0, vocab_size).sum(), rows["trained"].sum(), {}
 
     state, step = job.first_state(), make_train_step(job.trainable, 1, loss)
-    for rows in shuffled(answered(job.lm, problems), batch_size, job.config.seed):
-        batch = {name: place(values, job.trainable.mesh) for name, values in rows.items()}
+    for part in shuffled(rows, batch_size, job.config.seed):
+        batch = {name: place(values, job.trainable.mesh) for name, values in part.items()}
         state, _ = step(state, batch)
         yield state
 
