@@ -29,6 +29,7 @@ from train.rl.environments.sokoban_levels import STEPS, Level, generate, solve
 from train.rl.environments.stepping import StepPool, TimeLimited, counted_step
 from train.rl.environments.tools import CalculatorTool, ToolEnvironment, call_of, run_tool
 from train.rl.named_tasks import make_task, tasks_help
+from train.rl.rollout.episodes import Rollout
 from train.rl.scoring import safe_step
 from train.rl.types import Problem
 
@@ -528,10 +529,8 @@ def test_a_trained_player_has_seen_actions_of_the_random_one():
     the last action."""
     environment = make_task("guess_number(max_turns=3)", 0)
     lm = language_model("shallow")
-    rows = [
-        table.random_episode(lm, environment, problem, np.random.default_rng(seed))
-        for seed, problem in enumerate(environment.problem("train", index) for index in range(6))
-    ]
+    rollouts = [Rollout(0, environment.problem("train", index), index) for index in range(6)]
+    rows = [table.random_episode(lm, environment, rollout, seed=0) for rollout in rollouts]
     for row in rows:
         said = [[*text.encode(), ByteTokenizer.separator] for text in row.texts]
         assert row.tokens[row.trained].tolist() == sum(said, []) and row.trained[-1]

@@ -35,6 +35,7 @@ from train.rl.named_tasks import make_task
 from train.rl.parts import part_from_text
 from train.rl.rollout.episodes import Rollout, TrajectoryBuilder
 from train.rl.rollout.formatter import PromptFormatter
+from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampled
 from train.rl.types import Completion, Episodes, Reward, Trajectory
 
@@ -144,23 +145,22 @@ def shown_episodes(config: Experiment, text: str, environment: Any) -> RLJob:
     job = RLJob(run, lm, environment)
     problems = job.collector.problems("train", 0, SHOWN)
     rows = [
-        random_episode(lm, environment, problem, np.random.default_rng([config.seed, number]))
+        random_episode(lm, environment, Rollout(0, problem, number), config.seed)
         for number, problem in enumerate(problems)
     ]
-    arrays = job.rows(rows, None)
+    arrays = make_rows(rows, np.zeros(len(rows)))
     states = supervise(job, {name: arrays[name] for name in ("tokens", "trained", "length")}, ROWS)
     state = next(itertools.islice(states, config.supervised - 1, None))
     model = job.trainable.model(state.weights).backbone.model
     return RLJob(run_config(config, text), LanguageModel(model, lm.tokenizer), environment)
 
 
-def random_episode(
-    lm: LanguageModel, environment: Any, problem: Any, rng: np.random.Generator
-) -> Trajectory:
+def random_episode(lm: LanguageModel, environment: Any, rollout: Rollout, seed: int) -> Trajectory:
     """An episode of the random player as one row, whose actions end in a stop id."""
-    formatter = PromptFormatter(lm)
+    formatter, problem = PromptFormatter(lm), rollout.problem
+    rng = np.random.default_rng([seed, rollout.number])
     played = play_episode(environment, problem, environment.random_action, rng)
-    row = TrajectoryBuilder(Rollout(0, problem, 0), formatter.prompt(played.shown[:1]))
+    row = TrajectoryBuilder(rollout, formatter.prompt(played.shown[:1]))
     actions, observations = played.shown[1::2], played.shown[2::2]
     for turn, (action, observation) in enumerate(zip(actions, observations, strict=True)):
         ids = np.array([*lm.tokenizer.encode(action)[0].tolist(), lm.stop_ids[0]], np.int32)
