@@ -5,8 +5,7 @@ python -m train.experiments.environments --environments guess_number --arms "ppo
 
 A trained player is a small decoder of bytes that has seen episodes of the random player, so that it
 knows how actions are written, and then learns by a method of `train.rl`. All arms of an environment
-begin with the same weights and get as many rollouts. It is scored greedily, once on each of the
-problems that it has seen.
+begin with the same weights and get as many rollouts. It is scored as it was trained, by samples.
 """
 
 import dataclasses
@@ -47,7 +46,6 @@ SHOWN = 256  # episodes of the random player that a trained one has seen
 ROWS = 64  # of a supervised step
 MAX_NEW_TOKENS = 8
 MAX_OBSERVATION = 64
-SCORED = 256  # problems of an endless or a large split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Experiment:
 
     Attributes:
         environments: Environments with their options; all that have players by default.
-        episodes: Number of episodes of the random and of the scripted player.
+        episodes: Number of episodes of each player.
         seed: Seed of the order of problems, of the players and of trained weights.
         arms: Methods of `train.rl` with their options, each of which trains a player of each
             environment; none by default.
@@ -99,9 +97,10 @@ def main(config: Experiment) -> None:
             print(table_row(text, player, score), flush=True)
         if config.arms:
             start = shown_episodes(config, text, environment)
-            print(table_row(text, "before", greedy_score(start)), flush=True)
+            print(table_row(text, "before", sampled_score(start, config.episodes)), flush=True)
             for arm in config.arms:
-                score = greedy_score(trained(config, text, environment, start.lm, arm))
+                job = trained(config, text, environment, start.lm, arm)
+                score = sampled_score(job, config.episodes)
                 print(table_row(text, f"`{arm}`", score), flush=True)
 
 
@@ -179,14 +178,20 @@ def trained(config: Experiment, text: str, environment: Any, lm: LanguageModel, 
         return RLJob(run_config(config, text), load_model(folder), environment)
 
 
-def greedy_score(job: RLJob) -> Score:
-    """Scores of greedy episodes, one of each training problem, or of the first ones of many."""
+def sampled_score(job: RLJob, episodes: int) -> Score:
+    """Scores of a policy on as many episodes of the first training problems as other players play.
+
+    Args:
+        job: Job whose initial weights are the policy.
+        episodes: Number of episodes; a finite split begins again at its end.
+    """
     size = job.task.sizes["train"]
-    count = SCORED if size is None else min(size, SCORED)
+    count = episodes if size is None else min(size, episodes)
     problems = [job.task.problem("train", index) for index in range(count)]
-    strategy, sampler = job.collector.strategy, job.sampler(job.first_state().weights, greedy=True)
-    rows = strategy.collect(sampler, job.task, problems, [1] * count, (job.config.seed,))
-    return score_of(rows)
+    counts = [len(range(index, episodes, count)) for index in range(count)]
+    sampler = job.sampler(job.first_state().weights)
+    strategy = job.collector.strategy
+    return score_of(strategy.collect(sampler, job.task, problems, counts, (job.config.seed, 2)))
 
 
 def score_of(rows: Sequence[Trajectory]) -> Score:

@@ -167,8 +167,8 @@ class Learner:
 
         Args:
             state: State before the update.
-            rows: Rows of `make_rows`; the minibatches divide their number. Log-probabilities under
-                this state, `old`, are computed where they are needed and not among them.
+            rows: Rows of `make_rows`; the minibatches divide their number. `old`, the
+                log-probabilities under this state, may be among them and is computed otherwise.
             rng: Generator that shuffles rows into minibatches.
             reference: Trained parameters of the reference policy, whose frozen ones are the same;
                 None where the loss reads no reference.
