@@ -37,6 +37,7 @@ from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampled
 from train.rl.types import Completion, Episodes, Reward, Trajectory
+from train.runs.metrics import read_metrics
 
 PLAYERS = ("random", "scripted")
 MODEL = ModelConfig(
@@ -175,6 +176,8 @@ def trained(config: Experiment, text: str, environment: Any, lm: LanguageModel, 
     """The policy that a method makes of a decoder, as a job."""
     with tempfile.TemporaryDirectory() as folder:
         train(RLJob(run_config(config, text, method=arm, out=folder), lm, environment))
+        if read_metrics(folder)[-1]["step"] < config.steps:  # a signal stopped it: not a result
+            raise SystemExit(1)
         return RLJob(run_config(config, text), load_model(folder), environment)
 
 
