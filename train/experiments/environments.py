@@ -148,7 +148,7 @@ def shown_episodes(config: Experiment, text: str, environment: Any) -> RLJob:
         random_episode(lm, environment, Rollout(0, problem, number), config.seed)
         for number, problem in enumerate(problems)
     ]
-    arrays = make_rows(rows, np.zeros(len(rows)))
+    arrays = make_rows(rows, [np.zeros(len(row.tokens)) for row in rows])
     states = supervise(job, {name: arrays[name] for name in ("tokens", "trained", "length")}, ROWS)
     state = next(itertools.islice(states, config.supervised - 1, None))
     model = job.trainable.model(state.weights).backbone.model
