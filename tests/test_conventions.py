@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import memgen
@@ -16,6 +17,10 @@ import thoughtbubbles
 from memgen import LoRAConfig, MemGen, MemGenConfig, TriggerConfig, WeaverConfig
 from thoughtbubbles import Block, Fork, ModelConfig, PrefixRank, Streams, Thoughtbubbles
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.module import abstract_module
+from thoughtbubbles.stored_parameters import abstract_state
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
 
 CONFIG = ModelConfig(
     vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, fork_layers=(1,), tied_head=False
@@ -88,6 +93,23 @@ def test_named_axes_need_no_mesh_and_bind_to_none():
     with jax.set_mesh(jax.make_mesh((2,), ("embed",))):
         fork = Fork(8, rngs=nnx.Rngs(0))
     assert fork.score.get_value().sharding.spec in (P(), P(None, None))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_models_are_described_inside_a_mesh_with_other_names(kind: AxisType):
+    """The mesh may have the name of an axis, or not: what shapes alone say has no sharding."""
+    for name in ("data", "embed"):
+        mesh = jax.make_mesh((2,), (name,), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            found = abstract_module(lambda: Fork(8, rngs=nnx.Rngs(0)))
+            assert found.score.get_value().sharding is None
+            assert CONFIG.num_params() == sum(
+                leaf.size for leaf in jax.tree.leaves(abstract_state(CONFIG))
+            )
+            if name == "data":
+                trainable = make_trainable(CONFIG, OptimizerConfig(), 10, mesh)
+                state = jax.tree.leaves(trainable.abstract.params)
+                assert all(leaf.sharding.is_fully_replicated for leaf in state)
 
 
 @pytest.mark.parametrize("name", ["fork", "block", "model", "weaver", "trigger"])

@@ -19,6 +19,7 @@ from thoughtbubbles import ArchitectureConfig, Fork, PrefixRank, Streams, Thresh
 from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.hatchling import HatchlingConfig
 from thoughtbubbles.hatchling.forking import ForkingHatchlingConfig
+from thoughtbubbles.module import abstract_module
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, placed_beside, zeros_beside
 from train.cli.config_json import POLICIES
 from train.devices.mesh import place
@@ -112,7 +113,7 @@ TEXT = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
 @functools.cache
 def weights(name: str) -> Any:
     """Made by NumPy: nothing is compiled."""
-    model = nnx.eval_shape(lambda: architecture_of(MODELS[name])(MODELS[name], rngs=nnx.Rngs(0)))
+    model = abstract_module(lambda: architecture_of(MODELS[name])(MODELS[name], rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     draw = lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype)  # noqa: E731
     return jax.tree.map(draw, nnx.state(model))

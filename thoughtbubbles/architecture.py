@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from thoughtbubbles.module import Module
+from thoughtbubbles.module import Module, abstract_module
 from thoughtbubbles.parameters import with_params
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.streams import left_align, restore_alignment
@@ -60,7 +60,7 @@ class ArchitectureConfig:
 
     def num_params(self) -> int:
         """Number of parameters of the model."""
-        model = nnx.eval_shape(lambda: architecture_of(self)(self, rngs=nnx.Rngs(0)))
+        model = abstract_module(lambda: architecture_of(self)(self, rngs=nnx.Rngs(0)))
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
     def forward_flops(self, num_tokens: int) -> int:

@@ -1,9 +1,13 @@
 """NNX modules whose classes say the arguments of their constructors, in `help()` and editors."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import jax
 from flax import nnx
+
+Built = TypeVar("Built")
 
 
 class _Constructor:
@@ -22,3 +26,15 @@ class Module(nnx.Module):
     """An `nnx.Module` whose class has the signature of its constructor."""
 
     __signature__ = _Constructor()
+
+
+def abstract_module(build: Callable[[], Built]) -> Built:
+    """The module that a function makes, of shapes and types alone.
+
+    `nnx.eval_shape` would bind the names of its axes to a surrounding mesh, which has other ones.
+
+    Args:
+        build: Function that makes the module; it is only traced.
+    """
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(build)

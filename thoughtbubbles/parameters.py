@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from thoughtbubbles.module import abstract_module
+
 
 def with_params(
     build: Callable[[], nnx.Module],
@@ -24,7 +26,7 @@ def with_params(
     Raises:
         ValueError: Names or shapes differ from those of the module.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(build))
+    graphdef, state = nnx.split(abstract_module(build))
     expected, given = _by_name(nnx.to_pure_dict(state)), _by_name(params)
     for name in {**expected, **given}:
         there = given[name].shape if name in given else "missing"

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.model import Thoughtbubbles
+from thoughtbubbles.module import abstract_module
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Policy
 
@@ -62,7 +63,7 @@ def add_forks(
     forking = forking_config(config, layers, policy)
     if isinstance(weights, nnx.State):
         weights = nnx.to_pure_dict(weights)
-    nnx.eval_shape(lambda: Thoughtbubbles.from_params(config, weights))  # raises if they don't fit
+    abstract_module(lambda: Thoughtbubbles.from_params(config, weights))  # raises if they don't fit
 
     def forks() -> Any:
         # XLA computes what is returned, so the rest of the model costs nothing.

@@ -8,6 +8,7 @@ from flax import nnx
 
 from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.config import ModelConfig
+from thoughtbubbles.module import abstract_module
 
 # Our names of parameters to Hugging Face's; those of a block follow `model.layers.N.` there.
 TOP = {
@@ -81,7 +82,7 @@ class StoredParameter(NamedTuple):
 
 def abstract_state(config: Any) -> nnx.State:
     kind = architecture_of(config)
-    return nnx.state(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    return nnx.state(abstract_module(lambda: kind(config, rngs=nnx.Rngs(0))))
 
 
 def own_parameters(state: nnx.State) -> dict[str, StoredParameter]:

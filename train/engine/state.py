@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from thoughtbubbles import Architecture, ArchitectureConfig
 from thoughtbubbles.architecture import Tracked, architecture_of
+from thoughtbubbles.module import abstract_module
 from train.devices.attention import Attention, attention_on, resolve
 from train.devices.mesh import check_entered, check_mesh, constrain_batch, state_shardings
 from train.engine.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -178,7 +179,7 @@ def make_trainable(
         )
         return model if wrap is None else wrap(model)
 
-    graphdef, weights = nnx.split(nnx.eval_shape(build))
+    graphdef, weights = nnx.split(abstract_module(build))
     params, _, _ = nnx.split_state(weights, *_parts(trained))
     if not params:
         raise ValueError(f"trained={trained}: the model has no such parameter, none would move")

@@ -26,6 +26,7 @@ from thoughtbubbles import (
     Threshold,
     TopK,
 )
+from thoughtbubbles.module import abstract_module
 from thoughtbubbles.statistics import readable as fork_metrics
 from train.benchmarks.timing import Clock
 from train.cli.command import run_command
@@ -152,7 +153,7 @@ class LookupTask:
     def trainable(self, config: ModelConfig, steps: int, seed: int) -> Trainable:
         trainable = make_trainable(config, self.optimizer, steps, make_mesh(MeshConfig()), seed)
         constrain = trainable.model(trainable.abstract.weights).constrain
-        model = nnx.eval_shape(lambda: AnswerModel(config, rngs=nnx.Rngs(0), constrain=constrain))
+        model = abstract_module(lambda: AnswerModel(config, rngs=nnx.Rngs(0), constrain=constrain))
         return dataclasses.replace(trainable, graphdef=nnx.graphdef(model))
 
     def batches(self, seed: int) -> Iterator[np.ndarray]:
