@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -148,7 +149,8 @@ def _changed(module: Any, changes: Mapping[str, Any], change: Any) -> Any:
     known = {name: (layer, form) for name, layer, form in _layers(module)}
     for name in changes:
         if name not in known:
-            raise ValueError(f"no linear layer {name!r}: choose from {choices(known)}")
+            there = choices(known) or "a module that has some; this one has none"
+            raise ValueError(f"no linear layer {name!r}: choose from {there}")
         if hasattr(known[name][0], "low_rank"):
             raise ValueError(f"{name} has an adapter already: merge it first (merge_lora)")
     # Unflattened around new layers: the copy shares no object with the module, only arrays.
@@ -182,13 +184,28 @@ class _Adapted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         y = super().__call__(*args, **kwargs)  # pyright: ignore
-        inputs, *_ = (*args, *kwargs.values())
+        bound = inspect.signature(super().__call__).bind(*args, **kwargs)  # pyright: ignore
+        inputs = next(iter(bound.arguments.values()))
         layer: Any = self
         form = _form_of("a layer", layer)
         assert form is not None  # or no adapter had been added to it
+        if form.stack:
+            raise ValueError(
+                f"a kernel of shape {layer.kernel.shape} is a stack of {form.target[1:]} matrices: "
+                "call the layer inside the nnx.vmap or nnx.scan that it was made by; layers with "
+                "a matrix for each element of a batch take no adapter"
+            )
         # In the type that the layer computes in, which its dtype may set.
         update = form.of_rows(layer.low_rank(form.rows(inputs).astype(y.dtype)))
         return y + _placed_as(update.astype(y.dtype), y)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(max(2, int(protocol)))
+        return _empty, (type(self).__mro__[2],), *state
+
+
+def _empty(kind: type) -> Any:
+    return object.__new__(_with_adapter(kind))
 
 
 @functools.cache
@@ -206,6 +223,8 @@ def _form_of(name: str, layer: Any) -> _Form | None:
         inputs, outputs = tuple(layer.in_features), tuple(layer.out_features)
         order, axis = tuple(range(len(inputs) + len(outputs))), tuple(layer.axis)
         return _Form(_stack(name, layer, (*inputs, *outputs)), inputs, outputs, order, axis=axis)
+    if layer.kernel.ndim < 2:
+        return None
     inputs, outputs = layer.kernel.shape[-2:]
     if isinstance(layer, nnx.Linear):
         inputs, outputs = layer.in_features, layer.out_features

@@ -17,7 +17,12 @@ from flax import nnx
 import memgen
 from memgen.lora import make_adapter
 from thoughtbubbles import ModelConfig, Thoughtbubbles
-from thoughtbubbles.adapters import hugging_face_module, load_adapter, save_adapter
+from thoughtbubbles.adapters import (
+    LoRAWeights,
+    hugging_face_module,
+    load_adapter,
+    save_adapter,
+)
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.safetensors_files import write_safetensors
 from train import evaluate, generate
@@ -196,3 +201,32 @@ def test_the_commands_merge_one(monkeypatch, capsys):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     with pytest.raises(ValueError, match="another base"):
         load_weights(model).with_adapter(str(FIXTURES / "adapters/qwen3"))
+
+
+def test_names_that_two_layers_share_are_refused(tmp_path: Path):
+    """The mistake in a `module_name` of one's own: the index is forgotten."""
+    a, b = jnp.ones((2, 4, 1)), jnp.ones((2, 1, 4))
+    low = LoRAWeights(a, b, jnp.ones(2))
+    without_index = lambda target, index: f"model.{target}"  # noqa: E731
+    with pytest.raises(ValueError, match="'model.up' to two layers of up: give each index"):
+        save_adapter(tmp_path / "a", {"up": low}, module_name=without_index)
+    save_adapter(tmp_path / "a", {"up": low}, module_name=lambda target, index: f"{target}.{index}")
+    with pytest.raises(ValueError, match="'model.up' to two layers of up: give each index"):
+        load_adapter(tmp_path / "a", {"up": ((2,), 4, 4)}, module_name=without_index)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dropout", "words"),
+    [
+        (0.0, 0.0, "an adapter of no layer"),
+        (-1.0, 0.0, "up has the scale -1.0: peft knows those above 0"),
+        (1.0, float("nan"), "dropout=nan is no rate"),
+    ],
+)
+def test_what_peft_would_not_read_is_not_written(scale, dropout, words, tmp_path: Path):
+    low = LoRAWeights(jnp.ones((1, 4, 1)), jnp.ones((1, 1, 4)), jnp.full(1, scale))
+    with pytest.raises(ValueError, match=words):
+        save_adapter(
+            tmp_path / "a", {"up": low}, module_name=lambda *_: "model.up", dropout=dropout
+        )
+    assert not (tmp_path / "a").exists()

@@ -1,5 +1,7 @@
 """Adapters on Flax layers of any kind: found, added, stacked, sharded and merged."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 import memgen
 from memgen.lora import LowRank, make_adapter
+from thoughtbubbles.adapters import LoRAWeights
 
 RANK = 2
 
@@ -222,3 +225,44 @@ def test_mistakes():
     aside = nnx.vmap(lambda rngs: nnx.Linear(3, 4, rngs=rngs), out_axes=1)(nnx.Rngs(0).split(2))
     with pytest.raises(ValueError, match=r"kernel of shape \(3, 2, 4\), its sizes are \(3, 4\)"):
         memgen.linear_layers(aside)
+
+
+class ExpertsLinear(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.ones((4, 8, 8)))
+
+    def __call__(self, x):
+        return jnp.einsum("bed,edf->bef", x, self.kernel[...])
+
+
+def with_adapters(net: nnx.Module):
+    draw = lambda shape: jnp.asarray(np.random.default_rng(0).normal(size=shape), "f4")  # noqa: E731
+    adapter = {}
+    for name, (stack, inputs, outputs) in memgen.linear_layers(net).items():
+        a, b = draw((*stack, inputs, RANK)), draw((*stack, RANK, outputs))
+        adapter[name] = LoRAWeights(a, b, jnp.ones(stack))
+    return memgen.apply_lora(net, adapter)
+
+
+def test_a_matrix_for_each_expert_is_no_stack_of_layers():
+    adapted = with_adapters(nnx.List([ExpertsLinear()]))
+    with pytest.raises(ValueError, match=r"shape \(4, 8, 8\) is a stack of \(8, 8\) matrices"):
+        adapted[0](jnp.ones((4, 4, 8)))
+
+
+def test_an_adapted_layer_takes_arguments_by_name_and_is_pickled():
+    net = nnx.List([OwnLinear(6, 4, rngs=nnx.Rngs(0))])
+    adapted, x = with_adapters(net), jnp.ones((2, 6))
+    expected = adapted[0](x)
+    np.testing.assert_array_equal(adapted[0](out_sharding=None, x=x), expected)
+    again = pickle.loads(pickle.dumps(adapted))
+    assert type(again[0]) is type(adapted[0])
+    np.testing.assert_array_equal(again[0](x), expected)
+
+
+def test_a_scale_of_one_axis_is_no_layer():
+    scale = OwnLinear(6, 4, rngs=nnx.Rngs(0))
+    scale.kernel = nnx.Param(jnp.ones(6))
+    assert memgen.linear_layers(nnx.List([scale])) == {}
+    with pytest.raises(ValueError, match="choose from a module that has some; this one has none"):
+        memgen.apply_lora(nnx.List([scale]), {"0": lambda x: x})

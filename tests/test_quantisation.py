@@ -169,7 +169,9 @@ def test_scores_that_a_library_has_quantised_are_refused(stored: str):
     fork = Fork(8, PrefixRank(2.0), rngs=nnx.Rngs(0))
     other = jnp.zeros((8, 2), jnp.int8) if stored == "int8" else {"qvalue": jnp.zeros((8, 2))}
     fork.score.set_value(other)
-    with pytest.raises(ValueError, match='must be float32, .*: exclude "forks" from quantisation'):
+    with pytest.raises(
+        ValueError, match='must be float32 or bfloat16, .*: exclude "forks" from quantisation'
+    ):
         fork(Streams.start(jnp.ones((1, 4, 8))))
 
 
@@ -182,3 +184,34 @@ def test_the_commands(monkeypatch, capsys):
         seen.append(changed(load_weights(LLAMA), config))
     kinds = [isinstance(lm.model.embed, Int8Weight) for lm in seen]
     assert kinds == [False, False, True, True]
+
+
+def test_weights_that_are_no_numbers_stay_so():
+    """A diverged or damaged checkpoint must not look healthy."""
+    kernel = np.ones((4, 3), np.float32)
+    kernel[0, 1], kernel[1, 2] = np.nan, np.inf
+    found = np.asarray(Int8Weight(jnp.asarray(kernel))(jnp.ones((1, 4))))
+    assert np.isfinite(found[0]).tolist() == [True, False, False]
+
+
+def test_scores_of_eight_bits_are_refused_as_floats_too():
+    fork = Fork(8, rngs=nnx.Rngs(0))
+    fork.score.set_value(fork.score.get_value().astype(jnp.float8_e4m3fn))
+    with pytest.raises(ValueError, match="float8_e4m3fn, and must be float32 or bfloat16"):
+        fork(Streams.start(jnp.zeros((1, 3, 8))))
+
+
+def test_a_batch_over_explicit_axes_is_that_of_one_device():
+    draw = np.random.default_rng(0).normal
+    weight = Int8Weight(jnp.asarray(draw(size=(8, 6)), jnp.float32))
+    x, ids = jnp.asarray(draw(size=(2, 3, 8)), jnp.float32), jnp.asarray([[0, 5], [3, 1]])
+    expected = weight(x), weight.rows(ids)
+    mesh = jax.make_mesh((2,), ("data",))
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        found = jax.jit(lambda weight, x, ids: (weight(x), weight.rows(ids)))(
+            weight, jax.device_put(x, rows), jax.device_put(ids, rows)
+        )
+        assert all(array.sharding.spec[0] == "data" for array in found)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)

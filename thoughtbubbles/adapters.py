@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,11 @@ def load_adapter(
     if base is not None and base != given_base:
         raise ValueError(f"{path} belongs to the base {shown(given_base)}, not to {base!r}")
     files = SafetensorsFiles(path, TENSORS)
-    layers = {name: layer for name, layer in _layers(lora_targets, module_name)}
+    layers: dict[str, _Layer] = {}
+    for name, layer in _layers(lora_targets, module_name):
+        if name in layers:
+            _repeated(name, layers[name].target, layer.target)
+        layers[name] = layer
     modules = _modules(files, str(path / TENSORS), layers, given_base)
     _check_targets(fields, modules, layers)
     scales = {module: _scale(fields, module, rank) for module, rank in modules.items()}
@@ -189,8 +193,8 @@ def save_adapter(
             exists and is not empty.
         OSError: The folder can't be written; no part of it remains.
     """
-    if not adapter:
-        raise ValueError("an adapter of no layer: choose targets first")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} is no rate: choose at least 0 and below 1")
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -203,10 +207,16 @@ def save_adapter(
             if not scale[index]:  # a layer that was left out
                 complete = False
                 continue
+            if not scale[index] > 0:
+                raise ValueError(f"{target} has the scale {scale[index]}: peft knows those above 0")
             module = module_name(target, index)
+            if module in ranks:
+                _repeated(module, target, target)
             ranks[module], alphas[module] = rank, float(scale[index] * np.float32(rank))
             for part, side in zip(PARTS, (a, b), strict=True):
                 tensors[f"{PREFIX}{module}{part}"] = side[index].T
+    if not ranks:
+        raise ValueError("an adapter of no layer: choose targets first")
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     short = complete and module_name is hugging_face_module  # a target is all layers of a name
     fields = {
@@ -227,6 +237,13 @@ def save_adapter(
     with new_folder(Path(path).expanduser()) as folder:
         write_safetensors(folder / TENSORS, shapes, np.dtype("f4"), tensors.__getitem__)
         (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _repeated(module: str, one: str, other: str) -> NoReturn:
+    where = f"two layers of {one}" if one == other else f"a layer of {one} and one of {other}"
+    raise ValueError(
+        f"module_name gives {module!r} to {where}: give each index of a stack its own name"
+    )
 
 
 def _whole(number: float) -> float | int:

@@ -54,10 +54,21 @@ def embedding_rows(table: jax.Array, index: jax.Array) -> jax.Array:
         table: `[V, ...]` array.
         index: Indices of any shape, whose placement the result takes.
     """
+    return rows_at(table, index, mode="fill", fill_value=jnp.nan)
+
+
+def rows_at(table: jax.Array, index: jax.Array, **get: Any) -> jax.Array:
+    """Rows of a table, `table.at[index].get(**get)`, placed as the index is.
+
+    Args:
+        table: `[V, ...]` array.
+        index: Indices of any shape.
+        get: Options of `get`, such as what an index outside of the table means.
+    """
     table, index = jnp.asarray(table), jnp.asarray(index)
     here = jax.typeof(index).sharding
     place = NamedSharding(here.mesh, PartitionSpec(*here.spec, *[None] * (table.ndim - 1)))
-    return table.at[index].get(mode="fill", fill_value=jnp.nan, out_sharding=place)
+    return table.at[index].get(out_sharding=place, **get)
 
 
 def placed_beside(tree: Any, like: jax.Array, axis: int = 0) -> Any:

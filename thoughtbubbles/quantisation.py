@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from thoughtbubbles.placement import embedding_rows
+from thoughtbubbles.placement import embedding_rows, rows_at
 
 LARGEST = 127
 # Number of weights that are converted at a time: as many as stay in a core's cache until they are
@@ -48,7 +48,8 @@ class Int8Weight(nnx.Module):
         matrix = kernel.reshape(*kernel.shape[:stack], math.prod(shape[:inputs]), -1)
         matrix = matrix.swapaxes(-1, -2).astype(jnp.float32)
         largest = jnp.abs(matrix).max(axis=-1)
-        scale = jnp.where(largest > 0, largest, 1.0) / LARGEST
+        # A NaN among the weights stays one in the scale, and so in the output.
+        scale = jnp.where(largest == 0, 1.0, largest) / LARGEST
         self.values = Int8Param(jnp.rint(matrix / scale[..., None]).astype(jnp.int8))
         self.scale = Int8Param(scale)
 
@@ -73,7 +74,7 @@ class Int8Weight(nnx.Module):
     def rows(self, index: jax.Array) -> jax.Array:
         """Rows of an embedding, `[..., inputs]` float32; NaN for an index outside of it."""
         scale = embedding_rows(self.scale[...], index)
-        values = self.values[...].at[index].get(mode="clip")
+        values = rows_at(self.values[...], index, mode="clip")
         return values.astype(jnp.float32) * scale[..., None]
 
 
@@ -94,10 +95,12 @@ def linear(equation: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
 def unquantised(score: Any) -> jax.Array:
     """The weight of a fork layer's scores; a ValueError if some library has quantised it."""
     dtype = getattr(score, "dtype", type(score).__name__)
-    if not (hasattr(score, "dtype") and jnp.issubdtype(dtype, jnp.floating)):
+    fine = hasattr(score, "dtype") and jnp.issubdtype(dtype, jnp.floating)
+    if not fine or jnp.dtype(dtype).itemsize < 2:
         raise ValueError(
-            f"the score weight of a fork layer is {dtype}, and must be float32, as scores would "
-            'tie: exclude "forks" from quantisation, or use thoughtbubbles.quantisation.quantise'
+            f"the score weight of a fork layer is {dtype}, and must be float32 or bfloat16, as "
+            'scores would tie: exclude "forks" from quantisation, or use '
+            "thoughtbubbles.quantisation.quantise"
         )
     return score
 
@@ -149,6 +152,8 @@ def _zero_of(x: jax.Array) -> jax.Array:
     Otherwise all weights of a program are converted as soon as it begins, out of its loop over
     tokens too, and held in float32 side by side; XLA drops optimisation barriers before that.
     """
+    if any(jax.typeof(x).sharding.spec):  # an element of it would be sent to all devices
+        return jnp.int8(0)
     first = jax.lax.bitcast_convert_type(x[(0,) * x.ndim].astype(jnp.float32), jnp.int32)
     return (jax.lax.population_count(first) >> 6).astype(jnp.int8)  # of 32 bits
 

@@ -71,7 +71,7 @@ class SafetensorsFiles:
             raise ValueError(f"{folder} has no {names}{why}: export safetensors")
         files = {location.file.name for location in self._locations.values()}
         others = {path.name for path in folder.glob("*.safetensors")} - files - {SINGLE}
-        if others:
+        if others and single == SINGLE:
             _warn(f"{folder}: the weights are in {_some(files)}; not read are {_some(others)}")
         self.shapes = {name: location.shape for name, location in self._locations.items()}
 

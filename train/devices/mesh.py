@@ -66,8 +66,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: The product of the sizes is not the number of devices, or sizes are given inside
             `jax.set_mesh`.
     """
-    around = jax.sharding.get_mesh()
-    if devices is None and not around.empty:
+    if devices is None and not (around := jax.sharding.get_mesh()).empty:
         if config != MeshConfig():
             raise ValueError(
                 f"mesh {_sizes(dataclasses.asdict(config))} inside jax.set_mesh of "
@@ -103,6 +102,11 @@ def check_mesh(mesh: Mesh) -> None:
         raise ValueError(
             f"mesh {_sizes(mesh.shape)} has axes that the trainer does not know: name them data, "
             "fsdp (both split the batch) and tensor"
+        )
+    if len(set(mesh.axis_types)) > 1:
+        raise ValueError(
+            f"mesh {_sizes(mesh.shape)} has axes of the kinds "
+            f"{', '.join(map(str, mesh.axis_types))}: make all of them auto or all explicit"
         )
     parameters = {name: mesh.shape[name] for name in ("fsdp", "tensor") if name in mesh.shape}
     if is_explicit(mesh) and max(parameters.values(), default=1) > 1:
