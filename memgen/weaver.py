@@ -9,7 +9,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone
-from memgen.checks import check_width
+from memgen.checks import check_config, check_floating, check_width
 from memgen.config import WeaverConfig
 from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
@@ -116,6 +116,8 @@ class Weaver(Module):
         kernel_init: Initializer | None = None,
         param_dtype: Dtype = jnp.float32,
     ):
+        check_config(config, WeaverConfig)
+        check_floating("param_dtype", param_dtype)
         self.config = config
         width, has_context = backbone.embed_dim, config.context != "nothing"
         query_width = width if has_context else reasoner.embed_dim

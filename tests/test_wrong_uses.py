@@ -77,6 +77,9 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "lengths of other rows": (lambda g: g.streams(length=g.ids(3)), r"\(3,\) for 2 rows"),
     "lengths beyond the row": (lambda g: g.streams(length=np.array([9, 0])), r"\[9, 0\] of 4"),
     "negative lengths": (lambda g: g.streams(length=np.array([-1, 0])), r"\[-1, 0\] of 4 tokens"),
+    "lengths of floats": (lambda g: g.streams(length=g.array(2)), "length of type float32"),
+    "lengths of bool": (lambda g: g.streams(length=[True, True]), "length of type bool"),
+    "first of floats": (lambda g: g.streams(first=[0.5, 0.5]), "first of type float32"),
     "first of other rows": (lambda g: g.streams(first=g.ids(3)), r"first of shape \(3,\) for 2"),
     "a misspelt field": (lambda g: g.streams().replace(y=0), "no field 'y': did you mean"),
     "texts of other rows": (lambda g: g.streams().page([["a"]]), r"no values here|texts of \[1\]"),
@@ -88,6 +91,18 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "a mask of other values": (
         lambda g: restore_alignment(g.array(2, 4), g.ids(1, 4) > 0, g.ids(2, 4)),
         r"\(1, 4\).*\(2, 4",
+    ),
+    "a mask of floats": (
+        lambda g: left_align(g.ids(2, 4), g.array(2, 4)),
+        "a mask of type float32: give bool",
+    ),
+    "segment ids of floats": (
+        lambda g: split_segments(g.ids(2, 4), g.array(2, 4), 2),
+        "segment ids of type float32",
+    ),
+    "segment ids of bool": (
+        lambda g: join_segments(g.array(2, 4), g.ids(2, 4) > 0),
+        "segment ids of type bool",
     ),
     "segment ids beyond": (
         lambda g: split_segments(g.ids(2, 4), np.full((2, 4), 3), 2),
@@ -116,6 +131,14 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         "norm='layer'.*layernorm",
     ),
     "a gate of 0": (lambda g: Fork(8, gate=0.0, rngs=nnx.Rngs(0)), "gate=0.0.*positive"),
+    "a fork layer of integers": (
+        lambda g: Fork(8, dtype=jnp.int32, rngs=nnx.Rngs(0)),
+        "dtype=int32: choose a floating",
+    ),
+    "scores of integers": (
+        lambda g: Fork(8, param_dtype=jnp.int8, rngs=nnx.Rngs(0)),
+        "param_dtype=int8: choose a floating",
+    ),
     "a later part without a cache": (lambda g: g.fork(g.streams(first=g.ids(2))), "Fork.extend"),
     "a cache for the paper's policy": (
         lambda g: Fork(8, TopK(2.0), rngs=nnx.Rngs(0)).init_cache(2, 4),
@@ -130,6 +153,7 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: g.fork.extend(g.streams(), g.fork.init_cache(3, 4)),
         "2 rows.*3|3.*2",
     ),
+    "slots of no tokens": (lambda g: token_slots(g.streams(), 0), "max_tokens=0: choose 1"),
     "slots behind a fork layer": (lambda g: token_slots(g.fork(g.streams()), 4), "take the slots"),
     "entries of other slots": (
         lambda g: token_slots(g.streams(), 9).write(g.array(2, 8), g.array(2, 4)),
@@ -159,6 +183,16 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: Thoughtbubbles({"vocab_size": 20}, rngs=nnx.Rngs(0)),
         "dict.*ModelConfig",
     ),
+    "parameters of integers": (
+        lambda g: Thoughtbubbles(SMALL, rngs=nnx.Rngs(0), param_dtype="int32"),
+        "param_dtype=int32: choose a floating",
+    ),
+    "a block of integers": (
+        lambda g: Block(SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.int32),
+        "param_dtype=int32: choose a floating",
+    ),
+    "ids in lists of other lengths": (lambda g: g.model([[1, 2], [3]]), "list that makes no array"),
+    "ids in a list of floats": (lambda g: g.model([[1.5]]), "float32: give int32"),
     "ids of one axis": (lambda g: g.model(g.ids(4)), r"shape \(4,\).*\[batch, tokens\]"),
     "ids that are floats": (lambda g: g.model(g.array(2, 4)), "float32.*int"),
     "a mask of other ids": (lambda g: g.model(g.ids(2, 4), g.ids(2, 3) > 0), r"\(2, 3\).*\(2, 4\)"),
@@ -194,6 +228,10 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "a certain trigger": (
         lambda g: TriggerConfig(init_invoke_prob=1.0),
         "init_invoke_prob=1.0: ch",
+    ),
+    "text in lists of other lengths": (
+        lambda g: g.made.weave([[1, 2], [3]], g.plan()),
+        "list that makes no array",
     ),
     "text of one axis": (lambda g: g.made.weave(g.ids(4), g.plan()), r"shape \(4,\).*\[batch, tok"),
     "text of floats": (lambda g: g.made.weave(g.array(2, 4), g.plan()), "float32.*int"),
@@ -238,6 +276,22 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         "checkpoint has none, the model float32.*: build the model with",
     ),
 }
+
+
+def test_ids_may_be_nested_lists():
+    def shapes(given: Given) -> list[Any]:
+        woven = given.made.weave([[1, 2, 3, 4], [5, 6, 7, 8]], given.plan())
+        return [given.model([[1, 2]]), woven.stream]
+
+    logits, stream = nnx.eval_shape(lambda: shapes(Given()))
+    assert logits.shape == (1, 2, 20) and stream.shape == (2, 8, 8)
+
+
+def test_tokens_that_have_no_slots_are_refused():
+    streams = Streams.start(jnp.zeros((2, 4, 8)), jnp.array([3, 2]), first=jnp.array([0, 1]))
+    assert token_slots(streams, 3).capacity == 3
+    with pytest.raises(ValueError, match="a row of 3 tokens does not fit into max_tokens=2"):
+        token_slots(streams, 2)
 
 
 def test_there_are_forty():

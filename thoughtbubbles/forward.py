@@ -16,7 +16,7 @@ from thoughtbubbles import fork_models
 from thoughtbubbles.architecture import Architecture, Constrain
 from thoughtbubbles.attention import Attend
 from thoughtbubbles.attention import attend as attend_by_scores
-from thoughtbubbles.checks import check_ids, check_integers, check_streams
+from thoughtbubbles.checks import check_floating, check_ids, check_integers, check_streams
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of
@@ -74,6 +74,7 @@ class ForkingDecoder(Architecture):
                 f"config is a {type(config).__name__}: give a ModelConfig, such as "
                 "ModelConfig.preset('tiny')"
             )
+        check_floating("param_dtype", param_dtype)
         self.config = config
         self.constrain = constrain or _identity
         attend = attend or attend_by_scores
