@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class LowRank(nnx.Module):
         config: LoRAConfig,
         *,
         rngs: nnx.Rngs,
-        kind: type[nnx.Variable] = nnx.Param,
+        kind: type[nnx.Variable[Any]] = nnx.Param,
     ):
         bound = inputs**-0.5
         shape = (*stack, inputs, config.rank)
@@ -64,8 +65,8 @@ def make_adapter(
     config: LoRAConfig,
     *,
     rngs: nnx.Rngs,
-    kind: type[nnx.Variable] = nnx.Param,
-) -> nnx.Dict:
+    kind: type[nnx.Variable[Any]] = nnx.Param,
+) -> nnx.Dict[Any]:
     """An adapter for a backbone: a `LowRank` for each layer that one of the config's targets names.
 
     Args:
