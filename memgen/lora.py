@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memgen.backbone import DecoderBackbone
+from memgen.checks import check_config
 from memgen.config import LoRAConfig
 from memgen.nnx_layers import choices
 
@@ -76,8 +77,10 @@ def make_adapter(
         kind: Type of the parameters, by which a training stage selects them.
 
     Raises:
-        ValueError: A target names no linear layer of the backbone.
+        ValueError: A target names no linear layer of the backbone, or the config is of another
+            class.
     """
+    check_config(config, LoRAConfig)
     lora_targets = backbone.lora_targets
     if not lora_targets:
         raise ValueError(

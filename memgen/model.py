@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memgen.backbone import DecoderBackbone, check_backbone
-from memgen.checks import checked_ids
+from memgen.checks import check_config, checked_ids
 from memgen.config import MemGenConfig
 from memgen.insertion import (
     Plan,
@@ -78,11 +78,7 @@ class MemGen(Module):
         rngs: nnx.Rngs,
     ):
         check_backbone(reasoner, "reasoner")
-        if not isinstance(config, MemGenConfig):
-            raise ValueError(
-                f"config is a {type(config).__name__}: give a MemGenConfig, such as "
-                "MemGenConfig(weaver=WeaverConfig(...))"
-            )
+        check_config(config, MemGenConfig)
         self.config = config
         self.reasoner = nnx.data(reasoner)
         self.weaver_backbone = nnx.data(weaver_backbone)

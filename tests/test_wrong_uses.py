@@ -1,6 +1,7 @@
 """Wrong uses of what the libraries export: each is one line that names both values; all are cheap,
 since nothing is computed: shapes alone are followed."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,11 @@ from thoughtbubbles import (
     token_slots,
 )
 from thoughtbubbles.bubbles import bubble_map
+from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.hatchling.forking import ForkingHatchling, ForkingHatchlingConfig
 
 SMALL = ModelConfig(vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, fork_layers=(1,))
+HATCHLING = HatchlingConfig(vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, num_neurons=16)
 Call = Callable[[], Any]
 
 
@@ -52,6 +56,15 @@ class Given:
     @property
     def model(self) -> Thoughtbubbles:
         return Thoughtbubbles(SMALL, rngs=nnx.Rngs(0))
+
+    @property
+    def hatchling(self) -> Hatchling:
+        return Hatchling(HATCHLING, rngs=nnx.Rngs(0))
+
+    @property
+    def forking_hatchling(self) -> ForkingHatchling:
+        config = ForkingHatchlingConfig(**vars(HATCHLING), fork_layers=(1,))
+        return ForkingHatchling(config, rngs=nnx.Rngs(0))
 
     @property
     def made(self) -> memgen.MemGen:
@@ -207,6 +220,31 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         "width 6 .*embed_dim=8",
     ),
     "a text of other ids": (lambda g: bubble_map(g.model, [1, 2], ["a"]), "2 ids and 1 texts"),
+    "a block's config that is a dict": (lambda g: Block({}, rngs=nnx.Rngs(0)), "dict.*ModelConfig"),
+    "a bias of no width": (lambda g: g.streams().attention_bias(0), "head_dim=0 is below 1"),
+    # Hatchlings
+    "a Hatchling's ids of one axis": (lambda g: g.hatchling(g.ids(4)), r"shape \(4,\): give"),
+    "a Hatchling's ids of floats": (lambda g: g.hatchling(g.array(2, 4)), "float32: give int"),
+    "neurons of ids of one axis": (
+        lambda g: g.hatchling.activations(g.ids(4)),
+        r"shape \(4,\): give",
+    ),
+    "a forking Hatchling's ids of one axis": (
+        lambda g: g.forking_hatchling(g.ids(4)),
+        r"shape \(4,\): give",
+    ),
+    "a Hatchling's config that is a dict": (
+        lambda g: Hatchling({"vocab_size": 20}, rngs=nnx.Rngs(0)),
+        "dict: give a HatchlingConfig",
+    ),
+    "a Hatchling of another config": (
+        lambda g: Hatchling(SMALL, rngs=nnx.Rngs(0)),
+        "ModelConfig: give a HatchlingConfig",
+    ),
+    "a forking Hatchling that does not fork": (
+        lambda g: ForkingHatchling(HATCHLING, rngs=nnx.Rngs(0)),
+        "HatchlingConfig: give a ForkingHatchlingConfig",
+    ),
     # Memory
     "a boundary table of other ids": (lambda g: g.with_memory(boundary=np.zeros(3)), "3 ids.* 20"),
     "a reasoner that is no decoder": (
@@ -223,6 +261,24 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
             g.model.backbone(), LoRAConfig(targets=("qq",)), rngs=nnx.Rngs(0)
         ),
         "'qq': choose",
+    ),
+    "a weaver of another config": (
+        lambda g: memgen.Weaver(*2 * [g.model.backbone()], TriggerConfig(), rngs=nnx.Rngs(0)),
+        "TriggerConfig: give a WeaverConfig",
+    ),
+    "a trigger of another config": (
+        lambda g: memgen.Trigger(g.model.backbone(), WeaverConfig(), rngs=nnx.Rngs(0)),
+        "WeaverConfig: give a TriggerConfig",
+    ),
+    "a weaver of integers": (
+        lambda g: memgen.Weaver(
+            *2 * [g.model.backbone()], WeaverConfig(), rngs=nnx.Rngs(0), param_dtype=int
+        ),
+        "param_dtype=int64: choose a floating",
+    ),
+    "an adapter of another config": (
+        lambda g: memgen.make_adapter(g.model.backbone(), WeaverConfig(), rngs=nnx.Rngs(0)),
+        "WeaverConfig: give a LoRAConfig",
     ),
     "an unknown context": (lambda g: WeaverConfig(context="text"), "context='text': choose emb"),
     "a certain trigger": (
@@ -264,6 +320,13 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: memgen.boundary_table(["a"], mode="end"),
         "'end'.*suffix",
     ),
+    "a prompt for prompts": (lambda g: memgen.generate(g.made, [1, 2], 4), "prompt 0 is 1: give a"),
+    "a text for prompts": (lambda g: memgen.generate(g.made, "ab", 4), "prompt 0 is 'a': give a"),
+    "a prompt of floats": (lambda g: memgen.generate(g.made, [[0.5]], 4), "prompt 0 is of type fl"),
+    "a trigger policy by name": (
+        lambda g: memgen.generate(g.made, [[1]], 4, policy="always"),
+        "policy='always': choose a TriggerPolicy",
+    ),
     "no prompts": (lambda g: memgen.generate(g.made, [], 4), "prompt"),
     "a prompt beyond the ids": (lambda g: memgen.generate(g.made, [[99]], 4), "99.*20"),
     "a negative temperature": (
@@ -281,10 +344,19 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
 def test_ids_may_be_nested_lists():
     def shapes(given: Given) -> list[Any]:
         woven = given.made.weave([[1, 2, 3, 4], [5, 6, 7, 8]], given.plan())
-        return [given.model([[1, 2]]), woven.stream]
+        hatchling = Hatchling(dataclasses.replace(HATCHLING, separator=3), rngs=nnx.Rngs(0))
+        neurons = hatchling.activations([[1, 3, 2]])
+        return [given.model([[1, 2]]), woven.stream, hatchling([[1, 3]]), neurons.value]
 
-    logits, stream = nnx.eval_shape(lambda: shapes(Given()))
+    logits, stream, others, value = nnx.eval_shape(lambda: shapes(Given()))
+    assert others.shape == (1, 2, 20) and value.shape == (2, 1, 3, 8)
     assert logits.shape == (1, 2, 20) and stream.shape == (2, 8, 8)
+
+
+def test_advantages_may_be_a_list():
+    zeros = jnp.zeros((2, 4))
+    loss, rows = memgen.trigger_loss(zeros, zeros, [1.0, 2.0])
+    assert (float(loss), float(rows)) == (-3.0, 2.0)
 
 
 def test_tokens_that_have_no_slots_are_refused():

@@ -16,6 +16,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}")
 
 
+def check_config(config: Any, kind: type) -> None:
+    """Raise a ValueError unless a config is of its class."""
+    if not isinstance(config, kind):
+        raise ValueError(
+            f"config is a {type(config).__name__}: give a {kind.__name__}, such as "
+            f"{kind.__name__}.preset('tiny')"
+        )
+
+
 def check_ids(tokens: Any) -> None:
     """Raise a ValueError unless these are token ids `[batch, tokens]`."""
     shape = _array(tokens).shape

@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer
 from thoughtbubbles import forking
 from thoughtbubbles.architecture import Tracked
 from thoughtbubbles.attention import Attend, attend
-from thoughtbubbles.checks import check_floating, check_streams
+from thoughtbubbles.checks import check_config, check_floating, check_streams
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.fork_cache import (
     ForkCache,
@@ -216,6 +216,7 @@ class Block(Module):
         kernel_init: Initializer | None = None,
         param_dtype: Dtype = jnp.float32,
     ):
+        check_config(config, ModelConfig)
         check_floating("param_dtype", param_dtype)
         self.config = config
         self.attend = attend

@@ -139,6 +139,8 @@ class Streams(ShortRepr):
                 it the bias is log p, which weighs a key by exactly p. Both are added to logits that
                 are already divided by sqrt(K).
         """
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"head_dim={head_dim} is below 1: give the width of a head, or None")
         return self.log_score * (1.0 if head_dim is None else head_dim**-0.5)
 
     def attenuate(self, values: Float[Array, "B S *rest"]) -> Float[Array, "B S *rest"]:

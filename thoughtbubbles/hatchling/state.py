@@ -35,6 +35,14 @@ class State(ShortRepr):
         synapses = placed_beside(self.synapses, rows, axis=1)
         return dataclasses.replace(self, length=length, synapses=synapses)
 
+    def check_rows(self, x: jax.Array) -> None:
+        """Raise a ValueError unless vectors have as many rows."""
+        if self.length.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"a state of {self.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
+                "init_cache of that batch"
+            )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
