@@ -22,6 +22,7 @@ from memgen.insertion import (
 from memgen.lora import with_dropout
 from memgen.module import Module
 from memgen.placement import broadcast_beside, placed_beside
+from memgen.short_repr import short_repr
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
 
@@ -46,6 +47,8 @@ class Woven(NamedTuple):
     stream: jax.Array
     length: jax.Array
     latents: jax.Array
+
+    __repr__ = short_repr
 
 
 class MemGen(Module):

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from memgen.model import MemGen
+from memgen.short_repr import ShortRepr
 from memgen.trigger import AlwaysInvoke, LearnedInvoke, RandomInvoke, Trigger, TriggerPolicy
 
 SHORTEST = 16
@@ -19,8 +20,8 @@ KeepMemory = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Request:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Request(ShortRepr):
     """Options of a response.
 
     Attributes:

@@ -15,6 +15,7 @@ from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
 from memgen.module import Module, named
 from memgen.placement import broadcast_beside, placed_beside, repeat_beside
+from memgen.short_repr import short_repr
 
 SAMPLED_IDS = 1024
 NORM_EPS = 1e-5
@@ -34,6 +35,8 @@ class Snippets(NamedTuple):
 
     vectors: jax.Array
     length: jax.Array
+
+    __repr__ = short_repr
 
 
 class Bank(Module):

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from thoughtbubbles.placement import placed_beside
-from thoughtbubbles.short_repr import ShortRepr
+from thoughtbubbles.short_repr import ShortRepr, short_repr
 
 
 class Frequency(nnx.Variable):
@@ -75,6 +75,8 @@ class Neurons(NamedTuple):
     y: jax.Array
     value: jax.Array
 
+    __repr__ = short_repr
+
 
 class Layers(NamedTuple):
     """What the layers made of a chunk.
@@ -90,3 +92,5 @@ class Layers(NamedTuple):
     x_active: jax.Array
     y_active: jax.Array
     watched: Neurons | None
+
+    __repr__ = short_repr
