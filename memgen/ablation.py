@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from memgen.analysis import Clusters, Memories, unit_rows
+from memgen.short_repr import ShortRepr
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ClusterAblation:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ClusterAblation(ShortRepr):
     """Filter for `keep_memory` that drops the memories of one cluster.
 
     The rule "nearest" drops a memory if the distance of its mean to the cluster's centroid is below
@@ -106,8 +107,8 @@ class ClusterAblation:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CountMatchedControl:
+@dataclasses.dataclass(frozen=True, repr=False)
+class CountMatchedControl(ShortRepr):
     """Filter for `keep_memory` that drops memories at random, as many as an ablation on average.
 
     Its effect is that of losing any memory; only what an ablation does beyond it is due to the

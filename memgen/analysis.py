@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from memgen.response import NO_DECISION, Response
+from memgen.short_repr import ShortRepr, short_repr
 
 FEW_POINTS = 20
 """Fewer points have no meaningful neighbourhoods: `embed_2d` projects them instead."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Memories:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Memories(ShortRepr):
     """All memories (the latents of an event) of some generations, in the order of recording.
 
     Attributes:
@@ -165,6 +166,8 @@ class Clusters(NamedTuple):
     labels: np.ndarray
     silhouette: float
 
+    __repr__ = short_repr
+
 
 def cluster(means: np.ndarray, clusters: int = 4, seed: int = 0) -> Clusters:
     """K-means of mean latents. Needs scikit-learn.
@@ -230,6 +233,8 @@ class Neighbours(NamedTuple):
     cosine: np.ndarray
     norm_ratio: np.ndarray
 
+    __repr__ = short_repr
+
 
 def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5) -> Neighbours:
     """Tokens whose embeddings are most similar to latents, by cosine.
@@ -273,6 +278,8 @@ class InvocationHistogram(NamedTuple):
     queried: dict[str, np.ndarray]
     invoked: dict[str, np.ndarray]
     rows: dict[str, int]
+
+    __repr__ = short_repr
 
 
 def invocation_histogram(

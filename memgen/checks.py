@@ -2,16 +2,41 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
-def check_ids(tokens: Any) -> None:
-    """Raise a ValueError unless these are token ids `[batch, tokens]`."""
-    if jnp.ndim(tokens) != 2:
-        shape = jnp.shape(tokens)
+def checked_ids(tokens: Any) -> jax.Array:
+    """Token ids as an array; a ValueError unless they are `[batch, tokens]` of integers."""
+    if not hasattr(tokens, "dtype"):
+        given = type(tokens).__name__
+        try:
+            tokens = jnp.asarray(tokens)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"token ids in a {given} that makes no array: give equally long rows of integers"
+            ) from None
+    if tokens.ndim != 2:
+        shape = tokens.shape
         raise ValueError(f"token ids of shape {shape}: give [batch, tokens], such as tokens[None]")
-    if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-        raise ValueError(f"token ids of type {jnp.result_type(tokens)}: give int32")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"token ids of type {tokens.dtype}: give int32")
+    return tokens
+
+
+def check_config(config: Any, kind: type) -> None:
+    """Raise a ValueError unless a config is of its class."""
+    if not isinstance(config, kind):
+        raise ValueError(
+            f"config is a {type(config).__name__}: give a {kind.__name__}, such as "
+            f"{kind.__name__}()"
+        )
+
+
+def check_floating(name: str, dtype: Any) -> None:
+    """Raise a ValueError unless a type is of floats: integers would round values to 0."""
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"{name}={jnp.dtype(dtype)}: choose a floating type, such as float32")
 
 
 def check_by_token(name: str, values: Any, tokens: Any) -> None:

@@ -9,11 +9,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from memgen.short_repr import ShortRepr
+
 State = TypeVar("State")
 
 
-@dataclasses.dataclass(frozen=True)
-class ContinualReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ContinualReport(ShortRepr):
     """Accuracy on every task after every stage; `T` tasks, stage `k` trains task `k`.
 
     The formulas count stages and tasks from 1: `R[i, j]` is the accuracy on task `j` after stage

@@ -14,6 +14,7 @@ from memgen.placement import broadcast_beside, placed_beside
 from memgen.request import Request
 from memgen.response import Response
 from memgen.session import RowChunk, Session, put, take
+from memgen.short_repr import ShortRepr, short_repr
 from memgen.trigger import NeverInvoke
 from memgen.weaver import Snippets
 
@@ -41,8 +42,8 @@ class Decoders:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Loop:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Loop(ShortRepr):
     """State of the generation loop between two steps.
 
     Attributes:
@@ -72,6 +73,8 @@ class EventInputs(NamedTuple):
     kind: jax.Array
     keys: jax.Array
     snippets: Snippets | None
+
+    __repr__ = short_repr
 
 
 def memory_event(

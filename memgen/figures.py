@@ -46,7 +46,11 @@ def clusters_figure(
                 *these.T, s=22, alpha=0.75, color=colour, marker=marker, label=group, linewidth=0
             )
         axis.set(title=title, xlabel=f"{method} 1", xticks=[], yticks=[])
-        axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        shown = axis.legend(
+            title=legend, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
+        )
+        for text in shown.get_texts():
+            text.set_parse_math(False)
     axes[0].set_ylabel(f"{method} 2")
     figure.suptitle("Mean latent of each memory")
     return figure
@@ -81,7 +85,7 @@ def ranks_figure(ranks: np.ndarray, tags: Sequence[str] | np.ndarray, slots: int
         title="Directions that a memory uses", ylabel="effective rank",
         xlim=(-0.5, len(names) - 0.5), ylim=(0.8, slots + 0.06 * slots + 0.2),
     )  # fmt: skip
-    axis.set_xticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), names, parse_math=False)
     return figure
 
 
@@ -100,7 +104,7 @@ def invocations_figure(histogram: InvocationHistogram) -> "Figure":
                  label="invoked")  # fmt: skip
         queried, invoked = histogram.queried[tag].sum(), histogram.invoked[tag].sum()
         axis.set_title(f"{tag}: {rows} responses, invoked {invoked} of {queried} times",
-                       fontsize=10, loc="left")  # fmt: skip
+                       fontsize=10, loc="left", parse_math=False)  # fmt: skip
     axes[0].legend(ncols=2, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     axes[-1].set(xlabel="position in the response (% of its tokens)", xlim=(0, 100))
     figure.supylabel("decisions per response", fontsize="medium")
@@ -128,7 +132,7 @@ def nearest_figure(
                   va="center", fontsize=7, color="black" if cosine > 0.55 else "white",
                   parse_math=False)  # fmt: skip
     names = [f"{name}  ({n:.3g}×)" for name, n in zip(rows, neighbours.norm_ratio, strict=True)]
-    axis.set_yticks(range(count), names)
+    axis.set_yticks(range(count), names, parse_math=False)
     axis.set_xticks(range(nearest), [str(1 + rank) for rank in range(nearest)])
     axis.set(title="Tokens nearest to each latent", xlabel="rank",
              ylabel="latent (its norm, in mean embedding norms)")  # fmt: skip
@@ -161,7 +165,8 @@ def ablation_figure(
     mean, error = baseline
     axis.axhline(mean, color="black", linewidth=1.2, label="all memory")
     axis.axhspan(mean - error, mean + error, color="black", alpha=0.1, linewidth=0)
-    axis.set_xticks(columns, [f"{name}\n{dropped[name]:.0%}" for name in ablated])
+    names = [f"{name}\n{dropped[name]:.0%}" for name in ablated]
+    axis.set_xticks(columns, names, parse_math=False)
     axis.set(title="Ablation (bars: ± standard error)", ylabel=score,
              xlabel="cluster, and the share of memories dropped")  # fmt: skip
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -177,7 +182,7 @@ def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Fi
     names = [" – ".join(pair) for pair in distances]
     for axis, measure in zip(axes, CenterDistance._fields, strict=True):
         values = [getattr(distance, measure) for distance in distances.values()]
-        axis.barh(names, values, color=BLUE, height=0.6)
+        axis.barh(range(len(names)), values, color=BLUE, height=0.6)
         for row, value in enumerate(values):
             axis.annotate(f"{value:.3g}", (value, row), (3, 0), va="center", fontsize=9,
                           textcoords="offset points")  # fmt: skip
@@ -187,6 +192,7 @@ def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Fi
             xlabel="mean distance",
             xlim=(0, 1.25 * max(*values, 1e-9)),
         )
+    axes[0].set_yticks(range(len(names)), names, parse_math=False)
     axes[0].invert_yaxis()
     return figure
 
@@ -208,8 +214,9 @@ def continual_figure(report: ContinualReport, digits: int = 1) -> "Figure":
     for stage in range(1, rows):
         axis.add_patch(Rectangle((stage - 1.47, stage - 0.47), 0.94, 0.94, fill=False,
                                  edgecolor=VERMILION, linewidth=2.5))  # fmt: skip
-    axis.set_xticks(range(tasks), report.tasks)
-    axis.set_yticks(range(rows), ["before training", *report.tasks[: rows - 1]])
+    axis.set_xticks(range(tasks), report.tasks, parse_math=False)
+    stages = ["before training", *report.tasks[: rows - 1]]
+    axis.set_yticks(range(rows), stages, parse_math=False)
     axis.set(xlabel="evaluated on", ylabel="after training on")
     if report.stages_done == tasks:
         axis.set_title(
@@ -226,7 +233,7 @@ def strips_figure(
     responses: Mapping[str, Response],
     prompts: Sequence[Sequence[int]],
     text_of: Callable[[int], str],
-    rows: Sequence[int] = (0, 1, 2),
+    rows: Sequence[int] | None = None,
 ) -> "Figure":
     """Some rows of responses, token by token: bars are latents, a dotted line a memory not taken.
 
@@ -234,14 +241,21 @@ def strips_figure(
         responses: Responses to the same prompts, by name.
         prompts: Token ids of the prompt of each row, drawn on grey.
         text_of: Function from a token id to its text.
-        rows: Indices of the rows that are drawn, of each response.
+        rows: Indices of the rows that are drawn, of each response; by default the first three.
+
+    Raises:
+        ValueError: A response or the prompts have no such row.
     """
+    count = min([len(prompts), *(len(response.tokens) for response in responses.values())])
+    rows = range(min(3, count)) if rows is None else rows
+    if wrong := [row for row in rows if not 0 <= row < count]:
+        raise ValueError(f"row {wrong[0]} of {count} rows: choose from 0 to {count - 1}")
     shown = [(name, response, row) for name, response in responses.items() for row in rows]
     figure = _figure(9.0, 0.3 + 0.42 * len(shown))
     axis = figure.subplots()
     for line, (_, response, row) in enumerate(shown):
         _strip(axis, line, response, row, prompts[row], text_of)
-    axis.set(yticks=range(len(shown)), yticklabels=[name for name, _, _ in shown])
+    axis.set_yticks(range(len(shown)), [name for name, _, _ in shown], parse_math=False)
     axis.set(xticks=[], ylim=(len(shown) - 0.5, -0.6))
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
@@ -261,7 +275,8 @@ def _strip(axis: Any, line: int, response: Response, row: int, prompt, text_of) 
             axis.vlines(x, line - 0.4, line + 0.4, color=BLUE, linestyle=":", linewidth=2)
         face = "#EEEEEE" if at < 0 else "white"
         axis.bar(x, 0.7, 0.9, line - 0.35, align="edge", color=face, edgecolor=GREY)
-        axis.text(x + 0.45, line, _visible(text_of(id_)), ha="center", va="center")
+        axis.text(x + 0.45, line, _visible(text_of(id_)), ha="center", va="center",
+                  parse_math=False)  # fmt: skip
         x += 1.0
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from memgen.backbone import DecoderBackbone
+from memgen.checks import check_config
 from memgen.config import LoRAConfig
 from memgen.nnx_layers import choices
 
@@ -32,7 +34,7 @@ class LowRank(nnx.Module):
         config: LoRAConfig,
         *,
         rngs: nnx.Rngs,
-        kind: type[nnx.Variable] = nnx.Param,
+        kind: type[nnx.Variable[Any]] = nnx.Param,
     ):
         bound = inputs**-0.5
         shape = (*stack, inputs, config.rank)
@@ -64,8 +66,8 @@ def make_adapter(
     config: LoRAConfig,
     *,
     rngs: nnx.Rngs,
-    kind: type[nnx.Variable] = nnx.Param,
-) -> nnx.Dict:
+    kind: type[nnx.Variable[Any]] = nnx.Param,
+) -> nnx.Dict[Any]:
     """An adapter for a backbone: a `LowRank` for each layer that one of the config's targets names.
 
     Args:
@@ -75,8 +77,10 @@ def make_adapter(
         kind: Type of the parameters, by which a training stage selects them.
 
     Raises:
-        ValueError: A target names no linear layer of the backbone.
+        ValueError: A target names no linear layer of the backbone, or the config is of another
+            class.
     """
+    check_config(config, LoRAConfig)
     lora_targets = backbone.lora_targets
     if not lora_targets:
         raise ValueError(

@@ -158,6 +158,7 @@ def trigger_loss(
         ValueError: A shape is wrong, or `kl` is above 0 and there is no reference.
     """
     check_by_token("decisions", decisions, log_probs)
+    advantages = jnp.asarray(advantages)
     if advantages.shape != log_probs.shape[:1]:
         raise ValueError(
             f"advantages of shape {advantages.shape} for {log_probs.shape[0]} rows: give one "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memgen.backbone import DecoderBackbone, check_backbone
-from memgen.checks import check_ids
+from memgen.checks import check_config, checked_ids
 from memgen.config import MemGenConfig
 from memgen.insertion import (
     Plan,
@@ -22,6 +22,7 @@ from memgen.insertion import (
 from memgen.lora import with_dropout
 from memgen.module import Module
 from memgen.placement import broadcast_beside, placed_beside
+from memgen.short_repr import short_repr
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
 
@@ -46,6 +47,8 @@ class Woven(NamedTuple):
     stream: jax.Array
     length: jax.Array
     latents: jax.Array
+
+    __repr__ = short_repr
 
 
 class MemGen(Module):
@@ -78,11 +81,7 @@ class MemGen(Module):
         rngs: nnx.Rngs,
     ):
         check_backbone(reasoner, "reasoner")
-        if not isinstance(config, MemGenConfig):
-            raise ValueError(
-                f"config is a {type(config).__name__}: give a MemGenConfig, such as "
-                "MemGenConfig(weaver=WeaverConfig(...))"
-            )
+        check_config(config, MemGenConfig)
         self.config = config
         self.reasoner = nnx.data(reasoner)
         self.weaver_backbone = nnx.data(weaver_backbone)
@@ -171,7 +170,7 @@ class MemGen(Module):
             ValueError: The tokens are no ids `[B, L]`, or the plan does not fit them or the config
                 (values are checked unless traced).
         """
-        check_ids(tokens)
+        tokens = checked_ids(tokens)
         check_plan(plan, tokens, self.config.weaver.latents)
         vectors = self.reasoner.embed_tokens(tokens)
         batch, length, dim = vectors.shape
@@ -213,7 +212,7 @@ class MemGen(Module):
         """
         woven = self.weave(tokens, plan, dropout)
         hidden = self.reasoner.hidden_states(woven.stream, woven.length)
-        at = jnp.maximum(predictor_index(plan, tokens.shape[1]), 0)
+        at = jnp.maximum(predictor_index(plan, jnp.shape(tokens)[1]), 0)
         return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
     def trigger_logits(self, tokens: Int[Array, "B L"], plan: Plan) -> Float[Array, "B L 2"]:
@@ -230,7 +229,7 @@ class MemGen(Module):
             ValueError: There is no trigger, or the tokens or the plan do not fit (`weave`).
         """
         trigger = self.checked_trigger()
-        check_ids(tokens)
+        tokens = checked_ids(tokens)
         length = tokens.shape[1]
         if trigger.config.source == "tokens":
             decoder = self.triggering()

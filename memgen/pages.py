@@ -116,7 +116,7 @@ def _token(id_: int, text_of: Callable[[int], str], kind: str, said: str) -> str
 
 
 def _memory(event: int, at: int, norms: np.ndarray) -> str:
-    real = norms[norms > 0]  # a latent of zeros is an unused slot
+    real = norms[norms != 0]  # a latent of zeros is an unused slot, one of NaN is none
     sizes = ", ".join(f"{norm:.3g}" for norm in real)
     title = f"event {event}, before new token {at}: {len(real)} latents of norm {sizes}"
     return f'<span class="memory" title="{_quoted(title)}">{"<i></i>" * len(real)}</span>'

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from memgen.model import MemGen
+from memgen.short_repr import ShortRepr
 from memgen.trigger import AlwaysInvoke, LearnedInvoke, RandomInvoke, Trigger, TriggerPolicy
 
 SHORTEST = 16
@@ -19,8 +20,8 @@ KeepMemory = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Request:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Request(ShortRepr):
     """Options of a response.
 
     Attributes:
@@ -83,6 +84,8 @@ def make_request(
             none or an untrained one, or a callable is no pytree.
     """
     _check_pytree("policy", policy)
+    if not (callable(policy) and hasattr(policy, "learned")):
+        raise ValueError(f"policy={policy!r}: choose a TriggerPolicy, such as AlwaysInvoke()")
     _check_policy(policy)
     if policy.learned:
         trigger = memgen.checked_trigger()
@@ -156,13 +159,21 @@ def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.
     """Rows `[B, C]` of prompts, padded on the right to a power of two, and their lengths `[B]`.
 
     Raises:
-        ValueError: There is no prompt, or one that is empty or has an id outside the vocabulary.
+        ValueError: There is no prompt, or one that is empty, no list of integers, or has an id
+            outside the vocabulary.
     """
     if len(prompts) == 0:
         raise ValueError("no prompt is given: give at least one")
     for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or np.ndim(prompt) != 1:
+            raise ValueError(
+                f"prompt {index} is {prompt!r}: give a list of prompts, each of token ids"
+            )
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty: give at least one token")
+        dtype = np.asarray(prompt).dtype
+        if not np.issubdtype(dtype, np.integer):
+            raise ValueError(f"prompt {index} is of type {dtype}: give integers, the token ids")
         wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if wrong:
             raise ValueError(

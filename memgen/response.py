@@ -72,15 +72,33 @@ class Response(ShortRepr):
             prompts: Token ids of the prompt of each row, which stand in front; none by default.
 
         Raises:
-            ValueError: There are not as many prompts as rows, or the response is traced.
+            ValueError: There are not as many prompts as rows, or the arrays are not here (traced,
+                donated, or on other hosts) or of no batch.
         """
-        if isinstance(self.tokens, Tracer):
-            raise ValueError(f"{self!r} has no values here: show it outside of jit")
+        if not self._is_batch():
+            raise ValueError(
+                f"a response of tokens {jnp.shape(self.tokens)}: give [B, T], such as a[None] of "
+                "each array of one row"
+            )
+        if not self._is_here():
+            raise ValueError(f"{self!r} has no values here: show it outside of jit, on one host")
         log_probs, decisions = np.asarray(self.log_probs), np.asarray(self.decisions)
         latents, points = np.asarray(self.latents), np.asarray(self.points)
         return response_page(self.texts, log_probs, decisions, latents, points, text_of, prompts)
 
+    def _is_batch(self) -> bool:
+        return jnp.ndim(self.tokens) == 2
+
+    def _is_here(self) -> bool:
+        return all(_is_here(getattr(self, field.name)) for field in dataclasses.fields(self))
+
     def _repr_html_(self) -> str | None:
-        here = all(isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, Tracer)
-                   for value in dataclasses.astuple(self))  # fmt: skip
-        return self.page()._repr_html_() if here and self.tokens.ndim == 2 else None
+        here = self._is_here() and self._is_batch()
+        return self.page()._repr_html_() if here else None
+
+
+def _is_here(value: object) -> bool:
+    """Whether a value of a response can be read: neither traced nor donated."""
+    if isinstance(value, Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
+        return False
+    return isinstance(value, np.ndarray) or (value.is_fully_addressable and not value.is_deleted())

@@ -271,8 +271,8 @@ def _check_rows(rows: jax.Array, count: int) -> None:
         raise ValueError(f"row {wrong[0]} of a session of {count}: choose from 0 to {count - 1}")
 
 
-@dataclasses.dataclass(frozen=True)
-class RowChunk:
+@dataclasses.dataclass(frozen=True, repr=False)
+class RowChunk(ShortRepr):
     """Some rows of a batch: one from each of several equal parts of it.
 
     The parts are the shards of a batch that is spread over devices, so that taking a chunk out and

@@ -10,14 +10,17 @@ from typing import Any
 import jax
 
 
+def short_repr(value: Any) -> str:
+    """The fields of a dataclass or a NamedTuple, with arrays by type and shape."""
+    fields = getattr(value, "_fields", None) or [f.name for f in dataclasses.fields(value)]
+    shown = (f"{name}={jax.tree.map(_Short, getattr(value, name))}" for name in fields)
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
 class ShortRepr:
     """A dataclass with `repr=False`, whose repr gives arrays by type and shape."""
 
-    def __repr__(self) -> str:
-        assert dataclasses.is_dataclass(self)
-        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        shown = (f"{name}={jax.tree.map(_Short, value)}" for name, value in values)
-        return f"{type(self).__name__}({', '.join(shown)})"
+    __repr__ = short_repr
 
 
 class _Short:

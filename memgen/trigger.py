@@ -10,7 +10,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone
-from memgen.checks import check_width
+from memgen.checks import check_config, check_floating, check_width
 from memgen.config import TriggerConfig
 from memgen.lora import make_adapter
 from memgen.module import Module, named
@@ -46,6 +46,8 @@ class Trigger(Module):
         kernel_init: Initializer | None = None,
         param_dtype: Dtype = jnp.float32,
     ):
+        check_config(config, TriggerConfig)
+        check_floating("param_dtype", param_dtype)
         self.config = config
         adapted = config.source != "reasoner_hidden"
         self.adapter = (

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from memgen.module import Module
 from memgen.session import put, take
+from memgen.short_repr import ShortRepr
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rows(ShortRepr):
     """The vectors so far.
 
     Attributes:

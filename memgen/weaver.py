@@ -9,12 +9,13 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone
-from memgen.checks import check_width
+from memgen.checks import check_config, check_floating, check_width
 from memgen.config import WeaverConfig
 from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
 from memgen.module import Module, named
 from memgen.placement import broadcast_beside, placed_beside, repeat_beside
+from memgen.short_repr import short_repr
 
 SAMPLED_IDS = 1024
 NORM_EPS = 1e-5
@@ -34,6 +35,8 @@ class Snippets(NamedTuple):
 
     vectors: jax.Array
     length: jax.Array
+
+    __repr__ = short_repr
 
 
 class Bank(Module):
@@ -116,6 +119,8 @@ class Weaver(Module):
         kernel_init: Initializer | None = None,
         param_dtype: Dtype = jnp.float32,
     ):
+        check_config(config, WeaverConfig)
+        check_floating("param_dtype", param_dtype)
         self.config = config
         width, has_context = backbone.embed_dim, config.context != "nothing"
         query_width = width if has_context else reasoner.embed_dim

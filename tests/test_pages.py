@@ -203,6 +203,43 @@ def test_large_responses_are_cut_and_short_ones_refuse_other_prompts():
     assert repr(abstract) == repr(many) and len(repr(many)) < 200
 
 
+def test_values_of_one_row_or_not_here_are_not_shown():
+    streams, response = streams_of(), response_of()
+    for values in (streams, response):
+        row = jax.tree.map(lambda a: a[0], values)
+        assert row._repr_html_() is None
+        with pytest.raises(ValueError, match=r"tokens \(\d+,\): give \[B, .*such as a\[None\]"):
+            row.page()
+        gone = jax.tree.map(jax.numpy.array, values)
+        assert gone._repr_html_() is not None
+        jax.tree.map(lambda array: array.delete(), gone)
+        assert gone._repr_html_() is None
+        with pytest.raises(ValueError, match="has no values here: show it outside of jit, on one"):
+            gone.page()
+
+
+def test_streams_of_later_tokens_are_named_by_their_indices():
+    later = Streams.start(jax.numpy.zeros((1, 2, 4)), first=[10])
+    shown = Parsed(later._repr_html_())
+    assert "".join(shown.having("text")[1].text) == "10"
+    assert shown.titles("token")[0].startswith("token 10: '10'")
+
+
+def test_latents_of_nan_are_shown():
+    response = response_of()
+    response.latents[:, 0] = np.nan
+    assert "2 latents of norm nan, nan" in response.page().body
+
+
+def test_strips_take_the_rows_there_are_and_texts_as_they_stand():
+    responses = {"$\\alph$": response_of()}
+    figure = strips_figure(responses, [[1], [2]], lambda id_: "$\\alph$")
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == 2 * ["$\\alph$"]
+    with pytest.raises(ValueError, match="row 2 of 2 rows: choose from 0 to 1"):
+        strips_figure(responses, [[1], [2]], str, rows=[2])
+
+
 def test_strips_draw_prompt_memories_and_skipped_chances():
     responses = {"a": response_of(), "b": response_of()}
     figure = strips_figure(responses, [[1], [2]], "abcd".__getitem__, [1])

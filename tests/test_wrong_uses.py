@@ -1,6 +1,7 @@
 """Wrong uses of what the libraries export: each is one line that names both values; all are cheap,
 since nothing is computed: shapes alone are followed."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,11 @@ from thoughtbubbles import (
     token_slots,
 )
 from thoughtbubbles.bubbles import bubble_map
+from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.hatchling.forking import ForkingHatchling, ForkingHatchlingConfig
 
 SMALL = ModelConfig(vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, fork_layers=(1,))
+HATCHLING = HatchlingConfig(vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, num_neurons=16)
 Call = Callable[[], Any]
 
 
@@ -52,6 +56,15 @@ class Given:
     @property
     def model(self) -> Thoughtbubbles:
         return Thoughtbubbles(SMALL, rngs=nnx.Rngs(0))
+
+    @property
+    def hatchling(self) -> Hatchling:
+        return Hatchling(HATCHLING, rngs=nnx.Rngs(0))
+
+    @property
+    def forking_hatchling(self) -> ForkingHatchling:
+        config = ForkingHatchlingConfig(**vars(HATCHLING), fork_layers=(1,))
+        return ForkingHatchling(config, rngs=nnx.Rngs(0))
 
     @property
     def made(self) -> memgen.MemGen:
@@ -77,6 +90,9 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "lengths of other rows": (lambda g: g.streams(length=g.ids(3)), r"\(3,\) for 2 rows"),
     "lengths beyond the row": (lambda g: g.streams(length=np.array([9, 0])), r"\[9, 0\] of 4"),
     "negative lengths": (lambda g: g.streams(length=np.array([-1, 0])), r"\[-1, 0\] of 4 tokens"),
+    "lengths of floats": (lambda g: g.streams(length=g.array(2)), "length of type float32"),
+    "lengths of bool": (lambda g: g.streams(length=[True, True]), "length of type bool"),
+    "first of floats": (lambda g: g.streams(first=[0.5, 0.5]), "first of type float32"),
     "first of other rows": (lambda g: g.streams(first=g.ids(3)), r"first of shape \(3,\) for 2"),
     "a misspelt field": (lambda g: g.streams().replace(y=0), "no field 'y': did you mean"),
     "texts of other rows": (lambda g: g.streams().page([["a"]]), r"no values here|texts of \[1\]"),
@@ -88,6 +104,18 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "a mask of other values": (
         lambda g: restore_alignment(g.array(2, 4), g.ids(1, 4) > 0, g.ids(2, 4)),
         r"\(1, 4\).*\(2, 4",
+    ),
+    "a mask of floats": (
+        lambda g: left_align(g.ids(2, 4), g.array(2, 4)),
+        "a mask of type float32: give bool",
+    ),
+    "segment ids of floats": (
+        lambda g: split_segments(g.ids(2, 4), g.array(2, 4), 2),
+        "segment ids of type float32",
+    ),
+    "segment ids of bool": (
+        lambda g: join_segments(g.array(2, 4), g.ids(2, 4) > 0),
+        "segment ids of type bool",
     ),
     "segment ids beyond": (
         lambda g: split_segments(g.ids(2, 4), np.full((2, 4), 3), 2),
@@ -116,6 +144,14 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         "norm='layer'.*layernorm",
     ),
     "a gate of 0": (lambda g: Fork(8, gate=0.0, rngs=nnx.Rngs(0)), "gate=0.0.*positive"),
+    "a fork layer of integers": (
+        lambda g: Fork(8, dtype=jnp.int32, rngs=nnx.Rngs(0)),
+        "dtype=int32: choose a floating",
+    ),
+    "scores of integers": (
+        lambda g: Fork(8, param_dtype=jnp.int8, rngs=nnx.Rngs(0)),
+        "param_dtype=int8: choose a floating",
+    ),
     "a later part without a cache": (lambda g: g.fork(g.streams(first=g.ids(2))), "Fork.extend"),
     "a cache for the paper's policy": (
         lambda g: Fork(8, TopK(2.0), rngs=nnx.Rngs(0)).init_cache(2, 4),
@@ -130,6 +166,7 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: g.fork.extend(g.streams(), g.fork.init_cache(3, 4)),
         "2 rows.*3|3.*2",
     ),
+    "slots of no tokens": (lambda g: token_slots(g.streams(), 0), "max_tokens=0: choose 1"),
     "slots behind a fork layer": (lambda g: token_slots(g.fork(g.streams()), 4), "take the slots"),
     "entries of other slots": (
         lambda g: token_slots(g.streams(), 9).write(g.array(2, 8), g.array(2, 4)),
@@ -159,6 +196,16 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: Thoughtbubbles({"vocab_size": 20}, rngs=nnx.Rngs(0)),
         "dict.*ModelConfig",
     ),
+    "parameters of integers": (
+        lambda g: Thoughtbubbles(SMALL, rngs=nnx.Rngs(0), param_dtype="int32"),
+        "param_dtype=int32: choose a floating",
+    ),
+    "a block of integers": (
+        lambda g: Block(SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.int32),
+        "param_dtype=int32: choose a floating",
+    ),
+    "ids in lists of other lengths": (lambda g: g.model([[1, 2], [3]]), "list that makes no array"),
+    "ids in a list of floats": (lambda g: g.model([[1.5]]), "float32: give int32"),
     "ids of one axis": (lambda g: g.model(g.ids(4)), r"shape \(4,\).*\[batch, tokens\]"),
     "ids that are floats": (lambda g: g.model(g.array(2, 4)), "float32.*int"),
     "a mask of other ids": (lambda g: g.model(g.ids(2, 4), g.ids(2, 3) > 0), r"\(2, 3\).*\(2, 4\)"),
@@ -173,6 +220,31 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         "width 6 .*embed_dim=8",
     ),
     "a text of other ids": (lambda g: bubble_map(g.model, [1, 2], ["a"]), "2 ids and 1 texts"),
+    "a block's config that is a dict": (lambda g: Block({}, rngs=nnx.Rngs(0)), "dict.*ModelConfig"),
+    "a bias of no width": (lambda g: g.streams().attention_bias(0), "head_dim=0 is below 1"),
+    # Hatchlings
+    "a Hatchling's ids of one axis": (lambda g: g.hatchling(g.ids(4)), r"shape \(4,\): give"),
+    "a Hatchling's ids of floats": (lambda g: g.hatchling(g.array(2, 4)), "float32: give int"),
+    "neurons of ids of one axis": (
+        lambda g: g.hatchling.activations(g.ids(4)),
+        r"shape \(4,\): give",
+    ),
+    "a forking Hatchling's ids of one axis": (
+        lambda g: g.forking_hatchling(g.ids(4)),
+        r"shape \(4,\): give",
+    ),
+    "a Hatchling's config that is a dict": (
+        lambda g: Hatchling({"vocab_size": 20}, rngs=nnx.Rngs(0)),
+        "dict: give a HatchlingConfig",
+    ),
+    "a Hatchling of another config": (
+        lambda g: Hatchling(SMALL, rngs=nnx.Rngs(0)),
+        "ModelConfig: give a HatchlingConfig",
+    ),
+    "a forking Hatchling that does not fork": (
+        lambda g: ForkingHatchling(HATCHLING, rngs=nnx.Rngs(0)),
+        "HatchlingConfig: give a ForkingHatchlingConfig",
+    ),
     # Memory
     "a boundary table of other ids": (lambda g: g.with_memory(boundary=np.zeros(3)), "3 ids.* 20"),
     "a reasoner that is no decoder": (
@@ -190,10 +262,32 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         ),
         "'qq': choose",
     ),
+    "a weaver of another config": (
+        lambda g: memgen.Weaver(*2 * [g.model.backbone()], TriggerConfig(), rngs=nnx.Rngs(0)),
+        "TriggerConfig: give a WeaverConfig",
+    ),
+    "a trigger of another config": (
+        lambda g: memgen.Trigger(g.model.backbone(), WeaverConfig(), rngs=nnx.Rngs(0)),
+        "WeaverConfig: give a TriggerConfig",
+    ),
+    "a weaver of integers": (
+        lambda g: memgen.Weaver(
+            *2 * [g.model.backbone()], WeaverConfig(), rngs=nnx.Rngs(0), param_dtype=int
+        ),
+        "param_dtype=int64: choose a floating",
+    ),
+    "an adapter of another config": (
+        lambda g: memgen.make_adapter(g.model.backbone(), WeaverConfig(), rngs=nnx.Rngs(0)),
+        "WeaverConfig: give a LoRAConfig",
+    ),
     "an unknown context": (lambda g: WeaverConfig(context="text"), "context='text': choose emb"),
     "a certain trigger": (
         lambda g: TriggerConfig(init_invoke_prob=1.0),
         "init_invoke_prob=1.0: ch",
+    ),
+    "text in lists of other lengths": (
+        lambda g: g.made.weave([[1, 2], [3]], g.plan()),
+        "list that makes no array",
     ),
     "text of one axis": (lambda g: g.made.weave(g.ids(4), g.plan()), r"shape \(4,\).*\[batch, tok"),
     "text of floats": (lambda g: g.made.weave(g.array(2, 4), g.plan()), "float32.*int"),
@@ -226,6 +320,13 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: memgen.boundary_table(["a"], mode="end"),
         "'end'.*suffix",
     ),
+    "a prompt for prompts": (lambda g: memgen.generate(g.made, [1, 2], 4), "prompt 0 is 1: give a"),
+    "a text for prompts": (lambda g: memgen.generate(g.made, "ab", 4), "prompt 0 is 'a': give a"),
+    "a prompt of floats": (lambda g: memgen.generate(g.made, [[0.5]], 4), "prompt 0 is of type fl"),
+    "a trigger policy by name": (
+        lambda g: memgen.generate(g.made, [[1]], 4, policy="always"),
+        "policy='always': choose a TriggerPolicy",
+    ),
     "no prompts": (lambda g: memgen.generate(g.made, [], 4), "prompt"),
     "a prompt beyond the ids": (lambda g: memgen.generate(g.made, [[99]], 4), "99.*20"),
     "a negative temperature": (
@@ -238,6 +339,31 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         "checkpoint has none, the model float32.*: build the model with",
     ),
 }
+
+
+def test_ids_may_be_nested_lists():
+    def shapes(given: Given) -> list[Any]:
+        woven = given.made.weave([[1, 2, 3, 4], [5, 6, 7, 8]], given.plan())
+        hatchling = Hatchling(dataclasses.replace(HATCHLING, separator=3), rngs=nnx.Rngs(0))
+        neurons = hatchling.activations([[1, 3, 2]])
+        return [given.model([[1, 2]]), woven.stream, hatchling([[1, 3]]), neurons.value]
+
+    logits, stream, others, value = nnx.eval_shape(lambda: shapes(Given()))
+    assert others.shape == (1, 2, 20) and value.shape == (2, 1, 3, 8)
+    assert logits.shape == (1, 2, 20) and stream.shape == (2, 8, 8)
+
+
+def test_advantages_may_be_a_list():
+    zeros = jnp.zeros((2, 4))
+    loss, rows = memgen.trigger_loss(zeros, zeros, [1.0, 2.0])
+    assert (float(loss), float(rows)) == (-3.0, 2.0)
+
+
+def test_tokens_that_have_no_slots_are_refused():
+    streams = Streams.start(jnp.zeros((2, 4, 8)), jnp.array([3, 2]), first=jnp.array([0, 1]))
+    assert token_slots(streams, 3).capacity == 3
+    with pytest.raises(ValueError, match="a row of 3 tokens does not fit into max_tokens=2"):
+        token_slots(streams, 2)
 
 
 def test_there_are_forty():

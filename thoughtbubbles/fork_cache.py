@@ -93,13 +93,23 @@ def token_slots(streams: Streams, max_tokens: int) -> KVSlots:
         max_tokens: Number of tokens that fit into a row.
 
     Raises:
-        ValueError: The streams have passed a fork layer.
+        ValueError: The streams have passed a fork layer, or their tokens do not fit (unless `jit`
+            traces them).
     """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: choose 1 or more")
     if streams.forked:
         raise ValueError(
             f"token_slots of {streams.token.shape} streams behind a fork layer: take the slots "
             "that Fork.extend returns"
         )
+    if not isinstance(streams.alive, Tracer):
+        longest = int((np.asarray(streams.first) + np.asarray(streams.length)).max(initial=0))
+        if longest > max_tokens:
+            raise ValueError(
+                f"a row of {longest} tokens does not fit into max_tokens={max_tokens}: make larger "
+                "caches"
+            )
     copies = streams.token.shape[1] // streams.num_tokens
     return KVSlots(streams.first * copies, streams.alive, max_tokens * copies)
 

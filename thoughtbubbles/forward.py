@@ -16,7 +16,13 @@ from thoughtbubbles import fork_models
 from thoughtbubbles.architecture import Architecture, Constrain
 from thoughtbubbles.attention import Attend
 from thoughtbubbles.attention import attend as attend_by_scores
-from thoughtbubbles.checks import check_ids, check_integers, check_streams
+from thoughtbubbles.checks import (
+    check_config,
+    check_floating,
+    check_ids,
+    check_integers,
+    check_streams,
+)
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of
@@ -69,11 +75,8 @@ class ForkingDecoder(Architecture):
         kernel_init: Initializer | None = None,
         param_dtype: Dtype = jnp.float32,
     ):
-        if not isinstance(config, ModelConfig):
-            raise ValueError(
-                f"config is a {type(config).__name__}: give a ModelConfig, such as "
-                "ModelConfig.preset('tiny')"
-            )
+        check_config(config, ModelConfig)
+        check_floating("param_dtype", param_dtype)
         self.config = config
         self.constrain = constrain or _identity
         attend = attend or attend_by_scores

@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer
 from thoughtbubbles import forking
 from thoughtbubbles.architecture import Tracked
 from thoughtbubbles.attention import Attend, attend
-from thoughtbubbles.checks import check_streams
+from thoughtbubbles.checks import check_config, check_floating, check_streams
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.fork_cache import (
     ForkCache,
@@ -216,6 +216,8 @@ class Block(Module):
         kernel_init: Initializer | None = None,
         param_dtype: Dtype = jnp.float32,
     ):
+        check_config(config, ModelConfig)
+        check_floating("param_dtype", param_dtype)
         self.config = config
         self.attend = attend
         options: Any = {"rngs": rngs, "kernel_init": kernel_init, "param_dtype": param_dtype}
@@ -313,6 +315,9 @@ class Fork(Module):
             raise ValueError(f"embed_dim={embed_dim} is below 1: give the width of the residuals")
         if gate is not None and not 0 < gate < math.inf:
             raise ValueError(f"gate={gate} is not positive: choose e.g. 1e-9")
+        check_floating("param_dtype", param_dtype)
+        if dtype is not None:
+            check_floating("dtype", dtype)
         check_forced_keep(policy, forced_keep, score_originals)
         self.policy, self.forced_keep = policy, forced_keep
         self.score_originals, self.dtype = score_originals, dtype

@@ -137,7 +137,7 @@ def streams_page(
         shown = [
             _bubble(
                 np.flatnonzero(alive[row] & (token[row] == at)), scores, at,
-                int(first[row]), str(at) if texts is None else texts[row][at],
+                int(first[row]), str(int(first[row]) + at) if texts is None else texts[row][at],
             )
             for at in range(min(num_tokens, TOKENS // ROWS))
         ]  # fmt: skip

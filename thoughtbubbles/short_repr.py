@@ -6,13 +6,17 @@ from typing import Any
 LONGEST = 16  # values of a tuple
 
 
+def short_repr(value: Any) -> str:
+    """The fields of a dataclass or a NamedTuple, with arrays by type and shape."""
+    fields = getattr(value, "_fields", None) or [f.name for f in dataclasses.fields(value)]
+    shown = (f"{name}={_short(getattr(value, name))}" for name in fields)
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
 class ShortRepr:
     """A dataclass with `repr=False`, whose repr gives arrays by type and shape."""
 
-    def __repr__(self) -> str:
-        assert dataclasses.is_dataclass(self)
-        shown = (f"{f.name}={_short(getattr(self, f.name))}" for f in dataclasses.fields(self))
-        return f"{type(self).__name__}({', '.join(shown)})"
+    __repr__ = short_repr
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,8 @@ class Streams(ShortRepr):
             first: Number of tokens of the sequence before these; 0 by default.
 
         Raises:
-            ValueError: A shape is wrong, or a length is not from 0 to `T` (lengths that are traced
-                by `jit` are checked by `Fork.extend` alone, whose rows become NaN).
+            ValueError: A shape or type is wrong, or a length is not from 0 to `T` (lengths that are
+                traced by `jit` are checked by `Fork.extend` alone, whose rows become NaN).
         """
         _check_start(x, length, copies, first)
         num_tokens, continued = x.shape[1], first is not None
@@ -139,6 +139,8 @@ class Streams(ShortRepr):
                 it the bias is log p, which weighs a key by exactly p. Both are added to logits that
                 are already divided by sqrt(K).
         """
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"head_dim={head_dim} is below 1: give the width of a head, or None")
         return self.log_score * (1.0 if head_dim is None else head_dim**-0.5)
 
     def attenuate(self, values: Float[Array, "B S *rest"]) -> Float[Array, "B S *rest"]:
@@ -182,20 +184,29 @@ class Streams(ShortRepr):
             texts: Text of each token of each row, padding included; indices by default.
 
         Raises:
-            ValueError: The arrays are not here (traced, donated, or on other hosts), or the texts
-                are not as many as the tokens.
+            ValueError: The arrays are not here (traced, donated, or on other hosts) or of no batch,
+                or the texts are not as many as the tokens.
         """
+        if not self._is_batch():
+            raise ValueError(
+                f"streams of tokens {jnp.shape(self.token)}: give [B, S], such as a[None] of each "
+                "array of one row"
+            )
         if not self._is_here():
             raise ValueError(f"{self!r} has no values here: show it outside of jit, on one host")
         log_score, token = np.asarray(self.log_score), np.asarray(self.token)
         alive, first = np.asarray(self.alive), np.asarray(self.first)
         return streams_page(log_score, token, alive, first, self.num_tokens, texts)
 
+    def _is_batch(self) -> bool:
+        return (jnp.ndim(self.token), jnp.ndim(self.first)) == (2, 1)
+
     def _is_here(self) -> bool:
         return all(map(_is_here, (self.log_score, self.token, self.alive, self.first)))
 
     def _repr_html_(self) -> str | None:
-        return self.page()._repr_html_() if self._is_here() else None
+        here = self._is_here() and self._is_batch()
+        return self.page()._repr_html_() if here else None
 
 
 class StreamsChanges(TypedDict, total=False):
@@ -213,11 +224,10 @@ class StreamsChanges(TypedDict, total=False):
 
 
 def _is_here(value: object) -> bool:
-    """Whether a value of streams can be read: of a batch, neither traced nor donated."""
+    """Whether a value of streams can be read: neither traced nor donated."""
     if isinstance(value, Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
         return False
-    here = isinstance(value, np.ndarray) or (value.is_fully_addressable and not value.is_deleted())
-    return here and value.ndim <= 2
+    return isinstance(value, np.ndarray) or (value.is_fully_addressable and not value.is_deleted())
 
 
 def _check_start(x, length, copies, first) -> None:
@@ -232,10 +242,14 @@ def _check_start(x, length, copies, first) -> None:
     if copies < 1:
         raise ValueError(f"copies={copies} is below 1: 1 means no copies")
     for name, value in (("length", length), ("first", first)):
-        if value is not None and jnp.shape(value) != x.shape[:1]:
+        if value is None:
+            continue
+        given = value if hasattr(value, "dtype") else jnp.asarray(value)
+        if given.shape != x.shape[:1]:
             raise ValueError(
-                f"{name} of shape {jnp.shape(value)} for {x.shape[0]} rows: give one number a row"
+                f"{name} of shape {given.shape} for {x.shape[0]} rows: give one number a row"
             )
+        _check_integers(name, given.dtype)
     if length is None or isinstance(length, Tracer):
         return
     lengths = np.asarray(length)
@@ -243,6 +257,11 @@ def _check_start(x, length, copies, first) -> None:
         raise ValueError(
             f"lengths {lengths.tolist()} of {x.shape[1]} tokens: choose 0 to {x.shape[1]}"
         )
+
+
+def _check_integers(name: str, dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} of type {dtype}: give integers, such as int32")
 
 
 def left_align(
@@ -313,6 +332,7 @@ def split_segments(
             f"segment ids of shape {segment_ids.shape} for tokens of shape {tokens.shape}: give "
             "one id for each token"
         )
+    _check_integers("segment ids", segment_ids.dtype)
     if not isinstance(segment_ids, Tracer):
         ids = np.asarray(segment_ids)
         if ids.max(initial=0) > num_segments or ids.min(initial=0) < 0:
@@ -342,6 +362,7 @@ def join_segments(
             f"values of shape {values.shape} for segment ids of shape {segment_ids.shape}: give "
             "num_segments rows for each row of ids, as split_segments made them"
         )
+    _check_integers("segment ids", segment_ids.dtype)
     batch, num_segments = segment_ids.shape[0], values.shape[0] // segment_ids.shape[0]
     mask = _segments(segment_ids, num_segments)
     rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -363,4 +384,6 @@ def _real(mask: jax.Array, values: jax.Array) -> jax.Array:
             f"a mask of shape {mask.shape} for tokens of shape {values.shape}: give one entry "
             "for each token"
         )
+    if jnp.issubdtype(mask.dtype, jnp.inexact):
+        raise ValueError(f"a mask of type {mask.dtype}: give bool, such as mask > 0")
     return mask.astype(bool)

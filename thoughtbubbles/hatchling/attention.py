@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.short_repr import ShortRepr
 
 NORM_EPS = 1e-5
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Reach:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Reach(ShortRepr):
     """How far each vector of a chunk reaches into its past; equal in all layers.
 
     Attributes:

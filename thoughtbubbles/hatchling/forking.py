@@ -10,6 +10,7 @@ from flax import nnx
 
 from thoughtbubbles import fork_models, statistics
 from thoughtbubbles.architecture import ARCHITECTURES, Constrain
+from thoughtbubbles.checks import check_ids
 from thoughtbubbles.fork_cache import ForkCache
 from thoughtbubbles.forking import merge
 from thoughtbubbles.hatchling.attention import Reach, damping, normalized
@@ -137,6 +138,9 @@ class ForkingHatchling(Hatchling):
         rngs: Keys of the initial values.
         constrain: Function applied to every residual array `[B, S, d]` between layers.
         attend: Not used: attention is linear.
+
+    Raises:
+        ValueError: The config is of another class.
     """
 
     config_class: ClassVar[type[ForkingHatchlingConfig]] = ForkingHatchlingConfig
@@ -163,6 +167,7 @@ class ForkingHatchling(Hatchling):
         track: bool = False,
         key: jax.Array | None = None,
     ) -> ForkingActivations:
+        check_ids(tokens)
         streams = Streams.start(self._first(self.embed_tokens(tokens)), length)
 
         def fork(index: int, streams: Streams) -> Streams:
@@ -227,7 +232,7 @@ class ForkingHatchling(Hatchling):
         state = cast(ForkingState, cache)
         if starts is not None:
             raise ValueError("a document can't begin inside of a row that forks: leave starts out")
-        self._check_rows(state, x)
+        state.check_rows(x)
         x = x.astype(self.config.dtype)
         if not x.shape[1]:
             return x, cache

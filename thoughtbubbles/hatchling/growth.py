@@ -10,6 +10,7 @@ from flax import nnx
 
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.model import Hatchling
+from thoughtbubbles.short_repr import ShortRepr
 
 ANGLES = (15, 40)
 """Degrees between which the angle φ of two copies is drawn. Copies of 45° would have the same
@@ -19,8 +20,8 @@ NEURON_AXES = {"dx": (1, 2), "dy": (1, 2), "e": (0, 1), "frequency": (0, 1)}
 """Axes of the heads and of their neurons in each array that has neurons."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Growth:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Growth(ShortRepr):
     """A plan of copies: which neuron each neuron of the grown model copies, and with which share.
 
     A neuron x = (v Dx)₊ acts through products of two: x·x in attention, and x·E in what the layer

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles.architecture import Architecture, Constrain
+from thoughtbubbles.checks import check_config, check_ids, check_integers
 from thoughtbubbles.hatchling.attention import (
     Reach,
     attend,
@@ -36,6 +37,9 @@ class Hatchling(Architecture):
         rngs: Keys of the initial values.
         constrain: Function applied to every residual array `[B, T, d]` between layers.
         attend: Not used: attention is linear.
+
+    Raises:
+        ValueError: The config is of another class.
     """
 
     config_class: ClassVar[type[HatchlingConfig]] = HatchlingConfig
@@ -49,6 +53,7 @@ class Hatchling(Architecture):
         constrain: Constrain | None = None,
         attend: Any = None,
     ):
+        check_config(config, self.config_class)
         self.config, self.constrain = config, constrain or _identity
         width, heads, neurons = config.embed_dim, config.num_heads, config.head_neurons
         into, out_of = ("embed", "heads", "head_dim"), ("heads", "head_dim", "embed")
@@ -64,6 +69,7 @@ class Hatchling(Architecture):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Vectors `[..., d]`; NaN for an id outside the vocabulary."""
+        check_integers(tokens)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -115,6 +121,7 @@ class Hatchling(Architecture):
         key: jax.Array | None = None,
     ) -> Activations:
         """A forward pass without the head; `key` is that of dropout, in training."""
+        check_ids(tokens)
         return self._forward(self.embed_tokens(tokens), length, key, self._starts(tokens))
 
     def loss(
@@ -157,10 +164,11 @@ class Hatchling(Architecture):
             tokens: Token ids `[B, T]` int32, padded on the right.
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
         """
-        length = broadcast_beside(tokens.shape[1] if length is None else length, tokens, 1)
-        first = jnp.zeros_like(length)
-        reach = Reach.of(self.config, first, length, tokens.shape[1], self._starts(tokens))
+        check_ids(tokens)
         x = self._first(self.embed_tokens(tokens))
+        length = broadcast_beside(x.shape[1] if length is None else length, x, 1)
+        first = jnp.zeros_like(length)
+        reach = Reach.of(self.config, first, length, x.shape[1], self._starts(tokens))
         read, _ = self._layers(x, reach, None, watch=True)
         assert read.watched is not None
         return read.watched
@@ -208,7 +216,7 @@ class Hatchling(Architecture):
             starts: Whether a document begins with each vector, `[B, C]` bool: what its row has read
                 so far is forgotten.
         """
-        self._check_rows(cache, x)
+        cache.check_rows(x)
         if not x.shape[1]:
             return x.astype(self.config.dtype), cache
         length, cache = broadcast_beside(length, x, 1), cache.beside(x)
@@ -264,16 +272,10 @@ class Hatchling(Architecture):
             for name in ("x", "y")
         }
 
-    def _check_rows(self, cache: State, x: jax.Array) -> None:
-        if cache.length.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"a state of {cache.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
-                "init_cache of that batch"
-            )
-
     def _starts(self, tokens: jax.Array) -> jax.Array | None:
         """Whether each token begins a document; None where none does."""
-        return None if self.config.separator is None else tokens == self.config.separator
+        separator = self.config.separator
+        return None if separator is None else jnp.asarray(tokens) == separator
 
     def _forward(
         self,

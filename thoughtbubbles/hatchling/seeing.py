@@ -92,8 +92,8 @@ def synapse_traces(
     return np.concatenate(traces, axis=-1).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class MannWhitney:
+@dataclasses.dataclass(frozen=True, repr=False)
+class MannWhitney(ShortRepr):
     """Result of Mann and Whitney's test of each column.
 
     Attributes:

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from thoughtbubbles.placement import placed_beside
-from thoughtbubbles.short_repr import ShortRepr
+from thoughtbubbles.short_repr import ShortRepr, short_repr
 
 
 class Frequency(nnx.Variable):
@@ -34,6 +34,14 @@ class State(ShortRepr):
         length = placed_beside(self.length, rows)
         synapses = placed_beside(self.synapses, rows, axis=1)
         return dataclasses.replace(self, length=length, synapses=synapses)
+
+    def check_rows(self, x: jax.Array) -> None:
+        """Raise a ValueError unless vectors have as many rows."""
+        if self.length.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"a state of {self.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
+                "init_cache of that batch"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +75,8 @@ class Neurons(NamedTuple):
     y: jax.Array
     value: jax.Array
 
+    __repr__ = short_repr
+
 
 class Layers(NamedTuple):
     """What the layers made of a chunk.
@@ -82,3 +92,5 @@ class Layers(NamedTuple):
     x_active: jax.Array
     y_active: jax.Array
     watched: Neurons | None
+
+    __repr__ = short_repr
