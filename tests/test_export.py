@@ -28,7 +28,7 @@ from thoughtbubbles.safetensors_files import SafetensorsFiles
 from train.cli.config_json import as_json
 from train.data import ByteTokenizer, HuggingFaceTokenizer
 from train.export import ExportConfig, export_model, main
-from train.models.load import LanguageModel, load_model, load_weights
+from train.models.load import LanguageModel, LoadedRun, load_model, load_weights
 from train.pretraining.config import RunConfig
 from train.runs.checkpoint import Checkpointer
 
@@ -99,6 +99,21 @@ def test_a_model_comes_back_bit_for_bit(config: Any, loads: str, tmp_path: Path)
     for name, variable in here.items():
         assert np.asarray(there[name][...]).tobytes() == np.asarray(variable[...]).tobytes(), name
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("known", "original", "exported"), [(32768, 16, 32768), (None, 16, 512), (None, 1024, 1024)]
+)
+def test_a_run_on_short_rows_keeps_its_context(known, original, exported, tmp_path: Path):
+    scaling = RopeScaling("yarn", 4.0, original)
+    config = dataclasses.replace(LLAMA, biases="none", context_length=known, rope_scaling=scaling)
+    meta = {"data": {"seq_len": 512}}
+    run = LoadedRun(model_of(config), ByteTokenizer(), config=meta, step=3, data_fingerprint="0")
+    assert run.context_length == 512
+    export_model(run, tmp_path / "new")
+    fields = json.loads((tmp_path / "new/config.json").read_text())
+    assert fields["max_position_embeddings"] == exported
+    assert load_pretrained(tmp_path / "new").config.context_length == exported
 
 
 def fuzz(rng: np.random.Generator) -> str:
