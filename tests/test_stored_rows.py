@@ -61,6 +61,32 @@ def test_a_run_is_evaluated_on_the_rows_that_it_was_trained_with(data: DataConfi
     assert stored_rows(data, "../rows", "train") is None
 
 
+@pytest.mark.parametrize(
+    ("edited", "message"),
+    [
+        (lambda fields: fields | {"newer": 1}, "data has no field 'newer': a newer version may"),
+        (lambda fields: None, "data=None is no object with fields of DataConfig"),
+        (lambda fields: fields | {"seq_len": "x"}, "data: seq_len='x' is not int"),
+    ],
+)
+def test_data_of_another_version_are_one_line(edited: Any, message: str, data: DataConfig):
+    run = run_on(data, "0")
+    run.config["data"] = edited(run.config["data"])
+    with pytest.raises(ValueError, match=message):
+        validation_rows(run)
+
+
+def test_the_context_of_a_run_whose_data_were_edited_is_one_line(data: DataConfig):
+    run = run_on(data, "0")
+    assert run.context_length == data.seq_len
+    for value, message in ({}, "data has no seq_len"), (3, "data=3 is no"):
+        run.config["data"] = value
+        with pytest.raises(ValueError, match=message):
+            assert run.context_length
+    del run.config["data"]
+    assert run.context_length is None
+
+
 @pytest.mark.parametrize("corpus", ["stdlib", 'mix({"stdlib": 0.5, "texts": 0.5})'])
 @pytest.mark.parametrize("python", ["3.13.1", None])
 def test_stdlib_of_another_python_is_named(corpus: str, python: str | None, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from thoughtbubbles import Architecture
 from thoughtbubbles.quantisation import in_int8, quantise
+from train.cli.config_json import from_json
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare, stored_rows
 from train.data.mixture import JoinedRows
 from train.devices.mesh import (
@@ -210,14 +211,15 @@ def validation_rows(loaded: LoadedRun) -> PackedRows:
     """The held-out rows of a run: those in the data cache, else of its corpus as it is now.
 
     Raises:
-        ValueError: The run has no corpus, or the rows are gone and its corpus is another one now.
+        ValueError: The run has no corpus, its data have fields that a newer version wrote, or the
+            rows are gone and its corpus is another one now.
     """
     if "weights" in loaded.config:
         raise ValueError(
             "this run was fine-tuned on chat data, its held-out loss is in metrics.jsonl: pass "
             "--tasks FILE"
         )
-    config = DataConfig(**loaded.config["data"])
+    config: DataConfig = from_json(DataConfig, loaded.config.get("data"), "data")
     stored = stored_rows(config, loaded.data_fingerprint, "validation")
     if stored is not None:
         return stored
@@ -226,7 +228,7 @@ def validation_rows(loaded: LoadedRun) -> PackedRows:
         meta = {name: getattr(loaded, name) for name in ("config", "data_fingerprint", "python")}
         raise ValueError(
             f"the run was trained on data {loaded.data_fingerprint}, the corpus is now "
-            f"{data.fingerprint}: restore the corpus {loaded.config['data']['corpus']}"
+            f"{data.fingerprint}: restore the corpus {config.corpus}"
             f"{why_other_data(meta)}"
         )
     return data.validation

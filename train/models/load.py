@@ -149,7 +149,9 @@ class LoadedRun(LanguageModel):
     @property
     def context_length(self) -> int | None:
         data = self.config.get("data")  # a run of reinforcement learning has none
-        return super().context_length if data is None else data["seq_len"]
+        if data is None:
+            return super().context_length
+        return Fields({"data": data}, "the run", EDITED, EDITED).object("data").integer("seq_len")
 
 
 def load_model(
