@@ -12,8 +12,9 @@ from flax import nnx
 from thoughtbubbles import Architecture
 from thoughtbubbles.quantisation import in_int8, quantise
 from train.cli.config_json import from_json
-from train.data import DataConfig, PackedRows, evaluation_batches, prepare, stored_rows
+from train.data import DataConfig, PackedRows, evaluation_batches, prepare
 from train.data.mixture import JoinedRows
+from train.data.stored import stored_split
 from train.devices.mesh import (
     MeshConfig,
     batch_sharding,
@@ -26,6 +27,8 @@ from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
 from train.models.load import LoadedRun
 from train.runs.metadata import why_other_data
+
+_OF_DATA = ("config", "data_fingerprint", "python", "sources")  # fields of a run
 
 
 class Evaluator:
@@ -220,12 +223,12 @@ def validation_rows(loaded: LoadedRun) -> PackedRows:
             "--tasks FILE"
         )
     config: DataConfig = from_json(DataConfig, loaded.config.get("data"), "data")
-    stored = stored_rows(config, loaded.data_fingerprint, "validation")
+    stored = stored_split(config, loaded.data_fingerprint, loaded.sources, "validation")
     if stored is not None:
         return stored
     data = prepare(config)
     if data.fingerprint != loaded.data_fingerprint:
-        meta = {name: getattr(loaded, name) for name in ("config", "data_fingerprint", "python")}
+        meta = {name: getattr(loaded, name) for name in _OF_DATA}
         raise ValueError(
             f"the run was trained on data {loaded.data_fingerprint}, the corpus is now "
             f"{data.fingerprint}: restore the corpus {config.corpus}"
