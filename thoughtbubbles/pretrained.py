@@ -1,8 +1,8 @@
-"""Pretrained decoders: Llama, SmolLM2, Qwen2, Qwen3 and SmolLM3 weights in, and out again.
+"""Pretrained decoders: Llama, SmolLM, Qwen2, Qwen3 and Starcoder2 weights in, and out again.
 
 Weights come from a Hugging Face folder (config.json, safetensors, tokenizer.json), a folder of the
-library's own form (`thoughtbubbles.own_form`), or a GGUF file. Nothing is unpickled and no code of
-a checkpoint is run.
+library's own form (`thoughtbubbles.own_form`), or a GGUF file (not of Starcoder2).
+Nothing is unpickled and no code of a checkpoint is run.
 """
 
 import dataclasses
