@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,11 +173,43 @@ def test_parameters_too_large_for_a_type_are_refused(tmp_path: Path):
     save_pretrained(new, config, params, ByteTokenizer(), dtype="float16")
     assert SafetensorsFiles(new).read("model.norm.bias").dtype == np.float16
     assert np.asarray(load_pretrained(new).params["embed"]).dtype == np.float32
-    for value in (7e4, 1e-9):
-        params["final_norm"]["bias"] = jnp.full(config.embed_dim, value)
-        with pytest.raises(ValueError, match="model.norm.bias holds magnitudes up to .* float16"):
+    width = config.embed_dim
+    half = jnp.where(jnp.arange(width) % 2, 1.0, 1e-9)
+    for bias, message in (
+        (
+            jnp.full(width, 7e4),
+            "model.norm.bias holds magnitudes up to 7e\\+04, which float16 can't",
+        ),
+        (
+            jnp.full(width, 1e-9),
+            "100.0% of the values of model.norm.bias are too small for float16",
+        ),
+        (half, "50.0% of the values of model.norm.bias are too small for float16"),
+    ):
+        params["final_norm"]["bias"] = bias
+        with pytest.raises(ValueError, match=message):
             save_pretrained(tmp_path / "b", config, params, ByteTokenizer(), dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_can_not_be_loaded_again_is_not_written(tmp_path: Path):
+    model = quick_model(dataclasses.replace(PLAIN, num_layers=1))
+    params, tokenizer = nnx.to_pure_dict(nnx.state(model)), ByteTokenizer()
+    small = quick_model(dataclasses.replace(PLAIN, num_layers=1, vocab_size=200))
+    without = {name: value for name, value in params.items() if name != "embed"}
+    eight = jax.tree.map(lambda leaf: leaf.astype("int8"), params)
+    other: Any = {"dtype": "int8"}
+    of_small = nnx.to_pure_dict(nnx.state(small))
+    for config, given, options, message in (
+        (model.config, without, {}, "parameter embed: given missing, config asks for"),
+        (model.config, params, other, "dtype='int8': choose one of float32, bfloat16, float16"),
+        (model.config, eight, {}, "dtype='int8': choose one of float32, bfloat16, float16"),
+        (small.config, of_small, {}, "the tokenizer has 257 ids, the config vocab_size=200: pass"),
+    ):
+        for form in ("transformers", "thoughtbubbles"):
+            with pytest.raises(ValueError, match=message):
+                save_pretrained(tmp_path / "new", config, given, tokenizer, form=form, **options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
