@@ -123,8 +123,13 @@ def fuzz(rng: np.random.Generator) -> str:
     return "".join(chr(rng.integers(first, last)) for _ in range(rng.integers(1, 9)))
 
 
-def bpe(folder: Path) -> HuggingFaceTokenizer:
-    """One with whatever a file may ask for that runs don't do: padding, templates, truncation."""
+def bpe(folder: Path, special: bool = True) -> HuggingFaceTokenizer:
+    """One with whatever a file may ask for that runs don't do: padding, templates, truncation.
+
+    Args:
+        folder: Folder of the file.
+        special: Whether its separator is a special token, beside being one of the vocabulary.
+    """
     made = tokenizers.Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -141,13 +146,18 @@ def bpe(folder: Path) -> HuggingFaceTokenizer:
     )
     made.enable_padding(length=12)
     made.enable_truncation(3)
-    made.save(str(folder / "bpe.json"))
+    file = folder / "bpe.json"
+    made.save(str(file))
+    if not special:
+        fields = json.loads(file.read_text())
+        fields["added_tokens"] = [t for t in fields["added_tokens"] if t["content"] != "<eos>"]
+        file.write_text(json.dumps(fields))
     return HuggingFaceTokenizer(folder / "bpe.json")
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "vocabulary"])
 def test_the_tokenizer_of_a_run_encodes_the_same_anywhere(kind: str, tmp_path: Path):
-    own = ByteTokenizer() if kind == "bytes" else bpe(tmp_path)
+    own = ByteTokenizer() if kind == "bytes" else bpe(tmp_path, special=kind == "bpe")
     found = own.to_pretrained()
     assert (found.separator, found.vocab_size) == (own.separator, own.vocab_size)
     assert found.stop_ids == (own.separator,)
@@ -160,6 +170,8 @@ def test_the_tokenizer_of_a_run_encodes_the_same_anywhere(kind: str, tmp_path: P
         assert found.encode(text)[1].sum() == lengths.sum()
         assert found.prompt(text) == [own.separator, *ids]
         assert found.decode(ids) == own.decode(ids)
+        with_separators = [own.separator, *ids, own.separator]
+        assert found.decode(with_separators) == own.decode(with_separators) == own.decode(ids)
         if "<|" not in text:
             assert plain.encode(text).ids == [own.separator, *ids]
     some = rng.integers(0, 256, (50, 7))  # broken characters too

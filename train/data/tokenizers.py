@@ -171,6 +171,7 @@ class HuggingFaceTokenizer:
         copy.no_truncation()
         copy.no_padding()
         begin = self._separator_token
+        copy.add_special_tokens([begin])  # else one of the vocabulary would be decoded as text
         copy.post_processor = processors.TemplateProcessing(  # pyright: ignore
             single=[begin, "$A"], special_tokens=[(begin, self.separator)]
         )
