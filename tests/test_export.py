@@ -123,12 +123,13 @@ def fuzz(rng: np.random.Generator) -> str:
     return "".join(chr(rng.integers(first, last)) for _ in range(rng.integers(1, 9)))
 
 
-def bpe(folder: Path, special: bool = True) -> HuggingFaceTokenizer:
+def bpe(folder: Path, separator: str = "special") -> HuggingFaceTokenizer:
     """One with whatever a file may ask for that runs don't do: padding, templates, truncation.
 
     Args:
         folder: Folder of the file.
-        special: Whether its separator is a special token, beside being one of the vocabulary.
+        separator: Kind of the token "<eos>": "special", "added" without being special, or in the
+            "vocabulary" alone.
     """
     made = tokenizers.Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
@@ -148,23 +149,23 @@ def bpe(folder: Path, special: bool = True) -> HuggingFaceTokenizer:
     made.enable_truncation(3)
     file = folder / "bpe.json"
     made.save(str(file))
-    if not special:
-        fields = json.loads(file.read_text())
-        fields["added_tokens"] = [t for t in fields["added_tokens"] if t["content"] != "<eos>"]
-        file.write_text(json.dumps(fields))
+    fields = json.loads(file.read_text())
+    begin, end = fields["added_tokens"]
+    tokens = {"special": [end], "added": [end | {"special": False}], "vocabulary": []}
+    file.write_text(json.dumps(fields | {"added_tokens": [begin, *tokens[separator]]}))
     return HuggingFaceTokenizer(folder / "bpe.json")
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe", "vocabulary"])
+@pytest.mark.parametrize("kind", ["bytes", "special", "added", "vocabulary"])
 def test_the_tokenizer_of_a_run_encodes_the_same_anywhere(kind: str, tmp_path: Path):
-    own = ByteTokenizer() if kind == "bytes" else bpe(tmp_path, special=kind == "bpe")
+    own = ByteTokenizer() if kind == "bytes" else bpe(tmp_path, kind)
     found = own.to_pretrained()
     assert (found.separator, found.vocab_size) == (own.separator, own.vocab_size)
     assert found.stop_ids == (own.separator,)
     # As another program reads the file, which may know nothing of `encode_special_tokens`.
     plain = tokenizers.Tokenizer.from_str(found.to_json())
     rng = np.random.default_rng(0)
-    for text in [*TEXTS, *(fuzz(rng) for _ in range(200))]:
+    for text in [*TEXTS, "a <eos> b", *(fuzz(rng) for _ in range(200))]:
         ids, lengths = own.encode(text)
         assert found.encode(text)[0].tolist() == ids.tolist()
         assert found.encode(text)[1].sum() == lengths.sum()
@@ -172,7 +173,8 @@ def test_the_tokenizer_of_a_run_encodes_the_same_anywhere(kind: str, tmp_path: P
         assert found.decode(ids) == own.decode(ids)
         with_separators = [own.separator, *ids, own.separator]
         assert found.decode(with_separators) == own.decode(with_separators) == own.decode(ids)
-        if "<|" not in text:
+        assert own.separator not in ids
+        if "<|" not in text and "<eos>" not in text:
             assert plain.encode(text).ids == [own.separator, *ids]
     some = rng.integers(0, 256, (50, 7))  # broken characters too
     assert [found.decode(row) for row in some] == [own.decode(row) for row in some]
