@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from thoughtbubbles import PrefixRank, Threshold, TopK
+from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
 from train.cli.command import parse
 from train.cli.config_json import as_json, model_from_json, policy_from_text
@@ -71,6 +71,15 @@ def test_text_that_is_no_policy(text):
     choices = r"choose one of TopK|write (TopK|PrefixRank|Threshold)\(ratio="
     with pytest.raises(ValueError, match=choices):
         policy_from_text(text)
+
+
+def test_divisors_of_the_largest_width_are_found_at_once():
+    with pytest.raises(ValueError, match="choose a divisor such as 1 or 2147483647"):
+        ModelConfig(64, 2**31 - 1, 1, 3, mlp_dim=8)
+    with pytest.raises(ValueError, match="choose a divisor such as 4 or 6, "):
+        ModelConfig(64, 36, 1, 5)
+    with pytest.raises(ValueError, match="choose a divisor such as 6 or 9, "):
+        ModelConfig(64, 36, 1, 7)
 
 
 @dataclasses.dataclass(frozen=True)

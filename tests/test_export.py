@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from thoughtbubbles.safetensors_files import SafetensorsFiles
 from train.cli.config_json import as_json
 from train.data import ByteTokenizer, HuggingFaceTokenizer
 from train.export import ExportConfig, export_model, main
-from train.models.load import LanguageModel, load_model, load_weights
+from train.models.load import LanguageModel, LoadedRun, load_model, load_weights
 from train.pretraining.config import RunConfig
 from train.runs.checkpoint import Checkpointer
 
@@ -101,14 +102,35 @@ def test_a_model_comes_back_bit_for_bit(config: Any, loads: str, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize(
+    ("known", "original", "exported"), [(32768, 16, 32768), (None, 16, 512), (None, 1024, 1024)]
+)
+def test_a_run_on_short_rows_keeps_its_context(known, original, exported, tmp_path: Path):
+    scaling = RopeScaling("yarn", 4.0, original)
+    config = dataclasses.replace(LLAMA, biases="none", context_length=known, rope_scaling=scaling)
+    meta = {"data": {"seq_len": 512}}
+    run = LoadedRun(model_of(config), ByteTokenizer(), config=meta, step=3, data_fingerprint="0")
+    assert run.context_length == 512
+    export_model(run, tmp_path / "new")
+    fields = json.loads((tmp_path / "new/config.json").read_text())
+    assert fields["max_position_embeddings"] == exported
+    assert load_pretrained(tmp_path / "new").config.context_length == exported
+
+
 def fuzz(rng: np.random.Generator) -> str:
     ranges = [(1, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10FFFF)]
     first, last = ranges[rng.integers(len(ranges))]
     return "".join(chr(rng.integers(first, last)) for _ in range(rng.integers(1, 9)))
 
 
-def bpe(folder: Path) -> HuggingFaceTokenizer:
-    """One with whatever a file may ask for that runs don't do: padding, templates, truncation."""
+def bpe(folder: Path, separator: str = "special") -> HuggingFaceTokenizer:
+    """One with whatever a file may ask for that runs don't do: padding, templates, truncation.
+
+    Args:
+        folder: Folder of the file.
+        separator: Kind of the token "<eos>": "special", "added" without being special, or in the
+            "vocabulary" alone.
+    """
     made = tokenizers.Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,26 +147,34 @@ def bpe(folder: Path) -> HuggingFaceTokenizer:
     )
     made.enable_padding(length=12)
     made.enable_truncation(3)
-    made.save(str(folder / "bpe.json"))
+    file = folder / "bpe.json"
+    made.save(str(file))
+    fields = json.loads(file.read_text())
+    begin, end = fields["added_tokens"]
+    tokens = {"special": [end], "added": [end | {"special": False}], "vocabulary": []}
+    file.write_text(json.dumps(fields | {"added_tokens": [begin, *tokens[separator]]}))
     return HuggingFaceTokenizer(folder / "bpe.json")
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("kind", ["bytes", "special", "added", "vocabulary"])
 def test_the_tokenizer_of_a_run_encodes_the_same_anywhere(kind: str, tmp_path: Path):
-    own = ByteTokenizer() if kind == "bytes" else bpe(tmp_path)
+    own = ByteTokenizer() if kind == "bytes" else bpe(tmp_path, kind)
     found = own.to_pretrained()
     assert (found.separator, found.vocab_size) == (own.separator, own.vocab_size)
     assert found.stop_ids == (own.separator,)
     # As another program reads the file, which may know nothing of `encode_special_tokens`.
     plain = tokenizers.Tokenizer.from_str(found.to_json())
     rng = np.random.default_rng(0)
-    for text in [*TEXTS, *(fuzz(rng) for _ in range(200))]:
+    for text in [*TEXTS, "a <eos> b", *(fuzz(rng) for _ in range(200))]:
         ids, lengths = own.encode(text)
         assert found.encode(text)[0].tolist() == ids.tolist()
         assert found.encode(text)[1].sum() == lengths.sum()
         assert found.prompt(text) == [own.separator, *ids]
         assert found.decode(ids) == own.decode(ids)
-        if "<|" not in text:
+        with_separators = [own.separator, *ids, own.separator]
+        assert found.decode(with_separators) == own.decode(with_separators) == own.decode(ids)
+        assert own.separator not in ids
+        if "<|" not in text and "<eos>" not in text:
             assert plain.encode(text).ids == [own.separator, *ids]
     some = rng.integers(0, 256, (50, 7))  # broken characters too
     assert [found.decode(row) for row in some] == [own.decode(row) for row in some]
@@ -157,11 +187,43 @@ def test_parameters_too_large_for_a_type_are_refused(tmp_path: Path):
     save_pretrained(new, config, params, ByteTokenizer(), dtype="float16")
     assert SafetensorsFiles(new).read("model.norm.bias").dtype == np.float16
     assert np.asarray(load_pretrained(new).params["embed"]).dtype == np.float32
-    for value in (7e4, 1e-9):
-        params["final_norm"]["bias"] = jnp.full(config.embed_dim, value)
-        with pytest.raises(ValueError, match="model.norm.bias holds magnitudes up to .* float16"):
+    width = config.embed_dim
+    half = jnp.where(jnp.arange(width) % 2, 1.0, 1e-9)
+    for bias, message in (
+        (
+            jnp.full(width, 7e4),
+            "model.norm.bias holds magnitudes up to 7e\\+04, which float16 can't",
+        ),
+        (
+            jnp.full(width, 1e-9),
+            "100.0% of the values of model.norm.bias are too small for float16",
+        ),
+        (half, "50.0% of the values of model.norm.bias are too small for float16"),
+    ):
+        params["final_norm"]["bias"] = bias
+        with pytest.raises(ValueError, match=message):
             save_pretrained(tmp_path / "b", config, params, ByteTokenizer(), dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_can_not_be_loaded_again_is_not_written(tmp_path: Path):
+    model = quick_model(dataclasses.replace(PLAIN, num_layers=1))
+    params, tokenizer = nnx.to_pure_dict(nnx.state(model)), ByteTokenizer()
+    small = quick_model(dataclasses.replace(PLAIN, num_layers=1, vocab_size=200))
+    without = {name: value for name, value in params.items() if name != "embed"}
+    eight = jax.tree.map(lambda leaf: leaf.astype("int8"), params)
+    other: Any = {"dtype": "int8"}
+    of_small = nnx.to_pure_dict(nnx.state(small))
+    for config, given, options, message in (
+        (model.config, without, {}, "parameter embed: given missing, config asks for"),
+        (model.config, params, other, "dtype='int8': choose one of float32, bfloat16, float16"),
+        (model.config, eight, {}, "dtype='int8': choose one of float32, bfloat16, float16"),
+        (small.config, of_small, {}, "the tokenizer has 257 ids, the config vocab_size=200: pass"),
+    ):
+        for form in ("transformers", "thoughtbubbles"):
+            with pytest.raises(ValueError, match=message):
+                save_pretrained(tmp_path / "new", config, given, tokenizer, form=form, **options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from train.cli.command import run_command
 from train.data import DataConfig, MixtureReader, prepare
 from train.engine.step import pretraining_loss
 from train.evaluate import EvaluateConfig
+from train.evaluation import held_out as held_out_loss
 from train.evaluation.held_out import over_sources
 from train.pretraining.config import RunConfig
 from train.pretraining.job import PretrainJob, train
@@ -113,6 +114,7 @@ def test_a_run_shows_its_sources_and_goes_on_bit_for_bit(monkeypatch, capsys, fo
     assert "data.corpus: saved" in capsys.readouterr().err
 
     monkeypatch.setattr(sys, "argv", ["command", "--checkpoint", str(whole), "--rows", "4"])
+    monkeypatch.setattr(held_out_loss, "prepare", None)  # whatever the sources hold by now
     run_command(evaluate.main, EvaluateConfig)
     assert f"words {scored[0]:.4f}, sums {scored[1]:.4f}" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from train.cli.command import parse, run_command
 from train.cli.config_json import as_json
 from train.cli.numbers import check_numbers
 from train.data.chat_data import ChatDataConfig
-from train.engine import memory
+from train.devices import memory
 from train.engine.optim import OptimizerConfig, make_optimizer
 from train.evaluate import EvaluateConfig
 from train.finetuning.job import SFTConfig, SFTJob
@@ -273,8 +273,8 @@ ROWS = 2**31 - 8
 
 @pytest.fixture
 def gibibyte(monkeypatch: pytest.MonkeyPatch):
-    """This machine, as if it had one."""
-    monkeypatch.setattr(memory, "_host_bytes", lambda: 2**30)
+    """This machine, as a container that may have one sees it."""
+    monkeypatch.setattr(memory, "_container_limit", lambda: 2**30)
 
 
 def test_every_command_estimates_its_rows_before_it_allocates(
@@ -303,9 +303,9 @@ def test_the_memory_of_a_gpu_that_reports_none_is_not_the_hosts(monkeypatch: pyt
     devices = [Device("cpu", None), Device("gpu", None), Device("tpu", {}), Device("gpu", {})]
     devices += [Device("gpu", {"bytes_limit": 5}), Device("cpu", {"bytes_limit": 7})]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    found = [memory._device_bytes(device) for device in devices]
-    assert found == [memory._host_bytes(), None, None, None, 5, 7]
-    assert memory._device_bytes(Device("cpu", None)) is None  # of another process
+    found = [memory.device_bytes(device) for device in devices]
+    assert found == [memory.host_bytes(), None, None, None, 5, 7]
+    assert memory.device_bytes(Device("cpu", None)) is None  # of another process
 
 
 def test_a_dry_run_of_another_machine_says_its_memory(gibibyte, capsys, tmp_path: Path):

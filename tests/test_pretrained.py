@@ -91,6 +91,31 @@ def test_a_head_beside_a_tied_embedding_is_compared(copy):
     np.testing.assert_allclose(2 * logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_sliding_window_of_starcoder2_is_its_context(copy):
+    folder = copy("starcoder2")
+    edit(folder / "config.json", sliding_window=32, max_position_embeddings=64)
+    with pytest.warns(UserWarning, match="sliding_window=32 .* up to 32 tokens are exact"):
+        found = load_pretrained(folder).config
+    assert found.context_length == 32
+    edit(folder / "config.json", max_position_embeddings=32)
+    assert load_pretrained(folder).config == found  # nobody is warned: no text is longer
+    edit(folder / "config.json", sliding_window=0)
+    with pytest.raises(ValueError, match="sliding_window=0 is"):
+        load_pretrained(folder)
+
+
+def test_a_gguf_file_of_starcoder2_is_refused(tmp_path: Path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "starcoder2")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="starcoder2 is not read from GGUF files: pass its Hugg"):
+        load_pretrained(tmp_path / "model.gguf")
+
+
 def test_tensors_that_the_index_does_not_list_are_read_and_named(copy):
     """As those of a single file are: used if the config has them, else refused."""
     library = pytest.importorskip("safetensors.numpy")

@@ -17,6 +17,7 @@ from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
 from thoughtbubbles.pretrained import load_pretrained
 from train.data import ByteTokenizer
+from train.devices import memory
 from train.evaluation.scoring import Scorer, score_rows
 from train.models import generation, room
 from train.models.generation import answer, map_of_text, write
@@ -56,7 +57,7 @@ def test_what_is_said_to_fit_fits(config: Any, monkeypatch: pytest.MonkeyPatch):
     kind = Thoughtbubbles if config is CONFIG else Hatchling
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     monkeypatch.setattr(room, "free_bytes", lambda: 10**9)
-    said = r"3 texts of up to 100,000 tokens.* GiB, 0.9 GiB are free: [\d,]+ tokens fit, so shorten"
+    said = r"3 texts of up to 100,000 tokens.* GiB, 953.7 MiB are free: [\d,]+ tokens fit, so sho"
     for cached, new in ((True, 10), (True, 0), (False, 10)):
         with pytest.raises(ValueError, match=said) as caught:
             check_room(model, 3, 100_000, new, cached)
@@ -77,6 +78,37 @@ def test_nothing_is_refused_on_a_device_that_does_not_say_its_memory(lm, monkeyp
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert room.free_bytes() is None
     check_room(lm.model, 1, 10**8)
+
+
+def test_pages_of_files_do_not_count_as_used(lm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A container of 8 GiB that has read large files, on a machine of more."""
+    device = types.SimpleNamespace(platform="cpu", memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 2**26 if "PHYS" in name else 2**12)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    for name, text in {
+        "meminfo": f"MemTotal: {2**28} kB\nMemAvailable: {2**26} kB\n\n",
+        "memory.max": f"{2**33}\n",
+        "memory.current": f"{2**33 - 5 * 2**20}\n",
+        "memory.stat": f"anon {2**32}\nfile {2**31}\ninactive_file {2**30}\nactive_file {2**29}\n",
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert memory.host_bytes() == memory.device_bytes(device) == 2**33
+    assert memory.free_bytes() == 2**30 + 2**29 + 5 * 2**20
+    check_room(lm.model, 1, 100)
+    (tmp_path / "memory.stat").write_text("inactive_file 0\nactive_file 0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"need about [\d.,]+ GiB, 5.0 MiB are free"):
+        check_room(lm.model, 1, 30_000)
+    (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")
+    assert (memory.host_bytes(), memory.free_bytes()) == (2**38, 2**36)
+    (tmp_path / "meminfo").unlink()
+    assert memory.free_bytes() == 2**38
+
+
+def test_sizes_are_readable():
+    assert memory.size_text(2**30) == "1.0 GiB"
+    assert memory.size_text(5 * 2**20) == "5.0 MiB"
 
 
 def test_a_prompt_too_long_for_memory_is_one_line_at_once(lm, monkeypatch):

@@ -13,6 +13,7 @@ from tiny import SMALL, quick_model
 
 from train.cli.config_json import as_json
 from train.data import ByteTokenizer, DataConfig, DataError, prepare, stored_rows
+from train.data.mixture import JoinedRows
 from train.evaluation import held_out
 from train.evaluation.held_out import validation_rows
 from train.models.load import LoadedRun
@@ -29,7 +30,7 @@ def data(tmp_path: Path) -> DataConfig:
     return DataConfig(str(tmp_path / "texts"), seq_len=16, cache_dir=str(tmp_path / "cache"))
 
 
-def run_on(data: DataConfig, fingerprint: str, python: str | None = None) -> LoadedRun:
+def run_on(data: DataConfig, fingerprint: str, python: str | None = None, **more: Any) -> LoadedRun:
     config = as_json(RunConfig(model=SMALL, data=data))
     return LoadedRun(
         quick_model(SMALL),
@@ -38,6 +39,7 @@ def run_on(data: DataConfig, fingerprint: str, python: str | None = None) -> Loa
         step=3,
         data_fingerprint=fingerprint,
         python=python,
+        **more,
     )
 
 
@@ -61,11 +63,60 @@ def test_a_run_is_evaluated_on_the_rows_that_it_was_trained_with(data: DataConfi
     assert stored_rows(data, "../rows", "train") is None
 
 
+@pytest.mark.parametrize(
+    ("edited", "message"),
+    [
+        (lambda fields: fields | {"newer": 1}, "data has no field 'newer': a newer version may"),
+        (lambda fields: None, "data=None is no object with fields of DataConfig"),
+        (lambda fields: fields | {"seq_len": "x"}, "data: seq_len='x' is not int"),
+    ],
+)
+def test_data_of_another_version_are_one_line(edited: Any, message: str, data: DataConfig):
+    run = run_on(data, "0")
+    run.config["data"] = edited(run.config["data"])
+    with pytest.raises(ValueError, match=message):
+        validation_rows(run)
+
+
+def test_the_context_of_a_run_whose_data_were_edited_is_one_line(data: DataConfig):
+    run = run_on(data, "0")
+    assert run.context_length == data.seq_len
+    for value, message in ({}, "data has no seq_len"), (3, "data=3 is no"):
+        run.config["data"] = value
+        with pytest.raises(ValueError, match=message):
+            assert run.context_length
+    del run.config["data"]
+    assert run.context_length is None
+
+
+def test_a_mixture_is_evaluated_on_the_rows_that_it_was_trained_with(
+    data: DataConfig, tmp_path: Path
+):
+    shutil.copytree(data.corpus, tmp_path / "others")
+    (tmp_path / "others/3.txt").write_text("another " * 40)
+    corpus = f'mix({{"one={data.corpus}": 0.75, "two={tmp_path}/others": 0.25}})'
+    mixed = dataclasses.replace(data, corpus=corpus)
+    prepared = prepare(mixed)
+    before = prepared.validation.read(np.arange(len(prepared.validation)))
+    run = run_on(mixed, prepared.fingerprint, sources=prepared.sources)
+    shutil.rmtree(tmp_path / "others")
+    found = validation_rows(run)
+    assert isinstance(found, JoinedRows) and found.weights == (0.75, 0.25)
+    for values, expected in zip(found.read(np.arange(len(found))), before, strict=True):
+        np.testing.assert_array_equal(values, expected)
+    for sources in ({}, {"one": prepared.sources["one"]}):  # {}: of a version that noted none
+        with pytest.raises(DataError, match="others"):
+            validation_rows(dataclasses.replace(run, sources=sources))
+    assert prepare(data).sources == {}
+
+
 @pytest.mark.parametrize("corpus", ["stdlib", 'mix({"stdlib": 0.5, "texts": 0.5})'])
 @pytest.mark.parametrize("python", ["3.13.1", None])
 def test_stdlib_of_another_python_is_named(corpus: str, python: str | None, tmp_path, monkeypatch):
     then = r"Python 3\.13\.1" if python else "an interpreter it doesn't name"
-    now = rf"this is Python {platform.python_version()}: take that one, or copy .* rows/0 of its"
+    now = rf"this is Python {platform.python_version()}: take that one"
+    if corpus == "stdlib":
+        now += ", or copy .* rows/0 of its"
     data = DataConfig(corpus, cache_dir=str(tmp_path))
     meta: dict[str, Any] = {**META, "config": as_json(RunConfig(model=SMALL, data=data))}
     meta |= {"python": python} if python else {}
@@ -77,6 +128,18 @@ def test_stdlib_of_another_python_is_named(corpus: str, python: str | None, tmp_
         ValueError, match=f"trained on data 0, the corpus is now 1: .*{then}, {now}"
     ):
         validation_rows(run_on(data, "0", python))
+
+
+def test_the_rows_of_a_mixture_are_those_of_its_sources():
+    config = as_json(RunConfig(model=SMALL, data=DataConfig('mix({"stdlib": 0.5, "texts": 0.5})')))
+    meta = {**META, "config": config}
+    assert "take that one)" in why_other_data(meta)  # an older version noted no sources
+    said = why_other_data(meta | {"sources": {"stdlib": "a", "texts": "b"}})
+    assert "copy the rows that it prepared, rows/a and rows/b of its data cache" in said
+    with pytest.raises(ValueError, match="sources: texts=3 is not a text: it was edited"):
+        checked_meta({**META, "sources": {"texts": 3}}, "run")
+    with pytest.raises(ValueError, match=r"sources=\[\] is no"):
+        checked_meta({**META, "sources": []}, "run")
 
 
 def test_other_corpora_and_the_same_python_need_no_such_words():

@@ -1,6 +1,7 @@
 """ModelConfig: sizes, ablations, presets, parameter and FLOP counts."""
 
 import dataclasses
+import math
 from typing import Literal, TypedDict, Unpack
 
 import jax
@@ -146,7 +147,9 @@ class ModelConfig(ArchitectureConfig):
         if self.context_length is not None and self.context_length < 1:
             raise ValueError(f"context_length={self.context_length} is below 1")
         if self.head_dim is None and self.embed_dim % self.num_heads:
-            divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+            small = range(1, math.isqrt(self.embed_dim) + 1)
+            pairs = ((n, self.embed_dim // n) for n in small if self.embed_dim % n == 0)
+            divisors = {divisor for pair in pairs for divisor in pair}
             near = sorted(divisors, key=lambda n: abs(n - self.num_heads))[:2]
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: "

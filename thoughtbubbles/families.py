@@ -1,6 +1,7 @@
 """Decoder families of pretrained weights: Hugging Face's config.json as ModelConfig, and back."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,6 @@ _SWIGLU: dict[str, tuple[Any, ...]] = {
 _STARCODER: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh", None),
     "use_bias": (True, None),
-    "sliding_window": (None,),
     "mlp_type": ("default", None),
     "norm_type": ("layer_norm", None),
 }
@@ -97,11 +97,24 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
             ),
             nope_layers=_nope_layers(given, source) if family == "smollm3" else (),
             biases="all" if starcoder or biased else "qkv" if family == "qwen2" else "none",
-            context_length=context,
+            context_length=_within_window(given, context) if starcoder else context,
         )
     except ValueError as error:
         line = str(error)
         raise ValueError(line if line.startswith(source) else f"{source}: {line}") from error
+
+
+def _within_window(given: Fields, context: int | None) -> int | None:
+    """The context, or the sliding window if that is shorter: to its end all is attended to."""
+    window = given.integer("sliding_window", None)
+    if window is None or (context is not None and context <= window):
+        return context
+    warnings.warn(
+        f"{given.source}: sliding_window={window} is not applied: texts of up to {window} tokens "
+        "are exact, tokens of longer ones attend to more than in training",
+        stacklevel=4,
+    )
+    return window
 
 
 def _nope_layers(given: Fields, source: str) -> tuple[int, ...]:

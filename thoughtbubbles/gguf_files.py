@@ -77,6 +77,10 @@ class GGUFFile:
             _Contents(self._reader), str(path), "it is no whole GGUF file", "convert it anew"
         )
         self._family = self._metadata.text("general.architecture")
+        if self._family == "starcoder2":
+            raise ValueError(
+                f"{path}: starcoder2 is not read from GGUF files: pass its Hugging Face folder"
+            )
         if self._family not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"{path}: architecture {self._family!r} is not one of {known}")

@@ -1,8 +1,8 @@
-"""Pretrained decoders: Llama, SmolLM2, Qwen2, Qwen3 and SmolLM3 weights in, and out again.
+"""Pretrained decoders: Llama, SmolLM, Qwen2, Qwen3 and Starcoder2 weights in, and out again.
 
 Weights come from a Hugging Face folder (config.json, safetensors, tokenizer.json), a folder of the
-library's own form (`thoughtbubbles.own_form`), or a GGUF file. Nothing is unpickled and no code of
-a checkpoint is run.
+library's own form (`thoughtbubbles.own_form`), or a GGUF file (not of Starcoder2).
+Nothing is unpickled and no code of a checkpoint is run.
 """
 
 import dataclasses
@@ -38,6 +38,9 @@ from thoughtbubbles.stored_parameters import (
     family_parameters,
     own_parameters,
 )
+
+_STORED = ("float32", "bfloat16", "float16", "float64")
+_UNDERFLOW = 0.01  # share of a tensor's nonzero values that may become 0 in another type
 
 
 class Pretrained(NamedTuple):
@@ -143,17 +146,28 @@ def save_pretrained(
 
     Raises:
         ValueError: No family computes what the config computes, the parameters belong to another
-            config, a parameter does not fit into `dtype`, or the folder exists and is not empty.
+            config, the tokenizer has more ids than the embedding has rows, the dtype is unknown, a
+            parameter overflows in it or more than 1 % of its values would be 0, or the folder
+            exists and is not empty.
         OSError: The folder can't be written; no part of it remains.
     """
     path = Path(path).expanduser()
     given = _by_name(params)
-    stored = np.dtype(dtype) if dtype else given["embed"].dtype
+    # Without an embedding the parameters are refused below.
+    stored = dtype or str(getattr(given.get("embed"), "dtype", "float32"))
+    if stored not in _STORED:
+        raise ValueError(f"dtype={stored!r}: choose one of {', '.join(_STORED)}")
+    saved = tokenizer.to_pretrained()
+    if saved.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {saved.vocab_size} ids, the config vocab_size={config.vocab_size}: "
+            "pass the tokenizer that the model was trained with"
+        )
     if form == "thoughtbubbles":
-        fields = own_to_json(config, str(stored))
+        fields = own_to_json(config, stored)
         parameters = own_parameters(abstract_state(config))
     else:
-        fields = config_to_json(config, str(stored))
+        fields = config_to_json(config, stored)
         parameters = family_parameters(config, abstract_state(config))
     for name in {**parameters, **given}:
         expected = parameters[name].whole_shape if name in parameters else "none"
@@ -174,25 +188,30 @@ def save_pretrained(
     def tensor(name: str) -> np.ndarray:
         parameter, array, index = sources[name]
         whole = np.asarray(array if index is None else array[index])
-        return parameter.to_stored(_narrowed(whole, stored, name))
+        return parameter.to_stored(_narrowed(whole, np.dtype(stored), name))
 
     with new_folder(path) as folder:
-        write_safetensors(folder / SINGLE, shapes, stored, tensor)
-        for name, text in _texts(fields, tokenizer.to_pretrained()).items():
+        write_safetensors(folder / SINGLE, shapes, np.dtype(stored), tensor)
+        for name, text in _texts(fields, saved).items():
             (folder / name).write_text(text, encoding="utf-8")
 
 
 def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """The tensor in another type; a ValueError if that is too narrow for what it holds."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         found = tensor.astype(dtype, copy=False)
     finite = np.isfinite(tensor.astype(np.float32)).all()
-    if (finite and not np.isfinite(found.astype(np.float32)).all()) or (
-        tensor.any() and not found.any()
-    ):
+    if finite and not np.isfinite(found.astype(np.float32)).all():
         raise ValueError(
             f"{name} holds magnitudes up to {np.abs(tensor).max():.3g}, which {dtype} can't: "
             "save it as float32"
+        )
+    nonzero = np.count_nonzero(tensor)
+    lost = nonzero - np.count_nonzero(found)
+    if lost > _UNDERFLOW * nonzero:
+        raise ValueError(
+            f"{lost / nonzero:.1%} of the values of {name} are too small for {dtype} and would be "
+            "0: save it as float32"
         )
     return found
 

@@ -75,7 +75,7 @@ def export_model(
             "the model has latent memory around its decoder, which no exported form holds: keep "
             "the checkpoint, or export the weights that it began with"
         )
-    config = dataclasses.replace(lm.model.config, context_length=lm.context_length)
+    config = _with_context(lm)
     chosen, reason = _form(config, form)
     params = nnx.to_pure_dict(nnx.state(lm.model))
     _check_disk(to, params, dtype)
@@ -101,6 +101,19 @@ def _load(config: ExportConfig) -> LanguageModel:
     if config.step is not None:
         raise ValueError(f"step={config.step}: {config.run} is no run folder: leave --step out")
     return load_weights(config.run)
+
+
+def _with_context(lm: LanguageModel) -> Any:
+    """The model's config with the tokens at a time that its weights are made for.
+
+    Those of its pretraining count: a run fine-tuned on short rows has not forgotten longer texts.
+    """
+    config = lm.model.config
+    length = config.context_length or lm.context_length
+    scaling = getattr(config, "rope_scaling", None)
+    if length is not None and scaling is not None:  # the weights knew the original length before
+        length = max(length, scaling.original_max_position_embeddings or 0)
+    return dataclasses.replace(config, context_length=length)
 
 
 def _form(model: Any, form: Form) -> tuple[Literal["transformers", "thoughtbubbles"], str]:

@@ -27,13 +27,14 @@ def policy_text(policy: Policy) -> str:
     """The text that `policy_from_text` makes an equal policy of.
 
     Raises:
-        ValueError: The policy's class is not in `POLICIES`, so that no run could be read again.
+        ValueError: The policy's class is not in `thoughtbubbles.policies.POLICIES`, so that no run
+            could be read again.
     """
     for name, known in POLICIES.items():
         if type(policy) is known:
             return text_of(name, policy)
     raise ValueError(
-        f"the policy {policy} has no name: put its class into train.cli.config_json.POLICIES "
+        f"the policy {policy} has no name: put its class into thoughtbubbles.policies.POLICIES "
         "before the run, in a module that --plugin names, so that the run can be read again"
     )
 

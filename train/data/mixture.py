@@ -63,6 +63,11 @@ class Mixture:
         """Names of the sources [S]."""
         return tuple(self.sources)
 
+    @property
+    def last_weights(self) -> list[float]:
+        """Weight of each source at the end of the schedule [S]."""
+        return [float(weight) for weight in self.pieces[-1].first]
+
 
 def is_mixture(corpus: str) -> bool:
     """Whether a corpus is written as a mixture."""
@@ -227,6 +232,11 @@ class MixtureData(PackedData):
         return [len(part.train) for part in self.parts.values()]
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Fingerprint of each source's rows by its name."""
+        return {name: part.fingerprint for name, part in self.parts.items()}
+
+    @property
     def summary(self) -> str:
         lines = [f"  {name}: {part.summary}" for name, part in self.parts.items()]
         return "\n".join([f"mixture of {len(lines)} sources", *lines])
@@ -312,12 +322,11 @@ def mix(mixture: Mixture, parts: Mapping[str, PackedData]) -> MixtureData:
             )
     sizes = {name: len(part.train) for name, part in parts.items()}
     pieces, end = _exhausted(mixture, sizes, one.train.seq_len)
-    weights = [float(weight) for weight in mixture.pieces[-1].first]
     order = [str(piece) for piece in pieces]
     identity = [FORMAT, order, end, {name: part.fingerprint for name, part in parts.items()}]
     return MixtureData(
-        JoinedRows({name: part.train for name, part in parts.items()}, weights),
-        JoinedRows({name: part.validation for name, part in parts.items()}, weights),
+        JoinedRows({name: part.train for name, part in parts.items()}, mixture.last_weights),
+        JoinedRows({name: part.validation for name, part in parts.items()}, mixture.last_weights),
         one.tokenizer,
         hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest(),
         {"corpus": "mix", "sources": {name: part.statistics for name, part in parts.items()}},

@@ -47,6 +47,11 @@ class PackedData:
     note: str = ""
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Fingerprint of each source's rows, of a mixture alone."""
+        return {}
+
+    @property
     def summary(self) -> str:
         """One line for people."""
         train, validation = self.statistics["train"], self.statistics["validation"]

@@ -136,8 +136,6 @@ class HuggingFaceTokenizer:
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # A document that spells out "<|endoftext|>" is a document, not two.
-        self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab()
         known = [token for token in SEPARATORS if token in vocabulary]
         if not known:
@@ -146,6 +144,9 @@ class HuggingFaceTokenizer:
                 f"{' '.join(SEPARATORS)} to its special tokens"
             )
         self._separator_token = known[0]
+        # A document that spells out "<|endoftext|>" is a document, not two.
+        self._tokenizer.add_special_tokens([known[0]])
+        self._tokenizer.encode_special_tokens = True
         self.separator: int = vocabulary[known[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
 
@@ -171,6 +172,7 @@ class HuggingFaceTokenizer:
         copy.no_truncation()
         copy.no_padding()
         begin = self._separator_token
+        copy.add_special_tokens([begin])  # else one of the vocabulary would be decoded as text
         copy.post_processor = processors.TemplateProcessing(  # pyright: ignore
             single=[begin, "$A"], special_tokens=[(begin, self.separator)]
         )

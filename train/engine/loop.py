@@ -282,12 +282,14 @@ def _open(begin: Callable[[], TrainingJob], out: Path, stack: contextlib.ExitSta
         data = job.prepare()
         local_rows = rows_here(config.batch_size, job.trainable.mesh)
         reader = job.reader(data, local_rows)
+    sources = {"sources": data.sources} if getattr(data, "sources", None) else {}
     meta = {
         "config": as_json(config),
         "resolved": resolved(job.trainable),
         "data_fingerprint": data.fingerprint,
         "tokenizer": data.tokenizer.to_json(),
         "python": platform.python_version(),  # whose library is the corpus stdlib
+        **sources,
         **job.meta,
     }
     own = {"distributed": None, "data": {**meta["config"]["data"], "cache_dir": None}}

@@ -1,11 +1,10 @@
 """What a command needs of memory at the very least, refused before anything is allocated."""
 
 import dataclasses
-import os
-from typing import Any
 
 import jax
 
+from train.devices.memory import device_bytes, host_bytes, size_text
 from train.devices.mesh import shard_bytes
 from train.engine.state import Trainable
 
@@ -33,18 +32,19 @@ class TrainingMemory:
     shape: tuple[int, int]
 
     def __str__(self) -> str:
-        device = "" if self.device is None else f" (here {_gib(self.device)})"
+        device = "" if self.device is None else f" (here {size_text(self.device)})"
         return (
-            f"at least {_gib(self.state)} on each device{device}, {_gib(self.rows)} of rows on "
-            f"each host (here {_gib(self.host)})"
+            f"at least {size_text(self.state)} on each device{device}, {size_text(self.rows)} of "
+            f"rows on each host (here {size_text(self.host)})"
         )
 
     def check(self) -> None:
         """Raise a ValueError if this machine has less."""
         if self.device is not None and self.state > self.device:
             raise ValueError(
-                f"parameters, gradients and optimizer state need {_gib(self.state)} on each "
-                f"device, which has {_gib(self.device)}: make the model smaller or the mesh larger"
+                f"parameters, gradients and optimizer state need {size_text(self.state)} on each "
+                f"device, which has {size_text(self.device)}: make the model smaller or the mesh "
+                "larger"
             )
         _check_row_bytes(*self.shape, self.rows, self.host)
 
@@ -63,8 +63,8 @@ def training_memory(trainable: Trainable, rows: int, seq_len: int) -> TrainingMe
     return TrainingMemory(
         needed,
         _row_bytes(rows, seq_len),
-        _device_bytes(trainable.mesh.devices.flat[0]),
-        _host_bytes(),
+        device_bytes(trainable.mesh.devices.flat[0]),
+        host_bytes(),
         (rows, seq_len),
     )
 
@@ -76,36 +76,16 @@ def check_row_memory(rows: int, tokens: int) -> None:
         rows: Number of rows, over all processes.
         tokens: Number of tokens of a row.
     """
-    _check_row_bytes(rows, tokens, _row_bytes(rows, tokens), _host_bytes())
+    _check_row_bytes(rows, tokens, _row_bytes(rows, tokens), host_bytes())
 
 
 def _check_row_bytes(rows: int, tokens: int, needed: int, host: int) -> None:
     if needed > host:
         raise ValueError(
-            f"the {rows} rows of {tokens} tokens of a step need {_gib(needed)}, this machine has "
-            f"{_gib(host)}: make batch_size or the rows smaller"
+            f"the {rows} rows of {tokens} tokens of a step need {size_text(needed)}, this machine "
+            f"has {size_text(host)}: make batch_size or the rows smaller"
         )
 
 
 def _row_bytes(rows: int, tokens: int) -> int:
     return -(-rows // jax.process_count()) * tokens * _PER_TOKEN
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _device_bytes(device: Any) -> int | None:
-    """Memory of a device of this process, if it says so; that of a CPU is the host's."""
-    if device not in jax.local_devices():  # of another process, or only described
-        return None
-    known = (device.memory_stats() or {}).get("bytes_limit")
-    return _host_bytes() if known is None and device.platform == "cpu" else known
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"

@@ -11,8 +11,10 @@ from flax import nnx
 
 from thoughtbubbles import Architecture
 from thoughtbubbles.quantisation import in_int8, quantise
-from train.data import DataConfig, PackedRows, evaluation_batches, prepare, stored_rows
+from train.cli.config_json import from_json
+from train.data import DataConfig, PackedRows, evaluation_batches, prepare
 from train.data.mixture import JoinedRows
+from train.data.stored import stored_split
 from train.devices.mesh import (
     MeshConfig,
     batch_sharding,
@@ -25,6 +27,8 @@ from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
 from train.models.load import LoadedRun
 from train.runs.metadata import why_other_data
+
+_OF_DATA = ("config", "data_fingerprint", "python", "sources")  # fields of a run
 
 
 class Evaluator:
@@ -210,23 +214,24 @@ def validation_rows(loaded: LoadedRun) -> PackedRows:
     """The held-out rows of a run: those in the data cache, else of its corpus as it is now.
 
     Raises:
-        ValueError: The run has no corpus, or the rows are gone and its corpus is another one now.
+        ValueError: The run has no corpus, its data have fields that a newer version wrote, or the
+            rows are gone and its corpus is another one now.
     """
     if "weights" in loaded.config:
         raise ValueError(
             "this run was fine-tuned on chat data, its held-out loss is in metrics.jsonl: pass "
             "--tasks FILE"
         )
-    config = DataConfig(**loaded.config["data"])
-    stored = stored_rows(config, loaded.data_fingerprint, "validation")
+    config: DataConfig = from_json(DataConfig, loaded.config.get("data"), "data")
+    stored = stored_split(config, loaded.data_fingerprint, loaded.sources, "validation")
     if stored is not None:
         return stored
     data = prepare(config)
     if data.fingerprint != loaded.data_fingerprint:
-        meta = {name: getattr(loaded, name) for name in ("config", "data_fingerprint", "python")}
+        meta = {name: getattr(loaded, name) for name in _OF_DATA}
         raise ValueError(
             f"the run was trained on data {loaded.data_fingerprint}, the corpus is now "
-            f"{data.fingerprint}: restore the corpus {loaded.config['data']['corpus']}"
+            f"{data.fingerprint}: restore the corpus {config.corpus}"
             f"{why_other_data(meta)}"
         )
     return data.validation

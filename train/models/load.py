@@ -139,17 +139,21 @@ class LoadedRun(LanguageModel):
         data_fingerprint: Fingerprint of the rows that the model was trained on
             (`PackedData.fingerprint`).
         python: Version of the interpreter that trained the model; None if it is not known.
+        sources: Fingerprint of the rows of each source of a mixture, by its name.
     """
 
     config: dict[str, Any]
     step: int
     data_fingerprint: str
     python: str | None = None
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def context_length(self) -> int | None:
         data = self.config.get("data")  # a run of reinforcement learning has none
-        return super().context_length if data is None else data["seq_len"]
+        if data is None:
+            return super().context_length
+        return Fields({"data": data}, "the run", EDITED, EDITED).object("data").integer("seq_len")
 
 
 def load_model(
@@ -183,6 +187,7 @@ def load_model(
         step=meta["step"],
         data_fingerprint=meta["data_fingerprint"],
         python=meta.get("python"),
+        sources=meta.get("sources") or {},
     )
 
 

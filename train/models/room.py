@@ -1,14 +1,12 @@
 """Whether texts fit into memory, known before anything is compiled or allocated."""
 
 import contextlib
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import jax
 
 from thoughtbubbles import Architecture
+from train.devices.memory import free_bytes, size_text
 
 
 def needed_bytes(model: Architecture, rows: int, tokens: int, cached: int = 0) -> int:
@@ -63,8 +61,8 @@ def check_room(
     also = f" and {new:,} new ones" if new else ""
     way_out = "so shorten them or take fewer at a time" if fits else "so add fewer new ones"
     raise ValueError(
-        f"{_texts(rows, tokens)}{also} need about {_gib(needed(tokens))}, {_gib(free)} are free: "
-        f"{fits:,} tokens fit, {way_out}"
+        f"{_texts(rows, tokens)}{also} need about {size_text(needed(tokens))}, "
+        f"{size_text(free)} are free: {fits:,} tokens fit, {way_out}"
     )
 
 
@@ -78,29 +76,9 @@ def memory_errors(model: Architecture, rows: int, tokens: int) -> Iterator[None]
             raise
         raise ValueError(
             f"{_texts(rows, tokens)} ran out of memory (their forward pass alone takes about "
-            f"{_gib(needed_bytes(model, rows, tokens))}): shorten them or take fewer at a time"
+            f"{size_text(needed_bytes(model, rows, tokens))}): shorten them or "
+            "take fewer at a time"
         ) from error
-
-
-def free_bytes() -> int | None:
-    """Bytes that the first device has left, None if it does not say; a CPU's are the machine's."""
-    device = jax.local_devices()[0]
-    stats: dict[str, Any] = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform != "cpu":
-        return None
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-        free = min(free, int(found.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" where a container has no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="utf-8"))
-        used = int((group / "memory.current").read_text(encoding="utf-8"))
-        free = min(free, max(limit - used, 0))
-    return free
 
 
 def _power(size: int) -> int:
@@ -109,7 +87,3 @@ def _power(size: int) -> int:
 
 def _texts(rows: int, tokens: int) -> str:
     return f"{rows} text{'s' * (rows > 1)} of up to {tokens:,} tokens"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from thoughtbubbles.fields import Fields
+from train.data.mixture import is_mixture
 from train.runs.checkpoint import load_meta
 
 EDITED = "it was edited, or another version of this library wrote it"
@@ -46,9 +47,12 @@ def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str
         if meta.get(name) is None:
             fields.text(name)  # says that it is missing
         fields.object(name)
-    for name in ("chat", "model", "rl"):
+    for name in ("chat", "model", "rl", "sources"):
         if name in meta:
             fields.object(name)
+    sources = Fields(meta.get("sources") or {}, f"the metadata of {path}: sources", EDITED, EDITED)
+    for name in sources.names():
+        sources.text(name)
     if chat := meta.get("chat"):
         _check_chat(Fields(chat, f"the metadata of {path}: chat", EDITED, EDITED))
     if rl := meta.get("rl"):
@@ -66,11 +70,15 @@ def why_other_data(meta: Mapping[str, Any]) -> str:
     now = platform.python_version()
     if not re.search(r"(?<![\w/.~-])stdlib(?![\w/.-])", str(corpus)) or meta.get("python") == now:
         return ""
+    rows = list((meta.get("sources") or {}).values())
+    if not rows and not is_mixture(str(corpus)):
+        rows = [meta["data_fingerprint"]]
+    folders = " and ".join(f"rows/{fingerprint}" for fingerprint in rows)
+    copied = f", or copy the rows that it prepared, {folders} of its data cache, to evaluate"
     then = f"Python {meta['python']}" if meta.get("python") else "an interpreter it doesn't name"
     return (
         f" (stdlib is the library of the Python that runs: the run was trained under {then}, this "
-        f"is Python {now}: take that one, or copy the rows that it prepared, the folder "
-        f"rows/{meta['data_fingerprint']} of its data cache, to evaluate)"
+        f"is Python {now}: take that one{copied if rows else ''})"
     )
 
 
