@@ -251,6 +251,7 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if wrapped is None:
             return None
 
+        @functools.wraps(wrapped)
         def measured(*args: Any, **kwargs: Any) -> str:
             measure_braces(value.__self__, (args, kwargs))
             return wrapped(*args, **kwargs)
@@ -304,7 +305,8 @@ def _measured_filter(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
             value = given[0] = list(walked(value or ()))
             args = (*args[:1], *given) if passed else tuple(given)
         size = top if name in _SHALLOW else spent.size
-        spent.charge(size(value) + sum(map(size, options)), why)
+        deep = top if name in ("default", "d") else spent.size  # a name is hashed, whatever it is
+        spent.charge(size(value) + sum(map(deep, options)), why)
         if name in _SIZED:
             spent.charge(sum(width_of(option, why) for option in options), why)
         if name == "indent":
