@@ -1,6 +1,7 @@
 """Chat templates of strangers: what takes a machine is one line, what people use is as ever."""
 
 import json
+import random
 import resource
 import time
 from typing import Any
@@ -9,6 +10,7 @@ import jinja2
 import jinja2.ext
 import pytest
 
+from train.data import template_budget
 from train.data.chat_templates import render
 from train.data.template_limits import LONGEST_TEMPLATE
 
@@ -29,6 +31,11 @@ def double(start: str, grow: str, end: str = "{{ n.s }}") -> str:
     return DOUBLE.replace("START", start).replace("GROW", grow) + end
 
 
+CHANGED = (
+    "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
+    "{% set n.b = [n.b, n.b] %}{% endfor %}"
+    "{% for x in [n.a, n.b] %}{{ loop.changed(x) }}{% endfor %}"
+)
 HOSTILE = {
     "{{ '%999999999d' % 1 }}": "a width of 999999999 is above the limit of 10000",
     "{{ '%*d' % (999999999, 1) }}": "a width of \\*",
@@ -36,6 +43,7 @@ HOSTILE = {
     "{{ '%9999d' * 1000 % (1,) }}": "a format|not enough arguments",
     "{{ ('%(a)9999d' * 10000) % {'a': 1} }}": "a format, a text of .* characters, takes more than",
     "{{ '{:999999999d}'.format(1) }}": "a width of 999999999 is above",
+    double("[1]", "[n.s, n.s]", "{{ '{}'.format(n.s) }}"): "the call of format takes more",
     "{{ '{0:{1}}'.format(1, 999999999) }}": "a width of {} in a format",
     "{{ '{:999999999}'.format_map({}) }}": "a width of 999999999 is above|index",
     "{{ 9**(9**9) }}": "9\\*\\*387420489 is an integer of more than 256 bits",
@@ -80,7 +88,48 @@ HOSTILE = {
     double("(1,)", "(n.s, n.s)", "{{ [n.s]|unique|list }}"): "the filter unique takes more",
     double("namespace()", "namespace(a=n.s, b=n.s)"): "the output takes more",
     "{% set x = 'ab' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60 + "{{ x }}": "the output t",
-    "{{ strftime_now('%Y' * 1000000) }}": "strftime_now takes up to 100 characters",
+    "{{ ('%(a(b)c)999999999d' % {'a(b)c': 1})|length }}": "a width of 999999999 is above",
+    "{{ ('%(a\nb)999999999d' % {'a\nb': 1})|length }}": "a width of 999999999 is above",
+    "{{ ('%(' + 'a(b)c' + ')999999999d')|format(**{'a(b)c': 1}) }}": "a width of 999999999 is",
+    "{{ ('%%%999999999d' % 1)|length }}": "a width of 999999999 is above",
+    "{{ '%999999999d' is odd }}": "a width of 999999999 is above",
+    "{{ '%999999999d' is divisibleby 1 }}": "a width of 999999999 is above",
+    "{{ ('%(' * 20000) % 1 }}": "incomplete format key|requires a mapping",
+    "{{ ('%(' * 20000) % {'a': 1} }}": "incomplete format key",
+    "{{ ('%(' * 9999 + ')' * 9999) % {'a': 1} }}": "\\(",
+    "{{ ('%' * 40001) % () }}": "incomplete format",
+    "{{ '%999999999d'.encode() % 1 }}": "access to attribute 'encode' .* is unsafe",
+    "{{ ('a'|attr('encode'))() }}": "access to attribute 'encode' .* is unsafe",
+    "{{ ('f' * 1000000)|int(0, 16) }}": "the filter int makes is an integer of more than 256 bits",
+    "{{ 0x" + "f" * 100_000 + " // 7 }}": "400000 bits is an integer of more than 256 bits",
+    "{{ n // 7 }}": "//7 is an integer of more than 256 bits",
+    "{{ 7 % n }}": "7%.* is an integer of more than 256 bits",
+    double("1", "n.s + n.s * 9999"): "is an integer of more than 256 bits",
+    double("2**127", "n.s - (0 - n.s * n.s)"): "is an integer of more than 256 bits",
+    "{{ ([2**127 * 2**127] * 4)|sum }}": "sum makes is an integer of more than 256 bits",
+    "{{ ('x\r' * 90000)|indent('a' * 90000) }}": "the filter indent, a text of .* takes more",
+    "{{ ('1' * 90000)|replace(1, 'b' * 90000) }}": "replace, a text of .* takes more",
+    "{{ 'a'|round(9, 'ceil') }}": "the filter round takes numbers alone",
+    "{{ range(99)|list|tojson(separators=('b' * 90000, ':')) }}": "tojson, a text of .* takes",
+    "{{ ('a' * 990000).strip('b' * 990000 + 'a') }}": "the call of strip takes more",
+    "{{ ('a' * 990000)|trim('b' * 990000 + 'a') }}": "the filter trim takes more",
+    "{{ ('a' * 990000).rfind('ab' + 'a' * 400000) }}": "the call of rfind takes more",
+    "{{ ('a' * 990000).rsplit(sep='ab' + 'a' * 400000) }}": "the call of rsplit takes more",
+    "{{ 1|pprint }}": "No filter named 'pprint'",
+    "{{ {'a': 1}.items().mapping.copy() }}": "access to attribute 'mapping' .* is unsafe",
+    CHANGED: "the call of changed takes more",
+    double("[1]", "[n.s, n.s]", "{{ {'a': n.s}.values() }}"): "the output takes more",
+    double("(1,)", "(n.s, n.s)", "{{ {'a': n.s}.items() - [1] }}"): "the operator - takes more",
+    double("(1,)", "(n.s, n.s)", "{{ n.s is filter }}"): "a comparison takes more",
+    double("(1,)", "(n.s, n.s)", "{{ [1]|select(n.s)|list }}"): "the filter select takes more",
+    double("(1,)", "(n.s, n.s)", "{{ [1]|map(n.s)|list }}"): "the filter map takes more",
+    double("(1,)", "(n.s, n.s)", "{{ 1|attr(n.s) }}"): "the filter attr takes more",
+    double("(1,)", "(n.s, n.s)", "{{ 1|round(0, n.s) }}"): "the filter round takes more",
+    double("[1]", "[n.s, n.s]", "{{ 'a'|replace(n.s, '') }}"): "the filter replace takes more",
+    double("[1]", "[n.s, n.s]", "{{ [1]|join(n.s) }}"): "the filter join takes more",
+    double("[1]", "[n.s, n.s]", "{{ raise_exception(n.s) }}"): "raise_exception takes more",
+    double("(1,)", "(n.s, n.s)", "{{ namespace([(n.s, 1)]) }}"): "the call of Namespace takes more",
+    "{{ strftime_now('%Y' * 100000) }}": "strftime_now takes up to 100 characters",
     "{% for i in range(99999) %}" + "a" * 100_000 + "{% endfor %}": "a loop takes more",
     "a" * (LONGEST_TEMPLATE + 1): "it has 200,001 characters, more than 200,000",
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "",
@@ -94,10 +143,35 @@ def test_a_hostile_template_is_one_line_soon(template: str):
     with pytest.raises(
         ValueError, match=f"^the model's template fails: .*({HOSTILE[template]})"
     ) as e:
-        render(template, [], source="the model's template")
+        render(template, [], n=10**100, source="the model's template")
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
     assert time.thread_time() - start < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_a_clock_stands_behind(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(template_budget, "SECONDS", 0.0)
+    with pytest.raises(ValueError, match="fails: the operator .* by 10000 takes more than the 0 s"):
+        render("{{ 'a' * 10000 }}", [])
+
+
+def test_a_percent_format_is_read_as_python_reads_it():
+    class Values(dict[str, int]):
+        def __missing__(self, key: str) -> int:
+            return 1
+
+    rng, read = random.Random(0), 0
+    for _ in range(20_000):
+        text = "%" + "".join(rng.choices("%(()a\n.0-# 97lsdf", k=rng.randint(1, 14)))
+        try:
+            made = text % Values()
+        except (TypeError, ValueError):
+            continue
+        parts = list(template_budget.percent_widths(text))
+        widths = sum(int(part) for pair in parts for part in pair if part)
+        assert len(made) <= len(text) + widths + 9 * len(parts), text
+        read += widths > 0
+    assert read > 100
 
 
 LLAMA3 = """{{- bos_token }}{%- if messages[0]['role'] == 'system' %}
@@ -189,10 +263,16 @@ DEEPSEEK = """{% set ns = namespace(is_first=false, is_tool=false) %}{%- for m i
 {% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}
 {{ '<|Assistant|>' + content + eos_token }}{%- endif %}{%- endfor -%}
 {% if add_generation_prompt and not ns.is_tool %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
+GATHERED = """{% set ns = namespace(text=bos_token, turns='') %}{% for m in messages %}
+{% if m.content is string %}
+{% set ns.text = ns.text + '<|' + m.role + '|>\\n' + m.content + eos_token + '\\n' %}
+{% set ns.turns = ns.turns ~ m.role ~ ': ' ~ m.content|replace('n', 'm', count=1) %}
+{% endif %}{% endfor %}{{ ns.text + ns.turns }}
+{{ '%(a(b)c)5d%% %(n)-4s|' % {'a(b)c': 1, 'n': 7 // 2} }}{{ '%5.1f %s'|format(2.5, 9 - 4) }}"""
 REAL = {
     name: text
     for name, text in dict(globals()).items()
-    if name.isupper() and isinstance(text, str) and name != "DOUBLE"
+    if name.isupper() and isinstance(text, str) and name not in ("DOUBLE", "CHANGED")
 }
 
 

@@ -247,7 +247,7 @@ def render(
             )
     except Exception as error:  # a template can raise whatever Python can
         why = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"{source} fails: {why}") from error
+        raise ValueError(f"{source} fails: {why[:300]}") from error
 
 
 @functools.lru_cache(maxsize=8)

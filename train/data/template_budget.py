@@ -1,0 +1,199 @@
+"""The budget of a chat template: steps of work, and the texts and integers that take them.
+
+Every step is counted, so that a template fails on every machine or on none. A clock of `SECONDS`
+stands behind, for work that the counting misses.
+"""
+
+import contextlib
+import contextvars
+import re
+import string
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from jinja2.utils import Namespace
+
+BASE = 400_000
+"""Steps of a template on an empty conversation; 8 characters of text take one step."""
+PER_CHARACTER = 16
+"""Steps more for each character of the conversation as JSON."""
+COPIED = 128
+"""Bytes of text that one step copies unread: `+` and `~` of a text that a loop gathers."""
+BITS = 256  # of an integer
+WIDTH = 10_000  # of a padded text, and of what else a filter takes a number for
+SECONDS = 20.0  # of CPU time
+
+_PARENTHESIS = re.compile(r"[()]")
+_WIDTHS = re.compile(r"[#0\- +]*(\*|[0-9]*)(?:\.(\*|[0-9]*))?[hlL]?")
+
+
+class TemplateLimitError(Exception):
+    """A template asks for more than its limits; one line."""
+
+
+class Budget:
+    def __init__(self, variables: Mapping[str, Any], characters: int):
+        self.total = self.left = BASE + PER_CHARACTER * characters
+        self.known: dict[int, int] = {}
+        for value in variables.values():
+            self._measure(value)
+        self._until, self._charges = time.thread_time() + SECONDS, 0
+
+    def _measure(self, value: Any) -> int:
+        """Size of an input, a tree; those of its objects and lists are kept."""
+        if not isinstance(value, dict | list):
+            return self.size(value)
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        self.known[id(value)] = found = 1 + sum(map(self._measure, inner))
+        return found
+
+    def charge(self, steps: int, why: str) -> None:
+        self.left -= steps
+        self._charges += 1
+        if self.left < 0:
+            raise TemplateLimitError(f"{why} takes more than the {self.total:,} steps it may take")
+        if (self._charges % 1024 == 0 or steps > 1000) and time.thread_time() > self._until:
+            raise TemplateLimitError(f"{why} takes more than the {SECONDS:.0f} s it may take")
+
+    def size(self, value: Any) -> int:
+        """Steps that it takes to print, compare or hash a value, counted up to those left."""
+        if isinstance(value, str):
+            return 1 + len(value) // 8
+        found, stack = 0, [value]
+        while stack and found <= self.left:
+            item = stack.pop()
+            if isinstance(item, str):
+                found += 1 + len(item) // 8
+            elif isinstance(item, int):
+                found += 1 + item.bit_length() // 64
+            elif id(item) in self.known:
+                found += self.known[id(item)]
+            elif isinstance(item, Namespace):
+                found += 1
+                stack.append(object.__getattribute__(item, "_Namespace__attrs"))
+            elif isinstance(item, dict):
+                found += 1
+                stack += [*item, *item.values()]
+            else:
+                found += top(item)
+                if isinstance(item, list | tuple | set | frozenset) or _is_view(item):
+                    stack += item
+        return found
+
+
+def top(value: Any) -> int:
+    """Steps that it takes to go through a value without what it holds."""
+    if isinstance(value, str):
+        return 1 + len(value) // 8
+    sized = isinstance(value, list | tuple | dict | set | frozenset | range) or _is_view(value)
+    return 1 + len(value) if sized else 1
+
+
+def _is_view(value: Any) -> bool:
+    """Whether it is `keys()`, `values()` or `items()` of an object."""
+    return hasattr(type(value), "mapping")
+
+
+_budget: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
+
+
+@contextlib.contextmanager
+def limited(variables: Mapping[str, Any], characters: int) -> Iterator[None]:
+    """A budget for what is compiled and rendered inside.
+
+    Args:
+        variables: Plain values that the template gets.
+        characters: Their length as JSON.
+    """
+    token = _budget.set(Budget(variables, characters))
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+def budget() -> Budget:
+    return _budget.get()
+
+
+def make(characters: int, why: str) -> None:
+    """Take the steps of a text that is about to be made."""
+    budget().charge(characters // 8, f"{why}, a text of {characters:,} characters,")
+
+
+def copy(texts: Iterable[str], why: str) -> None:
+    """Take the steps of texts that are put together unread."""
+    budget().charge(1 + sum(map(sys.getsizeof, texts)) // COPIED, why)
+
+
+def width_of(value: Any, why: str) -> int:
+    if isinstance(value, int) and abs(value) > WIDTH:
+        raise TemplateLimitError(f"{why} of {shown(value)} is above the limit of {WIDTH}")
+    return abs(value) if isinstance(value, int) else 0
+
+
+def shown(number: int) -> str:
+    return str(number) if number.bit_length() < 128 else f"{number.bit_length()} bits"
+
+
+def check_bits(bits: int, text: str) -> None:
+    if bits > BITS:
+        raise TemplateLimitError(f"{text} is an integer of more than {BITS} bits")
+
+
+def measure_replace(text: str, old: Any = "", new: Any = "", *_: Any, **__: Any) -> None:
+    """Measure `text.replace(old, new)` before it is made."""
+    make(len(text) + text.count(str(old)) * len(str(new)), "replace")
+
+
+def measure_percent(text: str, values: Any) -> None:
+    """Measure `text % values` before it is made."""
+    conversions, widths = 0, 0
+    for parts in percent_widths(text):
+        conversions += 1
+        for width in filter(None, parts):
+            if width == "*":
+                raise TemplateLimitError("a width of * in a format is not offered")
+            widths += _format_width(width)
+    make(len(text) + widths + conversions * (400 + 8 * budget().size(values)), "a format")
+
+
+def percent_widths(text: str) -> Iterator[tuple[str, str | None]]:
+    """Width and precision of each conversion, found as Python finds them, in linear time."""
+    at = text.find("%")
+    while at >= 0:
+        at += 1
+        if text.startswith("(", at):  # a key ends where its parentheses close
+            depth = 0
+            for found in _PARENTHESIS.finditer(text, at):
+                depth += 1 if found[0] == "(" else -1
+                if depth == 0:
+                    at = found.end()
+                    break
+            else:
+                return  # an error of Python
+        widths = _WIDTHS.match(text, at)
+        assert widths  # all of its parts may be missing
+        if not text.startswith("%", widths.end()):  # %% is no conversion, whatever its width
+            yield widths[1], widths[2]
+        at = text.find("%", widths.end() + 1)  # past the conversion, which may be a second %
+
+
+def _format_width(width: str) -> int:
+    if len(width) > 9 or int(width) > WIDTH:
+        raise TemplateLimitError(f"a width of {width[:20]} is above the limit of {WIDTH}")
+    return int(width)
+
+
+def measure_braces(text: str, values: Any) -> None:
+    """Measure `text.format(values)` before it is made."""
+    fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
+    widths = 0
+    for _, _, form, _ in fields:
+        if form and "{" in form:
+            raise TemplateLimitError("a width of {} in a format is not offered")
+        for width in re.findall(r"\d+", form or ""):
+            widths += _format_width(width)
+    make(len(text) + widths + len(fields) * (400 + 8 * budget().size(values)), "a format")
