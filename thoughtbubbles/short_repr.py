@@ -6,11 +6,11 @@ from typing import Any
 LONGEST = 16  # values of a tuple
 
 
-def short_repr(value: Any) -> str:
+def short_repr(self: Any) -> str:
     """The fields of a dataclass or a NamedTuple, with arrays by type and shape."""
-    fields = getattr(value, "_fields", None) or [f.name for f in dataclasses.fields(value)]
-    shown = (f"{name}={_short(getattr(value, name))}" for name in fields)
-    return f"{type(value).__name__}({', '.join(shown)})"
+    fields = getattr(self, "_fields", None) or [f.name for f in dataclasses.fields(self)]
+    shown = (f"{name}={_short(getattr(self, name))}" for name in fields)
+    return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class ShortRepr:
