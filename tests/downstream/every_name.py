@@ -109,6 +109,9 @@ class Decoder(memgen.Uncached):
     def apply_lora(self, adapter: Mapping[str, Any]) -> "Decoder":
         return Decoder(memgen.apply_lora(self.net, adapter))
 
+    def merge_lora(self, deltas: Mapping[str, jax.Array]) -> "Decoder":
+        return Decoder(memgen.merge_lora(self.net, deltas))
+
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         return jax.nn.one_hot(tokens, 64)
 
