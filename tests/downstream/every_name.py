@@ -139,7 +139,7 @@ def memory(net: nnx.Module, text: jax.Array, length: jax.Array) -> memgen.MemGen
     made = memgen.MemGen(decoder, config, boundary=table, rngs=nnx.Rngs(0))
     weaver: memgen.Weaver = made.weaver
     trigger: memgen.Trigger | None = made.trigger
-    assert memgen.make_adapter and memgen.TriggerParam
+    assert memgen.make_adapter and memgen.merge_lora and memgen.TriggerParam
     kinds: list[type[nnx.Param[Any]]] = [memgen.WeaverParam, memgen.TriggerParam]
     snippets = memgen.Snippets(text, length)
     assert weaver.config and trigger and kinds and snippets.length.ndim
