@@ -104,7 +104,7 @@ def map_of_text(loaded: LanguageModel, text: str) -> BubbleMap:
     if not isinstance(loaded.model, Thoughtbubbles):
         raise ValueError(f"{type(loaded.model).__name__} has no bubbles to map")
     ids = [loaded.tokenizer.separator, *loaded.tokenizer.encode(text)[0].tolist()]
-    check_room(loaded.model, 1, len(ids))
+    check_room(loaded.model, 1, len(ids), cached=False)
     tokens = ["", *(loaded.tokenizer.decode([token]) for token in ids[1:])]
     found = bubble_map(loaded.model, ids, tokens)
     return dataclasses.replace(
