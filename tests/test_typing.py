@@ -14,6 +14,10 @@ import thoughtbubbles
 from thoughtbubbles import ModelConfig, Streams, merge
 from thoughtbubbles.config import ModelConfigChanges
 from thoughtbubbles.hatchling.config import HatchlingConfig, HatchlingConfigChanges
+from thoughtbubbles.hatchling.forking import (
+    ForkingHatchlingConfig,
+    ForkingHatchlingConfigChanges,
+)
 from thoughtbubbles.streams import StreamsChanges
 
 DOWNSTREAM = Path(__file__).parent / "downstream/every_name.py"
@@ -34,6 +38,7 @@ def test_the_file_of_a_user_names_everything_public():
     [
         (ModelConfigChanges, ModelConfig),
         (HatchlingConfigChanges, HatchlingConfig),
+        (ForkingHatchlingConfigChanges, ForkingHatchlingConfig),
         (StreamsChanges, Streams),
     ],
 )
@@ -62,3 +67,10 @@ def test_a_merge_of_predictions_is_refused_before_the_first_fork_too():
         streams = jax.eval_shape(Streams.start, jnp.zeros((1, 2, 4))).replace(forked=forked)
         with pytest.raises(ValueError, match="merge='probability' has no residual: use 'residual'"):
             jax.eval_shape(lambda streams: merge(streams, "probability"), streams)
+
+
+def test_a_preset_of_a_config_that_forks_forks():
+    config = ForkingHatchlingConfig.preset("tiny", fork_layers=(2,), num_layers=3)
+    assert type(config) is ForkingHatchlingConfig
+    assert config.fork_layers == (2,) and config.num_layers == 3
+    assert config.num_neurons == HatchlingConfig.preset("tiny").num_neurons

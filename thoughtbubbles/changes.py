@@ -1,4 +1,4 @@
-"""Copies of frozen dataclasses with some fields changed; a misspelt field is one line."""
+"""Frozen dataclasses with some fields changed, and by name; a misspelt field is one line."""
 
 import dataclasses
 import difflib
@@ -18,3 +18,15 @@ def replaced(value: Any, changes: Mapping[str, Any]) -> Any:
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
             raise TypeError(f"{type(value).__name__} has no field {name!r}: did you mean {near!r}?")
     return dataclasses.replace(value, **changes)
+
+
+def preset_of(presets: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> Any:
+    """A preset by its name, with changes.
+
+    Raises:
+        ValueError: There is no preset of that name.
+        TypeError: A change is of no field.
+    """
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
+    return replaced(presets[name], changes)

@@ -8,7 +8,7 @@ import jax
 
 from thoughtbubbles.architecture import ArchitectureConfig
 from thoughtbubbles.attention import block_size, visited_pairs
-from thoughtbubbles.changes import replaced
+from thoughtbubbles.changes import preset_of
 from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.policies import PrefixRank, TopK
 from thoughtbubbles.policy import Policy, check_forced_keep
@@ -317,9 +317,7 @@ class ModelConfig(ArchitectureConfig):
             ValueError: There is no preset of that name, or the fields do not fit together.
             TypeError: A change is of no field.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-        return replaced(PRESETS[name], changes)
+        return preset_of(PRESETS, name, changes)
 
 
 class ModelConfigChanges(TypedDict, total=False):

@@ -5,7 +5,7 @@ import math
 from typing import ClassVar, Literal, TypedDict, Unpack
 
 from thoughtbubbles.architecture import ArchitectureConfig
-from thoughtbubbles.changes import replaced
+from thoughtbubbles.changes import preset_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +151,7 @@ class HatchlingConfig(ArchitectureConfig):
             ValueError: There is no preset of that name, or the fields do not fit together.
             TypeError: A change is of no field.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-        return replaced(PRESETS[name], changes)
+        return preset_of(PRESETS, name, changes)
 
 
 class HatchlingConfigChanges(TypedDict, total=False):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,12 @@ from flax import nnx
 
 from thoughtbubbles import fork_models, statistics
 from thoughtbubbles.architecture import ARCHITECTURES, Constrain
+from thoughtbubbles.changes import preset_of
 from thoughtbubbles.checks import check_ids
 from thoughtbubbles.fork_cache import ForkCache
 from thoughtbubbles.forking import merge
 from thoughtbubbles.hatchling.attention import Reach, damping, normalized
-from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.config import PRESETS, HatchlingConfig, HatchlingConfigChanges
 from thoughtbubbles.hatchling.model import Hatchling
 from thoughtbubbles.hatchling.state import Activations, Neurons, State
 from thoughtbubbles.layers import Fork
@@ -58,6 +59,23 @@ class ForkingHatchlingConfig(HatchlingConfig):
         if list(self.fork_layers) != sorted(set(self.fork_layers)):
             raise ValueError(f"fork_layers={self.fork_layers} must rise without repeats")
 
+    @classmethod
+    def preset(
+        cls, name: str, **changes: Unpack["ForkingHatchlingConfigChanges"]
+    ) -> "ForkingHatchlingConfig":
+        """A size of `HatchlingConfig.preset` that forks, with changes.
+
+        Args:
+            name: Name of the preset.
+            changes: Fields that differ from the preset's, those of forks among them.
+
+        Raises:
+            ValueError: There is no preset of that name, or the fields do not fit together.
+            TypeError: A change is of no field.
+        """
+        presets = {name: cls(**vars(config)) for name, config in PRESETS.items()}
+        return preset_of(presets, name, changes)
+
     @property
     def causal(self) -> bool:
         return not self.fork_layers or self.policy.causal
@@ -95,6 +113,13 @@ class ForkingHatchlingConfig(HatchlingConfig):
 
     def summary(self) -> str:
         return f"{super().summary()}, forks before layers {self.fork_layers}, {self.policy}"
+
+
+class ForkingHatchlingConfigChanges(HatchlingConfigChanges, total=False):
+    """The fields of `ForkingHatchlingConfig` as keyword arguments."""
+
+    fork_layers: tuple[int, ...]
+    policy: Policy
 
 
 @jax.tree_util.register_dataclass
