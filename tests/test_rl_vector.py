@@ -601,6 +601,7 @@ def test_a_slot_whose_environment_fails_in_its_own_failure_is_told_and_others_go
         with pytest.raises(ValueError, match="Says: ValueError: could not convert string"):
             vector.step(["raise", "go"])
         assert vector.receive()[1].reward == 0.5
+        assert vector.reset([0]) == {0: ""}  # no slot waits for ever
 
 
 def test_what_hangs_counts_over_all_steps_of_a_run():
