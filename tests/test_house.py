@@ -85,6 +85,26 @@ def test_text_files_are_opened_with_an_encoding(path: Path):
     assert missing == []
 
 
+# The libraries import neither each other nor a third place: what both need stands in each, equal.
+TWINS = {
+    "pages": ("Page", "_left_out", "_note", "_quoted", "_direction"),
+    "module": ("_Constructor", "Module"),
+    "checks": ("check_floating",),
+}
+
+
+@pytest.mark.parametrize("module", TWINS)
+def test_what_stands_in_both_libraries_is_the_same(module: str):
+    def sources(library: str) -> dict[str, str]:
+        text = (ROOT / library / f"{module}.py").read_text()
+        parts = [node for node in ast.parse(text).body if hasattr(node, "name")]
+        return {part.name: ast.unparse(part) for part in parts}  # pyright: ignore
+
+    ours, theirs = sources("thoughtbubbles"), sources("memgen")
+    for name in TWINS[module]:
+        assert ours[name] == theirs[name]
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_imports_point_one_way(name: str):
     forbidden = {"tensorflow", "tests"} | LIBRARIES.get(name, set())

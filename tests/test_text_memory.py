@@ -19,10 +19,10 @@ from thoughtbubbles.pretrained import load_pretrained
 from train.data import ByteTokenizer
 from train.devices import memory
 from train.evaluation.scoring import Scorer, score_rows
-from train.models import generation, room
+from train.models import generation, text_memory
 from train.models.generation import answer, map_of_text, write
 from train.models.load import LanguageModel
-from train.models.room import check_room, needed_bytes
+from train.models.text_memory import check_text_memory, needed_bytes
 
 LLAMA = Path(__file__).parent / "fixtures/pretrained/llama"
 CONFIG = dataclasses.replace(SMALL, vocab_size=260, policy=PrefixRank(2.0))
@@ -56,28 +56,28 @@ def test_the_estimate_is_what_xla_plans(kind: Any, config: Any):
 def test_what_is_said_to_fit_fits(config: Any, monkeypatch: pytest.MonkeyPatch):
     kind = Thoughtbubbles if config is CONFIG else Hatchling
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
-    monkeypatch.setattr(room, "free_bytes", lambda: 10**9)
+    monkeypatch.setattr(text_memory, "free_bytes", lambda: 10**9)
     said = r"3 texts of up to 100,000 tokens.* GiB, 953.7 MiB are free: [\d,]+ tokens fit, so sho"
     for cached, new in ((True, 10), (True, 0), (False, 10)):
         with pytest.raises(ValueError, match=said) as caught:
-            check_room(model, 3, 100_000, new, cached)
+            check_text_memory(model, 3, 100_000, new, cached)
         fits = int(str(caught.value).split("free: ")[1].split(" tokens")[0].replace(",", ""))
         assert fits > 1000
         if cached and not new:  # rows are compiled for powers of two
             assert fits.bit_count() == 1
-        check_room(model, 3, fits, new, cached)
+        check_text_memory(model, 3, fits, new, cached)
         with pytest.raises(ValueError, match="shorten them or take fewer at a time"):
-            check_room(model, 3, fits + 1, new, cached)
+            check_text_memory(model, 3, fits + 1, new, cached)
     if config is CONFIG:  # the state of a Hatchling does not grow
         with pytest.raises(ValueError, match="and 1,000,000,000 new ones .*: 0 tokens fit, so add"):
-            check_room(model, 1, 5, 10**9)
+            check_text_memory(model, 1, 5, 10**9)
 
 
 def test_nothing_is_refused_on_a_device_that_does_not_say_its_memory(lm, monkeypatch):
     device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert room.free_bytes() is None
-    check_room(lm.model, 1, 10**8)
+    assert text_memory.free_bytes() is None
+    check_text_memory(lm.model, 1, 10**8)
 
 
 def test_pages_of_files_do_not_count_as_used(lm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -96,10 +96,10 @@ def test_pages_of_files_do_not_count_as_used(lm, tmp_path: Path, monkeypatch: py
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert memory.host_bytes() == memory.device_bytes(device) == 2**33
     assert memory.free_bytes() == 2**30 + 2**29 + 5 * 2**20
-    check_room(lm.model, 1, 100)
+    check_text_memory(lm.model, 1, 100)
     (tmp_path / "memory.stat").write_text("inactive_file 0\nactive_file 0\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"need about [\d.,]+ GiB, 5.0 MiB are free"):
-        check_room(lm.model, 1, 30_000)
+        check_text_memory(lm.model, 1, 30_000)
     (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")
     assert (memory.host_bytes(), memory.free_bytes()) == (2**38, 2**36)
     (tmp_path / "meminfo").unlink()
@@ -112,7 +112,7 @@ def test_sizes_are_readable():
 
 
 def test_a_prompt_too_long_for_memory_is_one_line_at_once(lm, monkeypatch):
-    monkeypatch.setattr(room, "free_bytes", lambda: 2**30)
+    monkeypatch.setattr(text_memory, "free_bytes", lambda: 2**30)
     with pytest.raises(
         ValueError, match="1 text of up to 200,001 tokens and 2 new ones need about"
     ):

@@ -128,7 +128,7 @@ def _form(model: Any, form: Form) -> tuple[Literal["transformers", "thoughtbubbl
 
 
 def _check_disk(to: Path, params: Any, dtype: str | None) -> None:
-    """Raise a ValueError if the disk has no room for the weights."""
+    """Raise a ValueError if the disk has too little space for the weights."""
     leaves = nnx.traversals.flatten_mapping(params).values()
     size = sum(leaf.size * np.dtype(dtype or leaf.dtype).itemsize for leaf in leaves)
     folder = next(parent for parent in to.absolute().parents if parent.exists())

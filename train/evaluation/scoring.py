@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from thoughtbubbles import Architecture
 from train.models.load import LanguageModel
-from train.models.room import check_room, memory_errors
+from train.models.text_memory import check_text_memory, memory_errors
 
 SHORTEST_ROW = 16
 AT_ONCE = 8  # positions of a row whose logits are held together
@@ -151,7 +151,7 @@ class Scorer:
         found: dict[int, Score] = {}
         with tqdm(total=len(rows), unit="row", disable=self.quiet or None) as progress:
             for width, members in by_width.items():
-                check_room(self._lm.model, self._batch_size, width, cached=False)
+                check_text_memory(self._lm.model, self._batch_size, width, cached=False)
                 for first in range(0, len(members), self._batch_size):
                     batch = members[first : first + self._batch_size]
                     scores = self._pass([rows[index] for index in batch], width)

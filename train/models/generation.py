@@ -14,7 +14,7 @@ from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.data.chat_templates import chat_ids
 from train.models.load import LanguageModel
-from train.models.room import check_room, memory_errors
+from train.models.text_memory import check_text_memory, memory_errors
 
 MEMORY = {
     "always": memgen.AlwaysInvoke(),
@@ -69,7 +69,7 @@ def _continue(
     if trained is not None and longest > trained:
         print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
     cached = options.get("cached") is not False and loaded.model.cacheable
-    check_room(loaded.model, len(ids), longest - max_new_tokens, max_new_tokens, cached)
+    check_text_memory(loaded.model, len(ids), longest - max_new_tokens, max_new_tokens, cached)
     options |= {"stop": loaded.stop_ids, "valid_vocab_size": loaded.tokenizer.vocab_size}
     with memory_errors(loaded.model, len(ids), longest):
         if loaded.memgen is not None:
@@ -104,7 +104,7 @@ def map_of_text(loaded: LanguageModel, text: str) -> BubbleMap:
     if not isinstance(loaded.model, Thoughtbubbles):
         raise ValueError(f"{type(loaded.model).__name__} has no bubbles to map")
     ids = [loaded.tokenizer.separator, *loaded.tokenizer.encode(text)[0].tolist()]
-    check_room(loaded.model, 1, len(ids), cached=False)
+    check_text_memory(loaded.model, 1, len(ids), cached=False)
     tokens = ["", *(loaded.tokenizer.decode([token]) for token in ids[1:])]
     found = bubble_map(loaded.model, ids, tokens)
     return dataclasses.replace(

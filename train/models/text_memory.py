@@ -16,7 +16,7 @@ def needed_bytes(model: Architecture, rows: int, tokens: int, cached: int = 0) -
         model: Any architecture. What its config has no `prefill_bytes` for is not counted.
         rows: Number of rows.
         tokens: Number of tokens of each row.
-        cached: Number of tokens that a cache of each row has room for; 0 for no cache.
+        cached: Number of tokens that a cache of each row can hold; 0 for no cache.
     """
     prefill = getattr(model.config, "prefill_bytes", lambda num_tokens: 0)
     total = rows * prefill(tokens)
@@ -32,7 +32,7 @@ def _cache_bytes(model: Architecture, rows: int, tokens: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
-def check_room(
+def check_text_memory(
     model: Architecture, rows: int, tokens: int, new: int = 0, cached: bool = True
 ) -> None:
     """Raise a ValueError for texts that don't fit into memory, which says how long a text may be.
@@ -68,7 +68,7 @@ def check_room(
 
 @contextlib.contextmanager
 def memory_errors(model: Architecture, rows: int, tokens: int) -> Iterator[None]:
-    """Turn an error of exhausted memory, which `check_room` did not foresee, into one line."""
+    """Turn an out-of-memory error that `check_text_memory` did not foresee into one line."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
