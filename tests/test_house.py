@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import nbclient
 import nbformat
 import pytest
@@ -357,6 +358,18 @@ def test_notebook_keeps_its_claims(path: Path, tmp_path: Path, monkeypatch: pyte
     """As a reader runs it: `python -m pytest -m experiment tests/test_house.py`, ten minutes."""
     monkeypatch.delenv("XLA_FLAGS")
     execute(nbformat.read(path, as_version=4), tmp_path, monkeypatch)
+
+
+def test_jax_has_read_what_tests_set():
+    """It reads its variables once, when it is first imported."""
+    read = {
+        "JAX_PLATFORMS": jax.config.jax_platforms,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": (
+            f"{jax.config.jax_persistent_cache_min_compile_time_secs:g}"
+        ),
+    }
+    assert read == {name: os.environ[name] for name in read}
 
 
 def tagged(cell: nbformat.NotebookNode, tag: str) -> bool:
