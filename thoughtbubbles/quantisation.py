@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thoughtbubbles.placement import embedding_rows, rows_at
+from thoughtbubbles.weights import named
 
 LARGEST = 127
 # Number of weights that are converted at a time: as many as stay in a core's cache until they are
@@ -34,6 +35,8 @@ class Int8Weight(nnx.Module):
         kernel: Weights `[*stack, *inputs, *outputs]`, float.
         inputs: Number of contracted axes.
         stack: Number of leading axes over which layers are stacked.
+        axes: Names of the axes of the kernel, without those of the stack; by default none has a
+            name. Inputs and outputs of several axes keep the name of the first.
 
     Attributes:
         values: `[*stack, outputs, inputs]` int8, each in one axis.
@@ -42,7 +45,13 @@ class Int8Weight(nnx.Module):
         outputs: Sizes of the layer's output.
     """
 
-    def __init__(self, kernel: jax.Array, inputs: int = 1, stack: int = 0):
+    def __init__(
+        self,
+        kernel: jax.Array,
+        inputs: int = 1,
+        stack: int = 0,
+        axes: tuple[str | None, ...] | None = None,
+    ):
         shape = kernel.shape[stack:]
         self.inputs, self.outputs = inputs, shape[inputs:]
         matrix = kernel.reshape(*kernel.shape[:stack], math.prod(shape[:inputs]), -1)
@@ -50,8 +59,10 @@ class Int8Weight(nnx.Module):
         largest = jnp.abs(matrix).max(axis=-1)
         # A NaN among the weights stays one in the scale, and so in the output.
         scale = jnp.where(largest == 0, 1.0, largest) / LARGEST
-        self.values = Int8Param(jnp.rint(matrix / scale[..., None]).astype(jnp.int8))
-        self.scale = Int8Param(scale)
+        values = jnp.rint(matrix / scale[..., None]).astype(jnp.int8)
+        into, out_of = (None, None) if axes is None else (axes[0], axes[inputs])
+        self.values = named(Int8Param, values, (out_of, into), stack=stack)
+        self.scale = named(Int8Param, scale, (out_of,), stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., *outputs]` float32 of `x [..., *inputs]`; the weight must be no stack."""
@@ -129,7 +140,7 @@ def quantise(model: Model) -> Model:
                 if (kernel := getattr(layer, name)) is not None:
                     setattr(layer, name, nnx.data(_of_kernel(kernel)))
     # A scale for each row: the row of an id, and the output of a tied head.
-    copy.embed = nnx.data(Int8Weight(copy.embed[...].T))
+    copy.embed = nnx.data(Int8Weight(copy.embed[...].T, axes=("embed", "vocab")))
     if copy.head is not None:
         copy.head = nnx.data(_of_kernel(copy.head))
     return copy
@@ -143,7 +154,8 @@ def in_int8(model: Any) -> bool:
 def _of_kernel(kernel: nnx.Param) -> Int8Weight:
     """The weight of a kernel `[*stack, *inputs, *outputs]`."""
     metadata = kernel.get_metadata()
-    return Int8Weight(kernel[...], metadata["inputs"], kernel.ndim - len(metadata["axes"]))
+    axes = metadata["axes"]
+    return Int8Weight(kernel[...], metadata["inputs"], kernel.ndim - len(axes), axes)
 
 
 def _zero_of(x: jax.Array) -> jax.Array:
