@@ -68,17 +68,22 @@ class Int8Weight(nnx.Module):
         """`[..., *outputs]` float32 of `x [..., *inputs]`; the weight must be no stack."""
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1)
         values = self.values[...]
-        rows = max(1, CHUNK // values.shape[1])
-        whole = values.shape[0] // rows
-        parts = []
-        if whole > 3:
-            chunks = values[: whole * rows].reshape(whole, rows, -1)
-            found = jax.lax.map(lambda chunk: _product(x, chunk), chunks)
-            parts.append(jnp.moveaxis(found, 0, -2).reshape(*x.shape[:-1], whole * rows))
-            values = values[whole * rows :]
-        if values.shape[0]:
-            parts.append(_product(x, values + _zero_of(x)))
-        y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        # At least two: what a loop converts, no compiler converts before the loop. A barrier would
+        # be dropped before that, and a zero made of `x` is a collective where `x` is sharded.
+        chunks = max(2, -(-values.size // CHUNK))
+        rows = values.shape[0] // chunks
+        at = chunks * rows
+
+        def step(index: jax.Array, y: jax.Array) -> jax.Array:
+            chunk = jax.lax.dynamic_slice_in_dim(values, index * rows, rows)
+            found = _product(x, chunk)
+            return jax.lax.dynamic_update_slice_in_dim(y, found, index * rows, axis=-1)
+
+        # Made of `x`, or the results of all layers would be allocated before the first.
+        y = jnp.broadcast_to(x[..., :1].astype(jnp.float32), (*x.shape[:-1], at))
+        y = jax.lax.fori_loop(0, chunks if rows else 0, step, y)
+        if at < values.shape[0]:
+            y = jnp.concatenate([y, _product(x, values[at:])], axis=-1)
         y = y * jnp.expand_dims(self.scale[...], range(x.ndim - 1))
         return y.reshape(*x.shape[:-1], *self.outputs)
 
@@ -156,18 +161,6 @@ def _of_kernel(kernel: nnx.Param) -> Int8Weight:
     metadata = kernel.get_metadata()
     axes = metadata["axes"]
     return Int8Weight(kernel[...], metadata["inputs"], kernel.ndim - len(axes), axes)
-
-
-def _zero_of(x: jax.Array) -> jax.Array:
-    """0, int8, which a compiler does not know before it knows `x`.
-
-    Otherwise all weights of a program are converted as soon as it begins, out of its loop over
-    tokens too, and held in float32 side by side; XLA drops optimisation barriers before that.
-    """
-    if any(jax.typeof(x).sharding.spec):  # an element of it would be sent to all devices
-        return jnp.int8(0)
-    first = jax.lax.bitcast_convert_type(x[(0,) * x.ndim].astype(jnp.float32), jnp.int32)
-    return (jax.lax.population_count(first) >> 6).astype(jnp.int8)  # of 32 bits
 
 
 def _product(x: jax.Array, values: jax.Array) -> jax.Array:
