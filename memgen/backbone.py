@@ -20,6 +20,11 @@ class DecoderBackbone(Protocol):
     to all rows, unless the decoder has a method `cache_batch_axes(cache)`, which returns the same
     pytree with the axis of each array, or None for an array that all rows share.
 
+    Adapters name their axes to Flax (`nnx.get_partition_spec`) if the decoder is an `nnx.Module`
+    whose targets are its linear layers (`memgen.linear_layers`), or has an attribute `lora_axes`:
+    the names of the axes of each target, `(stack, inputs, outputs)`, such as
+    `(("layers",), "embed", "heads")`.
+
     Attributes:
         embed_dim: Width `D` of the vectors.
         vocab_size: Size `V` of the vocabulary.

@@ -11,7 +11,8 @@ from flax import nnx
 from memgen.backbone import DecoderBackbone
 from memgen.checks import check_config
 from memgen.config import LoRAConfig
-from memgen.nnx_layers import choices
+from memgen.module import named
+from memgen.nnx_layers import LayerAxes, choices, linear_axes
 
 
 class LowRank(nnx.Module):
@@ -24,6 +25,8 @@ class LowRank(nnx.Module):
         config: Rank, scale and dropout.
         rngs: Random keys of the initial A; B starts at 0.
         kind: Type of the two parameters, by which a training stage selects them.
+        axes: Names of the axes of the layer: of its stack, its inputs and its outputs; by default
+            none has a name.
     """
 
     def __init__(
@@ -35,12 +38,15 @@ class LowRank(nnx.Module):
         *,
         rngs: nnx.Rngs,
         kind: type[nnx.Variable[Any]] = nnx.Param,
+        axes: LayerAxes | None = None,
     ):
+        above, into, out_of = axes or ((None,) * len(stack), None, None)
         bound = inputs**-0.5
         shape = (*stack, inputs, config.rank)
         first = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        self.a = kind(first, inputs=1)
-        self.b = kind(jnp.zeros((*stack, config.rank, outputs)), inputs=1)
+        self.a = named(kind, first, (*above, into, None), inputs=1)
+        last = jnp.zeros((*stack, config.rank, outputs))
+        self.b = named(kind, last, (*above, None, out_of), inputs=1)
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
         self.key: jax.Array | None = nnx.data(None)
@@ -88,6 +94,7 @@ def make_adapter(
             "train all of its parameters"
         )
     found: dict[str, LowRank] = {}
+    axes = _axes(backbone)
     for target in config.targets:
         names = [name for name in lora_targets if _matches(name, target)]
         if not names:
@@ -96,8 +103,18 @@ def make_adapter(
             )
         for name in names:
             if name not in found:
-                found[name] = LowRank(*lora_targets[name], config, rngs=rngs, kind=kind)
+                found[name] = LowRank(
+                    *lora_targets[name], config, rngs=rngs, kind=kind, axes=axes.get(name)
+                )
     return nnx.Dict(found)
+
+
+def _axes(backbone: Any) -> Mapping[str, LayerAxes]:
+    """The names of the axes of linear layers, as far as the backbone says them."""
+    if hasattr(backbone, "lora_axes"):
+        return backbone.lora_axes
+    targets = backbone.lora_targets
+    return linear_axes(backbone, targets) if isinstance(backbone, nnx.Module) else {}
 
 
 def _matches(name: str, target: str) -> bool:

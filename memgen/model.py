@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone, check_backbone
 from memgen.checks import check_config, checked_ids
@@ -65,6 +66,9 @@ class MemGen(Module):
         trigger_backbone: Decoder of the trigger, with the reasoner's vocabulary if it takes tokens;
             by default the reasoner.
         rngs: Random keys of the initial values.
+        kernel_init: Initializer of the kernels of the weaver's projections and of the trigger's
+            head; by default those of `Weaver` and `Trigger`.
+        param_dtype: Type of their parameters; those of adapters are float32.
 
     Raises:
         ValueError: A decoder lacks a method, or sizes do not fit.
@@ -79,6 +83,8 @@ class MemGen(Module):
         weaver_backbone: DecoderBackbone | None = None,
         trigger_backbone: DecoderBackbone | None = None,
         rngs: nnx.Rngs,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
     ):
         check_backbone(reasoner, "reasoner")
         check_config(config, MemGenConfig)
@@ -94,10 +100,11 @@ class MemGen(Module):
         self.boundary = Boundary(jnp.asarray(boundary, jnp.uint8))
         weaver_decoder = weaver_backbone or reasoner
         check_backbone(weaver_decoder, "weaver")
-        self.weaver = Weaver(reasoner, weaver_decoder, config.weaver, rngs=rngs)
-        self.trigger = self._make_trigger(rngs) if config.trigger is not None else None
+        options: Any = {"rngs": rngs, "kernel_init": kernel_init, "param_dtype": param_dtype}
+        self.weaver = Weaver(reasoner, weaver_decoder, config.weaver, **options)
+        self.trigger = self._make_trigger(options) if config.trigger is not None else None
 
-    def _make_trigger(self, rngs: nnx.Rngs) -> Trigger:
+    def _make_trigger(self, options: dict[str, Any]) -> Trigger:
         config, reasoner = self.config.trigger, self.reasoner
         assert config is not None
         backbone = self.trigger_backbone or reasoner
@@ -113,7 +120,7 @@ class MemGen(Module):
                 f"{reasoner.embed_dim}: use source='tokens'"
             )
         decoder = reasoner if config.source == "reasoner_hidden" else backbone
-        return Trigger(decoder, config, rngs=rngs)
+        return Trigger(decoder, config, **options)
 
     def with_reasoner(self, reasoner: DecoderBackbone) -> MemGen:
         """A copy with another form of the reasoner, over the same arrays."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+
+LayerAxes = tuple[tuple[str | None, ...], str | None, str | None]
+"""Names of the axes of a linear layer's stack, of its inputs, and of its outputs."""
 
 
 class _Form(NamedTuple):
@@ -78,6 +81,31 @@ def linear_layers(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, i
     return {name: form.target for name, _, form in _layers(module)}
 
 
+def linear_axes(module: nnx.Module, targets: Iterable[str]) -> dict[str, LayerAxes]:
+    """The names that a module's linear layers give to the axes of their kernels, by their paths.
+
+    Inputs or outputs of several axes have the name of the first one, by which a mesh splits them.
+
+    Args:
+        module: Module of any kind.
+        targets: Paths of the layers; those that are none, or that name no axes, are left out.
+    """
+    found, targets = {}, set(targets)
+    for name, layer in _named_layers(module):
+        given: Any = layer.kernel.get_metadata().get("out_sharding") if name in targets else None
+        form = _form_of(name, layer) if given else None
+        if form is None:
+            continue
+        names = tuple(getattr(given, "spec", given))
+        own = len(form.kernel)
+        if len(names) == own:  # a stack whose transformation names no axis
+            names = (None,) * len(form.stack) + names
+        above, names = names[: len(form.stack)], names[len(form.stack) :]
+        names += (None,) * (own - len(names))
+        found[name] = above, names[form.kernel[0]], names[form.kernel[len(form.inputs)]]
+    return found
+
+
 def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
     """`DecoderBackbone.apply_lora` of a module: a copy with adapters, over the same arrays.
 
@@ -139,10 +167,14 @@ def choices(names: Mapping[str, Any]) -> str:
 
 
 def _layers(module: Any) -> Iterator[tuple[str, Any, _Form]]:
-    found, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_layer)
-    for path, layer in found:
-        if _is_layer(layer) and (form := _form_of(name := _name(path), layer)) is not None:
+    for name, layer in _named_layers(module):
+        if (form := _form_of(name, layer)) is not None:
             yield name, layer, form
+
+
+def _named_layers(module: Any) -> Iterator[tuple[str, Any]]:
+    found, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_layer)
+    return ((_name(path), layer) for path, layer in found if _is_layer(layer))
 
 
 def _changed(module: Any, changes: Mapping[str, Any], change: Any) -> Any:

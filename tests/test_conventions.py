@@ -15,9 +15,16 @@ from jax.sharding import PartitionSpec as P
 import memgen
 import thoughtbubbles
 from memgen import LoRAConfig, MemGen, MemGenConfig, TriggerConfig, WeaverConfig
-from thoughtbubbles import Block, Fork, ModelConfig, PrefixRank, Streams, Thoughtbubbles
-from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles import Block, Fork, ModelConfig, PrefixRank, Streams, Thoughtbubbles, hatchling
+from thoughtbubbles.hatchling import (
+    ForkingHatchling,
+    ForkingHatchlingConfig,
+    Hatchling,
+    HatchlingConfig,
+)
+from thoughtbubbles.hatchling.state import Frequency
 from thoughtbubbles.module import abstract_module
+from thoughtbubbles.quantisation import Int8Param, quantise
 from thoughtbubbles.stored_parameters import abstract_state
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
@@ -28,57 +35,99 @@ CONFIG = ModelConfig(
 RULES = [("embed", "fsdp"), ("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor")]
 RULES += [(name, None) for name in ("vocab", "head_dim", "candidates", "layers")]
 
+CLASSES = [
+    value
+    for package in (thoughtbubbles, memgen, hatchling)
+    for value in (getattr(package, name) for name in package.__all__)
+    if inspect.isclass(value)
+]
+WITHOUT = {"WeaverParam", "TriggerParam"}  # variables of Flax
+ABSTRACT = {"Architecture"}  # whose constructor is its subclasses'
+MODULES = [  # all that make parameters
+    kind.__name__
+    for kind in CLASSES
+    if issubclass(kind, nnx.Module) and "rngs" in inspect.signature(kind).parameters
+    if kind.__name__ not in ABSTRACT
+]
+
+SIZES: dict[str, Any] = {"vocab_size": 20, "embed_dim": 8, "num_neurons": 64}
+EXPECTED = {
+    "Fork": {"score": P("embed", "candidates")},
+    "Block": {"attention/o": P("heads", "head_dim", "embed")},
+    "Thoughtbubbles": {"blocks/mlp/up": P("layers", "embed", "mlp")},
+    "Hatchling": {"dx": P("embed", "heads", "head_dim"), "frequency": P("heads", "head_dim")},
+    "ForkingHatchling": {"forks/0/score": P("embed", "candidates")},
+    "Weaver": {"to_weaver/kernel": P("embed", None), "adapter/q/a": P("layers", "embed", None)},
+    "Trigger": {"kernel": P("embed", None), "adapter/q/b": P("layers", None, "heads")},
+    "MemGen": {"trigger/kernel": P("embed", None), "reasoner/model/embed": P("vocab", "embed")},
+    "int8": {
+        "blocks/attention/o/values": P("layers", "embed", "heads"),
+        "blocks/attention/o/scale": P("layers", "embed"),
+        "blocks/mlp/up/values": P("layers", "mlp", "embed"),
+        "embed/values": P("vocab", "embed"),
+        "head/scale": P("vocab"),
+    },
+    "adapter": {
+        "o/a": P("layers", "heads", None),
+        "o/b": P("layers", None, "embed"),
+        "k/b": P("layers", None, "kv_heads"),
+        "down/a": P("layers", "mlp", None),
+        "up/b": P("layers", None, "mlp"),
+    },
+}
+
 
 def module_of(name: str, **options: Any) -> Any:
     """One module of each kind, as shapes alone."""
 
     def made() -> Any:
         rngs = nnx.Rngs(0)
-        if name == "fork":
+        if name == "Fork":
             return Fork(8, PrefixRank(2.0), gate=1.0, rngs=rngs, **options)
-        if name == "block":
+        if name == "Block":
             return Block(CONFIG, rngs=rngs, **options)
-        if name == "hatchling":
-            return Hatchling(HatchlingConfig(vocab_size=20, num_neurons=64), rngs=rngs)
-        model = Thoughtbubbles(CONFIG, rngs=rngs, **(options if name == "model" else {}))
-        if name == "model":
+        if name == "Hatchling":
+            return Hatchling(HatchlingConfig(**SIZES), rngs=rngs, **options)
+        if name == "ForkingHatchling":
+            return ForkingHatchling(ForkingHatchlingConfig(**SIZES), rngs=rngs, **options)
+        model = Thoughtbubbles(CONFIG, rngs=rngs, **(options if name == "Thoughtbubbles" else {}))
+        if name == "Thoughtbubbles":
             return model
+        if name == "int8":
+            return quantise(model)
+        if name == "adapter":
+            return memgen.make_adapter(model.backbone(), LoRAConfig(2, targets=("*",)), rngs=rngs)
         lora, reasoner = LoRAConfig(rank=2), model.backbone()
-        if name == "weaver":
-            return memgen.Weaver(reasoner, reasoner, WeaverConfig(lora=lora), rngs=rngs, **options)
-        return memgen.Trigger(reasoner, TriggerConfig(lora=lora), rngs=rngs, **options)
+        weaver, trigger = WeaverConfig(lora=lora), TriggerConfig(lora=lora)
+        if name == "Weaver":
+            return memgen.Weaver(reasoner, reasoner, weaver, rngs=rngs, **options)
+        if name == "Trigger":
+            return memgen.Trigger(reasoner, trigger, rngs=rngs, **options)
+        config = MemGenConfig(weaver, trigger)
+        return MemGen(reasoner, config, boundary=np.zeros(20), rngs=rngs, **options)
 
     return nnx.eval_shape(made)
 
 
 def parameters(module: Any) -> dict[str, Any]:
-    """The variables of a module by name, without those of adapters."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    named = {"/".join(map(str, path)): variable for path, variable in flat}
-    return {name: variable for name, variable in named.items() if "adapter" not in name}
+    """The variables of a module by name, without the table of boundaries."""
+    flat = nnx.to_flat_state(nnx.state(module, (nnx.Param, Int8Param, Frequency)))
+    return {"/".join(map(str, path)): variable for path, variable in flat}
 
 
-@pytest.mark.parametrize("name", ["fork", "block", "model", "hatchling", "weaver", "trigger"])
+@pytest.mark.parametrize("name", [*MODULES, "int8", "adapter"])
 def test_flax_finds_the_names_of_all_axes(name: str):
     module = module_of(name)
     with nnx.logical_axis_rules(RULES):
-        mapped = parameters(nnx.get_partition_spec(nnx.state(module, nnx.Param)))
-    named = parameters(nnx.get_partition_spec(nnx.state(module, nnx.Param)))
+        mapped = parameters(nnx.get_partition_spec(nnx.state(module)))
+    named = parameters(nnx.get_partition_spec(nnx.state(module)))
     for path, variable in parameters(module).items():
         assert len(named[path].get_value()) == variable.ndim, path
         split = [axis for axis in mapped[path].get_value() if axis is not None]
         assert len(set(split)) == len(split) and set(split) <= {"fsdp", "tensor"}, path
     specs = {path: variable.get_value() for path, variable in named.items()}
-    expected = {
-        "fork": ("score", P("embed", "candidates")),
-        "block": ("attention/o", P("heads", "head_dim", "embed")),
-        "model": ("blocks/mlp/up", P("layers", "embed", "mlp")),
-        "hatchling": ("dx", P("embed", "heads", "head_dim")),
-        "weaver": ("to_weaver/kernel", P("embed", None)),
-        "trigger": ("kernel", P("embed", None)),
-    }
-    path, spec = expected[name]
-    assert specs[path] == spec
+    for path, spec in EXPECTED[name].items():
+        assert specs[path] == spec
 
 
 def test_a_model_for_decoding_names_the_axes_of_single_blocks():
@@ -112,7 +161,7 @@ def test_models_are_described_inside_a_mesh_with_other_names(kind: AxisType):
                 assert all(leaf.sharding.is_fully_replicated for leaf in state)
 
 
-@pytest.mark.parametrize("name", ["fork", "block", "model", "weaver", "trigger"])
+@pytest.mark.parametrize("name", MODULES)
 def test_parameters_have_the_type_and_values_that_are_asked_for(name: str):
     shapes = []
 
@@ -121,12 +170,26 @@ def test_parameters_have_the_type_and_values_that_are_asked_for(name: str):
         return jnp.zeros(shape, dtype)
 
     made = parameters(module_of(name, param_dtype=jnp.bfloat16, kernel_init=init))
-    types = {path: variable.dtype for path, variable in made.items() if "gate" not in path}
+    float32 = ("gate", "adapter", "reasoner", "frequency")
+    types = {
+        path: variable.dtype
+        for path, variable in made.items()
+        if not any(part in path for part in float32)
+    }
     assert set(types.values()) == {jnp.dtype("bfloat16")}
-    own = {"fork": {(8, 2)}, "weaver": {(8, 8)}, "trigger": {(8, 2)}}
     blocks = {(8, 8), (8, 32), (32, 8)}  # matrices, whatever the axes of heads
-    models = blocks | {(8, 2), (8, 20)}
-    assert set(shapes) == own.get(name, models if name == "model" else blocks)
+    neurons = {(8, 64), (64, 8), (8, 20)}
+    expected = {
+        "Fork": {(8, 2)},
+        "Block": blocks,
+        "Thoughtbubbles": blocks | {(8, 2), (8, 20)},
+        "Hatchling": neurons,
+        "ForkingHatchling": neurons | {(8, 2)},
+        "Weaver": {(8, 8)},
+        "Trigger": {(8, 2)},
+        "MemGen": {(8, 8), (8, 2)},
+    }
+    assert set(shapes) == expected[name]
 
 
 def test_a_fork_layer_of_small_parameters_scores_in_float32():
@@ -141,15 +204,6 @@ def test_a_fork_layer_of_small_parameters_scores_in_float32():
 def test_an_initializer_fills_the_kernel():
     fork = Fork(8, kernel_init=lambda key, shape, dtype: np.full(shape, 0.5), rngs=nnx.Rngs(0))
     assert (np.asarray(fork.score[...]) == 0.5).all()
-
-
-CLASSES = [
-    value
-    for package in (thoughtbubbles, memgen)
-    for value in (getattr(package, name) for name in package.__all__)
-    if inspect.isclass(value)
-]
-WITHOUT = {"WeaverParam", "TriggerParam"}  # variables of Flax
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

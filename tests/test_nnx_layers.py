@@ -194,6 +194,44 @@ def test_a_contracted_axis_that_is_sharded_behind_another():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_adapters_have_the_named_axes_of_their_layers():
+    """As Flax maps them, so that A and B are split as the kernel is; in stacks too."""
+    init = nnx.with_partitioning(nnx.initializers.normal(), ("heads", "head_dim", "embed"))
+    turned = nnx.with_partitioning(nnx.initializers.normal(), ("heads", "embed", None))
+    plain = nnx.with_partitioning(nnx.initializers.normal(), ("embed", "mlp"))
+
+    class Named(nnx.Module):
+        def __init__(self, rngs):
+            options = {"rngs": rngs, "kernel_init": init}
+            self.o = nnx.LinearGeneral((4, 2), 16, axis=(-2, -1), **options)
+            self.q = nnx.Einsum("BTD,NDH->BTNH", (4, 16, 2), rngs=rngs, kernel_init=turned)
+            self.up = nnx.vmap(
+                lambda rngs: nnx.Linear(16, 8, rngs=rngs, kernel_init=plain),
+                transform_metadata={nnx.PARTITION_NAME: "layers"},
+            )(rngs.split(3))
+            self.none = nnx.Linear(16, 8, rngs=rngs)
+
+        @property
+        def lora_targets(self):
+            return memgen.linear_layers(self)
+
+    with nnx.use_eager_sharding(False):
+        net = Named(nnx.Rngs(0))
+    adapter = make_adapter(net, memgen.LoRAConfig(RANK, targets=("*",)), rngs=nnx.Rngs(0))  # pyright: ignore
+    flat = nnx.to_flat_state(nnx.get_partition_spec(nnx.state(adapter)))
+    spec = PartitionSpec
+    assert {"/".join(map(str, path)): leaf.get_value() for path, leaf in flat} == {
+        "o/a": spec("heads", None),
+        "o/b": spec(None, "embed"),
+        "q/a": spec("embed", None),
+        "q/b": spec(None, "heads"),
+        "up/a": spec("layers", "embed", None),
+        "up/b": spec("layers", None, "mlp"),
+        "none/a": spec(None, None),
+        "none/b": spec(None, None),
+    }
+
+
 class Misfits(nnx.Module):
     def __init__(self, rngs):
         self.experts = nnx.Einsum("BED,EDF->BEF", (2, 16, 4), rngs=rngs)

@@ -1,6 +1,7 @@
 """Weights in int8: a model whose weights were rounded, no more; fork layers exempt."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny import SMALL, VOCAB, quick_model, random_tokens
 
 from thoughtbubbles import Fork, ModelConfig, PrefixRank, Streams, Thoughtbubbles, quantisation
@@ -25,6 +28,7 @@ CONFIG = dataclasses.replace(
 )
 LLAMA = str(Path(__file__).parent / "fixtures/pretrained/llama")
 KERNELS = {"q": 1, "k": 1, "v": 1, "o": 2, "up": 1, "gate": 1, "down": 1, "head": 1}
+COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
 
 
 def rounded(matrix: np.ndarray) -> np.ndarray:
@@ -62,7 +66,7 @@ def logits_of(model, tokens):
 
 @pytest.mark.parametrize("chunk", [1 << 19, 12])
 def test_a_product_is_that_of_rounded_weights(chunk: int, monkeypatch):
-    """In one piece, or in chunks of three outputs with one left over; a channel of zeros too."""
+    """In two chunks, or in six of two outputs with four left over; a channel of zeros too."""
     monkeypatch.setattr(quantisation, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     kernel, x = rng.normal(size=(2, 2, 16)).astype("f4"), rng.normal(size=(5, 2, 2)).astype("f4")
@@ -154,6 +158,22 @@ def test_no_program_holds_all_weights_in_float32():
         assert program.compile().memory_analysis().temp_size_in_bytes < 2.5 * block
 
 
+def test_rows_that_are_split_by_a_compiler_need_no_collective():
+    """Under auto axes, where a barrier made of the input would be summed over the devices."""
+    model = quantise(quick_model(CONFIG))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, P("data"))
+    tokens = jax.device_put(jnp.asarray(random_tokens(2, 9)), rows)
+    compiled = logits_of.lower(model, tokens).compile()
+    assert compiled.output_shardings.spec[0] == "data"
+    assert not COLLECTIVE.findall(compiled.as_text())
+    np.testing.assert_allclose(
+        compiled(jax.device_put(model, NamedSharding(mesh, P())), tokens),
+        logits_of(model, jnp.asarray(tokens)),
+        rtol=1e-5,
+    )
+
+
 def test_mistakes():
     small = quantise(quick_model(CONFIG))
     with pytest.raises(ValueError, match="in int8 already: quantise it once"):
@@ -208,7 +228,7 @@ def test_a_batch_over_explicit_axes_is_that_of_one_device():
     expected = weight(x), weight.rows(ids)
     mesh = jax.make_mesh((2,), ("data",))
     with jax.set_mesh(mesh):
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        rows = NamedSharding(mesh, P("data"))
         found = jax.jit(lambda weight, x, ids: (weight(x), weight.rows(ids)))(
             weight, jax.device_put(x, rows), jax.device_put(ids, rows)
         )

@@ -73,6 +73,17 @@ class Backbone(Module):
             sizes["gate"] = (embed, wide)
         return {name: ((config.num_layers,), *size) for name, size in sizes.items()}
 
+    @property
+    def lora_axes(self) -> dict[str, tuple[tuple[str, ...], str, str]]:
+        """Names of the axes of each layer of `lora_targets`: of its stack, inputs and outputs.
+
+        Inputs or outputs of several axes have the name of the first, by which a mesh splits them.
+        """
+        axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads", "up": "mlp", "gate": "mlp"}
+        found = {name: (("layers",), "embed", outputs) for name, outputs in axes.items()}
+        found |= {"o": (("layers",), "heads", "embed"), "down": (("layers",), "mlp", "embed")}
+        return {name: found[name] for name in self.lora_targets}
+
     def apply_lora(self, adapter: Mapping[str, Any]) -> Backbone:
         """The same arrays with an adapter added to the linear layers.
 

@@ -58,6 +58,10 @@ class Thoughtbubbles(ForkingDecoder):
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
         return Backbone(self).lora_targets
 
+    @property
+    def lora_axes(self) -> Mapping[str, tuple[tuple[str, ...], str, str]]:
+        return Backbone(self).lora_axes
+
     def apply_lora(self, adapter: Mapping[str, Any]) -> Backbone:
         return Backbone(self).apply_lora(adapter)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thoughtbubbles.placement import embedding_rows, rows_at
+from thoughtbubbles.weights import named
 
 LARGEST = 127
 # Number of weights that are converted at a time: as many as stay in a core's cache until they are
@@ -34,6 +35,8 @@ class Int8Weight(nnx.Module):
         kernel: Weights `[*stack, *inputs, *outputs]`, float.
         inputs: Number of contracted axes.
         stack: Number of leading axes over which layers are stacked.
+        axes: Names of the axes of the kernel, without those of the stack; by default none has a
+            name. Inputs and outputs of several axes keep the name of the first.
 
     Attributes:
         values: `[*stack, outputs, inputs]` int8, each in one axis.
@@ -42,7 +45,13 @@ class Int8Weight(nnx.Module):
         outputs: Sizes of the layer's output.
     """
 
-    def __init__(self, kernel: jax.Array, inputs: int = 1, stack: int = 0):
+    def __init__(
+        self,
+        kernel: jax.Array,
+        inputs: int = 1,
+        stack: int = 0,
+        axes: tuple[str | None, ...] | None = None,
+    ):
         shape = kernel.shape[stack:]
         self.inputs, self.outputs = inputs, shape[inputs:]
         matrix = kernel.reshape(*kernel.shape[:stack], math.prod(shape[:inputs]), -1)
@@ -50,24 +59,31 @@ class Int8Weight(nnx.Module):
         largest = jnp.abs(matrix).max(axis=-1)
         # A NaN among the weights stays one in the scale, and so in the output.
         scale = jnp.where(largest == 0, 1.0, largest) / LARGEST
-        self.values = Int8Param(jnp.rint(matrix / scale[..., None]).astype(jnp.int8))
-        self.scale = Int8Param(scale)
+        values = jnp.rint(matrix / scale[..., None]).astype(jnp.int8)
+        into, out_of = (None, None) if axes is None else (axes[0], axes[inputs])
+        self.values = named(Int8Param, values, (out_of, into), stack=stack)
+        self.scale = named(Int8Param, scale, (out_of,), stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., *outputs]` float32 of `x [..., *inputs]`; the weight must be no stack."""
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1)
         values = self.values[...]
-        rows = max(1, CHUNK // values.shape[1])
-        whole = values.shape[0] // rows
-        parts = []
-        if whole > 3:
-            chunks = values[: whole * rows].reshape(whole, rows, -1)
-            found = jax.lax.map(lambda chunk: _product(x, chunk), chunks)
-            parts.append(jnp.moveaxis(found, 0, -2).reshape(*x.shape[:-1], whole * rows))
-            values = values[whole * rows :]
-        if values.shape[0]:
-            parts.append(_product(x, values + _zero_of(x)))
-        y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        # At least two: what a loop converts, no compiler converts before the loop. A barrier would
+        # be dropped before that, and a zero made of `x` is a collective where `x` is sharded.
+        chunks = max(2, -(-values.size // CHUNK))
+        rows = values.shape[0] // chunks
+        at = chunks * rows
+
+        def step(index: jax.Array, y: jax.Array) -> jax.Array:
+            chunk = jax.lax.dynamic_slice_in_dim(values, index * rows, rows)
+            found = _product(x, chunk)
+            return jax.lax.dynamic_update_slice_in_dim(y, found, index * rows, axis=-1)
+
+        # Made of `x`, or the results of all layers would be allocated before the first.
+        y = jnp.broadcast_to(x[..., :1].astype(jnp.float32), (*x.shape[:-1], at))
+        y = jax.lax.fori_loop(0, chunks if rows else 0, step, y)
+        if at < values.shape[0]:
+            y = jnp.concatenate([y, _product(x, values[at:])], axis=-1)
         y = y * jnp.expand_dims(self.scale[...], range(x.ndim - 1))
         return y.reshape(*x.shape[:-1], *self.outputs)
 
@@ -129,7 +145,7 @@ def quantise(model: Model) -> Model:
                 if (kernel := getattr(layer, name)) is not None:
                     setattr(layer, name, nnx.data(_of_kernel(kernel)))
     # A scale for each row: the row of an id, and the output of a tied head.
-    copy.embed = nnx.data(Int8Weight(copy.embed[...].T))
+    copy.embed = nnx.data(Int8Weight(copy.embed[...].T, axes=("embed", "vocab")))
     if copy.head is not None:
         copy.head = nnx.data(_of_kernel(copy.head))
     return copy
@@ -143,19 +159,8 @@ def in_int8(model: Any) -> bool:
 def _of_kernel(kernel: nnx.Param) -> Int8Weight:
     """The weight of a kernel `[*stack, *inputs, *outputs]`."""
     metadata = kernel.get_metadata()
-    return Int8Weight(kernel[...], metadata["inputs"], kernel.ndim - len(metadata["axes"]))
-
-
-def _zero_of(x: jax.Array) -> jax.Array:
-    """0, int8, which a compiler does not know before it knows `x`.
-
-    Otherwise all weights of a program are converted as soon as it begins, out of its loop over
-    tokens too, and held in float32 side by side; XLA drops optimisation barriers before that.
-    """
-    if any(jax.typeof(x).sharding.spec):  # an element of it would be sent to all devices
-        return jnp.int8(0)
-    first = jax.lax.bitcast_convert_type(x[(0,) * x.ndim].astype(jnp.float32), jnp.int32)
-    return (jax.lax.population_count(first) >> 6).astype(jnp.int8)  # of 32 bits
+    axes = metadata["axes"]
+    return Int8Weight(kernel[...], metadata["inputs"], kernel.ndim - len(axes), axes)
 
 
 def _product(x: jax.Array, values: jax.Array) -> jax.Array:

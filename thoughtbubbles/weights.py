@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 INIT_STD = 0.02
+
+Variable = TypeVar("Variable", bound=nnx.Variable)
 
 
 def weight(
@@ -55,17 +57,33 @@ def weight(
     else:
         matrix = math.prod(shape[:inputs]), math.prod(shape[inputs:])
         value = jnp.asarray(init(key, matrix, dtype)).reshape(shape)
-    return _named(value, axes, inputs)
+    return named(nnx.Param, value, axes, inputs)
 
 
 def vector(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
     """A bias, scale or embedding vector, without contracted axes and weight decay."""
-    return _named(value, axes, inputs=0)
+    return named(nnx.Param, value, axes)
 
 
-def _named(value: jax.Array, axes: tuple[str | None, ...], inputs: int) -> nnx.Param:
+def named(
+    kind: type[Variable],
+    value: jax.Array,
+    axes: tuple[str | None, ...],
+    inputs: int = 0,
+    stack: int = 0,
+) -> Variable:
+    """A variable that names its axes.
+
+    Args:
+        kind: Type of the variable.
+        value: Initial value.
+        axes: Name of each axis, without those of a stack; None for one that no mesh splits.
+        inputs: Number of leading axes that a product contracts.
+        stack: Number of leading axes over which layers are stacked.
+    """
+    names = ("layers",) * stack + axes
     # Not sharded where it is made, for which Flax would need a mesh.
-    return nnx.Param(value, axes=axes, inputs=inputs, out_sharding=axes, eager_sharding=False)
+    return kind(value, axes=axes, inputs=inputs, out_sharding=names, eager_sharding=False)
 
 
 def without_layers(stack: Any) -> Any:

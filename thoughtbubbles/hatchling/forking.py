@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, Unpack, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype, Initializer
 
 from thoughtbubbles import fork_models, statistics
 from thoughtbubbles.architecture import ARCHITECTURES, Constrain
@@ -163,6 +164,8 @@ class ForkingHatchling(Hatchling):
         rngs: Keys of the initial values.
         constrain: Function applied to every residual array `[B, S, d]` between layers.
         attend: Not used: attention is linear.
+        kernel_init: Initializer of all kernels, those of fork layers among them (`Hatchling`).
+        param_dtype: Type of the parameters; that of the computation is the config's `dtype`.
 
     Raises:
         ValueError: The config is of another class.
@@ -178,11 +181,13 @@ class ForkingHatchling(Hatchling):
         rngs: nnx.Rngs,
         constrain: Constrain | None = None,
         attend: Any = None,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
     ):
-        super().__init__(config, rngs=rngs, constrain=constrain, attend=attend)
-        self.forks = nnx.List(
-            [Fork(config.embed_dim, config.policy, rngs=rngs) for _ in config.fork_layers]
-        )
+        options: Any = {"rngs": rngs, "kernel_init": kernel_init, "param_dtype": param_dtype}
+        super().__init__(config, constrain=constrain, attend=attend, **options)
+        width, policy = config.embed_dim, config.policy
+        self.forks = nnx.List([Fork(width, policy, **options) for _ in config.fork_layers])
 
     def run(
         self,

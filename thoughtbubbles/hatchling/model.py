@@ -5,15 +5,18 @@ attends among itself by a matrix of scores and to everything before it by the st
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype, Initializer
 
 from thoughtbubbles.architecture import Architecture, Constrain
-from thoughtbubbles.checks import check_config, check_ids, check_integers
+from thoughtbubbles.checks import check_config, check_floating, check_ids, check_integers
+from thoughtbubbles.hatchling import lora
 from thoughtbubbles.hatchling.attention import (
     Reach,
     attend,
@@ -26,7 +29,7 @@ from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, zeros_beside
-from thoughtbubbles.weights import weight
+from thoughtbubbles.weights import adapted, named, weight
 
 
 class Hatchling(Architecture):
@@ -37,6 +40,9 @@ class Hatchling(Architecture):
         rngs: Keys of the initial values.
         constrain: Function applied to every residual array `[B, T, d]` between layers.
         attend: Not used: attention is linear.
+        kernel_init: Initializer of Dx, Dy, E and the head, called for matrices of inputs by
+            outputs; by default they are normal, of standard deviation 0.02.
+        param_dtype: Type of the parameters; that of the computation is the config's `dtype`.
 
     Raises:
         ValueError: The config is of another class.
@@ -52,19 +58,24 @@ class Hatchling(Architecture):
         rngs: nnx.Rngs,
         constrain: Constrain | None = None,
         attend: Any = None,
+        kernel_init: Initializer | None = None,
+        param_dtype: Dtype = jnp.float32,
     ):
         check_config(config, self.config_class)
+        check_floating("param_dtype", param_dtype)
         self.config, self.constrain = config, constrain or _identity
         width, heads, neurons = config.embed_dim, config.num_heads, config.head_neurons
         into, out_of = ("embed", "heads", "head_dim"), ("heads", "head_dim", "embed")
-        self.embed = weight(rngs, (config.vocab_size, width), ("vocab", "embed"))
-        self.dx = weight(rngs, (width, heads, neurons), into)
-        self.dy = weight(rngs, (width, heads, neurons), into)
-        self.e = weight(rngs, (heads, neurons, width), out_of, inputs=2)
-        self.head = weight(rngs, (width, config.vocab_size), ("embed", "vocab"))
-        self.frequency = Frequency(
-            jnp.tile(frequencies(neurons, config.rope_base), (heads, 1)), axes=("heads", "head_dim")
+        table, kernel = (
+            partial(weight, rngs, init=init, dtype=param_dtype) for init in (None, kernel_init)
         )
+        self.embed = table((config.vocab_size, width), ("vocab", "embed"))
+        self.dx = kernel((width, heads, neurons), into)
+        self.dy = kernel((width, heads, neurons), into)
+        self.e = kernel((heads, neurons, width), out_of, inputs=2)
+        self.head = kernel((width, config.vocab_size), ("embed", "vocab"))
+        turns = jnp.tile(frequencies(neurons, config.rope_base), (heads, 1))
+        self.frequency = named(Frequency, turns, ("heads", "head_dim"))
         self.adapters = nnx.data(None)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
@@ -230,31 +241,19 @@ class Hatchling(Architecture):
     @property
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
         """Dx, which makes neurons of vectors, and E, which makes vectors of neurons."""
-        width, neurons = self.config.embed_dim, self.config.num_neurons
-        return {"dx": ((), width, neurons), "e": ((), neurons, width)}
+        return lora.lora_targets(self.config)
+
+    @property
+    def lora_axes(self) -> Mapping[str, tuple[tuple[str, ...], str, str]]:
+        return lora.AXES
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> "Hatchling":
         """The same arrays with an adapter added to Dx and E."""
-        if unknown := sorted(set(adapter) - set(self.lora_targets)):
-            raise ValueError(
-                f"no linear layer {unknown[0]!r}: choose from {', '.join(self.lora_targets)}"
-            )
-        if self.adapters is not None:
-            raise ValueError("this model has an adapter already")
-        leaves, structure = jax.tree.flatten(self)
-        model: Hatchling = jax.tree.unflatten(structure, leaves)
-        model.adapters = nnx.data(dict(adapter))
-        return model
+        return lora.with_adapter(self, adapter)
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> "Hatchling":
         """The model with `deltas [inputs, outputs]` added to Dx and E."""
-        leaves, structure = jax.tree.flatten(self)
-        model: Hatchling = jax.tree.unflatten(structure, leaves)
-        for name, delta in deltas.items():
-            kernel = {"dx": model.dx, "e": model.e}[name]
-            # Not kernel[...] = ...: that writes into NumPy arrays, which the other model shares.
-            kernel.set_value(kernel[...] + delta.reshape(kernel.shape).astype(kernel.dtype))
-        return model
+        return lora.merged(self, deltas)
 
     def statistics(self, output: Activations) -> dict[str, jax.Array]:
         """Sums over a batch: `tokens`, and active neurons `x [L]`, `y [L]`."""
@@ -427,16 +426,12 @@ class Hatchling(Architecture):
     def _neurons(self, value: jax.Array) -> jax.Array:
         """Dx: vectors `[B, C, d]` to neurons `[B, C, H, N]`."""
         neurons = jnp.einsum("btd,dhn->bthn", value, self._cast(self.dx))
-        if self.adapters is not None and "dx" in self.adapters:
-            neurons = neurons + self.adapters["dx"](value).reshape(neurons.shape)
-        return neurons
+        return adapted(neurons, value, self.adapters, "dx")
 
     def _project(self, y: jax.Array) -> jax.Array:
         """E: neurons `[B, C, H, N]` to vectors `[B, C, d]`."""
         vectors = jnp.einsum("bthn,hnd->btd", y, self._cast(self.e))
-        if self.adapters is not None and "e" in self.adapters:
-            vectors = vectors + self.adapters["e"](y.reshape(*y.shape[:2], -1))
-        return vectors
+        return adapted(vectors, y.reshape(*y.shape[:2], -1), self.adapters, "e")
 
     def _cast(self, param: nnx.Param) -> jax.Array:
         return param[...].astype(self.config.dtype)
