@@ -220,9 +220,11 @@ def test_what_can_not_be_loaded_again_is_not_written(tmp_path: Path):
         (model.config, eight, {}, "dtype='int8': choose one of float32, bfloat16, float16"),
         (small.config, of_small, {}, "the tokenizer has 257 ids, the config vocab_size=200: pass"),
     ):
-        for form in ("transformers", "thoughtbubbles"):
+        for format in ("transformers", "thoughtbubbles"):
             with pytest.raises(ValueError, match=message):
-                save_pretrained(tmp_path / "new", config, given, tokenizer, form=form, **options)
+                save_pretrained(
+                    tmp_path / "new", config, given, tokenizer, format=format, **options
+                )
     assert not list(tmp_path.iterdir())
 
 
@@ -251,7 +253,7 @@ def test_logits_of_an_exported_model_are_those_of_the_run(exported: Path):
     ("options", "message"),
     [
         ({"to": "run"}, "run is there already: pass another folder"),
-        ({"form": "transformers"}, "no supported Hugging Face family has forks before layers"),
+        ({"format": "transformers"}, "no supported Hugging Face family has forks before layers"),
         ({"step": 4}, "step 4"),
         ({"run": "new", "step": 3}, "step=3: .*new is no run folder: leave --step out"),
         ({"run": "gone"}, "gone is no folder and no .gguf file"),

@@ -89,6 +89,14 @@ def test_generated_problems(spec):
     assert state == global_randomness()
 
 
+FAKE_MATH = """
+def parse(text, parsing_timeout):
+    return [text]
+def verify(gold, found, timeout_seconds):
+    return gold == found
+"""
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch) -> Callable[..., Any]:
     """A task or environment of any registered name; what two of them need is made here."""
@@ -96,8 +104,14 @@ def made(tmp_path, monkeypatch) -> Callable[..., Any]:
     monkeypatch.setitem(sys.modules, "gem", fake_gem)
     path = tmp_path / "problems.jsonl"
     path.write_text("\n".join(row(n) for n in range(60)))
-    needed = {"gsm8k": f"gsm8k:{path}", "reasoning_gym": "reasoning_gym:doubles",
-              "gem": "gem:guess"}  # fmt: skip
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/math_verify.py").write_text(FAKE_MATH)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text("".join(json.dumps({"problem": f"{n}?", "answer": f"{n}"}) + "\n"
+                               for n in range(60)))  # fmt: skip
+    needed = {"gsm8k": f"gsm8k:{path}", "math": f"math:{numbers}",
+              "reasoning_gym": "reasoning_gym:doubles", "gem": "gem:guess"}  # fmt: skip
     return lambda word, seed=0: make(needed.get(word, word), seed)
 
 

@@ -303,3 +303,25 @@ def test_what_people_use_is_as_without_limits(name: str, tools: Any):
         found = render(REAL[name], messages, **variables)
         assert found == by_jinja(REAL[name], messages, **variables)
         assert len(found) > 20
+
+
+def test_a_loop_may_gather_a_very_long_chat():
+    variables = {"bos_token": "<s>", "eos_token": "</s>"}
+    long = [{"role": "user", "content": f"{n} {'a' * 90}"} for n in range(5000)]
+    assert render(GATHERED, long, **variables) == by_jinja(GATHERED, long, **variables)
+
+
+def test_a_very_long_chat_gives_hostile_templates_little_more():
+    long = [{"role": "user", "content": "a" * 9} for n in range(2000)]
+    every = (
+        "{% for m in messages %}{% for k in messages %}{% set x = TEXT %}{% endfor %}{% endfor %}"
+    )
+    gathered = "{{ messages|map(attribute='content')|join }}"
+    for template, message in (
+        (double("'ab'", "n.s + n.s"), "the operator \\+ takes more"),
+        (double("'ab'", "n.s ~ n.s"), "the operator ~ takes more"),
+        (every.replace("TEXT", "0"), "a loop takes more"),
+        (f"{{% set t %}}{gathered}{{% endset %}}" + every.replace("TEXT", "t + t"), "takes more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            render(template, long)

@@ -292,5 +292,5 @@ def family_of(config: Any) -> str:
 def _no_family(reason: str) -> str:
     return (
         f"no supported Hugging Face family has {reason}: save it in the form of this library "
-        '(form="thoughtbubbles")'
+        '(format="thoughtbubbles")'
     )

@@ -27,10 +27,6 @@ FORMAT = 1
 """Version of the form; it rises when an older reader would misread it."""
 
 
-class OwnFiles(SafetensorsFiles):
-    """The tensors of a folder of the library's own form."""
-
-
 def is_own(fields: Mapping[str, Any]) -> bool:
     """Whether a config.json is of the library's own form."""
     return fields.get("model_type") == MODEL_TYPE
@@ -93,7 +89,7 @@ def own_from_json(fields: Mapping[str, Any], source: str) -> Any:
         raise ValueError(f"{source}: {error}") from error
 
 
-def check_sizes(path: Path, files: OwnFiles, config: ArchitectureConfig) -> None:
+def check_sizes(path: Path, files: SafetensorsFiles, config: ArchitectureConfig) -> None:
     """Raise a ValueError for a config of more parameters than the file has, before any is made."""
     stored = sum(math.prod(shape) for shape in files.shapes.values())
     if config.num_params() > stored:

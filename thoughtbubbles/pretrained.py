@@ -22,7 +22,7 @@ from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.families import config_from_json, config_to_json
 from thoughtbubbles.fields import read_json
 from thoughtbubbles.gguf_files import GGUFFile
-from thoughtbubbles.own_form import OwnFiles, check_sizes, is_own, own_from_json, own_to_json
+from thoughtbubbles.own_form import check_sizes, is_own, own_from_json, own_to_json
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.safetensors_files import (
     SINGLE,
@@ -104,8 +104,7 @@ def load_pretrained(
             embedding has rows.
     """
     path = Path(path).expanduser()
-    source, config, tokenizer = open_pretrained(path)
-    own = isinstance(source, OwnFiles)
+    source, config, tokenizer, own = _open(path)
     if not own or dtype:
         config = dataclasses.replace(config, dtype=dtype or "float32")
     state = abstract_state(config)
@@ -126,7 +125,7 @@ def save_pretrained(
     tokenizer: AnyTokenizer,
     *,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    form: Literal["transformers", "thoughtbubbles"] = "transformers",
+    format: Literal["transformers", "thoughtbubbles"] = "transformers",
 ) -> None:
     """Write a folder that stock `transformers` loads: config.json, safetensors, tokenizer.json.
 
@@ -142,7 +141,7 @@ def save_pretrained(
             model's state; all parts of the arrays must be on this process's devices.
         tokenizer: Tokenizer of the decoder, that of a run included.
         dtype: Dtype of the stored tensors; None keeps that of the embedding.
-        form: Form of the folder: "transformers", or "thoughtbubbles" for the library's own.
+        format: Form of the folder: "transformers", or "thoughtbubbles" for the library's own.
 
     Raises:
         ValueError: No family computes what the config computes, the parameters belong to another
@@ -163,7 +162,7 @@ def save_pretrained(
             f"the tokenizer has {saved.vocab_size} ids, the config vocab_size={config.vocab_size}: "
             "pass the tokenizer that the model was trained with"
         )
-    if form == "thoughtbubbles":
+    if format == "thoughtbubbles":
         fields = own_to_json(config, stored)
         parameters = own_parameters(abstract_state(config))
     else:
@@ -190,6 +189,9 @@ def save_pretrained(
         whole = np.asarray(array if index is None else array[index])
         return parameter.to_stored(_narrowed(whole, np.dtype(stored), name))
 
+    for name, (_, array, _) in sources.items():
+        if np.dtype(stored).itemsize < array.dtype.itemsize or stored == "float16":
+            tensor(name)  # that no value is lost is known before anything is written
     with new_folder(path) as folder:
         write_safetensors(folder / SINGLE, shapes, np.dtype(stored), tensor)
         for name, text in _texts(fields, saved).items():
@@ -221,12 +223,17 @@ def open_pretrained(path: Path) -> tuple[_Source, Any, PretrainedTokenizer]:
 
     No tensor is read yet but a head that stands beside an embedding which the config ties it to.
     """
+    return _open(path)[:3]
+
+
+def _open(path: Path) -> tuple[_Source, Any, PretrainedTokenizer, bool]:
+    """What `open_pretrained` gives, and whether it is of the library's own form."""
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
         config = config_from_json(file.fields, str(path))
         _check_sizes(path, file, config)
         config = _untied(path, file, config)
-        return file, config, file.tokenizer(config.vocab_size)
+        return file, config, file.tokenizer(config.vocab_size), False
     if not path.is_dir():
         raise ValueError(f"{path} is no folder and no .gguf file: pass a model that is on disk")
     if not (path / "config.json").is_file():
@@ -234,14 +241,14 @@ def open_pretrained(path: Path) -> tuple[_Source, Any, PretrainedTokenizer]:
     fields = read_json(path / "config.json")
     if is_own(fields):
         config = own_from_json(fields, str(path / "config.json"))
-        own = OwnFiles(path)
+        own = SafetensorsFiles(path)
         check_sizes(path / "config.json", own, config)
-        return own, config, PretrainedTokenizer.from_folder(path, fields, config.vocab_size)
+        return own, config, PretrainedTokenizer.from_folder(path, fields, config.vocab_size), True
     config = config_from_json(fields, str(path / "config.json"))
     files = SafetensorsFiles(path)
     _check_sizes(path / "config.json", files, config)
     config = _untied(path, files, config)
-    return files, config, PretrainedTokenizer.from_folder(path, fields, config.vocab_size)
+    return files, config, PretrainedTokenizer.from_folder(path, fields, config.vocab_size), False
 
 
 def _untied(path: Path, source: _Source, config: ModelConfig) -> ModelConfig:

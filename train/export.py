@@ -20,7 +20,7 @@ from train.cli.numbers import check_least
 from train.models.load import LanguageModel, load_model, load_weights
 from train.runs.metadata import load_run_meta
 
-Form = Literal["auto", "transformers", "thoughtbubbles"]
+Format = Literal["auto", "transformers", "thoughtbubbles"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -33,7 +33,7 @@ class ExportConfig:
             Hugging Face folder, a .gguf file).
         to: New folder to write.
         step: Step of the run; the newest by default.
-        form: Form of the folder: "transformers", which that library loads and which models that
+        format: Form of the folder: "transformers", which that library loads and which models that
             fork don't have; "thoughtbubbles", which holds every model and which `--model` and
             `load_pretrained` load; or "auto", the first where there is one.
         dtype: Type of the stored weights; that of the model's own by default.
@@ -42,7 +42,7 @@ class ExportConfig:
     run: tyro.conf.Positional[str]
     to: str
     step: int | None = None
-    form: Form = "auto"
+    format: Format = "auto"
     dtype: Dtype | None = None
 
     def __post_init__(self):
@@ -50,14 +50,14 @@ class ExportConfig:
 
 
 def export_model(
-    lm: LanguageModel, to: str | Path, form: Form = "auto", dtype: Dtype | None = None
+    lm: LanguageModel, to: str | Path, format: Format = "auto", dtype: Dtype | None = None
 ) -> str:
     """Write a model and its tokenizer as a folder.
 
     Args:
         lm: Model with its tokenizer.
         to: New folder; an empty one may exist.
-        form: As in `ExportConfig`.
+        format: As in `ExportConfig`.
         dtype: Type of the stored weights; None keeps that of the embedding.
 
     Returns:
@@ -76,10 +76,10 @@ def export_model(
             "the checkpoint, or export the weights that it began with"
         )
     config = _with_context(lm)
-    chosen, reason = _form(config, form)
+    chosen, reason = _format(config, format)
     params = nnx.to_pure_dict(nnx.state(lm.model))
     _check_disk(to, params, dtype)
-    save_pretrained(to, config, params, lm.tokenizer, dtype=dtype, form=chosen)
+    save_pretrained(to, config, params, lm.tokenizer, dtype=dtype, format=chosen)
     files = {file.name: file.stat().st_size for file in sorted(to.iterdir())}
     listed = ", ".join(f"{name} {_readable(size)}" for name, size in files.items())
     theirs = (
@@ -116,10 +116,10 @@ def _with_context(lm: LanguageModel) -> Any:
     return dataclasses.replace(config, context_length=length)
 
 
-def _form(model: Any, form: Form) -> tuple[Literal["transformers", "thoughtbubbles"], str]:
+def _format(model: Any, format: Format) -> tuple[Literal["transformers", "thoughtbubbles"], str]:
     """The form of the folder, and why it is not that of `transformers`."""
-    if form != "auto":
-        return form, ""
+    if format != "auto":
+        return format, ""
     try:
         family_of(model)
     except ValueError as error:
@@ -150,7 +150,7 @@ def _readable(size: int) -> str:
 def main(config: ExportConfig) -> None:
     """Export and say what was written."""
     check_new_folder(Path(config.to).expanduser())  # before anything is read
-    print(export_model(_load(config), config.to, config.form, config.dtype))
+    print(export_model(_load(config), config.to, config.format, config.dtype))
 
 
 def command() -> None:

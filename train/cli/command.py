@@ -28,6 +28,9 @@ Config = TypeVar("Config")
 
 
 ARCHITECTURE = "--architecture"
+_LONGEST_LINE = 2000  # characters of an error line
+# Messages of Python and of the parser, which don't name the option; the parser's box does.
+_UNNAMED = ("invalid literal", "could not convert", "no type matching")
 
 
 @option_rule
@@ -92,7 +95,7 @@ def run_command(
     except (ValueError, OSError) as error:
         if os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
@@ -100,6 +103,11 @@ def run_command(
             raise
         print(f"error: {_out_of_memory(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error; a system's or a library's may have several lines."""
+    return cut(re.sub(r"\s*\n\s*", " ", str(error).strip()), _LONGEST_LINE)
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -154,14 +162,14 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
             raise
         # A message of ours comes unwrapped; tyro's own stands in a box, above the first rule.
         text = getattr(end.__context__, "message", None)
-        if not isinstance(text, str) or text.startswith("invalid literal"):
+        if not isinstance(text, str) or text.startswith(_UNNAMED):
             inside = box.getvalue().partition("\n")[2]  # the first line is the box's title
             parts = re.split(r"^\W*[-─]{9,}\W*$", inside, flags=re.MULTILINE)
             parts = [
                 " ".join(re.sub(r"^[│|]|[│|]$", " ", part, flags=re.MULTILINE).split())
                 for part in parts
             ]
-            text = next(filter(None, parts), "unknown mistake")
+            text = next(filter(None, parts), "unknown mistake").partition(" Got errors: ")[0]
             close = re.search(r"Perhaps you meant: (--[\w.-]+)", " ".join(parts))
             text = f"{text} ({f'perhaps {close[1]}? ' if close else ''}see --help)"
         raise ValueError(text) from None

@@ -25,9 +25,11 @@ def load_plugins(words: Sequence[str]) -> list[str]:
         The words without `--plugin` and its modules, for commands that keep no record of them.
 
     Raises:
-        ValueError: There is no such module, or importing it raises.
+        ValueError: There is no such module, importing it raises, or none is named.
     """
     names, others = _named(words)
+    if not all(names):
+        raise ValueError(f"{OPTION} names no module: write {OPTION} mine for mine.py")
     for name in names:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
@@ -68,17 +70,21 @@ def missing_plugins(config: Mapping[str, Any]) -> str:
 
 
 def _named(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Modules named as `--plugin a b` or `--plugin=a b`, and the other words."""
+    """Modules named as `--plugin a b` or `--plugin=a b`, and the other words.
+
+    An option that no module follows gives an empty name.
+    """
     names: list[str] = []
     others: list[str] = []
-    naming = False
-    for word in words:
-        if word == OPTION or word.startswith(f"{OPTION}="):
-            naming = True
-            names += [word.partition("=")[2]] if "=" in word else []
-        elif naming and not word.startswith("-"):
-            names.append(word)
-        else:
-            naming = False
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        option, given, first = word.partition("=")
+        if option != OPTION:
             others.append(word)
+            continue
+        found = [first] if given else []
+        while words and not words[0].startswith("-"):
+            found.append(words.pop(0))
+        names += found or [""]
     return names, others

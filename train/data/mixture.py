@@ -22,6 +22,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from thoughtbubbles.fields import shown
 from train.data.assignment import Assignment
 from train.data.config import DataConfig, DataError
 from train.data.packing import PackedRows
@@ -97,7 +98,7 @@ def parse_mixture(text: str) -> Mixture:
             knots = [(_tokens(tokens), _pairs(weights)) for tokens, weights in table]
         named = [(t, [(_str(s), ast.literal_eval(w)) for s, w in pairs]) for t, pairs in knots]
     except (SyntaxError, TypeError, ValueError, OverflowError, RecursionError, MemoryError):
-        raise DataError(f"corpus {text!r}: {_WRITE}") from None
+        raise DataError(f"corpus {shown(text, 200)}: {_WRITE}") from None
     kind, exhausted = options.pop("schedule", "constant"), options.pop("exhausted", "repeat")
     for option, value, choices in (
         ("schedule", kind, get_args(Kind)),

@@ -21,6 +21,8 @@ PER_CHARACTER = 16
 """Steps more for each character of the conversation as JSON."""
 COPIED = 128
 """Bytes of text that one step copies unread: `+` and `~` of a text that a loop gathers."""
+GATHERINGS = 4
+"""Times that a message may copy a text of the conversation's length, besides the steps."""
 BITS = 256  # of an integer
 WIDTH = 10_000  # of a padded text, and of what else a filter takes a number for
 SECONDS = 20.0  # of CPU time
@@ -36,6 +38,9 @@ class TemplateLimitError(Exception):
 class Budget:
     def __init__(self, variables: Mapping[str, Any], characters: int):
         self.total = self.left = BASE + PER_CHARACTER * characters
+        # A loop that gathers its text copies all before for each message: bytes of such copies.
+        self._longest = GATHERINGS * characters
+        self._gathered = self._longest * len(variables.get("messages") or ())
         self.known: dict[int, int] = {}
         for value in variables.values():
             self._measure(value)
@@ -56,6 +61,12 @@ class Budget:
             raise TemplateLimitError(f"{why} takes more than the {self.total:,} steps it may take")
         if (self._charges % 1024 == 0 or steps > 1000) and time.thread_time() > self._until:
             raise TemplateLimitError(f"{why} takes more than the {SECONDS:.0f} s it may take")
+
+    def copy(self, size: int, why: str) -> None:
+        """Take the copies of a text of so many bytes, which may be one that a loop gathers."""
+        gathered = size <= min(self._longest, self._gathered)
+        self._gathered -= size * gathered
+        self.charge(1 if gathered else 1 + size // COPIED, why)
 
     def size(self, value: Any) -> int:
         """Steps that it takes to print, compare or hash a value, counted up to those left."""
@@ -125,7 +136,7 @@ def make(characters: int, why: str) -> None:
 
 def copy(texts: Iterable[str], why: str) -> None:
     """Take the steps of texts that are put together unread."""
-    budget().charge(1 + sum(map(sys.getsizeof, texts)) // COPIED, why)
+    budget().copy(sum(map(sys.getsizeof, texts)), why)
 
 
 def width_of(value: Any, why: str) -> int:

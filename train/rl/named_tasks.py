@@ -9,7 +9,7 @@ from train.rl.environments import ENVIRONMENTS
 from train.rl.protocols import Environment, Task
 from train.rl.tasks import TASKS
 
-_AFTER_COLON = {"gsm8k": "path", "reasoning_gym": "dataset", "gem": "id"}
+_AFTER_COLON = {"gsm8k": "path", "math": "path", "reasoning_gym": "dataset", "gem": "id"}
 
 
 def tasks_by_name() -> Mapping[str, type[Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 from train.rl.tasks.arithmetic import Arithmetic, ChainSum
 from train.rl.tasks.gsm8k import GSM8K
 from train.rl.tasks.hidden_facts import HiddenFacts
+from train.rl.tasks.math_problems import MathProblems
 from train.rl.tasks.reasoning_gym import ReasoningGym
 from train.rl.tasks.strings import Copy, Reverse, Sort
 
@@ -12,5 +13,15 @@ __all__ = ["TASKS"]
 
 TASKS: dict[str, type[Any]] = {
     task.word: task
-    for task in (Arithmetic, ChainSum, Copy, Reverse, Sort, HiddenFacts, GSM8K, ReasoningGym)
+    for task in (
+        Arithmetic,
+        ChainSum,
+        Copy,
+        Reverse,
+        Sort,
+        HiddenFacts,
+        GSM8K,
+        MathProblems,
+        ReasoningGym,
+    )  # fmt: skip
 }
