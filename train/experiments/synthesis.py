@@ -94,12 +94,12 @@ class Experiment(StudyConfig):
 
     arms: tuple[str, ...] = tuple(ARMS)
     environment: str = "guess_number(high=12, max_turns=3)"
-    supervised: int = 200
-    steps: int = 20
+    supervised: int = 150
+    steps: int = 12
     batch_size: int = 8
     num_generations: int = 8
     learning_rate: float = 1e-2
-    episodes: int = 1024
+    episodes: int = 512
     out: str = "synthesis.jsonl"
 
     def __post_init__(self):
@@ -123,6 +123,7 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
             continue
         lm = taught(config, seed)
         before = played(plain_job(config, lm, seed), config.episodes)
+        print(f"seed {seed}: success {before['success']:.1%} before", flush=True)
         for run in runs:
             tokens = _tokens_of_synthesis(results, run)
             result = run | {"before": before} | score_arm(config, lm, run["arm"], seed, tokens)
