@@ -17,6 +17,7 @@ CONFIGS = {
     "rl": "train.rl.config.RLConfig",
     "play": "train.play.PlayConfig",
     "probe": "train.rl.probe.ProbeConfig",
+    "rejection": "train.rl.rejection.RejectionConfig",
     "generate": "train.generate.GenerateConfig",
     "evaluate": "train.evaluate.EvaluateConfig",
     "export": "train.export.ExportConfig",
@@ -45,6 +46,7 @@ CONFIGS = {
     "experiment environments": "train.experiments.environments.Experiment",
     "experiment broadening": "train.experiments.broadening.Broadening",
     "experiment needle": "train.experiments.needle.Experiment",
+    "experiment synthesis": "train.experiments.synthesis.Experiment",
     "experiment remember": "train.experiments.remember.Experiment",
 }
 

@@ -530,7 +530,7 @@ def test_a_trained_player_has_seen_actions_of_the_random_one():
     environment = make_task("guess_number(max_turns=3)", 0)
     lm = language_model("shallow")
     rollouts = [Rollout(0, environment.problem("train", index), index) for index in range(6)]
-    rows = [table.random_episode(lm, environment, rollout, seed=0) for rollout in rollouts]
+    rows = [table.player_episode(lm, environment, rollout, seed=0) for rollout in rollouts]
     for row in rows:
         said = [[*text.encode(), ByteTokenizer.separator] for text in row.texts]
         assert row.tokens[row.trained].tolist() == sum(said, []) and row.trained[-1]

@@ -18,6 +18,7 @@ import fake_gem
 import numpy as np
 import pytest
 
+from train.rl.environments import gem_adapter
 from train.rl.environments.gem_adapter import Gem
 from train.rl.environments.players import completion_of, play_episode
 from train.rl.environments.tools import CalculatorTool, ToolEnvironment
@@ -177,6 +178,30 @@ def test_waiting_for_the_generators_of_the_process_is_no_time_of_a_step(stand_in
     vector.step(["1"] * 6)
     vector.close()
     assert not vector.counts
+
+
+def test_a_call_without_a_limit_that_hangs_holds_up_nobody_for_ever(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gem", fake_gem)
+    endless = Gem(id="guess", limit_s=None)
+    problem, began, ends = endless.problem("train", 0), threading.Event(), threading.Event()
+    monkeypatch.setattr(gem_adapter, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(
+        fake_gem.Guess, "step", lambda self, action: (began.set(), ends.wait(60)) and 1 / 0
+    )
+    hanging = threading.Thread(target=act, args=(endless, problem, ["1"]))
+    hanging.start()
+    began.wait(60)
+    try:
+        [turn] = act(endless, problem, ["1"])
+        assert turn.terminated and "earlier call of gem-llm has not ended in 0.05 s" in turn.error
+        with pytest.raises(ValueError, match="one at a time may run: choose a limit_s"):
+            endless.problem("train", 1)
+    finally:
+        ends.set()
+        hanging.join()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "gem", fake_gem)
+    assert not act(endless, problem, ["1"])[0].error
 
 
 def test_episodes_on_threads_are_those_of_one(stand_in):

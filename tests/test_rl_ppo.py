@@ -305,6 +305,29 @@ def test_the_first_step_of_the_value_head_by_hand(tmp_path):
     assert max(jax.tree.leaves(left)) > 1e-5
 
 
+def test_a_value_head_has_a_learning_rate_of_its_own(tmp_path):
+    """Gradients of ones give updates of the learning rate, by Adam; its state stays as it is."""
+    rates = []
+    for number, method in enumerate((PPO(), PPO(value_learning_rate=0.3))):
+        made = job(tmp_path / str(number), method).trainable
+        assert jax.tree.structure(made.abstract.opt_state) == (
+            jax.tree.structure(jax.eval_shape(made.optimizer.init, made.abstract.params))
+        )
+
+        def second(params, optimizer=made.optimizer):
+            grads, state = jax.tree.map(jnp.ones_like, params), optimizer.init(params)
+            _, state = optimizer.update(grads, state, params)  # its rate is that of step 0: none
+            return optimizer.update(grads, state, params)[0]
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), made.abstract.params)
+        found = nnx.to_pure_dict(jax.device_get(jax.jit(second)(zeros)))
+        rates.append({name: jax.tree.leaves(part) for name, part in found.items()})
+    for part, factor in (("model", 1.0), ("value_head", 10.0)):
+        for plain, own in zip(*(rate[part] for rate in rates), strict=True):
+            np.testing.assert_allclose(plain, -0.03, rtol=1e-3)
+            np.testing.assert_allclose(own, factor * plain, rtol=1e-6)
+
+
 def test_several_updates_of_one_rollout_of_each_problem(tmp_path):
     changes = {"num_generations": 1, "batch_size": 32, "epochs": 2, "steps": STEPS // 2}
     train(job(tmp_path, PPO(), **changes))
@@ -351,6 +374,7 @@ class Bare(PolicyLoss):
         ({"advantage": "gae(lam=1.5)"}, "lam=1.5: choose from 0 to 1"),
         ({"method": "ppo(gamma=0.0)"}, "gamma=0.0: choose more than 0 and at most 1"),
         ({"method": "ppo(value_clip=0.0)"}, "value_clip=0.0: choose more than 0, or None"),
+        ({"method": "ppo(value_learning_rate=0.0)"}, "value_learning_rate=0.0: choose more than 0"),
         ({"method": "ppo(value_coef=-1.0)"}, "value_coef=-1.0: choose more than 0"),
         (
             {"method": "ppo(lam=0.5)", "advantage": "rebn"},
@@ -372,6 +396,9 @@ def test_episodes_without_a_reward_for_each_response_are_one_line():
     ):
         with pytest.raises(ValueError, match=words):
             estimated([row(turns, rewards)], 1.0, 0.95)
+    repeated = [row([1, 2], [1.0])]
+    with pytest.raises(ValueError, match="problem p has 2 responses and 1 rewards of turns: rebn"):
+        assign_advantages(repeated, Episodes.from_trajectories(repeated), RLConfig(method="rebn"))
 
 
 def test_a_value_head_that_diverges_is_named(tmp_path):

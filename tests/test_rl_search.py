@@ -256,6 +256,10 @@ def test_problems_wait_by_how_often_they_are_solved():
     metrics = strategy.metrics()
     assert metrics["search/hard"] == 2 and metrics["search/aside"] == 1
     assert metrics["search/direct"] == 2, "train0 was visited twice here"
+    direct = [row for rows in (*first.values(), *second.values()) for row in rows]
+    direct = [row.reward.success for row in direct if row.source in ("direct", "probe")]
+    assert metrics["search/direct_rollouts"] == len(direct)
+    assert metrics["search/direct_success"] == pytest.approx(np.mean(direct))
     other = dataclasses.replace(strategy)
     other.restore(json.loads(json.dumps(strategy.state)))
     assert other.state == strategy.state and other.state is not strategy.state
@@ -426,6 +430,11 @@ Echo = Echoes()
         ({"method": "deepsearch(probe=-1)"}, "probe=-1: choose 0 or more"),
         ({"method": "deepsearch(threshold=1.0)"}, "threshold=1.0: choose a success rate from 0"),
         ({"method": "deepsearch(cache_mib=0)"}, "cache_mib=0"),
+        ({"method": "deepsearch(max_observation=10001)"}, "max_observation=10001: choose 10000 or"),
+        (
+            {"method": "deepsearch(importance_cap=2.0)"},
+            "(importance_cap), and strategy tree_search trains on solutions of earlier policies",
+        ),
         (
             {"method": "deepsearch(max_turns=3)"},
             "max_turns=3 is for environments, vowels is a task",

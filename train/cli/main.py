@@ -11,6 +11,7 @@ COMMANDS = {
     "rl": ("train.rl.__main__", "train a model on tasks whose answers can be checked"),
     "play": ("train.play", "play an environment yourself, or watch a player"),
     "probe": ("train.rl.probe", "which problems of a task a model never solves"),
+    "rejection": ("train.rl.rejection", "fine-tuning data from a policy and a verifier"),
     "generate": ("train.generate", "continue prompts, or answer them"),
     "evaluate": ("train.evaluate", "held-out loss of a run, or scores on task files"),
     "export": ("train.export", "a run's model as a folder that other programs load"),
@@ -36,6 +37,7 @@ EXPERIMENTS = {
     "environments": "scores of the random and the scripted player of each environment",
     "broadening": "why more rollouts of a problem help: BroRL's theory, simulated",
     "needle": "tree search against plain sampling at equal tokens: DeepSearch's planted needle",
+    "synthesis": "memory, forks, tree search and budgets in one policy, and without each",
     "remember": "a trigger that learns when to remember",
 }
 

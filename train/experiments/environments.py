@@ -27,7 +27,7 @@ from train.experiments.study import check_names
 from train.models.load import LanguageModel, load_model
 from train.rl.config import RLConfig
 from train.rl.environments import ENVIRONMENTS
-from train.rl.environments.players import Score, play_episode, score_player
+from train.rl.environments.players import Score, play_episode, player_of, score_player
 from train.rl.job import RLJob
 from train.rl.loop import train
 from train.rl.named_tasks import make_task
@@ -145,7 +145,7 @@ def shown_episodes(config: Experiment, text: str, environment: Any) -> RLJob:
     job = RLJob(run, lm, environment)
     problems = job.collector.problems("train", 0, SHOWN)
     rows = [
-        random_episode(lm, environment, Rollout(0, problem, number), config.seed)
+        player_episode(lm, environment, Rollout(0, problem, number), config.seed)
         for number, problem in enumerate(problems)
     ]
     arrays = make_rows(rows, [np.zeros(len(row.tokens)) for row in rows])
@@ -155,16 +155,35 @@ def shown_episodes(config: Experiment, text: str, environment: Any) -> RLJob:
     return RLJob(run_config(config, text), LanguageModel(model, lm.tokenizer), environment)
 
 
-def random_episode(lm: LanguageModel, environment: Any, rollout: Rollout, seed: int) -> Trajectory:
-    """An episode of the random player as one row, whose actions end in a stop id."""
+def player_episode(
+    lm: LanguageModel,
+    environment: Any,
+    rollout: Rollout,
+    seed: int,
+    player: str = "random",
+    invokes: bool = False,
+) -> Trajectory:
+    """An episode of a player as one row, whose actions end in a stop id.
+
+    Args:
+        lm: Language model whose tokens are written.
+        environment: Environment with players.
+        rollout: Rollout that the row is of.
+        seed: Seed of the player.
+        player: "random" or "scripted".
+        invokes: Whether a coin decides for each turn if latent memory is invoked before it.
+    """
     formatter, problem = PromptFormatter(lm), rollout.problem
     rng = np.random.default_rng([seed, rollout.number])
-    played = play_episode(environment, problem, environment.random_action, rng)
+    played = play_episode(environment, problem, player_of(environment, player), rng)
     row = TrajectoryBuilder(rollout, formatter.prompt(played.shown[:1]))
     actions, observations = played.shown[1::2], played.shown[2::2]
     for turn, (action, observation) in enumerate(zip(actions, observations, strict=True)):
         ids = np.array([*lm.tokenizer.encode(action)[0].tolist(), lm.stop_ids[0]], np.int32)
-        sampled = Sampled(ids, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int8))
+        decisions = np.full(len(ids), -1, np.int8)
+        if invokes:
+            decisions[0] = rng.integers(2)
+        sampled = Sampled(ids, np.zeros(len(ids), np.float32), decisions)
         row.respond(sampled, Completion(problem, action, tuple(ids.tolist()), True))
         if turn + 1 < len(actions):
             row.observe(formatter.observation(observation, MAX_OBSERVATION))

@@ -188,6 +188,13 @@ class RLConfig(LoopConfig):
                 f"{text_of(parts.loss.word, parts.loss)} weighs tokens by the sampler's "
                 "probabilities (importance_cap), train='trigger' learns decisions: leave that out"
             )
+        strategy = parts.strategy
+        if parts.loss.uses_sampler and strategy is not None and not strategy.on_policy:
+            raise ValueError(
+                f"{text_of(parts.loss.word, parts.loss)} weighs tokens by the sampler's "
+                f"probabilities (importance_cap), and strategy {strategy.word} trains on solutions "
+                "of earlier policies too: leave that out"
+            )
         for kind in (
             kind for kind in KINDS if kind != "method" and getattr(self, kind) is not None
         ):

@@ -36,7 +36,7 @@ from train.models.load import (
 )
 from train.rl.config import RLConfig
 from train.rl.learning.credit import assign_advantages, shaped_rewards
-from train.rl.learning.critic import value_metrics
+from train.rl.learning.critic import value_metrics, with_value_rate
 from train.rl.learning.learner import Learner
 from train.rl.learning.policy import sampler_of
 from train.rl.learning.reference import Reference
@@ -65,6 +65,8 @@ class PolicyWrapper:
     boundary: bytes | None
     seed: int
     value_head: bool = False
+    value_rate: float = 1.0
+    """Factor on the learning rate of the value head."""
 
     @property
     def trained(self) -> filterlib.Filter:
@@ -105,7 +107,10 @@ def trainable_of(
 def _trainable_of(architecture: Any, *arguments: Any) -> Trainable:
     del architecture  # of the key alone: a class that was defined again is another one
     wrap: PolicyWrapper = arguments[-1]
-    return make_trainable(*arguments[:-1], wrap.trained, wrap)  # pyright: ignore[reportCallIssue]
+    made = make_trainable(*arguments[:-1], wrap.trained, wrap)  # pyright: ignore[reportCallIssue]
+    if wrap.value_rate == 1:
+        return made
+    return dataclasses.replace(made, optimizer=with_value_rate(made.optimizer, wrap.value_rate))
 
 
 class RLJob:
@@ -142,7 +147,7 @@ class RLJob:
         boundary = None if table is None else np.asarray(table, np.uint8).tobytes()
         self._wrap = PolicyWrapper(
             config.train, config.lora, self.memgen, boundary, config.seed,
-            value_head=config.parts.advantage.critic is not None,
+            value_head=config.parts.advantage.critic is not None, value_rate=_value_rate(config),
         )  # fmt: skip
         self.trainable = trainable_of(
             model.config,
@@ -355,6 +360,12 @@ class RLJob:
             f"{self.task.name}, {config.batch_size} problems x {config.num_generations} rollouts x "
             f"{config.updates} updates a step{rate}; {sizes}"
         )
+
+
+def _value_rate(config: RLConfig) -> float:
+    """Factor on the learning rate of the value head; 1 without one."""
+    rate = config.parts.advantage.value_rate
+    return 1.0 if rate is None else rate / config.scaled_optimizer.learning_rate
 
 
 def _written(parts: Any) -> str:

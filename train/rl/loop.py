@@ -52,7 +52,8 @@ def train(job: RLJob) -> dict[str, float]:
     if jax.process_count() > 1:
         raise ValueError(
             f"reinforcement learning runs in one process, here are {jax.process_count()}: start "
-            "one, on all devices that it sees"
+            "one, on all devices that it sees (rewards, environments, trees and budgets are those "
+            "of one host)"
         )
     with contextlib.ExitStack() as stack:
         check_continuation(out, load_run_meta(out), config)

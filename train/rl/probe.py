@@ -5,7 +5,7 @@ TruthRL's knowledge-enhanced reward takes the file:
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from train.rl.learning.penalties import Ternary
 from train.rl.learning.policy import sampler_of
 from train.rl.rollout.sampler import Sampler
 from train.rl.tasks.probed import Probed, append_lines, drop_half_line, read_probe
-from train.rl.types import Problem
+from train.rl.types import Problem, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,18 @@ class ProbeConfig:
             raise ValueError(f"top_p={self.top_p}: choose more than 0 and at most 1")
 
     @property
+    def reward(self) -> Any:
+        """Scorer of answers, as of `RLConfig.reward`: by outcome."""
+        return Ternary(boxed=self.boxed, unknown=self.unknown)
+
+    @property
     def rl(self) -> RLConfig:
         """Config of a run that samples as this probe does."""
         return RLConfig(
             weights=self.weights,
             train="all",
             task=self.task,
-            reward=Ternary(boxed=self.boxed, unknown=self.unknown),
+            reward=self.reward,
             advantage="dr_grpo",
             pool=self.pool,
             num_generations=max(self.samples, 2),
@@ -130,8 +135,8 @@ def probe(config: ProbeConfig, job: RLJob) -> None:
         done = set()
         out.parent.mkdir(parents=True, exist_ok=True)
         append_lines(out, [{"probe": config.options}])
-    missing = list(_problems(job, done))
-    sampler = _sampler(config, job)
+    missing = list(training_problems(job.task, config.pool, done))
+    sampler = nucleus_sampler(config, job)
     for start in range(0, len(missing), config.batch_size):
         problems = missing[start : start + config.batch_size]
         append_lines(out, map(dataclasses.asdict, sample(config, job, sampler, problems)))
@@ -143,11 +148,9 @@ def sample(
     """Number of right answers to each problem."""
     counts = [config.samples] * len(problems)
     rows = job.collector.strategy.collect(sampler, job.task, problems, counts, (config.seed,))
+    check_scorer(job.task, rows)
     right = [0.0] * len(problems)
     for row in rows:
-        if row.reward.info.get("scorer_errors"):
-            why = row.reward.error.strip().rpartition("\n")[2] or "its scorer says not why"
-            raise ValueError(f"the scorer of {job.task.name} raised ({why}): mend it")
         right[row.group] += row.reward.info["accuracy"]
     return [
         Probed(problem.uid, round(count), config.samples)
@@ -155,21 +158,39 @@ def sample(
     ]
 
 
-def _sampler(config: ProbeConfig, job: RLJob) -> Sampler:
+def check_scorer(task: Any, rows: Sequence[Trajectory]) -> None:
+    """Raise a `ValueError` where a scorer raised: what it would have said is not known."""
+    for row in rows:
+        if row.reward.info.get("scorer_errors"):
+            why = row.reward.error.strip().rpartition("\n")[2] or "its scorer says not why"
+            raise ValueError(f"the scorer of {task.name} raised ({why}): mend it")
+
+
+def nucleus_sampler(config: ProbeConfig, job: RLJob) -> Sampler:
+    """Sampler of the job's first weights, by the temperature and the nucleus of the config."""
     weights = jax.device_put(job.first_weights(), job.trainable.shardings.weights)
     sampling = dataclasses.replace(job.sampling(), top_p=config.top_p)
     policy = sampler_of(job.trainable.model(weights))
     return Sampler(policy, sampling, config.max_rows, job.trainable.mesh)
 
 
-def _problems(job: RLJob, done: set[str]) -> Iterator[Problem]:
-    """Training problems that are not done, each once."""
-    size, pool = job.task.sizes["train"], job.config.pool
+def training_problems(task: Any, pool: int | None, done: Collection[str] = ()) -> Iterator[Problem]:
+    """Training problems, each once.
+
+    Args:
+        task: Task or environment.
+        pool: Number of training problems that are looked at, the first ones; None for all.
+        done: Names of problems that are left out.
+
+    Raises:
+        ValueError: The task is endless and no pool is given.
+    """
+    size = task.sizes["train"]
     if size is None and pool is None:
-        raise ValueError(f"pool=None: {job.task.name} is endless, choose a number of problems")
+        raise ValueError(f"pool=None: {task.name} is endless, choose a number of problems")
     seen = set(done)
     for index in range(min(size or pool or 0, pool or size or 0)):
-        problem = job.task.problem("train", index)
+        problem = task.problem("train", index)
         if problem.uid not in seen:
             seen.add(problem.uid)
             yield problem

@@ -20,6 +20,7 @@ _INSTALL = 'pip install "thoughtbubbles[gem]"'
 _LIVE = 256  # episodes that are kept to go on from
 _VARIED = 8  # seeds that are looked at where the seed decides how many turns there are
 _LOCK = threading.RLock()  # of the process's generators, which the package seeds and draws from
+_PATIENCE_S = 120.0  # of a call that waits for another one, which may hang without a limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,15 @@ class _Live:
 
         Raises:
             TimedOut: The call took longer than the limit.
+            RuntimeError: An earlier call does not end.
             Exception: Whatever the call raises.
         """
-        with _LOCK:
+        if not _LOCK.acquire(timeout=_PATIENCE_S):
+            raise RuntimeError(
+                f"an earlier call of gem-llm has not ended in {_PATIENCE_S:g} s, and one at a time "
+                "may run: choose a limit_s (limit_s=None has none)"
+            )
+        try:
             outside = random.getstate(), np.random.get_state()
             random.setstate(self._generators[0])
             np.random.set_state(self._generators[1])
@@ -66,6 +73,8 @@ class _Live:
                 self._generators = random.getstate(), np.random.get_state()
                 random.setstate(outside[0])
                 np.random.set_state(outside[1])
+        finally:
+            _LOCK.release()
 
 
 def _numpy_state(seed: int) -> Any:
@@ -92,7 +101,8 @@ class Gem:
         suffix: Whether the `suffix` of the package's info follows each observation.
         limit_s: Number of seconds after which a call of the package is cut. A step that is cut is a
             failure that is counted (`timeouts`). Calls then run on a thread of their own; None
-            makes them directly, for graders that use signals.
+            makes them directly, for graders that use signals, and a call that hangs then fails all
+            later ones, each after two minutes.
         seed: Seed of the order of problems.
     """
 

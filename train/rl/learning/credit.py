@@ -67,7 +67,12 @@ def turn_advantages(
 
     Returns:
         Advantages of the tokens of each row, `[L]` float64 each.
+
+    Raises:
+        ValueError: An episode has not one reward for each of its responses.
     """
+    for rows in episodes.rows:
+        _check_turn_rewards([trajectories[row] for row in rows], "rebn")
     returns = [
         estimators.discounted_returns(trajectories[rows[0]].turn_rewards, gamma)
         for rows in episodes.rows
@@ -146,13 +151,8 @@ def whiten_tokens(
 
 def _steps(rows: Sequence[Trajectory], gamma: float) -> np.ndarray:
     """Reward after, value before, and discount after each generated token, `[3, T]`."""
-    responses = sum(len(row.begins) for row in rows)
+    _check_turn_rewards(rows, "a value head")
     rewards = rows[0].turn_rewards
-    if responses != len(rewards):
-        raise ValueError(
-            f"an episode of problem {rows[0].problem.uid} has {responses} responses and "
-            f"{len(rewards)} rewards of turns: a value head needs one for each (turn_rewards)"
-        )
     parts = []
     for row in rows:
         values = np.zeros(len(row.tokens)) if row.values is None else row.values
@@ -169,3 +169,13 @@ def _steps(rows: Sequence[Trajectory], gamma: float) -> np.ndarray:
             part[0, -1], part[2, -1] = rewards[row.turn + offset], gamma
             parts.append(part)
     return np.concatenate(parts, axis=1)
+
+
+def _check_turn_rewards(rows: Sequence[Trajectory], who: str) -> None:
+    """Raise a `ValueError` for an episode that has not one reward for each of its responses."""
+    responses, rewards = sum(len(row.begins) for row in rows), len(rows[0].turn_rewards)
+    if responses != rewards:
+        raise ValueError(
+            f"an episode of problem {rows[0].problem.uid} has {responses} responses and {rewards} "
+            f"rewards of turns: {who} needs one for each (turn_rewards)"
+        )

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,26 @@ class ValueLoss:
             "value_clipped": (clipped > plain).sum(dtype=loss.dtype),
         }
         return self.coef * loss, jax.lax.stop_gradient(sums)
+
+
+def with_value_rate(
+    optimizer: optax.GradientTransformation, factor: float
+) -> optax.GradientTransformation:
+    """An optimizer whose updates of the value head are longer; its state is that of the given one.
+
+    Args:
+        optimizer: Optimizer of the policy with its value head.
+        factor: Factor on the updates of the value head.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params)
+        head = jax.tree_util.DictKey("value_head")
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * factor if head in path else leaf, updates
+        ), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def value_metrics(rows: Mapping[str, np.ndarray]) -> dict[str, float]:

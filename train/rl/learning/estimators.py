@@ -39,6 +39,11 @@ class Advantage:
         """Loss of the value head that the estimator needs on the policy; None for no such head."""
         return None
 
+    @property
+    def value_rate(self) -> float | None:
+        """Peak learning rate of the value head; None for that of the policy."""
+        return None
+
     def value_targets(
         self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
     ) -> list[np.ndarray]:
@@ -196,6 +201,8 @@ class GAE(Advantage):
         value_clip: Clipping range of values around those that the batch was collected with, in
             units of the reward (TRL: 0.2); None for none.
         value_coef: Weight of the value loss, ½ of a squared error, beside the policy's loss.
+        value_learning_rate: Peak learning rate of the value head, on the schedule of the policy's;
+            None for that of the policy. The decoder keeps the policy's in either case.
     """
 
     word: ClassVar[str] = "gae"
@@ -206,8 +213,14 @@ class GAE(Advantage):
     whiten: bool = True
     value_clip: float | None = 0.2
     value_coef: float = 0.5
+    value_learning_rate: float | None = None
 
     def __post_init__(self):
+        rate = self.value_learning_rate
+        if rate is not None and not 0 < rate < np.inf:
+            raise ValueError(
+                f"value_learning_rate={rate}: choose more than 0, or None for the policy's"
+            )
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma}: choose more than 0 and at most 1")
         if not 0 <= self.lam <= 1:
@@ -217,6 +230,10 @@ class GAE(Advantage):
     @property
     def critic(self) -> ValueLoss:
         return ValueLoss(self.value_clip, self.value_coef)
+
+    @property
+    def value_rate(self) -> float | None:
+        return self.value_learning_rate
 
     def of_tokens(
         self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray

@@ -25,6 +25,8 @@ class PPO(Method):
         value_clip: Clipping range of values around those that the batch was collected with, in
             units of the reward (TRL: 0.2); None for none.
         value_coef: Weight of the value loss, ½ of a squared error, beside the policy's loss.
+        value_learning_rate: Peak learning rate of the value head, on the schedule of the policy's;
+            None for that of the policy.
     """
 
     word: ClassVar[str] = "ppo"
@@ -35,7 +37,11 @@ class PPO(Method):
     whiten: bool = True
     value_clip: float | None = 0.2
     value_coef: float = 0.5
+    value_learning_rate: float | None = None
 
     @property
     def advantage(self) -> Advantage:
-        return GAE(self.gamma, self.lam, self.whiten, self.value_clip, self.value_coef)
+        return GAE(
+            self.gamma, self.lam, self.whiten, self.value_clip, self.value_coef,
+            self.value_learning_rate,
+        )  # fmt: skip

@@ -15,7 +15,7 @@ from train.rl.rollout.sampler import Sampler
 from train.rl.rollout.search_tree import SearchOptions
 from train.rl.rollout.searching import Limits, Searcher
 from train.rl.rollout.solved_problems import SolvedProblems
-from train.rl.rollout.strategies import STRATEGIES, OneResponse, RolloutStrategy, Turns
+from train.rl.rollout.strategies import LONGEST, STRATEGIES, OneResponse, RolloutStrategy, Turns
 from train.rl.rollout.tree_export import append_tree
 from train.rl.types import Problem, Trajectory
 
@@ -56,6 +56,8 @@ class TreeSearchOptions(SearchOptions):
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value}: choose {bound} or more")
+        if self.max_observation > LONGEST:
+            raise ValueError(f"max_observation={self.max_observation}: choose {LONGEST} or less")
         if not 0 < self.cache_mib < math.inf:
             raise ValueError(f"cache_mib={self.cache_mib}: choose a number of MiB above 0")
         if not 0 <= self.threshold < 1:
@@ -183,6 +185,8 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
             rows = searched.get(group) or [*replayed.get(group, ()), *direct][:count]
             solutions = [*searched.get(group, ()), *direct]
             self._solved.visited(problems[group].uid, _rate(direct), solutions)
+            successes = sum(row.reward.success for row in direct)
+            self._add({"direct_rollouts": len(direct), "direct_success": successes})
             # Direct rollouts that are not of the group only count for success rates.
             probing = (
                 direct if group in searched else direct[count - len(replayed.get(group, ())) :]
@@ -252,6 +256,8 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
     def metrics(self) -> dict[str, float]:
         found = {f"search/{name}": float(count) for name, count in self._kept["counts"].items()}
         self._kept["counts"] = {}
+        if rollouts := found.get("search/direct_rollouts"):
+            found["search/direct_success"] /= rollouts
         return found | {
             "search/hard": float(self._solved.num_hard),
             "search/aside": float(self._solved.num_aside),

@@ -21,7 +21,9 @@ from train.rl.rollout.sampler import Sampler
 from train.rl.scoring import safe_score
 from train.rl.types import Problem, Trajectory
 
-_LONGEST = 10_000  # turns, or tokens of an observation
+LONGEST = 10_000
+"""Greatest number of turns, and of tokens of an observation."""
+
 _MAX_TURNS = 8  # of environments that do not say how many turns they take
 
 
@@ -192,8 +194,8 @@ class Turns(RolloutStrategy):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: choose 1 or more")
-            if value is not None and value > _LONGEST:
-                raise ValueError(f"{name}={value}: choose {_LONGEST} or less")
+            if value is not None and value > LONGEST:
+                raise ValueError(f"{name}={value}: choose {LONGEST} or less")
         if self.keep_context and self.formatter is not None and self.formatter.chat:
             raise ValueError(
                 "keep_context=True goes on in one text, chat=True writes each turn's conversation "

@@ -1,0 +1,312 @@
+"""Latent memory, forks, tree search and budgets in one policy: what does each part do?
+
+python -m train.experiments.synthesis --out synthesis.jsonl
+python -m train.experiments.synthesis --report synthesis.jsonl
+
+A small forking decoder has seen episodes of the random player of an environment of several turns,
+and a weaver beside it those of the scripted player. Then both are frozen, and a trigger learns when
+to invoke memory: its problems are searched (DeepSearch), and a knapsack says how many backups each
+tree gets. The other arms leave the search out, the knapsack, or both, and learn until they have
+generated as many tokens. Each finished (arm, seed) is a line of the file.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
+from train.benchmarks.timing import Clock
+from train.cli.command import run_command
+from train.data import ByteTokenizer
+from train.engine.config import EvalConfig
+from train.engine.optim import OptimizerConfig
+from train.engine.state import TrainState
+from train.experiments.environments import player_episode
+from train.experiments.reinforce import supervise
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
+from train.models.load import LanguageModel
+from train.rl.config import RLConfig
+from train.rl.job import RLJob
+from train.rl.named_tasks import make_task
+from train.rl.rollout.episodes import Rollout
+from train.rl.rollout.rows import make_rows
+from train.rl.step_metrics import held_out_metrics
+
+MODEL = ModelConfig(
+    vocab_size=ByteTokenizer.vocab_size, embed_dim=48, num_layers=2, num_heads=4, mlp_dim=192,
+    fork_layers=(1,), merge="residual", policy=PrefixRank(2.0),
+)  # fmt: skip
+MEMGEN = MemGenConfig(WeaverConfig(4, 0, lora=LoRAConfig(4, 8.0)), max_inference_events=0)
+TRIGGER = TriggerConfig("reasoner_hidden")
+MAX_NEW_TOKENS = 4
+MAX_OBSERVATION = 10
+SHOWN = 512  # episodes of a player that a model has seen
+ROWS = 64  # of a supervised step
+MOST_STEPS = 10_000  # of an arm: learning rates are constant, and tokens end it
+
+SEARCH = "deepsearch(width=4, max_observation=10, threshold=0.5)"
+PLAIN = {
+    "method": "deepsearch",
+    "strategy": f"turns(max_observation={MAX_OBSERVATION}, keep_context=True)",
+}
+KNAPSACK = {"allocator": "knapsack(high=32)"}
+SYNTHESIS = "synthesis"
+ARMS: dict[str, dict[str, Any]] = {
+    SYNTHESIS: {"method": SEARCH, **KNAPSACK},
+    "without knapsack": {"method": SEARCH},
+    "without search": PLAIN | KNAPSACK,
+    "plain sampling": PLAIN,
+}
+"""Options of each arm. Without a tree, the estimator of DeepSearch is that of Dr. GRPO."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(StudyConfig):
+    """Trains triggers, or reports what was trained.
+
+    Attributes:
+        arms: Names of `ARMS`; the synthesis of a seed comes first, as it says how many tokens the
+            others get.
+        environment: Environment with its options, one that has players.
+        supervised: Number of supervised steps of the decoder, and of the weaver.
+        steps: Number of steps of the synthesis.
+        batch_size: Number of problems of a step.
+        num_generations: Mean number of rollouts, or of backups, of a problem.
+        learning_rate: Learning rate of the trigger.
+        episodes: Number of episodes that a policy is scored by, before and after.
+    """
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    environment: str = "guess_number(high=12, max_turns=3)"
+    supervised: int = 150
+    steps: int = 12
+    batch_size: int = 8
+    num_generations: int = 8
+    learning_rate: float = 1e-2
+    episodes: int = 512
+    out: str = "synthesis.jsonl"
+
+    def __post_init__(self):
+        check_names("arm", self.arms, ARMS)
+        for name in ("supervised", "steps", "batch_size", "episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+
+
+def main(config: Experiment) -> None:
+    """Train what is missing, or print the table."""
+    run_study(config, ("arm", "seed", "steps"), train_missing, report)
+
+
+def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs; arms of a seed share the decoder and the weaver."""
+    for seed in config.seeds:
+        runs = [{"arm": arm, "seed": seed, "steps": config.steps} for arm in config.arms]
+        runs = sorted(results.missing(runs), key=lambda run: run["arm"] != SYNTHESIS)
+        if not runs:
+            continue
+        lm = taught(config, seed)
+        before = played(plain_job(config, lm, seed), config.episodes)
+        print(f"seed {seed}: success {before['success']:.1%} before", flush=True)
+        for run in runs:
+            tokens = _tokens_of_synthesis(results, run)
+            result = run | {"before": before} | score_arm(config, lm, run["arm"], seed, tokens)
+            yield (
+                result,
+                (
+                    f"{run['arm']} seed {seed}: success {before['success']:.1%} -> "
+                    f"{result['after']['success']:.1%}, {result['tokens']:,} tokens, "
+                    f"{result['cpu_seconds']:.0f} s"
+                ),
+            )
+
+
+def _tokens_of_synthesis(results: Results, run: Result) -> int | None:
+    """Number of tokens that an arm is given; None for the synthesis, which goes by steps.
+
+    Raises:
+        ValueError: The synthesis of this seed has not been run.
+    """
+    if run["arm"] == SYNTHESIS:
+        return None
+    for found in results.found:
+        same = all(found[name] == run[name] for name in ("seed", "steps"))
+        if same and found["arm"] == SYNTHESIS:
+            return found["tokens"]
+    raise ValueError(
+        f"arms={run['arm']!r} of seed {run['seed']} gets as many tokens as the {SYNTHESIS}, which "
+        "is not in the file: name that arm too"
+    )
+
+
+def run_config(config: Experiment, seed: int, **changes: Any) -> RLConfig:
+    """Config of reinforcement learning, with `changes` of its fields."""
+    base = RLConfig(
+        weights="players",
+        train="trigger",
+        task=config.environment,
+        steps=MOST_STEPS,
+        batch_size=config.batch_size,
+        num_generations=config.num_generations,
+        max_new_tokens=MAX_NEW_TOKENS,
+        max_rows=config.batch_size * config.num_generations,
+        trigger=TRIGGER,
+        environment_limit_s=None,
+        seed=seed,
+        optimizer=OptimizerConfig(
+            learning_rate=config.learning_rate, weight_decay=0.0, warmup=0.0, final_ratio=1.0
+        ),
+        evaluation=EvalConfig(every=0, rows=8),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def make_job(config: Experiment, lm: LanguageModel, seed: int, **changes: Any) -> RLJob:
+    return RLJob(run_config(config, seed, **changes), lm, devices=jax.devices()[:1])
+
+
+def plain_job(config: Experiment, lm: LanguageModel, seed: int) -> RLJob:
+    return make_job(config, lm, seed, **ARMS["plain sampling"])
+
+
+def taught(config: Experiment, seed: int) -> LanguageModel:
+    """A forking decoder that plays at random, with a weaver whose latents know bisection."""
+    optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
+    model = Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed))
+    lm = LanguageModel(model, ByteTokenizer())
+    options: Any = {"steps": config.supervised, "optimizer": optimizer, **PLAIN}
+    job = make_job(config, lm, seed, train="all", **options)
+    reasoner = job.trainable.model(_shown(config, job, "random").weights).backbone.model
+    lm = LanguageModel(reasoner, lm.tokenizer)
+    job = make_job(config, lm, seed, train="weaver", memgen=MEMGEN, **options)
+    woven = job.trainable.model(_shown(config, job, "scripted").weights).memgen
+    return LanguageModel(reasoner, lm.tokenizer, woven)
+
+
+def _shown(config: Experiment, job: RLJob, player: str) -> TrainState:
+    """State after supervision by episodes of a player; memory is invoked by a coin."""
+    task, seed = make_task(config.environment, job.config.seed), job.config.seed
+    problems = job.collector.problems("train", 0, SHOWN)
+    rows = [
+        player_episode(job.lm, task, Rollout(0, problem, number), seed, player, invokes=True)
+        for number, problem in enumerate(problems)
+    ]
+    arrays = make_rows(rows, [np.zeros(len(row.tokens)) for row in rows], events=job.events_per_row)
+    names = ("tokens", "trained", "length", "decisions", "point", "kind")
+    given = {name: arrays[name] for name in names if name in arrays}
+    return next(itertools.islice(supervise(job, given, ROWS), config.supervised - 1, None))
+
+
+def score_arm(
+    config: Experiment, lm: LanguageModel, arm: str, seed: int, tokens: int | None
+) -> dict[str, Any]:
+    """Train a trigger.
+
+    Args:
+        config: Options of the experiment.
+        lm: Decoder and weaver.
+        arm: Name of `ARMS`.
+        seed: Seed of the trigger and of rollouts.
+        tokens: Number of generated tokens that end the training; None trains `config.steps` steps.
+
+    Returns:
+        The cost, what is in the groups of the last half, and the success of sampled episodes.
+    """
+    clock = Clock()
+    job = make_job(config, lm, seed, **ARMS[arm])
+    state, lines, spent, rollouts = job.first_state(), [], 0, 0
+    while spent < tokens if tokens is not None else len(lines) < config.steps:
+        state, metrics, collected = job.step(state)
+        lines.append(metrics)
+        spent += collected.generated
+        rollouts += int(metrics["rollouts"])
+    cost = clock.read()
+    late = lines[len(lines) // 2 :]
+    final = plain_job(config, lm, seed)
+    return {
+        "after": played(final, config.episodes, state.weights),
+        "tokens": spent,
+        "rollouts": rollouts,
+        "updates": int(state.step),
+        "mixed_rollouts": float(np.mean([line["mixed_rollouts"] for line in late])),
+        "mixed_groups": float(np.mean([line["mixed_groups"] for line in late])),
+        "most": max((line.get("budget/most", 0) for line in lines), default=0),
+        "solved_trees": sum(line.get("search/solved", 0) for line in lines),
+        "trees": sum(line.get("search/trees", 0) for line in lines),
+        "set_aside": lines[-1].get("search/aside", 0),
+        "seconds": cost.seconds,
+        "cpu_seconds": cost.cpu_seconds,
+        "learning_rate": config.learning_rate,
+        "environment": config.environment,
+        "parameters": job.trainable.config.num_params(),
+        "trained": job.trainable.num_trained,
+        "options": ARMS[arm],
+        "jax": jax.__version__,
+    }
+
+
+def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
+    """Sampled episodes of the training problems, equally many of each.
+
+    Args:
+        job: Job whose strategy plays them.
+        episodes: Number of episodes.
+        weights: Weights that play; None for the first ones of the job.
+    """
+    problems = [job.task.problem("train", at) for at in range(job.task.sizes["train"])]
+    counts = [len(range(at, episodes, len(problems))) for at in range(len(problems))]
+    sampler = job.sampler(job.first_state().weights if weights is None else weights)
+    rows = job.collector.strategy.collect(sampler, job.task, problems, counts, (7, 7))
+    found = held_out_metrics(rows)
+    return {name: found[name] for name in ("success", "info/turns", "invocation_rate")}
+
+
+def report(results: list[Result]) -> str:
+    """A markdown table: means over seeds ± their standard errors."""
+    return "\n".join(markdown_table(HEAD, _cells(results)))
+
+
+HEAD = (
+    "arm", "seeds", "success before, %", "after, %", "memory invoked, %", "tokens", "rollouts",
+    "optimizer steps", "rollouts in mixed groups (last half), %", "CPU-seconds",
+)  # fmt: skip
+
+
+def _cells(results: list[Result]) -> Iterator[Sequence[str]]:
+    for (arm,), found in by_key(results, "arm").items():
+        percent = lambda entry, name, found=found: [100 * r[entry][name] for r in found]  # noqa: E731
+        count = lambda name, found=found: f"{np.mean([r[name] for r in found]):,.0f}"  # noqa: E731
+        yield (
+            arm,
+            seeds_text(found),
+            mean_text(percent("before", "success"), 1),
+            mean_text(percent("after", "success"), 1),
+            mean_text(percent("after", "invocation_rate"), 1),
+            *(count(name) for name in ("tokens", "rollouts", "updates")),
+            mean_text([100 * result["mixed_rollouts"] for result in found], 1),
+            count("cpu_seconds"),
+        )
+
+
+def command() -> None:
+    run_command(main, Experiment)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,243 @@
+"""Data for `sft` from a policy and a verifier: python -m train.rl.rejection --weights runs/sft
+
+Rejection fine-tuning (arXiv 2308.01825) keeps sampled answers that are right, R-Tuning (2311.09677)
+relabels questions out of knowledge: `thoughtbubbles sft --data.path rejection.jsonl` takes either.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from train.cli.command import run_command
+from train.rl.environments.players import completion_of
+from train.rl.job import RLJob
+from train.rl.learning.penalties import Ternary
+from train.rl.named_tasks import make_task
+from train.rl.probe import ProbeConfig, check_scorer, nucleus_sampler, training_problems
+from train.rl.scoring import safe_step
+from train.rl.tasks.probed import read_probe
+from train.rl.tasks.truthful import TruthfulTask
+from train.rl.types import Problem, Trajectory
+from train.runs.files import write_atomically
+
+Line = dict[str, Any]
+Data = Literal["rft", "r_tuning"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RejectionConfig(ProbeConfig):
+    """Writes conversations of a task's training problems for `sft`, by a policy and the verifier.
+
+    "rft" samples answers and keeps the right ones. Of problems out of knowledge it keeps answers
+    that abstain. "r_tuning" samples nothing: the answer is the task's own, or the phrase that
+    abstains where the problem is out of knowledge. A problem is out of knowledge if a probe has
+    never seen it solved, or if the task says so.
+
+    Attributes:
+        data: Kind of the data: "rft" keeps right answers of the policy (rejection fine-tuning),
+            "r_tuning" relabels the task's own answers (R-Tuning).
+        keep: Greatest number of different answers to a problem that are kept, the first ones.
+        probe: File of `thoughtbubbles probe` that says which problems are out of knowledge; empty
+            for those that the task names.
+        weights: Model that answers: a run folder, "smollm2", a Hugging Face folder, or a .gguf
+            file.
+        task: Task or environment with its options.
+        pool: Number of training problems, the first ones; the default is all of a finite task.
+        samples: Number of answers to each problem, of which some are kept.
+        temperature: Temperature of the sampled answers.
+        top_p: Probability mass of the fewest most probable tokens to sample from.
+        max_new_tokens: Longest answer, in tokens.
+        chat: Whether problems are messages to the model, in its chat template.
+        boxed: Whether the answer has to stand in a box.
+        unknown: Phrase that abstains; empty for that of the task, or else "I don't know".
+        batch_size: Number of problems whose answers are sampled at a time.
+        max_rows: Greatest number of answers that are generated at a time.
+        seed: Seed of the task and of the answers.
+        out: File that conversations are written to, a line each; it must not exist.
+    """
+
+    data: Data = "rft"
+    keep: int = 4
+    probe: str = ""
+    samples: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    out: str = "rejection.jsonl"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data not in get_args(Data):
+            raise ValueError(f"data={self.data!r}: choose {' or '.join(get_args(Data))}")
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}: choose 1 or more")
+
+    @property
+    def reward(self) -> Any:
+        """Scorer by outcome of a task of one response; an environment keeps its own."""
+        if hasattr(make_task(self.task, self.seed), "step"):
+            return ()
+        return self.scorer
+
+    @property
+    def scorer(self) -> Ternary:
+        """Scorer by outcome."""
+        knows = {"knowledge": True, "probe": self.probe} if self.probe else {}
+        return Ternary(boxed=self.boxed, unknown=self.unknown, **knows)
+
+
+def main(config: RejectionConfig) -> None:
+    """Write the data, and print how much there is."""
+    if Path(config.out).exists():
+        raise ValueError(f"{config.out} exists: choose another file, or delete it")
+    if config.data == "r_tuning":
+        lines = relabelled(config, make_task(config.task, config.seed))
+    else:
+        lines = accepted(config, RLJob(config.rl))
+    save(config.out, list(lines))
+    kept = len(Path(config.out).read_text(encoding="utf-8").splitlines())
+    print(f"{config.out}: {kept} conversations: thoughtbubbles sft --data.path {config.out}")
+
+
+def save(path: str, lines: Sequence[Line]) -> None:
+    """Write conversations to a file at once.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not lines:
+        raise ValueError(
+            "no sampled answer is right: nothing is written; take more samples, easier problems, "
+            "or a better model"
+        )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def relabelled(config: RejectionConfig, task: Any) -> Iterator[Line]:
+    """Conversations of R-Tuning: the task's answers, or the phrase that abstains.
+
+    Args:
+        config: Options.
+        task: Task of one response with a gold answer.
+
+    Raises:
+        ValueError: Nothing says which problems are out of knowledge, or a problem has no answer.
+    """
+    if not config.probe and not hasattr(task, "out_of_knowledge"):
+        raise ValueError(
+            f"data='r_tuning' needs to know which problems of {task.name} are out of knowledge: "
+            "give probe=FILE of `thoughtbubbles probe`"
+        )
+    truthful = config.scorer.of_task(task)
+    for problem in _probed(config, truthful):
+        gold = getattr(task, "golds", lambda problem: (problem.answer,))(problem)
+        if not gold or gold[0] is None:
+            raise ValueError(f"problem {problem.uid} of {task.name} has no answer: choose data=rft")
+        text = truthful.phrase if truthful.out_of_knowledge(problem) else str(gold[0])
+        yield {"uid": problem.uid, "prompt": problem.prompt, "completion": text}
+
+
+def accepted(config: RejectionConfig, job: RLJob) -> Iterator[Line]:
+    """Conversations of rejection fine-tuning: different right answers of the policy.
+
+    Args:
+        config: Options.
+        job: Job of `config.rl`.
+
+    Raises:
+        ValueError: The scorer raises.
+    """
+    sampler, strategy, task = nucleus_sampler(config, job), job.collector.strategy, job.task
+    problems = list(_probed(config, task))
+    limit = getattr(strategy, "max_observation", 0)
+    seen = lambda text: strategy.formatter.cut(text, limit)  # noqa: E731
+    for start in range(0, len(problems), config.batch_size):
+        some = problems[start : start + config.batch_size]
+        counts = [config.samples] * len(some)
+        rows = strategy.collect(sampler, task, some, counts, (config.seed, 0))
+        check_scorer(task, rows)
+        for group, problem in enumerate(some):
+            mine = [row for row in rows if row.group == group]
+            for texts in _kept(mine, task, config.keep):
+                yield from conversations(task, problem, texts, config.chat, seen)
+
+
+def _probed(config: RejectionConfig, task: Any) -> Iterator[Problem]:
+    """Training problems, all of which are in the probe, if one is given."""
+    known = {one.uid for one in read_probe(config.probe)[1]} if config.probe else None
+    for problem in training_problems(task, config.pool):
+        if known is not None and problem.uid not in known:
+            raise ValueError(
+                f"probe {config.probe} has not problem {problem.uid!r} of {task.name}: probe as "
+                f"many problems as pool={config.pool}"
+            )
+        yield problem
+
+
+def _kept(rows: Sequence[Trajectory], task: Any, keep: int) -> list[tuple[str, ...]]:
+    """Different texts of the episodes of a problem that are accepted, the first ones."""
+    episodes: dict[int, list[Trajectory]] = {}
+    for row in rows:
+        episodes.setdefault(row.episode, []).append(row)
+    found: dict[tuple[str, ...], None] = {}
+    for turns in episodes.values():
+        if _is_accepted(turns[-1], task):
+            found.setdefault(tuple(text for row in turns for text in row.texts))
+    return list(found)[:keep]
+
+
+def _is_accepted(row: Trajectory, task: Any) -> bool:
+    """Whether an episode that ended is right; out of knowledge, whether it abstains."""
+    if not row.finished:
+        return False
+    if not isinstance(task, TruthfulTask):
+        return row.reward.success
+    name = "uncertain" if task.out_of_knowledge(row.problem) else "accuracy"
+    return row.reward.info[name] == 1
+
+
+def conversations(
+    task: Any,
+    problem: Problem,
+    texts: Sequence[str],
+    chat: bool = False,
+    seen: Callable[[str], str] = lambda text: text,
+) -> Iterator[Line]:
+    """Records of an episode as `sft` takes them.
+
+    A response is a prompt and its completion. An episode of several turns is one conversation for a
+    chat template; without a template each turn is a completion of the text before it, as
+    `turns(keep_context=False)` shows it.
+
+    Args:
+        task: Task, or environment, which plays the turns again.
+        problem: Problem of the episode.
+        texts: Responses of the episode.
+        chat: Whether the model has a chat template.
+        seen: Function of an observation to the part of it that the policy saw.
+    """
+    episodic = hasattr(task, "step")
+    state = task.reset(problem) if episodic else None
+    said = [problem.prompt]
+    for turn, text in enumerate(texts):
+        if not (chat and episodic):
+            yield {"uid": problem.uid, "prompt": "".join(said), "completion": text}
+        said.append(text)
+        if turn + 1 < len(texts):
+            played = safe_step(task, problem, state, completion_of(problem, text))
+            state = played.state
+            said.append(seen(played.observation))
+    if chat and episodic:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[at % 2], "content": one} for at, one in enumerate(said)]
+        yield {"uid": problem.uid, "messages": messages}
+
+
+def command() -> None:
+    run_command(main, RejectionConfig)
+
+
+if __name__ == "__main__":
+    command()
