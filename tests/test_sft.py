@@ -25,6 +25,7 @@ from train.engine.config import EvalConfig
 from train.engine.loop import run
 from train.engine.optim import OptimizerConfig
 from train.evaluation.scoring import Scorer
+from train.finetuning.battery import BatteryConfig
 from train.finetuning.job import SFTConfig, SFTJob, sft_loss
 from train.models.finetunable import TRAINED, FinetunableModel
 from train.models.load import checksum, load_language_model, load_language_model_on, load_model
@@ -360,6 +361,38 @@ def test_other_frozen_weights_are_refused(base, chats, whole, request):
         load_model(out)
     with pytest.raises(ValueError, match="was trained with frozen weights .*, they are now"):
         tune(config(base, chats, out, steps=9))
+
+
+def test_a_penalty_holds_the_model_near_its_beginning(base, base_sum, chats, whole, tmp_path):
+    """And variants of an environment are scored beside it; a stopped run goes on."""
+    variants = BatteryConfig("sokoban_variants", ("id", "fake"), 2, 1, max_new_tokens=4)
+    work = config(base, chats, tmp_path / "kl", train="all", kl=20.0, battery=variants, steps=5,
+                  save_every=3)  # fmt: skip
+    held_out = tune(work)
+    assert checksum(load_model(base).model) == base_sum
+    lines = [line for line in read_metrics(tmp_path / "kl") if "loss" in line]
+    free = losses(whole("all")[0])
+    assert lines[0]["ref_kl"] == pytest.approx(0, abs=1e-6)
+    assert lines[0]["loss"] == pytest.approx(free[0], rel=1e-5)
+    for line in lines[2:]:  # the learning rate of the first step is 0
+        assert 0 < line["ref_kl"] < 0.1
+    for name in ("id", "fake"):
+        assert held_out[f"battery/{name}/success"] == held_out[f"battery/{name}/validity"] == 0
+    shutil.rmtree(tmp_path / "kl" / "5")
+    tune(dataclasses.replace(work, battery=BatteryConfig()))
+    assert losses(tmp_path / "kl") == [line["loss"] for line in lines]
+    assert load_model(tmp_path / "kl").step == 5
+
+
+def test_mistakes_of_penalty_and_battery_are_one_line(base, chats):
+    for changes, message in (
+        ({"kl": -1.0}, "kl=-1.0: choose 0 or more"),
+        ({"kl": 0.1, "train": "weaver"}, "kl=0.1 is of a decoder's own predictions"),
+        ({"battery": BatteryConfig("arithmetic")}, "arithmetic has no variants of its prompt"),
+        ({"battery": BatteryConfig("general_points", ("six",))}, "unknown variant 'six'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SFTJob(config(base, chats, **changes))
 
 
 def test_the_command_trains_a_lora(base, chats, tmp_path, monkeypatch, capsys):

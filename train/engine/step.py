@@ -1,7 +1,7 @@
 """The train step: one pure function, compiled once, on split state."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from train.devices.mesh import batch_sharding, replicated
 from train.engine.state import Trainable, TrainState
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
-"""Loss of `(model, batch, key)`: its sum, the weight that divides it, and sums for the metrics."""
+Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+"""Loss of `(model, batch, key, *constants)`: its sum, the weight that divides it, and sums for the
+metrics."""
 
 
 def pretraining_loss(
@@ -28,7 +29,10 @@ def pretraining_loss(
 
 
 def make_train_step(
-    trainable: Trainable, accumulate: int = 1, loss: Loss = pretraining_loss
+    trainable: Trainable,
+    accumulate: int = 1,
+    loss: Loss = pretraining_loss,
+    constants: Sequence[Any] = (),
 ) -> TrainStep:
     """Jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
@@ -40,25 +44,29 @@ def make_train_step(
             the mean, weighted by targets.
         loss: Loss of a batch, a tree of arrays `[B, ...]`; its key depends on seed, step and
             micro-batch.
+        constants: Trees of arrays that the loss is given behind its key, the same in every step,
+            such as the weights of a reference model; they stay where they are.
     """
 
-    def gradients(state: TrainState, batch: Any, part: jax.Array) -> tuple[Any, dict[str, Any]]:
+    def gradients(
+        state: TrainState, constants: Any, batch: Any, part: jax.Array
+    ) -> tuple[Any, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(trainable.seed), state.step)
         key = jax.random.fold_in(key, part)
 
         def of(params: Any) -> tuple[jax.Array, dict[str, Any]]:
             model = trainable.model(dataclasses.replace(state, params=params).weights)
-            total, weight, aux = loss(model, batch, key)
+            total, weight, aux = loss(model, batch, key, *constants)
             moved = jax.tree.map(lambda value: value * weight, nnx.state(model, Tracked))
             return total, {"loss": total, "weight": weight, "aux": aux, "tracked": moved}
 
         return jax.grad(of, has_aux=True)(state.params)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def step(state: TrainState, batch: Any, *constants: Any) -> tuple[TrainState, dict[str, Any]]:
         if accumulate == 1:
-            grads, sums = gradients(state, batch, jnp.int32(0))
+            grads, sums = gradients(state, constants, batch, jnp.int32(0))
         else:
-            grads, sums = _accumulated(partial(gradients, state), batch, accumulate)
+            grads, sums = _accumulated(partial(gradients, state, constants), batch, accumulate)
         weight = jnp.maximum(sums["weight"], jnp.finfo(jnp.float32).tiny)  # 0 / 0 would be NaN
         grads = jax.tree.map(lambda grad: grad / weight, grads)
         updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)
@@ -80,12 +88,19 @@ def make_train_step(
         return state, metrics
 
     everywhere = replicated(trainable.mesh)
-    return jax.jit(
+    compiled = jax.jit(
         step,
-        in_shardings=(trainable.shardings, batch_sharding(trainable.mesh)),
+        in_shardings=(
+            trainable.shardings,
+            batch_sharding(trainable.mesh),
+            *(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in constants),
+        ),
         out_shardings=(trainable.shardings, everywhere),
         donate_argnums=0,
     )
+    if not constants:
+        return compiled
+    return lambda state, batch: compiled(state, batch, *constants)
 
 
 def _accumulated(gradients, batch: Any, parts: int):

@@ -23,6 +23,7 @@ from train.data.chat_data import (
 )
 from train.devices.mesh import (
     batch_sharding,
+    check_auto,
     check_batch,
     make_mesh,
     place,
@@ -31,8 +32,15 @@ from train.devices.mesh import (
 from train.engine.config import LoopConfig
 from train.engine.memory import check_row_memory, training_memory
 from train.engine.optim import OptimizerConfig
-from train.engine.state import TrainState, make_trainable
-from train.engine.step import TrainStep, make_train_step
+from train.engine.state import Trainable, TrainState, make_trainable
+from train.engine.step import Loss, TrainStep, make_train_step
+from train.finetuning.battery import (
+    BatteryConfig,
+    battery_metrics,
+    play_battery,
+    readable_battery,
+)
+from train.finetuning.divergence import reference_kl
 from train.models.finetunable import TRAINED, FinetunableModel
 from train.models.load import (
     LanguageModel,
@@ -41,6 +49,7 @@ from train.models.load import (
     load_language_model_on,
     tokenizer_meta,
 )
+from train.rl.learning.policy import sampler_of
 from train.runs.resume import FREE
 
 ROWS = ("tokens", "loss_mask", "segment")
@@ -60,6 +69,11 @@ class SFTConfig(LoopConfig):
         memgen: Weaver of `weaver`, and where it writes.
         boundaries: Tokens after which memory may be written (`memgen.boundary_table`).
         data: Conversations, row length and packing.
+        kl: Coefficient of a penalty on the divergence KL(π ‖ π_ref) from the weights that tuning
+            begins with, exact over the vocabulary, a mean over the trained tokens; they stay in
+            memory beside the tuned ones. 0 has no penalty and no such copy.
+        battery: Variants of an environment that the model is scored on at each evaluation, as
+            `eval/battery/VARIANT/success` and `/validity`; none by default.
     """
 
     weights: str = "smollm2"
@@ -68,8 +82,15 @@ class SFTConfig(LoopConfig):
     memgen: MemGenConfig = MemGenConfig(WeaverConfig())
     boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
     data: ChatDataConfig = ChatDataConfig()
+    kl: float = 0.0
+    battery: BatteryConfig = dataclasses.field(default=BatteryConfig(), metadata=FREE)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
     out: str = dataclasses.field(default="runs/sft", metadata=FREE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.kl < math.inf:
+            raise ValueError(f"kl={self.kl}: choose 0 or more")
 
 
 class SFTJob:
@@ -81,7 +102,7 @@ class SFTJob:
 
     def __init__(self, config: SFTConfig):
         self.config = config
-        mesh = make_mesh(config.mesh)
+        self.mesh = mesh = make_mesh(config.mesh)
         check_batch(config.batch_size, config.accumulate, mesh)
         if not config.dry_run:
             check_row_memory(config.batch_size, config.data.seq_len)
@@ -102,6 +123,13 @@ class SFTJob:
             raise ValueError(
                 f"data.pack=True: {why} reads rows of one conversation: leave data.pack out"
             )
+        if config.kl and config.train == "weaver":
+            raise ValueError(
+                f"kl={config.kl} is of a decoder's own predictions, train='weaver' changes them by "
+                "memory: choose all or lora"
+            )
+        if config.battery.task:
+            self._check_battery()
         self.keeps_frozen = config.train == "all"
         self._boundary = boundaries_for(self._lm, config.train, config.boundaries)
         self.trainable = make_trainable(
@@ -125,13 +153,24 @@ class SFTJob:
             passes, length = 1 + weaving, length + config.memgen.max_latents
         flops = model.config.forward_flops(length)
         self.step_flops = products * passes * config.batch_size * flops
-        # Of the frozen weights, so that a run is continued with the same ones.
-        self._base = None if self.keeps_frozen else checksum(model)
+        # Of the weights that are only read, so that a run is continued with the same ones.
+        self._base = None if self.keeps_frozen and not config.kl else checksum(model)
         self._score = jax.jit(
             self._scores,
             in_shardings=(self.trainable.shardings.weights, batch_sharding(mesh)),
             out_shardings=replicated(mesh),
         )
+
+    def _check_battery(self) -> None:
+        """Raise a `ValueError` for a battery that can't be played."""
+        self.config.battery.environments()
+        self._lm.model.check_cacheable()
+        check_auto(self.mesh, "a battery")
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"battery.task={self.config.battery.task} is played in one process, here are "
+                f"{jax.process_count()}: leave it out, and call thoughtbubbles battery afterwards"
+            )
 
     def _around(self, model: Architecture) -> FinetunableModel:
         config = self.config
@@ -168,7 +207,15 @@ class SFTJob:
         return {name: batch[name] for name in names}
 
     def train_step(self) -> TrainStep:
-        return make_train_step(self.trainable, self.config.accumulate, sft_loss)
+        accumulate, kl = self.config.accumulate, self.config.kl
+        if not kl:
+            return make_train_step(self.trainable, accumulate, sft_loss)
+        # Copies: training overwrites the weights that it begins with.
+        weights = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self._around(self._lm.model)))
+        reference = self.trainable.abstract.with_weights(weights).params
+        reference = jax.device_put(reference, self.trainable.shardings.params)
+        loss = penalised_loss(self.trainable, kl)
+        return make_train_step(self.trainable, accumulate, loss, (reference,))
 
     def observe(self, sums: Mapping[str, Any]) -> None:
         pass
@@ -176,7 +223,10 @@ class SFTJob:
     def step_metrics(
         self, sums: Mapping[str, Any], step: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {}, {}
+        """`ref_kl`, the mean divergence in nats, where it is penalised."""
+        if not self.config.kl:
+            return {}, {}
+        return {"ref_kl": float(sums["ref_kl"]) / max(float(sums["tokens"]), 1.0)}, {}
 
     def progress(self, step: int) -> str:
         return ""
@@ -187,7 +237,8 @@ class SFTJob:
 
     def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:
         """`loss` in nats per supervised token of held-out rows and its standard error, from having
-        scored some rows only (with one row there is none), and `perplexity`."""
+        scored some rows only (with one row there is none), `perplexity`, and the battery's scores.
+        """
         nats, count = [], []
         size = self.config.batch_size // self.config.accumulate
         for batch in data.validation.batches(size, self.config.evaluation.rows or None):
@@ -203,6 +254,10 @@ class SFTJob:
             left = 1 - len(nats) / len(data.validation)  # no error where all rows are scored
             spread = (nats - loss * count).std(ddof=1) * math.sqrt(left)
             found["standard_error"] = float(spread * math.sqrt(len(nats)) / count.sum())
+        if self.config.battery.task:
+            policy = sampler_of(self.trainable.model(state.weights))
+            scores = play_battery(policy, self._lm, self.config.battery, self.mesh)
+            found |= battery_metrics(scores)
         return found
 
     def _scores(self, weights: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -219,7 +274,7 @@ class SFTJob:
         note = "" if self.trainable.config.causal else " (teacher-forced, not causal)"
         return (
             f"held-out loss {held_out['loss']:.4f}{spread} nats per supervised token, perplexity "
-            f"{held_out['perplexity']:.2f}{note}"
+            f"{held_out['perplexity']:.2f}{note}{readable_battery(held_out)}"
         )
 
     def describe(self, start: int) -> str:
@@ -240,3 +295,27 @@ def sft_loss(
     """`train.engine.step.Loss` of chat rows: a mean over supervised tokens of the whole batch."""
     log_probs = finetunable.log_probs(rows, key)
     return -log_probs.sum(), rows["loss_mask"][:, 1:].sum(dtype=jnp.float32), {}
+
+
+def penalised_loss(trainable: Trainable, kl: float) -> Loss:
+    """`sft_loss` plus a penalty on the divergence from the trained parameters of a reference.
+
+    Args:
+        trainable: Static side of the run; the reference's other parameters are the run's.
+        kl: Coefficient of the penalty.
+
+    Returns:
+        A loss that is given the reference's parameters behind its key.
+    """
+
+    def loss(
+        finetunable: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array, params: Any
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        state = trainable.abstract.with_weights(nnx.state(finetunable))
+        reference = trainable.model(dataclasses.replace(state, params=params).weights)
+        divergence, log_probs = reference_kl(finetunable, reference, rows, key)
+        tokens = rows["loss_mask"][:, 1:].sum(dtype=jnp.float32)
+        total = -log_probs.sum() + kl * divergence.sum()
+        return total, tokens, {"ref_kl": divergence.sum(), "tokens": tokens}
+
+    return loss

@@ -108,13 +108,15 @@ class FinetunableModel(nnx.Module):
             rows: Arrays `[B, T + 1]` by name, as `ChatRows` has them.
             key: Key of dropout and of random insertion, in training; held-out rows have none.
         """
+        targets, loss_mask = jnp.maximum(rows["tokens"], 0)[:, 1:], rows["loss_mask"][:, 1:]
+        return token_log_probs(self.backbone, self.predictors(rows, key), targets, loss_mask)
+
+    def predictors(self, rows: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """Hidden states that predict the targets, `[B, T, D]`; the arguments of `log_probs`."""
         tokens = jnp.maximum(rows["tokens"], 0)
-        targets, loss_mask = tokens[:, 1:], rows["loss_mask"][:, 1:]
         if self.memgen is None:
-            hidden = self._read(tokens[:, :-1], rows, key)
-        else:
-            hidden = self._woven(tokens, rows["loss_mask"], key)
-        return token_log_probs(self.backbone, hidden, targets, loss_mask)
+            return self._read(tokens[:, :-1], rows, key)
+        return self._woven(tokens, rows["loss_mask"], key)
 
     def _read(self, inputs, rows, key):
         decoder = self.backbone

@@ -143,11 +143,17 @@ class GeneratedProblems:
         Raises:
             ValueError: There are so few problems that none is in the split.
         """
+        return self.made(self.drawn(split, index, self.draw))
+
+    def drawn(
+        self, split: Split, index: int, draw: Callable[[np.random.Generator], tuple[Any, ...]]
+    ) -> tuple[Any, ...]:
+        """What the problem of an index is made of, drawn until one belongs to the split."""
         rng = np.random.default_rng([self.seed, split == "test", index])
         for _ in range(_ATTEMPTS):
-            drawn = self.draw(rng)
+            drawn = draw(rng)
             if is_held_out(self.hashed(drawn)) == (split == "test"):
-                return self.made(drawn)
+                return drawn
         raise ValueError(
             f"{self.name} has too few different problems to hold some out for {split}: "
             "choose larger options"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from train.cli.command import run_command
+from train.rl.config import RLConfig
 from train.rl.environments.players import completion_of
 from train.rl.job import RLJob
 from train.rl.learning.penalties import Ternary
@@ -44,6 +45,8 @@ class RejectionConfig(ProbeConfig):
         weights: Model that answers: a run folder, "smollm2", a Hugging Face folder, or a .gguf
             file.
         task: Task or environment with its options.
+        strategy: Rollout strategy, e.g. "turns(history=False, max_observation=1024)"; the default
+            is that of the task.
         pool: Number of training problems, the first ones; the default is all of a finite task.
         samples: Number of answers to each problem, of which some are kept.
         temperature: Temperature of the sampled answers.
@@ -59,6 +62,7 @@ class RejectionConfig(ProbeConfig):
     """
 
     data: Data = "rft"
+    strategy: str | None = None
     keep: int = 4
     probe: str = ""
     samples: int = 64
@@ -72,6 +76,10 @@ class RejectionConfig(ProbeConfig):
             raise ValueError(f"data={self.data!r}: choose {' or '.join(get_args(Data))}")
         if self.keep < 1:
             raise ValueError(f"keep={self.keep}: choose 1 or more")
+
+    @property
+    def rl(self) -> RLConfig:
+        return dataclasses.replace(super().rl, strategy=self.strategy)
 
     @property
     def reward(self) -> Any:
@@ -153,6 +161,7 @@ def accepted(config: RejectionConfig, job: RLJob) -> Iterator[Line]:
     problems = list(_probed(config, task))
     limit = getattr(strategy, "max_observation", 0)
     seen = lambda text: strategy.formatter.cut(text, limit)  # noqa: E731
+    history = getattr(strategy, "history", True)
     for start in range(0, len(problems), config.batch_size):
         some = problems[start : start + config.batch_size]
         counts = [config.samples] * len(some)
@@ -161,7 +170,7 @@ def accepted(config: RejectionConfig, job: RLJob) -> Iterator[Line]:
         for group, problem in enumerate(some):
             mine = [row for row in rows if row.group == group]
             for texts in _kept(mine, task, config.keep):
-                yield from conversations(task, problem, texts, config.chat, seen)
+                yield from conversations(task, problem, texts, config.chat, seen, history)
 
 
 def _probed(config: RejectionConfig, task: Any) -> Iterator[Problem]:
@@ -204,6 +213,7 @@ def conversations(
     texts: Sequence[str],
     chat: bool = False,
     seen: Callable[[str], str] = lambda text: text,
+    history: bool = True,
 ) -> Iterator[Line]:
     """Records of an episode as `sft` takes them.
 
@@ -217,19 +227,22 @@ def conversations(
         texts: Responses of the episode.
         chat: Whether the model has a chat template.
         seen: Function of an observation to the part of it that the policy saw.
+        history: Whether the policy was shown all texts so far; otherwise each turn is a completion
+            of the last observation alone (`turns(history=False)`).
     """
     episodic = hasattr(task, "step")
     state = task.reset(problem) if episodic else None
-    said = [problem.prompt]
+    said, whole = [problem.prompt], chat and episodic and history
     for turn, text in enumerate(texts):
-        if not (chat and episodic):
-            yield {"uid": problem.uid, "prompt": "".join(said), "completion": text}
+        if not whole:
+            prompt = "".join(said) if history else said[-1]
+            yield {"uid": problem.uid, "prompt": prompt, "completion": text}
         said.append(text)
         if turn + 1 < len(texts):
             played = safe_step(task, problem, state, completion_of(problem, text))
             state = played.state
             said.append(seen(played.observation))
-    if chat and episodic:
+    if whole:
         roles = ("user", "assistant")
         messages = [{"role": roles[at % 2], "content": one} for at, one in enumerate(said)]
         yield {"uid": problem.uid, "messages": messages}

@@ -95,9 +95,13 @@ class GeneratedEnvironment(GeneratedProblems):
 
         Args:
             game: State of the game.
-            said: First line of the response.
+            said: First line of the response (`action_of`).
         """
         raise self._missing("move(game, said)")
+
+    def action_of(self, text: str) -> str:
+        """The part of a response that `move` is given: its first line, unless overridden."""
+        return answer_of(text)
 
     def reminder(self, game: Any) -> str:
         """What a text that is no action is answered by."""
@@ -153,7 +157,7 @@ class GeneratedEnvironment(GeneratedProblems):
         """
         if state.over:
             raise ValueError(f"{self.word}: the episode is over: reset before the next step")
-        move = self.move(state.game, answer_of(action.text))
+        move = self.move(state.game, self.action_of(action.text))
         formed = move is not None
         if move is None:
             move = Move(state.game, self.reminder(state.game), lost=self.strict)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from train.rl.environments.generated import GeneratedEnvironment, Move, board, rows_of
-from train.rl.environments.sokoban_levels import STEPS, Level, generate, solve
+from train.rl.environments.sokoban_levels import STEPS, Level, check_level, generate, solve
 from train.rl.problems import at_least, at_most
 
 
@@ -44,17 +44,7 @@ class Sokoban(GeneratedEnvironment):
     def check(self) -> None:
         at_least(self, height=4, width=4, boxes=1, walls=0, pulls=1, moves=1)
         at_most(self, height=20, width=20, boxes=8, pulls=1000, moves=100)
-        if max(self.height, self.width) < 5:
-            raise ValueError(
-                f"sokoban: height={self.height} and width={self.width}: choose one of them 5 or "
-                "more, so that a box can be pulled"
-            )
-        inside = (self.height - 2) * (self.width - 2)
-        if self.boxes + self.walls > inside // 2:
-            raise ValueError(
-                f"sokoban: boxes={self.boxes} and walls={self.walls} in {inside} cells: "
-                "choose half of them or less"
-            )
+        check_level(self.word, self.height, self.width, self.boxes, self.walls)
 
     def draw(self, rng: np.random.Generator) -> tuple[list[str], str]:
         level = generate(rng, self.height, self.width, self.boxes, self.walls, self.pulls)

@@ -113,6 +113,29 @@ def _add(cell: Cell, step: Cell) -> Cell:
     return cell[0] + step[0], cell[1] + step[1]
 
 
+def check_level(word: str, height: int, width: int, boxes: int, walls: int) -> None:
+    """Raise a `ValueError` for sizes of which `generate` makes too few levels.
+
+    Args:
+        word: Name of the environment, for the message.
+        height: Number of rows, with the walls around.
+        width: Number of columns, with the walls around.
+        boxes: Number of boxes.
+        walls: Number of walls inside.
+    """
+    if min(height, width) < 4 or max(height, width) < 5:
+        raise ValueError(
+            f"{word}: height={height} and width={width}: choose one of them 5 or more, so that a "
+            "box can be pulled, and the other 4 or more"
+        )
+    inside = (height - 2) * (width - 2)
+    if boxes + walls > inside // 2:
+        raise ValueError(
+            f"{word}: boxes={boxes} and walls={walls} in {inside} cells: choose half of them or "
+            "less"
+        )
+
+
 def generate(
     rng: np.random.Generator,
     height: int = 6,

@@ -180,6 +180,9 @@ class Turns(RolloutStrategy):
             an episode is one row for the learner. Otherwise each turn begins anew with the text so
             far, without earlier latents (the authors' MemGen), and is a row of its own. None keeps
             the context where there is neither latent memory nor a chat template.
+        history: Whether turns are prompted with all texts so far. Otherwise each is prompted with
+            the last observation alone, and is a row of its own: for environments whose observations
+            are whole prompts, such as `sokoban_variants(restate=True)`.
     """
 
     word: ClassVar[str] = "turns"
@@ -188,8 +191,14 @@ class Turns(RolloutStrategy):
     max_turns: int | None = None
     max_observation: int = 64
     keep_context: bool | None = None
+    history: bool = True
 
     def __post_init__(self):
+        if self.keep_context and not self.history:
+            raise ValueError(
+                "keep_context=True goes on in one text, history=False forgets it: leave one of "
+                "them out"
+            )
         for name in ("max_turns", "max_observation"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -205,7 +214,7 @@ class Turns(RolloutStrategy):
     def for_run(self, formatter: PromptFormatter, config: Any) -> Self:
         keeps = self.keep_context
         if keeps is None:
-            keeps = config.train in ("all", "lora") and not config.chat
+            keeps = config.train in ("all", "lora") and not config.chat and self.history
         mine = super().for_run(formatter, config)
         return dataclasses.replace(mine, keep_context=keeps)
 
@@ -276,7 +285,8 @@ class Turns(RolloutStrategy):
             going = [index for index, play in enumerate(plays) if not play.over]
             if not going:
                 break
-            prompts = [self.formatter.prompt(said[index]) for index in going]
+            first = 0 if self.history else -1
+            prompts = [self.formatter.prompt(said[index][first:]) for index in going]
             texts, source = unique_prompts(prompts)
             keys = sampling_keys([rollouts[index] for index in going], (*seed, turn))
             conversation = sampler.open(texts, source, keys, self.max_new_tokens)

@@ -1,0 +1,375 @@
+"""Does a tuned model still read its prompt? Frozen and diverse names of actions, side by side.
+
+python -m train.experiments.frozen_prompts --out frozen_prompts.jsonl
+python -m train.experiments.frozen_prompts --report frozen_prompts.jsonl
+
+After "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), small enough for a CPU. A decoder
+of two layers first learns to look names up: a prompt gives each of four directions a word, and asks
+for one of them. Then it is tuned on a policy of one step on a grid, whose answer is what the prompt
+calls the direction towards the target. Arms differ in the number of different maps of names (K), or
+in whether the direction is thought before it is named. "Fake" shows new names and counts the old.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memgen import LoRAConfig, MemGenConfig
+from thoughtbubbles import ModelConfig
+from train.benchmarks.timing import Clock
+from train.cli.command import run_command
+from train.data.everyday_words import EVERYDAY_WORDS
+from train.data.semantic_maps import MapSampler, PromptTemplate, RenderedPrompt, SemanticMap
+from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import Trainable, TrainState, make_trainable
+from train.engine.step import TrainStep, make_train_step
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
+from train.finetuning.job import sft_loss
+from train.models.finetunable import FinetunableModel
+
+KEY = ("arm", "pretraining", "steps", "seed")
+DIRECTIONS = ("up", "down", "left", "right")
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+SIZE = 6  # of the grid
+NEAR = 3  # greatest distance of a state that the arms with thoughts are tuned on
+WORDS = EVERYDAY_WORDS[::3][:64]
+HELD_OUT = 20  # of the words
+TOKENS = {name: i for i, name in enumerate((*WORDS, *DIRECTIONS, *map(str, range(SIZE))))}
+_NAMES = " ".join(f"{direction} {{{direction}}}" for direction in DIRECTIONS)
+LOOKUP = PromptTemplate("lookup", (f"{_NAMES} {{wanted}}",), DIRECTIONS, ("wanted",))
+POLICY = PromptTemplate("policy", (f"{_NAMES} {{state}}",), DIRECTIONS, ("state",))
+WIDTH = 14  # tokens of a row: four named directions, two cells, and a response of two
+
+BATCH = 128
+MODEL = ModelConfig(vocab_size=len(TOKENS), embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256)
+PRETRAINING = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
+TUNING = OptimizerConfig(learning_rate=5e-4, weight_decay=0.0, warmup=0.0, final_ratio=1.0)
+# At these rates a tied embedding that is tuned unlearns every word that is never an answer, in all
+# arms; that of a large model hardly moves.
+TUNED = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("embed")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is tuned on.
+
+    Attributes:
+        maps: Number of different maps (K); None for a new one in each example.
+        thoughts: Whether the response is the direction and then its name, not the name alone.
+        near: Whether states are at most `NEAR` steps from their target.
+    """
+
+    maps: int | None
+    thoughts: bool = False
+    near: bool = False
+
+
+ARMS = {
+    "frozen": Arm(1),
+    **{f"K={maps}": Arm(maps) for maps in (2, 4, 8, 16, 64)},
+    "diverse": Arm(None),
+    "answer, frozen": Arm(1, near=True),
+    "answer, diverse": Arm(None, near=True),
+    "thoughts, frozen": Arm(1, thoughts=True, near=True),
+    "thoughts, diverse": Arm(None, thoughts=True, near=True),
+}
+TESTS = ("id", "permuted", "pool", "held_out", "far", "fake")
+EARLY = (25, 50)  # steps after which arms are scored too
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenPrompts(StudyConfig):
+    """Tunes a small decoder on frozen and on diverse names of actions, or reports what was tuned.
+
+    Attributes:
+        arms: Arms by name, all by default.
+        pretraining: Number of steps in which the decoder learns to look names up.
+        steps: Number of tuning steps of each arm.
+        prompts: Number of test prompts of each kind.
+    """
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    pretraining: int = 1200
+    steps: int = 500
+    prompts: int = 512
+    out: str = "frozen_prompts.jsonl"
+
+    def __post_init__(self):
+        check_names("arm", self.arms, ARMS)
+        for name in ("pretraining", "steps", "prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt, the direction that it is about, and the map that the answer is scored by.
+
+    Attributes:
+        prompt: Prompt with the names that it shows.
+        direction: Direction whose name is the answer.
+        scored: Map that names the right answer: that of the prompt, unless it is fake.
+    """
+
+    prompt: RenderedPrompt
+    direction: str
+    scored: SemanticMap
+
+    def response(self, thoughts: bool) -> list[str]:
+        """Words of the target, rendered from the prompt's own map."""
+        return [self.direction] * thoughts + [self.prompt.target(self.direction)]
+
+
+def lookup(shown: SemanticMap, rng: np.random.Generator) -> Example:
+    """A question for the name of one direction."""
+    wanted = DIRECTIONS[rng.integers(len(DIRECTIONS))]
+    return Example(LOOKUP.render(shown, wanted=wanted), wanted, shown)
+
+
+def one_step(
+    shown: SemanticMap,
+    rng: np.random.Generator,
+    keep: Callable[[int], bool] = lambda distance: True,
+    scored: SemanticMap | None = None,
+) -> Example:
+    """A step on the grid: sideways until agent and target share a column, then along it.
+
+    Args:
+        shown: Map of the prompt.
+        rng: Generator of the state.
+        keep: Function of the distance from agent to target that says whether a state is taken.
+        scored: Map that the answer is scored by, where that is another one.
+    """
+    while True:
+        row, column, target_row, target_column = rng.integers(0, SIZE, 4)
+        distance = abs(row - target_row) + abs(column - target_column)
+        if distance and keep(distance):
+            break
+    if column != target_column:
+        direction = "left" if target_column < column else "right"
+    else:
+        direction = "up" if target_row < row else "down"
+    state = f"{row} {column} {target_row} {target_column}"
+    return Example(POLICY.render(shown, state=state), direction, scored or shown)
+
+
+def rows(examples: Sequence[Example], thoughts: bool) -> dict[str, np.ndarray]:
+    """Rows `[B, WIDTH]` of `FinetunableModel.log_probs`; the loss is on responses alone."""
+    tokens = np.full((len(examples), WIDTH), -1, np.int32)
+    loss_mask = np.zeros(tokens.shape, bool)
+    for row, mask, example in zip(tokens, loss_mask, examples, strict=True):
+        prompt, response = example.prompt.text.split(), example.response(thoughts)
+        row[: len(prompt) + len(response)] = [TOKENS[word] for word in (*prompt, *response)]
+        mask[len(prompt) : len(prompt) + len(response)] = True
+    return {"tokens": tokens, "loss_mask": loss_mask, "segment": np.minimum(tokens, 0)}
+
+
+def batches(arm: Arm, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of an arm; each example has an index of its own."""
+    maps = sampler(seed, arm.maps)
+    for start in itertools.count(0, BATCH):
+        rng = np.random.default_rng([seed, 1, start])
+        keep = (lambda distance: distance <= NEAR) if arm.near else (lambda distance: True)
+        found = [one_step(maps.map(0, start + i), rng, keep) for i in range(BATCH)]
+        yield rows(found, arm.thoughts)
+
+
+def lookups(seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of questions for a name; all words are known to the pretrained model."""
+    maps = MapSampler(DIRECTIONS, WORDS, seed=seed)
+    for start in itertools.count(0, BATCH):
+        rng = np.random.default_rng([seed, 0, start])
+        yield rows([lookup(maps.map(1, start + i), rng) for i in range(BATCH)], False)
+
+
+@functools.cache
+def sampler(seed: int, maps: int | None) -> MapSampler:
+    """Sampler of the maps that training draws; with one map it is the frozen one."""
+    return MapSampler(DIRECTIONS, WORDS, distinct=maps, held_out=HELD_OUT, seed=seed)
+
+
+def test_sets(seed: int, count: int) -> dict[str, list[Example]]:
+    """Test prompts of each kind, the same for all arms of a seed."""
+    frozen, pool = sampler(seed, 1).map(0, 0), sampler(seed, None)
+
+    def some(kind: str, shown: Callable[[int, np.random.Generator], SemanticMap], **how: Any):
+        rng = np.random.default_rng([seed, 2, TESTS.index(kind)])
+        return [one_step(shown(i, rng), rng, **how) for i in range(count)]
+
+    def permuted(index: int, rng: np.random.Generator) -> SemanticMap:
+        while True:
+            names = [frozen.answers[i] for i in rng.permutation(len(DIRECTIONS))]
+            if tuple(names) != frozen.answers:
+                return SemanticMap("permuted", dict(zip(DIRECTIONS, names, strict=True)))
+
+    held_out = lambda index, rng: pool.held_out_map(index)  # noqa: E731
+    return {
+        "id": some("id", lambda index, rng: frozen),
+        "permuted": some("permuted", permuted),
+        "pool": some("pool", lambda index, rng: pool.map(1, index)),
+        "held_out": some("held_out", held_out),
+        "far": some("far", held_out, keep=lambda distance: distance > NEAR),
+        "fake": some("fake", held_out, scored=frozen),
+    }
+
+
+class Study:
+    """Compiled programs of one seed, and its pretrained decoder.
+
+    Args:
+        config: Options of the study.
+        seed: Seed of parameters and data.
+    """
+
+    def __init__(self, config: FrozenPrompts, seed: int):
+        self.config, self.seed = config, seed
+        self.tests = test_sets(seed, config.prompts)
+        self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        base = _trainable(PRETRAINING, config.pretraining, self._mesh, seed, nnx.Param)
+        weights = nnx.state(_wrapped(base.architecture(MODEL, rngs=nnx.Rngs(seed))))
+        state = self._trained(
+            make_train_step(base, 1, sft_loss), base.start(weights), lookups(seed),
+            config.pretraining,
+        )  # fmt: skip
+        self._base = state.weights
+        self._tuning = _trainable(TUNING, config.steps, self._mesh, seed, TUNED)
+        self._step = make_train_step(self._tuning, 1, sft_loss)
+
+        @jax.jit
+        def next_token(weights: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
+            """The most probable token behind the first `length` of rows `[B, WIDTH]`."""
+            return jnp.argmax(base.model(weights).model(tokens)[:, length - 1], axis=-1)
+
+        self._next_token = next_token
+
+    def lookup_scores(self) -> dict[str, float]:
+        """Scores of the pretrained decoder on questions for held-out names."""
+        maps, rng = sampler(self.seed, None), np.random.default_rng([self.seed, 3])
+        asked = [lookup(maps.held_out_map(i), rng) for i in range(self.config.prompts)]
+        return self.scores(self._base, asked, False)
+
+    def run(self, arm: Arm) -> dict[str, dict[str, dict[str, float]]]:
+        """Success and validity on each test after some steps: step -> test -> score."""
+        state = self._tuning.start(jax.tree.map(lambda leaf: leaf.copy(), self._base))
+        data, found, done = batches(arm, self.seed), {}, 0
+        for steps in sorted({*EARLY, self.config.steps}):
+            if steps <= self.config.steps:
+                state = self._trained(self._step, state, data, steps - done)
+                done = steps
+                found[str(steps)] = {
+                    name: self.scores(state.weights, test, arm.thoughts)
+                    for name, test in self.tests.items()
+                }
+        return found
+
+    def scores(self, weights: Any, examples: Sequence[Example], thoughts: bool) -> dict[str, float]:
+        """Shares of right answers, and of answers that the prompt allows; greedy."""
+        prompts = [[TOKENS[word] for word in example.prompt.text.split()] for example in examples]
+        texts = np.array(prompts, np.int32)
+        for _ in range(1 + thoughts):
+            padded = np.pad(texts, ((0, 0), (0, WIDTH - texts.shape[1])))
+            answer = self._next_token(weights, padded, texts.shape[1])
+            texts = np.concatenate([texts, np.asarray(answer)[:, None]], axis=1)
+        names = list(TOKENS)
+        answers = [names[token] for token in texts[:, -1]]
+        pairs = list(zip(answers, examples, strict=True))
+        right = [answer == one.scored.names[one.direction] for answer, one in pairs]
+        valid = [one.prompt.is_valid(answer) for answer, one in pairs]
+        return {"success": float(np.mean(right)), "validity": float(np.mean(valid))}
+
+    def _trained(
+        self, step: TrainStep, state: TrainState, data: Iterator[Any], steps: int
+    ) -> TrainState:
+        for _ in range(steps):
+            batch = {name: place(values, self._mesh) for name, values in next(data).items()}
+            state, _ = step(state, batch)
+        return state
+
+
+def _wrapped(model: Any) -> FinetunableModel:
+    return FinetunableModel(
+        model, "all", lora=LoRAConfig(), memgen=MemGenConfig(), boundary=None, rngs=nnx.Rngs(0)
+    )
+
+
+def _trainable(
+    optimizer: OptimizerConfig, steps: int, mesh: Any, seed: int, trained: Any
+) -> Trainable:
+    return make_trainable(MODEL, optimizer, steps, mesh, seed, "auto", trained, _wrapped)
+
+
+def main(config: FrozenPrompts) -> None:
+    """Tune what is missing, or print the tables."""
+    run_study(config, KEY, train_missing, report)
+
+
+def train_missing(config: FrozenPrompts, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs; all arms of a seed begin with the same decoder."""
+    fixed = {"pretraining": config.pretraining, "steps": config.steps}
+    runs = results.missing(
+        {"arm": arm, **fixed, "seed": seed} for seed in config.seeds for arm in config.arms
+    )
+    for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
+        study = Study(config, seed)
+        known = study.lookup_scores()
+        for run in of_seed:
+            clock = Clock()
+            scores = study.run(ARMS[run["arm"]])
+            result = run | {"prompts": config.prompts, "lookup": known, "scores": scores}
+            result |= {"seconds": clock.read().seconds, "jax": jax.__version__}
+            last = scores[str(config.steps)]
+            shown = ", ".join(f"{name} {cell(score)}" for name, score in last.items())
+            yield result, f"{run['arm']} seed {seed}: {shown}"
+
+
+def cell(score: dict[str, float]) -> str:
+    """Success and validity of a test."""
+    return f"{score['success']:.2f}/{score['validity']:.2f}"
+
+
+def report(results: list[Result]) -> str:
+    """A table of success, and one of validity, means over seeds with standard errors."""
+    heads = {"id": "ID", "permuted": "permuted", "pool": "trained pool", "held_out": "held-out",
+             "far": "far, held-out", "fake": "Fake"}  # fmt: skip
+    lines = []
+    for measure in ("success", "validity"):
+        table = []
+        for (arm, steps), found in by_key(results, "arm", "steps").items():
+            for step in found[0]["scores"]:
+                if step != str(steps) and arm not in ("frozen", "diverse"):
+                    continue
+                means = [
+                    mean_text([run["scores"][step][test][measure] for run in found], 2)
+                    for test in heads
+                ]
+                table.append((f"{arm}, step {step}", *means, seeds_text(found)))
+        lines += ["", *markdown_table((measure, *heads.values(), "seeds"), table)]
+    return "\n".join(lines[1:])
+
+
+def command() -> None:
+    run_command(main, FrozenPrompts)
+
+
+if __name__ == "__main__":
+    command()

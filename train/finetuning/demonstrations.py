@@ -1,0 +1,68 @@
+"""Demonstrations of an environment's expert as chat data, a conversation of two messages each."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from train.data.verbalise import Form, verbalise
+from train.rl.environments.instructed import Demonstration, InstructedEnvironment
+from train.rl.types import Split
+from train.runs.files import write_atomically
+
+
+def demonstration_record(
+    demonstration: Demonstration, form: Form, variant: str, epoch: int
+) -> dict[str, Any]:
+    """A record of chat data (`prompt`, `completion`), with what it was rendered from.
+
+    Args:
+        demonstration: State and what the expert does there.
+        form: Parts of the completion (`verbalise`).
+        variant: Variant of the environment.
+        epoch: Number of passes before this one.
+    """
+    prompt = demonstration.prompt
+    return {
+        "prompt": prompt.text,
+        "completion": verbalise(demonstration.trace, form),
+        "template": prompt.template,
+        "paraphrase": prompt.paraphrase,
+        "variant": variant,
+        "map": prompt.shown.name,
+        "names": dict(prompt.shown.names),
+        "problem": demonstration.problem,
+        "epoch": epoch,
+    }
+
+
+def demonstration_records(
+    environment: InstructedEnvironment, split: Split, count: int, epochs: int, form: Form
+) -> Iterator[dict[str, Any]]:
+    """Records of `count` states in each epoch: the same states, with other maps where drawn."""
+    for epoch in range(epochs):
+        for each in environment.demonstrations(split, count, epoch):
+            yield demonstration_record(each, form, environment.variant, epoch)
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> int:
+    """Write records as JSON Lines, whole or not at all; returns how many.
+
+    Args:
+        path: File that does not exist yet; its folder is made.
+        records: Records in order.
+
+    Raises:
+        ValueError: There is such a file.
+    """
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
+    return len(lines)
+
+
+def check_new(path: Path) -> None:
+    """Raise a `ValueError` for a file that exists."""
+    if path.exists():
+        raise ValueError(f"{path} exists: choose another file, or delete it")

@@ -1,0 +1,222 @@
+"""General Points: a formula of some cards that makes 24, where the prompt says what faces count."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from train.data.semantic_maps import TEMPLATES, PromptTemplate, RenderedPrompt, SemanticMap
+from train.data.verbalise import Trace
+from train.rl.environments.general_points_solver import (
+    MOST_NUMBERS,
+    formula_text,
+    solve,
+    steps,
+    value_of,
+)
+from train.rl.environments.generated import Move
+from train.rl.environments.instructed import InstructedEnvironment, Variant
+from train.rl.problems import at_least, at_most
+
+FACES = ("J", "Q", "K")
+RANKS = (*map(str, range(1, 11)), *FACES)
+LARGE = tuple(map(str, range(14, 20)))
+"""Numbers above those of cards, of which the variant `large` deals one or more."""
+
+_FORM = '{{"cards": [...], "number": [...], "formula": "..."}}'
+TEMPLATE = PromptTemplate(
+    "general_points",
+    (
+        "Cards: {cards}\nJ counts as {J}, Q counts as {Q}, K counts as {K}. Use each card once, "
+        f"with + - * / and brackets, to make {{target}}. Answer in JSON: {_FORM}\n",
+        "A game of cards: J counts as {J}, Q counts as {Q}, K counts as {K}, the others what is "
+        "written on them.\nCards: {cards}\nWrite a formula of all of them that is {target}, as "
+        f"{_FORM}\n",
+        "Reach {target} by adding, subtracting, multiplying and dividing; take every card exactly "
+        "once.\nCards: {cards}\nJ counts as {J}, Q counts as {Q}, K counts as {K}.\n"
+        f"{_FORM}\n",
+    ),
+    FACES,
+    ("cards", "target"),
+)
+TEMPLATES[TEMPLATE.name] = TEMPLATE
+
+_ATTEMPTS = 200  # to deal cards that can make the target
+
+
+def _map(*values: int) -> SemanticMap:
+    jack, queen, king = values if len(values) == 3 else values * 3
+    name = f"all_{jack}" if len(values) == 1 else f"{jack}_{queen}_{king}"
+    return SemanticMap(name, {"J": str(jack), "Q": str(queen), "K": str(king)})
+
+
+ALL_10 = _map(10)
+DIVERSE = (ALL_10, _map(11), _map(13), _map(9, 10, 11), _map(10, 11, 12), _map(7, 9, 11),
+           _map(8, 10, 12), _map(9, 11, 13))  # fmt: skip
+"""The eight maps that diverse training data have."""
+
+_ANY = {"cards": 4, "faces": 0, "large": 0}
+_FACES = _ANY | {"faces": 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneralPoints(InstructedEnvironment):
+    """A formula of the dealt cards, each once, that makes 24; the prompt says what J, Q, K count.
+
+    Variants of arXiv 2510.00237. Values: `id` (all 10), `all_5`, `all_7`, `all_12`, `regular` (11,
+    12, 13), all but `id` with at least one face; `diverse` draws one of eight maps, `held_out` one
+    that `held_out=2` keeps from it. Difficulty: `large` (at least one card from 14 to 19), `five`
+    (cards), and easier, `three`. `fake` says that faces count 5 and scores them as 10,
+    `fake_regular` 11, 12, 13. The scripted player solves what it is shown.
+
+    Attributes:
+        variant: Variant by name.
+        template: Template of the prompt, a name of `TEMPLATES`; "" for the usual one.
+        maps: Number of the eight maps that `diverse` draws from, its first ones (K); 0 for all.
+        resample: Whether demonstrations of another epoch have other maps.
+        held_out: Number of the eight maps, the last ones, that only `held_out` draws.
+        paraphrases: Number of wordings of the prompt.
+        restate: Whether each observation is a whole prompt, for policies that are shown one
+            observation at a time.
+        cards: Number of cards, 2 to 5; 0 takes that of the variant.
+        target: Number to make.
+        max_turns: Number of formulas that may be tried.
+        malformed: Reward of a text that is no formula; it takes a turn.
+        strict: Whether such a text ends the episode.
+        seed: Seed of the order of problems and of maps.
+    """
+
+    word: ClassVar[str] = "general_points"
+    usual_template = TEMPLATE
+    pool = DIVERSE
+    variants: ClassVar[Mapping[str, Variant]] = {
+        "id": Variant(ALL_10, sizes=_ANY),
+        "all_5": Variant(_map(5), sizes=_FACES),
+        "all_7": Variant(_map(7), sizes=_FACES),
+        "all_12": Variant(_map(12), sizes=_FACES),
+        "regular": Variant(_map(11, 12, 13), sizes=_FACES),
+        "three": Variant(ALL_10, sizes=_ANY | {"cards": 3}),
+        "large": Variant(ALL_10, sizes=_ANY | {"large": 1}),
+        "five": Variant(ALL_10, sizes=_ANY | {"cards": 5}),
+        "fake": Variant(_map(5), ALL_10, sizes=_FACES),
+        "fake_regular": Variant(_map(11, 12, 13), ALL_10, sizes=_FACES),
+        "diverse": Variant(sizes=_ANY),
+        "held_out": Variant(held_out=True, sizes=_FACES),
+    }
+
+    cards: int = 0
+    target: int = 24
+    max_turns: int = 1
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, cards=0, target=1)
+        at_most(self, cards=MOST_NUMBERS, target=1000)
+        if self.cards == 1:
+            raise ValueError(f"{self.word}: cards=1: choose 2 or more, or 0 for the variant's")
+
+    def draw(
+        self, rng: np.random.Generator, scored: SemanticMap | None = None
+    ) -> tuple[list[str], str]:
+        names = (scored or ALL_10).names
+        count, sizes = self.size("cards"), self.variants[self.variant].sizes
+        for _ in range(_ATTEMPTS):
+            cards = [RANKS[i] for i in rng.integers(0, len(RANKS), count)]
+            if sizes["large"]:
+                cards[rng.integers(count)] = LARGE[rng.integers(len(LARGE))]
+            if sizes["faces"] and not set(cards) & set(FACES):
+                cards[rng.integers(count)] = FACES[rng.integers(len(FACES))]
+            if solve(_numbers(cards, names), self.target) is not None:
+                return cards, ""
+        raise ValueError(
+            f"{self.word}: {count} cards hardly ever make target={self.target}: choose a smaller "
+            "target or more cards"
+        )
+
+    def hashed(self, drawn: tuple[Any, ...]) -> str:
+        return f"{self.word} {sorted(drawn[0])}"
+
+    def start(self, drawn: Sequence[str]) -> tuple[str, ...]:
+        return tuple(drawn)
+
+    def values(self, inner: tuple[str, ...]) -> Mapping[str, str]:
+        return {"cards": ", ".join(inner), "target": str(self.target)}
+
+    def observation(self, inner: tuple[str, ...]) -> str:
+        return f" write a formula of {' '.join(inner)} "
+
+    def act(self, inner: tuple[str, ...], said: str, scored: SemanticMap) -> Move | None:
+        formula = self._formula(said)
+        if formula is None:
+            return None
+        success = value_of(formula, _numbers(inner, scored.names)) == self.target
+        return Move(inner, " right " if success else " wrong ", success)
+
+    def is_valid(self, inner: tuple[str, ...], said: str, prompt: RenderedPrompt) -> bool:
+        formula = self._formula(said)
+        if formula is None:
+            return False
+        return value_of(formula, _numbers(inner, prompt.shown.names)) is not None
+
+    def _formula(self, said: str) -> str | None:
+        """The formula in an answer, which is JSON, or the formula alone."""
+        if not said or len(said) > 1000:
+            return None
+        if said.startswith("{"):
+            try:
+                fields = json.loads(said)
+            except (ValueError, RecursionError):
+                return None
+            formula = fields.get("formula") if isinstance(fields, dict) else None
+            if not isinstance(formula, str):
+                return None
+            said = formula
+        formula, equals, value = said.partition("=")
+        return None if equals and value.strip() != str(self.target) else formula
+
+    def expert(self, inner: tuple[str, ...], prompt: RenderedPrompt) -> tuple[Trace, None]:
+        numbers = _numbers(inner, prompt.shown.names)
+        formula = solve(numbers, self.target)
+        if formula is None:  # of a fake variant: solvable as it is scored, not as it is shown
+            text, way = "+".join(map(str, numbers)), []
+        else:
+            text, way = formula_text(formula), steps(formula)
+        answer = _answer(inner, numbers, text)
+        counts = f"{' '.join(inner)} count as {' '.join(map(str, numbers))}"
+        return Trace(f"{counts}. {', '.join(way)}. So {answer}", answer), None
+
+    def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        cards, numbers = _seen(shown[0])
+        order = [numbers[i] for i in rng.permutation(len(numbers))]
+        signs = ["+-*/"[i] for i in rng.integers(0, 4, len(numbers) - 1)]
+        rest = "".join(f"{sign}{n}" for sign, n in zip(signs, order[1:], strict=True))
+        return _answer(cards, numbers, f"{order[0]}{rest}")
+
+    def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
+        cards, numbers = _seen(shown[0])
+        formula = solve(numbers, self.target)
+        if formula is None:
+            return self.random_action(shown, rng)
+        return _answer(cards, numbers, formula_text(formula))
+
+
+def _numbers(cards: Sequence[str], names: Mapping[str, str]) -> list[int]:
+    """What cards count."""
+    return [int(names.get(card, card)) for card in cards]
+
+
+def _answer(cards: Sequence[str], numbers: Sequence[int], formula: str) -> str:
+    """An answer in JSON, without spaces: one word."""
+    fields = {"cards": list(cards), "number": list(numbers), "formula": formula}
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def _seen(prompt: str) -> tuple[list[str], list[int]]:
+    """Cards of a prompt, and what they count by it."""
+    [line] = [line for line in prompt.split("\n") if line.startswith("Cards: ")]
+    cards = line.removeprefix("Cards: ").split(", ")
+    names = dict(re.findall(r"([JQK]) counts as ([0-9]+)", prompt))
+    return cards, _numbers(cards, names)

@@ -1,0 +1,141 @@
+"""Formulas of some numbers that make a target: an exact solver, and a verifier."""
+
+import functools
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+from train.rl.environments.expressions import evaluate
+
+Formula = int | tuple[str, "Formula", "Formula"]
+"""A number, or a sign between two formulas."""
+
+MOST_NUMBERS = 5
+
+_LEGAL = re.compile(r"[0-9+\-*/() ]+")
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+
+def solve(numbers: Sequence[int], target: int) -> Formula | None:
+    """A formula that uses each number once and makes the target exactly, None where there is none.
+
+    Args:
+        numbers: Up to `MOST_NUMBERS` whole numbers above 0, in any order.
+        target: Whole number above 0.
+
+    Raises:
+        ValueError: There are more numbers, or a number or the target is below 1.
+    """
+    if not 1 <= len(numbers) <= MOST_NUMBERS or min(*numbers, target) < 1:
+        raise ValueError(
+            f"numbers={tuple(numbers)} and target={target}: choose 1 to {MOST_NUMBERS} numbers, "
+            "all above 0"
+        )
+    return _solve(tuple(sorted(numbers)), target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _solve(numbers: tuple[int, ...], target: int) -> Formula | None:
+    if len(numbers) == 1:
+        return numbers[0] if numbers[0] == target else None
+    wanted = Fraction(target)
+    for some, others in _splits(numbers):
+        found = _values(others)
+        for value, formula in _values(some).items():
+            # What the other side has to be, for each sign between the two.
+            needed = [("+", wanted - value, False), ("-", value - wanted, False),
+                      ("-", wanted + value, True)]  # fmt: skip
+            if value:
+                needed += [("*", wanted / value, False), ("/", value / wanted, False),
+                           ("/", wanted * value, True)]  # fmt: skip
+            for sign, other, swapped in needed:
+                if other in found and (sign != "/" or swapped or other):
+                    pair = (found[other], formula) if swapped else (formula, found[other])
+                    return sign, *pair
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _values(numbers: tuple[int, ...]) -> dict[Fraction, Formula]:
+    """All that some numbers can make, each by one formula."""
+    if len(numbers) == 1:
+        return {Fraction(numbers[0]): numbers[0]}
+    found: dict[Fraction, Formula] = {}
+    for some, others in _splits(numbers):
+        pairs = itertools.product(_values(some).items(), _values(others).items())
+        for (a, left), (b, right) in pairs:
+            made = [(a + b, "+", left, right), (a - b, "-", left, right), (b - a, "-", right, left),
+                    (a * b, "*", left, right)]  # fmt: skip
+            if b:
+                made.append((a / b, "/", left, right))
+            if a:
+                made.append((b / a, "/", right, left))
+            for value, *formula in made:
+                found.setdefault(value, tuple(formula))  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def _splits(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Ways to part some numbers in two, the smaller part first; equal ones once."""
+    seen = set()
+    for size in range(1, len(numbers) // 2 + 1):
+        for chosen in itertools.combinations(range(len(numbers)), size):
+            some = tuple(numbers[i] for i in chosen)
+            if some not in seen:
+                seen.add(some)
+                yield some, tuple(n for i, n in enumerate(numbers) if i not in chosen)
+
+
+def formula_text(formula: Formula) -> str:
+    """A formula with no more brackets than it needs."""
+    if isinstance(formula, int):
+        return str(formula)
+    sign, left, right = formula
+    level = _PRECEDENCE[sign]
+    # Brackets on the right of an equal sign: a-(b-c), a/(b*c); sums and products need none.
+    right_level = level + (sign in "-/" or sign == "*" and _sign(right) == "/")
+    return f"{_bracketed(left, level)}{sign}{_bracketed(right, right_level)}"
+
+
+def _bracketed(formula: Formula, level: int) -> str:
+    text, sign = formula_text(formula), _sign(formula)
+    return f"({text})" if sign and _PRECEDENCE[sign] < level else text
+
+
+def _sign(formula: Formula) -> str:
+    return "" if isinstance(formula, int) else formula[0]
+
+
+def steps(formula: Formula) -> list[str]:
+    """Each operation of a formula with its exact value, in the order of evaluation."""
+    return _steps(formula)[1]
+
+
+def _steps(formula: Formula) -> tuple[Fraction, list[str]]:
+    if isinstance(formula, int):
+        return Fraction(formula), []
+    sign, left, right = formula
+    (a, before), (b, then) = _steps(left), _steps(right)
+    value = evaluate(f"({a}){sign}({b})")
+    shown = [f"({x})" if x.denominator > 1 else str(x) for x in (a, b)]
+    return value, [*before, *then, f"{shown[0]}{sign}{shown[1]}={value}"]
+
+
+def value_of(text: str, numbers: Sequence[int]) -> Fraction | None:
+    """The exact value of a formula of exactly these numbers, each used once; None for other texts.
+
+    Legal tokens are whole numbers, `+ - * /`, brackets and spaces.
+
+    Args:
+        text: Formula, of any length.
+        numbers: Numbers that were dealt.
+    """
+    if not _LEGAL.fullmatch(text[:300]):
+        return None
+    try:
+        value = evaluate(text)
+    except ValueError:
+        return None
+    return value if Counter(map(int, re.findall("[0-9]+", text))) == Counter(numbers) else None
