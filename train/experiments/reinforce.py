@@ -74,6 +74,7 @@ class TaskSetup:
         steps: Largest number of supervised optimizer steps.
         max_new_tokens: Number of tokens of the longest answer and its end.
         pool: Number of training problems of reinforcement learning; None for an endless task.
+        abstained: Share of the demonstrations that abstain: what is never sampled is never learned.
     """
 
     task: str
@@ -82,6 +83,7 @@ class TaskSetup:
     steps: int
     max_new_tokens: int
     pool: int | None = None
+    abstained: float = 0.0
 
 
 TASKS = {
@@ -89,6 +91,8 @@ TASKS = {
     "sort": TaskSetup("sort(length=5, shortest=3)", 200, 0.4, 300, 6),
     # Some problems are always solved and some never.
     "mixed": TaskSetup("reverse(length=8)", 400, 0.35, 300, 9, pool=256),
+    # Half of the facts that are asked for are not stated; answers to them are guesses.
+    "facts": TaskSetup("hidden_facts(facts=2, values=5)", 4000, 0.4, 600, 2, abstained=0.1),
 }
 CONTROLS = ("coin", "demonstrations")
 
@@ -222,9 +226,11 @@ class Baseline:
 
     def demonstrations(self) -> list[Problem]:
         """Training problems whose answers are shown."""
-        return [
-            self.task.problem("train", DEMONSTRATED + i) for i in range(self.setup.demonstrations)
-        ]
+        count, rng = self.setup.demonstrations, np.random.default_rng([self.seed, 4])
+        shown = [self.task.problem("train", DEMONSTRATED + i) for i in range(count)]
+        for i in np.flatnonzero(rng.random(count) < self.setup.abstained):
+            shown[i] = dataclasses.replace(shown[i], answer=self.task.unknown)
+        return shown
 
     def rl(self, folder: str, **changes: Any) -> RLConfig:
         """Config of a run in `folder`, with `changes` of its fields."""

@@ -94,11 +94,11 @@ class Experiment(StudyConfig):
 
     arms: tuple[str, ...] = tuple(ARMS)
     environment: str = "guess_number(high=12, max_turns=3)"
-    supervised: int = 150
-    steps: int = 12
+    supervised: int = 400
+    steps: int = 60
     batch_size: int = 8
     num_generations: int = 8
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     episodes: int = 512
     out: str = "synthesis.jsonl"
 
@@ -187,14 +187,15 @@ def plain_job(config: Experiment, lm: LanguageModel, seed: int) -> RLJob:
 
 def taught(config: Experiment, seed: int) -> LanguageModel:
     """A forking decoder that plays at random, with a weaver whose latents know bisection."""
-    optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
     model = Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed))
     lm = LanguageModel(model, ByteTokenizer())
-    options: Any = {"steps": config.supervised, "optimizer": optimizer, **PLAIN}
-    job = make_job(config, lm, seed, train="all", **options)
+    options: Any = {"steps": config.supervised, **PLAIN}
+    optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
+    job = make_job(config, lm, seed, train="all", optimizer=optimizer, **options)
     reasoner = job.trainable.model(_shown(config, job, "random").weights).backbone.model
     lm = LanguageModel(reasoner, lm.tokenizer)
-    job = make_job(config, lm, seed, train="weaver", memgen=MEMGEN, **options)
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
+    job = make_job(config, lm, seed, train="weaver", memgen=MEMGEN, optimizer=optimizer, **options)
     woven = job.trainable.model(_shown(config, job, "scripted").weights).memgen
     return LanguageModel(reasoner, lm.tokenizer, woven)
 
@@ -269,7 +270,8 @@ def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
         episodes: Number of episodes.
         weights: Weights that play; None for the first ones of the job.
     """
-    problems = [job.task.problem("train", at) for at in range(job.task.sizes["train"])]
+    size: Any = job.task.sizes["train"]
+    problems = [job.task.problem("train", at) for at in range(size)]
     counts = [len(range(at, episodes, len(problems))) for at in range(len(problems))]
     sampler = job.sampler(job.first_state().weights if weights is None else weights)
     rows = job.collector.strategy.collect(sampler, job.task, problems, counts, (7, 7))
