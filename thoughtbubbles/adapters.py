@@ -20,6 +20,7 @@ import numpy as np
 
 from thoughtbubbles.backbone import ATTENTION_MAPS, MLP_MAPS
 from thoughtbubbles.fields import Fields, cut, read_json, shown
+from thoughtbubbles.placement import product_beside
 from thoughtbubbles.safetensors_files import SafetensorsFiles, new_folder, write_safetensors
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.stored_parameters import BLOCK
@@ -73,7 +74,8 @@ class LoRAWeights(ShortRepr):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., outputs]` of `x [..., inputs]`; the arrays must be those of a single layer."""
-        return (x @ self.a.astype(x.dtype) @ self.b.astype(x.dtype)) * self.scale
+        low = product_beside(x, self.a.astype(x.dtype))
+        return product_beside(low, self.b.astype(x.dtype)) * self.scale
 
     @property
     def delta(self) -> jax.Array:
