@@ -65,7 +65,7 @@ class LowRank(nnx.Module):
     @property
     def delta(self) -> jax.Array:
         """Sum to add to the layer's weight to merge the adapter: `[*stack, inputs, outputs]`."""
-        return (self.a[...] @ self.b[...]) * self.scale
+        return product_beside(self.a[...], self.b[...]) * self.scale
 
 
 def make_adapter(

@@ -187,6 +187,20 @@ def test_under_explicit_axes():
     assert "all-reduce" in text and len(GATHER.findall(text)) <= len(GATHER.findall(plain))
 
 
+def test_products_of_matrices_that_are_split_themselves():
+    """As optimizers hold them (FSDP): the small matrices are gathered, not what they multiply."""
+    low = LowRank((), 16, 6, memgen.LoRAConfig(RANK, dropout=0.5), rngs=nnx.Rngs(0))
+    low.b[...], low.key = drawn(low.b.shape), nnx.data(jax.random.key_data(jax.random.key(0)))
+    run = jax.jit(lambda low, x: (low(x), low.delta))
+    expected = run(low, X)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])):
+        low.a.set_value(jax.device_put(low.a[...], PartitionSpec("data")))
+        low.b.set_value(jax.device_put(low.b[...], PartitionSpec(None, "data")))
+        found = run(low, jax.device_put(X, PartitionSpec("data")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+    assert found[0].sharding.spec[0] == "data"
+
+
 def test_a_contracted_axis_that_is_sharded_behind_another():
     """The two can't be one axis as they are."""
     layer = nnx.Einsum("BTNH,NHD->BTD", (4, 4, 16), rngs=nnx.Rngs(0))

@@ -80,7 +80,7 @@ class LoRAWeights(ShortRepr):
     @property
     def delta(self) -> jax.Array:
         """Sum to add to the layer's weight to merge the adapter: `[*stack, inputs, outputs]`."""
-        return (self.a @ self.b) * self.scale[..., None, None]
+        return product_beside(self.a, self.b) * self.scale[..., None, None]
 
 
 def hugging_face_module(target: str, index: tuple[int, ...]) -> str:

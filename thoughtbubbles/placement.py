@@ -80,7 +80,8 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
     Args:
         x: `[..., inputs]` array.
-        matrix: `[inputs, outputs]` array.
+        matrix: `[inputs, outputs]` array; or a stack of them, `[*stack, inputs, outputs]`, for `x`
+            of the same stack.
     """
     here, there = jax.typeof(x).sharding, jax.typeof(matrix).sharding
     if not any(here.spec) and not any(there.spec):
@@ -88,8 +89,9 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
     mesh = here.mesh if any(here.spec) else there.mesh
     *rows, split = here.spec
     names = jax.tree.leaves(tuple(rows))
-    free = None if set(jax.tree.leaves(there.spec[1])) & set(names) else there.spec[1]
-    matrix = jax.sharding.reshard(matrix, NamedSharding(mesh, PartitionSpec(split, free)))
+    free = None if set(jax.tree.leaves(there.spec[-1])) & set(names) else there.spec[-1]
+    spec = PartitionSpec(*there.spec[:-2], split, free)
+    matrix = jax.sharding.reshard(matrix, NamedSharding(mesh, spec))
     place = NamedSharding(mesh, PartitionSpec(*rows, free))
     return jnp.matmul(x, matrix, out_sharding=place)
 
