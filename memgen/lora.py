@@ -13,6 +13,7 @@ from memgen.checks import check_config
 from memgen.config import LoRAConfig
 from memgen.module import named
 from memgen.nnx_layers import LayerAxes, choices, linear_axes
+from memgen.placement import placed_as, product_beside
 
 
 class LowRank(nnx.Module):
@@ -57,14 +58,14 @@ class LowRank(nnx.Module):
             keep = jax.random.bernoulli(
                 jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape
             )
-            x = jnp.where(keep, x / (1 - self.dropout), 0)
-        low = x @ self.a[...].astype(x.dtype)
-        return (low @ self.b[...].astype(x.dtype)) * self.scale
+            x = jnp.where(placed_as(keep, x), x / (1 - self.dropout), 0)
+        low = product_beside(x, self.a[...].astype(x.dtype))
+        return product_beside(low, self.b[...].astype(x.dtype)) * self.scale
 
     @property
     def delta(self) -> jax.Array:
         """Sum to add to the layer's weight to merge the adapter: `[*stack, inputs, outputs]`."""
-        return (self.a[...] @ self.b[...]) * self.scale
+        return product_beside(self.a[...], self.b[...]) * self.scale
 
 
 def make_adapter(

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memgen.placement import placed_as
+
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+OWN_CALLS = tuple(kind.__call__ for kind in LAYERS)
 
 LayerAxes = tuple[tuple[str | None, ...], str | None, str | None]
 """Names of the axes of a linear layer's stack, of its inputs, and of its outputs."""
@@ -48,8 +51,7 @@ class _Form(NamedTuple):
         """The input of the layer as `[..., inputs]`."""
         last = range(-len(self.inputs), 0)
         x = jnp.einsum(self.before, x) if self.before else jnp.moveaxis(x, self.axis, last)
-        x = _whole(x, len(self.inputs))
-        return x.reshape(*x.shape[: x.ndim - len(self.inputs)], -1)
+        return _joined(x, len(self.inputs))
 
     def of_rows(self, y: jax.Array) -> jax.Array:
         """`[..., outputs]` as the output of the layer."""
@@ -58,7 +60,7 @@ class _Form(NamedTuple):
 
     def of_matrix(self, delta: jax.Array) -> jax.Array:
         """`[*stack, inputs, outputs]` as the kernel."""
-        delta = delta.reshape(*self.stack, *self.inputs, *self.outputs)
+        delta = _whole(delta, 2).reshape(*self.stack, *self.inputs, *self.outputs)
         depth = len(self.stack)
         back = sorted(range(len(self.kernel)), key=self.kernel.__getitem__)
         return delta.transpose(*range(depth), *(depth + axis for axis in back))
@@ -110,7 +112,9 @@ def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
     """`DecoderBackbone.apply_lora` of a module: a copy with adapters, over the same arrays.
 
     A layer with an adapter keeps its type, its attributes (`kernel`, `out_features`, ...) and the
-    arguments of its call (`out_sharding`).
+    arguments of its call (`out_sharding`). The adapter's output is added to that of the layer; one
+    whose class has a `__call__` of its own, which may scale what it returns, is called with the
+    adapter in its kernel. Both give what `merge_lora` gives.
 
     Args:
         module: Module with linear layers.
@@ -152,7 +156,7 @@ def merge_lora(module: nnx.Module, deltas: Mapping[str, jax.Array]) -> Any:
             )
         copy = _copy(layer)
         kernel = copy.kernel[...]
-        copy.kernel.set_value(kernel + form.of_matrix(deltas[name]).astype(kernel.dtype))
+        copy.kernel.set_value(_changed_kernel(kernel, deltas[name], form))
         return copy
 
     return _changed(module, deltas, change)
@@ -215,9 +219,6 @@ class _Adapted:
     """A linear layer with `low_rank` added to what it computes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        y = super().__call__(*args, **kwargs)  # pyright: ignore
-        bound = inspect.signature(super().__call__).bind(*args, **kwargs)  # pyright: ignore
-        inputs = next(iter(bound.arguments.values()))
         layer: Any = self
         form = _form_of("a layer", layer)
         assert form is not None  # or no adapter had been added to it
@@ -227,13 +228,46 @@ class _Adapted:
                 "call the layer inside the nnx.vmap or nnx.scan that it was made by; layers with "
                 "a matrix for each element of a batch take no adapter"
             )
+        kind = type(self).__mro__[2]
+        if kind.__call__ not in OWN_CALLS:
+            return kind.__call__(_with_changed_kernel(layer, kind, form), *args, **kwargs)
+        y = super().__call__(*args, **kwargs)  # pyright: ignore
+        bound = inspect.signature(super().__call__).bind(*args, **kwargs)  # pyright: ignore
+        inputs = next(iter(bound.arguments.values()))
         # In the type that the layer computes in, which its dtype may set.
         update = form.of_rows(layer.low_rank(form.rows(inputs).astype(y.dtype)))
-        return y + _placed_as(update.astype(y.dtype), y)
+        return y + placed_as(update.astype(y.dtype), y)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(max(2, int(protocol)))
         return _empty, (type(self).__mro__[2],), *state
+
+
+def _with_changed_kernel(layer: Any, kind: type, form: _Form) -> Any:
+    """An adapted layer whose kernel has the adapter in it; all other variables are the same ones.
+
+    What a `__call__` that is not Flax's own does with the kernel is not known: it may scale the
+    result, or normalise the kernel. To such a layer nothing can be added from outside.
+    """
+    low = layer.low_rank
+    if not hasattr(low, "delta"):
+        raise ValueError(
+            f"{kind.__name__} has a __call__ of its own, which takes an adapter by its kernel: "
+            f"give one with a delta, as of make_adapter, not a {type(low).__name__}"
+        )
+    if getattr(low, "key", None) is not None and low.dropout:
+        raise ValueError(
+            f"{kind.__name__} has a __call__ of its own, whose input no dropout={low.dropout} "
+            "reaches: set dropout=0, or leave it out of the targets"
+        )
+    changed = object.__new__(type(layer))
+    kernel = _changed_kernel(layer.kernel[...], low.delta, form)
+    vars(changed).update(vars(layer) | {"kernel": layer.kernel.replace(kernel)})
+    return changed
+
+
+def _changed_kernel(kernel: jax.Array, delta: jax.Array, form: _Form) -> jax.Array:
+    return kernel + placed_as(form.of_matrix(delta).astype(kernel.dtype), kernel)
 
 
 def _empty(kind: type) -> Any:
@@ -296,15 +330,24 @@ def _stack(name: str, layer: Any, own: tuple[int, ...]) -> tuple[int, ...]:
     return shape[: len(shape) - len(own)]
 
 
+def _joined(x: jax.Array, axes: int) -> jax.Array:
+    """`x` with its last axes as one, split over devices as the first of them is.
+
+    An explicit split of the others, which one axis can't have, is gathered.
+    """
+    x = _whole(x, axes - 1)
+    rows, here = x.ndim - axes, jax.typeof(x).sharding
+    shape = (*x.shape[:rows], math.prod(x.shape[rows:]))
+    if not any(here.spec):
+        return x.reshape(shape)
+    place = NamedSharding(here.mesh, PartitionSpec(*here.spec[: rows + 1]))
+    return jax.lax.reshape(x, shape, out_sharding=place)
+
+
 def _whole(x: jax.Array, axes: int) -> jax.Array:
-    """`x` without explicit sharding of its last axes, which are to be one axis."""
+    """`x` without explicit sharding of its last axes."""
     here = jax.typeof(x).sharding
     if not any(here.spec[x.ndim - axes :]):
         return x
     spec = PartitionSpec(*here.spec[: x.ndim - axes], *[None] * axes)
     return jax.sharding.reshard(x, NamedSharding(here.mesh, spec))
-
-
-def _placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    there = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == there else jax.sharding.reshard(x, there)

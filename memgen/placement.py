@@ -62,6 +62,31 @@ def table_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     return table.at[index].get(mode="fill", out_sharding=NamedSharding(here.mesh, spec))
 
 
+def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`x @ matrix`, placed as the rows of `x` are.
+
+    Where explicit axes split the last axis of `x`, each device contracts its part and the results
+    are summed; nothing of `x` is gathered. The matrix, which is small, is moved to where it is
+    needed.
+
+    Args:
+        x: `[..., inputs]` array.
+        matrix: `[inputs, outputs]` array; or a stack of them, `[*stack, inputs, outputs]`, for `x`
+            of the same stack.
+    """
+    here, there = jax.typeof(x).sharding, jax.typeof(matrix).sharding
+    if not any(here.spec) and not any(there.spec):
+        return x @ matrix
+    mesh = here.mesh if any(here.spec) else there.mesh
+    *rows, split = here.spec
+    names = jax.tree.leaves(tuple(rows))
+    free = None if set(jax.tree.leaves(there.spec[-1])) & set(names) else there.spec[-1]
+    spec = PartitionSpec(*there.spec[:-2], split, free)
+    matrix = jax.sharding.reshard(matrix, NamedSharding(mesh, spec))
+    place = NamedSharding(mesh, PartitionSpec(*rows, free))
+    return jnp.matmul(x, matrix, out_sharding=place)
+
+
 def placed_beside(tree: Any, like: jax.Array, axes: Any = 0) -> Any:
     """Arrays that were made for a number of rows (caches, keys), placed as other rows are.
 
@@ -92,6 +117,15 @@ def placed_beside(tree: Any, like: jax.Array, axes: Any = 0) -> Any:
     if isinstance(axes, int):
         return jax.tree.map(lambda leaf: place(leaf, axes), tree)
     return jax.tree.map(place, tree, axes)
+
+
+def placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """An array placed as another one of its shape is."""
+    here, there = jax.typeof(x).sharding, jax.typeof(like).sharding
+    if here.spec == there.spec or not any((*here.spec, *there.spec)):
+        return x
+    mesh = there.mesh if any(there.spec) else here.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, there.spec))
 
 
 def row_shards(like: jax.Array) -> int:

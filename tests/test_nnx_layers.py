@@ -1,6 +1,7 @@
 """Adapters on Flax layers of any kind: found, added, stacked, sharded and merged."""
 
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from memgen.lora import LowRank, make_adapter
 from thoughtbubbles.adapters import LoRAWeights
 
 RANK = 2
+GATHER = re.compile(r" (all-gather|all-to-all|collective-permute)\(")
 
 
 class OwnLinear(nnx.Module):
@@ -177,8 +179,26 @@ def test_under_explicit_axes():
         x = jax.device_put(X, PartitionSpec("data"))
         run = jax.jit(lambda net, x: net(x, heads, wide, PartitionSpec("data", None, None)))
         found = run(memgen.apply_lora(net, adapter), x)
+        text = run.lower(memgen.apply_lora(net, adapter), x).compile().as_text()
+        plain = run.lower(net, x).compile().as_text()
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found.sharding.spec[0] == "data"
+    # What the layers contract stays where it is: sums of rank 2 are reduced, nothing is gathered.
+    assert "all-reduce" in text and len(GATHER.findall(text)) <= len(GATHER.findall(plain))
+
+
+def test_products_of_matrices_that_are_split_themselves():
+    """As optimizers hold them (FSDP): the small matrices are gathered, not what they multiply."""
+    low = LowRank((), 16, 6, memgen.LoRAConfig(RANK, dropout=0.5), rngs=nnx.Rngs(0))
+    low.b[...], low.key = drawn(low.b.shape), nnx.data(jax.random.key_data(jax.random.key(0)))
+    run = jax.jit(lambda low, x: (low(x), low.delta))
+    expected = run(low, X)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])):
+        low.a.set_value(jax.device_put(low.a[...], PartitionSpec("data")))
+        low.b.set_value(jax.device_put(low.b[...], PartitionSpec(None, "data")))
+        found = run(low, jax.device_put(X, PartitionSpec("data")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+    assert found[0].sharding.spec[0] == "data"
 
 
 def test_a_contracted_axis_that_is_sharded_behind_another():
@@ -230,6 +250,39 @@ def test_adapters_have_the_named_axes_of_their_layers():
         "none/a": spec(None, None),
         "none/b": spec(None, None),
     }
+
+
+class ScaledLinear(nnx.Linear):
+    """A layer whose output is not its product, as of muP or with an activation inside."""
+
+    def __init__(self, *sizes, rngs):
+        super().__init__(*sizes, rngs=rngs)
+        self.calls = nnx.Variable(jnp.int32(0))
+
+    def __call__(self, inputs, *, out_sharding=None):
+        self.calls[...] += 1
+        return jnp.tanh(super().__call__(inputs, out_sharding=out_sharding) / 3) * 2
+
+
+def test_a_layer_with_a_call_of_its_own_has_the_adapter_in_its_kernel():
+    """So that adapting is merging whatever the class does; its other variables stay its own."""
+    net = nnx.List([ScaledLinear(6, 4, rngs=nnx.Rngs(0))])
+    adapted, x = with_adapters(net), drawn((2, 6)) / 4
+    merged = memgen.merge_lora(net, {"0": adapted[0].low_rank.delta})
+    found = adapted[0](inputs=x, out_sharding=None)
+    np.testing.assert_allclose(found, merged[0](x), atol=1e-6)
+    assert float(jnp.abs(found - net[0](x)).max()) > 0.1
+    assert int(adapted[0].calls[...]) == 1
+    squares = lambda low: (memgen.apply_lora(net, {"0": low})[0](x) ** 2).sum()  # noqa: E731
+    changes = jax.grad(squares)(adapted[0].low_rank)
+    assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in (changes.a, changes.b))
+    noisy = LowRank((), 6, 4, memgen.LoRAConfig(RANK, dropout=0.1), rngs=nnx.Rngs(0))
+    noisy.key = nnx.data(jax.random.key_data(jax.random.key(0)))
+    for low, message in ((lambda x: x, "not a function"), (noisy, "dropout=0.1 reaches: set")):
+        with pytest.raises(
+            ValueError, match=f"ScaledLinear has a __call__ of its own, .*{message}"
+        ):
+            memgen.apply_lora(net, {"0": low})[0](x)
 
 
 class Misfits(nnx.Module):

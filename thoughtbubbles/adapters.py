@@ -20,6 +20,7 @@ import numpy as np
 
 from thoughtbubbles.backbone import ATTENTION_MAPS, MLP_MAPS
 from thoughtbubbles.fields import Fields, cut, read_json, shown
+from thoughtbubbles.placement import product_beside
 from thoughtbubbles.safetensors_files import SafetensorsFiles, new_folder, write_safetensors
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.stored_parameters import BLOCK
@@ -73,12 +74,13 @@ class LoRAWeights(ShortRepr):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., outputs]` of `x [..., inputs]`; the arrays must be those of a single layer."""
-        return (x @ self.a.astype(x.dtype) @ self.b.astype(x.dtype)) * self.scale
+        low = product_beside(x, self.a.astype(x.dtype))
+        return product_beside(low, self.b.astype(x.dtype)) * self.scale
 
     @property
     def delta(self) -> jax.Array:
         """Sum to add to the layer's weight to merge the adapter: `[*stack, inputs, outputs]`."""
-        return (self.a @ self.b) * self.scale[..., None, None]
+        return product_beside(self.a, self.b) * self.scale[..., None, None]
 
 
 def hugging_face_module(target: str, index: tuple[int, ...]) -> str:

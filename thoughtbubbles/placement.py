@@ -71,6 +71,31 @@ def rows_at(table: jax.Array, index: jax.Array, **get: Any) -> jax.Array:
     return table.at[index].get(out_sharding=place, **get)
 
 
+def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`x @ matrix`, placed as the rows of `x` are.
+
+    Where explicit axes split the last axis of `x`, each device contracts its part and the results
+    are summed; nothing of `x` is gathered. The matrix, which is small, is moved to where it is
+    needed.
+
+    Args:
+        x: `[..., inputs]` array.
+        matrix: `[inputs, outputs]` array; or a stack of them, `[*stack, inputs, outputs]`, for `x`
+            of the same stack.
+    """
+    here, there = jax.typeof(x).sharding, jax.typeof(matrix).sharding
+    if not any(here.spec) and not any(there.spec):
+        return x @ matrix
+    mesh = here.mesh if any(here.spec) else there.mesh
+    *rows, split = here.spec
+    names = jax.tree.leaves(tuple(rows))
+    free = None if set(jax.tree.leaves(there.spec[-1])) & set(names) else there.spec[-1]
+    spec = PartitionSpec(*there.spec[:-2], split, free)
+    matrix = jax.sharding.reshard(matrix, NamedSharding(mesh, spec))
+    place = NamedSharding(mesh, PartitionSpec(*rows, free))
+    return jnp.matmul(x, matrix, out_sharding=place)
+
+
 def placed_beside(tree: Any, like: jax.Array, axis: int = 0) -> Any:
     """Arrays that were made for a batch size alone (caches, keys), placed as the batch is.
 
