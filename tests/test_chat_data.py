@@ -1,5 +1,6 @@
 """Chat data: rows hold what generation reads, only answers are supervised, packing hides rows."""
 
+import dataclasses
 import datetime
 import functools
 import gzip
@@ -360,8 +361,10 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path):
     reader = ChatReader(rows, 8, seed=3)
     batch = reader.batch(5)
     assert batch.keys() == {"tokens", "loss_mask", "segment", "position", "rows"}
+    end = batch["tokens"].shape[1]
     for name in ("tokens", "loss_mask", "segment", "position"):
-        np.testing.assert_array_equal(batch[name], getattr(rows, name)[batch["rows"]])
+        np.testing.assert_array_equal(batch[name], getattr(rows, name)[batch["rows"], :end])
+    assert (rows.tokens[batch["rows"], end:] == -1).all()
     parts = [ChatReader(rows, 8, 3, np.array(local)).batch(5) for local in ([0, 5], [7, 1])]
     for part, held in zip(parts, ([0, 5], [7, 1]), strict=True):
         for name, values in part.items():
@@ -378,10 +381,35 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path):
     assert (ChatReader(rows, 8, seed=4).batch(5)["rows"] != batch["rows"]).any()
 
 
+def test_rows_are_cut_to_the_longest_of_all_processes():
+    """Rows of 100 to 3 tokens: a batch is as wide as its longest row, a power of two from 64 on."""
+    lengths = np.array([100, 3, 65, 66, 40, 200])
+    alive = np.arange(301) < lengths[:, None]
+    rows = ChatRows(
+        np.where(alive, 7, -1).astype(np.int32),
+        alive,
+        np.where(alive, 0, -1).astype(np.int32),
+        np.where(alive, np.arange(301), 0).astype(np.int32),
+    )
+    assert [rows.width(np.array([row])) for row in range(6)] == [128, 64, 64, 128, 64, 256]
+    assert rows.width(slice(None)) == 256 and rows.width(np.array([], int)) == 64
+    fields = [field.name for field in dataclasses.fields(ChatRows)]
+    wider = ChatRows(**{name: getattr(rows, name)[:, :151] for name in fields})
+    assert wider.width(slice(None)) == wider.seq_len == 150
+    whole = ChatReader(rows, 2, seed=0)
+    for step in range(6):
+        found = [ChatReader(rows, 2, 0, np.array([local])).batch(step) for local in range(2)]
+        expected = whole.batch(step)
+        assert {part["tokens"].shape[1] for part in found} == {expected["tokens"].shape[1]}
+        assert (expected["tokens"] >= 0).sum() == lengths[expected["rows"]].sum()
+    [batch] = rows.batches(8, limit=2)
+    assert batch["tokens"].shape == (8, 129)
+
+
 def test_held_out_batches_come_once_and_in_order(tmp_path: Path):
     rows = prepared(tmp_path, seq_len=80).train
     batches = list(rows.batches(16))
-    assert all(batch["tokens"].shape == (16, 81) for batch in batches)
+    assert all(batch["tokens"].shape in ((16, 65), (16, 81)) for batch in batches)
     numbers = np.concatenate([batch["rows"] for batch in batches])
     assert numbers[numbers >= 0].tolist() == list(range(len(rows)))
     last = batches[-1]

@@ -235,6 +235,23 @@ def test_packing_changes_no_loss(base, chats):
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "weaver"])
+def test_rows_as_long_as_their_longest_change_no_loss(base, chats, monkeypatch, kind):
+    memory = dataclasses.replace(MEMORY, insertion="first")
+    work = SFTJob(config(base, chats, train=kind, memgen=memory))
+    rows = work.prepare().train
+    monkeypatch.setattr("train.data.chat_data.SHORTEST_ROW", 4)
+    shortest = np.argsort(rows.lengths)[:4]
+    weights = work.first_state().weights
+    short, long = (
+        work._score(weights, work.inputs(rows.read(shortest, width)))
+        for width in (None, rows.seq_len)
+    )
+    assert rows.width(shortest) < rows.seq_len
+    np.testing.assert_allclose(short["nats"], long["nats"], rtol=1e-5)
+    np.testing.assert_array_equal(short["count"], long["count"])
+
+
 def test_padding_takes_no_budget_of_a_policy_that_sees_the_whole_row():
     model = heavy_model(dataclasses.replace(BASE, num_layers=3, fork_layers=(1, 2)))
     lora = LoRAConfig(rank=2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+
+from thoughtbubbles.recompute import once_known
 
 if TYPE_CHECKING:
     from jax import Array
@@ -18,6 +21,9 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array
 MIN_BLOCK = 64
 MAX_BLOCKS = 8
 SHORTEST_SPAN = 256
+LARGEST_WEIGHTS = 2**25
+"""Bytes of float32 weights of one call of `attend`, over all devices, above which the backward pass
+computes them again."""
 
 
 def attend(
@@ -29,7 +35,8 @@ def attend(
     """Causal attention over slots with a bias per key (arXiv 2510.00219, eq. 8).
 
     Queries are processed in blocks, each against the keys up to its end only, so that about half of
-    the square above the diagonal is never computed and no array `[B, H, S, S]` is held.
+    the square above the diagonal is never computed and no array `[B, H, S, S]` is held. Weights of
+    more than `LARGEST_WEIGHTS` bytes are not kept for the backward pass.
 
     Args:
         query: Rotated queries of `H` heads.
@@ -37,16 +44,10 @@ def attend(
         value: Values, scaled by the streams' scores if the config scales values.
         bias: Float32 bias of each key, added to the logits after their division by sqrt(K).
     """
-    slots = query.shape[1]
-    block = block_size(slots)
-    query, key, value = _heads_first(query, key, value)
-    parts = []
-    for start in range(0, slots, block):
-        end = min(start + block, slots)
-        seen = None if bias is None else bias[:, :end]
-        keys, values = key[:, :, :end], value[:, :, :end]
-        parts.append(_attend(query[:, :, :, start:end], keys, values, seen, jnp.arange(start, end)))
-    return _slots_first(jnp.concatenate(parts, axis=3))
+    batch, slots, heads, _ = query.shape
+    large = 4 * batch * heads * visited_pairs(slots) > LARGEST_WEIGHTS
+    over = _attend_again if large else _attend_blocks
+    return _slots_first(over(*_heads_first(query, key, value), bias))
 
 
 def attend_reference(
@@ -153,6 +154,24 @@ def _attend(query, key, value, bias, last, few=False):
 
     `few` says that there are few queries for the keys; only speed depends on it.
     """
+    return _attend_normalised(query, key, value, bias, last, few)[0]
+
+
+def _attend_normalised(query, key, value, bias, last, few=False):
+    """`_attend`, and the logarithm of the normaliser of each query."""
+    logits = _logits(query, key, bias, last, few)
+    # The peak is taken out of the gradient and the sum divided out after the product with the
+    # values: two passes over [q, s] less than jax.nn.softmax.
+    peak = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - peak)
+    mixed = jnp.einsum(
+        "bgrqs,bgsk->bgrqk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    total = weights.sum(axis=-1)
+    return (mixed / total[..., None]).astype(value.dtype), peak[..., 0] + jnp.log(total)
+
+
+def _logits(query, key, bias, last, few=False):
     if few:
         # Keys first: with the query first, XLA transposes all of a cache's keys on a CPU.
         logits = jnp.einsum("bgsk,bgrqk->bgsrq", key, query, preferred_element_type=jnp.float32)
@@ -164,11 +183,80 @@ def _attend(query, key, value, bias, last, few=False):
     sees = jnp.arange(key.shape[2])[None, None, None, None] <= last.reshape(
         -1, 1, 1, last.shape[-1], 1
     )
-    logits = jnp.where(sees, logits, -jnp.inf)
-    # The peak is taken out of the gradient and the sum divided out after the product with the
-    # values: two passes over [q, s] less than jax.nn.softmax.
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    mixed = jnp.einsum(
-        "bgrqs,bgsk->bgrqk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
-    return (mixed / weights.sum(axis=-1)[..., None]).astype(value.dtype)
+    return jnp.where(sees, logits, -jnp.inf)
+
+
+def _blocks(slots):
+    """First and last + 1 query of each block; its keys are those up to its end."""
+    block = block_size(slots)
+    return [(start, min(start + block, slots)) for start in range(0, slots, block)]
+
+
+def _block(arrays, start, end):
+    """Queries, keys, values, bias and last slots of one block."""
+    query, key, value, bias = arrays
+    seen = None if bias is None else bias[:, :end]
+    last = jnp.arange(start, end)
+    return query[:, :, :, start:end], key[:, :, :end], value[:, :, :end], seen, last
+
+
+def _attend_blocks(*arrays):
+    parts = [_attend(*_block(arrays, *ends)) for ends in _blocks(arrays[0].shape[3])]
+    return jnp.concatenate(parts, axis=3)
+
+
+@jax.custom_vjp
+def _attend_again(*arrays):
+    """`_attend_blocks` whose backward pass computes the weights again (arXiv 2205.14135)."""
+    return _attend_blocks(*arrays)
+
+
+def _forward(*arrays):
+    blocks = [_block(arrays, *ends) for ends in _blocks(arrays[0].shape[3])]
+    parts, normalisers = zip(*(_attend_normalised(*block) for block in blocks), strict=True)
+    return jnp.concatenate(parts, axis=3), (arrays, jnp.concatenate(normalisers, axis=3))
+
+
+def _backward(residuals, gradient):
+    arrays, normaliser = residuals
+    query, key, value, bias = arrays
+    # Whole, because blocks of them in the forward pass would be kept as well.
+    query = once_known(query, gradient)
+    key, value = (once_known(values, gradient[:, :, 0]) for values in (key, value))
+    slots, of_query, sums = query.shape[3], [], None
+    for ends in _blocks(slots):
+        own = gradient[:, :, :, slice(*ends)]
+        if of_query:  # one block after the other, so that the weights of one alone are held
+            own = once_known(own, of_query[-1][:, :, :, : own.shape[3]])
+        block = _block((query, key, value, bias), *ends)
+        grads = _backward_block(block, normaliser[:, :, :, slice(*ends)], own)
+        of_query.append(grads[0])
+        whole = [_pad_slots(grad, slots - ends[1]) for grad in grads[1:]]
+        sums = whole if sums is None else jax.tree.map(jnp.add, sums, whole)
+    grads = jnp.concatenate(of_query, axis=3), *(sums or ())
+    return jax.tree.map(lambda grad, of: grad.astype(of.dtype), grads, arrays)
+
+
+def _pad_slots(grad, padding):
+    if grad is None:
+        return None
+    axis = 2 if grad.ndim == 4 else 1
+    return jnp.pad(grad, [(0, padding if i == axis else 0) for i in range(grad.ndim)])
+
+
+def _backward_block(arrays, normaliser, gradient):
+    """Float32 gradients of queries, keys, values and bias."""
+    query, key, value, bias, last = arrays
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = _logits(query, key, bias, last)
+    weights = jnp.exp(logits - normaliser[..., None])
+    of_value = product("bgrqs,bgrqk->bgsk", weights, gradient)
+    of_weights = product("bgrqk,bgsk->bgrqs", gradient, value)
+    mean = (weights * of_weights).sum(axis=-1, keepdims=True)
+    slope = weights * (of_weights - mean)
+    of_query = product("bgrqs,bgsk->bgrqk", slope, key)
+    of_key = product("bgrqs,bgrqk->bgsk", slope, query)
+    return of_query, of_key, of_value, None if bias is None else slope.sum(axis=(1, 2, 3))
+
+
+_attend_again.defvjp(_forward, _backward)

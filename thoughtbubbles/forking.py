@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LOWEST_LOG_SCORE = -20.0
 GATE_UNIT = 10.0
 LOWEST_GATE = 1e-12
+LARGEST_MEMBERSHIP = 2**18
+"""Tokens times slots of a row up to which merges multiply by a matrix of tokens by slots."""
 
 
 def candidate_log_scores(
@@ -197,7 +199,9 @@ take.defvjp(_take_forward, _take_backward)
 
 
 def merge(
-    streams: Streams, kind: Literal["residual", "rightmost"] = "residual"
+    streams: Streams,
+    kind: Literal["residual", "rightmost"] = "residual",
+    max_bubble: int | None = None,
 ) -> Float[Array, "B T D"]:
     """Merge each bubble into one residual per token; 0 for a token without live streams.
 
@@ -206,6 +210,7 @@ def merge(
         kind: Kind of the merge. "residual" sums the residuals weighted by their scores p (a sum and
             no mean, since the norm before the head removes the scale); "rightmost" takes the
             original.
+        max_bubble: Static upper bound on the streams of a token; `S` by default.
 
     Raises:
         ValueError: The kind is another one, such as the "probability" of a config, which merges
@@ -220,12 +225,19 @@ def merge(
         )
     if not streams.forked and streams.x.shape[1] == streams.num_tokens:
         return jnp.where(streams.alive[..., None], streams.x, 0)
-    is_sum = kind == "residual"
+    is_sum, dtype = kind == "residual", streams.x.dtype
     weight = jnp.exp(streams.log_score) if is_sum else streams.original.astype(jnp.float32)
-    weights = jnp.where(membership(streams), weight[:, None, :], 0).astype(streams.x.dtype)
+    if _is_long(streams):
+        if not is_sum:
+            return _last_of_bubble(streams, streams.x)
+        weighted = (
+            streams.x.astype(jnp.float32) * weight.astype(dtype).astype(jnp.float32)[..., None]
+        )
+        return bubble_sum(streams, weighted, max_bubble).astype(dtype)
+    weights = jnp.where(membership(streams), weight[:, None, :], 0).astype(dtype)
     # The highest precision makes the rightmost stream an exact copy on every backend.
     merged = jnp.einsum("bts,bsd->btd", weights, streams.x, precision=jax.lax.Precision.HIGHEST)
-    return merged.astype(streams.x.dtype)
+    return merged.astype(dtype)
 
 
 def membership(streams: Streams) -> Bool[Array, "B T S"]:
@@ -234,8 +246,71 @@ def membership(streams: Streams) -> Bool[Array, "B T S"]:
     return (streams.token[:, None, :] == token) & streams.alive[:, None, :]
 
 
+def bubble_sum(
+    streams: Streams, values: Float[Array, "B S *D"], max_bubble: int | None = None
+) -> Float[Array, "B T *D"]:
+    """Sum of values over the live streams of each token, in time and memory O(S log max_bubble).
+
+    Args:
+        streams: Streams of more than one token, dead slots last.
+        values: Value of each stream.
+        max_bubble: Static upper bound on the streams of a token; `S` by default.
+
+    Returns:
+        Sums, 0 for a token without live streams.
+    """
+    return _last_of_bubble(streams, _over_bubble(streams, values, jnp.add, 0.0, max_bubble))
+
+
+def _is_long(streams: Streams) -> bool:
+    """Whether arrays of tokens by slots are avoided, which sum in another order."""
+    return streams.num_tokens * streams.token.shape[1] > LARGEST_MEMBERSHIP
+
+
+def _over_bubble(streams, values, combine, neutral, max_bubble):
+    """At each slot, the combination of the values of its token up to it, by doubling the reach."""
+    extra = [(0, 0)] * (values.ndim - 2)
+    values = jnp.where(_beside(streams.alive, values), values, neutral)
+    reach = 1
+    while reach < min(max_bubble or values.shape[1], values.shape[1]):
+        shift = [(0, 0), (reach, 0)]
+        same = (streams.token[:, reach:] == streams.token[:, :-reach]) & streams.alive[:, reach:]
+        earlier = jnp.pad(values[:, :-reach], shift + extra, constant_values=neutral)
+        same = _beside(jnp.pad(same, shift), values)
+        values = combine(values, jnp.where(same, earlier, neutral))
+        reach *= 2
+    return values
+
+
+def _last_of_bubble(streams: Streams, values: jax.Array) -> jax.Array:
+    """Value of the rightmost live stream of each token; 0 for a token without one."""
+    last, count = bubble_ends(streams)
+    used = streams.original[..., None]
+    picked = take(values, jnp.maximum(last, 0), streams.token[..., None], used)
+    return jnp.where(_beside(count > 0, picked), picked, 0)
+
+
+def _beside(mask: jax.Array, values: jax.Array) -> jax.Array:
+    return mask.reshape(mask.shape + (1,) * (values.ndim - 2))
+
+
+def bubble_ends(streams: Streams) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Slot of the rightmost live stream of each token, and the number of its live streams."""
+    slots = streams.token.shape[1]
+    if streams.num_tokens == 1:  # whose dead slots may stand first
+        last = slots - 1 - jnp.argmax(streams.alive[:, ::-1], axis=1)
+        return last[:, None], streams.alive.sum(axis=1, dtype=jnp.int32)[:, None]
+    token = jnp.where(streams.alive, streams.token, streams.num_tokens)
+    wanted = jnp.arange(streams.num_tokens, dtype=jnp.int32)
+    ends = jax.vmap(lambda row: jnp.searchsorted(row, wanted, side="right"))(token)
+    return ends - 1, jnp.diff(ends, axis=1, prepend=0)
+
+
 def merge_log_prob(
-    streams: Streams, log_prob: Float[Array, "B S"], vocab_size: int
+    streams: Streams,
+    log_prob: Float[Array, "B S"],
+    vocab_size: int,
+    max_bubble: int | None = None,
 ) -> Float[Array, "B T"]:
     """Mixture of the streams' predictions for one outcome per token (eq. 11), in log space.
 
@@ -243,14 +318,30 @@ def merge_log_prob(
         streams: Streams after the last block.
         log_prob: Float32 log-probability of the token's outcome by each of its streams.
         vocab_size: Size of the vocabulary; a token without live streams predicts uniformly.
+        max_bubble: Static upper bound on the streams of a token; `S` by default.
 
     Returns:
         Float32 log of sum(p_j q_j) / sum(p_j) over the bubble of each token.
     """
-    members = membership(streams)
-    joint = _masked_logsumexp(members, streams.log_score + log_prob)
-    total = _masked_logsumexp(members, streams.log_score)
-    return jnp.where(members.any(axis=-1), joint - total, -jnp.log(float(vocab_size)))
+    if _is_long(streams):
+        joint = _bubble_logsumexp(streams, streams.log_score + log_prob, max_bubble)
+        total = _bubble_logsumexp(streams, streams.log_score, max_bubble)
+        found = bubble_ends(streams)[1] > 0
+    else:
+        members = membership(streams)
+        joint = _masked_logsumexp(members, streams.log_score + log_prob)
+        total = _masked_logsumexp(members, streams.log_score)
+        found = members.any(axis=-1)
+    return jnp.where(found, joint - total, -jnp.log(float(vocab_size)))
+
+
+def _bubble_logsumexp(streams: Streams, values: jax.Array, max_bubble: int | None) -> jax.Array:
+    fixed = jax.lax.stop_gradient(values)
+    peak = _over_bubble(streams, fixed, jnp.maximum, -jnp.inf, max_bubble)
+    peak = _last_of_bubble(streams, peak)
+    shifted = values - jnp.take_along_axis(peak, streams.token, axis=1)
+    total = bubble_sum(streams, jnp.exp(jnp.where(streams.alive, shifted, 0)), max_bubble)
+    return jnp.log(jnp.where(total > 0, total, 1.0)) + peak
 
 
 def _masked_logsumexp(
@@ -277,9 +368,7 @@ def merge_log_probs(
     Returns:
         Float32 log-probabilities of each token.
     """
-    members = membership(streams)
-    count = members.sum(axis=-1)
-    last = streams.token.shape[1] - 1 - jnp.argmax(members[..., ::-1], axis=-1)
+    last, count = bubble_ends(streams)
     terms, weights = [], []
     for distance in range(max_bubble):
         slot = jnp.maximum(last - distance, 0)

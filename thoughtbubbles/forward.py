@@ -25,10 +25,12 @@ from thoughtbubbles.checks import (
 )
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
+from thoughtbubbles.head import head_log_prob
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of
 from thoughtbubbles.placement import embedding_rows
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.quantisation import Int8Weight
+from thoughtbubbles.recompute import recomputed
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
@@ -163,7 +165,8 @@ class ForkingDecoder(Architecture):
                 "merge='probability' mixes predictions, a token has no one residual: "
                 "use a model with merge='residual' or 'rightmost'"
             )
-        return merge(streams, "rightmost" if self.config.merge == "rightmost" else "residual")
+        kind = "rightmost" if self.config.merge == "rightmost" else "residual"
+        return merge(streams, kind, self.max_bubble(streams))
 
     def logits_at(self, output: Output | Streams, position: jax.Array) -> jax.Array:
         """Logits `[B, V]` float32 of one token per row, `position [B]` int32, and of no other."""
@@ -186,13 +189,24 @@ class ForkingDecoder(Architecture):
         return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
 
     def log_prob(self, output: Output | Streams, targets: jax.Array) -> jax.Array:
-        """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits."""
+        """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits.
+
+        Where the logits would be large, the vocabulary is taken in chunks (`head.head_log_prob`).
+        """
         streams = _streams_of(output)
         if self.config.merge != "probability" or not streams.forked:
-            return log_prob_of(self.logits(streams), targets)
+            return self._decoded_log_prob(self.merged(streams), targets)
         per_stream = jnp.take_along_axis(targets, streams.token, axis=1)
-        log_prob = log_prob_of(self.decode(streams.x), per_stream)
-        return merge_log_prob(streams, log_prob, self.config.vocab_size)
+        log_prob = self._decoded_log_prob(streams.x, per_stream)
+        bound = self.max_bubble(streams)
+        return merge_log_prob(streams, log_prob, self.config.vocab_size, bound)
+
+    def _decoded_log_prob(self, x: jax.Array, targets: jax.Array) -> jax.Array:
+        table, vocab_axis = (self.embed, 0) if self.head is None else (self.head, 1)
+        if isinstance(table, Int8Weight):
+            return log_prob_of(self.decode(x), targets)
+        table = table[...].astype(self.config.dtype)
+        return head_log_prob(self.final_norm(x), table, targets, vocab_axis=vocab_axis)
 
     def max_bubble(self, streams: Streams) -> int:
         """Static bound on the streams of one token."""
@@ -249,23 +263,28 @@ class ForkingDecoder(Architecture):
             return streams
         where = geometry or Geometry.of(streams, self.config)
 
-        def run(streams: Streams, layer: tuple[Block, Any]) -> tuple[Streams, None]:
+        def run(streams: Streams, layer: tuple[Block, Any], where: Geometry = where) -> Streams:
             block, rotary = layer
             here = where.where(rotary)
             streams = block.mixing(streams, here, mix)[0] if mix else block(streams, here)
-            return streams.replace(x=self.constrain(streams.x)), None
+            return streams.replace(x=self.constrain(streams.x))
 
         rotary = self.config.rotary_layers[start:end]
-
-        if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
-            run = jax.checkpoint(run, policy=policy, prevent_cse=not self.config.scan_layers)
+        remat = self.config.remat
         if self.config.scan_layers and self.unstacked is None:
+            step = lambda streams, layer: (run(streams, layer), None)  # noqa: E731
+            if remat != "none":
+                step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
             stack = jax.tree.map(lambda leaf: leaf[start:end], self.blocks)
             flags = None if rotary[0] is None else jnp.array(rotary)
-            return jax.lax.scan(run, streams, (stack, flags))[0]
+            return jax.lax.scan(step, streams, (stack, flags))[0]
+        if remat == "full" and mix is None:
+            again = recomputed(run)
+            run = lambda streams, layer: again(streams, layer, where)  # noqa: E731
+        elif remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
         for layer in zip(self._layers(start, end), rotary, strict=True):
-            streams, _ = run(streams, layer)
+            streams = run(streams, layer)
         return streams
 
 

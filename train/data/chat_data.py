@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -20,6 +21,9 @@ from train.data.packing import PADDING, PackedRows
 from train.data.reader import Batch, TrainReader, padded_batches
 from train.data.tokenizers import Tokenizer
 
+SHORTEST_ROW = 64
+"""Number of targets below which rows of a batch are not cut further."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatDataConfig:
@@ -35,7 +39,8 @@ class ChatDataConfig:
     """Share of the conversations that is held out, without a validation_path."""
 
     seq_len: int = 1024
-    """Targets per row; a row holds seq_len + 1 tokens."""
+    """Targets per row at most; a row holds seq_len + 1 tokens. The rows of a batch are cut to the
+    next power of two, from 64 on, that its longest row fits into."""
 
     pack: bool = False
     """Several conversations in a row, each masked from the others. Only a plain decoder takes such
@@ -82,18 +87,36 @@ class ChatRows:
         """Number of targets of a row."""
         return self.tokens.shape[1] - 1
 
-    def read(self, indices: np.ndarray) -> Batch:
-        """Some rows.
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each row `[N]`, padding left out."""
+        return (self.segment >= 0).sum(axis=1)
+
+    def width(self, indices: np.ndarray | slice) -> int:
+        """Number of targets of the shortest rows that these rows fit into.
+
+        It is a power of two from `SHORTEST_ROW` on, and at most `seq_len`: few programs are
+        compiled.
 
         Args:
             indices: Indices of the rows `[b]`.
+        """
+        longest = int(self.lengths[indices].max(initial=2)) - 1
+        return min(max(SHORTEST_ROW, 1 << (longest - 1).bit_length()), self.seq_len)
+
+    def read(self, indices: np.ndarray, width: int | None = None) -> Batch:
+        """Some rows, without the columns that none of them needs.
+
+        Args:
+            indices: Indices of the rows `[b]`.
+            width: Number of targets of the rows, T; `width(indices)` by default.
 
         Returns:
-            The four attributes by their names `[b, seq_len + 1]`, and the indices as "rows" `[b]`,
-            int64.
+            The four attributes by their names `[b, T + 1]`, and the indices as "rows" `[b]`, int64.
         """
         fields = (field.name for field in dataclasses.fields(self))
-        batch = {name: getattr(self, name)[indices] for name in fields}
+        end = 1 + (self.width(indices) if width is None else width)
+        batch = {name: getattr(self, name)[indices, :end] for name in fields}
         return batch | {"rows": np.asarray(indices, np.int64)}
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -139,11 +162,12 @@ class ChatData:
         train, validation = self.statistics["train"], self.statistics["validation"]
         total = {count: train[count] + validation[count] for count in train}
         length, rows = self.train.seq_len, total["rows"]
+        widest = max(side.width(slice(None)) for side in (self.train, self.validation))
         return (
             f"{self.name}: {train['conversations']:,} conversations to train on, "
             f"{validation['conversations']:,} held out; {train['rows']:,} + "
-            f"{validation['rows']:,} rows of {length} tokens "
-            f"({total['tokens'] / (rows * (length + 1)):.0%} full, "
+            f"{validation['rows']:,} rows of {widest} tokens "
+            f"({total['tokens'] / (rows * (widest + 1)):.0%} full, "
             f"{total['loss_tokens'] / total['tokens']:.0%} of it in the loss); "
             f"{total['cut']:,} cut at {length + 1} tokens, {total['dropped']:,} left out "
             f"(no answer within them); {self.tokenizer.name}"
@@ -208,7 +232,8 @@ class ChatReader(TrainReader):
         super().__init__(cast(PackedRows, rows), global_batch, seed, local_rows)
 
     def _read(self, rows: np.ndarray) -> Batch:
-        return self._chat.read(rows if self._local_rows is None else rows[self._local_rows])
+        local = rows if self._local_rows is None else rows[self._local_rows]
+        return self._chat.read(local, self._chat.width(rows))  # of one width on all processes
 
 
 def segment_mask(segment: jax.Array) -> jax.Array:

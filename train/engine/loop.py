@@ -188,7 +188,7 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
             loss, norm = float(done.metrics["loss"]), float(done.metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteLoss(save_evidence(out, done.step, done.batch, done.metrics))
-            stopwatch.step_done()
+            stopwatch.step_done((done.batch["tokens"].shape[1] - 1) / job.seq_len)
             job.observe(done.metrics["aux"])
             if done.step % config.log_every == 0 or done.step == end:
                 names = ("loss", "grad_norm", "learning_rate")

@@ -46,7 +46,8 @@ class Stopwatch:
         self._last: float | None = None
         self._in_steps = 0.0
         self._waited = 0.0  # for data, since the last completed step
-        self._steps: deque[tuple[float, float]] = deque(maxlen=window)  # seconds, of which data
+        # Seconds, of which the host waited for data, and the share of a whole step's tokens.
+        self._steps: deque[tuple[float, float, float]] = deque(maxlen=window)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -55,11 +56,15 @@ class Stopwatch:
         yield
         self._waited += self._clock() - start
 
-    def step_done(self) -> None:
-        """To be called when a step is complete on the device."""
+    def step_done(self, share: float = 1.0) -> None:
+        """To be called when a step is complete on the device.
+
+        Args:
+            share: Share of the tokens and FLOPs of a whole step, for a batch of shorter rows.
+        """
         now = self._clock()
         if self._last is not None:
-            self._steps.append((now - self._last, self._waited))
+            self._steps.append((now - self._last, self._waited, share))
             self._in_steps += now - self._last
         self._last, self._waited = now, 0.0
 
@@ -71,8 +76,10 @@ class Stopwatch:
     @property
     def tokens_per_second(self) -> float | None:
         """Rate over the window; None before the second step."""
-        seconds = sum(seconds for seconds, _ in self._steps)
-        return self._tokens * len(self._steps) / max(seconds, 1e-9) if self._steps else None
+        if not self._steps:
+            return None
+        seconds, _, shares = map(sum, zip(*self._steps, strict=True))
+        return self._tokens * shares / max(seconds, 1e-9)
 
     def report(self) -> dict[str, float]:
         """Rates and percentiles over the window.
@@ -86,7 +93,7 @@ class Stopwatch:
         """
         if self.tokens_per_second is None:
             return {}
-        seconds, waited = np.array(self._steps).T
+        seconds, waited, shares = np.array(self._steps).T
         median, p90, p99 = np.percentile(seconds, (50, 90, 99))
         report = {
             "tokens_per_second": self.tokens_per_second,
@@ -97,7 +104,7 @@ class Stopwatch:
             "goodput": self._in_steps / max(self._clock() - self._start_time, 1e-9),
         }
         if self._peak_flops is not None:
-            report["mfu"] = self._flops / max(median, 1e-9) / self._peak_flops
+            report["mfu"] = self._flops * shares.mean() / max(median, 1e-9) / self._peak_flops
         return {name: float(value) for name, value in report.items()}
 
     def readable(self) -> str:

@@ -1,0 +1,157 @@
+"""What a training step does not hold: logits of all tokens, and weights of slots by slots."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny import SMALL, quick_model
+
+from thoughtbubbles import PrefixRank, Streams, attention, forking, head
+
+V, B, T = 86, 2, 70
+CONFIG = dataclasses.replace(
+    SMALL, vocab_size=V, policy=PrefixRank(1.5), num_kv_heads=1, tied_head=False
+)
+KINDS = {
+    "plain": dataclasses.replace(CONFIG, fork_layers=()),
+    "residual": dataclasses.replace(CONFIG, tied_head=True),
+    "rightmost": dataclasses.replace(CONFIG, merge="rightmost"),
+    "probability": dataclasses.replace(CONFIG, merge="probability"),
+}
+LIMITS = {
+    (head, "LARGEST_LOGITS"): 4 * B * T * 20,
+    (head, "SMALLEST_CHUNK"): 16,
+    (attention, "LARGEST_WEIGHTS"): 0,
+    (forking, "LARGEST_MEMBERSHIP"): 0,
+}
+
+
+def compiled_loss(config: Any, rows: jax.Array) -> Any:
+    """Loss and gradients as a program of its own, which limits of tests may have changed."""
+    program = jax.jit(jax.value_and_grad(lambda model, rows: model.loss(rows)[0], allow_int=True))
+    return program.lower(quick_model(config), rows).compile()
+
+
+def close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        if a.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", ["residual", "probability"])
+def test_large_steps_hold_no_logits_and_no_weights_and_give_the_same(monkeypatch, kind):
+    config, rows = KINDS[kind], np.random.default_rng(0).integers(0, V, (B, T + 1), np.int32)
+    rows[1, 40:] = -1
+    slots = config.slots(T)[-1]
+    ends = [(end - start, end) for start, end in attention._blocks(slots)]
+    large = {f"[{B},{size},{V}]" for size in (T, slots)}
+    weights = {f"[{B},1,2,{q},{s}]" for q, s in ends}
+
+    def found(program: Any) -> tuple[set[str], set[str]]:
+        shapes = {shape.replace(" ", "") for shape in re.findall(r"f32(\[[\d,]*\])", program)}
+        return shapes & large, shapes & weights
+
+    small = compiled_loss(config, rows)
+    assert found(small.as_text())[0], "the search finds logits where they are held"
+    for (module, name), limit in LIMITS.items():
+        monkeypatch.setattr(module, name, limit)
+    program = compiled_loss(config, rows)
+    assert not found(program.as_text())[0]
+    args = quick_model(config), rows
+    close(program(*args), small(*args), 3e-6)
+
+
+def test_chunks_of_the_vocabulary_change_nothing():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 10, (2, 3)))
+    weights = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    for vocab_axis, shape in ((0, (10, 8)), (1, (8, 10))):
+        table = jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+        def total(hidden, table, chunks, vocab_axis=vocab_axis):
+            found = head.head_log_prob(hidden, table, targets, vocab_axis=vocab_axis, chunks=chunks)
+            return (weights * found).sum(), found
+
+        both = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=2)
+        logits = np.asarray(hidden, np.float64) @ np.asarray(table if vocab_axis else table.T)
+        picked = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+        expected = picked - np.log(np.exp(logits).sum(-1))
+        for chunks in (2, 6):  # the second pads the table
+            value, grads = both(hidden, table, chunks)
+            close(grads, both(hidden, table, 1)[1], 1e-6)
+            np.testing.assert_allclose(value[1], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_number_of_chunks():
+    assert head.num_chunks(1, 50_304) == 1
+    assert head.num_chunks(8 * 1024, 32_768) == 16
+    assert head.num_chunks(2**30, 50_304) == 64  # the next divisor above 49
+    assert head.num_chunks(2**30, 1000) == 1  # too small a vocabulary to be cut
+
+
+def test_a_sharded_vocabulary_is_never_gathered():
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    put = lambda shape, *spec: jax.device_put(  # noqa: E731
+        np.random.default_rng(0).normal(size=shape).astype(np.float32),
+        NamedSharding(mesh, PartitionSpec(*spec)),
+    )
+    hidden, table = put((4, 6, 8), "data"), put((64, 8), "tensor")
+    targets = np.arange(24, dtype=np.int32).reshape(4, 6)
+
+    def total(hidden, table, chunks):
+        return head.head_log_prob(hidden, table, targets, chunks=chunks).sum()
+
+    both = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)
+    program = both.lower(hidden, table, 4).compile()
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", program.as_text())
+    assert not [shape for shape in gathered if np.prod(list(map(int, shape.split(",")))) >= 16 * 8]
+    close(program(hidden, table), both(hidden, table, 1), 1e-6)
+
+
+def test_long_rows_merge_without_tokens_by_slots(monkeypatch):
+    rng, slots, tokens = np.random.default_rng(0), 16, 9
+    token, alive = np.zeros((3, slots), np.int32), np.zeros((3, slots), bool)
+    for row, count in enumerate((11, 16, 0)):
+        token[row, :count] = np.sort(rng.integers(0, tokens, count))
+        alive[row, :count] = True
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    start = Streams.start(jnp.zeros((3, tokens, 5))).replace(
+        token=jnp.asarray(token), alive=jnp.asarray(alive), forked=True
+    )
+    of_residual, of_log_prob = draw(3, tokens, 5), draw(3, tokens)
+
+    def merged(x, log_score, log_prob):
+        streams = start.replace(x=x, log_score=log_score)
+        found = [forking.merge(streams, kind) for kind in ("residual", "rightmost")]
+        mixed = forking.merge_log_prob(streams, log_prob, 64)
+        return sum((f * of_residual).sum() for f in found) + (mixed * of_log_prob).sum(), (
+            *found, mixed,
+        )  # fmt: skip
+
+    args = draw(3, slots, 5), -jnp.abs(draw(3, slots)), -jnp.abs(draw(3, slots))
+    both = jax.value_and_grad(merged, (0, 1, 2), has_aux=True)
+    expected = jax.jit(both)(*args)
+    monkeypatch.setattr(forking, "LARGEST_MEMBERSHIP", 0)
+    close(jax.jit(lambda *args: both(*args))(*args), expected)
+    last, count = map(np.asarray, forking.bubble_ends(start))
+    counts = [np.bincount(t[a], minlength=tokens) for t, a in zip(token, alive, strict=True)]
+    np.testing.assert_array_equal(count, counts)
+    assert (token[0][last[0][count[0] > 0]] == np.unique(token[0][:11])).all()
+
+
+def test_remat_saves_memory_without_scanned_layers():
+    config = dataclasses.replace(KINDS["plain"], num_layers=6, num_kv_heads=None)
+    rows = np.zeros((8, 129), np.int32)
+    needed = {
+        remat: compiled_loss(dataclasses.replace(config, remat=remat), rows)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for remat in ("none", "full")
+    }
+    assert needed["full"] < 0.6 * needed["none"], needed

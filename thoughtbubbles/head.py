@@ -1,0 +1,146 @@
+"""Log-probabilities under a large vocabulary, without an array of the logits of all tokens.
+
+The vocabulary is taken in chunks, twice: the forward pass keeps the logarithm of the normaliser of
+each position alone, and the backward pass computes the logits of each chunk again. A chunk of the
+vocabulary has its own rows of the table and of its gradient, so that nothing of the table is added
+up over chunks, which would be a collective for each chunk on a mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from thoughtbubbles.sampling import log_prob_of
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int
+
+LARGEST_LOGITS = 2**26
+"""Bytes of float32 logits, over all devices, above which the vocabulary is taken in chunks."""
+SMALLEST_CHUNK = 1024
+"""Number of ids of a chunk below which products would become too narrow."""
+
+
+def head_log_prob(
+    hidden: Float[Array, "... D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, ...],
+    *,
+    vocab_axis: int = 0,
+    chunks: int | None = None,
+) -> Float[Array, ...]:
+    """Log-probability of one target id at each position, under logits `hidden · table`.
+
+    Args:
+        hidden: Hidden states that predict the targets.
+        table: Output embedding `[V, D]`, or `[D, V]` with `vocab_axis=1`, in the type of the
+            hidden states.
+        targets: Target ids.
+        vocab_axis: Axis of the vocabulary in the table.
+        chunks: Number of chunks of the vocabulary; by default as many as bring the logits of a
+            chunk to `LARGEST_LOGITS` bytes, down to `SMALLEST_CHUNK` ids. One chunk computes all
+            logits at once and keeps them for the backward pass.
+
+    Returns:
+        Log-probabilities in float32, equal for any number of chunks up to rounding.
+    """
+    if chunks is None:
+        chunks = num_chunks(targets.size, table.shape[vocab_axis])
+    if chunks == 1:
+        return log_prob_of(_logits(hidden, table, vocab_axis), targets)
+    return _in_chunks(hidden, table, targets, vocab_axis, chunks)
+
+
+def num_chunks(positions: int, vocab_size: int) -> int:
+    """Number of chunks that `head_log_prob` takes a vocabulary in.
+
+    Args:
+        positions: Number of positions, over all rows and devices.
+        vocab_size: Size of the vocabulary.
+    """
+    needed = math.ceil(4 * positions * vocab_size / LARGEST_LOGITS)
+    chunks = max(min(needed, vocab_size // SMALLEST_CHUNK), 1)
+    # A divisor near by saves padding the table.
+    return next((n for n in range(chunks, 2 * chunks) if vocab_size % n == 0), chunks)
+
+
+def _logits(hidden: jax.Array, table: jax.Array, vocab_axis: int) -> jax.Array:
+    # Contracted as it lies: a transposed table would be copied for every decoded token.
+    subscripts = "...d,dv->...v" if vocab_axis else "...d,vd->...v"
+    return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _in_chunks(hidden, table, targets, vocab_axis, chunks):
+    return _forward(hidden, table, targets, vocab_axis, chunks)[0]
+
+
+def _forward(hidden, table, targets, vocab_axis, chunks):
+    vocab_size = table.shape[vocab_axis]
+
+    def add(carry, part):
+        peak, total, picked = carry
+        rows, ids = part
+        logits = _known(_logits(hidden, rows, vocab_axis), ids, vocab_size)
+        higher = jnp.maximum(peak, logits.max(axis=-1))
+        total = total * jnp.exp(peak - higher) + jnp.exp(logits - higher[..., None]).sum(axis=-1)
+        picked += jnp.where(_chosen(ids, targets), logits, 0).sum(axis=-1)
+        return (higher, total, picked), None
+
+    zeros = jnp.zeros_like(targets, jnp.float32)
+    parts = _parts(table, vocab_axis, chunks), _ids(vocab_size, chunks)
+    (peak, total, picked), _ = jax.lax.scan(add, (zeros - jnp.inf, zeros, zeros), parts)
+    normaliser = peak + jnp.log(total)
+    return picked - normaliser, (hidden, table, targets, normaliser)
+
+
+def _backward(vocab_axis, chunks, residuals, gradient):
+    hidden, table, targets, normaliser = residuals
+    vocab_size = table.shape[vocab_axis]
+
+    def add(total, part):
+        rows, ids = part
+        logits, pull = jax.vjp(lambda *args: _logits(*args, vocab_axis), hidden, rows)
+        probability = jnp.exp(_known(logits, ids, vocab_size) - normaliser[..., None])
+        of_hidden, of_rows = pull(gradient[..., None] * (_chosen(ids, targets) - probability))
+        return total + of_hidden.astype(jnp.float32), of_rows
+
+    parts, join = jax.vjp(lambda table: _parts(table, vocab_axis, chunks), table)
+    zeros = jnp.zeros_like(hidden, jnp.float32)
+    of_hidden, of_parts = jax.lax.scan(add, zeros, (parts, _ids(vocab_size, chunks)))
+    return of_hidden.astype(hidden.dtype), join(of_parts)[0], None
+
+
+_in_chunks.defvjp(_forward, _backward)
+
+
+def _parts(table, vocab_axis, chunks):
+    """The table in chunks on a leading axis.
+
+    Chunk `c` has the ids `c`, `c + chunks`, ...: each device of a sharded vocabulary has an equal
+    part of every chunk.
+    """
+    vocab_size = table.shape[vocab_axis]
+    size = -(-vocab_size // chunks)
+    padding = [(0, size * chunks - vocab_size if axis == vocab_axis else 0) for axis in range(2)]
+    shape = [*table.shape[:vocab_axis], size, chunks, *table.shape[vocab_axis + 1 :]]
+    return jnp.moveaxis(jnp.pad(table, padding).reshape(shape), vocab_axis + 1, 0)
+
+
+def _ids(vocab_size, chunks):
+    """The ids of each chunk, `[chunks, C]`; those from the vocabulary's size on are padding."""
+    return jnp.arange(-(-vocab_size // chunks) * chunks).reshape(-1, chunks).T
+
+
+def _known(logits, ids, vocab_size):
+    return jnp.where(ids < vocab_size, logits, -jnp.inf)
+
+
+def _chosen(ids, targets):
+    return jnp.expand_dims(ids, range(targets.ndim)) == targets[..., None]
