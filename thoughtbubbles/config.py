@@ -82,7 +82,7 @@ class ModelConfig(ArchitectureConfig):
         dtype: Type of the computation; parameters are float32.
         scan_layers: Whether the blocks between fork layers are scanned, which compiles faster.
         remat: Activations recomputed in the backward pass: "none", all but matrix products
-            ("dots"), or all of them ("full").
+            ("dots", which on a CPU saves memory only with `scan_layers`), or all of them ("full").
     """
 
     vocab_size: int
