@@ -30,7 +30,7 @@ LIMITS = {
 }
 
 
-def compiled_loss(config: Any, rows: jax.Array) -> Any:
+def compiled_loss(config: Any, rows: Any) -> Any:
     """Loss and gradients as a program of its own, which limits of tests may have changed."""
     program = jax.jit(jax.value_and_grad(lambda model, rows: model.loss(rows)[0], allow_int=True))
     return program.lower(quick_model(config), rows).compile()
@@ -103,7 +103,7 @@ def test_a_sharded_vocabulary_is_never_gathered():
         return head.head_log_prob(hidden, table, targets, chunks=chunks).sum()
 
     both = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)
-    program = both.lower(hidden, table, 4).compile()
+    program: Any = both.lower(hidden, table, 4).compile()
     gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", program.as_text())
     assert not [shape for shape in gathered if np.prod(list(map(int, shape.split(",")))) >= 16 * 8]
     close(program(hidden, table), both(hidden, table, 1), 1e-6)
@@ -152,7 +152,8 @@ def test_large_attention_keeps_no_weights(monkeypatch):
     for limit in (2**60, 0):
         monkeypatch.setattr(attention, "LARGEST_WEIGHTS", limit)
         program = jax.jit(jax.grad(lambda *args: layers(*args), (0, 1, 2))).lower(x, x, x)
-        needed.append(program.compile().memory_analysis().temp_size_in_bytes)
+        compiled: Any = program.compile()
+        needed.append(compiled.memory_analysis().temp_size_in_bytes)
     assert needed[1] < 0.7 * needed[0], needed
 
 

@@ -263,7 +263,7 @@ class ForkingDecoder(Architecture):
             return streams
         where = geometry or Geometry.of(streams, self.config)
 
-        def run(streams: Streams, layer: tuple[Block, Any], where: Geometry = where) -> Streams:
+        def run(streams: Streams, layer: tuple[Block, Any], where: Geometry) -> Streams:
             block, rotary = layer
             here = where.where(rotary)
             streams = block.mixing(streams, here, mix)[0] if mix else block(streams, here)
@@ -272,19 +272,18 @@ class ForkingDecoder(Architecture):
         rotary = self.config.rotary_layers[start:end]
         remat = self.config.remat
         if self.config.scan_layers and self.unstacked is None:
-            step = lambda streams, layer: (run(streams, layer), None)  # noqa: E731
+            step = lambda streams, layer: (run(streams, layer, where), None)  # noqa: E731
             if remat != "none":
                 step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
             stack = jax.tree.map(lambda leaf: leaf[start:end], self.blocks)
             flags = None if rotary[0] is None else jnp.array(rotary)
             return jax.lax.scan(step, streams, (stack, flags))[0]
         if remat == "full" and mix is None:
-            again = recomputed(run)
-            run = lambda streams, layer: again(streams, layer, where)  # noqa: E731
+            run = recomputed(run)
         elif remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
         for layer in zip(self._layers(start, end), rotary, strict=True):
-            streams = run(streams, layer)
+            streams = run(streams, layer, where)
         return streams
 
 

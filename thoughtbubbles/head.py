@@ -106,7 +106,7 @@ def _backward(vocab_axis, chunks, residuals, gradient):
 
     def add(total, part):
         rows, ids = part
-        logits, pull = jax.vjp(lambda *args: _logits(*args, vocab_axis), hidden, rows)
+        logits, pull = jax.vjp(functools.partial(_logits, vocab_axis=vocab_axis), hidden, rows)
         probability = jnp.exp(_known(logits, ids, vocab_size) - normaliser[..., None])
         of_hidden, of_rows = pull(gradient[..., None] * (_chosen(ids, targets) - probability))
         return total + of_hidden.astype(jnp.float32), of_rows
