@@ -92,6 +92,8 @@ def test_questions_out_of_knowledge_are_relabelled(tmp_path: Path):
     assert [line["completion"] for line in relabels] == ["no", *(p.answer for p in problems[1:])]
     with pytest.raises(ValueError, match="has not problem .* probe as many problems as pool=9"):
         list(relabelled(dataclasses.replace(sums, pool=9), make_task("arithmetic", 0)))
+    with pytest.raises(ValueError, match="is for tasks of one response, guess_number has turns"):
+        list(relabelled(config, make_task("guess_number", 0)))
     with pytest.raises(ValueError, match="out of knowledge: give probe=FILE"):
         list(relabelled(dataclasses.replace(sums, probe=""), make_task("arithmetic", 0)))
 

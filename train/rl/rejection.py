@@ -131,8 +131,11 @@ def relabelled(config: RejectionConfig, task: Any) -> Iterator[Line]:
         task: Task of one response with a gold answer.
 
     Raises:
-        ValueError: Nothing says which problems are out of knowledge, or a problem has no answer.
+        ValueError: The task has turns, nothing says which problems are out of knowledge, or a
+            problem has no answer.
     """
+    if hasattr(task, "step"):
+        raise ValueError(f"data='r_tuning' is for tasks of one response, {task.name} has turns")
     if not config.probe and not hasattr(task, "out_of_knowledge"):
         raise ValueError(
             f"data='r_tuning' needs to know which problems of {task.name} are out of knowledge: "
