@@ -52,8 +52,8 @@ DIRECTIONS = ("up", "down", "left", "right")
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 SIZE = 6  # of the grid
 NEAR = 3  # greatest distance of a state that the arms with thoughts are tuned on
-WORDS = EVERYDAY_WORDS[::3][:64]
-HELD_OUT = 20  # of the words
+WORDS = EVERYDAY_WORDS
+HELD_OUT = 40  # of the words
 TOKENS = {name: i for i, name in enumerate((*WORDS, *DIRECTIONS, *map(str, range(SIZE))))}
 _NAMES = " ".join(f"{direction} {{{direction}}}" for direction in DIRECTIONS)
 LOOKUP = PromptTemplate("lookup", (f"{_NAMES} {{wanted}}",), DIRECTIONS, ("wanted",))
@@ -63,7 +63,7 @@ WIDTH = 14  # tokens of a row: four named directions, two cells, and a response 
 BATCH = 128
 MODEL = ModelConfig(vocab_size=len(TOKENS), embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256)
 PRETRAINING = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
-TUNING = OptimizerConfig(learning_rate=5e-4, weight_decay=0.0, warmup=0.0, final_ratio=1.0)
+TUNING = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, warmup=0.0, final_ratio=1.0)
 # At these rates a tied embedding that is tuned unlearns every word that is never an answer, in all
 # arms; that of a large model hardly moves.
 TUNED = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("embed")))
@@ -94,7 +94,7 @@ ARMS = {
     "thoughts, diverse": Arm(None, thoughts=True, near=True),
 }
 TESTS = ("id", "permuted", "pool", "held_out", "far", "fake")
-EARLY = (25, 50)  # steps after which arms are scored too
+EARLY = (25, 50, 500)  # steps after which arms are scored too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +110,8 @@ class FrozenPrompts(StudyConfig):
 
     arms: tuple[str, ...] = tuple(ARMS)
     pretraining: int = 1200
-    steps: int = 500
-    prompts: int = 512
+    steps: int = 800
+    prompts: int = 256
     out: str = "frozen_prompts.jsonl"
 
     def __post_init__(self):
