@@ -135,7 +135,7 @@ def _kilobytes(name: str) -> int:
 
 def preload() -> None:
     """Let the processes of cases begin with everything imported; before any of them is started."""
-    SERVER.set_forkserver_preload(PRELOADED)
+    SERVER.set_forkserver_preload(list(PRELOADED))
 
 
 def run_case(case: Case, base: Path, here: Path) -> Outcome:
