@@ -83,24 +83,31 @@ def test_every_flipped_bit_is_refused_by_all_that_reads_it(run: Path):
                 assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), restored, state()))
 
 
-@pytest.mark.parametrize("harm", ["delete", "cut", "append", "folder"])
+@pytest.mark.parametrize("harm", ["delete", "cut", "append", "folder", "pipe"])
 def test_other_damage_of_any_file(run: Path, harm: str):
     step = run / "2"
     listed = [name for name in checksums._read(step) if not name.startswith("train")]
     for name in listed:
         path = step / name
         content = path.read_bytes()
-        if harm in ("delete", "folder"):
+        if harm in ("delete", "folder", "pipe"):
             path.unlink()
         if harm == "folder":
             path.mkdir()
+        elif harm == "pipe":  # which a reader would wait at for ever
+            os.mkfifo(path)
         elif harm != "delete":
             path.write_bytes(content[:-1] if harm == "cut" else content + b"\0")
         assert f"damaged ({name}" in refused(lambda: load_params(run))
         if harm == "folder":
             path.rmdir()
+        path.unlink(missing_ok=True)
         path.write_bytes(content)
     load_params(run)
+    if harm == "pipe":
+        (step / checksums.NAME).unlink()
+        os.mkfifo(step / checksums.NAME)
+        assert f"{checksums.NAME} is no regular file" in refused(lambda: load_params(run))
 
 
 def test_the_array_whose_bytes_differ_is_named(run: Path):

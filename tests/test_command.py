@@ -160,3 +160,23 @@ def test_a_plugin_that_is_not_there_is_one_line():
     assert missing_plugins({"plugin": ["json"]}) == "" == missing_plugins({})
     hint = " (the run was made with --plugin nowhere_at_all: pass it here too)"
     assert missing_plugins({"plugin": ["nowhere_at_all", "json"]}) == hint
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "a", "--to", "b", "--step", "x"], "Error parsing --step: no type matching "),
+        (["generate", "--temperature", "x"], "Error parsing --temperature: could not convert str"),
+        (["generate", "--seed", "x"], "Error parsing --seed: invalid literal for int"),
+        (["generate", "--plugin"], "--plugin names no module: write --plugin mine for mine.py"),
+        (["runs", "x\ny"], "x y holds no run"),
+        (["pretrain", "tiny_plain", "--data.corpus", f"mix(x={'[' * 5000})"], "corpus 'mix(x=[["),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_the_option(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["thoughtbubbles", *words])
+    with pytest.raises(SystemExit) as left:
+        entry.main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1 and len(error) < 700

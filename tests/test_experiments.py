@@ -14,9 +14,10 @@ from tiny import SMALL, quick_model, random_tokens
 from thoughtbubbles import ModelConfig, PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.bubbles import bubble_map
 from thoughtbubbles.forking import candidates_of
-from train.experiments import precision, quality, random_bits
+from train.experiments import precision, quality, random_bits, study
 from train.experiments.study import Results, by_key, markdown_table, mean_text, read_results
 from train.experiments.tasks import Lookup
+from train.pretraining.presets import PRESETS
 
 
 def test_lookup_rows_by_hand():
@@ -51,6 +52,18 @@ def test_precision_scores_what_the_model_does():
     lines = precision.report([run, run | {"variant": "threshold"}]).splitlines()
     assert lines[2] == "| plain | 0 | 2.0000 | -0.00100 ± 0.00020 | 0.01000 |  |  |"
     assert lines[3].endswith("| 3 of 8 | 0.50% |")
+
+
+@pytest.mark.parametrize("meta", [None, {"step": 3}])
+def test_a_run_that_a_signal_stopped_is_no_result(meta, monkeypatch):
+    config = dataclasses.replace(PRESETS["tiny_plain"], steps=4)
+    monkeypatch.setattr(study, "load_run_meta", lambda folder: meta)
+    monkeypatch.setattr(precision, "train", lambda config: {})
+    monkeypatch.setattr(precision, "load_model", lambda folder: pytest.fail("it is scored"))
+    with pytest.raises(SystemExit, match="1"):
+        precision.train_and_score(config, 8)
+    if meta is not None:
+        study.check_finished("run", meta["step"])
 
 
 def test_the_random_control_ignores_scores():

@@ -21,7 +21,7 @@ from test_metadata import META
 from tiny import SMALL, logits_of, quick_model, random_tokens
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from thoughtbubbles import ModelConfig, PrefixRank, Threshold
+from thoughtbubbles import ModelConfig, PrefixRank, Threshold, pretrained
 from thoughtbubbles.hatchling import ForkingHatchling, ForkingHatchlingConfig
 from thoughtbubbles.positions import RopeScaling
 from thoughtbubbles.pretrained import load_pretrained, save_pretrained
@@ -180,13 +180,15 @@ def test_the_tokenizer_of_a_run_encodes_the_same_anywhere(kind: str, tmp_path: P
     assert [found.decode(row) for row in some] == [own.decode(row) for row in some]
 
 
-def test_parameters_too_large_for_a_type_are_refused(tmp_path: Path):
+def test_parameters_too_large_for_a_type_are_refused(tmp_path: Path, monkeypatch):
     model = quick_model(dataclasses.replace(PLAIN, num_layers=1))
     params = nnx.to_pure_dict(nnx.state(model))
     new, config = tmp_path / "new", model.config
     save_pretrained(new, config, params, ByteTokenizer(), dtype="float16")
     assert SafetensorsFiles(new).read("model.norm.bias").dtype == np.float16
     assert np.asarray(load_pretrained(new).params["embed"]).dtype == np.float32
+    # What is refused is known before a folder is begun.
+    monkeypatch.setattr(pretrained, "new_folder", lambda path: pytest.fail("writes"))
     width = config.embed_dim
     half = jnp.where(jnp.arange(width) % 2, 1.0, 1e-9)
     for bias, message in (

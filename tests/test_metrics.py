@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import math
+import os
 import signal
 import struct
 import subprocess
@@ -177,6 +178,10 @@ def test_says_what_cannot_be_read(tmp_path: Path):
         MetricWriter(tmp_path, resume_step=3)
     with pytest.raises(MetricsError, match="Not a directory; free space or pass another"):
         MetricWriter(tmp_path / "metrics.jsonl" / "run")
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped/metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl is no regular file: remove it"):
+        read_metrics(tmp_path / "piped")
 
 
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path: Path):

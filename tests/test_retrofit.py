@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.retrofit import add_forks
 from thoughtbubbles.streams import left_align, restore_alignment
 from train import generate
-from train.data import DataConfig, DataError
+from train.data import DataConfig, DataError, load_tokenizer
 from train.devices.mesh import MeshConfig, make_mesh, place, state_shardings
 from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig, make_optimizer
@@ -268,6 +269,10 @@ def test_a_run_starts_from_weights_goes_on_and_is_read_back(run_config, one_devi
             "loss"
         ]
     )
+    # The rows and the copy of the tokenizer are gone: the run has its own.
+    shutil.rmtree(run_config.data.cache_dir)
+    assert loaded.config["data"]["tokenizer"].startswith("weights:")
+    assert len(held_out.validation_rows(loaded)) > 0
     for changes, message in (
         ({"train": "all"}, "train: saved 'forks', now 'all'"),
         (
@@ -290,6 +295,23 @@ def test_the_command_line_says_where_a_run_starts(run_config, one_device, monkey
     run_command(main, RunConfig, PRESETS)
     shown = capsys.readouterr().out
     assert "forks before layers (1,), PrefixRank(ratio=1.5" in shown and "vocabulary 64" in shown
+
+
+def test_the_tokenizer_of_weights_has_one_name_wherever_they_lie(run_config, tmp_path):
+    moved = shutil.copytree(run_config.init.weights, tmp_path / "elsewhere")
+    init = dataclasses.replace(run_config.init, weights=str(moved))
+    data = dataclasses.replace(run_config.data, cache_dir=str(tmp_path / "other_cache"))
+    other = on_weights(dataclasses.replace(run_config, init=init, data=data)).data
+    assert other.tokenizer == on_weights(run_config).data.tokenizer
+    assert load_tokenizer(other.tokenizer_source).vocab_size == 47
+    again = dataclasses.replace(
+        run_config, data=dataclasses.replace(run_config.data, tokenizer=other.tokenizer)
+    )
+    assert on_weights(again).data.tokenizer == other.tokenizer
+    shutil.rmtree(tmp_path / "other_cache")
+    with pytest.raises(DataError, match="tokenizer 'weights:.* is not in .*: it came with pretr"):
+        _ = other.tokenizer_source
+    assert ".." not in str(dataclasses.replace(other, tokenizer="x").tokenizer_file("../../x"))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,14 @@ from tiny import SMALL, quick_model
 from train.cli.config_json import as_json
 from train.data import ByteTokenizer, DataConfig, DataError, prepare, stored_rows
 from train.data.mixture import JoinedRows
+from train.data.sources import SOURCES, Files
 from train.evaluation import held_out
 from train.evaluation.held_out import validation_rows
 from train.models.load import LoadedRun
+from train.pretraining import job as job_module
 from train.pretraining.config import RunConfig
-from train.runs.metadata import checked_meta, why_other_data
+from train.pretraining.job import PretrainJob
+from train.runs.metadata import checked_meta, rows_of_other_python, why_other_data
 from train.runs.run_folder import check_data
 
 
@@ -116,7 +119,7 @@ def test_stdlib_of_another_python_is_named(corpus: str, python: str | None, tmp_
     then = r"Python 3\.13\.1" if python else "an interpreter it doesn't name"
     now = rf"this is Python {platform.python_version()}: take that one"
     if corpus == "stdlib":
-        now += ", or copy .* rows/0 of its"
+        now += ", or copy .* rows/0 of its data cache"
     data = DataConfig(corpus, cache_dir=str(tmp_path))
     meta: dict[str, Any] = {**META, "config": as_json(RunConfig(model=SMALL, data=data))}
     meta |= {"python": python} if python else {}
@@ -128,6 +131,61 @@ def test_stdlib_of_another_python_is_named(corpus: str, python: str | None, tmp_
         ValueError, match=f"trained on data 0, the corpus is now 1: .*{then}, {now}"
     ):
         validation_rows(run_on(data, "0", python))
+
+
+class Opened:
+    """A source of the files of a folder."""
+
+    path: str
+
+    def open(self, validation: float, cache: Path) -> Any:
+        return Files(self.path).open(validation, cache)
+
+
+def test_a_run_goes_on_under_another_python_with_the_rows_that_it_has(
+    data: DataConfig, tmp_path, monkeypatch
+):
+    prepared = prepare(data)
+    # As if the texts were the library of the Python that runs.
+    texts = Path(data.corpus)
+    library = dataclasses.make_dataclass("Library", [("path", str, str(texts))], bases=(Opened,))
+    monkeypatch.setitem(SOURCES, "stdlib", library)
+    config = RunConfig(model=SMALL, data=dataclasses.replace(data, corpus="stdlib"), out="run")
+    fingerprint = prepare(config.data).fingerprint
+    assert fingerprint == prepared.fingerprint
+    meta = {**META, "config": as_json(config), "data_fingerprint": fingerprint, "python": "3.13.1"}
+    (texts / "new.txt").write_text("another library " * 50)
+
+    def resumed() -> PretrainJob:
+        job = object.__new__(PretrainJob)
+        job.config, job.meta = config, {}
+        found = job.prepare()
+        check_data(tmp_path, meta, found.fingerprint)
+        assert len(found.train) == len(prepared.train) and "rows packed before" in found.summary
+        return job
+
+    monkeypatch.setattr(job_module, "load_run_meta", lambda out: meta)
+    assert resumed().meta == {"python": "3.13.1"}, "the next Python is told from that one too"
+    meta["python"] = platform.python_version()
+    with pytest.raises(ValueError, match="was trained on data"):
+        resumed()
+    meta["python"] = "3.13.1"
+    shutil.rmtree(data.cache / "rows" / fingerprint)
+    with pytest.raises(ValueError, match=r"3\.13\.1, this is Python .* or copy the rows"):
+        resumed()
+
+
+def test_rows_of_another_python():
+    mixed = 'mix({"lib=stdlib": 0.6, "texts": 0.4})'
+    config = as_json(RunConfig(model=SMALL, data=DataConfig(mixed)))
+    sources = {"lib": "a", "texts": "b"}
+    noted = {**META, "config": config, "sources": sources}
+    assert rows_of_other_python(noted) == {"lib": "a"}
+    other = as_json(RunConfig(model=SMALL, data=DataConfig("files(path='stdlib')")))
+    assert rows_of_other_python({**META, "config": other}) == {}
+    assert rows_of_other_python({**META, "config": config}) == rows_of_other_python(None) == {}
+    assert rows_of_other_python(META) == {"stdlib": META["data_fingerprint"]}
+    assert rows_of_other_python({**META, "python": platform.python_version()}) == {}
 
 
 def test_the_rows_of_a_mixture_are_those_of_its_sources():

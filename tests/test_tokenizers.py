@@ -1,6 +1,7 @@
 """Tokenizers: round trips, exact byte counts, and the command that trains one."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -205,6 +206,9 @@ def test_id_outside_the_vocabulary(bpe):
 def test_unusable_files(tmp_path):
     with pytest.raises(DataError, match="cannot read tokenizer .*missing.json"):
         load_tokenizer(str(tmp_path / "missing.json"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="cannot read tokenizer .*pipe: no regular file"):
+        load_tokenizer(str(tmp_path / "pipe"))
     path = tmp_path / "tokenizer.json"
     path.write_text('{"type": "something"}')
     with pytest.raises(DataError, match="is not a tokenizer.json"):

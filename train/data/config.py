@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
+
+OF_WEIGHTS = "weights:"
+"""Beginning of the name of a tokenizer that pretrained weights brought; a hash of it follows."""
 
 
 class DataError(ValueError):
@@ -32,7 +36,8 @@ class DataConfig:
     mixture of such sources with their weights as mix({"stdlib": 0.6, "~/texts": 0.4})."""
 
     tokenizer: str = "bytes"
-    """Either "bytes", or the path of a Hugging Face tokenizer.json."""
+    """Either "bytes", or the path of a Hugging Face tokenizer.json. A run that starts from
+    pretrained weights has theirs, as weights:HASH; a copy is kept with prepared data."""
 
     seq_len: int = 256
     """Number of targets of a row, which holds seq_len + 1 tokens."""
@@ -56,3 +61,24 @@ class DataConfig:
             return Path(self.cache_dir).expanduser()
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(home).expanduser() / "thoughtbubbles" / "data"
+
+    @property
+    def tokenizer_source(self) -> str:
+        """What `load_tokenizer` takes: "bytes", or the path of a file.
+
+        Raises:
+            DataError: The tokenizer is that of pretrained weights, and its copy is not there.
+        """
+        if not self.tokenizer.startswith(OF_WEIGHTS):
+            return self.tokenizer
+        file = self.tokenizer_file(self.tokenizer.removeprefix(OF_WEIGHTS))
+        if not file.is_file():
+            raise DataError(
+                f"tokenizer {self.tokenizer!r} is not in {file.parents[1]}: it came with "
+                "pretrained weights, name them by --init.weights"
+            )
+        return str(file)
+
+    def tokenizer_file(self, digest: str) -> Path:
+        """File of a tokenizer that pretrained weights brought, by the hash of its content."""
+        return self.cache / "tokenizers" / re.sub(r"\W", "_", digest) / "tokenizer.json"

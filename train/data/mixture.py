@@ -18,6 +18,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -270,11 +271,13 @@ class MixtureData(PackedData):
         return lines
 
 
-def prepare(config: DataConfig) -> PackedData:
+def prepare(config: DataConfig, stored: Mapping[str, str] = MappingProxyType({})) -> PackedData:
     """Open the packed rows of a corpus or of a mixture; what is not packed yet is packed first.
 
     Args:
         config: Corpus, tokenizer and row length.
+        stored: Fingerprints of rows that are taken where the cache has them, whatever their text is
+            now, by the corpus or by the names of sources.
 
     Returns:
         The rows; a `MixtureData` for a mixture.
@@ -283,11 +286,12 @@ def prepare(config: DataConfig) -> PackedData:
         DataError: The corpus, a source or the tokenizer cannot be used, or a source is too small.
     """
     if not is_mixture(config.corpus):
-        return prepare_corpus(config)
+        return prepare_corpus(config, stored.get(config.corpus, ""))
     mixture = parse_mixture(config.corpus)
     sources = mixture.sources.items()
     replaced = {name: dataclasses.replace(config, corpus=text) for name, text in sources}
-    return mix(mixture, {name: prepare_corpus(part) for name, part in replaced.items()})
+    parts = {name: prepare_corpus(part, stored.get(name, "")) for name, part in replaced.items()}
+    return mix(mixture, parts)
 
 
 def mix(mixture: Mixture, parts: Mapping[str, PackedData]) -> MixtureData:

@@ -65,17 +65,28 @@ class PackedData:
         )
 
 
-def prepare_corpus(config: DataConfig) -> PackedData:
+def prepare_corpus(config: DataConfig, stored: str = "") -> PackedData:
     """Open the packed rows of one corpus; they are packed first if the cache has none.
 
     Packing shows its progress on a terminal.
 
     Args:
         config: Corpus, tokenizer and row length.
+        stored: Fingerprint of rows that are taken where the cache has them, whatever the corpus
+            holds now; "" for none.
 
     Raises:
-        DataError: Corpus or tokenizer cannot be used, or the corpus is too small.
+        DataError: Corpus or tokenizer cannot be used, the corpus is too small, or stored rows are
+            damaged.
     """
+    folder = _folder(config, stored)
+    if folder is not None:
+        statistics, rows = _read(folder, config.seq_len)
+        tokenizer = load_tokenizer(config.tokenizer_source)
+        if statistics.get("tokenizer_fingerprint") == tokenizer.fingerprint:
+            note = f"rows packed before, {folder}"
+            both = rows["train"], rows["validation"]
+            return PackedData(*both, tokenizer, stored, statistics, note)
     return prepare_documents(open_corpus(config.corpus, config.validation, config.cache), config)
 
 
@@ -89,7 +100,7 @@ def prepare_documents(corpus: Corpus, config: DataConfig) -> PackedData:
     Raises:
         DataError: The tokenizer cannot be used, or the corpus is too small.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer_source)
     identity = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint} {config.seq_len}"
     if isinstance(tokenizer, PretrainedTokenizer):  # whose file alone doesn't tell these
         identity += f" {tokenizer.separator} {tokenizer.vocab_size}"
@@ -113,10 +124,15 @@ def stored_rows(config: DataConfig, fingerprint: str, split: Split) -> PackedRow
     Raises:
         DataError: The rows are damaged.
     """
+    folder = _folder(config, fingerprint)
+    return None if folder is None else _read(folder, config.seq_len)[1][split]
+
+
+def _folder(config: DataConfig, fingerprint: str) -> Path | None:
+    """Folder of the rows of a fingerprint; None if the cache has none."""
     folder = config.cache / "rows" / fingerprint
-    if not re.fullmatch(r"\w+", fingerprint) or not (folder / _METADATA).is_file():
-        return None
-    return _read(folder, config.seq_len)[1][split]
+    known = re.fullmatch(r"\w+", fingerprint) and (folder / _METADATA).is_file()
+    return folder if known else None
 
 
 def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:

@@ -225,8 +225,11 @@ def _byte_letters() -> list[str]:
 
 
 def _read(path: str | Path) -> str:
+    file = Path(path).expanduser()
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise OSError("no regular file")  # a pipe would wait for ever
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f'cannot read tokenizer {path}: {_first_line(error)}; give "bytes" or the path of a '

@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles import Architecture
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.quantisation import in_int8, quantise
 from train.cli.config_json import from_json
 from train.data import DataConfig, PackedRows, evaluation_batches, prepare
+from train.data.config import OF_WEIGHTS
 from train.data.mixture import JoinedRows
 from train.data.stored import stored_split
 from train.devices.mesh import (
@@ -25,7 +27,7 @@ from train.devices.mesh import (
 from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
-from train.models.load import LoadedRun
+from train.models.load import LoadedRun, keep_tokenizer
 from train.runs.metadata import why_other_data
 
 _OF_DATA = ("config", "data_fingerprint", "python", "sources")  # fields of a run
@@ -226,6 +228,10 @@ def validation_rows(loaded: LoadedRun) -> PackedRows:
     stored = stored_split(config, loaded.data_fingerprint, loaded.sources, "validation")
     if stored is not None:
         return stored
+    if config.tokenizer.startswith(OF_WEIGHTS) and isinstance(
+        loaded.tokenizer, PretrainedTokenizer
+    ):
+        keep_tokenizer(loaded.tokenizer, config)
     data = prepare(config)
     if data.fingerprint != loaded.data_fingerprint:
         meta = {name: getattr(loaded, name) for name in _OF_DATA}

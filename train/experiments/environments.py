@@ -23,7 +23,7 @@ from train.data import ByteTokenizer
 from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.experiments.reinforce import supervise
-from train.experiments.study import check_names
+from train.experiments.study import check_finished, check_names
 from train.models.load import LanguageModel, load_model
 from train.rl.config import RLConfig
 from train.rl.environments import ENVIRONMENTS
@@ -37,7 +37,6 @@ from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampled
 from train.rl.types import Completion, Episodes, Reward, Trajectory
-from train.runs.metrics import read_metrics
 
 PLAYERS = ("random", "scripted")
 MODEL = ModelConfig(
@@ -195,8 +194,7 @@ def trained(config: Experiment, text: str, environment: Any, lm: LanguageModel, 
     """The policy that a method makes of a decoder, as a job."""
     with tempfile.TemporaryDirectory() as folder:
         train(RLJob(run_config(config, text, method=arm, out=folder), lm, environment))
-        if read_metrics(folder)[-1]["step"] < config.steps:  # a signal stopped it: not a result
-            raise SystemExit(1)
+        check_finished(folder, config.steps)
         return RLJob(run_config(config, text), load_model(folder), environment)
 
 

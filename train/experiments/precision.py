@@ -25,6 +25,7 @@ from train.experiments.study import (
     Result,
     Results,
     StudyConfig,
+    check_finished,
     check_names,
     markdown_table,
     mean_text,
@@ -94,6 +95,7 @@ def train_missing(config: Precision, results: Results) -> Iterator[tuple[Result,
 def train_and_score(config: RunConfig, rows: int) -> Result:
     """Loss in float32, how much bfloat16 adds to it, and how often its bubbles are others."""
     train(config)
+    check_finished(config.out, config.steps)
     loaded = load_model(config.out)
     assert isinstance(loaded.model, Thoughtbubbles)
     held_out = validation_rows(loaded)

@@ -34,6 +34,7 @@ from train.experiments.study import (
     Results,
     StudyConfig,
     by_key,
+    check_finished,
     check_names,
     markdown_table,
     mean_text,
@@ -334,10 +335,8 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
             found = {"after": job.evaluate(state.weights)[0]["success"]}
         else:
             held_out = train(job)
-            lines = read_metrics(folder)
-            if lines[-1]["step"] < config.steps:  # a signal stopped it: not a result
-                raise SystemExit(1)
-            found = {"after": held_out["success"]} | of_a_run(lines)
+            check_finished(folder, config.steps)
+            found = {"after": held_out["success"]} | of_a_run(read_metrics(folder))
     cost = clock.read()
     return {
         "before": baseline.success,

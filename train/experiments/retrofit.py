@@ -8,7 +8,6 @@ Each finished (variant, seed) is a line of the file; a second call runs only wha
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from train.engine.step import make_train_step
 from train.evaluation.held_out import Evaluator
 from train.experiments.quality import KEY, report
 from train.experiments.study import Result, Results, StudyConfig, check_names, run_study
-from train.models.load import find_weights
+from train.models.load import find_weights, keep_tokenizer
 from train.pretraining.job import TRAINED
 
 # Name: whether it forks, and which parameters are trained.
@@ -122,11 +121,10 @@ def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, 
 
 
 def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
-    """The standard library's source, encoded with the tokenizer of the weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "tokenizer.json")
-        file.write_text(pretrained.tokenizer.to_json(), encoding="utf-8")
-        return prepare(DataConfig(seq_len=seq_len, tokenizer=str(file)))
+    """The standard library's source, encoded with the whole tokenizer of the weights."""
+    data = DataConfig(seq_len=seq_len)
+    name = keep_tokenizer(pretrained.tokenizer, data)
+    return prepare(dataclasses.replace(data, tokenizer=name))
 
 
 def train_and_score(

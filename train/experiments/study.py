@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from train.data.json_lines import read_json_lines
+from train.runs.metadata import load_run_meta
 
 Result = dict[str, Any]
 Config = TypeVar("Config", bound="StudyConfig")
@@ -101,6 +102,18 @@ def run_study(
     for result, line in train(config, results):
         results.add(result)
         print(line, flush=True)
+
+
+def check_finished(folder: str | Path, steps: int) -> None:
+    """End the experiment, status 1, if a signal has stopped a run of it: that is no result.
+
+    Args:
+        folder: Run folder.
+        steps: Number of steps of the whole run.
+    """
+    meta = load_run_meta(folder)
+    if meta is None or meta["step"] < steps:
+        raise SystemExit(1)
 
 
 def standard_error(values: Sequence[float]) -> float:

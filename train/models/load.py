@@ -32,7 +32,10 @@ from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.quantisation import quantise
 from train.cli.config_json import from_json, model_from_json
 from train.cli.plugins import missing_plugins
-from train.data import Tokenizer, load_tokenizer
+from train.data import DataConfig, Tokenizer, load_tokenizer
+from train.data.config import OF_WEIGHTS
+from train.data.storage import build_once
+from train.data.tokenizers import pretrained_json
 from train.devices.mesh import state_shardings
 from train.models.finetunable import TRAINED, FinetunableModel, Method
 from train.runs.checkpoint import load_params
@@ -214,6 +217,25 @@ def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
             "embedding_rows": tokenizer.embedding_rows,
         }
     }
+
+
+def keep_tokenizer(tokenizer: PretrainedTokenizer, data: DataConfig) -> str:
+    """Put a copy of the tokenizer of pretrained weights where prepared data are kept.
+
+    Returns:
+        The tokenizer's name for `DataConfig.tokenizer`, the same on every machine.
+    """
+    # Not under its own name, which is where it lies here.
+    options = {**tokenizer_meta(tokenizer)["chat"], "name": "the tokenizer of the weights"}
+    content = pretrained_json(tokenizer, options)
+    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    file = data.tokenizer_file(digest)
+
+    def write(partial: Path) -> None:
+        (partial / file.name).write_text(content, encoding="utf-8")
+
+    build_once(file.parent, write)
+    return OF_WEIGHTS + digest
 
 
 def check_named(checkpoint: str | None, model: str | None) -> None:

@@ -1,9 +1,7 @@
 """Pretraining as the loop sees it: a model, packed rows, and how they are scored."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,19 +23,18 @@ from train.data import (
     prepare,
 )
 from train.data.mixture import is_mixture
-from train.data.storage import build_once
-from train.data.tokenizers import pretrained_json
 from train.devices.mesh import check_batch, make_mesh, state_shardings
 from train.engine.loop import run
 from train.engine.memory import training_memory
 from train.engine.state import EVERY_PARAMETER, Trainable, TrainState, make_trainable
 from train.engine.step import TrainStep, make_train_step
 from train.evaluation.held_out import Evaluator, readable
-from train.models.load import find_weights, tokenizer_meta
+from train.models.load import find_weights, keep_tokenizer, tokenizer_meta
 from train.pretraining.config import RunConfig
 from train.pretraining.mixture import SOURCE_SUMS, mixture_loss, mixture_metrics
 from train.pretraining.plan import describe
 from train.pretraining.presets import PRESETS
+from train.runs.metadata import load_run_meta, rows_of_other_python
 
 TRAINED: dict[str, filterlib.Filter] = {
     "all": EVERY_PARAMETER,
@@ -69,7 +66,11 @@ class PretrainJob:
         )
 
     def prepare(self) -> PackedData:
-        data = prepare(self.config.data)
+        saved = load_run_meta(self.config.out)
+        stored = rows_of_other_python(saved)
+        data = prepare(self.config.data, stored)
+        if saved and stored and data.fingerprint == saved["data_fingerprint"]:
+            self.meta["python"] = saved.get("python") or ""  # whose library the rows still are
         self._mixture = data if isinstance(data, MixtureData) else None
         return data
 
@@ -167,7 +168,7 @@ def make_run(config: RunConfig) -> Trainable:
 def on_weights(config: RunConfig) -> RunConfig:
     """The config with the model and the tokenizer of the weights that it starts from, if any.
 
-    Their tokenizer is put where prepared data are kept. No weight is read.
+    A copy of their tokenizer is put where prepared data are kept. No weight is read.
 
     Raises:
         ValueError: There are no such weights, or the config sets a model or tokenizer of its own.
@@ -202,26 +203,20 @@ def on_weights(config: RunConfig) -> RunConfig:
             f"model.{names[0]}={getattr(config.model, names[0])!r}: the model comes with the "
             f"weights {config.init.weights}: leave it out (forks are --init.forks, --init.policy)"
         )
-    content = pretrained_json(tokenizer, tokenizer_meta(tokenizer)["chat"])
-    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-    file = config.data.cache / "tokenizers" / digest / "tokenizer.json"
-    if config.data.tokenizer not in (DataConfig().tokenizer, str(file)):
+    name = keep_tokenizer(tokenizer, config.data)
+    if config.data.tokenizer not in (DataConfig().tokenizer, name):
         raise ValueError(
             f"data.tokenizer={config.data.tokenizer!r}: the weights {config.init.weights} bring "
             "their own: leave it out"
         )
 
-    def write(partial: Path) -> None:
-        (partial / file.name).write_text(content, encoding="utf-8")
-
-    build_once(file.parent, write)
-    data = dataclasses.replace(config.data, tokenizer=str(file))
+    data = dataclasses.replace(config.data, tokenizer=name)
     return dataclasses.replace(config, model=model, data=data)
 
 
 def check_vocabulary(config: RunConfig) -> None:
     """Raise if the tokenizer knows ids that the model has no embedding for."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer_source)
     size = tokenizer.vocab_size
     if size > config.model.vocab_size:
         raise ValueError(

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from train.runs.files import check_regular
+
 NAME = "checksums"
 _PART = "checksums-of-process-"  # until the step is committed, beside what the process wrote
 _FOLDED = 2**16  # bytes that a long piece is folded to, twice
@@ -94,6 +96,7 @@ def verify(folder: Path, items: Iterable[str], share: int = 0, shares: int = 1) 
             raise DamagedFileError(f"{NAME} lists no file of {item}")
         names += inside
     for name in sorted(names)[share::shares]:
+        _check_regular(folder, name)
         try:
             with open(folder / name, "rb") as stream:
                 for _, size, checksum, arrays in found[name]:
@@ -106,7 +109,15 @@ def verify(folder: Path, items: Iterable[str], share: int = 0, shares: int = 1) 
             raise DamagedFileError(f"{name}: {error.strerror}{_of(arrays)}") from error
 
 
+def _check_regular(folder: Path, name: str) -> None:
+    try:
+        check_regular(folder / name)
+    except ValueError:
+        raise DamagedFileError(f"{name} is no regular file") from None
+
+
 def _read(folder: Path) -> dict[str, list[Piece]]:
+    _check_regular(folder, NAME)
     try:
         head, _, body = (folder / NAME).read_bytes().partition(b"\n")
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.runs.files import check_regular
 from train.runs.leaves import CheckpointError, forms, key_impls
 
 FORMAT = 1
@@ -34,7 +35,9 @@ def read_envelope(folder: Path) -> dict[str, Any]:
         OSError: It can't be read.
         ValueError: It is damaged.
     """
-    envelope = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+    file = folder / "meta" / "metadata"
+    check_regular(file)
+    envelope = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(envelope, dict):
         raise ValueError("it is no object")
     version = envelope.get("format", 0)  # of before there were versions, laid out as 1 is

@@ -38,3 +38,9 @@ def reason_of(error: BaseException) -> str:
             return os.strerror(code)
     line = (text.splitlines() or [""])[0] or type(error).__name__
     return line if len(line) <= 120 else line[:117] + "..."
+
+
+def check_regular(path: Path) -> None:
+    """Raise a ValueError for a pipe or a device, at which a reader may wait for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is no regular file: remove it, or copy the folder again")

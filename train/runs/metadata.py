@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from thoughtbubbles.fields import Fields
-from train.data.mixture import is_mixture
+from train.data.mixture import is_mixture, parse_mixture
 from train.runs.checkpoint import load_meta
 
 EDITED = "it was edited, or another version of this library wrote it"
@@ -60,6 +60,29 @@ def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str
     return meta
 
 
+_LIBRARY = re.compile(r"\s*([^()=]+=)?stdlib(\(\s*\))?\s*")
+_STDLIB = re.compile(r"(?<![\w/.~-])stdlib(?![\w/.-])")
+
+
+def rows_of_other_python(meta: Mapping[str, Any] | None) -> dict[str, str]:
+    """Fingerprints of a run's rows whose text is the library of another Python than this one.
+
+    Args:
+        meta: Metadata of the run's checkpoint; None if there is none.
+
+    Returns:
+        The fingerprints by the corpus, or by the names of a mixture's sources.
+    """
+    if meta is None or meta.get("python") == platform.python_version():
+        return {}
+    corpus = str((meta["config"].get("data") or {}).get("corpus", ""))
+    if not is_mixture(corpus):
+        return {corpus: meta["data_fingerprint"]} if _LIBRARY.fullmatch(corpus) else {}
+    texts, found = parse_mixture(corpus).sources, meta.get("sources") or {}
+    return {name: found[name] for name, text in texts.items()
+            if name in found and _LIBRARY.fullmatch(text)}  # fmt: skip
+
+
 def why_other_data(meta: Mapping[str, Any]) -> str:
     """What an error adds where a run's corpus may have changed with the interpreter, or "".
 
@@ -68,13 +91,13 @@ def why_other_data(meta: Mapping[str, Any]) -> str:
     """
     corpus = (meta["config"].get("data") or {}).get("corpus", "")
     now = platform.python_version()
-    if not re.search(r"(?<![\w/.~-])stdlib(?![\w/.-])", str(corpus)) or meta.get("python") == now:
+    if not _STDLIB.search(str(corpus)) or meta.get("python") == now:
         return ""
     rows = list((meta.get("sources") or {}).values())
     if not rows and not is_mixture(str(corpus)):
         rows = [meta["data_fingerprint"]]
     folders = " and ".join(f"rows/{fingerprint}" for fingerprint in rows)
-    copied = f", or copy the rows that it prepared, {folders} of its data cache, to evaluate"
+    copied = f", or copy the rows that it prepared, {folders} of its data cache"
     then = f"Python {meta['python']}" if meta.get("python") else "an interpreter it doesn't name"
     return (
         f" (stdlib is the library of the Python that runs: the run was trained under {then}, this "

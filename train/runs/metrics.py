@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from train.runs.files import write_atomically
+from train.runs.files import check_regular, write_atomically
 
 _FILE = "metrics.jsonl"
 _TENSORBOARD_FLUSH = 30.0  # seconds
@@ -301,6 +301,7 @@ def _decode(values: Any) -> Any:
 
 def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Bytes and object of every line but a half-written last one, which a kill leaves in a log."""
+    check_regular(file)
     lines = []
     for number, raw in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if not raw.endswith(b"\n"):
