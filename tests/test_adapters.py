@@ -129,6 +129,33 @@ CHANGES = {
 }
 
 
+# Texts in place of lists: (target_modules, exclude_modules), and the error, or None.
+TEXTS = [
+    (r".*\.(self_attn\.[qv]_proj|mlp\.down_proj)", None, None),
+    ("All-Linear", r".*\.([ko]|up|gate)_proj", None),
+    ("all-linear", None, "lacks model.layers.0.self_attn.k_proj"),
+    (r".*\.[qv]_proj", None, "and adapter_model.safetensors has model.layers.0"),
+    ("q_proj", None, "has model.layers.0"),  # the whole name, not its end
+    (r".*\.([qv]|down)_proj", r".*layers\.1\..*", "has model.layers.1"),
+    (r".*(q_proj", None, r"is no regular expression \(.*\): copy it"),
+    (r"(.*)*q_proj", None, "repeats a group or has more than 4 repeats, .*: name the layers in a"),
+    (".*a.*a.*a.*a.*", None, "repeats a group or has more than 4 repeats"),
+]
+
+
+@pytest.mark.parametrize(("targets", "excluded", "message"), TEXTS)
+def test_patterns_choose_layers_as_they_do_in_peft(targets, excluded, message, tmp_path: Path):
+    folder = Path(shutil.copytree(FIXTURES / "adapters/llama", tmp_path / "adapter"))
+    config = folder / "adapter_config.json"
+    change = {"target_modules": targets, "exclude_modules": excluded}
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    if message is None:
+        assert load_adapter(folder, targets_of("llama"))
+        return
+    with pytest.raises(ValueError, match=message):
+        load_adapter(folder, targets_of("llama"))
+
+
 @pytest.mark.parametrize("field", CHANGES)
 def test_what_would_compute_something_else_is_refused(field: str, tmp_path: Path):
     value, message = CHANGES[field]

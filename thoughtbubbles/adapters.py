@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -52,6 +53,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     # Other ways to begin change the frozen weights too.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
+
+REPEAT, REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 
 Targets = Mapping[str, tuple[tuple[int, ...], int, int]]
 ModuleName = Callable[[str, tuple[int, ...]], str]
@@ -322,31 +325,57 @@ def _check_targets(
                 "copy both files again"
             )
     targets = fields.raw("target_modules")
-    if isinstance(targets, str):  # a regular expression of theirs, which is not run here
-        return
-    targets = fields.list("target_modules", str)
-    excluded = fields.raw("exclude_modules")
-    if isinstance(excluded, str):
-        return
-    excluded = fields.list("exclude_modules", str, [])
+    chosen, excluded = _choice(fields, "target_modules"), _choice(fields, "exclude_modules", [])
     only = fields.raw("layers_to_transform")
+    if only is not None and isinstance(targets, str):
+        raise ValueError(
+            f"{fields.source}: layers_to_transform={shown(only)} with the pattern "
+            f"{shown(targets)}, which peft refuses too: name the layers in the pattern"
+        )
     only = [only] if type(only) is int else fields.list("layers_to_transform", int, [])
     for module in layers:
         number = next((int(part) for part in module.split(".") if part.isdigit()), None)
-        wanted = _named(module, targets) and not _named(module, excluded)
-        wanted = wanted and (not only or number in only)
+        wanted = chosen(module) and not excluded(module) and (not only or number in only)
         if wanted != (module in modules):
             has = "has" if module in modules else "lacks"
             raise ValueError(
                 f"{fields.source} names the layers {shown(targets)}, and {TENSORS} {has} "
                 f"{module}: the adapter belongs to another base, or copy both files again"
             )
-    for target in targets:
+    for target in [] if isinstance(targets, str) else targets:
         if not any(_named(module, [target]) for module in modules):
             raise ValueError(
                 f"{fields.source}: target_modules has {shown(target)}, which is no layer of this "
                 "model that takes an adapter"
             )
+
+
+def _choice(fields: Fields, name: str, *default: Any) -> Callable[[str], bool]:
+    """Whether a field of layers names a module, as `peft` takes it.
+
+    A list has ends of names. A text is a regular expression of whole names, or "all-linear", which
+    is every linear layer but the head.
+    """
+    value = fields.raw(name)
+    if not isinstance(value, str):
+        names = fields.list(name, str, *default)
+        return lambda module: _named(module, names)
+    if value.lower() == "all-linear" and name == "target_modules":
+        return lambda module: not _named(module, ["lm_head"])
+    # Repeated groups, and many repeats, can take for ever on a name that does not match.
+    if len(value) > 500 or len(REPEAT.findall(value)) > 4 or REPEATED_GROUP.search(value):
+        raise ValueError(
+            f"{fields.source}: {name}={shown(value)} repeats a group or has more than 4 repeats, "
+            "which is not read here: name the layers in a list"
+        )
+    try:
+        pattern = re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"{fields.source}: {name}={shown(value)} is no regular expression ({error}): copy it "
+            "again"
+        ) from None
+    return lambda module: pattern.fullmatch(module) is not None
 
 
 def _named(module: str, names: list[str]) -> bool:
