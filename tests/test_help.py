@@ -7,6 +7,7 @@ import pytest
 
 from train import benchmark
 from train.aot import config as compile_config
+from train.audit import __main__ as audit
 from train.cli import main as entry
 from train.cli.command import parse
 from train.pretraining import presets
@@ -98,7 +99,8 @@ def test_every_option_has_a_sentence(command, capsys, monkeypatch):
 
 
 def test_every_command_with_a_config_is_here():
-    words = set(entry.COMMANDS) - {"harness", "benchmark", "experiment"}  # options of lm_eval
+    words = set(entry.COMMANDS) - {"harness", "benchmark", "experiment", "audit"}  # lm_eval's
+    words |= {f"audit {name}" for name in audit.COMMANDS}
     words |= {f"benchmark {name}" for name in benchmark.COMMANDS}
     words |= {f"experiment {name}" for name in entry.EXPERIMENTS}
     assert set(CONFIGS) == words
