@@ -6,6 +6,7 @@ A model that has sites satisfies `SitedModel`: one method more than a decoder ov
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -124,14 +125,13 @@ def plan_of(fork: Any, streams: Streams) -> ForkPlan:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Activation(ShortRepr):
-    """What was captured at a site: one vector per slot, and whose it is.
+class Rows(ShortRepr):
+    """Whose the slots of an activation are.
 
     A model without streams has a slot for each token, in the caller's order. Where streams have
     forked, slots are those of `Streams`: in the order of the text, dead ones last.
 
     Attributes:
-        x: `[B, S, D]` activations.
         token: `[B, S]` int32, index of each slot's token in the caller's row.
         alive: `[B, S]` bool, slots that hold a vector of a real token.
         log_score: `[B, S]` float32 cumulative log-score of each stream, 0 without forks.
@@ -139,12 +139,23 @@ class Activation(ShortRepr):
         parent: `[B, S]` int32, slot of the stream that a fork was made of, or -1 (`Lineage`).
     """
 
-    x: jax.Array
     token: jax.Array
     alive: jax.Array
     log_score: jax.Array
     depth: jax.Array
     parent: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Activation(Rows):
+    """What was captured at a site.
+
+    Attributes:
+        x: `[B, S, D]` activations, in the slots that `Rows` describes.
+    """
+
+    x: jax.Array
 
 
 class Recorder:
@@ -154,7 +165,8 @@ class Recorder:
         self, sites: Collection[str], edit: Mapping[str, Edit], length: jax.Array | None = None
     ):
         self.sites, self.edit, self.length = sites, edit, length
-        self.found: dict[str, tuple[Streams, Lineage]] = {}
+        # Ordered, since jax sorts the keys of other dicts.
+        self.found: OrderedDict[str, tuple[Streams, Lineage]] = OrderedDict()
         self._lineage: Lineage | None = None
 
     def wants(self, site: str) -> bool:
@@ -190,7 +202,7 @@ def record(
     length: Int[Array, " B"] | None,
     sites: Collection[str] | None,
     edit: Mapping[str, Edit] | None,
-) -> tuple[Float[Array, "B T V"], dict[str, tuple[Streams, Lineage]]]:
+) -> tuple[Float[Array, "B T V"], OrderedDict[str, tuple[Streams, Lineage]]]:
     """Logits, and streams and lineage at sites, of rows that are padded on the right."""
     check_sited(model)
     sites, edit = model.sites if sites is None else tuple(sites), dict(edit or {})
@@ -208,7 +220,7 @@ def capture(
     *,
     sites: Collection[str] | None = None,
     edit: Mapping[str, Edit] | None = None,
-) -> tuple[Float[Array, "B T V"], dict[str, Activation]]:
+) -> tuple[Float[Array, "B T V"], OrderedDict[str, Activation]]:
     """Logits and activations at sites, of one forward pass.
 
     The logits are those of `model(tokens, mask)`: bit for bit where operations run one by one, to
@@ -233,25 +245,40 @@ def capture(
     """
     if mask is None:
         logits, found = record(model, tokens, None, sites, edit)
-        return logits, {site: _activation(*pair, None, None) for site, pair in found.items()}
+        return logits, OrderedDict(
+            (site, _activation(*of, None, None)) for site, of in found.items()
+        )
     aligned, length, rank = left_align(tokens, mask)
     logits, found = record(model, aligned, length, sites, edit)
-    captured = {site: _activation(*pair, mask, rank) for site, pair in found.items()}
+    captured = OrderedDict((site, _activation(*of, mask, rank)) for site, of in found.items())
     return restore_alignment(logits, mask, rank), captured
 
 
 def _activation(
     streams: Streams, lineage: Lineage, mask: jax.Array | None, rank: jax.Array | None
 ) -> Activation:
-    fields = streams.x, streams.token, streams.alive, streams.log_score
-    if mask is None or rank is None:
-        return Activation(*fields, lineage.depth, lineage.parent)
-    if not streams.forked and streams.x.shape[1] == streams.num_tokens:
-        index = jnp.zeros_like(streams.token) + jnp.arange(streams.num_tokens)
-        x = restore_alignment(streams.x, mask, rank)
-        return Activation(x, index, mask, streams.log_score, lineage.depth, lineage.parent)
-    token = jnp.take_along_axis(jnp.argsort(~mask, axis=1, stable=True), streams.token, axis=1)
-    return Activation(streams.x, token, *fields[2:], lineage.depth, lineage.parent)
+    rows = rows_of(streams, lineage, mask)
+    x = streams.x
+    if mask is not None and rank is not None and one_per_token(streams):
+        x = restore_alignment(x, mask, rank)
+    fields = rows.token, rows.alive, rows.log_score, rows.depth, rows.parent
+    return Activation(*fields, x)
+
+
+def one_per_token(streams: Streams) -> bool:
+    """Whether slots are tokens (static)."""
+    return not streams.forked and streams.x.shape[1] == streams.num_tokens
+
+
+def rows_of(streams: Streams, lineage: Lineage, mask: jax.Array | None) -> Rows:
+    """Whose the slots are, by the caller's tokens, that the mask says where to find."""
+    token, alive = streams.token, streams.alive
+    if mask is not None and one_per_token(streams):
+        token, alive = jnp.zeros_like(token) + jnp.arange(streams.num_tokens), mask
+    elif mask is not None:
+        order = jnp.argsort(~mask, axis=1, stable=True).astype(token.dtype)
+        token = jnp.take_along_axis(order, token, axis=1)
+    return Rows(token, alive, streams.log_score, lineage.depth, lineage.parent)
 
 
 def check_sited(model: Any) -> None:
