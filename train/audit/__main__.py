@@ -21,7 +21,15 @@ class Command(NamedTuple):
     line: str
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "lens": Command("train.audit.lens", "LensConfig", "what each site of a model would say"),
+    "tuned-lens": Command(
+        "train.audit.tuned_lens", "TunedLensConfig", "train affine maps that read early sites"
+    ),
+    "sae": Command(
+        "train.audit.train_sae", "SAEConfig", "train a sparse autoencoder, describe its features"
+    ),
+}
 
 
 def command() -> None:
