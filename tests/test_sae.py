@@ -1,9 +1,22 @@
 """TopK sparse autoencoders: recovery of planted features, and each part against NumPy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from train.audit.sae import SAETraining, SparseAutoencoder, init_sae
+from train.audit.sae import (
+    SAETraining,
+    SparseAutoencoder,
+    decode,
+    feature_scores,
+    geometric_median,
+    init_sae,
+    losses,
+    perpendicular,
+    preactivations,
+    top_features,
+)
 
 WIDTH, PLANTED, K = 32, 48, 3
 
@@ -41,3 +54,90 @@ def test_planted_features_are_recovered():
     held_out, _ = planted(512, seed=3)
     rest = held_out - np.asarray(jax.jit(SparseAutoencoder.reconstruct)(sae, held_out))
     assert np.square(rest).sum() < 0.05 * np.square(held_out - held_out.mean(axis=0)).sum()
+
+
+def test_parts_are_those_of_numpy():
+    """Sparse decoding is the dense masked form; both losses; what dead features explain."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(64, 8)).astype(np.float32)
+    sae = init_sae(x, features=24, k=3, seed=0)
+    np.testing.assert_allclose(sae.encoder, sae.decoder.T)
+    np.testing.assert_allclose(np.linalg.norm(sae.decoder, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(sae.norm, np.sqrt((x**2).sum(axis=1).mean()), rtol=1e-6)
+    scaled = x / np.asarray(sae.norm)
+    dead = np.arange(24) < 3
+
+    @jax.jit
+    def parts(sae, x, dead):
+        before = preactivations(sae, x)
+        return before, decode(sae, top_features(sae, before)), losses(sae, x, dead, 4)
+
+    before, sparse, found = jax.device_get(parts(sae, scaled, dead))
+    encoder, decoder, bias = (
+        np.asarray(v, np.float64) for v in (sae.encoder, sae.decoder, sae.bias)
+    )
+    pre = (scaled - bias) @ encoder
+    np.testing.assert_allclose(before, pre, atol=1e-5)
+    kept = np.argsort(np.argsort(-pre, axis=1), axis=1) < 3
+    dense = np.where(kept & (pre > 0), pre, 0)
+    np.testing.assert_allclose(sparse, dense @ decoder, atol=1e-5)
+    rest = scaled - dense @ decoder - bias
+    variance = np.square(scaled - scaled.mean(axis=0)).sum()
+    np.testing.assert_allclose(found.fvu, np.square(rest).sum() / variance, rtol=1e-5)
+    guess = np.maximum(pre[:, dead], 0) @ decoder[dead]
+    expected = 3 / 4 * np.square(rest - guess).sum() / variance
+    np.testing.assert_allclose(found.auxk, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.l0, (dense > 0).sum(axis=1).mean())
+    np.testing.assert_array_equal(found.fired, (dense > 0).any(axis=0))
+    none = parts(sae, scaled, np.zeros(24, bool))[2]
+    assert none.auxk == 0 and np.isfinite(none.fvu)
+
+
+def test_a_dead_feature_learns_and_a_gradient_along_a_row_is_removed():
+    x, _ = planted(256, seed=4)
+    sae = init_sae(x, 2 * PLANTED, K, seed=0)
+    # So low that it is never among the greatest.
+    bias = sae.encoder_bias.at[0].set(-3.0)
+    sae = SparseAutoencoder(sae.encoder, bias, sae.decoder, sae.bias, sae.norm, K)
+    for weight, moves in ((1 / 32, True), (0.0, False)):
+        training = SAETraining(1e-2, aux_weight=weight, dead_after=100)
+        state = training.start(sae)
+        step = jax.jit(training.step)
+        state, metrics = step(state, x)
+        assert state.idle[0] == 256 and metrics["dead"] > 0
+        moved = step(state, x)[0].sae
+        # AuxK takes the greatest of dead features by sign, so its bias alone may stay.
+        assert (
+            bool(jnp.any(moved.decoder[state.idle > 0] != state.sae.decoder[state.idle > 0]))
+            == moves
+        )
+    rows = np.asarray(sae.decoder)
+    gradient = np.random.default_rng(0).normal(size=rows.shape)
+    left = perpendicular(jnp.asarray(gradient, jnp.float32), sae.decoder)
+    np.testing.assert_allclose((left * rows).sum(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(
+        left + (gradient * rows).sum(axis=1, keepdims=True) * rows, gradient, atol=1e-5
+    )
+
+
+def test_an_orthonormal_autoencoder_of_all_features_gives_activations_back():
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0].astype(np.float32)
+    both = jnp.asarray(np.concatenate([basis, -basis]))  # a ReLU has one sign
+    sae = SparseAutoencoder(both.T, jnp.zeros(16), both, jnp.ones(8), jnp.float32(2), 16)
+    x = np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(SparseAutoencoder.reconstruct)(sae, x), x, atol=1e-5)
+    with pytest.raises(ValueError, match="of width 8 for activations of width 6: train one"):
+        sae.reconstruct(x[:, :6])
+    with pytest.raises(ValueError, match="k=17 of 16 features: choose 1 to 16"):
+        init_sae(x, 16, 17, 0)
+    with pytest.raises(ValueError, match="all activations of this site are 0"):
+        init_sae(0 * x, 16, 2, 0)
+
+
+def test_the_median_is_robust_and_rare_features_score():
+    points = np.array([[0, 0], [2, 0], [0, 2], [2, 2], [1, 1]], np.float32)
+    np.testing.assert_allclose(geometric_median(points), [1, 1], atol=1e-5)
+    line = np.array([[0.0], [1.0], [1000.0]], np.float32)
+    np.testing.assert_allclose(geometric_median(line), [1], atol=0.05)
+    scores = feature_scores(np.array([1.0, 1.0, 2.0]), np.array([1.0, 0.1, 0.0]))
+    np.testing.assert_allclose(scores, [0, np.log(10), 2 * np.log(1e6)], rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ from thoughtbubbles.lens import Reading, TopTokens, TunedLens, embedding_similar
 from thoughtbubbles.pages import Guess, Page, lens_page
 from thoughtbubbles.sites import check_sited, check_sites
 from train.audit.latents import woven_rows
+from train.audit.texts import token_text
 from train.audit.tuned_lens import load_tuned_lens
 from train.models.load import LanguageModel, check_named, load_named
 from train.models.text_memory import check_text_memory
@@ -175,8 +176,7 @@ def said(top: TopTokens, lm: LanguageModel, cosine: bool, most: int | None = Non
     """The first choices of one slot or token with their probabilities, or cosines."""
     pairs = list(zip(top.ids.tolist(), top.value.tolist(), strict=True))[:most]
     return " ".join(
-        f"{lm.tokenizer.decode([id_])!r} {value if cosine else np.exp(value):.3f}"
-        for id_, value in pairs
+        f"{token_text(lm, id_)!r} {value if cosine else np.exp(value):.3f}" for id_, value in pairs
     )
 
 
@@ -189,7 +189,7 @@ def page(found: TextReading, lm: LanguageModel) -> Page:
             top = jax.tree.map(lambda leaf, at=at: leaf[0, at], reading.tokens)
             lines = [said(top, lm, found.cosine), *_streams(reading, at, lm, found.cosine)]
             strength = float(top.value[0] if found.cosine else np.exp(top.value[0]))
-            row.append(Guess(lm.tokenizer.decode([int(top.ids[0])]), strength, lines))
+            row.append(Guess(token_text(lm, int(top.ids[0])), strength, lines))
         guesses.append(row)
     what = "nearest embedding" if found.cosine else "most probable next token"
     note = f"above each token its {what} at each site; rest the mouse on one for more"

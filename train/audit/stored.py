@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from train.runs.checkpoint import Checkpointer, load_meta, load_params
 from train.runs.run_folder import run_lock
 
@@ -30,7 +32,8 @@ def save_stored(
         meta: Metadata as JSON can write them.
     """
     with run_lock(folder), Checkpointer(folder, 1) as checkpointer:
-        checkpointer.save(0, dict(leaves), {}, {"kind": kind, **meta}, force=True)
+        rest = {"step": np.zeros((), np.int32)}  # a checkpoint has a second tree, never empty
+        checkpointer.save(0, dict(leaves), rest, {"kind": kind, **meta}, force=True)
 
 
 def read_stored(

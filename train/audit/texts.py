@@ -68,6 +68,11 @@ def _tokenizer_file(lm: LanguageModel, cache: Path) -> Path:
     return file
 
 
+def token_text(lm: LanguageModel, id_: int) -> str:
+    """Text of a token id; the embedding may have rows behind the tokenizer's last id."""
+    return lm.tokenizer.decode([id_]) if id_ < lm.tokenizer.vocab_size else f"<{id_}>"
+
+
 def training_batches(data: PackedData, batch_size: int, seed: int) -> Iterator[np.ndarray]:
     """Inputs `[B, T]` int32 of training rows, shuffled and without end."""
     kind = MixtureReader if isinstance(data, MixtureData) else TrainReader

@@ -25,6 +25,7 @@ from train.audit.texts import (
     check_site,
     held_out_batches,
     open_texts,
+    token_text,
     training_batches,
 )
 from train.cli.numbers import check_least
@@ -361,6 +362,6 @@ def describe(
             "feature": int(feature),
             "density": float(statistics.density[feature]),
             "mean": float(statistics.mean[feature]),
-            "tokens": [lm.tokenizer.decode([int(id_)]) for id_ in ids],
+            "tokens": [token_text(lm, int(id_)) for id_ in ids],
             "examples": statistics.contexts[feature],
         }
