@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from memgen_tiny import CONFIG
 from tiny import SMALL, quick_model
 
 from memgen import MemGen, Plan
 from thoughtbubbles.lens import embedding_similarity, logit_lens
 from thoughtbubbles.pages import Guess, lens_page
+from thoughtbubbles.sites import Activation
 from train.audit import __main__ as audit
 from train.audit import lens, train_sae, tuned_lens
 from train.audit.latents import woven_rows
@@ -79,26 +81,23 @@ def test_a_tuned_lens_comes_nearer_and_is_read_again(lm, tmp_path, capsys):
         tuned_lens.main(config)
 
 
-@pytest.mark.parametrize("streams", ["roots", "forks"])
-def test_an_autoencoder_of_a_site(streams, lm, tmp_path, capsys):
+def test_an_autoencoder_of_a_site(lm, tmp_path, capsys):
     out = tmp_path / "sae"
     config = train_sae.SAEConfig(
-        model="tiny", corpus=str(tmp_path), seq_len=6, rows=2, site="block_1", streams=streams,
+        model="tiny", corpus=str(tmp_path), seq_len=6, rows=2, site="block_1", streams="forks",
         features=48, k=4, tokens=8000, batch_size=64, buffer=512, learning_rate=0.01,
         held_out=2, out=str(out),
     )  # fmt: skip
     train_sae.main(config)
     sae, density, meta = train_sae.load_sae(out)
     metrics = meta["metrics"]
-    assert meta["site"] == "block_1" and meta["streams"] == streams and sae.k == 4
+    assert meta["site"] == "block_1" and meta["streams"] == "forks" and sae.k == 4
     assert 0 < metrics["fvu"] < 0.5 and 0 < metrics["l0"] <= 4 and metrics["dead"] < 1
     assert metrics["loss"] != metrics["loss_sae"] != metrics["loss_zero"]
     expected = (metrics["loss_zero"] - metrics["loss_sae"]) / (
         metrics["loss_zero"] - metrics["loss"]
     )
     np.testing.assert_allclose(metrics["loss_recovered"], expected, rtol=1e-5)
-    # Rows of six tokens, of which the first is left out.
-    assert streams == "forks" or metrics["activations"] == 2 * 5
     np.testing.assert_allclose(density.sum(), metrics["l0"], rtol=1e-5)
     lines = (out / "features.jsonl").read_text(encoding="utf-8").splitlines()
     features = [json.loads(line) for line in lines]
@@ -106,12 +105,17 @@ def test_an_autoencoder_of_a_site(streams, lm, tmp_path, capsys):
     assert all(len(feature["tokens"]) == 20 and feature["examples"] for feature in features)
 
 
+def test_streams_are_chosen_by_depth_without_first_tokens():
+    alive, token = np.array([[1, 1, 1, 1, 0]], bool), np.array([[0, 1, 1, 1, 0]])
+    found = Activation(token, alive, 0 * token, np.array([[0, 2, 1, 0, 0]]), token - 1, token)
+    for streams, slots in (("all", [1, 2, 3]), ("roots", [3]), ("forks", [1, 2])):
+        assert train_sae.selected(found, streams)[0].nonzero()[0].tolist() == slots
+
+
 def test_latents_are_read_between_tokens():
     """Rows with memory: cosines of latents to embeddings, and the lens of the reasoner."""
     reasoner = quick_model(dataclasses.replace(SMALL, fork_layers=()))
     boundary = np.zeros(reasoner.vocab_size, np.uint8)
-    import flax.nnx as nnx
-
     config = dataclasses.replace(CONFIG, trigger=None)
     memgen = MemGen(reasoner.backbone(), config, boundary=boundary, rngs=nnx.Rngs(0))
     tokens = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32)

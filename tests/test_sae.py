@@ -1,5 +1,7 @@
 """TopK sparse autoencoders: recovery of planted features, and each part against NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,28 +98,30 @@ def test_parts_are_those_of_numpy():
 def test_a_dead_feature_learns_and_a_gradient_along_a_row_is_removed():
     x, _ = planted(256, seed=4)
     sae = init_sae(x, 2 * PLANTED, K, seed=0)
-    # So low that it is never among the greatest.
-    bias = sae.encoder_bias.at[0].set(-3.0)
-    sae = SparseAutoencoder(sae.encoder, bias, sae.decoder, sae.bias, sae.norm, K)
-    for weight, moves in ((1 / 32, True), (0.0, False)):
-        training = SAETraining(1e-2, aux_weight=weight, dead_after=100)
-        state = training.start(sae)
-        step = jax.jit(training.step)
-        state, metrics = step(state, x)
-        assert state.idle[0] == 256 and metrics["dead"] > 0
-        moved = step(state, x)[0].sae
-        # AuxK takes the greatest of dead features by sign, so its bias alone may stay.
-        assert (
-            bool(jnp.any(moved.decoder[state.idle > 0] != state.sae.decoder[state.idle > 0]))
-            == moves
+    # The first feature is just below the greatest where it was most above them.
+    before = (x / sae.norm - sae.bias) @ sae.encoder
+    above = before[:, 0] - np.sort(before[:, 1:], axis=1)[:, -K]
+    sae = dataclasses.replace(sae, encoder_bias=sae.encoder_bias.at[0].set(-above.max() - 0.01))
+    dead = np.arange(2 * PLANTED) == 0
+
+    @jax.jit
+    def learns(sae):
+        both = lambda sae: losses(sae, x / sae.norm, dead, 4)  # noqa: E731
+        return both(sae).fired, *(
+            jax.grad(lambda sae, name=name: getattr(both(sae), name))(sae).decoder
+            for name in ("fvu", "auxk")
         )
+
+    fired, by_fvu, by_auxk = jax.device_get(learns(sae))
+    assert not fired[0] and fired[1:].mean() > 0.9
+    assert not by_fvu[0].any() and np.abs(by_auxk[0]).max() > 1e-5
+    assert not by_auxk[1:].any(), "the residual is given"
     rows = np.asarray(sae.decoder)
-    gradient = np.random.default_rng(0).normal(size=rows.shape)
-    left = perpendicular(jnp.asarray(gradient, jnp.float32), sae.decoder)
+    gradient = np.random.default_rng(0).normal(size=rows.shape).astype(np.float32)
+    left = np.asarray(perpendicular(jnp.asarray(gradient), sae.decoder))
+    along = (gradient * rows).sum(axis=1, keepdims=True) * rows
     np.testing.assert_allclose((left * rows).sum(axis=1), 0, atol=1e-5)
-    np.testing.assert_allclose(
-        left + (gradient * rows).sum(axis=1, keepdims=True) * rows, gradient, atol=1e-5
-    )
+    np.testing.assert_allclose(left + along, gradient, atol=1e-5)
 
 
 def test_an_orthonormal_autoencoder_of_all_features_gives_activations_back():

@@ -128,7 +128,7 @@ def read_text(
     check_sited(model)
     check_sites(sites or (), model.sites)
     ids = lm.prompt(text)
-    check_text_memory(lm.model, 1, len(ids))
+    check_text_memory(lm.model, 1, len(ids), cached=False)
     tokens = [lm.tokenizer.decode([id_]) for id_ in ids]
     options: dict[str, Any] = {
         "sites": None if sites is None else tuple(sites),
