@@ -161,7 +161,7 @@ def test_hooks_of_a_users_policy_are_used():
     forks = ~np.asarray(quiet.original) & np.asarray(quiet.alive)
     assert forks.any() and own.threshold is None
     halved = np.asarray(quiet.log_score)[forks]
-    full = np.asarray(own._candidates(streams).log_score)[:, ::2]
+    full = np.asarray(own.candidates(streams).log_score)[:, ::2]
     by_token = full[np.nonzero(forks)[0], np.asarray(quiet.token)[forks]]
     np.testing.assert_allclose(halved, by_token / 2, rtol=1e-6)
 

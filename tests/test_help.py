@@ -7,6 +7,7 @@ import pytest
 
 from train import benchmark
 from train.aot import config as compile_config
+from train.audit import __main__ as audit
 from train.cli import main as entry
 from train.cli.command import parse
 from train.pretraining import presets
@@ -37,6 +38,9 @@ CONFIGS = {
     "benchmark rl": "train.benchmarks.rl.RLBenchmark",
     "benchmark first-token": "train.benchmarks.first_token.FirstTokenBenchmark",
     "benchmark accelerator": "train.benchmarks.accelerator.config.AcceleratorBenchmark",
+    "audit lens": "train.audit.lens.LensConfig",
+    "audit tuned-lens": "train.audit.tuned_lens.TunedLensConfig",
+    "audit sae": "train.audit.train_sae.SAEConfig",
     "experiment quality": "train.experiments.quality.Quality",
     "experiment precision": "train.experiments.precision.Precision",
     "experiment random_bits": "train.experiments.random_bits.RandomBits",
@@ -98,7 +102,8 @@ def test_every_option_has_a_sentence(command, capsys, monkeypatch):
 
 
 def test_every_command_with_a_config_is_here():
-    words = set(entry.COMMANDS) - {"harness", "benchmark", "experiment"}  # options of lm_eval
+    words = set(entry.COMMANDS) - {"harness", "benchmark", "experiment", "audit"}  # lm_eval's
+    words |= {f"audit {name}" for name in audit.COMMANDS}
     words |= {f"benchmark {name}" for name in benchmark.COMMANDS}
     words |= {f"experiment {name}" for name in entry.EXPERIMENTS}
     assert set(CONFIGS) == words

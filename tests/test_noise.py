@@ -84,7 +84,7 @@ def test_scale_one_draws_in_proportion_to_scores():
     @jax.jit
     def draw(fork):
         streams = Streams.start(jnp.broadcast_to(x, (rows, 2, 8)))
-        scores = jnp.exp(fork._candidates(streams).log_score[0, ::2])
+        scores = jnp.exp(fork.candidates(streams).log_score[0, ::2])
         return scores, fork(streams, key=jax.random.key(1)).token
 
     scores, token = map(np.asarray, draw(fork))

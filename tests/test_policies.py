@@ -294,7 +294,7 @@ def test_tracking_meets_the_budget(ratio):
         fork = nnx.merge(graphdef, state, copy=True)
         streams = Streams.start(jax.random.normal(key, (32, 64, 8)))
         fork(streams, track=True)
-        candidates = fork._candidates(streams)
+        candidates = fork.candidates(streams)
         wanted = jnp.exp(candidates.log_score) > fork.threshold[...]  # pyright: ignore
         return nnx.state(fork), (wanted & ~candidates.forced).sum() / (32 * 64)
 

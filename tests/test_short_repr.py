@@ -46,7 +46,7 @@ def test_tuples_and_what_they_hold_are_short():
     layers = Layers(wide, wide, wide, Neurons(wide, wide, wide))
     shown = ", ".join(f"{name}=float32[3,4]" for name in ("value", "x_active", "y_active"))
     inner = ", ".join(f"{name}=float32[3,4]" for name in Neurons._fields)
-    assert repr(layers) == f"Layers({shown}, watched=Neurons({inner}))"
+    assert repr(layers) == f"Layers({shown}, watched=Neurons({inner}), carried=None)"
     histogram = InvocationHistogram(wide, {"a": wide}, {}, {"a": 2})
     assert repr(histogram).endswith("queried={'a': float32[3,4]}, invoked={}, rows={'a': 2})")
     clusters = Clusters(wide, wide, 0.5)

@@ -33,6 +33,7 @@ from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.recompute import recomputed
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
+from thoughtbubbles.sites import Visit, plan_of
 from thoughtbubbles.streams import Streams
 from thoughtbubbles.weights import weight, without_layers
 
@@ -124,20 +125,41 @@ class ForkingDecoder(Architecture):
         *,
         track: bool = False,
         key: jax.Array | None = None,
+        visit: Visit | None = None,
     ) -> Output:
-        """`run` from vectors `x [B, T, D]`: embedded tokens or any others."""
+        """`run` from vectors `x [B, T, D]`: embedded tokens or any others, which `visit` sees."""
         config = self.config
         streams = Streams.start(self.constrain(x), length, config.copies)
         check_streams(streams, config.embed_dim, "a model")
+        streams = streams if visit is None else visit("embed", streams)
         forks = []
         for index, (start, end) in enumerate(config.groups()):
             if index:
                 own = None if key is None else jax.random.fold_in(key, index)
-                streams = self.forks[index - 1](streams, track=track, key=own)
+                before, fork = streams, self.forks[index - 1]
+                streams = fork(before, track=track, key=own)
                 streams = streams.replace(x=self.constrain(streams.x))
+                if visit is not None:
+                    streams = visit(f"fork_{start}", streams, plan_of(fork, before))
                 forks.append(streams)
-            streams = self.run_blocks(streams, start, end)
+            streams = self.run_blocks(streams, start, end, visit=visit)
         return Output(streams, tuple(forks))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """`embed`, `fork_i` behind the fork layer before block `i`, `block_i` behind block `i`;
+        the last one is that before the merge and the final norm."""
+        names = ["embed"]
+        for layer in range(self.config.num_layers):
+            names += [f"fork_{layer}"] * (layer in self.config.fork_layers) + [f"block_{layer}"]
+        return tuple(names)
+
+    def run_sites(self, inputs: jax.Array, length: jax.Array | None, visit: Visit) -> Output:
+        """As in `SitedModel`."""
+        if jnp.ndim(inputs) != 3:
+            check_ids(inputs)
+            inputs = self.embed_tokens(inputs)
+        return self.run_residuals(inputs.astype(self.config.dtype), length, visit=visit)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
@@ -257,11 +279,18 @@ class ForkingDecoder(Architecture):
         end: int,
         geometry: Geometry | None = None,
         mix: Mix | None = None,
+        visit: Visit | None = None,
     ) -> Streams:
         """Streams through blocks `start` to `end - 1`; `geometry` and `mix` replace their own."""
         if start == end:
             return streams
         where = geometry or Geometry.of(streams, self.config)
+        if visit is not None:
+            for last in range(start, end):
+                if visit.wants(f"block_{last}") or last == end - 1:
+                    streams = self.run_blocks(streams, start, last + 1, where, mix)
+                    streams, start = visit(f"block_{last}", streams), last + 1
+            return streams
 
         def run(streams: Streams, layer: tuple[Block, Any], where: Geometry) -> Streams:
             block, rotary = layer

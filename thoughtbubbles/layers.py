@@ -351,7 +351,7 @@ class Fork(Module):
                 "streams of Streams.start(..., first=...) follow earlier tokens, whose state this "
                 "call does not have: fork them by Fork.extend (Fork.init_cache)"
             )
-        candidates = self._candidates(streams)
+        candidates = self.candidates(streams)
         if track and self.threshold is not None:
             self.threshold[...] = hook(self.policy, "track")(candidates)
         chosen_by = candidates
@@ -404,7 +404,7 @@ class Fork(Module):
         self, streams: Streams, cache: ForkCache, *, fresh: bool = False
     ) -> tuple[Streams, KVSlots, ForkCache]:
         """`extend` without checks, for streams of rows whose lengths were checked."""
-        candidates, cache = self._candidates(streams), placed_beside(cache, streams.x)
+        candidates, cache = self.candidates(streams), placed_beside(cache, streams.x)
         policy, state, num_tokens = cast(CausalPolicy, self.policy), cache.state, cache.max_tokens
         if fresh:
             # As large as these tokens need, because ranking looks at the whole state.
@@ -418,7 +418,8 @@ class Fork(Module):
     def _check(self, streams: Streams) -> None:
         check_streams(streams, unquantised(self.score.get_value()).shape[0], "a fork layer")
 
-    def _candidates(self, streams: Streams) -> Candidates:
+    def candidates(self, streams: Streams) -> Candidates:
+        """The two candidates of each stream, among which the policy chooses."""
         # Norm and scores are computed in float32, because bfloat16 scores would often tie.
         hidden = self.norm(streams.x.astype(jnp.float32))
         score = unquantised(self.score.get_value()).astype(jnp.float32)

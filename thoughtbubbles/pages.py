@@ -28,6 +28,8 @@ STYLE = """
 .bubble-page .streams i { width: 7px; height: 7px; border-radius: 50%; margin: 0 1px;
   border: 1px solid #0072b2; background: rgb(0 114 178 / var(--p, 1)); }
 .bubble-page .streams i.original { border-color: #1a1a1a; background: rgb(26 26 26 / var(--p)); }
+.bubble-page .streams u { font-size: 10px; text-decoration: none; white-space: pre;
+  padding: 0 2px; border-radius: 2px; background: rgb(0 114 178 / calc(var(--p) * 0.5)); }
 .bubble-page .streams b { font-size: 10px; color: #0072b2; }
 .bubble-page .text { white-space: pre; min-width: 9px; text-align: center; height: 20px;
   border-bottom: 1px solid #ccc; }
@@ -61,6 +63,20 @@ class Page:
 
     def _repr_html_(self) -> str:
         return f"<style>{STYLE}</style>{self.body}"
+
+
+class Guess(NamedTuple):
+    """What a lens says of a token at a site.
+
+    Attributes:
+        text: Text of the first choice.
+        strength: Strength of its colour, from 0 to 1.
+        said: Lines that the page shows where the mouse rests on it.
+    """
+
+    text: str
+    strength: float
+    said: Sequence[str]
 
 
 class Cell(NamedTuple):
@@ -144,6 +160,39 @@ def streams_page(
         parts += _lines(shown, [""])
         parts += _left_out(num_tokens, TOKENS // ROWS, "tokens of the row")
     return Page("Streams", _wrap(parts + _left_out(len(token), ROWS, "rows")))
+
+
+def lens_page(
+    title: str,
+    note: str,
+    tokens: Sequence[str],
+    sites: Sequence[str],
+    guesses: Sequence[Sequence[Guess]],
+) -> Page:
+    """The page of a lens: above each token the first choice at each site, the last site on top.
+
+    Args:
+        title: Title of the page.
+        note: What the lens is, in a line.
+        tokens: Text of each token.
+        sites: Names of the sites, in the order of the forward pass.
+        guesses: What the lens says of each token, by site.
+    """
+    cells = []
+    for at, token in enumerate(tokens[:TOKENS]):
+        column = [row[at] for row in reversed(guesses)]
+        levels, widest = [], 1
+        for site, guess in zip(reversed(sites), column, strict=True):
+            text = _visible(guess.text)[:DOTS]
+            widest = max(widest, _columns(text))
+            said = "\n".join([f"token {at}: {token!r}", site, *guess.said])
+            full = min(max(float(np.nan_to_num(guess.strength)), 0.0), 1.0)
+            levels.append(
+                f'<u title="{_quoted(said)}" style="--p:{full:.3f}">{html.escape(text)}</u>'
+            )
+        cells.append(Cell(token, f"token {at}: {token!r}", levels, widest))
+    parts = [_note(f"{len(tokens)} tokens; {note}"), *_lines(cells, list(reversed(sites)))]
+    return Page(title, _wrap(parts + _left_out(len(tokens), TOKENS, "tokens")))
 
 
 def _bubble(slots: np.ndarray, score: Sequence[float], at: int, first: int, text: str) -> Cell:

@@ -219,8 +219,8 @@ def _forked(
 def _kept(lower: Fork, upper: Fork, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What the policy keeps at each of two fork layers, before slots are filled."""
     streams = Streams.start(x)
-    first = lower.policy.keep(lower._candidates(streams))
-    return first, upper.policy.keep(upper._candidates(lower(streams)))
+    first = lower.policy.keep(lower.candidates(streams))
+    return first, upper.policy.keep(upper.candidates(lower(streams)))
 
 
 @jax.jit

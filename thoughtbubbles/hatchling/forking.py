@@ -14,10 +14,10 @@ from thoughtbubbles.architecture import ARCHITECTURES, Constrain
 from thoughtbubbles.changes import preset_of
 from thoughtbubbles.checks import check_ids
 from thoughtbubbles.fork_cache import ForkCache
-from thoughtbubbles.forking import merge
-from thoughtbubbles.hatchling.attention import Reach, damping, normalized
+from thoughtbubbles.hatchling.attention import Reach, damping
 from thoughtbubbles.hatchling.config import PRESETS, HatchlingConfig, HatchlingConfigChanges
 from thoughtbubbles.hatchling.model import Hatchling
+from thoughtbubbles.hatchling.sites import merged
 from thoughtbubbles.hatchling.state import Activations, Neurons, State
 from thoughtbubbles.layers import Fork
 from thoughtbubbles.placement import broadcast_beside
@@ -230,8 +230,8 @@ class ForkingHatchling(Hatchling):
 
     def activations(self, tokens: jax.Array, length: jax.Array | None = None) -> Neurons:
         raise ValueError(
-            "neurons of a model that forks belong to streams, not to tokens: look into a Hatchling "
-            f"without fork layers (now {self.config.fork_layers})"
+            "neurons of a model that forks belong to streams, not to tokens: capture their sites, "
+            f"such as y_0 (thoughtbubbles.lens.capture; fork layers {self.config.fork_layers})"
         )
 
     def init_cache(self, batch: int, max_tokens: int) -> ForkingState:
@@ -321,6 +321,13 @@ class ForkingHatchling(Hatchling):
     def step_histograms(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, Any]:
         return statistics.score_samples(_of_forks(sums), config.fork_layers)
 
+    def _groups_of_layers(self) -> list[tuple[int, int]]:
+        return self.config.groups()
+
+    def _reach(self, streams: Streams, starts: jax.Array | None) -> tuple[Reach, jax.Array | None]:
+        score = jnp.exp(streams.log_score) if streams.forked else None
+        return reach_of(self.config, streams, score), score
+
     def _groups(
         self, streams: Streams, synapses: jax.Array | None, fork, key=None, fresh: bool = False
     ) -> tuple[ForkingActivations, jax.Array | None]:
@@ -341,8 +348,7 @@ class ForkingHatchling(Hatchling):
                 streams = streams.replace(x=self.constrain(streams.x))
                 forks.append(streams)
             before = None if synapses is None else synapses[start:end]
-            score = jnp.exp(streams.log_score) if streams.forked else None
-            reach = reach_of(self.config, streams, score)
+            reach, score = self._reach(streams, None)
             read, new = self._layers(
                 streams.x, reach, before, key, fresh, layers=(start, end), write_scale=score
             )
@@ -351,9 +357,7 @@ class ForkingHatchling(Hatchling):
             # Per token, as if each had one stream: metrics divide by tokens.
             share = tokens / jnp.maximum(streams.alive.sum(dtype=jnp.float32), 1)
             active.append((read.x_active * share, read.y_active * share))
-        hidden = merge(streams)
-        if streams.forked:
-            hidden = normalized(hidden)
+        hidden = merged(streams)
         x_active, y_active = map(jnp.concatenate, zip(*active, strict=True))
         output = ForkingActivations(hidden, tokens, x_active, y_active, streams, tuple(forks))
         return output, None if synapses is None else jnp.concatenate(after)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from thoughtbubbles.architecture import Architecture, Constrain
+from thoughtbubbles.architecture import Constrain
 from thoughtbubbles.checks import check_config, check_floating, check_ids, check_integers
 from thoughtbubbles.hatchling import lora
 from thoughtbubbles.hatchling.attention import (
@@ -26,13 +26,15 @@ from thoughtbubbles.hatchling.attention import (
     turns_of,
 )
 from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.hatchling.sites import SitedHatchling, merged
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.placement import broadcast_beside, embedding_rows, zeros_beside
+from thoughtbubbles.streams import Streams
 from thoughtbubbles.weights import adapted, named, weight
 
 
-class Hatchling(Architecture):
+class Hatchling(SitedHatchling):
     """A Dragon Hatchling (BDH, arXiv 2509.26507), in the released form or the paper's.
 
     Args:
@@ -168,26 +170,12 @@ class Hatchling(Architecture):
     def loss_by_token(self) -> bool:
         return type(self).loss is Hatchling.loss and self.config.truncate is None
 
-    def activations(self, tokens: jax.Array, length: jax.Array | None = None) -> Neurons:
-        """Neurons of all layers as features of tokens, for tools that read models.
-
-        Args:
-            tokens: Token ids `[B, T]` int32, padded on the right.
-            length: Number of real tokens in each row, `[B]` int32; all `T` by default.
-        """
-        check_ids(tokens)
-        x = self._first(self.embed_tokens(tokens))
-        length = broadcast_beside(x.shape[1] if length is None else length, x, 1)
-        first = jnp.zeros_like(length)
-        reach = Reach.of(self.config, first, length, x.shape[1], self._starts(tokens))
-        read, _ = self._layers(x, reach, None, watch=True)
-        assert read.watched is not None
-        return read.watched
-
-    def logits(self, output: Activations | jax.Array) -> jax.Array:
+    def logits(self, output: Activations | Streams | jax.Array) -> jax.Array:
         return self.unembed(_hidden_of(output))
 
-    def logits_at(self, output: Activations | jax.Array, position: jax.Array) -> jax.Array:
+    def logits_at(
+        self, output: Activations | Streams | jax.Array, position: jax.Array
+    ) -> jax.Array:
         return super().logits_at(_hidden_of(output), position)
 
     def init_cache(self, batch: int, max_tokens: int) -> State:
@@ -366,6 +354,7 @@ class Hatchling(Architecture):
         watch: bool = False,
         layers: tuple[int, int] | None = None,
         write_scale: jax.Array | None = None,
+        carried: jax.Array | None = None,
     ) -> tuple[Layers, jax.Array | None]:
         """Layers on the vectors of a chunk, and the synapses after it.
 
@@ -378,6 +367,7 @@ class Hatchling(Architecture):
             watch: Whether the result holds the neurons of each layer.
             layers: First layer and the one after the last; all of them by default.
             write_scale: Factor of what a layer adds to each vector, `[B, C]`; 1 by default.
+            carried: Neurons before the first layer in the paper's form, from the layers before it.
         """
         config = self.config
         rematerialized = config.remat == "full"
@@ -385,7 +375,8 @@ class Hatchling(Architecture):
         real = reach.real[..., None, None]
         released = config.form == "released"
         shape = (*value.shape[:2], config.num_heads, config.head_neurons)
-        carried = None if released else zeros_beside(value, shape, value.dtype)
+        if carried is None and not released:
+            carried = zeros_beside(value, shape, value.dtype)
 
         def layer(carry: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             index, synapses = inputs
@@ -418,10 +409,10 @@ class Hatchling(Architecture):
         if rematerialized:
             layer = jax.checkpoint(layer, prevent_cse=False)
         numbers = jnp.arange(*(layers or (0, config.num_layers)))
-        (value, _), (x_active, y_active, watched, after) = jax.lax.scan(
+        (value, carried), (x_active, y_active, watched, after) = jax.lax.scan(
             layer, (self.constrain(value), carried), (numbers, synapses)
         )
-        return Layers(value, x_active, y_active, watched), after
+        return Layers(value, x_active, y_active, watched, carried), after
 
     def _neurons(self, value: jax.Array) -> jax.Array:
         """Dx: vectors `[B, C, d]` to neurons `[B, C, H, N]`."""
@@ -437,7 +428,9 @@ class Hatchling(Architecture):
         return param[...].astype(self.config.dtype)
 
 
-def _hidden_of(output: Activations | jax.Array) -> jax.Array:
+def _hidden_of(output: Activations | Streams | jax.Array) -> jax.Array:
+    if isinstance(output, Streams):
+        return merged(output)
     return output.hidden if isinstance(output, Activations) else output
 
 

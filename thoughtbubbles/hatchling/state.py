@@ -86,11 +86,13 @@ class Layers(NamedTuple):
         x_active: Number of neurons x above 0 in each layer, `[L]` float32.
         y_active: Number of gated neurons y above 0 in each layer, `[L]` float32.
         watched: Neurons of each layer; None unless they are watched.
+        carried: Neurons `[B, C, H, N]` behind the last layer in the paper's form; None otherwise.
     """
 
     value: jax.Array
     x_active: jax.Array
     y_active: jax.Array
     watched: Neurons | None
+    carried: jax.Array | None = None
 
     __repr__ = short_repr

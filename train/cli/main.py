@@ -16,6 +16,7 @@ COMMANDS = {
     "battery": ("train.battery", "does a model read its prompt? success and validity by variant"),
     "generate": ("train.generate", "continue prompts, or answer them"),
     "evaluate": ("train.evaluate", "held-out loss of a run, or scores on task files"),
+    "audit": ("train.audit.__main__", "what a model holds and does not say: lenses, features"),
     "export": ("train.export", "a run's model as a folder that other programs load"),
     "harness": ("train.harness", "EleutherAI's evaluation harness on our models"),
     "compile": ("train.compile", "memory and time of a training step on chips that are not here"),

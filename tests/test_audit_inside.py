@@ -1,0 +1,158 @@
+"""The audit commands that read a model from inside, on a small model of bytes that forks."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from memgen_tiny import CONFIG
+from tiny import SMALL, quick_model
+
+from memgen import MemGen, Plan
+from thoughtbubbles.lens import embedding_similarity, logit_lens
+from thoughtbubbles.pages import Guess, lens_page
+from thoughtbubbles.sites import Activation
+from train.audit import __main__ as audit
+from train.audit import lens, train_sae, tuned_lens
+from train.audit.latents import woven_rows
+from train.audit.sae import SparseAutoencoder
+from train.data import ByteTokenizer
+from train.models.load import LanguageModel
+
+BYTES = dataclasses.replace(SMALL, vocab_size=260, merge="residual", fork_layers=(1,))
+
+
+@pytest.fixture
+def lm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LanguageModel:
+    found = LanguageModel(quick_model(BYTES), ByteTokenizer())
+    for module in (lens, train_sae, tuned_lens):
+        monkeypatch.setattr(module, "load_named", lambda checkpoint, model: found)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for index in range(8):
+        text = "\n".join(f"line {(7 * index + at) % 23} of a text" for at in range(30))
+        (tmp_path / f"{index}.txt").write_text(text, encoding="utf-8")
+    return found
+
+
+def test_a_lens_page_and_its_table(lm, tmp_path, capsys):
+    text = "<b>a</b>"
+    page = tmp_path / "lens.html"
+    lens.main(lens.LensConfig(model="tiny", text=text, watch=("b",), top=3, page=str(page)))
+    said = capsys.readouterr().out
+    assert said.count("b: rank") == len(lm.model.sites) and "forks add" in said
+    html = page.read_text(encoding="utf-8")
+    assert "<script" not in html and "<b>a" not in html and "src=" not in html
+    assert "nats to its parent" in html and "fork of depth 1" in html and "block_1" in html
+    with pytest.raises(ValueError, match="no site 'block_7' here"):
+        lens.read_text(lm, text, sites=("block_7",))
+
+
+def test_a_page_escapes_texts():
+    guess = Guess("<&>", 2.0, ["'<x>'"])
+    body = lens_page("t", "<note>", ["<tok>"], ["a<b"], [[guess]]).body
+    assert "<tok>" not in body and "<note>" not in body and "<x>" not in body and "a<b" not in body
+    assert "&lt;&amp;&gt;" in body and "--p:1.000" in body
+
+
+def test_a_tuned_lens_comes_nearer_and_is_read_again(lm, tmp_path, capsys):
+    out = tmp_path / "lens"
+    config = tuned_lens.TunedLensConfig(
+        model="tiny", corpus=str(tmp_path), seq_len=6, batch_size=2, steps=40,
+        learning_rate=0.01, held_out=2, out=str(out),
+    )  # fmt: skip
+    tuned_lens.main(config)
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert list(metrics) == list(lm.model.sites[:-1])
+    for values in metrics.values():
+        assert 0 < values["tuned_lens"] < 0.9 * values["logit_lens"]
+    found = tuned_lens.load_tuned_lens(out, lm.model)
+    assert found.weight.shape == (3, 16, 16) and np.abs(found.weight).max() > 0
+    other = quick_model(dataclasses.replace(SMALL, fork_layers=()))
+    with pytest.raises(ValueError, match="a lens of 3 sites of width 16, the model has 2 of 16"):
+        tuned_lens.load_tuned_lens(out, other)
+    with pytest.raises(ValueError, match="holds tuned lens, no sparse autoencoder"):
+        train_sae.load_sae(out)
+    with pytest.raises(ValueError, match="exists and is not empty: choose another --out"):
+        tuned_lens.main(config)
+
+
+def test_an_autoencoder_of_a_site(lm, tmp_path, capsys):
+    out = tmp_path / "sae"
+    config = train_sae.SAEConfig(
+        model="tiny", corpus=str(tmp_path), seq_len=6, rows=2, site="block_1", streams="forks",
+        features=48, k=4, tokens=8000, batch_size=64, buffer=512, learning_rate=0.01,
+        held_out=2, out=str(out),
+    )  # fmt: skip
+    train_sae.main(config)
+    sae, density, meta = train_sae.load_sae(out)
+    metrics = meta["metrics"]
+    assert meta["site"] == "block_1" and meta["streams"] == "forks" and sae.k == 4
+    assert 0 < metrics["fvu"] < 0.5 and 0 < metrics["l0"] <= 4 and metrics["dead"] < 1
+    assert metrics["loss"] != metrics["loss_sae"] != metrics["loss_zero"]
+    expected = (metrics["loss_zero"] - metrics["loss_sae"]) / (
+        metrics["loss_zero"] - metrics["loss"]
+    )
+    np.testing.assert_allclose(metrics["loss_recovered"], expected, rtol=1e-5)
+    np.testing.assert_allclose(density.sum(), metrics["l0"], rtol=1e-5)
+    lines = (out / "features.jsonl").read_text(encoding="utf-8").splitlines()
+    features = [json.loads(line) for line in lines]
+    assert features[0]["density"] == pytest.approx(density.max())
+    assert all(len(feature["tokens"]) == 20 and feature["examples"] for feature in features)
+
+
+def test_streams_are_chosen_by_depth_without_first_tokens():
+    alive, token = np.array([[1, 1, 1, 1, 0]], bool), np.array([[0, 1, 1, 1, 0]])
+    found = Activation(token, alive, 0 * token, np.array([[0, 2, 1, 0, 0]]), token - 1, token)
+    for streams, slots in (("all", [1, 2, 3]), ("roots", [3]), ("forks", [1, 2])):
+        assert train_sae.selected(found, streams)[0].nonzero()[0].tolist() == slots
+
+
+def test_latents_are_read_between_tokens():
+    """Rows with memory: cosines of latents to embeddings, and the lens of the reasoner."""
+    reasoner = quick_model(dataclasses.replace(SMALL, fork_layers=()))
+    boundary = np.zeros(reasoner.vocab_size, np.uint8)
+    config = dataclasses.replace(CONFIG, trigger=None)
+    memgen = MemGen(reasoner.backbone(), config, boundary=boundary, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32)
+    plan = Plan.of(jnp.array([[2], [-1]]), jnp.zeros((2, 1), jnp.int32), config)
+
+    @jax.jit
+    def read(memgen) -> Any:
+        rows = woven_rows(memgen, tokens, plan)
+        lenses = (logit_lens, embedding_similarity)
+        readings = [of(rows.model, rows.stream, rows.mask, top=17) for of in lenses]
+        hidden = memgen.reasoner.hidden_states(rows.stream, rows.mask.sum(axis=1))
+        log_probs = jax.nn.log_softmax(memgen.reasoner.unembed(hidden))
+        return rows.stream, rows.mask, rows.latent, readings, log_probs
+
+    stream, mask, latent, (logits, cosines), log_probs = jax.device_get(read(memgen))
+    assert latent[0].nonzero()[0].tolist() == [2, 3, 4] and not latent[1].any()
+    assert mask.sum(axis=1).tolist() == [7, 4]
+    order = np.argsort(logits["block_1"].tokens.ids, axis=-1)
+    found = np.take_along_axis(logits["block_1"].tokens.value, order, axis=-1)
+    np.testing.assert_allclose(found[mask], log_probs[mask], atol=1e-5)
+    table = np.asarray(reasoner.embed_tokens(jnp.arange(17)))
+    x = stream[latent]
+    cosine = (x @ table.T) / np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(table, axis=1))
+    np.testing.assert_allclose(
+        cosines["embed"].tokens.value[latent], -np.sort(-cosine, axis=1), atol=1e-5
+    )
+
+
+def test_a_mistake_is_one_line(lm, capsys, monkeypatch):
+    sae = SparseAutoencoder(*map(jnp.zeros, ((8, 4), (4,), (4, 8), (8,))), jnp.float32(1), 2)
+    with pytest.raises(ValueError, match="of width 8 for activations of width 16"):
+        sae.features(jnp.zeros((1, 16)))
+    with pytest.raises(ValueError, match="this model has no corpus of its own, pass --corpus"):
+        train_sae.main(train_sae.SAEConfig(model="tiny", out="nowhere"))
+    with pytest.raises(ValueError, match="buffer=100 can't shuffle batches of 64"):
+        train_sae.SAEConfig(model="tiny", batch_size=64, buffer=100)
+    monkeypatch.setattr("sys.argv", ["thoughtbubbles audit", "lense"])
+    with pytest.raises(SystemExit):
+        audit.command()
+    assert "unknown audit 'lense': choose one of lens, tuned-lens" in capsys.readouterr().err

@@ -1,0 +1,363 @@
+"""Lenses: what each stream, and each token, would predict if the model ended at a site.
+
+`logit_lens` reads activations by the model's own final norm and head, `embedding_similarity` by
+their cosine to the embeddings of tokens. Sites are read one after the other, so that the logits of
+one site at a time are in memory. Of a model that forks, streams are read one by one, and those of a
+token together by the model's own merge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from thoughtbubbles.forking import merge
+from thoughtbubbles.short_repr import ShortRepr, short_repr
+from thoughtbubbles.sites import (
+    Activation,
+    Edit,
+    Lineage,
+    Rows,
+    SitedModel,
+    Visit,
+    capture,
+    check_sited,
+    check_sites,
+    one_per_token,
+    record,
+    rows_of,
+)
+from thoughtbubbles.streams import Streams, left_align, restore_alignment
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int, Shaped
+
+__all__ = [
+    "Activation",
+    "Edit",
+    "Rows",
+    "SitedModel",
+    "TopTokens",
+    "Reading",
+    "TunedLens",
+    "Visit",
+    "capture",
+    "embedding_similarity",
+    "logit_lens",
+    "mean_lens",
+]
+
+
+class TopTokens(NamedTuple):
+    """What a lens says of each slot or token, whose axes are `...`.
+
+    Values are log-probabilities (`logit_lens`) or cosines (`embedding_similarity`).
+
+    Attributes:
+        ids: `[..., K]` int32, token ids of the `K` greatest values, from the greatest.
+        value: `[..., K]` float32, these values.
+        watched: `[..., W]` float32, values of the watched ids.
+        rank: `[..., W]` int32, number of ids of greater value than each watched one.
+    """
+
+    ids: jax.Array
+    value: jax.Array
+    watched: jax.Array
+    rank: jax.Array
+
+    __repr__ = short_repr
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Reading(ShortRepr):
+    """What a lens says at a site.
+
+    Attributes:
+        rows: Whose the slots of the site are.
+        streams: Reading of each slot, `[B, S, ...]`.
+        tokens: Reading of each token, `[B, T, ...]`: of its streams by the model's own merge.
+        divergence: `[B, S]` float32, Jensen-Shannon divergence in nats between the predictions of a
+            fork and of its parent, at most ln 2: what the fork added. 0 for a stream without a
+            living parent, and by `embedding_similarity`.
+    """
+
+    rows: Rows
+    streams: TopTokens
+    tokens: TopTokens
+    divergence: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class TunedLens(ShortRepr):
+    """Affine maps from the residuals of sites to those before the final norm (arXiv 2303.08112).
+
+    Attributes:
+        weight: `[N, D, D]` float32, of which `x @ weight` is added to the residual `x` of a site.
+        bias: `[N, D]` float32, added too.
+        sites: Names of the `N` sites (static).
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+    sites: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def identity(cls, sites: Sequence[str], embed_dim: int) -> TunedLens:
+        """The logit lens: maps that change nothing."""
+        shape = len(sites), embed_dim
+        return cls(jnp.zeros((*shape, embed_dim)), jnp.zeros(shape), tuple(sites))
+
+    def of_sites(self, sites: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+        """Weights and biases of some sites; others keep their residuals."""
+        found = [self.sites.index(site) if site in self.sites else -1 for site in sites]
+        chosen = [
+            (self.weight[i], self.bias[i]) if i >= 0 else
+            (jnp.zeros_like(self.weight[0]), jnp.zeros_like(self.bias[0]))
+            for i in found
+        ]  # fmt: skip
+        weights, biases = zip(*chosen, strict=True)
+        return jnp.stack(weights), jnp.stack(biases)
+
+
+def translated(x: Float[Array, "... D"], affine: Any) -> Float[Array, "... D"]:
+    """Residuals after an affine map `(weight, bias)` in float32; unchanged without one."""
+    if affine is None:
+        return x
+    weight, bias = affine
+    wide = x.astype(jnp.float32)
+    return (wide + jnp.einsum("...d,de->...e", wide, weight) + bias).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "top"))
+def logit_lens(
+    model: SitedModel,
+    tokens: Shaped[Array, "B T *D"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    sites: tuple[str, ...] | None = None,
+    top: int = 10,
+    watch: Int[Array, " W"] | None = None,
+    tuned: TunedLens | None = None,
+) -> OrderedDict[str, Reading]:
+    """Predictions by the final norm and head at each site (the logit lens of nostalgebraist, 2020).
+
+    At the last site the reading of tokens is the model's own distribution.
+
+    Args:
+        model: Model with sites.
+        tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
+        mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
+        sites: Names of the sites to read; all of the model by default.
+        top: Number of most probable ids that are kept (K).
+        watch: Token ids `[W]` int32 whose probability and rank are wanted; none by default.
+        tuned: Affine maps of a tuned lens; the plain logit lens by default.
+
+    Returns:
+        A `Reading` by site, in the order of the forward pass.
+
+    Raises:
+        ValueError: The model has no sites or not these, or `top` is not from 1 to `V`.
+    """
+    reader = functools.partial(_log_probs, model)
+    return _readings(model, reader, tokens, mask, sites, top, watch, tuned, diverges=True)
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "top"))
+def embedding_similarity(
+    model: SitedModel,
+    tokens: Shaped[Array, "B T *D"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    sites: tuple[str, ...] | None = None,
+    top: int = 10,
+    watch: Int[Array, " W"] | None = None,
+) -> OrderedDict[str, Reading]:
+    """Cosines between activations and the embeddings of all tokens, at each site.
+
+    It needs no head, and so reads vectors that are no predictions: latents above all. Streams of a
+    token are summed by their scores, or its original is taken where the model's merge does so. The
+    arguments, the result and the errors are those of `logit_lens`.
+    """
+    table = model.embed_tokens(jnp.arange(model.vocab_size))
+    reader = functools.partial(_cosines, model, _normed(table))
+    return _readings(model, reader, tokens, mask, sites, top, watch, None, diverges=False)
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "top", "cosine"))
+def mean_lens(
+    model: SitedModel,
+    tokens: Shaped[Array, "B T *D"],
+    positions: Bool[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    sites: tuple[str, ...] | None = None,
+    top: int = 10,
+    watch: Int[Array, " W"] | None = None,
+    tuned: TunedLens | None = None,
+    cosine: bool = False,
+) -> OrderedDict[str, TopTokens]:
+    """The lens of tokens, averaged over chosen positions of each row (arXiv 2510.01070).
+
+    Args:
+        model: Model with sites.
+        tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
+        positions: Tokens of each row to average over, such as the control tokens of a turn.
+        mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
+        sites: Names of the sites to read; all of the model by default.
+        top: Number of greatest values that are kept (K).
+        watch: Token ids `[W]` int32 whose value and rank are wanted; none by default.
+        tuned: Affine maps of a tuned lens; the plain logit lens by default.
+        cosine: Whether cosines to embeddings are averaged, in place of probabilities.
+
+    Returns:
+        A `TopTokens` by site, `[B, ...]`, whose values are logarithms of mean probabilities, or
+        mean cosines. Rows without a position are NaN.
+
+    Raises:
+        ValueError: A reason of `logit_lens`, or the positions are not of these tokens.
+    """
+    if positions.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"positions of shape {positions.shape} for tokens of shape {tokens.shape[:2]}: give "
+            "one bool for each token"
+        )
+    _check(model, sites, top)
+    if cosine:
+        table = _normed(model.embed_tokens(jnp.arange(model.vocab_size)))
+        reader = functools.partial(_cosines, model, table)
+    else:
+        reader = functools.partial(_log_probs, model)
+    inputs, length, _ = (tokens, None, None) if mask is None else left_align(tokens, mask)
+    chosen = positions if mask is None else left_align(positions & mask, mask)[0]
+    _, found = record(model, inputs, length, sites, None)
+
+    def read(streams: Streams, lineage: Lineage, affine: Any) -> TopTokens:
+        values = reader(streams, affine)[1]
+        values = values if cosine else jnp.exp(values)
+        total = jnp.where(chosen[..., None], values, 0).sum(axis=1)
+        mean = total / chosen.sum(axis=1)[:, None]
+        return _top(mean if cosine else jnp.log(mean), top, watch)
+
+    return _by_site(found, tuned, read)
+
+
+def _readings(
+    model, reader, tokens, mask, sites, top, watch, tuned, *, diverges: bool
+) -> OrderedDict[str, Reading]:
+    _check(model, sites, top)
+    inputs, length, rank = (tokens, None, None) if mask is None else left_align(tokens, mask)
+    _, found = record(model, inputs, length, sites, None)
+
+    def read(streams: Streams, lineage: Lineage, affine: Any) -> Any:
+        own, merged = reader(streams, affine)
+        if one_per_token(streams):
+            divergence = jnp.zeros(streams.token.shape)
+            own_top = merged_top = _top(own, top, watch)
+        else:
+            divergence = _divergence(own, lineage) if diverges else jnp.zeros(streams.token.shape)
+            own_top, merged_top = _top(own, top, watch), _top(merged, top, watch)
+        return own_top, merged_top, divergence
+
+    readings: OrderedDict[str, Reading] = OrderedDict()
+    for site, (own, merged, divergence) in _by_site(found, tuned, read).items():
+        streams, lineage = found[site]
+        if mask is not None and rank is not None:
+            restore = lambda leaf: restore_alignment(leaf, mask, rank)  # noqa: E731
+            merged = jax.tree.map(restore, merged)
+            own = merged if one_per_token(streams) else own
+        readings[site] = Reading(rows_of(streams, lineage, mask), own, merged, divergence)
+    return readings
+
+
+def _by_site(
+    found: OrderedDict[str, tuple[Streams, Lineage]],
+    tuned: TunedLens | None,
+    read: Callable[[Streams, Lineage, Any], Any],
+) -> OrderedDict[str, Any]:
+    """Results of a function of each site, computed one after the other where shapes are equal."""
+    results: OrderedDict[str, Any] = OrderedDict()
+    alike = lambda site: (jax.tree.structure(found[site][0]), found[site][0].x.shape)  # noqa: E731
+    for _, group in itertools.groupby(found, key=alike):
+        names = list(group)
+        width = found[names[0]][0].x.shape[-1]
+        if tuned is not None and tuned.bias.shape[-1] != width:
+            raise ValueError(
+                f"a tuned lens of width {tuned.bias.shape[-1]} for residuals of width {width}: "
+                "train one for this model (thoughtbubbles audit tuned-lens)"
+            )
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(found[name] for name in names))
+        affine = None if tuned is None else tuned.of_sites(names)
+        one = lambda inputs: read(inputs[0][0], inputs[0][1], inputs[1])  # noqa: E731
+        rows = jax.lax.map(one, (stacked, affine))
+        for index, name in enumerate(names):
+            results[name] = jax.tree.map(lambda leaf, index=index: leaf[index], rows)
+    return results
+
+
+def _log_probs(
+    model: SitedModel, streams: Streams, affine: Any
+) -> tuple[Float[Array, "B S V"], Float[Array, "B T V"]]:
+    """Log-probabilities by each stream, and by the streams of a token together."""
+    streams = streams.replace(x=translated(streams.x, affine))
+    own = jax.nn.log_softmax(model.decode(streams.x).astype(jnp.float32))
+    if one_per_token(streams):
+        return own, own
+    return own, jax.nn.log_softmax(model.logits(streams).astype(jnp.float32))
+
+
+def _cosines(
+    model: SitedModel, table: jax.Array, streams: Streams, affine: Any
+) -> tuple[Float[Array, "B S V"], Float[Array, "B T V"]]:
+    """Cosines of each stream to the rows of a table of unit norm, and of the merged residual."""
+    cosine = lambda x: jnp.einsum("bsd,vd->bsv", _normed(x), table)  # noqa: E731
+    own = cosine(streams.x)
+    if one_per_token(streams):
+        return own, own
+    kind = getattr(getattr(model, "config", None), "merge", "residual")
+    return own, cosine(merge(streams, "rightmost" if kind == "rightmost" else "residual"))
+
+
+def _normed(x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    norm = jnp.linalg.norm(wide, axis=-1, keepdims=True)
+    return wide / jnp.where(norm > 0, norm, 1)
+
+
+def _top(values: jax.Array, top: int, watch: jax.Array | None) -> TopTokens:
+    best, ids = jax.lax.top_k(values, top)
+    if watch is None:
+        nothing = (*values.shape[:-1], 0)
+        return TopTokens(ids, best, jnp.zeros(nothing), jnp.zeros(nothing, jnp.int32))
+    watched = jnp.take(values, watch, axis=-1)
+    rank = jax.lax.map(
+        lambda index: (values > jnp.take(values, index, axis=-1)[..., None]).sum(axis=-1), watch
+    )
+    # No number, of an id outside the vocabulary or of a row without positions, ranks last.
+    rank = jnp.where(jnp.isnan(watched), values.shape[-1], jnp.moveaxis(rank, 0, -1))
+    return TopTokens(ids, best, watched, rank)
+
+
+def _divergence(log_probs: Float[Array, "B S V"], lineage: Lineage) -> Float[Array, "B S"]:
+    """Jensen-Shannon divergence between each stream and its parent."""
+    parent = jnp.maximum(lineage.parent, 0)[..., None]
+    theirs = jnp.take_along_axis(log_probs, parent, axis=1)
+    middle = jnp.logaddexp(log_probs, theirs) - jnp.log(2.0)
+    part = lambda p: jnp.where(p > -jnp.inf, jnp.exp(p) * (p - middle), 0).sum(axis=-1)  # noqa: E731
+    return jnp.where(lineage.parent >= 0, (part(log_probs) + part(theirs)) / 2, 0)
+
+
+def _check(model: Any, sites: tuple[str, ...] | None, top: int) -> None:
+    check_sited(model)
+    check_sites(sites or (), model.sites)
+    if not 1 <= top <= model.vocab_size:
+        raise ValueError(f"top={top} of {model.vocab_size} token ids: choose 1 to that many")

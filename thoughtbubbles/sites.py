@@ -1,0 +1,298 @@
+"""Sites: named places of a forward pass at which tools read activations and change them.
+
+A model that has sites satisfies `SitedModel`: one method more than a decoder over vectors needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from thoughtbubbles.forking import ForkPlan, compact
+from thoughtbubbles.short_repr import ShortRepr
+from thoughtbubbles.streams import Streams, left_align, restore_alignment
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int, Shaped
+
+Edit = Callable[[jax.Array], jax.Array]
+"""Function of the activation at a site to the one that the model goes on with, of equal shape."""
+
+Value = TypeVar("Value", jax.Array, Streams)
+
+
+class Visit(Protocol):
+    """What a forward pass calls at each of its sites."""
+
+    def wants(self, site: str) -> bool:
+        """Whether the site is read or edited; a scan over blocks need not stop at others."""
+        ...
+
+    def __call__(self, site: str, value: Value, plan: ForkPlan | None = None) -> Value:
+        """The value that the forward pass goes on with.
+
+        Args:
+            site: Name of the site.
+            value: Vectors `[B, T, D]`, or streams of which several may belong to a token.
+            plan: Plan by which a fork layer has just made these streams of the last ones.
+        """
+        ...
+
+
+class SitedModel(Protocol):
+    """A decoder with sites; any object with these methods is one.
+
+    Attributes:
+        sites: Names of the sites in the order of the forward pass.
+        vocab_size: Size `V` of the vocabulary.
+    """
+
+    @property
+    def sites(self) -> tuple[str, ...]: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Vectors `[..., D]` of token ids `[...]` int32."""
+        ...
+
+    def run_sites(self, inputs: jax.Array, length: jax.Array | None, visit: Visit) -> Any:
+        """A forward pass that goes on with `visit(site, value)` at each site.
+
+        Args:
+            inputs: Token ids `[B, T]` int32 or vectors `[B, T, D]`, padded on the right.
+            length: Number of real tokens of each row, `[B]` int32; all `T` by default.
+            visit: Function to call at each site.
+
+        Returns:
+            What `logits` takes.
+        """
+        ...
+
+    def logits(self, output: Any) -> jax.Array:
+        """Logits `[B, T, V]` of what `run_sites` returned."""
+        ...
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Final norm and head: vectors of a site `[..., D]` to logits `[..., V]` (logit lens)."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Lineage(ShortRepr):
+    """Where streams come from.
+
+    Attributes:
+        depth: `[B, S]` int32, number of forks between a stream and the input; 0 for a root.
+        parent: `[B, S]` int32, slot of the stream that a fork was made of; -1 for a root, and where
+            the parent has died.
+    """
+
+    depth: jax.Array
+    parent: jax.Array
+
+    @classmethod
+    def start(cls, token: Int[Array, "B S"]) -> Lineage:
+        """The lineage of streams that no fork layer has made."""
+        return cls(jnp.zeros_like(token), jnp.full_like(token, -1))
+
+    def after(self, plan: ForkPlan) -> Lineage:
+        """The lineage of the streams that a fork layer makes of these."""
+        of_slot = lambda values, slot: jnp.take_along_axis(values, slot, axis=1)  # noqa: E731
+        before, is_fork = plan.source // 2, plan.source % 2 == 0
+        # The slot where each stream goes on, which is that of its keep candidate.
+        goes_on = jnp.where(plan.kept, plan.slot, -1)[:, 1::2]
+        parent = of_slot(self.parent, before)
+        inherited = jnp.where(parent >= 0, of_slot(goes_on, jnp.maximum(parent, 0)), -1)
+        parent = jnp.where(is_fork, of_slot(goes_on, before), inherited)
+        depth = of_slot(self.depth, before) + is_fork
+        return Lineage(jnp.where(plan.alive, depth, 0), jnp.where(plan.alive, parent, -1))
+
+
+def plan_of(fork: Any, streams: Streams) -> ForkPlan:
+    """The plan that a `Fork` carries out on streams at inference."""
+    keep = fork.policy.keep(fork.candidates(streams))
+    return compact(keep, min(keep.shape[1], fork.policy.capacity(streams.num_tokens)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rows(ShortRepr):
+    """Whose the slots of an activation are.
+
+    A model without streams has a slot for each token, in the caller's order. Where streams have
+    forked, slots are those of `Streams`: in the order of the text, dead ones last.
+
+    Attributes:
+        token: `[B, S]` int32, index of each slot's token in the caller's row.
+        alive: `[B, S]` bool, slots that hold a vector of a real token.
+        log_score: `[B, S]` float32 cumulative log-score of each stream, 0 without forks.
+        depth: `[B, S]` int32, number of forks between a stream and the input (`Lineage`).
+        parent: `[B, S]` int32, slot of the stream that a fork was made of, or -1 (`Lineage`).
+    """
+
+    token: jax.Array
+    alive: jax.Array
+    log_score: jax.Array
+    depth: jax.Array
+    parent: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Activation(Rows):
+    """What was captured at a site.
+
+    Attributes:
+        x: `[B, S, D]` activations, in the slots that `Rows` describes.
+    """
+
+    x: jax.Array
+
+
+class Recorder:
+    """The visit of one forward pass: it makes edits and keeps what passes the named sites."""
+
+    def __init__(
+        self, sites: Collection[str], edit: Mapping[str, Edit], length: jax.Array | None = None
+    ):
+        self.sites, self.edit, self.length = sites, edit, length
+        # Ordered, since jax sorts the keys of other dicts.
+        self.found: OrderedDict[str, tuple[Streams, Lineage]] = OrderedDict()
+        self._lineage: Lineage | None = None
+
+    def wants(self, site: str) -> bool:
+        """Whether the site is captured or edited."""
+        return site in self.sites or site in self.edit
+
+    def __call__(self, site: str, value: Any, plan: ForkPlan | None = None) -> Any:
+        """The value after the edit of this site, if there is one."""
+        streams = value if isinstance(value, Streams) else Streams.start(value, self.length)
+        if self._lineage is None:
+            self._lineage = Lineage.start(streams.token)
+        if plan is not None:
+            self._lineage = self._lineage.after(plan)
+        if site in self.edit:
+            streams = streams.replace(x=_edited(site, streams.x, self.edit[site]))
+        if site in self.sites:
+            self.found[site] = streams, self._lineage
+        return streams if isinstance(value, Streams) else streams.x
+
+
+def _edited(site: str, x: jax.Array, edit: Edit) -> jax.Array:
+    changed = edit(x)
+    if jnp.shape(changed) != x.shape:
+        raise ValueError(
+            f"the edit of {site} makes {jnp.shape(changed)} of {x.shape}: keep the shape"
+        )
+    return changed.astype(x.dtype)
+
+
+def record(
+    model: SitedModel,
+    inputs: Shaped[Array, "B T *D"],
+    length: Int[Array, " B"] | None,
+    sites: Collection[str] | None,
+    edit: Mapping[str, Edit] | None,
+) -> tuple[Float[Array, "B T V"], OrderedDict[str, tuple[Streams, Lineage]]]:
+    """Logits, and streams and lineage at sites, of rows that are padded on the right."""
+    check_sited(model)
+    sites, edit = model.sites if sites is None else tuple(sites), dict(edit or {})
+    check_sites(sites, (*model.sites, *getattr(model, "neuron_sites", ())))
+    check_sites(edit, model.sites)
+    recorder = Recorder(sites, edit, length)
+    logits = model.logits(model.run_sites(inputs, length, recorder))
+    return logits, recorder.found
+
+
+def capture(
+    model: SitedModel,
+    tokens: Shaped[Array, "B T *D"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    sites: Collection[str] | None = None,
+    edit: Mapping[str, Edit] | None = None,
+) -> tuple[Float[Array, "B T V"], OrderedDict[str, Activation]]:
+    """Logits and activations at sites, of one forward pass.
+
+    The logits are those of `model(tokens, mask)`: bit for bit where operations run one by one, to
+    float noise in a compiled program. Under `jit`, `sites` is static; an edit that depends on
+    arrays, such as a key of noise, is best made inside of the traced function.
+
+    Args:
+        model: Model with sites.
+        tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
+        mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
+        sites: Names of the sites to capture; all of the model by default. Blocks that are scanned
+            are scanned up to a named site at a time, so few names compile faster.
+        edit: Functions by site, each from the activation `[B, S, D]` to the one that the model goes
+            on with; rows are padded on the right then, whatever the mask.
+
+    Returns:
+        Logits `[B, T, V]` float32, zeros in padding; and an `Activation` by site, after its edit,
+        in the order of the forward pass.
+
+    Raises:
+        ValueError: The model has no sites or not these, or an edit changes a shape.
+    """
+    if mask is None:
+        logits, found = record(model, tokens, None, sites, edit)
+        return logits, OrderedDict(
+            (site, _activation(*of, None, None)) for site, of in found.items()
+        )
+    aligned, length, rank = left_align(tokens, mask)
+    logits, found = record(model, aligned, length, sites, edit)
+    captured = OrderedDict((site, _activation(*of, mask, rank)) for site, of in found.items())
+    return restore_alignment(logits, mask, rank), captured
+
+
+def _activation(
+    streams: Streams, lineage: Lineage, mask: jax.Array | None, rank: jax.Array | None
+) -> Activation:
+    rows = rows_of(streams, lineage, mask)
+    x = streams.x
+    if mask is not None and rank is not None and one_per_token(streams):
+        x = restore_alignment(x, mask, rank)
+    fields = rows.token, rows.alive, rows.log_score, rows.depth, rows.parent
+    return Activation(*fields, x)
+
+
+def one_per_token(streams: Streams) -> bool:
+    """Whether slots are tokens (static)."""
+    return not streams.forked and streams.x.shape[1] == streams.num_tokens
+
+
+def rows_of(streams: Streams, lineage: Lineage, mask: jax.Array | None) -> Rows:
+    """Whose the slots are, by the caller's tokens, that the mask says where to find."""
+    token, alive = streams.token, streams.alive
+    if mask is not None and one_per_token(streams):
+        token, alive = jnp.zeros_like(token) + jnp.arange(streams.num_tokens), mask
+    elif mask is not None:
+        order = jnp.argsort(~mask, axis=1, stable=True).astype(token.dtype)
+        token = jnp.take_along_axis(order, token, axis=1)
+    return Rows(token, alive, streams.log_score, lineage.depth, lineage.parent)
+
+
+def check_sited(model: Any) -> None:
+    """Raise a ValueError unless a model has what `SitedModel` names."""
+    names = ("sites", "vocab_size", "embed_tokens", "run_sites", "logits", "decode")
+    if missing := [name for name in names if not hasattr(model, name)]:
+        raise ValueError(
+            f"{type(model).__name__} can't be read at sites: it has no {', '.join(missing)} "
+            "(see thoughtbubbles.sites.SitedModel)"
+        )
+
+
+def check_sites(sites: Collection[str], choices: Collection[str]) -> None:
+    """Raise a ValueError unless all sites are among the choices."""
+    for site in sites:
+        if site not in choices:
+            raise ValueError(f"no site {site!r} here: choose from {', '.join(choices)}")

@@ -1,0 +1,56 @@
+"""Audit a model, from inside or from outside: thoughtbubbles audit COMMAND [OPTIONS]"""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+from train.cli.command import run_command
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        module: Module that has `main`, which takes the config; only the chosen one is imported.
+        config: Name of the config's class in that module.
+        line: What the command does, in a line of the help.
+    """
+
+    module: str
+    config: str
+    line: str
+
+
+COMMANDS: dict[str, Command] = {
+    "lens": Command("train.audit.lens", "LensConfig", "what each site of a model would say"),
+    "tuned-lens": Command(
+        "train.audit.tuned_lens", "TunedLensConfig", "train affine maps that read early sites"
+    ),
+    "sae": Command(
+        "train.audit.train_sae", "SAEConfig", "train a sparse autoencoder, describe its features"
+    ),
+}
+
+
+def command() -> None:
+    """Run the subcommand that the first word names."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: thoughtbubbles audit COMMAND [OPTIONS]\n")
+        print("\n".join(f"  {name:<{width}}  {of.line}" for name, of in COMMANDS.items()))
+        return
+    name = words[0]
+    if name not in COMMANDS:
+        print(
+            f"error: unknown audit {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr
+        )
+        sys.exit(2)
+    sys.argv = [f"{sys.argv[0]} {name}", *words[1:]]
+    chosen = COMMANDS[name]
+    module = importlib.import_module(chosen.module)
+    run_command(module.main, getattr(module, chosen.config))
+
+
+if __name__ == "__main__":
+    command()

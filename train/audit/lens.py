@@ -1,0 +1,213 @@
+"""What a model would say at each site of a text: a table, and a page to hover over."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memgen import MemGen, Plan
+from thoughtbubbles.lens import Reading, TopTokens, TunedLens, embedding_similarity, logit_lens
+from thoughtbubbles.pages import Guess, Page, lens_page
+from thoughtbubbles.sites import check_sited, check_sites
+from train.audit.latents import woven_rows
+from train.audit.texts import token_text
+from train.audit.tuned_lens import load_tuned_lens
+from train.models.load import LanguageModel, check_named, load_named
+from train.models.text_memory import check_text_memory
+
+FIRST = 3  # ids of each stream that a page names
+
+
+@dataclasses.dataclass(frozen=True)
+class LensConfig:
+    """Reads a text at every site of a model: logit lens, tuned lens, or embeddings.
+
+    Attributes:
+        checkpoint: Run folder, or the folder of one of its steps.
+        model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
+            .gguf file.
+        text: Text to read.
+        watch: Words whose first token is followed; its rank at the last token is printed.
+        sites: Names of the sites to read, e.g. block_3; all of the model by default.
+        cosine: Whether activations are compared to the embeddings of tokens, in place of a lens.
+        tuned: Folder of a tuned lens (`thoughtbubbles audit tuned-lens`); none by default.
+        top: Number of tokens that are named at each site.
+        page: File for the page to hover over; none by default.
+    """
+
+    checkpoint: str | None = None
+    model: str | None = None
+    text: str = "The capital of France is"
+    watch: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+    cosine: bool = False
+    tuned: str | None = None
+    top: int = 5
+    page: str | None = None
+
+    def __post_init__(self):
+        check_named(self.checkpoint, self.model)
+        if self.top < 1:
+            raise ValueError(f"top={self.top}: choose 1 or more")
+        if self.cosine and self.tuned is not None:
+            raise ValueError(f"cosine=True needs no tuned lens, {self.tuned}: leave one out")
+        if self.page is not None and not Path(self.page).absolute().parent.is_dir():
+            raise ValueError(f"page {self.page}: its folder does not exist, make it")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextReading:
+    """What a lens says of a text.
+
+    Attributes:
+        tokens: Text of each vector of the row: of tokens, and names of latents.
+        readings: Reading by site, as NumPy arrays.
+        cosine: Whether values are cosines, no log-probabilities.
+    """
+
+    tokens: tuple[str, ...]
+    readings: dict[str, Reading]
+    cosine: bool
+
+
+def main(config: LensConfig) -> None:
+    """Print the first choices at the last token, and write the page."""
+    lm = load_named(config.checkpoint, config.model)
+    watch = tuple(first_token(lm, word) for word in config.watch)
+    tuned = None if config.tuned is None else load_tuned_lens(config.tuned, lm.model)
+    found = read_text(
+        lm, config.text, sites=config.sites or None, top=config.top, watch=watch,
+        cosine=config.cosine, tuned=tuned,
+    )  # fmt: skip
+    print(table(found, lm, config.watch))
+    if config.page is not None:
+        page(found, lm).save(config.page)
+        print(f"page: {Path(config.page).absolute()}")
+
+
+def first_token(lm: LanguageModel, word: str) -> int:
+    """The id of the first token of a word that stands inside of a text."""
+    ids = lm.tokenizer.encode(f" {word}")[0].tolist()
+    if not ids:
+        raise ValueError(f"watch={word!r} has no token: choose another word")
+    return int(ids[0])
+
+
+def read_text(
+    lm: LanguageModel,
+    text: str,
+    *,
+    sites: Sequence[str] | None = None,
+    top: int = 5,
+    watch: Sequence[int] = (),
+    cosine: bool = False,
+    tuned: TunedLens | None = None,
+) -> TextReading:
+    """What a lens says of a text; where the model has latent memory, memory is woven at its end.
+
+    Args:
+        lm: Model with its tokenizer.
+        text: Text to read.
+        sites: Names of the sites to read; all of the model by default.
+        top: Number of ids that are kept.
+        watch: Token ids whose value and rank are wanted.
+        cosine: Whether to compare with embeddings, in place of the logit lens.
+        tuned: Affine maps of a tuned lens; none by default.
+
+    Raises:
+        ValueError: The model has no sites or not these, or the text is too long for the memory.
+    """
+    model: Any = lm.model
+    check_sited(model)
+    check_sites(sites or (), model.sites)
+    ids = lm.prompt(text)
+    check_text_memory(lm.model, 1, len(ids), cached=False)
+    tokens = [lm.tokenizer.decode([id_]) for id_ in ids]
+    options: dict[str, Any] = {
+        "sites": None if sites is None else tuple(sites),
+        "top": min(top, model.vocab_size),
+        "watch": jnp.asarray(watch, jnp.int32),
+    }
+    lens: Callable[..., Any] = embedding_similarity
+    if not cosine:
+        lens = functools.partial(logit_lens, tuned=tuned)
+    if lm.memgen is None:
+        rows, mask = jnp.asarray([ids], jnp.int32), None
+    else:
+        model, rows, mask, names = _with_memory(lm.memgen, ids, lm.tokenizer.separator)
+        tokens += names
+    found = jax.device_get(lens(model, rows, mask, **options))
+    return TextReading(tuple(tokens), found, cosine)
+
+
+def _with_memory(memgen: MemGen, ids: list[int], separator: int) -> tuple[Any, Any, Any, list[str]]:
+    """The reasoner and its row, of a text and the latents that an answer would begin after."""
+    point, kind = jnp.asarray([[len(ids)]]), jnp.zeros((1, 1), jnp.int32)
+    plan = Plan.of(point, kind, memgen.config)
+    # An event stands before a token: one more, which is then left out.
+    rows = woven_rows(memgen, jnp.asarray([[*ids, separator]], jnp.int32), plan)
+    count = int(rows.latent.sum())
+    size = len(ids) + count
+    names = [f"latent {index}" for index in range(count)]
+    return rows.model, rows.stream[:, :size], rows.mask[:, :size], names
+
+
+def table(found: TextReading, lm: LanguageModel, watched: Sequence[str] = ()) -> str:
+    """The first choices at the last token of the text, a line for each site."""
+    width = max(map(len, found.readings))
+    lines = []
+    for site, reading in found.readings.items():
+        at = jax.tree.map(lambda leaf: leaf[0, len(found.tokens) - 1], reading.tokens)
+        ranks = [f"{word}: rank {rank}" for word, rank in zip(watched, at.rank, strict=True)]
+        forks = reading.divergence[0][reading.rows.parent[0] >= 0]
+        added = [f"forks add {forks.mean():.3f} nats"] if len(forks) else []
+        lines.append("  ".join([f"{site:<{width}}", said(at, lm, found.cosine), *ranks, *added]))
+    return "\n".join(lines)
+
+
+def said(top: TopTokens, lm: LanguageModel, cosine: bool, most: int | None = None) -> str:
+    """The first choices of one slot or token with their probabilities, or cosines."""
+    pairs = list(zip(top.ids.tolist(), top.value.tolist(), strict=True))[:most]
+    return " ".join(
+        f"{token_text(lm, id_)!r} {value if cosine else np.exp(value):.3f}" for id_, value in pairs
+    )
+
+
+def page(found: TextReading, lm: LanguageModel) -> Page:
+    """The page of a text: first choices by site and token, with streams and forks in the titles."""
+    guesses = []
+    for reading in found.readings.values():
+        row = []
+        for at in range(len(found.tokens)):
+            top = jax.tree.map(lambda leaf, at=at: leaf[0, at], reading.tokens)
+            lines = [said(top, lm, found.cosine), *_streams(reading, at, lm, found.cosine)]
+            strength = float(top.value[0] if found.cosine else np.exp(top.value[0]))
+            row.append(Guess(token_text(lm, int(top.ids[0])), strength, lines))
+        guesses.append(row)
+    what = "nearest embedding" if found.cosine else "most probable next token"
+    note = f"above each token its {what} at each site; rest the mouse on one for more"
+    return lens_page("Lens", note, found.tokens, list(found.readings), guesses)
+
+
+def _streams(reading: Reading, at: int, lm: LanguageModel, cosine: bool) -> list[str]:
+    rows = reading.rows
+    slots = np.flatnonzero((rows.token[0] == at) & rows.alive[0])
+    if len(slots) < 2:
+        return []
+    lines = []
+    for slot in slots:
+        top = jax.tree.map(lambda leaf, slot=slot: leaf[0, slot], reading.streams)
+        kind = "original" if slot == slots[-1] else f"fork of depth {rows.depth[0, slot]}"
+        score = np.exp(rows.log_score[0, slot])
+        line = f"{kind}, score {score:.3f}: {said(top, lm, cosine, FIRST)}"
+        if rows.parent[0, slot] >= 0 and not cosine:
+            line += f"; adds {reading.divergence[0, slot]:.3f} nats to its parent"
+        lines.append(line)
+    return lines

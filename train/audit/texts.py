@@ -1,0 +1,124 @@
+"""Rows of text to audit a model on: those of its run, or another corpus in its own tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from thoughtbubbles.sites import Activation, capture, check_sited, check_sites
+from train.cli.config_json import from_json
+from train.data import (
+    DataConfig,
+    MixtureData,
+    MixtureReader,
+    PackedData,
+    TrainReader,
+    evaluation_batches,
+    prepare,
+)
+from train.data.storage import build_once
+from train.data.tokenizers import pretrained_json
+from train.models.load import LanguageModel, LoadedRun, tokenizer_meta
+
+
+def open_texts(lm: LanguageModel, corpus: str | None, seq_len: int | None) -> PackedData:
+    """Packed rows in the tokens of a model.
+
+    Args:
+        lm: Model with its tokenizer.
+        corpus: Corpus as `DataConfig.corpus` names it; None takes that of the model's own run.
+        seq_len: Number of targets of a row; None takes that of the run, or 256.
+
+    Raises:
+        ValueError: The model has no run with a corpus, and none is given.
+    """
+    data = DataConfig()
+    run = lm if isinstance(lm, LoadedRun) and "weights" not in lm.config else None
+    if run is not None:
+        data = from_json(DataConfig, run.config.get("data"), "data")
+    elif corpus is None:
+        raise ValueError("corpus=None: this model has no corpus of its own, pass --corpus stdlib")
+    data = dataclasses.replace(data, corpus=corpus or data.corpus, seq_len=seq_len or data.seq_len)
+    if run is None:
+        data = dataclasses.replace(data, tokenizer=str(_tokenizer_file(lm, data.cache)))
+    return prepare(data)
+
+
+def _tokenizer_file(lm: LanguageModel, cache: Path) -> Path:
+    tokenizer = lm.tokenizer
+    if isinstance(tokenizer, PretrainedTokenizer):
+        content = pretrained_json(tokenizer, tokenizer_meta(tokenizer)["chat"])
+    else:
+        content = tokenizer.to_json()
+    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    file = cache / "tokenizers" / digest / "tokenizer.json"
+
+    def write(partial: Path) -> None:
+        (partial / file.name).write_text(content, encoding="utf-8")
+
+    build_once(file.parent, write)
+    return file
+
+
+def token_text(lm: LanguageModel, id_: int) -> str:
+    """Text of a token id; the embedding may have rows behind the tokenizer's last id."""
+    return lm.tokenizer.decode([id_]) if id_ < lm.tokenizer.vocab_size else f"<{id_}>"
+
+
+def training_batches(data: PackedData, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Inputs `[B, T]` int32 of training rows, shuffled and without end."""
+    kind = MixtureReader if isinstance(data, MixtureData) else TrainReader
+    rows: Any = data if isinstance(data, MixtureData) else data.train
+    for batch in kind(rows, batch_size, seed).iterate():
+        yield batch["tokens"][:, :-1]
+
+
+def held_out_batches(data: PackedData, batch_size: int, limit: int) -> Iterator[np.ndarray]:
+    """Rows `[B, T + 1]` int32 of the held-out split, evenly spaced; -1 is padding."""
+    limit = min(limit, len(data.validation))
+    for batch in evaluation_batches(data.validation, batch_size, limit):
+        yield batch["tokens"]
+
+
+def check_site(lm: LanguageModel, site: str | None) -> str:
+    """The site of that name, or the one in the middle of the model.
+
+    Raises:
+        ValueError: The model has no sites, or not this one.
+    """
+    model: Any = lm.model
+    check_sited(model)
+    if site is None:
+        blocks = [name for name in model.sites if name.startswith("block_")] or model.sites
+        return blocks[len(blocks) // 2]
+    check_sites((site,), (*model.sites, *getattr(model, "neuron_sites", ())))
+    return site
+
+
+@jax.jit
+def _site_of(model: Any, tokens: jax.Array, length: jax.Array, site: Any) -> Activation:
+    mask = jnp.arange(tokens.shape[1]) < length[:, None]
+    [found] = capture(model, tokens, mask, sites=(site.name,))[1].values()
+    return found
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """A text that a compiled function is made for."""
+
+    name: str
+
+
+def activation_at(model: Any, rows: np.ndarray, site: str) -> Activation:
+    """The activation of rows `[B, T]` int32 at a site; -1 is padding on the right."""
+    length = jnp.asarray((rows >= 0).sum(axis=1), jnp.int32)
+    return _site_of(model, jnp.asarray(np.maximum(rows, 0)), length, _Name(site))

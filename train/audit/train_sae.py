@@ -1,0 +1,367 @@
+"""Train a sparse autoencoder on the activations of a model's site: thoughtbubbles audit sae"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles.sites import capture
+from train.audit.sae import (
+    SAETraining,
+    SparseAutoencoder,
+    init_sae,
+    nearest_tokens,
+)
+from train.audit.stored import new_audit_folder, read_stored, save_stored
+from train.audit.texts import (
+    activation_at,
+    check_site,
+    held_out_batches,
+    open_texts,
+    token_text,
+    training_batches,
+)
+from train.cli.numbers import check_least
+from train.data import PackedData
+from train.models.load import LanguageModel, check_named, load_named
+from train.runs.files import write_atomically
+
+KIND = "sparse autoencoder"
+EXAMPLES, CONTEXT = 3, 8  # of a feature that features.jsonl shows: texts, and tokens of each
+LARGEST_LINES = 4096  # features that are described
+
+Streams = Literal["all", "roots", "forks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SAEConfig:
+    """Trains a TopK sparse autoencoder on activations of a site, and describes its features.
+
+    Attributes:
+        checkpoint: Run folder, or the folder of one of its steps.
+        model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
+            .gguf file.
+        corpus: Corpus of the activations; that of the run by default.
+        seq_len: Number of tokens of a row; that of the run by default, else 256.
+        site: Name of the site, e.g. block_3; the block in the middle by default.
+        streams: Which streams of a model that forks are read: "roots", "forks", or "all" of both,
+            whose densities then mix.
+        features: Number of features; 16 for each dimension by default.
+        k: Number of features that an activation may have.
+        tokens: Number of activations to train on.
+        batch_size: Number of activations of a step.
+        rows: Number of rows of a forward pass.
+        buffer: Number of activations among which steps are shuffled.
+        learning_rate: Learning rate of Adam; 2e-4 / sqrt(features / 2^14) by default.
+        aux_weight: Weight of the loss that revives dead features (AuxK).
+        dead_after: Number of activations without it after which a feature counts as dead.
+        held_out: Number of held-out rows for the metrics.
+        seed: Seed of the first directions, of the rows' order and of the buffer.
+        out: New folder for the autoencoder, its metrics and its features.
+    """
+
+    checkpoint: str | None = None
+    model: str | None = None
+    corpus: str | None = None
+    seq_len: int | None = None
+    site: str | None = None
+    streams: Streams = "roots"
+    features: int | None = None
+    k: int = 32
+    tokens: int = 1_000_000
+    batch_size: int = 2048
+    rows: int = 16
+    buffer: int = 1 << 17
+    learning_rate: float | None = None
+    aux_weight: float = 1 / 32
+    dead_after: int = 1_000_000
+    held_out: int = 64
+    seed: int = 0
+    out: str = "runs/sae"
+
+    def __post_init__(self):
+        check_named(self.checkpoint, self.model)
+        check_least(self, features=1, k=1, batch_size=2, rows=1, held_out=1, seq_len=2)
+        check_least(self, dead_after=1, aux_weight=0)
+        if self.tokens < self.batch_size:
+            raise ValueError(
+                f"tokens={self.tokens} are less than a batch of {self.batch_size}: choose more"
+            )
+        if self.buffer < 2 * self.batch_size:
+            raise ValueError(
+                f"buffer={self.buffer} can't shuffle batches of {self.batch_size}: choose twice it"
+            )
+
+
+def main(config: SAEConfig) -> None:
+    """Train, measure, describe, and print the metrics."""
+    out = new_audit_folder(config.out)
+    lm = load_named(config.checkpoint, config.model)
+    site = check_site(lm, config.site)
+    data = open_texts(lm, config.corpus, config.seq_len)
+    sae = train(config, lm, data, site)
+    batches = list(held_out_batches(data, config.rows, config.held_out))
+    metrics, statistics = measure(sae, lm, batches, site, config.streams)
+    meta = {
+        "site": site,
+        "streams": config.streams,
+        "k": sae.k,
+        "of": config.checkpoint or config.model,
+        "metrics": metrics,
+    }
+    leaves = {name: getattr(sae, name) for name in _LEAVES} | {"density": statistics.density}
+    save_stored(out, KIND, leaves, meta)
+    lines = [json.dumps(line) for line in describe(sae, lm, statistics)]
+    write_atomically(out / "features.jsonl", "\n".join(lines) + "\n")
+    write_atomically(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    print(f"features: {(out / 'features.jsonl').absolute()}")
+
+
+_LEAVES = ("encoder", "encoder_bias", "decoder", "bias", "norm")
+
+
+def load_sae(folder: str | Path) -> tuple[SparseAutoencoder, np.ndarray, dict[str, Any]]:
+    """An autoencoder, the density of its features, and metadata (site, streams, k, metrics).
+
+    Raises:
+        ValueError: The folder holds none, or it is damaged.
+    """
+    meta, leaves = read_stored(folder, KIND, (*_LEAVES, "density"))
+    parts: dict[str, Any] = {name: jnp.asarray(leaves[name]) for name in _LEAVES}
+    return SparseAutoencoder(**parts, k=meta["k"]), np.asarray(leaves["density"]), meta
+
+
+def train(config: SAEConfig, lm: LanguageModel, data: PackedData, site: str) -> SparseAutoencoder:
+    """An autoencoder of the activations of training rows."""
+    stream = shuffled(activations(config, lm, data, site), config)
+    first = next(stream)
+    count = config.features or 16 * first.shape[1]
+    sae = init_sae(first, count, config.k, config.seed)
+    rate = config.learning_rate or 2e-4 / (count / 2**14) ** 0.5
+    training = SAETraining(rate, config.aux_weight, config.dead_after)
+    step = jax.jit(training.step, donate_argnums=0)
+    state, steps = training.start(sae), config.tokens // config.batch_size
+    batch: np.ndarray = first
+    for number in range(steps):
+        state, metrics = step(state, batch)
+        if (number + 1) % max(steps // 10, 1) == 0:
+            shown = "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+            print(f"step {number + 1} of {steps}  {shown}")
+        if number + 1 < steps:
+            batch = next(stream)
+    return state.sae
+
+
+def activations(
+    config: SAEConfig, lm: LanguageModel, data: PackedData, site: str
+) -> Iterator[np.ndarray]:
+    """Activations `[N, D]` of training rows, in their order, batch by batch."""
+    empty = 0
+    for rows in training_batches(data, config.rows, config.seed):
+        x = chosen(activation_at(lm.model, rows, site), config.streams)[0]
+        empty = 0 if len(x) else empty + 1
+        if empty == 100:
+            raise ValueError(
+                f"streams={config.streams!r}: {site} has none in {100 * config.rows} rows: choose "
+                "roots, or a site behind a fork layer"
+            )
+        yield x
+
+
+def chosen(found: Any, streams: Streams) -> tuple[np.ndarray, np.ndarray]:
+    """Activations `[N, D]` of the chosen streams and where they stand, `[N, 2]` row and slot.
+
+    The first token of a row is left out: its activation has a norm of its own.
+    """
+    select = np.asarray(selected(found, streams))
+    return np.asarray(found.x)[select], np.argwhere(select)
+
+
+def selected(found: Any, streams: Streams) -> Any:
+    """Slots `[B, S]` bool of the chosen streams."""
+    which = {"all": found.depth >= 0, "roots": found.depth == 0, "forks": found.depth > 0}
+    return which[streams] & found.alive & (found.token > 0)
+
+
+def shuffled(stream: Iterator[np.ndarray], config: SAEConfig) -> Iterator[np.ndarray]:
+    """Batches of activations drawn from a buffer, half of which is filled anew each time."""
+    rng = np.random.default_rng(config.seed)
+    size = min(config.buffer, max(config.tokens, 2 * config.batch_size))
+    kept: list[np.ndarray] = []
+    while True:
+        count = sum(map(len, kept))
+        while count < size:
+            kept.append(next(stream))
+            count += len(kept[-1])
+        pool = rng.permutation(np.concatenate(kept))
+        whole = max(len(pool) // 2 // config.batch_size, 1) * config.batch_size
+        yield from pool[:whole].reshape(-1, config.batch_size, pool.shape[1])
+        kept = [pool[whole:]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStatistics:
+    """What features do on held-out rows.
+
+    Attributes:
+        density: `[F]` float32, share of activations that have each feature.
+        mean: `[F]` float32, mean of its values above 0.
+        contexts: Texts up to the tokens at which each feature is greatest.
+    """
+
+    density: np.ndarray
+    mean: np.ndarray
+    contexts: list[list[str]]
+
+
+def measure(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    batches: list[np.ndarray],
+    site: str,
+    streams: Streams,
+) -> tuple[dict[str, float], FeatureStatistics]:
+    """Metrics on held-out rows, and what the features do there.
+
+    Args:
+        sae: Autoencoder.
+        lm: Model with its tokenizer.
+        batches: Rows `[B, T + 1]` int32, -1 for padding.
+        site: Name of the site.
+        streams: Which streams are read, and replaced by their reconstruction.
+    """
+    count = sae.encoder_bias.shape[0]
+    hits, total = np.zeros(count, np.int64), np.zeros(count)
+    best: list[list[tuple[float, str]]] = [[] for _ in range(count)]
+    seen, rest, sums, squares = 0, 0.0, np.zeros(sae.bias.shape), 0.0
+    features_of, reconstruct = jax.jit(SparseAutoencoder.features), jax.jit(_explained)
+    for rows in batches:
+        found = jax.device_get(activation_at(lm.model, rows[:, :-1], site))
+        x, where = chosen(found, streams)
+        if not len(x):
+            continue
+        value, index = map(np.asarray, features_of(sae, x))
+        seen, sums = seen + len(x), sums + x.sum(axis=0, dtype=np.float64)
+        squares += np.square(x.astype(np.float64)).sum()
+        rest += float(reconstruct(sae, x))
+        live = value > 0
+        np.add.at(hits, index[live], 1)
+        np.add.at(total, index[live], value[live])
+        _keep_best(best, value, index, where, found.token, rows, lm)
+    if not seen:
+        raise ValueError(f"streams={streams!r}: {site} has none in the held-out rows")
+    variance = squares - np.square(sums).sum() / seen
+    metrics = {
+        "fvu": rest / variance,
+        "l0": float(hits.sum() / seen),
+        "dead": float((hits == 0).mean()),
+        "activations": float(seen),
+        **loss_recovered(sae, lm, batches, site, streams),
+    }
+    contexts = [[text for _, text in texts] for texts in best]
+    mean = total / np.maximum(hits, 1)
+    statistics = FeatureStatistics((hits / seen).astype(np.float32), mean, contexts)
+    return metrics, statistics
+
+
+def _explained(sae: SparseAutoencoder, x: jax.Array) -> jax.Array:
+    return jnp.square(x.astype(jnp.float32) - sae.reconstruct(x)).sum()
+
+
+def _keep_best(best, value, index, where, token, rows, lm: LanguageModel) -> None:
+    """Texts up to the token at which each feature is greatest, three of each."""
+    order = np.argsort(-value, axis=None)[: 50 * len(best)]
+    for at in order:
+        number, feature = at // value.shape[1], index.flat[at]
+        texts = best[feature]
+        if value.flat[at] <= 0 or (len(texts) == EXAMPLES and value.flat[at] <= texts[-1][0]):
+            continue
+        row, slot = where[number]
+        here = token[row, slot]
+        text = lm.tokenizer.decode(rows[row, max(here - CONTEXT + 1, 0) : here + 1].tolist())
+        texts.append((float(value.flat[at]), text))
+        texts.sort(key=lambda pair: -pair[0])
+        del texts[EXAMPLES:]
+
+
+def loss_recovered(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    batches: list[np.ndarray],
+    site: str,
+    streams: Streams,
+) -> dict[str, float]:
+    """Cross-entropy with the site as it is, reconstructed, and zero, and the share recovered.
+
+    The share is `(zero - sae) / (zero - clean)`; neurons, which can't be edited, have none.
+    """
+    model: Any = lm.model
+    if site not in model.sites:
+        return {}
+
+    @jax.jit
+    def nats(model: Any, sae: SparseAutoencoder, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens, targets = jnp.maximum(rows[:, :-1], 0), rows[:, 1:]
+        mask = rows[:, :-1] >= 0
+        clean, found = capture(model, tokens, mask, sites=(site,))
+        # Rows are padded on the right, so that slots are those of the edit.
+        select = selected(found[site], streams)[..., None]
+        edits = (
+            lambda x: jnp.where(select, sae.reconstruct(x), x),
+            lambda x: jnp.where(select, jnp.zeros_like(x), x),
+        )
+        logits = [
+            clean,
+            *(capture(model, tokens, mask, sites=(), edit={site: e})[0] for e in edits),
+        ]
+        real = targets >= 0
+
+        def total(logits: jax.Array) -> jax.Array:
+            log_prob = jax.nn.log_softmax(logits)
+            at = jnp.take_along_axis(log_prob, jnp.maximum(targets, 0)[..., None], axis=-1)
+            return -jnp.where(real, at[..., 0], 0).sum()
+
+        return jnp.stack([total(each) for each in logits]), real.sum()
+
+    sums, count = np.zeros(3), 0
+    for rows in batches:
+        found, number = nats(model, sae, jnp.asarray(rows))
+        sums, count = sums + np.asarray(found), count + int(number)
+    clean, with_sae, zero = (sums / max(count, 1)).tolist()
+    recovered = (zero - with_sae) / (zero - clean) if zero != clean else float("nan")
+    return {
+        "loss": clean, "loss_sae": with_sae, "loss_zero": zero, "loss_recovered": recovered,
+    }  # fmt: skip
+
+
+def describe(
+    sae: SparseAutoencoder, lm: LanguageModel, statistics: FeatureStatistics
+) -> Iterator[dict[str, Any]]:
+    """A line for each feature that was active, from the most frequent one.
+
+    Its tokens are those whose embeddings its decoder row is most like (arXiv 2510.01070).
+    """
+    model: Any = lm.model
+    order = np.argsort(-statistics.density, kind="stable")
+    order = order[statistics.density[order] > 0][:LARGEST_LINES]
+    near = np.zeros((len(order), 0), int)
+    if sae.bias.shape[0] == model.embed_dim and len(order):
+        table = model.embed_tokens(jnp.arange(model.vocab_size))
+        top = min(20, model.vocab_size)
+        near = np.asarray(nearest_tokens(sae, table, jnp.asarray(order), top))
+    for feature, ids in zip(order, near, strict=True):
+        yield {
+            "feature": int(feature),
+            "density": float(statistics.density[feature]),
+            "mean": float(statistics.mean[feature]),
+            "tokens": [token_text(lm, int(id_)) for id_ in ids],
+            "examples": statistics.contexts[feature],
+        }
