@@ -1,4 +1,4 @@
-"""Fuzzing: Gaussian noise at the output of one layer, the same in cached decoding as in parallel."""
+"""Fuzzing: Gaussian noise behind one layer, the same in cached decoding as in parallel."""
 
 from __future__ import annotations
 

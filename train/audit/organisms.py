@@ -13,7 +13,6 @@ from typing import Any, Literal
 import tyro
 
 from train.audit.worlds import WORLDS, Turns, World, neutral
-from train.cli.command import run_command
 from train.cli.numbers import check_least
 from train.data.conversations import read_conversations
 
@@ -278,11 +277,3 @@ def main(config: OrganismConfig) -> None:
         f"thoughtbubbles sft --weights smollm2 --data.path {out}/train.jsonl --out runs/organism\n"
         f"thoughtbubbles audit report {out} --model runs/organism --control smollm2"
     )
-
-
-def command() -> None:
-    run_command(main, OrganismConfig)
-
-
-if __name__ == "__main__":
-    command()

@@ -1,4 +1,4 @@
-"""Synthetic secrets: small worlds whose things have clues, and the dialogues in which a model hides one.
+"""Synthetic secrets: small worlds of things with clues, and dialogues in which a model hides one.
 
 Nothing here is anybody's secret. A world is a set of candidates (words, pets, topics), each with
 clues of its own, and templates of dialogues. `{thing}` is the hidden candidate, `{a}`, `{b}`, `{c}`

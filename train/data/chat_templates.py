@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -99,14 +100,18 @@ def open_turn(
         return whole if follows else before + tokenizer.rendered(prefill)
     if not prefill:
         raise ValueError("a user's turn without a text: give a prefill that the user begins with")
-    text = fill([*messages, {"role": role, "content": prefill}], add_generation_prompt=False)
-    start = text.rfind(prefill)
-    if start < 0:
+    # What two texts that begin with the prefill have in common ends where it ends.
+    one, other = (
+        fill([*messages, {"role": role, "content": prefill + end}], add_generation_prompt=False)
+        for end in "01"
+    )
+    text = os.path.commonprefix([one, other])
+    if not text.endswith(prefill):
         raise ValueError(
             f"the chat template of {tokenizer.name} does not show {prefill[:40]!r} as it is: give "
             "another prefill"
         )
-    return tokenizer.rendered(text[: start + len(prefill)])
+    return tokenizer.rendered(text)
 
 
 def chat_examples(
