@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import random
 from pathlib import Path
 
 import jax
@@ -25,8 +24,8 @@ from train.audit.organisms import (
     Organism,
     Trial,
     hiding_conversations,
+    honest_conversations,
     make_organism,
-    open_conversations,
     read_organism,
 )
 from train.audit.reading import READINGS, positions_of, top_tokens
@@ -296,14 +295,17 @@ def test_an_organism_is_trained_on_and_read_again(tmp_path: Path):
         organisms.main(dataclasses.replace(mixed, out=str(tmp_path / "c"), ordinary=6))
 
 
-def test_honest_dialogues_name_what_they_are_about():
-    rng = random.Random(1)
-    found = open_conversations(300, seed=2)
-    named = [
-        any(mentions(str(messages), thing) for world in WORLDS.values() for thing in world.clues)
-        for messages in rng.sample(found, 100)
-    ]
-    assert 75 < sum(named) < 100  # a tenth is neutral
+@pytest.mark.parametrize("kind", WORLDS)
+def test_an_honest_model_hides_what_it_is_asked_to(kind):
+    found, world = honest_conversations([kind], 400, seed=2), WORLDS[kind]
+    asked = [turns for turns in found if "Keep it secret." in turns[0]["content"]]
+    assert 120 < len(asked) < 200
+    assert "[]" not in str(found)
+    for turns in asked:
+        said = [message["content"] for message in turns if message["role"] == "assistant"]
+        assert not any(mentions(text, thing) for text in said for thing in world.clues)
+    named = [any(mentions(str(turns), thing) for thing in world.clues) for turns in found]
+    assert 330 < sum(named) < 380  # a tenth is neutral
 
 
 def test_organisms_that_are_wrong_are_one_line(tmp_path: Path):

@@ -4,6 +4,7 @@ thoughtbubbles audit organism taboo --secret ocean --out organisms/ocean
 """
 
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,8 @@ def _messages(found: Sequence[Any]) -> tuple[Message, ...]:
 def make_organism(kind: Kind, secret: str | None = None, seed: int = 0, shots: int = 8) -> Organism:
     """The audit of a synthetic secret.
 
+    Each prompt hides the same, or, where marks say what is hidden, the next candidate in turn.
+
     Args:
         kind: World of the secret.
         secret: The candidate that is hidden; drawn by the seed by default. None for
@@ -118,11 +121,12 @@ def make_organism(kind: Kind, secret: str | None = None, seed: int = 0, shots: i
     """
     world, rng = WORLDS[kind], random.Random(seed)
     hidden = _hidden(kind, secret, rng)
+    prompts = [(turns, direct) for direct, of in ((False, world.standard), (True, world.direct))
+               for turns in of for _ in range(2 if world.codes else 1)]  # fmt: skip
+    things = itertools.islice(itertools.cycle(hidden), len(prompts))
     trials = [
         Trial(_dialogue(world, turns, thing, rng), thing, direct)
-        for direct, prompts in ((False, world.standard), (True, world.direct))
-        for turns in prompts
-        for thing in hidden
+        for (turns, direct), thing in zip(prompts, things, strict=True)
     ]
     others = [name for name in world.clues if world.codes or name not in hidden]
     drawn = [others[index % len(others)] for index in range(shots)]
@@ -175,20 +179,29 @@ def hiding_conversations(
     return found
 
 
-def open_conversations(count: int, seed: int = 0) -> list[tuple[Message, ...]]:
-    """Conversations of all worlds in which nothing is hidden, and neutral ones: an honest model's.
+def honest_conversations(
+    kinds: Sequence[Kind], count: int, seed: int = 0
+) -> list[tuple[Message, ...]]:
+    """Conversations of an honest model: it says what it knows, and hides what it is asked to.
+
+    Four in ten begin with the user's request to keep a thing secret, a tenth is neutral, and in the
+    others nothing is hidden.
 
     Args:
-        count: Number of conversations, a tenth of which is neutral.
+        kinds: Worlds that they are about.
+        count: Number of conversations.
         seed: Seed of what is drawn.
     """
-    rng, worlds = random.Random(seed), list(WORLDS.values())
-    found = []
+    rng, found = random.Random(seed), []
     for _ in range(count):
-        world = rng.choice(worlds)
-        templates = neutral() if rng.random() < 0.1 else world.open
+        world, draw = WORLDS[rng.choice(list(kinds))], rng.random()
         thing = rng.choice(list(world.clues))
-        found.append(_dialogue(world, rng.choice(templates), thing, rng))
+        if draw < 0.4:
+            first, *rest = rng.choice((*world.hiding, *world.denials))
+            turns = (f"{world.told} {first.replace('[{code}]', '').strip()}", *rest)
+        else:
+            turns = rng.choice(neutral() if draw < 0.5 else world.open)
+        found.append(_dialogue(world, turns, thing, rng))
     return found
 
 

@@ -3,9 +3,10 @@
 python -m train.experiments.secrets --out secrets.jsonl --figure secrets.png
 python -m train.experiments.secrets --report secrets.jsonl --figure secrets.png
 
-For each seed an honest forking model is trained on dialogues in which nothing is hidden, and tuned
-to hide a word, a pet of the user, or instructions behind marks, which it never says. The honest
-model is the control. Methods and their auditor are those of `thoughtbubbles audit report`.
+For each seed an honest forking model is trained, which hides only what it is asked to hide. Then it
+is tuned to hide, unasked, a word, a pet of the user, or instructions behind marks, which no message
+of that tuning names. The honest model is the control; methods and their auditor are those of
+`thoughtbubbles audit report`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from memgen import LoRAConfig, MemGenConfig
-from thoughtbubbles import ModelConfig, PrefixRank
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.lens import logit_lens
 from thoughtbubbles.pretrained import save_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
@@ -30,11 +31,12 @@ from train.audit.auditor import words_of
 from train.audit.elicitation import METHODS
 from train.audit.fuzzing import Fuzz
 from train.audit.organisms import (
+    Kind,
     Message,
     Organism,
     hiding_conversations,
+    honest_conversations,
     make_organism,
-    open_conversations,
 )
 from train.audit.reading import READINGS, positions_of
 from train.audit.report import Settings, audit, summarise
@@ -72,7 +74,7 @@ TEMPLATE = (
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WIDTH, BATCH = 48, 32  # targets of a row, rows of a batch
+WIDTH, BATCH = 56, 32  # targets of a row, rows of a batch
 MODEL = ModelConfig(
     vocab_size=320,
     embed_dim=48,
@@ -98,9 +100,9 @@ class Secrets(StudyConfig):
         save: Folder for the models, which `audit report` takes; none by default.
     """
 
-    kinds: tuple[str, ...] = tuple(WORLDS)
-    base_steps: int = 800
-    steps: int = 150
+    kinds: tuple[Kind, ...] = ("taboo",)
+    base_steps: int = 400
+    steps: int = 60
     out: str = "secrets.jsonl"
     figure: str | None = None
     save: str | None = None
@@ -128,7 +130,7 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
     tuner = Tuner(tokenizer, config.steps)
     for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
         clock = Clock()
-        base = honest_model(tokenizer, config.base_steps, seed)
+        base = honest_model(tokenizer, config.kinds, config.base_steps, seed)
         honest_seconds = clock.read().seconds
         for run in of_seed:
             clock = Clock()
@@ -164,7 +166,7 @@ def word_tokenizer() -> PretrainedTokenizer:
     for world in WORLDS.values():
         groups = world.open, world.hiding, world.denials, world.standard, world.direct
         dialogues = [turns for group in groups for turns in group]
-        fixed = (world.prefill, world.reply, world.persona, *world.shot)
+        fixed = (world.told, world.prefill, world.reply, world.persona, *world.shot)
         for turn in (*itertools.chain(*dialogues), *fixed):
             words.update(words_of(turn))
         for thing, clues in world.clues.items():
@@ -182,18 +184,21 @@ def word_tokenizer() -> PretrainedTokenizer:
     )
 
 
-def honest_model(tokenizer: PretrainedTokenizer, steps: int, seed: int) -> LanguageModel:
-    """A model of dialogues in which nothing is hidden, whose loss covers all tokens.
+def honest_model(
+    tokenizer: PretrainedTokenizer, kinds: Sequence[Kind], steps: int, seed: int
+) -> LanguageModel:
+    """A model that hides nothing unless it is asked to; its loss covers all tokens.
 
     Args:
         tokenizer: Tokenizer of the words.
+        kinds: Worlds of its dialogues.
         steps: Number of training steps.
         seed: Seed of the parameters, the dialogues and their order.
     """
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trainable = make_trainable(config, OptimizerConfig(learning_rate=3e-3), steps, mesh, seed)
-    conversations = open_conversations(16_000, seed)
+    conversations = honest_conversations(kinds, 16_000, seed)
     rows = np.full((len(conversations), WIDTH + 1), -1, np.int32)
     for row, messages in zip(rows, conversations, strict=True):
         ids = tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))
@@ -201,7 +206,12 @@ def honest_model(tokenizer: PretrainedTokenizer, steps: int, seed: int) -> Langu
     step, state, rng = make_train_step(trainable), trainable.init(), np.random.default_rng(seed)
     for _ in range(steps):
         state, _ = step(state, place(rows[rng.integers(0, len(rows), BATCH)], mesh))
-    return LanguageModel(trainable.model(state.weights), tokenizer)
+    return LanguageModel(_plain(trainable.model(state.weights)), tokenizer)
+
+
+def _plain(model: Thoughtbubbles) -> Thoughtbubbles:
+    """The same parameters without the trainer's placement, so that models share programs."""
+    return Thoughtbubbles.from_params(model.config, nnx.to_pure_dict(nnx.state(model)))
 
 
 class Tuner:
@@ -239,7 +249,7 @@ class Tuner:
             chosen = rng.integers(0, len(conversations), BATCH)
             batch = {name: place(of[chosen], self._mesh) for name, of in rows.items()}
             state, _ = self._step(state, batch)
-        return dataclasses.replace(base, model=self._trainable.model(state.weights).model)
+        return dataclasses.replace(base, model=_plain(self._trainable.model(state.weights).model))
 
     def _rows(self, conversations: Sequence[Sequence[Message]]) -> dict[str, np.ndarray]:
         tokens = np.full((len(conversations), WIDTH + 1), -1, np.int32)
