@@ -3,23 +3,28 @@
 import dataclasses
 import functools
 import json
+import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memgen_tiny import CONFIG, memgen_of
 from test_chat_data import CHATML, letters
 from test_decoding import CAUSAL, PROMPTS, SEED
 from tiny import quick_model, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from thoughtbubbles import Streams
+from thoughtbubbles.cache import extend, init_cache
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.audit import organisms, report
+from train.audit import organisms, reading, report
 from train.audit.auditor import ModelAuditor, guess_from_texts, guess_from_tokens, mentions
 from train.audit.elicitation import METHODS, elicit, sample
-from train.audit.fuzzing import Fuzz, fuzzed
+from train.audit.fuzzing import Fuzz, NoisyBlock, fuzzed, fuzzed_memory
 from train.audit.organisms import (
     Organism,
     Trial,
@@ -182,62 +187,91 @@ def test_methods_ask_as_the_paper_does(monkeypatch):
 # Fuzzing.
 
 
-def noisy(sigma: float, unit="rms", layer: int = 1, rows: int = 3):
-    return fuzzed(
-        model().model, Fuzz(layer, sigma, unit), jax.random.split(jax.random.key(3), rows)
-    )
+KEYS = jax.random.split(jax.random.key(3), 3)
 
 
 @functools.cache
-def padded():
+def streams() -> Streams:
+    """Streams behind the last block, three rows of up to six tokens in sixteen."""
     tokens, length = np.zeros((3, 16), np.int32), np.array([len(row) for row in PROMPTS], np.int32)
     for row, prompt in zip(tokens, PROMPTS, strict=True):
         row[: len(prompt)] = prompt
-    return jax.device_put(tokens), jax.device_put(length)
+    return run(model().model, jax.device_put(tokens), jax.device_put(length)).streams
 
 
 @pytest.mark.parametrize("unit", ["rms", "absolute"])
 def test_noise_is_drawn_for_each_row_token_and_stream(unit):
-    """By loops; without noise every bit is that of the model."""
-    tokens, length = padded()
-    clean = run(model().model.for_decoding(), tokens, length).streams
-    still = run(noisy(0.0, unit), tokens, length).streams
-    moved = run(noisy(0.7, unit), tokens, length).streams
-    np.testing.assert_array_equal(
-        np.asarray(still.x).view(np.int32), np.asarray(clean.x).view(np.int32)
-    )
-    x, keys = np.asarray(clean.x, np.float64), jax.random.split(jax.random.key(3), 3)
-    distance = np.asarray(clean.bubbles()[0])
-    forks = 0
-    for row in range(3):
-        for slot in np.flatnonzero(clean.alive[row])[:8]:
-            key = jax.random.fold_in(keys[row], int(clean.token[row, slot]))
-            key = jax.random.fold_in(key, int(distance[row, slot]))
-            noise = 0.7 * np.asarray(jax.random.normal(key, (x.shape[-1],)), np.float64)
-            if unit == "rms":
-                noise *= np.sqrt((x[row, slot] ** 2).mean())
-            np.testing.assert_allclose(moved.x[row, slot], x[row, slot] + noise, atol=1e-5)
-            forks += distance[row, slot] > 0
+    """By loops; three tokens came before the rows' first."""
+    found = streams().replace(first=jnp.full(3, 3))
+    block = NoisyBlock(None, Fuzz(0, 0.7, unit), KEYS)  # pyright: ignore
+    moved = np.asarray(jax.jit(lambda block, streams: block.noisy(streams).x)(block, found))
+    x, distance, forks = np.asarray(found.x, np.float64), np.asarray(found.bubbles()[0]), 0
+    for row, slot in np.argwhere(np.asarray(found.alive)):
+        key = jax.random.fold_in(KEYS[row], int(found.token[row, slot]) + 3)
+        key = jax.random.fold_in(key, int(distance[row, slot]))
+        noise = 0.7 * np.asarray(jax.random.normal(key, (x.shape[-1],)), np.float64)
+        if unit == "rms":
+            noise *= np.sqrt((x[row, slot] ** 2).mean())
+        np.testing.assert_allclose(moved[row, slot], x[row, slot] + noise, atol=1e-5)
+        forks += distance[row, slot] > 0
     assert forks  # several streams of a token have noise of their own
 
 
-def test_fuzzed_decoding_is_fuzzed_recomputation():
-    """At the first layer, so that later forks and all keys and values follow from the noise."""
-    quiet, loud = noisy(0.0, layer=0), noisy(0.6, layer=0)
-    texts = [generate(loud, PROMPTS, 9, cached=cached) for cached in (True, False)]
-    assert texts[0] == texts[1]
-    assert generate(quiet, PROMPTS, 9) == generate(model().model, PROMPTS, 9) != texts[0]
+def test_noise_is_the_same_in_a_cache_as_in_one_pass():
+    """At the first layer, so that later forks and all keys and values follow from it."""
+    tokens = jax.device_put(np.random.default_rng(0).integers(0, 17, (3, 16)).astype(np.int32))
+    full = jnp.full(3, 16, jnp.int32)
+    noisy = fuzzed(model().model, Fuzz(0, 0.6), KEYS)
+    whole = run(noisy, tokens, full).streams
+    cache, parts = init_cache(noisy, 3, 16), []
+    for start in (0, 8):
+        part, cache = extend(noisy, cache, tokens[:, start : start + 8])
+        parts.append(part)
+    clean = run(model().model, tokens, full).streams
+    moved = 0
+    for row in range(3):
+        ours = np.concatenate(
+            [np.asarray(part.x[row])[np.asarray(part.alive[row])] for part in parts]
+        )
+        theirs = np.asarray(whole.x[row])[np.asarray(whole.alive[row])]
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        quiet = np.asarray(clean.x[row])[np.asarray(clean.alive[row])]
+        moved += quiet.shape != theirs.shape or np.abs(quiet - theirs).max() > 0.1
+    assert moved == 3
+
+
+def test_without_noise_every_bit_is_that_of_the_model():
+    still = fuzzed(model().model, Fuzz(1, 0.0), KEYS)
+    leaves, expected = (jax.tree.leaves(of) for of in (still, model().model.for_decoding()))
+    assert jax.tree.structure(still) == jax.tree.structure(model().model.for_decoding())
+    assert all(map(np.array_equal, leaves, expected))  # the same program of the same arrays
+    assert sample(model(), [HELLO], 12, fuzz=Fuzz(1, 0.0), **DRAWN) == sample(
+        model(), [HELLO], 12, **DRAWN
+    )
+
+
+DRAWN = {"temperature": 2.0, "samples": 3, "seed": 4}
+
+
+def test_a_weaver_writes_without_noise():
+    """Only the reasoner of a model with latent memory is fuzzed."""
+    made = memgen_of("rank", CONFIG)
+    noisy: Any = fuzzed_memory(made, Fuzz(1, 0.5), KEYS[:1])
+    blocks = noisy.reasoner.model.unstacked
+    assert [type(block).__name__ for block in blocks] == ["Block", "NoisyBlock", "Block"]
+    assert noisy.weaver_backbone is made.reasoner and noisy.trigger_backbone is made.reasoner
+    assert made.weaver_backbone is None  # the given one stays as it was
 
 
 def test_noise_that_does_not_fit_is_one_line():
     with pytest.raises(ValueError, match="layer=2: the model has layers 0 to 1"):
-        noisy(1.0, layer=2)
+        fuzzed(model().model, Fuzz(2, 1), KEYS)
     with pytest.raises(ValueError, match="sigma=-1: choose 0 or more"):
         Fuzz(0, -1)
     with pytest.raises(ValueError, match="unit='mm': choose from rms, absolute"):
         Fuzz(0, 1, "mm")  # pyright: ignore
     with pytest.raises(ValueError, match="int has no blocks to add noise behind"):
-        fuzzed(3, Fuzz(0, 1), jax.random.split(jax.random.key(0), 1))
+        fuzzed(3, Fuzz(0, 1), KEYS)
 
 
 # Organisms.
@@ -410,22 +444,25 @@ def test_intervals_are_those_of_resampling_by_hand():
         interval([])
 
 
-def test_lenses_are_read_where_the_answer_opens():
-    """At the last site the lens is the model itself: its mean distribution at these positions."""
+def test_lenses_are_read_where_the_answer_opens(monkeypatch):
+    """Rows of prompts, what is real of them, and the positions; ids come back as words."""
+    given = {}
+
+    def lens(model, tokens, positions, mask, *, sites, top, cosine):
+        given.update(tokens=tokens, positions=positions, mask=mask, cosine=cosine)
+        ids = np.zeros((len(tokens), top), np.int32) + [WORDS.index("ocean"), 16, 10]
+        return {sites[0]: types.SimpleNamespace(ids=ids)}
+
+    monkeypatch.setattr(reading, "mean_lens", lens)
     lm, asked = model(), organism()
-    shown = top_tokens(lm, asked, "block_1", "logit_lens", 4)
-    prompts = [positions_of(lm, asked, trial.messages) for trial in asked.trials]
-    named = [[WORDS[i] for i, on in zip(*prompt, strict=True) if on] for prompt in prompts]
-    assert named == [["<|im_start|>", "assistant"]] * 3
-    tokens, length = np.zeros((3, 16), np.int32), np.array([len(ids) for ids, _ in prompts])
-    for row, (ids, _) in zip(tokens, prompts, strict=True):
-        row[: len(ids)] = ids
-    output = run(lm.model, jax.device_put(tokens), jax.device_put(length.astype(np.int32)))
-    for row, texts in enumerate(shown):
-        at = [lm.model.logits_at(output, jnp.full(3, length[row] - back)) for back in (2, 1)]
-        mean = np.mean([jax.nn.softmax(logits[row]) for logits in at], axis=0)
-        best = np.argsort(-mean)[:4]
-        assert texts == [words().decode([token]) for token in best]
+    shown = top_tokens(lm, asked, "block_1", "embeddings", 3)
+    assert shown == [["ocean", ".", "salt"]] * 3 and given["cosine"]
+    for row, trial in enumerate(asked.trials):
+        ids = chat_ids(words(), trial.messages)
+        assert given["tokens"][row][given["mask"][row]].tolist() == ids
+        read = given["tokens"][row][given["positions"][row]].tolist()
+        assert [WORDS[token] for token in read] == ["<|im_start|>", "assistant"]
+    assert given["mask"].any(axis=1).all()  # rows of padding have a token: no NaN
     pronouns = dataclasses.replace(asked, read_at=("the", "play"))
     ids, here = positions_of(lm, pronouns, asked.trials[0].messages)
     assert [WORDS[i] for i, on in zip(ids, here, strict=True) if on] == ["the"]

@@ -63,6 +63,8 @@ def fuzzed(model: Any, fuzz: Fuzz, keys: jax.Array) -> Any:
     layers = model.config.num_layers
     if not 0 <= fuzz.layer < layers:
         raise ValueError(f"layer={fuzz.layer}: the model has layers 0 to {layers - 1}")
+    if fuzz.sigma == 0:  # adding zeros would change how a program is fused, and so its last bits
+        return model.for_decoding()
     leaves, structure = jax.tree.flatten(model.for_decoding())
     copy: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
     blocks: list[Any] = list(copy.unstacked)
@@ -119,13 +121,14 @@ class NoisyBlock(Module):
         return self.block.mlp
 
     def __call__(self, streams: Streams, geometry: Geometry | None = None) -> Streams:
-        return self._noisy(self.block(streams, geometry))
+        return self.noisy(self.block(streams, geometry))
 
     def mixing(self, streams: Streams, geometry: Geometry, mix: Mix) -> tuple[Streams, Any]:
         streams, aux = self.block.mixing(streams, geometry, mix)
-        return self._noisy(streams), aux
+        return self.noisy(streams), aux
 
-    def _noisy(self, streams: Streams) -> Streams:
+    def noisy(self, streams: Streams) -> Streams:
+        """The streams with noise."""
         x = streams.x.astype(jnp.float32)
         rows = x.shape[0]
         keys = jnp.broadcast_to(self.keys, (rows,)) if self.keys.shape == (1,) else self.keys
@@ -134,9 +137,7 @@ class NoisyBlock(Module):
         noise = draw(keys, streams.token + streams.first[:, None], distance, x.shape[-1])
         if self.unit == "rms":
             noise = noise * jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True))
-        # Not x + 0: that would turn -0 into 0.
-        moved = jnp.where(self.sigma > 0, x + self.sigma * noise, x)
-        return streams.replace(x=moved.astype(streams.x.dtype))
+        return streams.replace(x=(x + self.sigma * noise).astype(streams.x.dtype))
 
 
 def _normal(key: jax.Array, token: jax.Array, distance: jax.Array, width: int) -> jax.Array:
