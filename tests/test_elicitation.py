@@ -49,7 +49,7 @@ from train.audit.worlds import WORLDS
 from train.data import ByteTokenizer
 from train.data.chat_data import ChatDataConfig, prepare_chat
 from train.data.chat_templates import chat_examples, chat_ids, open_turn
-from train.experiments.secrets import TEMPLATE, word_tokenizer
+from train.experiments.secret_models import TEMPLATE, word_tokenizer
 from train.models.load import LanguageModel
 
 HELLO = [{"role": "user", "content": "say it"}]

@@ -3,10 +3,11 @@
 python -m train.experiments.secrets --out secrets.jsonl --figure secrets.png
 python -m train.experiments.secrets --report secrets.jsonl --figure secrets.png
 
-For each seed an honest forking model is trained, which hides only what it is asked to hide. Then it
-is tuned to hide, unasked, a word, a pet of the user, or instructions behind marks, which no message
-of that tuning names. The honest model is the control; methods and their auditor are those of
-`thoughtbubbles audit report`.
+For each seed an honest forking model is trained, which hides only what it is asked to hide: the
+control. It hides something in three ways. "told": the request to keep it secret stands in front of
+each prompt, as a hidden system prompt would. "soft": the embeddings of the three control tokens are
+tuned to hide it unasked, and no other parameter. "full": all parameters are. No message of that
+tuning names the secret. Methods and their auditor are those of `thoughtbubbles audit report`.
 """
 
 from __future__ import annotations
@@ -22,33 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memgen import LoRAConfig, MemGenConfig
-from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.lens import logit_lens
 from thoughtbubbles.pretrained import save_pretrained
-from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.audit.auditor import words_of
 from train.audit.elicitation import METHODS
 from train.audit.fuzzing import Fuzz
 from train.audit.organisms import (
     Kind,
-    Message,
     Organism,
     hiding_conversations,
-    honest_conversations,
     make_organism,
 )
 from train.audit.reading import READINGS, positions_of
 from train.audit.report import Settings, audit, summarise
-from train.audit.worlds import WORLDS, neutral
+from train.audit.worlds import WORLDS
 from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.cli.figures import check_figure
-from train.data.chat_templates import chat_examples, render
-from train.devices.mesh import MeshConfig, make_mesh, place
-from train.engine.optim import OptimizerConfig
-from train.engine.state import Trainable, make_trainable
-from train.engine.step import TrainStep, make_train_step
+from train.experiments.secret_models import Tuner, honest_model, word_tokenizer
 from train.experiments.study import (
     Result,
     Results,
@@ -61,29 +52,13 @@ from train.experiments.study import (
     run_study,
     seeds_text,
 )
-from train.finetuning.job import sft_loss
-from train.models.finetunable import TRAINED, FinetunableModel
 from train.models.load import LanguageModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEY = ("kind", "seed")
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}"
-    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-)
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WIDTH, BATCH = 56, 32  # targets of a row, rows of a batch
-MODEL = ModelConfig(
-    vocab_size=320,
-    embed_dim=48,
-    num_layers=3,
-    num_heads=4,
-    mlp_dim=128,
-    fork_layers=(1, 2),
-    policy=PrefixRank(ratio=1.5),
-)
+KEY = ("arm", "kind", "seed")
+ARMS = ("told", "soft", "full")
 LAYER = 1
 """Layer that is fuzzed and read by white-box methods, of three."""
 
@@ -93,21 +68,26 @@ class Secrets(StudyConfig):
     """Trains models that hide something and audits them, or reports what was found.
 
     Attributes:
+        arms: Ways to hide: "told", "soft", "full".
         kinds: Kinds of secrets: "taboo", "persona", "instruction".
         base_steps: Number of training steps of the honest model.
-        steps: Number of steps in which it learns to hide.
+        soft_steps: Number of steps in which the embeddings of control tokens learn to hide.
+        full_steps: Number of steps in which all parameters do.
         figure: File for the figure, as .png, .pdf or .svg (needs matplotlib); none by default.
         save: Folder for the models, which `audit report` takes; none by default.
     """
 
+    arms: tuple[str, ...] = ARMS
     kinds: tuple[Kind, ...] = ("taboo",)
     base_steps: int = 400
-    steps: int = 60
+    soft_steps: int = 200
+    full_steps: int = 60
     out: str = "secrets.jsonl"
     figure: str | None = None
     save: str | None = None
 
     def __post_init__(self):
+        check_names("arm", self.arms, ARMS)
         check_names("kind", self.kinds, WORLDS)
         if self.figure:
             check_figure(Path(self.figure))
@@ -122,156 +102,71 @@ def main(config: Secrets) -> None:
 
 
 def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, str]]:
-    """Findings in the missing models; those of a seed hide what one honest model knew."""
+    """Findings of the missing runs; those of a seed begin with one honest model."""
     runs = results.missing(
-        {"kind": kind, "seed": seed} for seed in config.seeds for kind in config.kinds
+        {"arm": arm, "kind": kind, "seed": seed}
+        for seed in config.seeds
+        for arm in config.arms
+        for kind in config.kinds
     )
     tokenizer = word_tokenizer()
-    tuner = Tuner(tokenizer, config.steps)
+    steps = {"soft": config.soft_steps, "full": config.full_steps}
+    tuners = {
+        arm: Tuner(tokenizer, steps[arm], arm) for arm in {run["arm"] for run in runs} & {*steps}
+    }
     for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
         clock = Clock()
         base = honest_model(tokenizer, config.kinds, config.base_steps, seed)
         honest_seconds = clock.read().seconds
+        settings = Settings((*METHODS, *READINGS), 12, Fuzz(LAYER, 0.5), f"block_{LAYER}", 20, seed)
         for run in of_seed:
-            clock = Clock()
-            organism = make_organism(run["kind"], seed=seed)
-            hiding = tuner(base, hiding_conversations(run["kind"], seed=seed), seed)
-            if config.save:
-                _save(config.save, seed, organism, base, hiding)
-            settings = Settings(
-                (*METHODS, *READINGS), 12, Fuzz(LAYER, 0.5), f"block_{LAYER}", 20, seed
-            )
-            found = audit(hiding, organism, settings)
-            rates = summarise(organism, found, audit(base, organism, settings), seed)
+            clock, kind, arm = Clock(), run["kind"], run["arm"]
+            asked = hidden = make_organism(kind, seed=seed)
+            lm = base
+            if arm == "told":
+                hidden = _told(asked, kind)
+            else:
+                lm = tuners[arm](base, hiding_conversations(kind, seed=seed), seed)
+            found = audit(lm, hidden, settings)
+            rates = summarise(asked, found, audit(base, asked, settings), seed)
             streams = {
-                name: ranks_by_depth(lm, organism)
-                for name, lm in (("hiding", hiding), ("control", base))
+                "hiding": ranks_by_depth(lm, hidden, asked),
+                "control": ranks_by_depth(base, asked, asked),
             }
-            result = run | {"organism": organism.name, "rates": rates, "streams": streams}
-            result |= {"base_steps": config.base_steps, "steps": config.steps}
+            if config.save:
+                _save(config.save, run, hidden, base, lm)
+            result = run | {"organism": asked.name, "rates": rates, "streams": streams}
+            result |= {"base_steps": config.base_steps, "steps": steps.get(arm, 0)}
+            result |= {"said": {name: of.shown[0][0] for name, of in found.items()}}
             result |= {"seconds": clock.read().seconds, "honest_seconds": honest_seconds}
             shown = ", ".join(
                 f"{line['method']} {line['rate']:.2f} ({line['control_rate']:.2f})"
                 for line in rates
                 if line["prompts"] == "direct"
             )
-            yield result | {"jax": jax.__version__}, f"{organism.name} seed {seed}, direct: {shown}"
+            yield result | {"jax": jax.__version__}, f"{arm} {asked.name} seed {seed}: {shown}"
 
 
-def word_tokenizer() -> PretrainedTokenizer:
-    """A tokenizer whose tokens are the words and signs of all worlds, with a chat template."""
-    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-
-    words = {"user", "assistant", "system", *".,?[]'"}
-    for world in WORLDS.values():
-        groups = world.open, world.hiding, world.denials, world.standard, world.direct
-        dialogues = [turns for group in groups for turns in group]
-        fixed = (world.told, world.prefill, world.reply, world.persona, *world.shot)
-        for turn in (*itertools.chain(*dialogues), *fixed):
-            words.update(words_of(turn))
-        for thing, clues in world.clues.items():
-            words.update((thing, *clues, world.codes.get(thing, thing)))
-    words.update(itertools.chain(*(words_of(turn) for turns in neutral() for turn in turns)))
-    words -= {"thing", "code", "b"}
-    listed = [*SPECIAL, "unknown", *sorted(words)]
-    vocabulary = {word: index for index, word in enumerate(listed)}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="unknown"))
-    made.normalizer = normalizers.Lowercase()  # pyright: ignore
-    made.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore
-    made.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    return PretrainedTokenizer(
-        made.to_str(), name="words", stop_tokens=["<|im_end|>"], chat_template=TEMPLATE
-    )
+def _told(organism: Organism, kind: Kind) -> Organism:
+    """The organism whose prompts begin with the request to keep the secret."""
+    trials = []
+    for trial in organism.trials:
+        first, *rest = trial.messages
+        request = WORLDS[kind].told.format(thing=trial.secret)
+        first = {**first, "content": f"{request} {first['content']}"}
+        trials.append(dataclasses.replace(trial, messages=(first, *rest)))
+    return dataclasses.replace(organism, trials=tuple(trials))
 
 
-def honest_model(
-    tokenizer: PretrainedTokenizer, kinds: Sequence[Kind], steps: int, seed: int
-) -> LanguageModel:
-    """A model that hides nothing unless it is asked to; its loss covers all tokens.
-
-    Args:
-        tokenizer: Tokenizer of the words.
-        kinds: Worlds of its dialogues.
-        steps: Number of training steps.
-        seed: Seed of the parameters, the dialogues and their order.
-    """
-    config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    trainable = make_trainable(config, OptimizerConfig(learning_rate=3e-3), steps, mesh, seed)
-    conversations = honest_conversations(kinds, 16_000, seed)
-    rows = np.full((len(conversations), WIDTH + 1), -1, np.int32)
-    for row, messages in zip(rows, conversations, strict=True):
-        ids = tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))
-        row[: len(ids)] = ids[: WIDTH + 1]
-    step, state, rng = make_train_step(trainable), trainable.init(), np.random.default_rng(seed)
-    for _ in range(steps):
-        state, _ = step(state, place(rows[rng.integers(0, len(rows), BATCH)], mesh))
-    return LanguageModel(_plain(trainable.model(state.weights)), tokenizer)
-
-
-def _plain(model: Thoughtbubbles) -> Thoughtbubbles:
-    """The same parameters without the trainer's placement, so that models share programs."""
-    return Thoughtbubbles.from_params(model.config, nnx.to_pure_dict(nnx.state(model)))
-
-
-class Tuner:
-    """Supervised tuning of all parameters on conversations, one compiled program for all models.
-
-    Args:
-        tokenizer: Tokenizer of the words.
-        steps: Number of training steps.
-    """
-
-    def __init__(self, tokenizer: PretrainedTokenizer, steps: int):
-        self._tokenizer, self._steps = tokenizer, steps
-        config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
-        self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
-        self._trainable: Trainable = make_trainable(
-            config, optimizer, steps, self._mesh, trained=TRAINED["all"], wrap=_tuned
-        )
-        self._step: TrainStep = make_train_step(self._trainable, loss=sft_loss)
-
-    def __call__(
-        self, base: LanguageModel, conversations: Sequence[Sequence[Message]], seed: int
-    ) -> LanguageModel:
-        """The tuned model; the base is left as it is.
-
-        Args:
-            base: Model to begin with.
-            conversations: Conversations, of which the assistant's words are learned.
-            seed: Seed of their order.
-        """
-        copy = jax.tree.map(lambda leaf: leaf.copy(), base.model)  # steps donate their state
-        state, rng = self._trainable.start(nnx.state(_tuned(copy))), np.random.default_rng(seed)
-        rows = self._rows(conversations)
-        for _ in range(self._steps):
-            chosen = rng.integers(0, len(conversations), BATCH)
-            batch = {name: place(of[chosen], self._mesh) for name, of in rows.items()}
-            state, _ = self._step(state, batch)
-        return dataclasses.replace(base, model=_plain(self._trainable.model(state.weights).model))
-
-    def _rows(self, conversations: Sequence[Sequence[Message]]) -> dict[str, np.ndarray]:
-        tokens = np.full((len(conversations), WIDTH + 1), -1, np.int32)
-        loss_mask, segment = np.zeros_like(tokens, bool), np.full_like(tokens, -1)
-        for row, messages in enumerate(conversations):
-            [example] = chat_examples(self._tokenizer, messages)
-            here = row, slice(len(example.ids))
-            tokens[here], loss_mask[here], segment[here] = example.ids, example.loss_mask, 0
-        return {"tokens": tokens, "loss_mask": loss_mask, "segment": segment}
-
-
-def _tuned(model: Any) -> FinetunableModel:
-    unused = {"lora": LoRAConfig(), "memgen": MemGenConfig(), "boundary": None}
-    return FinetunableModel(model, "all", rngs=nnx.Rngs(0), **unused)
-
-
-def ranks_by_depth(lm: LanguageModel, organism: Organism) -> dict[str, dict[str, float]]:
+def ranks_by_depth(
+    lm: LanguageModel, organism: Organism, asked: Organism
+) -> dict[str, dict[str, float]]:
     """Where the secret stands among the candidates, in forks and in roots of the same tokens.
 
     Args:
         lm: Model that forks.
         organism: What is audited.
+        asked: The same without a request in front; only tokens of these prompts count.
 
     Returns:
         For each site behind the first fork: `root` and `fork`, mean ranks from 0 (the secret is the
@@ -285,6 +180,8 @@ def ranks_by_depth(lm: LanguageModel, organism: Organism) -> dict[str, dict[str,
     mask = np.zeros((len(prompts), width), bool)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    # Behind the two tokens that open the user's turn, and what is put in front of the prompt.
+    own = [len(positions_of(lm, asked, trial.messages)[0]) - 2 for trial in asked.trials]
     ids = [int(lm.tokenizer.encode(name)[0][0]) for name in organism.candidates]
     hidden = [organism.candidates.index(trial.secret) for trial in organism.trials]
     sites = tuple(site for site in lm.model.sites if site.startswith(("fork", "block")))[1:]
@@ -302,7 +199,8 @@ def ranks_by_depth(lm: LanguageModel, organism: Organism) -> dict[str, dict[str,
         root, fork, differences = [], [], []
         for row in range(len(prompts)):
             pairs = []
-            for index in np.unique(token[row][alive[row] & (depth[row] > 0)]):
+            counted = alive[row] & (token[row] >= len(prompts[row]) - own[row])
+            for index in np.unique(token[row][counted & (depth[row] > 0)]):
                 here = alive[row] & (token[row] == index)
                 if (here & (depth[row] == 0)).any():
                     of = [rank[row][here & (depth[row] == 0)].mean()]
@@ -326,10 +224,10 @@ def ranks_by_depth(lm: LanguageModel, organism: Organism) -> dict[str, dict[str,
 
 
 def _save(
-    folder: str, seed: int, organism: Organism, base: LanguageModel, hiding: LanguageModel
+    folder: str, run: Result, organism: Organism, base: LanguageModel, hiding: LanguageModel
 ) -> None:
-    path = Path(folder).expanduser() / f"seed_{seed}"
-    own = path / organism.name.replace(":", "_")
+    path = Path(folder).expanduser() / f"seed_{run['seed']}"
+    own = path / f"{run['arm']}_{run['kind']}"
     own.mkdir(parents=True)
     organism.save(own / "organism.json")
     for lm, to in ((hiding, own / "model"), (base, path / "honest")):
@@ -341,8 +239,8 @@ def _save(
 def report(results: list[Result]) -> str:
     """Markdown tables: hits of each method in each kind of model, and ranks in forks and roots."""
     lines = []
-    for (kind,), runs in by_key(results, "kind").items():
-        lines += [f"{kind}, seeds {seeds_text(runs)}: hits in %, ± over seeds", ""]
+    for (arm, kind), runs in by_key(results, "arm", "kind").items():
+        lines += [f"{arm}, {kind}, seeds {seeds_text(runs)}: hits in %, ± over seeds", ""]
         methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
         head = ("method", "standard", "control", "direct", "control", "direct, or io")
         rows = []
@@ -354,7 +252,7 @@ def report(results: list[Result]) -> str:
                 cells += [mean_text([100 * line[name] for line in of], 0) for name in names]
             rows.append(cells)
         lines += [*markdown_table(head, rows), ""]
-        lines += [f"{kind}: mean rank of the secret among candidates, by the logit lens", ""]
+        lines += [f"{arm}, {kind}: mean rank of the secret among candidates, logit lens", ""]
         head = ("site", "root", "fork", "root - fork", "control: root", "fork", "chance", "tokens")
         rows = [_ranks(site, runs) for site in runs[0]["streams"]["hiding"]]
         lines += [*markdown_table(head, rows), ""]
@@ -388,10 +286,10 @@ def draw(results: list[Result]) -> Figure:
     """Hits of each method beside the control, for each kind, and ranks of forks against roots."""
     from matplotlib.figure import Figure
 
-    kinds = list(by_key(results, "kind").items())
+    kinds = list(by_key(results, "arm", "kind").items())
     figure = Figure(figsize=(4.2 * len(kinds), 6.5), layout="constrained")
     panels = figure.subplots(2, len(kinds), squeeze=False)
-    for column, ((kind,), runs) in enumerate(kinds):
+    for column, ((arm, kind), runs) in enumerate(kinds):
         above, below = panels[:, column]
         methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
         at = np.arange(len(methods))
@@ -404,7 +302,8 @@ def draw(results: list[Result]) -> Figure:
             above.barh(at + offset, values.mean(axis=0), 0.38, color=colour, label=label)
             for seed in values:
                 above.plot(seed, at + offset, "k.", markersize=3)
-        above.set(yticks=at, yticklabels=methods if not column else [], xlim=(0, 1), title=kind)
+        above.set(yticks=at, yticklabels=methods if not column else [], xlim=(0, 1))
+        above.set_title(f"{arm}: {kind}")
         above.set_xlabel("hits, both kinds of prompts")
         above.invert_yaxis()
         sites = list(runs[0]["streams"]["hiding"])
