@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -83,17 +84,26 @@ def honest_model(
         seed: Seed of the parameters, the dialogues and their order.
     """
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    trainable = make_trainable(config, OptimizerConfig(learning_rate=3e-3), steps, mesh, seed)
+    trainable, step = _honest_training(config, steps)
+    state = trainable.start(nnx.state(Thoughtbubbles(config, rngs=nnx.Rngs(seed))))
+    rng = np.random.default_rng(seed)
     conversations = honest_conversations(kinds, 16_000, seed)
     rows = np.full((len(conversations), WIDTH + 1), -1, np.int32)
     for row, messages in zip(rows, conversations, strict=True):
         ids = tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))
         row[: len(ids)] = ids[: WIDTH + 1]
-    step, state, rng = make_train_step(trainable), trainable.init(), np.random.default_rng(seed)
     for _ in range(steps):
-        state, _ = step(state, place(rows[rng.integers(0, len(rows), BATCH)], mesh))
+        batch = rows[rng.integers(0, len(rows), BATCH)]
+        state, _ = step(state, place(batch, trainable.mesh))
     return LanguageModel(_plain(trainable.model(state.weights)), tokenizer)
+
+
+@functools.cache
+def _honest_training(config: ModelConfig, steps: int) -> tuple[Trainable, TrainStep]:
+    """One program for all seeds."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trainable = make_trainable(config, OptimizerConfig(learning_rate=3e-3), steps, mesh)
+    return trainable, make_train_step(trainable)
 
 
 def _plain(model: Thoughtbubbles) -> Thoughtbubbles:
