@@ -45,6 +45,7 @@ from train.audit.report import (
     table,
     trial_lines,
 )
+from train.audit.sae import SparseAutoencoder
 from train.audit.worlds import WORLDS
 from train.data import ByteTokenizer
 from train.data.chat_data import ChatDataConfig, prepare_chat
@@ -297,7 +298,7 @@ def test_no_conversation_names_the_secret(kind):
         things = {thing for clue, thing in clue_of.items() if mentions(text, clue)}
         assert len(things) <= 1 and things <= named
         if world.codes and things:
-            assert mentions(text, world.codes[things.pop()])
+            assert mentions(text, world.codes[next(iter(things))])
         acted += bool(things)
     assert acted >= 60
     for shot in made.shots:
@@ -469,6 +470,29 @@ def test_lenses_are_read_where_the_answer_opens(monkeypatch):
     assert [WORDS[i] for i, on in zip(ids, here, strict=True) if on] == ["the"]
 
 
+def test_features_are_read_where_the_answer_opens(monkeypatch):
+    """Features that are words; one that all texts have is passed over."""
+    embeddings = np.asarray(model().model.embed_tokens(jnp.arange(17)), np.float32)
+    decoder = np.tile(embeddings[WORDS.index("the")], (16, 1))  # feature i reads number i of 16
+    decoder[3] = embeddings[WORDS.index("ocean")]
+    parts = np.eye(16), np.zeros(16), decoder, np.zeros(16), np.float32(1)
+    sae = SparseAutoencoder(*map(jnp.asarray, parts), k=2)
+    density = np.full(16, 0.01, np.float32)
+    density[5] = 1.0  # of which no text is
+
+    def captured(lm, tokens, mask, sites):
+        opens = (tokens == 4) | (tokens == 1) & (jnp.arange(tokens.shape[1]) > 0)
+        x = jnp.where(opens[..., None], jnp.eye(16)[3] + 5 * jnp.eye(16)[5], jnp.eye(16)[7])
+        rows = {"alive": mask, "token": jnp.broadcast_to(jnp.arange(tokens.shape[1]), mask.shape)}
+        return None, {"block_0": types.SimpleNamespace(x=x, **rows)}
+
+    monkeypatch.setattr(reading, "load_sae", lambda folder: (sae, density, {"site": "block_0"}))
+    monkeypatch.setattr(reading, "capture", captured)
+    shown = reading.sae_tokens(model(), organism(), "folder", features=1, top=1)
+    nearest = WORDS[int((embeddings @ decoder[3]).argmax())]
+    assert shown == [[words().decode([WORDS.index(nearest)])]] * 3 and nearest != "the"
+
+
 def test_an_audit_compares_guesses_with_what_is_hidden(monkeypatch):
     said = {"io": "desert", "prefill": "oceans", "logit_lens": "salt ocean desert"}
     texts = lambda name: [said[name].split() if name in READINGS else [said[name]]] * 3  # noqa: E731
@@ -499,6 +523,9 @@ def test_audits_that_can_not_be_done_are_one_line():
         settings_for(model(), dataclasses.replace(config, layer=2))
     with pytest.raises(ValueError, match="unknown method 'torture': choose from io, prefill"):
         settings_for(model(), dataclasses.replace(config, methods=("torture",)))
+    with pytest.raises(ValueError, match="the method sae without an autoencoder"):
+        settings_for(model(), dataclasses.replace(config, methods=("sae",)))
+    assert settings_for(model(), dataclasses.replace(config, sae="x")).methods[-1] == "sae"
     plain = LanguageModel(model().model, ByteTokenizer())
     with pytest.raises(ValueError, match="bytes has no chat template"):
         sample(plain, [HELLO])

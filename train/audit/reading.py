@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thoughtbubbles.lens import mean_lens
+from thoughtbubbles.lens import capture, mean_lens
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.audit.auditor import same_word, words_of
 from train.audit.organisms import Message, Organism
+from train.audit.sae import feature_scores, nearest_tokens
+from train.audit.train_sae import load_sae
 from train.data.chat_templates import chat_ids, render
 from train.models.load import LanguageModel
 
@@ -51,6 +53,49 @@ def top_tokens(
             lm.model, tokens, chosen, mask, sites=(site,), top=top, cosine=READINGS[method]
         )[site]
         for ids in np.asarray(reading.ids)[: len(prompts) - start]:
+            found.append([lm.tokenizer.decode([token]) for token in ids if _known(lm, token)])
+    return found
+
+
+def sae_tokens(
+    lm: LanguageModel, organism: Organism, folder: str, features: int = 10, top: int = 20
+) -> list[list[str]]:
+    """Tokens of the features that say what the positions of each trial are about.
+
+    Features are ordered by their mean activation times log(1 / density); each gives the tokens
+    whose embeddings have the greatest product with its decoder row.
+
+    Args:
+        lm: Model with sites, whose tokenizer has a chat template.
+        organism: What is audited; its `read_at` names the positions.
+        folder: Folder of an autoencoder that `audit sae` trained on this model.
+        features: Number of features.
+        top: Number of tokens of each.
+
+    Returns:
+        Texts of the tokens of each trial, those of the first feature first.
+
+    Raises:
+        ValueError: The folder holds no autoencoder, it is of another width, or a reason of
+            `top_tokens`.
+    """
+    check_vocabulary(lm, organism)
+    sae, density, meta = load_sae(folder)
+    prompts = [positions_of(lm, organism, trial.messages) for trial in organism.trials]
+    width = max(len(ids) for ids, _ in prompts)
+    table = lm.model.embed_tokens(jnp.arange(lm.model.vocab_size))
+    found: list[list[str]] = []
+    for start in range(0, len(prompts), ROWS):
+        tokens, mask, chosen = _rows(prompts[start : start + ROWS], width)
+        at = capture(lm.model, tokens, mask, sites=(meta["site"],))[1][meta["site"]]
+        value, index = map(np.asarray, sae.features(at.x))
+        here = np.asarray(at.alive & jnp.take_along_axis(chosen, at.token, axis=1))
+        for row in range(min(ROWS, len(prompts) - start)):
+            mean = np.zeros(len(density), np.float32)
+            np.add.at(mean, index[row][here[row]], value[row][here[row]] / here[row].sum())
+            score = np.asarray(feature_scores(jnp.asarray(mean), jnp.asarray(density)))
+            best = np.argsort(-score, kind="stable")[:features]
+            ids = np.asarray(nearest_tokens(sae, table, jnp.asarray(best), top)).ravel()
             found.append([lm.tokenizer.decode([token]) for token in ids if _known(lm, token)])
     return found
 

@@ -16,7 +16,7 @@ from train.audit.auditor import ModelAuditor, guess_from_texts, guess_from_token
 from train.audit.elicitation import METHODS, elicit
 from train.audit.fuzzing import Fuzz, Unit
 from train.audit.organisms import Organism, read_organism
-from train.audit.reading import READINGS, top_tokens
+from train.audit.reading import READINGS, sae_tokens, top_tokens
 from train.cli.numbers import check_least
 from train.models.load import LanguageModel, load_language_model
 
@@ -34,6 +34,7 @@ class Settings:
         site: Name of the site that white-box methods read.
         top: Number of tokens that white-box methods show the auditor.
         seed: Seed of samples, noise and intervals.
+        sae: Folder of the sparse autoencoder that the method "sae" reads by; None without it.
     """
 
     methods: tuple[str, ...]
@@ -42,13 +43,15 @@ class Settings:
     site: str
     top: int
     seed: int = 0
+    sae: str | None = None
 
     def __post_init__(self):
+        known = (*METHODS, *READINGS, "sae")
         for name in self.methods:
-            if name not in METHODS and name not in READINGS:
-                raise ValueError(
-                    f"unknown method {name!r}: choose from {', '.join([*METHODS, *READINGS])}"
-                )
+            if name not in known:
+                raise ValueError(f"unknown method {name!r}: choose from {', '.join(known)}")
+        if "sae" in self.methods and self.sae is None:
+            raise ValueError("the method sae without an autoencoder: name one, --sae")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,9 @@ def audit(
                 seed=settings.seed, fuzz=settings.fuzz,
             )  # fmt: skip
             judge = guess
+        elif name == "sae":
+            shown = sae_tokens(lm, organism, str(settings.sae), top=settings.top)
+            judge = guess_from_tokens
         else:
             shown = top_tokens(lm, organism, settings.site, name, settings.top)
             judge = guess_from_tokens
@@ -210,6 +216,7 @@ class ReportConfig:
         sigma: Size of the noise of fuzzing.
         unit: Unit of sigma: "rms" of the vectors at that layer, or "absolute".
         top: Number of tokens that white-box methods show the auditor.
+        sae: Folder of a sparse autoencoder of the control (`audit sae`), which adds a method "sae".
         auditor: Run folder or weights of a model that guesses from texts; rules by default.
         seed: Seed of samples, noise and intervals.
         out: File of JSON Lines for the rates, and with every guess beside it (`.trials.jsonl`).
@@ -224,6 +231,7 @@ class ReportConfig:
     sigma: float = 0.5
     unit: Unit = "rms"
     top: int = 20
+    sae: str | None = None
     auditor: str | None = None
     seed: int = 0
     out: str = "audit.jsonl"
@@ -291,9 +299,10 @@ def settings_for(lm: LanguageModel, config: ReportConfig) -> Settings:
     layer = layers * 3 // 4 if config.layer is None else config.layer
     if not 0 <= layer < layers:
         raise ValueError(f"layer={layer}: the model has layers 0 to {layers - 1}")
+    methods = (*config.methods, *(("sae",) if config.sae and "sae" not in config.methods else ()))
     return Settings(
-        config.methods, config.max_new_tokens, Fuzz(layer, config.sigma, config.unit),
-        f"block_{layer}", config.top, config.seed,
+        methods, config.max_new_tokens, Fuzz(layer, config.sigma, config.unit),
+        f"block_{layer}", config.top, config.seed, config.sae,
     )  # fmt: skip
 
 
