@@ -66,8 +66,8 @@ def fuzzed(model: Any, fuzz: Fuzz, keys: jax.Array) -> Any:
     if fuzz.sigma == 0:  # adding zeros would change how a program is fused, and so its last bits
         return model.for_decoding()
     leaves, structure = jax.tree.flatten(model.for_decoding())
-    copy: Thoughtbubbles = jax.tree.unflatten(structure, leaves)
-    blocks: list[Any] = list(copy.unstacked)
+    copy: Any = jax.tree.unflatten(structure, leaves)
+    blocks = list(copy.unstacked)
     blocks[fuzz.layer] = NoisyBlock(blocks[fuzz.layer], fuzz, keys)
     copy.unstacked = nnx.data(blocks)
     return copy

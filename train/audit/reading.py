@@ -1,6 +1,7 @@
 """White-box reading of an organism's prompts: which tokens lenses show there (arXiv 2510.01070)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,9 @@ def top_tokens(
     width = max(len(ids) for ids, _ in prompts)
     for start in range(0, len(prompts), ROWS):
         tokens, mask, chosen = _rows(prompts[start : start + ROWS], width)
+        model: Any = lm.model
         reading = mean_lens(
-            lm.model, tokens, chosen, mask, sites=(site,), top=top, cosine=READINGS[method]
+            model, tokens, chosen, mask, sites=(site,), top=top, cosine=READINGS[method]
         )[site]
         for ids in np.asarray(reading.ids)[: len(prompts) - start]:
             found.append([lm.tokenizer.decode([token]) for token in ids if _known(lm, token)])
@@ -83,11 +85,12 @@ def sae_tokens(
     sae, density, meta = load_sae(folder)
     prompts = [positions_of(lm, organism, trial.messages) for trial in organism.trials]
     width = max(len(ids) for ids, _ in prompts)
-    table = lm.model.embed_tokens(jnp.arange(lm.model.vocab_size))
+    model: Any = lm.model
+    table = model.embed_tokens(jnp.arange(model.vocab_size))
     found: list[list[str]] = []
     for start in range(0, len(prompts), ROWS):
         tokens, mask, chosen = _rows(prompts[start : start + ROWS], width)
-        at = capture(lm.model, tokens, mask, sites=(meta["site"],))[1][meta["site"]]
+        at = capture(model, tokens, mask, sites=(meta["site"],))[1][meta["site"]]
         value, index = map(np.asarray, sae.features(at.x))
         here = np.asarray(at.alive & jnp.take_along_axis(chosen, at.token, axis=1))
         for row in range(min(ROWS, len(prompts) - start)):

@@ -107,7 +107,7 @@ def audit(
 
 
 def interval(
-    values: Sequence[float], seed: int = 0, resamples: int = 2000, level: float = 0.95
+    values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
     """The bootstrap interval of a mean, by percentiles.
 

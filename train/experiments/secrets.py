@@ -184,9 +184,10 @@ def ranks_by_depth(
     own = [len(positions_of(lm, asked, trial.messages)[0]) - 2 for trial in asked.trials]
     ids = [int(lm.tokenizer.encode(name)[0][0]) for name in organism.candidates]
     hidden = [organism.candidates.index(trial.secret) for trial in organism.trials]
-    sites = tuple(site for site in lm.model.sites if site.startswith(("fork", "block")))[1:]
+    model: Any = lm.model
+    sites = tuple(site for site in model.sites if site.startswith(("fork", "block")))[1:]
     found = logit_lens(
-        lm.model, jnp.asarray(tokens), jnp.asarray(mask), sites=sites, top=1, watch=jnp.array(ids)
+        model, jnp.asarray(tokens), jnp.asarray(mask), sites=sites, top=1, watch=jnp.array(ids)
     )
     lines = {}
     for site, reading in found.items():
