@@ -70,6 +70,7 @@ class Secrets(StudyConfig):
     Attributes:
         arms: Ways to hide: "told", "soft", "full".
         kinds: Kinds of secrets: "taboo", "persona", "instruction".
+        methods: Methods of `audit report`, beside "io", which is always there.
         base_steps: Number of training steps of the honest model.
         soft_steps: Number of steps in which the embeddings of control tokens learn to hide.
         full_steps: Number of steps in which all parameters do.
@@ -79,6 +80,7 @@ class Secrets(StudyConfig):
 
     arms: tuple[str, ...] = ARMS
     kinds: tuple[Kind, ...] = ("taboo",)
+    methods: tuple[str, ...] = (*METHODS, *READINGS)
     base_steps: int = 400
     soft_steps: int = 200
     full_steps: int = 60
@@ -89,6 +91,7 @@ class Secrets(StudyConfig):
     def __post_init__(self):
         check_names("arm", self.arms, ARMS)
         check_names("kind", self.kinds, WORLDS)
+        check_names("method", self.methods, (*METHODS, *READINGS))
         if self.figure:
             check_figure(Path(self.figure))
 
@@ -118,7 +121,7 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
         clock = Clock()
         base = honest_model(tokenizer, config.kinds, config.base_steps, seed)
         honest_seconds = clock.read().seconds
-        settings = Settings((*METHODS, *READINGS), 12, Fuzz(LAYER, 0.5), f"block_{LAYER}", 20, seed)
+        settings = Settings(config.methods, 12, Fuzz(LAYER, 0.5), f"block_{LAYER}", 20, seed)
         for run in of_seed:
             clock, kind, arm = Clock(), run["kind"], run["arm"]
             asked = hidden = make_organism(kind, seed=seed)
