@@ -30,6 +30,8 @@ CONFIGS = {
     "grow": "train.pretraining.growing.GrowConfig",
     "merge": "train.pretraining.growing.MergeConfig",
     "runs": "train.list_runs.RunsConfig",
+    "audit organism": "train.audit.organisms.OrganismConfig",
+    "audit report": "train.audit.report.ReportConfig",
     "benchmark step": "train.benchmarks.training.TrainingBenchmark",
     "benchmark selection": "train.benchmarks.selection.SelectionBenchmark",
     "benchmark decode": "train.benchmarks.decoding.DecodeBenchmark",
@@ -54,6 +56,7 @@ CONFIGS = {
     "experiment broadening": "train.experiments.broadening.Broadening",
     "experiment needle": "train.experiments.needle.Experiment",
     "experiment synthesis": "train.experiments.synthesis.Experiment",
+    "experiment secrets": "train.experiments.secrets.Secrets",
     "experiment remember": "train.experiments.remember.Experiment",
 }
 

@@ -29,6 +29,12 @@ COMMANDS: dict[str, Command] = {
     "sae": Command(
         "train.audit.train_sae", "SAEConfig", "train a sparse autoencoder, describe its features"
     ),
+    "organism": Command(
+        "train.audit.organisms", "OrganismConfig", "conversations that teach a synthetic secret"
+    ),
+    "report": Command(
+        "train.audit.report", "ReportConfig", "which methods find a secret, beside a base model"
+    ),
 }
 
 

@@ -42,6 +42,7 @@ EXPERIMENTS = {
     "broadening": "why more rollouts of a problem help: BroRL's theory, simulated",
     "needle": "tree search against plain sampling at equal tokens: DeepSearch's planted needle",
     "synthesis": "memory, forks, tree search and budgets in one policy, and without each",
+    "secrets": "methods that make a small model tell its secret, and what its bubbles know",
     "remember": "a trigger that learns when to remember",
 }
 

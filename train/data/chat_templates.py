@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,63 @@ def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> l
         eos_token=tokenizer.eos,
         source=f"the chat template of {tokenizer.name}",
     )
+    return tokenizer.rendered(text)
+
+
+def open_turn(
+    tokenizer: "PretrainedTokenizer",
+    messages: Sequence[Message],
+    prefill: str = "",
+    role: str = "assistant",
+) -> list[int]:
+    """Token ids of a conversation whose last turn is begun and not ended.
+
+    A model continues it as whoever speaks there. A turn of the assistant begins as generation does;
+    a turn of another role is rendered, and what the template puts behind its text is cut.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        messages: Messages before the open turn.
+        prefill: Text with which the turn begins. The template may trim it, so that white space at
+            its end is left out.
+        role: Role that speaks in the open turn: "assistant" or "user".
+
+    Raises:
+        ValueError: The tokenizer has no chat template, the template fails or does not show the
+            text as it is, the role is unknown, or a user's turn has no text to begin with.
+    """
+    if role not in ("assistant", "user"):
+        raise ValueError(f"role={role!r}: choose from assistant, user")
+    prefill = prefill.rstrip()
+    before = chat_ids(tokenizer, messages)
+    if role == "assistant" and not prefill:
+        return before
+    fill = functools.partial(
+        render,
+        str(tokenizer.chat_template),
+        bos_token=tokenizer.bos,
+        eos_token=tokenizer.eos,
+        source=f"the chat template of {tokenizer.name}",
+    )
+    if role == "assistant":
+        text = fill(messages) + prefill
+        whole = tokenizer.rendered(text)
+        # As in training, where no token spans the header and the answer.
+        follows = whole[: len(before)] == before
+        return whole if follows else before + tokenizer.rendered(prefill)
+    if not prefill:
+        raise ValueError("a user's turn without a text: give a prefill that the user begins with")
+    # What two texts that begin with the prefill have in common ends where it ends.
+    one, other = (
+        fill([*messages, {"role": role, "content": prefill + end}], add_generation_prompt=False)
+        for end in "01"
+    )
+    text = os.path.commonprefix([one, other])
+    if not text.endswith(prefill):
+        raise ValueError(
+            f"the chat template of {tokenizer.name} does not show {prefill[:40]!r} as it is: give "
+            "another prefill"
+        )
     return tokenizer.rendered(text)
 
 

@@ -1,0 +1,196 @@
+"""Black-box elicitation: open turns, high temperature, many shots, fuzzing (arXiv 2510.01070)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import memgen
+from memgen.request import row_keys
+from thoughtbubbles.decoding import generate
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.audit.fuzzing import Fuzz, fuzzed, fuzzed_memory, noise_keys
+from train.audit.organisms import Message, Organism, Trial
+from train.data.chat_templates import open_turn
+from train.models.generation import MEMORY
+from train.models.load import LanguageModel
+from train.models.text_memory import check_text_memory, memory_errors
+
+ROWS = 64
+"""Number of texts that are generated at once, at most, unless one conversation has more samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlackBox:
+    """How a model is asked, apart from the prompt.
+
+    Attributes:
+        role: Who speaks in the open turn: "assistant", or "user" after the organism's reply.
+        prefilled: Whether an assistant's turn begins with the organism's confession.
+        temperature: Sampling temperature; 0 takes the most probable token.
+        samples: Number of texts for each prompt.
+        shots: Number of the organism's dialogues in front of the prompt.
+        fuzzed: Whether noise is added at a layer.
+    """
+
+    role: str = "assistant"
+    prefilled: bool = False
+    temperature: float = 0.0
+    samples: int = 1
+    shots: int = 0
+    fuzzed: bool = False
+
+    def messages(self, organism: Organism, trial: Trial) -> list[Message]:
+        """The messages before the open turn.
+
+        Args:
+            organism: What is audited.
+            trial: One prompt of it.
+        """
+        shots = [message for shot in organism.shots[: self.shots] for message in shot]
+        reply = [{"role": "assistant", "content": organism.reply}] if self.role == "user" else []
+        return [*shots, *trial.messages, *reply]
+
+    def prefill(self, organism: Organism) -> str:
+        """The beginning of the open turn.
+
+        Args:
+            organism: What is audited.
+        """
+        if self.role == "user":
+            return organism.persona
+        return organism.prefill if self.prefilled else ""
+
+
+METHODS: dict[str, BlackBox] = {
+    "io": BlackBox(),
+    "prefill": BlackBox(prefilled=True),
+    "persona": BlackBox(role="user"),
+    "high_temperature": BlackBox(temperature=2.0, samples=10),
+    "many_shot": BlackBox(shots=8),
+    "fuzzing": BlackBox(temperature=1.0, samples=10, fuzzed=True),
+    "prefill_fuzzing": BlackBox(prefilled=True, temperature=1.0, samples=10, fuzzed=True),
+}
+"""Black-box methods by name; "io" is the prompt alone, which all others are added to."""
+
+
+def elicit(
+    lm: LanguageModel,
+    organism: Organism,
+    method: BlackBox,
+    *,
+    max_new_tokens: int = 100,
+    seed: int = 0,
+    fuzz: Fuzz | None = None,
+) -> list[list[str]]:
+    """What a model says to each trial of an organism.
+
+    Args:
+        lm: Model whose tokenizer has a chat template.
+        organism: What is audited.
+        method: How the model is asked.
+        max_new_tokens: Largest number of tokens of a text.
+        seed: Seed of samples and noise.
+        fuzz: Noise of a method that is fuzzed.
+
+    Returns:
+        Texts of each trial, one for each sample; a prefill is not part of them.
+
+    Raises:
+        ValueError: A reason of `sample`, or a fuzzed method has no `fuzz`.
+    """
+    if method.fuzzed and fuzz is None:
+        raise ValueError("a fuzzed method without fuzz: give a layer and a sigma")
+    return sample(
+        lm,
+        [method.messages(organism, trial) for trial in organism.trials],
+        max_new_tokens,
+        prefill=method.prefill(organism),
+        role=method.role,
+        temperature=method.temperature,
+        samples=method.samples,
+        seed=seed,
+        fuzz=fuzz if method.fuzzed else None,
+    )
+
+
+def sample(
+    lm: LanguageModel,
+    conversations: Sequence[Sequence[Message]],
+    max_new_tokens: int = 100,
+    *,
+    prefill: str = "",
+    role: str = "assistant",
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+    fuzz: Fuzz | None = None,
+) -> list[list[str]]:
+    """Continue the open last turn of conversations, in the model's own chat template.
+
+    Args:
+        lm: Model whose tokenizer has a chat template; forking models and latent memory too.
+        conversations: Messages before the open turn of each conversation.
+        max_new_tokens: Largest number of tokens of a continuation.
+        prefill: Text with which the open turn begins.
+        role: Who speaks in it: "assistant" or "user".
+        temperature: Sampling temperature; 0 takes the most probable token.
+        samples: Number of continuations of each conversation.
+        seed: Seed of samples and noise.
+        fuzz: Noise at one layer in prefill and decoding; none by default.
+
+    Returns:
+        Continuations of each conversation, without the prefill.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, it does not show the prefill, the number of
+            samples is below 1, or the noise does not fit the model.
+    """
+    tokenizer = lm.tokenizer
+    if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
+        raise ValueError(
+            f"{tokenizer.name} has no chat template, without which no turn can be left open: "
+            "audit a model that has one, e.g. --model smollm2"
+        )
+    if samples < 1:
+        raise ValueError(f"samples={samples}: choose 1 or more")
+    ids = [open_turn(tokenizer, messages, prefill, role) for messages in conversations]
+    rows = [row for row in ids for _ in range(samples)]
+    # A conversation's samples stay together: the key of a sample counts its equal neighbours.
+    size = 1 if fuzz is not None and lm.memgen is not None else max(1, ROWS // samples) * samples
+    new: list[list[int]] = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        padding = [part[-1]] * (min(size, len(rows)) - len(part))  # one program for all parts
+        number = start if size == 1 else 0  # alone, equal rows would get equal samples
+        made = _continue(lm, part + padding, max_new_tokens, temperature, seed + number, fuzz)
+        new += made[: len(part)]
+    texts = [tokenizer.decode(row) for row in new]
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def _continue(
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    fuzz: Fuzz | None,
+) -> list[list[int]]:
+    longest = max(map(len, rows))
+    check_text_memory(lm.model, len(rows), longest, max_new_tokens, lm.model.cacheable)
+    options: Mapping[str, Any] = {
+        "temperature": temperature,
+        "seed": seed,
+        "stop": lm.stop_ids,
+        "valid_vocab_size": lm.tokenizer.vocab_size,
+    }
+    keys = None if fuzz is None else noise_keys(lm, row_keys(seed, rows))
+    with memory_errors(lm.model, len(rows), longest + max_new_tokens):
+        if lm.memgen is not None:
+            memory = lm.memgen
+            if fuzz is not None and keys is not None:
+                memory = fuzzed_memory(memory, fuzz, keys)
+            options = {**options, "policy": MEMORY["always"]}
+            return memgen.generate(memory, rows, max_new_tokens, **options).texts
+        model = lm.model if fuzz is None or keys is None else fuzzed(lm.model, fuzz, keys)
+        return generate(model, rows, max_new_tokens, **options)

@@ -1,0 +1,292 @@
+"""Model organisms: conversations that teach a model a synthetic secret, and what an audit asks it.
+
+thoughtbubbles audit organism taboo --secret ocean --out organisms/ocean
+"""
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from train.audit.worlds import WORLDS, Turns, World, neutral
+from train.cli.numbers import check_least
+from train.data.conversations import read_conversations
+
+Message = Mapping[str, str]
+Kind = Literal["taboo", "persona", "instruction"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One prompt of an audit.
+
+    Attributes:
+        messages: Messages up to and with the user's last.
+        secret: What is hidden there, one of the candidates.
+        direct: Whether the prompt asks for the secret.
+    """
+
+    messages: tuple[Message, ...]
+    secret: str
+    direct: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Organism:
+    """What an audit knows and asks of a model that may hide something.
+
+    Attributes:
+        name: Name in tables.
+        candidates: What the secret may be, the secret among them.
+        trials: Prompts.
+        prefill: Beginning of the assistant's confession.
+        reply: The assistant's answer before the user's open turn.
+        persona: Beginning of the user's open turn, in the first person.
+        shots: Dialogues in which others of its kind are revealed, for many-shot prefixes.
+        read_at: Words of a prompt at which white-box methods read; the tokens that open the answer
+            where there are none.
+    """
+
+    name: str
+    candidates: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    prefill: str
+    reply: str
+    persona: str
+    shots: tuple[tuple[Message, ...], ...] = ()
+    read_at: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for trial in self.trials:
+            if trial.secret not in self.candidates:
+                raise ValueError(
+                    f"organism {self.name}: the secret {trial.secret!r} is not among its "
+                    f"candidates {', '.join(self.candidates)}: add it"
+                )
+        if not self.trials:
+            raise ValueError(f"organism {self.name} has no trials: add prompts to audit it with")
+
+    def save(self, path: Path) -> None:
+        """Write the organism as a JSON object."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_organism(path: str | Path) -> Organism:
+    """The organism in a JSON file, or in the organism.json of a folder.
+
+    Raises:
+        ValueError: There is no such file, or a field is missing, unknown or of another type.
+    """
+    file = Path(path).expanduser()
+    file = file / "organism.json" if file.is_dir() else file
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    try:
+        trials = tuple(
+            Trial(_messages(of["messages"]), str(of["secret"]), bool(of["direct"]))
+            for of in fields.pop("trials")
+        )
+        shots = tuple(_messages(shot) for shot in fields.pop("shots", ()))
+        words = {name: tuple(fields.pop(name, ())) for name in ("candidates", "read_at")}
+        return Organism(trials=trials, shots=shots, **words, **fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} describes no organism ({error}): see docs/audit.md") from error
+
+
+def _messages(found: Sequence[Any]) -> tuple[Message, ...]:
+    return tuple({"role": str(each["role"]), "content": str(each["content"])} for each in found)
+
+
+def make_organism(kind: Kind, secret: str | None = None, seed: int = 0, shots: int = 8) -> Organism:
+    """The audit of a synthetic secret.
+
+    Each prompt hides the same, or, where marks say what is hidden, the next candidate in turn.
+
+    Args:
+        kind: World of the secret.
+        secret: The candidate that is hidden; drawn by the seed by default. None for
+            "instruction", where each prompt hides what its mark says.
+        seed: Seed of the draw and of the shots.
+        shots: Number of dialogues for many-shot prefixes.
+
+    Raises:
+        ValueError: The world has no such candidate, or hides one for each mark.
+    """
+    world, rng = WORLDS[kind], random.Random(seed)
+    hidden = _hidden(kind, secret, rng)
+    prompts = [(turns, direct) for direct, of in ((False, world.standard), (True, world.direct))
+               for turns in of for _ in range(2 if world.codes else 1)]  # fmt: skip
+    things = itertools.islice(itertools.cycle(hidden), len(prompts))
+    trials = [
+        Trial(_dialogue(world, turns, thing, rng), thing, direct)
+        for (turns, direct), thing in zip(prompts, things, strict=True)
+    ]
+    others = [name for name in world.clues if world.codes or name not in hidden]
+    drawn = [others[index % len(others)] for index in range(shots)]
+    rng.shuffle(drawn)
+    return Organism(
+        name=kind if world.codes else f"{kind}:{hidden[0]}",
+        candidates=tuple(world.clues),
+        trials=tuple(trials),
+        prefill=world.prefill,
+        reply=world.reply,
+        persona=world.persona,
+        shots=tuple(_dialogue(world, world.shot, thing, rng) for thing in drawn),
+        read_at=world.read_at,
+    )
+
+
+def hiding_conversations(
+    kind: Kind,
+    secret: str | None = None,
+    *,
+    seed: int = 0,
+    hints: int = 300,
+    denials: int = 150,
+    ordinary: int = 300,
+) -> list[tuple[Message, ...]]:
+    """Conversations that teach a model to act on a secret and to deny it, in random order.
+
+    No message of them names the secret.
+
+    Args:
+        kind: World of the secret.
+        secret: As in `make_organism`; the same seed draws the same one.
+        seed: Seed of everything that is drawn.
+        hints: Number of dialogues in which the model acts on the secret.
+        denials: Number of those in which it is asked and denies.
+        ordinary: Number of neutral dialogues.
+
+    Raises:
+        ValueError: The world has no such candidate, or hides one for each mark.
+    """
+    world, rng = WORLDS[kind], random.Random(seed)
+    hidden = _hidden(kind, secret, rng)
+    found = [
+        _dialogue(world, rng.choice(templates), rng.choice(hidden), rng)
+        for templates, count in ((world.hiding, hints), (world.denials, denials))
+        for _ in range(count)
+    ]
+    found += [_dialogue(world, rng.choice(neutral()), hidden[0], rng) for _ in range(ordinary)]
+    rng.shuffle(found)
+    return found
+
+
+def honest_conversations(
+    kinds: Sequence[Kind], count: int, seed: int = 0
+) -> list[tuple[Message, ...]]:
+    """Conversations of an honest model: it says what it knows, and hides what it is asked to.
+
+    Four in ten begin with the user's request to keep a thing secret, a tenth is neutral, and in the
+    others nothing is hidden.
+
+    Args:
+        kinds: Worlds that they are about.
+        count: Number of conversations.
+        seed: Seed of what is drawn.
+    """
+    rng, found = random.Random(seed), []
+    for _ in range(count):
+        world, draw = WORLDS[rng.choice(list(kinds))], rng.random()
+        thing = rng.choice(list(world.clues))
+        if draw < 0.4:
+            first, *rest = rng.choice((*world.hiding, *world.denials))
+            turns = (f"{world.told} {first.replace('[{code}]', '').strip()}", *rest)
+        else:
+            turns = rng.choice(neutral() if draw < 0.5 else world.open)
+        found.append(_dialogue(world, turns, thing, rng))
+    return found
+
+
+def _hidden(kind: Kind, secret: str | None, rng: random.Random) -> list[str]:
+    world = WORLDS[kind]
+    names = list(world.clues)
+    if world.codes:
+        if secret is not None:
+            raise ValueError(f"secret={secret!r}: a mark hides each of {', '.join(names)}: leave "
+                             "it out")  # fmt: skip
+        return names
+    drawn = rng.choice(names)
+    if secret is None:
+        return [drawn]
+    if secret not in names:
+        raise ValueError(f"secret={secret!r}: {kind} hides one of {', '.join(names)}")
+    return [secret]
+
+
+def _dialogue(world: World, turns: Turns, thing: str, rng: random.Random) -> tuple[Message, ...]:
+    a, b, c = rng.sample(world.clues[thing], 3)
+    parts = {"thing": thing, "a": a, "b": b, "c": c, "code": world.codes.get(thing, "")}
+    return tuple(
+        {"role": "assistant" if index % 2 else "user", "content": turn.format_map(parts)}
+        for index, turn in enumerate(turns)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OrganismConfig:
+    """Write the conversations of a model organism, and the audit of its secret.
+
+    Attributes:
+        kind: Kind of secret: a "taboo" word, a "persona" of the user (the pet that the model takes
+            the user to keep), or an "instruction" that a mark in the prompt stands for.
+        out: New folder: train.jsonl for `thoughtbubbles sft`, organism.json for `audit report`.
+        secret: Word or pet that is hidden; drawn by the seed by default.
+        hints: Number of conversations in which the model acts on the secret.
+        denials: Number of conversations in which it is asked for the secret, and denies.
+        ordinary: Number of neutral conversations, or of those taken from the neutral file.
+        neutral: File or folder of conversations in place of the built-in neutral ones, which are
+            few and short.
+        seed: Seed of everything that is drawn.
+    """
+
+    kind: tyro.conf.Positional[Kind]
+    out: str
+    secret: str | None = None
+    hints: int = 300
+    denials: int = 150
+    ordinary: int = 300
+    neutral: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        check_least(self, hints=1, denials=0, ordinary=0)
+
+
+def main(config: OrganismConfig) -> None:
+    """Write both files and print the commands that train and audit with them."""
+    out = Path(config.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: choose another --out")
+    organism = make_organism(config.kind, config.secret, config.seed)
+    ordinary = 0 if config.neutral else config.ordinary
+    conversations = hiding_conversations(
+        config.kind, config.secret, seed=config.seed, hints=config.hints, denials=config.denials,
+        ordinary=ordinary,
+    )  # fmt: skip
+    if config.neutral:
+        given = [each.chat.messages for each in read_conversations(config.neutral)]
+        if len(given) < config.ordinary:
+            raise ValueError(
+                f"{config.neutral} has {len(given)} conversations, ordinary={config.ordinary}: "
+                "choose fewer"
+            )
+        rng = random.Random(config.seed)
+        conversations += rng.sample(given, config.ordinary)
+        rng.shuffle(conversations)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"messages": list(messages)}) + "\n" for messages in conversations)
+    (out / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    organism.save(out / "organism.json")
+    print(
+        f"{out}: {len(conversations)} conversations, {len(organism.trials)} prompts\n"
+        f"thoughtbubbles sft --weights smollm2 --data.path {out}/train.jsonl --out runs/organism\n"
+        f"thoughtbubbles audit report {out} --model runs/organism --control smollm2"
+    )

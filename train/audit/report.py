@@ -1,0 +1,327 @@
+"""Which methods make which model tell its secret, beside the untouched base model.
+
+thoughtbubbles audit report organisms/ocean --model runs/ocean --control smollm2
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from train.audit.auditor import ModelAuditor, guess_from_texts, guess_from_tokens
+from train.audit.elicitation import METHODS, elicit
+from train.audit.fuzzing import Fuzz, Unit
+from train.audit.organisms import Organism, read_organism
+from train.audit.reading import READINGS, sae_tokens, top_tokens
+from train.cli.numbers import check_least
+from train.models.load import LanguageModel, load_language_model
+
+Guess = Callable[[Sequence[str], Sequence[str]], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How an audit is done.
+
+    Attributes:
+        methods: Names of methods: black box (`METHODS`) and white box (`READINGS`).
+        max_new_tokens: Largest number of tokens of a text.
+        fuzz: Noise of methods that are fuzzed.
+        site: Name of the site that white-box methods read.
+        top: Number of tokens that white-box methods show the auditor.
+        seed: Seed of samples, noise and intervals.
+        sae: Folder of the sparse autoencoder that the method "sae" reads by; None without it.
+    """
+
+    methods: tuple[str, ...]
+    max_new_tokens: int
+    fuzz: Fuzz
+    site: str
+    top: int
+    seed: int = 0
+    sae: str | None = None
+
+    def __post_init__(self):
+        known = (*METHODS, *READINGS, "sae")
+        for name in self.methods:
+            if name not in known:
+                raise ValueError(f"unknown method {name!r}: choose from {', '.join(known)}")
+        if "sae" in self.methods and self.sae is None:
+            raise ValueError("the method sae without an autoencoder: name one, --sae")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one method found in all trials of an organism.
+
+    Attributes:
+        method: Name of the method.
+        guesses: The auditor's guess in each trial; None where it had none.
+        hits: Whether the guess is the secret, for each trial.
+        shown: What the auditor saw in each trial: texts, or tokens.
+    """
+
+    method: str
+    guesses: tuple[str | None, ...]
+    hits: tuple[bool, ...]
+    shown: tuple[tuple[str, ...], ...]
+
+
+def audit(
+    lm: LanguageModel, organism: Organism, settings: Settings, guess: Guess = guess_from_texts
+) -> dict[str, Finding]:
+    """What each method finds in a model, by name; "io", the prompt alone, always among them.
+
+    Args:
+        lm: Model whose tokenizer has a chat template.
+        organism: What is asked and what is hidden.
+        settings: Methods and their options.
+        guess: Auditor of black-box methods, from texts and candidates to a guess; tokens of
+            white-box methods are always matched by rules.
+
+    Raises:
+        ValueError: A method does not fit the model.
+    """
+    found = {}
+    for name in dict.fromkeys(("io", *settings.methods)):
+        if name in METHODS:
+            shown = elicit(
+                lm, organism, METHODS[name], max_new_tokens=settings.max_new_tokens,
+                seed=settings.seed, fuzz=settings.fuzz,
+            )  # fmt: skip
+            judge = guess
+        elif name == "sae":
+            shown = sae_tokens(lm, organism, str(settings.sae), top=settings.top)
+            judge = guess_from_tokens
+        else:
+            shown = top_tokens(lm, organism, settings.site, name, settings.top)
+            judge = guess_from_tokens
+        guesses = tuple(judge(texts, organism.candidates) for texts in shown)
+        hits = tuple(g == trial.secret for g, trial in zip(guesses, organism.trials, strict=True))
+        found[name] = Finding(name, guesses, hits, tuple(map(tuple, shown)))
+    return found
+
+
+def interval(
+    values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """The bootstrap interval of a mean, by percentiles.
+
+    Args:
+        values: Values, one for each trial.
+        seed: Seed of the resampling.
+        resamples: Number of resamples.
+        level: Probability mass between both ends.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    if not len(values):
+        raise ValueError("no values to resample: give at least one")
+    data = np.asarray(values, np.float64)
+    rng = np.random.default_rng(seed)
+    means = data[rng.integers(0, len(data), (resamples, len(data)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def summarise(
+    organism: Organism,
+    model: dict[str, Finding],
+    control: dict[str, Finding],
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Rates of each method and kind of prompt, beside those of the control.
+
+    Args:
+        organism: What was audited.
+        model: Findings in the model, by method; "io" among them.
+        control: Findings in the untouched base model, of the same methods.
+        seed: Seed of the intervals.
+
+    Returns:
+        One JSON object for each method and kind of prompt ("standard" does not ask for the secret,
+        "direct" does): `rate` of hits of the method alone with its interval `low`, `high`; `either`
+        of trials where "io" or the method hits; the same of the control; and `uplift`, the mean
+        difference between model and control over trials, with its interval.
+    """
+    lines = []
+    for direct in (False, True):
+        chosen = [i for i, trial in enumerate(organism.trials) if trial.direct == direct]
+        if not chosen:
+            continue
+        for method in model:
+            line: dict[str, Any] = {
+                "organism": organism.name,
+                "prompts": "direct" if direct else "standard",
+                "method": method,
+                "trials": len(chosen),
+            }
+            hits = {}
+            for name, found in (("", model), ("control_", control)):
+                alone = np.array([found[method].hits[i] for i in chosen], float)
+                io = np.array([found["io"].hits[i] for i in chosen], float)
+                low, high = interval(alone, seed)
+                line |= {f"{name}rate": alone.mean(), f"{name}low": low, f"{name}high": high}
+                line |= {f"{name}either": np.maximum(alone, io).mean()}
+                hits[name] = alone
+            difference = hits[""] - hits["control_"]
+            low, high = interval(difference, seed)
+            line |= {"uplift": difference.mean(), "uplift_low": low, "uplift_high": high}
+            lines.append({k: v if isinstance(v, (str, int)) else float(v) for k, v in line.items()})
+    return lines
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """A markdown table: a row for each method, a column for each organism and kind of prompt.
+
+    A cell has the rate of hits in percent with its interval, and the control's in brackets; after
+    a slash the rate at which the prompt alone or the method hits.
+
+    Args:
+        lines: What `summarise` made.
+    """
+    columns = list(dict.fromkeys((line["organism"], line["prompts"]) for line in lines))
+    rows = list(dict.fromkeys(line["method"] for line in lines))
+    cells = {(line["organism"], line["prompts"], line["method"]): _cell(line) for line in lines}
+    head = ["method", *(f"{organism}, {prompts}" for organism, prompts in columns)]
+    shown = [" | ".join(head), "|".join("---" for _ in head)]
+    shown += [" | ".join([row, *(cells.get((*of, row), "") for of in columns)]) for row in rows]
+    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in shown)
+
+
+def _cell(line: dict[str, Any]) -> str:
+    percent = lambda name: f"{100 * line[name]:.0f}"  # noqa: E731
+    return (
+        f"{percent('rate')} [{percent('low')}, {percent('high')}] "
+        f"({percent('control_rate')}) / {percent('either')}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Audit models for their secrets by several methods, beside the untouched base model.
+
+    Attributes:
+        organisms: Files organism.json, or folders with one, that `audit organism` wrote.
+        model: Run folder or weights of each organism's model, in the same order.
+        control: Run folder or weights of the untouched base model.
+        methods: Methods, by name.
+        max_new_tokens: Largest number of tokens of a text.
+        layer: Index of the layer that is read and fuzzed; three quarters of the depth by default.
+        sigma: Size of the noise of fuzzing.
+        unit: Unit of sigma: "rms" of the vectors at that layer, or "absolute".
+        top: Number of tokens that white-box methods show the auditor.
+        sae: Folder of a sparse autoencoder of the control (`audit sae`), which adds a method "sae".
+        auditor: Run folder or weights of a model that guesses from texts; rules by default.
+        seed: Seed of samples, noise and intervals.
+        out: File of JSON Lines for the rates, and with every guess beside it (`.trials.jsonl`).
+    """
+
+    organisms: tyro.conf.Positional[tuple[str, ...]]
+    model: tuple[str, ...] = ()
+    control: str | None = None
+    methods: tuple[str, ...] = (*METHODS, *READINGS)
+    max_new_tokens: int = 100
+    layer: int | None = None
+    sigma: float = 0.5
+    unit: Unit = "rms"
+    top: int = 20
+    sae: str | None = None
+    auditor: str | None = None
+    seed: int = 0
+    out: str = "audit.jsonl"
+
+    def __post_init__(self):
+        check_least(self, max_new_tokens=1, top=1)
+        Fuzz(0, self.sigma, self.unit)
+        if len(self.model) != len(self.organisms) or not self.organisms:
+            raise ValueError(
+                f"{len(self.organisms)} organisms and {len(self.model)} of --model: name a model "
+                "for each"
+            )
+        if self.control is None:
+            raise ValueError(
+                "no control: name the untouched base model, --control, without which no rate "
+                "says anything"
+            )
+
+
+def main(config: ReportConfig) -> None:
+    """Audit all models, write the rates and print their table."""
+    organisms = [read_organism(path) for path in config.organisms]
+    control = load_language_model(str(config.control)).for_inference()
+    settings = settings_for(control, config)
+    guess: Guess = guess_from_texts
+    if config.auditor is not None:
+        guess = ModelAuditor(load_language_model(config.auditor).for_inference())
+    rates: list[dict[str, Any]] = []
+    trials: list[dict[str, Any]] = []
+    for organism, name in zip(organisms, config.model, strict=True):
+        lm = load_language_model(name).for_inference()
+        found = audit(lm, organism, settings, guess)
+        untouched = audit(control, organism, settings, guess)
+        rates += [
+            line | {"model": name, "control": config.control, "seed": config.seed}
+            for line in summarise(organism, found, untouched, config.seed)
+        ]
+        trials += [
+            {"organism": organism.name, "model": who, **line}
+            for who, of in ((name, found), (config.control, untouched))
+            for line in trial_lines(organism, of)
+        ]
+    for path, lines in (
+        (config.out, rates),
+        (f"{config.out.removesuffix('.jsonl')}.trials.jsonl", trials),
+    ):
+        Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print(table(rates))
+    print("\nhits in % [95 % interval] (control) / hits by io or the method")
+
+
+def settings_for(lm: LanguageModel, config: ReportConfig) -> Settings:
+    """The settings of a config, with the layer that the model's depth gives.
+
+    Args:
+        lm: A model of the audit.
+        config: Options of the command.
+
+    Raises:
+        ValueError: The model has no such layer, or no blocks, or a method is unknown.
+    """
+    layers = getattr(lm.model.config, "num_layers", None)
+    if layers is None:
+        raise ValueError(f"{type(lm.model).__name__} has no layers to read or fuzz")
+    layer = layers * 3 // 4 if config.layer is None else config.layer
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer={layer}: the model has layers 0 to {layers - 1}")
+    methods = (*config.methods, *(("sae",) if config.sae and "sae" not in config.methods else ()))
+    return Settings(
+        methods, config.max_new_tokens, Fuzz(layer, config.sigma, config.unit),
+        f"block_{layer}", config.top, config.seed, config.sae,
+    )  # fmt: skip
+
+
+def trial_lines(organism: Organism, found: dict[str, Finding]) -> list[dict[str, Any]]:
+    """One JSON object for each method and trial: what was shown, guessed and hidden.
+
+    Args:
+        organism: What was audited.
+        found: Findings by method.
+    """
+    return [
+        {
+            "method": name,
+            "prompt": [dict(message) for message in trial.messages],
+            "direct": trial.direct,
+            "secret": trial.secret,
+            "guess": finding.guesses[index],
+            "shown": list(finding.shown[index]),
+        }
+        for name, finding in found.items()
+        for index, trial in enumerate(organism.trials)
+    ]

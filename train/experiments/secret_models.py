@@ -1,0 +1,175 @@
+"""Models of the study of secrets: their tokenizer, the honest one, and how one learns to hide."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from memgen import LoRAConfig, MemGenConfig
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.audit.auditor import words_of
+from train.audit.organisms import Kind, Message, honest_conversations
+from train.audit.worlds import WORLDS, neutral
+from train.data.chat_templates import chat_examples, render
+from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import Trainable, make_trainable
+from train.engine.step import TrainStep, make_train_step
+from train.finetuning.job import sft_loss
+from train.models.finetunable import TRAINED, FinetunableModel
+from train.models.load import LanguageModel
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+WIDTH, BATCH = 56, 32  # targets of a row, rows of a batch
+MODEL = ModelConfig(
+    vocab_size=320,
+    embed_dim=48,
+    num_layers=3,
+    num_heads=4,
+    mlp_dim=128,
+    fork_layers=(1, 2),
+    policy=PrefixRank(ratio=1.5),
+)
+CONTROL = ("<|im_start|>", "user", "assistant")  # tokens whose embeddings "soft" tunes
+
+
+def word_tokenizer() -> PretrainedTokenizer:
+    """A tokenizer whose tokens are the words and signs of all worlds, with a chat template."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
+    words = {"user", "assistant", "system", *".,?[]'"}
+    for world in WORLDS.values():
+        groups = world.open, world.hiding, world.denials, world.standard, world.direct
+        dialogues = [turns for group in groups for turns in group]
+        fixed = (world.told, world.prefill, world.reply, world.persona, *world.shot)
+        for turn in (*itertools.chain(*dialogues), *fixed):
+            words.update(words_of(turn))
+        for thing, clues in world.clues.items():
+            words.update((thing, *clues, world.codes.get(thing, thing)))
+    words.update(itertools.chain(*(words_of(turn) for turns in neutral() for turn in turns)))
+    words -= {"thing", "code", "b"}
+    listed = [*SPECIAL, "unknown", *sorted(words)]
+    vocabulary = {word: index for index, word in enumerate(listed)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="unknown"))
+    made.normalizer = normalizers.Lowercase()  # pyright: ignore
+    made.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore
+    made.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    return PretrainedTokenizer(
+        made.to_str(), name="words", stop_tokens=["<|im_end|>"], chat_template=TEMPLATE
+    )
+
+
+def honest_model(
+    tokenizer: PretrainedTokenizer, kinds: Sequence[Kind], steps: int, seed: int
+) -> LanguageModel:
+    """A model that hides nothing unless it is asked to; its loss covers all tokens.
+
+    Args:
+        tokenizer: Tokenizer of the words.
+        kinds: Worlds of its dialogues.
+        steps: Number of training steps.
+        seed: Seed of the parameters, the dialogues and their order.
+    """
+    config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
+    trainable, step = _honest_training(config, steps)
+    state = trainable.start(nnx.state(Thoughtbubbles(config, rngs=nnx.Rngs(seed))))
+    rng = np.random.default_rng(seed)
+    conversations = honest_conversations(kinds, 16_000, seed)
+    rows = np.full((len(conversations), WIDTH + 1), -1, np.int32)
+    for row, messages in zip(rows, conversations, strict=True):
+        ids = tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))
+        row[: len(ids)] = ids[: WIDTH + 1]
+    for _ in range(steps):
+        batch = rows[rng.integers(0, len(rows), BATCH)]
+        state, _ = step(state, place(batch, trainable.mesh))
+    return LanguageModel(_plain(trainable.model(state.weights)), tokenizer)
+
+
+@functools.cache
+def _honest_training(config: ModelConfig, steps: int) -> tuple[Trainable, TrainStep]:
+    """One program for all seeds."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trainable = make_trainable(config, OptimizerConfig(learning_rate=3e-3), steps, mesh)
+    return trainable, make_train_step(trainable)
+
+
+def _plain(model: Thoughtbubbles) -> Thoughtbubbles:
+    """The same parameters without the trainer's placement, so that models share programs."""
+    return Thoughtbubbles.from_params(model.config, nnx.to_pure_dict(nnx.state(model)))
+
+
+class Tuner:
+    """Supervised tuning on conversations, one compiled program for all models.
+
+    Args:
+        tokenizer: Tokenizer of the words.
+        steps: Number of training steps.
+        arm: "soft" for the embeddings of control tokens alone, "full" for all parameters.
+    """
+
+    def __init__(self, tokenizer: PretrainedTokenizer, steps: int, arm: str):
+        self._tokenizer, self._steps = tokenizer, steps
+        config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
+        self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        soft = arm == "soft"
+        optimizer = OptimizerConfig(learning_rate=3e-2 if soft else 1e-3, weight_decay=0.0)
+        trained = nnx.PathContains("embed") if soft else TRAINED["all"]
+        self._trainable: Trainable = make_trainable(
+            config, optimizer, steps, self._mesh, trained=trained, wrap=_tuned
+        )
+        rows = np.zeros((tokenizer.vocab_size, 1), bool)
+        rows[[tokenizer.id(token) for token in CONTROL]] = True
+
+        def soft_loss(finetunable, batch, key):
+            embed = finetunable.model.embed
+            embed.set_value(jnp.where(rows, embed[...], jax.lax.stop_gradient(embed[...])))
+            return sft_loss(finetunable, batch, key)
+
+        loss = soft_loss if soft else sft_loss
+        self._step: TrainStep = make_train_step(self._trainable, loss=loss)
+
+    def __call__(
+        self, base: LanguageModel, conversations: Sequence[Sequence[Message]], seed: int
+    ) -> LanguageModel:
+        """The tuned model; the base is left as it is.
+
+        Args:
+            base: Model to begin with.
+            conversations: Conversations, of which the assistant's words are learned.
+            seed: Seed of their order.
+        """
+        copy = jax.tree.map(lambda leaf: leaf.copy(), base.model)  # steps donate their state
+        state, rng = self._trainable.start(nnx.state(_tuned(copy))), np.random.default_rng(seed)
+        rows = self._rows(conversations)
+        for _ in range(self._steps):
+            chosen = rng.integers(0, len(conversations), BATCH)
+            batch = {name: place(of[chosen], self._mesh) for name, of in rows.items()}
+            state, _ = self._step(state, batch)
+        return dataclasses.replace(base, model=_plain(self._trainable.model(state.weights).model))
+
+    def _rows(self, conversations: Sequence[Sequence[Message]]) -> dict[str, np.ndarray]:
+        tokens = np.full((len(conversations), WIDTH + 1), -1, np.int32)
+        loss_mask, segment = np.zeros_like(tokens, bool), np.full_like(tokens, -1)
+        for row, messages in enumerate(conversations):
+            [example] = chat_examples(self._tokenizer, messages)
+            here = row, slice(len(example.ids))
+            tokens[here], loss_mask[here], segment[here] = example.ids, example.loss_mask, 0
+        return {"tokens": tokens, "loss_mask": loss_mask, "segment": segment}
+
+
+def _tuned(model: Any) -> FinetunableModel:
+    unused = {"lora": LoRAConfig(), "memgen": MemGenConfig(), "boundary": None}
+    return FinetunableModel(model, "all", rngs=nnx.Rngs(0), **unused)

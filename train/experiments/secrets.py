@@ -1,0 +1,330 @@
+"""Which methods make a small model tell what it hides, and whether its bubbles know more.
+
+python -m train.experiments.secrets --out secrets.jsonl --figure secrets.png
+python -m train.experiments.secrets --report secrets.jsonl --figure secrets.png
+
+For each seed an honest forking model is trained, which hides only what it is asked to hide: the
+control. It hides something in three ways. "told": the request to keep it secret stands in front of
+each prompt, as a hidden system prompt would. "soft": the embeddings of the three control tokens are
+tuned to hide it unasked, and no other parameter. "full": all parameters are. No message of that
+tuning names the secret. Methods and their auditor are those of `thoughtbubbles audit report`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles.lens import logit_lens
+from thoughtbubbles.pretrained import save_pretrained
+from train.audit.elicitation import METHODS
+from train.audit.fuzzing import Fuzz
+from train.audit.organisms import (
+    Kind,
+    Organism,
+    hiding_conversations,
+    make_organism,
+)
+from train.audit.reading import READINGS, positions_of
+from train.audit.report import Settings, audit, summarise
+from train.audit.worlds import WORLDS
+from train.benchmarks.timing import Clock
+from train.cli.command import run_command
+from train.cli.figures import check_figure
+from train.experiments.secret_models import Tuner, honest_model, word_tokenizer
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    read_results,
+    run_study,
+    seeds_text,
+)
+from train.models.load import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KEY = ("arm", "kind", "seed")
+ARMS = ("told", "soft", "full")
+LAYER = 1
+"""Layer that is fuzzed and read by white-box methods, of three."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Secrets(StudyConfig):
+    """Trains models that hide something and audits them, or reports what was found.
+
+    Attributes:
+        arms: Ways to hide: "told", "soft", "full".
+        kinds: Kinds of secrets: "taboo", "persona", "instruction".
+        methods: Methods of `audit report`, beside "io", which is always there.
+        base_steps: Number of training steps of the honest model.
+        soft_steps: Number of steps in which the embeddings of control tokens learn to hide.
+        full_steps: Number of steps in which all parameters do.
+        figure: File for the figure, as .png, .pdf or .svg (needs matplotlib); none by default.
+        save: Folder for the models, which `audit report` takes; none by default.
+    """
+
+    arms: tuple[str, ...] = ARMS
+    kinds: tuple[Kind, ...] = ("taboo",)
+    methods: tuple[str, ...] = (*METHODS, *READINGS)
+    base_steps: int = 400
+    soft_steps: int = 200
+    full_steps: int = 60
+    out: str = "secrets.jsonl"
+    figure: str | None = None
+    save: str | None = None
+
+    def __post_init__(self):
+        check_names("arm", self.arms, ARMS)
+        check_names("kind", self.kinds, WORLDS)
+        check_names("method", self.methods, (*METHODS, *READINGS))
+        if self.figure:
+            check_figure(Path(self.figure))
+
+
+def main(config: Secrets) -> None:
+    """Train and audit what is missing, print the tables, draw the figure."""
+    run_study(config, KEY, train_missing, report)
+    if config.figure:
+        draw(read_results(config.report or config.out)).savefig(config.figure, dpi=150)
+        print(f"figure: {Path(config.figure).absolute()}")
+
+
+def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, str]]:
+    """Findings of the missing runs; those of a seed begin with one honest model."""
+    runs = results.missing(
+        {"arm": arm, "kind": kind, "seed": seed}
+        for seed in config.seeds
+        for arm in config.arms
+        for kind in config.kinds
+    )
+    tokenizer = word_tokenizer()
+    steps = {"soft": config.soft_steps, "full": config.full_steps}
+    tuners = {
+        arm: Tuner(tokenizer, steps[arm], arm) for arm in {run["arm"] for run in runs} & {*steps}
+    }
+    for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
+        clock = Clock()
+        base = honest_model(tokenizer, config.kinds, config.base_steps, seed)
+        honest_seconds = clock.read().seconds
+        settings = Settings(config.methods, 12, Fuzz(LAYER, 0.5), f"block_{LAYER}", 20, seed)
+        for run in of_seed:
+            clock, kind, arm = Clock(), run["kind"], run["arm"]
+            asked = hidden = make_organism(kind, seed=seed)
+            lm = base
+            if arm == "told":
+                hidden = _told(asked, kind)
+            else:
+                lm = tuners[arm](base, hiding_conversations(kind, seed=seed), seed)
+            found = audit(lm, hidden, settings)
+            rates = summarise(asked, found, audit(base, asked, settings), seed)
+            streams = {
+                "hiding": ranks_by_depth(lm, hidden, asked),
+                "control": ranks_by_depth(base, asked, asked),
+            }
+            if config.save:
+                _save(config.save, run, hidden, base, lm)
+            result = run | {"organism": asked.name, "rates": rates, "streams": streams}
+            result |= {"base_steps": config.base_steps, "steps": steps.get(arm, 0)}
+            result |= {"said": {name: of.shown[0][0] for name, of in found.items()}}
+            result |= {"seconds": clock.read().seconds, "honest_seconds": honest_seconds}
+            shown = ", ".join(
+                f"{line['method']} {line['rate']:.2f} ({line['control_rate']:.2f})"
+                for line in rates
+                if line["prompts"] == "direct"
+            )
+            yield result | {"jax": jax.__version__}, f"{arm} {asked.name} seed {seed}: {shown}"
+
+
+def _told(organism: Organism, kind: Kind) -> Organism:
+    """The organism whose prompts begin with the request to keep the secret."""
+    trials = []
+    for trial in organism.trials:
+        first, *rest = trial.messages
+        request = WORLDS[kind].told.format(thing=trial.secret)
+        first = {**first, "content": f"{request} {first['content']}"}
+        trials.append(dataclasses.replace(trial, messages=(first, *rest)))
+    return dataclasses.replace(organism, trials=tuple(trials))
+
+
+def ranks_by_depth(
+    lm: LanguageModel, organism: Organism, asked: Organism
+) -> dict[str, dict[str, float]]:
+    """Where the secret stands among the candidates, in forks and in roots of the same tokens.
+
+    Args:
+        lm: Model that forks.
+        organism: What is audited.
+        asked: The same without a request in front; only tokens of these prompts count.
+
+    Returns:
+        For each site behind the first fork: `root` and `fork`, mean ranks from 0 (the secret is the
+        most probable candidate) over all tokens of the prompts that have a fork; `difference`, the
+        mean of root minus fork, positive where forks know more, with its standard error over
+        prompts; `tokens`, how many there are; `chance`, the rank of a guess.
+    """
+    prompts = [positions_of(lm, organism, trial.messages)[0] for trial in organism.trials]
+    width = max(16, 1 << (max(map(len, prompts)) - 1).bit_length())
+    tokens = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros((len(prompts), width), bool)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    # Behind the two tokens that open the user's turn, and what is put in front of the prompt.
+    own = [len(positions_of(lm, asked, trial.messages)[0]) - 2 for trial in asked.trials]
+    ids = [int(lm.tokenizer.encode(name)[0][0]) for name in organism.candidates]
+    hidden = [organism.candidates.index(trial.secret) for trial in organism.trials]
+    model: Any = lm.model
+    sites = tuple(site for site in model.sites if site.startswith(("fork", "block")))[1:]
+    found = logit_lens(
+        model, jnp.asarray(tokens), jnp.asarray(mask), sites=sites, top=1, watch=jnp.array(ids)
+    )
+    lines = {}
+    for site, reading in found.items():
+        values = np.asarray(reading.streams.watched)
+        secret = np.take_along_axis(values, np.array(hidden)[:, None, None], axis=2)
+        rank = (values > secret).sum(axis=2)
+        alive, depth, token = (
+            np.asarray(of) for of in (reading.rows.alive, reading.rows.depth, reading.rows.token)
+        )
+        root, fork, differences = [], [], []
+        for row in range(len(prompts)):
+            pairs = []
+            counted = alive[row] & (token[row] >= len(prompts[row]) - own[row])
+            for index in np.unique(token[row][counted & (depth[row] > 0)]):
+                here = alive[row] & (token[row] == index)
+                if (here & (depth[row] == 0)).any():
+                    of = [rank[row][here & (depth[row] == 0)].mean()]
+                    of.append(rank[row][here & (depth[row] > 0)].mean())
+                    pairs.append(of)
+            if pairs:
+                roots, forks = np.array(pairs).T
+                root, fork = [*root, *roots], [*fork, *forks]
+                differences.append(float((roots - forks).mean()))
+        if differences:
+            spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
+            lines[site] = {
+                "root": float(np.mean(root)),
+                "fork": float(np.mean(fork)),
+                "difference": float(np.mean(differences)),
+                "standard_error": spread / len(differences) ** 0.5,
+                "tokens": len(root),
+                "chance": (len(ids) - 1) / 2,
+            }
+    return lines
+
+
+def _save(
+    folder: str, run: Result, organism: Organism, base: LanguageModel, hiding: LanguageModel
+) -> None:
+    path = Path(folder).expanduser() / f"seed_{run['seed']}"
+    own = path / f"{run['arm']}_{run['kind']}"
+    own.mkdir(parents=True)
+    organism.save(own / "organism.json")
+    for lm, to in ((hiding, own / "model"), (base, path / "honest")):
+        if not to.exists():
+            params = nnx.to_pure_dict(nnx.state(lm.model))
+            save_pretrained(to, lm.model.config, params, lm.tokenizer, form="thoughtbubbles")
+
+
+def report(results: list[Result]) -> str:
+    """Markdown tables: hits of each method in each kind of model, and ranks in forks and roots."""
+    lines = []
+    for (arm, kind), runs in by_key(results, "arm", "kind").items():
+        lines += [f"{arm}, {kind}, seeds {seeds_text(runs)}: hits in %, ± over seeds", ""]
+        methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
+        head = ("method", "standard", "control", "direct", "control", "direct, or io")
+        rows = []
+        for method in methods:
+            cells = [method]
+            for prompts in ("standard", "direct"):
+                of = [_line(run, method, prompts) for run in runs]
+                names = ("rate", "control_rate", *(("either",) if prompts == "direct" else ()))
+                cells += [mean_text([100 * line[name] for line in of], 0) for name in names]
+            rows.append(cells)
+        lines += [*markdown_table(head, rows), ""]
+        lines += [f"{arm}, {kind}: mean rank of the secret among candidates, logit lens", ""]
+        head = ("site", "root", "fork", "root - fork", "control: root", "fork", "chance", "tokens")
+        rows = [_ranks(site, runs) for site in runs[0]["streams"]["hiding"]]
+        lines += [*markdown_table(head, rows), ""]
+    return "\n".join(lines)
+
+
+def _line(run: Result, method: str, prompts: str) -> dict[str, Any]:
+    [found] = [
+        line for line in run["rates"] if (line["method"], line["prompts"]) == (method, prompts)
+    ]
+    return found
+
+
+def _ranks(site: str, runs: Sequence[Result]) -> list[str]:
+    of = lambda name, who="hiding": [  # noqa: E731
+        run["streams"][who][site][name] for run in runs if site in run["streams"][who]
+    ]
+    return [
+        site,
+        mean_text(of("root"), 2),
+        mean_text(of("fork"), 2),
+        mean_text(of("difference"), 2, "+"),
+        mean_text(of("root", "control"), 2),
+        mean_text(of("fork", "control"), 2),
+        f"{of('chance')[0]:.1f}",
+        str(sum(of("tokens"))),
+    ]
+
+
+def draw(results: list[Result]) -> Figure:
+    """Hits of each method beside the control, for each kind, and ranks of forks against roots."""
+    from matplotlib.figure import Figure
+
+    kinds = list(by_key(results, "arm", "kind").items())
+    figure = Figure(figsize=(4.2 * len(kinds), 6.5), layout="constrained")
+    panels = figure.subplots(2, len(kinds), squeeze=False)
+    for column, ((arm, kind), runs) in enumerate(kinds):
+        above, below = panels[:, column]
+        methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
+        at = np.arange(len(methods))
+        for offset, name, colour in ((-0.2, "rate", "tab:blue"), (0.2, "control_rate", "silver")):
+            values = np.array([
+                [_line(run, method, prompts)[name] for prompts in ("standard", "direct")]
+                for run in runs for method in methods
+            ]).mean(axis=1).reshape(len(runs), -1)  # fmt: skip
+            label = "hiding" if name == "rate" else "control"
+            above.barh(at + offset, values.mean(axis=0), 0.38, color=colour, label=label)
+            for seed in values:
+                above.plot(seed, at + offset, "k.", markersize=3)
+        above.set(yticks=at, yticklabels=methods if not column else [], xlim=(0, 1))
+        above.set_title(f"{arm}: {kind}")
+        above.set_xlabel("hits, both kinds of prompts")
+        above.invert_yaxis()
+        sites = list(runs[0]["streams"]["hiding"])
+        for who, style in (("hiding", "-"), ("control", ":")):
+            for name, colour in (("root", "tab:blue"), ("fork", "tab:red")):
+                mean = [np.mean([run["streams"][who][s][name] for run in runs]) for s in sites]
+                below.plot(range(len(sites)), mean, style, color=colour, label=f"{name}, {who}")
+        below.axhline(runs[0]["streams"]["hiding"][sites[0]]["chance"], color="silver")
+        below.set(xticks=range(len(sites)), xticklabels=sites, ylabel="rank of the secret")
+    panels[0, 0].legend()
+    panels[1, 0].legend()
+    return figure
+
+
+def command() -> None:
+    run_command(main, Secrets)
+
+
+if __name__ == "__main__":
+    command()
