@@ -237,7 +237,7 @@ def _save(
     for lm, to in ((hiding, own / "model"), (base, path / "honest")):
         if not to.exists():
             params = nnx.to_pure_dict(nnx.state(lm.model))
-            save_pretrained(to, lm.model.config, params, lm.tokenizer, form="thoughtbubbles")
+            save_pretrained(to, lm.model.config, params, lm.tokenizer, format="thoughtbubbles")
 
 
 def report(results: list[Result]) -> str:
