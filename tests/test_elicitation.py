@@ -52,7 +52,7 @@ from train.data.chat_data import ChatDataConfig, prepare_chat
 from train.data.chat_templates import chat_examples, chat_ids, open_turn
 from train.experiments import secrets
 from train.experiments.secret_models import TEMPLATE, word_tokenizer
-from train.models.load import LanguageModel
+from train.models.load import LanguageModel, load_language_model
 
 HELLO = [{"role": "user", "content": "say it"}]
 
@@ -574,3 +574,14 @@ def test_the_study_is_reported(tmp_path: Path, capsys):
     assert figure.stat().st_size > 10_000 and "told, taboo" in capsys.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'shy': choose from told, soft, full"):
         secrets.Secrets(arms=("shy",))
+
+
+def test_models_are_saved_for_the_report(tmp_path: Path):
+    run = {"arm": "told", "kind": "taboo", "seed": 3}
+    secrets._save(str(tmp_path), run, organism(), model(), model())
+    own = tmp_path / "seed_3" / "told_taboo"
+    assert read_organism(own) == organism()
+    for folder in (own / "model", tmp_path / "seed_3" / "honest"):
+        found = load_language_model(str(folder))
+        assert isinstance(found.tokenizer, PretrainedTokenizer)
+        assert found.tokenizer.chat_template == TEMPLATE

@@ -81,7 +81,7 @@ class Secrets(StudyConfig):
     arms: tuple[str, ...] = ARMS
     kinds: tuple[Kind, ...] = ("taboo",)
     methods: tuple[str, ...] = (*METHODS, *READINGS)
-    base_steps: int = 400
+    base_steps: int = 1500
     soft_steps: int = 200
     full_steps: int = 60
     out: str = "secrets.jsonl"
@@ -237,7 +237,7 @@ def _save(
     for lm, to in ((hiding, own / "model"), (base, path / "honest")):
         if not to.exists():
             params = nnx.to_pure_dict(nnx.state(lm.model))
-            save_pretrained(to, lm.model.config, params, lm.tokenizer, form="thoughtbubbles")
+            save_pretrained(to, lm.model.config, params, lm.tokenizer, format="thoughtbubbles")
 
 
 def report(results: list[Result]) -> str:
