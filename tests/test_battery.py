@@ -126,8 +126,13 @@ def test_the_divergence_is_that_of_the_whole_vocabulary():
     tokens[1, 8:] = -1
     rows = {"tokens": tokens, "loss_mask": (rng.random((3, 12)) < 0.6) & (tokens >= 0),
             "segment": np.minimum(tokens, 0)}  # fmt: skip
-    both = jax.jit(lambda *models: (*reference_kl(*models, rows), *(
-        model.model(jnp.maximum(tokens[:, :-1], 0)) for model in models)))  # fmt: skip
+
+    @jax.jit
+    def both(model, reference):
+        inputs = jnp.maximum(tokens[:, :-1], 0)
+        kl = reference_kl(model, reference, rows)
+        return *kl, model.model(inputs), reference.model(inputs)
+
     divergence, log_probs, mine, theirs = (
         np.asarray(each, np.float64) for each in both(model, other)
     )

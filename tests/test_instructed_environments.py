@@ -73,7 +73,7 @@ def test_fake_variants_count_what_the_prompt_does_not_show():
         problem = task.problem("test", 0)
         names = {letter: name for name, letter in STEPS.items()}
         assert not set(STEPS) & set(task.rendered(task.begin(problem.answer)).shown.answers)
-        original = lambda _, state, names=names: names[shortest(state.game.inner)[0]]  # noqa: E731
+        original = lambda _, state, names=names: names[str(shortest(state.game.inner))[0]]  # noqa: E731
         turn = play(task, problem, original)
         assert turn.success and turn.info["validity"] == 0 and turn.info["malformed"] == 0
     task = environment("general_points", "fake")
@@ -81,7 +81,7 @@ def test_fake_variants_count_what_the_prompt_does_not_show():
     cards = problem.answer["drawn"]
     assert "J counts as 5" in problem.prompt and set(cards) & {"J", "Q", "K"}
     numbers = [10 if card in "JQK" else int(card) for card in cards]
-    formula = formula_text(solve(numbers, 24))
+    formula = solved_text(numbers)
     turn = play(task, problem, lambda *_: formula)
     assert turn.success and turn.info["validity"] == 0
 
@@ -135,6 +135,13 @@ def test_variants_are_those_of_the_paper():
         drawn = [points(name).problem("train", i).answer["drawn"] for i in range(6)]
         assert all(len(cards) == count for cards in drawn)
         assert all(bool(set(cards) & set(LARGE)) == (name == "large") for cards in drawn)
+
+
+def solved_text(numbers: list[int]) -> str:
+    """A formula of these numbers that makes 24."""
+    formula = solve(numbers, 24)
+    assert formula is not None
+    return formula_text(formula)
 
 
 def every_value(numbers: tuple[Fraction, ...]) -> set[Fraction]:
@@ -210,7 +217,7 @@ def test_answers_of_general_points():
     task = environment("general_points", "id")
     problem = dataclasses.replace(task.problem("train", 0))
     numbers = [10 if card in "JQK" else int(card) for card in problem.answer["drawn"]]
-    formula = formula_text(solve(numbers, 24))
+    formula = solved_text(numbers)
     said = lambda text: play(task, problem, lambda *_: text)  # noqa: E731
     whole = json.dumps({"cards": [], "formula": f"{formula}=24"})
     for text in (formula, f"{formula} = 24", whole, f"<think></think><answer>{whole}</answer>"):
