@@ -63,4 +63,4 @@ def test_results_on_file_show_the_frozen_prompt():
         assert scores["held_out"]["validity"] < 0.5 and scores["fake"]["success"] > 0.3
     for scores in last("thoughts, diverse"):
         assert scores["fake"]["success"] < 0.1
-    assert len(last("frozen")) == len(last("thoughts, diverse")) >= 2
+    assert len(last("frozen")) == len(last("thoughts, diverse")) == 3
