@@ -363,7 +363,8 @@ def _fifo_in(of: str, file: str) -> Make:
 def of_damage(count: int = 60) -> Iterator[Case]:
     """Bit flips and truncations at seeded places of every kind of file."""
     pretrain = (*PRETRAIN, "--out", "{here}/out", "--dry-run")[:-1]
-    corpus = lambda name: with_option(pretrain, "--data.corpus", f"{{here}}/{name}")  # noqa: E731
+    tokenizer = ("tokenizer", "--vocab-size", "300", "--out", "{here}/new.json", "--corpus")
+    corpus = lambda name: (*tokenizer, f"{{here}}/{name}")  # noqa: E731
     chats = with_option((*SFT, "--out", "{here}/out"), "--data.path", "{here}/chats.jsonl")
     generate = words_of("generate --checkpoint {here}/run --max-new-tokens 1 --prompt ab")
     export = lambda name: ("export", f"{{here}}/{name}", "--to", "{here}/out")  # noqa: E731

@@ -88,7 +88,7 @@ class Outcome:
             return f"exit status {self.status}: {self.text[-200:]!r}"
         if self.refused and len(errors) != 1:
             return f"{len(errors)} error lines and status {self.status}: {self.text[-300:]!r}"
-        if self.refused and len(errors[0]) > 1500:
+        if self.refused and len(errors[0]) > 1000:
             return f"an error line of {len(errors[0])} characters: {errors[0][:200]}"
         if self.refused and "Traceback" in errors[0]:
             return f"a traceback in a line: {errors[0][:200]}"

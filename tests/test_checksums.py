@@ -1,6 +1,7 @@
 """Damage of one bit, anywhere in a checkpoint, is one line that names file, array and way out."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -160,6 +161,15 @@ def test_long_pieces_are_folded_as_fletcher_has_it(tmp_path: Path):
     assert checksum(swapped) != expected
     assert checksum(data[: 1 << 19]) != expected
     assert checksum(bytes(len(data))) != expected
+
+
+def test_a_format_of_a_newer_version_is_one_line_of_any_length(run: Path):
+    file = run / "2/meta/metadata"
+    for version in (2, 10**4000):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"format": version}))
+        checksums.write(run / "2")
+        said = refused(lambda: load_meta(run))
+        assert "install a newer one" in said and "has format " in said and len(said) < 500
 
 
 def test_without_checksums_a_checkpoint_is_refused_until_they_are_written(run: Path):

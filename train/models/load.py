@@ -181,7 +181,7 @@ def load_model(
             model = architecture_of(shape).from_params(shape, params, shardings=shardings)
             memgen = None
     except ValueError as error:
-        raise ValueError(f"{error}{missing_plugins(meta['config'])}") from error
+        raise ValueError(f"{path}: {error}{missing_plugins(meta['config'])}") from error
     return LoadedRun(
         model,
         tokenizer_of(meta),

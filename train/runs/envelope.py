@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thoughtbubbles.fields import shown
 from train.runs.files import check_regular
 from train.runs.leaves import CheckpointError, forms, key_impls
 
@@ -46,8 +47,8 @@ def read_envelope(folder: Path) -> dict[str, Any]:
     if version > FORMAT:
         unknown = ", ".join(sorted(envelope.keys() - {"format", *_PARTS})) or "none"
         raise CheckpointError(
-            f"checkpoint {folder} has format {version}, this version of thoughtbubbles reads "
-            f"{FORMAT} (fields unknown here: {unknown[:100]}): install a newer one"
+            f"checkpoint {folder} has format {shown(version)}, this version of thoughtbubbles "
+            f"reads {FORMAT} (fields unknown here: {unknown[:100]}): install a newer one"
         )
     parts = {part: envelope.get(part) for part in _PARTS}
     for part, value in parts.items():
