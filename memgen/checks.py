@@ -33,6 +33,19 @@ def check_config(config: Any, kind: type) -> None:
         )
 
 
+def check_rngs(rngs: Any) -> None:
+    """Raise a ValueError unless these are the keys of Flax, `nnx.Rngs`."""
+    if not hasattr(rngs, "params"):
+        raise ValueError(f"rngs is a {type(rngs).__name__}: give nnx.Rngs(seed), or nnx.Rngs(key)")
+
+
+def check_stop(stop: Any) -> None:
+    """Raise a ValueError unless these are token ids to stop at."""
+    is_list = not isinstance(stop, str) and hasattr(stop, "__iter__")
+    if not is_list or not all(isinstance(end, int) or hasattr(end, "dtype") for end in stop):
+        raise ValueError(f"stop={stop!r}: give a list of token ids, such as (3,)")
+
+
 def check_floating(name: str, dtype: Any) -> None:
     """Raise a ValueError unless a type is of floats: integers would round values to 0."""
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):

@@ -37,6 +37,10 @@ class LoRAConfig:
 
     def __post_init__(self):
         _at_least(self, rank=1)
+        if isinstance(self.targets, str):
+            raise ValueError(f"targets={self.targets!r}: give a tuple, such as ({self.targets!r},)")
+        if not isinstance(self.rank, int):
+            raise ValueError(f"rank={self.rank}: choose a whole number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: choose from 0 to below 1")
         if not 0 < self.alpha < math.inf:

@@ -83,6 +83,10 @@ def check_plan(plan: Plan, tokens: Int[Array, "B L"], slots: int) -> None:
     The number of rows is always checked, widths and points unless they are traced.
     """
     rows, length = tokens.shape
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"a {type(plan).__name__} in place of a plan: give one of plan_insertions, or a Plan"
+        )
     if plan.point.shape[0] != rows:
         raise ValueError(
             f"a plan of {plan.point.shape[0]} rows for tokens of {rows}: make one for these tokens"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from memgen.backbone import DecoderBackbone
-from memgen.checks import check_config
+from memgen.checks import check_config, check_rngs
 from memgen.config import LoRAConfig
 from memgen.module import named
 from memgen.nnx_layers import LayerAxes, choices, linear_axes
@@ -88,6 +88,12 @@ def make_adapter(
             class.
     """
     check_config(config, LoRAConfig)
+    check_rngs(rngs)
+    if not hasattr(backbone, "lora_targets"):
+        raise ValueError(
+            f"{type(backbone).__name__} has no lora_targets, which name its linear layers: give a "
+            "decoder, or add a property that returns memgen.linear_layers(self)"
+        )
     lora_targets = backbone.lora_targets
     if not lora_targets:
         raise ValueError(

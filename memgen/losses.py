@@ -41,8 +41,17 @@ def token_log_probs(
         temperature: Temperature that divides the logits.
         valid_vocab_size: Number of ids with a probability, from 0 on; all ids by default.
         chunk: Number of positions at a time; it is lowered for more than 32 rows.
+
+    Raises:
+        ValueError: There is not one hidden state and one entry of the mask for each target.
     """
-    batch, length = targets.shape
+    batch, length = jnp.shape(targets)
+    check_by_token("loss mask", loss_mask, targets)
+    if jnp.ndim(hidden) != 3 or jnp.shape(hidden)[:2] != (batch, length):
+        raise ValueError(
+            f"hidden states of shape {jnp.shape(hidden)} for targets of shape {(batch, length)}: "
+            "give one vector for each target"
+        )
     chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
     parts = -(-length // chunk)
     padding = ((0, 0), (0, parts * chunk - length))

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone, check_backbone
-from memgen.checks import check_config, checked_ids
+from memgen.checks import check_config, check_rngs, checked_ids
 from memgen.config import MemGenConfig
 from memgen.insertion import (
     Plan,
@@ -92,6 +93,12 @@ class MemGen(Module):
         self.reasoner = nnx.data(reasoner)
         self.weaver_backbone = nnx.data(weaver_backbone)
         self.trigger_backbone = nnx.data(trigger_backbone)
+        check_rngs(rngs)
+        if np.ndim(boundary) != 1:
+            raise ValueError(
+                f"a boundary table of shape {np.shape(boundary)}: give one number for each id, as "
+                "memgen.boundary_table makes it"
+            )
         if len(boundary) != reasoner.vocab_size:
             raise ValueError(
                 f"the boundary table has {len(boundary)} ids, the reasoner {reasoner.vocab_size}: "

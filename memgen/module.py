@@ -7,7 +7,9 @@ import inspect
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Dtype, Initializer
 
 Param = TypeVar("Param", bound=nnx.Variable)
 
@@ -25,6 +27,19 @@ def named(
     """
     # Not sharded where it is made, for which Flax would need a mesh.
     return kind(value, inputs=inputs, out_sharding=axes, eager_sharding=False)
+
+
+def checked_kernel(
+    init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Dtype
+) -> jax.Array:
+    """What an initializer gives; a ValueError unless it has the shape that was asked for."""
+    kernel = jnp.asarray(init(key, shape, dtype))
+    if kernel.shape != shape:
+        raise ValueError(
+            f"kernel_init gives an array of shape {kernel.shape} for a kernel of {shape}: "
+            "return one of the shape that it is called with"
+        )
+    return kernel
 
 
 class _Constructor:

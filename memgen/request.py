@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from memgen.checks import check_stop
 from memgen.model import MemGen
 from memgen.short_repr import ShortRepr
 from memgen.trigger import AlwaysInvoke, LearnedInvoke, RandomInvoke, Trigger, TriggerPolicy
@@ -95,6 +96,7 @@ def make_request(
         _check_pytree("keep_memory", keep_memory)
     if retriever is not None and memgen.config.weaver.context == "nothing":
         raise ValueError("context='nothing' takes no text from a retriever: drop one of them")
+    check_stop(stop)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
     if not (np.isfinite(temperature) and temperature >= 0):

@@ -10,10 +10,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone
-from memgen.checks import check_config, check_floating, check_width
+from memgen.checks import check_config, check_floating, check_rngs, check_width
 from memgen.config import TriggerConfig
 from memgen.lora import make_adapter
-from memgen.module import Module, named
+from memgen.module import Module, checked_kernel, named
 
 
 class TriggerParam(nnx.Param):
@@ -48,6 +48,7 @@ class Trigger(Module):
     ):
         check_config(config, TriggerConfig)
         check_floating("param_dtype", param_dtype)
+        check_rngs(rngs)
         self.config = config
         adapted = config.source != "reasoner_hidden"
         self.adapter = (
@@ -57,7 +58,7 @@ class Trigger(Module):
         if kernel_init is None:
             kernel = jnp.zeros(shape, param_dtype)
         else:
-            kernel = jnp.asarray(kernel_init(rngs.params(), shape, param_dtype))
+            kernel = checked_kernel(kernel_init, rngs.params(), shape, param_dtype)
         self.kernel = named(TriggerParam, kernel, ("embed", None), inputs=1)
         odds = math.log(config.init_invoke_prob / (1 - config.init_invoke_prob))
         self.bias = named(TriggerParam, jnp.array([0.0, odds], param_dtype), (None,))

@@ -9,11 +9,11 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from memgen.backbone import DecoderBackbone
-from memgen.checks import check_config, check_floating, check_width
+from memgen.checks import check_config, check_floating, check_rngs, check_width
 from memgen.config import WeaverConfig
 from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
-from memgen.module import Module, named
+from memgen.module import Module, checked_kernel, named
 from memgen.placement import broadcast_beside, placed_beside, repeat_beside
 from memgen.short_repr import short_repr
 
@@ -81,7 +81,7 @@ class Projection(Module):
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
 
         make = kernel_init or uniform
-        kernel = jnp.asarray(make(rngs.params(), (inputs, outputs), param_dtype))
+        kernel = checked_kernel(make, rngs.params(), (inputs, outputs), param_dtype)
         self.kernel = named(WeaverParam, kernel, ("embed", None), inputs=1)
         bias = uniform(rngs.params(), (outputs,), param_dtype)
         self.bias = named(WeaverParam, bias, (None,))
@@ -121,6 +121,7 @@ class Weaver(Module):
     ):
         check_config(config, WeaverConfig)
         check_floating("param_dtype", param_dtype)
+        check_rngs(rngs)
         self.config = config
         width, has_context = backbone.embed_dim, config.context != "nothing"
         query_width = width if has_context else reasoner.embed_dim

@@ -48,7 +48,7 @@ MISTAKES = {
         lambda: FORK.extend(START, PrefixRank(2.0).init_state(ROWS, MAX)),
         "extend from a RankState: give the ForkCache of fork.init_cache",
     ),
-    "a size": (lambda: FORK.init_cache(0, 8), "batch=0, max_tokens=8: choose 1 or more"),
+    "a size": (lambda: FORK.init_cache(0, 8), "batch=0: choose 1 or more"),
     "sizes of two": (
         lambda: LATER.init_cache(ROWS, 9, before=EMPTY),
         "max_tokens=9 behind a fork layer of batch=2, max_tokens=8",

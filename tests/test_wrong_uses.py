@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -130,6 +131,118 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: join_segments(g.array(3, 4), g.ids(2, 4)),
         r"\(3, 4\) for segment ids of shape \(2, 4\): give",
     ),
+    "values of other streams": (
+        lambda g: g.streams().attenuate(g.array(2, 3, 8)),
+        r"values of shape \(2, 3, 8\) for streams \(2, 4\): give",
+    ),
+    "a bubble of other rows": (
+        lambda g: g.streams().bubble_of(g.ids(3), 2),
+        r"tokens of shape \(3,\) for 2 rows: give",
+    ),
+    "half a copy": (lambda g: g.streams(copies=1.5), "copies=1.5: give a whole number"),
+    "ranks of other tokens": (
+        lambda g: restore_alignment(g.array(2, 4, 3), g.ids(2, 4) > 0, g.ids(2, 3)),
+        r"rank of shape \(2, 3\) for a mask of shape \(2, 4\): give",
+    ),
+    "ranks of floats": (
+        lambda g: restore_alignment(g.array(2, 4, 3), g.ids(2, 4) > 0, g.array(2, 4)),
+        "rank of type float32: give integers",
+    ),
+    "values of one axis": (
+        lambda g: restore_alignment(g.array(2), g.ids(2) > 0, g.ids(2)),
+        r"values of shape \(2,\): give \[batch, tokens",
+    ),
+    "lists of tokens": (
+        lambda g: left_align([[1, 2]], [[True, True]]),
+        "values are a list: give",
+    ),
+    "segments of one axis": (
+        lambda g: split_segments(g.ids(4), g.ids(4), 1),
+        r"tokens of shape \(4,\): give \[batch, tokens",
+    ),
+    "half a segment": (
+        lambda g: split_segments(g.ids(2, 4), g.ids(2, 4), 1.5),
+        "num_segments=1.5: give a whole number",
+    ),
+    # Caches of others
+    "entries of another width": (
+        lambda g: token_slots(g.streams(), 4).write(g.array(2, 4, 3), g.array(2, 4, 5)),
+        r"entries of shape \(2, 4, 5\) for a cache of shape \(2, 4, 3\): give",
+    ),
+    "one entry for two caches": (
+        lambda g: token_slots(g.streams(), 4).write(
+            (g.array(2, 4), g.array(2, 4)), (g.array(2, 4),)
+        ),
+        r"entries PyTreeDef\(\(\*,\)\) for caches PyTreeDef\(\(\*, \*\)\): give one",
+    ),
+    "a cache of numbers": (
+        lambda g: token_slots(g.streams(), 4).write(1.0, 2.0),
+        "a cache that is a float: give arrays",
+    ),
+    "slots of an array": (
+        lambda g: token_slots(g.array(2, 4, 8), 4),
+        r"not \(2, 4, 8\): Streams.s",
+    ),
+    "streams in place of a cache": (
+        lambda g: g.fork.init_cache(2, 4, before=g.streams()),
+        "before is a Streams: give the ForkCache",
+    ),
+    "tokens in place of a batch": (
+        lambda g: g.fork.init_cache(g.ids(2, 4), 4),
+        r"batch=\(2, 4\): give a whole number, such as tokens.shape\[0\]",
+    ),
+    "half a row": (lambda g: g.model.init_cache(2.5, 4), "batch=2.5: give a whole number"),
+    "no tokens": (lambda g: g.model.init_cache(2, 0), "max_tokens=0: choose 1 or more"),
+    "tokens in place of a Hatchling's batch": (
+        lambda g: g.hatchling.init_cache(g.ids(2, 4), 4),
+        r"batch=\(2, 4\): give a whole",
+    ),
+    # Keys and initializers
+    "a key in place of Rngs": (
+        lambda g: Fork(8, rngs=jax.random.key(0)),
+        r"rngs is a \w+: give nnx.Rngs\(seed\)",
+    ),
+    "a seed in place of Rngs": (lambda g: Thoughtbubbles(SMALL, rngs=0), "rngs is a int: give nnx"),
+    "a seed for a Hatchling": (lambda g: Hatchling(HATCHLING, rngs=0), "rngs is a int: give nnx"),
+    "a seed for memory": (
+        lambda g: memgen.MemGen(g.model.backbone(), boundary=np.zeros(20), rngs=0),
+        "rngs is a int: give nnx",
+    ),
+    "a seed for an adapter": (
+        lambda g: memgen.make_adapter(g.model.backbone(), LoRAConfig(), rngs=0),
+        "rngs is a int: give nnx",
+    ),
+    "an initializer of another shape": (
+        lambda g: Fork(8, rngs=nnx.Rngs(0), kernel_init=lambda *_: g.array(3)),
+        r"shape \(3,\) for a kernel of \(8, 2\): return",
+    ),
+    "an initializer of a weaver of another shape": (
+        lambda g: memgen.Weaver(
+            *2 * [g.model.backbone()],
+            WeaverConfig(),
+            rngs=nnx.Rngs(0),
+            kernel_init=lambda *_: g.array(3),
+        ),
+        r"shape \(3,\) for a kernel of \(8, 8\): return",
+    ),
+    # Adapters
+    "a delta of no layer": (lambda g: g.model.merge_lora({"w": g.array(3)}), "'w': choose from q"),
+    "a delta of another shape": (
+        lambda g: g.model.merge_lora({"q": g.array(3)}),
+        r"q: a delta of shape \(3,\) for a layer of \(2, 8, 8\): merge",
+    ),
+    "a Hatchling's delta": (
+        lambda g: g.hatchling.merge_lora({"dx": g.array(3)}),
+        r"dx: a delta of shape \(3,\) for a layer of \(8, 16\): merge",
+    ),
+    "a decoder without targets": (
+        lambda g: memgen.make_adapter(
+            nnx.Linear(2, 2, rngs=nnx.Rngs(0)), LoRAConfig(), rngs=nnx.Rngs(0)
+        ),
+        "Linear has no lora_targets, .*: give a decoder",
+    ),
+    "targets in one text": (lambda g: LoRAConfig(targets="qv"), r"'qv': give a tuple"),
+    "half a rank": (lambda g: LoRAConfig(rank=2.5), "rank=2.5: choose a whole number"),
     # Fork layers
     "an array in a fork layer": (lambda g: g.fork(g.array(2, 4, 8)), r"not \(2, 4, 8\): Streams.s"),
     "another width in a fork layer": (lambda g: g.fork(g.streams(6)), "width 6 .* embed_dim=8"),
@@ -157,7 +270,7 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: Fork(8, TopK(2.0), rngs=nnx.Rngs(0)).init_cache(2, 4),
         "TopK.* can't be cached",
     ),
-    "a cache of no rows": (lambda g: g.fork.init_cache(0, 4), "batch=0, max_tokens=4: choose 1"),
+    "a cache of no rows": (lambda g: g.fork.init_cache(0, 4), "batch=0: choose 1"),
     "a cache behind another one": (
         lambda g: g.fork.init_cache(2, 4, g.fork.init_cache(3, 4)),
         "batch=2, .* batch=3",
@@ -326,6 +439,39 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "a trigger policy by name": (
         lambda g: memgen.generate(g.made, [[1]], 4, policy="always"),
         "policy='always': choose a TriggerPolicy",
+    ),
+    "a table of two axes": (
+        lambda g: g.with_memory(boundary=np.zeros((20, 2))),
+        r"boundary table of shape \(20, 2\): give one number",
+    ),
+    "no table": (
+        lambda g: g.with_memory(boundary=None),
+        r"boundary table of shape \(\): give one",
+    ),
+    "ids in place of a plan": (
+        lambda g: g.made.weave(g.ids(2, 4), g.ids(2, 4)),
+        "in place of a plan: give one",
+    ),
+    "targets of other tokens": (
+        lambda g: memgen.token_log_probs(
+            g.model.backbone(), g.array(2, 4, 8), g.ids(2, 3), g.ids(2, 3) > 0
+        ),
+        r"hidden states of shape \(2, 4, 8\) for targets of shape \(2, 3\): give",
+    ),
+    "targets of another mask": (
+        lambda g: memgen.token_log_probs(
+            g.model.backbone(), g.array(2, 4, 8), g.ids(2, 4), g.ids(2, 3) > 0
+        ),
+        r"loss mask of shape \(2, 3\) for tokens of shape \(2, 4\): give",
+    ),
+    "a stop id alone": (lambda g: memgen.generate(g.made, [[1]], 4, stop=3), "stop=3: give a list"),
+    "a text to stop at": (
+        lambda g: memgen.generate(g.made, [[1]], 4, stop="3"),
+        "stop='3': give a list",
+    ),
+    "texts to stop at": (
+        lambda g: memgen.generate(g.made, [[1]], 4, stop=["a"]),
+        "'a'.: give a list",
     ),
     "no prompts": (lambda g: memgen.generate(g.made, [], 4), "prompt"),
     "a prompt beyond the ids": (lambda g: memgen.generate(g.made, [[99]], 4), "99.*20"),

@@ -15,6 +15,7 @@ from flax import nnx
 
 from thoughtbubbles.attention import attend_where
 from thoughtbubbles.cache import Cache, advance, init_cache
+from thoughtbubbles.checks import check_deltas
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.module import Module
@@ -115,6 +116,7 @@ class Backbone(Module):
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:
         """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
+        check_deltas(self.lora_targets, deltas)
         leaves, structure = jax.tree.flatten(self.model)
         model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
         for block, index in _blocks_of(model):

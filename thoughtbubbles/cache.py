@@ -18,6 +18,7 @@ from jax.core import Tracer
 
 from thoughtbubbles.attention import attend_cached
 from thoughtbubbles.bubbles import bubbles_of
+from thoughtbubbles.checks import check_sizes
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.fork_cache import ForkCache, KVSlots, init_fork_cache, token_slots
 from thoughtbubbles.fork_models import check_cacheable
@@ -105,8 +106,7 @@ def init_cache(model: ForkingDecoder, batch: int, max_tokens: int) -> Cache:
     """
     config = model.config
     check_cacheable(config)
-    if batch < 1 or max_tokens < 1:
-        raise ValueError(f"batch={batch}, max_tokens={max_tokens}: choose 1 or more of both")
+    check_sizes(batch=batch, max_tokens=max_tokens)
     slots, groups, forks = max_tokens * config.copies, [], []
     for index, (start, end) in enumerate(config.groups()):
         if index:

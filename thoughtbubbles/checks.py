@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -51,6 +51,42 @@ def _array(values: Any) -> Any:
         raise ValueError(
             f"token ids in a {given} that makes no array: give equally long rows of integers"
         ) from None
+
+
+def check_rngs(rngs: Any) -> None:
+    """Raise a ValueError unless these are the keys of Flax, `nnx.Rngs`."""
+    if not hasattr(rngs, "params"):
+        raise ValueError(f"rngs is a {type(rngs).__name__}: give nnx.Rngs(seed), or nnx.Rngs(key)")
+
+
+def check_stop(stop: Any) -> None:
+    """Raise a ValueError unless these are token ids to stop at."""
+    is_list = not isinstance(stop, str) and hasattr(stop, "__iter__")
+    if not is_list or not all(isinstance(end, int) or hasattr(end, "dtype") for end in stop):
+        raise ValueError(f"stop={stop!r}: give a list of token ids, such as (3,)")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raise a ValueError unless these are whole numbers of 1 or more."""
+    for name, value in sizes.items():
+        if hasattr(value, "shape") and value.shape or not hasattr(value, "__index__"):
+            given = getattr(value, "shape", None) or repr(value)
+            raise ValueError(f"{name}={given}: give a whole number, such as tokens.shape[0]")
+        if value < 1:
+            raise ValueError(f"{name}={value}: choose 1 or more")
+
+
+def check_deltas(targets: Mapping[str, Any], deltas: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless each delta is of a linear layer, and of its shape."""
+    for name, delta in deltas.items():
+        if name not in targets:
+            raise ValueError(f"no linear layer {name!r}: choose from {', '.join(targets)}")
+        stack, *matrix = targets[name]
+        if delta.shape != (*stack, *matrix):
+            raise ValueError(
+                f"{name}: a delta of shape {delta.shape} for a layer of {(*stack, *matrix)}: merge "
+                "the adapter of this model"
+            )
 
 
 def check_floating(name: str, dtype: Any) -> None:

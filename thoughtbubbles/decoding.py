@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from thoughtbubbles.architecture import Architecture
+from thoughtbubbles.checks import check_stop
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.sampling import Sampling, sample
@@ -167,6 +168,7 @@ class _Request:
     def of(
         cls, model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size
     ) -> "_Request":
+        check_stop(stop)
         return cls(
             sampling,
             _row_keys(seed, [tuple(prompt) for prompt in prompts]),

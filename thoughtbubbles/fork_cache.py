@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from thoughtbubbles.checks import check_sizes
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy, Policy
 from thoughtbubbles.short_repr import ShortRepr
@@ -68,7 +69,12 @@ class KVSlots(ShortRepr):
                 new streams.
         """
 
-        def write(stored: jax.Array, new: jax.Array) -> jax.Array:
+        def write(stored: Any, new: Any) -> jax.Array:
+            for name, value in (("a cache", stored), ("an entry", new)):
+                if not hasattr(value, "shape"):
+                    raise ValueError(
+                        f"{name} that is a {type(value).__name__}: give arrays [batch, slots, ...]"
+                    )
             if stored.shape[:2] != (self.alive.shape[0], self.capacity):
                 raise ValueError(
                     f"a cache of shape {stored.shape} for {self.alive.shape[0]} rows of "
@@ -80,8 +86,16 @@ class KVSlots(ShortRepr):
                     f"entries of shape {new.shape} for new streams {self.alive.shape}: give "
                     "[batch, streams, ...] of the same call"
                 )
+            if new.shape[2:] != stored.shape[2:]:
+                raise ValueError(
+                    f"entries of shape {new.shape} for a cache of shape {stored.shape}: give "
+                    "both the same axes behind the second"
+                )
             return append(stored, new, self.used, self.alive)
 
+        given, there = jax.tree.structure(new), jax.tree.structure(stored)
+        if given != there:
+            raise ValueError(f"entries {given} for caches {there}: give one for each cache")
         return jax.tree.map(write, stored, new)
 
 
@@ -96,8 +110,10 @@ def token_slots(streams: Streams, max_tokens: int) -> KVSlots:
         ValueError: The streams have passed a fork layer, or their tokens do not fit (unless `jit`
             traces them).
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: choose 1 or more")
+    check_sizes(max_tokens=max_tokens)
+    if not isinstance(streams, Streams):
+        shape = getattr(streams, "shape", type(streams).__name__)
+        raise ValueError(f"token_slots takes Streams, not {shape}: Streams.start(x)")
     if streams.forked:
         raise ValueError(
             f"token_slots of {streams.token.shape} streams behind a fork layer: take the slots "
@@ -157,8 +173,12 @@ def init_fork_cache(
         ValueError: The policy can't be cached, a size is below 1, or `before` has other sizes.
     """
     causal = _causal(policy)
-    if batch < 1 or max_tokens < 1:
-        raise ValueError(f"batch={batch}, max_tokens={max_tokens}: choose 1 or more of both")
+    check_sizes(batch=batch, max_tokens=max_tokens)
+    if before is not None and not isinstance(before, ForkCache):
+        raise ValueError(
+            f"before is a {type(before).__name__}: give the ForkCache of the fork layer in front, "
+            "or leave it out"
+        )
     if before is not None and (before.length.shape[0], before.max_tokens) != (batch, max_tokens):
         raise ValueError(
             f"batch={batch}, max_tokens={max_tokens} behind a fork layer of "

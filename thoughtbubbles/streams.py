@@ -149,6 +149,11 @@ class Streams(ShortRepr):
         Applied to the values of attention (eq. 8) and to what a block adds to the residuals (eqs.
         9-10).
         """
+        if jnp.shape(values)[:2] != self.log_score.shape:
+            raise ValueError(
+                f"values of shape {jnp.shape(values)} for streams {self.log_score.shape}: give "
+                "[batch, streams, ...] of these streams"
+            )
         score = self.score().reshape(self.log_score.shape + (1,) * (values.ndim - 2))
         return values * score.astype(values.dtype)
 
@@ -159,6 +164,11 @@ class Streams(ShortRepr):
             token: Index of the token in each row.
             max_bubble: Static upper bound on the number of streams of a token.
         """
+        if jnp.shape(token) != self.token.shape[:1]:
+            raise ValueError(
+                f"tokens of shape {jnp.shape(token)} for {self.token.shape[0]} rows: give one "
+                "index a row"
+            )
         slots = self.token.shape[1]
         mine = (self.token == token[:, None]) & self.alive
         last = slots - 1 - jnp.argmax(mine[:, ::-1], axis=1)
@@ -239,6 +249,8 @@ def _check_start(x, length, copies, first) -> None:
         raise ValueError(
             f"residuals of shape {jnp.shape(x)}: Streams.start takes [batch, tokens, width]"
         )
+    if not hasattr(copies, "__index__"):
+        raise ValueError(f"copies={copies!r}: give a whole number; 1 means no copies")
     if copies < 1:
         raise ValueError(f"copies={copies} is below 1: 1 means no copies")
     for name, value in (("length", length), ("first", first)):
@@ -302,6 +314,12 @@ def restore_alignment(
         ValueError: The mask is not of these tokens.
     """
     mask = _real(mask, values)
+    if not hasattr(rank, "shape") or rank.shape != mask.shape:
+        raise ValueError(
+            f"a rank of shape {jnp.shape(rank)} for a mask of shape {mask.shape}: give what "
+            "left_align returned for this mask"
+        )
+    _check_integers("rank", rank.dtype)
     mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
     rank = rank.reshape(rank.shape + (1,) * (values.ndim - 2))
     return jnp.where(mask, jnp.take_along_axis(values, rank, axis=1), 0)
@@ -325,6 +343,9 @@ def split_segments(
         ValueError: `N` is below 1, there is not one id for each token, or a segment id is not from
             0 to `N`; under `jit`, where ids are unknown, `join_segments` gives NaN for its tokens.
     """
+    _check_rows(tokens=tokens, segment_ids=segment_ids)
+    if not hasattr(num_segments, "__index__"):
+        raise ValueError(f"num_segments={num_segments!r}: give a whole number")
     if num_segments < 1:
         raise ValueError(f"num_segments={num_segments} is below 1: give the largest segment id")
     if segment_ids.shape != tokens.shape[:2]:
@@ -357,6 +378,7 @@ def join_segments(
     Raises:
         ValueError: The rows of values are not a multiple of those of ids, or of other lengths.
     """
+    _check_rows(values=values, segment_ids=segment_ids)
     if values.shape[0] % segment_ids.shape[0] or values.shape[1] != segment_ids.shape[1]:
         raise ValueError(
             f"values of shape {values.shape} for segment ids of shape {segment_ids.shape}: give "
@@ -378,7 +400,19 @@ def _segments(segment_ids: jax.Array, num_segments: int) -> jax.Array:
     return mask.reshape(-1, segment_ids.shape[1])
 
 
+def _check_rows(**arrays: Any) -> None:
+    """Raise a ValueError unless these are arrays `[batch, tokens, ...]`."""
+    for name, values in arrays.items():
+        if not hasattr(values, "shape"):
+            raise ValueError(f"{name} are a {type(values).__name__}: give an array, by jnp.asarray")
+        if len(values.shape) < 2:
+            raise ValueError(f"{name} of shape {values.shape}: give [batch, tokens, ...]")
+
+
 def _real(mask: jax.Array, values: jax.Array) -> jax.Array:
+    _check_rows(values=values)
+    if not hasattr(mask, "shape"):
+        raise ValueError(f"a mask that is a {type(mask).__name__}: give an array, by jnp.asarray")
     if mask.shape != values.shape[:2]:
         raise ValueError(
             f"a mask of shape {mask.shape} for tokens of shape {values.shape}: give one entry "

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from thoughtbubbles.checks import check_choice
+from thoughtbubbles.checks import check_choice, check_rngs
 from thoughtbubbles.module import Module
 
 if TYPE_CHECKING:
@@ -50,13 +50,23 @@ def weight(
         init: Initializer in place of that distribution. It is called for a matrix of all inputs by
             all outputs, so that what it makes of fan-in and fan-out is right.
         dtype: Type of the weight.
+
+    Raises:
+        ValueError: The keys are not those of Flax, or the initializer gives another shape.
     """
+    check_rngs(rngs)
     key = rngs.params()
     if init is None:
         value = (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
     else:
         matrix = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-        value = jnp.asarray(init(key, matrix, dtype)).reshape(shape)
+        value = jnp.asarray(init(key, matrix, dtype))
+        if value.shape != matrix:
+            raise ValueError(
+                f"kernel_init gives an array of shape {value.shape} for a kernel of {matrix}: "
+                "return one of the shape that it is called with"
+            )
+        value = value.reshape(shape)
     return named(nnx.Param, value, axes, inputs)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from thoughtbubbles.checks import check_deltas
 from thoughtbubbles.hatchling.config import HatchlingConfig
 
 # The names of the axes of each layer: of its stack, there is none, its inputs and its outputs.
@@ -36,7 +37,12 @@ def with_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
 
 
 def merged(model: Any, deltas: Mapping[str, jax.Array]) -> Any:
-    """The model with `deltas [inputs, outputs]` added to Dx and E."""
+    """The model with `deltas [inputs, outputs]` added to Dx and E.
+
+    Raises:
+        ValueError: A name is that of another layer, or a delta has another shape than its layer.
+    """
+    check_deltas(model.lora_targets, deltas)
     copy = _copy(model)
     for name, delta in deltas.items():
         kernel = {"dx": copy.dx, "e": copy.e}[name]

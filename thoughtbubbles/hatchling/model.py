@@ -15,7 +15,13 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from thoughtbubbles.architecture import Constrain
-from thoughtbubbles.checks import check_config, check_floating, check_ids, check_integers
+from thoughtbubbles.checks import (
+    check_config,
+    check_floating,
+    check_ids,
+    check_integers,
+    check_sizes,
+)
 from thoughtbubbles.hatchling import lora
 from thoughtbubbles.hatchling.attention import (
     Reach,
@@ -180,8 +186,7 @@ class Hatchling(SitedHatchling):
 
     def init_cache(self, batch: int, max_tokens: int) -> State:
         """The state of `batch` empty rows; it has no limit, whatever `max_tokens` says."""
-        if batch < 1:
-            raise ValueError(f"batch={batch}: choose 1 or more")
+        check_sizes(batch=batch)
         config = self.config
         shape = (config.num_layers, batch, config.num_heads, config.head_neurons, config.embed_dim)
         return State(jnp.zeros((batch,), jnp.int32), jnp.zeros(shape))
