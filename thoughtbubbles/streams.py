@@ -55,10 +55,10 @@ class Streams(ShortRepr):
     @classmethod
     def start(
         cls,
-        x: Float[Array, "B T D"],
-        length: Int[Array, " B"] | None = None,
+        x: Float[Array | np.ndarray, "B T D"],
+        length: Int[Array | np.ndarray, " B"] | None = None,
         copies: int = 1,
-        first: Int[Array, " B"] | None = None,
+        first: Int[Array | np.ndarray, " B"] | None = None,
     ) -> Streams:
         """The streams at the input: one per token, or `copies` of it for copy-k.
 
@@ -73,6 +73,7 @@ class Streams(ShortRepr):
                 traced by `jit` are checked by `Fork.extend` alone, whose rows become NaN).
         """
         _check_start(x, length, copies, first)
+        x = jnp.asarray(x)
         num_tokens, continued = x.shape[1], first is not None
         length = broadcast_beside(num_tokens if length is None else length, x, 1)
         first = broadcast_beside(0 if first is None else first, x, 1)
@@ -277,7 +278,7 @@ def _check_integers(name: str, dtype: Any) -> None:
 
 
 def left_align(
-    tokens: Shaped[Array, "B T *rest"], mask: Bool[Array, "B T"]
+    tokens: Shaped[Array | np.ndarray, "B T *rest"], mask: Bool[Array | np.ndarray, "B T"]
 ) -> tuple[Shaped[Array, "B T *rest"], Int[Array, " B"], Int[Array, "B T"]]:
     """Move the real tokens of each row to its start, in order.
 
@@ -301,7 +302,9 @@ def left_align(
 
 
 def restore_alignment(
-    values: Shaped[Array, "B T *rest"], mask: Bool[Array, "B T"], rank: Int[Array, "B T"]
+    values: Shaped[Array, "B T *rest"],
+    mask: Bool[Array | np.ndarray, "B T"],
+    rank: Int[Array, "B T"],
 ) -> Shaped[Array, "B T *rest"]:
     """Undo `left_align` for values of each token; those of padding become 0.
 
@@ -326,7 +329,9 @@ def restore_alignment(
 
 
 def split_segments(
-    tokens: Shaped[Array, "B T *rest"], segment_ids: Int[Array, "B T"], num_segments: int
+    tokens: Shaped[Array | np.ndarray, "B T *rest"],
+    segment_ids: Int[Array | np.ndarray, "B T"],
+    num_segments: int,
 ) -> tuple[Shaped[Array, "B*N T *rest"], Int[Array, " B*N"]]:
     """Rows of one text each, out of packed rows: a fork policy's budget is that of a row.
 
@@ -367,7 +372,7 @@ def split_segments(
 
 
 def join_segments(
-    values: Shaped[Array, "B*N T *rest"], segment_ids: Int[Array, "B T"]
+    values: Shaped[Array, "B*N T *rest"], segment_ids: Int[Array | np.ndarray, "B T"]
 ) -> Shaped[Array, "B T *rest"]:
     """Undo `split_segments` for float values of each token; those of padding become 0.
 
@@ -394,10 +399,11 @@ def join_segments(
     return jnp.where(wrong.reshape(wrong.shape + (1,) * (values.ndim - 2)), jnp.nan, joined)
 
 
-def _segments(segment_ids: jax.Array, num_segments: int) -> jax.Array:
+def _segments(segment_ids: jax.Array | np.ndarray, num_segments: int) -> jax.Array:
     """`[B*N, T]` bool, tokens of each text of each row."""
-    mask = segment_ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[None, :, None]
-    return mask.reshape(-1, segment_ids.shape[1])
+    ids = jnp.asarray(segment_ids)
+    mask = ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[None, :, None]
+    return mask.reshape(-1, ids.shape[1])
 
 
 def _check_rows(**arrays: Any) -> None:
@@ -409,7 +415,7 @@ def _check_rows(**arrays: Any) -> None:
             raise ValueError(f"{name} of shape {values.shape}: give [batch, tokens, ...]")
 
 
-def _real(mask: jax.Array, values: jax.Array) -> jax.Array:
+def _real(mask: jax.Array | np.ndarray, values: jax.Array | np.ndarray) -> jax.Array:
     _check_rows(values=values)
     if not hasattr(mask, "shape"):
         raise ValueError(f"a mask that is a {type(mask).__name__}: give an array, by jnp.asarray")
@@ -420,4 +426,4 @@ def _real(mask: jax.Array, values: jax.Array) -> jax.Array:
         )
     if jnp.issubdtype(mask.dtype, jnp.inexact):
         raise ValueError(f"a mask of type {mask.dtype}: give bool, such as mask > 0")
-    return mask.astype(bool)
+    return jnp.asarray(mask).astype(bool)

@@ -72,6 +72,14 @@ def rows(tokens: jax.Array, mask: jax.Array, segment_ids: jax.Array) -> tuple[ja
     return back, tb.join_segments(packed.astype(jnp.float32), segment_ids), length, lengths
 
 
+def of_numpy(x: np.ndarray, tokens: np.ndarray, mask: np.ndarray, length: np.ndarray) -> jax.Array:
+    streams = tb.Streams.start(x, length, first=length)
+    aligned, _, rank = tb.left_align(tokens, mask)
+    rows, _ = tb.split_segments(tokens, tokens, 2)
+    assert_type(streams.x, jax.Array)
+    return tb.restore_alignment(aligned, mask, rank) + rows.sum()
+
+
 class Half(tb.PolicyDefaults):
     """Keeps originals alone."""
 
