@@ -17,7 +17,7 @@ from tiny import BASE, heavy_model, random_tokens
 import memgen
 from memgen import LoRAConfig, MemGenConfig, WeaverConfig, plan_insertions
 from thoughtbubbles import ModelConfig
-from train import evaluate, generate, sft
+from train import evaluate, export, generate, sft
 from train.data import DataConfig
 from train.data.chat_data import ChatDataConfig, one_response_rows, prepare_chat
 from train.devices.mesh import MeshConfig, make_mesh, shard_bytes, state_shardings
@@ -184,6 +184,27 @@ def test_a_merged_adapter_is_the_tuned_model(base, chats, whole):
     expected = np.where(rows["loss_mask"][:, 1:], expected, 0)
     np.testing.assert_allclose(log_probs_of(finetunable, rows), expected, atol=1e-5)
     assert np.abs(unadapted - merged).max() > 1e-3
+
+
+def test_the_adapter_of_a_run_is_exported_for_peft(base, chats, whole, tmp_path, capsys):
+    out, _ = whole("lora")
+    export.main(export.ExportConfig(run=str(out), to=str(tmp_path / "low"), adapter_only=True))
+    assert f"--model {base} --adapter {tmp_path / 'low'}" in capsys.readouterr().out
+    loaded = load_language_model(str(base)).with_adapter(str(tmp_path / "low")).model
+    expected = load_language_model(str(out)).model
+    before = load_language_model(str(base)).model
+    states = [jax.tree.leaves(nnx.state(model)) for model in (loaded, expected, before)]
+    for a, b in zip(*states[:2], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(states[0], states[2], strict=True))
+    fields = json.loads((tmp_path / "low/adapter_config.json").read_text())
+    assert (fields["r"], fields["base_model_name_or_path"]) == (LORA.rank, str(base))
+    with pytest.raises(ValueError, match="trained 'weaver', not a LoRA adapter: leave"):
+        export.export_adapter(whole("weaver")[0], tmp_path / "other")
+    with pytest.raises(
+        ValueError, match="adapter_only with format=auto, dtype=bfloat16: an adapter"
+    ):
+        export.ExportConfig(run="a", to="b", adapter_only=True, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["lora", "weaver"])

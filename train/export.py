@@ -1,6 +1,7 @@
 """The model of a run as a folder of weights, config and tokenizer, for any machine.
 
 thoughtbubbles export runs/tiny --to tiny_model
+thoughtbubbles export runs/sft --to adapter --adapter-only
 """
 
 import dataclasses
@@ -12,12 +13,13 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from thoughtbubbles.adapters import save_adapter
 from thoughtbubbles.families import family_of
 from thoughtbubbles.pretrained import save_pretrained
 from thoughtbubbles.safetensors_files import check_new_folder
 from train.cli.command import run_command
 from train.cli.numbers import check_least
-from train.models.load import LanguageModel, load_model, load_weights
+from train.models.load import LanguageModel, load_model, load_run_adapter, load_weights
 from train.runs.metadata import load_run_meta
 
 Format = Literal["auto", "transformers", "thoughtbubbles"]
@@ -37,6 +39,8 @@ class ExportConfig:
             fork don't have; "thoughtbubbles", which holds every model and which `--model` and
             `load_pretrained` load; or "auto", the first where there is one.
         dtype: Type of the stored weights; that of the model's own by default.
+        adapter_only: Whether the LoRA adapter of a fine-tuned run is written in place of its model,
+            as a folder of `peft` (in float32), which `--adapter` loads.
     """
 
     run: tyro.conf.Positional[str]
@@ -44,9 +48,15 @@ class ExportConfig:
     step: int | None = None
     format: Format = "auto"
     dtype: Dtype | None = None
+    adapter_only: bool = False
 
     def __post_init__(self):
         check_least(self, step=0)
+        if self.adapter_only and (self.format != "auto" or self.dtype is not None):
+            raise ValueError(
+                f"adapter_only with format={self.format}, dtype={self.dtype}: an adapter has one format "
+                "and type, leave these out"
+            )
 
 
 def export_model(
@@ -90,6 +100,33 @@ def export_model(
     return (
         f"{to}: {_readable(sum(files.values()))} ({listed})\n"
         f"--model {to} and load_pretrained load it; {theirs}"
+    )
+
+
+def export_adapter(run: str | Path, to: str | Path, step: int | None = None) -> str:
+    """Write the LoRA adapter of a fine-tuned run as a folder that `peft` loads.
+
+    Args:
+        run: Run folder, or the folder of one of its steps.
+        to: New folder; an empty one may exist.
+        step: Step of the run; the newest by default.
+
+    Returns:
+        Text that says what was written, and what loads it.
+
+    Raises:
+        ValueError: The folder is there already, the run trained something else, or a layer has no
+            name in `transformers`.
+        OSError: The folder can't be written; nothing is left of it.
+    """
+    to = Path(to).expanduser()
+    check_new_folder(to)
+    adapter, base, dropout = load_run_adapter(run, step)
+    save_adapter(to, adapter, base=base, dropout=dropout)
+    size = _readable(sum(file.stat().st_size for file in to.iterdir()))
+    return (
+        f"{to}: {size} (adapter of {', '.join(adapter)} for {base})\n"
+        f"--model {base} --adapter {to} and PeftModel.from_pretrained load it"
     )
 
 
@@ -150,6 +187,9 @@ def _readable(size: int) -> str:
 def main(config: ExportConfig) -> None:
     """Export and say what was written."""
     check_new_folder(Path(config.to).expanduser())  # before anything is read
+    if config.adapter_only:
+        print(export_adapter(Path(config.run).expanduser(), config.to, config.step))
+        return
     print(export_model(_load(config), config.to, config.format, config.dtype))
 
 

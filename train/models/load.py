@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -24,7 +25,7 @@ from memgen import (
 )
 from memgen import load_params as load_trained
 from thoughtbubbles import Architecture, Thoughtbubbles
-from thoughtbubbles.adapters import load_adapter
+from thoughtbubbles.adapters import LoRAWeights, load_adapter
 from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.fields import Fields
 from thoughtbubbles.pretrained import load_pretrained
@@ -192,6 +193,34 @@ def load_model(
         python=meta.get("python"),
         sources=meta.get("sources") or {},
     )
+
+
+def load_run_adapter(
+    path: str | Path, step: int | None = None
+) -> tuple[dict[str, LoRAWeights], str, float]:
+    """The LoRA adapter of a fine-tuned run, the weights that it belongs to, and its dropout rate.
+
+    Args:
+        path: Run folder, or one of its checkpoints.
+        step: Step of the run; the newest by default.
+
+    Raises:
+        ValueError: The run trained something else than a LoRA adapter.
+    """
+    meta, params = load_params(path, step)
+    config = checked_meta(meta, path)["config"]
+    if config.get("train") != "lora" or "adapter" not in params:
+        raise ValueError(
+            f"{path} trained {config.get('train', 'all')!r}, not a LoRA adapter: leave "
+            "--adapter-only out"
+        )
+    lora = lora_from_json(config.get("lora"))
+    adapter = {}
+    for name, sides in params["adapter"].items():
+        a, b = jnp.asarray(sides["a"]), jnp.asarray(sides["b"])
+        scale = jnp.full(a.shape[:-2], lora.alpha / lora.rank, jnp.float32)
+        adapter[name] = LoRAWeights(a, b, scale)
+    return adapter, config["weights"], lora.dropout
 
 
 def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
