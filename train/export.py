@@ -54,8 +54,8 @@ class ExportConfig:
         check_least(self, step=0)
         if self.adapter_only and (self.format != "auto" or self.dtype is not None):
             raise ValueError(
-                f"adapter_only with format={self.format}, dtype={self.dtype}: an adapter has one format "
-                "and type, leave these out"
+                f"adapter_only with format={self.format}, dtype={self.dtype}: an adapter has one "
+                "format and type, leave these out"
             )
 
 
