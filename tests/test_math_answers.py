@@ -3,6 +3,9 @@
 import concurrent.futures
 import importlib.util
 import json
+import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from train.rl.named_tasks import make_task
+from train.rl.tasks import math_answers
 from train.rl.tasks.math_answers import MathGrader, in_box, plain_number
+from train.rl.tasks.truthful import boxed
 from train.rl.types import Completion, Problem, Reward
 
 
@@ -83,6 +88,14 @@ TABLE = [
     ("A", r"\boxed{A}", True),
     ("A", r"\boxed{B}", False),
 ]
+# The last box counts; math-verify itself takes boxes that stand near each other together.
+TWO_BOXES = [
+    (r"\frac{3}{4}", r"First \boxed{\frac{1}{2}}, no: \boxed{\frac{3}{4}}", True),
+    (r"\frac{3}{4}", r"\boxed{\frac{1}{2}} \boxed{\frac{3}{4}}", True),
+    (r"\frac{3}{4}", r"\boxed{\frac{3}{4}} and \boxed{\frac{1}{2}}", False),
+    (r"\sqrt{2}", r"$\sqrt{3}$ or \boxed{\sqrt{3}}, so \boxed{\sqrt{2}}.", True),
+    ("1,2", r"\boxed{1}, \boxed{2}", False),
+]
 # Plain numbers, which never come to math-verify: it rounds, and reads the first of two boxes.
 EXACT = [
     ("7", r"\boxed{7.0}", True),
@@ -96,13 +109,18 @@ EXACT = [
     ("7", r"\boxed{7}, or \boxed{8}", False),
 ]
 FAKE = """
-import time
+import os, pathlib, signal
 def parse(text, parsing_timeout=5):
     assert parsing_timeout is None
     if "forever" in text:
         while True: pass
     if "memory" in text:
         return [bytearray(2**40)]
+    if "killed" in text:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "once" in text and not os.path.exists(__file__ + ".once"):
+        pathlib.Path(__file__ + ".once").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     if "raise" in text:
         raise RecursionError("too deep")
     print("a package that prints")
@@ -132,7 +150,7 @@ def real() -> Iterator[MathGrader]:
     grader.close()
 
 
-@pytest.mark.parametrize(("gold", "text", "right"), TABLE)
+@pytest.mark.parametrize(("gold", "text", "right"), TABLE + TWO_BOXES)
 def test_verdicts_of_math_verify(real: MathGrader, gold: str, text: str, right: bool):
     assert real.equal(gold, text) is right
 
@@ -159,7 +177,7 @@ def test_a_comparison_without_end_is_cut_in_every_thread(fake: MathGrader):
     assert fake.equal("Ab", "$aB$")
     began = time.monotonic()
     for text in ("forever", "memory"):
-        with pytest.raises((TimeoutError, RuntimeError)):
+        with pytest.raises(TimeoutError, match="took over 0.2 s, or all memory"):
             fake.equal("a", text)
         assert fake.equal("a", "a"), "another process goes on"
     assert time.monotonic() - began < 30
@@ -173,6 +191,40 @@ def test_a_comparison_without_end_is_cut_in_every_thread(fake: MathGrader):
     assert process is not None and process.poll() is None
     fake.close()
     assert process.poll() is not None and fake.equal("a", "a")
+
+
+def test_an_interrupt_shifts_no_verdict(fake: MathGrader, monkeypatch: pytest.MonkeyPatch):
+    fake.start()
+    assert fake._process is not None
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake._process.stdout, "readline", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fake.equal("a", "a")
+    assert [fake.equal("a", text) for text in "baba"] == [False, True, False, True]
+    assert fake._process is not None and fake._process.stdin is not None
+    fake._process.stdin.write('[9, "a", "a"]\n')  # a reply that nobody has read
+    assert [fake.equal("a", text) for text in "baba"] == [False, True, False, True]
+
+
+def test_an_end_for_another_reason_is_no_timeout(fake: MathGrader):
+    fake.start()
+    process = fake._process
+    assert process is not None and os.getpgid(process.pid) == process.pid, "Ctrl-C reaches the run"
+    assert fake.equal("a once", "a once") and fake._process is not process
+    with pytest.raises(RuntimeError, match="its process ended twice, the second time by -9"):
+        fake.equal("a", "killed")
+    assert fake.equal("a", "a")
+
+
+def test_the_last_box_is_compared_alone(monkeypatch: pytest.MonkeyPatch):
+    grader, asked = MathGrader(1.0), []
+    monkeypatch.setattr(grader, "_ask", lambda gold, text: asked.append(text))
+    for _, text, _ in TWO_BOXES:
+        grader.equal("x", text)
+    assert asked == [rf"\boxed{{{boxed(text)}}}" for _, text, _ in TWO_BOXES]
 
 
 def _verdict(grader: MathGrader, gold: str, text: str) -> bool | str:
@@ -201,6 +253,8 @@ def test_the_task(fake: MathGrader, tmp_path: Path):
     assert score(r"\boxed{\SQRT{3}}") == Reward(1.0, True)
     assert score("4") == Reward(0.0, False)
     assert score("forever") == Reward(0.0, False, {"grader_timeouts": 1.0})
+    assert score("memory") == Reward(0.0, False, {"grader_timeouts": 1.0})
+    assert score("raise") == Reward(0.0, False, {"grader_errors": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -208,7 +262,10 @@ def test_the_task(fake: MathGrader, tmp_path: Path):
     [
         ("nothing", "the answer 'nothing' has no value: write LaTeX or a number"),
         ("  ", "the answer '' has no value"),
-        ("forever", "the answer 'forever': comparing with .* took over 0.2 s: simplify it"),
+        (
+            "forever",
+            "the answer 'forever': comparing with .* took over 0.2 s, or all memory: simplify it",
+        ),
         ("raise", "the answer 'raise': math-verify: RecursionError: too deep: simplify it"),
     ],
 )
@@ -230,5 +287,21 @@ def test_without_math_verify(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"needs math-verify .half installed.: pip install"):
         make_task(f"math:{write(tmp_path / 'latex.jsonl', ['7', 'x'])}", 0)
+    (tmp_path / "math_verify.py").write_text("raise AttributeError('too old')")
+    with pytest.raises(ValueError, match=r"before it began, status 1 .AttributeError: too old.: "):
+        make_task(f"math:{path}", 0)
     with pytest.raises(ValueError, match="limit_s=0.0: choose from above 0 to 3600"):
         make_task(f"math(path={str(path)!r}, limit_s=0.0)", 0)
+
+
+def test_a_limit_of_memory_that_is_lower_is_kept(fake: MathGrader, monkeypatch):
+    """One of the system, which only the superuser may raise."""
+    limit = 2**31
+    lower = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n"
+    worker = Path(math_answers._WORKER).read_text()
+    packages = Path(sys.path[0])
+    (packages / "worker.py").write_text(lower + worker)
+    monkeypatch.setattr(math_answers, "_WORKER", packages / "worker.py")
+    assert fake.equal("a", "a")
+    assert fake._process is not None
+    assert resource.prlimit(fake._process.pid, resource.RLIMIT_AS) == (limit, limit)

@@ -14,6 +14,7 @@ from train.rl.named_tasks import make_task
 from train.rl.rejection import RejectionConfig, accepted, conversations, relabelled, save
 from train.rl.rejection import main as write_data
 from train.rl.tasks.probed import append_lines
+from train.rl.types import Completion
 
 
 def test_right_answers_of_a_policy_are_data_for_fine_tuning(tmp_path: Path):
@@ -54,7 +55,16 @@ def test_right_answers_of_a_policy_are_data_for_fine_tuning(tmp_path: Path):
         assert [line["completion"] for line in mine] == list(dict.fromkeys(right))[:2]
         assert {line["prompt"] for line in mine} <= {problem.prompt}
     assert len({line["uid"] for line in lines}) > 2
-    save(config.out, lines)
+
+    def interrupted():
+        yield from lines[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(str(tmp_path / "some.jsonl"), interrupted())
+    some = read_json_lines(tmp_path / "some.jsonl")
+    assert [line.fields for line in some] == lines[:2], "what was found stays"
+    assert save(config.out, lines) == len(lines)
     read = [line.fields for line in read_json_lines(Path(config.out), ("prompt", "completion"))]
     assert read == lines
     with pytest.raises(ValueError, match="no sampled answer is right: nothing is written"):
@@ -65,6 +75,11 @@ def test_right_answers_of_a_policy_are_data_for_fine_tuning(tmp_path: Path):
     for changes, message in (
         ({"data": "dpo"}, "data='dpo': choose rft or r_tuning"),
         ({"keep": 0}, "keep=0: choose 1 or more"),
+        ({"batch_size": 0, "data": "r_tuning"}, "batch_size=0: choose 1 or more"),
+        ({"max_rows": 0, "data": "r_tuning"}, "max_rows=0: choose 1 or more"),
+        ({"max_new_tokens": 0, "data": "r_tuning"}, "max_new_tokens=0: choose 1 or more"),
+        ({"pool": 0, "data": "r_tuning"}, "pool=0: choose 1 or more, or leave it out"),
+        ({"strategy": "turns", "data": "r_tuning"}, "strategy='turns': data='r_tuning' samples"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **cast(Any, changes))
@@ -83,6 +98,14 @@ def test_questions_out_of_knowledge_are_relabelled(tmp_path: Path):
     found = {line["uid"]: (line["prompt"], line["completion"]) for line in lines}
     assert found == expected and len(lines) == len(found)
     assert 0 < sum(text == "?" for _, text in found.values()) < len(found)
+    boxes = dataclasses.replace(config, boxed=True)
+    truthful = boxes.scorer.of_task(task)
+    for line, problem in zip(
+        relabelled(boxes, task), (task.problem("train", at) for at in range(20)), strict=True
+    ):
+        assert line["completion"] == rf"\boxed{{{found[problem.uid][1]}}}"
+        info = truthful.score(Completion(problem, line["completion"], (), True)).info
+        assert info["uncertain" if problem.kind == "hidden" else "accuracy"] == 1
     probe = tmp_path / "probe.jsonl"
     sums = dataclasses.replace(config, task="arithmetic", pool=3, probe=str(probe), unknown="no")
     problems = [make_task("arithmetic", 0).problem("train", index) for index in range(3)]
@@ -96,6 +119,13 @@ def test_questions_out_of_knowledge_are_relabelled(tmp_path: Path):
         list(relabelled(config, make_task("guess_number", 0)))
     with pytest.raises(ValueError, match="out of knowledge: give probe=FILE"):
         list(relabelled(dataclasses.replace(sums, probe=""), make_task("arithmetic", 0)))
+
+
+def test_no_task_is_made_to_see_whether_it_has_turns():
+    """Golds in LaTeX take a while: the config asks the class whether there are turns."""
+    kinds = {"arithmetic": False, "reverse(length=4)": False, "guess_number(high=6)": True,
+             "gem:game:Mastermind-v0-easy": True, "math:problems.jsonl": False}  # fmt: skip
+    assert {spec: RejectionConfig(task=spec).reward == () for spec in kinds} == kinds
 
 
 def test_an_episode_is_a_conversation():

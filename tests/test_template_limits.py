@@ -318,10 +318,30 @@ def test_a_very_long_chat_gives_hostile_templates_little_more():
     )
     gathered = "{{ messages|map(attribute='content')|join }}"
     for template, message in (
-        (double("'ab'", "n.s + n.s"), "the operator \\+ takes more"),
-        (double("'ab'", "n.s ~ n.s"), "the operator ~ takes more"),
+        (double("'ab'", "n.s + n.s"), "the operator \\+ keeps more"),
+        (double("'ab'", "n.s ~ n.s"), "the operator ~ keeps more"),
         (every.replace("TEXT", "0"), "a loop takes more"),
         (f"{{% set t %}}{gathered}{{% endset %}}" + every.replace("TEXT", "t + t"), "takes more"),
     ):
         with pytest.raises(ValueError, match=message):
             render(template, long)
+
+
+HOARDED = """{% set ns = namespace(l=0, t=messages|map(attribute='content')|join) %}
+{% set t = ns.t %}{% for m in messages %}{% set ns.l = [TEXT, ns.l] %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("text", ["t + t + t + t", "t ~ t", "ns.t"])
+def test_copies_that_a_template_keeps_are_counted(text: str):
+    """Each of a thousand messages may copy all of them; a template that lists the copies may not.
+
+    Among them a gathered text all of whose states are listed.
+    """
+    long = [{"role": "user", "content": "a" * 250} for _ in range(1000)]
+    template = HOARDED.replace("TEXT", text)
+    if text == "ns.t":
+        template = template.replace("{% set ns.l", "{% set ns.t = ns.t + 'a' %}{% set ns.l")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="the operator .* keeps more than 33,554,432 bytes of tex"):
+        render(template, long)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB

@@ -23,6 +23,8 @@ COPIED = 128
 """Bytes of text that one step copies unread: `+` and `~` of a text that a loop gathers."""
 GATHERINGS = 4
 """Times that a message may copy a text of the conversation's length, besides the steps."""
+KEPT = 2**26
+"""Bytes of such copies that may be kept at a time; more where the conversation is long."""
 BITS = 256  # of an integer
 WIDTH = 10_000  # of a padded text, and of what else a filter takes a number for
 SECONDS = 20.0  # of CPU time
@@ -41,6 +43,8 @@ class Budget:
         # A loop that gathers its text copies all before for each message: bytes of such copies.
         self._longest = GATHERINGS * characters
         self._gathered = self._longest * len(variables.get("messages") or ())
+        self._copies: dict[int, str] = {}
+        self._kept, self._most = 0, max(KEPT, 16 * self._longest)
         self.known: dict[int, int] = {}
         for value in variables.values():
             self._measure(value)
@@ -68,6 +72,23 @@ class Budget:
         self._gathered -= size * gathered
         self.charge(1 if gathered else 1 + size // COPIED, why)
 
+    def keep(self, text: str, why: str) -> None:
+        """Count a copy, until nothing but this budget holds it; held copies are looked for seldom.
+
+        A loop that gathers its text drops the last copy at each message; one that puts copies into
+        a list could fill the memory in few steps.
+        """
+        size = sys.getsizeof(text)
+        if size <= COPIED:
+            return
+        self._kept += size
+        if self._kept > self._most:
+            self._copies = _shared(list(self._copies.values()))
+            self._kept = size + sum(map(sys.getsizeof, self._copies.values()))
+            if self._kept > self._most // 2:
+                raise TemplateLimitError(f"{why} keeps more than {self._most // 2:,} bytes of text")
+        self._copies[id(text)] = text
+
     def size(self, value: Any) -> int:
         """Steps that it takes to print, compare or hash a value, counted up to those left."""
         if isinstance(value, str):
@@ -92,6 +113,15 @@ class Budget:
                 if isinstance(item, list | tuple | set | frozenset) or _is_view(item):
                     stack += item
         return found
+
+
+def _shared(texts: list[str]) -> dict[int, str]:
+    """Those of some texts that others hold too, by their ids."""
+    texts.append("".join(("al", "one")))
+    counts = [sys.getrefcount(text) for text in texts]
+    # A copy that is still in the budget's own dictionary has one reference more than the last text.
+    alone = counts.pop() + 1
+    return {id(text): text for text, count in zip(texts, counts, strict=False) if count > alone}
 
 
 def top(value: Any) -> int:

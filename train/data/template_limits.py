@@ -79,8 +79,9 @@ def joined(*values: Any) -> str:
     """`a ~ b`."""
     why = "the operator ~"
     copy((value for value in values if isinstance(value, str)), why)
-    return "".join(
-        value if isinstance(value, str) else str(_printed(value, why)) for value in values
+    return _kept(
+        "".join(value if isinstance(value, str) else str(_printed(value, why)) for value in values),
+        why,
     )
 
 
@@ -88,7 +89,7 @@ def added(*values: Any) -> Any:
     """`a + b + c`: texts are copied once, as a loop that gathers its text would copy it thrice."""
     if all(type(value) is str for value in values):
         copy(values, "the operator +")
-        return "".join(values)
+        return _kept("".join(values), "the operator +")
     return functools.reduce(_plus, values)
 
 
@@ -98,9 +99,15 @@ def _plus(left: Any, right: Any) -> Any:
         _check_numbers("+", left, right)
     elif all(issubclass(kind, str) for kind in kinds):
         copy((left, right), "the operator +")
+        return _kept(left + right, "the operator +")
     else:
         budget().charge(top(left) + top(right), "the operator +")
     return left + right
+
+
+def _kept(text: str, why: str) -> str:
+    budget().keep(text, why)
+    return text
 
 
 def _check_numbers(operator: str, left: int, right: int) -> None:

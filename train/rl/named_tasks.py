@@ -31,6 +31,16 @@ def tasks_help() -> str:
     return "\n".join(lines)
 
 
+def has_turns(spec: str) -> bool:
+    """Whether a text asks for an environment of several turns; the task itself isn't made.
+
+    Args:
+        spec: Name with options, as `make_task` takes it; an unknown name has no turns.
+    """
+    name = spec.partition("(")[0].partition(":")[0].strip()
+    return hasattr(tasks_by_name().get(name), "step")
+
+
 def make_task(spec: str, seed: int) -> Task | Environment:
     """The task or environment that a text asks for.
 

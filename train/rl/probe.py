@@ -62,8 +62,13 @@ class ProbeConfig:
     out: str = "probe.jsonl"
 
     def __post_init__(self):
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples}: choose 1 or more")
+        for name in ("samples", "max_new_tokens", "batch_size", "max_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        if self.pool is not None and self.pool < 1:
+            raise ValueError(
+                f"pool={self.pool}: choose 1 or more, or leave it out for all problems"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: choose more than 0 and at most 1")
 

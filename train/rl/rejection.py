@@ -4,9 +4,10 @@ Rejection fine-tuning (arXiv 2308.01825) keeps sampled answers that are right, R
 relabels questions out of knowledge: `thoughtbubbles sft --data.path rejection.jsonl` takes either.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,13 +16,12 @@ from train.rl.config import RLConfig
 from train.rl.environments.players import completion_of
 from train.rl.job import RLJob
 from train.rl.learning.penalties import Ternary
-from train.rl.named_tasks import make_task
+from train.rl.named_tasks import has_turns, make_task
 from train.rl.probe import ProbeConfig, check_scorer, nucleus_sampler, training_problems
 from train.rl.scoring import safe_step
 from train.rl.tasks.probed import read_probe
 from train.rl.tasks.truthful import TruthfulTask
 from train.rl.types import Problem, Trajectory
-from train.runs.files import write_atomically
 
 Line = dict[str, Any]
 Data = Literal["rft", "r_tuning"]
@@ -34,7 +34,8 @@ class RejectionConfig(ProbeConfig):
     "rft" samples answers and keeps the right ones. Of problems out of knowledge it keeps answers
     that abstain. "r_tuning" samples nothing: the answer is the task's own, or the phrase that
     abstains where the problem is out of knowledge. A problem is out of knowledge if a probe has
-    never seen it solved, or if the task says so.
+    never seen it solved, or if the task says so. "r_tuning" has no use for `weights`, `keep`,
+    `samples`, `temperature`, `top_p`, `max_new_tokens`, `chat`, `batch_size` and `max_rows`.
 
     Attributes:
         data: Kind of the data: "rft" keeps right answers of the policy (rejection fine-tuning),
@@ -46,19 +47,20 @@ class RejectionConfig(ProbeConfig):
             file.
         task: Task or environment with its options.
         strategy: Rollout strategy, e.g. "turns(history=False, max_observation=1024)"; the default
-            is that of the task.
+            is that of the task. "r_tuning" takes none.
         pool: Number of training problems, the first ones; the default is all of a finite task.
         samples: Number of answers to each problem, of which some are kept.
         temperature: Temperature of the sampled answers.
         top_p: Probability mass of the fewest most probable tokens to sample from.
         max_new_tokens: Longest answer, in tokens.
         chat: Whether problems are messages to the model, in its chat template.
-        boxed: Whether the answer has to stand in a box.
+        boxed: Whether the answer has to stand in a box; "r_tuning" puts it into one.
         unknown: Phrase that abstains; empty for that of the task, or else "I don't know".
         batch_size: Number of problems whose answers are sampled at a time.
         max_rows: Greatest number of answers that are generated at a time.
         seed: Seed of the task and of the answers.
-        out: File that conversations are written to, a line each; it must not exist.
+        out: File that conversations are written to, a line each, as they are found; it must not
+            exist.
     """
 
     data: Data = "rft"
@@ -76,6 +78,10 @@ class RejectionConfig(ProbeConfig):
             raise ValueError(f"data={self.data!r}: choose {' or '.join(get_args(Data))}")
         if self.keep < 1:
             raise ValueError(f"keep={self.keep}: choose 1 or more")
+        if self.data == "r_tuning" and self.strategy is not None:
+            raise ValueError(
+                f"strategy={self.strategy!r}: data='r_tuning' samples nothing, leave it out"
+            )
 
     @property
     def rl(self) -> RLConfig:
@@ -84,9 +90,7 @@ class RejectionConfig(ProbeConfig):
     @property
     def reward(self) -> Any:
         """Scorer by outcome of a task of one response; an environment keeps its own."""
-        if hasattr(make_task(self.task, self.seed), "step"):
-            return ()
-        return self.scorer
+        return () if has_turns(self.task) else self.scorer
 
     @property
     def scorer(self) -> Ternary:
@@ -99,28 +103,39 @@ def main(config: RejectionConfig) -> None:
     """Write the data, and print how much there is."""
     if Path(config.out).exists():
         raise ValueError(f"{config.out} exists: choose another file, or delete it")
-    if config.data == "r_tuning":
-        lines = relabelled(config, make_task(config.task, config.seed))
+    if config.data == "r_tuning":  # nothing is written if a later problem has no answer
+        lines: Iterable[Line] = list(relabelled(config, make_task(config.task, config.seed)))
     else:
         lines = accepted(config, RLJob(config.rl))
-    save(config.out, list(lines))
-    kept = len(Path(config.out).read_text(encoding="utf-8").splitlines())
+    kept = save(config.out, lines)
     print(f"{config.out}: {kept} conversations: thoughtbubbles sft --data.path {config.out}")
 
 
-def save(path: str, lines: Sequence[Line]) -> None:
-    """Write conversations to a file at once.
+def save(path: str, lines: Iterable[Line]) -> int:
+    """Write conversations to a new file, each when it is known: an end leaves those before it.
+
+    Returns:
+        Their number.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none; no file is made.
     """
-    if not lines:
+    kept = 0
+    with contextlib.ExitStack() as closing:
+        file = None
+        for line in lines:
+            if file is None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                file = closing.enter_context(Path(path).open("x", encoding="utf-8"))
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            kept += 1
+    if not kept:
         raise ValueError(
             "no sampled answer is right: nothing is written; take more samples, easier problems, "
             "or a better model"
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), "".join(json.dumps(line) + "\n" for line in lines))
+    return kept
 
 
 def relabelled(config: RejectionConfig, task: Any) -> Iterator[Line]:
@@ -147,6 +162,7 @@ def relabelled(config: RejectionConfig, task: Any) -> Iterator[Line]:
         if not gold or gold[0] is None:
             raise ValueError(f"problem {problem.uid} of {task.name} has no answer: choose data=rft")
         text = truthful.phrase if truthful.out_of_knowledge(problem) else str(gold[0])
+        text = f"\\boxed{{{text}}}" if config.boxed else text
         yield {"uid": problem.uid, "prompt": problem.prompt, "completion": text}
 
 

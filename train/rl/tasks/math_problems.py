@@ -21,7 +21,8 @@ class MathProblems(WordProblems):
         question: Field of the question.
         answer: Field of the answer: LaTeX, a number, or a solution whose last box is the answer.
         limit_s: Number of seconds of CPU time of a comparison, after which the response counts as
-            wrong and as `info/grader_timeouts`.
+            wrong and as `info/grader_timeouts`. One on which math-verify raises is wrong too, and
+            counts as `info/grader_errors`.
     """
 
     word: ClassVar[str] = "math"
@@ -36,6 +37,7 @@ class MathProblems(WordProblems):
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError(f"task {self.word} needs math-verify: {INSTALL}")
         object.__setattr__(self, "_grader", MathGrader(self.limit_s))
+        self.grader.start()  # plain numbers need it not, but responses may
         super().__post_init__()
 
     @property
@@ -65,4 +67,6 @@ class MathProblems(WordProblems):
             right = self.grader.equal(completion.problem.answer, completion.text)
         except TimeoutError:
             return Reward(0.0, False, {"grader_timeouts": 1.0})
+        except RuntimeError:
+            return Reward(0.0, False, {"grader_errors": 1.0})
         return Reward(float(right), right)

@@ -7,6 +7,7 @@ starts another one. So the limit holds in threads, where math-verify's own can't
 
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -17,28 +18,33 @@ _MEMORY = 4 * 2**30
 
 
 def main(limit_s: float) -> None:
-    """Answer requests `[gold, text]` until the input ends; a `null` for a gold that has no value.
+    """Answer requests `[number, gold, text]` until the input ends; null for a gold without value.
 
     Args:
-        limit_s: Number of seconds of CPU time of a request, after which SIGPROF ends the process.
+        limit_s: Number of seconds of CPU time of a request, after which SIGPROF ends the process,
+            as it does where a request takes all memory.
     """
     signal.setitimer(signal.ITIMER_PROF, _START_S)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    memory = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies, sys.stdout = sys.stdout, sys.stderr  # packages may print
     try:
         import math_verify  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        print(json.dumps({"missing": str(error)}), file=replies, flush=True)
+        print(json.dumps({"request": 0, "missing": str(error)}), file=replies, flush=True)
         return
     logging.disable()  # math-verify warns of the limit that it isn't given
-    print(json.dumps({"equal": True}), file=replies, flush=True)
+    print(json.dumps({"request": 0}), file=replies, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a failed start is all that is read there
     signal.setitimer(signal.ITIMER_PROF, 0)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, limit_s)
-        reply = _reply(math_verify, *json.loads(line))
+        number, gold, text = json.loads(line)
+        reply = _reply(math_verify, gold, text)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(reply), file=replies, flush=True)
+        print(json.dumps({"request": number, **reply}), file=replies, flush=True)
 
 
 def _reply(math_verify: Any, gold: str, text: str | None) -> dict[str, Any]:
@@ -48,7 +54,10 @@ def _reply(math_verify: Any, gold: str, text: str | None) -> dict[str, Any]:
             return {"equal": bool(value) or None}
         found = math_verify.parse(text, parsing_timeout=None)
         return {"equal": bool(math_verify.verify(value, found, timeout_seconds=None))}
-    except (Exception, RecursionError, MemoryError) as error:
+    except MemoryError:
+        signal.raise_signal(signal.SIGPROF)
+        raise
+    except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
