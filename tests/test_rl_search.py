@@ -267,6 +267,9 @@ def test_problems_wait_by_how_often_they_are_solved():
     visit(3)
     assert strategy.sets_aside("train2"), "the policy now solves it by itself"
     assert strategy.metrics()["search/solutions"] == 0
+    strategy._add({"direct_rollouts": 0, "direct_success": 0})
+    found = strategy.metrics()
+    assert found["search/direct_rollouts"] == 0 and "search/direct_success" not in found
     strategy.requeue()
     assert not any(map(strategy.sets_aside, ("train0", "train1", "train2")))
 

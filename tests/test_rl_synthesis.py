@@ -3,7 +3,8 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from rl_tiny import finetunable, language_model, sampling
 from test_rl_sampler import ASCII, MESH, POLICIES, SPEECH, STOP, Echoes
 
 from train.engine.config import EvalConfig
+from train.experiments import synthesis
+from train.experiments.study import read_results
 from train.models.load import LanguageModel
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
@@ -145,3 +148,18 @@ def test_a_trigger_on_forks_is_searched_with_budgets_and_goes_on_bit_for_bit(tmp
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
     ours, theirs = (load_params(tmp_path / folder)[1] for folder in ("killed", "whole"))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_results_of_other_options_are_refused():
+    published = read_results(Path(__file__).parent.parent / "docs/results/synthesis.jsonl")
+    assert "| without knapsack | 0 |" in synthesis.report(published)
+    config = synthesis.Experiment()
+    synthesis.check_options(config, published)
+    synthesis.check_options(config, [{name: getattr(config, name) for name in synthesis.SHARED}])
+    for name, value in {"batch_size": 4, "learning_rate": 0.1, "environment": "hanoi"}.items():
+        other = dataclasses.replace(config, **{name: value})
+        with pytest.raises(ValueError, match=f"has results of {name}=.*, now it is {value!r}: "):
+            next(synthesis.train_missing(other, cast(Any, SimpleNamespace(found=published))))
+    results = cast(Any, SimpleNamespace(found=[{"supervised": 9}]))
+    with pytest.raises(ValueError, match="supervised=9, now it is 400: choose another file"):
+        next(synthesis.train_missing(config, results))

@@ -74,6 +74,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain sampling": PLAIN,
 }
 """Options of each arm. Without a tree, the estimator of DeepSearch is that of Dr. GRPO."""
+SHARED = ("environment", "learning_rate", "batch_size", "num_generations", "supervised", "episodes")
+"""Options in which all results of a file agree."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,7 @@ def main(config: Experiment) -> None:
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
     """Results of the missing runs; arms of a seed share the decoder and the weaver."""
+    check_options(config, results.found)
     for seed in config.seeds:
         runs = [{"arm": arm, "seed": seed, "steps": config.steps} for arm in config.arms]
         runs = sorted(results.missing(runs), key=lambda run: run["arm"] != SYNTHESIS)
@@ -134,6 +137,22 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
                     f"{result['after']['success']:.1%}, {result['tokens']:,} tokens, "
                     f"{result['cpu_seconds']:.0f} s"
                 ),
+            )
+
+
+def check_options(config: Experiment, found: Sequence[Result]) -> None:
+    """Raise a `ValueError` where results are of other options, or, unsaid, of other than defaults.
+
+    Args:
+        config: Options.
+        found: Results of the file.
+    """
+    for result, name in itertools.product(found, SHARED):
+        was, now = result.get(name, getattr(Experiment, name)), getattr(config, name)
+        if was != now:
+            raise ValueError(
+                f"{config.out} has results of {name}={was!r}, now it is {now!r}: choose another "
+                "file"
             )
 
 
@@ -253,8 +272,7 @@ def score_arm(
         "set_aside": lines[-1].get("search/aside", 0),
         "seconds": cost.seconds,
         "cpu_seconds": cost.cpu_seconds,
-        "learning_rate": config.learning_rate,
-        "environment": config.environment,
+        **{name: getattr(config, name) for name in SHARED},
         "parameters": job.trainable.config.num_params(),
         "trained": job.trainable.num_trained,
         "options": ARMS[arm],

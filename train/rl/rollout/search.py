@@ -258,6 +258,8 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         self._kept["counts"] = {}
         if rollouts := found.get("search/direct_rollouts"):
             found["search/direct_success"] /= rollouts
+        else:  # no rate of nothing
+            found.pop("search/direct_success", None)
         return found | {
             "search/hard": float(self._solved.num_hard),
             "search/aside": float(self._solved.num_aside),
