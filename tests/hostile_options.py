@@ -1,4 +1,4 @@
-"""Hostile cases of options: every numeric option of every command, and objects as `name(...)`."""
+"""Hostile cases of options: numeric ones of the commands below, and objects as `name(...)`."""
 
 import dataclasses
 import itertools
@@ -66,6 +66,11 @@ def options_of(command: str, words: tuple[str, ...], config: Any, count: int) ->
 
 
 def of_commands() -> Iterator[Case]:
+    """Every numeric option of the commands that train, sample, score, grow, mix and measure.
+
+    Not of `rejection`, `demonstrations`, `battery`, `audit`, `harness`, `compile`, `experiment`,
+    `benchmark accelerator`, nor of `export`, `merge` and `runs`, which have next to none.
+    """
     from train.benchmarks import decoding, first_token, hatchling, memgen, rl, selection, training
     from train.evaluate import EvaluateConfig
     from train.finetuning.job import SFTConfig
