@@ -37,8 +37,8 @@ class MathProblems(WordProblems):
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError(f"task {self.word} needs math-verify: {INSTALL}")
         object.__setattr__(self, "_grader", MathGrader(self.limit_s))
-        self.grader.start()  # plain numbers need it not, but responses may
         super().__post_init__()
+        self.grader.start()  # plain numbers need it not, but responses may
 
     @property
     def grader(self) -> MathGrader:
