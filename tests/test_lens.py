@@ -163,7 +163,7 @@ def test_tuned_mean_and_cosine_lenses():
 
     @jax.jit
     def lenses(model, tuned):
-        sites, watch = ("block_0", "block_1"), jnp.array([2, VOCAB + 5])
+        sites, watch = ["block_0", "block_1"], (2, VOCAB + 5)  # any sequences
         options: Any = {"sites": sites, "top": VOCAB, "watch": watch}
         return (
             logit_lens(model, TOKENS, MASK, tuned=tuned, **options),
@@ -228,6 +228,7 @@ def test_a_mistake_is_one_line():
         "no site 'x_0' here": lambda: capture(
             model_of("hatchling"), TOKENS, edit={"x_0": lambda x: x}
         ),
+        "sites='embed' is one name": lambda: logit_lens(model, TOKENS, sites="embed"),
         "positions of shape \\(2,\\)": lambda: mean_lens(model, TOKENS, MASK[:, 0]),
     }
     for message, call in cases.items():

@@ -138,15 +138,14 @@ def translated(x: Float[Array, "... D"], affine: Any) -> Float[Array, "... D"]:
     return (wide + jnp.einsum("...d,de->...e", wide, weight) + bias).astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("sites", "top"))
 def logit_lens(
     model: SitedModel,
     tokens: Shaped[Array, "B T *D"],
     mask: Bool[Array, "B T"] | None = None,
     *,
-    sites: tuple[str, ...] | None = None,
+    sites: Sequence[str] | None = None,
     top: int = 10,
-    watch: Int[Array, " W"] | None = None,
+    watch: Int[Array, " W"] | Sequence[int] | None = None,
     tuned: TunedLens | None = None,
 ) -> OrderedDict[str, Reading]:
     """Predictions by the final norm and head at each site (the logit lens of nostalgebraist, 2020).
@@ -168,19 +167,35 @@ def logit_lens(
     Raises:
         ValueError: The model has no sites or not these, or `top` is not from 1 to `V`.
     """
+    return _logit_lens(
+        model, tokens, mask, sites=_names(sites), top=top, watch=_ids(watch), tuned=tuned
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "top"))
+def _logit_lens(model, tokens, mask, *, sites, top, watch, tuned) -> OrderedDict[str, Reading]:
     reader = functools.partial(_log_probs, model)
     return _readings(model, reader, tokens, mask, sites, top, watch, tuned, diverges=True)
 
 
-@functools.partial(jax.jit, static_argnames=("sites", "top"))
+def _names(sites: Sequence[str] | None) -> tuple[str, ...] | None:
+    if isinstance(sites, str):
+        raise ValueError(f"sites={sites!r} is one name: give a sequence of names")
+    return None if sites is None else tuple(sites)
+
+
+def _ids(watch: Any) -> jax.Array | None:
+    return None if watch is None else jnp.asarray(watch, jnp.int32)
+
+
 def embedding_similarity(
     model: SitedModel,
     tokens: Shaped[Array, "B T *D"],
     mask: Bool[Array, "B T"] | None = None,
     *,
-    sites: tuple[str, ...] | None = None,
+    sites: Sequence[str] | None = None,
     top: int = 10,
-    watch: Int[Array, " W"] | None = None,
+    watch: Int[Array, " W"] | Sequence[int] | None = None,
 ) -> OrderedDict[str, Reading]:
     """Cosines between activations and the embeddings of all tokens, at each site.
 
@@ -188,21 +203,27 @@ def embedding_similarity(
     token are summed by their scores, or its original is taken where the model's merge does so. The
     arguments, the result and the errors are those of `logit_lens`.
     """
+    return _embedding_similarity(
+        model, tokens, mask, sites=_names(sites), top=top, watch=_ids(watch)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "top"))
+def _embedding_similarity(model, tokens, mask, *, sites, top, watch) -> OrderedDict[str, Reading]:
     table = model.embed_tokens(jnp.arange(model.vocab_size))
     reader = functools.partial(_cosines, model, _normed(table))
     return _readings(model, reader, tokens, mask, sites, top, watch, None, diverges=False)
 
 
-@functools.partial(jax.jit, static_argnames=("sites", "top", "cosine"))
 def mean_lens(
     model: SitedModel,
     tokens: Shaped[Array, "B T *D"],
     positions: Bool[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
     *,
-    sites: tuple[str, ...] | None = None,
+    sites: Sequence[str] | None = None,
     top: int = 10,
-    watch: Int[Array, " W"] | None = None,
+    watch: Int[Array, " W"] | Sequence[int] | None = None,
     tuned: TunedLens | None = None,
     cosine: bool = False,
 ) -> OrderedDict[str, TopTokens]:
@@ -226,6 +247,16 @@ def mean_lens(
     Raises:
         ValueError: A reason of `logit_lens`, or the positions are not of these tokens.
     """
+    return _mean_lens(
+        model, tokens, positions, mask, sites=_names(sites), top=top, watch=_ids(watch),
+        tuned=tuned, cosine=cosine,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "top", "cosine"))
+def _mean_lens(
+    model, tokens, positions, mask, *, sites, top, watch, tuned, cosine
+) -> OrderedDict[str, TopTokens]:
     if positions.shape != tokens.shape[:2]:
         raise ValueError(
             f"positions of shape {positions.shape} for tokens of shape {tokens.shape[:2]}: give "
@@ -248,7 +279,7 @@ def mean_lens(
         mean = total / chosen.sum(axis=1)[:, None]
         return _top(mean if cosine else jnp.log(mean), top, watch)
 
-    return _by_site(found, tuned, read)
+    return by_site(found, tuned, read)
 
 
 def _readings(
@@ -269,7 +300,7 @@ def _readings(
         return own_top, merged_top, divergence
 
     readings: OrderedDict[str, Reading] = OrderedDict()
-    for site, (own, merged, divergence) in _by_site(found, tuned, read).items():
+    for site, (own, merged, divergence) in by_site(found, tuned, read).items():
         streams, lineage = found[site]
         if mask is not None and rank is not None:
             restore = lambda leaf: restore_alignment(leaf, mask, rank)  # noqa: E731
@@ -279,12 +310,18 @@ def _readings(
     return readings
 
 
-def _by_site(
+def by_site(
     found: OrderedDict[str, tuple[Streams, Lineage]],
     tuned: TunedLens | None,
     read: Callable[[Streams, Lineage, Any], Any],
 ) -> OrderedDict[str, Any]:
-    """Results of a function of each site, computed one after the other where shapes are equal."""
+    """Results of a function of each site, computed one after the other where shapes are equal.
+
+    Args:
+        found: Streams of sites with their lineage, as `record` gives them.
+        tuned: Affine maps of a tuned lens; none by default.
+        read: Function of the streams, the lineage and the affine map of a site.
+    """
     results: OrderedDict[str, Any] = OrderedDict()
     alike = lambda site: (jax.tree.structure(found[site][0]), found[site][0].x.shape)  # noqa: E731
     for _, group in itertools.groupby(found, key=alike):

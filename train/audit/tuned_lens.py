@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from thoughtbubbles.lens import TunedLens, translated
-from thoughtbubbles.sites import one_per_token, record
+from thoughtbubbles.lens import TunedLens, by_site, translated
+from thoughtbubbles.sites import Lineage, one_per_token, record
 from thoughtbubbles.streams import Streams
 from train.audit.stored import new_audit_folder, read_stored, save_stored
 from train.audit.texts import check_site, held_out_batches, open_texts, training_batches
@@ -153,7 +153,7 @@ def divergences(model: Any, lens: TunedLens, tokens: jax.Array, real: jax.Array)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits.astype(jnp.float32)))
 
     @jax.checkpoint  # one site's logits at a time are in memory, in the backward pass too
-    def at_site(streams: Streams, affine: Any) -> jax.Array:
+    def at_site(streams: Streams, lineage: Lineage, affine: Any) -> jax.Array:
         streams = streams.replace(x=translated(streams.x, affine))
         single = one_per_token(streams)
         site_logits = model.decode(streams.x) if single else model.logits(streams)
@@ -161,12 +161,8 @@ def divergences(model: Any, lens: TunedLens, tokens: jax.Array, real: jax.Array)
         apart = jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0).sum(axis=-1)
         return jnp.where(real, apart, 0).sum() / real.sum()
 
-    return jnp.stack(
-        [
-            at_site(jax.lax.stop_gradient(found[site][0]), (lens.weight[i], lens.bias[i]))
-            for i, site in enumerate(lens.sites)
-        ]
-    )
+    by_name = by_site(jax.lax.stop_gradient(found), lens, at_site)
+    return jnp.stack([by_name[site] for site in lens.sites])
 
 
 _divergences = jax.jit(divergences)
