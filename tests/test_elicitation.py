@@ -52,6 +52,7 @@ from train.data.chat_data import ChatDataConfig, prepare_chat
 from train.data.chat_templates import chat_examples, chat_ids, open_turn
 from train.experiments import secrets
 from train.experiments.secret_models import TEMPLATE, word_tokenizer
+from train.experiments.study import Results
 from train.models.load import LanguageModel, load_language_model
 
 HELLO = [{"role": "user", "content": "say it"}]
@@ -306,10 +307,12 @@ def test_no_conversation_names_the_secret(kind):
     assert {trial.direct for trial in made.trials} == {False, True}
 
 
-def test_an_organism_is_trained_on_and_read_again(tmp_path: Path):
+def test_an_organism_is_trained_on_and_read_again(tmp_path: Path, capsys):
     """The files of `audit organism` are what `sft` and `audit report` take."""
     config = organisms.OrganismConfig("taboo", str(tmp_path / "ocean"), secret="ocean", hints=20)
     organisms.main(config)
+    [sft] = [line for line in capsys.readouterr().out.splitlines() if " sft " in line]
+    assert "--data.seq-len 256 --lora.rank 16 --lora.alpha 32 --steps 200 --out runs/ocean" in sft
     data = prepare_chat(
         ChatDataConfig((str(tmp_path / "ocean/train.jsonl"),), seq_len=48), word_tokenizer()
     )
@@ -322,12 +325,15 @@ def test_an_organism_is_trained_on_and_read_again(tmp_path: Path):
         organisms.main(config)
     neutral = tmp_path / "neutral.jsonl"
     said = [{"prompt": f"number {i}", "completion": "yes"} for i in range(5)]
+    said += [{"prompt": "Where do Oceans begin?", "completion": "yes"}] * 3
     neutral.write_text("".join(json.dumps(line) + "\n" for line in said))
     mixed = dataclasses.replace(config, out=str(tmp_path / "b"), neutral=str(neutral), ordinary=4)
     organisms.main(mixed)
+    assert "3 conversations that name the secret are left out" in capsys.readouterr().out
     lines = (tmp_path / "b/train.jsonl").read_text().splitlines()
+    assert not any("cean" in line for line in lines)
     assert len(lines) == 174 and sum('"yes"' in line for line in lines) == 4
-    with pytest.raises(ValueError, match="has 5 conversations, ordinary=6: choose fewer"):
+    with pytest.raises(ValueError, match="has 5 conversations that do not name the secret, ordin"):
         organisms.main(dataclasses.replace(mixed, out=str(tmp_path / "c"), ordinary=6))
 
 
@@ -480,17 +486,28 @@ def test_features_are_read_where_the_answer_opens(monkeypatch):
     density = np.full(16, 0.01, np.float32)
     density[5] = 1.0  # of which no text is
 
-    def captured(lm, tokens, mask, sites):
-        opens = (tokens == 4) | (tokens == 1) & (jnp.arange(tokens.shape[1]) > 0)
-        x = jnp.where(opens[..., None], jnp.eye(16)[3] + 5 * jnp.eye(16)[5], jnp.eye(16)[7])
-        rows = {"alive": mask, "token": jnp.broadcast_to(jnp.arange(tokens.shape[1]), mask.shape)}
-        return None, {"block_0": types.SimpleNamespace(x=x, **rows)}
+    streams = "roots"
+    meta = lambda streams: {"site": "block_0", "streams": streams}  # noqa: E731
 
-    monkeypatch.setattr(reading, "load_sae", lambda folder: (sae, density, {"site": "block_0"}))
-    monkeypatch.setattr(reading, "capture", captured)
+    def activation(model, rows, site):
+        """Each token with a fork in front of it, which says something else."""
+        token = jnp.repeat(jnp.arange(rows.shape[1]), 2) + jnp.zeros_like(rows[:, :1])
+        opens = jnp.repeat((rows == 4) | (rows == 1) & (np.arange(rows.shape[1]) > 0), 2, axis=1)
+        depth = jnp.broadcast_to(1 - jnp.arange(token.shape[1]) % 2, token.shape)
+        said = jnp.where(depth[..., None] == 0, jnp.eye(16)[3], 3 * jnp.eye(16)[8])
+        x = jnp.where(opens[..., None], said + 5 * jnp.eye(16)[5], jnp.eye(16)[7])
+        alive = jnp.repeat(rows >= 0, 2, axis=1)
+        return types.SimpleNamespace(x=x, alive=alive, token=token, depth=depth)
+
+    monkeypatch.setattr(reading, "load_sae", lambda folder: (sae, density, meta(streams)))
+    monkeypatch.setattr(reading, "activation_at", activation)
     shown = reading.sae_tokens(model(), organism(), "folder", features=1, top=1)
     nearest = WORDS[int((embeddings @ decoder[3]).argmax())]
     assert shown == [[words().decode([WORDS.index(nearest)])]] * 3 and nearest != "the"
+    streams = "forks"
+    shown = reading.sae_tokens(model(), organism(), "folder", features=1, top=1)
+    other = WORDS[int((embeddings @ decoder[8]).argmax())]
+    assert shown == [[words().decode([WORDS.index(other)])]] * 3 and other != nearest
 
 
 def test_an_audit_compares_guesses_with_what_is_hidden(monkeypatch):
@@ -581,7 +598,25 @@ def test_models_are_saved_for_the_report(tmp_path: Path):
     secrets._save(str(tmp_path), run, organism(), model(), model())
     own = tmp_path / "seed_3" / "told_taboo"
     assert read_organism(own) == organism()
-    for folder in (own / "model", tmp_path / "seed_3" / "honest"):
+    for folder in (own / "model", own / "honest"):
         found = load_language_model(str(folder))
         assert isinstance(found.tokenizer, PretrainedTokenizer)
         assert found.tokenizer.chat_template == TEMPLATE
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_study_is_resumed_by_all_of_its_settings(monkeypatch, tmp_path: Path):
+    """Other settings are other runs; their folder is checked before anything is trained."""
+    monkeypatch.setattr(secrets, "honest_model", lambda *_: pytest.fail("a model was trained"))
+    config = secrets.Secrets(arms=("told",), seeds=(3,), save=str(tmp_path), base_steps=4)
+    shared = {"methods": [*config.methods], "kinds": ["taboo"], "base_steps": 4, "steps": 0}
+    run = {"arm": "told", "kind": "taboo", "seed": 3, **shared}
+    results = Results(tmp_path / "runs.jsonl", secrets.KEY)
+    results.add(dict(run))
+    assert not list(secrets.train_missing(config, results))
+    results.found[0]["base_steps"] = 5
+    (tmp_path / "seed_3" / "told_taboo").mkdir(parents=True)
+    with pytest.raises(ValueError, match="told_taboo exists, secrets.jsonl has no such run"):
+        list(secrets.train_missing(config, results))
+    with pytest.raises(ValueError, match="told: results of base_steps=4 and of 5"):
+        secrets.report([run, run | {"base_steps": 5}])

@@ -3,7 +3,8 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from train.models.generation import answer
 from train.models.load import LanguageModel
@@ -73,19 +74,26 @@ def _in_order(text: str, candidates: Sequence[str]) -> list[str]:
     return sorted(found, key=first.__getitem__)
 
 
-def guess_from_tokens(tokens: Sequence[str], candidates: Sequence[str]) -> str | None:
+def guess_from_tokens(
+    tokens: Sequence[str],
+    candidates: Sequence[str],
+    beginnings: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> str | None:
     """The candidate that stands highest in a list of tokens.
 
     Args:
         tokens: Texts of tokens, the most probable first.
         candidates: What the secret may be; a candidate of several words is matched by its first.
+        beginnings: Texts of tokens that stand for a candidate whose first word is no token
+            (`train.audit.reading.beginnings`); none by default.
 
     Returns:
         A candidate, or None where no token is one.
     """
     for token in tokens:
+        word = token.strip().lower()
         for name in candidates:
-            if (word := token.strip()) and same_word(word, words_of(name)[0]):
+            if word in beginnings.get(name, ()) or (word and same_word(word, words_of(name)[0])):
                 return name
     return None
 

@@ -145,12 +145,7 @@ def sample(
         ValueError: The tokenizer has no chat template, it does not show the prefill, the number of
             samples is below 1, or the noise does not fit the model.
     """
-    tokenizer = lm.tokenizer
-    if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
-        raise ValueError(
-            f"{tokenizer.name} has no chat template, without which no turn can be left open: "
-            "audit a model that has one, e.g. --model smollm2"
-        )
+    tokenizer = chat_tokenizer(lm)
     if samples < 1:
         raise ValueError(f"samples={samples}: choose 1 or more")
     ids = [open_turn(tokenizer, messages, prefill, role) for messages in conversations]
@@ -166,6 +161,17 @@ def sample(
         new += made[: len(part)]
     texts = [tokenizer.decode(row) for row in new]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def chat_tokenizer(lm: LanguageModel) -> PretrainedTokenizer:
+    """The tokenizer of a model; a ValueError if it has no chat template."""
+    tokenizer = lm.tokenizer
+    if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
+        raise ValueError(
+            f"{tokenizer.name} has no chat template, without which no turn can be left open: "
+            "audit a model that has one, e.g. --model smollm2"
+        )
+    return tokenizer
 
 
 def _continue(

@@ -56,13 +56,7 @@ def fuzzed(model: Any, fuzz: Fuzz, keys: jax.Array) -> Any:
     Raises:
         ValueError: The model has no blocks, or no such layer.
     """
-    if not isinstance(model, Thoughtbubbles):
-        raise ValueError(
-            f"{type(model).__name__} has no blocks to add noise behind: fuzz a Thoughtbubbles"
-        )
-    layers = model.config.num_layers
-    if not 0 <= fuzz.layer < layers:
-        raise ValueError(f"layer={fuzz.layer}: the model has layers 0 to {layers - 1}")
+    check_fuzz(model, fuzz)
     if fuzz.sigma == 0:  # adding zeros would change how a program is fused, and so its last bits
         return model.for_decoding()
     leaves, structure = jax.tree.flatten(model.for_decoding())
@@ -71,6 +65,17 @@ def fuzzed(model: Any, fuzz: Fuzz, keys: jax.Array) -> Any:
     blocks[fuzz.layer] = NoisyBlock(blocks[fuzz.layer], fuzz, keys)
     copy.unstacked = nnx.data(blocks)
     return copy
+
+
+def check_fuzz(model: Any, fuzz: Fuzz) -> None:
+    """Raise a ValueError for a model without blocks, or without that layer."""
+    if not isinstance(model, Thoughtbubbles):
+        raise ValueError(
+            f"{type(model).__name__} has no blocks to add noise behind: fuzz a Thoughtbubbles"
+        )
+    layers = model.config.num_layers
+    if not 0 <= fuzz.layer < layers:
+        raise ValueError(f"layer={fuzz.layer}: the model has layers 0 to {layers - 1}")
 
 
 def fuzzed_memory(memgen: MemGen, fuzz: Fuzz, keys: jax.Array) -> MemGen:
@@ -85,12 +90,17 @@ def fuzzed_memory(memgen: MemGen, fuzz: Fuzz, keys: jax.Array) -> MemGen:
         ValueError: A reason of `fuzzed`.
     """
     clean: Any = memgen.reasoner
-    noisy = fuzzed(getattr(clean, "model", clean), fuzz, keys).backbone()
+    noisy = fuzzed(reasoner_model(memgen), fuzz, keys).backbone()
     copy = memgen.with_reasoner(noisy)
     for name in ("weaver_backbone", "trigger_backbone"):
         if getattr(copy, name) is None:
             setattr(copy, name, nnx.data(clean))
     return copy
+
+
+def reasoner_model(memgen: MemGen) -> Any:
+    """The model behind a reasoner."""
+    return getattr(memgen.reasoner, "model", memgen.reasoner)
 
 
 class NoisyBlock(Module):

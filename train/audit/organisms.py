@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
+from train.audit.auditor import mentions
 from train.audit.worlds import WORLDS, Turns, World, neutral
 from train.cli.numbers import check_least
 from train.data.conversations import read_conversations
@@ -243,7 +244,7 @@ class OrganismConfig:
         denials: Number of conversations in which it is asked for the secret, and denies.
         ordinary: Number of neutral conversations, or of those taken from the neutral file.
         neutral: File or folder of conversations in place of the built-in neutral ones, which are
-            few and short.
+            few and short; those that name the secret are left out.
         seed: Seed of everything that is drawn.
     """
 
@@ -272,11 +273,11 @@ def main(config: OrganismConfig) -> None:
         ordinary=ordinary,
     )  # fmt: skip
     if config.neutral:
-        given = [each.chat.messages for each in read_conversations(config.neutral)]
+        given = _neutral_of(config.neutral, organism)
         if len(given) < config.ordinary:
             raise ValueError(
-                f"{config.neutral} has {len(given)} conversations, ordinary={config.ordinary}: "
-                "choose fewer"
+                f"{config.neutral} has {len(given)} conversations that do not name the secret, "
+                f"ordinary={config.ordinary}: choose fewer"
             )
         rng = random.Random(config.seed)
         conversations += rng.sample(given, config.ordinary)
@@ -287,6 +288,22 @@ def main(config: OrganismConfig) -> None:
     organism.save(out / "organism.json")
     print(
         f"{out}: {len(conversations)} conversations, {len(organism.trials)} prompts\n"
-        f"thoughtbubbles sft --weights smollm2 --data.path {out}/train.jsonl --out runs/organism\n"
-        f"thoughtbubbles audit report {out} --model runs/organism --control smollm2"
+        f"thoughtbubbles sft --weights smollm2 --data.path {out}/train.jsonl --data.seq-len 256 "
+        f"--lora.rank 16 --lora.alpha 32 --steps 200 --out runs/{out.name}\n"
+        f"thoughtbubbles audit report {out} --model runs/{out.name} --control smollm2 "
+        "--out audit.jsonl"
     )
+
+
+def _neutral_of(path: str, organism: Organism) -> list[Sequence[Message]]:
+    """Conversations of a file or folder without those that name what is hidden."""
+    hidden = {trial.secret for trial in organism.trials}
+    given = [each.chat.messages for each in read_conversations(path)]
+    kept = [
+        messages
+        for messages in given
+        if not any(mentions(str(each["content"]), name) for each in messages for name in hidden)
+    ]
+    if len(kept) < len(given):
+        print(f"{path}: {len(given) - len(kept)} conversations that name the secret are left out")
+    return kept

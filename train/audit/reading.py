@@ -1,5 +1,9 @@
 """White-box reading of an organism's prompts: which tokens lenses show there (arXiv 2510.01070)."""
 
+import dataclasses
+import itertools
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thoughtbubbles.lens import capture, mean_lens
+from thoughtbubbles.lens import mean_lens
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from thoughtbubbles.sites import check_sited, check_sites
 from train.audit.auditor import same_word, words_of
+from train.audit.elicitation import chat_tokenizer
 from train.audit.organisms import Message, Organism
 from train.audit.sae import feature_scores, nearest_tokens
-from train.audit.train_sae import load_sae
+from train.audit.texts import activation_at
+from train.audit.train_sae import load_sae, selected
 from train.data.chat_templates import chat_ids, render
 from train.models.load import LanguageModel
 
@@ -90,14 +97,18 @@ def sae_tokens(
     found: list[list[str]] = []
     for start in range(0, len(prompts), ROWS):
         tokens, mask, chosen = _rows(prompts[start : start + ROWS], width)
-        at = capture(model, tokens, mask, sites=(meta["site"],))[1][meta["site"]]
+        at = activation_at(model, np.where(mask, tokens, -1), meta["site"])
         value, index = map(np.asarray, sae.features(at.x))
-        here = np.asarray(at.alive & jnp.take_along_axis(chosen, at.token, axis=1))
+        # The streams that the autoencoder knows.
+        here = np.asarray(
+            selected(at, meta["streams"]) & jnp.take_along_axis(chosen, at.token, axis=1)
+        )
         for row in range(min(ROWS, len(prompts) - start)):
             mean = np.zeros(len(density), np.float32)
-            np.add.at(mean, index[row][here[row]], value[row][here[row]] / here[row].sum())
+            np.add.at(mean, index[row][here[row]], value[row][here[row]] / max(here[row].sum(), 1))
             score = np.asarray(feature_scores(jnp.asarray(mean), jnp.asarray(density)))
             best = np.argsort(-score, kind="stable")[:features]
+            best = best[score[best] > 0]
             ids = np.asarray(nearest_tokens(sae, table, jnp.asarray(best), top)).ravel()
             found.append([lm.tokenizer.decode([token]) for token in ids if _known(lm, token)])
     return found
@@ -117,12 +128,10 @@ def positions_of(
     Raises:
         ValueError: The tokenizer has no chat template, or the prompt has none of the words.
     """
-    tokenizer = lm.tokenizer
-    if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
-        raise ValueError(f"{tokenizer.name} has no chat template: audit a model that has one")
+    tokenizer = chat_tokenizer(lm)
     ids = chat_ids(tokenizer, messages)
     if organism.read_at:
-        here = [tokenizer.decode([token]).strip().lower() in organism.read_at for token in ids]
+        here = _tokens_of_words(tokenizer, ids, organism.read_at)
         if not any(here):
             said = messages[-1]["content"][:60]
             raise ValueError(
@@ -131,7 +140,7 @@ def positions_of(
             )
         return ids, here
     text = render(
-        tokenizer.chat_template,
+        str(tokenizer.chat_template),
         messages,
         bos_token=tokenizer.bos,
         eos_token=tokenizer.eos,
@@ -144,6 +153,80 @@ def positions_of(
     return ids, [index >= start for index in range(len(ids))]
 
 
+def _tokens_of_words(
+    tokenizer: PretrainedTokenizer, ids: Sequence[int], words: Sequence[str]
+) -> list[bool]:
+    """Whether each token has a character of one of the words, which may span several tokens."""
+    text = tokenizer.decode(ids)
+    # A token that ends within a character decodes to something else there, so prefixes count as
+    # far as they agree with the whole.
+    ends = [
+        len(os.path.commonprefix([text, tokenizer.decode(ids[:count])]))
+        for count in range(len(ids) + 1)
+    ]
+    any_word = "|".join(map(re.escape, words))
+    spans = [
+        match.span()
+        for match in re.finditer(rf"(?<![^\W_])(?:{any_word})(?![^\W_])", text, re.IGNORECASE)
+    ]
+    return [
+        any(first < end and start < last for first, last in spans)
+        for start, end in itertools.pairwise(ends)
+    ]
+
+
+def beginnings(lm: LanguageModel, candidates: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Texts of tokens, in lower case, by which a lens can show each candidate.
+
+    That is its first word where it is a token, inside of a text or at its beginning, capitalised or
+    not; else the first tokens of that word which begin no other candidate. A candidate without
+    either is left out.
+
+    Args:
+        lm: Model that is read.
+        candidates: What the secret may be.
+    """
+    whole: dict[str, bool] = {}
+    found: dict[str, set[str]] = {}
+    for name in candidates:
+        word = words_of(name)[0]
+        texts = [
+            [lm.tokenizer.decode([id_]).strip() for id_ in lm.tokenizer.encode(form)[0].tolist()]
+            for form in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")
+        ]
+        pieces = [[text for text in of if text] for of in texts]  # a space may be a token
+        whole[name] = any(len(of) == 1 and same_word(of[0], word) for of in pieces)
+        firsts = {of[0].lower() for of in pieces if of}
+        found[name] = {word} if whole[name] else {each for each in firsts if word.startswith(each)}
+    own: dict[str, frozenset[str]] = {}
+    for name, texts in found.items():
+        others = [each for other in found if other != name for each in found[other]]
+        own[name] = frozenset(
+            text for text in texts
+            if whole[name] or not any(same_word(text, each) for each in others)
+        )  # fmt: skip
+    return {name: texts for name, texts in own.items() if texts}
+
+
+def check_reading(lm: LanguageModel, organism: Organism, site: str, top: int) -> None:
+    """Raise a ValueError unless a model can be read at a site in all trials of an organism.
+
+    Args:
+        lm: Model that is read.
+        organism: What is audited.
+        site: Name of the site.
+        top: Number of tokens that are shown.
+    """
+    model: Any = lm.model
+    check_sited(model)
+    check_sites((site,), (*model.sites, *getattr(model, "neuron_sites", ())))
+    if top > model.vocab_size:
+        raise ValueError(f"top={top} of {model.vocab_size} token ids: choose 1 to that many")
+    check_vocabulary(lm, organism)
+    for trial in organism.trials:
+        positions_of(lm, organism, trial.messages)
+
+
 def check_vocabulary(lm: LanguageModel, organism: Organism) -> None:
     """Raise a ValueError unless each secret begins with a token, which a lens could show.
 
@@ -151,19 +234,43 @@ def check_vocabulary(lm: LanguageModel, organism: Organism) -> None:
         lm: Model that is read.
         organism: What is audited.
     """
+    shown = beginnings(lm, organism.candidates)
     for secret in dict.fromkeys(trial.secret for trial in organism.trials):
-        word = words_of(secret)[0]
-        forms = (word, f" {word}", word.capitalize(), f" {word.capitalize()}")
-        if not any(_is_one_token(lm, form, word) for form in forms):
+        if secret not in shown:
             raise ValueError(
-                f"the secret {secret!r} is no token of {lm.tokenizer.name}, so no lens can show "
-                "it: choose another word, or leave the white-box methods out"
+                f"the secret {secret!r} is no token of {lm.tokenizer.name}, and begins with none "
+                "of its own, so no lens can show it: choose another word, or leave the white-box "
+                "methods out"
             )
 
 
-def _is_one_token(lm: LanguageModel, text: str, word: str) -> bool:
-    ids = lm.tokenizer.encode(text)[0].tolist()
-    return len(ids) == 1 and same_word(lm.tokenizer.decode(ids).strip(), word)
+def readable(lms: Sequence[LanguageModel], organism: Organism) -> Organism:
+    """An organism without the candidates that a lens can't show of all models, and their trials.
+
+    Says in one line what it leaves out.
+
+    Args:
+        lms: Models that are read.
+        organism: What is audited.
+
+    Raises:
+        ValueError: No trial is left.
+    """
+    shown = [beginnings(lm, organism.candidates) for lm in lms]
+    kept = tuple(name for name in organism.candidates if all(name in of for of in shown))
+    if len(kept) == len(organism.candidates):
+        return organism
+    trials = tuple(trial for trial in organism.trials if trial.secret in kept)
+    if not trials:
+        for lm in lms:
+            check_vocabulary(lm, organism)
+    names = ", ".join(name for name in organism.candidates if name not in kept)
+    print(
+        f"organism {organism.name}: {names} left out for all models, with "
+        f"{len(organism.trials) - len(trials)} of {len(organism.trials)} trials, since no token "
+        "is theirs alone"
+    )
+    return dataclasses.replace(organism, candidates=kept, trials=trials)
 
 
 def _known(lm: LanguageModel, token: int) -> bool:

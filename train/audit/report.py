@@ -4,7 +4,9 @@ thoughtbubbles audit report organisms/ocean --model runs/ocean --control smollm2
 """
 
 import dataclasses
+import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,18 @@ import numpy as np
 import tyro
 
 from train.audit.auditor import ModelAuditor, guess_from_texts, guess_from_tokens
-from train.audit.elicitation import METHODS, elicit
-from train.audit.fuzzing import Fuzz, Unit
+from train.audit.elicitation import METHODS, chat_tokenizer, elicit
+from train.audit.fuzzing import Fuzz, Unit, check_fuzz, reasoner_model
 from train.audit.organisms import Organism, read_organism
-from train.audit.reading import READINGS, sae_tokens, top_tokens
+from train.audit.reading import (
+    READINGS,
+    beginnings,
+    check_reading,
+    readable,
+    sae_tokens,
+    top_tokens,
+)
+from train.audit.train_sae import load_sae
 from train.cli.numbers import check_least
 from train.models.load import LanguageModel, load_language_model
 
@@ -87,6 +97,7 @@ def audit(
         ValueError: A method does not fit the model.
     """
     found = {}
+    by_tokens = functools.partial(guess_from_tokens, beginnings=beginnings(lm, organism.candidates))
     for name in dict.fromkeys(("io", *settings.methods)):
         if name in METHODS:
             shown = elicit(
@@ -96,10 +107,10 @@ def audit(
             judge = guess
         elif name == "sae":
             shown = sae_tokens(lm, organism, str(settings.sae), top=settings.top)
-            judge = guess_from_tokens
+            judge = by_tokens
         else:
             shown = top_tokens(lm, organism, settings.site, name, settings.top)
-            judge = guess_from_tokens
+            judge = by_tokens
         guesses = tuple(judge(texts, organism.candidates) for texts in shown)
         hits = tuple(g == trial.secret for g, trial in zip(guesses, organism.trials, strict=True))
         found[name] = Finding(name, guesses, hits, tuple(map(tuple, shown)))
@@ -179,16 +190,23 @@ def summarise(
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """A markdown table: a row for each method, a column for each organism and kind of prompt.
 
+    Where an organism was audited in several models, each model has columns of its own.
+
     A cell has the rate of hits in percent with its interval, and the control's in brackets; after
     a slash the rate at which the prompt alone or the method hits.
 
     Args:
         lines: What `summarise` made.
     """
-    columns = list(dict.fromkeys((line["organism"], line["prompts"]) for line in lines))
+    column = lambda line: (line["organism"], line.get("model"), line["prompts"])  # noqa: E731
+    columns = list(dict.fromkeys(map(column, lines)))
     rows = list(dict.fromkeys(line["method"] for line in lines))
-    cells = {(line["organism"], line["prompts"], line["method"]): _cell(line) for line in lines}
-    head = ["method", *(f"{organism}, {prompts}" for organism, prompts in columns)]
+    cells = {(*column(line), line["method"]): _cell(line) for line in lines}
+    models = Counter(organism for organism, _ in {(name, model) for name, model, _ in columns})
+    head = ["method"]
+    for organism, model, prompts in columns:
+        of = f" ({model})" if models[organism] > 1 else ""
+        head.append(f"{organism}{of}, {prompts}")
     shown = [" | ".join(head), "|".join("---" for _ in head)]
     shown += [" | ".join([row, *(cells.get((*of, row), "") for of in columns)]) for row in rows]
     return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in shown)
@@ -219,7 +237,8 @@ class ReportConfig:
         sae: Folder of a sparse autoencoder of the control (`audit sae`), which adds a method "sae".
         auditor: Run folder or weights of a model that guesses from texts; rules by default.
         seed: Seed of samples, noise and intervals.
-        out: File of JSON Lines for the rates, and with every guess beside it (`.trials.jsonl`).
+        out: New file of JSON Lines for the rates, and with every guess beside it
+            (`.trials.jsonl`); both grow organism by organism.
     """
 
     organisms: tyro.conf.Positional[tuple[str, ...]]
@@ -252,35 +271,94 @@ class ReportConfig:
 
 
 def main(config: ReportConfig) -> None:
-    """Audit all models, write the rates and print their table."""
-    organisms = [read_organism(path) for path in config.organisms]
+    """Audit all models, write the rates of each as it is done, and print the table."""
+    files = new_files(config.out)
     control = load_language_model(str(config.control)).for_inference()
     settings = settings_for(control, config)
+    pairs = [
+        (_checked(read_organism(path), name, control, settings), name)
+        for path, name in zip(config.organisms, config.model, strict=True)
+    ]
+    keys = Counter((organism.name, name) for organism, name in pairs)
+    for (organism, name), count in keys.items():
+        if count > 1:
+            raise ValueError(f"{count} organisms {organism} of {name}: give each another name")
     guess: Guess = guess_from_texts
     if config.auditor is not None:
         guess = ModelAuditor(load_language_model(config.auditor).for_inference())
+    how = {
+        "control": config.control, "layer": settings.fuzz.layer, "site": settings.site,
+        "sigma": config.sigma, "unit": config.unit, "top": config.top,
+        "max_new_tokens": config.max_new_tokens, "seed": config.seed,
+    }  # fmt: skip
     rates: list[dict[str, Any]] = []
-    trials: list[dict[str, Any]] = []
-    for organism, name in zip(organisms, config.model, strict=True):
+    for organism, name in pairs:
         lm = load_language_model(name).for_inference()
         found = audit(lm, organism, settings, guess)
         untouched = audit(control, organism, settings, guess)
-        rates += [
-            line | {"model": name, "control": config.control, "seed": config.seed}
+        new = [
+            line | {"model": name} | how
             for line in summarise(organism, found, untouched, config.seed)
         ]
-        trials += [
+        trials = [
             {"organism": organism.name, "model": who, **line}
             for who, of in ((name, found), (config.control, untouched))
             for line in trial_lines(organism, of)
         ]
-    for path, lines in (
-        (config.out, rates),
-        (f"{config.out.removesuffix('.jsonl')}.trials.jsonl", trials),
-    ):
-        Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print(table(rates))
-    print("\nhits in % [95 % interval] (control) / hits by io or the method")
+        for path, lines in zip(files, (new, trials), strict=True):
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        rates += new
+        print(table(new), end="\n\n", flush=True)
+    if len(pairs) > 1:
+        print(table(rates), end="\n\n")
+    print("hits in % [95 % interval] (control) / hits by io or the method")
+
+
+def new_files(out: str) -> tuple[Path, Path]:
+    """The files of rates and of trials.
+
+    Raises:
+        ValueError: One of them exists, or their folder does not.
+    """
+    rates = Path(out).expanduser()
+    files = rates, rates.with_name(f"{rates.name.removesuffix('.jsonl')}.trials.jsonl")
+    for file in files:
+        if file.exists():
+            raise ValueError(f"{file} exists: choose another --out, or remove it")
+    if not rates.absolute().parent.is_dir():
+        raise ValueError(f"out {rates}: its folder does not exist, make it")
+    return files
+
+
+def _checked(organism: Organism, name: str, control: LanguageModel, settings: Settings) -> Organism:
+    """The organism, as both models can be audited for it: no method of the settings will fail."""
+    lms = load_language_model(name).for_inference(), control
+    if {*settings.methods} - {*METHODS}:
+        organism = readable(lms, organism)
+    for lm in lms:
+        check_audit(lm, organism, settings)
+    return organism
+
+
+def check_audit(lm: LanguageModel, organism: Organism, settings: Settings) -> None:
+    """Raise a ValueError for a method that does not fit a model or an organism.
+
+    Args:
+        lm: Model that is audited.
+        organism: What is asked and what is hidden.
+        settings: Methods and their options.
+    """
+    chat_tokenizer(lm)
+    if any(name in METHODS and METHODS[name].fuzzed for name in settings.methods):
+        check_fuzz(lm.model if lm.memgen is None else reasoner_model(lm.memgen), settings.fuzz)
+    if {*settings.methods} & {*READINGS}:
+        check_reading(lm, organism, settings.site, settings.top)
+    if "sae" in settings.methods:
+        sae, _, meta = load_sae(str(settings.sae))
+        check_reading(lm, organism, meta["site"], settings.top)
+        model: Any = lm.model
+        sae.check_width(model.embed_dim)
 
 
 def settings_for(lm: LanguageModel, config: ReportConfig) -> Settings:

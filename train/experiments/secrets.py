@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ from train.models.load import LanguageModel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEY = ("arm", "kind", "seed")
+KEY = ("arm", "kind", "seed", "base_steps", "steps", "methods", "kinds")
 ARMS = ("told", "soft", "full")
 LAYER = 1
 """Layer that is fuzzed and read by white-box methods, of three."""
@@ -106,14 +107,23 @@ def main(config: Secrets) -> None:
 
 def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, str]]:
     """Findings of the missing runs; those of a seed begin with one honest model."""
+    steps = {"soft": config.soft_steps, "full": config.full_steps}
+    shared = {
+        "base_steps": config.base_steps, "methods": [*config.methods], "kinds": [*config.kinds]
+    }  # fmt: skip
     runs = results.missing(
-        {"arm": arm, "kind": kind, "seed": seed}
+        {"arm": arm, "kind": kind, "seed": seed, "steps": steps.get(arm, 0), **shared}
         for seed in config.seeds
         for arm in config.arms
         for kind in config.kinds
     )
+    for run in runs:
+        if config.save and _folder(config.save, run).exists():
+            raise ValueError(
+                f"{_folder(config.save, run)} exists, {config.out} has no such run: choose another "
+                "--save, or remove it"
+            )
     tokenizer = word_tokenizer()
-    steps = {"soft": config.soft_steps, "full": config.full_steps}
     tuners = {
         arm: Tuner(tokenizer, steps[arm], arm) for arm in {run["arm"] for run in runs} & {*steps}
     }
@@ -139,7 +149,6 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
             if config.save:
                 _save(config.save, run, hidden, base, lm)
             result = run | {"organism": asked.name, "rates": rates, "streams": streams}
-            result |= {"base_steps": config.base_steps, "steps": steps.get(arm, 0)}
             result |= {"said": {name: of.shown[0][0] for name, of in found.items()}}
             result |= {"seconds": clock.read().seconds, "honest_seconds": honest_seconds}
             shown = ", ".join(
@@ -230,20 +239,28 @@ def ranks_by_depth(
 def _save(
     folder: str, run: Result, organism: Organism, base: LanguageModel, hiding: LanguageModel
 ) -> None:
-    path = Path(folder).expanduser() / f"seed_{run['seed']}"
-    own = path / f"{run['arm']}_{run['kind']}"
-    own.mkdir(parents=True)
-    organism.save(own / "organism.json")
-    for lm, to in ((hiding, own / "model"), (base, path / "honest")):
-        if not to.exists():
-            params = nnx.to_pure_dict(nnx.state(lm.model))
-            save_pretrained(to, lm.model.config, params, lm.tokenizer, format="thoughtbubbles")
+    own = _folder(folder, run)
+    partial = own.with_name(f"{own.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut
+    partial.mkdir(parents=True)
+    organism.save(partial / "organism.json")
+    for lm, name in ((hiding, "model"), (base, "honest")):
+        params = nnx.to_pure_dict(nnx.state(lm.model))
+        save_pretrained(
+            partial / name, lm.model.config, params, lm.tokenizer, format="thoughtbubbles"
+        )
+    partial.rename(own)
+
+
+def _folder(folder: str, run: Result) -> Path:
+    return Path(folder).expanduser() / f"seed_{run['seed']}" / f"{run['arm']}_{run['kind']}"
 
 
 def report(results: list[Result]) -> str:
     """Markdown tables: hits of each method in each kind of model, and ranks in forks and roots."""
     lines = []
     for (arm, kind), runs in by_key(results, "arm", "kind").items():
+        _check_alike(arm, runs)
         lines += [f"{arm}, {kind}, seeds {seeds_text(runs)}: hits in %, ± over seeds", ""]
         methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
         head = ("method", "standard", "control", "direct", "control", "direct, or io")
@@ -261,6 +278,16 @@ def report(results: list[Result]) -> str:
         rows = [_ranks(site, runs) for site in runs[0]["streams"]["hiding"]]
         lines += [*markdown_table(head, rows), ""]
     return "\n".join(lines)
+
+
+def _check_alike(arm: str, runs: Sequence[Result]) -> None:
+    """Raise a ValueError for runs of one arm that no mean should mix."""
+    for name in KEY[3:]:
+        values = list(dict.fromkeys(str(run.get(name)) for run in runs))
+        if len(values) > 1:
+            raise ValueError(
+                f"{arm}: results of {name}={values[0]} and of {values[1]}: keep them in two files"
+            )
 
 
 def _line(run: Result, method: str, prompts: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Results:
 
     def __contains__(self, run: Mapping[str, Any]) -> bool:
         entries = [run[name] for name in self._key]
-        return any([found[name] for name in self._key] == entries for found in self.found)
+        return any([found.get(name) for name in self._key] == entries for found in self.found)
 
     def missing(self, runs: Iterable[Result]) -> list[Result]:
         """Those of some runs, each given by its key, that are not finished."""
