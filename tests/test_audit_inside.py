@@ -1,7 +1,9 @@
 """The audit commands that read a model from inside, on a small model of bytes that forks."""
 
 import dataclasses
+import itertools
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from memgen_tiny import CONFIG
 from tiny import SMALL, quick_model
 
 from memgen import MemGen, Plan
-from thoughtbubbles.lens import embedding_similarity, logit_lens
+from thoughtbubbles import Thoughtbubbles
+from thoughtbubbles.lens import TunedLens, embedding_similarity, logit_lens
 from thoughtbubbles.pages import Guess, lens_page
 from thoughtbubbles.sites import Activation
 from train.audit import __main__ as audit
@@ -44,12 +47,21 @@ def test_a_lens_page_and_its_table(lm, tmp_path, capsys):
     page = tmp_path / "lens.html"
     lens.main(lens.LensConfig(model="tiny", text=text, watch=("b",), top=3, page=str(page)))
     said = capsys.readouterr().out
-    assert said.count("b: rank") == len(lm.model.sites) and "forks add" in said
+    assert said.count("b ('b'): rank") == len(lm.model.sites) and "forks add" in said
     html = page.read_text(encoding="utf-8")
     assert "<script" not in html and "<b>a" not in html and "src=" not in html
     assert "nats to its parent" in html and "fork of depth 1" in html and "block_1" in html
     with pytest.raises(ValueError, match="no site 'block_7' here"):
         lens.read_text(lm, text, sites=("block_7",))
+
+
+def test_a_word_is_watched_by_its_own_first_token(lm):
+    """Bytes have a token for the space in front of a word, which is no part of it."""
+    for word, label in (("self", "self ('s', the first of 4 tokens)"), ("b", "b ('b')")):
+        id_, shown = lens.watched_token(lm, word)
+        assert lm.tokenizer.decode([id_]) == word[0] and shown == label
+    with pytest.raises(ValueError, match="watch='' has no token"):
+        lens.watched_token(lm, "")
 
 
 def test_a_page_escapes_texts():
@@ -103,6 +115,67 @@ def test_an_autoencoder_of_a_site(lm, tmp_path, capsys):
     features = [json.loads(line) for line in lines]
     assert features[0]["density"] == pytest.approx(density.max())
     assert all(len(feature["tokens"]) == 20 and feature["examples"] for feature in features)
+
+
+def test_dead_features_are_revived_within_the_training():
+    config = train_sae.SAEConfig(model="tiny")
+    assert train_sae.dead_after(config) == config.tokens // 10
+    few = dataclasses.replace(config, tokens=50_000)
+    assert train_sae.dead_after(few) == 10 * few.batch_size
+    assert train_sae.dead_after(dataclasses.replace(few, dead_after=7)) == 7
+    with pytest.raises(ValueError, match="dead_after=50000 of tokens=50000: no feature would"):
+        dataclasses.replace(few, dead_after=50_000)
+    dataclasses.replace(few, dead_after=50_000, aux_weight=0.0)
+
+
+def test_an_identity_recovers_the_loss_and_a_silent_autoencoder_none():
+    """Features that are the positive and negative coordinates; then without their decoder."""
+    config = dataclasses.replace(BYTES, fork_layers=(), num_layers=1)
+    lm = LanguageModel(quick_model(config), ByteTokenizer())
+    eye = jnp.eye(16)
+    encoder = jnp.concatenate([eye, -eye], axis=1)
+    both = SparseAutoencoder(encoder, jnp.zeros(32), encoder.T, jnp.zeros(16), jnp.float32(2), 16)
+    silent = dataclasses.replace(both, decoder=0 * both.decoder)
+    rows = [np.random.default_rng(0).integers(0, 256, (2, 7)).astype(np.int32)]
+    for sae, recovered in ((both, 1.0), (silent, 0.0)):
+        found = train_sae.loss_recovered(sae, lm, rows, "block_0", "all")
+        assert found["loss_recovered"] == pytest.approx(recovered, abs=1e-3)
+
+
+def test_activations_that_are_all_equal_are_one_line(lm, monkeypatch):
+    same = itertools.repeat(np.ones((64, 16), np.float32))
+    monkeypatch.setattr(train_sae, "activations", lambda *_: same)
+    config = train_sae.SAEConfig(
+        model="tiny", features=8, k=2, tokens=128, batch_size=64, buffer=128
+    )
+    with pytest.raises(ValueError, match="the 64 activations of step 1 are all equal"):
+        train_sae.train(config, lm, None, "block_1")  # pyright: ignore
+
+
+def test_neurons_need_no_autoencoder(lm, monkeypatch, tmp_path):
+    hatchling = types.SimpleNamespace(sites=("embed", "block_0"), neuron_sites=("y_0",))
+    monkeypatch.setattr(train_sae, "check_site", lambda lm, site: site)
+    monkeypatch.setattr(train_sae, "load_named", lambda *_: types.SimpleNamespace(model=hatchling))
+    with pytest.raises(ValueError, match="site='y_0': neurons are sparse and positive already"):
+        train_sae.main(train_sae.SAEConfig(model="tiny", site="y_0", out=str(tmp_path / "a")))
+
+
+def test_a_tuned_lens_holds_the_logits_of_one_site_at_a_time():
+    """Eight sites of 4096 tokens; with the logits of the model, a gradient needs a few of them."""
+    config = dataclasses.replace(
+        SMALL, vocab_size=4096, fork_layers=(), num_layers=8, scan_layers=True
+    )
+    model = jax.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
+    sites = tuple(f"block_{i}" for i in range(8))
+    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+
+    def loss(lens, model, tokens):
+        return tuned_lens.divergences(model, lens, tokens, jnp.ones(tokens.shape, bool)).sum()
+
+    lens = TunedLens.identity(sites, 16)
+    compiled = jax.jit(jax.grad(loss)).lower(lens, model, tokens).compile()
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 6 * 2 * 32 * 4096 * 4
 
 
 def test_streams_are_chosen_by_depth_without_first_tokens():

@@ -34,7 +34,8 @@ class LensConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         text: Text to read.
-        watch: Words whose first token is followed; its rank at the last token is printed.
+        watch: Words whose first token is followed; the text of that token and its rank at the last
+            token are printed.
         sites: Names of the sites to read, e.g. block_3; all of the model by default.
         cosine: Whether activations are compared to the embeddings of tokens, in place of a lens.
         tuned: Folder of a tuned lens (`thoughtbubbles audit tuned-lens`); none by default.
@@ -80,24 +81,30 @@ class TextReading:
 def main(config: LensConfig) -> None:
     """Print the first choices at the last token, and write the page."""
     lm = load_named(config.checkpoint, config.model)
-    watch = tuple(first_token(lm, word) for word in config.watch)
+    watched = [watched_token(lm, word) for word in config.watch]
     tuned = None if config.tuned is None else load_tuned_lens(config.tuned, lm.model)
     found = read_text(
-        lm, config.text, sites=config.sites or None, top=config.top, watch=watch,
-        cosine=config.cosine, tuned=tuned,
+        lm, config.text, sites=config.sites or None, top=config.top,
+        watch=[id_ for id_, _ in watched], cosine=config.cosine, tuned=tuned,
     )  # fmt: skip
-    print(table(found, lm, config.watch))
+    print(table(found, lm, [label for _, label in watched]))
     if config.page is not None:
         page(found, lm).save(config.page)
         print(f"page: {Path(config.page).absolute()}")
 
 
-def first_token(lm: LanguageModel, word: str) -> int:
-    """The id of the first token of a word that stands inside of a text."""
+def watched_token(lm: LanguageModel, word: str) -> tuple[int, str]:
+    """The id of the first token of a word that stands inside of a text, and a label of both.
+
+    Where the space in front of a word is a token of its own, the word's own first token is taken.
+    """
     ids = lm.tokenizer.encode(f" {word}")[0].tolist()
+    if ids and not lm.tokenizer.decode(ids[:1]).strip():
+        ids = lm.tokenizer.encode(word)[0].tolist()
     if not ids:
         raise ValueError(f"watch={word!r} has no token: choose another word")
-    return int(ids[0])
+    part = f", the first of {len(ids)} tokens" if len(ids) > 1 else ""
+    return ids[0], f"{word} ({token_text(lm, ids[0])!r}{part})"
 
 
 def read_text(

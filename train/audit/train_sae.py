@@ -61,7 +61,8 @@ class SAEConfig:
         buffer: Number of activations among which steps are shuffled.
         learning_rate: Learning rate of Adam; 2e-4 / sqrt(features / 2^14) by default.
         aux_weight: Weight of the loss that revives dead features (AuxK).
-        dead_after: Number of activations without it after which a feature counts as dead.
+        dead_after: Number of activations without it after which a feature counts as dead; a tenth
+            of tokens by default, and no less than ten batches.
         held_out: Number of held-out rows for the metrics.
         seed: Seed of the first directions, of the rows' order and of the buffer.
         out: New folder for the autoencoder, its metrics and its features.
@@ -81,7 +82,7 @@ class SAEConfig:
     buffer: int = 1 << 17
     learning_rate: float | None = None
     aux_weight: float = 1 / 32
-    dead_after: int = 1_000_000
+    dead_after: int | None = None
     held_out: int = 64
     seed: int = 0
     out: str = "runs/sae"
@@ -98,6 +99,19 @@ class SAEConfig:
             raise ValueError(
                 f"buffer={self.buffer} can't shuffle batches of {self.batch_size}: choose twice it"
             )
+        before_last = (self.tokens // self.batch_size - 1) * self.batch_size
+        if self.aux_weight > 0 and self.dead_after is not None and self.dead_after > before_last:
+            raise ValueError(
+                f"dead_after={self.dead_after} of tokens={self.tokens}: no feature would count as "
+                "dead in time to be revived, choose fewer, or aux_weight=0"
+            )
+
+
+def dead_after(config: SAEConfig) -> int:
+    """Number of activations without it after which a feature counts as dead."""
+    if config.dead_after is not None:
+        return config.dead_after
+    return max(config.tokens // 10, 10 * config.batch_size)
 
 
 def main(config: SAEConfig) -> None:
@@ -105,6 +119,12 @@ def main(config: SAEConfig) -> None:
     out = new_audit_folder(config.out)
     lm = load_named(config.checkpoint, config.model)
     site = check_site(lm, config.site)
+    model: Any = lm.model
+    if site not in model.sites:
+        raise ValueError(
+            f"site={site!r}: neurons are sparse and positive already and need no autoencoder, read "
+            f"them by thoughtbubbles.lens.capture, or choose from {', '.join(model.sites)}"
+        )
     data = open_texts(lm, config.corpus, config.seq_len)
     sae = train(config, lm, data, site)
     batches = list(held_out_batches(data, config.rows, config.held_out))
@@ -121,8 +141,12 @@ def main(config: SAEConfig) -> None:
     lines = [json.dumps(line) for line in describe(sae, lm, statistics)]
     write_atomically(out / "features.jsonl", "\n".join(lines) + "\n")
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    print(", ".join(f"{name} {_shown(value)}" for name, value in metrics.items()))
     print(f"features: {(out / 'features.jsonl').absolute()}")
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4g}"
 
 
 _LEAVES = ("encoder", "encoder_bias", "decoder", "bias", "norm")
@@ -146,11 +170,16 @@ def train(config: SAEConfig, lm: LanguageModel, data: PackedData, site: str) -> 
     count = config.features or 16 * first.shape[1]
     sae = init_sae(first, count, config.k, config.seed)
     rate = config.learning_rate or 2e-4 / (count / 2**14) ** 0.5
-    training = SAETraining(rate, config.aux_weight, config.dead_after)
+    training = SAETraining(rate, config.aux_weight, dead_after(config))
     step = jax.jit(training.step, donate_argnums=0)
     state, steps = training.start(sae), config.tokens // config.batch_size
     batch: np.ndarray = first
     for number in range(steps):
+        if (batch == batch[0]).all():
+            raise ValueError(
+                f"{site}: the {len(batch)} activations of step {number + 1} are all equal, so they "
+                "have no variance to explain: choose another site or corpus"
+            )
         state, metrics = step(state, batch)
         if (number + 1) % max(steps // 10, 1) == 0:
             shown = "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
@@ -228,8 +257,8 @@ def measure(
     batches: list[np.ndarray],
     site: str,
     streams: Streams,
-) -> tuple[dict[str, float], FeatureStatistics]:
-    """Metrics on held-out rows, and what the features do there.
+) -> tuple[dict[str, float | None], FeatureStatistics]:
+    """Metrics on held-out rows, and what the features do there; None for those without a value.
 
     Args:
         sae: Autoencoder.
@@ -259,8 +288,8 @@ def measure(
     if not seen:
         raise ValueError(f"streams={streams!r}: {site} has none in the held-out rows")
     variance = squares - np.square(sums).sum() / seen
-    metrics = {
-        "fvu": rest / variance,
+    metrics: dict[str, float | None] = {
+        "fvu": float(rest / variance) if variance > 0 else None,
         "l0": float(hits.sum() / seen),
         "dead": float((hits == 0).mean()),
         "activations": float(seen),
@@ -298,14 +327,12 @@ def loss_recovered(
     batches: list[np.ndarray],
     site: str,
     streams: Streams,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Cross-entropy with the site as it is, reconstructed, and zero, and the share recovered.
 
-    The share is `(zero - sae) / (zero - clean)`; neurons, which can't be edited, have none.
+    The share is `(zero - sae) / (zero - clean)`; None where zero costs nothing.
     """
     model: Any = lm.model
-    if site not in model.sites:
-        return {}
 
     @jax.jit
     def nats(model: Any, sae: SparseAutoencoder, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -336,7 +363,7 @@ def loss_recovered(
         found, number = nats(model, sae, jnp.asarray(rows))
         sums, count = sums + np.asarray(found), count + int(number)
     clean, with_sae, zero = (sums / max(count, 1)).tolist()
-    recovered = (zero - with_sae) / (zero - clean) if zero != clean else float("nan")
+    recovered = (zero - with_sae) / (zero - clean) if zero != clean else None
     return {
         "loss": clean, "loss_sae": with_sae, "loss_zero": zero, "loss_recovered": recovered,
     }  # fmt: skip
