@@ -1,6 +1,7 @@
 """The battery and rejection sampling with policies that are scripts; the KL penalty's numbers."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,45 @@ def test_right_episodes_without_history_are_records_of_single_states(monkeypatch
     assert len(records) > 4 and all(r["completion"] in "ABCD" for r in records)
     strategy = "turns(history=False)"
     assert dataclasses.replace(config, strategy=strategy).rl.strategy == Turns(history=False)
+
+
+@pytest.mark.parametrize("history", [False, True])
+def test_mistakes_of_a_right_episode_are_no_data(monkeypatch, history):
+    """Nor is an episode whose later prompts show a mistake."""
+    task: Any = make_task("sokoban_variants(restate=True, variant='alphabetical')", 0)
+    turn = itertools.count()
+
+    def act(prompt: str, row: int) -> str:
+        if next(turn) % 3 == 1:
+            return "garbage"
+        return task.scripted_action([prompt[prompt.rindex("Sokoban: ") :]], rng)
+
+    rng, sampler = np.random.default_rng(0), Scripted(act)
+    monkeypatch.setattr(rejection, "nucleus_sampler", lambda *_: sampler)
+    turns = Turns(keep_context=False, history=history, max_observation=1000,
+                  formatter=PromptFormatter(LM))  # fmt: skip
+    job: Any = SimpleNamespace(task=task, collector=SimpleNamespace(strategy=turns.for_task(task)))
+    config = rejection.RejectionConfig(task=task.name, pool=2, samples=3, batch_size=1)
+    records = list(rejection.accepted(config, job))
+    assert all(record["completion"] in "ABCD" for record in records)
+    assert records and not any("garbage" in record["prompt"] for record in records)
+    assert any("garbage" in prompt for prompt in sampler.seen) == history
+
+
+def test_no_response_of_a_row_may_be_cut():
+    begins, stops = (2, 5), PromptFormatter(LM).lm.stop_ids
+    strategy: Any = SimpleNamespace(formatter=PromptFormatter(LM), history=True)
+    row: Any = SimpleNamespace(
+        tokens=np.array([1, 1, 7, stops[0], 1, 7, stops[0]]), begins=begins, finished=True,
+        trained=np.array([0, 0, 1, 1, 0, 1, 1], bool), turn_rewards=(0.0, 1.0),
+        reward=SimpleNamespace(info={}),
+    )  # fmt: skip
+    assert rejection._is_fit([row], strategy)
+    row.tokens[3] = 7
+    assert not rejection._is_fit([row], strategy)
+    one, cut = (SimpleNamespace(**{**vars(row), "begins": (2,), "finished": f}) for f in (1, 0))
+    assert rejection._is_fit([one], strategy)  # pyright: ignore[reportArgumentType]
+    assert not rejection._is_fit([cut, one], strategy)  # pyright: ignore[reportArgumentType]
 
 
 def test_turns_without_history_keep_no_context():
