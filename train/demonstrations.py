@@ -25,8 +25,9 @@ class DemonstrationsConfig:
             "sokoban_variants(variant='diverse')" or "general_points(variant='diverse', maps=4)".
         out: File of training records to write, JSON Lines.
         count: Number of states of an epoch, of the environment's training problems.
-        epochs: Number of passes over these states; where a variant draws names, each pass has its
-            own unless the environment has resample=False.
+        epochs: Number of passes; where a variant draws names, each pass has its own unless the
+            environment has resample=False. Boards of Sokoban are the same in each, cards are dealt
+            for what they count.
         form: Parts of a completion: the "answer" behind an empty thought, the "thoughts" alone,
             whose last word is the answer, or "both".
         battery: Folder for a file of held-out demonstrations of each variant, VARIANT.jsonl; none

@@ -39,7 +39,10 @@ def demonstration_record(
 def demonstration_records(
     environment: InstructedEnvironment, split: Split, count: int, epochs: int, form: Form
 ) -> Iterator[dict[str, Any]]:
-    """Records of `count` states in each epoch: the same states, with other maps where drawn."""
+    """Records of `count` states in each epoch, with other maps where drawn.
+
+    Boards of Sokoban are the same in each; cards are dealt for the map of the epoch.
+    """
     for epoch in range(epochs):
         for each in environment.demonstrations(split, count, epoch):
             yield demonstration_record(each, form, environment.variant, epoch)
