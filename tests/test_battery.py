@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rl_tiny import finetunable, language_model
 
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train import battery as command
 from train.data import ByteTokenizer
 from train.finetuning import battery
@@ -28,7 +29,10 @@ END = ByteTokenizer.separator
 
 
 class Scripted:
-    """A sampler whose policy is a function of the text of the prompt and the number of the row."""
+    """A sampler whose policy is a function of the text of the prompt and the number of the row.
+
+    A response that ends in dots was cut.
+    """
 
     max_rows = 7
 
@@ -42,7 +46,8 @@ class Scripted:
         return SimpleNamespace(respond=lambda limit, active=None: [self._said(t) for t in rows])
 
     def _said(self, text: str) -> Sampled:
-        ids = np.array([*LM.tokenizer.encode(text)[0], END], np.int32)
+        ids = [*LM.tokenizer.encode(text)[0], END]
+        ids = np.array(ids[:-1] if text.endswith("...") else ids, np.int32)
         return Sampled(ids, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int8))
 
 
@@ -79,12 +84,29 @@ def test_who_reads_the_prompt_and_who_does_not(monkeypatch):
     once = scores(reads, monkeypatch, **how, max_turns=1)
     assert once["numerical"].turns == 1 and once["numerical"].validity == 1
     metrics = battery_metrics(bad)
+    assert metrics["battery/fake/cut"] == 0 and half["id"].cut == 0
     assert metrics["battery/fake/success"] == 1 and metrics["battery/numerical/validity"] == 0
     assert readable_battery(metrics) == (
         "; success/validity: id 1.00/1.00, numerical 0.00/0.00, fake 1.00/0.00"
     )
     assert readable_battery({"loss": 1.0}) == ""
+    cut = scores(lambda p, row: reads(p, row) + "..." * (row % 2), monkeypatch, **how, max_turns=1)
+    assert cut["id"].cut == 0.5 and cut["id"].validity == 0.5
+    shown = readable_battery(battery_metrics(cut))
+    assert shown.endswith(" (up to 50% of responses cut at max_new_tokens)")
+    assert command.table(cut).splitlines()[-1].endswith(" | 1.00 | 0.500 |")
     assert command.table(bad).splitlines()[-1].startswith("| fake | 1.000 ± 0.000 | 0.000 | ")
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
+def test_prompts_are_messages_where_the_tokenizer_has_a_template(monkeypatch, template):
+    """As `sft` renders them, unless `chat` says otherwise."""
+    tokenizer: Any = object.__new__(PretrainedTokenizer)
+    tokenizer.chat_template = template
+    lm: Any = SimpleNamespace(tokenizer=tokenizer)
+    chosen = [battery.formatter_for(lm, BatteryConfig(chat=c)).chat for c in (None, False, True)]
+    assert chosen == [template is not None, False, True]
+    assert not battery.formatter_for(LM, BatteryConfig()).chat
 
 
 def test_general_points_in_the_battery(monkeypatch):

@@ -73,7 +73,7 @@ class SFTConfig(LoopConfig):
             begins with, exact over the vocabulary, a mean over the trained tokens; they stay in
             memory beside the tuned ones. 0 has no penalty and no such copy.
         battery: Variants of an environment that the model is scored on at each evaluation, as
-            `eval/battery/VARIANT/success` and `/validity`; none by default.
+            `eval/battery/VARIANT/success`, `/validity` and `/cut`; without a `task` there are none.
     """
 
     weights: str = "smollm2"

@@ -18,6 +18,7 @@ from train.rl.job import RLJob
 from train.rl.learning.penalties import Ternary
 from train.rl.named_tasks import has_turns, make_task
 from train.rl.probe import ProbeConfig, check_scorer, nucleus_sampler, training_problems
+from train.rl.rollout.formatter import has_chat_template
 from train.rl.scoring import safe_step
 from train.rl.tasks.probed import read_probe
 from train.rl.tasks.truthful import TruthfulTask
@@ -106,7 +107,10 @@ def main(config: RejectionConfig) -> None:
     if config.data == "r_tuning":  # nothing is written if a later problem has no answer
         lines: Iterable[Line] = list(relabelled(config, make_task(config.task, config.seed)))
     else:
-        lines = accepted(config, RLJob(config.rl))
+        job = RLJob(config.rl)
+        if not config.chat and has_chat_template(job.lm):
+            print("these weights have a chat template, which sft uses: pass --chat to sample in it")
+        lines = accepted(config, job)
     kept = save(config.out, lines)
     print(f"{config.out}: {kept} conversations: thoughtbubbles sft --data.path {config.out}")
 
