@@ -338,6 +338,17 @@ def test_the_command_writes_what_fine_tuning_reads(tmp_path: Path):
     assert files == sorted(set(GeneralPoints.variants) - {"held_out"})
     with pytest.raises(ValueError, match="train.jsonl exists: choose another file"):
         command.main(config)
+    before = sorted(tmp_path.rglob("*"))
+    for changes, message in (
+        ({"out": str(tmp_path / "b/id.jsonl"), "battery": str(tmp_path / "b")}, "in the way of"),
+        ({"out": str(tmp_path / "b"), "battery": str(tmp_path / "x/../b")}, "in the way of"),
+        ({"out": str(tmp_path / "b"), "battery": str(tmp_path / "b/c")}, "in the way of"),
+        ({"out": str(tmp_path / "b"), "battery": str(out)}, "train.jsonl is no folder: choose"),
+        ({"out": str(out / "b"), "battery": None}, "train.jsonl is no folder: choose"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.main(dataclasses.replace(config, **changes))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_battery_names_its_variants():

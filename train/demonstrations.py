@@ -13,7 +13,12 @@ import tyro
 from train.cli.command import run_command
 from train.cli.numbers import check_least
 from train.finetuning.battery import BatteryConfig, instructed
-from train.finetuning.demonstrations import check_new, demonstration_records, write_records
+from train.finetuning.demonstrations import (
+    check_apart,
+    check_new,
+    demonstration_records,
+    write_records,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,7 @@ def main(config: DemonstrationsConfig) -> None:
     if config.battery is not None:
         variants = BatteryConfig(task=config.environment, seed=config.seed).environments()
         folder = Path(config.battery)
+        check_apart(Path(config.out), folder, variants)
         files |= {
             folder / f"{name}.jsonl": records(variant, "test", config.battery_count, 1)
             for name, variant in variants.items()

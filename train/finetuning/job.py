@@ -143,7 +143,9 @@ class SFTJob:
             self._around,
         )
         self.seq_len = config.data.seq_len
-        self._memory = training_memory(self.trainable, config.batch_size, self.seq_len)
+        self._memory = training_memory(
+            self.trainable, config.batch_size, self.seq_len, copies=config.kl > 0
+        )
         if not config.dry_run:  # which may be of a run on another machine
             self._memory.check()
         # A frozen decoder needs no gradients of its weights: two products in place of three.

@@ -90,8 +90,20 @@ class RejectionConfig(ProbeConfig):
 
     @property
     def reward(self) -> Any:
-        """Scorer by outcome of a task of one response; an environment keeps its own."""
-        return () if has_turns(self.task) else self.scorer
+        """Scorer by outcome of a task of one response; an environment keeps its own.
+
+        Raises:
+            ValueError: An option is of tasks of one response, and the task has turns.
+        """
+        if not has_turns(self.task):
+            return self.scorer
+        for name in ("probe", "boxed", "unknown"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value!r} is of tasks of one response, {self.task} has turns and its "
+                    "own score: leave it out"
+                )
+        return ()
 
     @property
     def scorer(self) -> Ternary:
