@@ -1,6 +1,7 @@
 """The battery and rejection sampling with policies that are scripts; the KL penalty's numbers."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from rl_tiny import finetunable, language_model
 
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train import battery as command
 from train.data import ByteTokenizer
 from train.finetuning import battery
@@ -27,7 +29,10 @@ END = ByteTokenizer.separator
 
 
 class Scripted:
-    """A sampler whose policy is a function of the text of the prompt and the number of the row."""
+    """A sampler whose policy is a function of the text of the prompt and the number of the row.
+
+    A response that ends in dots was cut.
+    """
 
     max_rows = 7
 
@@ -41,7 +46,8 @@ class Scripted:
         return SimpleNamespace(respond=lambda limit, active=None: [self._said(t) for t in rows])
 
     def _said(self, text: str) -> Sampled:
-        ids = np.array([*LM.tokenizer.encode(text)[0], END], np.int32)
+        ids = [*LM.tokenizer.encode(text)[0], END]
+        ids = np.array(ids[:-1] if text.endswith("...") else ids, np.int32)
         return Sampled(ids, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int8))
 
 
@@ -78,12 +84,29 @@ def test_who_reads_the_prompt_and_who_does_not(monkeypatch):
     once = scores(reads, monkeypatch, **how, max_turns=1)
     assert once["numerical"].turns == 1 and once["numerical"].validity == 1
     metrics = battery_metrics(bad)
+    assert metrics["battery/fake/cut"] == 0 and half["id"].cut == 0
     assert metrics["battery/fake/success"] == 1 and metrics["battery/numerical/validity"] == 0
     assert readable_battery(metrics) == (
         "; success/validity: id 1.00/1.00, numerical 0.00/0.00, fake 1.00/0.00"
     )
     assert readable_battery({"loss": 1.0}) == ""
+    cut = scores(lambda p, row: reads(p, row) + "..." * (row % 2), monkeypatch, **how, max_turns=1)
+    assert cut["id"].cut == 0.5 and cut["id"].validity == 0.5
+    shown = readable_battery(battery_metrics(cut))
+    assert shown.endswith(" (up to 50% of responses cut at max_new_tokens)")
+    assert command.table(cut).splitlines()[-1].endswith(" | 1.00 | 0.500 |")
     assert command.table(bad).splitlines()[-1].startswith("| fake | 1.000 ± 0.000 | 0.000 | ")
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
+def test_prompts_are_messages_where_the_tokenizer_has_a_template(monkeypatch, template):
+    """As `sft` renders them, unless `chat` says otherwise."""
+    tokenizer: Any = object.__new__(PretrainedTokenizer)
+    tokenizer.chat_template = template
+    lm: Any = SimpleNamespace(tokenizer=tokenizer)
+    chosen = [battery.formatter_for(lm, BatteryConfig(chat=c)).chat for c in (None, False, True)]
+    assert chosen == [template is not None, False, True]
+    assert not battery.formatter_for(LM, BatteryConfig()).chat
 
 
 def test_general_points_in_the_battery(monkeypatch):
@@ -111,6 +134,45 @@ def test_right_episodes_without_history_are_records_of_single_states(monkeypatch
     assert len(records) > 4 and all(r["completion"] in "ABCD" for r in records)
     strategy = "turns(history=False)"
     assert dataclasses.replace(config, strategy=strategy).rl.strategy == Turns(history=False)
+
+
+@pytest.mark.parametrize("history", [False, True])
+def test_mistakes_of_a_right_episode_are_no_data(monkeypatch, history):
+    """Nor is an episode whose later prompts show a mistake."""
+    task: Any = make_task("sokoban_variants(restate=True, variant='alphabetical')", 0)
+    turn = itertools.count()
+
+    def act(prompt: str, row: int) -> str:
+        if next(turn) % 3 == 1:
+            return "garbage"
+        return task.scripted_action([prompt[prompt.rindex("Sokoban: ") :]], rng)
+
+    rng, sampler = np.random.default_rng(0), Scripted(act)
+    monkeypatch.setattr(rejection, "nucleus_sampler", lambda *_: sampler)
+    turns = Turns(keep_context=False, history=history, max_observation=1000,
+                  formatter=PromptFormatter(LM))  # fmt: skip
+    job: Any = SimpleNamespace(task=task, collector=SimpleNamespace(strategy=turns.for_task(task)))
+    config = rejection.RejectionConfig(task=task.name, pool=2, samples=3, batch_size=1)
+    records = list(rejection.accepted(config, job))
+    assert all(record["completion"] in "ABCD" for record in records)
+    assert records and not any("garbage" in record["prompt"] for record in records)
+    assert any("garbage" in prompt for prompt in sampler.seen) == history
+
+
+def test_no_response_of_a_row_may_be_cut():
+    begins, stops = (2, 5), PromptFormatter(LM).lm.stop_ids
+    strategy: Any = SimpleNamespace(formatter=PromptFormatter(LM), history=True)
+    row: Any = SimpleNamespace(
+        tokens=np.array([1, 1, 7, stops[0], 1, 7, stops[0]]), begins=begins, finished=True,
+        trained=np.array([0, 0, 1, 1, 0, 1, 1], bool), turn_rewards=(0.0, 1.0),
+        reward=SimpleNamespace(info={}),
+    )  # fmt: skip
+    assert rejection._is_fit([row], strategy)
+    row.tokens[3] = 7
+    assert not rejection._is_fit([row], strategy)
+    one, cut = (SimpleNamespace(**{**vars(row), "begins": (2,), "finished": f}) for f in (1, 0))
+    assert rejection._is_fit([one], strategy)  # pyright: ignore[reportArgumentType]
+    assert not rejection._is_fit([cut, one], strategy)  # pyright: ignore[reportArgumentType]
 
 
 def test_turns_without_history_keep_no_context():

@@ -48,12 +48,16 @@ def test_test_prompts_are_what_they_are_called():
 
 def test_tables_have_means_over_seeds():
     tests = {name: {"success": 0.5, "validity": 1.0} for name in study.TESTS}
-    runs = [{"arm": "K=2", "pretraining": 1, "steps": 9, "seed": seed,
+    runs = [{"arm": "K=2", "pretraining": 1, "steps": 9, "prompts": 4, "seed": seed,
              "scores": {"9": tests | {"id": {"success": seed / 2, "validity": 1.0}}}}
             for seed in (0, 1)]  # fmt: skip
     lines = study.report(runs).splitlines()
     assert lines[2].startswith("| K=2, step 9 | 0.25 ± 0.25 | 0.50 ± 0.00 |")
     assert lines[-1].endswith("| 1.00 ± 0.00 | 0 1 |")
+    for name, note in (("pretraining", "(2 steps of pretraining, 4 prompts)"),
+                       ("prompts", "(1 steps of pretraining, 2 prompts)")):  # fmt: skip
+        lines = study.report([*runs, runs[0] | {name: 2}]).splitlines()
+        assert lines[3].startswith(f"| K=2, step 9 {note} | 0.00") and lines[3].endswith("| 0 |")
 
 
 def test_results_on_file_show_the_frozen_prompt():

@@ -20,11 +20,12 @@ from train.data.verbalise import answer_in, verbalise
 from train.finetuning.battery import BatteryConfig
 from train.rl.environments.general_points import DIVERSE, LARGE, GeneralPoints
 from train.rl.environments.general_points_solver import formula_text, solve, steps, value_of
-from train.rl.environments.players import completion_of
+from train.rl.environments.players import completion_of, score_player
 from train.rl.environments.sokoban_levels import Level
 from train.rl.environments.sokoban_levels import solve as shortest
 from train.rl.environments.sokoban_variants import STEPS, SokobanVariants
 from train.rl.named_tasks import make_task
+from train.rl.problems import is_held_out
 
 ENVIRONMENTS = {"sokoban_variants": SokobanVariants, "general_points": GeneralPoints}
 HELD_OUT = {"sokoban_variants": 40, "general_points": 2}
@@ -58,6 +59,9 @@ def test_prompt_target_and_scorer_agree_in_every_variant(word, variant):
         trace, _ = task.expert(state.game.inner, prompt)
         assert trace.thoughts.endswith(trace.answer)
         assert task.is_valid(state.game.inner, trace.answer, prompt)
+        if word == "general_points":
+            answer = json.loads(trace.answer)
+            assert value_of(answer["formula"], answer["number"]) == 24
         return verbalise(trace, form)
 
     for split, index in [("train", 0)] if variant == "complex" else [("train", 1), ("test", 0)]:
@@ -219,13 +223,39 @@ def test_answers_of_general_points():
     numbers = [10 if card in "JQK" else int(card) for card in problem.answer["drawn"]]
     formula = solved_text(numbers)
     said = lambda text: play(task, problem, lambda *_: text)  # noqa: E731
-    whole = json.dumps({"cards": [], "formula": f"{formula}=24"})
-    for text in (formula, f"{formula} = 24", whole, f"<think></think><answer>{whole}</answer>"):
+    fields = {"cards": [], "formula": f"{formula}=24"}
+    whole, long = json.dumps(fields), f"```json\n{json.dumps(fields, indent=2)}\n```\nThat is it."
+    for text in (formula, f"{formula} = 24", f"24 = {formula}", f"{formula} = 24.", whole, long,
+                 f"<think></think>{long}", f"<think></think><answer>{whole}</answer>"):  # fmt: skip
         assert said(text).success and said(text).info["validity"] == 1
     for text in ("+".join(map(str, numbers)), "-".join(map(str, numbers))):
         assert not said(text).success and said(text).info["validity"] == 1
     for text in (f"{formula}=23", f"{formula}+1", '{"formula": 24}', "{" * 500, "[]", "24"):
         assert not said(text).success and said(text).info["validity"] == 0
+    for text, malformed in (("24", 0), (f"{formula}=23", 0), ("I give up", 1), ("()", 1), ("", 1),
+                            (f"{formula}=24=24", 1), ('{"formula": "a b"}', 1)):  # fmt: skip
+        assert said(text).info["malformed"] == malformed, text
+
+
+def test_no_problem_of_training_is_a_test_problem_in_other_words():
+    """J 2 3 4 and 10 2 3 4 are one of `id`; a board may come in the middle of an episode.
+
+    And each hand has a formula as it is shown, which an expert demonstrates, and as it is scored.
+    """
+    found: dict[str, set[tuple[int, ...]]] = {"train": set(), "test": set()}
+    for split, name in itertools.product(found, ("id", "regular", "fake", "diverse")):
+        for index in range(60):
+            answer = environment("general_points", name).problem(split, index).answer
+            for way in ("shown", "scored"):
+                names = answer[way]["names"]
+                numbers = tuple(sorted(int(names.get(card, card)) for card in answer["drawn"]))
+                assert solve(numbers, 24) is not None
+            found[split].add(numbers)
+    assert len(found["test"]) > 50 and not found["train"] & found["test"]
+    boards = environment("sokoban_variants", "id")
+    for shown in boards.demonstrations("train", 40):
+        rows = shown.prompt.text.split("\n")[-7:-1]
+        assert not is_held_out(boards.hashed((rows, "")))
 
 
 @pytest.mark.parametrize("word", ENVIRONMENTS)
@@ -257,6 +287,9 @@ def test_a_template_of_ones_own():
         assert task.problem("train", 0).prompt.startswith("1 2 3 4\n######\n")
         with pytest.raises(ValueError, match="'general_points': choose from sokoban, mine"):
             make_task("sokoban_variants(template='general_points')", 0)
+        for player in ("random", "scripted"):
+            with pytest.raises(ValueError, match="look for one line 'Answers: ' in a prompt, this"):
+                score_player(task, player, 1, 0)
     finally:
         del TEMPLATES["mine"]
 
@@ -271,9 +304,9 @@ def test_a_template_of_ones_own():
         ("sokoban_variants(boxes=3, walls=6)", "boxes=3 and walls=6 in 16 cells: choose half"),
         ("sokoban_variants(height=3)", "height=3 and width=6: choose one of them 5 or more"),
         ("general_points(maps=9)", "distinct=9 maps of 8 maps: choose 8 or fewer"),
-        ("general_points(cards=1)", "cards=1: choose 2 or more"),
+        ("general_points(cards=2)", "cards=2: choose 3 or more"),
         ("general_points(cards=6)", "cards=6: choose 5 or less"),
-        ("general_points(cards=2, target=997)", "hardly ever make target=997"),
+        ("general_points(cards=3, target=997)", "hardly ever make target=997"),
     ],
 )
 def test_mistakes_are_one_line(spec, message):
@@ -305,6 +338,17 @@ def test_the_command_writes_what_fine_tuning_reads(tmp_path: Path):
     assert files == sorted(set(GeneralPoints.variants) - {"held_out"})
     with pytest.raises(ValueError, match="train.jsonl exists: choose another file"):
         command.main(config)
+    before = sorted(tmp_path.rglob("*"))
+    for changes, message in (
+        ({"out": str(tmp_path / "b/id.jsonl"), "battery": str(tmp_path / "b")}, "in the way of"),
+        ({"out": str(tmp_path / "b"), "battery": str(tmp_path / "x/../b")}, "in the way of"),
+        ({"out": str(tmp_path / "b"), "battery": str(tmp_path / "b/c")}, "in the way of"),
+        ({"out": str(tmp_path / "b"), "battery": str(out)}, "train.jsonl is no folder: choose"),
+        ({"out": str(out / "b"), "battery": None}, "train.jsonl is no folder: choose"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.main(dataclasses.replace(config, **changes))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_battery_names_its_variants():

@@ -128,6 +128,13 @@ def test_no_task_is_made_to_see_whether_it_has_turns():
     assert {spec: RejectionConfig(task=spec).reward == () for spec in kinds} == kinds
 
 
+def test_options_of_one_response_are_refused_for_environments():
+    for name, value in (("probe", "probe.jsonl"), ("boxed", True), ("unknown", "?")):
+        config = RejectionConfig(task="guess_number", **cast(Any, {name: value}))
+        with pytest.raises(ValueError, match=f"{name}=.* is of tasks of one response, guess"):
+            write_data(config)
+
+
 def test_an_episode_is_a_conversation():
     """One with a chat template; without, a completion of the text so far for each turn."""
     environment = make_task("guess_number(high=6)", 0)

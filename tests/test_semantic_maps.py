@@ -48,6 +48,9 @@ def test_mistakes_in_templates_are_one_line():
         (lambda: sampler(paraphrases=0), "paraphrases=0: choose 1 or more"),
         (lambda: sampler().held_out_map(0), "held_out=0: no words are held out"),
         (lambda: MapSampler(CONCEPTS), "has words or maps: give one of them"),
+        (lambda: MapSampler(("a",), ("x", "y", "x")), "hold 'x', which is empty, repeated, or"),
+        (lambda: MapSampler(("a",), ("x", "")), "hold '', which is empty"),
+        (lambda: MapSampler(("a",), ("x", " y")), "hold ' y', which is empty"),
         (lambda: verbalise(Trace("", ""), "both?"), "choose from answer, thoughts, both"),  # pyright: ignore
     ):
         with pytest.raises(ValueError) as error:
@@ -88,6 +91,7 @@ def test_number_of_maps_held_out_words_and_wordings():
     whole = MapSampler(CONCEPTS, maps=(LETTERS, LETTERS, SemanticMap("z", {})), held_out=1)
     assert {whole.map(0, i).name for i in range(20)} == {"letters"}
     assert whole.held_out_map(3).name == "z"
+    assert whole.held_out_pool == whole.maps[2:] and whole.training_pool == whole.maps[:2]
 
 
 def test_drawn_words_are_uniform():
@@ -126,6 +130,11 @@ def test_answers_of_other_texts():
         ("<think>a b</think> C\nd", "C"),
         ("<answer>A</answer><answer> B</answer>", "B"),
         ("<answer>A", "<answer>A"),
+        ('<think></think>\n{"a":\n 1} so', '{"a":\n 1}'),
+        ('```json\n{"a":\n 1}\n```', '{"a":\n 1}'),
+        ('<answer>```\n{"a":\n 1}\n```</answer>', '{"a":\n 1}'),
+        ("{a\n}", "{a"),
+        ("{" * 10**5, "{" * 10**5),
         ("A</answer>", "A</answer>"),
         ("</think></think>", "</think>"),
         ("<answer>" * 10**5, "<answer>" * 10**5),

@@ -69,11 +69,11 @@ def score(lm: LanguageModel, config: BatteryConfig) -> dict[str, VariantScore]:
 
 
 def table(scores: dict[str, VariantScore]) -> str:
-    """A markdown table of the variants."""
-    lines = ["| variant | success | validity | turns |", "|---|---|---|---|"]
+    """A markdown table of the variants; `cut` is the share of responses cut at max_new_tokens."""
+    lines = ["| variant | success | validity | turns | cut |", "|---|---|---|---|---|"]
     lines += [
         f"| {name} | {each.success:.3f} ± {each.error:.3f} | {each.validity:.3f} | "
-        f"{each.turns:.2f} |"
+        f"{each.turns:.2f} | {each.cut:.3f} |"
         for name, each in scores.items()
     ]
     return "\n".join(lines)

@@ -13,7 +13,12 @@ import tyro
 from train.cli.command import run_command
 from train.cli.numbers import check_least
 from train.finetuning.battery import BatteryConfig, instructed
-from train.finetuning.demonstrations import check_new, demonstration_records, write_records
+from train.finetuning.demonstrations import (
+    check_apart,
+    check_new,
+    demonstration_records,
+    write_records,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +30,9 @@ class DemonstrationsConfig:
             "sokoban_variants(variant='diverse')" or "general_points(variant='diverse', maps=4)".
         out: File of training records to write, JSON Lines.
         count: Number of states of an epoch, of the environment's training problems.
-        epochs: Number of passes over these states; where a variant draws names, each pass has its
-            own unless the environment has resample=False.
+        epochs: Number of passes; where a variant draws names, each pass has its own unless the
+            environment has resample=False. Boards of Sokoban are the same in each, cards are dealt
+            for what they count.
         form: Parts of a completion: the "answer" behind an empty thought, the "thoughts" alone,
             whose last word is the answer, or "both".
         battery: Folder for a file of held-out demonstrations of each variant, VARIANT.jsonl; none
@@ -56,6 +62,7 @@ def main(config: DemonstrationsConfig) -> None:
     if config.battery is not None:
         variants = BatteryConfig(task=config.environment, seed=config.seed).environments()
         folder = Path(config.battery)
+        check_apart(Path(config.out), folder, variants)
         files |= {
             folder / f"{name}.jsonl": records(variant, "test", config.battery_count, 1)
             for name, variant in variants.items()

@@ -166,7 +166,7 @@ class MapSampler:
         seed: Seed of all draws.
 
     Raises:
-        ValueError: The pool is too small for the options.
+        ValueError: The pool is too small for the options, or words are no names.
     """
 
     concepts: tuple[str, ...]
@@ -185,6 +185,13 @@ class MapSampler:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: choose {least} or more")
+        words = sorted(self.words)
+        for index, word in enumerate(words):
+            if not word or word != word.strip() or word in words[index + 1 : index + 2]:
+                raise ValueError(
+                    f"words hold {word!r}, which is empty, repeated, or begins or ends in white "
+                    "space: give words that differ, without space around them"
+                )
         pool = len(self.words or self.maps)
         needed = len(self.concepts) if self.words else 1
         if pool - self.held_out < needed or 0 < self.held_out < needed:
@@ -242,9 +249,10 @@ class MapSampler:
         return pool[: len(pool) - self.held_out]
 
     @property
-    def held_out_pool(self) -> tuple[str, ...]:
-        """Words that training never sees."""
-        return self._ordered[len(self._ordered) - self.held_out :]
+    def held_out_pool(self) -> tuple[str, ...] | tuple[SemanticMap, ...]:
+        """Words, or maps, that training never sees."""
+        pool = self._ordered if self.words else self.maps
+        return pool[len(pool) - self.held_out :]
 
     @property
     def _noun(self) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from typing import Literal, get_args
 
 Form = Literal["answer", "thoughts", "both"]
+_FENCE = re.compile(r"```\w*\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,9 @@ def answer_in(response: str) -> str:
     """The answer of a response in any form, without space around it.
 
     That is what stands in the last `<answer>` tags; or else the first line behind the thoughts; or
-    else, where nothing stands behind them, their last word.
+    else, where nothing stands behind them, their last word. Where a JSON object begins in the tags
+    or behind the thoughts, in a fence of Markdown or not, the answer is that object, of any number
+    of lines.
 
     Args:
         response: Text of a response, whatever it is.
@@ -52,9 +57,21 @@ def answer_in(response: str) -> str:
     before, closed, _ = response.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     if closed and opened:
-        return inside.strip()
+        return _json_object(inside.strip()) or inside.strip()
     thoughts, closed, behind = response.rpartition("</think>")
     if closed and not behind.strip():
         words = thoughts.removeprefix("<think>").rstrip().rsplit(maxsplit=1)
         return words[-1] if words else ""
-    return behind.strip().partition("\n")[0].strip()
+    return _json_object(behind.strip()) or behind.strip().partition("\n")[0].strip()
+
+
+def _json_object(text: str) -> str:
+    """The JSON object that a text begins with, as it is written; "" where there is none."""
+    fence = _FENCE.match(text)
+    text = text[fence.end() :] if fence else text
+    if not text.startswith("{"):
+        return ""
+    try:
+        return text[: json.JSONDecoder().raw_decode(text)[1]]
+    except (ValueError, RecursionError):
+        return ""

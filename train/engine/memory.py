@@ -49,17 +49,20 @@ class TrainingMemory:
         _check_row_bytes(*self.shape, self.rows, self.host)
 
 
-def training_memory(trainable: Trainable, rows: int, seq_len: int) -> TrainingMemory:
+def training_memory(
+    trainable: Trainable, rows: int, seq_len: int, copies: int = 0
+) -> TrainingMemory:
     """Estimate of a training step.
 
     Args:
         trainable: Model, optimizer and mesh, of abstract arrays.
         rows: Number of rows of a step, over all processes.
         seq_len: Number of tokens of a row.
+        copies: Number of frozen copies of the trained parameters beside them, such as a reference.
     """
     state = trainable.abstract
     # Parameters twice: their gradients are as large.
-    needed = 2 * shard_bytes(state.params) + shard_bytes((state.frozen, state.opt_state))
+    needed = (2 + copies) * shard_bytes(state.params) + shard_bytes((state.frozen, state.opt_state))
     return TrainingMemory(
         needed,
         _row_bytes(rows, seq_len),

@@ -47,7 +47,7 @@ from train.experiments.study import (
 from train.finetuning.job import sft_loss
 from train.models.finetunable import FinetunableModel
 
-KEY = ("arm", "pretraining", "steps", "seed")
+KEY = ("arm", "pretraining", "steps", "prompts", "seed")
 DIRECTIONS = ("up", "down", "left", "right")
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 SIZE = 6  # of the grid
@@ -325,7 +325,7 @@ def main(config: FrozenPrompts) -> None:
 
 def train_missing(config: FrozenPrompts, results: Results) -> Iterator[tuple[Result, str]]:
     """Results of the missing runs; all arms of a seed begin with the same decoder."""
-    fixed = {"pretraining": config.pretraining, "steps": config.steps}
+    fixed = {name: getattr(config, name) for name in ("pretraining", "steps", "prompts")}
     runs = results.missing(
         {"arm": arm, **fixed, "seed": seed} for seed in config.seeds for arm in config.arms
     )
@@ -335,7 +335,7 @@ def train_missing(config: FrozenPrompts, results: Results) -> Iterator[tuple[Res
         for run in of_seed:
             clock = Clock()
             scores = study.run(ARMS[run["arm"]])
-            result = run | {"prompts": config.prompts, "lookup": known, "scores": scores}
+            result = run | {"lookup": known, "scores": scores}
             result |= {"seconds": clock.read().seconds, "jax": jax.__version__}
             last = scores[str(config.steps)]
             shown = ", ".join(f"{name} {cell(score)}" for name, score in last.items())
@@ -348,13 +348,19 @@ def cell(score: dict[str, float]) -> str:
 
 
 def report(results: list[Result]) -> str:
-    """A table of success, and one of validity, means over seeds with standard errors."""
+    """A table of success, and one of validity, means over seeds with standard errors.
+
+    Runs of other pretraining or prompts have rows of their own, which say so.
+    """
     heads = {"id": "ID", "permuted": "permuted", "pool": "trained pool", "held_out": "held-out",
              "far": "far, held-out", "fake": "Fake"}  # fmt: skip
     lines = []
     for measure in ("success", "validity"):
         table = []
-        for (arm, steps), found in by_key(results, "arm", "steps").items():
+        groups = by_key(results, "arm", "steps", "pretraining", "prompts")
+        several = len({how[2:] for how in groups}) > 1
+        for (arm, steps, pretraining, prompts), found in groups.items():
+            note = f" ({pretraining} steps of pretraining, {prompts} prompts)" if several else ""
             for step in found[0]["scores"]:
                 if step != str(steps) and arm not in ("frozen", "diverse"):
                     continue
@@ -362,7 +368,7 @@ def report(results: list[Result]) -> str:
                     mean_text([run["scores"][step][test][measure] for run in found], 2)
                     for test in heads
                 ]
-                table.append((f"{arm}, step {step}", *means, seeds_text(found)))
+                table.append((f"{arm}, step {step}{note}", *means, seeds_text(found)))
         lines += ["", *markdown_table((measure, *heads.values(), "seeds"), table)]
     return "\n".join(lines[1:])
 

@@ -18,7 +18,7 @@ from train.models.load import LanguageModel
 from train.rl.environments.instructed import InstructedEnvironment
 from train.rl.learning.policy import NO_MEMORY
 from train.rl.named_tasks import make_task
-from train.rl.rollout.formatter import PromptFormatter
+from train.rl.rollout.formatter import PromptFormatter, has_chat_template
 from train.rl.rollout.sampler import Sampler, Sampling
 from train.rl.rollout.strategies import Turns
 from train.rl.types import Episodes, Trajectory
@@ -32,13 +32,15 @@ class BatteryConfig:
 
     Attributes:
         task: Environment with variants and its options, e.g. "sokoban_variants(held_out=40)" or
-            "general_points"; none by default.
+            "general_points"; without one nothing is played.
         variants: Variants by name; the default is all that the environment's options allow.
         episodes: Number of held-out problems of each variant.
         max_turns: Number of turns after which an episode is cut; the default is the environment's.
             One turn is enough for validity.
-        max_new_tokens: Longest response, in tokens.
-        chat: Whether prompts are messages to the model, in its chat template.
+        max_new_tokens: Longest response, in tokens; thoughts need many. The share of responses that
+            were cut there is `cut`.
+        chat: Whether prompts are messages to the model, in its chat template; the default is yes
+            where its tokenizer has one, as `sft` renders conversations.
         max_rows: Greatest number of responses that are generated at a time.
         seed: Seed of the order of problems.
     """
@@ -47,8 +49,8 @@ class BatteryConfig:
     variants: tuple[str, ...] = ()
     episodes: int = 100
     max_turns: int | None = None
-    max_new_tokens: int = 64
-    chat: bool = False
+    max_new_tokens: int = 256
+    chat: bool | None = None
     max_rows: int = 64
     seed: int = 0
 
@@ -89,12 +91,14 @@ class VariantScore:
         error: Standard error of that share.
         validity: Mean share of an episode's answers that its prompts allowed.
         turns: Mean number of turns.
+        cut: Share of responses, over all turns, that were cut at the limit of their length.
     """
 
     success: float
     error: float
     validity: float
     turns: float
+    cut: float
 
 
 def instructed(spec: str, seed: int) -> InstructedEnvironment:
@@ -114,6 +118,11 @@ def instructed(spec: str, seed: int) -> InstructedEnvironment:
             "general_points"
         )
     return environment
+
+
+def formatter_for(lm: LanguageModel, config: BatteryConfig) -> PromptFormatter:
+    """Formatter of prompts as messages, if the config says so, or leaves it to the tokenizer."""
+    return PromptFormatter(lm, has_chat_template(lm) if config.chat is None else config.chat)
 
 
 def play_battery(
@@ -139,7 +148,7 @@ def play_battery(
         max_observation=_LONGEST_PROMPT,
         keep_context=False,
         history=False,
-        formatter=PromptFormatter(lm, config.chat),
+        formatter=formatter_for(lm, config),
         max_new_tokens=config.max_new_tokens,
     )
     found = {}
@@ -162,24 +171,30 @@ def _score(rows: list[Trajectory]) -> VariantScore:
         float(success.std() / np.sqrt(len(success))),
         float(np.mean([row.reward.info.get("validity", 0.0) for row in first])),
         float(np.mean([len(row.turn_rewards) for row in first])),
+        float(np.mean([not row.finished for row in rows])),
     )
 
 
 def battery_metrics(scores: Mapping[str, VariantScore]) -> dict[str, float]:
-    """`battery/VARIANT/success` and `battery/VARIANT/validity`."""
+    """`battery/VARIANT/success`, `battery/VARIANT/validity` and `battery/VARIANT/cut`."""
     return {
         f"battery/{name}/{measure}": getattr(score, measure)
         for name, score in scores.items()
-        for measure in ("success", "validity")
+        for measure in ("success", "validity", "cut")
     }
 
 
 def readable_battery(held_out: Mapping[str, float]) -> str:
-    """Success and validity of each variant in held-out metrics, for a line of progress."""
+    """Success and validity of each variant in held-out metrics, for a line of progress.
+
+    Where any response was cut it says how many, which success and validity hang on.
+    """
     names = [name.split("/")[1] for name in held_out if name.endswith("/validity")]
     shown = [
         f"{name} {held_out[f'battery/{name}/success']:.2f}/"
         f"{held_out[f'battery/{name}/validity']:.2f}"
         for name in names
     ]
-    return f"; success/validity: {', '.join(shown)}" if shown else ""
+    cut = max((held_out[f"battery/{name}/cut"] for name in names), default=0)
+    note = f" (up to {cut:.0%} of responses cut at max_new_tokens)" if cut else ""
+    return f"; success/validity: {', '.join(shown)}{note}" if shown else ""

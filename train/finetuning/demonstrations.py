@@ -39,7 +39,10 @@ def demonstration_record(
 def demonstration_records(
     environment: InstructedEnvironment, split: Split, count: int, epochs: int, form: Form
 ) -> Iterator[dict[str, Any]]:
-    """Records of `count` states in each epoch: the same states, with other maps where drawn."""
+    """Records of `count` states in each epoch, with other maps where drawn.
+
+    Boards of Sokoban are the same in each; cards are dealt for the map of the epoch.
+    """
     for epoch in range(epochs):
         for each in environment.demonstrations(split, count, epoch):
             yield demonstration_record(each, form, environment.variant, epoch)
@@ -63,6 +66,28 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> int:
 
 
 def check_new(path: Path) -> None:
-    """Raise a `ValueError` for a file that exists."""
+    """Raise a `ValueError` for a file that exists, or that can't be made in its folder."""
     if path.exists():
         raise ValueError(f"{path} exists: choose another file, or delete it")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{path} can't be made, {nearest} is no folder: choose another place")
+
+
+def check_apart(out: Path, folder: Path, variants: Iterable[str]) -> None:
+    """Check that a training file and the files of variants do not write over each other.
+
+    Args:
+        out: Training file.
+        folder: Folder of the files of variants.
+        variants: Names of the variants.
+
+    Raises:
+        ValueError: The training file is one of the others, or the folder or one above it.
+    """
+    here, others = out.resolve(), folder.resolve()
+    files = {others / f"{name}.jsonl" for name in variants}
+    if here in files or here == others or here in others.parents:
+        raise ValueError(
+            f"out={out} is in the way of battery={folder}: choose a training file apart from it"
+        )

@@ -73,7 +73,7 @@ class SFTConfig(LoopConfig):
             begins with, exact over the vocabulary, a mean over the trained tokens; they stay in
             memory beside the tuned ones. 0 has no penalty and no such copy.
         battery: Variants of an environment that the model is scored on at each evaluation, as
-            `eval/battery/VARIANT/success` and `/validity`; none by default.
+            `eval/battery/VARIANT/success`, `/validity` and `/cut`; without a `task` there are none.
     """
 
     weights: str = "smollm2"
@@ -143,7 +143,9 @@ class SFTJob:
             self._around,
         )
         self.seq_len = config.data.seq_len
-        self._memory = training_memory(self.trainable, config.batch_size, self.seq_len)
+        self._memory = training_memory(
+            self.trainable, config.batch_size, self.seq_len, copies=config.kl > 0
+        )
         if not config.dry_run:  # which may be of a run on another machine
             self._memory.check()
         # A frozen decoder needs no gradients of its weights: two products in place of three.

@@ -7,7 +7,7 @@ relabels questions out of knowledge: `thoughtbubbles sft --data.path rejection.j
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,7 @@ from train.rl.job import RLJob
 from train.rl.learning.penalties import Ternary
 from train.rl.named_tasks import has_turns, make_task
 from train.rl.probe import ProbeConfig, check_scorer, nucleus_sampler, training_problems
+from train.rl.rollout.formatter import has_chat_template
 from train.rl.scoring import safe_step
 from train.rl.tasks.probed import read_probe
 from train.rl.tasks.truthful import TruthfulTask
@@ -89,8 +90,20 @@ class RejectionConfig(ProbeConfig):
 
     @property
     def reward(self) -> Any:
-        """Scorer by outcome of a task of one response; an environment keeps its own."""
-        return () if has_turns(self.task) else self.scorer
+        """Scorer by outcome of a task of one response; an environment keeps its own.
+
+        Raises:
+            ValueError: An option is of tasks of one response, and the task has turns.
+        """
+        if not has_turns(self.task):
+            return self.scorer
+        for name in ("probe", "boxed", "unknown"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value!r} is of tasks of one response, {self.task} has turns and its "
+                    "own score: leave it out"
+                )
+        return ()
 
     @property
     def scorer(self) -> Ternary:
@@ -106,7 +119,10 @@ def main(config: RejectionConfig) -> None:
     if config.data == "r_tuning":  # nothing is written if a later problem has no answer
         lines: Iterable[Line] = list(relabelled(config, make_task(config.task, config.seed)))
     else:
-        lines = accepted(config, RLJob(config.rl))
+        job = RLJob(config.rl)
+        if not config.chat and has_chat_template(job.lm):
+            print("these weights have a chat template, which sft uses: pass --chat to sample in it")
+        lines = accepted(config, job)
     kept = save(config.out, lines)
     print(f"{config.out}: {kept} conversations: thoughtbubbles sft --data.path {config.out}")
 
@@ -188,7 +204,7 @@ def accepted(config: RejectionConfig, job: RLJob) -> Iterator[Line]:
         check_scorer(task, rows)
         for group, problem in enumerate(some):
             mine = [row for row in rows if row.group == group]
-            for texts in _kept(mine, task, config.keep):
+            for texts in _kept(mine, task, config.keep, strategy):
                 yield from conversations(task, problem, texts, config.chat, seen, history)
 
 
@@ -204,22 +220,39 @@ def _probed(config: RejectionConfig, task: Any) -> Iterator[Problem]:
         yield problem
 
 
-def _kept(rows: Sequence[Trajectory], task: Any, keep: int) -> list[tuple[str, ...]]:
+def _kept(rows: Sequence[Trajectory], task: Any, keep: int, strategy: Any) -> list[tuple[str, ...]]:
     """Different texts of the episodes of a problem that are accepted, the first ones."""
     episodes: dict[int, list[Trajectory]] = {}
     for row in rows:
         episodes.setdefault(row.episode, []).append(row)
     found: dict[tuple[str, ...], None] = {}
     for turns in episodes.values():
-        if _is_accepted(turns[-1], task):
+        if _is_fit(turns, strategy) and _is_accepted(turns[-1], task):
             found.setdefault(tuple(text for row in turns for text in row.texts))
     return list(found)[:keep]
 
 
+def _is_fit(turns: Sequence[Trajectory], strategy: Any) -> bool:
+    """Whether no response of an episode was cut, or was a mistake that later prompts hold.
+
+    Where prompts hold no earlier responses, `conversations` leaves the mistakes out.
+    """
+    for row in turns:  # `finished` is of the last response of a row alone
+        before = [row.tokens[:end][row.trained[:end]][-1] for end in row.begins[1:]]
+        if not row.finished or any(each not in strategy.formatter.lm.stop_ids for each in before):
+            return False
+    last = turns[-1]
+    mistaken = sum(_mistakes(last.reward.info, len(last.turn_rewards)))
+    return not (mistaken and getattr(strategy, "history", True))
+
+
+def _mistakes(info: Mapping[str, float], turns: int) -> tuple[int, int]:
+    """Numbers of responses so far that were no action, and that their prompts did not allow."""
+    return int(info.get("malformed", 0)), round((1 - info.get("validity", 1)) * turns)
+
+
 def _is_accepted(row: Trajectory, task: Any) -> bool:
-    """Whether an episode that ended is right; out of knowledge, whether it abstains."""
-    if not row.finished:
-        return False
+    """Whether an episode is right; out of knowledge, whether it abstains."""
     if not isinstance(task, TruthfulTask):
         return row.reward.success
     name = "uncertain" if task.out_of_knowledge(row.problem) else "accuracy"
@@ -236,8 +269,9 @@ def conversations(
 ) -> Iterator[Line]:
     """Records of an episode as `sft` takes them.
 
-    A response is a prompt and its completion. An episode of several turns is one conversation for a
-    chat template; without a template each turn is a completion of the text before it, as
+    Without history, responses that were no action, or that their prompts did not allow, are left
+    out. A response is a prompt and its completion. An episode of several turns is one conversation
+    for a chat template; without a template each turn is a completion of the text before it, as
     `turns(keep_context=False)` shows it.
 
     Args:
@@ -251,16 +285,17 @@ def conversations(
     """
     episodic = hasattr(task, "step")
     state = task.reset(problem) if episodic else None
-    said, whole = [problem.prompt], chat and episodic and history
-    for turn, text in enumerate(texts):
-        if not whole:
-            prompt = "".join(said) if history else said[-1]
-            yield {"uid": problem.uid, "prompt": prompt, "completion": text}
+    said, whole, mistakes = [problem.prompt], chat and episodic and history, (0, 0)
+    for turn, text in enumerate(texts, 1):
+        prompt, fit = "".join(said) if history else said[-1], True
         said.append(text)
-        if turn + 1 < len(texts):
+        if episodic and (turn < len(texts) or not history):
             played = safe_step(task, problem, state, completion_of(problem, text))
-            state = played.state
+            before, mistakes = mistakes, _mistakes(played.info, turn)
+            state, fit = played.state, history or mistakes == before
             said.append(seen(played.observation))
+        if not whole and fit:
+            yield {"uid": problem.uid, "prompt": prompt, "completion": text}
     if whole:
         roles = ("user", "assistant")
         messages = [{"role": roles[at % 2], "content": one} for at, one in enumerate(said)]

@@ -18,7 +18,7 @@ from train.rl.environments.general_points_solver import (
     value_of,
 )
 from train.rl.environments.generated import Move
-from train.rl.environments.instructed import InstructedEnvironment, Variant
+from train.rl.environments.instructed import InstructedEnvironment, Variant, listed_in
 from train.rl.problems import at_least, at_most
 
 FACES = ("J", "Q", "K")
@@ -44,6 +44,7 @@ TEMPLATE = PromptTemplate(
 )
 TEMPLATES[TEMPLATE.name] = TEMPLATE
 
+_FORMULA = re.compile(r"(?=.*[0-9])[0-9+\-*/() ]+(=[0-9+\-*/() ]+)?")
 _ATTEMPTS = 200  # to deal cards that can make the target
 
 
@@ -66,6 +67,9 @@ _FACES = _ANY | {"faces": 1}
 class GeneralPoints(InstructedEnvironment):
     """A formula of the dealt cards, each once, that makes 24; the prompt says what J, Q, K count.
 
+    Which hands are held out depends on what the cards count, not on their faces: no multiset of
+    numbers, as they are scored, is in both splits, of whichever variants.
+
     Variants of arXiv 2510.00237. Values: `id` (all 10), `all_5`, `all_7`, `all_12`, `regular` (11,
     12, 13), all but `id` with at least one face; `diverse` draws one of eight maps, `held_out` one
     that `held_out=2` keeps from it. Difficulty: `large` (at least one card from 14 to 19), `five`
@@ -81,7 +85,7 @@ class GeneralPoints(InstructedEnvironment):
         paraphrases: Number of wordings of the prompt.
         restate: Whether each observation is a whole prompt, for policies that are shown one
             observation at a time.
-        cards: Number of cards, 2 to 5; 0 takes that of the variant.
+        cards: Number of cards, 3 to 5; 0 takes that of the variant.
         target: Number to make.
         max_turns: Number of formulas that may be tried.
         malformed: Reward of a text that is no formula; it takes a turn.
@@ -115,13 +119,13 @@ class GeneralPoints(InstructedEnvironment):
         super().check()
         at_least(self, cards=0, target=1)
         at_most(self, cards=MOST_NUMBERS, target=1000)
-        if self.cards == 1:
-            raise ValueError(f"{self.word}: cards=1: choose 2 or more, or 0 for the variant's")
+        if self.cards in (1, 2):
+            raise ValueError(
+                f"{self.word}: cards={self.cards}: choose 3 or more, or 0 for the variant's"
+            )
 
-    def draw(
-        self, rng: np.random.Generator, scored: SemanticMap | None = None
-    ) -> tuple[list[str], str]:
-        names = (scored or ALL_10).names
+    def draw(self, rng: np.random.Generator, *maps: SemanticMap) -> tuple[list[str], str]:
+        """Cards, and what they count by the last map, sorted."""
         count, sizes = self.size("cards"), self.variants[self.variant].sizes
         for _ in range(_ATTEMPTS):
             cards = [RANKS[i] for i in rng.integers(0, len(RANKS), count)]
@@ -129,15 +133,16 @@ class GeneralPoints(InstructedEnvironment):
                 cards[rng.integers(count)] = LARGE[rng.integers(len(LARGE))]
             if sizes["faces"] and not set(cards) & set(FACES):
                 cards[rng.integers(count)] = FACES[rng.integers(len(FACES))]
-            if solve(_numbers(cards, names), self.target) is not None:
-                return cards, ""
+            ways = [sorted(_numbers(cards, each.names)) for each in maps or (ALL_10,)]
+            if all(solve(numbers, self.target) is not None for numbers in ways):
+                return cards, str(ways[-1])
         raise ValueError(
             f"{self.word}: {count} cards hardly ever make target={self.target}: choose a smaller "
             "target or more cards"
         )
 
     def hashed(self, drawn: tuple[Any, ...]) -> str:
-        return f"{self.word} {sorted(drawn[0])}"
+        return f"{self.word} {drawn[1]}"  # of the numbers: ranks name one problem in several ways
 
     def start(self, drawn: Sequence[str]) -> tuple[str, ...]:
         return tuple(drawn)
@@ -162,7 +167,11 @@ class GeneralPoints(InstructedEnvironment):
         return value_of(formula, _numbers(inner, prompt.shown.names)) is not None
 
     def _formula(self, said: str) -> str | None:
-        """The formula in an answer, which is JSON, or the formula alone."""
+        """The formula in an answer, which is JSON or the formula alone; None where there is none.
+
+        Of an equation it is the side that is not the target. An equation without the target stays
+        whole: it is a wrong formula.
+        """
         if not said or len(said) > 1000:
             return None
         if said.startswith("{"):
@@ -174,19 +183,21 @@ class GeneralPoints(InstructedEnvironment):
             if not isinstance(formula, str):
                 return None
             said = formula
-        formula, equals, value = said.partition("=")
-        return None if equals and value.strip() != str(self.target) else formula
+        said = said.strip().removesuffix(".")
+        if not _FORMULA.fullmatch(said):
+            return None
+        left, equals, right = (part.strip() for part in said.partition("="))
+        if equals and str(self.target) in (left, right):
+            return left if right == str(self.target) else right
+        return said
 
     def expert(self, inner: tuple[str, ...], prompt: RenderedPrompt) -> tuple[Trace, None]:
         numbers = _numbers(inner, prompt.shown.names)
         formula = solve(numbers, self.target)
-        if formula is None:  # of a fake variant: solvable as it is scored, not as it is shown
-            text, way = "+".join(map(str, numbers)), []
-        else:
-            text, way = formula_text(formula), steps(formula)
-        answer = _answer(inner, numbers, text)
+        assert formula is not None, "hands can be solved as they are shown"
+        answer = _answer(inner, numbers, formula_text(formula))
         counts = f"{' '.join(inner)} count as {' '.join(map(str, numbers))}"
-        return Trace(f"{counts}. {', '.join(way)}. So {answer}", answer), None
+        return Trace(f"{counts}. {', '.join(steps(formula))}. So {answer}", answer), None
 
     def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
         cards, numbers = _seen(shown[0])
@@ -215,8 +226,16 @@ def _answer(cards: Sequence[str], numbers: Sequence[int], formula: str) -> str:
 
 
 def _seen(prompt: str) -> tuple[list[str], list[int]]:
-    """Cards of a prompt, and what they count by it."""
-    [line] = [line for line in prompt.split("\n") if line.startswith("Cards: ")]
-    cards = line.removeprefix("Cards: ").split(", ")
+    """Cards of a prompt, and what they count by it.
+
+    Raises:
+        ValueError: The template does not say it in the words of the usual one.
+    """
+    cards = listed_in(prompt, "Cards: ")
     names = dict(re.findall(r"([JQK]) counts as ([0-9]+)", prompt))
+    if missing := sorted({*cards} & {*FACES} - {*names}):
+        raise ValueError(
+            f"random and scripted players look for '{missing[0]} counts as ...' in a prompt: add "
+            "it to the wordings of the template"
+        )
     return cards, _numbers(cards, names)

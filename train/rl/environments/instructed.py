@@ -189,14 +189,19 @@ class InstructedEnvironment(GeneratedEnvironment):
         """What an expert thinks and answers in a state, and the next state, None at the end."""
         raise self._missing("expert(inner, prompt)")
 
-    def draw(self, rng: np.random.Generator, scored: SemanticMap | None = None) -> tuple[Any, str]:
+    def draw(self, rng: np.random.Generator, *maps: SemanticMap) -> tuple[Any, str]:
         """What a problem of any split is made of, and its kind.
 
         Args:
             rng: Generator of the problem.
-            scored: Map that actions are scored by; a problem has to be solvable with it.
+            maps: Maps that are shown and scored by; a problem has to be solvable with each.
         """
-        raise self._missing("draw(rng, scored)")
+        raise self._missing("draw(rng, *maps)")
+
+    def is_test_state(self, inner: Any) -> bool:
+        """Whether a later state of an episode is, as a problem of its own, held out."""
+        del inner
+        return False
 
     def problem(self, split: Split, index: int) -> Problem:
         return self.problem_in(split, index, 0)
@@ -204,7 +209,7 @@ class InstructedEnvironment(GeneratedEnvironment):
     def problem_in(self, split: Split, index: int, epoch: int) -> Problem:
         """A problem as it comes in an epoch, where it may have another map."""
         shown, scored, paraphrase = self._maps(split, epoch, index)
-        drawn, _ = self.drawn(split, index, lambda rng: self.draw(rng, scored))
+        drawn, _ = self.drawn(split, index, lambda rng: self.draw(rng, shown, scored))
         answer = {
             "drawn": drawn,
             "shown": dataclasses.asdict(shown),
@@ -272,10 +277,14 @@ class InstructedEnvironment(GeneratedEnvironment):
     def demonstrations(self, split: Split, count: int, epoch: int = 0) -> Iterator[Demonstration]:
         """States of an expert's episodes, each with a map of its own where maps are drawn.
 
+        A later state of a training episode that is a test problem itself is left out.
+
         Args:
             split: Split of the problems.
             count: Number of states.
-            epoch: Number of passes before this one; the states are the same in each.
+            epoch: Number of passes before this one. The states are the same in each where a
+                problem does not depend on its map, as boards of Sokoban; cards of General Points
+                are dealt for the map that they are scored by.
         """
         left = count
         for index in itertools.count():
@@ -286,18 +295,37 @@ class InstructedEnvironment(GeneratedEnvironment):
                     return
                 prompt = self.rendered(game)
                 trace, inner = self.expert(game.inner, prompt)
-                yield Demonstration(prompt, trace, problem.uid)
-                left -= 1
+                if turn == 1 or split == "test" or not self.is_test_state(game.inner):
+                    yield Demonstration(prompt, trace, problem.uid)
+                    left -= 1
                 if inner is None:
                     break
                 maps = self._maps(split, epoch, index + turn * _TURN_INDICES)
                 game = InstructedGame(inner, *maps)
 
     def shown_answers(self, prompt: str) -> list[str]:
-        """Names in the line of a prompt that lists them."""
-        [line] = [line for line in prompt.split("\n") if line.startswith("Answers: ")]
-        return line.removeprefix("Answers: ").split(", ")
+        """Names in the line of a prompt that lists them.
+
+        Raises:
+            ValueError: The template has no such line.
+        """
+        return listed_in(prompt, "Answers: ")
 
     def random_action(self, shown: Any, rng: np.random.Generator) -> str:
         names = self.shown_answers(shown[0])
         return names[rng.integers(len(names))]
+
+
+def listed_in(prompt: str, head: str) -> list[str]:
+    """What the one line of a prompt with this head lists, for players, who see the text alone.
+
+    Raises:
+        ValueError: There is no such line, or more than one.
+    """
+    lines = [line for line in prompt.split("\n") if line.startswith(head)]
+    if len(lines) != 1:
+        raise ValueError(
+            f"random and scripted players look for one line {head!r} in a prompt, this one has "
+            f"{len(lines)}: add it to the wordings of the template"
+        )
+    return lines[0].removeprefix(head).split(", ")

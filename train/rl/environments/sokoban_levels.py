@@ -249,7 +249,10 @@ def solve(level: Level, most: int = 10**6) -> str | None:
             if after.boxes is not here.boxes and not after.boxes <= alive:
                 continue
             if len(came) >= most:
-                raise ValueError(f"sokoban: most={most} positions do not solve it: choose more")
+                raise ValueError(
+                    f"sokoban: no solution within {most} positions: choose fewer boxes or a "
+                    "smaller board"
+                )
             came[after.player, after.boxes] = here, way
             queue.append(after)
     return None

@@ -11,6 +11,12 @@ from train.rl.rollout.sampler import Sampled
 from train.rl.types import Completion, Problem
 
 
+def has_chat_template(lm: LanguageModel) -> bool:
+    """Whether `sft` renders the conversations of a model in a chat template."""
+    tokenizer = lm.tokenizer
+    return isinstance(tokenizer, PretrainedTokenizer) and tokenizer.chat_template is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptFormatter:
     """Translation of texts to ids and back.
