@@ -1,6 +1,7 @@
 """What a training step does not hold: logits of all tokens, and weights of slots by slots."""
 
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import SMALL, quick_model
 
-from thoughtbubbles import PrefixRank, Streams, attention, forking, head
+from thoughtbubbles import PrefixRank, Streams, Thoughtbubbles, attention, forking, head
 
 V, B, T = 86, 2, 70
 CONFIG = dataclasses.replace(
@@ -81,6 +82,27 @@ def test_chunks_of_the_vocabulary_change_nothing():
             value, grads = both(hidden, table, chunks)
             close(grads, both(hidden, table, 1)[1], 1e-6)
             np.testing.assert_allclose(value[1], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_head_of_a_subclass_is_called():
+    def capped(name: str) -> type[Thoughtbubbles]:
+        inherited = getattr(Thoughtbubbles, name)
+        cap = lambda self, x: 3 * jnp.tanh(inherited(self, x) / 3)  # noqa: E731
+        return type("Capped", (Thoughtbubbles,), {name: cap})
+
+    targets, x = np.array([[1, 3]]), np.random.default_rng(0).normal(size=(1, 3, 16))
+    token, alive = jnp.asarray([[0, 1, 1]]), jnp.ones((1, 3), bool)
+    mixed = Streams.start(jnp.zeros((1, 2, 16))).replace(
+        x=jnp.asarray(x, jnp.float32), token=token, log_score=-0.5 * token, alive=alive, forked=True
+    )
+    plain = Streams.start(mixed.x[:, 1:])
+    for method, streams in itertools.product(("logits", "decode", "unembed"), (plain, mixed)):
+        leaves, structure = jax.tree.flatten(quick_model(KINDS["probability"]))
+        model: Any = jax.tree.unflatten(structure, leaves)
+        model.__class__ = capped(method)
+        log_probs = jax.nn.log_softmax(model.logits(streams))
+        expected = np.take_along_axis(log_probs[0], targets.T, 1)[:, 0]
+        np.testing.assert_allclose(model.log_prob(streams, targets)[0], expected, atol=1e-6)
 
 
 def test_number_of_chunks():
