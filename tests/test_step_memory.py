@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import SMALL, quick_model
 
 from thoughtbubbles import PrefixRank, Streams, Thoughtbubbles, attention, forking, head
+from thoughtbubbles.recompute import once_known
 
 V, B, T = 86, 2, 70
 CONFIG = dataclasses.replace(
@@ -103,6 +104,27 @@ def test_the_head_of_a_subclass_is_called():
         log_probs = jax.nn.log_softmax(model.logits(streams))
         expected = np.take_along_axis(log_probs[0], targets.T, 1)[:, 0]
         np.testing.assert_allclose(model.log_prob(streams, targets)[0], expected, atol=1e-6)
+
+
+def test_chunks_of_hidden_states_that_vary_alone():
+    """Inside `shard_map`, where the targets are a constant."""
+    mesh = jax.make_mesh((2,), ("data",))
+    draw = np.random.default_rng(0).normal
+    hidden, table = (jnp.asarray(draw(size=size), jnp.float32) for size in ((2, 3, 8), (10, 8)))
+
+    def log_prob(hidden, table, chunks=2):
+        targets = jnp.ones(hidden.shape[:2], jnp.int32)
+        return head.head_log_prob(hidden, table, targets, chunks=chunks)
+
+    rows = jax.device_put(hidden, NamedSharding(mesh, PartitionSpec("data")))
+    specs = PartitionSpec("data"), PartitionSpec()
+    split = jax.shard_map(log_prob, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    close(jax.jit(split)(rows, table), log_prob(hidden, table, 1))
+
+
+def test_an_infinite_gradient_does_not_spread():
+    values, gradient = jnp.ones(3), jnp.array([1.0, jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(jax.jit(once_known)(values, gradient), values)
 
 
 def test_number_of_chunks():
