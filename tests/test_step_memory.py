@@ -17,7 +17,13 @@ from thoughtbubbles.recompute import once_known
 
 V, B, T = 86, 2, 70
 CONFIG = dataclasses.replace(
-    SMALL, vocab_size=V, policy=PrefixRank(1.5), num_kv_heads=1, tied_head=False
+    SMALL,
+    vocab_size=V,
+    num_layers=1,
+    fork_layers=(0,),
+    policy=PrefixRank(1.5),
+    num_kv_heads=1,
+    tied_head=False,
 )
 KINDS = {
     "plain": dataclasses.replace(CONFIG, fork_layers=()),
