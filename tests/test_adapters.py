@@ -138,8 +138,11 @@ TEXTS = [
     ("q_proj", None, "has model.layers.0"),  # the whole name, not its end
     (r".*\.([qv]|down)_proj", r".*layers\.1\..*", "has model.layers.1"),
     (r".*(q_proj", None, r"is no regular expression \(.*\): copy it"),
-    (r"(.*)*q_proj", None, "repeats a group or has more than 4 repeats, .*: name the layers in a"),
-    (".*a.*a.*a.*a.*", None, "repeats a group or has more than 4 repeats"),
+    # Not run, since they could take for ever.
+    (r"(.*)*q_proj", None, None),
+    (r"(?x)([\w.]+) +!", None, None),
+    (r"(?:.*?(?:self_attn|mlp).*?(?:[qv]|down)_proj.*?)|(?:.*\.layers\.[\d]{1,}\.mlp)", None, None),
+    (["q_proj", "v_proj", "down_proj"], r"(.*)*k_proj", None),
 ]
 
 

@@ -15,7 +15,17 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import BASE
 
-from thoughtbubbles import ArchitectureConfig, Fork, PrefixRank, Streams, Threshold, merge
+from thoughtbubbles import (
+    ArchitectureConfig,
+    Fork,
+    PrefixRank,
+    Streams,
+    Threshold,
+    attention,
+    forking,
+    head,
+    merge,
+)
 from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.hatchling import HatchlingConfig
 from thoughtbubbles.hatchling.forking import ForkingHatchlingConfig
@@ -141,6 +151,37 @@ def test_models_and_their_caches(name):
     found, program = on_mesh(forward, AxisType.Explicit, 2, given, *rows)
     assert not any(word in program for word in ("all-gather", "all-to-all", "all-reduce"))
     assert_close(found, jax.jit(forward)(given, *rows))
+
+
+def test_logits_that_mix_predictions_and_limits_of_large_passes(monkeypatch):
+    """All of `logits`, and, as for passes beyond every limit, log-probabilities and gradients."""
+    for module, name, limit in (
+        (head, "LARGEST_LOGITS", 4 * ROWS * TOKENS * 16),
+        (head, "SMALLEST_CHUNK", 16),
+        (attention, "LARGEST_WEIGHTS", 0),
+        (forking, "LARGEST_MEMBERSHIP", 0),
+    ):
+        monkeypatch.setattr(module, name, limit)
+
+    def everything(weights: Any, tokens: jax.Array, length: jax.Array) -> Any:
+        model = architecture_of(MODELS["threshold"]).from_params(MODELS["threshold"], weights)
+
+        def log_prob(x: jax.Array) -> Any:
+            streams = model.run_residuals(x, length).streams
+            found = model.log_prob(streams, tokens)
+            real = jnp.arange(TOKENS) < length[:, None]
+            total = jnp.where(real, found, 0).sum() + (merge(streams) ** 2).sum()
+            return total, (found, model.logits(streams), merge(streams, "rightmost"))
+
+        embedded = model.embed_tokens(tokens)
+        gradient, found = jax.grad(log_prob, has_aux=True)(embedded)
+        return gradient, found
+
+    rows, given = (TEXT, np.maximum(LENGTH, 1)), nnx.to_pure_dict(weights("threshold"))
+    expected = jax.jit(lambda *args: everything(*args))(given, *rows)
+    found, program = on_mesh(everything, AxisType.Explicit, 2, given, *rows)
+    assert not any(word in program for word in ("all-gather", "all-to-all"))
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["plain", "top-k", "threshold", "released", "rank", SCANNED])

@@ -28,10 +28,10 @@ def test_steps_of_shorter_rows_count_for_their_share():
     clock = Clock()
     watch = Stopwatch(tokens=100, flops=4e9, peak_flops=1e10, clock=clock)
     for share in (1.0, 1.0, 0.25, 0.25):
-        clock.now += 2.0
+        clock.now += 8.0 * share
         watch.step_done(share)
-    assert watch.tokens_per_second == pytest.approx(100 * 1.5 / 6)
-    assert watch.report()["mfu"] == pytest.approx(4e9 * 0.5 / 2 / 1e10)
+    assert watch.tokens_per_second == pytest.approx(100 * 1.5 / 12)
+    assert watch.report()["mfu"] == pytest.approx(4e9 / 8 / 1e10)
 
 
 def test_a_stopwatch_counts_steps_and_neither_the_first_nor_pauses():

@@ -64,19 +64,24 @@ def logits_of(model, tokens):
     return model(tokens)
 
 
-@pytest.mark.parametrize("chunk", [1 << 19, 12])
-def test_a_product_is_that_of_rounded_weights(chunk: int, monkeypatch):
-    """In two chunks, or in six of two outputs with four left over; a channel of zeros too."""
+@pytest.mark.parametrize(("chunk", "outputs"), [(1 << 19, 16), (12, 16), (12, 17)])
+def test_a_product_is_that_of_rounded_weights(chunk: int, outputs: int, monkeypatch):
+    """In two chunks, in eight of two outputs, or in six with five left over; one channel is 0."""
     monkeypatch.setattr(quantisation, "CHUNK", chunk)
     rng = np.random.default_rng(0)
-    kernel, x = rng.normal(size=(2, 2, 16)).astype("f4"), rng.normal(size=(5, 2, 2)).astype("f4")
+    kernel, x = (
+        rng.normal(size=(2, 2, outputs)).astype("f4"),
+        rng.normal(size=(5, 2, 2)).astype("f4"),
+    )
     kernel[..., 3] = 0
     weight = Int8Weight(jnp.asarray(kernel), inputs=2)
-    assert weight.values.dtype == jnp.int8 and weight.values.shape == (16, 4)
-    expected = x.reshape(5, 4) @ rounded(kernel.reshape(4, 16))
+    assert weight.values.dtype == jnp.int8 and weight.values.shape == (outputs, 4)
+    expected = x.reshape(5, 4) @ rounded(kernel.reshape(4, outputs))
     np.testing.assert_allclose(jax.jit(weight)(x), expected, atol=1e-5)
-    error = np.abs(np.asarray(weight.values[...].T * weight.scale[...]) - kernel.reshape(4, 16))
-    assert (error <= np.abs(kernel.reshape(4, 16)).max(axis=0) / 127 / 2 * 1.0001).all()
+    error = np.abs(
+        np.asarray(weight.values[...].T * weight.scale[...]) - kernel.reshape(4, outputs)
+    )
+    assert (error <= np.abs(kernel.reshape(4, outputs)).max(axis=0) / 127 / 2 * 1.0001).all()
 
 
 def test_a_model_is_that_of_rounded_weights():
@@ -172,6 +177,23 @@ def test_rows_that_are_split_by_a_compiler_need_no_collective():
         logits_of(model, jnp.asarray(tokens)),
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit, "manual"])
+def test_split_outputs_are_not_gathered(kind):
+    axis = AxisType.Explicit if kind == "manual" else kind
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(axis,))
+    values = np.random.default_rng(0).integers(-127, 128, (16, 8), np.int8)
+    x, product = np.ones((3, 8), np.float32), quantisation._in_chunks
+    if kind == "manual":
+        product = jax.shard_map(product, in_specs=(P(), P("tensor")), out_specs=P(None, "tensor"))
+    with jax.set_mesh(mesh):
+        args = [
+            jax.device_put(a, NamedSharding(mesh, p)) for a, p in ((x, P()), (values, P("tensor")))
+        ]
+        program = jax.jit(product).lower(*args).compile()
+        np.testing.assert_array_equal(program(*args), x @ values.T)
+    assert not COLLECTIVE.findall(program.as_text())
 
 
 def test_mistakes():

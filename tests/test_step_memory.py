@@ -1,6 +1,7 @@
 """What a training step does not hold: logits of all tokens, and weights of slots by slots."""
 
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -11,11 +12,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import SMALL, quick_model
 
-from thoughtbubbles import PrefixRank, Streams, attention, forking, head
+from thoughtbubbles import PrefixRank, Streams, Thoughtbubbles, attention, forking, head
+from thoughtbubbles.recompute import once_known
 
 V, B, T = 86, 2, 70
 CONFIG = dataclasses.replace(
-    SMALL, vocab_size=V, policy=PrefixRank(1.5), num_kv_heads=1, tied_head=False
+    SMALL,
+    vocab_size=V,
+    num_layers=1,
+    fork_layers=(0,),
+    policy=PrefixRank(1.5),
+    num_kv_heads=1,
+    tied_head=False,
 )
 KINDS = {
     "plain": dataclasses.replace(CONFIG, fork_layers=()),
@@ -81,6 +89,48 @@ def test_chunks_of_the_vocabulary_change_nothing():
             value, grads = both(hidden, table, chunks)
             close(grads, both(hidden, table, 1)[1], 1e-6)
             np.testing.assert_allclose(value[1], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_head_of_a_subclass_is_called():
+    def capped(name: str) -> type[Thoughtbubbles]:
+        inherited = getattr(Thoughtbubbles, name)
+        cap = lambda self, x: 3 * jnp.tanh(inherited(self, x) / 3)  # noqa: E731
+        return type("Capped", (Thoughtbubbles,), {name: cap})
+
+    targets, x = np.array([[1, 3]]), np.random.default_rng(0).normal(size=(1, 3, 16))
+    token, alive = jnp.asarray([[0, 1, 1]]), jnp.ones((1, 3), bool)
+    mixed = Streams.start(jnp.zeros((1, 2, 16))).replace(
+        x=jnp.asarray(x, jnp.float32), token=token, log_score=-0.5 * token, alive=alive, forked=True
+    )
+    plain = Streams.start(mixed.x[:, 1:])
+    for method, streams in itertools.product(("logits", "decode", "unembed"), (plain, mixed)):
+        leaves, structure = jax.tree.flatten(quick_model(KINDS["probability"]))
+        model: Any = jax.tree.unflatten(structure, leaves)
+        model.__class__ = capped(method)
+        log_probs = jax.nn.log_softmax(model.logits(streams))
+        expected = np.take_along_axis(log_probs[0], targets.T, 1)[:, 0]
+        np.testing.assert_allclose(model.log_prob(streams, targets)[0], expected, atol=1e-6)
+
+
+def test_chunks_of_hidden_states_that_vary_alone():
+    """Inside `shard_map`, where the targets are a constant."""
+    mesh = jax.make_mesh((2,), ("data",))
+    draw = np.random.default_rng(0).normal
+    hidden, table = (jnp.asarray(draw(size=size), jnp.float32) for size in ((2, 3, 8), (10, 8)))
+
+    def log_prob(hidden, table, chunks=2):
+        targets = jnp.ones(hidden.shape[:2], jnp.int32)
+        return head.head_log_prob(hidden, table, targets, chunks=chunks)
+
+    rows = jax.device_put(hidden, NamedSharding(mesh, PartitionSpec("data")))
+    specs = PartitionSpec("data"), PartitionSpec()
+    split = jax.shard_map(log_prob, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    close(jax.jit(split)(rows, table), log_prob(hidden, table, 1))
+
+
+def test_an_infinite_gradient_does_not_spread():
+    values, gradient = jnp.ones(3), jnp.array([1.0, jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(jax.jit(once_known)(values, gradient), values)
 
 
 def test_number_of_chunks():

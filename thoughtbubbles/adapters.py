@@ -54,7 +54,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
-REPEAT, REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
+REPEAT = re.compile(r"[*+{]")
+# Flags such as (?x) and comments change what is a repeat.
+UNSAFE = re.compile(r"\)[*+{]|\(\?[a-zA-Z#-]")
 
 Targets = Mapping[str, tuple[tuple[int, ...], int, int]]
 ModuleName = Callable[[str, tuple[int, ...]], str]
@@ -335,6 +337,8 @@ def _check_targets(
     only = [only] if type(only) is int else fields.list("layers_to_transform", int, [])
     for module in layers:
         number = next((int(part) for part in module.split(".") if part.isdigit()), None)
+        if chosen is None or excluded is None:
+            break
         wanted = chosen(module) and not excluded(module) and (not only or number in only)
         if wanted != (module in modules):
             has = "has" if module in modules else "lacks"
@@ -350,8 +354,8 @@ def _check_targets(
             )
 
 
-def _choice(fields: Fields, name: str, *default: Any) -> Callable[[str], bool]:
-    """Whether a field of layers names a module, as `peft` takes it.
+def _choice(fields: Fields, name: str, *default: Any) -> Callable[[str], bool] | None:
+    """Whether a field of layers names a module, as `peft` takes it; None for a pattern not run.
 
     A list has ends of names. A text is a regular expression of whole names, or "all-linear", which
     is every linear layer but the head.
@@ -362,12 +366,10 @@ def _choice(fields: Fields, name: str, *default: Any) -> Callable[[str], bool]:
         return lambda module: _named(module, names)
     if value.lower() == "all-linear" and name == "target_modules":
         return lambda module: not _named(module, ["lm_head"])
-    # Repeated groups, and many repeats, can take for ever on a name that does not match.
-    if len(value) > 500 or len(REPEAT.findall(value)) > 4 or REPEATED_GROUP.search(value):
-        raise ValueError(
-            f"{fields.source}: {name}={shown(value)} repeats a group or has more than 4 repeats, "
-            "which is not read here: name the layers in a list"
-        )
+    # Repeated groups, and many repeats, can take for ever on a name that does not match. Tensors
+    # are compared with the layers of the model whatever the pattern.
+    if len(value) > 500 or len(REPEAT.findall(value)) > 4 or UNSAFE.search(value):
+        return None
     try:
         pattern = re.compile(value)
     except re.error as error:

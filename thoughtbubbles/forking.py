@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.placement import zeros_beside
 from thoughtbubbles.policy import Candidates, Policy
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
@@ -301,9 +302,26 @@ def bubble_ends(streams: Streams) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]
         last = slots - 1 - jnp.argmax(streams.alive[:, ::-1], axis=1)
         return last[:, None], streams.alive.sum(axis=1, dtype=jnp.int32)[:, None]
     token = jnp.where(streams.alive, streams.token, streams.num_tokens)
-    wanted = jnp.arange(streams.num_tokens, dtype=jnp.int32)
-    ends = jax.vmap(lambda row: jnp.searchsorted(row, wanted, side="right"))(token)
-    return ends - 1, jnp.diff(ends, axis=1, prepend=0)
+    ends = _counts_up_to(token, streams.num_tokens)
+    return ends - 1, ends - jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))
+
+
+def _counts_up_to(rows: Int[Array, "B S"], bound: int) -> Int[Array, "B bound"]:
+    """Number of entries of each sorted row that are at most `i`, for each `i` below a bound.
+
+    Bisection, as in `jnp.searchsorted`, whose `vmap` explicit axes refuse.
+    """
+    size = rows.shape[1]
+    value = jnp.arange(bound, dtype=jnp.int32)[None]
+    rounds = size.bit_length()
+
+    def advance(index: jax.Array, count: jax.Array) -> jax.Array:
+        probe = count + jnp.right_shift(1 << (rounds - 1), index)
+        is_in = _gather(rows, jnp.minimum(probe, size) - 1) <= value
+        return jnp.where((probe <= size) & is_in, probe, count)
+
+    start = zeros_beside(rows, (rows.shape[0], bound), jnp.int32)
+    return jax.lax.fori_loop(0, rounds, advance, start)
 
 
 def merge_log_prob(

@@ -213,9 +213,12 @@ class ForkingDecoder(Architecture):
     def log_prob(self, output: Output | Streams, targets: jax.Array) -> jax.Array:
         """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits.
 
-        Where the logits would be large, the vocabulary is taken in chunks (`head.head_log_prob`).
+        Where the logits would be large, the vocabulary is taken in chunks (`head.head_log_prob`);
+        not in a subclass with a `logits`, `decode` or `unembed` of its own, which is called.
         """
         streams = _streams_of(output)
+        if not self._inherits("logits"):
+            return super().log_prob(streams, targets)
         if self.config.merge != "probability" or not streams.forked:
             return self._decoded_log_prob(self.merged(streams), targets)
         per_stream = jnp.take_along_axis(targets, streams.token, axis=1)
@@ -225,10 +228,13 @@ class ForkingDecoder(Architecture):
 
     def _decoded_log_prob(self, x: jax.Array, targets: jax.Array) -> jax.Array:
         table, vocab_axis = (self.embed, 0) if self.head is None else (self.head, 1)
-        if isinstance(table, Int8Weight):
+        if isinstance(table, Int8Weight) or not self._inherits("decode", "unembed"):
             return log_prob_of(self.decode(x), targets)
         table = table[...].astype(self.config.dtype)
         return head_log_prob(self.final_norm(x), table, targets, vocab_axis=vocab_axis)
+
+    def _inherits(self, *methods: str) -> bool:
+        return all(getattr(type(self), name) is getattr(ForkingDecoder, name) for name in methods)
 
     def max_bubble(self, streams: Streams) -> int:
         """Static bound on the streams of one token."""

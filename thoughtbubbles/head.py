@@ -93,7 +93,8 @@ def _forward(hidden, table, targets, vocab_axis, chunks):
         picked += jnp.where(_chosen(ids, targets), logits, 0).sum(axis=-1)
         return (higher, total, picked), None
 
-    zeros = jnp.zeros_like(targets, jnp.float32)
+    # Of both, since either may vary over manual axes.
+    zeros = jnp.zeros_like(targets, jnp.float32) + jnp.zeros_like(hidden[..., 0], jnp.float32)
     parts = _parts(table, vocab_axis, chunks), _ids(vocab_size, chunks)
     (peak, total, picked), _ = jax.lax.scan(add, (zeros - jnp.inf, zeros, zeros), parts)
     normaliser = peak + jnp.log(total)

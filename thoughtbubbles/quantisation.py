@@ -67,23 +67,7 @@ class Int8Weight(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., *outputs]` float32 of `x [..., *inputs]`; the weight must be no stack."""
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1)
-        values = self.values[...]
-        # At least two: what a loop converts, no compiler converts before the loop. A barrier would
-        # be dropped before that, and a zero made of `x` is a collective where `x` is sharded.
-        chunks = max(2, -(-values.size // CHUNK))
-        rows = values.shape[0] // chunks
-        at = chunks * rows
-
-        def step(index: jax.Array, y: jax.Array) -> jax.Array:
-            chunk = jax.lax.dynamic_slice_in_dim(values, index * rows, rows)
-            found = _product(x, chunk)
-            return jax.lax.dynamic_update_slice_in_dim(y, found, index * rows, axis=-1)
-
-        # Made of `x`, or the results of all layers would be allocated before the first.
-        y = jnp.broadcast_to(x[..., :1].astype(jnp.float32), (*x.shape[:-1], at))
-        y = jax.lax.fori_loop(0, chunks if rows else 0, step, y)
-        if at < values.shape[0]:
-            y = jnp.concatenate([y, _product(x, values[at:])], axis=-1)
+        y = _in_chunks(x, self.values[...])
         y = y * jnp.expand_dims(self.scale[...], range(x.ndim - 1))
         return y.reshape(*x.shape[:-1], *self.outputs)
 
@@ -161,6 +145,34 @@ def _of_kernel(kernel: nnx.Param) -> Int8Weight:
     metadata = kernel.get_metadata()
     axes = metadata["axes"]
     return Int8Weight(kernel[...], metadata["inputs"], kernel.ndim - len(axes), axes)
+
+
+def _in_chunks(x: jax.Array, values: jax.Array) -> jax.Array:
+    """Product `[..., outputs]` float32 of `x [..., inputs]` and `values [outputs, inputs]` int8."""
+    # Explicit axes, where a slice of a split array is an error, take the whole product.
+    if any((*jax.typeof(values).sharding.spec, *jax.typeof(x).sharding.spec[x.ndim - 1 :])):
+        return _product(x, values)
+    # At least two: what a loop converts, no compiler converts before the loop. A barrier would be
+    # dropped before that, and a zero made of `x` is a collective where `x` is sharded.
+    chunks = max(2, -(-values.size // CHUNK))
+    # A divisor near by leaves no rest.
+    chunks = next((n for n in range(chunks, 2 * chunks) if len(values) % n == 0), chunks)
+    rows = len(values) // chunks
+    at = chunks * rows
+    # Chunk `c` has the outputs `c`, `c + chunks`, ...: each device has an equal part of every
+    # chunk, where a compiler splits outputs.
+    parts = values[:at].reshape(rows, chunks, values.shape[1])
+
+    def step(index: jax.Array, y: jax.Array) -> jax.Array:
+        found = _product(x, jax.lax.dynamic_index_in_dim(parts, index, axis=1, keepdims=False))
+        return jax.lax.dynamic_update_index_in_dim(y, found, index, axis=-1)
+
+    # Made of `x`, or the results of all layers would be allocated before the first; and of the
+    # values, beside which it varies over manual axes.
+    start = x[..., :1, None].astype(jnp.float32) + jnp.zeros_like(values[0, 0], jnp.float32)
+    y = jnp.broadcast_to(start, (*x.shape[:-1], rows, chunks))
+    y = jax.lax.fori_loop(0, chunks if rows else 0, step, y).reshape(*x.shape[:-1], at)
+    return y if at == len(values) else jnp.concatenate([y, _product(x, values[at:])], axis=-1)
 
 
 def _product(x: jax.Array, values: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from thoughtbubbles.streams import Streams
 
@@ -24,9 +25,14 @@ def once_known(values: jax.Array, gradient: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         values,
         gradient,
-        cpu=lambda values, gradient: values + (0 * gradient).astype(values.dtype),
+        cpu=lambda values, gradient: values + _zeros_of(gradient).astype(values.dtype),
         default=lambda *both: jax.lax.optimization_barrier(both)[0],
     )
+
+
+def _zeros_of(values: jax.Array) -> jax.Array:
+    # XLA knows no zero here, as 0 times a value may be NaN; that of an infinite one is replaced.
+    return jnp.where(jnp.isfinite(values), 0 * values, 0)
 
 
 def recomputed(run: Callable[..., Streams]) -> Callable[..., Streams]:

@@ -88,8 +88,9 @@ class Stopwatch:
             Values by name: `tokens_per_second`; `step_seconds` (median), `step_seconds_p90` and
             `step_seconds_p99`; `data_wait`, the share of step time in which the host waited for a
             batch; `goodput`, the share of the process's time in completed steps (the rest is start,
-            compilation, evaluation and checkpoints); `mfu`, model FLOP/s at the median step time
-            over the peak, where the peak is known. Empty before the second step.
+            compilation, evaluation and checkpoints); `mfu`, model FLOP/s over the peak in the
+            median step, by the tokens that each step read, where the peak is known. Empty before
+            the second step.
         """
         if self.tokens_per_second is None:
             return {}
@@ -104,7 +105,8 @@ class Stopwatch:
             "goodput": self._in_steps / max(self._clock() - self._start_time, 1e-9),
         }
         if self._peak_flops is not None:
-            report["mfu"] = self._flops * shares.mean() / max(median, 1e-9) / self._peak_flops
+            speed = np.median(shares / np.maximum(seconds, 1e-9))
+            report["mfu"] = self._flops * speed / self._peak_flops
         return {name: float(value) for name, value in report.items()}
 
     def readable(self) -> str:
