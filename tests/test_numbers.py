@@ -118,6 +118,7 @@ ZERO = tuple(
         "method.clip_high",
         "method.kl",
         "min_p",
+        "kl",
         "validation",
         "threshold_offset",
         "sweep_offset",
