@@ -130,6 +130,7 @@ def test_every_option_says_whether_it_may_change():
         "distributed", "evaluation", "out", "log_every", "save_every", "keep", "keep_every",
         "profile", "peak_tflops", "dry_run", "plugin", "prompt", "max_rows", "examples",
         "environment_limit_s",
+        "battery",
     }  # fmt: skip
     noted = {"mesh", "steps", "accumulate", "attention"}
     for config in (RunConfig, SFTConfig, RLConfig):

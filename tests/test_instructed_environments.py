@@ -285,7 +285,7 @@ def test_a_template_of_ones_own():
     try:
         task = make_task("sokoban_variants(template='mine', variant='numerical')", 0)
         assert task.problem("train", 0).prompt.startswith("1 2 3 4\n######\n")
-        with pytest.raises(ValueError, match="'general_points': choose from sokoban, mine"):
+        with pytest.raises(ValueError, match="'general_points': choose from sokoban, .*mine"):
             make_task("sokoban_variants(template='general_points')", 0)
         for player in ("random", "scripted"):
             with pytest.raises(ValueError, match="look for one line 'Answers: ' in a prompt, this"):

@@ -124,7 +124,8 @@ class HarnessModel(LM):
         del device, max_batch_size
         if sum(given is not None for given in (model, checkpoint, lm)) != 1:
             raise ValueError(f"model={model} checkpoint={checkpoint}: pass one of them")
-        load_plugins([OPTION, *filter(None, plugin.split("+"))])
+        if plugin:
+            load_plugins([OPTION, *plugin.split("+")])
         if model is not None:
             lm = load_weights(model).for_inference()
         elif checkpoint is not None:

@@ -24,6 +24,9 @@ def main(limit_s: float) -> None:
         limit_s: Number of seconds of CPU time of a request, after which SIGPROF ends the process,
             as it does where a request takes all memory.
     """
+    # What started this process may ignore or block the signal, as profilers do; both are passed on.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     signal.setitimer(signal.ITIMER_PROF, _START_S)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     memory = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
