@@ -138,11 +138,11 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MathGrader
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages/math_verify.py").write_text(FAKE)
     monkeypatch.syspath_prepend(tmp_path / "packages")
-    handler = signal.signal(signal.SIGPROF, signal.SIG_IGN)  # as profilers leave it
+    # As profilers leave it, and left so: a timer of theirs would end the tests' own process.
+    signal.signal(signal.SIGPROF, signal.SIG_IGN)
     grader = MathGrader(limit_s=0.2)
     yield grader
     grader.close()
-    signal.signal(signal.SIGPROF, handler)
 
 
 @pytest.fixture(scope="module")
