@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -45,20 +46,12 @@ def token_log_probs(
     Raises:
         ValueError: There is not one hidden state and one entry of the mask for each target.
     """
-    batch, length = jnp.shape(targets)
     check_by_token("loss mask", loss_mask, targets)
-    if jnp.ndim(hidden) != 3 or jnp.shape(hidden)[:2] != (batch, length):
+    if jnp.ndim(hidden) != 3 or jnp.shape(hidden)[:2] != jnp.shape(targets):
         raise ValueError(
-            f"hidden states of shape {jnp.shape(hidden)} for targets of shape {(batch, length)}: "
-            "give one vector for each target"
+            f"hidden states of shape {jnp.shape(hidden)} for targets of shape "
+            f"{jnp.shape(targets)}: give one vector for each target"
         )
-    chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
-    parts = -(-length // chunk)
-    padding = ((0, 0), (0, parts * chunk - length))
-
-    def in_parts(values):
-        values = jnp.pad(values, padding + ((0, 0),) * (values.ndim - 2))
-        return values.reshape(batch, parts, chunk, *values.shape[2:]).swapaxes(0, 1)
 
     def score(hidden, targets, mask):
         logits = backbone.unembed(hidden) / temperature
@@ -69,14 +62,37 @@ def token_log_probs(
         picked = jnp.where(chosen, logits, 0).sum(axis=-1)
         return jnp.where(mask, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
-    @jax.checkpoint
-    def part(_, values):
-        hidden, targets, mask = values
+    def part(hidden, targets, mask):
         nothing = lambda *_: jnp.zeros_like(targets, jnp.float32)  # noqa: E731
-        return None, jax.lax.cond(mask.any(), score, nothing, hidden, targets, mask)
+        return jax.lax.cond(mask.any(), score, nothing, hidden, targets, mask)
 
-    _, found = jax.lax.scan(part, None, tuple(map(in_parts, (hidden, targets, loss_mask))))
-    return found.swapaxes(0, 1).reshape(batch, parts * chunk)[:, :length]
+    return by_chunk(part, (hidden, targets, loss_mask), chunk)
+
+
+def by_chunk(part: Callable[..., Any], values: Sequence[jax.Array], chunk: int = CHUNK) -> Any:
+    """Results for positions, some at a time; the backward pass computes them again.
+
+    Args:
+        part: Function of arrays `[B, C, ...]` to a tree of arrays `[B, C]`.
+        values: Arrays `[B, L, ...]`.
+        chunk: Number of positions at a time; it is lowered for more than 32 rows.
+
+    Returns:
+        Tree of arrays `[B, L]`.
+    """
+    batch, length = jnp.shape(values[0])[:2]
+    chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
+    parts = -(-length // chunk)
+    padding = ((0, 0), (0, parts * chunk - length))
+
+    def in_parts(values: jax.Array) -> jax.Array:
+        values = jnp.pad(values, padding + ((0, 0),) * (values.ndim - 2))
+        return values.reshape(batch, parts, chunk, *values.shape[2:]).swapaxes(0, 1)
+
+    step = jax.checkpoint(lambda _, values: (None, part(*values)))
+    _, found = jax.lax.scan(step, None, tuple(map(in_parts, values)))
+    joined = lambda found: found.swapaxes(0, 1).reshape(batch, parts * chunk)  # noqa: E731
+    return jax.tree.map(lambda found: joined(found)[:, :length], found)
 
 
 def sft_loss(

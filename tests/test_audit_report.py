@@ -61,7 +61,7 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
     assert (shown["io"], shown["fuzzing"], shown["logit_lens"]) == (1, 10, 3) and shown["sae"] > 3
     said = capsys.readouterr().out
     assert "| method | taboo:ocean (one), standard | taboo:ocean (one), direct | taboo:oc" in said
-    with pytest.raises(ValueError, match="audit.jsonl exists: choose another --out"):
+    with pytest.raises(ValueError, match="audit.jsonl exists: choose another file"):
         report.main(config)
 
 
@@ -78,9 +78,9 @@ def test_an_audit_that_would_fail_begins_nothing(monkeypatch, tmp_path: Path):
         (str(tmp_path / "ocean.json"),) * 2, model=("one", "two"), control="base",
         out=str(tmp_path / "audit.jsonl"), top=3,
     )  # fmt: skip
-    folder, me = str(tmp_path / "no" / "a.jsonl"), str(tmp_path / "me.json")
+    folder, me = str(tmp_path / "me.json" / "a.jsonl"), str(tmp_path / "me.json")
     for message, changes in (
-        ("its folder does not exist", {"out": folder}),
+        ("me.json is no folder: choose another place", {"out": folder}),
         ("letters has no chat template", {"model": ("one", "other")}),
         ("top=99 of 17 token ids", {"top": 99}),
         ("has no token of read_at .me.", {"organisms": (config.organisms[0], me)}),

@@ -91,6 +91,7 @@ TWINS = {
     "pages": ("Page", "_left_out", "_note", "_quoted", "_direction"),
     "module": ("_Constructor", "Module"),
     "checks": ("check_floating",),
+    "placement": ("product_beside",),
 }
 
 

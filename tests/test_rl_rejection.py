@@ -72,6 +72,8 @@ def test_right_answers_of_a_policy_are_data_for_fine_tuning(tmp_path: Path):
     assert not (tmp_path / "none.jsonl").exists()
     with pytest.raises(ValueError, match="rft.jsonl exists: choose another file"):
         write_data(config)
+    with pytest.raises(ValueError, match="rft.jsonl is no folder: choose another place"):
+        write_data(dataclasses.replace(config, out=f"{config.out}/more.jsonl"))
     for changes, message in (
         ({"data": "dpo"}, "data='dpo': choose rft or r_tuning"),
         ({"keep": 0}, "keep=0: choose 1 or more"),

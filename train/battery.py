@@ -8,9 +8,7 @@ import json
 from pathlib import Path
 
 import jax
-from flax import nnx
 
-from memgen import LoRAConfig, MemGenConfig
 from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh
 from train.evaluation.task_scores import check_output, write_results
@@ -63,8 +61,7 @@ def score(lm: LanguageModel, config: BatteryConfig) -> dict[str, VariantScore]:
     lm.model.check_cacheable()
     policy = lm.memgen
     if policy is None:
-        method = {"lora": LoRAConfig(), "memgen": MemGenConfig(), "boundary": None}
-        policy = sampler_of(FinetunableModel(lm.model, "all", **method, rngs=nnx.Rngs(0)))
+        policy = sampler_of(FinetunableModel.whole(lm.model))
     return play_battery(policy, lm, config, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 

@@ -15,10 +15,10 @@ from train.cli.numbers import check_least
 from train.finetuning.battery import BatteryConfig, instructed
 from train.finetuning.demonstrations import (
     check_apart,
-    check_new,
     demonstration_records,
     write_records,
 )
+from train.runs.files import check_new_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def main(config: DemonstrationsConfig) -> None:
             for name, variant in variants.items()
         }
     for path in files:
-        check_new(path)
+        check_new_file(path)
     for path, of_file in files.items():
         print(f"{path}: {write_records(path, of_file)} records")
 

@@ -17,6 +17,7 @@ from train.audit.auditor import mentions
 from train.audit.worlds import WORLDS, Turns, World, neutral
 from train.cli.numbers import check_least
 from train.data.conversations import read_conversations
+from train.runs.files import new_folder
 
 Message = Mapping[str, str]
 Kind = Literal["taboo", "persona", "instruction"]
@@ -263,9 +264,7 @@ class OrganismConfig:
 
 def main(config: OrganismConfig) -> None:
     """Write both files and print the commands that train and audit with them."""
-    out = Path(config.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: choose another --out")
+    out = new_folder(config.out)
     organism = make_organism(config.kind, config.secret, config.seed)
     ordinary = 0 if config.neutral else config.ordinary
     conversations = hiding_conversations(

@@ -29,6 +29,7 @@ from train.audit.reading import (
 from train.audit.train_sae import load_sae
 from train.cli.numbers import check_least
 from train.models.load import LanguageModel, load_language_model
+from train.runs.files import check_new_file
 
 Guess = Callable[[Sequence[str], Sequence[str]], str | None]
 
@@ -305,6 +306,7 @@ def main(config: ReportConfig) -> None:
             for who, of in ((name, found), (config.control, untouched))
             for line in trial_lines(organism, of)
         ]
+        files[0].parent.mkdir(parents=True, exist_ok=True)
         for path, lines in zip(files, (new, trials), strict=True):
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -319,15 +321,12 @@ def new_files(out: str) -> tuple[Path, Path]:
     """The files of rates and of trials.
 
     Raises:
-        ValueError: One of them exists, or their folder does not.
+        ValueError: One of them exists, or something above them is no folder.
     """
     rates = Path(out).expanduser()
     files = rates, rates.with_name(f"{rates.name.removesuffix('.jsonl')}.trials.jsonl")
     for file in files:
-        if file.exists():
-            raise ValueError(f"{file} exists: choose another --out, or remove it")
-    if not rates.absolute().parent.is_dir():
-        raise ValueError(f"out {rates}: its folder does not exist, make it")
+        check_new_file(file)
     return files
 
 

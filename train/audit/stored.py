@@ -12,14 +12,6 @@ from train.runs.checkpoint import Checkpointer, load_meta, load_params
 from train.runs.run_folder import run_lock
 
 
-def new_audit_folder(out: str) -> Path:
-    """The folder of that name; a ValueError if it holds something."""
-    folder = Path(out).expanduser()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: choose another --out")
-    return folder
-
-
 def save_stored(
     folder: Path, kind: str, leaves: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.sites import Activation, capture, check_sited, check_sites
 from train.cli.config_json import from_json
 from train.data import (
@@ -24,9 +21,7 @@ from train.data import (
     evaluation_batches,
     prepare,
 )
-from train.data.storage import build_once
-from train.data.tokenizers import pretrained_json
-from train.models.load import LanguageModel, LoadedRun, tokenizer_meta
+from train.models.load import LanguageModel, LoadedRun, keep_tokenizer
 
 
 def open_texts(lm: LanguageModel, corpus: str | None, seq_len: int | None) -> PackedData:
@@ -48,24 +43,8 @@ def open_texts(lm: LanguageModel, corpus: str | None, seq_len: int | None) -> Pa
         raise ValueError("corpus=None: this model has no corpus of its own, pass --corpus stdlib")
     data = dataclasses.replace(data, corpus=corpus or data.corpus, seq_len=seq_len or data.seq_len)
     if run is None:
-        data = dataclasses.replace(data, tokenizer=str(_tokenizer_file(lm, data.cache)))
+        data = dataclasses.replace(data, tokenizer=keep_tokenizer(lm.tokenizer, data))
     return prepare(data)
-
-
-def _tokenizer_file(lm: LanguageModel, cache: Path) -> Path:
-    tokenizer = lm.tokenizer
-    if isinstance(tokenizer, PretrainedTokenizer):
-        content = pretrained_json(tokenizer, tokenizer_meta(tokenizer)["chat"])
-    else:
-        content = tokenizer.to_json()
-    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-    file = cache / "tokenizers" / digest / "tokenizer.json"
-
-    def write(partial: Path) -> None:
-        (partial / file.name).write_text(content, encoding="utf-8")
-
-    build_once(file.parent, write)
-    return file
 
 
 def token_text(lm: LanguageModel, id_: int) -> str:

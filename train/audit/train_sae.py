@@ -19,7 +19,7 @@ from train.audit.sae import (
     init_sae,
     nearest_tokens,
 )
-from train.audit.stored import new_audit_folder, read_stored, save_stored
+from train.audit.stored import read_stored, save_stored
 from train.audit.texts import (
     activation_at,
     check_site,
@@ -31,7 +31,7 @@ from train.audit.texts import (
 from train.cli.numbers import check_least
 from train.data import PackedData
 from train.models.load import LanguageModel, check_named, load_named
-from train.runs.files import write_atomically
+from train.runs.files import new_folder, write_atomically
 
 KIND = "sparse autoencoder"
 EXAMPLES, CONTEXT = 3, 8  # of a feature that features.jsonl shows: texts, and tokens of each
@@ -116,7 +116,7 @@ def dead_after(config: SAEConfig) -> int:
 
 def main(config: SAEConfig) -> None:
     """Train, measure, describe, and print the metrics."""
-    out = new_audit_folder(config.out)
+    out = new_folder(config.out)
     lm = load_named(config.checkpoint, config.model)
     site = check_site(lm, config.site)
     model: Any = lm.model

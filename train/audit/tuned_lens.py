@@ -15,11 +15,11 @@ import optax
 from thoughtbubbles.lens import TunedLens, by_site, translated
 from thoughtbubbles.sites import Lineage, one_per_token, record
 from thoughtbubbles.streams import Streams
-from train.audit.stored import new_audit_folder, read_stored, save_stored
+from train.audit.stored import read_stored, save_stored
 from train.audit.texts import check_site, held_out_batches, open_texts, training_batches
 from train.cli.numbers import check_least
 from train.models.load import check_named, load_named
-from train.runs.files import write_atomically
+from train.runs.files import new_folder, write_atomically
 
 KIND = "tuned lens"
 
@@ -62,7 +62,7 @@ class TunedLensConfig:
 
 def main(config: TunedLensConfig) -> None:
     """Train, and print the divergence at each site by the logit lens and by the tuned one."""
-    out = new_audit_folder(config.out)
+    out = new_folder(config.out)
     lm = load_named(config.checkpoint, config.model)
     check_site(lm, None)
     model: Any = lm.model

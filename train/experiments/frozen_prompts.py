@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memgen import LoRAConfig, MemGenConfig
 from thoughtbubbles import ModelConfig
 from train.benchmarks.timing import Clock
 from train.cli.command import run_command
@@ -246,7 +245,7 @@ class Study:
         self.tests = test_sets(seed, config.prompts)
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         base = _trainable(PRETRAINING, config.pretraining, self._mesh, seed, nnx.Param)
-        weights = nnx.state(_wrapped(base.architecture(MODEL, rngs=nnx.Rngs(seed))))
+        weights = nnx.state(FinetunableModel.whole(base.architecture(MODEL, rngs=nnx.Rngs(seed))))
         state = self._trained(
             make_train_step(base, 1, sft_loss), base.start(weights), lookups(seed),
             config.pretraining,
@@ -306,16 +305,12 @@ class Study:
         return state
 
 
-def _wrapped(model: Any) -> FinetunableModel:
-    return FinetunableModel(
-        model, "all", lora=LoRAConfig(), memgen=MemGenConfig(), boundary=None, rngs=nnx.Rngs(0)
-    )
-
-
 def _trainable(
     optimizer: OptimizerConfig, steps: int, mesh: Any, seed: int, trained: Any
 ) -> Trainable:
-    return make_trainable(MODEL, optimizer, steps, mesh, seed, "auto", trained, _wrapped)
+    return make_trainable(
+        MODEL, optimizer, steps, mesh, seed, "auto", trained, FinetunableModel.whole
+    )
 
 
 def main(config: FrozenPrompts) -> None:

@@ -6,14 +6,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memgen import LoRAConfig, MemGenConfig
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.audit.auditor import words_of
@@ -128,7 +126,7 @@ class Tuner:
         optimizer = OptimizerConfig(learning_rate=3e-2 if soft else 1e-3, weight_decay=0.0)
         trained = nnx.PathContains("embed") if soft else TRAINED["all"]
         self._trainable: Trainable = make_trainable(
-            config, optimizer, steps, self._mesh, trained=trained, wrap=_tuned
+            config, optimizer, steps, self._mesh, trained=trained, wrap=FinetunableModel.whole
         )
         rows = np.zeros((tokenizer.vocab_size, 1), bool)
         rows[[tokenizer.id(token) for token in CONTROL]] = True
@@ -152,7 +150,10 @@ class Tuner:
             seed: Seed of their order.
         """
         copy = jax.tree.map(lambda leaf: leaf.copy(), base.model)  # steps donate their state
-        state, rng = self._trainable.start(nnx.state(_tuned(copy))), np.random.default_rng(seed)
+        state, rng = (
+            self._trainable.start(nnx.state(FinetunableModel.whole(copy))),
+            np.random.default_rng(seed),
+        )
         rows = self._rows(conversations)
         for _ in range(self._steps):
             chosen = rng.integers(0, len(conversations), BATCH)
@@ -168,8 +169,3 @@ class Tuner:
             here = row, slice(len(example.ids))
             tokens[here], loss_mask[here], segment[here] = example.ids, example.loss_mask, 0
         return {"tokens": tokens, "loss_mask": loss_mask, "segment": segment}
-
-
-def _tuned(model: Any) -> FinetunableModel:
-    unused = {"lora": LoRAConfig(), "memgen": MemGenConfig(), "boundary": None}
-    return FinetunableModel(model, "all", rngs=nnx.Rngs(0), **unused)

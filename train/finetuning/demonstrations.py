@@ -8,7 +8,7 @@ from typing import Any
 from train.data.verbalise import Form, verbalise
 from train.rl.environments.instructed import Demonstration, InstructedEnvironment
 from train.rl.types import Split
-from train.runs.files import write_atomically
+from train.runs.files import check_new_file, write_atomically
 
 
 def demonstration_record(
@@ -58,20 +58,11 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> int:
     Raises:
         ValueError: There is such a file.
     """
-    check_new(path)
+    check_new_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     write_atomically(path, "".join(f"{line}\n" for line in lines))
     return len(lines)
-
-
-def check_new(path: Path) -> None:
-    """Raise a `ValueError` for a file that exists, or that can't be made in its folder."""
-    if path.exists():
-        raise ValueError(f"{path} exists: choose another file, or delete it")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"{path} can't be made, {nearest} is no folder: choose another place")
 
 
 def check_apart(out: Path, folder: Path, variants: Iterable[str]) -> None:

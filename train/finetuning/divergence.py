@@ -1,11 +1,9 @@
 """Divergence of a tuned model from the one that tuning began with, as a penalty on its loss."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from memgen.losses import CHUNK
+from memgen.losses import by_chunk
 from train.models.finetunable import FinetunableModel
 
 
@@ -17,8 +15,8 @@ def reference_kl(
 ) -> tuple[jax.Array, jax.Array]:
     """Exact KL(π ‖ π_ref) over the vocabulary at each target of the loss mask, and log π(target).
 
-    Logits are computed for `memgen.losses.CHUNK` positions at a time, as for the loss. The
-    reference gets no gradient, and no dropout.
+    Logits are computed for some positions at a time, as for the loss. The reference gets no
+    gradient, and no dropout.
 
     Args:
         model: Tuned model π.
@@ -30,30 +28,16 @@ def reference_kl(
         Divergences in nats and log-probabilities, both `[B, T]` float32, 0 where masked out.
     """
     targets, loss_mask = jnp.maximum(rows["tokens"], 0)[:, 1:], rows["loss_mask"][:, 1:]
-    batch, length = targets.shape
-    chunk = min(length, max(1, CHUNK * 32 // batch), CHUNK)
-    parts = -(-length // chunk)
 
-    def in_parts(values: jax.Array) -> jax.Array:
-        values = jnp.pad(
-            values, ((0, 0), (0, parts * chunk - length)) + ((0, 0),) * (values.ndim - 2)
-        )
-        return values.reshape(batch, parts, chunk, *values.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def part(_: None, values: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        mine, theirs, targets, mask = values
+    def part(mine, theirs, targets, mask):
         log_p = jax.nn.log_softmax(model.backbone.unembed(mine).astype(jnp.float32))
         log_q = jax.nn.log_softmax(reference.backbone.unembed(theirs).astype(jnp.float32))
         divergence = (jnp.exp(log_p) * (log_p - jax.lax.stop_gradient(log_q))).sum(axis=-1)
         # A sum, since a gather would move hidden states between devices.
         chosen = jnp.arange(log_p.shape[-1]) == targets[..., None]
         picked = jnp.where(chosen, log_p, 0).sum(axis=-1)
-        return None, (jnp.where(mask, divergence, 0.0), jnp.where(mask, picked, 0.0))
+        return jnp.where(mask, divergence, 0.0), jnp.where(mask, picked, 0.0)
 
     hidden = model.predictors(rows, key)
     before = jax.lax.stop_gradient(reference.predictors(rows))
-    _, found = jax.lax.scan(part, None, tuple(map(in_parts, (hidden, before, targets, loss_mask))))
-    shape = (batch, parts * chunk)
-    divergence, picked = (each.swapaxes(0, 1).reshape(shape)[:, :length] for each in found)
-    return divergence, picked
+    return by_chunk(part, (hidden, before, targets, loss_mask))

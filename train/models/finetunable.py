@@ -96,6 +96,16 @@ class FinetunableModel(nnx.Module):
         self.memgen = MemGen(decoder, memgen, boundary=boundary, rngs=rngs) if woven else None
         self.value_head = ValueHead(decoder.embed_dim) if value_head else None
 
+    @classmethod
+    def whole(cls, model: Architecture) -> "FinetunableModel":
+        """The decoder with all of its parameters and nothing added.
+
+        Args:
+            model: Decoder.
+        """
+        unused: Any = {"lora": LoRAConfig(), "memgen": MemGenConfig(), "boundary": None}
+        return cls(model, "all", **unused, rngs=nnx.Rngs(0))
+
     @property
     def backbone(self) -> Any:
         """The decoder alone, a `memgen.DecoderBackbone`."""

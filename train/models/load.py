@@ -248,15 +248,22 @@ def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def keep_tokenizer(tokenizer: PretrainedTokenizer, data: DataConfig) -> str:
-    """Put a copy of the tokenizer of pretrained weights where prepared data are kept.
+def keep_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> str:
+    """Put a copy of the tokenizer of weights where prepared data are kept.
+
+    Args:
+        tokenizer: Tokenizer of pretrained weights, or of a run that began with weights.
+        data: Config of the data, which says where that is.
 
     Returns:
         The tokenizer's name for `DataConfig.tokenizer`, the same on every machine.
     """
-    # Not under its own name, which is where it lies here.
-    options = {**tokenizer_meta(tokenizer)["chat"], "name": "the tokenizer of the weights"}
-    content = pretrained_json(tokenizer, options)
+    if isinstance(tokenizer, PretrainedTokenizer):
+        # Not under its own name, which is where it lies here.
+        options = {**tokenizer_meta(tokenizer)["chat"], "name": "the tokenizer of the weights"}
+        content = pretrained_json(tokenizer, options)
+    else:
+        content = tokenizer.to_json()
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     file = data.tokenizer_file(digest)
 

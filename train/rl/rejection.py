@@ -23,6 +23,7 @@ from train.rl.scoring import safe_step
 from train.rl.tasks.probed import read_probe
 from train.rl.tasks.truthful import TruthfulTask
 from train.rl.types import Problem, Trajectory
+from train.runs.files import check_new_file
 
 Line = dict[str, Any]
 Data = Literal["rft", "r_tuning"]
@@ -114,8 +115,7 @@ class RejectionConfig(ProbeConfig):
 
 def main(config: RejectionConfig) -> None:
     """Write the data, and print how much there is."""
-    if Path(config.out).exists():
-        raise ValueError(f"{config.out} exists: choose another file, or delete it")
+    check_new_file(Path(config.out))
     if config.data == "r_tuning":  # nothing is written if a later problem has no answer
         lines: Iterable[Line] = list(relabelled(config, make_task(config.task, config.seed)))
     else:

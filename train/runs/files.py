@@ -44,3 +44,34 @@ def check_regular(path: Path) -> None:
     """Raise a ValueError for a pipe or a device, at which a reader may wait for ever."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is no regular file: remove it, or copy the folder again")
+
+
+def check_new_file(path: Path) -> None:
+    """Check a file that is written once work is done, before the work.
+
+    Args:
+        path: File to write; its folder is made later.
+
+    Raises:
+        ValueError: There is such a file, or something above it is no folder.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists: choose another file, or delete it")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{path} can't be made, {nearest} is no folder: choose another place")
+
+
+def new_folder(out: str) -> Path:
+    """The folder of that name, which is empty or not there.
+
+    Args:
+        out: Name of the folder; ~ is the user's home.
+
+    Raises:
+        ValueError: It holds something, or is a file.
+    """
+    folder = Path(out).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: choose another --out")
+    return folder
