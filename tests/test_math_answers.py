@@ -178,6 +178,10 @@ def test_what_is_a_plain_number():
 
 def test_a_comparison_without_end_is_cut_in_every_thread(fake: MathGrader):
     assert fake.equal("Ab", "$aB$")
+    assert fake._process is not None
+    status = Path(f"/proc/{fake._process.pid}/status").read_text()
+    ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+    assert not ignored >> (signal.SIGPROF - 1) & 1, "the limit would never end it"
     began = time.monotonic()
     for text in ("forever", "memory"):
         with pytest.raises(TimeoutError, match="took over 0.2 s, or all memory"):
