@@ -90,8 +90,9 @@ def test_text_files_are_opened_with_an_encoding(path: Path):
 TWINS = {
     "pages": ("Page", "_left_out", "_note", "_quoted", "_direction"),
     "module": ("_Constructor", "Module"),
-    "checks": ("check_floating",),
+    "checks": ("check_floating", "check_rngs", "check_stop"),
     "placement": ("product_beside",),
+    "short_repr": ("ShortRepr",),
 }
 
 

@@ -473,6 +473,10 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: memgen.generate(g.made, [[1]], 4, stop=["a"]),
         "'a'.: give a list",
     ),
+    "fractions to stop at": (
+        lambda g: memgen.generate(g.made, [[1]], 4, stop=jnp.array([1.5])),
+        "give a list of token ids",
+    ),
     "no prompts": (lambda g: memgen.generate(g.made, [], 4), "prompt"),
     "a prompt beyond the ids": (lambda g: memgen.generate(g.made, [[99]], 4), "99.*20"),
     "a negative temperature": (

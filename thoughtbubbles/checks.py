@@ -62,7 +62,8 @@ def check_rngs(rngs: Any) -> None:
 def check_stop(stop: Any) -> None:
     """Raise a ValueError unless these are token ids to stop at."""
     is_list = not isinstance(stop, str) and hasattr(stop, "__iter__")
-    if not is_list or not all(isinstance(end, int) or hasattr(end, "dtype") for end in stop):
+    is_id = lambda end: jnp.issubdtype(getattr(end, "dtype", type(end)), jnp.integer)  # noqa: E731
+    if not is_list or not all(map(is_id, stop)):
         raise ValueError(f"stop={stop!r}: give a list of token ids, such as (3,)")
 
 
