@@ -23,7 +23,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from train.runs import checksums
+from train.runs import checkpoint, checksums
 from train.runs.checkpoint import Checkpointer, CheckpointError, load_params
 from train.runs.quiet_orbax import QuietOrbax
 
@@ -156,7 +156,7 @@ def test_restores_onto_other_meshes(tmp_path: Path):
 
     script = """
 import sys, jax, numpy as np
-from train.runs import checksums
+from train.runs import checkpoint, checksums
 from train.runs.checkpoint import load_params
 assert jax.device_count() == 1
 np.save(sys.argv[2], load_params(sys.argv[1])[1]["w"])
@@ -297,9 +297,28 @@ def test_a_damaged_checkpoint_names_the_intact_one(tmp_path: Path, files: str, h
         load_params(tmp_path, step=200)
 
 
+def test_a_leaf_that_cannot_be_read_is_named_among_those_read_with_it(tmp_path: Path, monkeypatch):
+    """And what is read goes where it belongs, whatever the order of names in the file."""
+    params = {name: jnp.full(1000, index) for index, name in enumerate("cab")}
+    save(tmp_path, 1, params=params, train=params)
+    monkeypatch.setattr(checkpoint, "_READ_TOGETHER", 8000)  # two leaves
+    with Checkpointer(tmp_path, save_interval=1) as checkpointer:
+        assert_same(checkpointer.restore(params, params)[1:3], (params, params))
+    read = checkpoint._read_together
+
+    def fails(folder: Path, targets: Any) -> Any:
+        if "a" in targets:
+            raise OSError("bad sector")
+        return read(folder, targets)
+
+    monkeypatch.setattr(checkpoint, "_read_together", fails)
+    with one_line_error("1 is damaged", "params a: bad sector"):
+        load_params(tmp_path)
+
+
 SAVE_FOR_EVER = """
 import sys, itertools, jax, jax.numpy as jnp
-from train.runs import checksums
+from train.runs import checkpoint, checksums
 from train.runs.checkpoint import Checkpointer
 shape = (1024, 1024)
 make = jax.jit(lambda step: {str(i): jnp.full(shape, step + i, jnp.float32) for i in range(8)})
@@ -339,7 +358,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path: Path):
 
 LIMIT_FILE_SIZE = """
 import resource, sys, jax.numpy as jnp, numpy as np
-from train.runs import checksums
+from train.runs import checkpoint, checksums
 from train.runs.checkpoint import Checkpointer, CheckpointError
 small = {"w": jnp.ones(3)}
 large = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)))}
@@ -448,7 +467,7 @@ def refuse(*_: Any, **__: Any) -> bool:
 TWO_PROCESSES = """
 import os, signal, sys, time, jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from train.runs import checksums
+from train.runs import checkpoint, checksums
 from train.runs.checkpoint import Checkpointer
 directory, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)

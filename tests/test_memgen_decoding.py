@@ -187,7 +187,7 @@ def test_d33_teacher_forcing_gives_the_same_log_probs(name: str):
         )
 
 
-@pytest.mark.parametrize("kind", ["plain", "foreign"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.experiment), "foreign"])
 def test_d26_batched_is_one_by_one(kind: str):
     made, together = rollout(kind, CONFIG, AlwaysInvoke())
     together = in_numpy(together)

@@ -125,7 +125,9 @@ def gradient(model: Thoughtbubbles) -> Thoughtbubbles:
     return jax.grad(lambda m: m.loss(tokens)[0] / tokens.size, allow_int=True)(model)
 
 
-@pytest.mark.parametrize("options", [FORKS[1], FORKS[3]], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param(FORKS[1], marks=pytest.mark.experiment), FORKS[3]], ids=str
+)
 def test_the_gates_have_a_gradient_at_once_and_the_rest_once_they_are_open(options: dict):
     first = forks_of(gradient(retrofitted(**options)))
     assert max(first["gate"]) > 0.03, first

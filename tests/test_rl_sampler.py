@@ -294,7 +294,7 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
         ("plain", False, {}),
         ("weaver", True, {"memory": memgen.RandomInvoke(0.5)}),
         ("weaver", False, {}),
-        ("trigger on forks", True, {}),
+        pytest.param("trigger on forks", True, {}, marks=pytest.mark.experiment),
     ],
     ids=str,
 )

@@ -205,7 +205,7 @@ def test_the_adapter_of_a_run_is_exported_for_peft(base, chats, whole, tmp_path,
         export.ExportConfig(run="a", to="b", adapter_only=True, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("kind", ["lora", "weaver"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.experiment), "weaver"])
 def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
     """Without randomness, which differs between micro-batches."""
     still = dataclasses.replace(LORA, dropout=0.0)

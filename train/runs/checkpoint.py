@@ -8,9 +8,10 @@ step folder gets its final name only when it is complete, its checksums included
 
 import contextlib
 import json
+import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from train.runs.steps import (
 )
 
 _SHOWN = 3  # leaves named in an error line
+_READ_TOGETHER = 2**26  # bytes
 
 
 class Checkpointer:
@@ -347,31 +349,70 @@ def _read(
 ) -> dict[str, Any]:
     """Named leaves of an item, sharded like their targets, or as NumPy arrays (target None)."""
     leaves = {}
-    for name, target in targets.items():
+    for names in _groups(targets):
         # Where one process has all shards, it reads the leaf at once, which is faster.
-        local = target is not None and target.sharding.is_fully_addressable
-        try:
-            leaf = _read_leaf(folder / item, name, None if local else target)
-        except Exception as error:
-            raise damaged(folder, f"{item} {name}: {reason_of(error)}") from error
-        if target is not None and local:
-            leaf = jax.device_put(leaf, target.sharding, may_alias=False)
-        impl = envelope["keys"][item].get(name)
-        leaves[name] = leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
-    return leaves
+        wanted = {name: None if _is_local(targets[name]) else targets[name] for name in names}
+        for name, leaf in _read_leaves(folder, item, wanted).items():
+            target = targets[name]
+            if target is not None and _is_local(target):
+                leaf = jax.device_put(leaf, target.sharding, may_alias=False)
+            impl = envelope["keys"][item].get(name)
+            leaves[name] = leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+    return {name: leaves[name] for name in targets}
 
 
-def _read_leaf(folder: Path, name: str, target: jax.ShapeDtypeStruct | None) -> Any:
-    # One leaf at a time: when one of several concurrent reads fails, orbax closes its event loop
-    # under the others, which then print tracebacks from threads.
+def _is_local(target: jax.ShapeDtypeStruct | None) -> bool:
+    return target is None or target.sharding.is_fully_addressable
+
+
+def _groups(targets: Mapping[str, jax.ShapeDtypeStruct | None]) -> Iterator[list[str]]:
+    """Names of leaves to read together: orbax takes milliseconds for each read, however small.
+
+    What goes on to devices is not held twice by more than a group.
+    """
+    group, size = [], 0
+    for name, target in targets.items():
+        nbytes = 0 if target is None else math.prod(target.shape) * target.dtype.itemsize
+        if not _is_local(target):  # alone, so that the same fails in every process
+            yield [name]
+            continue
+        if group and size + nbytes > _READ_TOGETHER:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += nbytes
+    if group:
+        yield group
+
+
+def _read_leaves(
+    folder: Path, item: str, targets: Mapping[str, jax.ShapeDtypeStruct | None]
+) -> dict[str, Any]:
+    """Leaves of an item as orbax reads them; an error names the first that can't be read."""
+    try:
+        return _read_together(folder / item, targets)
+    except Exception as error:
+        if len(targets) > 1:
+            return {
+                name: _read_leaves(folder, item, {name: target})[name]
+                for name, target in targets.items()
+            }
+        (name,) = targets
+        raise damaged(folder, f"{item} {name}: {reason_of(error)}") from error
+
+
+def _read_together(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct | None]) -> Any:
     handler = ocp.PyTreeCheckpointHandler()
-    if target is None:
-        tree, how = {name: 0}, {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-    else:
-        tree, how = {name: target}, ocp.checkpoint_utils.construct_restore_args({name: target})
+    tree = {name: 0 if target is None else target for name, target in targets.items()}
+    how = {
+        name: ocp.RestoreArgs(restore_type=np.ndarray)
+        if target is None
+        else ocp.checkpoint_utils.construct_restore_args(target)
+        for name, target in targets.items()
+    }
     try:
         args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
-        return handler.restore(epath.Path(folder), args=args)[name]
+        return handler.restore(epath.Path(folder), args=args)
     finally:
         handler.close()
 
