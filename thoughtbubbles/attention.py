@@ -79,6 +79,40 @@ def attend_where(
     return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
 
 
+def attend_branches(
+    query: Float[Array, "B S H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
+    length: Int[Array, " B"],
+    branches: tuple[int, int],
+) -> Float[Array, "B S H K"]:
+    """Attention of rows of a prefix and several continuations of it, causal along each of them.
+
+    The first slots of a row are its prefix, and after them come the branches one by one. A branch
+    attends to the prefix, which no branch copies, and to itself. Weights of more than
+    `LARGEST_WEIGHTS` bytes are not kept for the backward pass.
+
+    Args:
+        query: Rotated queries.
+        key: Rotated keys.
+        value: Values.
+        length: Number of real slots of each prefix; the others are seen by no branch.
+        branches: Number of branches of a row, and number of slots of each (`N`, `C`).
+    """
+    batch, slots, heads, _ = query.shape
+    count, size = branches
+    shared = slots - count * size
+    parts = [_heads_first(*(x[:, where] for x in (query, key, value)))
+             for where in (slice(shared), slice(shared, None))]  # fmt: skip
+    known = jnp.arange(shared) < length[:, None]
+    run = functools.partial(_attend_branches, size=size)
+    if 4 * batch * heads * count * size * (shared + size) > LARGEST_WEIGHTS:
+        run = _known_once(run)
+    mixed = run(parts[1][0], *parts[0][1:], *parts[1][1:], known)
+    prefix = attend(query[:, :shared], key[:, :shared], value[:, :shared])
+    return jnp.concatenate([prefix, _slots_first(mixed)], axis=1)
+
+
 def attend_cached(
     query: Float[Array, "B Q H K"],
     key: Float[Array, "B G N K"],
@@ -260,3 +294,35 @@ def _backward_block(arrays, normaliser, gradient):
 
 
 _attend_again.defvjp(_forward, _backward)
+
+
+def _attend_branches(query, key, value, own_key, own_value, known, size):
+    """Attention of branches of `size` slots to the prefix, where `known`, and to themselves."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    split = lambda x: x.reshape(*x.shape[:-2], -1, size, x.shape[-1])  # noqa: E731
+    query, own_key, own_value = split(query), split(own_key), split(own_value)
+    logits = jnp.where(known[:, None, None, None, None],
+                       product("bgrnqk,bgsk->bgrnqs", query, key), -jnp.inf)  # fmt: skip
+    causal = jnp.tri(size, dtype=bool)
+    own = jnp.where(causal, product("bgrnqk,bgnsk->bgrnqs", query, own_key), -jnp.inf)
+    peak = jnp.maximum(logits.max(axis=-1, keepdims=True),
+                       own.max(axis=-1, keepdims=True))  # fmt: skip
+    peak = jax.lax.stop_gradient(peak)
+    weights, own = jnp.exp(logits - peak), jnp.exp(own - peak)
+    mixed = product("bgrnqs,bgsk->bgrnqk", weights.astype(value.dtype), value)
+    mixed += product("bgrnqs,bgnsk->bgrnqk", own.astype(value.dtype), own_value)
+    total = weights.sum(axis=-1) + own.sum(axis=-1)
+    mixed = (mixed / total[..., None]).astype(value.dtype)
+    return mixed.reshape(*mixed.shape[:3], -1, mixed.shape[-1])
+
+
+def _known_once(run):
+    """A function of queries and other arrays whose backward pass computes its results again."""
+
+    def backward(arrays, gradient):
+        query, *others = arrays
+        return jax.vjp(run, once_known(query, gradient), *others)[1](gradient)
+
+    again = jax.custom_vjp(run)
+    again.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
+    return again

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from thoughtbubbles.attention import attend_where
+from thoughtbubbles.attention import attend_branches, attend_where
 from thoughtbubbles.cache import Cache, advance, init_cache
 from thoughtbubbles.checks import check_deltas
 from thoughtbubbles.forward import ForkingDecoder
@@ -169,6 +169,34 @@ class Backbone(Module):
             raise ValueError("positions and visible belong together: give both or neither")
         return self._read_where(x, positions, visible)
 
+    def branch_states(
+        self, prefix: jax.Array, length: jax.Array, x: jax.Array
+    ) -> jax.Array:
+        """Hidden states of continuations of rows, each row computed once for all of its own.
+
+        They are those of `hidden_states` on each continuation behind its row, and so are their
+        gradients, up to rounding.
+
+        Args:
+            prefix: Vectors `[B, P, D]` that rows begin with, padded on the right.
+            length: Number of real vectors of each prefix, `[B]` int32.
+            x: Vectors `[B, N, C, D]` of `N` continuations of each row, padded on the right.
+
+        Returns:
+            Hidden states `[B, N, C, D]` of the continuations, after the final norm.
+
+        Raises:
+            ValueError: The model forks.
+        """
+        rows, count, size, width = x.shape
+        shared = prefix.shape[1]
+        own = jnp.tile(length[:, None] + jnp.arange(size), (1, count))
+        positions = jnp.concatenate([jnp.tile(jnp.arange(shared), (rows, 1)), own], axis=1)
+        packed = jnp.concatenate([prefix, x.reshape(rows, count * size, width)], axis=1)
+        mix = lambda *heads: (attend_branches(*heads, length, (count, size)), None)  # noqa: E731
+        hidden = self._read_by(mix, packed.astype(self.model.config.dtype), positions)
+        return hidden[:, shared:].reshape(x.shape)
+
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[..., D]` to logits `[..., V]` float32."""
         return self.model.unembed(hidden)
@@ -203,6 +231,11 @@ class Backbone(Module):
         return self.model.final_norm(self.model.merged(streams))
 
     def _read_where(self, x, positions, visible):
+        mix = lambda query, key, value: (attend_where(query, key, value, visible), None)  # noqa: E731
+        return self._read_by(mix, x, positions)
+
+    def _read_by(self, mix, x, positions):
+        """Hidden states of vectors at any positions, by an attention that knows who sees whom."""
         config = self.model.config
         if config.fork_layers or config.copies > 1:
             raise ValueError(
@@ -212,7 +245,6 @@ class Backbone(Module):
         angles = rotary_angles(
             positions.astype(jnp.float32), config.head_width, config.rope_base, config.rope_scaling
         )
-        mix = lambda query, key, value: (attend_where(query, key, value, visible), None)  # noqa: E731
         streams = self.model.run_blocks(
             Streams.start(x), 0, config.num_layers, Geometry(*angles), mix
         )

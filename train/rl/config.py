@@ -73,6 +73,8 @@ class RLConfig(LoopConfig):
             None has no limit, and calls the environment on the main thread, which graders that use
             signals need.
         max_rows: Greatest number of rollouts that are generated at a time.
+        share_prompts: Whether an update reads the prompt of a problem once for all of its rollouts,
+            where that saves much and the policy can; results are equal up to rounding.
         examples: Number of texts that are printed at each evaluation.
     """
 
@@ -100,6 +102,7 @@ class RLConfig(LoopConfig):
     boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
     environment_limit_s: float | None = dataclasses.field(default=30.0, metadata=FREE)
     max_rows: int = dataclasses.field(default=256, metadata=FREE)
+    share_prompts: bool = dataclasses.field(default=True, metadata=FREE)
     examples: int = dataclasses.field(default=2, metadata=FREE)
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-4, weight_decay=0.0, final_ratio=1.0

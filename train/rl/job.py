@@ -175,7 +175,10 @@ class RLJob:
         longest = config.max_new_tokens * self._responses_per_row
         if not config.dry_run:  # which may be of a run on another machine
             training_memory(self.trainable, config.rollouts, longest).check()
-        self.learner = Learner(config, self.trainable, self.sampling(), longest)
+        self._unshared = _why_unshared(config, model)
+        self.learner = Learner(
+            config, self.trainable, self.sampling(), longest, share_prompts=not self._unshared
+        )
         # Number of steps so far. Optimizer steps are counted in the `TrainState`: a step whose
         # problems are all left out makes none.
         self.steps_done = 0
@@ -358,8 +361,22 @@ class RLJob:
             f"{config.weights}: {trainable.config.num_params():,} parameters, trained are "
             f"{trainable.num_trained:,} ({config.train}); {method} on "
             f"{self.task.name}, {config.batch_size} problems x {config.num_generations} rollouts x "
-            f"{config.updates} updates a step{rate}; {sizes}"
+            f"{config.updates} updates a step{rate}; {sizes}; updates read prompts "
+            + (f"in every rollout: {self._unshared}" if self._unshared else "once where many share")
         )
+
+
+def _why_unshared(config: RLConfig, model: Architecture) -> str:
+    """Why updates read the prompt of every rollout; empty where a prompt is read once."""
+    if not config.share_prompts:
+        return "share_prompts=False"
+    if config.train in ("weaver", "trigger"):
+        return "latent memory differs between them"
+    if not model.takes_positions or not hasattr(model.backbone(), "branch_states"):
+        return f"{type(model).__name__} can't branch in a forward pass" + (
+            " with fork layers" if model.fork_policy is not None else ""
+        )
+    return ""
 
 
 def _value_rate(config: RLConfig) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.devices.mesh import batch_sharding, place, replicated
+from train.devices.mesh import batch_axes, batch_sharding, place, replicated
 from train.engine.state import Trainable, TrainState
 from train.engine.step import TrainStep, make_train_step
 from train.models.finetunable import FinetunableModel
@@ -17,6 +18,7 @@ from train.rl.config import RLConfig
 from train.rl.learning.critic import ValueLoss
 from train.rl.learning.losses import PolicyLoss
 from train.rl.learning.policy import action_mask, scores, scores_and_values
+from train.rl.learning.sharing import Branches, branches_of, flat
 from train.rl.rollout.rows import Rows
 from train.rl.rollout.sampler import Sampling
 
@@ -66,7 +68,7 @@ def _programs(
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """`train.engine.step.Loss`; nothing in it is random."""
         del key
-        values = None
+        rows, values = flat(rows), None
         if critic is None:
             now = scores(model, rows, sampling)
         else:
@@ -93,7 +95,7 @@ def _programs(
 
     def scoring(score: Callable[..., Any]) -> Callable[[Any, Any], Any]:
         return jax.jit(
-            lambda weights, rows: score(of.model(weights), rows, sampling),
+            lambda weights, rows: score(of.model(weights), flat(rows), sampling),
             in_shardings=(of.shardings.weights, batch_sharding(of.mesh)),
             out_shardings=replicated(of.mesh),
         )
@@ -115,10 +117,21 @@ class Learner:
         trainable: `Trainable` of a `FinetunableModel`.
         sampling: How rollouts are sampled, and therefore scored.
         max_length: Greatest number of tokens that the policy can generate in a row.
+        share_prompts: Whether rows that begin alike are computed as one as far as they do
+            (`train.rl.learning.sharing`), where that saves much.
     """
 
-    def __init__(self, config: RLConfig, trainable: Trainable, sampling: Sampling, max_length: int):
-        self._config, self._trainable = config, trainable
+    def __init__(
+        self,
+        config: RLConfig,
+        trainable: Trainable,
+        sampling: Sampling,
+        max_length: int,
+        share_prompts: bool = False,
+    ):
+        self._config, self._trainable, self._share_prompts = config, trainable, share_prompts
+        shards = math.prod(trainable.mesh.shape[name] for name in batch_axes(trainable.mesh))
+        self._multiple = shards * config.accumulate
         parts = config.parts
         key = (
             _Same(trainable), parts.loss, parts.advantage.critic, sampling, max_length,
@@ -152,13 +165,26 @@ class Learner:
         return log_probs, values
 
     def _scored(self, program: Callable[[Any, Any], Any], weights: Any, rows: Rows) -> Any:
+        # Without these it is one program.
+        rows = {name: rows[name] for name in rows if name not in ("old", "reference")}
+        branches, width = self._branches(rows, self._config.minibatches), rows["tokens"].shape[1]
+        if branches is not None:
+            rows = branches.laid_out(rows)
         size = len(rows["valid"]) // (self._config.minibatches * self._config.accumulate)
         parts = []
-        needed = [name for name in rows if name not in ("old", "reference")]  # one program
         for start in range(0, len(rows["valid"]), size):
-            part = {name: rows[name][start : start + size] for name in needed}
+            part = {name: values[start : start + size] for name, values in rows.items()}
             parts.append(jax.device_get(program(weights, self._placed(part))))
-        return jax.tree.map(lambda *found: np.concatenate(found), *parts)
+        scored = jax.tree.map(lambda *found: np.concatenate(found), *parts)
+        if branches is None:
+            return scored
+        return jax.tree.map(lambda values: branches.by_row(values, width), scored)
+
+    def _branches(self, rows: Rows, parts: int = 1) -> Branches | None:
+        """Layout of rows that are computed in `parts`, or None where they share nothing."""
+        if not self._share_prompts:
+            return None
+        return branches_of(rows, self._multiple * parts, self._config.num_generations or 1)
 
     def update(
         self, state: TrainState, rows: Rows, rng: np.random.Generator, reference: Any = None
@@ -193,6 +219,9 @@ class Learner:
                 part["first"] = np.full(len(index), epoch == 0 and number == 0)
                 if not part["valid"].any():  # momentum alone would move parameters
                     continue
+                branches = self._branches(part)
+                if branches is not None:
+                    part = branches.laid_out(part)
                 state, metrics = self.programs.step(state, self._placed(part))
                 found.append(metrics)
         found = jax.device_get(found)

@@ -44,7 +44,8 @@ def predictors(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax
 
     Args:
         finetunable: The policy.
-        rows: Rows of `make_rows`.
+        rows: Rows of `make_rows`, or of `train.rl.learning.sharing`, for which `L` is the number of
+            slots of a branch; these only for a decoder with `branch_states`.
     """
     tokens = rows["tokens"]
     if finetunable.memgen is not None:
@@ -54,6 +55,10 @@ def predictors(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax
     decoder = finetunable.backbone
     if finetunable.adapter is not None:
         decoder = decoder.apply_lora(finetunable.adapter)
+    if "prefix" in rows:
+        prefix, x = (decoder.embed_tokens(rows[name]) for name in ("prefix", "inputs"))
+        branches = x.reshape(len(prefix), -1, *x.shape[1:])
+        return decoder.branch_states(prefix, rows["prefix_length"], branches).reshape(x.shape)
     states = decoder.hidden_states(decoder.embed_tokens(tokens), rows["length"])
     return jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 

@@ -1,0 +1,168 @@
+"""Rows that begin alike as one row with branches, so that an update computes a prompt once."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from train.rl.buckets import SHORTEST, bucket
+from train.rl.rollout.rows import Rows
+
+LEAST_SAVED = 2**12
+"""Number of positions of an update below which nothing is shared: small updates stay, to the bit,
+what they are without sharing."""
+LEAST_FACTOR = 1.25
+"""Factor by which sharing must lower the number of positions of an update."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """Rows `[K, L]` of `make_rows` laid out as `R` shared rows with `N` branches each.
+
+    A branch begins with the last token of the prompt, whose state predicts the first token that is
+    trained, and ends before the last one. What comes before it is the shared prefix.
+
+    Attributes:
+        row: Index of the row of each branch, `[R, N]`; -1 for padding.
+        begin: Position of the first trained token of each row, `[K]`.
+        count: Number of trained tokens and of tokens between them, of each row, `[K]`.
+        prefix_size: Number of slots of a prefix (`P`).
+        size: Number of slots of a branch (`C`).
+    """
+
+    row: np.ndarray
+    begin: np.ndarray
+    count: np.ndarray
+    prefix_size: int
+    size: int
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of a forward pass, padding included."""
+        shared, branches = self.row.shape
+        return shared * (self.prefix_size + branches * self.size)
+
+    def laid_out(self, rows: Rows) -> Rows:
+        """The arrays of rows by branch.
+
+        Args:
+            rows: Arrays `[K, ...]` of `make_rows`, and others of rows or of their tokens.
+
+        Returns:
+            `prefix [R, P]` and its `prefix_length [R]`; `inputs [R, N, C]`, the token before each
+            of `tokens`; and all arrays of `rows`, `[R, N]` or `[R, N, C]`. Padding is not `valid`.
+        """
+        real = self.row >= 0
+        first = self.row[:, 0]  # a shared row's own, of padding any
+        length = np.where(real[:, 0], self.begin[first] - 1, 1)
+        prefix = _columns(rows["tokens"], first, np.zeros_like(first), self.prefix_size)
+        found = {
+            "prefix": np.where(np.arange(self.prefix_size) < length[:, None], prefix, 0),
+            "prefix_length": length.astype(np.int32),
+        }
+        inside = self._inside
+        for name, values in rows.items():
+            if values.ndim == 1:
+                found[name] = np.where(real, values[self.row], np.ones((), values.dtype))
+            else:
+                cut = _columns(values, self.row, self.begin[self.row], self.size)
+                found[name] = np.where(inside, cut, np.zeros((), values.dtype))
+        inputs = _columns(rows["tokens"], self.row, self.begin[self.row] - 1, self.size)
+        found["inputs"] = np.where(inside, inputs, 0)
+        found["valid"] = found["valid"] & real
+        return found
+
+    def by_row(self, values: np.ndarray, length: int) -> np.ndarray:
+        """Values `[R, N, C]` of the tokens of branches as values `[K, L]` of rows, 0 elsewhere.
+
+        Args:
+            values: Values of tokens, those of padding too; or `[R * N, C]`.
+            length: Number of positions of a row (`L`).
+        """
+        values = values.reshape(*self.row.shape, self.size)
+        found = np.zeros((len(self.begin), length), values.dtype)
+        shared, branch, slot = np.nonzero(self._inside)
+        row = self.row[shared, branch]
+        found[row, self.begin[row] + slot] = values[shared, branch, slot]
+        return found
+
+    @property
+    def _inside(self) -> np.ndarray:
+        """Slots of branches that are no padding, `[R, N, C]`."""
+        count = np.where(self.row >= 0, self.count[self.row], 0)
+        return np.arange(self.size) < count[:, :, None]
+
+
+def branches_of(rows: Rows, multiple: int, widest: int) -> Branches | None:
+    """The layout of least positions, or None where sharing saves too little.
+
+    Rows share what comes before the last token of their prompts if their prompts are equal: the
+    tokens before the first that is trained. Prompts with more rows than branches are shared rows
+    again; how many branches one has, up to `widest`, is chosen for the least positions.
+
+    Args:
+        rows: Rows of `make_rows`.
+        multiple: Divisor of the number of shared rows.
+        widest: Number of branches tried beside the powers of two, such as that of a group.
+    """
+    trained = rows["trained"]
+    valid = np.flatnonzero(rows["valid"])
+    some = trained.any(axis=1)
+    # A row without trained tokens counts in means over rows, and has nothing to compute.
+    begin = np.where(some, trained.argmax(axis=1), 1)
+    last = np.where(some, trained.shape[1] - trained[:, ::-1].argmax(axis=1), begin)
+    if not len(valid) or begin[valid].min() < 1:  # nothing predicts the first token of a row
+        return None
+    groups: dict[bytes, list[int]] = {}
+    for index in valid:
+        groups.setdefault(rows["tokens"][index, : begin[index]].tobytes(), []).append(index)
+    count = last - begin
+    found = None
+    for branches in sorted({*_powers(max(map(len, groups.values()))), widest}):
+        parts = [
+            group[at : at + branches]
+            for group in groups.values()
+            for at in range(0, len(group), branches)
+        ]
+        row = np.full((bucket(len(parts), multiple), branches), -1)
+        for mine, part in zip(row, parts, strict=False):
+            mine[: len(part)] = part
+        prefix = prefix_bucket(int(begin[valid].max()) - 1)
+        layout = Branches(row, begin, count, prefix, bucket(int(count[valid].max()), SHORTEST))
+        if found is None or layout.positions < found.positions:
+            found = layout
+    assert found is not None
+    whole = trained.size
+    saved = whole - found.positions
+    return found if saved >= LEAST_SAVED and whole >= LEAST_FACTOR * found.positions else None
+
+
+def prefix_bucket(size: int) -> int:
+    """Least power of two, or three quarters of one, that is at least `size`, from 16 on.
+
+    Finer than buckets of rows: a prefix is most of a shared row, and the longest prompt of a batch
+    changes less than the longest response.
+    """
+    whole = bucket(size, SHORTEST)
+    return whole * 3 // 4 if whole > SHORTEST and size <= whole * 3 // 4 else whole
+
+
+def flat(rows: dict[str, Any]) -> dict[str, Any]:
+    """Rows of branches with an axis for all of them, `[R * N, ...]`; other rows as they are."""
+    if "prefix" not in rows:
+        return rows
+    return {
+        name: values if name in ("prefix", "prefix_length") else values.reshape(-1, *values.shape[2:])
+        for name, values in rows.items()
+    }
+
+
+def _columns(values: np.ndarray, row: np.ndarray, start: np.ndarray, size: int) -> np.ndarray:
+    """Values `[..., size]` of the rows `row [...]` from position `start [...]` on."""
+    at = start[..., None] + np.arange(size)
+    return values[row[..., None], np.clip(at, 0, values.shape[1] - 1)]
+
+
+def _powers(most: int) -> list[int]:
+    """Powers of two, up to the first that is at least `most`."""
+    return [1 << exponent for exponent in range((most - 1).bit_length() + 1)]
