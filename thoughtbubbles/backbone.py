@@ -169,9 +169,7 @@ class Backbone(Module):
             raise ValueError("positions and visible belong together: give both or neither")
         return self._read_where(x, positions, visible)
 
-    def branch_states(
-        self, prefix: jax.Array, length: jax.Array, x: jax.Array
-    ) -> jax.Array:
+    def branch_states(self, prefix: jax.Array, length: jax.Array, x: jax.Array) -> jax.Array:
         """Hidden states of continuations of rows, each row computed once for all of its own.
 
         They are those of `hidden_states` on each continuation behind its row, and so are their
@@ -193,7 +191,7 @@ class Backbone(Module):
         own = jnp.tile(length[:, None] + jnp.arange(size), (1, count))
         positions = jnp.concatenate([jnp.tile(jnp.arange(shared), (rows, 1)), own], axis=1)
         packed = jnp.concatenate([prefix, x.reshape(rows, count * size, width)], axis=1)
-        mix = lambda *heads: (attend_branches(*heads, length, (count, size)), None)  # noqa: E731
+        mix = lambda q, k, v: (attend_branches(q, k, v, length, (count, size)), None)  # noqa: E731
         hidden = self._read_by(mix, packed.astype(self.model.config.dtype), positions)
         return hidden[:, shared:].reshape(x.shape)
 

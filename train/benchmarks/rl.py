@@ -2,17 +2,19 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from train.benchmarks.models import ModelSizes, random_model
-from train.benchmarks.timing import Cost, interleaved, ratio, timed
+from train.benchmarks.timing import Clock, Cost, interleaved, ratio, timed
 from train.data import ByteTokenizer
 from train.models.load import LanguageModel
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.rollout.sampler import Sampled, Sampler, row_keys
-from train.rl.types import Completion, Problem, Reward, Split
+from train.rl.types import Completion, Problem, Reward, Split, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,9 @@ class RLBenchmark(ModelSizes):
     Attributes:
         prompts: Numbers of tokens of a prompt, a line for each.
         new_tokens: Number of tokens of a rollout.
+        problems: Number of prompts of a step.
         num_generations: Number of rollouts of a prompt.
+        train: Parameters that are trained, "all" or a "lora" adapter.
         accumulate: Number of parts that the rows of an update are split into.
         repeats: Number of rounds of each measurement; the smallest time counts.
     """
@@ -32,13 +36,17 @@ class RLBenchmark(ModelSizes):
     num_heads: int = 2
     prompts: tuple[int, ...] = (224, 992)
     new_tokens: int = 32
+    problems: int = 1
     num_generations: int = 64
+    train: Literal["all", "lora"] = "all"
     accumulate: int = 8
     repeats: int = 3
 
     def __post_init__(self):
         if min(self.repeats, self.new_tokens) < 1 or min(self.prompts) < 2:
             raise ValueError("repeats and new_tokens: 1 or more; prompts: 2 or more")
+        if min(self.problems, self.num_generations) < 1:
+            raise ValueError("problems and num_generations: 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +77,14 @@ class LongPrompts:
 
 
 def main(config: RLBenchmark) -> None:
-    """Print where the time of a step goes, and what it saves to prefill a prompt once."""
+    """Print where the time of a step goes, and what it saves to compute a prompt once."""
     print(
-        f"d={config.embed_dim}, {config.num_layers} layers, {config.new_tokens} new tokens; "
-        f"{config.num_generations} rollouts a step, all of one prompt"
+        f"d={config.embed_dim}, {config.num_layers} layers, {config.train} trained, "
+        f"{config.new_tokens} new tokens; {config.problems} x {config.num_generations} rollouts a "
+        "step; seconds with a prompt computed once, and in each row"
     )
-    print("prompt  rollout tok/s  update tok/s  share of rollouts |  prefilled once, s  "
-          "in each row, s  times as fast")  # fmt: skip
+    print("prompt  rollout tok/s  update tok/s  share of rollouts | prefill once    each  times | "
+          "update once    each  times  FLOPs  step, times")  # fmt: skip
     for length in config.prompts:
         with tempfile.TemporaryDirectory() as folder:
             job = make_job(config, length, folder)
@@ -83,32 +92,38 @@ def main(config: RLBenchmark) -> None:
             once = Rollouts(job, config, shared=True)
             each = Rollouts(job, config, shared=False)
             timing = interleaved({"once": once, "each": each}, config.repeats)
+            updates = update_pair(job, make_job(config, length, folder, share_prompts=False))
+            updating = interleaved(updates, config.repeats)
         for mine, other in zip(once.found, each.found, strict=True):
             if mine.tokens.tolist() != other.tokens.tolist():
                 raise RuntimeError("rows that share a prompt wrote other texts")
         rollout, update = step["rollout_seconds"], step["update_seconds"]
+        shared, whole = (updating[name].best.seconds for name in ("once", "each"))
         print(
             f"{length:6} {step['tokens'] / rollout:14,.0f} {step['tokens'] / update:13,.0f} "
-            f"{rollout / (rollout + update):18.0%} | {timing['once'].best.seconds:18.2f} "
-            f"{timing['each'].best.seconds:14.2f} "
-            f"{ratio(timing['each'], timing['once']).best:14.2f}",
+            f"{rollout / (rollout + update):18.0%} | {timing['once'].best.seconds:12.2f} "
+            f"{timing['each'].best.seconds:7.2f} "
+            f"{ratio(timing['each'], timing['once']).best:6.2f} | {shared:12.2f} {whole:7.2f} "
+            f"{whole / shared:6.2f} {updates['each'].flops / updates['once'].flops:6.2f} "
+            f"{(rollout + whole) / (rollout + shared):12.2f}",
             flush=True,
         )
 
 
-def make_job(config: RLBenchmark, length: int, folder: str) -> RLJob:
-    """GRPO on prompts of `length` tokens, its run in `folder`."""
+def make_job(config: RLBenchmark, length: int, folder: str, **options: Any) -> RLJob:
+    """GRPO on prompts of `length` tokens, its run in `folder`, with further `options` of a run."""
     model = random_model(config.model_config(ByteTokenizer.vocab_size))
     run = RLConfig(
         weights="random",
-        train="all",
+        train=config.train,
         task="long prompts",
-        batch_size=1,
+        batch_size=config.problems,
         num_generations=config.num_generations,
         accumulate=config.accumulate,
         max_new_tokens=config.new_tokens,
-        max_rows=config.num_generations,
+        max_rows=config.problems * config.num_generations,
         out=folder,
+        **options,
     )
     return RLJob(run, LanguageModel(model, ByteTokenizer()), LongPrompts(length))
 
@@ -126,6 +141,32 @@ def best_step(job: RLJob, repeats: int) -> dict[str, float]:
     return {"tokens": float(np.mean([step["tokens"] for step in steps]))} | {
         name: min(step[name] for step in steps) for name in ("rollout_seconds", "update_seconds")
     }
+
+
+def update_pair(job: RLJob, other: RLJob) -> dict[str, "Updates"]:
+    """Updates of two jobs on the same rollouts, `once` and `each`."""
+    trajectories = job.collect(job.first_state().weights).trajectories
+    return {"once": Updates(job, trajectories), "each": Updates(other, trajectories)}
+
+
+class Updates:
+    """Updates of a job on the same rollouts again and again.
+
+    Attributes:
+        flops: Floating-point operations of an update by XLA's count, of loops one round.
+    """
+
+    def __init__(self, job: RLJob, trajectories: Sequence[Trajectory]):
+        self._learner, self._state = job.learner, job.first_state()
+        self._rows = job.rows(trajectories, self._state.weights)
+        self.flops = self._learner.update_flops(self._state, self._rows)
+
+    def __call__(self) -> Cost:
+        clock = Clock()
+        self._state, _ = self._learner.update(
+            self._state, self._rows, np.random.default_rng(0)
+        )  # which waits for its metrics
+        return clock.read()
 
 
 class Rollouts:

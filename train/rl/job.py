@@ -361,21 +361,25 @@ class RLJob:
             f"{config.weights}: {trainable.config.num_params():,} parameters, trained are "
             f"{trainable.num_trained:,} ({config.train}); {method} on "
             f"{self.task.name}, {config.batch_size} problems x {config.num_generations} rollouts x "
-            f"{config.updates} updates a step{rate}; {sizes}; updates read prompts "
-            + (f"in every rollout: {self._unshared}" if self._unshared else "once where many share")
+            f"{config.updates} updates a step{rate}; {sizes}; prompts are "
+            + (
+                f"not shared in updates: {self._unshared}"
+                if self._unshared
+                else "shared in updates"
+            )
         )
 
 
 def _why_unshared(config: RLConfig, model: Architecture) -> str:
-    """Why updates read the prompt of every rollout; empty where a prompt is read once."""
+    """Why updates compute the prompt of each rollout; empty where they share it."""
     if not config.share_prompts:
         return "share_prompts=False"
     if config.train in ("weaver", "trigger"):
-        return "latent memory differs between them"
+        return "latent memory is woven into each rollout"
+    if model.fork_policy is not None:
+        return "the model forks"
     if not model.takes_positions or not hasattr(model.backbone(), "branch_states"):
-        return f"{type(model).__name__} can't branch in a forward pass" + (
-            " with fork layers" if model.fork_policy is not None else ""
-        )
+        return f"{type(model).__name__} computes no branches"
     return ""
 
 

@@ -216,13 +216,10 @@ class Learner:
         for epoch in range(self._config.epochs):
             for number, index in enumerate(_shuffled(rows["valid"], self._config.minibatches, rng)):
                 part = {name: values[index] for name, values in rows.items()}
-                part["first"] = np.full(len(index), epoch == 0 and number == 0)
                 if not part["valid"].any():  # momentum alone would move parameters
                     continue
-                branches = self._branches(part)
-                if branches is not None:
-                    part = branches.laid_out(part)
-                state, metrics = self.programs.step(state, self._placed(part))
+                batch = self._minibatch(part, first=epoch == 0 and number == 0)
+                state, metrics = self.programs.step(state, batch)
                 found.append(metrics)
         found = jax.device_get(found)
         sums = jax.tree.map(lambda *values: np.sum(values, axis=0), *[m["aux"] for m in found])
@@ -232,6 +229,23 @@ class Learner:
             "learning_rate": float(found[-1]["learning_rate"]),
             "sums": sums,
         }
+
+    def update_flops(self, state: TrainState, rows: Rows) -> float:
+        """Floating-point operations of an optimizer step on all rows by XLA's count.
+
+        Args:
+            state: State before the step, which is not taken.
+            rows: Rows of `make_rows`.
+        """
+        rows = {**rows, "old": np.zeros_like(rows["sampler"])}
+        compiled = self.programs.step.lower(state, self._minibatch(rows, first=True)).compile()
+        return (compiled.cost_analysis() or {}).get("flops", math.nan)
+
+    def _minibatch(self, rows: Rows, first: bool) -> dict[str, jax.Array]:
+        """Rows of an optimizer step on the devices, sharing what they share."""
+        rows = {**rows, "first": np.full(len(rows["valid"]), first)}
+        branches = self._branches(rows)
+        return self._placed(rows if branches is None else branches.laid_out(rows))
 
     def _placed(self, rows: Rows) -> dict[str, jax.Array]:
         return {name: place(values, self._trainable.mesh) for name, values in rows.items()}

@@ -106,12 +106,12 @@ def branches_of(rows: Rows, multiple: int, widest: int) -> Branches | None:
         widest: Number of branches tried beside the powers of two, such as that of a group.
     """
     trained = rows["trained"]
-    valid = np.flatnonzero(rows["valid"])
+    valid = np.flatnonzero(rows["valid"]).tolist()
     some = trained.any(axis=1)
     # A row without trained tokens counts in means over rows, and has nothing to compute.
     begin = np.where(some, trained.argmax(axis=1), 1)
     last = np.where(some, trained.shape[1] - trained[:, ::-1].argmax(axis=1), begin)
-    if not len(valid) or begin[valid].min() < 1:  # nothing predicts the first token of a row
+    if not valid or begin[valid].min() < 1:  # nothing predicts the first token of a row
         return None
     groups: dict[bytes, list[int]] = {}
     for index in valid:
@@ -152,7 +152,9 @@ def flat(rows: dict[str, Any]) -> dict[str, Any]:
     if "prefix" not in rows:
         return rows
     return {
-        name: values if name in ("prefix", "prefix_length") else values.reshape(-1, *values.shape[2:])
+        name: values
+        if name in ("prefix", "prefix_length")
+        else values.reshape(-1, *values.shape[2:])
         for name, values in rows.items()
     }
 
