@@ -189,10 +189,8 @@ def test_gradients_and_metrics_are_those_of_unshared_prompts(always, changes):
         np.testing.assert_allclose(value, before[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("largest", [attention.LARGEST_WEIGHTS, 0])
-def test_branches_have_the_states_of_whole_rows(monkeypatch, largest: int):
+def test_branches_have_the_states_of_whole_rows(monkeypatch):
     """Grouped queries, prefixes of 0 to 5 vectors; weights kept, or computed again."""
-    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", largest)
     config = ModelConfig(vocab_size=8, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2)
     build = lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0))  # noqa: E731
     decoder = rl_tiny.filled(nnx.eval_shape(build), scale=0.2).backbone()
@@ -209,14 +207,19 @@ def test_branches_have_the_states_of_whole_rows(monkeypatch, largest: int):
         states = decoder.hidden_states(jnp.stack(rows)).reshape(3, 2, 9, 16)
         return jnp.stack([states[i, :, size : size + 4] for i, size in enumerate(length)])
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def slopes(states, *arrays):
-        found = states(*arrays)
-        return found, jax.grad(lambda *arrays: (states(*arrays) * weigh).sum(), (0, 1, 2))(*arrays)
+    def slopes(states):
+        def weighed(*arrays):
+            found = states(*arrays)
+            return (found * weigh).sum(), found
 
-    ours, theirs = (slopes(states, decoder, prefix, x) for states in (together, apart))
-    for mine, other in zip(ours, theirs, strict=True):  # states, and gradients of all that matters
-        assert 0 < norm(jax.tree.map(np.subtract, mine, other)) < 1e-6 * norm(other)
+        grad = jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))
+        return jax.device_get(grad(decoder, prefix, x))
+
+    theirs = slopes(apart)
+    for largest in (attention.LARGEST_WEIGHTS, 0):
+        monkeypatch.setattr(attention, "LARGEST_WEIGHTS", largest)
+        for mine, other in zip(slopes(together), theirs, strict=True):
+            assert 0 < norm(jax.tree.map(np.subtract, mine, other)) < 1e-6 * norm(other)
 
 
 def test_a_run_says_why_prompts_are_not_shared():
