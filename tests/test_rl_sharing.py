@@ -125,6 +125,13 @@ def test_small_updates_and_rows_without_a_prompt_share_nothing(always, monkeypat
     assert sharing.branches_of(first, 1, 1) is None
     monkeypatch.undo()
     assert sharing.branches_of(rows, 1, 1) is None
+    once = rows_of([row for row in trajectories() if row.episode == 0])
+    many = rows_of([dataclasses.replace(trajectories()[4], episode=i) for i in range(256)])
+    layout = sharing.branches_of(many, 1, 8)
+    assert layout is not None and many["tokens"].size - layout.positions >= sharing.LEAST_SAVED
+    monkeypatch.setattr(sharing, "LEAST_SAVED", -(2**30))
+    assert sharing.branches_of(once, 1, 1) is None
+    assert sharing.branches_of(many, 1, 8) is not None
 
 
 @functools.cache
@@ -156,7 +163,7 @@ def norm(tree) -> float:
     "changes",
     [
         {"train": "all", "method": "grpo(kl=0.1, importance_cap=2.0)", "minibatches": 2,
-         "accumulate": 2},
+         "accumulate": 3},
         {"train": "lora", "method": "ppo(whiten=False)"},
     ],
     ids=lambda changes: changes["method"],
