@@ -126,7 +126,7 @@ def test_small_updates_and_rows_without_a_prompt_share_nothing(always, monkeypat
     monkeypatch.undo()
     assert sharing.branches_of(rows, 1, 1) is None
     once = rows_of([row for row in trajectories() if row.episode == 0])
-    many = rows_of([dataclasses.replace(trajectories()[4], episode=i) for i in range(256)])
+    many = rows_of([dataclasses.replace(trajectories()[4], episode=i) for i in range(512)])
     layout = sharing.branches_of(many, 1, 8)
     assert layout is not None and many["tokens"].size - layout.positions >= sharing.LEAST_SAVED
     monkeypatch.setattr(sharing, "LEAST_SAVED", -(2**30))
