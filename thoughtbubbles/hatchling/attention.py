@@ -158,8 +158,10 @@ def turns_of(position: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.
 def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Pairs of neighbours in `x [B, C, H, N]` turned by their phases."""
     cos, sin = turns
-    even, odd = x[..., ::2], x[..., 1::2]
-    turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)
+    # Rolled, not sliced with a stride: XLA's TPU compiler takes minutes and gigabytes for an axis
+    # of pairs beside one of thousands of neurons.
+    even = jnp.arange(x.shape[-1]) % 2 == 0
+    turned = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
     return (x * cos + turned * sin).astype(x.dtype)
 
 
