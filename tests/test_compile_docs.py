@@ -19,7 +19,7 @@ REPORTS = sorted((Path(__file__).parent.parent / "docs" / "compile").glob("*.txt
 
 
 def test_there_are_reports():
-    assert len(REPORTS) == 4
+    assert len(REPORTS) == 6
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)

@@ -10,8 +10,13 @@ from flax import nnx
 from hatchling_tiny import FORMS, GOLDEN, drawn, logits_of, reference, wide
 
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
-from thoughtbubbles.hatchling.attention import frequencies
+from thoughtbubbles.hatchling.attention import frequencies, rotate, turns_of
 from thoughtbubbles.hatchling.config import PRESETS
+from train.aot.hlo import collectives_of
+from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
 
 TOKENS, TARGETS = np.array([[1, 5, 3, 9, 0, 7]]), np.array([[5, 3, 9, 0, 7, 2]])
 FIRST = "-.27960 -.46442 -.58637 -.62897 -.58643 -.46453 -.27975 -.05711 .17326 .38018 .53564"
@@ -242,3 +247,29 @@ def test_depth_costs_no_memory_in_training():
         return step.lower(model, tokens).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(12) < 1.1 * temporaries(2)
+
+
+def test_neurons_stay_on_their_devices_in_training():
+    """What moves between devices is of a weight's size, or of width d, and not of n for a token."""
+    config = dataclasses.replace(GOLDEN, vocab_size=12, num_neurons=256)
+    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    trainable = make_trainable(config, OptimizerConfig(), 8, mesh)
+    tokens = place(np.zeros((4, 65), np.int32), mesh)
+    step = make_train_step(trainable).lower(trainable.abstract, tokens).compile()
+    moved = [item.size for item in collectives_of(step.as_text(), 4).items]
+    neurons_of_a_row = 64 * config.num_neurons // 2 * 4
+    assert moved and max(moved) < neurons_of_a_row
+
+
+def test_rotation_makes_no_axis_of_pairs():
+    """XLA's TPU compiler takes minutes and gigabytes for one beside thousands of neurons."""
+    x, position = jnp.ones((1, 3, 2, 16)), jnp.arange(3)[None]
+    turns = turns_of(position, jnp.tile(frequencies(16, 2.0**16), (2, 1)))
+    found = rotate(x * jnp.arange(16.0), turns)
+    even, odd, (cos, sin) = np.arange(0, 16, 2), np.arange(1, 16, 2), map(np.asarray, turns)
+    want = np.empty(x.shape)
+    want[..., even] = even * cos[..., even] - odd * sin[..., even]
+    want[..., odd] = odd * cos[..., even] + even * sin[..., even]
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+    lowered = jax.jit(jax.grad(lambda x: rotate(x, turns).sum())).lower(x)
+    assert "x8x" not in lowered.as_text()
