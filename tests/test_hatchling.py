@@ -10,7 +10,7 @@ from flax import nnx
 from hatchling_tiny import FORMS, GOLDEN, drawn, logits_of, reference, wide
 
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
-from thoughtbubbles.hatchling.attention import frequencies, rotate, turns_of
+from thoughtbubbles.hatchling.attention import frequencies, normalized, rotate, turns_of
 from thoughtbubbles.hatchling.config import PRESETS
 from train.aot.hlo import collectives_of
 from train.devices.mesh import MeshConfig, make_mesh, place
@@ -50,6 +50,16 @@ def test_golden_numbers_of_the_authors_code():
     assert np.abs(logits).sum() == pytest.approx(26.227123, abs=1e-5)
     found = frequencies(16, GOLDEN.rope_base)[::2][:5]
     np.testing.assert_allclose(found, [0.15915, 0.03979, 0.00995, 0.00249, 0.00062], atol=5e-6)
+
+
+def test_the_first_token_reads_nothing():
+    """An empty past leaves layer norms alone, which are not idempotent: one a layer, and one."""
+    model = drawn(GOLDEN)
+    value = model.embed[...][TOKENS[0, :1]]
+    for _ in range(GOLDEN.num_layers + 1):
+        value = normalized(value)
+    found = model.run(jnp.asarray(TOKENS)).hidden[0, :1]
+    np.testing.assert_array_equal(found, value)
 
 
 @pytest.mark.parametrize("config", FORMS, ids=lambda c: f"{c.form}-{c.damping}")
