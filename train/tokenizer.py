@@ -6,19 +6,13 @@ python -m train.tokenizer --corpus stdlib --vocab-size 4096 --out tokenizer.json
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
-
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.cli.command import run_command
 from train.cli.numbers import check_least
-from train.data import Corpus, DataConfig, DataError, HuggingFaceTokenizer, open_corpus
-from train.data.tokenizers import SEPARATORS
+from train.data import DataConfig, DataError, HuggingFaceTokenizer, open_corpus
+from train.data.bpe import SMALLEST, train_tokenizer
 from train.runs.files import write_atomically
-
-_SMALLEST = 256 + 1  # every byte, and the separator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,36 +39,7 @@ class TokenizerConfig:
             raise ValueError(
                 f"validation={self.validation} is not a share: choose from 0 to below 1"
             )
-        check_least(self, vocab_size=_SMALLEST)
-
-
-def train_tokenizer(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE; equal corpora give equal tokenizers.
-
-    Args:
-        corpus: Corpus on whose training split the tokenizer is trained.
-        vocab_size: Size of the vocabulary; a small corpus gives fewer tokens.
-
-    Raises:
-        DataError: The size is too small for every byte and the separator.
-    """
-    if vocab_size < _SMALLEST:
-        raise DataError(
-            f"vocab_size={vocab_size} is below {_SMALLEST} (256 bytes and a separator): "
-            f"choose {_SMALLEST} or more"
-        )
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[SEPARATORS[0]],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    documents = corpus.documents("train")
-    tokenizer.train_from_iterator(documents, trainer, length=corpus.count("train"))
-    return tokenizer
+        check_least(self, vocab_size=SMALLEST)
 
 
 def run(config: TokenizerConfig) -> str:

@@ -1,0 +1,269 @@
+"""What more of one source of text does to what a frozen model makes of images.
+
+python -m train.experiments.visual_priors --category scenes --out visual_priors.jsonl
+python -m train.experiments.visual_priors --report visual_priors.jsonl
+
+After "Learning to See Before Seeing" (arXiv 2509.26625), small enough for a CPU: a decoder learns
+from text alone, on each share of one source and on equally many tokens. Then it is frozen, and a
+projector learns to show it images of shapes (`train.probes.visual`). Beside what it answers about
+held-out images stand three controls, and the alignment of its captions with the images. Sources are
+code and prose of Python's standard library, sums, and scenes: captions of the same kind of image,
+with true statements in the words of the questions. No caption of a held-out scene is among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from thoughtbubbles import ModelConfig
+from train.benchmarks.timing import Clock
+from train.cli.command import run_command
+from train.cli.numbers import check_least
+from train.data import DataConfig, PackedData, SplitCorpus, Tokenizer
+from train.data.bpe import train_tokenizer
+from train.data.prepared import prepare_documents
+from train.data.shares import with_share
+from train.data.storage import build_once
+from train.devices.mesh import MeshConfig, make_mesh
+from train.engine.config import EvalConfig
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
+from train.evaluation.held_out import Evaluator
+from train.experiments import mixtures
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
+from train.probes.alignment import alignment
+from train.probes.scenes import ANSWERS, distinct_scenes, scene
+from train.probes.visual import CONDITIONS, ProbeConfig, VisualProbe
+
+KEY = ("category", "share", "steps", "rows", "neighbours", "probe", "seed")
+REPORTED = ("category", "steps", "rows", "neighbours", "probe")  # one table for each
+BASE = {"code": 0.3, "prose": 0.3, "sums": 0.2, "scenes": 0.2}
+"""Weights that the share of the category changes."""
+
+VOCAB = 512
+MODEL = ModelConfig(vocab_size=VOCAB, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3)
+TEXTS = 20_000  # documents of the source of scenes
+ALIGNED = 256  # scenes whose captions are aligned with their images
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualPriors(StudyConfig):
+    """Trains a decoder on each share of a source and probes it, or reports what was probed.
+
+    Attributes:
+        category: Source whose share is changed: "code", "prose", "sums" or "scenes".
+        shares: Shares of that source; the others keep their proportions.
+        steps: Number of training steps of each decoder; 0 for one that has learned nothing.
+        rows: Number of held-out rows of each source.
+        neighbours: Number of nearest neighbours of the alignment (k), below 256.
+        probe: Projector and its training.
+    """
+
+    category: str = "scenes"
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    steps: int = 2000
+    rows: int = 128
+    neighbours: int = 10
+    probe: ProbeConfig = ProbeConfig()
+    out: str = "visual_priors.jsonl"
+
+    def __post_init__(self):
+        check_names("source", (self.category,), BASE)
+        check_least(self, steps=0, rows=1, neighbours=1)
+        for share in self.shares:
+            with_share(BASE, [self.category], share)
+        if self.neighbours >= ALIGNED:
+            raise ValueError(
+                f"neighbours={self.neighbours} among {ALIGNED} scenes: choose from 1 to "
+                f"{ALIGNED - 1}"
+            )
+
+
+def main(config: VisualPriors) -> None:
+    """Probe what is missing, or print the tables."""
+    run_study(config, KEY, train_missing, report)
+
+
+def train_missing(config: VisualPriors, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs; the arms of a seed share their compiled programs."""
+    fixed = {name: getattr(config, name) for name in ("category", "steps", "rows", "neighbours")}
+    options = dataclasses.asdict(config.probe).items()
+    fixed |= {"probe": ", ".join(f"{name} {value}" for name, value in options)}
+    runs = results.missing(
+        fixed | {"share": share, "seed": seed} for seed in config.seeds for share in config.shares
+    )
+    parts = packed_sources() if runs else {}
+    for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
+        arms = Arms(config, parts, seed)
+        for run in of_seed:
+            clock = Clock()
+            scores = arms(run["share"])
+            cost = clock.read()
+            result = run | scores | {"seconds": cost.seconds, "cpu_seconds": cost.cpu_seconds}
+            result |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+            shown = ", ".join(
+                f"{kind} {of['image'][0]:.2f} (shuffled {of['shuffled'][0]:.2f})"
+                for kind, of in scores["answers"].items()
+            )
+            aligned = scores["alignment"]
+            yield (
+                result,
+                f"{run['category']} {run['share']:.0%} seed {seed}: {shown}, "
+                f"alignment {aligned['value']:.3f} (permuted {aligned['permuted']:.3f})",
+            )
+
+
+class Arms:
+    """Compiled programs of one seed: a decoder's training and what it is measured by.
+
+    Args:
+        config: Options of the study.
+        parts: Packed rows of each source.
+        seed: Seed of parameters, data and scenes.
+    """
+
+    def __init__(self, config: VisualPriors, parts: Mapping[str, PackedData], seed: int):
+        self._config, self._parts = config, parts
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        self._trainable = make_trainable(MODEL, OPTIMIZER, max(config.steps, 1), mesh, seed)
+        self._step = make_train_step(self._trainable)
+        evaluation = EvalConfig(rows=config.rows)
+        self._evaluate = Evaluator(self._trainable, mixtures.BATCH, evaluation)
+        tokenizer: Tokenizer = next(iter(parts.values())).tokenizer
+        encode = lambda text: [tokenizer.separator, *tokenizer.encode(text)[0].tolist()]  # noqa: E731
+        self._probe = VisualProbe(MODEL, encode, config.probe, seed)
+        self._scenes = list(itertools.islice(distinct_scenes(seed, "validation"), ALIGNED))
+
+    def __call__(self, share: float) -> dict[str, Any]:
+        """Losses, answers and alignment of a decoder that learned from a mixture.
+
+        Args:
+            share: Share of the category.
+        """
+        config = self._config
+        weights = with_share(BASE, [config.category], share)
+        state = mixtures.trained(self._trainable, self._step, weights, self._parts, config.steps)
+        losses = {
+            name: self._evaluate(state.weights, part.validation)["loss"]
+            for name, part in self._parts.items()
+        }
+        model = self._trainable.model(state.weights)
+        seeing, loss = self._probe.train(model)
+        blank, blank_loss = self._probe.train(model, blank=True)
+        answers = self._probe.scores(seeing, blank)
+        captions = self._probe.caption_states(model, self._scenes)
+        images = self._probe.features(self._scenes)
+        aligned = alignment(captions, images.reshape(len(images), -1), config.neighbours)
+        return {
+            "weights": weights,
+            "losses": losses,
+            "answers": answers,
+            "answer_loss": {"image": loss, "blank": blank_loss},
+            "alignment": aligned._asdict(),
+        }
+
+
+def packed_sources() -> dict[str, PackedData]:
+    """Packed rows of the sources of `BASE`, in tokens of one BPE of all."""
+    data = DataConfig(seq_len=mixtures.SEQ_LEN)
+    documents = {
+        "code": lambda: mixtures.library(False),
+        "prose": lambda: mixtures.library(True),
+        "sums": mixtures.sums,
+        "scenes": texts,
+    }
+    corpora = {name: SplitCorpus(name, of, data.validation) for name, of in documents.items()}
+    sample = SplitCorpus("sample", lambda: _sample(corpora), data.validation)
+    folder = data.cache / "tokenizers" / f"visual_priors_{VOCAB}_{sample.fingerprint}"
+    file = folder / "tokenizer.json"
+
+    def build(partial: Path) -> None:
+        train_tokenizer(sample, VOCAB).save(str(partial / file.name))
+
+    build_once(folder, build)
+    data = dataclasses.replace(data, tokenizer=str(file))
+    return {name: prepare_documents(corpus, data) for name, corpus in corpora.items()}
+
+
+def texts() -> Iterator[str]:
+    """Captions and statements of scenes to train on; their images are never shown."""
+    return (scene(0, "train", index).text() for index in range(TEXTS))
+
+
+def _sample(corpora: Mapping[str, SplitCorpus]) -> Iterator[str]:
+    """About equally many characters of the training split of each source."""
+    for corpus in corpora.values():
+        left = 100_000
+        for document in corpus.documents("train"):
+            yield document[:left]
+            left -= len(document)
+            if left <= 0:
+                break
+
+
+def report(results: list[Result]) -> str:
+    """Markdown tables: answers by kind and condition, and the alignment, by share."""
+    lines = []
+    for (category, steps, *_), runs in by_key(results, *REPORTED).items():
+        tokens = steps * mixtures.BATCH * mixtures.SEQ_LEN
+        lines += [f"share of {category}, {steps:,} steps, {tokens:,} tokens", ""]
+        lines += [f"projector: {runs[0]['probe']}", ""]
+        arms = sorted(by_key(runs, "share").items())
+        rows = [
+            (f"{share:.0%}", seeds_text(of), kind, *(_rate(of, kind, name) for name in CONDITIONS))
+            for (share,), of in arms
+            for kind in ANSWERS
+        ]
+        lines += [*markdown_table((category, "seeds", "question", *CONDITIONS), rows), ""]
+        rows = [
+            (
+                f"{share:.0%}",
+                seeds_text(of),
+                *(mean_text([run["losses"][name] for run in of], 3) for name in BASE),
+                *(
+                    mean_text([run["alignment"][name] for run in of], 3)
+                    for name in ("value", "permuted", "p_value")
+                ),
+            )
+            for (share,), of in arms
+        ]
+        losses = (f"{name} loss" for name in BASE)
+        head = (category, "seeds", *losses, "alignment", "permuted", "p")
+        lines += [*markdown_table(head, rows), ""]
+    return "\n".join(lines)
+
+
+def _rate(runs: list[Result], kind: str, condition: str) -> str:
+    """A share of right answers: with its interval for one seed, its standard error for several."""
+    found = [run["answers"][kind][condition] for run in runs]
+    if len(found) > 1:
+        return mean_text([rate for rate, _, _ in found], 3)
+    [(rate, low, high)] = found
+    return f"{rate:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def command() -> None:
+    run_command(main, VisualPriors)
+
+
+if __name__ == "__main__":
+    command()

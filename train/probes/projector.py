@@ -1,0 +1,156 @@
+"""Soft tokens in front of a frozen decoder: a projector of image features, all that is trained.
+
+A row is what stands in front of every text, then the soft tokens of an image, then the text. The
+decoder reads it as vectors (`Architecture.backbone`), the way that latents of MemGen take too, so
+any architecture will do.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memgen import token_log_probs
+from thoughtbubbles import Architecture
+
+SAMPLED_IDS = 1024
+
+
+class ProjectorParam(nnx.Param):
+    """Parameter of a projector of image features."""
+
+
+class Projector(nnx.Module):
+    """Two layers from the features of each patch to soft tokens.
+
+    With features f_p and a learned vector e_p of patch p, z_p = W₂ gelu(W₁ f_p + e_p) + b₂, cut
+    into soft tokens z of width D; each becomes g z / rms(z), where the gain g is learned.
+
+    Args:
+        shape: Number of patches P and of features F of each.
+        tokens: Number of soft tokens of each patch (K).
+        hidden: Width of the hidden layer.
+        embed_dim: Width of the decoder's vectors (D).
+        gain: First value of g, the size of the decoder's embeddings.
+        rngs: Keys of the initial values.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        tokens: int,
+        hidden: int,
+        embed_dim: int,
+        gain: jax.Array,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        count, features = shape
+        normal = lambda *size: jax.random.normal(rngs.params(), size) * size[0] ** -0.5  # noqa: E731
+        self.shape, self.tokens = shape, tokens
+        self.inputs = ProjectorParam(normal(features, hidden))
+        self.patch = ProjectorParam(jax.random.normal(rngs.params(), (count, hidden)) * 0.5)
+        self.outputs = ProjectorParam(normal(hidden, tokens * embed_dim))
+        self.bias = ProjectorParam(jnp.zeros(tokens * embed_dim))
+        self.gain = ProjectorParam(gain.astype(jnp.float32))
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Soft tokens `[B, P * K, D]` float32 of features `[B, P, F]`.
+
+        Raises:
+            ValueError: There are other numbers of patches or of features.
+        """
+        if features.ndim != 3 or features.shape[1:] != self.shape:
+            raise ValueError(
+                f"features of shape {features.shape}: this projector reads rows of {self.shape[0]} "
+                f"patches of {self.shape[1]} numbers; cut images as it was made for"
+            )
+        hidden = jax.nn.gelu(features @ self.inputs[...] + self.patch[...])
+        z = hidden @ self.outputs[...] + self.bias[...]
+        z = z.reshape(len(z), self.shape[0] * self.tokens, -1)
+        size = jnp.sqrt(jnp.square(z).mean(axis=-1, keepdims=True))
+        return self.gain[...] * z / jnp.maximum(size, 1e-12)
+
+
+class SeeingModel(nnx.Module):
+    """A frozen decoder behind a projector, scored on the answers of rows.
+
+    Args:
+        model: Decoder; only a projector's parameters are `ProjectorParam`s.
+        shape: Number of patches and of features of each.
+        tokens: Number of soft tokens of each patch.
+        hidden: Width of the projector's hidden layer.
+        before: Number of tokens of a row in front of the soft tokens.
+        rngs: Keys of the projector's initial values.
+
+    Raises:
+        ValueError: The decoder's forks depend on later tokens, hence on the answer; or a token has
+            no one hidden state (`merge="probability"`).
+    """
+
+    def __init__(
+        self,
+        model: Architecture,
+        shape: tuple[int, int],
+        tokens: int,
+        hidden: int,
+        before: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if not model.config.causal:
+            raise ValueError(
+                f"{model.fork_policy} lets the answer decide what forks before it: probe a model "
+                "of a causal policy"
+            )
+        decoder = model.backbone()
+        self.model, self.before = model, before
+        gain = embedding_size(decoder)
+        self.projector = Projector(shape, tokens, hidden, decoder.embed_dim, gain, rngs=rngs)
+
+    def log_probs(
+        self, tokens: jax.Array, scored: jax.Array, features: jax.Array | None
+    ) -> jax.Array:
+        """Log-probabilities of the scored tokens.
+
+        Args:
+            tokens: Token ids `[B, L]` int32, -1 for padding on the right.
+            scored: Whether each token is scored, `[B, L]` bool; the first `before + 1` never are.
+            features: Features `[B, P, F]` of each row's image; None for rows without soft tokens.
+
+        Returns:
+            Log-probabilities `[B, L - before - 1]` float32 of tokens `before + 1` to the last; 0
+            where a token is not scored.
+        """
+        decoder = self.model.backbone()
+        inputs = tokens[:, :-1]
+        x = decoder.embed_tokens(jnp.maximum(inputs, 0))
+        length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
+        count = 0
+        if features is not None:
+            soft = self.projector(features).astype(x.dtype)
+            x = jnp.concatenate([x[:, : self.before], soft, x[:, self.before :]], axis=1)
+            count = soft.shape[1]
+        hidden = decoder.hidden_states(x, length + count)[:, count + self.before :]
+        targets, mask = tokens[:, self.before + 1 :], scored[:, self.before + 1 :]
+        return token_log_probs(decoder, hidden, jnp.maximum(targets, 0), mask)
+
+
+def answer_loss(
+    model: SeeingModel, batch: dict[str, jax.Array], key: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Loss of a training step: nats of the answers, and their number of tokens."""
+    found = model.log_probs(batch["tokens"], batch["scored"], batch["features"])
+    return -found.sum(), batch["scored"].sum(dtype=jnp.float32), {}
+
+
+def embedding_size(decoder: Any) -> jax.Array:
+    """Root mean square of a decoder's token embeddings, over ids spread evenly.
+
+    Args:
+        decoder: A `memgen.DecoderBackbone`.
+    """
+    count = min(decoder.vocab_size, SAMPLED_IDS)
+    ids = jnp.arange(count) * (decoder.vocab_size // count)
+    return jnp.sqrt(jnp.square(decoder.embed_tokens(ids).astype(jnp.float32)).mean())

@@ -1,0 +1,205 @@
+"""Small rendered scenes: images, captions, and unfinished statements with closed answers.
+
+A scene holds one to four objects in the corners of an image; their shapes and colours differ, so
+that each statement has one right answer. All of it is a function of seed, split and index; a hash
+of what a scene shows decides its split, so that no held-out scene is ever trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from train.data.corpus import Split
+from train.data.splits import split_of
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+NUMBERS = ("one", "two", "three", "four")
+ANSWERS = {"colour": tuple(COLOURS), "shape": SHAPES, "position": CORNERS, "count": NUMBERS}
+"""Closed answers of each kind of question."""
+TEXTS = {
+    "colour": "the {shape} is",
+    "shape": "the {colour} shape is a",
+    "position": "the {colour} {shape} is at the",
+    "count": "the number of shapes is",
+}
+"""Unfinished statement of each kind of question, whose last words are the answer."""
+
+SIZE = 16  # of an image, in pixels
+SPRITE = 6  # of an object, which stands in a quarter of the image with a pixel or two around it
+NOISE = 0.05  # standard deviation of each pixel
+HELD_OUT = 0.2  # share of the scenes
+
+
+class Thing(NamedTuple):
+    """An object of a scene.
+
+    Attributes:
+        shape: One of `SHAPES`.
+        colour: One of `COLOURS`.
+        corner: One of `CORNERS`.
+    """
+
+    shape: str
+    colour: str
+    corner: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A statement without its last words.
+
+    Attributes:
+        kind: Kind of the question, one of `ANSWERS`.
+        text: The statement up to the answer.
+        answer: Index of the right answer in `ANSWERS[kind]`.
+    """
+
+    kind: str
+    text: str
+    answer: int
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Closed answers, which continue the text behind a space."""
+        return ANSWERS[self.kind]
+
+    @property
+    def statement(self) -> str:
+        """The whole statement."""
+        return f"{self.text} {self.choices[self.answer]}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Objects, and the image that shows them.
+
+    Attributes:
+        things: Objects, in an order drawn by lot.
+        image: Pixels `[SIZE, SIZE, 3]` float32, 0 for black and 1 for full colour, with noise.
+        seed: Seeds of everything that is drawn of the scene.
+    """
+
+    things: tuple[Thing, ...]
+    image: np.ndarray
+    seed: tuple[int, ...]
+
+    @property
+    def caption(self) -> str:
+        """The scene in words: "a red circle at the top left, a blue cross at the top right."."""
+        return caption(self.things)
+
+    @property
+    def shown(self) -> frozenset[Thing]:
+        """What the scene shows, whatever the order, the pixels and the noise."""
+        return frozenset(self.things)
+
+    def question(self, kind: str) -> Question:
+        """A question about the scene; which object it is about is drawn by lot."""
+        rng = np.random.default_rng([*self.seed, 1, list(ANSWERS).index(kind)])
+        thing = self.things[rng.integers(len(self.things))]
+        answer = {
+            "colour": thing.colour,
+            "shape": thing.shape,
+            "position": thing.corner,
+            "count": NUMBERS[len(self.things) - 1],
+        }[kind]
+        text = TEXTS[kind].format(shape=thing.shape, colour=thing.colour)
+        return Question(kind, text, ANSWERS[kind].index(answer))
+
+    def text(self) -> str:
+        """Caption and one true statement of each kind, in an order drawn by lot: text alone."""
+        rng = np.random.default_rng([*self.seed, 2])
+        kinds = [list(ANSWERS)[i] for i in rng.permutation(len(ANSWERS))]
+        return " ".join([self.caption, *(self.question(kind).statement for kind in kinds)])
+
+
+def caption(things: tuple[Thing, ...]) -> str:
+    """Objects in words, in the given order."""
+    return ", ".join(f"a {one.colour} {one.shape} at the {one.corner}" for one in things) + "."
+
+
+def scene(seed: int, split: Split, index: int) -> Scene:
+    """A scene of a split; the same for the same arguments.
+
+    Args:
+        seed: Seed of all scenes.
+        split: Whether the scene is one to train on ("train") or a held-out one ("validation").
+        index: Index of the scene in the split.
+    """
+    seeds = (seed, ("train", "validation").index(split), index)
+    rng = np.random.default_rng([*seeds, 0])
+    while True:
+        count = rng.integers(1, len(CORNERS) + 1)
+        shapes, colours, corners = (rng.permutation(len(CORNERS))[:count] for _ in range(3))
+        things = tuple(
+            Thing(SHAPES[shape], list(COLOURS)[colour], CORNERS[corner])
+            for shape, colour, corner in zip(shapes, colours, corners, strict=True)
+        )
+        ordered = tuple(sorted(things, key=lambda thing: CORNERS.index(thing.corner)))
+        if split_of(caption(ordered), HELD_OUT) == split:
+            return Scene(things, _rendered(things, rng), seeds)
+
+
+def distinct_scenes(seed: int, split: Split) -> Iterator[Scene]:
+    """Scenes of a split that show different things, without end: ask for few."""
+    seen = set()
+    for index in itertools.count():
+        one = scene(seed, split, index)
+        if one.shown not in seen:
+            seen.add(one.shown)
+            yield one
+
+
+def patches(images: np.ndarray, patch: int) -> np.ndarray:
+    """Square patches of images as vectors of their pixels, row by row.
+
+    Args:
+        images: Pixels `[N, H, W, C]`.
+        patch: Side of a patch in pixels.
+
+    Returns:
+        Features `[N, P, patch * patch * C]`, of `P = H / patch * W / patch` patches.
+
+    Raises:
+        ValueError: The side of a patch does not divide the height or the width.
+    """
+    count, height, width, channels = images.shape
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(
+            f"patch={patch} does not divide images of {height} x {width} pixels: choose a divisor "
+            f"of {np.gcd(height, width)}"
+        )
+    down, right = height // patch, width // patch
+    parts = images.reshape(count, down, patch, right, patch, channels).swapaxes(2, 3)
+    return parts.reshape(count, down * right, patch * patch * channels)
+
+
+def _rendered(things: tuple[Thing, ...], rng: np.random.Generator) -> np.ndarray:
+    image = rng.normal(0, NOISE, (SIZE, SIZE, 3))
+    quarter = SIZE // 2
+    for thing in things:
+        row, column = divmod(CORNERS.index(thing.corner), 2)
+        top, left = rng.integers(0, quarter - SPRITE + 1, 2) + (quarter * row, quarter * column)
+        drawn = _sprite(thing.shape)[..., None] * np.array(COLOURS[thing.colour])
+        image[top : top + SPRITE, left : left + SPRITE] += drawn
+    return image.astype(np.float32)
+
+
+@functools.cache
+def _sprite(shape: str) -> np.ndarray:
+    """Which of `[SPRITE, SPRITE]` pixels a shape covers."""
+    y, x = np.meshgrid(*[np.linspace(-1, 1, SPRITE)] * 2, indexing="ij")
+    return {
+        "circle": x**2 + y**2 <= 1.2,
+        "square": np.ones_like(x, bool),
+        "triangle": np.abs(x) <= (y + 1.2) / 2,
+        "cross": (np.abs(x) < 0.3) | (np.abs(y) < 0.3),
+    }[shape]

@@ -1,0 +1,300 @@
+"""The visual probe of a frozen decoder: what it answers about images that a projector shows it.
+
+Controls: another example's image (shuffled), no image (blind), and a projector that was trained on
+blank images, which learns what can be learned without seeing (blank).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from thoughtbubbles import Architecture, ArchitectureConfig
+from train.cli.numbers import check_least
+from train.data.corpus import Split
+from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
+from train.probes.projector import ProjectorParam, SeeingModel, answer_loss
+from train.probes.scenes import (
+    ANSWERS,
+    COLOURS,
+    SHAPES,
+    SIZE,
+    TEXTS,
+    Question,
+    Scene,
+    patches,
+    scene,
+)
+
+Encode = Callable[[str], list[int]]
+CONDITIONS = ("image", "shuffled", "blind", "blank")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """Projector and its training."""
+
+    steps: int = 800
+    """Number of steps in which a projector is trained."""
+
+    batch: int = 64
+    """Number of questions in a step."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate of the projector."""
+
+    patch: int = 8
+    """Side of a patch in pixels, a divisor of 16: images have 16 x 16."""
+
+    tokens: int = 4
+    """Number of soft tokens that each patch becomes."""
+
+    hidden: int = 128
+    """Width of the projector's hidden layer."""
+
+    questions: int = 256
+    """Number of held-out questions of each kind."""
+
+    def __post_init__(self):
+        check_least(self, steps=1, batch=1, patch=1, tokens=1, hidden=1, questions=2)
+        self.shape  # noqa: B018 a patch that does not divide an image is refused here
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of patches of an image, and of features of each."""
+        _, count, features = patches(np.zeros((1, SIZE, SIZE, 3)), self.patch).shape
+        return count, features
+
+
+class Rate(NamedTuple):
+    """Share of right answers.
+
+    Attributes:
+        rate: The share.
+        low: Lower end of its 95 % interval (Wilson).
+        high: Upper end of that interval.
+    """
+
+    rate: float
+    low: float
+    high: float
+
+
+class Example(NamedTuple):
+    """A question and the scene that it is about."""
+
+    question: Question
+    scene: Scene
+
+
+class VisualProbe:
+    """Trains projectors in front of frozen decoders of one config; compiled once for all of them.
+
+    Args:
+        config: Config of the decoders.
+        encode: Function from a text to the token ids that the decoder reads, with what stands in
+            front of every text (`LanguageModel.prompt`).
+        options: Projector and its training.
+        seed: Seed of the projector and of the scenes.
+
+    Raises:
+        ValueError: The decoder can't be probed (`SeeingModel`), or an answer has no token of its
+            own.
+    """
+
+    def __init__(self, config: ArchitectureConfig, encode: Encode, options: ProbeConfig, seed: int):
+        self.options, self.seed = options, seed
+        self._encode = encode
+        self._before = len(os.path.commonprefix([encode(""), encode("the")]))
+        self._width = _width(encode)
+        self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        optimizer = OptimizerConfig(
+            learning_rate=options.learning_rate, weight_decay=0.0, final_ratio=0.0
+        )
+        self._trainable = make_trainable(
+            config, optimizer, options.steps, self._mesh, seed, "auto", ProjectorParam, self.seeing
+        )
+        self._step = make_train_step(self._trainable, 1, answer_loss)
+
+        @jax.jit
+        def log_probs(weights: Any, tokens: jax.Array, scored: jax.Array, features: Any):
+            model: SeeingModel = self._trainable.model(weights)
+            return model.log_probs(tokens, scored, features).sum(axis=1)
+
+        @jax.jit
+        def mean_state(model: Architecture, tokens: jax.Array) -> jax.Array:
+            decoder, real = model.backbone(), tokens >= 0
+            length = real.sum(axis=1, dtype=jnp.int32)
+            hidden = decoder.hidden_states(decoder.embed_tokens(jnp.maximum(tokens, 0)), length)
+            total = jnp.where(real[..., None], hidden.astype(jnp.float32), 0).sum(axis=1)
+            return total / length[:, None]
+
+        self._log_probs, self._mean_state = log_probs, mean_state
+
+    def seeing(self, model: Architecture) -> SeeingModel:
+        """A decoder behind a new projector.
+
+        Args:
+            model: Decoder of the config.
+        """
+        options = self.options
+        return SeeingModel(
+            model, options.shape, options.tokens, options.hidden, self._before,
+            rngs=nnx.Rngs(self.seed),
+        )  # fmt: skip
+
+    def train(self, model: Architecture, *, blank: bool = False) -> tuple[Any, float]:
+        """A projector trained on questions about scenes to train on; the decoder stays as it is.
+
+        Args:
+            model: Frozen decoder; its arrays are copied.
+            blank: Whether all images are blank: what a projector learns without seeing.
+
+        Returns:
+            Weights of the `SeeingModel`, an nnx.State, and the mean loss of the last tenth of the
+            steps, in nats for each token of an answer.
+        """
+        weights = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self.seeing(model)))
+        state, losses = self._trainable.start(weights), []
+        for step in range(self.options.steps):
+            batch = self.rows(self.examples("train", self.options.batch, step))
+            if blank:
+                batch["features"][:] = 0
+            placed = {name: place(values, self._mesh) for name, values in batch.items()}
+            state, metrics = self._step(state, placed)
+            losses.append(metrics["loss"])
+        last = losses[-max(len(losses) // 10, 1) :]
+        return state.weights, float(np.mean([float(loss) for loss in last]))
+
+    def scores(self, seeing: Any, blank: Any) -> dict[str, dict[str, Rate]]:
+        """Shares of right answers, by kind of question and by condition (`CONDITIONS`).
+
+        Args:
+            seeing: Weights of a projector that was trained on images, from `train`.
+            blank: Weights of one that was trained on blank images.
+        """
+        found = {}
+        for kind in ANSWERS:
+            examples = self.examples("validation", self.options.questions, 0, kind)
+            shown = self.features([one.scene for one in examples])
+            found[kind] = {
+                "image": self.rate(seeing, examples, shown),
+                "shuffled": self.rate(seeing, examples, np.roll(shown, 1, axis=0)),
+                "blind": self.rate(seeing, examples, None),
+                "blank": self.rate(blank, examples, np.zeros_like(shown)),
+            }
+        return found
+
+    def rate(self, weights: Any, examples: Sequence[Example], features: np.ndarray | None) -> Rate:
+        """Share of the examples whose right answer is the most probable of the closed ones.
+
+        Args:
+            weights: Weights of a `SeeingModel`.
+            examples: Questions.
+            features: Features `[N, P, F]` of the image that each is shown with; None for none.
+        """
+        guesses = self.answers(weights, examples, features)
+        right = guesses == np.array([one.question.answer for one in examples])
+        return wilson(int(right.sum()), len(examples))
+
+    def answers(
+        self, weights: Any, examples: Sequence[Example], features: np.ndarray | None
+    ) -> np.ndarray:
+        """Index of the most probable closed answer to each question, `[N]`; as in `rate`."""
+        count = len(examples[0].question.choices)
+        texts = [(one.question.text, c) for one in examples for c in one.question.choices]
+        batch = self._tokens(texts)
+        shown = None if features is None else np.repeat(features, count, axis=0)
+        found = self._log_probs(weights, batch["tokens"], batch["scored"], shown)
+        return np.asarray(found).reshape(len(examples), count).argmax(axis=1)
+
+    def caption_states(self, model: Architecture, scenes: Sequence[Scene]) -> np.ndarray:
+        """Mean of the decoder's last hidden states over each caption, `[N, D]` float32.
+
+        Args:
+            model: Frozen decoder.
+            scenes: Scenes; what their images look like does not matter.
+        """
+        ids = [self._encode(one.caption) for one in scenes]
+        tokens = np.full((len(ids), max(map(len, ids))), -1, np.int32)
+        for row, one in zip(tokens, ids, strict=True):
+            row[: len(one)] = one
+        return np.asarray(self._mean_state(model, tokens))
+
+    def examples(
+        self, split: Split, count: int, part: int, kind: str | None = None
+    ) -> list[Example]:
+        """Questions about scenes of a split, each about another one.
+
+        Args:
+            split: Split of the scenes.
+            count: Number of questions.
+            part: Index of the first scene, in units of `count`.
+            kind: Kind of all questions; all kinds in turn by default.
+        """
+        kinds = itertools.cycle(ANSWERS) if kind is None else itertools.repeat(kind)
+        drawn = (scene(self.seed, split, part * count + index) for index in range(count))
+        return [Example(one.question(name), one) for one, name in zip(drawn, kinds, strict=False)]
+
+    def rows(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Rows of questions with their right answers, as `answer_loss` takes them."""
+        asked = [one.question for one in examples]
+        batch = self._tokens([(one.text, one.choices[one.answer]) for one in asked])
+        return batch | {"features": self.features([one.scene for one in examples])}
+
+    def features(self, scenes: Sequence[Scene]) -> np.ndarray:
+        """Features `[N, P, F]` of images: the pixels of each patch."""
+        return patches(np.stack([one.image for one in scenes]), self.options.patch)
+
+    def _tokens(self, pairs: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+        tokens = np.full((len(pairs), self._width), -1, np.int32)
+        scored = np.zeros(tokens.shape, bool)
+        for row, mask, (text, answer) in zip(tokens, scored, pairs, strict=True):
+            start, ids = _encoded(self._encode, text, answer)
+            row[: len(ids)] = ids
+            mask[start : len(ids)] = True
+        return {"tokens": tokens, "scored": scored}
+
+
+def wilson(right: int, count: int) -> Rate:
+    """A share with its 95 % interval by Wilson's score.
+
+    Args:
+        right: Number of right answers.
+        count: Number of answers, 1 or more.
+    """
+    z = 1.959964
+    rate = right / count
+    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
+    return Rate(rate, max(middle - half, 0.0), min(middle + half, 1.0))
+
+
+def _encoded(encode: Encode, text: str, answer: str) -> tuple[int, list[int]]:
+    """Ids of a text with its answer, encoded as one, and the index of the answer's first token."""
+    start, ids = len(encode(text)), encode(f"{text} {answer}")
+    if len(ids) <= start:
+        raise ValueError(f"the answer {answer!r} to {text!r} has no token of its own")
+    return start, ids
+
+
+def _width(encode: Encode) -> int:
+    """Number of tokens of the longest row."""
+    texts = [
+        (template.format(shape=shape, colour=colour), answer)
+        for kind, template in TEXTS.items()
+        for shape, colour, answer in itertools.product(SHAPES, COLOURS, ANSWERS[kind])
+    ]
+    return max(len(_encoded(encode, *pair)[1]) for pair in texts)
