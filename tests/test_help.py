@@ -49,6 +49,7 @@ CONFIGS = {
     "experiment retrofit": "train.experiments.retrofit.Retrofit",
     "experiment merge_languages": "train.experiments.merge_languages.MergeLanguages",
     "experiment mixtures": "train.experiments.mixtures.Mixtures",
+    "experiment visual_priors": "train.experiments.visual_priors.VisualPriors",
     "experiment frozen_prompts": "train.experiments.frozen_prompts.FrozenPrompts",
     "experiment memory": "train.experiments.memory.Experiment",
     "experiment reinforce": "train.experiments.reinforce.Experiment",

@@ -48,7 +48,7 @@ class Summing(Architecture):
 
     def __init__(self, config, *, rngs, constrain=None, attend=None):
         self.config = config
-        self.table = nnx.Param(jnp.eye(config.vocab_size))
+        self.table = nnx.Param(jnp.eye(config.vocab_size, config.embed_dim))
 
     def embed_tokens(self, tokens):
         return self.table[...][tokens]
@@ -232,17 +232,26 @@ def test_steps_change_the_projector_alone(probe, model, trained):
     assert np.array_equal(model.table[...], np.eye(len(IDS)))  # not donated
 
 
-def test_the_planted_task_is_learned_and_its_controls_are_not(probe, model, trained):
+def test_the_planted_task_is_learned_and_its_controls_are_not(probe, model, trained, monkeypatch):
+    rate, calls = VisualProbe.rate, []
+
+    def spied(self, weights, examples, features):
+        calls.append((weights, features))
+        return rate(self, weights, examples, features)
+
+    monkeypatch.setattr(VisualProbe, "rate", spied)
     untrained = nnx.state(probe.seeing(model))
     found = probe.scores(trained, untrained)
     assert set(found) == set(scenes.ANSWERS) and set(found["count"]) == set(CONDITIONS)
-    rates = found["count"]  # the one question that a sum answers
-    assert rates["image"].low > 0.75
-    assert rates["shuffled"].low < 0.25 < rates["shuffled"].high  # chance
-    examples = probe.examples("validation", OPTIONS.questions, 0, "count")
-    shown = probe.features([one.scene for one in examples])
-    assert rates["blind"] == probe.rate(trained, examples, None)
-    assert rates["blank"] == probe.rate(untrained, examples, 0 * shown) != rates["blind"]
+    count = found["count"]  # the one question that a sum answers
+    assert count["image"].low > 0.75
+    assert count["shuffled"].low < 0.25 < count["shuffled"].high  # chance
+    for first in range(0, len(calls), 4):
+        image, shuffled, blind, blank = calls[first : first + 4]
+        assert image[0] is shuffled[0] is blind[0] is trained and blank[0] is untrained
+        assert np.array_equal(shuffled[1][1:], image[1][:-1])
+        assert np.array_equal(shuffled[1][0], image[1][-1])
+        assert blind[1] is None and not blank[1].any()
 
 
 def test_blind_answers_do_not_depend_on_images(probe, model, trained):
@@ -278,7 +287,7 @@ def test_training_on_blank_images_sees_none(probe, model, monkeypatch):
 
 def test_intervals_are_wilsons():
     """The ends p solve (p̂ - p)² = z² p (1 - p) / n."""
-    for right, count in ((0, 20), (7, 20), (20, 20), (64, 256)):
+    for right, count in ((0, 3), (3, 3), (0, 20), (7, 20), (20, 20), (64, 256)):
         rate, low, high = wilson(right, count)
         assert rate == right / count and 0 <= low <= rate <= high <= 1
         for end in (low, high):

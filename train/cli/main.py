@@ -35,6 +35,7 @@ EXPERIMENTS = {
     "retrofit": "fork layers in a pretrained model",
     "merge_languages": "Dragon Hatchlings tuned to other languages, merged untrained",
     "mixtures": "what more of one source does to a small model",
+    "visual_priors": "what a frozen model makes of images, by the text that it learned from",
     "frozen_prompts": "whether a tuned model still reads what its prompt calls things",
     "memory": "MemGen against a LoRA, soft prompts and pause tokens",
     "reinforce": "RL methods on string tasks, against supervised tuning",

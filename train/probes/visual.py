@@ -279,7 +279,9 @@ def wilson(right: int, count: int) -> Rate:
     rate = right / count
     middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return Rate(rate, max(middle - half, 0.0), min(middle + half, 1.0))
+    # At 0 and 1 an end is the share itself, but for float noise.
+    low, high = (middle - half if right else 0.0), (middle + half if right < count else 1.0)
+    return Rate(rate, low, high)
 
 
 def _encoded(encode: Encode, text: str, answer: str) -> tuple[int, list[int]]:
