@@ -32,9 +32,12 @@ def small(tmp_path, monkeypatch):
 
 def test_the_study_is_resumed_and_reported(small, tmp_path, capsys):
     out = tmp_path / "visual_priors.jsonl"
-    config = VisualPriors(seeds=(0,), shares=(1.0,), steps=2, rows=4, probe=PROBE, out=str(out))
+    shares = (1.0, 0.0)
+    config = VisualPriors(seeds=(0,), shares=shares, steps=2, rows=4, probe=PROBE, out=str(out))
     visual_priors.main(config)
-    visual_priors.main(dataclasses.replace(config, shares=(1.0, 0.0)))
+    lines = out.read_text()
+    visual_priors.main(config)
+    assert out.read_text() == lines
     first, second = read_results(out)
     assert (first["share"], second["share"]) == (1.0, 0.0)
     assert set(first["losses"]) == set(visual_priors.BASE)

@@ -77,7 +77,7 @@ class Question:
         return f"{self.text} {self.choices[self.answer]}."
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
     """Objects, and the image that shows them.
 

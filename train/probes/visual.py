@@ -221,7 +221,9 @@ class VisualProbe:
         return np.asarray(found).reshape(len(examples), count).argmax(axis=1)
 
     def caption_states(self, model: Architecture, scenes: Sequence[Scene]) -> np.ndarray:
-        """Mean of the decoder's last hidden states over each caption, `[N, D]` float32.
+        """Mean of the last hidden states over each caption, `[N, D]` float32.
+
+        What stands in front of every text is part of the mean.
 
         Args:
             model: Frozen decoder.
