@@ -339,7 +339,11 @@ def test_points_paired_by_lot_align_by_chance():
 # Mistakes.
 
 
-def test_mistakes_are_one_line(model):
+def test_mistakes_are_one_line(probe, model):
+    with pytest.raises(ValueError, match=r"vocab_size 9.*this probe is for vocab_size \d+.*make a"):
+        probe.train(Summing(SummingConfig(vocab_size=9), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"learning_rate=0 is not positive"):
+        ProbeConfig(learning_rate=0)
     with pytest.raises(ValueError, match=r"patch=5 does not divide images of 16 x 16 pixels: cho"):
         ProbeConfig(patch=5)
     with pytest.raises(ValueError, match="steps=0 is below 1"):

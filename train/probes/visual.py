@@ -69,7 +69,12 @@ class ProbeConfig:
 
     def __post_init__(self):
         check_least(self, steps=1, batch=1, patch=1, tokens=1, hidden=1, questions=2)
-        self.shape  # noqa: B018 a patch that does not divide an image is refused here
+        _ = self.shape, self.optimizer  # both refuse what they can not use
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """AdamW without decay of weights, and a cosine down to 0."""
+        return OptimizerConfig(learning_rate=self.learning_rate, weight_decay=0.0, final_ratio=0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,17 +120,15 @@ class VisualProbe:
     """
 
     def __init__(self, config: ArchitectureConfig, encode: Encode, options: ProbeConfig, seed: int):
-        self.options, self.seed = options, seed
+        self.config, self.options, self.seed = config, options, seed
         self._encode = encode
         self._before = len(os.path.commonprefix([encode(""), encode("the")]))
         self._width = _width(encode)
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        optimizer = OptimizerConfig(
-            learning_rate=options.learning_rate, weight_decay=0.0, final_ratio=0.0
-        )
         self._trainable = make_trainable(
-            config, optimizer, options.steps, self._mesh, seed, "auto", ProjectorParam, self.seeing
-        )
+            config, options.optimizer, options.steps, self._mesh, seed, "auto", ProjectorParam,
+            self.seeing,
+        )  # fmt: skip
         self._step = make_train_step(self._trainable, 1, answer_loss)
 
         @jax.jit
@@ -148,8 +151,16 @@ class VisualProbe:
 
         Args:
             model: Decoder of the config.
+
+        Raises:
+            ValueError: The decoder is of another config.
         """
         options = self.options
+        if model.config != self.config:
+            raise ValueError(
+                f"a decoder of {model.config.sizes()}; this probe is for {self.config.sizes()}: "
+                "make a probe for each config"
+            )
         return SeeingModel(
             model, options.shape, options.tokens, options.hidden, self._before,
             rngs=nnx.Rngs(self.seed),
