@@ -1,6 +1,7 @@
 """What the hostile cases share: tiny runs, models of others, corpora and tokenizers."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -39,6 +40,35 @@ MADE = (
         words_of("""tokenizer --corpus {base}/texts --vocab-size 300 --out {base}/bpe.json"""),
     ),
     Case("export", words_of("export {base}/plain --to {base}/exported")),
+    Case("adapter", words_of("export {base}/tuned --to {base}/adapter --adapter-only")),
+    Case(
+        "grown", words_of("grow --checkpoint {base}/hatchling --num-neurons 32 --out {base}/grown")
+    ),
+    Case(
+        "probe",
+        words_of(
+            """probe --weights {base}/plain --task copy(length=2) --samples 2 --pool 2
+            --batch-size 2 --max-new-tokens 2 --out {base}/probe.jsonl"""
+        ),
+    ),
+    Case(
+        "organism",
+        words_of("audit organism taboo --hints 2 --denials 2 --ordinary 2 --out {base}/organism"),
+    ),
+    Case(
+        "sae",
+        words_of(
+            """audit sae --checkpoint {base}/run --tokens 32 --batch-size 16 --rows 2 --buffer 32
+            --features 16 --k 2 --held-out 2 --out {base}/sae"""
+        ),
+    ),
+    Case(
+        "lens",
+        words_of(
+            """audit tuned-lens --checkpoint {base}/run --steps 1 --batch-size 2 --held-out 2 --out
+            {base}/lens"""
+        ),
+    ),
 )
 
 
@@ -68,6 +98,7 @@ def make_base(base: Path, work: Path) -> None:
         shutil.copytree(FIXTURES / name, base / name)
     write_gguf(base / "model.gguf", "llama_linear")
     write_gguf(base / "quantised.gguf", "llama", quantised=True)
+    os.mkfifo(base / "pipe")
     write_texts(base)
     for case in MADE:
         outcome = run_case(case, base, work / case.name)

@@ -1,4 +1,4 @@
-"""Hostile cases of files: other people's weights, our runs, corpora, templates, prompts, paths."""
+"""Hostile cases of files: other people's weights, corpora, templates, prompts, paths, damage."""
 
 import gzip
 import itertools
@@ -13,10 +13,8 @@ from typing import Any
 
 from gguf_model import write_gguf
 from hostile_base import PRETRAIN, SFT
-from hostile_options import EVALUATE, with_option
+from hostile_commands import EVALUATE, with_option
 from hostile_runs import Case, words_of
-
-from train.runs import checksums
 
 Make = Callable[[Path, Path], object]
 WRONG: list[Any] = [
@@ -144,74 +142,6 @@ def of_gguf() -> Iterator[Case]:
                 write_gguf(here / "model.gguf", "llama_linear", changes={key: value})
 
             yield Case(f"gguf {key} {value}", words, make, "out")
-
-
-def run_copy(change: Callable[[Path], object], of: str = "run") -> Make:
-    def make(here: Path, base: Path) -> None:
-        shutil.copytree(base / of, here / "run")
-        change(here / "run")
-
-    return make
-
-
-def of_runs() -> Iterator[Case]:
-    """Our own metadata and checkpoints, edited, of another version, or cut."""
-    rng = random.Random(5)
-    generate = words_of("generate --checkpoint {here}/run --max-new-tokens 1 --prompt ab")
-    resume = (*with_option(PRETRAIN, "--steps", "2"), "--out", "{here}/run", "--dry-run")
-    export = ("export", "{here}/run", "--to", "{here}/out")
-    evaluate = with_option(EVALUATE, "--checkpoint", "{here}/run")
-    verbs = [("export", export), ("resume", resume), ("generate", generate), ("eval", evaluate)]
-
-    def edit(path: tuple[str, ...], value: Any) -> Callable[[Path], None]:
-        def change(run: Path) -> None:
-            file = run / "1/meta/metadata"
-            meta = json.loads(file.read_text())
-            inside = meta
-            for part in path[:-1]:
-                inside = inside[part]
-            inside[path[-1]] = value
-            file.write_text(json.dumps(meta))
-            checksums.write(run / "1")  # as a newer version would, or one who edits with care
-
-        return change
-
-    places = """meta meta.config meta.config.model meta.config.model.embed_dim
-    meta.config.model.policy meta.config.model.architecture meta.config.model.fork_layers
-    meta.config.data meta.config.data.corpus meta.config.data.tokenizer meta.config.data.seq_len
-    meta.config.plugin meta.config.optimizer meta.config.optimizer.b1 meta.resolved
-    meta.data_fingerprint meta.tokenizer meta.step meta.python format leaves leaves.params
-    meta.config.new_option meta.config.model.new_option meta.new_field"""
-    for index, place in enumerate(places.split()):
-        for turn in range(2):
-            verb, words = verbs[(index + turn) % 4]
-            value = WRONG[rng.randrange(len(WRONG))]
-            name = f"meta {verb} {place} {shortened(value)}"
-            make = run_copy(edit(tuple(place.split(".")), value))
-            yield Case(name, words, make, "out" if verb == "export" else "")
-    contents = [b"", b"{}", b"[]", b"\xff", DEEP.encode(), b'{"format": 99}']
-    for index, file in enumerate(
-        ["1/meta/metadata", "config.json", "metrics.jsonl", "1/checksums", "1/params/_METADATA",
-         "1/_CHECKPOINT_METADATA", "1/params/manifest.ocdbt"]
-    ):  # fmt: skip
-        for turn, content in enumerate(contents):
-            verb, words = verbs[(index + turn) % 4]
-            if file in ("metrics.jsonl", "config.json") and turn % 2:
-                verb, words = "runs", ("runs", "{here}/run")
-            make = run_copy(lambda run, f=file, c=content: (run / f).write_bytes(c))
-            yield Case(
-                f"{file} {verb} {content[:9]}", words, make, "out" if verb == "export" else ""
-            )
-    for index, part in enumerate(
-        ["1", "1/params", "1/train", "1/meta", "1/params/d", "config.json"]
-    ):
-        verb, words = verbs[index % 2]
-
-        def remove(run: Path, part: str = part) -> None:
-            shutil.rmtree(run / part) if (run / part).is_dir() else (run / part).unlink()
-
-        out = "out" if verb == "export" else ""
-        yield Case(f"without {part} {verb}", words, run_copy(remove), out)
 
 
 def of_templates() -> Iterator[Case]:

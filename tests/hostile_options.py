@@ -1,16 +1,12 @@
-"""Hostile cases of options: numeric ones of the commands below, and objects as `name(...)`."""
+"""Hostile cases of options that are objects, `name(...)`, and of whole command lines."""
 
-import dataclasses
 import itertools
-import typing
 from collections.abc import Iterator
-from typing import Any
 
-from hostile_base import PRETRAIN, RL, SFT
+from hostile_base import PRETRAIN, RL
+from hostile_commands import numeric, with_option
 from hostile_runs import Case, words_of
 
-INTEGERS = ["-1", "0", str(2**63), str(10**19), "1e308", "nan", "1.5", "x", "", str(10**12), "1_0"]
-FLOATS = ["nan", "inf", "-inf", "-1", "0", "1e308", "1e-400", "x", "", str(2**70), "0x10", "1e999"]
 LITERALS = [
     "-1",
     "0",
@@ -24,107 +20,6 @@ LITERALS = [
     "{}",
     str(2**31),
 ]
-GENERATE = words_of("generate --checkpoint {base}/run --max-new-tokens 1 --prompt ab")
-EVALUATE = words_of("""evaluate --checkpoint {base}/run --rows 2 --positions 4 --batch-size 2""")
-TOKENIZER = words_of("tokenizer --corpus {base}/texts --out {here}/new.json")
-PROBE = words_of(
-    """probe --weights {base}/plain --task copy(length=2) --samples 2 --pool 2 --batch-size 2
-    --max-new-tokens 2 --out {here}/probe.jsonl"""
-)
-PLAY = ("play", "copy(length=2)", "--player", "scripted")
-
-
-def numeric(config: Any, above: str = "") -> Iterator[tuple[str, type]]:
-    """Numeric options of a config or its class by their dotted names, those inside included."""
-    kind = config if isinstance(config, type) else type(config)
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        value = getattr(config, field.name, None)
-        inside = {hints[field.name], *typing.get_args(hints[field.name])}
-        if dataclasses.is_dataclass(value):
-            yield from numeric(value, f"{above}{field.name}.")
-        elif found := next((kind for kind in (float, int) if kind in inside), None):
-            yield above + field.name, found
-
-
-def with_option(words: tuple[str, ...], option: str, value: str) -> tuple[str, ...]:
-    """The words with an option's value in place of the one that they give, or behind them."""
-    if option in words:
-        at = words.index(option)
-        return (*words[: at + 1], value, *words[at + 2 :])
-    return (*words, f"{option}={value}")
-
-
-def options_of(command: str, words: tuple[str, ...], config: Any, count: int) -> Iterator[Case]:
-    """`count` senseless values of each numeric option, in turn, so that all options see all."""
-    turns = {int: itertools.cycle(INTEGERS), float: itertools.cycle(FLOATS)}
-    for name, kind in numeric(config):
-        option = f"--{name.replace('_', '-')}"
-        for value in itertools.islice(turns[kind], count):
-            out = "new.json" if command == "tokenizer" else ""
-            yield Case(f"{command} {option} {value}", with_option(words, option, value), None, out)
-
-
-def of_commands() -> Iterator[Case]:
-    """Every numeric option of the commands that train, sample, score, grow, mix and measure.
-
-    Not of `rejection`, `demonstrations`, `battery`, `audit`, `harness`, `compile`, `experiment`,
-    `benchmark accelerator`, nor of `export`, `merge` and `runs`, which have next to none.
-    """
-    from train.benchmarks import decoding, first_token, hatchling, memgen, rl, selection, training
-    from train.evaluate import EvaluateConfig
-    from train.finetuning.job import SFTConfig
-    from train.generate import GenerateConfig
-    from train.mixture import MixtureConfig
-    from train.play import PlayConfig
-    from train.pretraining.growing import GrowConfig
-    from train.pretraining.presets import PRESETS
-    from train.rl.config import RLConfig
-    from train.rl.probe import ProbeConfig
-    from train.tokenizer import TokenizerConfig
-
-    out = ("--out", "{here}/out")
-    yield from options_of("pretrain", (*PRETRAIN, *out, "--dry-run"), PRESETS["tiny"], 1)
-    yield from options_of(
-        "hatchling",
-        ("pretrain", "hatchling_tiny", *PRETRAIN[-4:], *out, "--dry-run"),
-        _Inside(PRESETS["hatchling_tiny"].model),
-        1,
-    )
-    yield from options_of("sft", (*SFT, *out, "--dry-run"), SFTConfig(), 1)
-    yield from options_of("rl", (*RL, *out, "--dry-run"), RLConfig(), 1)
-    yield from options_of("generate", GENERATE, GenerateConfig(checkpoint="r"), 3)
-    yield from options_of("evaluate", EVALUATE, EvaluateConfig(checkpoint="r"), 3)
-    yield from options_of("tokenizer", TOKENIZER, TokenizerConfig(), 4)
-    yield from options_of("probe", PROBE, ProbeConfig(), 2)
-    yield from options_of("play", PLAY, PlayConfig(), 4)
-    grow = words_of("grow --checkpoint {base}/hatchling --out {here}/out --num-neurons 32")
-    yield from options_of("grow", grow, GrowConfig(checkpoint="", num_neurons=1, out=""), 5)
-    mixture = ("mixture", "--sources", "{base}/texts")
-    yield from options_of("mixture", mixture, MixtureConfig(sources=("a",)), 3)
-    benchmarks = {
-        "step": training.TrainingBenchmark,
-        "selection": selection.SelectionBenchmark,
-        "memgen": memgen.MemGenBenchmark,
-        "rl": rl.RLBenchmark,
-        "hatchling": hatchling.HatchlingBenchmark,
-        "first-token": first_token.FirstTokenBenchmark,
-        "decode": decoding.DecodeBenchmark,
-    }
-    for name, kind in benchmarks.items():
-        # A legal value measures for minutes: only what can't be one.
-        for (option, _), value in zip(
-            numeric(kind), itertools.cycle(["-1", "nan", str(10**19), "x"]), strict=False
-        ):
-            words = ("benchmark", name, f"--{option.replace('_', '-')}={value}")
-            yield Case(f"benchmark {name} --{option} {value}", words)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inside:
-    """A model as the field of a config."""
-
-    model: Any
 
 
 def of_objects() -> Iterator[Case]:
@@ -266,7 +161,26 @@ def of_words() -> Iterator[Case]:
     play reasoning_gym:nope|play copy --split nope|play gem:|play reasoning_gym:
     probe --weights {base}/plain --task nope|probe --weights {base}/nope
     probe --weights {base}/plain --task copy(length=2) --samples 2 --pool 2 --out {here}
-    experiment nope|experiment quality --nope|experiment random_bits --steps x
+    rejection|rejection --weights {base}/plain --task hanoi --data r_tuning --out {here}/out.jsonl
+    rejection --weights {base}/plain --task copy --data r_tuning --strategy best_of
+    rejection --weights {base}/plain --task copy --out {base}/chats.jsonl
+    demonstrations|demonstrations copy|demonstrations nope|demonstrations general_points(maps=99)
+    demonstrations sokoban_variants --out {here}/a/x.jsonl --battery {here}/a --count 1
+    battery|battery --checkpoint {base}/plain|battery --checkpoint {base}/plain --battery.task copy
+    battery --checkpoint {base}/plain --battery.task general_points --battery.variants nope
+    battery --checkpoint {base}/plain --battery.task general_points --json {here}
+    audit|audit nope|audit lens|audit lens --checkpoint {base}/run --model {base}/smollm3
+    audit lens --checkpoint {base}/run --sites nope|audit lens --checkpoint {base}/hatchling
+    audit lens --checkpoint {base}/plain --tuned {base}/lens|audit lens --checkpoint {base}/rl
+    audit sae --checkpoint {base}/run --k 99 --features 9 --out {here}/out|audit sae
+    audit tuned-lens --checkpoint {base}/plain --seq-len 4096 --out {here}/out
+    audit organism|audit organism nope --out {here}/out|audit organism taboo --out {base}/texts
+    audit organism taboo --neutral {base}/lines.jsonl --out {here}/out
+    audit report|audit report {base}/organism|audit report {base}/organism --model {base}/run
+    audit report {base}/chats.jsonl --model {base}/run --control {base}/run --out {here}/out.jsonl
+    audit report {base}/organism --model {base}/run --control {base}/hatchling --methods sample
+    harness|harness nope|harness --plugin nope|harness run --model nope
+    experiment|experiment nope|experiment quality --nope|experiment random_bits --steps x
     experiment reinforce --methods nope|experiment needle --seeds -1|experiment precision --nope 1
     rl --weights {base}/plain --task gsm8k:{base}/chats.jsonl --dry-run|rl --weights {base}/texts
     rl --weights {base}/plain --task copy --train trigger --dry-run|rl --weights {base}/chats.jsonl
@@ -279,7 +193,7 @@ def of_words() -> Iterator[Case]:
     """
     for line in filter(None, (part.strip() for part in lines.replace("\n", "|").split("|"))):
         words = words_of(line)
-        out = "out" if words[0] in ("export", "grow", "merge") else ""
+        out = "out" if words[0] in ("export", "grow", "merge", "audit") else ""
         if words[0] in ("sft", "rl") and "--out" not in words:
             words = (*words, "--out", "{here}/out")
         yield Case(f"words {line}", words, None, out)

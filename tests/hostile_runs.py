@@ -27,7 +27,9 @@ ADDRESS_SPACE = 12 * 2**30  # above that of the process: what would take the mac
 PRELOADED = words_of(
     """train.pretrain train.sft train.rl.__main__ train.play train.rl.probe train.generate
     train.evaluate train.export train.compile train.benchmark train.tokenizer train.mixture
-    train.grow train.merge train.list_runs pytest hostile_runs
+    train.grow train.merge train.list_runs train.rl.rejection train.demonstrations train.battery
+    train.audit.lens train.audit.tuned_lens train.audit.train_sae train.audit.organisms
+    train.audit.report train.experiments.quality train.experiments.synthesis pytest hostile_runs
     jax.experimental.multihost_utils"""
 )
 
@@ -43,6 +45,7 @@ class Case:
         make: Makes the case's files, of its folder and the shared one.
         out: File or folder, relative to the case's folder, that must be absent after a refusal.
         environment: Variables of the process.
+        legal: Whether it is no hostile case but the line that others change, which must succeed.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Case:
     make: Callable[[Path, Path], object] | None = None
     out: str = ""
     environment: tuple[tuple[str, str], ...] = ()
+    legal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Outcome:
     def fault(self) -> str:
         """What the command owes the user and did not keep, in one line; "" if nothing."""
         errors = [line for line in self.text.splitlines() if line.startswith("error: ")]
+        if self.case.legal and self.status != 0:
+            return f"a legal line ends with status {self.status}: {self.text[-300:]!r}"
         if self.status is None:
             return f"hangs: over {LONGEST:.0f} s"
         if "Traceback (most recent call last)" in self.text:

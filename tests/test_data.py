@@ -277,6 +277,41 @@ def test_damaged_rows_are_noticed(damage, tmp_path):
     assert len(prepare(config).train) > 0
 
 
+@pytest.mark.parametrize("stored", ["rows", "corpora"])
+def test_a_flipped_bit_of_prepared_data_is_noticed(stored, tmp_path):
+    """Of packed rows, and of the documents that they are packed from."""
+    config = DataConfig(str(write_corpus(tmp_path / "corpus")), seq_len=8, cache_dir=str(tmp_path))
+
+    def read() -> np.ndarray:
+        if stored == "corpora":  # rows are then packed again
+            shutil.rmtree(tmp_path / "rows")
+        rows = prepare(config).train
+        return rows.read(range(len(rows)))[0]
+
+    prepare(config)
+    whole = read()
+    (file,) = config.cache.glob(f"{stored}/*/train.array_record")
+    content, source, noticed = file.read_bytes(), random.Random(0), 0
+    written = np.flatnonzero(np.frombuffer(content, np.uint8))  # the rest of a block is zeros
+    for index in source.sample(list(written), 30):
+        flipped = bytearray(content)
+        flipped[index] ^= 1 << source.randrange(8)
+        file.write_bytes(flipped)
+        try:
+            found = read()
+        except DataError as error:
+            assert "are damaged: delete that folder" in str(error), error
+            noticed += 1
+        else:
+            assert np.array_equal(found, whole)
+    assert noticed > 20
+    metadata = next(path for path in file.parent.iterdir() if path.suffix == ".json")
+    metadata.write_text(metadata.read_text().replace('"train":', '"trail":'))
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="are damaged: delete that folder"):
+        read()
+
+
 # The reader
 
 

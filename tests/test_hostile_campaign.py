@@ -8,20 +8,23 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hostile_commands
 import hostile_inputs
 import hostile_options
+import hostile_records
 import pytest
 from hostile_base import make_base
 from hostile_runs import Case, preload, report, run_case
 
 KINDS = {
-    "commands": hostile_options.of_commands,
+    "commands": hostile_commands.of_commands,
     "objects": hostile_options.of_objects,
     "malformed": hostile_options.of_malformed,
     "words": hostile_options.of_words,
     "models": hostile_inputs.of_models,
     "gguf": hostile_inputs.of_gguf,
-    "runs": hostile_inputs.of_runs,
+    "runs": hostile_records.of_runs,
+    "records": hostile_records.of_records,
     "templates": hostile_inputs.of_templates,
     "prompts": hostile_inputs.of_prompts,
     "corpora": hostile_inputs.of_corpora,
@@ -36,6 +39,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("hostile")
     make_base(folder / "base", folder / "made")
     yield folder / "base"
+
+
+def test_every_command_is_in_the_campaign():
+    assert set(hostile_commands.bases()) == set(hostile_commands.command_names())
 
 
 @pytest.mark.experiment

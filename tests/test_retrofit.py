@@ -310,6 +310,11 @@ def test_the_tokenizer_of_weights_has_one_name_wherever_they_lie(run_config, tmp
         run_config, data=dataclasses.replace(run_config.data, tokenizer=other.tokenizer)
     )
     assert on_weights(again).data.tokenizer == other.tokenizer
+    copy = Path(other.tokenizer_source)
+    content = copy.read_text()
+    copy.write_text(content.replace("the", "thf", 1))
+    with pytest.raises(DataError, match="the tokenizer in .* is damaged: delete its folder"):
+        _ = other.tokenizer_source
     shutil.rmtree(tmp_path / "other_cache")
     with pytest.raises(DataError, match="tokenizer 'weights:.* is not in .*: it came with pretr"):
         _ = other.tokenizer_source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -67,18 +68,27 @@ class DataConfig:
         """What `load_tokenizer` takes: "bytes", or the path of a file.
 
         Raises:
-            DataError: The tokenizer is that of pretrained weights, and its copy is not there.
+            DataError: The tokenizer is that of pretrained weights, and its copy is not there or is
+                damaged.
         """
         if not self.tokenizer.startswith(OF_WEIGHTS):
             return self.tokenizer
-        file = self.tokenizer_file(self.tokenizer.removeprefix(OF_WEIGHTS))
+        digest = self.tokenizer.removeprefix(OF_WEIGHTS)
+        file = self.tokenizer_file(digest)
         if not file.is_file():
             raise DataError(
                 f"tokenizer {self.tokenizer!r} is not in {file.parents[1]}: it came with "
                 "pretrained weights, name them by --init.weights"
             )
+        if content_digest(file.read_bytes()) != digest:
+            raise DataError(f"the tokenizer in {file} is damaged: delete its folder")
         return str(file)
 
     def tokenizer_file(self, digest: str) -> Path:
         """File of a tokenizer that pretrained weights brought, by the hash of its content."""
         return self.cache / "tokenizers" / re.sub(r"\W", "_", digest) / "tokenizer.json"
+
+
+def content_digest(content: bytes) -> str:
+    """Hash that names a tokenizer's copy by its content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

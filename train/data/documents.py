@@ -99,11 +99,18 @@ class StoredDocuments:
 
     Args:
         folder: Folder of the documents.
+
+    Raises:
+        DataError: The folder's metadata are damaged.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._counts = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        try:
+            stored = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+            self._counts = {name: int(stored[name]) for name in (*SIDES, "repeated")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged() from error
 
     @property
     def repeated(self) -> int:
@@ -111,19 +118,41 @@ class StoredDocuments:
         return self._counts["repeated"]
 
     def documents(self, split: Split) -> Iterator[str]:
+        """The documents of a split in their order.
+
+        Raises:
+            DataError: Their bytes are not those that were written, by their hash.
+        """
         # Here: what needs no packed rows runs without array_record.
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        source = ArrayRecordDataSource(os.fspath(_file(self._folder, split)))
-        for index in range(len(source)):
-            block, start = source[index], 0
+        def block_of(index: int) -> bytes:
+            try:
+                return source[index]
+            except RuntimeError as error:  # array_record, at a hash that differs
+                raise self._damaged() from error
+
+        try:
+            source = ArrayRecordDataSource(os.fspath(_file(self._folder, split)))
+            length = len(source)
+        except (RuntimeError, ValueError) as error:
+            raise self._damaged() from error
+        count = 0
+        for index in range(length):
+            block, start = block_of(index), 0
             while start < len(block):
                 size = int.from_bytes(block[start : start + _SIZE], "little")
                 start += _SIZE + size
                 yield block[start - size : start].decode()
+                count += 1
+        if count != self._counts[split]:
+            raise self._damaged()
 
     def count(self, split: Split) -> int:
         return self._counts[split]
+
+    def _damaged(self) -> DataError:
+        return DataError(f"the stored documents in {self._folder} are damaged: delete that folder")
 
 
 class _Blocks:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.data.config import DataError
 from train.data.storage import record_writer
 from train.data.tokenizers import Tokenizer
 
@@ -33,6 +34,7 @@ class PackedRows:
 
     def __init__(self, path: Path, seq_len: int, vocab_size: int):
         self.seq_len = seq_len
+        self._folder = path.parent
         self._record = record_dtype(seq_len, vocab_size)
         # Here: what needs no packed rows runs without array_record.
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -60,6 +62,7 @@ class PackedRows:
 
         Raises:
             IndexError: A row does not exist.
+            DataError: The bytes of a row are not those that were written, by their hash.
         """
         rows = [int(index) for index in indices]
         for index in rows:
@@ -67,7 +70,12 @@ class PackedRows:
                 raise IndexError(f"row {index} of {len(self)}")
         if not rows:
             return np.zeros((0, self.seq_len + 1), np.int32), np.zeros(0, np.int32)
-        records = np.frombuffer(b"".join(self._source.__getitems__(rows)), self._record)
+        try:
+            stored = b"".join(self._source.__getitems__(rows))
+        except RuntimeError as error:  # array_record, at a hash that differs
+            line = f"the prepared rows in {self._folder} are damaged: delete that folder"
+            raise DataError(line) from error
+        records = np.frombuffer(stored, self._record)
         tokens = records["tokens"].astype(np.int32)
         if self._record["tokens"].base.kind == "u":
             tokens[tokens == np.iinfo(np.uint16).max] = PADDING

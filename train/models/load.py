@@ -34,7 +34,7 @@ from thoughtbubbles.quantisation import quantise
 from train.cli.config_json import from_json, model_from_json
 from train.cli.plugins import missing_plugins
 from train.data import DataConfig, Tokenizer, load_tokenizer
-from train.data.config import OF_WEIGHTS
+from train.data.config import OF_WEIGHTS, content_digest
 from train.data.storage import build_once
 from train.data.tokenizers import pretrained_json
 from train.devices.mesh import state_shardings
@@ -264,7 +264,7 @@ def keep_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> str:
         content = pretrained_json(tokenizer, options)
     else:
         content = tokenizer.to_json()
-    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    digest = content_digest(content.encode())
     file = data.tokenizer_file(digest)
 
     def write(partial: Path) -> None:
