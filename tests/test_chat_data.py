@@ -303,11 +303,12 @@ def test_rows_hold_nothing_behind_the_last_answer_and_nothing_to_guess_unseen(tm
 def test_a_folder_is_its_files(tmp_path: Path):
     lines = conversations(40)
     folder = tmp_path / "many"
-    (folder / "deep").mkdir(parents=True)
-    (folder / ".hidden").mkdir()
+    (folder / ".hidden").mkdir(parents=True)
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
     write(folder / "a.jsonl", *lines[:20])
     packed = "\r\n".join(map(json.dumps, lines[20:])).encode()
-    (folder / "deep/b.jsonl.gz").write_bytes(gzip.compress(packed))
+    (folder / "linked/deep/b.jsonl.gz").write_bytes(gzip.compress(packed))
     write(folder / ".hidden/c.jsonl", "no JSON")
     write(folder / "notes.txt", "no JSON")
     one = write(tmp_path / "one.jsonl", *lines)
@@ -316,6 +317,8 @@ def test_a_folder_is_its_files(tmp_path: Path):
         for path in (folder, one)
     ]
     assert found[0].fingerprint == found[1].fingerprint
+    note = f"; {folder}: 2 files read, 2 passed over: 1 .txt, 1 hidden"
+    assert found[0].summary.endswith(note) and found[1].note == ""
 
 
 def test_copies_stay_together_and_on_their_side(tmp_path: Path):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from train.data import splits
 from train.data.config import DataError, check_rows
-from train.data.conversations import Conversation, read_conversations
+from train.data.conversations import Conversation, conversation_files, read_conversations
 from train.data.packing import PADDING, PackedRows
 from train.data.reader import Batch, TrainReader, padded_batches
 from train.data.tokenizers import Tokenizer
@@ -147,6 +147,7 @@ class ChatData:
             several), "tokens", "loss_tokens" (those in the loss), "rows", and texts that were "cut"
             or "dropped" because a row is too short for them.
         name: Names of the files, as the user wrote them.
+        note: What was read of folders and what was passed over; empty if there are none.
     """
 
     train: ChatRows
@@ -155,6 +156,7 @@ class ChatData:
     fingerprint: str
     statistics: dict[str, dict[str, int]]
     name: str
+    note: str = ""
 
     @property
     def summary(self) -> str:
@@ -170,7 +172,7 @@ class ChatData:
             f"({total['tokens'] / (rows * (widest + 1)):.0%} full, "
             f"{total['loss_tokens'] / total['tokens']:.0%} of it in the loss); "
             f"{total['cut']:,} cut at {length + 1} tokens, {total['dropped']:,} left out "
-            f"(no answer within them); {self.tokenizer.name}"
+            f"(no answer within them); {self.tokenizer.name}{self.note and '; '}{self.note}"
         )
 
 
@@ -209,8 +211,11 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
         for field in dataclasses.fields(ChatRows):
             values = getattr(rows[side], field.name)
             identity.update(f"{field.name} {values.shape} ".encode() + values.tobytes())
+    paths = [*config.path, *filter(None, [config.validation_path])]
+    notes = {path: note for path in paths if (note := conversation_files(path)[1])}
+    note = "; ".join(f"{path}: {note}" for path, note in notes.items())
     return ChatData(
-        rows["train"], rows["validation"], tokenizer, identity.hexdigest(), statistics, name
+        rows["train"], rows["validation"], tokenizer, identity.hexdigest(), statistics, name, note
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from train.data.chat_formats import Chat, read_chat
 from train.data.chat_templates import Example, chat_examples, text_example
 from train.data.config import DataError
 from train.data.records import is_records, read_records
+from train.data.text_files import files_note, suffix_of, walk_files
 from train.data.tokenizers import Tokenizer
 
 FILES = ".jsonl, .ndjson, .parquet or .arrow, JSON also packed"
@@ -104,17 +106,31 @@ def _plain(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
     )
 
 
-def _files(path: str) -> list[Path]:
+def conversation_files(path: str) -> tuple[list[Path], str]:
+    """Files of conversations in the order in which they are read, and what else there is.
+
+    Args:
+        path: A file, whatever its name, or a folder of `FILES` at any depth and behind links;
+            hidden files and folders are left out.
+
+    Returns:
+        The files, and how many of the folder's are read and which are passed over; "" of a file.
+
+    Raises:
+        DataError: The folder has no such file.
+    """
     root = Path(path).expanduser()
     if not root.is_dir():
-        return [root]
+        return [root], ""
+    passed: Counter[str] = Counter()
+    found = walk_files(root, passed)
     is_chat = lambda name: is_records(name) and not name.lower().endswith(".json")  # noqa: E731
-    inside = (file for file in sorted(root.rglob("*")) if is_chat(file.name))
-    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(root).parts)  # noqa: E731
-    found = [file for file in inside if file.is_file() and not hidden(file)]
-    if not found:
-        raise DataError(f"{path} has no file of conversations ({FILES})")
-    return found
+    passed.update(suffix_of(name) for name in found if not is_chat(name))
+    files = sorted(root / name for name in found if is_chat(name))
+    note = files_note(len(files), +passed)
+    if not files:
+        raise DataError(f"{path} has no file of conversations ({FILES}); {note}")
+    return files, note
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:
@@ -122,11 +138,11 @@ def read_conversations(path: str) -> Iterator[Conversation]:
 
     Args:
         path: File of records (JSON Lines, an array in a .json file, Parquet, Arrow), or a folder of
-            `FILES` at any depth; hidden files and folders are left out.
+            `FILES`, as in `conversation_files`.
 
     Raises:
         DataError: There is no such file, or a line is no conversation.
     """
-    for file in _files(path):
+    for file in conversation_files(path)[0]:
         for where, _, fields in read_records(file):
             yield Conversation(where, read_chat(fields, where))

@@ -55,13 +55,7 @@ class TextFiles:
     @property
     def note(self) -> str:
         """How many files are read, and which are not."""
-        read = f"{len(self.files):,} file{'s' * (len(self.files) != 1)} read"
-        if not self.passed_over:
-            return read
-        reasons = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0]))
-        shown = [f"{count:,} {reason}" for reason, count in reasons[:6]]
-        shown += ["..."] * (len(reasons) > 6)
-        return f"{read}, {sum(self.passed_over.values()):,} passed over: {', '.join(shown)}"
+        return files_note(len(self.files), self.passed_over)
 
     def fingerprint(self) -> str:
         """Hash of the files' names and bytes, and of how they are read.
@@ -101,6 +95,27 @@ class TextFiles:
         return (piece for piece in pieces if piece and not piece.isspace())
 
 
+def files_note(count: int, passed_over: Mapping[str, int]) -> str:
+    """How many files of a folder are read, and which are not, for people.
+
+    Args:
+        count: Number of files that are read.
+        passed_over: Number of files that are not read, by the reason.
+    """
+    read = f"{count:,} file{'s' * (count != 1)} read"
+    if not passed_over:
+        return read
+    reasons = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count:,} {reason}" for reason, count in reasons[:6]]
+    shown += ["..."] * (len(reasons) > 6)
+    return f"{read}, {sum(passed_over.values()):,} passed over: {', '.join(shown)}"
+
+
+def suffix_of(file: str) -> str:
+    """The suffix of a file, or that it has none, as the reason why it is passed over."""
+    return Path(file.lower()).suffix or "without a suffix"
+
+
 def standard_library() -> TextFiles:
     """The source files of Python's standard library, without its tests.
 
@@ -108,7 +123,7 @@ def standard_library() -> TextFiles:
         DataError: This Python has no source files of its standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for file in _walk(root, Counter(), _NOT_LIBRARY) if file.endswith(".py")]
+    files = [file for file in walk_files(root, Counter(), _NOT_LIBRARY) if file.endswith(".py")]
     if not files:
         raise DataError(f"corpus stdlib is empty: no .py file in {root}")
     return TextFiles("stdlib", root, tuple(files))
@@ -146,7 +161,7 @@ def find_text_files(
             "source of a --plugin"
         )
     passed: Counter[str] = Counter()
-    found = _walk(root, passed)
+    found = walk_files(root, passed)
     belongs, why = _chooser(found, suffixes)
     files = [file for file in found if belongs(file)]
     passed.update(why(file) for file in found if not belongs(file))
@@ -174,16 +189,12 @@ def _chooser(found: list[str], suffixes: str) -> tuple[Callable[[str], bool], Ca
     if suffixes:
         chosen = tuple(suffixes.lower().split())
         named = lambda file: file.lower().endswith(chosen)  # noqa: E731
-        return lambda file: named(file) or named(unpacked_name(file)), _suffix
+        return lambda file: named(file) or named(unpacked_name(file)), suffix_of
     # A bare .json is mostly about data (dataset_info.json); of data (C4's) it is packed.
     records = lambda file: is_records(file) and not file.lower().endswith(".json")  # noqa: E731
     if any(map(records, found)):
-        return records, lambda file: _suffix(file) + " beside records" * is_text(file)
-    return is_text, _suffix
-
-
-def _suffix(file: str) -> str:
-    return Path(file.lower()).suffix or "without a suffix"
+        return records, lambda file: suffix_of(file) + " beside records" * is_text(file)
+    return is_text, suffix_of
 
 
 def _own_splits(files: list[str], passed: Counter[str]) -> tuple[list[str], frozenset[str]]:
@@ -211,8 +222,16 @@ def _split_name(file: str) -> str | None:
     return None
 
 
-def _walk(root: Path, passed: Counter[str], excluded: frozenset[str] = frozenset()) -> list[str]:
-    """Files of a folder at any depth, behind links too, sorted; counts what is passed over."""
+def walk_files(
+    root: Path, passed: Counter[str], excluded: frozenset[str] = frozenset()
+) -> list[str]:
+    """Files of a folder at any depth, behind links too, sorted; hidden ones are left out.
+
+    Args:
+        root: The folder.
+        passed: Counts of what is passed over, by the reason, which are added to.
+        excluded: Names of folders that are left out uncounted.
+    """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()  # a link may lead to a folder that it lies in
     for folder, folders, files in os.walk(root, followlinks=True):
