@@ -217,6 +217,8 @@ def of_commands() -> Iterator[Case]:
                 values = itertools.islice(numbers[kind], base.numbers)
             flag = f"--{option.replace('_', '-')}"
             for value in values:
+                if (option, value) == ("mesh.data", "-1"):  # the one of them that is legal
+                    value = "0"
                 if positional:
                     at = len(name.split())
                     words = (*start[:at], value, *start[at + 1 :])
