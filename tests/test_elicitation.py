@@ -361,11 +361,22 @@ def test_organisms_that_are_wrong_are_one_line(tmp_path: Path):
         organism(trials=())
     file = tmp_path / "organism.json"
     file.write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="is not a JSON object"):
         read_organism(tmp_path)
-    file.write_text('{"name": "a", "trials": [{"secret": "b"}]}')
-    with pytest.raises(ValueError, match="describes no organism .'messages'."):
-        read_organism(file)
+    organism().save(file)
+    whole = json.loads(file.read_text())
+    trial = {"messages": [{"role": "user", "content": 3}], "secret": "b", "direct": True}
+    for changes, message in (
+        ({"candidates": "ocean"}, r"json: candidates='ocean' is not a list of str: docs/audit.md"),
+        ({"trials": [{"secret": "b"}]}, "json: trial 1 has no messages: docs/audit.md says"),
+        ({"trials": [trial]}, "json: trial 1: messages: content=3 is not a text"),
+        ({"shots": [3]}, r"json: shots=\[3\] is not a list of list"),
+        ({"reply": None}, "json has no reply"),
+        ({"hints": 3}, "json describes no organism .unknown hints.: docs/audit.md"),
+    ):
+        file.write_text(json.dumps(whole | changes))
+        with pytest.raises(ValueError, match=message):
+            read_organism(file)
 
 
 # The auditor.

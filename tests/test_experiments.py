@@ -171,3 +171,17 @@ def test_no_causal_policy_beats_a_coin(policy):
         assert scores["parallel"] > math.log(2) - 1e-6
     else:
         assert abs(scores["parallel"] - scores["prefix_only"]) > 1e-4
+
+
+def test_files_that_are_no_results_are_one_line(tmp_path):
+    from train.experiments import broadening, needle
+
+    file = tmp_path / "results.jsonl"
+    for content, reason in (("", ": name a file"), ('{"task": 3}', " of this .*KeyError")):
+        file.write_text(content)
+        for module in (quality, precision, needle, broadening):
+            config = next(iter(module.main.__annotations__.values()))
+            with pytest.raises(ValueError, match=rf"{file} has no results{reason}"):
+                module.main(config(report=str(file)))
+    with pytest.raises(ValueError, match="is no folder: choose another place"):
+        quality.main(quality.Quality(out=str(file / "below/out.jsonl")))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
+from thoughtbubbles.fields import Fields, read_json
 from train.audit.auditor import mentions
 from train.audit.worlds import WORLDS, Turns, World, neutral
 from train.cli.numbers import check_least
@@ -21,6 +22,7 @@ from train.runs.files import new_folder
 
 Message = Mapping[str, str]
 Kind = Literal["taboo", "persona", "instruction"]
+_REMEDY = "docs/audit.md says what it must hold"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,24 +88,39 @@ def read_organism(path: str | Path) -> Organism:
     """
     file = Path(path).expanduser()
     file = file / "organism.json" if file.is_dir() else file
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
-    try:
-        trials = tuple(
-            Trial(_messages(of["messages"]), str(of["secret"]), bool(of["direct"]))
-            for of in fields.pop("trials")
-        )
-        shots = tuple(_messages(shot) for shot in fields.pop("shots", ()))
-        words = {name: tuple(fields.pop(name, ())) for name in ("candidates", "read_at")}
-        return Organism(trials=trials, shots=shots, **words, **fields)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} describes no organism ({error}): see docs/audit.md") from error
+    known = {field.name for field in dataclasses.fields(Organism)}
+    found = _fields(read_json(file), str(file))
+    if unknown := sorted(set(found.names()) - known):
+        raise ValueError(f"{file} describes no organism (unknown {', '.join(unknown)}): {_REMEDY}")
+    trials = [
+        _fields(content, f"{file}: trial {number}")
+        for number, content in enumerate(found.list("trials", dict), 1)
+    ]
+    return Organism(
+        name=found.text("name"),
+        candidates=tuple(found.list("candidates", str)),
+        trials=tuple(
+            Trial(_messages(trial, "messages"), trial.text("secret"), trial.flag("direct"))
+            for trial in trials
+        ),
+        prefill=found.text("prefill"),
+        reply=found.text("reply"),
+        persona=found.text("persona"),
+        shots=tuple(
+            _messages(_fields({"shots": shot}, str(file)), "shots")
+            for shot in found.list("shots", list, [])
+        ),
+        read_at=tuple(found.list("read_at", str, [])),
+    )
 
 
-def _messages(found: Sequence[Any]) -> tuple[Message, ...]:
-    return tuple({"role": str(each["role"]), "content": str(each["content"])} for each in found)
+def _fields(content: Mapping[str, Any], source: str) -> Fields:
+    return Fields(content, source, _REMEDY, _REMEDY)
+
+
+def _messages(found: Fields, name: str) -> tuple[Message, ...]:
+    messages = [_fields(each, f"{found.source}: {name}") for each in found.list(name, dict)]
+    return tuple({"role": each.text("role"), "content": each.text("content")} for each in messages)
 
 
 def make_organism(kind: Kind, secret: str | None = None, seed: int = 0, shots: int = 8) -> Organism:

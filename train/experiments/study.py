@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from train.data.json_lines import read_json_lines
+from train.runs.files import check_new_file, check_regular
 from train.runs.metadata import load_run_meta
 
 Result = dict[str, Any]
@@ -59,10 +60,16 @@ class Results:
     Args:
         path: File; it is made, with its folder, when the first run is finished.
         key: Names of the entries in which two results of the same run agree.
+
+    Raises:
+        ValueError: No such file can be made, or a line of it is no result.
     """
 
     def __init__(self, path: str | Path, key: Sequence[str]):
         self._path, self._key = Path(path), tuple(key)
+        check_regular(self._path)
+        if not self._path.exists():
+            check_new_file(self._path)
         self.found = read_results(path) if self._path.exists() else []
 
     def __contains__(self, run: Mapping[str, Any]) -> bool:
@@ -96,12 +103,34 @@ def run_study(
         report: Text of all results.
     """
     if config.report is not None:
-        print(report(read_results(config.report)))
+        print(report_text(config.report, report))
         return
     results = Results(config.out, key)
     for result, line in train(config, results):
         results.add(result)
         print(line, flush=True)
+
+
+def report_text(path: str | Path, report: Callable[[list[Result]], str]) -> str:
+    """The report of a file of results.
+
+    Args:
+        path: File of results.
+        report: Text of all results.
+
+    Raises:
+        ValueError: The file is not of this experiment, or a result in it was edited.
+    """
+    results = read_results(path)
+    if not results:
+        raise ValueError(f"{path} has no results: name a file that this experiment has written")
+    try:
+        return report(results)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has no results of this experiment ({type(error).__name__}: {error}): name a "
+            "file that it has written"
+        ) from error
 
 
 def check_finished(folder: str | Path, steps: int) -> None:
