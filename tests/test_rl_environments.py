@@ -543,5 +543,5 @@ def test_a_trained_player_has_seen_actions_of_the_random_one():
     assert score.success == np.mean([row.reward.success for row in rows])
     with pytest.raises(ValueError, match="unknown method 'a2c'"):
         table.Experiment(arms=("a2c",))
-    with pytest.raises(ValueError, match="steps=0: choose 1 or more"):
+    with pytest.raises(ValueError, match="steps=0 is below 1"):
         table.Experiment(steps=0)

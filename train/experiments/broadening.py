@@ -60,13 +60,11 @@ class Broadening(StudyConfig):
     figure: str | None = None
 
     def __post_init__(self):
-        for name in ("correct", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        super().__post_init__()
         if self.correct >= self.tokens:
             raise ValueError(f"correct={self.correct} of tokens={self.tokens}: choose it smaller")
-        if min(self.rollouts, default=0) < 1:
-            raise ValueError(f"rollouts={self.rollouts}: choose numbers of 1 or more")
+        if not self.rollouts:
+            raise ValueError("no rollouts: choose numbers of 1 or more")
 
 
 def main(config: Broadening) -> None:

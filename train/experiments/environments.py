@@ -23,7 +23,7 @@ from train.data import ByteTokenizer
 from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.experiments.reinforce import supervise
-from train.experiments.study import check_finished, check_names
+from train.experiments.study import check_finished, check_names, check_options
 from train.models.load import LanguageModel, load_model
 from train.rl.config import RLConfig
 from train.rl.environments import ENVIRONMENTS
@@ -78,9 +78,7 @@ class Experiment:
     learning_rate: float = 1e-3
 
     def __post_init__(self):
-        for name in ("episodes", "supervised", "steps", "batch_size", "num_generations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        check_options(self)
         for arm in self.arms:
             part_from_text("method", arm)
 

@@ -114,10 +114,8 @@ class FrozenPrompts(StudyConfig):
     out: str = "frozen_prompts.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("arm", self.arms, ARMS)
-        for name in ("pretraining", "steps", "prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

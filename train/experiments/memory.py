@@ -199,6 +199,7 @@ class Experiment(StudyConfig):
     out: str = "memory.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("arm", self.arms, ("frozen", *ARMS))
 
 

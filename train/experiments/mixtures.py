@@ -75,6 +75,7 @@ class Mixtures(StudyConfig):
     out: str = "mixtures.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("source", (self.category,), BASE)
         for share in self.shares:
             with_share(BASE, [self.category], share)

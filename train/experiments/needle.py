@@ -112,10 +112,8 @@ class Experiment(StudyConfig):
     figure: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("task", self.tasks, TASKS)
-        for name in ("problems", "supervised"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
 
 
 def main(config: Experiment) -> None:

@@ -59,8 +59,9 @@ class Precision(StudyConfig):
     out: str = "precision.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("variant", self.variants, VARIANTS)
-        check_least(self, steps=1, rows=2)
+        check_least(self, rows=2)
 
 
 def main(config: Precision) -> None:

@@ -227,6 +227,7 @@ class Quality(StudyConfig):
     against: str = "plain"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("variant", (*self.variants, self.against), VARIANTS)
 
 

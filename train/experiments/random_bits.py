@@ -21,6 +21,7 @@ from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, TrainState, make_trainable
 from train.engine.step import make_train_step
+from train.experiments.study import check_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,9 @@ class RandomBits:
     steps: int = 3000
     batch_size: int = 32
     seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def main(config: RandomBits) -> None:

@@ -127,6 +127,7 @@ class Experiment(StudyConfig):
     out: str = "reinforce.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("task", self.tasks, TASKS)
         for arm in self.arms:
             if arm.partition("(")[0] in METHODS:

@@ -280,6 +280,7 @@ class Experiment(StudyConfig):
     out: str = "remember.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("arm", self.arms, ARMS)
 
 

@@ -73,6 +73,7 @@ class Retrofit(StudyConfig):
     out: str = "retrofit.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("variant", self.variants, VARIANTS)
         if not self.policy.causal:
             raise ValueError(f"{self.policy} is not causal: choose PrefixRank(...) or Threshold")

@@ -90,6 +90,7 @@ class Secrets(StudyConfig):
     save: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("arm", self.arms, ARMS)
         check_names("kind", self.kinds, WORLDS)
         check_names("method", self.methods, (*METHODS, *READINGS))

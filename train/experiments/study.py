@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from train.cli.numbers import check_least
 from train.data.json_lines import read_json_lines
 from train.runs.files import check_new_file, check_regular
 from train.runs.metadata import load_run_meta
@@ -30,6 +31,27 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     out: str = "results.jsonl"
     report: str | None = None
+
+    def __post_init__(self):
+        check_options(self)
+
+
+def check_options(config: Any) -> None:
+    """Checks the numbers of an experiment's options, before hours of work.
+
+    Counts are at least 1, but those that are 0 by default; no other number is negative.
+
+    Args:
+        config: Options; those that are written as text have checks of their own.
+
+    Raises:
+        ValueError: A number is too small.
+    """
+    for field in dataclasses.fields(config):
+        default = field.default if isinstance(field.default, tuple) else (field.default,)
+        if all(type(item) in (int, float) for item in default):
+            counted = all(type(item) is int and item > 0 for item in default)
+            check_least(config, **{field.name: int(counted)})
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -105,10 +105,8 @@ class Experiment(StudyConfig):
     out: str = "synthesis.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("arm", self.arms, ARMS)
-        for name in ("supervised", "steps", "batch_size", "episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
 
 
 def main(config: Experiment) -> None:
