@@ -21,7 +21,8 @@ from train.cli.main import COMMANDS, EXPERIMENTS
 
 INTEGERS = ["-1", "0", str(2**63), str(10**19), "1e308", "nan", "1.5", "x", "", str(10**12), "1_0"]
 FLOATS = ["nan", "inf", "-inf", "-1", "0", "1e308", "1e-400", "x", "", str(2**70), "0x10", "1e999"]
-IMPOSSIBLE = ["-1", "nan", str(10**19), "x"]  # where a legal value works for minutes
+IMPOSSIBLE = {int: ["-1", "nan", str(10**19), "x"], float: ["-1", "nan", "inf", "x"]}
+"""Values where a legal one works for minutes."""
 TEXTS = [
     "", "nope", "{base}/nope", "{base}/texts", "/dev/null", "{base}/chats.jsonl", "\x01\x02",
     "{base}/texts/0.txt/x", "{base}/model.gguf", "x" * 100_000, "nope(x=1)", "--", "{base}/run",
@@ -44,6 +45,7 @@ class Base:
         texts: Number of those of each other option.
         out: File or folder that must be absent after a refusal.
         runs: Whether the line as it stands runs in seconds; else numbers are impossible ones.
+        legal: Whether the line as it stands succeeds, where it runs.
     """
 
     words: tuple[str, ...] = ()
@@ -52,6 +54,7 @@ class Base:
     texts: int = 3
     out: str = ""
     runs: bool = True
+    legal: bool = True
 
 
 GENERATE = words_of("generate --checkpoint {base}/run --max-new-tokens 1 --prompt ab")
@@ -75,9 +78,10 @@ def bases() -> dict[str, Base]:
         "pretrain": Base((*PRETRAIN[1:], *dry), PRESETS["tiny"], 1, 1),
         "sft": Base((*SFT[1:], *dry), SFTConfig(), 1, 1),
         "rl": Base((*RL[1:], *dry), RLConfig(), 1, 1),
-        "play": Base(words_of("copy(length=2) --player scripted")),
+        "play": Base(words_of("hanoi --player scripted")),
         "probe": Base((*SAMPLED, "--out", "{here}/out.jsonl"), out="out.jsonl"),
-        "rejection": Base((*SAMPLED, "--out", "{here}/out.jsonl"), out="out.jsonl"),
+        # No answer of an untrained model is right, which is said at the end.
+        "rejection": Base((*SAMPLED, "--out", "{here}/out.jsonl"), out="out.jsonl", legal=False),
         "demonstrations": Base(
             words_of("sokoban_variants --count 2 --out {here}/out.jsonl --battery-count 1"),
             out="out.jsonl",
@@ -85,7 +89,7 @@ def bases() -> dict[str, Base]:
         "battery": Base(
             words_of(
                 """--checkpoint {base}/plain --battery.task general_points --battery.episodes 1
-                --battery.max-turns 1 --battery.max-new-tokens 1 --battery.variants all_10"""
+                --battery.max-turns 1 --battery.max-new-tokens 1 --battery.variants all_5"""
             )
         ),
         "generate": Base(GENERATE[1:]),
@@ -106,7 +110,7 @@ def bases() -> dict[str, Base]:
         "audit report": Base(
             words_of(
                 """{base}/organism --model {base}/run --control {base}/run --max-new-tokens 1
-                --methods sample --out {here}/out.jsonl"""
+                --methods io --out {here}/out.jsonl"""
             ),
             out="out.jsonl",
         ),
@@ -199,11 +203,11 @@ def of_commands() -> Iterator[Case]:
         if name == "harness":  # its options are those of lm_eval
             continue
         start = (*name.split(), *base.words)
-        if base.runs and "--dry-run" not in base.words:
+        if base.runs and base.legal and "--dry-run" not in base.words:
             yield Case(f"{name} as it is meant", start, legal=True)
         numbers = {
-            int: itertools.cycle(INTEGERS if base.runs else IMPOSSIBLE),
-            float: itertools.cycle(FLOATS if base.runs else IMPOSSIBLE),
+            int: itertools.cycle(INTEGERS if base.runs else IMPOSSIBLE[int]),
+            float: itertools.cycle(FLOATS if base.runs else IMPOSSIBLE[float]),
         }
         texts, written = itertools.cycle(TEXTS), itertools.cycle(WRITTEN)
         config = config_of(name) if base.config is None else base.config

@@ -178,7 +178,7 @@ def of_words() -> Iterator[Case]:
     audit organism taboo --neutral {base}/lines.jsonl --out {here}/out
     audit report|audit report {base}/organism|audit report {base}/organism --model {base}/run
     audit report {base}/chats.jsonl --model {base}/run --control {base}/run --out {here}/out.jsonl
-    audit report {base}/organism --model {base}/run --control {base}/hatchling --methods sample
+    audit report {base}/organism --model {base}/run --control {base}/hatchling --methods io
     harness|harness nope|harness --plugin nope|harness run --model nope
     experiment|experiment nope|experiment quality --nope|experiment random_bits --steps x
     experiment reinforce --methods nope|experiment needle --seeds -1|experiment precision --nope 1

@@ -91,7 +91,7 @@ def of_records() -> Iterator[Case]:
     """What our other commands wrote: audits, probes, adapters, tokenizers, results."""
     report = words_of(
         """audit report {here}/model --model {base}/run --control {base}/run --max-new-tokens 1
-        --methods sample --out {here}/out.jsonl"""
+        --methods io --out {here}/out.jsonl"""
     )
     adapted = words_of(
         """generate --model {base}/exported --adapter {here}/model --max-new-tokens 1 --prompt a"""

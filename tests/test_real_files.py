@@ -7,6 +7,8 @@ import json
 import lzma
 import os
 import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from train.data.splits import document_digest
 from train.data.streams import file_lines
 from train.data.text import SECTION, WHOLE, sections
 from train.data.text_files import find_text_files
+from train.tokenizer import TokenizerConfig
+from train.tokenizer import run as train_tokenizer
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -251,3 +255,53 @@ def test_columns_that_are_no_text(tmp_path):
         parquet.write_table(data, path)
         with pytest.raises(DataError, match=message):
             documents(path, tmp_path)
+
+
+PREPARE = """
+import re, sys, time
+from pathlib import Path
+from train.data import DataConfig, prepare
+
+def kilobytes(name):
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\\s+(\\d+)", status)[1])
+
+import grain, tokenizers
+from array_record.python import array_record_data_source, array_record_module
+before, start = kilobytes("VmRSS"), time.process_time()
+corpus, cache, tokenizer = sys.argv[1:]
+config = DataConfig(corpus, tokenizer=tokenizer, seq_len=1024, cache_dir=cache)
+documents = sum(prepare(config).statistics[split]["documents"] for split in ("train", "validation"))
+print(time.process_time() - start, kilobytes("VmHWM") - before, before, documents)
+"""
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize(("size", "tokenizer", "least"), [(300, "bytes", 20), (12, "bpe", 1)])
+def test_a_large_corpus(size: int, tokenizer: str, least: float, tmp_path: Path):
+    """In MB: its size, and the least speed of one CPU."""
+    source, corpus = random.Random(0), tmp_path / "big.jsonl"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(source.choices(letters, k=source.randrange(2, 10))) for _ in range(3000)]
+    with corpus.open("w") as file:
+        number = 0
+        while file.tell() < size * 1e6:
+            text = " ".join(source.choices(words, k=source.randrange(50, 700)))
+            record = {"id": number, "text": text, "url": f"https://example.org/{number}"}
+            number += 1
+            file.write(json.dumps(record) + "\n")
+    if tokenizer == "bpe":
+        config = TokenizerConfig(str(corpus), 3317, tmp_path / "bpe.json", 0.05, str(tmp_path))
+        print(train_tokenizer(config))
+        tokenizer = str(tmp_path / "bpe.json")
+    command = [sys.executable, "-c", PREPARE, str(corpus), str(tmp_path / "cache"), tokenizer]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, memory, before, documents = map(float, done.stdout.split())
+    print(
+        f"{size} MB, {documents:.0f} documents: {size / seconds:.1f} MB/s, {memory / 1e3:.0f} MB "
+        f"above {before / 1e3:.0f} MB"
+    )
+    assert documents == number
+    assert size / seconds >= least
+    assert memory * 1024 <= 150e6 + 16 * documents

@@ -107,7 +107,10 @@ def run_command(
 
 def _one_line(error: Exception) -> str:
     """The message of an error; a system's or a library's may have several lines."""
-    return cut(re.sub(r"\s*\n\s*", " ", str(error).strip()), _LONGEST_LINE)
+    line = re.sub(r"\s*\n\s*", " ", str(error).strip())
+    # A huge value, which the parser breaks into words of a line, hides what is said behind it.
+    line = re.sub(r"\S{300,}|(?:\S{60,} ){3,}\S*", lambda found: cut(found[0], 100), line)
+    return cut(line, _LONGEST_LINE)
 
 
 def _out_of_memory(error: Exception) -> str:
