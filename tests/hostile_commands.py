@@ -45,7 +45,6 @@ class Base:
         texts: Number of those of each other option.
         out: File or folder that must be absent after a refusal.
         runs: Whether the line as it stands runs in seconds; else numbers are impossible ones.
-        legal: Whether the line as it stands succeeds, where it runs.
     """
 
     words: tuple[str, ...] = ()
@@ -54,7 +53,6 @@ class Base:
     texts: int = 3
     out: str = ""
     runs: bool = True
-    legal: bool = True
 
 
 GENERATE = words_of("generate --checkpoint {base}/run --max-new-tokens 1 --prompt ab")
@@ -80,8 +78,11 @@ def bases() -> dict[str, Base]:
         "rl": Base((*RL[1:], *dry), RLConfig(), 1, 1),
         "play": Base(words_of("hanoi --player scripted")),
         "probe": Base((*SAMPLED, "--out", "{here}/out.jsonl"), out="out.jsonl"),
-        # No answer of an untrained model is right, which is said at the end.
-        "rejection": Base((*SAMPLED, "--out", "{here}/out.jsonl"), out="out.jsonl", legal=False),
+        "rejection": Base(
+            ("--plugin", "easy_task", *with_option(SAMPLED, "--task", "easy"), "--out",
+             "{here}/out.jsonl"),
+            out="out.jsonl",
+        ),
         "demonstrations": Base(
             words_of("sokoban_variants --count 2 --out {here}/out.jsonl --battery-count 1"),
             out="out.jsonl",
@@ -203,7 +204,7 @@ def of_commands() -> Iterator[Case]:
         if name == "harness":  # its options are those of lm_eval
             continue
         start = (*name.split(), *base.words)
-        if base.runs and base.legal and "--dry-run" not in base.words:
+        if base.runs and "--dry-run" not in base.words:
             yield Case(f"{name} as it is meant", start, legal=True)
         numbers = {
             int: itertools.cycle(INTEGERS if base.runs else IMPOSSIBLE[int]),

@@ -165,15 +165,15 @@ def of_words() -> Iterator[Case]:
     rejection --weights {base}/plain --task copy --data r_tuning --strategy best_of
     rejection --weights {base}/plain --task copy --out {base}/chats.jsonl
     demonstrations|demonstrations copy|demonstrations nope|demonstrations general_points(maps=99)
-    demonstrations sokoban_variants --out {here}/a/x.jsonl --battery {here}/a --count 1
-    battery|battery --checkpoint {base}/plain|battery --checkpoint {base}/plain --battery.task copy
+    demonstrations sokoban_variants --out {here}/a/id.jsonl --battery {here}/a --count 1
+    battery|battery --checkpoint {base}/nope|battery --checkpoint {base}/plain --battery.task copy
     battery --checkpoint {base}/plain --battery.task general_points --battery.variants nope
     battery --checkpoint {base}/plain --battery.task general_points --json {here}
     audit|audit nope|audit lens|audit lens --checkpoint {base}/run --model {base}/smollm3
     audit lens --checkpoint {base}/run --sites nope|audit lens --checkpoint {base}/hatchling
     audit lens --checkpoint {base}/plain --tuned {base}/lens|audit lens --checkpoint {base}/rl
     audit sae --checkpoint {base}/run --k 99 --features 9 --out {here}/out|audit sae
-    audit tuned-lens --checkpoint {base}/plain --seq-len 4096 --out {here}/out
+    audit tuned-lens --checkpoint {base}/plain --seq-len 1 --out {here}/out
     audit organism|audit organism nope --out {here}/out|audit organism taboo --out {base}/texts
     audit organism taboo --neutral {base}/lines.jsonl --out {here}/out
     audit report|audit report {base}/organism|audit report {base}/organism --model {base}/run

@@ -170,6 +170,8 @@ def test_a_plugin_that_is_not_there_is_one_line():
         (["generate", "--seed", "x"], "Error parsing --seed: invalid literal for int"),
         (["generate", "--plugin"], "--plugin names no module: write --plugin mine for mine.py"),
         (["runs", "x\ny"], "x y holds no run"),
+        (["export", "a", "--to", "b", "--format", "x" * 9000], "invalid choice 'xxx"),
+        (["runs", "x" * 9000], "xxx"),
         (["pretrain", "tiny_plain", "--data.corpus", f"mix(x={'[' * 5000})"], "corpus 'mix(x=[["),
     ],
 )

@@ -184,4 +184,4 @@ def test_files_that_are_no_results_are_one_line(tmp_path):
             with pytest.raises(ValueError, match=rf"{file} has no results{reason}"):
                 module.main(config(report=str(file)))
     with pytest.raises(ValueError, match="is no folder: choose another place"):
-        quality.main(quality.Quality(out=str(file / "below/out.jsonl")))
+        study.Results(file / "below/out.jsonl", ("seed",))

@@ -17,19 +17,19 @@ from hostile_base import make_base
 from hostile_runs import Case, preload, report, run_case
 
 KINDS = {
-    "commands": hostile_commands.of_commands,
+    "words": hostile_options.of_words,
+    "records": hostile_records.of_records,
     "objects": hostile_options.of_objects,
     "malformed": hostile_options.of_malformed,
-    "words": hostile_options.of_words,
     "models": hostile_inputs.of_models,
     "gguf": hostile_inputs.of_gguf,
     "runs": hostile_records.of_runs,
-    "records": hostile_records.of_records,
     "templates": hostile_inputs.of_templates,
     "prompts": hostile_inputs.of_prompts,
     "corpora": hostile_inputs.of_corpora,
     "paths": hostile_inputs.of_paths,
     "damage": hostile_inputs.of_damage,
+    "commands": hostile_commands.of_commands,
 }
 
 

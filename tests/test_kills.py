@@ -27,7 +27,6 @@ from test_metrics import without_time
 from train.runs.checkpoint import load_params
 
 PROGRAM = "from train.cli.main import main; main()"
-SAVED = ("--save-every", "3")
 AUDITED = words_of("--checkpoint {base}/run --seq-len 16 --held-out 2")
 
 
@@ -38,7 +37,7 @@ def options(words: tuple[str, ...], **values: str) -> tuple[str, ...]:
 
 
 def curve(out: Path) -> list[dict[str, object]]:
-    timed = ("/s", "seconds", "mfu", "util", "bytes", "memory")
+    timed = ("second", "data_wait", "goodput", "mfu", "memory")
     return [
         {name: value for name, value in line.items() if not any(part in name for part in timed)}
         for line in without_time(out)
@@ -96,20 +95,17 @@ def steps(count: int) -> Callable[[Path, str], bool]:
     return reached
 
 
+SAVED = {"save_every": "3", "log_every": "1"}
+REINFORCED = options(RL, steps="9", max_new_tokens="4", **SAVED)
 SEARCH = "deepsearch(width=2, step_len=1, probe=2, threshold=0.5)"
 LINES = options(SAMPLED, pool="60", samples="8")
 WORKS = {
     "sft": Work(
-        (*options(SFT, steps="24", save_every="3"), "--out", "{out}"), steps(4), same_run
+        (*options(SFT, steps="24", **SAVED), "--out", "{out}"), steps(1), same_run
     ),
-    "rl": Work(
-        (*options(RL, steps="9", save_every="3", max_new_tokens="4"), "--out", "{out}"),
-        steps(2), same_run,
-    ),
+    "rl": Work((*REINFORCED, "--out", "{out}"), steps(1), same_run),
     "search": Work(
-        (*options(RL, steps="9", save_every="3", max_new_tokens="4", method=SEARCH),
-         "--out", "{out}"),
-        steps(2), same_run,
+        (*options(REINFORCED, method=SEARCH), "--out", "{out}"), steps(1), same_run
     ),
     "packing": Work(
         (*options(PRETRAIN, **{"data.corpus": "{base}/long", "data.cache-dir": "{here}/data"}),
@@ -133,8 +129,8 @@ WORKS = {
         printed("step "), same_arrays, again=False,
     ),
     "rejection": Work(
-        ("rejection", *LINES, "--data", "rft", "--out", "{out}"), exists("out"), same_bytes,
-        again=False,
+        ("rejection", "--plugin", "easy_task", *options(LINES, task="easy"), "--out", "{out}"),
+        exists("out"), same_bytes, again=False,
     ),
     "probe": Work(("probe", *LINES, "--out", "{out}"), exists("out"), same_bytes),
     "demonstrations": Work(
@@ -182,9 +178,9 @@ def test_a_kill_leaves_no_trace(name: str, base: Path, tmp_path: Path):
         assert process.wait() == 0 and seconds, process.output()
         seconds = time.monotonic() - seconds
     moments = random.Random(time.time_ns())
-    for _ in range(5):
+    for turn in range(5):
         shutil.rmtree(killed, ignore_errors=True)
-        process = start(work, base, killed, Path(shutil.copytree(cache, tmp_path / f"jax{_}")))
+        process = start(work, base, killed, Path(shutil.copytree(cache, tmp_path / f"jax{turn}")))
         while process.poll() is None and not work.begun(killed, process.output()):
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.8 * seconds))
