@@ -79,8 +79,10 @@ def bases() -> dict[str, Base]:
         "play": Base(words_of("hanoi --player scripted")),
         "probe": Base((*SAMPLED, "--out", "{here}/out.jsonl"), out="out.jsonl"),
         "rejection": Base(
-            ("--plugin", "easy_task", *with_option(SAMPLED, "--task", "easy"), "--out",
-             "{here}/out.jsonl"),
+            words_of(
+                """--plugin easy_task --weights {base}/plain --task easy --samples 8 --pool 4
+                --batch-size 2 --max-new-tokens 64 --out {here}/out.jsonl"""
+            ),
             out="out.jsonl",
         ),
         "demonstrations": Base(

@@ -69,9 +69,12 @@ def test_a_loss_that_diverged_is_no_number_and_a_damaged_file_is_named(tmp_path:
     assert "NaN" not in text and "null" in text
     found = read(tmp_path, "step")
     assert found and found["measurements"]["one"]["loss"] == [1.0, None]
-    (tmp_path / "step.json").write_text("")
-    with pytest.raises(ValueError, match=r"step.json is damaged .*: remove it"):
-        Record(tmp_path, "step", 9)
+    whole = json.loads((tmp_path / "step.json").read_text())
+    edited = json.dumps(whole | {"measurements": {"one": 3}})
+    for content in ("", "[" * 100_000, "[]", "{}", edited):
+        (tmp_path / "step.json").write_text(content)
+        with pytest.raises(ValueError, match=r"step.json is damaged .*: remove it"):
+            Record(tmp_path, "step", 9)
 
 
 def test_a_process_without_the_heavy_packages_measures_a_part(tmp_path: Path):
@@ -264,6 +267,15 @@ def test_a_mistake_in_the_file_of_runs_names_its_line(tmp_path: Path, change, me
         queued.read_queue(path)
     assert f"{path}, line 1: " in str(error.value)
     assert message.format(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_runs_that_is_none_is_one_line(tmp_path: Path):
+    path = tmp_path / "queue.jsonl"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="line 1: maximum recursion depth"):
+        queued.read_queue(str(path))
+    with pytest.raises(ValueError, match="is no regular file"):
+        queued.read_queue(str(tmp_path))
 
 
 def test_corpora_of_another_kind_are_refused(tmp_path: Path):

@@ -129,7 +129,7 @@ WORKS = {
         printed("step "), same_arrays, again=False,
     ),
     "rejection": Work(
-        ("rejection", "--plugin", "easy_task", *options(LINES, task="easy"), "--out", "{out}"),
+        ("rejection", "--plugin", "easy_task", *options(LINES, task="easy", max_new_tokens="64"), "--out", "{out}"),
         exists("out"), same_bytes, again=False,
     ),
     "probe": Work(("probe", *LINES, "--out", "{out}"), exists("out"), same_bytes),

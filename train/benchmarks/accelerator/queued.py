@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from thoughtbubbles import ModelConfig
+from thoughtbubbles.fields import read_text
 from train.benchmarks.accelerator.record import Record, TimeIsUp
 from train.cli.config_json import as_json, model_from_json
 from train.devices.hardware import chip_of
@@ -113,17 +114,16 @@ def read_queue(path: str) -> list[QueuedRun]:
     """The runs of a file, with their corpora checked.
 
     Raises:
-        ValueError: A line is wrong; the message names file and line.
-        OSError: The file can't be read.
+        ValueError: The file is no text, or a line is wrong; the message names file and line.
     """
     runs = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(Path(path)).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             runs.append(_run_of(json.loads(line), Path(path).parent))
             runs[-1].tokens()
-        except (ValueError, TypeError) as error:  # json's error is a ValueError
+        except (ValueError, TypeError, RecursionError) as error:  # json's error is a ValueError
             raise ValueError(f"{path}, line {number}: {error}") from error
     names = [run.name for run in runs]
     if repeated := next((name for name in names if names.count(name) > 1), None):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from thoughtbubbles.fields import read_text
 from train.runs.files import write_atomically
 
 
@@ -128,16 +129,20 @@ def read(folder: Path, part: str) -> dict[str, Any] | None:
     """Contents of a part's file; None if there is none.
 
     Raises:
-        ValueError: The file holds no JSON, as after a machine that lost its power.
+        ValueError: The file holds no results, as after a machine that lost its power.
     """
     path = folder / f"{part}.json"
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(read_text(path))
+        whole = {"part", "device", "jax", "finished"} <= found.keys()
+        if not whole or not all(type(each) is dict for each in found["measurements"].values()):
+            raise ValueError("it holds no results")
+    except (ValueError, RecursionError, AttributeError, KeyError) as error:
         what = "remove it, and its part is measured anew"
         raise ValueError(f"{path} is damaged ({error}): {what}") from error
+    return found
 
 
 def one_line(error: BaseException) -> str:
