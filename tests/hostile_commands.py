@@ -112,8 +112,8 @@ def bases() -> dict[str, Base]:
         ),
         "audit report": Base(
             words_of(
-                """{base}/organism --model {base}/run --control {base}/run --max-new-tokens 1
-                --methods io --out {here}/out.jsonl"""
+                """{base}/organism --model {base}/smollm3 --control {base}/smollm3 --methods io
+                --max-new-tokens 1 --out {here}/out.jsonl"""
             ),
             out="out.jsonl",
         ),

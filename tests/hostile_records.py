@@ -90,8 +90,8 @@ def of_runs() -> Iterator[Case]:
 def of_records() -> Iterator[Case]:
     """What our other commands wrote: audits, probes, adapters, tokenizers, results."""
     report = words_of(
-        """audit report {here}/model --model {base}/run --control {base}/run --max-new-tokens 1
-        --methods io --out {here}/out.jsonl"""
+        """audit report {here}/model --model {base}/smollm3 --control {base}/smollm3 --methods io
+        --max-new-tokens 1 --out {here}/out.jsonl"""
     )
     adapted = words_of(
         """generate --model {base}/exported --adapter {here}/model --max-new-tokens 1 --prompt a"""

@@ -27,7 +27,7 @@ from test_metrics import without_time
 from train.runs.checkpoint import load_params
 
 PROGRAM = "from train.cli.main import main; main()"
-AUDITED = words_of("--checkpoint {base}/run --seq-len 16 --held-out 2")
+AUDITED = words_of("--checkpoint {base}/run --corpus {base}/texts --seq-len 16 --held-out 2")
 
 
 def options(words: tuple[str, ...], **values: str) -> tuple[str, ...]:
@@ -99,6 +99,7 @@ SAVED = {"save_every": "3", "log_every": "1"}
 REINFORCED = options(RL, steps="9", max_new_tokens="4", **SAVED)
 SEARCH = "deepsearch(width=2, step_len=1, probe=2, threshold=0.5)"
 LINES = options(SAMPLED, pool="60", samples="8")
+EASY = options(LINES, task="easy", max_new_tokens="64")
 WORKS = {
     "sft": Work(
         (*options(SFT, steps="24", **SAVED), "--out", "{out}"), steps(1), same_run
@@ -129,7 +130,7 @@ WORKS = {
         printed("step "), same_arrays, again=False,
     ),
     "rejection": Work(
-        ("rejection", "--plugin", "easy_task", *options(LINES, task="easy", max_new_tokens="64"), "--out", "{out}"),
+        ("rejection", "--plugin", "easy_task", *EASY, "--out", "{out}"),
         exists("out"), same_bytes, again=False,
     ),
     "probe": Work(("probe", *LINES, "--out", "{out}"), exists("out"), same_bytes),
@@ -168,6 +169,7 @@ def start(work: Work, base: Path, here: Path, cache: Path) -> Process:
 def test_a_kill_leaves_no_trace(name: str, base: Path, tmp_path: Path):
     work = WORKS[name]
     whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "jax"
+    cache.mkdir()
     for _ in range(2):  # the second one compiles nothing, as the killed one
         shutil.rmtree(whole, ignore_errors=True)
         process, seconds = start(work, base, whole, cache), 0.0
