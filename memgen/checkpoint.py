@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
+from memgen.checks import check_module
 from memgen.model import MemGen
 from memgen.trigger import TriggerParam
 from memgen.weaver import WeaverParam
@@ -18,6 +19,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 def trained_params(memgen: MemGen) -> dict[Any, Any]:
     """Parameters of weaver and trigger as a nested dict of arrays, without those of decoders."""
+    check_module(memgen)
     return nnx.to_pure_dict(nnx.state(memgen, TRAINED))
 
 
@@ -34,6 +36,12 @@ def load_params(
     Raises:
         ValueError: A parameter is missing, unknown, or of another shape or dtype.
     """
+    check_module(module)
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"params are a {type(params).__name__}: give a nested dict of arrays, such as that of "
+            "trained_params"
+        )
     graphdef, mine, rest = nnx.split(module, kind, ...)
     expected, given = (
         {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _by_name(tree).items()}

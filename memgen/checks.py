@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def checked_ids(tokens: Any) -> jax.Array:
@@ -49,8 +50,28 @@ def check_stop(stop: Any) -> None:
 
 def check_floating(name: str, dtype: Any) -> None:
     """Raise a ValueError unless a type is of floats: integers would round values to 0."""
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise ValueError(f"{name}={jnp.dtype(dtype)}: choose a floating type, such as float32")
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        dtype = repr(dtype)
+    if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name}={dtype}: choose a floating type, such as float32")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is one whole number, of Python, NumPy or JAX."""
+    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one number, of Python, NumPy or JAX."""
+    return hasattr(value, "__float__") and not getattr(value, "shape", ())
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a ValueError unless this is one number."""
+    if not is_number(value):
+        raise ValueError(f"{name}={value!r}: give a number")
 
 
 def check_by_token(name: str, values: Any, tokens: Any) -> None:
@@ -62,8 +83,62 @@ def check_by_token(name: str, values: Any, tokens: Any) -> None:
         )
 
 
+def checked_mask(loss_mask: Any, tokens: Any) -> jax.Array:
+    """A loss mask as bool; a ValueError unless it has one entry of bool or integers a token.
+
+    Weights are refused: they would count as tokens and not weigh them.
+    """
+    check_by_token("a loss mask", loss_mask, tokens)
+    dtype = jnp.result_type(loss_mask)
+    if jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(f"a loss mask of type {dtype}: give bool, such as weights > 0")
+    return jnp.asarray(loss_mask).astype(bool)
+
+
+def check_decisions(decisions: Any, tokens: Any) -> None:
+    """Raise a ValueError unless there is one decision for each token, of three kinds."""
+    check_by_token("decisions", decisions, tokens)
+    if jnp.issubdtype(jnp.result_type(decisions), jnp.bool):
+        raise ValueError("decisions of type bool: give 1 for invoked, 0 for skipped, -1 for none")
+
+
+def check_rows(rows: int, **values: Any) -> None:
+    """Raise a ValueError unless each of these has one entry a row."""
+    for name, value in values.items():
+        if jnp.shape(value)[:1] != (rows,):
+            raise ValueError(f"{name} of shape {jnp.shape(value)} for {rows} rows: give one a row")
+
+
+def check_lengths(length: Any, rows: int, name: str = "length") -> None:
+    """Raise a ValueError unless these are whole numbers, one for each row."""
+    shape, dtype = jnp.shape(length), jnp.result_type(length)
+    if shape != (rows,):
+        raise ValueError(f"{name} of shape {shape} for {rows} rows: give one number a row")
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} of type {dtype}: give integers, such as int32")
+
+
+def check_module(module: Any) -> None:
+    """Raise a ValueError unless there is a module of Flax NNX in what is given."""
+    is_module = lambda part: isinstance(part, nnx.Module)  # noqa: E731
+    if not any(map(is_module, jax.tree.leaves(module, is_leaf=is_module))):
+        raise ValueError(
+            f"a {type(module).__name__} holds no nnx.Module, whose layers have names: give one"
+        )
+
+
+def check_by_name(name: str, values: Any) -> None:
+    """Raise a ValueError unless these are values by the names of linear layers."""
+    if not hasattr(values, "items"):
+        raise ValueError(
+            f"{name} is a {type(values).__name__}: give a mapping from names of linear layers"
+        )
+
+
 def check_width(values: Any, width: int, reader: str) -> None:
     """Raise a ValueError unless the last axis has the width that its reader was made for."""
+    if not hasattr(values, "shape"):
+        raise ValueError(f"vectors in a {type(values).__name__} for {reader}: give an array")
     if values.shape[-1] != width:
         raise ValueError(
             f"vectors of width {values.shape[-1]} for {reader} of width {width}: give those of the "

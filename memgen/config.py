@@ -4,15 +4,20 @@ import dataclasses
 import math
 from typing import Literal
 
+from memgen.checks import check_config, check_number, is_whole
+
 
 def _at_least(config, **bounds: float) -> None:
     for name, bound in bounds.items():
+        if not is_whole(getattr(config, name)):
+            raise ValueError(f"{name}={getattr(config, name)!r}: choose a whole number")
         if getattr(config, name) < bound:
             raise ValueError(f"{name}={getattr(config, name)}: choose {bound} or more")
 
 
 def _probability(config, *names: str) -> None:
     for name in names:
+        check_number(name, getattr(config, name))
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}={getattr(config, name)}: choose from 0 to 1")
 
@@ -37,10 +42,10 @@ class LoRAConfig:
 
     def __post_init__(self):
         _at_least(self, rank=1)
-        if isinstance(self.targets, str):
-            raise ValueError(f"targets={self.targets!r}: give a tuple, such as ({self.targets!r},)")
-        if not isinstance(self.rank, int):
-            raise ValueError(f"rank={self.rank}: choose a whole number")
+        if not isinstance(self.targets, tuple):
+            raise ValueError(f"targets={self.targets!r}: give a tuple, such as ('q', 'v')")
+        check_number("dropout", self.dropout)
+        check_number("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: choose from 0 to below 1")
         if not 0 < self.alpha < math.inf:
@@ -75,6 +80,7 @@ class WeaverConfig:
 
     def __post_init__(self):
         _at_least(self, prompt_latents=0, inference_latents=0)
+        check_config(self.lora, LoRAConfig)
         if self.context not in ("embeddings", "hidden", "nothing"):
             raise ValueError(f"context={self.context!r}: choose embeddings, hidden or nothing")
         if self.context == "hidden" and not self.latents_see_latents:
@@ -108,6 +114,8 @@ class TriggerConfig:
     def __post_init__(self):
         if self.source not in ("tokens", "stream", "reasoner_hidden"):
             raise ValueError(f"source={self.source!r}: choose tokens, stream or reasoner_hidden")
+        check_number("init_invoke_prob", self.init_invoke_prob)
+        check_config(self.lora, LoRAConfig)
         if not 0 < self.init_invoke_prob < 1:
             raise ValueError(f"init_invoke_prob={self.init_invoke_prob}: choose between 0 and 1")
 
@@ -135,6 +143,9 @@ class MemGenConfig:
 
     def __post_init__(self):
         _at_least(self, max_inference_events=0)
+        check_config(self.weaver, WeaverConfig)
+        if self.trigger is not None:
+            check_config(self.trigger, TriggerConfig)
         _probability(self, "insertion_prob")
         if self.insertion not in ("first", "random"):
             raise ValueError(f"insertion={self.insertion!r}: choose first or random")

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from memgen.checks import check_lengths, check_rows, checked_ids
 from memgen.delimiters import is_boundary
 from memgen.events import Decoders, Loop, memory_event
 from memgen.insertion import INFERENCE, PROMPT, Plan, assemble, check_plan, stream_length
-from memgen.model import MemGen
-from memgen.placement import placed_beside, row_shards
+from memgen.model import MemGen, check_memgen
+from memgen.placement import AnyArray, placed_beside, row_shards
 from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
 from memgen.response import Response
-from memgen.session import Session, check_capacity, put
+from memgen.session import Session, check_capacity, check_session, put
 from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
 
 
@@ -82,8 +83,8 @@ def generate(
 
 def begin(
     memgen: MemGen,
-    tokens: jax.Array,
-    length: jax.Array,
+    tokens: AnyArray,
+    length: AnyArray,
     keys: jax.Array,
     max_tokens: int,
     max_responses: int = 1,
@@ -105,6 +106,10 @@ def begin(
     Raises:
         ValueError: The prompts are longer than `max_tokens`.
     """
+    check_memgen(memgen)
+    tokens = checked_ids(tokens)
+    check_lengths(length, tokens.shape[0])
+    check_rows(tokens.shape[0], keys=keys)
     if tokens.shape[1] > max_tokens:
         raise ValueError(
             f"prompts of {tokens.shape[1]} tokens do not fit into max_tokens={max_tokens}: raise it"
@@ -124,8 +129,8 @@ def _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippet_capa
 
 def replay(
     memgen: MemGen,
-    tokens: jax.Array,
-    length: jax.Array,
+    tokens: AnyArray,
+    length: AnyArray,
     plan: Plan,
     latents: jax.Array,
     keys: jax.Array,
@@ -149,6 +154,10 @@ def replay(
     Raises:
         ValueError: The texts are longer than `max_tokens`, or the plan does not fit them.
     """
+    check_memgen(memgen)
+    tokens = checked_ids(tokens)
+    check_lengths(length, tokens.shape[0])
+    check_rows(tokens.shape[0], keys=keys, latents=latents)
     if tokens.shape[1] > max_tokens:
         raise ValueError(
             f"texts of {tokens.shape[1]} tokens do not fit into max_tokens={max_tokens}: raise it"
@@ -167,7 +176,7 @@ def _replay(memgen, tokens, length, plan, latents, keys, max_tokens, max_respons
     return session.replace(tokens=put(session.tokens, tokens, zeros, length), count=length)
 
 
-def observe(memgen: MemGen, session: Session, tokens: jax.Array, length: jax.Array) -> Session:
+def observe(memgen: MemGen, session: Session, tokens: AnyArray, length: AnyArray) -> Session:
     """Append tokens from outside, such as an environment's answer, to the rows.
 
     Args:
@@ -179,6 +188,10 @@ def observe(memgen: MemGen, session: Session, tokens: jax.Array, length: jax.Arr
     Raises:
         ValueError: A row would outgrow the session (under `jit` it becomes NaN instead).
     """
+    check_session(memgen, session)
+    tokens = checked_ids(tokens)
+    check_lengths(length, session.tokens.shape[0])
+    check_rows(session.tokens.shape[0], tokens=tokens)
     check_capacity(session, length)
     return _observe(memgen, session, tokens, length)
 
@@ -210,6 +223,9 @@ def respond(
         ValueError: A row would outgrow the session (under `jit` it becomes NaN instead), or the
             session was not begun for the request's retriever.
     """
+    check_session(memgen, session)
+    if not isinstance(request, Request):
+        raise ValueError(f"a {type(request).__name__} in place of a request: give make_request()")
     if request.retriever is not None:
         most = request.retriever.max_snippet_tokens
         if most > session.snippet_capacity:

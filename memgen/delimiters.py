@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from memgen.placement import table_rows
+from memgen.placement import AnyArray, table_rows
 
 DELIMITERS = (",", ".", "\n")
 BOUNDARY, UNLESS_AFTER_DIGIT, DIGIT = 1, 2, 4
@@ -35,14 +35,21 @@ def boundary_table(
         `[V]` uint8 flags of each id.
 
     Raises:
-        ValueError: The mode is unknown, there is no delimiter or an empty one, or "exact_id" comes
-            without `encode`.
+        ValueError: The texts are no texts, the mode is unknown, there is no delimiter or an empty
+            one, or "exact_id" comes without `encode`.
     """
+    if isinstance(texts, str) or not hasattr(texts, "__len__"):
+        raise ValueError(f"texts are a {type(texts).__name__}: give a list, the text of each id")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"the text of id {index} is {text!r}: give the surface text, a str")
     table = np.zeros(len(texts), np.uint8)
     if mode == "sentence":
         for index, text in enumerate(texts):
             table[index] = _sentence(text)
         return table
+    if isinstance(delimiters, (str, bytes)) or not hasattr(delimiters, "__iter__"):
+        raise ValueError(f"delimiters={delimiters!r}: give a tuple, such as (',', '.')")
     if not delimiters or not all(delimiters):
         raise ValueError(f"delimiters={tuple(delimiters)}: give at least one, none of them empty")
     if mode == "suffix":
@@ -68,7 +75,7 @@ def _sentence(text: str) -> int:
     return flags
 
 
-def is_boundary(table: jax.Array, last: jax.Array, previous: jax.Array) -> jax.Array:
+def is_boundary(table: AnyArray, last: AnyArray, previous: AnyArray) -> jax.Array:
     """Whether a text is at a boundary.
 
     Args:

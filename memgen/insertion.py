@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from memgen.checks import check_by_token
+from memgen.checks import check_config, check_lengths, checked_ids, checked_mask
 from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
-from memgen.placement import broadcast_beside
+from memgen.placement import AnyArray, broadcast_beside
 from memgen.short_repr import ShortRepr
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _check_ascending(point: np.ndarray) -> None:
             )
 
 
-def check_plan(plan: Plan, tokens: Int[Array, "B L"], slots: int) -> None:
+def check_plan(plan: Plan, tokens: Int[AnyArray, "B L"], slots: int) -> None:
     """Raise a ValueError unless a plan fits the tokens and events of up to `slots` latents.
 
     The number of rows is always checked, widths and points unless they are traced.
@@ -153,9 +153,9 @@ def assemble(
 
 
 def plan_insertions(
-    tokens: Int[Array, "B L"],
-    loss_mask: Bool[Array, "B L"],
-    boundary: UInt8[Array, " V"],
+    tokens: Int[AnyArray, "B L"],
+    loss_mask: Bool[AnyArray, "B L"],
+    boundary: UInt8[AnyArray, " V"],
     config: MemGenConfig,
     key: Key[Array, ""] | None = None,
 ) -> Plan:
@@ -173,9 +173,11 @@ def plan_insertions(
         ValueError: The loss mask is not of these tokens, the key for random insertion is missing,
             or a row does not have exactly one response (checked unless the mask is traced).
     """
-    check_by_token("a loss mask", loss_mask, tokens)
-    if not isinstance(loss_mask, Tracer):
-        check_one_response(loss_mask)
+    check_config(config, MemGenConfig)
+    tokens = checked_ids(tokens)
+    given, loss_mask = loss_mask, checked_mask(loss_mask, tokens)
+    if not isinstance(given, Tracer):
+        check_one_response(given)
     length = tokens.shape[1]
     index = jnp.arange(length)
     follows = jnp.pad(loss_mask, ((0, 0), (1, 0)))[:, :-1] & loss_mask
@@ -205,7 +207,7 @@ def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Ar
 
 
 def plan_from_decisions(
-    decisions: Int[Array, "B T"], prompt_length: Int[Array, " B"], config: MemGenConfig
+    decisions: Int[AnyArray, "B T"], prompt_length: Int[AnyArray, " B"], config: MemGenConfig
 ) -> Plan:
     """Plan of generated texts, for rows of prompt and response.
 
@@ -213,7 +215,15 @@ def plan_from_decisions(
         decisions: Decision before each new token (`Response.decisions`).
         prompt_length: Number of tokens of each prompt.
         config: Config of the MemGen that generated.
+
+    Raises:
+        ValueError: The decisions are not `[B, T]`, or there is not one length for each row.
     """
+    check_config(config, MemGenConfig)
+    if jnp.ndim(decisions) != 2:
+        raise ValueError(f"decisions of shape {jnp.shape(decisions)}: give [batch, new tokens]")
+    decisions, prompt_length = jnp.asarray(decisions), jnp.asarray(prompt_length)
+    check_lengths(prompt_length, len(decisions), "prompt_length")
     step = jnp.arange(decisions.shape[1])
     later = jnp.sort(jnp.where(decisions[:, 1:] == 1, step[1:], step.size), axis=1)
     later = later[:, : config.max_inference_events]

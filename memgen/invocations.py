@@ -1,6 +1,6 @@
 """The price of invoking the weaver, which a trigger's reward pays (arXiv 2509.24704)."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -48,8 +48,12 @@ def invocation_penalty(
         Penalties, `[K]` float64.
 
     Raises:
-        ValueError: The shapes do not fit each other, or a valid row holds no possible values.
+        ValueError: A choice is unknown, the shapes do not fit each other, or a valid row holds no
+            possible values.
     """
+    for name, value, choices in (("rate", rate, get_args(Rate)), ("scope", scope, get_args(Scope))):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}")
     beside = {"reward": reward, "length": length, "group": group, "valid": valid}
     shapes = {name: np.shape(values) for name, values in beside.items()}
     if np.ndim(decisions) != 2 or set(shapes.values()) != {np.shape(decisions)[:1]}:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from memgen.backbone import DecoderBackbone
-from memgen.checks import check_by_token
+from memgen.checks import check_by_token, check_decisions, checked_ids, checked_mask
 from memgen.insertion import Plan
-from memgen.model import MemGen
+from memgen.model import MemGen, check_memgen
+from memgen.placement import AnyArray
 
 if TYPE_CHECKING:
     from jax import Array
@@ -23,8 +24,8 @@ CHUNK = 128
 def token_log_probs(
     backbone: DecoderBackbone,
     hidden: Float[Array, "B L D"],
-    targets: Int[Array, "B L"],
-    loss_mask: Bool[Array, "B L"],
+    targets: Int[AnyArray, "B L"],
+    loss_mask: Bool[AnyArray, "B L"],
     temperature: float | Float[Array, ""] = 1.0,
     valid_vocab_size: int | Int[Array, ""] | None = None,
     chunk: int = CHUNK,
@@ -46,7 +47,11 @@ def token_log_probs(
     Raises:
         ValueError: There is not one hidden state and one entry of the mask for each target.
     """
-    check_by_token("loss mask", loss_mask, targets)
+    loss_mask = checked_mask(loss_mask, targets)
+    if not hasattr(backbone, "unembed"):
+        raise ValueError(
+            f"a {type(backbone).__name__} has no unembed: give a decoder, such as memgen.reasoner"
+        )
     if jnp.ndim(hidden) != 3 or jnp.shape(hidden)[:2] != jnp.shape(targets):
         raise ValueError(
             f"hidden states of shape {jnp.shape(hidden)} for targets of shape "
@@ -66,7 +71,7 @@ def token_log_probs(
         nothing = lambda *_: jnp.zeros_like(targets, jnp.float32)  # noqa: E731
         return jax.lax.cond(mask.any(), score, nothing, hidden, targets, mask)
 
-    return by_chunk(part, (hidden, targets, loss_mask), chunk)
+    return by_chunk(part, (hidden, jnp.asarray(targets), loss_mask), chunk)
 
 
 def by_chunk(part: Callable[..., Any], values: Sequence[jax.Array], chunk: int = CHUNK) -> Any:
@@ -97,8 +102,8 @@ def by_chunk(part: Callable[..., Any], values: Sequence[jax.Array], chunk: int =
 
 def sft_loss(
     memgen: MemGen,
-    tokens: Int[Array, "B L"],
-    loss_mask: Bool[Array, "B L"],
+    tokens: Int[AnyArray, "B L"],
+    loss_mask: Bool[AnyArray, "B L"],
     plan: Plan,
     dropout: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -118,14 +123,16 @@ def sft_loss(
     Raises:
         ValueError: The loss mask or the plan is not of these tokens.
     """
-    check_by_token("a loss mask", loss_mask, tokens)
+    check_memgen(memgen)
+    tokens = checked_ids(tokens)
+    loss_mask = checked_mask(loss_mask, tokens)
     hidden = memgen.predictors(tokens, plan, dropout)
     log_probs = token_log_probs(memgen.reasoner, hidden, tokens, loss_mask)
     return -log_probs.sum(), loss_mask.sum(dtype=jnp.float32)
 
 
 def decision_log_probs(
-    memgen: MemGen, tokens: Int[Array, "B L"], decisions: Int[Array, "B L"], plan: Plan
+    memgen: MemGen, tokens: Int[AnyArray, "B L"], decisions: Int[AnyArray, "B L"], plan: Plan
 ) -> Float[Array, "B L"]:
     """Float32 log-probabilities of a trigger's decisions, in one forward pass.
 
@@ -143,7 +150,9 @@ def decision_log_probs(
     Raises:
         ValueError: There is no trigger, or the decisions or the plan are not of these tokens.
     """
-    check_by_token("decisions", decisions, tokens)
+    check_memgen(memgen)
+    tokens = checked_ids(tokens)
+    check_decisions(decisions, tokens)
     scores = jax.nn.log_softmax(memgen.trigger_logits(tokens, plan))
     picked = jnp.where(decisions == 1, scores[..., 1], scores[..., 0])
     return jnp.where(decisions >= 0, picked, 0.0)
@@ -151,10 +160,10 @@ def decision_log_probs(
 
 def trigger_loss(
     log_probs: Float[Array, "B L"],
-    decisions: Int[Array, "B L"],
-    advantages: Float[Array, " B"],
-    old: Float[Array, "B L"] | None = None,
-    reference: Float[Array, "B L"] | None = None,
+    decisions: Int[AnyArray, "B L"],
+    advantages: Float[AnyArray, " B"],
+    old: Float[AnyArray, "B L"] | None = None,
+    reference: Float[AnyArray, "B L"] | None = None,
     *,
     clip: float = 0.2,
     kl: float = 0.0,
@@ -182,7 +191,10 @@ def trigger_loss(
     Raises:
         ValueError: A shape is wrong, or `kl` is above 0 and there is no reference.
     """
-    check_by_token("decisions", decisions, log_probs)
+    check_decisions(decisions, log_probs)
+    for name, other in (("old", old), ("reference", reference)):
+        if other is not None:
+            check_by_token(f"log-probabilities {name}", other, log_probs)
     advantages = jnp.asarray(advantages)
     if advantages.shape != log_probs.shape[:1]:
         raise ValueError(

@@ -23,7 +23,7 @@ from memgen.insertion import (
 )
 from memgen.lora import with_dropout
 from memgen.module import Module
-from memgen.placement import broadcast_beside, placed_beside
+from memgen.placement import AnyArray, broadcast_beside, placed_beside
 from memgen.short_repr import short_repr
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
@@ -31,6 +31,14 @@ from memgen.weaver import Weaver
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int, Key
+
+
+def check_memgen(memgen: Any) -> None:
+    """Raise a ValueError unless this is a MemGen."""
+    if not isinstance(memgen, MemGen):
+        raise ValueError(
+            f"a {type(memgen).__name__} in place of a MemGen: give MemGen(decoder, ...)"
+        )
 
 
 class Boundary(nnx.Variable):
@@ -170,7 +178,7 @@ class MemGen(Module):
         return self.trigger
 
     def weave(
-        self, tokens: Int[Array, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None
+        self, tokens: Int[AnyArray, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None
     ) -> Woven:
         """Insert the latents of all events into rows of tokens.
 
@@ -216,7 +224,7 @@ class MemGen(Module):
         return jax.lax.scan(jax.checkpoint(event), latents, jnp.arange(plan.point.shape[1]))[0]
 
     def predictors(
-        self, tokens: Int[Array, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None
+        self, tokens: Int[AnyArray, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None
     ) -> Float[Array, "B L D"]:
         """The reasoner's hidden states that predict each token.
 
@@ -229,7 +237,7 @@ class MemGen(Module):
         at = jnp.maximum(predictor_index(plan, jnp.shape(tokens)[1]), 0)
         return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
-    def trigger_logits(self, tokens: Int[Array, "B L"], plan: Plan) -> Float[Array, "B L 2"]:
+    def trigger_logits(self, tokens: Int[AnyArray, "B L"], plan: Plan) -> Float[Array, "B L 2"]:
         """Float32 skip and invoke logits before each token, in one forward pass.
 
         The decision before token `i` depends on what precedes the latents of an event there; the

@@ -33,13 +33,20 @@ def checked_kernel(
     init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Dtype
 ) -> jax.Array:
     """What an initializer gives; a ValueError unless it has the shape that was asked for."""
-    kernel = jnp.asarray(init(key, shape, dtype))
-    if kernel.shape != shape:
+    if not callable(init):
         raise ValueError(
-            f"kernel_init gives an array of shape {kernel.shape} for a kernel of {shape}: "
-            "return one of the shape that it is called with"
+            f"kernel_init is a {type(init).__name__}: give an initializer, such as "
+            "nnx.initializers.normal(0.02)"
         )
-    return kernel
+    kernel = init(key, shape, dtype)
+    if getattr(kernel, "shape", None) != shape:
+        is_array = hasattr(kernel, "shape")
+        given = f"array of shape {kernel.shape}" if is_array else type(kernel).__name__
+        raise ValueError(
+            f"kernel_init gives a {given} for a kernel of {shape}: return one of the shape that it "
+            "is called with"
+        )
+    return jnp.asarray(kernel)
 
 
 class _Constructor:

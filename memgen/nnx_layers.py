@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memgen.checks import check_by_name, check_module
 from memgen.placement import placed_as
 
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
@@ -78,8 +79,10 @@ def linear_layers(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, i
         module: Module of any kind.
 
     Raises:
-        ValueError: A stack of layers does not lie on the first axes of its kernel.
+        ValueError: There is no module, or a stack of layers does not lie on the first axes of its
+            kernel.
     """
+    check_module(module)
     return {name: form.target for name, _, form in _layers(module)}
 
 
@@ -122,15 +125,20 @@ def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
             `[..., inputs]` to `[..., outputs]`.
 
     Raises:
-        ValueError: A path is that of no linear layer, or the layer has an adapter already.
+        ValueError: A path is that of no linear layer, an adapter has another shape, or the layer
+            has an adapter already.
     """
 
     def change(name: str, layer: Any, form: _Form) -> Any:
+        low = adapter[name]
+        if hasattr(low, "a") and hasattr(low, "b"):
+            _check_shape(name, "an adapter", (*low.a.shape[:-1], low.b.shape[-1]), form)
         adapted: Any = object.__new__(_with_adapter(type(layer)))
         vars(adapted).update(vars(_copy(layer)))
-        adapted.low_rank = nnx.data(adapter[name])
+        adapted.low_rank = nnx.data(low)
         return adapted
 
+    check_by_name("adapter", adapter)
     return _changed(module, adapter, change)
 
 
@@ -148,18 +156,23 @@ def merge_lora(module: nnx.Module, deltas: Mapping[str, jax.Array]) -> Any:
     """
 
     def change(name: str, layer: Any, form: _Form) -> Any:
-        stack, *matrix = form.target
-        if deltas[name].shape != (*stack, *matrix):
-            raise ValueError(
-                f"{name}: a delta of shape {deltas[name].shape} for a layer of "
-                f"{(*stack, *matrix)}: merge the adapter of this module"
-            )
+        _check_shape(name, "a delta", deltas[name].shape, form)
         copy = _copy(layer)
         kernel = copy.kernel[...]
         copy.kernel.set_value(_changed_kernel(kernel, deltas[name], form))
         return copy
 
+    check_by_name("deltas", deltas)
     return _changed(module, deltas, change)
+
+
+def _check_shape(name: str, what: str, shape: tuple[int, ...], form: _Form) -> None:
+    stack, *matrix = form.target
+    if shape != (*stack, *matrix):
+        raise ValueError(
+            f"{name}: {what} of shape {shape} for a layer of {(*stack, *matrix)}: give that of "
+            "this module"
+        )
 
 
 def choices(names: Mapping[str, Any]) -> str:
@@ -182,6 +195,7 @@ def _named_layers(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _changed(module: Any, changes: Mapping[str, Any], change: Any) -> Any:
+    check_module(module)
     known = {name: (layer, form) for name, layer, form in _layers(module)}
     for name in changes:
         if name not in known:

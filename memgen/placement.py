@@ -11,7 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+AnyArray = jax.Array | np.ndarray
 
 
 def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.int32) -> jax.Array:
@@ -49,7 +52,7 @@ def _zeros(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.zeros_like(like, dtype, shape, out_sharding=place)
 
 
-def table_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+def table_rows(table: AnyArray, index: AnyArray) -> jax.Array:
     """Rows of a table, `jnp.take(table, index, axis=0)`.
 
     Args:

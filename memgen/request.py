@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from memgen.checks import check_stop
-from memgen.model import MemGen
+from memgen.checks import check_number, check_stop, is_whole
+from memgen.model import MemGen, check_memgen
 from memgen.short_repr import ShortRepr
 from memgen.trigger import AlwaysInvoke, LearnedInvoke, RandomInvoke, Trigger, TriggerPolicy
 
@@ -84,6 +84,7 @@ def make_request(
         ValueError: An option is out of its range, the policy needs a learned trigger and there is
             none or an untrained one, or a callable is no pytree.
     """
+    check_memgen(memgen)
     _check_pytree("policy", policy)
     if not (callable(policy) and hasattr(policy, "learned")):
         raise ValueError(f"policy={policy!r}: choose a TriggerPolicy, such as AlwaysInvoke()")
@@ -97,6 +98,11 @@ def make_request(
     if retriever is not None and memgen.config.weaver.context == "nothing":
         raise ValueError("context='nothing' takes no text from a retriever: drop one of them")
     check_stop(stop)
+    if not is_whole(max_new_tokens):
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}: give a whole number")
+    check_number("temperature", temperature)
+    if top_p is not None:
+        check_number("top_p", top_p)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
     if not (np.isfinite(temperature) and temperature >= 0):
@@ -149,6 +155,8 @@ def _check_policy(policy: TriggerPolicy) -> None:
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
     """Keys `[B]` of prompts, from the seed, the prompt and the number of equal ones before it."""
+    if not is_whole(seed):
+        raise ValueError(f"seed={seed!r}: give a whole number")
     rows = [tuple(prompt) for prompt in prompts]
     repeats = [rows[:index].count(row) for index, row in enumerate(rows)]
     hashes = [zlib.crc32(np.array(row, np.int32).tobytes()) for row in rows]

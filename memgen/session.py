@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from memgen.backbone import cache_batch_axes, check_cache
-from memgen.model import MemGen
+from memgen.model import MemGen, check_memgen
 from memgen.placement import join_rows, placed_beside, split_rows
 from memgen.short_repr import ShortRepr
 
@@ -319,6 +319,13 @@ class RowChunk(ShortRepr):
 
 def _or_zeros(axes: Any, tree: Any) -> Any:
     return jax.tree.map(lambda _: 0, tree) if axes is None else axes
+
+
+def check_session(memgen: Any, session: Any) -> None:
+    """Raise a ValueError unless these are a MemGen and a session of one."""
+    check_memgen(memgen)
+    if not isinstance(session, Session):
+        raise ValueError(f"a {type(session).__name__} in place of a session: give begin(...)")
 
 
 def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:

@@ -21,7 +21,7 @@ from thoughtbubbles import (
 )
 from thoughtbubbles.forking import compact, merge_log_prob, merge_log_probs, take
 from thoughtbubbles.ranking import best, prefix_ranks, ranks_among
-from thoughtbubbles.streams import left_align, restore_alignment
+from thoughtbubbles.rows import left_align, restore_alignment
 
 POLICIES = [TopK(1.0), TopK(1.1), TopK(1.5), TopK(2.0), TopK(4.0), TopK(streams=30)]
 CAUSAL = [PrefixRank(1.5), PrefixRank(1.5, window=3), Threshold(1.5)]

@@ -90,7 +90,15 @@ def test_text_files_are_opened_with_an_encoding(path: Path):
 TWINS = {
     "pages": ("Page", "_left_out", "_note", "_quoted", "_direction"),
     "module": ("_Constructor", "Module"),
-    "checks": ("check_floating", "check_rngs", "check_stop"),
+    "checks": (
+        "check_by_name",
+        "check_floating",
+        "check_number",
+        "check_rngs",
+        "check_stop",
+        "is_number",
+        "is_whole",
+    ),
     "placement": ("product_beside",),
     "short_repr": ("ShortRepr",),
 }

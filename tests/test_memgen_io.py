@@ -373,6 +373,35 @@ def test_the_page_wraps_a_foreign_decoder_in_thirty_lines():
     assert answer(made).texts == expected.texts
 
 
+def test_the_page_wraps_a_linen_decoder_whose_adapters_are_merging():
+    text = (Path(__file__).parents[1] / "docs/memory.md").read_text()
+    [block] = [
+        b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "LinenDecoder(" in b
+    ]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    made, decoder = names["model"], names["model"].reasoner
+    assert set(decoder.lora_targets) == {"q", "k", "v"}
+    adapter = made.weaver.adapter
+    for low in adapter.values():
+        low.b[...] = 0.1 * jax.random.normal(jax.random.key(0), low.b.shape)
+    merged = jax.tree.map(lambda leaf: leaf, dict(decoder.params))
+    for name, low in adapter.items():
+        merged[name] = merged[name] | {"kernel": merged[name]["kernel"] + low.delta}
+    x = decoder.embed_tokens(random_tokens(2, 5) % 128)
+    found, expected, plain = (
+        reader.hidden_states(x)
+        for reader in (made.weaving(), names["LinenDecoder"](decoder.net, merged), decoder)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - plain).max() > 1e-2
+    loss = lambda made, tokens: memgen.sft_loss(made, tokens, tokens > 0, plan)[0]  # noqa: E731
+    plan = memgen.Plan.of(jnp.array([[1, 3]]), jnp.array([[0, 1]]), made.config)
+    wrt = nnx.DiffState(0, memgen.WeaverParam)
+    gradient = jax.jit(nnx.grad(loss, argnums=wrt))(made, jnp.array([[1, 2, 3, 4, 5]]))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["weaver"]["adapter"]))
+
+
 def test_uncached_rows_overflow_and_rest_as_the_contract_says():
     decoder = backbone("foreign")
     extend = jax.jit(lambda decoder, *given: decoder.extend(*given))

@@ -19,7 +19,7 @@ from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, Threshold, T
 from thoughtbubbles.cache import decode_step, init_cache, prefill
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.retrofit import add_forks
-from thoughtbubbles.streams import left_align, restore_alignment
+from thoughtbubbles.rows import left_align, restore_alignment
 from train import generate
 from train.data import DataConfig, DataError, load_tokenizer
 from train.devices.mesh import MeshConfig, make_mesh, place, state_shardings

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import memgen
 from memgen import LoRAConfig, MemGenConfig, TriggerConfig, WeaverConfig
@@ -30,7 +30,9 @@ from thoughtbubbles import (
     token_slots,
 )
 from thoughtbubbles.bubbles import bubble_map
-from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.decoding import generate
+from thoughtbubbles.hatchling import Hatchling, HatchlingConfig, grow
+from thoughtbubbles.hatchling import merge as merge_hatchlings
 from thoughtbubbles.hatchling.forking import ForkingHatchling, ForkingHatchlingConfig
 
 SMALL = ModelConfig(vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, fork_layers=(1,))
@@ -43,6 +45,9 @@ class Given:
 
     def array(self, *shape: int, dtype: Any = jnp.float32) -> Any:
         return jnp.zeros(shape, dtype)
+
+    def keys(self, rows: int) -> Any:
+        return jax.random.split(jax.random.key(0), rows)
 
     def ids(self, *shape: int) -> Any:
         return jnp.zeros(shape, jnp.int32)
@@ -66,6 +71,11 @@ class Given:
     def forking_hatchling(self) -> ForkingHatchling:
         config = ForkingHatchlingConfig(**vars(HATCHLING), fork_layers=(1,))
         return ForkingHatchling(config, rngs=nnx.Rngs(0))
+
+    @property
+    def hatchling_adapter(self) -> Any:
+        config = LoRAConfig(rank=2, targets=("dx",))
+        return memgen.make_adapter(self.hatchling, config, rngs=nnx.Rngs(0))
 
     @property
     def made(self) -> memgen.MemGen:
@@ -93,7 +103,7 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "negative lengths": (lambda g: g.streams(length=np.array([-1, 0])), r"\[-1, 0\] of 4 tokens"),
     "lengths of floats": (lambda g: g.streams(length=g.array(2)), "length of type float32"),
     "lengths of bool": (lambda g: g.streams(length=[True, True]), "length of type bool"),
-    "first of floats": (lambda g: g.streams(first=[0.5, 0.5]), "first of type float32"),
+    "first of floats": (lambda g: g.streams(first=[0.5, 0.5]), "first of type float64"),
     "first of other rows": (lambda g: g.streams(first=g.ids(3)), r"first of shape \(3,\) for 2"),
     "a misspelt field": (lambda g: g.streams().replace(y=0), "no field 'y': did you mean"),
     "texts of other rows": (lambda g: g.streams().page([["a"]]), r"no values here|texts of \[1\]"),
@@ -197,6 +207,42 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: g.hatchling.init_cache(g.ids(2, 4), 4),
         r"batch=\(2, 4\): give a whole",
     ),
+    "vectors of other rows": (
+        lambda g: g.model.advance(g.model.init_cache(2, 4), g.ids(3, 4), g.ids(3)),
+        r"vectors \(3, 4, 8\) for a cache of 2 rows: give",
+    ),
+    "lengths of other rows of a cache": (
+        lambda g: g.model.advance(g.model.init_cache(2, 4), g.ids(2, 4), g.ids(3)),
+        r"length of shape \(3,\) for 2 rows: give",
+    ),
+    "lengths of fractions": (
+        lambda g: g.model.advance(g.model.init_cache(2, 4), g.ids(2, 4), g.array(2)),
+        "length of type float32: give integers",
+    ),
+    "a fork layer's cache for a model": (
+        lambda g: g.model.advance(g.fork.init_cache(2, 4), g.ids(2, 4), g.ids(2)),
+        "a ForkCache in place of a cache: give",
+    ),
+    "a fork layer's cache for a Hatchling": (
+        lambda g: g.hatchling.advance(g.fork.init_cache(2, 4), g.ids(2, 4), g.ids(2)),
+        "a ForkCache in place of a State: give",
+    ),
+    "a Hatchling's state for a forking one": (
+        lambda g: g.forking_hatchling.advance(g.hatchling.init_cache(2, 4), g.ids(2, 4), g.ids(2)),
+        "a State in place of a ForkingState: give",
+    ),
+    "lengths of other rows of a state": (
+        lambda g: g.hatchling.advance(g.hatchling.init_cache(2, 4), g.ids(2, 4), g.ids(3)),
+        r"length of shape \(3,\) for 2 rows: give",
+    ),
+    "vectors of another width in a cache": (
+        lambda g: g.model.backbone().extend(g.model.init_cache(2, 4), g.array(2, 4, 6), g.ids(2)),
+        "vectors of width 6 for a decoder of embed_dim=8: give",
+    ),
+    "vectors of another width in a Hatchling": (
+        lambda g: g.forking_hatchling.hidden_states(g.array(2, 4, 6)),
+        "vectors of width 6 for a Hatchling of embed_dim=8: give",
+    ),
     # Keys and initializers
     "a key in place of Rngs": (
         lambda g: Fork(8, rngs=jax.random.key(0)),
@@ -225,6 +271,22 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         ),
         r"shape \(3,\) for a kernel of \(8, 8\): return",
     ),
+    "an array for an initializer": (
+        lambda g: Fork(8, rngs=nnx.Rngs(0), kernel_init=g.array(8, 2)),
+        "kernel_init is a .*: give an initializer",
+    ),
+    "a factory of initializers": (
+        lambda g: Block(SMALL, rngs=nnx.Rngs(0), kernel_init=lambda *_: nnx.initializers.normal()),
+        r"gives a function for a kernel of \(8, 8\): return",
+    ),
+    "a type that is none": (
+        lambda g: Fork(8, rngs=nnx.Rngs(0), param_dtype="nope"),
+        "param_dtype='nope': choose a floating",
+    ),
+    "a type of memory that is none": (
+        lambda g: g.with_memory(param_dtype="nope"),
+        "param_dtype='nope': choose a floating",
+    ),
     # Adapters
     "a delta of no layer": (lambda g: g.model.merge_lora({"w": g.array(3)}), "'w': choose from q"),
     "a delta of another shape": (
@@ -243,6 +305,34 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     ),
     "targets in one text": (lambda g: LoRAConfig(targets="qv"), r"'qv': give a tuple"),
     "half a rank": (lambda g: LoRAConfig(rank=2.5), "rank=2.5: choose a whole number"),
+    "an adapter of another model": (
+        lambda g: g.model.apply_lora({"q": g.hatchling_adapter["dx"]}),
+        r"q: an adapter of shape \(8, 16\) for a layer of \(2, 8, 8\): make",
+    ),
+    "an adapter of another Hatchling": (
+        lambda g: g.hatchling.apply_lora({"e": g.hatchling_adapter["dx"]}),
+        r"e: an adapter of shape \(8, 16\) for a layer of \(16, 8\): make",
+    ),
+    "an adapter of another net": (
+        lambda g: memgen.apply_lora(
+            {"q": nnx.Linear(2, 3, rngs=nnx.Rngs(0))}, {"q": g.hatchling_adapter["dx"]}
+        ),
+        r"q: an adapter of shape \(8, 16\) for a layer of \(2, 3\): give",
+    ),
+    "no adapter": (lambda g: g.model.apply_lora(None), "adapter is a NoneType: give a mapping"),
+    "no adapter for a net": (
+        lambda g: memgen.apply_lora(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), ["q"]),
+        "adapter is a list: give a mapping",
+    ),
+    "layers of an array": (
+        lambda g: memgen.linear_layers(g.array(3)),
+        "holds no nnx.Module, whose layers have names: give",
+    ),
+    "layers of a Linen module": (
+        lambda g: memgen.linear_layers(linen.Dense(3)),
+        "a Dense holds no nnx.Module, whose layers have names: give",
+    ),
+    "targets in a list": (lambda g: LoRAConfig(targets=["q"]), r"targets=\['q'\]: give a tuple"),
     # Fork layers
     "an array in a fork layer": (lambda g: g.fork(g.array(2, 4, 8)), r"not \(2, 4, 8\): Streams.s"),
     "another width in a fork layer": (lambda g: g.fork(g.streams(6)), "width 6 .* embed_dim=8"),
@@ -251,6 +341,8 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         "width 6 .* embed_dim=8",
     ),
     "a fork layer without width": (lambda g: Fork(0, rngs=nnx.Rngs(0)), "embed_dim=0"),
+    "a width in a text": (lambda g: Fork("8", rngs=nnx.Rngs(0)), "embed_dim='8': give a whole"),
+    "a width of fractions": (lambda g: Fork(8.0, rngs=nnx.Rngs(0)), "embed_dim=8.0: give a whole"),
     "a policy by name": (lambda g: Fork(8, "TopK", rngs=nnx.Rngs(0)), "policy='TopK'.*PrefixRank"),
     "an unknown norm": (
         lambda g: Fork(8, norm="layer", rngs=nnx.Rngs(0)),
@@ -294,6 +386,9 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "a ratio below 1": (lambda g: PrefixRank(ratio=0.5), "ratio=0.5"),
     "a window of 0": (lambda g: PrefixRank(ratio=2.0, window=0), "window=0"),
     "a threshold's ratio below 1": (lambda g: Threshold(ratio=0.5), "ratio=0.5"),
+    "a ratio in a text": (lambda g: PrefixRank("2"), "ratio='2': give a number"),
+    "no ratio": (lambda g: TopK(None), "ratio=None: give a number"),
+    "a window of fractions": (lambda g: PrefixRank(2.0, 2.5), "window=2.5: give a whole number"),
     # Models
     "heads that do not divide": (lambda g: ModelConfig(20, 8, 2, 3), "num_heads=3 .* embed_dim=8"),
     "a fork layer beyond": (
@@ -303,6 +398,57 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "a policy by name in a config": (
         lambda g: ModelConfig(20, 8, 2, 2, policy="TopK"),
         "policy='TopK'.*PrefixRank",
+    ),
+    "a size in a text": (lambda g: ModelConfig("20", 8, 2, 2), "vocab_size='20': give a whole"),
+    "a number of fork layers": (
+        lambda g: ModelConfig(20, 8, 2, 2, fork_layers=1),
+        r"fork_layers=1: give a tuple of whole numbers, such as \(1,\)",
+    ),
+    "fork layers in a list": (
+        lambda g: ModelConfig(20, 8, 2, 2, fork_layers=[1]),
+        r"fork_layers=\[1\]: give a tuple",
+    ),
+    "a Hatchling's size of fractions": (
+        lambda g: dataclasses.replace(HATCHLING, num_layers=2.0),
+        "num_layers=2.0: give a whole number",
+    ),
+    "a text for a temperature": (
+        lambda g: generate(g.model, [[1]], 2, temperature="hot"),
+        "temperature='hot': give a number",
+    ),
+    "a number of tokens in a text": (
+        lambda g: generate(g.model, [[1]], "2"),
+        "max_new_tokens='2': give a whole",
+    ),
+    "a prompt alone": (lambda g: generate(g.model, [1, 2], 2), "prompt 0 is 1: give a list"),
+    "fractions in a prompt": (lambda g: generate(g.model, [[0.5]], 2), "type float64: give int"),
+    "a seed in a text": (lambda g: generate(g.model, [[1]], 2, seed="x"), "seed='x': give a whole"),
+    "a backbone that generates": (
+        lambda g: generate(g.model.backbone(), [[1]], 2),
+        "Backbone does not generate here: give",
+    ),
+    "rows of one axis": (lambda g: g.model.loss(g.ids(4)), r"rows of shape \(4,\): give"),
+    "rows of one token": (lambda g: g.model.loss(g.ids(2, 1)), r"rows of shape \(2, 1\): give"),
+    "rows of floats": (lambda g: g.model.loss(g.array(2, 4)), "rows of type float32: give int"),
+    "rows padded on the left": (
+        lambda g: g.model.loss(np.array([[5, 6, -1], [-1, 5, 6]])),
+        r"row 1 has padding \(-1\) in front of a token: pad",
+    ),
+    "a Hatchling's rows padded inside": (
+        lambda g: g.hatchling.loss(np.array([[5, -1, 6]])),
+        r"row 0 has padding \(-1\) in front of a token: pad",
+    ),
+    "targets of other inputs": (
+        lambda g: g.model.log_prob(g.model.run(g.ids(2, 4)), g.ids(2, 3)),
+        r"targets of shape \(2, 3\) for predictions of shape \(2, 4\): give",
+    ),
+    "targets of one row": (
+        lambda g: g.hatchling.log_prob(g.hatchling.run(g.ids(2, 4)), g.ids(1, 4)),
+        r"targets of shape \(1, 4\) for predictions of shape \(2, 4\): give",
+    ),
+    "logits of an array": (
+        lambda g: g.model.logits(g.array(2, 4, 8)),
+        r"an output that is \(2, 4, 8\): give",
     ),
     "an unknown preset": (lambda g: ModelConfig.preset("huge"), "'huge': choose one of tiny"),
     "a config that is a dict": (
@@ -357,6 +503,12 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
     "a forking Hatchling that does not fork": (
         lambda g: ForkingHatchling(HATCHLING, rngs=nnx.Rngs(0)),
         "HatchlingConfig: give a ForkingHatchlingConfig",
+    ),
+    "a model that grows": (lambda g: grow(g.model, 64), "a Thoughtbubbles in place of a model"),
+    "neurons in a text": (lambda g: grow(g.hatchling, "64"), "num_neurons='64': give a whole"),
+    "a model to merge": (
+        lambda g: merge_hatchlings(g.hatchling),
+        r"1 model\(s\) to merge: give two or more, in a list",
     ),
     # Memory
     "a boundary table of other ids": (lambda g: g.with_memory(boundary=np.zeros(3)), "3 ids.* 20"),
@@ -477,6 +629,68 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: memgen.generate(g.made, [[1]], 4, stop=jnp.array([1.5])),
         "give a list of token ids",
     ),
+    "a decoder that generates": (
+        lambda g: memgen.generate(g.model, [[1]], 4),
+        "a Thoughtbubbles in place of a MemGen: give",
+    ),
+    "half a latent": (lambda g: WeaverConfig(2.5), "prompt_latents=2.5: choose a whole"),
+    "a weaver's config that is another": (
+        lambda g: MemGenConfig(TriggerConfig()),
+        "TriggerConfig: give a WeaverConfig",
+    ),
+    "prompts of other keys": (
+        lambda g: memgen.begin(
+            g.made, g.ids(2, 4), g.ids(2), jax.random.split(jax.random.key(0), 3), 9
+        ),
+        r"keys of shape \(3,\) for 2 rows: give",
+    ),
+    "lengths of other prompts": (
+        lambda g: memgen.begin(
+            g.made, g.ids(2, 4), g.ids(3), jax.random.split(jax.random.key(0)), 9
+        ),
+        r"length of shape \(3,\) for 2 rows: give",
+    ),
+    "a cache in place of a session": (
+        lambda g: memgen.observe(g.made, g.model.init_cache(2, 4), g.ids(2, 4), g.ids(2)),
+        "a Cache in place of a session: give",
+    ),
+    "lengths of other decisions": (
+        lambda g: memgen.plan_from_decisions(g.ids(2, 4), g.ids(2, 3), g.made.config),
+        r"prompt_length of shape \(2, 3\) for 2 rows: give",
+    ),
+    "weights in a loss mask": (
+        lambda g: memgen.sft_loss(g.made, g.ids(2, 4), g.array(2, 4), g.plan()),
+        "a loss mask of type float32: give bool",
+    ),
+    "decisions of bool": (
+        lambda g: memgen.decision_log_probs(g.made, g.ids(2, 4), g.ids(2, 4) > 0, g.plan()),
+        "decisions of type bool: give 1 for",
+    ),
+    "log-probabilities of other tokens": (
+        lambda g: memgen.trigger_loss(g.array(2, 4), g.ids(2, 4), g.array(2), g.array(1, 4)),
+        r"old of shape \(1, 4\) for tokens of shape \(2, 4\): give",
+    ),
+    "a rate of nothing": (
+        lambda g: memgen.invocation_penalty(
+            g.ids(2, 4), *[np.ones(2)] * 3, np.ones(2) > 0, weight=0.1, rate="token"
+        ),
+        "rate='token': choose decisions or tokens",
+    ),
+    "a memory that scores": (
+        lambda g: memgen.token_log_probs(g.made, g.array(2, 4, 8), g.ids(2, 4), g.ids(2, 4) > 0),
+        "a MemGen has no unembed: give a decoder",
+    ),
+    "no texts": (lambda g: memgen.boundary_table(None), "texts are a NoneType: give a list"),
+    "texts of bytes": (lambda g: memgen.boundary_table([b"a"]), "id 0 is b'a': give the surface"),
+    "a list of vectors": (lambda g: g.made.trigger([1.0]), "vectors in a list for a trigger: give"),
+    "parameters of nothing": (
+        lambda g: memgen.trained_params(3),
+        "a int holds no nnx.Module, .*: g",
+    ),
+    "a number in place of parameters": (
+        lambda g: memgen.load_params(g.made, 3),
+        "params are a int: give a nested dict",
+    ),
     "no prompts": (lambda g: memgen.generate(g.made, [], 4), "prompt"),
     "a prompt beyond the ids": (lambda g: memgen.generate(g.made, [[99]], 4), "99.*20"),
     "a negative temperature": (
@@ -528,3 +742,34 @@ def test_a_wrong_use_is_one_line(name: str):
     [line] = str(caught.value).splitlines()
     assert "incompatible shapes" not in line, "of JAX, without a way out"
     assert ": " in line or "choose" in line
+
+
+def test_arrays_of_numpy_are_what_arrays_of_jax_are():
+    """Of data loaders, whose integers have 64 bits; only a plan of values is computed."""
+    ids, mask, length = np.ones((2, 4), int), np.ones((2, 4), bool), np.array([4, 3])
+
+    def shapes(given: Given) -> list[Any]:
+        found, keys = [], given.keys(2)
+        for model in (given.model, given.hatchling, given.forking_hatchling):
+            output, cache = model.run(ids, length), model.init_cache(2, 8)
+            read, cache = model.advance(cache, ids, length, fresh=True)
+            more, _ = model.advance(cache, ids[:, :1], length - 3)
+            scores = model.log_prob(output, ids), model.logits_at(output, length - 1)
+            found += [model(ids, mask), model.loss(ids), scores, model.logits_at(read, length - 1)]
+            found.append(model.logits_at(more, length - 3))
+        memory = given.made
+        plan = memgen.plan_insertions(ids, mask, np.zeros(20, np.uint8), memory.config)
+        scored = memgen.decision_log_probs(memory, ids, ids, plan)
+        found += [memgen.sft_loss(memory, ids, mask, plan), scored]
+        session = memgen.begin(memory, ids, length, keys, 16)
+        return [*found, memgen.trigger_loss(scored, ids, length), session.count]
+
+    leaves = jax.tree.leaves(nnx.eval_shape(lambda: shapes(Given())))
+    assert leaves[0].shape == (2, 4, 20) and leaves[-1].shape == (2,)
+
+
+def test_rows_padded_on_the_left_have_a_loss_of_nan_under_jit():
+    model = nnx.jit(lambda: Hatchling(HATCHLING, rngs=nnx.Rngs(0)))()
+    losses = jax.jit(lambda model, rows: model.token_losses(rows)[0].sum(axis=1))
+    found = losses(model, jnp.array([[1, 2, -1], [-1, 1, 2], [1, 2, 3]]))
+    assert np.isnan(found).tolist() == [False, True, False]

@@ -9,13 +9,8 @@ from thoughtbubbles.layers import Block, Fork
 from thoughtbubbles.model import Output, Thoughtbubbles
 from thoughtbubbles.policies import PrefixRank, Threshold, TopK
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, PolicyDefaults
-from thoughtbubbles.streams import (
-    Streams,
-    join_segments,
-    left_align,
-    restore_alignment,
-    split_segments,
-)
+from thoughtbubbles.rows import join_segments, left_align, restore_alignment, split_segments
+from thoughtbubbles.streams import Streams
 
 __version__ = "0.1.0"
 

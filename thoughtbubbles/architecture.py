@@ -15,8 +15,9 @@ from flax import nnx
 
 from thoughtbubbles.module import Module, abstract_module
 from thoughtbubbles.parameters import with_params
+from thoughtbubbles.placement import AnyArray
+from thoughtbubbles.rows import left_align, next_tokens, restore_alignment
 from thoughtbubbles.sampling import log_prob_of
-from thoughtbubbles.streams import left_align, restore_alignment
 
 Constrain = Callable[[jax.Array], jax.Array]
 
@@ -50,8 +51,7 @@ class ArchitectureConfig:
     remat: str = "none"
 
     execution_fields: ClassVar[tuple[str, ...]] = ("scan_layers", "remat")
-    """Fields that change how a result is computed, not which one: a run or a cache may go on with
-    other values of them."""
+    """Fields that change how a result is computed, not which; runs and caches go on with others."""
 
     @property
     def causal(self) -> bool:
@@ -87,8 +87,7 @@ class ArchitectureConfig:
 
     def sizes(self) -> str:
         """Sizes of the model in one line."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return ", ".join(f"{name} {value}" for name, value in fields.items())
+        return ", ".join(f"{name} {getattr(self, name)}" for name in self.__dataclass_fields__)
 
     def unused_fields(self) -> tuple[str, ...]:
         """Names of the fields that change nothing here and may differ when a run is resumed."""
@@ -210,8 +209,8 @@ class Architecture(Module):
 
     def run(
         self,
-        tokens: jax.Array,
-        length: jax.Array | None = None,
+        tokens: AnyArray,
+        length: AnyArray | None = None,
         *,
         track: bool = False,
         key: jax.Array | None = None,
@@ -224,13 +223,14 @@ class Architecture(Module):
             track: Whether `Tracked` variables follow these tokens, as in training.
             key: Key of the noise of training; no noise by default.
         """
-        return self.hidden_states(self.embed_tokens(tokens), length)
+        x = self.embed_tokens(jnp.asarray(tokens))
+        return self.hidden_states(x, None if length is None else jnp.asarray(length))
 
     def logits(self, output: Any) -> jax.Array:
         """Logits `[B, T, V]` float32 of what `run` or `advance` returned."""
         return self.unembed(output)
 
-    def logits_at(self, output: Any, position: jax.Array) -> jax.Array:
+    def logits_at(self, output: Any, position: AnyArray) -> jax.Array:
         """Logits `[B, V]` float32 of one position in each row.
 
         Args:
@@ -240,7 +240,7 @@ class Architecture(Module):
         hidden = jnp.take_along_axis(output, position[:, None, None], axis=1)
         return self.unembed(hidden)[:, 0]
 
-    def log_prob(self, output: Any, targets: jax.Array) -> jax.Array:
+    def log_prob(self, output: Any, targets: AnyArray) -> jax.Array:
         """Log-probabilities `[B, T]` float32 of one target for each position.
 
         Args:
@@ -249,7 +249,7 @@ class Architecture(Module):
         """
         return log_prob_of(self.logits(output), targets)
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, tokens: AnyArray, mask: AnyArray | None = None) -> jax.Array:
         """Logits `[B, T, V]` float32, teacher-forced.
 
         Args:
@@ -263,12 +263,12 @@ class Architecture(Module):
         return restore_alignment(self.logits(self.run(aligned, length)), mask, rank)
 
     def token_losses(
-        self, rows: jax.Array, *, track: bool = False, key: jax.Array | None = None
+        self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         """Teacher-forced negative log-likelihoods of rows.
 
         Args:
-            rows: Token ids `[B, T + 1]` int32; -1 for padding, which is no target.
+            rows: Token ids `[B, T + 1]` int32; -1 for padding on the right, which is no target.
             track: As in `run`.
             key: As in `run`.
 
@@ -276,19 +276,19 @@ class Architecture(Module):
             Nats `[B, T]` float32 of each next token, 0 where it is padding, and what `run`
             returned.
         """
-        inputs, targets = rows[:, :-1], rows[:, 1:]
+        inputs, targets = next_tokens(rows)
         length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
         output = self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
         log_prob = self.log_prob(output, jnp.maximum(targets, 0))
         return -jnp.where(targets >= 0, log_prob, 0), output
 
     def loss(
-        self, rows: jax.Array, *, track: bool = False, key: jax.Array | None = None
+        self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """The pretraining loss of rows as a sum, so that micro-batches and devices add up.
 
         Args:
-            rows: Token ids `[B, T + 1]` int32; -1 for padding, which is no target.
+            rows: Token ids `[B, T + 1]` int32; -1 for padding on the right, which is no target.
             track: As in `run`.
             key: As in `run`.
 
@@ -304,7 +304,7 @@ class Architecture(Module):
         return type(self).loss is Architecture.loss
 
     def advance(
-        self, cache: Any, tokens: jax.Array, length: jax.Array, *, fresh: bool = False
+        self, cache: Any, tokens: AnyArray, length: AnyArray, *, fresh: bool = False
     ) -> tuple[Any, Any]:
         """`extend` by tokens.
 
@@ -317,7 +317,8 @@ class Architecture(Module):
         Returns:
             What `logits_at` takes, whose position 0 is the first of `tokens`, and the new cache.
         """
-        return self.extend(cache, self.embed_tokens(tokens), length, fresh=fresh)
+        x = self.embed_tokens(jnp.asarray(tokens))
+        return self.extend(cache, x, jnp.asarray(length), fresh=fresh)
 
     def for_decoding(self) -> Self:
         """The model in the form that decodes fastest, made outside of the loop; it is not saved."""
@@ -435,8 +436,7 @@ def architecture_name(config: Any) -> str:
     Raises:
         ValueError: Not exactly one entry of `ARCHITECTURES` has configs of this class.
     """
-    entries = ARCHITECTURES.items()
-    names = [name for name, entry in entries if type(config) is entry.config_class]
+    names = [name for name, entry in ARCHITECTURES.items() if type(config) is entry.config_class]
     if len(names) > 1:
         raise ValueError(
             f"the architectures {' and '.join(names)} share {type(config).__name__}: give each a "

@@ -15,10 +15,11 @@ from flax import nnx
 
 from thoughtbubbles.attention import attend_branches, attend_where
 from thoughtbubbles.cache import Cache, advance, init_cache
-from thoughtbubbles.checks import check_deltas
+from thoughtbubbles.checks import check_adapter, check_deltas, check_vectors
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.module import Module
+from thoughtbubbles.placement import AnyArray
 from thoughtbubbles.positions import rotary_angles
 from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.streams import Streams
@@ -93,13 +94,10 @@ class Backbone(Module):
                 `lora_targets`; their arrays begin with the stacked axes.
 
         Raises:
-            ValueError: The model has no linear layer of a name, or it has an adapter already.
+            ValueError: The model has no linear layer of a name, or another one of that name, or it
+                has an adapter already.
         """
-        unknown = sorted(set(adapter) - set(self.lora_targets))
-        if unknown:
-            raise ValueError(
-                f"no linear layer {unknown[0]!r}: choose from {', '.join(self.lora_targets)}"
-            )
+        check_adapter(self.lora_targets, adapter)
         leaves, structure = jax.tree.flatten(self.model)
         model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
         for block, index in _blocks_of(model):
@@ -137,14 +135,14 @@ class Backbone(Module):
             return self
         return Backbone(self.model.for_decoding())
 
-    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+    def embed_tokens(self, tokens: AnyArray) -> jax.Array:
         """`[..., D]`; NaN for an id outside the vocabulary."""
         return self.model.embed_tokens(tokens)
 
     def hidden_states(
         self,
         x: jax.Array,
-        length: jax.Array | None = None,
+        length: AnyArray | None = None,
         *,
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
@@ -159,9 +157,10 @@ class Backbone(Module):
             visible: Whether each position sees each other one, `[B, T, T]` bool.
 
         Raises:
-            ValueError: Only one of `positions` and `visible` is given, or a forking model is given
-                them.
+            ValueError: The vectors are not `[B, T, D]`; or only one of `positions` and `visible` is
+                given, or a forking model is given them.
         """
+        check_vectors(x, self.embed_dim, "a decoder")
         x = x.astype(self.model.config.dtype)
         if positions is None and visible is None:
             return self._hidden(self.model.run_residuals(x, length).streams)
@@ -208,7 +207,7 @@ class Backbone(Module):
         return init_cache(self.model, batch, max_len)
 
     def extend(
-        self, cache: Cache, x: jax.Array, length: jax.Array, *, fresh: bool = False
+        self, cache: Cache, x: jax.Array, length: AnyArray, *, fresh: bool = False
     ) -> tuple[jax.Array, Cache]:
         """Append to each row of the cache; any split into calls gives what `hidden_states` gives.
 
@@ -221,6 +220,7 @@ class Backbone(Module):
         Returns:
             Hidden states `[B, C, D]`, NaN for a row that outgrows the cache, and the new cache.
         """
+        check_vectors(x, self.embed_dim, "a decoder")
         x = x.astype(self.model.config.dtype)
         streams, cache = advance(self.model, self.model.layers(), cache, x, length, fresh)
         return self._hidden(streams), cache

@@ -18,13 +18,13 @@ from jax.core import Tracer
 
 from thoughtbubbles.attention import attend_cached
 from thoughtbubbles.bubbles import bubbles_of
-from thoughtbubbles.checks import check_sizes
+from thoughtbubbles.checks import check_lengths, check_sizes
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.fork_cache import ForkCache, KVSlots, init_fork_cache, token_slots
 from thoughtbubbles.fork_models import check_cacheable
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
-from thoughtbubbles.placement import broadcast_beside, placed_beside
+from thoughtbubbles.placement import AnyArray, broadcast_beside, placed_beside
 from thoughtbubbles.policies import append
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
@@ -134,8 +134,8 @@ def _empty_segment(
 def extend(
     model: ForkingDecoder,
     cache: Cache,
-    tokens: Int[Array, "B C"],
-    length: Int[Array, " B"] | None = None,
+    tokens: Int[AnyArray, "B C"],
+    length: Int[AnyArray, " B"] | None = None,
 ) -> tuple[Streams, Cache]:
     """Forward pass of the next tokens of each row; any split of a row into calls gives the same.
 
@@ -162,8 +162,8 @@ def extend(
 def prefill(
     model: ForkingDecoder,
     cache: Cache,
-    tokens: Int[Array, "B C"],
-    length: Int[Array, " B"] | None = None,
+    tokens: Int[AnyArray, "B C"],
+    length: Int[AnyArray, " B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Forward pass of prompts into an empty cache.
 
@@ -191,8 +191,8 @@ def prefill(
 def decode_step(
     model: ForkingDecoder,
     cache: Cache,
-    token: Int[Array, " B"],
-    active: Bool[Array, " B"] | None = None,
+    token: Int[AnyArray, " B"],
+    active: Bool[AnyArray, " B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Forward pass of one more token of each row.
 
@@ -218,7 +218,7 @@ def decode_step(
 
 def _checked(model, cache, tokens, length, fresh) -> tuple[Streams, Cache]:
     """`_extend` after checks: of shapes always, of lengths unless they are traced."""
-    _check_config(model.config, cache.config)
+    _check_cache(model, cache)
     if tokens.ndim != 2 or tokens.shape[0] != cache.length.shape[0]:
         raise ValueError(
             f"tokens {tokens.shape} for a cache of {cache.length.shape[0]} rows: give one row each"
@@ -244,7 +244,13 @@ def _checked(model, cache, tokens, length, fresh) -> tuple[Streams, Cache]:
     return _extend(model, cache, tokens, length, fresh)
 
 
-def _check_config(ours: ModelConfig, theirs: ModelConfig) -> None:
+def _check_cache(model: ForkingDecoder, cache: Cache) -> None:
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"a {type(cache).__name__} in place of a cache: give that of init_cache(batch, "
+            "max_tokens), or of the last call"
+        )
+    ours, theirs = model.config, cache.config
     for field in dataclasses.fields(ModelConfig):
         here, there = getattr(ours, field.name), getattr(theirs, field.name)
         if here != there and field.name not in ours.execution_fields:
@@ -271,10 +277,10 @@ def advance(
     layers: Sequence[Block],
     cache: Cache,
     x: Float[Array, "B C D"],
-    length: Int[Array, " B"],
+    length: Int[AnyArray, " B"],
     fresh: bool = False,
 ) -> tuple[Streams, Cache]:
-    """`extend` without checks, from residuals.
+    """`extend` from residuals; lengths, which `jit` often traces, make their rows NaN.
 
     Args:
         model: Model that the cache was made for.
@@ -286,7 +292,16 @@ def advance(
 
     Returns:
         The streams of these tokens after the last block, and the cache after them.
+
+    Raises:
+        ValueError: The cache is of another model, or the vectors or lengths are of other rows.
     """
+    _check_cache(model, cache)
+    if x.shape[0] != cache.length.shape[0]:
+        raise ValueError(
+            f"vectors {x.shape} for a cache of {cache.length.shape[0]} rows: give one row each"
+        )
+    check_lengths(length, x.shape[0])
     config, chunk = model.config, x.shape[1]
     cache, length = placed_beside(cache, x), broadcast_beside(length, x, 1)
     after = cache.length + length

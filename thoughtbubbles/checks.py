@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.streams import Streams
 
 
@@ -23,6 +28,46 @@ def check_config(config: Any, kind: type) -> None:
             f"config is a {type(config).__name__}: give a {kind.__name__}, such as "
             f"{kind.__name__}.preset('tiny')"
         )
+
+
+def check_fields(config: Any) -> None:
+    """Raise a ValueError unless numbers and tuples of a dataclass are of their fields' types."""
+    for name, kinds in _kinds(type(config)).items():
+        value = getattr(config, name)
+        if value is None and type(None) in kinds:
+            continue
+        if int in kinds and not is_whole(value):
+            raise ValueError(f"{name}={value!r}: give a whole number")
+        if float in kinds and not is_number(value):
+            raise ValueError(f"{name}={value!r}: give a number")
+        if tuple in kinds and not (isinstance(value, tuple) and all(map(is_whole, value))):
+            raise ValueError(f"{name}={value!r}: give a tuple of whole numbers, such as (1,)")
+
+
+@functools.cache
+def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each field of a dataclass may have; `tuple` for one of whole numbers."""
+    found = {}
+    for field in dataclasses.fields(config):
+        kinds = typing.get_args(field.type)
+        found[field.name] = (tuple,) if kinds == (int, ...) else kinds or (field.type,)
+    return found
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is one whole number, of Python, NumPy or JAX."""
+    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one number, of Python, NumPy or JAX."""
+    return hasattr(value, "__float__") and not getattr(value, "shape", ())
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a ValueError unless this is one number."""
+    if not is_number(value):
+        raise ValueError(f"{name}={value!r}: give a number")
 
 
 def check_ids(tokens: Any) -> None:
@@ -70,15 +115,81 @@ def check_stop(stop: Any) -> None:
 def check_sizes(**sizes: Any) -> None:
     """Raise a ValueError unless these are whole numbers of 1 or more."""
     for name, value in sizes.items():
-        if hasattr(value, "shape") and value.shape or not hasattr(value, "__index__"):
+        if not is_whole(value):
             given = getattr(value, "shape", None) or repr(value)
-            raise ValueError(f"{name}={given}: give a whole number, such as tokens.shape[0]")
+            example = ", such as tokens.shape[0]" if name == "batch" else ""
+            raise ValueError(f"{name}={given}: give a whole number{example}")
         if value < 1:
             raise ValueError(f"{name}={value}: choose 1 or more")
 
 
+def check_lengths(length: Any, rows: int) -> None:
+    """Raise a ValueError unless these are whole numbers, one for each row or one for all."""
+    shape, dtype = jnp.shape(length), jnp.result_type(length)
+    if shape not in ((), (rows,)):
+        raise ValueError(f"length of shape {shape} for {rows} rows: give one number a row")
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"length of type {dtype}: give integers, such as int32")
+
+
+def checked_lengths(length: Any, x: Any) -> jax.Array:
+    """Number of real vectors of each row, `[B]` int32, for vectors `[B, T, D]`; `T` for None."""
+    if length is not None:
+        check_lengths(length, x.shape[0])
+    return broadcast_beside(x.shape[1] if length is None else length, x, 1)
+
+
+def check_vectors(x: Any, embed_dim: int, reader: str) -> None:
+    """Raise a ValueError unless these are vectors `[batch, tokens, width]` of a reader's width."""
+    if jnp.ndim(x) != 3:
+        raise ValueError(f"vectors of shape {jnp.shape(x)}: give [batch, tokens, width]")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"vectors of type {x.dtype}: embed token ids first (embed_tokens)")
+    if x.shape[-1] != embed_dim:
+        raise ValueError(
+            f"vectors of width {x.shape[-1]} for {reader} of embed_dim={embed_dim}: give both the "
+            "same width"
+        )
+
+
+def check_targets(targets: Any, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless there is one id for each prediction."""
+    if jnp.shape(targets) != shape:
+        raise ValueError(
+            f"targets of shape {jnp.shape(targets)} for predictions of shape {shape}: give one id "
+            "for each, such as tokens[:, 1:] for what run gave of tokens[:, :-1]"
+        )
+    check_integers(targets)
+
+
+def check_adapter(targets: Mapping[str, Any], adapter: Any) -> None:
+    """Raise a ValueError unless each part of an adapter is of a linear layer, and of its shape."""
+    check_by_name("adapter", adapter)
+    for name, low in adapter.items():
+        if name not in targets:
+            raise ValueError(f"no linear layer {name!r}: choose from {', '.join(targets)}")
+        if not (hasattr(low, "a") and hasattr(low, "b")):
+            continue  # any callable
+        shape = (*low.a.shape[:-1], low.b.shape[-1])
+        stack, *matrix = targets[name]
+        if shape != (*stack, *matrix):
+            raise ValueError(
+                f"{name}: an adapter of shape {shape} for a layer of {(*stack, *matrix)}: make one "
+                "for this model"
+            )
+
+
+def check_by_name(name: str, values: Any) -> None:
+    """Raise a ValueError unless these are values by the names of linear layers."""
+    if not hasattr(values, "items"):
+        raise ValueError(
+            f"{name} is a {type(values).__name__}: give a mapping from names of linear layers"
+        )
+
+
 def check_deltas(targets: Mapping[str, Any], deltas: Mapping[str, Any]) -> None:
     """Raise a ValueError unless each delta is of a linear layer, and of its shape."""
+    check_by_name("deltas", deltas)
     for name, delta in deltas.items():
         if name not in targets:
             raise ValueError(f"no linear layer {name!r}: choose from {', '.join(targets)}")
@@ -92,8 +203,12 @@ def check_deltas(targets: Mapping[str, Any], deltas: Mapping[str, Any]) -> None:
 
 def check_floating(name: str, dtype: Any) -> None:
     """Raise a ValueError unless a type is of floats: integers would round values to 0."""
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise ValueError(f"{name}={jnp.dtype(dtype)}: choose a floating type, such as float32")
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        dtype = repr(dtype)
+    if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name}={dtype}: choose a floating type, such as float32")
 
 
 def check_streams(streams: Any, embed_dim: int, layer: str) -> None:

@@ -9,6 +9,7 @@ import jax
 from thoughtbubbles.architecture import ArchitectureConfig
 from thoughtbubbles.attention import block_size, visited_pairs
 from thoughtbubbles.changes import preset_of
+from thoughtbubbles.checks import check_fields
 from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.policies import PrefixRank, TopK
 from thoughtbubbles.policy import Policy, check_forced_keep
@@ -122,6 +123,7 @@ class ModelConfig(ArchitectureConfig):
     remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self):
+        check_fields(self)
         for field in dataclasses.fields(self):
             choices = getattr(field.type, "__args__", ())
             if getattr(field.type, "__origin__", None) is Literal:

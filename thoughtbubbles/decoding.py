@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from thoughtbubbles.architecture import Architecture
-from thoughtbubbles.checks import check_stop
+from thoughtbubbles.checks import check_stop, is_whole
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.sampling import Sampling, sample
@@ -100,6 +100,11 @@ def generate(
         ValueError: An argument can't be used, a cache was asked for and the model is not causal, or
             the logits are NaN.
     """
+    if not isinstance(model, Architecture):
+        raise ValueError(
+            f"{type(model).__name__} does not generate here: give an architecture, such as "
+            "Thoughtbubbles (memgen.generate takes a MemGen)"
+        )
     given, model = model, model if policy is None else model.with_policy(policy)
     if cached is None:
         cached = model.cacheable
@@ -192,6 +197,8 @@ class _Request:
 def _check(model, prompts, max_new_tokens, valid_vocab_size) -> bool:
     """Raise for a mistake in the arguments; whether there is anything to continue."""
     vocab = model.config.vocab_size
+    if not is_whole(max_new_tokens):
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}: give a whole number")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
     if valid_vocab_size is not None and not 1 <= valid_vocab_size <= vocab:
@@ -199,10 +206,17 @@ def _check(model, prompts, max_new_tokens, valid_vocab_size) -> bool:
             f"valid_vocab_size={valid_vocab_size}: choose from 1 to vocab_size={vocab}"
         )
     for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or np.ndim(prompt) != 1:
+            raise ValueError(
+                f"prompt {index} is {prompt!r}: give a list of prompts, each of token ids"
+            )
         if len(prompt) == 0:
             raise ValueError(
                 f"prompt {index} is empty: give at least one token, e.g. the separator"
             )
+        dtype = np.asarray(prompt).dtype
+        if not np.issubdtype(dtype, np.integer):
+            raise ValueError(f"prompt {index} is of type {dtype}: give integers, the token ids")
         wrong = [token for token in prompt if not 0 <= token < vocab]
         if wrong:
             raise ValueError(
@@ -213,6 +227,8 @@ def _check(model, prompts, max_new_tokens, valid_vocab_size) -> bool:
 
 
 def _row_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
+    if not is_whole(seed):
+        raise ValueError(f"seed={seed!r}: give a whole number")
     repeats = [prompts[:index].count(prompt) for index, prompt in enumerate(prompts)]
     hashes = [zlib.crc32(np.array(prompt, np.int32).tobytes()) for prompt in prompts]
     fold = jax.vmap(jax.random.fold_in)

@@ -22,12 +22,13 @@ from thoughtbubbles.checks import (
     check_ids,
     check_integers,
     check_streams,
+    check_targets,
 )
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
 from thoughtbubbles.head import head_log_prob
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of
-from thoughtbubbles.placement import embedding_rows
+from thoughtbubbles.placement import AnyArray, embedding_rows
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.recompute import recomputed
@@ -97,8 +98,8 @@ class ForkingDecoder(Architecture):
 
     def run(
         self,
-        tokens: jax.Array,
-        length: jax.Array | None = None,
+        tokens: AnyArray,
+        length: AnyArray | None = None,
         *,
         track: bool = False,
         key: jax.Array | None = None,
@@ -121,7 +122,7 @@ class ForkingDecoder(Architecture):
     def run_residuals(
         self,
         x: jax.Array,
-        length: jax.Array | None = None,
+        length: AnyArray | None = None,
         *,
         track: bool = False,
         key: jax.Array | None = None,
@@ -154,18 +155,18 @@ class ForkingDecoder(Architecture):
             names += [f"fork_{layer}"] * (layer in self.config.fork_layers) + [f"block_{layer}"]
         return tuple(names)
 
-    def run_sites(self, inputs: jax.Array, length: jax.Array | None, visit: Visit) -> Output:
+    def run_sites(self, inputs: jax.Array, length: AnyArray | None, visit: Visit) -> Output:
         """As in `SitedModel`."""
         if jnp.ndim(inputs) != 3:
             check_ids(inputs)
             inputs = self.embed_tokens(inputs)
         return self.run_residuals(inputs.astype(self.config.dtype), length, visit=visit)
 
-    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+    def embed_tokens(self, tokens: AnyArray) -> jax.Array:
         """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
         check_integers(tokens)
         if isinstance(self.embed, Int8Weight):
-            return self.embed.rows(tokens).astype(self.config.dtype)
+            return self.embed.rows(jnp.asarray(tokens)).astype(self.config.dtype)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
     def logits(self, output: Output | Streams) -> jax.Array:
@@ -190,7 +191,7 @@ class ForkingDecoder(Architecture):
         kind = "rightmost" if self.config.merge == "rightmost" else "residual"
         return merge(streams, kind, self.max_bubble(streams))
 
-    def logits_at(self, output: Output | Streams, position: jax.Array) -> jax.Array:
+    def logits_at(self, output: Output | Streams, position: AnyArray) -> jax.Array:
         """Logits `[B, V]` float32 of one token per row, `position [B]` int32, and of no other."""
         streams = _streams_of(output)
         return self.logits(streams.bubble_of(position, self.max_bubble(streams)))[:, 0]
@@ -210,13 +211,15 @@ class ForkingDecoder(Architecture):
         table = table[...].astype(self.config.dtype)
         return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
 
-    def log_prob(self, output: Output | Streams, targets: jax.Array) -> jax.Array:
+    def log_prob(self, output: Output | Streams, targets: AnyArray) -> jax.Array:
         """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits.
 
         Where the logits would be large, the vocabulary is taken in chunks (`head.head_log_prob`);
         not in a subclass with a `logits`, `decode` or `unembed` of its own, which is called.
         """
         streams = _streams_of(output)
+        targets = jnp.asarray(targets)
+        check_targets(targets, (streams.token.shape[0], streams.num_tokens))
         if not self._inherits("logits"):
             return super().log_prob(streams, targets)
         if self.config.merge != "probability" or not streams.forked:
@@ -356,4 +359,8 @@ def _identity(x: jax.Array) -> jax.Array:
 
 
 def _streams_of(output: Output | Streams) -> Streams:
-    return output.streams if isinstance(output, Output) else output
+    streams = output.streams if isinstance(output, Output) else output
+    if not isinstance(streams, Streams):
+        shape = getattr(streams, "shape", type(streams).__name__)
+        raise ValueError(f"an output that is {shape}: give what run or advance returned")
+    return streams

@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer
 from thoughtbubbles import forking
 from thoughtbubbles.architecture import Tracked
 from thoughtbubbles.attention import Attend, attend
-from thoughtbubbles.checks import check_config, check_floating, check_streams
+from thoughtbubbles.checks import check_config, check_floating, check_sizes, check_streams
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.fork_cache import (
     ForkCache,
@@ -311,8 +311,7 @@ class Fork(Module):
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer | None = None,
     ):
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim={embed_dim} is below 1: give the width of the residuals")
+        check_sizes(embed_dim=embed_dim)
         if gate is not None and not 0 < gate < math.inf:
             raise ValueError(f"gate={gate} is not positive: choose e.g. 1e-9")
         check_floating("param_dtype", param_dtype)

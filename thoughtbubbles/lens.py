@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from thoughtbubbles.forking import merge
+from thoughtbubbles.rows import left_align, restore_alignment
 from thoughtbubbles.short_repr import ShortRepr, short_repr
 from thoughtbubbles.sites import (
     Activation,
@@ -34,7 +35,7 @@ from thoughtbubbles.sites import (
     record,
     rows_of,
 )
-from thoughtbubbles.streams import Streams, left_align, restore_alignment
+from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
     from jax import Array

@@ -13,6 +13,7 @@ from thoughtbubbles.backbone import Backbone
 from thoughtbubbles.cache import Cache, advance, init_cache
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forward import ForkingDecoder, Output
+from thoughtbubbles.placement import AnyArray
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.streams import Streams
 
@@ -42,7 +43,7 @@ class Thoughtbubbles(ForkingDecoder):
     def hidden_states(
         self,
         x: jax.Array,
-        length: jax.Array | None = None,
+        length: AnyArray | None = None,
         *,
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
@@ -50,7 +51,7 @@ class Thoughtbubbles(ForkingDecoder):
         return Backbone(self).hidden_states(x, length, positions=positions, visible=visible)
 
     def extend(
-        self, cache: Cache, x: jax.Array, length: jax.Array, *, fresh: bool = False
+        self, cache: Cache, x: jax.Array, length: AnyArray, *, fresh: bool = False
     ) -> tuple[jax.Array, Cache]:
         return Backbone(self).extend(cache, x, length, fresh=fresh)
 
@@ -73,7 +74,7 @@ class Thoughtbubbles(ForkingDecoder):
         return init_cache(self, batch, max_tokens)
 
     def advance(
-        self, cache: Cache, tokens: jax.Array, length: jax.Array, *, fresh: bool = False
+        self, cache: Cache, tokens: AnyArray, length: AnyArray, *, fresh: bool = False
     ) -> tuple[Streams, Cache]:
         x = self.embed_tokens(tokens)
         return advance(self, self.layers(), cache, x, length, fresh)

@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+AnyArray = jax.Array | np.ndarray
 
-def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.int32) -> jax.Array:
+
+def broadcast_beside(values: Any, like: AnyArray, axes: int, dtype: Any = jnp.int32) -> jax.Array:
     """Values broadcast to the first axes of an array, and placed as it is.
 
     Args:
@@ -29,7 +32,7 @@ def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.i
     return _zeros(like, like.shape[:axes], dtype, axes) + values
 
 
-def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def zeros_beside(like: AnyArray, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Zeros whose batch axis is placed as that of an array; their other axes are replicated.
 
     Args:
@@ -40,14 +43,14 @@ def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
     return _zeros(like, shape, dtype, 1)
 
 
-def _zeros(like: jax.Array, shape: tuple[int, ...], dtype: Any, axes: int) -> jax.Array:
+def _zeros(like: AnyArray, shape: tuple[int, ...], dtype: Any, axes: int) -> jax.Array:
     like = jnp.asarray(like)
     here = jax.typeof(like).sharding
     place = NamedSharding(here.mesh, PartitionSpec(*here.spec[:axes]))
     return jnp.zeros_like(like, dtype, shape, out_sharding=place)
 
 
-def embedding_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+def embedding_rows(table: AnyArray, index: AnyArray) -> jax.Array:
     """Rows of a table, `jnp.take(table, index, axis=0)`: NaN for an index outside of it.
 
     Args:
@@ -57,7 +60,7 @@ def embedding_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     return rows_at(table, index, mode="fill", fill_value=jnp.nan)
 
 
-def rows_at(table: jax.Array, index: jax.Array, **get: Any) -> jax.Array:
+def rows_at(table: AnyArray, index: AnyArray, **get: Any) -> jax.Array:
     """Rows of a table, `table.at[index].get(**get)`, placed as the index is.
 
     Args:
@@ -96,7 +99,7 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.matmul(x, matrix, out_sharding=place)
 
 
-def placed_beside(tree: Any, like: jax.Array, axis: int = 0) -> Any:
+def placed_beside(tree: Any, like: AnyArray, axis: int = 0) -> Any:
     """Arrays that were made for a batch size alone (caches, keys), placed as the batch is.
 
     Args:

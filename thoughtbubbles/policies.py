@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.checks import check_fields
 from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.policy import Candidates, PolicyDefaults
@@ -35,6 +36,7 @@ class TopK(PolicyDefaults):
     streams: int | None = None
 
     def __post_init__(self):
+        check_fields(self)
         _check_ratio(self.ratio)
         if self.streams is not None and self.streams > LARGEST:
             raise ValueError(f"streams={self.streams} is above {LARGEST}: choose less")
@@ -107,6 +109,7 @@ class PrefixRank(Bucketed):
     noise: float = 0.0
 
     def __post_init__(self):
+        check_fields(self)
         _check_ratio(self.ratio)
         _check_burst(self.burst)
         if self.window is not None and self.window < 1:
@@ -211,6 +214,7 @@ class Threshold(Bucketed):
     offset: float = 0.0
 
     def __post_init__(self):
+        check_fields(self)
         _check_ratio(self.ratio)
         _check_burst(self.burst)
         if not -1 < self.offset < 1:

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from thoughtbubbles.checks import check_number, check_targets
+from thoughtbubbles.placement import AnyArray
 
 if TYPE_CHECKING:
     from jax import Array
@@ -57,10 +61,10 @@ class Sampling:
         """
         check_sampling(temperature, top_k, top_p, min_p)
         if (
-            top_p is not None and jnp.float32(top_p) == 1
+            top_p is not None and np.float32(top_p) == 1
         ):  # rounding of the cumulative sum would exclude improbable tokens
             top_p = None
-        if jnp.float32(temperature) == 0:
+        if np.float32(temperature) == 0:
             return cls()
         number = lambda value: None if value is None else jnp.float32(value)  # noqa: E731
         k = None if top_k is None else jnp.int32(min(top_k, 2**31 - 1))
@@ -129,8 +133,9 @@ def _at_least(logits: jax.Array, lowest: jax.Array) -> jax.Array:
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
-def log_prob_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def log_prob_of(logits: jax.Array, targets: AnyArray) -> jax.Array:
     """Log-probabilities `[...]` float32 of target ids `[...]` under logits `[..., V]`."""
+    check_targets(targets, logits.shape[:-1])
     # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
     token = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
     chosen = token == targets[..., None]
@@ -148,6 +153,10 @@ def check_sampling(
         top_p: Probability mass, or None.
         min_p: Smallest probability relative to that of the most probable token, or None.
     """
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for name, value in options.items():
+        if value is not None:
+            check_number(name, value)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
     if top_k is not None and top_k < 1:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from thoughtbubbles.forking import ForkPlan, compact
+from thoughtbubbles.rows import left_align, restore_alignment
 from thoughtbubbles.short_repr import ShortRepr
-from thoughtbubbles.streams import Streams, left_align, restore_alignment
+from thoughtbubbles.streams import Streams
 
 if TYPE_CHECKING:
     from jax import Array

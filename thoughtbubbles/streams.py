@@ -13,12 +13,12 @@ from jax.core import Tracer
 
 from thoughtbubbles.changes import replaced
 from thoughtbubbles.pages import Page, streams_page
-from thoughtbubbles.placement import broadcast_beside
+from thoughtbubbles.placement import AnyArray, broadcast_beside
 from thoughtbubbles.short_repr import ShortRepr
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Bool, Float, Int, Shaped
+    from jaxtyping import Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -55,10 +55,10 @@ class Streams(ShortRepr):
     @classmethod
     def start(
         cls,
-        x: Float[Array | np.ndarray, "B T D"],
-        length: Int[Array | np.ndarray, " B"] | None = None,
+        x: Float[AnyArray, "B T D"],
+        length: Int[AnyArray, " B"] | None = None,
         copies: int = 1,
-        first: Int[Array | np.ndarray, " B"] | None = None,
+        first: Int[AnyArray, " B"] | None = None,
     ) -> Streams:
         """The streams at the input: one per token, or `copies` of it for copy-k.
 
@@ -140,8 +140,8 @@ class Streams(ShortRepr):
                 it the bias is log p, which weighs a key by exactly p. Both are added to logits that
                 are already divided by sqrt(K).
         """
-        if head_dim is not None and head_dim < 1:
-            raise ValueError(f"head_dim={head_dim} is below 1: give the width of a head, or None")
+        if head_dim is not None and not (hasattr(head_dim, "__index__") and head_dim >= 1):
+            raise ValueError(f"head_dim={head_dim!r} is below 1: give the width of a head, or None")
         return self.log_score * (1.0 if head_dim is None else head_dim**-0.5)
 
     def attenuate(self, values: Float[Array, "B S *rest"]) -> Float[Array, "B S *rest"]:
@@ -158,7 +158,7 @@ class Streams(ShortRepr):
         score = self.score().reshape(self.log_score.shape + (1,) * (values.ndim - 2))
         return values * score.astype(values.dtype)
 
-    def bubble_of(self, token: Int[Array, " B"], max_bubble: int) -> Streams:
+    def bubble_of(self, token: Int[AnyArray, " B"], max_bubble: int) -> Streams:
         """The bubble of one token of each row, as streams of rows of one token; dead slots first.
 
         Args:
@@ -257,12 +257,12 @@ def _check_start(x, length, copies, first) -> None:
     for name, value in (("length", length), ("first", first)):
         if value is None:
             continue
-        given = value if hasattr(value, "dtype") else jnp.asarray(value)
+        given = value if hasattr(value, "dtype") else np.asarray(value)
         if given.shape != x.shape[:1]:
             raise ValueError(
                 f"{name} of shape {given.shape} for {x.shape[0]} rows: give one number a row"
             )
-        _check_integers(name, given.dtype)
+        check_integer_type(name, given.dtype)
     if length is None or isinstance(length, Tracer):
         return
     lengths = np.asarray(length)
@@ -272,158 +272,7 @@ def _check_start(x, length, copies, first) -> None:
         )
 
 
-def _check_integers(name: str, dtype: Any) -> None:
+def check_integer_type(name: str, dtype: Any) -> None:
+    """Raise a ValueError unless a type is of whole numbers."""
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} of type {dtype}: give integers, such as int32")
-
-
-def left_align(
-    tokens: Shaped[Array | np.ndarray, "B T *rest"], mask: Bool[Array | np.ndarray, "B T"]
-) -> tuple[Shaped[Array, "B T *rest"], Int[Array, " B"], Int[Array, "B T"]]:
-    """Move the real tokens of each row to its start, in order.
-
-    Args:
-        tokens: Token ids or vectors of tokens, with padding anywhere.
-        mask: Real tokens.
-
-    Returns:
-        The aligned tokens, the number of real tokens of each row, and `rank`, the new index of each
-        token.
-
-    Raises:
-        ValueError: The mask is not of these tokens.
-    """
-    mask = _real(mask, tokens)
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    length = mask.sum(axis=1, dtype=jnp.int32)
-    rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    order = order.reshape(order.shape + (1,) * (tokens.ndim - 2))
-    return jnp.take_along_axis(tokens, order, axis=1), length, rank
-
-
-def restore_alignment(
-    values: Shaped[Array, "B T *rest"],
-    mask: Bool[Array | np.ndarray, "B T"],
-    rank: Int[Array, "B T"],
-) -> Shaped[Array, "B T *rest"]:
-    """Undo `left_align` for values of each token; those of padding become 0.
-
-    Args:
-        values: Values of the aligned tokens.
-        mask: Mask that `left_align` was given.
-        rank: New index of each token, as `left_align` returned it.
-
-    Raises:
-        ValueError: The mask is not of these tokens.
-    """
-    mask = _real(mask, values)
-    if not hasattr(rank, "shape") or rank.shape != mask.shape:
-        raise ValueError(
-            f"a rank of shape {jnp.shape(rank)} for a mask of shape {mask.shape}: give what "
-            "left_align returned for this mask"
-        )
-    _check_integers("rank", rank.dtype)
-    mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
-    rank = rank.reshape(rank.shape + (1,) * (values.ndim - 2))
-    return jnp.where(mask, jnp.take_along_axis(values, rank, axis=1), 0)
-
-
-def split_segments(
-    tokens: Shaped[Array | np.ndarray, "B T *rest"],
-    segment_ids: Int[Array | np.ndarray, "B T"],
-    num_segments: int,
-) -> tuple[Shaped[Array, "B*N T *rest"], Int[Array, " B*N"]]:
-    """Rows of one text each, out of packed rows: a fork policy's budget is that of a row.
-
-    Args:
-        tokens: Token ids or vectors of tokens, several texts in a row.
-        segment_ids: Number of each token's text in its row, from 1; 0 for padding.
-        num_segments: Static largest number `N` of texts of a row.
-
-    Returns:
-        The aligned tokens, those of text `n` of row `b` in row `b * N + n - 1`, and the number of
-        tokens of each new row. `join_segments` takes values of tokens back.
-
-    Raises:
-        ValueError: `N` is below 1, there is not one id for each token, or a segment id is not from
-            0 to `N`; under `jit`, where ids are unknown, `join_segments` gives NaN for its tokens.
-    """
-    _check_rows(tokens=tokens, segment_ids=segment_ids)
-    if not hasattr(num_segments, "__index__"):
-        raise ValueError(f"num_segments={num_segments!r}: give a whole number")
-    if num_segments < 1:
-        raise ValueError(f"num_segments={num_segments} is below 1: give the largest segment id")
-    if segment_ids.shape != tokens.shape[:2]:
-        raise ValueError(
-            f"segment ids of shape {segment_ids.shape} for tokens of shape {tokens.shape}: give "
-            "one id for each token"
-        )
-    _check_integers("segment ids", segment_ids.dtype)
-    if not isinstance(segment_ids, Tracer):
-        ids = np.asarray(segment_ids)
-        if ids.max(initial=0) > num_segments or ids.min(initial=0) < 0:
-            raise ValueError(
-                f"segment ids from {ids.min()} to {ids.max()} with num_segments={num_segments}: "
-                "choose the largest id, and 0 for padding"
-            )
-    mask = _segments(segment_ids, num_segments)
-    aligned, length, _ = left_align(jnp.repeat(tokens, num_segments, axis=0), mask)
-    return aligned, length
-
-
-def join_segments(
-    values: Shaped[Array, "B*N T *rest"], segment_ids: Int[Array | np.ndarray, "B T"]
-) -> Shaped[Array, "B T *rest"]:
-    """Undo `split_segments` for float values of each token; those of padding become 0.
-
-    Args:
-        values: Values of the rows of one text each.
-        segment_ids: Ids that `split_segments` was given.
-
-    Raises:
-        ValueError: The rows of values are not a multiple of those of ids, or of other lengths.
-    """
-    _check_rows(values=values, segment_ids=segment_ids)
-    if values.shape[0] % segment_ids.shape[0] or values.shape[1] != segment_ids.shape[1]:
-        raise ValueError(
-            f"values of shape {values.shape} for segment ids of shape {segment_ids.shape}: give "
-            "num_segments rows for each row of ids, as split_segments made them"
-        )
-    _check_integers("segment ids", segment_ids.dtype)
-    batch, num_segments = segment_ids.shape[0], values.shape[0] // segment_ids.shape[0]
-    mask = _segments(segment_ids, num_segments)
-    rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    rows = restore_alignment(values, mask, rank)
-    joined = rows.reshape(batch, num_segments, *values.shape[1:]).sum(axis=1, dtype=values.dtype)
-    wrong = (segment_ids < 0) | (segment_ids > num_segments)
-    return jnp.where(wrong.reshape(wrong.shape + (1,) * (values.ndim - 2)), jnp.nan, joined)
-
-
-def _segments(segment_ids: jax.Array | np.ndarray, num_segments: int) -> jax.Array:
-    """`[B*N, T]` bool, tokens of each text of each row."""
-    ids = jnp.asarray(segment_ids)
-    mask = ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[None, :, None]
-    return mask.reshape(-1, ids.shape[1])
-
-
-def _check_rows(**arrays: Any) -> None:
-    """Raise a ValueError unless these are arrays `[batch, tokens, ...]`."""
-    for name, values in arrays.items():
-        if not hasattr(values, "shape"):
-            raise ValueError(f"{name} are a {type(values).__name__}: give an array, by jnp.asarray")
-        if len(values.shape) < 2:
-            raise ValueError(f"{name} of shape {values.shape}: give [batch, tokens, ...]")
-
-
-def _real(mask: jax.Array | np.ndarray, values: jax.Array | np.ndarray) -> jax.Array:
-    _check_rows(values=values)
-    if not hasattr(mask, "shape"):
-        raise ValueError(f"a mask that is a {type(mask).__name__}: give an array, by jnp.asarray")
-    if mask.shape != values.shape[:2]:
-        raise ValueError(
-            f"a mask of shape {mask.shape} for tokens of shape {values.shape}: give one entry "
-            "for each token"
-        )
-    if jnp.issubdtype(mask.dtype, jnp.inexact):
-        raise ValueError(f"a mask of type {mask.dtype}: give bool, such as mask > 0")
-    return jnp.asarray(mask).astype(bool)

@@ -60,14 +60,28 @@ def weight(
         value = (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
     else:
         matrix = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-        value = jnp.asarray(init(key, matrix, dtype))
-        if value.shape != matrix:
-            raise ValueError(
-                f"kernel_init gives an array of shape {value.shape} for a kernel of {matrix}: "
-                "return one of the shape that it is called with"
-            )
-        value = value.reshape(shape)
+        value = checked_kernel(init, key, matrix, dtype).reshape(shape)
     return named(nnx.Param, value, axes, inputs)
+
+
+def checked_kernel(
+    init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Dtype
+) -> jax.Array:
+    """What an initializer gives; a ValueError unless it has the shape that was asked for."""
+    if not callable(init):
+        raise ValueError(
+            f"kernel_init is a {type(init).__name__}: give an initializer, such as "
+            "nnx.initializers.normal(0.02)"
+        )
+    kernel = init(key, shape, dtype)
+    if getattr(kernel, "shape", None) != shape:
+        is_array = hasattr(kernel, "shape")
+        given = f"array of shape {kernel.shape}" if is_array else type(kernel).__name__
+        raise ValueError(
+            f"kernel_init gives a {given} for a kernel of {shape}: return one of the shape that it "
+            "is called with"
+        )
+    return jnp.asarray(kernel)
 
 
 def vector(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:

@@ -80,6 +80,31 @@ def of_numpy(x: np.ndarray, tokens: np.ndarray, mask: np.ndarray, length: np.nda
     return tb.restore_alignment(aligned, mask, rank) + rows.sum()
 
 
+def models_of_numpy(
+    made: tb.Thoughtbubbles, tokens: np.ndarray, mask: np.ndarray, length: np.ndarray
+) -> jax.Array:
+    """Arrays of a data loader need no conversion."""
+    output = made.run(tokens, length)
+    _, cache = made.advance(made.init_cache(len(tokens), 64), tokens, length, fresh=True)
+    made.advance(cache, tokens[:, :1], length)
+    loss, weight, _ = made.loss(tokens)
+    scores = made.log_prob(output, tokens) + made.logits_at(output, length - 1).sum()
+    hidden = made.backbone().hidden_states(made.backbone().embed_tokens(tokens), length)
+    return made(tokens, mask).sum() + loss / weight + scores.sum() + hidden.sum()
+
+
+def memory_of_numpy(
+    made: memgen.MemGen, tokens: np.ndarray, mask: np.ndarray, length: np.ndarray, keys: jax.Array
+) -> jax.Array:
+    plan = memgen.plan_insertions(tokens, mask, made.boundary[...], made.config)
+    total, weight = memgen.sft_loss(made, tokens, mask, plan)
+    scores = memgen.decision_log_probs(made, tokens, tokens, plan)
+    price, _ = memgen.trigger_loss(scores, tokens, length)
+    session = memgen.begin(made, tokens, length, keys, 64)
+    memgen.observe(made, session, tokens, length)
+    return total / weight + price + made.predictors(tokens, plan).sum()
+
+
 class Half(tb.PolicyDefaults):
     """Keeps originals alone."""
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, TypedDict, Unpack
 
 from thoughtbubbles.architecture import ArchitectureConfig
 from thoughtbubbles.changes import preset_of
+from thoughtbubbles.checks import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class HatchlingConfig(ArchitectureConfig):
     execution_fields: ClassVar[tuple[str, ...]] = ("remat", "chunk")
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("vocab_size", "embed_dim", "num_neurons", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")

@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer
 from thoughtbubbles import fork_models, statistics
 from thoughtbubbles.architecture import ARCHITECTURES, Constrain
 from thoughtbubbles.changes import preset_of
-from thoughtbubbles.checks import check_ids
+from thoughtbubbles.checks import check_ids, check_vectors
 from thoughtbubbles.fork_cache import ForkCache
 from thoughtbubbles.hatchling.attention import Reach, damping
 from thoughtbubbles.hatchling.config import PRESETS, HatchlingConfig, HatchlingConfigChanges
@@ -20,7 +20,7 @@ from thoughtbubbles.hatchling.model import Hatchling
 from thoughtbubbles.hatchling.sites import merged
 from thoughtbubbles.hatchling.state import Activations, Neurons, State
 from thoughtbubbles.layers import Fork
-from thoughtbubbles.placement import broadcast_beside
+from thoughtbubbles.placement import AnyArray, broadcast_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.streams import Streams
@@ -191,8 +191,8 @@ class ForkingHatchling(Hatchling):
 
     def run(
         self,
-        tokens: jax.Array,
-        length: jax.Array | None = None,
+        tokens: AnyArray,
+        length: AnyArray | None = None,
         *,
         track: bool = False,
         key: jax.Array | None = None,
@@ -209,7 +209,7 @@ class ForkingHatchling(Hatchling):
     def hidden_states(
         self,
         x: jax.Array,
-        length: jax.Array | None = None,
+        length: AnyArray | None = None,
         *,
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
@@ -220,6 +220,7 @@ class ForkingHatchling(Hatchling):
                 "rows that are not one text from left to right can't fork: use a Hatchling without "
                 f"fork layers (now {self.config.fork_layers})"
             )
+        check_vectors(x, self.config.embed_dim, "a Hatchling")
         streams = Streams.start(self._first(x.astype(self.config.dtype)), length)
         fork = lambda index, streams: self.forks[index](streams)  # noqa: E731
         return self._groups(streams, None, fork)[0].hidden
@@ -228,7 +229,7 @@ class ForkingHatchling(Hatchling):
     def takes_positions(self) -> bool:
         return False
 
-    def activations(self, tokens: jax.Array, length: jax.Array | None = None) -> Neurons:
+    def activations(self, tokens: AnyArray, length: AnyArray | None = None) -> Neurons:
         raise ValueError(
             "neurons of a model that forks belong to streams, not to tokens: capture their sites, "
             f"such as y_0 (thoughtbubbles.lens.capture; fork layers {self.config.fork_layers})"
@@ -253,7 +254,7 @@ class ForkingHatchling(Hatchling):
         self,
         cache: State,
         x: jax.Array,
-        length: jax.Array,
+        length: AnyArray,
         *,
         fresh: bool = False,
         starts: jax.Array | None = None,
@@ -262,7 +263,8 @@ class ForkingHatchling(Hatchling):
         state = cast(ForkingState, cache)
         if starts is not None:
             raise ValueError("a document can't begin inside of a row that forks: leave starts out")
-        state.check_rows(x)
+        check_vectors(x, self.config.embed_dim, "a Hatchling")
+        ForkingState.check(state, x, length)
         x = x.astype(self.config.dtype)
         if not x.shape[1]:
             return x, cache

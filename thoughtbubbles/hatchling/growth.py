@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from thoughtbubbles.checks import check_sizes
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.model import Hatchling
 from thoughtbubbles.short_repr import ShortRepr
@@ -102,6 +103,7 @@ def plan_growth(config: HatchlingConfig, num_neurons: int, seed: int = 0) -> Gro
     Raises:
         ValueError: The model has as many neurons already, or heads can't share them equally.
     """
+    check_sizes(num_neurons=num_neurons)
     if num_neurons <= config.num_neurons:
         raise ValueError(
             f"num_neurons={num_neurons}: the model has {config.num_neurons} already: choose more, "
@@ -162,8 +164,9 @@ def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neu
     """
     if along not in ("neurons", "heads"):
         raise ValueError(f"along={along!r}: choose neurons or heads")
-    if len(models) < 2:
-        raise ValueError(f"{len(models)} model(s) to merge: give two or more")
+    if isinstance(models, Hatchling) or len(models) < 2:
+        count = 1 if isinstance(models, Hatchling) else len(models)
+        raise ValueError(f"{count} model(s) to merge: give two or more, in a list")
     for model in models:
         _check_merged(model)
     first = models[0].config
@@ -212,6 +215,8 @@ def _mean(*values: np.ndarray) -> np.ndarray:
 
 
 def _check_merged(model: Hatchling) -> None:
+    if not isinstance(model, Hatchling):
+        raise ValueError(f"a {type(model).__name__} in place of a model: give a Hatchling")
     if model.adapters is not None:
         raise ValueError("a model with an adapter beside it: merge the adapter first (merge_lora)")
 

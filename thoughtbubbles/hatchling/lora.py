@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from thoughtbubbles.checks import check_deltas
+from thoughtbubbles.checks import check_adapter, check_deltas
 from thoughtbubbles.hatchling.config import HatchlingConfig
 
 # The names of the axes of each layer: of its stack, there is none, its inputs and its outputs.
@@ -23,12 +23,9 @@ def with_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
     """The same arrays with an adapter added to Dx and E.
 
     Raises:
-        ValueError: A name is that of another layer, or the model has an adapter already.
+        ValueError: A name or a shape is that of another layer, or the model has an adapter already.
     """
-    if unknown := sorted(set(adapter) - set(model.lora_targets)):
-        raise ValueError(
-            f"no linear layer {unknown[0]!r}: choose from {', '.join(model.lora_targets)}"
-        )
+    check_adapter(model.lora_targets, adapter)
     if model.adapters is not None:
         raise ValueError("this model has an adapter already")
     copy = _copy(model)

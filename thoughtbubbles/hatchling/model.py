@@ -21,6 +21,8 @@ from thoughtbubbles.checks import (
     check_ids,
     check_integers,
     check_sizes,
+    check_vectors,
+    checked_lengths,
 )
 from thoughtbubbles.hatchling import lora
 from thoughtbubbles.hatchling.attention import (
@@ -35,7 +37,8 @@ from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.sites import SitedHatchling, merged
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
-from thoughtbubbles.placement import broadcast_beside, embedding_rows, zeros_beside
+from thoughtbubbles.placement import AnyArray, broadcast_beside, embedding_rows, zeros_beside
+from thoughtbubbles.rows import next_tokens
 from thoughtbubbles.streams import Streams
 from thoughtbubbles.weights import adapted, named, weight
 
@@ -86,7 +89,7 @@ class Hatchling(SitedHatchling):
         self.frequency = named(Frequency, turns, ("heads", "head_dim"))
         self.adapters = nnx.data(None)
 
-    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+    def embed_tokens(self, tokens: AnyArray) -> jax.Array:
         """Vectors `[..., d]`; NaN for an id outside the vocabulary."""
         check_integers(tokens)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
@@ -99,7 +102,7 @@ class Hatchling(SitedHatchling):
     def hidden_states(
         self,
         x: jax.Array,
-        length: jax.Array | None = None,
+        length: AnyArray | None = None,
         *,
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
@@ -119,6 +122,7 @@ class Hatchling(SitedHatchling):
         Raises:
             ValueError: Only one of `positions` and `visible` is given, or `starts` beside them.
         """
+        check_vectors(x, self.config.embed_dim, "a Hatchling")
         x = x.astype(self.config.dtype)
         if positions is None and visible is None:
             return self._forward(x, length, starts=starts).hidden
@@ -133,8 +137,8 @@ class Hatchling(SitedHatchling):
 
     def run(
         self,
-        tokens: jax.Array,
-        length: jax.Array | None = None,
+        tokens: AnyArray,
+        length: AnyArray | None = None,
         *,
         track: bool = False,
         key: jax.Array | None = None,
@@ -144,7 +148,7 @@ class Hatchling(SitedHatchling):
         return self._forward(self.embed_tokens(tokens), length, key, self._starts(tokens))
 
     def loss(
-        self, rows: jax.Array, *, track: bool = False, key: jax.Array | None = None
+        self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """As in `Architecture`; with `truncate` the gradient stops between segments of a row."""
         size = self.config.truncate
@@ -154,7 +158,7 @@ class Hatchling(SitedHatchling):
         more = ((0, 0), (0, count * size + 1 - rows.shape[1]))
         parts = [
             jnp.pad(values, more, constant_values=-1).reshape(-1, count, size).swapaxes(0, 1)
-            for values in (rows[:, :-1], rows[:, 1:])
+            for values in next_tokens(rows)
         ]
 
         def segment(model: "Hatchling", state: State, inputs: Any) -> Any:
@@ -179,9 +183,7 @@ class Hatchling(SitedHatchling):
     def logits(self, output: Activations | Streams | jax.Array) -> jax.Array:
         return self.unembed(_hidden_of(output))
 
-    def logits_at(
-        self, output: Activations | Streams | jax.Array, position: jax.Array
-    ) -> jax.Array:
+    def logits_at(self, output: Activations | Streams | jax.Array, position: AnyArray) -> jax.Array:
         return super().logits_at(_hidden_of(output), position)
 
     def init_cache(self, batch: int, max_tokens: int) -> State:
@@ -196,7 +198,7 @@ class Hatchling(SitedHatchling):
         return State(0, 1)  # pyright: ignore[reportArgumentType]
 
     def advance(
-        self, cache: State, tokens: jax.Array, length: jax.Array, *, fresh: bool = False
+        self, cache: State, tokens: AnyArray, length: AnyArray, *, fresh: bool = False
     ) -> tuple[jax.Array, State]:
         x, starts = self.embed_tokens(tokens), self._starts(tokens)
         return self.extend(cache, x, length, fresh=fresh, starts=starts)
@@ -205,7 +207,7 @@ class Hatchling(SitedHatchling):
         self,
         cache: State,
         x: jax.Array,
-        length: jax.Array,
+        length: AnyArray,
         *,
         fresh: bool = False,
         starts: jax.Array | None = None,
@@ -220,7 +222,8 @@ class Hatchling(SitedHatchling):
             starts: Whether a document begins with each vector, `[B, C]` bool: what its row has read
                 so far is forgotten.
         """
-        cache.check_rows(x)
+        check_vectors(x, self.config.embed_dim, "a Hatchling")
+        State.check(cache, x, length)
         if not x.shape[1]:
             return x.astype(self.config.dtype), cache
         length, cache = broadcast_beside(length, x, 1), cache.beside(x)
@@ -264,7 +267,7 @@ class Hatchling(SitedHatchling):
             for name in ("x", "y")
         }
 
-    def _starts(self, tokens: jax.Array) -> jax.Array | None:
+    def _starts(self, tokens: AnyArray) -> jax.Array | None:
         """Whether each token begins a document; None where none does."""
         separator = self.config.separator
         return None if separator is None else jnp.asarray(tokens) == separator
@@ -272,11 +275,11 @@ class Hatchling(SitedHatchling):
     def _forward(
         self,
         x: jax.Array,
-        length: jax.Array | None,
+        length: AnyArray | None,
         key: jax.Array | None = None,
         starts: jax.Array | None = None,
     ) -> Activations:
-        length = broadcast_beside(x.shape[1] if length is None else length, x, 1)
+        length = checked_lengths(length, x)
         if self.config.chunk is None or x.shape[1] <= self.config.chunk:
             return self._chunk(x, length, None, key, starts=starts)[0]
         state = self.init_cache(x.shape[0], x.shape[1]).beside(x)

@@ -12,7 +12,7 @@ from thoughtbubbles.forking import merge
 from thoughtbubbles.hatchling.attention import Reach, normalized
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.state import Neurons
-from thoughtbubbles.placement import broadcast_beside
+from thoughtbubbles.placement import AnyArray, broadcast_beside
 from thoughtbubbles.sites import Visit, plan_of
 from thoughtbubbles.streams import Streams
 
@@ -43,7 +43,7 @@ class SitedHatchling(Architecture):
         features that need no autoencoder. They can be captured by name, and not edited."""
         return tuple(f"{kind}_{i}" for i in range(self.config.num_layers) for kind in "xy")
 
-    def run_sites(self, inputs: jax.Array, length: jax.Array | None, visit: Visit) -> Streams:
+    def run_sites(self, inputs: jax.Array, length: AnyArray | None, visit: Visit) -> Streams:
         """As in `SitedModel`; rows are computed whole, whatever `chunk` is."""
         starts = None
         if jnp.ndim(inputs) != 3:
@@ -79,7 +79,7 @@ class SitedHatchling(Architecture):
         """Logits `[..., V]` of vectors `[..., d]` of a site: the head alone."""
         return self.unembed(x)
 
-    def activations(self, tokens: jax.Array, length: jax.Array | None = None) -> Neurons:
+    def activations(self, tokens: AnyArray, length: AnyArray | None = None) -> Neurons:
         """Neurons of all layers as features of tokens, for tools that read models.
 
         Args:
@@ -87,6 +87,7 @@ class SitedHatchling(Architecture):
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
         """
         check_ids(tokens)
+        tokens = jnp.asarray(tokens)
         streams = Streams.start(self._first(self.embed_tokens(tokens)), length)
         reach, _ = self._reach(streams, self._starts(tokens))
         return self._layers(streams.x, reach, None, watch=True)[0].watched

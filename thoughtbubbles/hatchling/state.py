@@ -1,12 +1,13 @@
 """What a Dragon Hatchling keeps of the past, and what a forward pass returns."""
 
 import dataclasses
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 from flax import nnx
 
-from thoughtbubbles.placement import placed_beside
+from thoughtbubbles.checks import check_lengths
+from thoughtbubbles.placement import AnyArray, placed_beside
 from thoughtbubbles.short_repr import ShortRepr, short_repr
 
 
@@ -29,19 +30,32 @@ class State(ShortRepr):
     length: jax.Array
     synapses: jax.Array
 
-    def beside(self, rows: jax.Array) -> Self:
+    @classmethod
+    def check(cls, cache: Any, x: jax.Array, length: AnyArray) -> None:
+        """Raise a ValueError unless a state of this class, and lengths, are of the vectors' rows.
+
+        Args:
+            cache: State that is to be extended.
+            x: Vectors `[B, C, d]`.
+            length: Number of real vectors in each row.
+        """
+        if type(cache) is not cls:
+            raise ValueError(
+                f"a {type(cache).__name__} in place of a {cls.__name__}: give that of "
+                "init_cache(batch, max_tokens), or of the last call"
+            )
+        if cache.length.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"a state of {cache.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
+                "init_cache of that batch"
+            )
+        check_lengths(length, x.shape[0])
+
+    def beside(self, rows: AnyArray) -> Self:
         """The same state placed on the devices as rows `[B, ...]` are."""
         length = placed_beside(self.length, rows)
         synapses = placed_beside(self.synapses, rows, axis=1)
         return dataclasses.replace(self, length=length, synapses=synapses)
-
-    def check_rows(self, x: jax.Array) -> None:
-        """Raise a ValueError unless vectors have as many rows."""
-        if self.length.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"a state of {self.length.shape[0]} rows for vectors of {x.shape[0]}: begin with "
-                "init_cache of that batch"
-            )
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,192 @@
+"""Rows of tokens: inputs and targets, padding on any side, several texts in a row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from thoughtbubbles.placement import AnyArray
+from thoughtbubbles.streams import check_integer_type
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Int, Shaped
+
+
+def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int[AnyArray, "B T"]]:
+    """Inputs and targets of rows of token ids, which -1 pads on the right.
+
+    Raises:
+        ValueError: The rows are no ids `[B, T + 1]` of at least two tokens, or padding stands in
+            front of a token; under `jit`, where ids are unknown, the inputs of such a row are no
+            ids, so that its loss is NaN.
+    """
+    _check_rows(rows=rows)
+    check_integer_type("rows", rows.dtype)
+    if rows.ndim > 2 or rows.shape[1] < 2:
+        raise ValueError(f"rows of shape {rows.shape}: give [batch, tokens + 1], with a next token")
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    wrong = ((inputs < 0) & (targets >= 0)).any(axis=1)
+    if isinstance(wrong, Tracer):
+        return jnp.where(wrong[:, None], jnp.iinfo(inputs.dtype).max, inputs), targets
+    if wrong.any():
+        raise ValueError(
+            f"row {int(wrong.argmax())} has padding (-1) in front of a token: pad on the right"
+        )
+    return inputs, targets
+
+
+def left_align(
+    tokens: Shaped[AnyArray, "B T *rest"], mask: Bool[AnyArray, "B T"]
+) -> tuple[Shaped[Array, "B T *rest"], Int[Array, " B"], Int[Array, "B T"]]:
+    """Move the real tokens of each row to its start, in order.
+
+    Args:
+        tokens: Token ids or vectors of tokens, with padding anywhere.
+        mask: Real tokens.
+
+    Returns:
+        The aligned tokens, the number of real tokens of each row, and `rank`, the new index of each
+        token.
+
+    Raises:
+        ValueError: The mask is not of these tokens.
+    """
+    mask = _real(mask, tokens)
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    length = mask.sum(axis=1, dtype=jnp.int32)
+    rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    order = order.reshape(order.shape + (1,) * (tokens.ndim - 2))
+    return jnp.take_along_axis(tokens, order, axis=1), length, rank
+
+
+def restore_alignment(
+    values: Shaped[Array, "B T *rest"],
+    mask: Bool[AnyArray, "B T"],
+    rank: Int[Array, "B T"],
+) -> Shaped[Array, "B T *rest"]:
+    """Undo `left_align` for values of each token; those of padding become 0.
+
+    Args:
+        values: Values of the aligned tokens.
+        mask: Mask that `left_align` was given.
+        rank: New index of each token, as `left_align` returned it.
+
+    Raises:
+        ValueError: The mask is not of these tokens.
+    """
+    mask = _real(mask, values)
+    if not hasattr(rank, "shape") or rank.shape != mask.shape:
+        raise ValueError(
+            f"a rank of shape {jnp.shape(rank)} for a mask of shape {mask.shape}: give what "
+            "left_align returned for this mask"
+        )
+    check_integer_type("rank", rank.dtype)
+    mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
+    rank = rank.reshape(rank.shape + (1,) * (values.ndim - 2))
+    return jnp.where(mask, jnp.take_along_axis(values, rank, axis=1), 0)
+
+
+def split_segments(
+    tokens: Shaped[AnyArray, "B T *rest"],
+    segment_ids: Int[AnyArray, "B T"],
+    num_segments: int,
+) -> tuple[Shaped[Array, "B*N T *rest"], Int[Array, " B*N"]]:
+    """Rows of one text each, out of packed rows: a fork policy's budget is that of a row.
+
+    Args:
+        tokens: Token ids or vectors of tokens, several texts in a row.
+        segment_ids: Number of each token's text in its row, from 1; 0 for padding.
+        num_segments: Static largest number `N` of texts of a row.
+
+    Returns:
+        The aligned tokens, those of text `n` of row `b` in row `b * N + n - 1`, and the number of
+        tokens of each new row. `join_segments` takes values of tokens back.
+
+    Raises:
+        ValueError: `N` is below 1, there is not one id for each token, or a segment id is not from
+            0 to `N`; under `jit`, where ids are unknown, `join_segments` gives NaN for its tokens.
+    """
+    _check_rows(tokens=tokens, segment_ids=segment_ids)
+    if not hasattr(num_segments, "__index__"):
+        raise ValueError(f"num_segments={num_segments!r}: give a whole number")
+    if num_segments < 1:
+        raise ValueError(f"num_segments={num_segments} is below 1: give the largest segment id")
+    if segment_ids.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"segment ids of shape {segment_ids.shape} for tokens of shape {tokens.shape}: give "
+            "one id for each token"
+        )
+    check_integer_type("segment ids", segment_ids.dtype)
+    if not isinstance(segment_ids, Tracer):
+        ids = np.asarray(segment_ids)
+        if ids.max(initial=0) > num_segments or ids.min(initial=0) < 0:
+            raise ValueError(
+                f"segment ids from {ids.min()} to {ids.max()} with num_segments={num_segments}: "
+                "choose the largest id, and 0 for padding"
+            )
+    mask = _segments(segment_ids, num_segments)
+    aligned, length, _ = left_align(jnp.repeat(tokens, num_segments, axis=0), mask)
+    return aligned, length
+
+
+def join_segments(
+    values: Shaped[Array, "B*N T *rest"], segment_ids: Int[AnyArray, "B T"]
+) -> Shaped[Array, "B T *rest"]:
+    """Undo `split_segments` for float values of each token; those of padding become 0.
+
+    Args:
+        values: Values of the rows of one text each.
+        segment_ids: Ids that `split_segments` was given.
+
+    Raises:
+        ValueError: The rows of values are not a multiple of those of ids, or of other lengths.
+    """
+    _check_rows(values=values, segment_ids=segment_ids)
+    if values.shape[0] % segment_ids.shape[0] or values.shape[1] != segment_ids.shape[1]:
+        raise ValueError(
+            f"values of shape {values.shape} for segment ids of shape {segment_ids.shape}: give "
+            "num_segments rows for each row of ids, as split_segments made them"
+        )
+    check_integer_type("segment ids", segment_ids.dtype)
+    batch, num_segments = segment_ids.shape[0], values.shape[0] // segment_ids.shape[0]
+    mask = _segments(segment_ids, num_segments)
+    rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    rows = restore_alignment(values, mask, rank)
+    joined = rows.reshape(batch, num_segments, *values.shape[1:]).sum(axis=1, dtype=values.dtype)
+    wrong = (segment_ids < 0) | (segment_ids > num_segments)
+    return jnp.where(wrong.reshape(wrong.shape + (1,) * (values.ndim - 2)), jnp.nan, joined)
+
+
+def _segments(segment_ids: AnyArray, num_segments: int) -> jax.Array:
+    """`[B*N, T]` bool, tokens of each text of each row."""
+    ids = jnp.asarray(segment_ids)
+    mask = ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[None, :, None]
+    return mask.reshape(-1, ids.shape[1])
+
+
+def _check_rows(**arrays: Any) -> None:
+    """Raise a ValueError unless these are arrays `[batch, tokens, ...]`."""
+    for name, values in arrays.items():
+        if not hasattr(values, "shape"):
+            raise ValueError(f"{name} are a {type(values).__name__}: give an array, by jnp.asarray")
+        if len(values.shape) < 2:
+            raise ValueError(f"{name} of shape {values.shape}: give [batch, tokens, ...]")
+
+
+def _real(mask: AnyArray, values: jax.Array | np.ndarray) -> jax.Array:
+    _check_rows(values=values)
+    if not hasattr(mask, "shape"):
+        raise ValueError(f"a mask that is a {type(mask).__name__}: give an array, by jnp.asarray")
+    if mask.shape != values.shape[:2]:
+        raise ValueError(
+            f"a mask of shape {mask.shape} for tokens of shape {values.shape}: give one entry "
+            "for each token"
+        )
+    if jnp.issubdtype(mask.dtype, jnp.inexact):
+        raise ValueError(f"a mask of type {mask.dtype}: give bool, such as mask > 0")
+    return jnp.asarray(mask).astype(bool)
