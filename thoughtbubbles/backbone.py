@@ -241,7 +241,7 @@ class Backbone(Module):
                 f"fork layers (now {config.fork_layers}) or copies (now {config.copies})"
             )
         angles = rotary_angles(
-            positions.astype(jnp.float32), config.head_width, config.rope_base, config.rope_scaling
+            positions, config.head_width, config.rope_base, config.rope_scaling
         )
         streams = self.model.run_blocks(
             Streams.start(x), 0, config.num_layers, Geometry(*angles), mix

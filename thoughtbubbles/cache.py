@@ -321,7 +321,9 @@ def advance(
             forks.append(state)
             trace = _record_bubbles(trace, index - 1, streams)
         blocks = list(zip(layers[start:end], config.rotary_layers[start:end], strict=True))
-        streams, group = _run_group(streams, slots, blocks, cache.groups[index], config, fresh)
+        streams, group = _run_group(
+            streams, slots, blocks, cache.groups[index], config, cache.max_tokens, fresh
+        )
         groups.append(group)
     cache = dataclasses.replace(
         cache, length=after, groups=tuple(groups), forks=tuple(forks), trace=trace
@@ -335,6 +337,7 @@ def _run_group(
     blocks: Sequence[tuple[Block, bool | None]],
     group: KVSegment,
     config: ModelConfig,
+    max_tokens: int,
     fresh: bool,
 ) -> tuple[Streams, KVSegment]:
     """The blocks of a group on new streams, which attend to each other and to the cached ones.
@@ -345,6 +348,7 @@ def _run_group(
         blocks: Each block with its entry of `ModelConfig.rotary_layers`.
         group: Keys and values of the earlier streams.
         config: Config of the model.
+        max_tokens: Number of tokens that fit into a row.
         fresh: Static promise that there are no earlier streams.
 
     Returns:
@@ -352,7 +356,8 @@ def _run_group(
     """
     if not blocks:
         return streams, group
-    geometry, alive, before = Geometry.of(streams, config), slots.alive, slots.used
+    geometry = Geometry.of(streams, config, max_tokens)
+    alive, before = slots.alive, slots.used
     bias, keys, values = group.bias, [], []
     if bias is not None and geometry.key_bias is not None:
         new_bias = geometry.key_bias

@@ -66,10 +66,27 @@ class Geometry(ShortRepr):
     write_scale: jax.Array | None = None
 
     @classmethod
-    def of(cls, streams: Streams, config: ModelConfig) -> Geometry:
-        """Rotary angles (App. D) and score attenuation (eqs. 8-10) of the streams."""
-        positions = streams.positions(config.fractional_positions)
-        angles = rotary_angles(positions, config.head_width, config.rope_base, config.rope_scaling)
+    def of(
+        cls, streams: Streams, config: ModelConfig, max_tokens: int | None = None
+    ) -> Geometry:
+        """Rotary angles (App. D) and score attenuation (eqs. 8-10) of the streams.
+
+        Args:
+            streams: Streams of the tokens.
+            config: Config of the model.
+            max_tokens: Static bound on the tokens of a row, earlier ones included; by default that
+                of streams without earlier tokens.
+        """
+        position, offset = streams.split_positions(config.fractional_positions)
+        bound = max_tokens if streams.continued else streams.num_tokens
+        angles = rotary_angles(
+            position,
+            config.head_width,
+            config.rope_base,
+            config.rope_scaling,
+            offset=offset,
+            bound=bound,
+        )
         if not streams.forked:
             return cls(*angles)
         width = config.head_width if config.score_bias == "head" else None

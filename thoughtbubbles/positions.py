@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -96,20 +96,87 @@ class RopeScaling:
         return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
+NEAR = 4096
+"""Position from which on angles are reduced to one turn before they become float32: the product of
+a position and a frequency is off by up to a position times 2^-24, 2e-4 radians here."""
+
+
 def rotary_angles(
-    positions: jax.Array, head_dim: int, base: float, scaling: RopeScaling | None = None
+    positions: jax.Array,
+    head_dim: int,
+    base: float,
+    scaling: RopeScaling | None = None,
+    *,
+    offset: jax.Array | None = None,
+    bound: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each `[B, S, K/2]` float32, of RoPE at `positions [B, S]`.
 
-    Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled.
+    Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled. They are exact to
+    float32 rounding at any position from `NEAR` on.
+
+    Args:
+        positions: Positions of the slots, integers or float32.
+        head_dim: Width `K` of a head.
+        base: Base of the frequencies.
+        scaling: Scaling of the frequencies, if there is one.
+        offset: Fraction of a token added to each position, `[B, S]` float32, which a float32
+            position far into a text would round; none by default.
+        bound: Static bound on the positions, which saves work where all are near.
     """
     if scaling is None:
+        exact = base ** (-np.arange(0, head_dim, 2) / head_dim)
         frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-        angle = positions[..., None] * frequency[None, None]
+        amplitude = 1.0
+    else:
+        exact, amplitude = scaling.frequencies(head_dim, base), scaling.amplitude
+        frequency = exact.astype(np.float32)
+    position = positions.astype(jnp.float32)
+    if offset is not None:
+        position = position + offset
+    angle = position[..., None] * frequency[None, None]
+    if bound is None or bound > NEAR:
+        whole, part = split_position(positions)
+        part = part if offset is None else part + offset
+        turns = turns_at(whole[..., None], *fixed_point(exact / (2 * np.pi)))
+        far = 2 * np.pi * turns + part[..., None] * frequency[None, None]
+        angle = jnp.where(whole[..., None] < NEAR, angle, far)
+    if scaling is None:
         return jnp.cos(angle), jnp.sin(angle)
-    frequency = scaling.frequencies(head_dim, base).astype(np.float32)
-    angle = positions[..., None] * frequency[None, None]
-    return scaling.amplitude * jnp.cos(angle), scaling.amplitude * jnp.sin(angle)
+    return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
+
+
+def split_position(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions, integers or float32, as an int32 and a float32 from above -1 to 0 to be added."""
+    if jnp.issubdtype(positions.dtype, jnp.integer):
+        return positions.astype(jnp.int32), jnp.zeros_like(positions, jnp.float32)
+    whole = jnp.ceil(positions)
+    return whole.astype(jnp.int32), positions - whole
+
+
+def fixed_point(turns: Any) -> tuple[Any, Any]:
+    """Frequencies in turns per token, arrays of NumPy or JAX, in units of 2^-32 turns.
+
+    Returns:
+        Whole units, uint32, and the rest in float32, from 0 to below 1.
+    """
+    units = (turns % 1.0) * 2.0**32
+    whole = units // 1.0
+    return whole.astype(np.uint32), (units - whole).astype(np.float32)
+
+
+def turns_at(position: jax.Array, units: Any, rest: Any) -> jax.Array:
+    """Turns up to `position` int32 as float32 from -1/2 to 1/2: whole turns are left out.
+
+    Args:
+        position: Positions, not negative.
+        units: Frequencies in whole units of 2^-32 turns (`fixed_point`), whose products wrap
+            around where a turn is over.
+        rest: What is left of each frequency in such units.
+    """
+    more = (position.astype(jnp.float32) * rest).astype(jnp.uint32)
+    units = position.astype(jnp.uint32) * units + more
+    return jax.lax.bitcast_convert_type(units, jnp.int32).astype(jnp.float32) * 2.0**-32
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -122,11 +122,23 @@ class Streams(ShortRepr):
         The original of token `i` has position `i`, and the `p`-th fork to its left has `i - p / n`
         in a bubble of `n` streams. With `fractional=False` all streams of token `i` have `i`.
         """
-        token = (self.token + self.first[:, None]).astype(jnp.float32)
+        whole, offset = self.split_positions(fractional)
+        whole = whole.astype(jnp.float32)
+        return whole if offset is None else whole + offset
+
+    def split_positions(
+        self, fractional: bool = True
+    ) -> tuple[Int[Array, "B S"], Float[Array, "B S"] | None]:
+        """`positions` as int32 and a float32 fraction of a token, above -1 and up to 0.
+
+        A sum of both would round the fractions of streams far into a text. There are none with
+        `fractional=False`.
+        """
+        token = self.token + self.first[:, None]
         if not fractional:
-            return token
+            return token, None
         distance, size = self.bubbles()
-        return jnp.where(self.alive, token - distance / size, 0.0)
+        return jnp.where(self.alive, token, 0), jnp.where(self.alive, -(distance / size), 0.0)
 
     def score(self) -> Float[Array, "B S"]:
         """Float32 cumulative score p of each stream, from 0 to 1."""
