@@ -23,7 +23,9 @@ MAX_BLOCKS = 8
 SHORTEST_SPAN = 256
 LARGEST_WEIGHTS = 2**25
 """Bytes of float32 weights of one call of `attend`, over all devices, above which the backward pass
-computes them again."""
+computes them again; of `attend_cached`, above which they are taken in tiles."""
+FEWEST_TILED = 16
+QUERY_TILE, KEY_TILE = 256, 512
 
 
 def attend(
@@ -119,11 +121,14 @@ def attend_cached(
     value: Float[Array, "B G N K"],
     bias: Float[Array, "B N"] | None,
     first: Int[Array, " B"],
+    count: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B Q H K"]:
     """Attention of new slots over a cache that already holds their own keys and values.
 
     Only a part of the cache is used: the shortest of a few static spans (`SHORTEST_SPAN` slots,
-    doubled up to `N`) that covers the used slots of every row.
+    doubled up to `N`) that covers the used slots of every row. Of `FEWEST_TILED` queries or more,
+    weights beyond `LARGEST_WEIGHTS` bytes are taken in tiles, each used once; such a call has no
+    reverse-mode gradient.
 
     Args:
         query: Rotated queries of the new slots.
@@ -131,10 +136,15 @@ def attend_cached(
         value: Values of the cache, heads first.
         bias: Float32 bias of each key, added to the logits, or None.
         first: Cache slot of each row's query 0; query `q` attends to slots up to `first + q`.
+        count: Number of queries of each row that are needed, the first ones; results of others are
+            arbitrary but finite. All by default.
     """
-    queries, slots = query.shape[1], key.shape[2]
+    (batch, queries, heads, _), slots = query.shape, key.shape[2]
     query = _grouped(query, key.shape[1])
     last = first[:, None] + jnp.arange(queries)[None]
+    if queries >= FEWEST_TILED and 4 * batch * heads * queries * slots > LARGEST_WEIGHTS:
+        end = first + (queries if count is None else count)
+        return _slots_first(_attend_tiled(query, key, value, bias, last, end))
 
     def over(span: int):
         seen = None if bias is None else bias[:, :span]
@@ -203,6 +213,57 @@ def _attend_normalised(query, key, value, bias, last, few=False):
     )
     total = weights.sum(axis=-1)
     return (mixed / total[..., None]).astype(value.dtype), peak[..., 0] + jnp.log(total)
+
+
+def _attend_tiled(query, key, value, bias, last, end):
+    """`_attend` tile by tile under a running normaliser (arXiv 2205.14135), `last [B, Q]`.
+
+    Tiles of keys behind what any query of a tile attends to, or needs (`end [B]`), are left out.
+    """
+    queries, slots = query.shape[3], key.shape[2]
+    rows, columns = min(QUERY_TILE, queries), min(KEY_TILE, slots)
+    padding = -queries % rows
+    query = jnp.pad(query, [(0, 0)] * 3 + [(0, padding), (0, 0)])
+    last = jnp.pad(last, [(0, 0), (0, padding)], mode="edge")
+
+    def tile(start):
+        here = jax.lax.dynamic_slice_in_dim(query, start, rows, axis=3)
+        reach = jax.lax.dynamic_slice_in_dim(last, start, rows, axis=1)
+        needed = jnp.minimum(reach[:, -1] + 1, end)
+        # One tile at least, so that no result is 0 / 0.
+        tiles = jnp.where(reach[:, 0] < end, -(-needed // columns), 1).max()
+        zeros = jnp.zeros_like(here, jnp.float32)
+        carry = zeros[..., 0] - jnp.inf, zeros[..., 0], zeros
+        step = functools.partial(_add_tile, here, key, value, bias, reach, columns)
+        _, total, mixed = jax.lax.fori_loop(0, jnp.maximum(tiles, 1), step, carry)
+        return (mixed / total[..., None]).astype(value.dtype)
+
+    mixed = jax.lax.map(tile, jnp.arange(0, queries + padding, rows))
+    mixed = jnp.moveaxis(mixed, 0, 3)
+    return mixed.reshape(*mixed.shape[:3], -1, mixed.shape[-1])[:, :, :, :queries]
+
+
+def _add_tile(query, key, value, bias, last, columns, index, carry):
+    """Peak, sum and mixture of a tile of queries with one more tile of keys."""
+    peak, total, mixed = carry
+    begin = index * columns
+    start = jnp.minimum(begin, key.shape[2] - columns)  # the last tile overlaps the one before
+    key, value = (jax.lax.dynamic_slice_in_dim(x, start, columns, axis=2) for x in (key, value))
+    logits = jnp.einsum("bgrqk,bgsk->bgrqs", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        bias = jax.lax.dynamic_slice_in_dim(bias, start, columns, axis=1)
+        logits = logits + bias[:, None, None, None, :]
+    slot = start + jnp.arange(columns)
+    sees = (slot <= last[..., None]) & (slot >= begin)
+    logits = jnp.where(sees[:, None, None], logits, -jnp.inf)
+    higher = jnp.maximum(peak, logits.max(axis=-1))
+    fixed = jnp.where(higher == -jnp.inf, 0.0, higher)  # a query that has seen no weight so far
+    weights, left = jnp.exp(logits - fixed[..., None]), jnp.exp(peak - fixed)
+    new = jnp.einsum(
+        "bgrqs,bgsk->bgrqk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    total = total * left + weights.sum(axis=-1)
+    return higher, total, mixed * left[..., None] + new
 
 
 def _logits(query, key, bias, last, few=False):

@@ -240,9 +240,7 @@ class Backbone(Module):
                 "rows that are not one text from left to right can't fork: use a model without "
                 f"fork layers (now {config.fork_layers}) or copies (now {config.copies})"
             )
-        angles = rotary_angles(
-            positions, config.head_width, config.rope_base, config.rope_scaling
-        )
+        angles = rotary_angles(positions, config.head_width, config.rope_base, config.rope_scaling)
         streams = self.model.run_blocks(
             Streams.start(x), 0, config.num_layers, Geometry(*angles), mix
         )

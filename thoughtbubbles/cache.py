@@ -379,7 +379,9 @@ def _attend_over_cache(
     """Attention over the cache with the new keys and values appended; also that cache."""
     key_cache = _append_heads_first(key_cache, key, before, alive)
     value_cache = _append_heads_first(value_cache, value, before, alive)
-    return attend_cached(query, key_cache, value_cache, bias, before), (key_cache, value_cache)
+    count = alive.sum(axis=1, dtype=jnp.int32)
+    mixed = attend_cached(query, key_cache, value_cache, bias, before, count)
+    return mixed, (key_cache, value_cache)
 
 
 def _attend_and_store(

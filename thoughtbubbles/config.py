@@ -7,7 +7,13 @@ from typing import Literal, TypedDict, Unpack
 import jax
 
 from thoughtbubbles.architecture import ArchitectureConfig
-from thoughtbubbles.attention import block_size, visited_pairs
+from thoughtbubbles.attention import (
+    KEY_TILE,
+    LARGEST_WEIGHTS,
+    QUERY_TILE,
+    block_size,
+    visited_pairs,
+)
 from thoughtbubbles.changes import preset_of
 from thoughtbubbles.checks import check_fields
 from thoughtbubbles.fields import LARGEST
@@ -258,6 +264,15 @@ class ModelConfig(ArchitectureConfig):
         slots = max(self.slots(num_tokens))
         logits = self.num_heads * min(block_size(slots), slots) * slots
         return 4 * (11 * logits // 2 + slots * (self.mlp_width + 4 * self.embed_dim))
+
+    def extend_bytes(self, rows: int, num_tokens: int) -> int:
+        """Bytes that reading `num_tokens` more of each row takes beside parameters and cache.
+
+        About so many, however many tokens the cache holds: attention is taken in tiles.
+        """
+        slots = rows * num_tokens * self.copies * 2 ** len(self.fork_layers)
+        tiles = rows * self.num_heads * QUERY_TILE * KEY_TILE
+        return 4 * (3 * tiles + slots * (self.mlp_width + 6 * self.embed_dim)) + 3 * LARGEST_WEIGHTS
 
     def num_params(self) -> int:
         """Number of parameters of the built model."""

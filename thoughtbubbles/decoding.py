@@ -20,6 +20,7 @@ from thoughtbubbles.architecture import Architecture
 from thoughtbubbles.checks import check_stop, is_whole
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.policy import Policy
+from thoughtbubbles.prefill import Progress, in_blocks, long_cache, prefill
 from thoughtbubbles.sampling import Sampling, sample
 from thoughtbubbles.short_repr import ShortRepr
 
@@ -70,11 +71,13 @@ def generate(
     valid_vocab_size: int | None = None,
     policy: Policy | None = None,
     cached: bool | None = None,
+    progress: Progress | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; a row's text does not depend on the rest of its batch.
 
     Programs are compiled for the longest prompt and the longest text, both rounded up to powers of
-    two, so that texts of other lengths find them compiled.
+    two, so that texts of other lengths find them compiled. Prompts whose pass would take much
+    memory are read into the cache block by block (`thoughtbubbles.prefill`).
 
     Args:
         model: Any architecture; one that is not causal recomputes each prefix.
@@ -92,6 +95,8 @@ def generate(
         policy: Fork policy in place of the model's own.
         cached: Whether keys and values are kept, or the prefix is recomputed for every token; by
             default they are kept where the model is causal.
+        progress: Function of the number of prompt tokens read so far and of all, called after each
+            block of prompts that are read in blocks.
 
     Returns:
         Token ids of each continuation.
@@ -115,7 +120,8 @@ def generate(
         return []
     request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size)
     if cached:
-        return _decode(_decoding_form(given, policy), prompts, request, read_all=False)[0]
+        form = decoding_form(given, policy)
+        return _decode(form, prompts, request, read_all=False, progress=progress)[0]
     new, count = _recompute(model, *_padded(prompts, max_new_tokens), request)
     return _texts(prompts, new, count)
 
@@ -147,7 +153,7 @@ def generate_with_bubbles(
     if not _check(model, prompts, max_new_tokens, valid_vocab_size):
         return []
     request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size)
-    form = _decoding_form(given, policy)
+    form = decoding_form(given, policy)
     texts, cache = _decode(form, prompts, request, read_all=True)
     streams, score = np.asarray(cache.trace.streams), np.asarray(cache.trace.score)
     found = []
@@ -256,19 +262,26 @@ def _texts(prompts, new: jax.Array, count: jax.Array) -> list[list[int]]:
     return texts
 
 
-def _decode(model, prompts, request, read_all) -> tuple[list[list[int]], Any]:
+def _decode(model, prompts, request, read_all, progress=None) -> tuple[list[list[int]], Any]:
     """Generate with a cache; with `read_all` the last token of each text is in the cache too."""
     longest = max(map(len, prompts))
     tokens, lengths = _padded(prompts, width=_bucket(longest, SHORTEST_PROMPT))
-    max_tokens = _bucket(longest + int(request.max_new_tokens), SMALLEST_CACHE)
-    chosen, cache = _begin(model, tokens, lengths, request, max_tokens)
+    new = int(request.max_new_tokens)
+    if in_blocks(model, *tokens.shape):
+        max_tokens = long_cache(longest + new)
+        rows = np.asarray(tokens), np.asarray(lengths)
+        logits, cache = prefill(model, *rows, max_tokens, progress)
+        chosen = _choose(request, logits, lengths)
+    else:
+        max_tokens = _bucket(longest + new, SMALLEST_CACHE)
+        chosen, cache = _begin(model, tokens, lengths, request, max_tokens)
     new, count, cache = _continue(
         model, cache, chosen, lengths, request, jnp.bool_(read_all), max_tokens
     )
     return _texts(prompts, new, count), cache
 
 
-def _decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
+def decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
     """`model.for_decoding()` under a policy; made once for calls with the same arrays.
 
     Nothing is kept of models with NumPy arrays, which can be written in place.
@@ -306,6 +319,11 @@ def _begin(model, tokens, lengths, request, max_tokens) -> tuple[jax.Array, Any]
     cache = model.init_cache(tokens.shape[0], max_tokens)
     output, cache = model.advance(cache, tokens, lengths, fresh=True)
     return request.choose(model.logits_at(output, lengths - 1), lengths), cache
+
+
+@jax.jit
+def _choose(request, logits, lengths) -> jax.Array:
+    return request.choose(logits, lengths)
 
 
 @functools.partial(jax.jit, static_argnames="max_tokens", donate_argnames="cache")

@@ -66,9 +66,7 @@ class Geometry(ShortRepr):
     write_scale: jax.Array | None = None
 
     @classmethod
-    def of(
-        cls, streams: Streams, config: ModelConfig, max_tokens: int | None = None
-    ) -> Geometry:
+    def of(cls, streams: Streams, config: ModelConfig, max_tokens: int | None = None) -> Geometry:
         """Rotary angles (App. D) and score attenuation (eqs. 8-10) of the streams.
 
         Args:

@@ -12,7 +12,7 @@ from thoughtbubbles.checks import check_fields
 from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.policy import Candidates, PolicyDefaults
-from thoughtbubbles.ranking import NO_TOKEN, best, prefix_ranks, ranks_among
+from thoughtbubbles.ranking import NO_TOKEN, at_least, best, prefix_ranks, ranks_among
 from thoughtbubbles.short_repr import ShortRepr
 
 HIGHEST_THRESHOLD = 0.999
@@ -149,7 +149,11 @@ class PrefixRank(Bucketed):
             used=state.used + candidates.alive.sum(axis=1, dtype=jnp.int32),
         )
         index = state.used[:, None] + jnp.arange(keys.shape[1])[None]
-        if keys.shape[1] ** 2 > seen.key.shape[1]:
+        many = keys.shape[1] ** 2 > seen.key.shape[1]
+        if many and self.window is None and keys.shape[1] < seen.key.shape[1]:
+            # Earlier tokens are all in range, and win ties.
+            ranks = prefix_ranks(keys, token) + at_least(state.key, state.used, keys)
+        elif many:
             ranks = prefix_ranks(seen.key, seen.token, self.window)
             ranks = jnp.take_along_axis(ranks, index, axis=1, mode="clip")
         else:

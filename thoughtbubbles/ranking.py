@@ -115,6 +115,21 @@ def ranks_among(
     return (higher & among).sum(axis=2, dtype=jnp.int32)
 
 
+def at_least(keys: jax.Array, used: jax.Array, new_keys: jax.Array) -> jax.Array:
+    """How many keys of a row are at least as large as each new one, in memory O(N + M).
+
+    Args:
+        keys: `[B, N]` float32, of which the first `used` are used and the others are -inf.
+        used: `[B]` int32.
+        new_keys: `[B, M]` float32.
+
+    Returns:
+        `[B, M]` int32.
+    """
+    found = _first_after(jnp.sort(-keys, axis=1), -new_keys)
+    return jnp.minimum(found, used[:, None])
+
+
 def _after_run(token: jax.Array, index: jax.Array) -> jax.Array:
     """`[B, N]`: index after the last entry of the token of each entry of a sorted row."""
     changes = token[:, :-1] != token[:, 1:]
@@ -123,11 +138,11 @@ def _after_run(token: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _first_after(token: jax.Array, value: jax.Array) -> jax.Array:
-    """`[B, N]`: number of entries of the sorted `token [B, N]` that are at most `value [B, N]`.
+    """`[B, M]`: number of entries of the sorted `token [B, N]` that are at most `value [B, M]`.
 
     A binary search: `jnp.searchsorted` under `vmap` fails under explicit axes (jax 0.10).
     """
-    low = jnp.zeros_like(value)
+    low = jnp.zeros_like(value, jnp.int32)
     for step in reversed(range(token.shape[1].bit_length())):
         middle = low + 2**step
         last = jnp.minimum(middle, token.shape[1]) - 1

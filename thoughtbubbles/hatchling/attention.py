@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.positions import NEAR, fixed_point, turns_at
 from thoughtbubbles.short_repr import ShortRepr
 
 NORM_EPS = 1e-5
@@ -18,7 +19,7 @@ class Reach(ShortRepr):
     """How far each vector of a chunk reaches into its past; equal in all layers.
 
     Attributes:
-        position: Position of each vector, `[B, C]` float32 or int32.
+        position: Position of each vector, `[B, C]` int32.
         real: Whether each slot holds a vector, `[B, C]` bool.
         past: Factor of what vector s (last axis) has written in what vector t reads, float32: 0
             unless s comes before t; `[B, H, C, C]`, or what broadcasts to it.
@@ -27,6 +28,9 @@ class Reach(ShortRepr):
         kept: Factor of what each vector has written in the state after the chunk, as `before`.
         left: Factor of the state before the chunk in the state after it, `[B, H]`; None for 1.
         end: Position of the next vector of each row, `[B]` int32.
+        offset: Fraction of a token added to each position, `[B, C]` float32, or None.
+        bound: Static bound on the positions, below which they need no exact phases
+            (`positions.NEAR`); None where nothing is known.
     """
 
     position: jax.Array
@@ -36,6 +40,8 @@ class Reach(ShortRepr):
     kept: jax.Array | None
     left: jax.Array | None
     end: jax.Array
+    offset: jax.Array | None = None
+    bound: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(
@@ -149,9 +155,21 @@ def damping(config: HatchlingConfig) -> jax.Array | None:
     return jnp.asarray(np.exp(-slope), jnp.float32)
 
 
-def turns_of(position: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, C, H, N]` float32 of positions `[B, C]`; phases are taken modulo 1."""
-    phase = (position.astype(jnp.float32)[..., None, None] * frequency) % 1.0
+def turns_of(reach: Reach, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[B, C, H, N]` float32 of the positions; phases are taken modulo 1.
+
+    Args:
+        reach: Reach of each vector, with its position.
+        frequency: Frequencies `[H, N]` in turns per token.
+    """
+    offset = None if reach.offset is None else reach.offset[..., None, None]
+    position = reach.position[..., None, None].astype(jnp.float32)
+    phase = ((position if offset is None else position + offset) * frequency) % 1.0
+    if reach.bound is None or reach.bound > NEAR:
+        whole = reach.position[..., None, None].astype(jnp.int32)
+        far = turns_at(whole, *fixed_point(frequency))
+        far = (far if offset is None else far + offset * frequency) % 1.0
+        phase = jnp.where(whole < NEAR, phase, far)
     return jnp.cos(2 * jnp.pi * phase), jnp.sin(2 * jnp.pi * phase)
 
 

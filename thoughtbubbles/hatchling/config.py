@@ -106,6 +106,10 @@ class HatchlingConfig(ArchitectureConfig):
             5 * scores // 2 + 6 * chunk * self.num_neurons + 8 * num_tokens * self.embed_dim
         )
 
+    def extend_bytes(self, rows: int, num_tokens: int) -> int:
+        """Bytes that reading `num_tokens` more of each row takes beside parameters and cache."""
+        return rows * self.prefill_bytes(num_tokens)
+
     def num_params(self) -> int:
         """Number of parameters: 3nd + 2Vd."""
         return self.embed_dim * (3 * self.num_neurons + 2 * self.vocab_size)

@@ -97,6 +97,10 @@ class ForkingHatchlingConfig(HatchlingConfig):
         """Bytes that a forward pass over one row takes beside parameters and cache, about."""
         return super().prefill_bytes(max(self.slots(num_tokens)))
 
+    def extend_bytes(self, rows: int, num_tokens: int) -> int:
+        """Bytes that reading `num_tokens` more of each row takes beside parameters and cache."""
+        return rows * super().prefill_bytes(num_tokens * 2 ** len(self.fork_layers))
+
     def num_params(self) -> int:
         """Number of parameters: 3nd + 2Vd, and 5d of each fork layer."""
         return super().num_params() + 5 * self.embed_dim * len(self.fork_layers)
@@ -388,7 +392,9 @@ def reach_of(config: HatchlingConfig, streams: Streams, score: jax.Array | None)
         past = past * score[:, None, None, :]
         kept = score[..., None] * (jnp.float32(1) if kept is None else kept)
     end = streams.first + streams.length
-    return Reach(streams.positions(), streams.alive, past, before, kept, left, end)
+    position, offset = streams.split_positions()
+    bound = None if streams.continued else streams.num_tokens
+    return Reach(position, streams.alive, past, before, kept, left, end, offset, bound)
 
 
 def _of_forks(sums: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Parallel, chunked and recurrent computation are one function, `Hatchling._chunk`
 attends among itself by a matrix of scores and to everything before it by the state.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -342,6 +343,8 @@ class Hatchling(SitedHatchling):
         """
         first = jnp.zeros_like(length) if state is None else state.length
         reach = Reach.of(self.config, first, length, x.shape[1], starts)
+        if state is None or fresh:
+            reach = dataclasses.replace(reach, bound=x.shape[1])
         before = None if state is None else state.synapses
         read, after = self._layers(self._first(x), reach, before, key, fresh)
         tokens = reach.real.sum(dtype=jnp.float32)
@@ -379,7 +382,7 @@ class Hatchling(SitedHatchling):
         """
         config = self.config
         rematerialized = config.remat == "full"
-        turns = None if rematerialized else turns_of(reach.position, self.frequency[...])
+        turns = None if rematerialized else turns_of(reach, self.frequency[...])
         real = reach.real[..., None, None]
         released = config.form == "released"
         shape = (*value.shape[:2], config.num_heads, config.head_neurons)
@@ -393,7 +396,7 @@ class Hatchling(SitedHatchling):
             if not released:
                 x = carried + x
             # Tables of n entries a token: in a layer that is recomputed, none of them is kept.
-            here = turns_of(reach.position, self.frequency[...]) if turns is None else turns
+            here = turns_of(reach, self.frequency[...]) if turns is None else turns
             rotated = jnp.where(real, rotate(x, here), 0)
             read, synapses = attend(rotated, value, reach, synapses, fresh)
             gate = jnp.einsum("bthd,dhn->bthn", normalized(read), self._cast(self.dy))
