@@ -7,7 +7,7 @@ event precedes the loop, in all rows at once.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,12 @@ from memgen.response import Response
 from memgen.session import Session, check_capacity, check_session, put
 from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
 
+Progress = Callable[[int, int], None]
+LONGEST_WHOLE = 4096
+"""Number of tokens of a row up to which prompts are read in one pass."""
+BLOCK, SMALLEST_BLOCK = 512, 32
+"""Number of tokens of a block of longer prompts, over all rows, and in each row at least."""
+
 
 def generate(
     memgen: MemGen,
@@ -39,6 +45,7 @@ def generate(
     valid_vocab_size: int | None = None,
     keep_memory: KeepMemory | None = None,
     retriever: Any = None,
+    progress: Progress | None = None,
 ) -> Response:
     """Continue each prompt; a row's text and events do not depend on the rest of its batch.
 
@@ -57,6 +64,7 @@ def generate(
         valid_vocab_size: Number of ids that may be sampled, from 0 on; all ids by default.
         keep_memory: Filter of events (see `Request`); None keeps the latents of every event.
         retriever: Retriever that is queried at each event (`memgen.retrieval.Retriever`), or None.
+        progress: Function that `begin` calls after each block of long prompts.
 
     Returns:
         Response with the new tokens of each prompt and its events.
@@ -70,7 +78,8 @@ def generate(
     tokens, length = pad_prompts(prompts, memgen.reasoner.vocab_size)
     capacity = bucket(max_new_tokens)
     keys = row_keys(seed, prompts)
-    session = begin(memgen, tokens, length, keys, tokens.shape[1] + capacity, request=request)
+    max_tokens = tokens.shape[1] + capacity
+    session = begin(memgen, tokens, length, keys, max_tokens, request=request, progress=progress)
     response, _ = respond(memgen, session, request, capacity)
     bad = np.isnan(np.asarray(response.log_probs)).any(axis=1)
     if bad.any():
@@ -90,8 +99,12 @@ def begin(
     max_responses: int = 1,
     *,
     request: Request | None = None,
+    progress: Progress | None = None,
 ) -> Session:
     """Prefill a new session with prompts.
+
+    Rows of more than `LONGEST_WHOLE` tokens are read in blocks, so that a pass takes no memory for
+    arrays of tokens by tokens; not under `jit`.
 
     Args:
         memgen: Model that will respond.
@@ -102,6 +115,8 @@ def begin(
         max_responses: Number of responses whose latents fit into a row.
         request: Request whose retriever determines how many retrieved tokens fit into an event;
             None for a session without retrieval.
+        progress: Function of the number of prompt tokens read so far and of all, called after each
+            block of prompts that are read in blocks.
 
     Raises:
         ValueError: The prompts are longer than `max_tokens`.
@@ -116,7 +131,25 @@ def begin(
         )
     retriever = request.retriever if request else None
     snippet_capacity = retriever.max_snippet_tokens if retriever else 0
-    return _begin(memgen, tokens, length, keys, max_tokens, max_responses, snippet_capacity)
+    sizes = max_tokens, max_responses, snippet_capacity
+    if tokens.shape[1] <= LONGEST_WHOLE or isinstance(tokens, Tracer):
+        return _begin(memgen, tokens, length, keys, *sizes)
+    session, longest = _empty(memgen, tokens[:, :1], keys, *sizes), int(np.asarray(length).max())
+    size = max(BLOCK >> (len(tokens) - 1).bit_length(), SMALLEST_BLOCK)
+    for first in range(0, longest, size):
+        block = tokens[:, first : first + size]
+        block = jnp.pad(block, ((0, 0), (0, size - block.shape[1])))
+        session = _observe(memgen, session, block, jnp.clip(length - first, 0, size))
+        if progress is not None:
+            jax.block_until_ready(session.count)
+            progress(min(first + size, longest), longest)
+    return session
+
+
+@functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses", "snippet_capacity"))
+def _empty(memgen, tokens, keys, max_tokens, max_responses, snippet_capacity) -> Session:
+    keys = placed_beside(keys, tokens)
+    return Session.start(memgen, keys, max_tokens, max_responses, snippet_capacity)
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses", "snippet_capacity"))

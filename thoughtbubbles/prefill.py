@@ -36,14 +36,19 @@ def block_size(rows: int) -> int:
 
 
 def in_blocks(model: Architecture, rows: int, tokens: int) -> bool:
-    """Whether rows are read in blocks, as one pass over them would take much memory.
+    """Whether rows are read in blocks: a pass over them is `large`, and the model `cacheable`.
 
     Args:
-        model: Any architecture; only one that is `cacheable` is read in blocks.
+        model: Any architecture.
         rows: Number of rows.
         tokens: Number of tokens of each row, padding included.
     """
-    if not model.cacheable or tokens <= block_size(rows):
+    return model.cacheable and large(model, rows, tokens)
+
+
+def large(model: Architecture, rows: int, tokens: int) -> bool:
+    """Whether a pass over whole rows takes more memory than blocks are taken for."""
+    if tokens <= block_size(rows):
         return False
     whole = getattr(model.config, "prefill_bytes", None)
     if whole is None:

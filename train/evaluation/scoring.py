@@ -1,7 +1,8 @@
 """Log-likelihoods of continuations given contexts, in batches of rows of like length."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from thoughtbubbles import Architecture
+from thoughtbubbles.decoding import decoding_form
+from thoughtbubbles.prefill import empty_cache, in_blocks, long_cache, read_blocks
 from train.models.load import LanguageModel
 from train.models.text_memory import check_text_memory, memory_errors
 
@@ -45,7 +48,8 @@ class Score(NamedTuple):
 class Scorer:
     """Scores text with a model; compiles one program for each power of two in row length.
 
-    What a token is given is its prefix and nothing else. A causal model scores a row in one pass;
+    What a token is given is its prefix and nothing else. A causal model scores a row in one pass,
+    block by block where that would take much memory;
     for a policy that looks at the whole row (`TopK`) each scored token is a row of its own, which
     ends there. A row's score does not depend on the rest of its batch, but for float noise.
 
@@ -151,7 +155,9 @@ class Scorer:
         found: dict[int, Score] = {}
         with tqdm(total=len(rows), unit="row", disable=self.quiet or None) as progress:
             for width, members in by_width.items():
-                check_text_memory(self._lm.model, self._batch_size, width, cached=False)
+                check_text_memory(
+                    self._lm.model, self._batch_size, width, cached=False, blocks=True
+                )
                 for first in range(0, len(members), self._batch_size):
                     batch = members[first : first + self._batch_size]
                     scores = self._pass([rows[index] for index in batch], width)
@@ -182,12 +188,42 @@ class Scorer:
             tokens[index, : len(row.ids)] = row.ids
             start[index] = row.start
         with memory_errors(self._lm.model, self._batch_size, width):
-            nats, greedy = score_rows(self._lm.model, jnp.asarray(tokens), jnp.asarray(start))
-            totals = np.asarray(nats, np.float64).sum(axis=1)
+            if in_blocks(self._lm.model, self._batch_size, width):
+                totals, greedy = self._in_blocks(tokens, start)
+            else:
+                nats, greedy = score_rows(self._lm.model, jnp.asarray(tokens), jnp.asarray(start))
+                totals = np.asarray(nats, np.float64).sum(axis=1)
         if np.isnan(totals).any():
             raise ValueError("the logits are NaN: check the parameters, or compute in float32")
         found = zip(rows, totals.tolist(), np.asarray(greedy).tolist(), strict=False)
         return [Score(-total, hit, len(row.ids) - row.start) for row, total, hit in found]
+
+    def _in_blocks(self, tokens: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nats of each row, float64, and whether its scored tokens are the most probable ones."""
+        model, width = decoding_form(self._lm.model, None), tokens.shape[1] - 1
+        end = (tokens >= 0).sum(axis=1, dtype=np.int32)
+        totals, greedy = np.zeros(len(tokens)), np.ones(len(tokens), bool)
+
+        def step(cache: Any, block: np.ndarray, count: np.ndarray, place: slice) -> Any:
+            size = block.shape[1]
+            targets = tokens[:, place.start + 1 : place.stop + 1]
+            targets = np.pad(targets, ((0, 0), (0, size - targets.shape[1])))
+            # Of the positions of this block, those that predict a scored token.
+            first, last = (np.clip(n - 1 - place.start, 0, size) for n in (start, end))
+            cache, nats, leads = score_block(model, cache, block, targets, count, first, last)
+            np.add(totals, np.asarray(nats, np.float64).sum(axis=1), out=totals)
+            np.logical_and(greedy, np.asarray(leads), out=greedy)
+            return cache
+
+        rows = np.maximum(tokens[:, :-1], 0), np.maximum(end - 1, 1)
+        cache = empty_cache(model, len(tokens), long_cache(width))
+        with tqdm(total=int(rows[1].max()), unit="token", disable=self.quiet or None) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.update(done - bar.n)
+
+            read_blocks(step, cache, *rows, progress=progress)
+        return totals, greedy
 
 
 @jax.jit
@@ -207,12 +243,48 @@ def score_rows(
     """
     end = (tokens >= 0).sum(axis=1, dtype=jnp.int32)
     output = model.run(jnp.maximum(tokens[:, :-1], 0), jnp.maximum(end - 1, 1))
+    return _nats(model, output, tokens[:, 1:], start - 1, end - 1)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def score_block(
+    model: Architecture,
+    cache: Any,
+    tokens: jax.Array,
+    targets: jax.Array,
+    count: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """`score_rows` of the next block of rows whose earlier tokens are in a cache.
+
+    Args:
+        model: Model that can be decoded with a cache.
+        cache: Cache of the earlier tokens, which is donated.
+        tokens: `[B, C]` int32 tokens of the block.
+        targets: `[B, C]` int32, the token that follows each of them.
+        count: `[B]` int32, number of real tokens of the block.
+        start: `[B]` int32, first position of the block whose target is scored.
+        end: `[B]` int32, position after the last one.
+
+    Returns:
+        The cache after the block, and what `score_rows` returns.
+    """
+    output, cache = model.advance(cache, tokens, count)
+    return cache, *_nats(model, output, targets, start, end)
+
+
+def _nats(
+    model: Architecture, output: Any, targets: jax.Array, start: jax.Array, end: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Nats of the targets of positions `start [B]` to `end [B]` of each row, and `score_rows`'."""
 
     def at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Nats `[B]` of the token at one position `[B]` of each row, and whether it leads."""
+        """Nats `[B]` of the target of one position `[B]` of each row, and whether it leads."""
         real = position < end
-        target = jnp.take_along_axis(tokens, jnp.where(real, position, 0)[:, None], axis=1)
-        logits = model.logits_at(output, jnp.where(real, position, 1) - 1)
+        position = jnp.where(real, position, 0)
+        target = jnp.take_along_axis(targets, position[:, None], axis=1)
+        logits = model.logits_at(output, position)
         mine = jnp.take_along_axis(logits, target, axis=1)[:, 0]
         nats = jax.nn.logsumexp(logits, axis=-1) - mine
         return jnp.where(real, nats, 0), (logits.argmax(axis=-1) == target[:, 0]) | ~real
@@ -224,7 +296,7 @@ def score_rows(
         nats = jax.lax.dynamic_update_slice(nats, new.T, (0, index))
         return index + AT_ONCE, nats, greedy & leads.all(axis=0)
 
-    batch, width = tokens.shape
+    batch, width = targets.shape
     capacity = -(-width // AT_ONCE) * AT_ONCE
     carry = (jnp.int32(0), jnp.zeros((batch, capacity)), jnp.ones((batch,), bool))
     most = (end - start).max()

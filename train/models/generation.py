@@ -1,13 +1,17 @@
 """Text from a model with its tokenizer: continued, or as an answer; and its bubbles."""
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import memgen
 from memgen import MemGen
+from memgen.decoding import LONGEST_WHOLE
 from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.bubbles import BubbleMap, bubble_map
 from thoughtbubbles.decoding import generate
@@ -69,12 +73,27 @@ def _continue(
     if trained is not None and longest > trained:
         print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
     cached = options.get("cached") is not False and loaded.model.cacheable
-    check_text_memory(loaded.model, len(ids), longest - max_new_tokens, max_new_tokens, cached)
+    tokens = longest - max_new_tokens
+    blocks = None if loaded.memgen is None else tokens > LONGEST_WHOLE
+    check_text_memory(loaded.model, len(ids), tokens, max_new_tokens, cached, blocks)
     options |= {"stop": loaded.stop_ids, "valid_vocab_size": loaded.tokenizer.vocab_size}
-    with memory_errors(loaded.model, len(ids), longest):
+    with memory_errors(loaded.model, len(ids), longest), _reading() as progress:
+        options |= {"progress": progress}
         if loaded.memgen is not None:
             return _remember(loaded.memgen, ids, max_new_tokens, **options)
         return generate(loaded.model, ids, max_new_tokens, **options)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
+    """A function that shows on a terminal how much of prompts in blocks has been read."""
+    with tqdm(unit="token", desc="prompt", delay=1, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def _remember(

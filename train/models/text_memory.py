@@ -6,10 +6,13 @@ from collections.abc import Iterator
 import jax
 
 from thoughtbubbles import Architecture
+from thoughtbubbles.prefill import block_bytes, in_blocks, large, long_cache
 from train.devices.memory import free_bytes, size_text
 
 
-def needed_bytes(model: Architecture, rows: int, tokens: int, cached: int = 0) -> int:
+def needed_bytes(
+    model: Architecture, rows: int, tokens: int, cached: int = 0, blocks: bool = False
+) -> int:
     """Bytes that a forward pass over rows takes beside the parameters, about.
 
     Args:
@@ -17,9 +20,10 @@ def needed_bytes(model: Architecture, rows: int, tokens: int, cached: int = 0) -
         rows: Number of rows.
         tokens: Number of tokens of each row.
         cached: Number of tokens that a cache of each row can hold; 0 for no cache.
+        blocks: Whether the rows are read block by block into that cache.
     """
     prefill = getattr(model.config, "prefill_bytes", lambda num_tokens: 0)
-    total = rows * prefill(tokens)
+    total = block_bytes(model, rows) if blocks else rows * prefill(tokens)
     if cached:
         # By differences: a cache of many blocks and tokens need not be traced at its full size.
         small, large = (_cache_bytes(model, rows, size) for size in (64, 128))
@@ -33,7 +37,12 @@ def _cache_bytes(model: Architecture, rows: int, tokens: int) -> int:
 
 
 def check_text_memory(
-    model: Architecture, rows: int, tokens: int, new: int = 0, cached: bool = True
+    model: Architecture,
+    rows: int,
+    tokens: int,
+    new: int = 0,
+    cached: bool = True,
+    blocks: bool | None = None,
 ) -> None:
     """Raise a ValueError for texts that don't fit into memory, which says how long a text may be.
 
@@ -43,13 +52,20 @@ def check_text_memory(
         tokens: Number of tokens of the longest of them.
         new: Number of tokens that are added to each.
         cached: Whether keys and values are kept; else every prefix is computed anew.
+        blocks: Whether long texts are read in blocks, into a cache (`thoughtbubbles.prefill`); by
+            default where keys and values are kept.
     """
+    if blocks is None:
+        blocks = cached
 
     def needed(length: int) -> int:
-        if not cached:
-            return needed_bytes(model, rows, length + new)
         # As `generate` compiles it: for a power of two.
-        return needed_bytes(model, rows, _power(length), _power(length + new))
+        width = _power(length) if cached else length + new
+        if blocks and in_blocks(model, rows, width):
+            return needed_bytes(model, rows, length, long_cache(length + new), blocks=True)
+        if not cached:
+            return needed_bytes(model, rows, width)
+        return needed_bytes(model, rows, width, _power(length + new))
 
     free = free_bytes()
     if free is None or needed(tokens) <= free:
@@ -60,8 +76,11 @@ def check_text_memory(
         fits, above = (middle, above) if needed(middle) <= free else (fits, middle)
     also = f" and {new:,} new ones" if new else ""
     way_out = "so shorten them or take fewer at a time" if fits else "so add fewer new ones"
+    whole = ""
+    if not model.cacheable and large(model, rows, tokens):
+        whole = f" in one pass, as {model.fork_policy} chooses among all tokens of a text"
     raise ValueError(
-        f"{_texts(rows, tokens)}{also} need about {size_text(needed(tokens))}, "
+        f"{_texts(rows, tokens)}{also} need about {size_text(needed(tokens))}{whole}, "
         f"{size_text(free)} are free: {fits:,} tokens fit, {way_out}"
     )
 
@@ -69,6 +88,8 @@ def check_text_memory(
 @contextlib.contextmanager
 def memory_errors(model: Architecture, rows: int, tokens: int) -> Iterator[None]:
     """Turn an out-of-memory error that `check_text_memory` did not foresee into one line."""
+    blocks = in_blocks(model, rows, tokens)
+    needed = needed_bytes(model, rows, tokens, tokens if blocks else 0, blocks)
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -76,8 +97,7 @@ def memory_errors(model: Architecture, rows: int, tokens: int) -> Iterator[None]
             raise
         raise ValueError(
             f"{_texts(rows, tokens)} ran out of memory (their forward pass alone takes about "
-            f"{size_text(needed_bytes(model, rows, tokens))}): shorten them or "
-            "take fewer at a time"
+            f"{size_text(needed)}): shorten them or take fewer at a time"
         ) from error
 
 
