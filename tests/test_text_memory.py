@@ -13,8 +13,9 @@ from flax import nnx
 from test_export import bpe
 from tiny import SMALL, quick_model
 
-from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
+from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles, TopK
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
+from thoughtbubbles.prefill import long_cache
 from thoughtbubbles.pretrained import load_pretrained
 from train.data import ByteTokenizer
 from train.devices import memory
@@ -57,14 +58,17 @@ def test_what_is_said_to_fit_fits(config: Any, monkeypatch: pytest.MonkeyPatch):
     kind = Thoughtbubbles if config is CONFIG else Hatchling
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     monkeypatch.setattr(text_memory, "free_bytes", lambda: 10**9)
-    said = r"3 texts of up to 100,000 tokens.* GiB, 953.7 MiB are free: [\d,]+ tokens fit, so sho"
+    said = r"3 texts of up to 10,000,000 tokens.* GiB, 953.7 MiB are free: [\d,]+ tokens fit, so sh"
     for cached, new in ((True, 10), (True, 0), (False, 10)):
+        if cached and config is HATCHLING:  # read in blocks, and its state does not grow
+            check_text_memory(model, 3, 10**7, new, cached)
+            continue
         with pytest.raises(ValueError, match=said) as caught:
-            check_text_memory(model, 3, 100_000, new, cached)
+            check_text_memory(model, 3, 10**7, new, cached)
         fits = int(str(caught.value).split("free: ")[1].split(" tokens")[0].replace(",", ""))
         assert fits > 1000
-        if cached and not new:  # rows are compiled for powers of two
-            assert fits.bit_count() == 1
+        if cached:  # block by block: as many as the cache that was made for them
+            assert long_cache(fits + new) == fits + new > 100_000
         check_text_memory(model, 3, fits, new, cached)
         with pytest.raises(ValueError, match="shorten them or take fewer at a time"):
             check_text_memory(model, 3, fits + 1, new, cached)
@@ -98,7 +102,7 @@ def test_pages_of_files_do_not_count_as_used(lm, tmp_path: Path, monkeypatch: py
     assert memory.free_bytes() == 2**30 + 2**29 + 5 * 2**20
     check_text_memory(lm.model, 1, 100)
     (tmp_path / "memory.stat").write_text("inactive_file 0\nactive_file 0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"need about [\d.,]+ GiB, 5.0 MiB are free"):
+    with pytest.raises(ValueError, match=r"need about [\d.,]+ MiB, 5.0 MiB are free"):
         check_text_memory(lm.model, 1, 30_000)
     (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")
     assert (memory.host_bytes(), memory.free_bytes()) == (2**38, 2**36)
@@ -112,7 +116,7 @@ def test_sizes_are_readable():
 
 
 def test_a_prompt_too_long_for_memory_is_one_line_at_once(lm, monkeypatch):
-    monkeypatch.setattr(text_memory, "free_bytes", lambda: 2**30)
+    monkeypatch.setattr(text_memory, "free_bytes", lambda: 2**24)
     with pytest.raises(
         ValueError, match="1 text of up to 200,001 tokens and 2 new ones need about"
     ):
@@ -127,6 +131,14 @@ def test_a_prompt_too_long_for_memory_is_one_line_at_once(lm, monkeypatch):
     )
     with pytest.raises(ValueError, match="1 text of up to 60,0.. tokens and 3 new ones need about"):
         answer(chat, [" a" * 60_000], 3)
+
+
+def test_a_policy_that_reads_whole_texts_says_so(lm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text_memory, "free_bytes", lambda: 2**30)
+    model = lm.model.with_policy(TopK(2.0))
+    said = r"1 text of .* GiB in one pass, as TopK.* among all tokens .*: [\d,]+ tokens fit"
+    with pytest.raises(ValueError, match=said):
+        check_text_memory(model, 1, 100_000, 1, cached=False)
 
 
 def test_memory_that_runs_out_all_the_same_is_one_line(lm, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,6 @@ import jax
 from thoughtbubbles.architecture import ArchitectureConfig
 from thoughtbubbles.attention import (
     KEY_TILE,
-    LARGEST_WEIGHTS,
     QUERY_TILE,
     block_size,
     visited_pairs,
@@ -272,7 +271,7 @@ class ModelConfig(ArchitectureConfig):
         """
         slots = rows * num_tokens * self.copies * 2 ** len(self.fork_layers)
         tiles = rows * self.num_heads * QUERY_TILE * KEY_TILE
-        return 4 * (3 * tiles + slots * (self.mlp_width + 6 * self.embed_dim)) + 3 * LARGEST_WEIGHTS
+        return 4 * (2 * tiles + slots * (self.mlp_width + 4 * self.embed_dim))
 
     def num_params(self) -> int:
         """Number of parameters of the built model."""

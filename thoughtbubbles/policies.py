@@ -70,6 +70,12 @@ class TopK(PolicyDefaults):
         return best(_keys(candidates), budget) & candidates.alive
 
 
+FEW_RANKED = 32
+"""Number of new candidates that are compared with all earlier ones where no window says which."""
+LARGEST_RANKED = 2**17
+"""Number of candidates above which `prefix_ranks` takes much memory."""
+
+
 class Bucketed(PolicyDefaults):
     """Base of the policies whose demand passes a token bucket (`grant`)."""
 
@@ -149,11 +155,11 @@ class PrefixRank(Bucketed):
             used=state.used + candidates.alive.sum(axis=1, dtype=jnp.int32),
         )
         index = state.used[:, None] + jnp.arange(keys.shape[1])[None]
-        many = keys.shape[1] ** 2 > seen.key.shape[1]
-        if many and self.window is None and keys.shape[1] < seen.key.shape[1]:
+        new, total = keys.shape[1], seen.key.shape[1]
+        if self.window is None and FEW_RANKED < new < total:
             # Earlier tokens are all in range, and win ties.
             ranks = prefix_ranks(keys, token) + at_least(state.key, state.used, keys)
-        elif many:
+        elif new**2 > total and total <= LARGEST_RANKED:
             ranks = prefix_ranks(seen.key, seen.token, self.window)
             ranks = jnp.take_along_axis(ranks, index, axis=1, mode="clip")
         else:

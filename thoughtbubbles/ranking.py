@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from thoughtbubbles.placement import broadcast_beside
 
+LARGEST_PAIRS = 2**24  # compared at a time in each row, as a CPU holds them all
 NO_TOKEN = 2**30  # token index of an entry without a candidate: after every token
 
 
@@ -95,6 +96,8 @@ def ranks_among(
 ) -> jax.Array:
     """`prefix_ranks` of a few entries of a row, each compared with all entries.
 
+    Beyond `LARGEST_PAIRS` comparisons they are made for some entries after the others.
+
     Args:
         keys: `[B, N]` float32 keys of the row, those of the few entries among them.
         token: `[B, N]` int32, token of each entry of the row.
@@ -106,6 +109,16 @@ def ranks_among(
     Returns:
         `[B, M]` int32 ranks.
     """
+    count, total = new_keys.shape[1], keys.shape[1]
+    few = max(LARGEST_PAIRS // total, 1)
+    if count > few:
+        padding = ((0, 0), (0, -count % few))
+        parts = [
+            jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], -1, few), 1, 0)
+            for x in (new_keys, new_token, new_index)
+        ]
+        ranks = jax.lax.map(lambda part: ranks_among(keys, token, *part, window), parts)
+        return jnp.moveaxis(ranks, 0, 1).reshape(keys.shape[0], -1)[:, :count]
     key, index = new_keys[:, :, None], new_index[:, :, None]
     others = keys[:, None, :]
     higher = (others > key) | ((others == key) & (jnp.arange(keys.shape[1])[None, None] < index))
