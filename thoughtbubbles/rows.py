@@ -22,21 +22,19 @@ def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int
 
     Raises:
         ValueError: The rows are no ids `[B, T + 1]` of at least two tokens, or padding stands in
-            front of a token; under `jit`, where ids are unknown, the inputs of such a row are no
-            ids, so that its loss is NaN.
+            front of a token (ids that `jit` traces are not looked at).
     """
     _check_rows(rows=rows)
     check_integer_type("rows", rows.dtype)
     if rows.ndim > 2 or rows.shape[1] < 2:
         raise ValueError(f"rows of shape {rows.shape}: give [batch, tokens + 1], with a next token")
     inputs, targets = rows[:, :-1], rows[:, 1:]
-    wrong = ((inputs < 0) & (targets >= 0)).any(axis=1)
-    if isinstance(wrong, Tracer):
-        return jnp.where(wrong[:, None], jnp.iinfo(inputs.dtype).max, inputs), targets
-    if wrong.any():
-        raise ValueError(
-            f"row {int(wrong.argmax())} has padding (-1) in front of a token: pad on the right"
-        )
+    if not isinstance(rows, Tracer):
+        wrong = ((inputs < 0) & (targets >= 0)).any(axis=1)
+        if wrong.any():
+            raise ValueError(
+                f"row {int(wrong.argmax())} has padding (-1) in front of a token: pad on the right"
+            )
     return inputs, targets
 
 
