@@ -29,7 +29,7 @@ TEXTS = [
     "{base}/bpe.json", "{base}/rows.parquet", "{base}/smollm3", "{base}/organism",
     "{base}/probe.jsonl", "{base}/pipe", "\udcff", "{base}/sae", "{base}/adapter",
 ]  # fmt: skip
-WRITTEN = ["", "{base}/texts/0.txt/x", "/dev/full", "{here}", "x" * 300, "\x01", "{base}/run"]
+WRITTEN = ["", "{base}/texts/0.txt/x", "/dev/full", "{here}", "x" * 300, "{base}/pipe/x"]
 ONE_WORD = ("method", "policy")  # objects that an option writes as `name(...)`
 WRITES = words_of("out to json figure page records save cache_dir battery")  # names of options
 

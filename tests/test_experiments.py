@@ -174,7 +174,7 @@ def test_no_causal_policy_beats_a_coin(policy):
 
 
 def test_files_that_are_no_results_are_one_line(tmp_path):
-    from train.experiments import broadening, needle
+    from train.experiments import broadening, environments, needle
 
     file = tmp_path / "results.jsonl"
     for content, reason in (("", ": name a file"), ('{"task": 3}', " of this .*KeyError")):
@@ -183,5 +183,7 @@ def test_files_that_are_no_results_are_one_line(tmp_path):
             config = next(iter(module.main.__annotations__.values()))
             with pytest.raises(ValueError, match=rf"{file} has no results{reason}"):
                 module.main(config(report=str(file)))
+    with pytest.raises(ValueError, match="episodes=0 is below 1"):
+        environments.Experiment(arms=("grpo",), episodes=0)
     with pytest.raises(ValueError, match="is no folder: choose another place"):
         study.Results(file / "below/out.jsonl", ("seed",))

@@ -54,6 +54,7 @@ from train.experiments.study import (
     seeds_text,
 )
 from train.models.load import LanguageModel
+from train.runs.files import check_new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,6 +97,8 @@ class Secrets(StudyConfig):
         check_names("method", self.methods, (*METHODS, *READINGS))
         if self.figure:
             check_figure(Path(self.figure))
+        if self.save:
+            check_new_file(Path(self.save) / "of a run")
 
 
 def main(config: Secrets) -> None:

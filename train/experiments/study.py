@@ -49,7 +49,7 @@ def check_options(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         default = field.default if isinstance(field.default, tuple) else (field.default,)
-        if all(type(item) in (int, float) for item in default):
+        if default and all(type(item) in (int, float) for item in default):
             counted = all(type(item) is int and item > 0 for item in default)
             check_least(config, **{field.name: int(counted)})
 
