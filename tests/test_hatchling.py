@@ -10,7 +10,7 @@ from flax import nnx
 from hatchling_tiny import FORMS, GOLDEN, drawn, logits_of, reference, wide
 
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
-from thoughtbubbles.hatchling.attention import frequencies, normalized, rotate, turns_of
+from thoughtbubbles.hatchling.attention import frequencies, normalized, rotate
 from thoughtbubbles.hatchling.config import PRESETS
 from train.aot.hlo import collectives_of
 from train.devices.mesh import MeshConfig, make_mesh, place
@@ -273,8 +273,8 @@ def test_neurons_stay_on_their_devices_in_training():
 
 def test_rotation_makes_no_axis_of_pairs():
     """XLA's TPU compiler takes minutes and gigabytes for one beside thousands of neurons."""
-    x, position = jnp.ones((1, 3, 2, 16)), jnp.arange(3)[None]
-    turns = turns_of(position, jnp.tile(frequencies(16, 2.0**16), (2, 1)))
+    x, angle = jnp.ones((1, 3, 2, 16)), np.arange(3.0)[:, None, None] * np.arange(8).repeat(2)
+    turns = jnp.asarray(np.cos(angle)[None]), jnp.asarray(np.sin(angle)[None])
     found = rotate(x * jnp.arange(16.0), turns)
     even, odd, (cos, sin) = np.arange(0, 16, 2), np.arange(1, 16, 2), map(np.asarray, turns)
     want = np.empty(x.shape)
