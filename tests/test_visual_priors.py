@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import re
+from pathlib import Path
 
 import pytest
 from test_visual_probe import Summing, SummingConfig
@@ -13,6 +15,7 @@ from train.experiments.visual_priors import VisualPriors
 from train.probes import scenes
 from train.probes.visual import CONDITIONS, ProbeConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 PROBE = ProbeConfig(steps=1, batch=4, tokens=1, hidden=4, questions=3)
 
 
@@ -70,6 +73,22 @@ def test_several_seeds_have_a_standard_error():
     assert any(line.startswith(row) for line in lines)
     lines = visual_priors.report(runs[:1]).splitlines()
     assert any(line.startswith("| 50% | 0 | colour | 0.800 [0.70, 0.90] |") for line in lines)
+
+
+def test_the_page_shows_what_was_found():
+    """Rows of the page are those of the report, and its claims hold in every row of the file."""
+    results = read_results(ROOT / "docs/results/visual_priors.jsonl")
+    page = (ROOT / "docs/mixtures.md").read_text().partition("## What text teaches")[2]
+    rows = [line for line in page.splitlines() if re.match(r"\| \d+% \|", line)]
+    assert len(rows) == 15 and set(rows) <= set(visual_priors.report(results).splitlines())
+    for run in results:
+        taught = run["steps"] > 0 and run["share"] > 0
+        assert (run["answers"]["count"]["image"][0] == 1) == taught
+        for kind in ("colour", "shape"):
+            _, low, high = run["answers"][kind]["image"]
+            assert low < 0.25 < high
+    [untrained] = [run["alignment"]["value"] for run in results if not run["steps"]]
+    assert all(run["alignment"]["value"] < untrained for run in results if run["steps"])
 
 
 def test_no_text_is_of_a_held_out_scene(small):
