@@ -14,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from memgen_tiny import PROMPTS, memgen_of
 from tiny import SMALL, by_reference, quick_model
 
+from memgen import decoding
+from memgen.decoding import begin
+from memgen.request import pad_prompts, row_keys
 from thoughtbubbles import PrefixRank, Thoughtbubbles, attention, prefill, ranking
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
@@ -83,6 +87,29 @@ def test_texts_and_scores_are_those_of_whole_rows(short_blocks):
         picked = log_probs[np.arange(33), (prompt + text)[len(prompt) - 30 :]]
         assert score.log_prob == pytest.approx(picked.sum(), abs=1e-4)
         assert score.tokens == 33 and not score.greedy
+
+
+def test_a_session_is_begun_in_blocks(monkeypatch: pytest.MonkeyPatch):
+    made, told = memgen_of("plain"), []
+    prompts = [*PROMPTS, PROMPTS[-1][:16]]
+    tokens, length = pad_prompts(prompts, made.reasoner.vocab_size)
+    args = made, tokens, length, row_keys(0, prompts), 64
+    whole = begin(*args)
+    monkeypatch.setattr(decoding, "LONGEST_WHOLE", 0)
+    monkeypatch.setattr(decoding, "SMALLEST_BLOCK", 16)
+    monkeypatch.setattr(decoding, "BLOCK", 16)
+    blocks = begin(*args, progress=lambda done, total: told.append((done, total)))
+    assert told == [(16, 37), (32, 37), (37, 37)]
+    for name in ("tokens", "count", "vectors", "hidden"):
+        if (expected := getattr(whole, name)) is not None:
+            live = np.arange(expected.shape[1]) < length[:, None] if expected.ndim > 1 else True
+            found = getattr(blocks, name)
+            for rows in (found, expected):
+                assert np.isfinite(rows).all()
+            mask = np.reshape(live, np.shape(live) + (1,) * (expected.ndim - np.ndim(live)))
+            np.testing.assert_allclose(found * mask, expected * mask, atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(blocks.reasoner.length, whole.reasoner.length)
+    np.testing.assert_allclose(blocks.reasoner.hidden, whole.reasoner.hidden, atol=1e-5)
 
 
 def test_tiles_are_the_softmax(short_blocks):
