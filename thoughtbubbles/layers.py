@@ -32,7 +32,7 @@ from thoughtbubbles.module import Module
 from thoughtbubbles.placement import placed_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced_keep, hook
-from thoughtbubbles.positions import rotary_angles, rotate
+from thoughtbubbles.positions import angles_of, rotate
 from thoughtbubbles.quantisation import linear, unquantised
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
@@ -67,24 +67,8 @@ class Geometry(ShortRepr):
 
     @classmethod
     def of(cls, streams: Streams, config: ModelConfig, max_tokens: int | None = None) -> Geometry:
-        """Rotary angles (App. D) and score attenuation (eqs. 8-10) of the streams.
-
-        Args:
-            streams: Streams of the tokens.
-            config: Config of the model.
-            max_tokens: Static bound on the tokens of a row, earlier ones included; by default that
-                of streams without earlier tokens.
-        """
-        position, offset = streams.split_positions(config.fractional_positions)
-        bound = max_tokens if streams.continued else streams.num_tokens
-        angles = rotary_angles(
-            position,
-            config.head_width,
-            config.rope_base,
-            config.rope_scaling,
-            offset=offset,
-            bound=bound,
-        )
+        """Rotary angles (`angles_of`) and score attenuation (eqs. 8-10) of the streams."""
+        angles = angles_of(streams, config, max_tokens)
         if not streams.forked:
             return cls(*angles)
         width = config.head_width if config.score_bias == "head" else None

@@ -117,7 +117,9 @@ def ranks_among(
             jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], -1, few), 1, 0)
             for x in (new_keys, new_token, new_index)
         ]
-        ranks = jax.lax.map(lambda part: ranks_among(keys, token, *part, window), parts)
+        ranks = jax.lax.map(
+            lambda new: ranks_among(keys, token, new[0], new[1], new[2], window), parts
+        )
         return jnp.moveaxis(ranks, 0, 1).reshape(keys.shape[0], -1)[:, :count]
     key, index = new_keys[:, :, None], new_index[:, :, None]
     others = keys[:, None, :]
