@@ -132,16 +132,19 @@ def test_tiles_are_the_softmax(short_blocks):
 
 
 def test_earlier_keys_win_ties(monkeypatch: pytest.MonkeyPatch):
-    keys = np.float32([[3, 1, 2, -np.inf, -np.inf, -np.inf], [np.inf] * 2 + [-np.inf] * 4])
-    new = np.float32([[2, 4, -np.inf], [np.inf, 0, -np.inf]])
-    used = np.array([4, 2])  # the fourth key of row 0 is one that is -inf
+    keys: Any = np.array(
+        [[3, 1, 2, -np.inf, -np.inf, -np.inf], [np.inf] * 2 + [-np.inf] * 4], np.float32
+    )
+    new: Any = np.array([[2, 4, -np.inf], [np.inf, 0, -np.inf]], np.float32)
+    used: Any = np.array([4, 2])  # the fourth key of row 0 is one that is -inf
     assert at_least(keys, used, new).tolist() == [[2, 0, 4], [2, 2, 2]]
 
     keys = np.round(np.random.default_rng(0).normal(size=(2, 30)), 1).astype(np.float32)
     token, index = np.repeat([np.arange(15)] * 2, 2, axis=1), np.array([[20, 21, 25, 26, 29]] * 2)
     new = [np.take_along_axis(rows, index, axis=1) for rows in (keys, token)]
     monkeypatch.setattr(ranking, "LARGEST_PAIRS", 60)  # two entries at a time
-    found = ranking.ranks_among(*map(jnp.asarray, (keys, token, *new, index)), 5)
+    few: Any = [jnp.asarray(rows) for rows in (keys, token, *new, index)]
+    found = ranking.ranks_among(*few, window=5)
     for row, position in np.ndindex(index.shape):
         mine = index[row, position]
         here = (token[row] <= token[row, mine]) & (token[row] > token[row, mine] - 5)
@@ -159,12 +162,12 @@ def test_no_array_of_tokens_by_tokens(config: Any, monkeypatch: pytest.MonkeyPat
     shape, integer = jax.ShapeDtypeStruct, np.dtype("int32")
     logits = shape((1, config.vocab_size), np.float32)
     args = model, cache, logits, shape((1, size), integer), shape((1,), integer)
-    compiled = prefill._read_block.lower(*args).compile()
+    compiled: Any = prefill._read_block.lower(*args).compile()
     shapes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", compiled.as_text())
     largest = max(math.prod(map(int, dims.split(","))) for dims in shapes)
     held = max(leaf.size for leaf in jax.tree.leaves(cache))
     assert largest <= max(held, 2**19) < size * tokens, "nothing is larger than the cache's arrays"
-    memory: Any = compiled.memory_analysis()
+    memory = compiled.memory_analysis()
     own = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= own, "the cache is extended where it is"
     assert memory.temp_size_in_bytes < 0.6 * own
@@ -178,13 +181,13 @@ def test_caches_of_long_texts_hold_little_more():
 
 def test_rotary_positions_are_exact_far_into_a_text():
     whole = np.array([[4095, 4096, 100_001, 131_071, 1_000_003, 16_777_217]], np.int32)
-    part = np.float32([[0, -1 / 3, -2 / 3, -1 / 7, -0.5, -1 / 3]])
+    part = np.array([[0, -1 / 3, -2 / 3, -1 / 7, -0.5, -1 / 3]], np.float32)
     exact = (whole + part.astype(np.float64))[..., None] * 1e4 ** (-np.arange(0, 64, 2) / 64)
     cos, sin = jax.jit(lambda w, p: rotary_angles(w, 64, 1e4, offset=p))(whole, part)
     error = np.maximum(np.abs(cos - np.cos(exact)), np.abs(sin - np.sin(exact))).max(axis=-1)[0]
     assert error[0] < 4095 * 2.0**-24 and (error[1:] < 5e-7).all(), error
 
-    frequency = np.float32([[0.1591, 0.01, 1e-4, 3e-8]])  # turns of a Hatchling's neurons
+    frequency = np.array([[0.1591, 0.01, 1e-4, 3e-8]], np.float32)  # turns of a Hatchling's neurons
     none: Any = jnp.zeros(())
     reach = Reach(jnp.asarray(whole), none, none, None, None, None, none, jnp.asarray(part))
     cos, sin = turns_of(reach, jnp.asarray(frequency))
