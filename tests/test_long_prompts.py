@@ -134,8 +134,6 @@ def test_tiles_are_the_softmax(short_blocks):
 def test_earlier_keys_win_ties(monkeypatch: pytest.MonkeyPatch):
     rows = [[3, 1, 2, *[-np.inf] * 3], [np.inf] * 2 + [-np.inf] * 4]
     keys: Any = np.array(rows, np.float32)
-        [[3, 1, 2, -np.inf, -np.inf, -np.inf], [np.inf] * 2 + [-np.inf] * 4], np.float32
-    )
     new: Any = np.array([[2, 4, -np.inf], [np.inf, 0, -np.inf]], np.float32)
     used: Any = np.array([4, 2])  # the fourth key of row 0 is one that is -inf
     assert at_least(keys, used, new).tolist() == [[2, 0, 4], [2, 2, 2]]
