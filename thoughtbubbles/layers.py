@@ -32,7 +32,7 @@ from thoughtbubbles.module import Module
 from thoughtbubbles.placement import placed_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Candidates, CausalPolicy, Policy, check_forced_keep, hook
-from thoughtbubbles.positions import angles_of, rotate
+from thoughtbubbles.positions import rotary_angles, rotate
 from thoughtbubbles.quantisation import linear, unquantised
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
@@ -67,8 +67,11 @@ class Geometry(ShortRepr):
 
     @classmethod
     def of(cls, streams: Streams, config: ModelConfig, max_tokens: int | None = None) -> Geometry:
-        """Rotary angles (`angles_of`) and score attenuation (eqs. 8-10) of the streams."""
-        angles = angles_of(streams, config, max_tokens)
+        """Rotary angles (App. D) and score attenuation (eqs. 8-10) of the streams."""
+        position, offset = streams.split_positions(config.fractional_positions)
+        bound = max_tokens if streams.continued else streams.num_tokens
+        sizes = config.head_width, config.rope_base, config.rope_scaling
+        angles = rotary_angles(position, *sizes, offset=offset, bound=bound)
         if not streams.forked:
             return cls(*angles)
         width = config.head_width if config.score_bias == "head" else None

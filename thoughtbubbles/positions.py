@@ -2,17 +2,13 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from thoughtbubbles.fields import shown
-
-if TYPE_CHECKING:
-    from thoughtbubbles.config import ModelConfig
-    from thoughtbubbles.streams import Streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,22 +144,6 @@ def rotary_angles(
     if scaling is None:
         return jnp.cos(angle), jnp.sin(angle)
     return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
-
-
-def angles_of(
-    streams: "Streams", config: "ModelConfig", max_tokens: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """`rotary_angles` of streams (arXiv 2510.00219, App. D).
-
-    Args:
-        streams: Streams of the tokens.
-        config: Config of the model.
-        max_tokens: Static bound on the tokens of a row, earlier ones included, if it is known.
-    """
-    position, offset = streams.split_positions(config.fractional_positions)
-    bound = max_tokens if streams.continued else streams.num_tokens
-    sizes = config.head_width, config.rope_base, config.rope_scaling
-    return rotary_angles(position, *sizes, offset=offset, bound=bound)
 
 
 def split_position(positions: jax.Array) -> tuple[jax.Array, jax.Array]:

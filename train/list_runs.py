@@ -1,8 +1,10 @@
 """Run folders side by side: thoughtbubbles runs runs/a runs/b [--figure curves.png]."""
 
 import dataclasses
+import glob
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,8 +113,10 @@ def run_folders(given: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for name in given:
         path = Path(name).expanduser()
-        below = sorted(file.parent for file in path.glob("*/config.json"))
-        runs = [path] if (path / "config.json").is_file() else below
+        # Unlike pathlib's, these take names too long for the file system.
+        files = glob.glob(os.path.join(glob.escape(str(path)), "*", "config.json"))
+        below = sorted(Path(file).parent for file in files)
+        runs = [path] if os.path.isfile(path / "config.json") else below
         if not runs:
             raise ValueError(f"{path} holds no run (config.json): name the --out of a run")
         found += runs

@@ -108,9 +108,15 @@ def run_command(
 def _one_line(error: Exception) -> str:
     """The message of an error; a system's or a library's may have several lines."""
     line = re.sub(r"\s*\n\s*", " ", str(error).strip())
-    # A huge value, which the parser breaks into words of a line, hides what is said behind it.
-    line = re.sub(r"\S{300,}|(?:\S{60,} ){3,}\S*", lambda found: cut(found[0], 100), line)
+    if len(line) > _LONGEST_LINE:
+        # A huge value, which the parser breaks into words of a line, hides what is said behind it.
+        line = re.sub(r"\S{300,}|(?:\S{60,} ){3,}\S*", _shortened, line)
     return cut(line, _LONGEST_LINE)
+
+
+def _shortened(found: re.Match[str]) -> str:
+    """Both ends of a long text: a path's last part says the most."""
+    return f"{found[0][:50]}...{found[0][-50:]}"
 
 
 def _out_of_memory(error: Exception) -> str:

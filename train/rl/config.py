@@ -16,7 +16,7 @@ from train.rl.methods import Method, Parts
 from train.rl.parts import KINDS, checked, part_from_text
 from train.rl.rollout.budgets import BudgetAllocator
 from train.rl.rollout.strategies import RolloutStrategy
-from train.runs.resume import FREE
+from train.runs.resume import FREE, NOTED
 
 _NUM_GENERATIONS = 8
 _MOST_ROLLOUTS = 2**22  # of a step; their texts lie on the host
@@ -102,7 +102,7 @@ class RLConfig(LoopConfig):
     boundaries: Literal["suffix", "exact_id", "sentence"] = "suffix"
     environment_limit_s: float | None = dataclasses.field(default=30.0, metadata=FREE)
     max_rows: int = dataclasses.field(default=256, metadata=FREE)
-    share_prompts: bool = dataclasses.field(default=True, metadata=FREE)
+    share_prompts: bool = dataclasses.field(default=True, metadata=NOTED)
     examples: int = dataclasses.field(default=2, metadata=FREE)
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-4, weight_decay=0.0, final_ratio=1.0
