@@ -174,10 +174,10 @@ def test_no_causal_policy_beats_a_coin(policy):
 
 
 def test_files_that_are_no_results_are_one_line(tmp_path):
-    from train.experiments import broadening, environments, needle
+    from train.experiments import broadening, environments, needle, retrofit
 
     file = tmp_path / "results.jsonl"
-    for content, reason in (("", ": name a file"), ('{"task": 3}', " of this .*KeyError")):
+    for content, reason in (("", ": name a file"), ('{"task": 3}', " of this .* lacks '")):
         file.write_text(content)
         for module in (quality, precision, needle, broadening):
             config = next(iter(module.main.__annotations__.values()))
@@ -185,5 +185,8 @@ def test_files_that_are_no_results_are_one_line(tmp_path):
                 module.main(config(report=str(file)))
     with pytest.raises(ValueError, match="episodes=0 is below 1"):
         environments.Experiment(arms=("grpo",), episodes=0)
+    assert retrofit.Retrofit(layers=(0, 10)).layers == (0, 10), "indices count from 0"
+    with pytest.raises(ValueError, match="layers=-1 is below 0"):
+        retrofit.Retrofit(layers=(-1,))
     with pytest.raises(ValueError, match="is no folder: choose another place"):
         study.Results(file / "below/out.jsonl", ("seed",))

@@ -154,7 +154,8 @@ def test_questions_have_the_answer_that_the_scene_shows():
                 assert answer == scenes.NUMBERS[len(one.things) - 1]
             else:
                 [thing] = matching  # the only one that the question fits
-                assert answer == {"position": thing.corner}.get(kind) or getattr(thing, kind, "")
+                facts = {"position": thing.corner, "colour": thing.colour, "shape": thing.shape}
+                assert answer == facts[kind]
             assert question.statement in text and text.startswith(one.caption)
             answers.append(question.answer)
     for answers in asked.values():
@@ -336,6 +337,14 @@ def test_points_paired_by_lot_align_by_chance():
     assert abs(apart.value - apart.chance) < 0.03 and apart.p_value > 0.05
 
 
+def test_ties_are_no_alignment():
+    """Of points in two places, paired by lot, chance is what an order of points inflates."""
+    rng = np.random.default_rng(0)
+    found = [alignment(*np.eye(2)[rng.integers(0, 2, (2, 60))], 5, 20, seed) for seed in range(40)]
+    assert abs(np.mean([one.value - one.chance for one in found])) < 0.01
+    assert 0.3 < np.mean([one.p_value for one in found]) < 0.7
+
+
 # Mistakes.
 
 
@@ -348,6 +357,9 @@ def test_mistakes_are_one_line(probe, model):
         ProbeConfig(patch=5)
     with pytest.raises(ValueError, match="steps=0 is below 1"):
         ProbeConfig(steps=0)
+    merged = lambda text: [len(text)]  # noqa: E731
+    with pytest.raises(ValueError, match="has no token of its own: probe with a tokenizer that"):
+        VisualProbe(probe.config, merged, OPTIONS, seed=0)
     points = np.eye(4)
     with pytest.raises(ValueError, match="k=4 neighbours among 4 points: choose from 1 to 3"):
         mutual_knn(points, points, 4)

@@ -30,7 +30,7 @@ from train.engine.state import make_trainable
 from train.engine.step import make_train_step
 from train.evaluation.held_out import Evaluator
 from train.experiments.quality import KEY, report
-from train.experiments.study import Result, Results, StudyConfig, check_names, run_study
+from train.experiments.study import INDEX, Result, Results, StudyConfig, check_names, run_study
 from train.models.load import find_weights, keep_tokenizer
 from train.pretraining.job import TRAINED
 
@@ -59,7 +59,7 @@ class Retrofit(StudyConfig):
     """
 
     weights: str = "smollm2"
-    layers: tuple[int, ...] = (10, 20)
+    layers: tuple[int, ...] = dataclasses.field(default=(10, 20), metadata=INDEX)
     policy: Policy = PrefixRank(1.5)
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1)

@@ -82,7 +82,7 @@ class Secrets(StudyConfig):
 
     arms: tuple[str, ...] = ARMS
     kinds: tuple[Kind, ...] = ("taboo",)
-    methods: tuple[str, ...] = (*METHODS, *READINGS)
+    methods: tuple[str, ...] = tuple(name for name in (*METHODS, *READINGS) if name != "io")
     base_steps: int = 2500
     soft_steps: int = 200
     full_steps: int = 60

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,9 @@ from train.cli.numbers import check_least
 from train.data.json_lines import read_json_lines
 from train.runs.files import check_new_file, check_regular
 from train.runs.metadata import load_run_meta
+
+INDEX: Mapping[str, Any] = MappingProxyType({"index": True})
+"""Metadata of an option that counts from 0."""
 
 Result = dict[str, Any]
 Config = TypeVar("Config", bound="StudyConfig")
@@ -39,7 +43,8 @@ class StudyConfig:
 def check_options(config: Any) -> None:
     """Checks the numbers of an experiment's options, before hours of work.
 
-    Counts are at least 1, but those that are 0 by default; no other number is negative.
+    Counts are at least 1, but those that are 0 by default, and those whose fields have `INDEX`; no
+    other number is negative.
 
     Args:
         config: Options; those that are written as text have checks of their own.
@@ -51,6 +56,7 @@ def check_options(config: Any) -> None:
         default = field.default if isinstance(field.default, tuple) else (field.default,)
         if default and all(type(item) in (int, float) for item in default):
             counted = all(type(item) is int and item > 0 for item in default)
+            counted = counted and "index" not in field.metadata
             check_least(config, **{field.name: int(counted)})
 
 
@@ -125,7 +131,7 @@ def run_study(
         report: Text of all results.
     """
     if config.report is not None:
-        print(report_text(config.report, report))
+        print(report_text(config.report, key, report))
         return
     results = Results(config.out, key)
     for result, line in train(config, results):
@@ -133,12 +139,13 @@ def run_study(
         print(line, flush=True)
 
 
-def report_text(path: str | Path, report: Callable[[list[Result]], str]) -> str:
+def report_text(path: str | Path, key: Sequence[str], report: Callable[[list[Result]], str]) -> str:
     """The report of a file of results.
 
     Args:
         path: File of results.
-        report: Text of all results.
+        key: Names of the entries in which two results of the same run agree.
+        report: Text of all results; it raises a ValueError for those that it can't show.
 
     Raises:
         ValueError: The file is not of this experiment, or a result in it was edited.
@@ -146,12 +153,18 @@ def report_text(path: str | Path, report: Callable[[list[Result]], str]) -> str:
     results = read_results(path)
     if not results:
         raise ValueError(f"{path} has no results: name a file that this experiment has written")
+    for number, result in enumerate(results, 1):
+        if missing := [name for name in key if name not in result]:
+            raise ValueError(
+                f"{path} has no results of this experiment (result {number} lacks {missing[0]!r}): "
+                "name a file that it has written"
+            )
     try:
         return report(results)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{path} has no results of this experiment ({type(error).__name__}: {error}): name a "
-            "file that it has written"
+            f"{path} has a result that was not written so ({type(error).__name__}: {error}): write "
+            "the file anew"
         ) from error
 
 

@@ -21,12 +21,19 @@ class Alignment(NamedTuple):
     p_value: float
 
 
-def nearest(features: np.ndarray, k: int) -> np.ndarray:
-    """The k nearest other points of each point by cosine; the first of equal ones counts.
+SAME = 9  # digits to which the cosines of equally near points agree
+
+
+def nearest(features: np.ndarray, k: int, seed: int | tuple[int, ...] = 0) -> np.ndarray:
+    """The k nearest other points of each point by cosine; which of equally near ones, by lot.
+
+    Two representations that are compared need lots of their own: an order that both share, such as
+    that of the points, makes ties agree.
 
     Args:
         features: One vector for each point, `[N, F]`.
         k: Number of neighbours, from 1 to N - 1.
+        seed: Seed of the lots.
 
     Returns:
         Whether each point (axis 1) is a neighbour of another one (axis 0), `[N, N]` bool.
@@ -46,15 +53,16 @@ def nearest(features: np.ndarray, k: int) -> np.ndarray:
         )
     size = np.linalg.norm(points, axis=1, keepdims=True)
     points = points / np.where(size > 0, size, 1)
-    cosine = points @ points.T
+    cosine = np.round(points @ points.T, SAME)
     np.fill_diagonal(cosine, -np.inf)
-    chosen = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    lots = np.random.default_rng(seed).random(cosine.shape)
+    chosen = np.lexsort((lots, -cosine), axis=1)[:, :k]
     found = np.zeros(cosine.shape, bool)
     np.put_along_axis(found, chosen, True, axis=1)
     return found
 
 
-def mutual_knn(first: np.ndarray, second: np.ndarray, k: int) -> float:
+def mutual_knn(first: np.ndarray, second: np.ndarray, k: int, seed: int = 0) -> float:
     """Mean overlap of the k nearest neighbours of each point, |S₁(i) ∩ S₂(i)| / k.
 
     As in "The Platonic Representation Hypothesis" (arXiv 2405.07987).
@@ -63,11 +71,12 @@ def mutual_knn(first: np.ndarray, second: np.ndarray, k: int) -> float:
         first: One representation of the points, `[N, F]`.
         second: Another one of the same points, `[N, G]`.
         k: Number of neighbours, from 1 to N - 1.
+        seed: Seed of the lots that decide between equally near neighbours.
 
     Raises:
         ValueError: The two have different numbers of points, or not `k` other points.
     """
-    return _overlap(*_both(first, second, k), k)
+    return _overlap(*_both(first, second, k, seed), k)
 
 
 def alignment(
@@ -80,14 +89,14 @@ def alignment(
         second: Another one of the same points, `[N, G]`.
         k: Number of neighbours, from 1 to N - 1.
         permutations: Number of permutations of the points of `second`, 1 or more.
-        seed: Seed of the permutations.
+        seed: Seed of the permutations, and of the lots between equally near neighbours.
 
     Raises:
         ValueError: The two have different numbers of points, or not `k` other points.
     """
     if permutations < 1:
         raise ValueError(f"permutations={permutations}: choose 1 or more")
-    ours, theirs = _both(first, second, k)
+    ours, theirs = _both(first, second, k, seed)
     value, rng = _overlap(ours, theirs, k), np.random.default_rng(seed)
     shuffled = []
     for _ in range(permutations):
@@ -99,12 +108,14 @@ def alignment(
     )
 
 
-def _both(first: np.ndarray, second: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _both(
+    first: np.ndarray, second: np.ndarray, k: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     if len(first) != len(second):
         raise ValueError(
             f"{len(first)} points beside {len(second)}: give two representations of the same points"
         )
-    return nearest(first, k), nearest(second, k)
+    return nearest(first, k, (seed, 0)), nearest(second, k, (seed, 1))
 
 
 def _overlap(ours: np.ndarray, theirs: np.ndarray, k: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from memgen import token_log_probs
@@ -146,11 +147,11 @@ def answer_loss(
 
 
 def embedding_size(decoder: Any) -> jax.Array:
-    """Root mean square of a decoder's token embeddings, over ids spread evenly.
+    """Root mean square of a decoder's token embeddings, over at most 1,024 ids spread evenly.
 
     Args:
         decoder: A `memgen.DecoderBackbone`.
     """
     count = min(decoder.vocab_size, SAMPLED_IDS)
-    ids = jnp.arange(count) * (decoder.vocab_size // count)
+    ids = jnp.asarray(np.linspace(0, decoder.vocab_size - 1, count).astype(np.int32))
     return jnp.sqrt(jnp.square(decoder.embed_tokens(ids).astype(jnp.float32)).mean())
