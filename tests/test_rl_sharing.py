@@ -196,7 +196,7 @@ def test_gradients_and_metrics_are_those_of_unshared_prompts(always, changes):
 
 
 def test_branches_have_the_states_of_whole_rows(monkeypatch):
-    """Grouped queries, prefixes of 0 to 5 vectors; weights kept, or computed again."""
+    """Grouped queries, prefixes of 0 to 5 vectors; weights kept, computed again, in two parts."""
     config = ModelConfig(vocab_size=8, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2)
     build = lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0))  # noqa: E731
     decoder = rl_tiny.filled(nnx.eval_shape(build), scale=0.2).backbone()
@@ -222,8 +222,10 @@ def test_branches_have_the_states_of_whole_rows(monkeypatch):
         return jax.device_get(grad(decoder, prefix, x))
 
     theirs = slopes(apart)
-    for largest in (attention.LARGEST_WEIGHTS, 0):
-        monkeypatch.setattr(attention, "LARGEST_WEIGHTS", largest)
+    whole = 4 * 3 * 4 * 2 * 4 * (5 + 4)  # bytes of the weights of all branches
+    for kept, held in ((whole, whole), (whole - 1, whole), (0, whole // 2)):
+        monkeypatch.setattr(attention, "LARGEST_WEIGHTS", kept)
+        monkeypatch.setattr(attention, "LARGEST_BRANCHES", held)
         for mine, other in zip(slopes(together), theirs, strict=True):
             assert 0 < norm(jax.tree.map(np.subtract, mine, other)) < 1e-6 * norm(other)
 

@@ -24,6 +24,8 @@ SHORTEST_SPAN = 256
 LARGEST_WEIGHTS = 2**25
 """Bytes of float32 weights of one call of `attend`, over all devices, above which the backward pass
 computes them again; of `attend_cached`, above which they are taken in tiles."""
+LARGEST_BRANCHES = 2**28
+"""Bytes of such weights above which `attend_branches` takes some branches of all at a time."""
 FEWEST_TILED = 16
 QUERY_TILE, KEY_TILE = 256, 512
 
@@ -92,7 +94,8 @@ def attend_branches(
 
     The first slots of a row are its prefix, and after them come the branches one by one. A branch
     attends to the prefix, which no branch copies, and to itself. Weights of more than
-    `LARGEST_WEIGHTS` bytes are not kept for the backward pass.
+    `LARGEST_WEIGHTS` bytes are not kept for the backward pass; where all would have more than
+    `LARGEST_BRANCHES` bytes, some branches come after others.
 
     Args:
         query: Rotated queries.
@@ -104,13 +107,22 @@ def attend_branches(
     batch, slots, heads, _ = query.shape
     count, size = branches
     shared = slots - count * size
-    parts = [_heads_first(*(x[:, where] for x in (query, key, value)))
-             for where in (slice(shared), slice(shared, None))]  # fmt: skip
+    (_, *of_prefix), own = (_heads_first(*(x[:, where] for x in (query, key, value)))
+                            for where in (slice(shared), slice(shared, None)))  # fmt: skip
     known = jnp.arange(shared) < length[:, None]
+    weights = 4 * batch * heads * count * size * (shared + size)
     run = functools.partial(_attend_branches, size=size)
-    if 4 * batch * heads * count * size * (shared + size) > LARGEST_WEIGHTS:
+    if weights > LARGEST_WEIGHTS:
         run = _known_once(run)
-    mixed = run(parts[1][0], *parts[0][1:], *parts[1][1:], known)
+    divisors = (n for n in range(1, count + 1) if count % n == 0)
+    parts = next((n for n in divisors if weights <= n * LARGEST_BRANCHES), count)
+    over = lambda part: run(part[0], *of_prefix, *part[1:], known)  # noqa: E731
+    if parts == 1:
+        mixed = over(own)
+    else:
+        cut = lambda x: x.reshape(*x.shape[:-2], parts, -1, x.shape[-1])  # noqa: E731
+        mixed = jax.lax.map(over, tuple(jnp.moveaxis(cut(x), -3, 0) for x in own))
+        mixed = jnp.moveaxis(mixed, 0, -3).reshape(own[0].shape)
     prefix = attend(query[:, :shared], key[:, :shared], value[:, :shared])
     return jnp.concatenate([prefix, _slots_first(mixed)], axis=1)
 
