@@ -112,8 +112,9 @@ def rotary_angles(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each `[B, S, K/2]` float32, of RoPE at `positions [B, S]`.
 
-    Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled. They are exact to
-    float32 rounding at any position from `NEAR` on.
+    Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled. The angle is exact to
+    float32 rounding at any position from `NEAR` on; below it, the error grows with the position, to
+    2e-4 radians.
 
     Args:
         positions: Positions of the slots, integers or float32.
