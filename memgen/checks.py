@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -43,7 +44,7 @@ def check_rngs(rngs: Any) -> None:
 def check_stop(stop: Any) -> None:
     """Raise a ValueError unless these are token ids to stop at."""
     is_list = not isinstance(stop, str) and hasattr(stop, "__iter__")
-    is_id = lambda end: jnp.issubdtype(getattr(end, "dtype", type(end)), jnp.integer)  # noqa: E731
+    is_id = lambda end: is_whole(end) and not isinstance(end, bool)  # noqa: E731
     if not is_list or not all(map(is_id, stop)):
         raise ValueError(f"stop={stop!r}: give a list of token ids, such as (3,)")
 
@@ -60,7 +61,9 @@ def check_floating(name: str, dtype: Any) -> None:
 
 def is_whole(value: Any) -> bool:
     """Whether a value is one whole number, of Python, NumPy or JAX."""
-    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+    if hasattr(value, "dtype"):
+        return not value.shape and bool(jnp.issubdtype(value.dtype, jnp.integer))
+    return hasattr(value, "__index__")
 
 
 def is_number(value: Any) -> bool:
@@ -111,7 +114,8 @@ def check_rows(rows: int, **values: Any) -> None:
 
 def check_lengths(length: Any, rows: int, name: str = "length") -> None:
     """Raise a ValueError unless these are whole numbers, one for each row."""
-    shape, dtype = jnp.shape(length), jnp.result_type(length)
+    length = length if hasattr(length, "dtype") else np.asarray(length)
+    shape, dtype = length.shape, length.dtype
     if shape != (rows,):
         raise ValueError(f"{name} of shape {shape} for {rows} rows: give one number a row")
     if not jnp.issubdtype(dtype, jnp.integer):
@@ -133,6 +137,23 @@ def check_by_name(name: str, values: Any) -> None:
         raise ValueError(
             f"{name} is a {type(values).__name__}: give a mapping from names of linear layers"
         )
+
+
+def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
+    """The shape of an adapter's matrices, multiplied, if they are not those of a linear layer.
+
+    An adapter of other parts is any callable, and one of more axes may have matrices for each row.
+
+    Args:
+        low: Adapter, of matrices `a` and `b` or not.
+        target: Stack, inputs and outputs of the layer.
+    """
+    a, b = (getattr(getattr(low, part, None), "shape", ()) for part in ("a", "b"))
+    if len(a) < 2 or len(b) < 2:
+        return None
+    shape, layer = (*a[:-1], b[-1]), (*target[0], *target[1:])
+    fits = shape == layer or (len(shape) > len(layer) and shape[-2:] == layer[-2:])
+    return None if fits else shape
 
 
 def check_width(values: Any, width: int, reader: str) -> None:

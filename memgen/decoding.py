@@ -132,24 +132,24 @@ def begin(
     retriever = request.retriever if request else None
     snippet_capacity = retriever.max_snippet_tokens if retriever else 0
     sizes = max_tokens, max_responses, snippet_capacity
-    if tokens.shape[1] <= LONGEST_WHOLE or isinstance(tokens, Tracer):
+    traced = isinstance(tokens, Tracer) or isinstance(length, Tracer)
+    if tokens.shape[1] <= LONGEST_WHOLE or traced:
         return _begin(memgen, tokens, length, keys, *sizes)
-    session, longest = _empty(memgen, tokens[:, :1], keys, *sizes), int(np.asarray(length).max())
+    longest, session = int(np.asarray(length).max()), None
     size = max(BLOCK >> (len(tokens) - 1).bit_length(), SMALLEST_BLOCK)
-    for first in range(0, longest, size):
+    for first in range(0, max(longest, 1), size):
         block = tokens[:, first : first + size]
         block = jnp.pad(block, ((0, 0), (0, size - block.shape[1])))
-        session = _observe(memgen, session, block, jnp.clip(length - first, 0, size))
+        count = jnp.clip(length - first, 0, size)
+        if session is None:
+            session = _begin(memgen, block, count, keys, *sizes)
+        else:
+            session = _observe(memgen, session, block, count)
         if progress is not None:
             jax.block_until_ready(session.count)
             progress(min(first + size, longest), longest)
+    assert session is not None
     return session
-
-
-@functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses", "snippet_capacity"))
-def _empty(memgen, tokens, keys, max_tokens, max_responses, snippet_capacity) -> Session:
-    keys = placed_beside(keys, tokens)
-    return Session.start(memgen, keys, max_tokens, max_responses, snippet_capacity)
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses", "snippet_capacity"))

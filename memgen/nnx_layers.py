@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from memgen.checks import check_by_name, check_module
+from memgen.checks import check_by_name, check_module, wrong_matrices
 from memgen.placement import placed_as
 
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
@@ -131,8 +131,8 @@ def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
 
     def change(name: str, layer: Any, form: _Form) -> Any:
         low = adapter[name]
-        if hasattr(low, "a") and hasattr(low, "b"):
-            _check_shape(name, "an adapter", (*low.a.shape[:-1], low.b.shape[-1]), form)
+        if shape := wrong_matrices(low, form.target):
+            _check_shape(name, "an adapter", shape, form)
         adapted: Any = object.__new__(_with_adapter(type(layer)))
         vars(adapted).update(vars(_copy(layer)))
         adapted.low_rank = nnx.data(low)

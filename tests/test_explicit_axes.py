@@ -25,8 +25,10 @@ from thoughtbubbles import (
     forking,
     head,
     merge,
+    prefill,
 )
 from thoughtbubbles.architecture import architecture_of
+from thoughtbubbles.decoding import generate
 from thoughtbubbles.hatchling import HatchlingConfig
 from thoughtbubbles.hatchling.forking import ForkingHatchlingConfig
 from thoughtbubbles.module import abstract_module
@@ -218,3 +220,41 @@ def test_arrays_beside_others_without_a_mesh():
     assert placed_beside(table, x) is table
     index = jnp.array([[0, 5], [-1, 6]])
     np.testing.assert_array_equal(embedding_rows(table, index), jnp.take(table, index, axis=0))
+
+
+def test_branches_stay_where_their_rows_are(monkeypatch):
+    """Their weights in parts, computed again in the backward pass."""
+    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 0)
+    monkeypatch.setattr(attention, "LARGEST_BRANCHES", 2 * ROWS * 4 * 2 * 4 * (5 + 4))
+
+    def slopes(weights: Any, prefix: jax.Array, length: jax.Array, x: jax.Array) -> Any:
+        model = architecture_of(MODELS["plain"]).from_params(MODELS["plain"], weights)
+
+        def states(*vectors: jax.Array) -> Any:
+            found = model.backbone().branch_states(vectors[0], length, vectors[1])
+            return (found**2).sum(), found
+
+        return jax.grad(states, (0, 1), has_aux=True)(prefix, x)
+
+    rng = np.random.default_rng(0)
+    prefix, x = (rng.normal(size=(ROWS, *s, WIDTH)).astype("f4") for s in ((5,), (2, 4)))
+    rows, given = (prefix, LENGTH % 6, x), nnx.to_pure_dict(weights("plain"))
+    expected = jax.jit(lambda *args: slopes(*args))(given, *rows)
+    found, program = on_mesh(slopes, AxisType.Explicit, 2, given, *rows)
+    assert not any(word in program for word in ("all-gather", "all-to-all", "all-reduce"))
+    assert_close(found, expected)
+
+
+def test_prompts_in_blocks_before_a_split_vocabulary(monkeypatch):
+    given = nnx.to_pure_dict(weights("plain"))
+    model = architecture_of(MODELS["plain"]).from_params(MODELS["plain"], given)
+    prompts = [[1] * 40, [2] * 33]
+    expected = generate(model, prompts, 2)
+    for name, value in {"BLOCK": 32, "SMALLEST_BLOCK": 16, "LARGEST_WHOLE": 0}.items():
+        monkeypatch.setattr(prefill, name, value)
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        graph, arrays = nnx.split(model)
+        split = lambda x: SHARDED if x.shape[:1] == (64,) else PartitionSpec()  # noqa: E731
+        arrays = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, split(x))), arrays)
+        assert generate(nnx.merge(graph, arrays), prompts, 2) == expected

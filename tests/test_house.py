@@ -98,6 +98,7 @@ TWINS = {
         "check_stop",
         "is_number",
         "is_whole",
+        "wrong_matrices",
     ),
     "placement": ("product_beside",),
     "short_repr": ("ShortRepr",),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from memgen_tiny import PROMPTS, memgen_of
 from tiny import SMALL, by_reference, quick_model
 
@@ -110,6 +111,14 @@ def test_a_session_is_begun_in_blocks(monkeypatch: pytest.MonkeyPatch):
             np.testing.assert_allclose(found * mask, expected * mask, atol=1e-5, err_msg=name)
     np.testing.assert_array_equal(blocks.reasoner.length, whole.reasoner.length)
     np.testing.assert_allclose(blocks.reasoner.hidden, whole.reasoner.hidden, atol=1e-5)
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
+    rows = jax.device_put(args[1:4], NamedSharding(mesh, PartitionSpec("rows")))
+    split = begin(made, *rows, 64)
+    assert split.tokens.sharding.shard_shape(split.tokens.shape)[0] == len(prompts) // 2
+    sizes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(split.reasoner)]
+    assert sizes != [leaf.shape for leaf in jax.tree.leaves(split.reasoner)]
+    traced = jax.jit(lambda length: begin(made, tokens, length, *args[3:]).count)(length)
+    np.testing.assert_array_equal(traced, whole.count)
 
 
 def test_tiles_are_the_softmax(short_blocks):
@@ -129,6 +138,22 @@ def test_tiles_are_the_softmax(short_blocks):
     expected = np.einsum("bhqn,bhnk->bqhk", weights, value)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.isnan(found[1]).all()
+
+
+def test_tiles_have_the_gradient_of_the_softmax(short_blocks, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    arrays = [np.float32(rng.normal(size=s))
+              for s in ((2, 20, 4, 8), (2, 2, 50, 8), (2, 2, 50, 8), (2, 50))]  # fmt: skip
+    weigh, first = rng.normal(size=arrays[0].shape), np.array([30, 3])
+
+    def slopes() -> Any:
+        weighed = lambda *floats: (attention.attend_cached(*floats, first) * weigh).sum()  # noqa: E731
+        return jax.jit(jax.grad(weighed, (0, 1, 2, 3)))(*arrays)
+
+    found = slopes()
+    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 2**30)
+    for mine, other in zip(found, slopes(), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
 def test_earlier_keys_win_ties(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 since nothing is computed: shapes alone are followed."""
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from thoughtbubbles import (
     token_slots,
 )
 from thoughtbubbles.bubbles import bubble_map
+from thoughtbubbles.checks import check_stop, is_whole
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig, grow
 from thoughtbubbles.hatchling import merge as merge_hatchlings
@@ -742,6 +744,47 @@ def test_a_wrong_use_is_one_line(name: str):
     [line] = str(caught.value).splitlines()
     assert "incompatible shapes" not in line, "of JAX, without a way out"
     assert ": " in line or "choose" in line
+
+
+class Id(enum.IntEnum):
+    END = 3
+
+
+class OfRows(nnx.Module):
+    """An adapter of two matrices for each row."""
+
+    def __init__(self, stack: tuple[int, ...], inputs: int, outputs: int):
+        self.a = nnx.Param(jnp.ones((*stack, 2, inputs, 1)))
+        self.b = nnx.Param(jnp.ones((*stack, 2, 1, outputs)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.a[...] @ self.b[...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled(ModelConfig):
+    schedule: float | str = "cosine"
+    depth: "int | None" = None
+
+
+def test_what_may_be_is_not_refused():
+    def shapes(given: Given) -> list[Any]:
+        model, linear = given.model, nnx.Linear(4, 5, rngs=nnx.Rngs(0))
+        decoder = given.made.reasoner
+        name, target = next(iter(decoder.lora_targets.items()))
+        adapted = decoder.apply_lora({name: OfRows(*target)})
+        vectors = given.array(2, 4, 8)
+        _, cache = model.extend(model.init_cache(2, 8), vectors, [4, 3])  # pyright: ignore
+        layer = memgen.apply_lora(linear, {"": OfRows((), 4, 5)})
+        return [adapted.hidden_states(vectors), cache.length, layer(given.array(2, 3, 4))]
+
+    assert nnx.eval_shape(lambda: shapes(Given()))[-1].shape == (2, 3, 5)
+    check_stop((Id.END, np.int64(3), 4))
+    assert Scheduled(**vars(SMALL)).schedule == "cosine"
+    for wrong in ({"vocab_size": 1.5}, {"depth": 1.5}, {"num_layers": np.float32(2)}):
+        with pytest.raises(ValueError, match="give a whole number"):
+            Scheduled(**(vars(SMALL) | wrong))
+    assert is_whole(jnp.int32(2)) and not is_whole(jnp.float32(2)) and not is_whole(np.array(1.5))
 
 
 def test_arrays_of_numpy_are_what_arrays_of_jax_are():

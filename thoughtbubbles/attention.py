@@ -25,7 +25,7 @@ LARGEST_WEIGHTS = 2**25
 """Bytes of float32 weights of one call of `attend`, over all devices, above which the backward pass
 computes them again; of `attend_cached`, above which they are taken in tiles."""
 LARGEST_BRANCHES = 2**28
-"""Bytes of such weights above which `attend_branches` takes some branches of all at a time."""
+"""Bytes of such weights above which `attend_branches` takes some slots of branches at a time."""
 FEWEST_TILED = 16
 QUERY_TILE, KEY_TILE = 256, 512
 
@@ -94,8 +94,8 @@ def attend_branches(
 
     The first slots of a row are its prefix, and after them come the branches one by one. A branch
     attends to the prefix, which no branch copies, and to itself. Weights of more than
-    `LARGEST_WEIGHTS` bytes are not kept for the backward pass; where all would have more than
-    `LARGEST_BRANCHES` bytes, some branches come after others.
+    `LARGEST_WEIGHTS` bytes are not kept for the backward pass; where all have more than
+    `LARGEST_BRANCHES` bytes, those of some slots are held at a time.
 
     Args:
         query: Rotated queries.
@@ -107,24 +107,24 @@ def attend_branches(
     batch, slots, heads, _ = query.shape
     count, size = branches
     shared = slots - count * size
-    (_, *of_prefix), own = (_heads_first(*(x[:, where] for x in (query, key, value)))
-                            for where in (slice(shared), slice(shared, None)))  # fmt: skip
+    first, own = (_heads_first(*(x[:, where] for x in (query, key, value)))
+                  for where in (slice(shared), slice(shared, None)))  # fmt: skip
     known = jnp.arange(shared) < length[:, None]
     weights = 4 * batch * heads * count * size * (shared + size)
-    run = functools.partial(_attend_branches, size=size)
-    if weights > LARGEST_WEIGHTS:
-        run = _known_once(run)
-    divisors = (n for n in range(1, count + 1) if count % n == 0)
-    parts = next((n for n in divisors if weights <= n * LARGEST_BRANCHES), count)
-    over = lambda part: run(part[0], *of_prefix, *part[1:], known)  # noqa: E731
+    run = _known_once(_attend_branches) if weights > LARGEST_WEIGHTS else _attend_branches
+    mine, own_key, own_value = (x.reshape(*x.shape[:-2], count, size, x.shape[-1]) for x in own)
+    over = lambda part, at: run(part, *first[1:], own_key, own_value, known, at)  # noqa: E731
+    divisors = (n for n in range(1, size + 1) if size % n == 0)
+    parts = next((n for n in divisors if weights <= n * LARGEST_BRANCHES), size)
     if parts == 1:
-        mixed = over(own)
+        mixed = over(mine, 0)
     else:
-        cut = lambda x: x.reshape(*x.shape[:-2], parts, -1, x.shape[-1])  # noqa: E731
-        mixed = jax.lax.map(over, tuple(jnp.moveaxis(cut(x), -3, 0) for x in own))
-        mixed = jnp.moveaxis(mixed, 0, -3).reshape(own[0].shape)
+        cut = mine.reshape(*mine.shape[:-2], parts, size // parts, mine.shape[-1])
+        starts = jnp.arange(0, size, size // parts)
+        mixed = jax.lax.map(lambda part: over(*part), (jnp.moveaxis(cut, -3, 0), starts))
+        mixed = jnp.moveaxis(mixed, 0, -3)
     prefix = attend(query[:, :shared], key[:, :shared], value[:, :shared])
-    return jnp.concatenate([prefix, _slots_first(mixed)], axis=1)
+    return jnp.concatenate([prefix, _slots_first(mixed.reshape(own[0].shape))], axis=1)
 
 
 def attend_cached(
@@ -139,8 +139,8 @@ def attend_cached(
 
     Only a part of the cache is used: the shortest of a few static spans (`SHORTEST_SPAN` slots,
     doubled up to `N`) that covers the used slots of every row. Of `FEWEST_TILED` queries or more,
-    weights beyond `LARGEST_WEIGHTS` bytes are taken in tiles, each used once; such a call has no
-    reverse-mode gradient.
+    weights beyond `LARGEST_WEIGHTS` bytes are taken in tiles, each used once; the backward pass of
+    such a call holds all of them.
 
     Args:
         query: Rotated queries of the new slots.
@@ -227,6 +227,7 @@ def _attend_normalised(query, key, value, bias, last, few=False):
     return (mixed / total[..., None]).astype(value.dtype), peak[..., 0] + jnp.log(total)
 
 
+@jax.custom_vjp
 def _attend_tiled(query, key, value, bias, last, end):
     """`_attend` tile by tile under a running normaliser (arXiv 2205.14135), `last [B, Q]`.
 
@@ -253,6 +254,15 @@ def _attend_tiled(query, key, value, bias, last, end):
     mixed = jax.lax.map(tile, jnp.arange(0, queries + padding, rows))
     mixed = jnp.moveaxis(mixed, 0, 3)
     return mixed.reshape(*mixed.shape[:3], -1, mixed.shape[-1])[:, :, :, :queries]
+
+
+def _tiled_backward(arrays, gradient):
+    query, key, value, bias, last, _ = arrays
+    over = lambda query, key, value, bias: _attend(query, key, value, bias, last)  # noqa: E731
+    return *jax.vjp(over, query, key, value, bias)[1](gradient), None, None
+
+
+_attend_tiled.defvjp(lambda *arrays: (_attend_tiled(*arrays), arrays), _tiled_backward)
 
 
 def _add_tile(query, key, value, bias, last, columns, index, carry):
@@ -369,14 +379,16 @@ def _backward_block(arrays, normaliser, gradient):
 _attend_again.defvjp(_forward, _backward)
 
 
-def _attend_branches(query, key, value, own_key, own_value, known, size):
-    """Attention of branches of `size` slots to the prefix, where `known`, and to themselves."""
+def _attend_branches(query, key, value, own_key, own_value, known, first):
+    """Attention of slots of branches, from `first` on, to the prefix, where `known`, and to theirs.
+
+    Queries `[B, G, H/G, N, Q, K]`; the branches' own keys and values `[B, G, N, C, K]`.
+    """
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    split = lambda x: x.reshape(*x.shape[:-2], -1, size, x.shape[-1])  # noqa: E731
-    query, own_key, own_value = split(query), split(own_key), split(own_value)
     logits = jnp.where(known[:, None, None, None, None],
                        product("bgrnqk,bgsk->bgrnqs", query, key), -jnp.inf)  # fmt: skip
-    causal = jnp.tri(size, dtype=bool)
+    last = first + jnp.arange(query.shape[-2])
+    causal = jnp.arange(own_key.shape[-2]) <= last[:, None]
     own = jnp.where(causal, product("bgrnqk,bgnsk->bgrnqs", query, own_key), -jnp.inf)
     peak = jnp.maximum(logits.max(axis=-1, keepdims=True),
                        own.max(axis=-1, keepdims=True))  # fmt: skip
@@ -385,8 +397,7 @@ def _attend_branches(query, key, value, own_key, own_value, known, size):
     mixed = product("bgrnqs,bgsk->bgrnqk", weights.astype(value.dtype), value)
     mixed += product("bgrnqs,bgnsk->bgrnqk", own.astype(value.dtype), own_value)
     total = weights.sum(axis=-1) + own.sum(axis=-1)
-    mixed = (mixed / total[..., None]).astype(value.dtype)
-    return mixed.reshape(*mixed.shape[:3], -1, mixed.shape[-1])
+    return (mixed / total[..., None]).astype(value.dtype)
 
 
 def _known_once(run):

@@ -15,7 +15,7 @@ from flax import nnx
 
 from thoughtbubbles.attention import attend_branches, attend_where
 from thoughtbubbles.cache import Cache, advance, init_cache
-from thoughtbubbles.checks import check_adapter, check_deltas, check_vectors
+from thoughtbubbles.checks import check_adapter, check_deltas, check_vectors, checked_lengths
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.module import Module
@@ -175,7 +175,7 @@ class Backbone(Module):
         gradients, up to rounding.
 
         Args:
-            prefix: Vectors `[B, P, D]` that rows begin with, padded on the right.
+            prefix: Vectors `[B, P, D]` that rows begin with, padded on the right; 1 or more.
             length: Number of real vectors of each prefix, `[B]` int32.
             x: Vectors `[B, N, C, D]` of `N` continuations of each row, padded on the right.
 
@@ -183,12 +183,16 @@ class Backbone(Module):
             Hidden states `[B, N, C, D]` of the continuations, after the final norm.
 
         Raises:
-            ValueError: The model forks.
+            ValueError: The model forks, or prefixes have no vectors.
         """
         rows, count, size, width = x.shape
         shared = prefix.shape[1]
-        own = jnp.tile(length[:, None] + jnp.arange(size), (1, count))
-        positions = jnp.concatenate([jnp.tile(jnp.arange(shared), (rows, 1)), own], axis=1)
+        if not shared:
+            raise ValueError("prefixes of 0 vectors: give hidden_states the continuations alone")
+        length = checked_lengths(length, prefix)
+        own = jnp.concatenate([length[:, None] + jnp.arange(size)] * count, axis=1)
+        before = jnp.zeros_like(length)[:, None] + jnp.arange(shared)
+        positions = jnp.concatenate([before, own], axis=1)
         packed = jnp.concatenate([prefix, x.reshape(rows, count * size, width)], axis=1)
         mix = lambda q, k, v: (attend_branches(q, k, v, length, (count, size)), None)  # noqa: E731
         hidden = self._read_by(mix, packed.astype(self.model.config.dtype), positions)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.streams import Streams
@@ -46,17 +48,31 @@ def check_fields(config: Any) -> None:
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
-    """The types that each field of a dataclass may have; `tuple` for one of whole numbers."""
+    """The one type of each field of a dataclass, and None's; `tuple` for one of whole numbers.
+
+    Fields of several types have none here, and none has one if names in the annotations are known
+    to type checkers alone.
+    """
+    try:
+        hints = typing.get_type_hints(config)
+    except NameError:
+        return {}
     found = {}
     for field in dataclasses.fields(config):
-        kinds = typing.get_args(field.type)
-        found[field.name] = (tuple,) if kinds == (int, ...) else kinds or (field.type,)
+        hint = hints[field.name]
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(hint) if union else (hint,)
+        if sum(kind is not type(None) for kind in kinds) == 1:
+            whole = lambda kind: tuple if typing.get_args(kind) == (int, ...) else kind  # noqa: E731
+            found[field.name] = tuple(map(whole, kinds))
     return found
 
 
 def is_whole(value: Any) -> bool:
     """Whether a value is one whole number, of Python, NumPy or JAX."""
-    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+    if hasattr(value, "dtype"):
+        return not value.shape and bool(jnp.issubdtype(value.dtype, jnp.integer))
+    return hasattr(value, "__index__")
 
 
 def is_number(value: Any) -> bool:
@@ -107,7 +123,7 @@ def check_rngs(rngs: Any) -> None:
 def check_stop(stop: Any) -> None:
     """Raise a ValueError unless these are token ids to stop at."""
     is_list = not isinstance(stop, str) and hasattr(stop, "__iter__")
-    is_id = lambda end: jnp.issubdtype(getattr(end, "dtype", type(end)), jnp.integer)  # noqa: E731
+    is_id = lambda end: is_whole(end) and not isinstance(end, bool)  # noqa: E731
     if not is_list or not all(map(is_id, stop)):
         raise ValueError(f"stop={stop!r}: give a list of token ids, such as (3,)")
 
@@ -125,7 +141,8 @@ def check_sizes(**sizes: Any) -> None:
 
 def check_lengths(length: Any, rows: int) -> None:
     """Raise a ValueError unless these are whole numbers, one for each row or one for all."""
-    shape, dtype = jnp.shape(length), jnp.result_type(length)
+    length = length if hasattr(length, "dtype") else np.asarray(length)
+    shape, dtype = length.shape, length.dtype
     if shape not in ((), (rows,)):
         raise ValueError(f"length of shape {shape} for {rows} rows: give one number a row")
     if not jnp.issubdtype(dtype, jnp.integer):
@@ -168,15 +185,29 @@ def check_adapter(targets: Mapping[str, Any], adapter: Any) -> None:
     for name, low in adapter.items():
         if name not in targets:
             raise ValueError(f"no linear layer {name!r}: choose from {', '.join(targets)}")
-        if not (hasattr(low, "a") and hasattr(low, "b")):
-            continue  # any callable
-        shape = (*low.a.shape[:-1], low.b.shape[-1])
-        stack, *matrix = targets[name]
-        if shape != (*stack, *matrix):
+        if shape := wrong_matrices(low, targets[name]):
+            stack, *matrix = targets[name]
             raise ValueError(
                 f"{name}: an adapter of shape {shape} for a layer of {(*stack, *matrix)}: make one "
                 "for this model"
             )
+
+
+def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
+    """The shape of an adapter's matrices, multiplied, if they are not those of a linear layer.
+
+    An adapter of other parts is any callable, and one of more axes may have matrices for each row.
+
+    Args:
+        low: Adapter, of matrices `a` and `b` or not.
+        target: Stack, inputs and outputs of the layer.
+    """
+    a, b = (getattr(getattr(low, part, None), "shape", ()) for part in ("a", "b"))
+    if len(a) < 2 or len(b) < 2:
+        return None
+    shape, layer = (*a[:-1], b[-1]), (*target[0], *target[1:])
+    fits = shape == layer or (len(shape) > len(layer) and shape[-2:] == layer[-2:])
+    return None if fits else shape
 
 
 def check_by_name(name: str, values: Any) -> None:

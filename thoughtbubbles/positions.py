@@ -98,7 +98,7 @@ class RopeScaling:
 
 NEAR = 4096
 """Position from which on angles are reduced to one turn before they become float32: the product of
-a position and a frequency is off by up to a position times 2^-24, 2e-4 radians here."""
+a position and a frequency is off by up to a position times 2^-24, 2.5e-4 radians here."""
 
 
 def rotary_angles(
@@ -114,7 +114,7 @@ def rotary_angles(
 
     Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled. The angle is exact to
     float32 rounding at any position from `NEAR` on; below it, the error grows with the position, to
-    2e-4 radians.
+    2.5e-4 radians.
 
     Args:
         positions: Positions of the slots, integers or float32.

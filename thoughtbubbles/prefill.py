@@ -77,7 +77,7 @@ def long_cache(tokens: int) -> int:
 
 
 def read_blocks(
-    step: Callable[[Any, np.ndarray, np.ndarray, slice], Any],
+    step: Callable[[Any, jax.Array, jax.Array, slice], Any],
     carry: Any,
     tokens: np.ndarray,
     length: np.ndarray,
@@ -101,7 +101,9 @@ def read_blocks(
         block = tokens[:, first : first + size]
         block = np.pad(block, ((0, 0), (0, size - block.shape[1])))
         count = np.clip(length - first, 0, size).astype(np.int32)
-        carry = step(carry, block, count, slice(first, first + size))
+        # Arrays of JAX, which a program takes to the mesh that it runs on.
+        place = slice(first, first + size)
+        carry = step(carry, jnp.asarray(block), jnp.asarray(count), place)
         if progress is not None:
             jax.block_until_ready(carry)
             progress(min(first + size, longest), longest)
@@ -125,7 +127,7 @@ def prefill(
         progress: Function that is told how far it is.
     """
 
-    def step(carry: Any, block: np.ndarray, count: np.ndarray, _: slice) -> Any:
+    def step(carry: Any, block: jax.Array, count: jax.Array, _: slice) -> Any:
         return _read_block(model, *carry, block, count)
 
     carry = empty_cache(model, len(tokens), max_tokens), jnp.zeros((len(tokens), model.vocab_size))
@@ -139,7 +141,7 @@ def empty_cache(model: Architecture, rows: int, max_tokens: int) -> Any:
     return model.init_cache(rows, max_tokens)
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "logits"))
+@functools.partial(jax.jit, donate_argnames="cache")
 def _read_block(model, cache, logits, tokens, count):
     output, cache = model.advance(cache, tokens, count)
     here = model.logits_at(output, jnp.maximum(count - 1, 0))

@@ -204,7 +204,7 @@ class Scorer:
         end = (tokens >= 0).sum(axis=1, dtype=np.int32)
         totals, greedy = np.zeros(len(tokens)), np.ones(len(tokens), bool)
 
-        def step(cache: Any, block: np.ndarray, count: np.ndarray, place: slice) -> Any:
+        def step(cache: Any, block: jax.Array, count: jax.Array, place: slice) -> Any:
             size = block.shape[1]
             targets = tokens[:, place.start + 1 : place.stop + 1]
             targets = np.pad(targets, ((0, 0), (0, size - targets.shape[1])))
