@@ -1,5 +1,6 @@
 """The interface of a decoder for MemGen: vectors in, hidden states out, a cache, adapters."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -142,16 +143,20 @@ def cache_batch_axes(decoder: Any, cache: Any) -> Any:
 
 def check_cache(decoder: Any) -> None:
     """Raise a ValueError unless exactly the axis of the rows grows with the number of rows."""
-    few, more = (jax.eval_shape(lambda rows=rows: decoder.init_cache(rows, 8)) for rows in (2, 3))
+    mesh = jax.sharding.get_abstract_mesh()  # a cache may name an explicit axis for its rows
+    parts = math.prod(mesh.shape[name] for name in mesh.explicit_axes)
+    rows = 2 * parts, 3 * parts
+    few, more = (jax.eval_shape(lambda count=count: decoder.init_cache(count, 8)) for count in rows)
 
     def check(path, two, three, axis):
         sizes = list(zip(two.shape, three.shape, strict=True))
-        expected = [] if axis is None else [(axis, (2, 3))]
+        expected = [] if axis is None else [(axis, rows)]
         if [(at, pair) for at, pair in enumerate(sizes) if len(set(pair)) > 1] != expected:
             raise ValueError(
                 f"init_cache of {type(decoder).__name__} gives {jax.tree_util.keystr(path)} the "
-                f"shape {two.shape} for 2 rows and {three.shape} for 3, which is not axis {axis}: "
-                "name the axis of the rows (cache_batch_axes of memgen.DecoderBackbone)"
+                f"shape {two.shape} for {rows[0]} rows and {three.shape} for {rows[1]}, which is "
+                f"not axis {axis}: name the axis of the rows (cache_batch_axes of "
+                "memgen.DecoderBackbone)"
             )
 
     jax.tree_util.tree_map_with_path(check, few, more, cache_batch_axes(decoder, few))

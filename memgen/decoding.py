@@ -20,7 +20,7 @@ from memgen.delimiters import is_boundary
 from memgen.events import Decoders, Loop, memory_event
 from memgen.insertion import INFERENCE, PROMPT, Plan, assemble, check_plan, stream_length
 from memgen.model import MemGen, check_memgen
-from memgen.placement import AnyArray, placed_beside, row_shards
+from memgen.placement import AnyArray, embed, placed_beside, row_shards
 from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
 from memgen.response import Response
 from memgen.session import Session, check_capacity, check_session, put
@@ -202,7 +202,7 @@ def replay(
 @functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses"))
 def _replay(memgen, tokens, length, plan, latents, keys, max_tokens, max_responses) -> Session:
     session = Session.start(memgen, placed_beside(keys, tokens), max_tokens, max_responses)
-    stream = assemble(memgen.reasoner.embed_tokens(tokens), latents, plan)
+    stream = assemble(embed(memgen.reasoner, tokens), latents, plan)
     stream = stream[:, : session.capacity]  # the rest is beyond every row's end
     session = session.append(memgen, stream, stream_length(plan, length), fresh=True)
     zeros = jnp.zeros_like(length)
@@ -314,7 +314,7 @@ def _respond(memgen, session, request, capacity, chunk) -> tuple[Response, Sessi
 def _start(decoders: Decoders, request: Request, session: Session, capacity: int) -> Loop:
     """The loop before its first step, after the prompt's event."""
     memgen, batch = decoders.memgen, session.count.shape[0]
-    vector = jax.eval_shape(memgen.reasoner.embed_tokens, session.tokens[:, :1])
+    vector = jax.eval_shape(embed, memgen.reasoner, session.tokens[:, :1])
     before = request.events
     loop = Loop(
         step=jnp.int32(0),

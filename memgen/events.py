@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from memgen.insertion import PROMPT
 from memgen.model import MemGen
-from memgen.placement import broadcast_beside, placed_beside
+from memgen.placement import broadcast_beside, embed, placed_beside
 from memgen.request import Request
 from memgen.response import Response
 from memgen.session import RowChunk, Session, put, take
@@ -164,7 +164,7 @@ def _weave_chunks(
     inputs: EventInputs,
 ) -> tuple[Session, jax.Array, jax.Array]:
     """`_weave_rows` of one chunk of rows after the other, as long as rows are left that weave."""
-    vector = jax.eval_shape(decoders.memgen.reasoner.embed_tokens, session.tokens[:, :1])
+    vector = jax.eval_shape(embed, decoders.memgen.reasoner, session.tokens[:, :1])
     slots = decoders.memgen.config.weaver.latents
     axes = session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
 
@@ -241,7 +241,7 @@ def _retrieve(memgen: MemGen, retriever: Any, session: Session, invoked: jax.Arr
         retriever.retrieve, shapes, session.tokens, session.count, invoked
     )
     ids, length = placed_beside((ids, length), invoked)
-    return Snippets(memgen.reasoner.embed_tokens(ids), length)
+    return Snippets(embed(memgen.reasoner, ids), length)
 
 
 def apply_if(predicate: jax.Array, update: Callable, state: Any) -> Any:

@@ -23,7 +23,7 @@ from memgen.insertion import (
 )
 from memgen.lora import with_dropout
 from memgen.module import Module
-from memgen.placement import AnyArray, broadcast_beside, placed_beside
+from memgen.placement import AnyArray, broadcast_beside, embed, placed_beside
 from memgen.short_repr import short_repr
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
@@ -194,7 +194,7 @@ class MemGen(Module):
         """
         tokens = checked_ids(tokens)
         check_plan(plan, tokens, self.config.weaver.latents)
-        vectors = self.reasoner.embed_tokens(tokens)
+        vectors = embed(self.reasoner, tokens)
         batch, length, dim = vectors.shape
         events, slots = plan.point.shape[1], self.config.weaver.latents
         latents = placed_beside(jnp.zeros((batch, events, slots, dim), vectors.dtype), vectors)
@@ -255,7 +255,7 @@ class MemGen(Module):
         length = tokens.shape[1]
         if trigger.config.source == "tokens":
             decoder = self.triggering()
-            hidden = decoder.hidden_states(decoder.embed_tokens(tokens))
+            hidden = decoder.hidden_states(embed(decoder, tokens))
             at = broadcast_beside(jnp.arange(length) - 1, tokens, 2)
         else:
             woven = self.weave(tokens, plan)

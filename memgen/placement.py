@@ -65,6 +65,31 @@ def table_rows(table: AnyArray, index: AnyArray) -> jax.Array:
     return table.at[index].get(mode="fill", out_sharding=NamedSharding(here.mesh, spec))
 
 
+def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
+    """`decoder.embed_tokens(tokens)`, placed as the ids are.
+
+    `nnx.Embed` and `flax.linen.Embed` refuse ids that explicit axes split unless they are told the
+    placement of the vectors. A decoder of somebody else need not tell it, nor tell the same for all
+    ids: its axes are auto here.
+
+    Args:
+        decoder: A `DecoderBackbone`.
+        tokens: Ids of any shape.
+
+    Returns:
+        Vectors, `[*tokens.shape, D]`.
+    """
+    tokens = jnp.asarray(tokens)
+    here = jax.typeof(tokens).sharding
+    if not here.mesh.explicit_axes:
+        return decoder.embed_tokens(tokens)
+    place = NamedSharding(here.mesh, PartitionSpec(*here.spec, None))
+    read: Any = jax.sharding.auto_axes(
+        lambda own, ids: own.embed_tokens(ids), axes=here.mesh.explicit_axes, out_sharding=place
+    )
+    return read(decoder, tokens)
+
+
 def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """`x @ matrix`, placed as the rows of `x` are.
 

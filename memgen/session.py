@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from memgen.backbone import cache_batch_axes, check_cache
 from memgen.model import MemGen, check_memgen
-from memgen.placement import join_rows, placed_beside, split_rows
+from memgen.placement import embed, join_rows, placed_beside, split_rows
 from memgen.short_repr import ShortRepr
 
 CHUNK = 32  # vectors by which a cache that lags behind catches up at a time
@@ -138,7 +138,7 @@ class Session(ShortRepr):
         if source in ("tokens", "stream"):
             triggering = memgen.triggering()
             trigger = DecoderState.start(triggering, batch, capacity)
-        embedded = jax.eval_shape(memgen.reasoner.embed_tokens, zeros[:, None])
+        embedded = jax.eval_shape(embed, memgen.reasoner, zeros[:, None])
         from_vectors = config.weaver.context == "embeddings" and config.weaver.latents_see_latents
 
         def buffer(like: Any) -> jax.Array:
@@ -185,7 +185,7 @@ class Session(ShortRepr):
 
         Rows that would outgrow the session become NaN.
         """
-        session = self.append(memgen, memgen.reasoner.embed_tokens(tokens), count, fresh=fresh)
+        session = self.append(memgen, embed(memgen.reasoner, tokens), count, fresh=fresh)
         return session.replace(
             tokens=put(self.tokens, tokens, self.count, count), count=self.count + count
         )
@@ -256,7 +256,7 @@ class Session(ShortRepr):
         return _vectors_of(self.vectors), self.reasoner.length
 
     def _embedded_tokens(self, decoder: Any) -> Callable:
-        return lambda index: decoder.embed_tokens(take(self.tokens, index))
+        return lambda index: embed(decoder, take(self.tokens, index))
 
 
 def _vectors_of(rows: Any) -> Callable:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memgen.module import Module
+from memgen.placement import embed
 from memgen.session import put, take
 from memgen.short_repr import ShortRepr
 
@@ -39,7 +40,7 @@ class Uncached(Module):
     def init_cache(self, batch: int, max_len: int) -> Rows:
         """An empty cache for `batch` rows of up to `max_len` vectors."""
         decoder: Any = self
-        vector = jax.eval_shape(decoder.embed_tokens, jnp.zeros((1,), jnp.int32))
+        vector = jax.eval_shape(embed, decoder, jnp.zeros((1,), jnp.int32))
         return Rows(
             jnp.zeros((batch, max_len, vector.shape[-1]), vector.dtype),
             jnp.zeros((batch,), jnp.int32),

@@ -14,7 +14,7 @@ from memgen.config import WeaverConfig
 from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
 from memgen.module import Module, checked_kernel, named
-from memgen.placement import broadcast_beside, placed_beside, repeat_beside
+from memgen.placement import broadcast_beside, embed, placed_beside, repeat_beside
 from memgen.short_repr import short_repr
 
 SAMPLED_IDS = 1024
@@ -274,4 +274,4 @@ def _embedding_size(reasoner: DecoderBackbone) -> jax.Array:
     """Root mean square of token embeddings, over ids spread evenly."""
     count = min(reasoner.vocab_size, SAMPLED_IDS)
     ids = jnp.arange(count) * (reasoner.vocab_size // count)
-    return jnp.sqrt(jnp.square(reasoner.embed_tokens(ids).astype(jnp.float32)).mean())
+    return jnp.sqrt(jnp.square(embed(reasoner, ids).astype(jnp.float32)).mean())

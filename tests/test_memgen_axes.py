@@ -3,12 +3,15 @@
 Parameters are replicated: nothing is gathered, and each row is what it is on one device.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from memgen_tiny import (
     HATCHLINGS,
@@ -25,6 +28,8 @@ from memgen_tiny import (
 )
 
 import memgen
+from memgen.backbone import check_cache
+from memgen.placement import embed
 from memgen.request import bucket, pad_prompts, row_keys
 
 DEVICES = 2
@@ -33,10 +38,10 @@ SHARDED = PartitionSpec("rows")
 FOUR = [*PROMPTS, [4, 5]]
 
 
-def on_mesh(call: Any, kind: str, made: Any, *rows: Any) -> tuple[Any, str]:
-    """Result of a call whose rows are sharded over two devices, and its program as text."""
+def on_mesh(call: Any, kind: str, made: Any, *rows: Any, devices: int = DEVICES) -> tuple[Any, str]:
+    """Result of a call whose rows are sharded over devices, and its program as text."""
     axes = (AxisType.Explicit,)
-    mesh = jax.make_mesh((DEVICES,), ("rows",), axis_types=axes, devices=jax.devices()[:DEVICES])
+    mesh = jax.make_mesh((devices,), ("rows",), axis_types=axes, devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         rows = jax.device_put(rows, NamedSharding(mesh, SHARDED))
         if kind == "manual":
@@ -54,11 +59,12 @@ def respond(made: memgen.MemGen, tokens: jax.Array, length: jax.Array, keys: jax
     return {name: getattr(response, name) for name in names}
 
 
-def check_decoding(kind: str, made: memgen.MemGen) -> None:
-    tokens, length = pad_prompts(FOUR, VOCAB)
-    rows = (tokens, length, row_keys(0, FOUR))
+def check_decoding(kind: str, made: memgen.MemGen, devices: int = DEVICES) -> None:
+    prompts = FOUR * (devices // 4 or 1)
+    tokens, length = pad_prompts(prompts, VOCAB)
+    rows = (tokens, length, row_keys(0, prompts))
     expected = jax.jit(respond)(made, *rows)
-    found, program = on_mesh(respond, kind, made, *rows)
+    found, program = on_mesh(respond, kind, made, *rows, devices=devices)
     assert "all-gather" not in program and "all-to-all" not in program
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
@@ -68,6 +74,67 @@ def check_decoding(kind: str, made: memgen.MemGen) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_decoding_loop(kind: str):
     check_decoding(kind, memgen_of("shallow"))
+
+
+def linen_memgen() -> memgen.MemGen:
+    """The Linen decoder of docs/memory.md, whose memory is woven after each token."""
+    page = (Path(__file__).parents[1] / "docs/memory.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "LinenDec" in b]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    made = names["model"]
+    made.boundary[...] = np.ones_like(made.boundary[...])
+    return made
+
+
+def test_a_linen_decoder_need_not_know_of_axes():
+    check_decoding("explicit", linen_memgen(), devices=8)
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_of_others_need_not_know_of_axes(kind: str):
+    check_decoding(kind, memgen_of("foreign"), devices=8)
+
+
+def eight() -> Any:
+    return jax.make_mesh((8,), ("rows",), devices=jax.devices()[:8])
+
+
+@pytest.mark.parametrize("own", [None, PartitionSpec("rows")])
+def test_vectors_are_placed_as_ids_are(own: Any):
+    """`nnx.Embed` refuses ids that explicit axes split, and a placement of its own is another."""
+
+    class Decoder(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.table = nnx.Embed(8, 4, rngs=rngs)
+
+        def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+            return self.table(tokens, out_sharding=own)
+
+    mesh = eight()
+    with jax.set_mesh(mesh):
+        decoder = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0)))
+        ids = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=NamedSharding(mesh, SHARDED))
+        for given, spec in ((ids, SHARDED), (jnp.ones((1, 3), jnp.int32), PartitionSpec())):
+            found = jax.eval_shape(embed, decoder, given)
+            assert found.shape == (*given.shape, 4)
+            assert tuple(filter(None, found.sharding.spec)) == tuple(spec)
+
+
+def test_a_cache_may_name_the_axis_of_its_rows():
+    class Decoder:
+        def __init__(self, axis: int):
+            self.axis = axis
+
+        def init_cache(self, batch: int, max_len: int) -> jax.Array:
+            rows = jnp.zeros((batch, max_len), out_sharding=SHARDED)
+            return rows if self.axis == 0 else rows.T
+
+    with jax.set_mesh(eight()):
+        check_cache(Decoder(0))
+        with pytest.raises(ValueError, match=r"\(8, 16\) for 16 rows and \(8, 24\) for 24, which"):
+            check_cache(Decoder(1))
 
 
 @pytest.mark.experiment
