@@ -809,3 +809,18 @@ def test_arrays_of_numpy_are_what_arrays_of_jax_are():
 
     leaves = jax.tree.leaves(nnx.eval_shape(lambda: shapes(Given())))
     assert leaves[0].shape == (2, 4, 20) and leaves[-1].shape == (2,)
+
+
+def test_rows_padded_on_the_left_have_a_loss_of_nan_under_jit():
+    truncated = dataclasses.replace(HATCHLING, truncate=2)
+
+    @jax.jit
+    def losses(rows):
+        model, other = (Hatchling(config, rngs=nnx.Rngs(0)) for config in (HATCHLING, truncated))
+        return model.token_losses(rows)[0], model.loss(rows)[0], other.loss(rows)[0]
+
+    rows = np.array([[1, 2, -1, -1], [-1, 1, 2, 3], [1, -1, 2, 3], [1, 2, 3, 4]])
+    nats, *sums = losses(rows)
+    assert np.isnan(nats).tolist() == [[False] * 3, [True] * 3, [True] * 3, [False] * 3]
+    assert np.isnan(sums).all() and nats[0, 0] > 0 and nats[0, 1:].tolist() == [0, 0]
+    assert np.isfinite(losses(rows[[0, 0, 3, 3]])[1:]).all()

@@ -16,7 +16,7 @@ from flax import nnx
 from thoughtbubbles.module import Module, abstract_module
 from thoughtbubbles.parameters import with_params
 from thoughtbubbles.placement import AnyArray
-from thoughtbubbles.rows import left_align, next_tokens, restore_alignment
+from thoughtbubbles.rows import left_align, nats_of, next_tokens, restore_alignment
 from thoughtbubbles.sampling import log_prob_of
 
 Constrain = Callable[[jax.Array], jax.Array]
@@ -273,14 +273,14 @@ class Architecture(Module):
             key: As in `run`.
 
         Returns:
-            Nats `[B, T]` float32 of each next token, 0 where it is padding, and what `run`
-            returned.
+            Nats `[B, T]` float32 of each next token, 0 for padding, NaN in rows with padding in
+            front of a token (an error outside of `jit`), and what `run` returned.
         """
         inputs, targets = next_tokens(rows)
         length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
         output = self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
         log_prob = self.log_prob(output, jnp.maximum(targets, 0))
-        return -jnp.where(targets >= 0, log_prob, 0), output
+        return nats_of(log_prob, inputs, targets), output
 
     def loss(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None

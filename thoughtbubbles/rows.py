@@ -22,7 +22,7 @@ def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int
 
     Raises:
         ValueError: The rows are no ids `[B, T + 1]` of at least two tokens, or padding stands in
-            front of a token (ids that `jit` traces are not looked at).
+            front of a token (not of ids that `jit` traces, see `padded_in_front`).
     """
     _check_rows(rows=rows)
     check_integer_type("rows", rows.dtype)
@@ -30,12 +30,34 @@ def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int
         raise ValueError(f"rows of shape {rows.shape}: give [batch, tokens + 1], with a next token")
     inputs, targets = rows[:, :-1], rows[:, 1:]
     if not isinstance(rows, Tracer):
-        wrong = ((inputs < 0) & (targets >= 0)).any(axis=1)
+        wrong = padded_in_front(inputs, targets)
         if wrong.any():
             raise ValueError(
                 f"row {int(wrong.argmax())} has padding (-1) in front of a token: pad on the right"
             )
     return inputs, targets
+
+
+def padded_in_front(inputs: AnyArray, targets: AnyArray) -> Any:
+    """Which rows, `[B]` bool, have padding (-1) in front of a token, and so no loss.
+
+    Args:
+        inputs: Token ids `[B, T]`.
+        targets: The ids after them (`next_tokens`).
+    """
+    return ((inputs < 0) & (targets >= 0)).any(axis=1)
+
+
+def nats_of(log_prob: Array, inputs: AnyArray, targets: AnyArray) -> Array:
+    """Nats `[B, T]` of targets: 0 where they are padding, NaN in rows padded in front of a token.
+
+    Args:
+        log_prob: Log-probabilities of the targets, `[B, T]` float32.
+        inputs: Token ids `[B, T]`.
+        targets: The ids after them (`next_tokens`).
+    """
+    wrong = padded_in_front(inputs, targets)[:, None]
+    return -jnp.where((targets >= 0) & ~wrong, log_prob, jnp.where(wrong, jnp.nan, 0))
 
 
 def left_align(

@@ -39,7 +39,7 @@ from thoughtbubbles.hatchling.sites import SitedHatchling, merged
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.placement import AnyArray, broadcast_beside, embedding_rows, zeros_beside
-from thoughtbubbles.rows import next_tokens
+from thoughtbubbles.rows import next_tokens, padded_in_front
 from thoughtbubbles.streams import Streams
 from thoughtbubbles.weights import adapted, named, weight
 
@@ -157,9 +157,10 @@ class Hatchling(SitedHatchling):
             return super().loss(rows, track=track, key=key)
         count = -(-(rows.shape[1] - 1) // size)
         more = ((0, 0), (0, count * size + 1 - rows.shape[1]))
+        whole = next_tokens(rows)
         parts = [
             jnp.pad(values, more, constant_values=-1).reshape(-1, count, size).swapaxes(0, 1)
-            for values in next_tokens(rows)
+            for values in whole
         ]
 
         def segment(model: "Hatchling", state: State, inputs: Any) -> Any:
@@ -170,11 +171,11 @@ class Hatchling(SitedHatchling):
             x, starts = model.embed_tokens(tokens), model._starts(tokens)
             output, state = model._chunks(x, length, state, own, starts=starts)
             log_prob = model.log_prob(output, jnp.maximum(targets, 0))
-            nats = -jnp.where(targets >= 0, log_prob, 0).sum()
-            return nats, (state, model.statistics(output))
+            return -jnp.where(targets >= 0, log_prob, 0).sum(), (state, model.statistics(output))
 
         state = self.init_cache(rows.shape[0], rows.shape[1]).beside(rows)
         nats, sums = truncated_sum(segment, self, state, (jnp.arange(count), *parts))
+        nats += jnp.where(padded_in_front(*whole), jnp.nan, 0).sum()
         return nats, (rows[:, 1:] >= 0).sum(dtype=jnp.float32), sums
 
     @property
