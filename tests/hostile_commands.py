@@ -120,8 +120,10 @@ def bases() -> dict[str, Base]:
         "export": Base(words_of("{base}/tuned --to {here}/out"), out="out"),
         "harness": Base(),
         "compile": Base(
-            ("tiny", *words_of("--topology v5e:2x2 --no-advise")), presets()["tiny"], 1, 0,
-            runs=False,
+            ("tiny", "--model.fork-layers", "1", *words_of(
+                """--model.embed-dim 8 --model.num-layers 2 --model.num-heads 2 --data.seq-len 16
+                --batch-size 4 --topology v5e:2x2 --no-advise"""
+            )), presets()["tiny"], 1, 1, runs=False,
         ),
         "tokenizer": Base(words_of("--corpus {base}/texts --out {here}/new.json"), out="new.json"),
         "mixture": Base(("--sources", "{base}/texts")),
