@@ -21,7 +21,7 @@ def words_of(text: str) -> tuple[str, ...]:
 
 
 COMMAND = "from hostile_runs import command; command()"
-LONGEST = 60.0  # seconds of a case, on a machine that does little else
+LONGEST = 60.0  # seconds that a case may compute, on one processor, or wait
 MOST_MEMORY = 1.0  # GiB that a case may take above what its process began with
 ADDRESS_SPACE = 12 * 2**30  # above that of the process: what would take the machine is cut
 PRELOADED = words_of(
@@ -62,7 +62,7 @@ class Outcome:
 
     Attributes:
         case: The case.
-        status: Exit status; None if it was killed after `LONGEST`.
+        status: Exit status; None if it was killed, as one that hangs.
         text: What it printed.
         seconds: Wall-clock time.
         memory: Largest resident memory above that of the process at its start, in GiB.
@@ -87,7 +87,7 @@ class Outcome:
         if self.case.legal and self.status != 0:
             return f"a legal line ends with status {self.status}: {self.text[-300:]!r}"
         if self.status is None:
-            return f"hangs: over {LONGEST:.0f} s"
+            return f"hangs: over {LONGEST:.0f} s of computing or waiting"
         if "Traceback (most recent call last)" in self.text:
             return f"traceback: {self.text.rstrip().splitlines()[-1][:200]}"
         if self.status not in (0, 1, 2):
@@ -170,16 +170,35 @@ def run_case(case: Case, base: Path, here: Path) -> Outcome:
     }
     began = time.monotonic()
     process = Process(["-c", COMMAND], environment, here / "output")
-    status: int | None = None
-    try:
-        status = process.wait(LONGEST)
-    except TimeoutError:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    status = end_of(process)
     taken = int(memory.read_text()) / 2**20 if memory.exists() else 0.0
     seconds = time.monotonic() - began
     left = bool(case.out) and os.path.lexists(work / case.out)
     return Outcome(case, status, process.output(), seconds, taken, left)
+
+
+def end_of(process: Process, longest: float = LONGEST) -> int | None:
+    """The exit status of a process, or None of one that hangs, which is killed.
+
+    A busy machine lets a process wait for a processor, so that seconds by the clock say little: one
+    hangs that has computed for too long, or has for as long computed less than a second.
+    """
+    computed, since = 0.0, time.monotonic()
+    while True:
+        try:
+            return process.wait(min(1.0, longest))
+        except TimeoutError:
+            pass
+        try:
+            now = process.computed()
+        except OSError:  # it has just ended
+            continue
+        if now > computed + 1:
+            computed, since = now, time.monotonic()
+        if now > longest or time.monotonic() - since > longest:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return None
 
 
 def shown(outcome: Outcome) -> str:

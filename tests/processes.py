@@ -87,6 +87,12 @@ class Process:
             raise TimeoutError(f"the process lives after {timeout} s")
         return self._process.exitcode
 
+    def computed(self) -> float:
+        """Seconds of the process on a processor so far."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def send_signal(self, number: int) -> None:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)

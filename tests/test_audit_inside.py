@@ -78,6 +78,9 @@ def test_a_tuned_lens_comes_nearer_and_is_read_again(lm, tmp_path, capsys):
         learning_rate=0.01, held_out=2, out=str(out),
     )  # fmt: skip
     tuned_lens.main(config)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if "step" in line]
+    assert [int(words[1]) for words in shown] == list(range(4, 41, 4))
+    assert 0 < float(shown[-1][-1]) < 0.9 * float(shown[0][-1])
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert list(metrics) == list(lm.model.sites[:-1])
     for values in metrics.values():

@@ -1,6 +1,8 @@
 """The command `thoughtbubbles`, and what it says of run folders."""
 
+import dataclasses
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -136,6 +138,23 @@ def test_a_plugin_is_loaded_by_any_command(words, tmp_path, monkeypatch, capsys)
         run_command(generate.main, generate.GenerateConfig)
     assert sys.modules["mine_too"].LOADED and sys.path[-1] == str(tmp_path)
     assert "none does not exist" in capsys.readouterr().err
+
+
+def test_a_log_has_each_line_when_it_is_printed(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        steps: int = 2
+
+    def work(config: Config) -> None:
+        for step in range(config.steps):
+            print(f"step {step}")
+            assert file.getvalue().endswith(b"step %d\n" % step)
+
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
+    monkeypatch.setattr(sys, "argv", ["command"])
+    run_command(work, Config)
+    assert file.getvalue().count(b"\n") == 2
 
 
 def test_a_plugin_with_a_mistake_of_its_own_says_where(tmp_path, monkeypatch):

@@ -18,12 +18,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from hostile_base import PRETRAIN, RL, SFT, make_base
 from hostile_commands import SAMPLED, with_option
 from hostile_runs import preload, words_of
 from processes import QUICK, Process
 from test_metrics import without_time
 
+from thoughtbubbles import ModelConfig, Thoughtbubbles
+from thoughtbubbles.pretrained import save_pretrained
+from train.data.tokenizers import ByteTokenizer
 from train.runs.checkpoint import load_params
 
 PROGRAM = "from train.cli.main import main; main()"
@@ -53,11 +57,13 @@ def same_arrays(ours: Path, theirs: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, load_params(ours)[1], load_params(theirs)[1])
 
 
-def same_bytes(ours: Path, theirs: Path) -> None:
-    def content(path: Path) -> dict[str, bytes]:
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        return {str(file.relative_to(path)): file.read_bytes() for file in files}
+def content(path: Path) -> dict[str, bytes]:
+    """Bytes of a file, or of each file of a folder whose name is not hidden."""
+    files = [path] if path.is_file() else [p for p in path.rglob("[!.]*") if p.is_file()]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
+
+def same_bytes(ours: Path, theirs: Path) -> None:
     assert content(ours) == content(theirs)
 
 
@@ -68,15 +74,18 @@ class Work:
     Attributes:
         words: Words behind `thoughtbubbles`; `{out}` stands for what it writes and `{here}` for a
             folder of the process's own.
-        begun: Whether it is at what the kill should meet, by its folder and its output.
+        begun: Whether it is at what the kill should meet, by its folder and its output; the kill is
+            drawn between this moment and the end of the process.
         same: Checks two outputs for equality.
         again: Whether the same command goes on after a kill, or refuses what is there.
+        atomic: Whether each file that has its name is whole.
     """
 
     words: tuple[str, ...]
     begun: Callable[[Path, str], bool]
     same: Callable[[Path, Path], None]
     again: bool = True
+    atomic: bool = False
 
 
 def printed(words: str) -> Callable[[Path, str], bool]:
@@ -116,10 +125,11 @@ WORKS = {
     "tokenizer": Work(
         words_of("tokenizer --corpus {base}/long --vocab-size 3000 --cache-dir {here}/data --out "
                  "{out}"),
-        exists("data/corpora/*/documents.json"), same_bytes,
+        exists("data/corpora/*/documents.json"), same_bytes, atomic=True,
     ),
     "export": Work(
-        words_of("export {base}/run --to {out}"), lambda here, text: True, same_bytes
+        words_of("export {base}/large --to {out}"), exists(".out.*/*"), same_bytes, again=False,
+        atomic=True,
     ),
     "sae": Work(
         ("audit", "sae", *AUDITED, *words_of(
@@ -137,8 +147,11 @@ WORKS = {
     ),
     "probe": Work(("probe", *LINES, "--out", "{out}"), exists("out"), same_bytes),
     "demonstrations": Work(
-        words_of("demonstrations sokoban_variants --count 60 --out {out}"),
-        lambda here, text: True, same_bytes,
+        words_of(
+            """demonstrations sokoban_variants --count 60 --out {out}/train.jsonl --battery
+            {out}/battery --battery-count 20"""
+        ),
+        exists("out/train.jsonl"), same_bytes, again=False, atomic=True,
     ),
 }  # fmt: skip
 
@@ -148,6 +161,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     preload()
     base = tmp_path_factory.mktemp("kills") / "base"
     make_base(base, base.parent / "made")
+    config = ModelConfig(257, embed_dim=512, num_layers=6, num_heads=8)
+    params = nnx.to_pure_dict(nnx.state(Thoughtbubbles(config, rngs=nnx.Rngs(0))))
+    save_pretrained(base / "large", config, params, ByteTokenizer())  # 76 MB, which take a while
     (base / "long").mkdir()
     rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -182,28 +198,33 @@ def test_a_kill_leaves_no_trace(name: str, base: Path, tmp_path: Path):
         assert process.wait() == 0 and seconds, process.output()
         seconds = time.monotonic() - seconds
     moments = random.Random(time.time_ns())
-    for turn in range(5):
+    for turn in range(8):
         shutil.rmtree(killed, ignore_errors=True)
         process = start(work, base, killed, Path(shutil.copytree(cache, tmp_path / f"jax{turn}")))
         while process.poll() is None and not work.begun(killed, process.output()):
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.8 * seconds))
+        moment = moments.uniform(0, seconds)
+        time.sleep(moment)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             if process.wait() == -signal.SIGKILL:
                 break
     else:
-        pytest.fail(f"{name} ended before it was killed, five times")
+        pytest.fail(f"{name} ended before it was killed, eight times")
     left = sorted(str(path.relative_to(killed)) for path in killed.rglob("*"))
-    print(f"\n{name}: {seconds:.2f} s of work, left {len(left)}: {', '.join(left)[:300]}")
+    print(f"\n{name}: killed {moment:.2f} s into {seconds:.2f} s of work", end=", ")
+    print(f"left {len(left)}: {', '.join(left)[:300]}")
     out = killed / "out"
+    if work.atomic and out.exists():
+        assert content(out).items() <= content(whole / "out").items()
     if name == "rejection":  # each line is there when it is known
         assert (whole / "out").read_bytes().startswith(out.read_bytes())
     if not work.again and out.exists() and (out.is_file() or any(out.iterdir())):
         process = start(work, base, killed, cache)
         assert process.wait() == 2, process.output()
         [line] = process.output().strip().splitlines()
-        assert line.startswith("error: ") and "exists" in line, line
+        assert line.startswith("error: "), line
+        assert "exists" in line or "is there already" in line, line
         shutil.rmtree(out) if out.is_dir() else out.unlink()
     process = start(work, base, killed, cache)
     assert process.wait() == 0, process.output()

@@ -119,13 +119,16 @@ def train(config: TunedLensConfig, model: Any, lens: TunedLens, rows: Any) -> Tu
     @jax.jit
     def step(lens: TunedLens, state: Any, model: Any, tokens: jax.Array) -> Any:
         real = jnp.ones(tokens.shape, bool)
-        gradient = jax.grad(lambda lens: divergences(model, lens, tokens, real).sum())(lens)
+        loss = lambda lens: divergences(model, lens, tokens, real).sum()  # noqa: E731
+        value, gradient = jax.value_and_grad(loss)(lens)
         updates, state = adam.update(gradient, state)
-        return jax.tree.map(jnp.add, lens, updates), state
+        return jax.tree.map(jnp.add, lens, updates), state, value
 
     state: Any = adam.init(lens)  # pyright: ignore[reportArgumentType]
-    for _, tokens in zip(range(config.steps), rows, strict=False):
-        lens, state = step(lens, state, model, jnp.asarray(tokens))
+    for number, tokens in zip(range(config.steps), rows, strict=False):
+        lens, state, value = step(lens, state, model, jnp.asarray(tokens))
+        if (number + 1) % max(config.steps // 10, 1) == 0:
+            print(f"step {number + 1} of {config.steps}  divergence {value:.4g}")
     return lens
 
 

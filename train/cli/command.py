@@ -73,6 +73,8 @@ def run_command(
             the default.
     """
     quiet_libtpu()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # else a log stays empty for long
     words = sys.argv[1:]
     try:
         others = load_plugins(words)
