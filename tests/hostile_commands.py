@@ -228,6 +228,8 @@ def of_commands() -> Iterator[Case]:
             for value in values:
                 if (option, value) == ("mesh.data", "-1"):  # the one of them that is legal
                     value = "0"
+                if option == "prompt":  # a longer one is legal, and read for minutes
+                    value = value[:20_000]
                 if positional:
                     at = len(name.split())
                     words = (*start[:at], value, *start[at + 1 :])

@@ -18,7 +18,7 @@ import hostile_options
 import hostile_records
 import pytest
 from hostile_base import make_base
-from hostile_runs import Case, preload, report, run_case
+from hostile_runs import Case, preload, report, run_case, shown
 
 KINDS = {
     "words": hostile_options.of_words,
@@ -61,6 +61,8 @@ def test_no_case_is_more_than_one_line(kind: str, base: Path, tmp_path: Path):
     outcomes = []
     for index, case in enumerate(cases):
         outcomes.append(run_case(case, base, tmp_path / str(index)))
+        if fault := outcomes[-1].fault():
+            print(f"\n{fault}\n    {shown(outcomes[-1])}", flush=True)
         shutil.rmtree(tmp_path / str(index), ignore_errors=True)
     text = report(outcomes)
     print(f"\n{kind}: {text}")
