@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,7 @@ def test_a_plugin_is_loaded_by_any_command(words, tmp_path, monkeypatch, capsys)
     assert "none does not exist" in capsys.readouterr().err
 
 
-def test_a_log_has_each_line_when_it_is_printed(monkeypatch):
+def test_a_log_has_each_line_when_it_is_printed_and_warnings_in_one(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Config:
         steps: int = 2
@@ -153,8 +154,11 @@ def test_a_log_has_each_line_when_it_is_printed(monkeypatch):
     file = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
     monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     run_command(work, Config)
     assert file.getvalue().count(b"\n") == 2
+    shown = warnings.formatwarning(UserWarning("the head\n  is used"), UserWarning, "x.py", 3)
+    assert shown == "warning: the head is used\n"
 
 
 def test_a_plugin_with_a_mistake_of_its_own_says_where(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -75,6 +76,7 @@ def run_command(
     quiet_libtpu()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # else a log stays empty for long
+    warnings.formatwarning = _warning
     words = sys.argv[1:]
     try:
         others = load_plugins(words)
@@ -107,7 +109,13 @@ def run_command(
         sys.exit(1)
 
 
-def _one_line(error: Exception) -> str:
+def _warning(message: Warning | str, *where: object, **line: object) -> str:
+    """A warning in one line, without the line of our source that Python shows."""
+    del where, line
+    return f"warning: {_one_line(message)}\n"
+
+
+def _one_line(error: Exception | str) -> str:
     """The message of an error; a system's or a library's may have several lines."""
     line = re.sub(r"\s*\n\s*", " ", str(error).strip())
     if len(line) > _LONGEST_LINE:
