@@ -143,6 +143,15 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: join_segments(g.array(3, 4), g.ids(2, 4)),
         r"\(3, 4\) for segment ids of shape \(2, 4\): give",
     ),
+    "residuals of other slots": (
+        lambda g: g.streams().replace(x=g.array(2, 3, 8)),
+        r"residuals of shape \(2, 3, 8\) for streams \(2, 4\): give",
+    ),
+    "residuals of one row": (lambda g: g.streams().replace(x=g.array(1, 4, 8)), r"\(1, 4, 8\) for"),
+    "a bias of a width a head": (
+        lambda g: g.streams().attention_bias(np.zeros(3)),
+        r"head_dim=array\(\[0., 0., 0.\]\) is below 1",
+    ),
     "values of other streams": (
         lambda g: g.streams().attenuate(g.array(2, 3, 8)),
         r"values of shape \(2, 3, 8\) for streams \(2, 4\): give",

@@ -91,8 +91,15 @@ class Streams(ShortRepr):
 
         Raises:
             TypeError: A change is of no field.
+            ValueError: New residuals are of other rows or slots.
         """
-        return replaced(self, changes)
+        new = replaced(self, changes)
+        if "x" in changes and jnp.shape(new.x)[:2] != new.token.shape:
+            raise ValueError(
+                f"residuals of shape {jnp.shape(new.x)} for streams {new.token.shape}: give "
+                "[batch, streams, width] of these streams"
+            )
+        return new
 
     @property
     def original(self) -> Bool[Array, "B S"]:
@@ -152,7 +159,9 @@ class Streams(ShortRepr):
                 it the bias is log p, which weighs a key by exactly p. Both are added to logits that
                 are already divided by sqrt(K).
         """
-        if head_dim is not None and not (hasattr(head_dim, "__index__") and head_dim >= 1):
+        if head_dim is not None and (
+            np.ndim(head_dim) or not hasattr(head_dim, "__index__") or head_dim < 1
+        ):
             raise ValueError(f"head_dim={head_dim!r} is below 1: give the width of a head, or None")
         return self.log_score * (1.0 if head_dim is None else head_dim**-0.5)
 
