@@ -1,5 +1,6 @@
 """Checkpoints survive what happens to runs: kills, full disks, damage, other machines."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -22,6 +23,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from orbax.checkpoint._src.path import temporary_paths
 
 from train.runs import checkpoint, checksums
 from train.runs.checkpoint import Checkpointer, CheckpointError, load_params
@@ -332,6 +334,20 @@ with Checkpointer(sys.argv[1], save_interval=1, keep=2) as checkpointer:
         print(step, flush=True)
         checkpointer.save(step, make(step), {"step": jnp.int32(step)}, {"step": step})
 """
+
+
+def test_a_refusal_waits_for_what_deletes_an_unfinished_save(tmp_path: Path, monkeypatch):
+    """Else its thread prints a traceback behind the error line, when the interpreter has ended."""
+    deleted = []
+
+    async def slow(*_: object, **__: object) -> None:
+        await asyncio.sleep(0.2)
+        deleted.append(True)
+
+    monkeypatch.setattr(temporary_paths, "cleanup_temporary_paths", slow)
+    with one_line_error("wrong"), Checkpointer(tmp_path, save_interval=1):
+        raise CheckpointError("wrong")
+    assert deleted
 
 
 @pytest.mark.slow

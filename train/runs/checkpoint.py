@@ -269,10 +269,16 @@ class _SummedHandler(ocp.StandardCheckpointHandler):
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager, with steps counted from the first call of `reached_preemption`.
 
-    jax agrees on step 1 if the notice came before that call.
+    jax agrees on step 1 if the notice came before that call. Its end is that of its threads: the
+    one that deletes what a killed save has left would print a traceback when the process ends.
     """
 
     _first: int | None = None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what can't be deleted is in nobody's way
+            self._maybe_await_cleanup_tmp_directory()
+        super().close()
 
     def reached_preemption(self, step: int) -> bool:
         # The thread that finishes a save calls it for the saved step, which jax would take for the
