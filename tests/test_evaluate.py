@@ -147,6 +147,7 @@ def test_dial_figure_and_table():
     np.testing.assert_allclose(ends, [[b - 0.005, b + 0.005] for *_, b in points])
     assert list(zip(*line.get_data(), strict=True)) == [point[1:] for point in points]
     assert list(zip(*trained.get_data(), strict=True)) == [(1.4, 2.2)]
+    assert trained.get_zorder() > line.get_zorder()  # seen above the white point of the line
     assert len(figure(settings, "title", TopK()).axes[0].lines) == len(axis.lines) - 1
     lines = table(settings).splitlines()
     assert len({len(line) for line in lines}) == 1 and "1.400" in lines[2]

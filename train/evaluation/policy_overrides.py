@@ -106,7 +106,7 @@ def figure(settings: Sequence[Setting], title: str, trained: Policy) -> "Figure"
     )
     for setting, x, y in zip(settings, streams, bits, strict=True):
         if setting.policy == trained:
-            axis.plot([x], [y], "o", color="tab:blue", label="as trained")
+            axis.plot([x], [y], "o", color="tab:blue", label="as trained", zorder=3)
             axis.legend()
         axis.annotate(setting.name, (x, y), (4, 6), textcoords="offset points")
     axis.margins(0.2, 0.2)
