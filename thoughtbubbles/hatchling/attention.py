@@ -1,4 +1,8 @@
-"""Linear attention between neurons: phases, what each vector reads, the state that it leaves."""
+"""Linear attention between neurons: phases, what each vector reads, the state that it leaves.
+
+Heads are the first axis of all that is wide here, `[H, B, C, N]`, as products of each head's
+matrices give it. In any other order XLA's CPU compiler transposes neurons for each product.
+"""
 
 import dataclasses
 
@@ -19,11 +23,11 @@ class Reach(ShortRepr):
     """How far each vector of a chunk reaches into its past; equal in all layers.
 
     Attributes:
-        position: Position of each vector, `[B, C]` int32.
+        position: Position of each vector, `[B, C]` int32; `[1, C]` where it is that of all rows.
         real: Whether each slot holds a vector, `[B, C]` bool.
         past: Factor of what vector s (last axis) has written in what vector t reads, float32: 0
-            unless s comes before t; `[B, H, C, C]`, or what broadcasts to it.
-        before: Factor of the state before the chunk in what each vector reads, `[B, C, H]` float32,
+            unless s comes before t; `[H, B, C, C]`, or what broadcasts to it.
+        before: Factor of the state before the chunk in what each vector reads, `[H, B, C]` float32,
             or what broadcasts to it; None for 1.
         kept: Factor of what each vector has written in the state after the chunk, as `before`.
         left: Factor of the state before the chunk in the state after it, `[B, H]`; None for 1.
@@ -70,9 +74,10 @@ class Reach(ShortRepr):
         before, kept, left = None, None, None
         decay = damping(config)
         if decay is not None:
-            past = past * decay[:, None, None] ** jnp.maximum(offset[:, None] - offset, 0)
-            before = decay ** offset[:, None]
-            kept = decay ** jnp.maximum(length[:, None] - offset, 0)[..., None]
+            decay_at = decay[:, None, None]
+            past = past * decay_at[..., None] ** jnp.maximum(offset[:, None] - offset, 0)
+            before = decay_at**offset
+            kept = decay_at ** jnp.maximum(length[:, None] - offset, 0)
             left = decay ** length[:, None]
         if starts is not None:
             starts = starts & real
@@ -81,10 +86,10 @@ class Reach(ShortRepr):
             position = jnp.where(document > 0, offset - began, position)
             any_start = document[:, -1] > 0
             end = jnp.where(any_start, length - began[:, -1], end)
-            past = past * (document[:, None, :, None] == document[:, None, None, :])
-            before = (document == 0)[..., None] * (jnp.float32(1) if before is None else before)
+            past = past * (document[:, :, None] == document[:, None, :])
+            before = (document == 0) * (jnp.float32(1) if before is None else before)
             last = document == document[:, -1:]
-            kept = last[..., None] * (jnp.float32(1) if kept is None else kept)
+            kept = last * (jnp.float32(1) if kept is None else kept)
             left = ~any_start[:, None] * (jnp.float32(1) if left is None else left)
         return cls(position, real, past, before, kept, left, end)
 
@@ -99,11 +104,11 @@ class Reach(ShortRepr):
                 what it writes itself, whatever the diagonal says.
         """
         size = position.shape[1]
-        past = (visible & ~jnp.eye(size, dtype=bool)).astype(jnp.float32)[:, None]
+        past = (visible & ~jnp.eye(size, dtype=bool)).astype(jnp.float32)
         decay = damping(config)
         if decay is not None:
             distance = jnp.maximum(position[:, :, None] - position[:, None, :], 0)
-            past = past * decay[:, None, None] ** distance[:, None]
+            past = past * decay[:, None, None, None] ** distance
         real = jnp.ones(position.shape, bool)
         return cls(position, real, past, None, None, None, position[:, -1])
 
@@ -115,22 +120,24 @@ def attend(
     synapses: jax.Array | None,
     fresh: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What each vector reads of those before it, `[B, C, H, d]`, and the synapses after them.
+    """What each vector reads of those before it, `[H, B, C, d]`, and the synapses after them.
 
     Args:
-        rotated: Rotated neurons `[B, C, H, N]`, 0 in padding.
+        rotated: Rotated neurons `[H, B, C, N]`, 0 in padding.
         value: Vectors `[B, C, d]` that are read.
         reach: Reach of each vector.
         synapses: State before the chunk, `[B, H, N, d]` float32; None for rows that begin here.
         fresh: Static promise that `synapses` are 0.
     """
-    scores = jnp.einsum("bthn,bshn->bhts", rotated, rotated, preferred_element_type=jnp.float32)
-    read = jnp.einsum("bhts,bsd->bthd", (scores * reach.past).astype(value.dtype), value)
+    past = (overlap(rotated) * reach.past).astype(value.dtype)
+    # A copy of the values for each head: without it, all scores are transposed for one product.
+    values = jnp.broadcast_to(value, (len(rotated), *value.shape))
+    read = jnp.einsum("hbts,hbsd->hbtd", past, values)
     if synapses is None:
         return read, None
-    query, wide = rotated.astype(jnp.float32), value.astype(jnp.float32)
+    query = rotated.astype(jnp.float32)
     if not fresh:
-        before = jnp.einsum("bthn,bhnd->bthd", query, synapses)
+        before = jnp.einsum("hbtn,bhnd->hbtd", query, synapses)
         if reach.before is not None:
             before = before * reach.before[..., None]
         read = read + before.astype(value.dtype)
@@ -138,7 +145,29 @@ def attend(
         query = query * reach.kept[..., None]
     if reach.left is not None:
         synapses = synapses * reach.left[..., None, None]
-    return read, synapses + jnp.einsum("bthn,btd->bhnd", query, wide)
+    # Values are the first factor, so that XLA's CPU compiler transposes them and not the neurons.
+    written = jnp.einsum("hbtd,hbtn->hbdn", values.astype(jnp.float32), query)
+    return read, synapses + written.transpose(1, 0, 3, 2)
+
+
+def by_head(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Products `[H, B, C, N]` of each head's `x [H, B, C, d]` with its `weights [d, H, N]`."""
+    flat = x.reshape(len(x), -1, x.shape[-1])  # one axis for gradients to contract
+    return jnp.einsum("htd,dhn->htn", flat, weights).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_jvp
+def overlap(rotated: jax.Array) -> jax.Array:
+    """Products of all pairs of vectors of neurons, `[H, B, C, C]` float32, of `[H, B, C, N]`."""
+    return jnp.einsum("hbtn,hbsn->hbts", rotated, rotated, preferred_element_type=jnp.float32)
+
+
+@overlap.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # Both factors are one array: a single product gives the derivative by either.
+    (rotated,), (change,) = primals, tangents
+    first = jnp.einsum("hbtn,hbsn->hbts", change, rotated, preferred_element_type=jnp.float32)
+    return overlap(rotated), first + first.swapaxes(-1, -2)
 
 
 def frequencies(neurons: int, base: float) -> jax.Array:
@@ -156,17 +185,18 @@ def damping(config: HatchlingConfig) -> jax.Array | None:
 
 
 def turns_of(reach: Reach, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, C, H, N]` float32 of the positions; phases are taken modulo 1.
+    """Cosine and sine `[H, B, C, N]` float32 of the positions; phases are taken modulo 1.
 
     Args:
         reach: Reach of each vector, with its position.
         frequency: Frequencies `[H, N]` in turns per token.
     """
-    offset = None if reach.offset is None else reach.offset[..., None, None]
-    position = reach.position[..., None, None].astype(jnp.float32)
+    frequency = frequency[:, None, None, :]
+    offset = None if reach.offset is None else reach.offset[..., None]
+    position = reach.position[..., None].astype(jnp.float32)
     phase = ((position if offset is None else position + offset) * frequency) % 1.0
     if reach.bound is None or reach.bound > NEAR:
-        whole = reach.position[..., None, None].astype(jnp.int32)
+        whole = reach.position[..., None].astype(jnp.int32)
         far = turns_at(whole, *fixed_point(frequency))
         far = (far if offset is None else far + offset * frequency) % 1.0
         phase = jnp.where(whole < NEAR, phase, far)
@@ -174,12 +204,13 @@ def turns_of(reach: Reach, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Pairs of neighbours in `x [B, C, H, N]` turned by their phases."""
+    """Pairs of neighbours in `x [H, B, C, N]` turned by their phases."""
     cos, sin = turns
-    # Rolled, not sliced with a stride: XLA's TPU compiler takes minutes and gigabytes for an axis
-    # of pairs beside one of thousands of neurons.
+    # Shifted, not sliced with a stride: XLA's TPU compiler takes minutes and gigabytes for an axis
+    # of pairs beside one of thousands of neurons. What a shift pads with is never read.
     even = jnp.arange(x.shape[-1]) % 2 == 0
-    turned = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+    wider = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 1)])
+    turned = jnp.where(even, -wider[..., 2:], wider[..., :-2])
     return (x * cos + turned * sin).astype(x.dtype)
 
 

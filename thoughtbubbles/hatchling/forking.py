@@ -384,13 +384,14 @@ def reach_of(config: HatchlingConfig, streams: Streams, score: jax.Array | None)
     if decay is not None:
         token = streams.token
         distance = jnp.maximum(token[:, :, None] - token[:, None, :], 0)
-        past = past * decay[:, None, None] ** distance[:, None]
-        before = decay ** token[..., None]
-        kept = decay ** jnp.maximum(streams.length[:, None] - token, 0)[..., None]
+        decay_at = decay[:, None, None]
+        past = past * decay_at[..., None] ** distance
+        before = decay_at**token
+        kept = decay_at ** jnp.maximum(streams.length[:, None] - token, 0)
         left = decay ** streams.length[:, None]
     if score is not None:
-        past = past * score[:, None, None, :]
-        kept = score[..., None] * (jnp.float32(1) if kept is None else kept)
+        past = past * score[:, None, :]
+        kept = score * (jnp.float32(1) if kept is None else kept)
     end = streams.first + streams.length
     position, offset = streams.split_positions()
     bound = None if streams.continued else streams.num_tokens

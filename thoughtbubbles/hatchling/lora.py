@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from thoughtbubbles.checks import check_adapter, check_deltas
 from thoughtbubbles.hatchling.config import HatchlingConfig
+from thoughtbubbles.weights import adapted
 
 # The names of the axes of each layer: of its stack, there is none, its inputs and its outputs.
 AXES = {"dx": ((), "embed", "heads"), "e": ((), "heads", "embed")}
@@ -31,6 +33,26 @@ def with_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
     copy = _copy(model)
     copy.adapters = nnx.data(dict(adapter))
     return copy
+
+
+def adapted_neurons(
+    neurons: jax.Array, value: jax.Array, adapters: Mapping[str, Any] | None
+) -> jax.Array:
+    """Neurons `[H, B, C, N]` of vectors `[B, C, d]`, plus those of an adapter of Dx, if any."""
+    if adapters is None or "dx" not in adapters:
+        return neurons
+    more = adapters["dx"](value).reshape(*value.shape[:2], len(neurons), -1)
+    return neurons + jnp.moveaxis(more, 2, 0).astype(neurons.dtype)
+
+
+def adapted_vectors(
+    vectors: jax.Array, y: jax.Array, adapters: Mapping[str, Any] | None
+) -> jax.Array:
+    """Vectors `[B, C, d]` of neurons `y [H, B, C, N]`, plus those of an adapter of E, if any."""
+    if adapters is None:
+        return vectors
+    flat = jnp.moveaxis(y, 0, 2).reshape(*vectors.shape[:2], -1)
+    return adapted(vectors, flat, adapters, "e")
 
 
 def merged(model: Any, deltas: Mapping[str, jax.Array]) -> Any:

@@ -29,6 +29,7 @@ from thoughtbubbles.hatchling import lora
 from thoughtbubbles.hatchling.attention import (
     Reach,
     attend,
+    by_head,
     frequencies,
     normalized,
     rotate,
@@ -41,7 +42,7 @@ from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.placement import AnyArray, broadcast_beside, embedding_rows, zeros_beside
 from thoughtbubbles.rows import next_tokens, padded_in_front
 from thoughtbubbles.streams import Streams
-from thoughtbubbles.weights import adapted, named, weight
+from thoughtbubbles.weights import named, weight
 
 
 class Hatchling(SitedHatchling):
@@ -345,7 +346,8 @@ class Hatchling(SitedHatchling):
         first = jnp.zeros_like(length) if state is None else state.length
         reach = Reach.of(self.config, first, length, x.shape[1], starts)
         if state is None or fresh:
-            reach = dataclasses.replace(reach, bound=x.shape[1])
+            position = reach.position[:1] if starts is None else reach.position
+            reach = dataclasses.replace(reach, position=position, bound=x.shape[1])
         before = None if state is None else state.synapses
         read, after = self._layers(self._first(x), reach, before, key, fresh)
         tokens = reach.real.sum(dtype=jnp.float32)
@@ -384,11 +386,11 @@ class Hatchling(SitedHatchling):
         config = self.config
         rematerialized = config.remat == "full"
         turns = None if rematerialized else turns_of(reach, self.frequency[...])
-        real = reach.real[..., None, None]
+        real = reach.real[..., None]
         released = config.form == "released"
-        shape = (*value.shape[:2], config.num_heads, config.head_neurons)
         if carried is None and not released:
-            carried = zeros_beside(value, shape, value.dtype)
+            shape = (*value.shape[:2], config.num_heads, config.head_neurons)
+            carried = jnp.moveaxis(zeros_beside(value, shape, value.dtype), 2, 0)
 
         def layer(carry: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
             index, synapses = inputs
@@ -400,17 +402,16 @@ class Hatchling(SitedHatchling):
             here = turns_of(reach, self.frequency[...]) if turns is None else turns
             rotated = jnp.where(real, rotate(x, here), 0)
             read, synapses = attend(rotated, value, reach, synapses, fresh)
-            gate = jnp.einsum("bthd,dhn->bthn", normalized(read), self._cast(self.dy))
-            y = jax.nn.relu(gate) * x
+            y = jax.nn.relu(by_head(normalized(read), self._cast(self.dy))) * x
             active = [((neurons > 0) & real).sum(dtype=jnp.float32) for neurons in (x, y)]
             watched = None
             if watch:
                 seen = jnp.where(reach.real[..., None], value, 0)
-                watched = Neurons(jnp.where(real, x, 0), jnp.where(real, y, 0), seen)
+                shown = (jnp.moveaxis(jnp.where(real, leaf, 0), 0, 2) for leaf in (x, y))
+                watched = Neurons(*shown, value=seen)
             if key is not None and config.dropout:
-                kept = jax.random.bernoulli(
-                    jax.random.fold_in(key, index), 1 - config.dropout, y.shape
-                )
+                own = jax.random.fold_in(key, index)
+                kept = jax.random.bernoulli(own, 1 - config.dropout, y.shape)
                 y = jnp.where(kept, y / (1 - config.dropout), 0)
             out = normalized(self._project(y))
             if write_scale is not None:
@@ -427,14 +428,14 @@ class Hatchling(SitedHatchling):
         return Layers(value, x_active, y_active, watched, carried), after
 
     def _neurons(self, value: jax.Array) -> jax.Array:
-        """Dx: vectors `[B, C, d]` to neurons `[B, C, H, N]`."""
-        neurons = jnp.einsum("btd,dhn->bthn", value, self._cast(self.dx))
-        return adapted(neurons, value, self.adapters, "dx")
+        """Dx: vectors `[B, C, d]` to neurons `[H, B, C, N]`."""
+        each = jnp.broadcast_to(value, (self.config.num_heads, *value.shape))
+        return lora.adapted_neurons(by_head(each, self._cast(self.dx)), value, self.adapters)
 
     def _project(self, y: jax.Array) -> jax.Array:
-        """E: neurons `[B, C, H, N]` to vectors `[B, C, d]`."""
-        vectors = jnp.einsum("bthn,hnd->btd", y, self._cast(self.e))
-        return adapted(vectors, y.reshape(*y.shape[:2], -1), self.adapters, "e")
+        """E: neurons `[H, B, C, N]` to vectors `[B, C, d]`."""
+        vectors = jnp.einsum("hbtn,hnd->btd", y, self._cast(self.e))
+        return lora.adapted_vectors(vectors, y, self.adapters)
 
     def _cast(self, param: nnx.Param) -> jax.Array:
         return param[...].astype(self.config.dtype)

@@ -100,7 +100,7 @@ class Layers(NamedTuple):
         x_active: Number of neurons x above 0 in each layer, `[L]` float32.
         y_active: Number of gated neurons y above 0 in each layer, `[L]` float32.
         watched: Neurons of each layer; None unless they are watched.
-        carried: Neurons `[B, C, H, N]` behind the last layer in the paper's form; None otherwise.
+        carried: Neurons `[H, B, C, N]` behind the last layer in the paper's form; None otherwise.
     """
 
     value: jax.Array
