@@ -1,8 +1,14 @@
-"""The experiment that merges languages: what a language is, and its table."""
+"""Experiments with Hatchlings: merging languages, and quality beside decoders of their size."""
+
+import dataclasses
+import random
 
 import numpy as np
 import pytest
 
+from train.data import SplitCorpus
+from train.data.prepared import prepare_documents
+from train.experiments import hatchling_quality as quality
 from train.experiments import merge_languages as study
 
 
@@ -30,3 +36,43 @@ def test_the_table_has_means_by_model_and_language():
     assert shown.endswith("seeds 0 1")
     with pytest.raises(ValueError, match="results of 2 settings"):
         study.report([results[0], results[1] | {"steps": 9}])
+
+
+def test_arms_are_of_one_size():
+    config = quality.HatchlingQuality()
+    plain = quality.plain(config)
+    for arm, make in quality.ARMS.items():
+        assert abs(make(config).num_params() / plain.num_params() - 1) < 0.005, arm
+    flops = [
+        quality.steps_of(config, arm) * quality.ARMS[arm](config).forward_flops(config.seq_len)
+        for arm in ("hatchling", "plain_flops")
+    ]
+    np.testing.assert_allclose(*flops, rtol=1e-3)
+
+
+def test_quality_is_resumed_and_reported(tmp_path, monkeypatch, capsys):
+    rng = random.Random(0)
+    texts = [f"{rng.random()} " * 9 for _ in range(60)]
+
+    def small(data):
+        data = dataclasses.replace(data, validation=0.3, cache_dir=str(tmp_path))
+        return prepare_documents(SplitCorpus("small", lambda: iter(texts), 0.3), data)
+
+    monkeypatch.setattr(quality, "prepare", small)
+    out = tmp_path / "quality.jsonl"
+    config = quality.HatchlingQuality(
+        arms=("plain", "hatchling"), seeds=(0,), embed_dim=8, num_layers=2, num_heads=2,
+        steps=2, batch_size=2, seq_len=16, rows=4, out=str(out),
+    )  # fmt: skip
+    quality.main(config)
+    lines = out.read_text().splitlines()
+    quality.main(config)
+    assert out.read_text().splitlines() == lines and len(lines) == 2
+    capsys.readouterr()
+    quality.main(dataclasses.replace(config, report=str(out)))
+    table = capsys.readouterr().out
+    assert "2 steps of 2 rows of 16 bytes, learning rate 0.003" in table
+    row = table.splitlines()[-2].split(" | ")
+    assert row[0] == "| hatchling" and row[2] == "64" and row[-3].endswith("%"), row
+    with pytest.raises(ValueError, match="unknown arm 'rnn': choose from plain, hatchling"):
+        quality.HatchlingQuality(arms=("rnn",))

@@ -47,6 +47,7 @@ CONFIGS = {
     "experiment precision": "train.experiments.precision.Precision",
     "experiment random_bits": "train.experiments.random_bits.RandomBits",
     "experiment retrofit": "train.experiments.retrofit.Retrofit",
+    "experiment hatchling_quality": "train.experiments.hatchling_quality.HatchlingQuality",
     "experiment merge_languages": "train.experiments.merge_languages.MergeLanguages",
     "experiment mixtures": "train.experiments.mixtures.Mixtures",
     "experiment visual_priors": "train.experiments.visual_priors.VisualPriors",

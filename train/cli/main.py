@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "random_bits": "whether a policy lets a model see its future",
     "precision": "what bfloat16 costs in loss, and how often it forks elsewhere",
     "retrofit": "fork layers in a pretrained model",
+    "hatchling_quality": "held-out loss of a Dragon Hatchling and of decoders of its size",
     "merge_languages": "Dragon Hatchlings tuned to other languages, merged untrained",
     "mixtures": "what more of one source does to a small model",
     "visual_priors": "what a frozen model makes of images, by the text that it learned from",

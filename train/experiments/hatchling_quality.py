@@ -1,0 +1,251 @@
+"""Does a Dragon Hatchling learn more than a plain decoder of as many parameters? Several seeds.
+
+python -m train.experiments.hatchling_quality --out hatchling_quality.jsonl
+python -m train.experiments.hatchling_quality --report hatchling_quality.jsonl
+
+All arms read the same rows of bytes of the standard library's source in the same order, with the
+same optimizer; each has about the plain decoder's number of parameters. A Hatchling uses its
+weights in each application of its layer, so that equal tokens are several times the plain decoder's
+FLOPs: the arm `plain_flops` is the plain decoder trained until it has spent the Hatchling's. Each
+finished (arm, seed) is a line of the file; a second call runs only what is missing.
+"""
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from thoughtbubbles import ModelConfig, PrefixRank
+from thoughtbubbles.architecture import ArchitectureConfig, architecture_of
+from thoughtbubbles.hatchling import ForkingHatchlingConfig, HatchlingConfig
+from train.benchmarks.timing import Clock
+from train.cli.command import run_command
+from train.data import DataConfig, PackedData, TrainReader, prepare
+from train.devices.mesh import MeshConfig, make_mesh, place
+from train.engine.config import EvalConfig
+from train.engine.optim import OptimizerConfig
+from train.engine.state import make_trainable
+from train.engine.step import make_train_step
+from train.evaluation.held_out import Evaluator
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
+
+SIZES = ("embed_dim", "num_layers", "num_heads", "batch_size", "seq_len", "rows")
+SETTING = ("steps", "learning_rate", *SIZES)  # one table for each
+KEY = ("arm", "seed", *SETTING)
+VOCAB = 320  # bytes and special ids
+PLAIN = "plain"  # the arm that the others are compared with
+
+
+@dataclasses.dataclass(frozen=True)
+class HatchlingQuality(StudyConfig):
+    """Trains a Dragon Hatchling beside decoders of as many parameters, or reports what was trained.
+
+    Attributes:
+        arms: Names of `ARMS`.
+        embed_dim: Width of all models (d).
+        num_layers: Number of layers of the decoder, and of applications of the Hatchling's layer.
+        num_heads: Number of heads.
+        steps: Number of training steps; the arm `plain_flops` takes more.
+        batch_size: Number of rows of a step.
+        seq_len: Number of tokens of a row.
+        rows: Number of held-out rows, the same ones for all arms.
+        optimizer: Optimizer of all arms.
+    """
+
+    arms: tuple[str, ...] = (PLAIN, "hatchling", "forking", "forking_hatchling", "plain_flops")
+    embed_dim: int = 64
+    num_layers: int = 4
+    num_heads: int = 4
+    steps: int = 2500
+    batch_size: int = 16
+    seq_len: int = 128
+    rows: int = 512
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3)
+    out: str = "hatchling_quality.jsonl"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_names("arm", self.arms, ARMS)
+        for name in self.arms:
+            ARMS[name](self)  # sizes that do not fit together are refused before hours of work
+
+
+def plain(config: HatchlingQuality) -> ModelConfig:
+    """The plain decoder."""
+    return ModelConfig(
+        vocab_size=VOCAB,
+        embed_dim=config.embed_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        tied_head=False,
+    )
+
+
+def hatchling(config: HatchlingQuality) -> HatchlingConfig:
+    """The Hatchling whose number of parameters comes nearest to the plain decoder's."""
+    step = 2 * config.num_heads
+    shape = HatchlingConfig(
+        vocab_size=VOCAB,
+        embed_dim=config.embed_dim,
+        num_neurons=step,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+    )
+    missing = plain(config).num_params() - shape.num_params()
+    more = max(round(missing / (3 * config.embed_dim * step)), 0)
+    return dataclasses.replace(shape, num_neurons=step * (1 + more))
+
+
+def forking(config: HatchlingQuality) -> ModelConfig:
+    """The plain decoder with a fork layer in its middle, behind which a token has two streams."""
+    layer = config.num_layers // 2
+    return dataclasses.replace(plain(config), fork_layers=(layer,), policy=PrefixRank(2.0))
+
+
+def forking_hatchling(config: HatchlingQuality) -> ForkingHatchlingConfig:
+    """The Hatchling with a fork layer in its middle, behind which a token has two streams."""
+    fields = dataclasses.asdict(hatchling(config))
+    layer = config.num_layers // 2
+    return ForkingHatchlingConfig(**fields, fork_layers=(layer,), policy=PrefixRank(2.0))
+
+
+ARMS: dict[str, Callable[[HatchlingQuality], Any]] = {
+    PLAIN: plain,
+    "hatchling": hatchling,
+    "forking": forking,
+    "forking_hatchling": forking_hatchling,
+    "plain_flops": plain,
+}
+
+
+def steps_of(config: HatchlingQuality, arm: str) -> int:
+    """Number of training steps of an arm: `plain_flops` spends the Hatchling's FLOPs."""
+    if arm != "plain_flops":
+        return config.steps
+    spent = hatchling(config).forward_flops(config.seq_len)
+    return round(config.steps * spent / plain(config).forward_flops(config.seq_len))
+
+
+def main(config: HatchlingQuality) -> None:
+    """Train what is missing, or print the tables."""
+    run_study(config, KEY, train_missing, report)
+
+
+def train_missing(config: HatchlingQuality, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs."""
+    fixed = {name: getattr(config, name) for name in ("steps", *SIZES)}
+    fixed |= {"learning_rate": config.optimizer.learning_rate}
+    runs = results.missing(
+        fixed | {"arm": arm, "seed": seed} for seed in config.seeds for arm in config.arms
+    )
+    data = prepare(DataConfig(seq_len=config.seq_len)) if runs else None
+    for run in runs:
+        assert data is not None
+        clock = Clock()
+        result = run | train_and_score(config, data, run["arm"], run["seed"])
+        cost = clock.read()
+        result |= {"seconds": cost.seconds, "cpu_seconds": cost.cpu_seconds}
+        result |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+        yield (
+            result,
+            f"{run['arm']} seed {run['seed']}: {result['loss']:.4f} ± "
+            f"{result['standard_error']:.4f} nats, {result['cpu_seconds']:.0f} CPU seconds",
+        )
+
+
+def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: int) -> Result:
+    """Train an arm from random weights.
+
+    Returns:
+        Its size, its held-out loss, and the share of active neurons by layer, if it has neurons.
+    """
+    shape: ArchitectureConfig = ARMS[arm](config)
+    steps = steps_of(config, arm)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    trainable = make_trainable(shape, config.optimizer, steps, mesh, seed)
+    step, state = make_train_step(trainable), trainable.init()
+    reader = TrainReader(data.train, config.batch_size, seed)
+    after_first = Clock()
+    metrics: dict[str, Any] = {}
+    for number in range(steps):
+        state, metrics = step(state, place(reader.batch(number)["tokens"], mesh))
+        if number == 0:
+            jax.block_until_ready(metrics["loss"])
+            after_first = Clock()
+    jax.block_until_ready(state.params)
+    cost = after_first.read()
+    scores = Evaluator(trainable, 64, EvalConfig(rows=config.rows))(state.weights, data.validation)
+    of_step = architecture_of(shape).step_metrics(shape, jax.device_get(metrics["aux"]))
+    tokens = steps * config.batch_size * config.seq_len
+    return {
+        "tokens": tokens,
+        "parameters": shape.num_params(),
+        "teraflops": 3 * steps * config.batch_size * shape.forward_flops(config.seq_len) / 1e12,
+        "step_cpu_ms": 1e3 * cost.cpu_seconds / max(steps - 1, 1),
+        "last_train_loss": float(metrics["loss"]),
+        **scores,
+        "active": {name: value for name, value in of_step.items() if name.endswith("_active")},
+    }
+
+
+def report(results: list[Result]) -> str:
+    """Markdown tables, one for each setting; differences are from the plain decoder, by seed."""
+    lines = []
+    for (steps, rate, *_), runs in by_key(results, *SETTING).items():
+        first = runs[0]
+        lines += [
+            f"{steps:,} steps of {first['batch_size']} rows of {first['seq_len']} bytes, learning "
+            f"rate {rate}; held-out nats per byte",
+            "",
+        ]
+        losses = {run["seed"]: run["loss"] for run in runs if run["arm"] == PLAIN}
+        rows = []
+        for (arm,), of_arm in by_key(runs, "arm").items():
+            paired = [r["loss"] - losses[r["seed"]] for r in of_arm if r["seed"] in losses]
+            rows.append(
+                (
+                    arm,
+                    f"{of_arm[0]['parameters']:,}",
+                    f"{of_arm[0]['tokens']:,}",
+                    f"{of_arm[0]['teraflops']:,.1f}",
+                    seeds_text(sorted(of_arm, key=lambda run: run["seed"])),
+                    mean_text([run["loss"] for run in of_arm], 4),
+                    mean_text(paired, 4, "+") if arm != PLAIN else "",
+                    _active(of_arm, "x"),
+                    _active(of_arm, "y"),
+                    f"{np.median([run['cpu_seconds'] for run in of_arm]):,.0f}",
+                )
+            )
+        head = ("arm", "parameters", "bytes", "TFLOPs", "seeds", "loss", "minus plain")
+        lines += [*markdown_table((*head, "x active", "y active", "CPU s"), rows), ""]
+    return "\n".join(lines)
+
+
+def _active(runs: list[Result], kind: str) -> str:
+    """Share of active neurons in the first and in the last layer, in the mean over seeds."""
+    layers = [name for name in runs[0]["active"] if name.endswith(f"/{kind}_active")]
+    if not layers:
+        return ""
+    shares = [np.mean([run["active"][name] for run in runs]) for name in (layers[0], layers[-1])]
+    return " to ".join(f"{share:.1%}" for share in shares)
+
+
+def command() -> None:
+    run_command(main, HatchlingQuality)
+
+
+if __name__ == "__main__":
+    command()
