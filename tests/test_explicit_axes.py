@@ -26,6 +26,7 @@ from thoughtbubbles import (
     head,
     merge,
     prefill,
+    token_slots,
 )
 from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.decoding import generate
@@ -96,6 +97,19 @@ def test_eager_calls_need_no_jit():
     assert jax.typeof(found).sharding.spec == PartitionSpec("rows", None, None)
     expected = jax.jit(forked)(forks, residuals(), LENGTH)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_cache_that_was_placed_nowhere_stands_beside_what_is_written():
+    def write(x: jax.Array) -> jax.Array:
+        streams = Streams.start(x, first=jnp.zeros(ROWS, jnp.int32))
+        return token_slots(streams, TOKENS).write(jnp.zeros((ROWS, TOKENS, WIDTH)), streams.x)
+
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, SHARDED)
+        x = jax.ShapeDtypeStruct((ROWS, 3, WIDTH), jnp.float32, sharding=place)
+        found = jax.eval_shape(write, x)
+    assert found.sharding.spec == PartitionSpec("rows", None, None)
 
 
 SMALL = dataclasses.replace(BASE, vocab_size=64, num_layers=1, fork_layers=(0,))

@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from thoughtbubbles.checks import check_sizes
+from thoughtbubbles.placement import placed_beside
 from thoughtbubbles.policies import append
 from thoughtbubbles.policy import CausalPolicy, Policy
 from thoughtbubbles.short_repr import ShortRepr
@@ -61,7 +62,8 @@ class KVSlots(ShortRepr):
 
         Args:
             stored: Caches, a pytree of arrays `[B, N, ...]`, of a block's keys and values and of
-                the attention bias of each key (`Streams.attention_bias`).
+                the attention bias of each key (`Streams.attention_bias`); rows that are nowhere in
+                particular go where explicit axes have those of `new`.
             new: Entries of the new streams, the same tree of arrays `[B, S, ...]`.
 
         Raises:
@@ -91,7 +93,7 @@ class KVSlots(ShortRepr):
                     f"entries of shape {new.shape} for a cache of shape {stored.shape}: give "
                     "both the same axes behind the second"
                 )
-            return append(stored, new, self.used, self.alive)
+            return append(placed_beside(stored, new), new, self.used, self.alive)
 
         given, there = jax.tree.structure(new), jax.tree.structure(stored)
         if given != there:
