@@ -215,6 +215,7 @@ def test_rotary_positions_are_exact_far_into_a_text():
     none: Any = jnp.zeros(())
     reach = Reach(jnp.asarray(whole), none, none, None, None, None, none, jnp.asarray(part))
     cos, sin = turns_of(reach, jnp.asarray(frequency))
-    exact = 2 * np.pi * (whole + part.astype(np.float64))[..., None, None] * frequency.astype(float)
-    error = np.maximum(np.abs(cos - np.cos(exact)), np.abs(sin - np.sin(exact)))[0, 1:]
+    assert cos.shape == (1, 1, 6, 4)  # heads, rows, positions, neurons
+    exact = 2 * np.pi * (whole + part.astype(np.float64))[..., None] * frequency.astype(float)
+    error = np.maximum(np.abs(cos - np.cos(exact)), np.abs(sin - np.sin(exact)))[0, 0, 1:]
     assert (error < 1e-6).all(), error
