@@ -59,4 +59,5 @@ def _check_whole(name: str, value: int) -> None:
     seed = name.rpartition(".")[2] in ("seed", "seeds")
     least, most = (0, LARGEST_SEED) if seed else (-LARGEST, LARGEST)
     if not least <= value <= most:
-        raise ValueError(f"{name}={shown(value)} is out of range: choose from {least} to {most}")
+        bound = f"at most {most}" if value > most else f"at least {least}"
+        raise ValueError(f"{name}={shown(value)} is out of range: choose {bound}")
