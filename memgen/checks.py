@@ -61,7 +61,7 @@ def check_floating(name: str, dtype: Any) -> None:
 
 def is_whole(value: Any) -> bool:
     """Whether a value is one whole number, of Python, NumPy or JAX."""
-    if hasattr(value, "dtype"):
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
         return not value.shape and bool(jnp.issubdtype(value.dtype, jnp.integer))
     return hasattr(value, "__index__")
 

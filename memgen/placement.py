@@ -68,9 +68,9 @@ def table_rows(table: AnyArray, index: AnyArray) -> jax.Array:
 def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
     """`decoder.embed_tokens(tokens)`, placed as the ids are.
 
-    `nnx.Embed` and `flax.linen.Embed` refuse ids that explicit axes split unless they are told the
-    placement of the vectors. A decoder of somebody else need not tell it, nor tell the same for all
-    ids: its axes are auto here.
+    A decoder that knows of explicit axes is called as it is. `nnx.Embed` and `flax.linen.Embed`
+    refuse ids that such axes split unless they are told the placement of the vectors, for all ids
+    alike; the axes are auto for a decoder that refuses.
 
     Args:
         decoder: A `DecoderBackbone`.
@@ -84,6 +84,10 @@ def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
     if not here.mesh.explicit_axes:
         return decoder.embed_tokens(tokens)
     place = NamedSharding(here.mesh, PartitionSpec(*here.spec, None))
+    try:
+        return jax.sharding.reshard(decoder.embed_tokens(tokens), place)
+    except Exception:  # noqa: BLE001 (of JAX, without a public class; what else it was comes again)
+        pass
     read: Any = jax.sharding.auto_axes(
         lambda own, ids: own.embed_tokens(ids), axes=here.mesh.explicit_axes, out_sharding=place
     )

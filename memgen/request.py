@@ -129,7 +129,7 @@ def make_request(
 
 def _check_trained(trigger: Trigger) -> None:
     kernel = trigger.kernel[...]
-    if not isinstance(kernel, Tracer) and not kernel.any():
+    if not isinstance(kernel, Tracer) and not np.asarray(kernel).any():
         raise ValueError(
             "the policy needs a learned trigger and this one is untrained, its head is zero: train "
             "or load it, or use AlwaysInvoke()"

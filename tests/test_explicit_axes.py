@@ -129,7 +129,7 @@ MODELS: dict[str, ArchitectureConfig] = {
     ),
     "threshold": dataclasses.replace(SMALL, policy=Threshold(2.0), merge="probability"),
     "released": HatchlingConfig(**HATCHLING, form="released", chunk=5),
-    "paper": HatchlingConfig(**HATCHLING, form="paper", chunk=5),
+    "paper": HatchlingConfig(**HATCHLING, form="paper"),
     "rank": ForkingHatchlingConfig(**HATCHLING, fork_layers=(0,), policy=PrefixRank(2.0)),
 }
 SCANNED = pytest.param("rank, scanned", marks=pytest.mark.experiment)

@@ -122,6 +122,21 @@ def test_vectors_are_placed_as_ids_are(own: Any):
             assert tuple(filter(None, found.sharding.spec)) == tuple(spec)
 
 
+def test_a_decoder_may_place_its_vectors_by_name():
+    class Decoder:
+        def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+            vectors = (
+                jnp.zeros((8, 4)).at[tokens].get(out_sharding=PartitionSpec("rows", None, None))
+            )
+            return jax.sharding.reshard(vectors, PartitionSpec("rows", None, None))
+
+    mesh = eight()
+    with jax.set_mesh(mesh):
+        ids = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=NamedSharding(mesh, SHARDED))
+        found = jax.eval_shape(lambda ids: embed(Decoder(), ids), ids)
+    assert found.shape == (8, 3, 4) and tuple(filter(None, found.sharding.spec)) == ("rows",)
+
+
 def test_a_cache_may_name_the_axis_of_its_rows():
     class Decoder:
         def __init__(self, axis: int):

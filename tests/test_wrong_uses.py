@@ -36,6 +36,7 @@ from thoughtbubbles.decoding import generate
 from thoughtbubbles.hatchling import Hatchling, HatchlingConfig, grow
 from thoughtbubbles.hatchling import merge as merge_hatchlings
 from thoughtbubbles.hatchling.forking import ForkingHatchling, ForkingHatchlingConfig
+from thoughtbubbles.rows import next_tokens
 
 SMALL = ModelConfig(vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, fork_layers=(1,))
 HATCHLING = HatchlingConfig(vocab_size=20, embed_dim=8, num_layers=2, num_heads=2, num_neurons=16)
@@ -785,9 +786,15 @@ def test_what_may_be_is_not_refused():
         vectors = given.array(2, 4, 8)
         _, cache = model.extend(model.init_cache(2, 8), vectors, [4, 3])  # pyright: ignore
         layer = memgen.apply_lora(linear, {"": OfRows((), 4, 5)})
-        return [adapted.hidden_states(vectors), cache.length, layer(given.array(2, 3, 4))]
+        streams = jax.vmap(lambda one: one.replace(x=2 * one.x))(given.streams())
+        layer = layer(given.array(2, 3, 4))
+        return [adapted.hidden_states(vectors), cache.length, streams.x, layer]
 
     assert nnx.eval_shape(lambda: shapes(Given()))[-1].shape == (2, 3, 5)
+    axes = jax.tree.map(lambda _: 0, Given().streams())
+    assert axes.replace(x=None).x is None
+    closed_over = jnp.array([[1, 2, -1], [1, 2, 3]])
+    assert jax.eval_shape(lambda: next_tokens(closed_over))[0].shape == (2, 2)
     check_stop((Id.END, np.int64(3), 4))
     assert Scheduled(**vars(SMALL)).schedule == "cosine"
     for wrong in ({"vocab_size": 1.5}, {"depth": 1.5}, {"num_layers": np.float32(2)}):

@@ -140,7 +140,7 @@ def attend_cached(
     Only a part of the cache is used: the shortest of a few static spans (`SHORTEST_SPAN` slots,
     doubled up to `N`) that covers the used slots of every row. Of `FEWEST_TILED` queries or more,
     weights beyond `LARGEST_WEIGHTS` bytes are taken in tiles, each used once; the backward pass of
-    such a call holds all of them.
+    such a call holds all of them, and it has no forward mode (`jax.jvp`).
 
     Args:
         query: Rotated queries of the new slots.

@@ -55,7 +55,7 @@ def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
     """
     try:
         hints = typing.get_type_hints(config)
-    except NameError:
+    except (AttributeError, NameError, SyntaxError, TypeError):
         return {}
     found = {}
     for field in dataclasses.fields(config):
@@ -70,7 +70,7 @@ def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
 
 def is_whole(value: Any) -> bool:
     """Whether a value is one whole number, of Python, NumPy or JAX."""
-    if hasattr(value, "dtype"):
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
         return not value.shape and bool(jnp.issubdtype(value.dtype, jnp.integer))
     return hasattr(value, "__index__")
 

@@ -28,14 +28,14 @@ def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int
     check_integer_type("rows", rows.dtype)
     if rows.ndim > 2 or rows.shape[1] < 2:
         raise ValueError(f"rows of shape {rows.shape}: give [batch, tokens + 1], with a next token")
-    inputs, targets = rows[:, :-1], rows[:, 1:]
-    if not isinstance(rows, Tracer):
-        wrong = padded_in_front(inputs, targets)
+    if not isinstance(rows, Tracer) and getattr(rows, "is_fully_addressable", True):
+        known = np.asarray(rows)  # of NumPy: jit traces what is computed of arrays it closes over
+        wrong = padded_in_front(known[:, :-1], known[:, 1:])
         if wrong.any():
             raise ValueError(
                 f"row {int(wrong.argmax())} has padding (-1) in front of a token: pad on the right"
             )
-    return inputs, targets
+    return rows[:, :-1], rows[:, 1:]
 
 
 def padded_in_front(inputs: AnyArray, targets: AnyArray) -> Any:

@@ -94,10 +94,12 @@ class Streams(ShortRepr):
             ValueError: New residuals are of other rows or slots.
         """
         new = replaced(self, changes)
-        if "x" in changes and jnp.shape(new.x)[:2] != new.token.shape:
+        # A pytree of what are no arrays, such as placements, has the class too.
+        shape, streams = (getattr(part, "shape", None) for part in (new.x, new.token))
+        if "x" in changes and shape and streams is not None and shape[:-1] != streams:
             raise ValueError(
-                f"residuals of shape {jnp.shape(new.x)} for streams {new.token.shape}: give "
-                "[batch, streams, width] of these streams"
+                f"residuals of shape {shape} for streams {streams}: give [batch, streams, width] "
+                "of these streams"
             )
         return new
 

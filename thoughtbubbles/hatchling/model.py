@@ -346,7 +346,7 @@ class Hatchling(SitedHatchling):
         first = jnp.zeros_like(length) if state is None else state.length
         reach = Reach.of(self.config, first, length, x.shape[1], starts)
         if state is None or fresh:
-            position = reach.position[:1] if starts is None else reach.position
+            position = jnp.arange(x.shape[1])[None] if starts is None else reach.position
             reach = dataclasses.replace(reach, position=position, bound=x.shape[1])
         before = None if state is None else state.synapses
         read, after = self._layers(self._first(x), reach, before, key, fresh)
@@ -406,9 +406,8 @@ class Hatchling(SitedHatchling):
             active = [((neurons > 0) & real).sum(dtype=jnp.float32) for neurons in (x, y)]
             watched = None
             if watch:
-                seen = jnp.where(reach.real[..., None], value, 0)
                 shown = (jnp.moveaxis(jnp.where(real, leaf, 0), 0, 2) for leaf in (x, y))
-                watched = Neurons(*shown, value=seen)
+                watched = Neurons(*shown, value=jnp.where(real, value, 0))
             if key is not None and config.dropout:
                 own = jax.random.fold_in(key, index)
                 kept = jax.random.bernoulli(own, 1 - config.dropout, y.shape)

@@ -276,7 +276,7 @@ class _Manager(ocp.CheckpointManager):
     _first: int | None = None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what can't be deleted is in nobody's way
+        with contextlib.suppress(Exception):  # what can't be deleted is in nobody's way
             self._maybe_await_cleanup_tmp_directory()
         super().close()
 
