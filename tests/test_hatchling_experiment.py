@@ -61,7 +61,7 @@ def test_quality_is_resumed_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "prepare", small)
     out = tmp_path / "quality.jsonl"
     config = quality.HatchlingQuality(
-        arms=("plain", "hatchling"), seeds=(0,), embed_dim=8, num_layers=2, num_heads=2,
+        arms=("plain", "hatchling"), seeds=(0, 0), embed_dim=8, num_layers=2, num_heads=2,
         steps=2, batch_size=2, seq_len=16, rows=4, out=str(out),
     )  # fmt: skip
     quality.main(config)
@@ -71,7 +71,8 @@ def test_quality_is_resumed_and_reported(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     quality.main(dataclasses.replace(config, report=str(out)))
     table = capsys.readouterr().out
-    assert "2 steps of 2 rows of 16 bytes, learning rate 0.003" in table
+    assert "2 steps, embed_dim 8, num_layers 2, num_heads 2, batch_size 2, seq_len 16" in table
+    assert "optimizer: name adamw, learning_rate 0.003" in table
     row = table.splitlines()[-2].split(" | ")
     assert row[0] == "| hatchling" and row[2] == "64" and row[-3].endswith("%"), row
     with pytest.raises(ValueError, match="unknown arm 'rnn': choose from plain, hatchling"):

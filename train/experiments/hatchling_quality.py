@@ -4,10 +4,11 @@ python -m train.experiments.hatchling_quality --out hatchling_quality.jsonl
 python -m train.experiments.hatchling_quality --report hatchling_quality.jsonl
 
 All arms read the same rows of bytes of the standard library's source in the same order, with the
-same optimizer; each has about the plain decoder's number of parameters. A Hatchling uses its
-weights in each application of its layer, so that equal tokens are several times the plain decoder's
-FLOPs: the arm `plain_flops` is the plain decoder trained until it has spent the Hatchling's. Each
-finished (arm, seed) is a line of the file; a second call runs only what is missing.
+same optimizer, whose learning rate is tuned for none of them; each has about the plain decoder's
+number of parameters. A Hatchling uses its weights in each application of its layer, so that equal
+tokens are several times the plain decoder's FLOPs: the arm `plain_flops` is the plain decoder
+trained until it has spent the Hatchling's. Each finished (arm, seed) is a line of the file; a
+second call runs only what is missing.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ from train.experiments.study import (
 )
 
 SIZES = ("embed_dim", "num_layers", "num_heads", "batch_size", "seq_len", "rows")
-SETTING = ("steps", "learning_rate", *SIZES)  # one table for each
+SETTING = ("steps", *SIZES, "optimizer")  # one table for each
 KEY = ("arm", "seed", *SETTING)
 VOCAB = 320  # bytes and special ids
 PLAIN = "plain"  # the arm that the others are compared with
@@ -103,6 +104,7 @@ def hatchling(config: HatchlingQuality) -> HatchlingConfig:
         num_neurons=step,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
+        remat="none",  # as the plain decoder's
     )
     missing = plain(config).num_params() - shape.num_params()
     more = max(round(missing / (3 * config.embed_dim * step)), 0)
@@ -147,7 +149,8 @@ def main(config: HatchlingQuality) -> None:
 def train_missing(config: HatchlingQuality, results: Results) -> Iterator[tuple[Result, str]]:
     """Results of the missing runs."""
     fixed = {name: getattr(config, name) for name in ("steps", *SIZES)}
-    fixed |= {"learning_rate": config.optimizer.learning_rate}
+    options = dataclasses.asdict(config.optimizer).items()
+    fixed |= {"optimizer": ", ".join(f"{name} {value}" for name, value in options)}
     runs = results.missing(
         fixed | {"arm": arm, "seed": seed} for seed in config.seeds for arm in config.arms
     )
@@ -204,13 +207,10 @@ def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: 
 def report(results: list[Result]) -> str:
     """Markdown tables, one for each setting; differences are from the plain decoder, by seed."""
     lines = []
-    for (steps, rate, *_), runs in by_key(results, *SETTING).items():
-        first = runs[0]
-        lines += [
-            f"{steps:,} steps of {first['batch_size']} rows of {first['seq_len']} bytes, learning "
-            f"rate {rate}; held-out nats per byte",
-            "",
-        ]
+    for (steps, *sizes, optimizer), runs in by_key(results, *SETTING).items():
+        shown = ", ".join(f"{name} {size}" for name, size in zip(SIZES, sizes, strict=True))
+        lines += [f"{steps:,} steps, {shown}; held-out nats per token", ""]
+        lines += [f"optimizer: {optimizer}", ""]
         losses = {run["seed"]: run["loss"] for run in runs if run["arm"] == PLAIN}
         rows = []
         for (arm,), of_arm in by_key(runs, "arm").items():
@@ -229,7 +229,7 @@ def report(results: list[Result]) -> str:
                     f"{np.median([run['cpu_seconds'] for run in of_arm]):,.0f}",
                 )
             )
-        head = ("arm", "parameters", "bytes", "TFLOPs", "seeds", "loss", "minus plain")
+        head = ("arm", "parameters", "tokens", "TFLOPs", "seeds", "loss", "minus plain")
         lines += [*markdown_table((*head, "x active", "y active", "CPU s"), rows), ""]
     return "\n".join(lines)
 

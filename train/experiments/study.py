@@ -105,8 +105,12 @@ class Results:
         return any([found.get(name) for name in self._key] == entries for found in self.found)
 
     def missing(self, runs: Iterable[Result]) -> list[Result]:
-        """Those of some runs, each given by its key, that are not finished."""
-        return [run for run in runs if run not in self]
+        """Those of some runs, each given by its key, that are not finished; each once."""
+        found: list[Result] = []
+        for run in runs:
+            if run not in self and run not in found:
+                found.append(run)
+        return found
 
     def add(self, result: Result) -> None:
         """Append a finished run to the file."""
