@@ -589,7 +589,8 @@ def test_the_study_is_reported(tmp_path: Path, capsys):
         streams = {who: {"fork_1": site | {"tokens": 7}} for who in ("hiding", "control")}
         rates = summarise(organism(), found, quiet)
         runs.append(
-            {"arm": "told", "kind": "taboo", "seed": seed, "rates": rates, "streams": streams}
+            dict.fromkeys(secrets.KEY, 0)
+            | {"arm": "told", "kind": "taboo", "seed": seed, "rates": rates, "streams": streams}
         )
     shown = secrets.report(runs)
     assert "told, taboo, seeds 0 1: hits in %" in shown

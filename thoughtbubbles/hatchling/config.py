@@ -99,12 +99,12 @@ class HatchlingConfig(ArchitectureConfig):
         return self.num_neurons // self.num_heads
 
     def prefill_bytes(self, num_tokens: int) -> int:
-        """Bytes that a forward pass over one row takes beside parameters and cache, about."""
+        """Bytes that a forward pass over one row takes beside parameters and cache, about.
+
+        XLA holds the overlaps of one head at a time on a CPU.
+        """
         chunk = min(self.chunk or num_tokens, num_tokens)
-        scores = self.num_heads * chunk**2
-        return 4 * (
-            5 * scores // 2 + 6 * chunk * self.num_neurons + 8 * num_tokens * self.embed_dim
-        )
+        return 4 * (chunk**2 + 6 * chunk * self.num_neurons + 8 * num_tokens * self.embed_dim)
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
         """Bytes that reading `num_tokens` more of each row takes beside parameters and cache."""
