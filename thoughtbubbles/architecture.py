@@ -273,9 +273,8 @@ class Architecture(Module):
             key: As in `run`.
 
         Returns:
-            Nats `[B, T]` float32 of each next token, 0 for padding, NaN in rows with padding in
-            front of a token (an error outside of `jit`; their gradient is 0), and what `run`
-            returned.
+            Nats `[B, T]` float32 of each next token, 0 for padding, NaN (gradient 0) in rows padded
+            in front of a token, an error outside of `jit`; and what `run` returned.
         """
         inputs, targets = next_tokens(rows)
         length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
