@@ -152,6 +152,20 @@ def test_tensors_that_the_index_does_not_list_are_read_and_named(copy):
         load_pretrained(folder)
 
 
+def test_tensors_without_a_place_may_be_left_out(copy):
+    library = pytest.importorskip("safetensors.numpy")
+    folder = copy("llama")
+    expected, file = load_pretrained(folder).params, folder / "model.safetensors"
+    more = {f"vision.{name}.weight": np.ones(2, np.float32) for name in "abcd"}
+    library.save_file(library.load_file(file) | more, file)
+    with pytest.raises(ValueError, match=r"tensor vision.a.weight, .*strict=False\) leaves it out"):
+        load_pretrained(folder)
+    line = r"not used are vision.a.weight, .* vision.c.weight and 1 more, which its config does"
+    with pytest.warns(UserWarning, match=line):
+        found = load_pretrained(folder, strict=False).params
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_files_that_are_not_read_are_named(copy):
     folder = copy("qwen2")
     shutil.copy(FIXTURES / "llama/model.safetensors", folder / "consolidated.safetensors")

@@ -29,6 +29,7 @@ from thoughtbubbles.safetensors_files import (
     SafetensorsFiles,
     check_new_folder,
     new_folder,
+    some,
     write_safetensors,
 )
 from thoughtbubbles.stored_parameters import (
@@ -80,6 +81,7 @@ def load_pretrained(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     shardings: Callable[[Any], Any] | None = None,
+    strict: bool = True,
 ) -> Pretrained:
     """Load a Hugging Face folder, a folder of the library's own form, or a GGUF file.
 
@@ -94,6 +96,8 @@ def load_pretrained(
         shardings: Function from an abstract `nnx.State` of the model to the sharding of each leaf,
             such as `train.devices.mesh.state_shardings`; None puts all parameters on the first
             device of the process.
+        strict: Whether a tensor that the config has no place for is an error; else a warning names
+            it, and it is not used.
 
     Returns:
         The decoder with its config and tokenizer.
@@ -109,7 +113,7 @@ def load_pretrained(
         config = dataclasses.replace(config, dtype=dtype or "float32")
     state = abstract_state(config)
     parameters = own_parameters(state) if own else family_parameters(config, state)
-    _check(path, source, parameters, tied=not own and config.tied_head)
+    _check(path, source, parameters, tied=not own and config.tied_head, strict=strict)
     sharding = _sharding_by_name(state, shardings)
     params = {
         parameter.path: _read(source, parameter, np.dtype(dtype or "float32"), sharding[name])
@@ -286,9 +290,9 @@ def _check_sizes(path: Path, source: _Source, config: ModelConfig) -> None:
 
 
 def _check(
-    path: Path, source: _Source, parameters: dict[str, StoredParameter], *, tied: bool
+    path: Path, source: _Source, parameters: dict[str, StoredParameter], *, tied: bool, strict: bool
 ) -> None:
-    """Raise a ValueError unless the tensors are those of the config."""
+    """Raise a ValueError unless all tensors of the config are there, and, if strict, no other."""
     expected = {
         name: parameter.stored_shape
         for parameter in parameters.values()
@@ -301,11 +305,21 @@ def _check(
             raise ValueError(
                 f"{path}: {name} has shape {source.shapes[name]}, its config asks for {shape}"
             )
-    for name in source.shapes:
-        repeated = tied and name == TOP["head"]
-        buffer = name.endswith("rotary_emb.inv_freq")  # old files hold these, computed from config
-        if name not in expected and not repeated and not buffer:
-            raise ValueError(f"{path} has a tensor {name}, which its config does not have")
+    unknown = {
+        name
+        for name in source.shapes.keys() - expected.keys()
+        if not (tied and name == TOP["head"])
+        and not name.endswith("rotary_emb.inv_freq")  # old files hold these, computed from config
+    }
+    if unknown and strict:
+        raise ValueError(
+            f"{path} has a tensor {min(unknown)}, which its config does not have: correct "
+            "config.json, or load_pretrained(..., strict=False) leaves it out"
+        )
+    if unknown:
+        warnings.warn(
+            f"{path}: not used are {some(unknown)}, which its config does not have", stacklevel=3
+        )
 
 
 def _sharding_by_name(state: nnx.State, shardings: Callable[[Any], Any] | None) -> dict[str, Any]:

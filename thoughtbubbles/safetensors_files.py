@@ -72,7 +72,7 @@ class SafetensorsFiles:
         files = {location.file.name for location in self._locations.values()}
         others = {path.name for path in folder.glob("*.safetensors")} - files - {SINGLE}
         if others and single == SINGLE:
-            _warn(f"{folder}: the weights are in {_some(files)}; not read are {_some(others)}")
+            _warn(f"{folder}: the weights are in {some(files)}; not read are {some(others)}")
         self.shapes = {name: location.shape for name, location in self._locations.items()}
 
     def _add_shards(self, folder: Path) -> None:
@@ -111,9 +111,9 @@ class SafetensorsFiles:
                 elif weight_map[name] != shard:
                     copies.add(f"{name} of {shard}")
         if unlisted:
-            _warn(f"{folder / INDEX} does not list {_some(unlisted)}: read all the same")
+            _warn(f"{folder / INDEX} does not list {some(unlisted)}: read all the same")
         if copies:
-            _warn(f"{folder / INDEX} lists another shard for {_some(copies)}: not read")
+            _warn(f"{folder / INDEX} lists another shard for {some(copies)}: not read")
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored type and shape."""
@@ -125,7 +125,7 @@ class SafetensorsFiles:
         return flat.reshape(location.shape)
 
 
-def _some(names: set[str]) -> str:
+def some(names: set[str]) -> str:
     """The first names, and how many more there are."""
     first = ", ".join(cut(name, 100) for name in sorted(names)[:3])
     return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
