@@ -202,13 +202,19 @@ def test_logits_that_mix_predictions_and_limits_of_large_passes(monkeypatch):
 
 @pytest.mark.parametrize("name", ["plain", "top-k", "threshold", "released", "rank", SCANNED])
 def test_a_training_step_is_that_of_one_device(name):
-    """Gradients are read from Adam's first moment, (1 - b1) g, after a step that clips nothing."""
+    """Gradients are read from Adam's first moment, (1 - b1) g, after a step that clips nothing.
+
+    Axes that could split parameters have one device.
+    """
     optimizer = OptimizerConfig(clip=1e9)
     rows = np.where(np.arange(TOKENS) < np.maximum(LENGTH, 2)[:, None], TEXT, -1)
     found = []
     for devices, axes in ((1, AxisType.Auto), (2, AxisType.Explicit)):
         mesh = jax.make_mesh(
-            (devices,), ("data",), axis_types=(axes,), devices=jax.devices()[:devices]
+            (devices, 1, 1),
+            ("data", "fsdp", "tensor"),
+            axis_types=(axes,) * 3,
+            devices=jax.devices()[:devices],
         )
         with jax.set_mesh(mesh):
             trainable = make_trainable(MODELS[name], optimizer, 10, mesh)

@@ -208,7 +208,9 @@ def _sharding_of(path, shape, axes, mesh: Mesh, rules: AxisRules) -> NamedShardi
             f"{jax.tree_util.keystr(path)}: no rule for the axis {unknown[0]!r}: choose from "
             f"{', '.join(known)}, or None for an axis that is not split"
         )
-    spec = [known[name] if name and known[name] in mesh.shape else None for name in axes]
+    # Explicit axes of one device are left out: products of two operands that have them are refused.
+    split = {name for name, size in mesh.shape.items() if size > 1 or not is_explicit(mesh)}
+    spec = [known[name] if name and known[name] in split else None for name in axes]
     for size, name, mesh_axis in zip(shape, axes, spec, strict=True):
         if mesh_axis and size % mesh.shape[mesh_axis]:
             raise ValueError(
