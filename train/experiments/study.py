@@ -165,7 +165,7 @@ def report_text(path: str | Path, key: Sequence[str], report: Callable[[list[Res
             )
     try:
         return report(results)
-    except (AttributeError, LookupError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} has a result that was not written so ({type(error).__name__}: {error}): write "
             "the file anew"
