@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from train.benchmarks.timing import Cost, Timing
 from train.data import SplitCorpus
 from train.data.prepared import prepare_documents
 from train.experiments import hatchling_quality as quality
@@ -58,22 +59,36 @@ def test_quality_is_resumed_and_reported(tmp_path, monkeypatch, capsys):
         data = dataclasses.replace(data, validation=0.3, cache_dir=str(tmp_path))
         return prepare_documents(SplitCorpus("small", lambda: iter(texts), 0.3), data)
 
+    def in_turns(runs, rounds):
+        best = {name: min(run() for _ in range(rounds)) for name, run in runs.items()}
+        assert all(cost.cpu_seconds > 0 for cost in best.values())
+        measured = {"plain": Cost(9.0, 2.0), "hatchling": Cost(9.0, 5.0)}
+        return {name: Timing([measured[name]]) for name in runs}
+
     monkeypatch.setattr(quality, "prepare", small)
+    monkeypatch.setattr(quality, "interleaved", in_turns)
     out = tmp_path / "quality.jsonl"
     config = quality.HatchlingQuality(
-        arms=("plain", "hatchling"), seeds=(0, 0), embed_dim=8, num_layers=2, num_heads=2,
-        steps=2, batch_size=2, seq_len=16, rows=4, out=str(out),
+        arms=("plain", "hatchling", "plain_time"), seeds=(0, 0), embed_dim=8, num_layers=2,
+        num_heads=2, steps=2, batch_size=2, seq_len=16, rows=4, out=str(out),
     )  # fmt: skip
     quality.main(config)
     lines = out.read_text().splitlines()
     quality.main(config)
-    assert out.read_text().splitlines() == lines and len(lines) == 2
+    assert out.read_text().splitlines() == lines and len(lines) == 3
     capsys.readouterr()
     quality.main(dataclasses.replace(config, report=str(out)))
     table = capsys.readouterr().out
     assert "2 steps, embed_dim 8, num_layers 2, num_heads 2, batch_size 2, seq_len 16" in table
     assert "optimizer: name adamw, learning_rate 0.003" in table
-    row = table.splitlines()[-2].split(" | ")
+    row, of_time = (line.split(" | ") for line in table.splitlines()[-3:-1])
+    assert of_time[0] == "| plain_time" and of_time[2] == "160"
     assert row[0] == "| hatchling" and row[2] == "64" and row[-3].endswith("%"), row
     with pytest.raises(ValueError, match="unknown arm 'rnn': choose from plain, hatchling"):
         quality.HatchlingQuality(arms=("rnn",))
+
+
+@pytest.mark.parametrize("config", (quality.HatchlingQuality, study.MergeLanguages))
+def test_a_list_that_names_nothing_is_refused(config):
+    with pytest.raises(ValueError, match="seeds is empty: name at least one, such as 0"):
+        config(seeds=())

@@ -6,9 +6,9 @@ python -m train.experiments.hatchling_quality --report hatchling_quality.jsonl
 All arms read the same rows of bytes of the standard library's source in the same order, with the
 same optimizer, whose learning rate is tuned for none of them; each has about the plain decoder's
 number of parameters. A Hatchling uses its weights in each application of its layer, so that equal
-tokens are several times the plain decoder's FLOPs: the arm `plain_flops` is the plain decoder
-trained until it has spent the Hatchling's. Each finished (arm, seed) is a line of the file; a
-second call runs only what is missing.
+tokens are several times the plain decoder's FLOPs and time: the arms `plain_flops` and `plain_time`
+are the plain decoder trained until it has spent the Hatchling's. Each finished (arm, seed) is a
+line of the file; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import numpy as np
 from thoughtbubbles import ModelConfig, PrefixRank
 from thoughtbubbles.architecture import ArchitectureConfig, architecture_of
 from thoughtbubbles.hatchling import ForkingHatchlingConfig, HatchlingConfig
-from train.benchmarks.timing import Clock
+from train.benchmarks.timing import Clock, Cost, interleaved
 from train.cli.command import run_command
 from train.data import DataConfig, PackedData, TrainReader, prepare
 from train.devices.mesh import MeshConfig, make_mesh, place
@@ -59,14 +59,16 @@ class HatchlingQuality(StudyConfig):
         embed_dim: Width of all models (d).
         num_layers: Number of layers of the decoder, and of applications of the Hatchling's layer.
         num_heads: Number of heads.
-        steps: Number of training steps; the arm `plain_flops` takes more.
+        steps: Number of training steps; the arms `plain_flops` and `plain_time` take more.
         batch_size: Number of rows of a step.
         seq_len: Number of tokens of a row.
         rows: Number of held-out rows, the same ones for all arms.
         optimizer: Optimizer of all arms.
     """
 
-    arms: tuple[str, ...] = (PLAIN, "hatchling", "forking", "forking_hatchling", "plain_flops")
+    arms: tuple[str, ...] = (
+        PLAIN, "hatchling", "forking", "forking_hatchling", "plain_flops", "plain_time"
+    )  # fmt: skip
     embed_dim: int = 64
     num_layers: int = 4
     num_heads: int = 4
@@ -130,15 +132,43 @@ ARMS: dict[str, Callable[[HatchlingQuality], Any]] = {
     "forking": forking,
     "forking_hatchling": forking_hatchling,
     "plain_flops": plain,
+    "plain_time": plain,
 }
 
 
 def steps_of(config: HatchlingQuality, arm: str) -> int:
-    """Number of training steps of an arm: `plain_flops` spends the Hatchling's FLOPs."""
-    if arm != "plain_flops":
-        return config.steps
-    spent = hatchling(config).forward_flops(config.seq_len)
-    return round(config.steps * spent / plain(config).forward_flops(config.seq_len))
+    """Number of training steps of an arm.
+
+    `plain_flops` spends the Hatchling's FLOPs, `plain_time` its CPU time: measured here and now, so
+    that the number is another one on another machine.
+    """
+    if arm == "plain_flops":
+        spent = hatchling(config).forward_flops(config.seq_len)
+        return round(config.steps * spent / plain(config).forward_flops(config.seq_len))
+    if arm == "plain_time":
+        costs = interleaved({name: _steps(config, name) for name in (PLAIN, "hatchling")}, 5)
+        seconds = {name: timing.best.cpu_seconds for name, timing in costs.items()}
+        return round(config.steps * seconds["hatchling"] / seconds[PLAIN])
+    return config.steps
+
+
+def _steps(config: HatchlingQuality, arm: str, count: int = 4) -> Callable[[], Cost]:
+    """A function that trains an arm for `count` more steps and returns what they cost."""
+    shape: ArchitectureConfig = ARMS[arm](config)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    trainable = make_trainable(shape, config.optimizer, config.steps, mesh, 0)
+    step, state = make_train_step(trainable), trainable.init()
+    tokens = place(np.ones((config.batch_size, config.seq_len), np.int32), mesh)
+
+    def run() -> Cost:
+        nonlocal state
+        clock = Clock()
+        for _ in range(count):
+            state, _metrics = step(state, tokens)
+        jax.block_until_ready(state.params)
+        return clock.read()
+
+    return run
 
 
 def main(config: HatchlingQuality) -> None:
@@ -219,8 +249,8 @@ def report(results: list[Result]) -> str:
                 (
                     arm,
                     f"{of_arm[0]['parameters']:,}",
-                    f"{of_arm[0]['tokens']:,}",
-                    f"{of_arm[0]['teraflops']:,.1f}",
+                    f"{np.mean([run['tokens'] for run in of_arm]):,.0f}",
+                    f"{np.mean([run['teraflops'] for run in of_arm]):,.1f}",
                     seeds_text(sorted(of_arm, key=lambda run: run["seed"])),
                     mean_text([run["loss"] for run in of_arm], 4),
                     mean_text(paired, 4, "+") if arm != PLAIN else "",

@@ -41,18 +41,21 @@ class StudyConfig:
 
 
 def check_options(config: Any) -> None:
-    """Checks the numbers of an experiment's options, before hours of work.
+    """Checks an experiment's options, before hours of work.
 
     Counts are at least 1, but those that are 0 by default, and those whose fields have `INDEX`; no
-    other number is negative.
+    other number is negative. A list that is not empty by default names something.
 
     Args:
         config: Options; those that are written as text have checks of their own.
 
     Raises:
-        ValueError: A number is too small.
+        ValueError: A number is too small, or a list is empty.
     """
     for field in dataclasses.fields(config):
+        if field.default and getattr(config, field.name) == ():
+            example = field.default[0]
+            raise ValueError(f"{field.name} is empty: name at least one, such as {example}")
         default = field.default if isinstance(field.default, tuple) else (field.default,)
         if default and all(type(item) in (int, float) for item in default):
             counted = all(type(item) is int and item > 0 for item in default)
