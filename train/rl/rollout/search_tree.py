@@ -5,8 +5,9 @@ node at a time (`SearchTree.request`), so that whoever generates them can serve 
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -53,7 +54,7 @@ class SearchOptions:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: choose a finite number")
         for name, choices in (
-            ("depth_term", ("sqrt", "log", "linear")),
+            ("depth_term", tuple(DEPTH_TERMS)),
             ("backup", ("code", "paper")),
         ):
             if getattr(self, name) not in choices:
@@ -76,6 +77,11 @@ class Chunk:
     outcome: int | None = None
     complete: bool = True
     payload: Any = None
+
+    @functools.cached_property
+    def log_prob(self) -> float:
+        """Sum of the log-probabilities, in float64."""
+        return float(np.sum(self.log_probs, dtype=np.float64))
 
 
 @dataclasses.dataclass(eq=False)
@@ -125,8 +131,8 @@ class Node:
 
 def mean_entropy(nodes: Sequence[Node]) -> float:
     """Mean negative log-probability over all generated tokens of some nodes (H)."""
-    tokens = [-value for node in nodes for value in np.asarray(node.chunk.log_probs, np.float64)]
-    return sum(tokens) / len(tokens) if tokens else 0.0
+    tokens = sum(len(node.chunk.log_probs) for node in nodes)
+    return -sum(node.chunk.log_prob for node in nodes) / tokens if tokens else 0.0
 
 
 def uct(node: Node, parent_visits: int, exploration: float) -> float:
@@ -165,6 +171,13 @@ def backup_weight(depth: int, last: int, mode: Literal["code", "paper"]) -> floa
     return max(share, LEAST_WEIGHT)
 
 
+DEPTH_TERMS: dict[str, Callable[[int, int], float]] = {
+    "sqrt": lambda depth, most: math.sqrt(depth / most),
+    "log": lambda depth, most: math.log(depth + 1),
+    "linear": lambda depth, most: float(depth),
+}
+
+
 def frontier_score(node: Node, max_depth: int, options: SearchOptions) -> float:
     """λ1 tanh Q(parent) + λ2 H + λ3 D(d) of a frontier node.
 
@@ -174,11 +187,7 @@ def frontier_score(node: Node, max_depth: int, options: SearchOptions) -> float:
         options: Options of the search.
     """
     assert node.parent is not None
-    depth = {
-        "sqrt": lambda: math.sqrt(node.depth / max_depth),
-        "log": lambda: math.log(node.depth + 1),
-        "linear": lambda: float(node.depth),
-    }[options.depth_term]()
+    depth = DEPTH_TERMS[options.depth_term](node.depth, max_depth)
     uncertain = options.entropy_weight * mean_entropy([node]) if options.entropy_weight else 0.0
     value = options.value_weight * math.tanh(node.parent.mean_value)
     return value + uncertain + options.depth_weight * depth

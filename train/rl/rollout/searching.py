@@ -1,6 +1,7 @@
 """Many searches at once: the chunks that all trees ask for are generated in shared batches."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -75,6 +76,11 @@ class Written:
     play: EnvironmentEpisode | None = None
     completion: Completion | None = None
     reward: Reward | None = None
+
+    @functools.cached_property
+    def generated(self) -> int:
+        """Number of tokens that were generated from the prompt on, observations left out."""
+        return len(self.sampled.tokens) + (0 if self.before is None else self.before.generated)
 
     @property
     def path(self) -> "list[Written]":
@@ -265,8 +271,12 @@ class Searcher:
     ) -> Conversation:
         """Rows that go on from nodes, with noise of the problem and of each new node's number."""
         numbers = [s.copy * _MOST_NODES + at for (s, _), at in zip(rows, born, strict=True)]
+        prefixes: dict[int, Prefix] = {}
+        for search, node in rows:  # siblings go on from one node
+            if id(node) not in prefixes:
+                prefixes[id(node)] = self._prefix(search, node)
         return cache.branch(
-            [self._prefix(search, node) for search, node in rows],
+            [prefixes[id(node)] for _, node in rows],
             (*self._seed, _NOISE),
             [search.problem.uid for search, _ in rows],
             numbers,
@@ -280,8 +290,8 @@ class Searcher:
         if limits.turns:
             events = np.full(len(before), -1) if self._sampler.weaves else None
             return conversation.respond(limits.max_new_tokens, active, events=events)
-        written = [sum(len(part.sampled.tokens) for part in _path(at)) for at in before]
-        left = np.minimum(limits.step_len, limits.max_new_tokens - np.array(written))
+        written = np.array([0 if at is None else at.generated for at in before])
+        left = np.minimum(limits.step_len, limits.max_new_tokens - written)
         events = None
         if self._sampler.weaves:
             events = np.array([_events(at) for at in before])
@@ -295,8 +305,7 @@ class Searcher:
     def _part(self, search: Search, before: Written | None, sampled: Sampled) -> Chunk:
         made = Written(sampled, before)
         finished = sampled.tokens[-1] in self._sampler.sampling.stop
-        written = sum(len(part.sampled.tokens) for part in made.path)
-        if not finished and written < self._limits.max_new_tokens:
+        if not finished and made.generated < self._limits.max_new_tokens:
             return Chunk(sampled.log_probs, payload=made)
         completion = self._formatter.completion(search.problem, _joined(made.path))
         reward = safe_score(self._task, completion)
