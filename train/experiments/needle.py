@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,9 @@ from train.rl.types import Completion, Problem, Reward
 MODEL = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
 )
-LENGTH, STEP_LEN = 23, 4  # letters before the end of a response, tokens of a node
+LETTERS, STEP_LEN = 24, 4  # of a response, its end included; of a node
 DEMONSTRATED = 10**6  # first index of the problems that are demonstrated
+SIZES = ("problems", "supervised", "stretch")
 SAMPLES = 8  # by which a case is missed
 
 
@@ -64,17 +65,19 @@ class Needle:
     Attributes:
         at: Index of the letter that decides.
         rate: Probability of z in demonstrations.
+        length: Number of letters.
     """
 
     at: int
     rate: float
+    length: int
 
     name = "needle"
     sizes: Any = dataclasses.field(default_factory=lambda: {"train": None, "test": None})
 
     def problem(self, split: str, index: int) -> Problem:
         rng = np.random.default_rng([index, split == "test"])
-        letters = rng.choice(list("ab"), LENGTH)
+        letters = rng.choice(list("ab"), self.length)
         letters[self.at] = "z" if rng.random() < self.rate else "y"
         return Problem(f"{split}{index}", f"{index % 100:02}:", "".join(letters))
 
@@ -83,14 +86,37 @@ class Needle:
         return Reward(float(found), found)
 
 
-TASKS: dict[str, tuple[Any, int, int]] = {
-    "late": (Needle(LENGTH - 2, 1 / 16), LENGTH + 1, STEP_LEN),
-    "middle": (Needle(LENGTH // 2, 1 / 16), LENGTH + 1, STEP_LEN),
-    "early": (Needle(1, 1 / 16), LENGTH + 1, STEP_LEN),
-    # A real task: sums of a decoder that has seen some, whose digits are nodes.
-    "sums": (Arithmetic(seed=0, digits=2), 4, 1),
+def late(stretch: int) -> tuple[Any, int, int]:
+    """A needle in the last node."""
+    letters = LETTERS * stretch - 1
+    return Needle(letters - 2, 1 / 16, letters), letters + 1, STEP_LEN * stretch
+
+
+def middle(stretch: int) -> tuple[Any, int, int]:
+    """A needle in the middle."""
+    letters = LETTERS * stretch - 1
+    return Needle(letters // 2, 1 / 16, letters), letters + 1, STEP_LEN * stretch
+
+
+def early(stretch: int) -> tuple[Any, int, int]:
+    """A needle in the first node."""
+    letters = LETTERS * stretch - 1
+    return Needle(1, 1 / 16, letters), letters + 1, STEP_LEN * stretch
+
+
+def sums(stretch: int) -> tuple[Any, int, int]:
+    """A real task: sums of a decoder that has seen some, whose digits are nodes."""
+    digits = 2 * stretch
+    return Arithmetic(seed=0, digits=digits), digits + 2, stretch
+
+
+TASKS: dict[str, Callable[[int], tuple[Any, int, int]]] = {
+    "late": late,
+    "middle": middle,
+    "early": early,
+    "sums": sums,
 }
-"""Task, tokens of the longest response, and tokens of a node, by name."""
+"""Task, tokens of the longest response, and tokens of a node, by name, for a `stretch`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +127,8 @@ class Experiment(StudyConfig):
         tasks: Names of `TASKS`.
         problems: Number of problems, of which those that 8 samples miss are cases.
         supervised: Number of optimizer steps on demonstrations.
+        stretch: Factor of the number of letters of a response (24, or 2 digits of a number) and of
+            the tokens of a node (4, or 1): search copies cached state once a node.
         figure: File for the first tree that found a needle, as .png, .pdf or .svg (needs
             matplotlib); none by default.
     """
@@ -108,6 +136,7 @@ class Experiment(StudyConfig):
     tasks: tuple[str, ...] = ("late", "middle", "early", "sums")
     problems: int = 128
     supervised: int = 300
+    stretch: int = 1
     out: str = "needle.jsonl"
     figure: str | None = None
 
@@ -120,15 +149,15 @@ def main(config: Experiment) -> None:
     """Search what is missing, or print the table."""
     if config.figure:
         check_figure(Path(config.figure))
-    run_study(config, ("task", "seed", "problems", "supervised"), search_missing, report)
+    run_study(config, ("task", "seed", *SIZES), search_missing, report)
 
 
 def search_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
     """Results of the missing runs."""
-    sizes = {"problems": config.problems, "supervised": config.supervised}
+    sizes = {name: getattr(config, name) for name in SIZES}
     runs = ({"task": name, "seed": seed, **sizes} for name in config.tasks for seed in config.seeds)
     for run in results.missing(runs):
-        found, trees = compare(run["task"], run["seed"], config.problems, config.supervised)
+        found, trees = compare(run["task"], run["seed"], **sizes)
         if config.figure and trees:
             draw_tree(trees[0]).savefig(config.figure, dpi=150)
             print(f"figure: {Path(config.figure).absolute()}")
@@ -140,7 +169,7 @@ def search_missing(config: Experiment, results: Results) -> Iterator[tuple[Resul
 
 
 def compare(
-    name: str, seed: int, problems: int, supervised: int
+    name: str, seed: int, problems: int, supervised: int, stretch: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Search and plain sampling of a task's cases.
 
@@ -149,11 +178,12 @@ def compare(
         seed: Seed of weights and of noise.
         problems: Number of problems.
         supervised: Number of optimizer steps on demonstrations.
+        stretch: Factor of lengths.
 
     Returns:
         Shares of cases found, tokens and throughput by name, and trees that found theirs, as JSON.
     """
-    task, longest, step_len = TASKS[name]
+    task, longest, step_len = TASKS[name](stretch)
     with tempfile.TemporaryDirectory() as folder:
         job, sampler = policy_of(task, seed, longest, supervised, folder)
     form = PromptFormatter(job.lm)
@@ -222,12 +252,13 @@ def policy_of(
 def report(results: list[Result]) -> str:
     """A markdown table: means over seeds ± their standard errors."""
     rows = []
-    for (name,), of_task in by_key(results, "task").items():
+    for (name, stretch), of_task in by_key(results, "task", "stretch").items():
         column = lambda key, scale=1.0, of_task=of_task: [scale * r[key] for r in of_task]  # noqa: E731
         speed = [r["search_tokens_per_second"] / r["plain_tokens_per_second"] for r in of_task]
         rows.append(
             [
                 name,
+                str(stretch),
                 str(sum(column("cases"), 0)).partition(".")[0],
                 mean_text(column("sampled", 100), 1),
                 mean_text(column("search", 100), 1),
@@ -242,7 +273,7 @@ def report(results: list[Result]) -> str:
             ]
         )
     head = [
-        "task", "cases", "a sample is right, %", "search finds, %", "plain finds, %",
+        "task", "stretch", "cases", "a sample is right, %", "search finds, %", "plain finds, %",
         "tokens of search", "of plain", "terminals", "samples", "time in generation, %",
         "tokens/s over plain's", "seeds",
     ]  # fmt: skip
