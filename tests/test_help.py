@@ -56,6 +56,7 @@ CONFIGS = {
     "experiment reinforce": "train.experiments.reinforce.Experiment",
     "experiment environments": "train.experiments.environments.Experiment",
     "experiment broadening": "train.experiments.broadening.Broadening",
+    "experiment plateau": "train.experiments.plateau.Plateau",
     "experiment needle": "train.experiments.needle.Experiment",
     "experiment synthesis": "train.experiments.synthesis.Experiment",
     "experiment secrets": "train.experiments.secrets.Secrets",

@@ -13,7 +13,7 @@ from rl_tiny import MODELS
 from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
 from train.devices.mesh import make_mesh
-from train.experiments import reinforce
+from train.experiments import plateau, reinforce
 from train.models.load import LanguageModel
 from train.rl.tasks.arithmetic import Arithmetic
 from train.rl.tasks.strings import Reverse
@@ -114,3 +114,51 @@ def test_outcomes_and_late_rollouts_in_mixed_groups_have_columns():
         "| sort | truthrl | before | 50.0 | 0.0 | 50.0 | 0.0 |",
         "| sort | truthrl | after | 25.0 | 50.0 | 25.0 | 0.0 |",
     ]
+
+
+def test_steps_that_had_nothing_to_learn_from_are_in_the_curves():
+    empty = {"reward": 0.0, "success": 0.0, "rollouts": 4, "length": 2.0}
+    empty |= {"rollout_seconds": 1.0, "update_seconds": 0.0, "mixed_groups": 0.0}
+    learned = empty | {"reward": 1.0, "clipped": 0.5}
+    found = reinforce.of_a_run([empty, learned, {"step": 2, "eval/success": 0.25}])
+    assert found["rollouts"] == 8 and found["tokens"] == 16 and found["held_out"] == [[2, 0.25]]
+    assert found["tenths"]["clipped"] == [None, 0.5] and found["tenths"]["reward"] == [0.0, 1.0]
+    assert "clipped" not in reinforce.of_a_run([empty])["tenths"]
+
+
+def test_both_ways_from_a_plateau_learn_from_equally_many_rollouts(tmp_path, monkeypatch, capsys):
+    runs = []
+
+    class Baseline:
+        success, lm = 0.25, "mediocre"
+
+        def __init__(self, config, task, seed):
+            assert (task, config.batch_size, config.rows) == ("sort", 4, 32)
+
+    def run(config, baseline, steps, rollouts, folder):
+        runs.append((baseline.lm, steps, rollouts))
+        cost = {"rollouts": 4 * steps * rollouts, "tokens": 9, "updates": steps, "cpu_seconds": 1.0}
+        return {"after": 0.5 + len(runs) / 8, **cost}
+
+    monkeypatch.setattr(plateau.reinforce, "Baseline", Baseline)
+    monkeypatch.setattr(plateau, "_train", run)
+    monkeypatch.setattr(plateau, "load_language_model", lambda folder: "flat")
+    config = plateau.Plateau(
+        task="sort", steps=5, more=12, few=4, many=16, batch_size=4, rows=32, seeds=(0,),
+        out=str(tmp_path / "out.jsonl"),
+    )  # fmt: skip
+    plateau.main(config)
+    assert runs == [("mediocre", 5, 4), ("flat", 12, 4), ("flat", 3, 16)]
+    plateau.main(config)
+    assert len(runs) == 3
+    capsys.readouterr()
+    plateau.main(dataclasses.replace(config, report=config.out))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
+    shown = [(row[0], row[2], row[3], row[4], row[5]) for row in rows]
+    assert shown == [
+        ("| flat", "25.0", "62.5", "+37.5", "80"),
+        ("| longer", "62.5", "75.0", "+12.5", "192"),
+        ("| broader", "62.5", "87.5", "+25.0", "192"),
+    ]
+    with pytest.raises(ValueError, match="few=4, many=18, more=12: choose many as a multiple"):
+        dataclasses.replace(config, many=18)

@@ -42,6 +42,7 @@ EXPERIMENTS = {
     "reinforce": "RL methods on string tasks, against supervised tuning",
     "environments": "scores of the random and the scripted player of each environment",
     "broadening": "why more rollouts of a problem help: BroRL's theory, simulated",
+    "plateau": "more rollouts of a problem or more steps, where training has flattened out: BroRL",
     "needle": "tree search against plain sampling at equal tokens: DeepSearch's planted needle",
     "synthesis": "memory, forks, tree search and budgets in one policy, and without each",
     "secrets": "methods that make a small model tell its secret, and what its bubbles know",

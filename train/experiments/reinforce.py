@@ -37,6 +37,7 @@ from train.experiments.study import (
     check_finished,
     check_names,
     markdown_table,
+    mean_or_none,
     mean_text,
     run_study,
     seeds_text,
@@ -366,12 +367,11 @@ OUTCOMES = ("accuracy", "uncertain", "hallucination", "truthfulness")
 
 
 def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Summary of a run's metrics: what was generated, where the time went, and learning curves in
-    tenths of the run."""
+    """What a run generated, where its time went, and learning curves in tenths of the run."""
     steps = [line for line in lines if "reward" in line]
     total = lambda name: float(sum(step[name] for step in steps))  # noqa: E731
     tenth = max(len(steps) // 10, 1)
-    parts = [steps[start : start + tenth] for start in range(0, len(steps), tenth)]
+    parts = [steps[at : at + tenth] for at in range(0, len(steps), tenth)]
     return {
         "rollouts": int(total("rollouts")),
         "tokens": round(sum(step["rollouts"] * step["length"] for step in steps)),
@@ -384,9 +384,9 @@ def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if f"eval/info/{name}" in lines[-1] | lines[0]
         },
         "tenths": {
-            name: [float(np.mean([step[name] for step in part])) for part in parts]
+            name: [mean_or_none([step[name] for step in part if name in step]) for part in parts]
             for name in KEPT
-            if name in steps[0]
+            if any(name in step for step in steps)
         },
     }
 
@@ -396,7 +396,7 @@ def report(results: list[Result]) -> str:
     rows = []
     for (task, arm), of_arm in by_key(results, "task", "arm").items():
         gained = [100 * (r["after"] - r["before"]) for r in of_arm]
-        cost = [(r["cpu_seconds"] + r["baseline_cpu_seconds"]) / 60 for r in of_arm]
+        cost = max(r["cpu_seconds"] + r["baseline_cpu_seconds"] for r in of_arm) / 60
         rows.append(
             (
                 task,
@@ -409,7 +409,7 @@ def report(results: list[Result]) -> str:
                 f"{np.mean([r['updates'] for r in of_arm]):,.0f}",
                 f"{np.mean([r.get('rollouts', 0) for r in of_arm]):,.0f}",
                 f"{np.mean([r.get('tokens', 0) for r in of_arm]):,.0f}",
-                f"{max(cost):.1f}",
+                f"{cost:.1f}",
                 mean_text([100 * late_mixed(r) for r in of_arm if "tenths" in r], 1),
             )
         )

@@ -192,6 +192,11 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
+def mean_or_none(values: Sequence[float]) -> float | None:
+    """Mean of some values; None of none, for which JSON has a word."""
+    return float(np.mean(values)) if values else None
+
+
 def mean_text(values: Sequence[float], digits: int, sign: str = "") -> str:
     """A mean with its standard error: `1.26 ± 0.04`.
 

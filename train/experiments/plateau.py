@@ -1,0 +1,174 @@
+"""Many rollouts a problem, or many more steps? BroRL on a task whose training has flattened out.
+
+python -m train.experiments.plateau --out plateau.jsonl
+python -m train.experiments.plateau --report plateau.jsonl
+
+The mediocre decoder of `reinforce` is trained by BroRL's recipe with few rollouts of each problem
+for so long that held-out success hardly rises any more. From there two arms learn from equally many
+rollouts: "longer" goes on as before, "broader" takes many rollouts of each problem, and fewer
+steps. (Dynamic sampling generates more than are learned from; the table counts what is generated.)
+Each finished (arm, seed) is a line of the file; a second call runs only what is missing.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from train.benchmarks.timing import Clock
+from train.cli.command import run_command
+from train.engine.optim import OptimizerConfig
+from train.experiments import reinforce
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_finished,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
+from train.models.load import load_language_model
+from train.rl.job import RLJob
+from train.rl.loop import train
+from train.runs.metrics import read_metrics
+
+FLAT, LONGER, BROADER = "flat", "longer", "broader"
+SIZES = ("task", "steps", "more", "few", "many", "batch_size", "minibatches", "learning_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plateau(StudyConfig):
+    """Learns from equally many rollouts in more steps, and in fewer with more of each problem.
+
+    Attributes:
+        task: Name of a task of `experiment reinforce`.
+        steps: Number of steps until training has flattened out.
+        more: Number of steps of the arm "longer".
+        few: Number of rollouts of a problem in both.
+        many: Number of rollouts of a problem in the arm "broader", a multiple of `few`, which takes
+            `few` / `many` of the steps.
+        batch_size: Number of problems of a step.
+        minibatches: Number of optimizer steps on the rollouts of a step, in all arms.
+        learning_rate: Learning rate with few rollouts; constant.
+        rows: Number of held-out problems, none of which is ever trained on.
+    """
+
+    task: str = "reverse"
+    steps: int = 300
+    more: int = 320
+    few: int = 16
+    many: int = 512
+    batch_size: int = 16
+    minibatches: int = 4
+    learning_rate: float = 3e-4
+    rows: int = 1024
+    out: str = "plateau.jsonl"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_names("task", (self.task,), reinforce.TASKS)
+        if self.many % self.few or self.more % (self.many // self.few):
+            raise ValueError(
+                f"few={self.few}, many={self.many}, more={self.more}: choose many as a multiple of "
+                "few and more as one of many / few, so that both arms have equally many rollouts"
+            )
+
+
+def main(config: Plateau) -> None:
+    """Train what is missing, or print the table."""
+    run_study(config, ("arm", "seed", *SIZES), train_missing, report)
+
+
+def train_missing(config: Plateau, results: Results) -> Iterator[tuple[Result, str]]:
+    """Results of the missing runs; both arms of a seed start from one plateau."""
+    sizes = {name: getattr(config, name) for name in SIZES}
+    steps = {LONGER: config.more, BROADER: config.more * config.few // config.many}
+    for seed in config.seeds:
+        runs = results.missing({"arm": arm, "seed": seed, **sizes} for arm in (FLAT, *steps))
+        if not runs:
+            continue
+        common = reinforce.Experiment(
+            learning_rate=config.learning_rate, batch_size=config.batch_size, rows=config.rows
+        )
+        baseline = reinforce.Baseline(common, config.task, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            found = _train(config, baseline, config.steps, config.few, folder)
+            flat = found["after"]
+            baseline.lm = load_language_model(folder)
+        for run in runs:
+            if run["arm"] != FLAT:
+                many = config.few if run["arm"] == LONGER else config.many
+                with tempfile.TemporaryDirectory() as folder:
+                    found = _train(config, baseline, steps[run["arm"]], many, folder)
+            before = baseline.success if run["arm"] == FLAT else flat
+            yield (
+                run | found | {"before": before},
+                f"{run['arm']} seed {seed}: {before:.1%} -> {found['after']:.1%}, "
+                f"{found['rollouts']:,} rollouts, {found['cpu_seconds']:.0f} CPU seconds",
+            )
+
+
+def _train(
+    config: Plateau, baseline: reinforce.Baseline, steps: int, rollouts: int, folder: str
+) -> dict[str, Any]:
+    """Train by BroRL's recipe from the baseline's weights, in a folder, and score the end."""
+    clock = Clock()
+    base = config.batch_size * config.few
+    run = baseline.rl(
+        folder,
+        method=f"brorl(num_generations={rollouts}, base_rollouts={base})",
+        steps=steps,
+        minibatches=config.minibatches,
+        save_every=steps,
+        optimizer=OptimizerConfig(
+            learning_rate=config.learning_rate, weight_decay=0.0, final_ratio=1.0, warmup=0.0
+        ),
+    )
+    after = train(RLJob(run, baseline.lm, baseline.task))["success"]
+    check_finished(folder, steps)
+    cost = clock.read()
+    return {
+        "after": after,
+        **reinforce.of_a_run(read_metrics(folder)),
+        "updates": steps * config.minibatches,
+        "scaled_learning_rate": run.scaled_optimizer.learning_rate,
+        "seconds": cost.seconds,
+        "cpu_seconds": cost.cpu_seconds,
+        "jax": jax.__version__,
+    }
+
+
+def report(results: list[Result]) -> str:
+    """A markdown table: held-out success in percent, mean over seeds ± its standard error."""
+    rows = []
+    for (arm,), runs in by_key(results, "arm").items():
+        rows.append(
+            (
+                arm,
+                seeds_text(runs),
+                mean_text([100 * run["before"] for run in runs], 1),
+                mean_text([100 * run["after"] for run in runs], 1),
+                mean_text([100 * (run["after"] - run["before"]) for run in runs], 1, "+"),
+                f"{np.mean([run['rollouts'] for run in runs]):,.0f}",
+                f"{np.mean([run['tokens'] for run in runs]):,.0f}",
+                f"{np.mean([run['updates'] for run in runs]):,.0f}",
+                f"{np.mean([run['cpu_seconds'] for run in runs]):,.0f}",
+            )
+        )
+    head = "arm, seeds, before, after, gained, rollouts, tokens, optimizer steps, CPU-seconds"
+    return "\n".join(markdown_table(head.split(", "), rows))
+
+
+def command() -> None:
+    run_command(main, Plateau)
+
+
+if __name__ == "__main__":
+    command()
