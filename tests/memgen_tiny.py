@@ -32,7 +32,7 @@ PLAIN = ModelConfig(
     tied_head=False,
 )
 FORKS: dict[str, Any] = {"num_layers": 3, "fork_layers": (1, 2), "merge": "residual"}
-ONE_FORK: dict[str, Any] = {"num_layers": 2, "fork_layers": (1,), "merge": "residual"}
+ONE_FORK: dict[str, Any] = {"num_layers": 1, "fork_layers": (0,), "merge": "residual"}
 MODELS = {
     "plain": PLAIN,
     "rank": dataclasses.replace(PLAIN, **FORKS, policy=PrefixRank(2.0)),
@@ -122,7 +122,7 @@ def backbone(kind: str, embed_dim: int = 32, dtype: str = "float32") -> Any:
 
 @functools.cache
 def memgen_of(
-    kind: str = "plain",
+    kind: str = "shallow",
     config: MemGenConfig = CONFIG,
     weaver_width: int | None = None,
     dtype: str = "float32",
@@ -146,7 +146,7 @@ def memgen_of(
 
 
 @functools.cache
-def fresh_memgen(kind: str = "plain", config: MemGenConfig = CONFIG) -> MemGen:
+def fresh_memgen(kind: str = "shallow", config: MemGenConfig = CONFIG) -> MemGen:
     """The same with weaver and trigger as they begin."""
     reasoner = backbone(kind)
     build = lambda: MemGen(reasoner, config, boundary=BOUNDARY, rngs=nnx.Rngs(1))  # noqa: E731
@@ -257,7 +257,7 @@ class Conversation(NamedTuple):
 
 
 @functools.cache
-def conversation(kind: str = "plain", observed: bytes = b"") -> Conversation:
+def conversation(kind: str = "shallow", observed: bytes = b"") -> Conversation:
     """Prompts, a response, an observation, another response, in one session that is kept.
 
     The session is of the size that `rollout` has, so that both are one program: there is room for

@@ -19,7 +19,7 @@ from train.rl.rollout.sampler import Sampling
 from train.rl.types import Problem, Reward, Turn
 
 PLAIN = dataclasses.replace(memgen_tiny.PLAIN, vocab_size=ByteTokenizer.vocab_size)
-ONE_FORK: dict[str, Any] = {"fork_layers": (1,), "merge": "residual"}
+ONE_FORK: dict[str, Any] = {"num_layers": 1, "fork_layers": (0,), "merge": "residual"}
 MODELS = {
     "plain": PLAIN,
     "rank": dataclasses.replace(PLAIN, **memgen_tiny.FORKS, policy=PrefixRank(2.0)),
@@ -63,7 +63,7 @@ def filled(abstract: Any, seed: int = 0, scale: float = 0.25) -> Any:
 @functools.cache
 def finetunable(
     method: Any = "all",
-    model: str = "plain",
+    model: str = "shallow",
     seed: int = 0,
     memgen: MemGenConfig = MEMGEN,
     value_head: bool = False,

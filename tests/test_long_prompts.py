@@ -91,7 +91,7 @@ def test_texts_and_scores_are_those_of_whole_rows(short_blocks):
 
 
 def test_a_session_is_begun_in_blocks(monkeypatch: pytest.MonkeyPatch):
-    made, told = memgen_of("plain"), []
+    made, told = memgen_of(), []
     prompts = [*PROMPTS, PROMPTS[-1][:16]]
     tokens, length = pad_prompts(prompts, made.reasoner.vocab_size)
     args = made, tokens, length, row_keys(0, prompts), 64

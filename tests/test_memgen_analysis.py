@@ -317,8 +317,8 @@ def test_53_filtered_generation():
     """Dropping nothing is the baseline, dropping all is a trigger that never invokes, and without
     a cluster none of its memories are left; all three are one program.
     """
-    memgen, baseline = rollout("plain", CONFIG, AlwaysInvoke())
-    _, never = rollout("plain", CONFIG, NeverInvoke())
+    memgen, baseline = rollout("shallow", CONFIG, AlwaysInvoke())
+    _, never = rollout("shallow", CONFIG, NeverInvoke())
     baseline, never = in_numpy((baseline, never))
     recorder = LatentRecorder()
     recorder.add(baseline, "all")

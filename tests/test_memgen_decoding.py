@@ -58,16 +58,21 @@ AT_ONCE = dataclasses.replace(
 )
 RAW = weaver_config(match_scale=False)
 LEARNED = LearnedInvoke()
-# Of two blocks where they matter: in forks, in weaving at once, and in the case that most share.
+# Of two blocks where they matter: in forks, and in weaving at once.
 CASES: dict[str, tuple[str, MemGenConfig, Any]] = {
-    "plain, always": ("plain", CONFIG, AlwaysInvoke()),
+    "one block, always": ("shallow", CONFIG, AlwaysInvoke()),
     "one block, hidden states, trigger on the stream": ("shallow", HIDDEN, LEARNED),
     "plain, one pass, trigger on hidden states": ("plain", AT_ONCE, LEARNED),
     "one block, raw scale, trigger on tokens": ("shallow", RAW, LEARNED),
     "forks by rank": ("one fork by rank", CONFIG, AlwaysInvoke()),
     "forks by threshold": ("one fork by threshold", CONFIG, AlwaysInvoke()),
 }
-CONVERSED = ("plain, always", "forks by rank")  # teacher forcing of these and more: test_memgen_io
+CONVERSED = ("one block, always", "forks by rank")  # teacher forcing: test_memgen_io
+# Which policy forks is nothing to a response: "python -m pytest -m experiment" runs the other.
+NAMES = [
+    pytest.param(name, marks=pytest.mark.experiment) if name == "forks by threshold" else name
+    for name in CASES
+]
 
 
 @functools.cache
@@ -117,13 +122,7 @@ def test_a_top_p_of_one_is_off():
     assert make_request(made, 4, temperature=1.0, top_p=0.5).top_p == 0.5
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.experiment) if name == "forks by threshold" else name
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_d28_cached_is_recomputed(name: str):
     made, response, rows = oracle_rows(name)
     for index, row in enumerate(rows):
@@ -150,7 +149,7 @@ def test_the_learned_triggers_above_say_both():
     assert {0, 1} <= set(np.concatenate(decisions).tolist())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_d31_budget_and_record(name: str):
     made, response, rows = oracle_rows(name)
     config, decisions = made.config, np.asarray(response.decisions)
@@ -172,7 +171,7 @@ def test_d31_budget_and_record(name: str):
         assert len(rows[row].stream) == len(prompt) + NEW + count
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in CONVERSED])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CONVERSED])
 def test_d33_teacher_forcing_gives_the_same_log_probs(name: str):
     kind, config, policy = CASES[name]
     made, response = rollout(kind, config, policy)
@@ -187,7 +186,8 @@ def test_d33_teacher_forcing_gives_the_same_log_probs(name: str):
         )
 
 
-@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.experiment), "foreign"])
+@pytest.mark.experiment  # test_memgen_rows shows more of it, and d27 below of what is sampled
+@pytest.mark.parametrize("kind", ["shallow", "foreign"])
 def test_d26_batched_is_one_by_one(kind: str):
     made, together = rollout(kind, CONFIG, AlwaysInvoke())
     together = in_numpy(together)
@@ -260,6 +260,7 @@ def test_d29_a_chunk_of_latents_is_what_reading_anew_gives(session_of_prompts):
     np.testing.assert_allclose(after.reasoner.hidden, hidden[np.arange(3), last], atol=1e-5)
 
 
+@pytest.mark.experiment  # the oracle of d28 steps by a loop of its own
 def test_d30_while_is_scan():
     """The same steps by `lax.scan`, which never leaves early."""
     made = memgen_of("shallow")
@@ -283,6 +284,7 @@ def test_d30_while_is_scan():
     np.testing.assert_allclose(scanned.log_probs, response.log_probs, atol=1e-5)
 
 
+@pytest.mark.experiment  # the oracle of d28 isn't compiled either
 def test_d30_compiled_is_not_compiled():
     """Operation by operation, Python's own loops: the same ids and events.
 
@@ -301,7 +303,7 @@ def test_d30_compiled_is_not_compiled():
 
 
 def test_d32_a_row_ends_at_its_stop_id():
-    made, free = rollout("plain", CONFIG, AlwaysInvoke())
+    made, free = rollout("shallow", CONFIG, AlwaysInvoke())
     stop = next(
         new[place] for new in free.texts for place in range(1, NEW - 1) if new[place] != new[0]
     )
@@ -385,7 +387,9 @@ def test_d36_sentences_end_where_a_reader_says(text: str, expected: bool, pieces
     assert bool(is_boundary(table, jnp.int32(ids[-1]), jnp.int32(ids[-2]))) is expected
 
 
-@pytest.mark.parametrize(("prompt", "inference"), [(0, 2), (3, 0)])
+@pytest.mark.parametrize(
+    ("prompt", "inference"), [(0, 2), pytest.param(3, 0, marks=pytest.mark.experiment)]
+)
 def test_one_kind_without_latents(prompt: int, inference: int):
     """Decisions are recorded, nothing stands in the stream, and training sees the same."""
     config = weaver_config(prompt_latents=prompt, inference_latents=inference)
@@ -403,10 +407,10 @@ def test_one_kind_without_latents(prompt: int, inference: int):
 
 def test_no_inference_events():
     config = dataclasses.replace(CONFIG, max_inference_events=0)
-    _, response = rollout("plain", config, AlwaysInvoke())
+    _, response = rollout("shallow", config, AlwaysInvoke())
     assert (response.decisions[:, 0] == 1).all() and (response.decisions[:, 1:] == -1).all()
     assert response.latents.shape[1] == response.points.shape[1] == 1
-    _, usual = rollout("plain", CONFIG, AlwaysInvoke())
+    _, usual = rollout("shallow", CONFIG, AlwaysInvoke())
     assert [new[0] for new in response.texts] == [new[0] for new in usual.texts]
 
 

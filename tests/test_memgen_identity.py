@@ -80,7 +80,11 @@ def test_memory_is_one_base_and_its_adapters():
     assert base + adapters <= given <= base + adapters + 4096
 
 
-@pytest.mark.parametrize("kind", ["plain", "rank", "foreign"])
+# Where nobody invokes nothing is woven: the others' caches alone, which tests of their own look at.
+OTHERS = [pytest.param(kind, marks=pytest.mark.experiment) for kind in ("plain", "rank", "foreign")]
+
+
+@pytest.mark.parametrize("kind", ["shallow", *OTHERS])
 def test_a1_never_trigger_is_the_reasoner(kind: str):
     made, response = rollout(kind, CONFIG, NeverInvoke())
     response = in_numpy(response)
@@ -97,7 +101,7 @@ def test_a1_never_trigger_is_the_reasoner(kind: str):
 def test_a2_no_latents_is_the_reasoner():
     made = memgen_of(config=weaver_config(prompt_latents=0, inference_latents=0))
     response = answer(made)
-    _, never = rollout("plain", CONFIG, NeverInvoke())
+    _, never = rollout("shallow", CONFIG, NeverInvoke())
     assert response.texts == never.texts
     np.testing.assert_allclose(response.log_probs, never.log_probs, atol=1e-5)
     assert (np.asarray(response.decisions) == 1).any()

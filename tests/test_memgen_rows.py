@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from memgen_tiny import (
+    CONFIG,
     LORA,
     NEW,
     NOBODY,
@@ -17,10 +18,12 @@ from memgen_tiny import (
     answer,
     in_numpy,
     memgen_of,
+    rollout,
     weaver_config,
 )
+from memgen_tiny import PROMPTS as SHARED
 
-from memgen import TriggerConfig, begin, make_request
+from memgen import AlwaysInvoke, NeverInvoke, TriggerConfig, begin, make_request
 from memgen import decoding as loop_module
 from memgen.backbone import check_cache
 from memgen.request import pad_prompts, row_keys
@@ -108,8 +111,12 @@ def alone_of(made, **how):
     }
 
 
-def test_whichever_rows_weave_each_is_what_it_is_alone():
-    """All patterns; one row at a time, one of each half (loads unequal or equal), or all at once.
+ONE_AND_ALL = [pytest.param(chunk, marks=pytest.mark.experiment) for chunk in (1, ROWS)]
+
+
+@pytest.mark.parametrize("chunk", [2, *ONE_AND_ALL])
+def test_whichever_rows_weave_each_is_what_it_is_alone(chunk: int):
+    """All patterns; one of each half (loads unequal or equal); elsewhere one at a time, or all.
 
     What is told of a row is its own, at the events in the loop too: its key, by which all memory or
     some is kept, and its snippet.
@@ -123,32 +130,36 @@ def test_whichever_rows_weave_each_is_what_it_is_alone():
     assert (np.abs(with_memory - without).max(axis=1) > 0.01).all(), "memory matters in every row"
     later = np.concatenate([some[row, True].decisions[0, 1:] for row in range(ROWS)])
     assert {0, 1} <= set(later.tolist()), "in the loop some is kept, some is not"
-    for chunk in (1, 2, 4):
-        for everything, expected in ((True, alone), (False, some)):
-            for pattern in PATTERNS if everything else PATTERNS[-1:]:
-                request = these(made, pattern, **told(everything))
-                session = opened(made, request=request)
-                response, _ = loop_module._respond(made, session, request, 16, chunk)
-                assert_same(in_numpy(response), expected, pattern)
+    for everything, expected in ((True, alone), (False, some)):
+        for pattern in PATTERNS if everything else PATTERNS[-1:]:
+            request = these(made, pattern, **told(everything))
+            session = opened(made, request=request)
+            response, _ = loop_module._respond(made, session, request, 16, chunk)
+            assert_same(in_numpy(response), expected, pattern)
 
 
 def test_rows_spread_over_devices_weave_where_they_are():
-    made = memgen_of("shallow")
-    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
-    alone, spread = alone_of(made), batch_sharding(mesh)
+    """And give what they give in a batch of one device, whether all weave there or none."""
+    policies = {True: AlwaysInvoke(), False: NeverInvoke()}
+    shared = {
+        weaves: in_numpy(rollout("shallow", CONFIG, policies[weaves])[1]) for weaves in policies
+    }
+    place, prompts = [0, 1, 1, 0], [SHARED[0], SHARED[1], SHARED[1], SHARED[0]]
+    alone = {
+        (row, weaves): jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], shared[weaves])
+        for row, at in enumerate(place)
+        for weaves in policies
+    }
+    made, mesh = memgen_of("shallow"), make_mesh(MeshConfig(), jax.devices()[:2])
+    spread = batch_sharding(mesh)
     made_there = jax.device_put(made, replicated(mesh))
-
-    def exchanged(chunk: int) -> set[str]:
-        """Types of the values that devices exchange."""
-        given = made_there, opened(made_there, sharding=spread), these(made, PATTERNS[1])
-        text = loop_module._respond.lower(*given, 16, chunk).compile().as_text()
-        told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
-        return {kind for types in told for kind in re.findall(r"(\w+)\[", types)}
-
-    assert exchanged(2) == {"pred"}, "whether some are left, and no rows"
-    assert exchanged(1) > {"pred"}, "this test can fail"
+    given = made_there, opened(made_there, prompts, spread), these(made, PATTERNS[1])
+    text = loop_module._respond.lower(*given, 16, 2).compile().as_text()
+    told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
+    kinds = {kind for types in told for kind in re.findall(r"(\w+)\[", types)}
+    assert kinds == {"pred"}, "devices tell each other whether some are left, and no rows"
     for pattern in PATTERNS[::3]:
-        session = opened(made_there, sharding=spread)
+        session = opened(made_there, prompts, spread)
         assert loop_module.chunk_size(session) == 2
         response, session = loop_module.respond(made_there, session, these(made, pattern), 16)
         assert loop_module.chunk_size(session) == 2, "the next response is not another program"

@@ -123,7 +123,12 @@ def test_the_gradient_is_that_of_weighted_log_probabilities():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"accumulate": 4}, {"accumulate": 2, "method": "grpo(aggregate='token')"}], ids=str
+    "changes",
+    [
+        pytest.param({"accumulate": 4}, marks=pytest.mark.experiment),
+        {"accumulate": 2, "method": "grpo(aggregate='token')"},
+    ],
+    ids=str,
 )
 def test_parts_of_a_minibatch_add_up(changes):
     _, _, trajectories = rollouts()
@@ -134,9 +139,14 @@ def test_parts_of_a_minibatch_add_up(changes):
     assert_close(one, parts)
 
 
-@pytest.mark.parametrize("changes", [{}, {"method": "grpo(aggregate='constant')"}], ids=str)
+BY_CONSTANT = {"method": "grpo(aggregate='constant')"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param(BY_CONSTANT, marks=pytest.mark.experiment)], ids=str
+)
 def test_order_and_filler_change_nothing(changes):
-    """By sequences, and by a constant; by tokens it is the loss's test alone."""
+    """By sequences; by tokens, or a constant, it is the loss's test alone, without -m experiment."""
     _, _, trajectories = rollouts()
     one, metrics = updated(trajectories, **changes)
     other, others = updated(trajectories[::-1], 24, **changes)  # 8 rows of filler

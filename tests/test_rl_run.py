@@ -89,7 +89,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", pytest.param("weaver", marks=pytest.mark.experiment)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, whole, kind):
     """Metrics and parameters bit for bit; what is dropped by filtering, KL and shuffling too."""
     out, held_out = whole(kind)

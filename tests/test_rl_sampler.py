@@ -34,18 +34,18 @@ def with_trigger(source: Any, **weaver: Any) -> memgen.MemGenConfig:
 
 NEVER, ALWAYS, LEARNED = memgen.NeverInvoke(), memgen.AlwaysInvoke(), memgen.LearnedInvoke()
 POLICIES: dict[str, tuple[str, str, memgen.MemGenConfig, Any]] = {
-    "plain": ("all", "plain", MEMGEN, NEVER),
-    "lora": ("lora", "plain", MEMGEN, NEVER),
+    "plain": ("all", "shallow", MEMGEN, NEVER),
+    "lora": ("lora", "shallow", MEMGEN, NEVER),
     "prefix rank": ("all", "one rank", MEMGEN, NEVER),
     "threshold": ("lora", "one threshold", MEMGEN, NEVER),
-    "weaver": ("weaver", "plain", MEMGEN, ALWAYS),
+    "weaver": ("weaver", "shallow", MEMGEN, ALWAYS),
     "trigger": (
         "trigger",
-        "plain",
+        "shallow",
         with_trigger("tokens", latents_see_latents=False),
         memgen.LearnedInvoke(1.0, sample=True),
     ),
-    "trigger on the stream": ("trigger", "plain", with_trigger("stream"), LEARNED),
+    "trigger on the stream": ("trigger", "shallow", with_trigger("stream"), LEARNED),
     "trigger on forks": (
         "trigger",
         "one rank",
@@ -150,7 +150,11 @@ def scored(
     return found, arrays
 
 
-@pytest.mark.parametrize("name", ["plain", "lora", "prefix rank", "threshold", "weaver", "trigger"])
+# Adapters: test_rl_learner too.
+LONG = [pytest.param(name, marks=pytest.mark.experiment) for name in ("lora", "threshold")]
+
+
+@pytest.mark.parametrize("name", ["plain", "prefix rank", "weaver", "trigger", *LONG])
 def test_sampler_and_trainer_agree(name):
     """Unequal prompts, groups and texts, texts that end at their first token among them."""
     rows, policy = rollout(name)
@@ -243,7 +247,10 @@ def test_every_strategy_makes_the_rollouts_that_were_planned(word):
         ("trigger on the stream", True, {}),
         pytest.param("trigger on forks", True, {}, marks=pytest.mark.experiment),
         # Near temperature 0 the likelier one is drawn, by the program that draws.
-        ("trigger", False, {"memory": memgen.LearnedInvoke(1e-4, sample=True)}),
+        pytest.param(
+            *("trigger", False, {"memory": memgen.LearnedInvoke(1e-4, sample=True)}),
+            marks=pytest.mark.experiment,
+        ),
     ],
     ids=["stream", "hidden states of forks", "tokens"],
 )
@@ -293,7 +300,7 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
         ("plain", True, {}),
         ("plain", False, {}),
         ("weaver", True, {"memory": memgen.RandomInvoke(0.5)}),
-        ("weaver", False, {}),
+        pytest.param("weaver", False, {}, marks=pytest.mark.experiment),
         pytest.param("trigger on forks", True, {}, marks=pytest.mark.experiment),
     ],
     ids=str,

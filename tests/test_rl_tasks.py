@@ -53,21 +53,18 @@ for spec in sys.argv[1:]:
 """
 
 
-def test_problems_are_the_same_in_other_processes():
+def test_problems_are_the_same_in_another_process():
     specs = [*GENERATED, *(word for word in ENVIRONMENTS if word != "gem")]
-    shown = {
-        subprocess.run(
-            [sys.executable, "-c", SHOW, *specs],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True, text=True, check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }  # fmt: skip
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOW, *specs],
+        env={**os.environ, "PYTHONHASHSEED": "1"},  # here it is another
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
     tasks = [make(spec, 3) for spec in specs]
     here = "".join(
         f"{[task.problem(s, i) for s in ('train', 'test') for i in (0, 1)]}\n" for task in tasks
     )
-    assert shown == {here}
+    assert shown == here
 
 
 @pytest.mark.parametrize("spec", GENERATED)

@@ -59,7 +59,7 @@ def one_device() -> Iterator[None]:
 def base(one_device: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder of a few steps, and one of fewer beside it."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    model = ModelConfig(vocab_size=320, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32)
+    model = ModelConfig(vocab_size=320, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32)
     text = tmp_path_factory.mktemp("text")
     for number in range(40):
         (text / f"{number}.txt").write_text(f"{number} says: a, b. " * 9)
@@ -156,7 +156,7 @@ def test_a_run_learns_and_only_what_is_trained_moves(base, base_sum, whole, kind
         assert not any("embed" in jax.tree_util.keystr(path) for path, _ in names)
 
 
-@pytest.mark.parametrize("kind", ["lora", "weaver"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.experiment), "weaver"])
 def test_a_stopped_run_goes_on_with_the_same_numbers(base, chats, whole, tmp_path, kind):
     """Dropout and random insertion draw from the step, not from what ran before."""
     parts = tmp_path / "parts"
@@ -272,7 +272,7 @@ def test_rows_as_long_as_their_longest_change_no_loss(base, chats, monkeypatch, 
 
 
 def test_padding_takes_no_budget_of_a_policy_that_sees_the_whole_row():
-    model = heavy_model(dataclasses.replace(BASE, num_layers=3, fork_layers=(1, 2)))
+    model = heavy_model(dataclasses.replace(BASE, num_layers=1, fork_layers=(0,)))
     lora = LoRAConfig(rank=2)
     finetunable = FinetunableModel(
         model, "lora", lora=lora, memgen=MEMORY, boundary=None, rngs=nnx.Rngs(0)
