@@ -75,7 +75,7 @@ def check_decoding(kind: str, made: memgen.MemGen, devices: int = DEVICES) -> No
     assert (expected.decisions > 0).any() and (expected.points > 0).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["explicit", pytest.param("manual", marks=pytest.mark.experiment)])
 def test_a_decoding_loop(kind: str):
     check_decoding(kind, memgen_of("shallow"))
 

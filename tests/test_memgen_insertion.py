@@ -167,9 +167,11 @@ def test_c22_selected_points():
     ]  # fmt: skip
     assert min(map(len, candidates)) >= 3
 
+    planned = jax.jit(plan_insertions, static_argnums=3)
+
     def points(count: int, key=None, **changes) -> list[list[int]]:
         config = dataclasses.replace(CONFIG, max_inference_events=count, **changes)
-        plan = plan_insertions(jnp.asarray(tokens), SUPERVISED, boundary, config, key)
+        plan = in_numpy(planned(tokens, SUPERVISED, boundary, config, key))
         assert plan.kind[:, 0].tolist() == [PROMPT] * 3
         assert (plan.kind[:, 1:] == INFERENCE).all()
         return [[p for p in row if p >= 0] for row in plan.point.tolist()]

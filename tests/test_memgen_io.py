@@ -129,7 +129,8 @@ def test_g49_fresh_latents_are_those_of_the_text_alone():
         for mine, none in ((plan.point, -1), (plan.kind, INFERENCE))
     )
     wide = np.pad(tokens, ((0, 0), (0, talk.tokens.shape[1] - tokens.shape[1])))
-    _, _, forced = recomputed(made, wide, Plan.of(jnp.asarray(point), jnp.asarray(kind), CONFIG))
+    plan = in_numpy(Plan.of(jnp.asarray(point), jnp.asarray(kind), CONFIG))
+    _, _, forced = recomputed(made, wide, plan)
     start = len(texts[1])
     forced = np.asarray(forced)
     np.testing.assert_allclose(forced[1, start : start + NEW], fresh.log_probs[1, :NEW], atol=1e-5)
@@ -212,7 +213,8 @@ def test_g54_a_damaged_checkpoint_is_one_line(what: str):
 
 
 def test_g56_bfloat16_cached_is_recomputed():
-    made = memgen_of("shallow", dtype="bfloat16")
+    """And by a weaver of another width."""
+    made = memgen_of("shallow", weaver_width=48, dtype="bfloat16")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in rng.integers(3, 16, 16)]
     response = answer(made, prompts, 16)
