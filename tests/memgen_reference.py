@@ -68,7 +68,8 @@ def weave(
         kind: `prompt` or `inference`.
     """
     weaver = reference.in_float64(weaver)
-    bank = weaver[kind]
+    if (bank := weaver.get(kind)) is None:
+        return np.zeros((0, context.shape[1]))
     queries = []
     for row in bank["queries"]:
         normed = (row - row.mean()) / math.sqrt(row.var() + eps)

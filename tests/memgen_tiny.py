@@ -47,7 +47,7 @@ HATCHLINGS = {
         vocab_size=VOCAB, embed_dim=32, num_neurons=128, num_layers=1, num_heads=2, damping=True
     ),
     "forking hatchling": ForkingHatchlingConfig(
-        vocab_size=VOCAB, embed_dim=32, num_neurons=128, num_layers=1, num_heads=2
+        vocab_size=VOCAB, embed_dim=32, num_neurons=128, num_layers=2, num_heads=2
     ),
 }
 CONFIG = MemGenConfig(

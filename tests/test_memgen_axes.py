@@ -91,7 +91,26 @@ def linen_memgen() -> memgen.MemGen:
     return made
 
 
+def read(made: memgen.MemGen, tokens: jax.Array, length: jax.Array, keys: jax.Array) -> jax.Array:
+    """States after prompts, by the cache of a session."""
+    return memgen.begin(made, tokens, length, keys, tokens.shape[1]).reasoner.hidden
+
+
 def test_a_linen_decoder_need_not_know_of_axes():
+    """It reads prompts into a cache, and is trained; whole responses: the experiment below."""
+    made, prompts = linen_memgen(), FOUR * 2
+    rows = *pad_prompts(prompts, VOCAB), row_keys(0, prompts)
+    found, program = on_mesh(read, "explicit", made, *rows, devices=8)
+    np.testing.assert_allclose(found, jax.jit(read)(made, *rows), atol=1e-5)
+    forced = [jnp.concatenate([part, part]) for part in TEACHER_FORCED]
+    losses_there, trained = on_mesh(losses, "explicit", made, *forced, devices=8)
+    np.testing.assert_allclose(losses_there, jax.jit(losses)(made, *forced), atol=1e-5)
+    for text in (program, trained):
+        assert "all-gather" not in text and "all-to-all" not in text
+
+
+@pytest.mark.experiment
+def test_a_linen_decoder_responds():
     check_decoding("explicit", linen_memgen(), devices=8)
 
 

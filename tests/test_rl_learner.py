@@ -72,9 +72,12 @@ def assert_close(ours, theirs, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), ours, theirs)
 
 
-@pytest.mark.parametrize(("train", "model"), [("lora", "shallow"), ("all", "one rank")])
+@pytest.mark.parametrize(
+    ("train", "model"),
+    [("lora", "shallow"), pytest.param("all", "one rank", marks=pytest.mark.experiment)],
+)
 def test_the_ratio_of_the_first_step_is_exactly_one(train, model):
-    """A weaver's is looked at in a whole run."""
+    """A weaver's is looked at in a whole run; forks' scores, in test_rl_sampler."""
     reinforcing, _, trajectories = rollouts(train, model)
     rows = stacked(reinforcing, trajectories)
     _, metrics = reinforcing.learner.update(
@@ -146,7 +149,7 @@ BY_CONSTANT = {"method": "grpo(aggregate='constant')"}
     "changes", [{}, pytest.param(BY_CONSTANT, marks=pytest.mark.experiment)], ids=str
 )
 def test_order_and_filler_change_nothing(changes):
-    """By sequences; by tokens, or a constant, it is the loss's test alone, without -m experiment."""
+    """By sequences; by tokens, and but for experiments by a constant, the loss's test alone."""
     _, _, trajectories = rollouts()
     one, metrics = updated(trajectories, **changes)
     other, others = updated(trajectories[::-1], 24, **changes)  # 8 rows of filler

@@ -35,7 +35,8 @@ CLOCK = ("time", "seconds", "tokens_per_second", "memory")
 def config(out: Path, **changes) -> RLConfig:
     base = RLConfig(
         lora=LORA,
-        memgen=dataclasses.replace(MEMGEN, trigger=None),
+        # Memory before responses alone; within them: test_rl_sampler.
+        memgen=dataclasses.replace(MEMGEN, trigger=None, max_inference_events=0),
         weights="base",
         method="dapo(kl=0.01)",
         minibatches=2,

@@ -150,11 +150,13 @@ def scored(
     return found, arrays
 
 
-# Adapters: test_rl_learner too.
-LONG = [pytest.param(name, marks=pytest.mark.experiment) for name in ("lora", "threshold")]
+# Adapters: test_rl_learner too; a weaver alone: the triggers have one.
+LONG = [
+    pytest.param(name, marks=pytest.mark.experiment) for name in ("lora", "threshold", "weaver")
+]
 
 
-@pytest.mark.parametrize("name", ["plain", "prefix rank", "weaver", "trigger", *LONG])
+@pytest.mark.parametrize("name", ["plain", "prefix rank", "trigger", *LONG])
 def test_sampler_and_trainer_agree(name):
     """Unequal prompts, groups and texts, texts that end at their first token among them."""
     rows, policy = rollout(name)
@@ -203,7 +205,10 @@ def test_decisions_are_scored_where_they_were_made():
         np.testing.assert_allclose(found[row, place], after[row, place - 1, decision], atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "alone"), [("plain", 3), ("weaver", 5), ("trigger", 5)])
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [("plain", 3), pytest.param("weaver", 5, marks=pytest.mark.experiment), ("trigger", 5)],
+)
 def test_a_row_depends_on_no_other(name, alone):
     """Alone, in other company, or some at a time: the same text, decisions and scores."""
     together, _ = rollout(name)
@@ -281,7 +286,7 @@ def test_a_problem_that_comes_twice_is_answered_anew():
     assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize("name", ["plain", "prefix rank", "weaver", "trigger"])
+@pytest.mark.parametrize("name", ["plain", "prefix rank", LONG[-1], "trigger"])
 def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
     """Rows taken from one reading equal rows that read the prompt themselves."""
     sampler, _ = make_sampler(name)
@@ -299,7 +304,10 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
     [
         ("plain", True, {}),
         ("plain", False, {}),
-        ("weaver", True, {"memory": memgen.RandomInvoke(0.5)}),
+        ("trigger on the stream", True, {}),
+        pytest.param(
+            *("weaver", True, {"memory": memgen.RandomInvoke(0.5)}), marks=pytest.mark.experiment
+        ),
         pytest.param("weaver", False, {}, marks=pytest.mark.experiment),
         pytest.param("trigger on forks", True, {}, marks=pytest.mark.experiment),
     ],
