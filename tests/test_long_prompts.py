@@ -177,7 +177,11 @@ def test_earlier_keys_win_ties(monkeypatch: pytest.MonkeyPatch):
         assert found[row, position] == (here & better).sum()
 
 
-@pytest.mark.parametrize("config", [PLAIN, FORKS], ids=["plain", "forks"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(PLAIN, marks=pytest.mark.experiment), FORKS],
+    ids=["plain", "forks"],
+)
 def test_no_array_of_tokens_by_tokens(config: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 2**20)
     tokens, size = 2**15, 64

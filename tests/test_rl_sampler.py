@@ -36,7 +36,7 @@ NEVER, ALWAYS, LEARNED = memgen.NeverInvoke(), memgen.AlwaysInvoke(), memgen.Lea
 POLICIES: dict[str, tuple[str, str, memgen.MemGenConfig, Any]] = {
     "plain": ("all", "shallow", MEMGEN, NEVER),
     "lora": ("lora", "shallow", MEMGEN, NEVER),
-    "prefix rank": ("all", "one rank", MEMGEN, NEVER),
+    "prefix rank": ("lora", "one rank", MEMGEN, NEVER),
     "threshold": ("lora", "one threshold", MEMGEN, NEVER),
     "weaver": ("weaver", "shallow", MEMGEN, ALWAYS),
     "trigger": (
@@ -150,7 +150,7 @@ def scored(
     return found, arrays
 
 
-# Adapters: test_rl_learner too; a weaver alone: the triggers have one.
+# Adapters: the forks have them; a weaver alone: the triggers have one.
 LONG = [
     pytest.param(name, marks=pytest.mark.experiment) for name in ("lora", "threshold", "weaver")
 ]
