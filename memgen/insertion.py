@@ -58,7 +58,8 @@ class Plan(ShortRepr):
         if not isinstance(point, Tracer):
             _check_ascending(np.asarray(point))
         weaver = config.weaver
-        width = jnp.where(kind == PROMPT, weaver.prompt_latents, weaver.inference_latents)
+        counts = np.array([weaver.inference_latents, weaver.prompt_latents], np.int32)
+        width = jnp.where(kind == PROMPT, counts[1], counts[0])
         return cls(point, kind, jnp.where(point >= 0, width, 0))
 
     @property
