@@ -1,4 +1,7 @@
-"""Cached decoding is the blockwise forward pass, however a row is cut into chunks."""
+"""Cached decoding is the blockwise forward pass, however a row is cut into chunks.
+
+More models and 4096 steps: `python -m pytest -m experiment tests/test_cache.py`.
+"""
 
 import dataclasses
 from typing import Any
@@ -50,7 +53,7 @@ CACHED = {
     "plain": {**LLAMA, "num_layers": 2},
     "copies": {"num_layers": 2},
     "rank": {**FEW, "score_bias": "none", "scan_layers": True},
-    "window, burst": {**FEW, "remat": "full"},
+    "window, burst": {**FEW, "remat": "full", "score_bias": "none"},
     "threshold": {**FEW, **LLAMA},
     "no gate": {**FEW, **WITHOUT, "policy": Threshold(2.0, gate=False, burst=1, offset=0.2)},
 }
@@ -85,7 +88,13 @@ def assert_same_bubbles(found: cache.Trace, expected) -> None:
         np.testing.assert_allclose(found.score[:, fork, :TOKENS], score, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CACHED)
+EXPERIMENTS = ("plain", "rank")  # no option that another one does not have
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.experiment] * (name in EXPERIMENTS)) for name in CACHED],
+)
 def test_any_split_of_a_row_gives_the_blockwise_logits(name):
     model, tokens = model_of(name), texts()
     logits, bubbles = jax.tree.map(np.asarray, blockwise(model, tokens))
@@ -149,7 +158,7 @@ def steps(model, filled, *rows):
     return logits.swapaxes(0, 1), filled
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_four_thousand_steps_end_where_the_blockwise_pass_does():
     config = ModelConfig(
         vocab_size=VOCAB, embed_dim=16, num_layers=1, num_heads=2, fork_layers=(0,),
