@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint._src.path import temporary_paths
+from processes import PATIENCE, QUICK, Process, free_port, processes
 
 from train.runs import checkpoint, checksums
 from train.runs.checkpoint import Checkpointer, CheckpointError, load_params
@@ -84,15 +84,9 @@ def one_line_error(*parts: str) -> Iterator[None]:
         assert part in message
 
 
-def python(script: str, *arguments: Any, devices: int = 1) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def forked(folder: Path) -> dict[str, str]:
+    """Environment of a process of one device that may be killed: its cache is its own."""
+    return os.environ | {"XLA_FLAGS": QUICK, "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
 
 
 # Round trips
@@ -163,9 +157,8 @@ from train.runs.checkpoint import load_params
 assert jax.device_count() == 1
 np.save(sys.argv[2], load_params(sys.argv[1])[1]["w"])
 """
-    process = python(script, tmp_path, tmp_path / "w.npy")
-    assert process.communicate() == ("", "")
-    assert process.returncode == 0
+    process = Process(("-c", script, tmp_path, tmp_path / "w.npy"), forked(tmp_path), tmp_path)
+    assert (process.wait(timeout=PATIENCE), process.output()) == (0, "")
     np.testing.assert_array_equal(np.load(tmp_path / "w.npy"), matrix)
 
 
@@ -350,20 +343,28 @@ def test_a_refusal_waits_for_what_deletes_an_unfinished_save(tmp_path: Path, mon
     assert deleted
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether a save is under way there."""
+    return any("tmp" in path.name for path in folder.iterdir())
+
+
 @pytest.mark.slow
 def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path: Path):
     moments, interrupted, before = random.Random(0), 0, 0
+    saved, environment = tmp_path / "saved", forked(tmp_path)
     for _ in range(3):
-        process = python(SAVE_FOR_EVER, tmp_path)
-        assert process.stdout
-        for _ in range(4):  # three saves are complete or under way
-            assert process.stdout.readline().strip().isdigit()
-        time.sleep(moments.uniform(0.0, 0.3))
-        process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL and errors == ""
-        interrupted += any("tmp" in path.name for path in tmp_path.iterdir())
-        meta, params = load_params(tmp_path)
+        process = Process(("-c", SAVE_FOR_EVER, saved), environment, tmp_path)
+        while process.output().count("\n") < 4:  # three saves are complete or under way
+            assert process.poll() is None, process.output()
+            time.sleep(0.005)
+        while not unfinished(saved):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert all(line.isdigit() for line in process.output().split()), process.output()
+        interrupted += unfinished(saved)
+        meta, params = load_params(saved)
         assert meta["step"] > before
         before = meta["step"]
         assert all((leaf == before + int(name)).all() for name, leaf in params.items())
@@ -391,14 +392,14 @@ except CheckpointError as error:
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path):
-    process = python(LIMIT_FILE_SIZE, tmp_path)
-    output, errors = process.communicate()
-    assert (process.returncode, output) == (2, "")
-    assert errors == (
-        f"checkpoint of step 200 could not be written to {tmp_path}: File too large; "
+    saved = tmp_path / "saved"
+    process = Process(("-c", LIMIT_FILE_SIZE, saved), forked(tmp_path), tmp_path)
+    assert process.wait(timeout=PATIENCE) == 2
+    assert process.output() == (
+        f"checkpoint of step 200 could not be written to {saved}: File too large; "
         f"step 100 is intact; free space or pass another directory\n"
     )
-    assert_same(load_params(tmp_path)[1], SMALL)
+    assert_same(load_params(saved)[1], SMALL)
 
 
 @pytest.fixture
@@ -514,16 +515,15 @@ print(step)
 
 @pytest.mark.slow
 def test_preempting_one_process_saves_in_both(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [python(TWO_PROCESSES, tmp_path, port, i, devices=2) for i in range(2)]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    steps = {int(output.split()[-1]) for output, _ in outputs}
+    saved, port = tmp_path / "saved", str(free_port())
+    with processes(
+        ("-c", TWO_PROCESSES, saved, port), tmp_path, each=lambda process: (str(process),)
+    ) as started:
+        assert started.statuses() == [0, 0], started.output(0) + started.output(1)
+        steps = {int(started.output(i).split()[-1]) for i in range(2)}
     assert len(steps) == 1
     step = steps.pop()
-    processes_of = {name.split("/")[1] for name in checksums._read(tmp_path / str(step))}
+    processes_of = {name.split("/")[1] for name in checksums._read(saved / str(step))}
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= processes_of
-    assert not list(tmp_path.rglob("checksums-*"))
-    assert_same(load_params(tmp_path, step)[1], {"w": np.arange(8, dtype=np.float32) + step})
+    assert not list(saved.rglob("checksums-*"))
+    assert_same(load_params(saved, step)[1], {"w": np.arange(8, dtype=np.float32) + step})
