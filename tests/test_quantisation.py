@@ -152,11 +152,11 @@ def test_no_program_holds_all_weights_in_float32():
     """Blocks are converted one by one, in the loop over tokens too, and not before it."""
     sizes = dict(vocab_size=32, embed_dim=16, num_layers=4, num_heads=2, mlp_dim=1024)
     config = ModelConfig(**sizes)  # pyright: ignore
-    model = quantise(quick_model(config)).for_decoding()
+    model = jax.eval_shape(lambda model: quantise(model).for_decoding(), quick_model(config))
     request = _Request.of(model, [[1, 2, 3]], 4, Sampling.of(0.0, None, None, None), 0, (), None)
     tokens, lengths = jnp.ones((1, 16), jnp.int32), jnp.array([3])
     begin = _begin.lower(model, tokens, lengths, request, 64)
-    chosen, cache = jax.eval_shape(lambda: _begin(model, tokens, lengths, request, 64))
+    chosen, cache = jax.eval_shape(lambda m: _begin(m, tokens, lengths, request, 64), model)
     loop = _continue.lower(model, cache, chosen, lengths, request, jnp.bool_(False), 64)
     block = 4 * 2 * 16 * 1024  # bytes of the two large matrices of a block in float32
     for program in (begin, loop):
