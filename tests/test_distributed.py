@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from processes import PATIENCE, free_port, processes
+from test_pretrain import run_here
 
 from train import pretrain
 from train.cli.config_json import as_json
@@ -289,7 +290,8 @@ def whole(tmp_path_factory, command):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes(whole, corpus):
+def test_a_run_of_two_processes(whole, command, monkeypatch, tmp_path: Path):
+    """It is what one process does on one device."""
     out, (first, second) = whole
     assert first.count("Compiling jit(step)") == second.count("Compiling jit(step)") == 1
     assert first.count("held-out loss") == 1 and first.count("sample (temperature") == 1
@@ -301,12 +303,23 @@ def test_a_run_of_two_processes(whole, corpus):
     alone = held_out(load_model(out).model, rows, 8, EvalConfig(rows=12))
     for name, value in alone.items():
         assert lines[-1][f"eval/{name}"] == pytest.approx(value, rel=1e-5)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    assert run_here(monkeypatch, *command[2:], "--out", str(tmp_path)) == 0
+    losses, expected = (
+        [line["loss"] for line in read if "loss" in line]
+        for read in (lines, read_metrics(tmp_path))
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert losses[-1] < losses[0] - 0.1, "it learns"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.experiment)])
 def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: int):
-    """`kill -9` of one process, time and again, then SIGTERM to one: the same parameters."""
+    """`kill -9` of one process, then SIGTERM to one where it is done time and again: the same
+    parameters. What SIGTERM to one does is also in `test_checkpoint.py`.
+    """
     out = tmp_path / "run"
     shutil.copytree(whole[0].with_name("jax"), tmp_path / "jax")
     moments = random.Random(time.time_ns())
@@ -338,13 +351,14 @@ def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: 
             assert last.startswith(f"error: process {1 - victim} of 2"), last
     before = saved()
     assert before > 0
-    with processes(words, tmp_path) as started:
-        started.wait_until(lambda: "GFLOP" in started.output(0))
-        started.wait_until(lambda: steps_done() > before)
-        started.running[1].send_signal(signal.SIGTERM)
-        assert started.statuses() == [0, 0], started.output(0) + started.output(1)
-        assert f"stopped at step {saved()} and saved it" in started.output(0)
-        assert before < saved() == steps_done() < STEPS
+    if kills > 1:
+        with processes(words, tmp_path) as started:
+            started.wait_until(lambda: "GFLOP" in started.output(0))
+            started.wait_until(lambda: steps_done() > before)
+            started.running[1].send_signal(signal.SIGTERM)
+            assert started.statuses() == [0, 0], started.output(0) + started.output(1)
+            assert f"stopped at step {saved()} and saved it" in started.output(0)
+            assert before < saved() == steps_done() < STEPS
     with processes(words, tmp_path) as started:
         assert started.statuses() == [0, 0], started.output(0) + started.output(1)
     ours, theirs = load_params(out)[1], load_params(whole[0])[1]

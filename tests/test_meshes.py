@@ -1,4 +1,8 @@
-"""Losses do not depend on the mesh, the number of processes, or where a run is continued."""
+"""Losses do not depend on the mesh, the number of processes, or where a run is continued.
+
+Most of it: `python -m pytest -m experiment tests/test_meshes.py`; CI has a mesh in `test_step.py`
+and a run of two processes in `test_distributed.py`.
+"""
 
 import dataclasses
 import random
@@ -60,17 +64,16 @@ def assert_same_start(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param((1, 8, 1), marks=pytest.mark.experiment), (2, 2, 2)], ids=str
-)
+@pytest.mark.experiment
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_steps_on_any_mesh(folder, one_device, sizes):
     run = OnMesh(run_config(folder), MeshConfig(*sizes), 8)
     _, result = run.train(run.trainable.init(), STEPS)
     assert_same_start(result.initial, one_device.initial)
     np.testing.assert_allclose(result.losses, one_device.losses, rtol=1e-5)
-    assert one_device.losses[-1] < one_device.losses[0] - 0.5, "it learns"
 
 
+@pytest.mark.experiment
 def test_steps_with_tracked_thresholds(folder):
     results = []
     for sizes, devices in ((MeshConfig(1), 1), (MeshConfig(2, 2, 2), 8)):
@@ -80,7 +83,11 @@ def test_steps_with_tracked_thresholds(folder):
     np.testing.assert_allclose(results[1].losses, results[0].losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("sizes", "devices"), [((8, 1, 1), 8), ((1, 1, 1), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "devices"),
+    [((1, 1, 1), 1), pytest.param((8, 1, 1), 8, marks=pytest.mark.experiment)],
+    ids=str,
+)
 def test_going_on_elsewhere(folder, saved, sizes, devices):
     run = OnMesh(run_config(folder), MeshConfig(*sizes), devices)
     state = run.restored(folder / "saved")
@@ -104,16 +111,17 @@ def test_a_run_on_the_mesh_around_it(folder, tmp_path):
     assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_two_processes_are_one_mesh(two_processes, one_device):
     initial = len(one_device.initial)
     for process in two_processes:
         np.testing.assert_allclose(process["begun"], one_device.losses, rtol=1e-5)
         assert_same_start([process[f"initial-{i}"] for i in range(initial)], one_device.initial)
     np.testing.assert_array_equal(two_processes[0]["begun"], two_processes[1]["begun"])
+    assert one_device.losses[-1] < one_device.losses[0] - 0.5, "it learns"
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_going_on_in_two_processes(two_processes, saved):
     np.testing.assert_array_equal(
         np.concatenate([process["rows"] for process in two_processes], axis=1), saved.rows
