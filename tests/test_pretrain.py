@@ -142,9 +142,8 @@ def test_a_run_from_start_to_text(monkeypatch, capsys, arguments, tmp_path):
     )  # fmt: skip
     assert status == 0 and figure.exists()
     assert "fork 1" in capsys.readouterr().out
-    # Run again, on another mesh: nothing is left to do, and nothing is lost.
-    again = ("--mesh.data", "8", "--steps", "20")
-    assert run_here(monkeypatch, *arguments, *again) == 0
+    # Run again: nothing is left to do, and nothing is lost.
+    assert run_here(monkeypatch, *arguments, *mesh, "--steps", "20") == 0
     assert curve(tmp_path / "run")[:20] == [
         line for line in curve(tmp_path / "run") if "loss" in line
     ]
@@ -152,8 +151,21 @@ def test_a_run_from_start_to_text(monkeypatch, capsys, arguments, tmp_path):
 
 @pytest.mark.slow
 def test_going_on_is_bit_for_bit(monkeypatch, arguments, tmp_path):
-    """2N steps = N steps, a stop signal, then the rest; also the optimizer state and the data."""
+    """2N steps = N steps, a stop signal, then the rest; also the optimizer state and the data.
+
+    And a tracked threshold, which is no parameter but part of the model. Each run compiles its step
+    once.
+    """
     whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    made = []
+
+    def remember(*inputs):
+        made.append(make_train_step(*inputs))
+        return made[-1]
+
+    monkeypatch.setattr("train.pretraining.job.make_train_step", remember)
+    policy = ("--model.policy", "Threshold(ratio=1.5)", "--evaluation.every", "3")
+    arguments = [*arguments, *policy]
     assert run_here(monkeypatch, *arguments, "--out", whole) == 0
     with monkeypatch.context() as patch:
         write = MetricWriter.write
@@ -167,8 +179,10 @@ def test_going_on_is_bit_for_bit(monkeypatch, arguments, tmp_path):
         assert run_here(monkeypatch, *arguments, "--out", halves) == 0
     assert 3 <= load_model(halves).step <= 4
     assert run_here(monkeypatch, *arguments, "--out", halves) == 0
+    assert [step._cache_size() for step in made] == [1, 1, 1]
     assert curve(halves) == curve(whole)
     assert_same_params(halves, whole)
+    assert_threshold_is_swept(monkeypatch, halves, tmp_path / "dial.png")
 
 
 def start(environment, arguments, out):
@@ -194,23 +208,22 @@ def test_a_signal_in_an_evaluation_saves_that_step(monkeypatch, capsys, argument
     assert load_model(tmp_path / "run").step == 3
 
 
-@pytest.mark.slow
-def test_a_run_compiles_each_function_once(monkeypatch, arguments):
-    made = []
+def assert_threshold_is_swept(monkeypatch, out, figure):
+    """The saved threshold is the one that the last step told, and a sweep is drawn."""
+    last = [line for line in curve(out) if "fork_1/threshold" in line][-1]
+    [fork] = load_model(out).model.forks
+    assert float(fork.threshold[...]) == last["fork_1/threshold"] > 0
+    sweep = ("--sweep-offset", "0", "0.3", "--rows", "4", "--figure", str(figure))
+    status = run_here(
+        monkeypatch, "--checkpoint", str(out), *sweep,
+        main=evaluate.main, config=EvaluateConfig, presets=None,
+    )  # fmt: skip
+    assert status == 0 and figure.exists()
 
-    def remember(*inputs):
-        made.append(make_train_step(*inputs))
-        return made[-1]
 
-    monkeypatch.setattr("train.pretraining.job.make_train_step", remember)
-    assert run_here(monkeypatch, *arguments, "--evaluation.every", "3") == 0
-    assert run_here(monkeypatch, *arguments, "--steps", "12") == 0  # restored from a checkpoint
-    assert [step._cache_size() for step in made] == [1, 1]
-
-
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_kill_nine_gives_the_uninterrupted_run(processes, monkeypatch, arguments, tmp_path):
-    """Also of a tracked threshold, which is no parameter but part of the model."""
+    """Of one process; of two, which run in CI: `test_distributed.py`."""
     policy = ("--model.policy", "Threshold(ratio=1.5)")
     long = [*arguments, *policy, "--steps", "48", "--save-every", "8"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -228,18 +241,10 @@ def test_kill_nine_gives_the_uninterrupted_run(processes, monkeypatch, arguments
     assert process.wait(timeout=300) == 0 and "held-out loss" in process.output()
     assert curve(killed) == curve(whole)
     assert_same_params(killed, whole)
-    last = [line for line in curve(killed) if "fork_1/threshold" in line][-1]
-    [fork] = load_model(killed).model.forks
-    assert float(fork.threshold[...]) == last["fork_1/threshold"] > 0
-    sweep = ("--sweep-offset", "0", "0.3", "--rows", "4", "--figure", str(tmp_path / "dial.png"))
-    status = run_here(
-        monkeypatch, "--checkpoint", str(killed), *sweep,
-        main=evaluate.main, config=EvaluateConfig, presets=None,
-    )  # fmt: skip
-    assert status == 0 and (tmp_path / "dial.png").exists()
+    assert_threshold_is_swept(monkeypatch, killed, tmp_path / "dial.png")
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_sigterm_saves_and_leaves(processes, arguments, tmp_path):
     long = [*arguments, "--steps", "100000", "--save-every", "100000", "--evaluation.every", "0"]
     process = start(processes, long, tmp_path / "run")
