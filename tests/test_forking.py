@@ -24,12 +24,14 @@ from thoughtbubbles.ranking import best, prefix_ranks, ranks_among
 from thoughtbubbles.rows import left_align, restore_alignment
 
 POLICIES = [TopK(1.0), TopK(1.1), TopK(1.5), TopK(2.0), TopK(4.0), TopK(streams=30)]
-CAUSAL = [PrefixRank(1.5), PrefixRank(1.5, window=3), Threshold(1.5)]
+# `python -m pytest -m experiment tests/test_forking.py` runs what goes the way of another.
+WINDOW = pytest.param(PrefixRank(1.5, window=3), marks=pytest.mark.experiment)
+CAUSAL = [PrefixRank(1.5), WINDOW, Threshold(1.5)]
 MERGES = ("residual", "probability", "rightmost")
 
 
 def with_policy(policy, **changes):
-    return quick_model(dataclasses.replace(BASE, policy=policy, **changes))
+    return quick_model(dataclasses.replace(SMALL, policy=policy, **changes))
 
 
 LENGTH = np.array([12, 7, 1, 0])
@@ -201,30 +203,37 @@ def test_gradients_agree_with_finite_differences_through_survivors():
         np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=2e-3)
 
 
-ranks_of = jax.jit(prefix_ranks, static_argnums=2)
-ranks_of_some = jax.jit(ranks_among, static_argnums=5)
+WINDOWS = (None, 1, 3)
 
 
-@pytest.mark.parametrize("window", [None, 1, 3])
+@jax.jit
+def ranks_of(keys, token, place):
+    """Ranks in each window, of all and of those at some places."""
+    some = [jnp.take_along_axis(x, place, axis=1) for x in (keys, token)]
+    return [
+        (prefix_ranks(keys, token, window), ranks_among(keys, token, *some, place, window))
+        for window in WINDOWS
+    ]
+
+
 @pytest.mark.parametrize("count", [1, 2, 17, 64, 100])
-def test_prefix_ranks_are_counted_one_by_one(count, window):
+def test_prefix_ranks_are_counted_one_by_one(count):
     rng = np.random.default_rng(count)
     keys = rng.integers(-3, 3, (3, count)).astype(np.float32)
     keys[rng.random(keys.shape) < 0.2] = np.inf
     keys[rng.random(keys.shape) < 0.1] = -np.inf
     token = np.sort(rng.integers(0, max(count // 2, 1), (3, count)), axis=1).astype(np.int32)
-    wanted = np.zeros((3, count), np.int64)
-    for row, i, j in np.ndindex(3, count, count):
-        in_prefix = token[row, j] <= token[row, i]
-        if window is not None:
-            in_prefix &= token[row, j] > token[row, i] - window
-        ahead = keys[row, j] > keys[row, i] or (keys[row, j] == keys[row, i] and j < i)
-        wanted[row, i] += in_prefix and ahead
-    np.testing.assert_array_equal(ranks_of(keys, token, window), wanted)
     place = np.sort(rng.integers(0, count, (3, 5)), axis=1)
-    some = [np.take_along_axis(x, place, axis=1) for x in (keys, token)]
-    among = ranks_of_some(keys, token, *some, place, window)
-    np.testing.assert_array_equal(among, np.take_along_axis(wanted, place, axis=1))
+    for window, (ranks, among) in zip(WINDOWS, ranks_of(keys, token, place), strict=True):
+        wanted = np.zeros((3, count), np.int64)
+        for row, i, j in np.ndindex(3, count, count):
+            in_prefix = token[row, j] <= token[row, i]
+            if window is not None:
+                in_prefix &= token[row, j] > token[row, i] - window
+            ahead = keys[row, j] > keys[row, i] or (keys[row, j] == keys[row, i] and j < i)
+            wanted[row, i] += in_prefix and ahead
+        np.testing.assert_array_equal(ranks, wanted)
+        np.testing.assert_array_equal(among, np.take_along_axis(wanted, place, axis=1))
 
 
 def test_best_breaks_ties_towards_the_lower_index():
@@ -292,7 +301,7 @@ def test_merge_log_prob_is_the_mixture_of_merge_log_probs():
     np.testing.assert_allclose(one, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("forced_keep", [True, False])
+@pytest.mark.parametrize("forced_keep", [pytest.param(True, marks=pytest.mark.experiment), False])
 def test_gradients_are_finite_with_padding_and_lost_tokens(forced_keep):
     """Of all merges added up: what is not finite in one of them is not finite in the sum."""
     tokens, length = random_tokens(3, 6), np.array([6, 3, 0])
