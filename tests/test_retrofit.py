@@ -1,4 +1,7 @@
-"""Retrofit: a pretrained decoder gets fork layers, computes what it did, and learns to fork."""
+"""Retrofit: a pretrained decoder gets fork layers, computes what it did, and learns to fork.
+
+Other policies at step 0: `python -m pytest -m experiment tests/test_retrofit.py`.
+"""
 
 import dataclasses
 import importlib.util
@@ -86,7 +89,10 @@ def masked(model: Thoughtbubbles) -> tuple[jax.Array, jax.Array]:
     return logits, streams.alive.sum()
 
 
-@pytest.mark.parametrize("options", FORKS, ids=str)
+OTHERS = [pytest.param(FORKS[i], marks=pytest.mark.experiment) for i in (0, 1, 4)]
+
+
+@pytest.mark.parametrize("options", [*FORKS[2:4], *OTHERS], ids=str)
 def test_the_output_is_that_of_the_pretrained_model(options: dict):
     before = np.asarray(logits_of(quick_model(PLAIN, SEED), TOKENS, MASK))
     assert np.abs(before).max() > 1
@@ -97,7 +103,9 @@ def test_the_output_is_that_of_the_pretrained_model(options: dict):
     assert np.abs(opened - before).max() > 0.01  # and they matter once the gate is open
 
 
-@pytest.mark.parametrize("options", [FORKS[1], FORKS[3]], ids=str)
+@pytest.mark.parametrize(
+    "options", [FORKS[1], pytest.param(FORKS[3], marks=pytest.mark.experiment)], ids=str
+)
 def test_the_output_from_a_cache_is_that_of_the_pretrained_model(options: dict):
     before = np.asarray(logits_of(quick_model(PLAIN, SEED), TOKENS))
     model = retrofitted(**options)
@@ -140,8 +148,8 @@ def test_the_gates_have_a_gradient_at_once_and_the_rest_once_they_are_open(optio
 
 
 def test_a_gate_acts_by_its_magnitude():
-    positive = logits_of(retrofitted(gate=0.02), TOKENS)
-    np.testing.assert_array_equal(logits_of(retrofitted(gate=-0.02), TOKENS), positive)
+    positive, negative = (masked(retrofitted(gate=g, **FORKS[3]))[0] for g in (0.02, -0.02))
+    np.testing.assert_array_equal(negative, positive)
 
 
 def test_weights_keep_dtype_and_sharding():
