@@ -1,11 +1,13 @@
 """Time and memory of a run: stopwatch, MFU, profiler window."""
 
+import os
+
 import jax
-import jax.numpy as jnp
 import pytest
+from processes import PATIENCE, Process
 
 from train.devices.mesh import MeshConfig, make_mesh
-from train.runs.instruments import Profiler, Stopwatch, memory, parse_window, peak_flops
+from train.runs.instruments import Stopwatch, memory, parse_window, peak_flops
 
 
 class Clock:
@@ -86,16 +88,34 @@ def test_memory_of_the_host_is_told():
     assert 0.05 < memory()["memory/host_peak_gib"] < 100
 
 
-def test_the_profiler_records_its_window_and_nothing_else(tmp_path):
-    with Profiler("steps=3:4", tmp_path / "profile") as profiler:
-        for step in range(1, 7):
-            with profiler.step(step):
-                result = jnp.zeros(()) + step
-            if profiler.ends_with(step):
-                jax.block_until_ready(result)
-                profiler.stop()
-            assert profiler._on == (step == 3)
-    [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
+PROFILED = """
+import pathlib, sys, jax, jax.numpy as jnp
+from train.runs.instruments import Profiler
+folder = pathlib.Path(sys.argv[1])
+with Profiler("steps=3:4", folder / "window") as profiler:
+    for step in range(1, 7):
+        with profiler.step(step):
+            result = jnp.zeros(()) + step
+        if profiler.ends_with(step):
+            jax.block_until_ready(result)
+            profiler.stop()
+        assert profiler._on == (step == 3)
+with Profiler("1:9", folder / "ended") as profiler, profiler.step(1):
+    jax.block_until_ready(jnp.ones(()) * 2)
+"""
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """Traces of a process with few programs: all that a process holds are written into them."""
+    folder = tmp_path_factory.mktemp("profiled")
+    process = Process(("-c", PROFILED, folder), os.environ, folder)
+    assert process.wait(timeout=PATIENCE) == 0, process.output()
+    return folder
+
+
+def test_the_profiler_records_its_window_and_nothing_else(profiled):
+    [trace] = (profiled / "window").rglob("*.xplane.pb")
     events = [
         dict(event.stats)
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
@@ -106,10 +126,8 @@ def test_the_profiler_records_its_window_and_nothing_else(tmp_path):
     assert {event["step_num"] for event in events} == {3, 4}
 
 
-def test_a_run_that_ends_within_the_window_keeps_the_trace(tmp_path):
-    with Profiler("1:9", tmp_path / "profile") as profiler, profiler.step(1):
-        jax.block_until_ready(jnp.ones(()) * 2)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+def test_a_run_that_ends_within_the_window_keeps_the_trace(profiled):
+    assert list((profiled / "ended").rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize("text", ["10", "5:3", "0:3", "a:b", "steps=", "1:2:3"])
