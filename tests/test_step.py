@@ -27,10 +27,10 @@ from train.devices.mesh import (
 )
 from train.engine.optim import OptimizerConfig, make_schedule, muon_dimensions
 from train.engine.state import make_trainable
-from train.engine.step import make_train_step, pretraining_loss
+from train.engine.step import make_train_step
 
 CONFIG = dataclasses.replace(BASE, vocab_size=32, num_layers=2, fork_layers=(0, 1))
-TRACKED = dataclasses.replace(CONFIG, policy=Threshold(1.5))
+TRACKED = dataclasses.replace(CONFIG, policy=Threshold(1.5), num_layers=1, fork_layers=(0,))
 ADAMW = OptimizerConfig(learning_rate=1e-2)
 COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)")
 
@@ -90,9 +90,15 @@ def one_device_tracked():
     return tracked_run(devices=1)
 
 
-def test_a_mesh_gives_the_loss_of_one_device(one_device):
-    """Other meshes: below with accumulation, and fifty steps in `test_meshes.py`."""
-    first, losses, _, step = run_steps(mesh_config=MeshConfig(4, 1, 2))
+@pytest.mark.parametrize(
+    ("sizes", "accumulate"),
+    [((2, 2, 2), 2), pytest.param((4, 1, 2), 1, marks=pytest.mark.experiment)],
+    ids=str,
+)
+def test_a_mesh_gives_the_loss_of_one_device(one_device, sizes, accumulate):
+    """Whole batches on a mesh: with thresholds below; by two processes: `test_distributed.py`."""
+    how = {"mesh_config": MeshConfig(*sizes), "accumulate": accumulate}
+    first, losses, _, step = run_steps(**how)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(one_device[0]), strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
@@ -120,31 +126,29 @@ def test_accumulation_has_the_true_denominator(one_device):
     assert_close(params, one_device[2], 2e-5)
 
 
-def test_weights_that_sum_below_one_are_divided_by_their_sum(one_device):
-    """The scale of all weights together changes nothing."""
-    trainable, _ = program(devices=1)
+def test_weights_that_sum_below_one_are_divided_by_their_sum():
+    """The scale of all weights together changes nothing: here of a loss that is soon compiled."""
+    config = dataclasses.replace(CONFIG, num_layers=1, fork_layers=())
+    trainable = make_trainable(config, ADAMW, 10, make_mesh(MeshConfig(), jax.devices()[:1]))
+    state, found = trainable.init(), {}
 
-    def scaled(model, batch, key):
-        total, weight, aux = pretraining_loss(model, batch, key)
-        return total * 1e-4, weight * 1e-4, aux
+    def loss(model, batch, key):
+        weight = batch["scale"].sum() * 3
+        return weight * jnp.square(model.embed[...]).sum(), weight, {}
 
-    step = make_train_step(trainable, 1, scaled)
-    state, metrics = step(trainable.init(), place(batches(1)[0], trainable.mesh))
-    np.testing.assert_allclose(metrics["loss"], one_device[1][0], rtol=1e-5)
-    whole = program(devices=1)[1](trainable.init(), place(batches(1)[0], trainable.mesh))[1]
-    np.testing.assert_allclose(metrics["grad_norm"], whole["grad_norm"], rtol=1e-4)
-
-
-def test_accumulation_on_a_mesh(one_device):
-    first, losses, _, _ = run_steps(mesh_config=MeshConfig(2, 2, 2), accumulate=2)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(one_device[0]), strict=True):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
+    step = make_train_step(trainable, 1, loss)
+    for scale in (1.0, 1e-4):
+        batch = {"scale": place(np.full((4, 2), scale / 8, np.float32), trainable.mesh)}
+        copy = jax.tree.map(jnp.copy, state)  # a step takes its arrays
+        found[scale] = jax.device_get(step(copy, batch)[1])
+    embed = np.asarray(state.params["embed"])
+    np.testing.assert_allclose(found[1e-4]["loss"], np.square(embed).sum(), rtol=1e-5)
+    for metrics in found.values():
+        np.testing.assert_allclose(metrics["grad_norm"], 2 * np.linalg.norm(embed), rtol=1e-4)
 
 
 def test_a_mesh_tracks_the_thresholds_of_one_device(one_device_tracked):
-    """On 2 x 2 x 2 in `test_meshes.py`."""
-    losses, thresholds = tracked_run(mesh_config=MeshConfig(8, 1, 1))
+    losses, thresholds = tracked_run(mesh_config=MeshConfig(2, 2, 2))
     np.testing.assert_allclose(losses, one_device_tracked[0], rtol=1e-5)
     np.testing.assert_allclose(thresholds, one_device_tracked[1], atol=1e-6)
     assert (np.diff(thresholds, axis=0) > 1e-3).all(), "they rise from 0"
@@ -163,10 +167,10 @@ def test_thresholds_are_no_parameters():
     """The optimizer has no moments of them; other policies have no thresholds at all."""
     trainable = make_trainable(TRACKED, ADAMW, 10, make_mesh(MeshConfig(2, 2, 2)))
     state = trainable.abstract
-    assert len(jax.tree.leaves(state.tracked)) == 2
+    assert len(jax.tree.leaves(state.tracked)) == 1
     moments = state.opt_state[1][0].mu
     assert jax.tree.structure(moments) == jax.tree.structure(state.params)
-    assert len(jax.tree.leaves(state.weights)) == len(jax.tree.leaves(state.params)) + 2
+    assert len(jax.tree.leaves(state.weights)) == len(jax.tree.leaves(state.params)) + 1
     for policy in (TopK(1.5), PrefixRank(1.5)):
         config = dataclasses.replace(CONFIG, policy=policy)
         state = make_trainable(config, ADAMW, 10, make_mesh(MeshConfig(2, 2, 2))).abstract
@@ -232,7 +236,9 @@ def test_muon_update_is_orthogonal_per_layer_and_learns():
     query = np.asarray(nnx.to_pure_dict(updates)["blocks"]["attention"]["q"]).reshape(2, 16, 16)
     spread = np.linalg.svd(query, compute_uv=False)
     assert (spread.max(axis=1) / spread.min(axis=1) < 3).all()
-    _, losses, _, _ = run_steps(devices=1, optimizer=optimizer, inputs=[batches(1)[0]] * 10)
+    plain = dataclasses.replace(CONFIG, fork_layers=())
+    how = {"devices": 1, "optimizer": optimizer, "config": plain}
+    _, losses, _, _ = run_steps(**how, inputs=[batches(1)[0]] * 10)
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -344,19 +350,24 @@ def test_thresholds_are_reported_by_fork_layer():
 
 
 def test_fork_statistics_count_what_is_there():
-    from tiny import heavy_model, random_tokens, run
+    from tiny import SMALL, quick_model, random_tokens
 
-    output = run(heavy_model(BASE), random_tokens(3, 12), jnp.array([12, 5, 0]))
-    sums = jax.device_get(fork_statistics(output))
-    metrics = readable(sums, BASE.fork_layers)
-    last = output.forks[-1]
+    @jax.jit
+    def run(model, tokens, length):
+        output = model.run(tokens, length)
+        return output.forks, fork_statistics(output)
+
+    given = random_tokens(3, 12), np.array([12, 5, 0])
+    forks, sums = jax.device_get(run(quick_model(SMALL), *given))
+    metrics = readable(sums, SMALL.fork_layers)
+    last = forks[-1]
     counts = [np.bincount(t[a], minlength=1) for t, a in zip(last.token, last.alive, strict=True)]
     counts = np.concatenate([c[c > 0] for c in counts])
-    assert metrics["fork_3/streams_per_token"] == pytest.approx(counts.mean())
-    assert metrics["fork_3/forked_share"] == pytest.approx((counts > 1).mean())
-    assert sum(metrics["fork_3/score_histogram"]) == pytest.approx(1, abs=1e-5)
-    scores = np.exp(output.forks[-1].log_score)[np.asarray(output.forks[-1].alive)]
-    samples = score_samples(sums, BASE.fork_layers)["fork_3/score"]
+    assert metrics["fork_1/streams_per_token"] == pytest.approx(counts.mean())
+    assert metrics["fork_1/forked_share"] == pytest.approx((counts > 1).mean())
+    assert sum(metrics["fork_1/score_histogram"]) == pytest.approx(1, abs=1e-5)
+    scores = np.exp(last.log_score)[last.alive]
+    samples = score_samples(sums, SMALL.fork_layers)["fork_1/score"]
     np.testing.assert_allclose(np.sort(samples), np.sort(scores), atol=0.05 + 1e-6)
 
 
