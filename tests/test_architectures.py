@@ -94,10 +94,24 @@ def model(request) -> Architecture:
     return made
 
 
+# What Thoughtbubbles promises alone has files of its own: test_causality.py, test_cache.py and
+# test_decoding.py; `python -m pytest -m experiment tests/test_architectures.py` runs it here too.
+others = pytest.mark.parametrize(
+    "model",
+    [
+        *("hatchling", "forking_hatchling", "recurrent"),
+        pytest.param("thoughtbubbles", marks=pytest.mark.experiment),
+    ],
+    indirect=True,
+)
+
+
+@others
 def test_logits_know_no_later_token_and_no_padding(model):
     assert_decoder_causal(model)
 
 
+@others
 def test_cached_decoding_is_the_parallel_forward_pass(model):
     assert_decoder_cached_is_parallel(model)
 
@@ -110,6 +124,7 @@ def test_a_model_is_saved_and_read(model):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
 
 
+@others
 def test_generation_with_a_cache_is_generation_without(model):
     prompts = [[1, 2, 3], [4]]
     cached = generate_ids(model, prompts, 6)
@@ -123,6 +138,19 @@ def test_counts_are_those_of_the_model(model):
     assert 0 < model.config.forward_flops(8) < model.config.forward_flops(16)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("forking_hatchling", "recurrent"),
+        # As these two in every other way: of theirs alone in test_step.py and test_hatchling.py.
+        *(
+            pytest.param(name, marks=pytest.mark.experiment)
+            for name in ARCHITECTURES
+            if name != "forking_hatchling"
+        ),
+    ],
+    indirect=True,
+)
 def test_steps_on_a_mesh_are_those_of_one_device_and_learn(model):
     optimizer = OptimizerConfig(learning_rate=5e-2, schedule="constant", warmup=0)
     rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))
