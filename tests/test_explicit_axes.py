@@ -1,6 +1,7 @@
 """Modules and trainer under explicit axes, which are JAX's default, auto ones, and `shard_map`.
 
 Rows are sharded and parameters replicated: nothing is gathered, and each row is what it is alone.
+More of each kind: `python -m pytest -m experiment tests/test_explicit_axes.py`.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from thoughtbubbles import (
     PrefixRank,
     Streams,
     Threshold,
+    TopK,
     attention,
     forking,
     head,
@@ -43,7 +45,6 @@ from train.engine.step import make_train_step
 ROWS, TOKENS, WIDTH = 8, 12, 16
 SHARDED = PartitionSpec("rows")
 LENGTH = np.array([12, 3, 0, 7, 12, 1, 9, 5], np.int32)
-KINDS = [(AxisType.Explicit, 8), ("manual", 8)]
 
 
 def on_mesh(call: Any, kind: Any, devices: int, module: Any, *rows: Any) -> tuple[Any, str]:
@@ -77,7 +78,9 @@ EVERY = [*(kind(1.5) for kind in POLICIES.values()), WINDOW]
 
 @pytest.mark.parametrize(
     ("policy", "kind", "devices"),
-    [*((policy, *kind) for policy in EVERY for kind in KINDS), (WINDOW, AxisType.Auto, 2)],
+    [*((policy, AxisType.Explicit, 8) for policy in EVERY), (WINDOW, "manual", 8)]
+    + [pytest.param(policy, "manual", 8, marks=pytest.mark.experiment) for policy in EVERY[:-1]]
+    + [pytest.param(WINDOW, AxisType.Auto, 2, marks=pytest.mark.experiment)],
     ids=str,
 )
 def test_forks_and_merge_are_bit_for_bit_those_of_one_device(policy, kind, devices):
@@ -88,8 +91,11 @@ def test_forks_and_merge_are_bit_for_bit_those_of_one_device(policy, kind, devic
     assert not any(word in program for word in ("all-gather", "all-to-all", "all-reduce"))
 
 
-def test_eager_calls_need_no_jit():
-    forks = [Fork(WIDTH, WINDOW, rngs=nnx.Rngs(0))]
+@pytest.mark.parametrize(
+    "policy", [TopK(1.5), pytest.param(WINDOW, marks=pytest.mark.experiment)], ids=str
+)
+def test_eager_calls_need_no_jit(policy):
+    forks = [Fork(WIDTH, policy, rngs=nnx.Rngs(0))]
     mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         rows = jax.device_put((residuals(), LENGTH), NamedSharding(mesh, SHARDED))
@@ -133,6 +139,8 @@ MODELS: dict[str, ArchitectureConfig] = {
     "rank": ForkingHatchlingConfig(**HATCHLING, fork_layers=(0,), policy=PrefixRank(2.0)),
 }
 SCANNED = pytest.param("rank, scanned", marks=pytest.mark.experiment)
+MORE = [pytest.param("released", marks=pytest.mark.experiment)]  # the blocks of "rank"
+PLAINER = [pytest.param(name, marks=pytest.mark.experiment) for name in ("plain", "top-k")]
 TEXT = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
 
 
@@ -150,7 +158,7 @@ def assert_close(ours: Any, theirs: Any) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", ["threshold", "released", "paper", "rank", SCANNED])
+@pytest.mark.parametrize("name", ["threshold", "paper", "rank", *MORE, SCANNED])
 def test_models_and_their_caches(name):
     def forward(weights: Any, tokens: jax.Array, length: jax.Array) -> Any:
         model = architecture_of(MODELS[name]).from_params(MODELS[name], weights)
@@ -200,7 +208,7 @@ def test_logits_that_mix_predictions_and_limits_of_large_passes(monkeypatch):
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["plain", "top-k", "threshold", "released", "rank", SCANNED])
+@pytest.mark.parametrize("name", ["threshold", "rank", *PLAINER, *MORE, SCANNED])
 def test_a_training_step_is_that_of_one_device(name):
     """Gradients are read from Adam's first moment, (1 - b1) g, after a step that clips nothing.
 
