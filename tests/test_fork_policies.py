@@ -81,12 +81,17 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY)
+# Their settings are in test_policies.py; `python -m pytest -m experiment` runs them here too.
+SETTINGS = ("window, burst", "no gate", "streams")
+NAMES = [pytest.param(name, marks=[pytest.mark.experiment] * (name in SETTINGS)) for name in EVERY]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_budget_holds_and_originals_live(name):
     assert_budget(EVERY[name])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_causal_policy_does_not_see_later_tokens(name):
     if EVERY[name].causal:
         assert_causal(EVERY[name])
@@ -95,7 +100,7 @@ def test_a_causal_policy_does_not_see_later_tokens(name):
             assert_causal(EVERY[name])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_row_in_parts_is_the_whole_row(name):
     if hasattr(EVERY[name], "keep_next"):
         assert_cached_is_parallel(EVERY[name])
