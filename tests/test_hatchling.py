@@ -67,7 +67,7 @@ def test_parallel_chunked_and_recurrent_are_the_float64_reference(config):
     tokens = np.random.default_rng(0).integers(11, size=(1, 19))
     expected = reference(config, wide(drawn(config)), tokens[0])
     scale = np.abs(expected).max()
-    for chunk in (None, 1, 4, 7, 19):
+    for chunk in (None, 1, 4):  # 4 leaves a rest
         model = drawn(dataclasses.replace(config, chunk=chunk))
         found = np.asarray(logits_of(model, tokens))[0]
         assert np.abs(found - expected).max() < 1e-5 * scale, chunk
