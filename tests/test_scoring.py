@@ -38,11 +38,13 @@ def brute_force(config: ModelConfig, row: Row) -> Score:
 @pytest.mark.parametrize(
     "config",
     [
-        PLAIN,
         dataclasses.replace(SMALL, policy=PrefixRank(1.5, window=3)),
-        dataclasses.replace(SMALL, policy=Threshold(1.5)),
         SMALL,
         dataclasses.replace(SMALL, merge="probability"),
+        *(
+            pytest.param(config, marks=pytest.mark.experiment)
+            for config in (PLAIN, dataclasses.replace(SMALL, policy=Threshold(1.5)))
+        ),
     ],
     ids=lambda config: f"{config.policy}-{config.merge}-{len(config.fork_layers)}",
 )
