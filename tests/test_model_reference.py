@@ -1,4 +1,7 @@
-"""The model equals the float64 reference written from the equations, whatever the config."""
+"""The model equals the float64 reference written from the equations, whatever the config.
+
+More compiled configs: `python -m pytest -m experiment tests/test_model_reference.py`.
+"""
 
 import dataclasses
 import math
@@ -94,11 +97,11 @@ SINGLE_WHOLE: dict[str, dict[str, Any]] = {
     "fork-before-every-layer": {"fork_layers": (0, 1, 2), "policy": TopK(ratio=2.0)},
     "ratio-4": {"policy": TopK(ratio=4.0)},
     **{f"causal-{index}": causal for index, causal in enumerate(CAUSAL)},
-    "one-key-head": {"num_heads": 4, "num_kv_heads": 1},
-    "head-dim": {"head_dim": 6},
-    "default-mlp-dim": {"mlp_dim": None},
+    "other-widths": {"num_heads": 4, "num_kv_heads": 1, "head_dim": 6, "mlp_dim": None},
     "scan-layers": {"scan_layers": True},
 }
+# Neither shapes nor operations that the others lack: the policies' are in `test_policies.py`.
+WHOLE_EXPERIMENTS = ("ratio-4", "causal-0", "causal-2", "causal-4", "scan-layers")
 # Only without a mask, below.
 SINGLE_UNPADDED: dict[str, dict[str, Any]] = {
     "ratio-1.1": {"policy": TopK(ratio=1.1)},
@@ -312,7 +315,13 @@ def test_each_row_of_a_padded_batch_equals_the_reference_of_that_row_alone(name:
     check_padded(CASES[name])
 
 
-@pytest.mark.parametrize("name", ["base", *SINGLE_WHOLE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.experiment] * (name in WHOLE_EXPERIMENTS))
+        for name in ("base", *SINGLE_WHOLE)
+    ],
+)
 def test_compiled_as_a_whole(name: str) -> None:
     check_padded(CASES[name], jit=True)
 
