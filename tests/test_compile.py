@@ -4,14 +4,14 @@ import dataclasses
 import importlib.util
 import json
 import math
-import subprocess
-import sys
+import os
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import PATIENCE, Process
 
 from thoughtbubbles import ModelConfig, TopK
 from train import compile as command
@@ -458,9 +458,9 @@ def test_mistakes_are_one_line(changes, message, topology):
     assert "\n" not in str(raised.value)
 
 
-def test_the_command_exits_with_2_and_one_line():
-    line = [sys.executable, "-m", "train.compile", "--preset", "tiny", "--topology", "v7:2x2"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown topology 'v7:2x2': choose one of")
-    assert done.stderr.count("\n") == 1
+def test_the_command_exits_with_2_and_one_line(tmp_path):
+    words = ("-m", "train.compile", "--preset", "tiny", "--topology", "v7:2x2")
+    process = Process(words, os.environ, tmp_path)
+    assert process.wait(timeout=PATIENCE) == 2
+    assert process.output().startswith("error: unknown topology 'v7:2x2': choose one of")
+    assert process.output().count("\n") == 1

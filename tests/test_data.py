@@ -16,6 +16,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
+from processes import PATIENCE, Process
 
 from train.data import (
     ByteTokenizer,
@@ -224,8 +225,8 @@ def build(folder):
     os.kill(os.getpid(), signal.SIGKILL)
 build_once(Path({str(tmp_path)!r}) / "made", build)
 """
-    done = subprocess.run([sys.executable, "-c", script])
-    assert done.returncode == -signal.SIGKILL
+    process = Process(("-c", script), os.environ, tmp_path / "said")
+    assert process.wait(timeout=PATIENCE) == -signal.SIGKILL
     made = tmp_path / "made"
     assert not made.exists() and (tmp_path / "made.partial" / "half").exists()
     build_once(made, lambda folder: (folder / "whole").touch())

@@ -3,13 +3,13 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
+from processes import PATIENCE, Process
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from train import tokenizer as command
@@ -294,10 +294,9 @@ def test_command_mistakes_are_one_line(arguments, message, corpus, tmp_path, mon
 
 
 def test_command_from_a_shell(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "train.tokenizer", "--corpus", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert "is empty" in done.stderr and done.stderr.count("\n") == 1
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    words = ("-m", "train.tokenizer", "--corpus", corpus)
+    process = Process(words, os.environ, tmp_path)
+    assert process.wait(timeout=PATIENCE) == 2
+    assert "is empty" in process.output() and process.output().count("\n") == 1
