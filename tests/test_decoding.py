@@ -33,7 +33,10 @@ def by_hand(config, prompt, count):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["residual", "probability", "rightmost"])
+@pytest.mark.parametrize(
+    "kind",
+    ["residual", "probability", pytest.param("rightmost", marks=pytest.mark.experiment)],
+)
 def test_greedy_is_recomputation_by_hand(kind):
     config = dataclasses.replace(TOPK, merge=kind)
     found = generate(model_of(config), PROMPTS, 6)
