@@ -77,7 +77,8 @@ def test_the_random_control_ignores_scores():
     assert (masks[0] == masks[1]).all()
     assert masks[0][:, 1::2].all(), "originals live"
     assert 10 < masks[0][0].sum() <= 15
-    assert quality.VARIANTS["random"](SMALL).policy == quality.RandomForks(quality.RATIO)
+    variant = quality.VARIANTS["random"](PRESETS["tiny_plain"].model)
+    assert variant.policy == quality.RandomForks(quality.RATIO)
 
 
 def test_finished_runs_are_found_again(tmp_path):
