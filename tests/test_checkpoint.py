@@ -358,6 +358,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path: Path):
             assert process.poll() is None, process.output()
             time.sleep(0.005)
         while not unfinished(saved):
+            assert process.poll() is None, process.output()
             time.sleep(0.001)
         time.sleep(moments.uniform(0.0, 0.03))
         process.send_signal(signal.SIGKILL)
