@@ -49,5 +49,5 @@ def room_for_compiled_programs() -> Iterator[None]:
     """
     yield
     # Reading the maps takes long when there are many: each twentieth test does.
-    if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 25_000:
+    if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
