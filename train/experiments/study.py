@@ -53,10 +53,9 @@ def check_options(config: Any) -> None:
         ValueError: A number is too small, or a list is empty.
     """
     for field in dataclasses.fields(config):
-        if field.default and getattr(config, field.name) == ():
-            example = field.default[0]
-            raise ValueError(f"{field.name} is empty: name at least one, such as {example}")
         default = field.default if isinstance(field.default, tuple) else (field.default,)
+        if default and getattr(config, field.name) == ():
+            raise ValueError(f"{field.name} is empty: name at least one, such as {default[0]}")
         if default and all(type(item) in (int, float) for item in default):
             counted = all(type(item) is int and item > 0 for item in default)
             counted = counted and "index" not in field.metadata
