@@ -54,7 +54,7 @@ def check_options(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         default = field.default if isinstance(field.default, tuple) else (field.default,)
-        if default and getattr(config, field.name) == ():
+        if isinstance(field.default, tuple) and default and getattr(config, field.name) == ():
             raise ValueError(f"{field.name} is empty: name at least one, such as {default[0]}")
         if default and all(type(item) in (int, float) for item in default):
             counted = all(type(item) is int and item > 0 for item in default)
