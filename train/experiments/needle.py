@@ -12,7 +12,6 @@ plain samples miss. Each gets one search, and then plain samples until they have
 import dataclasses
 import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
+from train.benchmarks.timing import Clock, Cost
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.data import ByteTokenizer
@@ -196,23 +196,23 @@ def compare(
     if not cases:
         raise ValueError(f"{name}: {SAMPLES} samples miss none of {problems} problems: take more")
 
-    def search(key: int) -> tuple[Searcher, list[Search], float]:
+    def search(key: int) -> tuple[Searcher, list[Search], Cost]:
         searcher = Searcher(sampler, form, task, strategy, strategy.limits, (seed, key))
-        begin = time.perf_counter()
+        clock = Clock()
         made = searcher.run(range(len(cases)), cases, [SAMPLES] * len(cases))
-        return searcher, made, time.perf_counter() - begin
+        return searcher, made, clock.read()
 
     search(1)  # compiles
-    searcher, searches, seconds = search(2)
+    searcher, searches, cost = search(2)
     spent = [sum(len(node.chunk.log_probs) for node in s.tree.nodes) for s in searches]
     mean = float(np.mean([row.written for row in rows]))
     counts = [int(np.ceil(tokens / mean)) for tokens in spent]
     batch = min(sampler.max_rows, len(cases) * strategy.width)  # that of searches
     sampler = Sampler(sampler.policy, sampler.sampling, batch, job.trainable.mesh)
     direct.collect(sampler, task, cases, counts, (seed, 3))  # compiles
-    before, begin = sampler.generated, time.perf_counter()
+    before, clock = sampler.generated, Clock()
     plain = direct.collect(sampler, task, cases, counts, (seed, 4))
-    plain_seconds = time.perf_counter() - begin
+    plain_cost, plain_tokens = clock.read(), sampler.generated - before
     by_plain = {row.group for row in plain if row.reward.success}
     trees = [tree_json(one, form) for one in searches if one.tree.solved]
     counted = searcher.counts
@@ -222,12 +222,14 @@ def compare(
         "search": len(trees) / len(cases),
         "plain": len(by_plain) / len(cases),
         "tokens": float(np.mean(spent)),
-        "plain_tokens": (sampler.generated - before) / len(cases),
+        "plain_tokens": plain_tokens / len(cases),
         "terminals": float(np.mean([sum(n.terminal for n in s.tree.nodes) for s in searches])),
         "plain_samples": float(np.mean(counts)),
-        "generation_share": counted["generation_seconds"] / seconds,
-        "search_tokens_per_second": counted["tokens"] / seconds,
-        "plain_tokens_per_second": (sampler.generated - before) / plain_seconds,
+        "generation_share": counted["generation_seconds"] / cost.seconds,
+        "search_tokens_per_second": counted["tokens"] / cost.seconds,
+        "plain_tokens_per_second": plain_tokens / plain_cost.seconds,
+        "search_tokens_per_cpu_second": counted["tokens"] / cost.cpu_seconds,
+        "plain_tokens_per_cpu_second": plain_tokens / plain_cost.cpu_seconds,
         "reused_tokens": counted["reused_tokens"],
         "prefilled_tokens": counted["prefilled_tokens"],
     }, trees
@@ -254,7 +256,11 @@ def report(results: list[Result]) -> str:
     rows = []
     for (name, stretch), of_task in by_key(results, "task", "stretch").items():
         column = lambda key, scale=1.0, of_task=of_task: [scale * r[key] for r in of_task]  # noqa: E731
-        speed = [r["search_tokens_per_second"] / r["plain_tokens_per_second"] for r in of_task]
+        speed = [
+            [r[f"search_tokens_per_{unit}"] / r[f"plain_tokens_per_{unit}"] for r in of_task]
+            for unit in ("second", "cpu_second")
+            if all(f"plain_tokens_per_{unit}" in r for r in of_task)
+        ]
         rows.append(
             [
                 name,
@@ -268,14 +274,14 @@ def report(results: list[Result]) -> str:
                 mean_text(column("terminals"), 0),
                 mean_text(column("plain_samples"), 0),
                 mean_text(column("generation_share", 100), 0),
-                mean_text(speed, 2),
+                ", ".join(mean_text(of_unit, 2) for of_unit in speed),
                 seeds_text(of_task),
             ]
         )
     head = [
         "task", "stretch", "cases", "a sample is right, %", "search finds, %", "plain finds, %",
         "tokens of search", "of plain", "terminals", "samples", "time in generation, %",
-        "tokens/s over plain's", "seeds",
+        "tokens a second over plain's, tokens a CPU second", "seeds",
     ]  # fmt: skip
     return "\n".join(markdown_table(head, rows))
 
