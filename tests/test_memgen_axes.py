@@ -80,6 +80,18 @@ def test_a_decoding_loop(kind: str):
     check_decoding(kind, memgen_of("shallow"))
 
 
+def test_a_decoding_loop_by_hand_is_traced():
+    """`shard_map` refuses a loop that doesn't carry what varies as such; results: as experiments."""
+    made, rows = memgen_of("shallow"), (*pad_prompts(FOUR, VOCAB), row_keys(0, FOUR))
+    axes = (AxisType.Auto,)
+    mesh = jax.make_mesh((DEVICES,), ("rows",), axes, devices=jax.devices()[:DEVICES])
+    specs = (PartitionSpec(), *[SHARDED] * len(rows))
+    by_hand = jax.shard_map(respond, mesh=mesh, in_specs=specs, out_specs=SHARDED)
+    found, expected = (jax.eval_shape(call, made, *rows) for call in (by_hand, respond))
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), each) for each in (found, expected)]
+    assert shapes[0] == shapes[1]
+
+
 def linen_memgen() -> memgen.MemGen:
     """The Linen decoder of docs/memory.md, whose memory is woven after each token."""
     page = (Path(__file__).parents[1] / "docs/memory.md").read_text()
