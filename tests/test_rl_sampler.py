@@ -150,13 +150,14 @@ def scored(
     return found, arrays
 
 
-# Adapters: the forks have them; a weaver alone: the triggers have one.
+# Adapters: the forks have them, and a tracked threshold, which is no parameter (ranks: those of
+# latent memory, test_memgen_decoding); a weaver alone: the triggers have one.
 LONG = [
-    pytest.param(name, marks=pytest.mark.experiment) for name in ("lora", "threshold", "weaver")
+    pytest.param(name, marks=pytest.mark.experiment) for name in ("lora", "prefix rank", "weaver")
 ]
 
 
-@pytest.mark.parametrize("name", ["plain", "prefix rank", "trigger", *LONG])
+@pytest.mark.parametrize("name", ["plain", "threshold", "trigger", *LONG])
 def test_sampler_and_trainer_agree(name):
     """Unequal prompts, groups and texts, texts that end at their first token among them."""
     rows, policy = rollout(name)
@@ -286,7 +287,7 @@ def test_a_problem_that_comes_twice_is_answered_anew():
     assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize("name", ["plain", "prefix rank", LONG[-1], "trigger"])
+@pytest.mark.parametrize("name", ["plain", "threshold", "trigger", LONG[-1]])
 def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
     """Rows taken from one reading equal rows that read the prompt themselves."""
     sampler, _ = make_sampler(name)
