@@ -17,6 +17,10 @@ class DecoderBackbone(Protocol):
     states that one call of `hidden_states` gives. Implementations are pytrees (an `nnx.Module` is
     one), and all methods are traced.
 
+    A decoder may have a method `extend_keeping(cache, x, length, kept)` and a true attribute
+    `can_forget`: `extend`, after which the cache holds the first `kept [B]` of the vectors alone.
+    Then a weaver's queries are computed together with the text before them.
+
     A cache may be any pytree. Axis 0 of each of its arrays indexes the rows, and a scalar belongs
     to all rows, unless the decoder has a method `cache_batch_axes(cache)`, which returns the same
     pytree with the axis of each array, or None for an array that all rows share.

@@ -221,11 +221,16 @@ def _weave_from_context(
     memgen, weaver = decoders.memgen, decoders.memgen.weaver
     assert session.weaver is not None
     fetch, target = session.weaver_inputs(memgen)
-    state = session.weaver.extend_to(decoders.weaver, fetch, target, weaves)
     suffix, first = weaver.suffix(inputs.kind, inputs.snippets)
     slots = weaver.config.latents
-    # Snippets and queries leave no trace: the session keeps the cache without them.
-    hidden, _ = decoders.weaver.extend(state.cache, suffix, jnp.where(weaves, first + slots, 0))
+    if getattr(decoders.weaver, "can_forget", False):
+        hidden, state = session.weaver.extend_and_query(
+            decoders.weaver, fetch, target, weaves, suffix, first + slots
+        )
+    else:
+        state = session.weaver.extend_to(decoders.weaver, fetch, target, weaves)
+        # Snippets and queries leave no trace: the session keeps the cache without them.
+        hidden, _ = decoders.weaver.extend(state.cache, suffix, jnp.where(weaves, first + slots, 0))
     latents = weaver.memory(take(hidden, first[:, None] + jnp.arange(slots)))
     return latents, session.replace(weaver=state)
 

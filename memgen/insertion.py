@@ -128,6 +128,21 @@ def stream_length(plan: Plan, length: Int[Array, " B"]) -> Int[Array, " B"]:
     return length + plan.width.sum(axis=1)
 
 
+def stream_source(plan: Plan, length: int, slots: int) -> Int[Array, "B S"]:
+    """Where each of the `S = L + E*K` vectors of a stream comes from.
+
+    An index below `length` is that of a token, then come the `slots` latents of each event.
+    """
+    events = plan.point.shape[1]
+    index = jnp.arange(length + events * slots)
+    offset = index - plan.start[:, :, None]
+    within = (offset >= 0) & (offset < plan.width[:, :, None])
+    before = jnp.clip(offset, 0, plan.width[:, :, None]).sum(axis=1)
+    source = jnp.minimum(index - before, length - 1)
+    of_event = length + jnp.arange(events)[:, None] * slots + offset
+    return jnp.where(within.any(axis=1), jnp.where(within, of_event, 0).sum(axis=1), source)
+
+
 def assemble(
     vectors: Float[Array, "B L D"], latents: Float[Array, "B E K D"], plan: Plan
 ) -> Float[Array, "B L+E*K D"]:
@@ -140,13 +155,7 @@ def assemble(
     """
     batch, length, dim = vectors.shape
     events, slots = latents.shape[1:3]
-    index = jnp.arange(length + events * slots)
-    offset = index - plan.start[:, :, None]
-    within = (offset >= 0) & (offset < plan.width[:, :, None])
-    before = jnp.clip(offset, 0, plan.width[:, :, None]).sum(axis=1)
-    source = jnp.minimum(index - before, length - 1)
-    of_event = length + jnp.arange(events)[:, None] * slots + offset
-    source = jnp.where(within.any(axis=1), jnp.where(within, of_event, 0).sum(axis=1), source)
+    source = stream_source(plan, length, slots)
     pool = jnp.concatenate(
         [vectors, latents.reshape(batch, events * slots, dim).astype(vectors.dtype)], axis=1
     )

@@ -24,6 +24,7 @@ from memgen.insertion import (
 from memgen.lora import with_dropout
 from memgen.module import Module
 from memgen.placement import AnyArray, broadcast_beside, embed, placed_beside
+from memgen.segments import Schedule, weave_in_segments
 from memgen.short_repr import short_repr
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
@@ -209,6 +210,15 @@ class MemGen(Module):
         return Woven(assemble(vectors, latents, plan), whole, latents)
 
     def _in_order(self, vectors, latents, plan: Plan, dropout) -> jax.Array:
+        sizes = vectors.shape[1], *latents.shape[1:3]
+        schedule = Schedule.of(*sizes)
+        # With dropout each event has a mask of its own over all that it reads.
+        if dropout is None and schedule.saves(*sizes):
+            decoder = self.weaving()
+            if getattr(decoder, "can_forget", False):
+                decoders = decoder.for_decoding(), self.reasoner.for_decoding()
+                return weave_in_segments(self.weaver, *decoders, vectors, plan, schedule)
+
         def event(latents, index):
             key = None if dropout is None else jax.random.fold_in(dropout, index)
             stream = assemble(vectors, latents, plan)

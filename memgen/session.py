@@ -69,6 +69,60 @@ class DecoderState(ShortRepr):
 
         return jax.lax.while_loop(behind, catch_up, self)
 
+    def extend_and_query(
+        self,
+        decoder: Any,
+        fetch: Callable,
+        target: jax.Array,
+        rows: jax.Array,
+        queries: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, "DecoderState"]:
+        """`extend_to`, and hidden states of vectors behind the target that leave no trace.
+
+        They are computed together with the last vectors in front of them, by a decoder with
+        `extend_keeping`.
+
+        Args:
+            decoder: Decoder whose cache it is.
+            fetch: Function from indices `[B, C]` to the vectors there, `[B, C, D]`.
+            target: `[B]` int32, number of vectors to reach in each row.
+            rows: `[B]` bool, rows that must reach their target.
+            queries: `[B, Q, D]` vectors behind the target, padded on the right.
+            count: `[B]` int32, number of real ones.
+
+        Returns:
+            Hidden states `[B, Q, D]` of `queries`, arbitrary in other rows, and the state after
+            `target`.
+        """
+        size, width = CHUNK + queries.shape[1], queries.shape[1]
+
+        def unanswered(carry: tuple) -> jax.Array:
+            return carry[0].any()
+
+        def catch_up(carry: tuple) -> tuple:
+            asks, state, found = carry
+            left = jnp.maximum(target - state.length, 0)
+            last = asks & (left <= CHUNK + width - count)
+            kept = jnp.minimum(left, size)
+            at = jnp.arange(size)
+            behind = at - left[:, None]
+            vectors = fetch(state.length[:, None] + at)
+            added = take(queries, jnp.maximum(behind, 0)).astype(vectors.dtype)
+            vectors = jnp.where((behind >= 0)[..., None], added, vectors)
+            hidden, cache = decoder.extend_keeping(
+                state.cache, vectors, kept + jnp.where(last, count, 0), kept
+            )
+            answers = take(hidden, left[:, None] + jnp.arange(width))
+            found = jnp.where(last[:, None, None], answers, found)
+            here = last_hidden(hidden, kept, state.hidden)
+            return asks & ~last, DecoderState(cache, state.length + kept, here), found
+
+        found = jnp.zeros((*queries.shape[:2], self.hidden.shape[-1]), self.hidden.dtype)
+        carry = rows, self, placed_beside(found, rows)
+        _, state, found = jax.lax.while_loop(unanswered, catch_up, carry)
+        return found, state
+
     def batch_axes(self, decoder: Any) -> "DecoderState":
         """The axis of the rows in each array, None for an array that all rows share."""
         row_axis: Any = 0

@@ -260,4 +260,6 @@ def test_an_event_costs_what_its_rows_cost(monkeypatch):
         later.append(int((response.points > 0).sum()))
         prompt = ROWS * event * (weaving > 0)
         assert sum(counted) == ROWS * NEW + prompt + later[-1] * event
+        # Queries are computed with the text before them: two calls an event.
+        assert len(counted) == NEW + 2 * (weaving > 0) + 2 * later[-1]
     assert later[0] == 0 < later[1]

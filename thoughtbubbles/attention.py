@@ -137,8 +137,8 @@ def attend_cached(
 ) -> Float[Array, "B Q H K"]:
     """Attention of new slots over a cache that already holds their own keys and values.
 
-    Only a part of the cache is used: the shortest of a few static spans (`SHORTEST_SPAN` slots,
-    doubled up to `N`) that covers the used slots of every row. Of `FEWEST_TILED` queries or more,
+    Only a part of the cache is used: the shortest of a few static spans (`cache_spans`) that
+    covers the used slots of every row. Of `FEWEST_TILED` queries or more,
     weights beyond `LARGEST_WEIGHTS` bytes are taken in tiles, each used once; the backward pass of
     such a call holds all of them, and it has no forward mode (`jax.jvp`).
 
@@ -170,9 +170,13 @@ def attend_cached(
 
 
 def cache_spans(slots: int) -> list[int]:
-    """Numbers of slots that `attend_cached` chooses from; the last is that of the whole cache."""
+    """Numbers of slots that `attend_cached` chooses from; the last is that of the whole cache.
+
+    They are `SHORTEST_SPAN`, doubled up to half of the cache: a shorter span is copied out of the
+    cache, which takes longer than to attend to twice as many slots.
+    """
     spans = [SHORTEST_SPAN]
-    while spans[-1] < slots:
+    while 2 * spans[-1] <= slots:
         spans.append(2 * spans[-1])
     return [*spans[:-1], slots]
 

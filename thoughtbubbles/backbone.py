@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thoughtbubbles.attention import attend_branches, attend_where
-from thoughtbubbles.cache import Cache, advance, init_cache
+from thoughtbubbles.cache import Cache, advance, init_cache, keep_first
 from thoughtbubbles.checks import check_adapter, check_deltas, check_vectors, checked_lengths
 from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
@@ -228,6 +228,35 @@ class Backbone(Module):
         x = x.astype(self.model.config.dtype)
         streams, cache = advance(self.model, self.model.layers(), cache, x, length, fresh)
         return self._hidden(streams), cache
+
+    @property
+    def can_forget(self) -> bool:
+        """Whether `extend_keeping` is there: the state of a fork layer forgets no token."""
+        return not self.model.config.fork_layers
+
+    def extend_keeping(
+        self, cache: Cache, x: jax.Array, length: AnyArray, kept: AnyArray
+    ) -> tuple[jax.Array, Cache]:
+        """`extend` by vectors of which the cache keeps the first ones alone.
+
+        So vectors that leave no trace, such as queries, are computed together with those before
+        them.
+
+        Args:
+            x: Vectors `[B, C, D]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32.
+            kept: Number of them that stay in the cache, `[B]` int32.
+
+        Raises:
+            ValueError: The model has fork layers.
+        """
+        if not self.can_forget:
+            raise ValueError(
+                f"fork layers {self.model.config.fork_layers} forget no token: extend by what "
+                "stays, then by the rest"
+            )
+        hidden, after = self.extend(cache, x, length)
+        return hidden, keep_first(cache, after, jnp.asarray(kept))
 
     def _hidden(self, streams: Streams) -> jax.Array:
         return self.model.final_norm(self.model.merged(streams))

@@ -331,6 +331,22 @@ def advance(
     return streams, cache
 
 
+def keep_first(before: Cache, after: Cache, kept: Int[Array, " B"]) -> Cache:
+    """The cache after an extension, without all but the first `kept` of the new tokens of each row.
+
+    Their slots are free again. Only for models without fork layers, whose policies remember more.
+
+    Args:
+        before: Cache before the extension.
+        after: Cache after it.
+        kept: Number of new tokens that each row keeps.
+    """
+    assert not after.forks  # `Backbone.can_forget`
+    wrong = after.length > after.max_tokens
+    length = jnp.where(wrong, after.length, before.length + kept)
+    return dataclasses.replace(after, length=length)
+
+
 def _run_group(
     streams: Streams,
     slots: KVSlots,
