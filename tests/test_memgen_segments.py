@@ -33,7 +33,9 @@ def latents_of(made: MemGen, tokens: jax.Array, plan: Plan, segments: bool) -> j
     return jnp.where(real[..., None], found, 0)
 
 
-@pytest.mark.parametrize("context", ["embeddings", "hidden"])
+@pytest.mark.parametrize(
+    "context", [pytest.param("embeddings", marks=pytest.mark.experiment), "hidden"]
+)
 def test_segments_are_one_pass_for_each_event(context: Any):
     """Latents, and gradients of all that the weaver trains, through latents that see latents."""
     made, tokens = memgen_of("shallow", weaver_config(context=context)), random_tokens(3, LENGTH)
@@ -104,7 +106,7 @@ def test_queries_are_computed_with_what_stands_before_them_and_leave_no_trace():
 
 
 def test_forks_forget_nothing():
-    decoder = memgen_of("one fork by rank").reasoner
+    decoder: Any = memgen_of("one fork by rank").reasoner
     assert not decoder.can_forget
     with pytest.raises(ValueError, match=r"fork layers \(1,\) forget no token"):
         decoder.extend_keeping(decoder.init_cache(1, 4), jnp.zeros((1, 2, 32)), [2], [1])
