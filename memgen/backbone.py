@@ -17,9 +17,10 @@ class DecoderBackbone(Protocol):
     states that one call of `hidden_states` gives. Implementations are pytrees (an `nnx.Module` is
     one), and all methods are traced.
 
-    A decoder may have a method `extend_keeping(cache, x, length, kept)` and a true attribute
+    A decoder may have a method `extend_keeping(cache, x, length, kept)` and a true static attribute
     `can_forget`: `extend`, after which the cache holds the first `kept [B]` of the vectors alone.
-    Then a weaver's queries are computed together with the text before them.
+    Then a weaver's queries are computed together with the text before them, and long training
+    texts are read once, over a cache, and not once for each event.
 
     A cache may be any pytree. Axis 0 of each of its arrays indexes the rows, and a scalar belongs
     to all rows, unless the decoder has a method `cache_batch_axes(cache)`, which returns the same
@@ -135,6 +136,11 @@ def check_backbone(backbone: Any, role: str) -> None:
         raise ValueError(
             f"{type(backbone).__name__} can't be a {role}: it has no {', '.join(missing)} "
             "(see memgen.DecoderBackbone)"
+        )
+    if getattr(backbone, "can_forget", False) and not hasattr(backbone, "extend_keeping"):
+        raise ValueError(
+            f"{type(backbone).__name__} can't be a {role}: it has can_forget={backbone.can_forget} "
+            "and no extend_keeping: add it (see memgen.DecoderBackbone), or leave can_forget out"
         )
 
 

@@ -23,8 +23,8 @@ from memgen.insertion import (
 )
 from memgen.lora import with_dropout
 from memgen.module import Module
-from memgen.placement import AnyArray, broadcast_beside, embed, placed_beside
-from memgen.segments import Schedule, weave_in_segments
+from memgen.placement import AnyArray, broadcast_beside, embed, placed_beside, row_shards
+from memgen.segments import Schedule, schedule_for, weave_in_segments
 from memgen.short_repr import short_repr
 from memgen.trigger import Trigger
 from memgen.weaver import Weaver
@@ -199,25 +199,24 @@ class MemGen(Module):
         batch, length, dim = vectors.shape
         events, slots = plan.point.shape[1], self.config.weaver.latents
         latents = placed_beside(jnp.zeros((batch, events, slots, dim), vectors.dtype), vectors)
-        if slots and self.config.weaver.context == "nothing":
+        if not slots or not events:
+            pass  # nothing is inserted
+        elif self.config.weaver.context == "nothing":
             latents = self.weaver.fixed(plan.kind)
-        elif slots and self.config.weaver.latents_see_latents:
+        elif self.config.weaver.latents_see_latents:
             latents = self._in_order(vectors, latents, plan, dropout)
-        elif slots:
+        else:
             backbone = self.weaving(dropout)
             latents = self.weaver.weave_parallel(backbone, vectors, plan.point, plan.kind)
         whole = stream_length(plan, broadcast_beside(length, vectors, 1))
         return Woven(assemble(vectors, latents, plan), whole, latents)
 
     def _in_order(self, vectors, latents, plan: Plan, dropout) -> jax.Array:
-        sizes = vectors.shape[1], *latents.shape[1:3]
-        schedule = Schedule.of(*sizes)
-        # With dropout each event has a mask of its own over all that it reads.
-        if dropout is None and schedule.saves(*sizes):
-            decoder = self.weaving()
-            if getattr(decoder, "can_forget", False):
-                decoders = decoder.for_decoding(), self.reasoner.for_decoding()
-                return weave_in_segments(self.weaver, *decoders, vectors, plan, schedule)
+        sizes = *vectors.shape[:2], plan.point.shape[1]
+        schedule = self.schedule(sizes, dropout is not None, row_shards(vectors))
+        if schedule is not None:
+            decoders = self.weaving().for_decoding(), self.reasoner.for_decoding()
+            return weave_in_segments(self.weaver, *decoders, vectors, plan, schedule)
 
         def event(latents, index):
             key = None if dropout is None else jax.random.fold_in(dropout, index)
@@ -232,6 +231,21 @@ class MemGen(Module):
 
         # The backward pass recomputes each event; only its latents are kept.
         return jax.lax.scan(jax.checkpoint(event), latents, jnp.arange(plan.point.shape[1]))[0]
+
+    def schedule(
+        self, sizes: tuple[int, int, int], dropout: bool, shards: int = 1
+    ) -> Schedule | None:
+        """How `weave` reads rows whose events see each other; None: by a pass for each event.
+
+        Args:
+            sizes: Numbers of rows, of tokens of a row, and of events of a row.
+            dropout: Whether there is a key of dropout.
+            shards: Number of devices that share the rows.
+        """
+        if dropout and self.config.weaver.lora.dropout:
+            return None  # each event has a mask of its own over all that it reads
+        decoder = self.weaver_backbone or self.reasoner
+        return schedule_for(self.weaver, decoder, self.reasoner, sizes, shards)
 
     def predictors(
         self, tokens: Int[AnyArray, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None

@@ -20,6 +20,10 @@ SHORTEST_SEGMENT = 32
 LEAST_SAVED = 512
 """Number of vectors of a row that segments must save; with fewer, each event has a pass of its own
 over the whole row."""
+MOST_KEPT = 2**30
+"""Number of bytes of caches on a device that segments may keep for the backward pass; with more,
+each event has a pass of its own, of which only latents are kept. Under automatic axes, where shards
+are unknown, those of all devices count."""
 
 
 class Schedule(NamedTuple):
@@ -49,6 +53,35 @@ class Schedule(NamedTuple):
         """Whether this is at most half of one pass for each event, and `LEAST_SAVED` fewer."""
         passes, mine = events * (length + events * slots), self.rounds * self.size
         return 2 * mine <= passes and mine + LEAST_SAVED <= passes
+
+
+def schedule_for(
+    weaver: Weaver, decoder: Any, reasoner: Any, sizes: tuple[int, int, int], shards: int = 1
+) -> Schedule | None:
+    """The schedule of `weave_in_segments`, or None where each event is to have a pass of its own.
+
+    The choice depends on sizes and decoders alone; latents are the same up to rounding.
+
+    Args:
+        weaver: Weaver whose events these are.
+        decoder: Decoder of the weaver.
+        reasoner: Reasoner, whose hidden states are read with `context="hidden"`.
+        sizes: Numbers of rows, of tokens of a row, and of events of a row.
+        shards: Number of devices that share the rows.
+    """
+    batch, length, events = sizes
+    row = length, events, weaver.config.latents
+    if not events or not Schedule.of(*row).saves(*row):
+        return None
+    decoders = [decoder, reasoner] if weaver.config.context == "hidden" else [decoder]
+    # Other caches, such as that of `Uncached`, may compute all that stands before anew.
+    if not all(getattr(decoder, "can_forget", False) for decoder in decoders):
+        return None
+    slots = length + events * weaver.config.latents
+    caches = [jax.eval_shape(lambda d=d: d.init_cache(batch, slots)) for d in decoders]
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+    schedule = Schedule.of(*row)
+    return schedule if schedule.rounds * kept <= MOST_KEPT * shards else None
 
 
 def weave_in_segments(

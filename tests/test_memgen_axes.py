@@ -240,6 +240,23 @@ def test_training_is_that_of_one_device():
     assert max(map(abs_max, jax.tree.leaves(expected))) > 1
 
 
+IN_SEGMENTS = (
+    random_tokens(4, 160),
+    jnp.array([[3, 6, 9, 70, 100, 159], [2] + [-1] * 5, [-1] * 6, [8, 158] + [-1] * 4], jnp.int32),
+    jnp.array([[0, 1, 1, 1, 1, 1]] * 4, jnp.int32),
+)
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_in_segments(kind: str):
+    made = memgen_of("shallow")
+    assert made.schedule((4, 160, 6), dropout=False)
+    found, program = on_mesh(losses, kind, made, *IN_SEGMENTS)
+    np.testing.assert_allclose(found, jax.jit(losses)(made, *IN_SEGMENTS), atol=1e-5)
+    assert "all-gather" not in program and "all-to-all" not in program
+
+
 def abs_max(leaf: jax.Array) -> float:
     return float(np.abs(leaf).max())
 

@@ -321,6 +321,9 @@ def test_a_backbone_that_lacks_a_method_is_one_line():
         make(Half())
     named = types.SimpleNamespace(**dict.fromkeys(METHODS), backbone=print)  # a field of that name
     check_backbone(named, "reasoner")
+    named.can_forget = True
+    with pytest.raises(ValueError, match="it has can_forget=True and no extend_keeping: add it"):
+        check_backbone(named, "weaver")
     with pytest.raises(ValueError, match="Thoughtbubbles can't be a reasoner, .* its backbone"):
         make(whole.model)
 

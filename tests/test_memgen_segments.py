@@ -1,5 +1,6 @@
 """What stands before an event is computed once: in training texts, and with an event's queries."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from memgen_tiny import PROMPT_LATENTS, memgen_of, random_tokens, weaver_config
+from memgen_tiny import LORA, PROMPT_LATENTS, memgen_of, random_tokens, weaver_config
 
-from memgen import MemGen, Plan, WeaverParam
+import memgen.model
+from memgen import MemGen, Plan, WeaverParam, segments
 from memgen.insertion import INFERENCE, PROMPT
 from memgen.segments import Schedule, weave_in_segments
 from memgen.session import CHUNK, DecoderState, take
@@ -103,6 +105,66 @@ def test_queries_are_computed_with_what_stands_before_them_and_leave_no_trace():
         real = slice(int(count[row]))
         np.testing.assert_allclose(found[row, real], expected[row, real], atol=1e-5)
         np.testing.assert_allclose(again[row, real], expected[row, real], atol=1e-5)
+
+
+SIZES = 4, 256, 6
+
+
+def test_rows_are_read_in_segments_where_that_saves(monkeypatch):
+    """And where no cache is computed anew, and dropout, if there is any, draws nothing."""
+    dropping = weaver_config(lora=dataclasses.replace(LORA, dropout=0.1))
+    hidden, embeddings = weaver_config(context="hidden"), weaver_config()
+    assert memgen_of("shallow").schedule(SIZES, dropout=True) == Schedule.of(256, 6, SLOTS)
+    assert memgen_of("shallow", dropping).schedule(SIZES, dropout=False)
+    assert not memgen_of("shallow", dropping).schedule(SIZES, dropout=True)
+    assert not memgen_of("shallow").schedule((4, 40, 6), dropout=False), "short rows"
+    assert not memgen_of("shallow").schedule((4, 256, 0), dropout=False), "no events"
+    for kind in ("foreign", "one fork by rank", "hatchling"):
+        assert not memgen_of(kind).schedule(SIZES, dropout=False)
+    # A weaver of its own can forget; the reasoner's cache is there with context="hidden" alone.
+    assert memgen_of("one fork by rank", embeddings, 48).schedule(SIZES, dropout=False)
+    assert not memgen_of("one fork by rank", hidden, 48).schedule(SIZES, dropout=False)
+    assert memgen_of("shallow", hidden).schedule(SIZES, dropout=False)
+    cache = 4 * 2 * 2 * (256 + 6 * SLOTS) * 8 * 4 + 4 * 4  # keys and values of 2 heads; lengths
+    kept = cache * Schedule.of(256, 6, SLOTS).rounds
+    monkeypatch.setattr(segments, "MOST_KEPT", kept // 2)
+    assert not memgen_of("shallow").schedule(SIZES, dropout=False)
+    assert memgen_of("shallow").schedule(SIZES, dropout=False, shards=2)
+
+
+def test_what_weaves_by_the_schedule(monkeypatch):
+    made, called = memgen_of("shallow"), []
+
+    def weave(weaver, decoder, reasoner, vectors, plan, schedule):
+        called.append(schedule)
+        return weave_in_segments(weaver, decoder, reasoner, vectors, plan, schedule)
+
+    def shapes_of(length: int, events: int) -> Any:
+        point = np.broadcast_to(np.arange(events), (3, events))
+        plan = Plan.of(jnp.asarray(point), jnp.asarray(np.minimum(point, 1)), made.config)
+        weave = lambda made, tokens, key: made.weave(tokens, plan, key)  # noqa: E731
+        return jax.eval_shape(weave, made, random_tokens(3, length), jax.random.key(0))
+
+    monkeypatch.setattr(memgen.model, "weave_in_segments", weave)
+    for length, events in ((LENGTH, EVENTS), (LENGTH, 0), (256, 6)):
+        woven = shapes_of(length, events)
+        assert woven.latents.shape == (3, events, SLOTS, 32)
+        assert woven.stream.shape == (3, length + events * SLOTS, 32)
+    assert called == [Schedule.of(256, 6, SLOTS)]
+
+
+def test_a_row_that_outgrew_the_cache_stays_nan():
+    decoder: Any = memgen_of("shallow").reasoner
+
+    @jax.jit
+    def twice(decoder, x, length, kept):
+        first, cache = decoder.extend_keeping(decoder.init_cache(2, 4), x, length, kept)
+        second, _ = decoder.extend(cache, x[:, :1], jnp.ones_like(kept))
+        return first[:, 0, 0], second[:, 0, 0]
+
+    x = jax.random.normal(jax.random.key(0), (2, 5, 32))
+    for found in twice(decoder, x, jnp.array([5, 3]), jnp.array([1, 1])):
+        assert np.isnan(found).tolist() == [True, False]
 
 
 def test_forks_forget_nothing():
