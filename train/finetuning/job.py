@@ -151,10 +151,10 @@ class SFTJob:
         # A frozen decoder needs no gradients of its weights: two products in place of three.
         products, passes, length = 3 if config.train == "all" else 2, 1, self.seq_len
         if config.train == "weaver":
-            weaving = config.memgen.events if config.memgen.weaver.latents_see_latents else 1
-            passes, length = 1 + weaving, length + config.memgen.max_latents
+            length += config.memgen.max_latents
+            passes = 1 + self._weaving(length)
         flops = model.config.forward_flops(length)
-        self.step_flops = products * passes * config.batch_size * flops
+        self.step_flops = round(products * passes * config.batch_size * flops)
         # Of the weights that are only read, so that a run is continued with the same ones.
         self._base = None if self.keeps_frozen and not config.kl else checksum(model)
         self._score = jax.jit(
@@ -162,6 +162,17 @@ class SFTJob:
             in_shardings=(self.trainable.shardings.weights, batch_sharding(mesh)),
             out_shardings=replicated(mesh),
         )
+
+    def _weaving(self, length: int) -> float:
+        """Most vectors that the weaver's decoder reads of a row, by the `length` of its stream."""
+        config, trainable = self.config, self.trainable
+        made = nnx.merge(trainable.graphdef, trainable.abstract.weights).memgen
+        if not made.config.weaver.latents_see_latents:
+            return 1
+        rows = config.batch_size // config.accumulate
+        sizes = rows, self.seq_len + 1, made.config.events
+        schedule = made.schedule(sizes, dropout=True)
+        return schedule.rounds * schedule.size / length if schedule else made.config.events
 
     def _check_battery(self) -> None:
         """Raise a `ValueError` for a battery that can't be played."""
