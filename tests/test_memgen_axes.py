@@ -81,7 +81,10 @@ def test_a_decoding_loop(kind: str):
 
 
 def test_a_decoding_loop_by_hand_is_traced():
-    """`shard_map` refuses a loop that does not carry what varies as such; results: experiments."""
+    """`shard_map` refuses a loop that doesn't carry what varies as such.
+
+    What comes out: `python -m pytest -n 1 -m experiment tests/test_memgen_axes.py`.
+    """
     made, rows = memgen_of("shallow"), (*pad_prompts(FOUR, VOCAB), row_keys(0, FOUR))
     axes = (AxisType.Auto,)
     mesh = jax.make_mesh((DEVICES,), ("rows",), axes, devices=jax.devices()[:DEVICES])

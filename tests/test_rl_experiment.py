@@ -14,6 +14,7 @@ from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
 from train.devices.mesh import make_mesh
 from train.experiments import plateau, reinforce
+from train.experiments.study import read_results
 from train.models.load import LanguageModel
 from train.rl.tasks.arithmetic import Arithmetic
 from train.rl.tasks.strings import Reverse
@@ -126,6 +127,30 @@ def test_steps_that_had_nothing_to_learn_from_are_in_the_curves():
     assert "clipped" not in reinforce.of_a_run([empty])["tenths"]
 
 
+@pytest.mark.experiment
+def test_a_plateau_is_trained_and_gone_on_from(tmp_path, monkeypatch):
+    """python -m pytest -n 0 tests/test_rl_experiment.py -m experiment"""
+    one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr("train.rl.job.make_mesh", lambda config, _: one_device(config))
+    monkeypatch.setattr(reinforce, "MODEL", MODEL)
+    monkeypatch.setitem(reinforce.TASKS, "reverse", TINY)
+    out = tmp_path / "out.jsonl"
+    plateau.main(
+        plateau.Plateau(
+            steps=3, more=4, few=2, many=4, batch_size=2, minibatches=2, learning_rate=1e-2,
+            rows=8, seeds=(0,), out=str(out),
+        )
+    )  # fmt: skip
+    flat, longer, broader = read_results(out)
+    assert flat["after"] == longer["before"] == broader["before"]
+    assert flat["after"] == flat["held_out"][-1][1] == longer["held_out"][0][1]
+    for found, steps, rollouts in ((flat, 3, 2), (longer, 4, 2), (broader, 2, 4)):
+        assert found["rollouts"] >= steps * 2 * rollouts
+        assert found["after"] == found["updates"] == 0, "nothing is right: no step learns"
+        rate = 1e-2 * (rollouts / 2) ** 0.5
+        assert found["scaled_learning_rate"] == pytest.approx(rate)
+
+
 def test_both_ways_from_a_plateau_learn_from_equally_many_rollouts(tmp_path, monkeypatch, capsys):
     runs = []
 
@@ -152,8 +177,13 @@ def test_both_ways_from_a_plateau_learn_from_equally_many_rollouts(tmp_path, mon
     plateau.main(config)
     assert len(runs) == 3
     capsys.readouterr()
+    other = {**read_results(config.out)[0], "many": 8, "after": 1.0}
+    with open(config.out, "a") as file:
+        file.write(json.dumps(other) + "\n")
     plateau.main(dataclasses.replace(config, report=config.out))
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
+    lines = capsys.readouterr().out.splitlines()
+    assert "few 4, many 16, batch_size 4" in lines[0] and "few 4, many 8, " in lines[8]
+    rows = [line.split(" | ") for line in lines[4:7]]
     shown = [(row[0], row[2], row[3], row[4], row[5]) for row in rows]
     assert shown == [
         ("| flat", "25.0", "62.5", "+37.5", "80"),

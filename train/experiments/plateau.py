@@ -133,11 +133,12 @@ def _train(
     )
     after = train(RLJob(run, baseline.lm, baseline.task))["success"]
     check_finished(folder, steps)
-    cost = clock.read()
+    cost, lines = clock.read(), read_metrics(folder)
+    learned = sum("grad_norm" in line for line in lines)  # some steps may find nothing to learn
     return {
         "after": after,
-        **reinforce.of_a_run(read_metrics(folder)),
-        "updates": steps * config.minibatches,
+        **reinforce.of_a_run(lines),
+        "updates": learned * config.minibatches,
         "scaled_learning_rate": run.scaled_optimizer.learning_rate,
         "seconds": cost.seconds,
         "cpu_seconds": cost.cpu_seconds,
@@ -146,24 +147,28 @@ def _train(
 
 
 def report(results: list[Result]) -> str:
-    """A markdown table: held-out success in percent, mean over seeds ± its standard error."""
-    rows = []
-    for (arm,), runs in by_key(results, "arm").items():
-        rows.append(
-            (
-                arm,
-                seeds_text(runs),
-                mean_text([100 * run["before"] for run in runs], 1),
-                mean_text([100 * run["after"] for run in runs], 1),
-                mean_text([100 * (run["after"] - run["before"]) for run in runs], 1, "+"),
-                f"{np.mean([run['rollouts'] for run in runs]):,.0f}",
-                f"{np.mean([run['tokens'] for run in runs]):,.0f}",
-                f"{np.mean([run['updates'] for run in runs]):,.0f}",
-                f"{np.mean([run['cpu_seconds'] for run in runs]):,.0f}",
-            )
-        )
+    """Markdown tables, one for each setting: held-out success in percent, mean over seeds ± its
+    standard error."""
     head = "arm, seeds, before, after, gained, rollouts, tokens, optimizer steps, CPU-seconds"
-    return "\n".join(markdown_table(head.split(", "), rows))
+    lines = []
+    for sizes, of_setting in by_key(results, *SIZES).items():
+        shown = ", ".join(f"{name} {size}" for name, size in zip(SIZES, sizes, strict=True))
+        lines += [f"{shown}; held-out success in percent", ""]
+        rows = []
+        for (arm,), runs in by_key(of_setting, "arm").items():
+            means = ("rollouts", "tokens", "updates", "cpu_seconds")
+            rows.append(
+                (
+                    arm,
+                    seeds_text(runs),
+                    mean_text([100 * run["before"] for run in runs], 1),
+                    mean_text([100 * run["after"] for run in runs], 1),
+                    mean_text([100 * (run["after"] - run["before"]) for run in runs], 1, "+"),
+                    *(f"{np.mean([run[name] for run in runs]):,.0f}" for name in means),
+                )
+            )
+        lines += [*markdown_table(head.split(", "), rows), ""]
+    return "\n".join(lines)
 
 
 def command() -> None:
