@@ -81,7 +81,8 @@ EVERY = {
 }
 
 
-# Their settings are in test_policies.py; `python -m pytest -m experiment` runs them here too.
+# Settings are in test_policies.py, `streams` in test_forking.py; they run here too with
+# `python -m pytest -m experiment tests/test_fork_policies.py`.
 SETTINGS = ("window, burst", "no gate", "streams")
 NAMES = [pytest.param(name, marks=[pytest.mark.experiment] * (name in SETTINGS)) for name in EVERY]
 

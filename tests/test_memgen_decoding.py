@@ -387,7 +387,7 @@ def test_d36_sentences_end_where_a_reader_says(text: str, expected: bool, pieces
     assert bool(is_boundary(table, jnp.int32(ids[-1]), jnp.int32(ids[-2]))) is expected
 
 
-@pytest.mark.experiment  # none of a prompt: the case of forks above; none later: test_sft trains so
+@pytest.mark.experiment  # a prompt without: forks by rank above; both: test_memgen_identity
 @pytest.mark.parametrize(("prompt", "inference"), [(0, 2), (3, 0)])
 def test_one_kind_without_latents(prompt: int, inference: int):
     """Decisions are recorded, nothing stands in the stream, and training sees the same."""

@@ -198,7 +198,7 @@ def test_mistakes_are_one_line(changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.experiment  # without a job around it: test_rl_synthesis
+@pytest.mark.experiment  # test_rl_synthesis does this to a collector, without a job around it
 def test_what_was_learned_of_problems_goes_on_after_a_kill(tmp_path: Path):
     """Problems of a pool come again, and get unequal numbers of rollouts."""
 

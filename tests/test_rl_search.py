@@ -375,7 +375,7 @@ class KilledSearch(Scripted):
     left = 20
 
 
-@pytest.mark.experiment  # without a job around it: test_rl_synthesis
+@pytest.mark.experiment  # test_rl_synthesis does this to a collector, without a job around it
 def test_a_run_killed_in_a_search_goes_on_bit_for_bit(tmp_path: Path):
     method = "deepsearch(width=4, step_len=1, probe=2, threshold=0.5)"
     slow = OptimizerConfig(learning_rate=1e-4, warmup=0.0)
