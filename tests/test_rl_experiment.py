@@ -13,7 +13,7 @@ from rl_tiny import MODELS
 from thoughtbubbles import Thoughtbubbles
 from train.data import ByteTokenizer
 from train.devices.mesh import make_mesh
-from train.experiments import plateau, reinforce
+from train.experiments import needle, plateau, reinforce
 from train.experiments.study import read_results
 from train.models.load import LanguageModel
 from train.rl.tasks.arithmetic import Arithmetic
@@ -192,3 +192,20 @@ def test_both_ways_from_a_plateau_learn_from_equally_many_rollouts(tmp_path, mon
     ]
     with pytest.raises(ValueError, match="few=4, many=18, more=12: choose many as a multiple"):
         dataclasses.replace(config, many=18)
+
+
+def test_stretched_needles_lie_in_the_node_of_their_name():
+    """And a task that can't be stretched so far is refused before others have run for hours."""
+    for stretch in (1, 4):
+        places = {}
+        for name in ("late", "middle", "early"):
+            task, longest, step_len = needle.TASKS[name](stretch)
+            answer = task.problem("train", 0).answer
+            assert answer[task.at] in "yz" and len(answer) + 1 == longest == 24 * stretch
+            places[name] = task.at // step_len
+        assert places == {"late": 5, "middle": 2, "early": 0}
+    assert needle.Experiment(tasks=("late",), stretch=20).stretch == 20
+    with pytest.raises(
+        ValueError, match="stretch=20 of task sums: arithmetic: digits=40: choose 9"
+    ):
+        needle.Experiment(stretch=20)

@@ -143,6 +143,11 @@ class Experiment(StudyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_names("task", self.tasks, TASKS)
+        for name in self.tasks:
+            try:
+                TASKS[name](self.stretch)
+            except ValueError as error:
+                raise ValueError(f"stretch={self.stretch} of task {name}: {error}") from error
 
 
 def main(config: Experiment) -> None:
