@@ -170,7 +170,7 @@ def test_a_row_that_outgrew_the_cache_stays_nan():
 def test_forks_forget_nothing():
     decoder: Any = memgen_of("one fork by rank").reasoner
     assert not decoder.can_forget
-    with pytest.raises(ValueError, match=r"fork layers \(1,\) forget no token"):
+    with pytest.raises(ValueError, match=r"fork layers \(0,\) forget no token"):
         decoder.extend_keeping(decoder.init_cache(1, 4), jnp.zeros((1, 2, 32)), [2], [1])
 
 
