@@ -51,7 +51,7 @@ class Plateau(StudyConfig):
         task: Name of a task of `experiment reinforce`.
         steps: Number of steps until training has flattened out.
         more: Number of steps of the arm "longer".
-        few: Number of rollouts of a problem in both.
+        few: Number of rollouts of a problem until then, and in the arm "longer".
         many: Number of rollouts of a problem in the arm "broader", a multiple of `few`, which takes
             `few` / `many` of the steps.
         batch_size: Number of problems of a step.
