@@ -6,6 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+
+
+def on_host(array: Any) -> np.ndarray:
+    """A whole array as NumPy; one that several processes hold parts of is asked for by all."""
+    if not isinstance(array, jax.Array) or array.is_fully_replicated or array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def checked_ids(tokens: Any) -> jax.Array:

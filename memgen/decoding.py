@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from memgen.checks import check_lengths, check_rows, checked_ids
+from memgen.checks import check_lengths, check_rows, checked_ids, on_host
 from memgen.delimiters import is_boundary
 from memgen.events import Decoders, Loop, memory_event
 from memgen.insertion import INFERENCE, PROMPT, Plan, assemble, check_plan, stream_length
@@ -135,7 +135,7 @@ def begin(
     traced = isinstance(tokens, Tracer) or isinstance(length, Tracer)
     if tokens.shape[1] <= LONGEST_WHOLE or traced:
         return _begin(memgen, tokens, length, keys, *sizes)
-    longest, session = int(np.asarray(length).max()), None
+    longest, session = int(on_host(length).max()), None
     size = max(BLOCK >> (len(tokens) - 1).bit_length(), SMALLEST_BLOCK)
     for first in range(0, max(longest, 1), size):
         block = tokens[:, first : first + size]
@@ -267,7 +267,7 @@ def respond(
                 f"{session.snippet_capacity} of an event: begin(..., request=request)"
             )
     if not isinstance(request.max_new_tokens, Tracer):
-        new = np.minimum(capacity, np.asarray(request.max_new_tokens))
+        new = np.minimum(capacity, on_host(request.max_new_tokens))
         check_capacity(session, new, _most_latents(memgen, request))
     return _respond(memgen, session, request, capacity, chunk_size(session))
 
@@ -279,7 +279,7 @@ def _most_latents(memgen: MemGen, request: Request) -> Any:
         return 0
     if request.events is None or isinstance(request.events, Tracer):
         return config.max_latents
-    events = np.asarray(request.events)
+    events = on_host(request.events)
     left = (config.max_inference_events - events) * config.weaver.inference_latents
     return np.where(events < 0, config.max_latents, left)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from memgen.checks import check_config, check_lengths, checked_ids, checked_mask
+from memgen.checks import check_config, check_lengths, checked_ids, checked_mask, on_host
 from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
 from memgen.placement import AnyArray, broadcast_beside
@@ -56,7 +56,7 @@ class Plan(ShortRepr):
             ValueError: The points of a row do not ascend (checked unless they are traced).
         """
         if not isinstance(point, Tracer):
-            _check_ascending(np.asarray(point))
+            _check_ascending(on_host(point))
         weaver = config.weaver
         counts = np.array([weaver.inference_latents, weaver.prompt_latents], np.int32)
         width = jnp.where(kind == PROMPT, counts[1], counts[0])
@@ -95,7 +95,7 @@ def check_plan(plan: Plan, tokens: Int[AnyArray, "B L"], slots: int) -> None:
     if isinstance(plan.width, Tracer) or isinstance(plan.point, Tracer) or not plan.point.size:
         return
     # NumPy keeps a concrete plan concrete under a trace.
-    widest, last = int(np.asarray(plan.width).max()), int(np.asarray(plan.point).max())
+    widest, last = int(on_host(plan.width).max()), int(on_host(plan.point).max())
     if widest > slots:
         raise ValueError(
             f"a plan of {widest} latents for an event, the weaver writes at most {slots}: "
@@ -105,7 +105,7 @@ def check_plan(plan: Plan, tokens: Int[AnyArray, "B L"], slots: int) -> None:
         raise ValueError(
             f"a plan with point {last} for rows of {length} tokens: choose from 0 to {length - 1}"
         )
-    _check_ascending(np.asarray(plan.point))
+    _check_ascending(on_host(plan.point))
 
 
 def stream_index(plan: Plan, length: int) -> Int[Array, "B L"]:

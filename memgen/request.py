@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from memgen.checks import check_number, check_stop, is_whole
+from memgen.checks import check_number, check_stop, is_whole, on_host
 from memgen.model import MemGen, check_memgen
 from memgen.short_repr import ShortRepr
 from memgen.trigger import AlwaysInvoke, LearnedInvoke, RandomInvoke, Trigger, TriggerPolicy
@@ -129,7 +129,7 @@ def make_request(
 
 def _check_trained(trigger: Trigger) -> None:
     kernel = trigger.kernel[...]
-    if not isinstance(kernel, Tracer) and not np.asarray(kernel).any():
+    if not isinstance(kernel, Tracer) and not on_host(kernel).any():
         raise ValueError(
             "the policy needs a learned trigger and this one is untrained, its head is zero: train "
             "or load it, or use AlwaysInvoke()"

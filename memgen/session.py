@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from memgen.backbone import cache_batch_axes, check_cache
+from memgen.checks import on_host
 from memgen.model import MemGen, check_memgen
 from memgen.placement import embed, join_rows, placed_beside, split_rows
 from memgen.short_repr import ShortRepr
@@ -392,14 +393,15 @@ def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:
     """
     if isinstance(tokens, Tracer) or isinstance(session.count, Tracer):
         return
-    count = int((np.asarray(session.count) + np.asarray(tokens)).max())
+    tokens = on_host(tokens)
+    count = int((on_host(session.count) + tokens).max())
     if count > session.tokens.shape[1]:
         raise ValueError(
             f"a row would grow to {count} tokens, the session has max_tokens="
             f"{session.tokens.shape[1]}: begin with more"
         )
-    more = np.asarray(tokens) + latents * (np.asarray(tokens) > 0)
-    length = int((np.asarray(session.reasoner.length) + more).max())
+    more = tokens + latents * (tokens > 0)
+    length = int((on_host(session.reasoner.length) + more).max())
     if length > session.capacity:
         raise ValueError(
             f"a row would grow to {length} tokens and latents, the session holds "

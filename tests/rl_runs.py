@@ -46,7 +46,7 @@ def trajectories(rewards: list[list[float]]) -> list[Trajectory]:
 STEPS = 6
 
 
-def job(out: Path, method: Any, task: Any = None, **changes) -> RLJob:
+def job(out: Path, method: Any, task: Any = None, devices: Any = None, **changes) -> RLJob:
     """A run of a tiny decoder; all methods share its sampler, and equal losses their update."""
     config = RLConfig(
         weights="base",
@@ -72,7 +72,7 @@ def job(out: Path, method: Any, task: Any = None, **changes) -> RLJob:
         config,
         rl_tiny.language_model("shallow"),
         task or rl_tiny.Vowels(),
-        devices=jax.devices()[:1],
+        devices=devices or jax.devices()[: jax.process_count()],
     )
 
 

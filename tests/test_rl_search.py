@@ -336,13 +336,13 @@ def test_solutions_are_json_and_kept_once():
 
 def test_a_search_keeps_the_limit_of_time(monkeypatch):
     limits = []
-    start = searching.EnvironmentEpisode
+    begin = searching.begin_episodes
 
-    def watched(environment, problem):
+    def watched(environment, problems):
         limits.append(environment.limit_s)
-        return start(environment, problem)
+        return begin(environment, problems)
 
-    monkeypatch.setattr(searching, "EnvironmentEpisode", watched)
+    monkeypatch.setattr(searching, "begin_episodes", watched)
     strategy = dataclasses.replace(PLAY, environment_limit_s=7.0)
     search("plain", strategy, Echoes(), valid_vocab_size=ASCII)
     assert set(limits) == {7.0} and cast(Any, strategy._direct).environment_limit_s == 7.0

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -241,13 +241,43 @@ def broadcast(value: Any) -> list[Any]:
     """Values of all processes, by process number; every process must call it.
 
     Args:
-        value: Value of this process, as JSON can write it.
+        value: Value of this process, as JSON can write it; numbers of NumPy are written as floats.
     """
-    client, topic = _client(), f"thoughtbubbles/{next(_rounds)}"
-    client.key_value_set(f"{topic}/{global_state.process_id}", json.dumps(value))
+    client, number = _client(), next(_rounds)
+    topic = f"thoughtbubbles/{number}"
+    client.key_value_set(f"{topic}/{global_state.process_id}", json.dumps(value, default=float))
     client.wait_at_barrier(topic, _FOREVER)
+    if number and global_state.process_id == 0:  # all who are here have read what was before
+        client.key_value_delete(f"thoughtbubbles/{number - 1}/")
     values = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(topic)}
     return [json.loads(values[process]) for process in range(global_state.num_processes)]
+
+
+def divide(owners: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
+    """Results of pieces of work that the processes divide among them; every process gets all.
+
+    Every process must call it, with pieces that are equal in all of them.
+
+    Args:
+        owners: For each piece a number that chooses its process, by the remainder of its division
+            by the number of processes.
+        work: Function of a piece's index. With several processes it returns what JSON can write,
+            and an error of one piece is raised in all.
+    """
+    if not is_multiprocess():
+        return [work(index) for index in range(len(owners))]
+    if not owners:
+        return []
+    mine = [index for index, owner in enumerate(owners) if is_mine(owner)]
+    with sync_errors():
+        done = [(index, work(index)) for index in mine]
+    found = {index: result for part in broadcast(done) for index, result in part}
+    return [found[index] for index in range(len(owners))]
+
+
+def is_mine(owner: int) -> bool:
+    """Whether this process does the work of an owner (`divide`)."""
+    return not is_multiprocess() or owner % global_state.num_processes == global_state.process_id
 
 
 @contextlib.contextmanager

@@ -2,7 +2,10 @@
 
 import sys
 
+import jax
+
 from train.cli.command import run_command
+from train.devices.distributed import distributed_context, sync_errors
 from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
@@ -16,17 +19,22 @@ def main(config: RLConfig) -> None:
     if config.task == "help":
         print(tasks_help())
         return
-    job = RLJob(config)
-    if config.dry_run:
-        print(job.describe())
-        return
-    try:
-        train(job)
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    chat = "--chat " if config.chat else ""
-    print(f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'")
+    with distributed_context(config.distributed):
+        with sync_errors():
+            job = RLJob(config)
+        main_process = jax.process_index() == 0
+        if config.dry_run:
+            if main_process:
+                print(job.describe())
+            return
+        try:
+            train(job)
+        except NonFiniteLoss as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if main_process:
+            chat = "--chat " if config.chat else ""
+            print(f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'")
 
 
 def command() -> None:

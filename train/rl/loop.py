@@ -11,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from train.cli.config_json import as_json
+from train.devices.distributed import assert_same_on_all_hosts, ends_when_alone, sync_errors
 from train.engine.loop import NonFiniteLoss, restore_or_init, stop_signals
 from train.rl.job import RLJob
 from train.rl.learning.reference import ReferenceCheckpointer
@@ -39,6 +40,10 @@ from train.runs.run_folder import (
 def train(job: RLJob) -> dict[str, float]:
     """Run (or continue) a run to its end and return the final held-out metrics.
 
+    Every process of the run calls it with a job of the same config. All of them draw the same
+    problems and keep the same trees, budgets and trajectories; devices share the rows, and the
+    processes divide the work of scorers and environments.
+
     Args:
         job: The run; a run folder at `config.out` is continued.
 
@@ -49,38 +54,43 @@ def train(job: RLJob) -> dict[str, float]:
     """
     config = job.config
     out = Path(config.out)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"reinforcement learning runs in one process, here are {jax.process_count()}: start "
-            "one, on all devices that it sees (rewards, environments, trees and budgets are those "
-            "of one host)"
-        )
+    main_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        check_continuation(out, load_run_meta(out), config)
+        meta = job.meta
+        with sync_errors():
+            check_continuation(out, load_run_meta(out), config)
+        assert_same_on_all_hosts("config", {**meta["config"], "distributed": None})
+        assert_same_on_all_hosts("the fingerprint of the task", meta["data_fingerprint"])
+        assert_same_on_all_hosts("the checksum of the frozen weights", meta["base"])
         stack.enter_context(run_lock(out))
-        saved = load_run_meta(out)  # now nobody else writes
-        check_continuation(out, saved, config)
-        check_data(out, saved, job.meta["data_fingerprint"])
-        check_base(out, saved, job.meta)
+        with sync_errors():
+            saved = load_run_meta(out)  # now nobody else writes
+            check_continuation(out, saved, config)
+            check_data(out, saved, meta["data_fingerprint"])
+            check_base(out, saved, meta)
         checkpointer = stack.enter_context(
             ReferenceCheckpointer(
                 out, config.save_every, config.keep, config.keep_every, job.reference
             )
         )
+        stack.enter_context(ends_when_alone())
         state = restore_or_init(checkpointer, job)
         if saved:
             job.restore(saved)
         start = job.steps_done
-        write_atomically(out / "config.json", json.dumps(as_json(config), indent=2) + "\n")
-        writer = stack.enter_context(MetricWriter(out, resume_step=start or -1))
-        progress = stack.enter_context(Progress(config.steps, start))
+        if main_process:
+            write_atomically(out / "config.json", json.dumps(as_json(config), indent=2) + "\n")
+        writer = stack.enter_context(
+            MetricWriter(out, resume_step=start or -1, enabled=main_process)
+        )
+        progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
         progress.write(job.describe())
-        for change in noted_changes(saved, job.meta, config) if saved else ():
+        for change in noted_changes(saved, meta, config) if saved else ():
             progress.write(f"not the run that was begun: {change}")
         if line := not_recorded(config.profile, start, config.steps):
             progress.write(line)
         interrupted = stack.enter_context(stop_signals())
-        profiler = Profiler(config.profile, out / "profile")
+        profiler = Profiler(config.profile if main_process else "", out / "profile")
         stack.enter_context(profiler)
         told = False
         spent = {"rollout_seconds": 0.0, "update_seconds": 0.0}
@@ -109,7 +119,9 @@ def train(job: RLJob) -> dict[str, float]:
                 )
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
             if bad:
-                where = save_rollouts(out, step, metrics, collected)
+                where = out / f"nonfinite-step-{step}"
+                if main_process:
+                    save_rollouts(where, metrics, collected)
                 raise NonFiniteLoss(
                     f"step {step}: {bad[0]} is {metrics[bad[0]]}: stopped; its rollouts and "
                     f"metrics are in {where}, the last checkpoint is untouched; look at the "
@@ -152,7 +164,7 @@ def train(job: RLJob) -> dict[str, float]:
                 held_out = evaluate(step)
             if profiler.ends_with(step):
                 profiler.stop()
-            stop = interrupted() and not last
+            stop = (interrupted() or checkpointer.reached_preemption(step)) and not last
             if last or stop or step % config.save_every == 0:
                 save(step)
             if stop:

@@ -16,9 +16,8 @@ FAILURES = {
 SHOWN = 60  # characters of a prompt or a text in an example
 
 
-def save_rollouts(out: Path, step: int, metrics: dict[str, float], collected: Collected) -> Path:
-    """Write the texts, rewards and metrics of a step that went wrong; returns their folder."""
-    folder = out / f"nonfinite-step-{step}"
+def save_rollouts(folder: Path, metrics: dict[str, float], collected: Collected) -> None:
+    """Write the texts, rewards and metrics of a step that went wrong into a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = {name: str(value) for name, value in metrics.items()}
     (folder / "metrics.json").write_text(json.dumps(shown, indent=2), encoding="utf-8")
@@ -29,7 +28,6 @@ def save_rollouts(out: Path, step: int, metrics: dict[str, float], collected: Co
     (folder / "rollouts.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
     )
-    return folder
 
 
 def readable_step(step: int, metrics: dict[str, float], collected: Collected) -> str:

@@ -2,9 +2,10 @@
 
 import math
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.devices.distributed import divide, is_multiprocess
 from train.rl.types import Completion, Problem, Reward, Turn
 
 _LARGEST_REWARD = 1e18
@@ -33,6 +34,26 @@ def safe_score(task: Any, completion: Completion) -> Reward:
         )
     _check_numbers(task, completion.problem, reward.value, reward.verdict or 0.0, reward.info)
     return reward
+
+
+def score_all(task: Any, completions: Sequence[Completion]) -> list[Reward]:
+    """The task's rewards of completions (`safe_score`), divided among the processes of the run.
+
+    Args:
+        task: Task with a method `score`.
+        completions: Completions, equal in all processes.
+
+    Raises:
+        ValueError: As in `safe_score`, in all processes.
+    """
+    if not is_multiprocess():
+        return [safe_score(task, completion) for completion in completions]
+
+    def score(index: int) -> dict[str, Any]:
+        reward = safe_score(task, completions[index])
+        return {**vars(reward), "success": bool(reward.success), "info": dict(reward.info)}
+
+    return [Reward(**fields) for fields in divide(range(len(completions)), score)]
 
 
 def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Turn:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from train.devices.distributed import divide, is_mine, is_multiprocess, sync_errors
 from train.rl.environments.stepping import TimeLimited
 from train.rl.protocols import Environment
 from train.rl.rollout.sampler import Sampled, row_keys
@@ -138,17 +139,21 @@ class TrajectoryBuilder:
 class EnvironmentEpisode:
     """An episode of an environment that is being played.
 
+    In a run of several processes one of them plays it, and its state is there alone; begin such
+    episodes by `begin_episodes` and take their turns by `act_all`.
+
     Args:
         environment: Environment; one that is `TimeLimited` and hangs again and again ends the run.
         problem: Problem that the episode begins from.
+        owner: Number that chooses the process that plays the episode (`divide`).
 
     Raises:
         ValueError: The environment hangs; so does `act`.
     """
 
-    def __init__(self, environment: Environment, problem: Problem):
-        self._environment, self._problem = environment, problem
-        self._state = environment.reset(problem)
+    def __init__(self, environment: Environment, problem: Problem, owner: int = 0):
+        self._environment, self._problem, self.owner = environment, problem, owner
+        self._state = environment.reset(problem) if is_mine(owner) else None
         self._raise_if_hanging()
         self._last: Turn | None = None
         self.rewards: list[float] = []
@@ -164,9 +169,18 @@ class EnvironmentEpisode:
 
     def act(self, completion: Completion) -> str:
         """Take a turn; returns the observation."""
+        return self.observe(self.play(completion))
+
+    def play(self, completion: Completion) -> Turn:
+        """The environment's turn, in the process that plays the episode."""
         turn = safe_step(self._environment, self._problem, self._state, completion)
         self._raise_if_hanging()
-        self._state, self._last = turn.state, turn
+        self._state = turn.state
+        return turn
+
+    def observe(self, turn: Turn) -> str:
+        """Take note of a turn, in every process; returns the observation."""
+        self._last = turn
         self.rewards.append(turn.reward)
         self.over = turn.terminated or turn.truncated
         return turn.observation
@@ -187,3 +201,50 @@ class EnvironmentEpisode:
         assert last is not None
         info = {"turns": float(len(self.rewards)), **last.info}
         return Reward(float(sum(self.rewards)), last.success, info, last.error)
+
+
+def begin_episodes(
+    environment: Environment, problems: Sequence[Problem], owners: Sequence[int] | None = None
+) -> list[EnvironmentEpisode]:
+    """Episodes of an environment, which the processes of the run divide among them.
+
+    Args:
+        environment: Environment of all of them.
+        problems: Problem of each episode.
+        owners: Number of each episode that chooses its process (`divide`); its index by default.
+
+    Raises:
+        ValueError: The environment hangs; it is raised in all processes.
+    """
+    with sync_errors():
+        return [
+            EnvironmentEpisode(environment, problem, owner)
+            for problem, owner in zip(problems, owners or range(len(problems)), strict=True)
+        ]
+
+
+def act_all(episodes: Sequence[EnvironmentEpisode], completions: Sequence[Completion]) -> list[str]:
+    """Take a turn in each of several episodes, in the process that plays it.
+
+    Args:
+        episodes: Episodes of `begin_episodes`, or branches of them.
+        completions: Response in each episode, equal in all processes.
+
+    Returns:
+        Observation of each episode.
+
+    Raises:
+        ValueError: As in `safe_step`, or an environment hangs; it is raised in all processes.
+    """
+    if not is_multiprocess():
+        return [episode.act(said) for episode, said in zip(episodes, completions, strict=True)]
+
+    def play(index: int) -> dict[str, Any]:
+        turn = episodes[index].play(completions[index])
+        flags = {name: bool(getattr(turn, name)) for name in ("terminated", "truncated", "success")}
+        return {**vars(turn), **flags, "state": None, "info": dict(turn.info)}
+
+    turns = divide([episode.owner for episode in episodes], play)
+    return [
+        episode.observe(Turn(**fields)) for episode, fields in zip(episodes, turns, strict=True)
+    ]

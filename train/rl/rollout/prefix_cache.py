@@ -105,8 +105,9 @@ class PrefixCache:
                 decides the row's noise (`row_keys`).
         """
         different = {prefix.key: prefix for prefix in prefixes}
-        for key in different.keys() & self._slots.keys():
-            self._slots.move_to_end(key)
+        for key in different:
+            if key in self._slots:
+                self._slots.move_to_end(key)
         missing = [prefix for key, prefix in different.items() if key not in self._slots]
         rows, many = len(prefixes), self._rows(len(prefixes))
         padded_to = [*range(rows), *[0] * (many - rows)]  # the first row again

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 import memgen
 from memgen import MemGen
+from memgen.checks import on_host
 from train.devices.mesh import batch_axes, place
 from train.rl.buckets import SHORTEST, bucket
 
@@ -197,9 +198,7 @@ class Conversation:
         response, self.session = memgen.respond(
             sampler.policy, self.session, request, bucket(max_new_tokens, SHORTEST)
         )
-        arrays = jax.device_get(
-            (response.count, response.tokens, response.log_probs, response.decisions)
-        )
+        arrays = _fetch((response.count, response.tokens, response.log_probs, response.decisions))
         count, tokens, log_probs, decisions = (array[: self._rows] for array in arrays)
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the policy's logits are NaN: it has diverged")
@@ -210,7 +209,7 @@ class Conversation:
         found = [Sampled(*(part[:written] for part in parts)) for written, *parts in rows]
         if events is None:
             return found
-        points, latents = jax.device_get((response.points, response.latents))
+        points, latents = _fetch((response.points, response.latents))
         rows = zip(found, points, latents, strict=False)
         return [dataclasses.replace(one, latents=new[at >= 0]) for one, at, new in rows]
 
@@ -262,6 +261,13 @@ class _Prefilled:
     session: Any
     index: Mapping[tuple[int, ...], int]
     capacity: tuple[int, int]
+
+
+def _fetch(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
+    """Whole arrays on the host, copied together where no other process holds parts of them."""
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return tuple(map(on_host, arrays))
 
 
 @jax.jit

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from train.rl.rollout.formatter import PromptFormatter
@@ -235,7 +236,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         problems = [visit.problems[group] for group in groups]
         searches = searcher.run(groups, problems, list(counts.values()))
         self._add(searcher.counts)
-        if self.export and searches:
+        if self.export and searches and jax.process_index() == 0:
             append_tree(Path(self.export), visit.seed, searches[0], self.formatter)
         return {search.group: searcher.trajectories(search) for search in searches}
 

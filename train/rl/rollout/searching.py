@@ -10,12 +10,18 @@ import numpy as np
 
 from memgen.insertion import INFERENCE, PROMPT
 from train.rl.buckets import SHORTEST, bucket
-from train.rl.rollout.episodes import EnvironmentEpisode, Rollout, TrajectoryBuilder
+from train.rl.rollout.episodes import (
+    EnvironmentEpisode,
+    Rollout,
+    TrajectoryBuilder,
+    act_all,
+    begin_episodes,
+)
 from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.prefix_cache import Prefix, PrefixCache
 from train.rl.rollout.sampler import Conversation, Sampled, Sampler
 from train.rl.rollout.search_tree import Chunk, Expansion, Node, SearchOptions, SearchTree
-from train.rl.scoring import safe_score
+from train.rl.scoring import score_all
 from train.rl.types import Completion, Problem, Reward, Trajectory
 
 _NOISE = 2  # of the seed: a search and direct rollouts of the same step differ
@@ -201,14 +207,16 @@ class Searcher:
     def _start(self, groups, problems, outputs) -> list[Search]:
         copies: dict[str, int] = {}
         found = []
-        for group, problem, target in zip(groups, problems, outputs, strict=True):
+        starts: Sequence[EnvironmentEpisode | None] = [None] * len(problems)
+        if self._limits.turns:
+            starts = begin_episodes(self._task, problems)
+        for group, problem, target, start in zip(groups, problems, outputs, starts, strict=True):
             copy = copies.get(problem.uid, 0)
             copies[problem.uid] = copy + 1
             lot = np.frombuffer(problem.uid.encode() + bytes([copy % 256]), np.uint8)
             rng = np.random.default_rng([*self._seed, *lot.tolist()])
             tree = SearchTree(target, self._limits.max_depth, self._options, rng)
             prompt = self._formatter.prompt([problem.prompt])
-            start = EnvironmentEpisode(self._task, problem) if self._limits.turns else None
             found.append(Search(group, problem, copy, prompt, tree, start))
         return found
 
@@ -224,7 +232,7 @@ class Searcher:
             before = [node.chunk.payload for node in nodes]
             sampled = self._generate(conversation, before)
             self.counts["generation_seconds"] += time.perf_counter() - begin
-            made = [self._chunk(*row) for row in zip(searches, before, sampled, strict=True)]
+            made = self._chunks(searches, before, sampled)
             for search, chunk in zip(searches, made, strict=True):
                 chunks[id(search)].append(chunk)
             begin = time.perf_counter()
@@ -253,17 +261,23 @@ class Searcher:
             while active.any():
                 before = [made[-1].payload if made else None for made in chunks]
                 sampled = self._generate(conversation, before, active)
-                for row in np.flatnonzero(active).tolist():
-                    chunks[row].append(self._chunk(some[row], before[row], sampled[row]))
-                    active[row] = chunks[row][-1].outcome is None
+                going = np.flatnonzero(active).tolist()
+                made = self._chunks(
+                    [some[row] for row in going],
+                    [before[row] for row in going],
+                    [sampled[row] for row in going],
+                )
+                for row, chunk in zip(going, made, strict=True):
+                    chunks[row].append(chunk)
+                    active[row] = chunk.outcome is None
                 seen = [
-                    made[-1].payload.seen if on else ()
-                    for made, on in zip(chunks, active, strict=True)
+                    whole[-1].payload.seen if on else ()
+                    for whole, on in zip(chunks, active, strict=True)
                 ]
                 conversation.observe(seen)
             self.counts["generation_seconds"] += time.perf_counter() - begin
-            for search, made in zip(some, chunks, strict=True):
-                search.tree.add_response(made)
+            for search, whole in zip(some, chunks, strict=True):
+                search.tree.add_response(whole)
         self.counts["whole"] += len(searches)
 
     def _branch(
@@ -297,27 +311,58 @@ class Searcher:
             events = np.array([_events(at) for at in before])
         return conversation.respond(limits.step_len, active, limits=left, events=events)
 
-    def _chunk(self, search: Search, before: Written | None, sampled: Sampled) -> Chunk:
-        """A chunk of generated tokens, scored where it ends its response."""
-        turn = self._turn if self._limits.turns else self._part
-        return turn(search, before, sampled)
+    def _chunks(
+        self,
+        searches: Sequence[Search],
+        before: Sequence[Written | None],
+        sampled: Sequence[Sampled],
+    ) -> list[Chunk]:
+        """Chunks of generated tokens, scored where they end their responses."""
+        make = self._turns if self._limits.turns else self._parts
+        return make(searches, before, sampled)
 
-    def _part(self, search: Search, before: Written | None, sampled: Sampled) -> Chunk:
-        made = Written(sampled, before)
-        finished = sampled.tokens[-1] in self._sampler.sampling.stop
-        if not finished and made.generated < self._limits.max_new_tokens:
-            return Chunk(sampled.log_probs, payload=made)
-        completion = self._formatter.completion(search.problem, _joined(made.path))
-        reward = safe_score(self._task, completion)
-        made = dataclasses.replace(made, completion=completion, reward=reward)
-        return Chunk(sampled.log_probs, 1 if reward.success else -1, bool(finished), made)
+    def _parts(self, searches, before, sampled) -> list[Chunk]:
+        stop, most = self._sampler.sampling.stop, self._limits.max_new_tokens
+        made = [Written(*row) for row in zip(sampled, before, strict=True)]
+        finished = [part.tokens[-1] in stop for part in sampled]
+        ends = [
+            row for row, written in enumerate(made) if finished[row] or written.generated >= most
+        ]
+        completions = [
+            self._formatter.completion(searches[row].problem, _joined(made[row].path))
+            for row in ends
+        ]
+        chunks = [Chunk(written.sampled.log_probs, payload=written) for written in made]
+        for row, completion, reward in zip(
+            ends, completions, score_all(self._task, completions), strict=True
+        ):
+            written = dataclasses.replace(made[row], completion=completion, reward=reward)
+            outcome = 1 if reward.success else -1
+            chunks[row] = Chunk(sampled[row].log_probs, outcome, bool(finished[row]), written)
+        return chunks
 
-    def _turn(self, search: Search, before: Written | None, sampled: Sampled) -> Chunk:
-        completion = self._formatter.completion(search.problem, sampled)
-        earlier = search.start if before is None else before.play
-        assert earlier is not None
-        play = earlier.branch()
-        observation = play.act(completion)
+    def _turns(self, searches, before, sampled) -> list[Chunk]:
+        completions = [
+            self._formatter.completion(search.problem, part)
+            for search, part in zip(searches, sampled, strict=True)
+        ]
+        plays = []
+        for search, written in zip(searches, before, strict=True):
+            earlier = search.start if written is None else written.play
+            assert earlier is not None
+            plays.append(earlier.branch())
+        observations = act_all(plays, completions)
+        rows = zip(sampled, before, plays, completions, observations, strict=True)
+        return [self._turn(*row) for row in rows]
+
+    def _turn(
+        self,
+        sampled: Sampled,
+        before: Written | None,
+        play: EnvironmentEpisode,
+        completion: Completion,
+        observation: str,
+    ) -> Chunk:
         made = Written(sampled, before, play=play, completion=completion)
         if not play.over and len(play.rewards) < self._limits.turns:
             seen = self._formatter.observation(observation, self._limits.max_observation)

@@ -10,15 +10,16 @@ import numpy as np
 from train.rl.environments.stepping import TimeLimited, TimeLimits
 from train.rl.protocols import Environment, Task
 from train.rl.rollout.episodes import (
-    EnvironmentEpisode,
     TrajectoryBuilder,
+    act_all,
+    begin_episodes,
     rollout_batches,
     sampling_keys,
     unique_prompts,
 )
 from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.sampler import Sampler
-from train.rl.scoring import safe_score
+from train.rl.scoring import score_all
 from train.rl.types import Problem, Trajectory
 
 LONGEST = 10_000
@@ -159,9 +160,14 @@ class OneResponse(RolloutStrategy):
             keys = sampling_keys(rollouts, seed)
             conversation = sampler.open(texts, source, keys, self.max_new_tokens)
             responses = conversation.respond(self.max_new_tokens)
-            for rollout, sampled in zip(rollouts, responses, strict=True):
-                completion = self.formatter.completion(rollout.problem, sampled)
-                reward = safe_score(task, completion)
+            completions = [
+                self.formatter.completion(rollout.problem, sampled)
+                for rollout, sampled in zip(rollouts, responses, strict=True)
+            ]
+            rewards = score_all(task, completions)
+            for rollout, sampled, completion, reward in zip(
+                rollouts, responses, completions, rewards, strict=True
+            ):
                 episode = TrajectoryBuilder(rollout, prompts[rollout.group])
                 episode.respond(sampled, completion)
                 found.append(episode.trajectory(reward, (reward.value,)))
@@ -252,7 +258,7 @@ class Turns(RolloutStrategy):
             TrajectoryBuilder(rollout, self.formatter.prompt([rollout.problem.prompt]))
             for rollout in rollouts
         ]
-        plays = [EnvironmentEpisode(task, rollout.problem) for rollout in rollouts]
+        plays = begin_episodes(task, [rollout.problem for rollout in rollouts])
         texts, source = unique_prompts([episode.tokens for episode in episodes])
         capacity = self.turn_limit * (self.max_new_tokens + self.max_observation)
         keys = sampling_keys(rollouts, seed)
@@ -262,15 +268,19 @@ class Turns(RolloutStrategy):
             if not active.any():
                 break
             said = conversation.respond(self.max_new_tokens, active)
+            going = np.flatnonzero(active).tolist()
+            completions = [
+                self.formatter.completion(rollouts[index].problem, said[index]) for index in going
+            ]
+            observations = act_all([plays[index] for index in going], completions)
             seen: list[list[int]] = [[] for _ in rollouts]
-            for index in np.flatnonzero(active):
-                episode, play = episodes[index], plays[index]
-                completion = self.formatter.completion(episode.rollout.problem, said[index])
-                episode.respond(said[index], completion)
-                observation = play.act(completion)
-                if not play.over and turn + 1 < self.turn_limit:
+            for index, completion, observation in zip(
+                going, completions, observations, strict=True
+            ):
+                episodes[index].respond(said[index], completion)
+                if not plays[index].over and turn + 1 < self.turn_limit:
                     seen[index] = self.formatter.observation(observation, self.max_observation)
-                    episode.observe(seen[index])
+                    episodes[index].observe(seen[index])
             conversation.observe(seen)
         return [
             episode.trajectory(play.reward, tuple(play.rewards))
@@ -278,7 +288,7 @@ class Turns(RolloutStrategy):
         ]
 
     def _turn_by_turn(self, sampler, task, rollouts, seed) -> list[Trajectory]:
-        plays = [EnvironmentEpisode(task, rollout.problem) for rollout in rollouts]
+        plays = begin_episodes(task, [rollout.problem for rollout in rollouts])
         said: list[list[str]] = [[rollout.problem.prompt] for rollout in rollouts]
         turns: list[list[TrajectoryBuilder]] = [[] for _ in rollouts]
         for turn in range(self.turn_limit):
@@ -291,12 +301,18 @@ class Turns(RolloutStrategy):
             keys = sampling_keys([rollouts[index] for index in going], (*seed, turn))
             conversation = sampler.open(texts, source, keys, self.max_new_tokens)
             answers = conversation.respond(self.max_new_tokens)
-            for index, prompt, answer in zip(going, prompts, answers, strict=True):
-                completion = self.formatter.completion(rollouts[index].problem, answer)
+            completions = [
+                self.formatter.completion(rollouts[index].problem, answer)
+                for index, answer in zip(going, answers, strict=True)
+            ]
+            observations = act_all([plays[index] for index in going], completions)
+            for index, prompt, answer, completion, observation in zip(
+                going, prompts, answers, completions, observations, strict=True
+            ):
                 episode = TrajectoryBuilder(rollouts[index], prompt, turn)
                 episode.respond(answer, completion)
                 turns[index].append(episode)
-                seen = self.formatter.cut(plays[index].act(completion), self.max_observation)
+                seen = self.formatter.cut(observation, self.max_observation)
                 said[index] += [completion.text, seen]
         return [
             episode.trajectory(play.reward, tuple(play.rewards))
