@@ -85,7 +85,7 @@ def response_page(
             f"{len(prompts)} prompts for {len(rows)} rows: give the prompt of each row"
         )
     said = "bars are latents, dots in front of a token memory not taken"
-    parts = [_note(f"{len(rows)} rows; {said}")]
+    parts = [_note(f"{len(rows)} row{'s'[: len(rows) != 1]}; {said}")]
     norms = np.linalg.norm(latents[:ROWS].astype(np.float32), axis=-1)
     for row, ids in enumerate(rows[:ROWS]):
         prompt = [] if prompts is None else prompts[row]

@@ -437,7 +437,8 @@ def test_the_command_trains_a_lora(base, chats, tmp_path, monkeypatch, capsys):
     arguments += ["--steps", "2", "--batch-size", "8", "--out", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", [*arguments, "--dry-run"])
     sft.run_command(sft.main, SFTConfig)
-    assert "trained are" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "trained are" in shown and "conversations to train on" in shown
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr("sys.argv", arguments)
     sft.run_command(sft.main, SFTConfig)

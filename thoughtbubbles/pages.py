@@ -145,7 +145,7 @@ def streams_page(
             "give one text for each token, padding included"
         )
     live = alive.sum(axis=1).tolist()
-    parts = [_note(f"{len(token)} rows of {num_tokens} tokens; dark dots are originals, blue ones "
+    parts = [_note(f"{len(token)} row{'s'[: len(token) != 1]} of {num_tokens} tokens; dark dots are originals, blue ones "
                    "forks; the fuller, the higher the score")]  # fmt: skip
     for row in range(min(len(token), ROWS)):
         parts.append(_note(f"row {row}: {live[row]} live streams in {alive.shape[1]} slots"))

@@ -8,7 +8,7 @@ import sys
 import jax
 
 from train.cli.command import run_command
-from train.devices.distributed import distributed_context
+from train.devices.distributed import distributed_context, sync_errors
 from train.engine.loop import NonFiniteLoss, run
 from train.finetuning.job import SFTConfig, SFTJob
 from train.runs.metadata import load_run_meta
@@ -18,9 +18,11 @@ def main(config: SFTConfig) -> None:
     """Train, and print a command that generates with the result."""
     with distributed_context(config.distributed):
         if config.dry_run:
-            work = SFTJob(config)
+            with sync_errors():
+                work = SFTJob(config)
+                data = work.prepare()
             if jax.process_index() == 0:
-                print(work.describe(0))
+                print(f"{data.summary}\n{work.describe(0)}")
             return
         try:
             run(lambda: SFTJob(config), config)
