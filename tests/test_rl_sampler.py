@@ -351,6 +351,12 @@ def test_turn_by_turn_equals_one_row_without_memory():
         np.testing.assert_allclose(found[turn][trained], whole[index][trained], atol=1e-4)
 
 
+def test_no_call_copies_blocks_out_of_their_stack():
+    """`test_for_decoding` reads what programs of either form hold."""
+    reasoner: Any = make_sampler("plain")[0].policy.reasoner
+    assert reasoner.model.blocks is None and reasoner.model.unstacked
+
+
 def test_programs_are_counted():
     """One for each bucket of rows and lengths; other numbers in the same buckets find it."""
     sampler, _ = make_sampler("plain")

@@ -74,13 +74,15 @@ class Sampler:
     """
 
     def __init__(self, policy: MemGen, sampling: Sampling, max_rows: int, mesh: Mesh):
-        self.policy, self.sampling, self.max_rows, self._mesh = policy, sampling, max_rows, mesh
+        # Many calls of few tokens: none of them copies blocks out of their stack.
+        self.policy, self.sampling = policy.for_decoding(), sampling
+        self.max_rows, self._mesh = max_rows, mesh
         self._shards = math.prod(mesh.shape[name] for name in batch_axes(mesh))
         self._kept: _Prefilled | None = None
         self.prefills = 0  # number of prompts that were prefilled so far
         self.generated = 0  # number of tokens that were sampled so far
         self.request = memgen.make_request(
-            policy,
+            self.policy,
             0,
             sampling.memory,
             sampling.temperature,
