@@ -145,8 +145,9 @@ def streams_page(
             "give one text for each token, padding included"
         )
     live = alive.sum(axis=1).tolist()
-    parts = [_note(f"{len(token)} row{'s'[: len(token) != 1]} of {num_tokens} tokens; dark dots are originals, blue ones "
-                   "forks; the fuller, the higher the score")]  # fmt: skip
+    rows = f"{len(token)} row{'s'[: len(token) != 1]}"
+    parts = [_note(f"{rows} of {num_tokens} tokens; dark dots are originals, blue ones forks; the "
+                   "fuller, the higher the score")]  # fmt: skip
     for row in range(min(len(token), ROWS)):
         parts.append(_note(f"row {row}: {live[row]} live streams in {alive.shape[1]} slots"))
         scores = np.exp(log_score[row]).tolist()
