@@ -5,7 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from rl_tiny import MEMGEN, Echo, Vowels
 
 from train.devices.mesh import MeshConfig
 from train.rl.loop import train
+from train.rl.types import Reward
 
 SEARCH = "tree_search(step_len=1, width=2, probe=1)"
 WEAVER = dataclasses.replace(MEMGEN, trigger=None, max_inference_events=1)
@@ -24,6 +25,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "turns": {"steps": 2, "strategy": "turns(max_turns=3)"},
     "search": {"steps": 2, "method": "deepsearch", "strategy": SEARCH, "pool": 4},
     "weaver": {"steps": 2, "train": "weaver", "memgen": WEAVER, "mesh": MeshConfig(1, 2)},
+    "reset": {"steps": 2, "method": "brorl(reference_reset=9)"},
+    "unmoved": {"steps": 2, "method": "dapo"},
     "killed": {"steps": 4},
     "wrong": {"steps": 2},
 }
@@ -44,13 +47,28 @@ class Noted:
             file.write(json.dumps([completion.problem.uid, *map(int, completion.tokens)]) + "\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class Graded(Reward):
+    """A reward with a field that the run does not know."""
+
+    grade: bytes = b""
+
+
 class NotedVowels(Noted):
     def score(self, completion: Any) -> Any:
         self._note(completion)
         reward = self._inner.score(completion)
         if completion.tokens[0] % 5 == 0:
             raise RuntimeError("no number")
-        return dataclasses.replace(reward, info={"first": np.float32(completion.tokens[0])})
+        info: Any = {"first": np.float32(completion.tokens[0])}
+        return Graded(reward.value, cast(Any, np.bool_(reward.success)), info, grade=b"no JSON")
+
+
+class Unmoved(NotedVowels):
+    """Nothing is learned of it, so that a run saves the weights that it began with."""
+
+    def score(self, completion: Any) -> Any:
+        return dataclasses.replace(super().score(completion), value=0.0, success=False)
 
 
 class Dies(Noted):
@@ -81,7 +99,9 @@ class NotedEcho(Noted):
 
 def run(kind: str, folder: Path, devices: Any = None, **changes: Any) -> None:
     number = jax.process_index()
-    noted = {"turns": NotedEcho, "killed": Dies, "wrong": Wrong}.get(kind, NotedVowels)
+    noted = {"turns": NotedEcho, "unmoved": Unmoved, "killed": Dies, "wrong": Wrong}.get(
+        kind, NotedVowels
+    )
     task = noted(Echo() if kind == "turns" else Vowels(), folder / f"{kind}-{number}.jsonl")
     options = {"method": "grpo", **RUNS[kind], **changes}
     train(job(folder / kind, task=task, devices=devices, **options))
@@ -129,6 +149,7 @@ def notes(folder: Path, kind: str, processes: int) -> list[list[Any]]:
         ("responses",),
         pytest.param(("turns", "search"), marks=pytest.mark.experiment),
         pytest.param(("weaver",), marks=pytest.mark.experiment),
+        pytest.param(("reset", "unmoved"), marks=pytest.mark.experiment),
     ],
     ids=" ".join,
 )

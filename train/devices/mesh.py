@@ -246,6 +246,24 @@ def place(batch: Any, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), lambda part: batch[part])
 
 
+def put(weights: Any, shardings: Any) -> Any:
+    """Put a tree of whole arrays, known to every process, where a tree of shardings says.
+
+    Arrays that have their sharding already are not copied.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(weights, shardings)
+
+    def whole(leaf: Any, sharding: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        # device_put of a local array gives one of jax 0.10 whose shards can't be read or saved.
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda part: values[part])
+
+    return jax.tree.map(whole, weights, shardings)
+
+
 def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Indices of the local rows of a batch, those on this process's devices, ascending `[b]`.
 

@@ -16,7 +16,7 @@ from thoughtbubbles import Architecture, ArchitectureConfig
 from thoughtbubbles.architecture import Tracked, architecture_of
 from thoughtbubbles.module import abstract_module
 from train.devices.attention import Attention, attention_on, resolve
-from train.devices.mesh import check_entered, check_mesh, constrain_batch, state_shardings
+from train.devices.mesh import check_entered, check_mesh, constrain_batch, put, state_shardings
 from train.engine.optim import OptimizerConfig, make_optimizer, make_schedule
 
 EVERY_PARAMETER: filterlib.Filter = ...
@@ -128,7 +128,7 @@ class Trainable:
 
         Arrays that have their sharding already are not copied, and training overwrites them.
         """
-        state = jax.device_put(weights, self.shardings.weights)
+        state = put(weights, self.shardings.weights)
         # Parameters stay the arrays that they are; the rest is new.
         rest = jax.jit(
             lambda: _first_state(self.optimizer, state, self.abstract.trained).rest,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from train.devices.mesh import put
 from train.engine.state import Trainable
 from train.runs.checkpoint import Checkpointer
 
@@ -36,7 +37,7 @@ class Reference:
     def params(self) -> Any:
         """Parameters of the reference policy, None where the loss reads none."""
         if self._used and self._params is None:
-            weights = jax.device_put(self._first_weights(), self._trainable.shardings.weights)
+            weights = put(self._first_weights(), self._trainable.shardings.weights)
             self._params = self._trainable.abstract.with_weights(weights).params
         return self._params
 
