@@ -1,5 +1,6 @@
 """Rewards of tasks and turns of environments that a run can stand on."""
 
+import dataclasses
 import math
 import traceback
 from collections.abc import Mapping, Sequence
@@ -51,9 +52,20 @@ def score_all(task: Any, completions: Sequence[Completion]) -> list[Reward]:
 
     def score(index: int) -> dict[str, Any]:
         reward = safe_score(task, completions[index])
-        return {**vars(reward), "success": bool(reward.success), "info": dict(reward.info)}
+        return plain_fields(Reward, reward) | {"success": bool(reward.success)}
 
     return [Reward(**fields) for fields in divide(range(len(completions)), score)]
+
+
+def plain_fields(kind: type[Any], record: Any) -> dict[str, Any]:
+    """The fields of a kind of record, without those that a subclass adds, for another process.
+
+    Args:
+        kind: `Reward` or `Turn`.
+        record: One of this kind.
+    """
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(kind)}
+    return fields | {"info": {str(name): value for name, value in record.info.items()}}
 
 
 def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Turn:

@@ -11,7 +11,7 @@ from train.devices.distributed import divide, is_mine, is_multiprocess, sync_err
 from train.rl.environments.stepping import TimeLimited
 from train.rl.protocols import Environment
 from train.rl.rollout.sampler import Sampled, row_keys
-from train.rl.scoring import safe_step
+from train.rl.scoring import plain_fields, safe_step
 from train.rl.types import Completion, Problem, Reward, Trajectory, Turn
 
 
@@ -168,7 +168,16 @@ class EnvironmentEpisode:
         return other
 
     def act(self, completion: Completion) -> str:
-        """Take a turn; returns the observation."""
+        """Take a turn, in a run of one process; returns the observation.
+
+        Raises:
+            ValueError: The run has several processes, of which only one has the state.
+        """
+        if is_multiprocess():
+            raise ValueError(
+                "an episode's own `act` is for one process, this run has several: begin episodes "
+                "by `begin_episodes`, and take their turns by `act_all`"
+            )
         return self.observe(self.play(completion))
 
     def play(self, completion: Completion) -> Turn:
@@ -242,7 +251,7 @@ def act_all(episodes: Sequence[EnvironmentEpisode], completions: Sequence[Comple
     def play(index: int) -> dict[str, Any]:
         turn = episodes[index].play(completions[index])
         flags = {name: bool(getattr(turn, name)) for name in ("terminated", "truncated", "success")}
-        return {**vars(turn), **flags, "state": None, "info": dict(turn.info)}
+        return plain_fields(Turn, turn) | flags | {"state": None}
 
     turns = divide([episode.owner for episode in episodes], play)
     return [
