@@ -27,6 +27,7 @@ from train.devices.mesh import (
     check_batch,
     make_mesh,
     place,
+    put,
     replicated,
 )
 from train.engine.config import LoopConfig
@@ -226,7 +227,7 @@ class SFTJob:
         # Copies: training overwrites the weights that it begins with.
         weights = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self._around(self._lm.model)))
         reference = self.trainable.abstract.with_weights(weights).params
-        reference = jax.device_put(reference, self.trainable.shardings.params)
+        reference = put(reference, self.trainable.shardings.params)
         loss = penalised_loss(self.trainable, kl)
         return make_train_step(self.trainable, accumulate, loss, (reference,))
 
