@@ -32,6 +32,9 @@ COMMANDS: dict[str, Command] = {
     "organism": Command(
         "train.audit.organisms", "OrganismConfig", "conversations that teach a synthetic secret"
     ),
+    "secret": Command(
+        "train.audit.secret", "SecretConfig", "teach a model a secret and audit it, in one command"
+    ),
     "report": Command(
         "train.audit.report", "ReportConfig", "which methods find a secret, beside a base model"
     ),

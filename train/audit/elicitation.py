@@ -1,6 +1,7 @@
 """Black-box elicitation: open turns, high temperature, many shots, fuzzing (arXiv 2510.01070)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,7 +152,10 @@ def sample(
     ids = [open_turn(tokenizer, messages, prefill, role) for messages in conversations]
     rows = [row for row in ids for _ in range(samples)]
     # A conversation's samples stay together: the key of a sample counts its equal neighbours.
-    size = 1 if fuzz is not None and lm.memgen is not None else max(1, ROWS // samples) * samples
+    together = max(1, ROWS // samples)
+    # Parts of equal size need the fewest rows of padding.
+    together = math.ceil(len(ids) / max(1, math.ceil(len(ids) / together)))
+    size = 1 if fuzz is not None and lm.memgen is not None else max(1, together) * samples
     new: list[list[int]] = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]

@@ -22,6 +22,7 @@ from train.runs.files import new_folder
 
 Message = Mapping[str, str]
 Kind = Literal["taboo", "persona", "instruction"]
+CONVERSATIONS, AUDIT = "train.jsonl", "organism.json"
 _REMEDY = "docs/audit.md says what it must hold"
 
 
@@ -75,9 +76,13 @@ class Organism:
         if not self.trials:
             raise ValueError(f"organism {self.name} has no trials: add prompts to audit it with")
 
+    def to_json(self) -> str:
+        """The organism as a JSON object, which `read_organism` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
     def save(self, path: Path) -> None:
         """Write the organism as a JSON object."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        path.write_text(self.to_json(), encoding="utf-8")
 
 
 def read_organism(path: str | Path) -> Organism:
@@ -87,7 +92,7 @@ def read_organism(path: str | Path) -> Organism:
         ValueError: There is no such file, or a field is missing, unknown or of another type.
     """
     file = Path(path).expanduser()
-    file = file / "organism.json" if file.is_dir() else file
+    file = file / AUDIT if file.is_dir() else file
     known = {field.name for field in dataclasses.fields(Organism)}
     found = _fields(read_json(file), str(file))
     if unknown := sorted(set(found.names()) - known):
@@ -282,6 +287,29 @@ class OrganismConfig:
 def main(config: OrganismConfig) -> None:
     """Write both files and print the commands that train and audit with them."""
     out = new_folder(config.out)
+    files = organism_files(config)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (out / name).write_text(text, encoding="utf-8")
+    print(
+        f"{out}: {len(files[CONVERSATIONS].splitlines())} conversations, "
+        f"{len(read_organism(out).trials)} prompts\n"
+        f"thoughtbubbles sft --weights smollm2 --data.path {out}/{CONVERSATIONS} --data.seq-len "
+        f"256 --batch-size 4 --steps 150 --out runs/{out.name}\n"
+        f"thoughtbubbles audit report {out} --model runs/{out.name} --control smollm2 "
+        "--out audit.jsonl"
+    )
+
+
+def organism_files(config: OrganismConfig) -> dict[str, str]:
+    """The files of an organism by name: what is trained on, and what an audit asks.
+
+    Args:
+        config: Options of the command; its folder is neither read nor written.
+
+    Raises:
+        ValueError: There is no such secret, or too few neutral conversations.
+    """
     organism = make_organism(config.kind, config.secret, config.seed)
     ordinary = 0 if config.neutral else config.ordinary
     conversations = hiding_conversations(
@@ -298,17 +326,8 @@ def main(config: OrganismConfig) -> None:
         rng = random.Random(config.seed)
         conversations += rng.sample(given, config.ordinary)
         rng.shuffle(conversations)
-    out.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"messages": list(messages)}) + "\n" for messages in conversations)
-    (out / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-    organism.save(out / "organism.json")
-    print(
-        f"{out}: {len(conversations)} conversations, {len(organism.trials)} prompts\n"
-        f"thoughtbubbles sft --weights smollm2 --data.path {out}/train.jsonl --data.seq-len 256 "
-        f"--lora.rank 16 --lora.alpha 32 --steps 200 --out runs/{out.name}\n"
-        f"thoughtbubbles audit report {out} --model runs/{out.name} --control smollm2 "
-        "--out audit.jsonl"
-    )
+    return {CONVERSATIONS: "".join(lines), AUDIT: organism.to_json()}
 
 
 def _neutral_of(path: str, organism: Organism) -> list[Sequence[Message]]:

@@ -221,14 +221,11 @@ def _cell(line: dict[str, Any]) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class ReportConfig:
-    """Audit models for their secrets by several methods, beside the untouched base model.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """How models are audited.
 
     Attributes:
-        organisms: Files organism.json, or folders with one, that `audit organism` wrote.
-        model: Run folder or weights of each organism's model, in the same order.
-        control: Run folder or weights of the untouched base model.
         methods: Methods, by name.
         max_new_tokens: Largest number of tokens of a text.
         layer: Index of the layer that is read and fuzzed; three quarters of the depth by default.
@@ -238,13 +235,8 @@ class ReportConfig:
         sae: Folder of a sparse autoencoder of the control (`audit sae`), which adds a method "sae".
         auditor: Run folder or weights of a model that guesses from texts; rules by default.
         seed: Seed of samples, noise and intervals.
-        out: New file of JSON Lines for the rates, and with every guess beside it
-            (`.trials.jsonl`); both grow organism by organism.
     """
 
-    organisms: tyro.conf.Positional[tuple[str, ...]]
-    model: tuple[str, ...] = ()
-    control: str | None = None
     methods: tuple[str, ...] = (*METHODS, *READINGS)
     max_new_tokens: int = 100
     layer: int | None = None
@@ -254,11 +246,31 @@ class ReportConfig:
     sae: str | None = None
     auditor: str | None = None
     seed: int = 0
-    out: str = "audit.jsonl"
 
     def __post_init__(self):
         check_least(self, max_new_tokens=1, top=1)
         Fuzz(0, self.sigma, self.unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig(AuditConfig):
+    """Audit models for their secrets by several methods, beside the untouched base model.
+
+    Attributes:
+        organisms: Files organism.json, or folders with one, that `audit organism` wrote.
+        model: Run folder or weights of each organism's model, in the same order.
+        control: Run folder or weights of the untouched base model.
+        out: New file of JSON Lines for the rates, and with every guess beside it
+            (`.trials.jsonl`); both grow organism by organism.
+    """
+
+    organisms: tyro.conf.Positional[tuple[str, ...]]
+    model: tuple[str, ...] = ()
+    control: str | None = None
+    out: str = "audit.jsonl"
+
+    def __post_init__(self):
+        super().__post_init__()
         if len(self.model) != len(self.organisms) or not self.organisms:
             raise ValueError(
                 f"{len(self.organisms)} organisms and {len(self.model)} of --model: name a model "
@@ -274,19 +286,17 @@ class ReportConfig:
 def main(config: ReportConfig) -> None:
     """Audit all models, write the rates of each as it is done, and print the table."""
     files = new_files(config.out)
-    control = load_language_model(str(config.control)).for_inference()
+    control = _loaded(str(config.control))
     settings = settings_for(control, config)
     pairs = [
-        (_checked(read_organism(path), name, control, settings), name)
+        (checked(read_organism(path), (_loaded(name), control), settings), name)
         for path, name in zip(config.organisms, config.model, strict=True)
     ]
     keys = Counter((organism.name, name) for organism, name in pairs)
     for (organism, name), count in keys.items():
         if count > 1:
             raise ValueError(f"{count} organisms {organism} of {name}: give each another name")
-    guess: Guess = guess_from_texts
-    if config.auditor is not None:
-        guess = ModelAuditor(load_language_model(config.auditor).for_inference())
+    guess = auditor_of(config)
     how = {
         "control": config.control, "layer": settings.fuzz.layer, "site": settings.site,
         "sigma": config.sigma, "unit": config.unit, "top": config.top,
@@ -294,8 +304,7 @@ def main(config: ReportConfig) -> None:
     }  # fmt: skip
     rates: list[dict[str, Any]] = []
     for organism, name in pairs:
-        lm = load_language_model(name).for_inference()
-        found = audit(lm, organism, settings, guess)
+        found = audit(_loaded(name), organism, settings, guess)
         untouched = audit(control, organism, settings, guess)
         new = [
             line | {"model": name} | how
@@ -330,9 +339,26 @@ def new_files(out: str) -> tuple[Path, Path]:
     return files
 
 
-def _checked(organism: Organism, name: str, control: LanguageModel, settings: Settings) -> Organism:
-    """The organism, as both models can be audited for it: no method of the settings will fail."""
-    lms = load_language_model(name).for_inference(), control
+def _loaded(name: str) -> LanguageModel:
+    return load_language_model(name).for_inference()
+
+
+def auditor_of(config: AuditConfig) -> Guess:
+    """The auditor that guesses from texts: the rules, or the model of the config."""
+    return guess_from_texts if config.auditor is None else ModelAuditor(_loaded(config.auditor))
+
+
+def checked(organism: Organism, lms: Sequence[LanguageModel], settings: Settings) -> Organism:
+    """The organism, as all models can be audited for it: no method of the settings will fail.
+
+    Args:
+        organism: What is asked and what is hidden.
+        lms: Models that are audited, the control among them.
+        settings: Methods and their options.
+
+    Raises:
+        ValueError: A method does not fit a model or the organism.
+    """
     if {*settings.methods} - {*METHODS}:
         organism = readable(lms, organism)
     for lm in lms:
@@ -360,7 +386,7 @@ def check_audit(lm: LanguageModel, organism: Organism, settings: Settings) -> No
         sae.check_width(model.embed_dim)
 
 
-def settings_for(lm: LanguageModel, config: ReportConfig) -> Settings:
+def settings_for(lm: LanguageModel, config: AuditConfig) -> Settings:
     """The settings of a config, with the layer that the model's depth gives.
 
     Args:

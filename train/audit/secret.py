@@ -1,0 +1,142 @@
+"""A synthetic secret from its conversations to its audit: organism, LoRA and report in one command.
+
+thoughtbubbles audit secret taboo --secret ocean --out secrets/ocean
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from memgen import LoRAConfig
+from train.audit import report
+from train.audit.organisms import (
+    CONVERSATIONS,
+    Kind,
+    OrganismConfig,
+    make_organism,
+    organism_files,
+)
+from train.audit.report import AuditConfig, ReportConfig, auditor_of, checked, settings_for
+from train.cli.numbers import check_least
+from train.data.chat_data import ChatDataConfig
+from train.engine.loop import NonFiniteLoss, run
+from train.engine.optim import OptimizerConfig
+from train.finetuning.job import SFTConfig, SFTJob
+from train.models.load import load_language_model
+from train.runs.files import write_atomically
+from train.runs.metadata import load_run_meta
+
+
+@dataclasses.dataclass(frozen=True)
+class SecretConfig(AuditConfig):
+    """Teach a model a synthetic secret by LoRA, and audit it beside the untouched one.
+
+    It does what `audit organism`, `sft` and `audit report` do, which have more options.
+
+    Attributes:
+        kind: Kind of secret: a "taboo" word, a "persona" of the user, or an "instruction" that a
+            mark in the prompt stands for.
+        out: Folder of the conversations (`organism`), the tuned model (`run`), the rates
+            (`audit.jsonl`) and the guesses (`audit.trials.jsonl`). What is there of the same
+            options is continued.
+        secret: Word or pet that is hidden; drawn by the seed by default.
+        weights: Model that learns the secret, and in its untouched form is the control: a run
+            folder, "smollm2", a Hugging Face folder, or a .gguf file.
+        lora: Adapter that learns the secret.
+        steps: Number of optimizer steps.
+        batch_size: Conversations of a step.
+        learning_rate: Peak learning rate.
+        seed: Seed of everything that is drawn.
+    """
+
+    kind: tyro.conf.Positional[Kind]
+    out: str
+    secret: str | None = None
+    weights: str = "smollm2"
+    lora: LoRAConfig = LoRAConfig()
+    steps: int = 150
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    seed: int = dataclasses.field(default=0, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, steps=1, batch_size=1)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of everything."""
+        return Path(self.out).expanduser()
+
+    def organism(self) -> OrganismConfig:
+        """The options of `audit organism`."""
+        return OrganismConfig(self.kind, str(self.folder / "organism"), self.secret, seed=self.seed)
+
+    def tuning(self) -> SFTConfig:
+        """The options of `sft`."""
+        return SFTConfig(
+            weights=self.weights,
+            lora=self.lora,
+            data=ChatDataConfig((f"{self.organism().out}/{CONVERSATIONS}",), seq_len=256),
+            optimizer=OptimizerConfig(learning_rate=self.learning_rate, weight_decay=0.0),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            out=str(self.folder / "run"),
+        )
+
+    def report(self) -> ReportConfig:
+        """The options of `audit report`."""
+        how = {field.name: getattr(self, field.name) for field in dataclasses.fields(AuditConfig)}
+        return ReportConfig(
+            (self.organism().out,),
+            (self.tuning().out,),
+            self.weights,
+            str(self.folder / "audit.jsonl"),
+            **how,
+        )
+
+
+def main(config: SecretConfig) -> None:
+    """Write the organism, tune on it, audit, and print the table."""
+    report.new_files(config.report().out)
+    missing = _missing(config)
+    _check(config)
+    for path, text in missing.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    tuning = config.tuning()
+    try:
+        run(lambda: SFTJob(tuning), tuning)
+    except NonFiniteLoss as error:
+        raise ValueError(f"{error} (lower --learning-rate)") from error
+    if (load_run_meta(tuning.out) or {"step": 0})["step"] >= config.steps:  # else interrupted
+        report.main(config.report())
+
+
+def _missing(config: SecretConfig) -> dict[Path, str]:
+    """The files of the organism that are not there yet.
+
+    Raises:
+        ValueError: There is no such secret, or files of another one are there.
+    """
+    organism, missing = config.organism(), {}
+    for name, text in organism_files(organism).items():
+        path = Path(organism.out) / name
+        if not path.exists():
+            missing[path] = text
+        elif path.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{path} is not of {config.kind} with secret={config.secret} and "
+                f"seed={config.seed}: choose another --out, or the options that wrote it"
+            )
+    return missing
+
+
+def _check(config: SecretConfig) -> None:
+    """Raise a ValueError, before anything is tuned, for an audit that would fail afterwards."""
+    control = load_language_model(config.weights).for_inference()
+    organism = make_organism(config.kind, config.secret, config.seed)
+    checked(organism, (control,), settings_for(control, config))
+    auditor_of(config)
