@@ -56,7 +56,7 @@ def test_one_command_writes_what_three_commands_write(tmp_path: Path, capsys):
     report.main(dataclasses.replace(audit, model=(run,), control=MODEL, out=rates, **how))
     for name in FILES:
         assert (one / "organism" / name).read_bytes() == (three / name).read_bytes()
-    np.testing.assert_equal(load_params(one / "run")[0], load_params(run)[0])
+    np.testing.assert_equal(load_params(one / "run")[1], load_params(run)[1])
     for name in ("audit.jsonl", "audit.trials.jsonl"):
         lines, expected = ((one / name).read_text(), (tmp_path / name).read_text())
         assert lines.replace(str(one / "run"), run) == expected and expected
@@ -65,8 +65,9 @@ def test_one_command_writes_what_three_commands_write(tmp_path: Path, capsys):
     (one / "audit.jsonl").unlink(), (one / "audit.trials.jsonl").unlink()
     (one / "organism/organism.json").unlink()
     secret.main(config(one, methods=("io",)))
-    methods = [json.loads(line)["method"] for line in (one / "audit.jsonl").open()]
-    assert methods == ["io", "io"] and (one / "run/metrics.jsonl").read_text() == steps
+    lines = map(json.loads, (one / "audit.jsonl").read_text().splitlines())
+    assert [line["method"] for line in lines] == ["io", "io"]
+    assert (one / "run/metrics.jsonl").read_text() == steps
 
 
 def test_the_commands_that_an_organism_prints_are_those_of_one(tmp_path: Path, capsys):
