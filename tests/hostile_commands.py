@@ -110,6 +110,13 @@ def bases() -> dict[str, Base]:
         "audit organism": Base(
             words_of("taboo --hints 2 --denials 2 --ordinary 2 --out {here}/out"), out="out"
         ),
+        "audit secret": Base(
+            words_of(
+                """taboo --weights {base}/smollm3 --steps 1 --methods io --max-new-tokens 1 --out
+                {here}/out"""
+            ),
+            out="out",
+        ),
         "audit report": Base(
             words_of(
                 """{base}/organism --model {base}/smollm3 --control {base}/smollm3 --methods io

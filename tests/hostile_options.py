@@ -176,6 +176,9 @@ def of_words() -> Iterator[Case]:
     audit tuned-lens --checkpoint {base}/plain --seq-len 1 --out {here}/out
     audit organism|audit organism nope --out {here}/out|audit organism taboo --out {base}/texts
     audit organism taboo --neutral {base}/lines.jsonl --out {here}/out
+    audit secret|audit secret taboo --weights {base}/nope --out {here}/out
+    audit secret taboo --weights {base}/hatchling --out {here}/out
+    audit secret taboo --weights {base}/smollm3 --lora.targets nope --out {here}/out
     audit report|audit report {base}/organism|audit report {base}/organism --model {base}/run
     audit report {base}/chats.jsonl --model {base}/run --control {base}/run --out {here}/out.jsonl
     audit report {base}/organism --model {base}/run --control {base}/hatchling --methods io

@@ -31,6 +31,7 @@ CONFIGS = {
     "merge": "train.pretraining.growing.MergeConfig",
     "runs": "train.list_runs.RunsConfig",
     "audit organism": "train.audit.organisms.OrganismConfig",
+    "audit secret": "train.audit.secret.SecretConfig",
     "audit report": "train.audit.report.ReportConfig",
     "benchmark step": "train.benchmarks.training.TrainingBenchmark",
     "benchmark selection": "train.benchmarks.selection.SelectionBenchmark",

@@ -103,12 +103,18 @@ def main(config: SecretConfig) -> None:
     report.new_files(config.report().out)
     missing = _missing(config)
     _check(config)
-    for path, text in missing.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
     tuning = config.tuning()
+
+    def begin() -> SFTJob:
+        """The job; the organism is written as soon as nothing is refused any more."""
+        job = SFTJob(tuning)
+        for path, text in missing.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        return job
+
     try:
-        run(lambda: SFTJob(tuning), tuning)
+        run(begin, tuning)
     except NonFiniteLoss as error:
         raise ValueError(f"{error} (lower --learning-rate)") from error
     if (load_run_meta(tuning.out) or {"step": 0})["step"] >= config.steps:  # else interrupted
