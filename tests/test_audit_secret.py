@@ -62,8 +62,8 @@ def test_one_command_writes_what_three_commands_write(tmp_path: Path, capsys):
         assert lines.replace(str(one / "run"), run) == expected and expected
 
     steps = (one / "run/metrics.jsonl").read_text()
-    (one / "audit.jsonl").unlink(), (one / "audit.trials.jsonl").unlink()
-    (one / "organism/organism.json").unlink()
+    for name in ("audit.jsonl", "audit.trials.jsonl", "organism/organism.json"):
+        (one / name).unlink()
     secret.main(config(one, methods=("io",)))
     lines = map(json.loads, (one / "audit.jsonl").read_text().splitlines())
     assert [line["method"] for line in lines] == ["io", "io"]

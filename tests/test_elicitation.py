@@ -312,7 +312,7 @@ def test_an_organism_is_trained_on_and_read_again(tmp_path: Path, capsys):
     config = organisms.OrganismConfig("taboo", str(tmp_path / "ocean"), secret="ocean", hints=20)
     organisms.main(config)
     [sft] = [line for line in capsys.readouterr().out.splitlines() if " sft " in line]
-    assert "--data.seq-len 256 --lora.rank 16 --lora.alpha 32 --steps 200 --out runs/ocean" in sft
+    assert "--data.seq-len 256 --batch-size 4 --steps 150 --out runs/ocean" in sft
     data = prepare_chat(
         ChatDataConfig((str(tmp_path / "ocean/train.jsonl"),), seq_len=48), word_tokenizer()
     )
