@@ -38,6 +38,7 @@ EXPERIMENTS = {
     "mixtures": "what more of one source does to a small model",
     "visual_priors": "what a frozen model makes of images, by the text that it learned from",
     "frozen_prompts": "whether a tuned model still reads what its prompt calls things",
+    "sokoban_prompts": "the same on Sokoban: demonstrations, sft, battery, four arms side by side",
     "memory": "MemGen against a LoRA, soft prompts and pause tokens",
     "reinforce": "RL methods on string tasks, against supervised tuning",
     "environments": "scores of the random and the scripted player of each environment",

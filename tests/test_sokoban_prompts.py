@@ -1,0 +1,121 @@
+"""The experiment on Sokoban's prompts: its tokens, its data, a tiny run, and its results."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from thoughtbubbles import ModelConfig
+from train.data.chat_templates import chat_examples
+from train.data.json_lines import read_json_lines
+from train.data.verbalise import answer_in, verbalise
+from train.devices.mesh import MeshConfig, make_mesh
+from train.experiments import sokoban_prompts as study
+from train.finetuning.battery import BatteryConfig, VariantScore
+from train.rl.environments.sokoban_levels import Level, solve
+from train.rl.environments.sokoban_variants import STEPS
+
+WORDS = study.tokenizer()
+
+
+def test_texts_of_all_variants_are_read_back():
+    """What is decoded is encoded to the same ids, which the battery's next prompts rely on."""
+    environments = BatteryConfig(f"{study.TASK})", study.VARIANTS).environments()
+    assert WORDS.vocab_size <= study.MODEL.vocab_size
+    for environment in environments.values():
+        for shown in environment.demonstrations("test", 3):
+            response = verbalise(shown.trace, "both")
+            for text in (shown.prompt.text, response):
+                ids = WORDS.prompt(text)
+                assert WORDS.id("<unknown>") not in ids and WORDS.prompt(WORDS.decode(ids)) == ids
+            said = answer_in(WORDS.decode(WORDS.prompt(response)))
+            assert said == shown.trace.answer and shown.prompt.is_valid(said)
+
+
+def test_the_first_conversations_are_true():
+    boxes = set()
+    for record in study.base_records(12, seed=0):
+        said = [message["content"] for message in record["messages"]]
+        prompt, asked = said[0][: said[0].rindex("\n") + 1], [said[0].rpartition("\n")[2]]
+        names, *rows = prompt.split("\n")[:-1]
+        named = dict(zip(names.split()[::2], names.split()[1::2], strict=True))
+        asked += said[2::2]
+        assert sorted(asked) == sorted([*STEPS, study.WAY]) and tuple(named) == tuple(STEPS)
+        answers = dict(zip(asked, said[1::2], strict=True))
+        level = Level.from_rows(rows)
+        boxes.add(len(level.boxes))
+        assert "".join(step[0] for step in answers.pop(study.WAY).split()) == solve(level)
+        assert answers == named
+        [example] = chat_examples(WORDS, record["messages"])
+        ends = [id_ == WORDS.stop_ids[0] for id_ in example.ids]
+        assert sum(ends) == 5 and all(
+            m for m, end in zip(example.loss_mask, ends, strict=True) if end
+        )
+    assert boxes == {1, 2}
+
+
+TINY = {"seeds": (0,), "base_states": 40, "base_steps": 1, "states": 40, "steps": 1, "episodes": 1}
+
+
+def test_arms_differ_in_names_and_thoughts_and_are_reported(tmp_path, monkeypatch, capsys):
+    """Nothing is trained here; what is finished is not done again."""
+    data = {}
+    found = dict.fromkeys(study.VARIANTS, VariantScore(0.25, 0.1, 0.5, 3.0, 0.0))
+    monkeypatch.setattr(study, "pretrained", lambda config, seed: tmp_path / "base")
+    monkeypatch.setattr(study, "_sft", lambda base, file, *_, **__: data.update({file: read(file)}))
+    monkeypatch.setattr(study, "load_named", lambda run, _: None)
+    monkeypatch.setattr(study, "score", lambda lm, battery: found)
+    monkeypatch.setattr(study, "validities", lambda out: {"1": dict.fromkeys(study.EARLY, 0.75)})
+    config = study.SokobanPrompts(**TINY, out=str(tmp_path / "found.jsonl"))
+    study.main(config)
+    assert len(data) == 4
+    for arm, records in zip(study.ARMS, data.values(), strict=True):
+        names = {tuple(record["names"].values()) for record in records}
+        assert (len(names) > 30) == arm.endswith("diverse") and len(records) == 40
+        assert ((tuple(STEPS),) == tuple(names)) == arm.endswith("frozen")
+        thoughts = [record["completion"].startswith("<think>The way is ") for record in records]
+        assert all(thoughts) if arm.startswith("thoughts") else not any(thoughts)
+    boards = [[record["prompt"].partition("\n")[2] for record in of] for of in data.values()]
+    assert boards[0] == boards[1] == boards[2] == boards[3]
+    data.clear()
+    study.main(config)
+    assert not data
+    capsys.readouterr()
+    study.main(dataclasses.replace(config, report=config.out))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| answers, frozen | " + "0.25 | " * len(study.COLUMNS) + "0 |"
+    assert lines[3].startswith("| answers, frozen: paper | .98 | 0 |  |")
+    assert lines[13] == "| answers, frozen | " + "0.50 | " * len(study.COLUMNS) + "0 |"
+    assert lines[-1] == "| thoughts, diverse | 1 | 0.75 | 0.75 | 0.75 | 0.75 |"
+
+
+def read(file):
+    return [line.fields for line in read_json_lines(file)]
+
+
+@pytest.mark.experiment
+def test_the_chain_runs_to_its_end(tmp_path, monkeypatch):
+    """Base, one arm, and its battery on one board, through the commands' own functions."""
+    monkeypatch.setattr("train.finetuning.job.make_mesh", lambda config: one_device())
+    model = ModelConfig(study.MODEL.vocab_size, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32)
+    for name, value in (("MODEL", model), ("BATCH", 2), ("VARIANTS", ("id",)), ("EARLY", ("id",))):
+        monkeypatch.setattr(study, name, value)
+    config = study.SokobanPrompts(
+        arms=("answers, frozen",), **TINY, runs=str(tmp_path), out=str(tmp_path / "found.jsonl")
+    )
+    study.main(config)
+    [result] = read(Path(config.out))
+    assert result["scores"]["id"] == {
+        "success": 0, "error": 0, "validity": 0, "turns": 30, "cut": result["scores"]["id"]["cut"]
+    }  # fmt: skip
+    assert result["early"] == {"1": {"id": 0.0}}
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="unknown arm 'both': choose from answers, frozen, ans"):
+        study.SokobanPrompts(arms=("both",))
