@@ -34,25 +34,25 @@ def test_texts_of_all_variants_are_read_back():
 
 
 def test_the_first_conversations_are_true():
-    boxes = set()
-    for record in study.base_records(12, seed=0):
+    boxes, thoughts = set(), set()
+    for record in study.base_records(20, seed=0):
         said = [message["content"] for message in record["messages"]]
-        prompt, asked = said[0][: said[0].rindex("\n") + 1], [said[0].rpartition("\n")[2]]
-        names, *rows = prompt.split("\n")[:-1]
+        names, *rows = said[0].split("\n")[:-1]
+        asked = [said[0].rpartition("\n")[2], *said[2::2]]
         named = dict(zip(names.split()[::2], names.split()[1::2], strict=True))
-        asked += said[2::2]
-        assert sorted(asked) == sorted([*STEPS, study.WAY]) and tuple(named) == tuple(STEPS)
         answers = dict(zip(asked, said[1::2], strict=True))
+        assert len(asked) == 3 and tuple(named) == tuple(STEPS)
         level = Level.from_rows(rows)
         boxes.add(len(level.boxes))
-        assert "".join(step[0] for step in answers.pop(study.WAY).split()) == solve(level)
-        assert answers == named
+        way = answers.pop(study.WAY).removeprefix("<think>The way is ").removesuffix(".</think>")
+        assert "".join(step[0] for step in way.split()) == solve(level)
+        for step, answer in answers.items():
+            assert answer_in(answer) == named[step]
+            thoughts.add("<think>Now " in answer)
         [example] = chat_examples(WORDS, record["messages"])
-        ends = [id_ == WORDS.stop_ids[0] for id_ in example.ids]
-        assert sum(ends) == 5 and all(
-            m for m, end in zip(example.loss_mask, ends, strict=True) if end
-        )
-    assert boxes == {1, 2}
+        ends = [index for index, id_ in enumerate(example.ids) if id_ == WORDS.stop_ids[0]]
+        assert len(ends) == 3 and all(example.loss_mask[index] for index in ends)
+    assert boxes == {1, 2} and thoughts == {False, True}
 
 
 TINY = {"seeds": (0,), "base_states": 40, "base_steps": 1, "states": 40, "steps": 1, "episodes": 1}

@@ -4,7 +4,7 @@ python -m train.experiments.sokoban_prompts --out sokoban_prompts.jsonl
 python -m train.experiments.sokoban_prompts --report sokoban_prompts.jsonl
 
 The chain `demonstrations`, `sft`, `battery` from random parameters, after "Debunk the Myth of SFT
-Generalization" (arXiv 2510.00237). A decoder of 0.8 M parameters first learns, as what a language
+Generalization" (arXiv 2510.00237). A decoder of 0.4 M parameters first learns, as what a language
 model knows already, to say the way of a board in the steps' own names, and to look up what a prompt
 calls a step, for all words. Then an adapter is tuned on answers or on thoughts, with the original
 names (frozen) or four words for each state (diverse), and plays held-out boards of each variant.
@@ -32,6 +32,7 @@ from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.data.chat_data import ChatDataConfig
 from train.data.semantic_maps import TEMPLATES, MapSampler, PromptTemplate
+from train.data.verbalise import Trace, verbalise
 from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.experiments.study import (
@@ -100,7 +101,7 @@ CHAT = (
 # The walls around a board are a token for each row; every other sign and word is one.
 _TOKENS = r"</?\w+>|#{5,}\n#|#\n#{5,}|#\n#|\w+|[^\w\s]\x{FE0F}?"
 SEQ_LEN, BATCH = 64, 32
-MODEL = ModelConfig(vocab_size=264, embed_dim=128, num_layers=4, num_heads=4)
+MODEL = ModelConfig(vocab_size=264, embed_dim=96, num_layers=3, num_heads=4)
 PRETRAINING = OptimizerConfig("muon", learning_rate=1e-2, weight_decay=0.0)
 TUNING = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
 LORA = LoRAConfig(rank=16, targets=("q", "k", "v", "o", "up", "down"))
@@ -122,9 +123,9 @@ class SokobanPrompts(StudyConfig):
 
     arms: tuple[str, ...] = tuple(ARMS)
     base_states: int = 24_000
-    base_steps: int = 1500
+    base_steps: int = 1200
     states: int = 4000
-    steps: int = 400
+    steps: int = 600
     episodes: int = 100
     runs: str = "runs/sokoban_prompts"
     out: str = "sokoban_prompts.jsonl"
@@ -148,12 +149,12 @@ def train_missing(config: SokobanPrompts, results: Results) -> Iterator[tuple[Re
     for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
         clock = Clock()
         base = pretrained(config, seed)
-        base_seconds = clock.read().seconds
+        base_cost = clock.read()
         for run in of_seed:
             clock = Clock()
             scores, early = tuned(config, run["arm"], base, seed)
-            result = run | {"scores": scores, "early": early, "base_seconds": base_seconds}
-            result |= {"seconds": clock.read().seconds, "jax": jax.__version__}
+            result = run | {"scores": scores, "early": early, "jax": jax.__version__}
+            result |= {"base_cost": base_cost._asdict(), "cost": clock.read()._asdict()}
             shown = ", ".join(f"{name} {cell(score)}" for name, score in scores.items())
             yield result, f"{run['arm']} seed {seed}: {shown}"
 
@@ -186,10 +187,11 @@ def names() -> tuple[str, ...]:
 
 
 def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Conversations on a board: its way, and what the prompt calls each step, in random order.
+    """Conversations on a board: its way, and what the prompt calls two steps, in random order.
 
-    Boards are those of training, one in five with two boxes. A way is a way whatever the prompt
-    calls its steps.
+    Boards are those of training, one in five with two boxes. A way is a thought, in the steps' own
+    names. A name is an answer, behind an empty thought or one that says it: what thoughts of a
+    demonstration are made of is known, their composition is not.
 
     Args:
         count: Number of conversations.
@@ -205,10 +207,13 @@ def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
         board = demonstration.prompt.text.partition("\n")[2]
         prompt = TEMPLATE.render(maps.map(0, index), board=board)
         way = demonstration.trace.thoughts.removeprefix("The way is ").partition(".")[0]
-        said = {step: prompt.target(step) for step in STEPS} | {WAY: way}
-        order = np.random.default_rng([seed, index]).permutation(list(said))
+        rng = np.random.default_rng([seed, index])
+        said = {WAY: f"<think>The way is {way}.</think>"}
+        for step in map(str, rng.choice(list(STEPS), 2, replace=False)):
+            trace = Trace(f"Now {step}, which is called {prompt.target(step)}", prompt.target(step))
+            said[step] = verbalise(trace, "both" if rng.random() < 0.25 else "answer")
         messages = []
-        for asked in map(str, order):
+        for asked in map(str, rng.permutation(list(said))):
             content = asked if messages else f"{prompt.text}{asked}"
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": said[asked]})
