@@ -87,7 +87,7 @@ def test_arms_differ_in_names_and_thoughts_and_are_reported(tmp_path, monkeypatc
     assert lines[2] == "| answers, frozen | " + "0.25 | " * len(study.COLUMNS) + "0 |"
     assert lines[3].startswith("| answers, frozen: paper | .98 | 0 |  |")
     assert lines[13] == "| answers, frozen | " + "0.50 | " * len(study.COLUMNS) + "0 |"
-    assert lines[-1] == "| thoughts, diverse | 1 | 0.75 | 0.75 | 0.75 | 0.75 |"
+    assert lines[-1] == "| thoughts, diverse | 1 | 0.75 | 0.75 | 0.75 |"
 
 
 def read(file):

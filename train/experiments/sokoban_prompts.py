@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,8 +31,9 @@ from train.battery import score
 from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.data.chat_data import ChatDataConfig
+from train.data.everyday_words import EVERYDAY_WORDS
 from train.data.semantic_maps import TEMPLATES, MapSampler, PromptTemplate
-from train.data.verbalise import Trace, verbalise
+from train.data.verbalise import Form, Trace, verbalise
 from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.experiments.study import (
@@ -60,13 +61,14 @@ TEMPLATE = PromptTemplate("names_and_board", (f"{_NAMES}\n{{board}}",), tuple(ST
 TEMPLATES[TEMPLATE.name] = TEMPLATE
 HELD_OUT = 40  # of the words
 TASK = f"sokoban_variants(template='{TEMPLATE.name}', held_out={HELD_OUT}, walls=1"
-ARMS: dict[str, tuple[str, Literal["answer", "both"]]] = {
-    f"{form}, {names}": (variant, parts)
-    for form, parts in (("answers", "answer"), ("thoughts", "both"))
-    for names, variant in (("frozen", "id"), ("diverse", "diverse"))
+ARMS: dict[str, tuple[str, Form]] = {
+    "answers, frozen": ("id", "answer"),
+    "answers, diverse": ("diverse", "answer"),
+    "thoughts, frozen": ("id", "both"),
+    "thoughts, diverse": ("diverse", "both"),
 }
 """Variant and form of each arm's demonstrations."""
-EARLY = ("id", "numerical", "held_out", "fake")
+EARLY = ("id", "numerical", "held_out")
 """Variants whose first answers are scored during tuning too."""
 
 COLUMNS = {
@@ -81,12 +83,14 @@ COLUMNS = {
     "Fake, cardinal": ("fake_cardinal",),
 }
 """Variants of each column of the tables, means over several."""
-PAPER_COLUMNS = ("ID", "three names", "larger", "two boxes", "Fake")
-PAPER = {
-    "answers, frozen": (".98", "0", ".64", ".35", ".93"),
-    "answers, diverse": (".91", ".88", ".53", ".33", "0"),
-    "thoughts, frozen": ("1.0", ".58", ".53", ".57", ".03"),
-    "thoughts, diverse": ("1.0", ".98", ".74", ".58", "0"),
+PAPER: dict[str, dict[str, str]] = {
+    arm: dict(zip(("ID", "three names", "larger", "two boxes", "Fake"), cells.split(), strict=True))
+    for arm, cells in {
+        "answers, frozen": ".98 0 .64 .35 .93",
+        "answers, diverse": ".91 .88 .53 .33 0",
+        "thoughts, frozen": "1.0 .58 .53 .57 .03",
+        "thoughts, diverse": "1.0 .98 .74 .58 0",
+    }.items()
 }
 """Success of Qwen2.5-7B in the paper's Table 1; boards there are made otherwise."""
 
@@ -181,9 +185,8 @@ def tokenizer() -> PretrainedTokenizer:
 
 def names() -> tuple[str, ...]:
     """All names that a prompt of any variant may show."""
-    fixed = [variant.shown.answers for variant in SokobanVariants.variants.values()
-             if variant.shown]  # fmt: skip
-    return tuple(dict.fromkeys([*itertools.chain(*fixed), *SokobanVariants.pool]))
+    fixed = [each.shown.answers for each in SokobanVariants.variants.values() if each.shown]
+    return tuple(dict.fromkeys([*itertools.chain(*fixed), *EVERYDAY_WORDS]))
 
 
 def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -300,15 +303,13 @@ def report(results: list[Result]) -> str:
             options = zip(KEY[1:-1], how, strict=True)
             note = f" ({', '.join(f'{name} {value}' for name, value in options)})" * several
             cells = [
-                mean_text(
-                    [np.mean([run["scores"][name][measure] for name in of]) for run in runs], 2
-                )
+                mean_text([_mean(run["scores"], of, measure) for run in runs], 2)
                 for of in COLUMNS.values()
             ]
             rows.append((f"{arm}{note}", *cells, seeds_text(runs)))
             if measure == "success" and not several:
-                paper = dict(zip(PAPER_COLUMNS, PAPER[arm], strict=True))
-                rows.append((f"{arm}: paper", *(paper.get(name, "") for name in COLUMNS), ""))
+                cells = [PAPER[arm].get(name, "") for name in COLUMNS]
+                rows.append((f"{arm}: paper", *cells, ""))
         lines += [*markdown_table((measure, *COLUMNS, "seeds"), rows), ""]
     rows = [
         (arm, step, *(mean_text([run["early"][step][name] for run in runs], 2) for name in EARLY))
@@ -317,6 +318,10 @@ def report(results: list[Result]) -> str:
     ]
     lines += markdown_table(("validity of first answers", "step", *EARLY), rows)
     return "\n".join(lines)
+
+
+def _mean(scores: dict[str, Any], of: Sequence[str], measure: str) -> float:
+    return float(np.mean([scores[name][measure] for name in of]))
 
 
 def command() -> None:
