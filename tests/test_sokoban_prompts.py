@@ -12,7 +12,7 @@ from train.data.json_lines import read_json_lines
 from train.data.verbalise import answer_in, verbalise
 from train.devices.mesh import MeshConfig, make_mesh
 from train.experiments import sokoban_prompts as study
-from train.finetuning.battery import BatteryConfig, VariantScore
+from train.finetuning.battery import BatteryConfig
 from train.rl.environments.sokoban_levels import Level, solve
 from train.rl.environments.sokoban_variants import STEPS
 
@@ -61,11 +61,11 @@ TINY = {"seeds": (0,), "base_states": 40, "base_steps": 1, "states": 40, "steps"
 def test_arms_differ_in_names_and_thoughts_and_are_reported(tmp_path, monkeypatch, capsys):
     """Nothing is trained here; what is finished is not done again."""
     data = {}
-    found = dict.fromkeys(study.VARIANTS, VariantScore(0.25, 0.1, 0.5, 3.0, 0.0))
+    score = {"success": 0.25, "validity": 0.5}
     monkeypatch.setattr(study, "pretrained", lambda config, seed: tmp_path / "base")
     monkeypatch.setattr(study, "_sft", lambda base, file, *_, **__: data.update({file: read(file)}))
-    monkeypatch.setattr(study, "load_named", lambda run, _: None)
-    monkeypatch.setattr(study, "score", lambda lm, battery: found)
+    found = dict.fromkeys(study.VARIANTS, score)
+    monkeypatch.setattr(study, "played", lambda out, battery: found)
     monkeypatch.setattr(study, "validities", lambda out: {"1": dict.fromkeys(study.EARLY, 0.75)})
     config = study.SokobanPrompts(**TINY, out=str(tmp_path / "found.jsonl"))
     study.main(config)

@@ -3,11 +3,11 @@
 python -m train.experiments.sokoban_prompts --out sokoban_prompts.jsonl
 python -m train.experiments.sokoban_prompts --report sokoban_prompts.jsonl
 
-The chain `demonstrations`, `sft`, `battery` from random parameters, after "Debunk the Myth of SFT
-Generalization" (arXiv 2510.00237). A decoder of 0.4 M parameters first learns, as what a language
-model knows already, to say the way of a board in the steps' own names, and to look up what a prompt
-calls a step, for all words. Then an adapter is tuned on answers or on thoughts, with the original
-names (frozen) or four words for each state (diverse), and plays held-out boards of each variant.
+What `demonstrations`, `sft` and `battery` do, from random parameters, after "Debunk the Myth of SFT
+Generalization" (arXiv 2510.00237). A decoder of 0.4 M parameters first learns what a language model
+knows already: to say the way of a board in the steps' own names, and to look up what a prompt calls
+a step, for all words. Then an adapter is tuned on answers or on thoughts, with
+the original names (frozen) or four words for each state (diverse), and plays held-out boards.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from memgen import LoRAConfig
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from thoughtbubbles.pretrained import save_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train import sft
-from train.battery import score
 from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.data.chat_data import ChatDataConfig
 from train.data.everyday_words import EVERYDAY_WORDS
 from train.data.semantic_maps import TEMPLATES, MapSampler, PromptTemplate
 from train.data.verbalise import Form, Trace, verbalise
+from train.devices.mesh import MeshConfig, make_mesh
 from train.engine.config import EvalConfig
+from train.engine.loop import run as run_job
 from train.engine.optim import OptimizerConfig
 from train.experiments.study import (
     Result,
@@ -48,11 +48,13 @@ from train.experiments.study import (
     run_study,
     seeds_text,
 )
-from train.finetuning.battery import BatteryConfig, instructed
+from train.finetuning.battery import BatteryConfig, instructed, play_battery
 from train.finetuning.demonstrations import demonstration_records, write_records
-from train.finetuning.job import SFTConfig
+from train.finetuning.job import SFTConfig, SFTJob
+from train.models.finetunable import FinetunableModel
 from train.models.load import load_named
-from train.rl.environments.sokoban_variants import STEPS, SokobanVariants
+from train.rl.environments.sokoban_variants import ORIGINAL, STEPS, SokobanVariants
+from train.rl.learning.policy import sampler_of
 from train.runs.metrics import read_metrics
 
 KEY = ("arm", "base_states", "base_steps", "states", "steps", "episodes", "seed")
@@ -192,7 +194,8 @@ def names() -> tuple[str, ...]:
 def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Conversations on a board: its way, and what the prompt calls two steps, in random order.
 
-    Boards are those of training, one in five with two boxes. A way is a thought, in the steps' own
+    Boards are those of training, one in five with two boxes; one prompt in four shows the steps'
+    own names, which is what they are mostly called. A way is a thought, in the steps' own
     names. A name is an answer, behind an empty thought or one that says it: what thoughts of a
     demonstration are made of is known, their composition is not.
 
@@ -208,7 +211,8 @@ def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
     for index in range(count):
         demonstration = next(one if index % 5 else two)
         board = demonstration.prompt.text.partition("\n")[2]
-        prompt = TEMPLATE.render(maps.map(0, index), board=board)
+        shown = ORIGINAL if index % 4 == 0 else maps.map(0, index)
+        prompt = TEMPLATE.render(shown, board=board)
         way = demonstration.trace.thoughts.removeprefix("The way is ").partition(".")[0]
         rng = np.random.default_rng([seed, index])
         said = {WAY: f"<think>The way is {way}.</think>"}
@@ -252,8 +256,15 @@ def tuned(
     battery = BatteryConfig(f"{TASK})", VARIANTS, config.episodes, max_new_tokens=48, max_rows=128)
     early = dataclasses.replace(battery, variants=EARLY, max_turns=1)
     _sft(base, data, out, config.steps, seed, train="lora", optimizer=TUNING, battery=early)
-    found = score(load_named(str(out), None), battery)
-    return {name: dataclasses.asdict(each) for name, each in found.items()}, validities(out)
+    return played(out, battery), validities(out)
+
+
+def played(run_folder: Path, battery: BatteryConfig) -> dict[str, dict[str, float]]:
+    """Scores of a tuned model on each variant, as the command `battery` finds them."""
+    lm = load_named(str(run_folder), None)
+    policy = sampler_of(FinetunableModel.whole(lm.model))
+    found = play_battery(policy, lm, battery, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return {name: dataclasses.asdict(each) for name, each in found.items()}
 
 
 def validities(out: Path) -> dict[str, dict[str, float]]:
@@ -266,20 +277,19 @@ def validities(out: Path) -> dict[str, dict[str, float]]:
 
 
 def _sft(weights: Path, data: Path, out: Path, steps: int, seed: int, **options: Any) -> None:
-    sft.main(
-        SFTConfig(
-            weights=str(weights),
-            data=ChatDataConfig(path=(str(data),), seq_len=SEQ_LEN, seed=seed),
-            lora=LORA,
-            steps=steps,
-            batch_size=BATCH,
-            evaluation=EvalConfig(every=max(steps // 8, 1) if "battery" in options else 0),
-            save_every=500,
-            seed=seed,
-            out=str(out),
-            **options,
-        )
+    config = SFTConfig(
+        weights=str(weights),
+        data=ChatDataConfig(path=(str(data),), seq_len=SEQ_LEN, seed=seed),
+        lora=LORA,
+        steps=steps,
+        batch_size=BATCH,
+        evaluation=EvalConfig(every=max(steps // 8, 1) if "battery" in options else 0),
+        save_every=500,
+        seed=seed,
+        out=str(out),
+        **options,
     )
+    run_job(lambda: SFTJob(config), config)
     check_finished(out, steps)
 
 
