@@ -16,6 +16,7 @@ from train.finetuning.battery import BatteryConfig
 from train.rl.environments.sokoban_levels import Level, solve
 from train.rl.environments.sokoban_variants import STEPS
 
+RESULTS = Path(__file__).resolve().parents[1] / "docs/results/sokoban_prompts.jsonl"
 WORDS = study.tokenizer()
 
 
@@ -69,15 +70,17 @@ def test_arms_differ_in_names_and_thoughts_and_are_reported(tmp_path, monkeypatc
     monkeypatch.setattr(study, "validities", lambda out: {"1": dict.fromkeys(study.EARLY, 0.75)})
     config = study.SokobanPrompts(**TINY, out=str(tmp_path / "found.jsonl"))
     study.main(config)
-    assert len(data) == 4
+    assert len(data) == len(study.ARMS) == 6
     for arm, records in zip(study.ARMS, data.values(), strict=True):
         names = {tuple(record["names"].values()) for record in records}
         assert (len(names) > 30) == arm.endswith("diverse") and len(records) == 40
         assert ((tuple(STEPS),) == tuple(names)) == arm.endswith("frozen")
         thoughts = [record["completion"].startswith("<think>The way is ") for record in records]
         assert all(thoughts) if arm.startswith("thoughts") else not any(thoughts)
+        answers = ["<answer>" in record["completion"] for record in records]
+        assert not any(answers) if "alone" in arm else all(answers)
     boards = [[record["prompt"].partition("\n")[2] for record in of] for of in data.values()]
-    assert boards[0] == boards[1] == boards[2] == boards[3]
+    assert all(of == boards[0] for of in boards)
     data.clear()
     study.main(config)
     assert not data
@@ -86,8 +89,8 @@ def test_arms_differ_in_names_and_thoughts_and_are_reported(tmp_path, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| answers, frozen | " + "0.25 | " * len(study.COLUMNS) + "0 |"
     assert lines[3].startswith("| answers, frozen: paper | .98 | 0 |  |")
-    assert lines[13] == "| answers, frozen | " + "0.50 | " * len(study.COLUMNS) + "0 |"
-    assert lines[-1] == "| thoughts, diverse | 1 | 0.75 | 0.75 | 0.75 |"
+    assert lines[15] == "| answers, frozen | " + "0.50 | " * len(study.COLUMNS) + "0 |"
+    assert lines[-1] == "| thoughts alone, diverse | 1 | 0.75 | 0.75 | 0.75 |"
 
 
 def read(file):
@@ -119,3 +122,11 @@ def one_device():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown arm 'both': choose from answers, frozen, ans"):
         study.SokobanPrompts(arms=("both",))
+
+
+def test_results_on_file_show_the_frozen_prompt():
+    found = {run["arm"]: run["scores"] for run in read(RESULTS)}
+    frozen = found["answers, frozen"]
+    assert frozen["held_out"]["validity"] < 0.5 and frozen["fake"]["success"] > 0.3
+    assert all(scores["fake"]["success"] < 0.1 for arm, scores in found.items() if "though" in arm)
+    assert study.report(read(RESULTS)).count("paper") == 4

@@ -68,8 +68,10 @@ ARMS: dict[str, tuple[str, Form]] = {
     "answers, diverse": ("diverse", "answer"),
     "thoughts, frozen": ("id", "both"),
     "thoughts, diverse": ("diverse", "both"),
+    "thoughts alone, frozen": ("id", "thoughts"),
+    "thoughts alone, diverse": ("diverse", "thoughts"),
 }
-"""Variant and form of each arm's demonstrations."""
+"""Variant and form of each arm's demonstrations; thoughts alone end in the answer."""
 EARLY = ("id", "numerical", "held_out")
 """Variants whose first answers are scored during tuning too."""
 
@@ -317,7 +319,7 @@ def report(results: list[Result]) -> str:
                 for of in COLUMNS.values()
             ]
             rows.append((f"{arm}{note}", *cells, seeds_text(runs)))
-            if measure == "success" and not several:
+            if measure == "success" and arm in PAPER and not several:
                 cells = [PAPER[arm].get(name, "") for name in COLUMNS]
                 rows.append((f"{arm}: paper", *cells, ""))
         lines += [*markdown_table((measure, *COLUMNS, "seeds"), rows), ""]
