@@ -137,8 +137,8 @@ def test_a_plateau_is_trained_and_gone_on_from(tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     plateau.main(
         plateau.Plateau(
-            steps=3, more=4, few=2, many=4, batch_size=2, minibatches=2, learning_rate=1e-2,
-            rows=8, seeds=(0,), out=str(out),
+            task="reverse", steps=3, more=4, few=2, many=4, batch_size=2, minibatches=2,
+            learning_rate=1e-2, rows=8, seeds=(0,), out=str(out),
         )
     )  # fmt: skip
     flat, longer, broader = read_results(out)

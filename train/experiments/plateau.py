@@ -60,15 +60,15 @@ class Plateau(StudyConfig):
         rows: Number of held-out problems, none of which is ever trained on.
     """
 
-    task: str = "reverse"
-    steps: int = 300
-    more: int = 320
+    task: str = "mixed"
+    steps: int = 96
+    more: int = 64
     few: int = 16
-    many: int = 512
+    many: int = 256
     batch_size: int = 16
     minibatches: int = 4
     learning_rate: float = 3e-4
-    rows: int = 1024
+    rows: int = 512
     out: str = "plateau.jsonl"
 
     def __post_init__(self):
