@@ -6,8 +6,9 @@ python -m train.experiments.sokoban_prompts --report sokoban_prompts.jsonl
 What `demonstrations`, `sft` and `battery` do, from random parameters, after "Debunk the Myth of SFT
 Generalization" (arXiv 2510.00237). A decoder of 0.4 M parameters first learns what a language model
 knows already: to say the way of a board in the steps' own names, and to look up what a prompt calls
-a step, for all words. Then an adapter is tuned on answers or on thoughts, with
-the original names (frozen) or four words for each state (diverse), and plays held-out boards.
+a step, for all words. Then an adapter is tuned on answers, on thoughts with an answer, or on
+thoughts alone, with the original names (frozen) or four words for each state (diverse), and plays
+held-out boards.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ LORA = LoRAConfig(rank=16, targets=("q", "k", "v", "o", "up", "down"))
 
 @dataclasses.dataclass(frozen=True)
 class SokobanPrompts(StudyConfig):
-    """Tunes a small decoder on Sokoban in four ways and plays the battery, or reports the scores.
+    """Tunes a small decoder on demonstrations of Sokoban and plays the battery, or reports scores.
 
     Attributes:
         arms: Arms by name, all by default.
@@ -197,9 +198,9 @@ def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Conversations on a board: its way, and what the prompt calls two steps, in random order.
 
     Boards are those of training, one in five with two boxes; one prompt in four shows the steps'
-    own names, which is what they are mostly called. A way is a thought, in the steps' own
-    names. A name is an answer, behind an empty thought or one that says it: what thoughts of a
-    demonstration are made of is known, their composition is not.
+    own names, which is what they are mostly called. A way is a thought, in the steps' own names. A
+    name is an answer, behind an empty thought or one that says it: what thoughts of a demonstration
+    are made of is known, their composition is not.
 
     Args:
         count: Number of conversations.
