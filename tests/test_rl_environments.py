@@ -515,15 +515,25 @@ def test_views_of_an_episode():
         ObservationView(inner, "all")
 
 
-def test_help_prints_the_suite(capsys):
+def test_help_prints_the_suite():
     printed = tasks_help()
     for word, kind in ENVIRONMENTS.items():
         assert f"\n  {word}(" in printed
         assert kind.__doc__.partition("\n")[0][:40] in printed
+
+
+def test_the_experiment_plays_what_is_missing(tmp_path, capsys):
+    out = str(tmp_path / "scores.jsonl")
     with pytest.raises(ValueError, match="unknown environment with players 'gem'"):
-        table.main(table.Experiment(environments=("gem",)))
-    table.main(table.Experiment(environments=("hanoi(disks=2)",), episodes=3))
-    assert "| `hanoi(disks=2)` | scripted | 1.000 ± 0.000 |" in capsys.readouterr().out
+        table.main(table.Experiment(environments=("gem",), out=out))
+    config = table.Experiment(environments=("hanoi(disks=2)",), episodes=3, out=out)
+    table.main(config)
+    assert "hanoi(disks=2), scripted, seed 0: success 1.000 ± 0.000" in capsys.readouterr().out
+    table.main(dataclasses.replace(config, seeds=(0, 1)))
+    assert "seed 0" not in capsys.readouterr().out
+    table.main(table.Experiment(report=out))
+    printed = capsys.readouterr().out
+    assert "| `hanoi(disks=2)` | scripted |  | 0 1 | 1.000 ± 0.000 |" in printed
 
 
 def test_a_trained_player_has_seen_actions_of_the_random_one():

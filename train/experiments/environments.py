@@ -1,29 +1,43 @@
-"""Scores of the random, the scripted and trained players of environments, as a table.
+"""Scores of the random, the scripted and trained players of environments.
 
 python -m train.experiments.environments --episodes 500
 python -m train.experiments.environments --environments guess_number --arms "ppo(gamma=0.9)" grpo
+python -m train.experiments.environments --report environments.jsonl
 
 A trained player is a small decoder of bytes that has seen episodes of the random player, so that it
 knows how actions are written, and then learns by a method of `train.rl`. All arms of an environment
-begin with the same weights and get as many rollouts. It is scored as it was trained, by samples.
+and seed begin with the same weights and get as many rollouts. It is scored as it was trained, by
+samples. Each score is a line of the file; a second call plays and trains only what is missing.
 """
 
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from thoughtbubbles import ModelConfig, Thoughtbubbles
+from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.data import ByteTokenizer
 from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
-from train.experiments.reinforce import supervise
-from train.experiments.study import check_finished, check_names, check_options
+from train.experiments.reinforce import of_a_run, supervise
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_finished,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
 from train.models.load import LanguageModel, load_model
 from train.rl.config import RLConfig
 from train.rl.environments import ENVIRONMENTS
@@ -37,6 +51,7 @@ from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.rows import make_rows
 from train.rl.rollout.sampler import Sampled
 from train.rl.types import Completion, Episodes, Reward, Trajectory
+from train.runs.metrics import read_metrics
 
 PLAYERS = ("random", "scripted")
 MODEL = ModelConfig(
@@ -46,16 +61,19 @@ SHOWN = 256  # episodes of the random player that a trained one has seen
 ROWS = 64  # of a supervised step
 MAX_NEW_TOKENS = 8
 MAX_OBSERVATION = 64
+BEFORE = "before"
+SIZES = ("supervised", "steps", "batch_size", "num_generations", "learning_rate")
+KEY = ("environment", "player", "seed", "episodes", *SIZES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(StudyConfig):
     """Plays the first training problems of each environment by its two players, and trains more.
 
     Attributes:
         environments: Environments with their options; all that have players by default.
         episodes: Number of episodes of each player.
-        seed: Seed of the order of problems, of the players and of trained weights.
+        seeds: Seeds of the order of problems, of the players and of trained weights.
         arms: Methods of `train.rl` with their options, each of which trains a player of each
             environment; none by default.
         supervised: Number of optimizer steps on episodes of the random player.
@@ -69,48 +87,98 @@ class Experiment:
         name for name, kind in ENVIRONMENTS.items() if hasattr(kind, "random_action")
     )
     episodes: int = 500
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     arms: tuple[str, ...] = ()
     supervised: int = 100
     steps: int = 200
     batch_size: int = 8
     num_generations: int = 8
     learning_rate: float = 1e-3
+    out: str = "environments.jsonl"
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         for arm in self.arms:
             part_from_text("method", arm)
 
 
 def main(config: Experiment) -> None:
-    """Print a row for each environment and player."""
+    """Play and train what is missing, or print the table."""
     names = [text.partition("(")[0] for text in config.environments]
     check_names("environment with players", names, Experiment.environments)
-    print("| environment | player | success | reward | turns |\n|---|---|---|---|---|")
-    for text in config.environments:
-        environment = make_task(text, config.seed)
-        for player in PLAYERS:
-            score = score_player(environment, player, config.episodes, config.seed, "train")
-            print(table_row(text, player, score), flush=True)
-        if config.arms:
-            start = shown_episodes(config, text, environment)
-            print(table_row(text, "before", sampled_score(start, config.episodes)), flush=True)
-            for arm in config.arms:
-                job = trained(config, text, environment, start.lm, arm)
-                score = sampled_score(job, config.episodes)
-                print(table_row(text, f"`{arm}`", score), flush=True)
+    run_study(config, KEY, play_missing, report)
 
 
-def table_row(environment: str, player: str, score: Score) -> str:
-    """A row of the markdown table."""
+def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
+    """Scores of the missing players of each environment and seed."""
+    sizes = {name: getattr(config, name) for name in SIZES}
+    untrained: Result = dict.fromkeys(SIZES)
+    shown = untrained | {"supervised": config.supervised}
+    for text, seed in itertools.product(config.environments, config.seeds):
+        common = {"environment": text, "seed": seed, "episodes": config.episodes}
+        environment = make_task(text, seed)
+        for run in results.missing(common | untrained | {"player": name} for name in PLAYERS):
+            name = run["player"]
+            score = score_player(environment, name, config.episodes, seed, "train")
+            yield found(run, score)
+        if not config.arms:
+            continue
+        before = common | shown | {"player": BEFORE}
+        runs = results.missing(common | sizes | {"player": arm} for arm in config.arms)
+        if before in results and not runs:
+            continue
+        start = shown_episodes(config, text, environment, seed)
+        if before not in results:
+            yield found(before, sampled_score(start, config.episodes))
+        for run in runs:
+            job, cost = trained(config, text, environment, start.lm, seed, run["player"])
+            yield found(run | cost, sampled_score(job, config.episodes))
+
+
+def found(run: Result, score: Score) -> tuple[Result, str]:
+    """A player's result with its score, and a line that says it."""
     return (
-        f"| `{environment}` | {player} | {score.success:.3f} ± {score.success_error:.3f} "
-        f"| {score.reward:.3f} | {score.turns:.2f} |"
+        run | dataclasses.asdict(score),
+        f"{run['environment']}, {run['player']}, seed {run['seed']}: success {score.success:.3f} ± "
+        f"{score.success_error:.3f}, reward {score.reward:.3f}, {score.turns:.2f} turns",
     )
 
 
-def run_config(config: Experiment, environment: str, **changes: Any) -> RLConfig:
+def report(results: list[Result]) -> str:
+    """A markdown table: means over seeds ± their standard error.
+
+    The error of a single seed's success is that of the mean over its episodes.
+    """
+    head = "environment, player, steps, seeds, success, reward, turns, rollouts, tokens, CPU-minutes"
+    rows = []
+    for names, runs in by_key(results, *(name for name in KEY if name != "seed")).items():
+        key = dict(zip([name for name in KEY if name != "seed"], names, strict=True))
+        success = mean_text([run["success"] for run in runs], 3)
+        if len(runs) == 1:
+            success += f" ± {runs[0]['success_error']:.3f}"
+        costs = ["", "", ""]
+        if "tokens" in runs[0]:
+            costs = [
+                f"{np.mean([run['rollouts'] for run in runs]):,.0f}",
+                f"{np.mean([run['tokens'] for run in runs]):,.0f}",
+                f"{np.mean([run['cpu_seconds'] for run in runs]) / 60:.1f}",
+            ]
+        rows.append(
+            (
+                f"`{key['environment']}`",
+                f"`{key['player']}`" if "tokens" in runs[0] else key["player"],
+                f"{key['steps'] or ''}",
+                seeds_text(runs),
+                success,
+                mean_text([run["reward"] for run in runs], 3),
+                mean_text([run["turns"] for run in runs], 2),
+                *costs,
+            )
+        )
+    return "\n".join(markdown_table(head.split(", "), rows))
+
+
+def run_config(config: Experiment, environment: str, seed: int, **changes: Any) -> RLConfig:
     """Config of a run of reinforcement learning in an environment, with `changes` of its fields."""
     base = RLConfig(
         weights="random player",
@@ -122,7 +190,7 @@ def run_config(config: Experiment, environment: str, **changes: Any) -> RLConfig
         num_generations=config.num_generations,
         max_new_tokens=MAX_NEW_TOKENS,
         environment_limit_s=None,
-        seed=config.seed,
+        seed=seed,
         optimizer=OptimizerConfig(
             learning_rate=config.learning_rate, weight_decay=0.0, final_ratio=0.1
         ),
@@ -134,22 +202,22 @@ def run_config(config: Experiment, environment: str, **changes: Any) -> RLConfig
     return dataclasses.replace(base, **changes)
 
 
-def shown_episodes(config: Experiment, text: str, environment: Any) -> RLJob:
+def shown_episodes(config: Experiment, text: str, environment: Any, seed: int) -> RLJob:
     """A decoder that has been trained on the actions of the random player, as a job."""
-    lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(config.seed)), ByteTokenizer())
+    lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
     optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
-    run = run_config(config, text, steps=config.supervised, optimizer=optimizer)
+    run = run_config(config, text, seed, steps=config.supervised, optimizer=optimizer)
     job = RLJob(run, lm, environment)
     problems = job.collector.problems("train", 0, SHOWN)
     rows = [
-        player_episode(lm, environment, Rollout(0, problem, number), config.seed)
+        player_episode(lm, environment, Rollout(0, problem, number), seed)
         for number, problem in enumerate(problems)
     ]
     arrays = make_rows(rows, [np.zeros(len(row.tokens)) for row in rows])
     states = supervise(job, {name: arrays[name] for name in ("tokens", "trained", "length")}, ROWS)
     state = next(itertools.islice(states, config.supervised - 1, None))
     model = job.trainable.model(state.weights).backbone.model
-    return RLJob(run_config(config, text), LanguageModel(model, lm.tokenizer), environment)
+    return RLJob(run_config(config, text, seed), LanguageModel(model, lm.tokenizer), environment)
 
 
 def player_episode(
@@ -188,12 +256,19 @@ def player_episode(
     return row.trajectory(reward, played.rewards)
 
 
-def trained(config: Experiment, text: str, environment: Any, lm: LanguageModel, arm: str) -> RLJob:
-    """The policy that a method makes of a decoder, as a job."""
+def trained(
+    config: Experiment, text: str, environment: Any, lm: LanguageModel, seed: int, arm: str
+) -> tuple[RLJob, Result]:
+    """The policy that a method makes of a decoder, as a job, and what it cost."""
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        train(RLJob(run_config(config, text, method=arm, out=folder), lm, environment))
+        train(RLJob(run_config(config, text, seed, method=arm, out=folder), lm, environment))
         check_finished(folder, config.steps)
-        return RLJob(run_config(config, text), load_model(folder), environment)
+        lines, cost = read_metrics(folder), clock.read()
+        job = RLJob(run_config(config, text, seed), load_model(folder), environment)
+    updates = sum("grad_norm" in line for line in lines)  # a step may find nothing to learn from
+    found = of_a_run(lines) | {"updates": updates, "seconds": cost.seconds}
+    return job, found | {"cpu_seconds": cost.cpu_seconds}
 
 
 def sampled_score(job: RLJob, episodes: int) -> Score:
