@@ -533,7 +533,7 @@ def test_the_experiment_plays_what_is_missing(tmp_path, capsys):
     assert "seed 0" not in capsys.readouterr().out
     table.main(table.Experiment(report=out))
     printed = capsys.readouterr().out
-    assert "| `hanoi(disks=2)` | scripted |  | 0 1 | 1.000 ± 0.000 |" in printed
+    assert "| `hanoi(disks=2)` | scripted | 0 1 | 1.000 ± 0.000 |" in printed
 
 
 def test_a_trained_player_has_seen_actions_of_the_random_one():

@@ -149,30 +149,27 @@ def report(results: list[Result]) -> str:
 
     The error of a single seed's success is that of the mean over its episodes.
     """
-    head = "environment, player, steps, seeds, success, reward, turns, rollouts, tokens, CPU-minutes"
+    head = (
+        "environment, player, seeds, success, reward, turns, rollouts, tokens, steps, CPU-seconds"
+    )
     rows = []
     for names, runs in by_key(results, *(name for name in KEY if name != "seed")).items():
-        key = dict(zip([name for name in KEY if name != "seed"], names, strict=True))
+        environment, player = names[:2]
         success = mean_text([run["success"] for run in runs], 3)
         if len(runs) == 1:
             success += f" ± {runs[0]['success_error']:.3f}"
-        costs = ["", "", ""]
-        if "tokens" in runs[0]:
-            costs = [
-                f"{np.mean([run['rollouts'] for run in runs]):,.0f}",
-                f"{np.mean([run['tokens'] for run in runs]):,.0f}",
-                f"{np.mean([run['cpu_seconds'] for run in runs]) / 60:.1f}",
-            ]
+        learned = "tokens" in runs[0]
+        costs = ("rollouts", "tokens", "updates", "cpu_seconds") if learned else ()
         rows.append(
             (
-                f"`{key['environment']}`",
-                f"`{key['player']}`" if "tokens" in runs[0] else key["player"],
-                f"{key['steps'] or ''}",
+                f"`{environment}`",
+                f"`{player}`" if learned else player,
                 seeds_text(runs),
                 success,
                 mean_text([run["reward"] for run in runs], 3),
                 mean_text([run["turns"] for run in runs], 2),
-                *costs,
+                *(f"{np.mean([run[name] for run in runs]):,.0f}" for name in costs),
+                *[""] * (4 - len(costs)),
             )
         )
     return "\n".join(markdown_table(head.split(", "), rows))
@@ -196,7 +193,7 @@ def run_config(config: Experiment, environment: str, seed: int, **changes: Any) 
         ),
         evaluation=EvalConfig(every=0, rows=8),
         save_every=config.steps,
-        log_every=10,
+        log_every=1,
         examples=0,
     )
     return dataclasses.replace(base, **changes)
