@@ -24,6 +24,7 @@ from train.cli.config_json import as_json
 from train.cli.numbers import check_numbers
 from train.data.chat_data import ChatDataConfig
 from train.devices import memory
+from train.devices.failures import RunFailed
 from train.engine.optim import OptimizerConfig, make_optimizer
 from train.evaluate import EvaluateConfig
 from train.finetuning.job import SFTConfig, SFTJob
@@ -329,16 +330,18 @@ def test_a_dry_run_of_another_machine_says_its_memory(gibibyte, capsys, tmp_path
         (MemoryError("Unable to allocate 264. GiB"), "out of memory (Unable to allocate 264. GiB)"),
         (MemoryError(), "out of memory (no more was to be had)"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes\nmore"), "(RESOURCE_EXHAUSTED: 9 bytes): make"),
+        (RunFailed("the loss is nan"), "error: the loss is nan"),
         (RuntimeError("another"), None),
     ],
 )
-def test_memory_that_does_not_suffice_is_one_line(error, says, monkeypatch, capsys):
+def test_what_is_no_mistake_of_a_command_is_one_line(error, says, monkeypatch, capsys):
     def main(_: Any) -> None:
         raise error
 
     monkeypatch.setattr("sys.argv", ["command"])
-    with pytest.raises(RuntimeError if says is None else SystemExit):
+    with pytest.raises(RuntimeError if says is None else SystemExit) as end:
         run_command(main, TokenizerConfig)
     if says is not None:
         line = capsys.readouterr().err
         assert line.startswith("error: ") and says in line and line.count("\n") == 1
+        assert isinstance(end.value, SystemExit) and end.value.code == 1

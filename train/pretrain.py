@@ -1,6 +1,5 @@
 """Pretraining: python -m train.pretrain [PRESET] [--option value ...]."""
 
-import sys
 from pathlib import Path
 
 import jax
@@ -9,7 +8,6 @@ from thoughtbubbles import Thoughtbubbles
 from train.cli.command import run_command
 from train.devices.distributed import distributed_context, sync_errors
 from train.devices.mesh import rows_here
-from train.engine.loop import NonFiniteLoss
 from train.models.generation import map_of_text, write
 from train.models.load import load_model
 from train.pretraining.config import RunConfig
@@ -26,11 +24,7 @@ def main(config: RunConfig) -> None:
         if config.dry_run:
             dry_run(config)
             return
-        try:
-            train(config)
-        except NonFiniteLoss as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+        train(config)
         first = jax.process_index() == 0
     if not first:
         return

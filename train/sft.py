@@ -3,13 +3,11 @@
 python -m train.sft --weights smollm2 --data.path chats.jsonl --train lora
 """
 
-import sys
-
 import jax
 
 from train.cli.command import run_command
 from train.devices.distributed import distributed_context, sync_errors
-from train.engine.loop import NonFiniteLoss, run
+from train.engine.loop import run
 from train.finetuning.job import SFTConfig, SFTJob
 from train.runs.metadata import load_run_meta
 
@@ -24,11 +22,7 @@ def main(config: SFTConfig) -> None:
             if jax.process_index() == 0:
                 print(f"{data.summary}\n{work.describe(0)}")
             return
-        try:
-            run(lambda: SFTJob(config), config)
-        except NonFiniteLoss as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+        run(lambda: SFTJob(config), config)
         if jax.process_index() == 0:
             meta = load_run_meta(config.out) or {}
             chat = "--chat " if meta.get("chat", {}).get("chat_template") else ""

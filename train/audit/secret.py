@@ -116,7 +116,7 @@ def main(config: SecretConfig) -> None:
     try:
         run(begin, tuning)
     except NonFiniteLoss as error:
-        raise ValueError(f"{error} (lower --learning-rate)") from error
+        raise NonFiniteLoss(f"{error} (lower --learning-rate)") from error
     if (load_run_meta(tuning.out) or {"step": 0})["step"] >= config.steps:  # else interrupted
         report.main(config.report())
 

@@ -23,6 +23,7 @@ from train.cli.numbers import check_numbers
 from train.cli.option_rules import RULES, one_word, option_rule
 from train.cli.plugins import load_plugins
 from train.cli.presets_help import presets_text
+from train.devices.failures import RunFailed
 from train.devices.hardware import quiet_libtpu
 
 Config = TypeVar("Config")
@@ -68,7 +69,7 @@ def run_command(
     Args:
         main: Function that does the work; a `ValueError` or `OSError` from it is the user's to mend
             (set the environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from), and
-            so is memory that does not suffice.
+            so is memory that does not suffice. A `RunFailed` is one line too.
         config: Frozen dataclass, each of whose fields becomes an option.
         presets: Configs by name; the first word of the command line may name one, and the first is
             the default.
@@ -101,6 +102,9 @@ def run_command(
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         if not full or os.environ.get("THOUGHTBUBBLES_TRACEBACK"):

@@ -19,6 +19,8 @@ import jax
 # The one private name: its client is the only way to jax's coordination service.
 from jax._src.distributed import global_state
 
+from train.devices.failures import RunFailed
+
 _FOREVER = 7 * 24 * 3600 * 1000  # ms; tokenising may be slow, and a dead process ends the wait
 _LEAVING = 5_000  # ms that a process which has failed waits for others that fail as well
 
@@ -175,7 +177,7 @@ def _report(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return 130
-    expected = isinstance(error, (ValueError, OSError))
+    expected = isinstance(error, (ValueError, OSError, RunFailed))
     if not expected or os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
         traceback.print_exception(error)
     print(f"error: {_first_line(error) if not expected else error}", file=sys.stderr)

@@ -24,6 +24,7 @@ from train.devices.distributed import (
     is_multiprocess,
     sync_errors,
 )
+from train.devices.failures import RunFailed
 from train.devices.mesh import place_local, rows_here
 from train.engine.config import LoopConfig
 from train.engine.state import Trainable, TrainState, resolved
@@ -43,7 +44,7 @@ from train.runs.run_folder import (
 )
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunFailed):
     """The loss or a gradient became NaN or infinite."""
 
 

@@ -1,12 +1,9 @@
 """Reinforcement learning: python -m train.rl --weights runs/sft --task arithmetic --method grpo"""
 
-import sys
-
 import jax
 
 from train.cli.command import run_command
 from train.devices.distributed import distributed_context, sync_errors
-from train.engine.loop import NonFiniteLoss
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.loop import train
@@ -27,11 +24,7 @@ def main(config: RLConfig) -> None:
             if main_process:
                 print(job.describe())
             return
-        try:
-            train(job)
-        except NonFiniteLoss as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+        train(job)
         if main_process:
             chat = "--chat " if config.chat else ""
             print(f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'")
