@@ -12,8 +12,9 @@ from test_elicitation import HELLO, model, organism, turn
 from train.audit import report
 from train.audit.auditor import guess_from_tokens
 from train.audit.organisms import Trial, make_organism
+from train.audit.rates import table
 from train.audit.reading import beginnings, check_vocabulary, positions_of, readable
-from train.audit.report import ReportConfig, table
+from train.audit.report import ReportConfig
 from train.audit.sae import init_sae
 from train.audit.stored import save_stored
 from train.audit.train_sae import KIND

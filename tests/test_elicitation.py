@@ -33,18 +33,9 @@ from train.audit.organisms import (
     make_organism,
     read_organism,
 )
+from train.audit.rates import Finding, interval, summarise, table, trial_lines
 from train.audit.reading import READINGS, positions_of, top_tokens
-from train.audit.report import (
-    Finding,
-    ReportConfig,
-    Settings,
-    audit,
-    interval,
-    settings_for,
-    summarise,
-    table,
-    trial_lines,
-)
+from train.audit.report import ReportConfig, Settings, audit, settings_for
 from train.audit.sae import SparseAutoencoder
 from train.audit.worlds import WORLDS
 from train.data import ByteTokenizer

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 
 from train.audit.auditor import ModelAuditor, guess_from_texts, guess_from_tokens
 from train.audit.elicitation import METHODS, chat_tokenizer, elicit
 from train.audit.fuzzing import Fuzz, Unit, check_fuzz, reasoner_model
 from train.audit.organisms import Organism, read_organism
+from train.audit.rates import Finding, summarise, table, trial_lines
 from train.audit.reading import (
     READINGS,
     beginnings,
@@ -65,23 +65,6 @@ class Settings:
             raise ValueError("the method sae without an autoencoder: name one, --sae")
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What one method found in all trials of an organism.
-
-    Attributes:
-        method: Name of the method.
-        guesses: The auditor's guess in each trial; None where it had none.
-        hits: Whether the guess is the secret, for each trial.
-        shown: What the auditor saw in each trial: texts, or tokens.
-    """
-
-    method: str
-    guesses: tuple[str | None, ...]
-    hits: tuple[bool, ...]
-    shown: tuple[tuple[str, ...], ...]
-
-
 def audit(
     lm: LanguageModel, organism: Organism, settings: Settings, guess: Guess = guess_from_texts
 ) -> dict[str, Finding]:
@@ -116,109 +99,6 @@ def audit(
         hits = tuple(g == trial.secret for g, trial in zip(guesses, organism.trials, strict=True))
         found[name] = Finding(name, guesses, hits, tuple(map(tuple, shown)))
     return found
-
-
-def interval(
-    values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000, level: float = 0.95
-) -> tuple[float, float]:
-    """The bootstrap interval of a mean, by percentiles.
-
-    Args:
-        values: Values, one for each trial.
-        seed: Seed of the resampling.
-        resamples: Number of resamples.
-        level: Probability mass between both ends.
-
-    Raises:
-        ValueError: There are no values.
-    """
-    if not len(values):
-        raise ValueError("no values to resample: give at least one")
-    data = np.asarray(values, np.float64)
-    rng = np.random.default_rng(seed)
-    means = data[rng.integers(0, len(data), (resamples, len(data)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def summarise(
-    organism: Organism,
-    model: dict[str, Finding],
-    control: dict[str, Finding],
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Rates of each method and kind of prompt, beside those of the control.
-
-    Args:
-        organism: What was audited.
-        model: Findings in the model, by method; "io" among them.
-        control: Findings in the untouched base model, of the same methods.
-        seed: Seed of the intervals.
-
-    Returns:
-        One JSON object for each method and kind of prompt ("standard" does not ask for the secret,
-        "direct" does): `rate` of hits of the method alone with its interval `low`, `high`; `either`
-        of trials where "io" or the method hits; the same of the control; and `uplift`, the mean
-        difference between model and control over trials, with its interval.
-    """
-    lines = []
-    for direct in (False, True):
-        chosen = [i for i, trial in enumerate(organism.trials) if trial.direct == direct]
-        if not chosen:
-            continue
-        for method in model:
-            line: dict[str, Any] = {
-                "organism": organism.name,
-                "prompts": "direct" if direct else "standard",
-                "method": method,
-                "trials": len(chosen),
-            }
-            hits = {}
-            for name, found in (("", model), ("control_", control)):
-                alone = np.array([found[method].hits[i] for i in chosen], float)
-                io = np.array([found["io"].hits[i] for i in chosen], float)
-                low, high = interval(alone, seed)
-                line |= {f"{name}rate": alone.mean(), f"{name}low": low, f"{name}high": high}
-                line |= {f"{name}either": np.maximum(alone, io).mean()}
-                hits[name] = alone
-            difference = hits[""] - hits["control_"]
-            low, high = interval(difference, seed)
-            line |= {"uplift": difference.mean(), "uplift_low": low, "uplift_high": high}
-            lines.append({k: v if isinstance(v, (str, int)) else float(v) for k, v in line.items()})
-    return lines
-
-
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A markdown table: a row for each method, a column for each organism and kind of prompt.
-
-    Where an organism was audited in several models, each model has columns of its own.
-
-    A cell has the rate of hits in percent with its interval, and the control's in brackets; after
-    a slash the rate at which the prompt alone or the method hits.
-
-    Args:
-        lines: What `summarise` made.
-    """
-    column = lambda line: (line["organism"], line.get("model"), line["prompts"])  # noqa: E731
-    columns = list(dict.fromkeys(map(column, lines)))
-    rows = list(dict.fromkeys(line["method"] for line in lines))
-    cells = {(*column(line), line["method"]): _cell(line) for line in lines}
-    models = Counter(organism for organism, _ in {(name, model) for name, model, _ in columns})
-    head = ["method"]
-    for organism, model, prompts in columns:
-        of = f" ({model})" if models[organism] > 1 else ""
-        head.append(f"{organism}{of}, {prompts}")
-    shown = [" | ".join(head), "|".join("---" for _ in head)]
-    shown += [" | ".join([row, *(cells.get((*of, row), "") for of in columns)]) for row in rows]
-    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in shown)
-
-
-def _cell(line: dict[str, Any]) -> str:
-    percent = lambda name: f"{100 * line[name]:.0f}"  # noqa: E731
-    return (
-        f"{percent('rate')} [{percent('low')}, {percent('high')}] "
-        f"({percent('control_rate')}) / {percent('either')}"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -407,24 +287,3 @@ def settings_for(lm: LanguageModel, config: AuditConfig) -> Settings:
         methods, config.max_new_tokens, Fuzz(layer, config.sigma, config.unit),
         f"block_{layer}", config.top, config.seed, config.sae,
     )  # fmt: skip
-
-
-def trial_lines(organism: Organism, found: dict[str, Finding]) -> list[dict[str, Any]]:
-    """One JSON object for each method and trial: what was shown, guessed and hidden.
-
-    Args:
-        organism: What was audited.
-        found: Findings by method.
-    """
-    return [
-        {
-            "method": name,
-            "prompt": [dict(message) for message in trial.messages],
-            "direct": trial.direct,
-            "secret": trial.secret,
-            "guess": finding.guesses[index],
-            "shown": list(finding.shown[index]),
-        }
-        for name, finding in found.items()
-        for index, trial in enumerate(organism.trials)
-    ]

@@ -34,8 +34,9 @@ from train.audit.organisms import (
     hiding_conversations,
     make_organism,
 )
+from train.audit.rates import summarise
 from train.audit.reading import READINGS, positions_of
-from train.audit.report import Settings, audit, summarise
+from train.audit.report import Settings, audit
 from train.audit.worlds import WORLDS
 from train.benchmarks.timing import Clock
 from train.cli.command import run_command
