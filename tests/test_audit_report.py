@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_chat_data import CHATML, letters
-from test_elicitation import HELLO, model, organism, turn
+from test_elicitation import CAUSAL, HELLO, SEED, model, organism, quick_model, turn
 
 from train.audit import report
 from train.audit.auditor import guess_from_tokens
@@ -22,8 +22,11 @@ from train.models.load import LanguageModel
 
 
 def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, capsys):
-    """A method of each kind; two models of one organism stay apart; nothing is overwritten."""
-    monkeypatch.setattr(report, "load_language_model", lambda name: model())
+    """A method of each kind; two models of one organism stay apart; nothing is overwritten, nor
+    done again after a kill, nor for a model that is the control."""
+    two = LanguageModel(quick_model(CAUSAL, SEED + 1), model().tokenizer)
+    load = lambda name: two if name == "two" else model()  # noqa: E731
+    monkeypatch.setattr(report, "load_language_model", load)
     organism().save(tmp_path / "ocean.json")
     sae = init_sae(np.random.default_rng(0).normal(size=(8, 16)), 24, 4, seed=0)
     names = ("encoder", "encoder_bias", "decoder", "bias", "norm")
@@ -35,15 +38,27 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
         methods=("fuzzing", "logit_lens"), max_new_tokens=12, top=3, sigma=0.25,
         sae=str(tmp_path / "sae"), out=str(tmp_path / "audit.jsonl"),
     )  # fmt: skip
-    done, audit = [], report.audit
+    rates, unfinished = tmp_path / "audit.jsonl", tmp_path / "audit.unfinished.jsonl"
+    done, find = [], report.find
 
-    def counted(lm, *rest):
-        done.append(len((tmp_path / "audit.jsonl").read_text().splitlines()) if done[1:] else 0)
-        return audit(lm, *rest)
+    def counted(lm, asked, method, *rest):
+        """Killed in the third method, the first time."""
+        done.append((method, rates.exists()))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return find(lm, asked, method, *rest)
 
-    monkeypatch.setattr(report, "audit", counted)
+    monkeypatch.setattr(report, "find", counted)
+    with pytest.raises(KeyboardInterrupt):
+        report.main(config)
+    assert len(unfinished.read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="is of an audit with sigma=0.25, not 0.5, that has not"):
+        report.main(dataclasses.replace(config, sigma=0.5))
     report.main(config)
-    assert done == [0, 0, 8, 8], "rates of a model are written before the next begins"
+    first, second = ["io", "fuzzing", "logit_lens"], ["logit_lens", "sae"]
+    assert done[:5] == [(method, False) for method in first + second]
+    assert done[5:] == [(method, True) for method in ("io", "fuzzing", "logit_lens", "sae")]
+    assert not unfinished.exists()
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [(line["model"], line["method"], line["prompts"]) for line in lines] == [
         (name, method, prompts)
@@ -53,7 +68,7 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
     ]
     how = {"layer": 1, "site": "block_1", "sigma": 0.25, "unit": "rms", "top": 3, "control": "base"}
     assert all(line | how | {"max_new_tokens": 12, "seed": 0} == line for line in lines)
-    assert all(line["rate"] == line["control_rate"] and line["uplift"] == 0 for line in lines)
+    assert {line["model"] for line in lines if line["uplift"]} == {"two"}
     trials = [
         json.loads(line) for line in (tmp_path / "audit.trials.jsonl").read_text().splitlines()
     ]

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -27,9 +27,10 @@ from train.audit.reading import (
     top_tokens,
 )
 from train.audit.train_sae import load_sae
+from train.audit.unfinished import Unfinished, identity
 from train.cli.numbers import check_least
 from train.models.load import LanguageModel, load_language_model
-from train.runs.files import check_new_file
+from train.runs.files import check_new_file, write_atomically
 
 Guess = Callable[[Sequence[str], Sequence[str]], str | None]
 
@@ -64,6 +65,11 @@ class Settings:
         if "sae" in self.methods and self.sae is None:
             raise ValueError("the method sae without an autoencoder: name one, --sae")
 
+    @property
+    def with_prompt(self) -> tuple[str, ...]:
+        """Names of all methods, each once: "io", the prompt alone, and those that are asked for."""
+        return tuple(dict.fromkeys(("io", *self.methods)))
+
 
 def audit(
     lm: LanguageModel, organism: Organism, settings: Settings, guess: Guess = guess_from_texts
@@ -80,25 +86,28 @@ def audit(
     Raises:
         ValueError: A method does not fit the model.
     """
-    found = {}
-    by_tokens = functools.partial(guess_from_tokens, beginnings=beginnings(lm, organism.candidates))
-    for name in dict.fromkeys(("io", *settings.methods)):
-        if name in METHODS:
-            shown = elicit(
-                lm, organism, METHODS[name], max_new_tokens=settings.max_new_tokens,
-                seed=settings.seed, fuzz=settings.fuzz,
-            )  # fmt: skip
-            judge = guess
-        elif name == "sae":
+    return {name: find(lm, organism, name, settings, guess) for name in settings.with_prompt}
+
+
+def find(
+    lm: LanguageModel, organism: Organism, method: str, settings: Settings, guess: Guess
+) -> Finding:
+    """What one method finds; arguments are those of `audit`."""
+    if method in METHODS:
+        shown = elicit(
+            lm, organism, METHODS[method], max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed, fuzz=settings.fuzz,
+        )  # fmt: skip
+        judge = guess
+    else:
+        if method == "sae":
             shown = sae_tokens(lm, organism, str(settings.sae), top=settings.top)
-            judge = by_tokens
         else:
-            shown = top_tokens(lm, organism, settings.site, name, settings.top)
-            judge = by_tokens
-        guesses = tuple(judge(texts, organism.candidates) for texts in shown)
-        hits = tuple(g == trial.secret for g, trial in zip(guesses, organism.trials, strict=True))
-        found[name] = Finding(name, guesses, hits, tuple(map(tuple, shown)))
-    return found
+            shown = top_tokens(lm, organism, settings.site, method, settings.top)
+        judge = functools.partial(guess_from_tokens, beginnings=beginnings(lm, organism.candidates))
+    guesses = tuple(judge(texts, organism.candidates) for texts in shown)
+    hits = tuple(g == trial.secret for g, trial in zip(guesses, organism.trials, strict=True))
+    return Finding(method, guesses, hits, tuple(map(tuple, shown)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +150,9 @@ class ReportConfig(AuditConfig):
         model: Run folder or weights of each organism's model, in the same order.
         control: Run folder or weights of the untouched base model.
         out: New file of JSON Lines for the rates, and with every guess beside it
-            (`.trials.jsonl`); both grow organism by organism.
+            (`.trials.jsonl`); both grow organism by organism. What each method has found is kept in
+            a third (`.unfinished.jsonl`) until all is done: an audit that was killed goes on when
+            it is started again.
     """
 
     organisms: tyro.conf.Positional[tuple[str, ...]]
@@ -182,41 +193,69 @@ def main(config: ReportConfig) -> None:
         "sigma": config.sigma, "unit": config.unit, "top": config.top,
         "max_new_tokens": config.max_new_tokens, "seed": config.seed,
     }  # fmt: skip
+    unfinished = Unfinished(files.unfinished, how | {"sae": config.sae, "auditor": config.auditor})
+
+    def findings(lm: LanguageModel, organism: Organism) -> dict[str, Finding]:
+        """What each method finds, by name, as far as it is not found yet."""
+        of = identity(organism, lm)
+        found = unfinished.found(of)
+        for method in settings.with_prompt:
+            if method not in found:
+                found[method] = find(lm, organism, method, settings, guess)
+                unfinished.add(of, found[method])
+        return {method: found[method] for method in settings.with_prompt}
+
     rates: list[dict[str, Any]] = []
+    trials: list[dict[str, Any]] = []
     for organism, name in pairs:
-        found = audit(_loaded(name), organism, settings, guess)
-        untouched = audit(control, organism, settings, guess)
+        found, untouched = findings(_loaded(name), organism), findings(control, organism)
         new = [
             line | {"model": name} | how
             for line in summarise(organism, found, untouched, config.seed)
         ]
-        trials = [
+        rates += new
+        trials += [
             {"organism": organism.name, "model": who, **line}
             for who, of in ((name, found), (config.control, untouched))
             for line in trial_lines(organism, of)
         ]
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, lines in zip(files, (new, trials), strict=True):
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        rates += new
+        for path, lines in ((files.rates, rates), (files.trials, trials)):
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         print(table(new), end="\n\n", flush=True)
+    unfinished.delete()
     if len(pairs) > 1:
         print(table(rates), end="\n\n")
     print("hits in % [95 % interval] (control) / hits by io or the method")
 
 
-def new_files(out: str) -> tuple[Path, Path]:
-    """The files of rates and of trials.
+class Files(NamedTuple):
+    """Files of an audit.
+
+    Attributes:
+        rates: Rates of each method.
+        trials: Every guess.
+        unfinished: What was found so far, as long as the audit has not ended.
+    """
+
+    rates: Path
+    trials: Path
+    unfinished: Path
+
+
+def new_files(out: str) -> Files:
+    """The files of an audit whose rates are written to `out`.
 
     Raises:
-        ValueError: One of them exists, or something above them is no folder.
+        ValueError: Rates or trials exist and are not those of an audit that goes on, or something
+            above them is no folder.
     """
     rates = Path(out).expanduser()
-    files = rates, rates.with_name(f"{rates.name.removesuffix('.jsonl')}.trials.jsonl")
-    for file in files:
-        check_new_file(file)
-    return files
+    stem = rates.name.removesuffix(".jsonl")
+    trials, unfinished = (rates.with_name(f"{stem}.{of}.jsonl") for of in ("trials", "unfinished"))
+    if not unfinished.exists():
+        check_new_file(rates)
+        check_new_file(trials)
+    return Files(rates, trials, unfinished)
 
 
 def _loaded(name: str) -> LanguageModel:

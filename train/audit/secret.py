@@ -39,7 +39,7 @@ class SecretConfig(AuditConfig):
             mark in the prompt stands for.
         out: Folder of the conversations (`organism`), the tuned model (`run`), the rates
             (`audit.jsonl`) and the guesses (`audit.trials.jsonl`). What is there of the same
-            options is continued.
+            options is continued, tuning or audit.
         secret: Word or pet that is hidden; drawn by the seed by default.
         weights: Model that learns the secret, and in its untouched form is the control: a run
             folder, "smollm2", a Hugging Face folder, or a .gguf file.
