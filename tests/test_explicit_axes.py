@@ -24,6 +24,7 @@ from thoughtbubbles import (
     Threshold,
     TopK,
     attention,
+    branches,
     forking,
     head,
     merge,
@@ -253,7 +254,7 @@ def test_arrays_beside_others_without_a_mesh():
 def test_branches_stay_where_their_rows_are(monkeypatch):
     """Their weights in parts, computed again in the backward pass."""
     monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 0)
-    monkeypatch.setattr(attention, "LARGEST_BRANCHES", 2 * ROWS * 4 * 2 * 4 * (5 + 4))
+    monkeypatch.setattr(branches, "LARGEST_BRANCHES", 2 * ROWS * 4 * 2 * 4 * (5 + 4))
 
     def slopes(weights: Any, prefix: jax.Array, length: jax.Array, x: jax.Array) -> Any:
         model = architecture_of(MODELS["plain"]).from_params(MODELS["plain"], weights)

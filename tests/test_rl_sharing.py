@@ -11,7 +11,7 @@ import pytest
 import rl_tiny
 from flax import nnx
 
-from thoughtbubbles import ModelConfig, Thoughtbubbles, attention
+from thoughtbubbles import ModelConfig, Thoughtbubbles, attention, branches
 from train.engine.optim import OptimizerConfig
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
@@ -225,7 +225,7 @@ def test_branches_have_the_states_of_whole_rows(monkeypatch):
     whole = 4 * 3 * 4 * 2 * 4 * (5 + 4)  # bytes of the weights of all branches
     for kept, held in ((whole, whole), (whole - 1, whole), (0, whole // 2)):
         monkeypatch.setattr(attention, "LARGEST_WEIGHTS", kept)
-        monkeypatch.setattr(attention, "LARGEST_BRANCHES", held)
+        monkeypatch.setattr(branches, "LARGEST_BRANCHES", held)
         for mine, other in zip(slopes(together), theirs, strict=True):
             assert 0 < norm(jax.tree.map(np.subtract, mine, other)) < 1e-6 * norm(other)
 

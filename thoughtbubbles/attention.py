@@ -24,8 +24,6 @@ SHORTEST_SPAN = 256
 LARGEST_WEIGHTS = 2**25
 """Bytes of float32 weights of one call of `attend`, over all devices, above which the backward pass
 computes them again; of `attend_cached`, above which they are taken in tiles."""
-LARGEST_BRANCHES = 2**28
-"""Bytes of such weights above which `attend_branches` takes some slots of branches at a time."""
 FEWEST_TILED = 16
 QUERY_TILE, KEY_TILE = 256, 512
 
@@ -51,7 +49,7 @@ def attend(
     batch, slots, heads, _ = query.shape
     large = 4 * batch * heads * visited_pairs(slots) > LARGEST_WEIGHTS
     over = _attend_again if large else _attend_blocks
-    return _slots_first(over(*_heads_first(query, key, value), bias))
+    return slots_first(over(*heads_first(query, key, value), bias))
 
 
 def attend_reference(
@@ -62,7 +60,7 @@ def attend_reference(
 ) -> Float[Array, "B S H K"]:
     """`attend` without blocks: all queries against all keys at once."""
     last = jnp.arange(query.shape[1])
-    return _slots_first(_attend(*_heads_first(query, key, value), bias, last))
+    return slots_first(_attend(*heads_first(query, key, value), bias, last))
 
 
 def attend_where(
@@ -81,50 +79,6 @@ def attend_where(
             any key is arbitrary but finite.
     """
     return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
-
-
-def attend_branches(
-    query: Float[Array, "B S H K"],
-    key: Float[Array, "B S G K"],
-    value: Float[Array, "B S G K"],
-    length: Int[Array, " B"],
-    branches: tuple[int, int],
-) -> Float[Array, "B S H K"]:
-    """Attention of rows of a prefix and several continuations of it, causal along each of them.
-
-    The first slots of a row are its prefix, and after them come the branches one by one. A branch
-    attends to the prefix, which no branch copies, and to itself. Weights of more than
-    `LARGEST_WEIGHTS` bytes are not kept for the backward pass; where all have more than
-    `LARGEST_BRANCHES` bytes, those of some slots are held at a time.
-
-    Args:
-        query: Rotated queries.
-        key: Rotated keys.
-        value: Values.
-        length: Number of real slots of each prefix; the others are seen by no branch.
-        branches: Number of branches of a row, and number of slots of each (`N`, `C`).
-    """
-    batch, slots, heads, _ = query.shape
-    count, size = branches
-    shared = slots - count * size
-    first, own = (_heads_first(*(x[:, where] for x in (query, key, value)))
-                  for where in (slice(shared), slice(shared, None)))  # fmt: skip
-    known = jnp.arange(shared) < length[:, None]
-    weights = 4 * batch * heads * count * size * (shared + size)
-    run = _known_once(_attend_branches) if weights > LARGEST_WEIGHTS else _attend_branches
-    mine, own_key, own_value = (x.reshape(*x.shape[:-2], count, size, x.shape[-1]) for x in own)
-    over = lambda part, at: run(part, *first[1:], own_key, own_value, known, at)  # noqa: E731
-    divisors = (n for n in range(1, size + 1) if size % n == 0)
-    parts = next((n for n in divisors if weights <= n * LARGEST_BRANCHES), size)
-    if parts == 1:
-        mixed = over(mine, 0)
-    else:
-        cut = mine.reshape(*mine.shape[:-2], parts, size // parts, mine.shape[-1])
-        starts = jnp.arange(0, size, size // parts)
-        mixed = jax.lax.map(lambda part: over(*part), (jnp.moveaxis(cut, -3, 0), starts))
-        mixed = jnp.moveaxis(mixed, 0, -3)
-    prefix = attend(query[:, :shared], key[:, :shared], value[:, :shared])
-    return jnp.concatenate([prefix, _slots_first(mixed.reshape(own[0].shape))], axis=1)
 
 
 def attend_cached(
@@ -156,7 +110,7 @@ def attend_cached(
     last = first[:, None] + jnp.arange(queries)[None]
     if queries >= FEWEST_TILED and 4 * batch * heads * queries * slots > LARGEST_WEIGHTS:
         end = first + (queries if count is None else count)
-        return _slots_first(_attend_tiled(query, key, value, bias, last, end))
+        return slots_first(_attend_tiled(query, key, value, bias, last, end))
 
     def over(span: int):
         seen = None if bias is None else bias[:, :span]
@@ -164,9 +118,9 @@ def attend_cached(
 
     spans = cache_spans(slots)
     if len(spans) == 1:
-        return _slots_first(over(slots)())
+        return slots_first(over(slots)())
     branch = jnp.searchsorted(jnp.array(spans[:-1]), first.max() + queries)
-    return _slots_first(jax.lax.switch(branch, [over(span) for span in spans]))
+    return slots_first(jax.lax.switch(branch, [over(span) for span in spans]))
 
 
 def cache_spans(slots: int) -> list[int]:
@@ -193,7 +147,7 @@ def visited_pairs(slots: int) -> int:
     return sum((end - start) * end for start, end in zip(range(0, slots, block), ends, strict=True))
 
 
-def _heads_first(query, key, value):
+def heads_first(query, key, value):
     """Query `[B, G, H/G, S, K]`, already divided by sqrt(K); key and value `[B, G, S, K]`."""
     return _grouped(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
 
@@ -204,7 +158,7 @@ def _grouped(query, groups):
     return query.transpose(0, 2, 3, 1, 4)
 
 
-def _slots_first(mixed):
+def slots_first(mixed):
     batch, groups, repeats, slots, width = mixed.shape
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, slots, groups * repeats, width)
 
@@ -381,36 +335,3 @@ def _backward_block(arrays, normaliser, gradient):
 
 
 _attend_again.defvjp(_forward, _backward)
-
-
-def _attend_branches(query, key, value, own_key, own_value, known, first):
-    """Attention of slots of branches, from `first` on, to the prefix, where `known`, and to theirs.
-
-    Queries `[B, G, H/G, N, Q, K]`; the branches' own keys and values `[B, G, N, C, K]`.
-    """
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = jnp.where(known[:, None, None, None, None],
-                       product("bgrnqk,bgsk->bgrnqs", query, key), -jnp.inf)  # fmt: skip
-    last = first + jnp.arange(query.shape[-2])
-    causal = jnp.arange(own_key.shape[-2]) <= last[:, None]
-    own = jnp.where(causal, product("bgrnqk,bgnsk->bgrnqs", query, own_key), -jnp.inf)
-    peak = jnp.maximum(logits.max(axis=-1, keepdims=True),
-                       own.max(axis=-1, keepdims=True))  # fmt: skip
-    peak = jax.lax.stop_gradient(peak)
-    weights, own = jnp.exp(logits - peak), jnp.exp(own - peak)
-    mixed = product("bgrnqs,bgsk->bgrnqk", weights.astype(value.dtype), value)
-    mixed += product("bgrnqs,bgnsk->bgrnqk", own.astype(value.dtype), own_value)
-    total = weights.sum(axis=-1) + own.sum(axis=-1)
-    return (mixed / total[..., None]).astype(value.dtype)
-
-
-def _known_once(run):
-    """A function of queries and other arrays whose backward pass computes its results again."""
-
-    def backward(arrays, gradient):
-        query, *others = arrays
-        return jax.vjp(run, once_known(query, gradient), *others)[1](gradient)
-
-    again = jax.custom_vjp(run)
-    again.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
-    return again

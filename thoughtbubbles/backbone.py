@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from thoughtbubbles.attention import attend_branches, attend_where
+from thoughtbubbles.attention import attend_where
+from thoughtbubbles.branches import attend_branches
 from thoughtbubbles.cache import Cache, advance, init_cache, keep_first
 from thoughtbubbles.checks import check_adapter, check_deltas, check_vectors, checked_lengths
 from thoughtbubbles.forward import ForkingDecoder
