@@ -34,6 +34,7 @@ LIMITS = {
     (head, "LARGEST_LOGITS"): 4 * B * T * 20,
     (head, "SMALLEST_CHUNK"): 16,
     (attention, "LARGEST_WEIGHTS"): 0,
+    (attention, "LARGEST_TILE"): 5000,
     (forking, "LARGEST_MEMBERSHIP"): 0,
 }
 
@@ -191,6 +192,7 @@ def test_long_rows_merge_without_tokens_by_slots(monkeypatch):
 
 
 def test_large_attention_keeps_no_weights(monkeypatch):
+    """Nor holds those of a block, where a block is large."""
     x = jax.ShapeDtypeStruct((2, 128, 4, 8), jnp.float32)
 
     def layers(query, key, value):
@@ -199,12 +201,13 @@ def test_large_attention_keeps_no_weights(monkeypatch):
         return query.sum()
 
     needed = []
-    for limit in (2**60, 0):
+    for limit, tile in ((2**60, 2**60), (0, 2**60), (0, 2**14)):
         monkeypatch.setattr(attention, "LARGEST_WEIGHTS", limit)
+        monkeypatch.setattr(attention, "LARGEST_TILE", tile)
         program = jax.jit(jax.grad(lambda *args: layers(*args), (0, 1, 2))).lower(x, x, x)
         compiled: Any = program.compile()
         needed.append(compiled.memory_analysis().temp_size_in_bytes)
-    assert needed[1] < 0.7 * needed[0], needed
+    assert all(less < 0.7 * more for more, less in itertools.pairwise(needed)), needed
 
 
 def test_remat_saves_memory_without_scanned_layers():

@@ -24,6 +24,8 @@ SHORTEST_SPAN = 256
 LARGEST_WEIGHTS = 2**25
 """Bytes of float32 weights of one call of `attend`, over all devices, above which the backward pass
 computes them again; of `attend_cached`, above which they are taken in tiles."""
+LARGEST_TILE = 2**26
+"""Bytes of such weights of one block of `attend` above which its queries are taken in tiles."""
 FEWEST_TILED = 16
 QUERY_TILE, KEY_TILE = 256, 512
 
@@ -38,7 +40,8 @@ def attend(
 
     Queries are processed in blocks, each against the keys up to its end only, so that about half of
     the square above the diagonal is never computed and no array `[B, H, S, S]` is held. Weights of
-    more than `LARGEST_WEIGHTS` bytes are not kept for the backward pass.
+    more than `LARGEST_WEIGHTS` bytes are not kept for the backward pass; where those of a block
+    have more than `LARGEST_TILE` bytes, its queries are taken some at a time, in both passes.
 
     Args:
         query: Rotated queries of `H` heads.
@@ -276,8 +279,40 @@ def _block(arrays, start, end):
 
 
 def _attend_blocks(*arrays):
-    parts = [_attend(*_block(arrays, *ends)) for ends in _blocks(arrays[0].shape[3])]
+    parts = [_in_tiles(*_block(arrays, *ends))[0] for ends in _blocks(arrays[0].shape[3])]
     return jnp.concatenate(parts, axis=3)
+
+
+def _in_tiles(query, key, value, bias, last):
+    """`_attend_normalised` of a block."""
+    tiles, queries = _tiles(query, key), query.shape[3]
+    if tiles == 1:
+        return _attend_normalised(query, key, value, bias, last)
+    over = lambda part: _attend_normalised(part[0], key, value, bias, part[1])  # noqa: E731
+    parts = jax.lax.map(over, (_cut(query, tiles), _cut(last, tiles, axis=0)))
+    return tuple(_joined(part, queries) for part in parts)
+
+
+def _tiles(query, key):
+    """Number of tiles that the queries of a block are taken in."""
+    size = 4 * math.prod(query.shape[:4]) * key.shape[2]
+    return min(query.shape[3], max(1, math.ceil(size / LARGEST_TILE)))
+
+
+def _cut(values, tiles, axis=3, fill=0):
+    """Values of each tile, tiles first; the last ones are padded."""
+    size = math.ceil(values.shape[axis] / tiles)
+    padding = tiles * size - values.shape[axis]
+    widths = [(0, padding if i == axis else 0) for i in range(values.ndim)]
+    values = jnp.pad(values, widths, constant_values=fill)
+    shape = (*values.shape[:axis], tiles, size, *values.shape[axis + 1 :])
+    return jnp.moveaxis(values.reshape(shape), axis, 0)
+
+
+def _joined(tiles, queries):
+    """What `_cut` was given, without the padding."""
+    values = jnp.moveaxis(tiles, 0, 3)
+    return values.reshape(*values.shape[:3], -1, *values.shape[5:])[:, :, :, :queries]
 
 
 @jax.custom_vjp
@@ -288,7 +323,7 @@ def _attend_again(*arrays):
 
 def _forward(*arrays):
     blocks = [_block(arrays, *ends) for ends in _blocks(arrays[0].shape[3])]
-    parts, normalisers = zip(*(_attend_normalised(*block) for block in blocks), strict=True)
+    parts, normalisers = zip(*(_in_tiles(*block) for block in blocks), strict=True)
     return jnp.concatenate(parts, axis=3), (arrays, jnp.concatenate(normalisers, axis=3))
 
 
@@ -304,7 +339,7 @@ def _backward(residuals, gradient):
         if of_query:  # one block after the other, so that the weights of one alone are held
             own = once_known(own, of_query[-1][:, :, :, : own.shape[3]])
         block = _block((query, key, value, bias), *ends)
-        grads = _backward_block(block, normaliser[:, :, :, slice(*ends)], own)
+        grads = _backward_in_tiles(block, normaliser[:, :, :, slice(*ends)], own)
         of_query.append(grads[0])
         whole = [_pad_slots(grad, slots - ends[1]) for grad in grads[1:]]
         sums = whole if sums is None else jax.tree.map(jnp.add, sums, whole)
@@ -317,6 +352,25 @@ def _pad_slots(grad, padding):
         return None
     axis = 2 if grad.ndim == 4 else 1
     return jnp.pad(grad, [(0, padding if i == axis else 0) for i in range(grad.ndim)])
+
+
+def _backward_in_tiles(arrays, normaliser, gradient):
+    """`_backward_block`, whose weights are held for one tile of queries at a time."""
+    query, key, value, bias, last = arrays
+    tiles = _tiles(query, key)
+    if tiles == 1:
+        return _backward_block(arrays, normaliser, gradient)
+
+    def tile(sums, part):
+        query, last, normaliser, gradient = part
+        of_query, *others = _backward_block((query, key, value, bias, last), normaliser, gradient)
+        return jax.tree.map(jnp.add, sums, others), of_query
+
+    sums = jax.tree.map(lambda of: jnp.zeros_like(of, jnp.float32), [key, value, bias])
+    # The padding attends to nothing, and adds nothing.
+    whole = (_cut(query, tiles), _cut(last, tiles, axis=0, fill=-1), _cut(normaliser, tiles))
+    sums, of_query = jax.lax.scan(tile, sums, (*whole, _cut(gradient, tiles)))
+    return _joined(of_query, query.shape[3]), *sums
 
 
 def _backward_block(arrays, normaliser, gradient):
