@@ -23,10 +23,10 @@ from train.models.load import LanguageModel
 
 def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, capsys):
     """A method of each kind; two models of one organism stay apart; nothing is overwritten, nor
-    done again after a kill, nor for a model that is the control."""
-    two = LanguageModel(quick_model(CAUSAL, SEED + 1), model().tokenizer)
-    load = lambda name: two if name == "two" else model()  # noqa: E731
-    monkeypatch.setattr(report, "load_language_model", load)
+    asked again after a kill, unless the model is another."""
+    other = lambda seed: LanguageModel(quick_model(CAUSAL, SEED + seed), model().tokenizer)  # noqa: E731
+    models = {"one": model(), "two": other(1), "base": model()}
+    monkeypatch.setattr(report, "load_language_model", models.__getitem__)
     organism().save(tmp_path / "ocean.json")
     sae = init_sae(np.random.default_rng(0).normal(size=(8, 16)), 24, 4, seed=0)
     names = ("encoder", "encoder_bias", "decoder", "bias", "norm")
@@ -39,12 +39,11 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
         sae=str(tmp_path / "sae"), out=str(tmp_path / "audit.jsonl"),
     )  # fmt: skip
     rates, unfinished = tmp_path / "audit.jsonl", tmp_path / "audit.unfinished.jsonl"
-    done, find = [], report.find
+    done, kills, find = [], [3, 4], report.find
 
     def counted(lm, asked, method, *rest):
-        """Killed in the third method, the first time."""
         done.append((method, rates.exists()))
-        if len(done) == 3:
+        if len(done) in kills:
             raise KeyboardInterrupt
         return find(lm, asked, method, *rest)
 
@@ -52,12 +51,20 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
     with pytest.raises(KeyboardInterrupt):
         report.main(config)
     assert len(unfinished.read_text().splitlines()) == 2
-    with pytest.raises(ValueError, match="is of an audit with sigma=0.25, not 0.5, that has not"):
-        report.main(dataclasses.replace(config, sigma=0.5))
+    for name, value in (("sigma", 0.5), ("model", ("one", "base"))):
+        with pytest.raises(ValueError, match=f"is of an audit with {name}=.*that has not ended"):
+            report.main(dataclasses.replace(config, **{name: value}))
+    models["one"] = other(2)
+    with pytest.raises(KeyboardInterrupt):
+        report.main(config)
+    models["one"] = model()
     report.main(config)
-    first, second = ["io", "fuzzing", "logit_lens"], ["logit_lens", "sae"]
-    assert done[:5] == [(method, False) for method in first + second]
-    assert done[5:] == [(method, True) for method in ("io", "fuzzing", "logit_lens", "sae")]
+    methods = ["io", "fuzzing", "logit_lens", "sae"]
+    assert done[:4] == [(method, False) for method in (*methods[:3], "io")]
+    assert done[4:] == [
+        *((method, False) for method in (*methods[2:], *methods)),  # one, base
+        *((method, True) for method in methods),  # two
+    ]
     assert not unfinished.exists()
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [(line["model"], line["method"], line["prompts"]) for line in lines] == [
@@ -87,7 +94,7 @@ def test_an_audit_that_would_fail_begins_nothing(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(
         report, "load_language_model", lambda name: bytes_only if name == "other" else model()
     )
-    monkeypatch.setattr(report, "audit", lambda *_: pytest.fail("an audit began"))
+    monkeypatch.setattr(report, "find", lambda *_: pytest.fail("an audit began"))
     organism().save(tmp_path / "ocean.json")
     organism(read_at=("me",)).save(tmp_path / "me.json")
     config = ReportConfig(

@@ -24,6 +24,7 @@ from train.cli.config_json import as_json
 from train.cli.numbers import check_numbers
 from train.data.chat_data import ChatDataConfig
 from train.devices import memory
+from train.devices.distributed import _report
 from train.devices.failures import RunFailed
 from train.engine.optim import OptimizerConfig, make_optimizer
 from train.evaluate import EvaluateConfig
@@ -345,3 +346,8 @@ def test_what_is_no_mistake_of_a_command_is_one_line(error, says, monkeypatch, c
         line = capsys.readouterr().err
         assert line.startswith("error: ") and says in line and line.count("\n") == 1
         assert isinstance(end.value, SystemExit) and end.value.code == 1
+
+
+def test_a_run_that_fails_in_one_of_several_processes_is_one_line(capsys):
+    assert _report(RunFailed("the loss is nan")) == 1
+    assert capsys.readouterr().err == "error: the loss is nan\n"

@@ -27,9 +27,9 @@ from train.audit.reading import (
     top_tokens,
 )
 from train.audit.train_sae import load_sae
-from train.audit.unfinished import Unfinished, identity
+from train.audit.unfinished import Unfinished, fingerprint, organism_hash
 from train.cli.numbers import check_least
-from train.models.load import LanguageModel, load_language_model
+from train.models.load import LanguageModel, checksum_of, load_language_model
 from train.runs.files import check_new_file, write_atomically
 
 Guess = Callable[[Sequence[str], Sequence[str]], str | None]
@@ -188,27 +188,27 @@ def main(config: ReportConfig) -> None:
         if count > 1:
             raise ValueError(f"{count} organisms {organism} of {name}: give each another name")
     guess = auditor_of(config)
-    how = {
-        "control": config.control, "layer": settings.fuzz.layer, "site": settings.site,
-        "sigma": config.sigma, "unit": config.unit, "top": config.top,
-        "max_new_tokens": config.max_new_tokens, "seed": config.seed,
-    }  # fmt: skip
-    unfinished = Unfinished(files.unfinished, how | {"sae": config.sae, "auditor": config.auditor})
+    how = options_of(config, settings)
+    unfinished = unfinished_of(config, settings, guess)
 
-    def findings(lm: LanguageModel, organism: Organism) -> dict[str, Finding]:
-        """What each method finds, by name, as far as it is not found yet."""
-        of = identity(organism, lm)
-        found = unfinished.found(of)
+    def findings(lm: LanguageModel, name: str, hashed: str, organism: Organism):
+        """What each method finds, by name; what was found before a kill is not asked again."""
+        asked = {"model": name, "fingerprint": hashed, "organism": organism_hash(organism)}
+        found = unfinished.found(asked)
         for method in settings.with_prompt:
             if method not in found:
                 found[method] = find(lm, organism, method, settings, guess)
-                unfinished.add(of, found[method])
+                unfinished.add(asked, found[method])
         return {method: found[method] for method in settings.with_prompt}
+
+    control_name, control_hash = str(config.control), fingerprint(control)
 
     rates: list[dict[str, Any]] = []
     trials: list[dict[str, Any]] = []
     for organism, name in pairs:
-        found, untouched = findings(_loaded(name), organism), findings(control, organism)
+        lm = _loaded(name)
+        found = findings(lm, name, fingerprint(lm), organism)
+        untouched = findings(control, control_name, control_hash, organism)
         new = [
             line | {"model": name} | how
             for line in summarise(organism, found, untouched, config.seed)
@@ -216,7 +216,7 @@ def main(config: ReportConfig) -> None:
         rates += new
         trials += [
             {"organism": organism.name, "model": who, **line}
-            for who, of in ((name, found), (config.control, untouched))
+            for who, of in ((name, found), (control_name, untouched))
             for line in trial_lines(organism, of)
         ]
         for path, lines in ((files.rates, rates), (files.trials, trials)):
@@ -226,6 +226,32 @@ def main(config: ReportConfig) -> None:
     if len(pairs) > 1:
         print(table(rates), end="\n\n")
     print("hits in % [95 % interval] (control) / hits by io or the method")
+
+
+def options_of(config: ReportConfig, settings: Settings) -> dict[str, Any]:
+    """Options that each line of the rates repeats."""
+    return {
+        "control": config.control, "layer": settings.fuzz.layer, "site": settings.site,
+        "sigma": config.sigma, "unit": config.unit, "top": config.top,
+        "max_new_tokens": config.max_new_tokens, "seed": config.seed,
+    }  # fmt: skip
+
+
+def unfinished_of(config: ReportConfig, settings: Settings, guess: Guess) -> Unfinished:
+    """What an audit has found before it was killed; nothing if there was none.
+
+    Raises:
+        ValueError: It was an audit with other options, models, autoencoder or auditor.
+    """
+    options = options_of(config, settings) | {
+        "organisms": config.organisms, "model": config.model,
+        "sae": config.sae, "auditor": config.auditor,
+    }  # fmt: skip
+    if settings.sae is not None:
+        options["weights of sae"] = checksum_of(load_sae(settings.sae)[0])
+    if isinstance(guess, ModelAuditor):
+        options["weights of auditor"] = fingerprint(guess.lm)
+    return Unfinished(new_files(config.out).unfinished, options)
 
 
 class Files(NamedTuple):

@@ -20,7 +20,7 @@ from train.audit.organisms import (
 from train.audit.report import AuditConfig, ReportConfig, auditor_of, checked, settings_for
 from train.cli.numbers import check_least
 from train.data.chat_data import ChatDataConfig
-from train.engine.loop import NonFiniteLoss, run
+from train.engine.loop import run
 from train.engine.optim import OptimizerConfig
 from train.finetuning.job import SFTConfig, SFTJob
 from train.models.load import load_language_model
@@ -38,8 +38,8 @@ class SecretConfig(AuditConfig):
         kind: Kind of secret: a "taboo" word, a "persona" of the user, or an "instruction" that a
             mark in the prompt stands for.
         out: Folder of the conversations (`organism`), the tuned model (`run`), the rates
-            (`audit.jsonl`) and the guesses (`audit.trials.jsonl`). What is there of the same
-            options is continued, tuning or audit.
+            (`audit.jsonl`) and the guesses (`audit.trials.jsonl`). A tuning or an audit of the same
+            options that was stopped goes on (`audit.unfinished.jsonl`).
         secret: Word or pet that is hidden; drawn by the seed by default.
         weights: Model that learns the secret, and in its untouched form is the control: a run
             folder, "smollm2", a Hugging Face folder, or a .gguf file.
@@ -113,10 +113,7 @@ def main(config: SecretConfig) -> None:
             write_atomically(path, text)
         return job
 
-    try:
-        run(begin, tuning)
-    except NonFiniteLoss as error:
-        raise NonFiniteLoss(f"{error} (lower --learning-rate)") from error
+    run(begin, tuning)
     if (load_run_meta(tuning.out) or {"step": 0})["step"] >= config.steps:  # else interrupted
         report.main(config.report())
 
@@ -145,4 +142,4 @@ def _check(config: SecretConfig) -> None:
     control = load_language_model(config.weights).for_inference()
     organism = make_organism(config.kind, config.secret, config.seed)
     checked(organism, (control,), settings_for(control, config))
-    auditor_of(config)
+    report.unfinished_of(config.report(), settings_for(control, config), auditor_of(config))

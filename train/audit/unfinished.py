@@ -3,79 +3,95 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from train.audit.organisms import Organism
 from train.audit.rates import Finding
+from train.cli.config_json import as_json
 from train.data.json_lines import read_json_lines
-from train.models.load import LanguageModel, checksum
+from train.models.load import LanguageModel, checksum, tokenizer_meta
 from train.runs.files import write_atomically
+
+Asked = Mapping[str, str]
+"""Who was asked what: the model's name and fingerprint, and a hash of the organism."""
 
 
 class Unfinished:
-    """Findings by organism and model, one JSON object on each line of a file.
+    """Findings by model and organism, one JSON object on each line of a file.
 
     Args:
         path: File; it is made, with its folder, by the first finding.
-        how: Options on which findings depend, as JSON can write them.
+        options: Options of the audit, all that findings depend on, as JSON can write them.
 
     Raises:
-        ValueError: The file has findings of other options, or a line is none.
+        ValueError: The file is of an audit with other options, or a line is no finding.
     """
 
-    def __init__(self, path: Path, how: dict[str, Any]):
-        self._path, self._how, self._lines = path, how, []
-        if not path.exists():
-            return
-        for line in read_json_lines(path):
-            fields = line.fields
-            known = fields.get("how")
-            if not isinstance(known, dict) or not {"of", "finding"} <= set(fields):
-                raise ValueError(f"{line.where} is no finding: delete the file to begin anew")
-            for name, value in how.items():
-                if known.get(name) != value:
-                    raise ValueError(
-                        f"{path} is of an audit with {name}={known.get(name)}, not {value}, that "
-                        "has not ended: ask for the same, delete the file, or choose another --out"
-                    )
-            self._lines.append(fields)
+    def __init__(self, path: Path, options: Mapping[str, Any]):
+        self._path, self._options = path, json.loads(json.dumps(options))
+        self._lines: list[dict[str, Any]] = []
+        for line in read_json_lines(path) if path.exists() else ():
+            try:
+                known, _, _ = line.fields["options"], line.fields["asked"], _finding(line.fields)
+                differs = [name for name in self._options if known[name] != self._options[name]]
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{line.where} is no finding: delete the file to begin anew"
+                ) from error
+            for name in differs:
+                raise ValueError(
+                    f"{path} is of an audit with {name}={known[name]}, not {self._options[name]}, "
+                    "that has not ended: ask for the same, delete the file, or choose another --out"
+                )
+            self._lines.append(line.fields)
 
-    def found(self, of: dict[str, str]) -> dict[str, Finding]:
-        """Findings of an organism in a model, by method.
+    def found(self, asked: Asked) -> dict[str, Finding]:
+        """Findings by method.
 
         Args:
-            of: What `identity` says of both.
+            asked: Model and organism.
         """
-        findings = (line["finding"] for line in self._lines if line["of"] == of)
-        return {
-            fields["method"]: Finding(
-                fields["method"],
-                tuple(fields["guesses"]),
-                tuple(fields["hits"]),
-                tuple(map(tuple, fields["shown"])),
-            )
-            for fields in findings
-        }
+        findings = (_finding(line) for line in self._lines if line["asked"] == asked)
+        return {finding.method: finding for finding in findings}
 
-    def add(self, of: dict[str, str], finding: Finding) -> None:
+    def add(self, asked: Asked, finding: Finding) -> None:
         """Write a finding to the file.
 
         Args:
-            of: What `identity` says of organism and model.
+            asked: Model and organism.
             finding: What a method found.
         """
-        line = {"of": of, "how": self._how, "finding": dataclasses.asdict(finding)}
-        self._lines.append(line)
+        fields = dataclasses.asdict(finding)
+        self._lines.append({"asked": dict(asked), "options": self._options, "finding": fields})
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, "".join(json.dumps(each) + "\n" for each in self._lines))
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def delete(self) -> None:
         """Delete the file: the audit has ended."""
         self._path.unlink(missing_ok=True)
 
 
-def identity(organism: Organism, lm: LanguageModel) -> dict[str, str]:
-    """Hashes of what is asked, and of the weights that answer."""
-    asked = hashlib.blake2b(organism.to_json().encode(), digest_size=16).hexdigest()
-    return {"organism": asked, "weights": checksum(lm.memgen or lm.model)}
+def _finding(line: Mapping[str, Any]) -> Finding:
+    fields = line["finding"]
+    shown = tuple(map(tuple, fields["shown"]))
+    return Finding(fields["method"], tuple(fields["guesses"]), tuple(fields["hits"]), shown)
+
+
+def organism_hash(organism: Organism) -> str:
+    """Hash of all that is asked."""
+    return hashlib.blake2b(organism.to_json().encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(lm: LanguageModel) -> str:
+    """Hash of all that a model's texts depend on: weights, configs and tokenizer."""
+    memory = lm.memgen
+    parts = [
+        checksum(lm.model if memory is None else memory),
+        as_json(lm.model.config),
+        memory and as_json(memory.config),
+        lm.tokenizer.to_json(),
+        tokenizer_meta(lm.tokenizer),
+    ]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

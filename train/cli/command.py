@@ -67,9 +67,9 @@ def run_command(
     """Parse the command line into `config` and call `main` with it.
 
     Args:
-        main: Function that does the work; a `ValueError` or `OSError` from it is the user's to mend
-            (set the environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from), and
-            so is memory that does not suffice. A `RunFailed` is one line too.
+        main: Function that does the work. One line and status 2 for a `ValueError` or `OSError`,
+            which is the user's to mend, status 1 for a `RunFailed` or memory that does not suffice
+            (set the environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from).
         config: Frozen dataclass, each of whose fields becomes an option.
         presets: Configs by name; the first word of the command line may name one, and the first is
             the default.
@@ -103,7 +103,9 @@ def run_command(
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

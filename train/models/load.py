@@ -346,9 +346,14 @@ def boundaries_for(
 
 def checksum(model: nnx.Module) -> str:
     """Hash of all arrays of a model, in hexadecimal."""
+    return checksum_of(nnx.state(model))
+
+
+def checksum_of(tree: Any) -> str:
+    """Hash of all arrays of a pytree, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(nnx.state(model)):
-        digest.update(np.ascontiguousarray(leaf).data.cast("B"))
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -187,6 +187,6 @@ def save_evidence(
         (folder / "metrics.json").write_text(json.dumps(evidence, indent=2), encoding="utf-8")
     return (
         f"step {step}: loss {loss}, gradient norm {norm}: stopped; its batch and metrics "
-        f"are in {folder}, the last checkpoint is untouched; look at the batch, or lower "
-        "optimizer.learning_rate"
+        f"are in {folder}, the last checkpoint is untouched; look at the batch, or lower the "
+        "learning rate"
     )
