@@ -88,7 +88,8 @@ def assert_same_bubbles(found: cache.Trace, expected) -> None:
         np.testing.assert_allclose(found.score[:, fork, :TOKENS], score, atol=1e-5)
 
 
-EXPERIMENTS = ("plain", "rank")  # no option that another one does not have
+# No option that another one does not have; of "no gate" those are in `test_model_reference.py`.
+EXPERIMENTS = ("plain", "rank", "no gate")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,10 @@ def test_greedy_is_recomputation_by_hand(kind):
 DRAWN = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.05, "seed": 2}
 
 
-@pytest.mark.parametrize("config", [CAUSAL, PLAIN], ids=["forks", "plain"])
+# Without forks: also `test_quantisation.py`.
+@pytest.mark.parametrize(
+    "config", [CAUSAL, pytest.param(PLAIN, marks=pytest.mark.experiment)], ids=["forks", "plain"]
+)
 def test_a_cache_changes_no_text(config):
     model = model_of(config)
     greedy = generate(model, PROMPTS, 9)

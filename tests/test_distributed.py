@@ -1,4 +1,7 @@
-"""Several real processes: they find each other, agree, and survive kills, stops and mistakes."""
+"""Several real processes: they find each other, agree, and survive kills, stops and mistakes.
+
+Kills: `python -m pytest -m experiment tests/test_distributed.py`.
+"""
 
 import dataclasses
 import random
@@ -164,18 +167,49 @@ with distributed_context(DistributedConfig(f"127.0.0.1:{port}", 2, process)):
 """
 
 
+FALL_SILENT = """
+import os, signal, sys
+from jax.experimental.multihost_utils import sync_global_devices
+from train.devices.distributed import DistributedConfig, distributed_context, ends_when_alone
+port, process = sys.argv[1], int(sys.argv[2])
+config = DistributedConfig(f"127.0.0.1:{port}", 2, process, heartbeat=10)
+with distributed_context(config), ends_when_alone():
+    sync_global_devices("both are here")
+    if process:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    sync_global_devices("one says nothing")
+"""
+
+
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_all(tmp_path: Path):
-    port = str(free_port())
-    with processes(
-        ("-c", AGREE),
-        tmp_path,
-        each=lambda process: (port, str(process), str(tmp_path)),
-        devices=1,
-    ) as started:
+def test_an_error_or_the_silence_of_one_process_ends_all(tmp_path: Path):
+    """Both at once, as the silence takes the ten seconds of a heartbeat.
+
+    Its host is gone, say: no connection is closed. jax aborts; the last line is ours.
+    """
+    ports = [str(free_port()) for _ in range(2)]
+    with (
+        processes(
+            ("-c", FALL_SILENT),
+            tmp_path / "silent",
+            each=lambda process: (ports[1], str(process)),
+            devices=1,
+        ) as silent,
+        processes(
+            ("-c", AGREE),
+            tmp_path,
+            each=lambda process: (ports[0], str(process), str(tmp_path)),
+            devices=1,
+        ) as started,
+    ):
         assert started.statuses() in ([1, 2], [-6, 2]), started.output(0) + started.output(1)
         started.wait_for_words(0, "start all of them again")
         first, second = started.output(0), started.output(1)
+        assert silent.running[0].wait(timeout=PATIENCE) not in (0, 2)
+        silent.wait_for_words(0, "start all of them again")
+        last = silent.output(0).splitlines()[-1]
+        assert last.startswith("error: process 0 of 2"), silent.output(0)
+        assert silent.running[1].poll() is None, "it still is, but silent"
     missing = "[Errno 2] No such file or directory: '/nowhere'"
     assert f"process 1: {missing}" in first and missing in second
     assert (
@@ -232,34 +266,6 @@ def test_an_error_of_one_process_is_no_lost_process(message):
     assert _loss(RuntimeError(message)) is None
 
 
-FALL_SILENT = """
-import os, signal, sys
-from jax.experimental.multihost_utils import sync_global_devices
-from train.devices.distributed import DistributedConfig, distributed_context, ends_when_alone
-port, process = sys.argv[1], int(sys.argv[2])
-config = DistributedConfig(f"127.0.0.1:{port}", 2, process, heartbeat=10)
-with distributed_context(config), ends_when_alone():
-    sync_global_devices("both are here")
-    if process:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    sync_global_devices("one says nothing")
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_falls_silent_ends_the_others(tmp_path: Path):
-    """Its host is gone, say: no connection is closed. jax aborts; the last line is ours."""
-    port = str(free_port())
-    with processes(
-        ("-c", FALL_SILENT), tmp_path, each=lambda process: (port, str(process)), devices=1
-    ) as started:
-        assert started.running[0].wait(timeout=PATIENCE) not in (0, 2)
-        started.wait_for_words(0, "start all of them again")
-        last = started.output(0).splitlines()[-1]
-        assert last.startswith("error: process 0 of 2"), started.output(0)
-        assert started.running[1].poll() is None, "it still is, but silent"
-
-
 @pytest.mark.slow
 def test_a_folder_with_a_live_run_is_refused_by_all(tmp_path: Path, command):
     """Of another number of processes, too: the test's own is one."""
@@ -314,8 +320,19 @@ def test_a_run_of_two_processes(whole, command, monkeypatch, tmp_path: Path):
     assert losses[-1] < losses[0] - 0.1, "it learns"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.experiment)])
+def assert_same_run(out: Path, whole: Path) -> None:
+    ours, theirs = load_params(out)[1], load_params(whole)[1]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    ours, theirs = (
+        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
+        for folder in (out, whole)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("kills", [1, 10])
 def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: int):
     """`kill -9` of one process, then SIGTERM to one where it is done time and again: the same
     parameters. What SIGTERM to one does is also in `test_checkpoint.py`.
@@ -361,26 +378,27 @@ def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: 
             assert before < saved() == steps_done() < STEPS
     with processes(words, tmp_path) as started:
         assert started.statuses() == [0, 0], started.output(0) + started.output(1)
-    ours, theirs = load_params(out)[1], load_params(whole[0])[1]
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b)
-    ours, theirs = (
-        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
-        for folder in (out, whole[0])
-    )
-    assert ours == theirs
+    assert_same_run(out, whole[0])
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_at_one_step(whole, command, tmp_path: Path):
+def test_ctrl_c_stops_all_processes_at_one_step_and_leaves_no_trace(whole, command, tmp_path: Path):
+    """What a kill leaves is less than a stop: `test_checkpoint.py`, and the experiment above."""
     out = tmp_path / "run"
-    words = (*command, "--out", str(out), "--steps", "100000", "--save-every", "100000")
+    words = (*command, "--out", str(out), "--save-every", "1000")
     with processes(words, tmp_path, cache=whole[0].with_name("jax")) as started:
         started.wait_until(lambda: "step 1/" in started.output(0))
+        with pytest.raises(ValueError, match="another run is going on"), run_lock(out):
+            pass
         for process in started.running:  # a terminal tells all
             process.send_signal(signal.SIGINT)
         assert started.statuses() == [0, 0], started.output(0) + started.output(1)
-        assert f"stopped at step {(load_meta(out) or {})['step']} and saved" in started.output(0)
+        stopped = (load_meta(out) or {})["step"]
+        assert 0 < stopped < STEPS
+        assert f"stopped at step {stopped} and saved" in started.output(0)
+    with processes(words, tmp_path, cache=whole[0].with_name("jax")) as started:
+        assert started.statuses() == [0, 0], started.output(0) + started.output(1)
+    assert_same_run(out, whole[0])
 
 
 def test_the_thread_that_ends_a_save_does_not_move_where_a_process_stands(

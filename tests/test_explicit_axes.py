@@ -73,13 +73,15 @@ def forked(forks: Any, x: jax.Array, length: jax.Array) -> jax.Array:
     return merge(streams)
 
 
-WINDOW = PrefixRank(2.0, 3)
+WINDOW, WINDOWLESS = PrefixRank(2.0, 3), PrefixRank(1.5)
 EVERY = [*(kind(1.5) for kind in POLICIES.values()), WINDOW]
 
 
 @pytest.mark.parametrize(
     ("policy", "kind", "devices"),
-    [*((policy, AxisType.Explicit, 8) for policy in EVERY), (WINDOW, "manual", 8)]
+    [(policy, AxisType.Explicit, 8) for policy in EVERY if policy != WINDOWLESS]
+    + [(WINDOW, "manual", 8)]
+    + [pytest.param(WINDOWLESS, AxisType.Explicit, 8, marks=pytest.mark.experiment)]
     + [pytest.param(policy, "manual", 8, marks=pytest.mark.experiment) for policy in EVERY[:-1]]
     + [pytest.param(WINDOW, AxisType.Auto, 2, marks=pytest.mark.experiment)],
     ids=str,
@@ -92,9 +94,8 @@ def test_forks_and_merge_are_bit_for_bit_those_of_one_device(policy, kind, devic
     assert not any(word in program for word in ("all-gather", "all-to-all", "all-reduce"))
 
 
-@pytest.mark.parametrize(
-    "policy", [TopK(1.5), pytest.param(WINDOW, marks=pytest.mark.experiment)], ids=str
-)
+@pytest.mark.experiment  # 80 small programs; under jit, placed by the same lines: above
+@pytest.mark.parametrize("policy", [TopK(1.5), WINDOW], ids=str)
 def test_eager_calls_need_no_jit(policy):
     forks = [Fork(WIDTH, policy, rngs=nnx.Rngs(0))]
     mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
@@ -141,6 +142,8 @@ MODELS: dict[str, ArchitectureConfig] = {
 }
 SCANNED = pytest.param("rank, scanned", marks=pytest.mark.experiment)
 MORE = [pytest.param("released", marks=pytest.mark.experiment)]  # the blocks of "rank"
+THRESHOLD = pytest.param("threshold", marks=pytest.mark.experiment)
+RANK = pytest.param("rank", marks=pytest.mark.experiment)
 PLAINER = [pytest.param(name, marks=pytest.mark.experiment) for name in ("plain", "top-k")]
 TEXT = np.random.default_rng(0).integers(0, 64, (ROWS, TOKENS)).astype(np.int32)
 
@@ -159,7 +162,8 @@ def assert_close(ours: Any, theirs: Any) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", ["threshold", "paper", "rank", *MORE, SCANNED])
+# "threshold": its step and its logits below.
+@pytest.mark.parametrize("name", ["paper", "rank", THRESHOLD, *MORE, SCANNED])
 def test_models_and_their_caches(name):
     def forward(weights: Any, tokens: jax.Array, length: jax.Array) -> Any:
         model = architecture_of(MODELS[name]).from_params(MODELS[name], weights)
@@ -210,7 +214,7 @@ def test_logits_that_mix_predictions_and_limits_of_large_passes(monkeypatch):
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["threshold", "rank", *PLAINER, *MORE, SCANNED])
+@pytest.mark.parametrize("name", ["threshold", RANK, *PLAINER, *MORE, SCANNED])
 def test_a_training_step_is_that_of_one_device(name):
     """Gradients are read from Adam's first moment, (1 - b1) g, after a step that clips nothing.
 

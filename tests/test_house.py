@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -47,6 +48,11 @@ from train.rl.tasks import TASKS
 LIBRARIES = {"thoughtbubbles": {"memgen", "train"}, "memgen": {"thoughtbubbles", "train"}}
 MODULES = list(modules().values())
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# The others, after a change: `python -m pytest -m experiment tests/test_house.py -k notebook_runs`.
+RUN_HERE = [
+    pytest.param(path, marks=[pytest.mark.experiment] * (path.stem != "01_bubbles_by_hand"))
+    for path in NOTEBOOKS
+]
 
 
 def relative(path: Path) -> str:
@@ -238,14 +244,30 @@ def compiled(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Thoughtbubbles, "__call__", lambda model, *given: call(model, *given))
 
 
+# What compiles sooner, where a snippet has it.
+SHALLOWER = {
+    "num_layers=2, fork_layers=(1,)": "num_layers=1, fork_layers=(0,)",
+    "num_layers=2, fork_layers=()": "num_layers=1, fork_layers=()",
+}
+# In a snippet that prints a shape alone, operation by operation: it is traced, nothing is compiled.
+SHAPE_ALONE = "class YourDecoder"
+
+
 @pytest.mark.usefixtures("registries", "compiled")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: f"{s.page.stem}-line{s.line}")
 def test_snippet_runs(snippet: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # A real file, for inspect; shifted, so that an error names the line of the page.
     script = tmp_path / snippet.page.name
-    script.write_text("\n" * snippet.line + snippet.code)
+    code = snippet.code
+    for layers, fewer in SHALLOWER.items():
+        code = code.replace(layers, fewer)
+    script.write_text("\n" * snippet.line + code)
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script), run_name="page")
+
+    def run() -> None:
+        runpy.run_path(str(script), run_name="page")
+
+    jax.eval_shape(run) if SHAPE_ALONE in code else run()
 
 
 def test_readme_snippet_for_your_own_model_is_short():
@@ -360,11 +382,41 @@ FEWER_LAYERS = {
 }
 
 
-@pytest.mark.slow
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
+def test_calls_of_a_notebook_fit_what_it_imports(path: Path):
+    """Names that are imported exist, and calls of them have parameters of these names."""
+    sources = [cell.source for cell in code_cells(path)]
+    lines = "\n".join(re.sub("^%.*", "", source, flags=re.MULTILINE) for source in sources)
+    tree, found, checked = ast.parse(lines), {}, 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(ast.unparse(node), found)
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call):
+            continue
+        name, _, attributes = ast.unparse(call.func).partition(".")
+        if not re.fullmatch(r"[\w.]*", attributes) or name not in found:
+            continue
+        called = functools.reduce(getattr, attributes.split(".") if attributes else [], found[name])
+        if not (getattr(called, "__module__", None) or "").startswith(PACKAGES):
+            continue
+        if any(isinstance(arg, ast.Starred) for arg in call.args):
+            continue
+        named = {keyword.arg: None for keyword in call.keywords if keyword.arg}
+        inspect.signature(called).bind_partial(*call.args, **named)
+        checked += 1
+    assert checked > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RUN_HERE, ids=relative)
 def test_notebook_runs(path: Path, tmp_path: Path):
     """All but the cells tagged "claim", which need the whole training; by IPython, no kernel."""
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = code_cells(path)
     [parameters] = [cell for cell in cells if tagged(cell, "parameters")]
     parameters.source = FEW_STEPS[path.stem]
     sources = [cell.source for cell in cells if not tagged(cell, "claim")]

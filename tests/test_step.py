@@ -1,4 +1,7 @@
-"""The train step: meshes, accumulation, parameter groups, compilation, collectives."""
+"""The train step: meshes, accumulation, parameter groups, compilation, collectives.
+
+More settings on a mesh: `python -m pytest -m experiment tests/test_step.py`.
+"""
 
 import dataclasses
 import functools
@@ -111,6 +114,7 @@ def test_the_step_learns_and_compiles_once():
     assert step._cache_size() == 1
 
 
+@pytest.mark.experiment  # the settings without a mesh: `test_model.py`
 def test_large_model_settings_train(one_device):
     """bfloat16, scanned layers and rematerialisation on a mesh stay near float32 on one device."""
     config = dataclasses.replace(CONFIG, dtype="bfloat16", scan_layers=True, remat="dots")
@@ -147,6 +151,7 @@ def test_weights_that_sum_below_one_are_divided_by_their_sum():
         np.testing.assert_allclose(metrics["grad_norm"], 2 * np.linalg.norm(embed), rtol=1e-4)
 
 
+@pytest.mark.experiment  # of two devices: `test_explicit_axes.py`
 def test_a_mesh_tracks_the_thresholds_of_one_device(one_device_tracked):
     losses, thresholds = tracked_run(mesh_config=MeshConfig(2, 2, 2))
     np.testing.assert_allclose(losses, one_device_tracked[0], rtol=1e-5)
@@ -236,7 +241,7 @@ def test_muon_update_is_orthogonal_per_layer_and_learns():
     query = np.asarray(nnx.to_pure_dict(updates)["blocks"]["attention"]["q"]).reshape(2, 16, 16)
     spread = np.linalg.svd(query, compute_uv=False)
     assert (spread.max(axis=1) / spread.min(axis=1) < 3).all()
-    plain = dataclasses.replace(CONFIG, fork_layers=())
+    plain = dataclasses.replace(CONFIG, num_layers=1, fork_layers=())
     how = {"devices": 1, "optimizer": optimizer, "config": plain}
     _, losses, _, _ = run_steps(**how, inputs=[batches(1)[0]] * 10)
     assert losses[-1] < losses[0] - 0.1
