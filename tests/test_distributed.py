@@ -38,6 +38,7 @@ SMALL = (
     *("--mesh.data", "1", "--mesh.fsdp", "-1", "--data.seq-len", "16", "--batch-size", "8"),
     *("--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--log-every", "1"),
     *("--evaluation.every", "0", "--evaluation.rows", "12"),
+    *("--optimizer.warmup", "0", "--optimizer.final-ratio", "1"),  # however many steps there are
 )
 
 
@@ -320,17 +321,6 @@ def test_a_run_of_two_processes(whole, command, monkeypatch, tmp_path: Path):
     assert losses[-1] < losses[0] - 0.1, "it learns"
 
 
-def assert_same_run(out: Path, whole: Path) -> None:
-    ours, theirs = load_params(out)[1], load_params(whole)[1]
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b)
-    ours, theirs = (
-        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
-        for folder in (out, whole)
-    )
-    assert ours == theirs
-
-
 @pytest.mark.experiment
 @pytest.mark.parametrize("kills", [1, 10])
 def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: int):
@@ -378,27 +368,41 @@ def test_kills_and_a_stop_leave_no_trace(whole, command, tmp_path: Path, kills: 
             assert before < saved() == steps_done() < STEPS
     with processes(words, tmp_path) as started:
         assert started.statuses() == [0, 0], started.output(0) + started.output(1)
-    assert_same_run(out, whole[0])
+    ours, theirs = load_params(out)[1], load_params(whole[0])[1]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    ours, theirs = (
+        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
+        for folder in (out, whole[0])
+    )
+    assert ours == theirs
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_at_one_step_and_leaves_no_trace(whole, command, tmp_path: Path):
-    """What a kill leaves is less than a stop: `test_checkpoint.py`, and the experiment above."""
+def test_a_killed_run_goes_on_as_it_was_and_ctrl_c_stops_all_at_one_step(
+    whole, command, tmp_path: Path
+):
     out = tmp_path / "run"
-    words = (*command, "--out", str(out), "--save-every", "1000")
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / str(STEPS))  # as if it had been killed in its last steps
+    saved = STEPS - SAVE_EVERY
+    words = (*command, "--out", str(out), "--steps", "100000", "--save-every", "100000")
     with processes(words, tmp_path, cache=whole[0].with_name("jax")) as started:
-        started.wait_until(lambda: "step 1/" in started.output(0))
+        started.wait_until(lambda: "GFLOP" in started.output(0))  # old metrics are trimmed
+        started.wait_until(lambda: (out / "metrics.jsonl").read_bytes().count(b"\n") > STEPS)
         with pytest.raises(ValueError, match="another run is going on"), run_lock(out):
             pass
         for process in started.running:  # a terminal tells all
             process.send_signal(signal.SIGINT)
         assert started.statuses() == [0, 0], started.output(0) + started.output(1)
+        assert f"from step {saved}" in started.output(0)
         stopped = (load_meta(out) or {})["step"]
-        assert 0 < stopped < STEPS
         assert f"stopped at step {stopped} and saved" in started.output(0)
-    with processes(words, tmp_path, cache=whole[0].with_name("jax")) as started:
-        assert started.statuses() == [0, 0], started.output(0) + started.output(1)
-    assert_same_run(out, whole[0])
+    ours, theirs = (
+        [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
+        for folder in (out, whole[0])
+    )
+    assert ours[:STEPS] == theirs and len(ours) == stopped
 
 
 def test_the_thread_that_ends_a_save_does_not_move_where_a_process_stands(
