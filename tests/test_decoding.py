@@ -47,7 +47,7 @@ def test_greedy_is_recomputation_by_hand(kind):
 DRAWN = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.05, "seed": 2}
 
 
-# Without forks: also `test_quantisation.py`.
+# Without forks: `test_rl_sampler.py`.
 @pytest.mark.parametrize(
     "config", [CAUSAL, pytest.param(PLAIN, marks=pytest.mark.experiment)], ids=["forks", "plain"]
 )

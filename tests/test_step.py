@@ -164,6 +164,7 @@ def test_accumulation_tracks_the_mean_of_its_parts():
     inputs = np.abs(batches(2))
     _, whole = tracked_run(devices=1, inputs=inputs)
     _, parts = tracked_run(devices=1, inputs=inputs, accumulate=4)
+    assert (np.diff(whole, axis=0) > 1e-3).all(), "they rise from 0"
     np.testing.assert_allclose(parts[0], whole[0], atol=1e-6)  # later the weights differ by noise
     np.testing.assert_allclose(parts, whole, atol=1e-4)
 
