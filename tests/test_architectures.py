@@ -124,7 +124,18 @@ def test_a_model_is_saved_and_read(model):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
 
 
-@others
+# "forking_hatchling": test_hatchling_forking.py.
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("hatchling", "recurrent"),
+        *(
+            pytest.param(name, marks=pytest.mark.experiment)
+            for name in ("forking_hatchling", "thoughtbubbles")
+        ),
+    ],
+    indirect=True,
+)
 def test_generation_with_a_cache_is_generation_without(model):
     prompts = [[1, 2, 3], [4]]
     cached = generate_ids(model, prompts, 6)
@@ -141,13 +152,9 @@ def test_counts_are_those_of_the_model(model):
 @pytest.mark.parametrize(
     "model",
     [
-        *("forking_hatchling", "recurrent"),
-        # As these two in every other way: of theirs alone in test_step.py and test_hatchling.py.
-        *(
-            pytest.param(name, marks=pytest.mark.experiment)
-            for name in ARCHITECTURES
-            if name != "forking_hatchling"
-        ),
+        "recurrent",
+        # Others: test_step.py, test_hatchling.py and test_hatchling_forking.py.
+        *(pytest.param(name, marks=pytest.mark.experiment) for name in ARCHITECTURES),
     ],
     indirect=True,
 )

@@ -42,7 +42,10 @@ def test_causal_policies_leak_nothing(policy):
     assert largest_leak(config, seed=1, padded=True) == 0
 
 
-@pytest.mark.parametrize("policy", POLICIES[1:], ids=str)
+# `python -m pytest -m experiment tests/test_causality.py`
+@pytest.mark.parametrize(
+    "policy", [pytest.param(POLICIES[1], marks=pytest.mark.experiment), POLICIES[2]], ids=str
+)
 def test_they_leak_nothing_over_eight_devices(policy):
     assert jax.device_count() >= 8
     assert largest_leak(dataclasses.replace(CONFIG, policy=policy), padded=True, devices=8) == 0

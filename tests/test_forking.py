@@ -23,10 +23,15 @@ from thoughtbubbles.forking import compact, merge_log_prob, merge_log_probs, tak
 from thoughtbubbles.ranking import best, prefix_ranks, ranks_among
 from thoughtbubbles.rows import left_align, restore_alignment
 
-POLICIES = [TopK(1.0), TopK(1.1), TopK(1.5), TopK(2.0), TopK(4.0), TopK(streams=30)]
 # `python -m pytest -m experiment tests/test_forking.py` runs what goes the way of another.
+POLICIES = [
+    *(TopK(1.1), TopK(1.5), TopK(4.0), TopK(streams=30)),
+    *(pytest.param(TopK(ratio), marks=pytest.mark.experiment) for ratio in (1.0, 2.0)),
+]
 WINDOW = pytest.param(PrefixRank(1.5, window=3), marks=pytest.mark.experiment)
 CAUSAL = [PrefixRank(1.5), WINDOW, Threshold(1.5)]
+# Of these a Threshold goes the way of the other causal policy.
+ONE_CAUSAL = [PrefixRank(1.5), pytest.param(Threshold(1.5), marks=pytest.mark.experiment)]
 MERGES = ("residual", "probability", "rightmost")
 
 
@@ -108,7 +113,7 @@ def logits_by_merge(model, tokens, mask=None):
 PLACES = {"left": [*range(5, 12)], "right": [*range(7)], "middle": [0, 1, 4, 5, 6, 9, 11]}
 
 
-@pytest.mark.parametrize("policy", [SMALL.policy, *CAUSAL[1:]], ids=str)
+@pytest.mark.parametrize("policy", [SMALL.policy, WINDOW, *ONE_CAUSAL[::-1]], ids=str)
 def test_padding_never_changes_real_positions(policy):
     """Nor, where the policy is causal, do real tokens that come after."""
     model = quick_model(dataclasses.replace(SMALL, policy=policy))
@@ -325,7 +330,7 @@ def test_gradients_are_finite_with_padding_and_lost_tokens(forced_keep):
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-@pytest.mark.parametrize("policy", [TopK(1.5), *CAUSAL], ids=str)
+@pytest.mark.parametrize("policy", [TopK(1.5), WINDOW, *ONE_CAUSAL], ids=str)
 def test_nan_reaches_the_logits(policy):
     """Comparisons with NaN are false: a careless selection would drop the evidence."""
     config = dataclasses.replace(SMALL, policy=policy)
@@ -344,7 +349,7 @@ def test_merge_refuses_a_kind_without_residual():
         merge(streams, "probability")
 
 
-@pytest.mark.parametrize("policy", [PrefixRank(1.5), Threshold(1.5), TopK(1.5)], ids=str)
+@pytest.mark.parametrize("policy", [*ONE_CAUSAL, TopK(1.5)], ids=str)
 def test_originals_keep_a_score_of_one_unless_asked(policy):
     """Then the first block after a fork writes into originals as if nothing had forked."""
     for scored in (False, True):

@@ -65,7 +65,12 @@ def layer_of_streams(config, params, streams, row: int) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("config", [FORKING, DAMPED], ids=["rotary", "damped"])
+# "rotary": the model that keeps no fork, below.
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(FORKING, marks=pytest.mark.experiment), DAMPED],
+    ids=["rotary", "damped"],
+)
 def test_streams_read_those_left_of_them_by_their_scores(config):
     model = forking(config)
     output = run(model, np.array([7, 4]))

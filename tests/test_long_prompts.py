@@ -53,7 +53,9 @@ def hatchling() -> Hatchling:
     return Hatchling(HatchlingConfig(17, 8, 32, 1, 2, separator=3), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("config", [PLAIN, FORKS], ids=["plain", "forks"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(PLAIN, marks=pytest.mark.experiment), FORKS], ids=["plain", "forks"]
+)
 def test_blocks_give_the_logits_of_the_reference(config: Any, short_blocks):
     rows, told = rows_of(config.vocab_size), []
     model = quick_model(config)

@@ -24,13 +24,13 @@ from thoughtbubbles.policies import grant
 ROWS, TOKENS, SLOTS = 6, 10, 24
 RATIOS = [1.0, 1.1, 1.5, 2.0, 3.0]
 CAUSAL = [
-    *(PrefixRank(1.1), PrefixRank(3.0), PrefixRank(1.5, window=4), PrefixRank(2.0, burst=3)),
-    *(Threshold(1.0), Threshold(1.1), Threshold(3.0)),
-    *(Threshold(1.5, burst=3), Threshold(1.5, offset=0.2), Threshold(1.5, offset=-0.5)),
+    *(PrefixRank(1.1), PrefixRank(1.5, window=4), PrefixRank(2.0, burst=3)),
+    *(Threshold(1.0), Threshold(3.0), Threshold(1.5, burst=3), Threshold(1.5, offset=0.2)),
 ]
 OTHERS = (
     *(PrefixRank(1.0), PrefixRank(1.5), PrefixRank(2.0), PrefixRank(1.5, window=2)),
-    *(Threshold(1.5), Threshold(2.0)),
+    *(PrefixRank(3.0), Threshold(1.1), Threshold(1.5), Threshold(2.0)),
+    Threshold(1.5, offset=-0.5),
 )
 CAUSAL += [pytest.param(policy, marks=pytest.mark.experiment) for policy in OTHERS]
 

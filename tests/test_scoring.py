@@ -40,10 +40,14 @@ def brute_force(config: ModelConfig, row: Row) -> Score:
     [
         dataclasses.replace(SMALL, policy=PrefixRank(1.5, window=3)),
         SMALL,
-        dataclasses.replace(SMALL, merge="probability"),
+        # `python -m pytest -m experiment tests/test_scoring.py`
         *(
             pytest.param(config, marks=pytest.mark.experiment)
-            for config in (PLAIN, dataclasses.replace(SMALL, policy=Threshold(1.5)))
+            for config in (
+                PLAIN,
+                dataclasses.replace(SMALL, policy=Threshold(1.5)),
+                dataclasses.replace(SMALL, merge="probability"),
+            )
         ),
     ],
     ids=lambda config: f"{config.policy}-{config.merge}-{len(config.fork_layers)}",
