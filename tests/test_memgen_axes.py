@@ -111,6 +111,7 @@ def read(made: memgen.MemGen, tokens: jax.Array, length: jax.Array, keys: jax.Ar
     return memgen.begin(made, tokens, length, keys, tokens.shape[1]).reasoner.hidden
 
 
+@pytest.mark.experiment
 def test_a_linen_decoder_need_not_know_of_axes():
     """It reads prompts into a cache, and is trained; whole responses: the experiment below."""
     made, prompts = linen_memgen(), FOUR * 2

@@ -67,10 +67,11 @@ CASES: dict[str, tuple[str, MemGenConfig, Any]] = {
     "forks by threshold": ("one fork by threshold", CONFIG, AlwaysInvoke()),
 }
 CONVERSED = ("one block, always",)  # teacher forcing: test_memgen_io
-# Which policy forks is nothing to a response: "python -m pytest -m experiment" runs the other.
+# Which policy forks is nothing to a response; latents of one pass: `test_memgen_weaver.py`.
+# Both run by `python -m pytest -m experiment tests/test_memgen_decoding.py`.
+OTHERS = ("forks by threshold", "plain, one pass, trigger on hidden states")
 NAMES = [
-    pytest.param(name, marks=pytest.mark.experiment) if name == "forks by threshold" else name
-    for name in CASES
+    pytest.param(name, marks=pytest.mark.experiment) if name in OTHERS else name for name in CASES
 ]
 
 
@@ -143,7 +144,8 @@ def test_d28_cached_is_recomputed(name: str):
 
 
 def test_the_learned_triggers_above_say_both():
-    names = [name for name, (_, _, policy) in CASES.items() if policy == LEARNED]
+    cases = {name: case for name, case in CASES.items() if name not in OTHERS}
+    names = [name for name, (_, _, policy) in cases.items() if policy == LEARNED]
     decisions = [row.decisions for name in names for row in oracle_rows(name)[2]]
     assert {0, 1} <= set(np.concatenate(decisions).tolist())
 

@@ -70,7 +70,10 @@ def recomputed(made: MemGen, tokens: jax.Array, plan: Plan) -> tuple[jax.Array, 
 
 @pytest.mark.parametrize(
     "kind",
-    ["shallow", pytest.param("one fork by rank", marks=pytest.mark.experiment), "foreign"],
+    [
+        "shallow",
+        *(pytest.param(n, marks=pytest.mark.experiment) for n in ("one fork by rank", "foreign")),
+    ],
 )
 def test_b15_d33_g51_two_responses_with_an_observation_between_are_recomputed(kind: str):
     """A session keeps the latents of its first response; the training forward sees them too.

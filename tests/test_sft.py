@@ -1,4 +1,7 @@
-"""Fine-tuning: only what is meant to move moves, and a run goes on as if it had not stopped."""
+"""Fine-tuning: only what is meant to move moves, and a run goes on as if it had not stopped.
+
+Whole runs on meshes: `python -m pytest -m experiment tests/test_sft.py`.
+"""
 
 import dataclasses
 import functools
@@ -42,8 +45,11 @@ MEMORY = MemGenConfig(
 )
 
 
-# Adapters are moved by Muon here, by Adam elsewhere.
-OWN = {"weaver": {"optimizer": OptimizerConfig("muon", learning_rate=1e-2, weight_decay=0.0)}}
+# A weaver's adapters are moved by Muon here, by Adam elsewhere; others on a mesh and in parts.
+OWN = {
+    "weaver": {"optimizer": OptimizerConfig("muon", learning_rate=1e-2, weight_decay=0.0)},
+    "lora": {"accumulate": 2, "mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,6 +158,8 @@ def log_probs_of(finetunable: FinetunableModel, rows: dict[str, Any]) -> jax.Arr
 def test_a_run_learns_and_only_what_is_trained_moves(base, base_sum, whole, kind):
     out, held_out = whole(kind)
     assert held_out["loss"] < losses(out)[0]
+    if kind == "lora":  # on a mesh and in parts; it begins as the base
+        assert losses(out)[0] == pytest.approx(losses(whole("all")[0])[0], rel=1e-5)
     assert checksum(load_model(base).model) == base_sum  # what it began with is read only
     names = jax.tree_util.tree_leaves_with_path(load_params(out)[1])
     first = {jax.tree_util.keystr(path[:1], simple=True) for path, _ in names}
@@ -209,7 +217,8 @@ def test_the_adapter_of_a_run_is_exported_for_peft(base, chats, whole, tmp_path,
         export.ExportConfig(run="a", to="b", adapter_only=True, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.experiment), "weaver"])
+@pytest.mark.experiment
+@pytest.mark.parametrize("kind", ["lora", "weaver"])
 def test_meshes_and_parts_change_nothing(base, chats, tmp_path, kind):
     """Without randomness, which differs between micro-batches.
 
