@@ -72,6 +72,7 @@ def test_blocks_are_taken_out_once(model: Thoughtbubbles, monkeypatch):
     assert changed == generate(jax.tree.map(lambda leaf: leaf + 0, model), PROMPTS, 4)
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_what_is_kept_goes_with_the_model(model: Thoughtbubbles):
     other = jax.tree.map(lambda leaf: leaf + 0, model)
     generate(model, PROMPTS, 4)
@@ -97,6 +98,7 @@ def test_nothing_is_kept_of_another_model(model: Thoughtbubbles):
     assert decoding._KEPT[0].form.config.context_length == 64 != before.form.config.context_length
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_weights_are_in_memory_once(model: Thoughtbubbles):
     logits = once(model)
     other = jax.tree.map(lambda leaf: leaf + 0, model)

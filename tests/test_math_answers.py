@@ -153,9 +153,10 @@ def real() -> Iterator[MathGrader]:
     grader.close()
 
 
-@pytest.mark.parametrize(("gold", "text", "right"), TABLE + TWO_BOXES)
-def test_verdicts_of_math_verify(real: MathGrader, gold: str, text: str, right: bool):
-    assert real.equal(gold, text) is right
+def test_verdicts_of_math_verify(real: MathGrader):
+    """In one test: a process that has imported math-verify takes seconds to start."""
+    wrong = [row for row in TABLE + TWO_BOXES if real.equal(*row[:2]) is not row[2]]
+    assert wrong == []
 
 
 @pytest.mark.parametrize(("gold", "text", "right"), EXACT)

@@ -316,8 +316,8 @@ def wait_until(true: Callable[[], bool]) -> bool:
     return true()
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_threads_start_with_calls_and_end_with_their_pool():
-    gc.collect()
     before = steppers()
     pool, limited = StepPool(4), TimeLimited(GUESS)
     vector = VectorEnvironment([GUESS] * 5, autoreset="same_step")
