@@ -1,7 +1,7 @@
 """Losses do not depend on the mesh, the number of processes, or where a run is continued.
 
-Most of it: `python -m pytest -m experiment tests/test_meshes.py`; CI has a mesh in `test_step.py`
-and a run of two processes in `test_distributed.py`.
+All of it: `python -m pytest -m experiment tests/test_meshes.py`; CI has a mesh in `test_step.py`,
+one that a run goes on on in `test_run_folder.py`, and two processes in `test_distributed.py`.
 """
 
 import dataclasses
@@ -83,11 +83,8 @@ def test_steps_with_tracked_thresholds(folder):
     np.testing.assert_allclose(results[1].losses, results[0].losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "devices"),
-    [((1, 1, 1), 1), pytest.param((8, 1, 1), 8, marks=pytest.mark.experiment)],
-    ids=str,
-)
+@pytest.mark.experiment
+@pytest.mark.parametrize(("sizes", "devices"), [((1, 1, 1), 1), ((8, 1, 1), 8)], ids=str)
 def test_going_on_elsewhere(folder, saved, sizes, devices):
     run = OnMesh(run_config(folder), MeshConfig(*sizes), devices)
     state = run.restored(folder / "saved")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from rl_runs import Dies, job, rewards, timeless, trajectories
 from rl_tiny import Vowels
 
+from train.cli import main as entry
 from train.cli.calls import text_of
 from train.cli.command import parse
 from train.cli.config_json import as_json
@@ -248,8 +248,8 @@ def test_one_reward_shaping_needs_no_tuple():
     assert RLConfig(reward="overlong(buffer=8)") == RLConfig(reward=OverlongPenalty(8)) == several
 
 
-def test_a_plugin_adds_a_method_in_a_folder_with_a_train_of_its_own(tmp_path: Path):
-    (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
+def test_a_plugin_adds_a_method(tmp_path: Path, monkeypatch, capsys):
+    """In a folder with a train.py of its own: `test_command.py`."""
     (tmp_path / "mine.py").write_text(
         "import dataclasses\n"
         "from typing import ClassVar\n"
@@ -266,21 +266,26 @@ def test_a_plugin_adds_a_method_in_a_folder_with_a_train_of_its_own(tmp_path: Pa
         "    word: ClassVar[str] = 'half'\n"
         "ALLOCATORS['half'] = Half\n"
     )
-    command = [str(Path(sys.executable).with_name("thoughtbubbles")), "rl", "--task", "help"]
+    words = ["--plugin", "mine", "--method", "mine(strength=2)", "--allocator", "half"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["thoughtbubbles", "rl", "--task", "help", *words])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for registry, word in ((METHODS, "mine"), (ALLOCATORS, "half"), (sys.modules, "mine")):
+        monkeypatch.setitem(registry, word, None)  # so that it is taken out again
+    del sys.modules["mine"]
+    try:
+        entry.main()
+    except SystemExit as left:
+        assert not left.code
+    assert "reverse(" in capsys.readouterr().out
+    assert METHODS["mine"] and ALLOCATORS["half"]
 
-    command += ["--plugin", "mine", "--method", "mine(strength=2)", "--allocator", "half"]
-    known = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert known.returncode == 0 and "reverse(" in known.stdout, known.stderr
 
-
-# One with a value head: parts of the others are looked at without a run, test_rl_run runs dapo,
-# test_rl_search deepsearch.
-RUN = [
-    word if word == "ppo" else pytest.param(word, marks=pytest.mark.experiment) for word in EVERY
-]
-
-
-@pytest.mark.parametrize("word", RUN)
+# Here parts are looked at without a run; test_rl_run runs dapo, test_rl_ppo a value head,
+# test_rl_search deepsearch, and the next test the parts of a page. Each method, after a change:
+# `python -m pytest -m experiment tests/test_rl_methods.py`.
+@pytest.mark.experiment
+@pytest.mark.parametrize("word", EVERY)
 def test_a_method_improves_and_goes_on_bit_for_bit_after_a_kill(tmp_path, word):
     """On an easy task, in a few steps; the killed run repeats step 3 and ends as the whole one."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
