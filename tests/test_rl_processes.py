@@ -15,13 +15,15 @@ from rl_runs import job, timeless
 from rl_tiny import MEMGEN, Echo, Vowels
 
 from train.devices.mesh import MeshConfig
+from train.engine.config import EvalConfig
 from train.rl.loop import train
 from train.rl.types import Reward
 
 SEARCH = "tree_search(step_len=1, width=2, probe=1)"
 WEAVER = dataclasses.replace(MEMGEN, trigger=None, max_inference_events=1)
 RUNS: dict[str, dict[str, Any]] = {
-    "responses": {"steps": 3},
+    # As many held-out problems as rollouts of a step: one program.
+    "responses": {"steps": 2, "evaluation": EvalConfig(every=0, rows=32)},
     "turns": {"steps": 2, "strategy": "turns(max_turns=3)"},
     "search": {"steps": 2, "method": "deepsearch", "strategy": SEARCH, "pool": 4},
     "weaver": {"steps": 2, "train": "weaver", "memgen": WEAVER, "mesh": MeshConfig(1, 2)},

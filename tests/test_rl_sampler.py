@@ -250,12 +250,11 @@ def test_every_strategy_makes_the_rollouts_that_were_planned(word):
 @pytest.mark.parametrize(
     ("name", "keep_context", "changes"),
     [
-        ("trigger on the stream", True, {}),
+        pytest.param("trigger on the stream", True, {}, marks=pytest.mark.experiment),
         pytest.param("trigger on forks", True, {}, marks=pytest.mark.experiment),
         # Near temperature 0 the likelier one is drawn, by the program that draws.
         pytest.param(
             *("trigger", False, {"memory": memgen.LearnedInvoke(1e-4, sample=True)}),
-            marks=pytest.mark.experiment,
         ),
     ],
     ids=["stream", "hidden states of forks", "tokens"],
@@ -305,7 +304,7 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
     [
         ("plain", True, {}),
         ("plain", False, {}),
-        ("trigger on the stream", True, {}),
+        pytest.param("trigger on the stream", True, {}, marks=pytest.mark.experiment),
         pytest.param(
             *("weaver", True, {"memory": memgen.RandomInvoke(0.5)}), marks=pytest.mark.experiment
         ),
