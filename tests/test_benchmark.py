@@ -8,13 +8,16 @@ import pytest
 
 from train.benchmarks import hatchling, memgen, timing, training
 from train.benchmarks.training import TrainingBenchmark, main
+from train.devices.mesh import make_mesh
 
 TINY = TrainingBenchmark(
     embed_dim=16, num_layers=1, num_heads=2, vocab_size=32, seq_len=8, repeats=1
 )
 
 
-def test_benchmark_prints_ratios(capsys):
+def test_benchmark_prints_ratios(capsys, monkeypatch):
+    one_device = partial(make_mesh, devices=jax.devices()[:1])  # compiles sooner
+    monkeypatch.setattr(training, "make_mesh", one_device)
     main(TINY)
     shown = capsys.readouterr().out
     assert "forks before (0,)" in shown

@@ -1,6 +1,7 @@
 """The experiments: their tasks are what they say, and their runs can be interrupted."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from tiny import SMALL, quick_model, random_tokens
 from thoughtbubbles import ModelConfig, PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.bubbles import bubble_map
 from thoughtbubbles.forking import candidates_of
+from train.devices.mesh import make_mesh
 from train.experiments import precision, quality, random_bits, study
 from train.experiments.study import Results, by_key, markdown_table, mean_text, read_results
 from train.experiments.tasks import Lookup
@@ -118,6 +120,8 @@ def with_one_fork(variant: Callable[[ModelConfig], ModelConfig]):
 
 @pytest.mark.slow
 def test_quality_runs_are_resumed_and_reported(tmp_path, capsys, monkeypatch):
+    one_device = functools.partial(make_mesh, devices=jax.devices()[:1])  # compiles sooner
+    monkeypatch.setattr(quality, "make_mesh", one_device)
     for name in ("plain", "topk"):
         monkeypatch.setitem(quality.VARIANTS, name, with_one_fork(quality.VARIANTS[name]))
     out = tmp_path / "quality.jsonl"
@@ -156,7 +160,10 @@ def test_an_unknown_variant_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
-    [TopK(1.5), PrefixRank(1.5), pytest.param(Threshold(1.5), marks=pytest.mark.experiment)],
+    [
+        *(pytest.param(policy(1.5), marks=pytest.mark.experiment) for policy in (TopK, Threshold)),
+        PrefixRank(1.5),
+    ],
     ids=str,
 )
 def test_no_causal_policy_beats_a_coin(policy):

@@ -69,7 +69,7 @@ def test_quality_is_resumed_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "interleaved", in_turns)
     out = tmp_path / "quality.jsonl"
     config = quality.HatchlingQuality(
-        arms=("plain", "hatchling", "plain_time"), seeds=(0, 0), embed_dim=8, num_layers=2,
+        arms=("plain", "hatchling", "plain_time"), seeds=(0, 0), embed_dim=8, num_layers=1,
         num_heads=2, steps=2, batch_size=2, seq_len=16, rows=4, out=str(out),
     )  # fmt: skip
     quality.main(config)
@@ -79,7 +79,7 @@ def test_quality_is_resumed_and_reported(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     quality.main(dataclasses.replace(config, report=str(out)))
     table = capsys.readouterr().out
-    assert "2 steps, embed_dim 8, num_layers 2, num_heads 2, batch_size 2, seq_len 16" in table
+    assert "2 steps, embed_dim 8, num_layers 1, num_heads 2, batch_size 2, seq_len 16" in table
     assert "optimizer: name adamw, learning_rate 0.003" in table
     row, of_time = (line.split(" | ") for line in table.splitlines()[-3:-1])
     assert of_time[0] == "| plain_time" and of_time[2] == "160"
