@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import nbclient
 import nbformat
+import optax
 import pytest
 from import_graph import (
     PACKAGES,
@@ -238,10 +239,19 @@ def registries():
 def compiled(monkeypatch: pytest.MonkeyPatch):
     """A model called outside of `jit` is one program, not five hundred: half a minute to compile.
 
+    So is an optimizer.
+
     That its operations one by one give the same is in `test_model_reference.py`.
     """
     call = jax.jit(Thoughtbubbles.__call__)
     monkeypatch.setattr(Thoughtbubbles, "__call__", lambda model, *given: call(model, *given))
+    adam, apply = optax.adam, optax.apply_updates
+
+    def compiled_adam(*options: float) -> optax.GradientTransformation:
+        return optax.GradientTransformation(*map(jax.jit, adam(*options)))
+
+    monkeypatch.setattr(optax, "adam", compiled_adam)
+    monkeypatch.setattr(optax, "apply_updates", jax.jit(apply))
 
 
 # What compiles sooner, where a snippet has it.
