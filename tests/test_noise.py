@@ -94,27 +94,31 @@ def test_scale_one_draws_in_proportion_to_scores():
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / rows)
 
 
-def test_the_noise_of_a_step_is_its_own_and_the_same_on_any_mesh():
+def losses_of_steps(sizes: tuple[int, ...] = (1, 1, 1), devices: int = 1) -> np.ndarray:
+    """Losses of three steps on the same rows, in which nothing is learned."""
     rows = np.random.default_rng(1).integers(0, 32, (16, 13), dtype=np.int32)
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+    optimizer = OptimizerConfig(learning_rate=1e-30)  # so that only noise differs by step
+    small = {"num_layers": 1, "fork_layers": (0,), "vocab_size": 32}  # divides over the mesh
+    config = dataclasses.replace(NOISY, **small)
+    trainable = make_trainable(config, optimizer, steps=10, mesh=mesh)
+    step, state = make_train_step(trainable), trainable.init()
+    before, found = jax.tree.map(np.array, state.weights), []
+    for _ in range(3):
+        state, metrics = step(state, place(rows, mesh))
+        found.append(float(metrics["loss"]))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.weights, before)
+    assert max(jax.tree.leaves(moved)) < 1e-25
+    return np.array(found)
 
-    def losses(sizes, devices):
-        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
-        optimizer = OptimizerConfig(learning_rate=1e-30)  # so that only noise differs by step
-        small = {"num_layers": 1, "fork_layers": (0,), "vocab_size": 32}  # divides over the mesh
-        config = dataclasses.replace(NOISY, **small)
-        trainable = make_trainable(config, optimizer, steps=10, mesh=mesh)
-        step, state = make_train_step(trainable), trainable.init()
-        before, found = jax.tree.map(np.array, state.weights), []
-        for _ in range(3):
-            state, metrics = step(state, place(rows, mesh))
-            found.append(float(metrics["loss"]))
-        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.weights, before)
-        assert max(jax.tree.leaves(moved)) < 1e-25
-        return np.array(found)
 
-    alone = losses((1, 1, 1), 1)
-    assert np.ptp(alone) > 1e-5
-    np.testing.assert_allclose(losses((2, 2, 2), 8), alone, rtol=1e-6)
+def test_the_noise_of_a_step_is_its_own():
+    assert np.ptp(losses_of_steps()) > 1e-5
+
+
+@pytest.mark.experiment  # `python -m pytest -m experiment tests/test_noise.py`
+def test_the_noise_of_a_step_is_the_same_on_any_mesh():
+    np.testing.assert_allclose(losses_of_steps((2, 2, 2), 8), losses_of_steps(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("noise", [-1.0, math.nan, math.inf])

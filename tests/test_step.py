@@ -123,6 +123,7 @@ def test_large_model_settings_train(one_device):
     np.testing.assert_allclose(losses, one_device[1], rtol=5e-3)
 
 
+@pytest.mark.experiment  # the mesh above has parts too
 def test_accumulation_has_the_true_denominator(one_device):
     """Rows have unequal numbers of targets: a mean of means would differ."""
     _, losses, params, _ = run_steps(devices=1, accumulate=4)
