@@ -127,6 +127,7 @@ def test_a_truncated_gradient_is_that_of_segments_after_constant_states(config):
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.experiment  # through a carried state: test_hatchling.py
 def test_a_gradient_that_is_cut_nowhere_is_that_of_the_whole_row():
     rows = np.random.default_rng(6).integers(11, size=(2, 18)).astype(np.int32)
     gradient = {

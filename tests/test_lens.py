@@ -37,7 +37,11 @@ def model_of(kind: str) -> Any:
     return quick_model({"forking": SMALL, "plain": PLAIN}[kind])
 
 
-KINDS = ("forking", "plain", "hatchling", "forking hatchling")
+# `python -m pytest -m experiment tests/test_lens.py`: the third goes the way of the others.
+KINDS = [
+    *("forking", "plain", "forking hatchling"),
+    pytest.param("hatchling", marks=pytest.mark.experiment),
+]
 
 
 def everything(model, tokens, mask):

@@ -59,6 +59,11 @@ def rounded_params(model: Thoughtbubbles) -> dict:
     return jax.tree_util.tree_map_with_path(change, params)
 
 
+# Eager in the first test of a whole model: here one program in place of fifty.
+quantised = jax.jit(quantise)
+decoding = jax.jit(Thoughtbubbles.for_decoding)
+
+
 @jax.jit
 def logits_of(model, tokens):
     return model(tokens)
@@ -99,7 +104,7 @@ def test_a_model_is_that_of_rounded_weights():
 
 def test_a_tied_table_embeds_and_unembeds():
     model = quick_model(dataclasses.replace(CONFIG, tied_head=True))
-    small, table = quantise(model), rounded(np.asarray(model.embed[...]).T)
+    small, table = quantised(model), rounded(np.asarray(model.embed[...]).T)
     assert small.head is None
     found = small.embed_tokens(jnp.asarray([3, 0, VOCAB]))
     np.testing.assert_allclose(found[:2], table.T[[3, 0]], atol=1e-6)
@@ -110,13 +115,13 @@ def test_a_tied_table_embeds_and_unembeds():
 
 def test_cached_generation_is_that_of_whole_rows():
     """Each new token is the most probable one after the tokens before it, in a pass over all."""
-    small = quantise(quick_model(CONFIG))
+    small = quantised(quick_model(CONFIG))
     prompts = [[1, 2, 3], [4, 5, 6]]
     texts = generate(small, prompts, 6)
     rows = jnp.asarray([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
     assert texts == logits_of(small, rows)[:, 2:-1].argmax(axis=-1).tolist()
-    other_way = quantise(quick_model(CONFIG).for_decoding())
-    jax.tree.map(np.testing.assert_array_equal, small.for_decoding(), other_way)
+    other_way = quantised(decoding(quick_model(CONFIG)))
+    jax.tree.map(np.testing.assert_array_equal, decoding(small), other_way)
 
 
 def test_adapters_stand_beside_it():

@@ -103,9 +103,8 @@ def test_the_output_is_that_of_the_pretrained_model(options: dict):
     assert np.abs(opened - before).max() > 0.01  # and they matter once the gate is open
 
 
-@pytest.mark.parametrize(
-    "options", [FORKS[1], pytest.param(FORKS[3], marks=pytest.mark.experiment)], ids=str
-)
+@pytest.mark.experiment  # a cache and scores: test_cache.py; gates: above
+@pytest.mark.parametrize("options", [FORKS[1], FORKS[3]], ids=str)
 def test_the_output_from_a_cache_is_that_of_the_pretrained_model(options: dict):
     before = np.asarray(logits_of(quick_model(PLAIN, SEED), TOKENS))
     model = retrofitted(**options)

@@ -154,21 +154,25 @@ def test_as_many_optimizer_steps_whatever_the_number_of_rollouts(tmp_path, probl
     assert seen == [held] * 16
 
 
+def collect(out: Path, max_rows: int) -> tuple[Any, int]:
+    made = job(out, "grpo", num_generations=16, batch_size=2, max_rows=max_rows)
+    sampler = made.sampler(made.first_state().weights)
+    return made.collector.collect(sampler), sampler.prefills
+
+
+@pytest.mark.experiment  # `python -m pytest -m experiment tests/test_rl_brorl.py`
+def test_a_sub_batch_of_two_problems_has_a_prefill_of_its_own(tmp_path):
+    assert collect(tmp_path, 3)[1] == 4, "twice where a sub-batch holds two problems"
+
+
 def test_hundreds_of_rollouts_share_one_prefill(tmp_path):
     """Sub-batches of 4 rows; texts are those of one batch of all 32."""
-
-    def collect(max_rows: int) -> tuple[Any, int]:
-        made = job(tmp_path, "grpo", num_generations=16, batch_size=2, max_rows=max_rows)
-        sampler = made.sampler(made.first_state().weights)
-        return made.collector.collect(sampler), sampler.prefills
-
-    (together, once), (parts, shared) = collect(32), collect(4)
+    (together, once), (parts, shared) = (collect(tmp_path, rows) for rows in (32, 4))
     assert (once, shared) == (2, 2)
     assert [row.texts for row in parts.drawn] == [row.texts for row in together.drawn]
     for a, b in zip(parts.drawn, together.drawn, strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-5)
     assert len(Episodes.from_trajectories(parts.drawn).rows) == 32
-    assert collect(3)[1] == 4, "twice where a sub-batch holds two problems"
 
 
 def test_rows_that_are_taken_share_no_buffer_with_what_is_kept():
