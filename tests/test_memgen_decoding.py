@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, MemGenConfig, Any]] = {
     "forks by threshold": ("one fork by threshold", CONFIG, AlwaysInvoke()),
 }
 CONVERSED = ("one block, always",)  # teacher forcing: test_memgen_io
-# Which policy forks is nothing to a response; latents of one pass: `test_memgen_weaver.py`.
+# Which policy forks is nothing to a response; latents of one pass: `test_rl_sampler.py`.
 # Both run by `python -m pytest -m experiment tests/test_memgen_decoding.py`.
 OTHERS = ("forks by threshold", "plain, one pass, trigger on hidden states")
 NAMES = [
