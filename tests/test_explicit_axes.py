@@ -189,6 +189,7 @@ def test_logits_that_mix_predictions_and_limits_of_large_passes(monkeypatch):
         (head, "SMALLEST_CHUNK", 16),
         (attention, "LARGEST_WEIGHTS", 0),
         (attention, "LARGEST_TILE", 2**10),
+        (attention, "SMALLEST_TILE", 1),
         (forking, "LARGEST_MEMBERSHIP", 0),
     ):
         monkeypatch.setattr(module, name, limit)

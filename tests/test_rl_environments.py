@@ -14,6 +14,7 @@ from rl_tiny import language_model
 
 from train.data import ByteTokenizer
 from train.experiments import environments as table
+from train.experiments.study import read_results
 from train.rl.environments import ENVIRONMENTS
 from train.rl.environments.bm25 import BM25Index
 from train.rl.environments.expressions import evaluate, number_text
@@ -534,6 +535,30 @@ def test_the_experiment_plays_what_is_missing(tmp_path, capsys):
     table.main(table.Experiment(report=out))
     printed = capsys.readouterr().out
     assert "| `hanoi(disks=2)` | scripted | 0 1 | 1.000 ± 0.000 |" in printed
+    scores = {"success": 0.5, "success_error": 0.1, "reward": 0.4, "turns": 3.0}
+    costs = {"rollouts": 640, "tokens": 12_800, "updates": 9, "cpu_seconds": 61.0}
+    arm = {"environment": "hanoi", "player": "grpo", "episodes": 3, **dict.fromkeys(table.SIZES, 8)}
+    runs = [arm | scores | costs | {"seed": 0, "steps": steps} for steps in (10, 20)]
+    first, second = table.report(runs).splitlines()[2:]
+    assert first == (
+        "| `hanoi` | `grpo`, steps 10 | 0 | 0.500 ± 0.100 | 0.400 | 3.00 | 640 | 12,800 | 9 | 61 |"
+    )
+    assert "steps 20" in second
+
+
+@pytest.mark.experiment
+def test_the_experiment_trains_what_is_missing(tmp_path, capsys):
+    """`python -m pytest -m experiment tests/test_rl_environments.py`, a minute."""
+    config = table.Experiment(
+        environments=("guess_number",), episodes=8, arms=("grpo",), supervised=1, steps=1,
+        batch_size=2, num_generations=2, out=str(tmp_path / "scores.jsonl"),
+    )  # fmt: skip
+    for players in (["random", "scripted", "before", "grpo"], []):
+        table.main(config)
+        said = [line for line in capsys.readouterr().out.splitlines() if ", seed 0: " in line]
+        assert [line.split(", ")[1] for line in said] == players
+    trained = read_results(config.out)[-1]
+    assert trained["rollouts"] == 4 and trained["tokens"] > 0 and trained["cpu_seconds"] > 0
 
 
 def test_a_trained_player_has_seen_actions_of_the_random_one():

@@ -35,6 +35,7 @@ LIMITS = {
     (head, "SMALLEST_CHUNK"): 16,
     (attention, "LARGEST_WEIGHTS"): 0,
     (attention, "LARGEST_TILE"): 5000,
+    (attention, "SMALLEST_TILE"): 1,
     (forking, "LARGEST_MEMBERSHIP"): 0,
 }
 
@@ -212,6 +213,7 @@ def test_large_attention_keeps_no_weights(monkeypatch):
     for limit, tile in ((2**60, 2**60), (0, 2**60), (0, 2**14)):
         monkeypatch.setattr(attention, "LARGEST_WEIGHTS", limit)
         monkeypatch.setattr(attention, "LARGEST_TILE", tile)
+        monkeypatch.setattr(attention, "SMALLEST_TILE", 4)
         program = jax.jit(jax.grad(lambda *args: layers(*args), (0, 1, 2))).lower(x, x, x)
         compiled: Any = program.compile()
         needed.append(compiled.memory_analysis().temp_size_in_bytes)

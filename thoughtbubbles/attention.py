@@ -25,7 +25,9 @@ LARGEST_WEIGHTS = 2**25
 """Bytes of float32 weights of one call of `attend`, over all devices, above which the backward pass
 computes them again; of `attend_cached`, above which they are taken in tiles."""
 LARGEST_TILE = 2**26
-"""Bytes of such weights of one block of `attend` above which its queries are taken in tiles."""
+"""Bytes of such weights, over all devices, of one block of `attend` above which its queries are
+taken in tiles, of `SMALLEST_TILE` or more."""
+SMALLEST_TILE = 64
 FEWEST_TILED = 16
 QUERY_TILE, KEY_TILE = 256, 512
 
@@ -284,7 +286,7 @@ def _attend_blocks(*arrays):
 
 
 def _in_tiles(query, key, value, bias, last):
-    """`_attend_normalised` of a block."""
+    """`_attend_normalised` of a block, tile by tile where its weights are large."""
     tiles, queries = _tiles(query, key), query.shape[3]
     if tiles == 1:
         return _attend_normalised(query, key, value, bias, last)
@@ -295,12 +297,12 @@ def _in_tiles(query, key, value, bias, last):
 
 def _tiles(query, key):
     """Number of tiles that the queries of a block are taken in."""
-    size = 4 * math.prod(query.shape[:4]) * key.shape[2]
-    return min(query.shape[3], max(1, math.ceil(size / LARGEST_TILE)))
+    of_query = 4 * math.prod(query.shape[:3]) * key.shape[2]
+    return math.ceil(query.shape[3] / max(SMALLEST_TILE, LARGEST_TILE // of_query))
 
 
 def _cut(values, tiles, axis=3, fill=0):
-    """Values of each tile, tiles first; the last ones are padded."""
+    """Values of each tile, tiles first; the last one is padded."""
     size = math.ceil(values.shape[axis] / tiles)
     padding = tiles * size - values.shape[axis]
     widths = [(0, padding if i == axis else 0) for i in range(values.ndim)]

@@ -120,7 +120,7 @@ def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result,
         for run in results.missing(common | untrained | {"player": name} for name in PLAYERS):
             name = run["player"]
             score = score_player(environment, name, config.episodes, seed, "train")
-            yield found(run, score)
+            yield scored(run, score)
         if not config.arms:
             continue
         before = common | shown | {"player": BEFORE}
@@ -129,16 +129,16 @@ def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result,
             continue
         start = shown_episodes(config, text, environment, seed)
         if before not in results:
-            yield found(before, sampled_score(start, config.episodes))
+            yield scored(before, sampled_score(start, config.episodes))
         for run in runs:
             job, cost = trained(config, text, environment, start.lm, seed, run["player"])
-            yield found(run | cost, sampled_score(job, config.episodes))
+            yield scored(run | cost, sampled_score(job, config.episodes))
 
 
-def found(run: Result, score: Score) -> tuple[Result, str]:
+def scored(run: Result, score: Score) -> tuple[Result, str]:
     """A player's result with its score, and a line that says it."""
     return (
-        run | dataclasses.asdict(score),
+        dataclasses.asdict(score) | run,
         f"{run['environment']}, {run['player']}, seed {run['seed']}: success {score.success:.3f} ± "
         f"{score.success_error:.3f}, reward {score.reward:.3f}, {score.turns:.2f} turns",
     )
@@ -147,14 +147,19 @@ def found(run: Result, score: Score) -> tuple[Result, str]:
 def report(results: list[Result]) -> str:
     """A markdown table: means over seeds ± their standard error.
 
-    The error of a single seed's success is that of the mean over its episodes.
+    The error of a single seed's success is that of the mean over its episodes. Options that differ
+    between rows are named beside the player.
     """
     head = (
-        "environment, player, seeds, success, reward, turns, rollouts, tokens, steps, CPU-seconds"
+        "environment, player, seeds, success, reward, turns, rollouts, tokens, updates, CPU-seconds"
     )
+    options = ("episodes", *SIZES)
+    differ = [name for name in options if len({run[name] for run in results} - {None}) > 1]
     rows = []
-    for names, runs in by_key(results, *(name for name in KEY if name != "seed")).items():
-        environment, player = names[:2]
+    for (environment, player, *_), runs in by_key(
+        results, "environment", "player", *options
+    ).items():
+        shown = [f"{name} {runs[0][name]}" for name in differ if runs[0][name] is not None]
         success = mean_text([run["success"] for run in runs], 3)
         if len(runs) == 1:
             success += f" ± {runs[0]['success_error']:.3f}"
@@ -163,7 +168,7 @@ def report(results: list[Result]) -> str:
         rows.append(
             (
                 f"`{environment}`",
-                f"`{player}`" if learned else player,
+                ", ".join([f"`{player}`" if learned else player, *shown]),
                 seeds_text(runs),
                 success,
                 mean_text([run["reward"] for run in runs], 3),
