@@ -11,19 +11,21 @@ from train.data.chat_templates import chat_examples
 from train.data.json_lines import read_json_lines
 from train.data.verbalise import answer_in, verbalise
 from train.devices.mesh import MeshConfig, make_mesh
+from train.experiments import prompt_study
 from train.experiments import sokoban_prompts as study
 from train.finetuning.battery import BatteryConfig
 from train.rl.environments.sokoban_levels import Level, solve
 from train.rl.environments.sokoban_variants import STEPS
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results/sokoban_prompts.jsonl"
+GAME = study.GAME
 WORDS = study.tokenizer()
 
 
 def test_texts_of_all_variants_are_read_back():
     """What is decoded is encoded to the same ids, which the battery's next prompts rely on."""
-    environments = BatteryConfig(f"{study.TASK})", study.VARIANTS).environments()
-    assert WORDS.vocab_size <= study.MODEL.vocab_size
+    environments = BatteryConfig(f"{study.TASK})", GAME.variants).environments()
+    assert WORDS.vocab_size <= GAME.model.vocab_size
     for environment in environments.values():
         for shown in environment.demonstrations("test", 3):
             response = verbalise(shown.trace, "both")
@@ -63,15 +65,19 @@ def test_arms_differ_in_names_and_thoughts_and_are_reported(tmp_path, monkeypatc
     """Nothing is trained here; what is finished is not done again."""
     data = {}
     score = {"success": 0.25, "validity": 0.5}
-    monkeypatch.setattr(study, "pretrained", lambda config, seed: tmp_path / "base")
-    monkeypatch.setattr(study, "_sft", lambda base, file, *_, **__: data.update({file: read(file)}))
-    found = dict.fromkeys(study.VARIANTS, score)
-    monkeypatch.setattr(study, "played", lambda out, battery: found)
-    monkeypatch.setattr(study, "validities", lambda out: {"1": dict.fromkeys(study.EARLY, 0.75)})
+    sft = lambda game, base, file, *_, **__: data.update({file: read(file)})  # noqa: E731
+    early = {"1": dict.fromkeys(GAME.early, 0.75)}
+    for name, value in (
+        ("pretrained", lambda config, game, seed: tmp_path / "base"),
+        ("sft", sft),
+        ("played", lambda out, battery: dict.fromkeys(GAME.variants, score)),
+        ("validities", lambda out, variants: early),
+    ):
+        monkeypatch.setattr(prompt_study, name, value)
     config = study.SokobanPrompts(**TINY, out=str(tmp_path / "found.jsonl"))
     study.main(config)
-    assert len(data) == len(study.ARMS) == 6
-    for arm, records in zip(study.ARMS, data.values(), strict=True):
+    assert len(data) == len(prompt_study.ARMS) == 6
+    for arm, records in zip(prompt_study.ARMS, data.values(), strict=True):
         names = {tuple(record["names"].values()) for record in records}
         assert (len(names) > 30) == arm.endswith("diverse") and len(records) == 40
         assert ((tuple(STEPS),) == tuple(names)) == arm.endswith("frozen")
@@ -87,9 +93,9 @@ def test_arms_differ_in_names_and_thoughts_and_are_reported(tmp_path, monkeypatc
     capsys.readouterr()
     study.main(dataclasses.replace(config, report=config.out))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| answers, frozen | " + "0.25 | " * len(study.COLUMNS) + "0 |"
+    assert lines[2] == "| answers, frozen | " + "0.25 | " * len(GAME.columns) + "0 |"
     assert lines[3].startswith("| answers, frozen: paper | .98 | 0 |  |")
-    assert lines[15] == "| answers, frozen | " + "0.50 | " * len(study.COLUMNS) + "0 |"
+    assert lines[15] == "| answers, frozen | " + "0.50 | " * len(GAME.columns) + "0 |"
     assert lines[-1] == "| thoughts alone, diverse | 1 | 0.75 | 0.75 | 0.75 |"
 
 
@@ -101,9 +107,10 @@ def read(file):
 def test_the_chain_runs_to_its_end(tmp_path, monkeypatch):
     """Base, one arm, and its battery on one board, through the commands' own functions."""
     monkeypatch.setattr("train.finetuning.job.make_mesh", lambda config: one_device())
-    model = ModelConfig(study.MODEL.vocab_size, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32)
-    for name, value in (("MODEL", model), ("BATCH", 2), ("VARIANTS", ("id",)), ("EARLY", ("id",))):
-        monkeypatch.setattr(study, name, value)
+    model = ModelConfig(GAME.model.vocab_size, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32)
+    tiny = dataclasses.replace(GAME, model=model, columns={"ID": ("id",)}, early=("id",))
+    monkeypatch.setattr(study, "GAME", tiny)
+    monkeypatch.setattr(prompt_study, "BATCH", 2)
     config = study.SokobanPrompts(
         arms=("answers, frozen",), **TINY, runs=str(tmp_path), out=str(tmp_path / "found.jsonl")
     )
@@ -129,4 +136,4 @@ def test_results_on_file_show_the_frozen_prompt():
     frozen = found["answers, frozen"]
     assert frozen["held_out"]["validity"] < 0.5 and frozen["fake"]["success"] > 0.3
     assert all(scores["fake"]["success"] < 0.1 for arm, scores in found.items() if "though" in arm)
-    assert study.report(read(RESULTS)).count("paper") == 4
+    assert prompt_study.report(read(RESULTS), GAME).count("paper") == 4

@@ -21,7 +21,7 @@ from train.rl.named_tasks import make_task
 from train.rl.rollout.formatter import PromptFormatter, has_chat_template
 from train.rl.rollout.sampler import Sampler, Sampling
 from train.rl.rollout.strategies import Turns
-from train.rl.types import Episodes, Trajectory
+from train.rl.types import Episodes, Split, Trajectory
 
 _LONGEST_PROMPT = 10_000  # tokens of an observation, none of which is cut
 
@@ -126,7 +126,11 @@ def formatter_for(lm: LanguageModel, config: BatteryConfig) -> PromptFormatter:
 
 
 def play_battery(
-    policy: MemGen, lm: LanguageModel, config: BatteryConfig, mesh: Mesh
+    policy: MemGen,
+    lm: LanguageModel,
+    config: BatteryConfig,
+    mesh: Mesh,
+    split: Split = "test",
 ) -> dict[str, VariantScore]:
     """Scores of a policy on each variant, its answers greedy, each to the present prompt alone.
 
@@ -135,6 +139,7 @@ def play_battery(
         lm: Language model whose tokenizer is used.
         config: Variants and limits.
         mesh: Mesh whose devices share the rows.
+        split: Split of the problems; those of training tell what was memorised from what is found.
 
     Raises:
         ValueError: The config or an environment has a mistake.
@@ -153,7 +158,7 @@ def play_battery(
     )
     found = {}
     for name, environment in config.environments().items():
-        problems = [environment.problem("test", index) for index in range(config.episodes)]
+        problems = [environment.problem(split, index) for index in range(config.episodes)]
         strategy = turns.for_task(environment)
         counts = [1] * len(problems)
         found[name] = _score(

@@ -1,0 +1,311 @@
+"""Studies of tuning on one game: does a small model still read what its prompt calls things?
+
+After "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), from random parameters. A small
+decoder first learns what a language model knows already (the base); then an adapter is tuned on
+demonstrations, whose prompts always show the same names (frozen) or others each time (diverse), and
+plays the battery. An experiment is a `PromptGame` and an order of options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from memgen import LoRAConfig
+from thoughtbubbles import ModelConfig, Thoughtbubbles
+from thoughtbubbles.pretrained import save_pretrained
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.benchmarks.timing import Clock
+from train.data.chat_data import ChatDataConfig
+from train.data.verbalise import Form
+from train.devices.mesh import MeshConfig, make_mesh
+from train.engine.config import EvalConfig
+from train.engine.loop import run as run_job
+from train.engine.optim import OptimizerConfig
+from train.experiments.study import (
+    Result,
+    Results,
+    StudyConfig,
+    by_key,
+    check_finished,
+    check_names,
+    markdown_table,
+    mean_text,
+    run_study,
+    seeds_text,
+)
+from train.finetuning.battery import BatteryConfig, instructed, play_battery
+from train.finetuning.demonstrations import demonstration_records, write_records
+from train.finetuning.job import SFTConfig, SFTJob
+from train.models.finetunable import FinetunableModel
+from train.models.load import load_named
+from train.rl.learning.policy import sampler_of
+from train.rl.types import Split
+from train.runs.metrics import read_metrics
+
+KEY = ("arm", "base_states", "base_steps", "states", "steps", "episodes", "seed")
+END = "<end>"
+CHAT = (
+    "{% for message in messages %}{{ message['content'] }}"
+    f"{{% if message['role'] == 'assistant' %}}{END}{{% else %}} {{% endif %}}{{% endfor %}}"
+)
+"""Chat template of tokenizers whose tokens are words: a turn ends in `END`."""
+
+ARMS: dict[str, tuple[str, Form]] = {
+    "answers, frozen": ("id", "answer"),
+    "answers, diverse": ("diverse", "answer"),
+    "thoughts, frozen": ("id", "both"),
+    "thoughts, diverse": ("diverse", "both"),
+    "thoughts alone, frozen": ("id", "thoughts"),
+    "thoughts alone, diverse": ("diverse", "thoughts"),
+}
+"""Variant and form of each arm's demonstrations; thoughts alone end in the answer."""
+
+PRETRAINING = OptimizerConfig("muon", learning_rate=1e-2, weight_decay=0.0)
+TUNING = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
+LORA = LoRAConfig(rank=16, targets=("q", "k", "v", "o", "up", "down"))
+BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptStudy(StudyConfig):
+    """Options of a study of one game.
+
+    Attributes:
+        arms: Arms by name, all by default.
+        base_states: Number of states in the conversations that the decoder first learns from.
+        base_steps: Number of training steps in which it does.
+        states: Number of states that each arm is tuned on.
+        steps: Number of tuning steps of each arm.
+        episodes: Number of held-out problems of each variant.
+        runs: Folder for data and models; a run found there is continued.
+    """
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    base_states: int = 24_000
+    base_steps: int = 1200
+    states: int = 4000
+    steps: int = 600
+    episodes: int = 100
+    runs: str = "runs/prompt_study"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_names("arm", self.arms, ARMS)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptGame:
+    """A game whose prompt is an instruction, and how it is learned and reported.
+
+    Attributes:
+        task: Environment with options, up to the closing bracket.
+        early: Variants whose first answers are scored during tuning too.
+        columns: Variants of each column of the tables, means over several.
+        paper: The paper's success by arm and column, as it is printed.
+        model: Decoder.
+        tokenizer: Tokenizer whose tokens are words.
+        base_records: Conversations of the base: their number and a seed.
+        seq_len: Greatest number of targets of a row.
+        max_new_tokens: Longest response, in tokens.
+        play_training: Whether training problems of each variant are played too.
+    """
+
+    task: str
+    early: tuple[str, ...]
+    columns: Mapping[str, tuple[str, ...]]
+    paper: Mapping[str, Mapping[str, str]]
+    model: ModelConfig
+    tokenizer: Callable[[], PretrainedTokenizer]
+    base_records: Callable[[int, int], Iterator[dict[str, Any]]]
+    seq_len: int
+    max_new_tokens: int
+    play_training: bool = False
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Variants of all columns."""
+        return tuple(itertools.chain(*self.columns.values()))
+
+
+def run_game(config: PromptStudy, game: PromptGame) -> None:
+    """Tune what is missing, or print the tables.
+
+    Args:
+        config: Options.
+        game: The game.
+    """
+    run_study(
+        config,
+        KEY,
+        lambda config, results: train_missing(config, game, results),
+        lambda results: report(results, game),
+    )
+
+
+def train_missing(
+    config: PromptStudy, game: PromptGame, results: Results
+) -> Iterator[tuple[Result, str]]:
+    """Scores of the missing arms; those of a seed begin with the same decoder."""
+    fixed = {name: getattr(config, name) for name in KEY[1:-1]}
+    runs = results.missing(
+        {"arm": arm, **fixed, "seed": seed} for seed in config.seeds for arm in config.arms
+    )
+    for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
+        clock = Clock()
+        base = pretrained(config, game, seed)
+        base_cost = clock.read()
+        for run in of_seed:
+            clock = Clock()
+            found = tuned(config, game, run["arm"], base, seed)
+            result = run | found | {"jax": jax.__version__}
+            result |= {"base_cost": base_cost._asdict(), "cost": clock.read()._asdict()}
+            shown = ", ".join(f"{name} {cell(score)}" for name, score in found["scores"].items())
+            yield result, f"{run['arm']} seed {seed}: {shown}"
+
+
+def pretrained(config: PromptStudy, game: PromptGame, seed: int) -> Path:
+    """Run folder of the decoder that all arms of a seed begin with."""
+    folder = Path(config.runs) / f"seed_{seed}"
+    fresh = folder / "fresh"
+    if not fresh.exists():
+        words = game.tokenizer()
+        params = nnx.to_pure_dict(nnx.state(Thoughtbubbles(game.model, rngs=nnx.Rngs(seed))))
+        save_pretrained(fresh, game.model, params, words, format="thoughtbubbles")
+    data = folder / f"base_{config.base_states}.jsonl"
+    if not data.exists():
+        write_records(data, game.base_records(config.base_states, seed))
+    out = folder / f"base_{config.base_states}_{config.base_steps}"
+    sft(game, fresh, data, out, config.base_steps, seed, train="all", optimizer=PRETRAINING)
+    return out
+
+
+def tuned(
+    config: PromptStudy, game: PromptGame, arm: str, base: Path, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Scores of an arm on each variant, and those of its first answers during tuning, by step.
+
+    Returns:
+        `scores` on held-out problems, `trained` on training problems if the game plays them, and
+        `early`.
+    """
+    variant, form = ARMS[arm]
+    stem = f"{base.name}_{arm.replace(', ', '_')}_{config.states}"
+    data, out = base.with_name(f"{stem}.jsonl"), base.with_name(f"{stem}_{config.steps}")
+    if not data.exists():
+        shown = instructed(f"{game.task}, variant='{variant}')", seed)
+        write_records(data, demonstration_records(shown, "train", config.states, 1, form))
+    battery = BatteryConfig(
+        f"{game.task})",
+        game.variants,
+        config.episodes,
+        max_new_tokens=game.max_new_tokens,
+        max_rows=128,
+    )
+    early = dataclasses.replace(battery, variants=game.early, max_turns=1)
+    sft(game, base, data, out, config.steps, seed, train="lora", optimizer=TUNING, battery=early)
+    found = {"scores": played(out, battery), "early": validities(out, game.early)}
+    if game.play_training:
+        found["trained"] = played(out, battery, "train")
+    return found
+
+
+def played(
+    run_folder: Path, battery: BatteryConfig, split: Split = "test"
+) -> dict[str, dict[str, float]]:
+    """Scores of a tuned model on each variant, as the command `battery` finds them."""
+    lm = load_named(str(run_folder), None)
+    policy = sampler_of(FinetunableModel.whole(lm.model))
+    found = play_battery(policy, lm, battery, make_mesh(MeshConfig(), jax.devices()[:1]), split)
+    return {name: dataclasses.asdict(each) for name, each in found.items()}
+
+
+def validities(out: Path, early: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Validity of first answers on each variant of `early`, by step of a tuning run."""
+    return {
+        str(line["step"]): {name: line[f"eval/battery/{name}/validity"] for name in early}
+        for line in read_metrics(out)
+        if f"eval/battery/{early[0]}/validity" in line
+    }
+
+
+def sft(
+    game: PromptGame, weights: Path, data: Path, out: Path, steps: int, seed: int, **options: Any
+) -> None:
+    """Train on conversations, as the command `sft` does, or go on with it.
+
+    Args:
+        game: The game.
+        weights: Folder of the weights that training begins with.
+        data: File of conversations.
+        out: Run folder.
+        steps: Number of steps.
+        seed: Seed of the run and of the order of rows.
+        options: More options of `SFTConfig`; with a `battery` it is played eight times.
+    """
+    config = SFTConfig(
+        weights=str(weights),
+        data=ChatDataConfig(path=(str(data),), seq_len=game.seq_len, seed=seed),
+        lora=LORA,
+        steps=steps,
+        batch_size=BATCH,
+        evaluation=EvalConfig(every=max(steps // 8, 1) if "battery" in options else 0),
+        save_every=500,
+        seed=seed,
+        out=str(out),
+        **options,
+    )
+    run_job(lambda: SFTJob(config), config)
+    check_finished(out, steps)
+
+
+def cell(score: Mapping[str, float]) -> str:
+    """Success and validity of a variant."""
+    return f"{score['success']:.2f}/{score['validity']:.2f}"
+
+
+def report(results: list[Result], game: PromptGame) -> str:
+    """Markdown tables of success, beside the paper's, of validity, and of validity during tuning.
+
+    Means over seeds with standard errors; runs of other options have rows of their own, which say
+    so.
+    """
+    groups = by_key(results, *KEY[:-1])
+    several = len({how[1:] for how in groups}) > 1
+    lines = []
+    measures = {"success": ("scores", "success"), "validity": ("scores", "validity")}
+    if all("trained" in run for run in results):
+        measures["success, training problems"] = ("trained", "success")
+        measures["validity, training problems"] = ("trained", "validity")
+    for title, (which, measure) in measures.items():
+        rows = []
+        for (arm, *how), runs in groups.items():
+            options = zip(KEY[1:-1], how, strict=True)
+            note = f" ({', '.join(f'{name} {value}' for name, value in options)})" * several
+            cells = [
+                mean_text([_mean(run[which], of, measure) for run in runs], 2)
+                for of in game.columns.values()
+            ]
+            rows.append((f"{arm}{note}", *cells, seeds_text(runs)))
+            if title == "success" and arm in game.paper and not several:
+                cells = [game.paper[arm].get(name, "") for name in game.columns]
+                rows.append((f"{arm}: paper", *cells, ""))
+        lines += [*markdown_table((title, *game.columns, "seeds"), rows), ""]
+    rows = [
+        (arm, step, *(mean_text([run["early"][step][of] for run in runs], 2) for of in game.early))
+        for (arm, *_), runs in groups.items()
+        for step in runs[0]["early"]
+    ]
+    lines += markdown_table(("validity of first answers", "step", *game.early), rows)
+    return "\n".join(lines)
+
+
+def _mean(scores: Mapping[str, Any], of: Sequence[str], measure: str) -> float:
+    return float(np.mean([scores[name][measure] for name in of]))
