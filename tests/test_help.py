@@ -54,6 +54,7 @@ CONFIGS = {
     "experiment visual_priors": "train.experiments.visual_priors.VisualPriors",
     "experiment frozen_prompts": "train.experiments.frozen_prompts.FrozenPrompts",
     "experiment sokoban_prompts": "train.experiments.sokoban_prompts.SokobanPrompts",
+    "experiment points_prompts": "train.experiments.points_prompts.PointsPrompts",
     "experiment memory": "train.experiments.memory.Experiment",
     "experiment reinforce": "train.experiments.reinforce.Experiment",
     "experiment environments": "train.experiments.environments.Experiment",

@@ -39,6 +39,7 @@ EXPERIMENTS = {
     "visual_priors": "what a frozen model makes of images, by the text that it learned from",
     "frozen_prompts": "whether a tuned model still reads what its prompt calls things",
     "sokoban_prompts": "the same on Sokoban: demonstrations, sft, battery, four arms side by side",
+    "points_prompts": "the same on General Points, also on hands of training numbers",
     "memory": "MemGen against a LoRA, soft prompts and pause tokens",
     "reinforce": "RL methods on string tasks, against supervised tuning",
     "environments": "scores of the random and the scripted player of each environment",

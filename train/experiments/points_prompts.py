@@ -1,0 +1,221 @@
+"""Does a small model that was tuned on General Points still read what its prompt says faces count?
+
+python -m train.experiments.points_prompts --out points_prompts.jsonl
+python -m train.experiments.points_prompts --report points_prompts.jsonl
+
+The second game of "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), from random
+parameters, as `sokoban_prompts`. A decoder of 0.4 M parameters first learns what a language model
+knows already: to look up what a prompt says J, Q and K count, to write what cards count, and to
+make 24 of four numbers, which no prompt says the faces of. Then an adapter is tuned on answers, on
+thoughts with an answer, or on thoughts alone, where all faces count 10 (frozen) or one of six maps
+is drawn (diverse), and plays hands whose numbers are held out, and hands of training numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from thoughtbubbles import ModelConfig
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+from train.cli.command import run_command
+from train.data.semantic_maps import TEMPLATES, PromptTemplate, SemanticMap
+from train.data.verbalise import Trace, verbalise
+from train.experiments.prompt_study import CHAT, END, PromptGame, PromptStudy, run_game
+from train.finetuning.battery import instructed
+from train.rl.environments.general_points import FACES, RANKS
+from train.rl.environments.general_points_solver import formula_text, solve, steps
+from train.rl.problems import is_held_out
+
+CARDS, TARGET = 4, 24
+_COUNTS = " ".join(f"{face} {{{face}}}" for face in FACES)
+TEMPLATE = PromptTemplate(
+    "counts_and_cards", (f"{_COUNTS}\n{{cards}}\n{{target}}\n",), FACES, ("cards", "target")
+)
+TEMPLATES[TEMPLATE.name] = TEMPLATE
+HELD_OUT = 2  # of the eight maps
+TASK = f"general_points(template='{TEMPLATE.name}', held_out={HELD_OUT}, cards={CARDS}"
+MOST_COUNTED, LARGEST = 20, 13
+"""What a face counts at most, in the base, and the greatest number of its formulas."""
+
+COLUMNS = {
+    "ID": ("id",),
+    "all 5": ("all_5",),
+    "all 7": ("all_7",),
+    "all 12": ("all_12",),
+    "regular": ("regular",),
+    "drawn maps": ("diverse",),
+    "held-out maps": ("held_out",),
+    "large": ("large",),
+    "Fake": ("fake",),
+    "Fake, regular": ("fake_regular",),
+}
+_PAPERS = ("ID", "all 5", "all 7", "all 12", "regular", "large", "Fake")
+PAPER: dict[str, dict[str, str]] = {
+    arm: dict(
+        zip(
+            ("ID", "all 5", "all 7", "all 12", "regular", "large", "Fake"),
+            cells.split(),
+            strict=True,
+        )
+    )
+    for arm, cells in {
+        "answers, frozen": ".61 .23 .25 .07 .06 .02 .01",
+        "answers, diverse": ".78 .71 .70 .09 .07 .03 0",
+        "thoughts, frozen": ".95 .90 .90 .85 .86 .80 0",
+        "thoughts, diverse": ".96 .93 .93 .90 .89 .84 0",
+    }.items()
+}
+"""Success of Qwen2.5-7B in the paper's Table 1."""
+
+HeldOut = Callable[[Sequence[int]], bool]
+COUNT, MAKE = "count", "?"
+"""Ask what the cards count, and, behind numbers, for a formula of them."""
+# Signs, and the parts of an answer in JSON around cards and numbers, are a token each.
+_SIGNS, _JSON = "+-*/()=,.", ('{"cards":["', '","', '"],"number":[', '],"formula":"', '"}')
+_TOKENS = "|".join([r"</?\w+>", *map(re.escape, _JSON), r"\d+", r"\w+", r"[^\w\s]"])
+
+
+@dataclasses.dataclass(frozen=True)
+class PointsPrompts(PromptStudy):
+    """Tunes a small decoder on demonstrations of General Points and plays the battery, or reports.
+
+    The decoder first learns what faces and cards count, and formulas of training numbers.
+    """
+
+    steps: int = 200
+    runs: str = "runs/points_prompts"
+    out: str = "points_prompts.jsonl"
+
+
+def main(config: PointsPrompts) -> None:
+    """Tune what is missing, or print the tables."""
+    run_game(config, GAME)
+
+
+def tokenizer() -> PretrainedTokenizer:
+    """A tokenizer whose tokens are words, numbers, signs, and the parts of an answer in JSON.
+
+    What it decodes has no space around signs, so that an answer is one word, and is encoded to the
+    same ids.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tags = [f"<{slash}{name}>" for name in ("think", "answer") for slash in ("", "/")]
+    words = [*FACES, COUNT, "as", "So", MAKE]
+    numbers = map(str, numbers_in_formulas())
+    listed = [END, "<unknown>", *tags, *words, *_SIGNS, *_JSON, *numbers]
+    made = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(listed)}, unk_token="<unknown>")
+    )
+    splitter: Any = pre_tokenizers.Split(Regex(_TOKENS), "removed", invert=True)
+    made.pre_tokenizer = splitter
+    signs = [*_SIGNS, *_JSON]
+    near = [decoders.Replace(f" {sign}", sign) for sign in signs if sign != _JSON[0]]
+    near += [decoders.Replace(f"{sign} ", sign) for sign in signs if sign != "."]
+    spaced = decoders.WordPiece("##", cleanup=False)
+    made.decoder = decoders.Sequence([spaced, decoders.Fuse(), *near])  # pyright: ignore
+    made.add_special_tokens([AddedToken(END, normalized=False)])
+    return PretrainedTokenizer(made.to_str(), name="words", stop_tokens=[END], chat_template=CHAT)
+
+
+def numbers_in_formulas() -> list[int]:
+    """All numbers that a prompt, or a formula of the base with its steps, may show."""
+    found = {*range(MOST_COUNTED + 1), TARGET}
+    for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), CARDS):
+        formula = solve(numbers, TARGET)
+        if formula is not None:
+            found.update(int(n) for step in steps(formula) for n in re.findall("[0-9]+", step))
+    return sorted(found)
+
+
+def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Conversations on a prompt: what a face and the cards count, and formulas, in random order.
+
+    The cards of a prompt may have any faces, which count anything from 1 to 20, in half of the
+    prompts all the same. The numbers of a formula are others, in the question itself: what faces
+    count is looked up, and numbers make 24, but the two are never composed. Formulas, and cards as
+    they count, are of training numbers. A formula stands behind its steps, or, in two of five,
+    alone behind an empty thought.
+
+    Args:
+        count: Number of conversations.
+        seed: Seed of numbers, cards and order.
+    """
+    game = instructed(f"{TASK})", seed)
+    held_out = lambda numbers: is_held_out(game.hashed(((), str(sorted(numbers)))))  # noqa: E731
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        shown = _counts(rng)
+        cards, numbers = _cards(rng, shown, held_out)
+        prompt = TEMPLATE.render(shown, cards=", ".join(cards), target=str(TARGET))
+        face = FACES[rng.integers(len(FACES))]
+        counts = f"{' '.join(cards)} count as {' '.join(map(str, numbers))}."
+        said = {
+            face: verbalise(Trace("", prompt.target(face)), "answer"),
+            COUNT: f"<think>{counts}</think>",
+        }
+        for _ in range(2):
+            numbers, trace = _formula(rng, held_out)
+            asked = f"{' '.join(map(str, numbers))} {MAKE}"
+            said[asked] = verbalise(trace, "thoughts" if rng.random() < 0.6 else "answer")
+        messages = []
+        for asked in map(str, rng.permutation(list(said))):
+            content = asked if messages else f"{prompt.text}{asked}"
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": said[asked]})
+        yield {"messages": messages}
+
+
+def _counts(rng: np.random.Generator) -> SemanticMap:
+    values = [str(value) for value in rng.integers(1, MOST_COUNTED + 1, len(FACES))]
+    values = values[:1] * len(FACES) if rng.random() < 0.5 else values
+    return SemanticMap("drawn", dict(zip(FACES, values, strict=True)))
+
+
+def _cards(
+    rng: np.random.Generator, shown: SemanticMap, held_out: HeldOut
+) -> tuple[list[str], list[int]]:
+    """Cards, and what they count, which is not held out."""
+    while True:
+        cards = [RANKS[i] for i in rng.integers(0, len(RANKS), CARDS)]
+        numbers = [int(shown.names.get(card, card)) for card in cards]
+        if not held_out(numbers):
+            return cards, numbers
+
+
+def _formula(rng: np.random.Generator, held_out: HeldOut) -> tuple[list[int], Trace]:
+    """Numbers of training that can make the target, and how."""
+    while True:
+        numbers = [int(number) for number in rng.integers(1, LARGEST + 1, CARDS)]
+        formula = None if held_out(numbers) else solve(numbers, TARGET)
+        if formula is not None:
+            text = formula_text(formula)
+            return numbers, Trace(f"{', '.join(steps(formula))}. So {text}", text)
+
+
+GAME = PromptGame(
+    task=TASK,
+    early=("id", "all_5", "regular"),
+    columns=COLUMNS,
+    paper=PAPER,
+    model=ModelConfig(vocab_size=112, embed_dim=96, num_layers=3, num_heads=4),
+    tokenizer=tokenizer,
+    base_records=base_records,
+    seq_len=128,
+    max_new_tokens=112,
+    play_training=True,
+)
+
+
+def command() -> None:
+    run_command(main, PointsPrompts)
+
+
+if __name__ == "__main__":
+    command()
