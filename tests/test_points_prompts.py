@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from train.data.chat_templates import chat_examples
-from train.data.json_lines import read_json_lines
 from train.data.verbalise import answer_in, verbalise
 from train.experiments import points_prompts as study
 from train.experiments import prompt_study
@@ -32,7 +31,7 @@ def test_texts_of_all_variants_are_read_back():
                 assert WORDS.id("<unknown>") not in ids
                 assert WORDS.prompt(WORDS.decode(ids)) == ids and len(ids) < GAME.max_new_tokens
                 assert answer_in(WORDS.decode(ids)) == shown.trace.answer
-                assert len(prompt) + len(ids) <= GAME.seq_len
+                assert len(prompt) + len(ids) <= GAME.tuning_seq_len
 
 
 def test_the_first_conversations_are_true_and_of_training_numbers():
@@ -70,8 +69,6 @@ def test_training_hands_are_reported_too():
     lines = prompt_study.report([run], GAME).splitlines()
     of = len(GAME.columns)
     assert lines[2] == "| thoughts, frozen | " + "0.25 | " * of + "0 |"
-    assert lines[3].startswith(
-        "| thoughts, frozen: paper | .95 | .90 | .90 | .85 | .86 |"
-    )
+    assert lines[3].startswith("| thoughts, frozen: paper | .95 | .90 | .90 | .85 | .86 |")
     assert lines[11] == "| thoughts, frozen | " + "0.75 | " * of + "0 |"
     assert lines[15] == "| thoughts, frozen | " + "1.00 | " * of + "0 |"

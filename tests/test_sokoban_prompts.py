@@ -65,7 +65,7 @@ def test_arms_differ_in_names_and_thoughts_and_are_reported(tmp_path, monkeypatc
     """Nothing is trained here; what is finished is not done again."""
     data = {}
     score = {"success": 0.25, "validity": 0.5}
-    sft = lambda game, base, file, *_, **__: data.update({file: read(file)})  # noqa: E731
+    sft = lambda base, rows, *_, **__: data.update({rows.path: read(Path(*rows.path))})  # noqa: E731
     early = {"1": dict.fromkeys(GAME.early, 0.75)}
     for name, value in (
         ("pretrained", lambda config, game, seed: tmp_path / "base"),

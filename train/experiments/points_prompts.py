@@ -6,9 +6,12 @@ python -m train.experiments.points_prompts --report points_prompts.jsonl
 The second game of "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), from random
 parameters, as `sokoban_prompts`. A decoder of 0.4 M parameters first learns what a language model
 knows already: to look up what a prompt says J, Q and K count, to write what cards count, and to
-make 24 of four numbers, which no prompt says the faces of. Then an adapter is tuned on answers, on
-thoughts with an answer, or on thoughts alone, where all faces count 10 (frozen) or one of six maps
-is drawn (diverse), and plays hands whose numbers are held out, and hands of training numbers.
+make 24 of four numbers that a question names. Then an adapter is tuned on answers, on thoughts with
+an answer, or on thoughts alone, where all faces count 10 (frozen) or one of six maps is drawn
+(diverse), and plays hands of held-out numbers, and hands of training numbers.
+
+Four cards, as the paper: three make 24 in so few ways that 1 to 15 problems of a variant are held
+out, and hardly a hand has a formula both as Fake shows it and as it scores it.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ TEMPLATE = PromptTemplate(
 )
 TEMPLATES[TEMPLATE.name] = TEMPLATE
 HELD_OUT = 2  # of the eight maps
-TASK = f"general_points(template='{TEMPLATE.name}', held_out={HELD_OUT}, cards={CARDS}"
+TASK = f"general_points(template='{TEMPLATE.name}', held_out={HELD_OUT}, cards={CARDS}, bare=True"
 MOST_COUNTED, LARGEST = 20, 13
 """What a face counts at most, in the base, and the greatest number of its formulas."""
 
@@ -76,7 +79,7 @@ PAPER: dict[str, dict[str, str]] = {
 HeldOut = Callable[[Sequence[int]], bool]
 COUNT, MAKE = "count", "?"
 """Ask what the cards count, and, behind numbers, for a formula of them."""
-# Signs, and the parts of an answer in JSON around cards and numbers, are a token each.
+# Signs are a token each, and so are the parts of an answer in JSON, for tasks that are not bare.
 _SIGNS, _JSON = "+-*/()=,.", ('{"cards":["', '","', '"],"number":[', '],"formula":"', '"}')
 _TOKENS = "|".join([r"</?\w+>", *map(re.escape, _JSON), r"\d+", r"\w+", r"[^\w\s]"])
 
@@ -116,7 +119,7 @@ def tokenizer() -> PretrainedTokenizer:
     splitter: Any = pre_tokenizers.Split(Regex(_TOKENS), "removed", invert=True)
     made.pre_tokenizer = splitter
     signs = [*_SIGNS, *_JSON]
-    near = [decoders.Replace(f" {sign}", sign) for sign in signs if sign != _JSON[0]]
+    near = [decoders.Replace(f" {sign}", sign) for sign in signs if sign not in ("(", _JSON[0])]
     near += [decoders.Replace(f"{sign} ", sign) for sign in signs if sign != "."]
     spaced = decoders.WordPiece("##", cleanup=False)
     made.decoder = decoders.Sequence([spaced, decoders.Fuse(), *near])  # pyright: ignore
@@ -208,7 +211,8 @@ GAME = PromptGame(
     tokenizer=tokenizer,
     base_records=base_records,
     seq_len=128,
-    max_new_tokens=112,
+    tuning_seq_len=80,
+    max_new_tokens=72,
     play_training=True,
 )
 

@@ -113,7 +113,8 @@ class PromptGame:
         model: Decoder.
         tokenizer: Tokenizer whose tokens are words.
         base_records: Conversations of the base: their number and a seed.
-        seq_len: Greatest number of targets of a row.
+        seq_len: Greatest number of targets of a row of the base.
+        tuning_seq_len: The same of an arm's rows.
         max_new_tokens: Longest response, in tokens.
         play_training: Whether training problems of each variant are played too.
     """
@@ -126,6 +127,7 @@ class PromptGame:
     tokenizer: Callable[[], PretrainedTokenizer]
     base_records: Callable[[int, int], Iterator[dict[str, Any]]]
     seq_len: int
+    tuning_seq_len: int
     max_new_tokens: int
     play_training: bool = False
 
@@ -183,7 +185,8 @@ def pretrained(config: PromptStudy, game: PromptGame, seed: int) -> Path:
     if not data.exists():
         write_records(data, game.base_records(config.base_states, seed))
     out = folder / f"base_{config.base_states}_{config.base_steps}"
-    sft(game, fresh, data, out, config.base_steps, seed, train="all", optimizer=PRETRAINING)
+    rows = ChatDataConfig(path=(str(data),), seq_len=game.seq_len, seed=seed)
+    sft(fresh, rows, out, config.base_steps, seed, train="all", optimizer=PRETRAINING)
     return out
 
 
@@ -210,7 +213,8 @@ def tuned(
         max_rows=128,
     )
     early = dataclasses.replace(battery, variants=game.early, max_turns=1)
-    sft(game, base, data, out, config.steps, seed, train="lora", optimizer=TUNING, battery=early)
+    rows = ChatDataConfig(path=(str(data),), seq_len=game.tuning_seq_len, seed=seed)
+    sft(base, rows, out, config.steps, seed, train="lora", optimizer=TUNING, battery=early)
     found = {"scores": played(out, battery), "early": validities(out, game.early)}
     if game.play_training:
         found["trained"] = played(out, battery, "train")
@@ -237,22 +241,21 @@ def validities(out: Path, early: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def sft(
-    game: PromptGame, weights: Path, data: Path, out: Path, steps: int, seed: int, **options: Any
+    weights: Path, data: ChatDataConfig, out: Path, steps: int, seed: int, **options: Any
 ) -> None:
     """Train on conversations, as the command `sft` does, or go on with it.
 
     Args:
-        game: The game.
         weights: Folder of the weights that training begins with.
-        data: File of conversations.
+        data: Conversations.
         out: Run folder.
         steps: Number of steps.
-        seed: Seed of the run and of the order of rows.
+        seed: Seed of the run.
         options: More options of `SFTConfig`; with a `battery` it is played eight times.
     """
     config = SFTConfig(
         weights=str(weights),
-        data=ChatDataConfig(path=(str(data),), seq_len=game.seq_len, seed=seed),
+        data=data,
         lora=LORA,
         steps=steps,
         batch_size=BATCH,

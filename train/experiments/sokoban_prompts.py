@@ -150,6 +150,7 @@ GAME = PromptGame(
     tokenizer=tokenizer,
     base_records=base_records,
     seq_len=64,
+    tuning_seq_len=64,
     max_new_tokens=48,
 )
 

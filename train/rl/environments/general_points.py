@@ -87,6 +87,8 @@ class GeneralPoints(InstructedEnvironment):
             observation at a time.
         cards: Number of cards, 3 to 5; 0 takes that of the variant.
         target: Number to make.
+        bare: Whether the expert and the players answer with the formula alone rather than in JSON,
+            for templates that ask for it; either counts in every prompt.
         max_turns: Number of formulas that may be tried.
         malformed: Reward of a text that is no formula; it takes a turn.
         strict: Whether such a text ends the episode.
@@ -113,6 +115,7 @@ class GeneralPoints(InstructedEnvironment):
 
     cards: int = 0
     target: int = 24
+    bare: bool = False
     max_turns: int = 1
 
     def check(self) -> None:
@@ -195,7 +198,7 @@ class GeneralPoints(InstructedEnvironment):
         numbers = _numbers(inner, prompt.shown.names)
         formula = solve(numbers, self.target)
         assert formula is not None, "hands can be solved as they are shown"
-        answer = _answer(inner, numbers, formula_text(formula))
+        answer = self._answer(inner, numbers, formula_text(formula))
         counts = f"{' '.join(inner)} count as {' '.join(map(str, numbers))}"
         return Trace(f"{counts}. {', '.join(steps(formula))}. So {answer}", answer), None
 
@@ -204,25 +207,26 @@ class GeneralPoints(InstructedEnvironment):
         order = [numbers[i] for i in rng.permutation(len(numbers))]
         signs = ["+-*/"[i] for i in rng.integers(0, 4, len(numbers) - 1)]
         rest = "".join(f"{sign}{n}" for sign, n in zip(signs, order[1:], strict=True))
-        return _answer(cards, numbers, f"{order[0]}{rest}")
+        return self._answer(cards, numbers, f"{order[0]}{rest}")
 
     def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
         cards, numbers = _seen(shown[0])
         formula = solve(numbers, self.target)
         if formula is None:
             return self.random_action(shown, rng)
-        return _answer(cards, numbers, formula_text(formula))
+        return self._answer(cards, numbers, formula_text(formula))
+
+    def _answer(self, cards: Sequence[str], numbers: Sequence[int], formula: str) -> str:
+        """An answer without spaces: one word."""
+        if self.bare:
+            return formula
+        fields = {"cards": list(cards), "number": list(numbers), "formula": formula}
+        return json.dumps(fields, separators=(",", ":"))
 
 
 def _numbers(cards: Sequence[str], names: Mapping[str, str]) -> list[int]:
     """What cards count."""
     return [int(names.get(card, card)) for card in cards]
-
-
-def _answer(cards: Sequence[str], numbers: Sequence[int], formula: str) -> str:
-    """An answer in JSON, without spaces: one word."""
-    fields = {"cards": list(cards), "number": list(numbers), "formula": formula}
-    return json.dumps(fields, separators=(",", ":"))
 
 
 def _seen(prompt: str) -> tuple[list[str], list[int]]:
