@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from train.data.chat_templates import chat_examples
+from train.data.json_lines import read_json_lines
 from train.data.verbalise import answer_in, verbalise
 from train.experiments import points_prompts as study
 from train.experiments import prompt_study
@@ -72,3 +73,12 @@ def test_training_hands_are_reported_too():
     assert lines[3].startswith("| thoughts, frozen: paper | .95 | .90 | .90 | .85 | .86 |")
     assert lines[11] == "| thoughts, frozen | " + "0.75 | " * of + "0 |"
     assert lines[15] == "| thoughts, frozen | " + "1.00 | " * of + "0 |"
+
+
+def test_results_on_file_show_who_reads_the_prompt():
+    runs = [line.fields for line in read_json_lines(RESULTS)]
+    found = {run["arm"]: run["trained"] for run in runs}
+    assert found["answers, frozen"]["held_out"]["validity"] < 0.5
+    assert found["thoughts, diverse"]["held_out"]["success"] > 0.8
+    assert found["thoughts, diverse"]["fake"]["success"] < 0.1
+    assert prompt_study.report(runs, GAME).count("paper") == len(runs)

@@ -4,7 +4,7 @@ python -m train.experiments.points_prompts --out points_prompts.jsonl
 python -m train.experiments.points_prompts --report points_prompts.jsonl
 
 The second game of "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), from random
-parameters, as `sokoban_prompts`. A decoder of 0.4 M parameters first learns what a language model
+parameters, as `sokoban_prompts`. A decoder of 0.35 M parameters first learns what a language model
 knows already: to look up what a prompt says J, Q and K count, to write what cards count, and to
 make 24 of four numbers that a question names. Then an adapter is tuned on answers, on thoughts with
 an answer, or on thoughts alone, where all faces count 10 (frozen) or one of six maps is drawn
