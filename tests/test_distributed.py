@@ -23,6 +23,7 @@ from train.data import DataConfig, prepare
 from train.devices.distributed import DistributedConfig, _loss
 from train.engine.config import EvalConfig
 from train.engine.loop import run_lock
+from train.engine.optim import OptimizerConfig
 from train.evaluation.held_out import held_out
 from train.models.load import load_model
 from train.pretraining.config import RunConfig
@@ -451,6 +452,7 @@ def test_dry_run_says_what_it_would_continue(capsys, whole, corpus):
     config = RunConfig(
         model=model,
         data=data,
+        optimizer=OptimizerConfig(**saved["optimizer"]),
         batch_size=8,
         steps=STEPS + 10,
         out=str(out),
