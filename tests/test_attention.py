@@ -227,7 +227,7 @@ TPU_CALL = 'custom_call_target="tpu_custom_call"'
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("v5e:2x4", (2, 200, 4, 2, 64, True)),
+        pytest.param("v5e:2x4", (2, 200, 4, 2, 64, True), marks=pytest.mark.experiment),
         pytest.param("v5p:2x2x1", (1, 600, 2, 2, 128, True), marks=pytest.mark.experiment),
         pytest.param("v6e:2x4", (1, 300, 2, 1, 32, True), marks=pytest.mark.experiment),
     ],

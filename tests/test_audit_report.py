@@ -35,7 +35,7 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
     save_stored(tmp_path / "sae", KIND, leaves, meta)
     config = ReportConfig(
         (str(tmp_path / "ocean.json"),) * 2, model=("one", "two"), control="base",
-        methods=("fuzzing", "logit_lens"), max_new_tokens=12, top=3, sigma=0.25,
+        methods=("prefill", "logit_lens"), max_new_tokens=12, top=3, sigma=0.25,
         sae=str(tmp_path / "sae"), out=str(tmp_path / "audit.jsonl"),
     )  # fmt: skip
     rates, unfinished = tmp_path / "audit.jsonl", tmp_path / "audit.unfinished.jsonl"
@@ -59,7 +59,7 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
         report.main(config)
     models["one"] = model()
     report.main(config)
-    methods = ["io", "fuzzing", "logit_lens", "sae"]
+    methods = ["io", "prefill", "logit_lens", "sae"]
     assert done[:4] == [(method, False) for method in (*methods[:3], "io")]
     assert done[4:] == [
         *((method, False) for method in (*methods[2:], *methods)),  # one, base
@@ -71,7 +71,7 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
         (name, method, prompts)
         for name in ("one", "two")
         for prompts in ("standard", "direct")
-        for method in ("io", "fuzzing", "logit_lens", "sae")
+        for method in ("io", "prefill", "logit_lens", "sae")
     ]
     how = {"layer": 1, "site": "block_1", "sigma": 0.25, "unit": "rms", "top": 3, "control": "base"}
     assert all(line | how | {"max_new_tokens": 12, "seed": 0} == line for line in lines)
@@ -81,7 +81,7 @@ def test_an_audit_from_its_command_to_its_files(monkeypatch, tmp_path: Path, cap
     ]
     assert len(trials) == 2 * 2 * 4 * 3 and {t["model"] for t in trials} == {"one", "two", "base"}
     shown = {trial["method"]: len(trial["shown"]) for trial in trials}
-    assert (shown["io"], shown["fuzzing"], shown["logit_lens"]) == (1, 10, 3) and shown["sae"] > 3
+    assert (shown["io"], shown["prefill"], shown["logit_lens"]) == (1, 1, 3) and shown["sae"] > 3
     said = capsys.readouterr().out
     assert "| method | taboo:ocean (one), standard | taboo:ocean (one), direct | taboo:oc" in said
     with pytest.raises(ValueError, match="audit.jsonl exists: choose another file"):

@@ -11,7 +11,6 @@ STORED = json.loads(VALUES.read_text())
 # Cheap ones; the others with `python -m pytest -m experiment tests/test_golden.py`.
 FEW = (
     "forward: window, burst",
-    "forward: top_k, streams",
     "decode: sampled",
 )
 # Steps of training amplify what machines round differently.

@@ -138,6 +138,7 @@ def test_whichever_rows_weave_each_is_what_it_is_alone(chunk: int):
             assert_same(in_numpy(response), expected, pattern)
 
 
+@pytest.mark.experiment
 def test_rows_spread_over_devices_weave_where_they_are():
     """And give what they give in a batch of one device, whether all weave there or none."""
     policies = {True: AlwaysInvoke(), False: NeverInvoke()}

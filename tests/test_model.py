@@ -86,10 +86,10 @@ def loss(model, tokens):
     ("kind", "changes"),
     [
         ("forks", {"scan_layers": True, "remat": "full"}),
-        ("threshold", {"remat": "dots"}),
         *(
             pytest.param(*other, marks=pytest.mark.experiment)
             for other in (
+                ("threshold", {"remat": "dots"}),
                 ("forks", {"scan_layers": True}),
                 ("forks", {"remat": "full"}),
                 ("plain", {"scan_layers": True, "remat": "full"}),

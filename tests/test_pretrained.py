@@ -220,6 +220,7 @@ def variant(model: Thoughtbubbles, **changes) -> Thoughtbubbles:
     return Thoughtbubbles.from_params(dataclasses.replace(model.config, **changes), params)
 
 
+@pytest.mark.experiment
 def test_nope_layers_among_forks_are_the_same_scanned(forked):
     model, tokens, logits = forked
     scanned = logits_of(variant(model, scan_layers=True, remat="full"), tokens)
