@@ -132,8 +132,10 @@ def test_mistakes_are_named():
 
 
 def test_results_on_file_show_the_frozen_prompt():
-    found = {run["arm"]: run["scores"] for run in read(RESULTS)}
-    frozen = found["answers, frozen"]
-    assert frozen["held_out"]["validity"] < 0.5 and frozen["fake"]["success"] > 0.3
-    assert all(scores["fake"]["success"] < 0.1 for arm, scores in found.items() if "though" in arm)
+    found = [(run["arm"], run["scores"]) for run in read(RESULTS)]
+    frozen = [scores for arm, scores in found if arm == "answers, frozen"]
+    assert all(scores["held_out"]["validity"] < 0.5 for scores in frozen)
+    shortcuts = [scores["fake"]["success"] > 0.3 for scores in frozen]
+    assert shortcuts == [True, False, True], "of seed 1 the page says that it is not there"
+    assert all(scores["fake"]["success"] < 0.1 for arm, scores in found if "though" in arm)
     assert prompt_study.report(read(RESULTS), GAME).count("paper") == 4

@@ -26,7 +26,7 @@ LARGEST_WEIGHTS = 2**25
 computes them again; of `attend_cached`, above which they are taken in tiles."""
 LARGEST_TILE = 2**26
 """Bytes of such weights, over all devices, of one block of `attend` above which its queries are
-taken in tiles, of `SMALLEST_TILE` or more."""
+taken in tiles, of about `SMALLEST_TILE` or more."""
 SMALLEST_TILE = 64
 FEWEST_TILED = 16
 QUERY_TILE, KEY_TILE = 256, 512
@@ -298,7 +298,7 @@ def _in_tiles(query, key, value, bias, last):
 def _tiles(query, key):
     """Number of tiles that the queries of a block are taken in."""
     of_query = 4 * math.prod(query.shape[:3]) * key.shape[2]
-    return math.ceil(query.shape[3] / max(SMALLEST_TILE, LARGEST_TILE // of_query))
+    return math.ceil(query.shape[3] / max(SMALLEST_TILE, LARGEST_TILE // max(of_query, 1)))
 
 
 def _cut(values, tiles, axis=3, fill=0):
