@@ -164,6 +164,11 @@ def test_a_model_is_the_same_with_the_kernel_on_a_mesh():
     assert_near(ours, logits_and_gradients(quick_model(config), tokens), 1e-5)
 
 
+def test_a_batch_of_no_rows_attends_to_nothing():
+    x = jnp.zeros((0, 200, 2, 8))
+    assert attend(x, x, x).shape == x.shape
+
+
 def test_a_broken_row_stays_alone():
     """A token outside the vocabulary makes its row NaN, and no other."""
     tokens = np.array(random_tokens(2, 12))

@@ -164,6 +164,7 @@ def _grouped(query, groups):
 
 
 def slots_first(mixed):
+    """What queries of `heads_first` have mixed, as `[B, S, H, K]`."""
     batch, groups, repeats, slots, width = mixed.shape
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, slots, groups * repeats, width)
 

@@ -9,7 +9,9 @@ import jax
 from thoughtbubbles.architecture import ArchitectureConfig
 from thoughtbubbles.attention import (
     KEY_TILE,
+    LARGEST_TILE,
     QUERY_TILE,
+    SMALLEST_TILE,
     block_size,
     visited_pairs,
 )
@@ -256,13 +258,25 @@ class ModelConfig(ArchitectureConfig):
         return per_layer
 
     def prefill_bytes(self, num_tokens: int) -> int:
-        """Bytes that a forward pass over one row takes beside parameters and cache, about.
+        """Bytes that a forward pass over one row would take if it held whole blocks, about.
 
-        The logits of one block of queries lead, of which XLA has 5 to 6 copies at a time on a CPU.
+        Where they are many, prompts are read in blocks (`thoughtbubbles.prefill`). The logits of
+        one block of queries lead, of which XLA has 5 to 6 copies at a time on a CPU.
         """
         slots = max(self.slots(num_tokens))
-        logits = self.num_heads * min(block_size(slots), slots) * slots
-        return 4 * (11 * logits // 2 + slots * (self.mlp_width + 4 * self.embed_dim))
+        logits = 4 * self.num_heads * min(block_size(slots), slots) * slots
+        return 11 * logits // 2 + 4 * slots * (self.mlp_width + 4 * self.embed_dim)
+
+    def pass_bytes(self, rows: int, num_tokens: int) -> int:
+        """Bytes that a forward pass over rows takes beside parameters and cache, about.
+
+        As `prefill_bytes`, but of a large block the logits of one tile of queries alone.
+        """
+        slots = max(self.slots(num_tokens))
+        of_query = 4 * rows * self.num_heads * slots
+        logits = of_query * min(block_size(slots), slots)
+        logits = min(logits, max(LARGEST_TILE, of_query * SMALLEST_TILE))
+        return 11 * logits // 2 + 4 * rows * slots * (self.mlp_width + 4 * self.embed_dim)
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
         """Bytes that reading `num_tokens` more of each row takes beside parameters and cache.

@@ -29,7 +29,14 @@ from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.cli.command import run_command
 from train.data.semantic_maps import TEMPLATES, PromptTemplate, SemanticMap
 from train.data.verbalise import Trace, verbalise
-from train.experiments.prompt_study import CHAT, END, PromptGame, PromptStudy, run_game
+from train.experiments.prompt_study import (
+    CHAT,
+    END,
+    PromptGame,
+    PromptStudy,
+    conversation,
+    run_game,
+)
 from train.finetuning.battery import instructed
 from train.rl.environments.general_points import FACES, RANKS
 from train.rl.environments.general_points_solver import formula_text, solve, steps
@@ -60,13 +67,7 @@ COLUMNS = {
 }
 _PAPERS = ("ID", "all 5", "all 7", "all 12", "regular", "large", "Fake")
 PAPER: dict[str, dict[str, str]] = {
-    arm: dict(
-        zip(
-            ("ID", "all 5", "all 7", "all 12", "regular", "large", "Fake"),
-            cells.split(),
-            strict=True,
-        )
-    )
+    arm: dict(zip(_PAPERS, cells.split(), strict=True))
     for arm, cells in {
         "answers, frozen": ".61 .23 .25 .07 .06 .02 .01",
         "answers, diverse": ".78 .71 .70 .09 .07 .03 0",
@@ -79,9 +80,11 @@ PAPER: dict[str, dict[str, str]] = {
 HeldOut = Callable[[Sequence[int]], bool]
 COUNT, MAKE = "count", "?"
 """Ask what the cards count, and, behind numbers, for a formula of them."""
-# Signs are a token each, and so are the parts of an answer in JSON, for tasks that are not bare.
-_SIGNS, _JSON = "+-*/()=,.", ('{"cards":["', '","', '"],"number":[', '],"formula":"', '"}')
-_TOKENS = "|".join([r"</?\w+>", *map(re.escape, _JSON), r"\d+", r"\w+", r"[^\w\s]"])
+_SIGNS = "+-*/()=,."
+# In no text: they hold the place that parts of answers in JSON had when the results on file were
+# measured, so that the ids of numbers are the same.
+_UNUSED = tuple(f"<unused {number}>" for number in range(5))
+_TOKENS = r"</?\w+>|\d+|\w+|[^\w\s]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ def main(config: PointsPrompts) -> None:
 
 
 def tokenizer() -> PretrainedTokenizer:
-    """A tokenizer whose tokens are words, numbers, signs, and the parts of an answer in JSON.
+    """A tokenizer whose tokens are words, numbers and signs.
 
     What it decodes has no space around signs, so that an answer is one word, and is encoded to the
     same ids.
@@ -112,15 +115,14 @@ def tokenizer() -> PretrainedTokenizer:
     tags = [f"<{slash}{name}>" for name in ("think", "answer") for slash in ("", "/")]
     words = [*FACES, COUNT, "as", "So", MAKE]
     numbers = map(str, numbers_in_formulas())
-    listed = [END, "<unknown>", *tags, *words, *_SIGNS, *_JSON, *numbers]
+    listed = [END, "<unknown>", *tags, *words, *_SIGNS, *_UNUSED, *numbers]
     made = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(listed)}, unk_token="<unknown>")
     )
     splitter: Any = pre_tokenizers.Split(Regex(_TOKENS), "removed", invert=True)
     made.pre_tokenizer = splitter
-    signs = [*_SIGNS, *_JSON]
-    near = [decoders.Replace(f" {sign}", sign) for sign in signs if sign not in ("(", _JSON[0])]
-    near += [decoders.Replace(f"{sign} ", sign) for sign in signs if sign != "."]
+    near = [decoders.Replace(f" {sign}", sign) for sign in _SIGNS if sign != "("]
+    near += [decoders.Replace(f"{sign} ", sign) for sign in _SIGNS if sign != "."]
     spaced = decoders.WordPiece("##", cleanup=False)
     made.decoder = decoders.Sequence([spaced, decoders.Fuse(), *near])  # pyright: ignore
     made.add_special_tokens([AddedToken(END, normalized=False)])
@@ -167,12 +169,7 @@ def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
             numbers, trace = _formula(rng, held_out)
             asked = f"{' '.join(map(str, numbers))} {MAKE}"
             said[asked] = verbalise(trace, "thoughts" if rng.random() < 0.6 else "answer")
-        messages = []
-        for asked in map(str, rng.permutation(list(said))):
-            content = asked if messages else f"{prompt.text}{asked}"
-            messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": said[asked]})
-        yield {"messages": messages}
+        yield conversation(prompt.text, said, rng)
 
 
 def _counts(rng: np.random.Generator) -> SemanticMap:

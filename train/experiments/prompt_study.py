@@ -231,6 +231,24 @@ def played(
     return {name: dataclasses.asdict(each) for name, each in found.items()}
 
 
+def conversation(
+    prompt: str, said: Mapping[str, str], rng: np.random.Generator
+) -> dict[str, list[dict[str, str]]]:
+    """A record of chat data: questions on a prompt, which opens the first, in random order.
+
+    Args:
+        prompt: Prompt of the game.
+        said: Answer of each question.
+        rng: Generator of the order.
+    """
+    messages = []
+    for asked in map(str, rng.permutation(list(said))):
+        content = asked if messages else f"{prompt}{asked}"
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": said[asked]})
+    return {"messages": messages}
+
+
 def validities(out: Path, early: Sequence[str]) -> dict[str, dict[str, float]]:
     """Validity of first answers on each variant of `early`, by step of a tuning run."""
     return {
@@ -282,6 +300,12 @@ def report(results: list[Result], game: PromptGame) -> str:
     """
     groups = by_key(results, *KEY[:-1])
     several = len({how[1:] for how in groups}) > 1
+    names = {
+        (arm, *how): arm
+        + f" ({', '.join(f'{name} {of}' for name, of in zip(KEY[1:-1], how, strict=True))})"
+        * several
+        for arm, *how in groups
+    }
     lines = []
     measures = {"success": ("scores", "success"), "validity": ("scores", "validity")}
     if all("trained" in run for run in results):
@@ -290,20 +314,18 @@ def report(results: list[Result], game: PromptGame) -> str:
     for title, (which, measure) in measures.items():
         rows = []
         for (arm, *how), runs in groups.items():
-            options = zip(KEY[1:-1], how, strict=True)
-            note = f" ({', '.join(f'{name} {value}' for name, value in options)})" * several
             cells = [
                 mean_text([_mean(run[which], of, measure) for run in runs], 2)
                 for of in game.columns.values()
             ]
-            rows.append((f"{arm}{note}", *cells, seeds_text(runs)))
+            rows.append((names[arm, *how], *cells, seeds_text(runs)))
             if title == "success" and arm in game.paper and not several:
                 cells = [game.paper[arm].get(name, "") for name in game.columns]
                 rows.append((f"{arm}: paper", *cells, ""))
         lines += [*markdown_table((title, *game.columns, "seeds"), rows), ""]
     rows = [
-        (arm, step, *(mean_text([run["early"][step][of] for run in runs], 2) for of in game.early))
-        for (arm, *_), runs in groups.items()
+        (name, step, *(mean_text([run["early"][step][of] for run in runs], 2) for of in game.early))
+        for name, runs in zip(names.values(), groups.values(), strict=True)
         for step in runs[0]["early"]
     ]
     lines += markdown_table(("validity of first answers", "step", *game.early), rows)

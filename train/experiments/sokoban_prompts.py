@@ -26,7 +26,14 @@ from train.cli.command import run_command
 from train.data.everyday_words import EVERYDAY_WORDS
 from train.data.semantic_maps import TEMPLATES, MapSampler, PromptTemplate
 from train.data.verbalise import Trace, verbalise
-from train.experiments.prompt_study import CHAT, END, PromptGame, PromptStudy, run_game
+from train.experiments.prompt_study import (
+    CHAT,
+    END,
+    PromptGame,
+    PromptStudy,
+    conversation,
+    run_game,
+)
 from train.finetuning.battery import instructed
 from train.rl.environments.sokoban_variants import ORIGINAL, STEPS, SokobanVariants
 
@@ -133,12 +140,7 @@ def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
         for step in map(str, rng.choice(list(STEPS), 2, replace=False)):
             trace = Trace(f"Now {step}, which is called {prompt.target(step)}", prompt.target(step))
             said[step] = verbalise(trace, "both" if rng.random() < 0.25 else "answer")
-        messages = []
-        for asked in map(str, rng.permutation(list(said))):
-            content = asked if messages else f"{prompt.text}{asked}"
-            messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": said[asked]})
-        yield {"messages": messages}
+        yield conversation(prompt.text, said, rng)
 
 
 GAME = PromptGame(

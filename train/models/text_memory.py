@@ -16,14 +16,16 @@ def needed_bytes(
     """Bytes that a forward pass over rows takes beside the parameters, about.
 
     Args:
-        model: Any architecture. What its config has no `prefill_bytes` for is not counted.
+        model: Any architecture. What its config has neither `pass_bytes` nor `prefill_bytes` for is
+            not counted.
         rows: Number of rows.
         tokens: Number of tokens of each row.
         cached: Number of tokens that a cache of each row can hold; 0 for no cache.
         blocks: Whether the rows are read block by block into that cache.
     """
     prefill = getattr(model.config, "prefill_bytes", lambda num_tokens: 0)
-    total = block_bytes(model, rows) if blocks else rows * prefill(tokens)
+    whole = getattr(model.config, "pass_bytes", lambda rows, tokens: rows * prefill(tokens))
+    total = block_bytes(model, rows) if blocks else whole(rows, tokens)
     if cached:
         # By differences: a cache of many blocks and tokens need not be traced at its full size.
         small, large = (_cache_bytes(model, rows, size) for size in (64, 128))
