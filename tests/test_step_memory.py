@@ -220,6 +220,22 @@ def test_large_attention_keeps_no_weights(monkeypatch):
     assert all(less < 0.7 * more for more, less in itertools.pairwise(needed)), needed
 
 
+def test_padding_of_tiles_adds_nothing_however_large_a_bias_is(monkeypatch):
+    """Weights of it would overflow: infinity times a gradient of 0."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(1, 13, 2, 4)), jnp.float32) for _ in range(3)]
+    bias = jnp.full((1, 13), 100.0)
+    slopes = lambda: jax.jit(  # noqa: E731
+        jax.grad(lambda *args: (attention.attend(*args) ** 2).sum(), (0, 1, 2, 3))
+    )(*arrays, bias)
+    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 0)
+    expected = slopes()
+    monkeypatch.setattr(attention, "LARGEST_TILE", 0)
+    monkeypatch.setattr(attention, "SMALLEST_TILE", 5)
+    for found, whole in zip(slopes(), expected, strict=True):
+        np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
 def test_remat_saves_memory_without_scanned_layers():
     config = dataclasses.replace(KINDS["plain"], num_layers=4, num_kv_heads=None)
     rows = np.zeros((8, 129), np.int32)

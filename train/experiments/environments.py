@@ -125,7 +125,7 @@ def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result,
             continue
         before = common | shown | {"player": BEFORE}
         runs = results.missing(common | sizes | {"player": arm} for arm in config.arms)
-        if before in results and not runs:
+        if not runs:
             continue
         start = shown_episodes(config, text, environment, seed)
         if before not in results:
