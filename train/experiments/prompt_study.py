@@ -72,6 +72,8 @@ PRETRAINING = OptimizerConfig("muon", learning_rate=1e-2, weight_decay=0.0)
 TUNING = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
 LORA = LoRAConfig(rank=16, targets=("q", "k", "v", "o", "up", "down"))
 BATCH = 32
+TRAINING_PROBLEMS_SEED = 1000
+"""Seed of the training problems that are played: those of tuning come in the order of others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +219,8 @@ def tuned(
     sft(base, rows, out, config.steps, seed, train="lora", optimizer=TUNING, battery=early)
     found = {"scores": played(out, battery), "early": validities(out, game.early)}
     if game.play_training:
-        found["trained"] = played(out, battery, "train")
+        apart = dataclasses.replace(battery, seed=TRAINING_PROBLEMS_SEED)
+        found["trained"] = played(out, apart, "train")
     return found
 
 
