@@ -52,6 +52,15 @@ def close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
+def test_a_gradient_does_not_compute_those_of_later_layers_again():
+    """What a program adds in one fusion does not grow with the number of layers."""
+    config = dataclasses.replace(KINDS["plain"], num_layers=6, embed_dim=16, mlp_dim=32)
+    program = compiled_loss(config, np.zeros((B, T + 1), np.int32)).as_text()
+    fused = re.findall(r"^%fused\S* \(.*?^}", program, re.MULTILINE | re.DOTALL)
+    added = [len(re.findall(r"\[2,70,16\]\S* add\(", each)) for each in fused]
+    assert 0 < max(added) < 12, "40 when each sum began anew"
+
+
 # "residual": its parts below; `python -m pytest -m experiment tests/test_step_memory.py`.
 @pytest.mark.parametrize(
     "kind", [pytest.param("residual", marks=pytest.mark.experiment), "probability"]

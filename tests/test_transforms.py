@@ -17,6 +17,7 @@ from thoughtbubbles import (
     merge,
     token_slots,
 )
+from thoughtbubbles.weights import Norm
 
 X = jax.device_put(np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32))
 POLICIES = {
@@ -114,3 +115,20 @@ def test_fork_layers_are_scanned_from_streams_that_are_called_forked():
 
     scanned, alone = compute(forks, X)
     np.testing.assert_allclose(scanned, alone, atol=1e-6)
+
+
+def test_derivatives_of_a_norm_are_those_of_its_formula():
+    """First and second ones, and forward mode, though the norm has a derivative of its own."""
+    norm = Norm(8)
+    x = X[0, 0] + 3
+
+    def formula(x):
+        return (x - x.mean()) / jnp.sqrt(((x - x.mean()) ** 2).mean() + norm.eps)
+
+    def everything(of):
+        weighed = lambda x: (jnp.sin(jnp.arange(8)) * of(x)).sum()  # noqa: E731
+        return jax.jvp(of, (x,), (X[1, 0],)), jax.grad(weighed)(x), jax.hessian(weighed)(x)
+
+    found, expected = jax.jit(lambda: (everything(norm), everything(formula)))()
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)

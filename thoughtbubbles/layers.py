@@ -142,12 +142,12 @@ class Attention(Module):
         if geometry.value_scale is not None:
             value = value * geometry.value_scale[..., None, None].astype(value.dtype)
         mixed, aux = mix(query, key, value)
-        out = linear("bshk,hkd->bsd", mixed, self.o, self.dtype)
+        out = linear(mixed, self.o, self.dtype, inputs=2)
         out = adapted(out, mixed.reshape(*mixed.shape[:2], -1), self.adapters, "o")
         return plus_bias(out, self.o_bias), aux
 
     def _project(self, x, name, bias):
-        y = linear("bsd,dhk->bshk", x, getattr(self, name), self.dtype)
+        y = linear(x, getattr(self, name), self.dtype)
         return plus_bias(adapted(y, x, self.adapters, name), bias)
 
 
@@ -190,7 +190,7 @@ class MLP(Module):
         return self._linear(hidden, "down", self.down_bias)
 
     def _linear(self, x, name, bias):
-        y = linear("...d,df->...f", x, getattr(self, name), self.dtype)
+        y = linear(x, getattr(self, name), self.dtype)
         return plus_bias(adapted(y, x, self.adapters, name), bias)
 
 

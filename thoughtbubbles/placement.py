@@ -8,6 +8,7 @@ under auto and explicit axes, and inside `shard_map`, where they vary as the oth
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -72,6 +73,24 @@ def rows_at(table: AnyArray, index: AnyArray, **get: Any) -> jax.Array:
     here = jax.typeof(index).sharding
     place = NamedSharding(here.mesh, PartitionSpec(*here.spec, *[None] * (table.ndim - 1)))
     return table.at[index].get(out_sharding=place, **get)
+
+
+def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+    """`[..., *outputs]` of `x [..., *inputs]` and a kernel `[*inputs, *outputs]`.
+
+    The product is one of two matrices: of more axes, XLA on a CPU computes the gradient of the
+    result a second time, transposed, for the gradient of the kernel.
+
+    Args:
+        x: Any number of rows.
+        kernel: Kernel in the dtype of the rows.
+        inputs: Number of contracted axes.
+    """
+    if any((*jax.typeof(x).sharding.spec, *jax.typeof(kernel).sharding.spec)):
+        return jnp.tensordot(x, kernel, inputs)  # explicit axes do not go through every reshape
+    rows, width = x.shape[: x.ndim - inputs], math.prod(kernel.shape[:inputs])
+    y = x.reshape(math.prod(rows), width) @ kernel.reshape(width, -1)
+    return y.reshape(*rows, *kernel.shape[inputs:])
 
 
 def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from thoughtbubbles.placement import embedding_rows, rows_at
+from thoughtbubbles.placement import embedding_rows, product, rows_at
 from thoughtbubbles.weights import named
 
 LARGEST = 127
@@ -78,18 +78,18 @@ class Int8Weight(nnx.Module):
         return values.astype(jnp.float32) * scale[..., None]
 
 
-def linear(equation: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
-    """`einsum(equation, x, kernel)` in a dtype, whatever the kernel is held in.
+def linear(x: jax.Array, kernel: Any, dtype: Any, inputs: int = 1) -> jax.Array:
+    """`[..., *outputs]` of `x [..., *inputs]` in a dtype, whatever the kernel is held in.
 
     Args:
-        equation: Einsum equation of the layer.
         x: Input of the layer.
-        kernel: `nnx.Param`, or the `Int8Weight` of one, whose product needs no equation.
+        kernel: `nnx.Param` of `[*inputs, *outputs]`, or the `Int8Weight` of one.
         dtype: Dtype of the computation and of the result.
+        inputs: Number of contracted axes.
     """
     if isinstance(kernel, Int8Weight):
         return kernel(x).astype(dtype)
-    return jnp.einsum(equation, x, kernel[...].astype(dtype))
+    return product(x, kernel[...].astype(dtype), inputs)
 
 
 def unquantised(score: Any) -> jax.Array:
