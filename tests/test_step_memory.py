@@ -211,7 +211,7 @@ def test_long_rows_merge_without_tokens_by_slots(monkeypatch):
 
 def test_large_attention_keeps_no_weights(monkeypatch):
     """Nor holds those of a block, where a block is large."""
-    x = jax.ShapeDtypeStruct((2, 128, 4, 8), jnp.float32)
+    x = jax.ShapeDtypeStruct((2, 256, 4, 8), jnp.float32)
 
     def layers(query, key, value):
         for _ in range(4):

@@ -53,8 +53,8 @@ def attend(
     """
     batch, slots, heads, _ = query.shape
     large = 4 * batch * heads * visited_pairs(slots) > LARGEST_WEIGHTS
-    over = _attend_again if large else _attend_blocks
-    return slots_first(over(*heads_first(query, key, value), bias))
+    arrays = *heads_first(query, key, value), bias
+    return _attend_again(*arrays) if large else slots_first(_attend_blocks(*arrays))
 
 
 def attend_reference(
@@ -158,9 +158,14 @@ def heads_first(query, key, value):
 
 
 def _grouped(query, groups):
-    batch, slots, heads, width = query.shape
-    query = (query * width**-0.5).reshape(batch, slots, groups, heads // groups, width)
-    return query.transpose(0, 2, 3, 1, 4)
+    return _in_groups(query * query.shape[-1] ** -0.5, groups)
+
+
+def _in_groups(values, groups):
+    """Values `[B, S, H, K]` as `[B, G, H/G, S, K]`."""
+    batch, slots, heads, width = values.shape
+    values = values.reshape(batch, slots, groups, heads // groups, width)
+    return values.transpose(0, 2, 3, 1, 4)
 
 
 def slots_first(mixed):
@@ -320,74 +325,89 @@ def _joined(tiles, queries):
 
 @jax.custom_vjp
 def _attend_again(*arrays):
-    """`_attend_blocks` whose backward pass computes the weights again (arXiv 2205.14135)."""
-    return _attend_blocks(*arrays)
+    """What `_attend_blocks` mixes, slots first; its backward pass computes the weights again.
+
+    As arXiv 2205.14135 does.
+    """
+    return slots_first(_attend_blocks(*arrays))
 
 
 def _forward(*arrays):
     blocks = [_block(arrays, *ends) for ends in _blocks(arrays[0].shape[3])]
     parts, normalisers = zip(*(_in_tiles(*block) for block in blocks), strict=True)
-    return jnp.concatenate(parts, axis=3), (arrays, jnp.concatenate(normalisers, axis=3))
+    mixed = slots_first(jnp.concatenate(parts, axis=3))
+    return mixed, (arrays, mixed, jnp.concatenate(normalisers, axis=3))
 
 
 def _backward(residuals, gradient):
-    arrays, normaliser = residuals
+    arrays, mixed, normaliser = residuals
     query, key, value, bias = arrays
+    # The mean of the weights' gradients under the weights, without the weights.
+    mean = (gradient.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    mean, gradient = (_in_groups(values, key.shape[1]) for values in (mean, gradient))
+    of_rows = normaliser, mean[..., 0], gradient
     # Whole, because blocks of them in the forward pass would be kept as well.
     query = once_known(query, gradient)
     key, value = (once_known(values, gradient[:, :, 0]) for values in (key, value))
     slots, of_query, sums = query.shape[3], [], None
     for ends in _blocks(slots):
-        own = gradient[:, :, :, slice(*ends)]
+        normaliser, mean, own = (values[:, :, :, slice(*ends)] for values in of_rows)
         if of_query:  # one block after the other, so that the weights of one alone are held
             own = once_known(own, of_query[-1][:, :, :, : own.shape[3]])
         block = _block((query, key, value, bias), *ends)
-        grads = _backward_in_tiles(block, normaliser[:, :, :, slice(*ends)], own)
+        grads = _backward_in_tiles(block, normaliser, mean, own)
         of_query.append(grads[0])
-        whole = [_pad_slots(grad, slots - ends[1]) for grad in grads[1:]]
-        sums = whole if sums is None else jax.tree.map(jnp.add, sums, whole)
+        sums = _added(sums, grads[1:], slots)
     grads = jnp.concatenate(of_query, axis=3), *(sums or ())
     return jax.tree.map(lambda grad, of: grad.astype(of.dtype), grads, arrays)
 
 
-def _pad_slots(grad, padding):
-    if grad is None:
-        return None
-    axis = 2 if grad.ndim == 4 else 1
-    return jnp.pad(grad, [(0, padding if i == axis else 0) for i in range(grad.ndim)])
+def _added(sums, grads, slots):
+    """Sums over blocks, with the gradients of one more, which has the first slots alone."""
+
+    def add(grad, total=None):
+        axis = 2 if grad.ndim == 4 else 1
+        if total is None:
+            padding = slots - grad.shape[axis]
+            return jnp.pad(grad, [(0, padding if i == axis else 0) for i in range(grad.ndim)])
+        seen = jax.lax.slice_in_dim(total, 0, grad.shape[axis], axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(total, seen + grad, 0, axis=axis)
+
+    return jax.tree.map(add, grads) if sums is None else jax.tree.map(add, grads, sums)
 
 
-def _backward_in_tiles(arrays, normaliser, gradient):
+def _backward_in_tiles(arrays, normaliser, mean, gradient):
     """`_backward_block`, whose weights are held for one tile of queries at a time."""
     query, key, value, bias, last = arrays
     tiles = _tiles(query, key)
     if tiles == 1:
-        return _backward_block(arrays, normaliser, gradient)
+        return _backward_block(arrays, normaliser, mean, gradient)
 
     def tile(sums, part):
-        query, last, normaliser, gradient = part
-        of_query, *others = _backward_block((query, key, value, bias, last), normaliser, gradient)
+        query, last, *of_rows = part
+        of_query, *others = _backward_block((query, key, value, bias, last), *of_rows)
         return jax.tree.map(jnp.add, sums, others), of_query
 
     sums = jax.tree.map(lambda of: jnp.zeros_like(of, jnp.float32), [key, value, bias])
     # The padding attends to nothing, and adds nothing.
-    whole = (_cut(query, tiles), _cut(last, tiles, axis=0, fill=-1), _cut(normaliser, tiles))
-    sums, of_query = jax.lax.scan(tile, sums, (*whole, _cut(gradient, tiles)))
+    rows = [_cut(values, tiles) for values in (normaliser, mean, gradient)]
+    sums, of_query = jax.lax.scan(
+        tile, sums, (_cut(query, tiles), _cut(last, tiles, axis=0, fill=-1), *rows)
+    )
     return _joined(of_query, query.shape[3]), *sums
 
 
-def _backward_block(arrays, normaliser, gradient):
+def _backward_block(arrays, normaliser, mean, gradient):
     """Float32 gradients of queries, keys, values and bias."""
     query, key, value, bias, last = arrays
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = _logits(query, key, bias, last)
-    weights = jnp.exp(logits - normaliser[..., None])
-    of_value = product("bgrqs,bgrqk->bgsk", weights, gradient)
+    weights = jnp.exp(_logits(query, key, bias, last) - normaliser[..., None])
     of_weights = product("bgrqk,bgsk->bgrqs", gradient, value)
-    mean = (weights * of_weights).sum(axis=-1, keepdims=True)
-    slope = weights * (of_weights - mean)
+    slope = weights * (of_weights - mean[..., None])
     of_query = product("bgrqs,bgsk->bgrqk", slope, key)
-    of_key = product("bgrqs,bgrqk->bgsk", slope, query)
+    # The weights last, as a matrix is transposed that stands first and is contracted so.
+    of_value = product("bgrqk,bgrqs->bgks", gradient, weights).swapaxes(-1, -2)
+    of_key = product("bgrqk,bgrqs->bgks", query, slope).swapaxes(-1, -2)
     return of_query, of_key, of_value, None if bias is None else slope.sum(axis=(1, 2, 3))
 
 
