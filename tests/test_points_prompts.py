@@ -77,8 +77,11 @@ def test_training_hands_are_reported_too():
 
 def test_results_on_file_show_who_reads_the_prompt():
     runs = [line.fields for line in read_json_lines(RESULTS)]
-    found = {run["arm"]: run["trained"] for run in runs}
-    assert found["answers, frozen"]["held_out"]["validity"] < 0.5
-    assert found["thoughts, diverse"]["held_out"]["success"] > 0.8
-    assert found["thoughts, diverse"]["fake"]["success"] < 0.1
-    assert prompt_study.report(runs, GAME).count("paper") == len(runs)
+    found = {(run["arm"], run["seed"]): run["trained"] for run in runs}
+    assert len(found) == 3 * len(prompt_study.ARMS)
+    for seed in range(3):
+        assert found["answers, frozen", seed]["held_out"]["validity"] < 0.5
+        assert found["thoughts, diverse", seed]["fake"]["success"] < 0.1
+        read, kept = (found[f"thoughts, {arm}", seed]["regular"] for arm in ("diverse", "frozen"))
+        assert read["success"] > kept["success"] and read["validity"] > kept["validity"]
+    assert prompt_study.report(runs, GAME).count("paper") == 4
