@@ -276,7 +276,7 @@ class ModelConfig(ArchitectureConfig):
         of_query = 4 * rows * self.num_heads * slots
         logits = of_query * min(block_size(slots), slots)
         logits = min(logits, max(LARGEST_TILE, of_query * SMALLEST_TILE))
-        return 11 * logits // 2 + 4 * rows * slots * (self.mlp_width + 4 * self.embed_dim)
+        return 5 * logits + 4 * rows * slots * (self.mlp_width + 4 * self.embed_dim)
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
         """Bytes that reading `num_tokens` more of each row takes beside parameters and cache.
