@@ -108,7 +108,10 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """
     here, there = jax.typeof(x).sharding, jax.typeof(matrix).sharding
     if not any(here.spec) and not any(there.spec):
-        return x @ matrix
+        if matrix.ndim > 2:
+            return x @ matrix
+        # Of matrices: else XLA on a CPU computes the gradient of the result once more, transposed.
+        return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
     mesh = here.mesh if any(here.spec) else there.mesh
     *rows, split = here.spec
     names = jax.tree.leaves(tuple(rows))

@@ -107,7 +107,7 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """
     here, there = jax.typeof(x).sharding, jax.typeof(matrix).sharding
     if not any(here.spec) and not any(there.spec):
-        return x @ matrix
+        return product(x, matrix) if matrix.ndim == 2 else x @ matrix
     mesh = here.mesh if any(here.spec) else there.mesh
     *rows, split = here.spec
     names = jax.tree.leaves(tuple(rows))
