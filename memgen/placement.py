@@ -94,6 +94,27 @@ def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
     return read(decoder, tokens)
 
 
+def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+    """`[..., *outputs]` of `x [..., *inputs]` and a kernel `[*inputs, *outputs]`.
+
+    Without explicit axes it is a product of two matrices: of more axes, XLA on a CPU computes the
+    gradient of the result a second time, transposed, for the gradient of the kernel. A compiler
+    that splits axes of the rows other than the first, or inputs or outputs other than their first
+    axis, gathers them.
+
+    Args:
+        x: Any number of rows.
+        kernel: Kernel in the dtype of the rows.
+        inputs: Number of contracted axes.
+    """
+    if any((*jax.typeof(x).sharding.spec, *jax.typeof(kernel).sharding.spec)):
+        return jnp.tensordot(x, kernel, inputs)  # explicit axes do not go through every reshape
+    rows, width = x.shape[: x.ndim - inputs], math.prod(kernel.shape[:inputs])
+    outputs = kernel.shape[inputs:]
+    y = x.reshape(math.prod(rows), width) @ kernel.reshape(width, math.prod(outputs))
+    return y.reshape(*rows, *outputs)
+
+
 def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """`x @ matrix`, placed as the rows of `x` are.
 
@@ -108,10 +129,7 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """
     here, there = jax.typeof(x).sharding, jax.typeof(matrix).sharding
     if not any(here.spec) and not any(there.spec):
-        if matrix.ndim > 2:
-            return x @ matrix
-        # Of matrices: else XLA on a CPU computes the gradient of the result once more, transposed.
-        return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
+        return product(x, matrix) if matrix.ndim == 2 else x @ matrix
     mesh = here.mesh if any(here.spec) else there.mesh
     *rows, split = here.spec
     names = jax.tree.leaves(tuple(rows))

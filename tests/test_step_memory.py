@@ -52,13 +52,15 @@ def close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-def test_a_gradient_does_not_compute_those_of_later_layers_again():
-    """What a program adds in one fusion does not grow with the number of layers."""
+def test_gradients_of_results_are_computed_once():
+    """Neither transposed, for the gradient of a kernel, nor anew for each layer before."""
     config = dataclasses.replace(KINDS["plain"], num_layers=6, embed_dim=16, mlp_dim=32)
     program = compiled_loss(config, np.zeros((B, T + 1), np.int32)).as_text()
     fused = re.findall(r"^%fused\S* \(.*?^}", program, re.MULTILINE | re.DOTALL)
-    added = [len(re.findall(r"\[2,70,16\]\S* add\(", each)) for each in fused]
-    assert 0 < max(added) < 12, "40 when each sum began anew"
+    added = [len(re.findall(r"\[(?:2,70|140),16\]\S* add\(", each)) for each in fused]
+    assert 0 < max(added) < 12, "53 when each sum began anew"
+    transposed = r"\[(?:16|32),(?:140|2,70)\]\S* (?:multiply|add|copy|transpose)\("
+    assert not re.findall(transposed, program), "36 where products are of three axes"
 
 
 # "residual": its parts below; `python -m pytest -m experiment tests/test_step_memory.py`.
@@ -211,7 +213,7 @@ def test_long_rows_merge_without_tokens_by_slots(monkeypatch):
 
 def test_large_attention_keeps_no_weights(monkeypatch):
     """Nor holds those of a block, where a block is large."""
-    x = jax.ShapeDtypeStruct((2, 256, 4, 8), jnp.float32)
+    x = jax.ShapeDtypeStruct((2, 512, 4, 8), jnp.float32)
 
     def layers(query, key, value):
         for _ in range(4):
@@ -227,6 +229,25 @@ def test_large_attention_keeps_no_weights(monkeypatch):
         compiled: Any = program.compile()
         needed.append(compiled.memory_analysis().temp_size_in_bytes)
     assert all(less < 0.7 * more for more, less in itertools.pairwise(needed)), needed
+
+
+def test_gradients_in_few_bits_are_as_exact_as_their_bits(monkeypatch):
+    """What all values have in common adds nothing to a gradient, though results are rounded."""
+    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 0)
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(1, 32, 2, 8)) for _ in range(4)]
+    arrays[2] += 10
+    few = [jnp.asarray(array, jnp.bfloat16) for array in arrays]
+    bias = jnp.zeros((1, 32))
+
+    @jax.jit
+    def slopes(query, key, value, weigh, bias):
+        mixed = lambda *args: (attention.attend(*args) * weigh).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(mixed, (0, 1, 2, 3))(query, key, value, bias)
+
+    expected = slopes(*(array.astype(jnp.float32) for array in few), bias)
+    for found, exact in zip(slopes(*few, bias), expected, strict=True):
+        assert jnp.linalg.norm(found - exact) < 5e-3 * jnp.linalg.norm(exact)
 
 
 def test_padding_of_tiles_adds_nothing_however_large_a_bias_is(monkeypatch):

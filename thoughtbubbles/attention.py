@@ -42,8 +42,9 @@ def attend(
 
     Queries are processed in blocks, each against the keys up to its end only, so that about half of
     the square above the diagonal is never computed and no array `[B, H, S, S]` is held. Weights of
-    more than `LARGEST_WEIGHTS` bytes are not kept for the backward pass; where those of a block
-    have more than `LARGEST_TILE` bytes, its queries are taken some at a time, in both passes.
+    more than `LARGEST_WEIGHTS` bytes are not kept for the backward pass, and such a call has no
+    forward mode (`jax.jvp`); where those of a block have more than `LARGEST_TILE` bytes, its
+    queries are taken some at a time, in both passes.
 
     Args:
         query: Rotated queries of `H` heads.
@@ -325,9 +326,9 @@ def _joined(tiles, queries):
 
 @jax.custom_vjp
 def _attend_again(*arrays):
-    """What `_attend_blocks` mixes, slots first; its backward pass computes the weights again.
+    """What `_attend_blocks` mixes, slots first.
 
-    As arXiv 2205.14135 does.
+    Its backward pass computes the weights again, as in arXiv 2205.14135.
     """
     return slots_first(_attend_blocks(*arrays))
 
@@ -342,20 +343,24 @@ def _forward(*arrays):
 def _backward(residuals, gradient):
     arrays, mixed, normaliser = residuals
     query, key, value, bias = arrays
-    # The mean of the weights' gradients under the weights, without the weights.
-    mean = (gradient.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    mean, gradient = (_in_groups(values, key.shape[1]) for values in (mean, gradient))
-    of_rows = normaliser, mean[..., 0], gradient
+    groups = key.shape[1]
+    of_rows = [normaliser, _in_groups(gradient, groups)]
+    if mixed.dtype == jnp.float32:
+        # The mean of a row's gradients under its weights, without the weights. Of what was rounded
+        # to fewer bits it would be off by what all values have in common, which should cancel.
+        mean = (gradient * mixed).sum(axis=-1, keepdims=True)
+        of_rows.append(_in_groups(mean, groups)[..., 0])
+    gradient = of_rows[1]
     # Whole, because blocks of them in the forward pass would be kept as well.
     query = once_known(query, gradient)
     key, value = (once_known(values, gradient[:, :, 0]) for values in (key, value))
     slots, of_query, sums = query.shape[3], [], None
     for ends in _blocks(slots):
-        normaliser, mean, own = (values[:, :, :, slice(*ends)] for values in of_rows)
+        own_normaliser, own, *own_mean = (values[:, :, :, slice(*ends)] for values in of_rows)
         if of_query:  # one block after the other, so that the weights of one alone are held
             own = once_known(own, of_query[-1][:, :, :, : own.shape[3]])
         block = _block((query, key, value, bias), *ends)
-        grads = _backward_in_tiles(block, normaliser, mean, own)
+        grads = _backward_in_tiles(block, own_normaliser, own, *own_mean)
         of_query.append(grads[0])
         sums = _added(sums, grads[1:], slots)
     grads = jnp.concatenate(of_query, axis=3), *(sums or ())
@@ -376,12 +381,12 @@ def _added(sums, grads, slots):
     return jax.tree.map(add, grads) if sums is None else jax.tree.map(add, grads, sums)
 
 
-def _backward_in_tiles(arrays, normaliser, mean, gradient):
+def _backward_in_tiles(arrays, *of_rows):
     """`_backward_block`, whose weights are held for one tile of queries at a time."""
     query, key, value, bias, last = arrays
     tiles = _tiles(query, key)
     if tiles == 1:
-        return _backward_block(arrays, normaliser, mean, gradient)
+        return _backward_block(arrays, *of_rows)
 
     def tile(sums, part):
         query, last, *of_rows = part
@@ -390,22 +395,27 @@ def _backward_in_tiles(arrays, normaliser, mean, gradient):
 
     sums = jax.tree.map(lambda of: jnp.zeros_like(of, jnp.float32), [key, value, bias])
     # The padding attends to nothing, and adds nothing.
-    rows = [_cut(values, tiles) for values in (normaliser, mean, gradient)]
+    rows = [_cut(values, tiles) for values in of_rows]
     sums, of_query = jax.lax.scan(
         tile, sums, (_cut(query, tiles), _cut(last, tiles, axis=0, fill=-1), *rows)
     )
     return _joined(of_query, query.shape[3]), *sums
 
 
-def _backward_block(arrays, normaliser, mean, gradient):
-    """Float32 gradients of queries, keys, values and bias."""
+def _backward_block(arrays, normaliser, gradient, mean=None):
+    """Float32 gradients of queries, keys, values and bias.
+
+    `mean` is that of each row's gradients under its weights, where it is known.
+    """
     query, key, value, bias, last = arrays
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     weights = jnp.exp(_logits(query, key, bias, last) - normaliser[..., None])
     of_weights = product("bgrqk,bgsk->bgrqs", gradient, value)
+    if mean is None:
+        mean = (weights * of_weights).sum(axis=-1)
     slope = weights * (of_weights - mean[..., None])
     of_query = product("bgrqs,bgsk->bgrqk", slope, key)
-    # The weights last, as a matrix is transposed that stands first and is contracted so.
+    # The weights second: a first factor that is contracted over its rows is transposed on a CPU.
     of_value = product("bgrqk,bgrqs->bgks", gradient, weights).swapaxes(-1, -2)
     of_key = product("bgrqk,bgrqs->bgks", query, slope).swapaxes(-1, -2)
     return of_query, of_key, of_value, None if bias is None else slope.sum(axis=(1, 2, 3))

@@ -73,7 +73,11 @@ def num_chunks(positions: int, vocab_size: int) -> int:
 def _logits(hidden: jax.Array, table: jax.Array, vocab_axis: int) -> jax.Array:
     # Contracted as it lies: a transposed table would be copied for every decoded token.
     subscripts = "...d,dv->...v" if vocab_axis else "...d,vd->...v"
-    return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
+    over = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
+    if any((*jax.typeof(hidden).sharding.spec, *jax.typeof(table).sharding.spec)):
+        return over(hidden, table)
+    rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])  # as in `product`
+    return over(rows, table).reshape(*hidden.shape[:-1], table.shape[vocab_axis])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -78,8 +78,10 @@ def rows_at(table: AnyArray, index: AnyArray, **get: Any) -> jax.Array:
 def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     """`[..., *outputs]` of `x [..., *inputs]` and a kernel `[*inputs, *outputs]`.
 
-    The product is one of two matrices: of more axes, XLA on a CPU computes the gradient of the
-    result a second time, transposed, for the gradient of the kernel.
+    Without explicit axes it is a product of two matrices: of more axes, XLA on a CPU computes the
+    gradient of the result a second time, transposed, for the gradient of the kernel. A compiler
+    that splits axes of the rows other than the first, or inputs or outputs other than their first
+    axis, gathers them.
 
     Args:
         x: Any number of rows.
@@ -89,8 +91,9 @@ def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     if any((*jax.typeof(x).sharding.spec, *jax.typeof(kernel).sharding.spec)):
         return jnp.tensordot(x, kernel, inputs)  # explicit axes do not go through every reshape
     rows, width = x.shape[: x.ndim - inputs], math.prod(kernel.shape[:inputs])
-    y = x.reshape(math.prod(rows), width) @ kernel.reshape(width, -1)
-    return y.reshape(*rows, *kernel.shape[inputs:])
+    outputs = kernel.shape[inputs:]
+    y = x.reshape(math.prod(rows), width) @ kernel.reshape(width, math.prod(outputs))
+    return y.reshape(*rows, *outputs)
 
 
 def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:

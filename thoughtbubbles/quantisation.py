@@ -85,7 +85,7 @@ def linear(x: jax.Array, kernel: Any, dtype: Any, inputs: int = 1) -> jax.Array:
         x: Input of the layer.
         kernel: `nnx.Param` of `[*inputs, *outputs]`, or the `Int8Weight` of one.
         dtype: Dtype of the computation and of the result.
-        inputs: Number of contracted axes.
+        inputs: Number of contracted axes; an `Int8Weight` has its own.
     """
     if isinstance(kernel, Int8Weight):
         return kernel(x).astype(dtype)

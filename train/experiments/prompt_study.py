@@ -73,7 +73,7 @@ TUNING = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
 LORA = LoRAConfig(rank=16, targets=("q", "k", "v", "o", "up", "down"))
 BATCH = 32
 TRAINING_PROBLEMS_SEED = 1000
-"""Seed of the training problems that are played: those of tuning come in the order of others."""
+"""Seed of the order of training problems that are played, other than that of any tuning."""
 
 
 @dataclasses.dataclass(frozen=True)
