@@ -107,7 +107,7 @@ TWINS = {
         "is_whole",
         "wrong_matrices",
     ),
-    "placement": ("product_beside",),
+    "placement": ("product", "product_beside"),
     "short_repr": ("ShortRepr",),
 }
 

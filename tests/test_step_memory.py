@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import SMALL, quick_model
 
 from thoughtbubbles import PrefixRank, Streams, Thoughtbubbles, attention, forking, head
+from thoughtbubbles.placement import product_beside
 from thoughtbubbles.recompute import once_known
 
 V, B, T = 86, 2, 70
@@ -59,8 +60,18 @@ def test_gradients_of_results_are_computed_once():
     fused = re.findall(r"^%fused\S* \(.*?^}", program, re.MULTILINE | re.DOTALL)
     added = [len(re.findall(r"\[(?:2,70|140),16\]\S* add\(", each)) for each in fused]
     assert 0 < max(added) < 12, "53 when each sum began anew"
-    transposed = r"\[(?:16|32),(?:140|2,70)\]\S* (?:multiply|add|copy|transpose)\("
+    transposed = r"\[(?:16|32|86),(?:140|2,70)\]\S* (?:multiply|add|copy|transpose)\("
     assert not re.findall(transposed, program), "36 where products are of three axes"
+
+
+def test_gradients_of_adapted_results_are_computed_once():
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 70, 16), (16, 4), (4, 32))]
+
+    def loss(x, first, last):
+        return jnp.tanh(product_beside(product_beside(x, first), last)).sum()
+
+    program: Any = jax.jit(jax.grad(loss, (1, 2))).lower(*arrays).compile()
+    assert not re.findall(r"\[32,(?:140|2,70)\]", program.as_text())
 
 
 # "residual": its parts below; `python -m pytest -m experiment tests/test_step_memory.py`.

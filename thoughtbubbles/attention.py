@@ -343,14 +343,14 @@ def _forward(*arrays):
 def _backward(residuals, gradient):
     arrays, mixed, normaliser = residuals
     query, key, value, bias = arrays
-    groups = key.shape[1]
-    of_rows = [normaliser, _in_groups(gradient, groups)]
+    means = []
     if mixed.dtype == jnp.float32:
         # The mean of a row's gradients under its weights, without the weights. Of what was rounded
         # to fewer bits it would be off by what all values have in common, which should cancel.
         mean = (gradient * mixed).sum(axis=-1, keepdims=True)
-        of_rows.append(_in_groups(mean, groups)[..., 0])
-    gradient = of_rows[1]
+        means = [_in_groups(mean, key.shape[1])[..., 0]]
+    gradient = _in_groups(gradient, key.shape[1])
+    of_rows = normaliser, gradient, *means
     # Whole, because blocks of them in the forward pass would be kept as well.
     query = once_known(query, gradient)
     key, value = (once_known(values, gradient[:, :, 0]) for values in (key, value))
