@@ -14,7 +14,7 @@ from memgen.config import WeaverConfig
 from memgen.insertion import PROMPT
 from memgen.lora import make_adapter
 from memgen.module import Module, checked_kernel, named
-from memgen.placement import broadcast_beside, embed, placed_beside, repeat_beside
+from memgen.placement import broadcast_beside, embed, placed_beside, product, repeat_beside
 from memgen.short_repr import short_repr
 
 SAMPLED_IDS = 1024
@@ -87,7 +87,7 @@ class Projection(Module):
         self.bias = named(WeaverParam, bias, (None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return product(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
 
 
 class Weaver(Module):

@@ -26,7 +26,7 @@ from thoughtbubbles.checks import (
 )
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
-from thoughtbubbles.head import head_log_prob
+from thoughtbubbles.head import head_log_prob, head_logits
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of
 from thoughtbubbles.placement import AnyArray, embedding_rows
 from thoughtbubbles.policy import Policy
@@ -202,14 +202,10 @@ class ForkingDecoder(Architecture):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """The head alone, for what the final norm gave: `[..., D]` to logits `[..., V]` float32."""
-        # Contracted as it lies: a transposed table would be copied for every decoded token.
-        table, subscripts = (
-            (self.embed, "...d,vd->...v") if self.head is None else (self.head, "...d,dv->...v")
-        )
+        table, vocab_axis = self._table()
         if isinstance(table, Int8Weight):
             return table(hidden)
-        table = table[...].astype(self.config.dtype)
-        return jnp.einsum(subscripts, hidden, table, preferred_element_type=jnp.float32)
+        return head_logits(hidden, table[...].astype(self.config.dtype), vocab_axis=vocab_axis)
 
     def log_prob(self, output: Output | Streams, targets: AnyArray) -> jax.Array:
         """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits.
@@ -230,11 +226,15 @@ class ForkingDecoder(Architecture):
         return merge_log_prob(streams, log_prob, self.config.vocab_size, bound)
 
     def _decoded_log_prob(self, x: jax.Array, targets: jax.Array) -> jax.Array:
-        table, vocab_axis = (self.embed, 0) if self.head is None else (self.head, 1)
+        table, vocab_axis = self._table()
         if isinstance(table, Int8Weight) or not self._inherits("decode", "unembed"):
             return log_prob_of(self.decode(x), targets)
         table = table[...].astype(self.config.dtype)
         return head_log_prob(self.final_norm(x), table, targets, vocab_axis=vocab_axis)
+
+    def _table(self) -> tuple[Any, int]:
+        """Output embedding, and its axis of the vocabulary."""
+        return (self.embed, 0) if self.head is None else (self.head, 1)
 
     def _inherits(self, *methods: str) -> bool:
         return all(getattr(type(self), name) is getattr(ForkingDecoder, name) for name in methods)

@@ -27,6 +27,26 @@ SMALLEST_CHUNK = 1024
 """Number of ids of a chunk below which products would become too narrow."""
 
 
+def head_logits(
+    hidden: Float[Array, "... D"], table: Float[Array, "V D"], *, vocab_axis: int = 0
+) -> Float[Array, "... V"]:
+    """Logits `hidden · table` in float32.
+
+    Args:
+        hidden: Hidden states that predict the next tokens.
+        table: Output embedding `[V, D]`, or `[D, V]` with `vocab_axis=1`, in the type of the
+            hidden states.
+        vocab_axis: Axis of the vocabulary in the table.
+    """
+    # Contracted as it lies: a transposed table would be copied for every decoded token.
+    subscripts = "...d,dv->...v" if vocab_axis else "...d,vd->...v"
+    over = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
+    if any((*jax.typeof(hidden).sharding.spec, *jax.typeof(table).sharding.spec)):
+        return over(hidden, table)
+    rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])  # as in `product`
+    return over(rows, table).reshape(*hidden.shape[:-1], table.shape[vocab_axis])
+
+
 def head_log_prob(
     hidden: Float[Array, "... D"],
     table: Float[Array, "V D"],
@@ -53,7 +73,7 @@ def head_log_prob(
     if chunks is None:
         chunks = num_chunks(targets.size, table.shape[vocab_axis])
     if chunks == 1:
-        return log_prob_of(_logits(hidden, table, vocab_axis), targets)
+        return log_prob_of(head_logits(hidden, table, vocab_axis=vocab_axis), targets)
     return _in_chunks(hidden, table, targets, vocab_axis, chunks)
 
 
@@ -70,16 +90,6 @@ def num_chunks(positions: int, vocab_size: int) -> int:
     return next((n for n in range(chunks, 2 * chunks) if vocab_size % n == 0), chunks)
 
 
-def _logits(hidden: jax.Array, table: jax.Array, vocab_axis: int) -> jax.Array:
-    # Contracted as it lies: a transposed table would be copied for every decoded token.
-    subscripts = "...d,dv->...v" if vocab_axis else "...d,vd->...v"
-    over = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
-    if any((*jax.typeof(hidden).sharding.spec, *jax.typeof(table).sharding.spec)):
-        return over(hidden, table)
-    rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])  # as in `product`
-    return over(rows, table).reshape(*hidden.shape[:-1], table.shape[vocab_axis])
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _in_chunks(hidden, table, targets, vocab_axis, chunks):
     return _forward(hidden, table, targets, vocab_axis, chunks)[0]
@@ -91,7 +101,7 @@ def _forward(hidden, table, targets, vocab_axis, chunks):
     def add(carry, part):
         peak, total, picked = carry
         rows, ids = part
-        logits = _known(_logits(hidden, rows, vocab_axis), ids, vocab_size)
+        logits = _known(head_logits(hidden, rows, vocab_axis=vocab_axis), ids, vocab_size)
         higher = jnp.maximum(peak, logits.max(axis=-1))
         total = total * jnp.exp(peak - higher) + jnp.exp(logits - higher[..., None]).sum(axis=-1)
         picked += jnp.where(_chosen(ids, targets), logits, 0).sum(axis=-1)
@@ -111,7 +121,7 @@ def _backward(vocab_axis, chunks, residuals, gradient):
 
     def add(total, part):
         rows, ids = part
-        logits, pull = jax.vjp(functools.partial(_logits, vocab_axis=vocab_axis), hidden, rows)
+        logits, pull = jax.vjp(functools.partial(head_logits, vocab_axis=vocab_axis), hidden, rows)
         probability = jnp.exp(_known(logits, ids, vocab_size) - normaliser[..., None])
         of_hidden, of_rows = pull(gradient[..., None] * (_chosen(ids, targets) - probability))
         return total + of_hidden.astype(jnp.float32), of_rows

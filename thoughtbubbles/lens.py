@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from thoughtbubbles.forking import merge
+from thoughtbubbles.placement import product
 from thoughtbubbles.rows import left_align, restore_alignment
 from thoughtbubbles.short_repr import ShortRepr, short_repr
 from thoughtbubbles.sites import (
@@ -136,7 +137,7 @@ def translated(x: Float[Array, "... D"], affine: Any) -> Float[Array, "... D"]:
         return x
     weight, bias = affine
     wide = x.astype(jnp.float32)
-    return (wide + jnp.einsum("...d,de->...e", wide, weight) + bias).astype(x.dtype)
+    return (wide + product(wide, weight) + bias).astype(x.dtype)
 
 
 def logit_lens(

@@ -39,6 +39,7 @@ from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.hatchling.sites import SitedHatchling, merged
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
+from thoughtbubbles.head import head_logits
 from thoughtbubbles.placement import AnyArray, broadcast_beside, embedding_rows, zeros_beside
 from thoughtbubbles.rows import next_tokens, padded_in_front
 from thoughtbubbles.streams import Streams
@@ -98,8 +99,7 @@ class Hatchling(SitedHatchling):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits `[..., V]` float32 of hidden states `[..., d]`."""
-        table = self.head[...].astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, table, preferred_element_type=jnp.float32)
+        return head_logits(hidden, self.head[...].astype(hidden.dtype), vocab_axis=1)
 
     def hidden_states(
         self,
