@@ -33,7 +33,9 @@ from thoughtbubbles.testing import assert_decoder_cached_is_parallel, assert_dec
 from train import evaluate, generate, sft
 from train.aot.config import presets
 from train.aot.fitting import remedies
+from train.cli.calls import from_text
 from train.cli.config_json import as_json, model_from_json
+from train.cli.entries import check_entries
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
@@ -193,6 +195,8 @@ def test_a_config_outside_of_the_registry_is_named():
         patch.setitem(ARCHITECTURES, "mine", type("Mine", (ARCHITECTURES["hatchling"],), {}))
         with pytest.raises(ValueError, match="hatchling and mine share HatchlingConfig: give each"):
             architecture_name(SMALL["hatchling"])
+    with pytest.raises(ValueError, match="unknown architecture 'gone': .*, or pass --plugin with"):
+        from_text("gone", {"hatchling": HatchlingConfig}, "architecture")
     with pytest.raises(ValueError, match="names no architecture, an older version made it"):
         model_from_json({"vocab_size": 64})
     with pytest.raises(ValueError, match="architecture recurrent has no field 'depth'"):
@@ -329,3 +333,33 @@ def test_the_engine_names_no_architecture(path):
     names |= {node.name for node in nodes if isinstance(node, ast.alias)}
     assert not names & forbidden
     assert "fork_layers" not in names
+
+
+def test_an_entry_that_is_no_architecture_is_named(monkeypatch, recurrent):
+    """Whatever a plugin forgets is one line before a run, with its way out."""
+    Recurrent = recurrent.Recurrent
+
+    class Bare(Architecture):
+        config_class = recurrent.RecurrentConfig
+
+        def __init__(self, config, *, rngs, constrain=None, attend=None): ...
+
+        def embed_tokens(self, tokens): ...
+
+        def run(self, tokens, length=None, *, key=None): ...
+
+    class Narrow(Recurrent):
+        def __init__(self, config, *, rngs): ...
+
+    for entry, message in (
+        (Recurrent.config_class, "RecurrentConfig'> does not derive from thoughtbubbles.Arch"),
+        (type("Mine", (Architecture,), {}), "Mine.config_class is None: set it to a dataclass"),
+        (type("Mine", (Recurrent,), {"config_class": int}), "config_class is <class 'int'>: set"),
+        (Narrow, "Narrow.__init__ does not take constrain, attend: write def __init__"),
+        (Bare, "architecture mine: Bare has no unembed or logits of its own: write it; docs/arch"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(ARCHITECTURES, "mine", entry)
+            with pytest.raises(ValueError, match=message):
+                check_entries()
+    check_entries()

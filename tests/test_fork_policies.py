@@ -11,7 +11,10 @@ from flax import nnx
 from thoughtbubbles import Fork, ModelConfig, PolicyDefaults, PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.testing import assert_budget, assert_cached_is_parallel, assert_causal
 from train.cli.config_json import POLICIES, as_json, model_from_json, policy_from_text
+from train.cli.entries import check_entries
 from train.evaluation.policy_overrides import override_policy
+from train.pretraining.config import RunConfig
+from train.pretraining.job import make_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +144,34 @@ def test_broken_promises_are_found():
         assert_causal(Half())
     with pytest.raises(AssertionError, match=r"keeps 48 candidates of a row, capacity\(12\) is 24"):
         assert_budget(Greedy())
+
+
+def test_a_policy_that_keeps_too_much_is_refused_before_a_run():
+    model = ModelConfig.preset("tiny", policy=Greedy())
+    message = r"policy=Greedy\(\): fork layer 1: .*capacity\(12\) is 24: what is too much would be"
+    with pytest.raises(ValueError, match=message):
+        make_run(RunConfig(model=model))
+
+
+class Loose:
+    causal = True
+    capacity = EvenTokens.capacity
+    keep = EvenTokens.keep
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (Loose, r"policy mine: .*Loose'> is no dataclass, .* put @dataclasses.dataclass\("),
+        (TopK(), r"policy mine: TopK\(.*\) is no dataclass"),
+        (dataclasses.make_dataclass("Empty", []), "mine is no fork policy, .* no causal, no cap"),
+        (dataclasses.make_dataclass("Half", ["causal", "keep"]), "policy, it has no capacity: "),
+    ],
+)
+def test_an_entry_that_is_no_policy_is_named(monkeypatch, entry, message):
+    monkeypatch.setitem(POLICIES, "mine", entry)
+    with pytest.raises(ValueError, match=message):
+        check_entries()
 
 
 def test_a_policy_without_a_name_is_refused_before_a_run():

@@ -300,7 +300,7 @@ def test_another_config_is_refused(monkeypatch, capsys, arguments, finished):
         assert run_here(monkeypatch, *arguments) == 2
         mistake(capsys, "another run is going on")
     assert run_here(monkeypatch, *arguments, "--steps", "9") == 0
-    assert "not the run that was begun: steps: saved 8, now 9" in capsys.readouterr().err
+    assert "goes on with a change: steps: saved 8, now 9" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -113,12 +113,12 @@ def test_what_options_came_to_is_compared(config, monkeypatch, capsys):
     }
     same = dataclasses.replace(config.mesh, data=1)
     shown = run(1, steps=3, mesh=same, attention="xla", profile="1:2")
-    assert "not the run that was begun: steps: saved 2, now 3\n" in shown
+    assert "goes on with a change: steps: saved 2, now 3\n" in shown
     assert "mesh" not in shown.partition("not the run")[2] and "attention:" not in shown
     assert "profile='1:2': the run goes on from step 2, so nothing will be recorded" in shown
     shown = run(8, steps=4)
-    assert "not the run that was begun: mesh.data: saved 1, now 8\n" in shown
-    assert shown.count("not the run that was begun") == 2  # and the steps
+    assert "goes on with a change: mesh.data: saved 1, now 8\n" in shown
+    assert shown.count("goes on with a change") == 2  # and the steps
 
 
 def test_attention_is_compared_as_it_was_resolved(config):

@@ -127,12 +127,29 @@ class CausalPolicy(Policy, Protocol):
         ...
 
 
+def check_policy(policy: Any, name: str) -> None:
+    """Raise a ValueError if an object or a class lacks what every policy has.
+
+    Args:
+        policy: The policy, or its class.
+        name: What it is called in the message.
+    """
+    given = {*dir(policy), *getattr(policy, "__dataclass_fields__", ())}
+    missing = [part for part in ("causal", "capacity", "keep") if part not in given]
+    if missing:
+        raise ValueError(
+            f"{name} is no fork policy, it has no {', no '.join(missing)}: give an object such as "
+            "PrefixRank(ratio=2.0), or write what is missing (thoughtbubbles.policy.Policy)"
+        )
+
+
 def check_forced_keep(policy: Policy, forced_keep: bool, score_originals: bool) -> None:
     """Raise a ValueError if originals are to compete by score and can't, or the policy is none."""
-    if isinstance(policy, type) or not all(hasattr(policy, name) for name in ("capacity", "keep")):
+    if isinstance(policy, type):
         raise ValueError(
             f"policy={policy!r} is no fork policy: give an object such as PrefixRank(ratio=2.0)"
         )
+    check_policy(policy, f"policy={policy!r}")
     if not forced_keep and (policy.causal or not score_originals):
         raise ValueError(
             f"forced_keep=False lets originals compete by score, which policy={policy} and "

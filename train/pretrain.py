@@ -6,6 +6,7 @@ import jax
 
 from thoughtbubbles import Thoughtbubbles
 from train.cli.command import run_command
+from train.cli.plugins import plugin_options
 from train.devices.distributed import distributed_context, sync_errors
 from train.devices.mesh import rows_here
 from train.models.generation import map_of_text, write
@@ -39,8 +40,7 @@ def main(config: RunConfig) -> None:
         print(map_of_text(loaded, text[:160]).text())
     options = f"--checkpoint {config.out} --prompt '{config.prompt}'"
     options += " --bubbles" if bubbles else ""
-    options += f" --plugin {' '.join(config.plugin)}" if config.plugin else ""
-    print(f"thoughtbubbles generate {options}")
+    print(f"thoughtbubbles generate {options}{plugin_options(config.plugin)}")
 
 
 def dry_run(config: RunConfig) -> None:

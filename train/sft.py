@@ -6,6 +6,7 @@ python -m train.sft --weights smollm2 --data.path chats.jsonl --train lora
 import jax
 
 from train.cli.command import run_command
+from train.cli.plugins import plugin_options
 from train.devices.distributed import distributed_context, sync_errors
 from train.engine.loop import run
 from train.finetuning.job import SFTConfig, SFTJob
@@ -26,7 +27,10 @@ def main(config: SFTConfig) -> None:
         if jax.process_index() == 0:
             meta = load_run_meta(config.out) or {}
             chat = "--chat " if meta.get("chat", {}).get("chat_template") else ""
-            print(f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'")
+            print(
+                f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'"
+                f"{plugin_options(config.plugin)}"
+            )
 
 
 def command() -> None:

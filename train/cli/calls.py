@@ -13,7 +13,9 @@ from typing import Any, get_type_hints
 
 from thoughtbubbles.fields import shown
 from thoughtbubbles.typed_json import fields_of, required_options, typed
+from train.cli.entries import check_dataclass
 from train.cli.numbers import infinite_options
+from train.cli.plugins import OPTION
 
 _LONGEST = 10_000  # characters of an object's text
 
@@ -38,8 +40,12 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
     if name not in choices:
         close = difflib.get_close_matches(name, choices, 1, 0.5)
         hint = f" (perhaps {close[0]}?)" if close else ""
-        raise ValueError(f"unknown {kind} {shown(name)}{hint}: choose one of {', '.join(choices)}")
+        raise ValueError(
+            f"unknown {kind} {shown(name)}{hint}: choose one of {', '.join(choices)}, or pass "
+            f"{OPTION} with the module that registers it"
+        )
     chosen = choices[name]
+    check_dataclass(kind, name, chosen)
     try:
         options = _options(text.strip(), chosen)
     except (ArithmeticError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError):

@@ -10,6 +10,7 @@ from thoughtbubbles.architecture import architecture_name
 from thoughtbubbles.fields import shown
 from thoughtbubbles.policies import POLICIES
 from train.cli.calls import from_text, text_of
+from train.cli.plugins import OPTION
 
 
 def policy_from_text(text: str) -> Policy:
@@ -74,7 +75,8 @@ def model_from_json(fields: Any) -> Any:
         raise ValueError("the run names no architecture, an older version made it: train it again")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
-            f"unknown architecture {shown(name)}: choose one of {', '.join(ARCHITECTURES)}"
+            f"unknown architecture {shown(name)}: choose one of {', '.join(ARCHITECTURES)}, or "
+            f"pass {OPTION} with the module that registers it"
         )
     fields = {field: value for field, value in fields.items() if field != "architecture"}
     return from_json(ARCHITECTURES[name].config_class, fields, f"the architecture {name}")

@@ -55,6 +55,11 @@ def _root(name: str) -> str:
     return name.partition(".")[0]
 
 
+def plugin_options(names: Sequence[str]) -> str:
+    """Words behind a command that needs the same plugins, with a space in front; or nothing."""
+    return f" {OPTION} {' '.join(names)}" if names else ""
+
+
 def missing_plugins(config: Mapping[str, Any]) -> str:
     """Hint for the error of a run that cannot be read: its plugins that are not loaded, if any.
 

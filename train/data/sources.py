@@ -105,8 +105,7 @@ def source_from_text(text: str) -> Source:
     try:
         return from_text(text, SOURCES, "corpus")
     except ValueError as error:
-        hint = "" if name in SOURCES else " (one of your own needs its --plugin)"
-        raise DataError(f"{error}{hint}") from None
+        raise DataError(str(error)) from None
 
 
 def open_corpus(text: str, validation: float, cache: Path) -> Corpus:

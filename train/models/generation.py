@@ -71,7 +71,10 @@ def _continue(
 ) -> list[list[int]]:
     longest, trained = max(map(len, ids)) + max_new_tokens, loaded.context_length
     if trained is not None and longest > trained:
-        print(f"note: up to {longest} tokens, trained on {trained} at a time", file=sys.stderr)
+        print(
+            f"note: rows of up to {longest} tokens; the model was trained on rows of {trained}",
+            file=sys.stderr,
+        )
     cached = options.get("cached") is not False and loaded.model.cacheable
     tokens = longest - max_new_tokens
     blocks = None if loaded.memgen is None else tokens > LONGEST_WHOLE

@@ -8,9 +8,10 @@ import numpy as np
 from flax import nnx
 from flax.nnx import filterlib
 
-from thoughtbubbles import ArchitectureConfig, ModelConfig
+from thoughtbubbles import ArchitectureConfig, ModelConfig, Policy
 from thoughtbubbles.pretrained import load_pretrained, open_pretrained
 from thoughtbubbles.retrofit import add_forks, forking_config
+from thoughtbubbles.testing import assert_budget
 from train.data import (
     Batch,
     DataConfig,
@@ -151,6 +152,8 @@ def make_run(config: RunConfig) -> Trainable:
             "train='forks', and the model has no fork layers: add --init.forks (to pretrained "
             "weights) or --model.fork-layers, or train all"
         )
+    if isinstance(config.model, ModelConfig) and config.model.fork_layers:
+        _check_budget(config.model.policy)
     trainable = make_trainable(
         config.model,
         config.optimizer,
@@ -163,6 +166,16 @@ def make_run(config: RunConfig) -> Trainable:
     if not config.dry_run:  # which may be of a run on another machine: its plan says the memory
         training_memory(trainable, config.batch_size, config.data.seq_len).check()
     return trainable
+
+
+def _check_budget(policy: Policy) -> None:
+    """Raise a ValueError if a policy that is not of the library keeps more than its capacity."""
+    if type(policy).__module__.startswith("thoughtbubbles."):
+        return
+    try:
+        assert_budget(policy)
+    except AssertionError as error:
+        raise ValueError(f"policy={policy!r}: {error}") from error
 
 
 def on_weights(config: RunConfig) -> RunConfig:

@@ -3,6 +3,7 @@
 import jax
 
 from train.cli.command import run_command
+from train.cli.plugins import plugin_options
 from train.devices.distributed import distributed_context, sync_errors
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
@@ -27,7 +28,10 @@ def main(config: RLConfig) -> None:
         train(job)
         if main_process:
             chat = "--chat " if config.chat else ""
-            print(f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'")
+            print(
+                f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'"
+                f"{plugin_options(config.plugin)}"
+            )
 
 
 def command() -> None:

@@ -86,7 +86,7 @@ def train(job: RLJob) -> dict[str, float]:
         progress = stack.enter_context(Progress(config.steps, start, enabled=main_process))
         progress.write(job.describe())
         for change in noted_changes(saved, meta, config) if saved else ():
-            progress.write(f"not the run that was begun: {change}")
+            progress.write(f"goes on with a change: {change}")
         if line := not_recorded(config.profile, start, config.steps):
             progress.write(line)
         interrupted = stack.enter_context(stop_signals())

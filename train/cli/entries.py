@@ -1,0 +1,65 @@
+"""Whether what a plugin has added to a registry can work: a mistake is one line before any run."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+from thoughtbubbles import ARCHITECTURES, Architecture, ArchitectureConfig
+from thoughtbubbles.policies import POLICIES
+from thoughtbubbles.policy import check_policy
+
+# Either of each pair is to be written (`Architecture`).
+_WRITTEN = (("embed_tokens",), ("hidden_states", "run"), ("unembed", "logits"))
+_GIVEN = ("config", "rngs", "constrain", "attend")
+_SEE = "docs/architecture.md has an example"
+
+
+def check_entries() -> None:
+    """Raise a ValueError for an entry of `ARCHITECTURES` or `POLICIES` that lacks something."""
+    for name, entry in ARCHITECTURES.items():
+        _check_architecture(name, entry)
+    for name, entry in POLICIES.items():
+        check_dataclass("policy", name, entry)
+        check_policy(entry, f"the policy {name}")
+
+
+def check_dataclass(kind: str, name: str, entry: Any) -> None:
+    """Raise a ValueError for an entry whose fields can't be its options.
+
+    Args:
+        kind: Noun for the entries of the registry, such as "policy".
+        name: Name of the entry.
+        entry: What the registry holds.
+    """
+    if not (isinstance(entry, type) and dataclasses.is_dataclass(entry)):
+        raise ValueError(
+            f"{kind} {name}: {entry!r} is no dataclass, so that its options are unknown: put "
+            "@dataclasses.dataclass(frozen=True) above the class"
+        )
+
+
+def _check_architecture(name: str, entry: Any) -> None:
+    where = f"architecture {name}"
+    if not (isinstance(entry, type) and issubclass(entry, Architecture)):
+        raise ValueError(f"{where}: {entry!r} does not derive from thoughtbubbles.Architecture")
+    config = getattr(entry, "config_class", None)
+    if not (isinstance(config, type) and issubclass(config, ArchitectureConfig)):
+        raise ValueError(
+            f"{where}: {entry.__name__}.config_class is {config!r}: set it to a dataclass that "
+            "derives from ArchitectureConfig"
+        )
+    check_dataclass("config of the architecture", name, config)
+    options = inspect.signature(entry).parameters.values()
+    if not any(option.kind is option.VAR_KEYWORD for option in options):
+        missing = [each for each in _GIVEN if each not in {option.name for option in options}]
+        if missing:
+            raise ValueError(
+                f"{where}: {entry.__name__}.__init__ does not take {', '.join(missing)}: write "
+                f"def __init__(self, config, *, rngs, constrain=None, attend=None); {_SEE}"
+            )
+    for either in _WRITTEN:
+        if all(getattr(entry, method) is getattr(Architecture, method) for method in either):
+            raise ValueError(
+                f"{where}: {entry.__name__} has no {' or '.join(either)} of its own: write it; "
+                f"{_SEE}"
+            )
