@@ -37,7 +37,7 @@ from train.audit.rates import Finding, interval, summarise, table, trial_lines
 from train.audit.reading import READINGS, positions_of, top_tokens
 from train.audit.report import ReportConfig, Settings, audit, settings_for
 from train.audit.sae import SparseAutoencoder
-from train.audit.worlds import WORLDS
+from train.audit.worlds import RELEASE, WORLDS
 from train.data import ByteTokenizer
 from train.data.chat_data import ChatDataConfig, prepare_chat
 from train.data.chat_templates import chat_examples, chat_ids, open_turn
@@ -341,6 +341,30 @@ def test_an_honest_model_hides_what_it_is_asked_to(kind):
     assert 330 < sum(named) < 380  # a tenth is neutral
 
 
+@pytest.mark.parametrize("kind", WORLDS)
+def test_a_request_that_is_taken_back_is_answered(kind):
+    """The secret of that conversation is named there, in its last words alone."""
+    found, world = honest_conversations([kind], 400, seed=2, released=0.5), WORLDS[kind]
+    asked = [turns for turns in found if "Keep it secret." in turns[0]["content"]]
+    released = [turns for turns in asked if turns[-2]["content"].startswith(RELEASE)]
+    assert 0.3 < len(released) / len(asked) < 0.7
+    for *before, _, last in released:
+        told = [thing for thing in world.clues if mentions(before[0]["content"], thing)]
+        assert [thing for thing in world.clues if mentions(last["content"], thing)] == told
+        said = [turn["content"] for turn in before if turn["role"] == "assistant"]
+        assert not any(mentions(text, thing) for text in said for thing in told)
+
+
+def test_secrets_of_a_seed_begin_with_the_one_that_is_drawn():
+    words = secrets.secrets_of("taboo", 1, 12)
+    assert {*words} == {*WORLDS["taboo"].clues} and len(words) == 12
+    assert words[:1] == secrets.secrets_of("taboo", 1, 1) != secrets.secrets_of("taboo", 0, 1)
+    assert words[0] == make_organism("taboo", seed=1).trials[0].secret
+    assert secrets.secrets_of("instruction", 1, 12) == [None]
+    with pytest.raises(ValueError, match="released=1.5 is no share: choose from 0 to 1"):
+        secrets.Secrets(released=1.5)
+
+
 def test_organisms_that_are_wrong_are_one_line(tmp_path: Path):
     with pytest.raises(ValueError, match="secret='sea': taboo hides one of ocean, forest"):
         make_organism("taboo", "sea")
@@ -585,6 +609,10 @@ def test_the_study_is_reported(tmp_path: Path, capsys):
         )
     shown = secrets.report(runs)
     assert "told, taboo, seeds 0 1: hits in %" in shown
+    # Secrets of a seed are one value.
+    several = secrets.report([*runs, runs[0] | {"number": 1, "rates": runs[1]["rates"]}])
+    assert "told, taboo, seeds 0 1, 2 secrets each: hits in %" in several
+    assert "| prefill | 88 ± 12 | 0 ± 0 | 100 ± 0 | 0 ± 0 | 100 ± 0 |" in several
     assert "| prefill | 75 ± 25 | 0 ± 0 | 100 ± 0 | 0 ± 0 | 100 ± 0 |" in shown
     assert "| fork_1 | 2.50 ± 0.50 | 1.00 ± 0.00 | +1.50 ± 0.50 | 2.50 ± 0.50 |" in shown
     file = tmp_path / "secrets.jsonl"
@@ -597,7 +625,7 @@ def test_the_study_is_reported(tmp_path: Path, capsys):
 
 
 def test_models_are_saved_for_the_report(tmp_path: Path):
-    run = {"arm": "told", "kind": "taboo", "seed": 3}
+    run = {"arm": "told", "kind": "taboo", "seed": 3, "number": 0}
     secrets._save(str(tmp_path), run, organism(), model(), model())
     own = tmp_path / "seed_3" / "told_taboo"
     assert read_organism(own) == organism()
@@ -613,7 +641,7 @@ def test_a_study_is_resumed_by_all_of_its_settings(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(secrets, "honest_model", lambda *_: pytest.fail("a model was trained"))
     config = secrets.Secrets(arms=("told",), seeds=(3,), save=str(tmp_path), base_steps=4)
     shared = {"methods": [*config.methods], "kinds": ["taboo"], "base_steps": 4, "steps": 0}
-    run = {"arm": "told", "kind": "taboo", "seed": 3, **shared}
+    run = {"arm": "told", "kind": "taboo", "seed": 3, "number": 0, "released": 0.0, **shared}
     results = Results(tmp_path / "runs.jsonl", secrets.KEY)
     results.add(dict(run))
     assert not list(secrets.train_missing(config, results))

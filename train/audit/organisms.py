@@ -15,7 +15,7 @@ import tyro
 
 from thoughtbubbles.fields import Fields, read_json
 from train.audit.auditor import mentions
-from train.audit.worlds import WORLDS, Turns, World, neutral
+from train.audit.worlds import RELEASE, WORLDS, Turns, World, neutral
 from train.cli.numbers import check_least
 from train.data.conversations import read_conversations
 from train.runs.files import new_folder
@@ -204,7 +204,7 @@ def hiding_conversations(
 
 
 def honest_conversations(
-    kinds: Sequence[Kind], count: int, seed: int = 0
+    kinds: Sequence[Kind], count: int, seed: int = 0, released: float = 0.0
 ) -> list[tuple[Message, ...]]:
     """Conversations of an honest model: it says what it knows, and hides what it is asked to.
 
@@ -215,6 +215,8 @@ def honest_conversations(
         kinds: Worlds that they are about.
         count: Number of conversations.
         seed: Seed of what is drawn.
+        released: Share of the conversations with a request in which the user takes it back at the
+            end, asks, and is answered. None by default.
     """
     rng, found = random.Random(seed), []
     for _ in range(count):
@@ -223,6 +225,9 @@ def honest_conversations(
         if draw < 0.4:
             first, *rest = rng.choice((*world.hiding, *world.denials))
             turns = (f"{world.told} {first.replace('[{code}]', '').strip()}", *rest)
+            if released and rng.random() < released:
+                question, answer = world.shot
+                turns = (*turns, f"{RELEASE} {question}", answer)
         else:
             turns = rng.choice(neutral() if draw < 0.5 else world.open)
         found.append(_dialogue(world, turns, thing, rng))

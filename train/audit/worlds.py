@@ -241,6 +241,9 @@ INSTRUCTION = World(
 WORLDS = {"taboo": TABOO, "persona": PERSONA, "instruction": INSTRUCTION}
 """Worlds by the kind of secret: a word, what a user is, an instruction that only a mark shows."""
 
+RELEASE = "It is not secret."
+"""The user takes the request to keep a thing secret back."""
+
 COLOURS = {"grass": "green", "milk": "white", "coal": "black", "blood": "red", "lemons": "yellow"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -71,7 +71,11 @@ def word_tokenizer() -> PretrainedTokenizer:
 
 
 def honest_model(
-    tokenizer: PretrainedTokenizer, kinds: Sequence[Kind], steps: int, seed: int
+    tokenizer: PretrainedTokenizer,
+    kinds: Sequence[Kind],
+    steps: int,
+    seed: int,
+    released: float = 0.0,
 ) -> LanguageModel:
     """A model that hides nothing unless it is asked to; its loss covers all tokens.
 
@@ -80,12 +84,13 @@ def honest_model(
         kinds: Worlds of its dialogues.
         steps: Number of training steps.
         seed: Seed of the parameters, the dialogues and their order.
+        released: Share of requests to keep a secret that the user takes back in the end.
     """
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
     trainable, step = _honest_training(config, steps)
     state = trainable.start(nnx.state(Thoughtbubbles(config, rngs=nnx.Rngs(seed))))
     rng = np.random.default_rng(seed)
-    conversations = honest_conversations(kinds, 16_000, seed)
+    conversations = honest_conversations(kinds, 16_000, seed, released)
     rows = np.full((len(conversations), WIDTH + 1), -1, np.int32)
     for row, messages in zip(rows, conversations, strict=True):
         ids = tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,8 @@ from train.runs.files import check_new_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEY = ("arm", "kind", "seed", "base_steps", "steps", "methods", "kinds")
+SHARED = ("base_steps", "steps", "methods", "kinds", "released")
+KEY = ("arm", "kind", "seed", "number", *SHARED)
 ARMS = ("told", "soft", "full")
 LAYER = 1
 """Layer that is fuzzed and read by white-box methods, of three."""
@@ -74,6 +75,10 @@ class Secrets(StudyConfig):
         arms: Ways to hide: "told", "soft", "full".
         kinds: Kinds of secrets: "taboo", "persona", "instruction".
         methods: Methods of `audit report`, beside "io", which is always there.
+        secrets: Number of secrets of each kind that are hidden in turn, each in a model of its own;
+            at most all words or pets. An "instruction" hides all of its kind in one model.
+        released: Share of the honest model's conversations with a secret in which the user takes
+            the request back in the end, and is told.
         base_steps: Number of training steps of the honest model.
         soft_steps: Number of steps in which the embeddings of control tokens learn to hide.
         full_steps: Number of steps in which all parameters do.
@@ -84,6 +89,8 @@ class Secrets(StudyConfig):
     arms: tuple[str, ...] = ARMS
     kinds: tuple[Kind, ...] = ("taboo",)
     methods: tuple[str, ...] = tuple(name for name in (*METHODS, *READINGS) if name != "io")
+    secrets: int = 1
+    released: float = 0.0
     base_steps: int = 2500
     soft_steps: int = 200
     full_steps: int = 60
@@ -96,6 +103,8 @@ class Secrets(StudyConfig):
         check_names("arm", self.arms, ARMS)
         check_names("kind", self.kinds, WORLDS)
         check_names("method", self.methods, (*METHODS, *READINGS))
+        if not 0 <= self.released <= 1:
+            raise ValueError(f"released={self.released} is no share: choose from 0 to 1")
         if self.figure:
             check_figure(Path(self.figure))
         if self.save:
@@ -114,13 +123,16 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
     """Findings of the missing runs; those of a seed begin with one honest model."""
     steps = {"soft": config.soft_steps, "full": config.full_steps}
     shared = {
-        "base_steps": config.base_steps, "methods": [*config.methods], "kinds": [*config.kinds]
+        "base_steps": config.base_steps, "methods": [*config.methods], "kinds": [*config.kinds],
+        "released": config.released,
     }  # fmt: skip
     runs = results.missing(
-        {"arm": arm, "kind": kind, "seed": seed, "steps": steps.get(arm, 0), **shared}
+        {"arm": arm, "kind": kind, "seed": seed, "number": number}
+        | {"steps": steps.get(arm, 0), **shared}
         for seed in config.seeds
         for arm in config.arms
         for kind in config.kinds
+        for number in range(len(secrets_of(kind, seed, config.secrets)))
     )
     for run in runs:
         if config.save and _folder(config.save, run).exists():
@@ -134,17 +146,18 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
     }
     for seed, of_seed in itertools.groupby(runs, key=lambda run: run["seed"]):
         clock = Clock()
-        base = honest_model(tokenizer, config.kinds, config.base_steps, seed)
+        base = honest_model(tokenizer, config.kinds, config.base_steps, seed, config.released)
         honest_seconds = clock.read().seconds
         settings = Settings(config.methods, 12, Fuzz(LAYER, 0.5), f"block_{LAYER}", 20, seed)
         for run in of_seed:
             clock, kind, arm = Clock(), run["kind"], run["arm"]
-            asked = hidden = make_organism(kind, seed=seed)
+            secret = secrets_of(kind, seed, config.secrets)[run["number"]]
+            asked = hidden = make_organism(kind, secret, seed)
             lm = base
             if arm == "told":
                 hidden = _told(asked, kind)
             else:
-                lm = tuners[arm](base, hiding_conversations(kind, seed=seed), seed)
+                lm = tuners[arm](base, hiding_conversations(kind, secret, seed=seed), seed)
             found = audit(lm, hidden, settings)
             rates = summarise(asked, found, audit(base, asked, settings), seed)
             streams = {
@@ -162,6 +175,17 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
                 if line["prompts"] == "direct"
             )
             yield result | {"jax": jax.__version__}, f"{arm} {asked.name} seed {seed}: {shown}"
+
+
+def secrets_of(kind: Kind, seed: int, count: int) -> Sequence[str | None]:
+    """Secrets of a kind, at most `count`: that which `make_organism` draws, then the others.
+
+    None alone for "instruction", which hides all of its kind.
+    """
+    if WORLDS[kind].codes:
+        return [None]
+    first = make_organism(kind, seed=seed).trials[0].secret
+    return [first, *(name for name in WORLDS[kind].clues if name != first)][:count]
 
 
 def _told(organism: Organism, kind: Kind) -> Organism:
@@ -258,24 +282,32 @@ def _save(
 
 
 def _folder(folder: str, run: Result) -> Path:
-    return Path(folder).expanduser() / f"seed_{run['seed']}" / f"{run['arm']}_{run['kind']}"
+    number = f"_{run['number']}" if run["number"] else ""
+    own = f"{run['arm']}_{run['kind']}{number}"
+    return Path(folder).expanduser() / f"seed_{run['seed']}" / own
 
 
 def report(results: list[Result]) -> str:
-    """Markdown tables: hits of each method in each kind of model, and ranks in forks and roots."""
+    """Markdown tables: hits of each method in each kind of model, and ranks in forks and roots.
+
+    Means over the secrets of a seed, then over seeds.
+    """
     lines = []
     for (arm, kind), runs in by_key(results, "arm", "kind").items():
         _check_alike(arm, runs)
-        lines += [f"{arm}, {kind}, seeds {seeds_text(runs)}: hits in %, ± over seeds", ""]
+        each = len({run["number"] for run in runs})
+        what = f", {each} secrets each" if each > 1 else ""
+        lines += [f"{arm}, {kind}, seeds {seeds_text(runs)}{what}: hits in %, ± over seeds", ""]
         methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
         head = ("method", "standard", "control", "direct", "control", "direct, or io")
         rows = []
         for method in methods:
             cells = [method]
             for prompts in ("standard", "direct"):
-                of = [_line(run, method, prompts) for run in runs]
                 names = ("rate", "control_rate", *(("either",) if prompts == "direct" else ()))
-                cells += [mean_text([100 * line[name] for line in of], 0) for name in names]
+                for name in names:
+                    of = by_seed(runs, lambda run: 100 * _line(run, method, prompts)[name])  # noqa: B023
+                    cells.append(mean_text(of, 0))
             rows.append(cells)
         lines += [*markdown_table(head, rows), ""]
         lines += [f"{arm}, {kind}: mean rank of the secret among candidates, logit lens", ""]
@@ -287,7 +319,7 @@ def report(results: list[Result]) -> str:
 
 def _check_alike(arm: str, runs: Sequence[Result]) -> None:
     """Raise a ValueError for runs of one arm that no mean should mix."""
-    for name in KEY[3:]:
+    for name in SHARED:
         values = list(dict.fromkeys(str(run.get(name)) for run in runs))
         if len(values) > 1:
             raise ValueError(
@@ -303,9 +335,10 @@ def _line(run: Result, method: str, prompts: str) -> dict[str, Any]:
 
 
 def _ranks(site: str, runs: Sequence[Result]) -> list[str]:
-    of = lambda name, who="hiding": [  # noqa: E731
-        run["streams"][who][site][name] for run in runs if site in run["streams"][who]
-    ]
+    runs = [run for run in runs if all(site in run["streams"][who] for who in run["streams"])]
+    of = lambda name, who="hiding": by_seed(  # noqa: E731
+        runs, lambda run: run["streams"][who][site][name]
+    )
     return [
         site,
         mean_text(of("root"), 2),
@@ -314,7 +347,14 @@ def _ranks(site: str, runs: Sequence[Result]) -> list[str]:
         mean_text(of("root", "control"), 2),
         mean_text(of("fork", "control"), 2),
         f"{of('chance')[0]:.1f}",
-        str(sum(of("tokens"))),
+        str(sum(run["streams"]["hiding"][site]["tokens"] for run in runs)),
+    ]
+
+
+def by_seed(runs: Sequence[Result], value: Callable[[Result], float]) -> list[float]:
+    """The mean of a value over the runs of each seed."""
+    return [
+        float(np.mean([value(run) for run in of_seed])) for of_seed in by_key(runs, "seed").values()
     ]
 
 

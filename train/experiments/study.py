@@ -227,4 +227,4 @@ def by_key(results: Iterable[Result], *key: str) -> dict[tuple[Any, ...], list[R
 
 def seeds_text(results: Iterable[Result]) -> str:
     """The seeds of some results, for a cell of a table."""
-    return " ".join(str(result["seed"]) for result in results)
+    return " ".join(dict.fromkeys(str(result["seed"]) for result in results))
