@@ -82,6 +82,7 @@ def test_results_on_file_show_who_reads_the_prompt():
     for seed in range(3):
         assert found["answers, frozen", seed]["held_out"]["validity"] < 0.5
         assert found["thoughts, diverse", seed]["fake"]["success"] < 0.1
+        assert found["thoughts, diverse", seed]["held_out"]["success"] > 0.9
         read, kept = (found[f"thoughts, {arm}", seed]["regular"] for arm in ("diverse", "frozen"))
         assert read["success"] > kept["success"] and read["validity"] > kept["validity"]
     assert prompt_study.report(runs, GAME).count("paper") == 4

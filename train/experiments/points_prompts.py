@@ -94,7 +94,7 @@ class PointsPrompts(PromptStudy):
     The decoder first learns what faces and cards count, and formulas of training numbers.
     """
 
-    steps: int = 200
+    steps: int = 800
     runs: str = "runs/points_prompts"
     out: str = "points_prompts.jsonl"
 
