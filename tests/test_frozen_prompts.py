@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from train.experiments import frozen_prompts as study
 from train.experiments.study import read_results
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs/results/frozen_prompts.jsonl"
+RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 NAMES = list(study.TOKENS)
 
 
@@ -60,11 +61,13 @@ def test_tables_have_means_over_seeds():
         assert lines[3].startswith(f"| K=2, step 9 {note} | 0.00") and lines[3].endswith("| 0 |")
 
 
-def test_results_on_file_show_the_frozen_prompt():
-    runs = read_results(RESULTS)
+@pytest.mark.parametrize("name", ["frozen_prompts", "frozen_prompts_2400"])
+def test_results_on_file_show_the_frozen_prompt(name):
+    runs = read_results(RESULTS / f"{name}.jsonl")
     last = lambda arm: [r["scores"][str(r["steps"])] for r in runs if r["arm"] == arm]  # noqa: E731
     for scores in last("frozen"):
         assert scores["held_out"]["validity"] < 0.5 and scores["fake"]["success"] > 0.3
     for scores in last("thoughts, diverse"):
         assert scores["fake"]["success"] < 0.1
+        assert scores["held_out"]["success"] > 0.9 or name == "frozen_prompts"  # with more steps
     assert len(last("frozen")) == len(last("thoughts, diverse")) == 3
