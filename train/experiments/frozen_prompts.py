@@ -317,7 +317,10 @@ def main(config: FrozenPrompts) -> None:
 
 
 def train_missing(config: FrozenPrompts, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs; all arms of a seed begin with the same decoder."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
+
+    All arms of a seed begin with the same decoder.
+    """
     fixed = {name: getattr(config, name) for name in ("pretraining", "steps", "prompts")}
     runs = results.missing(
         {"arm": arm, **fixed, "seed": seed} for seed in config.seeds for arm in config.arms

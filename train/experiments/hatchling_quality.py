@@ -177,7 +177,7 @@ def main(config: HatchlingQuality) -> None:
 
 
 def train_missing(config: HatchlingQuality, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print."""
     fixed = {name: getattr(config, name) for name in ("steps", *SIZES)}
     options = dataclasses.asdict(config.optimizer).items()
     fixed |= {"optimizer": ", ".join(f"{name} {value}" for name, value in options)}

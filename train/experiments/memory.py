@@ -209,7 +209,10 @@ def main(config: Experiment) -> None:
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs; arms of a seed share its reasoner."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
+
+    The arms of a seed share its reasoner.
+    """
     for seed in config.seeds:
         runs = results.missing({"arm": arm, "seed": seed} for arm in config.arms)
         if not runs:

@@ -75,7 +75,7 @@ def main(config: MergeLanguages) -> None:
 
 
 def train_missing(config: MergeLanguages, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing seeds."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print."""
     runs = results.missing(
         {"seed": seed} | {name: getattr(config, name) for name in KEY[1:]} for seed in config.seeds
     )

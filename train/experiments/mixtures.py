@@ -87,7 +87,10 @@ def main(config: Mixtures) -> None:
 
 
 def train_missing(config: Mixtures, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs, one compiled program for all shares of a seed."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
+
+    All shares of a seed use one compiled program.
+    """
     runs = results.missing(
         {"category": config.category, "share": share, "steps": config.steps, "seed": seed}
         for seed in config.seeds

@@ -87,7 +87,10 @@ def main(config: Plateau) -> None:
 
 
 def train_missing(config: Plateau, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs; both arms of a seed start from one plateau."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
+
+    Both arms of a seed start from one plateau.
+    """
     sizes = {name: getattr(config, name) for name in SIZES}
     steps = {LONGER: config.more, BROADER: config.more * config.few // config.many}
     for seed in config.seeds:

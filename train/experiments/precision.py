@@ -70,7 +70,7 @@ def main(config: Precision) -> None:
 
 
 def train_missing(config: Precision, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print."""
     runs = results.missing(
         {"variant": variant, "seed": seed, "steps": config.steps}
         for seed in config.seeds

@@ -157,7 +157,10 @@ def run_game(config: PromptStudy, game: PromptGame) -> None:
 def train_missing(
     config: PromptStudy, game: PromptGame, results: Results
 ) -> Iterator[tuple[Result, str]]:
-    """Scores of the missing arms; those of a seed begin with the same decoder."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
+
+    The arms of a seed begin with the same decoder.
+    """
     fixed = {name: getattr(config, name) for name in KEY[1:-1]}
     runs = results.missing(
         {"arm": arm, **fixed, "seed": seed} for seed in config.seeds for arm in config.arms

@@ -237,7 +237,7 @@ def main(config: Quality) -> None:
 
 
 def train_missing(config: Quality, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs.
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
     Raises:
         ValueError: The file holds results over other numbers of rows or positions.
@@ -304,11 +304,12 @@ def report(results: list[Result], against: str = "plain") -> str:
     """Markdown tables of variants, one for each task and number of steps.
 
     Args:
-        results: Finished runs; of several of the same run the last one counts.
-        against: Variant whose loss is subtracted from the others', seed by seed.
+        results: Finished runs; of duplicates the last one counts.
+        against: Baseline variant. A column shows the loss of each variant minus that of the
+            baseline with the same seed; seeds that the baseline lacks are left out.
 
     Returns:
-        Means over seeds ± their standard errors.
+        Tables of means over seeds ± their standard errors.
     """
     latest = {tuple(result[name] for name in KEY): result for result in results}.values()
     lines = []

@@ -85,7 +85,7 @@ def main(config: Retrofit) -> None:
 
 
 def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs.
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
     Raises:
         ValueError: The file holds results of other settings.

@@ -120,7 +120,10 @@ def main(config: Secrets) -> None:
 
 
 def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, str]]:
-    """Findings of the missing runs; those of a seed begin with one honest model."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
+
+    The runs of a seed begin with one honest model.
+    """
     steps = {"soft": config.soft_steps, "full": config.full_steps}
     shared = {
         "base_steps": config.base_steps, "methods": [*config.methods], "kinds": [*config.kinds],

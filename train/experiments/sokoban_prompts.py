@@ -113,12 +113,13 @@ def names() -> tuple[str, ...]:
 
 
 def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Conversations on a board: its way, and what the prompt calls two steps, in random order.
+    """Generate conversations that teach the parts of a demonstration's thoughts, one by one.
 
-    Boards are those of training, one in five with two boxes; one prompt in four shows the steps'
-    own names, which is what they are mostly called. A way is a thought, in the steps' own names. A
-    name is an answer, behind an empty thought or one that says it: what thoughts of a demonstration
-    are made of is known, their composition is not.
+    Each conversation shows a prompt with a training board (one in five has two boxes) and asks, in
+    random order, for the solution path and for the prompt's names of two steps. The path is given
+    as a thought, in the original names of the steps. A name is given as an answer, after an empty
+    thought or after a thought that states it. No thought combines a path with a name, as those of a
+    demonstration do. One prompt in four uses the original names.
 
     Args:
         count: Number of conversations.

@@ -115,7 +115,10 @@ def main(config: Experiment) -> None:
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs; arms of a seed share the decoder and the weaver."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
+
+    The arms of a seed share the decoder and the weaver.
+    """
     check_options(config, results.found)
     for seed in config.seeds:
         runs = [{"arm": arm, "seed": seed, "steps": config.steps} for arm in config.arms]
@@ -279,12 +282,15 @@ def score_arm(
 
 
 def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
-    """Sampled episodes of the training problems, equally many of each.
+    """Play sampled episodes of the training problems, spread evenly over them.
 
     Args:
-        job: Job whose strategy plays them.
+        job: Job whose task and strategy are used.
         episodes: Number of episodes.
-        weights: Weights that play; None for the first ones of the job.
+        weights: Weights of the policy; None for the initial weights of the job.
+
+    Returns:
+        Means over the episodes: `success`, `info/turns` and `invocation_rate`.
     """
     size: Any = job.task.sizes["train"]
     problems = [job.task.problem("train", at) for at in range(size)]

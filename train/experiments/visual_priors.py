@@ -105,7 +105,10 @@ def main(config: VisualPriors) -> None:
 
 
 def train_missing(config: VisualPriors, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs; the arms of a seed share their compiled programs."""
+    """Train the runs that `results` lacks, and yield the result of each with a line to print.
+
+    The arms of a seed share their compiled programs.
+    """
     fixed = {name: getattr(config, name) for name in ("category", "steps", "rows", "neighbours")}
     options = dataclasses.asdict(config.probe).items()
     fixed |= {"probe": ", ".join(f"{name} {value}" for name, value in options)}
