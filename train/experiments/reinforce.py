@@ -177,10 +177,7 @@ def main(config: Experiment) -> None:
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Train the runs that `results` lacks, and yield the result of each with a line to print.
-
-    The arms of a task and seed share their baseline.
-    """
+    """Train the runs that `results` lacks; those of a task and seed share their baseline."""
     for name, seed in itertools.product(config.tasks, config.seeds):
         runs = results.missing({"task": name, "seed": seed, "arm": arm} for arm in config.arms)
         if not runs:
@@ -296,12 +293,7 @@ def supervise(job: RLJob, rows: dict[str, np.ndarray], batch_size: int) -> Itera
 
 
 def answered(lm: LanguageModel, problems: Sequence[Problem]) -> dict[str, np.ndarray]:
-    """Encode prompts followed by their answers and a stop id.
-
-    Returns:
-        `tokens` `[N, L]` int32, padded with 0 on the right; `trained` `[N, L]` bool, the loss mask,
-        true for the answer and the stop id; `length` `[N]` int32, number of real tokens.
-    """
+    """Encode prompts, answers and stop ids: `tokens`, loss mask `trained` `[N, L]`, `length [N]`."""
     prompts = [lm.prompt(problem.prompt) for problem in problems]
     answers = [
         [*lm.tokenizer.encode(str(problem.answer))[0].tolist(), lm.stop_ids[0]]
