@@ -293,7 +293,7 @@ def supervise(job: RLJob, rows: dict[str, np.ndarray], batch_size: int) -> Itera
 
 
 def answered(lm: LanguageModel, problems: Sequence[Problem]) -> dict[str, np.ndarray]:
-    """Encode prompts, answers and stop ids: `tokens`, loss mask `trained` `[N, L]`, `length [N]`."""
+    """Encode prompts with answers: `tokens`, loss mask `trained` `[N, L]`, and `length [N]`."""
     prompts = [lm.prompt(problem.prompt) for problem in problems]
     answers = [
         [*lm.tokenizer.encode(str(problem.answer))[0].tolist(), lm.stop_ids[0]]
