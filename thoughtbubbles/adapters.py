@@ -1,4 +1,4 @@
-"""LoRA adapters in the format of Hugging Face's `peft`: read, checked, and written.
+"""Reading, checking and writing of LoRA adapters in the format of Hugging Face's `peft`.
 
 An adapter is a folder with adapter_config.json and adapter_model.safetensors. Every field that
 would change what the adapter computes is honoured or refused.
@@ -65,7 +65,7 @@ ModuleName = Callable[[str, tuple[int, ...]], str]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class LoRAWeights(ShortRepr):
-    """A trained adapter of one linear layer, or of a stack of them: `x A B * scale`.
+    """A trained LoRA adapter of one linear layer, or of a stack of layers: `x A B * scale`.
 
     Attributes:
         a: Matrices A, `[*stack, inputs, rank]` float32.
@@ -78,25 +78,35 @@ class LoRAWeights(ShortRepr):
     scale: jax.Array
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., outputs]` of `x [..., inputs]`; the arrays must be those of a single layer."""
+        """Compute what the adapter of a single layer (no stack axes) adds to the layer's output.
+
+        Args:
+            x: Input of the layer, `[..., inputs]`.
+
+        Returns:
+            Addend to the layer's output, `[..., outputs]`.
+        """
         low = product_beside(x, self.a.astype(x.dtype))
         return product_beside(low, self.b.astype(x.dtype)) * self.scale
 
     @property
     def delta(self) -> jax.Array:
-        """Sum to add to the layer's weight to merge the adapter: `[*stack, inputs, outputs]`."""
+        """Change of the layer's weight by a merge, `A B * scale`: `[*stack, inputs, outputs]`."""
         return product_beside(self.a, self.b) * self.scale[..., None, None]
 
 
 def hugging_face_module(target: str, index: tuple[int, ...]) -> str:
-    """The name that `transformers` gives to a linear layer of our pretrained decoders.
+    """Return the name that `transformers` gives to a linear layer of a pretrained decoder.
+
+    An example is "model.layers.0.self_attn.q_proj".
 
     Args:
         target: Name of a linear layer in `Thoughtbubbles.lora_targets`, such as "q".
         index: Index of the layer in its stack, `(block,)`.
 
     Raises:
-        ValueError: No pretrained decoder has such a layer.
+        ValueError: `target` is not a linear layer of a pretrained decoder, or `index` is not one
+            number.
     """
     if target not in MODULES or len(index) != 1:
         raise ValueError(f"{target!r} has no name in transformers: pass module_name")
@@ -119,26 +129,30 @@ def load_adapter(
     module_name: ModuleName = hugging_face_module,
     base: str | None = None,
 ) -> dict[str, LoRAWeights]:
-    """Load an adapter that `peft` wrote, for `apply_lora` or, by its deltas, for `merge_lora`.
+    """Load an adapter that `peft` wrote.
 
-    Layers of a stack that the adapter leaves out get zeros, and lower ranks are padded with zeros,
-    which changes nothing. The rank-stabilised scale alpha / sqrt(rank) is known.
+    The result goes to `apply_lora`; the `delta` of each of its values goes to `merge_lora`. Layers
+    of a stack that the adapter leaves out get zeros, and layers of a lower rank than the highest
+    one of their stack are padded with zeros; neither changes what the adapter computes. The scale
+    is alpha / rank, or alpha / sqrt(rank) if the adapter's config has `use_rslora`.
 
     Args:
         path: Folder with adapter_config.json and adapter_model.safetensors.
-        lora_targets: Linear layers of the decoder (`Thoughtbubbles.lora_targets`,
-            `memgen.linear_layers`).
+        lora_targets: Linear layers of the decoder by name: stack shape, inputs and outputs of each
+            (`Thoughtbubbles.lora_targets`, `memgen.linear_layers`).
         module_name: Function from a name in `lora_targets` and the index of a layer in its stack to
             the name of that layer in `transformers`.
-        base: Name that the adapter must give as that of its base (base_model_name_or_path); by
-            default layers and shapes alone are compared.
+        base: Base model that the adapter's config must name (base_model_name_or_path). By default
+            the name is not checked: only layers and shapes are compared.
 
     Returns:
-        Adapters by names of `lora_targets`.
+        A dict from names in `lora_targets` to the adapters of these layers. Names whose layers are
+        all left out by the adapter are missing.
 
     Raises:
-        ValueError: The adapter belongs to another base, computes something else than `x A B` beside
-            linear layers, or a file is missing or damaged.
+        ValueError: The adapter belongs to another base, computes something other than
+            `x A B * scale` beside linear layers, or a file is missing or damaged; or `module_name`
+            gives two layers the same name.
     """
     path = Path(path).expanduser()
     if not (path / CONFIG).is_file():
@@ -187,16 +201,18 @@ def save_adapter(
 
     Args:
         path: New folder; an empty one may exist.
-        adapter: Adapters by name of a linear layer, objects with arrays `a [*stack, inputs, rank]`,
-            `b [*stack, rank, outputs]` and `scale`, a number or `[*stack]`: `LoRAWeights`, or those
-            of `memgen.make_adapter`.
+        adapter: Adapters by name of a linear layer: `LoRAWeights`, adapters of
+            `memgen.make_adapter`, or other objects with arrays `a [*stack, inputs, rank]`,
+            `b [*stack, rank, outputs]` and `scale`, a number or `[*stack]`. A layer whose scale is
+            0 is not written.
         module_name: Function from a name in the adapter and the index of a layer in its stack to
             the name of that layer in `transformers`.
-        base: Name or path of the base model, which `peft` loads it by.
-        dropout: Dropout rate that the adapter was trained with, a note for training on.
+        base: Name or path by which `peft` loads the base model; None to store no name.
+        dropout: Dropout rate that the adapter was trained with, stored for further training.
 
     Raises:
-        ValueError: The adapter is empty, a layer has no name in `transformers`, or the folder
+        ValueError: The adapter has no layers or a negative scale, `dropout` is not in [0, 1), a
+            layer has no name in `transformers` or the same name as another layer, or the folder
             exists and is not empty.
         OSError: The folder can't be written; no part of it remains.
     """
@@ -264,7 +280,7 @@ def _layers(lora_targets: Targets, module_name: ModuleName) -> Iterator[tuple[st
 
 
 def _check_plain(fields: Fields) -> None:
-    """Raise a ValueError for a field that says that the adapter computes something else."""
+    """Raise a ValueError for a field by which the adapter computes more than `x A B * scale`."""
     kind = fields.text("peft_type", None)
     if kind != "LORA":
         raise ValueError(f"{fields.source}: peft_type={shown(kind)} is not supported, only LORA")
@@ -283,7 +299,7 @@ def _check_plain(fields: Fields) -> None:
 def _modules(
     files: SafetensorsFiles, source: str, layers: Mapping[str, _Layer], base: str | None
 ) -> dict[str, int]:
-    """Rank of each adapted module; every tensor belongs to one and has the shape of its place."""
+    """Rank of each adapted module; a ValueError if a tensor is not one of a module's matrices."""
     other = f"the adapter belongs to another base ({shown(base)})"
     found: dict[str, set[str]] = {}
     for name in files.shapes:
@@ -355,10 +371,10 @@ def _check_targets(
 
 
 def _choice(fields: Fields, name: str, *default: Any) -> Callable[[str], bool] | None:
-    """Whether a field of layers names a module, as `peft` takes it; None for a pattern not run.
+    """Return a test of whether a field selects a module, as `peft` would; None if it is not run.
 
-    A list has ends of names. A text is a regular expression of whole names, or "all-linear", which
-    is every linear layer but the head.
+    A list holds the ends of module names. A string is a regular expression that matches whole
+    names, or "all-linear": every linear layer except the head.
     """
     value = fields.raw(name)
     if not isinstance(value, str):
@@ -391,9 +407,10 @@ def _scale(fields: Fields, module: str, rank: int) -> float:
 
 
 def _pattern(fields: Fields, name: str, module: str) -> Any:
-    """The number that a pattern of peft gives to a module, or None.
+    """Return the number that a pattern of `peft` gives to a module, or None.
 
-    Its keys are regular expressions; names, alone or from the start, are those that are known.
+    `peft` takes the pattern's keys as regular expressions. Here a key is a module's whole name
+    behind "^", or the end of a name without it; other expressions are a ValueError.
     """
     pattern = fields.object(name)
     for key in pattern.names():

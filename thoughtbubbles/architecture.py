@@ -1,8 +1,8 @@
-"""The architecture seam: what a decoder offers to training, evaluation, generation, memory and RL.
+"""Base classes of decoders: what training, evaluation, generation, memory and RL call.
 
 A new architecture is a config, a module with five methods over rows of vectors, and an entry in
-`ARCHITECTURES`. Bubble maps, fork policies and pretrained weights are `Thoughtbubbles`' own; all
-else uses the methods of `Architecture` alone.
+`ARCHITECTURES`. Training, evaluation, generation, memory and RL use the methods of `Architecture`
+alone; bubble maps and weights of Hugging Face decoders are for `Thoughtbubbles` only.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,22 +23,22 @@ Constrain = Callable[[jax.Array], jax.Array]
 
 
 class Tracked(nnx.Variable):
-    """Model state that follows statistics of training; not a parameter, fixed otherwise."""
+    """Model state that training updates from its batches; not a parameter, constant otherwise."""
 
 
 class ArchitectureConfig:
-    """Base of the configs of architectures, which are frozen dataclasses of JSON values.
+    """Base class of the configs of architectures, which are frozen dataclasses of JSON values.
 
-    A config can be written as `name(field=value, ...)`, so each field is a number, a text, a bool,
-    a tuple of these, or None.
+    Each field is a number, a string, a bool, a tuple of these, or None, so that a config can be
+    written as `name(field=value, ...)`.
 
     Attributes:
         vocab_size: Number of token ids that the embedding knows (V).
         embed_dim: Width of the vectors that the model reads and of its hidden states (D).
-        context_length: Number of tokens at a time that the weights were made for, if known.
+        context_length: Number of tokens of a text that the weights are meant for; None if unknown.
         dtype: Type of the computation; parameters are float32.
-        scan_layers: Whether layers are scanned, which compiles faster, where that can be chosen.
-        remat: What the backward pass recomputes, where that can be chosen.
+        scan_layers: Whether layers run in a scan, which compiles faster, if the model has a choice.
+        remat: Activations that the backward pass recomputes, if the model has a choice.
     """
 
     if TYPE_CHECKING:
@@ -51,11 +51,12 @@ class ArchitectureConfig:
     remat: str = "none"
 
     execution_fields: ClassVar[tuple[str, ...]] = ("scan_layers", "remat")
-    """Fields that change how a result is computed, not which; runs and caches go on with others."""
+    """Fields that change how a result is computed, not the result. A run may be resumed, and a
+    cache used, with other values of these fields."""
 
     @property
     def causal(self) -> bool:
-        """Whether logits of a position depend on tokens up to it alone, by construction."""
+        """Whether the logits at a position depend only on tokens up to it, by construction."""
         return True
 
     def num_params(self) -> int:
@@ -64,48 +65,40 @@ class ArchitectureConfig:
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
     def forward_flops(self, num_tokens: int) -> int:
-        """Matrix-multiplication FLOPs of a forward pass over one row, logits included.
+        """Matrix-multiplication FLOPs of a forward pass over a row of tokens, logits included.
 
-        The default takes every parameter to be used once for each token.
-
-        Args:
-            num_tokens: Number of tokens in the row.
+        The default counts one use of every parameter for each token.
         """
         return 2 * self.num_params() * num_tokens
 
     def recomputed_flops(self, num_tokens: int) -> int:
-        """FLOPs that the backward pass of one row spends on computing forward results again.
-
-        Args:
-            num_tokens: Number of tokens in the row.
-        """
+        """FLOPs that the backward pass of a row of tokens spends on recomputing forward results."""
         return 0
 
     def summary(self) -> str:
-        """What distinguishes the model, in a few words of the first line of a run."""
+        """Describe the model in a few words, for the first line that a run prints."""
         return type(self).__name__
 
     def sizes(self) -> str:
-        """Sizes of the model in one line."""
+        """Describe the sizes of the model in one line."""
         return ", ".join(f"{name} {getattr(self, name)}" for name in self.__dataclass_fields__)
 
     def unused_fields(self) -> tuple[str, ...]:
-        """Names of the fields that change nothing here and may differ when a run is resumed."""
+        """Names of fields that this config does not use; they may differ when a run is resumed."""
         return ()
 
     def attention_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...] | None:
-        """Shapes of query, key, value and bias of one attention call, from which a kernel is
-        chosen; None for a model whose attention takes no kernel of others."""
+        """Shapes of query, key, value and bias, to choose a kernel by; None if it can't use one."""
         return None
 
 
 class Architecture(Module):
-    """Base of decoders: five methods to write, and all that follows from them.
+    """Base class of decoders: five methods to write, on which the defaults of the others build.
 
-    To write are the constructor, `embed_tokens`, `hidden_states`, `unembed`, and, for decoding with
-    a cache, `init_cache` and `extend`. The rest follows from these; an architecture whose
-    prediction is not made of one hidden state per token overrides `run`, `logits`, `logits_at`,
-    `log_prob` and `advance` instead, and returns another `backbone`.
+    A subclass writes the constructor, `embed_tokens`, `hidden_states`, `unembed`, and, for decoding
+    with a cache, `init_cache` and `extend`. An architecture that predicts from more than one hidden
+    state per token overrides `run`, `logits`, `logits_at`, `log_prob` and `advance` instead, and
+    returns another `backbone`.
 
     Parameters are `nnx.Param`s; the metadata `axes` names their logical axes for sharding and
     `inputs` counts the leading axes that a product contracts (`thoughtbubbles.weights.weight`).
@@ -113,7 +106,7 @@ class Architecture(Module):
 
     Attributes:
         config: Config that the model was made with.
-        config_class: Class of such configs.
+        config_class: Class of the configs of this architecture.
     """
 
     config_class: ClassVar[type[Any]]
@@ -127,15 +120,15 @@ class Architecture(Module):
         constrain: Constrain | None = None,
         attend: Any = None,
     ):
-        """Make the parameters.
+        """Create the parameters.
 
         Args:
-            config: Sizes and options, a `config_class`.
-            rngs: Keys of the initial values.
+            config: Sizes and options, an instance of `config_class`.
+            rngs: Random keys of the initial values.
             constrain: Function that keeps residuals `[B, S, D]` sharded over the batch, to be
                 applied between blocks; None on one device.
-            attend: Attention of the devices (`thoughtbubbles.attention.Attend`), for
-                architectures with `attention_inputs`; None for their own.
+            attend: Attention function (`thoughtbubbles.attention.Attend`), such as a kernel, for
+                architectures with `attention_inputs`; None for the architecture's default.
         """
         raise NotImplementedError(f"{type(self).__name__} has no constructor")
 
@@ -166,9 +159,9 @@ class Architecture(Module):
         Args:
             x: Vectors `[B, T, D]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; all `T` by default.
-            positions: Position of each vector, `[B, T]` int32, in place of `length` and together
-                with `visible`; only for an architecture with `takes_positions`.
-            visible: Whether each position sees each other one, `[B, T, T]` bool.
+            positions: Position of each vector, `[B, T]` int32, given together with `visible` in
+                place of `length`; only for an architecture with `takes_positions`.
+            visible: Whether a vector (axis 1) attends to another (axis 2), `[B, T, T]` bool.
         """
         raise NotImplementedError(f"{type(self).__name__} has no hidden_states")
 
@@ -177,27 +170,29 @@ class Architecture(Module):
         raise NotImplementedError(f"{type(self).__name__} has no unembed")
 
     def init_cache(self, batch: int, max_tokens: int) -> Any:
-        """An empty cache: a pytree whose arrays have the rows on axis 0 (see `cache_batch_axes`).
+        """Return an empty cache, a pytree whose arrays have rows on axis 0 (`cache_batch_axes`).
 
         Args:
             batch: Number of rows.
-            max_tokens: Number of vectors that fit into a row.
+            max_tokens: Maximum number of vectors in a row.
         """
         raise NotImplementedError(f"{type(self).__name__} can't decode with a cache")
 
     def cache_batch_axes(self, cache: Any) -> Any:
-        """Axis of the rows in each array of a cache, None for an array that all rows share."""
+        """Axis of the rows in each array of a cache (same pytree); None if all rows share it."""
         return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, cache)
 
     def extend(
         self, cache: Any, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, Any]:
-        """Append vectors to the rows of a cache; any split into calls gives `hidden_states`.
+        """Append vectors to the rows of a cache and return their hidden states.
+
+        Any split of a row into calls gives the hidden states of one call of `hidden_states`.
 
         Args:
-            cache: From `init_cache` or `extend`; it stays usable.
+            cache: Cache that `init_cache` or `extend` returned; it stays usable.
             x: Vectors `[B, C, D]`, padded on the right.
-            length: Number of real vectors in each row, `[B]` int32; a row of 0 stays as it is.
+            length: Number of real vectors in each row, `[B]` int32; 0 leaves a row as it is.
             fresh: Static promise that the cache is empty.
 
         Returns:
@@ -215,13 +210,13 @@ class Architecture(Module):
         track: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
-        """A forward pass without the head; its result is what `logits` and the like take.
+        """Run the model without the head; `logits`, `logits_at` and `log_prob` take the result.
 
         Args:
             tokens: Token ids `[B, T]` int32, padded on the right.
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
-            track: Whether `Tracked` variables follow these tokens, as in training.
-            key: Key of the noise of training; no noise by default.
+            track: Whether to update `Tracked` variables from these tokens, as in training.
+            key: Random key of noise in training; None for no noise.
         """
         x = self.embed_tokens(jnp.asarray(tokens))
         return self.hidden_states(x, None if length is None else jnp.asarray(length))
@@ -241,7 +236,7 @@ class Architecture(Module):
         return self.unembed(hidden)[:, 0]
 
     def log_prob(self, output: Any, targets: AnyArray) -> jax.Array:
-        """Log-probabilities `[B, T]` float32 of one target for each position.
+        """Log-probability of the target at each position, `[B, T]` float32.
 
         Args:
             output: What `run` returned.
@@ -254,8 +249,8 @@ class Architecture(Module):
 
         Args:
             tokens: Token ids `[B, T]` int32.
-            mask: Whether each token is real, `[B, T]` bool; padding, on either side, changes
-                nothing of real positions and gets zeros.
+            mask: Whether each token is real, `[B, T]` bool; all by default. Padding may stand on
+                either side; its logits are 0, and it does not change those of real tokens.
         """
         if mask is None:
             return self.logits(self.run(tokens))
@@ -265,16 +260,20 @@ class Architecture(Module):
     def token_losses(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Teacher-forced negative log-likelihoods of rows.
+        """Teacher-forced negative log-likelihood of each next token of rows.
 
         Args:
-            rows: Token ids `[B, T + 1]` int32; -1 for padding on the right, which is no target.
-            track: As in `run`.
-            key: As in `run`.
+            rows: Token ids `[B, T + 1]` int32; -1 is padding on the right, which is not a target.
+            track: Whether to update `Tracked` variables from these rows, as in training.
+            key: Random key of noise in training; None for no noise.
 
         Returns:
-            Nats `[B, T]` float32 of each next token, 0 for padding, NaN (gradient 0) in rows padded
-            in front of a token, an error outside of `jit`; and what `run` returned.
+            Nats `[B, T]` float32, 0 for padding, and what `run` returned. Under `jit`, a row with
+            padding in front of a token has NaN in all places, with gradient 0.
+
+        Raises:
+            ValueError: The rows are not integers `[B, T + 1]` with T >= 1, or (outside of `jit`) a
+                row has padding in front of a token.
         """
         inputs, targets = next_tokens(rows)
         length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
@@ -285,60 +284,60 @@ class Architecture(Module):
     def loss(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """The pretraining loss of rows as a sum, so that micro-batches and devices add up.
+        """Pretraining loss of rows, as a sum that can be added up over micro-batches and devices.
 
         Args:
-            rows: Token ids `[B, T + 1]` int32; -1 for padding on the right, which is no target.
-            track: As in `run`.
-            key: As in `run`.
+            rows: Token ids `[B, T + 1]` int32; -1 is padding on the right, which is not a target.
+            track: Whether to update `Tracked` variables from these rows, as in training.
+            key: Random key of noise in training; None for no noise.
 
         Returns:
-            Sum in nats, number of targets (float32), and sums for `step_metrics`.
+            Sum in nats, number of targets (both float32), and the sums of `statistics`.
         """
         nats, output = self.token_losses(rows, track=track, key=key)
         return nats.sum(), (rows[:, 1:] >= 0).sum(dtype=jnp.float32), self.statistics(output)
 
     @property
     def loss_by_token(self) -> bool:
-        """Whether `loss` is the sum of `token_losses`, which metrics can then split by rows."""
+        """Whether `loss` is the sum of `token_losses`, so that metrics can split it by rows."""
         return type(self).loss is Architecture.loss
 
     def advance(
         self, cache: Any, tokens: AnyArray, length: AnyArray, *, fresh: bool = False
     ) -> tuple[Any, Any]:
-        """`extend` by tokens.
+        """Append tokens to the rows of a cache.
 
         Args:
-            cache: From `init_cache` or `advance`.
+            cache: Cache that `init_cache` or `advance` returned.
             tokens: Token ids `[B, C]` int32, padded on the right.
-            length: Number of real tokens in each row, `[B]` int32; a row of 0 stays as it is.
+            length: Number of real tokens in each row, `[B]` int32; 0 leaves a row as it is.
             fresh: Static promise that the cache is empty.
 
         Returns:
-            What `logits_at` takes, whose position 0 is the first of `tokens`, and the new cache.
+            Output for `logits_at`, in which position 0 is the first of `tokens`, and the new cache.
         """
         x = self.embed_tokens(jnp.asarray(tokens))
         return self.extend(cache, x, jnp.asarray(length), fresh=fresh)
 
     def for_decoding(self) -> Self:
-        """The model in the form that decodes fastest, made outside of the loop; it is not saved."""
+        """Return the model in the form that decodes fastest; called once, before a loop."""
         return self
 
     def backbone(self) -> Any:
-        """The model as a decoder over vectors, as `memgen.DecoderBackbone` describes it."""
+        """Return the model as a decoder over vectors, a `memgen.DecoderBackbone`."""
         return self
 
     @property
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
-        """Linear layers that adapters can be added to; none by default."""
+        """Linear layers that take an adapter, by name: stack shape, inputs, outputs (here none)."""
         return {}
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> Any:
-        """The model with an adapter added to its linear layers, without copying arrays."""
+        """Return the model with adapters on layers of `lora_targets`; arrays are not copied."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> Any:
-        """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
+        """Return the model with `deltas [*stack, inputs, outputs]` merged into `lora_targets`."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
     @property
@@ -348,16 +347,16 @@ class Architecture(Module):
 
     @property
     def fork_policy(self) -> Any:
-        """The policy of fork layers; None for a model that has none."""
+        """Policy of the fork layers; None for a model without fork layers."""
         return None
 
     def with_policy(self, policy: Any) -> Self:
-        """The same arrays under another fork policy; a ValueError if there are no fork layers."""
+        """Return the model with another fork policy; a ValueError if it has no fork layers."""
         raise ValueError(f"{type(self).__name__} has no fork layers: it takes no policy, {policy}")
 
     @property
     def cacheable(self) -> bool:
-        """Whether decoding with a cache gives what a forward pass gives."""
+        """Whether decoding with a cache gives the results of a forward pass."""
         return self.config.causal
 
     def check_cacheable(self) -> None:
@@ -368,26 +367,26 @@ class Architecture(Module):
     # Statistics of training and evaluation.
 
     def statistics(self, output: Any) -> dict[str, jax.Array]:
-        """Sums over a batch of what the run's metrics show, of what `run` returned."""
+        """Return sums over a batch, by name, from which `step_metrics` makes a run's metrics."""
         return {}
 
     def row_statistics(self, output: Any) -> dict[str, jax.Array]:
-        """Sums over each row, `[B]`; held-out metrics show them per token as `NAME_per_token`."""
+        """Return sums over each row, `[B]`, by name; evaluation reports them as NAME_per_token."""
         return {}
 
     @classmethod
     def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
-        """What metrics show of `Tracked` variables, an nnx.State, in addition to `statistics`."""
+        """Return values of `Tracked` variables (an nnx.State), to be added to `statistics`."""
         return {}
 
     @classmethod
     def step_metrics(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Metrics by name, numbers or lists, of `statistics` and `tracked_statistics`."""
+        """Return metrics by name, numbers or lists, from `statistics` and `tracked_statistics`."""
         return {}
 
     @classmethod
     def step_histograms(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Samples by name, for histograms, of `statistics` and `tracked_statistics`."""
+        """Return samples for histograms by name, from `statistics` and `tracked_statistics`."""
         return {}
 
     @classmethod
@@ -400,29 +399,29 @@ class Architecture(Module):
         *,
         shardings: Callable[[Any], Any] | None = None,
     ) -> Self:
-        """A model with given parameters, e.g. from `train.runs.checkpoint.load_params`.
+        """Create a model with given parameters, e.g. from `train.runs.checkpoint.load_params`.
 
         Args:
             config: Config that the parameters were made with.
             params: Nested dict of arrays as `nnx.to_pure_dict` gives it.
-            constrain: As in the constructor.
-            attend: As in the constructor.
+            constrain: Function that keeps residuals sharded, as in the constructor.
+            attend: Attention function, as in the constructor.
             shardings: Function from the abstract nnx.State to its shardings; by default JAX arrays
                 stay where they are and others go to the first device.
 
         Raises:
-            ValueError: Names or shapes differ from what the config asks for.
+            ValueError: Names or shapes of `params` differ from those that the config asks for.
         """
         build = lambda: cls(config, rngs=nnx.Rngs(0), constrain=constrain, attend=attend)  # noqa: E731
         return with_params(build, params, shardings)
 
 
 ARCHITECTURES: dict[str, type[Architecture]] = {}
-"""Architectures by the name that configs and `--architecture` call them."""
+"""Architecture classes by the names that configs and `--architecture` use."""
 
 
 def architecture_of(config: Any) -> type[Architecture]:
-    """The architecture of a config.
+    """Return the architecture class of a config.
 
     Raises:
         ValueError: Not exactly one entry of `ARCHITECTURES` has configs of this class.
@@ -431,7 +430,7 @@ def architecture_of(config: Any) -> type[Architecture]:
 
 
 def architecture_name(config: Any) -> str:
-    """The name under which `ARCHITECTURES` holds the architecture of a config.
+    """Return the name of a config's architecture in `ARCHITECTURES`.
 
     Raises:
         ValueError: Not exactly one entry of `ARCHITECTURES` has configs of this class.

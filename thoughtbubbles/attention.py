@@ -22,11 +22,11 @@ MIN_BLOCK = 64
 MAX_BLOCKS = 8
 SHORTEST_SPAN = 256
 LARGEST_WEIGHTS = 2**25
-"""Bytes of float32 weights of one call of `attend`, over all devices, above which the backward pass
-computes them again; of `attend_cached`, above which they are taken in tiles."""
+"""Bytes of float32 attention weights of one call, over all devices, above which `attend` recomputes
+them in the backward pass and `attend_cached` computes them in tiles."""
 LARGEST_TILE = 2**26
-"""Bytes of such weights, over all devices, of one block of `attend` above which its queries are
-taken in tiles, of about `SMALLEST_TILE` or more."""
+"""Bytes of float32 attention weights of one block of `attend`, over all devices, above which the
+block is computed in tiles of queries, of about `SMALLEST_TILE` queries or more."""
 SMALLEST_TILE = 64
 FEWEST_TILED = 16
 QUERY_TILE, KEY_TILE = 256, 512
@@ -40,17 +40,19 @@ def attend(
 ) -> Float[Array, "B S H K"]:
     """Causal attention over slots with a bias per key (arXiv 2510.00219, eq. 8).
 
-    Queries are processed in blocks, each against the keys up to its end only, so that about half of
-    the square above the diagonal is never computed and no array `[B, H, S, S]` is held. Weights of
-    more than `LARGEST_WEIGHTS` bytes are not kept for the backward pass, and such a call has no
-    forward mode (`jax.jvp`); where those of a block have more than `LARGEST_TILE` bytes, its
-    queries are taken some at a time, in both passes.
+    Queries are processed in blocks (`block_size`), each against the keys up to the block's end
+    only. So the logits of later keys are not computed, and a row of several blocks needs no array
+    `[B, H, S, S]`. If the attention weights of a call have more than `LARGEST_WEIGHTS` bytes, the
+    backward pass computes them again; such a call has no forward-mode derivative (`jax.jvp`). If
+    the weights of a block have more than `LARGEST_TILE` bytes, both passes compute them for a tile
+    of its queries at a time.
 
     Args:
         query: Rotated queries of `H` heads.
         key: Rotated keys of `G` heads, where `G` divides `H` (grouped-query attention).
-        value: Values, scaled by the streams' scores if the config scales values.
-        bias: Float32 bias of each key, added to the logits after their division by sqrt(K).
+        value: Values of `G` heads, already multiplied by scores if the config scales values.
+        bias: Float32 bias of each key, added to the logits after their division by sqrt(K); None
+            for no bias.
     """
     batch, slots, heads, _ = query.shape
     large = 4 * batch * heads * visited_pairs(slots) > LARGEST_WEIGHTS
@@ -64,7 +66,7 @@ def attend_reference(
     value: Float[Array, "B S G K"],
     bias: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """`attend` without blocks: all queries against all keys at once."""
+    """Compute what `attend` computes without blocks: all queries against all keys at once."""
     last = jnp.arange(query.shape[1])
     return slots_first(_attend(*heads_first(query, key, value), bias, last))
 
@@ -75,12 +77,12 @@ def attend_where(
     value: Float[Array, "B S G K"],
     visible: Bool[Array, "B S S"],
 ) -> Float[Array, "B S H K"]:
-    """Attention under any mask, such as that of packed texts or of branches.
+    """Attention under any mask, such as the mask of several texts packed into one row.
 
     Args:
-        query: Rotated queries.
-        key: Rotated keys.
-        value: Values.
+        query: Rotated queries of `H` heads.
+        key: Rotated keys of `G` heads, where `G` divides `H`.
+        value: Values of `G` heads.
         visible: Whether a query (axis 1) attends to a key (axis 2); the result of a query without
             any key is arbitrary but finite.
     """
@@ -95,21 +97,21 @@ def attend_cached(
     first: Int[Array, " B"],
     count: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B Q H K"]:
-    """Attention of new slots over a cache that already holds their own keys and values.
+    """Attention of new slots over a cache, into which their keys and values are already written.
 
-    Only a part of the cache is used: the shortest of a few static spans (`cache_spans`) that
-    covers the used slots of every row. Of `FEWEST_TILED` queries or more,
-    weights beyond `LARGEST_WEIGHTS` bytes are taken in tiles, each used once; the backward pass of
-    such a call holds all of them, and it has no forward mode (`jax.jvp`).
+    Only a prefix of the cache is read: the shortest of a few static lengths (`cache_spans`) that
+    covers the used slots of every row. A call of `FEWEST_TILED` queries or more whose weights would
+    have more than `LARGEST_WEIGHTS` bytes is computed in tiles of the whole cache instead. Its
+    backward pass holds all weights, and it has no forward-mode derivative (`jax.jvp`).
 
     Args:
         query: Rotated queries of the new slots.
-        key: Keys of the cache, heads first, so that no step has to transpose the cache.
+        key: Rotated keys of the cache, heads first, so that no step has to transpose the cache.
         value: Values of the cache, heads first.
         bias: Float32 bias of each key, added to the logits, or None.
         first: Cache slot of each row's query 0; query `q` attends to slots up to `first + q`.
-        count: Number of queries of each row that are needed, the first ones; results of others are
-            arbitrary but finite. All by default.
+        count: Number of leading queries of each row whose results are needed; results of the other
+            queries are arbitrary but finite. All by default.
     """
     (batch, queries, heads, _), slots = query.shape, key.shape[2]
     query = _grouped(query, key.shape[1])
@@ -130,10 +132,10 @@ def attend_cached(
 
 
 def cache_spans(slots: int) -> list[int]:
-    """Numbers of slots that `attend_cached` chooses from; the last is that of the whole cache.
+    """Lengths of cache prefixes, in slots, that `attend_cached` chooses from, in rising order.
 
-    They are `SHORTEST_SPAN`, doubled up to half of the cache: a shorter span is copied out of the
-    cache, which takes longer than to attend to twice as many slots.
+    They are `SHORTEST_SPAN` and its doublings up to half of the cache, and the whole cache. A
+    prefix of more than half is copied out of the cache, which takes longer than reading all of it.
     """
     spans = [SHORTEST_SPAN]
     while 2 * spans[-1] <= slots:
@@ -142,7 +144,7 @@ def cache_spans(slots: int) -> list[int]:
 
 
 def block_size(slots: int) -> int:
-    """Number of queries of a block: at least `MIN_BLOCK`, in at most `MAX_BLOCKS` blocks."""
+    """Number of queries in a block of `attend`: `MIN_BLOCK` or more, in `MAX_BLOCKS` or fewer."""
     return max(MIN_BLOCK, math.ceil(slots / MAX_BLOCKS))
 
 
@@ -154,7 +156,16 @@ def visited_pairs(slots: int) -> int:
 
 
 def heads_first(query, key, value):
-    """Query `[B, G, H/G, S, K]`, already divided by sqrt(K); key and value `[B, G, S, K]`."""
+    """Move heads before slots, group queries by key heads, and divide queries by sqrt(K).
+
+    Args:
+        query: Queries `[B, S, H, K]`.
+        key: Keys `[B, S, G, K]`.
+        value: Values `[B, S, G, K]`.
+
+    Returns:
+        Divided queries `[B, G, H/G, S, K]`, keys `[B, G, S, K]` and values `[B, G, S, K]`.
+    """
     return _grouped(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
 
 
@@ -170,7 +181,7 @@ def _in_groups(values, groups):
 
 
 def slots_first(mixed):
-    """What queries of `heads_first` have mixed, as `[B, S, H, K]`."""
+    """Reshape attention results `[B, G, H/G, S, K]` (see `heads_first`) to `[B, S, H, K]`."""
     batch, groups, repeats, slots, width = mixed.shape
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, slots, groups * repeats, width)
 
@@ -184,7 +195,7 @@ def _attend(query, key, value, bias, last, few=False):
 
 
 def _attend_normalised(query, key, value, bias, last, few=False):
-    """`_attend`, and the logarithm of the normaliser of each query."""
+    """Compute `_attend`, and the logarithm of the softmax normaliser of each query."""
     logits = _logits(query, key, bias, last, few)
     # The peak is taken out of the gradient and the sum divided out after the product with the
     # values: two passes over [q, s] less than jax.nn.softmax.
@@ -199,9 +210,10 @@ def _attend_normalised(query, key, value, bias, last, few=False):
 
 @jax.custom_vjp
 def _attend_tiled(query, key, value, bias, last, end):
-    """`_attend` tile by tile under a running normaliser (arXiv 2205.14135), `last [B, Q]`.
+    """Compute `_attend` in tiles, with a running normaliser (arXiv 2205.14135); `last` is `[B, Q]`.
 
-    Tiles of keys behind what any query of a tile attends to, or needs (`end [B]`), are left out.
+    Tiles of keys that no query of a tile attends to, or that start at `end [B]` or later in every
+    row, are skipped.
     """
     queries, slots = query.shape[3], key.shape[2]
     rows, columns = min(QUERY_TILE, queries), min(KEY_TILE, slots)
@@ -236,7 +248,7 @@ _attend_tiled.defvjp(lambda *arrays: (_attend_tiled(*arrays), arrays), _tiled_ba
 
 
 def _add_tile(query, key, value, bias, last, columns, index, carry):
-    """Peak, sum and mixture of a tile of queries with one more tile of keys."""
+    """Update peak, sum and mixture of a tile of queries with one more tile of keys."""
     peak, total, mixed = carry
     begin = index * columns
     start = jnp.minimum(begin, key.shape[2] - columns)  # the last tile overlaps the one before
@@ -293,7 +305,7 @@ def _attend_blocks(*arrays):
 
 
 def _in_tiles(query, key, value, bias, last):
-    """`_attend_normalised` of a block, tile by tile where its weights are large."""
+    """Compute `_attend_normalised` of a block, in tiles of queries if its weights are large."""
     tiles, queries = _tiles(query, key), query.shape[3]
     if tiles == 1:
         return _attend_normalised(query, key, value, bias, last)
@@ -303,13 +315,13 @@ def _in_tiles(query, key, value, bias, last):
 
 
 def _tiles(query, key):
-    """Number of tiles that the queries of a block are taken in."""
+    """Number of tiles into which the queries of a block are split."""
     of_query = 4 * math.prod(query.shape[:3]) * key.shape[2]
     return math.ceil(query.shape[3] / max(SMALLEST_TILE, LARGEST_TILE // max(of_query, 1)))
 
 
 def _cut(values, tiles, axis=3, fill=0):
-    """Values of each tile, tiles first; the last one is padded."""
+    """Split values along an axis into tiles on a new leading axis; the last tile is padded."""
     size = math.ceil(values.shape[axis] / tiles)
     padding = tiles * size - values.shape[axis]
     widths = [(0, padding if i == axis else 0) for i in range(values.ndim)]
@@ -319,16 +331,16 @@ def _cut(values, tiles, axis=3, fill=0):
 
 
 def _joined(tiles, queries):
-    """What `_cut` was given, without the padding."""
+    """Undo `_cut` along axis 3: join the tiles and remove the padding."""
     values = jnp.moveaxis(tiles, 0, 3)
     return values.reshape(*values.shape[:3], -1, *values.shape[5:])[:, :, :, :queries]
 
 
 @jax.custom_vjp
 def _attend_again(*arrays):
-    """What `_attend_blocks` mixes, slots first.
+    """Compute `_attend_blocks` and return its result with slots first.
 
-    Its backward pass computes the weights again, as in arXiv 2205.14135.
+    The backward pass computes the attention weights again, as in arXiv 2205.14135.
     """
     return slots_first(_attend_blocks(*arrays))
 
@@ -368,7 +380,7 @@ def _backward(residuals, gradient):
 
 
 def _added(sums, grads, slots):
-    """Sums over blocks, with the gradients of one more, which has the first slots alone."""
+    """Add gradients of one more block, which cover only the first slots, to sums over blocks."""
 
     def add(grad, total=None):
         axis = 2 if grad.ndim == 4 else 1
@@ -382,7 +394,7 @@ def _added(sums, grads, slots):
 
 
 def _backward_in_tiles(arrays, *of_rows):
-    """`_backward_block`, whose weights are held for one tile of queries at a time."""
+    """Compute `_backward_block` with the weights of only one tile of queries held at a time."""
     query, key, value, bias, last = arrays
     tiles = _tiles(query, key)
     if tiles == 1:
@@ -403,9 +415,10 @@ def _backward_in_tiles(arrays, *of_rows):
 
 
 def _backward_block(arrays, normaliser, gradient, mean=None):
-    """Float32 gradients of queries, keys, values and bias.
+    """Compute float32 gradients of queries, keys, values and bias.
 
-    `mean` is that of each row's gradients under its weights, where it is known.
+    `mean` is, for each query, the mean of the gradients of its weights under these weights; None
+    computes it here.
     """
     query, key, value, bias, last = arrays
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -1,7 +1,7 @@
-"""A decoder over vectors: what others build on a `Thoughtbubbles` model, forking or plain.
+"""A `Thoughtbubbles` model, forking or plain, as a decoder over vectors with LoRA adapters.
 
-Vectors in, hidden states out, with LoRA adapters on the linear layers: what `memgen` needs of any
-decoder (`memgen.DecoderBackbone`).
+The backbone maps vectors to hidden states and takes LoRA adapters on its linear layers. These are
+the methods that `memgen` needs of any decoder (`memgen.DecoderBackbone`).
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ MLP_MAPS = ("up", "gate", "down")
 class Backbone(Module):
     """A `Thoughtbubbles` model over vectors in place of tokens.
 
-    Vectors that are appended to a row take its next positions. A cache needs a causal policy;
-    `hidden_states` does not.
+    Vectors that are appended to a row take its next positions. Decoding with a cache needs a causal
+    policy; `hidden_states` does not.
 
     Args:
-        model: Model whose parameters these are; nothing is copied.
+        model: Model whose parameters are used; nothing is copied.
 
     Raises:
-        ValueError: A token of the model has no one hidden state (`merge="probability"`).
+        ValueError: The model forks and has `merge="probability"`, so that a token has no single
+            hidden state.
     """
 
     def __init__(self, model: ForkingDecoder):
@@ -60,7 +61,7 @@ class Backbone(Module):
 
     @property
     def lora_targets(self) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        """Linear layers that take an adapter, by name: stacked axes, inputs and outputs of each."""
+        """Linear layers that take an adapter, by name: stack shape, inputs and outputs of each."""
         config = self.model.config
         heads, kv_heads = (n * config.head_width for n in (config.num_heads, config.kv_heads))
         embed, wide = config.embed_dim, config.mlp_width
@@ -78,9 +79,10 @@ class Backbone(Module):
 
     @property
     def lora_axes(self) -> dict[str, tuple[tuple[str, ...], str, str]]:
-        """Names of the axes of each layer of `lora_targets`: of its stack, inputs and outputs.
+        """Axis names of each layer of `lora_targets`: those of its stack, its inputs, its outputs.
 
-        Inputs or outputs of several axes have the name of the first, by which a mesh splits them.
+        Inputs or outputs that cover several axes of the weight, such as heads and head width, have
+        the name of the first axis, because a mesh splits them along it.
         """
         axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads", "up": "mlp", "gate": "mlp"}
         found = {name: (("layers",), "embed", outputs) for name, outputs in axes.items()}
@@ -88,15 +90,15 @@ class Backbone(Module):
         return {name: found[name] for name in self.lora_targets}
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> Backbone:
-        """The same arrays with an adapter added to the linear layers.
+        """Return a backbone of the same arrays with adapters added to its linear layers.
 
         Args:
-            adapter: Pytrees that one calls, `[..., in]` to `[..., out]`, by names of
-                `lora_targets`; their arrays begin with the stacked axes.
+            adapter: Adapters by names of `lora_targets`. Each is a pytree that can be called, from
+                `[..., inputs]` to `[..., outputs]`, and whose arrays begin with the stack axes.
 
         Raises:
-            ValueError: The model has no linear layer of a name, or another one of that name, or it
-                has an adapter already.
+            ValueError: A name is not one of `lora_targets`, the matrices of an adapter do not fit
+                its layer, or the model has an adapter already.
         """
         check_adapter(self.lora_targets, adapter)
         leaves, structure = jax.tree.flatten(self.model)
@@ -114,7 +116,16 @@ class Backbone(Module):
         return Backbone(model)
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:
-        """The model with `deltas` added to its linear layers: `[*stack, inputs, outputs]` each."""
+        """Return the model with `deltas` added to the weights of its linear layers.
+
+        Args:
+            deltas: Changes of weights, `[*stack, inputs, outputs]` each, by names of
+                `lora_targets`, such as `LoRAWeights.delta`.
+
+        Raises:
+            ValueError: A name is not one of `lora_targets`, a delta has another shape than its
+                layer, or the weight is in int8.
+        """
         check_deltas(self.lora_targets, deltas)
         leaves, structure = jax.tree.flatten(self.model)
         model: ForkingDecoder = jax.tree.unflatten(structure, leaves)
@@ -131,13 +142,13 @@ class Backbone(Module):
         return model
 
     def for_decoding(self) -> Backbone:
-        """The form of `ForkingDecoder.for_decoding`, for a loop over `extend`."""
+        """Return the backbone with unstacked blocks, so that a loop over `extend` copies none."""
         if self.model.unstacked is not None:
             return self
         return Backbone(self.model.for_decoding())
 
     def embed_tokens(self, tokens: AnyArray) -> jax.Array:
-        """`[..., D]`; NaN for an id outside the vocabulary."""
+        """Vectors `[..., D]` of token ids `[...]`; NaN for an id outside the vocabulary."""
         return self.model.embed_tokens(tokens)
 
     def hidden_states(
@@ -153,13 +164,14 @@ class Backbone(Module):
         Args:
             x: Vectors `[B, T, D]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; all `T` by default.
-            positions: Position of each vector, `[B, T]` int32, in place of `length`, for rows that
-                are not one text from left to right. Together with `visible`.
-            visible: Whether each position sees each other one, `[B, T, T]` bool.
+            positions: Position of each vector, `[B, T]` int32, given together with `visible` in
+                place of `length`, for rows that are not one text from left to right.
+            visible: Whether a vector (axis 1) attends to another (axis 2), `[B, T, T]` bool.
 
         Raises:
-            ValueError: The vectors are not `[B, T, D]`; or only one of `positions` and `visible` is
-                given, or a forking model is given them.
+            ValueError: The vectors are not `[B, T, D]`, a length is not from 0 to `T`, only one of
+                `positions` and `visible` is given, or both are given to a model with fork layers or
+                copies.
         """
         check_vectors(x, self.embed_dim, "a decoder")
         x = x.astype(self.model.config.dtype)
@@ -170,13 +182,14 @@ class Backbone(Module):
         return self._read_where(x, positions, visible)
 
     def branch_states(self, prefix: jax.Array, length: jax.Array, x: jax.Array) -> jax.Array:
-        """Hidden states of continuations of rows, each row computed once for all of its own.
+        """Hidden states of several continuations of each row, which share one pass over its prefix.
 
-        They are those of `hidden_states` on each continuation behind its row, and so are their
-        gradients, up to rounding.
+        Up to rounding, values and gradients are those of `hidden_states` on rows of a prefix and
+        one continuation behind it.
 
         Args:
-            prefix: Vectors `[B, P, D]` that rows begin with, padded on the right; 1 or more.
+            prefix: Vectors `[B, P, D]` of the beginnings of rows, padded on the right; `P` is 1 or
+                more.
             length: Number of real vectors of each prefix, `[B]` int32.
             x: Vectors `[B, N, C, D]` of `N` continuations of each row, padded on the right.
 
@@ -184,7 +197,8 @@ class Backbone(Module):
             Hidden states `[B, N, C, D]` of the continuations, after the final norm.
 
         Raises:
-            ValueError: The model forks, or prefixes have no vectors.
+            ValueError: The model has fork layers or copies, `P` is 0, or lengths are not integers,
+                one for each row.
         """
         rows, count, size, width = x.shape
         shared = prefix.shape[1]
@@ -204,26 +218,33 @@ class Backbone(Module):
         return self.model.unembed(hidden)
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
-        """An empty cache of `max_len` vectors a row.
+        """Return an empty cache for `batch` rows of up to `max_len` vectors.
 
         Raises:
-            ValueError: The policy of the model is not causal, or a size is below 1.
+            ValueError: The model's policy is not causal or has no methods for a cache
+                (`CausalPolicy`), or a size is below 1.
         """
         return init_cache(self.model, batch, max_len)
 
     def extend(
         self, cache: Cache, x: jax.Array, length: AnyArray, *, fresh: bool = False
     ) -> tuple[jax.Array, Cache]:
-        """Append to each row of the cache; any split into calls gives what `hidden_states` gives.
+        """Append vectors to the rows of a cache and return their hidden states.
+
+        Any split of a row into calls gives the hidden states of one call of `hidden_states`.
 
         Args:
+            cache: Cache that `init_cache` or `extend` returned.
             x: Vectors `[B, C, D]`, padded on the right.
-            length: Number of real vectors in each row, `[B]` int32; rows of length 0 stay as they
-                are.
+            length: Number of real vectors in each row, `[B]` int32; 0 leaves a row as it is.
             fresh: Static promise that the cache is empty.
 
         Returns:
             Hidden states `[B, C, D]`, NaN for a row that outgrows the cache, and the new cache.
+
+        Raises:
+            ValueError: The vectors are not `[B, C, D]`, the lengths are not integers, one for each
+                row, or the cache was made for another config or number of rows.
         """
         check_vectors(x, self.embed_dim, "a decoder")
         x = x.astype(self.model.config.dtype)
@@ -232,24 +253,28 @@ class Backbone(Module):
 
     @property
     def can_forget(self) -> bool:
-        """Whether `extend_keeping` is there: the state of a fork layer forgets no token."""
+        """Whether `extend_keeping` can be used: only without fork layers, which keep all tokens."""
         return not self.model.config.fork_layers
 
     def extend_keeping(
         self, cache: Cache, x: jax.Array, length: AnyArray, kept: AnyArray
     ) -> tuple[jax.Array, Cache]:
-        """`extend` by vectors of which the cache keeps the first ones alone.
+        """Append vectors to the rows of a cache, and keep only the first of them in the new cache.
 
-        So vectors that leave no trace, such as queries, are computed together with those before
-        them.
+        One call can thus read text and, behind it, vectors that the cache must not hold, such as a
+        weaver's queries.
 
         Args:
+            cache: Cache that `init_cache` or `extend` returned.
             x: Vectors `[B, C, D]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32.
-            kept: Number of them that stay in the cache, `[B]` int32.
+            kept: Number of leading vectors of `x` that stay in the cache, `[B]` int32.
+
+        Returns:
+            Hidden states `[B, C, D]` of all vectors, and the new cache.
 
         Raises:
-            ValueError: The model has fork layers.
+            ValueError: The model has fork layers, or `extend` would raise one.
         """
         if not self.can_forget:
             raise ValueError(
@@ -267,7 +292,7 @@ class Backbone(Module):
         return self._read_by(mix, x, positions)
 
     def _read_by(self, mix, x, positions):
-        """Hidden states of vectors at any positions, by an attention that knows who sees whom."""
+        """Hidden states of vectors at given positions, with the attention `mix`."""
         config = self.model.config
         if config.fork_layers or config.copies > 1:
             raise ValueError(

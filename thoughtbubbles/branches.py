@@ -1,4 +1,4 @@
-"""Attention of rows that share a prefix: several continuations of it, laid out in one row."""
+"""Attention over rows that hold a prefix and several continuations of it, called branches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 LARGEST_BRANCHES = 2**28
-"""Bytes of such weights above which `attend_branches` takes some slots of branches at a time."""
+"""Bytes of float32 attention weights of branches, over all devices, above which `attend_branches`
+computes them for some slots of every branch at a time."""
 
 
 def attend_branches(
@@ -27,19 +28,22 @@ def attend_branches(
     length: Int[Array, " B"],
     branches: tuple[int, int],
 ) -> Float[Array, "B S H K"]:
-    """Attention of rows of a prefix and several continuations of it, causal along each of them.
+    """Causal attention in rows of a prefix and several branches, each of which continues it.
 
-    The first slots of a row are its prefix, and after them come the branches one by one. A branch
-    attends to the prefix, which no branch copies, and to itself. Weights of more than
-    `attention.LARGEST_WEIGHTS` bytes are not kept for the backward pass; where all have more than
-    `LARGEST_BRANCHES` bytes, those of some slots are held at a time.
+    A row holds the slots of its prefix, then those of branch 0, of branch 1 and so on. A slot of a
+    branch attends to the real slots of the prefix, which is not copied for each branch, and to its
+    own branch up to itself. If the attention weights of all branches have more than
+    `attention.LARGEST_WEIGHTS` bytes, the backward pass computes them again. If they have more than
+    `LARGEST_BRANCHES` bytes, they are computed for some slots of every branch at a time.
 
     Args:
         query: Rotated queries.
         key: Rotated keys.
         value: Values.
-        length: Number of real slots of each prefix; the others are seen by no branch.
-        branches: Number of branches of a row, and number of slots of each (`N`, `C`).
+        length: Number of real slots of each prefix, which come first; no branch attends to its
+            other slots.
+        branches: Number `N` of branches of a row, and number `C` of slots of each branch. The
+            prefix has the other `S - N C` slots.
     """
     batch, slots, heads, _ = query.shape
     count, size = branches
@@ -65,9 +69,10 @@ def attend_branches(
 
 
 def _attend_branches(query, key, value, own_key, own_value, known, first):
-    """Attention of slots of branches, from `first` on, to the prefix, where `known`, and to theirs.
+    """Attention of some slots of branches, from slot `first` on, to the prefix and to their branch.
 
-    Queries `[B, G, H/G, N, Q, K]`; the branches' own keys and values `[B, G, N, C, K]`.
+    The queries are `[B, G, H/G, N, Q, K]`, keys and values of the prefix `[B, G, P, K]`, of which
+    `known [B, P]` are real, and keys and values of the branches `[B, G, N, C, K]`.
     """
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = jnp.where(known[:, None, None, None, None],
@@ -86,7 +91,7 @@ def _attend_branches(query, key, value, own_key, own_value, known, first):
 
 
 def _known_once(run):
-    """A function of queries and other arrays whose backward pass computes its results again."""
+    """Make a function of queries and other arrays recompute its results in the backward pass."""
 
     def backward(arrays, gradient):
         query, *others = arrays

@@ -1,4 +1,4 @@
-"""Bubble maps: where a model forked, as arrays, text for a terminal, a figure, and a page."""
+"""Bubble maps: where a model forked in a text, as arrays, terminal text, figure and web page."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ READABLE = 70  # largest number of tokens whose counts are written into a figure
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BubbleMap(ShortRepr):
-    """Bubbles of one text, by block and token; Jupyter shows them as `page` does.
+    """Number and mean score of the streams of each token of a text; Jupyter shows its `page`.
 
     Attributes:
         streams: `[num_layers, T]` int32, number of live streams of each token in each block.
-        score: `[num_layers, T]` float32, their mean cumulative score p (0 for a token without).
+        score: `[num_layers, T]` float32, mean cumulative score p of these streams; 0 for a token
+            without live streams.
         tokens: Text of each token.
         fork_layers: Indices of the blocks with a fork layer in front.
     """
@@ -48,12 +49,12 @@ class BubbleMap(ShortRepr):
         score: Sequence[np.ndarray] | np.ndarray,
         tokens: Sequence[str],
     ) -> BubbleMap:
-        """The map of a text from the bubbles after each fork layer, as a `Generation` has them.
+        """Make the map of a text from its streams after each fork layer (see `Generation`).
 
         Args:
-            config: Config of the model.
-            streams: `[F, T]` int32, number of live streams after each fork layer.
-            score: `[F, T]` float32, their mean cumulative score p.
+            config: Config of the model, with `F` fork layers.
+            streams: `[F, T]` int32, number of live streams of each token after each fork layer.
+            score: `[F, T]` float32, mean cumulative score p of these streams.
             tokens: Text of each token.
         """
         before = np.searchsorted(config.fork_layers, np.arange(config.num_layers), side="right")
@@ -64,7 +65,11 @@ class BubbleMap(ShortRepr):
         return cls(streams[before], score[before], tuple(tokens), config.fork_layers)
 
     def text(self, width: int = 100) -> str:
-        """The map for a terminal: the tokens, and below each its streams after each fork layer."""
+        """Render the map for a terminal: below each token, its streams after each fork layer.
+
+        Args:
+            width: Number of columns at which lines are wrapped.
+        """
         label = max((len(f"fork {layer}") for layer in self.fork_layers), default=6)
         digits = len(str(self.streams.max()))  # ten streams or more need wider cells
         cells = [f"{visible_text(token):<{digits}}" for token in self.tokens]
@@ -84,7 +89,7 @@ class BubbleMap(ShortRepr):
         return "\n".join(lines)
 
     def page(self) -> Page:
-        """The map in HTML: above each token its streams, whose scores stand in the titles.
+        """Render the map in HTML: above each token its streams, with their scores as tooltips.
 
         `page().save("map.html")` writes a page that needs no other file.
         """
@@ -94,7 +99,7 @@ class BubbleMap(ShortRepr):
         return self.page()._repr_html_()
 
     def figure(self, title: str = "Streams of each token, and their scores") -> Figure:
-        """Two heat maps, block by token: number of streams, and mean score. Needs matplotlib.
+        """Draw two heat maps, block by token: number of streams and mean score. Needs matplotlib.
 
         Args:
             title: Title of the figure, such as the model and its policy.
@@ -138,7 +143,7 @@ class BubbleMap(ShortRepr):
 
 
 def bubble_map(model: ForkingDecoder, ids: Sequence[int], tokens: Sequence[str]) -> BubbleMap:
-    """The bubble map of one text, by a forward pass.
+    """Run the model over one text and return its bubble map.
 
     Args:
         model: Model with or without fork layers.
@@ -146,7 +151,7 @@ def bubble_map(model: ForkingDecoder, ids: Sequence[int], tokens: Sequence[str])
         tokens: Text of each token.
 
     Raises:
-        ValueError: There are no ids, or not as many tokens as ids.
+        ValueError: `ids` is empty, or `tokens` has another length than `ids`.
     """
     if len(ids) != len(tokens) or not len(ids):
         raise ValueError(
@@ -158,7 +163,12 @@ def bubble_map(model: ForkingDecoder, ids: Sequence[int], tokens: Sequence[str])
 
 
 def bubbles_of(streams: Streams) -> tuple[jax.Array, jax.Array]:
-    """Number `[B, T]` of live streams of each token, and their mean score p (0 without any)."""
+    """Count the live streams of each token, and average their scores.
+
+    Returns:
+        Number of live streams, `[B, T]` int32, and their mean score p, `[B, T]` float32, which is 0
+        for a token without live streams.
+    """
     members = membership(streams)
     count = members.sum(axis=2, dtype=jnp.int32)
     total = jnp.where(members, jnp.exp(streams.log_score)[:, None, :], 0).sum(axis=2)

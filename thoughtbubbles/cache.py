@@ -1,4 +1,4 @@
-"""Cached decoding: keys, values and policy states of the tokens so far, and how they are extended.
+"""Cached decoding: keys, values and policy states of the tokens so far, and their extension.
 
 A causal policy's decision about a token is final. So keys and values are only ever appended, and
 any split of a row into chunks gives the logits of the teacher-forced pass, up to float noise.
@@ -44,7 +44,8 @@ class KVSegment(ShortRepr):
     Attributes:
         key: `[B, G, N, K]` rotated keys, one array for each block.
         value: `[B, G, N, K]` values, scaled by the scores, one array for each block.
-        bias: `[B, N]` float32 bias of each key, or None where the config has none.
+        bias: `[B, N]` float32 bias of each key; None before the first fork layer or without
+            `ModelConfig.key_bias`.
     """
 
     key: tuple[jax.Array, ...]
@@ -55,11 +56,12 @@ class KVSegment(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Trace(ShortRepr):
-    """The bubbles of the tokens so far, as each of the `F` fork layers left them.
+    """Streams of each token so far, counted after each of the `F` fork layers.
 
     Attributes:
         streams: `[B, F, max_tokens]` int32, number of live streams of each token.
-        score: `[B, F, max_tokens]` float32, their mean cumulative score p (0 for a token without).
+        score: `[B, F, max_tokens]` float32, mean cumulative score p of these streams; 0 for a token
+            without live streams.
     """
 
     streams: jax.Array
@@ -75,8 +77,8 @@ class Cache(ShortRepr):
         length: `[B]` int32, number of tokens of each row.
         groups: Keys and values of each group of blocks between fork layers (`ModelConfig.groups`).
         forks: State of each fork layer.
-        trace: Bubbles of the tokens so far.
-        max_tokens: Number of tokens that fit into a row.
+        trace: Number and mean score of the streams of each token so far.
+        max_tokens: Maximum number of tokens in a row.
         config: Config of the model that the cache was made for.
     """
 
@@ -94,15 +96,16 @@ class Cache(ShortRepr):
 
 
 def init_cache(model: ForkingDecoder, batch: int, max_tokens: int) -> Cache:
-    """An empty cache.
+    """Return an empty cache.
 
     Args:
         model: Model whose policy is causal.
         batch: Number of rows.
-        max_tokens: Number of tokens that fit into a row.
+        max_tokens: Maximum number of tokens in a row.
 
     Raises:
-        ValueError: The model's policy is not causal, or a size is below 1.
+        ValueError: The model's policy is not causal or has no methods for a cache (`CausalPolicy`),
+            or a size is below 1.
     """
     config = model.config
     check_cacheable(config)
@@ -137,24 +140,25 @@ def extend(
     tokens: Int[AnyArray, "B C"],
     length: Int[AnyArray, " B"] | None = None,
 ) -> tuple[Streams, Cache]:
-    """Forward pass of the next tokens of each row; any split of a row into calls gives the same.
+    """Run the model over the next tokens of each row.
 
-    A row that would outgrow the cache raises an error. Under `jit`, where lengths are unknown, its
-    streams become NaN instead, in all later calls too.
+    Any split of a row into calls gives the same streams, up to float noise. Under `jit`, where
+    lengths are unknown, a row that outgrows the cache raises no error: its streams become NaN, in
+    all later calls too.
 
     Args:
         model: Model that the cache was made for.
         cache: Cache of the tokens so far.
         tokens: Token ids, padded on the right.
-        length: Number of real tokens of each row; all `C` by default. A row of length
-            0 stays as it is.
+        length: Number of real tokens of each row; all `C` by default. 0 leaves a row as it is.
 
     Returns:
         The streams of these tokens after the last block, in which token 0 is the first of `tokens`,
         and the cache after them.
 
     Raises:
-        ValueError: The cache was made for another config or policy, or is too small.
+        ValueError: The cache was made for another config or policy or is too small, or tokens or
+            lengths have a wrong shape or range.
     """
     return _checked(model, cache, tokens, length, fresh=False)
 
@@ -165,10 +169,10 @@ def prefill(
     tokens: Int[AnyArray, "B C"],
     length: Int[AnyArray, " B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Forward pass of prompts into an empty cache.
+    """Run the model over prompts, into an empty cache.
 
-    It computes what `extend` computes, faster: the prompt's streams attend to each other by
-    `Block.attend`, not over the cache.
+    The new cache is that of `extend`. It is computed faster, because the prompt's streams attend to
+    each other (`Block.attend`) and not over the cache.
 
     Args:
         model: Model that the cache was made for.
@@ -181,8 +185,8 @@ def prefill(
         cache after it.
 
     Raises:
-        ValueError: A row of the cache is not empty (under `jit` its logits are NaN instead), or a
-            reason of `extend`.
+        ValueError: A row of the cache is not empty (under `jit` its logits are NaN instead), or
+            `extend` would raise one.
     """
     streams, cache = _checked(model, cache, tokens, length, fresh=True)
     return _last_logits(model, streams), cache
@@ -194,7 +198,7 @@ def decode_step(
     token: Int[AnyArray, " B"],
     active: Bool[AnyArray, " B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Forward pass of one more token of each row.
+    """Run the model over one more token of each row.
 
     Each call copies the weights out of their stack of layers; in a loop under one `jit` that
     happens once.
@@ -203,13 +207,13 @@ def decode_step(
         model: Model that the cache was made for.
         cache: Cache of the tokens so far.
         token: Token id of each row.
-        active: Rows that get their token, while others stay as they are; all rows by default.
+        active: Whether a row gets its token; other rows stay as they are. All rows by default.
 
     Returns:
         Float32 logits after the token (zeros for inactive rows), and the cache after it.
 
     Raises:
-        ValueError: A reason of `extend`.
+        ValueError: `extend` would raise one.
     """
     length = None if active is None else active.astype(jnp.int32)
     streams, cache = _checked(model, cache, token[:, None], length, fresh=False)
@@ -217,7 +221,7 @@ def decode_step(
 
 
 def _checked(model, cache, tokens, length, fresh) -> tuple[Streams, Cache]:
-    """`_extend` after checks: of shapes always, of lengths unless they are traced."""
+    """Check shapes, and lengths unless `jit` traces them, then compute `_extend`."""
     _check_cache(model, cache)
     if tokens.ndim != 2 or tokens.shape[0] != cache.length.shape[0]:
         raise ValueError(
@@ -280,7 +284,10 @@ def advance(
     length: Int[AnyArray, " B"],
     fresh: bool = False,
 ) -> tuple[Streams, Cache]:
-    """`extend` from residuals; lengths, which `jit` often traces, make their rows NaN.
+    """Run the model over residuals of the next tokens, as `extend` does over tokens.
+
+    A wrong length, or a row that outgrows the cache, makes the row's streams NaN and raises no
+    error, under `jit` or not.
 
     Args:
         model: Model that the cache was made for.
@@ -294,7 +301,8 @@ def advance(
         The streams of these tokens after the last block, and the cache after them.
 
     Raises:
-        ValueError: The cache is of another model, or the vectors or lengths are of other rows.
+        ValueError: The cache was made for another config or number of rows, or the lengths are not
+            integers, one for each row.
     """
     _check_cache(model, cache)
     if x.shape[0] != cache.length.shape[0]:
@@ -332,13 +340,14 @@ def advance(
 
 
 def keep_first(before: Cache, after: Cache, kept: Int[Array, " B"]) -> Cache:
-    """The cache after an extension, without all but the first `kept` of the new tokens of each row.
+    """Return the cache after an extension with only the first `kept` new tokens of each row.
 
-    Their slots are free again. Only for models without fork layers, whose policies remember more.
+    The slots of the others are free again. Only for models without fork layers: the state of a
+    policy can't forget a token.
 
     Args:
         before: Cache before the extension.
-        after: Cache after it.
+        after: Cache after the extension.
         kept: Number of new tokens that each row keeps.
     """
     assert not after.forks  # `Backbone.can_forget`
@@ -356,7 +365,7 @@ def _run_group(
     max_tokens: int,
     fresh: bool,
 ) -> tuple[Streams, KVSegment]:
-    """The blocks of a group on new streams, which attend to each other and to the cached ones.
+    """Run the blocks of a group on new streams, which attend to each other and to cached ones.
 
     Args:
         streams: New streams.
@@ -392,7 +401,7 @@ def _run_group(
 def _attend_over_cache(
     bias, before, alive, key_cache, value_cache, query, key, value
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention over the cache with the new keys and values appended; also that cache."""
+    """Append new keys and values to a block's cache and attend over it; also return the cache."""
     key_cache = _append_heads_first(key_cache, key, before, alive)
     value_cache = _append_heads_first(value_cache, value, before, alive)
     count = alive.sum(axis=1, dtype=jnp.int32)
@@ -403,20 +412,20 @@ def _attend_over_cache(
 def _attend_and_store(
     attend, bias, key_cache, value_cache, query, key, value
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention among the new streams alone; also the empty cache with their keys and values."""
+    """Attend among the new streams alone; also store their keys and values in an empty cache."""
     mixed = attend(query, key, value, bias)
     key_cache = _into(key_cache, key.swapaxes(1, 2), 2)
     return mixed, (key_cache, _into(value_cache, value.swapaxes(1, 2), 2))
 
 
 def _into(stored: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-    """`stored` with its first entries along the axis from `new`, whose surplus dead slots go."""
+    """Overwrite the first entries of `stored` along the axis by `new`; what does not fit is cut."""
     new = jax.lax.slice_in_dim(new, 0, min(new.shape[axis], stored.shape[axis]), axis=axis)
     return jax.lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), 0, axis)
 
 
 def _append_heads_first(stored, new, used, valid):
-    """`append` for `stored [B, G, N, K]` and `new [B, S, G, K]`."""
+    """Append new entries `[B, S, G, K]` to `stored [B, G, N, K]`, as `policies.append` does."""
 
     def write(row, entries, start, mask):
         index = jnp.where(mask, start + jnp.arange(mask.shape[0]), row.shape[1])
@@ -426,7 +435,7 @@ def _append_heads_first(stored, new, used, valid):
 
 
 def _record_bubbles(trace: Trace, fork: int, streams: Streams) -> Trace:
-    """The trace with the bubbles of new tokens as fork layer `fork` left them."""
+    """Write number and score of the streams of new tokens after fork layer `fork` to the trace."""
     streams_of, score_of = bubbles_of(streams)
     real = jnp.arange(streams.num_tokens)[None] < streams.length[:, None]
     counts = append(trace.streams[:, fork], streams_of, streams.first, real)

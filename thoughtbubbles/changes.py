@@ -1,4 +1,4 @@
-"""Frozen dataclasses with some fields changed, and by name; a misspelt field is one line."""
+"""Copies of frozen dataclasses and of named presets with some fields changed."""
 
 import dataclasses
 import difflib
@@ -7,10 +7,14 @@ from typing import Any
 
 
 def replaced(value: Any, changes: Mapping[str, Any]) -> Any:
-    """`dataclasses.replace`, which names the nearest field where there is none of a name.
+    """Copy a dataclass with changed fields; the error for a misspelt field suggests the nearest.
+
+    Args:
+        value: Instance of a dataclass.
+        changes: New values by name of a field.
 
     Raises:
-        TypeError: A change is of no field.
+        TypeError: A name in `changes` is not a field of the dataclass.
     """
     fields = [field.name for field in dataclasses.fields(value)]
     for name in changes:
@@ -21,11 +25,11 @@ def replaced(value: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def preset_of(presets: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> Any:
-    """A preset by its name, with changes.
+    """Return a preset by its name, with changed fields.
 
     Raises:
         ValueError: There is no preset of that name.
-        TypeError: A change is of no field.
+        TypeError: A name in `changes` is not a field of the preset.
     """
     if name not in presets:
         raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")

@@ -28,67 +28,70 @@ class ModelConfig(ArchitectureConfig):
     """A decoder, with or without fork layers.
 
     Sizes: `vocab_size` V, `embed_dim` D, `num_heads` H, `num_kv_heads` G (default H), `head_dim` K
-    (default D / H), `mlp_dim` F (default 4 D). `biases="all"` puts one on every linear map of
-    attention and MLP and on every LayerNorm, `"qkv"` on those three maps only. `rope_scaling`
-    stretches rotary positions to longer contexts; the blocks in `nope_layers` (0-based) have none.
-    `context_length` tells how many tokens pretrained weights are meant for; nothing is cut there.
+    (default D / H), `mlp_dim` F (default 4 D). `biases="all"` gives a bias to every linear map of
+    attention and MLP and to every LayerNorm, `"qkv"` only to the maps to queries, keys and values.
+    `rope_scaling` stretches rotary positions to longer contexts; the blocks in `nope_layers`
+    (0-based) have no rotary positions. `context_length` is the number of tokens that pretrained
+    weights are meant for; longer texts are not truncated.
 
     Forking (arXiv 2510.00219): a fork layer stands in front of each block in `fork_layers`
-    (0-based); `policy` chooses the streams; `merge` turns a bubble into one prediction:
-    `"probability"` is the paper's mixture (eq. 11), `"residual"` the sum of residuals of its
-    authors' later code, `"rightmost"` the original alone. `score_bias="head"` adds the log-score to
-    q·k before the division by sqrt(K) (the authors' code), `"none"` after it (a weight of exactly
-    p). `score_originals=True` is the paper: an original carries a score as forks do and is
-    attenuated by it; by default its score stays 1, so that the plain decoder stands whole among the
-    forks. `copies` is the copy-k baseline: each input residual k times, the rightmost decoded.
-    `fork_gate` gives each fork layer a learned scalar, of this value at first, whose magnitude
-    times `forking.GATE_UNIT` multiplies the scores of its forks: near 0, forks are next to
-    invisible at first (see `retrofit`).
+    (0-based). `policy` chooses the streams. `merge` turns a token's streams into one prediction:
+    `"probability"` is the paper's mixture (eq. 11), `"residual"` the weighted sum of residuals of
+    its authors' later code, `"rightmost"` the original alone. `score_bias="head"` adds the
+    log-score to q·k before the division by sqrt(K) (the authors' code); `"none"` adds it after the
+    division, so that a key's weight is multiplied by exactly p. With `score_originals=True`, as in
+    the paper, an original carries a score like a fork and is attenuated by it; by default its score
+    stays 1. `copies` is the copy-k baseline: each input residual is repeated k times, and the
+    rightmost copy is decoded. `fork_gate` gives each fork layer a learned scalar with this initial
+    value. The scalar's magnitude times `forking.GATE_UNIT` multiplies the scores of forks, so that
+    with a value near 0 other streams hardly attend to forks at first (see `retrofit`).
 
-    The six switches from `fork_embedding` on each take one ingredient out, for ablations.
+    Each of the six switches from `fork_embedding` to `fractional_positions` removes one ingredient
+    if it is False, for ablations.
 
     Attributes:
-        vocab_size: Number of token ids the embedding knows (V).
+        vocab_size: Number of token ids in the vocabulary (V).
         embed_dim: Width of the residual stream (D).
         num_layers: Number of blocks.
         num_heads: Number of attention heads (H).
-        num_kv_heads: Number of heads of keys and values (G), a divisor of `num_heads`; as many by
+        num_kv_heads: Number of key/value heads (G), a divisor of `num_heads`; `num_heads` by
             default.
         head_dim: Width of an attention head (K), even; `embed_dim / num_heads` by default.
         mlp_dim: Hidden width of the MLP (F); four times `embed_dim` by default.
-        norm: Kind of the norms.
+        norm: Kind of the normalisation layers.
         norm_eps: Term added to the variance in norms (ε).
         mlp: Kind of the MLP.
         qk_norm: Whether queries and keys are normalised in each head.
-        tied_head: Whether the output head is the embedding.
+        tied_head: Whether the output head shares the weights of the embedding.
         rope_base: Base of the rotary frequencies (θ).
         rope_scaling: Stretching of rotary positions to longer contexts, as in a Hugging Face
             config.json.
         nope_layers: Blocks without rotary positions, counted from 0.
-        biases: Linear layers and norms that have a bias: "all", those of "qkv", or "none".
-        context_length: Tokens at a time that pretrained weights are meant for; nothing is cut
-            there.
-        copies: Copies of each input residual, the copy-k baseline without forks.
-        fork_layers: Blocks that a fork layer stands in front of, counted from 0.
+        biases: Linear layers and norms that have a bias: "all", only the maps to queries, keys and
+            values ("qkv"), or "none".
+        context_length: Number of tokens that pretrained weights are meant for; longer texts are not
+            truncated.
+        copies: Number of copies of each input residual (the copy-k baseline, without forks).
+        fork_layers: Blocks with a fork layer in front, counted from 0.
         policy: Policy that chooses among the candidates of fork layers, e.g.
             "PrefixRank(ratio=1.5)".
-        merge: Merge of a bubble into one prediction: the mixture of its streams' "probability" (the
-            paper's eq. 11), the weighted sum of their "residual" (the authors' later code), or the
-            "rightmost" stream alone.
+        merge: Merge of a token's streams into one prediction: "probability" mixes their predictions
+            (the paper's eq. 11), "residual" sums their residuals, weighted by scores (the authors'
+            later code), "rightmost" takes the original alone.
         score_bias: Place of log-scores in attention: "head" adds them before the division by
             sqrt(K) (the authors' code), "none" after it.
         score_originals: Whether originals carry a score as forks do (the paper), or keep a score of
             1.
-        fork_gate: First value of a learned factor on the scores of forks; no such factor by
+        fork_gate: Initial value of a learned factor on the scores of forks; no such factor by
             default.
         fork_embedding: Whether a learned vector is added to forks.
         key_bias: Whether log-scores bias the attention to keys.
         value_scaling: Whether scores scale the values of attention.
         residual_scaling: Whether scores scale what a block writes to the residual stream.
-        forced_keep: Whether originals always live (eq. 4).
+        forced_keep: Whether originals are always kept (eq. 4).
         fractional_positions: Whether the streams of a token have fractional rotary positions.
         dtype: Type of the computation; parameters are float32.
-        scan_layers: Whether the blocks between fork layers are scanned, which compiles faster.
+        scan_layers: Whether the blocks between fork layers run in a scan, which compiles faster.
         remat: Activations recomputed in the backward pass: "none", all but matrix products
             ("dots", which on a CPU saves memory only with `scan_layers`), or all of them ("full").
     """
@@ -209,47 +212,47 @@ class ModelConfig(ArchitectureConfig):
 
     @property
     def rotary_layers(self) -> tuple[bool | None, ...]:
-        """Whether each block has rotary positions; None where all have, and none need asking."""
+        """Whether each block has rotary positions; None for each block if all of them have."""
         if not self.nope_layers:
             return (None,) * self.num_layers
         return tuple(layer not in self.nope_layers for layer in range(self.num_layers))
 
     @property
     def causal(self) -> bool:
-        """Whether logits of a position depend on tokens up to it alone, by construction."""
+        """Whether the logits at a position depend only on tokens up to it, by construction."""
         return not self.fork_layers or self.policy.causal
 
     def summary(self) -> str:
-        """Where the model forks and by which policy, or "plain"."""
+        """Describe where the model forks and by which policy; "plain" without fork layers."""
         if not self.fork_layers:
             return "plain"
         return f"forks before layers {self.fork_layers}, {self.policy}"
 
     def sizes(self) -> str:
-        """Depth, width, heads, vocabulary and type in one line."""
+        """Describe depth, width, heads, vocabulary and type in one line."""
         return (
             f"{self.num_layers} layers of {self.embed_dim}, {self.num_heads} heads, vocabulary "
             f"{self.vocab_size:,}, {self.dtype}"
         )
 
     def unused_fields(self) -> tuple[str, ...]:
-        """The fields of fork layers that a model without any does not use."""
+        """Names of the fields that only fork layers use, if the model has no fork layers."""
         return () if self.fork_layers else ("policy", "score_originals")
 
     def attention_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
-        """Shapes of query, key, value and bias of one attention call over 8 slots."""
+        """Shapes of query, key, value and bias (or None) of an attention call over 8 slots."""
         query = jax.ShapeDtypeStruct((1, 8, self.num_heads, self.head_width), self.dtype)
         key = jax.ShapeDtypeStruct((1, 8, self.kv_heads, self.head_width), self.dtype)
         biased = self.fork_layers and self.key_bias
         return query, key, key, jax.ShapeDtypeStruct((1, 8), "float32") if biased else None
 
     def groups(self) -> list[tuple[int, int]]:
-        """Runs of blocks `(first, last + 1)` between fork layers; the first may be empty."""
+        """Ranges `(first, last + 1)` of blocks between fork layers; the first may be empty."""
         cuts = [0, *self.fork_layers, self.num_layers]
         return list(zip(cuts[:-1], cuts[1:], strict=True))
 
     def slots(self, num_tokens: int) -> list[int]:
-        """Stream slots of a row in each block, `num_layers` numbers."""
+        """Number of stream slots in each of the `num_layers` blocks, for a row of tokens."""
         count, per_layer = num_tokens * self.copies, []
         for index, (start, end) in enumerate(self.groups()):
             if index:
@@ -258,19 +261,20 @@ class ModelConfig(ArchitectureConfig):
         return per_layer
 
     def prefill_bytes(self, num_tokens: int) -> int:
-        """Bytes that a forward pass over one row would take if it held whole blocks, about.
+        """Estimate the bytes of a forward pass over one row without tiles of queries.
 
-        Where they are many, prompts are read in blocks (`thoughtbubbles.prefill`). The logits of
-        one block of queries lead, of which XLA has 5 to 6 copies at a time on a CPU.
+        Rows for which the estimate is large are read part by part (`thoughtbubbles.prefill`). The
+        largest term is the attention logits of one block of queries, of which XLA holds 5 to 6
+        copies at a time on a CPU.
         """
         slots = max(self.slots(num_tokens))
         logits = 4 * self.num_heads * min(block_size(slots), slots) * slots
         return 11 * logits // 2 + 4 * slots * (self.mlp_width + 4 * self.embed_dim)
 
     def pass_bytes(self, rows: int, num_tokens: int) -> int:
-        """Bytes that a forward pass over rows takes beside parameters and cache, about.
+        """Estimate the bytes of a forward pass over rows, without parameters and cache.
 
-        As `prefill_bytes`, but of a large block the logits of one tile of queries alone.
+        Unlike `prefill_bytes`, it counts only one tile of the queries of a large block.
         """
         slots = max(self.slots(num_tokens))
         of_query = 4 * rows * self.num_heads * slots
@@ -279,9 +283,14 @@ class ModelConfig(ArchitectureConfig):
         return 5 * logits + 4 * rows * slots * (self.mlp_width + 4 * self.embed_dim)
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
-        """Bytes that reading `num_tokens` more of each row takes beside parameters and cache.
+        """Estimate the bytes of reading more tokens of each row, without parameters and cache.
 
-        About so many, however many tokens the cache holds: attention is taken in tiles.
+        The estimate does not depend on the number of tokens in the cache, because attention over a
+        large cache is computed in tiles.
+
+        Args:
+            rows: Number of rows.
+            num_tokens: Number of tokens that are read of each row.
         """
         slots = rows * num_tokens * self.copies * 2 ** len(self.fork_layers)
         tiles = rows * self.num_heads * QUERY_TILE * KEY_TILE
@@ -322,7 +331,7 @@ class ModelConfig(ArchitectureConfig):
         return total + 2 * decoded * d * self.vocab_size
 
     def recomputed_flops(self, num_tokens: int) -> int:
-        """FLOPs that the backward pass of one row spends on computing forward results again."""
+        """FLOPs that the backward pass of a row of tokens spends on recomputing forward results."""
         if self.remat == "none":
             return 0
         slots, wide = self.slots(num_tokens), self.num_heads * self.head_width
@@ -337,15 +346,15 @@ class ModelConfig(ArchitectureConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Unpack["ModelConfigChanges"]) -> "ModelConfig":
-        """A named size: `tiny`, or a size of arXiv 2510.00219 (see `PRESETS`), with changes.
+        """Return a preset by its name, with changed fields.
 
         Args:
-            name: Name of the preset.
-            changes: Fields that differ from the preset's.
+            name: Name in `PRESETS`: "tiny", or a size of arXiv 2510.00219.
+            changes: New values of fields.
 
         Raises:
             ValueError: There is no preset of that name, or the fields do not fit together.
-            TypeError: A change is of no field.
+            TypeError: A name in `changes` is not a field.
         """
         return preset_of(PRESETS, name, changes)
 

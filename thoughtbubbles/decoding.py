@@ -1,7 +1,8 @@
-"""Generation: one compiled loop over a cache, or over recomputed prefixes where none is possible.
+"""Text generation in one compiled loop, over a cache or by recomputing the prefix of every token.
 
-A policy that is not causal (`TopK`) may fork the past differently when a token is added, so a cache
-would not give what the model computes; its ratio budget follows the length of the prefix.
+A policy that is not causal (`TopK`, whose budget is a ratio of the prefix's length) may fork
+earlier tokens differently when a token is added. A cache would then not give the model's results,
+so the prefix is recomputed.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ SMALLEST_CACHE = 64
 
 
 class _DecodingForm(NamedTuple):
-    """A model `for_decoding`, and the model that it was made of: its structure and its arrays."""
+    """A model's decoding form (`for_decoding`), and the structure and arrays of the model."""
 
     structure: Any
     leaves: tuple[weakref.ref, ...]
@@ -37,18 +38,19 @@ class _DecodingForm(NamedTuple):
 
 
 _KEPT: list[_DecodingForm] = []
-"""The newest form, or none: as long as the arrays that it was made of live."""
+"""The newest decoding form, or nothing; it is dropped when an array that it was made of dies."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Generation(ShortRepr):
-    """A generated text and its bubbles, `T` tokens with the prompt; `F` fork layers.
+    """A generated text and its bubbles: `T` tokens, prompt included, after `F` fork layers.
 
     Attributes:
         prompt: Token ids of the prompt.
         tokens: Token ids of the continuation.
-        streams: Live streams of each token after each fork layer, `[F, T]` int32.
-        score: Mean cumulative score p of these streams, `[F, T]` float32; 0 where none is left.
+        streams: Number of live streams of each token after each fork layer, `[F, T]` int32.
+        score: Mean cumulative score p of these streams, `[F, T]` float32; 0 for a token without
+            live streams.
     """
 
     prompt: list[int]
@@ -73,36 +75,38 @@ def generate(
     cached: bool | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt; a row's text does not depend on the rest of its batch.
+    """Continue each prompt; different prompts of the batch do not influence its text.
 
-    Programs are compiled for the longest prompt and the longest text, both rounded up to powers of
-    two, so that texts of other lengths find them compiled. Prompts whose pass would take much
-    memory are read into the cache block by block (`thoughtbubbles.prefill`).
+    With a cache, programs are compiled for lengths of the longest prompt and the longest text that
+    are rounded up, so that calls with other lengths find them compiled. Prompts whose forward pass
+    would take much memory are read into the cache block by block (`thoughtbubbles.prefill`).
 
     Args:
-        model: Any architecture; one that is not causal recomputes each prefix.
+        model: Any architecture.
         prompts: Token ids of each prompt, at least one; lengths may differ.
-        max_new_tokens: Largest number of tokens added to each prompt.
+        max_new_tokens: Maximum number of tokens added to each prompt.
         temperature: Sampling temperature; 0 takes the most probable token.
         top_k: Number of most probable tokens to sample from; all by default.
-        top_p: Probability mass of the fewest most probable tokens to sample from; 1 by default.
-        min_p: Least probability to sample from, as a share of the most probable token's.
+        top_p: Total probability of the smallest set of most probable tokens to sample from; 1 by
+            default.
+        min_p: Minimum probability of tokens to sample from, as a fraction of the probability of the
+            most probable token; None for no minimum.
         seed: Seed of the samples. The key of a row is made of the seed, its prompt, and the number
             of equal prompts in front of it, so that equal prompts get different texts.
-        stop: Token ids after any of which a row ends; the id is returned.
-        valid_vocab_size: Number of token ids that may be chosen, where the tokenizer has fewer than
-            the model; all by default.
+        stop: Token ids that end a row; the id is part of the returned text.
+        valid_vocab_size: Number of token ids, from 0, that may be chosen if the tokenizer has fewer
+            than the model; all by default.
         policy: Fork policy in place of the model's own.
-        cached: Whether keys and values are kept, or the prefix is recomputed for every token; by
-            default they are kept where the model is causal.
-        progress: Function of the number of prompt tokens read so far and of all, called after each
-            block of prompts that are read in blocks.
+        cached: Whether to decode with a cache, rather than recompute the prefix of every token; by
+            default True if the model is `cacheable`.
+        progress: Function called as `progress(read, total)` after each block, if prompts are read
+            block by block: tokens of the longest prompt read so far, and all of them.
 
     Returns:
         Token ids of each continuation.
 
     Raises:
-        ValueError: An argument can't be used, a cache was asked for and the model is not causal, or
+        ValueError: An argument is invalid, `cached` is True and the model is not `cacheable`, or
             the logits are NaN.
     """
     if not isinstance(model, Architecture):
@@ -140,10 +144,15 @@ def generate_with_bubbles(
     valid_vocab_size: int | None = None,
     policy: Policy | None = None,
 ) -> list[Generation]:
-    """`generate` with a cache, and what the fork layers did to each token on the way.
+    """Continue each prompt as `generate` does with a cache, and count the streams of each token.
+
+    The arguments are those of `generate`.
+
+    Returns:
+        A `Generation` for each prompt.
 
     Raises:
-        ValueError: As for `generate`; the model must be a causal `Thoughtbubbles`.
+        ValueError: `generate` would raise one, or the model is not a `cacheable` `Thoughtbubbles`.
     """
     if not isinstance(model, Thoughtbubbles):
         raise ValueError(f"{type(model).__name__} has no bubbles: use generate")
@@ -167,7 +176,7 @@ def generate_with_bubbles(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """What the compiled loops need to know: `keys [B]`, `stop [N]`, scalars."""
+    """Arguments of the compiled loops: `keys [B]` of rows, ids `stop [N]`, and scalars."""
 
     sampling: Sampling
     keys: jax.Array
@@ -189,19 +198,19 @@ class _Request:
         )
 
     def choose(self, logits: jax.Array, length: jax.Array) -> jax.Array:
-        """The next id of each row, `[B]`, or -1 where logits are NaN; `length [B]` before it."""
+        """Choose the next id of each row after `length [B]` tokens; -1 if the logits are NaN."""
         allowed = jnp.arange(logits.shape[-1]) < self.valid_vocab_size
         keys = jax.vmap(jax.random.fold_in)(self.keys, length)
         return sample(jnp.where(allowed, logits, -jnp.inf), keys, self.sampling)
 
     def ends(self, chosen: jax.Array, count: jax.Array) -> jax.Array:
-        """`[B]` bool: rows whose text is over with the id chosen last, the `count`-th new one."""
+        """Whether the text of each row ends with the id `chosen [B]`, its `count`-th new one."""
         stopped = (chosen[:, None] == self.stop).any(axis=1)
         return stopped | (chosen < 0) | (count >= self.max_new_tokens)
 
 
 def _check(model, prompts, max_new_tokens, valid_vocab_size) -> bool:
-    """Raise for a mistake in the arguments; whether there is anything to continue."""
+    """Raise a ValueError for a wrong argument; return whether there are any prompts."""
     vocab = model.config.vocab_size
     if not is_whole(max_new_tokens):
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: give a whole number")
@@ -243,7 +252,7 @@ def _row_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
 
 
 def _padded(prompts, more: int = 0, width: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Prompts as rows `[B, width]`, or of the longest and `more`, and their lengths `[B]`."""
+    """Pad prompts to `width`, or `more` than the longest; return rows and their lengths `[B]`."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), max(width, int(lengths.max()) + more)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -282,9 +291,13 @@ def _decode(model, prompts, request, read_all, progress=None) -> tuple[list[list
 
 
 def decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
-    """`model.for_decoding()` under a policy; made once for calls with the same arrays.
+    """Return `model.for_decoding()` under a policy, made only once for calls with the same arrays.
 
-    Nothing is kept of models with NumPy arrays, which can be written in place.
+    The form of a model with NumPy arrays, which can be written in place, is made by every call.
+
+    Args:
+        model: Model to be decoded.
+        policy: Fork policy in place of the model's own; None for the model's own.
     """
     form = model
     leaves, structure = jax.tree.flatten(model)
@@ -304,7 +317,7 @@ def decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
 
 
 def _forget(dead: weakref.ref) -> None:
-    """Drop the form of whose arrays one died; those of a replaced form may die later."""
+    """Drop the kept form if the dead array was its own, and not that of a replaced form."""
     if any(was is dead for kept in _KEPT[:1] for was in kept.leaves):
         _KEPT.clear()
 
@@ -328,7 +341,7 @@ def _choose(request, logits, lengths) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="max_tokens", donate_argnames="cache")
 def _continue(model, cache, chosen, lengths, request, read_all, max_tokens):
-    """From the first new token on: new ids `[B, max_tokens]`, how many, and the cache."""
+    """Generate after the first new token; return ids `[B, max_tokens]`, their number, the cache."""
     model = model.for_decoding()  # out of the loop, so that no step copies weights
     batch = chosen.shape[0]
 
@@ -374,7 +387,7 @@ def _continue(model, cache, chosen, lengths, request, read_all, max_tokens):
 
 @jax.jit
 def _recompute(model, tokens, lengths, request):
-    """New ids `[B, S]` and how many, each from its whole prefix; `S` is their capacity."""
+    """Generate each token from its whole prefix; return new ids `[B, S]` and their number `[B]`."""
 
     def unfinished(carry):
         return ~carry[2].all()

@@ -1,4 +1,4 @@
-"""Decoder families of pretrained weights: Hugging Face's config.json as ModelConfig, and back."""
+"""Families of pretrained decoders: from a Hugging Face config.json to a ModelConfig, and back."""
 
 import dataclasses
 import warnings
@@ -39,14 +39,15 @@ SCALING_NOTES = {"rope_type", "rope_theta", "partial_rotary_factor", "finetuned"
 
 
 def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
-    """The ModelConfig of a `config.json` (versions 4 and 5 of transformers).
+    """Convert the fields of a `config.json` (transformers 4 or 5) to a ModelConfig.
 
     Args:
         fields: Fields of the config.json.
         source: Name of the file in error messages.
 
     Raises:
-        ValueError: The family or an option of it is not supported, or a size is missing.
+        ValueError: The family or one of its options is not supported, or a field is missing or has
+            a wrong value.
     """
     given = Fields(fields, source, "it is no whole config of a model")
     family = given.text("model_type", "")
@@ -105,7 +106,7 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def _within_window(given: Fields, context: int | None) -> int | None:
-    """The context, or the sliding window if that is shorter: to its end all is attended to."""
+    """Context length, or the sliding window if it is shorter: up to there attention is full."""
     window = given.integer("sliding_window", None)
     if window is None or (context is not None and context <= window):
         return context
@@ -118,7 +119,7 @@ def _within_window(given: Fields, context: int | None) -> int | None:
 
 
 def _nope_layers(given: Fields, source: str) -> tuple[int, ...]:
-    """SmolLM3 writes a 1 for a layer *with* rotary positions, whatever the name says."""
+    """Layers of SmolLM3 without rotary positions, which its `no_rope_layers` marks by a 0."""
     flags, count = given.list("no_rope_layers", int, None), given.integer("num_hidden_layers")
     if flags is not None and len(flags) < count:
         raise ValueError(f"{source}: no_rope_layers has {len(flags)} of {count} layers")
@@ -129,7 +130,7 @@ def _nope_layers(given: Fields, source: str) -> tuple[int, ...]:
 
 
 def _rope(given: Fields) -> Fields:
-    """The rotary parameters under their names of versions 4 and 5, which may not contradict."""
+    """Join the rotary parameters of transformers 4 and 5; a ValueError if they contradict."""
     newer, older = (_of_all_layers(given, name) for name in ("rope_parameters", "rope_scaling"))
     for name in newer.keys() & older.keys():
         if newer[name] != older[name]:
@@ -146,7 +147,7 @@ def _rope(given: Fields) -> Fields:
 
 
 def _of_all_layers(given: Fields, name: str) -> dict[str, Any]:
-    """Rotary parameters that may be nested by layer type; a ValueError if the types differ."""
+    """Read rotary parameters, nested by layer type or not; a ValueError if the types differ."""
     fields = given.object(name)
     content = {key: fields.raw(key) for key in fields.names()}
     nested = [value for value in content.values() if isinstance(value, dict)]
@@ -203,14 +204,18 @@ def _scaling(rope: Fields, context: int | None, original: int | None) -> RopeSca
 
 
 def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` of the family that computes what a decoder of this config computes.
+    """Convert a ModelConfig to the `config.json` of the family that computes the same.
 
     Args:
         config: Config of a decoder.
         dtype: Dtype of the stored weights, such as "bfloat16".
 
+    Returns:
+        The fields of the config.json.
+
     Raises:
-        ValueError: No family does, because of forks, copies, or the kinds of layers.
+        ValueError: No supported family computes the same, because of forks, copies or the kinds of
+            layers.
     """
     family = family_of(config)
     fields = {
@@ -255,10 +260,10 @@ def _scaling_to_json(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def family_of(config: Any) -> str:
-    """Name of the family that computes what a model of this config computes.
+    """Return the name of the Hugging Face family that computes what a model of this config does.
 
     Raises:
-        ValueError: No family does.
+        ValueError: No supported family computes the same.
     """
     if not isinstance(config, ModelConfig):
         raise ValueError(_no_family(f"a {type(config).__name__.removesuffix('Config')}"))

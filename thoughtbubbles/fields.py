@@ -1,4 +1,4 @@
-"""Typed reading of files that others wrote: every wrong value is one line with file and field."""
+"""Typed reading of JSON and other metadata; errors are one line that names file and field."""
 
 import json
 import math
@@ -11,7 +11,7 @@ _REQUIRED: Any = object()
 
 
 def shown(value: Any, longest: int = 60) -> str:
-    """A value as it may stand in a line, however long it is."""
+    """Return the `repr` of a value for a message, truncated to `longest` characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # too many digits, too deep
@@ -20,12 +20,16 @@ def shown(value: Any, longest: int = 60) -> str:
 
 
 def cut(text: str, longest: int = 60) -> str:
-    """A text as it may stand in a line, however long it is."""
+    """Return a text for a message, truncated to `longest` characters with "..." at the end."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 class Fields:
-    """Fields of an object, each read as one type; None counts as missing.
+    """Fields of an object, each read as one type by a method; None counts as missing.
+
+    For a missing field, methods with an argument `default` return it, or raise a ValueError if it
+    is not given. All methods but `raw` and `names` raise a ValueError for a value of another type
+    or range.
 
     Args:
         content: Names and values as they come from a file.
@@ -47,7 +51,7 @@ class Fields:
     def integer(
         self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST
     ) -> Any:
-        """A whole number between two bounds, which may be written as 32.0, or the default."""
+        """Read a whole number from `least` to `most`, which may be written as 32.0."""
 
         def fits(value: Any) -> bool:
             return _is_whole(value) and least <= value <= most
@@ -56,7 +60,7 @@ class Fields:
         return int(found) if type(found) is float else found
 
     def number(self, name: str, default: Any = _REQUIRED, *, positive: bool = True) -> Any:
-        """A finite number, above 0 unless `positive` is false, or the default."""
+        """Read a finite number as a float; it must be above 0 unless `positive` is false."""
 
         def fits(value: Any) -> bool:
             if type(value) not in (int, float) or abs(value) > 1e300 or not math.isfinite(value):
@@ -67,20 +71,20 @@ class Fields:
         return float(found) if type(found) is int else found
 
     def flag(self, name: str, default: Any = _REQUIRED) -> Any:
-        """True or False, or the default."""
+        """Read true or false."""
         return self._read(name, default, lambda value: type(value) is bool, "true or false")
 
     def text(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A text, or the default."""
+        """Read a string."""
         return self._read(name, default, lambda value: isinstance(value, str), "a text")
 
     def object(self, name: str) -> "Fields":
-        """The fields of an object, none if it is missing."""
+        """Read an object; a missing one has no fields."""
         found = self._read(name, {}, lambda value: isinstance(value, dict), "an object")
         return Fields(found, f"{self.source}: {name}", self._whole, self._remedy)
 
     def list(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """A list of values of one type, or the default; an int may be written as 32.0."""
+        """Read a list of values of the type `kind`; an int may be written as 32.0."""
 
         def fits(value: Any) -> bool:
             is_one = _is_whole if kind is int else lambda item: type(item) is kind
@@ -91,7 +95,7 @@ class Fields:
         return [int(item) for item in found] if given else found
 
     def ids(self, name: str) -> "list[int]":
-        """Token ids: one, a list of them, or none, which -1 means too."""
+        """Read one token id, or a list of them, as a list without ids of -1; empty if missing."""
 
         def fits(value: Any) -> bool:
             return _is_whole(value) and -1 <= value <= LARGEST
@@ -104,7 +108,7 @@ class Fields:
         return [int(index) for index in ids if index != -1]
 
     def token(self, name: str) -> str | None:
-        """A special token: a text, an object with one as `content`, or none."""
+        """Read a special token, a string or an object with the string as `content`, or None."""
         value = self._content.get(name)
         if isinstance(value, dict):
             value = value.get("content", value)
@@ -112,7 +116,7 @@ class Fields:
         return value if fits else self._refuse(name, "a token")
 
     def raw(self, name: str) -> Any:
-        """A value as it stands in the file."""
+        """Return a value as it stands in the file, without a check; None if it is missing."""
         return self._content.get(name)
 
     def names(self) -> "list[str]":
@@ -137,7 +141,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file; a ValueError if there is none."""
+    """Read a regular UTF-8 file; a ValueError if it is missing or not UTF-8."""
     if not path.is_file():  # a pipe would never end
         raise ValueError(f"{path} is no regular file: put one there")
     try:
@@ -147,11 +151,14 @@ def read_text(path: Path) -> str:
 
 
 def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
-    """The object that a text holds; a ValueError if it holds none.
+    """Parse a JSON object.
 
     Args:
         text: JSON.
         source: Name of the file in error messages.
+
+    Raises:
+        ValueError: The text is not JSON, or another value than an object.
     """
     try:
         found = json.loads(text)
@@ -163,5 +170,5 @@ def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a ValueError if it holds none."""
+    """Read the object in a JSON file; a ValueError if there is no file or no object in it."""
     return parse_object(read_text(path), str(path))

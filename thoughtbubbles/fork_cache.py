@@ -1,8 +1,8 @@
 """ForkCache: the state of a fork layer between calls, and the slots that new streams take.
 
-A decoder of any kind caches keys and values itself. What it needs besides stands here, so that it
-asks no policy for anything: how many slots its caches must have, which of them new streams fill,
-and which of them a new stream's query attends to.
+A decoder caches keys and values itself, in blocks of any kind. This module tells it how many slots
+its caches must have, which slots new streams fill, and which slots the query of a new stream
+attends to, so that the decoder need not call the policy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class KVSlots(ShortRepr):
 
     Attributes:
         used: `[B]` int32, number of slots that earlier streams of the row fill.
-        alive: `[B, S]` bool, new streams that take a slot, in order; dead ones take none.
+        alive: `[B, S]` bool, whether each new stream is alive and takes a slot. Live streams come
+            first and take the next slots in order.
         capacity: Static number `N` of slots of a row.
     """
 
@@ -47,7 +48,7 @@ class KVSlots(ShortRepr):
     capacity: int = dataclasses.field(metadata={"static": True})
 
     def index(self) -> Int[Array, "B S"]:
-        """Slot of each new stream; `N`, which is no slot, for a dead one."""
+        """Slot of each new stream; `N`, one more than the last slot, for a dead stream."""
         return jnp.where(self.alive, self._slot(), self.capacity)
 
     def visible(self) -> Bool[Array, "B S N"]:
@@ -58,17 +59,18 @@ class KVSlots(ShortRepr):
         return self.used[:, None] + jnp.arange(self.alive.shape[1], dtype=jnp.int32)[None]
 
     def write(self, stored: Stored, new: Stored) -> Stored:
-        """The caches with the entries of new streams in their slots.
+        """Return caches with the entries of new streams written into their slots.
 
         Args:
-            stored: Caches, a pytree of arrays `[B, N, ...]`, of a block's keys and values and of
-                the attention bias of each key (`Streams.attention_bias`); rows that are nowhere in
-                particular go where explicit axes have those of `new`.
-            new: Entries of the new streams, the same tree of arrays `[B, S, ...]`.
+            stored: Caches, a pytree of arrays `[B, N, ...]`, such as a block's keys and values and
+                the attention bias of each key (`Streams.attention_bias`). On a mesh with explicit
+                axes, their rows are sharded as those of `new` are.
+            new: Entries of the new streams, a pytree of the same structure with arrays
+                `[B, S, ...]`.
 
         Raises:
-            ValueError: A cache has another number of slots than `capacity`, or `new` is not of the
-                new streams.
+            ValueError: The pytrees differ in structure or in the last axes of an array, a cache is
+                not `[B, N, ...]`, or an entry is not `[B, S, ...]`.
         """
 
         def write(stored: Any, new: Any) -> jax.Array:
@@ -102,15 +104,15 @@ class KVSlots(ShortRepr):
 
 
 def token_slots(streams: Streams, max_tokens: int) -> KVSlots:
-    """The slots that new streams take in the caches of the blocks in front of all fork layers.
+    """Return the slots of new streams in the caches of the blocks before the first fork layer.
 
     Args:
         streams: Streams of the next tokens (`Streams.start` with `first`).
-        max_tokens: Number of tokens that fit into a row.
+        max_tokens: Maximum number of tokens in a row.
 
     Raises:
-        ValueError: The streams have passed a fork layer, or their tokens do not fit (unless `jit`
-            traces them).
+        ValueError: The streams are not `Streams` or have passed a fork layer, or (outside of `jit`)
+            a row would have more than `max_tokens` tokens.
     """
     check_sizes(max_tokens=max_tokens)
     if not isinstance(streams, Streams):
@@ -144,8 +146,8 @@ class ForkCache(ShortRepr):
         length: `[B]` int32, number of tokens so far; above `max_tokens` for a row that was extended
             wrongly under `jit`, whose residuals are NaN from there on.
         used: `[B]` int32, number of live streams behind the fork layer so far.
-        max_tokens: Static number of tokens that fit into a row.
-        policies: Static policies of the fork layers up to this one, which is the last.
+        max_tokens: Static maximum number of tokens in a row.
+        policies: Static policies of the fork layers up to this one, whose policy comes last.
     """
 
     state: Any
@@ -163,16 +165,17 @@ class ForkCache(ShortRepr):
 def init_fork_cache(
     policy: Policy, batch: int, max_tokens: int, before: ForkCache | None = None
 ) -> ForkCache:
-    """The state of a fork layer before the first token.
+    """Return the state of a fork layer before the first token.
 
     Args:
         policy: Policy of the fork layer, which must be causal.
         batch: Number of rows.
-        max_tokens: Number of tokens that fit into a row.
-        before: State of the fork layer in front of this one, if there is one.
+        max_tokens: Maximum number of tokens in a row.
+        before: State of the fork layer in front of this one; None if this is the first one.
 
     Raises:
-        ValueError: The policy can't be cached, a size is below 1, or `before` has other sizes.
+        ValueError: The policy is not causal or has no methods for a cache (`CausalPolicy`), a size
+            is below 1, or `before` has another `batch` or `max_tokens`.
     """
     causal = _causal(policy)
     check_sizes(batch=batch, max_tokens=max_tokens)
@@ -207,7 +210,7 @@ def _causal(policy: Policy) -> CausalPolicy:
 
 
 def _slots(policies: tuple[Policy, ...], num_tokens: int, max_tokens: int) -> int:
-    """Static slots of `num_tokens` new tokens behind fork layers, in rows of up to `max_tokens`."""
+    """Static number of slots of new tokens behind fork layers, in rows of up to `max_tokens`."""
     slots = num_tokens
     for policy in policies:
         slots = min(2 * slots, policy.capacity(max_tokens))
@@ -215,7 +218,7 @@ def _slots(policies: tuple[Policy, ...], num_tokens: int, max_tokens: int) -> in
 
 
 def check_next(policy: Policy, streams: Streams, cache: ForkCache, fresh: bool) -> None:
-    """Raise a ValueError unless the streams are those that come next; lengths unless traced."""
+    """Raise a ValueError unless streams continue a cache; traced lengths are not checked."""
     if not isinstance(cache, ForkCache):
         raise ValueError(
             f"extend from a {type(cache).__name__}: give the ForkCache of "
@@ -265,14 +268,18 @@ def check_next(policy: Policy, streams: Streams, cache: ForkCache, fresh: bool) 
 
 
 def wrong_rows(streams: Streams, cache: ForkCache, fresh: bool) -> Bool[Array, " B"]:
-    """Rows in which the streams are not those that come next, for what is known at run time."""
+    """Whether the streams of each row fail to continue the cache, checked at run time."""
     wrong = (streams.first != cache.length) | (streams.length > streams.num_tokens)
     wrong |= (streams.length < 0) | (cache.length + streams.length > cache.max_tokens)
     return wrong | (cache.length > 0) if fresh else wrong
 
 
 def advanced(cache: ForkCache, streams: Streams, state: Any) -> tuple[Streams, KVSlots, ForkCache]:
-    """What `Fork.advance` returns, of the streams that it made and the policy's state."""
+    """Make the results of `Fork.advance` from its new streams and the policy's new state.
+
+    Returns:
+        The streams, the slots that they take in the caches of the next blocks, and the new cache.
+    """
     slots = KVSlots(cache.used, streams.alive, cache.slots)
     length = cache.length + streams.length
     used = cache.used + streams.alive.sum(axis=1, dtype=jnp.int32)
@@ -282,13 +289,16 @@ def advanced(cache: ForkCache, streams: Streams, state: Any) -> tuple[Streams, K
 def with_wrong_rows(
     wrong: Bool[Array, " B"], streams: Streams, slots: KVSlots, cache: ForkCache
 ) -> tuple[Streams, KVSlots, ForkCache]:
-    """The same with NaN in wrong rows, which stay wrong: their policy states can't be trusted."""
+    """Set the residuals of wrong rows to NaN and their lengths above `max_tokens`.
+
+    Later calls then find these rows wrong too, because the policy's state of them is not valid.
+    """
     streams = streams.replace(x=jnp.where(wrong[:, None, None], jnp.nan, streams.x))
     length = jnp.where(wrong, cache.max_tokens + 1, cache.length)
     return streams, slots, dataclasses.replace(cache, length=length)
 
 
 def at_start(stored: jax.Array, new: jax.Array) -> jax.Array:
-    """`stored` with its first entries along every axis from `new`."""
+    """Overwrite the first entries of `stored` along every axis by those of `new` that fit."""
     new = jax.lax.slice(new, (0,) * new.ndim, tuple(map(min, new.shape, stored.shape)))
     return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), (0,) * new.ndim)

@@ -1,4 +1,4 @@
-"""What models with fork layers share, whatever their blocks are."""
+"""Functions for models with fork layers, whatever their blocks are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ForkingConfig(Protocol):
 
     @property
     def fork_layers(self) -> Sequence[int]:
-        """Indices of the blocks that a fork layer stands before."""
+        """Indices of the blocks with a fork layer in front."""
         ...
 
     @property
@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=Any)
 
 
 def with_policy(model: Model, policy: Policy) -> Model:
-    """The same arrays under another policy at inference (ratio, window, offset).
+    """Return a model of the same arrays with another policy, for inference.
 
     Args:
         model: Model with `forks`, its fork layers, and `config`, a dataclass with a field `policy`.
@@ -60,12 +60,12 @@ def with_policy(model: Model, policy: Policy) -> Model:
 
 
 def cacheable(config: ForkingConfig) -> bool:
-    """Whether decoding with a cache computes what a model of this config computes."""
+    """Whether decoding with a cache gives what the forward pass of a model of this config gives."""
     return config.causal and (not config.fork_layers or isinstance(config.policy, CausalPolicy))
 
 
 def check_cacheable(config: ForkingConfig) -> None:
-    """Raise a ValueError if decoding with a cache would not compute what the model computes."""
+    """Raise a ValueError unless a model of this config is `cacheable`."""
     if not config.causal:
         raise ValueError(
             f"{config.policy} can't be cached, its choice looks at the whole row: use "

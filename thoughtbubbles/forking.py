@@ -23,7 +23,8 @@ LOWEST_LOG_SCORE = -20.0
 GATE_UNIT = 10.0
 LOWEST_GATE = 1e-12
 LARGEST_MEMBERSHIP = 2**18
-"""Tokens times slots of a row up to which merges multiply by a matrix of tokens by slots."""
+"""Maximum of tokens times slots of a row for merges by a matrix `[T, S]`; longer rows are merged
+without one."""
 
 
 def candidate_log_scores(
@@ -36,8 +37,8 @@ def candidate_log_scores(
     Args:
         score_logits: Score logits of each stream, fork in column 0 and keep in column 1.
         log_score: Cumulative log-score of each stream.
-        gate: Learned gate, `GATE_UNIT` times whose magnitude multiplies the score of every fork;
-            None multiplies by 1.
+        gate: Learned scalar, whose magnitude times `GATE_UNIT` multiplies the score of every fork;
+            None for no such factor.
 
     Returns:
         Log-scores in candidate order `[fork_0, keep_0, fork_1, keep_1, ...]`.
@@ -61,8 +62,8 @@ class ForkPlan(ShortRepr):
     Attributes:
         source: `[B, S']` int32, candidate in each new slot (0 for a dead slot).
         slot: `[B, 2S]` int32, new slot of each candidate (arbitrary for a candidate not kept).
-        kept: `[B, 2S]` bool, candidates that were kept.
-        alive: `[B, S']` bool, slots that hold a stream.
+        kept: `[B, 2S]` bool, whether each candidate was kept.
+        alive: `[B, S']` bool, whether each new slot holds a stream.
     """
 
     source: jax.Array
@@ -77,13 +78,13 @@ def candidates_of(
     forced_keep: bool = True,
     threshold: Float[Array, ""] | None = None,
 ) -> Candidates:
-    """The candidates of streams, a policy's input.
+    """Make the input of a policy: two candidates of each stream, with their scores.
 
     Args:
         streams: Streams, `S` in a row.
         log_scores: Log-scores of `candidate_log_scores`.
         forced_keep: Whether every original is kept whatever its score (eq. 4).
-        threshold: Threshold that the fork layer tracks, for policies that have one.
+        threshold: Threshold that the fork layer tracks; None if its policy tracks none.
     """
     twice = lambda values: jnp.repeat(values, 2, axis=1)  # noqa: E731
     is_keep = (jnp.arange(log_scores.shape[1]) % 2 == 1)[None]
@@ -115,7 +116,12 @@ def plan_fork(
 
 
 def compact(keep: Bool[Array, "B N"], slots: int) -> ForkPlan:
-    """The plan that puts the candidates to keep into the first of `slots` slots."""
+    """Plan to put the kept candidates, in order, into `slots` slots; those that do not fit die.
+
+    Args:
+        keep: Whether each candidate is to be kept.
+        slots: Number of slots of a row.
+    """
     slot = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
     kept = keep & (slot < slots)
     candidate = jnp.arange(keep.shape[1], dtype=jnp.int32)[None]
@@ -166,13 +172,14 @@ def take(
     inverse: Int[Array, "B N R"],
     used: Bool[Array, "B N R"],
 ) -> Float[Array, "B M *D"]:
-    """Gather along axis 1 whose gradient is a gather too, never a scatter.
+    """Gather values along axis 1; the gradient is computed by a gather too, never by a scatter.
 
     Args:
         values: Values to gather, scalars or vectors.
-        index: Index into the values of each entry of the result.
-        inverse: Indices of the up to `R` entries of the result that each value goes to.
-        used: Which of these indices are valid; other entries of the result get no gradient.
+        index: Index into the values for each entry of the result.
+        inverse: Indices of the entries of the result, up to `R`, that each value is copied to.
+        used: Whether each index in `inverse` is valid. An entry of the result that no valid index
+            names passes no gradient to its value.
     """
     del inverse, used
     return _gather(values, index)
@@ -208,14 +215,14 @@ def merge(
 
     Args:
         streams: Streams after the last block.
-        kind: Kind of the merge. "residual" sums the residuals weighted by their scores p (a sum and
-            no mean, since the norm before the head removes the scale); "rightmost" takes the
+        kind: Kind of the merge. "residual" sums the residuals, weighted by their scores p (not a
+            mean, because the norm before the head removes the scale); "rightmost" takes the
             original.
         max_bubble: Static upper bound on the streams of a token; `S` by default.
 
     Raises:
-        ValueError: The kind is another one, such as the "probability" of a config, which merges
-            predictions and no residuals (`merge_log_probs`), or the input are no streams.
+        ValueError: `kind` is another one, such as a config's "probability", which merges
+            predictions instead of residuals (`merge_log_probs`), or `streams` are not `Streams`.
     """
     if not isinstance(streams, Streams):
         shape = getattr(streams, "shape", type(streams).__name__)
@@ -250,7 +257,7 @@ def membership(streams: Streams) -> Bool[Array, "B T S"]:
 def bubble_sum(
     streams: Streams, values: Float[Array, "B S *D"], max_bubble: int | None = None
 ) -> Float[Array, "B T *D"]:
-    """Sum of values over the live streams of each token, in time and memory O(S log max_bubble).
+    """Sum values over the live streams of each token, in time and memory O(S log max_bubble).
 
     Args:
         streams: Streams of more than one token, dead slots last.
@@ -264,12 +271,12 @@ def bubble_sum(
 
 
 def _is_long(streams: Streams) -> bool:
-    """Whether arrays of tokens by slots are avoided, which sum in another order."""
+    """Whether a merge avoids arrays of tokens by slots, and so sums in another order."""
     return streams.num_tokens * streams.token.shape[1] > LARGEST_MEMBERSHIP
 
 
 def _over_bubble(streams, values, combine, neutral, max_bubble):
-    """At each slot, the combination of the values of its token up to it, by doubling the reach."""
+    """Combine, at each slot, the values of its token up to the slot, doubling the reach."""
     extra = [(0, 0)] * (values.ndim - 2)
     values = jnp.where(_beside(streams.alive, values), values, neutral)
     reach = 1
@@ -296,7 +303,10 @@ def _beside(mask: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def bubble_ends(streams: Streams) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Slot of the rightmost live stream of each token, and the number of its live streams."""
+    """Slot of the rightmost live stream of each token, and number of live streams of the token.
+
+    The slot is arbitrary, and may be -1, for a token without live streams.
+    """
     slots = streams.token.shape[1]
     if streams.num_tokens == 1:  # whose dead slots may stand first
         last = slots - 1 - jnp.argmax(streams.alive[:, ::-1], axis=1)
@@ -330,16 +340,17 @@ def merge_log_prob(
     vocab_size: int,
     max_bubble: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Mixture of the streams' predictions for one outcome per token (eq. 11), in log space.
+    """Log-probability of one outcome per token under the mixture of its streams (eq. 11).
 
     Args:
         streams: Streams after the last block.
-        log_prob: Float32 log-probability of the token's outcome by each of its streams.
+        log_prob: Float32 log-probability that each stream gives to the outcome of its token.
         vocab_size: Size of the vocabulary; a token without live streams predicts uniformly.
         max_bubble: Static upper bound on the streams of a token; `S` by default.
 
     Returns:
-        Float32 log of sum(p_j q_j) / sum(p_j) over the bubble of each token.
+        Float32 log of sum(p_j q_j) / sum(p_j) over the live streams j of each token, of score p_j
+        and predicted probability q_j.
     """
     if _is_long(streams):
         joint = _bubble_logsumexp(streams, streams.log_score + log_prob, max_bubble)
@@ -376,7 +387,7 @@ def _masked_logsumexp(
 def merge_log_probs(
     streams: Streams, log_probs: Float[Array, "B S V"], max_bubble: int
 ) -> Float[Array, "B T V"]:
-    """Mixture of the streams' predictions over the whole vocabulary (eq. 11), in log space.
+    """Log-probabilities of the vocabulary under the mixture of each token's streams (eq. 11).
 
     Args:
         streams: Streams after the last block.
@@ -384,7 +395,7 @@ def merge_log_probs(
         max_bubble: Static upper bound on the streams of a token (2 ** fork layers, at most S).
 
     Returns:
-        Float32 log-probabilities of each token.
+        Float32 log-probabilities of each token, uniform for a token without live streams.
     """
     last, count = bubble_ends(streams)
     terms, weights = [], []

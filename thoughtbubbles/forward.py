@@ -59,12 +59,12 @@ class Output(ShortRepr):
 
 
 class ForkingDecoder(Architecture):
-    """The forward pass of `Thoughtbubbles`, which see; caches and what is built on them come there.
+    """The forward pass of `Thoughtbubbles`, which adds caches, a backbone and statistics to it.
 
     Attributes:
         config: Sizes and options of the model.
-        blocks: Blocks stacked on a leading `layers` axis; None in a model `for_decoding`.
-        unstacked: Blocks one by one, of a model `for_decoding`; None otherwise.
+        blocks: Blocks stacked on a leading `layers` axis; None in a result of `for_decoding`.
+        unstacked: List of single blocks in a result of `for_decoding`; None in other models.
     """
 
     config: ModelConfig
@@ -104,17 +104,19 @@ class ForkingDecoder(Architecture):
         track: bool = False,
         key: jax.Array | None = None,
     ) -> Output:
-        """All layers but the head, over right-padded rows.
+        """Run all blocks and fork layers over rows of tokens, without the merge and the head.
 
         Args:
             tokens: Token ids `[B, T]` int32, padded on the right; an id outside the vocabulary
-                makes its row NaN.
+                gives NaN.
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
-            track: Whether tracked thresholds follow these tokens, as in training.
-            key: Key of the noise with which fork layers choose in training; no noise by default.
+            track: Whether to update tracked thresholds from these tokens, as in training.
+            key: Random key of the policy's exploration in training (`PolicyDefaults.explore`); None
+                for no exploration.
 
         Raises:
-            ValueError: The ids are not `[B, T]` integers, or the lengths not `[B]`.
+            ValueError: The ids are not `[B, T]` integers, or the lengths are not `[B]` integers
+                from 0 to `T`.
         """
         check_ids(tokens)
         return self.run_residuals(self.embed_tokens(tokens), length, track=track, key=key)
@@ -128,7 +130,19 @@ class ForkingDecoder(Architecture):
         key: jax.Array | None = None,
         visit: Visit | None = None,
     ) -> Output:
-        """`run` from vectors `x [B, T, D]`: embedded tokens or any others, which `visit` sees."""
+        """Run all blocks and fork layers over rows of vectors, such as embedded tokens.
+
+        Args:
+            x: Vectors `[B, T, D]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; all `T` by default.
+            track: Whether to update tracked thresholds from these vectors, as in training.
+            key: Random key of the policy's exploration in training; None for no exploration.
+            visit: Function that reads, and may change, the streams at each of the `sites`.
+
+        Raises:
+            ValueError: The vectors are not floats `[B, T, D]`, or the lengths are not `[B]`
+                integers from 0 to `T`.
+        """
         config = self.config
         streams = Streams.start(self.constrain(x), length, config.copies)
         check_streams(streams, config.embed_dim, "a model")
@@ -148,29 +162,32 @@ class ForkingDecoder(Architecture):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """`embed`, `fork_i` behind the fork layer before block `i`, `block_i` behind block `i`;
-        the last one is that before the merge and the final norm."""
+        """Names of the sites, in the order of the forward pass.
+
+        `embed` is the model's input, `fork_i` the output of the fork layer before block `i`, and
+        `block_i` the output of block `i`. The merge and the final norm follow the last site.
+        """
         names = ["embed"]
         for layer in range(self.config.num_layers):
             names += [f"fork_{layer}"] * (layer in self.config.fork_layers) + [f"block_{layer}"]
         return tuple(names)
 
     def run_sites(self, inputs: jax.Array, length: AnyArray | None, visit: Visit) -> Output:
-        """As in `SitedModel`."""
+        """As in `SitedModel.run_sites`."""
         if jnp.ndim(inputs) != 3:
             check_ids(inputs)
             inputs = self.embed_tokens(inputs)
         return self.run_residuals(inputs.astype(self.config.dtype), length, visit=visit)
 
     def embed_tokens(self, tokens: AnyArray) -> jax.Array:
-        """Embedded tokens, `[..., D]`; NaN for an id outside the vocabulary."""
+        """Vectors `[..., D]` of token ids `[...]`; NaN for an id outside the vocabulary."""
         check_integers(tokens)
         if isinstance(self.embed, Int8Weight):
             return self.embed.rows(jnp.asarray(tokens)).astype(self.config.dtype)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
     def logits(self, output: Output | Streams) -> jax.Array:
-        """Merge and decode: `[B, T, V]` float32, log-probabilities where `merge` mixes them."""
+        """Logits `[B, T, V]` float32; log-probabilities if `merge` mixes those of the streams."""
         streams = _streams_of(output)
         if self.config.merge == "probability" and streams.forked:
             log_probs = jax.nn.log_softmax(self.decode(streams.x), axis=-1)
@@ -178,10 +195,11 @@ class ForkingDecoder(Architecture):
         return self.decode(self.merged(streams))
 
     def merged(self, streams: Streams) -> jax.Array:
-        """One residual per token, `[B, T, D]`.
+        """Merge the streams of each token into one residual, `[B, T, D]`.
 
         Raises:
-            ValueError: The model mixes the predictions of forked streams, not their residuals.
+            ValueError: The streams have forked, and the model mixes their predictions
+                (`merge="probability"`) instead of their residuals.
         """
         if self.config.merge == "probability" and streams.forked:
             raise ValueError(
@@ -192,26 +210,30 @@ class ForkingDecoder(Architecture):
         return merge(streams, kind, self.max_bubble(streams))
 
     def logits_at(self, output: Output | Streams, position: AnyArray) -> jax.Array:
-        """Logits `[B, V]` float32 of one token per row, `position [B]` int32, and of no other."""
+        """Logits `[B, V]` float32 at one position of each row, `position [B]` int32."""
         streams = _streams_of(output)
         return self.logits(streams.bubble_of(position, self.max_bubble(streams)))[:, 0]
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Final norm and head: `[..., D]` to logits `[..., V]` float32."""
+        """Apply the final norm and the head: residuals `[..., D]` to logits `[..., V]` float32."""
         return self.unembed(self.final_norm(x))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """The head alone, for what the final norm gave: `[..., D]` to logits `[..., V]` float32."""
+        """Apply the head to results of the final norm: `[..., D]` to logits `[..., V]` float32."""
         table, vocab_axis = self._table()
         if isinstance(table, Int8Weight):
             return table(hidden)
         return head_logits(hidden, table[...].astype(self.config.dtype), vocab_axis=vocab_axis)
 
     def log_prob(self, output: Output | Streams, targets: AnyArray) -> jax.Array:
-        """Log-probability `[B, T]` float32 of `targets [B, T]`, without a mixture of all logits.
+        """Log-probability `[B, T]` float32 of `targets [B, T]`.
 
-        Where the logits would be large, the vocabulary is taken in chunks (`head.head_log_prob`);
-        not in a subclass with a `logits`, `decode` or `unembed` of its own, which is called.
+        With `merge="probability"` only the predictions of targets are mixed. If the logits would be
+        large, the head is applied to chunks of the vocabulary (`head.head_log_prob`), except with
+        an int8 head or in a subclass that overrides `logits`, `decode` or `unembed`.
+
+        Raises:
+            ValueError: The targets are not `[B, T]` integers.
         """
         streams = _streams_of(output)
         targets = jnp.asarray(targets)
@@ -240,12 +262,12 @@ class ForkingDecoder(Architecture):
         return all(getattr(type(self), name) is getattr(ForkingDecoder, name) for name in methods)
 
     def max_bubble(self, streams: Streams) -> int:
-        """Static bound on the streams of one token."""
+        """Static upper bound on the number of streams of one token."""
         bound = self.config.copies * 2 ** len(self.config.fork_layers)
         return min(bound, streams.token.shape[1])
 
     def layers(self) -> list[Block]:
-        """The blocks one by one: a copy of their weights, unless `for_decoding` has made it."""
+        """List the single blocks; their weights are copies, unless `for_decoding` copied them."""
         return self._layers(0, self.config.num_layers)
 
     def _layers(self, start: int, end: int) -> list[Block]:
@@ -254,10 +276,10 @@ class ForkingDecoder(Architecture):
         return _unstack(self.blocks, start, end)
 
     def for_decoding(self) -> Self:
-        """The model with its blocks one by one in place of their stack.
+        """Return the model with a list of single blocks in place of their stack.
 
-        A compiled program copies blocks out of their stack, each time it runs. Outside of `jit`
-        this copies them once, and programs that get the result copy nothing.
+        A compiled program copies blocks out of their stack each time it runs. Outside of `jit` this
+        method copies them once, and programs that are given the result copy nothing.
         """
         if self.unstacked is not None:
             return self
@@ -278,7 +300,12 @@ class ForkingDecoder(Architecture):
         return model
 
     def with_policy(self, policy: Policy) -> Self:
-        """The same arrays under another policy at inference (`fork_models.with_policy`)."""
+        """Return a model of the same arrays with another policy, for inference.
+
+        Raises:
+            ValueError: The policy tracks a threshold, as `Threshold` does, and the fork layers have
+                none.
+        """
         return fork_models.with_policy(self, policy)
 
     def run_blocks(
@@ -290,7 +317,16 @@ class ForkingDecoder(Architecture):
         mix: Mix | None = None,
         visit: Visit | None = None,
     ) -> Streams:
-        """Streams through blocks `start` to `end - 1`; `geometry` and `mix` replace their own."""
+        """Run streams through blocks `start` to `end - 1`.
+
+        Args:
+            streams: Streams before block `start`.
+            start: Index of the first block.
+            end: Index behind the last block.
+            geometry: Rotary angles and score attenuation; computed from the streams by default.
+            mix: Attention in place of the blocks' own (see `Block.mixing`).
+            visit: Function that reads, and may change, the streams behind each block.
+        """
         if start == end:
             return streams
         where = geometry or Geometry.of(streams, self.config)

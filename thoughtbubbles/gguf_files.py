@@ -59,7 +59,8 @@ class GGUFFile:
         shapes: Shape of every tensor, by Hugging Face name.
 
     Raises:
-        ValueError: The `gguf` package is missing, or the file is cut short or of another family.
+        ValueError: The `gguf` package is missing, the file is damaged, or it holds a family or an
+            option that is not supported.
     """
 
     def __init__(self, path: Path):
@@ -97,7 +98,14 @@ class GGUFFile:
         self.fields = self._config()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as float32, its channels in Hugging Face's order."""
+        """Read one tensor as float32, with channels in Hugging Face's order.
+
+        Args:
+            name: Hugging Face name, a key of `shapes`.
+
+        Raises:
+            ValueError: The `gguf` package does not know the tensor's quantisation type.
+        """
         tensor = self._tensors[name]
         try:
             values = self._dequantize(tensor.data, tensor.tensor_type)
@@ -111,10 +119,11 @@ class GGUFFile:
         return values
 
     def tokenizer(self, embedding_rows: int | None = None) -> PretrainedTokenizer:
-        """The tokenizer in the metadata.
+        """Build the tokenizer from the metadata.
 
         Args:
-            embedding_rows: Number of token ids that the embedding knows; None for all.
+            embedding_rows: Number of rows of the model's embedding, above which ids are not used;
+                None for no such bound.
 
         Raises:
             ValueError: The tokenizer is not a byte-level BPE with a supported pre-tokenizer, or its
@@ -263,7 +272,7 @@ class _Contents(Mapping[str, Any]):
 
 
 def _hugging_face_name(name: str) -> str | None:
-    """Hugging Face's name of a tensor; None for a tensor that is no weight."""
+    """Return the Hugging Face name of a tensor; None for a tensor that is not a weight."""
     if name == "rope_freqs.weight":
         return None
     if name in TOP:
@@ -274,6 +283,6 @@ def _hugging_face_name(name: str) -> str | None:
 
 
 def _halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rotary pairs of each head from neighbouring channels to the first and second half."""
+    """Move the rotary pairs of each head from neighbouring channels to its two halves."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

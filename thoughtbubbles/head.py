@@ -1,9 +1,9 @@
 """Log-probabilities under a large vocabulary, without an array of the logits of all tokens.
 
-The vocabulary is taken in chunks, twice: the forward pass keeps the logarithm of the normaliser of
-each position alone, and the backward pass computes the logits of each chunk again. A chunk of the
-vocabulary has its own rows of the table and of its gradient, so that nothing of the table is added
-up over chunks, which would be a collective for each chunk on a mesh.
+Both passes process the vocabulary in chunks. The forward pass keeps only the logarithm of the
+normaliser of each position, and the backward pass computes the logits of each chunk again. Each
+chunk has its own rows of the table and of the table's gradient, so no gradient of the table is
+summed over chunks, which on a mesh would take one collective for each chunk.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 LARGEST_LOGITS = 2**26
-"""Bytes of float32 logits, over all devices, above which the vocabulary is taken in chunks."""
+"""Bytes of float32 logits, over all devices, above which the vocabulary is split into chunks."""
 SMALLEST_CHUNK = 1024
-"""Number of ids of a chunk below which products would become too narrow."""
+"""Approximate minimum number of ids in a chunk; products with fewer columns would be slow."""
 
 
 def head_logits(
@@ -63,9 +63,8 @@ def head_log_prob(
             hidden states.
         targets: Target ids.
         vocab_axis: Axis of the vocabulary in the table.
-        chunks: Number of chunks of the vocabulary; by default as many as bring the logits of a
-            chunk to `LARGEST_LOGITS` bytes, down to `SMALLEST_CHUNK` ids. One chunk computes all
-            logits at once and keeps them for the backward pass.
+        chunks: Number of chunks of the vocabulary; by default `num_chunks`. With one chunk all
+            logits are computed at once and kept for the backward pass.
 
     Returns:
         Log-probabilities in float32, equal for any number of chunks up to rounding.
@@ -78,7 +77,10 @@ def head_log_prob(
 
 
 def num_chunks(positions: int, vocab_size: int) -> int:
-    """Number of chunks that `head_log_prob` takes a vocabulary in.
+    """Number of chunks into which `head_log_prob` splits a vocabulary by default.
+
+    The logits of a chunk have about `LARGEST_LOGITS` bytes or fewer, unless chunks would then have
+    fewer ids than about `SMALLEST_CHUNK`.
 
     Args:
         positions: Number of positions, over all rows and devices.
@@ -136,7 +138,7 @@ _in_chunks.defvjp(_forward, _backward)
 
 
 def _parts(table, vocab_axis, chunks):
-    """The table in chunks on a leading axis.
+    """Split the table into chunks on a new leading axis.
 
     Chunk `c` has the ids `c`, `c + chunks`, ...: each device of a sharded vocabulary has an equal
     part of every chunk.
@@ -149,7 +151,7 @@ def _parts(table, vocab_axis, chunks):
 
 
 def _ids(vocab_size, chunks):
-    """The ids of each chunk, `[chunks, C]`; those from the vocabulary's size on are padding."""
+    """Ids of each chunk, `[chunks, C]`; ids from `vocab_size` on are padding."""
     return jnp.arange(-(-vocab_size // chunks) * chunks).reshape(-1, chunks).T
 
 
