@@ -29,8 +29,8 @@ class Tracked(nnx.Variable):
 class ArchitectureConfig:
     """Base class of the configs of architectures, which are frozen dataclasses of JSON values.
 
-    Each field is a number, a string, a bool, a tuple of these, or None, so that a config can be
-    written as `name(field=value, ...)`.
+    Fields that `--architecture "name(field=value)"` sets are numbers, strings, bools, tuples of
+    these, or None. A field of another type, such as a policy, has an option `--model.*` of its own.
 
     Attributes:
         vocab_size: Number of token ids that the embedding knows (V).

@@ -1,6 +1,6 @@
-"""Objects written as `name(key=value, ...)`, on a command line or in a config: one parser for all.
+"""Parse and write objects as `name(key=value, ...)`, on a command line or in a config.
 
-Values are Python literals; nothing is evaluated.
+Values are Python literals; no code is evaluated.
 """
 
 import ast
@@ -21,18 +21,19 @@ _LONGEST = 10_000  # characters of an object's text
 
 
 def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: Any) -> Any:
-    """The object that a text describes.
+    """Make the object that a text describes.
 
     Args:
         text: A name, or a name with options in brackets: `PrefixRank(ratio=1.5, window=64)`.
             Options left out take their defaults.
         choices: Dataclasses by their names.
         kind: Noun for the choices in error messages, such as "policy" or "task".
-        given: Fields that the caller sets where the text does not.
+        given: Values of fields that the text may leave out, in place of their defaults.
 
     Raises:
-        ValueError: There is no such name or option, or a value has the wrong type, or is infinite
-            where that means nothing. The message is one line and says what could be written.
+        ValueError: The name or an option is unknown, a required option is missing, or a value has
+            the wrong type or is infinite although the option may not be. The message is one line
+            and says what to write.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"{kind} {shown(text)} has {len(text)} characters, more than {_LONGEST}")
@@ -57,7 +58,7 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
 
 
 def signature(name: str, chosen: type[Any]) -> str:
-    """How an object is written, with all options and their defaults."""
+    """Write the text of an object with all defaults; `...` stands for a required option."""
     written = []
     for field in fields_of(chosen):
         default = {} if field.default_factory is dict else field.default
@@ -67,11 +68,13 @@ def signature(name: str, chosen: type[Any]) -> str:
 
 
 def text_of(word: str, value: Any) -> str:
-    """Text of which `from_text` makes an equal object, with all options, floats as floats.
+    """Write an object, with all of its options, as text from which `from_text` makes an equal one.
+
+    Integers in float fields are written as floats, and infinity as 1e999.
 
     Args:
-        word: Name of the object's class among the choices.
-        value: The object, a dataclass.
+        word: Name of the object's class in the choices of `from_text`.
+        value: Object to write, a dataclass.
     """
     types = get_type_hints(type(value))
     options = []

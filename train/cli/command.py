@@ -1,4 +1,4 @@
-"""Commands: a user's mistake is one line on stderr and exit status 2, never a traceback."""
+"""Run commands: a user's mistake prints one line on stderr, exit status 2, never a traceback."""
 
 import contextlib
 import dataclasses
@@ -38,19 +38,23 @@ _UNNAMED = ("invalid literal", "could not convert", "no type matching")
 
 @option_rule
 def policy_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """A policy is one option whose text is its repr, not a subcommand with options of its own."""
+    """Rule that a policy is one option, written as its repr, and not a subcommand with options."""
     return one_word(option, (Policy, *POLICIES.values()), "POLICY", policy_from_text, repr)
 
 
 @option_rule
 def rope_scaling_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Rope scaling is one option in JSON, as in a config.json, or `none`."""
+    """Rule that rope scaling is one option, written as JSON as in a config.json, or `none`."""
     show = lambda scaling: json.dumps(scaling and dataclasses.asdict(scaling))  # noqa: E731
     return one_word(option, (RopeScaling,), "JSON|none", rope_scaling_from_text, show)
 
 
 def rope_scaling_from_text(text: str) -> RopeScaling | None:
-    """What `{"rope_type": "linear", "factor": 2}` says, `none`, or a `ValueError` of one line."""
+    """Parse rope scaling such as `{"rope_type": "linear", "factor": 2}`; `none` gives None.
+
+    Raises:
+        ValueError: The text is neither `none` nor JSON with possible fields of `RopeScaling`.
+    """
     if text in ("none", "null"):
         return None
     try:
@@ -67,13 +71,15 @@ def run_command(
 ) -> None:
     """Parse the command line into `config` and call `main` with it.
 
+    A `ValueError` or `OSError`, which the user can correct, prints one line and exits with status
+    2; a `RunFailed` or a lack of memory prints one line and exits with status 1. If the environment
+    variable `THOUGHTBUBBLES_TRACEBACK` is set, the error is raised with its traceback instead.
+
     Args:
-        main: Function that does the work. One line and status 2 for a `ValueError` or `OSError`,
-            which is the user's to mend, status 1 for a `RunFailed` or memory that does not suffice
-            (set the environment variable `THOUGHTBUBBLES_TRACEBACK` to see where it came from).
-        config: Frozen dataclass, each of whose fields becomes an option.
-        presets: Configs by name; the first word of the command line may name one, and the first is
-            the default.
+        main: Function that does the work of the command, given the config.
+        config: Frozen dataclass; each of its fields becomes an option.
+        presets: Configs by name, one of which the first word of the command line may name; without
+            such a word the first preset is used. None takes the defaults of `config`.
     """
     quiet_libtpu()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -118,13 +124,13 @@ def run_command(
 
 
 def _warning(message: Warning | str, *where: object, **line: object) -> str:
-    """A warning in one line, without the line of our source that Python shows."""
+    """Format a warning in one line, without the line of source code that Python shows."""
     del where, line
     return f"warning: {_one_line(message)}\n"
 
 
 def _one_line(error: Exception | str) -> str:
-    """The message of an error; a system's or a library's may have several lines."""
+    """Join the lines of an error message, and shorten it."""
     line = re.sub(r"\s*\n\s*", " ", str(error).strip())
     if len(line) > _LONGEST_LINE:
         # A huge value, which the parser breaks into words of a line, hides what is said behind it.
@@ -133,7 +139,7 @@ def _one_line(error: Exception | str) -> str:
 
 
 def _shortened(found: re.Match[str]) -> str:
-    """Both ends of a long text: a path's last part says the most."""
+    """Keep both ends of a long text, since the last part of a path says the most."""
     return f"{found[0][:50]}...{found[0][-50:]}"
 
 
@@ -146,14 +152,20 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def with_architecture(default: Config, words: list[str]) -> Config:
-    """The default with the model that `--architecture` names, whose options are then `--model.*`.
+    """Replace the model of a default config by the one that `--architecture` names, if given.
+
+    The options `--model.*` are then those of the named architecture.
 
     Args:
-        default: Config with a field `model`, or any other, which takes no such option.
-        words: Words of the command line; `--architecture` and its value are taken out.
+        default: Default config; it is returned unchanged if it has no field `model`.
+        words: Words of the command line. `--architecture` and its value are removed from the list;
+            of several the last one counts.
+
+    Returns:
+        Config with the replaced model.
 
     Raises:
-        ValueError: There is no such architecture, or its config is wrong.
+        ValueError: The architecture is unknown, or its name or options are missing or wrong.
     """
     if "model" not in {field.name for field in dataclasses.fields(cast(Any, default))}:
         return default
@@ -172,7 +184,7 @@ def with_architecture(default: Config, words: list[str]) -> Config:
 
 
 def parse(config: type[Config], words: list[str], default: Config | None = None) -> Config:
-    """The config that the options ask for; a mistake in them is a `ValueError` of one line."""
+    """Parse options into a config; a mistake in the options raises a `ValueError` of one line."""
     box, registry = io.StringIO(), ConstructorRegistry()
     for rule in RULES:
         registry.primitive_rule(rule)
@@ -205,7 +217,7 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
 
 
 def _program() -> str:
-    """What the user typed in front of the options."""
+    """Name of the command as the user typed it, before the options."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None or sys.argv[0].startswith("thoughtbubbles "):
         return sys.argv[0]

@@ -1,4 +1,4 @@
-"""Configs as JSON and policies as text, and back."""
+"""Convert configs to JSON and policies to text, and back."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ from train.cli.plugins import OPTION
 
 
 def policy_from_text(text: str) -> Policy:
-    """The policy that prints as `text`, e.g. `PrefixRank(ratio=1.5, window=64)`.
+    """Parse a policy from its text, such as `PrefixRank(ratio=1.5, window=64)`.
 
-    Fields left out take their defaults, and so does a bare name.
+    Fields that are left out take their defaults; a bare name takes all defaults.
 
     Raises:
         ValueError: There is no such policy or field, or a value has the wrong type.
@@ -25,11 +25,11 @@ def policy_from_text(text: str) -> Policy:
 
 
 def policy_text(policy: Policy) -> str:
-    """The text that `policy_from_text` makes an equal policy of.
+    """Write a policy as text, from which `policy_from_text` makes an equal policy.
 
     Raises:
-        ValueError: The policy's class is not in `thoughtbubbles.policies.POLICIES`, so that no run
-            could be read again.
+        ValueError: The policy's class is not in `thoughtbubbles.policies.POLICIES`, so that a saved
+            run could not be read again.
     """
     for name, known in POLICIES.items():
         if type(policy) is known:
@@ -41,7 +41,7 @@ def policy_text(policy: Policy) -> str:
 
 
 def as_json(config: Any) -> Any:
-    """Nested dict of a config as it comes from JSON: tuples as lists, policies and inf as text."""
+    """Convert a config to nested JSON values: tuples become lists, policies and inf text."""
     if isinstance(config, ArchitectureConfig):
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         if "policy" in fields:
@@ -63,10 +63,11 @@ def as_json(config: Any) -> Any:
 
 
 def model_from_json(fields: Any) -> Any:
-    """The config of a model that `as_json` wrote.
+    """Rebuild the config of a model from the JSON values that `as_json` made of it.
 
     Raises:
-        ValueError: `ARCHITECTURES` has no architecture of its name, or that has other fields.
+        ValueError: `ARCHITECTURES` has no architecture of this name, the name is missing, or the
+            architecture's config has other fields.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"model={shown(fields)} is no object with the fields of an architecture")
@@ -83,12 +84,12 @@ def model_from_json(fields: Any) -> Any:
 
 
 def from_json(kind: type[Any], fields: Any, name: str) -> Any:
-    """The dataclass that `as_json` wrote.
+    """Rebuild a dataclass from the JSON values that `as_json` made of it.
 
     Args:
-        kind: Dataclass.
-        fields: Its fields as they come from JSON.
-        name: What it is, for messages.
+        kind: Class of the dataclass.
+        fields: Fields of the dataclass as JSON values, by name.
+        name: Name of the object in error messages.
 
     Raises:
         ValueError: A field is unknown, missing or of another type.

@@ -1,4 +1,4 @@
-"""Whether what a plugin has added to a registry can work: a mistake is one line before any run."""
+"""Check the entries of registries, also those of plugins: a mistake is one line before any run."""
 
 import dataclasses
 import inspect
@@ -15,7 +15,7 @@ _SEE = "docs/architecture.md has an example"
 
 
 def check_entries() -> None:
-    """Raise a ValueError for an entry of `ARCHITECTURES` or `POLICIES` that lacks something."""
+    """Raise a ValueError for an entry of `ARCHITECTURES` or `POLICIES` that is incomplete."""
     for name, entry in ARCHITECTURES.items():
         _check_architecture(name, entry)
     for name, entry in POLICIES.items():
@@ -24,12 +24,12 @@ def check_entries() -> None:
 
 
 def check_dataclass(kind: str, name: str, entry: Any) -> None:
-    """Raise a ValueError for an entry whose fields can't be its options.
+    """Raise a ValueError for an entry that is not a dataclass, so that its options are unknown.
 
     Args:
         kind: Noun for the entries of the registry, such as "policy".
         name: Name of the entry.
-        entry: What the registry holds.
+        entry: Entry of the registry, which may be any object.
     """
     if not (isinstance(entry, type) and dataclasses.is_dataclass(entry)):
         raise ValueError(

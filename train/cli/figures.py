@@ -1,11 +1,11 @@
-"""Whether a figure can be saved, checked before the work that it shows."""
+"""Check that a figure can be saved before computing what it shows."""
 
 import importlib.util
 from pathlib import Path
 
 
 def check_figure(path: Path) -> None:
-    """Raise a ValueError if a figure could not be saved at a path."""
+    """Raise a ValueError if matplotlib, the path's folder or a known suffix is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('a figure needs matplotlib: pip install "thoughtbubbles[notebooks]"')
     if not path.absolute().parent.is_dir():

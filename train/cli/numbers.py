@@ -1,4 +1,4 @@
-"""Numbers of a config that no computation can use: refused before anything begins."""
+"""Check numbers of a config before any work begins: numbers that are out of range are refused."""
 
 import dataclasses
 import math
@@ -11,11 +11,11 @@ _LARGEST_FLOAT = 3e38  # of 32 bits
 
 
 def check_least(config: Any, **least: float) -> None:
-    """Raise a ValueError for an option that is below its bound; one that is None is left out.
+    """Raise a ValueError for an option that is below its minimum; None is always allowed.
 
     Args:
-        config: Config with the options.
-        least: Smallest value of each option, by name.
+        config: Config with the options; of a tuple each item is checked.
+        least: Minimum of each option, by name.
     """
     for name, bound in least.items():
         value = getattr(config, name)
@@ -25,15 +25,15 @@ def check_least(config: Any, **least: float) -> None:
 
 
 def check_numbers(config: Any, above: str = "") -> None:
-    """Raise a ValueError for a number that is no option of any kind.
+    """Raise a ValueError for a number that is out of range for every option.
 
     Numbers must fit 32 bits, as sizes, steps and arrays do in JAX, and seeds 63 bits. Positive
-    infinity is a number only of options for which it means that nothing is clipped: those that the
-    class names in `may_be_infinite`.
+    infinity is allowed only for options that the class names in `may_be_infinite`, for which it
+    means that nothing is clipped.
 
     Args:
-        config: Config, whose fields may hold configs.
-        above: Dotted name of the config in front of its fields' names, for messages.
+        config: Config to check, with the configs in its fields.
+        above: Prefix of the option names in messages, such as "model.".
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""How the command line reads options of our own types; tyro is imported only when it does."""
+"""Rules by which the command line parses options of this project's types; imports tyro lazily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 RULES: list[Callable[[Any], Any]] = []
-"""Functions from the option that tyro asks about to how it is read, or None for other options."""
+"""Functions that take an option from tyro and return how to parse it, or None for other options."""
 
 
 def option_rule(rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -25,17 +25,17 @@ def one_word(
     read: Callable[[str], Any],
     show: Callable[[Any], str],
 ) -> PrimitiveConstructorSpec | None:
-    """How tyro reads an option whose value is one word on the command line.
+    """Make the rule of an option whose value is one word on the command line.
 
     Args:
         option: Option that tyro asks about.
-        types: Types of its value, besides None.
+        types: Types that the value may have, besides None.
         metavar: Name of the value in the help.
-        read: Value of a word; raises `ValueError` with one line.
-        show: Word of a value.
+        read: Function from the word to the value; raises `ValueError` with one line.
+        show: Function from a value to its word.
 
     Returns:
-        None for options that hold anything else.
+        Rule for tyro, or None if the option may have values of other types.
     """
     from tyro.constructors import PrimitiveConstructorSpec
 

@@ -1,6 +1,6 @@
-"""Modules of the user's own that fill registries before a command line is read: `--plugin mine`.
+"""Import a user's modules, which add to registries, before options are parsed: `--plugin mine`.
 
-A plugin is imported because its user names it, never because a checkpoint does.
+A plugin is imported because the user names it, never because a checkpoint does.
 """
 
 import importlib
@@ -14,9 +14,9 @@ OPTION = "--plugin"
 
 
 def load_plugins(words: Sequence[str]) -> list[str]:
-    """Import the modules that `--plugin` names, from the working directory too.
+    """Import the modules that `--plugin` names, also from the working directory.
 
-    The working directory goes last on the path, so that a file there hides no installed package.
+    The working directory is last on the path, so that a file there hides no installed package.
 
     Args:
         words: Words of the command line.
@@ -25,7 +25,7 @@ def load_plugins(words: Sequence[str]) -> list[str]:
         The words without `--plugin` and its modules, for commands that keep no record of them.
 
     Raises:
-        ValueError: There is no such module, importing it raises, or none is named.
+        ValueError: `--plugin` names no module, a module does not exist, or its import raises.
     """
     names, others = _named(words)
     if not all(names):
@@ -56,15 +56,18 @@ def _root(name: str) -> str:
 
 
 def plugin_options(names: Sequence[str]) -> str:
-    """Words behind a command that needs the same plugins, with a space in front; or nothing."""
+    """Format plugins as options to append to a command, with a space in front; "" for none."""
     return f" {OPTION} {' '.join(names)}" if names else ""
 
 
 def missing_plugins(config: Mapping[str, Any]) -> str:
-    """Hint for the error of a run that cannot be read: its plugins that are not loaded, if any.
+    """Write a hint for the error of a run that cannot be read: its plugins are not loaded.
 
     Args:
         config: Config of the run, as it was saved.
+
+    Returns:
+        Text to append to the error message; "" if all plugins of the run are loaded.
     """
     names = config.get("plugin")
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

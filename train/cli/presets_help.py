@@ -1,4 +1,4 @@
-"""Presets as text for `--help`: a line each, with what differs from the first one."""
+"""Describe presets for `--help`, one line each, by their differences from the first preset."""
 
 import dataclasses
 import shutil
@@ -9,12 +9,12 @@ _LEFT_OUT = ("out",)  # the run folder is named after the preset
 
 
 def presets_text(presets: Mapping[str, Any], width: int | None = None) -> str:
-    """A heading and one line for each preset: its name, and the options that it changes.
+    """Write a heading and one line for each preset: its name, and the options that it changes.
 
     Args:
         presets: Configs by name, of one class; the first is the default.
-        width: Number of characters of a line; None takes the width of the terminal. Options that
-            do not fit are counted.
+        width: Maximum number of characters of a line; None takes the width of the terminal. If not
+            all options fit, the line ends with the number of the missing options.
     """
     width = width or shutil.get_terminal_size().columns
     default, *others = presets
@@ -34,7 +34,7 @@ def presets_text(presets: Mapping[str, Any], width: int | None = None) -> str:
 
 
 def differences(first: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Options in which a config differs from the first one, by dotted names, with its values."""
+    """Yield each option in which `other` differs from `first`: dotted name, value in `other`."""
     for field in dataclasses.fields(first):
         before, now = getattr(first, field.name), getattr(other, field.name)
         if before == now or (not prefix and field.name in _LEFT_OUT):
@@ -47,7 +47,7 @@ def differences(first: Any, other: Any, prefix: str = "") -> Iterator[tuple[str,
 
 
 def _fitting(changes: list[str], width: int) -> str:
-    """As many of the changes as fit into a line, and the number of the others; the first is cut."""
+    """Join as many changes as fit into a line, then the number of the missing ones."""
     for shown in range(len(changes), 0, -1):
         left = len(changes) - shown
         text = ", ".join(changes[:shown]) + (f", and {left} more" if left else "")

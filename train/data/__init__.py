@@ -2,7 +2,7 @@
 
 `prepare(config)` tokenises and packs a corpus once; `TrainReader` and `evaluation_batches` read it.
 A mixture of sources is a corpus too (`train.data.mixture`), which `MixtureReader` reads.
-`prepare_chat(config, tokenizer)` does so with conversations, which `ChatReader` reads.
+`prepare_chat(config, tokenizer)` tokenises and packs conversations, which `ChatReader` reads.
 A user's mistake is a `DataError`.
 """
 

@@ -1,19 +1,19 @@
-"""Which source each sequence of a mixture comes from: closed-form, fair in every prefix.
+"""Assign each sequence of a mixture to a source in closed form, fairly in every prefix.
 
-Sources are the leaves of a binary tree. A node passes its m-th sequence on to its left or right
-child; the left child has got, of the node's first m, as many as the integral of its weight W_L says
-at the time τ at which that of the node says m, rounded:
+Sources are the leaves of a binary tree. A node passes each of its sequences on to its left or right
+child. Let W_node(n) and W_L(n) be the integrals of the weights of the node and of its left child
+over the first n sequences. Of the node's first m sequences the left child gets
 
     left(m) = ⌊W_L(τ) + 1/2⌋ where W_node(τ) = m.
 
-As W_L never grows faster than W_node, left(m) grows by 0 or 1. So the source of sequence n, and its
-index within the source, follow from n alone in one descent.
+As W_L never grows faster than W_node, left(m + 1) - left(m) is 0 or 1. So the source of sequence n,
+and its index within the source, follow from n alone in one descent of the tree.
 
-Why counts stay near their integrals, in every prefix: say that a node's count m after n sequences
-is within e of W_node(n). Between n and τ, W_L moves by at most p·|W_node(n) - m| <= p·e, where p is
-the largest ratio of the two weights that the schedule ever has; rounding adds 1/2. The same holds
-for the right child, which gets the rest. So a leaf whose path from the root has ratios p_1 ... p_d
-is within
+Why counts stay near their integrals in every prefix: suppose that a node's count m after n
+sequences is within e of W_node(n). Between n and τ, W_L moves by at most p·|W_node(n) - m| <= p·e,
+where p is the largest ratio of the child's weight to the node's in the schedule; rounding adds 1/2.
+The same holds for the right child, which gets the rest. So the count of a leaf whose path from the
+root has ratios p_1 ... p_d is within
 
     1/2·(1 + p_d + p_d·p_{d-1} + ... + p_d···p_2)
 
@@ -21,7 +21,7 @@ of the integral of its weight. With constant weights the tree is Huffman's: ther
 more than its parent's sibling, hence no more than half of its grandparent, any two ratios in a row
 have a product of at most 1/2, and the sum is below 1/2·2·(1 + 1/2 + 1/4 + ...) = 2 for any number
 of sources. Under a schedule no ratio exceeds 1, so that a balanced tree stays within 2 for up to 16
-sources. Of several trees the one with the lowest bound is taken (`Assignment.bound`).
+sources. Of several candidate trees the one with the lowest bound is used (`Assignment.bound`).
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ from train.data.schedule import Integral, Piece, integrals
 
 _INT64 = 1 << 62
 Shape = int | tuple["Shape", "Shape"]
-"""A leaf's source, or the two subtrees of a node."""
+"""Shape of a tree: the index of a source for a leaf, or the pair of subtrees of a node."""
 
 
 class Assignment:
-    """Sources and indices within them of an endless order of sequences.
+    """Assignment of each sequence of an endless order to a source and an index within the source.
 
     Args:
         pieces: Pieces of the schedule of the weights of S sources.
         seq_len: Number of tokens of a sequence.
 
     Attributes:
-        bound: Largest distance of a source's count from the integral of its weight in any prefix.
+        bound: Upper bound, in any prefix and for any source, of the distance between the source's
+            count and the integral of its weight.
     """
 
     def __init__(self, pieces: Sequence[Piece], seq_len: int):
@@ -63,7 +64,7 @@ class Assignment:
         self._root = _node(shape, self.integrals)
 
     def counts(self, n: int) -> list[int]:
-        """How many of the first n sequences come from each source, `[S]`."""
+        """Count how many of the first n sequences come from each source, `[S]`."""
         found = [0] * len(self.integrals)
         left = [(self._root, n)]
         while left:
@@ -76,11 +77,11 @@ class Assignment:
         return found
 
     def sequences(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences `start` to `stop - 1`.
+        """Find the source and the index of each sequence from `start` to `stop - 1`.
 
         Args:
             start: Number of the first sequence, from 0.
-            stop: Number of the sequence behind the last one.
+            stop: Number of the sequence after the last one.
 
         Returns:
             Source of each sequence, and its index within the source, both `[stop - start]` int64.
@@ -102,10 +103,10 @@ class Assignment:
         return source, index
 
     def last_within(self, limits: Sequence[int]) -> int:
-        """The longest prefix in which no source is read beyond a limit.
+        """Find the length of the longest prefix in which no source exceeds its limit.
 
         Args:
-            limits: Largest allowed count of each source `[S]`.
+            limits: Maximum number of sequences of each source `[S]`.
         """
         low, high = 0, sum(limits)
         while low < high:
@@ -122,8 +123,8 @@ class Node:
     Attributes:
         left: Left subtree, or the source that is its leaf.
         right: Right subtree, or the source that is its leaf.
-        own: Integral of the node's weight W_node.
-        of_left: Integral of its left child's weight W_L.
+        own: Integral W_node of the node's weight.
+        of_left: Integral W_L of the left child's weight.
     """
 
     left: Node | int
@@ -132,7 +133,7 @@ class Node:
     of_left: Integral
 
     def left_count(self, m: int) -> int:
-        """How many of the node's first m sequences go to its left child."""
+        """Count how many of the node's first m sequences go to its left child."""
         own, part, scale = self.own.constant, self.of_left.constant, self.own.scale
         if own is not None and part is not None:
             return (2 * m * part + own) // (2 * own) if own else 0
@@ -146,7 +147,7 @@ class Node:
         return (2 * exact + scale * grown) // (2 * scale * grown)
 
     def left_counts(self, start: int, stop: int) -> np.ndarray:
-        """`left_count` of start, start + 1, ..., stop, `[stop - start + 1]` int64."""
+        """Compute `left_count` of start, start + 1, ..., stop, `[stop - start + 1]` int64."""
         own, part = self.own.constant, self.of_left.constant
         if own and part is not None and 2 * (stop + 1) * own < _INT64:
             return (2 * np.arange(start, stop + 1) * part + own) // (2 * own)

@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer on a corpus."""
+"""Train a byte-level BPE tokenizer on a corpus."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -18,10 +18,10 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> "tokenizers.Tokenizer":
 
     Args:
         corpus: Corpus on whose training split the tokenizer is trained.
-        vocab_size: Size of the vocabulary; a small corpus gives fewer tokens.
+        vocab_size: Maximum size of the vocabulary; a small corpus gives fewer tokens.
 
     Raises:
-        DataError: The size is too small for every byte and the separator.
+        DataError: `vocab_size` is below 257, the number of bytes and the separator.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -1,4 +1,4 @@
-"""Conversations to rows whose loss covers the assistant's tokens; rows to batches."""
+"""Turn conversations into rows whose loss covers the assistant's tokens, and rows into batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.data.reader import Batch, TrainReader, padded_batches
 from train.data.tokenizers import Tokenizer
 
 SHORTEST_ROW = 64
-"""Number of targets below which rows of a batch are not cut further."""
+"""Number of targets below which the rows of a batch are not shortened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,28 +33,29 @@ class ChatDataConfig:
     """Files of conversations (JSON Lines, also packed, Parquet, Arrow), and folders of them."""
 
     validation_path: str | None = None
-    """File or folder of held-out conversations, instead of a share of the others."""
+    """File or folder of held-out conversations, instead of a fraction of those in path."""
 
     validation: float = 0.05
-    """Share of the conversations that is held out, without a validation_path."""
+    """Fraction of the conversations that is held out if there is no validation_path."""
 
     seq_len: int = 1024
-    """Targets per row at most; a row holds seq_len + 1 tokens. The rows of a batch are cut to the
-    next power of two, from 64 on, that its longest row fits into."""
+    """Maximum number of target tokens in a row; a row holds seq_len + 1 tokens. The rows of a batch
+    are shortened to the smallest power of two, at least 64, that fits the longest of them."""
 
     pack: bool = False
-    """Several conversations in a row, each masked from the others. Only a plain decoder takes such
-    rows; a model that forks needs rows of one conversation."""
+    """Whether a row holds several conversations, each masked from the others. Only a plain decoder
+    takes packed rows; a model that forks needs one conversation per row."""
 
     end_token: str | None = None
-    """Token that ends an answer where the weights' own files name another one, such as "<|im_end|>"
+    """Token that ends an answer if the files of the weights name another one, such as "<|im_end|>"
     for the base models of Qwen2.5; the tuned model stops there too."""
 
     close_thoughts: bool = False
-    """Empty thought before answers without one, for templates that open <think> themselves."""
+    """Whether to put an empty thought before answers without one, for templates whose generation
+    prompt opens <think>."""
 
     seed: int = 0
-    """Order of the training rows. Neither the split nor the rows depend on it."""
+    """Seed of the order of the training rows; neither the split nor the rows depend on it."""
 
     def __post_init__(self) -> None:
         check_rows(self.seq_len, self.validation, self.seed)
@@ -62,11 +63,11 @@ class ChatDataConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatRows:
-    """Rows of tokens: inputs are all but the last token of a row, targets all but the first.
+    """N rows of tokens: inputs are all but the last token of a row, targets all but the first.
 
     Attributes:
         tokens: Token ids `[N, seq_len + 1]`, int32; -1 for padding.
-        loss_mask: Whether the assistant wrote the token, its content or the end of its turn
+        loss_mask: Whether the token is in the loss: content or end of an answer that is learned
             `[N, seq_len + 1]`, bool.
         segment: Index of the token's conversation in the row `[N, seq_len + 1]`, int32; -1 for
             padding.
@@ -89,14 +90,14 @@ class ChatRows:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each row `[N]`, padding left out."""
+        """Number of tokens of each row `[N]`, without padding."""
         return (self.segment >= 0).sum(axis=1)
 
     def width(self, indices: np.ndarray | slice) -> int:
-        """Number of targets of the shortest rows that these rows fit into.
+        """Number of targets to which some rows are shortened when they are read together.
 
-        It is a power of two from `SHORTEST_ROW` on, and at most `seq_len`: few programs are
-        compiled.
+        It is a power of two of at least `SHORTEST_ROW`, so that few programs are compiled, and at
+        most `seq_len`.
 
         Args:
             indices: Indices of the rows `[b]`.
@@ -105,14 +106,15 @@ class ChatRows:
         return min(max(SHORTEST_ROW, 1 << (longest - 1).bit_length()), self.seq_len)
 
     def read(self, indices: np.ndarray, width: int | None = None) -> Batch:
-        """Some rows, without the columns that none of them needs.
+        """Read some rows, shortened to a common width.
 
         Args:
             indices: Indices of the rows `[b]`.
-            width: Number of targets of the rows, T; `width(indices)` by default.
+            width: Number of targets of the rows, T; None takes `width(indices)`.
 
         Returns:
-            The four attributes by their names `[b, T + 1]`, and the indices as "rows" `[b]`, int64.
+            Dict of "tokens", "loss_mask", "segment" and "position" `[b, T + 1]`, as the attributes,
+            and "rows" `[b]`, int64, the indices.
         """
         fields = (field.name for field in dataclasses.fields(self))
         end = 1 + (self.width(indices) if width is None else width)
@@ -120,12 +122,12 @@ class ChatRows:
         return batch | {"rows": np.asarray(indices, np.int64)}
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """Rows in the form of `read`, evenly spaced over the split, once and in order.
+        """Yield batches, as from `read`, of rows evenly spaced over the split, without repeats.
 
         Args:
             batch_size: Number of rows of a batch; the last batch is padded to it by rows of
-                padding, with -1 as their index.
-            limit: Number of rows to read; None reads all of them.
+                padding, with -1 as their index in "rows".
+            limit: Maximum number of rows to read; None reads all of them.
 
         Raises:
             DataError: The batch size is less than 1.
@@ -143,11 +145,12 @@ class ChatData:
         validation: Rows of the held-out split.
         tokenizer: Tokenizer of the rows.
         fingerprint: Hash of the rows and the tokenizer.
-        statistics: Counts of each split: "conversations", "texts" (a conversation may need
-            several), "tokens", "loss_tokens" (those in the loss), "rows", and texts that were "cut"
-            or "dropped" because a row is too short for them.
-        name: Names of the files, as the user wrote them.
-        note: What was read of folders and what was passed over; empty if there are none.
+        statistics: Counts of each split ("train", "validation"): "conversations", "texts" (a
+            conversation may need several), "tokens", "loss_tokens" (in the loss), "rows", and texts
+            that were "cut" (truncated) or "dropped" because a row is too short for them.
+        name: Paths of the files and folders, as the user wrote them.
+        note: Message for people: which files of folders were read and which skipped; empty if there
+            are no folders.
     """
 
     train: ChatRows
@@ -160,7 +163,7 @@ class ChatData:
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """Description of the data for people, in one line."""
         train, validation = self.statistics["train"], self.statistics["validation"]
         total = {count: train[count] + validation[count] for count in train}
         length, rows = self.train.seq_len, total["rows"]
@@ -177,19 +180,19 @@ class ChatData:
 
 
 def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
-    """Read, render and pack conversations, in memory.
+    """Read and tokenise conversations, and put them into rows in memory.
 
-    A text that is too long for a row loses its end, and is dropped if no answer begins in what is
-    left. Conversations of equal content are in the same split; those of a validation_path are held
-    out whatever the others are.
+    A text that is too long for a row is truncated, and is dropped if no answer begins in what is
+    left. Conversations of equal content are in the same split. Conversations of a validation_path
+    are held out even if the training data contain them too.
 
     Args:
         config: Files, row length and packing.
         tokenizer: Tokenizer of the model.
 
     Raises:
-        DataError: There are no files, a line is no conversation or does not fit the tokenizer, or a
-            split has no rows.
+        DataError: There are no files, a record is not a conversation or does not fit the tokenizer,
+            or a split has no rows.
     """
     if not config.path:
         raise DataError("no chat data are named: pass --data.path and a JSONL file or a folder")
@@ -220,7 +223,7 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
 
 
 class ChatReader(TrainReader):
-    """A `TrainReader` of chat rows, whose batches are those of `ChatRows.read`.
+    """Reader of chat rows: a `TrainReader` with batches as from `ChatRows.read`.
 
     Args:
         rows: Rows of the split.
@@ -242,10 +245,10 @@ class ChatReader(TrainReader):
 
 
 def segment_mask(segment: jax.Array) -> jax.Array:
-    """Attention mask of packed rows: causal, and within a conversation.
+    """Compute the attention mask of packed rows: causal, and within a conversation.
 
-    Padding attends to padding alone. Its tokens are -1, for which `embed_tokens` gives NaN, and NaN
-    spreads through masked attention: give padding a real id, `jnp.maximum(tokens, 0)`.
+    Padding attends to padding alone. Padding tokens are -1, for which `embed_tokens` gives NaN, and
+    NaN spreads through masked attention: give padding a real id, `jnp.maximum(tokens, 0)`.
 
     Args:
         segment: Index of each token's conversation in its row `[B, T]`, int32.
@@ -302,7 +305,7 @@ def _rows(
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Best-fit decreasing packing: longest texts first, each into the fullest row that takes it.
+    """Pack texts into rows by best-fit decreasing: longest first, each into the fullest that fits.
 
     Args:
         lengths: Lengths of the texts in tokens, at most `width` each.
@@ -333,12 +336,15 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def one_response_rows(rows: ChatRows) -> ChatRows:
-    """A row for each response: the conversation up to its end, with the loss on the response.
+    """Make a row for each response: all up to the response's end, with the loss on it alone.
 
     A weaver adds memory to one response; earlier turns are context without memory.
 
     Args:
         rows: Rows of conversations, each with any number of responses.
+
+    Returns:
+        Rows of the same length, one for each response, padded with -1.
     """
     marks = rows.loss_mask
     begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]

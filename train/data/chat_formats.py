@@ -1,15 +1,18 @@
-"""Formats of chat data: a record to messages, with nothing in it dropped that says what to learn.
+"""Convert records of chat data to messages, and refuse what would silently change the learning.
+
+The formats are:
 
 - `{"messages": [{"role": ..., "content": ...}, ...]}`, roles system, user, assistant, tool; a
-  message may have what chat templates show (`tool_calls`, `reasoning_content`, `name`, ...), and
-  `"weight": 0`, `"train": false` or `"loss": false` to be context alone;
+  message may have fields that chat templates show (`tool_calls`, `reasoning_content`, `name`, ...),
+  and `"weight": 0`, `"train": false` or `"loss": false` to be left out of the loss;
 - ShareGPT: `{"conversations": [{"from": "human", "value": ...}, ...]}`;
 - Alpaca: `{"instruction": ..., "input": ..., "output": ...}`, with `system` and `history`;
 - `{"prompt": ..., "completion": ...}`, texts or lists of messages, and
   `{"question": ..., "answer": ...}`.
 
-The first of them that a record has is used. `tools` and `system` beside them are used too. Fields
-that would change what is learned (`_REFUSED`) are refused; others, such as `id`, are ignored.
+If a record has several of these formats, the first in this list is used. The fields `tools` and
+`system` may accompany any format. Fields that would change what is learned (`_REFUSED`) are
+refused; others, such as `id`, are ignored.
 """
 
 from __future__ import annotations
@@ -44,13 +47,13 @@ _REFUSED = (
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Messages of a record, as a chat template takes them.
+    """Messages of a record, in the form that chat templates need.
 
     Attributes:
-        messages: Messages with known roles and text as their content; the last is the assistant's.
-        in_loss: Whether a message is learned, for each; those of other roles are not.
-        tools: Tools that the assistant may call, as JSON schemas; empty without any.
-        gap: Text between question and answer where there is no chat template.
+        messages: Messages with known roles and text as content; the last one is the assistant's.
+        in_loss: Whether each message is learned; only messages of the assistant are.
+        tools: Tools that the assistant may call, as JSON schemas; empty if there are none.
+        gap: Text between question and answer for tokenizers without a chat template.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -60,15 +63,15 @@ class Chat:
 
 
 def read_chat(record: Mapping[str, Any], where: str) -> Chat:
-    """The conversation of a record in one of the formats.
+    """Convert a record in one of the formats to a conversation.
 
     Args:
         record: Fields of the record.
         where: File and line number, for error messages.
 
     Raises:
-        DataError: The record has none of the formats, a message is none, or a field is not
-            supported.
+        DataError: The record has none of the formats, a message is invalid, the last message is not
+            the assistant's, no message is to be learned, or a field is not supported.
     """
     for name in _REFUSED:
         value = record.get(name)
@@ -97,7 +100,7 @@ def read_chat(record: Mapping[str, Any], where: str) -> Chat:
 
 
 def _raw_messages(record: Mapping[str, Any], where: str) -> tuple[list[Any], str]:
-    """Messages as the record has them, with roles by our names, and the gap."""
+    """Return the messages of a record, with roles named as in `ROLES` if known, and the gap."""
     if "messages" in record:
         return _list(record["messages"], "messages", where), "\n"
     if "conversations" in record:
@@ -159,7 +162,7 @@ def _alpaca(record: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def _message(message: Any, number: int, where: str) -> tuple[dict[str, Any], bool]:
-    """A message as a chat template takes it, and whether it is learned."""
+    """Return a message in the form that chat templates need, and whether it is learned."""
     if not isinstance(message, dict):
         raise DataError(f'{where}: message {number} is no object with "role" and "content"')
     role = message.get("role")
@@ -203,7 +206,7 @@ def _joined(parts: list[Any], what: str) -> str:
 
 
 def _tool_calls(calls: Any, what: str) -> list[Any]:
-    """Calls with their arguments as objects, which templates write as JSON themselves."""
+    """Parse the arguments of tool calls to objects, which templates write as JSON themselves."""
     if not isinstance(calls, list):
         raise DataError(f'{what}: "tool_calls" is {_shown(calls)}: give a list')
     found = []

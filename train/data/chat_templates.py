@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text that a model was fine-tuned on; rendered in a sandbox."""
+"""Render messages with a model's chat template, in a sandbox, and tokenise them with loss masks."""
 
 import dataclasses
 import datetime
@@ -16,7 +16,7 @@ Message = Mapping[str, Any]
 INSTALL = 'pip install "jinja2>=3.1.6", or the extra "pretrained"'
 
 TRAINING_DAY = datetime.datetime(2026, 1, 1)
-"""Date that templates print in training, so that a run that is resumed tomorrow has equal rows."""
+"""Date that templates print in training; it is fixed so that a resumed run has the same rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Example:
 
     Attributes:
         ids: Token ids of the text.
-        loss_mask: Whether the assistant wrote the token, its content or the end of its turn, for
-            each token.
+        loss_mask: Whether each token is in the loss: the content and the end token of an answer
+            that is to be learned.
     """
 
     ids: list[int]
@@ -34,7 +34,7 @@ class Example:
 
 
 def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to where the model's answer begins.
+    """Tokenise a conversation up to the point where the model's answer begins.
 
     Args:
         tokenizer: Tokenizer with a chat template.
@@ -63,21 +63,24 @@ def open_turn(
     prefill: str = "",
     role: str = "assistant",
 ) -> list[int]:
-    """Token ids of a conversation whose last turn is begun and not ended.
+    """Tokenise a conversation whose last turn has begun but not ended, for a model to continue.
 
-    A model continues it as whoever speaks there. A turn of the assistant begins as generation does;
-    a turn of another role is rendered, and what the template puts behind its text is cut.
+    An assistant's turn begins with the generation prompt. A user's turn is rendered with the
+    prefill as its content, and whatever the template adds after the prefill is removed.
 
     Args:
         tokenizer: Tokenizer with a chat template.
         messages: Messages before the open turn.
-        prefill: Text with which the turn begins. The template may trim it, so that white space at
-            its end is left out.
+        prefill: Text with which the open turn begins. White space at its end is removed, because
+            templates may trim it.
         role: Role that speaks in the open turn: "assistant" or "user".
+
+    Returns:
+        Token ids of the text up to the end of the prefill.
 
     Raises:
         ValueError: The tokenizer has no chat template, the template fails or does not show the
-            text as it is, the role is unknown, or a user's turn has no text to begin with.
+            prefill unchanged, the role is unknown, or a user's turn has no prefill.
     """
     if role not in ("assistant", "user"):
         raise ValueError(f"role={role!r}: choose from assistant, user")
@@ -121,29 +124,29 @@ def chat_examples(
     tools: Sequence[Any] = (),
     close_thoughts: bool = False,
 ) -> list[Example]:
-    """A conversation as generation sees it, with a loss mask on its answers.
+    """Tokenise a conversation as generation sees it, with a loss mask on its answers.
 
-    The ids before each answer are exactly those of `chat_ids`. The answer's own ids follow, up to
-    and including its first end token. An answer is encoded alone where one token would span its
-    boundary.
+    The ids before each answer are exactly those of `chat_ids`. The ids of the answer follow, up to
+    and including its first end token. An answer is encoded on its own where one token would span
+    the boundary between prompt and answer.
 
-    Usually there is one example for the whole conversation. A template may render an earlier answer
-    differently once there is a later turn (without its thoughts, say), or its text may be tokenised
-    otherwise; generation then sees another prefix, and a new example begins.
+    Usually one example holds the whole conversation. A template may render an earlier answer
+    differently once a later turn follows (without its thoughts, for instance), or the text may be
+    tokenised differently. Generation then sees another prefix, so a new example begins.
 
     Args:
         tokenizer: Tokenizer with a chat template.
         messages: Messages, at least one of which has the role "assistant".
-        in_loss: Whether an answer is learned, for each message; None learns all answers. The others
-            are context.
+        in_loss: Whether the answer in each message is learned; None learns all answers. Other
+            answers, and messages of other roles, are context.
         tools: Tools that the template shows, as JSON schemas.
-        close_thoughts: Whether an answer begins with an empty thought where the generation prompt
-            opens one (`<think>`) and the template shows the answer without.
+        close_thoughts: Whether to begin an answer with an empty thought if the generation prompt
+            opens one (`<think>`) and the template shows the answer without it; False raises.
 
     Raises:
         ValueError: The template fails, renders an answer that does not follow its own generation
-            prompt, ends an answer with none of the model's end tokens, or does not show the tools,
-            tool calls or thoughts of a message.
+            prompt, ends an answer without one of the model's end tokens, or leaves out the tools,
+            tool calls or thoughts of a message; or an answer contains an end token.
     """
     assert tokenizer.chat_template is not None
     ends = {*tokenizer.stop_ids, tokenizer.separator}
@@ -242,13 +245,13 @@ def text_example(
     completion: str,
     end: int,
 ) -> Example:
-    """A prompt and its completion as plain text, with the loss on the completion and the end.
+    """Tokenise a prompt and its completion as plain text; completion and end are in the loss.
 
     The ids of the prompt are those that generation sees, as in `chat_examples`.
 
     Args:
-        prompt_ids: Function from a text to be continued to its token ids, at least one.
-        encode: Function from a text that follows another to its token ids.
+        prompt_ids: Function that encodes a prompt for generation, to at least one token id.
+        encode: Function that encodes text after other text, without special tokens.
         prompt: Text of the prompt.
         completion: Text that follows the prompt.
         end: Token id that ends the completion.
@@ -272,7 +275,7 @@ def render(
     """Render a Jinja chat template of Hugging Face's conventions.
 
     A template comes with the weights, so it is not trusted: it gets plain copies of the messages,
-    cannot change them, reaches no attribute of Python's own, and has limits of work and memory
+    cannot change them, cannot reach Python's internals, and has limits of work and memory
     (`template_limits`).
 
     Args:
@@ -280,13 +283,13 @@ def render(
             filter `tojson`, `break` and `continue`; `{% generation %}` is rendered as its content.
         messages: Messages, each with `role` and `content`.
         add_generation_prompt: Whether the text ends where the model's answer begins.
-        now: Date and time that `strftime_now` formats; None takes the present.
+        now: Date and time that `strftime_now` formats; None takes the current time.
         source: Name of the template in error messages.
         variables: Other variables of the template, such as `bos_token` or `tools`.
 
     Raises:
-        ValueError: The template is wrong, tries to leave the sandbox or its limits, or refuses the
-            messages.
+        ValueError: The template has a mistake, tries to leave the sandbox, exceeds its limits or
+            refuses the messages; or jinja2 is not installed.
     """
     text = json.dumps({"messages": list(messages), **variables})
     given = json.loads(text)

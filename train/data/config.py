@@ -1,4 +1,4 @@
-"""Options of pretraining data, and the error of a choice that is not possible."""
+"""Options of pretraining data, and the error for a user's mistake about data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 OF_WEIGHTS = "weights:"
-"""Beginning of the name of a tokenizer that pretrained weights brought; a hash of it follows."""
+"""Prefix in the name of a tokenizer from pretrained weights; a hash of its content follows."""
 
 
 class DataError(ValueError):
@@ -17,7 +17,7 @@ class DataError(ValueError):
 
 
 def check_rows(seq_len: int, validation: float, seed: int) -> None:
-    """Raise a DataError for a row length, share or seed that is not possible."""
+    """Raise a DataError for a row length, held-out fraction or seed that is out of range."""
     if seq_len < 1:
         raise DataError(f"seq_len={seq_len}: a row needs at least 1 target")
     if not 0 < validation < 1:
@@ -38,16 +38,16 @@ class DataConfig:
 
     tokenizer: str = "bytes"
     """Either "bytes", or the path of a Hugging Face tokenizer.json. A run that starts from
-    pretrained weights has theirs, as weights:HASH; a copy is kept with prepared data."""
+    pretrained weights uses their tokenizer, named weights:HASH; cache_dir keeps a copy of it."""
 
     seq_len: int = 256
-    """Number of targets of a row, which holds seq_len + 1 tokens."""
+    """Number of target tokens in a row; a row holds seq_len + 1 tokens."""
 
     seed: int = 0
     """Seed of the order of training rows; neither the split nor the packed rows depend on it."""
 
     validation: float = 0.05
-    """Share of the documents that is held out, unless the corpus has its own held-out split."""
+    """Fraction of the documents that is held out, unless the corpus has its own held-out split."""
 
     cache_dir: str | None = None
     """Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by default."""
@@ -65,11 +65,11 @@ class DataConfig:
 
     @property
     def tokenizer_source(self) -> str:
-        """What `load_tokenizer` takes: "bytes", or the path of a file.
+        """Argument for `load_tokenizer`: "bytes", or the path of a file.
 
         Raises:
-            DataError: The tokenizer is that of pretrained weights, and its copy is not there or is
-                damaged.
+            DataError: The tokenizer comes from pretrained weights, and its copy in the cache is
+                missing or damaged.
         """
         if not self.tokenizer.startswith(OF_WEIGHTS):
             return self.tokenizer
@@ -85,10 +85,10 @@ class DataConfig:
         return str(file)
 
     def tokenizer_file(self, digest: str) -> Path:
-        """File of a tokenizer that pretrained weights brought, by the hash of its content."""
+        """Path of the copy of a tokenizer from pretrained weights, by the hash of its content."""
         return self.cache / "tokenizers" / re.sub(r"\W", "_", digest) / "tokenizer.json"
 
 
 def content_digest(content: bytes) -> str:
-    """Hash that names a tokenizer's copy by its content."""
+    """Hash of a tokenizer file's content, which names its copy in the cache."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()

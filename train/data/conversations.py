@@ -1,11 +1,12 @@
-"""Conversations of files, checked and tokenised.
+"""Read conversations from files, check them and tokenise them.
 
-The formats of a record are those of `train.data.chat_formats`.
+The formats of a record are described in `train.data.chat_formats`.
 
-Pretrained tokenizers render a conversation with their own chat template
-(`train.data.chat_templates.chat_examples`), in which a prompt and its completion are a user's and
-an assistant's message. Without a template a completion directly follows its prompt, an answer
-follows its question, or a single user message, after a line break, and the separator ends both.
+A pretrained tokenizer with a chat template renders conversations with it
+(`train.data.chat_templates.chat_examples`); a prompt and its completion become a user's and an
+assistant's message. Without a template, a completion directly follows its prompt, while an answer
+follows its question, or the only user message, after a line break. The end token or the separator
+of the tokenizer ends the text.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from train.data.text_files import files_note, suffix_of, walk_files
 from train.data.tokenizers import Tokenizer
 
 FILES = ".jsonl, .ndjson, .parquet or .arrow, JSON also packed"
-"""Files of conversations that a folder may have."""
+"""Description of the conversation files that are read in a folder, for messages."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """One record of a file.
+    """A conversation: one record of a file.
 
     Attributes:
-        where: File and line number, for error messages.
+        where: File, and number of the line, row or item, for error messages.
         chat: Messages and tools of the record.
     """
 
@@ -43,7 +44,7 @@ class Conversation:
 
     @property
     def digest(self) -> bytes:
-        """Hash of the conversation, equal for near-duplicates (`splits.canonical`)."""
+        """Hash of messages and tools; texts of messages are compared after `splits.canonical`."""
         messages = [
             {**message, "content": splits.canonical(message["content"])}
             for message in self.chat.messages
@@ -52,15 +53,16 @@ class Conversation:
         return splits.digest(json.dumps(parts, sort_keys=True))
 
     def examples(self, tokenizer: Tokenizer, close_thoughts: bool = False) -> list[Example]:
-        """Texts with their loss masks; a chat template may need several for a conversation.
+        """Tokenise the conversation; a chat template may need several examples for it.
 
         Args:
             tokenizer: Tokenizer of the model.
-            close_thoughts: Whether an answer begins with an empty thought where its generation
-                prompt opens one.
+            close_thoughts: Whether to begin an answer with an empty thought if the generation
+                prompt opens one and the answer has none.
 
         Raises:
-            DataError: The conversation does not fit the tokenizer.
+            DataError: The chat template fails or refuses the conversation; or the tokenizer has no
+                template and the conversation is not one user and one assistant message.
         """
         if isinstance(tokenizer, PretrainedTokenizer) and tokenizer.chat_template is not None:
             try:
@@ -107,14 +109,15 @@ def _plain(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
 
 
 def conversation_files(path: str) -> tuple[list[Path], str]:
-    """Files of conversations in the order in which they are read, and what else there is.
+    """Find the files of conversations at a path, in the order in which they are read.
 
     Args:
-        path: A file, whatever its name, or a folder of `FILES` at any depth and behind links;
-            hidden files and folders are left out.
+        path: Path of a file with any name, or of a folder, in which `FILES` are found at any depth
+            and behind links; hidden files and folders are left out.
 
     Returns:
-        The files, and how many of the folder's are read and which are passed over; "" of a file.
+        Paths of the files, and a message that says how many files of the folder are read and which
+        are skipped ("" for a single file).
 
     Raises:
         DataError: The folder has no such file.
@@ -134,14 +137,15 @@ def conversation_files(path: str) -> tuple[list[Path], str]:
 
 
 def read_conversations(path: str) -> Iterator[Conversation]:
-    """Conversations of a file, or of all files of a folder in the order of their names.
+    """Yield the conversations of a file, or of all files of a folder in the order of their names.
 
     Args:
         path: File of records (JSON Lines, an array in a .json file, Parquet, Arrow), or a folder of
             `FILES`, as in `conversation_files`.
 
     Raises:
-        DataError: There is no such file, or a line is no conversation.
+        DataError: The folder has no such file, a file cannot be read, or a record is not a
+            conversation.
     """
     for file in conversation_files(path)[0]:
         for where, _, fields in read_records(file):

@@ -14,7 +14,7 @@ Split = Literal["train", "validation"]
 
 
 class Corpus(Protocol):
-    """Text to train on, opened."""
+    """An opened corpus: documents in a training and a held-out split."""
 
     @property
     def name(self) -> str:
@@ -23,36 +23,36 @@ class Corpus(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash that changes when a document, or the split that it is in, may have changed."""
+        """Hash that changes whenever a document, or the split of a document, may have changed."""
         ...
 
     @property
     def note(self) -> str:
-        """What was read of the corpus and what was passed over, for people; may be empty."""
+        """Message for people: which files were read and which skipped; may be empty."""
         ...
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Documents of a split, in the same order each time; none is white space alone.
+        """Yield the documents of a split in the same order each time; none is only white space.
 
         Prepares the corpus on disk if that has not happened yet.
         """
         ...
 
     def count(self, split: Split) -> int:
-        """Number of documents that are stored for a split, for a progress bar."""
+        """Number of stored documents that a split is read from, for a progress bar."""
         ...
 
 
 class SplitCorpus:
-    """Documents that a function gives, split by their content (`splits.held_out`).
+    """Corpus of the documents that a function returns, split by content (`splits.held_out`).
 
-    Near-duplicates (`splits.canonical`) are in the same split. The fingerprint is that of all
-    documents, so that their function is called once more before each run.
+    Documents with equal `splits.canonical` texts are in the same split. The fingerprint is a hash
+    of all documents, so the function is called one more time before each run.
 
     Args:
         name: Name of the corpus in messages.
-        documents: Function that gives all documents, in the same order each time.
-        validation: Share of the documents to hold out, between 0 and 1.
+        documents: Function that returns all documents, in the same order each time.
+        validation: Fraction of the documents to hold out, between 0 and 1.
     """
 
     note = ""
@@ -79,7 +79,7 @@ class SplitCorpus:
 
     @functools.cached_property
     def _scan(self) -> tuple[str, Counter[Split]]:
-        """Fingerprint, and number of documents of each split."""
+        """Fingerprint of all documents, and number of documents of each split."""
         total = hashlib.blake2b(f"{self._validation} ".encode(), digest_size=16)
         counts: Counter[Split] = Counter()
         for document in self._texts():

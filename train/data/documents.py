@@ -1,4 +1,4 @@
-"""The documents of a corpus on disk, in two splits: written once, in constant memory."""
+"""Write the documents of a corpus to disk in two splits, in constant memory, and read them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _BLOCK = 1 << 18  # bytes of a record
 
 
 def write_documents(files: TextFiles, validation: float, folder: Path) -> None:
-    """Write the distinct documents of text files, each split in an order by hash.
+    """Write the distinct documents of text files into two splits, each ordered by a hash.
 
-    Of near-duplicates, which have an equal `splits.document_digest`, the first one is kept. Where
-    the corpus has a held-out split of its own, its documents are taken out of the training split.
+    Of documents with an equal `splits.document_digest` the first one is kept. If the corpus has its
+    own held-out split, documents of that split are removed from the training split.
 
     Args:
         files: Files of the corpus.
-        validation: Share of the documents to hold out, between 0 and 1, where the corpus does not
-            say itself what is held out.
+        validation: Fraction of the documents to hold out, between 0 and 1, if the corpus has no
+            held-out split of its own.
         folder: Empty folder to write.
 
     Raises:
-        DataError: A file is not text, or a split would have no document.
+        DataError: A file cannot be read or is not text, or a split would have no document.
         OSError: The data cannot be written.
     """
     spool = _Spool(folder / "spool")
@@ -95,7 +95,7 @@ def _to_move(files: TextFiles, ends: dict[Split, tuple[bytes, bytes]]) -> bytes 
 
 
 class StoredDocuments:
-    """Documents that `write_documents` has written.
+    """Reader of documents that `write_documents` has written.
 
     Args:
         folder: Folder of the documents.
@@ -114,14 +114,14 @@ class StoredDocuments:
 
     @property
     def repeated(self) -> int:
-        """Number of documents that were read and left out, as others are equal to them."""
+        """Number of documents that were read but not stored, because equal ones are stored."""
         return self._counts["repeated"]
 
     def documents(self, split: Split) -> Iterator[str]:
-        """The documents of a split in their order.
+        """Yield the documents of a split in their stored order.
 
         Raises:
-            DataError: Their bytes are not those that were written, by their hash.
+            DataError: The stored documents are damaged.
         """
         # Here: what needs no packed rows runs without array_record.
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -156,7 +156,7 @@ class StoredDocuments:
 
 
 class _Blocks:
-    """Documents behind their sizes, many to a record: they are read in order.
+    """Writer of records of many documents, each document after its size in bytes.
 
     Args:
         write: Function that appends a record.
@@ -178,7 +178,7 @@ class _Blocks:
 
 
 class _Spool:
-    """Documents in files by the first byte of their key in an order by hash.
+    """Temporary files of documents, 256 for each split, chosen by the first byte of a hash.
 
     Args:
         folder: Folder of the files.
@@ -203,7 +203,7 @@ class _Spool:
         self._buffers.clear()
 
     def in_order(self, side: Split) -> Iterator[tuple[bytes, bytes]]:
-        """Key and text of the distinct documents of a split, once: their files are removed."""
+        """Yield key and text of the distinct documents of a split, and remove the files."""
         for path in sorted(self._folder.glob(f"{side}-*")):
             with open(path, "rb") as file:
                 before = b""

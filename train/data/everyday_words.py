@@ -1,4 +1,4 @@
-"""A pool of everyday words to name things anew with; none of them is a direction or a number."""
+"""A pool of everyday words that serve as new names of concepts: no directions and no numbers."""
 
 _WORDS = """
 ant badger bat bear beaver bee beetle bison camel cat cheetah chicken cobra cow crab crane crow
@@ -19,4 +19,4 @@ sauce soup spinach sugar tea toast tofu tomato vanilla walnut yogurt
 """
 
 EVERYDAY_WORDS = tuple(_WORDS.split())
-"""Animals, colours and food, in the order of these."""
+"""Names of animals, then colours, then food."""

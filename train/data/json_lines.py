@@ -1,4 +1,4 @@
-"""JSON Lines: one JSON object on each line; an error names file, line and field."""
+"""Read JSON Lines, one JSON object on each line; errors name file, line and field."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from train.data.streams import file_lines, file_text, unpacked_name
 
 
 class JsonLine(NamedTuple):
-    """One object of a JSON Lines file.
+    """One record of a file, usually a line of JSON Lines.
 
     Attributes:
-        where: File and line number, for error messages.
-        number: Line number in the file, from 1; in a JSON array the number of the item.
+        where: File, and number of the line, item or row, for error messages.
+        number: Number of the line, of the item in a JSON array, or of the row in Arrow or Parquet,
+            from 1.
         fields: Fields of the object by name.
     """
 
@@ -28,17 +29,18 @@ class JsonLine(NamedTuple):
 def read_json_lines(
     path: Path, texts: Sequence[str] = (), encoding: str = "utf-8"
 ) -> Iterator[JsonLine]:
-    """Objects of a JSON Lines file in order, one at a time; blank lines are skipped.
+    """Yield the objects of a JSON Lines file in order; blank lines are skipped.
 
-    A file whose name ends in .json may hold one array of objects instead, which is read whole.
+    A file whose name ends in .json may hold one array of objects instead, which is read into memory
+    as a whole.
 
     Args:
-        path: Path of the file; one whose name ends in one of `streams.PACKERS` is unpacked.
+        path: Path of the file; it is decompressed if its name ends in one of `streams.PACKERS`.
         texts: Names of fields that every object must have, with a string as their value.
         encoding: Encoding of a file without a byte order mark.
 
     Raises:
-        DataError: The file cannot be read, is not text, or has a line that is no JSON object or
+        DataError: The file cannot be read, is not text, or has a line that is not a JSON object or
             lacks one of `texts`.
     """
     if unpacked_name(path.name).endswith(".json") and _is_array(path, encoding):
@@ -76,16 +78,17 @@ def _object(value: Any, where: str, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def check_text(fields: dict[str, Any], name: str, where: str, way_out: str = "") -> str:
-    """The string of a field, which can be written as UTF-8.
+    """Return the string of a field, and check that it can be encoded as UTF-8.
 
     Args:
         fields: Fields of an object.
         name: Name of the field.
         where: File and line number, for error messages.
-        way_out: What a user could do about a missing field; "" asks for a string.
+        way_out: Advice to the user about a missing field or another type; "" asks for a string.
 
     Raises:
-        DataError: The field is missing, is no string, or holds half a character.
+        DataError: The field is missing, is not a string, or holds an unpaired surrogate (half a
+            character).
     """
     value = fields.get(name)
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""A cheap labeller of text segments: rules, and a small classifier trained on labelled segments."""
+"""Label text segments cheaply: by rules, or by a small classifier trained on labelled segments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ RULES: Mapping[str, tuple[str, float]] = {
         0.03,
     ),
 }
-"""Pattern of each label, and the share of words and signs from which on a segment has it."""
+"""Pattern and threshold of each label. A segment has the label if the pattern matches at least
+threshold x n times, where n is the number of words and punctuation marks of the segment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Segment:
 
     Attributes:
         text: The text.
-        labels: Names of the labels that it has.
+        labels: Names of the labels that the text has.
     """
 
     text: str
@@ -56,11 +57,13 @@ class Segment:
 
 
 def segments(documents: Iterable[str], size: int = SEGMENT) -> Iterator[str]:
-    """Pieces of documents, of equal size; short documents make pieces together.
+    """Cut documents into segments of equal size; short documents are joined to fill a segment.
 
     Args:
-        documents: Documents in any order. Those below half a piece are joined by empty lines.
-        size: Number of characters of a piece; a last one of half of it or more is kept.
+        documents: Documents in any order. Documents shorter than half a segment are joined, with
+            an empty line between them, and what exceeds a full segment is dropped.
+        size: Number of characters of a segment. The last segment of a document may be shorter; it
+            is dropped if it has less than half of them.
     """
     short = ""
     for document in documents:
@@ -82,14 +85,14 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 
 
 def by_rules(text: str, label: str) -> bool:
-    """Whether the rule of `RULES` gives a segment this label."""
+    """Whether a segment has a label by its rule in `RULES`."""
     pattern, share = RULES[label]
     words = max(len(_WORD.findall(text)), 1)
     return len(re.findall(pattern, text, re.IGNORECASE)) >= share * words
 
 
 class Classifier:
-    """Logistic regression on hashed words and pairs of words, one for each label.
+    """Logistic regression for each label, on hashed words and pairs of neighbouring words.
 
     Args:
         examples: Labelled segments.
@@ -103,7 +106,7 @@ class Classifier:
         self._weights = [_fit(features, column) for column in np.array(has, np.float64).T]
 
     def __call__(self, text: str) -> frozenset[str]:
-        """Labels of a segment."""
+        """Predict the labels of a segment."""
         features = _features(text)
         both = zip(self.labels, self._weights, strict=True)
         return frozenset(label for label, weights in both if features @ weights > 0)
@@ -123,7 +126,7 @@ def _features(text: str) -> np.ndarray:
 
 
 def _fit(features: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """Weights of the least penalised logistic loss."""
+    """Fit weights that minimise the logistic loss with an L2 penalty."""
     from scipy.optimize import minimize
 
     sign = 2 * has - 1
@@ -140,11 +143,11 @@ def _fit(features: np.ndarray, has: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well one label is found in held-out segments.
+    """Quality of the predictions of one label.
 
     Attributes:
-        accuracy: Share of segments that are judged rightly.
-        f1: Harmonic mean of precision and recall; 0 where nothing is found.
+        accuracy: Fraction of segments whose prediction is correct.
+        f1: Harmonic mean of precision and recall; 0 if there are no true positives.
     """
 
     accuracy: float
@@ -152,11 +155,11 @@ class Score:
 
 
 def score(found: Sequence[bool], has: Sequence[bool]) -> Score:
-    """Accuracy and F1 of judgements.
+    """Compute accuracy and F1 of the predictions of a label.
 
     Args:
-        found: Whether each segment is judged to have the label.
-        has: Whether it has it.
+        found: Whether each segment is predicted to have the label.
+        has: Whether each segment has the label.
     """
     given, true = np.array(found, bool), np.array(has, bool)
     both = given.sum() + true.sum()
@@ -164,14 +167,17 @@ def score(found: Sequence[bool], has: Sequence[bool]) -> Score:
 
 
 def divided(examples: Iterable[Segment], share: float = 0.3) -> tuple[list[Segment], list[Segment]]:
-    """Examples to train on, and held-out ones, by their content.
+    """Divide segments into training and held-out segments by a hash of their text.
 
     Args:
         examples: Labelled segments.
-        share: Share of segments that is held out.
+        share: Fraction of segments that is held out.
+
+    Returns:
+        List of the training segments, and list of the held-out segments.
 
     Raises:
-        DataError: One of the two is empty.
+        DataError: One of the two lists is empty.
     """
     parts: tuple[list[Segment], list[Segment]] = ([], [])
     for example in examples:
@@ -184,7 +190,7 @@ def divided(examples: Iterable[Segment], share: float = 0.3) -> tuple[list[Segme
 
 
 def read_labelled(path: Path) -> list[Segment]:
-    """Labelled segments of a JSON Lines file of objects with "text" and "labels".
+    """Read labelled segments from a JSON Lines file of objects with "text" and "labels".
 
     Raises:
         DataError: The file cannot be read, or an object has no list of labels.
@@ -199,14 +205,14 @@ def read_labelled(path: Path) -> list[Segment]:
 
 
 def standard_library_segments(limit: int, of_file: int = 5) -> list[Segment]:
-    """Segments of Python's standard library, labelled "prose" or "code" by Python's tokenizer.
+    """Label segments of Python's standard library as "prose" or "code", by Python's tokenizer.
 
-    A segment is prose if at least half of its characters that are no white space stand in comments
-    and in strings of several lines, else code.
+    A segment is prose if at least half of its characters, without white space, are in comments and
+    multi-line strings; else it is code.
 
     Args:
-        limit: Number of segments at most.
-        of_file: Number of segments of one file at most, spread over it.
+        limit: Maximum number of segments.
+        of_file: Maximum number of segments of one file, spread over the file.
     """
     source = standard_library()
     found: list[Segment] = []
@@ -229,10 +235,11 @@ def standard_library_segments(limit: int, of_file: int = 5) -> list[Segment]:
 
 
 def prose_characters(text: str) -> list[bool]:
-    """Whether each character of a Python file stands in a comment or a string of several lines.
+    """Whether each character of a Python file is in a comment or a multi-line string.
 
     Raises:
-        SyntaxError: The text is no Python; tokenize.TokenError where it ends too early.
+        SyntaxError: The text is not Python.
+        tokenize.TokenError: The text ends inside of a statement or string.
     """
     starts = [0]
     for line in io.StringIO(text):  # as the tokenizer reads it

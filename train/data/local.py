@@ -16,14 +16,15 @@ FORMAT = 2  # to be raised when prepared corpora must be made again
 
 
 class LocalCorpus:
-    """Files as documents in the cache.
+    """Corpus of local files, whose documents are written to the cache once.
 
-    The documents are named by the files' content: an edited folder is prepared again, an unchanged
-    one is reused. Near-duplicates are kept once. The split is the files' own, or by content.
+    The cache folder is named after a hash of the files: an edited corpus is prepared again, an
+    unchanged one is reused. Of equal documents (`splits.canonical`) one is kept. The held-out split
+    is the files' own; without one, documents are held out by their content.
 
     Args:
         files: Files of the corpus.
-        validation: Share of the documents to hold out, between 0 and 1.
+        validation: Fraction of the documents to hold out, between 0 and 1.
         cache: Folder that prepared corpora are kept in.
     """
 

@@ -3,9 +3,9 @@
     mix({"stdlib": 0.6, "books=~/texts": 0.3, "tfds:lm1b": 0.1})
     mix({0: {"stdlib": 0.9, "~/texts": 0.1}, 1000000: {"~/texts": 1.0}}, schedule="linear")
 
-Weights are shares of the training sequences. Each source is split, packed and cached on its own, so
-that a sequence comes from one source, and other weights need nothing packed again. Which source and
-which of its rows sequence n is follows from n alone (`train.data.assignment`).
+Weights are fractions of the training sequences. Each source is split, packed and cached on its own,
+so that a sequence comes from one source, and other weights need nothing packed again. The source of
+sequence n, and its index within the source, follow from n alone (`train.data.assignment`).
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ Exhausted = Literal["repeat", "stop", "renormalise"]
 
 FORMAT = 1  # to be raised when a mixture's order changes
 REPEATS = 4
-"""Number of epochs of a source above which a run is warned."""
+"""Number of epochs of a source above which `MixtureData.outlook` warns of repeats."""
 
 _WRITE = (
     'write mix({"stdlib": 0.6, "~/texts": 0.4}), or knots over tokens mix({0: {...}, 1000000: '
     '{...}}, schedule="linear", exhausted="repeat")'
 )
 _LIMIT = 2
-"""Distance of counts from the integrals of weights that is guaranteed (`Assignment.bound`)."""
+"""Maximum distance of counts from the integrals of weights (`Assignment.bound`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What `mix(...)` says.
+    """A mixture as `mix(...)` describes it.
 
     Attributes:
-        sources: Texts of the sources (`sources.source_from_text`) by their names [S].
-        pieces: Pieces of the schedule of their weights.
+        sources: Text of each source (see `sources.source_from_text`) by its name [S].
+        pieces: Pieces of the schedule of the sources' weights.
         exhausted: What happens when all rows of a source have been read: "repeat" reads them again
             in another order, "stop" ends the run, "renormalise" gives its weight to the others.
     """
@@ -72,21 +72,21 @@ class Mixture:
 
 
 def is_mixture(corpus: str) -> bool:
-    """Whether a corpus is written as a mixture."""
+    """Whether the text of a corpus describes a mixture: whether it begins with `mix(`."""
     return re.match(r"mix\s*\(", corpus.strip()) is not None
 
 
 def parse_mixture(text: str) -> Mixture:
-    """The mixture that `DataConfig.corpus` describes; no source is opened.
+    """Parse the mixture that `DataConfig.corpus` describes, without opening its sources.
 
     Args:
-        text: The text `mix({...}, schedule=..., exhausted=...)`. A dictionary holds weights by
-            source, or such dictionaries by the number of tokens from which they hold. A source may
-            have a name in front, as in "books=~/texts"; it is its own name otherwise.
+        text: Text `mix({...}, schedule=..., exhausted=...)`. The dictionary maps sources to their
+            weights, or the number of tokens of each knot to a dictionary of weights. A source may
+            have a name in front, as in "books=~/texts"; otherwise its text is its name.
 
     Raises:
-        DataError: The text is not written so, weights do not sum to 1, a source is named twice or
-            is a mixture, or the schedule goes back.
+        DataError: The text has another form, weights do not sum to 1, a source is named twice or is
+            a mixture, or the knots do not ascend from token 0.
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
@@ -116,10 +116,10 @@ def parse_mixture(text: str) -> Mixture:
 
 
 def _sources(knots: Sequence[tuple[int, Sequence[tuple[str, Any]]]]) -> dict[str, str]:
-    """Texts of the sources, as they are written, by their names.
+    """Collect the texts of the sources, as they are written, by their names.
 
     Raises:
-        DataError: There is none, one is named twice, or one is a mixture.
+        DataError: There is no source, or a source is named twice or is a mixture.
     """
     found: dict[str, str] = {}
     for tokens, pairs in knots:
@@ -171,11 +171,11 @@ def _str(value: Any) -> str:
 
 
 class JoinedRows(PackedRows):
-    """Rows of several sources as one sequence of rows, one source behind the other.
+    """Rows of several sources as one sequence of rows, source after source.
 
     Args:
         parts: Rows of each source by its name, of one row length.
-        weights: Weight of each source in means over all.
+        weights: Weight of each source in evaluation metrics, which are means over the sources.
     """
 
     def __init__(self, parts: Mapping[str, PackedRows], weights: Sequence[float]):
@@ -195,7 +195,7 @@ class JoinedRows(PackedRows):
         return self.read_from(source, index)
 
     def read_from(self, source: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows by their source [n] and their index in it [n], as `read` returns them."""
+        """Read rows by source [n] and index within the source [n]; returns the same as `read`."""
         tokens = np.empty((len(source), self.seq_len + 1), np.int32)
         sizes = np.empty(len(source), np.int32)
         for number, rows in enumerate(self.parts.values()):
@@ -207,15 +207,16 @@ class JoinedRows(PackedRows):
 
 @dataclasses.dataclass(frozen=True)
 class MixtureData(PackedData):
-    """The packed rows of a mixture's sources, and the order in which they are read.
+    """Packed rows of a mixture's sources, and the order in which they are read.
 
     Attributes:
         train: Training rows of all sources.
         validation: Held-out rows of all sources, weighted as at the end of the schedule.
         mixture: The mixture.
         parts: Packed rows of each source by its name.
-        pieces: Pieces of the schedule, in which exhausted sources have given their weight away.
+        pieces: Pieces of the schedule; with "renormalise" a source has weight 0 once exhausted.
         end: Number of sequences after which there are no more; None without end.
+        statistics: "corpus" is "mix"; "sources" has the statistics of each source by its name.
     """
 
     mixture: Mixture = dataclasses.field(kw_only=True)
@@ -225,7 +226,7 @@ class MixtureData(PackedData):
 
     @functools.cached_property
     def assignment(self) -> Assignment:
-        """The source of each sequence."""
+        """Assignment of each sequence to a source."""
         return Assignment(self.pieces, self.train.seq_len)
 
     @property
@@ -235,7 +236,7 @@ class MixtureData(PackedData):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Fingerprint of each source's rows by its name."""
+        """Fingerprint of the rows of each source, by the source's name."""
         return {name: part.fingerprint for name, part in self.parts.items()}
 
     @property
@@ -244,7 +245,7 @@ class MixtureData(PackedData):
         return "\n".join([f"mixture of {len(lines)} sources", *lines])
 
     def progress(self, sequences: int) -> dict[str, tuple[float, float]]:
-        """Share of each source in the first sequences of a run, and its epochs, by name."""
+        """Compute each source's fraction of the first `sequences`, and its epochs, by name."""
         counts = self.assignment.counts(min(sequences, self.end or sequences))
         both = zip(self.parts, counts, self.sizes, strict=True)
         return {
@@ -253,7 +254,7 @@ class MixtureData(PackedData):
         }
 
     def outlook(self, sequences: int) -> list[str]:
-        """Lines that say what a run of some sequences will read, and warn of many repeats."""
+        """Write lines that say what a run of `sequences` reads, and warn of many repeats."""
         seen = self.progress(sequences)
         shares = [f"{name} {s:.1%} ({epochs:.2f} epochs)" for name, (s, epochs) in seen.items()]
         lines = [f"{min(sequences, self.end or sequences):,} sequences: {', '.join(shares)}"]
@@ -272,15 +273,15 @@ class MixtureData(PackedData):
 
 
 def prepare(config: DataConfig, stored: Mapping[str, str] = MappingProxyType({})) -> PackedData:
-    """Open the packed rows of a corpus or of a mixture; what is not packed yet is packed first.
+    """Open the packed rows of a corpus or a mixture; sources that are not packed are packed first.
 
     Args:
         config: Corpus, tokenizer and row length.
-        stored: Fingerprints of rows that are taken where the cache has them, whatever their text is
-            now, by the corpus or by the names of sources.
+        stored: Fingerprints of rows that were packed earlier, by the text of the corpus or by the
+            names of sources. If the cache has these rows, they are opened whatever their text is.
 
     Returns:
-        The rows; a `MixtureData` for a mixture.
+        Packed rows of both splits; a `MixtureData` for a mixture.
 
     Raises:
         DataError: The corpus, a source or the tokenizer cannot be used, or a source is too small.
@@ -295,7 +296,7 @@ def prepare(config: DataConfig, stored: Mapping[str, str] = MappingProxyType({})
 
 
 def mix(mixture: Mixture, parts: Mapping[str, PackedData]) -> MixtureData:
-    """A mixture of packed corpora.
+    """Combine packed corpora into a mixture.
 
     Args:
         mixture: Weights and names of the sources.
@@ -303,7 +304,7 @@ def mix(mixture: Mixture, parts: Mapping[str, PackedData]) -> MixtureData:
 
     Raises:
         DataError: Two sources have equal rows or different vocabularies or row lengths, a source
-            has too few rows, or the sources are too many for the schedule.
+            has too few rows, or the schedule does not keep counts near weights (`check_bound`).
     """
     (first, one), *others = parts.items()
     for name, part in others:
@@ -345,7 +346,7 @@ def mix(mixture: Mixture, parts: Mapping[str, PackedData]) -> MixtureData:
 def _exhausted(
     mixture: Mixture, sizes: Mapping[str, int], seq_len: int
 ) -> tuple[Sequence[Piece], int | None]:
-    """Schedule and end of a mixture whose sources have so many rows."""
+    """Compute schedule and end of a mixture whose sources have `sizes` rows."""
     limits, pieces = list(sizes.values()), mixture.pieces
     check_bound(pieces, seq_len)
     if mixture.exhausted == "repeat":
@@ -378,7 +379,7 @@ def _exhausted(
 
 
 def check_bound(pieces: Sequence[Piece], seq_len: int) -> None:
-    """Raise a DataError for a schedule under which no tree keeps all counts near their weights."""
+    """Raise a DataError if counts may stray more than 2 sequences from a schedule's weights."""
     bound = Assignment(pieces, seq_len).bound
     if bound > _LIMIT:
         raise DataError(
@@ -390,10 +391,10 @@ def check_bound(pieces: Sequence[Piece], seq_len: int) -> None:
 
 
 class MixtureReader(TrainReader):
-    """Rows of a mixture: the global batch of step s is sequences s·B to (s + 1)·B of its order.
+    """Reader of a mixture: the global batch of step s is sequences s·B to (s + 1)·B - 1.
 
-    Rows of a source are read in a shuffled order, another one in each epoch, that depends on the
-    seed and the source's content alone: other weights leave it as it is.
+    The rows of a source are read in an order that is shuffled anew in each epoch. It depends on the
+    seed and the source's rows alone, not on the weights.
 
     Args:
         data: The mixture.

@@ -1,4 +1,4 @@
-"""Documents to rows of equal length in ArrayRecord files, once; and the rows, read at random."""
+"""Pack documents into rows of equal length in ArrayRecord files, and read rows by their index."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from train.data.storage import record_writer
 from train.data.tokenizers import Tokenizer
 
 PADDING = -1
-"""Token id behind the end of the last validation row."""
+"""Token id of padding, which fills up a row behind the end of its text."""
 
 _BLOCK = 1 << 18  # tokens in memory before their rows are written
 
 
 class PackedRows:
-    """Rows of a split.
+    """Packed rows of a split, read by their index.
 
     Row i holds tokens i·seq_len to (i + 1)·seq_len of the stream [separator] document [separator]
-    document ..., so that each token but the very first is a target exactly once. `rows[i]` is its
-    tokens [seq_len + 1], int32, and the number of bytes of text that its targets tokens[1:] stand
-    for. A short last row is padded with -1.
+    document ..., so that each token but the very first is a target exactly once. `rows[i]` is a
+    pair: the tokens [seq_len + 1], int32, and the number of bytes of text that the targets
+    tokens[1:] stand for. A short last row is padded with -1.
 
     Args:
         path: ArrayRecord file of the rows.
@@ -52,7 +52,7 @@ class PackedRows:
         return list(zip(tokens, sizes.tolist(), strict=True))
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Many rows in one access.
+        """Read many rows in one access.
 
         Args:
             indices: Indices of the rows [n].
@@ -62,7 +62,7 @@ class PackedRows:
 
         Raises:
             IndexError: A row does not exist.
-            DataError: The bytes of a row are not those that were written, by their hash.
+            DataError: The stored rows are damaged.
         """
         rows = [int(index) for index in indices]
         for index in rows:
@@ -83,9 +83,9 @@ class PackedRows:
 
 
 def record_dtype(seq_len: int, vocab_size: int) -> np.dtype:
-    """Layout of a stored row: little-endian, 16 bits per token where the vocabulary allows it.
+    """Layout of a stored row: little-endian, 16 bits per token if the vocabulary allows it.
 
-    The largest 16-bit value is the padding.
+    The fields are "bytes" and "tokens" [seq_len + 1]. In 16 bits the largest value is the padding.
     """
     token = "<u2" if vocab_size <= np.iinfo(np.uint16).max else "<i4"
     return np.dtype([("bytes", "<i4"), ("tokens", token, (seq_len + 1,))])
@@ -101,10 +101,12 @@ def write_rows(
         tokenizer: Tokenizer of the documents.
         seq_len: Number of targets of a row.
         path: ArrayRecord file to write.
-        keep_tail: Whether tokens that do not fill the last row are padded, or else dropped.
+        keep_tail: Whether the last tokens, if they do not fill a row, are padded to a row; False
+            drops them.
 
     Returns:
-        Counts of "documents", "tokens" (with separators), "bytes" of text, and "rows".
+        Dict with the counts of "documents", "tokens" (with separators), "bytes" of text, and
+        "rows".
 
     Raises:
         OSError: The file cannot be written.

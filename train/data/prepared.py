@@ -1,4 +1,4 @@
-"""From a DataConfig to packed rows, which are made once and kept in the cache."""
+"""Pack the corpus of a DataConfig into rows of tokens once, and keep the rows in the cache."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class PackedData:
         tokenizer: Tokenizer of the rows.
         fingerprint: Hash of corpus, split, tokenizer and row length; equal fingerprints mean equal
             rows.
-        statistics: Names of corpus and tokenizer, and the counts of documents, tokens, bytes and
-            rows of each split.
-        note: What was read of the corpus and what was passed over; may be empty.
+        statistics: Names of the "corpus" and the "tokenizer", and for each split ("train" and
+            "validation") the counts of "documents", "tokens", "bytes" and "rows".
+        note: Message for people: which files were read or skipped, or where the rows come from;
+            may be empty.
     """
 
     train: PackedRows
@@ -48,12 +49,12 @@ class PackedData:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Fingerprint of each source's rows, of a mixture alone."""
+        """Fingerprint of the rows of each source of a mixture, by name; empty for one corpus."""
         return {}
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """Description of the data for people: documents and rows of each split, and tokenizer."""
         train, validation = self.statistics["train"], self.statistics["validation"]
         return (
             f"{self.statistics['corpus']}: {train['documents']:,} documents "
@@ -66,14 +67,14 @@ class PackedData:
 
 
 def prepare_corpus(config: DataConfig, stored: str = "") -> PackedData:
-    """Open the packed rows of one corpus; they are packed first if the cache has none.
+    """Open the packed rows of one corpus; if the cache has none, pack them first.
 
     Packing shows its progress on a terminal.
 
     Args:
         config: Corpus, tokenizer and row length.
-        stored: Fingerprint of rows that are taken where the cache has them, whatever the corpus
-            holds now; "" for none.
+        stored: Fingerprint of rows that were packed earlier. If the cache has them, packed with
+            this tokenizer, they are opened without a look at the corpus; "" for none.
 
     Raises:
         DataError: Corpus or tokenizer cannot be used, the corpus is too small, or stored rows are
@@ -91,10 +92,10 @@ def prepare_corpus(config: DataConfig, stored: str = "") -> PackedData:
 
 
 def prepare_documents(corpus: Corpus, config: DataConfig) -> PackedData:
-    """Open the packed rows of a corpus that is opened; they are packed first if the cache has none.
+    """Open the packed rows of an opened corpus; if the cache has none, pack them first.
 
     Args:
-        corpus: Corpus, in place of the one that the config names.
+        corpus: Corpus to pack, instead of the one that the config names.
         config: Tokenizer, row length and cache.
 
     Raises:
@@ -111,7 +112,7 @@ def prepare_documents(corpus: Corpus, config: DataConfig) -> PackedData:
 
 
 def stored_rows(config: DataConfig, fingerprint: str, split: Split) -> PackedRows | None:
-    """Rows that were packed before, also where their corpus is gone or another one now.
+    """Open rows that were packed earlier, even if their corpus has changed or is gone.
 
     Args:
         config: Row length and cache.
@@ -119,7 +120,7 @@ def stored_rows(config: DataConfig, fingerprint: str, split: Split) -> PackedRow
         split: Split of the corpus.
 
     Returns:
-        The rows, or None if the cache has none of this fingerprint.
+        Rows of the split, or None if the cache has none with this fingerprint.
 
     Raises:
         DataError: The rows are damaged.
@@ -136,7 +137,7 @@ def _folder(config: DataConfig, fingerprint: str) -> Path | None:
 
 
 def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:
-    """Write the rows of both splits and their statistics.
+    """Write the packed rows of both splits, and their statistics.
 
     Args:
         corpus: Documents to pack.
@@ -145,7 +146,7 @@ def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> No
         folder: Empty folder to write.
 
     Raises:
-        DataError: A split gives no row.
+        DataError: A split has too few tokens for a row.
         OSError: The folder cannot be written.
     """
     statistics: dict[str, Any] = {

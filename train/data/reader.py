@@ -1,4 +1,4 @@
-"""Batches by step number: random access, any number of hosts, the same order every time."""
+"""Read batches by step number: random access, any number of hosts, the same order every time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Batch = dict[str, np.ndarray]
 
 
 class TrainReader:
-    """Rows of a split in a shuffled, endless order that is new in every epoch.
+    """Reader of a split's rows in an endless order, which is shuffled anew in every epoch.
 
-    The global batch of step s is rows s·B to (s + 1)·B of that order, of which each process reads
-    its local rows. The step number is therefore the whole state of the reader, and batches do not
-    depend on the number of processes.
+    The global batch of step s is rows s·B to (s + 1)·B - 1 of that order; each process reads its
+    local rows of the batch. The step number is therefore the whole state of the reader, and batches
+    do not depend on the number of processes.
 
     Args:
         rows: Rows of the split.
@@ -47,19 +47,20 @@ class TrainReader:
         self._batches = order.batch(global_batch, drop_remainder=True).map(self._read)
 
     def batch(self, step: int) -> Batch:
-        """Local rows of the batch of a step.
+        """Read the b local rows of the batch of a step.
 
         Args:
             step: Number of the step, from 0.
 
         Returns:
-            "tokens" [b, seq_len + 1], int32, and "rows" [b], int64, the index of each row in its
-            split; from a mixture also "source" [b], int32, the number of the source.
+            Dict of "tokens" [b, seq_len + 1], int32, and "rows" [b], int64, the index of each row
+            in its split; for a mixture also "source" [b], int32, the number of the source, within
+            which "rows" then counts.
         """
         return cast(Batch, self._batches[step])  # only a filtered data set has gaps
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches of all steps from one on, read ahead by two threads.
+        """Yield the batches of all steps from `start_step` on, read ahead by two threads.
 
         The threads end when the iterator is closed or dropped.
 
@@ -84,19 +85,19 @@ class TrainReader:
 def evaluation_batches(
     rows: PackedRows, batch_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Rows of a split, evenly spaced over it, once and in order.
+    """Read rows that are evenly spaced over a split, in order and without repeats.
 
     Neighbouring rows come from the same document, so that the first rows would be a poor sample.
 
     Args:
         rows: Rows of the split.
-        batch_size: Number of rows of a batch; the last batch is padded to it by rows of -1 with
-            0 bytes.
-        limit: Number of rows to read; None reads all of them.
+        batch_size: Number of rows of a batch, b. The last batch is padded to b rows with rows of
+            tokens -1 and 0 bytes.
+        limit: Maximum number of rows to read; None reads all of them.
 
     Returns:
-        Batches of "tokens" [b, seq_len + 1], int32, -1 behind the end of the text, and "bytes" [b],
-        int32.
+        Iterator over batches: dicts of "tokens" [b, seq_len + 1], int32, with -1 behind the end of
+        the text, and "bytes" [b], int32, the number of bytes of text that the targets stand for.
 
     Raises:
         DataError: The batch size is less than 1.
@@ -117,14 +118,14 @@ def padded_batches(
     limit: int | None,
     padding: Mapping[str, int],
 ) -> Iterator[Batch]:
-    """Rows of a split, evenly spaced over it, once and in order, in batches of one shape.
+    """Yield batches of rows that are evenly spaced over a split, in order and without repeats.
 
     Args:
         read: Function from indices [b] to a batch of arrays [b, ...] by name.
         num_rows: Number of rows of the split.
         batch_size: Number of rows of a batch; the last batch is padded to it.
-        limit: Number of rows to read; None reads all of them.
-        padding: Value of each array in padding rows.
+        limit: Maximum number of rows to read; None reads all of them.
+        padding: Value that fills the padding rows of each array, by name.
 
     Raises:
         DataError: The batch size is less than 1.
@@ -144,12 +145,15 @@ def padded_batches(
 
 
 def shuffled(size: int, seed: int, *more: int) -> Any:
-    """An endless order of rows by random access: each epoch is another order of all rows.
+    """Make an endless order of row indices; each epoch is another permutation of all rows.
 
     Args:
         size: Number of rows.
         seed: Seed of the order.
-        more: Integers that tell orders of one seed apart.
+        more: Further integers of the seed, for different orders with the same `seed`.
+
+    Returns:
+        `grain.MapDataset` of row indices, with random access.
     """
     import grain  # here: what reads no packed rows runs without it
 
@@ -161,6 +165,6 @@ def shuffled(size: int, seed: int, *more: int) -> Any:
 
 
 def check_size(batch_size: int) -> None:
-    """Raise a DataError for an empty batch."""
+    """Raise a DataError for a batch size below 1."""
     if batch_size < 1:
         raise DataError(f"a batch of {batch_size} rows: choose at least 1")

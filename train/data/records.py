@@ -1,4 +1,4 @@
-"""Records with a field of text: JSON Lines, Parquet, and Arrow as `datasets` saves it."""
+"""Read records that have a field of text: JSON Lines, Parquet, and Arrow as `datasets` saves it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _BATCH = 256  # records in memory
 
 
 def is_records(name: str) -> bool:
-    """Whether a file of this name holds records; JSON may be packed."""
+    """Whether a file of this name holds records, by its suffix; JSON may be compressed."""
     return unpacked_name(name).endswith(JSON_SUFFIXES) or name.lower().endswith(ARROW_SUFFIXES)
 
 
 def read_records(path: Path) -> Iterator[JsonLine]:
-    """Records of a file with all of their fields, in order, a few at a time.
+    """Yield the records of a file in order, with all of their fields; few are in memory at a time.
 
-    Fields of Arrow and Parquet that are null are left out, as other records may have them.
+    Null values of Arrow and Parquet count as missing fields, because there every record has all
+    columns of the file.
 
     Args:
-        path: Path of a file that `is_records`; another one is read as JSON Lines.
+        path: Path of the file; without a suffix of Parquet or Arrow it is read as JSON Lines.
 
     Raises:
-        DataError: The file cannot be read, or a line is no JSON object.
+        DataError: The file cannot be read, or a line is not a JSON object.
     """
     if not path.name.lower().endswith(ARROW_SUFFIXES):
         yield from read_json_lines(path)
@@ -45,7 +46,7 @@ def read_records(path: Path) -> Iterator[JsonLine]:
 
 
 def record_texts(path: Path, field: str, encoding: str = "utf-8") -> Iterator[str]:
-    """Texts of the records of a file, in order, a few at a time.
+    """Yield the text of each record of a file in order; few records are in memory at a time.
 
     Args:
         path: Path of the file.

@@ -16,19 +16,23 @@ Kind = Literal["constant", "linear"]
 _DENOMINATOR = 10**9  # of weights that are no short decimals
 _LARGEST = 10**9  # a weight, before it is told to be 1 at most
 TOLERANCE = Fraction(1, 10**6)
-"""Distance from 1 up to which a sum of weights is taken for rounding, and divided out."""
+"""Maximum distance of a sum of weights from 1 that counts as rounding: weights are then divided by
+their sum."""
 
 
 def interpolate(w0: Mapping[str, float], w1: Mapping[str, float], alpha: float) -> dict[str, float]:
-    """Weights on the line from one mixture to another: (1 - α)·w0 + α·w1.
+    """Interpolate between the weights of two mixtures: (1 - α)·w0 + α·w1.
 
     Args:
         w0: Weights at α = 0, by name; a name that is missing has weight 0.
         w1: Weights at α = 1, by name.
-        alpha: Position on the line α, from 0 to 1.
+        alpha: Weight α of the second mixture, from 0 to 1.
+
+    Returns:
+        Weight of each name of either mixture.
 
     Raises:
-        DataError: The position is outside of the line.
+        DataError: `alpha` is not from 0 to 1.
     """
     if not 0 <= alpha <= 1:
         raise DataError(f"alpha={alpha} is not between two mixtures: choose 0 to 1")
@@ -38,13 +42,14 @@ def interpolate(w0: Mapping[str, float], w1: Mapping[str, float], alpha: float) 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A stretch of training over which the weights of all sources are linear.
+    """A stretch of training over which the weights of all S sources are linear in the tokens.
 
     Attributes:
         start: Number of tokens before the stretch.
-        stop: Number of tokens before the next stretch; None for the last one, whose weights stay.
-        first: Weights at its start [S].
-        last: Weights at its end [S].
+        stop: Number of tokens before the next stretch; None for the last stretch, in which the
+            weights are constant.
+        first: Weights at the start of the stretch [S].
+        last: Weights at the end of the stretch [S].
     """
 
     start: int
@@ -53,7 +58,7 @@ class Piece:
     last: tuple[Fraction, ...]
 
     def at(self, tokens: int) -> tuple[Fraction, ...]:
-        """Weights [S] after a number of tokens."""
+        """Compute the weights [S] after a number of tokens of training."""
         if self.stop is None:
             return self.first
         alpha = Fraction(tokens - self.start, self.stop - self.start)
@@ -63,16 +68,17 @@ class Piece:
 def schedule(
     knots: Sequence[tuple[int, Sequence[float]]], names: Sequence[str], kind: Kind
 ) -> list[Piece]:
-    """Pieces of the schedule through some knots.
+    """Build the pieces of the schedule that goes through some knots.
 
     Args:
         knots: Number of tokens and weights [S] of each knot, in ascending order from token 0.
         names: Names of the sources [S], for error messages.
-        kind: Whether weights are "constant" up to the next knot, or "linear" between knots; behind
-            the last knot they stay.
+        kind: Whether weights are "constant" up to the next knot, or "linear" between knots; after
+            the last knot they are constant.
 
     Raises:
-        DataError: Weights do not sum to 1 or are no weights, or the knots are not in order.
+        DataError: A weight is not a number of 0 or more, the weights of a knot do not sum to 1, the
+            knots do not ascend from token 0, or a source has weight 0 at every knot.
     """
     weights = [normalised(values, names, tokens) for tokens, values in knots]
     times = [tokens for tokens, _ in knots]
@@ -93,18 +99,18 @@ def schedule(
 
 
 def normalised(values: Sequence[float], names: Sequence[str], tokens: int) -> tuple[Fraction, ...]:
-    """Weights as exact fractions that sum to 1.
+    """Convert the weights of a knot to exact fractions [S] that sum to 1.
 
-    Weights of up to nine decimals stay as they are; others are rounded to those, so that schedules
-    of many computed knots have one denominator. No weight above 0 becomes 0.
+    Weights with up to nine decimals are kept exactly. Others are rounded to nine decimals, so that
+    schedules of many computed knots have one denominator. No weight above 0 becomes 0.
 
     Args:
-        values: Weights [S], each taken for the decimal that it is written as.
+        values: Weights [S]; a float stands for the decimal number that it prints as.
         names: Names of the sources [S].
         tokens: Number of tokens of the knot, for error messages.
 
     Raises:
-        DataError: A weight is not a number of 0 or more, or they do not sum to 1.
+        DataError: A weight is not a number of 0 or more, or the weights do not sum to 1.
     """
     for name, value in zip(names, values, strict=True):
         number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
@@ -134,19 +140,20 @@ def normalised(values: Sequence[float], names: Sequence[str], tokens: int) -> tu
 
 
 def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Piece], int | None]:
-    """A schedule in which a source has weight 0 from some token on.
+    """Change a schedule so that a source has weight 0 after some number of tokens.
 
-    The weights of the others are divided by their sum where a piece begins and ends, and are linear
-    between. A piece in which no other source has a weight takes the weights of the next that has.
+    From there on, the weights of the other sources are divided by their sum at the start and the
+    end of each piece, and are linear in between. A piece in which no other source has a weight
+    takes weights from the next piece in which another source has one.
 
     Args:
         pieces: Pieces of the schedule.
         source: Index of the source.
-        tokens: Number of tokens after which its weight is 0.
+        tokens: Number of tokens after which the source has weight 0.
 
     Returns:
-        The pieces, and the number of tokens after which no other source has a weight, if there is
-        such a one; the weights behind it mean nothing.
+        Pieces of the new schedule, and the number of tokens after which no other source has a
+        weight, or None if that never happens. Weights after that number mean nothing.
     """
     found: list[Piece] = []
     for number, piece in enumerate(pieces):
@@ -177,12 +184,12 @@ def _others(weights: Sequence[Fraction], source: int) -> tuple[Fraction, ...] | 
 
 
 class Integral:
-    """The integral W(n) of a weight over the first n sequences, exact for every whole n.
+    """Integral W(n) of a weight over the first n sequences, exact for every integer n.
 
     Args:
-        starts: First whole n of each piece, ascending.
+        starts: First integer n of each piece, ascending.
         coefficients: Integers c0, c1, c2 of each piece, with scale·W(n) = c0 + c1·n + c2·n².
-        scale: The common denominator.
+        scale: Common denominator of the coefficients.
     """
 
     def __init__(
@@ -198,17 +205,17 @@ class Integral:
 
     @property
     def constant(self) -> int | None:
-        """The weight times the scale, if it never changes."""
+        """Weight times `scale` if the weight never changes, else None."""
         same = {c[1:] for c in self.coefficients} == {(self.coefficients[0][1], 0)}
         return self.coefficients[0][1] if same and not self.coefficients[0][0] else None
 
     def scaled(self, n: int) -> int:
-        """scale·W(n) for a whole n."""
+        """Compute scale·W(n) for an integer n."""
         c0, c1, c2 = self.coefficients[bisect.bisect_right(self.starts, n) - 1]
         return c0 + n * (c1 + n * c2)
 
     def last_below(self, value: int) -> int | None:
-        """The largest whole n with scale·W(n) <= value; None if that holds for all n."""
+        """Find the largest integer n with scale·W(n) <= value; None if all n satisfy this."""
         piece = bisect.bisect_right(self._values, value) - 1
         c0, c1, c2 = self.coefficients[piece]
         left = value - c0
@@ -228,13 +235,13 @@ class Integral:
         return end if n is None else min(n, end)
 
     def last_growth(self) -> int:
-        """The whole n at which an integral that stops growing has its last growth behind it."""
+        """Find the integer n from which on the integral is constant; it must stop growing."""
         growing = [i for i, c in enumerate(self.coefficients) if c[1:] != (0, 0)]
         return self.starts[growing[-1] + 1]
 
 
 def integrals(pieces: Sequence[Piece], seq_len: int) -> list[Integral]:
-    """The integral of each source's weight, in sequences.
+    """Compute the integral of each source's weight over sequences, one for each source [S].
 
     Args:
         pieces: Pieces of the schedule.

@@ -1,7 +1,7 @@
-"""Names that a prompt gives to concepts, rendered into prompt and target from one object.
+"""Render a prompt and its target with the same names of concepts, from one object.
 
 Supervised tuning on one fixed prompt teaches a model to answer without reading its instruction
-(arXiv 2510.00237). Here names of actions or values of cards are drawn anew for each example.
+(arXiv 2510.00237). Here names of actions or values of cards are sampled anew for each example.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 ANSWERS, GLOSS = "answers", "gloss"
-"""Slots of every template: the list of names, and the sentence that says what each one means."""
+"""Slots that every template may use: the list of names, and the sentence that explains them."""
 
 _MAP, _PARAPHRASE, _DISTINCT = range(3)  # streams of randomness, apart from each other
 
@@ -28,8 +28,8 @@ class SemanticMap:
     Attributes:
         name: Name of the map, for records and error messages.
         names: Name of each concept, in the order in which prompts list them.
-        gloss: Whether prompts say which concept each name stands for; names that speak for
-            themselves need none.
+        gloss: Whether prompts say which concept each name stands for, which self-explanatory names
+            do not need.
     """
 
     name: str
@@ -37,18 +37,18 @@ class SemanticMap:
     gloss: bool = True
 
     def concept_of(self, answer: str) -> str | None:
-        """The first concept that is called so, or None where no concept is."""
+        """Return the first concept whose name is `answer`, or None if there is none."""
         return next((concept for concept, name in self.names.items() if name == answer), None)
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Names in order: what may be answered to a prompt that lists them."""
+        """Names in the order of the concepts: the valid answers to a prompt that lists them."""
         return tuple(self.names.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt and the map that it was rendered with, from which its target is rendered too.
+    """A prompt and the map that it was rendered with, which also gives the target its names.
 
     Attributes:
         text: Text of the prompt.
@@ -63,7 +63,7 @@ class RenderedPrompt:
     paraphrase: int
 
     def target(self, concept: str) -> str:
-        """What the prompt calls a concept."""
+        """Return the name that the prompt gives to a concept."""
         return self.shown.names[concept]
 
     def is_valid(self, answer: str) -> bool:
@@ -73,19 +73,19 @@ class RenderedPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
-    """Wordings of one prompt, texts with named slots such as `{board}` or `{Up}`.
+    """Template of a prompt: wordings of the same meaning with slots such as `{board}` or `{Up}`.
 
     Besides concepts and values a wording may have the slots `{answers}`, the names in order, and
-    `{gloss}`, a sentence that explains them; braces are doubled to stand for themselves.
+    `{gloss}`, a sentence that explains the names. A literal brace is written twice.
 
     Attributes:
         name: Name of the template.
         wordings: Texts of the same meaning, the paraphrases; the first is the usual one.
-        concepts: Concepts that a map has to name.
+        concepts: Concepts that a map has to name; each is a slot.
         values: Names of the slots that the task fills, such as a board.
 
     Raises:
-        ValueError: A wording has a slot of another name, or is no text with slots.
+        ValueError: There is no wording, or a wording has an unknown slot or a single brace.
     """
 
     name: str
@@ -110,7 +110,7 @@ class PromptTemplate:
                     )
 
     def render(self, shown: SemanticMap, paraphrase: int = 0, **values: str) -> RenderedPrompt:
-        """The prompt with the names of a map.
+        """Render the prompt with the names of a map.
 
         Args:
             shown: Map whose names the prompt shows.
@@ -118,7 +118,8 @@ class PromptTemplate:
             values: Text of each slot that the task fills.
 
         Raises:
-            ValueError: The map misses a name, a value is missing, or there is no such wording.
+            ValueError: The map lacks the name of a concept, a value is missing, or there is no
+                wording of this index.
         """
         for concept in self.concepts:
             if not shown.names.get(concept):
@@ -143,30 +144,31 @@ class PromptTemplate:
 
 
 TEMPLATES: dict[str, PromptTemplate] = {}
-"""Prompt templates by name; the modules that own them fill it."""
+"""Prompt templates by name; each module that defines a template adds it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MapSampler:
-    """Draws the map of each example: a pure function of seed, epoch and index.
+    """Sampler of the map of each example: a pure function of seed, epoch and index.
 
-    Nothing is stored between draws, so that a run that resumes, or reads its examples in another
+    Nothing is stored between samples, so that a run that resumes, or reads its examples in another
     order, sees the same prompts.
 
     Attributes:
-        concepts: Concepts that are named.
-        words: Pool of names; a map takes different words for its concepts.
-        maps: Whole maps to choose from in place of words.
-        distinct: Number of different maps in all training examples (K); None for a fresh draw in
-            each example, or for all `maps`.
-        resample: Whether an example gets another map in each epoch, or keeps that of epoch 0.
-        held_out: Number of words, or of maps, that training never sees. A hash of the word decides
-            which ones, whatever the seed; of `maps` it is the last ones.
-        paraphrases: Number of wordings, drawn apart from maps.
-        seed: Seed of all draws.
+        concepts: Concepts that a map names.
+        words: Pool of names; a map gives a different word to each concept.
+        maps: Complete maps to choose from, instead of words.
+        distinct: Number of different maps in all training examples (K); None samples a new map for
+            each example, or chooses from all of `maps`.
+        resample: Whether an example gets a new map in each epoch; False keeps the map of epoch 0.
+        held_out: Number of words, or of maps, that training never sees. Of `words` a hash decides,
+            whatever the seed; of `maps` the last ones are held out.
+        paraphrases: Number of wordings, which are sampled independently of maps.
+        seed: Seed of all samples.
 
     Raises:
-        ValueError: The pool is too small for the options, or words are no names.
+        ValueError: Not exactly one of `words` and `maps` is given, a number is out of range or too
+            large for the pool, or a word is empty, repeated or has white space around it.
     """
 
     concepts: tuple[str, ...]
@@ -207,7 +209,7 @@ class MapSampler:
             )
 
     def map(self, epoch: int, index: int) -> SemanticMap:
-        """The map of a training example.
+        """Sample the map of a training example.
 
         Args:
             epoch: Number of passes over the examples before this one.
@@ -222,7 +224,7 @@ class MapSampler:
         return self._distinct_maps[rng.integers(self.distinct)]
 
     def held_out_map(self, index: int) -> SemanticMap:
-        """A map of the part of the pool that training never sees.
+        """Sample a map from the part of the pool that training never sees.
 
         Args:
             index: Index of the example.
@@ -238,13 +240,13 @@ class MapSampler:
         return self._drawn(self.held_out_pool, rng)
 
     def paraphrase(self, epoch: int, index: int) -> int:
-        """Index of the wording of a training example; the arguments are those of `map`."""
+        """Sample the index of the wording of a training example, with arguments as in `map`."""
         rng = self._rng(_PARAPHRASE, epoch if self.resample else 0, index)
         return int(rng.integers(self.paraphrases))
 
     @property
     def training_pool(self) -> tuple[str, ...] | tuple[SemanticMap, ...]:
-        """Words, or maps, that training draws from."""
+        """Words, or maps, that training samples from."""
         pool = self._ordered if self.words else self.maps
         return pool[: len(pool) - self.held_out]
 

@@ -1,7 +1,7 @@
-"""Label shares of a mixture, and the weights of sources that come nearest to wanted shares.
+"""Label fractions of a mixture, and the weights of sources that come nearest to wanted fractions.
 
-A source has a share of segments with each label (a matrix C, sources x labels; a segment may have
-several labels). A mixture with weights w has the shares w·C.
+The matrix C (sources x labels) holds the fraction of each source's segments that have each label;
+a segment may have several labels. A mixture with weights w has the label fractions w·C.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 from train.data.config import DataError
 
 Matrix = Mapping[str, Mapping[str, float]]
-"""Share of segments with a label, from 0 to 1, by source and label."""
+"""Fraction of a source's segments that have a label, from 0 to 1, by source and then by label."""
 
 _PRECISION = 1e4
-"""Ratio of what a missed target costs to what leaving the preferred weights costs."""
+"""Factor of the distance from the targets, where that from the preferred weights has factor 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """Weights that come nearest to wanted label shares.
+    """Weights that come nearest to wanted label fractions.
 
     Attributes:
-        weights: Weight of each source; they sum to 1.
-        shares: Share of each label in the mixture.
-        distance: Largest difference between a wanted share and the mixture's.
+        weights: Weight of each source; all weights sum to 1.
+        shares: Fraction of each label in the mixture with these weights.
+        distance: Maximum difference between the wanted and the reached fraction of a label.
     """
 
     weights: dict[str, float]
@@ -36,11 +36,14 @@ class Solution:
 
 
 def label_shares(weights: Mapping[str, float], matrix: Matrix) -> dict[str, float]:
-    """Share of each label in a mixture, w·C.
+    """Compute the fraction of each label in a mixture, w·C.
 
     Args:
-        weights: Weight of each source.
-        matrix: Label shares of each source.
+        weights: Weight of each source by its name.
+        matrix: Label fractions of each source.
+
+    Returns:
+        Fraction of each label by its name.
     """
     labels = dict.fromkeys(label for shares in matrix.values() for label in shares)
     return {
@@ -52,20 +55,20 @@ def label_shares(weights: Mapping[str, float], matrix: Matrix) -> dict[str, floa
 def solve_weights(
     matrix: Matrix, wanted: Mapping[str, float], near: Mapping[str, float] | None = None
 ) -> Solution:
-    """Weights of sources for wanted label shares: min ‖w·C - t‖ over the simplex.
+    """Find the weights of sources for wanted label fractions: min ‖w·C - t‖ over the simplex.
 
-    Where many weights hit the targets equally well, those nearest to preferred ones are taken. On
-    the simplex w·C - t = w·(C - 1·t), so that the sum constraint only fixes the length of w: the
-    problem is one of nonnegative least squares whose solution is scaled to sum to 1.
+    If many weights reach the targets equally well, those nearest to the preferred weights are
+    chosen. On the simplex w·C - t = w·(C - 1·t), so that the sum constraint only fixes the length
+    of w: the problem is nonnegative least squares, and its solution is scaled to sum to 1.
 
     Args:
-        matrix: Label shares of each source.
-        wanted: Wanted share t of some labels, from 0 to 1.
-        near: Preferred weights; equal ones by default.
+        matrix: Label fractions of each source.
+        wanted: Wanted fraction t of some labels, from 0 to 1, by label.
+        near: Preferred weight of each source, 0 for sources left out; None prefers equal weights.
 
     Raises:
-        DataError: No share is wanted, one is no share or of a label that no source has, or a source
-            is preferred that is not there.
+        DataError: No fraction is wanted, a wanted fraction is not from 0 to 1 or its label is
+            unknown, or `near` names an unknown source.
     """
     from scipy.optimize import nnls  # 0.2 s to import
 
@@ -87,11 +90,11 @@ def solve_weights(
 
 
 def check_wanted(wanted: Mapping[str, float], labels: Iterable[str]) -> None:
-    """Raise a `DataError` for wanted shares that no mixture can have.
+    """Raise a `DataError` if no fraction is wanted, or one is out of range or of an unknown label.
 
     Args:
-        wanted: Wanted share of each label.
-        labels: Labels that there are.
+        wanted: Wanted fraction of each label.
+        labels: Names of the known labels.
     """
     known = dict.fromkeys(labels)
     if not wanted:
@@ -106,15 +109,21 @@ def check_wanted(wanted: Mapping[str, float], labels: Iterable[str]) -> None:
 def with_share(
     weights: Mapping[str, float], category: Sequence[str], share: float
 ) -> dict[str, float]:
-    """Weights in which a category has a given share, and all else is in proportion.
+    """Scale weights so that a category of sources gets a given fraction of the total.
+
+    Inside and outside of the category, the weights keep their proportions.
 
     Args:
-        weights: Weights to begin with.
+        weights: Weight of each source by its name.
         category: Names of the sources of the category.
-        share: Share of the category, from 0 to 1.
+        share: Fraction of the category, from 0 to 1.
+
+    Returns:
+        New weight of each source by its name; all weights sum to 1.
 
     Raises:
-        DataError: The share is none, or sources that should grow have no weight.
+        DataError: A source is unknown, the fraction is not from 0 to 1, or the sources that should
+            get a weight all have weight 0.
     """
     for name in category:
         if name not in weights:

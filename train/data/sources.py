@@ -1,4 +1,4 @@
-"""Where text comes from: a source by its name, with options, as in `--data.corpus`."""
+"""Sources of text by their names, with options, as written in `--data.corpus`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from train.data.tfds_names import TfdsCorpus
 
 
 class Source(Protocol):
-    """Where text comes from: a frozen dataclass whose fields are the options of the source."""
+    """A source of text: a frozen dataclass whose fields are the options of the source."""
 
     def open(self, validation: float, cache: Path) -> Corpus:
-        """The documents of the source.
+        """Open the corpus of this source.
 
         Args:
-            validation: Share of the documents to hold out, if the source has no split of its own.
+            validation: Fraction of the documents to hold out, if the source has no split of its
+                own.
             cache: Folder that prepared corpora are kept in.
 
         Raises:
-            DataError: There is no such corpus, or nothing in it.
+            DataError: The corpus does not exist, or is empty.
         """
         ...
 
@@ -46,8 +47,8 @@ class Files:
     Attributes:
         path: Folder of files, or one file.
         field: Name of the field of records that holds the text.
-        suffixes: Suffixes of the files of a folder that are read, separated by blanks; "" reads
-            records where there are any, else text (`text_files.find_text_files`).
+        suffixes: Suffixes of the files to read in a folder, separated by spaces; "" reads records
+            if the folder has any, else text (`text_files.find_text_files`).
         encoding: Encoding of files without a byte order mark.
     """
 
@@ -80,15 +81,16 @@ SOURCES: dict[str, type[Any]] = {"stdlib": StandardLibrary, "files": Files, "tfd
 
 
 def source_from_text(text: str) -> Source:
-    """The source that `DataConfig.corpus` names.
+    """Parse the text of `DataConfig.corpus` as a source.
 
     Args:
-        text: Name of `SOURCES`, with options in brackets where it has some: "stdlib",
+        text: Name in `SOURCES`, with options in brackets if it has any: "stdlib",
             "tfds(name='lm1b')"; or, for short, "tfds:lm1b" or the path of a folder or file. A
-            folder of the name of a source that needs no options is written "./name".
+            folder with the same name as a source without required options is written "./name".
 
     Raises:
-        DataError: There is no such source or option, or a value has the wrong type.
+        DataError: The text is a mixture, or names an unknown source or option, or a value has the
+            wrong type.
     """
     if re.match(r"mix\s*\(", text):
         raise DataError(f"{text} is a mixture, which pretraining alone takes: name one source")
@@ -109,14 +111,14 @@ def source_from_text(text: str) -> Source:
 
 
 def open_corpus(text: str, validation: float, cache: Path) -> Corpus:
-    """The corpus that `DataConfig.corpus` names.
+    """Open the corpus that `DataConfig.corpus` names.
 
     Args:
         text: Source of the corpus, as `source_from_text` reads it.
-        validation: Share of the documents to hold out, if the source has no split of its own.
+        validation: Fraction of the documents to hold out, if the source has no split of its own.
         cache: Folder that prepared corpora are kept in.
 
     Raises:
-        DataError: There is no such corpus, or nothing in it.
+        DataError: The source is unknown, or its corpus does not exist or is empty.
     """
     return source_from_text(text).open(validation, cache)

@@ -1,4 +1,4 @@
-"""Training or held-out: the split of a document follows from its content alone."""
+"""Assign each document to the training or the held-out split by its content alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _KEY = b"thoughtbubbles: held out"  # keeps the split independent of other uses 
 
 
 def canonical(text: str) -> str:
-    """Text without what two copies of one document may differ in.
+    """Normalise a text, so that copies of one document become equal.
 
-    That is Unicode form (NFC or NFD), line ends, and white space at the ends of lines and text.
+    Unicode becomes NFC, line ends become line feeds, and white space at the ends of lines and of
+    the text is removed.
     """
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
@@ -29,38 +30,38 @@ def digest(text: str) -> bytes:
 
 
 def document_digest(text: str) -> bytes:
-    """Hash of a document, 16 bytes, equal for near-duplicates that are `canonical`ly equal."""
+    """Hash of a document, 16 bytes, equal for documents whose `canonical` texts are equal."""
     return digest(canonical(text) + "\n")
 
 
 def held_out(document: bytes, share: float) -> bool:
-    """Whether a document is held out; other documents of the corpus do not matter.
+    """Whether a document is held out, which depends on the hash of this document alone.
 
     Args:
         document: Hash of the document (`document_digest`).
-        share: Share of all documents that is held out.
+        share: Fraction of all documents that is held out.
     """
     return int.from_bytes(document[:8]) < share * 2**64
 
 
 def split_of(document: str, share: float) -> Literal["train", "validation"]:
-    """Split of a document's text, where `share` of all documents is held out."""
+    """Split of a document by its text; `share` is the fraction of documents that is held out."""
     return "validation" if held_out(document_digest(document), share) else "train"
 
 
 def divide(documents: set[bytes], share: float, corpus: str) -> tuple[set[bytes], set[bytes]]:
-    """Divide documents into the two splits, of which neither is empty.
+    """Divide documents into a training and a held-out split, neither of which is empty.
 
-    A split that `held_out` leaves empty, as it may in a small corpus, gets the document that is
-    nearest to the border.
+    If `held_out` leaves a split empty, as it may in a small corpus, that split gets the document
+    whose hash is nearest to the border between the splits.
 
     Args:
         documents: Hashes of the documents.
-        share: Share of all documents that is held out.
+        share: Fraction of all documents that is held out.
         corpus: Name of the corpus, for the error message.
 
     Returns:
-        Hashes of the training documents, and of the held-out ones.
+        Hashes of the training documents, and hashes of the held-out documents.
 
     Raises:
         DataError: There are fewer than two documents.
@@ -74,7 +75,7 @@ def divide(documents: set[bytes], share: float, corpus: str) -> tuple[set[bytes]
 
 
 def too_few(corpus: str, count: int) -> DataError:
-    """The error of a corpus that cannot be divided."""
+    """Make the error for a corpus with too few documents to hold one out."""
     return DataError(
         f"corpus {corpus} has {count} distinct document{'s' * (count != 1)}, and one must be held "
         "out: add a second file, or point at a longer one"

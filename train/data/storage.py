@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, by one process at a time; files of records."""
+"""Build folders atomically, by one process at a time, and write files of records."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from train.data.config import DataError
 def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
     """Make a folder atomically, unless it exists.
 
-    It is built under another name beside its own and then renamed. A second process that needs the
-    same folder waits for the first one. What a killed process left is removed by the next one.
+    The folder is filled under a temporary name beside its own and then renamed. A second process
+    that needs the same folder waits for the first one. Remains of a killed process are removed.
 
     Args:
         folder: Folder to make.
-        build: Function that fills an empty folder.
+        build: Function that fills the empty folder at the path that it is given.
 
     Returns:
-        Whether the folder was made by this call.
+        Whether this call made the folder.
 
     Raises:
         DataError: The file system refuses (no space, no permission, no locks).
@@ -55,7 +55,10 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
 
 @contextlib.contextmanager
 def record_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """A function that appends a record to a new ArrayRecord file, for reading at random.
+    """Context that opens a new ArrayRecord file, whose records can be read in any order.
+
+    Yields:
+        Function that appends a record to the file.
 
     Raises:
         OSError: The file cannot be written.

@@ -1,4 +1,4 @@
-"""Rows that were packed before, of a corpus or of a mixture, also where their text is gone now."""
+"""Open rows that were packed earlier, of a corpus or a mixture, even if their text is gone."""
 
 from collections.abc import Mapping
 
@@ -12,19 +12,21 @@ from train.data.prepared import stored_rows
 def stored_split(
     config: DataConfig, fingerprint: str, sources: Mapping[str, str], split: Split
 ) -> PackedRows | None:
-    """Rows of a split that were packed before, whatever the corpus or the sources hold now.
+    """Open the rows of a split that were packed earlier, even if their text has changed.
 
     Args:
         config: Corpus or mixture, row length and cache.
-        fingerprint: Fingerprint of the data of a corpus, `PackedData.fingerprint`.
-        sources: Fingerprint of each source of a mixture by its name, `PackedData.sources`.
+        fingerprint: Fingerprint of the data of a corpus (`PackedData.fingerprint`), which a mixture
+            does not use.
+        sources: Fingerprint of each source of a mixture by its name (`PackedData.sources`), which a
+            single corpus does not use.
         split: Split of the rows.
 
     Returns:
-        The rows, or None if the cache lacks them or those of a source.
+        Rows of the corpus, or of all sources of the mixture; None if the cache lacks some of them.
 
     Raises:
-        DataError: The rows are damaged, or the mixture is not written as one.
+        DataError: The rows are damaged, or the text of the mixture has a mistake.
     """
     if not is_mixture(config.corpus):
         return stored_rows(config, fingerprint, split)

@@ -1,4 +1,4 @@
-"""Files as bytes, text and lines: unpacked, decoded, streamed; an error names file and line."""
+"""Stream files as bytes, text or lines, decompressed and decoded; errors name file and line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CHUNK = 1 << 20
 """Number of bytes that are read at once."""
 
 LONGEST_LINE = 1 << 28
-"""Number of characters of a line above which a file is refused: memory is that of a line."""
+"""Maximum number of characters in a line. Files with longer lines are refused, because one line is
+held in memory as a whole."""
 
 
 def _open_plain(path: Path) -> IO[bytes]:
@@ -36,7 +37,7 @@ PACKERS: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
     ".zst": _open_zstd,
 }
-"""How a file is opened whose name ends in this."""
+"""Function that opens a compressed file, by the suffix of the file's name."""
 
 # The mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -49,17 +50,17 @@ _MARKS = (
 
 
 def unpacked_name(name: str) -> str:
-    """Name of a file in lower case, without the suffix of what it is packed with."""
+    """Name of a file in lower case, without the suffix of its compression (see `PACKERS`)."""
     name = name.lower()
     packer = next((suffix for suffix in PACKERS if name.endswith(suffix)), "")
     return name.removesuffix(packer)
 
 
 def file_bytes(path: Path) -> Iterator[bytes]:
-    """Content of a file in chunks, unpacked if its name ends in one of `PACKERS`.
+    """Yield the content of a file in chunks, decompressed if its name ends in one of `PACKERS`.
 
     Raises:
-        DataError: The file is no regular file, cannot be read, or is damaged.
+        DataError: The path is not a regular file, or the file cannot be read or is damaged.
     """
     if path.exists() and not path.is_file():  # a pipe would wait for ever
         raise DataError(f"cannot read {path}: no regular file; name a file")
@@ -73,15 +74,15 @@ def file_bytes(path: Path) -> Iterator[bytes]:
 
 
 def file_text(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    """Text of a file in chunks; line ends stay as they are.
+    """Yield the text of a file in chunks; line ends stay as they are.
 
     Args:
         path: Path of the file.
-        encoding: Encoding of a file that has no byte order mark; a mark of UTF-8, UTF-16 or UTF-32
-            is obeyed and left out.
+        encoding: Encoding of a file without a byte order mark. A mark of UTF-8, UTF-16 or UTF-32
+            takes precedence, and is removed from the text.
 
     Raises:
-        DataError: The file cannot be read, or is not text in this encoding.
+        DataError: The file cannot be read, is not text in its encoding, or has a NUL byte.
     """
     decoder = None
     line = 1
@@ -117,9 +118,10 @@ def _not_text(path: Path, encoding: str, why: UnicodeDecodeError | str, line: in
 
 
 def file_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    r"""Lines of a file without their ends, which are \n, \r\n or \r; a blank last line is none.
+    r"""Yield the lines of a file without their line ends, which are \n, \r\n or \r.
 
-    Other line separators of Unicode are text, as in JSON.
+    The text after the last line end is a line only if it is not empty. Other line separators of
+    Unicode are part of a line, as in JSON.
 
     Args:
         path: Path of the file.

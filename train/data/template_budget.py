@@ -1,7 +1,7 @@
-"""The budget of a chat template: steps of work, and the texts and integers that take them.
+"""Budget of a chat template: count its steps of work, and limit its texts and integers.
 
-Every step is counted, so that a template fails on every machine or on none. A clock of `SECONDS`
-stands behind, for work that the counting misses.
+Every step is counted, so that a template fails on every machine or on none. A limit of `SECONDS` of
+CPU time stops work that the counts miss.
 """
 
 import contextlib
@@ -16,15 +16,17 @@ from typing import Any
 from jinja2.utils import Namespace
 
 BASE = 400_000
-"""Steps of a template on an empty conversation; 8 characters of text take one step."""
+"""Number of steps allowed for an empty conversation; 8 characters of text cost one step."""
 PER_CHARACTER = 16
-"""Steps more for each character of the conversation as JSON."""
+"""Number of further steps allowed for each character of the conversation as JSON."""
 COPIED = 128
-"""Bytes of text that one step copies unread: `+` and `~` of a text that a loop gathers."""
+"""Number of bytes of text that `+` and `~` copy for one step."""
 GATHERINGS = 4
-"""Times that a message may copy a text of the conversation's length, besides the steps."""
+"""Number of copies of the whole conversation that each message may make at one step per copy, since
+a loop that builds up a text copies all of it for each message."""
 KEPT = 2**26
-"""Bytes of such copies that may be kept at a time; more where the conversation is long."""
+"""Number of bytes of copied text after which copies that are no longer used are discounted. If more
+than half of it is still in use, the template fails; long conversations may use more."""
 BITS = 256  # of an integer
 WIDTH = 10_000  # of a padded text, and of what else a filter takes a number for
 SECONDS = 20.0  # of CPU time
@@ -34,7 +36,7 @@ _WIDTHS = re.compile(r"[#0\- +]*(\*|[0-9]*)(?:\.(\*|[0-9]*))?[hlL]?")
 
 
 class TemplateLimitError(Exception):
-    """A template asks for more than its limits; one line."""
+    """A template exceeds a limit; the message is one line."""
 
 
 class Budget:
@@ -51,7 +53,7 @@ class Budget:
         self._until, self._charges = time.thread_time() + SECONDS, 0
 
     def _measure(self, value: Any) -> int:
-        """Size of an input, a tree; those of its objects and lists are kept."""
+        """Compute the size of an input, a tree, and keep the sizes of its objects and lists."""
         if not isinstance(value, dict | list):
             return self.size(value)
         inner = [*value, *value.values()] if isinstance(value, dict) else value
@@ -67,16 +69,17 @@ class Budget:
             raise TemplateLimitError(f"{why} takes more than the {SECONDS:.0f} s it may take")
 
     def copy(self, size: int, why: str) -> None:
-        """Take the copies of a text of so many bytes, which may be one that a loop gathers."""
+        """Charge for copying a text of `size` bytes: one step while `GATHERINGS` allows it."""
         gathered = size <= min(self._longest, self._gathered)
         self._gathered -= size * gathered
         self.charge(1 if gathered else 1 + size // COPIED, why)
 
     def keep(self, text: str, why: str) -> None:
-        """Count a copy, until nothing but this budget holds it; held copies are looked for seldom.
+        """Count the memory of a copied text, as long as the template still uses the text.
 
-        A loop that gathers its text drops the last copy at each message; one that puts copies into
-        a list could fill the memory in few steps.
+        A loop that builds up a text drops the last copy at each message; a loop that puts copies
+        into a list could fill the memory in few steps. Which copies are in use is only checked when
+        all copies together exceed a limit.
         """
         size = sys.getsizeof(text)
         if size <= COPIED:
@@ -90,7 +93,7 @@ class Budget:
         self._copies[id(text)] = text
 
     def size(self, value: Any) -> int:
-        """Steps that it takes to print, compare or hash a value, counted up to those left."""
+        """Count the steps to print, compare or hash a value; stops above the steps left."""
         if isinstance(value, str):
             return 1 + len(value) // 8
         found, stack = 0, [value]
@@ -116,7 +119,7 @@ class Budget:
 
 
 def _shared(texts: list[str]) -> dict[int, str]:
-    """Those of some texts that others hold too, by their ids."""
+    """Texts that are referenced from elsewhere too, by their `id()`."""
     texts.append("".join(("al", "one")))
     counts = [sys.getrefcount(text) for text in texts]
     # A copy that is still in the budget's own dictionary has one reference more than the last text.
@@ -125,7 +128,7 @@ def _shared(texts: list[str]) -> dict[int, str]:
 
 
 def top(value: Any) -> int:
-    """Steps that it takes to go through a value without what it holds."""
+    """Count the steps to go through a value's items or characters, without the items' contents."""
     if isinstance(value, str):
         return 1 + len(value) // 8
     sized = isinstance(value, list | tuple | dict | set | frozenset | range) or _is_view(value)
@@ -142,11 +145,11 @@ _budget: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
 
 @contextlib.contextmanager
 def limited(variables: Mapping[str, Any], characters: int) -> Iterator[None]:
-    """A budget for what is compiled and rendered inside.
+    """Context with a new budget for the templates that are compiled and rendered inside.
 
     Args:
-        variables: Plain values that the template gets.
-        characters: Their length as JSON.
+        variables: Plain values that the template gets, by name.
+        characters: Number of characters of these values as JSON.
     """
     token = _budget.set(Budget(variables, characters))
     try:
@@ -160,12 +163,12 @@ def budget() -> Budget:
 
 
 def make(characters: int, why: str) -> None:
-    """Take the steps of a text that is about to be made."""
+    """Charge the budget for a text of some number of characters, before it is made."""
     budget().charge(characters // 8, f"{why}, a text of {characters:,} characters,")
 
 
 def copy(texts: Iterable[str], why: str) -> None:
-    """Take the steps of texts that are put together unread."""
+    """Charge the budget for copying some texts into one."""
     budget().copy(sum(map(sys.getsizeof, texts)), why)
 
 
@@ -185,12 +188,12 @@ def check_bits(bits: int, text: str) -> None:
 
 
 def measure_replace(text: str, old: Any = "", new: Any = "", *_: Any, **__: Any) -> None:
-    """Measure `text.replace(old, new)` before it is made."""
+    """Charge the budget for `text.replace(old, new)` before it is computed."""
     make(len(text) + text.count(str(old)) * len(str(new)), "replace")
 
 
 def measure_percent(text: str, values: Any) -> None:
-    """Measure `text % values` before it is made."""
+    """Charge the budget for `text % values` before it is computed."""
     conversions, widths = 0, 0
     for parts in percent_widths(text):
         conversions += 1
@@ -202,7 +205,7 @@ def measure_percent(text: str, values: Any) -> None:
 
 
 def percent_widths(text: str) -> Iterator[tuple[str, str | None]]:
-    """Width and precision of each conversion, found as Python finds them, in linear time."""
+    """Yield width and precision of each `%` conversion, parsed as Python does, in linear time."""
     at = text.find("%")
     while at >= 0:
         at += 1
@@ -229,7 +232,7 @@ def _format_width(width: str) -> int:
 
 
 def measure_braces(text: str, values: Any) -> None:
-    """Measure `text.format(values)` before it is made."""
+    """Charge the budget for `text.format(values)` before it is computed."""
     fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
     widths = 0
     for _, _, form, _ in fields:

@@ -1,11 +1,11 @@
-"""The sandbox of chat templates: no attribute of Python's own, and a budget of work and memory.
+"""Sandbox of chat templates: no access to Python's internals, and limits of work and memory.
 
-A template comes with weights, so anybody may have written it, and Jinja's sandbox keeps it from
-Python's internals only: `'%999999999d' % 1` would take 7 GB, `9**(9**9)` would never end. Here
-each loop, call, filter, operator and output takes from a budget that grows with the conversation
-(`template_budget`), and what would allocate is measured first. The limits are counted, so that a
-template fails on every machine or on none; a clock of 20 s stands behind, for work that the
-counting misses.
+A template comes with weights, so anybody may have written it. Jinja's sandbox only blocks Python's
+internals: it would still run `'%999999999d' % 1`, which takes 7 GB, and `9**(9**9)`, which never
+ends. Here each loop, call, filter, operator and output uses up a budget that grows with the
+conversation (`template_budget`), and large results are measured before they are made. The limits
+are counts, so that a template fails on every machine or on none. A limit of 20 s of CPU time stops
+work that the counts miss.
 """
 
 import functools
@@ -58,25 +58,29 @@ _DIVIDING = {"odd", "even", "divisibleby"}  # by %, which formats a text
 
 
 def tick(steps: int) -> None:
-    """A turn of a loop, or a call of a macro."""
+    """Charge the budget for a turn of a loop or a call of a macro."""
     budget().charge(steps, "a loop")
 
 
 def seen(value: Any) -> Any:
-    """A value that is compared or looked up."""
+    """Charge the budget for a value that is compared or looked up; returns the value."""
     spent = budget()
     spent.charge(spent.size(value), "a comparison")
     return value
 
 
 def walked(value: Any) -> Any:
-    """A value that a loop goes through, also where a condition skips its items."""
+    """Charge the budget for the items of a loop, also those that a condition skips.
+
+    Returns:
+        The value, unchanged.
+    """
     budget().charge(top(value), "a loop")
     return value
 
 
 def joined(*values: Any) -> str:
-    """`a ~ b`."""
+    """Compute `a ~ b`: join values as text, and charge the budget for it."""
     why = "the operator ~"
     copy((value for value in values if isinstance(value, str)), why)
     return _kept(
@@ -86,7 +90,7 @@ def joined(*values: Any) -> str:
 
 
 def added(*values: Any) -> Any:
-    """`a + b + c`: texts are copied once, as a loop that gathers its text would copy it thrice."""
+    """Compute `a + b + c` and charge the budget for it; texts are joined in one copy."""
     if all(type(value) is str for value in values):
         copy(values, "the operator +")
         return _kept("".join(values), "the operator +")
@@ -127,7 +131,7 @@ _OWN: tuple[Callable[..., Any], ...] = (tick, seen, walked, joined, added)
 
 
 class _Counting(NodeTransformer):
-    """Puts the counters into a template."""
+    """Visitor that inserts the calls that charge the budget into a template."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         node = self._counted(node)
@@ -197,7 +201,7 @@ class _Generation(jinja2.ext.Extension):
 class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja with the conventions of Hugging Face's chat templates, and the limits of this module.
 
-    What it compiles and renders must be inside of `limited`.
+    Templates must be compiled and rendered inside the context `limited`, which sets the budget.
     """
 
     intercepted_binops = frozenset({"-", "*", "**", "//", "%"})
@@ -283,7 +287,7 @@ class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _measure_method(text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Measure `text.name(...)` before it is made."""
+    """Charge the budget for `text.name(...)` before it is computed."""
     if name in _PADS:
         width_of(args[0] if args else 0, name)
     elif name == "replace":
@@ -300,7 +304,7 @@ def _measure_search(text: str, options: Iterable[Any], why: str) -> None:
 
 
 def _measured_filter(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, which takes its steps; large results are measured before they are made."""
+    """Wrap a filter so that it charges the budget, for large results before they are made."""
     passed = hasattr(made, "jinja_pass_arg")  # a context, or the like, comes first
 
     @functools.wraps(made)
@@ -357,7 +361,7 @@ def _measured_test(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
-    """As Hugging Face's: Jinja's own would escape for HTML."""
+    """Write a value as JSON, as Hugging Face's filter does; Jinja's own would escape for HTML."""
     if indent is None and not options:
         return json.dumps(value, ensure_ascii=ensure_ascii)
     width = width_of(indent, "the filter tojson with an indent") + _length(indent)

@@ -1,4 +1,4 @@
-"""Text files to documents: which names count, and where a long text is cut."""
+"""Choose the text files of a folder by their names, and split long texts into documents."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from collections.abc import Iterable, Iterator
 from train.data.streams import unpacked_name
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-"""Suffixes of the text files of a folder that are read, also packed. HTML is left out, since it
-often lies beside the text that it was made from: one could be trained on and the other held out."""
+"""Suffixes of the text files that are read in a folder, also compressed. HTML is left out: it often
+lies beside the text that it was made from, and one could be trained on, the other held out."""
 
 SECTION = 8192
-"""Number of characters after which a lone file is cut at the next blank line."""
+"""Number of characters after which a single file is split at the next blank line."""
 
 WHOLE = 1 << 20
-"""Number of characters up to which a file of a folder is one document; a longer one is cut as a
-lone file is, so that memory does not grow with it."""
+"""Number of characters up to which a file of a folder is one document. A longer file is split after
+each `WHOLE` characters, at the next blank line, so that memory does not grow with the file."""
 
 _BLANK = re.compile(r"\r?\n\r?\n|\r\r")
 _END = re.compile(r"\r\n?|\n")
 
 
 def is_text(name: str) -> bool:
-    """Whether a folder's file of this name is text that belongs to the corpus."""
+    """Whether a file of this name in a folder is text of the corpus, by its suffix."""
     return unpacked_name(name).endswith(TEXT_SUFFIXES)
 
 
 def sections(chunks: Iterable[str], size: int = SECTION) -> Iterator[str]:
-    """Cut a text that has no document boundaries at blank lines.
+    """Split a text without document boundaries into sections at blank lines.
 
-    Sections have `size` to 2·`size` characters (the last one may be shorter); where there is no
-    blank line they end at a line's end, or after `WHOLE` characters where there is none either.
-    Joined, they are the text.
+    A section ends at the first blank line between `size` and 2·`size` characters. Without one it
+    ends at the next line end after `size` characters, or after `WHOLE` characters (at least
+    2·`size`) if there is no line end. The last section may be shorter. Joined, the sections are the
+    text.
 
     Args:
-        chunks: The text in pieces.
-        size: Number of characters after which the text is cut.
+        chunks: Pieces of the text, in order.
+        size: Number of characters after which a section ends at the next blank line.
     """
     text, start = "", 0
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Files that make a corpus: the standard library's own, a folder's, or a lone one."""
+"""Find the files of a corpus: those of Python's standard library, of a folder, or a single file."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class TextFiles:
         name: Name of the corpus in messages.
         root: Folder of the files.
         files: Paths of the files relative to `root`, sorted.
-        lone: Whether the corpus is a single file, which is cut into sections if it is text.
-        held_out: Those of `files` that the corpus itself holds out; empty if it has no such split.
+        lone: Whether the corpus is a single file; if it is text, it is split into sections.
+        held_out: Files among `files` that are the corpus's own held-out split; empty if it has
+            none.
         field: Name of the field of records that holds the text.
         encoding: Encoding of files without a byte order mark.
         passed_over: Number of files of the folder that are not read, by the reason.
@@ -54,7 +55,7 @@ class TextFiles:
 
     @property
     def note(self) -> str:
-        """How many files are read, and which are not."""
+        """Message for people: how many files are read, and how many are skipped and why."""
         return files_note(len(self.files), self.passed_over)
 
     def fingerprint(self) -> str:
@@ -78,7 +79,7 @@ class TextFiles:
         return total.hexdigest()
 
     def documents(self, file: str) -> Iterator[str]:
-        """Documents of one file; those of white space alone are left out.
+        """Read the documents of one file; documents of white space alone are left out.
 
         Args:
             file: Path of the file relative to `root`.
@@ -96,7 +97,7 @@ class TextFiles:
 
 
 def files_note(count: int, passed_over: Mapping[str, int]) -> str:
-    """How many files of a folder are read, and which are not, for people.
+    """Write for people how many files of a folder are read, and how many are skipped and why.
 
     Args:
         count: Number of files that are read.
@@ -112,12 +113,12 @@ def files_note(count: int, passed_over: Mapping[str, int]) -> str:
 
 
 def suffix_of(file: str) -> str:
-    """The suffix of a file, or that it has none, as the reason why it is passed over."""
+    """Suffix of a file, or "without a suffix", as the reason why the file is skipped."""
     return Path(file.lower()).suffix or "without a suffix"
 
 
 def standard_library() -> TextFiles:
-    """The source files of Python's standard library, without its tests.
+    """Find the source files of Python's standard library, without its tests.
 
     Raises:
         DataError: This Python has no source files of its standard library.
@@ -132,22 +133,22 @@ def standard_library() -> TextFiles:
 def find_text_files(
     path: str, field: str = "text", suffixes: str = "", encoding: str = "utf-8"
 ) -> TextFiles:
-    """The files of a folder that make a corpus, or a lone file.
+    """Find the files of a corpus: the files of a folder, or a single file.
 
-    A folder that holds records (JSON Lines, Parquet, Arrow) is a data set: these are read, and the
-    text beside them (README.md) is about them. In another folder, files with a suffix of
-    `text.TEXT_SUFFIXES` are read. Both are found at any depth and behind links; hidden files and
-    folders are left out. A lone file is read whatever its suffix is.
+    A folder that holds records (JSON Lines, Parquet, Arrow) is a data set: only the records are
+    read, because text beside them (README.md) describes them. In another folder, files with a
+    suffix of `text.TEXT_SUFFIXES` are read. Files are found at any depth and behind links; hidden
+    files and folders are left out. A single file is read whatever its suffix is.
 
     Args:
         path: Path of a folder or a file.
         field: Name of the field of records that holds the text.
-        suffixes: Suffixes of the files of a folder that are read, separated by blanks, such as
-            ".txt .jsonl"; "" chooses as said above.
+        suffixes: Suffixes of the files to read in a folder, separated by spaces, such as
+            ".txt .jsonl"; "" chooses as described above.
         encoding: Encoding of files without a byte order mark.
 
     Raises:
-        DataError: The path does not exist, holds no such file, or there is no such encoding.
+        DataError: The path does not exist or has no such file, or the encoding is unknown.
     """
     _check_encoding(encoding)
     root = Path(path).expanduser().absolute()
@@ -185,7 +186,7 @@ def _check_encoding(encoding: str) -> None:
 
 
 def _chooser(found: list[str], suffixes: str) -> tuple[Callable[[str], bool], Callable[[str], str]]:
-    """Whether a file of a folder is read, and the reason for one that is not."""
+    """Return two functions of a file: whether it is read, and the reason if it is not."""
     if suffixes:
         chosen = tuple(suffixes.lower().split())
         named = lambda file: file.lower().endswith(chosen)  # noqa: E731
@@ -225,12 +226,15 @@ def _split_name(file: str) -> str | None:
 def walk_files(
     root: Path, passed: Counter[str], excluded: frozenset[str] = frozenset()
 ) -> list[str]:
-    """Files of a folder at any depth, behind links too, sorted; hidden ones are left out.
+    """List the files of a folder at any depth, also behind links; hidden files are left out.
 
     Args:
-        root: The folder.
-        passed: Counts of what is passed over, by the reason, which are added to.
-        excluded: Names of folders that are left out uncounted.
+        root: Folder to search.
+        passed: Counts of skipped files and folders by the reason; this function adds to them.
+        excluded: Names of folders that are skipped and not counted.
+
+    Returns:
+        Paths relative to the folder, sorted.
     """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()  # a link may lead to a folder that it lies in

@@ -22,14 +22,14 @@ _NAME = re.compile(r"(?P<name>\w+)(/[\w.\-]+)?(:\d+\.\d+\.\d+)?")
 
 
 class TfdsCorpus:
-    """A data set that TFDS knows, in its stored order.
+    """Corpus of a data set of TensorFlow Datasets (TFDS), in its stored order.
 
-    Its own validation split is held out, else its own test split, else a share of its documents
-    by content.
+    The data set's validation split is held out; without one its test split; without either a
+    fraction of the training documents, chosen by a hash of their content.
 
     Args:
         spec: Name of the data set, as tfds:NAME[/CONFIG][:VERSION].
-        validation: Share of the documents to hold out, where the data set has no such split.
+        validation: Fraction of the documents to hold out, if the data set has neither split.
         cache: Folder in whose subfolder `tfds` the data set is looked for first.
 
     Raises:
@@ -72,7 +72,7 @@ class TfdsCorpus:
 
 
 def _open(spec: str, cache: Path):
-    """Builder of a prepared data set, in cache/tfds or where TFDS keeps its data."""
+    """Open the builder of a prepared data set, in cache/tfds or where TFDS keeps its data."""
     import tensorflow_datasets as tfds
 
     name = spec.removeprefix("tfds:")
@@ -122,7 +122,7 @@ def _text_field(spec: str, features) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence TFDS, which announces a download on stdout and draws progress bars."""
+    """Context in which TFDS neither prints to stdout nor draws progress bars."""
     import tensorflow_datasets as tfds
 
     tfds.display_progress_bar(False)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the number of bytes that each token stands for."""
+"""Convert text to token ids and back, with the number of bytes that each token stands for."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a text, without special tokens.
+        """Encode a text as token ids, without special tokens.
 
         Returns:
             Ids [n], int32, and the number of UTF-8 bytes that each stands for [n], int32. The bytes
@@ -66,7 +66,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of token ids; separators and negative ids (padding) are skipped.
+        """Decode token ids to text; separators and negative ids (padding) are skipped.
 
         Raises:
             DataError: An id is not in the vocabulary.
@@ -74,11 +74,11 @@ class Tokenizer(Protocol):
         ...
 
     def to_json(self) -> str:
-        """The tokenizer as the content of a file that `load_tokenizer` reads."""
+        """Return the content of a file from which `load_tokenizer` loads this tokenizer."""
         ...
 
     def to_pretrained(self) -> PretrainedTokenizer:
-        """The tokenizer as a tokenizer.json of the same ids, with the separator before a prompt."""
+        """Convert to a tokenizer with the same ids that puts the separator before a prompt."""
         ...
 
 
@@ -113,13 +113,14 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json of the `tokenizers` library, without its templates, padding and truncation.
+    """Tokenizer of a tokenizer.json file, without the file's templates, padding and truncation.
 
     Args:
         path: Path of the file.
 
     Raises:
-        DataError: The file is no tokenizer.json, or has none of `SEPARATORS`.
+        DataError: The file cannot be read, is not a tokenizer.json, or has no token of
+            `SEPARATORS`.
     """
 
     def __init__(self, path: str | Path):
@@ -180,14 +181,14 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `DataConfig.tokenizer` names.
+    """Load a tokenizer.
 
     Args:
-        spec: "bytes", or the path of a tokenizer.json or of a file that `Tokenizer.to_json` or
-            `pretrained_json` made.
+        spec: Either "bytes", or the path of a tokenizer.json or of a file with the text of
+            `Tokenizer.to_json` or `pretrained_json`.
 
     Raises:
-        DataError: There is no such file, or it has another content.
+        DataError: The file cannot be read, or does not hold a tokenizer.
     """
     text = _BYTES_JSON if spec == "bytes" else _read(spec)
     if text == _BYTES_JSON:
@@ -205,11 +206,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def pretrained_json(tokenizer: PretrainedTokenizer, options: Mapping[str, Any]) -> str:
-    """The content of a file of which `load_tokenizer` makes an equal tokenizer.
+    """Return the content of a file from which `load_tokenizer` loads a pretrained tokenizer.
 
     Args:
         tokenizer: Tokenizer of a pretrained model.
-        options: Other arguments that it was made with.
+        options: Arguments of `PretrainedTokenizer` besides the tokenizer.json, by name.
     """
     stored = {"type": _PRETRAINED, "tokenizer": tokenizer.to_json(), "options": dict(options)}
     return json.dumps(stored)

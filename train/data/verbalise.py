@@ -1,4 +1,4 @@
-"""Responses from traces: the answer alone, the thoughts that lead to it, or both; and back."""
+"""Write solutions as responses, with answer, thoughts or both, and read answers from responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FENCE = re.compile(r"```\w*\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """How an example is solved.
+    """Solution of an example: reasoning and answer.
 
     Attributes:
         thoughts: Reasoning, whose last word is the answer.
@@ -25,15 +25,15 @@ class Trace:
 
 
 def verbalise(trace: Trace, form: Form) -> str:
-    """Text of a response.
+    """Write a solution as the text of a response.
 
     Args:
-        trace: How the example is solved.
-        form: Parts of the response: the "answer" behind an empty thought; the "thoughts" alone,
-            whose last word is the answer; or "both".
+        trace: Solution of the example.
+        form: Parts of the response: "answer" is the answer after an empty thought; "thoughts" is
+            the reasoning alone, whose last word is the answer; "both" is reasoning and answer.
 
     Raises:
-        ValueError: There is no such form.
+        ValueError: The form is unknown.
     """
     if form not in get_args(Form):
         raise ValueError(f"form={form!r}: choose from {', '.join(get_args(Form))}")
@@ -44,15 +44,18 @@ def verbalise(trace: Trace, form: Form) -> str:
 
 
 def answer_in(response: str) -> str:
-    """The answer of a response in any form, without space around it.
+    """Extract the answer from a response in any form, without white space around it.
 
-    That is what stands in the last `<answer>` tags; or else the first line behind the thoughts; or
-    else, where nothing stands behind them, their last word. Where a JSON object begins in the tags
-    or behind the thoughts, in a fence of Markdown or not, the answer is that object, of any number
-    of lines.
+    The answer is the content of the last `<answer>` tags. Without tags it is the first line after
+    the thoughts, or, if nothing follows the thoughts, their last word. If a JSON object begins in
+    the tags or after the thoughts, possibly in a Markdown code fence, the answer is the whole
+    object, of any number of lines.
 
     Args:
-        response: Text of a response, whatever it is.
+        response: Text of a response; any text is allowed.
+
+    Returns:
+        Text of the answer; "" if there is none.
     """
     before, closed, _ = response.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
@@ -66,7 +69,7 @@ def answer_in(response: str) -> str:
 
 
 def _json_object(text: str) -> str:
-    """The JSON object that a text begins with, as it is written; "" where there is none."""
+    """Return the text of the JSON object that a text begins with; "" if there is none."""
     fence = _FENCE.match(text)
     text = text[fence.end() :] if fence else text
     if not text.startswith("{"):

@@ -1,4 +1,4 @@
-"""Which attention the devices of a mesh run, and how it is split over them."""
+"""Choose the attention that the devices of a mesh run, and split it over them."""
 
 from typing import Literal, get_args
 
@@ -16,17 +16,21 @@ PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 
 
 def resolve(config: ArchitectureConfig, mesh: Mesh, attention: Attention) -> Attention:
-    """The attention that a model gets on a mesh, `"auto"` replaced.
+    """Choose the attention of a model on a mesh, with `"auto"` replaced.
 
     Args:
         config: Config of the decoder.
-        mesh: Mesh whose devices run it.
-        attention: `"splash"` for TPUs, `"cudnn"` for NVIDIA GPUs, `"xla"` for all; `"auto"` is the
-            kernel of the mesh's platform, or `"xla"` where there is none: on CPUs, and for what
-            cuDNN can't run (float32, keys wider than it takes, a computer without cuDNN).
+        mesh: Mesh whose devices run the model.
+        attention: `"splash"` for TPUs, `"cudnn"` for NVIDIA GPUs, `"xla"` for all devices. `"auto"`
+            is the kernel of the mesh's platform, or `"xla"` if no kernel fits: on CPUs, for models
+            without kernels, and for what cuDNN can't run (float32, keys that are too wide, a
+            computer without cuDNN).
+
+    Returns:
+        Name of the attention: "xla", "splash" or "cudnn".
 
     Raises:
-        ValueError: There is no such attention, or these devices can't run it for this model.
+        ValueError: The attention is unknown, or these devices can't run it for this model.
     """
     if attention not in get_args(Attention):
         raise ValueError(f"attention={attention!r}: choose one of {', '.join(get_args(Attention))}")
@@ -52,18 +56,18 @@ def resolve(config: ArchitectureConfig, mesh: Mesh, attention: Attention) -> Att
 
 
 def attention_on(mesh: Mesh, attention: Attention) -> Attend:
-    """The function for a resolved attention, for arrays that are sharded over the mesh."""
+    """Return the function of an attention from `resolve`, for arrays sharded over the mesh."""
     if attention == "xla":
         return attend
     return on_mesh({"splash": attend_splash, "cudnn": attend_cudnn}[attention], mesh)
 
 
 def on_mesh(kernel: Attend, mesh: Mesh) -> Attend:
-    """A kernel that XLA can't partition, run by each device on its rows and heads.
+    """Wrap a kernel that XLA can't partition, so that each device runs it on its rows and heads.
 
-    Rows split over `data` and `fsdp`, heads of queries and of keys over `tensor`, as residuals and
-    parameters do, so that nothing moves between devices; only the gradient of the bias, to which
-    all heads contribute, is summed over `tensor`.
+    Rows are split over `data` and `fsdp`, and heads of queries and keys over `tensor`, in the same
+    way as residuals and parameters, so that nothing moves between devices. Only the gradient of the
+    bias, to which all heads contribute, is summed over `tensor`.
     """
     if mesh.size == 1:
         return kernel
@@ -85,7 +89,7 @@ def on_mesh(kernel: Attend, mesh: Mesh) -> Attend:
 
 
 def _cudnn_obstacle(config: ArchitectureConfig) -> str | None:
-    """Why cuDNN's attention can't run the model here, in jax's words."""
+    """Reason why cuDNN's attention can't run the model here, in jax's words; None if it can."""
     try:
         jax.eval_shape(attend_cudnn, *(config.attention_inputs() or ()))
     except (RuntimeError, ValueError) as error:

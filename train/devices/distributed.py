@@ -1,4 +1,4 @@
-"""A run of several processes: how they connect, agree on values and errors, and end."""
+"""Connect the processes of a run, and let them agree on values and errors, and end together."""
 
 import contextlib
 import dataclasses
@@ -30,11 +30,11 @@ class DistributedConfig:
     """How the processes of a run connect; by default there is one process.
 
     Attributes:
-        coordinator: Address host:port at which all processes reach process 0; none for one process.
+        coordinator: Address host:port at which all processes reach process 0; None for one process.
         num_processes: Number of processes of the run.
         process_id: Number of this process, from 0.
-        auto: Whether jax finds these three by itself, as it can in SLURM, Open MPI, Kubernetes and
-            on Cloud TPU.
+        auto: Whether jax finds the three options above by itself, as it can in SLURM, Open MPI,
+            Kubernetes and on Cloud TPU.
         timeout: Seconds to wait for all processes at the start.
         heartbeat: Seconds of silence after which a process counts as dead.
     """
@@ -73,17 +73,20 @@ class DistributedConfig:
 
 @contextlib.contextmanager
 def distributed_context(config: DistributedConfig) -> Iterator[None]:
-    """Context in which this process is one of the processes of a run.
+    """Context that connects this process with the other processes of a run.
 
-    It must be entered before the first use of a device. An exception in the block ends the process
-    at once, with one line and status 2 for a `ValueError` or `OSError`, else 1: jax's own end would
-    wait for the other processes, which may be waiting for this one.
+    With the default config it does nothing. It must be entered before the first use of a device. An
+    exception in the block ends the process within seconds, because jax's own shutdown would wait
+    for the other processes, which may be waiting for this one. A `ValueError`, `OSError` or
+    `RunFailed` prints one line, any other `Exception` also its traceback; the exit status is 2 for
+    a `ValueError` or `OSError` and 1 for any other `Exception`. A process that has waited
+    `config.timeout` seconds for the others at the start ends with one line and status 2.
 
     Args:
         config: Address of the coordinator and number of the processes.
 
     Raises:
-        ValueError: The other processes cannot be found.
+        ValueError: Process 0 cannot be reached, or `auto` finds no cluster that jax knows.
     """
     if config.coordinator is None and not config.auto:
         yield
@@ -240,10 +243,13 @@ def _client() -> Any:
 
 
 def broadcast(value: Any) -> list[Any]:
-    """Values of all processes, by process number; every process must call it.
+    """Gather a value of each process in all processes; every process must call it.
 
     Args:
         value: Value of this process, as JSON can write it; numbers of NumPy are written as floats.
+
+    Returns:
+        Values in the order of the process numbers, as JSON reads them.
     """
     client, number = _client(), next(_rounds)
     topic = f"thoughtbubbles/{number}"
@@ -256,15 +262,17 @@ def broadcast(value: Any) -> list[Any]:
 
 
 def divide(owners: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
-    """Results of pieces of work that the processes divide among them; every process gets all.
+    """Divide pieces of work among the processes, and return all results in every process.
 
-    Every process must call it, with pieces that are equal in all of them.
+    Every process must call it, with the same pieces.
 
     Args:
-        owners: For each piece a number that chooses its process, by the remainder of its division
-            by the number of processes.
-        work: Function of a piece's index. With several processes it returns what JSON can write,
-            and an error of one piece is raised in all.
+        owners: Owner number of each piece; process `owner % number of processes` does the piece.
+        work: Function from the index of a piece to its result. With several processes, results must
+            be what JSON can write, and a `ValueError` or `OSError` is raised in all processes.
+
+    Returns:
+        Results in the order of the pieces.
     """
     if not is_multiprocess():
         return [work(index) for index in range(len(owners))]
@@ -278,13 +286,17 @@ def divide(owners: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
 
 
 def is_mine(owner: int) -> bool:
-    """Whether this process does the work of an owner (`divide`)."""
+    """Whether this process does the pieces of work with this owner number (see `divide`)."""
     return not is_multiprocess() or owner % global_state.num_processes == global_state.process_id
 
 
 @contextlib.contextmanager
 def sync_errors() -> Iterator[None]:
-    """Context in which a `ValueError` or `OSError` of one process raises one in all processes."""
+    """Context in which a `ValueError` or `OSError` of one process raises an error in all.
+
+    Every process must enter it. Processes without an error of their own raise a `ValueError` that
+    names the number of the process that failed.
+    """
     if not is_multiprocess():
         yield
         return
@@ -345,9 +357,10 @@ _GONE = re.compile(
 
 @contextlib.contextmanager
 def ends_when_alone() -> Iterator[None]:
-    """Context in which an error that shows the loss of another process ends this one, in one line.
+    """Context that ends this process if an error in it shows that another process is lost.
 
-    The process ends inside the block, because clean-up around it may wait for the lost process.
+    One line says so, and the exit status is 1. The process ends inside the block, because clean-up
+    outside of it may wait for the lost process.
     """
     try:
         yield
@@ -368,7 +381,7 @@ def _leave_if_alone(error: BaseException) -> None:
 
 
 def _loss(error: BaseException | None) -> str | None:
-    """First line of the error, or of a cause of it, that tells of a lost process; else None."""
+    """First line of the error, or of its cause, that shows a lost process; None if none does."""
     while error is not None:
         line = _first_line(error)
         if _STATUS.match(line) and _GONE.search(str(error)):

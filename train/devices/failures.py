@@ -1,5 +1,5 @@
-"""What ends a run, though its command and its data are right."""
+"""Errors that end a run although its command and its data are right."""
 
 
 class RunFailed(RuntimeError):
-    """A run that can't go on. Commands say so in one line, without a traceback, exit status 1."""
+    """A run can't go on. Commands print the error in one line, without traceback, exit status 1."""

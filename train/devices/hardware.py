@@ -1,4 +1,4 @@
-"""Published facts of chips, for roofline times, memory limits and MFU."""
+"""Published specifications of chips, for roofline times, memory limits and MFU."""
 
 import dataclasses
 import os
@@ -12,16 +12,16 @@ class Chip:
     """One accelerator as JAX sees it (a device).
 
     Attributes:
-        name: Name of the chip in topologies, such as `v5p` of `v5p:4x4x4`.
+        name: Name of the chip in topologies, such as `v5p` in `v5p:4x4x4`.
         kinds: `device_kind` strings of `jax.devices()`.
         flops: Peak bfloat16 matrix FLOP/s, dense, with float32 accumulation.
         memory: Memory that a program can use, in bytes.
         memory_bandwidth: Bandwidth of that memory, in bytes/s.
         link: Bandwidth at which a device sends, in bytes/s: along one dimension of its torus (two
             links, one each way) on a TPU, to the other devices of its host on a GPU.
-        network: Bandwidth at which each device sends to other hosts, in bytes/s. None for a TPU,
-            whose slice is one network, and for cards that belong to no known system, hence have no
-            topology.
+        network: Bandwidth at which each device sends to other hosts, in bytes/s. None for TPUs,
+            whose links connect hosts too, and for cards that are not part of a known system of
+            several hosts, which have no topology here.
     """
 
     name: str
@@ -61,7 +61,7 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`, or None if the table lacks it."""
+    """Find the chip of a `jax.Device.device_kind`; None if `CHIPS` lacks it."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip
@@ -81,7 +81,10 @@ _LIBTPU = {
 
 
 def libtpu_without_tpus() -> None:
-    """Set the environment in which libtpu compiles for TPUs on this machine, which has none."""
+    """Set environment variables so that libtpu compiles for TPUs on a machine without TPUs.
+
+    Variables that are already set keep their values.
+    """
     for variable, value in _LIBTPU.items():
         os.environ.setdefault(variable, value)
 
@@ -89,7 +92,7 @@ def libtpu_without_tpus() -> None:
 def quiet_libtpu() -> None:
     """Keep libtpu silent on a machine without TPUs.
 
-    To be called before JAX lists devices, for which it loads libtpu.
+    It must be called before JAX lists its devices, because JAX then loads libtpu.
     """
     if not (any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))):
         libtpu_without_tpus()

@@ -1,4 +1,4 @@
-"""Memory of devices and of this machine, within the limits of a container."""
+"""Find the memory of devices and of this machine, within the limits of a container."""
 
 import contextlib
 import os
@@ -12,17 +12,18 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def host_bytes() -> int:
-    """Bytes of memory that this process may have: the machine's, or its container's if fewer."""
+    """Total bytes of memory of this machine, or of this process's container if it allows fewer."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _container_limit()
     return machine if limit is None else min(machine, limit)
 
 
 def device_bytes(device: Any) -> int | None:
-    """Bytes of a device's memory, None if it does not say them; a CPU's are the host's.
+    """Total bytes of a device's memory, or None if unknown; for a CPU those of the host.
 
     Args:
-        device: Device of JAX; of one of another process nothing is known.
+        device: Device of JAX. Nothing is known of a device of another process, or of one that is
+            only described.
     """
     if device not in jax.local_devices():  # of another process, or only described
         return None
@@ -31,7 +32,7 @@ def device_bytes(device: Any) -> int | None:
 
 
 def free_bytes() -> int | None:
-    """Bytes that the first device has left, None if it does not say; a CPU's are the host's."""
+    """Free bytes of the first local device, or None if unknown; for a CPU those of the host."""
     device = jax.local_devices()[0]
     stats: dict[str, Any] = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -40,7 +41,7 @@ def free_bytes() -> int | None:
 
 
 def size_text(size: int) -> str:
-    """A size in GiB, or in MiB below one GiB."""
+    """Format a number of bytes in GiB, or in MiB below one GiB."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
@@ -67,6 +68,6 @@ def _container_limit() -> int | None:
 
 
 def _table(path: Path) -> dict[str, str]:
-    """The first two words of each line."""
+    """Read the first two words of each line, as keys and values."""
     lines = map(str.split, path.read_text(encoding="utf-8").splitlines())
     return {words[0]: words[1] for words in lines if len(words) > 1}

@@ -16,18 +16,18 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes of a mesh that split the batch: `data` and `fsdp`, as far as it has them."""
+    """Names of the mesh axes that split the batch: those of `data` and `fsdp` that it has."""
     return tuple(name for name in BATCH_AXES if name in mesh.shape)
 
 
 def is_explicit(mesh: Mesh) -> bool:
-    """Whether shardings over a mesh are part of the types of arrays."""
+    """Whether a mesh has explicit axes, whose shardings are part of the types of arrays."""
     return AxisType.Explicit in mesh.axis_types
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each mesh axis; one of them may be -1, for all that are left.
+    """Number of devices along each mesh axis; one number may be -1, for all remaining devices.
 
     Attributes:
         data: Devices along the axis that splits the batch and replicates parameters.
@@ -42,7 +42,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """Mesh axis of each logical parameter axis (the names in the parameters' `axes` metadata)."""
+    """Mesh axis that splits each logical parameter axis; None leaves the axis whole.
+
+    Parameters name their logical axes in the metadata `axes`.
+    """
 
     layers: str | None = None
     vocab: str | None = "tensor"
@@ -55,16 +58,16 @@ class AxisRules:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A `data x fsdp x tensor` mesh; one device is the 1x1x1 mesh.
+    """Make a `data x fsdp x tensor` mesh; a single device gives a 1x1x1 mesh.
 
     Args:
         config: Number of devices along each axis.
-        devices: Devices of the mesh; None takes the mesh of a surrounding `jax.set_mesh`, whatever
-            its axis types, or else all devices.
+        devices: Devices of the mesh. None returns the mesh of a surrounding `jax.set_mesh`,
+            whatever its axis types; without one it takes all devices.
 
     Raises:
-        ValueError: The product of the sizes is not the number of devices, or sizes are given inside
-            `jax.set_mesh`.
+        ValueError: The product of the sizes is not the number of devices, or `config` is not the
+            default inside `jax.set_mesh`.
     """
     if devices is None and not (around := jax.sharding.get_mesh()).empty:
         if config != MeshConfig():
@@ -95,8 +98,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def check_mesh(mesh: Mesh) -> None:
     """Raise a ValueError for a mesh that the trainer can't shard a run over.
 
+    Its axes must be among `data`, `fsdp` and `tensor`, one of the first two included, and be either
+    all auto or all explicit. Explicit axes `fsdp` and `tensor` must have size 1.
+
     Args:
-        mesh: Mesh of the run, of the trainer's own or of a user's making.
+        mesh: Mesh of the run, made by `make_mesh` or by a user.
     """
     if not batch_axes(mesh) or not set(mesh.shape) <= {*BATCH_AXES, "tensor"}:
         raise ValueError(
@@ -117,7 +123,7 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def check_entered(mesh: Mesh) -> None:
-    """Raise a ValueError outside of the `jax.set_mesh` that explicit axes need.
+    """Raise a ValueError if a mesh has explicit axes and `jax.set_mesh` of it is not entered.
 
     Args:
         mesh: Mesh of the run.
@@ -135,7 +141,7 @@ def check_auto(mesh: Mesh, who: str) -> None:
 
     Args:
         mesh: Mesh of the run.
-        who: What needs auto axes, e.g. "fine-tuning".
+        who: Name of the work that needs auto axes, such as "fine-tuning".
     """
     if is_explicit(mesh):
         raise ValueError(
@@ -154,7 +160,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of the leading axis over `data` and `fsdp`."""
+    """Sharding that splits the leading axis of an array over `data` and `fsdp`."""
     return NamedSharding(mesh, P(batch_axes(mesh)))
 
 
@@ -175,16 +181,22 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 
 
 def state_shardings(state: Any, mesh: Mesh, rules: AxisRules = AxisRules()) -> Any:  # noqa: B008
-    """Shardings of a tree that holds Flax Variables with `axes` metadata; other leaves replicate.
+    """Choose the sharding of each leaf of a tree by the `axes` metadata of its Flax Variables.
+
+    Leaves without this metadata are replicated.
 
     Args:
-        state: Parameters, optimizer state (moments keep their parameter's metadata), or any tree
-            of them; abstract or real.
+        state: Parameters, optimizer state (moments keep the metadata of their parameters), or any
+            tree of them; abstract or real.
         mesh: Mesh of the run.
         rules: Mesh axis of each logical parameter axis.
 
+    Returns:
+        Tree like `state` with a `NamedSharding` for each leaf.
+
     Raises:
-        ValueError: The size of a parameter does not divide over its mesh axis.
+        ValueError: The size of a parameter's axis does not divide over its mesh axis, or a logical
+            axis has no rule.
     """
 
     def of_node(path: Any, node: Any) -> Any:
@@ -221,7 +233,7 @@ def _sharding_of(path, shape, axes, mesh: Mesh, rules: AxisRules) -> NamedShardi
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of arrays, real or abstract, with shardings."""
+    """Count the bytes that one device holds of a tree of sharded arrays, real or abstract."""
     sizes = [
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -230,10 +242,13 @@ def shard_bytes(tree: Any) -> int:
 
 
 def constrain_batch(mesh: Mesh):
-    """A sharding constraint for residuals `[B, S, D]`, which splits the batch alone.
+    """Make a sharding constraint for residuals `[B, S, D]` that splits only the batch.
 
-    Without it XLA may choose to split `D`, at several times the memory. None for one device, and
-    under explicit axes, where types say the same.
+    Without the constraint XLA may choose to split `D`, which takes several times the memory.
+
+    Returns:
+        Function that constrains an array `[B, S, D]`; None for one device, and for explicit axes,
+        under which the types of arrays hold the sharding.
     """
     if mesh.size == 1 or is_explicit(mesh):
         return None
@@ -242,14 +257,14 @@ def constrain_batch(mesh: Mesh):
 
 
 def place(batch: Any, mesh: Mesh) -> jax.Array:
-    """Put a whole NumPy batch `[B, ...]`, known to every process, on the mesh."""
+    """Put a whole NumPy batch `[B, ...]`, known to every process, on the mesh, split by rows."""
     return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), lambda part: batch[part])
 
 
 def put(weights: Any, shardings: Any) -> Any:
-    """Put a tree of whole arrays, known to every process, where a tree of shardings says.
+    """Put a tree of whole arrays, known to every process, on devices by a tree of shardings.
 
-    Arrays that have their sharding already are not copied.
+    Arrays that already have the wanted sharding are not copied.
     """
     if jax.process_count() == 1:
         return jax.device_put(weights, shardings)
@@ -265,16 +280,19 @@ def put(weights: Any, shardings: Any) -> Any:
 
 
 def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Indices of the local rows of a batch, those on this process's devices, ascending `[b]`.
+    """Find the local rows of a batch, which are on this process's devices.
 
-    They need not be contiguous: on a TPU slice a process has a block of the torus. Processes that
-    differ only along `tensor` have the same rows.
+    Local rows need not be contiguous: on a TPU slice a process has a block of the torus. Processes
+    that differ only along `tensor` have the same rows.
+
+    Returns:
+        Indices of the local rows in the batch, ascending `[b]`.
     """
     return rows_on(batch_sharding(mesh).addressable_devices, batch_size, mesh)
 
 
 def rows_on(devices: Iterable[Any], batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Indices of the rows of a batch on some of the mesh's devices, ascending `[b]`."""
+    """Find the rows of a batch on some devices of a mesh; returns ascending indices `[b]`."""
     slices = batch_sharding(mesh).devices_indices_map((batch_size,))
     every = np.arange(batch_size)
     return np.unique(np.concatenate([every[slices[device]] for device in devices]))
