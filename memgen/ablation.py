@@ -1,4 +1,4 @@
-"""Ablations of latent memory: filters for `keep_memory` of generation, which drop some events."""
+"""Ablations of latent memory: filters for `Request.keep_memory` that drop some events."""
 
 import dataclasses
 from typing import Literal
@@ -16,20 +16,21 @@ from memgen.short_repr import ShortRepr
 class ClusterAblation(ShortRepr):
     """Filter for `keep_memory` that drops the memories of one cluster.
 
-    The rule "nearest" drops a memory if the distance of its mean to the cluster's centroid is below
-    `1 - margin` of that to any other centroid. The rule "paper" drops a memory if the centroid is
-    among the `neighbours` nearest, by cosine, of all centroids and token embeddings; where latents
-    lie far from all embeddings every centroid is, so that nearly all memories are dropped, whatever
-    the cluster. Compare with `CountMatchedControl` under either rule.
+    The rule "nearest" drops a memory if its mean latent is closer to the cluster's centroid than
+    `1 - margin` times its distance to every other centroid. The rule "paper" pools all centroids
+    and token embeddings, and drops a memory if the cluster's centroid is among the `neighbours`
+    members of the pool with the highest cosine to its mean latent. Where latents lie far from all
+    embeddings, every centroid is among them, so nearly all memories are dropped whatever the
+    cluster. Under either rule, compare the effect with a `CountMatchedControl`.
 
     Attributes:
         centroids: `[C, D]` float32 centroids (`Clusters.centroids`).
         cluster: Index of the cluster to drop, an int32 scalar.
         margin: Margin of the rule "nearest", a float32 scalar; 0 drops what k-means would assign to
             the cluster.
-        embeddings: `[V, D]` token embeddings of the reasoner for the rule "paper", None for the
-            other.
-        neighbours: Number of neighbours of the rule "paper" (static).
+        embeddings: `[V, D]` float32 token embeddings of the reasoner for the rule "paper"; None
+            for the rule "nearest".
+        neighbours: Number of nearest neighbours that the rule "paper" looks at (static).
     """
 
     centroids: jax.Array
@@ -49,15 +50,16 @@ class ClusterAblation(ShortRepr):
         embeddings: np.ndarray | jax.Array | None = None,
         neighbours: int = 10,
     ) -> "ClusterAblation":
-        """The filter of a cluster.
+        """Make the filter that drops a cluster.
 
         Args:
             clusters: Clusters of memories.
             cluster: Index of the cluster to drop.
             margin: Margin of the rule "nearest", from 0 to 1.
-            rule: Rule by which a memory belongs to the cluster.
-            embeddings: `[V, D]` token embeddings of the reasoner, for the rule "paper" only.
-            neighbours: Number of neighbours of the rule "paper".
+            rule: Rule that decides whether a memory belongs to the cluster: "nearest" or "paper".
+            embeddings: `[V, D]` token embeddings of the reasoner; required by the rule "paper" and
+                refused by the rule "nearest".
+            neighbours: Number of nearest neighbours that the rule "paper" looks at.
 
         Raises:
             ValueError: The cluster or the rule does not exist, the margin is outside of [0, 1], or
@@ -80,12 +82,15 @@ class ClusterAblation(ShortRepr):
         )
 
     def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
-        """Memories to keep, `[B]` bool.
+        """Decide which memories to keep.
 
         Args:
             latents: `[B, K, D]` latents of each memory.
-            valid: `[B, K]` bool, latents that count.
+            valid: `[B, K]` bool, True for real latents and False for unused slots.
             keys: Unused; the filter is deterministic.
+
+        Returns:
+            `[B]` bool, True for memories to keep.
         """
         weight = valid.astype(jnp.float32)[..., None]
         mean = (latents * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1)
@@ -100,7 +105,7 @@ class ClusterAblation(ShortRepr):
         return own >= (1 - self.margin) * other
 
     def drop_rate(self, memories: Memories) -> float:
-        """Share of recorded memories that the filter drops."""
+        """Fraction of recorded memories that the filter drops."""
         keys = jax.random.split(jax.random.key(0), len(memories.latents))
         kept = self(jnp.asarray(memories.latents), jnp.asarray(memories.valid), keys)
         return float(1 - kept.mean())
@@ -111,23 +116,23 @@ class ClusterAblation(ShortRepr):
 class CountMatchedControl(ShortRepr):
     """Filter for `keep_memory` that drops memories at random, as many as an ablation on average.
 
-    Its effect is that of losing any memory; only what an ablation does beyond it is due to the
-    cluster.
+    The control shows the effect of losing arbitrary memories. Only the part of an ablation's effect
+    that exceeds the effect of the control is due to the cluster.
 
     Attributes:
-        rate: Probability of dropping a memory, a float32 scalar; `ClusterAblation.drop_rate` of
-            memories that were recorded without ablation.
+        rate: Probability of dropping a memory, a float32 scalar. To match an ablation, set it to
+            `ClusterAblation.drop_rate` of memories that were recorded without ablation.
     """
 
     rate: jax.Array
 
     @classmethod
     def of(cls, rate: float) -> "CountMatchedControl":
-        """The control with a checked rate; a ValueError outside of [0, 1]."""
+        """Make a control; raise a ValueError if the rate is outside of [0, 1]."""
         if not 0 <= rate <= 1:
             raise ValueError(f"rate={rate}: choose from 0 to 1")
         return cls(jnp.float32(rate))
 
     def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
-        """Memories to keep, `[B]` bool, by one draw from each key of `keys [B]`."""
+        """Return `[B]` bool, True for memories to keep: one random draw per key of `keys [B]`."""
         return jax.vmap(jax.random.uniform)(keys) >= self.rate

@@ -1,4 +1,4 @@
-"""Analysis of latent memory: records of latents, clusters, ranks, nearest tokens."""
+"""Analysis of latent memory: record latents, cluster them, find ranks and nearest tokens."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,23 @@ from memgen.response import NO_DECISION, Response
 from memgen.short_repr import ShortRepr, short_repr
 
 FEW_POINTS = 20
-"""Fewer points have no meaningful neighbourhoods: `embed_2d` projects them instead."""
+"""Minimum number of points for t-SNE; `embed_2d` projects fewer points with PCA instead."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Memories(ShortRepr):
-    """All memories (the latents of an event) of some generations, in the order of recording.
+    """The recorded memories of some generations, in the order of recording.
+
+    A memory is the group of up to `K` latents that one event inserts. `M` is the number of
+    memories.
 
     Attributes:
         latents: `[M, K, D]` float32 latents.
-        valid: `[M, K]` bool, latents that were inserted; kinds of events differ in number.
+        valid: `[M, K]` bool, True for latents that were inserted, False for unused slots: prompt
+            events and later events may insert different numbers of latents.
         tag: `[M]` text, tag of the row that the memory belongs to.
-        position: `[M]` float32, share of the row's new tokens that precede the memory.
-        at_prompt: `[M]` bool, memories before the first new token.
+        position: `[M]` float32, fraction of the row's new tokens that precede the memory.
+        at_prompt: `[M]` bool, True for memories that precede the row's first new token.
     """
 
     latents: np.ndarray
@@ -34,16 +38,18 @@ class Memories(ShortRepr):
     at_prompt: np.ndarray
 
     def means(self) -> np.ndarray:
-        """Mean latent of each memory, `[M, D]` (`sequence_means`)."""
+        """Return the mean of the valid latents of each memory, `[M, D]`."""
         return sequence_means(self.latents, self.valid)
 
 
 class LatentRecorder:
-    """Collects latents and decisions of several batches of generation; saved as one .npz file.
+    """Recorder of the latents and decisions of several batches; it saves them as one .npz file.
+
+    `R` is the number of rows recorded so far, `T` the maximum number of new tokens of a row.
 
     Attributes:
-        decisions: `[R, T]` int8, decision before each new token of all rows so far: -1 none, 0
-            skipped, 1 invoked.
+        decisions: `[R, T]` int8, decision before each new token: -1 none, 0 skipped, 1 invoked.
+            Shorter batches are padded with -1.
         count: `[R]` int32, number of new tokens of each row.
         row_tag: `[R]` text, tag of each row.
     """
@@ -58,12 +64,12 @@ class LatentRecorder:
         """Record one batch of generation.
 
         Args:
-            response: Response of the batch; a latent that is 0 counts as an unused slot.
+            response: Response of the batch. A latent of zeros counts as an unused slot.
             tags: Tag of each row, such as its task, or one tag for all rows.
 
         Raises:
-            ValueError: The number of tags is not that of the rows, or the latents have another
-                shape than those before.
+            ValueError: There is not one tag for each row, or `[K, D]` differs from the latents
+                recorded before.
         """
         latents, points = np.asarray(response.latents, np.float32), np.asarray(response.points)
         count, decisions = np.asarray(response.count), np.asarray(response.decisions)
@@ -89,7 +95,7 @@ class LatentRecorder:
         self.row_tag = np.concatenate([self.row_tag, names])
 
     def memories(self) -> Memories:
-        """All memories so far; a ValueError before the first batch."""
+        """Return all memories so far; raise a ValueError before the first batch."""
         if not self._memories:
             raise ValueError("nothing was recorded: add a batch first")
         fields = [field.name for field in dataclasses.fields(Memories)]
@@ -98,7 +104,11 @@ class LatentRecorder:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write all records to an .npz file."""
+        """Write all records to an .npz file.
+
+        Raises:
+            ValueError: Nothing was recorded, or the name does not end in .npz.
+        """
         np.savez_compressed(
             _npz(path),
             decisions=self.decisions,
@@ -109,7 +119,11 @@ class LatentRecorder:
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentRecorder":
-        """Read a file of `save`; more batches may be added."""
+        """Read a file that `save` wrote; more batches may be added.
+
+        Raises:
+            ValueError: The name does not end in .npz, or the file does not hold recorded latents.
+        """
         recorder = cls()
         with np.load(_npz(path), allow_pickle=False) as saved:
             names = [field.name for field in dataclasses.fields(Memories)]
@@ -133,7 +147,7 @@ def _npz(path: str | Path) -> Path:
 
 
 def sequence_means(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Mean `[M, D]` of the latents `[M, K, D]` that are `valid [M, K]`; 0 where none is."""
+    """Mean `[M, D]` over the latents `[M, K, D]` that are `valid [M, K]`; 0 if none is valid."""
     weight = np.asarray(valid, np.float32)[..., None]
     return (np.asarray(latents) * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
 
@@ -141,9 +155,9 @@ def sequence_means(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
 def effective_rank(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Effective rank `[M]` of each memory's latents `[M, K, D]` (Roy & Vetterli 2007).
 
-    It is the exponential of the entropy of the singular values, normalised to sum 1: from 1 (all
-    latents are multiples of one) to K, and 0 if all latents are 0. Only latents that are
-    `valid [M, K]` count.
+    The singular values of a memory's valid latents are normalised to sum 1; the effective rank is
+    the exponential of their entropy. It ranges from 1 (all latents are multiples of one vector) to
+    `K`, and is 0 if all latents are 0. Only latents that are `valid [M, K]` count.
     """
     shown = np.where(np.asarray(valid)[..., None], latents, 0)
     values = np.linalg.svd(shown.astype(np.float64), compute_uv=False)
@@ -154,12 +168,12 @@ def effective_rank(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 class Clusters(NamedTuple):
-    """K-means of mean latents; cluster 0 is the largest.
+    """K-means clusters of the mean latents of `M` memories, largest cluster first.
 
     Attributes:
         centroids: `[C, D]` float32 cluster centers.
         labels: `[M]` int32, cluster of each memory.
-        silhouette: Silhouette score, from -1 to 1; clusters are hardly separated below 0.2.
+        silhouette: Silhouette score, from -1 to 1; below 0.2, clusters are hardly separated.
     """
 
     centroids: np.ndarray
@@ -170,7 +184,7 @@ class Clusters(NamedTuple):
 
 
 def cluster(means: np.ndarray, clusters: int = 4, seed: int = 0) -> Clusters:
-    """K-means of mean latents. Needs scikit-learn.
+    """Cluster mean latents with k-means. Needs scikit-learn.
 
     Args:
         means: `[M, D]` mean latents (`sequence_means`).
@@ -178,7 +192,8 @@ def cluster(means: np.ndarray, clusters: int = 4, seed: int = 0) -> Clusters:
         seed: Seed of the initial centroids.
 
     Raises:
-        ValueError: There are fewer than 2 clusters, or no more different means than clusters.
+        ValueError: `clusters` is below 2 or not below the number of distinct means, or
+            scikit-learn is missing.
     """
     different = len(np.unique(means, axis=0))
     if not 2 <= clusters < different:
@@ -199,16 +214,21 @@ def cluster(means: np.ndarray, clusters: int = 4, seed: int = 0) -> Clusters:
 
 
 def embed_2d(means: np.ndarray, seed: int = 0) -> tuple[np.ndarray, Literal["t-SNE", "PCA"]]:
-    """Two-dimensional embedding of mean latents. Needs scikit-learn.
+    """Embed mean latents in two dimensions, for a scatter plot. Needs scikit-learn.
 
-    Distances between far groups of a t-SNE embedding have no meaning.
+    In a t-SNE embedding, distances between groups that are far apart have no meaning.
 
     Args:
         means: `[M, D]` mean latents (`sequence_means`).
         seed: Seed of t-SNE.
 
     Returns:
-        Points `[M, 2]`, and the method: t-SNE, or PCA for fewer than `FEW_POINTS` means.
+        Points `[M, 2]`, and the method's name: "PCA" for fewer than `FEW_POINTS` means, else
+        "t-SNE".
+
+    Raises:
+        ValueError: There are fewer than two means, the means are narrower than 2, or scikit-learn
+            is missing.
     """
     if len(means) < 2 or means.shape[1] < 2:
         raise ValueError(f"means of shape {list(means.shape)}: give two or more of width 2 or more")
@@ -221,11 +241,11 @@ def embed_2d(means: np.ndarray, seed: int = 0) -> tuple[np.ndarray, Literal["t-S
 
 
 class Neighbours(NamedTuple):
-    """Nearest tokens of `N` latents, nearest first.
+    """The `k` nearest tokens of each of `N` latents, nearest first.
 
     Attributes:
         ids: `[N, k]` int32 token ids.
-        cosine: `[N, k]` float32 cosine similarities; a token with one near 0 explains nothing.
+        cosine: `[N, k]` float32 cosine similarities. A token with a cosine near 0 explains nothing.
         norm_ratio: `[N]` float32, norm of each latent divided by the mean norm of embeddings.
     """
 
@@ -237,16 +257,19 @@ class Neighbours(NamedTuple):
 
 
 def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5) -> Neighbours:
-    """Tokens whose embeddings are most similar to latents, by cosine.
+    """Find the tokens whose embeddings have the highest cosine similarity to each latent.
 
-    There is always a nearest token, even for latents that are far from all: in the weights that
-    MemGen's authors published no cosine exceeds 0.1, and latents are 60 times as long as
-    embeddings. Look at `cosine` and `norm_ratio` before the tokens.
+    There is always a nearest token, even for latents that are far from every embedding: in the
+    weights that MemGen's authors published no cosine exceeds 0.1, and latents are 60 times as long
+    as embeddings. Look at `cosine` and `norm_ratio` before the tokens.
 
     Args:
         latents: `[N, D]` latents.
         embedding_table: `[V, D]` token embeddings.
-        k: Number of tokens of each latent.
+        k: Number of tokens to find for each latent.
+
+    Raises:
+        ValueError: `k` is below 1 or above `V`.
     """
     if not 1 <= k <= len(embedding_table):
         raise ValueError(f"k={k} of {len(embedding_table)} tokens: choose from 1 to all of them")
@@ -268,10 +291,10 @@ class InvocationHistogram(NamedTuple):
     """Number of decisions of the trigger, by tag and position in the response.
 
     Attributes:
-        edges: `[bins + 1]` positions of the bins' edges, as shares of the response.
-        queried: `[bins]` int64 of each tag, number of decisions of either kind.
-        invoked: `[bins]` int64 of each tag, number of decisions to invoke the weaver.
-        rows: Number of responses of each tag.
+        edges: `[bins + 1]` positions of the bins' edges, as fractions of the response's length.
+        queried: Dict from tag to `[bins]` int64, number of decisions (to skip or to invoke).
+        invoked: Dict from tag to `[bins]` int64, number of decisions to invoke the weaver.
+        rows: Dict from tag to the number of responses with the tag.
     """
 
     edges: np.ndarray
@@ -285,13 +308,16 @@ class InvocationHistogram(NamedTuple):
 def invocation_histogram(
     decisions: np.ndarray, count: np.ndarray, tags: Sequence[str] | np.ndarray, bins: int = 20
 ) -> InvocationHistogram:
-    """Histogram of decisions over the response; a decision before token j of n is at j/n.
+    """Count decisions by position in the response: a decision before token j of n is at j/n.
 
     Args:
         decisions: `[R, T]` int8 decisions (`LatentRecorder.decisions`).
         count: `[R]` int32, number of new tokens of each row (`LatentRecorder.count`).
         tags: `[R]`, tag of each row (`LatentRecorder.row_tag`).
-        bins: Number of bins.
+        bins: Number of equally wide bins.
+
+    Raises:
+        ValueError: `bins` is below 1.
     """
     if bins < 1:
         raise ValueError(f"bins={bins}: choose 1 or more")
@@ -308,15 +334,15 @@ def invocation_histogram(
 
 
 class CenterDistance(NamedTuple):
-    """Mean distance between centers of two kinds, pair by pair.
+    """Distances between the centers of two kinds, averaged over invocations.
 
     Attributes:
-        euclidean: Euclidean distance, as in the paper; it mostly measures length where one kind is
-            much longer than the other.
-        cosine: Cosine distance (1 minus the cosine), independent of length; it is small for all
-            pairs that share a direction.
-        whitened: Euclidean distance of the centers at length 1, whitened by the covariance of all
-            of them, independent of length and of a shared direction.
+        euclidean: Euclidean distance, as in the paper. Where one kind's centers are much longer
+            than the other's, it mostly measures length.
+        cosine: Cosine distance (1 minus the cosine), independent of length. It is small whenever
+            the two centers share a direction.
+        whitened: Mahalanobis distance of the centers scaled to length 1, under the covariance of
+            the scaled centers of all kinds. It is independent of length and of a shared direction.
     """
 
     euclidean: float
@@ -325,16 +351,20 @@ class CenterDistance(NamedTuple):
 
 
 def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str], CenterDistance]:
-    """Distances of every pair of kinds, such as latents, context, and a replayed success.
+    """Measure the distances between every two kinds of vectors, such as latents and context.
 
-    The covariance is shrunk (Ledoit & Wolf 2004), as there may be fewer centers than dimensions.
-    Needs scikit-learn.
+    The covariance of the whitened distance is shrunk (Ledoit & Wolf 2004), because there may be
+    fewer centers than dimensions. Needs scikit-learn.
 
     Args:
-        centers: `[M, D]` means of each kind, of the same M invocations in the same order.
+        centers: Dict from a kind's name to its centers, `[M, D]`: row `m` is the mean vector of the
+            kind at invocation `m`. All kinds have the same `M` invocations in the same order.
+
+    Returns:
+        Dict from each pair of names, in the order of `centers`, to the distances of the pair.
 
     Raises:
-        ValueError: There are fewer than two kinds, or their shapes differ.
+        ValueError: There are fewer than two kinds, their shapes differ, or scikit-learn is missing.
     """
     shapes = {name: list(np.shape(rows)) for name, rows in centers.items()}
     if len(centers) < 2 or len({tuple(shape) for shape in shapes.values()}) > 1:
@@ -355,7 +385,7 @@ def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str],
 
 
 def unit_rows(rows: Any) -> Any:
-    """Rows (NumPy or JAX) scaled to length 1; a row of zeros stays zero."""
+    """Scale rows (last axis, NumPy or JAX) to length 1; a row of zeros stays zero."""
     return rows / ((rows * rows).sum(axis=-1, keepdims=True) ** 0.5).clip(1e-30)
 
 

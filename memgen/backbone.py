@@ -12,15 +12,16 @@ Self = TypeVar("Self", bound="DecoderBackbone")
 class DecoderBackbone(Protocol):
     """A causal decoder over rows of vectors.
 
-    The vectors of a row stand at its first positions, without holes, and what is appended takes the
-    next ones; so no position is passed. Any split of a row into calls of `extend` gives the hidden
-    states that one call of `hidden_states` gives. Implementations are pytrees (an `nnx.Module` is
-    one), and all methods are traced.
+    The vectors of a row occupy positions 0, 1, ... without holes, and appended vectors occupy the
+    next positions, so positions are normally not passed. Any split of a row into calls of `extend`
+    gives the hidden states that one call of `hidden_states` gives. Implementations are pytrees
+    (such as an `nnx.Module`), and all methods are traced.
 
-    A decoder may have a method `extend_keeping(cache, x, length, kept)` and a true static attribute
-    `can_forget`: `extend`, after which the cache holds the first `kept [B]` of the vectors alone.
-    Then a weaver's queries are computed together with the text before them, and long training
-    texts are read once, over a cache, and not once for each event.
+    Optionally, a decoder has a static attribute `can_forget = True` and a method
+    `extend_keeping(cache, x, length, kept)`. The method returns the same hidden states as `extend`,
+    but a cache that keeps only the first `kept [B]` of the new vectors. With it, a weaver's queries
+    are computed together with the text before them, and long training texts are read once, over a
+    cache, instead of once for each event.
 
     A cache may be any pytree. Axis 0 of each of its arrays indexes the rows, and a scalar belongs
     to all rows, unless the decoder has a method `cache_batch_axes(cache)`, which returns the same
@@ -34,9 +35,10 @@ class DecoderBackbone(Protocol):
     Attributes:
         embed_dim: Width `D` of the vectors.
         vocab_size: Size `V` of the vocabulary.
-        lora_targets: Linear layers that an adapter can be added to, by name: the shape of the stack
-            that holds the layer (`()` for a layer of its own, `(layers,)` for one that blocks hold
-            in a stack), its number of inputs, and its number of outputs.
+        lora_targets: Linear layers that an adapter can be added to: a mapping from a layer's name
+            to `(stack, inputs, outputs)`. `stack` is the shape of the kernel's stacked leading axes
+            (`()` for a single layer, `(layers,)` for layers that are stacked over blocks), `inputs`
+            and `outputs` are the layer's numbers of inputs and outputs.
     """
 
     @property
@@ -49,20 +51,20 @@ class DecoderBackbone(Protocol):
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]: ...
 
     def apply_lora(self: Self, adapter: Mapping[str, Any]) -> Self:
-        """The decoder with adapters, over the same arrays.
+        """Return a copy of the decoder with adapters, which shares the decoder's arrays.
 
         Args:
-            adapter: Adapters by the name of a linear layer; the layer's output of `x` becomes its
-                own output plus `adapter[name](x)`.
+            adapter: Adapters by the name of a linear layer. For an input `x`, the adapted layer
+                returns its unadapted output plus `adapter[name](x)`.
         """
         ...
 
     def for_decoding(self: Self) -> Self:
-        """The decoder in the form that decodes fastest; called once, before the loop."""
+        """Return this decoder in the form that decodes fastest; called once before the loop."""
         ...
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Embeddings `[..., T, D]` of token ids `[..., T]` int32."""
+        """Embed token ids `[..., T]` int32 as vectors `[..., T, D]`."""
         ...
 
     def hidden_states(
@@ -73,23 +75,25 @@ class DecoderBackbone(Protocol):
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states `[B, T, D]` after the final norm.
+        """Compute hidden states `[B, T, D]`, after the final norm.
 
         Args:
             x: `[B, T, D]` vectors, padded on the right.
             length: `[B]` int32, number of real vectors of each row; all `T` by default.
-            positions: `[B, T]` int32, position of each vector, together with `visible` in place of
-                `length`. Only weaving in one pass (`latents_see_latents=False`) passes the two.
-            visible: `[B, T, T]` bool, whether a vector (axis 1) attends to another (axis 2).
+            positions: `[B, T]` int32, position of each vector; 0 to `T - 1` by default. It is
+                passed together with `visible` and without `length`, and only where all events are
+                woven in one pass (`latents_see_latents=False`).
+            visible: `[B, T, T]` bool, whether a vector (axis 1) attends to another (axis 2); causal
+                by default.
         """
         ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits `[..., V]` float32 of hidden states `[..., D]`."""
+        """Compute logits `[..., V]` float32 from hidden states `[..., D]`."""
         ...
 
     def init_cache(self, batch: int, max_len: int) -> Any:
-        """An empty cache for `batch` rows of up to `max_len` vectors."""
+        """Make an empty cache for `batch` rows of up to `max_len` vectors."""
         ...
 
     def extend(
@@ -98,10 +102,10 @@ class DecoderBackbone(Protocol):
         """Append vectors to each row.
 
         Args:
-            cache: Cache of the vectors so far; it stays usable.
+            cache: Cache of the vectors so far; it stays usable after the call.
             x: `[B, C, D]` vectors, padded on the right.
-            length: `[B]` int32, number of real vectors of each row; a row of 0 stays as it is.
-            fresh: Static promise that the cache is empty.
+            length: `[B]` int32, number of real new vectors of each row; 0 leaves a row unchanged.
+            fresh: Static promise of the caller that the cache is empty.
 
         Returns:
             Hidden states `[B, C, D]` of the new vectors, and the cache after them.
@@ -124,7 +128,7 @@ METHODS = (
 
 
 def check_backbone(backbone: Any, role: str) -> None:
-    """Raise a ValueError if the object lacks a method of `DecoderBackbone`."""
+    """Raise a ValueError, which names the `role`, unless an object is a `DecoderBackbone`."""
     gives_one = callable(getattr(type(backbone), "backbone", None))  # not an attribute of its own
     if gives_one and backbone.backbone() is not backbone:
         raise ValueError(
@@ -145,14 +149,14 @@ def check_backbone(backbone: Any, role: str) -> None:
 
 
 def cache_batch_axes(decoder: Any, cache: Any) -> Any:
-    """The axis of the rows in each array of a cache, None for an array that all rows share."""
+    """Pytree like `cache` with each array's axis of rows; None for an array that all rows share."""
     if hasattr(decoder, "cache_batch_axes"):
         return decoder.cache_batch_axes(cache)
     return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, cache)
 
 
 def check_cache(decoder: Any) -> None:
-    """Raise a ValueError unless exactly the axis of the rows grows with the number of rows."""
+    """Raise a ValueError if a cache's axes that grow with the batch are not `cache_batch_axes`."""
     mesh = jax.sharding.get_abstract_mesh()  # a cache may name an explicit axis for its rows
     parts = math.prod(mesh.shape[name] for name in mesh.explicit_axes)
     rows = 2 * parts, 3 * parts

@@ -1,4 +1,4 @@
-"""Trained parameters of a MemGen: taken out of one, and loaded into another with every check."""
+"""Trained parameters of a MemGen: extract them from one, and load them into another, checked."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def trained_params(memgen: MemGen) -> dict[Any, Any]:
-    """Parameters of weaver and trigger as a nested dict of arrays, without those of decoders."""
+    """Return the parameters of weaver and trigger, not the decoders', as nested dicts of arrays."""
     check_module(memgen)
     return nnx.to_pure_dict(nnx.state(memgen, TRAINED))
 
@@ -26,15 +26,17 @@ def trained_params(memgen: MemGen) -> dict[Any, Any]:
 def load_params(
     module: Module, params: Mapping[Any, Any], kind: filterlib.Filter = TRAINED
 ) -> Module:
-    """The module with the trained parameters of another one of the same sizes.
+    """Return a copy of a module whose trained parameters are replaced by given ones.
 
     Args:
         module: Module to load into, such as a MemGen.
-        params: Nested dict of arrays, such as that of `trained_params`.
-        kind: Filter of the variables that `params` holds; by default those of weaver and trigger.
+        params: Nested dict of arrays, such as `trained_params` returns.
+        kind: Flax filter that selects the variables to replace, which `params` must hold exactly;
+            by default the parameters of weaver and trigger.
 
     Raises:
-        ValueError: A parameter is missing, unknown, or of another shape or dtype.
+        ValueError: `module` holds no `nnx.Module`, `params` is not a mapping, or a parameter is
+            missing, unknown, or of another shape or dtype.
     """
     check_module(module)
     if not isinstance(params, Mapping):

@@ -10,14 +10,17 @@ from jax.experimental import multihost_utils
 
 
 def on_host(array: Any) -> np.ndarray:
-    """A whole array as NumPy; one that several processes hold parts of is asked for by all."""
+    """Return a whole array as NumPy.
+
+    An array whose parts lie in several processes is gathered, which all of them must call.
+    """
     if not isinstance(array, jax.Array) or array.is_fully_replicated or array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def checked_ids(tokens: Any) -> jax.Array:
-    """Token ids as an array; a ValueError unless they are `[batch, tokens]` of integers."""
+    """Return token ids as an array; raise a ValueError unless they are int `[batch, tokens]`."""
     if not hasattr(tokens, "dtype"):
         given = type(tokens).__name__
         try:
@@ -35,7 +38,7 @@ def checked_ids(tokens: Any) -> jax.Array:
 
 
 def check_config(config: Any, kind: type) -> None:
-    """Raise a ValueError unless a config is of its class."""
+    """Raise a ValueError unless `config` is an instance of `kind`."""
     if not isinstance(config, kind):
         raise ValueError(
             f"config is a {type(config).__name__}: give a {kind.__name__}, such as "
@@ -44,13 +47,13 @@ def check_config(config: Any, kind: type) -> None:
 
 
 def check_rngs(rngs: Any) -> None:
-    """Raise a ValueError unless these are the keys of Flax, `nnx.Rngs`."""
+    """Raise a ValueError unless `rngs` is an `nnx.Rngs` of Flax."""
     if not hasattr(rngs, "params"):
         raise ValueError(f"rngs is a {type(rngs).__name__}: give nnx.Rngs(seed), or nnx.Rngs(key)")
 
 
 def check_stop(stop: Any) -> None:
-    """Raise a ValueError unless these are token ids to stop at."""
+    """Raise a ValueError unless `stop` is a sequence of integer token ids."""
     is_list = not isinstance(stop, str) and hasattr(stop, "__iter__")
     is_id = lambda end: is_whole(end) and not isinstance(end, bool)  # noqa: E731
     if not is_list or not all(map(is_id, stop)):
@@ -58,7 +61,7 @@ def check_stop(stop: Any) -> None:
 
 
 def check_floating(name: str, dtype: Any) -> None:
-    """Raise a ValueError unless a type is of floats: integers would round values to 0."""
+    """Raise a ValueError unless `dtype` is a floating type: integers would round values to 0."""
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
@@ -68,25 +71,25 @@ def check_floating(name: str, dtype: Any) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is one whole number, of Python, NumPy or JAX."""
+    """Whether a value is a scalar integer of Python, NumPy or JAX."""
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return not value.shape and bool(jnp.issubdtype(value.dtype, jnp.integer))
     return hasattr(value, "__index__")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one number, of Python, NumPy or JAX."""
+    """Whether a value is a scalar number of Python, NumPy or JAX."""
     return hasattr(value, "__float__") and not getattr(value, "shape", ())
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise a ValueError unless this is one number."""
+    """Raise a ValueError unless `value` is a scalar number."""
     if not is_number(value):
         raise ValueError(f"{name}={value!r}: give a number")
 
 
 def check_by_token(name: str, values: Any, tokens: Any) -> None:
-    """Raise a ValueError unless there is one value for each token."""
+    """Raise a ValueError unless `values` has the shape of `tokens`."""
     if jnp.shape(values) != jnp.shape(tokens):
         raise ValueError(
             f"{name} of shape {jnp.shape(values)} for tokens of shape {jnp.shape(tokens)}: give "
@@ -95,9 +98,9 @@ def check_by_token(name: str, values: Any, tokens: Any) -> None:
 
 
 def checked_mask(loss_mask: Any, tokens: Any) -> jax.Array:
-    """A loss mask as bool; a ValueError unless it has one entry of bool or integers a token.
+    """Return a loss mask as bool; raise a ValueError unless it has the shape of `tokens`.
 
-    Weights are refused: they would count as tokens and not weigh them.
+    A mask of floats is refused too: as bool, every weight above 0 would count as a whole token.
     """
     check_by_token("a loss mask", loss_mask, tokens)
     dtype = jnp.result_type(loss_mask)
@@ -107,21 +110,21 @@ def checked_mask(loss_mask: Any, tokens: Any) -> jax.Array:
 
 
 def check_decisions(decisions: Any, tokens: Any) -> None:
-    """Raise a ValueError unless there is one decision for each token, of three kinds."""
+    """Raise a ValueError unless `decisions` has the shape of `tokens` and is not bool."""
     check_by_token("decisions", decisions, tokens)
     if jnp.issubdtype(jnp.result_type(decisions), jnp.bool):
         raise ValueError("decisions of type bool: give 1 for invoked, 0 for skipped, -1 for none")
 
 
 def check_rows(rows: int, **values: Any) -> None:
-    """Raise a ValueError unless each of these has one entry a row."""
+    """Raise a ValueError unless the first axis of each value has size `rows`."""
     for name, value in values.items():
         if jnp.shape(value)[:1] != (rows,):
             raise ValueError(f"{name} of shape {jnp.shape(value)} for {rows} rows: give one a row")
 
 
 def check_lengths(length: Any, rows: int, name: str = "length") -> None:
-    """Raise a ValueError unless these are whole numbers, one for each row."""
+    """Raise a ValueError unless `length` is `[rows]` of integers."""
     length = length if hasattr(length, "dtype") else np.asarray(length)
     shape, dtype = length.shape, length.dtype
     if shape != (rows,):
@@ -131,7 +134,7 @@ def check_lengths(length: Any, rows: int, name: str = "length") -> None:
 
 
 def check_module(module: Any) -> None:
-    """Raise a ValueError unless there is a module of Flax NNX in what is given."""
+    """Raise a ValueError unless `module` is or contains an `nnx.Module`."""
     is_module = lambda part: isinstance(part, nnx.Module)  # noqa: E731
     if not any(map(is_module, jax.tree.leaves(module, is_leaf=is_module))):
         raise ValueError(
@@ -140,7 +143,7 @@ def check_module(module: Any) -> None:
 
 
 def check_by_name(name: str, values: Any) -> None:
-    """Raise a ValueError unless these are values by the names of linear layers."""
+    """Raise a ValueError unless `values` is a mapping, from names of linear layers to values."""
     if not hasattr(values, "items"):
         raise ValueError(
             f"{name} is a {type(values).__name__}: give a mapping from names of linear layers"
@@ -148,13 +151,15 @@ def check_by_name(name: str, values: Any) -> None:
 
 
 def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
-    """The shape of an adapter's matrices, multiplied, if they are not those of a linear layer.
+    """Return the shape of an adapter's product `a b` if it does not fit its layer, else None.
 
-    An adapter of other parts is any callable, and one of more axes may have matrices for each row.
+    An adapter without matrices `a` and `b` is an arbitrary callable and always fits. A product with
+    more axes than the layer's kernel may hold a matrix for each row: only its last two axes must
+    match.
 
     Args:
-        low: Adapter, of matrices `a` and `b` or not.
-        target: Stack, inputs and outputs of the layer.
+        low: Adapter, with or without matrices `a [..., inputs, rank]` and `b [..., rank, outputs]`.
+        target: Shape of the layer's stack, its number of inputs, and its number of outputs.
     """
     a, b = (getattr(getattr(low, part, None), "shape", ()) for part in ("a", "b"))
     if len(a) < 2 or len(b) < 2:
@@ -165,7 +170,7 @@ def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
 
 
 def check_width(values: Any, width: int, reader: str) -> None:
-    """Raise a ValueError unless the last axis has the width that its reader was made for."""
+    """Raise a ValueError unless the last axis of `values` has size `width`."""
     if not hasattr(values, "shape"):
         raise ValueError(f"vectors in a {type(values).__name__} for {reader}: give an array")
     if values.shape[-1] != width:

@@ -24,15 +24,16 @@ def _probability(config, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters (arXiv 2106.09685) of scale `alpha / rank`.
+    """Sizes and options of low-rank adapters (LoRA, arXiv 2106.09685).
 
     Attributes:
         rank: Rank r of each adapter.
         alpha: Numerator of the adapters' scale, alpha / rank.
         dropout: Dropout rate on the adapters' input, in training only.
-        targets: Linear layers that get an adapter: a path of `DecoderBackbone.lora_targets`, the
-            last part of one ("q", which names "layers/0/attn/q" and "layers/0/attn/q_proj" too), or
-            a pattern with wildcards ("layers/1?/*", "*_proj").
+        targets: Linear layers that get an adapter, each by its path in
+            `DecoderBackbone.lora_targets`, by the last part of paths ("q" selects every
+            "layers/0/attn/q" and "layers/0/attn/q_proj"), or by a pattern with wildcards
+            ("layers/1?/*", "*_proj").
     """
 
     rank: int = 16
@@ -60,14 +61,14 @@ class WeaverConfig:
 
     Attributes:
         prompt_latents: Number of latents before the first new token (K_p).
-        inference_latents: Number of latents at a later boundary (K_i).
+        inference_latents: Number of latents of each later event, at a boundary (K_i).
         context: Input of the weaver: the reasoner's input "embeddings" (the authors' code), its
             "hidden" states (the paper), or "nothing", which gives the same latents for every text
             (a control known as pause tokens).
-        latents_see_latents: Whether the weaver's context includes earlier latents. Without them all
-            events of a row are woven in one forward pass in training.
+        latents_see_latents: Whether the weaver's context includes earlier latents. If not, training
+            weaves all events of a row in one forward pass.
         match_scale: Whether each latent is normalised and multiplied by a learned gain, whose
-            initial value is the size of a token's embedding.
+            initial value is the root mean square of token embeddings.
         lora: Adapter of the weaver on its backbone.
     """
 
@@ -91,7 +92,7 @@ class WeaverConfig:
 
     @property
     def latents(self) -> int:
-        """`K`, the number of slots of an event of either kind."""
+        """`K`, the number of latent slots of an event: the maximum over both kinds of events."""
         return max(self.prompt_latents, self.inference_latents)
 
 
@@ -103,7 +104,7 @@ class TriggerConfig:
         source: Input of the trigger: the "tokens" without latents, the "stream" of embeddings with
             latents, or the reasoner's hidden state ("reasoner_hidden"; no second forward pass and
             no adapter).
-        init_invoke_prob: Probability of invoking before any training.
+        init_invoke_prob: Probability of invoking the weaver before any training.
         lora: Adapter of the trigger on its backbone.
     """
 
@@ -122,17 +123,20 @@ class TriggerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemGenConfig:
-    """A weaver, a trigger, and where memory may be inserted (arXiv 2509.24704).
+    """Sizes and options of a MemGen: its weaver, its trigger, and its events (arXiv 2509.24704).
+
+    An event is the insertion of latents: one at the start of a response, others at boundaries.
 
     Attributes:
         weaver: Sizes and options of the weaver.
         trigger: Sizes and options of the trigger; None for a model whose trigger is a rule, such as
             `memgen.AlwaysInvoke`.
-        max_inference_events: Largest number of events of a response (N), without the one before its
-            first token.
+        max_inference_events: Maximum number of events of a response (N), not counting the event
+            before its first token.
         insertion: Boundaries of a training text that get latents: the "first" N, or each with
             probability `insertion_prob`, up to N ("random").
-        insertion_prob: Probability of an event at a boundary of a training text, with "random".
+        insertion_prob: Probability of an event at each boundary of a training text, used if
+            `insertion` is "random".
     """
 
     weaver: WeaverConfig = WeaverConfig()
@@ -152,14 +156,14 @@ class MemGenConfig:
 
     @classmethod
     def reference(cls) -> "MemGenConfig":
-        """The config of the authors' code: the weaver on embeddings, the trigger on token ids."""
+        """Return the config of the authors' code: weaver on embeddings, trigger on token ids."""
         lora = LoRAConfig(dropout=0.1)
         weaver = WeaverConfig(match_scale=False, lora=lora)
         return cls(weaver, TriggerConfig("tokens", lora=lora))
 
     @classmethod
     def paper(cls) -> "MemGenConfig":
-        """The config of the paper: both on hidden states, with latents at random boundaries."""
+        """Return the paper's config: weaver and trigger on hidden states, random boundaries."""
         lora = LoRAConfig(dropout=0.1)
         weaver = WeaverConfig(context="hidden", match_scale=False, lora=lora)
         trigger = TriggerConfig("reasoner_hidden", lora=lora)
@@ -167,12 +171,12 @@ class MemGenConfig:
 
     @property
     def events(self) -> int:
-        """`E`, the largest number of events of a response."""
+        """`E`, the maximum number of events of a response, including the one before its text."""
         return 1 + self.max_inference_events
 
     @property
     def max_latents(self) -> int:
-        """The largest number of latents of a response."""
+        """Maximum number of latents of a response, over all its events."""
         return (
             self.weaver.prompt_latents + self.max_inference_events * self.weaver.inference_latents
         )

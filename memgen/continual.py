@@ -1,4 +1,4 @@
-"""Continual learning: train one state through several tasks, and measure what it keeps."""
+"""Continual learning: train one state through several tasks, and measure what it forgets."""
 
 import dataclasses
 import json
@@ -16,14 +16,16 @@ State = TypeVar("State")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ContinualReport(ShortRepr):
-    """Accuracy on every task after every stage; `T` tasks, stage `k` trains task `k`.
+    """Accuracy on every task after every training stage, and the metrics computed from it.
 
-    The formulas count stages and tasks from 1: `R[i, j]` is the accuracy on task `j` after stage
-    `i`, and `R[0, j]` is that before any training. All metrics have the unit of the accuracies.
+    There are `T` tasks, and stage `k` trains on task `k`. The formulas count stages and tasks from
+    1: `R[i, j]` is the accuracy on task `j` after stage `i`, and `R[0, j]` the accuracy before any
+    training. All metrics have the unit of the accuracies. They raise a ValueError until all stages
+    are done.
 
     Attributes:
         tasks: Names of the tasks, in the order of training.
-        accuracy: `[stages done + 1, T]` float64 accuracies; row 0 is that before any training.
+        accuracy: `[stages done + 1, T]` float64 accuracies; row 0 precedes any training.
     """
 
     tasks: tuple[str, ...]
@@ -46,14 +48,14 @@ class ContinualReport(ShortRepr):
 
     @property
     def average_accuracy(self) -> float:
-        """`1/T · Σ_j R[T, j]` (ACC of Lopez-Paz & Ranzato 2017, arXiv 1706.08840)."""
+        """Mean final accuracy `1/T · Σ_j R[T, j]` (ACC of Lopez-Paz & Ranzato 2017, 1706.08840)."""
         return float(self._whole()[-1].mean())
 
     @property
     def backward_transfer(self) -> float:
         """`1/(T−1) · Σ_{j<T} (R[T, j] − R[j, j])` (BWT of Lopez-Paz & Ranzato 2017).
 
-        The mean change of a task's accuracy by the stages after its own, negative for forgetting;
+        Mean change of a task's accuracy between its own stage and the end, negative for forgetting.
         NaN for a single task.
         """
         learned = np.diagonal(self._whole()[1:])
@@ -63,9 +65,9 @@ class ContinualReport(ShortRepr):
     def forward_transfer(self) -> float:
         """`1/(T−1) · Σ_{j>1} (R[j−1, j] − R[0, j])` (FWT of Lopez-Paz & Ranzato 2017).
 
-        The mean change of a task's accuracy by the stages before its own; NaN for a single task.
-        The paper's baseline R[0, j] is a random initialisation. Here it is the state before any
-        training, which for memory in a pretrained model is that model.
+        Mean change of a task's accuracy through the stages before its own; NaN for a single task.
+        In the paper, the baseline R[0, j] is the accuracy of a random initialisation. Here it is
+        the accuracy before stage 1, which for memory in a pretrained model is that model's.
         """
         just_before = np.diagonal(self._whole()[:-1])
         return _mean((just_before - self.accuracy[0])[1:])
@@ -74,8 +76,9 @@ class ContinualReport(ShortRepr):
     def forgetting(self) -> float:
         """`1/(T−1) · Σ_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])` (Chaudhry et al. 2018, 1801.10112).
 
-        The mean fall of a task's accuracy from its best; unlike backward transfer it also counts
-        accuracy that stages before the task's own had given. NaN for a single task.
+        Mean drop of a task's accuracy from its best value after any earlier stage to the end.
+        Unlike in backward transfer, the best may precede the task's own stage. NaN for a single
+        task.
         """
         accuracy = self._whole()
         if len(self.tasks) == 1:
@@ -83,7 +86,10 @@ class ContinualReport(ShortRepr):
         return _mean((accuracy[1:-1].max(axis=0) - accuracy[-1])[:-1])
 
     def markdown(self, digits: int = 2) -> str:
-        """The matrix as a table, each task's own stage in bold, and the metrics of a whole run."""
+        """Format the accuracies and, after the last stage, the metrics as Markdown tables.
+
+        The accuracy on each task after its own stage is in bold.
+        """
         lines = [
             "| after training on | " + " | ".join(self.tasks) + " |",
             "|---|" + "---:|" * len(self.tasks),
@@ -114,7 +120,7 @@ class ContinualReport(ShortRepr):
 
     @classmethod
     def load(cls, path: Path) -> "ContinualReport":
-        """Read a file of `save`; a ValueError for another file."""
+        """Read a file that `save` wrote; raise a ValueError for any other file."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(content["tasks"], content["accuracy"])
@@ -137,13 +143,14 @@ def _mean(values: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Records(Generic[State]):
-    """Files and functions by which a run of several stages is resumed.
+    """A report file, and functions that save and restore states, to resume a stopped run.
 
     Attributes:
-        report: JSON file of the report, written before the first stage and after every one.
-        save: Function that saves the state after a task; it is called again for a task if a run was
-            stopped before the report was written.
-        restore: Function that returns the saved state after a task.
+        report: Path of the report's JSON file, written before the first stage and after every
+            stage.
+        save: Function `save(state, task)` that saves the state after training on a task. If a run
+            stops before the report is written, the resumed run calls it again for that task.
+        restore: Function `restore(task)` that returns the state that was saved after a task.
     """
 
     report: Path
@@ -158,20 +165,25 @@ def run_continual(
     evaluate: Callable[[State, str], float],
     records: Records[State] | None = None,
 ) -> ContinualReport:
-    """Train one state through the tasks in order; evaluate it on all of them after each stage.
+    """Train one state on the tasks in order, and evaluate it on all tasks after each stage.
 
-    With records, a stopped run resumes after its last whole stage, and a finished run returns its
-    report.
+    With records, a stopped run resumes after its last finished stage, and a finished run returns
+    its saved report without training.
 
     Args:
         tasks: Names of the tasks, in the order of training.
         state: State before any training.
         train: Function from a state and a task to the state after training on the task.
         evaluate: Function from a state and a task to the accuracy of the state on the task.
-        records: Files of the run; None for a run that can't be resumed.
+        records: Report file and functions that save and restore states; None for a run that can't
+            be resumed.
+
+    Returns:
+        Report of the accuracies before training and after each stage.
 
     Raises:
-        ValueError: There are no tasks, a task occurs twice, or the report is that of another run.
+        ValueError: There are no tasks, a task occurs twice, or the report file is not a report of
+            these tasks.
     """
     tasks = tuple(tasks)
     if not tasks or len(set(tasks)) < len(tasks):

@@ -1,8 +1,8 @@
-"""Generation interleaved with weaving: one compiled loop, in which every row has events of its own.
+"""Generation interleaved with weaving: one compiled loop, in which rows weave at different steps.
 
-A step decides whether to weave, appends the latents of the rows that weave to the reasoner's live
-cache, then predicts a token. A step in which no row weaves costs nothing for weaving. The prompt's
-event precedes the loop, in all rows at once.
+A step decides which rows weave, appends the latents of these rows to the reasoner's cache, and then
+samples a token in each row. A step in which no row weaves costs nothing for weaving. The event
+before the first token precedes the loop, in all rows at once.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
 
 Progress = Callable[[int, int], None]
 LONGEST_WHOLE = 4096
-"""Number of tokens of a row up to which prompts are read in one pass."""
+"""Maximum length in tokens of prompts that are read in one pass."""
 BLOCK, SMALLEST_BLOCK = 512, 32
-"""Number of tokens of a block of longer prompts, over all rows, and in each row at least."""
+"""Sizes of the blocks in which longer prompts are read: about `BLOCK` tokens over all rows
+together, but at least `SMALLEST_BLOCK` tokens of each row."""
 
 
 def generate(
@@ -49,28 +50,32 @@ def generate(
 ) -> Response:
     """Continue each prompt; a row's text and events do not depend on the rest of its batch.
 
-    Programs are compiled for the longest prompt and the longest text, both rounded up to powers of
-    two; which rows weave when is not part of the program.
+    A program is compiled for each pair of the longest prompt's length and `max_new_tokens`, both
+    rounded up to a power of two of 16 or more. One program serves whichever rows weave, and when.
 
     Args:
         memgen: Model that generates.
         prompts: Token ids of each prompt, at least one.
-        max_new_tokens: Largest number of tokens that are added to a prompt.
+        max_new_tokens: Maximum number of tokens that are added to a prompt.
         policy: Trigger policy, which decides at each boundary whether to weave.
         temperature: Temperature of sampling; 0 takes the most probable token.
         seed: Seed of the sampling noise. A row's key is derived from the seed, the row's prompt and
-            the number of equal prompts before it.
-        stop: Token ids that end a row; the id itself is returned.
-        valid_vocab_size: Number of ids that may be sampled, from 0 on; all ids by default.
-        keep_memory: Filter of events (see `Request`); None keeps the latents of every event.
+            the number of equal prompts before it in the batch.
+        stop: Token ids that end a row. The id that ended a row is part of its new tokens.
+        valid_vocab_size: Number of ids that may be sampled: ids from `valid_vocab_size` on are
+            excluded. By default all ids may be sampled.
+        keep_memory: Filter of events (`Request.keep_memory`); None keeps the latents of every
+            event.
         retriever: Retriever that is queried at each event (`memgen.retrieval.Retriever`), or None.
-        progress: Function that `begin` calls after each block of long prompts.
+        progress: Function that reports on prompts too long to be read in one pass. After each block
+            it is called with the number of tokens of the longest prompt read so far, and of all.
 
     Returns:
-        Response with the new tokens of each prompt and its events.
+        Response with the new tokens and the events of each row.
 
     Raises:
-        ValueError: An argument is out of its range, or the logits of a prompt are NaN.
+        ValueError: An argument is out of its range (see `make_request`), a prompt is empty or holds
+            an id outside of the vocabulary, or a row's logits are NaN.
     """
     request = make_request(
         memgen, max_new_tokens, policy, temperature, stop, valid_vocab_size, keep_memory, retriever
@@ -103,23 +108,24 @@ def begin(
 ) -> Session:
     """Prefill a new session with prompts.
 
-    Rows of more than `LONGEST_WHOLE` tokens are read in blocks, so that a pass takes no memory for
-    arrays of tokens by tokens; not under `jit`.
+    Prompts of more than `LONGEST_WHOLE` tokens (padding included) are read in blocks, so that no
+    array of tokens by tokens is made for a whole row. Under `jit` they are read in one pass.
 
     Args:
         memgen: Model that will respond.
         tokens: `[B, C]` int32 prompts, padded on the right.
         length: `[B]` int32, number of real tokens of each prompt.
         keys: `[B]` random keys, one for each row.
-        max_tokens: Number of tokens that fit into a row, responses included.
-        max_responses: Number of responses whose latents fit into a row.
+        max_tokens: Maximum number of tokens of a row, responses included.
+        max_responses: Maximum number of responses, for whose latents the session has room.
         request: Request whose retriever determines how many retrieved tokens fit into an event;
             None for a session without retrieval.
-        progress: Function of the number of prompt tokens read so far and of all, called after each
-            block of prompts that are read in blocks.
+        progress: Function that is called after each block, if prompts are read in blocks, with the
+            number of tokens of the longest prompt read so far, and of all.
 
     Raises:
-        ValueError: The prompts are longer than `max_tokens`.
+        ValueError: The prompts are longer than `max_tokens`, or `tokens`, `length` or `keys` has a
+            wrong shape or dtype.
     """
     check_memgen(memgen)
     tokens = checked_ids(tokens)
@@ -170,19 +176,21 @@ def replay(
     max_tokens: int,
     max_responses: int = 1,
 ) -> Session:
-    """Prefill a new session with texts and with latents that were woven in them before.
+    """Prefill a new session with texts and with the latents that were woven into them before.
 
-    The caches of weaver and trigger follow when they are needed, as they do in generation.
+    Only the reasoner reads the texts here. Weaver and trigger read them when they are first needed,
+    as in generation.
 
     Args:
         memgen: Model that wove the latents.
         tokens: `[B, C]` int32 texts, padded on the right.
         length: `[B]` int32, number of real tokens of each text.
-        plan: Plan of `E` events with the points of the latents in the texts.
+        plan: Plan of `E` events, which holds the points of the latents in the texts.
         latents: `[B, E, K, D]` latents of each event, as in `Response.latents`.
         keys: `[B]` random keys, one for each row.
-        max_tokens: Number of tokens that fit into a row, texts included.
-        max_responses: Number of responses whose latents fit into a row.
+        max_tokens: Maximum number of tokens of a row, texts included.
+        max_responses: Maximum number of responses, for whose latents the session has room. The
+            responses that are part of the texts count.
 
     Raises:
         ValueError: The texts are longer than `max_tokens`, or the plan does not fit them.
@@ -215,11 +223,12 @@ def observe(memgen: MemGen, session: Session, tokens: AnyArray, length: AnyArray
     Args:
         memgen: Model of the session.
         session: Session to extend; its buffers are donated, so only the result may be used.
-        tokens: `[B, C]` int32, padded on the right.
-        length: `[B]` int32, number of real tokens of each row.
+        tokens: `[B, C]` int32 token ids to append, padded on the right.
+        length: `[B]` int32, number of real tokens to append to each row.
 
     Raises:
-        ValueError: A row would outgrow the session (under `jit` it becomes NaN instead).
+        ValueError: A row would exceed the session's capacity (under `jit` the row becomes NaN
+            instead), or `tokens` or `length` has a wrong shape or dtype.
     """
     check_session(memgen, session)
     tokens = checked_ids(tokens)
@@ -239,8 +248,8 @@ def respond(
 ) -> tuple[Response, Session]:
     """Generate a response in each row, with memory where the policy invokes the weaver.
 
-    The rows keep everything, latents of earlier responses included; to drop those, begin a new
-    session with the text alone.
+    The rows keep all tokens and latents, also the latents of earlier responses. To drop the
+    latents, begin a new session with the text alone.
 
     Args:
         memgen: Model that responds.
@@ -253,8 +262,8 @@ def respond(
         The response, and the session after it.
 
     Raises:
-        ValueError: A row would outgrow the session (under `jit` it becomes NaN instead), or the
-            session was not begun for the request's retriever.
+        ValueError: A row would exceed the session's capacity (under `jit` the row becomes NaN
+            instead), or the session has no room for the snippets of the request's retriever.
     """
     check_session(memgen, session)
     if not isinstance(request, Request):
@@ -273,7 +282,7 @@ def respond(
 
 
 def _most_latents(memgen: MemGen, request: Request) -> Any:
-    """Greatest number of latents that a response adds to a row, a scalar or `[B]`."""
+    """Maximum number of latents that a response adds to a row, a scalar or `[B]`."""
     config = memgen.config
     if isinstance(request.policy, NeverInvoke):
         return 0
@@ -285,9 +294,9 @@ def _most_latents(memgen: MemGen, request: Request) -> Any:
 
 
 def chunk_size(session: Session) -> int:
-    """Number of rows that weave at a time: one of each shard of the batch, which work in parallel.
+    """Number of rows that weave at a time: one row of each shard of the batch, in parallel.
 
-    It is 1 under a trace with automatic axes, where the shards are unknown.
+    It is 1 under a trace with automatic axes, because the shards are unknown there.
     """
     if isinstance(session.count, Tracer):
         return row_shards(session.count)
@@ -371,9 +380,10 @@ def _sample(
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits `[B, V]`, -inf outside the fewest tokens whose probabilities sum to `top_p` or more.
+    """Set logits `[B, V]` to -inf outside of the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
 
-    Holtzman et al. 2020, arXiv 1904.09751. Ties of the last of them stay.
+    The nucleus is the smallest set of most probable tokens whose probabilities sum to `top_p` or
+    more. Tokens that tie with its least probable token belong to it too.
     """
     descending = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(descending, axis=-1)

@@ -19,24 +19,25 @@ def boundary_table(
     delimiters: Sequence[str] = DELIMITERS,
     encode: Callable[[str], Sequence[int]] | None = None,
 ) -> np.ndarray:
-    """Table of flags for `is_boundary`, `[V]` uint8.
+    """Compute, for each token id, the flags from which `is_boundary` tells boundaries.
 
     Args:
         texts: Surface text of each id.
-        mode: Rule for a token that ends a boundary. "suffix": its text ends with a delimiter, in
-            numbers and abbreviations too (the authors' code). "exact_id": it is a delimiter's own
-            token, so that merged tokens are missed (a later revision of that code). "sentence": its
-            text ends with a line break, or with one of . ? ! except a period after a digit, which
-            may be a decimal point.
+        mode: Rule for the tokens after which there is a boundary. "suffix": the token's text ends
+            with a delimiter, also within numbers and abbreviations (the authors' code). "exact_id":
+            the token is one of the ids that `encode` gives for a delimiter, so tokens that merge a
+            delimiter with other text are missed (a later revision of the authors' code).
+            "sentence": the token's text ends with a line break or with one of . ? !, except a
+            period after a digit, which may be a decimal point.
         delimiters: Delimiters of the modes "suffix" and "exact_id".
-        encode: Function from text to ids, for the mode "exact_id".
+        encode: Function from text to token ids, required by the mode "exact_id".
 
     Returns:
-        `[V]` uint8 flags of each id.
+        `[V]` uint8, the flags of each id.
 
     Raises:
-        ValueError: The texts are no texts, the mode is unknown, there is no delimiter or an empty
-            one, or "exact_id" comes without `encode`.
+        ValueError: `texts` is not a list of strings, the mode is unknown, `delimiters` is empty or
+            holds an empty text, or the mode is "exact_id" and `encode` is missing.
     """
     if isinstance(texts, str) or not hasattr(texts, "__len__"):
         raise ValueError(f"texts are a {type(texts).__name__}: give a list, the text of each id")
@@ -76,12 +77,12 @@ def _sentence(text: str) -> int:
 
 
 def is_boundary(table: AnyArray, last: AnyArray, previous: AnyArray) -> jax.Array:
-    """Whether a text is at a boundary.
+    """Whether each text ends at a boundary, bool of the shape of `last`.
 
     Args:
-        table: `[V]` uint8 table of `boundary_table`.
-        last: Int32 ids of any shape, the last token of each text.
-        previous: Int32 ids of the same shape, the token before it.
+        table: `[V]` uint8 flags of each id, as `boundary_table` returns them.
+        last: Last token of each text, int32 ids of any shape.
+        previous: Last token but one of each text, int32 ids of the same shape as `last`.
     """
     here, before = table_rows(table, last), table_rows(table, previous)
     doubtful = (here & UNLESS_AFTER_DIGIT > 0) & (before & DIGIT > 0)

@@ -1,4 +1,4 @@
-"""Events of generation: the trigger decides in some rows, the weaver writes latents into some."""
+"""Events of generation: the trigger decides which rows weave, the weaver writes their latents."""
 
 import dataclasses
 import functools
@@ -21,12 +21,14 @@ from memgen.weaver import Snippets
 
 @dataclasses.dataclass(frozen=True)
 class Decoders:
-    """The decoders in their form for decoding, prepared once before the loop.
+    """Decoders in the form that decodes fastest (`for_decoding`), prepared once before the loop.
 
     Attributes:
-        memgen: Model whose reasoner has that form.
-        weaver: Decoder with the weaver's adapter, or None without latents.
-        trigger: Decoder with the trigger's adapter, or None where it needs no decoder.
+        memgen: Model whose reasoner has the form for decoding.
+        weaver: Decoder with the weaver's adapter, in the form for decoding; None if events have no
+            latents.
+        trigger: Decoder with the trigger's adapter, in the form for decoding; None without a
+            learned trigger, or if the trigger reads the reasoner's hidden states.
     """
 
     memgen: MemGen
@@ -47,9 +49,10 @@ class Loop(ShortRepr):
     """State of the generation loop between two steps.
 
     Attributes:
-        step: Index of the token that the step generates, an int32 scalar.
-        events: `[B]` int32, events of each row so far, the prompt's not counted.
-        done: `[B]` bool, rows that are finished.
+        step: Index of the new token that the next step generates, an int32 scalar.
+        events: `[B]` int32, number of events of each row so far, not counting the event before the
+            first token.
+        done: `[B]` bool, True for finished rows.
         session: Session so far.
         response: Response so far.
     """
@@ -62,7 +65,7 @@ class Loop(ShortRepr):
 
 
 class EventInputs(NamedTuple):
-    """Inputs of an event, by row.
+    """Inputs of one event in each row.
 
     Attributes:
         kind: `[B]` int32, `PROMPT` or `INFERENCE`.
@@ -80,10 +83,11 @@ class EventInputs(NamedTuple):
 def memory_event(
     decoders: Decoders, request: Request, loop: Loop, boundary: jax.Array, kind: int, chunk: int
 ) -> tuple[Loop, jax.Array]:
-    """Decide in the rows that are at a `boundary`, weave in those that invoke the weaver.
+    """Let the policy decide in the rows `boundary [B]`, and weave in the rows that invoke.
 
     Returns:
-        The loop after that, and `[B]` bool, the rows that wove and kept their latents.
+        Loop after the event, and `[B]` bool: True for rows that invoked the weaver and whose
+        latents `keep_memory` kept.
     """
     memgen, invoked = decoders.memgen, jnp.zeros_like(boundary)
     _, decision_keys, event_keys = loop.session.step_keys(loop.step)
@@ -108,7 +112,7 @@ def memory_event(
 def _decide(
     decoders: Decoders, request: Request, session: Session, boundary: jax.Array, keys: jax.Array
 ) -> tuple[Session, jax.Array]:
-    """The session with the trigger's cache up to date, and `[B]` bool: invoke the weaver."""
+    """Decide; return the session with the trigger's cache up to date, and `[B]` bool: invoked."""
     memgen = decoders.memgen
     if not request.policy.learned:
         logits = placed_beside(jnp.zeros((boundary.shape[0], 2)), boundary)
@@ -131,9 +135,10 @@ def _weave(
     kind: int,
     chunk: int,
 ) -> tuple[Loop, jax.Array]:
-    """Weave in the rows `invoked`, `chunk` rows at a time; also the rows that kept their latents.
+    """Weave in the rows `invoked`, `chunk` rows at a time; return the loop and the rows kept.
 
-    The work grows with the rows that weave, not with the batch, unless the chunk is the batch.
+    The work grows with the number of rows that weave, not with the batch (unless `chunk` is the
+    batch). The rows kept, `[B]` bool, are the rows whose latents `keep_memory` did not drop.
     """
     response, batch = loop.response, invoked.shape[0]
     # The trigger's cache is not touched, so it need not go through the loop over chunks.
@@ -163,7 +168,7 @@ def _weave_chunks(
     invoked: jax.Array,
     inputs: EventInputs,
 ) -> tuple[Session, jax.Array, jax.Array]:
-    """`_weave_rows` of one chunk of rows after the other, as long as rows are left that weave."""
+    """Apply `_weave_rows` to one chunk of rows after the other until no row is left to weave."""
     vector = jax.eval_shape(embed, decoders.memgen.reasoner, session.tokens[:, :1])
     slots = decoders.memgen.config.weaver.latents
     axes = session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
@@ -199,7 +204,7 @@ def _weave_rows(
     weaves: jax.Array,
     inputs: EventInputs,
 ) -> tuple[Session, jax.Array, jax.Array]:
-    """An event in the rows that weave: session after it, latents, and the rows that kept them."""
+    """Weave in some rows; return the session, the latents `[R, K, D]`, and the rows kept `[R]`."""
     memgen, weaver = decoders.memgen, decoders.memgen.weaver
     width = weaver.width(inputs.kind)
     if session.weaver is None:
@@ -217,7 +222,7 @@ def _weave_rows(
 def _weave_from_context(
     decoders: Decoders, session: Session, weaves: jax.Array, inputs: EventInputs
 ) -> tuple[jax.Array, Session]:
-    """Latents `[R, K, D]` of the rows that weave, and the session with the weaver up to date."""
+    """Return latents `[R, K, D]`, and the session with the weaver's cache up to date."""
     memgen, weaver = decoders.memgen, decoders.memgen.weaver
     assert session.weaver is not None
     fetch, target = session.weaver_inputs(memgen)
@@ -236,7 +241,7 @@ def _weave_from_context(
 
 
 def _retrieve(memgen: MemGen, retriever: Any, session: Session, invoked: jax.Array) -> Snippets:
-    """Snippets for the rows `invoked`, found on the host."""
+    """Query the retriever on the host for the rows `invoked`."""
     batch = invoked.shape[0]
     shapes = (
         jax.ShapeDtypeStruct((batch, retriever.max_snippet_tokens), jnp.int32),
@@ -250,10 +255,10 @@ def _retrieve(memgen: MemGen, retriever: Any, session: Session, invoked: jax.Arr
 
 
 def apply_if(predicate: jax.Array, update: Callable, state: Any) -> Any:
-    """`update(state)` if the scalar predicate holds, else `state` at no cost.
+    """Return `update(state)` if the scalar predicate holds, else `state` at no cost.
 
-    What `lax.cond` computes, as a `while_loop` of at most one round: XLA updates a loop's carry in
-    place, whereas it may copy caches that pass through a conditional.
+    This is `lax.cond` written as a `while_loop` of at most one round, because XLA updates a loop's
+    carry in place, whereas it may copy caches that pass through a conditional.
     """
     return jax.lax.while_loop(
         lambda carry: carry[0],

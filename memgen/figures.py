@@ -1,4 +1,4 @@
-"""A figure for each analysis of memory; all need matplotlib."""
+"""Figures of the analyses of memory. All need matplotlib and raise a ValueError without it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
@@ -22,12 +22,12 @@ BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
 def clusters_figure(
     points: np.ndarray, method: str, clusters: Clusters, tags: Sequence[str] | np.ndarray
 ) -> "Figure":
-    """Mean latents in the plane, twice: by cluster, and by tag.
+    """Plot the mean latents in two dimensions, coloured by cluster and, beside it, by tag.
 
     Args:
-        points: `[M, 2]` points of `embed_2d`.
-        method: Method of `embed_2d`, for the axes' labels.
-        clusters: Clusters of the memories (`cluster`).
+        points: `[M, 2]` points, as `embed_2d` returns them.
+        method: Name of the embedding method, as `embed_2d` returns it, for the axes' labels.
+        clusters: Clusters of the memories, as `cluster` returns them.
         tags: `[M]`, tag of each memory.
     """
     figure = _figure(9.6, 4.4)
@@ -57,12 +57,12 @@ def clusters_figure(
 
 
 def ranks_figure(ranks: np.ndarray, tags: Sequence[str] | np.ndarray, slots: int) -> "Figure":
-    """Effective rank of each memory by tag, with means.
+    """Plot the effective rank of each memory, one column for each tag, with the tags' means.
 
     Args:
-        ranks: `[M]` effective ranks (`effective_rank`).
+        ranks: `[M]` effective ranks, as `effective_rank` returns them.
         tags: `[M]`, tag of each memory.
-        slots: Number K of latents of a memory, the highest possible rank.
+        slots: Number K of latents of a memory, which is the maximum rank.
     """
     names = sorted(set(map(str, tags)))
     figure = _figure(max(3.6, 1.6 + 1.1 * len(names)), 4.2)
@@ -90,7 +90,7 @@ def ranks_figure(ranks: np.ndarray, tags: Sequence[str] | np.ndarray, slots: int
 
 
 def invocations_figure(histogram: InvocationHistogram) -> "Figure":
-    """Decisions per response by position, one panel for each tag."""
+    """Plot the number of decisions per response by position, one panel for each tag."""
     tags = list(histogram.queried)
     figure = _figure(7.0, 1.2 + 1.6 * len(tags))
     axes = figure.subplots(len(tags), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -114,12 +114,12 @@ def invocations_figure(histogram: InvocationHistogram) -> "Figure":
 def nearest_figure(
     neighbours: Neighbours, texts: Mapping[int, str] | Sequence[str], rows: Sequence[str]
 ) -> "Figure":
-    """A table of nearest tokens, shaded by cosine, and how long each latent is.
+    """Draw a table of the tokens nearest to each latent, shaded by cosine, with the latents' norms.
 
     Args:
-        neighbours: Nearest tokens (`nearest_tokens`).
+        neighbours: Nearest tokens, as `nearest_tokens` returns them.
         texts: Surface text of each token id.
-        rows: Name of each latent.
+        rows: Name of each latent, for the rows' labels.
     """
     count, nearest = neighbours.ids.shape
     figure = _figure(2.6 + 1.15 * nearest, 1.5 + 0.3 * count)
@@ -146,14 +146,16 @@ def ablation_figure(
     score: str,
     dropped: Mapping[str, float],
 ) -> "Figure":
-    """Bars of the score without each cluster, next to that without as many memories at random.
+    """Plot, for each cluster, the score of its ablation beside the score of its random control.
 
     Args:
-        ablated: Score without each cluster, and its standard error, by the cluster's name.
-        control: Score of the control of each cluster, and its standard error.
+        ablated: Dict from a cluster's name to the score without the cluster's memories and the
+            score's standard error.
+        control: Dict from a cluster's name to the score without as many memories at random and the
+            score's standard error.
         baseline: Score with all memories, and its standard error.
-        score: Name of the score with its unit.
-        dropped: Share of memories that each ablation drops.
+        score: Name of the score with its unit, for the axis label.
+        dropped: Dict from a cluster's name to the fraction of memories that its ablation drops.
     """
     figure = _figure(max(5.4, 2.6 + 1.1 * len(ablated)), 4.2)
     axis = figure.subplots()
@@ -174,7 +176,7 @@ def ablation_figure(
 
 
 def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Figure":
-    """Distances of each pair of kinds, one panel for each measure."""
+    """Plot the distances of `center_distances` as bars, one panel for each distance measure."""
     figure = _figure(9.6, 1.5 + 0.45 * len(distances))
     from matplotlib.ticker import MaxNLocator
 
@@ -198,7 +200,7 @@ def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Fi
 
 
 def continual_figure(report: ContinualReport, digits: int = 1) -> "Figure":
-    """Heat map of the accuracy on each task after each stage; a frame marks the stage's task."""
+    """Draw a heat map of each task's accuracy after each stage; a frame marks the task trained."""
     rows, tasks = report.accuracy.shape
     figure = _figure(2.6 + 1.0 * tasks, 1.8 + 0.5 * rows)
     from matplotlib.patches import Rectangle
@@ -235,16 +237,18 @@ def strips_figure(
     text_of: Callable[[int], str],
     rows: Sequence[int] | None = None,
 ) -> "Figure":
-    """Some rows of responses, token by token: bars are latents, a dotted line a memory not taken.
+    """Draw rows of responses token by token, with a bar for each latent where memory is woven.
+
+    A dotted line marks a boundary at which the trigger decided not to weave.
 
     Args:
         responses: Responses to the same prompts, by name.
         prompts: Token ids of the prompt of each row, drawn on grey.
         text_of: Function from a token id to its text.
-        rows: Indices of the rows that are drawn, of each response; by default the first three.
+        rows: Indices of the rows to draw, the same of each response; by default the first three.
 
     Raises:
-        ValueError: A response or the prompts have no such row.
+        ValueError: A row index is outside of the prompts or of a response.
     """
     count = min([len(prompts), *(len(response.tokens) for response in responses.values())])
     rows = range(min(3, count)) if rows is None else rows
@@ -263,7 +267,7 @@ def strips_figure(
 
 
 def _strip(axis: Any, line: int, response: Response, row: int, prompt, text_of) -> None:
-    """One row of a response, on one line of the figure."""
+    """Draw one row of a response on one line of the figure."""
     points, latents = np.asarray(response.points[row]), np.asarray(response.latents[row])
     x = 0.0
     for at, id_ in enumerate([*prompt, *response.texts[row]], -len(prompt)):

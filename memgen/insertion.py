@@ -31,12 +31,13 @@ HASH = 0x01000193  # a prime, the base of polynomial hashes modulo 2**32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan(ShortRepr):
-    """Events of each row, in ascending order.
+    """The events of each row, at most `E`, whose points ascend.
 
     Attributes:
-        point: `[B, E]` int32, index of the token after the latents; -1 for an unused event.
+        point: `[B, E]` int32, index of the token right after the event's latents; -1 for an unused
+            event.
         kind: `[B, E]` int32, `PROMPT` or `INFERENCE`.
-        width: `[B, E]` int32, number of latents; 0 for an unused event.
+        width: `[B, E]` int32, number of latents of the event; 0 for an unused event.
     """
 
     point: jax.Array
@@ -45,11 +46,11 @@ class Plan(ShortRepr):
 
     @classmethod
     def of(cls, point: Int[Array, "B E"], kind: Int[Array, "B E"], config: MemGenConfig) -> Plan:
-        """A plan in which each event has as many latents as the config says for its kind.
+        """Make a plan in which the config determines each event's number of latents by its kind.
 
         Args:
-            point: Index of the token after each event; -1 for an unused event.
-            kind: Kind of each event, `PROMPT` or `INFERENCE`.
+            point: Index of the token right after each event, int32; -1 for an unused event.
+            kind: Kind of each event, `PROMPT` or `INFERENCE`, int32.
             config: Config of the MemGen that weaves.
 
         Raises:
@@ -79,9 +80,9 @@ def _check_ascending(point: np.ndarray) -> None:
 
 
 def check_plan(plan: Plan, tokens: Int[AnyArray, "B L"], slots: int) -> None:
-    """Raise a ValueError unless a plan fits the tokens and events of up to `slots` latents.
+    """Raise a ValueError unless a plan fits `tokens` and has at most `slots` latents per event.
 
-    The number of rows is always checked, widths and points unless they are traced.
+    The number of rows is always checked. Widths and points are checked unless they are traced.
     """
     rows, length = tokens.shape
     if not isinstance(plan, Plan):
@@ -109,7 +110,7 @@ def check_plan(plan: Plan, tokens: Int[AnyArray, "B L"], slots: int) -> None:
 
 
 def stream_index(plan: Plan, length: int) -> Int[Array, "B L"]:
-    """Index of each token in the stream: `phi(i) = i + latents before i`."""
+    """Index of each token in the stream: `phi(i) = i + number of latents before token i`."""
     token = jnp.arange(length)
     before = (plan.point[:, :, None] >= 0) & (plan.point[:, :, None] <= token)
     return token + (plan.width[:, :, None] * before).sum(axis=1)
@@ -118,7 +119,7 @@ def stream_index(plan: Plan, length: int) -> Int[Array, "B L"]:
 def predictor_index(plan: Plan, length: int) -> Int[Array, "B L"]:
     """Index in the stream of the vector whose output predicts each token: `phi(i) - 1`.
 
-    It is -1 for a first token without an event before it, which nothing predicts.
+    It is -1 for a row's first token if no event precedes it: no output predicts this token.
     """
     return stream_index(plan, length) - 1
 
@@ -129,9 +130,10 @@ def stream_length(plan: Plan, length: Int[Array, " B"]) -> Int[Array, " B"]:
 
 
 def stream_source(plan: Plan, length: int, slots: int) -> Int[Array, "B S"]:
-    """Where each of the `S = L + E*K` vectors of a stream comes from.
+    """Index of the source of each of the `S = L + E*K` vectors of a stream.
 
-    An index below `length` is that of a token, then come the `slots` latents of each event.
+    Sources are numbered: index `i < length` is token `i`, and index `length + e * slots + k` is
+    latent `k` of event `e`.
     """
     events = plan.point.shape[1]
     index = jnp.arange(length + events * slots)
@@ -146,11 +148,11 @@ def stream_source(plan: Plan, length: int, slots: int) -> Int[Array, "B S"]:
 def assemble(
     vectors: Float[Array, "B L D"], latents: Float[Array, "B E K D"], plan: Plan
 ) -> Float[Array, "B L+E*K D"]:
-    """The stream of tokens and latents; vectors after a row's end are arbitrary.
+    """Insert latents between embedded tokens; vectors after a row's end are arbitrary.
 
     Args:
         vectors: Embedded tokens.
-        latents: Latents, of which the first `width` of each event are inserted.
+        latents: Latents of each event, of which the first `plan.width` are inserted.
         plan: Events of each row.
     """
     batch, length, dim = vectors.shape
@@ -169,18 +171,20 @@ def plan_insertions(
     config: MemGenConfig,
     key: Key[Array, ""] | None = None,
 ) -> Plan:
-    """Plan for training texts: an event before the response, then events at boundaries within it.
+    """Plan the events of training texts: one before the response, others at boundaries within it.
 
     Args:
         tokens: Token ids of prompt and response, padded on the right.
-        loss_mask: Tokens of the response; a boundary needs one on both sides.
-        boundary: Table of boundaries (`boundary_table`).
+        loss_mask: Mask that is True for tokens of the response. A boundary is used only between two
+            tokens of the response.
+        boundary: Flags of each id, as `boundary_table` returns them.
         config: Config of the MemGen that weaves.
-        key: Random key for `insertion="random"`. A row's events depend on the key and the row's
-            tokens alone, not on its batch or padding; equal texts have equal events.
+        key: Random key, required if `config.insertion` is "random". A row's events depend only on
+            the key and the row's text, not on its batch or padding, so equal texts have equal
+            events.
 
     Raises:
-        ValueError: The loss mask is not of these tokens, the key for random insertion is missing,
+        ValueError: The loss mask does not fit the tokens, the key for random insertion is missing,
             or a row does not have exactly one response (checked unless the mask is traced).
     """
     check_config(config, MemGenConfig)
@@ -209,7 +213,7 @@ def plan_insertions(
 
 
 def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Array:
-    """A key for each row, derived from its tokens up to the last one of the response."""
+    """Derive a key for each row from its tokens up to the last token of the response."""
     text = jnp.cumsum(loss_mask[:, ::-1], axis=1)[:, ::-1] > 0
     weights = jnp.cumprod(jnp.full(tokens.shape[1:], HASH, jnp.uint32))
     hashes = jnp.where(text, (tokens + 1).astype(jnp.uint32) * weights, 0).sum(axis=1)
@@ -219,12 +223,13 @@ def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Ar
 def plan_from_decisions(
     decisions: Int[AnyArray, "B T"], prompt_length: Int[AnyArray, " B"], config: MemGenConfig
 ) -> Plan:
-    """Plan of generated texts, for rows of prompt and response.
+    """Recover the plan of generated texts (rows of prompt and response) from their decisions.
 
     Args:
-        decisions: Decision before each new token (`Response.decisions`).
+        decisions: Decision before each new token: 1 invoked, 0 skipped, -1 none
+            (`Response.decisions`).
         prompt_length: Number of tokens of each prompt.
-        config: Config of the MemGen that generated.
+        config: Config of the MemGen that generated the texts.
 
     Raises:
         ValueError: The decisions are not `[B, T]`, or there is not one length for each row.
@@ -251,7 +256,7 @@ def _plan(point: jax.Array, config: MemGenConfig) -> Plan:
 
 
 def check_one_response(loss_mask: Any) -> None:
-    """Raise a ValueError for a row of `loss_mask [B, L]` that is not one unbroken run."""
+    """Raise a ValueError unless each row of `loss_mask [B, L]` has exactly one run of True."""
     marks = np.asarray(loss_mask, bool)
     begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
     for row, count in enumerate(begins.sum(axis=1)):

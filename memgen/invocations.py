@@ -1,4 +1,4 @@
-"""The price of invoking the weaver, which a trigger's reward pays (arXiv 2509.24704)."""
+"""Penalty on a trigger's reward for invoking the weaver too often (arXiv 2509.24704)."""
 
 from typing import Literal, get_args
 
@@ -19,37 +19,38 @@ def invocation_penalty(
     rate: Rate = "decisions",
     scope: Scope = "group",
 ) -> np.ndarray:
-    """λ Σ_j max(0, d_j - p̄), to be subtracted from the reward before groups are normalised.
+    """Compute the penalty λ Σ_j max(0, d_j - p̄) of each trajectory (arXiv 2509.24704).
 
-    The price of invocations that good trajectories do without (arXiv 2509.24704).
+    Subtract it from the reward before rewards are normalised by group. The sum is over the
+    decisions d_j of the trajectory, each 0 (skipped) or 1 (invoked), so it is (1 - p̄) times the
+    number of invocations. p̄ is the mean invocation rate of the good trajectories, whose reward is
+    at least the median reward.
 
-    p̄ is the mean rate of invocation of good trajectories, those whose reward is at least the
-    median. As d_j is 0 or 1, the sum is (1 - p̄) times the number of invocations.
-
-    A trajectory without decisions pays nothing. Its reward counts in the median, but it has no
-    rate per decision, so it stays out of that mean; by tokens its rate is 0. Where no good
-    trajectory has a decision, p̄ is 0.
+    A trajectory without decisions has penalty 0. Its reward counts in the median. With the rate
+    "decisions", such a trajectory has no rate and does not enter the mean p̄; with the rate
+    "tokens", its rate is 0. If no good trajectory has a decision, p̄ is 0.
 
     Args:
-        decisions: Decisions of each trajectory, `[K, L]` int: -1 none was made, 0 skipped, 1
-            invoked.
+        decisions: Decisions of each trajectory, `[K, L]` int: -1 none, 0 skipped, 1 invoked.
         reward: Reward of each trajectory before any penalty, `[K]`.
-        length: Number of tokens of each trajectory, `[K]`; used where the rate is by tokens.
-        group: Group of each trajectory, `[K]` int, arbitrary.
-        valid: Rows that are no padding, `[K]` bool; others pay nothing and change nothing.
+        length: Number of tokens of each trajectory, `[K]`; used only with the rate "tokens".
+        group: Id of the group of each trajectory, `[K]` int, with any values.
+        valid: Whether a row is a trajectory and not padding, `[K]` bool. Padding has penalty 0 and
+            no influence on the other rows.
         weight: Weight of the penalty (λ). The paper gives no value; 0.01 to 0.3 is sensible with
             rewards of 0 and 1.
-        rate: Unit that the rate of invocation is counted by: "decisions" of the trigger (the
-            paper's second version) or all "tokens" of a trajectory (its first version).
-        scope: Trajectories that are compared: those of a "group" (second version) or of the whole
-            "batch" (first version).
+        rate: Denominator of the invocation rate: the number of "decisions" of a trajectory (the
+            paper's second version) or its number of "tokens" (the first version).
+        scope: Set of trajectories over which median and mean are taken: the "group" (the paper's
+            second version) or the whole "batch" (the first version).
 
     Returns:
         Penalties, `[K]` float64.
 
     Raises:
-        ValueError: A choice is unknown, the shapes do not fit each other, or a valid row holds no
-            possible values.
+        ValueError: `rate` or `scope` is unknown, the shapes do not fit each other, or a valid row
+            has a non-finite reward, a decision other than -1, 0 and 1, or (with the rate "tokens")
+            a length that is not above 0.
     """
     for name, value, choices in (("rate", rate, get_args(Rate)), ("scope", scope, get_args(Scope))):
         if value not in choices:

@@ -1,4 +1,4 @@
-"""Low-rank adapters as pytrees, added to frozen linear layers (arXiv 2106.09685)."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as pytrees, for frozen linear layers."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -17,17 +17,17 @@ from memgen.placement import placed_as, product_beside
 
 
 class LowRank(nnx.Module):
-    """`x A B * alpha / rank`, for one linear layer or a stack of them.
+    """A low-rank adapter `x A B * alpha / rank` of one linear layer, or of a stack of layers.
 
     Args:
-        stack: Leading axes of the arrays, over which the blocks are scanned; `()` for one layer.
+        stack: Sizes of the leading axes over which blocks are stacked; `()` for a single layer.
         inputs: Number of inputs of the layer.
         outputs: Number of outputs of the layer.
         config: Rank, scale and dropout.
-        rngs: Random keys of the initial A; B starts at 0.
-        kind: Type of the two parameters, by which a training stage selects them.
-        axes: Names of the axes of the layer: of its stack, its inputs and its outputs; by default
-            none has a name.
+        rngs: Random keys of the initial value of A; B is initialised to 0.
+        kind: Variable type of A and B, by which a training stage selects its parameters.
+        axes: Names of the layer's axes as `(names of the stack's axes, name of the inputs, name of
+            the outputs)`; None for axes without names.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LowRank(nnx.Module):
         self.key: jax.Array | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., outputs]` of `x [..., inputs]`; the arrays must be those of a single layer."""
+        """Map `x [..., inputs]` to `[..., outputs]`; A and B must be without stack axes."""
         if self.key is not None and self.dropout:
             keep = jax.random.bernoulli(
                 jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape
@@ -64,7 +64,7 @@ class LowRank(nnx.Module):
 
     @property
     def delta(self) -> jax.Array:
-        """Sum to add to the layer's weight to merge the adapter: `[*stack, inputs, outputs]`."""
+        """Matrix to add to the layer's kernel to merge the adapter, `[*stack, inputs, outputs]`."""
         return product_beside(self.a[...], self.b[...]) * self.scale
 
 
@@ -75,17 +75,20 @@ def make_adapter(
     rngs: nnx.Rngs,
     kind: type[nnx.Variable[Any]] = nnx.Param,
 ) -> nnx.Dict[Any]:
-    """An adapter for a backbone: a `LowRank` for each layer that one of the config's targets names.
+    """Make an adapter for a backbone: a `LowRank` for each layer that a target selects.
 
     Args:
         backbone: Decoder to adapt.
         config: Targets, rank, scale and dropout.
         rngs: Random keys of the initial values.
-        kind: Type of the parameters, by which a training stage selects them.
+        kind: Variable type of the parameters, by which a training stage selects them.
+
+    Returns:
+        Dict from a linear layer's name to its `LowRank`.
 
     Raises:
-        ValueError: A target names no linear layer of the backbone, or the config is of another
-            class.
+        ValueError: A target selects no linear layer of the backbone, the backbone names no linear
+            layers, or the config is not a `LoRAConfig`.
     """
     check_config(config, LoRAConfig)
     check_rngs(rngs)
@@ -117,7 +120,7 @@ def make_adapter(
 
 
 def _axes(backbone: Any) -> Mapping[str, LayerAxes]:
-    """The names of the axes of linear layers, as far as the backbone says them."""
+    """Names of the axes of the linear layers whose axes the backbone names."""
     if hasattr(backbone, "lora_axes"):
         return backbone.lora_axes
     targets = backbone.lora_targets
@@ -125,13 +128,13 @@ def _axes(backbone: Any) -> Mapping[str, LayerAxes]:
 
 
 def _matches(name: str, target: str) -> bool:
-    """Whether a target of a `LoRAConfig` names a linear layer."""
+    """Whether a target of a `LoRAConfig` selects the linear layer `name`."""
     last = name.rpartition("/")[2]
     return name == target or last in (target, f"{target}_proj") or fnmatchcase(name, target)
 
 
 def with_dropout(adapter: Mapping[str, LowRank], key: jax.Array | None) -> Mapping[str, LowRank]:
-    """The adapter with dropout of its inputs by a random key; without dropout if it is None."""
+    """Return the adapter with a key for dropout of its inputs; unchanged if the key is None."""
     if key is None:
         return adapter
     noisy = {}

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, and the loss of supervised fine-tuning as (sum, weight)."""
+"""Log-probabilities, and losses of weaver and trigger, each as a sum and a weight to divide by."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def token_log_probs(
     valid_vocab_size: int | Int[Array, ""] | None = None,
     chunk: int = CHUNK,
 ) -> Float[Array, "B L"]:
-    """Float32 log-probabilities of targets, 0 where they are masked out.
+    """Compute float32 log-probabilities of target tokens; they are 0 where masked out.
 
-    Logits are computed for `chunk` positions at a time, so that there is no array `[B, L, V]`, and
-    not at all for a chunk that is masked out.
+    Logits are computed for `chunk` positions at a time, so no array `[B, L, V]` is made. A chunk
+    that is masked out in all rows is skipped.
 
     Args:
         backbone: Decoder whose `unembed` gives the logits.
-        hidden: Hidden states that predict the targets.
-        targets: Target ids.
-        loss_mask: Targets to score.
-        temperature: Temperature that divides the logits.
-        valid_vocab_size: Number of ids with a probability, from 0 on; all ids by default.
-        chunk: Number of positions at a time; it is lowered for more than 32 rows.
+        hidden: Hidden states; the one at position `i` predicts target `i`.
+        targets: Ids of the target tokens.
+        loss_mask: Mask that is True for the targets to score.
+        temperature: Temperature by which logits are divided.
+        valid_vocab_size: Number of ids that can be sampled: ids from `valid_vocab_size` on have
+            probability 0. By default all ids have a probability.
+        chunk: Maximum number of positions at a time; more than 32 rows lower it.
 
     Raises:
         ValueError: There is not one hidden state and one entry of the mask for each target.
@@ -75,15 +76,17 @@ def token_log_probs(
 
 
 def by_chunk(part: Callable[..., Any], values: Sequence[jax.Array], chunk: int = CHUNK) -> Any:
-    """Results for positions, some at a time; the backward pass computes them again.
+    """Apply a function of positions to one chunk of positions after the other.
+
+    The backward pass recomputes each chunk, so that the memory of one chunk suffices.
 
     Args:
-        part: Function of arrays `[B, C, ...]` to a tree of arrays `[B, C]`.
-        values: Arrays `[B, L, ...]`.
-        chunk: Number of positions at a time; it is lowered for more than 32 rows.
+        part: Function from the arrays' chunks `[B, C, ...]` to a tree of arrays `[B, C]`.
+        values: Arrays `[B, L, ...]`, the arguments of `part`.
+        chunk: Maximum number of positions C at a time; more than 32 rows lower it.
 
     Returns:
-        Tree of arrays `[B, L]`.
+        Tree of arrays `[B, L]`, the chunks' results in order.
     """
     batch, length = jnp.shape(values[0])[:2]
     chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
@@ -107,21 +110,23 @@ def sft_loss(
     plan: Plan,
     dropout: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Negative log-likelihood of a response with memory woven in (arXiv 2509.24704, eq. 11).
+    """Compute the negative log-likelihood of responses with memory (arXiv 2509.24704, eq. 11).
 
     Args:
         memgen: Model to train.
         tokens: Token ids, padded on the right by any ids.
-        loss_mask: Tokens of the response; neither padding nor a row's first token.
-        plan: Events of each row (`plan_insertions`).
+        loss_mask: Mask that is True for tokens of the response. It must be False for padding and
+            for a row's first token.
+        plan: Events of each row, as `plan_insertions` returns them.
         dropout: Random key of the weaver's adapter dropout; None switches dropout off.
 
     Returns:
-        The sum over the masked tokens in nats, and their number: the mean loss of the batch weighs
-        all tokens equally.
+        Sum of the loss over the response's tokens in nats, and the number of these tokens, float32.
+        Their quotient is the mean loss per token.
 
     Raises:
-        ValueError: The loss mask or the plan is not of these tokens.
+        ValueError: The tokens are not integers `[B, L]`, or the loss mask or the plan does not fit
+            them.
     """
     check_memgen(memgen)
     tokens = checked_ids(tokens)
@@ -134,21 +139,21 @@ def sft_loss(
 def decision_log_probs(
     memgen: MemGen, tokens: Int[AnyArray, "B L"], decisions: Int[AnyArray, "B L"], plan: Plan
 ) -> Float[Array, "B L"]:
-    """Float32 log-probabilities of a trigger's decisions, in one forward pass.
+    """Compute float32 log-probabilities of recorded decisions of a trigger, in one forward pass.
 
-    Decisions are replayed and not made again: latents stand where they stood.
+    The trigger does not decide again: latents are inserted where the plan says.
 
     Args:
         memgen: Model with a trigger.
         tokens: Token ids, padded on the right.
         decisions: Decision before each token: 1 invoked, 0 skipped, -1 none.
-        plan: Events of each row (`plan_from_decisions`).
+        plan: Events of each row, as `plan_from_decisions` returns them.
 
     Returns:
-        Log-probability of each decision; 0 where none was made.
+        Log-probability of each decision; 0 where no decision was made.
 
     Raises:
-        ValueError: There is no trigger, or the decisions or the plan are not of these tokens.
+        ValueError: The model has no trigger, or the decisions or the plan do not fit the tokens.
     """
     check_memgen(memgen)
     tokens = checked_ids(tokens)
@@ -168,28 +173,33 @@ def trigger_loss(
     clip: float = 0.2,
     kl: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """GRPO on a trigger's decisions (arXiv 2509.24704), to be minimised.
+    """Compute the GRPO loss of a trigger's decisions (arXiv 2509.24704).
 
-    Per decision, with probability ratio r to the sampling parameters and advantage A of its row:
-    max(-A r, -A clip(r, 1 - ε, 1 + ε)) + β k3; a row is the mean of its decisions, and 0 without
-    any. The reward that the advantages are of pays for invocations (`invocation_penalty`).
+    The loss of a decision is max(-A r, -A clip(r, 1 - ε, 1 + ε)) + β k3. A is the advantage of the
+    row, and r the probability of the decision under the parameters to train, divided by its
+    probability under the parameters that sampled it. The loss of a row is the mean over its
+    decisions, and 0 without decisions. The rewards from which advantages are computed should
+    include `invocation_penalty`.
 
     Args:
-        log_probs: Log-probabilities under the parameters to train (`decision_log_probs`).
+        log_probs: Log-probabilities of the decisions under the parameters to train
+            (`decision_log_probs`).
         decisions: Decision before each token: 1 invoked, 0 skipped, -1 none.
-        advantages: Advantage of each row, e.g. its reward less the mean of its group.
-        old: Log-probabilities under the parameters that the rows were sampled with, by the same
-            program; None where these are the ones to train.
-        reference: Log-probabilities under the trigger that the KL penalty holds on to; None without
-            a penalty.
+        advantages: Advantage of each row, e.g. its reward minus the mean reward of its group.
+        old: Log-probabilities under the parameters that sampled the rows, computed by the same
+            program as `log_probs`; None if these are the parameters to train.
+        reference: Log-probabilities under the reference trigger of the KL penalty; None without a
+            penalty.
         clip: Clipping range of the ratio (ε).
         kl: Weight of the KL penalty (β, estimator k3).
 
     Returns:
-        The sum over rows and their number: the mean loss weighs all rows equally.
+        Sum of the rows' losses, and the number of rows, float32. Their quotient is the mean loss
+        per row.
 
     Raises:
-        ValueError: A shape is wrong, or `kl` is above 0 and there is no reference.
+        ValueError: The shapes do not fit each other, decisions are bool, or `kl` is not 0 and
+            `reference` is None.
     """
     check_decisions(decisions, log_probs)
     for name, other in (("old", old), ("reference", reference)):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def check_memgen(memgen: Any) -> None:
-    """Raise a ValueError unless this is a MemGen."""
+    """Raise a ValueError unless `memgen` is a `MemGen`."""
     if not isinstance(memgen, MemGen):
         raise ValueError(
             f"a {type(memgen).__name__} in place of a MemGen: give MemGen(decoder, ...)"
@@ -43,15 +43,15 @@ def check_memgen(memgen: Any) -> None:
 
 
 class Boundary(nnx.Variable):
-    """The table of boundaries, which is not trained."""
+    """Variable that holds the flags of `boundary_table`, `[V]` uint8; it is not trained."""
 
 
 class Woven(NamedTuple):
-    """Streams of tokens and latents.
+    """Rows of embedded tokens with latents inserted, as the reasoner reads them.
 
     Attributes:
-        stream: `[B, S, D]` input vectors of the reasoner.
-        length: `[B]` int32, number of real vectors of each row.
+        stream: `[B, S, D]` input vectors of the reasoner, padded on the right; `S = L + E*K`.
+        length: `[B]` int32, number of real vectors of each row, tokens and latents.
         latents: `[B, E, K, D]` latents of each event.
     """
 
@@ -65,23 +65,25 @@ class Woven(NamedTuple):
 class MemGen(Module):
     """Latent memory for a frozen decoder (arXiv 2509.24704).
 
-    Weaver and trigger are adapters of decoders, whose weights are shared and never copied. A
-    training stage updates the variables of type `WeaverParam` or those of type `TriggerParam`.
+    Weaver and trigger are adapters of decoders, with small layers of their own. The decoders'
+    weights are shared and never copied. A training stage updates the variables of type
+    `WeaverParam` or the variables of type `TriggerParam`.
 
     Args:
         reasoner: Frozen decoder that generates.
         config: Sizes and options of weaver and trigger.
-        boundary: `[V]` uint8 table over the reasoner's ids (`memgen.boundary_table`).
+        boundary: `[V]` uint8 flags of each of the reasoner's ids (`memgen.boundary_table`).
         weaver_backbone: Decoder of the weaver; by default the reasoner.
-        trigger_backbone: Decoder of the trigger, with the reasoner's vocabulary if it takes tokens;
-            by default the reasoner.
+        trigger_backbone: Decoder of the trigger; by default the reasoner. With the trigger's source
+            "tokens" it must have the reasoner's vocabulary, with "stream" the reasoner's width.
         rngs: Random keys of the initial values.
         kernel_init: Initializer of the kernels of the weaver's projections and of the trigger's
-            head; by default those of `Weaver` and `Trigger`.
-        param_dtype: Type of their parameters; those of adapters are float32.
+            head; by default as documented in `Weaver` and `Trigger`.
+        param_dtype: Dtype of the weaver's and the trigger's parameters. Adapters are float32.
 
     Raises:
-        ValueError: A decoder lacks a method, or sizes do not fit.
+        ValueError: A decoder lacks a method, the table of boundaries does not have one entry for
+            each id, or the trigger's decoder does not fit its source.
     """
 
     def __init__(
@@ -139,14 +141,14 @@ class MemGen(Module):
         return Trigger(decoder, config, **options)
 
     def with_reasoner(self, reasoner: DecoderBackbone) -> MemGen:
-        """A copy with another form of the reasoner, over the same arrays."""
+        """Return a copy that shares all arrays but has another form of the reasoner."""
         leaves, structure = jax.tree.flatten(self)
         memgen: MemGen = jax.tree.unflatten(structure, leaves)
         memgen.reasoner = nnx.data(reasoner)
         return memgen
 
     def for_decoding(self) -> MemGen:
-        """A copy whose decoders have the form that decodes fastest, made once for many calls."""
+        """Return a copy whose decoders have the form that decodes fastest, for many calls."""
         memgen = self.with_reasoner(self.reasoner.for_decoding())
         for name in ("weaver_backbone", "trigger_backbone"):
             if (decoder := getattr(self, name)) is not None:
@@ -154,15 +156,16 @@ class MemGen(Module):
         return memgen
 
     def weaving(self, dropout: jax.Array | None = None) -> Any:
-        """The weaver's decoder with its adapter; the key of the adapter's dropout in training."""
+        """Return the weaver's decoder with its adapter; a key switches the adapter's dropout on."""
         backbone = self.weaver_backbone or self.reasoner
         return backbone.apply_lora(with_dropout(self.weaver.adapter, dropout))
 
     def triggering(self) -> Any:
-        """The trigger's decoder with its adapter.
+        """Return the trigger's decoder with its adapter.
 
         Raises:
-            ValueError: There is no trigger, or it uses the reasoner's hidden states.
+            ValueError: There is no trigger, or it has no decoder because it reads the reasoner's
+                hidden states.
         """
         trigger = self.checked_trigger()
         if trigger.adapter is None:
@@ -170,7 +173,7 @@ class MemGen(Module):
         return (self.trigger_backbone or self.reasoner).apply_lora(trigger.adapter)
 
     def checked_trigger(self) -> Trigger:
-        """The learned trigger; a ValueError if there is none."""
+        """Return the learned trigger; raise a ValueError if there is none."""
         if self.trigger is None:
             raise ValueError(
                 "the policy needs a learned trigger and this MemGen has none: set "
@@ -185,13 +188,16 @@ class MemGen(Module):
 
         Args:
             tokens: Token ids, padded on the right by any ids.
-            plan: Events of each row, before real tokens.
-            dropout: Random key of the adapter's dropout in training; each event that is woven in
-                order has a mask of its own.
+            plan: Events of each row; each must stand before a real token.
+            dropout: Random key of the adapter's dropout, for training; None switches it off. With
+                `latents_see_latents`, each event has its own dropout mask.
+
+        Returns:
+            Streams of tokens and latents, their lengths, and the latents.
 
         Raises:
-            ValueError: The tokens are no ids `[B, L]`, or the plan does not fit them or the config
-                (values are checked unless traced).
+            ValueError: The tokens are not integers `[B, L]`, or the plan does not fit them or the
+                config (its values are checked unless traced).
         """
         tokens = checked_ids(tokens)
         check_plan(plan, tokens, self.config.weaver.latents)
@@ -235,12 +241,16 @@ class MemGen(Module):
     def schedule(
         self, sizes: tuple[int, int, int], dropout: bool, shards: int = 1
     ) -> Schedule | None:
-        """How `weave` reads rows whose events see each other; None: by a pass for each event.
+        """Choose how `weave` weaves events that see each other's latents.
 
         Args:
-            sizes: Numbers of rows, of tokens of a row, and of events of a row.
-            dropout: Whether there is a key of dropout.
-            shards: Number of devices that share the rows.
+            sizes: Number of rows, number of tokens of a row, and number of events of a row.
+            dropout: Whether `weave` is called with a dropout key.
+            shards: Number of devices over which the rows are split.
+
+        Returns:
+            Schedule by which all events are woven over one cache; None to weave each event by a
+            forward pass of its own.
         """
         if dropout and self.config.weaver.lora.dropout:
             return None  # each event has a mask of its own over all that it reads
@@ -250,11 +260,12 @@ class MemGen(Module):
     def predictors(
         self, tokens: Int[AnyArray, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None
     ) -> Float[Array, "B L D"]:
-        """The reasoner's hidden states that predict each token.
+        """Compute the reasoner's hidden states from which each token is predicted.
 
-        The state for token `i` is that after the last latent of an event right before it, else that
-        after token `i - 1`. A first token without an event has no such state, and gets an arbitrary
-        one. The arguments and errors are those of `weave`.
+        If an event stands right before token `i`, token `i` is predicted from the hidden state at
+        the event's last latent, otherwise from the hidden state at token `i - 1`. A row's first
+        token without an event has no such state: its entry is arbitrary. Arguments and errors are
+        as in `weave`.
         """
         woven = self.weave(tokens, plan, dropout)
         hidden = self.reasoner.hidden_states(woven.stream, woven.length)
@@ -262,17 +273,18 @@ class MemGen(Module):
         return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
     def trigger_logits(self, tokens: Int[AnyArray, "B L"], plan: Plan) -> Float[Array, "B L 2"]:
-        """Float32 skip and invoke logits before each token, in one forward pass.
+        """Compute the trigger's float32 logits (skip, invoke) before each token.
 
-        The decision before token `i` depends on what precedes the latents of an event there; the
-        decision before token 0 has no input, and its logits are zeros.
+        The decision before token `i` depends on the tokens before it and, unless the trigger's
+        source is "tokens", on the latents of earlier events, but not on the latents of an event at
+        token `i` itself. The decision before token 0 has no input: its logits are zeros.
 
         Args:
             tokens: Token ids, padded on the right.
             plan: Events of each row.
 
         Raises:
-            ValueError: There is no trigger, or the tokens or the plan do not fit (`weave`).
+            ValueError: There is no trigger, or the tokens or the plan do not fit (as in `weave`).
         """
         trigger = self.checked_trigger()
         tokens = checked_ids(tokens)

@@ -1,6 +1,6 @@
-"""NNX modules whose classes say their constructors' arguments, and parameters that name their axes.
+"""NNX modules that show their constructors' arguments, and parameters that name their axes.
 
-The two libraries do not import each other: `Module` is that of `thoughtbubbles.module`.
+`Module` is a copy of `thoughtbubbles.module.Module`, as the two libraries do not import each other.
 """
 
 import inspect
@@ -17,13 +17,13 @@ Param = TypeVar("Param", bound=nnx.Variable)
 def named(
     kind: type[Param], value: jax.Array, axes: tuple[str | None, ...], inputs: int = 0
 ) -> Param:
-    """A parameter that names its axes to Flax: `nnx.get_partition_spec` maps them by its rules.
+    """Make a parameter with named axes, which `nnx.get_partition_spec` maps to a mesh by its rules.
 
     Args:
-        kind: Type of the parameter.
+        kind: Variable type of the parameter.
         value: Initial value.
-        axes: Name of each axis, None for one that no mesh splits.
-        inputs: Number of leading axes that a product contracts.
+        axes: Name of each axis; None for an axis that is never split over devices.
+        inputs: Number of axes that a matrix product contracts, kept as metadata.
     """
     # Not sharded where it is made, for which Flax would need a mesh.
     return kind(value, inputs=inputs, out_sharding=axes, eager_sharding=False)
@@ -32,7 +32,7 @@ def named(
 def checked_kernel(
     init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Dtype
 ) -> jax.Array:
-    """What an initializer gives; a ValueError unless it has the shape that was asked for."""
+    """Call an initializer; raise a ValueError unless it returns an array of the given shape."""
     if not callable(init):
         raise ValueError(
             f"kernel_init is a {type(init).__name__}: give an initializer, such as "
@@ -50,7 +50,7 @@ def checked_kernel(
 
 
 class _Constructor:
-    """Descriptor of a class's signature, which Flax's metaclass would hide."""
+    """Descriptor that returns a class's constructor signature, which Flax's metaclass hides."""
 
     def __get__(self, instance: Any, owner: type) -> inspect.Signature | None:
         if instance is not None:  # whose call is another one
@@ -62,6 +62,6 @@ class _Constructor:
 
 
 class Module(nnx.Module):
-    """An `nnx.Module` whose class has the signature of its constructor."""
+    """An `nnx.Module` whose constructor's arguments are shown by `help()` and editors."""
 
     __signature__ = _Constructor()

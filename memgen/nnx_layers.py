@@ -1,4 +1,4 @@
-"""Linear layers of any Flax NNX module: their names, adapters added to them, adapters merged."""
+"""Linear layers of any Flax NNX module: list them, add adapters, merge adapters."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 OWN_CALLS = tuple(kind.__call__ for kind in LAYERS)
 
 LayerAxes = tuple[tuple[str | None, ...], str | None, str | None]
-"""Names of the axes of a linear layer's stack, of its inputs, and of its outputs."""
+"""Axis names of a linear layer: a tuple for its stack's axes, one for inputs, one for outputs."""
 
 
 class _Form(NamedTuple):
-    """How a layer's kernel, input and output look as a matrix, a vector and a vector.
+    """How to view a layer's kernel as a matrix, and its input and output as vectors.
 
     Attributes:
         stack: Sizes of the leading axes that `nnx.vmap` or `nnx.scan` gave the kernel.
         inputs: Sizes of the contracted axes, in the order of the kernel.
         outputs: Sizes of the other axes, in the order of the kernel.
-        kernel: Order of the kernel's own axes: the contracted ones and then the others.
+        kernel: Order of the kernel's axes after the stack: contracted axes first, then the others.
         before: Einsum equation of the input that moves its contracted axes to the end, or None.
         after: Einsum equation from `[..., *outputs]` to the layer's output, or None.
-        axis: Contracted axes of the input where there is no equation.
+        axis: Contracted axes of the input, used if `before` is None.
     """
 
     stack: tuple[int, ...]
@@ -49,18 +49,18 @@ class _Form(NamedTuple):
         return self.stack, math.prod(self.inputs), math.prod(self.outputs)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """The input of the layer as `[..., inputs]`."""
+        """Reshape the layer's input to `[..., inputs]`."""
         last = range(-len(self.inputs), 0)
         x = jnp.einsum(self.before, x) if self.before else jnp.moveaxis(x, self.axis, last)
         return _joined(x, len(self.inputs))
 
     def of_rows(self, y: jax.Array) -> jax.Array:
-        """`[..., outputs]` as the output of the layer."""
+        """Reshape `[..., outputs]` to the layer's output."""
         y = y.reshape(*y.shape[:-1], *self.outputs)
         return jnp.einsum(self.after, y) if self.after else y
 
     def of_matrix(self, delta: jax.Array) -> jax.Array:
-        """`[*stack, inputs, outputs]` as the kernel."""
+        """Reshape `[*stack, inputs, outputs]` to the layer's kernel."""
         delta = _whole(delta, 2).reshape(*self.stack, *self.inputs, *self.outputs)
         depth = len(self.stack)
         back = sorted(range(len(self.kernel)), key=self.kernel.__getitem__)
@@ -68,32 +68,41 @@ class _Form(NamedTuple):
 
 
 def linear_layers(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """`DecoderBackbone.lora_targets` of a module: each of its linear layers by its path.
+    """List a module's linear layers, in the form of `DecoderBackbone.lora_targets`.
 
-    Layers are `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum`, subclasses of them, and modules
-    of a class that is called `...Linear` and has a `kernel [inputs, outputs]`; also those that
-    `nnx.vmap` or `nnx.scan` stacked on a first axis. Left out are layers with a matrix for each
-    element of a batch axis, and an `nnx.Einsum` whose equation comes with the call.
+    Linear layers are instances of `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` (or of
+    subclasses), and modules whose class name ends in `Linear` and that have a
+    `kernel [inputs, outputs]`. `nnx.vmap` or `nnx.scan` may have stacked them on leading axes.
+    Layers with a matrix for each element of a batch axis are left out. So are `nnx.Einsum` layers
+    whose equation is passed to the call, or is not a single matrix product.
 
     Args:
-        module: Module of any kind.
+        module: Module of any kind, or a pytree of modules.
+
+    Returns:
+        Dict from a layer's path to `(stack, inputs, outputs)`: the sizes of its stacked axes (`()`
+        for a single layer), its number of inputs, and its number of outputs.
 
     Raises:
-        ValueError: There is no module, or a stack of layers does not lie on the first axes of its
-            kernel.
+        ValueError: `module` holds no `nnx.Module`, or a kernel is stacked on other than its first
+            axes.
     """
     check_module(module)
     return {name: form.target for name, _, form in _layers(module)}
 
 
 def linear_axes(module: nnx.Module, targets: Iterable[str]) -> dict[str, LayerAxes]:
-    """The names that a module's linear layers give to the axes of their kernels, by their paths.
+    """List the names that a module's linear layers give to the axes of their kernels.
 
-    Inputs or outputs of several axes have the name of the first one, by which a mesh splits them.
+    If inputs or outputs consist of several axes, the name of the first axis stands for all.
 
     Args:
         module: Module of any kind.
-        targets: Paths of the layers; those that are none, or that name no axes, are left out.
+        targets: Paths of the layers to list.
+
+    Returns:
+        Dict from a layer's path to the names of its axes. Paths that are not of a linear layer, and
+        layers without axis names, are left out.
     """
     found, targets = {}, set(targets)
     for name, layer in _named_layers(module):
@@ -112,21 +121,22 @@ def linear_axes(module: nnx.Module, targets: Iterable[str]) -> dict[str, LayerAx
 
 
 def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
-    """`DecoderBackbone.apply_lora` of a module: a copy with adapters, over the same arrays.
+    """Return a copy of a module with adapters on its linear layers; it shares the module's arrays.
 
-    A layer with an adapter keeps its type, its attributes (`kernel`, `out_features`, ...) and the
-    arguments of its call (`out_sharding`). The adapter's output is added to that of the layer; one
-    whose class has a `__call__` of its own, which may scale what it returns, is called with the
-    adapter in its kernel. Both give what `merge_lora` gives.
+    It implements `DecoderBackbone.apply_lora`. An adapted layer is an instance of its layer's
+    class, and keeps its attributes (`kernel`, `out_features`, ...) and call arguments
+    (`out_sharding`). The adapter's output is added to the layer's output. A layer whose class
+    overrides `__call__` may scale its output, so there the adapter is added to the kernel within
+    the call instead. Either way the result is the same as after `merge_lora`.
 
     Args:
         module: Module with linear layers.
-        adapter: Adapters by the path of a linear layer (`linear_layers`), callables from
-            `[..., inputs]` to `[..., outputs]`.
+        adapter: Mapping from the path of a linear layer (see `linear_layers`) to its adapter, a
+            callable from `[..., inputs]` to `[..., outputs]`.
 
     Raises:
-        ValueError: A path is that of no linear layer, an adapter has another shape, or the layer
-            has an adapter already.
+        ValueError: A path is not of a linear layer, an adapter does not have its layer's shape, or
+            a layer has an adapter already.
     """
 
     def change(name: str, layer: Any, form: _Form) -> Any:
@@ -143,16 +153,16 @@ def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
 
 
 def merge_lora(module: nnx.Module, deltas: Mapping[str, jax.Array]) -> Any:
-    """A copy of a module with adapters merged into the kernels of its linear layers.
+    """Return a copy of a module with adapters merged into the kernels of its linear layers.
 
     Args:
         module: Module with linear layers.
-        deltas: Sum to add to each kernel by the path of its layer, `[*stack, inputs, outputs]`
-            (`LowRank.delta`).
+        deltas: Mapping from the path of a linear layer to the matrix to add to its kernel,
+            `[*stack, inputs, outputs]` (`LowRank.delta`).
 
     Raises:
-        ValueError: A path is that of no linear layer, a delta has another shape, or the layer has
-            an adapter already.
+        ValueError: A path is not of a linear layer, a delta does not have its layer's shape, or a
+            layer has an adapter already.
     """
 
     def change(name: str, layer: Any, form: _Form) -> Any:
@@ -176,7 +186,7 @@ def _check_shape(name: str, what: str, shape: tuple[int, ...], form: _Form) -> N
 
 
 def choices(names: Mapping[str, Any]) -> str:
-    """Names of layers for an error message, with `*` for the indices of equal ones."""
+    """List layers for an error message, without duplicates after indices are replaced by `*`."""
     short = (
         "/".join("*" if part.isdigit() else part for part in name.split("/")) for name in names
     )
@@ -230,7 +240,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 class _Adapted:
-    """A linear layer with `low_rank` added to what it computes."""
+    """Base class of linear layers whose adapter `low_rank` is added to their output."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         layer: Any = self
@@ -258,10 +268,10 @@ class _Adapted:
 
 
 def _with_changed_kernel(layer: Any, kind: type, form: _Form) -> Any:
-    """An adapted layer whose kernel has the adapter in it; all other variables are the same ones.
+    """Return a copy of an adapted layer with the adapter merged into its kernel.
 
-    What a `__call__` that is not Flax's own does with the kernel is not known: it may scale the
-    result, or normalise the kernel. To such a layer nothing can be added from outside.
+    It is for layers whose class overrides `__call__`. Such a method may scale the result or
+    normalise the kernel, so adding the adapter's output to the result would be wrong.
     """
     low = layer.low_rank
     if not hasattr(low, "delta"):
@@ -294,7 +304,7 @@ def _with_adapter(kind: type) -> type:
 
 
 def _form_of(name: str, layer: Any) -> _Form | None:
-    """The form of a layer; None for one that is no single matrix."""
+    """Return the form of a layer, or None if the layer is not a single matrix product."""
     if isinstance(layer, nnx.Einsum):
         return None if layer.einsum_str is None else _einsum_form(name, layer)
     if isinstance(layer, nnx.LinearGeneral):
@@ -334,7 +344,7 @@ def _einsum_form(name: str, layer: nnx.Einsum) -> _Form | None:
 
 
 def _stack(name: str, layer: Any, own: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes of a kernel in front of its own."""
+    """Sizes of a kernel's stacked axes, in front of the axes `own` of a single layer."""
     shape = tuple(layer.kernel.shape)
     if shape[max(0, len(shape) - len(own)) :] != own:
         raise ValueError(
@@ -345,9 +355,9 @@ def _stack(name: str, layer: Any, own: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _joined(x: jax.Array, axes: int) -> jax.Array:
-    """`x` with its last axes as one, split over devices as the first of them is.
+    """Merge the last `axes` axes of `x` into one, which is split over devices as their first was.
 
-    An explicit split of the others, which one axis can't have, is gathered.
+    Explicit splits of the others are gathered, since one axis can't keep them.
     """
     x = _whole(x, axes - 1)
     rows, here = x.ndim - axes, jax.typeof(x).sharding
@@ -359,7 +369,7 @@ def _joined(x: jax.Array, axes: int) -> jax.Array:
 
 
 def _whole(x: jax.Array, axes: int) -> jax.Array:
-    """`x` without explicit sharding of its last axes."""
+    """Gather the last `axes` axes of `x` if they are explicitly sharded."""
     here = jax.typeof(x).sharding
     if not any(here.spec[x.ndim - axes :]):
         return x

@@ -33,21 +33,21 @@ STYLE = """
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A picture in HTML; Jupyter shows it where it is the last value of a cell.
+    """A picture in HTML; Jupyter shows it if it is the last value of a cell.
 
     Attributes:
-        title: Title of the page, a text.
-        body: HTML of its content, in which all texts are escaped.
+        title: Title of the page, in plain text.
+        body: HTML of the page's content, in which all texts are escaped.
     """
 
     title: str
     body: str = dataclasses.field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Write a page that a browser shows without any other file.
+        """Write the page as an HTML file that needs no other file.
 
         Args:
-            path: Path of the file, which is written over.
+            path: Path of the file; an existing file is overwritten.
         """
         head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
         text = f"<!DOCTYPE html>\n<html><head>{head}<style>{STYLE}</style></head>\n"
@@ -66,7 +66,7 @@ def response_page(
     text_of: Callable[[int], str] = str,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> Page:
-    """The page of a response: each row's tokens, with a bar for each latent where memory is woven.
+    """Draw a response: each row's tokens, with a bar for each latent where memory is woven.
 
     Args:
         rows: New token ids of each row.
@@ -75,10 +75,11 @@ def response_page(
         latents: `[B, E, K, D]` latents of each event.
         points: `[B, E]` index of the token after each event; -1 for an unused event.
         text_of: Function from a token id to its text.
-        prompts: Token ids of the prompt of each row, which stand in front; none by default.
+        prompts: Token ids of the prompt of each row, shown in front of it; by default no prompts
+            are shown.
 
     Raises:
-        ValueError: There are not as many prompts as rows.
+        ValueError: The number of prompts is not the number of rows.
     """
     if prompts is not None and len(prompts) != len(rows):
         raise ValueError(
@@ -142,6 +143,6 @@ def _visible(token: str) -> str:
 
 
 def _direction(text: str) -> str:
-    """Direction of a text by its first letter that has one (Unicode's rule P2)."""
+    """Direction ("ltr" or "rtl") of a text's first letter that has one (Unicode's rule P2)."""
     kinds = (unicodedata.bidirectional(char) for char in text)
     return "rtl" if next((k for k in kinds if k in ("L", "R", "AL")), "L") != "L" else "ltr"

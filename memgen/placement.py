@@ -1,7 +1,6 @@
-"""Arrays made beside others: placed as they are, whatever the mesh.
+"""Arrays placed on devices as given arrays are, under any mesh; rows split by shard.
 
-`thoughtbubbles.placement` says why; the two libraries do not import each other. Here the rows of a
-batch may also be taken apart, shard by shard.
+`thoughtbubbles.placement` explains why this is needed; the two libraries do not import each other.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ AnyArray = jax.Array | np.ndarray
 
 
 def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.int32) -> jax.Array:
-    """Values broadcast to the first axes of an array, and placed as it is.
+    """Broadcast values to the leading axes of an array, with the array's placement.
 
     Args:
         values: Values that broadcast to `like.shape[:axes]`.
-        like: Array that the result stands beside.
+        like: Array that determines shape and placement.
         axes: Number of leading axes of `like` that the result has.
-        dtype: Type of the result.
+        dtype: Dtype of the result.
     """
     like, values = jnp.asarray(like), jnp.asarray(values, dtype)
     zeros = _zeros(like, like.shape[:axes], dtype)
@@ -32,16 +31,17 @@ def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.i
 
 
 def repeat_beside(values: jax.Array, like: jax.Array) -> jax.Array:
-    """Values repeated for each element of an array, and placed as it is.
+    """Repeat values for each element of an array, with the array's placement.
 
-    The gradient of the values is summed where the elements are (`reshard` would gather it first).
+    In the backward pass, each device sums its part of the gradient of the values before devices
+    exchange anything (`reshard` would gather it first).
 
     Args:
-        values: `[...]` array, the same on all devices.
-        like: Array of any shape that the result stands beside.
+        values: Array of any shape, replicated on all devices.
+        like: Array of any shape that determines the placement.
 
     Returns:
-        Array of the shape of `like` and then that of the values.
+        Array of shape `[*like.shape, *values.shape]`.
     """
     return _zeros(like, (*like.shape, *values.shape), values.dtype) + values
 
@@ -53,11 +53,11 @@ def _zeros(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def table_rows(table: AnyArray, index: AnyArray) -> jax.Array:
-    """Rows of a table, `jnp.take(table, index, axis=0)`.
+    """Take rows of a table, as `jnp.take(table, index, axis=0)`, with the indices' placement.
 
     Args:
         table: `[V, ...]` array.
-        index: Indices of any shape, whose placement the result takes.
+        index: Integer indices of any shape.
     """
     table, index = jnp.asarray(table), jnp.asarray(index)
     here = jax.typeof(index).sharding
@@ -66,15 +66,15 @@ def table_rows(table: AnyArray, index: AnyArray) -> jax.Array:
 
 
 def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
-    """`decoder.embed_tokens(tokens)`, placed as the ids are.
+    """Compute `decoder.embed_tokens(tokens)` with the placement of the ids.
 
-    A decoder that knows of explicit axes is called as it is. `nnx.Embed` and `flax.linen.Embed`
-    refuse ids that such axes split unless they are told the placement of the vectors, for all ids
-    alike; the axes are auto for a decoder that refuses.
+    Under a mesh with explicit axes, some decoders raise an error: `nnx.Embed` and
+    `flax.linen.Embed` need to know the placement of their result. For a decoder that raises one,
+    the call is repeated with these axes as auto axes.
 
     Args:
         decoder: A `DecoderBackbone`.
-        tokens: Ids of any shape.
+        tokens: Token ids of any shape.
 
     Returns:
         Vectors, `[*tokens.shape, D]`.
@@ -95,16 +95,16 @@ def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
 
 
 def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
-    """`[..., *outputs]` of `x [..., *inputs]` and a kernel `[*inputs, *outputs]`.
+    """Multiply `x [..., *inputs]` by a kernel `[*inputs, *outputs]`, giving `[..., *outputs]`.
 
-    Without explicit axes it is a product of two matrices: of more axes, XLA on a CPU computes the
-    gradient of the result a second time, transposed, for the gradient of the kernel. A compiler
-    that splits axes of the rows other than the first, or inputs or outputs other than their first
-    axis, gathers them.
+    Without explicit axes, both are reshaped to matrices first: for arrays of more axes, XLA on a
+    CPU would compute the result's gradient twice, the second time transposed, for the gradient of
+    the kernel. Because of the reshape, auto sharding is only cheap on the first axis of the rows,
+    of the inputs and of the outputs: a split of another axis is gathered.
 
     Args:
-        x: Any number of rows.
-        kernel: Kernel in the dtype of the rows.
+        x: Array with any number of leading axes.
+        kernel: Kernel of the dtype of `x`.
         inputs: Number of contracted axes.
     """
     if any((*jax.typeof(x).sharding.spec, *jax.typeof(kernel).sharding.spec)):
@@ -116,16 +116,15 @@ def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
 
 
 def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`x @ matrix`, placed as the rows of `x` are.
+    """Compute `x @ matrix`, with the rows of the result placed as the rows of `x`.
 
-    Where explicit axes split the last axis of `x`, each device contracts its part and the results
-    are summed; nothing of `x` is gathered. The matrix, which is small, is moved to where it is
-    needed.
+    If explicit axes split the last axis of `x`, each device contracts its part and the results are
+    summed, so `x` is not gathered. The matrix, which should be small, is moved instead.
 
     Args:
         x: `[..., inputs]` array.
-        matrix: `[inputs, outputs]` array; or a stack of them, `[*stack, inputs, outputs]`, for `x`
-            of the same stack.
+        matrix: `[inputs, outputs]` array, or a stack `[*stack, inputs, outputs]` if `x` is
+            `[*stack, ..., inputs]`.
     """
     here, there = jax.typeof(x).sharding, jax.typeof(matrix).sharding
     if not any(here.spec) and not any(there.spec):
@@ -141,16 +140,16 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def placed_beside(tree: Any, like: jax.Array, axes: Any = 0) -> Any:
-    """Arrays that were made for a number of rows (caches, keys), placed as other rows are.
+    """Place the rows of newly made arrays (caches, keys) as the rows of an array are placed.
 
-    Inside `shard_map` they vary over the mesh axes that the other rows vary over, so that a loop
-    may carry them.
+    Inside `shard_map` the arrays are marked as varying over the mesh axes that `like` varies over,
+    so that a loop can carry them.
 
     Args:
-        tree: Arrays with an axis of rows.
-        like: Array `[B, ...]` whose rows the others stand beside.
-        axes: Axis of the rows in each array: a number for all of them, or a pytree of numbers, with
-            None for an array that all rows share.
+        tree: Pytree of arrays with an axis of rows.
+        like: Array `[B, ...]` that determines the placement of the rows.
+        axes: Axis of the rows in each array: a number for all arrays, or a pytree of numbers in
+            which None marks an array that all rows share.
     """
     here = jax.typeof(jnp.asarray(like))
     rows = here.sharding.spec[0] if here.sharding.spec else None
@@ -173,7 +172,7 @@ def placed_beside(tree: Any, like: jax.Array, axes: Any = 0) -> Any:
 
 
 def placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    """An array placed as another one of its shape is."""
+    """Place an array as another array of the same shape is placed."""
     here, there = jax.typeof(x).sharding, jax.typeof(like).sharding
     if here.spec == there.spec or not any((*here.spec, *there.spec)):
         return x
@@ -182,7 +181,7 @@ def placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def row_shards(like: jax.Array) -> int:
-    """Number of parts that explicit axes split the rows of an array into; 1 under others."""
+    """Number of shards into which explicit axes split axis 0 of an array; 1 under other axes."""
     here = jax.typeof(like).sharding
     rows = here.spec[0] if here.spec else None
     names = rows if isinstance(rows, tuple) else () if rows is None else (rows,)
@@ -190,12 +189,14 @@ def row_shards(like: jax.Array) -> int:
 
 
 def split_rows(leaf: jax.Array, axis: int, parts: int) -> jax.Array:
-    """The axis of the rows as two: the parts, which explicit axes split, and the rows of each.
+    """Reshape the axis of the rows, of size B, to two axes `[parts, B / parts]`.
+
+    Explicit axes that split the rows split the parts of the result.
 
     Args:
         leaf: Array with an axis of rows.
-        axis: That axis.
-        parts: Number of parts, that of the shards (`row_shards`).
+        axis: Index of the axis of the rows.
+        parts: Number of parts, the number of shards of the rows (`row_shards`).
     """
     shape = (*leaf.shape[:axis], parts, leaf.shape[axis] // parts, *leaf.shape[axis + 1 :])
     here = jax.typeof(leaf).sharding
@@ -206,7 +207,7 @@ def split_rows(leaf: jax.Array, axis: int, parts: int) -> jax.Array:
 
 
 def join_rows(parts: jax.Array, like: jax.Array) -> jax.Array:
-    """The inverse of `split_rows`, with shape and placement of the array that was split."""
+    """Invert `split_rows`; `like` is the array that was split, for its shape and placement."""
     here = jax.typeof(like).sharding
     if not any(here.spec):
         return parts.reshape(like.shape)

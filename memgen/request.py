@@ -1,4 +1,4 @@
-"""Requests for generation, checked: options, prompts and keys."""
+"""Check and prepare a request for generation: its options, prompts and random keys."""
 
 import dataclasses
 import zlib
@@ -23,25 +23,26 @@ KeepMemory = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Request(ShortRepr):
-    """Options of a response.
+    """Options with which a response is generated; `make_request` makes a checked one.
 
     Attributes:
         policy: Trigger policy, which decides at each boundary whether to weave.
         temperature: Temperature of sampling, a float32 scalar; None takes the most probable token.
-        max_new_tokens: Largest number of new tokens, an int32 scalar or `[B]`; a row of 0 stays as
-            it is.
+        max_new_tokens: Maximum number of new tokens, an int32 scalar or `[B]`; 0 leaves a row
+            unchanged.
         stop: `[M]` int32, token ids that end a row.
-        valid_vocab_size: Number of ids that may be sampled, from 0 on, an int32 scalar.
-        keep_memory: Filter of events, a pytree that maps latents `[R, K, D]`, the mask `[R, K]` of
-            real ones, and random keys `[R]` to `[R]` bool. It is called for any subset of the rows,
-            so it must judge each row by itself; an event that it drops counts as skipped. None
-            keeps all events.
+        valid_vocab_size: Number of ids that may be sampled, an int32 scalar: ids from
+            `valid_vocab_size` on are excluded.
+        keep_memory: Filter of events, called with the latents `[R, K, D]` of R rows, a bool mask
+            `[R, K]` of real latents, and random keys `[R]`. It returns `[R]` bool, False to drop a
+            row's event, which then counts as skipped. It is called with any subset of the rows, so
+            it must judge each row by itself. It must be a pytree. None keeps all events.
         retriever: Retriever that is queried on the host at each event, or None.
-        top_p: Probability mass of the fewest most probable tokens that are sampled from, a float32
-            scalar; None for all. Log-probabilities are those without it.
-        events: Number of events that each row's response already has after the one before its first
-            token, `[B]` int32, for rows that continue a response that was cut; -1 for rows that
-            begin one. None where all rows begin one.
+        top_p: Probability mass for nucleus sampling (see `decoding.nucleus`), a float32 scalar;
+            None samples from all tokens. Log-probabilities of responses do not depend on it.
+        events: Number of events that each row's response already has, `[B]` int32, not counting the
+            event before its first token, for rows that continue a truncated response; -1 for rows
+            that begin a response. None if all rows begin a response.
     """
 
     policy: TriggerPolicy
@@ -66,23 +67,24 @@ def make_request(
     retriever: Any = None,
     top_p: float | None = None,
 ) -> Request:
-    """A request of checked options.
+    """Make a request, and check its options.
 
     Args:
         memgen: Model that will respond.
-        max_new_tokens: Largest number of new tokens of a row.
+        max_new_tokens: Maximum number of new tokens of a row.
         policy: Trigger policy, which decides at each boundary whether to weave.
         temperature: Temperature of sampling; 0 takes the most probable token.
         stop: Token ids that end a row.
-        valid_vocab_size: Number of ids that may be sampled, from 0 on; all ids by default.
-        keep_memory: Filter of events (see `Request`); None keeps all.
+        valid_vocab_size: Number of ids that may be sampled: ids from `valid_vocab_size` on are
+            excluded. By default all ids may be sampled.
+        keep_memory: Filter of events (see `Request`); None keeps all events.
         retriever: Retriever that is queried at each event, or None.
-        top_p: Probability mass of the fewest most probable tokens to sample from; None and 1
-            for all.
+        top_p: Probability mass for nucleus sampling; None or 1 samples from all tokens.
 
     Raises:
-        ValueError: An option is out of its range, the policy needs a learned trigger and there is
-            none or an untrained one, or a callable is no pytree.
+        ValueError: An option is out of its range, the policy needs a learned trigger and the model
+            has none or an untrained one, a retriever is given to a weaver with `context="nothing"`,
+            or `policy` or `keep_memory` is not a registered pytree.
     """
     check_memgen(memgen)
     _check_pytree("policy", policy)
@@ -154,7 +156,7 @@ def _check_policy(policy: TriggerPolicy) -> None:
 
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """Keys `[B]` of prompts, from the seed, the prompt and the number of equal ones before it."""
+    """Derive keys `[B]` from the seed, the prompts, and how many equal prompts precede each."""
     if not is_whole(seed):
         raise ValueError(f"seed={seed!r}: give a whole number")
     rows = [tuple(prompt) for prompt in prompts]
@@ -166,11 +168,14 @@ def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Rows `[B, C]` of prompts, padded on the right to a power of two, and their lengths `[B]`.
+    """Pad prompts with 0 on the right, to a power of two of 16 or more.
+
+    Returns:
+        Token ids `[B, C]` int32, and the number of real tokens of each prompt, `[B]` int32.
 
     Raises:
-        ValueError: There is no prompt, or one that is empty, no list of integers, or has an id
-            outside the vocabulary.
+        ValueError: There is no prompt, or a prompt is empty, is not a list of integers, or has an
+            id outside of the vocabulary.
     """
     if len(prompts) == 0:
         raise ValueError("no prompt is given: give at least one")
@@ -197,5 +202,5 @@ def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.
 
 
 def bucket(size: int) -> int:
-    """A size rounded up to a power of two, at least 16."""
+    """Round a size up to a power of two, 16 or more."""
     return max(SHORTEST, 1 << (max(size, 1) - 1).bit_length())

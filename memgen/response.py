@@ -19,16 +19,17 @@ NO_DECISION = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Response(ShortRepr):
-    """New tokens, decisions and latents of each row; Jupyter shows them as `page` does.
+    """New tokens, decisions and latents of each row. Jupyter displays a response as its `page`.
 
     Attributes:
-        tokens: `[B, T]` int32 new token ids, the stop id included.
-        count: `[B]` int32, number of real ones.
+        tokens: `[B, T]` int32 new token ids, padded on the right by 0. The stop id that ended a row
+            is included.
+        count: `[B]` int32, number of new tokens of each row.
         log_probs: `[B, T]` float32, log-probability of each token at the temperature of sampling (1
             if greedy).
         decisions: `[B, T]` int8, decision before each token: -1 none, 0 skipped, 1 invoked.
         latents: `[B, E, K, D]` latents of each event; event 0 precedes the first token.
-        points: `[B, E]` int32, index of the token after each event; -1 for an unused event.
+        points: `[B, E]` int32, index of the new token after each event; -1 for an unused event.
     """
 
     tokens: jax.Array
@@ -40,7 +41,7 @@ class Response(ShortRepr):
 
     @classmethod
     def empty(cls, memgen: MemGen, batch: int, capacity: int, vector: Any) -> "Response":
-        """A response of up to `capacity` tokens; latents have the width and dtype of `vector`."""
+        """Make a response without tokens, with room for `capacity`; latents are like `vector`."""
         config = memgen.config
         latents = (batch, config.events, config.weaver.latents, vector.shape[-1])
         return cls(
@@ -54,7 +55,7 @@ class Response(ShortRepr):
 
     @property
     def texts(self) -> list[list[int]]:
-        """The new ids of each row."""
+        """New token ids of each row, without padding."""
         rows = zip(np.asarray(self.tokens), np.asarray(self.count), strict=True)
         return [row[:count].tolist() for row, count in rows]
 
@@ -63,17 +64,18 @@ class Response(ShortRepr):
         text_of: Callable[[int], str] = str,
         prompts: Sequence[Sequence[int]] | None = None,
     ) -> Page:
-        """The response in HTML: each row's tokens, and before them the memories woven there.
+        """Draw the response in HTML: each row's tokens, with a bar for each latent woven before.
 
         `page().save("response.html")` writes a page that needs no other file.
 
         Args:
             text_of: Function from a token id to its text; by default ids are shown.
-            prompts: Token ids of the prompt of each row, which stand in front; none by default.
+            prompts: Token ids of the prompt of each row, shown in front of it; by default no
+                prompts are shown.
 
         Raises:
-            ValueError: There are not as many prompts as rows, or the arrays are not here (traced,
-                donated, or on other hosts) or of no batch.
+            ValueError: The number of prompts is not the number of rows, the arrays are without a
+                batch axis, or they can't be read (traced, donated, or on other hosts).
         """
         if not self._is_batch():
             raise ValueError(
@@ -98,7 +100,7 @@ class Response(ShortRepr):
 
 
 def _is_here(value: object) -> bool:
-    """Whether a value of a response can be read: neither traced nor donated."""
+    """Whether an array can be read: neither traced nor donated nor on another host."""
     if isinstance(value, Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
         return False
     return isinstance(value, np.ndarray) or (value.is_fully_addressable and not value.is_deleted())

@@ -1,4 +1,4 @@
-"""Retrieval: passages of local text that are added to the weaver's context at an event."""
+"""Retrieval: find passages of local text, which an event adds to the weaver's context."""
 
 import json
 import re
@@ -10,14 +10,14 @@ import numpy as np
 
 
 class Retriever(Protocol):
-    """Finds snippets for a batch of queries, on the host, in fixed shapes.
+    """Interface of retrievers, which find a snippet of text for each row, on the host.
 
-    A snippet must depend on its query alone, not on the rest of the batch: generation queries from
-    within a compiled loop and relies on that. A retriever must be hashable, because it is a static
-    part of the compiled program.
+    A row's snippet must depend on the row's text alone, not on the rest of the batch, because
+    generation queries from within a compiled loop. A retriever must be hashable, because it is a
+    static part of the compiled program.
 
     Attributes:
-        max_snippet_tokens: Largest number `Lc` of tokens of a snippet.
+        max_snippet_tokens: Maximum number `Lc` of tokens of a snippet.
     """
 
     @property
@@ -26,39 +26,41 @@ class Retriever(Protocol):
     def retrieve(
         self, ids: np.ndarray, length: np.ndarray, queried: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Snippets for the text so far of each row.
+        """Find a snippet for the text so far of each row.
+
+        All three arguments may be JAX arrays. Convert them to NumPy first: an operation of JAX may
+        wait for the running program, which waits for this call.
 
         Args:
-            ids: `[B, T]` int32 token ids, padded on the right. All three arrays may be JAX arrays:
-                convert them to NumPy first, since JAX may wait for the running program, which
-                waits for this call.
+            ids: `[B, T]` int32 token ids of the text so far, padded on the right.
             length: `[B]` int32, number of real tokens of each row.
-            queried: `[B]` bool, rows that need a snippet; the others get length 0.
+            queried: `[B]` bool, True for rows that need a snippet.
 
         Returns:
-            Snippets `[B, Lc]` int32, padded on the right by 0, and their lengths `[B]` int32; 0
-            where nothing was found.
+            Snippets `[B, Lc]` int32, padded on the right by 0, and their lengths `[B]` int32. The
+            length is 0 for rows that were not queried or for which nothing was found.
         """
         ...
 
 
 class BM25Retriever:
-    """The passages that share the rarest words with the text so far (BM25). Needs bm25s.
+    """Retriever that ranks passages by BM25: by the words, rare ones above all, shared with a text.
 
-    A snippet is the best passages, best first, cut at `max_snippet_tokens`. Passages without a word
-    of the text are left out, so there may be fewer than `top`, or none.
+    A snippet joins the `top` passages, best first, and is truncated to `max_snippet_tokens`.
+    Passages that share no word with the text are left out, so there may be fewer than `top`, or
+    none. Needs bm25s.
 
     Args:
         passages: Texts to choose from.
         encode: Function from text to token ids.
         decode: Function from token ids to text.
-        top: Number P of passages of a snippet.
-        max_snippet_tokens: Largest number of tokens of a snippet.
+        top: Maximum number of passages of a snippet (P).
+        max_snippet_tokens: Maximum number of tokens of a snippet.
 
     Attributes:
         passages: Texts to choose from.
-        top: Number P of passages of a snippet.
-        max_snippet_tokens: Largest number of tokens of a snippet.
+        top: Maximum number of passages of a snippet (P).
+        max_snippet_tokens: Maximum number of tokens of a snippet.
 
     Raises:
         ValueError: No passage holds a word, `top` or `max_snippet_tokens` is below 1, or bm25s is
@@ -104,18 +106,20 @@ class BM25Retriever:
         top: int = 3,
         max_snippet_tokens: int = 256,
     ) -> "BM25Retriever":
-        """A retriever of text files and of .jsonl files with a `text` in the object of each line.
+        """Make a retriever over the documents of some files.
 
         Args:
-            paths: Files of UTF-8 text; a text file, or a line of a .jsonl file, is one document.
+            paths: Paths of UTF-8 files. In a .jsonl file, the string `text` of each line's object
+                is a document. Any other file is one document.
             encode: Function from text to token ids.
             decode: Function from token ids to text.
-            passage_words: Number of words of a passage; documents are cut into passages.
-            top: Number P of passages of a snippet.
-            max_snippet_tokens: Largest number of tokens of a snippet.
+            passage_words: Number of words per passage into which documents are split.
+            top: Maximum number of passages of a snippet (P).
+            max_snippet_tokens: Maximum number of tokens of a snippet.
 
         Raises:
-            ValueError: A file cannot be read, or a reason of the constructor.
+            ValueError: A file cannot be read or parsed, the files hold no text, `passage_words` is
+                below 1, or the constructor raises it.
         """
         if passage_words < 1:
             raise ValueError(f"passage_words={passage_words}: choose 1 or more")
@@ -131,7 +135,7 @@ class BM25Retriever:
         return cls(passages, encode, decode, top=top, max_snippet_tokens=max_snippet_tokens)
 
     def best(self, query: str) -> list[int]:
-        """Indices of at most `top` passages that share a word with the query, best first."""
+        """Return indices of up to `top` passages that share a word with the query, best first."""
         words = [word for word in _words(query) if word in self._known]
         if not words:
             return []
@@ -142,7 +146,7 @@ class BM25Retriever:
     def retrieve(
         self, ids: np.ndarray, length: np.ndarray, queried: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Snippets for the text so far of each row (`Retriever.retrieve`)."""
+        """As in `Retriever.retrieve`."""
         ids, length = np.asarray(ids), np.asarray(length)
         found = np.zeros((len(ids), self.max_snippet_tokens), np.int32)
         found_length = np.zeros(len(ids), np.int32)
@@ -161,7 +165,7 @@ def _words(text: str) -> list[str]:
 
 
 def _cut(document: str, words: int) -> Iterator[str]:
-    """Passages of `words` words, the last may be shorter, with the white space between words."""
+    """Split a document into passages of `words` words (the last may be shorter), spaces kept."""
     spans = [match.span() for match in re.finditer(r"\S+", document)]
     for start in range(0, len(spans), words):
         yield document[spans[start][0] : spans[min(start + words, len(spans)) - 1][1]]

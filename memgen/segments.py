@@ -1,7 +1,7 @@
-"""Latents of the events of training texts, woven in order over a cache.
+"""Weave the events of training texts in order, over a cache.
 
-An event's latents depend on the text before it and on earlier latents. So events are woven one
-after the other; but what stands before an event is computed once, and not anew for each event.
+An event's latents depend on the text before it and on earlier latents, so events are woven one
+after the other. With the cache, the text before an event is not read again for each event.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from memgen.weaver import Weaver
 
 SHORTEST_SEGMENT = 32
 LEAST_SAVED = 512
-"""Number of vectors of a row that segments must save; with fewer, each event has a pass of its own
-over the whole row."""
+"""Minimum number of vectors of a row that segments must save; if they save fewer, each event is
+woven by a forward pass of its own over the whole row."""
 MOST_KEPT = 2**30
-"""Number of bytes of caches on a device that segments may keep for the backward pass; with more,
-each event has a pass of its own, of which only latents are kept. Under automatic axes, where shards
-are unknown, those of all devices count."""
+"""Maximum number of bytes of caches that segments may keep on a device for the backward pass; if
+they need more, each event is woven by a forward pass of its own, of which only latents are kept.
+Under automatic axes, where shards are unknown, the bytes of all devices are summed."""
 
 
 class Schedule(NamedTuple):
-    """How rows are read, the same for all rows of a shape.
+    """How the rows of a batch are read in rounds; it depends on the batch's shape alone.
 
     Attributes:
-        size: Number of vectors of a round, queries included.
-        rounds: Largest number of rounds that a row can need.
+        size: Number of vectors that a round reads of each row, queries included.
+        rounds: Maximum number of rounds that a row can need.
     """
 
     size: int
@@ -39,10 +39,10 @@ class Schedule(NamedTuple):
 
     @classmethod
     def of(cls, length: int, events: int, slots: int) -> Schedule:
-        """The schedule for `length` tokens and `events` of `slots` latents.
+        """Compute the schedule for rows of `length` tokens and `events` events of `slots` latents.
 
-        Segments grow with the row, so that the number of rounds, whose caches are kept for the
-        backward pass, stays about three times that of events.
+        Rounds of longer rows read more vectors, so that there are at most about three rounds per
+        event: the caches of all rounds are kept for the backward pass.
         """
         reach = length + (events - 1) * slots
         segment = max(SHORTEST_SEGMENT, -(-reach // (2 * events)))
@@ -50,7 +50,7 @@ class Schedule(NamedTuple):
         return cls(segment + slots, events + reach // (segment + 1))
 
     def saves(self, length: int, events: int, slots: int) -> bool:
-        """Whether this is at most half of one pass for each event, and `LEAST_SAVED` fewer."""
+        """Whether it saves half or more of the vectors of a pass per event, and `LEAST_SAVED`."""
         passes, mine = events * (length + events * slots), self.rounds * self.size
         return 2 * mine <= passes and mine + LEAST_SAVED <= passes
 
@@ -58,16 +58,19 @@ class Schedule(NamedTuple):
 def schedule_for(
     weaver: Weaver, decoder: Any, reasoner: Any, sizes: tuple[int, int, int], shards: int = 1
 ) -> Schedule | None:
-    """The schedule of `weave_in_segments`, or None where each event is to have a pass of its own.
+    """Choose between `weave_in_segments` and a forward pass for each event.
 
-    The choice depends on sizes and decoders alone; latents are the same up to rounding.
+    The choice depends on sizes and decoders alone. Both give the same latents up to rounding.
 
     Args:
-        weaver: Weaver whose events these are.
+        weaver: Weaver that writes the latents.
         decoder: Decoder of the weaver.
-        reasoner: Reasoner, whose hidden states are read with `context="hidden"`.
-        sizes: Numbers of rows, of tokens of a row, and of events of a row.
-        shards: Number of devices that share the rows.
+        reasoner: Reasoner, whose hidden states the weaver reads with `context="hidden"`.
+        sizes: Number of rows, number of tokens of a row, and number of events of a row.
+        shards: Number of devices over which the rows are split.
+
+    Returns:
+        Schedule for `weave_in_segments`; None for a forward pass for each event.
     """
     batch, length, events = sizes
     row = length, events, weaver.config.latents
@@ -92,18 +95,22 @@ def weave_in_segments(
     plan: Plan,
     schedule: Schedule,
 ) -> jax.Array:
-    """Latents `[B, E, K, D]` of all events, zeros for unused ones.
+    """Weave all events of a batch in rounds, over a cache.
 
-    In each round every row reads the next vectors before its next event; the round that comes to
-    the event reads the queries too, and forgets them.
+    In each round, every row reads the next vectors before its next event. The round that reaches
+    the event also reads the weaver's queries, which the cache then forgets.
 
     Args:
-        weaver: Weaver whose events these are.
-        decoder: Decoder with the weaver's adapter, and with `extend_keeping`.
-        reasoner: Reasoner, whose hidden states are read with `context="hidden"`.
+        weaver: Weaver that writes the latents.
+        decoder: Decoder with the weaver's adapter and a method `extend_keeping` (see
+            `DecoderBackbone`).
+        reasoner: Reasoner, whose hidden states the weaver reads with `context="hidden"`.
         vectors: `[B, L, D]` embedded tokens.
         plan: Events of each row.
         schedule: Size and number of rounds.
+
+    Returns:
+        Latents `[B, E, K, D]` of all events, zeros for unused events.
     """
     batch, length, dim = vectors.shape
     events, slots = plan.point.shape[1], weaver.config.latents
@@ -155,13 +162,13 @@ def _pick(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Entries of `rows [B, N, ...]` at `index [B, C]`, arbitrary ones beyond the end."""
+    """Entries of `rows [B, N, ...]` at `index [B, C]`; arbitrary where the index is too large."""
     index = jnp.minimum(index, rows.shape[1] - 1)
     return jnp.take_along_axis(rows, index.reshape(*index.shape, *[1] * (rows.ndim - 2)), axis=1)
 
 
 def _vectors(vectors: jax.Array, latents: jax.Array, source: jax.Array) -> jax.Array:
-    """Vectors of a stream by their indices `[B, C]` of `stream_source`."""
+    """Take a stream's vectors by their source indices `[B, C]` (see `stream_source`)."""
     length, flat = vectors.shape[1], latents.reshape(latents.shape[0], -1, latents.shape[-1])
     of_event = _take(flat, jnp.maximum(source - length, 0))
     return jnp.where((source < length)[..., None], _take(vectors, source), of_event)

@@ -1,4 +1,4 @@
-"""Sessions: rows of tokens and latents with the live caches of the decoders that process them."""
+"""Sessions: rows of tokens and latents, with the caches of the decoders that read them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,12 +21,12 @@ CHUNK = 32  # vectors by which a cache that lags behind catches up at a time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class DecoderState(ShortRepr):
-    """A decoder's cache, which may lag behind the rows.
+    """A decoder's cache, which may not hold the last vectors of a row yet.
 
     Attributes:
         cache: Cache of the decoder.
         length: `[B]` int32, number of vectors of each row that the cache holds.
-        hidden: `[B, D]`, hidden state at the last of them.
+        hidden: `[B, D]`, hidden state at the last vector that the cache holds.
     """
 
     cache: Any
@@ -35,7 +35,7 @@ class DecoderState(ShortRepr):
 
     @classmethod
     def start(cls, decoder: Any, batch: int, capacity: int) -> "DecoderState":
-        """The state before the first vector; `capacity` vectors fit into a row."""
+        """Make the state before the first vector, with room for `capacity` vectors in a row."""
         check_cache(decoder)
         hidden = jax.eval_shape(decoder.hidden_states, jnp.zeros((batch, 1, decoder.embed_dim)))
         return cls(
@@ -49,13 +49,13 @@ class DecoderState(ShortRepr):
     ) -> "DecoderState":
         """Extend the cache until every row of the mask `rows [B]` has `target [B]` vectors.
 
-        Other rows may be extended on the way.
+        Other rows may be extended too, up to their target.
 
         Args:
             decoder: Decoder whose cache it is.
-            fetch: Function from indices `[B, C]` to the vectors there, `[B, C, D]`.
-            target: `[B]` int32, number of vectors to reach in each row.
-            rows: `[B]` bool, rows that must reach their target.
+            fetch: Function from indices `[B, C]` to the row's vectors at them, `[B, C, D]`.
+            target: `[B]` int32, number of vectors that the cache is to hold of each row.
+            rows: `[B]` bool, True for rows that must reach their target.
         """
 
         def behind(state: DecoderState) -> jax.Array:
@@ -79,22 +79,22 @@ class DecoderState(ShortRepr):
         queries: jax.Array,
         count: jax.Array,
     ) -> tuple[jax.Array, "DecoderState"]:
-        """`extend_to`, and hidden states of vectors behind the target that leave no trace.
+        """Extend the cache as `extend_to` does, and compute hidden states of queries behind it.
 
-        They are computed together with the last vectors in front of them, by a decoder with
-        `extend_keeping`.
+        The queries are read together with the last vectors in front of them, and the cache does not
+        keep them. The decoder must have `extend_keeping` (see `DecoderBackbone`).
 
         Args:
             decoder: Decoder whose cache it is.
-            fetch: Function from indices `[B, C]` to the vectors there, `[B, C, D]`.
-            target: `[B]` int32, number of vectors to reach in each row.
-            rows: `[B]` bool, rows that must reach their target.
+            fetch: Function from indices `[B, C]` to the row's vectors at them, `[B, C, D]`.
+            target: `[B]` int32, number of vectors that the cache is to hold of each row.
+            rows: `[B]` bool, True for rows that must reach their target.
             queries: `[B, Q, D]` vectors behind the target, padded on the right.
-            count: `[B]` int32, number of real ones.
+            count: `[B]` int32, number of real queries of each row.
 
         Returns:
-            Hidden states `[B, Q, D]` of `queries`, arbitrary in other rows, and the state after
-            `target`.
+            Hidden states `[B, Q, D]` of the queries, arbitrary in rows outside of `rows`, and the
+            state without the queries.
         """
         size, width = CHUNK + queries.shape[1], queries.shape[1]
 
@@ -125,7 +125,7 @@ class DecoderState(ShortRepr):
         return found, state
 
     def batch_axes(self, decoder: Any) -> "DecoderState":
-        """The axis of the rows in each array, None for an array that all rows share."""
+        """Pytree of each array's axis of rows; None for an array that all rows share."""
         row_axis: Any = 0
         return DecoderState(cache_batch_axes(decoder, self.cache), row_axis, row_axis)
 
@@ -138,16 +138,18 @@ class Session(ShortRepr):
     Attributes:
         tokens: `[B, N]` int32 token ids, without the latents between them.
         count: `[B]` int32, number of real tokens of each row.
-        vectors: `[B, S, D]`, the reasoner's input: embedded tokens and latents; None where neither
-            weaver nor trigger uses it.
-        hidden: `[B, S, D]`, the reasoner's hidden states; None where the weaver does not use them.
+        vectors: `[B, S, D]`, the reasoner's input: embedded tokens and latents; None if neither
+            weaver nor trigger reads it.
+        hidden: `[B, S, D]`, the reasoner's hidden states; None if the weaver does not read them.
         reasoner: State of the reasoner, always up to date.
-        weaver: State of the weaver's decoder, brought up to date at events; None without one.
-        trigger: State of the trigger's decoder, brought up to date at decisions; None without one.
-        keys: `[B]` random keys, from which all noise of a row is drawn.
-        responses: `[B]` int32, number of responses so far.
-        capacity: `S`, number of tokens and latents that fit into a row.
-        snippet_capacity: Number of retrieved tokens that fit into an event.
+        weaver: State of the weaver's decoder, updated at events only; None if the weaver runs no
+            decoder.
+        trigger: State of the trigger's decoder, updated at decisions only; None if the trigger runs
+            no decoder.
+        keys: `[B]` random keys, from which all random draws of a row are derived.
+        responses: `[B]` int32, number of responses of each row so far.
+        capacity: Maximum number of tokens and latents of a row, `S` (static).
+        snippet_capacity: Maximum number of retrieved tokens of an event (static).
     """
 
     tokens: jax.Array
@@ -171,14 +173,14 @@ class Session(ShortRepr):
         max_responses: int,
         snippet_capacity: int = 0,
     ) -> "Session":
-        """A session of empty rows.
+        """Make a session of empty rows.
 
         Args:
             memgen: Model that the session is for.
             keys: `[B]` random keys, one for each row.
-            max_tokens: Number of tokens that fit into a row.
-            max_responses: Number of responses whose latents fit into a row.
-            snippet_capacity: Number of retrieved tokens that fit into an event.
+            max_tokens: Maximum number of tokens of a row.
+            max_responses: Maximum number of responses, for whose latents there is room.
+            snippet_capacity: Maximum number of retrieved tokens of an event.
         """
         config, batch = memgen.config, keys.shape[0]
         capacity = max_tokens + max_responses * config.max_latents
@@ -217,18 +219,18 @@ class Session(ShortRepr):
         )
 
     def replace(self, **changes) -> "Session":
-        """The same session with some fields changed, as `dataclasses.replace`."""
+        """Return a copy with some fields changed, as `dataclasses.replace` does."""
         return dataclasses.replace(self, **changes)
 
     @property
     def last_two(self) -> tuple[jax.Array, jax.Array]:
-        """The last token but one and the last token of each row, `[B]` each; 0 where none is."""
+        """Last but one and last token of each row, `[B]` int32 each; 0 where there is none."""
         at = self.count[:, None] - jnp.array([2, 1])
         ids = jnp.take_along_axis(self.tokens, jnp.maximum(at, 0), axis=1)
         return tuple(jnp.where(at >= 0, ids, 0).T)
 
     def step_keys(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Keys `[B]` of a response's step: for its token, its decision, and `keep_memory`."""
+        """Derive a step's keys, `[B]` each: for its token, for its decision, for `keep_memory`."""
         fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
         here = fold(jax.vmap(jax.random.fold_in)(self.keys, self.responses), step)
         return fold(here, 0), fold(here, 1), fold(here, 2)
@@ -238,7 +240,7 @@ class Session(ShortRepr):
     ) -> "Session":
         """Append the first `count [B]` tokens of `tokens [B, C]` to each row.
 
-        Rows that would outgrow the session become NaN.
+        Rows that would exceed the session's capacity become NaN.
         """
         session = self.append(memgen, embed(memgen.reasoner, tokens), count, fresh=fresh)
         return session.replace(
@@ -260,18 +262,18 @@ class Session(ShortRepr):
         )
 
     def take_rows(self, memgen: MemGen, rows: jax.Array, keys: jax.Array) -> "Session":
-        """A session whose row `i` continues row `rows[i]` of this one, under a key of its own.
+        """Return a session whose row `i` continues row `rows[i]` of this session, under a new key.
 
-        A row may be taken many times, so that a shared prompt is processed once. The old session
-        stays usable.
+        A row may be taken many times, so that a shared prompt is read once. This session stays
+        usable.
 
         Args:
             memgen: Model that the session belongs to.
-            rows: `[R]` int32, indices of rows of this session.
+            rows: `[R]` int32, indices of the rows to take from this session.
             keys: `[R]` random keys, one for each new row.
 
         Raises:
-            ValueError: An index is out of range (under `jit` such a row becomes NaN).
+            ValueError: An index is out of range (under `jit` the new row becomes NaN instead).
         """
         _check_rows(rows, self.count.shape[0])
         weaver = None if self.weaver is None else memgen.weaving()
@@ -281,12 +283,12 @@ class Session(ShortRepr):
         return jax.tree.map(take, self, axes).replace(keys=keys)
 
     def batch_axes(self, reasoner: Any, weaver: Any, trigger: Any) -> "Session":
-        """The axis of the rows in each array, None for an array that all rows share.
+        """Pytree of each array's axis of rows; None for an array that all rows share.
 
         Args:
             reasoner: Decoder of the reasoner's cache.
-            weaver: Decoder of the weaver's cache; anything where there is no such cache.
-            trigger: Decoder of the trigger's cache; anything where there is no such cache.
+            weaver: Decoder of the weaver's cache; ignored if the session has no such cache.
+            trigger: Decoder of the trigger's cache; ignored if the session has no such cache.
         """
         axes = lambda state, decoder: None if state is None else state.batch_axes(decoder)  # noqa: E731
         return jax.tree.map(lambda _: 0, self).replace(
@@ -296,7 +298,7 @@ class Session(ShortRepr):
         )
 
     def weaver_inputs(self, memgen: MemGen) -> tuple[Callable, jax.Array]:
-        """The weaver's context: a function from indices to its vectors, and their number `[B]`."""
+        """Return a function from indices to the weaver's input vectors, and their number `[B]`."""
         if not memgen.config.weaver.latents_see_latents:
             fetch, target = self._embedded_tokens(memgen.reasoner), self.count
         else:
@@ -305,7 +307,7 @@ class Session(ShortRepr):
         return lambda index: memgen.weaver.context(fetch(index)), target
 
     def trigger_inputs(self, memgen: MemGen, decoder: Any) -> tuple[Callable, jax.Array]:
-        """The same for the trigger's decoder."""
+        """Return a function from indices to the trigger's input vectors, and their number `[B]`."""
         if memgen.checked_trigger().config.source == "tokens":
             return self._embedded_tokens(decoder), self.count
         return _vectors_of(self.vectors), self.reasoner.length
@@ -328,24 +330,30 @@ def _check_rows(rows: jax.Array, count: int) -> None:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RowChunk(ShortRepr):
-    """Some rows of a batch: one from each of several equal parts of it.
+    """A selection of rows of a batch: one row from each of `R` equal parts of the batch.
 
-    The parts are the shards of a batch that is spread over devices, so that taking a chunk out and
-    putting it back moves no row between them.
+    The parts are the batch's shards, so taking rows out and putting them back moves no row between
+    devices.
 
     Attributes:
-        index: `[R]` int32, index within each part of its row.
+        index: `[R]` int32, index of the selected row within each part.
     """
 
     index: jax.Array
 
     @classmethod
     def next(cls, waiting: jax.Array, size: int) -> "RowChunk":
-        """The first row of each part that is `waiting`, `[B]` bool; row 0 of a part without any."""
+        """Select the first row of each part that is `waiting [B]`; row 0 of a part without any."""
         return cls(split_rows(waiting, 0, size).argmax(axis=1).astype(jnp.int32))
 
     def take(self, tree: Any, axes: Any = None) -> Any:
-        """The chunk's rows of all arrays; `axes` as of `Session.batch_axes`, by default all 0."""
+        """Take the chunk's rows of each array.
+
+        Args:
+            tree: Pytree of arrays.
+            axes: Axis of the rows in each array, None for an array that all rows share (which is
+                taken whole); by default 0 for all arrays.
+        """
 
         def rows(leaf, axis):
             if axis is None:
@@ -357,7 +365,10 @@ class RowChunk(ShortRepr):
         return jax.tree.map(rows, tree, _or_zeros(axes, tree))
 
     def put(self, tree: Any, new: Any, axes: Any = None) -> Any:
-        """The arrays with other rows in the chunk; an array that rows share is taken from `new`."""
+        """Replace the chunk's rows of each array by `new`; `axes` are as in `take`.
+
+        An array that all rows share is replaced by the array in `new`.
+        """
 
         def rows(leaf, new, axis):
             if axis is None:
@@ -377,19 +388,19 @@ def _or_zeros(axes: Any, tree: Any) -> Any:
 
 
 def check_session(memgen: Any, session: Any) -> None:
-    """Raise a ValueError unless these are a MemGen and a session of one."""
+    """Raise a ValueError unless `memgen` is a `MemGen` and `session` a `Session`."""
     check_memgen(memgen)
     if not isinstance(session, Session):
         raise ValueError(f"a {type(session).__name__} in place of a session: give begin(...)")
 
 
 def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:
-    """Raise a ValueError if rows would outgrow the session; nothing is checked of traced lengths.
+    """Raise a ValueError if rows would exceed the session's capacity, unless lengths are traced.
 
     Args:
         session: Session that is to be extended.
         tokens: Number of new tokens of each row, `[B]` or a scalar.
-        latents: Number of new latents in each row that gets tokens.
+        latents: Number of new latents of each row that gets new tokens, `[B]` or a scalar.
     """
     if isinstance(tokens, Tracer) or isinstance(session.count, Tracer):
         return
@@ -410,14 +421,14 @@ def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:
 
 
 def take(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Entries of `rows [B, S, ...]` at `index [B, C]`, arbitrary ones beyond the end."""
+    """Entries of `rows [B, S, ...]` at `index [B, C]`; arbitrary where the index is too large."""
     index = jnp.minimum(index, rows.shape[1] - 1)
     index = index.reshape(index.shape + (1,) * (rows.ndim - 2))
     return jnp.take_along_axis(rows, index, axis=1)
 
 
 def put(rows: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
-    """`rows [B, S, ...]` with the first `count [B]` of `new [B, C, ...]` from `start [B]` on."""
+    """Write the first `count [B]` of `new [B, C, ...]` to `rows [B, S, ...]` at `start [B]`."""
 
     def write(row, new, start, count):
         offset = jnp.arange(new.shape[0])
@@ -428,6 +439,6 @@ def put(rows: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array) -> 
 
 
 def last_hidden(hidden: jax.Array, count: jax.Array, before: jax.Array) -> jax.Array:
-    """State `[B, D]` after `count [B]` vectors of `hidden [B, C, D]`; `before` where it is 0."""
+    """Last of the first `count [B]` states of `hidden [B, C, D]`; `before [B, D]` for count 0."""
     last = take(hidden, jnp.maximum(count - 1, 0)[:, None])[:, 0]
     return jnp.where((count > 0)[:, None], last, before)

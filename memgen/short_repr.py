@@ -1,7 +1,7 @@
 """Short reprs of values that hold arrays: a notebook shows shapes, not ten thousand numbers.
 
-The two libraries do not import each other; unlike those of `thoughtbubbles.short_repr`, fields may
-be caches of any decoder here.
+The two libraries do not import each other. Unlike in `thoughtbubbles.short_repr`, a field here may
+be any pytree of arrays, such as a decoder's cache.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ import jax
 
 
 def short_repr(self: Any) -> str:
-    """The fields of a dataclass or a NamedTuple, with arrays by type and shape."""
+    """Format the fields of a dataclass or NamedTuple, with arrays shown as dtype and shape."""
     fields = getattr(self, "_fields", None) or [f.name for f in dataclasses.fields(self)]
     shown = (f"{name}={jax.tree.map(_Short, getattr(self, name))}" for name in fields)
     return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class ShortRepr:
-    """A dataclass with `repr=False`, whose repr gives arrays by type and shape."""
+    """Base of a dataclass (made with `repr=False`) whose repr shows arrays as dtype and shape."""
 
     __repr__ = short_repr
 

@@ -1,4 +1,4 @@
-"""The trigger: whether to weave at a boundary, as a rule or learned."""
+"""The trigger, which decides at a boundary whether to weave, and policies of invoking it."""
 
 import dataclasses
 import math
@@ -17,24 +17,25 @@ from memgen.module import Module, checked_kernel, named
 
 
 class TriggerParam(nnx.Param):
-    """A parameter of the trigger; its metadata is that of `WeaverParam`."""
+    """A parameter of the trigger; metadata `inputs` is the number of axes a product contracts."""
 
 
 class Trigger(Module):
-    """A linear head of two logits, skip and invoke, and the adapter of the decoder below it.
+    """A linear head with two logits, skip and invoke, and an adapter for the decoder below it.
 
-    It decides when to weave (arXiv 2509.24704). The head starts at zero except for its bias, so
-    that the initial probability of invoking is `init_invoke_prob` everywhere.
+    It decides when to weave (arXiv 2509.24704). By default the head's kernel starts at zero, and
+    its bias such that the initial probability of invoking is `init_invoke_prob` everywhere.
 
     Args:
         backbone: Decoder whose hidden states are the head's input.
-        config: Source of the decisions, and sizes.
+        config: Sizes and options of the trigger.
         rngs: Random keys of the initial values.
         kernel_init: Initializer of the head's kernel; zeros by default.
-        param_dtype: Type of the head's parameters; those of the adapter are float32.
+        param_dtype: Dtype of the head's parameters. The adapter is float32.
 
     Raises:
-        ValueError: A target of the adapter is no linear layer of the backbone.
+        ValueError: A target of the adapter selects no linear layer of the backbone, or an argument
+            has a wrong type.
     """
 
     def __init__(
@@ -64,32 +65,32 @@ class Trigger(Module):
         self.bias = named(TriggerParam, jnp.array([0.0, odds], param_dtype), (None,))
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Logits `[..., 2]` float32 of hidden states `[..., D]`.
+        """Compute logits `[..., 2]` float32 (skip, invoke) from hidden states `[..., D]`.
 
         Raises:
-            ValueError: The states have another width than those of the trigger's decoder.
+            ValueError: `D` is not the width of the trigger's decoder.
         """
         check_width(hidden, self.kernel.shape[0], "a trigger")
         return hidden.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
 
 
 class TriggerPolicy(Protocol):
-    """A rule by which decisions are made; it must be a pytree."""
+    """Interface of policies, which decide in each row whether to weave; they must be pytrees."""
 
     @property
     def learned(self) -> bool:
-        """Whether the rule uses the learned trigger's logits; otherwise it is given zeros."""
+        """Whether the policy uses the learned trigger's logits; otherwise it is given zeros."""
         ...
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        """Decisions to invoke, `[B]` bool, from logits `[B, 2]` and one random key for each row."""
+        """Decide from logits `[B, 2]` and random keys `[B]`; return `[B]` bool, True to invoke."""
         ...
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class AlwaysInvoke:
-    """Invokes at every boundary, up to `max_inference_events`."""
+    """Policy that invokes the weaver at every boundary, up to `max_inference_events`."""
 
     learned = False
 
@@ -100,7 +101,7 @@ class AlwaysInvoke:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NeverInvoke:
-    """Never invokes: the reasoner generates alone."""
+    """Policy that never invokes the weaver: the reasoner generates alone."""
 
     learned = False
 
@@ -111,7 +112,11 @@ class NeverInvoke:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RandomInvoke:
-    """Invokes at each boundary with the same probability."""
+    """Policy that invokes the weaver at each boundary with a fixed probability.
+
+    Attributes:
+        probability: Probability of invoking, from 0 to 1.
+    """
 
     probability: float | jax.Array
     learned = False
@@ -124,7 +129,12 @@ class RandomInvoke:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LearnedInvoke:
-    """Follows the trained trigger: its likelier decision, or a sample at a temperature."""
+    """Policy that follows the trained trigger.
+
+    Attributes:
+        temperature: Temperature that divides the trigger's logits if `sample` is True.
+        sample: Whether to sample the decision; otherwise it is the more probable one (static).
+    """
 
     temperature: float | jax.Array = 1.0
     sample: bool = dataclasses.field(default=False, metadata={"static": True})

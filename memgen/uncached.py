@@ -1,4 +1,4 @@
-"""A cache for decoders without one: it recomputes the whole prefix, slow but exact."""
+"""A base class for decoders without a cache: it recomputes the whole prefix, slow but exact."""
 
 import dataclasses
 from typing import Any
@@ -15,11 +15,11 @@ from memgen.short_repr import ShortRepr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Rows(ShortRepr):
-    """The vectors so far.
+    """Cache of `Uncached`: the vectors read so far.
 
     Attributes:
         vectors: `[B, N, D]` vectors, padded on the right.
-        length: `[B]` int32, number of real ones of each row.
+        length: `[B]` int32, number of real vectors of each row.
     """
 
     vectors: jax.Array
@@ -27,18 +27,18 @@ class Rows(ShortRepr):
 
 
 class Uncached(Module):
-    """Base class of a `DecoderBackbone` without a cache of its own.
+    """Base class for a `DecoderBackbone` that has no cache.
 
-    A subclass adds `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,
-    `hidden_states` and `unembed`, and for speed an `init_cache` and `extend` of its own.
+    A subclass must define `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,
+    `hidden_states` and `unembed`. For speed, it may override `init_cache` and `extend`.
     """
 
     def for_decoding(self):
-        """The decoder itself."""
+        """Return the decoder itself."""
         return self
 
     def init_cache(self, batch: int, max_len: int) -> Rows:
-        """An empty cache for `batch` rows of up to `max_len` vectors."""
+        """Make an empty cache for `batch` rows of up to `max_len` vectors."""
         decoder: Any = self
         vector = jax.eval_shape(embed, decoder, jnp.zeros((1,), jnp.int32))
         return Rows(
@@ -49,7 +49,10 @@ class Uncached(Module):
     def extend(
         self, cache: Rows, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, Rows]:
-        """Append vectors to each row (`DecoderBackbone.extend`): a forward pass of all vectors."""
+        """As in `DecoderBackbone.extend`, by a forward pass over all vectors so far.
+
+        Rows that would exceed `max_len` vectors get hidden states of NaN.
+        """
         decoder: Any = self
         vectors = put(cache.vectors, x, cache.length, length)
         after = cache.length + length

@@ -22,15 +22,15 @@ NORM_EPS = 1e-5
 
 
 class WeaverParam(nnx.Param):
-    """A parameter of the weaver; `inputs` in its metadata is the number of contracted axes."""
+    """A parameter of the weaver; metadata `inputs` is the number of axes a product contracts."""
 
 
 class Snippets(NamedTuple):
-    """Retrieved text that an event attends to besides the stream.
+    """Retrieved text that the weaver's queries attend to besides the stream.
 
     Attributes:
-        vectors: `[B, C, D]` embeddings of the reasoner.
-        length: `[B]` int32, number of real ones of each row.
+        vectors: `[B, C, D]` embeddings of the text by the reasoner, padded on the right.
+        length: `[B]` int32, number of real vectors of each row.
     """
 
     vectors: jax.Array
@@ -40,7 +40,7 @@ class Snippets(NamedTuple):
 
 
 class Bank(Module):
-    """Learned queries of one kind of event: `scale * LayerNorm(queries)`, `[slots, width]`."""
+    """Learned queries of one kind of event; a call returns `scale * LayerNorm(queries) [K, D]`."""
 
     def __init__(self, slots: int, width: int, *, rngs: nnx.Rngs, param_dtype: Dtype = jnp.float32):
         queries = jax.random.normal(rngs.params(), (slots, width)).astype(param_dtype)
@@ -57,14 +57,14 @@ class Bank(Module):
 
 
 class Projection(Module):
-    """A linear layer with bias; both start uniform within `1 / sqrt(inputs)`.
+    """A linear layer whose kernel and bias start uniform in `± 1 / sqrt(inputs)`.
 
     Args:
         inputs: Number of inputs.
         outputs: Number of outputs.
         rngs: Random keys of the initial values.
-        kernel_init: Initializer of the kernel in place of that distribution.
-        param_dtype: Type of the parameters.
+        kernel_init: Initializer of the kernel in place of the uniform distribution.
+        param_dtype: Dtype of the parameters.
     """
 
     def __init__(
@@ -91,22 +91,24 @@ class Projection(Module):
 
 
 class Weaver(Module):
-    """Queries, projections and the adapter that make a decoder weave (arXiv 2509.24704).
+    """Queries, projections and the adapter with which a decoder weaves (arXiv 2509.24704).
 
-    The weaver owns no decoder; methods are given one with the weaver's adapter. It computes in the
-    type of the vectors that it is given, the norm of queries and the size of latents in float32.
+    The weaver holds no decoder: its methods take one to which the weaver's adapter is applied. It
+    computes in the dtype of its input vectors, but the norm of queries and the scale of latents in
+    float32.
 
     Args:
-        reasoner: Decoder whose stream gets the latents, of width `d_r`.
-        backbone: Decoder that weaves, of width `d_w`; the reasoner or another one.
-        config: Sizes and options.
+        reasoner: Decoder into whose stream latents are inserted, of width `d_r`.
+        backbone: Decoder that weaves, of width `d_w`; the reasoner or another decoder.
+        config: Sizes and options of the weaver.
         rngs: Random keys of the initial values.
-        kernel_init: Initializer of the projections' kernels; uniform within `1 / sqrt(inputs)` by
-            default.
-        param_dtype: Type of the parameters; those of the adapter are float32.
+        kernel_init: Initializer of the projections' kernels; by default uniform in
+            `± 1 / sqrt(inputs)`.
+        param_dtype: Dtype of the parameters. The adapter is float32.
 
     Raises:
-        ValueError: A target of the adapter is no linear layer of the backbone.
+        ValueError: A target of the adapter selects no linear layer of the backbone, or an argument
+            has a wrong type.
     """
 
     def __init__(
@@ -142,11 +144,11 @@ class Weaver(Module):
         self.gain = None if size is None else named(WeaverParam, size, ())
 
     def width(self, kind: jax.Array) -> jax.Array:
-        """Number of latents of an event of each kind, int32."""
+        """Number of latents of events of `kind [...]`, int32 of the same shape."""
         return jnp.where(kind == PROMPT, self.config.prompt_latents, self.config.inference_latents)
 
     def queries(self, kind: jax.Array) -> jax.Array:
-        """Queries `[..., K, d_w]` of events of `kind [...]`, padded with zeros to `K`."""
+        """Queries `[..., K, d_w]` of events of `kind [...]`; unused slots are zeros."""
         given = [bank() for bank in (self.prompt, self.inference) if bank is not None]
         blank = jnp.zeros((self.config.latents, given[0].shape[-1]))
         banks = [
@@ -157,16 +159,16 @@ class Weaver(Module):
         return jnp.where((kind == PROMPT)[..., None, None], prompt, inference)
 
     def context(self, vectors: jax.Array) -> jax.Array:
-        """Input `[..., d_w]` of the weaver's decoder from the reasoner's vectors `[..., d_r]`.
+        """Project the reasoner's vectors `[..., d_r]` to the weaver's decoder, `[..., d_w]`.
 
         Raises:
-            ValueError: The vectors have another width than the reasoner's.
+            ValueError: The width of the vectors is not `d_r`.
         """
         check_width(vectors, self.to_weaver.kernel.shape[0], "a weaver")
         return self.to_weaver(vectors)
 
     def memory(self, hidden: jax.Array) -> jax.Array:
-        """Latents `[..., d_r]` from the hidden states `[..., d_w]` of the weaver's decoder."""
+        """Project hidden states `[..., d_w]` of the weaver's decoder to latents `[..., d_r]`."""
         latents = self.to_reasoner(hidden)
         if self.gain is None:
             return latents
@@ -176,7 +178,7 @@ class Weaver(Module):
         return (latents / size * self.gain[...]).astype(latents.dtype)
 
     def fixed(self, kind: jax.Array) -> jax.Array:
-        """Latents `[..., K, d_r]` of events of `kind [...]` that do not depend on the text."""
+        """Latents `[..., K, d_r]` of events of `kind [...]`, the same for every text."""
         return self.memory(jax.nn.gelu(self.to_weaver(self.queries(kind))))
 
     def weave(
@@ -187,14 +189,17 @@ class Weaver(Module):
         kind: jax.Array,
         snippets: Snippets | None = None,
     ) -> jax.Array:
-        """Latents of one event for each row, `[B, K, d_r]`.
+        """Write the latents of one event in each row.
 
         Args:
             backbone: Decoder with the weaver's adapter.
             stream: `[B, S, d_r]` vectors of the reasoner, padded on the right.
             length: `[B]` int32, number of real vectors of each row.
             kind: `[B]` int32, `PROMPT` or `INFERENCE`.
-            snippets: Retrieved text between the stream and the queries, or None.
+            snippets: Retrieved text, which is read between the stream and the queries, or None.
+
+        Returns:
+            Latents `[B, K, d_r]`; arbitrary in slots that the kind of event does not use.
         """
         suffix, extra = self.suffix(kind, snippets)
         batch, capacity, width = stream.shape[0], stream.shape[1], suffix.shape[-1]
@@ -209,14 +214,15 @@ class Weaver(Module):
         return self.memory(chosen.reshape(batch, -1, width))
 
     def suffix(self, kind: jax.Array, snippets: Snippets | None) -> tuple[jax.Array, jax.Array]:
-        """The weaver's input after the stream: snippets and then queries, `[B, C + K, d_w]`.
+        """Make the weaver's input after the stream: snippets, then queries.
 
         Args:
             kind: `[B]` int32, `PROMPT` or `INFERENCE`.
-            snippets: Retrieved text, or None.
+            snippets: Retrieved text of up to C tokens, or None.
 
         Returns:
-            The vectors, and the number of snippet vectors of each row, `[B]`.
+            Vectors `[B, C + K, d_w]` (C = 0 without snippets), padded on the right, and the number
+            of snippet vectors of each row, `[B]` int32.
         """
         queries = self.queries(kind)
         if snippets is None:
@@ -232,7 +238,7 @@ class Weaver(Module):
     def weave_parallel(
         self, backbone: DecoderBackbone, vectors: jax.Array, point: jax.Array, kind: jax.Array
     ) -> jax.Array:
-        """Latents of all events in one pass, `[B, E, K, d_r]`; they depend on tokens alone.
+        """Write the latents of all events in one forward pass; no event sees another's latents.
 
         Positions count tokens only: the queries of an event before token `s` have the positions
         `s`, `s + 1`, and so on.
@@ -242,6 +248,9 @@ class Weaver(Module):
             vectors: `[B, L, d_r]` embedded tokens.
             point: `[B, E]` int32, index of the token after each event; -1 for an unused event.
             kind: `[B, E]` int32, `PROMPT` or `INFERENCE`.
+
+        Returns:
+            Latents `[B, E, K, d_r]`; arbitrary in unused events and slots.
         """
         batch, length, _ = vectors.shape
         events, slots = point.shape[1], self.config.latents
@@ -271,7 +280,7 @@ class Weaver(Module):
 
 
 def _embedding_size(reasoner: DecoderBackbone) -> jax.Array:
-    """Root mean square of token embeddings, over ids spread evenly."""
+    """Root mean square of the embeddings of up to `SAMPLED_IDS` evenly spaced token ids."""
     count = min(reasoner.vocab_size, SAMPLED_IDS)
     ids = jnp.arange(count) * (reasoner.vocab_size // count)
     return jnp.sqrt(jnp.square(embed(reasoner, ids).astype(jnp.float32)).mean())

@@ -18,13 +18,13 @@ from thoughtbubbles.streams import Streams
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise a ValueError unless the value is one of the choices."""
+    """Raise a ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: choose {' or '.join(choices)}")
 
 
 def check_config(config: Any, kind: type) -> None:
-    """Raise a ValueError unless a config is of its class."""
+    """Raise a ValueError unless `config` is an instance of `kind`."""
     if not isinstance(config, kind):
         raise ValueError(
             f"config is a {type(config).__name__}: give a {kind.__name__}, such as "
@@ -33,7 +33,7 @@ def check_config(config: Any, kind: type) -> None:
 
 
 def check_fields(config: Any) -> None:
-    """Raise a ValueError unless numbers and tuples of a dataclass are of their fields' types."""
+    """Raise a ValueError if an int, float or tuple field of a dataclass holds another type."""
     for name, kinds in _kinds(type(config)).items():
         value = getattr(config, name)
         if value is None and type(None) in kinds:
@@ -48,10 +48,10 @@ def check_fields(config: Any) -> None:
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
-    """The one type of each field of a dataclass, and None's; `tuple` for one of whole numbers.
+    """Types of each field of a dataclass: one type and possibly None's; `tuple` for integers.
 
-    Fields of several types have none here, and none has one if names in the annotations are known
-    to type checkers alone.
+    Fields of several types are left out. The dict is empty if an annotation can't be evaluated,
+    because it uses names that only type checkers know.
     """
     try:
         hints = typing.get_type_hints(config)
@@ -69,25 +69,25 @@ def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is one whole number, of Python, NumPy or JAX."""
+    """Whether a value is a scalar integer of Python, NumPy or JAX."""
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return not value.shape and bool(jnp.issubdtype(value.dtype, jnp.integer))
     return hasattr(value, "__index__")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one number, of Python, NumPy or JAX."""
+    """Whether a value is a scalar number of Python, NumPy or JAX."""
     return hasattr(value, "__float__") and not getattr(value, "shape", ())
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise a ValueError unless this is one number."""
+    """Raise a ValueError unless `value` is a scalar number."""
     if not is_number(value):
         raise ValueError(f"{name}={value!r}: give a number")
 
 
 def check_ids(tokens: Any) -> None:
-    """Raise a ValueError unless these are token ids `[batch, tokens]`."""
+    """Raise a ValueError unless `tokens` are integers `[batch, tokens]`."""
     shape = _array(tokens).shape
     if len(shape) != 2:
         raise ValueError(f"token ids of shape {shape}: give [batch, tokens], such as tokens[None]")
@@ -95,14 +95,14 @@ def check_ids(tokens: Any) -> None:
 
 
 def check_integers(tokens: Any) -> None:
-    """Raise a ValueError unless token ids are integers."""
+    """Raise a ValueError unless `tokens` are integers, of any shape."""
     dtype = _array(tokens).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"token ids of type {dtype}: give int32, or vectors to hidden_states")
 
 
 def _array(values: Any) -> Any:
-    """Values as an array; nested lists of numbers become one."""
+    """Return values as an array; raise a ValueError for ragged lists."""
     if hasattr(values, "dtype"):
         return values
     try:
@@ -115,13 +115,13 @@ def _array(values: Any) -> Any:
 
 
 def check_rngs(rngs: Any) -> None:
-    """Raise a ValueError unless these are the keys of Flax, `nnx.Rngs`."""
+    """Raise a ValueError unless `rngs` is an `nnx.Rngs` of Flax."""
     if not hasattr(rngs, "params"):
         raise ValueError(f"rngs is a {type(rngs).__name__}: give nnx.Rngs(seed), or nnx.Rngs(key)")
 
 
 def check_stop(stop: Any) -> None:
-    """Raise a ValueError unless these are token ids to stop at."""
+    """Raise a ValueError unless `stop` is a sequence of integer token ids."""
     is_list = not isinstance(stop, str) and hasattr(stop, "__iter__")
     is_id = lambda end: is_whole(end) and not isinstance(end, bool)  # noqa: E731
     if not is_list or not all(map(is_id, stop)):
@@ -129,7 +129,7 @@ def check_stop(stop: Any) -> None:
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Raise a ValueError unless these are whole numbers of 1 or more."""
+    """Raise a ValueError unless each size is an integer of 1 or more."""
     for name, value in sizes.items():
         if not is_whole(value):
             given = getattr(value, "shape", None) or repr(value)
@@ -140,7 +140,7 @@ def check_sizes(**sizes: Any) -> None:
 
 
 def check_lengths(length: Any, rows: int) -> None:
-    """Raise a ValueError unless these are whole numbers, one for each row or one for all."""
+    """Raise a ValueError unless `length` is `[rows]` or a scalar, of integers."""
     length = length if hasattr(length, "dtype") else np.asarray(length)
     shape, dtype = length.shape, length.dtype
     if shape not in ((), (rows,)):
@@ -150,14 +150,14 @@ def check_lengths(length: Any, rows: int) -> None:
 
 
 def checked_lengths(length: Any, x: Any) -> jax.Array:
-    """Number of real vectors of each row, `[B]` int32, for vectors `[B, T, D]`; `T` for None."""
+    """Return `length` checked, as `[B]` int32, for vectors `x [B, T, D]`; None means `T`."""
     if length is not None:
         check_lengths(length, x.shape[0])
     return broadcast_beside(x.shape[1] if length is None else length, x, 1)
 
 
 def check_vectors(x: Any, embed_dim: int, reader: str) -> None:
-    """Raise a ValueError unless these are vectors `[batch, tokens, width]` of a reader's width."""
+    """Raise a ValueError unless `x` is `[batch, tokens, embed_dim]` of floats."""
     if jnp.ndim(x) != 3:
         raise ValueError(f"vectors of shape {jnp.shape(x)}: give [batch, tokens, width]")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -170,7 +170,7 @@ def check_vectors(x: Any, embed_dim: int, reader: str) -> None:
 
 
 def check_targets(targets: Any, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless there is one id for each prediction."""
+    """Raise a ValueError unless `targets` are integers of the predictions' `shape`."""
     if jnp.shape(targets) != shape:
         raise ValueError(
             f"targets of shape {jnp.shape(targets)} for predictions of shape {shape}: give one id "
@@ -180,7 +180,7 @@ def check_targets(targets: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_adapter(targets: Mapping[str, Any], adapter: Any) -> None:
-    """Raise a ValueError unless each part of an adapter is of a linear layer, and of its shape."""
+    """Raise a ValueError unless each part of an adapter names a linear layer and has its shape."""
     check_by_name("adapter", adapter)
     for name, low in adapter.items():
         if name not in targets:
@@ -194,13 +194,15 @@ def check_adapter(targets: Mapping[str, Any], adapter: Any) -> None:
 
 
 def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
-    """The shape of an adapter's matrices, multiplied, if they are not those of a linear layer.
+    """Return the shape of an adapter's product `a b` if it does not fit its layer, else None.
 
-    An adapter of other parts is any callable, and one of more axes may have matrices for each row.
+    An adapter without matrices `a` and `b` is an arbitrary callable and always fits. A product with
+    more axes than the layer's kernel may hold a matrix for each row: only its last two axes must
+    match.
 
     Args:
-        low: Adapter, of matrices `a` and `b` or not.
-        target: Stack, inputs and outputs of the layer.
+        low: Adapter, with or without matrices `a [..., inputs, rank]` and `b [..., rank, outputs]`.
+        target: Shape of the layer's stack, its number of inputs, and its number of outputs.
     """
     a, b = (getattr(getattr(low, part, None), "shape", ()) for part in ("a", "b"))
     if len(a) < 2 or len(b) < 2:
@@ -211,7 +213,7 @@ def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
 
 
 def check_by_name(name: str, values: Any) -> None:
-    """Raise a ValueError unless these are values by the names of linear layers."""
+    """Raise a ValueError unless `values` is a mapping, from names of linear layers to values."""
     if not hasattr(values, "items"):
         raise ValueError(
             f"{name} is a {type(values).__name__}: give a mapping from names of linear layers"
@@ -219,7 +221,7 @@ def check_by_name(name: str, values: Any) -> None:
 
 
 def check_deltas(targets: Mapping[str, Any], deltas: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless each delta is of a linear layer, and of its shape."""
+    """Raise a ValueError unless each delta names a linear layer and has its shape."""
     check_by_name("deltas", deltas)
     for name, delta in deltas.items():
         if name not in targets:
@@ -233,7 +235,7 @@ def check_deltas(targets: Mapping[str, Any], deltas: Mapping[str, Any]) -> None:
 
 
 def check_floating(name: str, dtype: Any) -> None:
-    """Raise a ValueError unless a type is of floats: integers would round values to 0."""
+    """Raise a ValueError unless `dtype` is a floating type: integers would round values to 0."""
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
@@ -243,7 +245,7 @@ def check_floating(name: str, dtype: Any) -> None:
 
 
 def check_streams(streams: Any, embed_dim: int, layer: str) -> None:
-    """Raise a ValueError unless these are streams of a layer's width."""
+    """Raise a ValueError unless `streams` are `Streams` of width `embed_dim`."""
     if not isinstance(streams, Streams):
         shape = getattr(streams, "shape", type(streams).__name__)
         raise ValueError(f"{layer} takes Streams, not {shape}: Streams.start(x)")

@@ -1,4 +1,4 @@
-"""NNX modules whose classes say the arguments of their constructors, in `help()` and editors."""
+"""NNX modules that show their constructors' arguments in `help()` and editors."""
 
 import inspect
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Built = TypeVar("Built")
 
 
 class _Constructor:
-    """Descriptor of a class's signature, which Flax's metaclass would hide."""
+    """Descriptor that returns a class's constructor signature, which Flax's metaclass hides."""
 
     def __get__(self, instance: Any, owner: type) -> inspect.Signature | None:
         if instance is not None:  # whose call is another one
@@ -23,15 +23,16 @@ class _Constructor:
 
 
 class Module(nnx.Module):
-    """An `nnx.Module` whose class has the signature of its constructor."""
+    """An `nnx.Module` whose constructor's arguments are shown by `help()` and editors."""
 
     __signature__ = _Constructor()
 
 
 def abstract_module(build: Callable[[], Built]) -> Built:
-    """The module that a function makes, of shapes and types alone.
+    """Build a module abstractly: its variables hold shapes and dtypes and no arrays.
 
-    `nnx.eval_shape` would bind the names of its axes to a surrounding mesh, which has other ones.
+    `nnx.eval_shape` alone would look up the names of the parameters' axes in a surrounding mesh,
+    whose axes have other names. So it is called here under an empty mesh.
 
     Args:
         build: Function that makes the module; it is only traced.

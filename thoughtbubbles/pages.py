@@ -1,4 +1,4 @@
-"""Streams and bubble maps as HTML: for Jupyter, or saved as a page that needs no other file."""
+"""Pages in HTML of streams, bubble maps and lenses: for Jupyter, or saved as a single file."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ STYLE = """
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A picture in HTML; Jupyter shows it where it is the last value of a cell.
+    """A picture in HTML; Jupyter shows it if it is the last value of a cell.
 
     Attributes:
-        title: Title of the page, a text.
-        body: HTML of its content, in which all texts are escaped.
+        title: Title of the page, in plain text.
+        body: HTML of the page's content, in which all texts are escaped.
     """
 
     title: str
     body: str = dataclasses.field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Write a page that a browser shows without any other file.
+        """Write the page as an HTML file that needs no other file.
 
         Args:
-            path: Path of the file, which is written over.
+            path: Path of the file; an existing file is overwritten.
         """
         head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title>'
         text = f"<!DOCTYPE html>\n<html><head>{head}<style>{STYLE}</style></head>\n"
@@ -66,12 +66,12 @@ class Page:
 
 
 class Guess(NamedTuple):
-    """What a lens says of a token at a site.
+    """What a page shows of a lens at one token and one site.
 
     Attributes:
-        text: Text of the first choice.
-        strength: Strength of its colour, from 0 to 1.
-        said: Lines that the page shows where the mouse rests on it.
+        text: Text of the token that the lens ranks first.
+        strength: Strength of the colour behind the text, from 0 to 1.
+        said: Lines of the tooltip.
     """
 
     text: str
@@ -80,13 +80,13 @@ class Guess(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A token on a page.
+    """A token on a page, with levels of marks above it.
 
     Attributes:
         text: Text of the token.
-        title: What the page says where the mouse rests on it.
-        levels: HTML of its streams, from the top.
-        dots: Largest number of streams of a level.
+        title: Text of the tooltip.
+        levels: HTML of each level above the token, from the top.
+        dots: Maximum number of marks of a level, from which the cell's width is estimated.
     """
 
     text: str
@@ -98,13 +98,13 @@ class Cell(NamedTuple):
 def map_page(
     streams: np.ndarray, score: np.ndarray, tokens: Sequence[str], fork_layers: Sequence[int]
 ) -> Page:
-    """The page of a bubble map: above each token its streams after each fork layer.
+    """Draw a bubble map: above each token, the number of its streams after each fork layer.
 
     Args:
-        streams: `[num_layers, T]` number of live streams of each token in each block.
-        score: `[num_layers, T]` their mean cumulative score p.
+        streams: `[num_layers, T]`, number of live streams of each token in each block.
+        score: `[num_layers, T]`, mean cumulative score p of these streams.
         tokens: Text of each token.
-        fork_layers: Indices of the blocks with a fork layer in front.
+        fork_layers: Indices of the blocks that a fork layer precedes.
     """
     cells, layers = [], list(reversed(fork_layers))
     for at, token in enumerate(tokens[:TOKENS]):
@@ -129,15 +129,18 @@ def streams_page(
     num_tokens: int,
     texts: Sequence[Sequence[str]] | None = None,
 ) -> Page:
-    """The page of streams: above each token of each row one dot for each of its streams.
+    """Draw the streams of some rows: above each token, one dot for each stream of the token.
 
     Args:
-        log_score: `[B, S]` cumulative log-score of each stream.
-        token: `[B, S]` index of each stream's token.
-        alive: `[B, S]` bool, slots that hold a stream.
-        first: `[B]` number of tokens of the sequence before each row.
-        num_tokens: Number `T` of tokens of a row.
-        texts: Text of each token of each row; indices by default.
+        log_score: `[B, S]`, cumulative log-score of each stream.
+        token: `[B, S]`, index in its row of each stream's token.
+        alive: `[B, S]` bool, True for slots that hold a stream.
+        first: `[B]`, index in its sequence of each row's first token.
+        num_tokens: Number `T` of tokens of a row, padding included.
+        texts: Text of each token of each row; by default the tokens' indices are shown.
+
+    Raises:
+        ValueError: `texts` does not hold `T` texts for each row.
     """
     if texts is not None and [len(row) for row in texts] != [num_tokens] * len(token):
         raise ValueError(
@@ -170,14 +173,14 @@ def lens_page(
     sites: Sequence[str],
     guesses: Sequence[Sequence[Guess]],
 ) -> Page:
-    """The page of a lens: above each token the first choice at each site, the last site on top.
+    """Draw a lens: above each token, the top-ranked token at each site, with the last site on top.
 
     Args:
         title: Title of the page.
-        note: What the lens is, in a line.
+        note: Description of the lens, in one line.
         tokens: Text of each token.
         sites: Names of the sites, in the order of the forward pass.
-        guesses: What the lens says of each token, by site.
+        guesses: For each site in the order of `sites`, one guess for each token.
     """
     cells = []
     for at, token in enumerate(tokens[:TOKENS]):
@@ -224,7 +227,7 @@ def _dot(score: float, kind: str = "", title: str = "") -> str:
 
 
 def _lines(cells: Sequence[Cell], names: Sequence[str]) -> Iterable[str]:
-    """The cells in lines of up to `LINE` characters; each begins with the names of the levels."""
+    """Break cells into lines of up to `LINE` characters that begin with the levels' names."""
     levels = "".join(f'<span class="streams">{html.escape(name)}</span>' for name in names)
     label = f'<span class="token names">{levels}<span class="text"></span></span>'
     direction = _direction("".join(cell.text for cell in cells))
@@ -275,6 +278,6 @@ def _columns(text: str) -> int:
 
 
 def _direction(text: str) -> str:
-    """Direction of a text by its first letter that has one (Unicode's rule P2)."""
+    """Direction ("ltr" or "rtl") of a text's first letter that has one (Unicode's rule P2)."""
     kinds = (unicodedata.bidirectional(char) for char in text)
     return "rtl" if next((k for k in kinds if k in ("L", "R", "AL")), "L") != "L" else "ltr"

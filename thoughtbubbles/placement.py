@@ -1,9 +1,9 @@
-"""Arrays made beside others: placed as they are, whatever the mesh.
+"""Arrays placed on devices as given arrays are, under any mesh.
 
-Under JAX's explicit axes (the default of `jax.make_mesh`) a sharding is part of an array's type,
-and what is made from nothing (`arange`, `zeros`) is replicated: sort, concatenate, `where`, `vmap`
-and loop carries refuse it beside a batch that is sharded. Arrays made here match without a mesh,
-under auto and explicit axes, and inside `shard_map`, where they vary as the others do.
+Under JAX's explicit axes (the default of `jax.make_mesh`) a sharding is part of an array's type.
+New arrays (`arange`, `zeros`) are replicated, and sort, concatenate, `where`, `vmap` and loop
+carries raise an error if they meet a sharded batch. Arrays made here match the batch: without a
+mesh, under auto and explicit axes, and inside `shard_map`, where they vary as the batch does.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ AnyArray = jax.Array | np.ndarray
 
 
 def broadcast_beside(values: Any, like: AnyArray, axes: int, dtype: Any = jnp.int32) -> jax.Array:
-    """Values broadcast to the first axes of an array, and placed as it is.
+    """Broadcast values to the leading axes of an array, with the array's placement.
 
     Args:
         values: Values that broadcast to `like.shape[:axes]`.
-        like: Array that the result stands beside.
+        like: Array that determines shape and placement.
         axes: Number of leading axes of `like` that the result has.
-        dtype: Type of the result.
+        dtype: Dtype of the result.
     """
     values = jnp.asarray(values, dtype)
     values = jnp.expand_dims(values, range(axes - values.ndim))
@@ -34,12 +34,12 @@ def broadcast_beside(values: Any, like: AnyArray, axes: int, dtype: Any = jnp.in
 
 
 def zeros_beside(like: AnyArray, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros whose batch axis is placed as that of an array; their other axes are replicated.
+    """Make zeros whose batch axis is placed as an array's batch axis; other axes are replicated.
 
     Args:
-        like: Array `[B, ...]`.
+        like: Array `[B, ...]` that determines the placement.
         shape: Shape of the result, `B` first.
-        dtype: Type of the result.
+        dtype: Dtype of the result.
     """
     return _zeros(like, shape, dtype, 1)
 
@@ -52,22 +52,22 @@ def _zeros(like: AnyArray, shape: tuple[int, ...], dtype: Any, axes: int) -> jax
 
 
 def embedding_rows(table: AnyArray, index: AnyArray) -> jax.Array:
-    """Rows of a table, `jnp.take(table, index, axis=0)`: NaN for an index outside of it.
+    """Take rows of a table with the indices' placement; NaN for an index outside of the table.
 
     Args:
-        table: `[V, ...]` array.
-        index: Indices of any shape, whose placement the result takes.
+        table: `[V, ...]` array of floats.
+        index: Integer indices of any shape.
     """
     return rows_at(table, index, mode="fill", fill_value=jnp.nan)
 
 
 def rows_at(table: AnyArray, index: AnyArray, **get: Any) -> jax.Array:
-    """Rows of a table, `table.at[index].get(**get)`, placed as the index is.
+    """Compute `table.at[index].get(**get)` with the placement of the index.
 
     Args:
         table: `[V, ...]` array.
-        index: Indices of any shape.
-        get: Options of `get`, such as what an index outside of the table means.
+        index: Integer indices of any shape.
+        get: Keyword arguments of `get`, such as `mode` for indices outside of the table.
     """
     table, index = jnp.asarray(table), jnp.asarray(index)
     here = jax.typeof(index).sharding
@@ -76,16 +76,16 @@ def rows_at(table: AnyArray, index: AnyArray, **get: Any) -> jax.Array:
 
 
 def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
-    """`[..., *outputs]` of `x [..., *inputs]` and a kernel `[*inputs, *outputs]`.
+    """Multiply `x [..., *inputs]` by a kernel `[*inputs, *outputs]`, giving `[..., *outputs]`.
 
-    Without explicit axes it is a product of two matrices: of more axes, XLA on a CPU computes the
-    gradient of the result a second time, transposed, for the gradient of the kernel. A compiler
-    that splits axes of the rows other than the first, or inputs or outputs other than their first
-    axis, gathers them.
+    Without explicit axes, both are reshaped to matrices first: for arrays of more axes, XLA on a
+    CPU would compute the result's gradient twice, the second time transposed, for the gradient of
+    the kernel. Because of the reshape, auto sharding is only cheap on the first axis of the rows,
+    of the inputs and of the outputs: a split of another axis is gathered.
 
     Args:
-        x: Any number of rows.
-        kernel: Kernel in the dtype of the rows.
+        x: Array with any number of leading axes.
+        kernel: Kernel of the dtype of `x`.
         inputs: Number of contracted axes.
     """
     if any((*jax.typeof(x).sharding.spec, *jax.typeof(kernel).sharding.spec)):
@@ -97,16 +97,15 @@ def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
 
 
 def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`x @ matrix`, placed as the rows of `x` are.
+    """Compute `x @ matrix`, with the rows of the result placed as the rows of `x`.
 
-    Where explicit axes split the last axis of `x`, each device contracts its part and the results
-    are summed; nothing of `x` is gathered. The matrix, which is small, is moved to where it is
-    needed.
+    If explicit axes split the last axis of `x`, each device contracts its part and the results are
+    summed, so `x` is not gathered. The matrix, which should be small, is moved instead.
 
     Args:
         x: `[..., inputs]` array.
-        matrix: `[inputs, outputs]` array; or a stack of them, `[*stack, inputs, outputs]`, for `x`
-            of the same stack.
+        matrix: `[inputs, outputs]` array, or a stack `[*stack, inputs, outputs]` if `x` is
+            `[*stack, ..., inputs]`.
     """
     here, there = jax.typeof(x).sharding, jax.typeof(matrix).sharding
     if not any(here.spec) and not any(there.spec):
@@ -122,12 +121,12 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def placed_beside(tree: Any, like: AnyArray, axis: int = 0) -> Any:
-    """Arrays that were made for a batch size alone (caches, keys), placed as the batch is.
+    """Place the batch axis of newly made arrays (caches, keys) as the batch is placed.
 
     Args:
-        tree: Arrays whose axis `axis` is the batch.
-        like: Array of the batch, `[B, ...]`.
-        axis: Axis of the batch in each leaf.
+        tree: Pytree of arrays with a batch axis.
+        like: Array `[B, ...]` that determines the placement.
+        axis: Index of the batch axis in each array of `tree`.
     """
     here = jax.typeof(jnp.asarray(like)).sharding
     if not here.spec or here.spec[0] is None:

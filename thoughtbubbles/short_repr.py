@@ -7,14 +7,14 @@ LONGEST = 16  # values of a tuple
 
 
 def short_repr(self: Any) -> str:
-    """The fields of a dataclass or a NamedTuple, with arrays by type and shape."""
+    """Format the fields of a dataclass or NamedTuple, with arrays shown as dtype and shape."""
     fields = getattr(self, "_fields", None) or [f.name for f in dataclasses.fields(self)]
     shown = (f"{name}={_short(getattr(self, name))}" for name in fields)
     return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class ShortRepr:
-    """A dataclass with `repr=False`, whose repr gives arrays by type and shape."""
+    """Base of a dataclass (made with `repr=False`) whose repr shows arrays as dtype and shape."""
 
     __repr__ = short_repr
 

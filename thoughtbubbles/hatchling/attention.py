@@ -1,7 +1,7 @@
-"""Linear attention between neurons: phases, what each vector reads, the state that it leaves.
+"""Linear attention between neurons: phases, reading from the past, and writing to the state.
 
-Heads are the first axis of all that is wide here, `[H, B, C, N]`, as products of each head's
-matrices give it. In any other order XLA's CPU compiler transposes neurons for each product.
+Neurons have the shape `[H, B, C, N]` here, with heads first: H heads, B rows, C vectors of a chunk,
+N neurons of a head. In any other order XLA's CPU compiler transposes neurons for each product.
 """
 
 import dataclasses
@@ -20,21 +20,23 @@ NORM_EPS = 1e-5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Reach(ShortRepr):
-    """How far each vector of a chunk reaches into its past; equal in all layers.
+    """Positions of a chunk's vectors, and weights by which they read the past, equal in all layers.
 
     Attributes:
-        position: Position of each vector, `[B, C]` int32; `[1, C]` where it is that of all rows.
-        real: Whether each slot holds a vector, `[B, C]` bool.
-        past: Factor of what vector s (last axis) has written in what vector t reads, float32: 0
-            unless s comes before t; `[H, B, C, C]`, or what broadcasts to it.
-        before: Factor of the state before the chunk in what each vector reads, `[H, B, C]` float32,
-            or what broadcasts to it; None for 1.
-        kept: Factor of what each vector has written in the state after the chunk, as `before`.
-        left: Factor of the state before the chunk in the state after it, `[B, H]`; None for 1.
+        position: Position of each vector, `[B, C]` int32, or `[1, C]` if all rows have the same.
+        real: Whether each slot holds a vector and not padding, `[B, C]` bool.
+        past: Weight with which vector t (axis 2) reads what vector s (axis 3) of the chunk wrote,
+            `[H, B, C, C]` float32 or an array that broadcasts to it. It is 0 unless s precedes t.
+        before: Weight with which each vector reads the state before the chunk, `[H, B, C]` float32
+            or an array that broadcasts to it; None for weight 1.
+        kept: Weight with which each vector is written to the state after the chunk, of the same
+            shape as `before`; None for weight 1.
+        left: Factor by which the state before the chunk decays until after the chunk, `[B, H]`;
+            None for factor 1.
         end: Position of the next vector of each row, `[B]` int32.
-        offset: Fraction of a token added to each position, `[B, C]` float32, or None.
-        bound: Static bound on the positions, below which they need no exact phases
-            (`positions.NEAR`); None where nothing is known.
+        offset: Fraction of a token added to each position, `[B, C]` float32; None for 0.
+        bound: Static upper bound on the positions, or None if unknown. Up to `positions.NEAR`,
+            float32 phases are exact enough.
     """
 
     position: jax.Array
@@ -56,15 +58,16 @@ class Reach(ShortRepr):
         size: int,
         starts: jax.Array | None = None,
     ) -> "Reach":
-        """The reach of chunks whose vectors follow each other.
+        """Compute the reach of chunks in which vectors stand at consecutive positions.
 
         Args:
             config: Config of the model.
             first: Position of the first vector of each row, `[B]` int32.
             length: Number of real vectors in each row, `[B]` int32.
             size: Number of slots of the chunk (C).
-            starts: Whether a document begins with each vector, `[B, C]` bool: what comes before is
-                not reached, and its position is 0. None begins no document.
+            starts: Whether a document begins at each vector, `[B, C]` bool. Vectors of the document
+                don't reach what precedes it, and its positions begin at 0. None means that no
+                document begins in the chunk.
         """
         offset = jnp.arange(size)
         real = offset < length[:, None]
@@ -95,13 +98,13 @@ class Reach(ShortRepr):
 
     @classmethod
     def where(cls, config: HatchlingConfig, position: jax.Array, visible: jax.Array) -> "Reach":
-        """The reach of whole rows that are not one text from left to right.
+        """Compute the reach of whole rows with given positions and visibility.
 
         Args:
             config: Config of the model.
             position: Position of each vector, `[B, T]` int32.
-            visible: Whether a vector (axis 1) sees another (axis 2), `[B, T, T]` bool; none reads
-                what it writes itself, whatever the diagonal says.
+            visible: Whether a vector (axis 1) sees another (axis 2), `[B, T, T]` bool. The diagonal
+                is ignored: no vector reads what it writes itself.
         """
         size = position.shape[1]
         past = (visible & ~jnp.eye(size, dtype=bool)).astype(jnp.float32)
@@ -120,14 +123,19 @@ def attend(
     synapses: jax.Array | None,
     fresh: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What each vector reads of those before it, `[H, B, C, d]`, and the synapses after them.
+    """Attend from each vector of a chunk to the vectors before it, and update the state.
 
     Args:
-        rotated: Rotated neurons `[H, B, C, N]`, 0 in padding.
-        value: Vectors `[B, C, d]` that are read.
+        rotated: Rotated neurons `[H, B, C, N]`, which serve as queries and keys; 0 in padding.
+        value: Values `[B, C, d]`.
         reach: Reach of each vector.
-        synapses: State before the chunk, `[B, H, N, d]` float32; None for rows that begin here.
+        synapses: State before the chunk, `[B, H, N, d]` float32; None for rows that begin with the
+            chunk and need no state after it.
         fresh: Static promise that `synapses` are 0.
+
+    Returns:
+        What each vector reads, `[H, B, C, d]`, and the state after the chunk, shaped as `synapses`
+        (None if `synapses` is None).
     """
     past = (overlap(rotated) * reach.past).astype(value.dtype)
     # A copy of the values for each head: without it, all scores are transposed for one product.
@@ -151,14 +159,14 @@ def attend(
 
 
 def by_head(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Products `[H, B, C, N]` of each head's `x [H, B, C, d]` with its `weights [d, H, N]`."""
+    """Multiply `x [H, B, C, d]` by each head's matrix of `weights [d, H, N]`: `[H, B, C, N]`."""
     flat = x.reshape(len(x), -1, x.shape[-1])  # one axis for gradients to contract
     return jnp.einsum("htd,dhn->htn", flat, weights).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_jvp
 def overlap(rotated: jax.Array) -> jax.Array:
-    """Products of all pairs of vectors of neurons, `[H, B, C, C]` float32, of `[H, B, C, N]`."""
+    """Inner products of all pairs of vectors of `rotated [H, B, C, N]`, `[H, B, C, C]` float32."""
     return jnp.einsum("hbtn,hbsn->hbts", rotated, rotated, preferred_element_type=jnp.float32)
 
 
@@ -171,13 +179,13 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
 
 
 def frequencies(neurons: int, base: float) -> jax.Array:
-    """Rotary frequencies `[N]` of a head in turns per token; a pair of neurons shares one."""
+    """Rotary frequencies of a head's N neurons in turns per token, `[N]`; equal in each pair."""
     pair = np.arange(neurons) // 2
     return jnp.asarray(base ** (-2 * pair / neurons) / (2 * np.pi), jnp.float32)
 
 
 def damping(config: HatchlingConfig) -> jax.Array | None:
-    """Factor `[H]` by which each head's memory decays per token, of ALiBi's slopes; or None."""
+    """Decay factor per token of each head, `[H]`, by ALiBi's slopes; None without damping."""
     if not config.damping:
         return None
     slope = 2.0 ** (-8 * np.arange(1, config.num_heads + 1) / config.num_heads)
@@ -185,10 +193,10 @@ def damping(config: HatchlingConfig) -> jax.Array | None:
 
 
 def turns_of(reach: Reach, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[H, B, C, N]` float32 of the positions; phases are taken modulo 1.
+    """Compute cosine and sine `[H, B, C, N]` float32 of each neuron's phase at each position.
 
     Args:
-        reach: Reach of each vector, with its position.
+        reach: Reach of each vector, which holds the positions.
         frequency: Frequencies `[H, N]` in turns per token.
     """
     frequency = frequency[:, None, None, :]
@@ -204,7 +212,7 @@ def turns_of(reach: Reach, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Pairs of neighbours in `x [H, B, C, N]` turned by their phases."""
+    """Rotate each pair of neighbouring neurons in `x [H, B, C, N]` by its phase."""
     cos, sin = turns
     # Shifted, not sliced with a stride: XLA's TPU compiler takes minutes and gigabytes for an axis
     # of pairs beside one of thousands of neurons. What a shift pads with is never read.

@@ -1,4 +1,4 @@
-"""HatchlingConfig: sizes and options of a Dragon Hatchling, presets, FLOP count."""
+"""HatchlingConfig: sizes and options of a Dragon Hatchling, presets, counts of FLOPs."""
 
 import dataclasses
 import math
@@ -11,33 +11,36 @@ from thoughtbubbles.checks import check_fields
 
 @dataclasses.dataclass(frozen=True)
 class HatchlingConfig(ArchitectureConfig):
-    """A Dragon Hatchling (BDH, arXiv 2509.26507): L layers share one set of weights, Dx, Dy and E.
+    """Sizes and options of a Dragon Hatchling (BDH, arXiv 2509.26507).
+
+    All L layers share one set of weights: Dx, Dy and E.
 
     Attributes:
         vocab_size: Number of token ids that the embedding knows (V).
-        embed_dim: Low-rank width between neurons (d).
+        embed_dim: Width of the vectors between neurons, the rank of their connections (d).
         num_neurons: Number of neurons (n), a multiple of twice `num_heads`.
         num_layers: Number of times the shared layer is applied (L).
         num_heads: Number of heads that split the neurons (H).
-        form: Computation: "released" is the authors' code, whose residual stream has width d, and
-            the form of the published curves; "paper" is eq. 8 of the paper, whose residual stream
-            is the neurons'.
-        damping: Whether attention to the past decays by a factor of its own in each head, as in
-            ALiBi; the released code has none.
+        form: Variant of the model: "released" is the authors' code and the form of the published
+            curves, with a residual stream of width d; "paper" is eq. 8 of the paper, with a
+            residual stream of n neurons.
+        damping: Whether attention decays with distance, at a different rate in each head, as in
+            ALiBi. The released code has no damping.
         rope_base: Base of the rotary frequencies (θ).
         dropout: Probability with which a gated neuron (y) is dropped in pretraining; fine-tuning
             and RL drop none.
-        chunk: Number of tokens whose attention scores are computed at once; longer rows carry a
-            state from chunk to chunk, which gives the same. By default rows are read whole.
-        separator: Token id that begins a document: with it the state is emptied and positions begin
-            at 0, so that packed documents are separate ones. None for rows of one text each.
-        truncate: Number of tokens after which the gradient of the pretraining loss stops: longer
-            rows are read in such segments, each after the state of those before, in the memory of
-            one. None for the gradient through the whole row.
-        context_length: Number of tokens at a time that the weights were made for, if known.
-        dtype: Type of the computation; parameters, phases and states are float32.
-        remat: Activations that the backward pass recomputes: those of a layer ("full"), or "none".
-            The neurons between layers of the paper's form are kept in either case.
+        chunk: Number of tokens whose attention scores are computed at once. Longer rows are read in
+            chunks with a state between them, which gives the same result. By default rows are read
+            whole.
+        separator: Token id that begins a document: it empties the state and restarts positions at
+            0, so that documents packed in a row are independent. None for rows of one text each.
+        truncate: Number of tokens of a segment for truncated backpropagation: the pretraining loss
+            reads longer rows in segments, and no gradient flows through the state between them, so
+            that memory is needed for one segment only. None for the gradient through the whole row.
+        context_length: Number of tokens of a row that the weights were trained on, if known.
+        dtype: Dtype of the computation; parameters, phases and states are float32.
+        remat: Activations that the backward pass recomputes: "full" for all within a layer, or
+            "none". In the paper's form, the neurons between layers are kept in either case.
     """
 
     vocab_size: int = 320
@@ -99,15 +102,15 @@ class HatchlingConfig(ArchitectureConfig):
         return self.num_neurons // self.num_heads
 
     def prefill_bytes(self, num_tokens: int) -> int:
-        """Bytes that a forward pass over one row takes beside parameters and cache, about.
+        """Estimate the bytes of a forward pass over one row, without parameters and cache.
 
-        XLA holds the overlaps of one head at a time on a CPU.
+        The estimate counts the attention scores of one head, as XLA on a CPU holds no more.
         """
         chunk = min(self.chunk or num_tokens, num_tokens)
         return 4 * (chunk**2 + 6 * chunk * self.num_neurons + 8 * num_tokens * self.embed_dim)
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
-        """Bytes that reading `num_tokens` more of each row takes beside parameters and cache."""
+        """Estimate the bytes of reading `num_tokens` more of each row, as `prefill_bytes` does."""
         return rows * self.prefill_bytes(num_tokens)
 
     def num_params(self) -> int:
@@ -117,7 +120,8 @@ class HatchlingConfig(ArchitectureConfig):
     def forward_flops(self, num_tokens: int) -> int:
         """Matrix-multiplication FLOPs of a forward pass over `num_tokens`, logits included.
 
-        Rows are read in chunks, or in the segments of the pretraining loss if those are shorter.
+        Attention is counted for rows read in parts of `chunk` or `truncate` tokens, whichever is
+        smaller.
         """
         d, n, h = self.embed_dim, self.num_neurons, self.num_heads
         chunk = min(self.chunk or num_tokens, self.truncate or num_tokens, num_tokens)
@@ -128,17 +132,17 @@ class HatchlingConfig(ArchitectureConfig):
         return 2 * (self.num_layers * layer + num_tokens * d * self.vocab_size)
 
     def recomputed_flops(self, num_tokens: int) -> int:
-        """FLOPs that the backward pass of one row spends on computing layers again."""
+        """FLOPs that the backward pass of one row spends on recomputing layers."""
         if self.remat == "none":
             return 0
         return self.forward_flops(num_tokens) - 2 * num_tokens * self.embed_dim * self.vocab_size
 
     def summary(self) -> str:
-        """Form and number of neurons."""
+        """Describe the form and the number of neurons in a few words."""
         return f"hatchling ({self.form}) of {self.num_neurons:,} neurons"
 
     def sizes(self) -> str:
-        """Layers, widths and vocabulary in one line."""
+        """Describe layers, widths, vocabulary and dtype in one line."""
         return (
             f"{self.num_layers} layers that share weights, {self.num_neurons:,} neurons in "
             f"{self.num_heads} heads, width {self.embed_dim}, vocabulary {self.vocab_size:,}, "
@@ -147,15 +151,15 @@ class HatchlingConfig(ArchitectureConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Unpack["HatchlingConfigChanges"]) -> "HatchlingConfig":
-        """A named size (see `PRESETS`), with changes.
+        """Make the config of a named size (see `PRESETS`), with changes.
 
         Args:
             name: Name of the preset.
-            changes: Fields that differ from the preset's.
+            changes: Values of fields that differ from the preset's.
 
         Raises:
             ValueError: There is no preset of that name, or the fields do not fit together.
-            TypeError: A change is of no field.
+            TypeError: A change names no field.
         """
         return preset_of(PRESETS, name, changes)
 

@@ -1,4 +1,4 @@
-"""Figures of a Dragon Hatchling: which neurons a text activates, and its synapses over time."""
+"""Figures of a Dragon Hatchling: which neurons a text activates, and synapses over time."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,14 +20,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def neurons_figure(
     x: np.ndarray, y: np.ndarray, tokens: Sequence[str], count: int = 48
 ) -> "Figure":
-    """Heat maps of the most active neurons of one layer by token, x and y. Needs matplotlib.
+    """Draw heat maps of one layer's most active neurons by token: x above, y below.
+
+    Needs matplotlib, and raises a ValueError if it is missing.
 
     Args:
         x: Neurons at each token of a text, `[T, n]` (or `[T, H, N]`, as `Neurons.x[layer, row]`).
-        y: Gated neurons, as `x`.
-        tokens: Text of each token.
-        count: Number of neurons shown, those of the largest sum of y and, where fewer are ever
-            active, of x.
+        y: Gated neurons, of the same shape as `x`.
+        tokens: Text of each of the T tokens.
+        count: Maximum number of neurons to show. Neurons are ranked by the sum of y over tokens,
+            and neurons whose y is always 0 by the sum of x.
     """
     x, y = (np.asarray(values, np.float32).reshape(len(tokens), -1) for values in (x, y))
     shown = most_active(y + 1e-6 * x, min(count, x.shape[1]))
@@ -53,12 +55,14 @@ def neurons_figure(
 
 
 def traces_figure(traces: np.ndarray, tokens: Sequence[str], synapses: Synapses) -> "Figure":
-    """Strength of synapses after each token of a text. Needs matplotlib.
+    """Plot the strength of synapses after each token of a text.
+
+    Needs matplotlib, and raises a ValueError if it is missing.
 
     Args:
-        traces: Strengths `[T, K]`, a row of `synapse_traces`.
+        traces: Strengths `[T, K]`, one row of the result of `synapse_traces`.
         tokens: Text of each token.
-        synapses: Synapses that were followed, for the legend.
+        synapses: The K synapses that were traced, for the legend.
     """
     figure = _figure(min(max(6.0, 0.17 * len(tokens)), 24.0), 3.6)
     axis = figure.subplots()

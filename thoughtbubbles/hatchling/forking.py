@@ -28,11 +28,11 @@ from thoughtbubbles.streams import Streams
 
 @dataclasses.dataclass(frozen=True)
 class ForkingHatchlingConfig(HatchlingConfig):
-    """A Dragon Hatchling of the released form with fork layers between applications of its layer.
+    """Sizes and options of a Dragon Hatchling of the released form with fork layers.
 
     Attributes:
-        fork_layers: Applications of the layer that a fork layer stands in front of, from 0.
-        policy: Policy that chooses among the candidates of fork layers.
+        fork_layers: Indices, from 0, of the layers that a fork layer precedes.
+        policy: Policy by which fork layers choose the streams that fork or die.
     """
 
     fork_layers: tuple[int, ...] = (1,)
@@ -64,15 +64,15 @@ class ForkingHatchlingConfig(HatchlingConfig):
     def preset(
         cls, name: str, **changes: Unpack["ForkingHatchlingConfigChanges"]
     ) -> "ForkingHatchlingConfig":
-        """A size of `HatchlingConfig.preset` that forks, with changes.
+        """Make the config of a size of `HatchlingConfig.preset` with fork layers, with changes.
 
         Args:
             name: Name of the preset.
-            changes: Fields that differ from the preset's, those of forks among them.
+            changes: Values of fields that differ from the preset's, such as `fork_layers`.
 
         Raises:
             ValueError: There is no preset of that name, or the fields do not fit together.
-            TypeError: A change is of no field.
+            TypeError: A change names no field.
         """
         presets = {name: cls(**vars(config)) for name, config in PRESETS.items()}
         return preset_of(presets, name, changes)
@@ -82,27 +82,27 @@ class ForkingHatchlingConfig(HatchlingConfig):
         return not self.fork_layers or self.policy.causal
 
     def groups(self) -> list[tuple[int, int]]:
-        """Runs of layers `(first, last + 1)` between fork layers; the first may be empty."""
+        """Ranges `(first, last + 1)` of layers between fork layers; the first may be empty."""
         cuts = [0, *self.fork_layers, self.num_layers]
         return list(zip(cuts[:-1], cuts[1:], strict=True))
 
     def slots(self, num_tokens: int) -> list[int]:
-        """Stream slots of a row in each group of layers."""
+        """Number of stream slots of a row in each range of layers (see `groups`)."""
         counts = [num_tokens]
         for _ in self.fork_layers:
             counts.append(min(2 * counts[-1], self.policy.capacity(num_tokens)))
         return counts
 
     def prefill_bytes(self, num_tokens: int) -> int:
-        """Bytes that a forward pass over one row takes beside parameters and cache, about."""
+        """Estimate the bytes of a forward pass over one row, without parameters and cache."""
         return super().prefill_bytes(max(self.slots(num_tokens)))
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
-        """Bytes that reading `num_tokens` more of each row takes beside parameters and cache."""
+        """Estimate the bytes of reading `num_tokens` more of each row, as `prefill_bytes` does."""
         return rows * super().prefill_bytes(num_tokens * 2 ** len(self.fork_layers))
 
     def num_params(self) -> int:
-        """Number of parameters: 3nd + 2Vd, and 5d of each fork layer."""
+        """Number of parameters: 3nd + 2Vd, and 5d for each fork layer."""
         return super().num_params() + 5 * self.embed_dim * len(self.fork_layers)
 
     def forward_flops(self, num_tokens: int) -> int:
@@ -130,11 +130,11 @@ class ForkingHatchlingConfigChanges(HatchlingConfigChanges, total=False):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class ForkingState(State):
-    """A state with those of the fork layers.
+    """State of a Hatchling with fork layers.
 
     Attributes:
         forks: State of each fork layer.
-        max_tokens: Number of tokens that fit into a row, which policies need to know.
+        max_tokens: Maximum number of tokens of a row, which policies need to know (static).
     """
 
     forks: tuple[ForkCache, ...]
@@ -144,11 +144,11 @@ class ForkingState(State):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class ForkingActivations(Activations):
-    """Result of a forward pass whose streams forked.
+    """Result of a forward pass with fork layers.
 
     Attributes:
         streams: Streams after the last layer.
-        forks: Streams as each fork layer left them.
+        forks: Streams directly after each fork layer.
     """
 
     streams: Streams
@@ -158,21 +158,23 @@ class ForkingActivations(Activations):
 class ForkingHatchling(Hatchling):
     """A Dragon Hatchling with fork layers: a token thinks in several residual streams of width d.
 
-    Streams stand in the order of the text, a fork directly left of its parent, and each reads those
-    left of it. What a stream of score p writes to the synapses, and what layers add to it, is
-    multiplied by p: that is to linear attention what a bias of log p is to softmax. In the end the
-    streams of a token are summed, weighted by p, and normalised.
+    Streams stand in the order of the text, a fork directly left of its parent, and each stream
+    reads the streams left of it. The score p of a stream multiplies what the stream writes to the
+    synapses, and what layers add to it: the counterpart, in linear attention, of a bias of log p in
+    softmax attention. After the last layer, the streams of a token are summed with weights p, and
+    the sum is normalised.
 
     Args:
         config: Sizes and options of the model.
-        rngs: Keys of the initial values.
+        rngs: Random keys of the initial values.
         constrain: Function applied to every residual array `[B, S, d]` between layers.
-        attend: Not used: attention is linear.
-        kernel_init: Initializer of all kernels, those of fork layers among them (`Hatchling`).
-        param_dtype: Type of the parameters; that of the computation is the config's `dtype`.
+        attend: Not used, because attention is linear.
+        kernel_init: Initializer of all kernels, also of the fork layers; by default as in
+            `Hatchling`.
+        param_dtype: Dtype of the parameters; the config's `dtype` is used in the computation.
 
     Raises:
-        ValueError: The config is of another class.
+        ValueError: The config is not a `ForkingHatchlingConfig`.
     """
 
     config_class: ClassVar[type[ForkingHatchlingConfig]] = ForkingHatchlingConfig
@@ -240,7 +242,11 @@ class ForkingHatchling(Hatchling):
         )
 
     def init_cache(self, batch: int, max_tokens: int) -> ForkingState:
-        """The state of `batch` empty rows of up to `max_tokens` tokens, which policies may need."""
+        """Make the state of `batch` empty rows of up to `max_tokens` tokens.
+
+        Raises:
+            ValueError: The policy can't choose token by token, or a size is not 1 or more.
+        """
         self.check_cacheable()
         empty = super().init_cache(batch, max_tokens)
         forks: list[ForkCache] = []
@@ -263,7 +269,7 @@ class ForkingHatchling(Hatchling):
         fresh: bool = False,
         starts: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
-        """Append vectors to rows; a row that outgrows the state becomes NaN, and stays so."""
+        """As in `Hatchling.extend`; a row that exceeds `max_tokens` becomes NaN, and stays so."""
         state = cast(ForkingState, cache)
         if starts is not None:
             raise ValueError("a document can't begin inside of a row that forks: leave starts out")
@@ -295,7 +301,11 @@ class ForkingHatchling(Hatchling):
         return self.config.policy if self.config.fork_layers else None
 
     def with_policy(self, policy: Policy) -> Self:
-        """The same arrays under another policy at inference (`fork_models.with_policy`)."""
+        """Return the model with another policy, for inference; it shares all arrays.
+
+        Raises:
+            ValueError: The policy tracks a threshold, and the fork layers have none.
+        """
         return fork_models.with_policy(self, policy)
 
     @property
@@ -306,7 +316,7 @@ class ForkingHatchling(Hatchling):
         fork_models.check_cacheable(self.config)
 
     def statistics(self, output: Any) -> dict[str, jax.Array]:
-        """Sums of a Hatchling, and of each fork layer under names that begin with `fork_`."""
+        """Sums as in `Hatchling.statistics`, and sums of the fork layers under names `fork_...`."""
         sums = statistics.fork_statistics(output)
         return super().statistics(output) | {f"fork_{name}": sums[name] for name in sums}
 
@@ -337,14 +347,18 @@ class ForkingHatchling(Hatchling):
     def _groups(
         self, streams: Streams, synapses: jax.Array | None, fork, key=None, fresh: bool = False
     ) -> tuple[ForkingActivations, jax.Array | None]:
-        """Layers and fork layers in turn.
+        """Apply all layers and fork layers in their order.
 
         Args:
-            streams: Streams of the tokens, one each.
+            streams: Streams before the first layer, one for each token.
             synapses: Synapses before these tokens, `[L, B, H, N, d]`; None for whole rows.
-            fork: Function of a fork layer's index and the streams before it to those after it.
-            key: Key of dropout.
+            fork: Function from a fork layer's index and the streams before it to the streams after
+                it.
+            key: Key of dropout; None for no dropout.
             fresh: Static promise that the synapses are 0.
+
+        Returns:
+            Result of the forward pass, and the synapses after it (None if `synapses` is None).
         """
         forks, after, active = [], [], []
         tokens = streams.alive.sum(dtype=jnp.float32)
@@ -370,12 +384,13 @@ class ForkingHatchling(Hatchling):
 
 
 def reach_of(config: HatchlingConfig, streams: Streams, score: jax.Array | None) -> Reach:
-    """The reach of streams: each reads what streams left of it wrote, times their scores p.
+    """Compute the reach of streams: each reads what the streams left of it wrote.
 
     Args:
         config: Config of the model.
         streams: Streams, of which dead ones write nothing.
-        score: Score p of each stream, `[B, S]` float32; None for 1.
+        score: Score p of each stream, by which what it writes is multiplied, `[B, S]` float32; None
+            for 1.
     """
     slot = jnp.arange(streams.token.shape[1])
     past = (slot[:, None] > slot).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Growing a Dragon Hatchling by copies of its neurons, and merging several by concatenation."""
+"""Grow a Dragon Hatchling by copying neurons, and merge several by concatenating neurons."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,55 +14,60 @@ from thoughtbubbles.hatchling.model import Hatchling
 from thoughtbubbles.short_repr import ShortRepr
 
 ANGLES = (15, 40)
-"""Degrees between which the angle φ of two copies is drawn. Copies of 45° would have the same
-gradients for ever; copies of angles near 0° would be one neuron and an almost silent one."""
+"""Range in degrees from which the angle φ of two copies is sampled. At 45°, two copies would keep
+equal gradients for ever; near 0°, one copy would be almost silent."""
 
 NEURON_AXES = {"dx": (1, 2), "dy": (1, 2), "e": (0, 1), "frequency": (0, 1)}
-"""Axes of the heads and of their neurons in each array that has neurons."""
+"""Axis of the heads and axis of their neurons, for each array of a model that has both."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Growth(ShortRepr):
-    """A plan of copies: which neuron each neuron of the grown model copies, and with which share.
+    """A plan of growth: which neuron each neuron of the grown model copies, and by which factor.
 
-    A neuron x = (v Dx)₊ acts through products of two: x·x in attention, and x·E in what the layer
-    writes. So copies whose Dx and E are scaled by factors whose squares sum to 1, such as cos φ and
-    sin φ, compute what their origin computes, in both forms; frequency and Dy are the same in all.
-    The gradient of a copy's Dy is that of its origin times the squared factor: copies of different
-    factors diverge in training.
+    A neuron x = (v Dx)₊ has effects through two products only: x·x in attention, and x·E in what
+    the layer writes. So if the Dx and E of several copies are scaled by factors whose squares sum
+    to 1, such as cos φ and sin φ, the copies together compute what the original neuron computes, in
+    both forms of the model. All copies have the original's frequency and Dy. The gradient of a
+    copy's Dy is the original's gradient times the squared factor, so copies with different factors
+    diverge in training.
 
     Attributes:
-        source: Index in its head of the neuron that each neuron copies, `[H, N']` int.
-        share: Factor of each copy's Dx and E, `[H, N']` float64.
+        source: Index, within its head, of the neuron that each neuron copies, `[H, N']` int; N' is
+            the number of neurons of a head of the grown model.
+        share: Factor by which each copy's Dx and E are scaled, `[H, N']` float64.
     """
 
     source: np.ndarray
     share: np.ndarray
 
     def parameter(self, name: str, value: Any) -> Any:
-        """A grown parameter or constant.
+        """Return the grown model's value of a parameter or constant.
 
         Args:
-            name: Name of the array in the model; what is not in `NEURON_AXES` stays as it is.
+            name: Name of the array in the model. Arrays not named in `NEURON_AXES` are returned
+                unchanged.
             value: Array of the smaller model; the result has its dtype.
         """
         return self._copied(name, value, 1 if name in ("dx", "e") else 0)
 
     def gradient(self, name: str, value: Any, power: int = 1) -> Any:
-        """The gradient that the copies have where their origins have `value`, or its mean.
+        """Convert a gradient, or a moment of gradients, from the smaller model to the grown model.
 
         Args:
             name: Name of the parameter.
-            value: Gradient, or a mean of gradients, of the smaller model.
-            power: Power of the gradient that `value` is a mean of: 2 for Adam's second moment.
+            value: Gradient of the smaller model, or a running mean of its powers.
+            power: Exponent of the gradient in `value`: 1 for a gradient or a first moment, 2 for
+                Adam's second moment.
         """
         return self._copied(name, value, power * (2 if name == "dy" else 1))
 
     def tree(self, tree: Any) -> Any:
-        """A tree of the smaller model's arrays, grown: parameters, moments, a whole train state.
+        """Grow all arrays of a tree, such as parameters, optimizer moments or a whole train state.
 
-        Arrays are told by the last name in their path that the model has too. Those below `mu` and
-        `nu` are first and second moments of optax's optimizers. What has no neurons stays.
+        The last name in an array's path that is in `NEURON_AXES` says which array of the model it
+        belongs to. Arrays below `mu` and `nu` are treated as first and second moments of optax's
+        optimizers. Arrays without such a name are returned unchanged.
         """
 
         def grown(path: Any, leaf: Any) -> Any:
@@ -79,7 +84,7 @@ class Growth(ShortRepr):
         return jax.tree_util.tree_map_with_path(grown, tree)
 
     def _copied(self, name: str, value: Any, power: int) -> Any:
-        """Copies of the neurons in `value`, times a power of their shares."""
+        """Copy the neurons in `value`, and multiply each copy by a power of its `share`."""
         if name not in NEURON_AXES:
             return value
         value = np.asarray(value)
@@ -93,15 +98,16 @@ class Growth(ShortRepr):
 
 
 def plan_growth(config: HatchlingConfig, num_neurons: int, seed: int = 0) -> Growth:
-    """Copies that grow a model; none of its neurons is copied twice before all are copied once.
+    """Plan which neurons to copy, at random: every neuron once before any neuron a second time.
 
     Args:
         config: Config of the smaller model.
         num_neurons: Number of neurons of the grown model (n), a multiple of twice `num_heads`.
-        seed: Seed of which pairs are copied and of their angles φ, one for each pair.
+        seed: Seed of the choice of neuron pairs and of each copied pair's angle φ.
 
     Raises:
-        ValueError: The model has as many neurons already, or heads can't share them equally.
+        ValueError: `num_neurons` is not above the model's number of neurons, or is not a multiple
+            of twice `num_heads`.
     """
     check_sizes(num_neurons=num_neurons)
     if num_neurons <= config.num_neurons:
@@ -127,15 +133,18 @@ def plan_growth(config: HatchlingConfig, num_neurons: int, seed: int = 0) -> Gro
 
 
 def grow(model: Hatchling, num_neurons: int, seed: int = 0) -> Hatchling:
-    """A model of more neurons that computes what `model` computes, and whose neurons all learn.
+    """Return a model of more neurons that computes what `model` computes, and can learn more.
+
+    To grow an optimizer state as well, call `plan_growth` with the same seed, then `Growth.tree`.
 
     Args:
-        model: Model to grow; it is left as it is.
+        model: Model to grow; it is not changed.
         num_neurons: Number of neurons of the grown model (n), a multiple of twice `num_heads`.
-        seed: Seed of the plan (`plan_growth`), by which an optimizer state is grown too.
+        seed: Seed of the plan (`plan_growth`).
 
     Raises:
-        ValueError: As in `plan_growth`; or the model has an adapter.
+        ValueError: `num_neurons` does not fit the model (as in `plan_growth`), or the model has an
+            adapter.
     """
     _check_merged(model)
     plan = plan_growth(model.config, num_neurons, seed)
@@ -147,20 +156,22 @@ _OF_TRAINING = ("dropout", "truncate", "context_length", "dtype")
 
 
 def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neurons") -> Hatchling:
-    """One model with the neurons of several; embedding and head are the means of theirs.
+    """Merge models into one that has the neurons of all; other parameters are averaged.
 
-    Settings of training (dropout, truncation, context length) and the dtype of the computation are
-    those of the first model.
+    Training settings (dropout, truncation, context length) and the dtype of the computation are
+    taken from the first model.
 
     Args:
-        models: Models of one form, width, vocabulary and depth, in the order of their neurons.
-        along: Axis of the concatenation: "neurons" of each head, as the paper does, so that all
-            read one sum of the past; or "heads", so that the neurons of each model read their own.
+        models: Two or more models of equal form, width, vocabulary and depth, in the order in which
+            their neurons are concatenated.
+        along: Axis of the concatenation. With "neurons", each head gets the neurons of all models,
+            as in the paper, and reads one sum over all of them. With "heads", each model's heads
+            stay separate and read as before.
 
     Raises:
-        ValueError: There is one model only, or two differ in more than their number of neurons
-            (along "heads": of heads); heads are added to models with `damping`, whose rates depend
-            on their number; or a model has an adapter.
+        ValueError: There are fewer than two models, they differ in more than the number of neurons
+            (with "heads": in more than the number of heads), a model has an adapter, or "heads" is
+            chosen for models with `damping`, whose rates depend on the number of heads.
     """
     if along not in ("neurons", "heads"):
         raise ValueError(f"along={along!r}: choose neurons or heads")

@@ -1,4 +1,4 @@
-"""Adapters of a Hatchling: its linear layers Dx and E, adapters added to them, adapters merged."""
+"""Adapters of a Hatchling's linear layers Dx and E: add them, apply them, merge them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +16,21 @@ AXES = {"dx": ((), "embed", "heads"), "e": ((), "heads", "embed")}
 
 
 def lora_targets(config: HatchlingConfig) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """Dx, which makes neurons of vectors, and E, which makes vectors of neurons."""
+    """List the layers `dx` (vectors to neurons) and `e` (neurons to vectors) with their sizes.
+
+    Returns:
+        Dict from a layer's name to `(stack, inputs, outputs)`, where `stack` is `()`.
+    """
     width, neurons = config.embed_dim, config.num_neurons
     return {"dx": ((), width, neurons), "e": ((), neurons, width)}
 
 
 def with_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
-    """The same arrays with an adapter added to Dx and E.
+    """Return a copy of a model with adapters on Dx and E, which shares the model's arrays.
 
     Raises:
-        ValueError: A name or a shape is that of another layer, or the model has an adapter already.
+        ValueError: A name is not "dx" or "e", an adapter does not have its layer's shape, or the
+            model has an adapter already.
     """
     check_adapter(model.lora_targets, adapter)
     if model.adapters is not None:
@@ -38,7 +43,7 @@ def with_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
 def adapted_neurons(
     neurons: jax.Array, value: jax.Array, adapters: Mapping[str, Any] | None
 ) -> jax.Array:
-    """Neurons `[H, B, C, N]` of vectors `[B, C, d]`, plus those of an adapter of Dx, if any."""
+    """Add the output of Dx's adapter, if any, on `value [B, C, d]` to neurons `[H, B, C, N]`."""
     if adapters is None or "dx" not in adapters:
         return neurons
     more = adapters["dx"](value).reshape(*value.shape[:2], len(neurons), -1)
@@ -48,7 +53,7 @@ def adapted_neurons(
 def adapted_vectors(
     vectors: jax.Array, y: jax.Array, adapters: Mapping[str, Any] | None
 ) -> jax.Array:
-    """Vectors `[B, C, d]` of neurons `y [H, B, C, N]`, plus those of an adapter of E, if any."""
+    """Add the output of E's adapter, if any, on neurons `y [H, B, C, N]` to vectors `[B, C, d]`."""
     if adapters is None:
         return vectors
     flat = jnp.moveaxis(y, 0, 2).reshape(*vectors.shape[:2], -1)
@@ -56,10 +61,10 @@ def adapted_vectors(
 
 
 def merged(model: Any, deltas: Mapping[str, jax.Array]) -> Any:
-    """The model with `deltas [inputs, outputs]` added to Dx and E.
+    """Return a copy of a model with `deltas [inputs, outputs]` added to Dx and E.
 
     Raises:
-        ValueError: A name is that of another layer, or a delta has another shape than its layer.
+        ValueError: A name is not "dx" or "e", or a delta does not have its layer's shape.
     """
     check_deltas(model.lora_targets, deltas)
     copy = _copy(model)

@@ -1,7 +1,7 @@
-"""Dragon Hatchling: one layer of neurons, applied again and again, with a state for the past.
+"""Dragon Hatchling: one layer of neurons, applied repeatedly, with a state for the past.
 
-Parallel, chunked and recurrent computation are one function, `Hatchling._chunk`: a chunk of tokens
-attends among itself by a matrix of scores and to everything before it by the state.
+Parallel, chunked and recurrent computation are one function, `Hatchling._chunk`: the tokens of a
+chunk attend to each other by a matrix of scores, and to everything before the chunk by the state.
 """
 
 import dataclasses
@@ -51,15 +51,15 @@ class Hatchling(SitedHatchling):
 
     Args:
         config: Sizes and options of the model.
-        rngs: Keys of the initial values.
+        rngs: Random keys of the initial values.
         constrain: Function applied to every residual array `[B, T, d]` between layers.
-        attend: Not used: attention is linear.
-        kernel_init: Initializer of Dx, Dy, E and the head, called for matrices of inputs by
-            outputs; by default they are normal, of standard deviation 0.02.
-        param_dtype: Type of the parameters; that of the computation is the config's `dtype`.
+        attend: Not used, because attention is linear.
+        kernel_init: Initializer of Dx, Dy, E and the head, called with shapes `[inputs, outputs]`;
+            by default normal with standard deviation 0.02.
+        param_dtype: Dtype of the parameters; the config's `dtype` is used in the computation.
 
     Raises:
-        ValueError: The config is of another class.
+        ValueError: The config is not a `HatchlingConfig`.
     """
 
     config_class: ClassVar[type[HatchlingConfig]] = HatchlingConfig
@@ -93,12 +93,12 @@ class Hatchling(SitedHatchling):
         self.adapters = nnx.data(None)
 
     def embed_tokens(self, tokens: AnyArray) -> jax.Array:
-        """Vectors `[..., d]`; NaN for an id outside the vocabulary."""
+        """Embed token ids `[...]` as vectors `[..., d]`; NaN for an id outside the vocabulary."""
         check_integers(tokens)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits `[..., V]` float32 of hidden states `[..., d]`."""
+        """Compute logits `[..., V]` float32 from hidden states `[..., d]`."""
         return head_logits(hidden, self.head[...].astype(hidden.dtype), vocab_axis=1)
 
     def hidden_states(
@@ -110,19 +110,19 @@ class Hatchling(SitedHatchling):
         visible: jax.Array | None = None,
         starts: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states `[B, T, d]` of vectors.
+        """Compute hidden states `[B, T, d]` from vectors.
 
         Args:
             x: Vectors `[B, T, d]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; all `T` by default.
-            positions: Position of each vector, `[B, T]` int32, in place of `length` and together
-                with `visible`; such rows are computed whole, whatever `chunk` is.
-            visible: Whether a vector (axis 1) sees another (axis 2), `[B, T, T]` bool; none reads
-                itself.
-            starts: Whether a document begins with each vector, `[B, T]` bool.
+            positions: Position of each vector, `[B, T]` int32; requires `visible`. Then `length` is
+                ignored, and rows are read whole, without regard to `chunk`.
+            visible: Whether a vector (axis 1) sees another (axis 2), `[B, T, T]` bool. No vector
+                sees itself.
+            starts: Whether a document begins at each vector, `[B, T]` bool; None for no beginnings.
 
         Raises:
-            ValueError: Only one of `positions` and `visible` is given, or `starts` beside them.
+            ValueError: Only one of `positions` and `visible` is given, or `starts` with them.
         """
         check_vectors(x, self.config.embed_dim, "a Hatchling")
         x = x.astype(self.config.dtype)
@@ -145,14 +145,14 @@ class Hatchling(SitedHatchling):
         track: bool = False,
         key: jax.Array | None = None,
     ) -> Activations:
-        """A forward pass without the head; `key` is that of dropout, in training."""
+        """Compute the hidden states of tokens; a `key` switches dropout on."""
         check_ids(tokens)
         return self._forward(self.embed_tokens(tokens), length, key, self._starts(tokens))
 
     def loss(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """As in `Architecture`; with `truncate` the gradient stops between segments of a row."""
+        """As in `Architecture.loss`; with `truncate`, no gradient flows between segments."""
         size = self.config.truncate
         if size is None or rows.shape[1] - 1 <= size:
             return super().loss(rows, track=track, key=key)
@@ -190,14 +190,14 @@ class Hatchling(SitedHatchling):
         return super().logits_at(_hidden_of(output), position)
 
     def init_cache(self, batch: int, max_tokens: int) -> State:
-        """The state of `batch` empty rows; it has no limit, whatever `max_tokens` says."""
+        """Make the state of `batch` empty rows; `max_tokens` is unused, as rows have no limit."""
         check_sizes(batch=batch)
         config = self.config
         shape = (config.num_layers, batch, config.num_heads, config.head_neurons, config.embed_dim)
         return State(jnp.zeros((batch,), jnp.int32), jnp.zeros(shape))
 
     def cache_batch_axes(self, cache: State) -> State:
-        """Axis of the rows in each array of a state."""
+        """State whose arrays are replaced by the index of their axis of rows."""
         return State(0, 1)  # pyright: ignore[reportArgumentType]
 
     def advance(
@@ -215,15 +215,15 @@ class Hatchling(SitedHatchling):
         fresh: bool = False,
         starts: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
-        """Append vectors to rows of unequal length; a length that they lack makes its row NaN.
+        """Append vectors to rows; return their hidden states `[B, C, d]` and the new state.
 
         Args:
-            cache: From `init_cache` or `extend`; it stays usable.
+            cache: State of `init_cache` or `extend`; it stays usable.
             x: Vectors `[B, C, d]`, padded on the right.
-            length: Number of real vectors in each row, `[B]` int32; a row of 0 stays as it is.
+            length: Number of real vectors in each row, `[B]` int32; 0 leaves a row unchanged, and a
+                number below 0 or above C makes the row NaN.
             fresh: Static promise that the cache is empty.
-            starts: Whether a document begins with each vector, `[B, C]` bool: what its row has read
-                so far is forgotten.
+            starts: Whether a document begins at each vector, `[B, C]` bool; it empties the state.
         """
         check_vectors(x, self.config.embed_dim, "a Hatchling")
         State.check(cache, x, length)
@@ -239,7 +239,7 @@ class Hatchling(SitedHatchling):
 
     @property
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
-        """Dx, which makes neurons of vectors, and E, which makes vectors of neurons."""
+        """Sizes of the layers `dx` (vectors to neurons) and `e` (neurons to vectors), by name."""
         return lora.lora_targets(self.config)
 
     @property
@@ -247,20 +247,20 @@ class Hatchling(SitedHatchling):
         return lora.AXES
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> "Hatchling":
-        """The same arrays with an adapter added to Dx and E."""
+        """Return a copy with an adapter on Dx and E, which shares the model's arrays."""
         return lora.with_adapter(self, adapter)
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> "Hatchling":
-        """The model with `deltas [inputs, outputs]` added to Dx and E."""
+        """Return a copy with `deltas [inputs, outputs]` added to Dx and E, by name."""
         return lora.merged(self, deltas)
 
     def statistics(self, output: Activations) -> dict[str, jax.Array]:
-        """Sums over a batch: `tokens`, and active neurons `x [L]`, `y [L]`."""
+        """Count real `tokens`, and active neurons `x [L]` and `y [L]` by layer, over a batch."""
         return {"tokens": output.tokens, "x": output.x_active, "y": output.y_active}
 
     @classmethod
     def step_metrics(cls, config: HatchlingConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Share of neurons that are active, x before and y after the gate, by layer."""
+        """Fraction of active neurons by layer, before the gate (`x`) and after it (`y`)."""
         if "x" not in sums:
             return {}
         neurons = max(float(sums["tokens"]), 1.0) * config.num_neurons
@@ -271,7 +271,7 @@ class Hatchling(SitedHatchling):
         }
 
     def _starts(self, tokens: AnyArray) -> jax.Array | None:
-        """Whether each token begins a document; None where none does."""
+        """Whether each token begins a document; None if the config has no `separator`."""
         separator = self.config.separator
         return None if separator is None else jnp.asarray(tokens) == separator
 
@@ -306,7 +306,7 @@ class Hatchling(SitedHatchling):
             return read, new
 
         def parts(values: jax.Array) -> jax.Array:
-            """Values `[B, T, ...]` by chunk, `[chunks, B, C, ...]`."""
+            """Split values `[B, T, ...]` into chunks, `[chunks, B, C, ...]`."""
             more = [(0, 0), (0, count * size - values.shape[1])] + [(0, 0)] * (values.ndim - 2)
             padded = jnp.pad(values, more)
             return padded.reshape(len(values), count, size, *values.shape[2:]).swapaxes(0, 1)
@@ -333,15 +333,15 @@ class Hatchling(SitedHatchling):
         fresh: bool = False,
         starts: jax.Array | None = None,
     ) -> tuple[Activations, State | None]:
-        """Read one chunk of each row after what a state holds.
+        """Read one chunk of each row, which continues what a state holds.
 
         Args:
             x: Vectors `[B, C, d]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32.
-            state: State before the chunk; None for rows that begin here and end here.
-            key: Key of dropout; None for none.
-            fresh: Static promise that the state is empty, so that it is only written.
-            starts: Whether a document begins with each vector, `[B, C]` bool.
+            state: State before the chunk; None if the chunk is the whole row.
+            key: Key of dropout; None for no dropout.
+            fresh: Static promise that the state is empty, so that it need not be read.
+            starts: Whether a document begins at each vector, `[B, C]` bool.
         """
         first = jnp.zeros_like(length) if state is None else state.length
         reach = Reach.of(self.config, first, length, x.shape[1], starts)
@@ -355,7 +355,7 @@ class Hatchling(SitedHatchling):
         return output, None if after is None else State(reach.end, after)
 
     def _first(self, x: jax.Array) -> jax.Array:
-        """What the first layer reads of vectors."""
+        """Prepare embedded vectors for the first layer: normalise them in the released form."""
         return normalized(x) if self.config.form == "released" else x
 
     def _layers(
@@ -370,18 +370,18 @@ class Hatchling(SitedHatchling):
         write_scale: jax.Array | None = None,
         carried: jax.Array | None = None,
     ) -> tuple[Layers, jax.Array | None]:
-        """Layers on the vectors of a chunk, and the synapses after it.
+        """Apply layers to the vectors of a chunk; return the result and the synapses after it.
 
         Args:
             value: Vectors `[B, C, d]`.
             reach: Reach of each vector.
             synapses: Synapses before the chunk, `[L, B, H, N, d]` float32, or None.
-            key: Key of dropout; None for none.
+            key: Key of dropout; None for no dropout.
             fresh: Static promise that the synapses are 0.
             watch: Whether the result holds the neurons of each layer.
-            layers: First layer and the one after the last; all of them by default.
-            write_scale: Factor of what a layer adds to each vector, `[B, C]`; 1 by default.
-            carried: Neurons before the first layer in the paper's form, from the layers before it.
+            layers: Index of the first layer, and of the last one plus 1; by default all layers.
+            write_scale: Factor on what a layer adds to each vector, `[B, C]`; 1 by default.
+            carried: Neurons after the layer before the first, in the paper's form; 0 by default.
         """
         config = self.config
         rematerialized = config.remat == "full"
@@ -427,12 +427,12 @@ class Hatchling(SitedHatchling):
         return Layers(value, x_active, y_active, watched, carried), after
 
     def _neurons(self, value: jax.Array) -> jax.Array:
-        """Dx: vectors `[B, C, d]` to neurons `[H, B, C, N]`."""
+        """Apply Dx: vectors `[B, C, d]` to neurons `[H, B, C, N]`, before the ReLU."""
         each = jnp.broadcast_to(value, (self.config.num_heads, *value.shape))
         return lora.adapted_neurons(by_head(each, self._cast(self.dx)), value, self.adapters)
 
     def _project(self, y: jax.Array) -> jax.Array:
-        """E: neurons `[H, B, C, N]` to vectors `[B, C, d]`."""
+        """Apply E: neurons `[H, B, C, N]` to vectors `[B, C, d]`."""
         vectors = jnp.einsum("hbtn,hnd->btd", y, self._cast(self.e))
         return lora.adapted_vectors(vectors, y, self.adapters)
 

@@ -1,4 +1,4 @@
-"""What a Dragon Hatchling does inside: synapses over time, and which of them tell texts apart."""
+"""Look inside a Dragon Hatchling: trace synapses over time, and test which tell texts apart."""
 
 import dataclasses
 import math
@@ -16,12 +16,13 @@ from thoughtbubbles.short_repr import ShortRepr
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Synapses(ShortRepr):
-    """Synapses of one layer, by the neurons that they connect.
+    """Some synapses of one layer, each given by the two neurons that it connects.
 
     Attributes:
-        head: Head of the neurons, `[K]` int.
-        source: Index in its head of the neuron x that reads, `[K]` int.
-        target: Index in its head of the neuron y whose gate it opens or closes, `[K]` int.
+        head: Index of the head of both neurons, `[K]` int.
+        source: Index, within the head, of the neuron x that reads, `[K]` int.
+        target: Index, within the head, of the neuron y whose gate the source opens or closes, `[K]`
+            int.
     """
 
     head: np.ndarray
@@ -35,23 +36,25 @@ class Synapses(ShortRepr):
 def synapse_traces(
     model: Hatchling, tokens: np.ndarray, layer: int, synapses: Synapses
 ) -> np.ndarray:
-    """Strength of synapses after each token: the entries of the state, as the next token reads it.
+    """Compute the strength of synapses after each token of some texts.
 
-    The synapse from neuron j to neuron i of a head is what x_j = 1 at the next token would add to
-    the gate of y_i before the norm: σ(i, j) = ρ_j · Dy_i, where ρ_j is the state of neuron j,
-    turned and damped as of the next token, and Dy_i is centred, as the norm centres its factor.
+    The strength of the synapse from neuron j to neuron i of a head is what x_j = 1 at the next
+    token would add to the gate of y_i before the norm: σ(i, j) = ρ_j · Dy_i. Here ρ_j is the row of
+    the state for neuron j, rotated and damped for the position of the next token, and Dy_i is
+    centred, because the norm centres what Dy_i is multiplied by.
 
     Args:
         model: Model to look into.
         tokens: Token ids `[B, T]`, without padding.
         layer: Index of the layer, from 0.
-        synapses: Synapses to follow.
+        synapses: The K synapses to trace.
 
     Returns:
         Strengths `[B, T, K]` float32.
 
     Raises:
-        ValueError: There is no such layer, or no such head or neuron.
+        ValueError: The layer, a head or a neuron does not exist, a document begins inside of a row,
+            or the model forks.
     """
     config = model.config
     if config.separator is not None and (np.asarray(tokens)[:, 1:] == config.separator).any():
@@ -94,13 +97,15 @@ def synapse_traces(
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MannWhitney(ShortRepr):
-    """Result of Mann and Whitney's test of each column.
+    """Results of Mann and Whitney's test, one per column of the samples (sizes m and n).
 
     Attributes:
-        u: Number of pairs in which the value of the first sample is larger, ties as halves.
-        rank_biserial: Rank-biserial correlation 2 u / (m n) - 1: 1 where every value of the first
-            sample is larger than every one of the second, -1 where it is smaller.
-        p_value: Probability of a `u` as far from m n / 2, if both samples had one distribution.
+        u: Number of pairs, of a value of each sample, in which the first sample's value is larger;
+            ties count as 1/2.
+        rank_biserial: Rank-biserial correlation 2 u / (m n) - 1: 1 if every value of the first
+            sample is larger than every value of the second, -1 if every value is smaller.
+        p_value: Probability of a `u` at least as far from m n / 2 if both samples had the same
+            distribution.
     """
 
     u: np.ndarray
@@ -109,22 +114,23 @@ class MannWhitney(ShortRepr):
 
 
 def mann_whitney(first: np.ndarray, second: np.ndarray) -> MannWhitney:
-    """Mann and Whitney's two-sided test whether values are larger in one sample than in another.
+    """Test whether values are larger in one sample than in another (Mann-Whitney, two-sided).
 
     A synapse is monosemantic for a concept if its strengths at mentions of the concept and at other
     places hardly overlap. The p-value is the normal approximation with corrections for ties and
-    continuity; it is one test's, so choose synapses on other texts than those that they are tested
-    on, or divide by their number.
+    continuity. It is valid for a single test: choose synapses on other texts than those on which
+    they are tested, or multiply it by the number of synapses tried.
 
     Args:
         first: Values of the first sample, `[m, ...]`.
         second: Values of the second sample, `[n, ...]`.
 
     Returns:
-        Statistics, `[...]` float64 each.
+        Results of the test for each column, arrays `[...]` float64.
 
     Raises:
-        ValueError: A sample is empty, values are not finite, or their columns differ.
+        ValueError: A sample is empty, a value is not finite, or the samples differ in their axes
+            after axis 0.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if first.shape[1:] != second.shape[1:]:
@@ -156,19 +162,21 @@ def mann_whitney(first: np.ndarray, second: np.ndarray) -> MannWhitney:
 def strongest_synapses(
     model: Hatchling, tokens: np.ndarray, layer: int, count: int
 ) -> tuple[Synapses, np.ndarray]:
-    """The synapses of a layer that are strongest after some texts.
+    """Find the synapses of a layer that are strongest after some texts.
 
     Args:
         model: Model to look into.
         tokens: Token ids `[B, T]`, without padding.
         layer: Index of the layer, from 0.
-        count: Number of synapses, the strongest ones of all heads.
+        count: Number of synapses to find over all heads.
 
     Returns:
-        Synapses, the strongest first, and their mean magnitude over the texts, `[count]` float64.
+        Synapses, strongest first, and the mean absolute strength of each over the texts, `[count]`
+        float64.
 
     Raises:
-        ValueError: There is no such layer, there are not as many synapses, or the model forks.
+        ValueError: The layer does not exist, `count` is below 1 or above the layer's number of
+            synapses, or the model forks.
     """
     config = model.config
     _check_layer(config, layer)
@@ -199,13 +207,16 @@ def strongest_synapses(
 
 
 def synapse_matrix(model: Hatchling, synapses: np.ndarray, length: int, head: int) -> np.ndarray:
-    """Strengths of all synapses of a head, `[N, N]` float64, from source (axis 0) to target.
+    """Compute the strengths of all synapses of a head, as the next token of a row would read them.
 
     Args:
         model: Model to look into.
-        synapses: State of one row in one layer, `[H, N, d]` (`State.synapses`).
-        length: Number of tokens that the row has read (`State.length`).
+        synapses: State of one row in one layer, `[H, N, d]`, an entry of `State.synapses`.
+        length: Number of tokens that the row has read, an entry of `State.length`.
         head: Index of the head.
+
+    Returns:
+        Strengths `[N, N]` float64, from source neuron (axis 0) to target neuron (axis 1).
     """
     phase = 2 * np.pi * length * np.asarray(model.frequency[head], np.float64)[::2, None]
     even, odd = np.asarray(synapses[head], np.float64).reshape(len(phase), 2, -1).swapaxes(0, 1)
@@ -217,11 +228,11 @@ def synapse_matrix(model: Hatchling, synapses: np.ndarray, length: int, head: in
 
 
 def most_active(neurons: np.ndarray, count: int) -> np.ndarray:
-    """Indices `[count]` of the neurons whose activity sums to most, the most active first.
+    """Return the indices `[count]` of the neurons with the largest summed activity, largest first.
 
     Args:
-        neurons: Activity `[..., n]`.
-        count: Number of neurons.
+        neurons: Activity `[..., n]`, summed over all axes but the last.
+        count: Number of neurons to return.
     """
     total = neurons.reshape(-1, neurons.shape[-1]).sum(axis=0)
     return np.argsort(-total, kind="stable")[:count]

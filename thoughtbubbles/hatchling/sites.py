@@ -1,4 +1,4 @@
-"""Sites of a Dragon Hatchling, at which tools read and edit activations, and its neurons."""
+"""Sites of a Dragon Hatchling, at which tools read and edit activations; and its neurons."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from thoughtbubbles.streams import Streams
 
 
 class SitedHatchling(Architecture):
-    """The part of a Hatchling that reads it (`thoughtbubbles.sites.SitedModel`)."""
+    """The methods of a Hatchling that implement `thoughtbubbles.sites.SitedModel`."""
 
     config: HatchlingConfig
     constrain: Constrain
@@ -29,8 +29,11 @@ class SitedHatchling(Architecture):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """`embed`, what the first layer reads; `fork_i` behind the fork layer before layer `i`;
-        `block_i` behind layer `i`."""
+        """Names of the sites, in the order of the forward pass.
+
+        They are `embed` before the first layer, `fork_i` after the fork layer that precedes layer
+        `i`, and `block_i` after layer `i`.
+        """
         forked = [start for start, _ in self._groups_of_layers()[1:]]
         names = ["embed"]
         for layer in range(self.config.num_layers):
@@ -39,12 +42,15 @@ class SitedHatchling(Architecture):
 
     @property
     def neuron_sites(self) -> tuple[str, ...]:
-        """`x_i` and `y_i`, the neurons of layer `i` `[B, S, n]` before and after the gate: sparse
-        features that need no autoencoder. They can be captured by name, and not edited."""
+        """Names of the sites `x_i` and `y_i`, the neurons of layer `i` before and after the gate.
+
+        Their values `[B, S, n]` are sparse features without an autoencoder. They can be captured by
+        name, but not edited.
+        """
         return tuple(f"{kind}_{i}" for i in range(self.config.num_layers) for kind in "xy")
 
     def run_sites(self, inputs: jax.Array, length: AnyArray | None, visit: Visit) -> Streams:
-        """As in `SitedModel`; rows are computed whole, whatever `chunk` is."""
+        """As in `SitedModel.run_sites`; rows are read whole, without regard to `chunk`."""
         starts = None
         if jnp.ndim(inputs) != 3:
             check_ids(inputs)
@@ -76,11 +82,11 @@ class SitedHatchling(Architecture):
         return streams
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Logits `[..., V]` of vectors `[..., d]` of a site: the head alone."""
+        """Compute logits `[..., V]` from vectors `[..., d]` of a site, by the head alone."""
         return self.unembed(x)
 
     def activations(self, tokens: AnyArray, length: AnyArray | None = None) -> Neurons:
-        """Neurons of all layers as features of tokens, for tools that read models.
+        """Compute the neurons of all layers at each token, as features for interpretability.
 
         Args:
             tokens: Token ids `[B, T]` int32, padded on the right.
@@ -93,16 +99,19 @@ class SitedHatchling(Architecture):
         return self._layers(streams.x, reach, None, watch=True)[0].watched
 
     def _groups_of_layers(self) -> list[tuple[int, int]]:
-        """Runs of layers `(first, last + 1)` between fork layers."""
+        """Ranges `(first, last + 1)` of layers between fork layers."""
         return [(0, self.config.num_layers)]
 
     def _reach(self, streams: Streams, starts: jax.Array | None) -> tuple[Reach, jax.Array | None]:
-        """The reach of streams of whole rows, and the factor of what layers add to each."""
+        """Reach of streams of whole rows, and the factor on what layers add to each; None for 1."""
         first = broadcast_beside(0, streams.x, 1)
         return Reach.of(self.config, first, streams.length, streams.x.shape[1], starts), None
 
 
 def merged(streams: Streams) -> jax.Array:
-    """One hidden state per token, `[B, T, d]`: of several streams the normalised weighted sum."""
+    """Return one hidden state per token, `[B, T, d]`: the weighted sum of its streams, normalised.
+
+    The hidden state of streams that never forked is returned as it is.
+    """
     hidden = merge(streams)
     return normalized(hidden) if streams.forked else hidden

@@ -1,4 +1,4 @@
-"""What a Dragon Hatchling keeps of the past, and what a forward pass returns."""
+"""The state in which a Dragon Hatchling keeps the past, and the results of a forward pass."""
 
 import dataclasses
 from typing import Any, NamedTuple, Self
@@ -12,17 +12,19 @@ from thoughtbubbles.short_repr import ShortRepr, short_repr
 
 
 class Frequency(nnx.Variable):
-    """Rotary frequencies in turns per token; a constant that checkpoints keep, since a model that
-    has grown keeps the frequencies of its old neurons."""
+    """Rotary frequencies in turns per token, constants that are saved in checkpoints.
+
+    They can't be recomputed from the config: in a grown model, neurons keep their old frequencies.
+    """
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class State(ShortRepr):
-    """What a Hatchling keeps of the tokens that it has read; its size does not grow with them.
+    """State of a Hatchling after the tokens read so far, of a size independent of their number.
 
     Attributes:
-        length: Number of tokens so far, since the last document began, `[B]` int32.
+        length: Number of tokens read since the last document began, `[B]` int32.
         synapses: Sum of outer products of rotated neurons and values in each layer,
             `[L, B, H, N, d]` float32 (ρ of the paper).
     """
@@ -32,12 +34,12 @@ class State(ShortRepr):
 
     @classmethod
     def check(cls, cache: Any, x: jax.Array, length: AnyArray) -> None:
-        """Raise a ValueError unless a state of this class, and lengths, are of the vectors' rows.
+        """Raise a ValueError unless a state is of this class and, like lengths, of the right batch.
 
         Args:
             cache: State that is to be extended.
-            x: Vectors `[B, C, d]`.
-            length: Number of real vectors in each row.
+            x: Vectors `[B, C, d]` by which it is to be extended.
+            length: Number of real vectors in each row, `[B]` or a scalar.
         """
         if type(cache) is not cls:
             raise ValueError(
@@ -52,7 +54,7 @@ class State(ShortRepr):
         check_lengths(length, x.shape[0])
 
     def beside(self, rows: AnyArray) -> Self:
-        """The same state placed on the devices as rows `[B, ...]` are."""
+        """Place the state on devices as the rows `[B, ...]` are placed."""
         length = placed_beside(self.length, rows)
         synapses = placed_beside(self.synapses, rows, axis=1)
         return dataclasses.replace(self, length=length, synapses=synapses)
@@ -65,9 +67,10 @@ class Activations(ShortRepr):
 
     Attributes:
         hidden: Hidden states `[B, T, d]`.
-        tokens: Number of real tokens, float32.
-        x_active: Number of neurons x above 0 in each layer, over all tokens, `[L]` float32.
-        y_active: Number of gated neurons y above 0 in each layer, over all tokens, `[L]` float32.
+        tokens: Number of real tokens of the batch, a float32 scalar.
+        x_active: Number of neurons x above 0 in each layer, summed over tokens, `[L]` float32.
+        y_active: Number of gated neurons y above 0 in each layer, summed over tokens, `[L]`
+            float32.
     """
 
     hidden: jax.Array
@@ -77,12 +80,13 @@ class Activations(ShortRepr):
 
 
 class Neurons(NamedTuple):
-    """What the neurons of each layer did at each token; 0 in padding.
+    """Activations of the neurons of each layer at each token; 0 in padding.
 
     Attributes:
-        x: Neurons `[L, B, T, H, N]`, which attention reads and writes with.
-        y: Gated neurons `[L, B, T, H, N]`, of which the layer makes its output.
-        value: Vectors `[L, B, T, d]` that the layer makes neurons of and writes to its synapses.
+        x: Neurons `[L, B, T, H, N]`, the queries and keys of attention (before rotation).
+        y: Gated neurons `[L, B, T, H, N]`, from which the layer computes its output.
+        value: Input vectors of the layer, `[L, B, T, d]`, from which x is computed and which are
+            the values of attention.
     """
 
     x: jax.Array
@@ -93,14 +97,16 @@ class Neurons(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """What the layers made of a chunk.
+    """Result of some layers on a chunk.
 
     Attributes:
-        value: Hidden states `[B, C, d]`.
-        x_active: Number of neurons x above 0 in each layer, `[L]` float32.
-        y_active: Number of gated neurons y above 0 in each layer, `[L]` float32.
-        watched: Neurons of each layer; None unless they are watched.
-        carried: Neurons `[H, B, C, N]` behind the last layer in the paper's form; None otherwise.
+        value: Vectors `[B, C, d]` after the last of the layers.
+        x_active: Number of neurons x above 0 in each layer, summed over tokens, `[L]` float32.
+        y_active: Number of gated neurons y above 0 in each layer, summed over tokens, `[L]`
+            float32.
+        watched: Neurons of each layer; None unless `_layers` was called with `watch`.
+        carried: Neurons `[H, B, C, N]` after the last layer in the paper's form; None in the
+            released form.
     """
 
     value: jax.Array

@@ -1,4 +1,4 @@
-"""Truncated backpropagation: a sum over the segments of a row whose gradient stops between them."""
+"""Truncated backpropagation: a loss summed over segments, with no gradient between segments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 
 Segment = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
-"""Function of weights, state and a segment's inputs to its loss, the next state, and other sums."""
+"""Function from weights, a state and a segment's inputs to `(loss, (next state, other sums))`."""
 
 
 def truncated_sum(segment: Segment, weights: Any, state: Any, inputs: Any) -> tuple[jax.Array, Any]:
-    """Sum of a loss over segments with a carried state, differentiable by the weights alone.
+    """Sum a loss over segments that pass a state on, differentiable with respect to the weights.
 
-    The gradient takes each state as a constant. It is computed with the loss, segment after
-    segment, so that a row of any length needs the memory of one segment.
+    The gradient treats each state as a constant. It is computed together with the loss, segment by
+    segment, so a row of any length needs the memory of one segment.
 
     Args:
-        segment: Loss of a segment, and what it leaves to the next.
-        weights: Tree of arrays; those that are not floating-point get no gradient.
-        state: State before the first segment; it has no gradient.
-        inputs: Tree of arrays whose axis 0 is the segments.
+        segment: Function that computes the loss of a segment, the state after it, and other sums.
+        weights: Tree of arrays. Arrays that are not floating-point get no gradient.
+        state: State before the first segment; it gets no gradient.
+        inputs: Tree of arrays whose axis 0 indexes the segments.
 
     Returns:
-        Sum of the losses, and sums of the segments' other results, which have no gradient.
+        Sum of the losses, and the sums over segments of the other results, which have no gradient.
     """
     leaves, structure = jax.tree.flatten(weights)
     trained = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
