@@ -1,11 +1,12 @@
 """Fast kernels for score-attenuated attention: splash attention on TPUs, cuDNN on GPUs.
 
-Both compute what `attention.attend` computes, from the same arguments, without an array of slots by
-slots. Neither supports a bias per key that has a gradient, so the bias becomes channels of the
-keys: with `q' = [q / sqrt(K), 1, 1]` and `k' = [k, high, low]`, `q'·k' = q·k / sqrt(K) + bias`.
-`high` is the bias rounded to bfloat16, and `low` the remainder, because a single bfloat16 channel
-would change a log-score of -20 by up to 0.06. Accumulated in float32, the two give 16 bits of the
-bias in bfloat16 and all of it in float32; its gradient is that of `low`, whose derivative is 1.
+Both kernels compute what `attention.attend` computes, from the same arguments, without an array of
+slots by slots. Neither kernel supports a bias per key that has a gradient, so the bias becomes two
+channels of the keys: with `q' = [q / sqrt(K), 1, 1]` and `k' = [k, high, low]`,
+`q'·k' = q·k / sqrt(K) + bias`. `high` is the bias rounded to bfloat16 and `low` the remainder,
+because a single bfloat16 channel would change a log-score of -20 by up to 0.06. Accumulated in
+float32, the two channels give 16 bits of the bias if keys are bfloat16, and the exact bias if they
+are float32. The gradient of the bias is the gradient of `low`, whose derivative is 1.
 """
 
 import functools
@@ -34,7 +35,7 @@ def attend_splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention.attend` as a Pallas kernel for TPUs (jax's splash attention).
+    """Compute `attention.attend` by a Pallas kernel for TPUs (jax's splash attention).
 
     Blocks of keys above the diagonal are skipped. XLA can't partition the kernel, so call it under
     `jax.shard_map` on a mesh.
@@ -44,12 +45,12 @@ def attend_splash(
         key: `[B, S, G, K]` keys, where `G` divides `H`.
         value: `[B, S, G, K]` values.
         bias: `[B, S]` float32 bias of each key, added to the logits after their division by
-            sqrt(K).
+            sqrt(K). None adds nothing.
         interpret: Whether to run the kernel as ordinary XLA operations, on any platform but slowly,
             for tests.
 
     Returns:
-        `[B, S, H, K]`.
+        Attention output `[B, S, H, K]`.
     """
     slots, heads = query.shape[1:3]
     query, key = _with_bias_channels(query, key, bias)
@@ -62,9 +63,10 @@ def attend_splash(
 
 
 def splash_block(slots: int) -> int:
-    """Number of queries and keys of a block: of 512, 384 and 256 the one that pads a row least.
+    """Return the number of queries, and of keys, that the TPU kernel processes in one block.
 
-    It is 128 for a row that fits into one such block.
+    It is 128 for a row of at most 128 slots. For a longer row it is 512, 384 or 256: whichever
+    needs the least padding, and the largest of equally good sizes.
     """
     if slots <= LANES:
         return LANES
@@ -98,10 +100,11 @@ def attend_cudnn(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """`attention.attend` as cuDNN's flash attention, for NVIDIA GPUs.
+    """Compute `attention.attend` by cuDNN's flash attention, for NVIDIA GPUs.
 
-    cuDNN needs a head width that is a multiple of 8 and the same for keys and values. So all three
-    are padded with zeros: from `K`, or from `K + 2` with a bias, to the next multiple of 8.
+    cuDNN needs a head width that is a multiple of 8 and the same for keys and values. So queries,
+    keys and values are padded with zeros to the next multiple of 8, from `K + 2` channels if there
+    is a bias and from `K` otherwise.
 
     Args:
         query: `[B, S, H, K]` queries, bfloat16 or float16; the padded width is at most 128, or 256
@@ -109,12 +112,12 @@ def attend_cudnn(
         key: `[B, S, G, K]` keys, where `G` divides `H`.
         value: `[B, S, G, K]` values.
         bias: `[B, S]` float32 bias of each key, added to the logits after their division by
-            sqrt(K).
-        implementation: Implementation of the attention; "xla" runs on any platform, with arrays of
-            slots by slots, for tests.
+            sqrt(K). None adds nothing.
+        implementation: Implementation of the attention. "xla" runs on any platform but makes arrays
+            of slots by slots; it is for tests.
 
     Returns:
-        `[B, S, H, K]`.
+        Attention output `[B, S, H, K]`.
 
     Raises:
         RuntimeError: The GPU's cuDNN is missing, or can't run this type or width.
@@ -133,7 +136,7 @@ def attend_cudnn(
 
 
 def _with_bias_channels(query, key, bias):
-    """Query, divided by sqrt(K), and key, both two channels wider if there is a bias."""
+    """Divide the query by sqrt(K); with a bias, append two channels to query and key."""
     query = query * query.shape[3] ** -0.5
     if bias is None:
         return query, key

@@ -1,4 +1,4 @@
-"""Attention, MLP, Block and Fork: thin NNX modules that own parameters (`weights`)."""
+"""Attention, MLP, Block and Fork: thin NNX modules that own the parameters."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Geometry(ShortRepr):
-    """A block's input besides residuals; it changes only at fork layers, and is computed there.
+    """Rotary angles and score factors that blocks need besides residuals; only forks change them.
 
     Attributes:
         cos: `[B, S, K/2]` float32 cosines of the rotary angles.
         sin: `[B, S, K/2]` float32 sines of the rotary angles.
-        key_bias: `[B, S]` float32 bias of each key, added to the attention logits, or None.
-        value_scale: `[B, S]` float32 factor of each value, or None.
-        write_scale: `[B, S]` float32 factor of each stream's residual writes, or None.
+        key_bias: `[B, S]` float32 bias of each key, added to attention logits; None adds nothing.
+        value_scale: `[B, S]` float32 factor of each attention value; None means 1.
+        write_scale: `[B, S]` float32 factor of each stream's residual updates; None means 1.
     """
 
     cos: jax.Array
@@ -67,7 +67,7 @@ class Geometry(ShortRepr):
 
     @classmethod
     def of(cls, streams: Streams, config: ModelConfig, max_tokens: int | None = None) -> Geometry:
-        """Rotary angles (App. D) and score attenuation (eqs. 8-10) of the streams."""
+        """Compute rotary angles (App. D) and score attenuation (eqs. 8-10) of streams."""
         position, offset = streams.split_positions(config.fractional_positions)
         bound = max_tokens if streams.continued else streams.num_tokens
         sizes = config.head_width, config.rope_base, config.rope_scaling
@@ -84,7 +84,7 @@ class Geometry(ShortRepr):
         )
 
     def where(self, rotary: jax.Array | bool | None) -> Geometry:
-        """The geometry of one block: without rotary positions if `rotary` is false."""
+        """Return the geometry for one block, with rotary angles of 0 if `rotary` is false."""
         if rotary is None:
             return self
         return dataclasses.replace(
@@ -131,7 +131,7 @@ class Attention(Module):
     def __call__(
         self, x: Float[Array, "B S D"], geometry: Geometry, mix: Mix
     ) -> tuple[Float[Array, "B S D"], Any]:
-        """The update of normalised residuals `x`, and the second result of `mix`."""
+        """Return the update `[B, S, D]` for normalised residuals, and `mix`'s second result."""
         query = self._project(x, "q", self.q_bias)
         key = self._project(x, "k", self.k_bias)
         value = self._project(x, "v", self.v_bias)
@@ -152,7 +152,7 @@ class Attention(Module):
 
 
 class MLP(Module):
-    """`down(gelu(up x))`, or `down(silu(gate x) * up x)` for SwiGLU.
+    """MLP of a block: `down(gelu(up(x)))`, or `down(silu(gate(x)) * up(x))` for SwiGLU.
 
     Attributes:
         adapters: Adapters of the layers `up`, `gate`, `down` (`Backbone.apply_lora`), or None.
@@ -181,7 +181,7 @@ class MLP(Module):
         self.adapters: Mapping[str, Any] | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """The update of normalised residuals `x`."""
+        """Return the residual update `[B, S, D]` for normalised residuals `x`."""
         hidden = self._linear(x, "up", self.up_bias)
         if self.gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
@@ -197,15 +197,15 @@ class MLP(Module):
 class Block(Module):
     """Pre-norm decoder block over streams.
 
-    Both residual writes are scaled by the scores (arXiv 2510.00219, eqs. 9-10).
+    Scores scale what attention and the MLP add to the residuals (arXiv 2510.00219, eqs. 9-10).
 
     Args:
-        config: Sizes and options, the type of the computation among them (`dtype`).
+        config: Sizes and options; its `dtype` is the dtype of the computation.
         rngs: Random keys of the initial values.
         attend: Attention function, such as a kernel of `thoughtbubbles.kernels`.
-        kernel_init: Initializer of all kernels, called for matrices of inputs by outputs. By
-            default they are normal, of standard deviation 0.02, and those that write to the
-            residuals of 0.02 / sqrt(2 L).
+        kernel_init: Initializer of all kernels, called with shape `(inputs, outputs)`. By default
+            kernels are normal with standard deviation 0.02, or 0.02 / sqrt(2 * num_layers) where
+            they write to the residuals.
         param_dtype: Type of the parameters.
     """
 
@@ -229,14 +229,14 @@ class Block(Module):
         self.mlp = MLP(config, **options)
 
     def __call__(self, streams: Streams, geometry: Geometry | None = None) -> Streams:
-        """The streams after the block, in the same slots.
+        """Apply the block to streams, which stay in their slots.
 
         Args:
             streams: Streams before the block.
-            geometry: Geometry of the streams, which saves computing it.
+            geometry: Geometry of the streams; None computes it.
 
         Raises:
-            ValueError: The input are no streams, or of another width than `embed_dim`.
+            ValueError: The input is not a `Streams`, or its width is not `embed_dim`.
         """
         check_streams(streams, self.config.embed_dim, "a block")
         if geometry is None:
@@ -245,16 +245,16 @@ class Block(Module):
         return self.mixing(streams, geometry, lambda q, k, v: (self.attend(q, k, v, bias), None))[0]
 
     def mixing(self, streams: Streams, geometry: Geometry, mix: Mix) -> tuple[Streams, Any]:
-        """The block with another attention, such as that over a cache.
+        """Apply the block with `mix` in place of its attention, such as attention over a cache.
 
         Args:
             streams: Streams before the block.
             geometry: Geometry of the streams.
-            mix: Function from rotated queries `[B, S, H, K]`, rotated keys and scaled values
-                `[B, S, G, K]` to their mixture `[B, S, H, K]` and any second result.
+            mix: Function of rotated queries `[B, S, H, K]`, rotated keys `[B, S, G, K]` and scaled
+                values `[B, S, G, K]` that returns the output `[B, S, H, K]` and a second result.
 
         Returns:
-            The streams after the block, and the second result of `mix`.
+            Streams after the block, and the second result of `mix`.
         """
         x = streams.x
         with jax.named_scope("attention"):
@@ -273,27 +273,27 @@ class Block(Module):
 class Fork(Module):
     """Fork layer: scores both candidates of every stream and lets the policy choose.
 
-    These are eqs. 1-6 of arXiv 2510.00219. Scores are computed in float32 whatever the types.
+    These are eqs. 1-6 of arXiv 2510.00219. Scores are computed in float32 whatever the dtypes.
 
     Args:
         embed_dim: Width `D` of the residuals.
         policy: Policy that chooses the candidates to keep.
         norm: Kind of the norm before the scores' linear layer.
-        norm_eps: Epsilon of that norm.
-        norm_bias: Whether that norm has a bias (LayerNorm only).
-        embedding: Whether a learned vector is added to forks; without it for an ablation.
-        forced_keep: Whether originals are always kept; without it for an ablation.
-        score_originals: Whether originals carry a score, as in the paper; by default theirs is 1.
-        gate: Initial value of a learned factor on the scores of forks; None for no such factor.
+        norm_eps: Epsilon of the norm.
+        norm_bias: Whether the norm has a bias (LayerNorm only).
+        embedding: Whether a learned vector is added to every fork; false only for ablations.
+        forced_keep: Whether originals are always kept; false only for ablations.
+        score_originals: Whether originals have a learned score, as in the paper, in place of 1.
+        gate: Initial value of a learned gate that scales the scores of forks; None has no gate.
         rngs: Random keys of the initial values.
-        dtype: Type of the residuals behind the fork layer; None keeps theirs.
+        dtype: Dtype of the residuals after the fork layer; None keeps their dtype.
         param_dtype: Type of the parameters.
-        kernel_init: Initializer of the scores' kernel, called for `[D, 2]`; by default it is
-            normal, of standard deviation 0.02.
+        kernel_init: Initializer of the score kernel, called with shape `(D, 2)`; by default normal
+            with standard deviation 0.02.
 
     Raises:
-        ValueError: A size is below 1, a kind is unknown, the policy is none, or it and the options
-            rule each other out.
+        ValueError: `embed_dim` is below 1, `gate` is not positive, `norm` is unknown, a dtype is
+            not floating-point, or the policy is invalid or does not allow `forced_keep=False`.
     """
 
     def __init__(
@@ -335,16 +335,16 @@ class Fork(Module):
     def __call__(
         self, streams: Streams, *, track: bool = False, key: jax.Array | None = None
     ) -> Streams:
-        """The streams after the fork layer: `S` slots of a row become `min(2 S, capacity(T))`.
+        """Fork streams: the `S` slots of a row become `min(2 * S, capacity(T))`.
 
         Args:
             streams: Streams before the fork layer.
-            track: Whether the state that the policy tracks follows these scores (training).
-            key: Random key of the policy's exploration (training); without it there is none.
+            track: Whether to update the threshold that the policy tracks, as in training.
+            key: Random key for the policy's exploration in training; None does not explore.
 
         Raises:
-            ValueError: The input are no streams, of another width than `embed_dim`, or a later part
-                of a row (`extend`).
+            ValueError: The input is not a `Streams`, its width is not `embed_dim`, or it is a later
+                part of a row (use `extend`).
         """
         self._check(streams)
         if streams.continued:
@@ -362,12 +362,12 @@ class Fork(Module):
         return self._fork(streams, candidates, keep, streams.num_tokens)
 
     def init_cache(self, batch: int, max_tokens: int, before: ForkCache | None = None) -> ForkCache:
-        """The state of this fork layer before the first token, for `extend`.
+        """Return the state of this fork layer before the first token, for `extend`.
 
         Args:
             batch: Number of rows.
             max_tokens: Number of tokens that fit into a row.
-            before: State of the fork layer in front of this one, if there is one.
+            before: State of the previous fork layer of the model; None for the first one.
 
         Raises:
             ValueError: The policy is not causal, a size is below 1, or `before` has other sizes.
@@ -379,9 +379,9 @@ class Fork(Module):
     ) -> tuple[Streams, KVSlots, ForkCache]:
         """Fork the next tokens of rows whose earlier tokens were forked in earlier calls.
 
-        Any split of a row into calls gives the streams of one call over the row. Under `jit`, where
-        lengths are unknown, the residuals of a row that is not continued by these streams, or
-        outgrows the cache, become NaN, in all later calls too.
+        However a row is split into calls, its streams are those of one call over the whole row.
+        Under `jit`, where lengths are unknown, a row that outgrows the cache or is not continued by
+        these streams gets residuals of NaN, in all later calls too.
 
         Args:
             streams: Streams of the next tokens, which follow `streams.first` earlier ones.
@@ -389,12 +389,12 @@ class Fork(Module):
             fresh: Static promise that there are no earlier tokens, which makes the pass faster.
 
         Returns:
-            The streams after the fork layer, the slots that they take in the caches of the next
-            blocks, and the state after these tokens.
+            Streams after the fork layer, the slots that they take in the key-value caches of the
+            following blocks, and the state after these tokens.
 
         Raises:
-            ValueError: The streams are not those that come next, the cache is too small, or it was
-                made for another fork layer.
+            ValueError: The streams do not continue the cached rows, the cache is too small, or it
+                was made for another fork layer.
         """
         self._check(streams)
         check_next(self.policy, streams, cache, fresh)
@@ -404,7 +404,7 @@ class Fork(Module):
     def advance(
         self, streams: Streams, cache: ForkCache, *, fresh: bool = False
     ) -> tuple[Streams, KVSlots, ForkCache]:
-        """`extend` without checks, for streams of rows whose lengths were checked."""
+        """Do the same as `extend` without its checks, for lengths that were checked."""
         candidates, cache = self.candidates(streams), placed_beside(cache, streams.x)
         policy, state, num_tokens = cast(CausalPolicy, self.policy), cache.state, cache.max_tokens
         if fresh:
@@ -420,7 +420,7 @@ class Fork(Module):
         check_streams(streams, unquantised(self.score.get_value()).shape[0], "a fork layer")
 
     def candidates(self, streams: Streams) -> Candidates:
-        """The two candidates of each stream, among which the policy chooses."""
+        """Score the two candidates of each stream, among which the policy chooses."""
         # Norm and scores are computed in float32, because bfloat16 scores would often tie.
         hidden = self.norm(streams.x.astype(jnp.float32))
         score = unquantised(self.score.get_value()).astype(jnp.float32)
@@ -444,6 +444,6 @@ class Fork(Module):
 
 
 def norm_of(config: ModelConfig, param_dtype: Dtype = jnp.float32) -> Norm:
-    """A norm of the residuals of the config's kind."""
+    """Make a norm of the residuals, of the kind that the config names."""
     bias, eps = config.biases == "all", config.norm_eps
     return Norm(config.embed_dim, config.norm, bias=bias, eps=eps, param_dtype=param_dtype)

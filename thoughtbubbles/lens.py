@@ -1,9 +1,9 @@
 """Lenses: what each stream, and each token, would predict if the model ended at a site.
 
-`logit_lens` reads activations by the model's own final norm and head, `embedding_similarity` by
-their cosine to the embeddings of tokens. Sites are read one after the other, so that the logits of
-one site at a time are in memory. Of a model that forks, streams are read one by one, and those of a
-token together by the model's own merge.
+`logit_lens` reads activations through the model's own final norm and head, `embedding_similarity`
+by their cosine to the embeddings of tokens. Sites are read one after the other, so that only the
+logits of one site are in memory. If the model forks, each stream is read by itself, and the streams
+of a token are read together after the model's own merge.
 """
 
 from __future__ import annotations
@@ -59,15 +59,16 @@ __all__ = [
 
 
 class TopTokens(NamedTuple):
-    """What a lens says of each slot or token, whose axes are `...`.
+    """The top token ids that a lens reads, and the values of watched ids.
 
-    Values are log-probabilities (`logit_lens`) or cosines (`embedding_similarity`).
+    Values are log-probabilities (`logit_lens`) or cosines (`embedding_similarity`). The axes `...`
+    are `[B, S]` for slots, `[B, T]` for tokens and `[B]` for means over positions.
 
     Attributes:
-        ids: `[..., K]` int32, token ids of the `K` greatest values, from the greatest.
-        value: `[..., K]` float32, these values.
-        watched: `[..., W]` float32, values of the watched ids.
-        rank: `[..., W]` int32, number of ids of greater value than each watched one.
+        ids: `[..., K]` int32, token ids with the `K` largest values, in descending order.
+        value: `[..., K]` float32, values of `ids`.
+        watched: `[..., W]` float32, values of the `W` watched ids; `W` is 0 if none is watched.
+        rank: `[..., W]` int32, number of ids with a larger value than each watched id.
     """
 
     ids: jax.Array
@@ -81,15 +82,15 @@ class TopTokens(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Reading(ShortRepr):
-    """What a lens says at a site.
+    """The readings of a lens at one site.
 
     Attributes:
-        rows: Whose the slots of the site are.
+        rows: Token, score and parent of each slot of the site.
         streams: Reading of each slot, `[B, S, ...]`.
-        tokens: Reading of each token, `[B, T, ...]`: of its streams by the model's own merge.
-        divergence: `[B, S]` float32, Jensen-Shannon divergence in nats between the predictions of a
-            fork and of its parent, at most ln 2: what the fork added. 0 for a stream without a
-            living parent, and by `embedding_similarity`.
+        tokens: Reading of each token, `[B, T, ...]`, whose streams the model's own merge combines.
+        divergence: `[B, S]` float32, Jensen-Shannon divergence in nats (at most ln 2) between the
+            predictions of a stream and of its parent: what the fork changed. 0 for a stream without
+            a living parent, and in all readings of `embedding_similarity`.
     """
 
     rows: Rows
@@ -101,11 +102,12 @@ class Reading(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class TunedLens(ShortRepr):
-    """Affine maps from the residuals of sites to those before the final norm (arXiv 2303.08112).
+    """Affine maps from residuals at sites to residuals before the final norm (arXiv 2303.08112).
 
     Attributes:
-        weight: `[N, D, D]` float32, of which `x @ weight` is added to the residual `x` of a site.
-        bias: `[N, D]` float32, added too.
+        weight: `[N, D, D]` float32; the residual `x` of site `n` becomes
+            `x + x @ weight[n] + bias[n]`.
+        bias: `[N, D]` float32.
         sites: Names of the `N` sites (static).
     """
 
@@ -115,12 +117,12 @@ class TunedLens(ShortRepr):
 
     @classmethod
     def identity(cls, sites: Sequence[str], embed_dim: int) -> TunedLens:
-        """The logit lens: maps that change nothing."""
+        """Return maps that change nothing, which give the plain logit lens."""
         shape = len(sites), embed_dim
         return cls(jnp.zeros((*shape, embed_dim)), jnp.zeros(shape), tuple(sites))
 
     def of_sites(self, sites: Sequence[str]) -> tuple[jax.Array, jax.Array]:
-        """Weights and biases of some sites; others keep their residuals."""
+        """Return weights `[M, D, D]` and biases `[M, D]` for `M` sites, 0 if unknown."""
         found = [self.sites.index(site) if site in self.sites else -1 for site in sites]
         chosen = [
             (self.weight[i], self.bias[i]) if i >= 0 else
@@ -132,7 +134,7 @@ class TunedLens(ShortRepr):
 
 
 def translated(x: Float[Array, "... D"], affine: Any) -> Float[Array, "... D"]:
-    """Residuals after an affine map `(weight, bias)` in float32; unchanged without one."""
+    """Apply a tuned lens's `(weight, bias)` to residuals, in float32; None changes nothing."""
     if affine is None:
         return x
     weight, bias = affine
@@ -150,24 +152,25 @@ def logit_lens(
     watch: Int[Array, " W"] | Sequence[int] | None = None,
     tuned: TunedLens | None = None,
 ) -> OrderedDict[str, Reading]:
-    """Predictions by the final norm and head at each site (the logit lens of nostalgebraist, 2020).
+    """Read each site by the final norm and head (the logit lens of nostalgebraist, 2020).
 
-    At the last site the reading of tokens is the model's own distribution.
+    At the last site, the reading of tokens is the model's own output distribution.
 
     Args:
         model: Model with sites.
         tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
         mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
         sites: Names of the sites to read; all of the model by default.
-        top: Number of most probable ids that are kept (K).
-        watch: Token ids `[W]` int32 whose probability and rank are wanted; none by default.
+        top: Number `K` of most probable ids to return.
+        watch: Token ids `[W]` int32 whose log-probability and rank to return; none by default.
         tuned: Affine maps of a tuned lens; the plain logit lens by default.
 
     Returns:
         A `Reading` by site, in the order of the forward pass.
 
     Raises:
-        ValueError: The model has no sites or not these, or `top` is not from 1 to `V`.
+        ValueError: The model has no sites or lacks one of `sites`, `top` is not from 1 to `V`, the
+            mask is not `[B, T]`, or the tuned lens has another width than the model.
     """
     return _logit_lens(
         model, tokens, mask, sites=_names(sites), top=top, watch=_ids(watch), tuned=tuned
@@ -199,11 +202,12 @@ def embedding_similarity(
     top: int = 10,
     watch: Int[Array, " W"] | Sequence[int] | None = None,
 ) -> OrderedDict[str, Reading]:
-    """Cosines between activations and the embeddings of all tokens, at each site.
+    """Compute cosines between activations and the embeddings of all tokens, at each site.
 
-    It needs no head, and so reads vectors that are no predictions: latents above all. Streams of a
-    token are summed by their scores, or its original is taken where the model's merge does so. The
-    arguments, the result and the errors are those of `logit_lens`.
+    It needs no head, so it also reads vectors that are not predictions, such as latents. The
+    reading of a token uses the sum of its streams weighted by their scores, or its original alone
+    if the model's merge is "rightmost". Arguments, result and errors are as in `logit_lens`, with
+    cosines as values.
     """
     return _embedding_similarity(
         model, tokens, mask, sites=_names(sites), top=top, watch=_ids(watch)
@@ -229,25 +233,26 @@ def mean_lens(
     tuned: TunedLens | None = None,
     cosine: bool = False,
 ) -> OrderedDict[str, TopTokens]:
-    """The lens of tokens, averaged over chosen positions of each row (arXiv 2510.01070).
+    """Average the readings of tokens over chosen positions of each row (arXiv 2510.01070).
 
     Args:
         model: Model with sites.
         tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
-        positions: Tokens of each row to average over, such as the control tokens of a turn.
+        positions: Whether to average over each token, `[B, T]` bool; such as over the control
+            tokens of a turn. Padding is left out.
         mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
         sites: Names of the sites to read; all of the model by default.
-        top: Number of greatest values that are kept (K).
-        watch: Token ids `[W]` int32 whose value and rank are wanted; none by default.
+        top: Number `K` of ids with the largest values to return.
+        watch: Token ids `[W]` int32 whose value and rank to return; none by default.
         tuned: Affine maps of a tuned lens; the plain logit lens by default.
-        cosine: Whether cosines to embeddings are averaged, in place of probabilities.
+        cosine: Whether to average cosines to embeddings, in place of probabilities.
 
     Returns:
-        A `TopTokens` by site, `[B, ...]`, whose values are logarithms of mean probabilities, or
-        mean cosines. Rows without a position are NaN.
+        A `TopTokens` with leading axis `[B]` by site. Its values are logarithms of mean
+        probabilities, or mean cosines, and NaN for rows without a chosen position.
 
     Raises:
-        ValueError: A reason of `logit_lens`, or the positions are not of these tokens.
+        ValueError: `positions` is not `[B, T]`, or an argument is refused as in `logit_lens`.
     """
     return _mean_lens(
         model, tokens, positions, mask, sites=_names(sites), top=top, watch=_ids(watch),
@@ -317,12 +322,19 @@ def by_site(
     tuned: TunedLens | None,
     read: Callable[[Streams, Lineage, Any], Any],
 ) -> OrderedDict[str, Any]:
-    """Results of a function of each site, computed one after the other where shapes are equal.
+    """Apply a function to each site, in one compiled loop over consecutive sites of equal shapes.
 
     Args:
-        found: Streams of sites with their lineage, as `record` gives them.
-        tuned: Affine maps of a tuned lens; none by default.
-        read: Function of the streams, the lineage and the affine map of a site.
+        found: Streams and lineage by site, as `record` returns them.
+        tuned: Affine maps of a tuned lens, or None.
+        read: Function of the streams, the lineage and the affine map `(weight, bias)` of a site;
+            the map is None without a tuned lens.
+
+    Returns:
+        Result of the function by site.
+
+    Raises:
+        ValueError: The tuned lens has another width than the residuals.
     """
     results: OrderedDict[str, Any] = OrderedDict()
     alike = lambda site: (jax.tree.structure(found[site][0]), found[site][0].x.shape)  # noqa: E731

@@ -21,21 +21,21 @@ from thoughtbubbles.streams import Streams
 class Thoughtbubbles(ForkingDecoder):
     """A causal decoder whose residual streams fork (arXiv 2510.00219).
 
-    All blocks are stacked on a leading `layers` axis, so that weights don't depend on where the
-    forks stand: a plain decoder's blocks fit a forking model.
+    All blocks are stacked along a leading `layers` axis, wherever the fork layers are. So the
+    blocks of a plain decoder fit a forking model.
 
     Args:
         config: Sizes and options of the model.
-        rngs: Keys of the initial values.
+        rngs: Random keys of the initial values.
         constrain: Function applied to every residual array `[B, S, D]` between blocks; a trainer
             passes the sharding constraint of its mesh.
         attend: Attention of the blocks; a trainer passes the kernel of its devices. The default is
             `thoughtbubbles.attention.attend`.
-        kernel_init: Initializer of all kernels of blocks, fork layers and an untied head (`Block`).
-        param_dtype: Type of the parameters; that of the computation is the config's `dtype`.
+        kernel_init: Initializer of the kernels of blocks, fork layers and an untied head (`Block`).
+        param_dtype: Dtype of the parameters; the computation uses the config's `dtype`.
 
     Raises:
-        ValueError: The config is of another class.
+        ValueError: The config is not a `ModelConfig`, or `param_dtype` is not floating-point.
     """
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
@@ -70,7 +70,7 @@ class Thoughtbubbles(ForkingDecoder):
         return Backbone(self).merge_lora(deltas)
 
     def init_cache(self, batch: int, max_tokens: int) -> Cache:
-        """`thoughtbubbles.cache.init_cache`."""
+        """Return an empty cache of `batch` rows with room for `max_tokens` tokens each."""
         return init_cache(self, batch, max_tokens)
 
     def advance(
@@ -80,22 +80,22 @@ class Thoughtbubbles(ForkingDecoder):
         return advance(self, self.layers(), cache, x, length, fresh)
 
     def backbone(self) -> Backbone:
-        """The model as a decoder over vectors."""
+        """Return the model as a decoder over vectors."""
         return Backbone(self)
 
     @property
     def takes_positions(self) -> bool:
-        """Whether rows may be other than one text from left to right: without forks or copies."""
+        """Whether `hidden_states` takes `positions` and `visible`: without forks and copies."""
         return not self.config.fork_layers and self.config.copies == 1
 
     @property
     def fork_policy(self) -> Policy | None:
-        """The policy of the fork layers, if there are any."""
+        """Policy of the fork layers; None for a model without fork layers."""
         return self.config.policy if self.config.fork_layers else None
 
     @property
     def cacheable(self) -> bool:
-        """Whether the policy is causal and has what a cache needs."""
+        """Whether the policy is causal and has the methods that a cache needs."""
         return fork_models.cacheable(self.config)
 
     def check_cacheable(self) -> None:
@@ -103,26 +103,26 @@ class Thoughtbubbles(ForkingDecoder):
         fork_models.check_cacheable(self.config)
 
     def statistics(self, output: Output) -> dict[str, jax.Array]:
-        """`thoughtbubbles.statistics.fork_statistics`."""
+        """Sum fork statistics over the batch, by fork layer (`statistics.fork_statistics`)."""
         return statistics.fork_statistics(output)
 
     def row_statistics(self, output: Output) -> dict[str, jax.Array]:
-        """`streams [B]` int32: live streams of a row after the last block."""
+        """Return `streams [B]` int32, the number of live streams of each row in the last block."""
         return {"streams": output.streams.alive.sum(axis=1)}
 
     @classmethod
     def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
-        """`threshold [F]` of fork layers that track one."""
+        """Return `threshold [F]` of the `F` fork layers; an empty dict if none is tracked."""
         return statistics.thresholds(tracked)
 
     @classmethod
     def step_metrics(cls, config: ModelConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Streams per token, share of tokens forked and so on, by fork layer."""
+        """Compute metrics of each fork layer from the sums (`statistics.readable`)."""
         return statistics.readable(sums, config.fork_layers)
 
     @classmethod
     def step_histograms(cls, config: ModelConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Scores of all streams by fork layer."""
+        """Return samples of the scores of all streams, by fork layer, for histograms."""
         return statistics.score_samples(sums, config.fork_layers)
 
 

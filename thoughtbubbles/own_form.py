@@ -1,11 +1,11 @@
 """The library's own form of a model's folder: every architecture, under our names and axes.
 
-The folder is that of any Hugging Face model: config.json, model.safetensors, tokenizer.json. In
+The folder has the files of a Hugging Face model: config.json, model.safetensors, tokenizer.json. In
 config.json, `model_type` is "thoughtbubbles", `format` the version of the form, `architecture` a
-name in `ARCHITECTURES`, and `model` holds all fields of its config; a fork policy is an object of
-its name, `policy`, and its fields. Tensors have the names that parameters have in a checkpoint,
-such as `blocks/attention/q`, and their shapes: blocks lie stacked along a leading axis, and
-contracted axes come first. See docs/pretrained.md.
+name in `ARCHITECTURES`, and `model` an object with all fields of the config. A fork policy is an
+object with its class name as `policy`, and its fields. Tensors have the names and shapes that
+parameters have in a checkpoint, such as `blocks/attention/q`: blocks are stacked along a leading
+axis, and contracted axes come first. See docs/pretrained.md.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from thoughtbubbles.typed_json import from_json
 
 MODEL_TYPE = "thoughtbubbles"
 FORMAT = 1
-"""Version of the form; it rises when an older reader would misread it."""
+"""Version of the form, raised whenever an older reader would misread a new folder."""
 
 
 def is_own(fields: Mapping[str, Any]) -> bool:
@@ -33,14 +33,14 @@ def is_own(fields: Mapping[str, Any]) -> bool:
 
 
 def own_to_json(config: ArchitectureConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of a model of any architecture.
+    """Return the content of the config.json of a model of any architecture.
 
     Args:
         config: Config of the model.
         dtype: Dtype of the stored parameters, such as "bfloat16".
 
     Raises:
-        ValueError: The architecture or the fork policy has no name, so that nobody could read it.
+        ValueError: The architecture or the fork policy is not registered under a name.
     """
     name = architecture_name(config)
     model = dataclasses.asdict(config)
@@ -57,15 +57,18 @@ def own_to_json(config: ArchitectureConfig, dtype: str) -> dict[str, Any]:
 
 
 def own_from_json(fields: Mapping[str, Any], source: str) -> Any:
-    """The config of a model that `own_to_json` wrote.
+    """Return the config of a model from the fields that `own_to_json` made.
 
     Args:
         fields: Fields of the config.json.
-        source: Name of the file in error messages.
+        source: Name of the file for error messages.
+
+    Returns:
+        Config of the architecture's own class.
 
     Raises:
-        ValueError: A newer version wrote it, the architecture or the policy is unknown here, or a
-            field is missing, unknown or of another type.
+        ValueError: A newer version wrote the file, the architecture or the policy is not
+            registered, or a field is missing, unknown or of another type.
     """
     given = Fields(fields, source)
     version = given.integer("format")
@@ -90,7 +93,7 @@ def own_from_json(fields: Mapping[str, Any], source: str) -> Any:
 
 
 def check_sizes(path: Path, files: SafetensorsFiles, config: ArchitectureConfig) -> None:
-    """Raise a ValueError for a config of more parameters than the file has, before any is made."""
+    """Raise a ValueError if the config has more parameters than the files hold elements."""
     stored = sum(math.prod(shape) for shape in files.shapes.values())
     if config.num_params() > stored:
         raise ValueError(

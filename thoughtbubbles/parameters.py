@@ -1,4 +1,4 @@
-"""A module with given parameters: names and shapes are checked, arrays go where they belong."""
+"""Modules made from given parameters, whose names and shapes are checked."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,13 +15,13 @@ def with_params(
     params: Mapping[Any, Any],
     shardings: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The module that `build` describes, with given parameters; nothing is initialised.
+    """Return the module that `build` describes with given parameters, without initialising any.
 
     Args:
         build: Function that makes the module; it is only traced.
-        params: Nested dict of arrays as `nnx.to_pure_dict` gives it.
-        shardings: Function from the abstract nnx.State to its shardings; by default JAX arrays
-            stay where they are and others go to the first device.
+        params: Nested dict of arrays, as `nnx.to_pure_dict` returns it.
+        shardings: Function from the module's abstract nnx.State to the sharding of each leaf. None
+            leaves JAX arrays where they are and puts other arrays on the default device.
 
     Raises:
         ValueError: Names or shapes differ from those of the module.

@@ -22,7 +22,7 @@ UNBOUNDED = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class TopK(PolicyDefaults):
-    """The paper's policy: the best candidates of the whole row (arXiv 2510.00219, eqs. 4-6).
+    """The paper's policy: keep the best candidates of the whole row (arXiv 2510.00219, eqs. 4-6).
 
     It is **not causal**: scores of later tokens decide whether an earlier token's fork survives.
 
@@ -71,13 +71,13 @@ class TopK(PolicyDefaults):
 
 
 FEW_RANKED = 32
-"""Number of new candidates that are compared with all earlier ones where no window says which."""
+"""Number of new candidates above which, without a window, sorting replaces comparing all pairs."""
 LARGEST_RANKED = 2**17
 """Number of candidates above which `prefix_ranks` takes much memory."""
 
 
 class Bucketed(PolicyDefaults):
-    """Base of the policies whose demand passes a token bucket (`grant`)."""
+    """Base class of policies whose demanded candidates pass a token bucket (`grant`)."""
 
     ratio: float
     burst: int
@@ -95,18 +95,17 @@ class PrefixRank(Bucketed):
     """Causal policy: a candidate is demanded if it ranks within the budget of its own prefix.
 
     A candidate of token `t` is demanded if fewer than `floor(ratio * (t + 1))` candidates of tokens
-    up to `t` score higher. `TopK`, its budget rounded down, would decide the same for the newest
-    token of each prefix; here the decision is final. The demand then passes a token bucket
+    up to `t` score higher. On each prefix, `TopK` with its budget rounded down would decide the
+    same for the newest token; here that decision is final. The demand then passes a token bucket
     (`grant`).
 
     Attributes:
-        ratio: Largest number of streams per token in every prefix, ρ.
-        window: Number of latest tokens whose candidates compete; None lets those of all earlier
-            tokens compete.
-        burst: Number of streams that a prefix may exceed `ratio` by.
-        noise: Scale of the Gumbel noise on the log-scores by which candidates are ranked in a
-            forward pass with a key, as in pretraining (a scale of 1 draws without replacement in
-            proportion to the scores); evaluation and decoding rank without noise.
+        ratio: Maximum number of streams per token in every prefix, ρ.
+        window: Number of latest tokens whose candidates compete; None means all tokens so far.
+        burst: Number of streams by which a prefix may exceed `ratio`.
+        noise: Scale of the Gumbel noise added to the log-scores for ranking in a forward pass with
+            a key, as in pretraining. A scale of 1 samples candidates without replacement in
+            proportion to their scores. Evaluation and decoding rank without noise.
     """
 
     ratio: float = 2.0
@@ -131,14 +130,14 @@ class PrefixRank(Bucketed):
         return self._grant(candidates, ranks, jnp.zeros_like(candidates.length))[0]
 
     def explore(self, candidates: Candidates, key: jax.Array) -> Candidates:
-        """Log-scores with Gumbel noise of scale `noise`."""
+        """Add Gumbel noise of scale `noise` to the log-scores."""
         if not self.noise:
             return candidates
         noise = jax.random.gumbel(key, candidates.log_score.shape)
         return dataclasses.replace(candidates, log_score=candidates.log_score + self.noise * noise)
 
     def init_state(self, batch: int, num_candidates: int) -> "RankState":
-        """The state before the first token, with entries for `num_candidates` candidates."""
+        """Return the state before the first token, with room for `num_candidates` candidates."""
         # Two arrays of zeros: one that occurs twice could not be donated.
         granted, used = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
         key = jnp.full((batch, num_candidates), -jnp.inf)
@@ -185,12 +184,12 @@ class PrefixRank(Bucketed):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class RankState(ShortRepr):
-    """State of `PrefixRank` between the parts of a row; `N` candidates fit into it.
+    """State of `PrefixRank` between the parts of a row, with room for `N` candidates.
 
     Attributes:
         granted: `[B]` int32, number of streams granted so far beyond the forced ones.
         key: `[B, N]` float32, rank keys of all candidates so far (-inf in unused entries).
-        token: `[B, N]` int32, indices of their tokens in the sequence (`NO_TOKEN` in unused
+        token: `[B, N]` int32, index in the sequence of each candidate's token (`NO_TOKEN` in unused
             entries).
         used: `[B]` int32, number of used entries.
     """
@@ -210,12 +209,12 @@ class Threshold(Bucketed):
     token bucket (`grant`).
 
     Attributes:
-        ratio: Largest number of streams per token in every prefix, ρ.
-        burst: Number of streams that a prefix may exceed `ratio` by.
-        gate: Whether a kept candidate goes on with the score max(p - θ, 0) / (1 - θ) in place of p,
-            so that a stream begins with weight 0; forced candidates keep p. (The loss is then
-            continuous at that point with `score_bias="none"` and without fractional positions.)
-        offset: Number added to θ, for another budget at inference; above 0 there are fewer streams.
+        ratio: Maximum number of streams per token in every prefix, ρ.
+        burst: Number of streams by which a prefix may exceed `ratio`.
+        gate: Whether the score of a kept candidate becomes max(p - θ, 0) / (1 - θ), so that it is 0
+            where p = θ; forced candidates keep p. (With `score_bias="none"` and without fractional
+            positions, the loss is then continuous where p crosses θ.)
+        offset: Number added to θ to change the budget at inference; above 0 it gives fewer streams.
     """
 
     ratio: float = 2.0
@@ -234,7 +233,7 @@ class Threshold(Bucketed):
         return self.keep_next(candidates, jnp.zeros_like(candidates.length))[0]
 
     def init_state(self, batch: int, num_candidates: int) -> jax.Array:
-        """`[B]` int32, number of streams granted so far beyond the forced ones."""
+        """Return `[B]` int32 zeros: the number of streams granted beyond the forced ones."""
         del num_candidates
         return jnp.zeros((batch,), jnp.int32)
 
@@ -244,7 +243,7 @@ class Threshold(Bucketed):
         return grant(candidates, demand, self.ratio, self.burst, state)
 
     def scores(self, candidates: Candidates) -> jax.Array:
-        """Log-scores `[B, 2S]` that kept candidates go on with, gated if `gate` is set."""
+        """Return log-scores `[B, 2S]` for the streams of kept candidates, gated if `gate`."""
         if not self.gate:
             return candidates.log_score
         threshold = self._threshold(candidates)
@@ -259,16 +258,17 @@ class Threshold(Bucketed):
         return 0.0
 
     def track(self, candidates: Candidates) -> jax.Array | None:
-        """θ after one step of the exponential average that follows `meeting_point`."""
+        """Return θ moved one step of the exponential average that follows `meeting_point`."""
         threshold = candidates.threshold
         if threshold is None:
             return None
         return threshold + TRACKING_RATE * (self.meeting_point(candidates) - threshold)
 
     def meeting_point(self, candidates: Candidates) -> jax.Array:
-        """Score p above which exactly as many candidates lie as the budget allows, a scalar.
+        """Compute the threshold at which the demand equals the budget, a scalar score p.
 
-        It is the mean over the rows, and 0 for a row whose budget allows all candidates.
+        In each row it is the score of the best unforced candidate that exceeds the budget, or 0 if
+        the budget allows all of them. The result is the mean over rows that have tokens.
         """
         keys = jnp.where(candidates.alive & ~candidates.forced, candidates.log_score, -jnp.inf)
         descending = -jnp.sort(-jax.lax.stop_gradient(keys), axis=1)
@@ -291,10 +291,10 @@ def grant(
 ) -> tuple[jax.Array, jax.Array]:
     """Token bucket: keep the demanded candidates that the budget of every prefix allows.
 
-    Forced candidates are kept free of charge. With `w_i` other demanded candidates of token `i` and
-    the budget `b_i = floor((ratio - 1) * (i + 1)) + burst` of the prefix that ends with it,
-    `n_i = min(n_{i-1} + w_i, b_i)` streams are granted up to token `i`, which keeps the
-    `n_i - n_{i-1}` best-scored ones of its demand. Five tokens with a ratio of 1.5 and no burst:
+    Forced candidates are kept free of charge. Token `i` has `w_i` other demanded candidates, and
+    its prefix the budget `b_i = floor((ratio - 1) * (i + 1)) + burst`. Up to token `i`,
+    `n_i = min(n_{i-1} + w_i, b_i)` streams are granted, so the token keeps the `n_i - n_{i-1}`
+    demanded candidates with the best scores. Five tokens with a ratio of 1.5 and no burst:
 
         token i             0  1  2  3  4
         demand w_i          1  0  2  1  1
@@ -303,18 +303,18 @@ def grant(
         kept n_i - n_{i-1}  0  0  1  1  0
 
     Token 1 leaves its budget to token 2, which spends it on the better one of its two candidates.
-    The steps `n -> min(n + w, b)` compose to one of the same form, so an associative scan gives all
-    `n_i`.
+    Two steps `n -> min(n + w, b)` compose to a step of the same form, so an associative scan
+    computes all `n_i`.
 
     Args:
         candidates: Candidates of the tokens of each row.
         demand: `[B, 2S]` bool, demanded candidates.
-        ratio: Largest number of streams per token in every prefix, ρ.
-        burst: Number of streams that a prefix may exceed `ratio` by.
-        granted: `[B]` int32, `n` before the first of these tokens.
+        ratio: Maximum number of streams per token in every prefix, ρ.
+        burst: Number of streams by which a prefix may exceed `ratio`.
+        granted: `[B]` int32, number of streams granted before the first token (`n_{-1}`).
 
     Returns:
-        Keep mask `[B, 2S]`, and `n` after the last token `[B]`.
+        Keep mask `[B, 2S]` bool, and number of streams granted up to the last token, `[B]` int32.
     """
     demand = demand & candidates.alive & ~candidates.forced
     budget = _extras(ratio, burst, candidates.token + candidates.first[:, None] + 1)
@@ -351,13 +351,13 @@ def _rank_in_token(candidates: Candidates, demand: jax.Array) -> jax.Array:
 
 
 def append(stored: jax.Array, new: jax.Array, used: jax.Array, valid: jax.Array) -> jax.Array:
-    """Write new entries behind the used ones of each row; what does not fit is dropped.
+    """Write new entries after the used ones of each row, and drop those that do not fit.
 
     Args:
         stored: `[B, N, ...]` entries, of which the first `used` are used.
         new: `[B, M, ...]` entries to append.
         used: `[B]` int32, number of used entries.
-        valid: `[B, M]` bool, entries of `new` to append; they come before the others.
+        valid: `[B, M]` bool, entries of `new` to append; all invalid entries must come last.
     """
 
     def write(row, entries, start, mask):
@@ -428,4 +428,4 @@ def _extras(ratio: float, burst: int, tokens):
 POLICIES: dict[str, type[Any]] = {
     policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)
 }
-"""Policies that configs can name, by their names."""
+"""Fork policies that configs can name, by class name."""

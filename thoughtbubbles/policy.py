@@ -43,9 +43,9 @@ class Candidates(ShortRepr):
 
 
 class Policy(Protocol):
-    """Choice of candidates: a policy keeps every forced one, and at most `capacity(T)` in all.
+    """Choice of the candidates to keep: all forced ones, and at most `capacity(T)` in a row.
 
-    The optional methods of a policy are those of `PolicyDefaults`.
+    A policy may also have the methods of `PolicyDefaults`, which are optional.
     """
 
     @property
@@ -54,39 +54,39 @@ class Policy(Protocol):
         ...
 
     def capacity(self, num_tokens: int) -> int:
-        """Largest number of streams of a row of `num_tokens` tokens, a Python int."""
+        """Return the maximum number of streams of a row of `num_tokens` tokens, a Python int."""
         ...
 
     def keep(self, candidates: Candidates) -> Bool[Array, "B 2*S"]:
-        """Mask of the candidates to keep."""
+        """Return the mask of the candidates to keep."""
         ...
 
 
 class PolicyDefaults:
     """Optional methods of a policy, with their defaults.
 
-    A policy that inherits from this class, or has none of these methods, tracks no statistics of
-    training, does not explore, and leaves the scores of streams as they are.
+    A policy may inherit from this class, or leave the methods out. By default it tracks no
+    statistics of training, does not explore, and leaves the scores of streams as they are.
     """
 
     def init_tracked(self) -> float | None:
-        """Initial value of a scalar that each fork layer tracks in training; None tracks nothing.
+        """Return the initial value of a scalar that each fork layer tracks in training, or None.
 
-        The scalar is no parameter; it is saved in checkpoints, and `Candidates.threshold` is its
-        value.
+        The scalar is not a trained parameter. It is saved in checkpoints, and a policy finds its
+        value in `Candidates.threshold`. None tracks nothing.
         """
         return None
 
     def track(self, candidates: Candidates) -> Float[Array, ""] | None:
-        """The tracked scalar after a forward pass of training, from the candidates of that pass.
+        """Return the new value of the tracked scalar after a forward pass of training.
 
         Args:
-            candidates: Candidates of all rows, with the scalar's present value in `threshold`.
+            candidates: Candidates of all rows of the pass, with the old value in `threshold`.
         """
         return candidates.threshold
 
     def explore(self, candidates: Candidates, key: jax.Array) -> Candidates:
-        """The candidates that `keep` is given in a forward pass of training.
+        """Return the candidates to pass to `keep` in training, such as with noise on their scores.
 
         Args:
             candidates: Candidates as the fork layer scored them.
@@ -96,43 +96,44 @@ class PolicyDefaults:
         return candidates
 
     def scores(self, candidates: Candidates) -> Float[Array, "B 2*S"]:
-        """Float32 log-scores that kept candidates go on with."""
+        """Return float32 log-scores for the streams that kept candidates become."""
         return candidates.log_score
 
 
 def hook(policy: Policy, name: str) -> Callable[..., Any]:
-    """The policy's method of that name, or that of `PolicyDefaults` where it has none."""
+    """Return the policy's method of that name, or the one of `PolicyDefaults` if it has none."""
     return getattr(policy, name, None) or getattr(PolicyDefaults(), name)
 
 
 @runtime_checkable
 class CausalPolicy(Policy, Protocol):
-    """A policy that can choose part by part, which a cache needs.
+    """A policy that can choose for one part of a row after the other, which a cache needs.
 
-    `keep_next` over the tokens of a row in any parts must keep what `keep` over the row keeps.
+    However a row is split into parts, calls of `keep_next` for its parts must keep the candidates
+    that `keep` keeps for the whole row.
     """
 
     def init_state(self, batch: int, num_candidates: int) -> Any:
-        """The policy's state before the first token, any pytree of arrays `[batch, ...]`.
+        """Return the policy's state before the first token, any pytree of arrays `[batch, ...]`.
 
         Args:
             batch: Number of rows.
-            num_candidates: Upper bound on the candidates of a whole sequence. A larger bound may
-                only append unused entries to the arrays of a smaller one.
+            num_candidates: Upper bound on the number of candidates of a whole sequence. The state
+                for a larger bound must be the state for a smaller one with unused entries appended.
         """
         ...
 
     def keep_next(self, candidates: Candidates, state: Any) -> tuple[Bool[Array, "B 2*S"], Any]:
-        """Mask of the next tokens' candidates to keep, and the state after these tokens."""
+        """Return the mask of the next tokens' candidates to keep, and the state after them."""
         ...
 
 
 def check_policy(policy: Any, name: str) -> None:
-    """Raise a ValueError if an object or a class lacks what every policy has.
+    """Raise a ValueError if an object or a class lacks a member that `Policy` requires.
 
     Args:
         policy: The policy, or its class.
-        name: What it is called in the message.
+        name: Name of the policy in the message.
     """
     given = {*dir(policy), *getattr(policy, "__dataclass_fields__", ())}
     missing = [part for part in ("causal", "capacity", "keep") if part not in given]
@@ -144,7 +145,7 @@ def check_policy(policy: Any, name: str) -> None:
 
 
 def check_forced_keep(policy: Policy, forced_keep: bool, score_originals: bool) -> None:
-    """Raise a ValueError if originals are to compete by score and can't, or the policy is none."""
+    """Raise a ValueError for an invalid policy, or one that must always keep the originals."""
     if isinstance(policy, type):
         raise ValueError(
             f"policy={policy!r} is no fork policy: give an object such as PrefixRank(ratio=2.0)"

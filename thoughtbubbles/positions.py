@@ -1,4 +1,4 @@
-"""Rotary positions that may be fractions of a token, with frequencies scaled to longer contexts."""
+"""Rotary positions, also fractional ones, and frequencies scaled to longer contexts."""
 
 import dataclasses
 import math
@@ -13,25 +13,26 @@ from thoughtbubbles.fields import shown
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of rotary frequencies to contexts longer than that of pretraining.
+    """Scaling of rotary frequencies to contexts longer than the pretraining context.
 
     The fields are those of `rope_scaling` in Hugging Face configs. "linear" divides every frequency
     by `factor` (position interpolation). "llama3" and "yarn" divide slow frequencies, keep fast
-    ones and interpolate in between.
+    frequencies and interpolate in between.
 
     Attributes:
         rope_type: Kind of the scaling.
         factor: Divisor of the scaled frequencies.
         original_max_position_embeddings: Context length of pretraining in tokens, for "llama3" and
             "yarn".
-        low_freq_factor: Divisor of the context length that gives the wavelength from which on
-            frequencies are scaled in full ("llama3").
-        high_freq_factor: Divisor of the context length that gives the wavelength up to which
-            frequencies are kept ("llama3").
-        beta_fast: Turns in the original context from which on a frequency is kept ("yarn", arXiv
-            2309.00071).
-        beta_slow: Turns in the original context up to which a frequency is scaled in full ("yarn").
-        attention_factor: Factor of cosines and sines ("yarn"); by default 0.1 ln(factor) + 1.
+        low_freq_factor: Wavelengths of at least `original_max_position_embeddings /
+            low_freq_factor` tokens are scaled in full ("llama3").
+        high_freq_factor: Wavelengths of at most `original_max_position_embeddings /
+            high_freq_factor` tokens are kept ("llama3").
+        beta_fast: Channel pairs with at least this many turns in the original context keep their
+            frequency ("yarn", arXiv 2309.00071).
+        beta_slow: Channel pairs with at most this many turns in the original context are scaled in
+            full ("yarn").
+        attention_factor: Factor of cosines and sines ("yarn"); None means 0.1 ln(factor) + 1.
     """
 
     rope_type: Literal["linear", "llama3", "yarn"]
@@ -62,7 +63,7 @@ class RopeScaling:
             )
 
     def frequencies(self, head_dim: int, base: float) -> np.ndarray:
-        """`[K/2]` float64, angle by which each channel pair turns per token, in radians."""
+        """Return the radians by which each channel pair turns per token, `[K/2]` float64."""
         plain = base ** (-np.arange(0, head_dim, 2) / head_dim)
         kept = self._kept(plain, head_dim, base)
         return plain * (kept + (1 - kept) / self.factor)
@@ -78,7 +79,7 @@ class RopeScaling:
             return np.clip((turns - self.low_freq_factor) / width, 0, 1)
 
         def channel(turns: float) -> float:
-            """Fractional index of the channel pair that turns so often in the original context."""
+            """Return the fractional index of the channel pair with so many turns in `original`."""
             return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
         first = max(math.floor(channel(self.beta_fast)), 0)
@@ -88,7 +89,7 @@ class RopeScaling:
 
     @property
     def amplitude(self) -> float:
-        """Factor of cosines and sines."""
+        """Factor that multiplies cosines and sines."""
         if self.rope_type != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -97,8 +98,9 @@ class RopeScaling:
 
 
 NEAR = 4096
-"""Position from which on angles are reduced to one turn before they become float32: the product of
-a position and a frequency is off by up to a position times 2^-24, 2.5e-4 radians here."""
+"""Minimum position whose angles are reduced to one turn before they become float32. The float32
+product of a position and a frequency is off by up to the position times 2^-24: 2.5e-4 radians here.
+"""
 
 
 def rotary_angles(
@@ -110,20 +112,23 @@ def rotary_angles(
     offset: jax.Array | None = None,
     bound: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each `[B, S, K/2]` float32, of RoPE at `positions [B, S]`.
+    """Compute the cosines and sines of rotary angles (RoPE) at positions.
 
-    Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled. The angle is exact to
-    float32 rounding at any position from `NEAR` on; below it, the error grows with the position, to
-    2.5e-4 radians.
+    Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled. At positions of at
+    least `NEAR`, the angle is exact to float32 rounding; below, its error grows with the position
+    up to 2.5e-4 radians.
 
     Args:
-        positions: Positions of the slots, integers or float32.
+        positions: Positions of the slots, `[B, S]` integers or float32.
         head_dim: Width `K` of a head.
         base: Base of the frequencies.
-        scaling: Scaling of the frequencies, if there is one.
-        offset: Fraction of a token added to each position, `[B, S]` float32, which a float32
-            position far into a text would round; none by default.
-        bound: Static bound on the positions, which saves work where all are near.
+        scaling: Scaling of the frequencies; None for no scaling.
+        offset: Fraction of a token to add to each position, `[B, S]` float32. It is separate
+            because a large float32 position would round it. None adds nothing.
+        bound: Static upper bound on the positions; a bound up to `NEAR` saves work.
+
+    Returns:
+        Cosines and sines, each `[B, S, K/2]` float32.
     """
     if scaling is None:
         exact = base ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -148,7 +153,7 @@ def rotary_angles(
 
 
 def split_position(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions, integers or float32, as an int32 and a float32 from above -1 to 0 to be added."""
+    """Split positions, integers or float32, into int32 and a float32 remainder in (-1, 0]."""
     if jnp.issubdtype(positions.dtype, jnp.integer):
         return positions.astype(jnp.int32), jnp.zeros_like(positions, jnp.float32)
     whole = jnp.ceil(positions)
@@ -156,10 +161,13 @@ def split_position(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def fixed_point(turns: Any) -> tuple[Any, Any]:
-    """Frequencies in turns per token, arrays of NumPy or JAX, in units of 2^-32 turns.
+    """Convert frequencies in turns per token to units of 2^-32 turns, without whole turns.
+
+    Args:
+        turns: Frequencies, an array of NumPy or JAX.
 
     Returns:
-        Whole units, uint32, and the rest in float32, from 0 to below 1.
+        Whole units as uint32, and the remainders as float32 from 0 to 1.
     """
     units = (turns % 1.0) * 2.0**32
     whole = units // 1.0
@@ -167,13 +175,13 @@ def fixed_point(turns: Any) -> tuple[Any, Any]:
 
 
 def turns_at(position: jax.Array, units: Any, rest: Any) -> jax.Array:
-    """Turns up to `position` int32 as float32 from -1/2 to 1/2: whole turns are left out.
+    """Compute position times frequency in turns, without whole turns: float32 from -1/2 to 1/2.
 
     Args:
-        position: Positions, not negative.
-        units: Frequencies in whole units of 2^-32 turns (`fixed_point`), whose products wrap
-            around where a turn is over.
-        rest: What is left of each frequency in such units.
+        position: Positions, int32, not negative.
+        units: Frequencies in whole units of 2^-32 turns (`fixed_point`), uint32. Their products
+            with positions wrap around after a whole turn.
+        rest: Remainders of the frequencies in the same units (`fixed_point`), float32.
     """
     more = (position.astype(jnp.float32) * rest).astype(jnp.uint32)
     units = position.astype(jnp.uint32) * units + more
@@ -181,7 +189,7 @@ def turns_at(position: jax.Array, units: Any, rest: Any) -> jax.Array:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate heads `x [B, S, H, K]`; channel `c` pairs with `c + K/2`. Computed in float32."""
+    """Rotate heads `x [B, S, H, K]` in float32; channel `c` pairs with channel `c + K/2`."""
     wide, half = x.astype(jnp.float32), x.shape[-1] // 2
     # Channels change places before they are multiplied: halves that are multiplied and then
     # joined take XLA on a CPU as long as a layer's projections.

@@ -1,4 +1,4 @@
-"""Prefill in blocks: long prompts with the memory of one block beside the cache."""
+"""Prefill in blocks, so that a long prompt needs memory for one block besides the cache."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Progress = Callable[[int, int], None]
-"""Function that is called after each block with the number of tokens of the longest row that were
-read so far, and with that of all of them."""
+"""Function that is called after each block with two numbers of tokens of the longest row: those
+read so far, and all."""
 
 BLOCK = 512
-"""Number of tokens of a block, over all rows."""
+"""Number of tokens of a block, summed over all rows."""
 SMALLEST_BLOCK = 32
-"""Number of tokens of a block in each row, at least."""
+"""Minimum number of tokens of a block in each row."""
 LARGEST_WHOLE = 2**29
-"""Bytes of a forward pass over whole rows, about, above which they are read in blocks."""
+"""Approximate bytes of a forward pass over whole rows above which rows are read in blocks."""
 LONGEST_WHOLE = 4096
-"""Number of tokens above which rows are read in blocks by a model that knows no such bytes."""
+"""Tokens of a row above which rows are read in blocks, if the config has no `prefill_bytes`."""
 
 
 def block_size(rows: int) -> int:
-    """Number of tokens of a block in each of so many rows, a power of two."""
+    """Return the number of tokens of a block in each of `rows` rows, a power of two."""
     return max(BLOCK >> (rows - 1).bit_length(), SMALLEST_BLOCK)
 
 
 def in_blocks(model: Architecture, rows: int, tokens: int) -> bool:
-    """Whether rows are read in blocks: a pass over them is `large`, and the model `cacheable`.
+    """Whether to read rows in blocks: whole rows are `large`, and the model is `cacheable`.
 
     Args:
         model: Any architecture.
@@ -47,7 +47,11 @@ def in_blocks(model: Architecture, rows: int, tokens: int) -> bool:
 
 
 def large(model: Architecture, rows: int, tokens: int) -> bool:
-    """Whether a pass over whole rows takes more memory than blocks are taken for."""
+    """Whether a forward pass over whole rows takes too much memory.
+
+    It does above `LARGEST_WHOLE` bytes by the config's `prefill_bytes`, or above `LONGEST_WHOLE`
+    tokens for a config without that method. Rows that fit into one block are never large.
+    """
     if tokens <= block_size(rows):
         return False
     whole = getattr(model.config, "prefill_bytes", None)
@@ -57,10 +61,10 @@ def large(model: Architecture, rows: int, tokens: int) -> bool:
 
 
 def block_bytes(model: Architecture, rows: int) -> int:
-    """Bytes that reading a block of each row takes beside parameters and cache, about.
+    """Estimate the bytes that reading a block of each row takes besides parameters and cache.
 
     Args:
-        model: Any architecture. What its config has no `extend_bytes` for is not counted.
+        model: Any architecture; the estimate is 0 if its config has no `extend_bytes`.
         rows: Number of rows.
     """
     extend = getattr(model.config, "extend_bytes", lambda rows, num_tokens: 0)
@@ -68,9 +72,10 @@ def block_bytes(model: Architecture, rows: int) -> int:
 
 
 def long_cache(tokens: int) -> int:
-    """Number of tokens that a cache of long rows is made for: at most an eighth more than needed.
+    """Round up the number of tokens that a cache of long rows is made for.
 
-    There are eight such numbers between a power of two and the next, and so are programs.
+    The result is a multiple of `BLOCK`, and of an eighth of the power of two below `tokens`. So
+    there are at most eight results, and compiled programs, between two powers of two.
     """
     step = max(1 << max((tokens - 1).bit_length() - 4, 0), BLOCK)
     return -(-tokens // step) * step
@@ -86,12 +91,13 @@ def read_blocks(
     """Call a compiled step for block after block of rows.
 
     Args:
-        step: Function of the carry, the tokens of the block `[B, C]`, the number of real ones in
-            each row `[B]` and the block's place in the rows, to the next carry.
+        step: Function that returns the next carry. It is called with the carry, the tokens
+            `[B, C]` of the block, the number of real tokens of the block in each row `[B]`, and the
+            slice of the token axis that the block covers.
         carry: Value that the first step gets, such as an empty cache.
         tokens: Token ids `[B, T]` int32, padded on the right.
         length: Number of real tokens of each row, `[B]` int32.
-        progress: Function that is told how far it is; each block is then waited for.
+        progress: Function to call after each block, which is then waited for; None waits for none.
 
     Returns:
         The carry after the last block.
@@ -117,14 +123,17 @@ def prefill(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Logits after the last token of each row, and a cache that holds the rows.
+    """Read rows in blocks into a new cache.
 
     Args:
-        model: Model that is `cacheable`, best one made `for_decoding`.
+        model: Model that is `cacheable`, preferably the result of its `for_decoding`.
         tokens: Token ids `[B, T]` int32, padded on the right.
         length: Number of real tokens of each row, `[B]` int32, 1 or more.
         max_tokens: Number of tokens that fit into a row of the cache.
-        progress: Function that is told how far it is.
+        progress: Function to call after each block, or None.
+
+    Returns:
+        Logits after the last token of each row, and a cache that holds the rows.
     """
 
     def step(carry: Any, block: jax.Array, count: jax.Array, _: slice) -> Any:
@@ -137,7 +146,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("rows", "max_tokens"))
 def empty_cache(model: Architecture, rows: int, max_tokens: int) -> Any:
-    """`model.init_cache`, compiled."""
+    """Return an empty cache from `model.init_cache`, made in a compiled program."""
     return model.init_cache(rows, max_tokens)
 
 

@@ -48,8 +48,8 @@ class Pretrained(NamedTuple):
     """A pretrained decoder.
 
     Attributes:
-        config: Sizes and options of the decoder: a `ModelConfig`, or in a folder of the library's
-            own form the config of any architecture.
+        config: Sizes and options of the decoder: a `ModelConfig`, or the config of any architecture
+            if the folder has the library's own form.
         params: Nested dict of arrays, for `architecture_of(config).from_params(config, params)`.
         tokenizer: Tokenizer that the decoder was trained with.
     """
@@ -72,7 +72,7 @@ class AnyTokenizer(Protocol):
     """A `PretrainedTokenizer`, or a tokenizer of a run (`train.data`)."""
 
     def to_pretrained(self) -> PretrainedTokenizer:
-        """The tokenizer as one that encodes the same ids and can be saved as tokenizer.json."""
+        """Return a tokenizer that encodes texts to the same ids and has a tokenizer.json."""
         ...
 
 
@@ -91,20 +91,20 @@ def load_pretrained(
 
     Args:
         path: Folder, or file ending in `.gguf`.
-        dtype: Dtype of the parameters and of the computation. None takes float32; a model of the
-            library's own form then computes in the dtype of its config.
+        dtype: Dtype of the parameters and of the computation. None means float32, but a model of
+            the library's own form then computes in the dtype of its config.
         shardings: Function from an abstract `nnx.State` of the model to the sharding of each leaf,
             such as `train.devices.mesh.state_shardings`; None puts all parameters on the first
             device of the process.
-        strict: Whether a tensor that the config has no place for is an error; else a warning names
-            it, and it is not used.
+        strict: Whether a tensor that the config does not use is an error. If false, a warning names
+            such tensors, and they are left out.
 
     Returns:
-        The decoder with its config and tokenizer.
+        Config, parameters and tokenizer of the decoder.
 
     Raises:
-        ValueError: The family or an option of it is unknown, a file is missing or damaged, a tensor
-            is missing, unknown or of another shape, or the tokenizer has more ids than the
+        ValueError: The family or one of its options is unknown, a file is missing or damaged, a
+            tensor is missing, unknown or of another shape, or the tokenizer has more ids than the
             embedding has rows.
     """
     path = Path(path).expanduser()
@@ -133,24 +133,26 @@ def save_pretrained(
 ) -> None:
     """Write a folder that stock `transformers` loads: config.json, safetensors, tokenizer.json.
 
-    A model that no family of `transformers` computes, one that forks above all, is written in the
-    library's own form (`thoughtbubbles.own_form`). `load_pretrained` reads both. The folder gets
-    its name only when it is complete. The host holds one tensor at a time.
+    A model that no family of `transformers` computes, such as one that forks, needs
+    `format="thoughtbubbles"`, the library's own form (`thoughtbubbles.own_form`). `load_pretrained`
+    reads both forms. The folder gets its name only when it is complete. The host holds one tensor
+    at a time.
 
     Args:
         path: New folder; an empty one may exist.
-        config: Config of a decoder: one without forks that a family can express, or any for the
-            library's own form.
+        config: Config of the decoder. The format "transformers" needs a decoder without forks that
+            a family can express; "thoughtbubbles" takes any architecture.
         params: Nested dict of arrays, as `load_pretrained` returns it, or `nnx.to_pure_dict` of a
             model's state; all parts of the arrays must be on this process's devices.
-        tokenizer: Tokenizer of the decoder, that of a run included.
-        dtype: Dtype of the stored tensors; None keeps that of the embedding.
+        tokenizer: Tokenizer of the decoder: a `PretrainedTokenizer`, or the tokenizer of a run.
+        dtype: Dtype of the stored tensors; None keeps the dtype of the embedding.
         format: Form of the folder: "transformers", or "thoughtbubbles" for the library's own.
 
     Raises:
         ValueError: No family computes what the config computes, the parameters belong to another
-            config, the tokenizer has more ids than the embedding has rows, the dtype is unknown, a
-            parameter overflows in it or more than 1 % of its values would be 0, or the folder
+            config, the tokenizer has more ids than the embedding has rows, the dtype is unknown or
+            too narrow for a parameter (a value overflows, or more than 1 % of the nonzero values
+            would become 0), the own form has no name for the architecture or policy, or the folder
             exists and is not empty.
         OSError: The folder can't be written; no part of it remains.
     """
@@ -203,7 +205,7 @@ def save_pretrained(
 
 
 def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The tensor in another type; a ValueError if that is too narrow for what it holds."""
+    """Cast a tensor; raise a ValueError if the dtype is too narrow for its values."""
     with np.errstate(over="ignore", under="ignore"):
         found = tensor.astype(dtype, copy=False)
     finite = np.isfinite(tensor.astype(np.float32)).all()
@@ -223,15 +225,19 @@ def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def open_pretrained(path: Path) -> tuple[_Source, Any, PretrainedTokenizer]:
-    """The tensors, the config and the tokenizer of a folder or file.
+    """Open a folder or file of a pretrained decoder, without reading its tensors yet.
 
-    No tensor is read yet but a head that stands beside an embedding which the config ties it to.
+    The embedding and the head are an exception: if the file holds both although its config ties
+    them, they are read and compared.
+
+    Returns:
+        Tensors to read by name, config, and tokenizer.
     """
     return _open(path)[:3]
 
 
 def _open(path: Path) -> tuple[_Source, Any, PretrainedTokenizer, bool]:
-    """What `open_pretrained` gives, and whether it is of the library's own form."""
+    """Return what `open_pretrained` returns, and whether it has the library's own form."""
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
         config = config_from_json(file.fields, str(path))
@@ -256,7 +262,7 @@ def _open(path: Path) -> tuple[_Source, Any, PretrainedTokenizer, bool]:
 
 
 def _untied(path: Path, source: _Source, config: ModelConfig) -> ModelConfig:
-    """The config without a tied head where the file has another one, as `transformers` does."""
+    """Return the config, with an untied head if the file's head differs from its embedding."""
     embed, head = TOP["embed"], TOP["head"]
     if not config.tied_head or not {embed, head} <= source.shapes.keys():
         return config

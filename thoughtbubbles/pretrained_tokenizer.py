@@ -32,24 +32,24 @@ class PretrainedTokenizer:
         bos: Beginning-of-sequence token, for chat templates; None for a model without one.
         stop_tokens: Tokens that end a text, the end-of-sequence token first.
         chat_template: Chat template in Jinja, or None.
-        embedding_rows: Number of token ids that the embedding knows. Tokens that were added above
-            it can be neither encoded nor generated, and stand for nothing: a warning names those
-            among the special tokens. None if there are none.
+        embedding_rows: Number of rows of the embedding; None means one for each id. Added tokens
+            whose ids have no row can be neither encoded nor generated, and a warning names the
+            special tokens among them.
 
     Attributes:
         name: Name in messages.
         chat_template: Chat template in Jinja, or None.
-        vocab_size: Size of the vocabulary, as far as the embedding knows it; all ids are below it.
-        embedding_rows: Number of token ids that the embedding knows, or None.
+        vocab_size: Size of the vocabulary, at most `embedding_rows`; all usable ids are below it.
+        embedding_rows: Number of rows of the embedding, or None.
         bos: Beginning-of-sequence token, or None.
-        eos: End-of-sequence token, the first of the given ones that the embedding knows, or None.
+        eos: End-of-sequence token: the first stop token that has a row in the embedding, or None.
         stop_ids: Ids that end a text; the separator if no stop token is given.
-        separator: Id in front of each document: the one that the tokenizer itself puts there, else
-            that of `<|endoftext|>`, else the first stop id.
+        separator: Id in front of each document: the first one that the tokenizer itself puts before
+            a text, else the id of `<|endoftext|>`, else the first stop id.
 
     Raises:
-        ValueError: The text is no tokenizer.json, a token is not in its vocabulary, or a token that
-            was not added lies above the embedding.
+        ValueError: The text is not a tokenizer.json, `bos` or a stop token is not in its
+            vocabulary, no token can be the separator, or a token that was not added has no row.
     """
 
     def __init__(
@@ -117,24 +117,25 @@ class PretrainedTokenizer:
 
     @property
     def stop_tokens(self) -> list[str]:
-        """The tokens of `stop_ids`."""
+        """Tokens whose ids are `stop_ids`."""
         return [token for id_ in self.stop_ids if (token := self._tokenizer.id_to_token(id_))]
 
     @classmethod
     def from_folder(
         cls, folder: Path, config: Mapping[str, Any], embedding_rows: int | None = None
     ) -> "PretrainedTokenizer":
-        """The tokenizer of a Hugging Face folder.
+        """Load the tokenizer of a Hugging Face folder.
 
         Args:
             folder: Folder with tokenizer.json and, optionally, tokenizer_config.json,
                 special_tokens_map.json, generation_config.json and chat_template.jinja.
             config: Content of the folder's config.json, which may hold bos_token_id and
                 eos_token_id.
-            embedding_rows: Number of token ids that the embedding knows; None for all.
+            embedding_rows: Number of rows of the embedding; None means one for each id.
 
         Raises:
-            ValueError: The folder has no tokenizer.json, or a file in it is damaged.
+            ValueError: The folder has no tokenizer.json, a file in it is damaged, or the tokenizer
+                does not fit the special tokens or the embedding.
         """
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -169,15 +170,15 @@ class PretrainedTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokenizer.json, equal for tokenizers that encode alike."""
+        """Hash of the content of the tokenizer.json, the same for any order of its keys."""
         canonical = json.dumps(json.loads(self._json), sort_keys=True)
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a text, int32 `[n]`, and the UTF-8 bytes of each, int32 `[n]`.
+        """Encode a text: ids, int32 `[n]`, and number of UTF-8 bytes of each id, int32 `[n]`.
 
-        A special token that the text spells out is encoded as plain text. The bytes sum to the
-        text's length unless `n` is 0.
+        A special token that the text spells out is encoded as plain text. The numbers of bytes sum
+        to the text's number of bytes unless `n` is 0.
         """
         encoding = self._encoded(self._tokenizer, text, add_special_tokens=False)
         return np.array(self._known(encoding.ids), np.int32), bytes_of_tokens(
@@ -185,15 +186,15 @@ class PretrainedTokenizer:
         )
 
     def prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, with what the tokenizer itself puts in front of a text.
+        """Encode a prompt to ids, with what the tokenizer itself puts in front of a text.
 
-        An empty prompt is the separator alone.
+        A prompt without any ids becomes the separator alone.
         """
         found = self._encoded(self._tokenizer, text, add_special_tokens=self._wraps)
         return self._known(found.ids) or [self.separator]
 
     def rendered(self, text: str) -> list[int]:
-        """Ids of a text that spells out its special tokens, as chat templates do."""
+        """Encode a text that spells out its special tokens, as chat templates do, to ids."""
         encoding = self._encoded(self._with_special_tokens, text, add_special_tokens=False)
         return self._known(encoding.ids)
 
@@ -217,7 +218,7 @@ class PretrainedTokenizer:
         return copy
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids, without special tokens and negative ids (padding).
+        """Decode ids to text, leaving out special tokens and negative ids (padding).
 
         Raises:
             ValueError: An id is not in the vocabulary.
@@ -231,30 +232,33 @@ class PretrainedTokenizer:
         return self._tokenizer.decode(array[array >= 0].tolist(), skip_special_tokens=True)
 
     def id(self, token: str) -> int:
-        """The id of a token of the vocabulary; a KeyError for another one."""
+        """Return the id of a token; raise a KeyError if it is not in the vocabulary."""
         return self._vocabulary[token]
 
     def to_json(self) -> str:
-        """Content of the tokenizer.json."""
+        """Return the content of the tokenizer.json."""
         return self._json
 
     def to_pretrained(self) -> "PretrainedTokenizer":
-        """The tokenizer itself: that of a run is made one that can be saved (`train.data`)."""
+        """Return this tokenizer, so that it may be used where a run's tokenizer may be."""
         return self
 
 
 def encoded(tokenizer: Any, text: str, name: str, **options: Any) -> Any:
-    """What a tokenizer of the `tokenizers` library makes of a text.
+    """Encode a text with a tokenizer of the `tokenizers` library.
 
     Args:
         tokenizer: Tokenizer of that library.
         text: Text to encode.
         name: Name of the tokenizer in messages.
-        options: Options of its method `encode`.
+        options: Options of the tokenizer's method `encode`.
+
+    Returns:
+        Encoding of the library, with `ids` and `offsets`.
 
     Raises:
-        ValueError: The text has half of a surrogate pair, as `"\\ud800"` in JSON, or bytes that are
-            no UTF-8, so that it is no Unicode text.
+        ValueError: The text has half of a surrogate pair, such as `"\\ud800"` from JSON or from
+            bytes that are not UTF-8, so that it is not Unicode text.
     """
     try:
         return tokenizer.encode(text, **options)
@@ -269,11 +273,11 @@ def encoded(tokenizer: Any, text: str, name: str, **options: Any) -> Any:
 
 
 def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Number of UTF-8 bytes of each token, int32 `[n]`; they sum to the text's length.
+    """Count the UTF-8 bytes of each token, int32 `[n]`; they sum to the bytes of the text.
 
     Args:
         text: Text that was encoded.
-        offsets: Index of the first character of each token, and of the one after its last.
+        offsets: Index of the first character of each token, and index after its last character.
     """
     if not offsets:
         return np.zeros(0, np.int32)
@@ -295,12 +299,12 @@ def byte_level_bpe(
     kind: str,
     source: str,
 ) -> str:
-    """The tokenizer.json of a byte-level BPE from its parts, as GGUF metadata lists them.
+    """Build the tokenizer.json of a byte-level BPE from its parts, as GGUF metadata lists them.
 
     Args:
         vocabulary: Id of each token.
         merges: Pairs of tokens to merge, the earliest merge first.
-        added: Tokens that are never split, and whether each is special.
+        added: Whether each token that is never split is special, by token.
         begin: Token in front of every text, or None.
         kind: Name of the pre-tokenizer, one of `BYTE_LEVEL_KINDS`.
         source: Name of the file in error messages.

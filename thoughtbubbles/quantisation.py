@@ -1,7 +1,7 @@
 """Weights in eight bits for inference: a symmetric scale for each output of a linear layer.
 
-Linear layers and embeddings are held in int8; norms, biases, and fork layers, whose scores decide
-which streams live, stay in float32.
+Linear layers and embeddings are held in int8. Norms, biases, and fork layers, whose scores decide
+which streams live, keep their dtype.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Int8Param(nnx.Variable):
-    """An array of a quantised weight, which no training changes."""
+    """An array of a quantised weight, which is not trained."""
 
 
 class Int8Weight(nnx.Module):
@@ -35,12 +35,14 @@ class Int8Weight(nnx.Module):
         kernel: Weights `[*stack, *inputs, *outputs]`, float.
         inputs: Number of contracted axes.
         stack: Number of leading axes over which layers are stacked.
-        axes: Names of the axes of the kernel, without those of the stack; by default none has a
-            name. Inputs and outputs of several axes keep the name of the first.
+        axes: Names of the kernel's axes after those of the stack; None for no names. Where inputs
+            or outputs have several axes, only the name of the first one is used.
 
     Attributes:
-        values: `[*stack, outputs, inputs]` int8, each in one axis.
-        scale: `[*stack, outputs]` float32: the largest weight of each output over 127.
+        values: `[*stack, outputs, inputs]` int8, with all inputs in one axis and all outputs in
+            another.
+        scale: `[*stack, outputs]` float32: the largest magnitude of each output's weights divided
+            by 127.
         inputs: Number of contracted axes of the layer's input.
         outputs: Sizes of the layer's output.
     """
@@ -65,27 +67,30 @@ class Int8Weight(nnx.Module):
         self.scale = named(Int8Param, scale, (out_of,), stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., *outputs]` float32 of `x [..., *inputs]`; the weight must be no stack."""
+        """Return `[..., *outputs]` float32 for `x [..., *inputs]`; a stack can't be called."""
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1)
         y = _in_chunks(x, self.values[...])
         y = y * jnp.expand_dims(self.scale[...], range(x.ndim - 1))
         return y.reshape(*x.shape[:-1], *self.outputs)
 
     def rows(self, index: jax.Array) -> jax.Array:
-        """Rows of an embedding, `[..., inputs]` float32; NaN for an index outside of it."""
+        """Look up embeddings, `[..., inputs]` float32; NaN for an index outside the table."""
         scale = embedding_rows(self.scale[...], index)
         values = rows_at(self.values[...], index, mode="clip")
         return values.astype(jnp.float32) * scale[..., None]
 
 
 def linear(x: jax.Array, kernel: Any, dtype: Any, inputs: int = 1) -> jax.Array:
-    """`[..., *outputs]` of `x [..., *inputs]` in a dtype, whatever the kernel is held in.
+    """Apply a linear layer without bias, whose kernel is held in float or in int8.
 
     Args:
-        x: Input of the layer.
-        kernel: `nnx.Param` of `[*inputs, *outputs]`, or the `Int8Weight` of one.
-        dtype: Dtype of the computation and of the result.
-        inputs: Number of contracted axes; an `Int8Weight` has its own.
+        x: Input of the layer, `[..., *inputs]`.
+        kernel: Kernel `[*inputs, *outputs]`, an `nnx.Param` or an `Int8Weight`.
+        dtype: Dtype of the result, and of the computation with an `nnx.Param`.
+        inputs: Number of contracted axes of an `nnx.Param`; an `Int8Weight` holds that number.
+
+    Returns:
+        Output of the layer, `[..., *outputs]`.
     """
     if isinstance(kernel, Int8Weight):
         return kernel(x).astype(dtype)
@@ -93,7 +98,7 @@ def linear(x: jax.Array, kernel: Any, dtype: Any, inputs: int = 1) -> jax.Array:
 
 
 def unquantised(score: Any) -> jax.Array:
-    """The weight of a fork layer's scores; a ValueError if some library has quantised it."""
+    """Return a fork layer's score weight; raise a ValueError if a library has quantised it."""
     dtype = getattr(score, "dtype", type(score).__name__)
     fine = hasattr(score, "dtype") and jnp.issubdtype(dtype, jnp.floating)
     if not fine or jnp.dtype(dtype).itemsize < 2:
@@ -106,13 +111,13 @@ def unquantised(score: Any) -> jax.Array:
 
 
 def quantise(model: Model) -> Model:
-    """A copy of a `Thoughtbubbles` model whose linear layers and embeddings are in int8.
+    """Copy a `Thoughtbubbles` model, with its linear layers and embeddings in int8.
 
-    It is for inference: `generate`, `for_decoding`, caches, adapters beside its layers
-    (`apply_lora`) and policies work as before; merging and training do not.
+    The copy is for inference: `generate`, `for_decoding`, caches, adapters beside its layers
+    (`apply_lora`) and policies work as before; merging adapters and training do not.
 
     Args:
-        model: Model in float32 or bfloat16, in either form (`for_decoding`).
+        model: Model in float32 or bfloat16, before or after `for_decoding`.
 
     Raises:
         ValueError: The model is of another architecture, or in int8 already.
@@ -136,12 +141,12 @@ def quantise(model: Model) -> Model:
 
 
 def in_int8(model: Any) -> bool:
-    """Whether `quantise` made a model."""
+    """Whether a model was made by `quantise`."""
     return isinstance(getattr(model, "embed", None), Int8Weight)
 
 
 def _of_kernel(kernel: nnx.Param) -> Int8Weight:
-    """The weight of a kernel `[*stack, *inputs, *outputs]`."""
+    """Quantise a kernel `[*stack, *inputs, *outputs]`."""
     metadata = kernel.get_metadata()
     axes = metadata["axes"]
     return Int8Weight(kernel[...], metadata["inputs"], kernel.ndim - len(axes), axes)

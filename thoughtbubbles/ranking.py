@@ -12,9 +12,10 @@ NO_TOKEN = 2**30  # token index of an entry without a candidate: after every tok
 
 
 def best(keys: jax.Array, count: jax.Array) -> jax.Array:
-    """Mask of the `count [B]` largest `keys [B, N]` of each row; ties go to the lower index.
+    """Return the mask `[B, N]` of the `count [B]` largest `keys [B, N]` of each row.
 
-    It sorts, because `lax.top_k` all-gathers an operand that is sharded over rows.
+    Ties go to the lower index. The function sorts, because `lax.top_k` all-gathers an operand that
+    is sharded over rows.
     """
     count = count[:, None]
     descending = -jnp.sort(-keys, axis=-1)
@@ -26,19 +27,19 @@ def best(keys: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def prefix_ranks(keys: jax.Array, token: jax.Array, window: int | None = None) -> jax.Array:
-    """Rank of each entry of a row among the entries of tokens up to its own.
+    """Rank each entry of a row among the entries of tokens up to its own token.
 
-    The rank of an entry is the number of entries in its range that have a larger key; its range
-    runs from `start` to `end`, because tokens never fall along a row. Comparing all pairs would
-    take N^2 steps; this takes O(N sqrt(N)). Entries are sorted by key and cut into buckets of about
-    sqrt(N). Entries of better buckets are counted by prefix sums along the row, one for each
-    bucket; entries of the same bucket are compared in pairs.
+    The rank of an entry is the number of entries in its range that have a larger key. The range
+    runs from an index `start` to an index `end`, because token indices never fall along a row.
+    Comparing all pairs would take N^2 steps; this takes O(N sqrt(N)). Entries are sorted by key and
+    split into buckets of about sqrt(N). Entries of better buckets are counted by prefix sums along
+    the row, one for each bucket; entries of the same bucket are compared in pairs.
 
     Args:
         keys: `[B, N]` float32 without NaN; a larger key ranks higher, ties go to the lower index.
-        token: `[B, N]` int32, token of each entry, never falling along a row.
-        window: Number of latest tokens whose entries count; None counts those of all tokens up to
-            the entry's own.
+        token: `[B, N]` int32, token index of each entry, which never falls along a row.
+        window: Number of latest tokens whose entries count; None counts the entries of all tokens
+            up to the entry's own.
 
     Returns:
         `[B, N]` int32 ranks, 0 for the best.
@@ -94,17 +95,18 @@ def ranks_among(
     new_index: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
-    """`prefix_ranks` of a few entries of a row, each compared with all entries.
+    """Compute `prefix_ranks` for a few entries of a row, by comparing each with all entries.
 
-    Beyond `LARGEST_PAIRS` comparisons they are made for some entries after the others.
+    If that takes more than `LARGEST_PAIRS` comparisons in a row, groups of the few entries are
+    processed one after the other.
 
     Args:
-        keys: `[B, N]` float32 keys of the row, those of the few entries among them.
-        token: `[B, N]` int32, token of each entry of the row.
+        keys: `[B, N]` float32 keys of all entries of the row, the few entries included.
+        token: `[B, N]` int32, token index of each entry of the row.
         new_keys: `[B, M]` float32, keys of the few entries.
-        new_token: `[B, M]` int32, token of each of them.
-        new_index: `[B, M]` int32, index in the row of each of them.
-        window: As in `prefix_ranks`.
+        new_token: `[B, M]` int32, token indices of the few entries.
+        new_index: `[B, M]` int32, indices of the few entries in the row.
+        window: Number of latest tokens whose entries count; None counts all up to the entry's own.
 
     Returns:
         `[B, M]` int32 ranks.
@@ -131,15 +133,15 @@ def ranks_among(
 
 
 def at_least(keys: jax.Array, used: jax.Array, new_keys: jax.Array) -> jax.Array:
-    """How many keys of a row are at least as large as each new one, in memory O(N + M).
+    """Count the keys of a row that are at least as large as each new key, in O(N + M) memory.
 
     Args:
-        keys: `[B, N]` float32, of which the first `used` are used and the others are -inf.
-        used: `[B]` int32.
-        new_keys: `[B, M]` float32.
+        keys: `[B, N]` float32; the first `used` keys of a row are used, the rest are -inf.
+        used: `[B]` int32, number of used keys.
+        new_keys: `[B, M]` float32, keys to compare with.
 
     Returns:
-        `[B, M]` int32.
+        `[B, M]` int32 counts.
     """
     found = _first_after(jnp.sort(-keys, axis=1), -new_keys)
     return jnp.minimum(found, used[:, None])

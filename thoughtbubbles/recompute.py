@@ -1,4 +1,4 @@
-"""Forward results computed again in the backward pass, in place of being kept for it."""
+"""Recomputation of forward results in the backward pass, so that they need not be stored."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from thoughtbubbles.streams import Streams
 
 
 def once_known(values: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Values to compute forward results from again, once the gradient of a result is known.
+    """Make values depend on a gradient, so that the backward pass recomputes results from them.
 
-    Without it XLA finds that the results are those of the forward pass, and keeps these. The
-    barrier of `jax.checkpoint` does the same, but XLA removes it on a CPU before it looks for equal
-    computations; there the values depend on 0 times the gradient, which is never simplified away.
+    Without the dependence XLA finds that the results equal those of the forward pass, and stores
+    the latter. A barrier, as in `jax.checkpoint`, prevents that, but on a CPU XLA removes barriers
+    before it looks for equal computations. There, 0 times the gradient is added to the values,
+    which XLA never simplifies away.
 
     Args:
-        values: Values `[...]`.
+        values: Values `[...]` that forward results are computed from.
         gradient: Gradient of any result that has the shape of the values.
+
+    Returns:
+        The same values.
     """
     return jax.lax.platform_dependent(
         values,
@@ -36,11 +40,14 @@ def _zeros_of(values: jax.Array) -> jax.Array:
 
 
 def recomputed(run: Callable[..., Streams]) -> Callable[..., Streams]:
-    """A block of which the backward pass keeps the input alone, on every backend.
+    """Wrap a block so that only its input is stored for the backward pass, on every backend.
 
     Args:
-        run: Function of streams and of arrays that it uses, to streams of the same shape. It closes
-            over no array that has a gradient.
+        run: Function of streams and further arrays that returns streams of the same shape. Arrays
+            that need a gradient must be arguments, not closed over.
+
+    Returns:
+        Function with the arguments, the result and the gradients of `run`.
     """
 
     def forward(streams: Streams, *arrays: Any) -> tuple[Streams, Any]:

@@ -1,14 +1,14 @@
 """Retrofit: fork layers in a pretrained decoder, which leave its output unchanged at first.
 
-A fork acts on other streams as one more key of attention, and that key weighs exactly its score p
-times what the original's would (`score_bias="none"`; values unscaled). A learned scalar gate of
-each fork layer multiplies p (`forking.candidate_log_scores`). Its initial value `GATE` keeps every
-fork below float32's last digit. The output is linear in the gate to first order, so the gate has a
-gradient like any other parameter and the first step of an optimizer opens it; then scores and fork
-embeddings learn too.
+A fork acts on other streams as one more key of attention, whose weight is exactly multiplied by the
+fork's score p (`score_bias="none"`; values unscaled). In each fork layer, a learned scalar gate
+scales p (`forking.candidate_log_scores`). Its initial value `GATE` makes the effect of every fork
+smaller than float32's last digit. The output is linear in the gate to first order, so the gate has
+a gradient like any other parameter, and the first step of an optimizer opens it; from then on
+scores and fork embeddings learn too.
 
-A fork itself is computed in full (`residual_scaling=False`): with its residual writes scaled by a p
-near 0 it would carry its parent's residual through the network unchanged, and contribute nothing.
+A fork itself is computed in full (`residual_scaling=False`). If a p near 0 scaled its residual
+updates, it would carry its parent's residual through the network unchanged, and contribute nothing.
 """
 
 import dataclasses
@@ -42,17 +42,17 @@ def add_forks(
         config: Config of a decoder without forks.
         weights: Weights of the decoder, a nested dict of arrays, such as `load_pretrained` returns,
             or an `nnx.State`; their arrays are kept as they are.
-        layers: Indices of the blocks that get a fork layer in front, rising from 0.
+        layers: Indices of the blocks that get a fork layer in front, from 0, in rising order.
         policy: Policy of the fork layers.
         seed: Seed of the new parameters, which are float32 and replicated on the devices of the
             embedding.
 
     Returns:
-        The new config, and the weights with those of the fork layers under `forks`.
+        The new config, and the weights, to which `forks` adds the weights of the fork layers.
 
     Raises:
-        ValueError: The config has fork layers or copies, a layer is out of range, or the weights do
-            not belong to the config.
+        ValueError: The config has fork layers or copies, `layers` is empty or has an index out of
+            range, or the weights do not belong to the config.
     """
     if config.fork_layers:
         raise ValueError(
@@ -75,7 +75,7 @@ def add_forks(
 
 
 def forking_config(config: ModelConfig, layers: Sequence[int], policy: Policy) -> ModelConfig:
-    """The config with fork layers that leave the output unchanged at first."""
+    """Return the config with fork layers that leave the output unchanged at first."""
     return dataclasses.replace(
         config,
         fork_layers=tuple(layers),
@@ -90,7 +90,7 @@ def forking_config(config: ModelConfig, layers: Sequence[int], policy: Policy) -
 
 
 def _replicated_like(array: Any) -> Any:
-    """The sharding that replicates an array on the devices of this one."""
+    """Return the sharding that replicates arrays on the devices of this one."""
     sharding = getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())

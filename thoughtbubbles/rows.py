@@ -1,4 +1,4 @@
-"""Rows of tokens: inputs and targets, padding on any side, several texts in a row."""
+"""Rows of tokens: inputs and targets, padding on either side, several texts in a row."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 
 
 def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int[AnyArray, "B T"]]:
-    """Inputs and targets of rows of token ids, which -1 pads on the right.
+    """Split rows of token ids, padded on the right with -1, into inputs and targets.
+
+    Args:
+        rows: Token ids `[B, T + 1]`, integers.
+
+    Returns:
+        Inputs `[B, T]`, all ids but the last of each row; and targets `[B, T]`, all but the first.
 
     Raises:
-        ValueError: The rows are no ids `[B, T + 1]` of at least two tokens, or padding stands in
-            front of a token (not of ids that `jit` traces, see `padded_in_front`).
+        ValueError: The rows are not integers `[B, T + 1]` with at least two ids, or have padding in
+            front of a token. The latter is not checked for rows that `jit` traces or that other
+            hosts hold in part (`padded_in_front`).
     """
     _check_rows(rows=rows)
     check_integer_type("rows", rows.dtype)
@@ -39,22 +46,22 @@ def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int
 
 
 def padded_in_front(inputs: AnyArray, targets: AnyArray) -> Any:
-    """Which rows, `[B]` bool, have padding (-1) in front of a token, and so no loss.
+    """Find rows, `[B]` bool, with padding (-1) in front of a token, which makes their loss NaN.
 
     Args:
-        inputs: Token ids `[B, T]`.
-        targets: The ids after them (`next_tokens`).
+        inputs: Input token ids `[B, T]`, as `next_tokens` returns them.
+        targets: Target token ids `[B, T]`, as `next_tokens` returns them.
     """
     return ((inputs < 0) & (targets >= 0)).any(axis=1)
 
 
 def nats_of(log_prob: Array, inputs: AnyArray, targets: AnyArray) -> Array:
-    """Nats `[B, T]` of targets: 0 where they are padding, NaN in rows padded in front of a token.
+    """Compute nats `[B, T]` of targets: 0 for padding, NaN in rows padded in front of a token.
 
     Args:
         log_prob: Log-probabilities of the targets, `[B, T]` float32.
-        inputs: Token ids `[B, T]`.
-        targets: The ids after them (`next_tokens`).
+        inputs: Input token ids `[B, T]`, as `next_tokens` returns them.
+        targets: Target token ids `[B, T]`, as `next_tokens` returns them.
     """
     wrong = padded_in_front(inputs, targets)[:, None]
     return -jnp.where((targets >= 0) & ~wrong, log_prob, jnp.where(wrong, jnp.nan, 0))
@@ -66,15 +73,15 @@ def left_align(
     """Move the real tokens of each row to its start, in order.
 
     Args:
-        tokens: Token ids or vectors of tokens, with padding anywhere.
-        mask: Real tokens.
+        tokens: Token ids `[B, T]` or vectors `[B, T, ...]`, with padding anywhere.
+        mask: Whether each token is real, `[B, T]` bool or integers.
 
     Returns:
-        The aligned tokens, the number of real tokens of each row, and `rank`, the new index of each
-        token.
+        Aligned tokens `[B, T, ...]`, which padding follows; number of real tokens of each row,
+        `[B]` int32; and `rank [B, T]`, the new index of each real token.
 
     Raises:
-        ValueError: The mask is not of these tokens.
+        ValueError: The mask does not have one bool or integer for each token.
     """
     mask = _real(mask, tokens)
     order = jnp.argsort(~mask, axis=1, stable=True)
@@ -89,15 +96,15 @@ def restore_alignment(
     mask: Bool[AnyArray, "B T"],
     rank: Int[Array, "B T"],
 ) -> Shaped[Array, "B T *rest"]:
-    """Undo `left_align` for values of each token; those of padding become 0.
+    """Undo `left_align` for values of each token; values of padding become 0.
 
     Args:
-        values: Values of the aligned tokens.
+        values: Values of the aligned tokens, `[B, T, ...]`.
         mask: Mask that `left_align` was given.
         rank: New index of each token, as `left_align` returned it.
 
     Raises:
-        ValueError: The mask is not of these tokens.
+        ValueError: The mask or `rank` does not have one entry for each token, or the wrong type.
     """
     mask = _real(mask, values)
     if not hasattr(rank, "shape") or rank.shape != mask.shape:
@@ -116,20 +123,23 @@ def split_segments(
     segment_ids: Int[AnyArray, "B T"],
     num_segments: int,
 ) -> tuple[Shaped[Array, "B*N T *rest"], Int[Array, " B*N"]]:
-    """Rows of one text each, out of packed rows: a fork policy's budget is that of a row.
+    """Split packed rows into rows of one text each, because a fork policy has a budget per row.
 
     Args:
-        tokens: Token ids or vectors of tokens, several texts in a row.
-        segment_ids: Number of each token's text in its row, from 1; 0 for padding.
-        num_segments: Static largest number `N` of texts of a row.
+        tokens: Token ids `[B, T]` or vectors `[B, T, ...]`, several texts in a row.
+        segment_ids: Number of each token's text in its row, from 1; 0 for padding. `[B, T]`
+            integers.
+        num_segments: Static maximum number `N` of texts in a row.
 
     Returns:
-        The aligned tokens, those of text `n` of row `b` in row `b * N + n - 1`, and the number of
-        tokens of each new row. `join_segments` takes values of tokens back.
+        Tokens `[B * N, T, ...]`, with text `n` of row `b` at the start of row `b * N + n - 1`; and
+        number of tokens of each new row, `[B * N]` int32. `join_segments` undoes the split for
+        values of tokens.
 
     Raises:
-        ValueError: `N` is below 1, there is not one id for each token, or a segment id is not from
-            0 to `N`; under `jit`, where ids are unknown, `join_segments` gives NaN for its tokens.
+        ValueError: `N` is below 1, there is not one integer id for each token, or an id is not from
+            0 to `N`. Under `jit` ids are not checked; `join_segments` gives NaN where they are
+            wrong.
     """
     _check_rows(tokens=tokens, segment_ids=segment_ids)
     if not hasattr(num_segments, "__index__"):
@@ -157,14 +167,15 @@ def split_segments(
 def join_segments(
     values: Shaped[Array, "B*N T *rest"], segment_ids: Int[AnyArray, "B T"]
 ) -> Shaped[Array, "B T *rest"]:
-    """Undo `split_segments` for float values of each token; those of padding become 0.
+    """Undo `split_segments` for float values of each token; values of padding become 0.
 
     Args:
-        values: Values of the rows of one text each.
-        segment_ids: Ids that `split_segments` was given.
+        values: Values `[B * N, T, ...]` of the tokens of the split rows.
+        segment_ids: Ids `[B, T]` that `split_segments` was given.
 
     Raises:
-        ValueError: The rows of values are not a multiple of those of ids, or of other lengths.
+        ValueError: The number of rows of values is not a multiple of the number of rows of ids, or
+            the rows have other lengths.
     """
     _check_rows(values=values, segment_ids=segment_ids)
     if values.shape[0] % segment_ids.shape[0] or values.shape[1] != segment_ids.shape[1]:
@@ -183,7 +194,7 @@ def join_segments(
 
 
 def _segments(segment_ids: AnyArray, num_segments: int) -> jax.Array:
-    """`[B*N, T]` bool, tokens of each text of each row."""
+    """Return which tokens belong to each text of each row, `[B * N, T]` bool."""
     ids = jnp.asarray(segment_ids)
     mask = ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[None, :, None]
     return mask.reshape(-1, ids.shape[1])

@@ -1,9 +1,10 @@
 """Safetensors files, read one tensor at a time and written as one stream; no pickle, no mmap.
 
 The format is eight bytes with the length of a JSON header, then the header with the type, shape and
-offsets of each tensor, then their bytes in row-major order. The `safetensors` package would be one
-more dependency, and reads through a map of the whole file: after the tensors of a 1.07 GB file, one
-by one, the process had peaked 1 GB higher than with this reader (by 16 MB).
+offsets of each tensor, then the bytes of all tensors in row-major order. The `safetensors` package
+would be one more dependency, and reads through a map of the whole file. Reading the tensors of a
+1.07 GB file one by one raises the peak memory of the process by 16 MB here; with the package, the
+peak is 1 GB higher.
 """
 
 import contextlib
@@ -41,21 +42,21 @@ class _Location(NamedTuple):
 
 
 class SafetensorsFiles:
-    """The tensors of a folder: of `model.safetensors`, or of the shards that its index names.
+    """The tensors of a folder, from `model.safetensors` or from the shards that its index names.
 
-    Headers are read at once and checked against the sizes of the files; tensors are read by `read`.
-    A tensor of a shard that the index does not list is one of the weights too. Warnings name such
-    tensors, copies in other shards, and safetensors files that are not read.
+    The headers are read at once and checked against the sizes of the files; `read` reads tensors.
+    A tensor that is in a shard but not in the index is used too. Warnings name tensors that the
+    index does not list, copies of tensors in other shards, and safetensors files that are not read.
 
     Args:
         folder: Folder with the files.
-        single: Name of the file that holds all tensors; only the default one may be in shards.
+        single: Name of the file that holds all tensors. Shards are read only for the default name.
 
     Attributes:
         shapes: Shape of every tensor, by name.
 
     Raises:
-        ValueError: A file is missing, damaged or cut short, or a tensor has an unsupported type.
+        ValueError: A file is missing, damaged or incomplete, or a tensor has an unsupported type.
     """
 
     def __init__(self, folder: Path, single: str = SINGLE):
@@ -116,7 +117,7 @@ class SafetensorsFiles:
             _warn(f"{folder / INDEX} lists another shard for {some(copies)}: not read")
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored type and shape."""
+        """Read one tensor in its stored dtype and shape."""
         location = self._locations[name]
         count = math.prod(location.shape)
         flat = np.fromfile(location.file, location.dtype, count, offset=location.offset)
@@ -126,7 +127,7 @@ class SafetensorsFiles:
 
 
 def some(names: set[str]) -> str:
-    """The first names, and how many more there are."""
+    """Join the first three names, and say how many more there are."""
     first = ", ".join(cut(name, 100) for name in sorted(names)[:3])
     return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -179,7 +180,7 @@ def _locations(file: Path) -> dict[str, _Location]:
 def _entry(
     header: dict[str, Any], name: str, file: str
 ) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """Type, shape and first and last byte of a tensor."""
+    """Return dtype, shape, first byte and end (after the last byte) of a tensor."""
     if not isinstance(header[name], dict):
         raise ValueError(f"{file}: {name}={shown(header[name])} is not an object: export it anew")
     entry = Fields(header[name], f"{file}: {name}")
@@ -198,17 +199,20 @@ def _entry(
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise a ValueError unless there is nothing at the path, or an empty folder."""
+    """Raise a ValueError unless the path is free or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: pass another folder, or delete it first")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name only when the block has ended without an error.
+    """Make a folder to write into, which gets its name only if the block ends without an error.
 
     Args:
         path: New folder; an empty one may exist.
+
+    Yields:
+        Temporary folder to write into.
 
     Raises:
         ValueError: The folder exists and is not empty.
@@ -234,13 +238,13 @@ def write_safetensors(
     dtype: np.dtype,
     tensor_of: Callable[[str], np.ndarray],
 ) -> None:
-    """Write a file of tensors of one type, one at a time.
+    """Write a safetensors file of tensors of one dtype, one tensor at a time.
 
     Args:
         file: File to write; an existing one is overwritten.
         shapes: Shape of every tensor by name, in the order of the file.
-        dtype: Type of all tensors in the file.
-        tensor_of: Function from a name to its tensor.
+        dtype: Dtype of all tensors in the file.
+        tensor_of: Function from the name of a tensor to the tensor.
     """
     kind = next(name for name, known in DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

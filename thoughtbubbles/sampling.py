@@ -1,7 +1,7 @@
 """Sampling the next token: temperature, then top-k, top-p and min-p, as pure functions on logits.
 
 The order is that of Hugging Face's `generate`: each filter applies to the distribution that the
-previous one left.
+previous filter left.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Options of sampling; a filter that is None is not applied and costs nothing.
+    """Options of sampling; a filter of None is not applied and costs nothing.
 
     Attributes:
         temperature: Temperature, a float32 scalar; None takes the most probable token.
         top_k: Number of most probable tokens to sample from, an int32 scalar.
-        top_p: Probability mass to sample from, a float32 scalar.
-        min_p: Smallest probability relative to that of the most probable token, a float32 scalar.
+        top_p: Minimum probability mass of the tokens to sample from, a float32 scalar.
+        min_p: Minimum ratio of a token's probability to that of the most probable token, a float32
+            scalar.
     """
 
     temperature: jax.Array | None = None
@@ -47,14 +48,15 @@ class Sampling:
         top_p: float | None = None,
         min_p: float | None = None,
     ) -> Sampling:
-        """Sampling of checked options.
+        """Check options and make a `Sampling` of them.
 
         Args:
-            temperature: Temperature; 0 is greedy, where filters change nothing.
+            temperature: Temperature; 0 takes the most probable token, whatever the filters.
             top_k: Number of most probable tokens to sample from; None switches the filter off.
-            top_p: Probability mass to sample from; None and 1 switch the filter off.
-            min_p: Smallest probability relative to that of the most probable token; None switches
-                the filter off.
+            top_p: Minimum probability mass of the tokens to sample from; None and 1 switch the
+                filter off.
+            min_p: Minimum ratio of a token's probability to that of the most probable token; None
+                switches the filter off.
 
         Raises:
             ValueError: An option is out of its range.
@@ -74,7 +76,7 @@ class Sampling:
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
 ) -> Int[Array, " B"]:
-    """One token id for each row, or -1 for a row whose logits hold a NaN.
+    """Sample one token id for each row, or -1 for a row whose logits hold a NaN.
 
     Args:
         logits: Float32 logits; -inf excludes a token.
@@ -89,7 +91,7 @@ def sample(
 
 
 def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits divided by the temperature, and -inf for tokens that a filter excludes."""
+    """Divide logits by the temperature, and set tokens that a filter excludes to -inf."""
     if sampling.temperature is not None:
         logits = logits / sampling.temperature
     if sampling.top_k is not None:
@@ -102,16 +104,19 @@ def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""] | int) -> Float[Array, "B V"]:
-    """Keep the `k` most probable tokens (Fan et al. 2018, arXiv 1805.04833), and ties of these."""
+    """Keep the `k` most probable tokens, and ties with the last.
+
+    Fan et al. 2018, arXiv 1805.04833.
+    """
     descending = -jnp.sort(-logits, axis=-1)
     last = jnp.minimum(k, logits.shape[-1]) - 1
     return _at_least(logits, jnp.take(descending, last, axis=-1)[..., None])
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""] | float) -> Float[Array, "B V"]:
-    """Keep the nucleus, the fewest tokens whose probabilities sum to `p` or more, and its ties.
+    """Keep the fewest tokens whose probabilities sum to `p` or more, and ties with the last.
 
-    Holtzman et al. 2020, arXiv 1904.09751.
+    These tokens are the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
     """
     descending = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(descending, axis=-1)
@@ -122,7 +127,7 @@ def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""] | float) -> Floa
 
 
 def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, ""] | float) -> Float[Array, "B V"]:
-    """Keep tokens at least `p` times as probable as the most probable one.
+    """Keep tokens that are at least `p` times as probable as the most probable token.
 
     Nguyen et al. 2024, arXiv 2407.01082.
     """
@@ -134,7 +139,7 @@ def _at_least(logits: jax.Array, lowest: jax.Array) -> jax.Array:
 
 
 def log_prob_of(logits: jax.Array, targets: AnyArray) -> jax.Array:
-    """Log-probabilities `[...]` float32 of target ids `[...]` under logits `[..., V]`."""
+    """Compute log-probabilities `[...]` of target ids `[...]` under logits `[..., V]`."""
     check_targets(targets, logits.shape[:-1])
     # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
     token = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
@@ -145,13 +150,13 @@ def log_prob_of(logits: jax.Array, targets: AnyArray) -> jax.Array:
 def check_sampling(
     temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> None:
-    """Raise a ValueError for options of `Sampling.of` that are out of their range.
+    """Raise a ValueError if an option of `Sampling.of` is out of its range.
 
     Args:
         temperature: Temperature; 0 is greedy.
         top_k: Number of most probable tokens, or None.
-        top_p: Probability mass, or None.
-        min_p: Smallest probability relative to that of the most probable token, or None.
+        top_p: Minimum probability mass, or None.
+        min_p: Minimum ratio of a token's probability to that of the most probable token, or None.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for name, value in options.items():

@@ -1,6 +1,6 @@
 """Sites: named places of a forward pass at which tools read activations and change them.
 
-A model that has sites satisfies `SitedModel`: one method more than a decoder over vectors needs.
+A model that has sites satisfies the protocol `SitedModel`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
 
 Edit = Callable[[jax.Array], jax.Array]
-"""Function of the activation at a site to the one that the model goes on with, of equal shape."""
+"""Function from the activation at a site to its replacement, of the same shape."""
 
 Value = TypeVar("Value", jax.Array, Streams)
 
 
 class Visit(Protocol):
-    """What a forward pass calls at each of its sites."""
+    """Function that a forward pass calls at each of its sites."""
 
     def wants(self, site: str) -> bool:
-        """Whether the site is read or edited; a scan over blocks need not stop at others."""
+        """Whether the site is read or edited; a scan over blocks need not stop at other sites."""
         ...
 
     def __call__(self, site: str, value: Value, plan: ForkPlan | None = None) -> Value:
-        """The value that the forward pass goes on with.
+        """Return the value that the forward pass continues with.
 
         Args:
             site: Name of the site.
-            value: Vectors `[B, T, D]`, or streams of which several may belong to a token.
-            plan: Plan by which a fork layer has just made these streams of the last ones.
+            value: Vectors `[B, T, D]`, or streams, of which several may belong to one token.
+            plan: Plan by which a fork layer has just made these streams from the previous ones;
+                None at other sites.
         """
         ...
 
@@ -61,11 +62,11 @@ class SitedModel(Protocol):
     def vocab_size(self) -> int: ...
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Vectors `[..., D]` of token ids `[...]` int32."""
+        """Return the embeddings `[..., D]` of token ids `[...]` int32."""
         ...
 
     def run_sites(self, inputs: jax.Array, length: jax.Array | None, visit: Visit) -> Any:
-        """A forward pass that goes on with `visit(site, value)` at each site.
+        """Run a forward pass that continues with `visit(site, value)` at each site.
 
         Args:
             inputs: Token ids `[B, T]` int32 or vectors `[B, T, D]`, padded on the right.
@@ -73,28 +74,28 @@ class SitedModel(Protocol):
             visit: Function to call at each site.
 
         Returns:
-            What `logits` takes.
+            Output of the model, to pass to `logits`.
         """
         ...
 
     def logits(self, output: Any) -> jax.Array:
-        """Logits `[B, T, V]` of what `run_sites` returned."""
+        """Return logits `[B, T, V]` from an output of `run_sites`."""
         ...
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Final norm and head: vectors of a site `[..., D]` to logits `[..., V]` (logit lens)."""
+        """Apply the final norm and head to vectors `[..., D]` of a site: logits `[..., V]`."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Lineage(ShortRepr):
-    """Where streams come from.
+    """Depth and parent of each stream; a root is a stream that no fork layer has made.
 
     Attributes:
         depth: `[B, S]` int32, number of forks between a stream and the input; 0 for a root.
-        parent: `[B, S]` int32, slot of the stream that a fork was made of; -1 for a root, and where
-            the parent has died.
+        parent: `[B, S]` int32, present slot of the stream that a fork was made from; -1 for a root,
+            and where the parent has died.
     """
 
     depth: jax.Array
@@ -102,11 +103,11 @@ class Lineage(ShortRepr):
 
     @classmethod
     def start(cls, token: Int[Array, "B S"]) -> Lineage:
-        """The lineage of streams that no fork layer has made."""
+        """Return the lineage of streams before any fork layer: all are roots."""
         return cls(jnp.zeros_like(token), jnp.full_like(token, -1))
 
     def after(self, plan: ForkPlan) -> Lineage:
-        """The lineage of the streams that a fork layer makes of these."""
+        """Return the lineage of the streams that a fork layer makes from these streams."""
         of_slot = lambda values, slot: jnp.take_along_axis(values, slot, axis=1)  # noqa: E731
         before, is_fork = plan.source // 2, plan.source % 2 == 0
         # The slot where each stream goes on, which is that of its keep candidate.
@@ -119,7 +120,7 @@ class Lineage(ShortRepr):
 
 
 def plan_of(fork: Any, streams: Streams) -> ForkPlan:
-    """The plan that a `Fork` carries out on streams at inference."""
+    """Return the plan that a `Fork` carries out on streams at inference."""
     keep = fork.policy.keep(fork.candidates(streams))
     return compact(keep, min(keep.shape[1], fork.policy.capacity(streams.num_tokens)))
 
@@ -127,17 +128,17 @@ def plan_of(fork: Any, streams: Streams) -> ForkPlan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Rows(ShortRepr):
-    """Whose the slots of an activation are.
+    """Token, score and parent of each slot of an activation.
 
     A model without streams has a slot for each token, in the caller's order. Where streams have
-    forked, slots are those of `Streams`: in the order of the text, dead ones last.
+    forked, slots are those of `Streams`: in the order of the text, with dead slots last.
 
     Attributes:
         token: `[B, S]` int32, index of each slot's token in the caller's row.
-        alive: `[B, S]` bool, slots that hold a vector of a real token.
+        alive: `[B, S]` bool, whether the slot holds a vector of a real token.
         log_score: `[B, S]` float32 cumulative log-score of each stream, 0 without forks.
         depth: `[B, S]` int32, number of forks between a stream and the input (`Lineage`).
-        parent: `[B, S]` int32, slot of the stream that a fork was made of, or -1 (`Lineage`).
+        parent: `[B, S]` int32, slot of the stream that a fork was made from, or -1 (`Lineage`).
     """
 
     token: jax.Array
@@ -150,7 +151,7 @@ class Rows(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Activation(Rows):
-    """What was captured at a site.
+    """The vectors that were captured at a site.
 
     Attributes:
         x: `[B, S, D]` activations, in the slots that `Rows` describes.
@@ -160,7 +161,7 @@ class Activation(Rows):
 
 
 class Recorder:
-    """The visit of one forward pass: it makes edits and keeps what passes the named sites."""
+    """A `Visit` of one forward pass: it applies edits and records values at the named sites."""
 
     def __init__(
         self, sites: Collection[str], edit: Mapping[str, Edit], length: jax.Array | None = None
@@ -175,7 +176,7 @@ class Recorder:
         return site in self.sites or site in self.edit
 
     def __call__(self, site: str, value: Any, plan: ForkPlan | None = None) -> Any:
-        """The value after the edit of this site, if there is one."""
+        """Return the value, after the edit of this site if there is one; record it if named."""
         streams = value if isinstance(value, Streams) else Streams.start(value, self.length)
         if self._lineage is None:
             self._lineage = Lineage.start(streams.token)
@@ -204,7 +205,7 @@ def record(
     sites: Collection[str] | None,
     edit: Mapping[str, Edit] | None,
 ) -> tuple[Float[Array, "B T V"], OrderedDict[str, tuple[Streams, Lineage]]]:
-    """Logits, and streams and lineage at sites, of rows that are padded on the right."""
+    """Run right-padded rows; return logits, and streams and lineage by site after edits."""
     check_sited(model)
     sites, edit = model.sites if sites is None else tuple(sites), dict(edit or {})
     check_sites(sites, (*model.sites, *getattr(model, "neuron_sites", ())))
@@ -222,27 +223,28 @@ def capture(
     sites: Collection[str] | None = None,
     edit: Mapping[str, Edit] | None = None,
 ) -> tuple[Float[Array, "B T V"], OrderedDict[str, Activation]]:
-    """Logits and activations at sites, of one forward pass.
+    """Run one forward pass and return its logits and the activations at sites.
 
-    The logits are those of `model(tokens, mask)`: bit for bit where operations run one by one, to
-    float noise in a compiled program. Under `jit`, `sites` is static; an edit that depends on
-    arrays, such as a key of noise, is best made inside of the traced function.
+    Without edits, the logits are those of `model(tokens, mask)`: bit for bit where operations run
+    one by one, to float noise in a compiled program. Under `jit`, `sites` is static; an edit that
+    depends on arrays, such as a key of noise, is best made inside of the traced function.
 
     Args:
         model: Model with sites.
         tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
         mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
-        sites: Names of the sites to capture; all of the model by default. Blocks that are scanned
-            are scanned up to a named site at a time, so few names compile faster.
-        edit: Functions by site, each from the activation `[B, S, D]` to the one that the model goes
-            on with; rows are padded on the right then, whatever the mask.
+        sites: Names of the sites to capture; all of the model by default. A scan over blocks is
+            split at every named site, so fewer names compile faster.
+        edit: Functions by site, each from the activation `[B, S, D]` to its replacement. They get
+            rows that are padded on the right, whatever the mask.
 
     Returns:
         Logits `[B, T, V]` float32, zeros in padding; and an `Activation` by site, after its edit,
         in the order of the forward pass.
 
     Raises:
-        ValueError: The model has no sites or not these, or an edit changes a shape.
+        ValueError: The model has no sites or lacks one of those named, the mask is not `[B, T]`, or
+            an edit changes a shape.
     """
     if mask is None:
         logits, found = record(model, tokens, None, sites, edit)
@@ -267,12 +269,12 @@ def _activation(
 
 
 def one_per_token(streams: Streams) -> bool:
-    """Whether slots are tokens (static)."""
+    """Whether each slot is one token (static)."""
     return not streams.forked and streams.x.shape[1] == streams.num_tokens
 
 
 def rows_of(streams: Streams, lineage: Lineage, mask: jax.Array | None) -> Rows:
-    """Whose the slots are, by the caller's tokens, that the mask says where to find."""
+    """Describe slots of left-aligned rows, with token indices of the caller's masked rows."""
     token, alive = streams.token, streams.alive
     if mask is not None and one_per_token(streams):
         token, alive = jnp.zeros_like(token) + jnp.arange(streams.num_tokens), mask
@@ -283,7 +285,7 @@ def rows_of(streams: Streams, lineage: Lineage, mask: jax.Array | None) -> Rows:
 
 
 def check_sited(model: Any) -> None:
-    """Raise a ValueError unless a model has what `SitedModel` names."""
+    """Raise a ValueError unless a model has the members of `SitedModel`."""
     names = ("sites", "vocab_size", "embed_tokens", "run_sites", "logits", "decode")
     if missing := [name for name in names if not hasattr(model, name)]:
         raise ValueError(

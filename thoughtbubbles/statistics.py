@@ -1,4 +1,4 @@
-"""Fork statistics of a batch as sums, so that micro-batches and devices add up."""
+"""Fork statistics as sums over a batch, which add up over micro-batches and devices."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,12 @@ SCORE_BINS = 10
 
 
 def fork_statistics(output: Output) -> dict[str, jax.Array]:
-    """Sums over the batch for each of `F` fork layers (an empty dict without forks).
+    """Count tokens and streams of a batch after each of `F` fork layers.
 
     Returns:
-        `tokens [F]`, `streams [F]`, `forked_tokens [F]` (tokens with more than one stream), and
-        `scores [F, SCORE_BINS]`: streams by cumulative score p in equal bins of [0, 1].
+        Dict of float32 arrays, empty without fork layers: `tokens [F]`, `streams [F]`,
+        `forked_tokens [F]` (tokens with more than one stream), and `scores [F, SCORE_BINS]`, the
+        number of streams whose cumulative score p is in each of equal bins of [0, 1].
     """
     if not output.forks:
         return {}
@@ -41,7 +42,7 @@ def fork_statistics(output: Output) -> dict[str, jax.Array]:
 
 
 def thresholds(tracked: Any) -> dict[str, jax.Array]:
-    """`threshold [F]`: where tracking has brought each fork layer (empty without tracking).
+    """Return `threshold [F]`, the tracked threshold of each fork layer; empty if none is tracked.
 
     Args:
         tracked: State of the model's tracked variables (`nnx.State`).
@@ -51,8 +52,12 @@ def thresholds(tracked: Any) -> dict[str, jax.Array]:
 
 
 def readable(sums: Mapping[str, Any], fork_layers: tuple[int, ...]) -> dict[str, Any]:
-    """Metrics by fork layer: streams per token, share of tokens forked, the score histogram, and
-    the threshold where there is one. None of a loss that keeps no `fork_statistics`.
+    """Compute the metrics of each fork layer from sums of `fork_statistics` and `thresholds`.
+
+    Returns:
+        Metrics `fork_L/streams_per_token`, `fork_L/forked_share` (fraction of tokens with more than
+        one stream), `fork_L/score_histogram` (fraction of streams in each bin of scores), and, if
+        tracked, `fork_L/threshold`, for each layer index `L`. Empty for sums without `tokens`.
     """
     metrics: dict[str, Any] = {}
     if "tokens" not in sums:
@@ -71,7 +76,7 @@ def readable(sums: Mapping[str, Any], fork_layers: tuple[int, ...]) -> dict[str,
 
 
 def score_samples(sums: Mapping[str, Any], fork_layers: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Scores of all streams by fork layer, each moved to the middle of its bin, for histograms."""
+    """Return the scores of all streams by fork layer, each as the middle of its bin."""
     if "scores" not in sums:
         return {}
     middles = (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS

@@ -57,7 +57,7 @@ class StoredParameter(NamedTuple):
         stored_shape: Shape of one tensor in the file.
         transposed: Whether the contracted axes come first in our order and last in the file.
         stacked: Whether the tensors lie along a leading axis of the parameter.
-        path: Keys that lead to the parameter in the nested dict of all.
+        path: Keys that lead to the parameter in the nested dict of all parameters.
     """
 
     names: list[str]
@@ -86,7 +86,7 @@ def abstract_state(config: Any) -> nnx.State:
 
 
 def own_parameters(state: nnx.State) -> dict[str, StoredParameter]:
-    """The model's parameters by our names, stored as they are."""
+    """Map parameters by our names to tensors of the same names and shapes."""
     found = {}
     for path, variable in nnx.to_flat_state(state):
         name, shape = "/".join(map(str, path)), tuple(variable.shape)
@@ -95,7 +95,7 @@ def own_parameters(state: nnx.State) -> dict[str, StoredParameter]:
 
 
 def family_parameters(config: ModelConfig, state: nnx.State) -> dict[str, StoredParameter]:
-    """The model's parameters by our names, stored as those of a Hugging Face family."""
+    """Map parameters by our names to tensors as Hugging Face's families name and shape them."""
     found = {}
     block = BLOCK | (GELU if config.mlp == "gelu" else {})
     for path, variable in nnx.to_flat_state(state):

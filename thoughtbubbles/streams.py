@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 class Streams(ShortRepr):
     """Residual streams of a batch, several per token, in the order of the text; dead slots last.
 
-    The value that flows through a model (arXiv 2510.00219). Causal attention over slots is enough:
-    a live stream never attends to a dead one.
+    This is the value that flows through a model (arXiv 2510.00219). Because dead slots come last,
+    plain causal attention over slots never lets a live stream attend to a dead one.
 
     Attributes:
         x: `[B, S, D]` residuals.
         log_score: `[B, S]` float32 cumulative log-score of each stream, 0 at the input.
         token: `[B, S]` int32, index of each stream's input token, non-decreasing over live slots.
-        alive: `[B, S]` bool, slots that hold a stream.
+        alive: `[B, S]` bool, whether the slot holds a stream.
         length: `[B]` int32, number of real tokens of each row.
         first: `[B]` int32, number of tokens of the sequence before the row's token 0; 0 except in
             cached decoding.
         num_tokens: Static number `T` of tokens of a row, padding on the right included.
         forked: Whether a fork layer came before (static); until then all log-scores are exactly 0.
-        continued: Whether the row may have earlier tokens (static): whether `first` was given.
+        continued: Whether `first` was given (static), so that the row may have earlier tokens.
     """
 
     x: jax.Array
@@ -60,17 +60,17 @@ class Streams(ShortRepr):
         copies: int = 1,
         first: Int[AnyArray, " B"] | None = None,
     ) -> Streams:
-        """The streams at the input: one per token, or `copies` of it for copy-k.
+        """Make the streams at the input: one per token, or `copies` equal ones (copy-k).
 
         Args:
             x: Residuals of the tokens, padded on the right.
             length: Number of real tokens of each row; all `T` by default.
             copies: Number of equal streams of each token.
-            first: Number of tokens of the sequence before these; 0 by default.
+            first: Number of tokens of the sequence before these tokens; 0 by default.
 
         Raises:
-            ValueError: A shape or type is wrong, or a length is not from 0 to `T` (lengths that are
-                traced by `jit` are checked by `Fork.extend` alone, whose rows become NaN).
+            ValueError: A shape or type is wrong, or a length is not from 0 to `T`. Lengths that
+                `jit` traces are not checked here; `Fork.extend` makes their wrong rows NaN.
         """
         _check_start(x, length, copies, first)
         x = jnp.asarray(x)
@@ -84,14 +84,14 @@ class Streams(ShortRepr):
         return cls(x, log_score, token, alive, length, first, num_tokens, continued=continued)
 
     def replace(self, **changes: Unpack[StreamsChanges]) -> Streams:
-        """The same streams with some fields changed, as `dataclasses.replace`.
+        """Return the streams with some fields changed, as `dataclasses.replace` does.
 
         Args:
             changes: New values of the fields, such as `x`.
 
         Raises:
-            TypeError: A change is of no field.
-            ValueError: New residuals are of other rows or slots.
+            TypeError: A name in `changes` is not a field.
+            ValueError: New residuals have other rows or slots than the streams.
         """
         new = replaced(self, changes)
         # A pytree of what are no arrays, such as placements, has the class too.
@@ -105,17 +105,17 @@ class Streams(ShortRepr):
 
     @property
     def original(self) -> Bool[Array, "B S"]:
-        """The rightmost live stream of each token."""
+        """Whether a slot holds its token's original, the rightmost live stream of the token."""
         # Not jnp.roll, which would compare the only stream of a row with itself.
         ends_bubble = self.token[:, :-1] != self.token[:, 1:]
         last = jnp.ones_like(self.alive[:, :1])
         return self.alive & jnp.concatenate([ends_bubble | ~self.alive[:, 1:], last], axis=1)
 
     def bubbles(self) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-        """Each stream's distance to the left of its original, and the size of its bubble.
+        """Return each stream's distance in slots to its original, and the size of its bubble.
 
-        Both follow from the sorted token indices by running extremes, without scatter or
-        collective.
+        A bubble is all streams of one token. Distance and size, both int32, follow from the sorted
+        token indices by running extremes, without scatter or collective.
         """
         slots = self.token.shape[1]
         slot = broadcast_beside(jnp.arange(slots), self.token, 2)
@@ -126,7 +126,7 @@ class Streams(ShortRepr):
         return last - slot, last - first + 1
 
     def positions(self, fractional: bool = True) -> Float[Array, "B S"]:
-        """Float32 rotary positions (arXiv 2510.00219, App. D, eq. 13).
+        """Compute float32 rotary positions (arXiv 2510.00219, App. D, eq. 13).
 
         The original of token `i` has position `i`, and the `p`-th fork to its left has `i - p / n`
         in a bubble of `n` streams. With `fractional=False` all streams of token `i` have `i`.
@@ -138,10 +138,10 @@ class Streams(ShortRepr):
     def split_positions(
         self, fractional: bool = True
     ) -> tuple[Int[Array, "B S"], Float[Array, "B S"] | None]:
-        """`positions` as int32 and a float32 fraction of a token, above -1 and up to 0.
+        """Compute `positions` as int32 token positions and float32 fractions in (-1, 0].
 
-        A sum of both would round the fractions of streams far into a text. There are none with
-        `fractional=False`.
+        Their float32 sum would round the fractions of streams far into a text. With
+        `fractional=False`, None takes the place of the fractions.
         """
         token = self.token + self.first[:, None]
         if not fractional:
@@ -150,16 +150,20 @@ class Streams(ShortRepr):
         return jnp.where(self.alive, token, 0), jnp.where(self.alive, -(distance / size), 0.0)
 
     def score(self) -> Float[Array, "B S"]:
-        """Float32 cumulative score p of each stream, from 0 to 1."""
+        """Return the float32 cumulative score p of each stream, from 0 to 1."""
         return jnp.exp(self.log_score)
 
     def attention_bias(self, head_dim: int | None = None) -> Float[Array, "B S"]:
-        """Float32 bias of each stream's key, added to the attention logits (eq. 8).
+        """Compute the float32 bias of each stream's key in the attention logits (eq. 8).
+
+        Add it to the logits after their division by sqrt(K).
 
         Args:
-            head_dim: Width K of a head, for the bias log p / sqrt(K) of the authors' code; without
-                it the bias is log p, which weighs a key by exactly p. Both are added to logits that
-                are already divided by sqrt(K).
+            head_dim: Width K of a head, for the bias log p / sqrt(K) of the authors' code. None
+                gives the bias log p, which weighs a key by exactly p.
+
+        Raises:
+            ValueError: `head_dim` is not a whole number of at least 1.
         """
         if head_dim is not None and (
             np.ndim(head_dim) or not hasattr(head_dim, "__index__") or head_dim < 1
@@ -168,10 +172,13 @@ class Streams(ShortRepr):
         return self.log_score * (1.0 if head_dim is None else head_dim**-0.5)
 
     def attenuate(self, values: Float[Array, "B S *rest"]) -> Float[Array, "B S *rest"]:
-        """Each stream's values times its score p, in their dtype.
+        """Multiply each stream's values by its score p, in the dtype of the values.
 
-        Applied to the values of attention (eq. 8) and to what a block adds to the residuals (eqs.
-        9-10).
+        The paper does so with the values of attention (eq. 8) and with the updates that a block
+        adds to the residuals (eqs. 9-10).
+
+        Raises:
+            ValueError: The values have other rows or slots than the streams.
         """
         if jnp.shape(values)[:2] != self.log_score.shape:
             raise ValueError(
@@ -182,11 +189,15 @@ class Streams(ShortRepr):
         return values * score.astype(values.dtype)
 
     def bubble_of(self, token: Int[AnyArray, " B"], max_bubble: int) -> Streams:
-        """The bubble of one token of each row, as streams of rows of one token; dead slots first.
+        """Return all streams of one token per row, as rows of one token; dead slots come first.
 
         Args:
             token: Index of the token in each row.
-            max_bubble: Static upper bound on the number of streams of a token.
+            max_bubble: Static upper bound on the number of streams of a token, and the number of
+                slots of the result.
+
+        Raises:
+            ValueError: `token` is not `[B]`.
         """
         if jnp.shape(token) != self.token.shape[:1]:
             raise ValueError(
@@ -210,16 +221,16 @@ class Streams(ShortRepr):
         )
 
     def page(self, texts: Sequence[Sequence[str]] | None = None) -> Page:
-        """The streams in HTML: a dot for each, whose slot, score and position are its title.
+        """Draw streams in HTML, each as a dot with its slot, score and position as its tooltip.
 
         `page().save("streams.html")` writes a page that needs no other file.
 
         Args:
-            texts: Text of each token of each row, padding included; indices by default.
+            texts: Text of each token of each row, padding included; None shows token indices.
 
         Raises:
-            ValueError: The arrays are not here (traced, donated, or on other hosts) or of no batch,
-                or the texts are not as many as the tokens.
+            ValueError: The arrays are traced, donated or on other hosts, have no batch axis, or the
+                number of texts is not the number of tokens.
         """
         if not self._is_batch():
             raise ValueError(
@@ -296,6 +307,6 @@ def _check_start(x, length, copies, first) -> None:
 
 
 def check_integer_type(name: str, dtype: Any) -> None:
-    """Raise a ValueError unless a type is of whole numbers."""
+    """Raise a ValueError unless a dtype is an integer type."""
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} of type {dtype}: give integers, such as int32")

@@ -1,8 +1,8 @@
 """The contracts of fork policies and of architectures, as assertions for tests of your own.
 
-Those of policies apply two fork layers of random weights with the policy to random rows; nothing is
-trained, and no model is built. Those of architectures (`assert_decoder_*`) take a model. An
-`AssertionError` says which part of a contract is broken.
+Assertions about a policy apply two fork layers of random weights to random rows; nothing is
+trained, and no model is built. Assertions about an architecture (`assert_decoder_*`) take a model.
+An `AssertionError` says which part of a contract is broken.
 """
 
 from typing import Any, cast
@@ -48,12 +48,12 @@ def assert_budget(policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: 
 
 
 def assert_causal(policy: Policy, *, rows: int = 8, num_tokens: int = 12, seed: int = 0) -> None:
-    """Assert that the streams of a token depend on tokens up to it alone, bit for bit.
+    """Assert that the streams of a token depend only on tokens up to it, bit for bit.
 
     Args:
         policy: Policy under test.
         rows: Number of random rows.
-        num_tokens: Number of tokens of a row; each in turn is the first that changes.
+        num_tokens: Number of tokens of a row; changes begin at each token but the first, in turn.
         seed: Seed of the rows and the weights.
     """
     x = _rows(rows, num_tokens, seed)
@@ -82,7 +82,7 @@ def assert_cached_is_parallel(
     Args:
         policy: Policy under test, with `init_state` and `keep_next` (`CausalPolicy`).
         rows: Number of random rows.
-        num_tokens: Number of tokens of a row; each row is cut into parts of its own.
+        num_tokens: Number of tokens of a row; rows are split into parts at different places.
         seed: Seed of the rows and the weights.
 
     Raises:
@@ -119,12 +119,14 @@ def assert_cached_is_parallel(
 def assert_decoder_causal(
     model: Architecture, *, rows: int = 4, num_tokens: int = 12, seed: int = 0
 ) -> None:
-    """Logits of a position depend on tokens up to it alone, bit for bit, and not on padding.
+    """Assert that logits depend only on tokens up to their position, bit for bit.
+
+    Later tokens and padding must not change them.
 
     Args:
         model: Model under test, with random parameters.
         rows: Number of random rows.
-        num_tokens: Tokens in a row; each in turn is the first that changes.
+        num_tokens: Number of tokens of a row; changes begin at each token but the first, in turn.
         seed: Seed of the rows.
     """
     tokens, other = _token_rows(model, rows, num_tokens, seed)
@@ -143,12 +145,14 @@ def assert_decoder_causal(
 def assert_decoder_cached_is_parallel(
     model: Architecture, *, rows: int = 4, num_tokens: int = 12, seed: int = 0
 ) -> None:
-    """Rows read in parts have the logits of rows read at once, to 1e-5 of their size.
+    """Assert that rows read in parts have the logits of rows read at once.
+
+    They may differ by 1e-5, or by 1e-5 of the largest magnitude of the logits if that is above 1.
 
     Args:
         model: Model under test, with random parameters.
         rows: Number of random rows.
-        num_tokens: Tokens in a row, cut into parts at other places in each row.
+        num_tokens: Number of tokens of a row; rows are split into parts at different places.
         seed: Seed of the rows.
     """
     tokens, _ = _token_rows(model, rows, num_tokens, seed)

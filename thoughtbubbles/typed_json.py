@@ -15,14 +15,17 @@ _LARGEST = 2**63 - 1
 
 
 def from_json(kind: type[Any], fields: Any, name: str, policy: Callable[[Any], Policy]) -> Any:
-    """The dataclass whose fields an object holds.
+    """Make a dataclass from a JSON object of its fields.
 
     Args:
         kind: Dataclass.
-        fields: Its fields as they come from JSON.
-        name: What it is, for messages.
-        policy: Function from what JSON holds of a fork policy to the policy; a TypeError for what
-            describes none.
+        fields: Fields of the dataclass, as parsed from JSON.
+        name: Name of the object in error messages.
+        policy: Function from the JSON value of a fork policy to the policy; it raises a TypeError
+            for a value that does not describe a policy.
+
+    Returns:
+        Instance of the dataclass.
 
     Raises:
         ValueError: A field is unknown, missing or of another type.
@@ -47,7 +50,7 @@ def from_json(kind: type[Any], fields: Any, name: str, policy: Callable[[Any], P
 
 
 def _value(kind: Any, value: Any, name: str, policy: Callable[[Any], Policy]) -> Any:
-    """A value that JSON holds, as the type of its field; a TypeError for another one."""
+    """Convert a JSON value to the type of its field; raise a TypeError if it does not fit."""
     if kind is Policy or kind in POLICIES.values():
         return policy(value)
     if dataclasses.is_dataclass(kind):
@@ -70,7 +73,11 @@ def _value(kind: Any, value: Any, name: str, policy: Callable[[Any], Policy]) ->
 
 
 def typed(value: Any, kind: Any) -> Any:
-    """The value, with an int as a float if the type is float; else a TypeError for another type."""
+    """Check the type of a value and return it, an int as a float if the type is float.
+
+    Raises:
+        TypeError: The value has another type, or an integer has more than 64 bits.
+    """
     origin = typing.get_origin(kind)
     if kind is Any:
         return value
@@ -92,10 +99,10 @@ def typed(value: Any, kind: Any) -> Any:
 
 
 def required_options(chosen: type[Any]) -> set[str]:
-    """Names of the options that have no default."""
+    """Return the names of a dataclass's options that have no default."""
     return {f.name for f in fields_of(chosen) if f.default is f.default_factory}  # both MISSING
 
 
 def fields_of(chosen: Any) -> list[dataclasses.Field[Any]]:
-    """Fields of a dataclass that a text can set: those of its repr."""
+    """Return the fields of a dataclass that a text can set: those in both its init and repr."""
     return [field for field in dataclasses.fields(chosen) if field.init and field.repr]

@@ -1,9 +1,9 @@
 """Parameters and norms: values with the names of their axes.
 
 The metadata of every parameter holds the names of its axes (`axes`, without the leading `layers`
-axis of stacked blocks) and the number of contracted ones (`inputs`). A module needs no mesh: the
-names have no effect until they are mapped to the axes of one. Flax finds them too
-(`out_sharding`, with `layers`): `nnx.get_partition_spec` maps them by Flax's logical axis rules.
+axis of stacked blocks) and the number of its contracted axes (`inputs`). A module needs no mesh:
+the names have no effect until they are mapped to mesh axes. Flax finds the names too, as
+`out_sharding` (with `layers`): `nnx.get_partition_spec` maps them by Flax's logical axis rules.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def weight(
     init: Initializer | None = None,
     dtype: Dtype = jnp.float32,
 ) -> nnx.Param:
-    """A weight, whose first `inputs` axes are contracted.
+    """Make a weight whose first `inputs` axes are contracted.
 
     Args:
-        rngs: Random keys, of which one is taken.
+        rngs: Random keys; one key is consumed.
         shape: Shape of the weight.
         axes: Name of each axis.
         inputs: Number of leading axes that a product contracts.
-        std: Standard deviation of the normal distribution that the values are drawn from.
-        init: Initializer in place of that distribution. It is called for a matrix of all inputs by
-            all outputs, so that what it makes of fan-in and fan-out is right.
-        dtype: Type of the weight.
+        std: Standard deviation of the normal distribution that the values are sampled from.
+        init: Initializer in place of that distribution. It is called with the shape of a matrix of
+            all inputs by all outputs, so that it sees the right fan-in and fan-out.
+        dtype: Dtype of the weight.
 
     Raises:
-        ValueError: The keys are not those of Flax, or the initializer gives another shape.
+        ValueError: `rngs` is not an `nnx.Rngs`, or `init` is not callable or returns another shape.
     """
     check_rngs(rngs)
     key = rngs.params()
@@ -67,7 +67,7 @@ def weight(
 def checked_kernel(
     init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Dtype
 ) -> jax.Array:
-    """What an initializer gives; a ValueError unless it has the shape that was asked for."""
+    """Call an initializer; raise a ValueError unless it returns an array of the given shape."""
     if not callable(init):
         raise ValueError(
             f"kernel_init is a {type(init).__name__}: give an initializer, such as "
@@ -85,7 +85,7 @@ def checked_kernel(
 
 
 def vector(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A bias, scale or embedding vector, without contracted axes and weight decay."""
+    """Make a bias, scale or embedding vector: no contracted axes, so no weight decay."""
     return named(nnx.Param, value, axes)
 
 
@@ -96,12 +96,12 @@ def named(
     inputs: int = 0,
     stack: int = 0,
 ) -> Variable:
-    """A variable that names its axes.
+    """Make a variable whose metadata names its axes.
 
     Args:
         kind: Type of the variable.
         value: Initial value.
-        axes: Name of each axis, without those of a stack; None for one that no mesh splits.
+        axes: Name of each axis after those of the stack; None for an axis that is never sharded.
         inputs: Number of leading axes that a product contracts.
         stack: Number of leading axes over which layers are stacked.
     """
@@ -111,7 +111,7 @@ def named(
 
 
 def without_layers(stack: Any) -> Any:
-    """Stacked modules whose parameters name the axes of one module, for taking them apart."""
+    """Drop the stack's axis from the axis names of stacked modules, before unstacking them."""
 
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
 
@@ -124,19 +124,19 @@ def without_layers(stack: Any) -> Any:
 
 
 def plus_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """`y` plus a bias of its last axes, in its dtype."""
+    """Add a bias over the last axes of `y`, in the dtype of `y`; None adds nothing."""
     if bias is None:
         return y
     return y + jnp.expand_dims(bias[...].astype(y.dtype), range(y.ndim - bias.ndim))
 
 
 def adapted(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name: str) -> jax.Array:
-    """A linear layer's output `y` of `x`, plus that of the layer's adapter, if it has one.
+    """Add the output of a linear layer's adapter, if it has one, to the layer's output `y`.
 
     Args:
         y: Output of the layer; its last axis may be split over several axes.
         x: `[..., inputs]` input of the layer.
-        adapters: Adapters by the layer's name, callables from `[..., inputs]` to `[..., outputs]`.
+        adapters: Adapters by name of the layer, callables from `[..., inputs]` to `[..., outputs]`.
         name: Name of the layer.
     """
     if adapters is None or name not in adapters:
@@ -148,8 +148,8 @@ def adapted(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name
 def _variance(x: jax.Array) -> jax.Array:
     """Variance `[..., 1]` over the last axis.
 
-    Its derivative leaves out the part by way of the mean, which is 0: with it, XLA on a CPU sums
-    the gradients of all later layers anew for each layer.
+    The derivative leaves out the part through the mean, which is 0: with that part, XLA on a CPU
+    sums the gradients of all later layers anew for each layer.
     """
     return jnp.square(x - x.mean(axis=-1, keepdims=True)).mean(axis=-1, keepdims=True)
 
@@ -170,10 +170,10 @@ class Norm(Module):
         bias: Whether a LayerNorm has a bias.
         eps: Term added to the variance (ε).
         axis: Name of the axis, for sharding.
-        param_dtype: Type of the parameters.
+        param_dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: The kind is another one.
+        ValueError: The kind is unknown.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Norm(Module):
         self.bias = vector(jnp.zeros((width,), param_dtype), (axis,)) if has_bias else None
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """Normalised `x`, in its dtype."""
+        """Normalise `x`, and return it in its dtype."""
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             variance, y = _variance(y), y - y.mean(axis=-1, keepdims=True)
