@@ -13,7 +13,10 @@ from train.rl.parts import choices
 
 
 def main(config: RLConfig) -> None:
-    """Train, and print the command that generates with the result."""
+    """Train a policy, then print the command that generates text with it.
+
+    With `task="help"` the tasks are listed instead; with `dry_run` the run is only described.
+    """
     if config.task == "help":
         print(tasks_help())
         return

@@ -1,9 +1,9 @@
-"""Sizes that programs are compiled for: few, so that compiled programs are reused."""
+"""Rounding of sizes to a few values, so that compiled programs are reused."""
 
 SHORTEST = 16
 
 
 def bucket(size: int, multiple: int = 1) -> int:
-    """Least `multiple` times a power of two that is at least `size`."""
+    """Return the smallest product of `multiple` and a power of two that is at least `size`."""
     parts = -(-max(size, 1) // multiple)
     return multiple * (1 << (parts - 1).bit_length())

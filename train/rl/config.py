@@ -1,4 +1,4 @@
-"""RLConfig: everything that defines a run of reinforcement learning."""
+"""RLConfig: the options that define a run of reinforcement learning."""
 
 import dataclasses
 import math
@@ -33,49 +33,52 @@ class RLConfig(LoopConfig):
         weights: Model to start from: a run folder, "smollm2", a Hugging Face folder, or a .gguf
             file.
         train: Parameters that are trained: "all", a "lora" adapter, a "weaver" of latent memory, or
-            the "trigger" of weights that have a weaver; in the last three the rest is frozen.
+            the "trigger" of weights that have a weaver. The last three freeze all other parameters.
         task: Task or environment with its options, e.g. "arithmetic", "reverse(length=4)",
             "gsm8k:problems.jsonl"; "help" lists all.
         method: Method of reinforcement learning with its options, e.g. "dapo" or
-            "grpo(kl=0.01, clip_high=0.28)". The default is trigger where a trigger is trained, else
-            grpo. A method is a preset of the parts that the next options may replace.
+            "grpo(kl=0.01, clip_high=0.28)". The default is "trigger" for `train="trigger"`, else
+            "grpo". A method is a preset of the parts that the next five options may replace.
         allocator: Allocator of the rollouts of a step to its problems, e.g. "uniform". The default
             is the method's.
-        strategy: Rollout strategy, e.g. "turns(max_turns=4)". The default is the method's, or else
-            one response to a task and turns in an environment.
-        reward: Reward shaping, one or several in order, e.g. "overlong(buffer=64)". The default is
-            the method's; successes are never changed.
+        strategy: Rollout strategy, e.g. "turns(max_turns=4)". The default is the method's; without
+            one, a task gets one response and an environment is played in turns.
+        reward: Reward shapings, applied in order, e.g. "overlong(buffer=64)". The default is the
+            method's. Penalties never change whether a rollout counts as a success.
         advantage: Advantage estimator, e.g. "rloo" or "rebn(gamma=0.9)". The default is the
             method's.
-        loss: Policy loss, e.g. "clipped(aggregate='token', kl=0.01)". The default is the method's,
-            made of the method's options.
+        loss: Policy loss, e.g. "clipped(aggregate='token', kl=0.01)". The default is the method's
+            loss with the method's options.
         steps: Number of steps, each of which draws problems, samples rollouts and learns from them.
         seed: Seed of new parameters, of the order of problems, and of the rollouts.
         batch_size: Number of problems of a step.
-        pool: Number of training problems of the task, its first ones, which come again in every
-            epoch. The default is all of them, which for an endless task hardly ever come again.
+        pool: Number of training problems that are used: the first ones of the task, in every epoch.
+            The default is all problems; those of an endless task are hardly ever repeated.
         num_generations: Number of rollouts of each problem (G of GRPO), on average where the
-            allocator is not uniform. The default is the method's, mostly 8.
-        minibatches: Number of parts of the rollouts of a step, one optimizer step each, in every
-            pass.
+            allocator is not uniform. The default is the method's, or 8 where it has none.
+        minibatches: Number of minibatches that each pass splits the rollouts of a step into; each
+            minibatch is one optimizer step.
         epochs: Number of passes over the rollouts of a step (μ of GRPO).
-        max_new_tokens: Longest response, in tokens.
+        max_new_tokens: Maximum number of tokens of a response.
         temperature: Sampling temperature of rollouts.
         chat: Whether problems are messages to the model, in its chat template.
-        max_batches: Greatest number of batches of problems that a step draws where the method
+        max_batches: Maximum number of batches of problems that a step draws where the method
             filters groups.
-        lora: Adapter of `train="lora"`. Its dropout is never applied: what was sampled is replayed.
-        memgen: Weaver of `train="weaver"`, where the weights have none.
-        trigger: Trigger of `train="trigger"`, where the weights have none.
-        boundaries: Tokens after which memory may be written (`memgen.boundary_table`).
-        environment_limit_s: Number of seconds after which a reset or a step of an environment is
-            cut. Its episode is a failure, counted as `info/timeouts`; eight in a row end the run.
-            None has no limit, and calls the environment on the main thread, which graders that use
-            signals need.
-        max_rows: Greatest number of rollouts that are generated at a time.
-        share_prompts: Whether an update reads the prompt of a problem once for all of its rollouts,
-            where that saves much and the policy can; results are equal up to rounding.
-        examples: Number of texts that are printed at each evaluation.
+        lora: Adapter of `train="lora"`. Its dropout is never applied, so that updates score tokens
+            with the policy that sampled them.
+        memgen: Weaver of `train="weaver"`, for weights that have no weaver.
+        trigger: Trigger of `train="trigger"`, for weights that have no trigger.
+        boundaries: Rule for the tokens after which memory may be written: "suffix", "exact_id" or
+            "sentence" (see `memgen.boundary_table`).
+        environment_limit_s: Time limit for a reset or a step of an environment, in seconds. An
+            episode that exceeds it is a failure, counted as `info/timeouts`; eight in a row end
+            the run. None sets no limit, and calls the environment on the main thread, as graders
+            that use signals need.
+        max_rows: Maximum number of rollouts that are generated at a time.
+        share_prompts: Whether an update computes the prompt of a problem once for all of its
+            rollouts, if that saves enough work and the policy supports it. Results are equal up to
+            rounding.
+        examples: Number of rollouts whose texts are printed at each evaluation.
     """
 
     weights: str = "smollm2"
@@ -141,7 +144,7 @@ class RLConfig(LoopConfig):
         self._check_parts()
 
     def _num_generations(self) -> int:
-        """Number of rollouts of each problem: that of this config, of the method, or 8."""
+        """Number of rollouts of each problem: given in this config, by the method, or else 8."""
         mine, of_method = self.num_generations, self.recipe.num_generations
         if mine is None:
             return _NUM_GENERATIONS if of_method is None else of_method
@@ -207,7 +210,7 @@ class RLConfig(LoopConfig):
             shaping.check(self)
 
     def _check_critic(self, parts: Parts) -> None:
-        """Raise a `ValueError` for what can't have the value head that the advantage needs."""
+        """Raise a `ValueError` if the run can't have the value head that the advantage needs."""
         needs = f"advantage {parts.advantage.word} needs a value head"
         if self.train == "trigger":
             raise ValueError(
@@ -228,7 +231,7 @@ class RLConfig(LoopConfig):
             )
 
     def _check_replaced(self, kind: str) -> None:
-        """Raise a `ValueError` for an option of the method that the replaced part would use."""
+        """Raise a `ValueError` for a changed option of the method whose part is replaced."""
         method, given = self.recipe, getattr(self, kind)
         for field in dataclasses.fields(method):
             value = getattr(method, field.name)
@@ -243,13 +246,13 @@ class RLConfig(LoopConfig):
 
     @property
     def recipe(self) -> Method:
-        """The method with its options."""
+        """Method of the run, an object with its options as fields."""
         assert isinstance(self.method, Method)
         return self.method
 
     @property
     def parts(self) -> Parts:
-        """The parts of the run: those given, and those of the method for the others."""
+        """Parts of the run: each is this config's where it has one, else the method's."""
         names = [field.name for field in dataclasses.fields(Parts)]
         given = {name: getattr(self, name) for name in names}
         return Parts(
@@ -261,25 +264,25 @@ class RLConfig(LoopConfig):
 
     @property
     def rollouts(self) -> int:
-        """Number of rollouts of a batch of problems."""
+        """Number of rollouts of a batch of problems: `batch_size` times `num_generations`."""
         assert self.num_generations is not None  # resolved
         return self.batch_size * self.num_generations
 
     @property
     def scaled_optimizer(self) -> OptimizerConfig:
-        """The optimizer with the learning rate that the method makes of the config's."""
+        """Optimizer config whose learning rate is multiplied by the method's `rate_scale`."""
         scale = self.recipe.rate_scale(self.batch_size, self.rollouts // self.batch_size)
         rate = self.optimizer.learning_rate * scale
         return dataclasses.replace(self.optimizer, learning_rate=rate)
 
     @property
     def updates(self) -> int:
-        """Number of optimizer steps of a step."""
+        """Number of optimizer steps of a step: `minibatches` times `epochs`."""
         return self.minibatches * self.epochs
 
 
 def _objects(kind: str, value: Any) -> Any:
-    """A part, or a tuple of parts, for the texts in it; None stays."""
+    """Return a value of an option with each text in it parsed into a part; None stays None."""
     if value is None:
         return None
     if isinstance(value, (list, tuple)):

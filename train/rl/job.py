@@ -1,4 +1,4 @@
-"""A run of reinforcement learning: a policy, its collector, its learner, and one step."""
+"""RLJob: the policy, collector and learner of a run of reinforcement learning."""
 
 import copy
 import dataclasses
@@ -57,7 +57,16 @@ from train.rl.types import Collected, Episodes, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class PolicyWrapper:
-    """Wraps a decoder into the model that is trained; equal for runs that train the same."""
+    """Function from a decoder to the model that is trained.
+
+    Wrappers with equal fields are equal, so that equal runs share compiled programs.
+
+    Attributes:
+        boundary: Bytes of the table `[V]` uint8 of tokens after which memory may be written; None
+            without latent memory.
+        seed: Seed of new parameters.
+        value_head: Whether the model has a value head, which is trained too.
+    """
 
     train: finetunable.Method
     lora: LoRAConfig
@@ -70,7 +79,7 @@ class PolicyWrapper:
 
     @property
     def trained(self) -> filterlib.Filter:
-        """Filter of the parameters that are trained."""
+        """Filter, in Flax's sense, of the parameters that are trained."""
         return (TRAINED[self.train], ValueParam) if self.value_head else TRAINED[self.train]
 
     def __call__(self, model: Architecture) -> FinetunableModel:
@@ -94,7 +103,19 @@ def trainable_of(
     attention: Attention,
     wrap: PolicyWrapper,
 ) -> Trainable:
-    """`make_trainable`, one for equal arguments, so that equal runs share compiled programs."""
+    """Return the `Trainable` of a policy, the same object for equal arguments.
+
+    Runs of one `Trainable` share compiled programs.
+
+    Args:
+        model: Config of the decoder.
+        optimizer: Optimizer and schedule.
+        steps: Number of optimizer steps of the schedule.
+        mesh: Mesh of the run's devices.
+        seed: Seed of the run.
+        attention: Implementation of attention.
+        wrap: Function from the decoder to the model that is trained.
+    """
     key = (architecture_of(model), model, optimizer, steps, mesh, seed, attention, wrap)
     try:
         hash(key)
@@ -118,12 +139,20 @@ class RLJob:
 
     Args:
         config: Config of the run.
-        lm: Weights to start from, in place of those that `config.weights` names.
+        lm: Language model to start from, in place of the one that `config.weights` names.
         task: Task or environment, in place of the one that `config.task` names.
         devices: Devices of the mesh; all if not given.
 
+    Attributes:
+        trainable: Static side of the run: how a `TrainState` is built, updated and placed.
+        collector: Collector, which draws problems and samples rollouts.
+        learner: Learner, which makes optimizer steps on rollouts.
+        reference: Reference policy of the KL penalty.
+        steps_done: Number of steps so far.
+
     Raises:
-        ValueError: The config, the weights or the task have a mistake, or do not fit each other.
+        ValueError: The config, the weights or the task are invalid or do not fit each other, or
+            training needs more memory than there is.
     """
 
     def __init__(
@@ -190,7 +219,10 @@ class RLJob:
         )
 
     def _memory(self) -> tuple[MemGenConfig, np.ndarray | None]:
-        """Config of latent memory, and the table of tokens after which it may be written."""
+        """Config of latent memory, and the table `[V]` of tokens after which it may be written.
+
+        The table is None where neither a weaver nor a trigger is trained.
+        """
         config, woven = self.config, self.lm.memgen
         if config.train in ("all", "lora"):
             if woven is not None:
@@ -223,11 +255,11 @@ class RLJob:
         return shape, boundaries_for(self.lm, config.train, config.boundaries)
 
     def sampling(self, greedy: bool = False) -> Sampling:
-        """How rollouts are sampled.
+        """Return the options that rollouts are sampled with.
 
         Args:
-            greedy: Whether the most probable tokens are taken, for held-out problems. A trigger is
-                always sampled: so it is trained.
+            greedy: Whether the temperature of tokens is 0, as for held-out problems. The decisions
+                of a trigger are sampled at temperature 1 in either case, as in training.
         """
         memory: Any = memgen.NeverInvoke()
         if self.config.train == "weaver":
@@ -239,13 +271,14 @@ class RLJob:
         return Sampling(temperature, tokenizer.vocab_size, self.lm.stop_ids, memory)
 
     def first_state(self) -> TrainState:
-        """State before the first step: the given weights, and new parameters beside them."""
+        """Return the state before the first step, with the weights of `first_weights`."""
         return self.trainable.start(self.first_weights())
 
     def first_weights(self) -> Any:
-        """The given weights, and new parameters beside them, in arrays of their own.
+        """Return the weights to start from, with initial values of new parameters, as `nnx.State`.
 
-        Training overwrites them, and `lm` may be used again.
+        New parameters are those of an adapter, latent memory or a value head. The arrays are copies
+        because training overwrites its arrays, while `lm` may be used again.
         """
         policy = self._wrap(self.lm.model)
         if self.lm.memgen is not None and policy.memgen is not None:
@@ -254,7 +287,11 @@ class RLJob:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """JSON of a checkpoint, besides its arrays."""
+        """Metadata of a checkpoint beside its arrays, as JSON.
+
+        It has the config of the run and of the model, fingerprints of the task and of the frozen
+        weights, the tokenizer, and under "rl" the number of steps and the collector's state.
+        """
         return {
             "config": as_json(self.config),
             "data_fingerprint": self._fingerprint,
@@ -267,21 +304,26 @@ class RLJob:
         }
 
     def restore(self, meta: dict[str, Any]) -> None:
-        """Continue from the `meta` of a checkpoint."""
+        """Restore the number of steps and the collector's state from a checkpoint's `meta`."""
         self.steps_done = meta["rl"]["step"]
         self.collector.restore(meta["rl"])
 
     def sampler(self, weights: Any, greedy: bool = False) -> Sampler:
-        """Sampler of these weights (`TrainState.weights`); see `sampling`."""
+        """Return a sampler of rollouts.
+
+        Args:
+            weights: Weights of the policy (`TrainState.weights`).
+            greedy: Whether the temperature of tokens is 0 (see `sampling`).
+        """
         policy: MemGen = sampler_of(self.trainable.model(weights))
         return Sampler(policy, self.sampling(greedy), self.config.max_rows, self.trainable.mesh)
 
     def collect(self, weights: Any) -> Collected:
-        """Rollouts of one step by these weights; the position in the problems moves on."""
+        """Sample rollouts of one step with the weights, and advance to the next problems."""
         return self.collector.collect(self.sampler(weights))
 
     def step(self, state: TrainState) -> tuple[TrainState, dict[str, float], Collected]:
-        """Collect rollouts, assign advantages, update.
+        """Collect rollouts, assign advantages, and update the policy.
 
         Args:
             state: State before the step; it is donated.
@@ -308,12 +350,16 @@ class RLJob:
         return state, metrics, collected
 
     def rows(self, trajectories: Sequence[Trajectory], weights: Any) -> Rows:
-        """Trajectories with their advantages, as the learner takes them.
+        """Convert trajectories to padded rows with advantages, for the learner.
 
         Args:
-            trajectories: Rows that are trained on.
-            weights: Weights that collected them (`TrainState.weights`), whose value head, if there
-                is one, gives their values.
+            trajectories: Trajectories that are trained on.
+            weights: Weights that the trajectories were sampled with (`TrainState.weights`). They
+                are used only where the policy has a value head.
+
+        Returns:
+            Arrays of `make_rows`. With a value head they include `values`, `returns`, and `old`,
+            the log-probabilities under `weights`, `[K, L]` each.
         """
         config, shape = self.config, (self._multiple, self.events_per_row)
         if config.parts.advantage.critic is None:
@@ -335,18 +381,25 @@ class RLJob:
 
     @property
     def events_per_row(self) -> int:
-        """Capacity of a row for events of latent memory; 0 where nothing is woven."""
+        """Maximum number of times that memory is written in a row; 0 without latent memory."""
         if self.config.train in ("all", "lora"):
             return 0
         return self._responses_per_row * self.memgen.events
 
     def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
-        """Metrics of held-out problems and their rollouts, one each, tokens greedy."""
+        """Evaluate the policy on held-out problems, one episode each, with greedy tokens.
+
+        Args:
+            weights: Weights of the policy (`TrainState.weights`).
+
+        Returns:
+            Metrics by name (`held_out_metrics`), and the trajectories of the episodes.
+        """
         rows = self.collector.held_out(self.sampler(weights, greedy=True))
         return held_out_metrics(rows), rows
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """Describe the run in one line, which is printed at its start."""
         config, trainable = self.config, self.trainable
         replaced = [
             f"{kind} {_written(given)} in place of {_written(getattr(config.recipe, kind))}"
@@ -371,7 +424,7 @@ class RLJob:
 
 
 def _why_unshared(config: RLConfig, model: Architecture) -> str:
-    """Why updates compute the prompt of each rollout; empty where they share it."""
+    """Return the reason why updates do not share prompts; empty where they do."""
     if not config.share_prompts:
         return "share_prompts=False"
     if config.train in ("weaver", "trigger"):
@@ -390,6 +443,6 @@ def _value_rate(config: RLConfig) -> float:
 
 
 def _written(parts: Any) -> str:
-    """A part, several, or none, as they are written on the command line."""
+    """Format a part, several parts, or None as on the command line; "none" if there is no part."""
     parts = parts if isinstance(parts, tuple) else (parts,)
     return " ".join(text_of(part.word, part) for part in parts if part is not None) or "none"

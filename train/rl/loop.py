@@ -38,17 +38,22 @@ from train.runs.run_folder import (
 
 
 def train(job: RLJob) -> dict[str, float]:
-    """Run (or continue) a run to its end and return the final held-out metrics.
+    """Run a job to its last step, continuing from the run folder if there is one.
 
-    Every process of the run calls it with a job of the same config. All of them draw the same
-    problems and keep the same trees, budgets and trajectories; devices share the rows, and the
-    processes divide the work of scorers and environments.
+    With several processes, each calls this function with a job of the same config. All processes
+    draw the same problems and hold the same search trees, budgets and trajectories. Rows are
+    sharded over all devices, and the processes divide the work of scorers and environments.
 
     Args:
         job: The run; a run folder at `config.out` is continued.
 
+    Returns:
+        Metrics of the last held-out evaluation, by name. They are empty where a continued run was
+        stopped by a signal before its first evaluation.
+
     Raises:
-        ValueError: The config, the task or the run folder have a mistake, or a reward is no number.
+        ValueError: The config, the task or the run folder is invalid, a reward is not a finite
+            number, or scoring failed for every response of a step.
         NonFiniteLoss: A metric or the policy is NaN or infinite; the checkpoints before that step
             are untouched.
     """
@@ -96,7 +101,10 @@ def train(job: RLJob) -> dict[str, float]:
         spent = {"rollout_seconds": 0.0, "update_seconds": 0.0}
 
         def check(step: int, metrics: dict[str, float], collected: Collected) -> None:
-            """End the run at a metric that is no finite number, or if every scorer raises."""
+            """Raise an error if a metric is not finite, or if every rollout failed to be scored.
+
+            The first failure of a scorer or an environment is printed, once in a run.
+            """
             nonlocal told
             error = scorer_error(collected)
             if error and not told:
@@ -135,7 +143,7 @@ def train(job: RLJob) -> dict[str, float]:
             progress.write(readable_step(step, metrics, collected) + left)
 
         def evaluate(step: int, written: bool = False) -> dict[str, float]:
-            """Score held-out problems; `written` if their metrics are on disk already."""
+            """Evaluate on held-out problems, and write the metrics unless they are `written`."""
             with finite(step):
                 found, rows = job.evaluate(state.weights)
             if not written:
@@ -178,7 +186,11 @@ def train(job: RLJob) -> dict[str, float]:
 
 @contextlib.contextmanager
 def finite(step: int) -> Iterator[None]:
-    """End the run at a policy that has diverged."""
+    """Convert a `FloatingPointError`, of a policy that has diverged, into a `NonFiniteLoss`.
+
+    Args:
+        step: Number of the step, for the message.
+    """
     try:
         yield
     except FloatingPointError as error:

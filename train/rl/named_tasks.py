@@ -1,4 +1,4 @@
-"""What `--task` takes: a task of one response or an environment, by name."""
+"""Tasks of one response and environments by name, for `--task`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ _AFTER_COLON = {"gsm8k": "path", "math": "path", "reasoning_gym": "dataset", "ge
 
 
 def tasks_by_name() -> Mapping[str, type[Any]]:
-    """All tasks and environments."""
+    """Return the classes of all tasks and environments by name."""
     return {**TASKS, **ENVIRONMENTS}
 
 
 def tasks_help() -> str:
-    """All tasks and environments, with their options and what they are, for `--task help`."""
+    """List all tasks and environments with their options and summaries, for `--task help`."""
     lines = []
     for heading, registry in (
         ("tasks of one response", TASKS),
@@ -32,27 +32,27 @@ def tasks_help() -> str:
 
 
 def has_turns(spec: str) -> bool:
-    """Whether a text asks for an environment of several turns; the task itself isn't made.
+    """Return whether a text names an environment of several turns, without making it.
 
     Args:
-        spec: Name with options, as `make_task` takes it; an unknown name has no turns.
+        spec: Name with options, as for `make_task`. For an unknown name the result is False.
     """
     name = spec.partition("(")[0].partition(":")[0].strip()
     return hasattr(tasks_by_name().get(name), "step")
 
 
 def make_task(spec: str, seed: int) -> Task | Environment:
-    """The task or environment that a text asks for.
+    """Make the task or environment that a text describes.
 
     Args:
-        spec: Name, with options in brackets where some are to differ from their defaults:
+        spec: Name, with options in brackets where they differ from their defaults:
             "arithmetic", "reverse(length=4)", "gsm8k:problems.jsonl", "reasoning_gym:chain_sum",
             "gsm8k(path='problems.jsonl', bonus=0.1)", "guess_number(high=50)",
             "gem:game:Mastermind-v0-easy".
         seed: Seed of the order of problems, 0 or more.
 
     Raises:
-        ValueError: There is no such task or option, or an option cannot have its value.
+        ValueError: The seed is negative, there is no such task or option, or a value is invalid.
     """
     if seed < 0:
         raise ValueError(f"seed={seed}: choose 0 or more")

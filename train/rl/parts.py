@@ -1,4 +1,4 @@
-"""Methods and their parts by name: what `--method`, `--advantage` and their like take."""
+"""Methods and their parts by name, for options such as `--method` and `--advantage`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ KINDS: dict[str, tuple[type, Mapping[str, type[Any]]]] = {
     "advantage": (Advantage, ADVANTAGES),
     "loss": (PolicyLoss, LOSSES),
 }
-"""Base class and registry of each kind of part, by its option."""
+"""Base class and registry of methods and of each kind of part, by the name of the option."""
 
 
 def part_from_text(kind: str, text: str) -> Any:
-    """The method or part that a text asks for, e.g. `dapo(clip_high=0.3, kl=0.01)`.
+    """Make the method or part that a text describes, e.g. `dapo(clip_high=0.3, kl=0.01)`.
 
     Args:
         kind: Name of the option, a key of `KINDS`.
         text: Name with options in brackets.
 
     Raises:
-        ValueError: There is no such name or option, or a value that it can't have.
+        ValueError: There is no such name or option, a value is invalid, or the class is registered
+            by another name than its `word`.
     """
     part = from_text(text, KINDS[kind][1], kind)
     word = getattr(part, "word", None)
@@ -47,11 +48,15 @@ def part_from_text(kind: str, text: str) -> Any:
 
 
 def checked(kind: str, part: Any) -> Any:
-    """The part; a `ValueError` where it is of another kind or run folders would name another one.
+    """Return a method or part unchanged, after checking that it can be written as a text.
 
     Args:
         kind: Name of the option, a key of `KINDS`.
         part: Method or part, registered or not.
+
+    Raises:
+        ValueError: The part does not inherit from the base class of its kind, has no `word`, or has
+            the `word` of another registered class.
     """
     base, registry = KINDS[kind]
     name = type(part).__name__
@@ -68,7 +73,7 @@ def checked(kind: str, part: Any) -> Any:
 
 
 def choices() -> str:
-    """All methods and parts, a line each, for the help of the command."""
+    """List all methods and parts with options and summaries, a line each, for `--help`."""
     lines = []
     for kind, (_, registry) in KINDS.items():
         lines.append(f"choices of --{kind}:")
@@ -81,7 +86,7 @@ def choices() -> str:
 
 
 def _preset(name: str, method: type[Any]) -> str:
-    """How a method is written with the options that are its own or have defaults of its own."""
+    """Format a method with the options whose defaults differ from those of `Method`."""
     common = {field.name: field.default for field in dataclasses.fields(Method)}
     own = [
         f"{field.name}={field.default!r}"
@@ -93,7 +98,7 @@ def _preset(name: str, method: type[Any]) -> str:
 
 @option_rule
 def part_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """A method or a part is one option, written as a call."""
+    """Return the rule that parses a method or a part from one word; None for other options."""
     for kind, (base, _) in KINDS.items():
         if base in getattr(option.type, "__args__", ()):
             read = lambda text, kind=kind: part_from_text(kind, text)  # noqa: E731
@@ -104,7 +109,7 @@ def part_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 @option_rule
 def reward_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Reward shapings are one option with several values, each written as a call."""
+    """Return the rule that parses reward shapings, one a word; None for other options."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     if tuple[RewardShaping | str, ...] not in getattr(option.type, "__args__", ()):

@@ -1,6 +1,6 @@
-"""Which problems of a task a model never solves: python -m train.rl.probe --weights runs/sft
+"""Find the problems that a model never solves: python -m train.rl.probe --weights runs/sft
 
-TruthRL's knowledge-enhanced reward takes the file:
+The knowledge-enhanced reward of TruthRL reads the file that this command writes:
 `--method "truthrl(knowledge=True, probe='probe.jsonl')"`.
 """
 
@@ -25,8 +25,8 @@ from train.rl.types import Problem, Trajectory
 class ProbeConfig:
     """Samples answers to a task's training problems and counts the right ones.
 
-    A problem is out of the model's knowledge if none of its answers is right. A second call of the
-    same options goes on where the first one stopped.
+    A problem is out of the model's knowledge if none of its sampled answers is right. A probe that
+    is run again with the same options continues where it stopped.
 
     Attributes:
         weights: Model that answers: a run folder, "smollm2", a Hugging Face folder, or a .gguf
@@ -34,16 +34,17 @@ class ProbeConfig:
         task: Task with its options.
         pool: Number of training problems, the first ones; the default is all of a finite task.
         samples: Number of answers to each problem.
-        temperature: Temperature of the sampled answers.
-        top_p: Probability mass of the fewest most probable tokens to sample from.
-        max_new_tokens: Longest answer, in tokens.
+        temperature: Sampling temperature of the answers.
+        top_p: Cumulative probability of nucleus sampling (top-p).
+        max_new_tokens: Maximum number of tokens of an answer.
         chat: Whether problems are messages to the model, in its chat template.
-        boxed: Whether the answer has to stand in a box.
-        unknown: Phrase that abstains; empty for that of the task, or else "I don't know".
-        batch_size: Number of problems whose answers are sampled before they are written.
-        max_rows: Greatest number of answers that are generated at a time.
+        boxed: Whether an answer counts only inside of `\\boxed{...}`.
+        unknown: Phrase that counts as abstaining; empty for the task's phrase, or "I don't know"
+            where the task has none.
+        batch_size: Number of problems that are sampled and then written at a time.
+        max_rows: Maximum number of answers that are generated at a time.
         seed: Seed of the task and of the answers.
-        out: File that problems are written to, a line each.
+        out: File that the counts are written to, a line for each problem.
     """
 
     weights: str = "smollm2"
@@ -74,12 +75,12 @@ class ProbeConfig:
 
     @property
     def reward(self) -> Any:
-        """Scorer of answers, as of `RLConfig.reward`: by outcome."""
+        """Reward shaping that scores answers by outcome, for `RLConfig.reward`."""
         return Ternary(boxed=self.boxed, unknown=self.unknown)
 
     @property
     def rl(self) -> RLConfig:
-        """Config of a run that samples as this probe does."""
+        """Config of a run of reinforcement learning that samples answers with these options."""
         return RLConfig(
             weights=self.weights,
             train="all",
@@ -98,14 +99,14 @@ class ProbeConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options that the numbers depend on, the first line of the file."""
+        """Options that the counts depend on, which the first line of the file holds."""
         free = ("pool", "batch_size", "max_rows", "out")
         fields = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in fields if name not in free}
 
 
 def main(config: ProbeConfig) -> None:
-    """Probe what is missing in the file, and print how many problems are out of knowledge."""
+    """Probe the problems that the file lacks, and print how many have no right answer."""
     probe(config, RLJob(config.rl))
     _, problems = read_probe(config.out)
     never = sum(not problem.correct for problem in problems)
@@ -114,14 +115,15 @@ def main(config: ProbeConfig) -> None:
 
 
 def probe(config: ProbeConfig, job: RLJob) -> None:
-    """Probe the problems that are missing in the file.
+    """Probe the problems that the file lacks, and append their counts to it.
 
     Args:
         config: Options of the probe.
         job: Job of `config.rl`.
 
     Raises:
-        ValueError: The task is endless and no pool is given, or the file is of other options.
+        ValueError: The task is endless and no pool is given, a scorer raised, or the file was not
+            written by a probe with these options.
     """
     out = Path(config.out)
     if out.exists():
@@ -150,7 +152,20 @@ def probe(config: ProbeConfig, job: RLJob) -> None:
 def sample(
     config: ProbeConfig, job: RLJob, sampler: Sampler, problems: list[Problem]
 ) -> list[Probed]:
-    """Number of right answers to each problem."""
+    """Sample answers to problems, and count the right ones.
+
+    Args:
+        config: Options of the probe.
+        job: Job of `config.rl`.
+        sampler: Sampler of the policy.
+        problems: Problems to answer.
+
+    Returns:
+        Name, number of right answers and number of samples of each problem, in order.
+
+    Raises:
+        ValueError: A scorer raised.
+    """
     counts = [config.samples] * len(problems)
     rows = job.collector.strategy.collect(sampler, job.task, problems, counts, (config.seed,))
     check_scorer(job.task, rows)
@@ -164,7 +179,12 @@ def sample(
 
 
 def check_scorer(task: Any, rows: Sequence[Trajectory]) -> None:
-    """Raise a `ValueError` where a scorer raised: what it would have said is not known."""
+    """Raise a `ValueError` if a scorer raised, since the outcome of that response is unknown.
+
+    Args:
+        task: Task or environment, whose name the message has.
+        rows: Trajectories with their rewards.
+    """
     for row in rows:
         if row.reward.info.get("scorer_errors"):
             why = row.reward.error.strip().rpartition("\n")[2] or "its scorer says not why"
@@ -172,7 +192,12 @@ def check_scorer(task: Any, rows: Sequence[Trajectory]) -> None:
 
 
 def nucleus_sampler(config: ProbeConfig, job: RLJob) -> Sampler:
-    """Sampler of the job's first weights, by the temperature and the nucleus of the config."""
+    """Return a sampler of the job's first weights with the `top_p` of the config.
+
+    Args:
+        config: Options of the probe.
+        job: Job of `config.rl`, from which the temperature and all other options are taken.
+    """
     weights = jax.device_put(job.first_weights(), job.trainable.shardings.weights)
     sampling = dataclasses.replace(job.sampling(), top_p=config.top_p)
     policy = sampler_of(job.trainable.model(weights))
@@ -180,12 +205,12 @@ def nucleus_sampler(config: ProbeConfig, job: RLJob) -> Sampler:
 
 
 def training_problems(task: Any, pool: int | None, done: Collection[str] = ()) -> Iterator[Problem]:
-    """Training problems, each once.
+    """Yield training problems without duplicates.
 
     Args:
         task: Task or environment.
-        pool: Number of training problems that are looked at, the first ones; None for all.
-        done: Names of problems that are left out.
+        pool: Number of training problems to go through, the first ones; None for all.
+        done: Names (`Problem.uid`) of problems that are left out.
 
     Raises:
         ValueError: The task is endless and no pool is given.

@@ -1,4 +1,4 @@
-"""What tasks and environments make problems with: stable hashes, names, checks of options."""
+"""Stable hashes, names, checks of options and a base class for tasks and environments."""
 
 import dataclasses
 import hashlib
@@ -12,16 +12,16 @@ import numpy as np
 from train.rl.types import Problem, Split
 
 TEST_SHARE = 5
-"""One problem of so many is held out."""
+"""Number of problems of which one, on average, is held out for the test split."""
 
 
 def digest(text: str) -> int:
-    """64 bits of a text, the same in every process."""
+    """Hash a text to an integer of 64 bits, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def options(task: Any) -> str:
-    """Options of a task as they are written, e.g. `(length=4)`; those at their default left out."""
+    """Format a task's options that differ from their defaults, e.g. `(length=4)`, else ""."""
     changed = [
         f"{field.name}={value!r}"
         for field in dataclasses.fields(task)
@@ -35,19 +35,29 @@ def options(task: Any) -> str:
 
 
 def answer_of(text: str) -> str:
-    """The first line that is not empty, without space around it."""
+    """Return the first line of a response that is not blank, without surrounding white space."""
     return text.strip().partition("\n")[0].strip()
 
 
 def at_least(task: Any, **least: int) -> None:
-    """Raise a `ValueError` for an option that is below its bound."""
+    """Raise a `ValueError` if an option of a task is below its minimum.
+
+    Args:
+        task: Task with a `word` and the options as attributes.
+        least: Minimum of each option, by name.
+    """
     for name, bound in least.items():
         if getattr(task, name) < bound:
             raise ValueError(f"{task.word}: {name}={getattr(task, name)}: choose {bound} or more")
 
 
 def at_most(task: Any, **most: int) -> None:
-    """Raise a `ValueError` for an option that is above its bound."""
+    """Raise a `ValueError` if an option of a task is above its maximum.
+
+    Args:
+        task: Task with a `word` and the options as attributes.
+        most: Maximum of each option, by name.
+    """
     for name, bound in most.items():
         if getattr(task, name) > bound:
             raise ValueError(f"{task.word}: {name}={getattr(task, name)}: choose {bound} or less")
@@ -67,9 +77,10 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_types(task: Any) -> None:
-    """Raise a `ValueError` for an option of another type than that of its field.
+    """Raise a `ValueError` if an option of a task has not the type that its field declares.
 
-    Fields of other types than int, float, bool and str are not looked at.
+    Only fields that are declared as int, float, bool or str are checked; an int fits a float, and a
+    float has to be finite.
     """
     for field in dataclasses.fields(task):
         kind = getattr(field.type, "__name__", field.type)
@@ -80,7 +91,7 @@ def check_types(task: Any) -> None:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a problem is one of the test split, by a hash of its text."""
+    """Return whether a problem with this text belongs to the test split, by a hash of the text."""
     return digest(text) % TEST_SHARE == 0
 
 
@@ -89,13 +100,17 @@ _ATTEMPTS = 2000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratedProblems:
-    """Base of generated tasks and environments: problems of options, seed, split and index alone.
+    """Base of tasks and environments whose problems are generated at random.
 
-    A hash decides the split of a problem, whatever the seed: no seed trains on another seed's test
-    problems.
+    A problem depends on the options, the seed, the split and the index alone. A hash of the problem
+    decides its split for all seeds, so that no seed trains on the test problems of another seed. A
+    subclass defines `draw`, `hashed` and `made`.
 
     Attributes:
-        seed: Seed of the order of problems.
+        seed: Seed of the order of problems, 0 or more.
+
+    Raises:
+        ValueError: An option is invalid, or a split has no problem.
     """
 
     word: ClassVar[str] = ""
@@ -112,21 +127,25 @@ class GeneratedProblems:
             self.problem(split, 0)
 
     def check(self) -> None:
-        """Raise a `ValueError` for options that make no problems."""
+        """Raise a `ValueError` for options with which no problem can be generated."""
 
     def prepare(self) -> None:
-        """Compute what problems are drawn from, once, after the options were checked."""
+        """Compute, once and after `check`, what `draw` needs; by default nothing."""
 
     def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
-        """What a problem of any split is made of."""
+        """Draw the random contents of a problem, whichever split it may belong to.
+
+        Args:
+            rng: Generator that all randomness comes from.
+        """
         raise NotImplementedError(f"{type(self).__name__} draws no problems")
 
     def hashed(self, drawn: tuple[Any, ...]) -> str:
-        """Text whose hash decides the split of what was drawn."""
+        """Return the text whose hash decides the split of drawn contents."""
         raise NotImplementedError
 
     def made(self, drawn: tuple[Any, ...]) -> Problem:
-        """The problem that is made of what was drawn."""
+        """Make the problem that has the drawn contents."""
         raise NotImplementedError
 
     @property
@@ -138,17 +157,26 @@ class GeneratedProblems:
         return {"train": None, "test": None}
 
     def problem(self, split: Split, index: int) -> Problem:
-        """A problem of the split; the same one may come at several indices.
+        """Generate the problem of a split and an index; indices may share a problem.
 
         Raises:
-            ValueError: There are so few problems that none is in the split.
+            ValueError: There are so few problems that none is found in the split.
         """
         return self.made(self.drawn(split, index, self.draw))
 
     def drawn(
         self, split: Split, index: int, draw: Callable[[np.random.Generator], tuple[Any, ...]]
     ) -> tuple[Any, ...]:
-        """What the problem of an index is made of, drawn until one belongs to the split."""
+        """Draw the contents of the problem of an index, again until they belong to the split.
+
+        Args:
+            split: Split of the problem.
+            index: Index of the problem in the split.
+            draw: Function that draws contents from a generator, such as `self.draw`.
+
+        Raises:
+            ValueError: None of 2000 drawn contents belongs to the split.
+        """
         rng = np.random.default_rng([self.seed, split == "test", index])
         for _ in range(_ATTEMPTS):
             drawn = draw(rng)

@@ -1,4 +1,4 @@
-"""What a run demands of tasks and of environments."""
+"""Protocols that tasks and environments of a run implement."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -7,13 +7,14 @@ from train.rl.types import Completion, Problem, Reward, Split, Turn
 
 
 class Task(Protocol):
-    """Problems of one response, and a verifier.
+    """A task: problems with one response each, and a verifier of responses.
 
-    `problem` is a pure function of its arguments: nothing is drawn from a global state.
+    `problem` is a pure function of its arguments and uses no global random state.
 
     Attributes:
-        name: Text that `--task` would make it of.
-        sizes: Number of problems of each split; None for an endless split.
+        name: Text that makes this task when it is given to `--task`.
+        sizes: Number of problems of each split, by the name of the split; None for an endless
+            split.
     """
 
     @property
@@ -25,20 +26,26 @@ class Task(Protocol):
     def problem(self, split: Split, index: int) -> Problem: ...
 
     def score(self, completion: Completion) -> Reward:
-        """Reward of a response; should never raise, whatever the text is."""
+        """Return the reward of a response. It should not raise for any text."""
         ...
 
 
 class Environment(Protocol):
     """A task of several turns, with explicit state.
 
-    A state is a value: stepping from it twice gives the same turn, it can be kept and branched
-    from, and nothing is reset automatically. A problem's prompt is the first observation.
+    A state is a value that `step` does not change: two steps from one state with one action give
+    the same turn, and a search may keep a state and branch from it. Environments never reset
+    themselves. The prompt of a problem is the first observation of its episode.
 
-    What an environment may have besides: `max_turns`, after which it cuts its episodes itself;
-    `failure_value`, the reward of an episode that fails (0 without it); `serial`, True where its
-    steps share something that the process has once; and players, `random_action(shown, rng)` and
-    `scripted_action(shown, rng)`.
+    An environment may also have some of these attributes: `max_turns`, the number of turns after
+    which it truncates its episodes; `failure_value`, the reward of an episode that fails (0 if it
+    is missing); `serial`, True if its steps share a resource of the process and must not run in
+    parallel; and the players `random_action(shown, rng)` and `scripted_action(shown, rng)`.
+
+    Attributes:
+        name: Text that makes this environment when it is given to `--task`.
+        sizes: Number of problems of each split, by the name of the split; None for an endless
+            split.
     """
 
     @property
@@ -50,9 +57,9 @@ class Environment(Protocol):
     def problem(self, split: Split, index: int) -> Problem: ...
 
     def reset(self, problem: Problem) -> Any:
-        """First state of the episode of a problem."""
+        """Return the first state of an episode of the problem."""
         ...
 
     def step(self, state: Any, action: Completion) -> Turn:
-        """Turn after a response; should never raise, whatever the text is."""
+        """Return the turn that follows a response. It should not raise for any text."""
         ...

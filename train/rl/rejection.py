@@ -1,7 +1,8 @@
-"""Data for `sft` from a policy and a verifier: python -m train.rl.rejection --weights runs/sft
+"""Make data for `sft` by a policy and a verifier: python -m train.rl.rejection --weights runs/sft
 
-Rejection fine-tuning (arXiv 2308.01825) keeps sampled answers that are right, R-Tuning (2311.09677)
-relabels questions out of knowledge: `thoughtbubbles sft --data.path rejection.jsonl` takes either.
+Rejection fine-tuning (arXiv 2308.01825) keeps sampled answers that are right. R-Tuning (2311.09677)
+relabels questions out of knowledge. `thoughtbubbles sft --data.path rejection.jsonl` trains on the
+data of either.
 """
 
 import contextlib
@@ -33,36 +34,38 @@ Data = Literal["rft", "r_tuning"]
 class RejectionConfig(ProbeConfig):
     """Writes conversations of a task's training problems for `sft`, by a policy and the verifier.
 
-    "rft" samples answers and keeps the right ones. Of problems out of knowledge it keeps answers
-    that abstain. "r_tuning" samples nothing: the answer is the task's own, or the phrase that
-    abstains where the problem is out of knowledge. A problem is out of knowledge if a probe has
-    never seen it solved, or if the task says so. "r_tuning" has no use for `weights`, `keep`,
+    "rft" samples answers and keeps the right ones; for problems out of knowledge it keeps the
+    answers that abstain. "r_tuning" samples nothing: the answer is the task's own, or the phrase
+    that abstains where the problem is out of knowledge. A problem is out of knowledge if the probe
+    has no right answer to it, or if the task says so. "r_tuning" does not use `weights`, `keep`,
     `samples`, `temperature`, `top_p`, `max_new_tokens`, `chat`, `batch_size` and `max_rows`.
 
     Attributes:
         data: Kind of the data: "rft" keeps right answers of the policy (rejection fine-tuning),
             "r_tuning" relabels the task's own answers (R-Tuning).
-        keep: Greatest number of different answers to a problem that are kept, the first ones.
+        keep: Maximum number of different answers to a problem that are kept, the first ones.
         probe: File of `thoughtbubbles probe` that says which problems are out of knowledge; empty
-            for those that the task names.
+            if the task itself marks these problems.
         weights: Model that answers: a run folder, "smollm2", a Hugging Face folder, or a .gguf
             file.
         task: Task or environment with its options.
         strategy: Rollout strategy, e.g. "turns(history=False, max_observation=1024)"; the default
-            is that of the task. "r_tuning" takes none.
+            is one response to a task and turns in an environment. "r_tuning" takes none.
         pool: Number of training problems, the first ones; the default is all of a finite task.
         samples: Number of answers to each problem, of which some are kept.
-        temperature: Temperature of the sampled answers.
-        top_p: Probability mass of the fewest most probable tokens to sample from.
-        max_new_tokens: Longest answer, in tokens.
+        temperature: Sampling temperature of the answers.
+        top_p: Cumulative probability of nucleus sampling (top-p).
+        max_new_tokens: Maximum number of tokens of an answer.
         chat: Whether problems are messages to the model, in its chat template.
-        boxed: Whether the answer has to stand in a box; "r_tuning" puts it into one.
-        unknown: Phrase that abstains; empty for that of the task, or else "I don't know".
+        boxed: Whether an answer counts only inside of `\\boxed{...}`; "r_tuning" writes the box
+            around its answers.
+        unknown: Phrase that counts as abstaining; empty for the task's phrase, or "I don't know"
+            where the task has none.
         batch_size: Number of problems whose answers are sampled at a time.
-        max_rows: Greatest number of answers that are generated at a time.
+        max_rows: Maximum number of answers that are generated at a time.
         seed: Seed of the task and of the answers.
-        out: File that conversations are written to, a line each, as they are found; it must not
-            exist.
+        out: File that conversations are appended to as they are found, a line each; it must not
+            exist before.
     """
 
     data: Data = "rft"
@@ -91,10 +94,12 @@ class RejectionConfig(ProbeConfig):
 
     @property
     def reward(self) -> Any:
-        """Scorer by outcome of a task of one response; an environment keeps its own.
+        """Reward shaping for `RLConfig.reward`: `scorer` for tasks of one response, else `()`.
+
+        An environment keeps its own score.
 
         Raises:
-            ValueError: An option is of tasks of one response, and the task has turns.
+            ValueError: The task has turns, and `probe`, `boxed` or `unknown` is set.
         """
         if not has_turns(self.task):
             return self.scorer
@@ -108,13 +113,13 @@ class RejectionConfig(ProbeConfig):
 
     @property
     def scorer(self) -> Ternary:
-        """Scorer by outcome."""
+        """Reward shaping that scores answers by outcome; with a probe, by knowledge too."""
         knows = {"knowledge": True, "probe": self.probe} if self.probe else {}
         return Ternary(boxed=self.boxed, unknown=self.unknown, **knows)
 
 
 def main(config: RejectionConfig) -> None:
-    """Write the data, and print how much there is."""
+    """Write the conversations to a new file, and print their number."""
     check_new_file(Path(config.out))
     if config.data == "r_tuning":  # nothing is written if a later problem has no answer
         lines: Iterable[Line] = list(relabelled(config, make_task(config.task, config.seed)))
@@ -128,13 +133,20 @@ def main(config: RejectionConfig) -> None:
 
 
 def save(path: str, lines: Iterable[Line]) -> int:
-    """Write conversations to a new file, each when it is known: an end leaves those before it.
+    """Write conversations to a new file, a line each, as soon as each is known.
+
+    A run that is ended early leaves the conversations that it has found so far.
+
+    Args:
+        path: File to make.
+        lines: Conversations.
 
     Returns:
-        Their number.
+        Number of conversations.
 
     Raises:
-        ValueError: There are none; no file is made.
+        ValueError: There is no conversation; no file is made.
+        FileExistsError: The file exists.
     """
     kept = 0
     with contextlib.ExitStack() as closing:
@@ -155,15 +167,18 @@ def save(path: str, lines: Iterable[Line]) -> int:
 
 
 def relabelled(config: RejectionConfig, task: Any) -> Iterator[Line]:
-    """Conversations of R-Tuning: the task's answers, or the phrase that abstains.
+    """Yield conversations of R-Tuning: the task's answers, or the phrase that abstains.
 
     Args:
-        config: Options.
+        config: Options of the data.
         task: Task of one response with a gold answer.
 
+    Yields:
+        The `uid`, the `prompt` and the `completion` of each problem.
+
     Raises:
-        ValueError: The task has turns, nothing says which problems are out of knowledge, or a
-            problem has no answer.
+        ValueError: The task has turns, neither a probe nor the task says which problems are out of
+            knowledge, the probe lacks a problem, or a problem has no gold answer.
     """
     if hasattr(task, "step"):
         raise ValueError(f"data='r_tuning' is for tasks of one response, {task.name} has turns")
@@ -183,14 +198,20 @@ def relabelled(config: RejectionConfig, task: Any) -> Iterator[Line]:
 
 
 def accepted(config: RejectionConfig, job: RLJob) -> Iterator[Line]:
-    """Conversations of rejection fine-tuning: different right answers of the policy.
+    """Yield conversations of rejection fine-tuning: different accepted answers of the policy.
+
+    An answer is accepted if it is right. For a problem out of knowledge, an answer is accepted if
+    it abstains.
 
     Args:
-        config: Options.
+        config: Options of the data.
         job: Job of `config.rl`.
 
+    Yields:
+        Records of `conversations`, of at most `config.keep` answers to each problem.
+
     Raises:
-        ValueError: The scorer raises.
+        ValueError: The scorer raised, or the probe lacks a problem.
     """
     sampler, strategy, task = nucleus_sampler(config, job), job.collector.strategy, job.task
     problems = list(_probed(config, task))
@@ -209,7 +230,7 @@ def accepted(config: RejectionConfig, job: RLJob) -> Iterator[Line]:
 
 
 def _probed(config: RejectionConfig, task: Any) -> Iterator[Problem]:
-    """Training problems, all of which are in the probe, if one is given."""
+    """Yield training problems; raise a `ValueError` if a given probe lacks one of them."""
     known = {one.uid for one in read_probe(config.probe)[1]} if config.probe else None
     for problem in training_problems(task, config.pool):
         if known is not None and problem.uid not in known:
@@ -221,7 +242,7 @@ def _probed(config: RejectionConfig, task: Any) -> Iterator[Problem]:
 
 
 def _kept(rows: Sequence[Trajectory], task: Any, keep: int, strategy: Any) -> list[tuple[str, ...]]:
-    """Different texts of the episodes of a problem that are accepted, the first ones."""
+    """Return the first `keep` different texts of accepted episodes of a problem."""
     episodes: dict[int, list[Trajectory]] = {}
     for row in rows:
         episodes.setdefault(row.episode, []).append(row)
@@ -233,9 +254,10 @@ def _kept(rows: Sequence[Trajectory], task: Any, keep: int, strategy: Any) -> li
 
 
 def _is_fit(turns: Sequence[Trajectory], strategy: Any) -> bool:
-    """Whether no response of an episode was cut, or was a mistake that later prompts hold.
+    """Return whether an episode may be trained on.
 
-    Where prompts hold no earlier responses, `conversations` leaves the mistakes out.
+    No response may be truncated. No response may be a mistake if later prompts contain it; where
+    prompts contain no earlier responses, `conversations` leaves the mistakes out instead.
     """
     for row in turns:  # `finished` is of the last response of a row alone
         before = [row.tokens[:end][row.trained[:end]][-1] for end in row.begins[1:]]
@@ -247,12 +269,17 @@ def _is_fit(turns: Sequence[Trajectory], strategy: Any) -> bool:
 
 
 def _mistakes(info: Mapping[str, float], turns: int) -> tuple[int, int]:
-    """Numbers of responses so far that were no action, and that their prompts did not allow."""
+    """Count the responses so far that were not an action, and those that were not allowed.
+
+    Args:
+        info: Info of the last turn, with `malformed` (a number) and `validity` (a fraction).
+        turns: Number of turns so far.
+    """
     return int(info.get("malformed", 0)), round((1 - info.get("validity", 1)) * turns)
 
 
 def _is_accepted(row: Trajectory, task: Any) -> bool:
-    """Whether an episode is right; out of knowledge, whether it abstains."""
+    """Return whether an episode succeeds or, for a problem out of knowledge, abstains."""
     if not isinstance(task, TruthfulTask):
         return row.reward.success
     name = "uncertain" if task.out_of_knowledge(row.problem) else "accuracy"
@@ -267,21 +294,23 @@ def conversations(
     seen: Callable[[str], str] = lambda text: text,
     history: bool = True,
 ) -> Iterator[Line]:
-    """Records of an episode as `sft` takes them.
+    """Yield the records of an episode in the format that `sft` reads.
 
-    Without history, responses that were no action, or that their prompts did not allow, are left
-    out. A response is a prompt and its completion. An episode of several turns is one conversation
-    for a chat template; without a template each turn is a completion of the text before it, as
-    `turns(keep_context=False)` shows it.
+    For a chat template, an episode of several turns with history is one record of `messages`. In
+    all other cases each response is a record of its `prompt` and `completion`. Without history,
+    responses that were not an action, or that their prompts did not allow, are left out.
 
     Args:
-        task: Task, or environment, which plays the turns again.
+        task: Task, or environment; an environment is stepped again for its observations.
         problem: Problem of the episode.
         texts: Responses of the episode.
-        chat: Whether the model has a chat template.
-        seen: Function of an observation to the part of it that the policy saw.
-        history: Whether the policy was shown all texts so far; otherwise each turn is a completion
-            of the last observation alone (`turns(history=False)`).
+        chat: Whether the records are for a chat template.
+        seen: Function from an observation to the part of it that the policy saw.
+        history: Whether a prompt is all text before the response; otherwise it is the last
+            observation alone (`turns(history=False)`).
+
+    Yields:
+        Records with `uid`, and with `prompt` and `completion` or `messages`.
     """
     episodic = hasattr(task, "step")
     state = task.reset(problem) if episodic else None

@@ -1,4 +1,4 @@
-"""What a run prints, a line each, and what it keeps of a step that went wrong."""
+"""Lines that a run prints, and files that it writes for a step that went wrong."""
 
 import json
 from collections.abc import Sequence
@@ -11,13 +11,20 @@ FAILURES = {
     "info/timeouts": "the environment took too long",
     "info/invalid_turns": "the environment gave no finite reward",
 }
-"""What went wrong with an episode, by the metric that counts it."""
+"""Description of each kind of failed episode, by the metric that counts such episodes."""
 
 SHOWN = 60  # characters of a prompt or a text in an example
 
 
 def save_rollouts(folder: Path, metrics: dict[str, float], collected: Collected) -> None:
-    """Write the texts, rewards and metrics of a step that went wrong into a new folder."""
+    """Write a step that went wrong into a folder: `metrics.json` and `rollouts.jsonl`.
+
+    Args:
+        folder: Folder, which is made if there is none.
+        metrics: Metrics of the step, by name.
+        collected: Rollouts of the step. The prompt, texts and reward of each trained row are
+            written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shown = {name: str(value) for name, value in metrics.items()}
     (folder / "metrics.json").write_text(json.dumps(shown, indent=2), encoding="utf-8")
@@ -31,7 +38,7 @@ def save_rollouts(folder: Path, metrics: dict[str, float], collected: Collected)
 
 
 def readable_step(step: int, metrics: dict[str, float], collected: Collected) -> str:
-    """One line of the most important metrics of a step."""
+    """Format the most important metrics of a step as one line."""
     parts = [
         f"step {step}: reward {metrics['reward']:.3f}",
         f"success {metrics['success']:.1%}",
@@ -57,18 +64,18 @@ def readable_step(step: int, metrics: dict[str, float], collected: Collected) ->
 
 
 def _failed(metrics: dict[str, float]) -> str:
-    """Shares of the episodes in which something went wrong; empty where nothing did."""
+    """Format the fraction of episodes with each kind of failure; empty if there was none."""
     counted = ((text, metrics.get(name)) for name, text in FAILURES.items())
     return ", ".join(f"{text} in {share:.0%}" for text, share in counted if share)
 
 
 def scorer_error(collected: Collected) -> str:
-    """Why the first scorer or environment failed in a step: its traceback; empty if none did."""
+    """Return the reason or traceback of the first failure of a step; empty if nothing failed."""
     return next((row.reward.error for row in collected.drawn if row.reward.error), "")
 
 
 def readable_evaluation(found: dict[str, float]) -> str:
-    """One line of the metrics of held-out problems."""
+    """Format the metrics of held-out problems as one line."""
     line = (
         f"held-out success {found['success']:.1%} ± {found['standard_error']:.1%}, reward "
         f"{found['reward']:.3f}, length {found['length']:.1f}"
@@ -81,7 +88,7 @@ def readable_evaluation(found: dict[str, float]) -> str:
 
 
 def examples(rows: Sequence[Trajectory], count: int) -> list[str]:
-    """`count` prompts with their responses and rewards, a line each."""
+    """Format the first `count` rows as a line each: shortened prompt, responses, and reward."""
     shown = []
     for row in rows[:count]:
         prompt, text = (_cut(words) for words in (row.problem.prompt, " | ".join(row.texts)))
@@ -95,7 +102,7 @@ def _cut(text: str) -> str:
 
 
 def readable_time(spent: dict[str, float], total: float) -> str:
-    """One line of the shares of time that rollouts and updates took.
+    """Format the time of a run, and its fractions in rollouts and updates, as one line.
 
     Args:
         spent: Seconds by name, `rollout_seconds` and `update_seconds`.

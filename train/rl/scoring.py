@@ -1,4 +1,4 @@
-"""Rewards of tasks and turns of environments that a run can stand on."""
+"""Scoring of responses and stepping of environments, with errors caught and values checked."""
 
 import dataclasses
 import math
@@ -13,13 +13,19 @@ _LARGEST_REWARD = 1e18
 
 
 def safe_score(task: Any, completion: Completion) -> Reward:
-    """The task's reward of a completion.
+    """Score a completion by the task.
 
-    A scorer that raises has not verified the completion: it is a failure, worth the task's
-    `failure_value` (0 where it has none), and counted as `scorer_errors`; `Reward.error` says why.
+    If the scorer raises, the completion counts as a failure. Its reward is then the task's
+    `failure_value` (0 where it has none), its info has `scorer_errors` = 1, and `Reward.error` has
+    the traceback.
+
+    Args:
+        task: Task with a method `score`.
+        completion: Completion to score.
 
     Raises:
-        ValueError: The task gives no reward, one that is not finite, or one above 1e18.
+        ValueError: The task has no method `score` or returns something other than a `Reward`, a
+            value in the reward is not finite, or its magnitude is above 1e18.
     """
     score = getattr(task, "score", None)
     if score is None:
@@ -38,7 +44,7 @@ def safe_score(task: Any, completion: Completion) -> Reward:
 
 
 def score_all(task: Any, completions: Sequence[Completion]) -> list[Reward]:
-    """The task's rewards of completions (`safe_score`), divided among the processes of the run.
+    """Score completions by `safe_score`, dividing the work among the processes of the run.
 
     Args:
         task: Task with a method `score`.
@@ -58,25 +64,33 @@ def score_all(task: Any, completions: Sequence[Completion]) -> list[Reward]:
 
 
 def plain_fields(kind: type[Any], record: Any) -> dict[str, Any]:
-    """The fields of a kind of record, without those that a subclass adds, for another process.
+    """Return the fields of a record by name, to be sent to another process.
 
     Args:
-        kind: `Reward` or `Turn`.
-        record: One of this kind.
+        kind: Class whose fields are returned, `Reward` or `Turn`; fields that a subclass adds are
+            left out.
+        record: Instance of this class or of a subclass.
     """
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(kind)}
     return fields | {"info": {str(name): value for name, value in record.info.items()}}
 
 
 def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Turn:
-    """The environment's turn after an action.
+    """Step an environment.
 
-    An environment that raises ends the episode as a failure, worth `failure_value` as in
-    `safe_score`.
+    If the environment raises, the turn ends the episode as a failure. Its reward is then the
+    environment's `failure_value` (0 where it has none), its info has `scorer_errors` = 1, and
+    `Turn.error` has the traceback.
+
+    Args:
+        task: Environment.
+        problem: Problem of the episode, for error messages.
+        state: State before the action.
+        action: Response of the policy.
 
     Raises:
-        ValueError: The environment gives no turn, a reward that is not finite or above 1e18, or an
-            observation that is no text.
+        ValueError: The environment returns something other than a `Turn`, an observation that is
+            not a text, a reward or info that is not finite, or a reward above 1e18 in magnitude.
     """
     try:
         turn = task.step(state, action)

@@ -1,4 +1,4 @@
-"""Metrics of a step: of its rollouts, held-out episodes, updates, and time."""
+"""Metrics of a step: of its rollouts, of held-out episodes, of its updates, and of time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,23 @@ from train.rl.types import Collected, Episodes, Trajectory
 
 
 def mixed_groups(rows: Sequence[Trajectory]) -> list[int]:
-    """Indices of groups whose episodes differ in their verdict, in rising order."""
+    """Return the indices of the groups whose episodes differ in their verdict, in rising order."""
     episodes = Episodes.from_trajectories(rows)
     mixed = in_mixed_group(episodes.verdict, episodes.group, episodes.valid)
     return np.unique(episodes.group[mixed]).tolist()
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
-    """Means over all rollouts of a step, those of dropped problems too."""
+    """Compute the metrics of all rollouts of a step, including those of dropped problems.
+
+    Returns:
+        A dict. `reward`, `success`, `length` (in tokens) and `info/...` are means over episodes.
+        `finished` is the fraction of rows that end with a stop id. `mixed_groups` and
+        `mixed_rollouts` are the fractions of problems and of episodes in groups whose episodes
+        differ in their verdict. `groups` and `kept` count the problems that were drawn and those
+        that are trained on, `rollouts` counts the episodes. The metrics of `Collected.budget` and
+        of `invocations` are included.
+    """
     rows = collected.drawn
     episodes = Episodes.from_trajectories(rows)
     mixed = mixed_groups(rows)
@@ -39,7 +48,12 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
 
 
 def held_out_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
-    """Means over held-out episodes, with the standard error of the success rate."""
+    """Compute the metrics of held-out episodes.
+
+    Returns:
+        Means over episodes of `success`, `reward`, `length` (in tokens) and `info/...`, the
+        `standard_error` of the success rate, and the metrics of `invocations`.
+    """
     episodes = Episodes.from_trajectories(rows)
     return {
         "success": float(episodes.success.mean()),
@@ -52,7 +66,14 @@ def held_out_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def info_metrics(rows: Sequence[Trajectory], episodes: Episodes) -> dict[str, float]:
-    """Means over episodes of what scorers note in a reward's info."""
+    """Average the numbers in the info of rewards over episodes, as `info/NAME`.
+
+    An episode without a number counts as 0.
+
+    Args:
+        rows: Rows of the episodes.
+        episodes: Episodes of the rows.
+    """
     first = [
         rows[turns[0]].reward.info for turns in episodes.rows
     ]  # all rows of an episode have it
@@ -63,13 +84,17 @@ def info_metrics(rows: Sequence[Trajectory], episodes: Episodes) -> dict[str, fl
 def timing_metrics(
     collected: Collected, epochs: int, rollout_seconds: float, update_seconds: float
 ) -> dict[str, float]:
-    """Seconds of both halves of a step, and generated tokens per second.
+    """Compute the throughput of the rollouts and of the update of a step.
 
     Args:
         collected: Rollouts of the step.
         epochs: Number of passes over the rollouts that are trained on.
-        rollout_seconds: Seconds that the rollouts took.
-        update_seconds: Seconds that the update took.
+        rollout_seconds: Duration of the rollouts in seconds.
+        update_seconds: Duration of the update in seconds.
+
+    Returns:
+        `rollout_seconds` and `update_seconds` as given; `rollout_tokens_per_second` of all
+        generated tokens, and `update_tokens_per_second` of the trained ones, once per epoch.
     """
     trained = sum(row.written for row in collected.trajectories)
     return {
@@ -81,7 +106,15 @@ def timing_metrics(
 
 
 def standard_error(episodes: Episodes, rows: Sequence[Trajectory]) -> float:
-    """Standard error of the success rate; all answers to one problem are one draw."""
+    """Compute the standard error of the success rate, clustered by problem.
+
+    Deviations from the mean are summed over the episodes of a problem before they are squared, as
+    episodes of one problem are not independent.
+
+    Args:
+        episodes: Episodes.
+        rows: Rows of the episodes.
+    """
     uids = [rows[turns[0]].problem.uid for turns in episodes.rows]
     _, which = np.unique(uids, return_inverse=True)
     deviation = np.bincount(which, weights=episodes.success - episodes.success.mean())
@@ -89,7 +122,15 @@ def standard_error(episodes: Episodes, rows: Sequence[Trajectory]) -> float:
 
 
 def invocations(rows: Sequence[Trajectory], episodes: int) -> dict[str, float]:
-    """Invocations of latent memory: per episode, and as a share of the decisions."""
+    """Count the invocations of latent memory.
+
+    Args:
+        rows: Rows of the episodes.
+        episodes: Number of episodes.
+
+    Returns:
+        `invocations` per episode and `invocation_rate` per decision; empty without decisions.
+    """
     decisions = sum(int((row.decisions >= 0).sum()) for row in rows)
     invoked = sum(int((row.decisions == 1).sum()) for row in rows)
     if not decisions:
@@ -98,10 +139,17 @@ def invocations(rows: Sequence[Trajectory], episodes: int) -> dict[str, float]:
 
 
 def learning_metrics(learned: dict[str, Any]) -> dict[str, float]:
-    """Means over the tokens and the optimizer steps of a step.
+    """Divide the sums of an update by its number of trained tokens.
 
     Args:
         learned: Metrics of `Learner.update`.
+
+    Returns:
+        `loss`, `grad_norm` and `learning_rate` as they are, and the mean over tokens of each of the
+        loss's `sums` except `tokens`.
+
+    Raises:
+        ValueError: The loss returns no sum `tokens`.
     """
     sums = learned["sums"]
     if "tokens" not in sums:

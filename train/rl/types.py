@@ -1,4 +1,4 @@
-"""Records that tasks, environments, strategies and the learner hand to each other."""
+"""Records that tasks, environments, strategies and the learner pass to each other."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ import numpy as np
 Split = Literal["train", "test"]
 
 Source = Literal["direct", "search", "cache", "probe"]
-"""Origin of a trajectory: a rollout from the prompt, a search, the cache of solved problems, or a
-probe, a rollout that only counts for success rates."""
+"""Origin of a trajectory: "direct" is a rollout from the prompt, "search" a path of a search tree,
+"cache" a kept solution, and "probe" a rollout that is used for success rates alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Problem:
     """A problem for the policy: a prompt, and what a scorer needs.
 
     Attributes:
-        uid: Name of the problem, the same in every run; allocators know problems by it.
+        uid: Name of the problem, the same in every run; allocators identify problems by it.
         prompt: Text that the policy is prompted with.
-        answer: Value for the scorer alone, anything that JSON holds.
+        answer: Value that only the scorer reads, of any type that JSON has.
         kind: Label of the problem for tables and histograms.
     """
 
@@ -35,10 +35,10 @@ class Completion:
     """A response of the policy.
 
     Attributes:
-        problem: Problem that it responds to.
+        problem: Problem that the policy responds to.
         text: Text of the response, without the stop id.
         tokens: Ids of the response, with the stop id.
-        finished: Whether a stop id ended the response; otherwise it was cut at the length limit.
+        finished: Whether a stop id ended the response; otherwise the length limit truncated it.
     """
 
     problem: Problem
@@ -53,13 +53,13 @@ class Reward:
 
     Attributes:
         value: Reward that advantages are estimated from.
-        success: Whether the problem was solved; allocators and evaluation use this, never the
+        success: Whether the problem was solved. Allocators and success rates use this, never the
             value.
-        info: Numbers for the metrics, averaged by name.
-        error: Traceback of a scorer that raised; empty where none did.
-        verdict: Value of the verdict alone where there are more than two, e.g. 1, 0 and -1 of an
-            answer that may abstain; None where `success` says all. Dynamic sampling keeps the
-            groups in which it varies.
+        info: Numbers for the metrics, by name; they are averaged over episodes.
+        error: Traceback of a scorer that raised, or reason of a failed episode; empty if neither.
+        verdict: Verdict as a number where there are more than two verdicts, e.g. 1 for right, 0 for
+            abstained and -1 for wrong; None where `success` is the verdict. Dynamic sampling keeps
+            the groups in which the verdict varies.
     """
 
     value: float
@@ -75,15 +75,15 @@ class Turn:
 
     Attributes:
         state: State after the action.
-        observation: Text that the policy is shown next; that of the last turn is kept, since
-            nothing is reset.
+        observation: Text that the policy is shown next. After the last turn it is still the final
+            observation, because environments do not reset themselves.
         reward: Reward of this turn.
         terminated: Whether the episode has ended.
-        truncated: Whether the episode was cut, e.g. at its greatest number of turns.
+        truncated: Whether the episode was stopped early, e.g. at its maximum number of turns.
         success: Whether the problem was solved.
-        info: Numbers for the metrics.
+        info: Numbers for the metrics, by name.
         error: Reason why the episode failed, such as the traceback of an environment that raised;
-            empty where it did not.
+            empty where it did not fail.
     """
 
     state: Any
@@ -109,24 +109,25 @@ class Trajectory:
         trained: Tokens that the policy generated, `[L]` bool; the others are only attended to.
         log_probs: Log-probabilities of the generated tokens as the sampler computed them, `[L]`
             float32; 0 elsewhere.
-        decisions: Decisions of the trigger before each token, `[L]` int8: -1 none was made, 0
-            skipped, 1 invoked; -1 everywhere without latent memory.
+        decisions: Decisions before each token whether to invoke latent memory, `[L]` int8: -1 if
+            none was made, 0 skipped, 1 invoked; -1 everywhere without latent memory.
         begins: Positions of the first token of each response in the row.
         reward: Reward of the row's episode.
         turn_rewards: Rewards of all turns of the row's episode.
-        episode: Index of the episode in its group; its turns may be rows of their own.
-        turn: Index in the episode of the first turn of the row.
+        episode: Index of the episode in its group; rows of one episode share it.
+        turn: Index of the row's first turn in the episode.
         weight: Multiplicity of the row in the loss.
-        finished: Whether a stop id ended the last response; otherwise it was cut at the length
-            limit.
+        finished: Whether a stop id ended the last response; otherwise the length limit truncated
+            it.
         texts: Texts of the responses.
-        advantages: Advantages `[L]` float64 that the strategy assigns itself; None for those of the
-            run's estimator.
-        node_values: Value in a search tree of the node of each token, from -1 to 1, `[L]` float64;
-            None without a tree.
-        values: Value before each token by the policy's value head, `[L]` float64; None without
-            such a head.
-        source: Origin of the trajectory. Success rates are those of direct rollouts and probes.
+        advantages: Advantages `[L]` float64 that the strategy assigns itself; None to use the run's
+            estimator.
+        node_values: Value of the search-tree node that each token belongs to, from -1 to 1, `[L]`
+            float64; None without a tree.
+        values: Value of the state before each token by the policy's value head, `[L]` float64; None
+            without a value head.
+        source: Origin of the trajectory. Allocators observe the successes of "direct" and "probe"
+            alone.
     """
 
     group: int
@@ -160,11 +161,13 @@ class Collected:
 
     Attributes:
         trajectories: Rows that are trained on.
-        drawn: Rows of all rollouts, those of dropped groups too.
+        drawn: Rows of all rollouts, including those of groups that are not trained on; without
+            probes.
         groups: Number of problems that were drawn.
         kept: Number of problems that are trained on.
-        budget: Metrics of how the rollouts were allocated and made, by name.
-        generated: Number of tokens that were generated for them, those that no row has too.
+        budget: Metrics of the allocator and of the strategy, by name.
+        generated: Number of tokens that were generated for the step, including tokens that are in
+            no row.
     """
 
     trajectories: list[Trajectory]
@@ -177,14 +180,15 @@ class Collected:
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
-    """The `N` episodes that trajectories are parts of: one row each, or a row for each turn.
+    """The `N` episodes that trajectories belong to: an episode is one row, or a row for each turn.
 
     Attributes:
-        rows: Indices of the rows of each episode into the trajectories, in order.
-        group: Group of each episode, `[N]` int.
+        rows: For each episode, the indices of its rows into the trajectories, in order.
+        group: Index of the group (the problem) of each episode, `[N]` int.
         reward: Unshaped reward of each episode, `[N]` float64.
-        success: Success of each episode, `[N]` bool.
-        verdict: Value of the verdict on each episode, `[N]` float64 (`Reward.verdict`).
+        success: Whether each episode solved its problem, `[N]` bool.
+        verdict: Verdict on each episode, `[N]` float64: `Reward.verdict`, or 1 for a success and 0
+            for a failure where it is None.
         length: Number of generated tokens of each episode, `[N]` int.
     """
 
@@ -197,7 +201,7 @@ class Episodes:
 
     @classmethod
     def from_trajectories(cls, trajectories: Sequence[Trajectory]) -> "Episodes":
-        """Episodes in the order of their first rows."""
+        """Group trajectories into episodes, in the order of first appearance."""
         found: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(trajectories):
             found.setdefault((row.group, row.episode), []).append(index)
@@ -214,7 +218,7 @@ class Episodes:
 
     @property
     def valid(self) -> np.ndarray:
-        """`[N]` bool, all True: padding comes later."""
+        """Episodes that are not padding, `[N]` bool: all are True."""
         return np.ones(len(self.rows), bool)
 
 

@@ -1,12 +1,13 @@
 """Advantage functions on arrays: rewards compared within groups, or over the batch.
 
-Advantages are computed on the host in float64, over the complete set of groups, before it is cut
+Advantages are computed on the host in float64, over all groups of a step, before rows are split
 into minibatches. Groups are named by arbitrary integers and may be of any sizes. Rows that are not
-`valid` are padding: whatever they hold, NaN too, they get 0 and change nothing.
+`valid` are padding: they may hold anything, including NaN; they get the advantage 0 and do not
+change other rows.
 
-A row that is alone in its group has nothing to be compared with and gets 0, as have all rows of a
-group that did equally well: exactly 0, free of rounding. (Elsewhere a lone row keeps its reward as
-its advantage, which praises whatever was drawn only once.)
+In `grpo`, `dr_grpo`, `rloo` and `reinforce_pp_baseline`, a row that is alone in its group gets
+exactly 0, and so do all rows of a group with equal rewards. (In some other implementations a lone
+row keeps its reward as its advantage, which reinforces whatever was sampled only once.)
 """
 
 from collections.abc import Sequence
@@ -16,13 +17,13 @@ import numpy as np
 
 
 class _Groups(NamedTuple):
-    """The `n` valid rows of `K`.
+    """The `n` valid rows among `K` rows, with statistics of their groups.
 
     Attributes:
         rows: Indices of the valid rows, `[n]`.
-        index: Group of each row, counted from 0, `[n]`.
-        size: Number of rows of each row's group, `[n]` float64.
-        deviation: Reward minus the mean of the group, `[n]`.
+        index: Group of each valid row, renumbered from 0, `[n]`.
+        size: Number of valid rows in the group of each valid row, `[n]` float64.
+        deviation: Reward minus the mean reward of the group, `[n]`.
     """
 
     rows: np.ndarray
@@ -31,11 +32,11 @@ class _Groups(NamedTuple):
     deviation: np.ndarray
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        """Mean over each row's group, `[n]`."""
+        """Average values `[n]` over each row's group, `[n]`."""
         return np.bincount(self.index, weights=values)[self.index] / self.size
 
     def spread(self, values: np.ndarray, total: int) -> np.ndarray:
-        """Values of valid rows, 0 elsewhere, `[K]`."""
+        """Scatter values `[n]` of valid rows to all `total` rows, `[K]`; 0 for invalid rows."""
         found = np.zeros(total)
         found[self.rows] = values
         return found
@@ -61,25 +62,28 @@ def _grouped(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> _Group
 
 
 def _scaled(values: np.ndarray, std: np.ndarray, eps: float) -> np.ndarray:
-    """Values over `std + eps`; 0 where nothing varies, for any `eps`."""
+    """Divide values by `std + eps`; the result is 0 where `std` is 0, for any `eps`."""
     return np.divide(values, std + eps, out=np.zeros_like(values), where=std > 0)
 
 
 def grpo(
     reward: np.ndarray, group: np.ndarray, valid: np.ndarray, eps: float = 1e-6, ddof: int = 1
 ) -> np.ndarray:
-    """GRPO: (R - mean) / (std + eps) with the group's statistics.
+    """Compute GRPO advantages: (R - mean) / (std + eps), with mean and std of the group.
 
     Args:
         reward: Reward of each row, `[K]`.
         group: Group of each row, `[K]` int.
-        valid: Rows that are no padding, `[K]` bool.
+        valid: Rows that are not padding, `[K]` bool.
         eps: Constant added to the standard deviation.
-        ddof: Delta degrees of freedom of the standard deviation: 1 for that of a sample, as common
-            trainers have it, 0 for that of a population.
+        ddof: Delta degrees of freedom of the standard deviation: 1 for the sample standard
+            deviation, as in common trainers, 0 for the population standard deviation.
 
     Returns:
         Advantages, `[K]` float64.
+
+    Raises:
+        ValueError: The shapes differ or are not `[K]`, or the reward of a valid row is not finite.
     """
     groups = _grouped(reward, group, valid)
     variance = groups.mean(groups.deviation**2)
@@ -88,13 +92,16 @@ def grpo(
 
 
 def dr_grpo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Dr. GRPO: R - mean of the group, `[K]` float64; arguments as those of `grpo`."""
+    """Compute Dr. GRPO advantages: R - mean of the group, `[K]` float64; arguments as in `grpo`."""
     groups = _grouped(reward, group, valid)
     return groups.spread(groups.deviation, len(reward))
 
 
 def rloo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """RLOO: R - mean of the others in the group, `[K]` float64; arguments as those of `grpo`."""
+    """Compute RLOO advantages: R - mean R of the other rows of the group, `[K]` float64.
+
+    Arguments are as in `grpo`.
+    """
     groups = _grouped(reward, group, valid)
     scale = groups.size / np.maximum(groups.size - 1, 1)
     return groups.spread(scale * groups.deviation, len(reward))
@@ -103,16 +110,17 @@ def rloo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray
 def reinforce_pp_baseline(
     reward: np.ndarray, group: np.ndarray, valid: np.ndarray, eps: float = 1e-6
 ) -> np.ndarray:
-    """REINFORCE++ with a baseline: (R - group mean) over its standard deviation in the batch.
+    """Compute REINFORCE++ advantages with a baseline: D / (std(D) + eps), D = R - group mean.
 
-    The mean of the batch needs no subtraction, it is 0. The standard deviation is that of a
-    population: the advantages 1.732 and -0.577 that the method is specified with. (One trainer
-    takes that of a sample, but over all tokens of a batch, where both are the same.)
+    The standard deviation std(D) is over all valid rows of the batch. The mean of D over the batch
+    is 0 and need not be subtracted. The population standard deviation is used, which gives the
+    advantages 1.732 and -0.577 of the method's specification. (One trainer uses the sample standard
+    deviation, but over all tokens of a batch, where the two hardly differ.)
 
     Args:
-        reward: Reward of each row, `[K]`, of groups that survived dynamic sampling.
+        reward: Reward of each row, `[K]`, of groups that dynamic sampling has kept.
         group: Group of each row, `[K]` int.
-        valid: Rows that are no padding, `[K]` bool.
+        valid: Rows that are not padding, `[K]` bool.
         eps: Constant added to the standard deviation.
 
     Returns:
@@ -124,11 +132,12 @@ def reinforce_pp_baseline(
 
 
 def rebn(returns: np.ndarray, eps: float = 1e-9) -> np.ndarray:
-    """Return batch normalisation: (G - mean) / (std + eps) over all turns of a batch.
+    """Normalise returns (ReBN): (G - mean) / (std + eps) over all turns of a batch.
 
     Args:
-        returns: Discounted return of each turn of each episode, `[N]`.
-        eps: Constant added to the standard deviation, which is that of a population.
+        returns: Discounted return G of each turn of each episode, `[N]`, where `N` is the total
+            number of turns.
+        eps: Constant added to the population standard deviation.
 
     Returns:
         Advantages, `[N]` float64.
@@ -137,9 +146,14 @@ def rebn(returns: np.ndarray, eps: float = 1e-9) -> np.ndarray:
 
 
 def whiten(values: np.ndarray, eps: float = 1e-9) -> np.ndarray:
-    """Values `[N]` of a batch, brought to mean 0 and (population) standard deviation 1.
+    """Normalise values `[N]` of a batch to mean 0 and population standard deviation 1.
 
-    Where nothing varies they become 0.
+    Args:
+        values: Values of the batch, `[N]`.
+        eps: Constant added to the standard deviation.
+
+    Returns:
+        Normalised values, `[N]` float64; 0 where all values are equal.
     """
     # All values are one group: its mean and standard deviation are those of the batch.
     everyone = np.zeros(np.shape(values), int)
@@ -147,15 +161,15 @@ def whiten(values: np.ndarray, eps: float = 1e-9) -> np.ndarray:
 
 
 def gae(reward: np.ndarray, value: np.ndarray, discount: np.ndarray, lam: float) -> np.ndarray:
-    """Generalised advantage estimation (arXiv 1506.02438), eq. 16, of `N` episodes.
+    """Compute generalised advantage estimates (arXiv 1506.02438, eq. 16) of `N` episodes.
 
     δ_t = r_t + γ_t V_{t+1} - V_t and A_t = δ_t + γ_t λ A_{t+1}, with V = A = 0 after the last step.
 
     Args:
         reward: Reward after each step, `[N, T]` float64; 0 in padding, which is on the right.
-        value: Value before each step, `[N, T]` float64; 0 in padding.
-        discount: Discount γ_t of what comes after each step, `[N, T]`; anything in padding.
-        lam: Decay of later TD errors (λ): 0 for one step alone, 1 for returns minus values.
+        value: Value of the state before each step, `[N, T]` float64; 0 in padding.
+        discount: Discount γ_t of rewards after each step, `[N, T]`; any finite number in padding.
+        lam: Decay of later TD errors (λ): 0 gives one-step TD errors, 1 gives returns minus values.
 
     Returns:
         Advantages, `[N, T]` float64; 0 in padding.
@@ -170,7 +184,20 @@ def gae(reward: np.ndarray, value: np.ndarray, discount: np.ndarray, lam: float)
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
-    """Returns G_t = sum over k >= t of gamma^(k-t) r_k of an episode's `T` turns, `[T]` float64."""
+    """Compute the discounted return of each turn of an episode.
+
+    G_t is the sum over k >= t of gamma^(k-t) r_k.
+
+    Args:
+        rewards: Reward of each of the `T` turns.
+        gamma: Discount of the rewards of later turns, from 0 to 1.
+
+    Returns:
+        Discounted returns, `[T]` float64.
+
+    Raises:
+        ValueError: `gamma` is not from 0 to 1.
+    """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma}: choose a discount from 0 to 1")
     found = np.zeros(len(rewards))
@@ -181,13 +208,13 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
 
 
 def in_mixed_group(verdict: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Rows that dynamic sampling keeps (DAPO): those of groups that both succeed and fail.
+    """Select the rows that dynamic sampling (DAPO) keeps: rows of groups with different verdicts.
 
     Args:
         verdict: Verdict of the verifier on each row, `[K]`: 0 or 1, or more values where an answer
-            may also abstain; not the reward, which penalties make vary.
+            may also abstain. Rewards do not serve, since penalties make them vary.
         group: Group of each row, `[K]` int.
-        valid: Rows that are no padding, `[K]` bool.
+        valid: Rows that are not padding, `[K]` bool.
 
     Returns:
         Kept rows, `[K]` bool; False for rows alone in their group.

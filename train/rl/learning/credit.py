@@ -1,4 +1,4 @@
-"""From rewards of episodes to advantages of tokens."""
+"""Credit assignment: advantages of tokens, computed from rewards of episodes and turns."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,17 @@ from train.rl.types import Episodes, Trajectory
 def assign_advantages(
     trajectories: Sequence[Trajectory], episodes: Episodes, config: Any
 ) -> list[np.ndarray]:
-    """Advantages `[L]` float64 of each trajectory, by the parts of a run; those of a strategy stay.
+    """Shape rewards and estimate advantages by the parts of a run.
 
     Args:
         trajectories: Rows that are trained on.
-        episodes: The episodes that the rows are parts of.
-        config: Config of the run (`RLConfig`).
+        episodes: The episodes that the rows belong to.
+        config: Config of the run (`RLConfig`), whose reward shapings, advantage estimator and
+            `advantage_clip` are applied.
+
+    Returns:
+        Advantages of the tokens of each trajectory, `[L]` float64 each. A trajectory with
+        `advantages` of its strategy keeps those, unclipped.
     """
     reward = shaped_rewards(trajectories, episodes, config)
     found = config.parts.advantage.of_tokens(trajectories, episodes, reward)
@@ -31,12 +36,15 @@ def assign_advantages(
 def shaped_rewards(
     trajectories: Sequence[Trajectory], episodes: Episodes, config: Any
 ) -> np.ndarray:
-    """Rewards `[N]` float64 that advantages are estimated from, after reward shaping.
+    """Apply all reward shapings of a run, in order, to the rewards of episodes.
 
     Args:
         trajectories: Rows of the episodes.
         episodes: `N` episodes.
         config: Config of the run (`RLConfig`).
+
+    Returns:
+        Shaped rewards, from which advantages are estimated, `[N]` float64.
     """
     reward = episodes.reward.copy()
     for shaping in config.parts.reward:
@@ -47,7 +55,16 @@ def shaped_rewards(
 def spread_over_tokens(
     advantage: np.ndarray, trajectories: Sequence[Trajectory], episodes: Episodes
 ) -> list[np.ndarray]:
-    """Advantage `[N]` of each episode spread over all tokens of its rows, `[L]` float64 each."""
+    """Copy the advantage of each episode to all tokens of its rows.
+
+    Args:
+        advantage: Advantage of each episode, `[N]`.
+        trajectories: Rows of the episodes.
+        episodes: `N` episodes.
+
+    Returns:
+        Advantages of the tokens of each row, `[L]` float64 each.
+    """
     found = [np.zeros(0)] * len(trajectories)
     for rows, value in zip(episodes.rows, advantage, strict=True):
         for row in rows:
@@ -58,7 +75,7 @@ def spread_over_tokens(
 def turn_advantages(
     trajectories: Sequence[Trajectory], episodes: Episodes, gamma: float
 ) -> list[np.ndarray]:
-    """Discounted return of each turn, normalised over all turns of the batch, for its tokens.
+    """Compute discounted returns of turns, normalised over all turns of the batch (ReBN).
 
     Args:
         trajectories: Rows of the episodes.
@@ -66,10 +83,11 @@ def turn_advantages(
         gamma: Discount of the rewards of later turns (γ).
 
     Returns:
-        Advantages of the tokens of each row, `[L]` float64 each.
+        Advantages of the tokens of each row, `[L]` float64 each. A token that the policy generated
+        has the normalised return of its turn.
 
     Raises:
-        ValueError: An episode has not one reward for each of its responses.
+        ValueError: An episode has more or fewer rewards than responses.
     """
     for rows in episodes.rows:
         _check_turn_rewards([trajectories[row] for row in rows], "rebn")
@@ -97,25 +115,26 @@ def token_advantages(
     gamma: float,
     lam: float,
 ) -> list[np.ndarray]:
-    """GAE over the generated tokens of each episode, across its turns and rows.
+    """Compute GAE over the generated tokens of each episode, across its turns and rows.
 
-    The reward of a turn comes with its last token, and only that token discounts what follows.
-    What reward shaping has added to an episode comes with its last token. An episode that was cut
-    ends like any other: no value stands for what might have come.
+    The last generated token of a turn receives the reward of the turn, and it is the only token
+    after which γ discounts. The last generated token of an episode also receives what reward
+    shaping has added. A truncated episode ends like any other: its return is not bootstrapped from
+    a value.
 
     Args:
-        trajectories: Rows of the episodes, with the `values` of a value head; 0 without.
+        trajectories: Rows of the episodes. Rows without `values` count as having values of 0.
         episodes: `N` episodes.
         reward: Shaped reward of each episode, `[N]` float64.
-        gamma: Discount of what comes after a turn (γ).
+        gamma: Discount of the rewards after a turn (γ).
         lam: Decay of later TD errors, per token (λ).
 
     Returns:
-        Advantages of the tokens of each row, `[L]` float64 each; 0 for those that the policy did
+        Advantages of the tokens of each row, `[L]` float64 each; 0 for tokens that the policy did
         not generate.
 
     Raises:
-        ValueError: An episode has not one reward for each of its responses, or an empty response.
+        ValueError: An episode has more or fewer rewards than responses, or an empty response.
     """
     steps = [_steps([trajectories[row] for row in rows], gamma) for rows in episodes.rows]
     longest = max(len(paid) for paid, _, _ in steps)
@@ -138,7 +157,15 @@ def token_advantages(
 def whiten_tokens(
     trajectories: Sequence[Trajectory], advantages: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """Advantages with mean 0 and standard deviation 1 over all generated tokens of the batch."""
+    """Normalise advantages to mean 0 and standard deviation 1 over all generated tokens.
+
+    Args:
+        trajectories: Rows of the batch.
+        advantages: Advantages of the tokens of each row, `[L]` each.
+
+    Returns:
+        Normalised advantages, `[L]` float64 each; 0 for tokens that the policy did not generate.
+    """
     trained = [row.trained for row in trajectories]
     pooled = [values[mask] for values, mask in zip(advantages, trained, strict=True)]
     ends = np.cumsum([len(values) for values in pooled])
@@ -150,7 +177,10 @@ def whiten_tokens(
 
 
 def _steps(rows: Sequence[Trajectory], gamma: float) -> np.ndarray:
-    """Reward after, value before, and discount after each generated token, `[3, T]`."""
+    """Stack the rewards, values and discounts of the `T` generated tokens of an episode, `[3, T]`.
+
+    A value belongs to the state before a token; a reward and a discount apply after the token.
+    """
     _check_turn_rewards(rows, "a value head")
     rewards = rows[0].turn_rewards
     parts = []
@@ -172,7 +202,7 @@ def _steps(rows: Sequence[Trajectory], gamma: float) -> np.ndarray:
 
 
 def _check_turn_rewards(rows: Sequence[Trajectory], who: str) -> None:
-    """Raise a `ValueError` for an episode that has not one reward for each of its responses."""
+    """Raise a `ValueError` if an episode has more or fewer rewards than responses."""
     responses, rewards = sum(len(row.begins) for row in rows), len(rows[0].turn_rewards)
     if responses != rewards:
         raise ValueError(

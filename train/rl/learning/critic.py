@@ -1,4 +1,4 @@
-"""The critic of actor-critic methods: the loss of the value head, and how well values predict."""
+"""The critic of actor-critic methods: loss, learning rate and metrics of the value head."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,8 +18,9 @@ class ValueLoss:
     c · ½ max((V - R)², (V_old + clip(V - V_old, -ε, ε) - R)²).
 
     Attributes:
-        clip: Clipping range of a value around V_old (ε), in units of the reward; None for none.
-        coef: Weight of the loss beside that of the policy (c).
+        clip: Clipping range of a value around V_old (ε), in units of the reward; None for no
+            clipping.
+        coef: Weight of the loss relative to the policy's loss (c).
     """
 
     clip: float | None = 0.2
@@ -34,19 +35,22 @@ class ValueLoss:
     def __call__(
         self, values: jax.Array, old: jax.Array, returns: jax.Array, counts: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss of each token `[K, L]`, 0 where nothing counts, and sums for the metrics.
+        """Compute the loss of each token.
 
-        Only `values` gets a gradient. What does not count may hold anything, NaN too.
+        Only `values` gets a gradient. Entries of tokens that do not count may be NaN.
 
         Args:
-            values: Value before each token under the parameters being optimised, `[K, L]`.
-            old: Value before each token under the parameters that collected the batch, `[K, L]`.
-            returns: Return from each token on, `[K, L]`.
+            values: Value of the state before each token under the parameters being optimised,
+                `[K, L]` for `K` rows of `L` tokens.
+            old: Value of the state before each token under the parameters that collected the batch,
+                `[K, L]`.
+            returns: Target of the value: the return from each token on, `[K, L]`.
             counts: Tokens that count, `[K, L]` bool.
 
         Returns:
-            Loss of each token, and sums over tokens: `value_loss` without the weight c, and
-            `value_clipped`, the number of values that the clip keeps from their gradient.
+            Loss of each token, `[K, L]`, 0 for tokens that do not count; and a dict of sums over
+            tokens: `value_loss` without the weight c, and `value_clipped`, the number of values
+            whose gradient the clip sets to 0.
         """
         known = lambda array: jnp.where(counts, array, 0)  # noqa: E731
         values, old, returns = known(values), known(old), known(returns)
@@ -66,10 +70,10 @@ class ValueLoss:
 def with_value_rate(
     optimizer: optax.GradientTransformation, factor: float
 ) -> optax.GradientTransformation:
-    """An optimizer whose updates of the value head are longer; its state is that of the given one.
+    """Wrap an optimizer so that updates of the value head are multiplied by a factor.
 
     Args:
-        optimizer: Optimizer of the policy with its value head.
+        optimizer: Optimizer of the policy and its value head. The wrapper has the same state.
         factor: Factor on the updates of the value head.
     """
 
@@ -84,14 +88,14 @@ def with_value_rate(
 
 
 def value_metrics(rows: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean value and explained variance over the trained tokens of a step, before its update.
+    """Measure the values of a step, before its update, over all trained tokens.
 
     Args:
-        rows: Rows of `make_rows` with `values` and `returns`.
+        rows: Rows of `make_rows` with `values` V and `returns` R.
 
     Returns:
-        `value`, and `explained_variance`, 1 - Var(R - V) / Var(R): 1 for perfect values, 0 for
-        constant ones, below 0 for worse ones; 0 too where the returns do not vary.
+        The mean `value`, and `explained_variance`, 1 - Var(R - V) / Var(R): 1 for perfect values, 0
+        for constant values, negative for worse ones; 0 too where the returns do not vary.
     """
     counts = rows["trained"] & rows["valid"][:, None]
     values, returns = (rows[name][counts].astype(np.float64) for name in ("values", "returns"))

@@ -21,54 +21,61 @@ from train.rl.types import Episodes, Trajectory
 class Advantage:
     """Base of all advantage estimators.
 
-    A new one is a frozen dataclass with a `word`, options as fields, and `estimate`, or `of_tokens`
-    where tokens of one episode differ. `ADVANTAGES[word]` makes it known to `--advantage`.
+    A new estimator is a frozen dataclass with a `word` and with options as fields. It overrides
+    `estimate`, or `of_tokens` if the tokens of one episode have different advantages. Adding the
+    class as `ADVANTAGES[word]` makes it known to `--advantage`.
     """
 
     word: ClassVar[str]
     """Name of the estimator on the command line and in configs."""
 
     compares: ClassVar[bool] = True
-    """Whether rollouts of one problem are compared, so that a problem needs two or more."""
+    """Whether rollouts of one problem are compared, so that a problem needs at least two."""
 
     by_turn: ClassVar[bool] = False
-    """Whether the rewards of turns are used in place of the shaped rewards of episodes."""
+    """Whether the estimator reads the rewards of turns, not the shaped rewards of episodes."""
 
     @property
     def critic(self) -> ValueLoss | None:
-        """Loss of the value head that the estimator needs on the policy; None for no such head."""
+        """Loss of the value head, for an estimator that needs one on the policy; else None."""
         return None
 
     @property
     def value_rate(self) -> float | None:
-        """Peak learning rate of the value head; None for that of the policy."""
+        """Peak learning rate of the value head; None for the policy's learning rate."""
         return None
 
     def value_targets(
         self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
     ) -> list[np.ndarray]:
-        """Returns `[L]` float64 that a value head learns to predict; arguments as `of_tokens`."""
+        """Compute the returns that a value head learns to predict, `[L]` float64 per trajectory.
+
+        Arguments are as in `of_tokens`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no value head")
 
     def estimate(self, reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """Advantage of each episode, `[N]` float64 (`train.rl.learning.advantages`).
+        """Estimate the advantage of each episode, `[N]` float64.
 
         Args:
             reward: Shaped reward of each episode, `[N]` float64.
-            group: Problem of each episode, `[N]` int.
-            valid: Episodes that count, `[N]` bool.
+            group: Index of the problem of each episode, `[N]` int.
+            valid: Episodes that are not padding, `[N]` bool.
         """
         raise NotImplementedError(f"{type(self).__name__} estimates no advantages")
 
     def of_tokens(
         self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
     ) -> list[np.ndarray]:
-        """Advantages `[L]` float64 of the tokens of each trajectory: those of its episode.
+        """Estimate advantages of tokens; by default, all tokens have the advantage of the episode.
 
         Args:
             trajectories: Rows that are trained on.
-            episodes: The `N` episodes that the rows are parts of.
+            episodes: The `N` episodes that the rows belong to.
             reward: Shaped reward of each episode, `[N]` float64.
+
+        Returns:
+            Advantages of the tokens of each trajectory, `[L]` float64 each.
         """
         found = self.estimate(reward, episodes.group, episodes.valid)
         return spread_over_tokens(found, trajectories, episodes)
@@ -76,7 +83,7 @@ class Advantage:
 
 @dataclasses.dataclass(frozen=True)
 class GroupNormalized(Advantage):
-    """Deviation from the mean of the group over its standard deviation (GRPO)."""
+    """Deviation from the mean of the group, divided by its standard deviation (GRPO)."""
 
     word: ClassVar[str] = "grpo"
 
@@ -106,7 +113,7 @@ class LeaveOneOut(Advantage):
 
 @dataclasses.dataclass(frozen=True)
 class BatchNormalized(Advantage):
-    """Deviation from the mean of the group over the batch's standard deviation (REINFORCE++)."""
+    """Deviation from the mean of the group, over its std in the whole batch (REINFORCE++)."""
 
     word: ClassVar[str] = "reinforce_pp"
 
@@ -142,12 +149,14 @@ class ReturnBatchNormalized(Advantage):
 class TreeCentered(Advantage):
     """Value of a token's node minus the mean outcome of the tree's terminals (DeepSearch).
 
-    Without a tree, the deviation of the reward from the mean of the group.
+    The outcome of a terminal is 1 for a success and -1 for a failure, plus the change by reward
+    shaping, which is also added to the node values of its episode. In a group without a tree, the
+    advantage is the deviation of the reward from the mean of the group.
 
     Attributes:
-        one_sided: Advantages in a tree whose terminals all agree: "zero", as in any group, or
-            "keep", as in the authors' code, which reinforces the prefixes of a tree that only fails
-            and weakens those of one that only succeeds.
+        one_sided: Advantages in a tree whose terminals all succeed or all fail: "zero", as in any
+            group, or "keep", as in the authors' code, which reinforces prefixes where all terminals
+            fail and weakens prefixes where all succeed.
     """
 
     word: ClassVar[str] = "tree"
@@ -188,21 +197,22 @@ class GAE(Advantage):
     """Generalised advantage estimation by a value head on the policy (PPO).
 
     A step is a token, as in TRL and verl: δ_t = r_t + γ_t V_{t+1} - V_t, A_t = δ_t + γ_t λ A_{t+1}
-    over all tokens that the policy generated in an episode. The discount counts turns, not tokens:
-    γ_t is `gamma` at the last token of a turn and 1 elsewhere. So `gamma` means what it means in
-    `rebn`, long responses are not worth less, and with λ = 1 and no values the advantage of a
-    token is the discounted return of its turn. Prompts, observations and latents are no steps.
+    over all tokens that the policy generated in an episode. Prompts, observations and latents are
+    not steps. Discounting is per turn, not per token: γ_t is `gamma` at the last token of a turn
+    and 1 elsewhere. `gamma` therefore has the same meaning as in `rebn`, and long responses are not
+    discounted more. With λ = 1 and all values 0, the advantage of a token (before whitening) is the
+    discounted return of its turn.
 
     Attributes:
         gamma: Discount of the rewards of later turns (γ), above 0 and at most 1.
         lam: Decay of the TD errors of later tokens (λ), from 0 to 1.
-        whiten: Whether advantages are brought to mean 0 and standard deviation 1 over all tokens of
-            the batch. What the value head learns to predict, A_t + V_t, is not whitened.
-        value_clip: Clipping range of values around those that the batch was collected with, in
-            units of the reward (TRL: 0.2); None for none.
-        value_coef: Weight of the value loss, ½ of a squared error, beside the policy's loss.
-        value_learning_rate: Peak learning rate of the value head, on the schedule of the policy's;
-            None for that of the policy. The decoder keeps the policy's in either case.
+        whiten: Whether advantages are normalised to mean 0 and standard deviation 1 over all
+            generated tokens of the batch. The targets of the value head, A_t + V_t, are not.
+        value_clip: Clipping range of a value around its value when the batch was collected, in
+            units of the reward (TRL: 0.2); None for no clipping.
+        value_coef: Weight of the value loss, half a squared error, relative to the policy's loss.
+        value_learning_rate: Peak learning rate of the value head, with the policy's schedule; None
+            for the policy's learning rate. The rest of the policy is not affected.
     """
 
     word: ClassVar[str] = "gae"

@@ -1,4 +1,4 @@
-"""The learner: rollouts with advantages become optimizer steps."""
+"""The learner: makes optimizer steps on rollouts with advantages."""
 
 import dataclasses
 import functools
@@ -24,13 +24,14 @@ from train.rl.rollout.sampler import Sampling
 
 
 class Programs(NamedTuple):
-    """What a learner compiles, once for each bucket of rows and of lengths.
+    """Jitted functions of a learner, compiled once for each bucket of rows and of lengths.
 
     Attributes:
         step: Train step `(state, rows) -> (state, metrics)`; the state is donated.
-        score: Log-probabilities `(weights, rows) -> [K, L]` of what is trained.
-        score_values: Log-probabilities and values `(weights, rows) -> [K, L], [K, L]`, for a policy
-            with a value head; None for others.
+        score: Function `(weights, rows) -> [K, L]` that computes the log-probabilities of generated
+            tokens, or of a trigger's decisions where a trigger is trained.
+        score_values: Function `(weights, rows) -> ([K, L], [K, L])` that computes log-probabilities
+            and values; None for a policy without a value head.
     """
 
     step: TrainStep
@@ -39,7 +40,7 @@ class Programs(NamedTuple):
 
 
 class _Same:
-    """A key that is equal for the same object alone."""
+    """Key of a cache that compares its value by identity."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -60,13 +61,13 @@ def _programs(
     max_length: int,
     accumulate: int,
 ) -> Programs:
-    """Programs of a `Trainable`, one set for equal arguments."""
+    """Make the programs of a `Trainable`; equal arguments return the same programs."""
     of: Trainable = trainable.value
 
     def policy_loss(
         model: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """`train.engine.step.Loss`; nothing in it is random."""
+        """Compute the loss of rows, as `train.engine.step.Loss`; the random key is not used."""
         del key
         rows, values = flat(rows), None
         if critic is None:
@@ -108,17 +109,18 @@ def _programs(
 
 
 class Learner:
-    """Optimizer steps on rows of `train.rl.rollout.rows.make_rows`.
+    """Makes optimizer steps on rows of `train.rl.rollout.rows.make_rows`.
 
     Learners of one `Trainable` with equal options share compiled programs.
 
     Args:
         config: Config of the run.
         trainable: `Trainable` of a `FinetunableModel`.
-        sampling: How rollouts are sampled, and therefore scored.
-        max_length: Greatest number of tokens that the policy can generate in a row.
-        share_prompts: Whether rows that begin alike are computed as one as far as they do
-            (`train.rl.learning.sharing`), where that saves much.
+        sampling: Options that rollouts were sampled with; log-probabilities are computed at the
+            same temperature.
+        max_length: Maximum number of tokens that the policy can generate in a row.
+        share_prompts: Whether equal prompts of a batch are computed once
+            (`train.rl.learning.sharing`), where that saves enough work.
     """
 
     def __init__(
@@ -145,15 +147,27 @@ class Learner:
             self.programs = _programs(*key)
 
     def score(self, weights: Any, rows: Rows) -> np.ndarray:
-        """Log-probabilities `[K, L]` float32 of what is trained, a micro-batch at a time."""
+        """Compute log-probabilities of rows, a micro-batch at a time.
+
+        Args:
+            weights: Weights of the policy (`TrainState.weights`).
+            rows: Rows of `make_rows`.
+
+        Returns:
+            Log-probabilities of generated tokens, or of a trigger's decisions where a trigger is
+            trained, `[K, L]` float32.
+        """
         return self._scored(self.programs.score, weights, rows)
 
     def score_values(self, weights: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of tokens and values before them, `[K, L]` float32 each.
+        """Compute log-probabilities of tokens and values of the states before them.
 
         Args:
             weights: Weights of a policy with a value head.
             rows: Rows of `make_rows`.
+
+        Returns:
+            Log-probabilities and values, `[K, L]` float32 each.
 
         Raises:
             FloatingPointError: A value of a trained token is NaN or infinite.
@@ -181,7 +195,7 @@ class Learner:
         return jax.tree.map(lambda values: branches.by_row(values, width), scored)
 
     def _branches(self, rows: Rows, parts: int = 1) -> Branches | None:
-        """Layout of rows that are computed in `parts`, or None where they share nothing."""
+        """Return the layout of shared prompts for rows in `parts` minibatches; None without one."""
         if not self._share_prompts:
             return None
         return branches_of(rows, self._multiple * parts, self._config.num_generations or 1)
@@ -189,19 +203,20 @@ class Learner:
     def update(
         self, state: TrainState, rows: Rows, rng: np.random.Generator, reference: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Optimizer steps of all epochs and minibatches; the state is donated.
+        """Make the optimizer steps of all epochs and minibatches.
 
         Args:
-            state: State before the update.
-            rows: Rows of `make_rows`; the minibatches divide their number. `old`, the
-                log-probabilities under this state, may be among them and is computed otherwise.
+            state: State before the update; it is donated.
+            rows: Rows of `make_rows`, whose number is a multiple of the number of minibatches. If
+                they lack `old`, the log-probabilities `[K, L]` under this state, it is computed
+                where several optimizer steps need it.
             rng: Generator that shuffles rows into minibatches.
-            reference: Trained parameters of the reference policy, whose frozen ones are the same;
-                None where the loss reads no reference.
+            reference: Trained parameters of the reference policy, which shares the frozen
+                parameters of the state; None where the loss reads no reference.
 
         Returns:
             State after the update, and metrics: means of `loss` and `grad_norm` over minibatches,
-            the last `learning_rate`, and the loss's `sums` over all minibatches.
+            the last `learning_rate`, and `sums`, the loss's sums by name, over all minibatches.
         """
         rows = dict(rows)
         if reference is not None:
@@ -231,18 +246,21 @@ class Learner:
         }
 
     def update_flops(self, state: TrainState, rows: Rows) -> float:
-        """Floating-point operations of an optimizer step on all rows by XLA's count.
+        """Count the floating-point operations of an optimizer step on all rows, as XLA does.
 
         Args:
-            state: State before the step, which is not taken.
+            state: State before the step; the step is compiled and not run.
             rows: Rows of `make_rows`.
+
+        Returns:
+            Number of operations; NaN where XLA gives none.
         """
         rows = {**rows, "old": np.zeros_like(rows["sampler"])}
         compiled = self.programs.step.lower(state, self._minibatch(rows, first=True)).compile()
         return (compiled.cost_analysis() or {}).get("flops", math.nan)
 
     def _minibatch(self, rows: Rows, first: bool) -> dict[str, jax.Array]:
-        """Rows of an optimizer step on the devices, sharing what they share."""
+        """Place the rows of an optimizer step on the devices, with shared prompts if that saves."""
         rows = {**rows, "first": np.full(len(rows["valid"]), first)}
         branches = self._branches(rows)
         return self._placed(rows if branches is None else branches.laid_out(rows))
@@ -252,6 +270,10 @@ class Learner:
 
 
 def _shuffled(valid: np.ndarray, parts: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Rows of each of `parts` equal minibatches; real rows and padding are dealt out evenly."""
+    """Shuffle rows into `parts` equal minibatches, with padding rows spread evenly.
+
+    Returns:
+        Indices of the rows of each minibatch.
+    """
     order = np.concatenate([rng.permutation(np.flatnonzero(valid)), np.flatnonzero(~valid)])
     return [order[part::parts] for part in range(parts)]

@@ -1,6 +1,7 @@
-"""Policy losses by name: sums and weights, divided once by the learner.
+"""Policy losses by name.
 
-Means are never taken here. Micro-batches are added up, and so is all that is reported.
+A loss returns a numerator and a denominator, and metrics as sums. These are added up over
+micro-batches, and the train step divides the total numerator by the total denominator once.
 """
 
 import dataclasses
@@ -18,10 +19,10 @@ FARTHEST = 20.0
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
-    """Base of all losses.
+    """Base of all policy losses.
 
-    A new one is a frozen dataclass with a `word`, options as fields, and `__call__`.
-    `LOSSES[word]` makes it known to `--loss`.
+    A new loss is a frozen dataclass with a `word`, options as fields, and `__call__`. Adding the
+    class as `LOSSES[word]` makes it known to `--loss`.
     """
 
     word: ClassVar[str]
@@ -29,12 +30,12 @@ class PolicyLoss:
 
     @property
     def uses_reference(self) -> bool:
-        """Whether it reads log-probabilities under the reference policy."""
+        """Whether the loss reads log-probabilities under the reference policy."""
         return False
 
     @property
     def uses_sampler(self) -> bool:
-        """Whether it reads log-probabilities as the sampler computed them."""
+        """Whether the loss reads log-probabilities as the sampler computed them."""
         return False
 
     def __call__(
@@ -50,31 +51,33 @@ class PolicyLoss:
         reference: jax.Array | None = None,
         sampler: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Numerator and denominator of the loss, to be minimised, and sums for the metrics.
+        """Compute the numerator and denominator of the loss, to be minimised, and metrics.
 
-        Only `log_probs` gets a gradient. What is not trained or not valid may hold anything, NaN
-        too: it changes nothing, and its gradient is exactly 0.
+        Only `log_probs` gets a gradient. Entries that are not trained or not valid may be NaN: they
+        change nothing, and their gradient is exactly 0. Where a trigger is trained, its decisions
+        take the place of tokens.
 
         Args:
-            log_probs: Log-probabilities `[K, L]` of tokens under the parameters being optimised.
-            old: Log-probabilities `[K, L]` under the parameters that the data came from, by the
-                same program.
+            log_probs: Log-probabilities of tokens under the parameters being optimised, `[K, L]`
+                for `K` rows of `L` tokens.
+            old: Log-probabilities under the parameters that sampled the data, as the learner (not
+                the sampler) computes them, `[K, L]`.
             advantages: Advantage of each token, `[K, L]`.
             trained: Tokens that the policy generated, `[K, L]` bool.
-            valid: Rows that are no padding, `[K]` bool. A valid row without trained tokens is a
-                rollout like any other, of loss 0: it counts in "sequence" and in "constant".
-                Whether a policy had anything to decide can depend on the policy, so leaving the
-                row out would be a bias.
-            max_length: Greatest number of trained tokens of a row, for "constant".
-            weight: Multiplicity of each row in both sums, `[K]`; None for 1.
-            reference: Log-probabilities `[K, L]` under the reference; present where
-                `uses_reference` says so.
-            sampler: Log-probabilities `[K, L]` as the sampler computed them; present where
-                `uses_sampler` says so.
+            valid: Rows that are not padding, `[K]` bool. A valid row without trained tokens has
+                loss 0 and counts as a rollout in the means "sequence" and "constant". Leaving it
+                out would be a bias, since it can depend on the policy whether there was anything to
+                decide.
+            max_length: Maximum number of trained tokens of a row, the divisor of "constant".
+            weight: Multiplicity of each row in numerator and denominator, `[K]`; None for 1.
+            reference: Log-probabilities under the reference policy, `[K, L]`; given if
+                `uses_reference`.
+            sampler: Log-probabilities as the sampler computed them, `[K, L]`; given if
+                `uses_sampler`.
 
         Returns:
-            Numerator, denominator, and sums over trained tokens, `tokens` (their number) among
-            them. The sums do not know weights.
+            Numerator, denominator, and a dict of sums over trained tokens, which are not weighted
+            by `weight`. The sum `tokens`, the number of trained tokens, is required.
         """
         raise NotImplementedError(f"{type(self).__name__} computes no loss")
 
@@ -87,16 +90,20 @@ class PolicyLoss:
         max_length: int,
         weight: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Numerator and denominator of losses of tokens, the denominator that of `__call__`.
+        """Reduce losses of tokens to a numerator and a denominator, as `__call__` does.
 
-        The loss of a value head is added by it; losses that are used without one need none.
+        The learner reduces the loss of a value head by this method and adds its numerator to that
+        of `__call__`. A loss that is never used with a value head need not define it.
 
         Args:
-            loss: Loss of each token, `[K, L]`, 0 where nothing counts.
+            loss: Loss of each token, `[K, L]`, 0 for tokens that do not count.
             counts: Tokens that count, `[K, L]` bool.
-            valid: Rows that are no padding, `[K]` bool.
-            max_length: Greatest number of trained tokens of a row.
-            weight: Multiplicity of each row in both sums, `[K]`; None for 1.
+            valid: Rows that are not padding, `[K]` bool.
+            max_length: Maximum number of trained tokens of a row.
+            weight: Multiplicity of each row in numerator and denominator, `[K]`; None for 1.
+
+        Returns:
+            Numerator, and the denominator that `__call__` returns for the same arguments.
         """
         raise NotImplementedError(f"{type(self).__name__} reduces no losses")
 
@@ -116,8 +123,8 @@ class ClippedLoss(PolicyLoss):
         dual_clip: Bound on the loss of a token with a negative advantage, in multiples of that
             advantage (c of dual-clip PPO, above 1); None for no bound.
         aggregate: Reduction over tokens: "sequence" averages the means of rows (GRPO), "token"
-            averages all tokens of the batch (DAPO), "constant" averages the sums of rows over the
-            greatest possible length (Dr. GRPO).
+            averages all tokens of the batch (DAPO), "constant" averages the sums of rows, each
+            divided by the maximum length of a row (Dr. GRPO).
         kl: Weight of the KL penalty (β, estimator k3) towards the reference policy. (k1 has
             no gradient in expectation.)
         importance_cap: Upper bound on the truncated importance weight between the sampler's and
@@ -172,13 +179,18 @@ class ClippedLoss(PolicyLoss):
         reference: jax.Array | None = None,
         sampler: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """See `PolicyLoss`.
+        """Compute the clipped loss; arguments are as in `PolicyLoss.__call__`.
 
         Returns:
-            Numerator, denominator, and sums over trained tokens: `tokens` is their number,
-            `clipped` counts those that the clip keeps from their gradient (before `dual_clip`),
-            `ratio` is that to `old`; `approx_kl` and `ref_kl` are k3 estimates in nats, of the
-            divergence of `old` from the policy and of the policy from the reference.
+            Numerator, denominator, and sums over trained tokens: `tokens` counts the tokens;
+            `clipped` counts the tokens whose gradient the clip sets to 0 (not counting
+            `dual_clip`); `ratio` sums the probability ratios to `old`; `approx_kl` sums the k3
+            estimates of KL(old || policy) and, with a reference, `ref_kl` those of
+            KL(policy || reference), in nats.
+
+        Raises:
+            ValueError: Log-probabilities that an option needs are missing, the shapes differ, or
+                `max_length` is below 1.
         """
         if self.kl and reference is None:
             raise ValueError(f"kl={self.kl} needs the reference's log-probabilities")
@@ -189,7 +201,7 @@ class ClippedLoss(PolicyLoss):
         counts = trained & valid[:, None]
 
         def known(values: jax.Array) -> jax.Array:
-            """Chosen before anything is computed, so that no NaN comes back multiplied by 0."""
+            """Set entries that do not count to 0 first, as a NaN times 0 would be NaN."""
             if values.shape != trained.shape:
                 raise ValueError(
                     f"log-probabilities {values.shape} are not of tokens {trained.shape}"
@@ -239,7 +251,7 @@ class ClippedLoss(PolicyLoss):
 
 
 LOSS_OPTIONS = tuple(field.name for field in dataclasses.fields(ClippedLoss))
-"""Options of the clipped loss, which methods have too."""
+"""Names of the options of the clipped loss, which methods have too."""
 
 LOSSES: dict[str, type[PolicyLoss]] = {loss.word: loss for loss in (ClippedLoss,)}
 
@@ -249,7 +261,7 @@ def _cut(difference: jax.Array) -> jax.Array:
 
 
 def _k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
-    """k3: unbiased for KL(policy || reference) of tokens drawn by the policy, never negative."""
+    """Estimate KL(policy || reference) per token by k3: unbiased on samples of the policy, >= 0."""
     difference = _cut(reference - log_probs)
     return jnp.expm1(difference) - difference
 
@@ -262,7 +274,7 @@ def _aggregate(
     weight: jax.Array | None,
     max_length: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Numerator and denominator of losses `[K, L]`, which are 0 where nothing counts."""
+    """Reduce losses `[K, L]`, 0 for tokens that do not count, to numerator and denominator."""
     tokens = counts.sum(axis=1, dtype=loss.dtype)
     of_row = jnp.ones_like(tokens) if weight is None else jax.lax.stop_gradient(weight)
     of_row = jnp.where(valid, of_row, 0).astype(loss.dtype)

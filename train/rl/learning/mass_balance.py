@@ -1,8 +1,8 @@
-"""Why more rollouts of a problem help: mass balance of one update (BroRL, arXiv 2510.01180).
+"""Mass balance of one update, which shows why more rollouts help (BroRL, arXiv 2510.01180).
 
-One token is chosen of `V`, p = softmax(z). An update follows the surrogate -(1/N) sum_i R_i p_i
-over the sampled tokens, whose reward is R_c if they are correct and R_w if not; tokens that were
-not sampled have reward 0. All in float64.
+The policy chooses one of `V` tokens with probabilities p = softmax(z). An update minimises the
+surrogate -(1/N) sum_i R_i p_i over the sampled tokens. Their reward is R_c if they are correct and
+R_w if not; tokens that were not sampled have reward 0. Everything is computed in float64.
 """
 
 from typing import NamedTuple
@@ -11,18 +11,18 @@ import numpy as np
 
 
 class MassBalance(NamedTuple):
-    """First-order change of the probability of a correct token, and what it is made of.
+    """First-order change of the probability of a correct token, and its terms.
 
     Attributes:
-        correct_mass: Probability of a correct token (Q_pos).
+        correct_mass: Total probability of the correct tokens (Q_pos).
         baseline: Expected reward of the sampled tokens, sum of R_i p_i over them (S_R).
         sampled_correct: Sum of p^2 over sampled correct tokens (A_2).
         sampled_wrong: Sum of p^2 over sampled wrong tokens (B_2).
         unsampled_correct: Sum of p^2 over correct tokens that were not sampled (U_pos,2).
         unsampled_wrong: Sum of p^2 over wrong tokens that were not sampled (U_neg,2).
         terms: Contributions of the sampled correct, the sampled wrong, and the unsampled tokens,
-            without the step size. The first two are never negative; the third, the unsampled
-            coupling, has either sign, and vanishes as the number of rollouts grows.
+            without the step size. For R_w <= 0 <= R_c the first two are never negative. The third,
+            the unsampled coupling, has either sign, and vanishes as the number of rollouts grows.
         change: Change of the correct mass, the sum of the terms times the step size (ΔQ_pos).
     """
 
@@ -44,10 +44,11 @@ def mass_balance(
     wrong: float = -1.0,
     rate: float = 1.0,
 ) -> MassBalance:
-    """Mass balance of one update.
+    """Compute the mass balance of one update.
 
     ΔQ_pos = (η/N) [(R_c - S_R) Q_neg A_2 + (S_R - R_w) Q_pos B_2
-                    + S_R (Q_pos U_neg,2 - Q_neg U_pos,2)]
+                    + S_R (Q_pos U_neg,2 - Q_neg U_pos,2)], with Q_neg = 1 - Q_pos and the other
+    symbols as in `MassBalance`.
 
     Args:
         logits: Logits of the tokens, `[V]`.
@@ -55,10 +56,10 @@ def mass_balance(
         sampled: Tokens that were sampled at least once, `[V]` bool.
         right: Reward of a sampled correct token (R_c).
         wrong: Reward of a sampled wrong token (R_w).
-        rate: Learning rate over the number of rollouts (η/N).
+        rate: Learning rate divided by the number of rollouts (η/N).
 
     Raises:
-        ValueError: The shapes differ, or there is no axis or more than one.
+        ValueError: The shapes differ or are not `[V]`.
     """
     shapes = {np.shape(logits), np.shape(correct), np.shape(sampled)}
     if len(shapes) > 1 or np.ndim(logits) != 1:
@@ -88,29 +89,31 @@ def mass_balance(
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits `[V]`, float64."""
+    """Compute the probabilities `[V]` float64 of logits `[V]`."""
     powers = np.exp(np.asarray(logits, np.float64) - np.max(logits))
     return powers / powers.sum()
 
 
 def unsampled_mass(rate: np.ndarray | float, count: np.ndarray | float) -> np.ndarray:
-    """Expected squared probability of a token where it is never drawn: p^2 (1-p)^N.
+    """Compute the expected term of a token in the sum of p^2 over unsampled tokens: p^2 (1-p)^N.
 
     Args:
-        rate: Probability of the token (p).
-        count: Number of rollouts (N), a shape that broadcasts with that of `rate`.
+        rate: Probability of the token in one rollout (p).
+        count: Number of rollouts (N), of a shape that broadcasts with the shape of `rate`.
     """
     rate = np.asarray(rate, np.float64)
     return rate**2 * (1.0 - rate) ** count
 
 
 class Simulated(NamedTuple):
-    """What a simulated training came to.
+    """Result of a simulated training.
 
     Attributes:
-        correct_mass: Probability of a correct token before the first step and after each one.
-        worst: Least change of the probability of a correct token; below 0 knowledge was lost.
-        improved: Share of the correct tokens whose probability has risen.
+        correct_mass: Total probability of the correct tokens before the first step and after each
+            step, `[steps + 1]`.
+        worst: Smallest change of the probability of a single correct token by the whole training;
+            if it is negative, the policy has lost knowledge.
+        improved: Fraction of the correct tokens whose probability has increased.
     """
 
     correct_mass: np.ndarray
@@ -126,11 +129,11 @@ def simulate(
     steps: int = 300,
     learning_rate: float = 1e-3,
 ) -> Simulated:
-    """Train the logits of one choice with a number of rollouts a step.
+    """Train the logits of a policy that chooses one token, with a number of rollouts per step.
 
-    Correct tokens begin with logit 3, one wrong token, the anchor, with 5, the others with 0.
-    Rewards are +1 and -1 minus the mean of the batch; AdamW (weight decay 0.01) follows the
-    surrogate -(1/N) sum_i (R_i - mean) p_i.
+    The initial logit is 3 for correct tokens, 5 for one wrong token (the anchor), and 0 for all
+    other tokens. A correct token has reward +1, a wrong one -1. AdamW (weight decay 0.01) minimises
+    the surrogate -(1/N) sum_i (R_i - mean) p_i, where the mean is over the rewards of the step.
 
     Args:
         rollouts: Number of rollouts of a step (N).

@@ -14,24 +14,25 @@ from train.rl.types import Episodes, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class RewardShaping:
-    """Base of all changes that are made to rewards before advantages are estimated.
+    """Base of all changes of rewards that are made before advantages are estimated.
 
-    A new one is a frozen dataclass with a `word`, options as fields, and `__call__`, or `of_task`
-    where responses are to be scored anew. `REWARDS[word]` makes it known to `--reward`. `__call__`
-    never changes what counts as a success.
+    A new shaping is a frozen dataclass with a `word` and with options as fields. It overrides
+    `__call__` to change rewards, or `of_task` to score responses differently. `__call__` never
+    changes which rollouts count as successes. Adding the class as `REWARDS[word]` makes it known to
+    `--reward`.
     """
 
     word: ClassVar[str]
     """Name of the shaping on the command line and in configs."""
 
     one_response: ClassVar[bool] = False
-    """Whether it is defined for tasks of one response alone."""
+    """Whether the shaping is defined only for tasks of one response, not for environments."""
 
     def check(self, config: Any) -> None:
-        """Raise a `ValueError` for a run (`RLConfig`) that this shaping does not fit."""
+        """Raise a `ValueError` if the config of a run (`RLConfig`) does not fit this shaping."""
 
     def of_task(self, task: Any) -> Any:
-        """The task with the scorer that this reward demands: its own."""
+        """Return the task with the scorer that this shaping needs; by default the task itself."""
         return task
 
     def __call__(
@@ -41,13 +42,13 @@ class RewardShaping:
         episodes: Episodes,
         max_new_tokens: int,
     ) -> np.ndarray:
-        """Shaped reward of each episode, `[N]` float64: unchanged.
+        """Return the shaped reward of each episode, `[N]` float64; by default the reward itself.
 
         Args:
-            reward: Reward of each episode, `[N]` float64, after the shapings before this one.
+            reward: Reward of each episode, `[N]` float64, as the shapings before this one left it.
             trajectories: Rows of the episodes.
-            episodes: `N` episodes; their own rewards are unshaped.
-            max_new_tokens: Longest response, in tokens.
+            episodes: `N` episodes; `episodes.reward` is unshaped.
+            max_new_tokens: Maximum number of tokens of a response.
         """
         return reward
 
@@ -57,7 +58,7 @@ class OverlongPenalty(RewardShaping):
     """Penalty on the last tokens before the length limit (soft overlong punishment of DAPO).
 
     Attributes:
-        buffer: Number of last tokens before the limit over which the penalty grows evenly.
+        buffer: Number of last tokens before the limit over which the penalty grows linearly.
         factor: Penalty of a response that reaches the limit.
     """
 
@@ -92,13 +93,13 @@ class OverlongPenalty(RewardShaping):
 
 @dataclasses.dataclass(frozen=True)
 class InvocationPenalty(RewardShaping):
-    """Price of each invocation of latent memory, less where good trajectories invoke often.
+    """Penalty for each invocation of latent memory, smaller if good trajectories invoke often.
 
     Attributes:
         weight: Weight of the penalty (λ). The paper gives no value, and the authors' code turns it
             off; 0.01 to 0.3 is sensible with rewards of 0 and 1.
-        rate: Unit that the rate of invocation is counted by: "decisions" of the trigger (the
-            paper's second version) or all "tokens" of a trajectory (its first version).
+        rate: Denominator of the rate of invocation: the number of "decisions" of the trigger (the
+            paper's second version) or of all "tokens" of a trajectory (its first version).
         scope: Trajectories that are compared: those of a "group" (second version) or of the whole
             "batch" (first version).
     """
@@ -146,24 +147,26 @@ class InvocationPenalty(RewardShaping):
 
 @dataclasses.dataclass(frozen=True)
 class Ternary(RewardShaping):
-    """Reward by outcome, for any task: 1 right, `abstain` no answer, -1 wrong (TruthRL).
+    """Reward by outcome, for any task: 1 if right, `abstain` if abstained, -1 if wrong (TruthRL).
 
-    Responses are scored anew (`train.rl.tasks.truthful.TruthfulTask` says in which order), so the
-    reward of metrics and of held-out problems is this one too, and `info/` has their `accuracy`,
-    `uncertain`, `hallucination` and `truthfulness`.
+    It replaces the task's own scorer by `train.rl.tasks.truthful.TruthfulTask`. The rewards in
+    metrics and of held-out problems therefore change too, and the metrics have
+    `info/accuracy`, `info/uncertain`, `info/hallucination` and `info/truthfulness`.
 
     Attributes:
         abstain: Reward of abstaining (r_abstain), from -1 (a binary reward) to below 1. Answering
-            pays where it is right with a probability above (1 + r_abstain) / 2; with advantages
-            over the standard deviation of small groups that holds at 0 and -1 alone.
-        boxed: Whether the answer has to stand in `\\boxed{...}`.
-        unknown: Phrase that abstains; empty for that of the task, or else "I don't know".
+            has a higher expected reward than abstaining if it is right with a probability above
+            (1 + r_abstain) / 2. If advantages are divided by the standard deviation of small
+            groups, this threshold holds only for r_abstain = 0 or -1.
+        boxed: Whether an answer counts only inside of `\\boxed{...}`.
+        unknown: Phrase that counts as abstaining; empty for the task's phrase, or "I don't know"
+            where the task has none.
         knowledge: Whether only abstaining is rewarded on problems out of knowledge.
-        probe: File that says which problems are out of knowledge (`thoughtbubbles probe`); empty
-            where the task says so.
+        probe: File of `thoughtbubbles probe` that says which problems are out of knowledge; empty
+            if the task itself marks these problems.
         reasoning: How the task's score of the reasoning, 0 or 1, changes the reward r of an
-            outcome: "multiplicative" r (1 + score), "additive" r + score / 2, "conditional" r score
-            for right answers, or "none".
+            outcome: "multiplicative" gives r (1 + score), "additive" r + score / 2, "conditional"
+            the score where r is 1 and r elsewhere, and "none" r.
     """
 
     word: ClassVar[str] = "ternary"
@@ -197,13 +200,16 @@ REWARDS: dict[str, type[RewardShaping]] = {
 def overlong_penalty(
     length: np.ndarray, max_length: int, buffer: int, factor: float = 1.0
 ) -> np.ndarray:
-    """Addition to the reward of long responses (DAPO), from 0 down to -factor, `[K]` float64.
+    """Compute the soft overlong punishment (DAPO), which is added to the reward of a response.
 
     Args:
         length: Number of generated tokens of each response, `[K]`.
-        max_length: Greatest length of a response.
-        buffer: Number of last tokens before `max_length` over which the penalty grows evenly.
+        max_length: Maximum length of a response.
+        buffer: Number of last tokens before `max_length` over which the penalty grows linearly.
         factor: Penalty at `max_length`.
+
+    Returns:
+        Numbers from 0 down to -factor, `[K]` float64.
 
     Raises:
         ValueError: The buffer is not between 1 and `max_length`.
@@ -215,7 +221,7 @@ def overlong_penalty(
 
 
 def _decisions(trajectories: Sequence[Trajectory], episodes: Episodes) -> np.ndarray:
-    """Decisions of each episode, `[N, T]` int8, -1 behind its end."""
+    """Concatenate the decisions of each episode, `[N, T]` int8, padded on the right with -1."""
     joined = [
         np.concatenate([trajectories[row].decisions for row in rows]) for rows in episodes.rows
     ]

@@ -1,6 +1,7 @@
-"""A policy as it is sampled and as it is scored: two programs of one set of weights.
+"""Sampling and scoring of one policy: its `MemGen` to sample from, and its log-probabilities.
 
-Anything that samples is a `MemGen`; a plain decoder is one that never invokes and has no weaver.
+Rollouts are always sampled from a `MemGen`. A policy without latent memory becomes a `MemGen` that
+never invokes it.
 """
 
 from typing import Any
@@ -26,7 +27,11 @@ NO_MEMORY = MemGenConfig(
 
 
 def sampler_of(finetunable: FinetunableModel) -> MemGen:
-    """The policy as a `MemGen` to sample from; a plain decoder becomes one without memory."""
+    """Return the policy as a `MemGen` to sample from; a plain decoder becomes one without memory.
+
+    Args:
+        finetunable: The policy. Its LoRA adapter, if any, is applied.
+    """
     if finetunable.memgen is not None:
         return finetunable.memgen
     decoder = finetunable.backbone
@@ -37,15 +42,17 @@ def sampler_of(finetunable: FinetunableModel) -> MemGen:
 
 
 def predictors(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
-    """Hidden states `[K, L, D]` that predict each token, those that the logits are made of.
+    """Compute the hidden states `[K, L, D]` that predict each token and give its logits.
 
-    Decisions are replayed, not made again: latents stand where they stood (`point`, `kind`), and
-    are woven anew, so that gradients reach the weaver. The state of a first token is arbitrary.
+    With latent memory, the sampler's decisions are replayed: latents are inserted at the same
+    positions (`point`, `kind`) and computed again, so that gradients reach the weaver. The state
+    that should predict the first token of a row is arbitrary.
 
     Args:
         finetunable: The policy.
-        rows: Rows of `make_rows`, or of `train.rl.learning.sharing`, for which `L` is the number of
-            slots of a branch; these only for a decoder with `branch_states`.
+        rows: Rows of `make_rows`; or, for a decoder with `branch_states`, rows with shared prompts
+            in the layout of `train.rl.learning.sharing.flat`, where `K` is the number of branches
+            and `L` the number of slots of a branch.
     """
     tokens = rows["tokens"]
     if finetunable.memgen is not None:
@@ -70,14 +77,16 @@ def token_scores(
     valid_vocab_size: int,
     hidden: jax.Array | None = None,
 ) -> jax.Array:
-    """Log-probabilities `[K, L]` float32 of the tokens that the policy generated, 0 elsewhere.
+    """Compute log-probabilities of the tokens that the policy generated, `[K, L]` float32.
+
+    All other entries are 0.
 
     Args:
         finetunable: The policy.
-        rows: Rows of `make_rows`.
-        temperature: Sampling temperature.
-        valid_vocab_size: Number of ids that the sampler chooses from.
-        hidden: Hidden states of `predictors`, where the caller has them.
+        rows: Rows of `make_rows`, or of `train.rl.learning.sharing.flat`.
+        temperature: Sampling temperature, by which logits are divided.
+        valid_vocab_size: Number of ids, the first ones, that the sampler chooses from.
+        hidden: Hidden states of `predictors`, `[K, L, D]`; None to compute them.
     """
     hidden = predictors(finetunable, rows) if hidden is None else hidden
     return token_log_probs(
@@ -86,7 +95,12 @@ def token_scores(
 
 
 def decision_scores(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
-    """Log-probabilities `[K, L]` float32 of the trigger's decisions, 0 where none was made."""
+    """Compute log-probabilities of the trigger's decisions, `[K, L]` float32; 0 without one.
+
+    Args:
+        finetunable: Policy with a trigger.
+        rows: Rows of `make_rows` with `decisions`, `point` and `kind`.
+    """
     memgen = finetunable.memgen
     assert memgen is not None
     plan = Plan.of(rows["point"], rows["kind"], memgen.config)
@@ -94,12 +108,12 @@ def decision_scores(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -
 
 
 def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: Any) -> jax.Array:
-    """Log-probabilities `[K, L]` of what is trained: decisions of a trigger, else tokens.
+    """Compute log-probabilities of tokens, or of decisions where a trigger is trained, `[K, L]`.
 
     Args:
         finetunable: The policy.
-        rows: Rows of `make_rows`.
-        sampling: How the rows were sampled (`train.rl.rollout.sampler.Sampling`).
+        rows: Rows of `make_rows`, or of `train.rl.learning.sharing.flat`.
+        sampling: Options that the rows were sampled with (`train.rl.rollout.sampler.Sampling`).
     """
     if finetunable.method == "trigger":
         return decision_scores(finetunable, rows)
@@ -109,17 +123,19 @@ def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: 
 def scores_and_values(
     finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and values `[K, L]` of tokens, by one forward pass.
+    """Compute log-probabilities of tokens and values of the states before them in one pass.
 
-    The value of a token is that of the state before it: the value head takes the hidden state that
-    predicts the token. There the streams of a forking model are merged, as for the logits, and the
-    latents of MemGen are attended to. Values are computed at every position, those of prompts and
-    padding too, and count where tokens are trained.
+    The value head reads the hidden state that predicts a token. In this state the streams of a
+    forking model are merged, as for the logits, and latents of MemGen have been attended to. Values
+    are computed at every position, including prompts and padding, where they have no meaning.
 
     Args:
         finetunable: Policy with a value head.
-        rows: Rows of `make_rows`.
-        sampling: How the rows were sampled (`train.rl.rollout.sampler.Sampling`).
+        rows: Rows of `make_rows`, or of `train.rl.learning.sharing.flat`.
+        sampling: Options that the rows were sampled with (`train.rl.rollout.sampler.Sampling`).
+
+    Returns:
+        Log-probabilities and values, `[K, L]` each.
     """
     assert finetunable.value_head is not None
     hidden = predictors(finetunable, rows)
@@ -130,7 +146,14 @@ def scores_and_values(
 
 
 def action_mask(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
-    """Positions where the trained policy has acted, `[K, L]` bool."""
+    """Return where log-probabilities are trained, `[K, L]` bool.
+
+    These are the generated tokens, or the decisions where a trigger is trained.
+
+    Args:
+        finetunable: The policy.
+        rows: Rows of `make_rows`, or of `train.rl.learning.sharing.flat`.
+    """
     if finetunable.method == "trigger":
         return rows["decisions"] >= 0
     return rows["trained"]

@@ -1,4 +1,4 @@
-"""The reference policy of a KL penalty: the weights of the beginning, or of the last reset."""
+"""The reference policy of a KL penalty: the initial weights, or those of the last reset."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,13 +12,14 @@ from train.runs.checkpoint import Checkpointer
 
 
 class Reference:
-    """Trained parameters of the reference policy; the frozen ones are the run's.
+    """The reference policy of a run, which shares its frozen parameters with the trained policy.
 
     Args:
         trainable: Static side of the run.
         first_weights: Function that returns the weights that the run began with.
-        used: Whether the loss reads the reference at all.
-        every: Number of steps after which it becomes the present policy; None for never.
+        used: Whether the loss reads the reference policy.
+        every: Number of steps between resets of the reference policy to the present policy; None
+            for no resets.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Reference:
 
     @property
     def params(self) -> Any:
-        """Parameters of the reference policy, None where the loss reads none."""
+        """Trained parameters of the reference policy; None if the loss does not read them."""
         if self._used and self._params is None:
             weights = put(self._first_weights(), self._trainable.shardings.weights)
             self._params = self._trainable.abstract.with_weights(weights).params
@@ -43,34 +44,35 @@ class Reference:
 
     @property
     def abstract(self) -> Any:
-        """Shapes and shardings of the parameters."""
+        """Shapes, dtypes and shardings of `params`."""
         return self._trainable.abstract.params
 
     def reset_if_due(self, steps_done: int, params: Any) -> None:
-        """Take over the present parameters before the first step of a new period.
+        """Copy the present parameters if a multiple of `every` steps, above 0, is done.
 
         Args:
             steps_done: Number of steps so far.
-            params: Trained parameters; they are copied.
+            params: Trained parameters of the present policy.
         """
         if self.every is not None and steps_done and steps_done % self.every == 0:
             self.restore(jax.tree.map(lambda leaf: leaf.copy(), params))
 
     def restore(self, params: Any) -> None:
-        """Continue with the parameters of a checkpoint."""
+        """Set the trained parameters of the reference policy, e.g. to those of a checkpoint."""
         self._params = params
 
 
 class ReferenceCheckpointer(Checkpointer):
-    """A `Checkpointer` that keeps a reference policy that is reset beside the state of training.
+    """A `Checkpointer` that also saves a reference policy with resets.
 
     Args:
         directory: Run folder.
         save_interval: Number of steps between checkpoints.
         keep: Number of newest checkpoints that are kept.
-        keep_every: Number of steps whose multiples are kept for ever; None for none.
-        reference: Reference policy of the run. One that is never reset is not saved: it is the
-            weights that the run begins with.
+        keep_every: Interval in steps; checkpoints at its multiples are never deleted. None for no
+            such checkpoints.
+        reference: Reference policy of the run. Without resets it is not saved, because it equals
+            the weights that the run begins with.
     """
 
     def __init__(

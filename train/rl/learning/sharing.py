@@ -1,4 +1,4 @@
-"""Rows that begin alike as one row with branches, so that an update computes a prompt once."""
+"""Layout of rows with equal prompts as shared prefixes with branches, computed once per update."""
 
 import dataclasses
 from typing import Any
@@ -9,23 +9,24 @@ from train.rl.buckets import SHORTEST, bucket
 from train.rl.rollout.rows import Rows
 
 LEAST_SAVED = 2**12
-"""Number of positions of an update below which nothing is shared: small updates stay, to the bit,
-what they are without sharing."""
+"""Minimum number of positions that sharing must save in an update: small updates share nothing, so
+that their results are equal to the bit with and without the option."""
 LEAST_FACTOR = 1.25
-"""Factor by which sharing must lower the number of positions of an update."""
+"""Minimum factor by which sharing must lower the number of positions of an update."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Branches:
-    """Rows `[K, L]` of `make_rows` laid out as `R` shared rows with `N` branches each.
+    """Layout of `K` rows of `L` tokens as `R` shared prefixes with `N` branches each.
 
-    A branch begins with the last token of the prompt, whose state predicts the first token that is
-    trained, and ends before the last one. What comes before it is the shared prefix.
+    The prompt of a row is all tokens before its first trained token. The shared prefix is the
+    prompt without its last token. The input of a branch begins with this last token, whose state
+    predicts the first trained token, and ends before the last trained token.
 
     Attributes:
         row: Index of the row of each branch, `[R, N]`; -1 for padding.
         begin: Position of the first trained token of each row, `[K]`.
-        count: Number of trained tokens and of tokens between them, of each row, `[K]`.
+        count: Number of tokens from the first to the last trained token of each row, `[K]`.
         prefix_size: Number of slots of a prefix (`P`).
         size: Number of slots of a branch (`C`).
     """
@@ -38,19 +39,20 @@ class Branches:
 
     @property
     def positions(self) -> int:
-        """Number of positions of a forward pass, padding included."""
+        """Number of positions of a forward pass, including padding."""
         shared, branches = self.row.shape
         return shared * (self.prefix_size + branches * self.size)
 
     def laid_out(self, rows: Rows) -> Rows:
-        """The arrays of rows by branch.
+        """Rearrange arrays of rows by branch.
 
         Args:
-            rows: Arrays `[K, ...]` of `make_rows`, and others of rows or of their tokens.
+            rows: Arrays of `make_rows` and others, `[K]` or `[K, L]`.
 
         Returns:
-            `prefix [R, P]` and its `prefix_length [R]`; `inputs [R, N, C]`, the token before each
-            of `tokens`; and all arrays of `rows`, `[R, N]` or `[R, N, C]`. Padding is not `valid`.
+            `prefix [R, P]`, the ids of the prefixes, and `prefix_length [R]`; `inputs [R, N, C]`,
+            the token before each of `tokens`; and all arrays of `rows`, as `[R, N]` or `[R, N, C]`.
+            `valid` is False for padding branches.
         """
         real = self.row >= 0
         first = self.row[:, 0]  # a shared row's own, of padding any
@@ -73,11 +75,14 @@ class Branches:
         return found
 
     def by_row(self, values: np.ndarray, length: int) -> np.ndarray:
-        """Values `[R, N, C]` of the tokens of branches as values `[K, L]` of rows, 0 elsewhere.
+        """Rearrange values of the tokens of branches by row, the inverse of `laid_out`.
 
         Args:
-            values: Values of tokens, those of padding too; or `[R * N, C]`.
+            values: Values of tokens, `[R, N, C]` or `[R * N, C]`; those of padding are not read.
             length: Number of positions of a row (`L`).
+
+        Returns:
+            Values `[K, L]`; 0 for tokens that are in no branch.
         """
         values = values.reshape(*self.row.shape, self.size)
         found = np.zeros((len(self.begin), length), values.dtype)
@@ -88,22 +93,26 @@ class Branches:
 
     @property
     def _inside(self) -> np.ndarray:
-        """Slots of branches that are no padding, `[R, N, C]`."""
+        """Slots of branches that are not padding, `[R, N, C]` bool."""
         count = np.where(self.row >= 0, self.count[self.row], 0)
         return np.arange(self.size) < count[:, :, None]
 
 
 def branches_of(rows: Rows, multiple: int, widest: int) -> Branches | None:
-    """The layout of least positions, or None where sharing saves too little.
+    """Choose the layout with the fewest positions; None where sharing saves too little.
 
-    Rows share what comes before the last token of their prompts if their prompts are equal: the
-    tokens before the first that is trained. Prompts with more rows than branches are shared rows
-    again; how many branches one has, up to `widest`, is chosen for the least positions.
+    Rows with equal prompts (all tokens before the first trained token) get one prefix. A prompt
+    with more rows than branches gets several prefixes. The number of branches per prefix is chosen
+    among the powers of two and `widest`.
 
     Args:
         rows: Rows of `make_rows`.
-        multiple: Divisor of the number of shared rows.
-        widest: Number of branches tried beside the powers of two, such as that of a group.
+        multiple: Divisor of the number of shared prefixes (`R`).
+        widest: Further number of branches to try, such as the number of rollouts of a problem.
+
+    Returns:
+        The layout, or None if it saves fewer than `LEAST_SAVED` positions or lowers their number by
+        less than `LEAST_FACTOR`, if no row is valid, or if a valid row has no prompt.
     """
     trained = rows["trained"]
     valid = np.flatnonzero(rows["valid"]).tolist()
@@ -138,17 +147,20 @@ def branches_of(rows: Rows, multiple: int, widest: int) -> Branches | None:
 
 
 def prefix_bucket(size: int) -> int:
-    """Least power of two, or three quarters of one, that is at least `size`, from 16 on.
+    """Round a size up to a power of two or three quarters of one, at least 16.
 
-    Finer than buckets of rows: a prefix is most of a shared row, and the longest prompt of a batch
-    changes less than the longest response.
+    These buckets are finer than those of rows, because a prefix is most of a shared row, and the
+    longest prompt of a batch varies less than the longest response.
     """
     whole = bucket(size, SHORTEST)
     return whole * 3 // 4 if whole > SHORTEST and size <= whole * 3 // 4 else whole
 
 
 def flat(rows: dict[str, Any]) -> dict[str, Any]:
-    """Rows of branches with an axis for all of them, `[R * N, ...]`; other rows as they are."""
+    """Merge the axes of branches to `[R * N, ...]`; rows without shared prompts stay as they are.
+
+    The arrays `prefix` and `prefix_length` keep their axis `R`.
+    """
     if "prefix" not in rows:
         return rows
     return {
@@ -160,11 +172,11 @@ def flat(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _columns(values: np.ndarray, row: np.ndarray, start: np.ndarray, size: int) -> np.ndarray:
-    """Values `[..., size]` of the rows `row [...]` from position `start [...]` on."""
+    """Gather values `[..., size]` of the rows `row [...]` from position `start [...]` on."""
     at = start[..., None] + np.arange(size)
     return values[row[..., None], np.clip(at, 0, values.shape[1] - 1)]
 
 
 def _powers(most: int) -> list[int]:
-    """Powers of two, up to the first that is at least `most`."""
+    """Return the powers of two, up to the first that is at least `most`."""
     return [1 << exponent for exponent in range((most - 1).bit_length() + 1)]

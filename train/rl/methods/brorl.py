@@ -6,22 +6,24 @@ from typing import ClassVar
 from train.rl.methods.reinforce_pp import ReinforcePP
 
 FEW = 16
-"""Rollouts of a problem that a learning rate is usually chosen for (ProRL)."""
+"""Number of rollouts of a problem for which a learning rate is usually chosen (ProRL)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BroRL(ReinforcePP):
-    """Up to 512 rollouts of a problem, as many optimizer steps as with few (ProRL's recipe).
+    """REINFORCE++ with many rollouts of each problem (512) and ProRL's recipe (BroRL).
 
-    Deviation from the mean of the group, whitened over the batch after dynamic sampling; a wider
-    clipping range above, truncated importance weights, and a KL penalty whose reference policy is
-    reset. The run's `minibatches` stays what it is with few rollouts, so each holds more of them,
-    and the learning rate grows by the square root of the number of rollouts. The paper prints
-    neither clipping range nor KL weight nor the period of the reset: these are ProRL's or ours.
+    The advantage is the deviation from the mean of the group, divided by its standard deviation in
+    the batch after dynamic sampling. ProRL's recipe adds a wider clipping range above, truncated
+    importance weights, and a KL penalty whose reference policy is reset. The number of optimizer
+    steps does not depend on the number of rollouts: `minibatches` stays the same, and each
+    minibatch holds more rollouts. The learning rate is multiplied by the square root of the ratio
+    of the step's rollouts to `base_rollouts`. The paper gives no clipping range, KL weight or
+    period of resets: these defaults are ProRL's or this project's.
 
     Attributes:
-        base_rollouts: Number of rollouts of a step that the learning rate was chosen for, by whose
-            ratio to those of this run it is scaled; None for 16 of each problem.
+        base_rollouts: Number of rollouts of a step that the learning rate was chosen for; None for
+            16 of each problem.
     """
 
     word: ClassVar[str] = "brorl"

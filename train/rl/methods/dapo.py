@@ -9,9 +9,9 @@ from train.rl.methods.grpo import GRPO
 
 @dataclasses.dataclass(frozen=True)
 class DAPO(GRPO):
-    """GRPO's advantage, a wider clipping range above, a mean over all tokens, dynamic sampling.
+    """GRPO with a wider clipping range above, a mean over all tokens, and dynamic sampling.
 
-    The paper's soft overlong punishment is a part of its own: `--reward "overlong(buffer=4096)"`.
+    The paper's soft overlong punishment is not included: add `--reward "overlong(buffer=4096)"`.
     """
 
     word: ClassVar[str] = "dapo"

@@ -1,4 +1,4 @@
-"""DeepSearch: tree search inside of training (arXiv 2509.25454)."""
+"""DeepSearch: tree search during training (arXiv 2509.25454)."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -12,15 +12,15 @@ from train.rl.rollout.strategies import RolloutStrategy
 
 @dataclasses.dataclass(frozen=True)
 class DeepSearch(TreeSearchOptions, Method):
-    """Hard problems are searched by trees, whose nodes have advantages of their own.
+    """Tree search for hard problems, with an advantage for each node of a tree.
 
-    The number of rollouts of a problem is the number of terminals that its tree backs up. Solutions
-    of problems that are seldom solved are kept and trained on again; problems that are often solved
-    are set aside.
+    The number of rollouts of a searched problem is the number of terminals that its tree backs up.
+    Solutions of hard problems are kept and trained on again at later visits. Problems that are
+    solved often are set aside.
 
     Attributes:
-        one_sided: Advantages in a tree whose terminals all agree, "zero" or "keep"; with
-            `filter_groups` such a tree is left out.
+        one_sided: Advantages in a tree whose terminals all succeed or all fail: "zero" sets them to
+            0, "keep" keeps them. With `filter_groups` such trees are left out.
     """
 
     word: ClassVar[str] = "deepsearch"

@@ -10,10 +10,11 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class DrGRPO(Method):
-    """Deviation from the mean of the group, and tokens summed over a constant length.
+    """Deviation from the mean of the group, and losses of tokens divided by a constant length.
 
-    Without the standard deviation easy and hard problems weigh alike; without the row's own length
-    wrong answers gain nothing by being long.
+    Advantages are not divided by the standard deviation, which would give more weight to problems
+    that are very easy or very hard. Losses are not divided by the length of the row, which would
+    weaken the penalty of long wrong answers.
     """
 
     word: ClassVar[str] = "dr_grpo"

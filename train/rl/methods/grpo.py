@@ -9,7 +9,7 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class GRPO(Method):
-    """Deviation from the mean of the group over its standard deviation, clipped surrogate."""
+    """Deviation from the mean of the group over its standard deviation; clipped surrogate."""
 
     word: ClassVar[str] = "grpo"
 

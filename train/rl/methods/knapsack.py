@@ -10,14 +10,16 @@ from train.rl.rollout.budgets import BudgetAllocator, Knapsack
 
 @dataclasses.dataclass(frozen=True)
 class KnapsackGRPO(GRPO):
-    """GRPO whose rollouts go to the problems that a mixed group is likely of and worth most.
+    """GRPO whose rollouts are allocated to problems by the expected value of their groups.
 
-    A large group with one success gives it an advantage of about the square root of the group's
-    size, hence the bound on advantages.
+    A knapsack maximises the sum over problems of the probability of a mixed group, in which both
+    successes and failures occur, times the value of such a group. In a large group with a single
+    success, this success has an advantage of about the square root of the group's size; advantages
+    are therefore clipped by `advantage_clip`.
 
     Attributes:
-        low: Least number of rollouts of a problem whose success rate is known, 2 or more.
-        high: Greatest number of rollouts of a problem (N_up).
+        low: Minimum number of rollouts of a problem whose success rate is known, 2 or more.
+        high: Maximum number of rollouts of a problem (N_up).
     """
 
     word: ClassVar[str] = "knapsack"

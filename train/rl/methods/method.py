@@ -1,4 +1,4 @@
-"""What a method of reinforcement learning is: a preset of parts, each of which it may replace."""
+"""Base of methods of reinforcement learning: presets of the parts that a run is made of."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,9 +14,9 @@ from train.rl.rollout.strategies import RolloutStrategy
 class Method:
     """Base of all methods.
 
-    A new method is one file: a frozen dataclass that inherits from this one, has a `word`, changes
-    defaults, adds options of its own, and says which parts it is made of (`advantage` at least).
-    `METHODS[word]` makes it known to `--method`.
+    A new method is a frozen dataclass that inherits from this one and has a `word`. It may change
+    defaults and add options. It overrides the properties of the parts that differ, `advantage` at
+    least. Adding the class as `METHODS[word]` makes it known to `--method`.
 
     Attributes:
         clip_low: Clipping range below 1 of the probability ratio (ε_low): a ratio under
@@ -26,26 +26,26 @@ class Method:
         dual_clip: Bound on the loss of a token with a negative advantage, in multiples of that
             advantage (c of dual-clip PPO, above 1); None for no bound.
         aggregate: Reduction over tokens: "sequence" averages the means of rows (GRPO), "token"
-            averages all tokens of the batch (DAPO), "constant" averages the sums of rows over the
-            greatest possible length (Dr. GRPO).
+            averages all tokens of the batch (DAPO), "constant" averages the sums of rows, each
+            divided by the maximum length of a row (Dr. GRPO).
         kl: Weight of the KL penalty (β, estimator k3) towards the reference policy: the weights
             that the run began with, or those of the last `reference_reset`.
         importance_cap: Upper bound on the truncated importance weight between the sampler's and
             the trainer's probability of a token; None for no correction.
-        filter_groups: Whether problems whose rollouts all succeed or all fail are left out and
-            others drawn in their place (dynamic sampling).
+        filter_groups: Whether problems whose rollouts all have the same verdict, e.g. all succeed
+            or all fail, are replaced by newly drawn problems (dynamic sampling).
         advantage_clip: Bound on the magnitude of an advantage; None for no bound.
-        reference_reset: Number of steps after which the reference policy of the KL penalty becomes
-            the present policy, again and again (ProRL); None keeps the weights of the beginning.
-        num_generations: Number of rollouts of each problem where the run's config leaves it out;
-            None for 8.
+        reference_reset: Number of steps between resets of the KL penalty's reference policy to the
+            present policy (ProRL); None always keeps the weights that the run began with.
+        num_generations: Number of rollouts of each problem, unless the run's config sets it; None
+            for 8.
     """
 
     word: ClassVar[str]
     """Name of the method on the command line and in configs."""
 
     may_be_infinite: ClassVar[frozenset[str]] = ClippedLoss.may_be_infinite | {"advantage_clip"}
-    """Names of the options for which infinity means no clipping."""
+    """Names of the options that may be infinite, which means no clipping."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -67,17 +67,17 @@ class Method:
 
     @property
     def allocator(self) -> BudgetAllocator:
-        """How many rollouts each problem gets: as many as any other."""
+        """Allocator of rollouts to problems; by default all problems get the same number."""
         return Uniform()
 
     @property
     def strategy(self) -> RolloutStrategy | None:
-        """How rollouts are made; None for one response to a task and turns in an environment."""
+        """Rollout strategy; None for one response to a task and turns in an environment."""
         return None
 
     @property
     def reward(self) -> tuple[RewardShaping, ...]:
-        """Changes of the rewards of episodes, in order: none."""
+        """Reward shapings in the order in which they are applied; none by default."""
         return ()
 
     @property
@@ -87,11 +87,11 @@ class Method:
 
     @property
     def loss(self) -> PolicyLoss:
-        """Clipped surrogate loss with the method's options."""
+        """Policy loss; by default the clipped surrogate loss with the method's options."""
         return ClippedLoss(**{name: getattr(self, name) for name in LOSS_OPTIONS})
 
     def rate_scale(self, batch_size: int, num_generations: int) -> float:
-        """Factor on the learning rate of the run's config.
+        """Return the factor on the learning rate of the run's config; 1 by default.
 
         Args:
             batch_size: Number of problems of a step.
@@ -102,7 +102,15 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of: parts of its method, or what its config has in their place."""
+    """Parts that a run is made of; each is its config's where given, else its method's.
+
+    Attributes:
+        allocator: Allocator of rollouts to problems.
+        strategy: Rollout strategy; None for one response to a task and turns in an environment.
+        reward: Reward shapings in the order in which they are applied.
+        advantage: Estimator of advantages.
+        loss: Policy loss.
+    """
 
     allocator: BudgetAllocator
     strategy: RolloutStrategy | None

@@ -10,23 +10,24 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class PPO(Method):
-    """Advantages of tokens by GAE on a value head, whitened over the batch; clipped value loss.
+    """Advantages of tokens by GAE with a value head, whitened over the batch; clipped value loss.
 
-    The value head is a linear layer of the policy's last hidden state, zeros at first, so that
-    policy and values share the decoder and its gradients. Rollouts of a problem are not compared:
-    one of each (`num_generations=1`) is enough.
+    The value head is a linear layer, initialised to zeros, on the last hidden state of the policy.
+    Policy and values share all other trained parameters, which get gradients of both losses.
+    Rollouts of a problem are not compared, so that one rollout of each problem
+    (`num_generations=1`) is enough.
 
     Attributes:
-        gamma: Discount of the rewards of later turns (γ), above 0 and at most 1; within a turn
-            nothing is discounted.
+        gamma: Discount of the rewards of later turns (γ), above 0 and at most 1; there is no
+            discount within a turn.
         lam: Decay of the TD errors of later tokens (λ), from 0 to 1.
-        whiten: Whether advantages are brought to mean 0 and standard deviation 1 over all tokens of
-            the batch.
-        value_clip: Clipping range of values around those that the batch was collected with, in
-            units of the reward (TRL: 0.2); None for none.
-        value_coef: Weight of the value loss, ½ of a squared error, beside the policy's loss.
-        value_learning_rate: Peak learning rate of the value head, on the schedule of the policy's;
-            None for that of the policy.
+        whiten: Whether advantages are normalised to mean 0 and standard deviation 1 over all
+            generated tokens of the batch.
+        value_clip: Clipping range of a value around its value when the batch was collected, in
+            units of the reward (TRL: 0.2); None for no clipping.
+        value_coef: Weight of the value loss, half a squared error, relative to the policy's loss.
+        value_learning_rate: Peak learning rate of the value head, with the policy's schedule; None
+            for the policy's learning rate.
     """
 
     word: ClassVar[str] = "ppo"

@@ -10,9 +10,9 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class ReinforcePP(Method):
-    """Deviation from the mean of the group over the standard deviation of the batch.
+    """Deviation from the mean of the group, divided by its standard deviation in the batch.
 
-    With a wider clipping range above, a mean over all tokens, and dynamic sampling.
+    The method also has a wider clipping range above, a mean over all tokens, and dynamic sampling.
     """
 
     word: ClassVar[str] = "reinforce_pp"

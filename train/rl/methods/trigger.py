@@ -1,4 +1,4 @@
-"""GRPO for decisions that have a price: whether MemGen's trigger invokes the weaver."""
+"""GRPO for MemGen's trigger, which decides whether to invoke the weaver at a price."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,9 +11,10 @@ from train.rl.methods.dr_grpo import DrGRPO
 class TriggerGRPO(DrGRPO):
     """Deviation from the mean of the group, means of rows, and a KL penalty (for a trigger).
 
-    Advantages are not divided by the standard deviation: where all answers of a group are right,
-    the smallest price would have full strength and silence the trigger. The KL penalty holds the
-    trigger near its start, since where nobody invokes nothing is learned.
+    Advantages are not divided by the standard deviation. Otherwise, where all answers of a group
+    are right, even a tiny price of an invocation would become a large advantage, and the trigger
+    would learn never to invoke. The KL penalty keeps the trigger near its initial weights, because
+    a trigger that never invokes learns nothing more.
     """
 
     word: ClassVar[str] = "trigger"

@@ -10,20 +10,20 @@ from train.rl.tasks.truthful import Reasoning
 
 @dataclasses.dataclass(frozen=True)
 class TruthRL(GRPO):
-    """GRPO on the ternary reward: 1 for a right answer, 0 for none, -1 for a wrong one.
+    """GRPO on the ternary reward: 1 if right, `abstain` (0) if abstained, -1 if wrong.
 
-    Advantages over the standard deviation of small groups move the confidence from which answering
-    pays towards a half: where `abstain` is neither 0 nor -1, choose `--advantage dr_grpo` or groups
-    of 64.
+    Answering has a higher expected reward than abstaining above a certain confidence. Dividing
+    advantages by the standard deviation of small groups moves this threshold towards 1/2. Where
+    `abstain` is neither 0 nor -1, choose `--advantage dr_grpo` or groups of 64.
 
     Attributes:
         abstain: Reward of abstaining (r_abstain), from -1 (a binary reward) to below 1.
-        boxed: Whether the answer has to stand in `\\boxed{...}`.
+        boxed: Whether an answer counts only inside of `\\boxed{...}`.
         knowledge: Whether only abstaining is rewarded on problems out of knowledge.
-        probe: File that says which problems are out of knowledge (`thoughtbubbles probe`); empty
-            where the task says so.
-        reasoning: How the task's score of the reasoning changes the reward ("multiplicative",
-            "additive" or "conditional"), or "none".
+        probe: File of `thoughtbubbles probe` that says which problems are out of knowledge; empty
+            if the task itself marks these problems.
+        reasoning: Rule by which the task's score of the reasoning changes the reward: "none",
+            "multiplicative", "additive" or "conditional" (see the reward "ternary").
     """
 
     word: ClassVar[str] = "truthrl"
