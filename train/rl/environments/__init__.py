@@ -1,4 +1,4 @@
-"""Environments of several turns by name, with options: `guess_number(high=50)`."""
+"""Registry of multi-turn environments by name, as in `guess_number(high=50)`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Passages by BM25, in plain Python: an index that an episode's search tool asks."""
+"""BM25 ranking of passages in plain Python, for the search tool of an environment."""
 
 import collections
 import math
@@ -7,21 +7,23 @@ from collections.abc import Sequence
 
 
 class BM25Index:
-    """Ranks passages by the words that they share with a query.
+    """Index that ranks passages by the words that they share with a query.
 
     The score of a passage is the sum over the query's words of `idf · tf (k1 + 1) / (tf + k1 (1 - b
-    + b · length / mean length))`, `idf = ln(1 + (N - df + 0.5) / (df + 0.5))`.
+    + b · length / mean length))`, where `idf = ln(1 + (N - df + 0.5) / (df + 0.5))`, `tf` is how
+    often the word occurs in the passage, `df` is the number of passages that contain the word, and
+    `N` is the number of all passages.
 
     Args:
-        passages: Texts to choose from.
-        k1: Saturation of the number of times that a word occurs.
-        b: Share of the normalisation by length.
+        passages: Texts to rank.
+        k1: Saturation of `tf`: with a larger value, repetitions of a word count for more.
+        b: Strength of the normalisation by length, from 0 (none) to 1 (full).
 
     Attributes:
-        passages: Texts to choose from.
+        passages: Texts to rank.
 
     Raises:
-        ValueError: No passage holds a word.
+        ValueError: No passage contains a word.
     """
 
     def __init__(self, passages: Sequence[str], k1: float = 1.5, b: float = 0.75):
@@ -37,7 +39,12 @@ class BM25Index:
                 self._postings[word].append((index, count * (k1 + 1) / (count + norm)))
 
     def scores(self, query: str) -> dict[int, float]:
-        """Score of each passage that shares a word with the query, by its index."""
+        """Score the passages for a query.
+
+        Returns:
+            A dict from the index of a passage to its score. Passages that share no word with the
+            query are left out.
+        """
         found: dict[int, float] = collections.defaultdict(float)
         for word in words_of(query):
             postings = self._postings.get(word, [])
@@ -47,12 +54,16 @@ class BM25Index:
         return found
 
     def search(self, query: str, top: int = 1) -> list[str]:
-        """The best passages, best first, the earlier first of equal ones; none without a word."""
+        """Return up to `top` passages with the highest scores, the best first.
+
+        Passages that share no word with the query are never returned. Passages of equal score keep
+        their order in `passages`.
+        """
         found = self.scores(query)
         best = sorted(found, key=lambda index: (-found[index], index))[:top]
         return [self.passages[index] for index in best]
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a text in lower case."""
+    """Split a text into its words, in lower case and without punctuation."""
     return re.findall(r"\w+", text.lower())

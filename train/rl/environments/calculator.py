@@ -1,4 +1,4 @@
-"""Sums that are too large for the head, and a calculator."""
+"""Environment of arithmetic problems with a calculator as a tool."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,17 +16,18 @@ from train.rl.problems import at_least, at_most
 class Calculator(QuestionWithTools):
     """Arithmetic with a calculator: the prompt is `(371*84)-59? `, a call `calc(371*84)`.
 
-    Any other text is the answer, of which there is one. The tool takes numbers, `+ - * /` and
-    brackets, and is exact. The scripted player calls it once and repeats the result.
+    Any other text is taken as the answer and ends the episode. The calculator evaluates numbers,
+    `+ - * /` and brackets exactly. The scripted player passes the whole expression to the
+    calculator and answers with the result.
 
     Attributes:
-        terms: Number of numbers.
-        digits: Greatest number of digits of a number.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of an empty text; it takes a turn.
-        strict: Whether such a text ends the episode.
+        terms: Number of operands in the expression.
+        digits: Maximum number of digits of an operand.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, an empty text; it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
-        max_argument: Greatest number of characters of a call's argument; a longer call fails.
+        max_argument: Maximum number of characters of a call's argument; a longer call fails.
     """
 
     word: ClassVar[str] = "calculator"

@@ -1,10 +1,10 @@
-"""Exact values of arithmetic expressions, within limits; nothing is evaluated as a program."""
+"""Exact evaluation of arithmetic expressions by a parser with limits, without Python's `eval`."""
 
 import re
 from fractions import Fraction
 
 LONGEST = 256
-"""Greatest number of characters of an expression."""
+"""Maximum number of characters of an expression."""
 
 _DEPTH = 32  # of brackets and signs
 _DECIMALS = 6  # of a fraction that is shown
@@ -13,16 +13,18 @@ _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?)|([-+*/()]))")
 
 
 def evaluate(text: str) -> Fraction:
-    """The exact value of an expression of numbers, `+ - * /` and brackets.
+    """Compute the exact value of an expression of numbers, `+ - * /` and brackets.
 
-    `*` and `/` bind closer than `+` and `-`, from the left; a sign binds closest.
+    `*` and `/` bind more tightly than `+` and `-`; operators of equal precedence are evaluated from
+    left to right. A sign in front of a number or a bracket binds most tightly.
 
     Args:
         text: Expression, such as `2*(3-1.5)`.
 
     Raises:
-        ValueError: The text is no expression, is longer than `LONGEST`, divides by zero, or its
-            value is too large.
+        ValueError: The text is not an expression, has more than `LONGEST` characters, nests more
+            than 32 brackets and signs, or divides by zero, or a number in it or an intermediate
+            result needs more than 512 bits.
     """
     if len(text) > LONGEST:
         raise ValueError(f"{len(text)} characters: write {LONGEST} or less")
@@ -41,9 +43,9 @@ def evaluate(text: str) -> Fraction:
 
 
 def number_text(value: Fraction) -> str:
-    """Digits of a number: an integer as it is, a fraction rounded to six decimals at most.
+    """Write a number in decimals, rounded to at most six of them, without trailing zeros.
 
-    A value half-way between two of them goes to the even one.
+    A value half-way between two numbers of six decimals is rounded to the even one.
     """
     scaled = round(value * 10**_DECIMALS)
     whole, decimals = divmod(abs(scaled), 10**_DECIMALS)

@@ -1,4 +1,4 @@
-"""Tiles to slide into order."""
+"""Environment of the sliding-tile puzzle (the fifteen puzzle), with an optimal solver."""
 
 import dataclasses
 import functools
@@ -21,16 +21,17 @@ _BACK = {"U": "D", "D": "U", "L": "R", "R": "L"}
 class FifteenPuzzle(GeneratedEnvironment):
     """Sliding tiles: a board has a line for each row, `.` is the gap; `UL` moves it up and left.
 
-    The tiles have to come into the order `123`, `456`, `78.`. Boards are scrambled from there, so
-    all can be solved. The scripted player needs the fewest moves.
+    The goal is the order `123`, `456`, `78.`. Boards are made from the goal by random moves of the
+    gap, so every board can be solved. The scripted player takes a shortest solution.
 
     Attributes:
         size: Number of rows and of columns.
-        scramble: Number of random moves that a board is made with.
-        moves: Greatest number of moves of one action.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is no run of moves, or leaves the board; it takes a turn.
-        strict: Whether such a text ends the episode.
+        scramble: Number of random moves from the goal that make a board.
+        moves: Maximum number of moves in one action.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action: a text other than 1 to `moves` of the letters U, D,
+            L and R, or a move off the board. It moves nothing and uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
 
@@ -92,12 +93,17 @@ class FifteenPuzzle(GeneratedEnvironment):
 
 
 def solved(size: int) -> str:
-    """The board in order, its rows one after the other."""
+    """Return the solved board as one string, its rows concatenated."""
     return TILES[1 : size * size] + "."
 
 
 def slid(tiles: str, way: str) -> str | None:
-    """The board after the gap has moved, or None where there is no such move."""
+    """Return the board after one move of the gap, or None if the move is impossible.
+
+    Args:
+        tiles: Rows of a square board, concatenated.
+        way: Direction of the move: U, D, L or R.
+    """
     if way not in _STEPS:
         return None
     size = round(len(tiles) ** 0.5)
@@ -113,15 +119,17 @@ def slid(tiles: str, way: str) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def shortest(tiles: str, most: int = 10**6) -> str:
-    """Fewest moves that bring a board into order: A* by the tiles' distances.
+    """Find a shortest solution of a board by A* search with Manhattan distances.
 
     Args:
-        tiles: Board whose order can be reached.
-        most: Greatest number of boards to look at.
+        tiles: Rows of a square board, concatenated.
+        most: Maximum number of different boards that the search stores.
+
+    Returns:
+        Moves of the gap, as letters U, D, L and R.
 
     Raises:
-        ValueError: The board cannot be brought into order, or more boards would have to be looked
-            at.
+        ValueError: The board has no solution, or the search would store more than `most` boards.
     """
     size = round(len(tiles) ** 0.5)
     goal = solved(size)

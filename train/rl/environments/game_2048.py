@@ -1,4 +1,4 @@
-"""Numbers to push together, up to a goal."""
+"""Environment of the game 2048 on a small board."""
 
 import dataclasses
 import functools
@@ -17,7 +17,13 @@ Cells = tuple[tuple[int, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Pushed:
-    """State of a game: its board, the seed of its new tiles, and how many have come."""
+    """State of a game.
+
+    Attributes:
+        cells: Rows of tiles, 0 for an empty cell.
+        seed: Seed of the positions and values of new tiles.
+        spawned: Number of tiles that have appeared so far, the first two included.
+    """
 
     cells: Cells
     seed: int
@@ -28,17 +34,19 @@ class Pushed:
 class Game2048(GeneratedEnvironment):
     """2048 in small: a board has a line for each row, `.` is empty; `L` pushes all tiles left.
 
-    Equal tiles that meet become one; then a 2 comes, or in a tenth of the cases a 4. A push that
-    moves nothing takes a turn. The problem is solved by a tile of the goal. Where new tiles come is
-    drawn from the problem's seed and the number of tiles before. The scripted player looks one push
-    ahead and values empty cells and large tiles in a corner.
+    Two equal tiles that meet merge into one of twice the value. After each push that changes the
+    board a new tile appears in an empty cell: a 2, or a 4 with probability 0.1. A push that changes
+    nothing still uses up a turn. A tile of at least `goal` solves the problem; a board on which no
+    push changes anything ends the episode unsolved. The problem's seed, the number of earlier tiles
+    and the board determine each new tile. The scripted player looks two pushes ahead and prefers
+    empty cells and large tiles near one corner.
 
     Attributes:
         size: Number of rows and of columns.
         goal: Tile that solves the problem, a power of 2.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is none of U, D, L and R; it takes a turn.
-        strict: Whether such a text ends the episode.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, a text that is not U, D, L or R; it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
 
@@ -108,7 +116,12 @@ class Game2048(GeneratedEnvironment):
 
 
 def pushed(cells: Cells, way: str) -> Cells:
-    """The board after all tiles have been pushed one way."""
+    """Return the board after one push, before a new tile appears.
+
+    Args:
+        cells: Rows of tiles, 0 for an empty cell.
+        way: Direction of the push: U, D, L or R.
+    """
     if way in "UD":
         turned = pushed(tuple(zip(*cells, strict=True)), "L" if way == "U" else "R")
         return tuple(zip(*turned, strict=True))
@@ -149,7 +162,7 @@ def _with_new_tile(cells: Cells, seed: int, number: int) -> Cells:
 
 
 def _value(cells: Cells) -> float:
-    """Empty cells, and tiles the more the nearer they are to one corner, in squares."""
+    """Heuristic value: number of empty cells, plus squared tiles weighted towards one corner."""
     corner = sum(t * t / (1 + i + j) for i, row in enumerate(cells) for j, t in enumerate(row))
     return len(_empty(cells)) + corner / max(map(max, cells))
 

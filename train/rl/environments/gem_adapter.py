@@ -1,4 +1,4 @@
-"""Environments of the package gem-llm as they are, where it is installed."""
+"""Adapter for the environments of the optional package gem-llm."""
 
 import collections
 import dataclasses
@@ -25,12 +25,12 @@ _PATIENCE_S = 120.0  # of a call that waits for another one, which may hang with
 
 @dataclasses.dataclass(frozen=True)
 class Replayable:
-    """State of an episode: the seed of its first state and the actions since.
+    """State of an episode: the seed of the reset and all actions since, which can be replayed.
 
     Attributes:
         seed: Seed that the package's environment is reset with.
-        actions: Texts of all actions.
-        over: Whether the episode has ended or was cut.
+        actions: Texts of all actions since the reset.
+        over: Whether the episode was terminated or truncated.
     """
 
     seed: int
@@ -39,11 +39,11 @@ class Replayable:
 
 
 class _Live:
-    """An environment of the package in the middle of an episode, with generators of its own.
+    """An environment of the package in the middle of an episode, with its random generator states.
 
-    The package draws from the process's generators. Within `run` they are the episode's, and
-    afterwards what they were. A call that was cut goes on: one that wakes later draws from, or
-    seeds, the generators that the process then has.
+    The package uses the process's random generators. `run` sets them to the states of the episode
+    and restores them afterwards. An abandoned call keeps running, and later uses or seeds whatever
+    states the process's generators have by then.
     """
 
     def __init__(self, seed: int):
@@ -51,12 +51,16 @@ class _Live:
         self.environment: Any = None
 
     def run(self, call: Callable[[], Any], pool: StepPool | None = None) -> Any:
-        """Result of a call; on a thread of the pool, where it is cut after the pool's limit.
+        """Run a call with the episode's generator states, and return its result.
+
+        Args:
+            call: Function without arguments.
+            pool: Pool with a time limit to run the call on; None to run it on this thread.
 
         Raises:
-            TimedOut: The call took longer than the limit.
-            RuntimeError: An earlier call does not end.
-            Exception: Whatever the call raises.
+            TimedOut: The call took longer than the pool's limit.
+            RuntimeError: An earlier call has not ended within two minutes.
+            Exception: Any exception that the call raises.
         """
         if not _LOCK.acquire(timeout=_PATIENCE_S):
             raise RuntimeError(
@@ -85,30 +89,32 @@ def _numpy_state(seed: int) -> Any:
 class Gem:
     """An environment of gem-llm by its id, such as `game:Mastermind-v0-easy` or `rg:chain_sum`.
 
-    A state is the seed and the actions since: a step from the newest state steps the package's
-    environment, one from an earlier state plays the actions again. The package draws from the
-    process's generators; each episode has its own, and the process's are restored. So one step of
-    the package runs at a time. Success is an ended episode whose last reward is `success_reward` or
-    more: some games pay nearly as much for a near miss.
+    A state consists of the seed of the reset and the actions since. A step from the newest state of
+    an episode steps the package's environment; a step from an earlier state first replays its
+    actions. The package uses the process's global random generators. Each episode keeps its own
+    generator states, the global ones are restored after every call, and calls run one at a time. An
+    episode is a success if it has ended and its last reward is at least `success_reward`, because
+    some games pay nearly as much for a near miss.
 
-    A hash of id and seed decides the split; whether two seeds make the same problem only the
-    package knows. Observations are long: `--strategy "turns(max_observation=512)"`.
+    A hash of id, options and seed decides the split. Two seeds may make the same problem, which
+    cannot be checked from outside. Observations are long: use
+    `--strategy "turns(max_observation=512)"`.
 
     Attributes:
         id: Id of the environment, one of those that `gem.print_envs()` prints.
         options: Options of the environment, e.g. `{'max_turns': 5}`.
-        success_reward: Least last reward of a solved problem.
-        suffix: Whether the `suffix` of the package's info follows each observation.
-        limit_s: Number of seconds after which a call of the package is cut. A step that is cut is a
-            failure that is counted (`timeouts`). Calls then run on a thread of their own; None
-            makes them directly, for graders that use signals, and a call that hangs then fails all
-            later ones, each after two minutes.
+        success_reward: Minimum reward of the last turn that counts as a success.
+        suffix: Whether the `suffix` in the package's info is appended to each observation.
+        limit_s: Number of seconds after which a call of the package is abandoned. A step that takes
+            longer is a failure, counted as `timeouts`. Calls with a limit run on a separate thread.
+            None calls the package on the caller's thread, as graders that use signals need; a call
+            that hangs there blocks its thread, and each later call fails after two minutes.
         seed: Seed of the order of problems.
     """
 
     word: ClassVar[str] = "gem"
     serial: ClassVar[bool] = True
-    """The package draws from the process's generators: one step of it runs at a time."""
+    """Whether steps must run one at a time: the package uses the process's random generators."""
 
     id: str
     options: dict = dataclasses.field(default_factory=dict)
@@ -142,14 +148,17 @@ class Gem:
 
     @property
     def max_turns(self) -> int | None:
-        """Number of turns after which the package cuts an episode; None where it says none."""
+        """Number of turns after which the package truncates an episode; None if it names none.
+
+        Where the number depends on the seed, this is the maximum over a few seeds.
+        """
         return self.__dict__["_turns"]
 
     def problem(self, split: Split, index: int) -> Problem:
-        """A problem of the split: a seed, and the first observation that it makes.
+        """Return a problem of the split, whose prompt is the observation after the reset.
 
         Raises:
-            ValueError: The package makes none of the seed, or takes too long.
+            ValueError: The package raises in the reset, or the reset takes longer than `limit_s`.
         """
         rng = np.random.default_rng([self.seed, split == "test", index])
         while True:
@@ -172,7 +181,10 @@ class Gem:
         return Replayable(problem.answer)
 
     def step(self, state: Replayable, action: Completion) -> Turn:
-        """Turn after an action; one where the package's step raises is a counted failure.
+        """Return the turn after an action.
+
+        If the package's step raises, takes too long or gives a reward that is not finite, the
+        episode ends as a failure that is counted in the turn's `info`.
 
         Raises:
             ValueError: The episode is over.
@@ -205,7 +217,7 @@ class Gem:
         return self.__dict__["_package"].make(self.id, **self.options)
 
     def _begun(self, seed: int) -> tuple[_Live, str]:
-        """An environment that was reset with the seed, and its first observation."""
+        """Make an environment and reset it with the seed; return it and its first observation."""
         live = _Live(seed)
 
         def begin() -> Any:
@@ -236,7 +248,7 @@ class Gem:
                 kept.popitem(last=False)
 
     def _most_turns(self) -> int | None:
-        """Greatest number of turns; of several seeds, where the seed decides it."""
+        """Maximum number of turns; of several seeds, where the seed decides it."""
         turns = []
         for seed in range(_VARIED):
             unwrapped = _Live(seed).run(self._made, self.__dict__["_pool"]).unwrapped
@@ -247,7 +259,7 @@ class Gem:
 
 
 def _imported() -> Any:
-    """The package; what its import does to the log of the process is undone."""
+    """Import the package, and undo its changes to the root logger."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

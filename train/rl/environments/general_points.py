@@ -1,4 +1,4 @@
-"""General Points: a formula of some cards that makes 24, where the prompt says what faces count."""
+"""Environment General Points: make 24 from cards, where the prompt gives the values of faces."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from train.rl.problems import at_least, at_most
 FACES = ("J", "Q", "K")
 RANKS = (*map(str, range(1, 11)), *FACES)
 LARGE = tuple(map(str, range(14, 20)))
-"""Numbers above those of cards, of which the variant `large` deals one or more."""
+"""Ranks above those of ordinary cards; each hand of the variant `large` has at least one."""
 
 _FORM = '{{"cards": [...], "number": [...], "formula": "..."}}'
 TEMPLATE = PromptTemplate(
@@ -57,7 +57,7 @@ def _map(*values: int) -> SemanticMap:
 ALL_10 = _map(10)
 DIVERSE = (ALL_10, _map(11), _map(13), _map(9, 10, 11), _map(10, 11, 12), _map(7, 9, 11),
            _map(8, 10, 12), _map(9, 11, 13))  # fmt: skip
-"""The eight maps that diverse training data have."""
+"""The eight maps of J, Q and K to values that the variant `diverse` samples from."""
 
 _ANY = {"cards": 4, "faces": 0, "large": 0}
 _FACES = _ANY | {"faces": 1}
@@ -65,33 +65,35 @@ _FACES = _ANY | {"faces": 1}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneralPoints(InstructedEnvironment):
-    """A formula of the dealt cards, each once, that makes 24; the prompt says what J, Q, K count.
+    """Write a formula that uses each dealt card once and makes 24; the prompt gives J, Q and K.
 
-    Which hands are held out depends on what the cards count, not on their faces: no multiset of
-    numbers, as they are scored, is in both splits, of whichever variants.
+    The split of a hand depends on the values by which its cards are scored, not on their ranks: no
+    multiset of values is in both splits, even across variants.
 
-    Variants of arXiv 2510.00237. Values: `id` (all 10), `all_5`, `all_7`, `all_12`, `regular` (11,
-    12, 13), all but `id` with at least one face; `diverse` draws one of eight maps, `held_out` one
-    that `held_out=2` keeps from it. Difficulty: `large` (at least one card from 14 to 19), `five`
-    (cards), and easier, `three`. `fake` says that faces count 5 and scores them as 10,
-    `fake_regular` 11, 12, 13. The scripted player solves what it is shown.
+    Variants follow arXiv 2510.00237. Values of J, Q and K: `id` (all 10), `all_5`, `all_7`,
+    `all_12`, `regular` (11, 12, 13), where all but `id` deal at least one face card; `diverse`
+    samples one of eight maps, `held_out` one of the maps that the option `held_out` withholds from
+    `diverse`. Difficulty: `large` (at least one card from 14 to 19), `five` (cards), `three`
+    (cards, easier). `fake` shows that face cards count 5, `fake_regular` that they count 11, 12 and
+    13, but both score them as 10. The scripted player solves the hand by the values in the prompt.
 
     Attributes:
-        variant: Variant by name.
-        template: Template of the prompt, a name of `TEMPLATES`; "" for the usual one.
-        maps: Number of the eight maps that `diverse` draws from, its first ones (K); 0 for all.
-        resample: Whether demonstrations of another epoch have other maps.
-        held_out: Number of the eight maps, the last ones, that only `held_out` draws.
-        paraphrases: Number of wordings of the prompt.
+        variant: Name of the variant.
+        template: Name of the prompt template in `TEMPLATES`; "" for the default template.
+        maps: Number of maps (K) that `diverse` samples from, the first of the eight; 0 for all that
+            are not held out.
+        resample: Whether demonstrations sample new maps in each epoch.
+        held_out: Number of maps, the last of the eight, that only the variant `held_out` uses.
+        paraphrases: Number of wordings of the prompt to sample from.
         restate: Whether each observation is a whole prompt, for policies that are shown one
             observation at a time.
-        cards: Number of cards, 3 to 5; 0 takes that of the variant.
+        cards: Number of cards, 3 to 5; 0 for the number of the variant.
         target: Number to make.
         bare: Whether the expert and the players answer with the formula alone rather than in JSON,
-            for templates that ask for it; either counts in every prompt.
-        max_turns: Number of formulas that may be tried.
-        malformed: Reward of a text that is no formula; it takes a turn.
-        strict: Whether such a text ends the episode.
+            for templates that ask for a bare formula. The environment accepts both forms.
+        max_turns: Number of answers after which the episode is truncated.
+        malformed: Reward of a malformed action, a text without a formula; it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems and of maps.
     """
 
@@ -128,7 +130,14 @@ class GeneralPoints(InstructedEnvironment):
             )
 
     def draw(self, rng: np.random.Generator, *maps: SemanticMap) -> tuple[list[str], str]:
-        """Cards, and what they count by the last map, sorted."""
+        """Sample a hand of cards that can make the target with each of `maps`.
+
+        Returns:
+            The ranks of the cards, and the text of their sorted values by the last map.
+
+        Raises:
+            ValueError: In 200 attempts no such hand was found.
+        """
         count, sizes = self.size("cards"), self.variants[self.variant].sizes
         for _ in range(_ATTEMPTS):
             cards = [RANKS[i] for i in rng.integers(0, len(RANKS), count)]
@@ -170,10 +179,10 @@ class GeneralPoints(InstructedEnvironment):
         return value_of(formula, _numbers(inner, prompt.shown.names)) is not None
 
     def _formula(self, said: str) -> str | None:
-        """The formula in an answer, which is JSON or the formula alone; None where there is none.
+        """Return the formula in an answer, which is JSON or a bare formula; None if there is none.
 
-        Of an equation it is the side that is not the target. An equation without the target stays
-        whole: it is a wrong formula.
+        If the answer is an equation with the target on one side, the formula is the other side. Any
+        other equation is returned whole, and is later scored as wrong.
         """
         if not said or len(said) > 1000:
             return None
@@ -217,7 +226,7 @@ class GeneralPoints(InstructedEnvironment):
         return self._answer(cards, numbers, formula_text(formula))
 
     def _answer(self, cards: Sequence[str], numbers: Sequence[int], formula: str) -> str:
-        """An answer without spaces: one word."""
+        """Write an answer as JSON without spaces, or as the bare formula."""
         if self.bare:
             return formula
         fields = {"cards": list(cards), "number": list(numbers), "formula": formula}
@@ -225,15 +234,15 @@ class GeneralPoints(InstructedEnvironment):
 
 
 def _numbers(cards: Sequence[str], names: Mapping[str, str]) -> list[int]:
-    """What cards count."""
+    """Values of cards, where `names` gives the values of face cards."""
     return [int(names.get(card, card)) for card in cards]
 
 
 def _seen(prompt: str) -> tuple[list[str], list[int]]:
-    """Cards of a prompt, and what they count by it.
+    """Read the cards and their values from a prompt.
 
     Raises:
-        ValueError: The template does not say it in the words of the usual one.
+        ValueError: The prompt does not list cards or values in the words of the default template.
     """
     cards = listed_in(prompt, "Cards: ")
     names = dict(re.findall(r"([JQK]) counts as ([0-9]+)", prompt))

@@ -1,4 +1,4 @@
-"""Formulas of some numbers that make a target: an exact solver, and a verifier."""
+"""Exact solver and verifier for formulas that make a target from given numbers."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from fractions import Fraction
 from train.rl.environments.expressions import evaluate
 
 Formula = int | tuple[str, "Formula", "Formula"]
-"""A number, or a sign between two formulas."""
+"""A number, or a tuple of an operator (`+`, `-`, `*` or `/`) and its two operands."""
 
 MOST_NUMBERS = 5
 
@@ -19,14 +19,17 @@ _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
 def solve(numbers: Sequence[int], target: int) -> Formula | None:
-    """A formula that uses each number once and makes the target exactly, None where there is none.
+    """Find a formula that uses each number exactly once and equals the target exactly.
 
     Args:
-        numbers: Up to `MOST_NUMBERS` whole numbers above 0, in any order.
+        numbers: From 1 to `MOST_NUMBERS` whole numbers above 0, in any order.
         target: Whole number above 0.
 
+    Returns:
+        A formula, or None if there is none.
+
     Raises:
-        ValueError: There are more numbers, or a number or the target is below 1.
+        ValueError: There are too many numbers, or a number or the target is below 1.
     """
     if not 1 <= len(numbers) <= MOST_NUMBERS or min(*numbers, target) < 1:
         raise ValueError(
@@ -59,7 +62,7 @@ def _solve(numbers: tuple[int, ...], target: int) -> Formula | None:
 
 @functools.lru_cache(maxsize=4096)
 def _values(numbers: tuple[int, ...]) -> dict[Fraction, Formula]:
-    """All that some numbers can make, each by one formula."""
+    """Map each value that the numbers can make to one formula that makes it."""
     if len(numbers) == 1:
         return {Fraction(numbers[0]): numbers[0]}
     found: dict[Fraction, Formula] = {}
@@ -78,7 +81,7 @@ def _values(numbers: tuple[int, ...]) -> dict[Fraction, Formula]:
 
 
 def _splits(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Ways to part some numbers in two, the smaller part first; equal ones once."""
+    """Yield the splits of some numbers into two parts, the smaller first, without duplicates."""
     seen = set()
     for size in range(1, len(numbers) // 2 + 1):
         for chosen in itertools.combinations(range(len(numbers)), size):
@@ -89,7 +92,7 @@ def _splits(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[i
 
 
 def formula_text(formula: Formula) -> str:
-    """A formula with no more brackets than it needs."""
+    """Write a formula with no more brackets than it needs."""
     if isinstance(formula, int):
         return str(formula)
     sign, left, right = formula
@@ -109,7 +112,7 @@ def _sign(formula: Formula) -> str:
 
 
 def steps(formula: Formula) -> list[str]:
-    """Each operation of a formula with its exact value, in the order of evaluation."""
+    """List the operations of a formula in the order of evaluation, as texts such as `3*8=24`."""
     return _steps(formula)[1]
 
 
@@ -124,13 +127,16 @@ def _steps(formula: Formula) -> tuple[Fraction, list[str]]:
 
 
 def value_of(text: str, numbers: Sequence[int]) -> Fraction | None:
-    """The exact value of a formula of exactly these numbers, each used once; None for other texts.
+    """Compute the exact value of a formula that uses each of the given numbers exactly once.
 
-    Legal tokens are whole numbers, `+ - * /`, brackets and spaces.
+    A formula may contain whole numbers, `+ - * /`, brackets and spaces.
 
     Args:
-        text: Formula, of any length.
+        text: Formula, or any other text.
         numbers: Numbers that were dealt.
+
+    Returns:
+        The value, or None for a text that is not such a formula or cannot be evaluated.
     """
     if not _LEGAL.fullmatch(text[:300]):
         return None

@@ -1,4 +1,4 @@
-"""Generated environments: an episode is a pure function of options, seed, split and index."""
+"""Base of generated environments, whose problems depend only on options, seed, split and index."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ class EpisodeState:
     """State of an episode of a generated environment.
 
     Attributes:
-        game: State of the game, a value that compares equal to its copies.
+        game: State of the game, an immutable value.
         turns: Number of turns taken.
-        malformed: Number of turns whose text was no action of the game.
-        over: Whether the episode has ended or was cut.
+        malformed: Number of turns whose text was not an action of the game.
+        over: Whether the episode was terminated or truncated.
     """
 
     game: Any
@@ -30,13 +30,13 @@ class EpisodeState:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """What an action does to a game.
+    """Result of an action in a game.
 
     Attributes:
         game: State of the game after the action.
-        observation: Text that is shown.
-        success: Whether the game is solved, which ends it and is worth 1.
-        lost: Whether the game ends unsolved, which is worth 0.
+        observation: Text that the policy is shown next.
+        success: Whether the game is now solved, which ends the episode with reward 1.
+        lost: Whether the game has ended unsolved, which ends the episode.
     """
 
     game: Any
@@ -49,15 +49,16 @@ class Move:
 class GeneratedEnvironment(GeneratedProblems):
     """Base of the generated environments.
 
-    A new one is a frozen dataclass with a `word`, options as fields, `draw`, `prompt`, `begin`,
-    `move` and two players. The reward is 1 in the turn that solves the problem and 0 in others. A
-    hash of the answer decides the split of a problem, whatever the seed: no seed trains on another
-    seed's test problems.
+    A subclass is a frozen dataclass with a `word`, options as fields, `draw`, `prompt`, `begin`,
+    `move`, `reminder`, and optionally two players (`random_action`, `scripted_action`). The reward
+    is 1 in the turn that solves the problem, `malformed` in a turn whose text is not an action, and
+    0 in all others. A hash of the answer decides the split of a problem, so a test problem of one
+    seed is not a training problem of another.
 
     Attributes:
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is no action; it takes a turn.
-        strict: Whether such a text ends the episode.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, a text that is not an action; it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
 
@@ -71,7 +72,11 @@ class GeneratedEnvironment(GeneratedProblems):
         at_most(self, max_turns=10_000)
 
     def draw(self, rng: np.random.Generator) -> tuple[Any, str]:
-        """Answer (a value that JSON holds) and kind of a problem of any split."""
+        """Sample a problem of either split.
+
+        Returns:
+            The answer, a JSON-serialisable value, and the kind of the problem (`Problem.kind`).
+        """
         raise self._missing("draw(rng)")
 
     def hashed(self, drawn: tuple[Any, ...]) -> str:
@@ -83,57 +88,57 @@ class GeneratedEnvironment(GeneratedProblems):
         return Problem(uid, self.prompt(answer), answer, kind)
 
     def prompt(self, answer: Any) -> str:
-        """First observation of an episode."""
+        """Return the first observation of an episode."""
         raise self._missing("prompt(answer)")
 
     def begin(self, answer: Any) -> Any:
-        """First state of the game."""
+        """Return the first state of the game."""
         raise self._missing("begin(answer)")
 
     def move(self, game: Any, said: str) -> Move | None:
-        """What an action does to a game, or None where the text is no action.
+        """Apply an action to a game; return None if the text is not an action.
 
         Args:
-            game: State of the game.
-            said: First line of the response (`action_of`).
+            game: State of the game before the action.
+            said: Text of the action, as `action_of` extracts it from the response.
         """
         raise self._missing("move(game, said)")
 
     def action_of(self, text: str) -> str:
-        """The part of a response that `move` is given: its first line, unless overridden."""
+        """Extract the text for `move` from a response: by default the first line with any text."""
         return answer_of(text)
 
     def reminder(self, game: Any) -> str:
-        """What a text that is no action is answered by."""
+        """Return the observation that follows a text that is not an action."""
         raise self._missing("reminder(game)")
 
     def info(self, game: Any) -> Mapping[str, float]:
-        """Numbers for the metrics, counted from the beginning of the episode."""
+        """Return numbers for the metrics by name, accumulated since the start of the episode."""
         del game
         return {}
 
     def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
-        """A random action, well-formed.
+        """Return a random well-formed action.
 
         Args:
             shown: Texts so far: the prompt, the first action, its observation, and so on up to the
                 last observation.
-            rng: Generator of the player.
+            rng: Random generator of the player.
 
         Raises:
-            ValueError: The environment has no such player.
+            ValueError: The environment has no random player.
         """
         raise self._no_player("random")
 
     def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
-        """The action of a player that knows the game, from what was shown alone.
+        """Return the action of a hand-written player, which sees the shown texts alone.
 
         Args:
             shown: Texts so far, as for `random_action`.
-            rng: Generator of the player.
+            rng: Random generator of the player.
 
         Raises:
-            ValueError: The environment has no such player.
+            ValueError: The environment has no scripted player.
         """
         raise self._no_player("scripted")
 
@@ -150,7 +155,7 @@ class GeneratedEnvironment(GeneratedProblems):
         return EpisodeState(self.begin(problem.answer))
 
     def step(self, state: EpisodeState, action: Completion) -> Turn:
-        """Turn after an action.
+        """Return the turn after a response of the policy.
 
         Raises:
             ValueError: The episode is over.
@@ -176,10 +181,10 @@ class GeneratedEnvironment(GeneratedProblems):
 
 
 def board(rows: Sequence[str]) -> str:
-    """A board as an observation: a line for each row."""
+    """Join the rows of a board into an observation, with a line break before and after each."""
     return "\n" + "\n".join(rows) + "\n"
 
 
 def rows_of(text: str) -> list[str]:
-    """Rows of a board in an observation or in a prompt that ends in one."""
+    """Split an observation, or a prompt that ends in a board, into its lines that are not empty."""
     return [line for line in text.split("\n") if line]

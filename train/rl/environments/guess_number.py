@@ -1,4 +1,4 @@
-"""A number to guess in several turns."""
+"""Environment of guessing a secret number in several turns."""
 
 import dataclasses
 import re
@@ -16,16 +16,17 @@ from train.rl.types import Problem, Split
 class GuessNumber(GeneratedEnvironment):
     """Guessing: the prompt is `1-10? `, observations are ` higher ` and ` lower `.
 
-    The reward of a turn is 1 for the secret number and 0 for another one: turns that run out are
-    worth nothing, however near the last guess was. With a discount, bisection is best. Numbers are
-    held out by rank of a hash, whatever the seed. The scripted player bisects.
+    The reward of a turn is 1 for the secret number and 0 for any other, however near it is. With a
+    discount, bisection is the best strategy, which the scripted player follows. The fifth of the
+    numbers whose hashes are smallest is the test split, whatever the seed.
 
     Attributes:
-        low: Least number.
-        high: Greatest number.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is no number within the bounds; it takes a turn.
-        strict: Whether such a text ends the episode.
+        low: Smallest possible number.
+        high: Largest possible number.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, a text that is not a number from `low` to `high`;
+            it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
 

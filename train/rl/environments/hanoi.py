@@ -1,4 +1,4 @@
-"""The towers of Hanoi, from any position."""
+"""Environment of the towers of Hanoi, from random positions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,15 +16,16 @@ PEGS = "abc"
 class Hanoi(GeneratedEnvironment):
     """Towers of Hanoi: the prompt is `32 - 1 `, pegs a, b and c; `ca` moves a disk from c to a.
 
-    Disks are written by their sizes, from the bottom up. All have to come to peg c, none on a
-    smaller one. The scripted player needs the fewest moves.
+    A disk is written as its size, and the disks of a peg from the bottom up. The goal is to move
+    all disks to peg c. A disk may not be placed on a smaller one. The scripted player takes a
+    shortest solution.
 
     Attributes:
         disks: Number of disks.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is no move, or of a move against the rules; it takes a
-            turn.
-        strict: Whether such a text ends the episode.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, a text that is not a move or breaks the rules; it
+            uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
 
@@ -62,7 +63,11 @@ class Hanoi(GeneratedEnvironment):
         return self.shown(game)
 
     def shown(self, pegs: Sequence[int]) -> str:
-        """Text of the three pegs, each disk by its size."""
+        """Write the three pegs as an observation.
+
+        Args:
+            pegs: Index of the peg of each disk, the smallest disk first.
+        """
         towers = [
             "".join(str(disk + 1) for disk in reversed(range(len(pegs))) if pegs[disk] == peg)
             for peg in range(3)
@@ -83,12 +88,14 @@ class Hanoi(GeneratedEnvironment):
 
 
 def best_move(pegs: Sequence[int]) -> str:
-    """First move of the shortest way to peg c.
+    """Return the first move of the shortest solution, such as `ca`.
 
-    A disk that is not where it belongs waits until all smaller ones are on the third peg.
+    The largest disk that is not on its target peg can move only once all smaller disks are on the
+    third peg, which becomes their target, and so on down to the disk that moves first.
 
     Args:
-        pegs: Peg of each disk, the smallest first; not all on peg c.
+        pegs: Index of the peg of each disk, the smallest disk first. If all disks are on peg c
+            (index 2), the result is an empty text.
     """
     target, move = 2, ""
     for peg in reversed(pegs):
@@ -98,7 +105,11 @@ def best_move(pegs: Sequence[int]) -> str:
 
 
 def moves_left(pegs: Sequence[int]) -> int:
-    """Fewest moves until all disks are on peg c."""
+    """Compute the minimum number of moves until all disks are on peg c.
+
+    Args:
+        pegs: Index of the peg of each disk, the smallest disk first.
+    """
     target, moves = 2, 0
     for disk in reversed(range(len(pegs))):
         if pegs[disk] != target:

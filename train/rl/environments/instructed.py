@@ -1,4 +1,4 @@
-"""Environments whose prompt gives names or values to what is acted with, in several variants."""
+"""Base of environments whose prompt defines the names of actions or the values of cards."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ _TURN_INDICES, _TEST_INDICES = 2**32, 2**48
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Names that prompts of a variant show, names that actions are scored by, and sizes.
+    """A variant: the map that prompts show, the map that scores actions, and sizes of problems.
 
     Attributes:
-        shown: Map that prompts show; None for one that is drawn for each problem.
-        scored: Map that actions are scored by; None for the one that is shown. Another one makes a
-            fake variant: success there shows that a policy has not read its prompt.
-        held_out: Whether maps are drawn from the part of the pool that training never sees.
-        sizes: Options that the variant changes, by name.
+        shown: Map that prompts show; None to sample a map for each problem.
+        scored: Map that actions are scored by; None for the map in the prompt. A different map
+            makes a fake variant, in which a success shows that the policy ignores its prompt.
+        held_out: Whether maps are sampled from the part of the pool that training never sees.
+        sizes: Sizes of problems by option name, for options whose value is 0.
     """
 
     shown: SemanticMap | None = None
@@ -46,10 +46,10 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class InstructedGame:
-    """State of an episode: the game, and what its prompt calls things.
+    """State of an episode: the game, and the maps and the wording of its prompt.
 
     Attributes:
-        inner: State of the game.
+        inner: State of the game, without maps.
         shown: Map that the prompt shows.
         scored: Map that actions are scored by.
         paraphrase: Index of the wording of the prompt.
@@ -65,12 +65,12 @@ class InstructedGame:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A state of an expert's episode with what the expert does there.
+    """A state of an expert's episode with the expert's thoughts and answer.
 
     Attributes:
         prompt: Prompt that shows the state.
-        trace: Thoughts and answer, in the words of the prompt.
-        problem: Name of the problem.
+        trace: Thoughts of the expert, and its answer in the names of the prompt.
+        problem: Name of the problem (`Problem.uid`).
     """
 
     prompt: RenderedPrompt
@@ -82,30 +82,31 @@ class Demonstration:
 class InstructedEnvironment(GeneratedEnvironment):
     """Base of environments with a prompt template.
 
-    A new one has a `usual_template`, `variants`, a `pool`, `draw` (a problem without its map),
-    `start`, `values`, `act`, `is_valid`, `observation`, `expert`, and two players. Prompt, target
-    and validity of an answer come from one rendered prompt.
+    A subclass has a `usual_template`, `variants`, a `pool`, `draw` (which samples a problem without
+    its map), `start`, `values`, `act`, `is_valid`, `observation`, `expert` and a scripted player.
+    One rendered prompt (`RenderedPrompt`) gives the prompt's text, the expert's answer and the
+    answers that are valid.
 
     Attributes:
-        variant: Variant by name.
-        template: Template of the prompt, a name of `TEMPLATES`; "" for the usual one.
-        maps: Number of different maps that a variant with drawn ones draws (K); 0 for a new draw in
-            each problem.
-        resample: Whether demonstrations of another epoch have other maps.
-        held_out: Number of names of the pool that only the variant `held_out` shows.
-        paraphrases: Number of wordings of the prompt.
+        variant: Name of the variant.
+        template: Name of the prompt template in `TEMPLATES`; "" for the default template.
+        maps: Number of different maps (K) in all problems of a variant that samples maps; 0 to
+            sample a new map for each problem.
+        resample: Whether demonstrations sample new maps in each epoch.
+        held_out: Number of words, or maps, of the pool that only the variant `held_out` uses.
+        paraphrases: Number of wordings of the prompt to sample from.
         restate: Whether each observation is a whole prompt of the new state, for policies that are
             shown one observation at a time.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is no action; it takes a turn.
-        strict: Whether such a text ends the episode.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, a text that is not an action; it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems and of maps.
     """
 
     usual_template: ClassVar[PromptTemplate]
     variants: ClassVar[Mapping[str, Variant]]
     pool: ClassVar[tuple[str, ...] | tuple[SemanticMap, ...]]
-    """Names, or whole maps, to draw from."""
+    """Names from which maps are sampled, or whole maps to sample from."""
 
     variant: str = "id"
     template: str = ""
@@ -135,10 +136,11 @@ class InstructedEnvironment(GeneratedEnvironment):
 
     @functools.cached_property
     def prompt_template(self) -> PromptTemplate:
-        """The template that prompts are rendered with.
+        """Template that prompts are rendered with.
 
         Raises:
-            ValueError: There is no such template, or it is of another game.
+            ValueError: `template` is not in `TEMPLATES`, or has other concepts or values than the
+                default template of this game.
         """
         usual = self.usual_template
         slots = (usual.concepts, usual.values)
@@ -152,7 +154,11 @@ class InstructedEnvironment(GeneratedEnvironment):
 
     @functools.cached_property
     def sampler(self) -> MapSampler:
-        """Sampler of the maps of variants that draw them."""
+        """Sampler of maps and wordings.
+
+        Raises:
+            ValueError: The pool is too small for `maps` and `held_out`.
+        """
         words = self.pool if isinstance(self.pool[0], str) else ()
         return MapSampler(
             self.prompt_template.concepts,
@@ -166,40 +172,57 @@ class InstructedEnvironment(GeneratedEnvironment):
         )
 
     def size(self, name: str) -> int:
-        """An option that is 0 where the variant decides it."""
+        """Return the option of this name, or the variant's size of this name if the option is 0."""
         return getattr(self, name) or self.variants[self.variant].sizes[name]
 
     def start(self, drawn: Any) -> Any:
-        """First state of the game of what was drawn."""
+        """Return the first state of the game of a problem that `draw` sampled."""
         raise self._missing("start(drawn)")
 
     def values(self, inner: Any) -> Mapping[str, str]:
-        """What the prompt of a state shows besides names, by slot."""
+        """Return the text of each slot of the template, except names, for a state's prompt."""
         raise self._missing("values(inner)")
 
     def act(self, inner: Any, said: str, scored: SemanticMap) -> Move | None:
-        """What an answer does, as `move` with the inner state; None where it is no action."""
+        """Apply an answer to a state of the game; return None if it is not an action.
+
+        Args:
+            inner: State of the game before the answer.
+            said: Text of the answer.
+            scored: Map by which the answer is interpreted.
+
+        Returns:
+            The move, whose `game` is the next inner state and whose `observation` is used without
+            `restate` or at the end of the episode.
+        """
         raise self._missing("act(inner, said, scored)")
 
     def is_valid(self, inner: Any, said: str, prompt: RenderedPrompt) -> bool:
-        """Whether the prompt of a state allows an answer, right or wrong."""
+        """Return whether an answer, right or wrong, is one that the state's prompt allows."""
         raise self._missing("is_valid(inner, said, prompt)")
 
     def expert(self, inner: Any, prompt: RenderedPrompt) -> tuple[Trace, Any]:
-        """What an expert thinks and answers in a state, and the next state, None at the end."""
+        """Compute an expert's demonstration in a state.
+
+        Returns:
+            The thoughts and the answer, and the next inner state, None if the episode has ended.
+        """
         raise self._missing("expert(inner, prompt)")
 
     def draw(self, rng: np.random.Generator, *maps: SemanticMap) -> tuple[Any, str]:
-        """What a problem of any split is made of, and its kind.
+        """Sample a problem of either split, without its map.
 
         Args:
-            rng: Generator of the problem.
-            maps: Maps that are shown and scored by; a problem has to be solvable with each.
+            rng: Random generator of the problem.
+            maps: Map in the prompt and map for scoring. The problem must be solvable with each.
+
+        Returns:
+            The problem as a JSON-serialisable value for `start`, and its kind.
         """
         raise self._missing("draw(rng, *maps)")
 
     def is_test_state(self, inner: Any) -> bool:
-        """Whether a later state of an episode is, as a problem of its own, held out."""
+        """Return whether a later state of an episode is also the first state of a test problem."""
         del inner
         return False
 
@@ -207,7 +230,13 @@ class InstructedEnvironment(GeneratedEnvironment):
         return self.problem_in(split, index, 0)
 
     def problem_in(self, split: Split, index: int, epoch: int) -> Problem:
-        """A problem as it comes in an epoch, where it may have another map."""
+        """Return a problem with the map that it has in an epoch.
+
+        Args:
+            split: Split of the problem.
+            index: Index of the problem.
+            epoch: Number of passes over the problems before this one.
+        """
         shown, scored, paraphrase = self._maps(split, epoch, index)
         drawn, _ = self.drawn(split, index, lambda rng: self.draw(rng, shown, scored))
         answer = {
@@ -220,7 +249,7 @@ class InstructedEnvironment(GeneratedEnvironment):
         return Problem(uid, self.prompt(answer), answer, self.variant)
 
     def _maps(self, split: Split, epoch: int, index: int) -> tuple[SemanticMap, SemanticMap, int]:
-        """Shown and scored map, and the wording, of an example."""
+        """Return the map in the prompt, the map for scoring and the index of the wording."""
         variant = self.variants[self.variant]
         if split == "test":
             index += _TEST_INDICES
@@ -238,7 +267,7 @@ class InstructedEnvironment(GeneratedEnvironment):
         return self.rendered(self.begin(answer)).text
 
     def rendered(self, game: InstructedGame) -> RenderedPrompt:
-        """The prompt of a state."""
+        """Render the prompt of a state."""
         return self.prompt_template.render(game.shown, game.paraphrase, **self.values(game.inner))
 
     def action_of(self, text: str) -> str:
@@ -261,11 +290,17 @@ class InstructedEnvironment(GeneratedEnvironment):
         return self.observation(game.inner) if move is None else move.observation
 
     def observation(self, inner: Any) -> str:
-        """What is shown of a state behind the prompt."""
+        """Return the observation that shows a state without repeating the prompt."""
         raise self._missing("observation(inner)")
 
     def step(self, state: Any, action: Completion) -> Turn:
-        """Turn after an action; `info["validity"]` is the share of answers that prompts allowed."""
+        """Return the turn after an action.
+
+        Its `info["validity"]` is the fraction of the episode's answers that the prompt allowed.
+
+        Raises:
+            ValueError: The episode is over.
+        """
         turn = super().step(state, action)
         said = self.action_of(action.text)
         valid = self.is_valid(state.game.inner, said, self.rendered(state.game))
@@ -275,16 +310,17 @@ class InstructedEnvironment(GeneratedEnvironment):
         return dataclasses.replace(turn, state=after, info=info)
 
     def demonstrations(self, split: Split, count: int, epoch: int = 0) -> Iterator[Demonstration]:
-        """States of an expert's episodes, each with a map of its own where maps are drawn.
+        """Yield the states of an expert's episodes, in order, until there are `count` of them.
 
-        A later state of a training episode that is a test problem itself is left out.
+        If the variant samples maps, a new map is sampled for each state. Later states of training
+        episodes that are the first state of a test problem are left out.
 
         Args:
             split: Split of the problems.
             count: Number of states.
-            epoch: Number of passes before this one. The states are the same in each where a
-                problem does not depend on its map, as boards of Sokoban; cards of General Points
-                are dealt for the map that they are scored by.
+            epoch: Number of passes before this one. In games whose problems do not depend on the
+                map, such as Sokoban, each epoch has the same states. In General Points the cards
+                depend on the map that they are scored by.
         """
         left = count
         for index in itertools.count():
@@ -304,10 +340,10 @@ class InstructedEnvironment(GeneratedEnvironment):
                 game = InstructedGame(inner, *maps)
 
     def shown_answers(self, prompt: str) -> list[str]:
-        """Names in the line of a prompt that lists them.
+        """Read the names of the actions from the line of a prompt that begins with `Answers: `.
 
         Raises:
-            ValueError: The template has no such line.
+            ValueError: The prompt has no line or several lines that begin so.
         """
         return listed_in(prompt, "Answers: ")
 
@@ -317,10 +353,12 @@ class InstructedEnvironment(GeneratedEnvironment):
 
 
 def listed_in(prompt: str, head: str) -> list[str]:
-    """What the one line of a prompt with this head lists, for players, who see the text alone.
+    """Read the comma-separated list in the only line of a prompt that begins with `head`.
+
+    Random and scripted players use it, because they see only the text of the prompt.
 
     Raises:
-        ValueError: There is no such line, or more than one.
+        ValueError: No line begins with `head`, or more than one does.
     """
     lines = [line for line in prompt.split("\n") if line.startswith(head)]
     if len(lines) != 1:

@@ -1,4 +1,4 @@
-"""A secret code to break in several guesses."""
+"""Environment of the game Mastermind: a secret code to find in several guesses."""
 
 import dataclasses
 import itertools
@@ -18,15 +18,16 @@ _MOST = 10**6  # codes
 class Mastermind(GeneratedEnvironment):
     """Mastermind: the prompt is `3 of 1-6? `, a guess `132`, an observation ` 1 exact 1 near `.
 
-    `exact` counts digits at their positions, `near` further digits of the code elsewhere. The
-    scripted player guesses the first code that agrees with all observations.
+    `exact` is the number of digits of the guess at the right position. `near` is the number of its
+    other digits that occur in the code at another position. The scripted player guesses the first
+    code that agrees with all observations.
 
     Attributes:
         length: Number of digits of the code.
-        colours: Number of different digits, from 1.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is no code; it takes a turn.
-        strict: Whether such a text ends the episode.
+        colours: Number of possible digits, from 1 to `colours`.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, a text that is not a code; it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
 
@@ -78,7 +79,16 @@ class Mastermind(GeneratedEnvironment):
 
 
 def feedback(code: str, guess: str) -> tuple[int, int]:
-    """Number of digits at their positions, and of further digits of the code elsewhere."""
+    """Count the digits of a guess that are in the code.
+
+    Args:
+        code: Secret code.
+        guess: Guess of the same length.
+
+    Returns:
+        The number of digits at the right position, and the number of other digits of the guess that
+        occur in the code at another position.
+    """
     exact = sum(a == b for a, b in zip(code, guess, strict=True))
     common = sum(min(code.count(digit), guess.count(digit)) for digit in set(guess))
     return exact, common - exact

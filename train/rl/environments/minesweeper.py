@@ -1,4 +1,4 @@
-"""Mines to work out."""
+"""Environment of the game Minesweeper."""
 
 import dataclasses
 import math
@@ -16,7 +16,12 @@ _FRONTIER = 20  # cells whose mines are enumerated together
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """State of a game: the mines, and the cells that are open; a cell is a row times columns."""
+    """State of a game.
+
+    Attributes:
+        mines: Cells with a mine, each as the index row x `columns` + column.
+        open: Cells that are open, as such indices.
+    """
 
     mines: frozenset[int]
     open: frozenset[int]
@@ -26,19 +31,20 @@ class Field:
 class Minesweeper(GeneratedEnvironment):
     """Minesweeper: a board has a line for each row; `b3` opens the cell of column b and row 3.
 
-    `?` is closed, a digit counts the mines around an open cell, `.` is none. An open cell without
-    mines around it opens its neighbours; the first cell is opened for the player. A mine ends the
-    episode, all cells but the mines solve it. The scripted player opens the cell that is least
-    likely a mine, by the numbers of all boards that agree with what is shown; some boards leave it
-    a guess.
+    `?` is a closed cell; a digit is the number of mines around an open cell, `.` stands for 0. An
+    open cell without mines around it opens its neighbours. The first cell is already open in the
+    prompt. Opening a mine ends the episode; opening all other cells solves it. The scripted player
+    opens the cell with the lowest probability of a mine, given what is shown; on some boards it has
+    to guess.
 
     Attributes:
         rows: Number of rows.
         columns: Number of columns.
         mines: Number of mines.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is no closed cell; it takes a turn.
-        strict: Whether such a text ends the episode.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, a text that does not name a closed cell; it uses up
+            a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
 
@@ -58,7 +64,11 @@ class Minesweeper(GeneratedEnvironment):
             )
 
     def draw(self, rng: np.random.Generator) -> tuple[list[int], str]:
-        """Cells: the one that is open from the beginning, then the mines."""
+        """Sample a board.
+
+        Returns:
+            A list of the first open cell and the sorted cells of the mines, and the kind.
+        """
         cells = self.rows * self.columns
         while True:
             first, *mines = rng.permutation(cells)[: self.mines + 1].tolist()
@@ -153,15 +163,20 @@ class Minesweeper(GeneratedEnvironment):
 def mine_chances(
     closed: set[int], numbers: Iterable[tuple[set[int], int]], mines: int
 ) -> Mapping[int, float]:
-    """Probability of a mine in each closed cell, all boards that agree being equally likely.
+    """Compute the probability of a mine in each closed cell.
 
-    Of a frontier of more than 20 cells the first 20 are enumerated, and numbers that reach beyond
-    them are left out.
+    All boards that agree with the shown numbers count as equally likely. The frontier consists of
+    the closed cells next to an open one. Only its first 20 cells are enumerated; numbers that also
+    depend on other cells are ignored, so the result is then approximate.
 
     Args:
         closed: Closed cells.
-        numbers: Closed neighbours of open cells, and the number of mines among them.
-        mines: Number of mines of the board.
+        numbers: Pairs for open cells: the cell's closed neighbours, and the number of mines among
+            them.
+        mines: Number of mines on the board.
+
+    Returns:
+        A mapping from each closed cell to its probability.
     """
     numbers = list(numbers)
     frontier = sorted(set().union(*(cells for cells, _ in numbers)))[:_FRONTIER]

@@ -1,4 +1,4 @@
-"""Wrappers that change what a policy is shown: earlier turns again, or a text of one's own."""
+"""Wrapper that replaces the observations of an environment by a view of the whole episode."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,21 +10,23 @@ from train.rl.environments.wrapper import EnvironmentWrapper
 from train.rl.types import Completion, Problem, Turn
 
 View = Callable[[Sequence[str]], str]
-"""Observation for the texts so far: the prompt, the first action, its observation, and so on."""
+"""Function from the texts so far to the observation that the policy is shown.
+
+The texts are the prompt, the first action, its observation, and so on."""
 
 
 def last(shown: Sequence[str]) -> str:
-    """The newest observation alone."""
+    """Return the newest observation alone."""
     return shown[-1]
 
 
 def observations(shown: Sequence[str]) -> str:
-    """All observations, one after the other."""
+    """Concatenate the prompt and all observations, without the actions."""
     return "".join(shown[::2])
 
 
 def transcript(shown: Sequence[str]) -> str:
-    """All observations and actions, one after the other."""
+    """Concatenate the prompt and all actions and observations."""
     return "".join(shown)
 
 
@@ -36,16 +38,19 @@ _REPEATED: dict[str, Callable[[str, str], str]] = {
     "observations": lambda shown, action: shown,
     "transcript": lambda shown, action: shown + action,
 }
-"""What an observation of a view begins with, of the observation and the action before."""
+"""For each view, the text that a later observation begins with.
+
+It is a function of the view's previous observation and of the action that followed it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Viewed:
-    """State of an episode whose texts are kept.
+    """State of an episode, together with all its texts.
 
     Attributes:
         inner: State of the wrapped environment.
-        shown: Prompt, first action, its observation, and so on.
+        shown: Prompt, first action, its observation, and so on, as the wrapped environment gave
+            them.
     """
 
     inner: Any
@@ -54,15 +59,19 @@ class Viewed:
 
 @dataclasses.dataclass(frozen=True)
 class ObservationView(EnvironmentWrapper):
-    """An environment whose observations are those of a view of the whole episode.
+    """An environment whose observations a view computes from the whole episode.
 
-    For policies that read one observation at a time. The strategy `turns` shows a policy the whole
-    text anyway: there, a view that repeats earlier turns shows them twice. The environment's
-    players play through `last`, `observations` and `transcript`; other views hide too much.
+    It is for policies that read one observation at a time. The strategy `turns` already shows a
+    policy all turns, so a view that repeats earlier turns would show them twice. The wrapped
+    environment's random and scripted players work with the views `last`, `observations` and
+    `transcript`, from which its own observations can be recovered, and with no others.
 
     Attributes:
-        environment: Environment to wrap; tools go inside (`ToolEnvironment`).
-        view: Observation for the texts so far, a name of `VIEWS` or a function.
+        environment: Environment to wrap; wrap tools (`ToolEnvironment`) inside this wrapper.
+        view: Name of a view in `VIEWS`, or a function from the texts so far to the observation.
+
+    Raises:
+        ValueError: `view` is a text that is not a name in `VIEWS`.
     """
 
     view: str | View = "transcript"
@@ -85,7 +94,7 @@ class ObservationView(EnvironmentWrapper):
         return self._seeing(super().scripted_action)
 
     def _seeing(self, act: Any) -> Any:
-        """A player who is shown the observations that the view was made of."""
+        """Wrap a player so that it sees the wrapped environment's own observations."""
         repeated = _REPEATED.get(self.view) if isinstance(self.view, str) else None
         if repeated is None:
             raise AttributeError(f"{self.name} has no players: they see through {list(_REPEATED)}")

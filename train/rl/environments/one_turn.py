@@ -1,4 +1,4 @@
-"""A task of one response as an environment, for tools and for people."""
+"""Adapter that makes a one-response task an environment, for tools and for human players."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from train.rl.types import Completion, Problem, Split, Turn
 class OneTurn:
     """An environment whose only turn is scored by a task: `ToolEnvironment(OneTurn(task), tools)`.
 
-    A state is whether the response was given.
+    A state is a tuple of the problem and whether its response was given.
 
     Attributes:
-        task: Task that has problems and scores.
-        max_turns: Number of turns, 1.
+        task: Task that provides the problems and scores the responses.
+        max_turns: Number of turns, always 1.
     """
 
     task: Task
@@ -24,7 +24,7 @@ class OneTurn:
 
     @property
     def failure_value(self) -> float:
-        """Reward of a response that could not be scored."""
+        """Reward of a response that the task failed to score; 0 if the task defines none."""
         return float(getattr(self.task, "failure_value", 0.0))
 
     @property
@@ -42,10 +42,10 @@ class OneTurn:
         return problem, False
 
     def step(self, state: tuple[Problem, bool], action: Completion) -> Turn:
-        """Turn with the task's reward.
+        """Score a response; the turn that is returned ends the episode.
 
         Raises:
-            ValueError: The response was given before.
+            ValueError: The episode is over, or the task gives no valid reward (`safe_score`).
         """
         problem, over = state
         if over:

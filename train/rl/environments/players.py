@@ -1,4 +1,4 @@
-"""Episodes of the random and the scripted player of an environment, and their scores."""
+"""Playing and scoring episodes with the random and scripted players of environments."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,18 +12,20 @@ from train.rl.protocols import Environment
 from train.rl.types import Completion, Problem, Turn
 
 Player = Callable[[Sequence[str], np.random.Generator], str]
-"""Action for the texts so far: the prompt, the first action, its observation, and so on."""
+"""Function from the texts so far and a random generator to the text of the next action.
+
+The texts are the prompt, the first action, its observation, and so on."""
 
 
 def player_of(environment: Any, name: str) -> Player:
-    """A player of an environment.
+    """Return the random or the scripted player of an environment.
 
     Args:
         environment: Environment, or a task of one response.
-        name: "random" or "scripted".
+        name: Name of the player, "random" or "scripted".
 
     Raises:
-        ValueError: The environment has no such player.
+        ValueError: The environment has no method for this player.
     """
     found = getattr(environment, f"{name}_action", None)
     if found is None:
@@ -35,13 +37,13 @@ def player_of(environment: Any, name: str) -> Player:
 
 @dataclasses.dataclass(frozen=True)
 class PlayedEpisode:
-    """An episode to its end.
+    """A finished episode of a player.
 
     Attributes:
-        problem: Problem that it began from.
-        shown: Prompt, first action, its observation, and so on; the last observation too.
+        problem: Problem that the episode began from.
+        shown: Prompt, first action, its observation, and so on up to the last observation.
         rewards: Reward of each turn.
-        last: The last turn.
+        last: Last turn of the episode.
     """
 
     problem: Problem
@@ -51,7 +53,7 @@ class PlayedEpisode:
 
 
 def completion_of(problem: Problem, text: str) -> Completion:
-    """A text as a whole response of a policy."""
+    """Wrap a text as a finished response of a policy, without token ids."""
     return Completion(problem, text, (), True)
 
 
@@ -61,10 +63,10 @@ def play_episode(
     """Play an episode to its end.
 
     Args:
-        environment: Environment whose episodes end.
+        environment: Environment that ends or truncates all its episodes.
         problem: Problem to begin from.
-        player: Player, who sees the texts alone.
-        rng: Generator of the player.
+        player: Player, which sees only the texts of the episode.
+        rng: Random generator of the player.
     """
     state, shown, rewards = environment.reset(problem), [problem.prompt], []
     while True:
@@ -83,10 +85,10 @@ class Score:
 
     Attributes:
         episodes: Number of episodes.
-        success: Share of episodes that were solved.
-        success_error: Standard error of that share.
-        reward: Mean sum of an episode's rewards.
-        turns: Mean number of turns.
+        success: Fraction of episodes whose problem was solved.
+        success_error: Standard error of `success`.
+        reward: Mean over episodes of the sum of rewards.
+        turns: Mean number of turns of an episode.
     """
 
     episodes: int
@@ -99,17 +101,17 @@ class Score:
 def score_player(
     environment: Any, player: str, episodes: int, seed: int, split: str = "test"
 ) -> Score:
-    """Scores of a player of the environment on its first problems.
+    """Play one episode of each of a split's first problems, and average the results.
 
     Args:
         environment: Environment with players.
-        player: "random" or "scripted".
-        episodes: Number of episodes; a finite split begins again at its end.
+        player: Name of the player, "random" or "scripted".
+        episodes: Number of episodes. Problems of a finite split are repeated in order if needed.
         seed: Seed of the player.
         split: Split of the problems.
 
     Raises:
-        ValueError: The environment has no such player.
+        ValueError: The environment has no method for this player.
     """
     size = environment.sizes[split]
     act = player_of(environment, player)

@@ -1,4 +1,4 @@
-"""Base of environments that ask one question, which tools help to answer."""
+"""Base of environments that ask one question and offer tools for answering it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from train.rl.environments.tools import Tool, call_of, run_tool
 
 @dataclasses.dataclass(frozen=True)
 class QuestionState:
-    """State of a question.
+    """State of an episode with one question.
 
     Attributes:
-        answer: The right answer.
-        calls: Number of calls of tools.
-        failed: Number of failed calls.
+        answer: Right answer.
+        calls: Number of tool calls so far.
+        failed: Number of tool calls so far that failed.
     """
 
     answer: str
@@ -24,13 +24,14 @@ class QuestionState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionWithTools(GeneratedEnvironment):
-    """Base: a call is answered by its tool; any other text is the answer and ends the episode.
+    """Base of environments where a tool answers a call, and any other text is the final answer.
 
-    The answer of a problem is a pair of the question and its answer. A failed call takes a turn and
-    is counted (`tool_errors`).
+    The final answer ends the episode. `Problem.answer` is a pair of the question and its right
+    answer. Every call uses up a turn; `info` counts calls as `tool_calls` and failed ones as
+    `tool_errors`.
 
     Attributes:
-        max_argument: Greatest number of characters of a call's argument.
+        max_argument: Maximum number of characters of a call's argument.
     """
 
     max_argument: int = 256

@@ -1,4 +1,4 @@
-"""Questions whose answers stand in a local corpus, and a search tool."""
+"""Environment of questions about a local corpus, with a search tool."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,25 +18,27 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchQA(QuestionWithTools):
-    """Answering with a search tool: `search(Mara)` gives the passage that fits best by BM25.
+    """Answering with a search tool: `search(Mara)` shows the passage with the best BM25 score.
 
-    Any other text is the answer, of which there is one; case and a final dot do not count. The
-    corpus is made up, the same for every seed: people live in towns, and each town has a river.
-    `Which river is in the town of Mara?` takes two searches. A folder of yours takes its place:
-    `passages.jsonl` with a `text` in each line, `questions.jsonl` with `question` and `answer`. The
-    scripted player searches for the last word of the question (the whole one, if it is yours), then
-    for the river of the last word of what it found, and answers with the last word.
+    Any other text is taken as the answer and ends the episode. Answers are compared without regard
+    to case and final dots. The default corpus is synthetic and the same for every seed: people live
+    in towns, and each town has a river. `Which river is in the town of Mara?` takes two searches.
+    The option `path` replaces it by a folder: `passages.jsonl` with a `text` in each line, and
+    `questions.jsonl` with a `question` and an `answer` in each line. The scripted player searches
+    for the last word of the question (for the whole question with `path`), then with `hops=2` for
+    `river` and the last word of the result, and answers with the last word of the last result.
 
     Attributes:
-        people: Number of people of the made-up corpus.
-        hops: Number of passages that a question needs: 1 asks for the town, 2 for its river.
-        path: Folder with a corpus and questions; empty for those that are made up.
-        top: Number of passages that a search gives.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of an empty text; it takes a turn.
-        strict: Whether such a text ends the episode.
+        people: Number of people in the synthetic corpus.
+        hops: Number of passages that a synthetic question needs: 1 asks for a person's town, 2 for
+            the river of the town.
+        path: Folder with a corpus and questions of your own; empty for the synthetic corpus.
+        top: Number of passages that a search shows.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, an empty text; it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
-        max_argument: Greatest number of characters of a call's argument; a longer call fails.
+        max_argument: Maximum number of characters of a call's argument; a longer call fails.
     """
 
     word: ClassVar[str] = "search_qa"
@@ -125,7 +127,7 @@ def _plain(text: str) -> str:
 
 
 def _names(rng: np.random.Generator, count: int) -> list[str]:
-    """Different made-up names of six letters."""
+    """Make `count` different random names of six letters."""
     found: dict[str, None] = {}
     while len(found) < count:
         letters = [

@@ -1,4 +1,4 @@
-"""Boxes to push onto goals."""
+"""Environment of the game Sokoban: push boxes onto goals."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,19 +16,20 @@ class Sokoban(GeneratedEnvironment):
     """Sokoban: a board has a line for each row; `UUL` steps up twice, then left, and pushes boxes.
 
     `#` is a wall, `@` the player, `$` a box, `.` a goal, `*` a box on a goal, `+` the player on a
-    goal, `-` floor. A step that is blocked changes nothing. All levels can be solved; a push can
-    make one that cannot. The scripted player needs the fewest steps.
+    goal, `-` floor. A step that is blocked changes nothing. Every level can be solved, but a wrong
+    push can make it unsolvable. The scripted player takes a shortest solution.
 
     Attributes:
-        height: Number of rows, with the walls around.
-        width: Number of columns, with the walls around.
+        height: Number of rows, including the outer walls.
+        width: Number of columns, including the outer walls.
         boxes: Number of boxes.
-        walls: Number of walls inside.
-        pulls: Number of random pulls that a level is made with, backwards from its solution.
-        moves: Greatest number of steps of one action.
-        max_turns: Number of turns after which the episode is cut.
-        malformed: Reward of a text that is no run of steps; it takes a turn.
-        strict: Whether such a text ends the episode.
+        walls: Number of wall cells inside the outer walls.
+        pulls: Number of random pulls of boxes away from their goals that make a level.
+        moves: Maximum number of steps in one action.
+        max_turns: Number of turns after which the episode is truncated.
+        malformed: Reward of a malformed action, a text other than 1 to `moves` of the letters U, D,
+            L and R; it uses up a turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
 

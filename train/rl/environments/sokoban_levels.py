@@ -1,4 +1,4 @@
-"""Levels of Sokoban: their text, a generator of solvable ones, and a breadth-first solver."""
+"""Sokoban levels: reading and writing, generating solvable levels, and a breadth-first solver."""
 
 import collections
 import dataclasses
@@ -15,15 +15,15 @@ _ATTEMPTS = 1000  # to draw a level of which a box can be pulled; a third succee
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A position of Sokoban; a cell is its row and column.
+    """A position of Sokoban, where a cell is a pair of row and column, counted from 0.
 
     Attributes:
         height: Number of rows.
         width: Number of columns.
-        walls: Cells that nothing enters.
-        goals: Cells that the boxes have to come to.
+        walls: Cells that neither the player nor a box can enter.
+        goals: Cells onto which the boxes must be pushed.
         player: Cell of the player.
-        boxes: Cells of the boxes, as many as goals.
+        boxes: Cells of the boxes, as many as there are goals.
     """
 
     height: int
@@ -35,15 +35,16 @@ class Level:
 
     @classmethod
     def from_rows(cls, rows: Sequence[str]) -> "Level":
-        """A level in the usual notation.
+        """Read a level in the usual notation.
 
         Args:
-            rows: Lines of `#` walls, `@` the player, `$` boxes, `.` goals, `+` and `*` the player
-                and a box on a goal, `-`, `_` or space for floor; shorter lines end in floor.
+            rows: Lines of the characters `#` (wall), `@` (player), `$` (box), `.` (goal), `+`
+                (player on a goal), `*` (box on a goal), and `-`, `_` or space (floor). Shorter
+                lines are padded with floor on the right.
 
         Raises:
-            ValueError: A character is unknown, there is not one player, or there are not as many
-                boxes as goals.
+            ValueError: A character is unknown, the number of players is not 1, or the numbers of
+                boxes and goals differ.
         """
         found: dict[str, set[Cell]] = {mark: set() for mark in "#.$@"}
         for i, row in enumerate(rows):
@@ -71,7 +72,7 @@ class Level:
 
     @property
     def rows(self) -> list[str]:
-        """Lines that `from_rows` reads."""
+        """Lines of the level in the notation of `from_rows`, all of the same length."""
         return ["".join(self._mark((i, j)) for j in range(self.width)) for i in range(self.height)]
 
     def _mark(self, cell: Cell) -> str:
@@ -87,14 +88,17 @@ class Level:
         return self.boxes == self.goals
 
     def free(self, cell: Cell) -> bool:
-        """Whether a cell is on the board and no wall."""
+        """Return whether a cell is on the board and is not a wall."""
         return 0 <= cell[0] < self.height and 0 <= cell[1] < self.width and cell not in self.walls
 
     def moved(self, way: str) -> "Level | None":
-        """The level after a step of the player, who may push one box; None where that is blocked.
+        """Return the level after a step of the player, who may push one box.
 
         Args:
-            way: One of U, D, L and R.
+            way: Direction of the step: U, D, L or R.
+
+        Returns:
+            The new level, or None if the step is blocked.
         """
         step = STEPS[way]
         target = _add(self.player, step)
@@ -114,14 +118,14 @@ def _add(cell: Cell, step: Cell) -> Cell:
 
 
 def check_level(word: str, height: int, width: int, boxes: int, walls: int) -> None:
-    """Raise a `ValueError` for sizes of which `generate` makes too few levels.
+    """Raise a `ValueError` for boards that are too small or too full for `generate`.
 
     Args:
-        word: Name of the environment, for the message.
-        height: Number of rows, with the walls around.
-        width: Number of columns, with the walls around.
+        word: Name of the environment, for the error message.
+        height: Number of rows, including the outer walls.
+        width: Number of columns, including the outer walls.
         boxes: Number of boxes.
-        walls: Number of walls inside.
+        walls: Number of wall cells inside the outer walls.
     """
     if min(height, width) < 4 or max(height, width) < 5:
         raise ValueError(
@@ -144,21 +148,22 @@ def generate(
     walls: int = 3,
     pulls: int = 12,
 ) -> Level:
-    """A level that can be solved: boxes are pulled away from their goals at random.
+    """Generate a solvable level by pulling boxes away from their goals at random.
 
-    Each pull is a push backwards, so the way back is a solution. The position whose boxes are
-    farthest from the goals is taken, with the player anywhere within reach.
+    A pull is a reversed push, so the pulls in reverse order solve the level. Of all positions on
+    the path, the one whose boxes are farthest from the goals becomes the level. The player is then
+    moved to a random cell that it can walk to.
 
     Args:
-        rng: Generator of the level.
-        height: Number of rows, with the walls around.
-        width: Number of columns, with the walls around.
+        rng: Random generator of the level.
+        height: Number of rows, including the outer walls.
+        width: Number of columns, including the outer walls.
         boxes: Number of boxes.
-        walls: Number of walls inside.
+        walls: Number of wall cells inside the outer walls.
         pulls: Number of pulls.
 
     Raises:
-        ValueError: No level is found, since there is no space to pull a box.
+        ValueError: In 1000 attempts no level was found in which a box can be pulled off its goal.
     """
     edge = {(i, j) for i in range(height) for j in range(width)
             if i in (0, height - 1) or j in (0, width - 1)}  # fmt: skip
@@ -182,7 +187,7 @@ def generate(
 
 
 def _pulled(level: Level, rng: np.random.Generator) -> Level:
-    """The level after the player has walked to a box and pulled it; itself where none can be."""
+    """Return the level after a random pull of a box, or the same level if no pull is possible."""
     within = _reachable(level)
     pulls = []
     for box in sorted(level.boxes):
@@ -198,7 +203,7 @@ def _pulled(level: Level, rng: np.random.Generator) -> Level:
 
 
 def _reachable(level: Level) -> set[Cell]:
-    """Cells that the player can walk to without a push."""
+    """Return the cells that the player can walk to without pushing a box."""
     found, waiting = {level.player}, [level.player]
     while waiting:
         cell = waiting.pop()
@@ -211,7 +216,7 @@ def _reachable(level: Level) -> set[Cell]:
 
 
 def _distance(level: Level) -> int:
-    """Sum of the steps from each box to the nearest goal, walls aside."""
+    """Sum over boxes of the Manhattan distance to the nearest goal."""
     return sum(
         min(abs(box[0] - goal[0]) + abs(box[1] - goal[1]) for goal in level.goals)
         for box in level.boxes
@@ -220,19 +225,19 @@ def _distance(level: Level) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def solve(level: Level, most: int = 10**6) -> str | None:
-    """Fewest steps that solve a level, as letters U, D, L and R, by breadth-first search.
+    """Find a shortest solution of a level by breadth-first search.
 
-    Positions with a box where no push brings it to a goal are left out.
+    The search skips positions with a box on a cell from which it can never be pushed to a goal.
 
     Args:
         level: Level to solve.
-        most: Greatest number of positions to look at.
+        most: Maximum number of different positions that the search stores.
 
     Returns:
-        Steps, or None where there is no solution.
+        Steps as letters U, D, L and R, or None if there is no solution.
 
     Raises:
-        ValueError: More positions would have to be looked at.
+        ValueError: The search would store more than `most` positions.
     """
     alive = _alive(level)
     came: dict[tuple[Cell, frozenset[Cell]], tuple[Level, str] | None]
@@ -267,7 +272,7 @@ def _path(level: Level, came: dict) -> str:
 
 
 def _alive(level: Level) -> frozenset[Cell]:
-    """Cells from which a box alone could be pushed to a goal: those that pulls reach from there."""
+    """Return the cells from which a box can be pushed to a goal on a board without other boxes."""
     found, waiting = set(level.goals), list(level.goals)
     while waiting:
         cell = waiting.pop()

@@ -1,4 +1,4 @@
-"""Sokoban one step at a time, whose prompt says what the four steps are called."""
+"""Environment of Sokoban one step at a time, where the prompt defines the names of the steps."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from train.rl.environments.sokoban_levels import Level, check_level, generate, s
 from train.rl.problems import at_least, at_most, is_held_out
 
 STEPS = {"Up": "U", "Down": "D", "Left": "L", "Right": "R"}
-"""Letter of each step, by its own name."""
+"""Letter of each step in `sokoban_levels`, by the step's original name."""
 
 _SYMBOLS = "# wall, - floor, . goal, $ box, * box on a goal, @ you, + you on a goal"
 
@@ -55,31 +55,34 @@ _LARGE = {"height": 10, "width": 10}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SokobanVariants(InstructedEnvironment):
-    """Sokoban whose prompt names the four steps: an answer is one of the names that it lists.
+    """Sokoban whose prompt lists names for the four steps; an action is one of these names.
 
-    Variants of arXiv 2510.00237. Names: `id` (Up Down Left Right), `alphabetical`, `numerical`,
-    `random`, `cardinal`, `emoji`; `diverse` draws four everyday words for each problem, `held_out`
-    words that `diverse` never draws. Difficulty: `larger` (10 x 10), `two_boxes`, `complex` (both).
-    `fake`, `fake_cardinal` and `fake_emoji` show new names and count the original ones: who
-    succeeds has not read the prompt. The scripted player follows the prompt on a shortest way.
+    Variants follow arXiv 2510.00237. Names: `id` (Up Down Left Right), `alphabetical`, `numerical`,
+    `random`, `cardinal`, `emoji`; `diverse` samples four everyday words for each problem,
+    `held_out` words that `diverse` never uses. Difficulty: `larger` (10 x 10), `two_boxes`,
+    `complex` (both). `fake`, `fake_cardinal` and `fake_emoji` show new names but accept only the
+    original ones, so a policy that succeeds ignores its prompt. The scripted player takes a
+    shortest solution and uses the names in the prompt.
 
     Attributes:
-        variant: Variant by name.
-        template: Template of the prompt, a name of `TEMPLATES`; "" for the usual one.
-        maps: Number of different maps that `diverse` draws (K); 0 for a new draw in each problem.
-        resample: Whether demonstrations of another epoch have other names.
-        held_out: Number of words that only `held_out` draws.
-        paraphrases: Number of wordings of the prompt.
+        variant: Name of the variant.
+        template: Name of the prompt template in `TEMPLATES`; "" for the default template.
+        maps: Number of different maps (K) in all problems of `diverse`; 0 to sample a new map for
+            each problem.
+        resample: Whether demonstrations sample new names in each epoch.
+        held_out: Number of words that only the variant `held_out` uses.
+        paraphrases: Number of wordings of the prompt to sample from.
         restate: Whether each observation is a whole prompt of the new board, for policies that are
             shown one observation at a time.
-        height: Number of rows, with the walls around; 0 takes that of the variant.
-        width: Number of columns, with the walls around; 0 takes that of the variant.
-        boxes: Number of boxes; 0 takes that of the variant.
-        walls: Number of walls inside.
-        pulls: Number of random pulls that a level is made with, backwards from its solution.
-        max_turns: Number of steps after which the episode is cut.
-        malformed: Reward of a text that is no step; it takes a turn.
-        strict: Whether such a text ends the episode.
+        height: Number of rows, including the outer walls; 0 for the number of the variant.
+        width: Number of columns, including the outer walls; 0 for the number of the variant.
+        boxes: Number of boxes; 0 for the number of the variant.
+        walls: Number of wall cells inside the outer walls.
+        pulls: Number of random pulls of boxes away from their goals that make a level.
+        max_turns: Number of steps after which the episode is truncated.
+        malformed: Reward of a malformed action, a text that does not name a step; it uses up a
+            turn.
+        strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems and of names.
     """
 

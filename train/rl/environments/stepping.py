@@ -1,4 +1,4 @@
-"""Steps of environments that cannot break a run: failures are counted, hanging ones are cut."""
+"""Robust stepping of environments: failures are counted, and calls that hang are abandoned."""
 
 import collections
 import contextvars
@@ -20,11 +20,11 @@ _MOST_HANGING = 64  # threads that a run may lose to calls that do not end
 
 
 class TimedOut(Exception):
-    """A call took longer than the limit of its pool."""
+    """Raised when a call takes longer than the time limit of its pool."""
 
 
 class PoolClosed(ValueError):
-    """A call was given to a pool that is closed, or waited in it when it was closed."""
+    """Raised for a call that is given to a closed pool, or still waits when the pool is closed."""
 
     def __init__(self):
         super().__init__("the pool is closed and runs no more calls: make a new one")
@@ -33,11 +33,12 @@ class PoolClosed(ValueError):
 def counted_step(
     environment: Environment, problem: Problem, state: Any, action: Completion
 ) -> Turn:
-    """The environment's turn, or a failed last turn where there is none that can be learned from.
+    """Step an environment, and replace an error or an invalid turn by a failed last turn.
 
-    A step that raises is counted as `scorer_errors`; one that gives no turn, or a reward or info
-    that is not finite, as `invalid_turns`. The episode ends unsolved, worth the environment's
-    `failure_value`, 0 where it has none; `Turn.error` says why.
+    A step that raises is counted in the turn's `info` as `scorer_errors`. A step that does not
+    return a `Turn`, or returns an observation that is not a text, or a reward or info that is not
+    finite, is counted as `invalid_turns`. The episode then ends unsolved, the reward is the
+    environment's `failure_value` (0 if it has none), and `Turn.error` is the reason.
     """
     try:
         return safe_step(environment, problem, state, action)
@@ -46,13 +47,13 @@ def counted_step(
 
 
 def failed_turn(environment: Any, state: Any, counter: str, error: str | BaseException) -> Turn:
-    """A last turn of an episode that failed, with 1 in its info under the counter's name.
+    """Make the last turn of an episode that failed, with `info[counter] = 1`.
 
     Args:
-        environment: Environment, whose `failure_value` is the reward; 0 where it has none.
-        state: State that the turn ends in.
-        counter: Name of the counter.
-        error: Reason of the failure, or the exception, whose traceback is the reason.
+        environment: Environment whose `failure_value` is the reward; 0 if it has none.
+        state: State after the turn.
+        counter: Name of the counter of such failures.
+        error: Reason of the failure as a text, or the exception that caused it.
     """
     value = float(getattr(environment, "failure_value", 0.0))
     reason = error if isinstance(error, str) else reason_of(error)
@@ -60,20 +61,20 @@ def failed_turn(environment: Any, state: Any, counter: str, error: str | BaseExc
 
 
 def counter_of(error: BaseException) -> str:
-    """Name that a failed call is counted by."""
+    """Return the name of the counter for an exception: `timeouts` or `scorer_errors`."""
     return "timeouts" if isinstance(error, TimedOut) else "scorer_errors"
 
 
 def reason_of(error: BaseException) -> str:
-    """Traceback of an exception; of a call that was cut its message alone."""
+    """Return the traceback of an exception, or only the message of a `TimedOut`."""
     return str(error) if isinstance(error, TimedOut) else "".join(traceback.format_exception(error))
 
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-    """A call of a pool; its outcome stays with it where one caller waits for it alone.
+    """A call that a pool runs in its caller's context (context variables, NumPy's error handling).
 
-    It runs in the caller's context: context variables, and what NumPy does with errors.
+    The outcome of a `private` job is kept in the job alone, for the one caller that waits for it.
     """
 
     key: Hashable
@@ -86,7 +87,7 @@ class _Job:
     context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
 
     def run(self) -> Any:
-        """What the call returns, or the exception that it raises."""
+        """Run the call, and return its result or the exception that it raised."""
         try:
             return self.context.run(self.call)
         except SystemExit as error:  # of a grader that is a command, say: no end of the run
@@ -96,11 +97,11 @@ class _Job:
 
 
 class _Workers:
-    """Threads of a pool and their jobs; they know nothing of the pool, which closes them.
+    """Threads of a pool and their jobs, without a reference to the pool, so that it can be freed.
 
     Args:
-        threads: Greatest number of threads that can take a job.
-        limit: Number of seconds after which a running job is cut.
+        threads: Maximum number of threads that can take a job.
+        limit: Number of seconds after which a running job is abandoned.
     """
 
     def __init__(self, threads: int, limit: float):
@@ -124,7 +125,7 @@ class _Workers:
             self.changed.notify_all()
 
     def wait(self, enough: Callable[[], bool]) -> None:
-        """Wait until there is enough, and cut what takes too long; `changed` is held."""
+        """Wait until `enough()`, and abandon jobs over the limit; the caller holds `changed`."""
         while True:
             self._cut()
             if enough():
@@ -165,7 +166,7 @@ class _Workers:
         self.changed.notify_all()
 
     def _next(self) -> _Job | None:
-        """The first job that may run, or None where there is none."""
+        """Remove and return the first waiting job that may run; None if there is none."""
         busy = any(job.serial for job in self.running)
         job = next((job for job in self.waiting if not (busy and job.serial)), None)
         if job is not None:
@@ -193,16 +194,16 @@ class _Workers:
 
 
 class StepPool:
-    """Daemon threads that run calls, each with a limit of time, and give results as they come.
+    """Daemon threads that run calls with a time limit and return results as they finish.
 
-    A thread cannot be stopped: one whose call takes too long is left alone and replaced, once
-    somebody waits for an outcome. Nothing waits for it, at the end of the process neither, and its
-    call goes on beside those that follow. Threads start when calls come, and end when the
-    pool is closed or nobody has it any more.
+    A thread cannot be stopped. If a call exceeds the limit while somebody waits for an outcome, its
+    thread is abandoned and replaced. The abandoned call goes on running beside later calls, but
+    nothing waits for it, not even the end of the process. Threads start when there are calls, and
+    end when the pool is closed or garbage-collected.
 
     Args:
-        threads: Greatest number of calls that run at a time.
-        limit_s: Number of seconds after which a running call is cut.
+        threads: Maximum number of calls that run at the same time, abandoned calls not counted.
+        limit_s: Number of seconds after which a running call is abandoned.
 
     Raises:
         ValueError: `threads` is below 1, or `limit_s` is not above 0.
@@ -219,41 +220,43 @@ class StepPool:
 
     @property
     def hung(self) -> int:
-        """Number of calls that were cut."""
+        """Number of calls that were abandoned so far."""
         return self._workers.hung
 
     @property
     def hanging(self) -> int:
-        """Number of calls that were cut and have not ended since; each keeps a thread."""
+        """Number of abandoned calls that are still running; each occupies a thread."""
         return self._workers.hanging
 
     @property
     def closed(self) -> bool:
-        """Whether the pool runs no more calls."""
+        """Whether the pool was closed and accepts no more calls."""
         return self._workers.closed
 
     def submit(self, key: Hashable, call: Callable[[], Any], serial: bool = False) -> None:
-        """Run a call as soon as a thread is free.
+        """Run a call as soon as a thread is free; returns at once.
 
         Args:
-            key: Key that `ready` gives its outcome under.
+            key: Key under which `ready` returns the outcome of the call.
             call: Function without arguments.
-            serial: Whether the call must not run beside another call of this pool that is serial.
-                While it waits for one its time does not count.
+            serial: Whether the call must not run at the same time as another serial call of this
+                pool. The time that it waits does not count towards the limit.
 
         Raises:
-            PoolClosed: The pool is closed; a `ValueError`.
+            PoolClosed: The pool is closed; a subclass of `ValueError`.
         """
         self._workers.put(_Job(key, call, serial))
 
     def ready(self, least: int = 1) -> list[tuple[Hashable, Any]]:
-        """Keys and outcomes of finished calls, in the order in which they ended.
-
-        An outcome is what the call returned, or the exception that it raised, or `TimedOut`, or
-        `PoolClosed` of a call that waited when the pool was closed.
+        """Wait for calls given to `submit`, and return the outcomes of those that have finished.
 
         Args:
-            least: Number of outcomes to wait for; all of them where fewer calls are under way.
+            least: Number of outcomes to wait for; if there are fewer calls, it waits for all.
+
+        Returns:
+            Pairs of key and outcome in the order in which the calls ended. An outcome is the call's
+            result, the exception that it raised, a `TimedOut`, or a `PoolClosed` for a call that
+            had not started when the pool was closed.
         """
         workers = self._workers
 
@@ -267,15 +270,15 @@ class StepPool:
         return [(job.key, job.outcome) for job in found]
 
     def call(self, call: Callable[[], Any]) -> Any:
-        """Run a call and wait for its result, whatever other threads run on the pool.
+        """Run a call and wait for its result, which `ready` does not return.
 
         Args:
             call: Function without arguments.
 
         Raises:
             TimedOut: The call took longer than the limit.
-            PoolClosed: The pool is closed; a `ValueError`.
-            Exception: Whatever the call raises.
+            PoolClosed: The pool is closed; a subclass of `ValueError`.
+            Exception: Any exception that the call raises.
         """
         job = _Job(None, call, private=True)
         self._workers.put(job)
@@ -286,7 +289,7 @@ class StepPool:
         return job.outcome
 
     def close(self) -> None:
-        """Let the threads end once they have nothing to do; calls that wait get `PoolClosed`."""
+        """Close the pool: waiting calls get `PoolClosed`, threads end after their present call."""
         self._end()
 
 
@@ -295,10 +298,10 @@ class FailedState:
     """State of an episode that failed.
 
     Attributes:
-        counter: Name that the failure is counted by.
+        counter: Name of the counter of the failure, such as `timeouts`.
         error: Reason of the failure.
-        over: Whether its last turn was given; False after a reset that failed, which the first step
-            counts.
+        over: Whether the failed last turn was already returned. False after a failed reset, whose
+            failure the first step returns.
     """
 
     counter: str
@@ -308,17 +311,21 @@ class FailedState:
 
 @dataclasses.dataclass(frozen=True)
 class TimeLimited(EnvironmentWrapper):
-    """An environment whose steps cannot break or hold up a run, for strategies that step in order.
+    """An environment whose errors and hanging calls end an episode instead of the run.
 
-    A step or a reset that takes too long makes its episode a failure, counted as `timeouts`;
-    failures of other kinds are counted as `counted_step` does. That of a reset is counted by the
-    first step after it. A call that was cut goes on beside later ones, so an environment whose
-    steps change what others share (a server, generators of the process) needs a limit of its own.
+    A step or a reset that takes longer than the limit makes its episode a failure, counted as
+    `timeouts`. Other failures are counted as in `counted_step`. A failed reset is reported by the
+    first step after it. An abandoned call goes on running beside later ones, so an environment
+    whose steps change shared state (a server, the process's random generators) must limit its own
+    steps.
 
     Attributes:
-        environment: Environment to wrap; other wrappers go inside.
-        limit_s: Number of seconds after which a step, a reset or the making of a problem is cut.
-            None has no limit and calls the environment on the caller's thread.
+        environment: Environment to wrap; put other wrappers inside this one.
+        limit_s: Number of seconds after which a step, a reset or the making of a problem is
+            abandoned. None sets no limit and calls the environment on the caller's thread.
+
+    Raises:
+        ValueError: `limit_s` is not above 0.
     """
 
     limit_s: float | None = 30.0
@@ -330,11 +337,11 @@ class TimeLimited(EnvironmentWrapper):
 
     @property
     def _reasons(self) -> list[str]:
-        """Why resets and steps were cut since the last step that was not."""
+        """Reasons of the timeouts since the last step that did not time out."""
         return self.__dict__["_cuts"]
 
     def raise_if_hanging(self) -> None:
-        """Raise a `ValueError` where the last eight resets and steps were cut, or 64 go on."""
+        """Raise a `ValueError` after 8 timeouts without a normal step, or with 64 calls hanging."""
         pool: StepPool | None = self.__dict__["_pool"]
         if pool is not None and pool.hanging >= _MOST_HANGING:
             raise ValueError(
@@ -348,10 +355,10 @@ class TimeLimited(EnvironmentWrapper):
             )
 
     def problem(self, split: Split, index: int) -> Problem:
-        """A problem of the environment.
+        """Return a problem of the environment.
 
         Raises:
-            ValueError: It took too long.
+            ValueError: Making the problem took longer than the limit.
         """
         try:
             return self._call(lambda: self.environment.problem(split, index))
@@ -361,7 +368,7 @@ class TimeLimited(EnvironmentWrapper):
             ) from None
 
     def reset(self, problem: Problem) -> Any:
-        """First state of the episode of a problem; of one that failed where the reset does."""
+        """Return the first state of an episode, or a `FailedState` if the reset fails."""
         try:
             return self._call(lambda: self.environment.reset(problem))
         except Exception as error:
@@ -370,10 +377,10 @@ class TimeLimited(EnvironmentWrapper):
             return FailedState(counter_of(error), reason_of(error), over=False)
 
     def step(self, state: Any, action: Completion) -> Turn:
-        """Turn after an action.
+        """Return the turn after an action, a failed last turn if the step or the reset failed.
 
         Raises:
-            ValueError: The episode has failed before.
+            ValueError: A failed last turn was already returned for this episode.
         """
         if isinstance(state, FailedState):
             if state.over:
@@ -399,10 +406,11 @@ class TimeLimited(EnvironmentWrapper):
 
 
 class TimeLimits:
-    """Time limits of the environments of a run, so that what hangs counts over all its steps.
+    """Wraps each environment of a run once, so that its timeouts are counted over the whole run.
 
     Args:
-        limit_s: Limit of each environment, as of `TimeLimited`.
+        limit_s: Number of seconds after which a call of an environment is abandoned; None for no
+            limit.
     """
 
     def __init__(self, limit_s: float | None):
@@ -410,7 +418,7 @@ class TimeLimits:
         self._made: list[TimeLimited] = []
 
     def of(self, environment: Environment) -> TimeLimited:
-        """The environment with its limit; the same object each time."""
+        """Return the environment wrapped in `TimeLimited`, the same wrapper in every call."""
         for made in self._made:
             if made.environment is environment:
                 return made

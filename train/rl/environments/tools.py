@@ -1,4 +1,4 @@
-"""Tools that a policy calls within an episode, as `name(argument)`; a wrapper that adds them."""
+"""Tools that a policy calls by writing `name(argument)`, and a wrapper that adds them."""
 
 import dataclasses
 import math
@@ -16,20 +16,24 @@ class Tool(Protocol):
     """A function that a policy calls by writing `name(argument)`.
 
     Attributes:
-        name: Name that calls begin with.
+        name: Name of the tool, which calls begin with.
     """
 
     @property
     def name(self) -> str: ...
 
     def __call__(self, argument: str) -> str:
-        """Output for an argument; may raise for one that it cannot take."""
+        """Return the output for an argument; may raise for an invalid argument."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class CalculatorTool:
-    """Values of expressions: `calc(2*(3-1))` gives `4`."""
+    """Tool that evaluates arithmetic expressions: `calc(2*(3-1))` gives `4`.
+
+    Attributes:
+        name: Name of the tool, which calls begin with.
+    """
 
     name: str = "calc"
 
@@ -39,12 +43,12 @@ class CalculatorTool:
 
 @dataclasses.dataclass(frozen=True)
 class SearchTool:
-    """The passages of an index that fit a query best: `search(where does Mara live)`.
+    """Tool that returns the passages with the best scores: `search(where does Mara live)`.
 
     Attributes:
         index: Index of the passages.
-        top: Number of passages that are given.
-        name: Name that calls begin with.
+        top: Maximum number of passages in an output.
+        name: Name of the tool, which calls begin with.
     """
 
     index: BM25Index
@@ -58,11 +62,11 @@ class SearchTool:
 
 @dataclasses.dataclass(frozen=True)
 class ToolResult:
-    """What a call gave.
+    """Result of a tool call.
 
     Attributes:
-        output: Text to show.
-        failed: Whether the tool could not take the argument.
+        output: Output of the tool, or an error message.
+        failed: Whether the call failed.
     """
 
     output: str
@@ -70,11 +74,14 @@ class ToolResult:
 
 
 def call_of(text: str, tools: Sequence[Tool]) -> tuple[Tool, str] | None:
-    """The tool and the argument of a text that is a call and nothing else; None for others.
+    """Parse a text as a tool call `name(argument)`.
 
     Args:
         text: First line of a response.
         tools: Tools that can be called.
+
+    Returns:
+        The tool and the argument, or None if the whole text is not a call of one of the tools.
     """
     for tool in tools:
         if text.startswith(f"{tool.name}(") and text.endswith(")"):
@@ -83,13 +90,15 @@ def call_of(text: str, tools: Sequence[Tool]) -> tuple[Tool, str] | None:
 
 
 def run_tool(tool: Tool, argument: str, max_argument: int = 256) -> ToolResult:
-    """Call a tool; whatever it raises, and too long an argument, is a failed call.
+    """Call a tool; errors become a failed result with a message as output, never an exception.
+
+    A call fails if the tool raises, if its output is not a text, or if the argument is too long.
 
     Args:
         tool: Tool to call.
         argument: Argument of the call.
-        max_argument: Greatest number of characters of an argument; a longer one never reaches the
-            tool.
+        max_argument: Maximum number of characters of the argument; the tool is not called with a
+            longer one.
     """
     if len(argument) > max_argument:
         return ToolResult(f"error: {len(argument)} characters, {max_argument} at most", True)
@@ -109,10 +118,10 @@ class ToolState:
 
     Attributes:
         inner: State of the wrapped environment.
-        calls: Number of calls.
-        failed: Number of failed calls.
-        over: Whether the episode has ended or was cut.
-        info: Info of the environment's last turn, which calls repeat.
+        calls: Number of tool calls so far.
+        failed: Number of tool calls so far that failed.
+        over: Whether the episode was terminated or truncated.
+        info: Info of the wrapped environment's last turn, which turns with tool calls repeat.
     """
 
     inner: Any
@@ -126,15 +135,20 @@ class ToolState:
 class ToolEnvironment(EnvironmentWrapper):
     """An environment with tools: a call is answered by its tool, any other text by the environment.
 
-    A call takes none of the environment's turns. Calls beyond `max_calls` go to the environment as
-    any text does, so an episode ends. The metrics get `tool_calls` and `tool_errors`.
+    A call does not use up one of the wrapped environment's turns. After `max_calls` calls, further
+    ones are passed to the environment like any other text. The info of each turn counts calls as
+    `tool_calls` and failed ones as `tool_errors`.
 
     Attributes:
         environment: Environment to wrap.
-        tools: Tools that can be called, by the first of a name.
-        max_calls: Greatest number of calls of an episode.
-        tool_reward: Reward of a call that gave a result.
-        max_argument: Greatest number of characters of a call's argument.
+        tools: Tools that can be called; of tools with the same name the first is called.
+        max_calls: Maximum number of calls in an episode.
+        tool_reward: Reward of a call that did not fail.
+        max_argument: Maximum number of characters of a call's argument; a longer call fails.
+
+    Raises:
+        ValueError: `max_calls` is below 0, `max_argument` is below 1, or `tool_reward` is not
+            finite.
     """
 
     tools: Sequence[Tool]
@@ -156,7 +170,7 @@ class ToolEnvironment(EnvironmentWrapper):
 
     @property
     def max_turns(self) -> int | None:
-        """Greatest number of turns of an episode; None where the environment says none."""
+        """Maximum number of turns with calls included; None if the environment defines none."""
         turns = super().max_turns
         return None if turns is None else turns + self.max_calls
 
@@ -164,7 +178,7 @@ class ToolEnvironment(EnvironmentWrapper):
         return ToolState(self.environment.reset(problem))
 
     def step(self, state: ToolState, action: Completion) -> Turn:
-        """Turn after a call, or after an action of the environment.
+        """Return the turn after a tool call, or after an action of the wrapped environment.
 
         Raises:
             ValueError: The episode is over.

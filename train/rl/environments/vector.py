@@ -1,4 +1,4 @@
-"""Many environments, stepped on threads: none waits for a slow one, a hanging one is cut."""
+"""Many environments stepped in parallel on threads, with a time limit for each step."""
 
 import collections
 import dataclasses
@@ -24,16 +24,16 @@ _RESETS = 3  # problems that a slot tries to begin from
 
 @dataclasses.dataclass(frozen=True)
 class FinishedEpisode:
-    """What an episode came to.
+    """Outcome of an episode that has ended.
 
     Attributes:
-        problem: Problem that it began from.
-        observation: Its last observation.
-        info: Info of its last turn.
-        reward: Sum of its rewards.
-        turns: Number of its turns.
+        problem: Problem that the episode began from.
+        observation: Last observation of the episode.
+        info: Info of the last turn.
+        reward: Sum of the rewards of all turns.
+        turns: Number of turns.
         success: Whether the problem was solved.
-        error: Reason why the episode failed; empty where it did not.
+        error: Reason why the episode failed; empty if it did not fail.
     """
 
     problem: Problem
@@ -47,19 +47,20 @@ class FinishedEpisode:
 
 @dataclasses.dataclass(frozen=True)
 class VectorStep:
-    """Transition of one slot.
+    """Transition of one slot after an action.
 
     Attributes:
-        observation: Text to act on next: in the mode "same_step" the prompt of the next episode
-            where this one has ended, otherwise what the turn showed.
-        reward: Reward of the action; 0 where `fresh` is set by the mode "next_step".
-        terminated: Whether the action has ended its episode.
-        truncated: Whether its episode was cut.
-        success: Whether its problem was solved.
-        info: Numbers of the action's turn; failures are counted there (`timeouts`,
-            `scorer_errors`, `invalid_turns`).
+        observation: Text to act on next. This is the observation of the turn, or the prompt of a
+            new episode if `fresh`.
+        reward: Reward of the action. In the mode "next_step" it is 0 for an action that only began
+            a new episode.
+        terminated: Whether the action has ended the episode.
+        truncated: Whether the episode was truncated after the action.
+        success: Whether the action has solved the problem.
+        info: Metrics of the turn by name, with failures counted as `timeouts`, `scorer_errors` and
+            `invalid_turns`.
         fresh: Whether `observation` is the prompt of a new episode.
-        finished: The episode that the action has ended, whatever the mode; None while it goes on.
+        finished: Outcome of the episode if the action has ended it, in every mode; None otherwise.
     """
 
     observation: str
@@ -74,7 +75,7 @@ class VectorStep:
 
 @dataclasses.dataclass
 class _Slot:
-    """An environment and its episode; only the caller's thread changes it."""
+    """An environment with its present episode; only the caller's thread changes a slot."""
 
     environment: Environment
     rng: np.random.Generator
@@ -89,34 +90,36 @@ class _Slot:
 
 
 class VectorEnvironment:
-    """Environments in slots, each with problems, an episode and a generator of its own.
+    """Environments in slots, each of which plays one episode after the other.
 
-    Problems of a slot depend on the seed and the slot alone, not on how fast others are. What
-    happens after an episode's last turn is explicit:
+    The problems of a slot depend only on the seed and the slot's index, not on the speed of other
+    slots. The mode `autoreset` decides what follows the last turn of an episode:
 
-    - "next_step": the slot shows the last observation; the next action is not looked at, it begins
-      the next episode.
-    - "same_step": the slot shows the prompt of the next episode at once.
-    - "disabled": the slot takes no action until `reset`.
+    - "next_step": the transition has the last observation; the next action is ignored and begins a
+      new episode.
+    - "same_step": the transition already has the prompt of a new episode as its observation.
+    - "disabled": the slot accepts no action until `reset`.
 
-    In each mode the finished episode comes with its last observation and info. A slot that cannot
-    begin an episode raises, after its last transition was given; nothing of the others is lost.
+    In each mode `VectorStep.finished` has the last observation and info of the ended episode. If a
+    slot cannot begin an episode, an error is raised once its last transition was returned. The
+    transitions of other slots are not lost.
 
     Args:
-        environments: Environment of each slot; one object may stand in several, since states are
-            values.
-        autoreset: What follows the last turn of an episode.
+        environments: Environment of each slot. Several slots may share one object.
+        autoreset: Mode of what follows the last turn of an episode.
         seed: Seed of the problems.
         split: Split of the problems.
-        threads: Number of environments that step at a time; None for one thread a slot, 64 at most.
-            Of those that are `serial` (they share what the process has once) one steps at a time.
-        limit_s: Number of seconds after which a step or a reset is cut and counted.
+        threads: Number of environments that step at the same time; None for one thread per slot, at
+            most 64. Only one of the environments that are `serial` steps at a time.
+        limit_s: Number of seconds after which a step or a reset is abandoned and counted as failed.
 
     Attributes:
-        counts: Number of steps and resets that failed, by their counters.
+        counts: Number of failures by counter: `timeouts`, `scorer_errors` and `invalid_turns` for
+            steps, `reset_failures` for resets.
 
     Raises:
-        ValueError: There is no environment, no such mode, or an environment has no problems.
+        ValueError: `environments` is empty, the mode is unknown, an environment has no problems of
+            the split, `threads` is below 1, or `limit_s` is not above 0.
     """
 
     def __init__(
@@ -158,21 +161,23 @@ class VectorEnvironment:
         self.close()
 
     def close(self) -> None:
-        """Let the threads end; leaving a `with` block does so."""
+        """End the threads, as leaving a `with` block does; no slot can act afterwards."""
         self._pool.close()
 
     def reset(self, slots: Iterable[int] | None = None) -> dict[int, str]:
         """Begin new episodes, and wait for all of them.
 
         Args:
-            slots: Slots that begin anew, whatever became of their episodes; all by default.
+            slots: Indices of slots that begin a new episode, even if their present one is not over;
+                all slots by default.
 
         Returns:
-            Prompt of each slot.
+            A dict from slot to the prompt of its new episode.
 
         Raises:
-            ValueError: There is no such slot, a slot is given twice or is still stepping, or cannot
-                begin an episode. The prompts of the others are then given by `receive`.
+            ValueError: A slot does not exist, is given twice, is still stepping or has a transition
+                to receive; the environments are closed; or a slot cannot begin an episode. In the
+                last case `receive` returns the prompts of the other slots.
         """
         chosen = list(range(len(self)) if slots is None else slots)
         self._check(chosen)
@@ -182,14 +187,16 @@ class VectorEnvironment:
         return {slot: step.observation for slot, step in self._wait(chosen).items()}
 
     def send(self, actions: Mapping[int, str | Completion]) -> None:
-        """Let slots act; returns at once.
+        """Start the steps of some slots, and return without waiting for them.
 
         Args:
             actions: Action of each slot that is to act: a text, or a response of a policy.
 
         Raises:
-            ValueError: There is no such slot; a slot is still stepping, has no episode, or is over
-                in another mode than "next_step"; or one could not begin an episode. No slot acts.
+            ValueError: A slot does not exist, is still stepping or has a transition to receive; a
+                slot has no episode that goes on (in the mode "next_step" an ended one is allowed);
+                the environments are closed; or an earlier attempt to begin an episode failed. No
+                slot acts then.
         """
         self._raise_failure()
         self._check(list(actions))
@@ -208,13 +215,17 @@ class VectorEnvironment:
             self._submit(slot, lambda arguments=arguments: counted_step(*arguments))
 
     def receive(self, least: int = 1) -> dict[int, VectorStep]:
-        """Transitions of slots that are ready.
+        """Wait for slots that are stepping, and return the transitions of those that are ready.
 
         Args:
-            least: Number of slots to wait for; all that are stepping where they are fewer.
+            least: Number of slots to wait for; if fewer are stepping, it waits for all of them.
+
+        Returns:
+            A dict from slot to its transition.
 
         Raises:
-            ValueError: A slot cannot begin an episode. What is ready is given by the next call.
+            ValueError: A slot cannot begin an episode. The next call returns the transitions of the
+                other slots.
         """
         self._raise_failure()
         self._settle_ready(0)
@@ -228,13 +239,17 @@ class VectorEnvironment:
     def step(
         self, actions: Sequence[str] | Mapping[int, str | Completion]
     ) -> dict[int, VectorStep]:
-        """Let slots act, and wait for all of them.
+        """Let slots act, and wait for their transitions.
 
         Args:
-            actions: Action of every slot, or of some by their numbers.
+            actions: A sequence with the action of every slot, or a mapping from slot to action.
+
+        Returns:
+            A dict from slot to its transition, for the slots that acted.
 
         Raises:
-            ValueError: There are not as many actions as slots, or a reason of `send` or `receive`.
+            ValueError: The length of the sequence is not the number of slots, or the conditions of
+                `send` and `receive`.
         """
         if not isinstance(actions, Mapping):
             if isinstance(actions, str) or len(actions) != len(self):
@@ -251,7 +266,7 @@ class VectorEnvironment:
         return {slot: self._results.pop(slot) for slot in slots}
 
     def _check(self, slots: Sequence[int]) -> None:
-        """Raise a `ValueError`, before anything runs, for slots that cannot begin to run."""
+        """Raise a `ValueError` for slots that do not exist, are repeated or are busy."""
         if self._pool.closed:
             raise ValueError("these environments are closed: make a new VectorEnvironment")
         seen = set()
@@ -265,7 +280,7 @@ class VectorEnvironment:
             seen.add(slot)
 
     def _raise_failure(self) -> None:
-        """Raise why a slot began no episode, once its last transition was given."""
+        """Raise a slot's failure to begin an episode, once its last transition was returned."""
         for index, slot in enumerate(self._slots):
             if slot.failure is not None and index not in self._results:
                 failure, slot.failure = slot.failure, None
@@ -280,7 +295,7 @@ class VectorEnvironment:
             self._fail(slot, error)
 
     def _begin(self, slot: int) -> None:
-        """Draw a problem and reset to it, on a thread."""
+        """Sample a problem and reset the slot's environment to it, on a thread of the pool."""
         found = self._slots[slot]
         environment, split = found.environment, self._split
         size = environment.sizes[split]
@@ -347,7 +362,7 @@ class VectorEnvironment:
         self._give(slot, dataclasses.replace(step, observation=observation, fresh=True))
 
     def _fail(self, slot: int, failure: ValueError) -> None:
-        """Leave a slot without an episode; the turn that ended its last one is given."""
+        """Leave a slot without an episode, and return the turn that ended its last episode."""
         found = self._slots[slot]
         found.busy, found.resets, found.failure = False, 0, failure
         if found.turn is not None:

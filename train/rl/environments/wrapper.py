@@ -1,4 +1,4 @@
-"""What all wrappers of environments share: they delegate, and copy no attributes."""
+"""Base of environment wrappers, which delegates everything but `step` to the environment."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from train.rl.types import Problem, Split
 
 @dataclasses.dataclass(frozen=True)
 class EnvironmentWrapper:
-    """Base of environments around an environment; a new one writes `step`.
+    """Base of wrappers around an environment; a subclass implements `step`.
 
     Attributes:
         environment: Environment to wrap.
@@ -20,7 +20,7 @@ class EnvironmentWrapper:
 
     @property
     def _inner(self) -> Any:
-        """The environment with what the protocol leaves to it."""
+        """Wrapped environment, untyped: its optional attributes are not part of the protocol."""
         return cast(Any, self.environment)
 
     @property
@@ -33,27 +33,35 @@ class EnvironmentWrapper:
 
     @property
     def max_turns(self) -> int | None:
-        """Greatest number of turns of an episode; None where the environment says none."""
+        """Maximum number of turns of an episode; None if the environment defines none."""
         return getattr(self.environment, "max_turns", None)
 
     @property
     def failure_value(self) -> float:
-        """Reward of an episode that fails."""
+        """Reward of an episode that fails; 0 if the environment defines none."""
         return float(getattr(self.environment, "failure_value", 0.0))
 
     @property
     def serial(self) -> bool:
-        """Whether one step runs at a time in the whole process."""
+        """Whether steps of the environment must run one at a time in the whole process."""
         return bool(getattr(self.environment, "serial", False))
 
     @property
     def random_action(self) -> Any:
-        """The environment's random player; an `AttributeError` where it has none."""
+        """Random player of the environment.
+
+        Raises:
+            AttributeError: The environment has no random player.
+        """
         return self._inner.random_action
 
     @property
     def scripted_action(self) -> Any:
-        """The environment's scripted player; an `AttributeError` where it has none."""
+        """Scripted player of the environment.
+
+        Raises:
+            AttributeError: The environment has no scripted player.
+        """
         return self._inner.scripted_action
 
     def problem(self, split: Split, index: int) -> Problem:

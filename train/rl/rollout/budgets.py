@@ -1,4 +1,4 @@
-"""Budget allocators by name: how many rollouts each problem of a step gets."""
+"""Budget allocators by name, which decide how many rollouts each problem of a step gets."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,45 +13,54 @@ from train.rl.rollout import knapsack
 class BudgetAllocator:
     """Base of all allocators.
 
-    A new one is a frozen dataclass with a `word`, options as fields, and `plan`.
-    `ALLOCATORS[word]` makes it known to `--allocator`. What it learns of problems stands in a field
-    that is no option, `field(default_factory=dict, init=False, repr=False, compare=False)`, and is
-    saved by `state` and `restore`; each run has a copy of its own.
+    A subclass is a frozen dataclass with a `word`, options as fields, and `plan`. Register it as
+    `ALLOCATORS[word]` to make it available to `--allocator`. What it learns of problems belongs in
+    a field that is not an option, `field(default_factory=dict, init=False, repr=False,
+    compare=False)`, and must be part of `state` and `restore`. Each run has its own copy.
     """
 
     word: ClassVar[str]
     """Name of the allocator on the command line and in configs."""
 
     needs_repeats: ClassVar[bool] = False
-    """Whether problems have to come again: an endless task without `RLConfig.pool` is refused."""
+    """Whether problems must repeat. If so, an endless task without `RLConfig.pool` is refused."""
 
     def check(self, config: Any) -> None:
-        """Raise a `ValueError` for a run (`RLConfig`) that this allocator does not fit."""
+        """Raise a `ValueError` if this allocator does not fit the config of a run (`RLConfig`)."""
 
     def plan(self, uids: Sequence[str], total: int) -> list[int]:
-        """Number of rollouts of each problem, `total` together and none below 0.
+        """Distribute the rollouts of a step among its problems.
 
         Args:
-            uids: Problem of each group, by `Problem.uid`.
+            uids: `Problem.uid` of each group.
             total: Number of rollouts of the step.
+
+        Returns:
+            The number of rollouts of each problem, 0 or more, whose sum is `total`.
         """
         raise NotImplementedError(f"{type(self).__name__} plans no rollouts")
 
     def observe(self, uid: str, successes: Sequence[bool]) -> None:
-        """Take note of the outcomes of all rollouts of a problem."""
+        """Learn from a step's outcomes of a problem.
+
+        Args:
+            uid: Name of the problem (`Problem.uid`).
+            successes: Success of each rollout that was sampled directly from the policy.
+        """
 
     def classes(self, uids: Sequence[str]) -> list[str]:
-        """Class of each problem by what is known of it before the step, for metrics and figures.
+        """Classify each problem by what is known before the step, for metrics and figures.
 
-        None are told apart where the list is empty. Otherwise a step's metrics have the mean number
-        of rollouts of the problems of each class, `budget/CLASS`, and the largest of a problem,
-        `budget/most`.
+        Returns:
+            The class of each problem, or an empty list if this allocator has no classes. With
+            classes, a step's metrics have the mean number of rollouts per problem of each class,
+            `budget/CLASS`, and the maximum number of rollouts of a problem, `budget/most`.
         """
         return []
 
     @property
     def state(self) -> Any:
-        """What `observe` has learned, as JSON for checkpoints."""
+        """What `observe` has learned, as JSON for checkpoints; None if nothing is kept."""
         return None
 
     def restore(self, state: Any) -> None:
@@ -60,7 +69,7 @@ class BudgetAllocator:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(BudgetAllocator):
-    """The same number of rollouts for each problem; the first ones get the remainder."""
+    """Allocator that gives all problems equally many rollouts; the first get the remainder."""
 
     word: ClassVar[str] = "uniform"
 
@@ -70,27 +79,31 @@ class Uniform(BudgetAllocator):
 
 
 NEWEST = 16
-"""Number of newest rollouts of a problem that its success rate is estimated from, at least."""
+"""Minimum number of newest rollouts from which a problem's success rate is estimated."""
 
 ENOUGH = 8
-"""Number of rollouts of a problem from which on its success rate counts as known."""
+"""Minimum number of rollouts of a problem with which its success rate counts as known."""
 
 _QUARTERS = ("below_25", "below_50", "below_75", "below_100")
 
 
 @dataclasses.dataclass(frozen=True)
 class Knapsack(BudgetAllocator):
-    """Rollouts where a mixed group is likely and worth most, by success rates so far (Knapsack RL).
+    """Allocator that favours problems whose rollouts probably have mixed outcomes (Knapsack RL).
 
-    Maximises sum_i (1 - p_i^N_i - (1-p_i)^N_i) p_i (1-p_i)^2 exactly, with the fallback of
-    `train.rl.rollout.knapsack.plan`. The success rate of a problem is that of its last visit, or of
-    its 16 newest rollouts where that visit had fewer, and is known from 8 rollouts on; until then
-    the problem gets as many as all would get evenly. So problems have to come again: an endless
-    task without a pool (`RLConfig.pool`) is refused.
+    It maximises sum_i (1 - p_i^N_i - (1-p_i)^N_i) p_i (1-p_i)^2 exactly, where p_i is the success
+    rate and N_i the number of rollouts of problem i, with the fallback of
+    `train.rl.rollout.knapsack.plan`. The success rate is estimated from the problem's last visit,
+    or from its 16 newest rollouts if that visit had fewer. It counts as known after 8 rollouts;
+    until then the problem gets as many rollouts as with `uniform`. Problems must therefore repeat:
+    an endless task without a pool (`RLConfig.pool`) is refused.
 
     Attributes:
-        low: Least number of rollouts of a problem whose success rate is known, 2 or more.
-        high: Greatest number of rollouts of a problem (N_up).
+        low: Minimum number of rollouts of a problem whose success rate is known, 2 or more.
+        high: Maximum number of rollouts of a problem (N_up).
+
+    Raises:
+        ValueError: `low` is below 2, or `high` is below `low`.
     """
 
     word: ClassVar[str] = "knapsack"
@@ -131,7 +144,7 @@ class Knapsack(BudgetAllocator):
         self._outcomes[uid] = (self._outcomes.get(uid, "") + visit)[-newest:]
 
     def rate(self, uid: str) -> float | None:
-        """Estimated success rate of a problem; None while it is not known."""
+        """Return the estimated success rate of a problem; None with fewer than 8 rollouts."""
         outcomes = self._outcomes.get(uid, "")
         return outcomes.count("1") / len(outcomes) if len(outcomes) >= ENOUGH else None
 
@@ -140,7 +153,7 @@ class Knapsack(BudgetAllocator):
 
     @property
     def state(self) -> dict[str, str]:
-        """Outcomes of each problem, oldest first: "1" a success, "0" a failure."""
+        """Dict from problem to its outcomes, oldest first: "1" for a success, "0" for a failure."""
         return dict(self._outcomes)
 
     def restore(self, state: Mapping[str, str]) -> None:
@@ -149,7 +162,7 @@ class Knapsack(BudgetAllocator):
 
 
 def _class_of(rate: float | None) -> str:
-    """Class of a success rate: unknown, never, always, or the quarter that it is in."""
+    """Name the class of a success rate: "unknown", "never", "always", or the quarter it is in."""
     if rate is None:
         return "unknown"
     if rate in (0, 1):
@@ -158,11 +171,15 @@ def _class_of(rate: float | None) -> str:
 
 
 def budget_metrics(classes: Sequence[str], counts: Sequence[int]) -> dict[str, float]:
-    """Mean number of rollouts of the problems of each class, and the largest of a problem.
+    """Compute the metrics of how rollouts are allocated.
 
     Args:
-        classes: Class of each problem (`BudgetAllocator.classes`), or none.
+        classes: Class of each problem (`BudgetAllocator.classes`), or an empty list.
         counts: Number of rollouts of each problem.
+
+    Returns:
+        A dict of `budget/CLASS`, the mean number of rollouts per problem of each class, and
+        `budget/most`, the maximum number of rollouts of a problem; empty without classes.
     """
     if not classes:
         return {}

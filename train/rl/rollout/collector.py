@@ -1,4 +1,4 @@
-"""The collector: problems are drawn, and the parts of a run make rollouts of them."""
+"""Collector, which takes the next problems of a task and has the strategy make rollouts of them."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ _ENDLESS_SKIPS = 10_000  # of an endless task, whose problems may yet repeat
 
 
 class Collector:
-    """Problems of a task and their rollouts, in an order that a checkpoint continues.
+    """Collects the rollouts of each step, over problems in an order that a checkpoint continues.
 
     Args:
         config: Config of the run.
@@ -32,7 +32,8 @@ class Collector:
         allocator: Budget allocator of this run.
 
     Raises:
-        ValueError: The allocator needs problems that come again, and the task has none.
+        ValueError: The allocator needs problems that repeat, but the task is endless and the config
+            has no `pool`.
     """
 
     def __init__(
@@ -49,7 +50,10 @@ class Collector:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Position and what the parts have learned, as JSON for checkpoints."""
+        """Dict of `position`, `allocator` and `strategy`, JSON-serialisable, for checkpoints.
+
+        `position` is the number of problems taken so far; the others are the parts' own `state`.
+        """
         return {
             "position": self.position,
             "allocator": self.allocator.state,
@@ -63,7 +67,10 @@ class Collector:
         self.strategy.restore(state["strategy"])
 
     def problems(self, split: Split, start: int, count: int) -> list[Problem]:
-        """`count` problems from a position on; a finite split is shuffled anew in each epoch."""
+        """Return `count` problems from position `start` on.
+
+        The problems of a finite split, or of the training pool, are shuffled anew in each epoch.
+        """
         size = self._epoch if split == "train" else self._task.sizes[split]
         if size is None:
             return [self._task.problem(split, start + offset) for offset in range(count)]
@@ -75,10 +82,13 @@ class Collector:
         return found
 
     def collect(self, sampler: Sampler) -> Collected:
-        """Rollouts of one step; the position moves on.
+        """Collect the rollouts of one step, and advance the position.
 
-        Where the method filters groups, batches are drawn until enough groups are mixed, or
-        `max_batches` of them.
+        If the method filters groups (dynamic sampling), it collects batches of problems until
+        `batch_size` groups have mixed outcomes, but at most `max_batches` batches.
+
+        Raises:
+            ValueError: The allocator's plan is invalid, or the strategy sets all problems aside.
         """
         config = self._config
         filtering = config.recipe.filter_groups
@@ -113,13 +123,13 @@ class Collector:
         return Collected(kept, drawn, groups, found, budget, sampler.generated - before)
 
     def _draw(self, count: int) -> list[Problem]:
-        """The next problems that the strategy has not set aside; the position moves on.
+        """Take the next problems that the strategy has not set aside, and advance the position.
 
-        A problem comes twice only where the pool is that small. Where all are set aside, the
-        strategy takes all problems back.
+        A problem is taken twice only if too few others are left. If all problems are set aside, the
+        strategy is asked to take them back (`requeue`).
 
         Raises:
-            ValueError: The strategy sets all problems aside and takes none back.
+            ValueError: The strategy still sets all problems aside after `requeue`.
         """
         found: list[Problem] = []
         # Epochs are shuffled anew: between two visits of a problem lie up to two of them, less two.
@@ -144,14 +154,15 @@ class Collector:
 
     @property
     def _epoch(self) -> int | None:
-        """Number of training problems of an epoch; None for an endless split."""
+        """Number of training problems in an epoch; None for an endless split without a pool."""
         size, pool = self._task.sizes["train"], self._config.pool
         return size if pool is None else pool if size is None else min(size, pool)
 
     def held_out(self, sampler: Sampler) -> list[Trajectory]:
-        """Rollouts of held-out problems, one each, `evaluation.rows` of them.
+        """Make one rollout of each of the first `evaluation.rows` problems of the test split.
 
-        A strategy that keeps state keeps none of these: training learns nothing from them.
+        Without `evaluation.rows` these are all test problems, or 256 of an endless split. The
+        rollouts do not change the strategy's state, so training learns nothing from them.
         """
         size, rows = self._task.sizes["test"], self._config.evaluation.rows
         count = min(rows or size or _ENDLESS, size or rows or _ENDLESS)
@@ -183,15 +194,23 @@ class Collector:
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Order of the problems of an epoch, `[size]` int."""
+    """Return the order of the problems in an epoch, `[size]` int."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def strategy_for(config: RLConfig, task: Any, formatter: PromptFormatter) -> RolloutStrategy:
-    """The strategy of one run: that of its parts, or the one that fits the task.
+    """Return the rollout strategy of one run, bound to its task.
+
+    This is the strategy of the config; without one, `Turns` for an environment and `OneResponse`
+    for a task of one response.
+
+    Args:
+        config: Config of the run.
+        task: Task or environment.
+        formatter: Translation of texts to ids.
 
     Raises:
-        ValueError: The strategy or a reward shaping does not fit the task.
+        ValueError: The strategy, one of its options or a reward shaping does not fit the task.
     """
     episodic = hasattr(task, "step")
     strategy = config.parts.strategy or (Turns() if episodic else OneResponse())
@@ -211,7 +230,10 @@ def strategy_for(config: RLConfig, task: Any, formatter: PromptFormatter) -> Rol
 
 
 def fingerprint(task: Any) -> str:
-    """The name of a task and a hash of its problems, or of the first ones of an endless split."""
+    """Return the name of a task and a hash of its problems, by which a resumed run recognises it.
+
+    Of an endless split the first 32 problems are hashed.
+    """
     found = hashlib.blake2b(digest_size=8)
     for split in ("train", "test"):
         size = task.sizes[split]

@@ -1,4 +1,4 @@
-"""What a rollout strategy is written with: batches of rollouts, their keys, and trajectories."""
+"""Building blocks of rollout strategies: batches of rollouts, random keys, and trajectories."""
 
 import copy
 import dataclasses
@@ -21,9 +21,9 @@ class Rollout:
 
     Attributes:
         group: Index of the problem in its step.
-        problem: Problem that is responded to.
-        number: Index of the rollout among those of the problem in its step; with the problem's uid
-            it decides the sampling noise.
+        problem: Problem to respond to.
+        number: Index of the rollout among all rollouts of the same problem in its step. Together
+            with the problem's uid it decides the sampling noise.
     """
 
     group: int
@@ -34,14 +34,15 @@ class Rollout:
 def rollout_batches(
     problems: Sequence[Problem], counts: Sequence[int], max_rows: int
 ) -> Iterator[list[Rollout]]:
-    """All rollouts in batches of at most `max_rows`; the rollouts of a problem are neighbours.
+    """Yield all rollouts of a step in batches of at most `max_rows`, problem by problem.
 
-    A problem that comes twice in a step goes on counting, so that no two rollouts share a key.
+    If a problem occurs twice in a step, the numbers of its second group continue those of the
+    first, so that no two rollouts have the same random key.
 
     Args:
         problems: Problem of each group.
         counts: Number of rollouts of each problem.
-        max_rows: Greatest number of rows that the sampler takes (`Sampler.max_rows`).
+        max_rows: Maximum number of rows that the sampler takes (`Sampler.max_rows`).
     """
     seen: dict[str, int] = {}
     rollouts = []
@@ -54,22 +55,31 @@ def rollout_batches(
 
 
 def sampling_keys(rollouts: Sequence[Rollout], seed: Sequence[int]) -> Any:
-    """Keys of rows for `Sampler.open`: of the seed, the problem and the number, not of the batch.
+    """Compute the random key of each row for `Sampler.open`.
+
+    A key depends on the seed, the problem and the rollout's number, not on the rest of the batch.
 
     Args:
-        rollouts: Rollout of each row.
-        seed: Numbers that all randomness is derived from, those that `collect` was given; append
-            numbers of your own where a rollout is opened more than once.
+        rollouts: Rollout of each row, `R` of them.
+        seed: Numbers that all randomness is derived from, as given to `RolloutStrategy.collect`. If
+            a rollout is opened more than once, append a different number each time.
+
+    Returns:
+        Array of keys `[R]`.
     """
     uids = [rollout.problem.uid for rollout in rollouts]
     return row_keys(seed, uids, [rollout.number for rollout in rollouts])
 
 
 def unique_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-    """The different prompts, and the index among them of each prompt, as `Sampler.open` takes them.
+    """Remove duplicate prompts, for `Sampler.open`.
 
     Args:
         prompts: Ids of the prompt of each row.
+
+    Returns:
+        The different prompts in order of first appearance, and for each row the index of its prompt
+        among them.
     """
     found: dict[tuple[int, ...], int] = {}
     source = [found.setdefault(tuple(prompt), len(found)) for prompt in prompts]
@@ -77,12 +87,12 @@ def unique_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], l
 
 
 class TrajectoryBuilder:
-    """A trajectory that is assembled from a prompt, responses and observations.
+    """Builder of a trajectory from a prompt, responses and observations, appended in order.
 
     Args:
         rollout: Rollout that the trajectory records.
         prompt: Ids of the prompt.
-        turn: Index in the episode of the row's first turn.
+        turn: Index of the row's first turn in its episode.
     """
 
     def __init__(self, rollout: Rollout, prompt: Sequence[int], turn: int = 0):
@@ -96,11 +106,11 @@ class TrajectoryBuilder:
         self._finished = False
 
     def observe(self, ids: Sequence[int]) -> None:
-        """Append ids that the policy attends to and is not trained on."""
+        """Append ids that the policy attends to but is not trained on."""
         self._add(ids, [0.0] * len(ids), [-1] * len(ids), False)
 
     def respond(self, sampled: Sampled, completion: Completion) -> None:
-        """Append a response that the policy sampled, which is trained on."""
+        """Append a sampled response, which the policy is trained on."""
         self._begins.append(len(self.tokens))
         self._texts.append(completion.text)
         self._finished = completion.finished
@@ -113,7 +123,7 @@ class TrajectoryBuilder:
         self._trained += [trained] * len(ids)
 
     def trajectory(self, reward: Reward, turn_rewards: Sequence[float]) -> Trajectory:
-        """The trajectory.
+        """Return the trajectory of everything appended so far.
 
         Args:
             reward: Reward of the whole episode.
@@ -139,16 +149,18 @@ class TrajectoryBuilder:
 class EnvironmentEpisode:
     """An episode of an environment that is being played.
 
-    In a run of several processes one of them plays it, and its state is there alone; begin such
-    episodes by `begin_episodes` and take their turns by `act_all`.
+    In a run of several processes only one process plays the episode and has its state. There, begin
+    episodes with `begin_episodes` and take their turns with `act_all`.
 
     Args:
-        environment: Environment; one that is `TimeLimited` and hangs again and again ends the run.
+        environment: Environment to play in.
         problem: Problem that the episode begins from.
-        owner: Number that chooses the process that plays the episode (`divide`).
+        owner: Number that chooses the process that plays the episode: its remainder on division by
+            the number of processes is the index of the process.
 
     Raises:
-        ValueError: The environment hangs; so does `act`.
+        ValueError: A `TimeLimited` environment hangs again and again (`raise_if_hanging`). The
+            methods `act` and `play` raise it too.
     """
 
     def __init__(self, environment: Environment, problem: Problem, owner: int = 0):
@@ -159,19 +171,20 @@ class EnvironmentEpisode:
         self.rewards: list[float] = []
         """Reward of each turn so far."""
         self.over = False
-        """Whether the episode has ended or was cut."""
+        """Whether the episode was terminated or truncated."""
 
     def branch(self) -> "EnvironmentEpisode":
-        """An episode that goes on from here, apart from this one."""
+        """Return a copy of the episode that continues independently from its present state."""
         other = copy.copy(self)
         other.rewards = list(self.rewards)
         return other
 
     def act(self, completion: Completion) -> str:
-        """Take a turn, in a run of one process; returns the observation.
+        """Take a turn in a run of one process, and return the observation.
 
         Raises:
-            ValueError: The run has several processes, of which only one has the state.
+            ValueError: The run has several processes, the environment hangs, or it gives an invalid
+                turn (`safe_step`).
         """
         if is_multiprocess():
             raise ValueError(
@@ -181,14 +194,18 @@ class EnvironmentEpisode:
         return self.observe(self.play(completion))
 
     def play(self, completion: Completion) -> Turn:
-        """The environment's turn, in the process that plays the episode."""
+        """Step the environment, in the process that plays the episode, and return the turn.
+
+        Raises:
+            ValueError: The environment hangs, or gives an invalid turn (`safe_step`).
+        """
         turn = safe_step(self._environment, self._problem, self._state, completion)
         self._raise_if_hanging()
         self._state = turn.state
         return turn
 
     def observe(self, turn: Turn) -> str:
-        """Take note of a turn, in every process; returns the observation."""
+        """Record a turn, in every process, and return its observation."""
         self._last = turn
         self.rewards.append(turn.reward)
         self.over = turn.terminated or turn.truncated
@@ -200,12 +217,16 @@ class EnvironmentEpisode:
 
     @property
     def terminated(self) -> bool:
-        """Whether the environment has ended the episode, which was not cut."""
+        """Whether the environment has ended the episode, rather than truncated it."""
         return self._last is not None and self._last.terminated
 
     @property
     def reward(self) -> Reward:
-        """Reward of the whole episode; at least one turn was taken."""
+        """Reward of the whole episode, of which at least one turn must have been taken.
+
+        Its value is the sum of the turns' rewards. Success, error and info are those of the last
+        turn, and `info` also has the number of `turns`.
+        """
         last = self._last
         assert last is not None
         info = {"turns": float(len(self.rewards)), **last.info}
@@ -215,15 +236,16 @@ class EnvironmentEpisode:
 def begin_episodes(
     environment: Environment, problems: Sequence[Problem], owners: Sequence[int] | None = None
 ) -> list[EnvironmentEpisode]:
-    """Episodes of an environment, which the processes of the run divide among them.
+    """Begin several episodes of an environment, divided among the processes of the run.
 
     Args:
-        environment: Environment of all of them.
+        environment: Environment of all episodes.
         problems: Problem of each episode.
-        owners: Number of each episode that chooses its process (`divide`); its index by default.
+        owners: Number of each episode that chooses its process (`EnvironmentEpisode`); its index by
+            default.
 
     Raises:
-        ValueError: The environment hangs; it is raised in all processes.
+        ValueError: The environment hangs. The error is raised in all processes.
     """
     with sync_errors():
         return [
@@ -233,7 +255,7 @@ def begin_episodes(
 
 
 def act_all(episodes: Sequence[EnvironmentEpisode], completions: Sequence[Completion]) -> list[str]:
-    """Take a turn in each of several episodes, in the process that plays it.
+    """Take one turn in each of several episodes, each in the process that plays it.
 
     Args:
         episodes: Episodes of `begin_episodes`, or branches of them.
@@ -243,7 +265,8 @@ def act_all(episodes: Sequence[EnvironmentEpisode], completions: Sequence[Comple
         Observation of each episode.
 
     Raises:
-        ValueError: As in `safe_step`, or an environment hangs; it is raised in all processes.
+        ValueError: An environment hangs or gives an invalid turn (`safe_step`). The error is raised
+            in all processes.
     """
     if not is_multiprocess():
         return [episode.act(said) for episode, said in zip(episodes, completions, strict=True)]

@@ -1,4 +1,4 @@
-"""Prompts and observations as ids, responses as text."""
+"""Translation of prompts and observations to token ids, and of responses to texts."""
 
 import dataclasses
 import itertools
@@ -12,25 +12,32 @@ from train.rl.types import Completion, Problem
 
 
 def has_chat_template(lm: LanguageModel) -> bool:
-    """Whether `sft` renders the conversations of a model in a chat template."""
+    """Return whether a model has a chat template, in which `sft` renders its conversations."""
     tokenizer = lm.tokenizer
     return isinstance(tokenizer, PretrainedTokenizer) and tokenizer.chat_template is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormatter:
-    """Translation of texts to ids and back.
+    """Translation of texts to token ids and back.
 
     Attributes:
         lm: Language model whose tokenizer is used.
-        chat: Whether prompts are messages to the model, in its chat template.
+        chat: Whether prompts are rendered as messages in the model's chat template.
     """
 
     lm: LanguageModel
     chat: bool = False
 
     def prompt(self, messages: Sequence[str]) -> list[int]:
-        """Ids of a conversation of user, policy, user and so on, up to the policy's response."""
+        """Encode a conversation as the prompt of the policy's next response.
+
+        Args:
+            messages: Texts of user and policy in turn; the user's comes first.
+
+        Raises:
+            ValueError: `chat` is True and the tokenizer is not that of a pretrained model.
+        """
         if not self.chat:
             return self.lm.prompt("".join(messages))
         tokenizer = self.lm.tokenizer
@@ -43,15 +50,15 @@ class PromptFormatter:
         return chat_ids(tokenizer, said)
 
     def observation(self, text: str, limit: int) -> list[int]:
-        """Ids of an observation in the middle of a text, at most `limit` of them."""
+        """Encode an observation that continues a text, truncated to `limit` ids."""
         return self.lm.tokenizer.encode(text)[0].tolist()[:limit]
 
     def cut(self, text: str, limit: int) -> str:
-        """Text of the first `limit` ids of an observation."""
+        """Truncate an observation to its first `limit` ids, and return it as a text."""
         return self.lm.tokenizer.decode(self.observation(text, limit))
 
     def completion(self, problem: Problem, sampled: Sampled) -> Completion:
-        """A sampled response as text."""
+        """Decode a sampled response into a completion of the problem."""
         ids = sampled.tokens.tolist()
         finished = bool(ids) and ids[-1] in self.lm.stop_ids
         text = self.lm.tokenizer.decode(ids[:-1] if finished else ids)

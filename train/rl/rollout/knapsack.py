@@ -1,6 +1,6 @@
-"""Knapsack RL: a step's rollouts go where a group is likely to teach most (arXiv 2509.25849).
+"""Knapsack RL: allocating a step's rollouts to the most informative problems (arXiv 2509.25849).
 
-All on the host, in float64: near rates of 0 and 1 float32 would decide by rounding.
+All is computed on the host in float64: for success rates near 0 and 1, float32 is too coarse.
 """
 
 import math
@@ -9,55 +9,71 @@ from collections.abc import Sequence
 import numpy as np
 
 CONFIDENCE = 0.9
-"""Probability of a mixed group for which a problem's demand of rollouts is estimated."""
+"""Probability of a mixed group that a problem's demand for rollouts (`demand`) aims at."""
 
 
 def mixed_probability(count: np.ndarray | float, rate: np.ndarray | float) -> np.ndarray:
-    """Probability that a group of rollouts both succeeds and fails: 1 - p^N - (1-p)^N.
+    """Probability that a group has both successes and failures: 1 - p^N - (1-p)^N.
 
     Args:
         count: Number of rollouts of the group (N), any shape.
         rate: Success rate of a rollout (p), a shape that broadcasts with that of `count`.
+
+    Returns:
+        Array of the broadcast shape, float64.
     """
     rate = np.asarray(rate, np.float64)
     return 1.0 - rate**count - (1.0 - rate) ** count
 
 
 def information_gain(rate: np.ndarray | float) -> np.ndarray:
-    """First-order gain of the success rate from an update, p (1-p)^2: most at a third."""
+    """First-order gain of the success rate p from an update: p (1-p)^2, maximal at p = 1/3."""
     rate = np.asarray(rate, np.float64)
     return rate * (1.0 - rate) ** 2
 
 
 def value(count: np.ndarray | float, rate: np.ndarray | float) -> np.ndarray:
-    """Value of a group, V(N, p) = (1 - p^N - (1-p)^N) p (1-p)^2; arguments as above."""
+    """Value of a group, V(N, p) = (1 - p^N - (1-p)^N) p (1-p)^2.
+
+    Args:
+        count: Number of rollouts of the group (N), any shape.
+        rate: Success rate of a rollout (p), a shape that broadcasts with that of `count`.
+
+    Returns:
+        Array of the broadcast shape, float64.
+    """
     return mixed_probability(count, rate) * information_gain(rate)
 
 
 def demand(rate: float, high: int) -> int:
-    """Number of rollouts for a mixed group with probability `CONFIDENCE`, at most `high`.
+    """Estimate how many rollouts make a mixed group with probability `CONFIDENCE`.
+
+    This is ln(1 - `CONFIDENCE`) / ln(max(p, 1-p)), rounded down, and at most `high`.
 
     Args:
-        rate: Success rate (p), between 0 and 1.
-        high: Greatest number of rollouts of a problem.
+        rate: Success rate (p), above 0 and below 1.
+        high: Maximum number of rollouts of a problem.
     """
     return math.floor(min(high, math.log(1 - CONFIDENCE) / math.log(max(rate, 1 - rate))))
 
 
 def allocate(rates: Sequence[float], total: int, low: int, high: int) -> np.ndarray:
-    """Numbers of rollouts `[M]` that maximise the sum of values; exact.
+    """Compute exactly the numbers of rollouts that maximise the sum of the problems' values.
 
-    The marginal value of a rollout, V(N+1, p) - V(N, p) = p (1-p)^2 (p^N (1-p) + (1-p)^N p), falls
-    in N, so the largest marginals of all problems are the optimum.
+    The marginal value of a rollout, V(N+1, p) - V(N, p) = p (1-p)^2 (p^N (1-p) + (1-p)^N p),
+    decreases in N, so taking the largest marginal values over all problems is optimal.
 
     Args:
-        rates: Success rates, `M` of them.
+        rates: Success rates of `M` problems.
         total: Number of rollouts to distribute, all of which are spent.
-        low: Least number of rollouts of a problem, 1 or more.
-        high: Greatest number of rollouts of a problem.
+        low: Minimum number of rollouts of a problem, 1 or more.
+        high: Maximum number of rollouts of a problem.
+
+    Returns:
+        Number of rollouts of each problem, `[M]` int.
 
     Raises:
-        ValueError: The bounds don't admit the total.
+        ValueError: `low` is below 1 or above `high`, or `total` is not from `M low` to `M high`.
     """
     rate = np.asarray(rates, np.float64)[:, None]
     if not 1 <= low <= high or not low * len(rate) <= total <= high * len(rate):
@@ -73,18 +89,22 @@ def allocate(rates: Sequence[float], total: int, low: int, high: int) -> np.ndar
 
 
 def plan(rates: Sequence[float | None], shares: Sequence[int], low: int, high: int) -> list[int]:
-    """Numbers of rollouts of a step's problems, together as many as their shares.
+    """Distribute the rollouts of a step among its problems.
 
-    Problems of unknown rate keep their share. Of the others, those that sometimes succeed get what
-    their demand is estimated at, distributed by `allocate`; if rollouts are left over then, they go
-    evenly to problems that never succeeded, or to those that always did where there are none of
-    these. A problem that reaches `high` passes on what it is too many.
+    A problem of unknown success rate gets its uniform number. Each other problem gets `low`. What
+    is left goes first to problems of rates between 0 and 1, up to the sum of their demands
+    (`demand`). Any rest goes evenly to problems that never succeeded; if there are none, to those
+    that always succeeded. What exceeds `high` there goes to the remaining problems of known rate.
+    Finally `allocate` redistributes the rollouts of the problems of rates between 0 and 1.
 
     Args:
-        rates: Estimated success rate of each problem; None where it is not known.
-        shares: Number of rollouts of each problem if all got the same, from `low` to `high`.
-        low: Least number of rollouts of a problem.
-        high: Greatest number of rollouts of a problem, fallback included.
+        rates: Estimated success rate of each problem; None if it is not known.
+        shares: Number of rollouts of each problem in a uniform allocation, from `low` to `high`.
+        low: Minimum number of rollouts of a problem.
+        high: Maximum number of rollouts of a problem.
+
+    Returns:
+        Number of rollouts of each problem; their sum is that of `shares`.
     """
     counts = list(shares)
     known = {index: rate for index, rate in enumerate(rates) if rate is not None}
@@ -96,7 +116,7 @@ def plan(rates: Sequence[float | None], shares: Sequence[int], low: int, high: i
     extra = dict.fromkeys(known, 0)
 
     def give(problems: list[int], most: int) -> None:
-        """Give up to `most` of what is left evenly to problems, the first ones the remainder."""
+        """Distribute up to `most` of the rollouts left evenly; the first get the remainder."""
         nonlocal left
         capacity = sum(high - low - extra[index] for index in problems)
         given = min(left, most, capacity)

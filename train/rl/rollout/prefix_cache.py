@@ -1,4 +1,4 @@
-"""Cached state of the prefixes that a search may go on from, within a limit of bytes."""
+"""Cache of the decoding states of prefixes that a search may continue, limited in bytes."""
 
 import collections
 import dataclasses
@@ -20,14 +20,14 @@ _PARTS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """A text that responses go on from.
+    """A text that responses continue.
 
     Attributes:
-        key: Name of the prefix.
-        tokens: Ids of the text, prompt, responses and observations.
+        key: Name of the prefix in the cache.
+        tokens: Ids of the text: prompt, responses and observations.
         points: Index of the token after each event of latent memory in the text.
         kinds: Kind of each event, `PROMPT` or `INFERENCE` (`memgen.insertion`).
-        latents: Latents of each event, `[K, D]` each.
+        latents: Latents of each event, `[K, D]` each: K latents of width D.
     """
 
     key: Hashable
@@ -38,23 +38,23 @@ class Prefix:
 
 
 class PrefixCache:
-    """Slots for the cached rows of prefixes; the least recently used one is evicted.
+    """Slots that hold the cached state of one prefix each; the least recently used is evicted.
 
-    All slots are one session of fixed size, so that taking rows out and putting rows in are two
-    programs whose work goes with the rows that are moved. A prefix that is not held is prefilled
-    again, with the latents that were woven in it.
+    All slots are rows of one session of fixed size. Copying rows out of it and into it are two
+    compiled programs whose cost depends only on the number of copied rows. A prefix that is not in
+    the cache is prefilled again, with the latents that were woven into it.
 
     Args:
         sampler: Sampler whose conversations are branched.
-        batch: Greatest number of rows of a call, of which programs take a quarter at least, so that
-            few are compiled.
-        useful: Number of prefixes for which slots are useful.
-        max_bytes: Greatest number of bytes of all slots.
-        max_tokens: Number of tokens that fit into a row.
-        responses: Number of responses of a row whose latents it has capacity for.
+        batch: Maximum number of rows in a call. Programs are compiled for at least a quarter of it,
+            so that there are few of them.
+        useful: Number of prefixes beyond which more slots are of no use.
+        max_bytes: Maximum number of bytes of all slots.
+        max_tokens: Capacity of a row in tokens.
+        responses: Number of responses for whose latents a row has capacity.
 
     Raises:
-        ValueError: Not even one prefix fits into the bytes.
+        ValueError: `max_bytes` is too small for one row on each shard of the mesh.
     """
 
     def __init__(
@@ -85,24 +85,24 @@ class PrefixCache:
         self.prefills = 0
         """Number of prefixes that were prefilled."""
         self.prefilled_tokens = 0
-        """Number of tokens of them."""
+        """Number of tokens of the prefilled prefixes."""
         self.reprefills = 0
-        """Number of prefixes that were prefilled again, as they had been evicted."""
+        """Number of prefixes that were prefilled again after an eviction."""
         self.reused_tokens = 0
-        """Number of tokens of branched prefixes that were not processed again."""
+        """Number of tokens of branched prefixes that did not have to be prefilled."""
 
     def branch(
         self, prefixes: Sequence[Prefix], seed: Sequence[int], names: Sequence[str],
         numbers: Sequence[int],
     ) -> Conversation:  # fmt: skip
-        """Rows that go on from prefixes, which may be equal.
+        """Return a conversation whose rows continue the given prefixes.
 
         Args:
             prefixes: Prefix of each row, at most `capacity` different ones.
             seed: Numbers that all randomness is derived from.
             names: Name of the problem of each row.
-            numbers: Number of each row among those of its problem; with the name and the seed it
-                decides the row's noise (`row_keys`).
+            numbers: Number of each row among those of its problem. With the name and the seed it
+                decides the row's sampling noise (`row_keys`).
         """
         different = {prefix.key: prefix for prefix in prefixes}
         for key in different:
@@ -125,12 +125,12 @@ class PrefixCache:
         return Conversation(sampler, session, rows)
 
     def hold(self, conversation: Conversation, rows: Sequence[int], keys: Sequence[Hashable]):
-        """Hold the state of some rows of a conversation; the last ones where all are too many.
+        """Copy some rows of a conversation into slots; only the last `capacity` of them are kept.
 
         Args:
-            conversation: Conversation, which can't go on itself afterwards.
-            rows: Rows of it.
-            keys: Name of the prefix that each of the rows now is.
+            conversation: Conversation, which is not to be continued itself afterwards.
+            rows: Indices of the rows.
+            keys: Name of the prefix that each of these rows has become.
         """
         for key in keys[: -self.capacity]:
             self._evicted.add(key)
@@ -139,7 +139,7 @@ class PrefixCache:
             self._put(conversation.session, rows, keys)
 
     def release(self, keys: Sequence[Hashable]) -> None:
-        """Give up prefixes that nothing goes on from any more."""
+        """Free the slots of prefixes that will not be continued any more."""
         for key in keys:
             self._evicted.discard(key)
             if key in self._slots:
@@ -173,7 +173,7 @@ class PrefixCache:
         self._put(session, range(len(prefixes)), [prefix.key for prefix in prefixes])
 
     def _events(self, prefixes: Sequence[Prefix], rows: int) -> tuple[memgen.Plan, jax.Array]:
-        """Plan and latents `[B, E, K, D]` of all events of some prefixes."""
+        """Make the plan and the latents `[B, E, K, D]` of all events of some prefixes."""
         config = self._sampler.policy.config
         events = self._responses * config.events
         point, kind = np.full((rows, events), -1, np.int32), np.full((rows, events), INFERENCE)
@@ -189,7 +189,7 @@ class PrefixCache:
         return plan, place(latents)
 
     def _put(self, session: Any, rows: Sequence[int], keys: Sequence[Hashable]) -> None:
-        """Copy rows of a session into slots, at most as many as there are."""
+        """Copy rows of a session into slots; there are at most as many rows as slots."""
         many = session.keys.shape[0]
         source = np.zeros(many, np.int32)
         target = np.full(many, self.capacity, np.int32)  # beyond the slots: nothing is written
@@ -203,7 +203,7 @@ class PrefixCache:
         )
 
     def _slot(self) -> int:
-        """A free slot, for which the least recently used prefix may have to go."""
+        """Take a free slot, or that of the least recently used prefix, which is evicted."""
         if self._free:
             return self._free.pop()
         key, slot = self._slots.popitem(last=False)
@@ -212,7 +212,7 @@ class PrefixCache:
 
 
 def _axes(policy: Any, session: Any) -> Any:
-    """The axis of the rows in each array of a session, None for an array that all rows share."""
+    """Return the axis of the rows in each array of a session; None if all rows share the array."""
     weaver = None if session.weaver is None else policy.weaving()
     trigger = None if session.trigger is None else policy.triggering()
     return session.batch_axes(policy.reasoner, weaver, trigger)
@@ -237,12 +237,12 @@ def _put_rows(policy, slots, session, source, target):
 
 
 def row_bytes(policy: Any, max_tokens: int, responses: int) -> int:
-    """Number of bytes of the cached state of a row.
+    """Compute the number of bytes of the cached state of one row.
 
     Args:
         policy: Policy as a `MemGen`.
-        max_tokens: Number of tokens that fit into the row.
-        responses: Number of responses of the row whose latents it has capacity for.
+        max_tokens: Capacity of the row in tokens.
+        responses: Number of responses for whose latents the row has capacity.
     """
 
     def start(policy: Any) -> Session:

@@ -1,4 +1,4 @@
-"""Trajectories as padded rows: the one record that every method hands to the learner."""
+"""Padding of trajectories to rows of one length, the input of every method's learner."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from train.rl.buckets import SHORTEST, bucket
 from train.rl.types import Trajectory
 
 Rows = dict[str, np.ndarray]
-"""Arrays `[K, ...]` that the learner takes (`make_rows`)."""
+"""Dict from name to array `[K, ...]` over K rows, the learner's input (`make_rows`)."""
 
 
 def make_rows(
@@ -20,24 +20,27 @@ def make_rows(
     events: int = 0,
     returns: Sequence[np.ndarray] | None = None,
 ) -> Rows:
-    """Rows padded on the right to one length, and by padding rows to a bucket of rows.
+    """Pad trajectories on the right to one length L, and add padding rows, to K rows in all.
 
     Args:
         trajectories: `N` trajectories, at least one.
-        advantages: Advantages of each trajectory, `[L]` or a scalar for all of its tokens.
-        multiple: Divisor of the number of rows, which is this times a power of two.
-        events: Capacity of a row for events of latent memory; 0 writes no plan.
-        returns: Return from each token of each trajectory on, `[L]`, which a value head learns to
-            predict; None without such a head.
+        advantages: Advantages of the tokens of each trajectory, one number per token, or a scalar
+            for all of its tokens.
+        multiple: Factor of the number of rows: K is `multiple` times a power of two.
+        events: Capacity E of a row for events of latent memory; 0 for none.
+        returns: Return from each token of each trajectory on, one number per token, which a value
+            head learns to predict; None without a value head.
 
     Returns:
-        Arrays by name: `tokens`, `trained`, `decisions` and the sampler's log-probabilities
-        `sampler` `[K, L]`; `advantages [K, L]` float32; `length [K]`; `weight [K]`; `valid [K]`,
-        False for padding; with `events` the plan, `point` and `kind` `[K, E]` int32; with
-        `returns` these and the trajectories' `values`, `[K, L]` float32.
+        A dict of arrays. Always: `tokens [K, L]` int32, `trained [K, L]` bool, `sampler [K, L]`
+        float32 (the sampler's log-probabilities), `advantages [K, L]` float32, `length [K]` int32
+        and `weight [K]` float32 (both 1 for padding rows), and `valid [K]` bool, False for padding
+        rows. With `events`: `decisions [K, L]` int8, padded with -1, and the plan, `point` and
+        `kind` `[K, E]` int32, where an unused event has point -1. With `returns`: `returns` and the
+        trajectories' `values`, `[K, L]` float32. All else is padded with 0.
 
     Raises:
-        ValueError: A trajectory has more events than its row's capacity.
+        ValueError: A trajectory has more than `events` events.
     """
     count = bucket(len(trajectories), multiple)
     length = bucket(max(len(row.tokens) for row in trajectories), SHORTEST)
@@ -77,7 +80,7 @@ def make_rows(
 def _plans(
     trajectories: Sequence[Trajectory], count: int, events: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points and kinds `[K, E]` of the events of memory, as they were in sampling."""
+    """Return the points and the kinds `[K, E]` int32 of the latent-memory events in sampling."""
     point = np.full((count, events), -1, np.int32)
     kind = np.full((count, events), INFERENCE, np.int32)
     for index, row in enumerate(trajectories):

@@ -1,4 +1,4 @@
-"""Sampling: prompts are prefilled once and shared, each row has a key, programs are few."""
+"""Sampling of responses, with shared prefills of prompts and a random key for each row."""
 
 import dataclasses
 import functools
@@ -21,15 +21,15 @@ from train.rl.buckets import SHORTEST, bucket
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a policy is sampled, and therefore how it is scored.
+    """Settings by which responses are sampled, and by which the learner scores their tokens.
 
     Attributes:
-        temperature: Sampling temperature of tokens; 0 takes the most probable one.
-        valid_vocab_size: Number of ids that are chosen from, from 0.
+        temperature: Sampling temperature of tokens; 0 takes the most probable token.
+        valid_vocab_size: Number of ids to sample from, counted from id 0.
         stop: Ids that end a response.
         memory: Trigger policy of latent memory, for a policy with a weaver.
-        top_p: Probability mass of the fewest most probable tokens that are sampled from; None for
-            all, as in training, which scores tokens without it.
+        top_p: Probability mass of nucleus sampling: the fewest most probable tokens with at least
+            this mass are sampled from. None samples from all tokens, as in training.
     """
 
     temperature: float
@@ -44,11 +44,12 @@ class Sampled:
     """One sampled response.
 
     Attributes:
-        tokens: Ids of the response, `[T]`, with the stop id.
+        tokens: Ids of the response, `[T]` int32, including the stop id.
         log_probs: Log-probability of each token at the sampling temperature, `[T]` float32.
-        decisions: Decision before each token (`memgen.Response`), `[T]` int8.
-        latents: Latents that were woven in the response, `[E, K, D]`, one entry for each decision
-            to invoke; None unless they were asked for.
+        decisions: Decision of the trigger before each token, `[T]` int8: -1 none was made, 0
+            skipped, 1 invoked.
+        latents: Latents that were woven into the response, `[E, K, D]`: K latents of width D for
+            each of the E decisions to invoke; None unless `Conversation.respond` gets `events`.
     """
 
     tokens: np.ndarray
@@ -58,19 +59,19 @@ class Sampled:
 
 
 class Sampler:
-    """Sampler of one set of weights.
+    """Sampler of responses of one set of weights.
 
-    Programs depend on buckets of rows, of prompts and of lengths, which are powers of two: one is
-    compiled for each combination and reused.
+    The numbers of rows, prompts and tokens are rounded up to buckets, powers of two (the rows
+    times the number of shards). One program is compiled for each combination and reused.
 
     Args:
         policy: Policy as a `MemGen` (`train.rl.learning.policy.sampler_of`).
-        sampling: Temperature, stop ids and so on.
-        max_rows: Greatest number of rows that are generated at a time.
-        mesh: Mesh whose devices share the rows.
+        sampling: Temperature, stop ids and other settings.
+        max_rows: Maximum number of rows to generate at the same time.
+        mesh: Mesh over whose devices the rows are sharded.
 
     Raises:
-        ValueError: The policy can't be cached.
+        ValueError: The policy does not support cached decoding, or a setting is invalid.
     """
 
     def __init__(self, policy: MemGen, sampling: Sampling, max_rows: int, mesh: Mesh):
@@ -99,17 +100,17 @@ class Sampler:
         more_tokens: int,
         responses: int = 1,
     ) -> "Conversation":
-        """Prefill each prompt once, and share it among the rows that begin with it.
+        """Prefill each prompt once, and begin a conversation whose rows share these prefills.
 
-        A call of `max_rows` rows, most of which share a prompt, keeps its prefilled prompts for the
-        next call, where the rows of a problem may go on.
+        After a call with `max_rows` rows and at most half as many prompts, the prefilled prompts
+        are kept for the next call, which may have more rows of the same problems.
 
         Args:
             prompts: Ids of the different prompts.
             source: Index of the prompt of each row, `R` of them.
             keys: Random key of each row, `[R]` (`row_keys`).
             more_tokens: Capacity of a row for tokens after the prompt.
-            responses: Number of responses of a row whose latents the cache has capacity for.
+            responses: Number of responses for whose latents a row has capacity.
         """
         rows, many = len(source), self.rows(len(source))
         texts = [tuple(prompt) for prompt in prompts]
@@ -143,25 +144,25 @@ class Sampler:
 
     @property
     def weaves(self) -> bool:
-        """Whether latents may be woven into responses."""
+        """Whether the trigger policy can weave latents into responses."""
         return not isinstance(self.sampling.memory, memgen.NeverInvoke)
 
     def rows(self, count: int) -> int:
-        """Number of rows that programs are compiled for, of which `count` are used."""
+        """Round a number of rows up to the bucket that programs are compiled for."""
         return bucket(count, self._shards)
 
     def place(self, rows: np.ndarray) -> jax.Array:
-        """Put an array `[R, ...]` on the mesh."""
+        """Put an array `[R, ...]` on the mesh, sharded over its rows."""
         return place(rows, self._mesh)
 
 
 class Conversation:
-    """`R` rows in the middle of generation; compiled programs see a bucket of rows.
+    """`R` rows in the middle of generation, padded with unused rows for the compiled programs.
 
     Args:
         sampler: Sampler of the rows.
-        session: Session of a bucket of rows, the first of which are used.
-        rows: Number of rows that are used.
+        session: Session of at least `rows` rows, of which the first `rows` are used.
+        rows: Number of rows in use (`R`).
     """
 
     def __init__(self, sampler: Sampler, session: Any, rows: int):
@@ -175,17 +176,22 @@ class Conversation:
         limits: np.ndarray | None = None,
         events: np.ndarray | None = None,
     ) -> list[Sampled]:
-        """Responses of up to `max_new_tokens` tokens in active rows, empty ones in the others.
+        """Sample a response in each active row.
 
         Args:
-            max_new_tokens: Longest response.
-            active: Rows that respond, `[R]` bool; all if not given.
-            limits: Longest response of each row, `[R]` int, where some are shorter.
-            events: Number of events of each row's response so far, `[R]` int, where rows continue a
-                response (`memgen.request.Request`); their latents are then returned too.
+            max_new_tokens: Maximum number of tokens of a response.
+            active: Whether each row responds, `[R]` bool; all rows by default.
+            limits: Maximum number of tokens of each row's response, `[R]` int, each at most
+                `max_new_tokens`; the same for all rows by default.
+            events: Number of latent-memory events of the response that each row continues, without
+                the one before its first token, `[R]` int; -1 for rows that begin a response. If
+                given, the latents are returned too.
+
+        Returns:
+            The response of each row, `R` of them; those of rows that are not active are empty.
 
         Raises:
-            FloatingPointError: The logits are NaN.
+            FloatingPointError: A log-probability is not finite, since the logits are NaN.
         """
         sampler, many = self._sampler, self.session.keys.shape[0]
         limit = np.zeros(many, np.int32)
@@ -216,7 +222,7 @@ class Conversation:
         return [dataclasses.replace(one, latents=new[at >= 0]) for one, at, new in rows]
 
     def observe(self, observations: Sequence[Sequence[int]]) -> None:
-        """Prefill observations, one for each row; an empty one changes nothing."""
+        """Append an observation's ids to each row by a prefill; an empty one changes nothing."""
         tokens, length = padded(observations, self.session.keys.shape[0], 0)
         if length.any():
             place = self._sampler.place
@@ -226,14 +232,17 @@ class Conversation:
 
 
 def row_keys(seed: Sequence[int], uids: Sequence[str], samples: Sequence[int]) -> jax.Array:
-    """Random key of each row, `[R]`, derived from the seed, its problem and its index.
+    """Derive the random key of each row from the seed, the row's problem and the row's number.
 
-    So a row's text depends neither on the rows beside it nor on their order.
+    A row's text therefore depends neither on the other rows of the batch nor on their order.
 
     Args:
-        seed: Numbers such as those of a run and a step.
-        uids: Name of the problem of each row.
-        samples: Index of each row among the rollouts of its problem.
+        seed: Numbers such as the seed of the run and the step, at least one.
+        uids: Name of the problem of each row, `R` of them.
+        samples: Index of each row among the rollouts of its problem, `R` of them.
+
+    Returns:
+        Array of keys `[R]`.
     """
     hashes = np.array([zlib.crc32(uid.encode()) for uid in uids], np.uint32)
     return _fold_rows(_base_key(tuple(seed)), hashes, np.array(samples, np.uint32))
@@ -255,9 +264,9 @@ class _Prefilled:
     """Prefilled prompts.
 
     Attributes:
-        session: Session of which each row holds a prompt.
-        index: Row of each prompt in the session, by its ids.
-        capacity: Capacity of a row for tokens after the prompt, and number of responses.
+        session: Session whose rows hold the prefilled prompts.
+        index: Dict from the ids of a prompt to its row in the session.
+        capacity: Capacity of a row for tokens after the prompt, and for responses with latents.
     """
 
     session: Any
@@ -266,7 +275,7 @@ class _Prefilled:
 
 
 def _fetch(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
-    """Whole arrays on the host, copied together where no other process holds parts of them."""
+    """Copy arrays to the host, from all processes if there are several."""
     if jax.process_count() == 1:
         return jax.device_get(arrays)
     return tuple(map(on_host, arrays))
@@ -274,14 +283,30 @@ def _fetch(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
 
 @jax.jit
 def take_rows(policy, session, source, keys):
-    """`Session.take_rows`, compiled."""
+    """Copy rows of a session into a new session; `Session.take_rows` as a compiled program.
+
+    Args:
+        policy: Policy as a `MemGen`.
+        session: Session to copy from.
+        source: Index of the row that each new row copies, `[R]` int32.
+        keys: Random key of each new row, `[R]`.
+    """
     return session.take_rows(policy, source, keys)
 
 
 def padded(
     texts: Sequence[Sequence[int]], rows: int, shortest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as `[rows, C]` int32 padded on the right and their lengths; padding rows last."""
+    """Pad texts on the right with 0 to a common length C, a bucket.
+
+    Args:
+        texts: Ids of each text.
+        rows: Number of rows of the result; rows after those of the texts are padding.
+        shortest: Length of padding rows.
+
+    Returns:
+        Ids `[rows, C]` int32, and lengths `[rows]` int32.
+    """
     length = np.full(rows, shortest, np.int32)
     length[: len(texts)] = [len(text) for text in texts]
     tokens = np.zeros((rows, bucket(int(length.max()), SHORTEST)), np.int32)

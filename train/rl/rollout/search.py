@@ -26,20 +26,22 @@ _DEPTH = 8
 
 @dataclasses.dataclass(frozen=True)
 class TreeSearchOptions(SearchOptions):
-    """Options of searches in training.
+    """Options of tree searches in training.
 
     Attributes:
-        step_len: Greatest number of tokens of a node, at most those of a response. None for the
-            paper's 256, or an eighth of the longest response where that is less. In an environment
-            a node is a turn and this is left out.
-        cache_mib: Greatest number of MiB of cached state of the nodes that a search may go on from;
-            beyond it the least recently used are evicted, and prefilled again when needed.
-        probe: Number of direct rollouts of a new problem that decide whether it is hard (K); 0
-            takes every new problem for a hard one.
-        threshold: Greatest success rate of a problem that is hard and is searched (δ).
-        max_turns: Number of turns after which an episode is cut, as of `turns`.
-        max_observation: Greatest number of tokens of an observation; the rest is cut off.
-        export: File that the first tree of each step is appended to, as JSON lines; none if empty.
+        step_len: Maximum number of tokens of a node, at most those of a response. None for the
+            paper's 256, or an eighth of the longest response if that is less. Must be None in an
+            environment, where a node is a turn.
+        cache_mib: Maximum size in MiB of the cached states of nodes that searches may continue.
+            Beyond it the least recently used states are evicted, and prefilled again when needed.
+        probe: Number of direct rollouts (K) of a problem that decide whether it is hard; 0 treats
+            every problem without kept solutions as hard.
+        threshold: Maximum success rate of a problem that counts as hard and is searched (δ).
+        max_turns: Number of turns after which an episode is truncated. None takes the environment's
+            `max_turns`, or 8 if it has none.
+        max_observation: Maximum number of tokens of an observation; longer ones are truncated.
+        export: File to which the first tree of each step is appended as a line of JSON; none if
+            empty.
     """
 
     step_len: int | None = None
@@ -69,17 +71,18 @@ class TreeSearchOptions(SearchOptions):
 
 
 OPTIONS = [field.name for field in dataclasses.fields(TreeSearchOptions)]
-"""Names of the options, which a method shares with the strategy."""
+"""Names of the options, which the method `deepsearch` shares with the strategy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeSearch(TreeSearchOptions, RolloutStrategy):
-    """A tree of chunks for each hard problem, whose terminals are the rollouts (DeepSearch).
+    """Tree search on hard problems, where each rollout is a path to a terminal (DeepSearch).
 
-    A problem gets `probe` direct rollouts at each visit. If it is not hard, direct rollouts are its
-    group and it is set aside. A hard problem is searched, each backup of its tree a rollout. Where
-    an earlier visit found solutions, these and direct rollouts are the group. Only direct rollouts
-    say whether a problem is hard.
+    At each visit a problem gets `probe` direct rollouts, whose success rate decides whether it is
+    hard. If it is not, its group consists of direct rollouts and the problem is set aside. If it
+    is, it is searched and its group consists of the terminals that the search backed up. If earlier
+    visits found solutions of the problem, it is not searched: its group consists of such solutions
+    and of direct rollouts, whose success rate again decides whether it is hard.
     """
 
     word: ClassVar[str] = "tree_search"
@@ -88,7 +91,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
     _: dataclasses.KW_ONLY
     turns: int = dataclasses.field(default=0, repr=False)
-    """Number of turns of an episode, 0 for a task of one response; set by the run."""
+    """Maximum number of turns of an episode; 0 for a task of one response. Set by the run."""
 
     _kept: dict[str, Any] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -137,7 +140,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
     @property
     def _direct(self) -> RolloutStrategy:
-        """Strategy of direct rollouts."""
+        """Strategy for direct rollouts: `OneResponse`, or `Turns` in an environment."""
         names = ("formatter", "max_new_tokens", "environment_limit_s")
         shared = {name: getattr(self, name) for name in names}
         if not self.turns:
@@ -201,7 +204,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
     def _respond(
         self, visit: "_Visit", counts: Mapping[int, int], *salt: int
     ) -> dict[int, list[Trajectory]]:
-        """Direct rollouts, so many of each group."""
+        """Make direct rollouts, `counts[group]` of each group; return them by group."""
         groups = [group for group in sorted(counts) if counts[group] > 0]
         rows = self._direct.collect(
             visit.sampler, visit.task, [visit.problems[group] for group in groups],
@@ -214,10 +217,10 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         return found
 
     def _replay(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
-        """Solutions of earlier visits, of the groups that have some.
+        """Sample solutions of earlier visits; return them by group, for groups that have any.
 
-        `probe` rollouts of a group are new where it is that large, one at least: they say whether
-        the problem is still hard.
+        Room is left in each group for `probe` direct rollouts, or for all but one if the group is
+        small, and for at least one: they decide whether the problem is still hard.
         """
         found = {}
         for group, count in counts.items():
@@ -229,7 +232,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         return found
 
     def _search(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
-        """The trajectories of searches, so many of each group."""
+        """Search the problems of some groups; return `counts[group]` trajectories by group."""
         task = self.limited(visit.task) if self.turns else visit.task
         searcher = Searcher(visit.sampler, self.formatter, task, self, self.limits, visit.seed)
         groups = list(counts)
@@ -269,13 +272,13 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
     @property
     def _tokenizer(self) -> int:
-        """A number of the run's tokenizer, whose ids solutions are made of."""
+        """Checksum of the run's tokenizer, without which the ids of kept solutions mean nothing."""
         written = json.dumps(self.formatter.lm.tokenizer.to_json(), sort_keys=True)
         return zlib.crc32(written.encode())
 
     @property
     def state(self) -> dict[str, Any]:
-        """Hard problems with their solutions, and problems that are set aside."""
+        """Dict of the `tokenizer`'s checksum, `hard` problems with solutions, and those `aside`."""
         return {"tokenizer": self._tokenizer, **self._solved.state}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -289,7 +292,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
 @dataclasses.dataclass(frozen=True)
 class _Visit:
-    """What `collect` was given."""
+    """Arguments of a call of `collect`."""
 
     sampler: Sampler
     task: Any
@@ -298,12 +301,12 @@ class _Visit:
 
 
 def _rate(rows: Sequence[Trajectory]) -> float:
-    """Success rate of some rollouts; 0 of none."""
+    """Success rate of some rollouts; 0 if there are none."""
     return float(np.mean([row.reward.success for row in rows])) if rows else 0.0
 
 
 def _with_values(row: Trajectory) -> Trajectory:
-    """A trajectory with the values of a tree; without a tree they are its outcome everywhere."""
+    """Fill in `node_values` of a trajectory without a tree: its outcome, 1 or -1, at all tokens."""
     if row.node_values is not None:
         return row
     outcome = 1.0 if row.reward.success else -1.0

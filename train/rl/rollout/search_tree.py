@@ -1,7 +1,7 @@
-"""The tree of a search (DeepSearch, arXiv 2509.25454): selection, backup and values, on the host.
+"""Search tree of DeepSearch (arXiv 2509.25454): selection, backup and values, on the host.
 
 A node is a chunk of a response, appended to the text of its parent. A tree asks for children of one
-node at a time (`SearchTree.request`), so that whoever generates them can serve many trees at once.
+node at a time (`SearchTree.request`), so that a generator can serve many trees in one batch.
 """
 
 import dataclasses
@@ -17,21 +17,25 @@ LEAST_WEIGHT = 0.1  # of a node in a backup, however deep the tree is
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
-    """Options of a search; defaults are those of the authors' code.
+    """Options of a tree search; the defaults are those of the authors' code.
 
     Attributes:
         width: Number of children of an expanded node (n).
         exploration: Weight of the exploration term of UCT (λ).
         value_weight: Weight of tanh Q(parent) in the score of a frontier node (λ1).
-        entropy_weight: Weight of the mean negative log-probability of a frontier node's own chunk
-            (λ2): above 0 towards uncertain chunks, below 0 towards confident ones.
+        entropy_weight: Weight of the mean negative log-probability of a frontier node's chunk (λ2):
+            above 0 it prefers uncertain chunks, below 0 confident ones.
         depth_weight: Weight of the depth term of a frontier node (λ3).
-        depth_term: Depth term of a node of depth d in a tree of greatest depth d_T: "sqrt" is
+        depth_term: Depth term of a node of depth d in a tree of maximum depth d_T: "sqrt" is
             sqrt(d / d_T), "log" is log(d + 1), "linear" is d.
         backup: Weight of a node of depth i in the backup of a terminal of depth l: "code" is
-            (i+1)/(l+1) as in the authors' code, "paper" i/l; at least 0.1.
-        value_scale: Bound on the value of a node that is no terminal (q_max).
+            (i+1)/(l+1) as in the authors' code, "paper" is i/l; both are at least 0.1.
+        value_scale: Bound on the absolute value of a node that is not a terminal (q_max).
         value_temperature: Divisor of a node's value inside the tanh that bounds it (ε_q).
+
+    Raises:
+        ValueError: `width` is below 1, `value_scale` or `value_temperature` is not above 0, a
+            weight is not finite, or a choice is unknown.
     """
 
     width: int = 8
@@ -63,14 +67,14 @@ class SearchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What is generated for a node.
+    """Generated text of a node.
 
     Attributes:
         log_probs: Log-probability of each generated token, `[T]`.
-        outcome: 1 for a terminal that solves the problem, -1 for any other; None for a chunk that
-            ends nothing.
-        complete: Whether a terminal is a whole response, not one that was cut.
-        payload: Anything else that the generator keeps with the node.
+        outcome: Outcome of a terminal, 1 if it solves the problem and -1 if not; None for a chunk
+            that does not end its response.
+        complete: Whether the response of a terminal ended by itself, rather than was truncated.
+        payload: Data that the generator keeps with the node.
     """
 
     log_probs: Sequence[float] | np.ndarray
@@ -80,7 +84,7 @@ class Chunk:
 
     @functools.cached_property
     def log_prob(self) -> float:
-        """Sum of the log-probabilities, in float64."""
+        """Sum of the log-probabilities of all tokens, in float64."""
         return float(np.sum(self.log_probs, dtype=np.float64))
 
 
@@ -89,13 +93,13 @@ class Node:
     """A node of a search tree.
 
     Attributes:
-        chunk: What was generated; an empty one at the root.
-        parent: Parent; None at the root.
-        number: Index of the node among those of its tree, in the order of generation.
-        depth: Number of nodes between the root and this one, itself included (d).
-        children: Children, in the order of generation.
+        chunk: Generated text of the node; an empty chunk at the root.
+        parent: Parent of the node; None at the root.
+        number: Index of the node in its tree, in the order of generation; 0 at the root.
+        depth: Number of steps from the root to the node (d); 0 at the root.
+        children: Children in the order of generation.
         visits: Number of visits (N).
-        value: Sum of what was backed up (q).
+        value: Value accumulated by backups (q); see `back_up`.
         backed_up: Whether the node is a terminal that was backed up.
     """
 
@@ -115,12 +119,12 @@ class Node:
 
     @property
     def mean_value(self) -> float:
-        """Value per visit (Q), 0 without visits."""
+        """Value divided by the number of visits (Q); 0 without visits."""
         return self.value / self.visits if self.visits else 0.0
 
     @property
     def path(self) -> "list[Node]":
-        """Nodes from the root to this one."""
+        """Nodes from the root to this one, both included."""
         found: list[Node] = []
         node: Node | None = self
         while node is not None:
@@ -130,18 +134,20 @@ class Node:
 
 
 def mean_entropy(nodes: Sequence[Node]) -> float:
-    """Mean negative log-probability over all generated tokens of some nodes (H)."""
+    """Mean negative log-probability over the generated tokens of nodes (H); 0 without tokens."""
     tokens = sum(len(node.chunk.log_probs) for node in nodes)
     return -sum(node.chunk.log_prob for node in nodes) / tokens if tokens else 0.0
 
 
 def uct(node: Node, parent_visits: int, exploration: float) -> float:
-    """UCT(s) = Q(s) + λ sqrt(ln N_parent / N_s); the second term is 0 where a number is 0.
+    """Upper-confidence score UCT(s) = Q(s) + λ sqrt(ln N_parent / N_s) of a node.
+
+    If the node or its parent has no visits, the score is Q(s).
 
     Args:
-        node: Node that could be visited next.
-        parent_visits: Number of visits of its parent.
-        exploration: Weight of the second term (λ).
+        node: Node s that could be visited next.
+        parent_visits: Number of visits of the node's parent (N_parent).
+        exploration: Weight of the exploration term (λ).
     """
     if not (node.visits and parent_visits):
         return node.mean_value
@@ -149,10 +155,15 @@ def uct(node: Node, parent_visits: int, exploration: float) -> float:
 
 
 def back_up(terminal: Node, options: SearchOptions) -> None:
-    """Add the outcome of a terminal to all nodes of its path; what once is positive stays so.
+    """Back up the outcome of a terminal along its path, and count a visit of each node.
 
-    A node's outcome is weighted by its depth. Where a node's value and the weighted outcome have
-    opposite signs, good news replace the value and bad news are dropped.
+    The outcome is weighted by the node's depth (`backup_weight`). If it has the sign of the node's
+    value, or the value is 0, it is added. Otherwise a positive outcome replaces the negative value,
+    and a negative outcome is ignored, so that a positive value stays positive.
+
+    Args:
+        terminal: Terminal node with an outcome.
+        options: Options of the search.
     """
     outcome = terminal.chunk.outcome
     assert outcome is not None
@@ -166,7 +177,10 @@ def back_up(terminal: Node, options: SearchOptions) -> None:
 
 
 def backup_weight(depth: int, last: int, mode: Literal["code", "paper"]) -> float:
-    """Weight of a node of a depth in the backup of a terminal of depth `last`, 0.1 at least."""
+    """Weight of a node at a depth in the backup of a terminal at depth `last`; at least 0.1.
+
+    It is (depth + 1) / (last + 1) in the mode "code", and depth / last in the mode "paper".
+    """
     share = (depth + 1) / (last + 1) if mode == "code" else depth / last
     return max(share, LEAST_WEIGHT)
 
@@ -179,11 +193,13 @@ DEPTH_TERMS: dict[str, Callable[[int, int], float]] = {
 
 
 def frontier_score(node: Node, max_depth: int, options: SearchOptions) -> float:
-    """λ1 tanh Q(parent) + λ2 H + λ3 D(d) of a frontier node.
+    """Selection score of a frontier node: λ1 tanh Q(parent) + λ2 H + λ3 D(d).
+
+    H is the mean negative log-probability of the node's chunk, and D is the depth term.
 
     Args:
-        node: Node with a parent.
-        max_depth: Greatest depth of the tree (d_T).
+        node: Node other than the root.
+        max_depth: Maximum depth of a node in the tree (d_T).
         options: Options of the search.
     """
     assert node.parent is not None
@@ -194,16 +210,17 @@ def frontier_score(node: Node, max_depth: int, options: SearchOptions) -> float:
 
 
 def bounded_value(node: Node, options: SearchOptions) -> float:
-    """Value for advantages: q_max tanh(q / ε_q); of a terminal its outcome."""
+    """Value of a node for advantages: the outcome of a terminal, else q_max tanh(q / ε_q)."""
     if node.chunk.outcome is not None:
         return float(node.chunk.outcome)
     return options.value_scale * math.tanh(node.value / options.value_temperature)
 
 
 def most_confident(terminals: Sequence[Node]) -> Node:
-    """The terminal to back up: a right one if there is, else a whole one, else one that was cut.
+    """Choose the terminal to back up.
 
-    Among equals that of the least mean negative log-probability over its response.
+    A right terminal is preferred to a wrong one, then a complete response to a truncated one, then
+    the lowest mean negative log-probability over the whole response.
     """
 
     def order(node: Node) -> tuple[bool, bool, float]:
@@ -214,12 +231,12 @@ def most_confident(terminals: Sequence[Node]) -> Node:
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """What a tree needs next.
+    """Request of a tree for new nodes.
 
     Attributes:
-        node: Node whose text is continued.
+        node: Node whose text is to be continued.
         count: Number of continuations.
-        whole: Whether a continuation is a whole response, in place of a chunk.
+        whole: Whether each continuation is a whole response, rather than a chunk.
     """
 
     node: Node
@@ -228,18 +245,19 @@ class Expansion:
 
 
 class SearchTree:
-    """One search: expands nodes until `outputs` terminals have been backed up.
+    """Tree of one search, which expands nodes until `outputs` terminals have been backed up.
 
-    A node is expanded to `width` children. If a child ends its response, one such child is backed
-    up and the search goes on at the best node of the frontier, else at the best child by UCT. Where
-    the frontier is empty, a terminal that is left is backed up, or else a whole response from the
-    root is asked for.
+    A node is expanded to `width` children. If any of them are terminals, the best of these
+    (`most_confident`) is backed up and the search continues at the frontier node with the highest
+    `score`. Otherwise it continues at the child with the highest UCT score. If the frontier is
+    empty, the best terminal that was not backed up is backed up; if there is none, the tree
+    requests a whole response from the root.
 
     Args:
         outputs: Number of terminals to back up.
-        max_depth: Greatest depth of a node (d_T).
+        max_depth: Maximum depth of a node (d_T).
         options: Options of the search.
-        rng: Generator that breaks ties of UCT, which all fresh siblings have.
+        rng: Random generator that breaks ties of UCT scores, which are equal for new siblings.
     """
 
     def __init__(
@@ -248,13 +266,13 @@ class SearchTree:
         self.root = Node(Chunk(()))
         self.nodes = [self.root]
         self.outputs: list[Node] = []
-        """Terminals that were backed up, in order."""
+        """Terminals that were backed up so far, in the order of their backups."""
         self.target, self._max_depth, self._options = outputs, max_depth, options
         self._rng = rng
         self._current: Node | None = self.root
 
     def request(self) -> Expansion | None:
-        """The next expansion; None where the search is finished."""
+        """Return the next expansion; None if the search is finished."""
         while len(self.outputs) < self.target:
             if self._current is not None:
                 missing = self._options.width - len(self._current.children)
@@ -266,7 +284,15 @@ class SearchTree:
         return None
 
     def expand(self, node: Node, chunks: Sequence[Chunk]) -> list[Node]:
-        """Add the children that `request` asked for, and move on; returns them."""
+        """Add the children that `request` asked for, and choose the next node.
+
+        Args:
+            node: Node of the requested expansion.
+            chunks: Generated text of each new child.
+
+        Returns:
+            The new children.
+        """
         children = [self._add(node, chunk) for chunk in chunks]
         ended = [child for child in node.children if child.terminal and not child.backed_up]
         if ended:
@@ -275,7 +301,14 @@ class SearchTree:
         return children
 
     def add_response(self, chunks: Sequence[Chunk]) -> list[Node]:
-        """Add a whole response from the root, of which the last chunk ends; returns its nodes."""
+        """Add a whole response as a path from the root, and back up its last node, a terminal.
+
+        Args:
+            chunks: Chunks of the response in order; only the last has an outcome.
+
+        Returns:
+            The new nodes, one for each chunk.
+        """
         node, found = self.root, []
         for chunk in chunks:
             node = self._add(node, chunk)
@@ -286,7 +319,7 @@ class SearchTree:
 
     @property
     def frontier(self) -> list[Node]:
-        """Nodes that can be expanded: no terminals, not the root, with too few children."""
+        """Nodes that can be expanded: all but terminals, the root and nodes of `width` children."""
         return [
             node
             for node in self.nodes[1:]
@@ -295,15 +328,15 @@ class SearchTree:
 
     @property
     def solved(self) -> bool:
-        """Whether any terminal is right."""
+        """Whether any terminal solves the problem."""
         return any(node.chunk.outcome == 1 for node in self.nodes)
 
     def score(self, node: Node) -> float:
-        """Score by which the frontier is ordered."""
+        """Return the score by which frontier nodes are selected (`frontier_score`)."""
         return frontier_score(node, self._max_depth, self._options)
 
     def bounded_value(self, node: Node) -> float:
-        """Value of a node for advantages; those of a finished tree are final."""
+        """Return the value of a node for advantages, final once the search is finished."""
         return bounded_value(node, self._options)
 
     def _add(self, parent: Node, chunk: Chunk) -> Node:
@@ -323,7 +356,7 @@ class SearchTree:
         return max(self.frontier, key=self.score, default=None)  # the first of equals
 
     def _descend(self, node: Node) -> Node | None:
-        """The first node with too few children on the way down by UCT; else the frontier's best."""
+        """Descend by UCT to a node that lacks children; else return the best of the frontier."""
         while len(node.children) >= self._options.width:
             living = [child for child in node.children if not child.terminal]
             if not living:

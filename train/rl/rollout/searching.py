@@ -1,4 +1,4 @@
-"""Many searches at once: the chunks that all trees ask for are generated in shared batches."""
+"""Running many tree searches at once, with shared batches for the chunks of all trees."""
 
 import dataclasses
 import functools
@@ -33,12 +33,12 @@ class Limits:
     """Sizes of searches.
 
     Attributes:
-        step_len: Greatest number of tokens of a node.
-        max_new_tokens: Longest response, in tokens.
-        turns: Number of turns after which an episode is cut, each of which is one node; 0 for a
+        step_len: Maximum number of tokens of a node in a task of one response.
+        max_new_tokens: Maximum number of tokens of a response.
+        turns: Number of turns after which an episode is truncated; each turn is one node. 0 for a
             task of one response.
-        max_observation: Greatest number of tokens of an observation.
-        cache_bytes: Greatest number of bytes of cached state.
+        max_observation: Maximum number of tokens of an observation.
+        cache_bytes: Maximum number of bytes of cached states.
     """
 
     step_len: int
@@ -49,31 +49,32 @@ class Limits:
 
     @property
     def max_depth(self) -> int:
-        """Greatest depth of a tree (d_T)."""
+        """Maximum depth of a tree (d_T)."""
         return self.turns or -(-self.max_new_tokens // self.step_len)
 
     @property
     def row(self) -> int:
-        """Greatest number of tokens of a row after the prompt."""
+        """Maximum number of tokens of a row after the prompt."""
         return max(self.turns, 1) * (self.max_new_tokens + self.turns_observe)
 
     @property
     def turns_observe(self) -> int:
-        """Greatest number of tokens that follow a node's own."""
+        """Maximum number of observation tokens after a turn; 0 for a task of one response."""
         return self.max_observation if self.turns else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What was generated in a node, with a link to what stands before it.
+    """Generated part of a node, linked to the parts of its ancestors.
 
     Attributes:
         sampled: Generated tokens.
-        before: What was generated in the parent; None after the prompt.
-        seen: Ids of the observation that follows.
+        before: Part of the parent; None if the parent is the root.
+        seen: Ids of the observation that follows the generated tokens.
         play: Episode after this turn; None in a task of one response.
-        completion: Response that ends in this node: of a turn, or of a terminal's whole text.
-        reward: Reward of a terminal.
+        completion: Response that ends in this node: the turn's response in an environment, the
+            whole response of a terminal in a task of one response, else None.
+        reward: Reward of a terminal; None for other nodes.
     """
 
     sampled: Sampled
@@ -85,12 +86,12 @@ class Written:
 
     @functools.cached_property
     def generated(self) -> int:
-        """Number of tokens that were generated from the prompt on, observations left out."""
+        """Number of tokens generated since the prompt, this part included, without observations."""
         return len(self.sampled.tokens) + (0 if self.before is None else self.before.generated)
 
     @property
     def path(self) -> "list[Written]":
-        """What was generated from the prompt on, this node included."""
+        """Generated parts from the first one after the prompt to this one, included."""
         found: list[Written] = []
         at: Written | None = self
         while at is not None:
@@ -105,10 +106,10 @@ class Search:
 
     Attributes:
         group: Index of the problem in its step.
-        problem: Problem.
+        problem: Problem that is searched.
         copy: Number of earlier searches of the same problem in this step.
         prompt: Ids of the prompt.
-        tree: Tree.
+        tree: Tree of the search.
         start: Episode before the first turn; None for a task of one response.
     """
 
@@ -121,14 +122,14 @@ class Search:
 
 
 class Searcher:
-    """Searches of the problems of a step.
+    """Runs the searches of a step.
 
     Args:
-        sampler: Sampler of the present weights.
+        sampler: Sampler of the current weights.
         formatter: Translation of texts to ids.
         task: Task or environment.
         options: Options of the trees.
-        limits: Sizes.
+        limits: Sizes of the searches.
         seed: Numbers that all randomness is derived from.
     """
 
@@ -147,16 +148,18 @@ class Searcher:
             ("trees", "solved", "one_sided", "expansions", "whole", "nodes", "tokens", "prefills",
              "reprefills", "prefilled_tokens", "reused_tokens", "generation_seconds"), 0.0,
         )  # fmt: skip
-        """Numbers of all searches, by name."""
+        """Totals over all searches by name: `trees`, `solved` trees, `one_sided` trees (whose
+        rollouts all succeed or all fail), `expansions` of nodes, `whole` responses from the root,
+        `nodes`, generated `tokens`, the counters of `PrefixCache`, and `generation_seconds`."""
 
     def run(
         self, groups: Sequence[int], problems: Sequence[Problem], outputs: Sequence[int]
     ) -> list[Search]:
-        """Finished searches.
+        """Search several problems, and return the finished searches.
 
         Args:
             groups: Index of each problem in its step.
-            problems: Problems.
+            problems: Problems to search.
             outputs: Number of terminals that each search backs up.
         """
         searches = self._start(groups, problems, outputs)
@@ -182,7 +185,7 @@ class Searcher:
         return searches
 
     def trajectories(self, search: Search) -> list[Trajectory]:
-        """The trajectories that a finished search backed up, with the values of their nodes."""
+        """Make a trajectory of each terminal that a search backed up, with its `node_values`."""
         found = []
         for number, end in enumerate(search.tree.outputs):
             row = TrajectoryBuilder(Rollout(search.group, search.problem, number), search.prompt)
@@ -221,7 +224,7 @@ class Searcher:
         return found
 
     def _expand(self, asked: Sequence[tuple[Search, Expansion]], cache: PrefixCache) -> None:
-        """Generate the chunks that trees ask for, and hand them over."""
+        """Generate the chunks that trees have requested, and add them to the trees."""
         rows = [(s, e.node, number) for s, e in asked for number in range(e.count)]
         chunks: dict[int, list[Chunk]] = {id(search): [] for search, _ in asked}
         for batch in _batches(rows, self._sampler.max_rows, cache.capacity):
@@ -283,7 +286,7 @@ class Searcher:
     def _branch(
         self, cache: PrefixCache, rows: Sequence[tuple[Search, Node]], born: Sequence[int]
     ) -> Conversation:
-        """Rows that go on from nodes, with noise of the problem and of each new node's number."""
+        """Begin rows that continue nodes; problem and number of the new node decide the noise."""
         numbers = [s.copy * _MOST_NODES + at for (s, _), at in zip(rows, born, strict=True)]
         prefixes: dict[int, Prefix] = {}
         for search, node in rows:  # siblings go on from one node
@@ -299,7 +302,7 @@ class Searcher:
     def _generate(
         self, conversation: Conversation, before: Sequence[Written | None], active: Any = None
     ) -> list[Sampled]:
-        """The next chunk, or turn, of each row."""
+        """Generate the next chunk, or the response of the next turn, in each row."""
         limits = self._limits
         if limits.turns:
             events = np.full(len(before), -1) if self._sampler.weaves else None
@@ -317,7 +320,7 @@ class Searcher:
         before: Sequence[Written | None],
         sampled: Sequence[Sampled],
     ) -> list[Chunk]:
-        """Chunks of generated tokens, scored where they end their responses."""
+        """Make chunks of generated tokens, and score those that end their responses."""
         make = self._turns if self._limits.turns else self._parts
         return make(searches, before, sampled)
 
@@ -372,7 +375,7 @@ class Searcher:
         return Chunk(sampled.log_probs, outcome, play.terminated, made)
 
     def _prefix(self, search: Search, node: Node) -> Prefix:
-        """The text of a node, with the latents in it."""
+        """Return the text of a node with the latents that were woven into it."""
         tokens = list(search.prompt)
         points: list[int] = []
         kinds: list[int] = []
@@ -406,14 +409,14 @@ def _path(written: Written | None) -> list[Written]:
 
 
 def _events(before: Written | None) -> int:
-    """Number of events of a response so far, that of its prompt left out; -1 before it begins."""
+    """Count the events of a response so far, except one before its first token; -1 if not begun."""
     if before is None:
         return -1
     return int((_joined(before.path).decisions[1:] == 1).sum())
 
 
 def _joined(parts: Sequence[Written]) -> Sampled:
-    """The chunks of a response as one."""
+    """Concatenate the chunks of a response."""
     sampled = [part.sampled for part in parts]
     return Sampled(
         np.concatenate([part.tokens for part in sampled]),
@@ -423,7 +426,7 @@ def _joined(parts: Sequence[Written]) -> Sampled:
 
 
 def _batches(rows: Sequence[Any], max_rows: int, max_nodes: int) -> Iterator[list[Any]]:
-    """Rows `(search, node, number)` in batches of so many rows and different nodes at most."""
+    """Yield batches of at most `max_rows` rows `(search, node, number)` of `max_nodes` nodes."""
     batch: list[Any] = []
     nodes: set[int] = set()
     for row in rows:

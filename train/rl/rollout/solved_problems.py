@@ -1,4 +1,4 @@
-"""What a search remembers of problems: which are set aside, and the solutions of hard ones."""
+"""Memory of tree search: the problems that are set aside, and the solutions of hard ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,17 +8,18 @@ import numpy as np
 from train.rl.types import Problem, Reward, Trajectory
 
 MOST_SOLUTIONS = 16
-"""Greatest number of solutions that are kept of a problem."""
+"""Maximum number of solutions of a problem that are kept."""
 
 
 class SolvedProblems:
-    """Problems by how often they are solved, and solutions of those that seldom are.
+    """Classification of problems as hard or set aside, with the solutions of the hard ones.
 
-    A problem that is new is unknown. After each visit it is hard if its success rate was at most
-    the threshold, and else set aside; the solutions of a hard problem are kept and accumulate.
+    A problem is unknown before its first visit. After each visit it is hard if the visit's success
+    rate was at most the threshold; otherwise it is set aside and its solutions are dropped. The
+    solutions of a hard problem accumulate over visits.
 
     Args:
-        threshold: Greatest success rate of a problem that counts as hard (δ).
+        threshold: Maximum success rate of a problem that counts as hard (δ).
     """
 
     def __init__(self, threshold: float):
@@ -27,29 +28,29 @@ class SolvedProblems:
         self._aside: set[str] = set()
 
     def is_known(self, uid: str) -> bool:
-        """Whether a problem was visited before, and not taken back since."""
+        """Return whether a problem is hard or set aside, rather than unknown."""
         return uid in self._hard or uid in self._aside
 
     def is_aside(self, uid: str) -> bool:
-        """Whether a problem is set aside."""
+        """Return whether a problem is set aside."""
         return uid in self._aside
 
     def is_hard(self, rate: float) -> bool:
-        """Whether a success rate is that of a hard problem."""
+        """Return whether a success rate is at most the threshold."""
         return rate <= self._threshold
 
     def requeue(self) -> None:
-        """Take back all problems that were set aside, as unknown ones."""
+        """Make all problems that are set aside unknown again."""
         self._aside.clear()
 
     def visited(self, uid: str, rate: float, rows: Sequence[Trajectory] = ()) -> None:
-        """Take note of a visit.
+        """Classify a problem by its last visit, and keep its solutions if it is hard.
 
         Args:
             uid: Name of the problem.
             rate: Success rate of the visit.
-            rows: Trajectories of the visit, of which those that succeed are solutions; the newest
-                `MOST_SOLUTIONS` different ones are kept.
+            rows: Trajectories of the visit; the successful ones are solutions. The newest
+                `MOST_SOLUTIONS` different solutions of a problem are kept.
         """
         if not self.is_hard(rate):
             self._hard.pop(uid, None)
@@ -66,13 +67,16 @@ class SolvedProblems:
     def solutions(
         self, group: int, problem: Problem, most: int, rng: np.random.Generator
     ) -> list[Trajectory]:
-        """Up to `most` solutions of a problem as trajectories, drawn without replacement.
+        """Sample up to `most` kept solutions of a problem, without replacement.
 
         Args:
-            group: Index of the problem in its step.
-            problem: Problem.
-            most: Greatest number of solutions.
-            rng: Generator that draws them.
+            group: Index of the problem in its step, for the trajectories.
+            problem: Problem whose solutions are sampled.
+            most: Maximum number of solutions.
+            rng: Random generator.
+
+        Returns:
+            Trajectories of the source "cache", from the oldest to the newest.
         """
         kept = self._hard.get(problem.uid, [])
         chosen = rng.permutation(len(kept))[:most]
@@ -80,12 +84,12 @@ class SolvedProblems:
 
     @property
     def num_solutions(self) -> int:
-        """Number of solutions of all problems."""
+        """Number of kept solutions, summed over all problems."""
         return sum(map(len, self._hard.values()))
 
     @property
     def num_hard(self) -> int:
-        """Number of problems that are hard."""
+        """Number of hard problems."""
         return len(self._hard)
 
     @property
@@ -95,7 +99,7 @@ class SolvedProblems:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Everything, as JSON for checkpoints."""
+        """Dict of `hard`, solutions by problem, and `aside`, a list of problems, as JSON."""
         return {"hard": self._hard, "aside": sorted(self._aside)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -105,7 +109,7 @@ class SolvedProblems:
 
 
 def _as_json(row: Trajectory) -> dict[str, Any]:
-    """A trajectory without its group and problem; log-probabilities keep every bit."""
+    """Convert a trajectory to JSON without its group and problem; log-probabilities stay exact."""
     names = ("tokens", "trained", "log_probs", "decisions")
     arrays = {name: getattr(row, name).tolist() for name in names}
     tuples = {name: list(getattr(row, name)) for name in ("begins", "texts", "turn_rewards")}

@@ -23,7 +23,7 @@ from train.rl.scoring import score_all
 from train.rl.types import Problem, Trajectory
 
 LONGEST = 10_000
-"""Greatest number of turns, and of tokens of an observation."""
+"""Maximum number of turns, and of tokens of an observation."""
 
 _MAX_TURNS = 8  # of environments that do not say how many turns they take
 
@@ -32,26 +32,26 @@ _MAX_TURNS = 8  # of environments that do not say how many turns they take
 class RolloutStrategy:
     """Base of all strategies.
 
-    A new one is a frozen dataclass with a `word`, options as fields, and `collect`.
-    `STRATEGIES[word]` makes it known to `--strategy`. What it keeps between steps stands in a field
-    that is no option, `field(default_factory=dict, init=False, repr=False, compare=False)`, and is
-    saved by `state` and `restore`; each run has a copy of its own.
+    A subclass is a frozen dataclass with a `word`, options as fields, and `collect`. Register it as
+    `STRATEGIES[word]` to make it available to `--strategy`. What it keeps between steps belongs in
+    a field that is not an option, `field(default_factory=dict, init=False, repr=False,
+    compare=False)`, and must be part of `state` and `restore`. Each run has its own copy.
 
     Attributes:
         formatter: Translation of texts to ids; set by the run.
-        max_new_tokens: Longest response, in tokens; set by the run.
+        max_new_tokens: Maximum number of tokens of a response; set by the run.
         environment_limit_s: Number of seconds after which a reset or a step of an environment is
-            cut (`TimeLimited`), None for no limit; set by the run.
+            abandoned (`TimeLimited`), None for no limit; set by the run.
     """
 
     word: ClassVar[str]
     """Name of the strategy on the command line and in configs."""
 
     episodic: ClassVar[bool | None] = False
-    """Whether it plays environments, not tasks of one response; None if it does both."""
+    """Whether the strategy is for environments rather than tasks of one response; None for both."""
 
     on_policy: ClassVar[bool] = True
-    """Whether each rollout is a sample of the policy, so that its return is one of the state's."""
+    """Whether all rollouts that are trained on are unselected samples of the current policy."""
 
     _: dataclasses.KW_ONLY
     formatter: PromptFormatter = dataclasses.field(default=cast(Any, None), repr=False)
@@ -59,7 +59,7 @@ class RolloutStrategy:
     environment_limit_s: float | None = dataclasses.field(default=30.0, repr=False)
 
     def limited(self, environment: Environment) -> TimeLimited:
-        """The environment with the run's limit of time; the same wrapper in every step of a run."""
+        """Wrap an environment with the run's time limit, in the same wrapper in every step."""
         return self._limits.of(environment)
 
     @functools.cached_property
@@ -67,11 +67,14 @@ class RolloutStrategy:
         return TimeLimits(self.environment_limit_s)
 
     def for_run(self, formatter: PromptFormatter, config: Any) -> Self:
-        """A copy for one run.
+        """Return a copy of the strategy with the settings of a run.
 
         Args:
             formatter: Translation of texts to ids.
             config: Config of the run (`RLConfig`).
+
+        Raises:
+            ValueError: An option of the strategy contradicts the config.
         """
         return dataclasses.replace(
             self,
@@ -81,17 +84,20 @@ class RolloutStrategy:
         )
 
     def for_task(self, task: Any) -> Self:
-        """A copy for a task or an environment, after `for_run`.
+        """Return a copy of the strategy for a task or an environment; called after `for_run`.
 
         Args:
             task: `Task` or `Environment` of the run.
+
+        Raises:
+            ValueError: An option of the strategy does not fit the task.
         """
         del task
         return self
 
     @property
     def responses_per_row(self) -> int:
-        """Greatest number of responses in one row."""
+        """Maximum number of responses in one row."""
         return 1
 
     def collect(
@@ -102,37 +108,40 @@ class RolloutStrategy:
         counts: Sequence[int],
         seed: Sequence[int],
     ) -> list[Trajectory]:
-        """Rollouts of problems, `counts[i]` of `problems[i]`, all of group `i`.
+        """Make `counts[i]` rollouts of `problems[i]`, for each group `i` of a step.
 
         Args:
-            sampler: Sampler of the present weights.
-            task: A `Task` or an `Environment`.
+            sampler: Sampler of the current weights.
+            task: `Task` or `Environment` of the run.
             problems: Problem of each group.
             counts: Number of rollouts of each problem.
             seed: Numbers that all randomness is derived from.
+
+        Returns:
+            The rollouts as trajectories, whose `group` is the index of the problem.
         """
         raise NotImplementedError(f"{type(self).__name__} collects no rollouts")
 
     @property
     def for_held_out(self) -> "RolloutStrategy":
-        """Strategy by which held-out problems are responded to: this one, without its state."""
+        """Strategy for held-out problems: by default a copy of this one, without its state."""
         return dataclasses.replace(self)
 
     def sets_aside(self, uid: str) -> bool:
-        """Whether the problem of a name is left out for now."""
+        """Return whether the problem with this name is to be skipped for now."""
         del uid
         return False
 
     def requeue(self) -> None:
-        """Take back all problems, as all of them are set aside."""
+        """Take back all problems that were set aside; called when no other problem is left."""
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of how rollouts were made since the last call, by name."""
+        """Return metrics by name of how rollouts were made since the last call."""
         return {}
 
     @property
     def state(self) -> Any:
-        """What is kept between steps, as JSON for checkpoints."""
+        """What the strategy keeps between steps, as JSON for checkpoints; None if nothing."""
         return None
 
     def restore(self, state: Any) -> None:
@@ -141,7 +150,7 @@ class RolloutStrategy:
 
 @dataclasses.dataclass(frozen=True)
 class OneResponse(RolloutStrategy):
-    """One response to the problem's prompt, which is prefilled once for all rollouts."""
+    """Strategy of one response to each prompt, which is prefilled once for a batch of rollouts."""
 
     word: ClassVar[str] = "one_response"
 
@@ -176,19 +185,23 @@ class OneResponse(RolloutStrategy):
 
 @dataclasses.dataclass(frozen=True)
 class Turns(RolloutStrategy):
-    """An episode of several turns in an environment.
+    """Strategy of episodes of several turns in an environment.
 
     Attributes:
-        max_turns: Number of turns after which an episode is cut. None takes the `max_turns` of the
-            environment, which cuts its episodes itself, or 8 where it has none.
-        max_observation: Greatest number of tokens of an observation; the rest is cut off.
-        keep_context: Whether turns go on in one row, with the keys, values and latents so far, and
-            an episode is one row for the learner. Otherwise each turn begins anew with the text so
-            far, without earlier latents (the authors' MemGen), and is a row of its own. None keeps
-            the context where there is neither latent memory nor a chat template.
-        history: Whether turns are prompted with all texts so far. Otherwise each is prompted with
-            the last observation alone, and is a row of its own: for environments whose observations
-            are whole prompts, such as `sokoban_variants(restate=True)`.
+        max_turns: Number of turns after which an episode is truncated. None takes the environment's
+            `max_turns`, or 8 if it has none.
+        max_observation: Maximum number of tokens of an observation; longer ones are truncated.
+        keep_context: Whether an episode is one row, in which turns continue with the earlier keys,
+            values and latents. Otherwise each turn is a separate row that begins with the text so
+            far, without earlier latents (as in the authors' MemGen). None keeps the context if the
+            run trains the model without latent memory, uses no chat template and has `history`.
+        history: Whether the prompt of a turn has all earlier texts. Otherwise it is only the last
+            observation, and each turn is a separate row: for environments whose observations are
+            whole prompts, such as `sokoban_variants(restate=True)`.
+
+    Raises:
+        ValueError: `keep_context` is combined with `history=False` or a chat template, or a number
+            is not from 1 to `LONGEST`.
     """
 
     word: ClassVar[str] = "turns"
@@ -230,7 +243,7 @@ class Turns(RolloutStrategy):
 
     @property
     def turn_limit(self) -> int:
-        """Number of turns after which an episode is cut."""
+        """Number of turns after which an episode is truncated."""
         return self.max_turns or _MAX_TURNS
 
     def for_task(self, task: Any) -> Self:

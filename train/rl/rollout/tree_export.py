@@ -1,4 +1,4 @@
-"""Finished search trees as JSON lines and as figures."""
+"""Export of finished search trees as lines of JSON and as figures."""
 
 import json
 from collections.abc import Sequence
@@ -16,16 +16,19 @@ LABELLED = 120  # nodes of a figure at most that have their texts beside them
 
 
 def tree_json(search: Search, formatter: PromptFormatter) -> dict[str, Any]:
-    """A tree as JSON: its prompt and its nodes in the order of generation, the root first.
-
-    A node has its `parent`'s index, `depth`, `text` and number of `tokens`, mean `entropy`,
-    `visits` (N), `value` (q), `bounded` value for advantages, `outcome` (1, -1, or None where it
-    ends nothing), `output` (its index among the terminals that were backed up, or None), and
-    `score`, by which the frontier is ordered, or None where it can't be expanded.
+    """Convert the tree of a finished search to JSON.
 
     Args:
         search: Finished search.
         formatter: Translation of ids to texts.
+
+    Returns:
+        A dict of `uid`, `prompt` and `nodes`, the nodes in the order of generation, the root first.
+        A node is a dict of its `parent`'s index (None for the root), `depth`, `text` with the
+        observation, number of generated `tokens`, `entropy` (mean negative log-probability),
+        `visits` (N), `value` (q), `bounded` (value for advantages), `outcome` (1 or -1, None if it
+        is not a terminal), `output` (index among the terminals that were backed up, or None) and
+        `score` (selection score of a frontier node, None for other nodes).
     """
     tree = search.tree
     frontier, outputs = set(tree.frontier), {end: at for at, end in enumerate(tree.outputs)}
@@ -55,20 +58,21 @@ def tree_json(search: Search, formatter: PromptFormatter) -> dict[str, Any]:
 def append_tree(
     path: Path, seed: Sequence[int], search: Search, formatter: PromptFormatter
 ) -> None:
-    """Append a tree to a file of JSON lines, with the seed of its step."""
+    """Append a tree to a file as a line of JSON (`tree_json`), with the `seed` of its step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"seed": list(seed), **tree_json(search, formatter)}) + "\n")
 
 
 def draw_tree(tree: dict[str, Any]) -> "Figure":
-    """A figure of a finished tree (`tree_json`), the root on top.
+    """Draw a figure of a finished tree, the root on top.
 
-    A node's colour is its value for advantages. Squares are terminals, those that were backed up
-    with their order below; diamonds are the frontier; all else are circles.
+    The colour of a node is its value for advantages. Terminals are squares, frontier nodes are
+    diamonds, and other nodes are circles. The order of its backup is written below a terminal that
+    was backed up. Trees of at most 120 nodes also show the nodes' texts.
 
     Args:
-        tree: Tree as JSON.
+        tree: Tree as JSON (`tree_json`).
     """
     from matplotlib.figure import Figure
 
@@ -113,12 +117,12 @@ def draw_tree(tree: dict[str, Any]) -> "Figure":
 
 
 def _printable(text: str) -> str:
-    """A text without what fonts have no glyph for."""
+    """Replace characters that fonts may lack, all but printable ASCII, by dots."""
     return "".join(letter if " " <= letter <= "~" else "." for letter in text)
 
 
 def _positions(nodes: Sequence[dict[str, Any]]) -> list[float]:
-    """Horizontal position of each node: leaves side by side, others above their children."""
+    """Compute the horizontal position of each node: leaves side by side, others above children."""
     children: list[list[int]] = [[] for _ in nodes]
     for at, node in enumerate(nodes[1:], 1):
         children[node["parent"]].append(at)

@@ -1,4 +1,4 @@
-"""Sums: `12+7=` is answered by `19`."""
+"""Arithmetic tasks: `12+7=` is answered by `19`."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,11 +13,11 @@ _MOST_DIGITS = 9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arithmetic(Generated):
-    """Sums, differences or products of two numbers.
+    """Sums, differences or products of two whole numbers: `12+7=` is answered by `19`.
 
     Attributes:
-        digits: Greatest number of digits of an operand.
-        operators: Operators that are drawn, of "+", "-" and "*".
+        digits: Maximum number of digits of an operand.
+        operators: Operators to sample from, such as "+-*".
     """
 
     word: ClassVar[str] = "arithmetic"
@@ -39,12 +39,12 @@ class Arithmetic(Generated):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainSum(Generated):
-    """Sums of several numbers with signs, `4-7+2=`.
+    """Sums and differences of several whole numbers: `4-7+2=` is answered by `-1`.
 
     Attributes:
-        terms: Greatest number of terms.
-        fewest: Least number of terms.
-        digits: Greatest number of digits of a term.
+        terms: Maximum number of terms.
+        fewest: Minimum number of terms, 2 or more.
+        digits: Maximum number of digits of a term.
     """
 
     word: ClassVar[str] = "chain_sum"

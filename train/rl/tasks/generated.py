@@ -1,4 +1,4 @@
-"""Endless tasks: each problem is a pure function of options, seed, split and index."""
+"""Base of endless tasks, whose problems depend only on options, seed, split and index."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ class Generated(GeneratedProblems):
     """
 
     def draw(self, rng: np.random.Generator) -> tuple[str, Any, str]:
-        """Prompt, answer and kind of a problem of any split."""
+        """Sample the prompt, the answer and the kind of a problem of either split."""
         raise NotImplementedError(f"{type(self).__name__} draws no problems: write draw(rng)")
 
     def hashed(self, drawn: tuple[Any, ...]) -> str:
@@ -29,6 +29,6 @@ class Generated(GeneratedProblems):
         return Problem(f"{self.word}-{digest(f'{prompt} {answer}'):016x}", prompt, answer, kind)
 
     def score(self, completion: Completion) -> Reward:
-        """1 where the first line, without space around it, is the answer; else 0."""
+        """Give 1 if the first line with any text, stripped, is the answer, else 0."""
         right = answer_of(completion.text) == completion.problem.answer
         return Reward(float(right), right)

@@ -1,4 +1,4 @@
-"""Word problems in GSM8K's format, from disk."""
+"""Task of word problems in GSM8K's format, read from disk."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,13 +11,15 @@ from train.rl.types import Completion, Reward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GSM8K(WordProblems):
-    """Word problems, lines of `{"question": ..., "answer": "... #### 72"}`.
+    """Word problems from lines of JSON such as `{"question": ..., "answer": "... #### 72"}`.
 
-    Numbers are compared exactly, as fractions (`numbers.read_number`); an answer of the file that
-    is not one number stops the run.
+    Numbers are compared exactly, as fractions (`numbers.read_number`).
 
     Attributes:
-        bonus: Addition to the reward for a number after `####`, right or wrong.
+        bonus: Reward that is added if a number follows the response's last `####`, right or wrong.
+
+    Raises:
+        ValueError: An answer in the file does not end in `####` and one number.
     """
 
     word: ClassVar[str] = "gsm8k"
@@ -32,7 +34,11 @@ class GSM8K(WordProblems):
         return number_text(number)
 
     def score(self, completion: Completion) -> Reward:
-        """1 where the text's final number is the answer's."""
+        """Give 1 if the response's final number (`final_number`) is the answer, else 0.
+
+        With `bonus`, it is added if a number follows the last `####`, and the info gets
+        `well_formed`.
+        """
         right = final_number(completion.text) == completion.problem.answer
         reward = Reward(float(right), right)
         if not self.bonus:

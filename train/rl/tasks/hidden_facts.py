@@ -1,4 +1,4 @@
-"""Questions about facts, some of which are not stated: answer or abstain."""
+"""Task of questions about facts, some of which are not stated: answer or abstain."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,18 +14,18 @@ NAMES = ("red", "blue", "green", "black", "white", "pink", "gold", "grey", "brow
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenFacts(Generated):
-    """`red=4 blue=7; red?` is answered by `4`; `red=4 blue=7; pink?` by `?`, one does not know.
+    """`red=4 blue=7; red?` is answered by `4`; `red=4 blue=7; pink?` by `?`, which abstains.
 
-    A hidden fact has a value like the others that is not stated, so a guess can hit it. Success is
-    a stated fact that is answered or a hidden one that is abstained from: a lucky guess is none.
-    Made for rewards by outcome, `--method truthrl` or `--reward ternary`, under which a lucky guess
-    is a right answer: with ten values guessing is worth 2/10 - 1.
+    A hidden fact is not stated in the prompt but has a value, so a guess can be right. The success
+    of this task is to answer a stated fact or to abstain from a hidden one; a lucky guess is not a
+    success. The task is meant for rewards by outcome, `--method truthrl` or `--reward ternary`,
+    which count a lucky guess as a right answer: with ten values, guessing is worth 2/10 - 1.
 
     Attributes:
         facts: Number of stated facts.
-        values: Number of values of a fact, from 0.
-        hidden: Share of questions whose fact is not stated; these are out of knowledge.
-        unknown: Text that abstains. Only the whole answer does: "?4" is an answer.
+        values: Number of possible values of a fact, counted from 0.
+        hidden: Fraction of questions whose fact is not stated; they are out of knowledge.
+        unknown: Text that abstains. It must be the whole answer: "?4" does not abstain.
     """
 
     word: ClassVar[str] = "hidden_facts"
@@ -55,20 +55,20 @@ class HiddenFacts(Generated):
         return f"{stated}; {names[asked]}?", str(values[asked]), "hidden" if hidden else "stated"
 
     def score(self, completion: Completion) -> Reward:
-        """1 for a stated fact that is answered and a hidden one that is abstained from; else 0."""
+        """Give 1 for the value of a stated fact and for abstaining from a hidden one; else 0."""
         problem = completion.problem
         expected = self.unknown if self.out_of_knowledge(problem) else problem.answer
         success = answer_of(completion.text) == expected
         return Reward(float(success), success)
 
     def golds(self, problem: Problem) -> tuple[str, ...]:
-        """The value of the fact, stated or not."""
+        """Return the value of the fact, whether it is stated or hidden."""
         return (problem.answer,)
 
     def normalize(self, text: str) -> str:
-        """The text: values are compared as they stand."""
+        """Return the text unchanged, because values are compared literally."""
         return text
 
     def out_of_knowledge(self, problem: Problem) -> bool:
-        """Whether the fact is hidden."""
+        """Return whether the fact is hidden."""
         return problem.kind == "hidden"

@@ -1,4 +1,4 @@
-"""Whether two answers are equal as mathematics: numbers exactly, all else by math-verify."""
+"""Mathematical comparison of answers: numbers exactly, everything else by math-verify."""
 
 import contextlib
 import json
@@ -23,12 +23,13 @@ _WORKER = Path(__file__).with_name("math_worker.py")
 
 
 class MathGrader:
-    """Compares answers in a process of its own, which is started at the first comparison.
+    """Grader that compares answers in a separate process, which starts when it is first needed.
 
-    Any thread may ask; one comparison is made at a time.
+    It may be used from several threads; they take turns.
 
     Args:
-        limit_s: Number of seconds of CPU time of a comparison, so that no busy machine decides.
+        limit_s: Maximum CPU time of a comparison in seconds. It is CPU time so that results do not
+            depend on how busy the machine is.
     """
 
     def __init__(self, limit_s: float):
@@ -39,7 +40,7 @@ class MathGrader:
         self._requests = 0
 
     def start(self) -> None:
-        """Start the process, unless it runs.
+        """Start the process if it is not running.
 
         Raises:
             ValueError: The process can't start, or math-verify is not installed.
@@ -48,23 +49,31 @@ class MathGrader:
             self._ensure()
 
     def has_value(self, gold: str) -> bool:
-        """Whether an answer can be compared with others; arguments and errors as in `equal`."""
+        """Return whether a right answer is a number or something that math-verify can parse.
+
+        Args:
+            gold: Right answer, in LaTeX or as a number.
+
+        Raises:
+            TimeoutError, ValueError, RuntimeError: As in `equal`.
+        """
         return plain_number(gold) is not None or self._ask(in_box(gold), None) is not None
 
     def equal(self, gold: str, text: str) -> bool:
-        r"""Whether a response gives an answer: by its last `\boxed{...}`, if it has one.
+        r"""Return whether a response gives the right answer.
 
-        Two plain numbers are compared exactly. All else is math-verify's to compare, and to extract
-        from a response without a box.
+        The answer of a response is its last `\boxed{...}`. Without a box it is the whole response
+        if that is a plain number or a single line of bare LaTeX, or else what math-verify extracts.
+        Two plain numbers are compared exactly; math-verify compares everything else.
 
         Args:
             gold: Right answer, in LaTeX or as a number.
             text: Response.
 
         Raises:
-            TimeoutError: Comparing took longer than the limit, or more memory than there is for it.
+            TimeoutError: The comparison exceeded the limit of CPU time, or the memory limit.
             ValueError: The process can't start, or math-verify is not installed.
-            RuntimeError: math-verify raised, or its process ended twice for another reason.
+            RuntimeError: math-verify raised, or the process ended twice for another reason.
         """
         right, box = plain_number(gold), boxed(text)
         found = plain_number(text if box is None else box)
@@ -77,12 +86,12 @@ class MathGrader:
         return self._ask(in_box(gold), text) is True
 
     def close(self) -> None:
-        """End the process, if there is one; the next comparison starts another."""
+        """End the process if it is running; the next comparison starts a new one."""
         with self._lock:
             self._end()
 
     def _ask(self, gold: str, text: str | None) -> bool | None:
-        """The reply of the process; one that something else has ended is asked once more."""
+        """Send a request and return the reply; retry once if the process was ended from outside."""
         code = None
         for _ in range(2):
             with self._lock:
@@ -135,7 +144,7 @@ class MathGrader:
         )
 
     def _exchange(self, gold: str, text: str | None) -> dict | None:
-        """The reply to a request; None if the process is gone."""
+        """Send a request and read the reply; None if the process has ended."""
         assert self._process is not None and self._process.stdin is not None
         self._requests += 1
         try:
@@ -149,7 +158,7 @@ class MathGrader:
         return self._read()
 
     def _read(self) -> dict | None:
-        """The reply to the last request; an interrupt ends the process, whose reply is unread."""
+        """Read the reply to the last request; on an interrupt, end the process, as it is unread."""
         assert self._process is not None and self._process.stdout is not None
         try:
             line = self._process.stdout.readline()
@@ -160,7 +169,7 @@ class MathGrader:
         return reply if reply is not None and reply["request"] == self._requests else None
 
     def _end(self) -> int | None:
-        """End the process; its status."""
+        """End the process, and return its exit status; None if there is none."""
         process, self._process = self._process, None
         if process is None or self._finalizer is None:
             return None
@@ -175,11 +184,11 @@ def _kill(process: "subprocess.Popen[str]") -> None:
 
 
 def plain_number(text: str) -> Fraction | None:
-    """Value of a text that is a number and nothing else, as 1,072.50 or 3/4; None for others."""
+    """Read a text that is only a number, such as 1,072.50, 3/4 or $5; None for any other text."""
     text = text.strip().strip("$").strip()
     return read_number(text) if _PLAIN.fullmatch(text) else None
 
 
 def in_box(gold: str) -> str:
-    """An answer as math-verify takes it: LaTeX stands between signs that say so."""
+    r"""Put an answer without `$`, `\(`, `\[` or `\boxed` into a box, as math-verify expects."""
     return gold if _MARKED.search(gold) else f"\\boxed{{{gold}}}"

@@ -1,4 +1,4 @@
-"""Problems whose answers are mathematics in LaTeX, from disk."""
+"""Task of mathematics problems with answers in LaTeX, read from disk."""
 
 import dataclasses
 import importlib.util
@@ -12,17 +12,21 @@ from train.rl.types import Completion, Reward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MathProblems(WordProblems):
-    r"""Problems with answers in LaTeX, lines of `{"problem": ..., "answer": "\\frac{3}{4}"}`.
+    r"""Problems from lines of JSON such as `{"problem": ..., "answer": "\\frac{3}{4}"}`.
 
-    An answer is compared by math-verify (the extra `math`), two plain numbers exactly. One of the
-    file that has no value stops the run.
+    Two plain numbers are compared exactly, all other answers by math-verify (the extra `math`).
 
     Attributes:
-        question: Field of the question.
-        answer: Field of the answer: LaTeX, a number, or a solution whose last box is the answer.
-        limit_s: Number of seconds of CPU time of a comparison, after which the response counts as
-            wrong and as `info/grader_timeouts`. One on which math-verify raises is wrong too, and
-            counts as `info/grader_errors`.
+        question: Name of the question's field.
+        answer: Name of the answer's field, which has LaTeX, a number, or a solution whose last
+            `\boxed{...}` is the answer.
+        limit_s: Maximum CPU time of a comparison in seconds. A response that exceeds it is wrong
+            and counted as `info/grader_timeouts`. A response on which math-verify raises is wrong
+            and counted as `info/grader_errors`.
+
+    Raises:
+        ValueError: math-verify is not installed, `limit_s` is not above 0 and at most 3600, or an
+            answer in the file cannot be parsed.
     """
 
     word: ClassVar[str] = "math"
@@ -42,7 +46,7 @@ class MathProblems(WordProblems):
 
     @property
     def grader(self) -> MathGrader:
-        """What compares answers."""
+        """Grader that compares responses with answers."""
         return getattr(self, "_grader")  # noqa: B009 (frozen: set past the fields)
 
     def fields(self) -> tuple[str, str]:
@@ -62,7 +66,7 @@ class MathProblems(WordProblems):
         return gold
 
     def score(self, completion: Completion) -> Reward:
-        """1 where the response gives the answer."""
+        """Give 1 if the response gives the right answer, else 0."""
         try:
             right = self.grader.equal(completion.problem.answer, completion.text)
         except TimeoutError:

@@ -1,8 +1,9 @@
-"""Process that compares answers with math-verify, a line of JSON in and out for each.
+"""Process that compares answers with math-verify; requests and replies are lines of JSON.
 
-It imports nothing of this package. Comparing runs SymPy, which can take for ever and all memory, in
-code that no exception reaches: an alarm that nobody handles ends the process, and what started it
-starts another one. So the limit holds in threads, where math-verify's own can't be used.
+It imports nothing of this package. A comparison runs SymPy, which can use unbounded time and memory
+in code that no exception interrupts. Therefore an unhandled timer signal ends the whole process,
+and its parent starts a new one. Such a limit also works if the parent compares in a thread, where
+math-verify's own limit cannot be used.
 """
 
 import json
@@ -18,11 +19,16 @@ _MEMORY = 4 * 2**30
 
 
 def main(limit_s: float) -> None:
-    """Answer requests `[number, gold, text]` until the input ends; null for a gold without value.
+    """Answer requests `[number, gold, text]` from stdin until it ends.
+
+    The first reply is `{"request": 0}`, with the key `missing` if math-verify is not installed. A
+    reply to a request has its number as `request`, and either `error` or `equal`: true or false for
+    a comparison, null if `gold` cannot be parsed. With the text null, `equal` is true if `gold` can
+    be parsed.
 
     Args:
-        limit_s: Number of seconds of CPU time of a request, after which SIGPROF ends the process,
-            as it does where a request takes all memory.
+        limit_s: Maximum CPU time of a request in seconds. SIGPROF ends the process if a request
+            exceeds it, or the memory limit.
     """
     # What started this process may ignore or block the signal, as profilers do; both are passed on.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

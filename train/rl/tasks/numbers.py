@@ -1,4 +1,4 @@
-"""Exact numbers in texts: read whole, as fractions, or not at all."""
+"""Reading numbers in texts exactly, as fractions, with ambiguous texts rejected."""
 
 from __future__ import annotations
 
@@ -43,21 +43,22 @@ _OUTSIDE = "()[]*_`\"'“”‘’.,;:!?#~≈|"
 
 
 def read_number(text: str) -> Fraction | None:
-    """Value of a text that is one number, or None.
+    """Read a text that is one number, and return its exact value; None for any other text.
 
-    Fractions (3/4), mixed numbers (1 1/2), decimals (.5), thousands in three styles (1,000 and
-    1 000 and 1'000) and signs are read; a sign of money, a per cent sign and a unit in words are
-    left out, so 50 % is 50. A text with a second number, a word for a multiple (5 million), an
-    exponent, a time of day or an expression is no number.
+    Numbers are fractions (3/4), mixed numbers (1 1/2), decimals (.5) and thousands in three styles
+    (1,000 and 1 000 and 1'000), with or without a sign. A currency sign, a per cent sign and a unit
+    are ignored, so 50 % is 50. None is returned for a text with a second number, a word for a
+    multiple (5 million), an exponent, a time of day or an expression.
     """
     return _value(_normal(text).strip())
 
 
 def final_number(text: str) -> str | None:
-    """Final number of a text: the first after its last `####`, or else its last one.
+    """Return the final number of a text: the first after its last `####`, or else the last one.
 
-    Equal numbers are equal texts: `$1,072.50` is `1072.5`, and `4/6` is `2/3`. None where there
-    is no number, or what stands there is more than a number, as in `3:30` or `10-3`.
+    The result is normalised (`number_text`), so equal numbers give equal texts: `$1,072.50` is
+    `1072.5`, and `4/6` is `2/3`. It is None if there is no number, or if the word at this place is
+    more than a number, as in `3:30` or `10-3`.
     """
     _, mark, after = text.rpartition("####")
     for part, index in ((after if mark else "", 0), (text, -1)):
@@ -72,13 +73,13 @@ def final_number(text: str) -> str | None:
 
 
 def answers_after_mark(text: str) -> bool:
-    """Whether a number follows the last `####` of a text."""
+    """Return whether the text has a `####` and a number follows the last one."""
     _, mark, after = text.rpartition("####")
     return bool(mark) and final_number(f"####{after}") is not None
 
 
 def number_text(value: Fraction) -> str:
-    """A number in decimals where they end, else as a fraction in lowest terms."""
+    """Write a number exactly, as a finite decimal or else as a fraction in lowest terms."""
     places = 0
     rest = value.denominator
     for prime in (2, 5):
@@ -95,7 +96,7 @@ def number_text(value: Fraction) -> str:
 
 
 def _normal(text: str) -> str:
-    """Text in which each number is written without spaces, and a mixed one with `&`."""
+    """Rewrite a text so that numbers have no spaces; a mixed number gets `&` between its parts."""
     text = text.replace("\u2212", "-").replace("\u2044", "/")
     for pattern, by in _LATEX:
         text = pattern.sub(by, text)
@@ -107,13 +108,13 @@ def _normal(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """Words of a text without the signs around them."""
+    """Split a text into words without the punctuation around them."""
     words = re.split(r"[\s=<>]+", _normal(text))
     return [_stripped(word) for word in words]
 
 
 def _has_number(word: str) -> bool:
-    """Whether a word has a digit that is not that of a unit, as in m^2."""
+    """Return whether a word has a digit and is not just a unit such as m^2."""
     return re.search("[0-9]", word) is not None and not re.fullmatch(_UNIT, word)
 
 

@@ -1,4 +1,4 @@
-"""What a probe has found: how often a model solves each problem of a task."""
+"""Files of `thoughtbubbles probe`: how often a model solves each problem of a task."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ from train.data.json_lines import read_json_lines
 
 @dataclasses.dataclass(frozen=True)
 class Probed:
-    """A probed problem, a line of the file.
+    """Result of one problem, a line of the file.
 
     Attributes:
-        uid: Name of the problem.
-        correct: Number of right answers.
-        samples: Number of samples.
+        uid: Name of the problem (`Problem.uid`).
+        correct: Number of sampled responses that solve the problem.
+        samples: Number of sampled responses.
     """
 
     uid: str
@@ -25,10 +25,13 @@ class Probed:
 
 
 def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
-    """Options of a probe, and the problems that it has probed so far.
+    """Read a file of `thoughtbubbles probe`.
+
+    Returns:
+        The options of the probe, and the results of the problems that it has probed so far.
 
     Raises:
-        ValueError: There is no such file, or it is none of a probe.
+        ValueError: The file does not exist, or was not written by `thoughtbubbles probe`.
     """
     file = Path(path)
     if not file.is_file():
@@ -41,7 +44,7 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
 
 
 def drop_half_line(path: str | Path) -> None:
-    """Cut off what a killed probe has written of its last line."""
+    """Remove the unfinished last line of a file, which a killed probe may leave."""
     file = Path(path)
     whole = file.read_bytes()
     kept = whole[: whole.rfind(b"\n") + 1]
@@ -50,20 +53,21 @@ def drop_half_line(path: str | Path) -> None:
 
 
 def append_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append lines to the file of a probe."""
+    """Append dicts to the file of a probe, each as a line of JSON."""
     with Path(path).open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def unsolved_problems(path: str | Path, task: Any) -> frozenset[str]:
-    """Names of the problems that were never solved.
+    """Return the names of the training problems that the probed model never solved.
 
     Args:
         path: File of the probe.
         task: Task that was probed.
 
     Raises:
-        ValueError: The file is not of this task, or lacks some of its problems.
+        ValueError: The file does not exist, was not written by `thoughtbubbles probe`, is of
+            another task, or lacks some of this task's training problems.
     """
     _, problems = read_probe(path)
     uids = {problem.uid for problem in problems}

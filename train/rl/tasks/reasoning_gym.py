@@ -1,4 +1,4 @@
-"""Tasks of the package reasoning-gym, where it is installed."""
+"""Adapter for the tasks of the optional package reasoning-gym."""
 
 import contextlib
 import dataclasses
@@ -17,17 +17,21 @@ _INSTALL = "pip install reasoning-gym"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
-    """A data set of reasoning-gym: its questions, and its scores as rewards.
+    """A data set of reasoning-gym, with its scores as rewards.
 
-    A fifth of the questions is held out, by rank of a hash of their text, so one that the package
-    gives twice is in one split. All are made at the start (some data sets take long: choose a
-    smaller `size`).
+    The fifth of the different questions whose hashes are smallest is the test split, so a question
+    that occurs twice is in one split only. All questions are generated at the start. If that takes
+    long, choose a smaller `size`.
 
     Attributes:
         dataset: Name of the data set, e.g. "chain_sum".
-        size: Number of questions of both splits.
+        size: Number of questions of both splits together.
         options: Options of the data set, e.g. `{'max_terms': 3}`.
         seed: Seed of the data set.
+
+    Raises:
+        ValueError: The package is not installed, it rejects the data set or its options, `size` is
+            out of range, or all questions are equal.
     """
 
     word: ClassVar[str] = "reasoning_gym"
@@ -76,7 +80,10 @@ class ReasoningGym:
         return self.__dict__["_rows"][split][index][0]
 
     def score(self, completion: Completion) -> Reward:
-        """The data set's score; a full one is a success. Where its scorer raises it is 0."""
+        """Give the data set's score of the response, which is a success from 1 on.
+
+        If the package's scorer raises, the reward is 0 and is counted as `scorer_errors`.
+        """
         entry = self.__dict__["_entries"][completion.problem.answer]
         with _own_randomness():
             try:
@@ -91,7 +98,7 @@ class ReasoningGym:
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Restore the global generators, which the package may seed and draw from."""
+    """Context that restores the process's random generators, which the package may use and seed."""
     states = random.getstate(), np.random.get_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Changes of a reward's value that tasks make: for a well-formed text."""
+"""Reward shaping by tasks: a bonus for well-formed responses."""
 
 import dataclasses
 
@@ -6,6 +6,6 @@ from train.rl.types import Reward
 
 
 def format_bonus(reward: Reward, well_formed: bool, bonus: float) -> Reward:
-    """Reward with `bonus` added for a well-formed text, right or wrong; info gets `well_formed`."""
+    """Add `bonus` to a reward if the text is well-formed; info gets `well_formed`, 1 or 0."""
     info = {**reward.info, "well_formed": float(well_formed)}
     return dataclasses.replace(reward, value=reward.value + bonus * well_formed, info=info)

@@ -1,4 +1,4 @@
-"""A few characters to copy, reverse, or sort."""
+"""Tasks of copying, reversing and sorting a few characters."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,11 +15,11 @@ class Copy(Generated):
     """Copying: `abc>` is answered by `abc`.
 
     Attributes:
-        length: Greatest length of the text.
-        shortest: Least length of the text.
-        alphabet: Characters that are drawn.
-        partial: Whether a wrong answer is worth the share of characters at their right positions;
-            it remains no success.
+        length: Maximum length of the text.
+        shortest: Minimum length of the text.
+        alphabet: Characters to sample the text from.
+        partial: Whether the reward of a wrong answer is the fraction of characters at the right
+            position, rather than 0. It still does not count as a success.
     """
 
     word: ClassVar[str] = "copy"
@@ -56,7 +56,7 @@ class Copy(Generated):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reverse(Copy):
-    """Reversing: `abc>` is answered by `cba`; options as those of `copy`."""
+    """Reversing: `abc>` is answered by `cba`; the options are those of `copy`."""
 
     word: ClassVar[str] = "reverse"
 
@@ -66,7 +66,7 @@ class Reverse(Copy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sort(Copy):
-    """Sorting: `cab>` is answered by `abc`; options as those of `copy`."""
+    """Sorting: `cab>` is answered by `abc`; the options are those of `copy`."""
 
     word: ClassVar[str] = "sort"
 

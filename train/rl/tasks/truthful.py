@@ -1,4 +1,4 @@
-"""Answers that may abstain: right, abstained or wrong (TruthRL, arXiv 2509.25760)."""
+"""Rewards for answers that may abstain: right, abstained or wrong (TruthRL, arXiv 2509.25760)."""
 
 import dataclasses
 import re
@@ -14,10 +14,10 @@ Reasoning = Literal["none", "multiplicative", "additive", "conditional"]
 Outcome = Literal["right", "abstained", "wrong"]
 
 UNKNOWN = "I don't know"
-"""Phrase that abstains, unless a task or the user names another one."""
+"""Phrase that abstains, unless the task or the user sets another one."""
 
 INVALID = "invalid question"
-"""Phrase that rejects a question: while training, a wrong answer."""
+"""Phrase that rejects a question as invalid; such a response counts as wrong."""
 
 _BOX = "\\boxed{"
 _NEITHER_WORD_NOR_SPACE = re.compile(r"[^\w\s]|_")
@@ -25,7 +25,10 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` of a text, braces balanced; None without a whole one."""
+    r"""Return the content of a text's last `\boxed{...}` with balanced braces.
+
+    The result is None if there is no `\boxed{`, or if the last one is never closed.
+    """
     start = text.rfind(_BOX)
     if start < 0:
         return None
@@ -38,18 +41,19 @@ def boxed(text: str) -> str | None:
 
 
 def normalized(text: str) -> str:
-    """Text in lower case, without punctuation and articles, with single spaces."""
+    """Normalise a text: lower case, no punctuation, no articles (a, an, the), single spaces."""
     text = _ARTICLES.sub(" ", _NEITHER_WORD_NOR_SPACE.sub("", text.lower()))
     return " ".join(text.split())
 
 
 def abstains(answer: str, phrase: str) -> bool:
-    """Whether an answer contains a phrase, both normalised: "I don't know, maybe Paris" does.
+    """Return whether an answer abstains.
 
-    A phrase without letters and digits, such as "?", has to be the whole first line.
+    It does if it contains the phrase, both normalised, as "I don't know, maybe Paris" does. A
+    phrase without letters and digits, such as "?", must be the answer's whole first line.
 
     Args:
-        answer: Answer, as it was written.
+        answer: Answer, not yet normalised.
         phrase: Phrase that abstains.
     """
     if not normalized(phrase):
@@ -63,25 +67,25 @@ def truthfulness(
     hallucination: float,
     weights: tuple[float, float, float] = (1.0, 0.0, 1.0),
 ) -> float:
-    """Truthfulness w1 Acc + w2 Unc - w3 Hall.
+    """Compute the truthfulness score w1 Acc + w2 Unc - w3 Hall.
 
     Args:
-        accuracy: Share of right answers.
-        uncertain: Share of abstentions.
-        hallucination: Share of wrong answers.
+        accuracy: Fraction of right answers (Acc).
+        uncertain: Fraction of abstentions (Unc).
+        hallucination: Fraction of wrong answers (Hall).
         weights: Weights (w1, w2, w3).
     """
     return weights[0] * accuracy + weights[1] * uncertain - weights[2] * hallucination
 
 
 def outcome_value(outcome: Outcome, abstain: float = 0.0, out_of_knowledge: bool = False) -> float:
-    """Ternary reward: 1 for a right answer, `abstain` for none, -1 for a wrong one.
+    """Ternary reward: 1 for a right answer, `abstain` for an abstention, -1 for a wrong answer.
 
     Args:
-        outcome: What the answer is.
+        outcome: Outcome of the response.
         abstain: Reward of abstaining (r_abstain); -1 makes the reward binary.
-        out_of_knowledge: Whether the problem is known to be out of the policy's knowledge; then
-            abstaining is worth 1 and all else -1 (knowledge-enhanced).
+        out_of_knowledge: Whether to use the knowledge-enhanced reward of a problem that is out of
+            the policy's knowledge: 1 for abstaining, -1 for any answer.
     """
     if out_of_knowledge:
         return 1.0 if outcome == "abstained" else -1.0
@@ -89,13 +93,13 @@ def outcome_value(outcome: Outcome, abstain: float = 0.0, out_of_knowledge: bool
 
 
 def with_reasoning(value: float, score: float, how: Reasoning) -> float:
-    """Reasoning-enhanced reward of an outcome's value r_o.
+    """Combine the reward of an outcome with a score of the reasoning (reasoning-enhanced reward).
 
     Args:
-        value: Value of the outcome (r_o).
+        value: Reward of the outcome (r_o).
         score: Score of the reasoning, 0 or 1 (r_reason).
-        how: "multiplicative" r_o (1 + r_reason), "additive" r_o + r_reason / 2, "conditional"
-            r_o r_reason where r_o = 1 and else r_o, or "none" r_o.
+        how: Formula of the result: "multiplicative" r_o (1 + r_reason), "additive"
+            r_o + r_reason / 2, "conditional" r_o r_reason if r_o = 1 and else r_o, "none" r_o.
     """
     if how == "multiplicative":
         return value * (1.0 + score)
@@ -108,25 +112,30 @@ def with_reasoning(value: float, score: float, how: Reasoning) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class TruthfulTask:
-    r"""A task whose responses may abstain, scored by outcome; its problems are those of the task.
+    r"""A wrapper that scores a task's responses as right, abstained or wrong.
 
-    In this order: without a box (where one is demanded) a response is wrong; it abstains if it
-    contains the phrase that does; it is wrong if it contains "invalid question"; it is right if its
-    first line equals one of the task's `golds(problem)`, both normalised, or if the task's own
-    scorer calls it a success; else it is wrong. The info of a reward has the outcome as shares,
-    `accuracy`, `uncertain` and `hallucination`, and `truthfulness` with w2 = 0, 1/2 and -1/2.
+    The first rule that applies decides the outcome. A response is wrong if `demand_box` is set and
+    it has no box. It abstains if its answer contains `phrase` (`abstains`). It is wrong if its
+    answer contains "invalid question". It is right if the answer's first line equals one of the
+    task's `golds(problem)`, both normalised, or if the task's own scorer counts it as a success.
+    Otherwise it is wrong. A response that is not wrong is a success if the task's own scorer counts
+    it as one, or if it is right and its problem is not out of knowledge. The info of a reward has
+    the metrics of `shares`.
 
     Attributes:
-        task: Task with a scorer; it may have `golds(problem)`, texts that are right answers, with
-            `normalize(text)` where they aren't prose, `out_of_knowledge(problem)`, and
+        task: Task with a scorer. It may also have `golds(problem)`, the texts of right answers;
+            `normalize(text)`, for answers that are not prose; `out_of_knowledge(problem)`; and
             `reasoning(completion)`, a score of 0 or 1.
         abstain: Reward of abstaining (r_abstain).
-        demand_box: Whether the answer has to stand in `\boxed{...}`, the last of the response; else
-            the whole response is the answer.
+        demand_box: Whether the answer is the response's last `\boxed{...}`, which must exist;
+            otherwise the whole response is the answer.
         phrase: Phrase that abstains.
-        knowledge: Whether problems out of knowledge reward abstention alone.
-        unsolved: Names of the problems out of knowledge, besides those that the task knows.
-        reasoning: How the score of the reasoning changes the reward.
+        knowledge: Whether problems out of knowledge get reward 1 for abstaining and -1 for any
+            answer.
+        unsolved: Names of problems that are out of knowledge, in addition to those for which the
+            task's `out_of_knowledge` is true.
+        reasoning: Formula by which the score of the reasoning changes the reward
+            (`with_reasoning`).
     """
 
     task: Any
@@ -167,7 +176,7 @@ class TruthfulTask:
         return Reward(value, success, info, verdict.error, of_outcome)
 
     def out_of_knowledge(self, problem: Problem) -> bool:
-        """Whether a problem is known to be out of the policy's knowledge."""
+        """Return whether a problem is in `unsolved`, or out of knowledge according to the task."""
         knows = getattr(self.task, "out_of_knowledge", None)
         return problem.uid in self.unsolved or bool(knows and knows(problem))
 
@@ -186,7 +195,13 @@ class TruthfulTask:
 
 
 def shares(outcome: Outcome) -> dict[str, float]:
-    """An outcome as shares, whose means over responses are the metrics."""
+    """Convert the outcome of one response to metrics, which are averaged over responses.
+
+    Returns:
+        A dict of `accuracy`, `uncertain` and `hallucination`, of which one is 1 and the others 0,
+        and the truthfulness with w2 = 0, 1/2 and -1/2: `truthfulness`, `truthfulness_plus_half` and
+        `truthfulness_minus_half`.
+    """
     right, abstained, wrong = (float(outcome == name) for name in ("right", "abstained", "wrong"))
     return {
         "accuracy": right,
@@ -199,15 +214,16 @@ def shares(outcome: Outcome) -> dict[str, float]:
 
 
 def truthful(task: Task | Any, options: Any, unsolved: Collection[str] | None) -> TruthfulTask:
-    """A task that is scored by outcome.
+    """Wrap a task so that it is scored by outcome (`TruthfulTask`).
 
     Args:
         task: Task with a scorer.
         options: Options of the scorer (`train.rl.learning.penalties.Ternary`).
-        unsolved: Names of problems that are out of knowledge; None where none were looked for.
+        unsolved: Names of problems that are out of knowledge; None without a probe.
 
     Raises:
-        ValueError: The task has turns, or lacks what the options need.
+        ValueError: The task has turns or is already a `TruthfulTask`, or the options need a probe,
+            a method `out_of_knowledge` or a method `reasoning` that is missing.
     """
     if hasattr(task, "step"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Questions with answers from disk, divided into a training and a test split."""
+"""Base of tasks of questions and answers from disk, with a training and a test split."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,10 +17,14 @@ class WordProblems:
     """Base of tasks whose problems are lines of JSON with a question and an answer.
 
     Attributes:
-        path: Folder with train.jsonl and test.jsonl, or one file, a tenth of whose questions are
-            held out, by rank of a hash.
-        template: Prompt, in which `{question}` stands for the question.
-        seed: Unused; the files determine all.
+        path: Folder with train.jsonl and test.jsonl, or one file. The tenth of a file's questions
+            whose hashes are smallest is the test split.
+        template: Template of the prompt, in which `{question}` is replaced by the question.
+        seed: Unused, because the files determine the problems.
+
+    Raises:
+        ValueError: The template has no `{question}`, a file is missing, empty or malformed, the two
+            files share questions, or a single file has only one question.
     """
 
     word: ClassVar[str] = ""
@@ -36,11 +40,11 @@ class WordProblems:
         object.__setattr__(self, "_rows", self._read())
 
     def fields(self) -> tuple[str, str]:
-        """Names of the fields of the question and of the answer."""
+        """Return the names of the JSON fields of the question and of the answer."""
         return "question", "answer"
 
     def gold(self, answer: str, where: str) -> str:
-        """The answer that a response is compared with.
+        """Extract the answer with which responses are compared.
 
         Args:
             answer: Text of the answer's field.
