@@ -1,1 +1,1 @@
-"""The loop that trains the architectures of this project."""
+"""Training, fine-tuning, evaluation and reinforcement learning of this project's architectures."""

@@ -1,4 +1,4 @@
-"""Success and validity on the variants of an environment.
+"""Score a model's success and validity on the variants of an environment.
 
 thoughtbubbles battery --checkpoint runs/sft --battery.task sokoban_variants
 """
@@ -20,7 +20,7 @@ from train.rl.learning.policy import sampler_of
 
 @dataclasses.dataclass(frozen=True)
 class BatteryRun:
-    """Scores a model on the variants of an environment: does it read its prompt?
+    """Score a model on the variants of an environment: does it read its prompt?
 
     Attributes:
         checkpoint: Run folder, or the folder of one of its steps.
@@ -42,7 +42,7 @@ class BatteryRun:
 
 
 def main(config: BatteryRun) -> None:
-    """Print a line for each variant."""
+    """Print a table of the scores, a row for each variant, and write them to `config.json`."""
     if config.json:
         check_output(Path(config.json))
     config.battery.environments()
@@ -57,7 +57,14 @@ def main(config: BatteryRun) -> None:
 
 
 def score(lm: LanguageModel, config: BatteryConfig) -> dict[str, VariantScore]:
-    """Scores of a language model, with its latent memory where it has some."""
+    """Play the battery with a language model, with its latent memory if it has one.
+
+    Returns:
+        Scores by the name of the variant.
+
+    Raises:
+        ValueError: The model's policy is not causal, or the config or an environment has a mistake.
+    """
     lm.model.check_cacheable()
     policy = lm.memgen
     if policy is None:
@@ -66,7 +73,10 @@ def score(lm: LanguageModel, config: BatteryConfig) -> dict[str, VariantScore]:
 
 
 def table(scores: dict[str, VariantScore]) -> str:
-    """A markdown table of the variants; `cut` is the share of responses cut at max_new_tokens."""
+    """Format scores as a Markdown table with a row for each variant.
+
+    The column `cut` is the fraction of responses that were truncated at `max_new_tokens`.
+    """
     lines = ["| variant | success | validity | turns | cut |", "|---|---|---|---|---|"]
     lines += [
         f"| {name} | {each.success:.3f} ± {each.error:.3f} | {each.validity:.3f} | "

@@ -1,10 +1,10 @@
-"""Speed side by side with the plain decoder of the same size: python -m train.benchmark [WHAT].
+"""Benchmarks of speed, most beside a plain decoder of the same size: train.benchmark [WHAT].
 
-WHAT is `step` (training, the default), `selection` (what choosing streams costs in a forward pass),
-`decode` (cached decoding against recomputation), `first-token` (prefill, blocks in their stack or
-one by one), `hatchling` (a Dragon Hatchling: step, prefill, decoding), `memgen` (what weaving
-costs), `rl` (rollouts, updates, and what it saves to prefill a prompt once for all rows) or
-`accelerator` (what one GPU or TPU does, part by part).
+WHAT is `step` (training, the default), `selection` (the cost of selecting streams in a forward
+pass), `decode` (cached decoding against recomputation), `first-token` (prefill, with the blocks
+scanned as one stack or unrolled), `hatchling` (training step, prefill and decoding of a Dragon
+Hatchling), `memgen` (the cost of weaving), `rl` (rollouts, updates, and the time saved by
+prefilling a prompt once for all rows) or `accelerator` (the parts of a model on one GPU or TPU).
 """
 
 import sys

@@ -1,7 +1,8 @@
-"""Will it fit, and how is it split? python -m train.compile PRESET --topology v5p:4x4x4.
+"""Check whether a model fits on devices: python -m train.compile PRESET --topology v5p:4x4x4.
 
-Compiles the train step (or a cached decode step) for devices that are not attached. The exit status
-is 0 if it fits, 1 if it does not, and 2 after a mistake.
+The command compiles the train step (or a cached decode step) for devices that are not attached, and
+reports its memory and sharding. The exit status is 0 if the program fits, 1 if it does not, and 2
+if the command line has a mistake.
 """
 
 import json
@@ -25,7 +26,7 @@ JAX_SHARE = 0.75  # of a GPU's memory, by default
 
 
 def main(config: CompileConfig) -> None:
-    """Compile, print the report, and leave with the status that answers the question."""
+    """Compile, print the report, and exit with status 0 if the program fits, else with 1."""
     check_config(config)
     # Nothing runs, and an attached device should stay free.
     jax.config.update("jax_platforms", "cpu")
@@ -62,7 +63,11 @@ def main(config: CompileConfig) -> None:
 
 
 def as_options(words: list[str]) -> list[str]:
-    """Rewrites `--preset NAME` and `--mesh data=1 fsdp=64` to the options that the parser knows."""
+    """Rewrite command-line shorthands as options that the parser knows.
+
+    `--preset NAME` becomes the positional NAME, `--mesh data=1 fsdp=64` becomes
+    `--mesh.data 1 --mesh.fsdp 64`.
+    """
     words, given = list(words), []
     if "--preset" in words[:-1]:
         at = words.index("--preset")

@@ -1,4 +1,4 @@
-"""Demonstrations of an environment as chat data, and prompts of its variants.
+"""Write an expert's demonstrations in an environment as chat data for fine-tuning.
 
 thoughtbubbles demonstrations "sokoban_variants(variant='diverse')" --out train.jsonl
 """
@@ -23,22 +23,23 @@ from train.runs.files import check_new_file
 
 @dataclasses.dataclass(frozen=True)
 class DemonstrationsConfig:
-    """Writes what an expert does in the states of an environment, as `thoughtbubbles sft` reads it.
+    """Write what an expert does in states of an environment, as data for `thoughtbubbles sft`.
 
     Attributes:
         environment: Environment with variants and its options, e.g.
             "sokoban_variants(variant='diverse')" or "general_points(variant='diverse', maps=4)".
         out: File of training records to write, JSON Lines.
-        count: Number of states of an epoch, of the environment's training problems.
-        epochs: Number of passes; where a variant draws names, each pass has its own unless the
-            environment has resample=False. Boards of Sokoban are the same in each, cards are dealt
-            for what they count.
-        form: Parts of a completion: the "answer" behind an empty thought, the "thoughts" alone,
+        count: Number of states per epoch, from the environment's training problems.
+        epochs: Number of passes. Variants that sample names sample new ones in each pass, unless
+            the environment has resample=False. Boards of Sokoban are the same in each pass; cards
+            are dealt anew for the values that they have in the pass.
+        form: Parts of a completion: the "answer" after an empty thought, the "thoughts" alone,
             whose last word is the answer, or "both".
-        battery: Folder for a file of held-out demonstrations of each variant, VARIANT.jsonl; none
-            by default. Keep it apart from the training file: sft reads all files of a folder.
-        battery_count: Number of states in each of these files.
-        seed: Seed of the order of problems and of names.
+        battery: Folder for held-out demonstrations, one file VARIANT.jsonl for each variant; none
+            are written by default. Keep it apart from the training file: sft reads all files of a
+            folder.
+        battery_count: Number of states in each file of the battery.
+        seed: Seed of the order of problems and of the sampled names.
     """
 
     environment: tyro.conf.Positional[str]
@@ -55,7 +56,7 @@ class DemonstrationsConfig:
 
 
 def main(config: DemonstrationsConfig) -> None:
-    """Write the files, and print how many records each has."""
+    """Write the files, and print the number of records of each."""
     environment = instructed(config.environment, config.seed)
     records = functools.partial(demonstration_records, form=config.form)
     files = {Path(config.out): records(environment, "train", config.count, config.epochs)}

@@ -1,7 +1,10 @@
-"""Held-out loss that tells the truth: prefix-only for models whose policy is not causal.
+"""Score a model on held-out rows or on tasks.
 
-Of a trained run, also under policy overrides: python -m train.evaluate --checkpoint runs/tiny
-Scores of tasks, of pretrained models too: python -m train.evaluate --model smollm2 --tasks a.jsonl
+Held-out rows of a run, also under other fork policies: python -m train.evaluate --checkpoint runs/a
+Tasks, of a run or a pretrained model: python -m train.evaluate --model smollm2 --tasks a.jsonl
+
+For a policy that is not causal, each scored token is computed from its prefix alone, so that the
+loss is that of an autoregressive model.
 """
 
 import dataclasses
@@ -35,29 +38,30 @@ Loaded = TypeVar("Loaded", bound=LanguageModel)
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out loss of a trained run, also under policy overrides;
-    or scores of tasks, of a run or of a pretrained model.
+    """Score a trained run on held-out rows, or a run or a pretrained model on tasks.
 
     Attributes:
         checkpoint: Run folder, or the folder of one of its steps.
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
-        int8: Whether weights are held in 8 bits, but for norms, biases and fork layers.
+        int8: Whether weights are held in 8 bits, except norms, biases and fork layers.
         policy: Fork policy in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
         ratio: Streams per token in place of the policy's own.
-        window: Tokens that `PrefixRank` ranks among, in place of the policy's own.
-        threshold_offset: Offset of `Threshold`'s threshold; positive for fewer streams.
+        window: Number of tokens among which `PrefixRank` ranks, in place of the policy's own.
+        threshold_offset: Offset added to the threshold of `Threshold`; positive for fewer streams.
         sweep: Several ratios, scored one after the other.
         sweep_offset: Several threshold offsets, scored one after the other.
-        figure: File for the sweep's bits per byte against streams per token (needs matplotlib).
+        figure: File for a plot of the sweep, bits per byte against streams per token (needs
+            matplotlib).
         rows: Number of held-out rows scored, spread over the split; 0 scores all of them.
-        positions: Number of positions scored prefix-only where the policy is not causal; 0 scores
-            all.
-        batch_size: Rows of a forward pass.
-        tasks: JSONL files of multiple-choice or cloze items, in place of held-out rows: HellaSwag,
-            PIQA, BLiMP, LAMBADA, or query, choices and gold; name=FILE names one.
-        limit: Number of items of each task that are scored, the first ones; all by default.
+        positions: Number of positions scored from their prefix alone if the policy is not causal;
+            0 scores all.
+        batch_size: Number of rows of a forward pass.
+        tasks: JSONL files of multiple-choice or cloze items, in place of held-out rows, in the
+            format of HellaSwag, PIQA, BLiMP or LAMBADA, or with fields query, choices and gold;
+            name=FILE gives a task another name than its file's.
+        limit: Number of items scored per task, from its beginning; all by default.
         json: File for the scores of tasks; none by default.
         records: File for the scores of every item, one JSON object on each line; none by default.
     """
@@ -104,7 +108,10 @@ def main(config: EvaluateConfig) -> None:
 
 
 def score_tasks(config: EvaluateConfig) -> None:
-    """Print a table; everything is checked and read before the model is."""
+    """Score tasks, print a table, and write the output files.
+
+    Task files and output paths are read and checked before the model is loaded.
+    """
     outputs = [Path(file) for file in (config.json, config.records) if file]
     for path in outputs:
         check_output(path)
@@ -143,7 +150,7 @@ def score_tasks(config: EvaluateConfig) -> None:
 
 
 def score_held_out(config: EvaluateConfig) -> None:
-    """Print the held-out loss of each policy override."""
+    """Print the held-out loss under each policy of `config`, and save the sweep's figure."""
     if config.figure:
         if not (config.sweep or config.sweep_offset):
             raise ValueError(f"figure {config.figure} shows a sweep: add --sweep 1.0 1.5 2.0")
@@ -168,13 +175,22 @@ def score_held_out(config: EvaluateConfig) -> None:
 
 
 def changed(loaded: Loaded, config: EvaluateConfig) -> Loaded:
-    """The model with the adapter and in the form that the config names."""
+    """Return the model with `config.adapter` merged, in 8 bits if `config.int8`."""
     loaded = loaded if config.adapter is None else loaded.with_adapter(config.adapter)
     return loaded.in_int8() if config.int8 else loaded
 
 
 def models_of(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Architecture]:
-    """The model under each policy that the config asks for, by the name of the setting."""
+    """Return the model under each fork policy that the config selects.
+
+    Returns:
+        Models by the name of the setting, such as "ratio 1.5" or "offset +0.2" in a sweep. Without
+        a sweep there is one model, under the name "".
+
+    Raises:
+        ValueError: Both sweeps are given, the model is a plain decoder, the policy lacks an option
+            that is overridden, or a value is out of range.
+    """
     if config.sweep and config.sweep_offset:
         raise ValueError("--sweep and --sweep-offset are two settings at once: choose one")
     overrides = (config.ratio, config.window, config.threshold_offset)

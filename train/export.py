@@ -1,4 +1,4 @@
-"""The model of a run as a folder of weights, config and tokenizer, for any machine.
+"""Export the model of a run as a folder of weights, config and tokenizer.
 
 thoughtbubbles export runs/tiny --to tiny_model
 thoughtbubbles export runs/sft --to adapter --adapter-only
@@ -31,16 +31,17 @@ class ExportConfig:
     """Write the model of a run as a folder: safetensors, config.json and tokenizer.json.
 
     Attributes:
-        run: Run folder, or the folder of one of its steps; pretrained weights too ("smollm2", a
+        run: Run folder, the folder of one of its steps, or pretrained weights ("smollm2", a
             Hugging Face folder, a .gguf file).
         to: New folder to write.
         step: Step of the run; the newest by default.
-        format: Form of the folder: "transformers", which that library loads and which models that
-            fork don't have; "thoughtbubbles", which holds every model and which `--model` and
-            `load_pretrained` load; or "auto", the first where there is one.
-        dtype: Type of the stored weights; that of the model's own by default.
-        adapter_only: Whether the LoRA adapter of a fine-tuned run is written in place of its model,
-            as a folder of `peft` (in float32), which `--adapter` loads.
+        format: Format of the folder: "transformers", which that library can load, but which can't
+            hold models that fork; "thoughtbubbles", which holds every model; or "auto",
+            "transformers" if the model allows it, else "thoughtbubbles". `--model` and
+            `load_pretrained` load either.
+        dtype: Data type of the stored weights; by default that of the embedding.
+        adapter_only: Whether to write the LoRA adapter of a fine-tuned run in place of its model,
+            as a folder in the format of `peft` (float32), which `--adapter` loads.
     """
 
     run: tyro.conf.Positional[str]
@@ -66,17 +67,18 @@ def export_model(
 
     Args:
         lm: Model with its tokenizer.
-        to: New folder; an empty one may exist.
-        format: As in `ExportConfig`.
-        dtype: Type of the stored weights; None keeps that of the embedding.
+        to: Folder to write, which does not exist yet or is empty.
+        format: Format of the folder, as in `ExportConfig.format`.
+        dtype: Data type of the stored weights; None takes that of the embedding.
 
     Returns:
-        Text that says what was written, how large it is, and what loads it.
+        Text that lists the files with their sizes, and says what can load the folder.
 
     Raises:
-        ValueError: The folder is there already, its disk is too full, the model has latent memory,
-            or no family computes what the model computes.
-        OSError: The folder can't be written; nothing is left of it.
+        ValueError: The folder is not empty, the disk is too full, the model has latent memory, or
+            `format` is "transformers" and no architecture of that library computes the same
+            function as the model.
+        OSError: The folder can't be written; what was written of it is removed.
     """
     to = Path(to).expanduser()
     check_new_folder(to)
@@ -108,16 +110,16 @@ def export_adapter(run: str | Path, to: str | Path, step: int | None = None) -> 
 
     Args:
         run: Run folder, or the folder of one of its steps.
-        to: New folder; an empty one may exist.
+        to: Folder to write, which does not exist yet or is empty.
         step: Step of the run; the newest by default.
 
     Returns:
-        Text that says what was written, and what loads it.
+        Text that says how large the folder is, and what can load it.
 
     Raises:
-        ValueError: The folder is there already, the run trained something else, or a layer has no
-            name in `transformers`.
-        OSError: The folder can't be written; nothing is left of it.
+        ValueError: The folder is not empty, the run did not train a LoRA adapter, or a layer has
+            no name in `transformers`.
+        OSError: The folder can't be written; what was written of it is removed.
     """
     to = Path(to).expanduser()
     check_new_folder(to)
@@ -141,9 +143,9 @@ def _load(config: ExportConfig) -> LanguageModel:
 
 
 def _with_context(lm: LanguageModel) -> Any:
-    """The model's config with the tokens at a time that its weights are made for.
+    """Return the model's config with the context length that its weights were pretrained with.
 
-    Those of its pretraining count: a run fine-tuned on short rows has not forgotten longer texts.
+    A run that was fine-tuned on shorter rows keeps the context length of its pretraining.
     """
     config = lm.model.config
     length = config.context_length or lm.context_length
@@ -154,7 +156,7 @@ def _with_context(lm: LanguageModel) -> Any:
 
 
 def _format(model: Any, format: Format) -> tuple[Literal["transformers", "thoughtbubbles"], str]:
-    """The form of the folder, and why it is not that of `transformers`."""
+    """Return the folder's format, and why "auto" did not choose `transformers` ("" if it did)."""
     if format != "auto":
         return format, ""
     try:
@@ -185,7 +187,7 @@ def _readable(size: int) -> str:
 
 
 def main(config: ExportConfig) -> None:
-    """Export and say what was written."""
+    """Export the model or the adapter, and print what was written."""
     check_new_folder(Path(config.to).expanduser())  # before anything is read
     if config.adapter_only:
         print(export_adapter(Path(config.run).expanduser(), config.to, config.step))

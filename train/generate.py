@@ -1,6 +1,6 @@
-"""Text from a model: python -m train.generate --checkpoint runs/tiny --prompt "def "
+"""Generate text with a model: python -m train.generate --checkpoint runs/tiny --prompt "def "
 
-A pretrained one answers: python -m train.generate --model smollm2 --chat --prompt "Who are you?"
+Chat with a model: python -m train.generate --model smollm2 --chat --prompt "Who are you?"
 """
 
 import dataclasses
@@ -26,24 +26,27 @@ class GenerateConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
-        int8: Whether weights are held in 8 bits, but for norms, biases and fork layers.
-        chat: Whether prompts are messages to the model, of which only its answers are printed.
+        int8: Whether weights are held in 8 bits, except norms, biases and fork layers.
+        chat: Whether each prompt is a user's message in the model's chat template; only the answers
+            are printed.
         prompt: One or more texts; each is continued as if it were alone.
-        max_new_tokens: Tokens added to each prompt at most; a text also ends at the document
-            separator.
+        max_new_tokens: Maximum number of tokens added to each prompt; a text also ends at a stop
+            token, such as the document separator.
         temperature: Sampling temperature; 0 takes the most probable token each time.
         top_k: Number of most probable tokens to sample from; all of them by default.
-        top_p: Probability mass of the fewest most probable tokens to sample from; 1 by default.
-        min_p: Least probability to sample from, as a share of the most probable token's; 0 by
+        top_p: Probability mass of the most probable tokens to sample from (nucleus sampling); 1 by
             default.
+        min_p: Minimum probability of a token to sample, relative to that of the most probable
+            token; 0 by default.
         seed: Seed of the samples.
         policy: Fork policy in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
         ratio: Streams per token in place of the policy's own: more thinking, or less.
-        window: Tokens that `PrefixRank` ranks among, in place of the policy's own.
-        threshold_offset: Offset of `Threshold`'s threshold; positive for fewer streams.
-        memory: When a model with a weaver weaves: "always" where it may, "never", or as "learned".
-        cache: Whether keys and values are kept where the policy is causal, or the prefix is
-            recomputed for each token.
+        window: Number of tokens among which `PrefixRank` ranks, in place of the policy's own.
+        threshold_offset: Offset added to the threshold of `Threshold`; positive for fewer streams.
+        memory: When a model with a weaver writes latent memory: "always" (wherever it may),
+            "never", or where its trained trigger decides ("learned").
+        cache: Whether keys and values are cached if the policy is causal; without a cache the whole
+            prefix is recomputed for each token.
         bubbles: Whether to print where the model forks in the text.
         figure: File for the bubble map of the first text, as .png, .pdf or .svg (needs matplotlib).
     """
@@ -118,7 +121,12 @@ def main(config: GenerateConfig) -> None:
 
 
 def under_policy(loaded: LanguageModel, config: GenerateConfig) -> LanguageModel:
-    """The model with the policy and overrides that the config names."""
+    """Return the model under the fork policy and the overrides of the config.
+
+    Raises:
+        ValueError: The model is a plain decoder, the policy lacks an option that is overridden, or
+            a value is out of range.
+    """
     overrides = (config.ratio, config.window, config.threshold_offset)
     if config.policy is None and all(value is None for value in overrides):
         return loaded

@@ -1,4 +1,4 @@
-"""More neurons for a trained Dragon Hatchling, which computes what it did and learns on.
+"""Add neurons to a trained Dragon Hatchling without changing its function.
 
 thoughtbubbles grow --checkpoint runs/a --num-neurons 4096 --out runs/b
 """
@@ -8,7 +8,7 @@ from train.pretraining.growing import GrowConfig, grow_run
 
 
 def main(config: GrowConfig) -> None:
-    """Grow a run and print what was done."""
+    """Write the grown run, and print how it is continued."""
     print(grow_run(config))
 
 

@@ -1,8 +1,9 @@
-"""EleutherAI's evaluation harness, its own command line, on models of ours (the extra `lm-eval`).
+"""Run the command line of EleutherAI's evaluation harness on models of this library.
 
 python -m train.harness run --model thoughtbubbles --model_args model=smollm2 --tasks piqa
 
-`--plugin mine` imports a module of yours first, such as the one that has a run's fork policy.
+It needs the extra `lm-eval`. `--plugin mine` first imports the module `mine`, such as one that
+defines a run's fork policy.
 """
 
 import sys
@@ -13,7 +14,11 @@ from train.evaluation import lm_eval_model
 
 
 def main() -> None:
-    """The harness's command line, which then knows `--model thoughtbubbles`."""
+    """Register `--model thoughtbubbles` with the harness, and run its command line.
+
+    Raises:
+        ValueError: The harness is not installed, or a plugin can't be imported.
+    """
     if lm_eval_model.harness is None:
         raise ValueError(lm_eval_model.INSTALL)
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]

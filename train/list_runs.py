@@ -1,4 +1,4 @@
-"""Run folders side by side: thoughtbubbles runs runs/a runs/b [--figure curves.png]."""
+"""Compare run folders: thoughtbubbles runs runs/a runs/b [--figure curves.png]."""
 
 import dataclasses
 import glob
@@ -24,13 +24,13 @@ WIDTH = 40  # characters of a curve in the terminal
 
 @dataclasses.dataclass(frozen=True)
 class RunsConfig:
-    """Compare run folders: where their configs differ, their last metrics, and a curve of each.
+    """Compare run folders: the options that differ, the last metrics, and a curve of each run.
 
     Attributes:
         folders: Run folders, or folders that hold run folders.
         metric: Metric whose curve is drawn, by its name in `metrics.jsonl` (`loss`, `eval/loss`,
-            `reward`, `fork_1/forked_share`, ...), or a part of names that ends in a slash for all
-            below it (`budget/`).
+            `reward`, `fork_1/forked_share`, ...). A prefix that ends in a slash stands for all
+            metrics whose names begin with it (`budget/`).
         figure: File to save all curves in, as .png, .pdf or .svg (needs matplotlib); none by
             default.
     """
@@ -46,7 +46,7 @@ class Run:
 
     Attributes:
         folder: The run folder.
-        config: Options of the run by their dotted names.
+        config: Options of the run by their dotted names, such as "optimizer.learning_rate".
         metrics: Lines of `metrics.jsonl`, oldest first.
     """
 
@@ -55,7 +55,7 @@ class Run:
     metrics: list[dict[str, Any]]
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps at which the metric was written, and its values."""
+        """Return the steps at which the metric was written, and its values at these steps."""
         points = [
             (line["step"], float(line[metric]))
             for line in self.metrics
@@ -64,7 +64,10 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def last(self) -> dict[str, float]:
-        """The newest value of the losses, rewards and success rates that the run has."""
+        """Return the last values of the losses, reward and success rate, by metric name.
+
+        Metrics that the run has not written are left out.
+        """
         names = ("loss", "eval/loss", "eval/bits_per_byte", "reward", "eval/success")
         found = ((name, self.curve(name)[1]) for name in names)
         return {name: values[-1] for name, values in found if values}
@@ -93,20 +96,23 @@ def main(config: RunsConfig) -> None:
 
 
 def metrics_of(name: str, known: Sequence[str]) -> list[str]:
-    """Metrics that a name stands for: itself, or all below it if it ends in a slash."""
+    """Return the known metrics that a name selects: by equality, or by prefix if it ends in "/"."""
     if name.endswith("/"):
         return [metric for metric in known if metric.startswith(name)]
     return [name] if name in known else []
 
 
 def run_folders(given: Sequence[str]) -> list[Path]:
-    """Run folders among some folders and directly below them, in the order given.
+    """Find run folders among the given folders and directly inside of them.
 
     Args:
         given: Run folders, or folders that hold run folders.
 
+    Returns:
+        Run folders, in the order of `given`; those inside one folder are sorted by name.
+
     Raises:
-        ValueError: A folder is no run folder and holds none.
+        ValueError: `given` is empty, or a folder neither is a run folder nor holds one.
     """
     if not given:
         raise ValueError("no folder is given: name run folders, or a folder that holds some")
@@ -124,14 +130,14 @@ def run_folders(given: Sequence[str]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder's config and metrics; a run that has logged nothing yet has no metrics."""
+    """Read a run folder's config and metrics; the metrics are empty if none are logged yet."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     logged = (folder / "metrics.jsonl").is_file()
     return Run(folder, flat(config), read_metrics(folder) if logged else [])
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict by dotted names."""
+    """Flatten a nested dict; keys are joined by dots and put after `prefix`."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         found |= (
@@ -141,7 +147,11 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A row for each run: its last step and metrics, and the options in which the runs differ."""
+    """Format a text table with a row for each run.
+
+    Columns are the run's last step, its last metrics (`Run.last`), and the options whose values
+    differ between the runs, except `out`.
+    """
     options = list(dict.fromkeys(name for run in runs for name in run.config))
     differing = [
         name
@@ -165,7 +175,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A curve as one line of characters, with its first and last value."""
+    """Draw a curve as one line of block characters between its first and its last value."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "nothing logged"
@@ -182,7 +192,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def draw(runs: Sequence[Run], metric: str) -> "Figure":
-    """The curves of one metric in one figure. Needs matplotlib."""
+    """Draw one metric of all runs as curves in one panel. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -195,7 +205,7 @@ def draw(runs: Sequence[Run], metric: str) -> "Figure":
 
 
 def draw_below(runs: Sequence[Run], metrics: Sequence[str]) -> "Figure":
-    """The curves of several metrics, a panel for each run. Needs matplotlib."""
+    """Draw several metrics as curves, one panel for each run. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 2.5 * len(runs)), layout="constrained")

@@ -1,11 +1,11 @@
-"""One Hatchling of several: thoughtbubbles merge --checkpoints runs/a runs/b --out runs/c"""
+"""Merge Dragon Hatchlings: thoughtbubbles merge --checkpoints runs/a runs/b --out runs/c."""
 
 from train.cli.command import run_command
 from train.pretraining.growing import MergeConfig, merge_runs
 
 
 def main(config: MergeConfig) -> None:
-    """Merge runs and print what was done."""
+    """Write the merged run, and print its size."""
     print(merge_runs(config))
 
 

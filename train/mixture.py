@@ -1,4 +1,4 @@
-"""Which weights give a mixture the label shares that one wants; and how good the labels are.
+"""Find source weights that give a mixture wanted label fractions, and measure the labeller.
 
 python -m train.mixture --sources stdlib ~/texts --shares reasoning=0.6 visual=0.15
 """
@@ -30,16 +30,16 @@ from train.data.shares import Solution, check_wanted, solve_weights
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """Labels segments of sources, and finds the weights for wanted label shares.
+    """Label segments of text sources, and find source weights for wanted label fractions.
 
     Attributes:
-        sources: Sources of text, as in --data.corpus; none only measures the labeller.
-        shares: Wanted shares of labels, as LABEL=SHARE.
-        labelled: Labelled segments that a classifier is trained on, and measured on: a JSON Lines
-            file of objects with "text" and "labels", or "stdlib" for the standard library's code
-            and prose, which Python's tokenizer tells apart; the rules alone by default.
+        sources: Sources of text, as in --data.corpus; without any only the labeller is measured.
+        shares: Wanted fraction of segments that have a label, as LABEL=SHARE, for each label.
+        labelled: Labelled segments to train a classifier on and to measure it on: a JSON Lines file
+            of objects with "text" and "labels", or "stdlib" for the standard library's code and
+            prose, which Python's tokenizer separates. By default fixed rules label.
         segments: Number of segments of each source that are labelled, from its first documents.
-        validation: Share of the documents that is held out, which are not labelled.
+        validation: Fraction of the documents that is held out; these are not labelled.
         cache_dir: Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by
             default.
     """
@@ -61,7 +61,7 @@ class MixtureConfig:
 
 
 def main(config: MixtureConfig) -> None:
-    """Print the labeller's accuracy, the label shares of each source, and the weights."""
+    """Print the classifier's accuracy, the label fractions of each source, and the weights."""
     wanted = dict(map(_share, config.shares))
     classifier = None
     if config.labelled is not None:
@@ -91,11 +91,16 @@ def main(config: MixtureConfig) -> None:
 
 
 def measured(labelled: str, limit: int = 3000) -> Classifier:
-    """A classifier of labelled segments; prints what it and the rules find in held-out ones.
+    """Train a classifier on labelled segments, and print its accuracy on held-out ones.
+
+    The accuracy of the rules, and of always giving the more frequent answer, are printed beside it.
 
     Args:
-        labelled: File of segments, or "stdlib".
-        limit: Number of segments of the standard library.
+        labelled: JSON Lines file of segments, or "stdlib" for Python's standard library.
+        limit: Maximum number of segments of the standard library.
+
+    Raises:
+        DataError: The file can't be read, or no segment has a label.
     """
     examples: list[Segment]
     is_own = labelled == "stdlib"
@@ -120,7 +125,7 @@ def measured(labelled: str, limit: int = 3000) -> Classifier:
 
 
 def readable(solution: Solution, wanted: Mapping[str, float]) -> str:
-    """Weights as a corpus that pretraining takes, and how near they come."""
+    """Format weights as a `--data.corpus` option, and say how near the label fractions come."""
     weights = {name: round(weight, 4) for name, weight in solution.weights.items()}
     weights = {name: weight for name, weight in weights.items() if weight}
     largest = max(weights, key=weights.__getitem__)

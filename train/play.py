@@ -15,13 +15,13 @@ from train.rl.named_tasks import make_task, tasks_help
 
 @dataclasses.dataclass(frozen=True)
 class PlayConfig:
-    """Play one problem of an environment yourself, or watch a player of it.
+    """Play one problem of an environment yourself, or watch a program play it.
 
     Attributes:
         environment: Environment or task with its options, e.g. "mastermind(length=4)"; "help" lists
             all.
-        player: Player of the episode: the "person" at the keyboard, or the "random" or "scripted"
-            player that the environment has.
+        player: Player of the episode: the "person" at the keyboard, or the environment's "random"
+            or "scripted" player.
         index: Index of the problem in its split.
         split: Split of the problem.
         seed: Seed of the order of problems and of the player.
@@ -39,7 +39,7 @@ class _Left(Exception):
 
 
 def main(config: PlayConfig) -> None:
-    """Play, and print what the episode came to."""
+    """Play an episode, and print its outcome, reward and counts."""
     if config.environment == "help":
         print(tasks_help())
         return

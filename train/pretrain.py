@@ -1,4 +1,4 @@
-"""Pretraining: python -m train.pretrain [PRESET] [--option value ...]."""
+"""Pretrain a model: python -m train.pretrain [PRESET] [--option value ...]."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from train.runs.run_folder import check_continuation
 
 
 def main(config: RunConfig) -> None:
-    """Train, then show a sample and where the model forked in it."""
+    """Train, then print a sample and, for a model that forks, its streams per token."""
     with distributed_context(config.distributed):
         if config.dry_run:
             dry_run(config)
@@ -44,7 +44,7 @@ def main(config: RunConfig) -> None:
 
 
 def dry_run(config: RunConfig) -> None:
-    """Check what can be checked without reading data, and say what would be run."""
+    """Check the config and the run folder without reading data, and print what would be run."""
     with sync_errors():
         config = on_weights(config)
         trainable = make_run(config)

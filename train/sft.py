@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a decoder, a LoRA adapter or a weaver of latent memory.
+"""Fine-tune a decoder, a LoRA adapter or a weaver of latent memory on conversations.
 
 python -m train.sft --weights smollm2 --data.path chats.jsonl --train lora
 """
@@ -14,7 +14,7 @@ from train.runs.metadata import load_run_meta
 
 
 def main(config: SFTConfig) -> None:
-    """Train, and print a command that generates with the result."""
+    """Train, and print a command that generates text with the trained model."""
     with distributed_context(config.distributed):
         if config.dry_run:
             with sync_errors():

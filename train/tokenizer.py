@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer on the training split of a corpus.
+"""Train a byte-level BPE tokenizer on the training split of a corpus.
 
 python -m train.tokenizer --corpus stdlib --vocab-size 4096 --out tokenizer.json
 """
@@ -17,19 +17,19 @@ from train.runs.files import write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Trains a byte-level BPE tokenizer on the training split of a corpus."""
+    """Train a byte-level BPE tokenizer on the training split of a corpus."""
 
     corpus: str = DataConfig.corpus
     """Source of the text: "stdlib", the path of a folder or file, or "tfds:NAME[/CONFIG]"."""
 
     vocab_size: int = 4096
-    """Size of the vocabulary, which includes the 256 bytes and the separator."""
+    """Number of tokens of the vocabulary, including the 256 bytes and the separator."""
 
     out: Path = Path("tokenizer.json")
-    """File of the tokenizer; an older one is replaced."""
+    """File to write; an existing file is replaced."""
 
     validation: float = DataConfig.validation
-    """Share of the documents that is held out, as in the run that will use the tokenizer."""
+    """Fraction of the documents that is held out, as in the run that will use the tokenizer."""
 
     cache_dir: str | None = None
     """Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by default."""
@@ -43,10 +43,10 @@ class TokenizerConfig:
 
 
 def run(config: TokenizerConfig) -> str:
-    """Train, save and measure a tokenizer.
+    """Train a tokenizer, save it, and measure it on held-out documents.
 
     Returns:
-        One line with the size of the vocabulary and the bytes per token of the held-out documents.
+        Text of one line: the size of the vocabulary, and the bytes per token of the documents.
 
     Raises:
         DataError: The corpus cannot be used, or the file cannot be written.

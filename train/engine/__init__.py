@@ -1,1 +1,1 @@
-"""State, step and loop of every training run."""
+"""The state, step and loop that all training runs share."""

@@ -1,4 +1,4 @@
-"""LoopConfig: what every training run has."""
+"""LoopConfig: options that all training runs share."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from train.runs.resume import FREE, NOTED
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation.
+    """Options of the held-out evaluation.
 
     Attributes:
-        every: Steps between evaluations during the run; 0 evaluates at the end alone.
+        every: Number of steps between evaluations; 0 evaluates only at the end of the run.
         rows: Number of held-out rows scored, spread over the split; 0 scores all of them.
-        positions: Number of positions scored prefix-only where the policy is not causal; 0 scores
-            all.
+        positions: Number of positions scored from their prefix alone if the policy is not causal;
+            0 scores all.
     """
 
     every: int = 100
@@ -36,28 +36,29 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What every training run has.
+    """Options that all training runs share.
 
     Attributes:
         optimizer: Optimizer and learning-rate schedule.
-        mesh: Sizes of the device mesh; -1 takes the devices that are left.
-        distributed: How the processes of the run find each other.
-        evaluation: How much held-out data is scored, and when.
-        steps: Number of optimizer steps, each over `batch_size` rows in `accumulate` parts.
-        batch_size: Rows of a step, over all devices and processes.
-        accumulate: Number of parts of a batch whose gradients are added up before an optimizer
-            step.
-        seed: Seed of the initial parameters.
+        mesh: Sizes of the axes of the device mesh; -1 takes all remaining devices.
+        distributed: Options by which the processes of the run find each other.
+        evaluation: Amount of held-out data that is scored, and how often.
+        steps: Number of optimizer steps.
+        batch_size: Number of rows of a step, over all devices and processes.
+        accumulate: Number of micro-batches that a batch is divided into; their gradients are added
+            up before the optimizer step.
+        seed: Seed of the initial parameters and of the noise of training.
         out: Run folder for config, checkpoints and metrics; a run found there is continued.
-        log_every: Steps between lines of metrics.
-        save_every: Steps between checkpoints.
+        log_every: Number of steps between lines of metrics.
+        save_every: Number of steps between checkpoints.
         keep: Number of newest checkpoints that are kept.
-        keep_every: Steps between checkpoints that are kept for ever; none of them by default.
-        attention: Implementation of attention; "auto" takes the kernel of the mesh's devices.
-        profile: Steps recorded with jax's profiler, e.g. "10:20" (`train.runs.instruments`).
-        peak_tflops: Peak of one device in TFLOP/s, for MFU, where `train.devices.hardware` does not
-            know it.
-        dry_run: Whether only to print what would be run.
+        keep_every: Number of steps between checkpoints that are never deleted; by default old
+            checkpoints are deleted.
+        attention: Implementation of attention; "auto" chooses it by the kind of devices.
+        profile: First and last step recorded with jax's profiler, e.g. "10:20"; "" records none.
+        peak_tflops: Peak speed of one device in TFLOP/s, for the MFU (model FLOPs utilisation); by
+            default looked up by the name of the device (`train.devices.hardware`).
+        dry_run: Whether only to check the options and print what would be run.
         plugin: Modules of your own, imported before the other options are read, from the working
             directory too; they add architectures, policies, methods or tasks to the registries.
     """

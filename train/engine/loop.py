@@ -1,4 +1,4 @@
-"""The training loop, readable top to bottom."""
+"""The training loop of all jobs, and the protocol that a job implements for it."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ class NonFiniteLoss(RunFailed):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A step that was dispatched and whose metrics are not read yet."""
+    """A step that was dispatched to the devices, and whose metrics the host has not read yet."""
 
     step: int  # number of updates once it is done
     batch: Batch
@@ -58,16 +58,16 @@ class Pending:
 
 
 class TrainingJob(Protocol):
-    """What a run trains, on what, and how it is scored.
+    """Model, data and evaluation of a run, as the loop uses them.
 
     Attributes:
-        config: Config of the run, with everything resolved that it leaves to weights.
-        trainable: Static side of the run's state; nothing of it is allocated yet.
+        config: Config of the run, in which fields that depend on pretrained weights are set.
+        trainable: Static side of the run's state, without any arrays.
         seq_len: Number of targets in a row.
-        step_flops: Model FLOPs of a step.
-        keeps_frozen: Whether checkpoints hold the parameters that no step changes; if not,
-            `first_state` brings them.
-        meta: JSON for checkpoints, besides what all checkpoints hold.
+        step_flops: Number of model FLOPs of a step.
+        keeps_frozen: Whether checkpoints also hold the frozen parameters. If not, a run that is
+            continued takes them from `first_state`.
+        meta: Metadata for checkpoints, as JSON can write it, added to what the loop saves itself.
     """
 
     config: Any
@@ -80,71 +80,87 @@ class TrainingJob(Protocol):
     def meta(self) -> dict[str, Any]: ...
 
     def prepare(self) -> Any:
-        """Data: `train` and `validation` rows, `tokenizer`, `fingerprint`, `summary`."""
+        """Prepare the data of the run.
+
+        Returns:
+            Object with attributes `train` and `validation` (rows), `tokenizer`, `fingerprint`
+            (hash of the data, a string) and `summary` (a line for the user).
+        """
         ...
 
     def reader(self, data: Any, local_rows: np.ndarray) -> TrainReader:
-        """Batches of the training rows.
+        """Return a reader of batches of the training rows.
 
         Args:
-            data: From `prepare`.
-            local_rows: Rows of a batch that this process reads (`rows_here`).
+            data: Data that `prepare` returned.
+            local_rows: Indices of the rows of a batch that this process reads (`rows_here`).
         """
         ...
 
     def inputs(self, batch: Batch) -> Any:
-        """What the step takes of a batch, a tree of arrays `[B, ...]`."""
+        """Select the arrays of a batch that the train step reads, a tree of arrays `[B, ...]`."""
         ...
 
     def train_step(self) -> TrainStep: ...
 
     def observe(self, sums: Mapping[str, Any]) -> None:
-        """Take note of the sums that the loss returned in a step; also of steps without a line."""
+        """Receive the sums that the loss returned, after every step, logged or not."""
         ...
 
     def step_metrics(
         self, sums: Mapping[str, Any], step: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Metrics, and samples for histograms, by name.
+        """Compute the metrics of a logged step.
 
         Args:
-            sums: Sums that the loss returned.
-            step: Number of updates that are done.
+            sums: Sums that the loss returned in this step.
+            step: Number of updates so far.
+
+        Returns:
+            Metrics by name, and samples for histograms by name.
         """
         ...
 
     def progress(self, step: int) -> str:
-        """What the progress line says of the data read so far; may be empty."""
+        """Return text about the data read so far for the progress line; may be empty."""
         ...
 
     def first_state(self) -> TrainState: ...
 
     def evaluate(self, state: TrainState, data: Any) -> dict[str, float]:
-        """Held-out metrics by name."""
+        """Compute the held-out metrics, by name.
+
+        Args:
+            state: State of the run.
+            data: Data that `prepare` returned.
+        """
         ...
 
     def readable(self, held_out: dict[str, float]) -> str:
-        """Held-out metrics in one line."""
+        """Format held-out metrics as one line."""
         ...
 
     def describe(self, start: int) -> str:
-        """Model, devices and steps of the run, which begins at step `start`, in a line or two."""
+        """Describe the model, devices and steps of the run from step `start` on, in a few lines."""
         ...
 
 
 def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float]:
-    """Run (or continue) a training run to its end and return the final held-out metrics.
+    """Train a run to its end, from the newest checkpoint in its folder if there is one.
 
-    Every process of the run calls it with the same config.
+    Every process of the run calls this function with the same config.
 
     Args:
-        begin: Function that makes the job of that config.
-        config: Config of the loop; the job's own, with everything resolved, replaces it.
+        begin: Function that makes the job of `config`.
+        config: Config of the run. Once the job is made, its `config` is used instead.
+
+    Returns:
+        Held-out metrics of the last evaluation, by name.
 
     Raises:
         ValueError: The config, the data, or the run folder has a mistake.
         NonFiniteLoss: The loss or a gradient became NaN or infinite. The run folder then holds the
-            batch and metrics of that step, and the checkpoints before it.
+            batch and metrics of that step, and all earlier checkpoints that were kept.
     """
     start_time = time.monotonic()
     out = Path(config.out)
@@ -252,12 +268,12 @@ class Opened:
     """A run whose config, data and folder are checked.
 
     Attributes:
-        job: What is trained.
-        data: What the job prepared.
-        reader: Batches of the data.
-        local_rows: Rows of a batch that this process reads, `[b]`.
-        meta: Metadata of the checkpoints to come.
-        saved: Metadata of the newest checkpoint, if there is one.
+        job: Job of the run.
+        data: Data that `job.prepare` returned.
+        reader: Reader of batches of the training rows.
+        local_rows: Indices `[b]` of the b rows of a batch that this process reads.
+        meta: Metadata that the run's checkpoints will hold.
+        saved: Metadata of the newest checkpoint; None if there is none.
     """
 
     job: TrainingJob
@@ -268,14 +284,14 @@ class Opened:
     saved: dict[str, Any] | None
 
     def placed(self, batch: Batch) -> Any:
-        """What the step takes of this process's rows of a batch, on the mesh."""
+        """Place the train step's inputs on the mesh, from this process's rows of a batch."""
         size, mesh = self.job.config.batch_size, self.job.trainable.mesh
         place = lambda rows: place_local(rows, self.local_rows, size, mesh)  # noqa: E731
         return jax.tree.map(place, self.job.inputs(batch))
 
 
 def _open(begin: Callable[[], TrainingJob], out: Path, stack: contextlib.ExitStack) -> Opened:
-    """Check config, data and folder; the folder is then locked until `stack` is left."""
+    """Check config, data and folder, and lock the folder until `stack` is closed."""
     with sync_errors():
         job = begin()
         config = job.config
@@ -317,7 +333,7 @@ class Resumable(Protocol):
 
 
 def restore_or_init(checkpointer: Checkpointer, job: Resumable) -> TrainState:
-    """The newest checkpoint of the run folder, or the initial state."""
+    """Restore the newest checkpoint of the run folder, or make the initial state if none exists."""
     newest = checkpointer.latest_step()
     assert_same_on_all_hosts("the newest checkpoint", newest)
     if newest is None:
@@ -336,8 +352,12 @@ def restore_or_init(checkpointer: Checkpointer, job: Resumable) -> TrainState:
 def stop_signals() -> Iterator[Any]:
     """Turn SIGTERM and the first Ctrl-C into a flag that the loop reads between steps.
 
-    With several processes jax takes SIGTERM as the notice of a preemption, after which all of them
-    find one step to stop at (`Checkpointer.reached_preemption`); a Ctrl-C becomes a SIGTERM.
+    With several processes the flag stays False: jax takes SIGTERM as the notice of a preemption,
+    and all processes agree on a step to stop at (`Checkpointer.reached_preemption`). A Ctrl-C is
+    then passed on as a SIGTERM.
+
+    Yields:
+        Function without arguments that returns the flag.
     """
     received: list[int] = []
 

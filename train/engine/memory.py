@@ -1,4 +1,4 @@
-"""What a command needs of memory at the very least, refused before anything is allocated."""
+"""Lower bounds on the memory that a command needs, checked before anything is allocated."""
 
 import dataclasses
 
@@ -13,16 +13,16 @@ _PER_TOKEN = 4 + 4 + 4  # ids, targets and weights of a step's rows on the host,
 
 @dataclasses.dataclass(frozen=True)
 class TrainingMemory:
-    """What the state and the rows of a training step need; activations come on top of it.
+    """Memory that the state and the rows of a training step need, without activations.
 
-    `thoughtbubbles compile` says what a step needs in all.
+    `thoughtbubbles compile` computes the memory of a whole step.
 
     Attributes:
         state: Bytes of parameters, gradients and optimizer state on each device.
         rows: Bytes of the rows of a step on each host.
-        device: Bytes of a device's memory; None if that is not known.
+        device: Bytes of a device's memory; None if its size is not known.
         host: Bytes of this machine's memory.
-        shape: Number of rows of a step, over all processes, and of tokens of a row.
+        shape: Number of rows of a step, over all processes, and number of tokens of a row.
     """
 
     state: int
@@ -39,7 +39,7 @@ class TrainingMemory:
         )
 
     def check(self) -> None:
-        """Raise a ValueError if this machine has less."""
+        """Raise a ValueError if a device or this host has less memory than `state` or `rows`."""
         if self.device is not None and self.state > self.device:
             raise ValueError(
                 f"parameters, gradients and optimizer state need {size_text(self.state)} on each "
@@ -52,13 +52,14 @@ class TrainingMemory:
 def training_memory(
     trainable: Trainable, rows: int, seq_len: int, copies: int = 0
 ) -> TrainingMemory:
-    """Estimate of a training step.
+    """Compute a lower bound on the memory of a training step.
 
     Args:
-        trainable: Model, optimizer and mesh, of abstract arrays.
+        trainable: Static side of the run; only shapes and shardings are read.
         rows: Number of rows of a step, over all processes.
         seq_len: Number of tokens of a row.
-        copies: Number of frozen copies of the trained parameters beside them, such as a reference.
+        copies: Number of frozen copies of the trained parameters that are kept in memory, such as
+            1 for a reference model.
     """
     state = trainable.abstract
     # Parameters twice: their gradients are as large.
@@ -73,7 +74,7 @@ def training_memory(
 
 
 def check_row_memory(rows: int, tokens: int) -> None:
-    """Raise a ValueError for rows of a step or pass that exceed the memory of a host.
+    """Raise a ValueError if the rows of one step or forward pass exceed the memory of this host.
 
     Args:
         rows: Number of rows, over all processes.

@@ -1,4 +1,7 @@
-"""Optimizers and schedules: AdamW and Muon from optax, with parameter groups by axis names."""
+"""Optimizers and learning-rate schedules: AdamW and Muon from optax.
+
+A parameter's metadata (`inputs`, `axes`) decide whether it is decayed, and whether it takes Muon.
+"""
 
 import dataclasses
 import math
@@ -14,10 +17,10 @@ from optax.contrib import MuonDimensionNumbers
 class OptimizerConfig:
     """AdamW or Muon with a schedule.
 
-    With Muon, hidden matrices are orthogonalised and everything else (embedding, head, norms,
-    biases, fork vectors and scores) takes AdamW at the same learning rate; its updates are scaled
-    to AdamW's size, so learning rates carry over (arXiv 2502.16982). Weight decay acts on matrices,
-    with Muon on those that it orthogonalises.
+    With "muon", the updates of hidden matrices are orthogonalised. All other parameters (embedding,
+    head, norms, biases, fork vectors and scores) take AdamW at the same learning rate. Muon's
+    updates are scaled to the size of AdamW's, so that learning rates carry over (arXiv 2502.16982).
+    Weight decay acts on all matrices with "adamw", and on the orthogonalised ones with "muon".
 
     Attributes:
         name: Optimizer: "adamw", or "muon" for hidden matrices with AdamW for the rest.
@@ -26,16 +29,16 @@ class OptimizerConfig:
         b2: Decay rate of the second moment of AdamW (β2).
         eps: Term added to the denominator of AdamW (ε).
         weight_decay: Decoupled weight decay of matrices, times the learning rate.
-        clip: Largest global norm of the gradient; longer gradients are scaled down to it, and "inf"
+        clip: Maximum global norm of the gradient; longer gradients are scaled down to it, and "inf"
             turns clipping off.
-        schedule: Schedule after the warm-up: "cosine" down to `final_ratio` of the peak over all
-            steps, or "wsd" (warm-up, stable, decay), linear down to it over the last `decay` share
-            of the steps.
-        warmup: Share of the steps over which the learning rate rises linearly from 0, from 0 to 1.
-        decay: Share of the steps over which "wsd" decays at the end, from 0 to 1.
-        final_ratio: Learning rate at the last step, as a share of the peak.
-        fork_rate: Factor on the learning rate of fork layers, above 1 where they are new and the
-            rest of the model is not.
+        schedule: Schedule after the warm-up: "cosine" decays to `final_ratio` of the peak over the
+            rest of the run; "wsd" (warm-up, stable, decay) stays at the peak, and decays linearly
+            to `final_ratio` of it over the last `decay` fraction of the steps.
+        warmup: Fraction of the steps, 0 to 1, over which the learning rate rises linearly from 0.
+        decay: Fraction of the steps, 0 to 1, over which "wsd" decays at the end.
+        final_ratio: Learning rate at the last step, as a fraction of the peak.
+        fork_rate: Factor on the learning rate of fork layers. Above 1 it helps new fork layers in a
+            pretrained model to catch up.
     """
 
     may_be_infinite: ClassVar[frozenset[str]] = frozenset({"clip"})
@@ -75,7 +78,12 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step, from 0 to `steps`."""
+    """Return the schedule of `config`: a function from a step to its learning rate.
+
+    Args:
+        config: Optimizer and schedule.
+        steps: Number of steps of the run.
+    """
     peak, final = config.learning_rate, config.learning_rate * config.final_ratio
     warmup = max(round(config.warmup * steps), 1)
     if config.schedule == "cosine":
@@ -94,11 +102,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, params: Any
 ) -> optax.GradientTransformation:
-    """Clipping, then AdamW or Muon.
+    """Make the optimizer: gradient clipping, AdamW or Muon, and the factor on fork layers.
 
     Args:
-        params: nnx.State of the trained parameters, abstract ones suffice; their metadata decides
-            which are decayed and which take Muon.
+        config: Optimizer and its options.
+        schedule: Learning rate by step.
+        params: nnx.State of the trained parameters, real or abstract; their metadata decide which
+            of them are decayed and which take Muon.
     """
     if config.name == "muon":
         optimizer = optax.contrib.muon(
@@ -129,26 +139,26 @@ def make_optimizer(
 
 
 def in_forks(params: Any) -> Any:
-    """The tree of whether each parameter is a fork layer's."""
+    """Return a tree like `params` that says whether each parameter belongs to a fork layer."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.DictKey("forks") in path, params
     )
 
 
 def is_matrix(variable: nnx.Variable) -> bool:
-    """Whether weight decay acts on it: matrices yes, vectors and biases no."""
+    """Whether a variable is a matrix, on which weight decay acts, and not a vector or a bias."""
     return _inputs(variable) > 0
 
 
 def _inputs(variable: nnx.Variable) -> int:
-    """Number of leading axes that a product contracts; without metadata, one of a matrix."""
+    """Number of leading axes that a product contracts; without metadata 1 of a matrix, else 0."""
     return variable.get_metadata().get("inputs", int(variable.get_value().ndim > 1))
 
 
 def muon_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
-    """Axes that Muon contracts and yields, or None for a parameter that AdamW takes.
+    """Return the input and output axes of a matrix for Muon, or None if the variable takes AdamW.
 
-    Leading axes beyond the named ones (stacked layers) are a batch of matrices.
+    Leading axes without a name (of stacked layers) are in neither: they are a batch of matrices.
     """
     inputs = _inputs(variable)
     axes = variable.get_metadata().get("axes", (None,) * (inputs + 1))  # an adapter's matrix
@@ -160,7 +170,7 @@ def muon_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
 
 
 def map_variables(function, params: Any) -> Any:
-    """The tree of `function(variable)` in the place of each variable's value."""
+    """Return a tree like `params` with `function(variable)` in place of each variable's value."""
     return jax.tree.map(
         lambda variable: jax.tree.map(lambda _: function(variable), variable),
         params,

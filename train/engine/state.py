@@ -1,4 +1,4 @@
-"""TrainState: what moves during training, created sharded."""
+"""TrainState, all arrays of a run, and Trainable, which creates them sharded over a mesh."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -29,11 +29,12 @@ class TrainState:
 
     Attributes:
         step: Number of updates so far, int32 scalar.
-        params: nnx.State of the trained parameters, all that gradients and the optimizer see.
-        frozen: nnx.State of the other parameters and of constants, which no step changes.
+        params: nnx.State of the trained parameters; only these have gradients and optimizer state.
+        frozen: nnx.State of all other parameters and of constants, which no step changes.
         opt_state: State of the optimizer.
-        tracked: nnx.State of the `Tracked` variables, which follow statistics of training.
-        trained: Filter of the parameters that are trained (static).
+        tracked: nnx.State of the `Tracked` variables, such as running means, which steps update
+            without gradients.
+        trained: Filter that selects the trained parameters (static).
     """
 
     step: jax.Array
@@ -47,7 +48,7 @@ class TrainState:
 
     @property
     def weights(self) -> Any:
-        """All that a model needs to run: parameters and tracked variables in one nnx.State."""
+        """All variables of the model in one nnx.State: trained, frozen and tracked ones."""
         return nnx.merge_state(self.params, self.frozen, self.tracked)
 
     def with_weights(self, weights: Any) -> "TrainState":
@@ -56,7 +57,7 @@ class TrainState:
 
     @property
     def rest(self) -> "TrainState":
-        """The state without its weights: what only training needs."""
+        """This state without its weights: step and optimizer state, which only training needs."""
         return dataclasses.replace(self, params=(), frozen=(), tracked=())
 
 
@@ -65,16 +66,17 @@ class Trainable:
     """The static side of a run: how to build, update and place a `TrainState`.
 
     Attributes:
-        config: Config of the decoder, whose class says its architecture (`ARCHITECTURES`).
-        graphdef: Graph definition that merges with `TrainState.weights` into the model, or into the
-            module built around it.
+        config: Config of the decoder; the config's class determines the architecture
+            (`ARCHITECTURES`).
+        graphdef: Graph definition that merges with `TrainState.weights` into the decoder, or into
+            the module that `wrap` of `make_trainable` builds around it.
         optimizer: Gradient transformation.
         schedule: Learning rate by step.
         abstract: `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
         shardings: `TrainState` of shardings.
         mesh: Mesh of the run's devices.
         seed: Seed of the initial parameters.
-        attention: Implementation of attention that the model runs, with "auto" resolved.
+        attention: Implementation of attention that the model runs, never "auto".
     """
 
     config: ArchitectureConfig
@@ -89,12 +91,12 @@ class Trainable:
 
     @property
     def architecture(self) -> type[Architecture]:
-        """The class of the decoder."""
+        """Class of the decoder."""
         return architecture_of(self.config)
 
     @property
     def num_trained(self) -> int:
-        """Number of parameters that steps change."""
+        """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
 
     def model(self, weights: Any) -> Any:
@@ -103,7 +105,7 @@ class Trainable:
         return nnx.merge(self.graphdef, weights, copy=True)
 
     def init(self) -> TrainState:
-        """Initial state, created in place on the mesh; the same values on any mesh."""
+        """Create the initial state directly on the mesh, with the same values on any mesh."""
 
         def create() -> TrainState:
             model = self.architecture(self.config, rngs=nnx.Rngs(self.seed))
@@ -112,21 +114,23 @@ class Trainable:
         return jax.jit(create, out_shardings=self.shardings)()
 
     def init_from(self, weights: Mapping[Any, Any]) -> TrainState:
-        """Initial state with given weights, placed on the mesh.
+        """Create the initial state with given weights of the decoder, placed on the mesh.
 
         Args:
-            weights: Nested dict of arrays as `nnx.to_pure_dict` gives it. Arrays that have their
-                sharding already are not copied, and training overwrites them.
+            weights: Nested dict of arrays, as `nnx.to_pure_dict` returns it. Arrays that already
+                have the run's sharding are not copied, and training overwrites them.
 
         Raises:
-            ValueError: Names or shapes are not those of the model.
+            ValueError: Names or shapes differ from those of the decoder's parameters.
         """
         return self.start(nnx.state(self.architecture.from_params(self.config, weights)))
 
     def start(self, weights: Any) -> TrainState:
-        """Initial state with all weights given, an nnx.State as `TrainState.weights`.
+        """Create the initial state with all weights given, placed on the mesh.
 
-        Arrays that have their sharding already are not copied, and training overwrites them.
+        Args:
+            weights: nnx.State of all variables, as `TrainState.weights`. Arrays that already have
+                the run's sharding are not copied, and training overwrites them.
         """
         state = put(weights, self.shardings.weights)
         # Parameters stay the arrays that they are; the rest is new.
@@ -147,27 +151,27 @@ def make_trainable(
     trained: filterlib.Filter = EVERY_PARAMETER,
     wrap: Callable[[Any], nnx.Module] | None = None,
 ) -> Trainable:
-    """Everything about a run's state but its values; nothing is allocated.
+    """Describe the state of a run, its shapes, shardings and updates, without allocating arrays.
 
     Args:
         config: Config of the decoder.
         optimizer: Optimizer and schedule.
         steps: Number of steps of the schedule.
-        mesh: Mesh that the state is sharded over: that of `make_mesh`, or any with axes `data`,
-            `fsdp` and `tensor`, or some of them. With explicit axes, which `jax.make_mesh` makes by
-            default, only the batch is split, and steps are called inside `jax.set_mesh(mesh)`.
+        mesh: Mesh that the state is sharded over, with axes named `data`, `fsdp` or `tensor`, as
+            `make_mesh` makes it. With explicit axes, the default of `jax.make_mesh`, only the batch
+            can be split, and steps must be called inside `jax.set_mesh(mesh)`.
         seed: Seed of the initial parameters and of the noise of training.
         attention: Implementation of attention (`train.devices.attention.resolve`).
-        trained: Filter of the parameters that are trained, in Flax's words, e.g.
-            `nnx.PathContains("forks")` or a predicate of path and variable. The others get neither
-            gradient nor optimizer state.
-        wrap: Function from the decoder to the module that is trained, where that is more than the
-            decoder; the decoder alone by default.
+        trained: Flax filter of the trained parameters, e.g. `nnx.PathContains("forks")` or a
+            predicate of path and variable. All other parameters are frozen: they have neither
+            gradients nor optimizer state.
+        wrap: Function from the decoder to a module around it that is trained in its place, such as
+            one with an adapter; None trains the decoder itself.
 
     Raises:
         ValueError: The mesh's devices can't run this `attention`
-            (`train.devices.attention.resolve`), its axes have other names or are explicit and split
-            parameters, or no parameter is trained.
+            (`train.devices.attention.resolve`), an axis of the mesh has another name, an explicit
+            axis would split parameters, or no parameter is trained.
     """
     check_mesh(mesh)
     attention = resolve(config, mesh, attention)
@@ -206,10 +210,14 @@ def _first_state(
 
 
 def _parts(trained: filterlib.Filter) -> tuple[filterlib.Filter, ...]:
-    """Filters of the parameters that are trained, of all that is fixed, and of tracked state."""
+    """Return filters of the trained parameters, of all frozen variables, and of `Tracked` ones."""
     return nnx.All(nnx.Param, trained), nnx.Not(Tracked), Tracked
 
 
 def resolved(trainable: Trainable) -> dict[str, Any]:
-    """What the options `mesh` and `attention` of a run came to on its devices, as JSON."""
+    """Return the actual mesh sizes and attention of a run, where its options were -1 or "auto".
+
+    Returns:
+        Dict with `mesh` (sizes by axis name) and `attention` (name), as JSON can write it.
+    """
     return {"mesh": dict(trainable.mesh.shape), "attention": trainable.attention}

@@ -1,4 +1,4 @@
-"""The train step: one pure function, compiled once, on split state."""
+"""The train step: a pure function from state and batch to new state and metrics, jitted once."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,14 +17,17 @@ from train.engine.state import Trainable, TrainState
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
-"""Loss of `(model, batch, key, *constants)`: its sum, the weight that divides it, and sums for the
-metrics."""
+"""Function of `(model, batch, key, *constants)` that returns the loss summed over targets, the
+weight to divide it by (such as the number of targets), and sums for the metrics by name."""
 
 
 def pretraining_loss(
     model: Architecture, rows: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """`Loss` of rows `[B, T + 1]`; tracked variables follow them, forks are chosen with noise."""
+    """Compute the `Loss` of next tokens in rows `[B, T + 1]` of token ids.
+
+    Forks are chosen with noise from `key`, and the model's tracked variables are updated.
+    """
     return model.loss(rows, track=True, key=key)
 
 
@@ -34,18 +37,23 @@ def make_train_step(
     loss: Loss = pretraining_loss,
     constants: Sequence[Any] = (),
 ) -> TrainStep:
-    """Jitted `(state, batch) -> (state, metrics)`; the state is donated.
+    """Make the jitted train step `(state, batch) -> (state, metrics)`; it donates the state.
 
     Args:
         trainable: Static side of the run's state, from `make_trainable`.
-        accumulate: Number of micro-batches in a step. Gradients are sums over targets, divided once
-            by the number of targets of the whole batch, so the split changes nothing. Each
-            micro-batch moves the tracked variables from where the step found them; the step takes
-            the mean, weighted by targets.
+        accumulate: Number of micro-batches in a step. Gradients are summed over all of them and
+            divided once by the whole batch's weight, so that the division into micro-batches does
+            not change the mean. Each micro-batch updates the tracked variables from their values
+            before the step; the step takes the mean of the results, weighted like the loss.
         loss: Loss of a batch, a tree of arrays `[B, ...]`; its key depends on seed, step and
             micro-batch.
-        constants: Trees of arrays that the loss is given behind its key, the same in every step,
-            such as the weights of a reference model; they stay where they are.
+        constants: Trees of arrays, the same in every step, that the loss takes as arguments after
+            its key, such as the weights of a reference model. They keep their shardings and are
+            not donated.
+
+    Returns:
+        Train step. Its metrics are `loss`, `grad_norm` (before clipping), `learning_rate`, and
+        `aux`, the loss's sums and the model's statistics of its tracked variables.
     """
 
     def gradients(

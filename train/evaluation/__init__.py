@@ -1,1 +1,1 @@
-"""What a model is worth: held-out loss, tasks, other policies."""
+"""Evaluation of models: held-out loss, scores of tasks, and other fork policies."""

@@ -1,4 +1,4 @@
-"""Held-out loss of packed rows: prefix by prefix for models whose policy is not causal."""
+"""Held-out loss of packed rows, scored prefix by prefix if the model's policy is not causal."""
 
 import collections
 import math
@@ -34,14 +34,14 @@ _OF_DATA = ("config", "data_fingerprint", "python", "sources")  # fields of a ru
 
 
 class Evaluator:
-    """Scores packed rows with a model's parameters; compiles its functions once.
+    """Scorer of packed rows with a model's parameters, whose functions are compiled once.
 
     A teacher-forced pass scores all positions of a row at once. For a policy that looks at the
-    whole row (`TopK`) that is not the loss of an autoregressive model, so each scored position is
-    computed again with only its prefix as input.
+    whole row (`TopK`), the result is not the loss of an autoregressive model. Then a sample of
+    positions is also scored with only the prefix of each as input.
 
     Args:
-        trainable: Model and its mesh.
+        trainable: Static side of a run, with the model and its mesh.
         batch_size: Number of rows in a pass.
         config: Number of rows and positions to score.
     """
@@ -54,13 +54,13 @@ class Evaluator:
         everywhere = replicated(self._mesh)
 
         def teacher_forced(weights: Any, rows: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-            """Nats `[N, T]` of rows, and the architecture's sums over each row, `[N]`."""
+            """Compute nats `[N, T]` of N rows, and the architecture's sums `[N]` over each row."""
             model = trainable.model(weights)
             nats, output = model.token_losses(rows)
             return nats, model.row_statistics(output)
 
         def prefix_only(weights: Any, prefixes: jax.Array) -> jax.Array:
-            """`[N]` nats of each row's last token (-1 stands after it) given those before."""
+            """Compute nats `[N]` of the last token of each row, which is padded with -1."""
             model = trainable.model(weights)
             length = (prefixes >= 0).sum(axis=1, dtype=jnp.int32) - 1
             target = jnp.take_along_axis(prefixes, length[:, None], axis=1)
@@ -74,24 +74,25 @@ class Evaluator:
         self._prefix_only = jax.jit(prefix_only, in_shardings=shardings, out_shardings=everywhere)
 
     def __call__(self, weights: Any, rows: PackedRows) -> dict[str, float]:
-        """Metrics of rows spread over the split.
+        """Compute the metrics of a sample of rows, spread over the split.
 
-        `loss` (nats per token) and `bits_per_byte` are the autoregressive model's;
-        `standard_error` is that of `loss` for the whole split, from having scored some rows only;
-        `streams_per_token`, of a model whose streams fork, is the mean after the last block, of
-        the teacher-forced pass.
+        For a policy that is not causal, `loss` is the teacher-forced mean over all positions, plus
+        the mean difference between prefix-only and teacher-forced nats at the sampled positions.
 
-        For a policy that is not causal, the teacher-forced `blockwise_loss` and
-        `blockwise_bits_per_byte` are added. `loss` is then the teacher-forced mean over all
-        positions plus the mean difference, over the sampled positions, between prefix-only and
-        teacher-forced; the standard error includes that of the difference.
-
-        Of a mixture's rows each source is scored by itself, as `source/NAME/...`, and the others
-        are means over sources with the weights at the end of its schedule.
+        The sources of a mixture are scored one by one. Metrics of the mixture are means over
+        sources, with the weights at the end of the mixture's schedule.
 
         Args:
-            weights: `TrainState.weights`.
+            weights: nnx.State of the model's weights, `TrainState.weights`.
             rows: Rows of the split.
+
+        Returns:
+            Metrics by name: `loss` (nats per token) and `bits_per_byte` of the autoregressive
+            model; `standard_error` of `loss` as an estimate for the whole split, 0 if all rows and
+            positions are scored; `streams_per_token`, the mean after the last block of a model that
+            forks. For a policy that is not causal also the teacher-forced `blockwise_loss` and
+            `blockwise_bits_per_byte`. For a mixture also the metrics of each source, as
+            `source/NAME/...`.
         """
         if isinstance(rows, JoinedRows):
             scored = {name: self(weights, part) for name, part in rows.parts.items()}
@@ -144,7 +145,7 @@ class Evaluator:
         return np.sort(np.random.default_rng(0).choice(count, positions, replace=False))
 
     def _score_prefixes(self, weights, tokens, row, position) -> np.ndarray:
-        """Nats of target `position` of each row, computed from the tokens up to it alone."""
+        """Compute nats `[N]` of targets `position` of rows `row`, each from its prefix alone."""
         scores = []
         for start in range(0, len(row), self._batch_size):
             part = slice(start, start + self._batch_size)
@@ -162,7 +163,15 @@ class Evaluator:
 def over_sources(
     scored: dict[str, dict[str, float]], weights: dict[str, float]
 ) -> dict[str, float]:
-    """Metrics of each source, and of the mixture in which sources have these shares of tokens."""
+    """Combine the metrics of sources into metrics of their mixture.
+
+    Args:
+        scored: Metrics of each source, by its name.
+        weights: Fraction of each source in the mixture's tokens, by its name.
+
+    Returns:
+        Metrics of the mixture by name, and of each source as `source/NAME/...`.
+    """
     found: dict[str, float] = {}
     for name in next(iter(scored.values())):
         found[name] = sum(weights[source] * of[name] for source, of in scored.items())
@@ -180,7 +189,11 @@ def over_sources(
 
 
 def _error_of_mean(nats: np.ndarray, weight: np.ndarray, rows_in_split: int) -> float:
-    """Standard error of the mean over targets, rows being the units that were sampled."""
+    """Compute the standard error of the mean over targets, if whole rows are sampled.
+
+    Returns:
+        Standard error; 0 if fewer than two rows, or all rows of the split, were scored.
+    """
     scored = weight.any(axis=1)
     total, count = (nats * weight).sum(axis=1)[scored], weight.sum(axis=1)[scored]
     number = len(count)
@@ -192,7 +205,7 @@ def _error_of_mean(nats: np.ndarray, weight: np.ndarray, rows_in_split: int) -> 
 
 
 def readable(metrics: dict[str, float]) -> str:
-    """One line for a person."""
+    """Format held-out metrics as one line of text."""
     line = (
         f"held-out loss {metrics['loss']:.4f} ± {metrics['standard_error']:.4f} nats/token, "
         f"{metrics['bits_per_byte']:.4f} bits/byte"
@@ -213,11 +226,11 @@ def _is_source(name: str) -> bool:
 
 
 def validation_rows(loaded: LoadedRun) -> PackedRows:
-    """The held-out rows of a run: those in the data cache, else of its corpus as it is now.
+    """Load the held-out rows of a run from the data cache, or prepare them again from its corpus.
 
     Raises:
-        ValueError: The run has no corpus, its data have fields that a newer version wrote, or the
-            rows are gone and its corpus is another one now.
+        ValueError: The run was fine-tuned and has no corpus, its config has fields that a newer
+            version wrote, or the rows are not in the cache and the corpus has changed.
     """
     if "weights" in loaded.config:
         raise ValueError(
@@ -246,7 +259,14 @@ def validation_rows(loaded: LoadedRun) -> PackedRows:
 def held_out(
     model: Architecture, rows: PackedRows, batch_size: int, config: EvalConfig
 ) -> dict[str, float]:
-    """`Evaluator` on a model outside of a run, over all devices."""
+    """Compute the metrics of `Evaluator` for a loaded model, on all devices.
+
+    Args:
+        model: Model to score.
+        rows: Rows of the held-out split.
+        batch_size: Number of rows in a pass.
+        config: Number of rows and positions to score.
+    """
     mesh = make_mesh(MeshConfig())
     wrap = quantise if in_int8(model) else None
     trainable = make_trainable(model.config, OptimizerConfig(), 1, mesh, wrap=wrap)

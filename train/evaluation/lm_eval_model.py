@@ -1,4 +1,4 @@
-"""A model behind the interface of EleutherAI's evaluation harness (the extra `lm-eval`).
+"""Adapter of models to the interface of EleutherAI's evaluation harness (the extra `lm-eval`).
 
 From Python: lm_eval.simple_evaluate(HarnessModel(model="smollm2"), tasks=...).
 """
@@ -29,13 +29,13 @@ class Decoding:
     """Decoding options of a request, from the harness's `generation_kwargs`.
 
     Attributes:
-        until: Stop strings; a text is cut before the first one that it contains.
-        max_new_tokens: Largest number of new tokens.
+        until: Stop strings; a text ends before the first one that it contains.
+        max_new_tokens: Maximum number of new tokens.
         temperature: Sampling temperature; 0 decodes greedily.
-        top_k: Number of most probable tokens that are sampled from, as in
-            `thoughtbubbles.decoding.generate`; None samples from all.
-        top_p: Probability mass that is sampled from, as there.
-        min_p: Least probability relative to the largest, as there.
+        top_k: Number of most probable tokens to sample from; None samples from all.
+        top_p: Probability mass of the most probable tokens to sample from; None samples from all.
+        min_p: Minimum probability of a token to sample, relative to that of the most probable
+            token; None samples from all.
     """
 
     until: tuple[str, ...] = ()
@@ -47,15 +47,15 @@ class Decoding:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], max_new_tokens: int) -> "Decoding":
-        """Reads a task's options.
+        """Read the decoding options of a task.
 
         Args:
-            options: The harness's `generation_kwargs`: `until`, `do_sample`, `temperature`,
-                `max_gen_toks` and its other names, `top_k`, `top_p`, `min_p`.
-            max_new_tokens: Largest number of new tokens where the options name none.
+            options: Dict `generation_kwargs` of the harness: `until`, `do_sample`, `temperature`,
+                `max_gen_toks` or another name in `MAX_NEW_TOKENS`, `top_k`, `top_p`, `min_p`.
+            max_new_tokens: Maximum number of new tokens if the options name none.
 
         Raises:
-            ValueError: An option is not known, so that it would be ignored.
+            ValueError: An option is not known.
         """
         left = dict(options)
         until = left.pop("until", None) or []
@@ -86,16 +86,16 @@ class HarnessModel(LM):
         model: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file.
         checkpoint: Folder of a run, in place of `model`.
         lm: Loaded model, in place of both.
-        batch_size: Number of rows of a forward pass; "auto" is the default number.
-        max_length: Largest number of tokens of a row; by default as many as the model was trained
+        batch_size: Number of rows of a forward pass; "auto" stands for 16.
+        max_length: Maximum number of tokens of a row; by default as many as the model was trained
             on.
-        max_gen_toks: Largest number of new tokens of tasks that name no number.
+        max_gen_toks: Maximum number of new tokens in tasks that don't set it.
         seed: Seed of the sampling noise.
-        chat: Whether contexts are chats that the model's template has rendered, so that the special
-            tokens they spell out are encoded as such and none is put in front. The harness renders
-            them if it is called with `apply_chat_template`; both belong together.
+        chat: Whether contexts are conversations rendered by the model's chat template. Special
+            tokens spelled out in them are then encoded as special tokens, and no token is put in
+            front. Set it exactly if the harness is called with `apply_chat_template`.
         plugin: Names of modules, separated by "+", that are imported before the model is loaded,
-            such as the one that has a run's fork policy (`thoughtbubbles harness --plugin` too).
+            such as one that defines a run's fork policy (as `thoughtbubbles harness --plugin`).
         device: Option that the harness passes to every model; jax chooses the device.
         max_batch_size: Option that the harness passes to every model, without effect.
 
@@ -143,8 +143,11 @@ class HarnessModel(LM):
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each request's continuation after its context, and whether greedy
-        decoding would write it."""
+        """Score the continuation of each request after its context.
+
+        Returns:
+            Pairs of log-probability in nats, and whether greedy decoding writes the continuation.
+        """
         self._scorer.quiet = disable_tqdm
         scores = self._scorer([request.args for request in requests])
         return self._done("loglikelihood", requests, [(s.log_prob, s.greedy) for s in scores])
@@ -152,16 +155,16 @@ class HarnessModel(LM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of each request's text."""
+        """Compute the log-probability of each request's whole text, in nats."""
         self._scorer.quiet = disable_tqdm
         scores = self._scorer.rolling([request.args[0] for request in requests])
         return self._done("loglikelihood_rolling", requests, [s.log_prob for s in scores])
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What follows each request's context, up to the first of its stop strings.
+        """Continue the context of each request up to the first of its stop strings.
 
-        Decoding stops where one token holds a stop string; one that spans tokens is cut off
-        afterwards.
+        Decoding stops early only at a token that contains a stop string. If a stop string spans
+        several tokens, decoding goes on, and the text is truncated afterwards.
         """
         del disable_tqdm
         groups: dict[Decoding, list[int]] = {}
@@ -183,12 +186,12 @@ class HarnessModel(LM):
     def apply_chat_template(
         self, chat_history: Sequence[Message], add_generation_prompt: bool = True
     ) -> str:
-        """Renders a conversation as the text that the model was tuned on.
+        """Render a conversation with the model's chat template.
 
         Args:
             chat_history: Messages, the oldest first.
-            add_generation_prompt: Whether the text ends where the model's answer begins; else it
-                ends with the content of the last message.
+            add_generation_prompt: Whether the text ends with the tokens that open the model's
+                answer. Otherwise it ends with the content of the last message.
 
         Raises:
             ValueError: The model has no chat template, or was not loaded with `chat=True`.
@@ -208,20 +211,20 @@ class HarnessModel(LM):
         return text[: text.rindex(last) + len(last)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, for the harness's reports; None unless the harness applies it."""
+        """Return the template for the harness's reports, or None if `chat_template` is false."""
         return self._chat_tokenizer().chat_template if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
-        """Name of the tokenizer, which the harness's caches of requests bear."""
+        """Name of the tokenizer, which the harness uses in the names of its request caches."""
         return self._lm.tokenizer.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Facts of the model that the harness writes into its results."""
+        """Return the name and number of parameters that the harness writes into its results."""
         return {"model": self._name, "model_num_parameters": self._lm.model.config.num_params()}
 
     def _chat_tokenizer(self) -> PretrainedTokenizer:
-        """The tokenizer with the chat template, if chats can be scored."""
+        """Return the tokenizer; raise a ValueError without a chat template or `chat=True`."""
         tokenizer = self._lm.tokenizer
         if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
             raise ValueError(
@@ -235,7 +238,7 @@ class HarnessModel(LM):
         return tokenizer
 
     def _prompt(self, context: str, decoding: Decoding) -> list[int]:
-        """Ids of a context; its oldest ids go where the new tokens would exceed `max_length`."""
+        """Encode a context; its oldest ids are dropped if new tokens would exceed `max_length`."""
         ids, longest = self._scorer.encode(context), self._scorer.max_length
         if longest is None:
             return ids
@@ -266,7 +269,7 @@ class HarnessModel(LM):
         return [cut(text, until) for text in texts]
 
     def _stop_ids(self, text: str) -> list[int]:
-        """Ids of the tokens that contain a stop string, and of the special token of that name."""
+        """Return the ids of all tokens that contain a stop string or are spelled like it."""
         if text not in self._stops:
             tokenizer = self._lm.tokenizer
             ids = range(tokenizer.vocab_size)
@@ -284,11 +287,14 @@ class HarnessModel(LM):
 
 
 def chat_encoder(tokenizer: PretrainedTokenizer) -> Callable[[str], list[int]]:
-    """Encoder of texts that spell out their special tokens, as a chat template renders them."""
+    """Return an encoder of texts in which special tokens are spelled out, as templates do it.
+
+    An empty text is encoded as the separator.
+    """
     return lambda text: tokenizer.rendered(text) or [tokenizer.separator]
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """The text in front of the first stop string that it contains."""
+    """Truncate a text before the first of the stop strings `until` that it contains."""
     starts = [text.find(stop) for stop in until]
     return text[: min((start for start in starts if start >= 0), default=len(text))]

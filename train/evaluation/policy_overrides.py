@@ -1,4 +1,4 @@
-"""Policy overrides: a trained model under another ratio, window or threshold offset."""
+"""Policy overrides: fork policies with another ratio, window or threshold offset."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ def override_policy(
     window: int | None = None,
     threshold_offset: float | None = None,
 ) -> Policy:
-    """The policy with some of its options replaced.
+    """Replace options of a fork policy.
 
     Args:
         policy: Policy of a trained model.
         ratio: Streams per token; None keeps the policy's.
-        window: Number of tokens that `PrefixRank` ranks among; None keeps the policy's.
-        threshold_offset: Offset of `Threshold`'s threshold; None keeps the policy's.
+        window: Number of tokens among which `PrefixRank` ranks; None keeps the policy's.
+        threshold_offset: Offset added to the threshold of `Threshold`; None keeps the policy's.
 
     Raises:
         ValueError: The policy lacks the option, or the value is out of range.
@@ -54,7 +54,7 @@ def override_policy(
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A policy override and the held-out metrics under it.
+    """A policy override, and the held-out metrics of the model under it.
 
     Attributes:
         name: Name of the override, e.g. "ratio 1.5".
@@ -68,7 +68,7 @@ class Setting:
 
 
 def table(settings: Sequence[Setting]) -> str:
-    """A line for each setting, for a terminal."""
+    """Format settings as a text table: streams, nats with their standard error, bits per byte."""
     width = max(len(str(setting.policy)) for setting in settings)
     lines = [f"{'policy':{width}}  streams/token  {'nats/token':15}  bits/byte"]
     for setting in settings:
@@ -81,15 +81,16 @@ def table(settings: Sequence[Setting]) -> str:
 
 
 def figure(settings: Sequence[Setting], title: str, trained: Policy) -> "Figure":
-    """Held-out bits per byte against streams per token, one point for each setting.
+    """Plot held-out bits per byte against streams per token, one point for each setting.
 
-    Bars are one standard error of the whole split, from having scored some rows only. All settings
-    are scored on the same rows, so that differences between points are surer than the bars.
+    Bars are one standard error of the estimate for the whole split. All settings are scored on the
+    same rows, so that differences between points are more certain than the bars suggest.
 
     Args:
         settings: Settings in the order in which a line connects them.
         title: Title of the figure.
-        trained: Policy that the run was trained with; its point is filled.
+        trained: Policy that the run was trained with; a setting with this policy has a filled
+            point.
     """
     from matplotlib.figure import Figure
 

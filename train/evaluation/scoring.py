@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations given contexts, in batches of rows of like length."""
+"""Log-likelihoods of continuations given contexts, in batches of rows of similar length."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ AT_ONCE = 8  # positions of a row whose logits are held together
 
 
 class Row(NamedTuple):
-    """Ids of which the last ones are scored.
+    """Token ids of a context and a continuation, of which the continuation is scored.
 
     Attributes:
         ids: Token ids of context and continuation.
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What a model makes of a continuation.
+    """A model's score of a continuation.
 
     Attributes:
         log_prob: Log-probability of the continuation, in nats.
@@ -46,24 +46,27 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores text with a model; compiles one program for each power of two in row length.
+    """Scorer of texts with a model; it compiles one program for each power of two in row length.
 
-    What a token is given is its prefix and nothing else. A causal model scores a row in one pass,
-    block by block where that would take much memory;
-    for a policy that looks at the whole row (`TopK`) each scored token is a row of its own, which
-    ends there. A row's score does not depend on the rest of its batch, but for float noise.
+    Each token is scored given its prefix only. A causal model scores a row in one pass, or block by
+    block if one pass would need much memory. For a policy that looks at the whole row (`TopK`),
+    each scored token becomes a row that ends with it. Except for float rounding, the score of a row
+    does not depend on the other rows of its batch.
 
     Args:
         lm: Model and tokenizer.
         batch_size: Number of rows in a pass; a smaller batch is padded to it.
         max_length: Number of tokens that the model reads at a time; by default the context length
             that it was trained with, if known.
-        quiet: Whether to show no progress.
+        quiet: Whether to hide the progress bars.
 
     Attributes:
-        encode: Function from a text to be continued to its token ids: `lm.prompt`, except for
-            rendered chats.
-        truncated: Number of rows so far whose context lost its beginning.
+        encode: Function from a text to be continued to its token ids: `lm.prompt`, unless replaced
+            for texts in a chat template.
+        truncated: Number of rows so far whose context was truncated on the left.
+
+    Raises:
+        ValueError: `batch_size` or `max_length` is below 1, or the model has latent memory.
     """
 
     def __init__(
@@ -87,19 +90,23 @@ class Scorer:
         self._causal = lm.model.config.causal
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-        """Scores of (context, continuation) pairs.
+        """Score (context, continuation) pairs.
 
         Raises:
-            ValueError: A continuation has no token of its own, or more than `max_length`, or its
-                score is NaN.
+            ValueError: A continuation adds no token to its context, or more than `max_length`, a
+                score is NaN, or the rows don't fit into memory.
         """
         return self.score([self.row(*pair) for pair in pairs])
 
     def row(self, context: str, continuation: str) -> Row:
-        """A pair as ids: the whole text is encoded and cut where the context's own ids end.
+        """Encode a context and a continuation as one text, and find where the continuation begins.
 
-        Spaces at the end of the context count as the continuation's, since tokens of words begin
-        with theirs. An empty context is what stands in front of every text.
+        Spaces at the end of the context are moved to the continuation, since tokens of words begin
+        with a space. An empty context has only the ids that `encode` gives an empty text. A context
+        that is too long for `max_length` is truncated on the left.
+
+        Raises:
+            ValueError: The continuation adds no token to the context, or more than `max_length`.
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
@@ -122,10 +129,11 @@ class Scorer:
         return self._cut(Row(ids, len(before)))
 
     def rolling(self, texts: Sequence[str]) -> list[Score]:
-        """Scores of whole texts, each behind what stands in front of every text.
+        """Score whole texts, each after the ids that `encode` gives an empty text.
 
-        A text longer than `max_length` is read in windows of that length: each token is scored
-        once, and the last window reaches back as far as it can. An empty text scores 0.
+        A text longer than `max_length` is read in windows of `max_length` tokens, so that each
+        token is scored once. The last window begins early enough to be full. An empty text scores
+        0.
         """
         before = self.encode("")
         rows, counts = [], []
@@ -138,7 +146,7 @@ class Scorer:
         return [_sum([next(scores) for _ in range(count)]) for count in counts]
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """Scores of rows of ids."""
+        """Score the ids `row.ids[row.start:]` of each row."""
         if self._causal:
             return self._score_rows(rows)
         prefixes = [
@@ -148,7 +156,7 @@ class Scorer:
         return [_sum([next(scores) for _ in row.ids[row.start :]]) for row in rows]
 
     def _score_rows(self, rows: Sequence[Row]) -> list[Score]:
-        """Rows of one width share batches, the longest rows first."""
+        """Score rows in batches of one width, the longest rows first."""
         by_width: dict[int, list[int]] = {}
         for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].ids)):
             by_width.setdefault(self._width(rows[index]), []).append(index)
@@ -166,7 +174,7 @@ class Scorer:
         return [found[index] for index in range(len(rows))]
 
     def _cut(self, row: Row) -> Row:
-        """The row without what the model cannot read at once, the oldest ids."""
+        """Drop the oldest ids of a row that is longer than the model can read at once."""
         if self.max_length is None:
             return row
         more = len(row.ids) - self.max_length - 1  # the last id is not read
@@ -199,7 +207,7 @@ class Scorer:
         return [Score(-total, hit, len(row.ids) - row.start) for row, total, hit in found]
 
     def _in_blocks(self, tokens: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nats of each row, float64, and whether its scored tokens are the most probable ones."""
+        """Compute nats `[B]` float64 of rows block by block, and whether all tokens lead, `[B]`."""
         model, width = decoding_form(self._lm.model, None), tokens.shape[1] - 1
         end = (tokens >= 0).sum(axis=1, dtype=np.int32)
         totals, greedy = np.zeros(len(tokens)), np.ones(len(tokens), bool)
@@ -230,16 +238,19 @@ class Scorer:
 def score_rows(
     model: Architecture, tokens: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats of the last tokens of each row, and whether all of them are the most probable ones.
+    """Compute the nats of the last tokens of each row, from index `start` on.
 
-    Logits are computed for a few positions at a time, only where a token is scored.
+    Logits are computed for a few positions at a time, and only where a token is scored.
 
     Args:
-        tokens: `[B, T + 1]` int32, -1 after the end of a row.
-        start: `[B]` int32, the first token that is scored, 1 or more.
+        model: Any architecture.
+        tokens: Token ids `[B, T + 1]` int32, padded with -1 on the right.
+        start: Index `[B]` int32 of the first token of each row that is scored, 1 or more.
 
     Returns:
-        `[B, >= T]` float32, from the first scored token on (0 after the last), and `[B]` bool.
+        Nats `[B, T']` float32 with T' >= T, in which column 0 belongs to the first scored token and
+        columns after the last one are 0; and whether each scored token of a row is the most
+        probable one, `[B]` bool.
     """
     end = (tokens >= 0).sum(axis=1, dtype=jnp.int32)
     output = model.run(jnp.maximum(tokens[:, :-1], 0), jnp.maximum(end - 1, 1))
@@ -256,19 +267,20 @@ def score_block(
     start: jax.Array,
     end: jax.Array,
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """`score_rows` of the next block of rows whose earlier tokens are in a cache.
+    """Compute what `score_rows` does for one block of rows whose earlier tokens are in a cache.
 
     Args:
         model: Model that can be decoded with a cache.
         cache: Cache of the earlier tokens, which is donated.
-        tokens: `[B, C]` int32 tokens of the block.
-        targets: `[B, C]` int32, the token that follows each of them.
-        count: `[B]` int32, number of real tokens of the block.
-        start: `[B]` int32, first position of the block whose target is scored.
-        end: `[B]` int32, position after the last one.
+        tokens: Token ids `[B, C]` int32 of the block.
+        targets: Token ids `[B, C]` int32 that follow each token of the block.
+        count: Number `[B]` int32 of real tokens of the block; the rest is padding.
+        start: First position `[B]` int32 of the block whose target is scored.
+        end: Position `[B]` int32 after the last one whose target is scored.
 
     Returns:
-        The cache after the block, and what `score_rows` returns.
+        Cache that includes the block, then nats and whether all scored tokens are the most probable
+        ones, as in `score_rows`.
     """
     output, cache = model.advance(cache, tokens, count)
     return cache, *_nats(model, output, targets, start, end)
@@ -277,10 +289,10 @@ def score_block(
 def _nats(
     model: Architecture, output: Any, targets: jax.Array, start: jax.Array, end: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats of the targets of positions `start [B]` to `end [B]` of each row, and `score_rows`'."""
+    """Compute what `score_rows` returns for targets of positions `start` to `end - 1`, `[B]`."""
 
     def at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Nats `[B]` of the target of one position `[B]` of each row, and whether it leads."""
+        """Compute nats `[B]` of one target per row, and whether it is the most probable token."""
         real = position < end
         position = jnp.where(real, position, 0)
         target = jnp.take_along_axis(targets, position[:, None], axis=1)
@@ -305,9 +317,9 @@ def _nats(
 
 
 def _windows(ids: list[int], first: int, length: int) -> Iterator[Row]:
-    """Rows that read up to `length` ids each and score each of `ids[first:]` once.
+    """Yield rows that read up to `length` ids each, and together score each of `ids[first:]` once.
 
-    They are as full as can be: the last one scores what is left, with the context before it.
+    The last row scores the remaining ids, after as many ids of context as fit.
     """
     done, end = first, min(length + 1, len(ids))
     while done < end:

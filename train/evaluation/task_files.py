@@ -1,6 +1,6 @@
-"""Task files: JSONL records as the public benchmarks publish them, as questions to a model.
+"""Read task files: JSONL records of public benchmarks, turned into contexts and continuations.
 
-Contexts and continuations are those of EleutherAI's evaluation harness for these data sets.
+Contexts and continuations are the same as in EleutherAI's evaluation harness.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class Item:
     """A context and the texts that may follow it.
 
     Attributes:
-        context: Text that the model is given; may be empty.
-        choices: Texts to choose from; a single one is a cloze, to be predicted word for word.
+        context: Text before the choices, which is not scored; may be empty.
+        choices: Texts to choose from; in a cloze, the one text that is to be predicted.
         gold: Index of the right choice.
         line: Line of the item in its file, from 1.
     """
@@ -43,9 +43,10 @@ class Format:
 
     Attributes:
         name: Name of the format.
-        fields: Fields that tell the format; an entry lists alternatives, of which a record has one.
-        read: Function from a record to (context, choices, gold); it raises `ValueError` for a
-            record with a mistake.
+        fields: Fields by which the format is recognised. Each entry is a tuple of alternative
+            names, of which a record must have at least one.
+        read: Function from a record to its context, its choices and the index of the right choice;
+            it raises a `ValueError` for a record with a mistake.
     """
 
     name: str
@@ -53,14 +54,14 @@ class Format:
     read: Callable[[Record], tuple[str, list[str], int]]
 
     def missing(self, record: Record) -> list[str]:
-        """Fields that a record lacks."""
+        """Return the fields that a record lacks, alternatives joined by "or"."""
         absent = [names for names in self.fields if not any(name in record for name in names)]
         return [" or ".join(names) for names in absent]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The items of a file.
+    """A task: the items of a file.
 
     Attributes:
         name: Name of the task in reports.
@@ -76,22 +77,22 @@ class Task:
 
     @property
     def cloze(self) -> bool:
-        """Whether items have one text, to be predicted, in place of choices."""
+        """Whether each item has a single text, which is to be predicted, in place of choices."""
         return self.format == "lambada"
 
 
 def read_task(spec: str, limit: int | None = None) -> Task:
-    """Reads a task file; the format of its first record is that of all.
+    """Read a task file; the format of the first record is taken for all records.
 
     Args:
         spec: Path of the file, or `name=path.jsonl`; without a name the task is named after the
             file.
-        limit: Number of records that are read, the first ones; None reads all.
+        limit: Number of records that are read from the beginning of the file; None reads all.
 
     Raises:
-        ValueError: The file can't be read, a record is no JSON object, lacks a field or has a wrong
-            value in one, its fields are of no known format, or there are no records. The message
-            names the file and the line.
+        ValueError: The file can't be read or has no records; or a record is not a JSON object, does
+            not match a known format, lacks a field, or has a wrong value. The message names the
+            file, and the line of the record.
     """
     name, given, file = spec.partition("=")
     path = Path(file if given else spec).expanduser()
@@ -128,7 +129,7 @@ def _item(kind: Format, record: Record, number: int, where: str) -> Item:
 
 
 def _text(record: Record, *names: str) -> str:
-    """Text of the first of these fields that the record has."""
+    """Return the text of the first field among `names` that the record has."""
     name = next(name for name in names if name in record)
     if not isinstance(record[name], str):
         raise ValueError(f"{name} is {record[name]!r}, not a text")
@@ -145,8 +146,10 @@ def _texts(record: Record, name: str) -> list[str]:
 
 
 def _gold(record: Record, names: tuple[str, ...], choices: list[str]) -> int:
-    """Index of the right choice, which records give as a number, as its text ("2"), or as the
-    choice itself."""
+    """Return the index of the right choice.
+
+    Records give it as a number, as a number in a string ("2"), or as the text of the choice.
+    """
     name = next(name for name in names if name in record)
     gold = record[name]
     word = choices.index(gold) if isinstance(gold, str) and gold in choices else None
@@ -182,7 +185,7 @@ def _read_hellaswag(record: Record) -> tuple[str, list[str], int]:
 
 
 def _without_markup(text: str) -> str:
-    """Text without the marks in brackets of HellaSwag's WikiHow articles: `[title]`, `[step]`."""
+    """Remove the marks in brackets, such as `[title]`, from texts of HellaSwag's WikiHow part."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 

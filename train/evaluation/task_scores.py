@@ -1,4 +1,4 @@
-"""Scores of tasks: accuracies and perplexities with standard errors, and every answer."""
+"""Score tasks: accuracies and perplexities with standard errors, and a record of every answer."""
 
 import dataclasses
 import json
@@ -20,24 +20,29 @@ class Answer:
 
     Attributes:
         item: Item of a task.
-        scores: Score of each choice, in their order.
+        scores: Scores in the order of the item's choices.
     """
 
     item: Item
     scores: tuple[Score, ...]
 
     def pick(self, lengths: Sequence[float] | None = None) -> int:
-        """Index of the choice that the model prefers.
+        """Return the index of the choice with the highest log-probability per unit of length.
 
         Args:
-            lengths: Lengths of the choices that log-probabilities are divided by; None for 1.
+            lengths: Length of each choice, by which its log-probability is divided; None compares
+                the log-probabilities themselves.
         """
         log_probs = np.array([score.log_prob for score in self.scores])
         return int(np.argmax(log_probs if lengths is None else log_probs / np.array(lengths)))
 
     def metrics(self) -> dict[str, float]:
-        """Accuracies of the item, 0 or 1, with choices ranked by log-probability (`acc`), by
-        log-probability per character (`acc_norm`), and per UTF-8 byte (`acc_bytes`)."""
+        """Compute the accuracies of the item, each 0 or 1.
+
+        Returns:
+            Accuracies by name, with choices ranked by log-probability (`acc`), by log-probability
+            per character (`acc_norm`), and by log-probability per UTF-8 byte (`acc_bytes`).
+        """
         gold, choices = self.item.gold, self.item.choices
         return {
             "acc": float(self.pick() == gold),
@@ -46,7 +51,7 @@ class Answer:
         }
 
     def record(self, task: str, cloze: bool) -> dict[str, Any]:
-        """The answer for a line of JSON.
+        """Convert the answer to a dict for a line of JSON.
 
         Args:
             task: Name of the task.
@@ -69,7 +74,14 @@ class Answer:
 
 
 def answers(scorer: Scorer, tasks: Sequence[Task]) -> list[list[Answer]]:
-    """Answers to the items of each task; rows of all tasks share batches.
+    """Score the items of tasks; rows of all tasks share batches.
+
+    Args:
+        scorer: Scorer of the model.
+        tasks: Tasks whose items are scored.
+
+    Returns:
+        Answers to the items of each task, in their order.
 
     Raises:
         ValueError: An item can't be scored (`Scorer.row`). The message names its file and line,
@@ -90,17 +102,18 @@ def answers(scorer: Scorer, tasks: Sequence[Task]) -> list[list[Answer]]:
 
 
 def summary(task: Task, found: Sequence[Answer]) -> dict[str, Any]:
-    """Metrics of a task and their standard errors.
+    """Compute the metrics of a task and their standard errors.
 
     Args:
         task: Task of the answers.
-        found: Answers to all of its items.
+        found: Answers to all items of the task.
 
     Returns:
-        For multiple choice the means of `Answer.metrics`. For a cloze `acc`, the share of targets
-        that greedy decoding writes, and `perplexity`, exp of the mean negative log-likelihood of a
-        target. `NAME_stderr` is the standard error of NAME (by the delta method for `perplexity`);
-        None for a single item.
+        Dict with `file`, `format` and `count` (number of items), and the metrics. Multiple choice
+        has the means of `Answer.metrics`. A cloze has `acc`, the fraction of targets that greedy
+        decoding writes, and `perplexity`, exp of the mean negative log-likelihood of a target.
+        `NAME_stderr` is the standard error of NAME (by the delta method for `perplexity`), or None
+        for a single item.
     """
     result: dict[str, Any] = {
         "file": str(task.path),
@@ -127,10 +140,10 @@ def _with_error(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def task_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each metric of each task, for a terminal.
+    """Format a text table with a line for each metric of each task.
 
     Args:
-        summaries: Results of `summary`, by the names of their tasks.
+        summaries: Results of `summary`, by the name of the task.
     """
     width = max(len("task"), *map(len, summaries))
     lines = [f"{'task':{width}}  {'items':>6}  {'metric':10}  {'value':>9}   standard error"]
@@ -146,22 +159,22 @@ def task_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Checks an output path before any scoring is done.
+    """Check before any work that a file can be written at a path.
 
     Raises:
-        ValueError: The path is a folder, or its folder does not exist.
+        ValueError: The path is a folder, or the folder of the file does not exist.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"{path} can't be written: it is a folder, or its folder does not exist")
 
 
 def write_results(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes the summaries as JSON."""
+    """Write results, such as summaries of tasks, as indented JSON."""
     write_atomically(path, json.dumps(result, indent=2) + "\n")
 
 
 def write_records(path: Path, tasks: Sequence[Task], found: Sequence[Sequence[Answer]]) -> None:
-    """Writes every answer as a line of JSON."""
+    """Write every answer of every task as a line of JSON (`Answer.record`)."""
     records = [
         answer.record(task.name, task.cloze)
         for task, answers in zip(tasks, found, strict=True)

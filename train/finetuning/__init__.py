@@ -1,1 +1,1 @@
-"""What fine-tuning trains, and its config."""
+"""Supervised fine-tuning: its config, its job, demonstrations, and the battery of variants."""

@@ -1,8 +1,9 @@
 """The battery: success and validity of a model on the variants of an environment.
 
-A model that was tuned on one prompt may answer without reading it (arXiv 2510.00237): then it fails
-where the prompt gives other names, and succeeds in the fake variants, which show other names and
-count the old ones. Its validity, the share of answers that the prompt allows at all, falls first.
+A model that was tuned on one prompt may answer without reading it (arXiv 2510.00237). Such a model
+fails in variants whose prompts give other names, and succeeds in the fake variants, whose prompts
+give other names but whose rules follow the old ones. Its validity, the fraction of its answers that
+the prompt allows at all, falls first.
 """
 
 import dataclasses
@@ -32,16 +33,16 @@ class BatteryConfig:
 
     Attributes:
         task: Environment with variants and its options, e.g. "sokoban_variants(held_out=40)" or
-            "general_points"; without one nothing is played.
-        variants: Variants by name; the default is all that the environment's options allow.
+            "general_points"; with "" no episodes are played.
+        variants: Names of the variants; by default all that the environment's options allow.
         episodes: Number of held-out problems of each variant.
-        max_turns: Number of turns after which an episode is cut; the default is the environment's.
-            One turn is enough for validity.
-        max_new_tokens: Longest response, in tokens; thoughts need many. The share of responses that
-            were cut there is `cut`.
-        chat: Whether prompts are messages to the model, in its chat template; the default is yes
-            where its tokenizer has one, as `sft` renders conversations.
-        max_rows: Greatest number of responses that are generated at a time.
+        max_turns: Maximum number of turns of an episode; by default the environment's. One turn is
+            enough to measure validity.
+        max_new_tokens: Maximum number of tokens of a response; responses with thoughts need many.
+            The fraction of responses that were truncated at it is reported as `cut`.
+        chat: Whether prompts are user messages in the model's chat template, as `sft` renders
+            conversations; by default if the model's tokenizer has a template.
+        max_rows: Maximum number of responses that are generated at a time.
         seed: Seed of the order of problems.
     """
 
@@ -62,10 +63,13 @@ class BatteryConfig:
             raise ValueError(f"max_turns={self.max_turns}: choose 1 or more, or leave it out")
 
     def environments(self) -> dict[str, InstructedEnvironment]:
-        """The environment in each variant, whose observations are whole prompts.
+        """Make the environment in each variant, with the whole prompt in every observation.
+
+        Returns:
+            Environments by the name of the variant.
 
         Raises:
-            ValueError: There is no such environment or variant.
+            ValueError: The environment or a variant is unknown, or the environment has no variants.
         """
         environment = instructed(self.task, self.seed)
         known = environment.variants
@@ -87,11 +91,11 @@ class VariantScore:
     """Means over the episodes of a variant.
 
     Attributes:
-        success: Share of episodes that were solved.
-        error: Standard error of that share.
-        validity: Mean share of an episode's answers that its prompts allowed.
-        turns: Mean number of turns.
-        cut: Share of responses, over all turns, that were cut at the limit of their length.
+        success: Fraction of episodes that were solved.
+        error: Standard error of `success`.
+        validity: Fraction of an episode's answers that the prompt allows, averaged over episodes.
+        turns: Mean number of turns of an episode.
+        cut: Fraction of all turns' responses that were truncated at `max_new_tokens`.
     """
 
     success: float
@@ -102,14 +106,14 @@ class VariantScore:
 
 
 def instructed(spec: str, seed: int) -> InstructedEnvironment:
-    """The environment with variants that a text asks for.
+    """Make an environment that has variants of its prompt.
 
     Args:
-        spec: Name, with options in brackets.
+        spec: Name of the environment with its options in brackets.
         seed: Seed of the order of problems.
 
     Raises:
-        ValueError: There is no such environment, or it has no variants.
+        ValueError: The environment is unknown, or has no variants.
     """
     environment: Any = make_task(spec, seed)
     if not isinstance(environment, InstructedEnvironment):
@@ -121,7 +125,7 @@ def instructed(spec: str, seed: int) -> InstructedEnvironment:
 
 
 def formatter_for(lm: LanguageModel, config: BatteryConfig) -> PromptFormatter:
-    """Formatter of prompts as messages, if the config says so, or leaves it to the tokenizer."""
+    """Make the formatter of prompts; it uses the chat template as `BatteryConfig.chat` says."""
     return PromptFormatter(lm, has_chat_template(lm) if config.chat is None else config.chat)
 
 
@@ -132,14 +136,20 @@ def play_battery(
     mesh: Mesh,
     split: Split = "test",
 ) -> dict[str, VariantScore]:
-    """Scores of a policy on each variant, its answers greedy, each to the present prompt alone.
+    """Play episodes of each variant with a policy, which answers greedily.
+
+    In each turn the policy reads only the present prompt, not the earlier turns.
 
     Args:
         policy: Policy to sample from (`train.rl.learning.policy.sampler_of`).
         lm: Language model whose tokenizer is used.
         config: Variants and limits.
         mesh: Mesh whose devices share the rows.
-        split: Split of the problems; those of training tell what was memorised from what is found.
+        split: Split of the problems; scores on "train" show, beside those on "test", how much is
+            memorised.
+
+    Returns:
+        Scores by the name of the variant.
 
     Raises:
         ValueError: The config or an environment has a mistake.
@@ -181,7 +191,7 @@ def _score(rows: list[Trajectory]) -> VariantScore:
 
 
 def battery_metrics(scores: Mapping[str, VariantScore]) -> dict[str, float]:
-    """`battery/VARIANT/success`, `battery/VARIANT/validity` and `battery/VARIANT/cut`."""
+    """Convert scores to metrics `battery/VARIANT/success`, `.../validity` and `.../cut`."""
     return {
         f"battery/{name}/{measure}": getattr(score, measure)
         for name, score in scores.items()
@@ -190,9 +200,16 @@ def battery_metrics(scores: Mapping[str, VariantScore]) -> dict[str, float]:
 
 
 def readable_battery(held_out: Mapping[str, float]) -> str:
-    """Success and validity of each variant in held-out metrics, for a line of progress.
+    """Format success and validity of each variant, for the line of held-out metrics.
 
-    Where any response was cut it says how many, which success and validity hang on.
+    If responses were truncated, the line gives the largest fraction of a variant, since truncation
+    lowers success and validity.
+
+    Args:
+        held_out: Held-out metrics, with those of `battery_metrics`.
+
+    Returns:
+        Text to append to the line; "" without metrics of a battery.
     """
     names = [name.split("/")[1] for name in held_out if name.endswith("/validity")]
     shown = [

@@ -1,4 +1,4 @@
-"""Demonstrations of an environment's expert as chat data, a conversation of two messages each."""
+"""Write demonstrations of an environment's expert as chat data, one prompt and completion each."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,13 +14,17 @@ from train.runs.files import check_new_file, write_atomically
 def demonstration_record(
     demonstration: Demonstration, form: Form, variant: str, epoch: int
 ) -> dict[str, Any]:
-    """A record of chat data (`prompt`, `completion`), with what it was rendered from.
+    """Convert a demonstration to a record of chat data.
 
     Args:
-        demonstration: State and what the expert does there.
+        demonstration: State with its prompt, and the expert's steps in it.
         form: Parts of the completion (`verbalise`).
         variant: Variant of the environment.
-        epoch: Number of passes before this one.
+        epoch: Number of earlier passes over the states.
+
+    Returns:
+        Dict with `prompt` and `completion`, and the origin of the prompt: `template`, `paraphrase`,
+        `variant`, `map` and `names` (that the prompt gives), `problem` and `epoch`.
     """
     prompt = demonstration.prompt
     return {
@@ -39,9 +43,18 @@ def demonstration_record(
 def demonstration_records(
     environment: InstructedEnvironment, split: Split, count: int, epochs: int, form: Form
 ) -> Iterator[dict[str, Any]]:
-    """Records of `count` states in each epoch, with other maps where drawn.
+    """Yield records of `count` states in each epoch.
 
-    Boards of Sokoban are the same in each; cards are dealt for the map of the epoch.
+    Variants that sample their maps of names sample new ones in each epoch, unless the environment
+    has `resample=False`. Boards of Sokoban are the same in each epoch; cards are dealt anew for the
+    epoch's map.
+
+    Args:
+        environment: Environment in one variant.
+        split: Split of the problems.
+        count: Number of states in each epoch.
+        epochs: Number of epochs.
+        form: Parts of the completions (`verbalise`).
     """
     for epoch in range(epochs):
         for each in environment.demonstrations(split, count, epoch):
@@ -49,14 +62,17 @@ def demonstration_records(
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    """Write records as JSON Lines, whole or not at all; returns how many.
+    """Write records as JSON Lines; if writing fails, no file is left.
 
     Args:
         path: File that does not exist yet; its folder is made.
         records: Records in order.
 
+    Returns:
+        Number of records.
+
     Raises:
-        ValueError: There is such a file.
+        ValueError: The file exists, or can't be made.
     """
     check_new_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,15 +82,16 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> int:
 
 
 def check_apart(out: Path, folder: Path, variants: Iterable[str]) -> None:
-    """Check that a training file and the files of variants do not write over each other.
+    """Check that a training file does not collide with the files of the battery's variants.
 
     Args:
         out: Training file.
-        folder: Folder of the files of variants.
+        folder: Folder of the battery, for a file VARIANT.jsonl of each variant.
         variants: Names of the variants.
 
     Raises:
-        ValueError: The training file is one of the others, or the folder or one above it.
+        ValueError: The path of the training file is that of a variant's file, of the folder, or of
+            a parent of the folder.
     """
     here, others = out.resolve(), folder.resolve()
     files = {others / f"{name}.jsonl" for name in variants}

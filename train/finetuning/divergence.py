@@ -1,4 +1,4 @@
-"""Divergence of a tuned model from the one that tuning began with, as a penalty on its loss."""
+"""Divergence of a tuned model from the model that tuning began with, as a penalty on the loss."""
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,20 @@ def reference_kl(
     rows: dict[str, jax.Array],
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Exact KL(π ‖ π_ref) over the vocabulary at each target of the loss mask, and log π(target).
+    """Compute KL(π ‖ π_ref) exactly over the vocabulary, and log π(target), at each target.
 
-    Logits are computed for some positions at a time, as for the loss. The reference gets no
-    gradient, and no dropout.
+    Logits are computed for a few positions at a time. No gradient flows into the reference, and it
+    has no dropout.
 
     Args:
         model: Tuned model π.
         reference: Model that tuning began with, π_ref.
         rows: Arrays `[B, T + 1]` by name (`FinetunableModel.log_probs`).
-        key: Key of dropout and of random insertion.
+        key: Key of dropout and of random insertion of `model`; None for neither.
 
     Returns:
-        Divergences in nats and log-probabilities, both `[B, T]` float32, 0 where masked out.
+        Divergences in nats and log-probabilities, both `[B, T]` float32; 0 for targets outside of
+        the loss mask.
     """
     targets, loss_mask = jnp.maximum(rows["tokens"], 0)[:, 1:], rows["loss_mask"][:, 1:]
 

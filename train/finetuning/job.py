@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as the loop sees it: a decoder, what is trained of it, and chat rows."""
+"""The training job of supervised fine-tuning: model, chat rows, loss and evaluation."""
 
 import dataclasses
 import math
@@ -58,23 +58,23 @@ ROWS = ("tokens", "loss_mask", "segment")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(LoopConfig):
-    """Supervised fine-tuning: only what the assistant says is trained on.
+    """Supervised fine-tuning; only the assistant's tokens are targets of the loss.
 
     Attributes:
         weights: Model to start from: a run folder, "smollm2", a Hugging Face folder, or a .gguf
             file.
-        train: Parameters that are trained: "all" (tracked thresholds stay where they are), a "lora"
-            adapter, or a "weaver" of latent memory; in the last two the decoder is frozen, and a
-            checkpoint holds only what is trained.
-        lora: Adapter of `lora`.
-        memgen: Weaver of `weaver`, and where it writes.
-        boundaries: Tokens after which memory may be written (`memgen.boundary_table`).
+        train: Parameters that are trained: "all" (tracked thresholds keep their values), a "lora"
+            adapter, or a "weaver" of latent memory. With "lora" and "weaver" the decoder is frozen,
+            and checkpoints hold only the trained parameters.
+        lora: Options of the adapter that `train="lora"` trains.
+        memgen: Options of the weaver that `train="weaver"` trains, and of where it writes memory.
+        boundaries: Rule for the tokens after which memory may be written (`memgen.boundary_table`).
         data: Conversations, row length and packing.
-        kl: Coefficient of a penalty on the divergence KL(π ‖ π_ref) from the weights that tuning
-            begins with, exact over the vocabulary, a mean over the trained tokens; they stay in
-            memory beside the tuned ones. 0 has no penalty and no such copy.
+        kl: Coefficient of a penalty on KL(π ‖ π_ref), the divergence from the weights that tuning
+            begins with: exact over the vocabulary, and averaged over the targets. Above 0, a copy
+            of these weights stays in memory.
         battery: Variants of an environment that the model is scored on at each evaluation, as
-            `eval/battery/VARIANT/success`, `/validity` and `/cut`; without a `task` there are none.
+            `eval/battery/VARIANT/success`, `/validity` and `/cut`; none without a `task`.
     """
 
     weights: str = "smollm2"
@@ -95,7 +95,10 @@ class SFTConfig(LoopConfig):
 
 
 class SFTJob:
-    """The `TrainingJob` of an `SFTConfig`.
+    """The job that `train.engine.loop.run` trains for an `SFTConfig` (see `TrainingJob`).
+
+    Args:
+        config: Config of the run.
 
     Raises:
         ValueError: The config or the weights have a mistake.
@@ -165,7 +168,7 @@ class SFTJob:
         )
 
     def _weaving(self, length: int) -> float:
-        """Most vectors that the weaver's decoder reads of a row, by the `length` of its stream."""
+        """Return the maximum number of vectors that the weaver reads per row, over `length`."""
         config, trainable = self.config, self.trainable
         made = nnx.merge(trainable.graphdef, trainable.abstract.weights).memgen
         if not made.config.weaver.latents_see_latents:
@@ -176,7 +179,7 @@ class SFTJob:
         return schedule.rounds * schedule.size / length if schedule else made.config.events
 
     def _check_battery(self) -> None:
-        """Raise a `ValueError` for a battery that can't be played."""
+        """Raise a ValueError if the battery can't be played by this model, mesh and process."""
         self.config.battery.environments()
         self._lm.model.check_cacheable()
         check_auto(self.mesh, "a battery")
@@ -199,7 +202,7 @@ class SFTJob:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What a reader of checkpoints needs besides the config (`train.models.load`)."""
+        """Metadata that `train.models.load` needs to read a checkpoint, besides the config."""
         meta = {"base": self._base, "model": as_json(self.trainable.config)}
         return meta | tokenizer_meta(self._lm.tokenizer)
 
@@ -237,7 +240,7 @@ class SFTJob:
     def step_metrics(
         self, sums: Mapping[str, Any], step: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`ref_kl`, the mean divergence in nats, where it is penalised."""
+        """Return the metric `ref_kl`, the mean divergence in nats, if it is penalised."""
         if not self.config.kl:
             return {}, {}
         return {"ref_kl": float(sums["ref_kl"]) / max(float(sums["tokens"]), 1.0)}, {}
@@ -246,12 +249,15 @@ class SFTJob:
         return ""
 
     def first_state(self) -> TrainState:
-        """The weights as they are, and new parameters."""
+        """Make the state of step 0 from the loaded weights and newly initialised parameters."""
         return self.trainable.start(nnx.state(self._around(self._lm.model)))
 
     def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:
-        """`loss` in nats per supervised token of held-out rows and its standard error, from having
-        scored some rows only (with one row there is none), `perplexity`, and the battery's scores.
+        """Score held-out rows, and play the battery.
+
+        Returns:
+            Metrics by name: `loss` in nats per supervised token; `perplexity`; `standard_error` of
+            `loss` as an estimate for all rows, unless only one row is scored; and the battery's.
         """
         nats, count = [], []
         size = self.config.batch_size // self.config.accumulate
@@ -306,20 +312,23 @@ class SFTJob:
 def sft_loss(
     finetunable: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """`train.engine.step.Loss` of chat rows: a mean over supervised tokens of the whole batch."""
+    """Compute the `train.engine.step.Loss` of chat rows: nats summed over the supervised tokens.
+
+    The train step divides the sum by the number of supervised tokens of the whole batch.
+    """
     log_probs = finetunable.log_probs(rows, key)
     return -log_probs.sum(), rows["loss_mask"][:, 1:].sum(dtype=jnp.float32), {}
 
 
 def penalised_loss(trainable: Trainable, kl: float) -> Loss:
-    """`sft_loss` plus a penalty on the divergence from the trained parameters of a reference.
+    """Make a loss: `sft_loss` plus a penalty on the divergence from a reference model.
 
     Args:
-        trainable: Static side of the run; the reference's other parameters are the run's.
+        trainable: Static side of the run. The reference model shares the run's frozen parameters.
         kl: Coefficient of the penalty.
 
     Returns:
-        A loss that is given the reference's parameters behind its key.
+        Loss that takes the trained parameters of the reference as an argument after its key.
     """
 
     def loss(

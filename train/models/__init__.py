@@ -1,1 +1,1 @@
-"""A model with its tokenizer: from a run, a folder, or a file."""
+"""Models with their tokenizers, loaded from a run, a folder or a file, and text from them."""

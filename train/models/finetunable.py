@@ -1,4 +1,4 @@
-"""What fine-tuning trains: a whole decoder, a LoRA adapter, a weaver, or a trigger."""
+"""Modules that fine-tuning trains: a whole decoder, a LoRA adapter, a weaver, or a trigger."""
 
 from typing import Any, Literal, get_args
 
@@ -36,7 +36,7 @@ TRAINED = {"all": nnx.Param, "lora": AdapterParam, "weaver": WeaverParam, "trigg
 
 
 class ValueHead(nnx.Module):
-    """Linear layer from a hidden state to its value, V = w · h + b in float32; zeros at first.
+    """Linear layer from a hidden state h to a value, V = w · h + b in float32; w and b start at 0.
 
     Args:
         embed_dim: Width of the hidden states.
@@ -47,25 +47,28 @@ class ValueHead(nnx.Module):
         self.bias = ValueParam(jnp.zeros((), jnp.float32))
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Values `[...]` float32 of hidden states `[..., D]`."""
+        """Compute the values `[...]`, float32, of hidden states `[..., D]`."""
         kernel, hidden = self.kernel[...], hidden.astype(jnp.float32)
         return jnp.matmul(hidden, kernel, precision=jax.lax.Precision.HIGHEST) + self.bias[...]
 
 
 class FinetunableModel(nnx.Module):
-    """A decoder with what fine-tuning adds to it, scored on rows of chat data.
+    """A decoder with the modules that fine-tuning adds to it, which scores rows of chat data.
 
     Args:
         model: Decoder; frozen unless `method` is `all`.
-        method: What is trained: `all` parameters of the decoder, a `lora` adapter, a `weaver` of
-            latent memory, or the `trigger` of a frozen weaver.
-        lora: Config of the adapter, for `lora`.
-        memgen: Config of latent memory, for `weaver` and `trigger`.
-        boundary: Boundary table `[V]` of the vocabulary, for these two (`memgen.boundary_table`);
-            None for the others.
+        method: Parameters that are trained: `all` of the decoder's, those of a `lora` adapter, of a
+            `weaver` of latent memory, or of the `trigger` of a frozen weaver.
+        lora: Config of the adapter; used only by `lora`.
+        memgen: Config of latent memory; used only by `weaver` and `trigger`.
+        boundary: Boundary table `[V]` of the vocabulary (`memgen.boundary_table`) for `weaver` and
+            `trigger`; None for `all` and `lora`.
         rngs: Keys of the initial values of new parameters.
-        value_head: Whether the model has a `ValueHead` on its hidden states, which is trained
-            beside what `method` says.
+        value_head: Whether a `ValueHead` on the hidden states is added. Its parameters are
+            `ValueParam`s.
+
+    Raises:
+        ValueError: `method` is unknown, or the decoder takes adapters but can't merge them.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class FinetunableModel(nnx.Module):
 
     @classmethod
     def whole(cls, model: Architecture) -> "FinetunableModel":
-        """The decoder with all of its parameters and nothing added.
+        """Wrap a decoder with method `all`, without an adapter, latent memory or a value head.
 
         Args:
             model: Decoder.
@@ -108,21 +111,30 @@ class FinetunableModel(nnx.Module):
 
     @property
     def backbone(self) -> Any:
-        """The decoder alone, a `memgen.DecoderBackbone`."""
+        """The decoder without an adapter or latent memory, a `memgen.DecoderBackbone`."""
         return self.memgen.reasoner if self.memgen is not None else self.model.backbone()  # pyright: ignore
 
     def log_probs(self, rows: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
-        """Log-probability of each target in the loss mask, 0 elsewhere: `[B, T]` float32.
+        """Compute the log-probabilities of the targets, the tokens 1 to T of each row.
 
         Args:
-            rows: Arrays `[B, T + 1]` by name, as `ChatRows` has them.
-            key: Key of dropout and of random insertion, in training; held-out rows have none.
+            rows: Arrays `[B, T + 1]` by name: `tokens`, `loss_mask`, `segment`, and `position` if
+                rows are packed (see `ChatRows`).
+            key: Key of dropout and of random insertion in training; None for held-out rows.
+
+        Returns:
+            Log-probabilities `[B, T]` float32; 0 for targets outside of the loss mask.
         """
         targets, loss_mask = jnp.maximum(rows["tokens"], 0)[:, 1:], rows["loss_mask"][:, 1:]
         return token_log_probs(self.backbone, self.predictors(rows, key), targets, loss_mask)
 
     def predictors(self, rows: dict[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
-        """Hidden states that predict the targets, `[B, T, D]`; the arguments of `log_probs`."""
+        """Compute the hidden states `[B, T, D]` that predict the targets of `log_probs`.
+
+        Args:
+            rows: Arrays `[B, T + 1]` by name, as in `log_probs`.
+            key: Key of dropout and of random insertion in training; None for held-out rows.
+        """
         tokens = jnp.maximum(rows["tokens"], 0)
         if self.memgen is None:
             return self._read(tokens[:, :-1], rows, key)
@@ -152,5 +164,5 @@ class FinetunableModel(nnx.Module):
 
 
 def _unmergeable(decoder: Any) -> bool:
-    """Whether a decoder lacks `merge_lora`, or has it from `Architecture`, where it raises."""
+    """Whether a decoder lacks `merge_lora`, or inherits the one of `Architecture`, which raises."""
     return getattr(type(decoder), "merge_lora", None) in (None, Architecture.merge_lora)

@@ -1,4 +1,4 @@
-"""Text from a model with its tokenizer: continued, or as an answer; and its bubbles."""
+"""Generate continuations and chat answers with a model, and map the bubbles of a text."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,22 @@ MEMORY = {
 def write(
     loaded: LanguageModel, prompts: list[str], max_new_tokens: int, **options: Any
 ) -> list[str]:
-    """Each prompt with its continuation; the options are those of `generate`."""
+    """Continue prompts.
+
+    Args:
+        loaded: Model with its tokenizer.
+        prompts: Texts to continue.
+        max_new_tokens: Maximum number of tokens added to each prompt.
+        **options: Options of `thoughtbubbles.decoding.generate`, or of `memgen.generate` if the
+            model has latent memory; then also `memory`, a name in `MEMORY`.
+
+    Returns:
+        Texts of the prompts, each with its continuation.
+
+    Raises:
+        ValueError: A prompt is not valid UTF-8, the texts don't fit into memory, or an option is
+            not available with latent memory.
+    """
     _check_text(prompts)
     ids = [loaded.prompt(prompt) for prompt in prompts]
     new = _continue(loaded, ids, max_new_tokens, options)
@@ -40,7 +55,20 @@ def write(
 def answer(
     loaded: LanguageModel, prompts: list[str], max_new_tokens: int, **options: Any
 ) -> list[str]:
-    """The model's answer to each prompt, a message of its own; options are those of `generate`."""
+    """Answer prompts, each the only user message of a conversation in the model's chat template.
+
+    Args:
+        loaded: Model with its tokenizer.
+        prompts: Messages of the user.
+        max_new_tokens: Maximum number of tokens of each answer.
+        **options: Options of decoding, as in `write`.
+
+    Returns:
+        Texts of the answers, without the prompts.
+
+    Raises:
+        ValueError: The model has no chat template, or for the reasons of `write`.
+    """
     tokenizer = loaded.tokenizer
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError("--chat needs a model with a chat template, e.g. --model smollm2")
@@ -51,7 +79,7 @@ def answer(
 
 
 def _check_text(prompts: list[str]) -> None:
-    """Raise a ValueError for a prompt with bytes that are no UTF-8, as a command line passes on."""
+    """Raise a ValueError for a prompt that is not valid UTF-8, which a command line can contain."""
     for index, prompt in enumerate(prompts):
         try:
             prompt.encode()
@@ -89,7 +117,11 @@ def _continue(
 
 @contextlib.contextmanager
 def _reading() -> Iterator[Callable[[int, int], None]]:
-    """A function that shows on a terminal how much of prompts in blocks has been read."""
+    """Show a progress bar on a terminal while prompts are read in blocks.
+
+    Yields:
+        Function of the number of tokens read and of all tokens, which updates the bar.
+    """
     with tqdm(unit="token", desc="prompt", delay=1, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -110,7 +142,7 @@ def _remember(
     min_p: float | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """Continue with latent memory; says where it was written."""
+    """Continue with latent memory, and print before which new tokens memory was written."""
     given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     if names := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{names[0]} is not offered with latent memory: leave it out")
@@ -122,7 +154,13 @@ def _remember(
 
 
 def map_of_text(loaded: LanguageModel, text: str) -> BubbleMap:
-    """Bubbles of a text, read as one block behind the separator (which the map leaves out)."""
+    """Compute the bubble map of a text: its streams, and the scores by which they fork.
+
+    The model reads a document separator and the text in one pass; the map leaves the separator out.
+
+    Raises:
+        ValueError: The model is not a `Thoughtbubbles`, or the text does not fit into memory.
+    """
     if not isinstance(loaded.model, Thoughtbubbles):
         raise ValueError(f"{type(loaded.model).__name__} has no bubbles to map")
     ids = [loaded.tokenizer.separator, *loaded.tokenizer.encode(text)[0].tolist()]

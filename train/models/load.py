@@ -1,4 +1,4 @@
-"""A model and its tokenizer: from a run folder, or pretrained; no trainer, mesh or optimizer."""
+"""Load a model with its tokenizer from a run folder or pretrained weights, without a trainer."""
 
 import dataclasses
 import hashlib
@@ -55,7 +55,7 @@ class LanguageModel:
     Attributes:
         model: Decoder with its parameters.
         tokenizer: Tokenizer that the model was trained with.
-        memgen: Latent memory around the model, if it was trained with that.
+        memgen: Latent memory around the model; None if it was trained without.
     """
 
     model: Architecture
@@ -63,13 +63,13 @@ class LanguageModel:
     memgen: MemGen | None = None
 
     def with_stop_token(self, token: str) -> "LanguageModel":
-        """This model, which also stops at another token of its vocabulary.
+        """Return this model with one more token at which generation stops.
 
         Args:
             token: Token that ends an answer, such as "<|im_end|>".
 
         Raises:
-            ValueError: The vocabulary has no such token, or the tokenizer is no pretrained one.
+            ValueError: The vocabulary lacks the token, or the tokenizer is not a pretrained one.
         """
         if not isinstance(self.tokenizer, PretrainedTokenizer):
             raise ValueError(
@@ -82,14 +82,14 @@ class LanguageModel:
         return dataclasses.replace(self, tokenizer=tokenizer_of(stored))
 
     def with_adapter(self, path: str) -> Self:
-        """The model with an adapter that `peft` wrote merged into its weights.
+        """Return this model with a LoRA adapter, as `peft` writes it, merged into its weights.
 
         Args:
             path: Folder of the adapter.
 
         Raises:
             ValueError: The adapter can't be used (`thoughtbubbles.adapters.load_adapter`), or the
-                model has latent memory, which was trained around other weights.
+                model has latent memory, which was trained without the adapter.
         """
         if self.memgen is not None:
             raise ValueError(f"adapter {path}: latent memory was trained without it: leave it out")
@@ -98,15 +98,15 @@ class LanguageModel:
         return dataclasses.replace(self, model=model)
 
     def in_int8(self) -> Self:
-        """The model with linear layers and embeddings in int8 (`quantisation.quantise`)."""
+        """Return this model with linear layers and embeddings in int8 (`quantisation.quantise`)."""
         model = quantise(self.model)
         memgen = self.memgen and self.memgen.with_reasoner(model.backbone())
         return dataclasses.replace(self, model=model, memgen=memgen)
 
     def for_inference(self) -> Self:
-        """The same weights in the form that decodes fastest.
+        """Return this model in the form that decodes fastest (see `Thoughtbubbles.for_decoding`).
 
-        They are in memory once as soon as nobody holds what was loaded any more.
+        Its arrays may be copies: drop this object, so that the weights are not in memory twice.
         """
         model, memgen = self.model, self.memgen
         if isinstance(model, Thoughtbubbles):
@@ -116,18 +116,18 @@ class LanguageModel:
 
     @property
     def context_length(self) -> int | None:
-        """Number of tokens that the model was trained on at a time, if known."""
+        """Number of tokens of the rows that the model was trained on; None if it is not known."""
         return self.model.config.context_length
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end a text."""
+        """Token ids at which generation stops."""
         if isinstance(self.tokenizer, PretrainedTokenizer):
             return (*self.tokenizer.stop_ids, self.tokenizer.separator)
         return (self.tokenizer.separator,)
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a text to be continued, at least one."""
+        """Encode a text to be continued as a list of token ids, which is never empty."""
         if isinstance(self.tokenizer, PretrainedTokenizer):
             return self.tokenizer.prompt(text)
         return [self.tokenizer.separator, *self.tokenizer.encode(text)[0].tolist()]
@@ -138,12 +138,13 @@ class LoadedRun(LanguageModel):
     """The language model of a checkpoint.
 
     Attributes:
-        config: Resolved config of the run, as nested dict.
+        config: Config of the run as a nested dict.
         step: Number of training steps.
         data_fingerprint: Fingerprint of the rows that the model was trained on
             (`PackedData.fingerprint`).
         python: Version of the interpreter that trained the model; None if it is not known.
-        sources: Fingerprint of the rows of each source of a mixture, by its name.
+        sources: Fingerprints of the rows of a mixture's sources, by the name of the source; empty
+            for a run without a mixture.
     """
 
     config: dict[str, Any]
@@ -163,14 +164,20 @@ class LoadedRun(LanguageModel):
 def load_model(
     path: str | Path, step: int | None = None, *, shardings: Shardings | None = None
 ) -> LoadedRun:
-    """Read a run folder (or one of its checkpoints); the newest step if none is named.
+    """Load the model of a checkpoint.
 
-    The checkpoints of a fine-tuned run with frozen weights hold only what was trained; the frozen
-    weights are read from where the run found them.
+    The checkpoints of a fine-tuned run with frozen weights hold only the trained parameters; the
+    frozen weights are read again from `config["weights"]`, where the run found them.
 
     Args:
+        path: Run folder, or one of its checkpoints.
+        step: Step of the checkpoint in a run folder; None takes the newest.
         shardings: Function from the abstract nnx.State of the model to the shardings of its
             parameters, as in `load_pretrained`; by default they go to the first device.
+
+    Raises:
+        ValueError: There is no such checkpoint, it is damaged, its architecture is unknown, or the
+            frozen weights are gone or have changed.
     """
     meta, params = load_params(path, step)
     meta = checked_meta(meta, path)
@@ -198,14 +205,18 @@ def load_model(
 def load_run_adapter(
     path: str | Path, step: int | None = None
 ) -> tuple[dict[str, LoRAWeights], str, float]:
-    """The LoRA adapter of a fine-tuned run, the weights that it belongs to, and its dropout rate.
+    """Load the LoRA adapter of a fine-tuned run.
 
     Args:
         path: Run folder, or one of its checkpoints.
         step: Step of the run; the newest by default.
 
+    Returns:
+        Adapter weights by the name of the layer, the name of the weights that the adapter was
+        trained on, and its dropout rate.
+
     Raises:
-        ValueError: The run trained something else than a LoRA adapter.
+        ValueError: The run did not train a LoRA adapter.
     """
     meta, params = load_params(path, step)
     config = checked_meta(meta, path)["config"]
@@ -224,7 +235,7 @@ def load_run_adapter(
 
 
 def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that a checkpoint's metadata describe."""
+    """Make the tokenizer that a checkpoint's metadata describe."""
     if "chat" in meta:
         return PretrainedTokenizer(meta["tokenizer"], **meta["chat"])
     with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +245,7 @@ def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
 
 
 def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `tokenizer_of` needs of a pretrained tokenizer besides its tokenizer.json."""
+    """Return the metadata `chat` that `tokenizer_of` needs of a pretrained tokenizer, else {}."""
     if not isinstance(tokenizer, PretrainedTokenizer):
         return {}
     return {
@@ -249,11 +260,11 @@ def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def keep_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> str:
-    """Put a copy of the tokenizer of weights where prepared data are kept.
+    """Store a copy of the tokenizer of pretrained weights in the cache of prepared data.
 
     Args:
         tokenizer: Tokenizer of pretrained weights, or of a run that began with weights.
-        data: Config of the data, which says where that is.
+        data: Config of the data, which names the cache.
 
     Returns:
         The tokenizer's name for `DataConfig.tokenizer`, the same on every machine.
@@ -275,7 +286,7 @@ def keep_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> str:
 
 
 def check_named(checkpoint: str | None, model: str | None) -> None:
-    """Raise unless exactly one of a run folder and pretrained weights is named."""
+    """Raise a ValueError unless exactly one of a run folder and pretrained weights is named."""
     if (checkpoint is None) == (model is None):
         raise ValueError(
             f"checkpoint={checkpoint} model={model}: pass --checkpoint, the folder of a run, or "
@@ -284,13 +295,13 @@ def check_named(checkpoint: str | None, model: str | None) -> None:
 
 
 def load_named(checkpoint: str | None, model: str | None) -> LanguageModel:
-    """The run folder or the pretrained weights, whichever is named."""
+    """Load a run folder or pretrained weights; exactly one of the arguments must not be None."""
     check_named(checkpoint, model)
     return load_weights(model) if model is not None else load_model(str(checkpoint))
 
 
 def load_language_model(name: str, shardings: Shardings | None = None) -> LanguageModel:
-    """A run folder, or what `load_weights` takes."""
+    """Load a run folder, or any weights that `load_weights` can load."""
     path = Path(name).expanduser()
     if name not in PACKAGED and path.is_dir() and load_run_meta(path) is not None:
         return load_model(path, shardings=shardings)
@@ -298,7 +309,7 @@ def load_language_model(name: str, shardings: Shardings | None = None) -> Langua
 
 
 def load_weights(name: str, shardings: Shardings | None = None) -> LanguageModel:
-    """A pretrained model: a name in `PACKAGED`, a Hugging Face folder, or a GGUF file.
+    """Load a pretrained model: a name in `PACKAGED`, a Hugging Face folder, or a GGUF file.
 
     Raises:
         ValueError: There are no such weights; see `load_pretrained`.
@@ -308,7 +319,7 @@ def load_weights(name: str, shardings: Shardings | None = None) -> LanguageModel
 
 
 def find_weights(name: str) -> Path:
-    """Where the weights of that name lie; a path that is no name stands for itself."""
+    """Return the path of the weights with a name in `PACKAGED`; another name is itself a path."""
     if name not in PACKAGED:
         return Path(name).expanduser()
     package, module, file = PACKAGED[name]
@@ -321,10 +332,10 @@ def find_weights(name: str) -> Path:
 
 
 def load_language_model_on(mesh: Mesh, name: str) -> LanguageModel:
-    """`load_language_model`, with each parameter read straight onto the devices of a mesh.
+    """Load a model as `load_language_model` does, with its parameters sharded over a mesh.
 
-    Of several processes each reads the whole onto its first device: placing parts across them needs
-    all of them, and one that can't read would keep the others waiting.
+    With several processes, each process loads all parameters onto its first device instead: placing
+    shards needs all processes, and one that can't read the file would keep the others waiting.
     """
     alone = jax.process_count() == 1
     return load_language_model(
@@ -335,7 +346,7 @@ def load_language_model_on(mesh: Mesh, name: str) -> LanguageModel:
 def boundaries_for(
     lm: LanguageModel, train: Method, mode: Literal["suffix", "exact_id", "sentence"]
 ) -> np.ndarray | None:
-    """The boundary table of a weaver over the model's ids; None where nothing is woven."""
+    """Compute the boundary table `[V]` for a model's weaver; None for "all" and "lora"."""
     if train in ("all", "lora"):
         return None
     tokenizer = lm.tokenizer
@@ -345,12 +356,12 @@ def boundaries_for(
 
 
 def checksum(model: nnx.Module) -> str:
-    """Hash of all arrays of a model, in hexadecimal."""
+    """Compute a hash of all arrays of a model, in hexadecimal."""
     return checksum_of(nnx.state(model))
 
 
 def checksum_of(tree: Any) -> str:
-    """Hash of all arrays of a pytree, in hexadecimal."""
+    """Compute a hash of all arrays of a pytree, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
@@ -360,13 +371,16 @@ def checksum_of(tree: Any) -> str:
 def finetuned_model(
     meta: dict[str, Any], params: Mapping[Any, Any], shardings: Shardings | None = None
 ) -> tuple[Architecture, MemGen | None]:
-    """The model of a fine-tuned run, with its adapter merged or its weaver around it.
+    """Build the model of a fine-tuned run from a checkpoint.
 
     Args:
         meta: Metadata of the checkpoint.
-        params: Parameters of the checkpoint, as nested dict.
+        params: Parameters of the checkpoint, as a nested dict.
         shardings: Function from the abstract nnx.State of the model to the shardings of its
             parameters, as in `load_pretrained`; by default they go to the first device.
+
+    Returns:
+        Decoder, with the run's adapter merged; and the latent memory around it, or None.
 
     Raises:
         ValueError: The frozen weights are gone or have changed, or parameters are missing or too
@@ -414,21 +428,21 @@ def finetuned_model(
 
 
 def trained_before(woven: MemGen, around: MemGen) -> MemGen:
-    """`around` with what was trained in `woven`: a weaver, and a trigger if it has one."""
+    """Copy the weaver of `woven`, and its trigger if it has one, into `around`."""
     kind = WeaverParam if woven.trigger is None else nnx.Any(WeaverParam, TriggerParam)
     return load_trained(around, nnx.to_pure_dict(nnx.state(woven, kind)), kind)
 
 
 def lora_from_json(fields: Any) -> LoRAConfig:
-    """The LoRAConfig that `as_json` wrote."""
+    """Read a LoRAConfig as `as_json` wrote it."""
     return from_json(LoRAConfig, fields, "lora")
 
 
 def trigger_from_json(fields: Any) -> TriggerConfig:
-    """The TriggerConfig that `as_json` wrote."""
+    """Read a TriggerConfig as `as_json` wrote it."""
     return from_json(TriggerConfig, fields, "trigger")
 
 
 def memgen_from_json(fields: Any) -> MemGenConfig:
-    """The MemGenConfig that `as_json` wrote."""
+    """Read a MemGenConfig as `as_json` wrote it."""
     return from_json(MemGenConfig, fields, "memgen")

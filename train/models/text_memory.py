@@ -1,4 +1,4 @@
-"""Whether texts fit into memory, known before anything is compiled or allocated."""
+"""Check whether texts fit into memory before anything is compiled or allocated."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from train.devices.memory import free_bytes, size_text
 def needed_bytes(
     model: Architecture, rows: int, tokens: int, cached: int = 0, blocks: bool = False
 ) -> int:
-    """Bytes that a forward pass over rows takes beside the parameters, about.
+    """Estimate the bytes that a forward pass over rows needs, without the parameters.
 
     Args:
-        model: Any architecture. What its config has neither `pass_bytes` nor `prefill_bytes` for is
-            not counted.
+        model: Any architecture. Activations are counted only if its config has the methods that
+            estimate their size (`pass_bytes`, `prefill_bytes`, `extend_bytes`).
         rows: Number of rows.
         tokens: Number of tokens of each row.
         cached: Number of tokens that a cache of each row can hold; 0 for no cache.
-        blocks: Whether the rows are read block by block into that cache.
+        blocks: Whether the rows are read block by block into the cache.
     """
     prefill = getattr(model.config, "prefill_bytes", lambda num_tokens: 0)
     whole = getattr(model.config, "pass_bytes", lambda rows, tokens: rows * prefill(tokens))
@@ -46,16 +46,16 @@ def check_text_memory(
     cached: bool = True,
     blocks: bool | None = None,
 ) -> None:
-    """Raise a ValueError for texts that don't fit into memory, which says how long a text may be.
+    """Raise a ValueError, with the length that would fit, for texts that don't fit into memory.
 
     Args:
         model: Any architecture.
         rows: Number of texts at a time.
-        tokens: Number of tokens of the longest of them.
-        new: Number of tokens that are added to each.
-        cached: Whether keys and values are kept; else every prefix is computed anew.
-        blocks: Whether long texts are read in blocks, into a cache (`thoughtbubbles.prefill`); by
-            default where keys and values are kept.
+        tokens: Number of tokens of the longest text.
+        new: Number of tokens that are added to each text.
+        cached: Whether keys and values are cached; without a cache every prefix is recomputed.
+        blocks: Whether long texts are read in blocks into a cache (`thoughtbubbles.prefill`); None
+            for the same as `cached`.
     """
     if blocks is None:
         blocks = cached
@@ -89,7 +89,7 @@ def check_text_memory(
 
 @contextlib.contextmanager
 def memory_errors(model: Architecture, rows: int, tokens: int) -> Iterator[None]:
-    """Turn an out-of-memory error that `check_text_memory` did not foresee into one line."""
+    """Turn jax's out-of-memory error inside the context into a ValueError of one line."""
     blocks = in_blocks(model, rows, tokens)
     needed = needed_bytes(model, rows, tokens, tokens if blocks else 0, blocks)
     try:

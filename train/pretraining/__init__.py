@@ -1,1 +1,1 @@
-"""What a pretraining run trains, its config and presets."""
+"""Pretraining: its config, presets and job, and growing and merging of Dragon Hatchlings."""

@@ -1,4 +1,4 @@
-"""RunConfig: everything that defines a pretraining run."""
+"""RunConfig: the options of a pretraining run."""
 
 import dataclasses
 from typing import Literal
@@ -13,15 +13,15 @@ from train.runs.resume import FREE, free_inside
 class InitConfig:
     """Pretrained weights that a run starts from.
 
-    Model and tokenizer are then theirs; of the run's `model` only how to compute is taken, `dtype`,
-    `scan_layers` and `remat`.
+    The weights determine the model and the tokenizer. The run's `model` then sets only how to
+    compute: `dtype`, `scan_layers` and `remat`.
 
     Attributes:
         weights: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file; "" for
             random ones.
-        forks: Blocks that new fork layers go in front of, counted from 0
-            (`thoughtbubbles.retrofit`).
-        policy: Policy of these fork layers.
+        forks: Indices of the blocks, from 0, before which new fork layers are added to the
+            pretrained model (`thoughtbubbles.retrofit`).
+        policy: Fork policy of the new fork layers.
     """
 
     weights: str = ""
@@ -41,9 +41,9 @@ class RunConfig(LoopConfig):
     """A pretraining run.
 
     Attributes:
-        model: Sizes and options of the model, of the architecture that `--architecture` names.
+        model: Sizes and options of the model; `--architecture` chooses its architecture.
         init: Pretrained weights that the run starts from.
-        train: Parameters that are trained: "all", or those of "forks" alone.
+        train: Parameters that are trained: "all", or only those of fork layers ("forks").
         data: Corpus, tokenizer and row length.
         prompt: Text that the sample at the end continues.
     """
@@ -56,5 +56,5 @@ class RunConfig(LoopConfig):
 
     @property
     def step_flops(self) -> int:
-        """Model FLOPs of a step: the matrix products of a forward pass, three times."""
+        """Number of model FLOPs of a step: three times the matrix products of a forward pass."""
         return 3 * self.batch_size * self.model.forward_flops(self.data.seq_len)

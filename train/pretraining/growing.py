@@ -1,4 +1,4 @@
-"""Saved runs of Dragon Hatchlings, grown or merged into new run folders."""
+"""Grow or merge saved runs of Dragon Hatchlings into new run folders."""
 
 import dataclasses
 import json
@@ -25,13 +25,13 @@ from train.runs.run_folder import run_lock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrowConfig:
-    """Grow a Dragon Hatchling: more neurons, the same function, and training goes on from there.
+    """Grow a Dragon Hatchling: add neurons without changing its function, to train it further.
 
     Attributes:
         checkpoint: Run folder of a pretraining run.
-        num_neurons: Number of neurons of the grown model, a multiple of twice its heads.
+        num_neurons: Number of neurons of the grown model, a multiple of twice its number of heads.
         out: Folder of the grown run, which `thoughtbubbles pretrain` continues.
-        seed: Seed of which neurons are copied.
+        seed: Seed that chooses the neurons that are copied.
     """
 
     checkpoint: str
@@ -49,9 +49,10 @@ class MergeConfig:
     """Merge Dragon Hatchlings: one model with the neurons of all, and the mean of embeddings.
 
     Attributes:
-        checkpoints: Run folders of two or more pretraining runs, with one tokenizer.
-        out: Folder of the merged run: its config is that of the first, at step 0.
-        along: Axis of the concatenation: neurons of each head, as in the paper, or heads.
+        checkpoints: Run folders of two or more pretraining runs with the same tokenizer.
+        out: Folder of the merged run, which starts at step 0 with the config of the first run.
+        along: Axis along which models are concatenated: "neurons" of each head, as in the paper, or
+            "heads".
     """
 
     checkpoints: tuple[str, ...]
@@ -60,13 +61,14 @@ class MergeConfig:
 
 
 def grow_run(config: GrowConfig) -> str:
-    """Write the grown run, optimizer state and step included.
+    """Grow a run, and write it as a checkpoint with its optimizer state, at the same step.
 
     Returns:
-        What was done, in a line.
+        Line that describes the grown run and how it is continued.
 
     Raises:
-        ValueError: The run can't be grown so, or `out` holds a run.
+        ValueError: The run is not one of a Dragon Hatchling, it can't have this number of neurons,
+            or `out` is a file or holds a run.
     """
     _check_out(config.out)
     meta, shape = _read(config.checkpoint)
@@ -88,13 +90,14 @@ def grow_run(config: GrowConfig) -> str:
 
 
 def merge_runs(config: MergeConfig) -> str:
-    """Write the merged run, at step 0 with a new optimizer state.
+    """Merge runs, and write the result as a checkpoint of step 0 with a new optimizer state.
 
     Returns:
-        What was done, in a line.
+        Line that describes the merged run.
 
     Raises:
-        ValueError: The runs can't be merged, or `out` holds a run.
+        ValueError: A run is not one of a Dragon Hatchling, tokenizers or sizes differ, or `out` is
+            a file or holds a run.
     """
     _check_out(config.out)
     found = [_read(checkpoint) for checkpoint in config.checkpoints]
@@ -116,7 +119,7 @@ def merge_runs(config: MergeConfig) -> str:
 
 
 def _read(checkpoint: str) -> tuple[dict[str, Any], HatchlingConfig]:
-    """Metadata of a pretraining run, and the config of its model."""
+    """Read the metadata of a pretraining run, and the config of its Dragon Hatchling."""
     meta = load_run_meta(checkpoint)
     if meta is None:
         raise ValueError(f"no checkpoint in {checkpoint}: pass the folder of a run that saved one")
@@ -142,7 +145,7 @@ def _trainable(meta: dict[str, Any], shape: HatchlingConfig) -> Trainable:
 
 
 def _check_out(out: str) -> None:
-    """Raise a ValueError for a folder of a run, even of one that was killed before it saved."""
+    """Raise a ValueError if a folder holds a run, even one that was killed before it saved."""
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")

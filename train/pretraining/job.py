@@ -1,4 +1,4 @@
-"""Pretraining as the loop sees it: a model, packed rows, and how they are scored."""
+"""The training job of pretraining: model, packed rows, loss and evaluation."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -41,11 +41,14 @@ TRAINED: dict[str, filterlib.Filter] = {
     "all": EVERY_PARAMETER,
     "forks": nnx.PathContains("forks"),
 }
-"""Filter of the parameters that are trained, by the word of `RunConfig.train`."""
+"""Filter of the trained parameters for each value of `RunConfig.train`."""
 
 
 class PretrainJob:
-    """The `TrainingJob` of a `RunConfig`.
+    """The job that `train.engine.loop.run` trains for a `RunConfig` (see `TrainingJob`).
+
+    Args:
+        config: Config of the run.
 
     Raises:
         ValueError: The config has a mistake.
@@ -118,7 +121,7 @@ class PretrainJob:
         return " ".join(f"{name} {share:.0%}" for name, (share, _) in seen.items())
 
     def _sequences(self, step: int) -> int:
-        """Number of sequences that a run has read after some steps."""
+        """Number of sequences that the run has read after `step` steps."""
         return step * self.config.batch_size
 
     def first_state(self) -> TrainState:
@@ -141,7 +144,13 @@ class PretrainJob:
 
 
 def make_run(config: RunConfig) -> Trainable:
-    """Check a config and describe its state; nothing is allocated."""
+    """Check a config, and make the static side of its run's state without allocating arrays.
+
+    Raises:
+        ValueError: The batch does not divide over micro-batches and mesh, the tokenizer has more
+            ids than the model, the corpus or the fork policy has a mistake, `train="forks"` has
+            nothing to train, or the state does not fit into memory (not checked in a dry run).
+    """
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
     check_vocabulary(config)
@@ -169,7 +178,7 @@ def make_run(config: RunConfig) -> Trainable:
 
 
 def _check_budget(policy: Policy) -> None:
-    """Raise a ValueError if a policy that is not of the library keeps more than its capacity."""
+    """Raise a ValueError if a policy from outside this library keeps more than its capacity."""
     if type(policy).__module__.startswith("thoughtbubbles."):
         return
     try:
@@ -179,12 +188,16 @@ def _check_budget(policy: Policy) -> None:
 
 
 def on_weights(config: RunConfig) -> RunConfig:
-    """The config with the model and the tokenizer of the weights that it starts from, if any.
+    """Set the config's model and tokenizer to those of the pretrained weights that it starts from.
 
-    A copy of their tokenizer is put where prepared data are kept. No weight is read.
+    A copy of the tokenizer is stored in the cache of prepared data. The weights are not read.
+
+    Returns:
+        New config; without `init.weights` the config as it is.
 
     Raises:
-        ValueError: There are no such weights, or the config sets a model or tokenizer of its own.
+        ValueError: The weights don't exist or have another architecture, or the config itself sets
+            the model or the tokenizer.
     """
     if not config.init.weights:
         return config
@@ -206,7 +219,7 @@ def on_weights(config: RunConfig) -> RunConfig:
     model = dataclasses.replace(model, **computing)
 
     def asked(known: ArchitectureConfig) -> list[str]:
-        """Fields that somebody set who began with this model."""
+        """Return the fields of `config.model` that differ from `known`, except `computing`."""
         given, default = dataclasses.asdict(config.model), dataclasses.asdict(known)
         return [n for n in given if n not in computing and given[n] != default[n]]
 
@@ -228,7 +241,7 @@ def on_weights(config: RunConfig) -> RunConfig:
 
 
 def check_vocabulary(config: RunConfig) -> None:
-    """Raise if the tokenizer knows ids that the model has no embedding for."""
+    """Raise a ValueError if the tokenizer has more ids than the model has embeddings."""
     tokenizer = load_tokenizer(config.data.tokenizer_source)
     size = tokenizer.vocab_size
     if size > config.model.vocab_size:
@@ -239,7 +252,12 @@ def check_vocabulary(config: RunConfig) -> None:
 
 
 def initial_state(trainable: Trainable, config: RunConfig) -> TrainState:
-    """Random parameters, or pretrained ones with the fork layers that were asked for."""
+    """Create the state of step 0, from random parameters or from `config.init`'s weights and forks.
+
+    Args:
+        trainable: Static side of the run's state, from `make_run`.
+        config: Config of the run.
+    """
     init = config.init
     if not init.weights:
         return trainable.init()
@@ -253,5 +271,5 @@ def initial_state(trainable: Trainable, config: RunConfig) -> TrainState:
 
 
 def train(config: RunConfig) -> dict[str, float]:
-    """`run` a pretraining run."""
+    """Train a pretraining run to its end (`train.engine.loop.run`); return its held-out metrics."""
     return run(lambda: PretrainJob(config), config)

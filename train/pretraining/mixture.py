@@ -1,4 +1,4 @@
-"""Pretraining on a mixture: the loss of each source, beside the loss that is trained on."""
+"""Pretraining on a mixture: the loss of each source is measured beside the training loss."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,17 +13,22 @@ from train.engine.step import Loss
 
 _NATS, _TARGETS = "mixture_nats", "mixture_targets"
 SOURCE_SUMS = frozenset((_NATS, _TARGETS))
-"""Names of the sums of each source; a source is in few steps, so they are added up over steps."""
+"""Names of the sums over each source's rows; they are added up over the steps between log lines,
+since a step may have no row of a source."""
 
 
 def mixture_loss(num_sources: int) -> Loss:
-    """`Loss` of rows and their sources, which is that of the rows alone.
+    """Make the `Loss` of a mixture's rows, which also sums nats and targets of each source.
 
-    The sums of each source are added to those for the metrics, unless the model's loss is no sum of
-    `token_losses` (`Architecture.loss_by_token`).
+    The loss itself is the same as without sources. The sums are left out if the model's loss is not
+    a sum of `token_losses` (`Architecture.loss_by_token`).
 
     Args:
-        num_sources: Number of sources (S).
+        num_sources: Number of sources.
+
+    Returns:
+        Loss of a batch with `tokens`, `[B, T + 1]` int32, and `source`, the index `[B]` int32 of
+        each row's source.
     """
 
     def loss(
@@ -48,16 +53,18 @@ def mixture_loss(num_sources: int) -> Loss:
 def mixture_metrics(
     data: MixtureData, sums: Mapping[str, Any], sequences: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics of each source: share and epochs so far, and the loss of its rows.
+    """Compute the metrics of each source.
 
     Args:
-        data: The mixture.
-        sums: Sums of the step; those of the sources are of all steps that the loss is the mean of.
+        data: Mixture that the run reads.
+        sums: Sums that the loss returned in a step, in which the `SOURCE_SUMS` are totals over all
+            steps since the last metrics.
         sequences: Number of sequences that the run has read.
 
     Returns:
-        Metrics by name, and the sums that are not of the mixture. A source without rows in
-        these steps has no loss.
+        Metrics by name, and the remaining sums. The metrics are `source/NAME/share` and
+        `source/NAME/epochs` of the data read so far, and `source/NAME/loss`, the mean over the
+        source's targets, which is left out for a source without rows in these steps.
     """
     metrics: dict[str, float] = {}
     for name, (share, epochs) in data.progress(sequences).items():

@@ -1,4 +1,4 @@
-"""What is about to run, in words: the first lines of a run, and all of a dry run."""
+"""Text that describes a run before it starts: its first lines, and the output of a dry run."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from train.runs.resume import noted_changes
 
 
 def describe(config: RunConfig, trainable: Trainable, start: int) -> str:
-    """Model, devices and steps of a run, in one line."""
+    """Describe the model, devices and steps of a run in one line."""
     model, mesh = config.model, trainable.mesh
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -29,9 +29,11 @@ def describe(config: RunConfig, trainable: Trainable, start: int) -> str:
 
 
 def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, Any] | None) -> str:
-    """What a run would do, in some lines; nothing is allocated, read or written for it.
+    """Describe in a few lines what a run would do, without allocating arrays.
 
     Args:
+        config: Config of the run.
+        trainable: Static side of the run's state.
         rows: Number of rows of each batch that this process reads.
         saved: Metadata of the checkpoint that the run would continue, if there is one.
     """

@@ -1,4 +1,4 @@
-"""Named runs; any field can be overridden on the command line."""
+"""Configs of pretraining runs by name; the command line can override any of their fields."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ TINY = RunConfig(
 
 
 def _paper(name: str) -> RunConfig:
-    """The training set-up of arXiv 2510.00219 and its authors' scripts: 512 tokens, AdamW."""
+    """Return the config of arXiv 2510.00219 and its authors' scripts: rows of 512 tokens, AdamW."""
     return RunConfig(
         model=ModelConfig.preset(name, dtype="bfloat16", scan_layers=True, remat="dots"),
         data=DataConfig(seq_len=512),
@@ -36,7 +36,7 @@ def _paper(name: str) -> RunConfig:
 
 
 def _tiny(name: str, **changes) -> RunConfig:
-    """The tiny run with one thing changed in the model."""
+    """Return the config "tiny" with changed fields of its model."""
     return dataclasses.replace(
         TINY, model=ModelConfig.preset("tiny", **changes), out=f"runs/{name}"
     )

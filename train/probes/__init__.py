@@ -1,1 +1,1 @@
-"""What a frozen model makes of images: soft tokens in front of it, and alignment of kernels."""
+"""Probes of frozen models with images: answers to soft tokens, and alignment of representations."""

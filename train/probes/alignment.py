@@ -1,4 +1,4 @@
-"""Mutual nearest neighbours: how alike two representations of the same things are."""
+"""Mutual nearest neighbours: a measure of how similar two representations of points are."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,14 @@ import numpy as np
 
 
 class Alignment(NamedTuple):
-    """Alignment of two representations beside that of things that are paired by lot.
+    """Alignment of two representations, and of the same representations paired at random.
 
     Attributes:
         value: Mutual k-NN alignment, from 0 to 1.
-        chance: Its expectation where pairs are drawn by lot, k / (N - 1).
-        permuted: Mean over permutations of the second representation.
-        p_value: Share of these permutations, and the identity, that align at least as well.
+        chance: Expected alignment if points are paired at random, k / (N - 1).
+        permuted: Mean alignment over random permutations of the second representation.
+        p_value: Fraction of permutations, among those sampled and the identity, whose alignment is
+            at least `value`.
     """
 
     value: float
@@ -25,21 +26,21 @@ SAME = 9  # digits to which the cosines of equally near points agree
 
 
 def nearest(features: np.ndarray, k: int, seed: int | tuple[int, ...] = 0) -> np.ndarray:
-    """The k nearest other points of each point by cosine; which of equally near ones, by lot.
+    """Find the k nearest other points of each point by cosine; ties are broken at random.
 
-    Two representations that are compared need lots of their own: an order that both share, such as
-    that of the points, makes ties agree.
+    Two representations that are compared need different seeds: if both broke ties in the same
+    order, their ties would agree.
 
     Args:
-        features: One vector for each point, `[N, F]`.
+        features: Vectors `[N, F]`, one for each point.
         k: Number of neighbours, from 1 to N - 1.
-        seed: Seed of the lots.
+        seed: Seed of the order in which ties are broken.
 
     Returns:
-        Whether each point (axis 1) is a neighbour of another one (axis 0), `[N, N]` bool.
+        Mask `[N, N]` bool, true at (i, j) if point j is among the k nearest points of point i.
 
     Raises:
-        ValueError: The features are no finite matrix, or there are not `k` other points.
+        ValueError: The features are not a matrix of finite numbers, or `k` is not from 1 to N - 1.
     """
     points = np.asarray(features, np.float64)
     if points.ndim != 2 or not np.isfinite(points).all():
@@ -63,18 +64,19 @@ def nearest(features: np.ndarray, k: int, seed: int | tuple[int, ...] = 0) -> np
 
 
 def mutual_knn(first: np.ndarray, second: np.ndarray, k: int, seed: int = 0) -> float:
-    """Mean overlap of the k nearest neighbours of each point, |S₁(i) ∩ S₂(i)| / k.
+    """Compute the mean overlap of the k nearest neighbours of each point, |S₁(i) ∩ S₂(i)| / k.
 
-    As in "The Platonic Representation Hypothesis" (arXiv 2405.07987).
+    This is the mutual k-NN metric of "The Platonic Representation Hypothesis" (arXiv 2405.07987).
 
     Args:
-        first: One representation of the points, `[N, F]`.
-        second: Another one of the same points, `[N, G]`.
+        first: First representation `[N, F]` of the points.
+        second: Second representation `[N, F']` of the same points.
         k: Number of neighbours, from 1 to N - 1.
-        seed: Seed of the lots that decide between equally near neighbours.
+        seed: Seed of the orders in which ties between neighbours are broken.
 
     Raises:
-        ValueError: The two have different numbers of points, or not `k` other points.
+        ValueError: The numbers of points differ, a representation is not a matrix of finite
+            numbers, or `k` is not from 1 to N - 1.
     """
     return _overlap(*_both(first, second, k, seed), k)
 
@@ -82,17 +84,19 @@ def mutual_knn(first: np.ndarray, second: np.ndarray, k: int, seed: int = 0) -> 
 def alignment(
     first: np.ndarray, second: np.ndarray, k: int, permutations: int = 200, seed: int = 0
 ) -> Alignment:
-    """`mutual_knn` and what it is where points are paired by lot.
+    """Compute `mutual_knn`, and test it against random pairings of the points.
 
     Args:
-        first: One representation of the points, `[N, F]`.
-        second: Another one of the same points, `[N, G]`.
+        first: First representation `[N, F]` of the points.
+        second: Second representation `[N, F']` of the same points.
         k: Number of neighbours, from 1 to N - 1.
-        permutations: Number of permutations of the points of `second`, 1 or more.
-        seed: Seed of the permutations, and of the lots between equally near neighbours.
+        permutations: Number of random permutations of the points of `second`, 1 or more.
+        seed: Seed of the permutations, and of the orders in which ties between neighbours are
+            broken.
 
     Raises:
-        ValueError: The two have different numbers of points, or not `k` other points.
+        ValueError: The numbers of points differ, a representation is not a matrix of finite
+            numbers, `k` is not from 1 to N - 1, or `permutations` is below 1.
     """
     if permutations < 1:
         raise ValueError(f"permutations={permutations}: choose 1 or more")

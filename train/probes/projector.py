@@ -1,8 +1,8 @@
-"""Soft tokens in front of a frozen decoder: a projector of image features, all that is trained.
+"""A trained projector from image features to soft tokens, which a frozen decoder reads.
 
-A row is what stands in front of every text, then the soft tokens of an image, then the text. The
-decoder reads it as vectors (`Architecture.backbone`), the way that latents of MemGen take too, so
-any architecture will do.
+A row consists of the tokens that begin every text, the soft tokens of an image, and the text. The
+decoder reads it as vectors (`Architecture.backbone`), as it reads the latents of MemGen, so that
+the probe works with any architecture.
 """
 
 from typing import Any
@@ -25,15 +25,16 @@ class ProjectorParam(nnx.Param):
 class Projector(nnx.Module):
     """Two layers from the features of each patch to soft tokens.
 
-    With features f_p and a learned vector e_p of patch p, z_p = W₂ gelu(W₁ f_p + e_p) + b₂, cut
-    into soft tokens z of width D; each becomes g z / rms(z), where the gain g is learned.
+    With features f_p and a learned vector e_p of patch p, z_p = W₂ gelu(W₁ f_p + e_p) + b₂. It is
+    divided into K soft tokens z of width D, and each is scaled to g z / rms(z) with a learned gain
+    g.
 
     Args:
-        shape: Number of patches P and of features F of each.
-        tokens: Number of soft tokens of each patch (K).
+        shape: Number of patches P of an image, and number of features F of a patch.
+        tokens: Number of soft tokens K of each patch.
         hidden: Width of the hidden layer.
-        embed_dim: Width of the decoder's vectors (D).
-        gain: First value of g, the size of the decoder's embeddings.
+        embed_dim: Width D of the decoder's vectors.
+        gain: Initial value of g, a scalar: the root mean square of the decoder's embeddings.
         rngs: Keys of the initial values.
     """
 
@@ -57,10 +58,10 @@ class Projector(nnx.Module):
         self.gain = ProjectorParam(gain.astype(jnp.float32))
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        """Soft tokens `[B, P * K, D]` float32 of features `[B, P, F]`.
+        """Compute the soft tokens `[B, P * K, D]` float32 of features `[B, P, F]`.
 
         Raises:
-            ValueError: There are other numbers of patches or of features.
+            ValueError: The number of patches or of features differs from `shape`.
         """
         if features.ndim != 3 or features.shape[1:] != self.shape:
             raise ValueError(
@@ -75,19 +76,19 @@ class Projector(nnx.Module):
 
 
 class SeeingModel(nnx.Module):
-    """A frozen decoder behind a projector, scored on the answers of rows.
+    """A frozen decoder with a projector of images, which scores the answers in rows.
 
     Args:
-        model: Decoder; only a projector's parameters are `ProjectorParam`s.
-        shape: Number of patches and of features of each.
+        model: Decoder. It stays frozen if only `ProjectorParam`s are trained.
+        shape: Number of patches of an image, and number of features of a patch.
         tokens: Number of soft tokens of each patch.
         hidden: Width of the projector's hidden layer.
-        before: Number of tokens of a row in front of the soft tokens.
+        before: Number of tokens at the start of a row that precede the soft tokens.
         rngs: Keys of the projector's initial values.
 
     Raises:
-        ValueError: The decoder's forks depend on later tokens, hence on the answer; or a token has
-            no one hidden state (`merge="probability"`).
+        ValueError: The decoder's policy is not causal, so that forks depend on the answer; or a
+            token has several hidden states (`merge="probability"`).
     """
 
     def __init__(
@@ -113,16 +114,17 @@ class SeeingModel(nnx.Module):
     def log_probs(
         self, tokens: jax.Array, scored: jax.Array, features: jax.Array | None
     ) -> jax.Array:
-        """Log-probabilities of the scored tokens.
+        """Compute the log-probabilities of the scored tokens.
 
         Args:
-            tokens: Token ids `[B, L]` int32, -1 for padding on the right.
-            scored: Whether each token is scored, `[B, L]` bool; the first `before + 1` never are.
+            tokens: Token ids `[B, L]` int32, padded with -1 on the right.
+            scored: Mask `[B, L]` bool of the tokens that are scored. The first `before + 1` tokens
+                of a row are never scored.
             features: Features `[B, P, F]` of each row's image; None for rows without soft tokens.
 
         Returns:
-            Log-probabilities `[B, L - before - 1]` float32 of tokens `before + 1` to the last; 0
-            where a token is not scored.
+            Log-probabilities `[B, L - before - 1]` float32 of the tokens from index `before + 1`
+            on; 0 for tokens that are not scored.
         """
         decoder = self.model.backbone()
         inputs = tokens[:, :-1]
@@ -141,16 +143,22 @@ class SeeingModel(nnx.Module):
 def answer_loss(
     model: SeeingModel, batch: dict[str, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Loss of a training step: nats of the answers, and their number of tokens."""
+    """Compute the `train.engine.step.Loss` of rows: nats of the answers, and their token count.
+
+    Args:
+        model: Frozen decoder with the projector that is trained.
+        batch: Arrays `tokens`, `scored` and `features`, as `SeeingModel.log_probs` takes them.
+        key: Key of noise, which is not used.
+    """
     found = model.log_probs(batch["tokens"], batch["scored"], batch["features"])
     return -found.sum(), batch["scored"].sum(dtype=jnp.float32), {}
 
 
 def embedding_size(decoder: Any) -> jax.Array:
-    """Root mean square of a decoder's token embeddings, over at most 1,024 ids spread evenly.
+    """Compute the root mean square of token embeddings, over at most 1,024 evenly spaced ids.
 
     Args:
-        decoder: A `memgen.DecoderBackbone`.
+        decoder: Decoder as a `memgen.DecoderBackbone`.
     """
     count = min(decoder.vocab_size, SAMPLED_IDS)
     ids = jnp.asarray(np.linspace(0, decoder.vocab_size - 1, count).astype(np.int32))

@@ -1,8 +1,8 @@
-"""Small rendered scenes: images, captions, and unfinished statements with closed answers.
+"""Small rendered scenes: images, captions, and statements to complete with one of four answers.
 
-A scene holds one to four objects in the corners of an image; their shapes and colours differ, so
-that each statement has one right answer. All of it is a function of seed, split and index; a hash
-of what a scene shows decides its split, so that no held-out scene is ever trained on.
+A scene has one to four objects in the corners of an image. Their shapes and colours differ, so that
+each statement has one right answer. A scene is a function of seed, split and index. A hash of the
+objects decides the split, so that no held-out scene is ever trained on.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three", "four")
 ANSWERS = {"colour": tuple(COLOURS), "shape": SHAPES, "position": CORNERS, "count": NUMBERS}
-"""Closed answers of each kind of question."""
+"""Possible answers to each kind of question."""
 TEXTS = {
     "colour": "the {shape} is",
     "shape": "the {colour} shape is a",
     "position": "the {colour} {shape} is at the",
     "count": "the number of shapes is",
 }
-"""Unfinished statement of each kind of question, whose last words are the answer."""
+"""Template of the statement of each kind of question, without the answer, which completes it."""
 
 SIZE = 16  # of an image, in pixels
 SPRITE = 6  # of an object, which stands in a quarter of the image with a pixel or two around it
@@ -54,10 +54,10 @@ class Thing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A statement without its last words.
+    """A statement about a scene that an answer completes.
 
     Attributes:
-        kind: Kind of the question, one of `ANSWERS`.
+        kind: Kind of the question, a key of `ANSWERS`.
         text: The statement up to the answer.
         answer: Index of the right answer in `ANSWERS[kind]`.
     """
@@ -68,12 +68,12 @@ class Question:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Closed answers, which continue the text behind a space."""
+        """Possible answers, each of which continues `text` after a space."""
         return ANSWERS[self.kind]
 
     @property
     def statement(self) -> str:
-        """The whole statement."""
+        """The statement completed with the right answer, and a full stop."""
         return f"{self.text} {self.choices[self.answer]}."
 
 
@@ -82,9 +82,9 @@ class Scene:
     """Objects, and the image that shows them.
 
     Attributes:
-        things: Objects, in an order drawn by lot.
+        things: Objects in random order.
         image: Pixels `[SIZE, SIZE, 3]` float32, 0 for black and 1 for full colour, with noise.
-        seed: Seeds of everything that is drawn of the scene.
+        seed: Seeds of all random choices about the scene.
     """
 
     things: tuple[Thing, ...]
@@ -93,16 +93,16 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The scene in words: "a red circle at the top left, a blue cross at the top right."."""
+        """Scene in words, e.g. "a red circle at the top left, a blue cross at the top right."."""
         return caption(self.things)
 
     @property
     def shown(self) -> frozenset[Thing]:
-        """What the scene shows, whatever the order, the pixels and the noise."""
+        """Set of the objects, equal for scenes that differ only in order, exact place or noise."""
         return frozenset(self.things)
 
     def question(self, kind: str) -> Question:
-        """A question about the scene; which object it is about is drawn by lot."""
+        """Return the scene's question of a kind, a key of `ANSWERS`, about a random object."""
         rng = np.random.default_rng([*self.seed, 1, list(ANSWERS).index(kind)])
         thing = self.things[rng.integers(len(self.things))]
         answer = {
@@ -115,23 +115,23 @@ class Scene:
         return Question(kind, text, ANSWERS[kind].index(answer))
 
     def text(self) -> str:
-        """Caption and one true statement of each kind, in an order drawn by lot: text alone."""
+        """Describe the scene in text: its caption, then a true statement of each kind, shuffled."""
         rng = np.random.default_rng([*self.seed, 2])
         kinds = [list(ANSWERS)[i] for i in rng.permutation(len(ANSWERS))]
         return " ".join([self.caption, *(self.question(kind).statement for kind in kinds)])
 
 
 def caption(things: tuple[Thing, ...]) -> str:
-    """Objects in words, in the given order."""
+    """Describe objects in words, in the given order."""
     return ", ".join(f"a {one.colour} {one.shape} at the {one.corner}" for one in things) + "."
 
 
 def scene(seed: int, split: Split, index: int) -> Scene:
-    """A scene of a split; the same for the same arguments.
+    """Generate a scene of a split; equal arguments give the same scene.
 
     Args:
         seed: Seed of all scenes.
-        split: Whether the scene is one to train on ("train") or a held-out one ("validation").
+        split: Split of the scene: "train", or "validation" for held-out scenes.
         index: Index of the scene in the split.
     """
     seeds = (seed, ("train", "validation").index(split), index)
@@ -149,7 +149,10 @@ def scene(seed: int, split: Split, index: int) -> Scene:
 
 
 def distinct_scenes(seed: int, split: Split) -> Iterator[Scene]:
-    """Scenes of a split that show different things, without end: ask for few."""
+    """Yield scenes of a split that show different sets of objects.
+
+    The iterator never ends: once all sets of objects have been shown, it searches for ever.
+    """
     seen = set()
     for index in itertools.count():
         one = scene(seed, split, index)
@@ -159,14 +162,14 @@ def distinct_scenes(seed: int, split: Split) -> Iterator[Scene]:
 
 
 def patches(images: np.ndarray, patch: int) -> np.ndarray:
-    """Square patches of images as vectors of their pixels, row by row.
+    """Divide images into square patches, row by row, and flatten the pixels of each.
 
     Args:
         images: Pixels `[N, H, W, C]`.
         patch: Side of a patch in pixels.
 
     Returns:
-        Features `[N, P, patch * patch * C]`, of `P = H / patch * W / patch` patches.
+        Features `[N, P, patch * patch * C]` of `P = (H / patch) * (W / patch)` patches per image.
 
     Raises:
         ValueError: The side of a patch does not divide the height or the width.
@@ -195,7 +198,7 @@ def _rendered(things: tuple[Thing, ...], rng: np.random.Generator) -> np.ndarray
 
 @functools.cache
 def _sprite(shape: str) -> np.ndarray:
-    """Which of `[SPRITE, SPRITE]` pixels a shape covers."""
+    """Return the mask `[SPRITE, SPRITE]` of the pixels that a shape covers."""
     y, x = np.meshgrid(*[np.linspace(-1, 1, SPRITE)] * 2, indexing="ij")
     return {
         "circle": x**2 + y**2 <= 1.2,

@@ -1,7 +1,7 @@
-"""The visual probe of a frozen decoder: what it answers about images that a projector shows it.
+"""The visual probe of a frozen decoder: its answers about images that a projector shows it.
 
-Controls: another example's image (shuffled), no image (blind), and a projector that was trained on
-blank images, which learns what can be learned without seeing (blank).
+There are three controls: the image of another example (shuffled), no image (blind), and a projector
+that was trained and is tested on blank images, which can only learn to guess (blank).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ CONDITIONS = ("image", "shuffled", "blind", "blank")
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-    """Projector and its training."""
+    """Sizes of the projector, and options of its training and its test."""
 
     steps: int = 800
-    """Number of steps in which a projector is trained."""
+    """Number of training steps of a projector."""
 
     batch: int = 64
     """Number of questions in a step."""
@@ -56,7 +56,7 @@ class ProbeConfig:
     """Peak learning rate of the projector."""
 
     patch: int = 8
-    """Side of a patch in pixels, a divisor of 16: images have 16 x 16."""
+    """Side of a patch in pixels, a divisor of 16, since images have 16 x 16 pixels."""
 
     tokens: int = 4
     """Number of soft tokens that each patch becomes."""
@@ -65,7 +65,7 @@ class ProbeConfig:
     """Width of the projector's hidden layer."""
 
     questions: int = 256
-    """Number of held-out questions of each kind."""
+    """Number of held-out questions of each kind that are scored."""
 
     def __post_init__(self):
         check_least(self, steps=1, batch=1, patch=1, tokens=1, hidden=1, questions=2)
@@ -73,23 +73,23 @@ class ProbeConfig:
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """AdamW without decay of weights, and a cosine down to 0."""
+        """AdamW without weight decay, with a cosine schedule down to 0."""
         return OptimizerConfig(learning_rate=self.learning_rate, weight_decay=0.0, final_ratio=0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of patches of an image, and of features of each."""
+        """Number of patches of an image, and number of features of a patch."""
         _, count, features = patches(np.zeros((1, SIZE, SIZE, 3)), self.patch).shape
         return count, features
 
 
 class Rate(NamedTuple):
-    """Share of right answers.
+    """Fraction of right answers.
 
     Attributes:
-        rate: The share.
-        low: Lower end of its 95 % interval (Wilson).
-        high: Upper end of that interval.
+        rate: Fraction of right answers, from 0 to 1.
+        low: Lower end of the 95 % interval of `rate` by Wilson's score.
+        high: Upper end of the 95 % interval.
     """
 
     rate: float
@@ -98,25 +98,25 @@ class Rate(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A question and the scene that it is about."""
+    """A question, and the scene that it is about."""
 
     question: Question
     scene: Scene
 
 
 class VisualProbe:
-    """Trains projectors in front of frozen decoders of one config; compiled once for all of them.
+    """Trainer and tester of projectors for frozen decoders of one config; it compiles only once.
 
     Args:
         config: Config of the decoders.
-        encode: Function from a text to the token ids that the decoder reads, with what stands in
-            front of every text (`LanguageModel.prompt`).
-        options: Projector and its training.
+        encode: Function from a text to the token ids that the decoder reads, including tokens that
+            begin every text (`LanguageModel.prompt`).
+        options: Sizes of the projector, and options of its training and its test.
         seed: Seed of the projector and of the scenes.
 
     Raises:
-        ValueError: The decoder can't be probed (`SeeingModel`), or an answer has no token of its
-            own.
+        ValueError: The decoder can't be probed (`SeeingModel`), or an answer does not begin with a
+            token of its own.
     """
 
     def __init__(self, config: ArchitectureConfig, encode: Encode, options: ProbeConfig, seed: int):
@@ -147,13 +147,13 @@ class VisualProbe:
         self._log_probs, self._mean_state = log_probs, mean_state
 
     def seeing(self, model: Architecture) -> SeeingModel:
-        """A decoder behind a new projector.
+        """Return a decoder with a new, untrained projector.
 
         Args:
-            model: Decoder of the config.
+            model: Decoder with the probe's config.
 
         Raises:
-            ValueError: The decoder is of another config.
+            ValueError: The decoder has another config.
         """
         options = self.options
         if model.config != self.config:
@@ -167,15 +167,15 @@ class VisualProbe:
         )  # fmt: skip
 
     def train(self, model: Architecture, *, blank: bool = False) -> tuple[Any, float]:
-        """A projector trained on questions about scenes to train on; the decoder stays as it is.
+        """Train a projector on questions about scenes of the training split.
 
         Args:
             model: Frozen decoder; its arrays are copied.
-            blank: Whether all images are blank: what a projector learns without seeing.
+            blank: Whether all images are replaced by blank ones, as a control.
 
         Returns:
-            Weights of the `SeeingModel`, an nnx.State, and the mean loss of the last tenth of the
-            steps, in nats for each token of an answer.
+            Weights of the `SeeingModel`, an nnx.State, and the mean loss over the last tenth of the
+            steps, in nats per token of an answer.
         """
         weights = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self.seeing(model)))
         state, losses = self._trainable.start(weights), []
@@ -190,11 +190,15 @@ class VisualProbe:
         return state.weights, float(np.mean([float(loss) for loss in last]))
 
     def scores(self, seeing: Any, blank: Any) -> dict[str, dict[str, Rate]]:
-        """Shares of right answers, by kind of question and by condition (`CONDITIONS`).
+        """Score held-out questions of each kind under each condition.
 
         Args:
-            seeing: Weights of a projector that was trained on images, from `train`.
-            blank: Weights of one that was trained on blank images.
+            seeing: Weights that `train` returned for images.
+            blank: Weights that `train` returned for blank images (`blank=True`).
+
+        Returns:
+            Fractions of right answers by kind of question (`ANSWERS`), then by condition
+            (`CONDITIONS`).
         """
         found = {}
         for kind in ANSWERS:
@@ -209,12 +213,13 @@ class VisualProbe:
         return found
 
     def rate(self, weights: Any, examples: Sequence[Example], features: np.ndarray | None) -> Rate:
-        """Share of the examples whose right answer is the most probable of the closed ones.
+        """Compute the fraction of examples whose right answer is the most probable possible one.
 
         Args:
             weights: Weights of a `SeeingModel`.
-            examples: Questions.
-            features: Features `[N, P, F]` of the image that each is shown with; None for none.
+            examples: N questions with their scenes.
+            features: Features `[N, P, F]` of the image shown with each question; None for no
+                images.
         """
         guesses = self.answers(weights, examples, features)
         right = guesses == np.array([one.question.answer for one in examples])
@@ -223,7 +228,14 @@ class VisualProbe:
     def answers(
         self, weights: Any, examples: Sequence[Example], features: np.ndarray | None
     ) -> np.ndarray:
-        """Index of the most probable closed answer to each question, `[N]`; as in `rate`."""
+        """Return the index `[N]` of the most probable of the possible answers to each question.
+
+        Args:
+            weights: Weights of a `SeeingModel`.
+            examples: N questions with their scenes.
+            features: Features `[N, P, F]` of the image shown with each question; None for no
+                images.
+        """
         count = len(examples[0].question.choices)
         texts = [(one.question.text, c) for one in examples for c in one.question.choices]
         batch = self._tokens(texts)
@@ -232,13 +244,13 @@ class VisualProbe:
         return np.asarray(found).reshape(len(examples), count).argmax(axis=1)
 
     def caption_states(self, model: Architecture, scenes: Sequence[Scene]) -> np.ndarray:
-        """Mean of the last hidden states over each caption, `[N, D]` float32.
+        """Compute the mean final hidden state over the tokens of each caption, `[N, D]` float32.
 
-        What stands in front of every text is part of the mean.
+        Tokens that begin every text are included in the mean.
 
         Args:
             model: Frozen decoder.
-            scenes: Scenes; what their images look like does not matter.
+            scenes: Scenes whose captions are read; their images are not used.
         """
         ids = [self._encode(one.caption) for one in scenes]
         tokens = np.full((len(ids), max(map(len, ids))), -1, np.int32)
@@ -249,29 +261,35 @@ class VisualProbe:
     def examples(
         self, split: Split, count: int, part: int, kind: str | None = None
     ) -> list[Example]:
-        """Questions about scenes of a split, each about another draw.
+        """Return questions about scenes of a split, one for each sampled scene.
 
-        Scenes of few objects come back with other pixels: 256 held-out draws show about 160
-        different things.
+        Scenes with few objects repeat with other pixels: 256 held-out scenes show about 160
+        different sets of objects.
 
         Args:
             split: Split of the scenes.
             count: Number of questions.
-            part: Index of the first scene, in units of `count`.
-            kind: Kind of all questions; all kinds in turn by default.
+            part: Number of blocks of `count` scenes that are skipped; the first scene has index
+                `part * count`.
+            kind: Kind of all questions; None takes all kinds in turn.
         """
         kinds = itertools.cycle(ANSWERS) if kind is None else itertools.repeat(kind)
         drawn = (scene(self.seed, split, part * count + index) for index in range(count))
         return [Example(one.question(name), one) for one, name in zip(drawn, kinds, strict=False)]
 
     def rows(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """Rows of questions with their right answers, as `answer_loss` takes them."""
+        """Build the batch of `answer_loss` from questions with their right answers.
+
+        Returns:
+            Arrays by name: `tokens`, `[B, L]` int32 padded with -1; `scored`, `[B, L]` bool, true
+            for tokens of the answer; `features`, `[B, P, F]` float32.
+        """
         asked = [one.question for one in examples]
         batch = self._tokens([(one.text, one.choices[one.answer]) for one in asked])
         return batch | {"features": self.features([one.scene for one in examples])}
 
     def features(self, scenes: Sequence[Scene]) -> np.ndarray:
-        """Features `[N, P, F]` of images: the pixels of each patch."""
+        """Return the features `[N, P, F]` of the scenes' images: the pixels of each patch."""
         return patches(np.stack([one.image for one in scenes]), self.options.patch)
 
     def _tokens(self, pairs: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
@@ -285,7 +303,7 @@ class VisualProbe:
 
 
 def wilson(right: int, count: int) -> Rate:
-    """A share with its 95 % interval by Wilson's score.
+    """Compute a fraction of right answers with its 95 % interval by Wilson's score.
 
     Args:
         right: Number of right answers.
@@ -301,7 +319,11 @@ def wilson(right: int, count: int) -> Rate:
 
 
 def _encoded(encode: Encode, text: str, answer: str) -> tuple[int, list[int]]:
-    """Ids of a text with its answer, encoded as one, and the index of the answer's first token."""
+    """Encode a text with its answer; return the index of the answer's first token, and the ids.
+
+    Raises:
+        ValueError: The answer's first token is merged with the end of the text.
+    """
     asked, ids = encode(text), encode(f"{text} {answer}")
     if len(ids) <= len(asked) or ids[: len(asked)] != asked:
         raise ValueError(

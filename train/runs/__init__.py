@@ -1,1 +1,1 @@
-"""A run on disk: checkpoints, metrics, who holds the folder, what is timed."""
+"""The folder of a run: checkpoints, metrics, lock and resuming; and the run's time and memory."""

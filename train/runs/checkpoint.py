@@ -1,9 +1,10 @@
-"""Checkpoints: asynchronous, strict, readable without a trainer. The only file that imports orbax.
+"""Checkpoints: written in the background, checked strictly, and readable without a trainer.
 
-A run folder holds one folder per saved step with three items: `params` and `train`, flat maps from
-readable names such as `blocks/attention/q` or `opt/0/mu/embed` to arrays, so that no Flax or Optax
-class is needed to read them, and `meta`, JSON: the caller's metadata and the form of every leaf. A
-step folder gets its final name only when it is complete, its checksums included.
+A run folder holds one folder per saved step with three items. `params` and `train` are flat maps
+from readable names, such as `blocks/attention/q` or `opt/0/mu/embed`, to arrays, so that no Flax or
+Optax class is needed to read them. `meta` is JSON: the caller's metadata, and shape and dtype of
+every leaf. A step folder gets its final name only when it is complete, including its checksums.
+This is the only file that imports orbax.
 """
 
 import contextlib
@@ -48,17 +49,17 @@ _READ_TOGETHER = 2**26  # bytes
 
 
 class Checkpointer:
-    """Saves and restores the two pytrees of a run; every process of the run calls every method.
+    """Writer and reader of a run's checkpoints; every process of the run calls every method.
 
     Checkpoints are written in the background. The error of an earlier save is raised by the next
     call or by `close`, as a one-line `CheckpointError`, and leaves older checkpoints as they are.
 
     Args:
         directory: Run folder; it is made if it does not exist.
-        save_interval: Number of steps between checkpoints. One is also due when the cluster
-            announces a preemption.
+        save_interval: Number of steps between checkpoints. A checkpoint is also due when the
+            cluster announces a preemption.
         keep: Number of newest checkpoints that are kept.
-        keep_every: Number of steps whose multiples are kept for ever; None for none.
+        keep_every: Number of steps whose multiples are never deleted; None for no such steps.
 
     Raises:
         CheckpointError: A number is less than 1, or the folder cannot be used.
@@ -125,24 +126,24 @@ class Checkpointer:
     def save(
         self, step: int, params: Any, train: Any, meta: Mapping[str, Any], force: bool = False
     ) -> bool:
-        """Start to save if a checkpoint is due.
+        """Start to save a checkpoint if one is due.
 
-        The call returns as soon as the arrays are copied; they may be donated then. A step that is
-        already saved is left as it is.
+        The call returns as soon as the arrays are copied; after it they may be donated. A step
+        that is already saved is left as it is.
 
         Args:
             step: Number of updates done.
             params: Pytree of arrays (typed PRNG keys included) that `load_params` reads.
-            train: Pytree of the arrays that only a resumed run needs.
-            meta: Metadata of the run, as JSON can write it.
+            train: Pytree of the other arrays, which only a resumed run needs.
+            meta: Metadata of the run, which can be written as JSON.
             force: Whether to save even if no checkpoint is due.
 
         Returns:
             Whether a save was started.
 
         Raises:
-            CheckpointError: An earlier save failed; a leaf is not an array or is empty; `meta` is
-                not JSON; a newer checkpoint than `step` exists, from which a run would resume.
+            CheckpointError: An earlier save or this one failed; a leaf is not an array or is empty;
+                `meta` is not JSON; or there is a newer checkpoint, from which a run would resume.
         """
         if not self._manager.is_saving_in_progress():
             self._wait()
@@ -174,7 +175,7 @@ class Checkpointer:
             raise self._unwritten(error) from error
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint (one being written does not count), or None."""
+        """Return the step of the newest complete checkpoint, or None if there is none."""
         return max(saved_steps(self._directory), default=None)
 
     def restore(
@@ -185,7 +186,7 @@ class Checkpointer:
         Args:
             params_abstract: Pytree of `jax.ShapeDtypeStruct` or arrays like the saved `params`; a
                 leaf without a sharding goes to the first device.
-            train_abstract: The same for `train`.
+            train_abstract: Pytree of `jax.ShapeDtypeStruct` or arrays like the saved `train`.
             step: Step of the checkpoint; None takes the newest.
 
         Returns:
@@ -210,9 +211,9 @@ class Checkpointer:
         return step, restored[0], restored[1], envelope["meta"]
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether the cluster has announced a preemption to one of the processes.
+        """Whether to save and stop now, since the cluster announced a preemption to a process.
 
-        True in all processes at the same step; always False without `jax.distributed`.
+        It becomes True in all processes at the same step. Without `jax.distributed` it is False.
 
         Args:
             step: Number of updates done.
@@ -234,7 +235,7 @@ class Checkpointer:
             raise self._unwritten(error) from error
 
     def _write_checksums(self) -> None:
-        """Called by the first process when all files are written, before the folder is renamed."""
+        """Write the checksums of a step; called in the first process, before the final rename."""
         checksums.write(self._handlers["params"].step_folder)
 
     def _unwritten(self, error: Exception) -> CheckpointError:
@@ -248,7 +249,7 @@ class Checkpointer:
 
 
 class _SummedHandler(ocp.StandardCheckpointHandler):
-    """Orbax's handler, of which each process also writes the checksums of its own files."""
+    """Orbax's handler; each process also writes the checksums of the files that it has written."""
 
     step_folder: Path  # unfinished, once all processes have written
 
@@ -269,8 +270,9 @@ class _SummedHandler(ocp.StandardCheckpointHandler):
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager, with steps counted from the first call of `reached_preemption`.
 
-    jax agrees on step 1 if the notice came before that call. Its end is that of its threads: the
-    one that deletes what a killed save has left would print a traceback when the process ends.
+    If the notice of a preemption came before that call, jax lets the processes agree on step 1.
+    `close` also waits for the thread that deletes the leftovers of a killed save, which otherwise
+    would print a traceback when the process ends.
     """
 
     _first: int | None = None
@@ -293,7 +295,7 @@ class _Manager(ocp.CheckpointManager):
 def load_params(
     path: str | os.PathLike[str], step: int | None = None
 ) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """Read the parameters alone, on any machine, without model, trainer or mesh.
+    """Read the parameters of a checkpoint on any machine, without its model, optimizer or mesh.
 
     Args:
         path: Run folder, or one of its step folders.
@@ -304,7 +306,7 @@ def load_params(
         ints on a level whose names are all digits (list indices), as in `flax.nnx.to_pure_dict`.
 
     Raises:
-        CheckpointError: The folder does not exist, has no checkpoint or not this one, or its files
+        CheckpointError: The folder does not exist, has no checkpoint of this step, or its files
             are damaged.
     """
     directory = Path(path).expanduser().absolute()
@@ -325,7 +327,7 @@ def load_params(
 
 
 def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Metadata of the newest checkpoint in a run folder, or None if there is no checkpoint.
+    """Read the caller's metadata of the newest checkpoint; None if there is no checkpoint.
 
     Args:
         path: Run folder.
@@ -353,7 +355,7 @@ def _read(
     targets: Mapping[str, jax.ShapeDtypeStruct | None],
     envelope: dict[str, Any],
 ) -> dict[str, Any]:
-    """Named leaves of an item, sharded like their targets, or as NumPy arrays (target None)."""
+    """Read leaves of an item by name, sharded like their targets; NumPy arrays for target None."""
     leaves = {}
     for names in _groups(targets):
         # Where one process has all shards, it reads the leaf at once, which is faster.
@@ -372,9 +374,9 @@ def _is_local(target: jax.ShapeDtypeStruct | None) -> bool:
 
 
 def _groups(targets: Mapping[str, jax.ShapeDtypeStruct | None]) -> Iterator[list[str]]:
-    """Names of leaves to read together: orbax takes milliseconds for each read, however small.
+    """Yield the names of leaves that are read in one call, since orbax's calls take milliseconds.
 
-    What goes on to devices is not held twice by more than a group.
+    A group is limited in size, because its leaves are on the host and on devices at the same time.
     """
     group, size = [], 0
     for name, target in targets.items():
@@ -394,7 +396,7 @@ def _groups(targets: Mapping[str, jax.ShapeDtypeStruct | None]) -> Iterator[list
 def _read_leaves(
     folder: Path, item: str, targets: Mapping[str, jax.ShapeDtypeStruct | None]
 ) -> dict[str, Any]:
-    """Leaves of an item as orbax reads them; an error names the first that can't be read."""
+    """Read leaves of an item; a CheckpointError names the first leaf that can't be read."""
     try:
         return _read_together(folder / item, targets)
     except Exception as error:
@@ -424,7 +426,7 @@ def _read_together(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct | No
 
 
 def _compare(folder: Path, item: str, there: dict[str, str], here: dict[str, str]) -> None:
-    """Names, shapes, dtypes must agree (orbax would cast dtypes silently)."""
+    """Raise a CheckpointError unless names, shapes and dtypes agree (orbax would cast dtypes)."""
     differing = [name for name in here | there if here.get(name) != there.get(name)]
     if differing:
         shown = [

@@ -1,9 +1,9 @@
-"""Checksums of a checkpoint's files, each piece of a file with the arrays that lie in it.
+"""Checksums of a checkpoint's files, by pieces, so that damage is reported by array name.
 
-Orbax verifies its indices and manifests (OCDBT nodes end in a CRC-32C), but not the arrays' bytes,
-nor its JSON. So the file `checksums` of a step folder holds the CRC-32 of every piece of every file
-of its items, and begins with its own. It knows files and bytes alone: any mesh and any number of
-hosts can verify what others have written.
+Orbax verifies its indices and manifests (OCDBT nodes end in a CRC-32C), but neither the bytes of
+arrays nor its JSON. So the file `checksums` of a step folder lists the CRC-32 of every piece of
+every file of its items, and the arrays in the piece. It begins with a CRC-32 of the list itself. It
+refers to files and bytes only, so that any mesh and any number of hosts can verify a checkpoint.
 """
 
 import functools
@@ -31,19 +31,19 @@ Piece = tuple[int, int, int, list[str]]
 
 
 class DamagedFileError(ValueError):
-    """A file is not as it was written; the message names it and the arrays in it."""
+    """A file differs from what was written; the message names the file and the arrays in it."""
 
 
 class NoChecksumsError(DamagedFileError):
-    """Nothing says how the files of a folder were written."""
+    """A step folder has no file of checksums."""
 
 
 def write_part(item: Path, process: int) -> None:
-    """Write the checksums of the files that one process has written for an item.
+    """Write a part of the checksums: those of the files that one process has written for an item.
 
     Args:
         item: Folder of the item.
-        process: Index of the process, whose arrays are on disk.
+        process: Index of the process, which has finished writing its arrays.
     """
     own = item / f"ocdbt.process_{process}"
     found = _pieces_of_files(item, [path for path in own.rglob("*") if path.is_file()])
@@ -51,10 +51,12 @@ def write_part(item: Path, process: int) -> None:
 
 
 def write(folder: Path) -> None:
-    """Write the checksums of a step folder, of what `write_part` has not yet seen.
+    """Write the file of checksums of a step folder.
+
+    Parts that `write_part` left are merged into it and deleted; all other files are read.
 
     Args:
-        folder: Folder with one folder for each item.
+        folder: Step folder, with one folder for each item.
     """
     found: dict[str, list[Piece]] = {}
     for item in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -81,8 +83,8 @@ def verify(folder: Path, items: Iterable[str], share: int = 0, shares: int = 1) 
     Args:
         folder: Step folder.
         items: Names of the items whose files are read.
-        share: Index of the part of the files that is compared.
-        shares: Number of parts, such as the number of processes.
+        share: Index of the part of the files that is compared, such as that of this process.
+        shares: Number of parts that the files are divided into, such as the number of processes.
 
     Raises:
         DamagedFileError: A file differs or is missing, or there are no checksums.
@@ -137,10 +139,10 @@ def _of(arrays: list[str]) -> str:
 
 
 def _checksum(stream: BufferedReader, size: int) -> int:
-    """CRC-32 of the next bytes of a file; a long piece is folded first.
+    """Compute the CRC-32 of the next `size` bytes of a file; a long piece is first folded.
 
-    Folding is Fletcher's checksum, as ZFS has it, over 64 KiB vectors of 64-bit words: the sum of
-    all vectors and the sum of all partial sums. It is twice as fast as a CRC.
+    A piece is folded to Fletcher's checksum, as in ZFS, over 64 KiB vectors of 64-bit words: the
+    sum of all vectors and the sum of all partial sums. That is twice as fast as a CRC of the piece.
     """
     if size <= _BUFFER:
         return zlib.crc32(stream.read(size))
@@ -162,7 +164,7 @@ def _checksum(stream: BufferedReader, size: int) -> int:
 
 
 def _pieces_of_files(item: Path, files: Iterable[Path]) -> dict[str, list[Piece]]:
-    """Pieces of files by their names in the item's folder."""
+    """Compute the pieces of files, by the name of the file relative to the item's folder."""
     names = {path: str(path.relative_to(item)) for path in files}
     arrays: dict[str, dict[tuple[int, int], list[str]]] = {}
     for path in names:
@@ -182,7 +184,11 @@ def _pieces_of_files(item: Path, files: Iterable[Path]) -> dict[str, list[Piece]
 def _bounds(
     ranges: dict[tuple[int, int], list[str]], size: int
 ) -> list[tuple[int, int, list[str]]]:
-    """Consecutive ranges that cover a file: those of arrays, and what lies between."""
+    """Divide a file into consecutive ranges: those of arrays, and the gaps between them.
+
+    Returns:
+        Triples of first byte, byte after the last, and names of the arrays in the range.
+    """
     bounds: list[tuple[int, int, list[str]]] = []
     at = 0
     for (start, end), names in sorted(ranges.items()):
@@ -199,7 +205,7 @@ def _bounds(
 def _collect(
     database: Path, item: Path, arrays: dict[str, dict[tuple[int, int], list[str]]]
 ) -> None:
-    """Add which bytes of which files an OCDBT database refers to, and the arrays in them."""
+    """Add the byte ranges of files that an OCDBT database refers to, with the arrays in them."""
     base = tensorstore.KvStore.open({"driver": "file", "path": f"{database}/"}).result()
     dump = functools.partial(tensorstore.ocdbt.dump, base)
 

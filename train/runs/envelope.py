@@ -1,4 +1,4 @@
-"""What the item `meta` of a checkpoint holds besides the caller's metadata, and its version."""
+"""The item `meta` of a checkpoint: version, the caller's metadata, and the form of every leaf."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from train.runs.files import check_regular
 from train.runs.leaves import CheckpointError, forms, key_impls
 
 FORMAT = 1
-"""Version of what a checkpoint holds; it rises when an older reader would misread it."""
+"""Version of the checkpoint format; it is raised when an older reader would misread a newer one."""
 
 ITEMS = ("params", "train")
 _PARTS = ("meta", "leaves", "keys")
@@ -19,7 +19,16 @@ _PARTS = ("meta", "leaves", "keys")
 def make_envelope(
     meta: Mapping[str, Any], trees: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What is written: the version, the metadata, and the form of every leaf of every item."""
+    """Build the JSON of the item `meta`.
+
+    Args:
+        meta: Metadata of the caller.
+        trees: Leaves of each item by name, under the name of the item.
+
+    Returns:
+        Dict of `format` (version), `meta`, `leaves` (shape and dtype of each leaf of each item)
+        and `keys` (implementation of each leaf that is a PRNG key).
+    """
     return {
         "format": FORMAT,
         "meta": dict(meta),
@@ -29,12 +38,15 @@ def make_envelope(
 
 
 def read_envelope(folder: Path) -> dict[str, Any]:
-    """What `make_envelope` made, of a step folder.
+    """Read `meta`, `leaves` and `keys` of what `make_envelope` built from a step folder.
+
+    Args:
+        folder: Step folder.
 
     Raises:
-        CheckpointError: A newer version wrote it.
-        OSError: It can't be read.
-        ValueError: It is damaged.
+        CheckpointError: A newer version of this library wrote the checkpoint.
+        OSError: The file can't be read.
+        ValueError: The file is damaged.
     """
     file = folder / "meta" / "metadata"
     check_regular(file)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and why one could not be."""
+"""Atomic writes of files, checks of paths before work begins, and short reasons of errors."""
 
 import errno
 import os
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a kill or a full disk leaves the old content or the new one.
+    """Write a file atomically: after a kill or on a full disk it has the old or the new content.
 
     Args:
         path: File to write, in a folder that exists.
         content: Text, written as UTF-8, or bytes.
 
     Raises:
-        OSError: The file cannot be written; the old one is left as it was.
+        OSError: The file cannot be written; an existing file is left as it was.
     """
     data = content.encode() if isinstance(content, str) else content
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """The operating system's message if the error has one in it; else its first line, cut."""
+    """Return the operating system's message in an error, else the error's first line, shortened."""
     text = str(error)
     for code in errno.errorcode:
         if os.strerror(code) in text:
@@ -41,19 +41,19 @@ def reason_of(error: BaseException) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Raise a ValueError for a pipe or a device, at which a reader may wait for ever."""
+    """Raise a ValueError for a pipe or a device, from which a read may never return."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is no regular file: remove it, or copy the folder again")
 
 
 def check_new_file(path: Path) -> None:
-    """Check a file that is written once work is done, before the work.
+    """Check before the work begins that its output file can be made.
 
     Args:
-        path: File to write; its folder is made later.
+        path: File to write; its folder need not exist yet.
 
     Raises:
-        ValueError: There is such a file, or something above it is no folder.
+        ValueError: The file exists, or its nearest existing parent is not a folder.
     """
     if path.exists():
         raise ValueError(f"{path} exists: choose another file, or delete it")
@@ -63,13 +63,13 @@ def check_new_file(path: Path) -> None:
 
 
 def new_folder(out: str) -> Path:
-    """The folder of that name, which is empty or not there.
+    """Check that a folder does not exist or is empty, and return its path.
 
     Args:
         out: Name of the folder; ~ is the user's home.
 
     Raises:
-        ValueError: It holds something, or is a file.
+        ValueError: The folder is not empty, or is a file.
     """
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,4 +1,4 @@
-"""Time and memory of a run: step times, data wait, MFU, percentiles, a profiler window."""
+"""Time and memory of a run: step times, wait for data, MFU, memory, and profiler traces."""
 
 import contextlib
 import re
@@ -19,16 +19,16 @@ from train.devices.hardware import GIB, chip_of
 class Stopwatch:
     """Times of completed steps, by a monotonic clock.
 
-    The time of a step runs from the completion of the step before to its own, whenever it was
-    dispatched. The first step, which compiles, is not timed, and a pause (`resume`: an evaluation,
-    a checkpoint) is no part of any step.
+    The time of a step runs from the completion of the previous step to the completion of the step
+    itself, whenever it was dispatched. The first step, which compiles, is not timed. A pause for an
+    evaluation or a checkpoint (`resume`) counts for no step.
 
     Args:
         tokens: Number of tokens of a step.
-        flops: FLOPs of a step on the whole mesh (`RunConfig.step_flops`).
+        flops: Number of FLOPs of a step on the whole mesh (`RunConfig.step_flops`).
         peak_flops: Peak FLOP/s of the whole mesh (`peak_flops`); None if unknown.
-        start_time: Time at which the process began, by the same clock, for goodput; None takes now.
-        window: Number of newest steps that rates and percentiles are taken over.
+        start_time: Time by `clock` at which the process began, for goodput; None takes now.
+        window: Number of newest steps that rates and percentiles are computed over.
         clock: Function that returns the time in seconds.
     """
 
@@ -51,16 +51,16 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context of the host's wait for its next batch."""
+        """Measure the time inside the context as the host's wait for its next batch."""
         start = self._clock()
         yield
         self._waited += self._clock() - start
 
     def step_done(self, share: float = 1.0) -> None:
-        """To be called when a step is complete on the device.
+        """Record that a step is complete on the device.
 
         Args:
-            share: Share of the tokens and FLOPs of a whole step, for a batch of shorter rows.
+            share: Fraction of a whole step's tokens and FLOPs; below 1 for a batch of shorter rows.
         """
         now = self._clock()
         if self._last is not None:
@@ -69,28 +69,31 @@ class Stopwatch:
         self._last, self._waited = now, 0.0
 
     def resume(self) -> None:
-        """To be called after a pause before which all steps were completed."""
+        """Leave a pause out of the next step's time; call it at the end of the pause.
+
+        All dispatched steps must have been completed before the pause.
+        """
         if self._last is not None:
             self._last, self._waited = self._clock(), 0.0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Rate over the window; None before the second step."""
+        """Tokens per second over the window; None before the second step is complete."""
         if not self._steps:
             return None
         seconds, _, shares = map(sum, zip(*self._steps, strict=True))
         return self._tokens * shares / max(seconds, 1e-9)
 
     def report(self) -> dict[str, float]:
-        """Rates and percentiles over the window.
+        """Compute rates and percentiles over the window.
 
         Returns:
             Values by name: `tokens_per_second`; `step_seconds` (median), `step_seconds_p90` and
-            `step_seconds_p99`; `data_wait`, the share of step time in which the host waited for a
-            batch; `goodput`, the share of the process's time in completed steps (the rest is start,
-            compilation, evaluation and checkpoints); `mfu`, model FLOP/s over the peak in the
-            median step, by the tokens that each step read, where the peak is known. Empty before
-            the second step.
+            `step_seconds_p99`; `data_wait`, the fraction of step time in which the host waited for
+            a batch; `goodput`, the fraction of the process's time since its start in completed
+            steps (the rest is start, compilation, evaluation and checkpoints); and, if the peak is
+            known, `mfu`, the median of a step's model FLOP/s divided by the peak. The dict is empty
+            before the second step.
         """
         if self.tokens_per_second is None:
             return {}
@@ -110,7 +113,7 @@ class Stopwatch:
         return {name: float(value) for name, value in report.items()}
 
     def readable(self) -> str:
-        """The report in one line of text."""
+        """Format the report as one line of text."""
         report = self.report()
         if not report:
             return "time: fewer than two steps"
@@ -123,12 +126,12 @@ class Stopwatch:
 
 
 def peak_flops(mesh: Mesh, tflops_per_device: float | None = None) -> float | None:
-    """Peak bfloat16 FLOP/s of a mesh; None for devices of no known chip, such as CPUs.
+    """Return the peak bfloat16 FLOP/s of all devices of a mesh; None if their chip is not known.
 
     Args:
         mesh: Mesh of the run.
-        tflops_per_device: Peak of a device in 10^12 FLOP/s; None takes that of its chip
-            (`train.devices.hardware`).
+        tflops_per_device: Peak of one device in 10^12 FLOP/s; None looks it up by the kind of the
+            device (`train.devices.hardware`), which has no entry for CPUs.
     """
     if tflops_per_device is not None:
         return tflops_per_device * 1e12 * mesh.size
@@ -137,9 +140,12 @@ def peak_flops(mesh: Mesh, tflops_per_device: float | None = None) -> float | No
 
 
 def memory() -> dict[str, float]:
-    """Memory of this process in GiB: in use and peak of its fullest device, and peak of the host.
+    """Measure the memory of this process in GiB.
 
-    Devices without memory statistics (CPUs) are left out.
+    Returns:
+        Values by name: `memory/host_peak_gib`; `memory/device_in_use_gib` and
+        `memory/device_peak_gib`, maxima over this process's devices, which are left out for devices
+        without memory statistics (CPUs).
     """
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     report = {
@@ -153,14 +159,14 @@ def memory() -> dict[str, float]:
 
 
 class Profiler:
-    """Profiler trace of a window of steps, for TensorBoard and Perfetto.
+    """Recorder of a profiler trace of a window of steps, for TensorBoard and Perfetto.
 
     Args:
         window: First and last step, both included, as "10:20" or "steps=10:20"; "" for no trace.
         folder: Folder of the trace.
 
     Raises:
-        ValueError: The window is written in another way.
+        ValueError: The window has another form, or its steps are not 1 or more and ascending.
     """
 
     def __init__(self, window: str, folder: Path):
@@ -176,7 +182,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Context of the dispatch of a step."""
+        """Annotate the dispatch of a step in the trace, and start the trace with the window."""
         if not self._on and self._first <= number <= self._last:
             jax.profiler.start_trace(self._folder)
             self._on = True
@@ -184,18 +190,18 @@ class Profiler:
             yield
 
     def ends_with(self, number: int) -> bool:
-        """Whether a step is the last of the window that is being recorded."""
+        """Whether a trace is being recorded whose last step is `number` or earlier."""
         return self._on and number >= self._last
 
     def stop(self) -> None:
-        """To be called when the last step of the window is complete."""
+        """Write the trace if one is being recorded; call it when the window's last step is done."""
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
 
 
 def not_recorded(window: str, start: int, steps: int) -> str | None:
-    """A line for the user if a resumed run is past a part of its profiler window, else None.
+    """Return a line for the user if a resumed run is past steps of its profiler window, else None.
 
     Args:
         window: First and last step of the window, as in `Profiler`.
@@ -211,7 +217,11 @@ def not_recorded(window: str, start: int, steps: int) -> str | None:
 
 
 def parse_window(text: str) -> tuple[int, int]:
-    """First and last step of "10:20" or "steps=10:20"; an empty window for ""."""
+    """Parse "10:20" or "steps=10:20" as first and last step; "" is the empty window (0, -1).
+
+    Raises:
+        ValueError: The text has another form, or its steps are not 1 or more and ascending.
+    """
     if not text:
         return 0, -1
     match = re.fullmatch(r"(?:steps=)?(\d+):(\d+)", text)

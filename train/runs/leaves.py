@@ -1,4 +1,4 @@
-"""Leaves of a tree by readable names, with their shapes and dtypes as a checkpoint states them."""
+"""Flat dicts of a pytree's leaves by readable names, as checkpoints store them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +10,20 @@ from flax import traverse_util
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written, or does not fit what it is read into; one line."""
+    """A checkpoint cannot be written or read, or does not fit the given trees; one-line message."""
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves of a tree by their names, in the order of the leaves.
+    """Flatten a tree into a dict of its leaves by name, in the tree's order.
 
     Args:
         tree: Tree of arrays, real or abstract.
 
+    Returns:
+        Leaves by name, the path in the tree joined by slashes, such as `blocks/attention/q`.
+
     Raises:
-        CheckpointError: A leaf is no array or is empty, or two leaves have the same name.
+        CheckpointError: A leaf is not an array or is empty, or two leaves have the same name.
     """
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -42,7 +45,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[Any, Any]:
-    """The nested dict of named leaves; keys are ints on a level whose names are all digits."""
+    """Nest named leaves at the slashes; keys are ints on a level whose names are all digits."""
 
     def with_indices(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -54,7 +57,10 @@ def nested(leaves: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def forms(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Shape and dtype of each leaf; the dtype of a PRNG key names its implementation."""
+    """Describe each leaf as text: its shape and dtype, e.g. "(4, 8) float32".
+
+    The dtype of a PRNG key contains its implementation, e.g. "() key<threefry2x32>".
+    """
     impls = key_impls(leaves)
     return {
         name: f"{tuple(leaf.shape)} "
@@ -68,7 +74,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def key_impls(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Implementation of each leaf that is a PRNG key."""
+    """Return the names of the implementations of all leaves that are PRNG keys, by leaf name."""
     impls = {}
     for name, leaf in leaves.items():
         if _is_key(leaf):
@@ -81,12 +87,16 @@ def key_impls(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def stored(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree as it is written: PRNG keys are replaced by their uint32 data."""
+    """Replace PRNG keys by their uint32 data, as they are written."""
     return {n: jax.random.key_data(leaf) if _is_key(leaf) else leaf for n, leaf in leaves.items()}
 
 
 def read_targets(leaves: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Arrays to read for abstract leaves; the data of a PRNG key are sharded like the key."""
+    """Return the shape, dtype and sharding in which each leaf is read.
+
+    A PRNG key is read as its uint32 data, sharded like the key. A leaf without a sharding is read
+    onto the first local device.
+    """
     targets = {}
     for name, leaf in leaves.items():
         form = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

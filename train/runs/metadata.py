@@ -1,4 +1,4 @@
-"""The metadata of a run's checkpoint, with the types that its readers rely on."""
+"""Read the metadata of a run's checkpoint, and check the types of their fields."""
 
 import os
 import platform
@@ -11,27 +11,27 @@ from train.data.mixture import is_mixture, parse_mixture
 from train.runs.checkpoint import load_meta
 
 EDITED = "it was edited, or another version of this library wrote it"
-"""End of the message on a field of our own metadata that is missing or wrong."""
+"""End of the error message for a field of a run's metadata that is missing or wrong."""
 
 
 def load_run_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Metadata of the newest checkpoint in a run folder, checked; None if there is no checkpoint.
+    """Read and check the metadata of the newest checkpoint; None if there is no checkpoint.
 
     Args:
         path: Run folder.
 
     Raises:
-        ValueError: The metadata are damaged, or are none of a run.
+        ValueError: The metadata are damaged, or a field is missing or has another type.
     """
     meta = load_meta(path)
     return None if meta is None else checked_meta(meta, path)
 
 
 def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Metadata of a run's checkpoint, if they are that.
+    """Check the fields of a run's metadata, and return the metadata as they are.
 
     Args:
-        meta: Metadata as they come from the checkpoint.
+        meta: Metadata as read from the checkpoint.
         path: Run folder, for messages.
 
     Raises:
@@ -65,13 +65,14 @@ _STDLIB = re.compile(r"(?<![\w/.~-])stdlib(?![\w/.-])")
 
 
 def rows_of_other_python(meta: Mapping[str, Any] | None) -> dict[str, str]:
-    """Fingerprints of a run's rows whose text is the library of another Python than this one.
+    """Find prepared rows of a run whose text is the standard library of another Python version.
 
     Args:
         meta: Metadata of the run's checkpoint; None if there is none.
 
     Returns:
-        The fingerprints by the corpus, or by the names of a mixture's sources.
+        Fingerprints of these rows, by the corpus, or by the names of a mixture's sources. Empty if
+        the run was trained under this Python version.
     """
     if meta is None or meta.get("python") == platform.python_version():
         return {}
@@ -84,10 +85,14 @@ def rows_of_other_python(meta: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def why_other_data(meta: Mapping[str, Any]) -> str:
-    """What an error adds where a run's corpus may have changed with the interpreter, or "".
+    """Return a hint for an error message if the Python version may have changed a run's corpus.
 
     Args:
         meta: Metadata of the run's checkpoint.
+
+    Returns:
+        Text of the hint; "" if the corpus does not contain the standard library, or if the run was
+        trained under this Python version.
     """
     corpus = (meta["config"].get("data") or {}).get("corpus", "")
     now = platform.python_version()

@@ -20,23 +20,23 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsError(ValueError):
-    """Metrics cannot be written or read; one line."""
+    """Metrics cannot be written or read; a one-line message."""
 
 
 class MetricWriter:
-    """Writes `directory/metrics.jsonl` and TensorBoard events in `directory/tensorboard`.
+    """Writer of metrics to `directory/metrics.jsonl` and TensorBoard (`directory/tensorboard`).
 
     A line is one JSON object `{"step": 7, "time": seconds since 1970, name: value, ...}`. A value
-    is a number, a bool or a list of them; not-a-number and the infinities, which JSON lacks, are
-    the strings "NaN", "Infinity" and "-Infinity" (`read_metrics` turns them back). Each line is
-    handed to the operating system at once, so that killing the process loses none.
+    is a number, a bool or a list of them. NaN and the infinities, which JSON lacks, are written as
+    the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` turns them back into floats. Each
+    line is handed to the operating system at once, so that killing the process loses none.
 
     Args:
         directory: Run folder; it is made if it does not exist.
         resume_step: Step of the checkpoint that the run resumes from, 0 for a new run. Lines of
-            later steps are dropped, so that the file becomes that of an uninterrupted run, provided
-            that the line of a step is written before its checkpoint. None appends. A line that a
-            kill cut in half is dropped in both cases.
+            later steps are dropped, so that the file ends up as that of an uninterrupted run,
+            provided that the line of a step is written before its checkpoint. None keeps all lines.
+            A last line that a killed process wrote only in part is dropped in both cases.
         enabled: Whether this process writes; only one process of a run may.
 
     Raises:
@@ -75,16 +75,18 @@ class MetricWriter:
     def write(
         self, step: int, values: Mapping[str, Any], histograms: Mapping[str, Any] | None = None
     ) -> None:
-        """Write one line, and the same to TensorBoard.
+        """Write the metrics of a step as one line, and to TensorBoard.
 
         Args:
             step: Number of updates done.
-            values: Scalars and vectors by name (Python, NumPy or jax); a vector is shown in
-                TensorBoard as the scalars name/0, name/1, ...
-            histograms: Samples of any shape by name, for TensorBoard alone; only finite ones count.
+            values: Scalars and vectors by name (Python, NumPy or jax); TensorBoard shows a vector
+                as the scalars name/0, name/1, ...
+            histograms: Samples of any shape by name, for TensorBoard only; those that are not
+                finite are left out.
 
         Raises:
-            MetricsError: A value is no number or has more than one axis, or the disk is full.
+            MetricsError: A value is not a number or has more than one axis, a name is "step" or
+                "time", or the files can't be written.
         """
         if not self._enabled:
             return
@@ -104,7 +106,7 @@ class MetricWriter:
             raise _unwritten(self._path, error) from error
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the metrics file and the TensorBoard events."""
         if not self._enabled:
             return
         self._file.close()
@@ -115,14 +117,14 @@ class MetricWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Lines of a metrics file in order, a dict each.
+    """Read the lines of a metrics file, one dict for each line, in order.
 
     Args:
         path: Run folder, or its metrics file.
 
     Raises:
-        MetricsError: There is no such file, or a line other than a half-written last one is
-            damaged.
+        MetricsError: The file does not exist, or a line is damaged. A last line without a line
+            break, which a killed process leaves, is skipped.
     """
     file = Path(path)
     if file.is_dir():
@@ -133,12 +135,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Loss, tokens per second and time left: a bar on a terminal, else a line now and then.
+    """Display of loss, tokens per second and time left: a bar on a terminal, else regular lines.
 
     Args:
         total: Number of steps of the whole run.
         start: Number of steps that were done before this process.
-        every: Seconds between lines where there is no terminal.
+        every: Minimum number of seconds between lines if the stream is not a terminal.
         enabled: Whether this process prints; only one process of a run should.
         stream: Text stream that is printed to; None takes standard error.
         clock: Function that returns the time in seconds.
@@ -177,9 +179,9 @@ class Progress:
 
         Args:
             step: Number of updates done.
-            loss: Training loss of the last of them.
+            loss: Training loss of the last update.
             tokens_per_second: Rate of training; None if it is not known yet.
-            note: Words that follow the rate; none by default.
+            note: Text that is shown after the rate; "" for none.
         """
         if not self._enabled:
             return
@@ -211,16 +213,16 @@ class Progress:
             self._stream.flush()
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the progress bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 class _Events:
-    """One TensorBoard event file, written in this thread.
+    """Writer of one TensorBoard event file, in the calling thread.
 
-    `tensorboardX.SummaryWriter` hands events to a thread, for which it waits for ever once a full
-    disk has ended the thread.
+    `tensorboardX.SummaryWriter` writes in a second thread. Once a full disk has ended that thread,
+    the writer never returns from its wait for it.
     """
 
     def __init__(self, directory: Path, resume_step: int | None):
@@ -265,7 +267,7 @@ class _Events:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A Python number, bool or flat list of them."""
+    """Convert a scalar or vector to a Python number, bool or flat list of them."""
     array = np.asarray(value)
     if array.ndim > 1:
         raise MetricsError(
@@ -300,7 +302,11 @@ def _decode(values: Any) -> Any:
 
 
 def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Bytes and object of every line but a half-written last one, which a kill leaves in a log."""
+    """Return the bytes and the object of every complete line; a half-written last one is skipped.
+
+    Raises:
+        MetricsError: A complete line is not a JSON object with a step.
+    """
     check_regular(file)
     lines = []
     for number, raw in enumerate(file.read_bytes().splitlines(keepends=True), 1):

@@ -1,4 +1,4 @@
-"""Silence for what orbax prints when a save fails: the user gets one line of ours instead."""
+"""Silence orbax's own messages about a failed save, for which users get one line instead."""
 
 import logging
 import sys
@@ -8,10 +8,11 @@ from typing import Any
 
 
 class QuietOrbax:
-    """Context manager: what orbax would print about a failed save is left out inside it.
+    """Context manager inside of which orbax prints nothing about a failed save.
 
-    Several may be open at once, and end in any order. The hooks of the process (filters of two
-    loggers, `sys.unraisablehook`) are set by the first and put back by the last one.
+    Several contexts may be open at once, and close in any order. The first one to open sets the
+    process's hooks (filters of two loggers, `sys.unraisablehook`), and the last one to close
+    restores them.
     """
 
     _lock = threading.Lock()
@@ -44,9 +45,10 @@ class QuietOrbax:
                     sys.unraisablehook = cls._hook
 
     def stay(self) -> None:
-        """Keep silent until the process ends: threads of a failed save print after it is closed.
+        """Keep the hooks until the process ends, since a failed save prints after its context.
 
-        Its coroutines that never started warn when they are collected.
+        Its threads go on to log errors, and its coroutines that never started raise warnings when
+        they are garbage-collected.
         """
         self._stays = True
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -57,11 +59,11 @@ def _not_logged_by_orbax(record: logging.LogRecord) -> bool:
 
 
 def _not_a_task_of_orbax(record: logging.LogRecord) -> bool:
-    """Writes that nobody awaits any more name orbax's code or files in the message."""
+    """Whether an asyncio message does not name orbax, as those of its abandoned writes do."""
     return "orbax" not in record.getMessage()
 
 
 def _without_closed_loops(unraisable: Any) -> None:
-    """The earlier hook, except for writes whose event loop the failure has closed."""
+    """Call the earlier hook, except for writes whose event loop the failed save has closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         QuietOrbax._hook(unraisable)

@@ -1,7 +1,7 @@
-"""What must be equal for a run to be continued, and what may change.
+"""Rules for continuing a run: which config fields must be equal, and which may change.
 
-Every field of a config must be equal unless its metadata say otherwise, so that a new option can't
-resume unnoticed: `field(default=3, metadata=FREE)`.
+A field must be equal unless its metadata say otherwise, as in `field(default=3, metadata=FREE)`.
+So a change of an option that somebody adds later can't go unnoticed.
 """
 
 import dataclasses
@@ -13,24 +13,27 @@ from thoughtbubbles.fields import shown
 from train.cli.config_json import as_json, model_from_json
 
 FREE: Mapping[str, Any] = MappingProxyType({"resume": "free"})
-"""Metadata of a field that changes nothing that is computed."""
+"""Metadata of a field that may change freely, because it does not affect what is computed."""
 
 NOTED: Mapping[str, Any] = MappingProxyType({"resume": "noted"})
-"""Metadata of a field whose change is printed: `steps` moves the schedule, the others the order of
-float additions."""
+"""Metadata of a field that may change, with a notice: `steps` changes the schedule, the others the
+order of float additions."""
 
 
 def free_inside(*names: str) -> Mapping[str, Any]:
-    """Metadata of a field that holds a config of which these fields may change."""
+    """Make metadata for a field that is itself a config, whose fields `names` may change."""
     return MappingProxyType({"resume": "fixed", "free": names})
 
 
 def differences(saved: dict[str, Any], config: Any) -> list[str]:
-    """Fields that keep a run from being continued, as `name: saved x, now y`.
+    """List the fields whose changes forbid to continue a run.
 
     Args:
         saved: Config of a checkpoint, as `as_json` wrote it.
-        config: Config of the run that would go on from it.
+        config: Config of the run that would continue from the checkpoint.
+
+    Returns:
+        Lines `name: saved x, now y`; empty if the run may be continued.
     """
     rules = {field.name: field.metadata for field in dataclasses.fields(config)}
     current = as_json(config)
@@ -45,12 +48,15 @@ def differences(saved: dict[str, Any], config: Any) -> list[str]:
 
 
 def noted_changes(saved: dict[str, Any], current: dict[str, Any], config: Any) -> list[str]:
-    """Allowed changes after which the run is no longer the one that was begun.
+    """List the changes of `NOTED` fields, which are allowed but affect the continued run.
 
     Args:
-        saved, current: Metadata of a checkpoint, and of the run that goes on from it: `config`, and
-            under `resolved` what some of its options came to.
-        config: Config of the run that goes on.
+        saved, current: Metadata of a checkpoint and of the run that continues from it, each with
+            `config`, and with the actual mesh sizes and attention under `resolved`.
+        config: Config of the run that continues.
+
+    Returns:
+        Lines `name: saved x, now y`.
     """
     before, now = (meta["config"] | meta["resolved"] for meta in (saved, current))
     names = [f.name for f in dataclasses.fields(config) if f.metadata.get("resume") == "noted"]
@@ -59,7 +65,10 @@ def noted_changes(saved: dict[str, Any], current: dict[str, Any], config: Any) -
 
 
 def _comparable(model: dict[str, Any]) -> dict[str, Any]:
-    """Read and written again, so that 2 for 2.0 is no difference; without what may change."""
+    """Normalise a model's config for comparison, without the fields that may change.
+
+    It is read and written again, so that 2 and 2.0 do not count as different.
+    """
     config = model_from_json(model)
     fields = as_json(config)
     for name in {*config.unused_fields(), *config.execution_fields}:

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, whether a config may resume it, what a failure leaves in it."""
+"""The folder of a run: its lock, checks before a run is resumed, and evidence of a failure."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ from train.runs.resume import differences
 
 _LOCK, _OTHERS = ".lock", ".lock-others"
 NETWORK_DISK = 90.0
-"""Seconds after which every host of a shared disk sees a new file."""
+"""Seconds within which every host is expected to see a new file on a shared disk."""
 
 
 def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> None:
@@ -27,7 +27,7 @@ def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> 
 
     Args:
         out: Run folder.
-        saved: Metadata of its newest checkpoint; None if there is none.
+        saved: Metadata of the folder's newest checkpoint; None if there is none.
         config: Config of the run that is to resume.
     """
     try:
@@ -47,7 +47,7 @@ def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> Non
 
     Args:
         out: Run folder.
-        saved: Metadata of its newest checkpoint; None if there is none.
+        saved: Metadata of the folder's newest checkpoint; None if there is none.
         fingerprint: Hash of the data of the run that is to resume.
     """
     if saved and saved["data_fingerprint"] != fingerprint:
@@ -58,12 +58,12 @@ def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> Non
 
 
 def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any]) -> None:
-    """Raise a ValueError if the run of a folder was trained with other frozen weights.
+    """Raise a ValueError if a run folder holds a run with other frozen weights.
 
     Args:
         out: Run folder.
-        saved: Metadata of its newest checkpoint; None if there is none.
-        meta: Metadata of the run that is to resume.
+        saved: Metadata of the folder's newest checkpoint; None if there is none.
+        meta: Metadata of the run that is to resume, with the weights' checksum under `base`.
     """
     if saved and saved.get("base") != meta.get("base"):
         raise ValueError(
@@ -74,18 +74,18 @@ def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any])
 
 @contextlib.contextmanager
 def run_lock(out: Path) -> Iterator[None]:
-    """Context that locks the run folder against a second run, which would overwrite its files.
+    """Lock the run folder inside the context against a second run, which would overwrite its files.
 
-    Every process of the run calls it. Process 0 locks one file for all. The others share the lock
-    of another file, so that a new run is also refused while a process of an earlier run is left
-    that has not noticed the end of its process 0.
+    Every process of the run must enter it. Process 0 locks one file for the whole run. The other
+    processes share the lock of a second file. So a new run is also refused while a process of an
+    earlier run, whose process 0 has ended, is still alive.
 
     Args:
         out: Run folder; it is made if it does not exist.
 
     Raises:
-        ValueError: Another run has locked the folder, or the processes see different folders; it
-            is raised in all processes.
+        ValueError: Another run has locked the folder, or the processes see different folders. All
+            processes raise the error.
     """
     with contextlib.ExitStack() as locks:
         token = secrets.token_hex()
@@ -108,7 +108,7 @@ def run_lock(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _first(out: Path, token: str) -> Iterator[None]:
-    """Lock the folder as process 0, once no process of an earlier run is left."""
+    """Lock the folder as process 0; raise a ValueError if a process of another run holds a lock."""
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out / _LOCK, fcntl.LOCK_EX, _taken(out)) as lock:
         left = (
@@ -144,7 +144,7 @@ def _taken(out: Path) -> str:
 def _check_shared(out: Path, token: str) -> None:
     """Raise a ValueError unless this process sees the folder that process 0 has locked.
 
-    Otherwise each process would write its part of a checkpoint to its own disk.
+    With different folders, each process would write its part of a checkpoint to its own disk.
     """
     lock = out / _LOCK
     deadline = time.monotonic() + NETWORK_DISK
@@ -160,16 +160,16 @@ def _check_shared(out: Path, token: str) -> None:
 def save_evidence(
     out: Path, step: int, batch: Mapping[str, np.ndarray], metrics: Mapping[str, Any]
 ) -> str:
-    """Save the batch and metrics of a step whose loss is not finite.
+    """Save the batch and metrics of a step whose loss or gradient is not finite.
 
     Args:
         out: Run folder.
         step: Number of the step.
-        batch: Local rows of the batch: "tokens" and "rows".
+        batch: Rows of the batch that this process read: "tokens" and "rows".
         metrics: Metrics of the step.
 
     Returns:
-        The error message of the run.
+        Error message for the user, which names the folder of the saved files.
     """
     folder = out / f"nonfinite-step-{step}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The steps of a run folder: which there are, whether one is whole, and what to do if it is not."""
+"""Find the checkpoints of a run folder, read and verify them, and explain damage to the user."""
 
 import re
 from collections.abc import Callable
@@ -14,13 +14,13 @@ _Content = TypeVar("_Content")
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Steps whose checkpoints are complete: unfinished ones have longer names."""
+    """Return the steps of all complete checkpoints, ascending; unfinished ones have other names."""
     names = [path.name for path in directory.iterdir() if path.is_dir()]
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 def chosen_step(directory: Path, step: int | None) -> int:
-    """The named step, or the newest one; a CheckpointError if there is none."""
+    """Return `step`, or the newest step if it is None; raise a CheckpointError if it is missing."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist: pass the folder of a run")
     steps = saved_steps(directory)
@@ -36,15 +36,21 @@ def chosen_step(directory: Path, step: int | None) -> int:
 
 
 def read_step(directory: Path, step: int | None, read: Callable[[Path], _Content]) -> _Content:
-    """What a function makes of a step folder, whole.
+    """Read a step folder, even while a run that is still training deletes old steps.
 
-    A run that goes on deletes old steps, this one too while it is read. If it was the newest one,
-    the one that is newest then is read in its place.
+    If the newest step was wanted and another one is newest once reading has failed, that one is
+    read instead.
 
     Args:
         directory: Run folder.
         step: Step of the checkpoint; None takes the newest.
-        read: Function of the step folder, which raises a CheckpointError if it can't read it.
+        read: Function that reads a step folder; it raises a CheckpointError if it can't.
+
+    Returns:
+        Result of `read`.
+
+    Raises:
+        CheckpointError: There is no such step, it can't be read, or it was deleted meanwhile.
     """
     while True:
         chosen = chosen_step(directory, step)
@@ -63,7 +69,7 @@ def read_step(directory: Path, step: int | None, read: Callable[[Path], _Content
 
 
 def verify(folder: Path, items: tuple[str, ...], share: int = 0, shares: int = 1) -> None:
-    """`checksums.verify`, with a CheckpointError that says what to do."""
+    """Compare files with their checksums; raise CheckpointErrors that say what to do."""
     try:
         checksums.verify(folder, items, share, shares)
     except checksums.NoChecksumsError:
@@ -79,7 +85,7 @@ def verify(folder: Path, items: tuple[str, ...], share: int = 0, shares: int = 1
 
 
 def checked_envelope(folder: Path) -> dict[str, Any]:
-    """`read_envelope`, with a CheckpointError that says what to do."""
+    """Read the item `meta` (`read_envelope`); raise CheckpointErrors that say what to do."""
     try:
         return read_envelope(folder)
     except CheckpointError:
@@ -91,7 +97,7 @@ def checked_envelope(folder: Path) -> dict[str, Any]:
 
 
 def damaged(folder: Path, damage: str) -> CheckpointError:
-    """The error of a damaged step, which names the newest intact one."""
+    """Make the error for a damaged step, which names the newest intact step of the run."""
     others = [step for step in saved_steps(folder.parent) if str(step) != folder.name]
     intact = next((s for s in reversed(others) if _is_intact(folder.parent / str(s))), None)
     if intact is None:
@@ -102,7 +108,7 @@ def damaged(folder: Path, damage: str) -> CheckpointError:
 
 
 def _unreadable(folder: Path, error: OSError) -> CheckpointError:
-    """Of a file system that refuses, which says nothing about damage."""
+    """Make the error for files that the file system refuses to read, which may be intact."""
     file = f" ({error.filename})" if error.filename else ""
     return CheckpointError(
         f"checkpoint {folder} can't be read: {reason_of(error)}{file}: it may be whole, mend that"
