@@ -31,7 +31,7 @@ TEMPLATE = (
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WIDTH, BATCH = 56, 32  # targets of a row, rows of a batch
+WIDTH, BATCH = 56, 32  # least number of targets of a row, rows of a batch
 MODEL = ModelConfig(
     vocab_size=320,
     embed_dim=48,
@@ -91,14 +91,30 @@ def honest_model(
     state = trainable.start(nnx.state(Thoughtbubbles(config, rngs=nnx.Rngs(seed))))
     rng = np.random.default_rng(seed)
     conversations = honest_conversations(kinds, 16_000, seed, released)
-    rows = np.full((len(conversations), WIDTH + 1), -1, np.int32)
-    for row, messages in zip(rows, conversations, strict=True):
-        ids = tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))
-        row[: len(ids)] = ids[: WIDTH + 1]
+    rows = honest_rows(tokenizer, conversations)
     for _ in range(steps):
         batch = rows[rng.integers(0, len(rows), BATCH)]
         state, _ = step(state, place(batch, trainable.mesh))
     return LanguageModel(_plain(trainable.model(state.weights)), tokenizer)
+
+
+def honest_rows(
+    tokenizer: PretrainedTokenizer, conversations: Sequence[Sequence[Message]]
+) -> np.ndarray:
+    """Encode whole conversations, one a row, padded with -1 on the right.
+
+    Returns:
+        Token ids `[N, L]` int32, where `L` is `WIDTH + 1`, or the longest conversation if that is
+        more.
+    """
+    ids = [
+        tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))
+        for messages in conversations
+    ]
+    rows = np.full((len(ids), max(WIDTH + 1, *map(len, ids))), -1, np.int32)
+    for row, tokens in zip(rows, ids, strict=True):
+        row[: len(tokens)] = tokens
+    return rows
 
 
 @functools.cache
