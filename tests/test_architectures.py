@@ -195,7 +195,9 @@ def test_a_config_outside_of_the_registry_is_named():
         patch.setitem(ARCHITECTURES, "mine", type("Mine", (ARCHITECTURES["hatchling"],), {}))
         with pytest.raises(ValueError, match="hatchling and mine share HatchlingConfig: give each"):
             architecture_name(SMALL["hatchling"])
-    with pytest.raises(ValueError, match="unknown architecture 'gone': .*, or pass --plugin with"):
+    with pytest.raises(
+        ValueError, match="unknown architecture 'gone': .*, or import the module that"
+    ):
         from_text("gone", {"hatchling": HatchlingConfig}, "architecture")
     with pytest.raises(ValueError, match="names no architecture, an older version made it"):
         model_from_json({"vocab_size": 64})
@@ -355,11 +357,16 @@ def test_an_entry_that_is_no_architecture_is_named(monkeypatch, recurrent):
         (Recurrent.config_class, "RecurrentConfig'> does not derive from thoughtbubbles.Arch"),
         (type("Mine", (Architecture,), {}), "Mine.config_class is None: set it to a dataclass"),
         (type("Mine", (Recurrent,), {"config_class": int}), "config_class is <class 'int'>: set"),
-        (Narrow, "Narrow.__init__ does not take constrain, attend: write def __init__"),
+        (Narrow, "Narrow.__init__: got an unexpected keyword argument 'constrain': write def __in"),
         (Bare, "architecture mine: Bare has no unembed or logits of its own: write it; docs/arch"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(ARCHITECTURES, "mine", entry)
             with pytest.raises(ValueError, match=message):
                 check_entries()
+
+    class Renamed(Recurrent):
+        def __init__(self, settings, **options): ...
+
+    monkeypatch.setitem(ARCHITECTURES, "mine", Renamed)
     check_entries()

@@ -310,7 +310,7 @@ def test_short_spellings_of_a_source(tmp_path, monkeypatch):
 
 def test_an_unknown_source_names_the_known_ones():
     message = r"unknown corpus 'stdlb' \(perhaps stdlib\?\): choose one of stdlib, files, tfds, or "
-    with pytest.raises(DataError, match=message + "pass --plugin"):
+    with pytest.raises(DataError, match=message + "import the module that registers"):
         source_from_text("stdlb()")
 
 

@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 from thoughtbubbles import Fork, ModelConfig, PolicyDefaults, PrefixRank, Streams, Threshold, TopK
+from thoughtbubbles.policy import check_policy
 from thoughtbubbles.testing import assert_budget, assert_cached_is_parallel, assert_causal
 from train.cli.config_json import POLICIES, as_json, model_from_json, policy_from_text
 from train.cli.entries import check_entries
+from train.data import DataConfig
 from train.evaluation.policy_overrides import override_policy
 from train.pretraining.config import RunConfig
 from train.pretraining.job import make_run
@@ -148,9 +150,23 @@ def test_broken_promises_are_found():
 
 def test_a_policy_that_keeps_too_much_is_refused_before_a_run():
     model = ModelConfig.preset("tiny", policy=Greedy())
+    config = RunConfig(model=model, data=DataConfig(seq_len=12))
     message = r"policy=Greedy\(\): fork layer 1: .*capacity\(12\) is 24: what is too much would be"
     with pytest.raises(ValueError, match=message):
-        make_run(RunConfig(model=model))
+        make_run(config)
+    with pytest.raises(ValueError, match="forced_keep=False lets originals compete"):
+        make_run(dataclasses.replace(config, model=dataclasses.replace(model, forced_keep=False)))
+
+
+def test_a_policy_that_hands_its_methods_on_is_a_policy():
+    class Recorder:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    check_policy(Recorder(PrefixRank(2.0)), "policy")
 
 
 class Loose:

@@ -275,7 +275,9 @@ def test_snippet_runs(snippet: Fence, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
 
     def run() -> None:
-        runpy.run_path(str(script), run_name="page")
+        for name, value in runpy.run_path(str(script), run_name="page").items():
+            if name.startswith("test_"):
+                value()
 
     jax.eval_shape(run) if SHAPE_ALONE in code else run()
 

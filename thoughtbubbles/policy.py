@@ -135,8 +135,9 @@ def check_policy(policy: Any, name: str) -> None:
         policy: The policy, or its class.
         name: Name of the policy in the message.
     """
-    given = {*dir(policy), *getattr(policy, "__dataclass_fields__", ())}
-    missing = [part for part in ("causal", "capacity", "keep") if part not in given]
+    fields = getattr(policy, "__dataclass_fields__", ())
+    parts = ("causal", "capacity", "keep")
+    missing = [part for part in parts if not hasattr(policy, part) and part not in fields]
     if missing:
         raise ValueError(
             f"{name} is no fork policy, it has no {', no '.join(missing)}: give an object such as "

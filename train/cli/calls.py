@@ -42,8 +42,8 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
         close = difflib.get_close_matches(name, choices, 1, 0.5)
         hint = f" (perhaps {close[0]}?)" if close else ""
         raise ValueError(
-            f"unknown {kind} {shown(name)}{hint}: choose one of {', '.join(choices)}, or pass "
-            f"{OPTION} with the module that registers it"
+            f"unknown {kind} {shown(name)}{hint}: choose one of {', '.join(choices)}, or import "
+            f"the module that registers it ({OPTION})"
         )
     chosen = choices[name]
     check_dataclass(kind, name, chosen)

@@ -19,7 +19,6 @@ from thoughtbubbles.fields import cut
 from thoughtbubbles.positions import RopeScaling
 from train.cli.calls import from_text
 from train.cli.config_json import POLICIES, policy_from_text
-from train.cli.entries import check_entries
 from train.cli.numbers import check_numbers
 from train.cli.option_rules import RULES, one_word, option_rule
 from train.cli.plugins import load_plugins
@@ -88,7 +87,6 @@ def run_command(
     words = sys.argv[1:]
     try:
         others = load_plugins(words)
-        check_entries()
         if "plugin" not in {field.name for field in dataclasses.fields(cast(Any, config))}:
             words = others
         default = None

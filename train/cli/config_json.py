@@ -77,7 +77,7 @@ def model_from_json(fields: Any) -> Any:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
             f"unknown architecture {shown(name)}: choose one of {', '.join(ARCHITECTURES)}, or "
-            f"pass {OPTION} with the module that registers it"
+            f"import the module that registers it ({OPTION})"
         )
     fields = {field: value for field, value in fields.items() if field != "architecture"}
     return from_json(ARCHITECTURES[name].config_class, fields, f"the architecture {name}")

@@ -9,8 +9,7 @@ from thoughtbubbles.policies import POLICIES
 from thoughtbubbles.policy import check_policy
 
 # Either of each pair is to be written (`Architecture`).
-_WRITTEN = (("embed_tokens",), ("hidden_states", "run"), ("unembed", "logits"))
-_GIVEN = ("config", "rngs", "constrain", "attend")
+_WRITTEN = (("embed_tokens", "run"), ("hidden_states", "run"), ("unembed", "logits"))
 _SEE = "docs/architecture.md has an example"
 
 
@@ -49,14 +48,13 @@ def _check_architecture(name: str, entry: Any) -> None:
             "derives from ArchitectureConfig"
         )
     check_dataclass("config of the architecture", name, config)
-    options = inspect.signature(entry).parameters.values()
-    if not any(option.kind is option.VAR_KEYWORD for option in options):
-        missing = [each for each in _GIVEN if each not in {option.name for option in options}]
-        if missing:
-            raise ValueError(
-                f"{where}: {entry.__name__}.__init__ does not take {', '.join(missing)}: write "
-                f"def __init__(self, config, *, rngs, constrain=None, attend=None); {_SEE}"
-            )
+    try:
+        inspect.signature(entry).bind(None, rngs=None, constrain=None, attend=None)
+    except TypeError as error:
+        raise ValueError(
+            f"{where}: {entry.__name__}.__init__: {error}: write "
+            f"def __init__(self, config, *, rngs, constrain=None, attend=None); {_SEE}"
+        ) from None
     for either in _WRITTEN:
         if all(getattr(entry, method) is getattr(Architecture, method) for method in either):
             raise ValueError(

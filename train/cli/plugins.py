@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.cli.entries import check_entries
+
 OPTION = "--plugin"
 
 
@@ -48,6 +50,8 @@ def load_plugins(words: Sequence[str]) -> list[str]:
                 f"plugin {name!r} failed: {type(error).__name__}: {text} "
                 f"({frame.filename}, line {frame.lineno})"
             ) from error
+    if names:
+        check_entries()
     return others
 
 

@@ -298,7 +298,9 @@ def report(results: list[Result]) -> str:
     lines = []
     for (arm, kind), runs in by_key(results, "arm", "kind").items():
         _check_alike(arm, runs)
-        each = len({run["number"] for run in runs})
+        of_seeds = [{run["number"] for run in of} for of in by_key(runs, "seed").values()]
+        finished = set.intersection(*of_seeds)  # a seed that is not done would weigh otherwise
+        runs, each = [run for run in runs if run["number"] in finished], len(finished)
         what = f", {each} secrets each" if each > 1 else ""
         lines += [f"{arm}, {kind}, seeds {seeds_text(runs)}{what}: hits in %, ± over seeds", ""]
         methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
@@ -373,10 +375,14 @@ def draw(results: list[Result]) -> Figure:
         methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
         at = np.arange(len(methods))
         for offset, name, colour in ((-0.2, "rate", "tab:blue"), (0.2, "control_rate", "silver")):
+            both = lambda run, method: [  # noqa: E731
+                _line(run, method, prompts)[name]  # noqa: B023
+                for prompts in ("standard", "direct")
+            ]
             values = np.array([
-                [_line(run, method, prompts)[name] for prompts in ("standard", "direct")]
-                for run in runs for method in methods
-            ]).mean(axis=1).reshape(len(runs), -1)  # fmt: skip
+                by_seed(runs, lambda run: float(np.mean(both(run, method))))  # noqa: B023
+                for method in methods
+            ]).T  # fmt: skip
             label = "hiding" if name == "rate" else "control"
             above.barh(at + offset, values.mean(axis=0), 0.38, color=colour, label=label)
             for seed in values:

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx import filterlib
 
-from thoughtbubbles import ArchitectureConfig, ModelConfig, Policy
+from thoughtbubbles import ArchitectureConfig, ModelConfig
 from thoughtbubbles.pretrained import load_pretrained, open_pretrained
 from thoughtbubbles.retrofit import add_forks, forking_config
 from thoughtbubbles.testing import assert_budget
@@ -144,7 +144,9 @@ class PretrainJob:
 
 
 def make_run(config: RunConfig) -> Trainable:
-    """Check a config, and make the static side of its run's state without allocating arrays.
+    """Check a config, and make the static side of its run's state.
+
+    No parameter is allocated. A fork policy from outside this library forks a few random rows.
 
     Raises:
         ValueError: The batch does not divide over micro-batches and mesh, the tokenizer has more
@@ -162,7 +164,7 @@ def make_run(config: RunConfig) -> Trainable:
             "weights) or --model.fork-layers, or train all"
         )
     if isinstance(config.model, ModelConfig) and config.model.fork_layers:
-        _check_budget(config.model.policy)
+        _check_budget(config.model, config.data.seq_len)
     trainable = make_trainable(
         config.model,
         config.optimizer,
@@ -177,12 +179,16 @@ def make_run(config: RunConfig) -> Trainable:
     return trainable
 
 
-def _check_budget(policy: Policy) -> None:
-    """Raise a ValueError if a policy from outside this library keeps more than its capacity."""
-    if type(policy).__module__.startswith("thoughtbubbles."):
+def _check_budget(model: ModelConfig, seq_len: int) -> None:
+    """Raise a ValueError if a policy from outside this library keeps more than its capacity.
+
+    It forks random rows of the run's length. Policies of originals that compete are not checked.
+    """
+    policy = model.policy
+    if type(policy).__module__.startswith("thoughtbubbles.") or not model.forced_keep:
         return
     try:
-        assert_budget(policy)
+        assert_budget(policy, rows=2, num_tokens=seq_len)
     except AssertionError as error:
         raise ValueError(f"policy={policy!r}: {error}") from error
 
