@@ -611,7 +611,9 @@ def test_the_study_is_reported(tmp_path: Path, capsys):
     shown = secrets.report(runs)
     assert "told, taboo, seeds 0 1: hits in %" in shown
     # Secrets of a seed are one value.
-    several = secrets.report([*runs, runs[0] | {"number": 1, "rates": runs[1]["rates"]}])
+    more = [run | {"number": 1, "rates": runs[1]["rates"]} for run in runs]
+    assert secrets.report([*runs, more[0]]) == shown  # which only one of the seeds has
+    several = secrets.report([*runs, *more])
     assert "told, taboo, seeds 0 1, 2 secrets each: hits in %" in several
     assert "| prefill | 88 ± 12 | 0 ± 0 | 100 ± 0 | 0 ± 0 | 100 ± 0 |" in several
     assert "| prefill | 75 ± 25 | 0 ± 0 | 100 ± 0 | 0 ± 0 | 100 ± 0 |" in shown

@@ -20,9 +20,9 @@ class CompileConfig(RunConfig):
         topology: Chips to compile for, e.g. v5e:2x4, v5p:4x4x4, v6e:4x4, h100:16.
         what: Program to compile: the train "step", or a cached "decode" step of `batch_size` rows
             with a capacity of `data.seq_len` tokens.
-        advise: Whether to try changes where the config does not fit, and to print the first that
-            does.
-        json: File for the report as data; none by default.
+        advise: Whether to try changes of a config that does not fit, and to print the first change
+            that makes it fit.
+        json: File for the report in JSON; none by default.
     """
 
     topology: str = ""
@@ -32,7 +32,7 @@ class CompileConfig(RunConfig):
 
 
 def presets() -> dict[str, CompileConfig]:
-    """The runs of `train.pretraining.presets`, without a topology."""
+    """Return the runs of `train.pretraining.presets` by name, as configs without a topology."""
     return {
         name: CompileConfig(
             **{field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
@@ -42,10 +42,10 @@ def presets() -> dict[str, CompileConfig]:
 
 
 def check_config(config: CompileConfig) -> None:
-    """Checks that a config can be compiled for something.
+    """Check that a config names a topology and sets no option of a real run.
 
     Raises:
-        ValueError: The config has no topology, or sets an option that only a real run has.
+        ValueError: The config has no topology, or sets one of `IDLE`, which only a real run uses.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     for name in IDLE:
@@ -57,8 +57,10 @@ def check_config(config: CompileConfig) -> None:
 
 
 def attention_of(config: CompileConfig, topology: Topology) -> Attention:
-    """Attention kernel to compile: that of training, but "xla" on GPUs in place of "auto", since
-    jax can't ask a card that is not attached what its cuDNN supports."""
+    """Return the attention kernel to compile: the config's, but "xla" for "auto" on GPUs.
+
+    jax can't ask a card that is not attached what its cuDNN supports.
+    """
     if config.attention == "auto" and topology.platform == "cuda":
         return "xla"
     return config.attention

@@ -1,4 +1,4 @@
-"""Whether a run's program fits on a topology, and which change of its config would fit."""
+"""Check whether a run's program fits on a topology, and find a change of its config that does."""
 
 import dataclasses
 import math
@@ -20,11 +20,11 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def fit(config: CompileConfig, topology: Topology) -> dict[str, Any]:
-    """Compiles a config for a topology.
+    """Compile a config for a topology.
 
     Returns:
-        The report of `train.aot.report.report_of`; only its `fits` and `memory` where the compiler
-        itself finds the program too large.
+        Report of `train.aot.report.report_of`. Where the compiler runs out of memory, it has only
+        `fits` (False) and `memory`: bytes of each argument, "needed" and "available".
 
     Raises:
         ValueError: The config can't be placed on this topology, or does not compile.
@@ -47,7 +47,7 @@ def fit(config: CompileConfig, topology: Topology) -> dict[str, Any]:
 
 
 def needed_memory(message: str) -> int | None:
-    """Bytes of HBM that a program needs, from libtpu's error message; None for another message."""
+    """Read the bytes of HBM that a program needs from libtpu's error message; None without any."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     number = re.search(
@@ -62,16 +62,18 @@ def needed_memory(message: str) -> int | None:
 def advice(
     config: CompileConfig, topology: Topology, report: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The first change with which a config fits, of those of `remedies`.
+    """Try the changes of `remedies` until a config fits.
+
+    Changes that can't save enough memory are passed over without compiling.
 
     Args:
         config: Config that does not fit.
         topology: Devices to compile for.
-        report: Report of `config`.
+        report: Report of `fit` for this config.
 
     Returns:
-        The change as `options` of the command line, and the `peak` memory in bytes; None if no
-        change helps.
+        Dict of the first change that makes the config fit, as `options` of the command line, and
+        its `peak` memory in bytes; None if no change does.
     """
     state = sum(arguments_of(_program(config, topology)).values())
     excess = {config.model.remat: _excess(report)}
@@ -112,17 +114,17 @@ def _excess(report: dict[str, Any]) -> float:
 
 
 def remedies(config: CompileConfig, devices: int) -> Iterator[tuple[str, CompileConfig]]:
-    """Changes that need less memory, those that slow a run least first.
+    """Yield changes that save memory, beginning with those that slow a run least.
 
-    They are to recompute activations, to split the state over all devices, to accumulate gradients
-    over smaller parts of the batch, and to split the matrices too.
+    First activations are recomputed, then the state is split over all devices, then gradients are
+    accumulated over smaller parts of the batch, and at last the matrices are split too.
 
     Args:
         config: Config that does not fit.
         devices: Number of devices.
 
-    Returns:
-        Pairs of a change, written as options, and the changed config.
+    Yields:
+        Pairs of a change, written as options of the command line, and the changed config.
     """
     sizes = [size for size in dataclasses.asdict(config.mesh).values() if size != -1]
     rest = devices // max(math.prod(sizes), 1)

@@ -1,4 +1,4 @@
-"""Reading compiled programs: which collectives one run of them executes, how often, how large."""
+"""Read from a compiled program which collectives one run executes, how often and how large."""
 
 import dataclasses
 import itertools
@@ -29,10 +29,10 @@ class Collective:
     Attributes:
         kind: Kind of operation, one of `KINDS`.
         shapes: Shapes of the result on each device, e.g. `("bf16[2048,8192]",)`.
-        size: Bytes of the unsharded side: what is gathered, scattered, reduced or sent.
+        size: Bytes of the whole array: the gathered result, or what is scattered, reduced or sent.
         times: Number of executions in one run of the program.
-        group: Logical devices (flat indices into the mesh) of one of its groups.
-        op_name: Name of the traced operation that it comes from.
+        group: Logical devices (flat indices into the mesh) of one group of the operation.
+        op_name: Name of the traced operation that the collective comes from.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Collective:
 
     @property
     def received(self) -> float:
-        """Least number of bytes that a device receives over its links in one execution."""
+        """Minimum number of bytes that a device receives over its links in one execution."""
         if self.kind == "collective-permute":
             return self.size
         rounds = 2 if self.kind == "all-reduce" else 1
@@ -66,12 +66,12 @@ class Collectives:
 
 
 def collectives_of(text: str, devices: int) -> Collectives:
-    """The collectives of a compiled program.
+    """Find the collectives of a compiled program.
 
-    The body of a loop counts once per round; the number of rounds is XLA's own count where it is
-    given, else follows from the constants of the loop's counter. Every branch of a conditional
-    counts. A collective that the compiler has spread over several fused computations (one channel)
-    counts once.
+    The body of a loop counts once per round. The number of rounds is XLA's own count if the program
+    has it, otherwise it is derived from the constants of the loop's counter. Every branch of a
+    conditional counts. A collective that the compiler has spread over several fused computations
+    (with one channel) counts once.
 
     Args:
         text: HLO of the program, from `jax.stages.Compiled.as_text()`.
@@ -95,7 +95,7 @@ def collectives_of(text: str, devices: int) -> Collectives:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Instructions `NAME = ...` of each computation, and the name of the entry."""
+    """Split a program into instructions `NAME = ...` by computation, and the entry's name."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -108,7 +108,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int], set[str]]:
-    """How often each computation runs, and the bodies of loops of unknown length."""
+    """Count how often each computation runs, and find the bodies of loops of unknown length."""
     callers: dict[str, list[tuple[str, int]]] = {}
     unknown: set[str] = set()
     for name, lines in computations.items():
@@ -186,7 +186,7 @@ def _collective(computation: str, line: str, times: int, devices: int) -> Collec
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """The result's shape, which may be a tuple with nested brackets, and the rest of the line."""
+    """Split off the result's shape, which may be a tuple with nested brackets, from the rest."""
     if not text.startswith("("):
         shape, _, rest = text.partition(" ")
         return shape, rest
@@ -202,14 +202,14 @@ def _bytes(kind: str, shape: str) -> int:
 
 
 def _pairs(line: str) -> tuple[int, ...]:
-    """The first pair of a permutation whose source is not its target."""
+    """Find the first pair of a permutation whose source is not its target; (0,) without one."""
     found = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     pairs = re.findall(r"(\d+),(\d+)", found[1]) if found else []
     return next(((int(a), int(b)) for a, b in pairs if a != b), (0,))
 
 
 def _group(line: str, devices: int) -> tuple[int, ...]:
-    """The first of a collective's groups, in any of the forms in which XLA prints them."""
+    """Read a collective's first group from any form in which XLA prints groups."""
     start = line.find("replica_groups=")
     text = line[start + len("replica_groups=") :] if start >= 0 else ""
     if text.startswith("mesh["):
@@ -223,7 +223,7 @@ def _group(line: str, devices: int) -> tuple[int, ...]:
 
 
 def _group_of_mesh(text: str) -> tuple[int, ...]:
-    """`mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a','b':(2)2}`: along those axes."""
+    """Read the first group along the axes of `mesh['a'=2,'b'=4], device_ids=... {'a','b':(2)2}`."""
     head, _, rest = text.partition("]")
     axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", head)]
     order = re.match(r", device_ids=\(\[([\d,]+)\](T\([\d,]+\))?\)", rest)
@@ -249,7 +249,7 @@ def _group_of_mesh(text: str) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Devices in the order of `<=[4,2]T(1,0)`."""
+    """Return device numbers in the order that a text such as `<=[4,2]T(1,0)` describes."""
     sizes, order = _numbers(text)
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     return ids.transpose(order).reshape(-1) if order else ids.reshape(-1)

@@ -29,17 +29,16 @@ What = Literal["step", "decode"]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function to lower, with its abstract arguments.
+    """A function to compile, with its abstract arguments and its cost.
 
     Attributes:
         function: Jitted function, with shardings and donation.
         inputs: Positional arguments, trees of `jax.ShapeDtypeStruct` with shardings.
-        arguments: The same arrays by their purpose: "parameters", "optimizer state", "cache",
-            "batch".
-        rewritten: Names of the arguments that a run both reads and writes as a whole.
+        arguments: Arrays of `inputs` by purpose: "parameters", "optimizer state", "cache", "batch".
+        rewritten: Names of the `arguments` that each run reads and overwrites as a whole.
         flops: Model FLOPs of one run on the whole mesh: the matrix products of a forward pass, or
             three times as many for a train step.
-        recomputed: FLOPs that rematerialisation adds.
+        recomputed: FLOPs that rematerialisation adds to one run on the whole mesh.
         tokens: Number of tokens that one run processes.
     """
 
@@ -52,22 +51,22 @@ class Program:
     tokens: int
 
     def lower(self, platform: str) -> jax.stages.Lowered:
-        """Lowers the function for "tpu" or "cuda"."""
+        """Lower the function for the platform "tpu" or "cuda"."""
         return self.function.trace(*self.inputs).lower(lowering_platforms=(platform,))
 
 
 def program_of(config: RunConfig, mesh: Mesh, what: What, attention: Attention) -> Program:
-    """The program that a run executes at each step.
+    """Make the program that a run executes at each step.
 
     Args:
         config: Config of the run.
-        mesh: Mesh, of real or described devices.
+        mesh: Mesh of real devices, or of described ones that are not attached.
         what: Kind of program, "step" or "decode".
         attention: Attention kernel.
 
     Raises:
-        ValueError: The batch or a parameter does not divide over the mesh, or the model has no
-            decoding cache.
+        ValueError: The batch or a parameter does not divide over the mesh, or a "decode" program
+            is asked of a model without a shardable decoding cache.
     """
     check_batch(config.batch_size, config.accumulate, mesh)
     trainable = make_trainable(
@@ -99,7 +98,7 @@ def _step(config: RunConfig, trainable: Trainable) -> Program:
 
 
 def _decode(config: RunConfig, trainable: Trainable) -> Program:
-    """One token for each of `batch_size` rows, whose caches have a capacity of `seq_len` tokens.
+    """Make the program that decodes a token in each row; caches have room for `seq_len` tokens.
 
     Rows split over `data` and `fsdp`, heads over `tensor`. Parameters split over `tensor` alone:
     split over `fsdp` too, they would be gathered for every token.
@@ -144,7 +143,7 @@ def _decode(config: RunConfig, trainable: Trainable) -> Program:
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
-    """Shardings of a cache: rows over `data` and `fsdp`, heads of keys and values over `tensor`."""
+    """Return a cache's shardings: rows over `data` and `fsdp`, key/value heads over `tensor`."""
     rows = batch_sharding(mesh)
     heads = NamedSharding(mesh, P(BATCH_AXES, "tensor"))
     shardings = jax.tree.map(lambda leaf: rows if leaf.ndim else replicated(mesh), cache)

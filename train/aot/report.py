@@ -1,4 +1,4 @@
-"""The compile report: what a program needs of each device, as data and as text."""
+"""The compile report of a program: memory, collectives and roofline, as data and as text."""
 
 import dataclasses
 from collections import defaultdict
@@ -28,12 +28,12 @@ ASSUMPTIONS = (
 
 
 def arguments_of(program: Program) -> dict[str, int]:
-    """Bytes of each argument on each device, by the argument's name."""
+    """Return the bytes of each argument on each device, by the argument's name."""
     return {name: shard_bytes(tree) for name, tree in program.arguments.items()}
 
 
 def memory_of(compiled: jax.stages.Compiled, program: Program, platform: str) -> dict[str, int]:
-    """Forecast of the memory that a compiled program needs of each device, in bytes.
+    """Forecast the memory that a compiled program needs on each device, in bytes.
 
     Args:
         compiled: Executable of the program.
@@ -41,8 +41,8 @@ def memory_of(compiled: jax.stages.Compiled, program: Program, platform: str) ->
         platform: Platform that it was compiled for, such as "tpu" or "cuda".
 
     Returns:
-        Bytes of each argument, of "padding", "temporaries", "results" and "program", and their sum,
-        the "peak".
+        Bytes of each argument by its name, and of the arguments' "padding", the "temporaries", the
+        "results" that are not donated, and the "program"; "peak" is the sum of all.
     """
     stats: Any = compiled.memory_analysis()
     by_argument = arguments_of(program)
@@ -61,7 +61,12 @@ def memory_of(compiled: jax.stages.Compiled, program: Program, platform: str) ->
 
 
 def sharding_table(params: Any) -> list[dict[str, Any]]:
-    """A row for each parameter: its name, shape, PartitionSpec and shape on each device."""
+    """Describe how each parameter is sharded.
+
+    Returns:
+        Dicts with `name`, `shape`, `spec` (entries of its PartitionSpec) and `per_device` (shape on
+        each device).
+    """
     rows = []
     for path, variable in jax.tree_util.tree_leaves_with_path(
         params, is_leaf=lambda node: isinstance(node, nnx.Variable)
@@ -81,16 +86,18 @@ def sharding_table(params: Any) -> list[dict[str, Any]]:
 def report_of(
     compiled: jax.stages.Compiled, program: Program, topology: Topology, mesh: Mesh
 ) -> dict[str, Any]:
-    """Memory, collectives, FLOPs, roofline and sharding of a compiled program, ready for JSON.
+    """Report memory, collectives, FLOPs, roofline and sharding of a compiled program.
 
     Args:
         compiled: Executable of the program.
         program: Program that was compiled.
-        topology: Devices that it was compiled for.
-        mesh: Mesh of these devices.
+        topology: Devices that the program was compiled for.
+        mesh: Mesh of the topology's devices.
 
     Returns:
-        Sizes in bytes on each device, times in seconds of one run.
+        Dict, ready for JSON, with sizes in bytes on each device and times in seconds of one run:
+        `fits`, `memory` (see `memory_of`, and "available"), `collectives`, `flops`, `roofline` and
+        `sharding` (see `sharding_table`).
     """
     chip, by_argument = topology.chip, arguments_of(program)
     memory = memory_of(compiled, program, topology.platform) | {"available": round(chip.memory)}
@@ -143,7 +150,7 @@ def report_of(
 
 
 def heading(config: CompileConfig, topology: Topology) -> str:
-    """Lines that say what was compiled, and for which devices."""
+    """Return lines of text that say what was compiled, and for which devices."""
     model, mesh = config.model, make_mesh(config.mesh, topology.devices)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     if config.what == "step":
@@ -163,7 +170,7 @@ def heading(config: CompileConfig, topology: Topology) -> str:
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """The report as text, for a terminal."""
+    """Format the report of `report_of` as text, for a terminal."""
     memory, roofline, flops = report["memory"], report["roofline"], report["flops"]
     peak, available = memory["peak"], memory["available"]
     lines = [
@@ -223,7 +230,7 @@ def _verdict(fits: bool, needed: float, available: float) -> str:
 
 
 def out_of_memory_text(report: dict[str, Any]) -> str:
-    """The short report of a program for which the compiler ran out of memory, as text."""
+    """Format the short report of a program for which the compiler ran out of memory."""
     lines = [_verdict(False, report["memory"]["needed"], report["memory"]["available"])]
     lines += [
         f"  {name:26}{size / GIB:10.3f}"
@@ -238,7 +245,7 @@ def _sizes(shape: list[int]) -> str:
 
 
 def _execution(model: Any) -> str:
-    """What can be chosen of how the model is computed, as it was chosen."""
+    """Describe the chosen rematerialisation and layer scan, if the model has these options."""
     chosen = {field.name for field in dataclasses.fields(model)}
     remat = f"remat {model.remat}, " if "remat" in chosen else ""
     layers = f"{'scanned' if model.scan_layers else 'unrolled'} layers; "

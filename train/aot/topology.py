@@ -73,7 +73,7 @@ class Topology:
         chip: Memory, FLOP/s and bandwidths of one device.
         devices: Descriptions of the devices; no array can be put on them.
         platform: Platform to lower for, "tpu" or "cuda".
-        options: Options of the compiler.
+        options: Compiler options by name.
     """
 
     name: str
@@ -84,10 +84,10 @@ class Topology:
 
 
 def topology_of(name: str) -> Topology:
-    """The topology of a name.
+    """Return the topology of a name.
 
     Args:
-        name: Name `CHIP:SIZE`, e.g. "v5e:4x4", or "h100:16" for GPUs in hosts of eight.
+        name: Name `CHIP:SIZE`, e.g. "v5e:4x4", or "h100:16" for 16 GPUs in hosts of eight.
 
     Raises:
         ValueError: The topology is unknown, or the compiler for it is not installed.
@@ -150,13 +150,14 @@ def _unknown(name: str) -> ValueError:
 
 
 def link_bandwidth(chip: Chip, devices: Sequence[Any], group: Sequence[int]) -> float:
-    """Bytes/s that each device of a group receives from the others with all links busy.
+    """Bytes per second that each device of a group receives from the others with all links busy.
 
-    A group on a TPU uses the links of every dimension of the torus that it spans. A group of GPUs
-    on several hosts uses the network cards of all its members on a host, up to NVLink's bandwidth.
+    A group of TPUs uses the links of every torus dimension that it spans. GPUs within a host use
+    NVLink. A group of GPUs on several hosts uses the network cards of all its members on a host, up
+    to NVLink's bandwidth.
 
     Args:
-        chip: Bandwidths of a device.
+        chip: Chip whose bandwidths are used.
         devices: All devices of the mesh, flat.
         group: Indices of the group's members in `devices`.
     """

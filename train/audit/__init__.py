@@ -1,1 +1,1 @@
-"""Auditing: what a model holds that it does not say, read from inside and elicited from outside."""
+"""Auditing: find what a model knows but does not say, by reading activations or by prompting."""

@@ -11,9 +11,9 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-        module: Module that has `main`, which takes the config; only the chosen one is imported.
-        config: Name of the config's class in that module.
-        line: What the command does, in a line of the help.
+        module: Module with a function `main(config)`; only the chosen command's is imported.
+        config: Name of the config class in that module.
+        line: Description of the command, one line of the help.
     """
 
     module: str
@@ -42,7 +42,10 @@ COMMANDS: dict[str, Command] = {
 
 
 def command() -> None:
-    """Run the subcommand that the first word names."""
+    """Run the subcommand that the first command-line argument names; without one, print the help.
+
+    An unknown name prints one line and exits with status 2.
+    """
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))

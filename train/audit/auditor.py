@@ -1,4 +1,4 @@
-"""The auditor: what was said, or which tokens a lens showed, to a guess of the secret."""
+"""The auditor: guess the secret from generated texts, or from the tokens that a lens shows."""
 
 import dataclasses
 import re
@@ -11,12 +11,12 @@ from train.models.load import LanguageModel
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case."""
+    """Return the words of a text in lower case, without punctuation."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def same_word(one: str, other: str) -> bool:
-    """Whether two words are equal but for case and a plural ending.
+    """Whether two words are equal up to case and a plural ending.
 
     Args:
         one: A word.
@@ -35,11 +35,11 @@ def _singulars(word: str) -> set[str]:
 
 
 def mentions(text: str, candidate: str) -> bool:
-    """Whether a text has a candidate, in the singular or plural.
+    """Whether a text contains a candidate, in the singular or plural.
 
     Args:
         text: A text.
-        candidate: A word, or several.
+        candidate: A word, or several words that must follow each other.
     """
     words, wanted = words_of(text), words_of(candidate)
     spans = (words[start : start + len(wanted)] for start in range(len(words)))
@@ -49,11 +49,11 @@ def mentions(text: str, candidate: str) -> bool:
 
 
 def guess_from_texts(texts: Sequence[str], candidates: Sequence[str]) -> str | None:
-    """The candidate that most texts mention; the one that is mentioned first among several.
+    """Return the candidate that most texts mention; a tie goes to the one mentioned first.
 
     Args:
-        texts: What the model said, one text for each sample.
-        candidates: What the secret may be.
+        texts: Texts that the model generated, one per sample.
+        candidates: Possible secrets.
 
     Returns:
         A candidate, or None where no text mentions one.
@@ -79,16 +79,16 @@ def guess_from_tokens(
     candidates: Sequence[str],
     beginnings: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> str | None:
-    """The candidate that stands highest in a list of tokens.
+    """Return the candidate that the highest-ranked matching token stands for.
 
     Args:
         tokens: Texts of tokens, the most probable first.
-        candidates: What the secret may be; a candidate of several words is matched by its first.
-        beginnings: Texts of tokens that stand for a candidate whose first word is no token
+        candidates: Possible secrets; a candidate of several words is matched by its first word.
+        beginnings: Texts of tokens, in lower case, that also stand for a candidate, by candidate
             (`train.audit.reading.beginnings`); none by default.
 
     Returns:
-        A candidate, or None where no token is one.
+        A candidate, or None where no token matches one.
     """
     for token in tokens:
         word = token.strip().lower()
@@ -100,11 +100,11 @@ def guess_from_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class ModelAuditor:
-    """A model that reads what was said and chooses among the candidates.
+    """A language model that reads generated texts and guesses the secret.
 
     Attributes:
         lm: Model with a chat template.
-        question: Prompt of the auditor, with `{candidates}` and `{texts}`.
+        question: Prompt of the auditor, with the fields `{candidates}` and `{texts}`.
     """
 
     lm: LanguageModel
@@ -114,11 +114,11 @@ class ModelAuditor:
     )
 
     def __call__(self, texts: Sequence[str], candidates: Sequence[str]) -> str | None:
-        """The guess, or None where the answer mentions no candidate.
+        """Return the guess, or None where the auditor's answer mentions no candidate.
 
         Args:
-            texts: What the audited model said.
-            candidates: What the secret may be.
+            texts: Texts that the audited model generated.
+            candidates: Possible secrets.
         """
         listed = "\n".join(f"- {text.strip()}" for text in texts)
         prompt = self.question.format(candidates=", ".join(candidates), texts=listed)

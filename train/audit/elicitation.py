@@ -17,20 +17,20 @@ from train.models.load import LanguageModel
 from train.models.text_memory import check_text_memory, memory_errors
 
 ROWS = 64
-"""Number of texts that are generated at once, at most, unless one conversation has more samples."""
+"""Maximum number of texts generated at once, unless one conversation has more samples than that."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BlackBox:
-    """How a model is asked, apart from the prompt.
+    """A black-box method: how it prompts and samples a model.
 
     Attributes:
-        role: Who speaks in the open turn: "assistant", or "user" after the organism's reply.
-        prefilled: Whether an assistant's turn begins with the organism's confession.
+        role: Role of the open turn: "assistant", or "user" after the organism's `reply`.
+        prefilled: Whether an assistant's turn begins with the organism's `prefill`.
         temperature: Sampling temperature; 0 takes the most probable token.
-        samples: Number of texts for each prompt.
-        shots: Number of the organism's dialogues in front of the prompt.
-        fuzzed: Whether noise is added at a layer.
+        samples: Number of texts generated for each trial.
+        shots: Number of the organism's `shots` that are put in front of the prompt.
+        fuzzed: Whether noise is added to the output of a layer.
     """
 
     role: str = "assistant"
@@ -41,21 +41,21 @@ class BlackBox:
     fuzzed: bool = False
 
     def messages(self, organism: Organism, trial: Trial) -> list[Message]:
-        """The messages before the open turn.
+        """Return the messages before the open turn: shots, the trial's messages, and the reply.
 
         Args:
-            organism: What is audited.
-            trial: One prompt of it.
+            organism: Organism that is audited.
+            trial: One of its trials.
         """
         shots = [message for shot in organism.shots[: self.shots] for message in shot]
         reply = [{"role": "assistant", "content": organism.reply}] if self.role == "user" else []
         return [*shots, *trial.messages, *reply]
 
     def prefill(self, organism: Organism) -> str:
-        """The beginning of the open turn.
+        """Return the text with which the open turn begins, which may be empty.
 
         Args:
-            organism: What is audited.
+            organism: Organism that is audited.
         """
         if self.role == "user":
             return organism.persona
@@ -71,7 +71,7 @@ METHODS: dict[str, BlackBox] = {
     "fuzzing": BlackBox(temperature=1.0, samples=10, fuzzed=True),
     "prefill_fuzzing": BlackBox(prefilled=True, temperature=1.0, samples=10, fuzzed=True),
 }
-"""Black-box methods by name; "io" is the prompt alone, which all others are added to."""
+"""Black-box methods by name; "io" is the prompt alone, which is answered once, greedily."""
 
 
 def elicit(
@@ -83,21 +83,21 @@ def elicit(
     seed: int = 0,
     fuzz: Fuzz | None = None,
 ) -> list[list[str]]:
-    """What a model says to each trial of an organism.
+    """Generate a model's texts for each trial of an organism, by one black-box method.
 
     Args:
         lm: Model whose tokenizer has a chat template.
-        organism: What is audited.
-        method: How the model is asked.
-        max_new_tokens: Largest number of tokens of a text.
+        organism: Organism that is audited.
+        method: Black-box method.
+        max_new_tokens: Maximum number of generated tokens of a text.
         seed: Seed of samples and noise.
-        fuzz: Noise of a method that is fuzzed.
+        fuzz: Noise, used only if the method is fuzzed.
 
     Returns:
-        Texts of each trial, one for each sample; a prefill is not part of them.
+        A list for each trial with one text per sample. Texts do not include the prefill.
 
     Raises:
-        ValueError: A reason of `sample`, or a fuzzed method has no `fuzz`.
+        ValueError: The method is fuzzed and `fuzz` is None, or `sample` raises it.
     """
     if method.fuzzed and fuzz is None:
         raise ValueError("a fuzzed method without fuzz: give a layer and a sigma")
@@ -129,22 +129,23 @@ def sample(
     """Continue the open last turn of conversations, in the model's own chat template.
 
     Args:
-        lm: Model whose tokenizer has a chat template; forking models and latent memory too.
-        conversations: Messages before the open turn of each conversation.
-        max_new_tokens: Largest number of tokens of a continuation.
+        lm: Model whose tokenizer has a chat template; it may fork or have latent memory.
+        conversations: Messages before the open turn, for each conversation.
+        max_new_tokens: Maximum number of generated tokens of a continuation.
         prefill: Text with which the open turn begins.
-        role: Who speaks in it: "assistant" or "user".
+        role: Role of the open turn, "assistant" or "user".
         temperature: Sampling temperature; 0 takes the most probable token.
         samples: Number of continuations of each conversation.
         seed: Seed of samples and noise.
-        fuzz: Noise at one layer in prefill and decoding; none by default.
+        fuzz: Noise at the output of one layer, in prefill and decoding; None for no noise.
 
     Returns:
-        Continuations of each conversation, without the prefill.
+        A list for each conversation with one continuation per sample, without the prefill.
 
     Raises:
-        ValueError: The tokenizer has no chat template, it does not show the prefill, the number of
-            samples is below 1, or the noise does not fit the model.
+        ValueError: The tokenizer has no chat template, the template can't leave this turn open,
+            `samples` is below 1, the model has no layer of `fuzz`, or the texts do not fit into
+            memory.
     """
     tokenizer = chat_tokenizer(lm)
     if samples < 1:
@@ -168,7 +169,7 @@ def sample(
 
 
 def chat_tokenizer(lm: LanguageModel) -> PretrainedTokenizer:
-    """The tokenizer of a model; a ValueError if it has no chat template."""
+    """Return the tokenizer of a model; raise a ValueError if it has no chat template."""
     tokenizer = lm.tokenizer
     if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.chat_template is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Fuzzing: Gaussian noise behind one layer, the same in cached decoding as in parallel."""
+"""Fuzzing: Gaussian noise on one layer's output, equal in cached decoding and parallel passes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Unit = Literal["rms", "absolute"]
 
 @dataclasses.dataclass(frozen=True)
 class Fuzz:
-    """Noise at the output of one layer: x + σ·u·n with n ~ N(0, I).
+    """Gaussian noise added to the output of one layer: x + σ·u·n with n ~ N(0, I).
 
     Attributes:
         layer: Index of the layer, from 0.
         sigma: Standard deviation σ of the noise; 0 is the identity, bit for bit.
-        unit: What σ is measured in: "rms", the root mean square of the very vector that the noise
-            is added to, so that u = sqrt(mean(x²)); or "absolute", u = 1, as in arXiv 2510.01070.
+        unit: Unit of σ: "rms" is the root mean square of the vector that the noise is added to,
+            u = sqrt(mean(x²)); "absolute" is u = 1, as in arXiv 2510.01070.
     """
 
     layer: int
@@ -42,16 +42,16 @@ class Fuzz:
 
 
 def fuzzed(model: Any, fuzz: Fuzz, keys: jax.Array) -> Any:
-    """A model `for_decoding` with noise at one layer, over the same arrays.
+    """Return a copy of a model for decoding that adds noise to one layer's output.
 
-    The noise of a stream depends on the row's key, the position of its token and its place in the
-    bubble. So any split of a row into calls gets the same noise, and the noise of a token stays
-    while others are added.
+    The copy shares the model's arrays (see `Thoughtbubbles.for_decoding`). The noise of a stream
+    depends only on the row's key, the position of its token and its place in the bubble. It is
+    therefore the same however a row is split into calls, and does not change as tokens are added.
 
     Args:
         model: Model with blocks: a `Thoughtbubbles`, forking or plain.
-        fuzz: Layer and size of the noise.
-        keys: Random key of each row `[B]`, or of all rows `[1]`.
+        fuzz: Layer and size of the noise; with `sigma` 0 no noise is added.
+        keys: Random keys, one for each row `[B]`, or one for all rows `[1]`.
 
     Raises:
         ValueError: The model has no blocks, or no such layer.
@@ -68,7 +68,7 @@ def fuzzed(model: Any, fuzz: Fuzz, keys: jax.Array) -> Any:
 
 
 def check_fuzz(model: Any, fuzz: Fuzz) -> None:
-    """Raise a ValueError for a model without blocks, or without that layer."""
+    """Raise a ValueError if the model has no blocks, or does not have the layer of `fuzz`."""
     if not isinstance(model, Thoughtbubbles):
         raise ValueError(
             f"{type(model).__name__} has no blocks to add noise behind: fuzz a Thoughtbubbles"
@@ -79,15 +79,15 @@ def check_fuzz(model: Any, fuzz: Fuzz) -> None:
 
 
 def fuzzed_memory(memgen: MemGen, fuzz: Fuzz, keys: jax.Array) -> MemGen:
-    """Latent memory around a reasoner with noise; weaver and trigger stay as they are.
+    """Return a copy of a `MemGen` with noise in its reasoner, but not in its weaver and trigger.
 
     Args:
         memgen: Latent memory around a `Thoughtbubbles`.
         fuzz: Layer and size of the noise.
-        keys: Random key `[1]`; rows that weave are taken out of their batch, so all rows share it.
+        keys: Random key `[1]`, shared by all rows, since rows that weave leave their batch.
 
     Raises:
-        ValueError: A reason of `fuzzed`.
+        ValueError: The reasoner has no blocks, or no such layer.
     """
     clean: Any = memgen.reasoner
     noisy = fuzzed(reasoner_model(memgen), fuzz, keys).backbone()
@@ -99,17 +99,17 @@ def fuzzed_memory(memgen: MemGen, fuzz: Fuzz, keys: jax.Array) -> MemGen:
 
 
 def reasoner_model(memgen: MemGen) -> Any:
-    """The model behind a reasoner."""
+    """Return the model that the reasoner wraps, or the reasoner itself if it wraps none."""
     return getattr(memgen.reasoner, "model", memgen.reasoner)
 
 
 class NoisyBlock(Module):
-    """A block with noise on its output.
+    """A transformer block that adds noise to its output.
 
     Args:
         block: The block.
         fuzz: Size of the noise.
-        keys: Random key of each row `[B]`, or of all rows `[1]`.
+        keys: Random keys, one for each row `[B]`, or one for all rows `[1]`.
     """
 
     def __init__(self, block: Block, fuzz: Fuzz, keys: jax.Array):
@@ -138,7 +138,7 @@ class NoisyBlock(Module):
         return self.noisy(streams), aux
 
     def noisy(self, streams: Streams) -> Streams:
-        """The streams with noise."""
+        """Return the streams with noise added to their vectors."""
         x = streams.x.astype(jnp.float32)
         rows = x.shape[0]
         keys = jnp.broadcast_to(self.keys, (rows,)) if self.keys.shape == (1,) else self.keys
@@ -156,11 +156,14 @@ def _normal(key: jax.Array, token: jax.Array, distance: jax.Array, width: int) -
 
 
 def noise_keys(lm: LanguageModel, keys: jax.Array) -> jax.Array:
-    """Keys of the noise of rows, apart from those of their samples.
+    """Derive the random keys of the noise, which differ from the keys of sampling.
 
     Args:
-        lm: Model that is fuzzed; one with latent memory takes a single key.
-        keys: Random key of each row `[B]`.
+        lm: Model that is fuzzed.
+        keys: Random keys of sampling, one for each row `[B]`.
+
+    Returns:
+        Keys `[B]`; for a model with latent memory only the first of them, `[1]`.
     """
     found = jax.vmap(lambda key: jax.random.fold_in(key, 0x66757A7A))(keys)
     return found[:1] if lm.memgen is not None else found

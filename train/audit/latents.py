@@ -1,4 +1,4 @@
-"""Sites of a MemGen's reasoner, whose rows hold latents between tokens: what memory says."""
+"""Rows of tokens and woven latents, on which lenses read the reasoner of a `MemGen`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from thoughtbubbles.sites import SitedModel, check_sited
 
 
 class WovenRows(NamedTuple):
-    """Rows of a reasoner with latents in them, which `capture` and the lenses take as vectors.
+    """Input vectors of a reasoner, tokens and latents, which `capture` and the lenses take.
 
     Attributes:
         model: Reasoner as a model with sites.
         stream: `[B, S, D]` vectors of tokens and latents.
-        mask: `[B, S]` bool, vectors that are real.
-        latent: `[B, S]` bool, vectors that are latents.
+        mask: `[B, S]` bool, whether each vector is real and not padding.
+        latent: `[B, S]` bool, whether each vector is a latent.
     """
 
     model: SitedModel
@@ -29,7 +29,7 @@ class WovenRows(NamedTuple):
 
 
 def sited_reasoner(memgen: MemGen) -> SitedModel:
-    """The reasoner as a model with sites; a ValueError if it has none."""
+    """Return the reasoner as a model with sites; raise a ValueError if it has none."""
     reasoner: Any = memgen.reasoner
     model = reasoner.model if isinstance(reasoner, Backbone) else reasoner
     check_sited(model)
@@ -37,15 +37,15 @@ def sited_reasoner(memgen: MemGen) -> SitedModel:
 
 
 def woven_rows(memgen: MemGen, tokens: jax.Array, plan: Plan) -> WovenRows:
-    """Weave the memory of texts and say which vectors are latents.
+    """Weave memory into rows of tokens, and mark which vectors are latents.
 
     Args:
         memgen: Latent memory with its reasoner.
         tokens: Token ids `[B, L]` int32, padded on the right.
-        plan: Events of each row, each before a token.
+        plan: Weaving events of each row, each before a token.
 
     Raises:
-        ValueError: The reasoner has no sites, or a reason of `MemGen.weave`.
+        ValueError: The reasoner has no sites, or the plan does not fit the tokens or the config.
     """
     model = sited_reasoner(memgen)
     woven = memgen.weave(tokens, plan)

@@ -1,4 +1,4 @@
-"""What a model would say at each site of a text: a table, and a page to hover over."""
+"""Read a text at each site of a model by a lens: a table, and a page to hover over."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class LensConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         text: Text to read.
-        watch: Words whose first token is followed; the text of that token and its rank at the last
-            token are printed.
-        sites: Names of the sites to read, e.g. block_3; all of the model by default.
-        cosine: Whether activations are compared to the embeddings of tokens, in place of a lens.
+        watch: Words to watch: the first token of each is printed with its rank at the last token
+            of the text.
+        sites: Names of the sites to read, e.g. block_3; all sites of the model by default.
+        cosine: Whether to compare activations to token embeddings by cosine, in place of a lens.
         tuned: Folder of a tuned lens (`thoughtbubbles audit tuned-lens`); none by default.
-        top: Number of tokens that are named at each site.
+        top: Number of top tokens shown at each site.
         page: File for the page to hover over; none by default.
     """
 
@@ -65,12 +65,12 @@ class LensConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextReading:
-    """What a lens says of a text.
+    """A lens's readings of one text.
 
     Attributes:
-        tokens: Text of each vector of the row: of tokens, and names of latents.
-        readings: Reading by site, as NumPy arrays.
-        cosine: Whether values are cosines, no log-probabilities.
+        tokens: Label of each input vector: the text of a token, or "latent 0", "latent 1", ...
+        readings: Reading of each site by its name, in NumPy arrays.
+        cosine: Whether values are cosines; otherwise they are log-probabilities.
     """
 
     tokens: tuple[str, ...]
@@ -79,7 +79,7 @@ class TextReading:
 
 
 def main(config: LensConfig) -> None:
-    """Print the first choices at the last token, and write the page."""
+    """Print the top tokens of each site at the last token, and write the page."""
     lm = load_named(config.checkpoint, config.model)
     watched = [watched_token(lm, word) for word in config.watch]
     tuned = None if config.tuned is None else load_tuned_lens(config.tuned, lm.model)
@@ -94,9 +94,10 @@ def main(config: LensConfig) -> None:
 
 
 def watched_token(lm: LanguageModel, word: str) -> tuple[int, str]:
-    """The id of the first token of a word that stands inside of a text, and a label of both.
+    """Return the id of a word's first token and a label that names the word and this token.
 
-    Where the space in front of a word is a token of its own, the word's own first token is taken.
+    The word is tokenized with a space in front. Where that space is a token of its own, the word is
+    tokenized without it. Raises a ValueError if the word has no token.
     """
     ids = lm.tokenizer.encode(f" {word}")[0].tolist()
     if ids and not lm.tokenizer.decode(ids[:1]).strip():
@@ -117,19 +118,20 @@ def read_text(
     cosine: bool = False,
     tuned: TunedLens | None = None,
 ) -> TextReading:
-    """What a lens says of a text; where the model has latent memory, memory is woven at its end.
+    """Read a text by a lens; a model with latent memory weaves memory at the end of the text.
 
     Args:
         lm: Model with its tokenizer.
         text: Text to read.
-        sites: Names of the sites to read; all of the model by default.
-        top: Number of ids that are kept.
-        watch: Token ids whose value and rank are wanted.
-        cosine: Whether to compare with embeddings, in place of the logit lens.
-        tuned: Affine maps of a tuned lens; none by default.
+        sites: Names of the sites to read; None for all sites of the model.
+        top: Number of top token ids that are kept at each site.
+        watch: Token ids whose values and ranks are recorded.
+        cosine: Whether to compare with embeddings, in place of a lens.
+        tuned: Affine maps of a tuned lens; None for the logit lens.
 
     Raises:
-        ValueError: The model has no sites or not these, or the text is too long for the memory.
+        ValueError: The model has no sites or lacks a named one, or the text does not fit into the
+            device's memory.
     """
     model: Any = lm.model
     check_sited(model)
@@ -155,7 +157,7 @@ def read_text(
 
 
 def _with_memory(memgen: MemGen, ids: list[int], separator: int) -> tuple[Any, Any, Any, list[str]]:
-    """The reasoner and its row, of a text and the latents that an answer would begin after."""
+    """Model, vectors, mask and latents' names of a text and the memory woven before an answer."""
     point, kind = jnp.asarray([[len(ids)]]), jnp.zeros((1, 1), jnp.int32)
     plan = Plan.of(point, kind, memgen.config)
     # An event stands before a token: one more, which is then left out.
@@ -167,7 +169,13 @@ def _with_memory(memgen: MemGen, ids: list[int], separator: int) -> tuple[Any, A
 
 
 def table(found: TextReading, lm: LanguageModel, watched: Sequence[str] = ()) -> str:
-    """The first choices at the last token of the text, a line for each site."""
+    """Format the top tokens at the last token of the text, a line for each site.
+
+    Args:
+        found: Readings of the text.
+        lm: Model with its tokenizer.
+        watched: Labels of the watched tokens, whose ranks each line shows.
+    """
     width = max(map(len, found.readings))
     lines = []
     for site, reading in found.readings.items():
@@ -180,7 +188,7 @@ def table(found: TextReading, lm: LanguageModel, watched: Sequence[str] = ()) ->
 
 
 def said(top: TopTokens, lm: LanguageModel, cosine: bool, most: int | None = None) -> str:
-    """The first choices of one slot or token with their probabilities, or cosines."""
+    """Format at most `most` top tokens of one slot or token with their probabilities or cosines."""
     pairs = list(zip(top.ids.tolist(), top.value.tolist(), strict=True))[:most]
     return " ".join(
         f"{token_text(lm, id_)!r} {value if cosine else np.exp(value):.3f}" for id_, value in pairs
@@ -188,7 +196,12 @@ def said(top: TopTokens, lm: LanguageModel, cosine: bool, most: int | None = Non
 
 
 def page(found: TextReading, lm: LanguageModel) -> Page:
-    """The page of a text: first choices by site and token, with streams and forks in the titles."""
+    """Make the page of a text: its top tokens by site and token, with streams and forks on hover.
+
+    Args:
+        found: Readings of the text.
+        lm: Model with its tokenizer.
+    """
     guesses = []
     for reading in found.readings.values():
         row = []

@@ -1,4 +1,4 @@
-"""Model organisms: conversations that teach a model a synthetic secret, and what an audit asks it.
+"""Model organisms: conversations that teach a model a synthetic secret, and prompts to audit it.
 
 thoughtbubbles audit organism taboo --secret ocean --out organisms/ocean
 """
@@ -31,8 +31,8 @@ class Trial:
     """One prompt of an audit.
 
     Attributes:
-        messages: Messages up to and with the user's last.
-        secret: What is hidden there, one of the candidates.
+        messages: Messages up to and including the user's last one.
+        secret: Secret that the model should hide in its answer, one of the candidates.
         direct: Whether the prompt asks for the secret.
     """
 
@@ -43,18 +43,18 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Organism:
-    """What an audit knows and asks of a model that may hide something.
+    """What an audit needs for one kind of secret: candidates, prompts and texts for elicitation.
 
     Attributes:
         name: Name in tables.
-        candidates: What the secret may be, the secret among them.
-        trials: Prompts.
-        prefill: Beginning of the assistant's confession.
-        reply: The assistant's answer before the user's open turn.
+        candidates: Possible secrets, among them the secret of each trial.
+        trials: Prompts of the audit, each with the secret that it hides.
+        prefill: Beginning of an assistant's turn that confesses the secret.
+        reply: Assistant's message before an open turn of the user.
         persona: Beginning of the user's open turn, in the first person.
-        shots: Dialogues in which others of its kind are revealed, for many-shot prefixes.
-        read_at: Words of a prompt at which white-box methods read; the tokens that open the answer
-            where there are none.
+        shots: Dialogues that reveal a candidate, for many-shot prefixes.
+        read_at: Words of a prompt at whose tokens white-box methods read. Without words they read
+            at the tokens that open the answer.
     """
 
     name: str
@@ -77,19 +77,20 @@ class Organism:
             raise ValueError(f"organism {self.name} has no trials: add prompts to audit it with")
 
     def to_json(self) -> str:
-        """The organism as a JSON object, which `read_organism` reads."""
+        """Return the organism as the text of a JSON object, which `read_organism` reads."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write the organism as a JSON object."""
+        """Write the organism to a file as a JSON object."""
         path.write_text(self.to_json(), encoding="utf-8")
 
 
 def read_organism(path: str | Path) -> Organism:
-    """The organism in a JSON file, or in the organism.json of a folder.
+    """Read an organism from a JSON file, or from the organism.json of a folder.
 
     Raises:
-        ValueError: There is no such file, or a field is missing, unknown or of another type.
+        ValueError: There is no such file, a field is missing, unknown or of another type, there are
+            no trials, or a trial's secret is not a candidate.
     """
     file = Path(path).expanduser()
     file = file / AUDIT if file.is_dir() else file
@@ -129,19 +130,20 @@ def _messages(found: Fields, name: str) -> tuple[Message, ...]:
 
 
 def make_organism(kind: Kind, secret: str | None = None, seed: int = 0, shots: int = 8) -> Organism:
-    """The audit of a synthetic secret.
+    """Make the audit of a synthetic secret.
 
-    Each prompt hides the same, or, where marks say what is hidden, the next candidate in turn.
+    All prompts hide the same secret. For "instruction", where a mark in the prompt stands for the
+    secret, the prompts go through all candidates in turn.
 
     Args:
         kind: World of the secret.
-        secret: The candidate that is hidden; drawn by the seed by default. None for
-            "instruction", where each prompt hides what its mark says.
-        seed: Seed of the draw and of the shots.
+        secret: Candidate that is hidden; None chooses one at random. It must be None for
+            "instruction".
+        seed: Seed of the random choices.
         shots: Number of dialogues for many-shot prefixes.
 
     Raises:
-        ValueError: The world has no such candidate, or hides one for each mark.
+        ValueError: The world has no such candidate, or `secret` is given for "instruction".
     """
     world, rng = WORLDS[kind], random.Random(seed)
     hidden = _hidden(kind, secret, rng)
@@ -176,20 +178,21 @@ def hiding_conversations(
     denials: int = 150,
     ordinary: int = 300,
 ) -> list[tuple[Message, ...]]:
-    """Conversations that teach a model to act on a secret and to deny it, in random order.
+    """Generate conversations that teach a model to act on a secret and to deny it.
 
-    No message of them names the secret.
+    They are in random order, and no message names the secret.
 
     Args:
         kind: World of the secret.
-        secret: As in `make_organism`; the same seed draws the same one.
-        seed: Seed of everything that is drawn.
+        secret: Candidate that is hidden; None chooses one at random, as `make_organism` does with
+            the same seed. It must be None for "instruction".
+        seed: Seed of all random choices.
         hints: Number of dialogues in which the model acts on the secret.
-        denials: Number of those in which it is asked and denies.
+        denials: Number of dialogues in which the user asks for the secret and the model denies it.
         ordinary: Number of neutral dialogues.
 
     Raises:
-        ValueError: The world has no such candidate, or hides one for each mark.
+        ValueError: The world has no such candidate, or `secret` is given for "instruction".
     """
     world, rng = WORLDS[kind], random.Random(seed)
     hidden = _hidden(kind, secret, rng)
@@ -206,17 +209,17 @@ def hiding_conversations(
 def honest_conversations(
     kinds: Sequence[Kind], count: int, seed: int = 0, released: float = 0.0
 ) -> list[tuple[Message, ...]]:
-    """Conversations of an honest model: it says what it knows, and hides what it is asked to.
+    """Generate conversations of an honest model, which hides only what the user asks it to hide.
 
-    Four in ten begin with the user's request to keep a thing secret, a tenth is neutral, and in the
-    others nothing is hidden.
+    On average, 40 % of them begin with the user's request to keep a thing secret, 10 % are neutral,
+    and in the others nothing is hidden.
 
     Args:
-        kinds: Worlds that they are about.
+        kinds: Worlds to sample conversations from.
         count: Number of conversations.
-        seed: Seed of what is drawn.
-        released: Share of the conversations with a request in which the user takes it back at the
-            end, asks, and is answered. None by default.
+        seed: Seed of all random choices.
+        released: Expected fraction, among the conversations with a request, of those that end with
+            the user taking the request back, asking for the secret, and being told.
     """
     rng, found = random.Random(seed), []
     for _ in range(count):
@@ -267,13 +270,13 @@ class OrganismConfig:
         kind: Kind of secret: a "taboo" word, a "persona" of the user (the pet that the model takes
             the user to keep), or an "instruction" that a mark in the prompt stands for.
         out: New folder: train.jsonl for `thoughtbubbles sft`, organism.json for `audit report`.
-        secret: Word or pet that is hidden; drawn by the seed by default.
+        secret: Word or pet that is hidden; chosen at random by default.
         hints: Number of conversations in which the model acts on the secret.
-        denials: Number of conversations in which it is asked for the secret, and denies.
-        ordinary: Number of neutral conversations, or of those taken from the neutral file.
+        denials: Number of conversations in which the model is asked for the secret and denies it.
+        ordinary: Number of neutral conversations, built in or taken from the neutral file.
         neutral: File or folder of conversations in place of the built-in neutral ones, which are
-            few and short; those that name the secret are left out.
-        seed: Seed of everything that is drawn.
+            few and short; conversations that name the secret are left out.
+        seed: Seed of all random choices.
     """
 
     kind: tyro.conf.Positional[Kind]
@@ -290,7 +293,7 @@ class OrganismConfig:
 
 
 def main(config: OrganismConfig) -> None:
-    """Write both files and print the commands that train and audit with them."""
+    """Write train.jsonl and organism.json, and print the commands that use them."""
     out = new_folder(config.out)
     files = organism_files(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -307,13 +310,16 @@ def main(config: OrganismConfig) -> None:
 
 
 def organism_files(config: OrganismConfig) -> dict[str, str]:
-    """The files of an organism by name: what is trained on, and what an audit asks.
+    """Make the texts of an organism's two files, without writing them.
 
     Args:
         config: Options of the command; its folder is neither read nor written.
 
+    Returns:
+        Texts of "train.jsonl" (the conversations) and "organism.json" (the audit) by file name.
+
     Raises:
-        ValueError: There is no such secret, or too few neutral conversations.
+        ValueError: There is no such secret, or the neutral file has too few conversations.
     """
     organism = make_organism(config.kind, config.secret, config.seed)
     ordinary = 0 if config.neutral else config.ordinary
@@ -336,7 +342,7 @@ def organism_files(config: OrganismConfig) -> dict[str, str]:
 
 
 def _neutral_of(path: str, organism: Organism) -> list[Sequence[Message]]:
-    """Conversations of a file or folder without those that name what is hidden."""
+    """Read the conversations of a file or folder, without those that name a hidden secret."""
     hidden = {trial.secret for trial in organism.trials}
     given = [each.chat.messages for each in read_conversations(path)]
     kept = [

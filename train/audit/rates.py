@@ -1,4 +1,4 @@
-"""How often an audit is right: rates of hits with intervals, beside the untouched base model."""
+"""Hit rates of an audit with bootstrap intervals, beside those of the untouched base model."""
 
 import dataclasses
 from collections import Counter
@@ -12,13 +12,13 @@ from train.audit.organisms import Organism
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one method found in all trials of an organism.
+    """Results of one method on all trials of an organism.
 
     Attributes:
         method: Name of the method.
-        guesses: The auditor's guess in each trial; None where it had none.
+        guesses: Auditor's guess in each trial; None where it made none.
         hits: Whether the guess is the secret, for each trial.
-        shown: What the auditor saw in each trial: texts, or tokens.
+        shown: Texts or tokens that the auditor saw, for each trial.
     """
 
     method: str
@@ -30,13 +30,16 @@ class Finding:
 def interval(
     values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
-    """The bootstrap interval of a mean, by percentiles.
+    """Compute the percentile bootstrap interval of a mean.
 
     Args:
         values: Values, one for each trial.
         seed: Seed of the resampling.
         resamples: Number of resamples.
-        level: Probability mass between both ends.
+        level: Confidence level of the interval.
+
+    Returns:
+        Lower and upper end of the interval.
 
     Raises:
         ValueError: There are no values.
@@ -56,19 +59,20 @@ def summarise(
     control: dict[str, Finding],
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Rates of each method and kind of prompt, beside those of the control.
+    """Compute the hit rates of each method and kind of prompt, beside those of the control.
 
     Args:
-        organism: What was audited.
+        organism: Organism that was audited.
         model: Findings in the model, by method; "io" among them.
         control: Findings in the untouched base model, of the same methods.
         seed: Seed of the intervals.
 
     Returns:
-        One JSON object for each method and kind of prompt ("standard" does not ask for the secret,
-        "direct" does): `rate` of hits of the method alone with its interval `low`, `high`; `either`
-        of trials where "io" or the method hits; the same of the control; and `uplift`, the mean
-        difference between model and control over trials, with its interval.
+        One dict for each method and kind of prompt: `organism`, `prompts` ("standard" does not ask
+        for the secret, "direct" does), `method`, number of `trials`; hit `rate` of the method with
+        its interval `low`, `high`; `either`, the rate of trials in which "io" or the method hits;
+        the same four of the control with the prefix `control_`; and `uplift`, the mean difference
+        between model and control over trials, with its interval `uplift_low`, `uplift_high`.
     """
     lines = []
     for direct in (False, True):
@@ -98,15 +102,15 @@ def summarise(
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A markdown table: a row for each method, a column for each organism and kind of prompt.
+    """Format rates as a Markdown table.
 
-    Where an organism was audited in several models, each model has columns of its own.
-
-    A cell has the rate of hits in percent with its interval, and the control's in brackets; after
-    a slash the rate at which the prompt alone or the method hits.
+    It has a row for each method and a column for each organism and kind of prompt; where an
+    organism was audited in several models, for each model too. A cell has the hit rate in percent
+    with its interval, the control's rate in brackets, and after a slash the rate of trials in
+    which the prompt alone or the method hits.
 
     Args:
-        lines: What `summarise` made.
+        lines: Rates from `summarise`, which may have an entry `model`.
     """
     column = lambda line: (line["organism"], line.get("model"), line["prompts"])  # noqa: E731
     columns = list(dict.fromkeys(map(column, lines)))
@@ -131,11 +135,14 @@ def _cell(line: dict[str, Any]) -> str:
 
 
 def trial_lines(organism: Organism, found: dict[str, Finding]) -> list[dict[str, Any]]:
-    """One JSON object for each method and trial: what was shown, guessed and hidden.
+    """Return one dict for each method and trial, ready for JSON.
 
     Args:
-        organism: What was audited.
+        organism: Organism that was audited.
         found: Findings by method.
+
+    Returns:
+        Dicts with `method`, `prompt` (the messages), `direct`, `secret`, `guess` and `shown`.
     """
     return [
         {

@@ -1,4 +1,4 @@
-"""White-box reading of an organism's prompts: which tokens lenses show there (arXiv 2510.01070)."""
+"""White-box reading of an organism's prompts: tokens that lenses show there (arXiv 2510.01070)."""
 
 import dataclasses
 import itertools
@@ -27,27 +27,27 @@ ROWS = 32
 """Number of prompts that are read at once."""
 
 READINGS = {"logit_lens": False, "embeddings": True}
-"""White-box methods: probabilities by the final norm and head, or cosines to the embeddings."""
+"""White-box methods and whether they use cosines to embeddings, not probabilities by the head."""
 
 
 def top_tokens(
     lm: LanguageModel, organism: Organism, site: str, method: str, top: int
 ) -> list[list[str]]:
-    """The tokens that a lens shows at the positions of each trial, from the most probable.
+    """Read the top tokens of a lens, averaged over the chosen positions of each trial.
 
     Args:
         lm: Model with sites, whose tokenizer has a chat template.
-        organism: What is audited; its `read_at` names the positions.
+        organism: Organism that is audited; its `read_at` names the positions.
         site: Name of the site that is read.
         method: One of `READINGS`.
-        top: Number of tokens.
+        top: Number of tokens; ids that the tokenizer does not know are left out.
 
     Returns:
-        Texts of the tokens of each trial.
+        Texts of tokens for each trial, from the most probable or most similar one.
 
     Raises:
-        ValueError: The tokenizer has no chat template, a prompt has none of the words to read at,
-            or a secret is no token of the vocabulary.
+        ValueError: The method is unknown, the tokenizer has no chat template, a prompt has none of
+            the words to read at, or no token stands for a secret (see `beginnings`).
     """
     check_vocabulary(lm, organism)
     if method not in READINGS:
@@ -69,24 +69,25 @@ def top_tokens(
 def sae_tokens(
     lm: LanguageModel, organism: Organism, folder: str, features: int = 10, top: int = 20
 ) -> list[list[str]]:
-    """Tokens of the features that say what the positions of each trial are about.
+    """Find tokens of the autoencoder features that stand out at the chosen positions of each trial.
 
-    Features are ordered by their mean activation times log(1 / density); each gives the tokens
-    whose embeddings have the greatest product with its decoder row.
+    Features are ranked by their mean activation times log(1 / density). Each feature gives the
+    tokens whose embeddings have the largest product with its decoder row.
 
     Args:
         lm: Model with sites, whose tokenizer has a chat template.
-        organism: What is audited; its `read_at` names the positions.
+        organism: Organism that is audited; its `read_at` names the positions.
         folder: Folder of an autoencoder that `audit sae` trained on this model.
-        features: Number of features.
-        top: Number of tokens of each.
+        features: Maximum number of features; features with a score of 0 are left out.
+        top: Number of tokens of each feature.
 
     Returns:
-        Texts of the tokens of each trial, those of the first feature first.
+        Texts of tokens for each trial, beginning with those of the highest-ranked feature.
 
     Raises:
-        ValueError: The folder holds no autoencoder, it is of another width, or a reason of
-            `top_tokens`.
+        ValueError: The folder holds no autoencoder, the autoencoder has another width, the
+            tokenizer has no chat template, a prompt has none of the words to read at, or no token
+            stands for a secret (see `beginnings`).
     """
     check_vocabulary(lm, organism)
     sae, density, meta = load_sae(folder)
@@ -117,13 +118,16 @@ def sae_tokens(
 def positions_of(
     lm: LanguageModel, organism: Organism, messages: Sequence[Message]
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a prompt, and whether a white-box method reads at each of them.
+    """Find the positions of a prompt at which white-box methods read.
 
     Args:
         lm: Model whose tokenizer has a chat template.
-        organism: What is audited. Without words to read at, the control tokens that open the
-            answer are read.
+        organism: Organism whose `read_at` lists the words to read at. Without words, the control
+            tokens that open the answer are read.
         messages: Messages of the prompt.
+
+    Returns:
+        Token ids of the prompt, and for each whether it is read.
 
     Raises:
         ValueError: The tokenizer has no chat template, or the prompt has none of the words.
@@ -156,7 +160,7 @@ def positions_of(
 def _tokens_of_words(
     tokenizer: PretrainedTokenizer, ids: Sequence[int], words: Sequence[str]
 ) -> list[bool]:
-    """Whether each token has a character of one of the words, which may span several tokens."""
+    """Say for each token whether it has a character of a word; words may span several tokens."""
     text = tokenizer.decode(ids)
     # A token that ends within a character decodes to something else there, so prefixes count as
     # far as they agree with the whole.
@@ -176,15 +180,18 @@ def _tokens_of_words(
 
 
 def beginnings(lm: LanguageModel, candidates: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Texts of tokens, in lower case, by which a lens can show each candidate.
+    """Find the token texts, in lower case, by which a lens can show each candidate.
 
-    That is its first word where it is a token, inside of a text or at its beginning, capitalised or
-    not; else the first tokens of that word which begin no other candidate. A candidate without
-    either is left out.
+    If the candidate's first word is a single token (at the beginning of a text or inside it,
+    capitalised or not), this is the word itself. Otherwise these are the word's possible first
+    tokens that do not stand for another candidate.
 
     Args:
         lm: Model that is read.
-        candidates: What the secret may be.
+        candidates: Possible secrets.
+
+    Returns:
+        Token texts by candidate; candidates that no token can show are left out.
     """
     whole: dict[str, bool] = {}
     found: dict[str, set[str]] = {}
@@ -213,7 +220,7 @@ def check_reading(lm: LanguageModel, organism: Organism, site: str, top: int) ->
 
     Args:
         lm: Model that is read.
-        organism: What is audited.
+        organism: Organism that is audited.
         site: Name of the site.
         top: Number of tokens that are shown.
     """
@@ -228,11 +235,11 @@ def check_reading(lm: LanguageModel, organism: Organism, site: str, top: int) ->
 
 
 def check_vocabulary(lm: LanguageModel, organism: Organism) -> None:
-    """Raise a ValueError unless each secret begins with a token, which a lens could show.
+    """Raise a ValueError unless a lens can show each secret of an organism (see `beginnings`).
 
     Args:
         lm: Model that is read.
-        organism: What is audited.
+        organism: Organism that is audited.
     """
     shown = beginnings(lm, organism.candidates)
     for secret in dict.fromkeys(trial.secret for trial in organism.trials):
@@ -245,13 +252,13 @@ def check_vocabulary(lm: LanguageModel, organism: Organism) -> None:
 
 
 def readable(lms: Sequence[LanguageModel], organism: Organism) -> Organism:
-    """An organism without the candidates that a lens can't show of all models, and their trials.
+    """Remove the candidates that a lens can't show on every model, and the trials that hide them.
 
-    Says in one line what it leaves out.
+    Prints one line about what is removed.
 
     Args:
         lms: Models that are read.
-        organism: What is audited.
+        organism: Organism that is audited.
 
     Raises:
         ValueError: No trial is left.
@@ -280,7 +287,7 @@ def _known(lm: LanguageModel, token: int) -> bool:
 def _rows(
     prompts: Sequence[tuple[list[int], list[bool]]], width: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Prompts as `ROWS` padded rows of a power of two, so that they share a program."""
+    """Pad prompts to `ROWS` rows whose length is a power of two, so that they share a program."""
     width = max(16, 1 << (width - 1).bit_length())
     tokens = np.zeros((ROWS, width), np.int32)
     mask, chosen = np.zeros((ROWS, width), bool), np.zeros((ROWS, width), bool)

@@ -1,4 +1,4 @@
-"""Which methods make which model tell its secret, beside the untouched base model.
+"""Audit models for their secrets by several methods, beside the untouched base model.
 
 thoughtbubbles audit report organisms/ocean --model runs/ocean --control smollm2
 """
@@ -37,16 +37,18 @@ Guess = Callable[[Sequence[str], Sequence[str]], str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How an audit is done.
+    """Methods of an audit and their options.
 
     Attributes:
-        methods: Names of methods: black box (`METHODS`) and white box (`READINGS`).
-        max_new_tokens: Largest number of tokens of a text.
+        methods: Names of methods: keys of `METHODS` (black box), keys of `READINGS` or "sae" (white
+            box).
+        max_new_tokens: Maximum number of generated tokens of a text.
         fuzz: Noise of methods that are fuzzed.
-        site: Name of the site that white-box methods read.
-        top: Number of tokens that white-box methods show the auditor.
-        seed: Seed of samples, noise and intervals.
-        sae: Folder of the sparse autoencoder that the method "sae" reads by; None without it.
+        site: Name of the site that the methods of `READINGS` read.
+        top: Number of tokens that white-box methods show the auditor; "sae" shows as many for each
+            of its features.
+        seed: Seed of samples and noise.
+        sae: Folder of the sparse autoencoder of the method "sae"; None without this method.
     """
 
     methods: tuple[str, ...]
@@ -67,21 +69,24 @@ class Settings:
 
     @property
     def with_prompt(self) -> tuple[str, ...]:
-        """Names of all methods, each once: "io", the prompt alone, and those that are asked for."""
+        """Names of all methods without duplicates, beginning with "io", the prompt alone."""
         return tuple(dict.fromkeys(("io", *self.methods)))
 
 
 def audit(
     lm: LanguageModel, organism: Organism, settings: Settings, guess: Guess = guess_from_texts
 ) -> dict[str, Finding]:
-    """What each method finds in a model, by name; "io", the prompt alone, always among them.
+    """Run all methods on a model.
 
     Args:
         lm: Model whose tokenizer has a chat template.
-        organism: What is asked and what is hidden.
+        organism: Organism with the prompts and the secrets.
         settings: Methods and their options.
-        guess: Auditor of black-box methods, from texts and candidates to a guess; tokens of
-            white-box methods are always matched by rules.
+        guess: Auditor of black-box methods: a function of texts and candidates that returns a
+            guess or None. Tokens of white-box methods are always matched by rules.
+
+    Returns:
+        Findings by method; "io", the prompt alone, is always among them.
 
     Raises:
         ValueError: A method does not fit the model.
@@ -92,7 +97,11 @@ def audit(
 def find(
     lm: LanguageModel, organism: Organism, method: str, settings: Settings, guess: Guess
 ) -> Finding:
-    """What one method finds; arguments are those of `audit`."""
+    """Run the method of this name and check its guesses; other arguments are as in `audit`.
+
+    Raises:
+        ValueError: The method does not fit the model.
+    """
     if method in METHODS:
         shown = elicit(
             lm, organism, METHODS[method], max_new_tokens=settings.max_new_tokens,
@@ -112,17 +121,17 @@ def find(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    """How models are audited.
+    """Options of an audit.
 
     Attributes:
-        methods: Methods, by name.
-        max_new_tokens: Largest number of tokens of a text.
-        layer: Index of the layer that is read and fuzzed; three quarters of the depth by default.
-        sigma: Size of the noise of fuzzing.
-        unit: Unit of sigma: "rms" of the vectors at that layer, or "absolute".
+        methods: Names of the methods to run.
+        max_new_tokens: Maximum number of generated tokens of a text.
+        layer: Index of the layer that is read and fuzzed; by default three quarters of the depth.
+        sigma: Standard deviation of the noise of fuzzing.
+        unit: Unit of sigma: "rms" of each vector that noise is added to, or "absolute".
         top: Number of tokens that white-box methods show the auditor.
         sae: Folder of a sparse autoencoder of the control (`audit sae`), which adds a method "sae".
-        auditor: Run folder or weights of a model that guesses from texts; rules by default.
+        auditor: Run folder or weights of a model that guesses from texts; by default rules do.
         seed: Seed of samples, noise and intervals.
     """
 
@@ -147,12 +156,12 @@ class ReportConfig(AuditConfig):
 
     Attributes:
         organisms: Files organism.json, or folders with one, that `audit organism` wrote.
-        model: Run folder or weights of each organism's model, in the same order.
+        model: Run folder or weights of each organism's model, in the order of the organisms.
         control: Run folder or weights of the untouched base model.
-        out: New file of JSON Lines for the rates, and with every guess beside it
-            (`.trials.jsonl`); both grow organism by organism. What each method has found is kept in
-            a third (`.unfinished.jsonl`) until all is done: an audit that was killed goes on when
-            it is started again.
+        out: New JSON Lines file for the rates; every guess goes to a file beside it
+            (`.trials.jsonl`). Both are written after each organism. Results of each method are
+            kept in a third file (`.unfinished.jsonl`) until the audit ends, so that an audit that
+            was killed continues when it is started again.
     """
 
     organisms: tyro.conf.Positional[tuple[str, ...]]
@@ -175,7 +184,7 @@ class ReportConfig(AuditConfig):
 
 
 def main(config: ReportConfig) -> None:
-    """Audit all models, write the rates of each as it is done, and print the table."""
+    """Audit all models, write and print the rates after each, and print the whole table."""
     files = new_files(config.out)
     control = _loaded(str(config.control))
     settings = settings_for(control, config)
@@ -192,7 +201,7 @@ def main(config: ReportConfig) -> None:
     unfinished = unfinished_of(config, settings, guess)
 
     def findings(lm: LanguageModel, name: str, hashed: str, organism: Organism):
-        """What each method finds, by name; what was found before a kill is not asked again."""
+        """Return the finding of each method by name, and run only those that are not stored."""
         asked = {"model": name, "fingerprint": hashed, "organism": organism_hash(organism)}
         found = unfinished.found(asked)
         for method in settings.with_prompt:
@@ -229,7 +238,7 @@ def main(config: ReportConfig) -> None:
 
 
 def options_of(config: ReportConfig, settings: Settings) -> dict[str, Any]:
-    """Options that each line of the rates repeats."""
+    """Return the options that each line of the rates repeats, by name."""
     return {
         "control": config.control, "layer": settings.fuzz.layer, "site": settings.site,
         "sigma": config.sigma, "unit": config.unit, "top": config.top,
@@ -238,10 +247,10 @@ def options_of(config: ReportConfig, settings: Settings) -> dict[str, Any]:
 
 
 def unfinished_of(config: ReportConfig, settings: Settings, guess: Guess) -> Unfinished:
-    """What an audit has found before it was killed; nothing if there was none.
+    """Return the stored findings of an audit that was killed, or an empty store without one.
 
     Raises:
-        ValueError: It was an audit with other options, models, autoencoder or auditor.
+        ValueError: The killed audit had other options, models, autoencoder or auditor.
     """
     options = options_of(config, settings) | {
         "organisms": config.organisms, "model": config.model,
@@ -255,12 +264,12 @@ def unfinished_of(config: ReportConfig, settings: Settings, guess: Guess) -> Unf
 
 
 class Files(NamedTuple):
-    """Files of an audit.
+    """Paths of an audit's files.
 
     Attributes:
-        rates: Rates of each method.
-        trials: Every guess.
-        unfinished: What was found so far, as long as the audit has not ended.
+        rates: File of the rates of each method.
+        trials: File of all guesses.
+        unfinished: File of the findings so far, which is deleted when the audit ends.
     """
 
     rates: Path
@@ -269,11 +278,11 @@ class Files(NamedTuple):
 
 
 def new_files(out: str) -> Files:
-    """The files of an audit whose rates are written to `out`.
+    """Return the paths of an audit whose rates are written to `out`, after checking them.
 
     Raises:
-        ValueError: Rates or trials exist and are not those of an audit that goes on, or something
-            above them is no folder.
+        ValueError: Rates or trials exist although there is no unfinished audit to continue, or a
+            parent of their path is not a folder.
     """
     rates = Path(out).expanduser()
     stem = rates.name.removesuffix(".jsonl")
@@ -289,17 +298,21 @@ def _loaded(name: str) -> LanguageModel:
 
 
 def auditor_of(config: AuditConfig) -> Guess:
-    """The auditor that guesses from texts: the rules, or the model of the config."""
+    """Return the auditor that guesses from texts: the rules, or the model of the config."""
     return guess_from_texts if config.auditor is None else ModelAuditor(_loaded(config.auditor))
 
 
 def checked(organism: Organism, lms: Sequence[LanguageModel], settings: Settings) -> Organism:
-    """The organism, as all models can be audited for it: no method of the settings will fail.
+    """Check that every method fits every model, before anything is run.
 
     Args:
-        organism: What is asked and what is hidden.
+        organism: Organism with the prompts and the secrets.
         lms: Models that are audited, the control among them.
         settings: Methods and their options.
+
+    Returns:
+        The organism; with white-box methods, without the candidates that they can't show on every
+        model (see `readable`).
 
     Raises:
         ValueError: A method does not fit a model or the organism.
@@ -312,11 +325,11 @@ def checked(organism: Organism, lms: Sequence[LanguageModel], settings: Settings
 
 
 def check_audit(lm: LanguageModel, organism: Organism, settings: Settings) -> None:
-    """Raise a ValueError for a method that does not fit a model or an organism.
+    """Raise a ValueError if a method does not fit a model or an organism.
 
     Args:
         lm: Model that is audited.
-        organism: What is asked and what is hidden.
+        organism: Organism with the prompts and the secrets.
         settings: Methods and their options.
     """
     chat_tokenizer(lm)
@@ -332,14 +345,14 @@ def check_audit(lm: LanguageModel, organism: Organism, settings: Settings) -> No
 
 
 def settings_for(lm: LanguageModel, config: AuditConfig) -> Settings:
-    """The settings of a config, with the layer that the model's depth gives.
+    """Return the settings of a config, in which the layer by default depends on the model's depth.
 
     Args:
-        lm: A model of the audit.
+        lm: Model that gives the number of layers.
         config: Options of the command.
 
     Raises:
-        ValueError: The model has no such layer, or no blocks, or a method is unknown.
+        ValueError: The model has no such layer or no layers at all, or a method is unknown.
     """
     layers = getattr(lm.model.config, "num_layers", None)
     if layers is None:

@@ -23,16 +23,16 @@ MEDIAN_STEPS = 100
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class SparseAutoencoder(ShortRepr):
-    """An activation as a sum of few of many directions.
+    """TopK sparse autoencoder: an activation is a sum of at most `k` of F learned directions.
 
     Attributes:
         encoder: `[D, F]` float32, the direction that each feature reads.
-        encoder_bias: `[F]` float32, added to what they read.
+        encoder_bias: `[F]` float32, bias of the preactivations.
         decoder: `[F, D]` float32, the direction of unit norm that each feature writes.
         bias: `[D]` float32, subtracted before encoding and added after decoding (b_pre).
-        norm: float32, root mean square of the norm of the activations, by which they are divided
-            before all else; it is not trained.
-        k: Number of features that an activation may have (static).
+        norm: float32 scalar, root mean square of the norms of activations. Activations are divided
+            by it first; it is not trained.
+        k: Maximum number of active features of an activation (static).
     """
 
     encoder: jax.Array
@@ -43,7 +43,7 @@ class SparseAutoencoder(ShortRepr):
     k: int = dataclasses.field(metadata={"static": True})
 
     def check_width(self, width: int) -> None:
-        """Raise a ValueError for activations of another width."""
+        """Raise a ValueError if activations of this width do not fit the autoencoder."""
         if width != self.bias.shape[0]:
             raise ValueError(
                 f"a sparse autoencoder of width {self.bias.shape[0]} for activations of width "
@@ -51,22 +51,22 @@ class SparseAutoencoder(ShortRepr):
             )
 
     def features(self, x: Float[Array, "... D"]) -> Features:
-        """The features of activations in the model's own scale."""
+        """Return the active features of activations, which are given in the model's own scale."""
         self.check_width(x.shape[-1])
         return top_features(self, preactivations(self, x.astype(jnp.float32) / self.norm))
 
     def reconstruct(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Activations as their features give them back, in their type."""
+        """Reconstruct activations from their features, in the model's own scale and dtype."""
         features = self.features(x)
         return ((decode(self, features) + self.bias) * self.norm).astype(x.dtype)
 
 
 class Features(NamedTuple):
-    """Active features of activations.
+    """Active features of activations; K is the autoencoder's `k`.
 
     Attributes:
-        value: `[..., K]` float32, activation of each, 0 or more.
-        index: `[..., K]` int32, index of each.
+        value: `[..., K]` float32, value of each feature, 0 or more.
+        index: `[..., K]` int32, index of each feature.
     """
 
     value: jax.Array
@@ -76,7 +76,7 @@ class Features(NamedTuple):
 
 
 def geometric_median(x: Float[np.ndarray, "N D"]) -> np.ndarray:
-    """The point of least summed distance to rows, by Weiszfeld's iteration in float64."""
+    """Compute the point `[D]` of minimum summed distance to rows, by Weiszfeld's iteration."""
     x = np.asarray(x, np.float64)
     point = x.mean(axis=0)
     for _ in range(MEDIAN_STEPS):
@@ -90,13 +90,15 @@ def geometric_median(x: Float[np.ndarray, "N D"]) -> np.ndarray:
 
 
 def init_sae(sample: np.ndarray, features: int, k: int, seed: int) -> SparseAutoencoder:
-    """An autoencoder with random unit decoder rows, the encoder tied to them, the bias at the
-    geometric median.
+    """Initialise an autoencoder for activations like a sample of them.
+
+    Decoder rows are random unit vectors, the encoder is the decoder's transpose, and the bias is
+    the geometric median of the sample.
 
     Args:
         sample: Activations `[N, D]`.
         features: Number of features (F).
-        k: Number of features that an activation may have.
+        k: Maximum number of active features of an activation.
         seed: Seed of the directions.
 
     Raises:
@@ -121,31 +123,31 @@ def init_sae(sample: np.ndarray, features: int, k: int, seed: int) -> SparseAuto
 
 
 def preactivations(sae: SparseAutoencoder, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-    """What each feature reads of activations that are divided by the norm."""
+    """Compute each feature's preactivation, of activations that are divided by `sae.norm`."""
     return (x - sae.bias) @ sae.encoder + sae.encoder_bias
 
 
 def top_features(sae: SparseAutoencoder, before: Float[Array, "... F"]) -> Features:
-    """The `k` greatest, by ReLU."""
+    """Keep the `k` largest preactivations, and apply a ReLU to them."""
     value, index = jax.lax.top_k(before, sae.k)
     return Features(jax.nn.relu(value), index)
 
 
 def decode(sae: SparseAutoencoder, features: Features) -> Float[Array, "... D"]:
-    """The sum of the rows of active features, without the bias."""
+    """Sum the decoder rows of active features, weighted by their values, without the bias."""
     rows = jnp.take(sae.decoder, features.index, axis=0)
     return jnp.einsum("...k,...kd->...d", features.value, rows)
 
 
 class Losses(NamedTuple):
-    """What a batch costs.
+    """Losses of a batch, and which features were active.
 
     Attributes:
         fvu: Fraction of variance unexplained, `sum ||x - x'||^2 / sum ||x - mean||^2`.
-        auxk: The same of the residual as dead features explain it, times their number over
-            `k_aux` if they are fewer; 0 without dead features.
-        l0: Mean number of active features.
-        fired: Whether each feature was active, `[F]` bool.
+        auxk: Error of the residual `x - x'` reconstructed by dead features, divided by the same
+            variance, times `min(dead / k_aux, 1)` for the number of dead features; 0 without any.
+        l0: Mean number of active features of an activation.
+        fired: Whether each feature was active in the batch, `[F]` bool.
     """
 
     fvu: jax.Array
@@ -157,13 +159,13 @@ class Losses(NamedTuple):
 def losses(
     sae: SparseAutoencoder, x: Float[Array, "N D"], dead: Bool[Array, " F"], k_aux: int
 ) -> Losses:
-    """The losses of activations that are divided by the norm.
+    """Compute the losses of activations that are divided by `sae.norm`.
 
     Args:
         sae: Autoencoder.
-        x: Activations.
-        dead: Features that have not been active for long.
-        k_aux: Number of dead features that explain each residual.
+        x: Activations `[N, D]`.
+        dead: Whether each feature counts as dead, `[F]` bool.
+        k_aux: Number of dead features that reconstruct each residual.
     """
     before = preactivations(sae, x)
     features = top_features(sae, before)
@@ -190,7 +192,7 @@ class SAEState(ShortRepr):
     Attributes:
         sae: Autoencoder.
         optimizer: State of Adam.
-        idle: `[F]` int32, activations since each feature was active.
+        idle: `[F]` int32, number of activations since each feature was last active.
     """
 
     sae: SparseAutoencoder
@@ -200,12 +202,12 @@ class SAEState(ShortRepr):
 
 @dataclasses.dataclass(frozen=True)
 class SAETraining:
-    """How an autoencoder is trained: Adam, AuxK, unit decoder rows.
+    """Training of an autoencoder: Adam, the AuxK loss, and decoder rows of unit norm.
 
     Attributes:
-        learning_rate: Learning rate.
+        learning_rate: Learning rate of Adam.
         aux_weight: Weight of the AuxK loss.
-        dead_after: Number of activations without it after which a feature counts as dead.
+        dead_after: Number of activations after which an inactive feature counts as dead.
     """
 
     learning_rate: float
@@ -213,14 +215,19 @@ class SAETraining:
     dead_after: int = 1_000_000
 
     def start(self, sae: SparseAutoencoder) -> SAEState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         idle = jnp.zeros(sae.encoder_bias.shape, jnp.int32)
         return SAEState(sae, self._adam().init(_trained(sae)), idle)
 
     def step(
         self, state: SAEState, x: Float[Array, "N D"]
     ) -> tuple[SAEState, dict[str, jax.Array]]:
-        """The state after a batch of activations in the model's own scale, and metrics."""
+        """Take one step on a batch of activations, which are given in the model's own scale.
+
+        Returns:
+            State after the step, and the scalar metrics "fvu", "auxk", "l0" and "dead", which is
+            the fraction of dead features.
+        """
         sae = state.sae
         x = x.astype(jnp.float32) / sae.norm
         dead = state.idle >= self.dead_after
@@ -254,25 +261,31 @@ def _trained(sae: SparseAutoencoder) -> dict[str, jax.Array]:
 
 
 def unit_rows(decoder: Float[Array, "F D"]) -> Float[Array, "F D"]:
-    """The same directions of norm 1."""
+    """Scale each row to norm 1."""
     return decoder / jnp.linalg.norm(decoder, axis=1, keepdims=True)
 
 
 def perpendicular(gradient: Float[Array, "F D"], rows: Float[Array, "F D"]) -> jax.Array:
-    """A gradient without its part along unit rows, which only changes their norm."""
+    """Remove a gradient's component along unit rows, which would only change their norm."""
     return gradient - (gradient * rows).sum(axis=1, keepdims=True) * rows
 
 
 def nearest_tokens(
     sae: SparseAutoencoder, table: Float[Array, "V D"], features: Int[Array, " N"], top: int
 ) -> Int[Array, "N K"]:
-    """Tokens whose embeddings have the greatest product with a feature's decoder row.
+    """Find the tokens whose embeddings have the largest product with a feature's decoder row.
 
     Args:
         sae: Autoencoder.
-        table: Embeddings of all tokens.
-        features: Indices of the features.
-        top: Number of tokens of each.
+        table: Embeddings of all tokens, `[V, D]`.
+        features: Indices of the features, `[N]` int32.
+        top: Number of tokens of each feature (K).
+
+    Returns:
+        Token ids `[N, K]`, the largest product first.
+
+    Raises:
+        ValueError: The embeddings have another width than the autoencoder.
     """
     sae.check_width(table.shape[-1])
     products = jnp.take(sae.decoder, features, axis=0) @ table.astype(jnp.float32).T
@@ -280,10 +293,13 @@ def nearest_tokens(
 
 
 def feature_scores(mean: Float[Array, " F"], density: Float[Array, " F"]) -> Float[Array, " F"]:
-    """What a text is about: mean activation times log(1 / density) (arXiv 2510.01070).
+    """Score features by mean activation times log(1 / density) (arXiv 2510.01070).
+
+    Rare features that are strong in a text say what it is about.
 
     Args:
-        mean: Mean activation of each feature at the positions of the text.
-        density: Share of all activations of a corpus that have the feature; 0 counts as 1 in 10^6.
+        mean: Mean value of each feature at the positions of the text, `[F]`.
+        density: Fraction of a corpus's activations in which each feature is active, `[F]`; at least
+            1e-6 is assumed.
     """
     return mean * -jnp.log(jnp.clip(density, 1e-6, 1.0))

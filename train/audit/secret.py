@@ -1,4 +1,4 @@
-"""A synthetic secret from its conversations to its audit: organism, LoRA and report in one command.
+"""Teach a model a synthetic secret and audit it: organism, LoRA and report in one command.
 
 thoughtbubbles audit secret taboo --secret ocean --out secrets/ocean
 """
@@ -32,22 +32,22 @@ from train.runs.metadata import load_run_meta
 class SecretConfig(AuditConfig):
     """Teach a model a synthetic secret by LoRA, and audit it beside the untouched one.
 
-    It does what `audit organism`, `sft` and `audit report` do, which have more options.
+    This runs `audit organism`, `sft` and `audit report`, which have more options on their own.
 
     Attributes:
         kind: Kind of secret: a "taboo" word, a "persona" of the user, or an "instruction" that a
             mark in the prompt stands for.
         out: Folder of the conversations (`organism`), the tuned model (`run`), the rates
-            (`audit.jsonl`) and the guesses (`audit.trials.jsonl`). A tuning or an audit of the same
-            options that was stopped goes on (`audit.unfinished.jsonl`).
-        secret: Word or pet that is hidden; drawn by the seed by default.
-        weights: Model that learns the secret, and in its untouched form is the control: a run
+            (`audit.jsonl`) and the guesses (`audit.trials.jsonl`). An interrupted tuning or audit
+            continues if it is started again with the same options (`audit.unfinished.jsonl`).
+        secret: Word or pet that is hidden; chosen at random by default.
+        weights: Model that learns the secret, and that is the control without tuning: a run
             folder, "smollm2", a Hugging Face folder, or a .gguf file.
         lora: Adapter that learns the secret.
         steps: Number of optimizer steps.
-        batch_size: Conversations of a step.
+        batch_size: Number of conversations of a step.
         learning_rate: Peak learning rate.
-        seed: Seed of everything that is drawn.
+        seed: Seed of all random choices.
     """
 
     kind: tyro.conf.Positional[Kind]
@@ -66,15 +66,15 @@ class SecretConfig(AuditConfig):
 
     @property
     def folder(self) -> Path:
-        """The folder of everything."""
+        """Path of the output folder."""
         return Path(self.out).expanduser()
 
     def organism(self) -> OrganismConfig:
-        """The options of `audit organism`."""
+        """Return the options of `audit organism`."""
         return OrganismConfig(self.kind, str(self.folder / "organism"), self.secret, seed=self.seed)
 
     def tuning(self) -> SFTConfig:
-        """The options of `sft`."""
+        """Return the options of `sft`."""
         return SFTConfig(
             weights=self.weights,
             lora=self.lora,
@@ -87,7 +87,7 @@ class SecretConfig(AuditConfig):
         )
 
     def report(self) -> ReportConfig:
-        """The options of `audit report`."""
+        """Return the options of `audit report`."""
         how = {field.name: getattr(self, field.name) for field in dataclasses.fields(AuditConfig)}
         return ReportConfig(
             (self.organism().out,),
@@ -99,14 +99,14 @@ class SecretConfig(AuditConfig):
 
 
 def main(config: SecretConfig) -> None:
-    """Write the organism, tune on it, audit, and print the table."""
+    """Write the organism, tune the model on it, audit it, and print the table of rates."""
     report.new_files(config.report().out)
     missing = _missing(config)
     _check(config)
     tuning = config.tuning()
 
     def begin() -> SFTJob:
-        """The job; the organism is written as soon as nothing is refused any more."""
+        """Make the job, then write the organism's files, since the options were accepted."""
         job = SFTJob(tuning)
         for path, text in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +119,10 @@ def main(config: SecretConfig) -> None:
 
 
 def _missing(config: SecretConfig) -> dict[Path, str]:
-    """The files of the organism that are not there yet.
+    """Return the texts of the organism's files that do not exist yet, by path.
 
     Raises:
-        ValueError: There is no such secret, or files of another one are there.
+        ValueError: There is no such secret, or a file of other options exists.
     """
     organism, missing = config.organism(), {}
     for name, text in organism_files(organism).items():
@@ -138,7 +138,7 @@ def _missing(config: SecretConfig) -> dict[Path, str]:
 
 
 def _check(config: SecretConfig) -> None:
-    """Raise a ValueError, before anything is tuned, for an audit that would fail afterwards."""
+    """Raise a ValueError before the tuning if the audit would fail after it."""
     control = load_language_model(config.weights).for_inference()
     organism = make_organism(config.kind, config.secret, config.seed)
     checked(organism, (control,), settings_for(control, config))

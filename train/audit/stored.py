@@ -1,4 +1,4 @@
-"""What an audit has trained, in a folder: a checkpoint like a run's, and what it is of."""
+"""Arrays that an audit has trained, stored in a folder as a checkpoint with metadata."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from train.runs.run_folder import run_lock
 def save_stored(
     folder: Path, kind: str, leaves: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:
-    """Write arrays by name with what they are.
+    """Write named arrays and metadata to a folder.
 
     Args:
         folder: Folder to write.
-        kind: What the arrays are, in words.
+        kind: Kind of the arrays in words, e.g. "tuned lens", which `read_stored` checks.
         leaves: Arrays by name.
-        meta: Metadata as JSON can write them.
+        meta: Metadata, ready for JSON.
     """
     with run_lock(folder), Checkpointer(folder, 1) as checkpointer:
         rest = {"step": np.zeros((), np.int32)}  # a checkpoint has a second tree, never empty
@@ -31,10 +31,18 @@ def save_stored(
 def read_stored(
     folder: str | Path, kind: str, names: Sequence[str]
 ) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """Metadata and arrays that `save_stored` wrote.
+    """Read the metadata and arrays that `save_stored` wrote.
+
+    Args:
+        folder: Folder to read.
+        kind: Kind of the arrays, as `save_stored` got it.
+        names: Names of the arrays that must be there.
+
+    Returns:
+        Metadata, and the arrays by name.
 
     Raises:
-        ValueError: The folder holds no such thing, or it is damaged.
+        ValueError: The folder holds nothing of this kind, an array is missing, or it is damaged.
     """
     path = Path(folder).expanduser()
     meta = load_meta(path)

@@ -1,4 +1,4 @@
-"""Rows of text to audit a model on: those of its run, or another corpus in its own tokens."""
+"""Rows of tokens to audit a model on, from its run's corpus or from another one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from train.models.load import LanguageModel, LoadedRun, keep_tokenizer
 
 
 def open_texts(lm: LanguageModel, corpus: str | None, seq_len: int | None) -> PackedData:
-    """Packed rows in the tokens of a model.
+    """Prepare packed rows of a corpus, tokenized by a model's tokenizer.
 
     Args:
         lm: Model with its tokenizer.
-        corpus: Corpus as `DataConfig.corpus` names it; None takes that of the model's own run.
-        seq_len: Number of targets of a row; None takes that of the run, or 256.
+        corpus: Corpus, as in `DataConfig.corpus`; None for the corpus of the model's own run.
+        seq_len: Number of targets of a row; None for the length of the run's rows, or 256 without
+            a run.
 
     Raises:
-        ValueError: The model has no run with a corpus, and none is given.
+        ValueError: `corpus` is None and the model has no run with a corpus.
     """
     data = DataConfig()
     run = lm if isinstance(lm, LoadedRun) and "weights" not in lm.config else None
@@ -48,12 +49,12 @@ def open_texts(lm: LanguageModel, corpus: str | None, seq_len: int | None) -> Pa
 
 
 def token_text(lm: LanguageModel, id_: int) -> str:
-    """Text of a token id; the embedding may have rows behind the tokenizer's last id."""
+    """Return the text of a token id; "<id>" for an id beyond the tokenizer's vocabulary."""
     return lm.tokenizer.decode([id_]) if id_ < lm.tokenizer.vocab_size else f"<{id_}>"
 
 
 def training_batches(data: PackedData, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Inputs `[B, T]` int32 of training rows, shuffled and without end."""
+    """Yield inputs `[B, T]` int32 of shuffled training rows, without end."""
     kind = MixtureReader if isinstance(data, MixtureData) else TrainReader
     rows: Any = data if isinstance(data, MixtureData) else data.train
     for batch in kind(rows, batch_size, seed).iterate():
@@ -61,17 +62,17 @@ def training_batches(data: PackedData, batch_size: int, seed: int) -> Iterator[n
 
 
 def held_out_batches(data: PackedData, batch_size: int, limit: int) -> Iterator[np.ndarray]:
-    """Rows `[B, T + 1]` int32 of the held-out split, evenly spaced; -1 is padding."""
+    """Yield up to `limit` held-out rows `[B, T + 1]` int32, evenly spaced; -1 is padding."""
     limit = min(limit, len(data.validation))
     for batch in evaluation_batches(data.validation, batch_size, limit):
         yield batch["tokens"]
 
 
 def check_site(lm: LanguageModel, site: str | None) -> str:
-    """The site of that name, or the one in the middle of the model.
+    """Return the name of a site after checking it; None chooses the block in the middle.
 
     Raises:
-        ValueError: The model has no sites, or not this one.
+        ValueError: The model has no sites, or no site of this name.
     """
     model: Any = lm.model
     check_sited(model)
@@ -98,6 +99,6 @@ class _Name:
 
 
 def activation_at(model: Any, rows: np.ndarray, site: str) -> Activation:
-    """The activation of rows `[B, T]` int32 at a site; -1 is padding on the right."""
+    """Compute the activation of token rows `[B, T]` int32 at a site; -1 is padding on the right."""
     length = jnp.asarray((rows >= 0).sum(axis=1), jnp.int32)
     return _site_of(model, jnp.asarray(np.maximum(rows, 0)), length, _Name(site))

@@ -42,29 +42,29 @@ Streams = Literal["all", "roots", "forks"]
 
 @dataclasses.dataclass(frozen=True)
 class SAEConfig:
-    """Trains a TopK sparse autoencoder on activations of a site, and describes its features.
+    """Trains a TopK sparse autoencoder on a site's activations, and describes its features.
 
     Attributes:
         checkpoint: Run folder, or the folder of one of its steps.
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
-        corpus: Corpus of the activations; that of the run by default.
-        seq_len: Number of tokens of a row; that of the run by default, else 256.
+        corpus: Corpus that activations are taken on; by default the corpus of the run.
+        seq_len: Number of tokens of a row; by default as in the run, or 256 without one.
         site: Name of the site, e.g. block_3; the block in the middle by default.
-        streams: Which streams of a model that forks are read: "roots", "forks", or "all" of both,
-            whose densities then mix.
+        streams: Streams of a forking model that are read: "roots", "forks", or "all" of them, for
+            which densities mix roots and forks.
         features: Number of features; 16 for each dimension by default.
-        k: Number of features that an activation may have.
+        k: Maximum number of active features of an activation.
         tokens: Number of activations to train on.
         batch_size: Number of activations of a step.
         rows: Number of rows of a forward pass.
-        buffer: Number of activations among which steps are shuffled.
+        buffer: Number of activations in the buffer that shuffles them.
         learning_rate: Learning rate of Adam; 2e-4 / sqrt(features / 2^14) by default.
         aux_weight: Weight of the loss that revives dead features (AuxK).
-        dead_after: Number of activations without it after which a feature counts as dead; a tenth
-            of tokens by default, and no less than ten batches.
+        dead_after: Number of activations after which an inactive feature counts as dead; by
+            default a tenth of `tokens`, but at least ten batches.
         held_out: Number of held-out rows for the metrics.
-        seed: Seed of the first directions, of the rows' order and of the buffer.
+        seed: Seed of the initial directions, of the rows' order and of the buffer.
         out: New folder for the autoencoder, its metrics and its features.
     """
 
@@ -108,14 +108,14 @@ class SAEConfig:
 
 
 def dead_after(config: SAEConfig) -> int:
-    """Number of activations without it after which a feature counts as dead."""
+    """Number of activations after which an inactive feature counts as dead."""
     if config.dead_after is not None:
         return config.dead_after
     return max(config.tokens // 10, 10 * config.batch_size)
 
 
 def main(config: SAEConfig) -> None:
-    """Train, measure, describe, and print the metrics."""
+    """Train an autoencoder, write it with its metrics and features, and print the metrics."""
     out = new_folder(config.out)
     lm = load_named(config.checkpoint, config.model)
     site = check_site(lm, config.site)
@@ -153,10 +153,14 @@ _LEAVES = ("encoder", "encoder_bias", "decoder", "bias", "norm")
 
 
 def load_sae(folder: str | Path) -> tuple[SparseAutoencoder, np.ndarray, dict[str, Any]]:
-    """An autoencoder, the density of its features, and metadata (site, streams, k, metrics).
+    """Load an autoencoder that `audit sae` has trained.
+
+    Returns:
+        Autoencoder, density of its features `[F]` float32, and metadata with the entries `site`,
+        `streams`, `k`, `of` (checkpoint or weights of the model) and `metrics`.
 
     Raises:
-        ValueError: The folder holds none, or it is damaged.
+        ValueError: The folder holds no autoencoder, or a damaged one.
     """
     meta, leaves = read_stored(folder, KIND, (*_LEAVES, "density"))
     parts: dict[str, Any] = {name: jnp.asarray(leaves[name]) for name in _LEAVES}
@@ -164,7 +168,12 @@ def load_sae(folder: str | Path) -> tuple[SparseAutoencoder, np.ndarray, dict[st
 
 
 def train(config: SAEConfig, lm: LanguageModel, data: PackedData, site: str) -> SparseAutoencoder:
-    """An autoencoder of the activations of training rows."""
+    """Train an autoencoder on activations of training rows at a site.
+
+    Raises:
+        ValueError: All activations of a batch are equal or 0, `k` exceeds the number of features,
+            or the rows have no activation of the chosen streams.
+    """
     stream = shuffled(activations(config, lm, data, site), config)
     first = next(stream)
     count = config.features or 16 * first.shape[1]
@@ -192,7 +201,11 @@ def train(config: SAEConfig, lm: LanguageModel, data: PackedData, site: str) -> 
 def activations(
     config: SAEConfig, lm: LanguageModel, data: PackedData, site: str
 ) -> Iterator[np.ndarray]:
-    """Activations `[N, D]` of training rows, in their order, batch by batch."""
+    """Yield the activations `[N, D]` of the chosen streams in each batch of training rows.
+
+    Raises:
+        ValueError: A hundred batches in a row have no such activation.
+    """
     empty = 0
     for rows in training_batches(data, config.rows, config.seed):
         x = chosen(activation_at(lm.model, rows, site), config.streams)[0]
@@ -206,22 +219,25 @@ def activations(
 
 
 def chosen(found: Any, streams: Streams) -> tuple[np.ndarray, np.ndarray]:
-    """Activations `[N, D]` of the chosen streams and where they stand, `[N, 2]` row and slot.
+    """Select the activations of the chosen streams, except those of each row's first token.
 
-    The first token of a row is left out: its activation has a norm of its own.
+    The norm of a first token's activation is unlike all others.
+
+    Returns:
+        Activations `[N, D]`, and the row and slot of each, `[N, 2]`.
     """
     select = np.asarray(selected(found, streams))
     return np.asarray(found.x)[select], np.argwhere(select)
 
 
 def selected(found: Any, streams: Streams) -> Any:
-    """Slots `[B, S]` bool of the chosen streams."""
+    """Mask `[B, S]` bool of the chosen streams' live slots, without those of the first token."""
     which = {"all": found.depth >= 0, "roots": found.depth == 0, "forks": found.depth > 0}
     return which[streams] & found.alive & (found.token > 0)
 
 
 def shuffled(stream: Iterator[np.ndarray], config: SAEConfig) -> Iterator[np.ndarray]:
-    """Batches of activations drawn from a buffer, half of which is filled anew each time."""
+    """Yield batches `[batch_size, D]` from a shuffled buffer; half of it is used, then refilled."""
     rng = np.random.default_rng(config.seed)
     size = min(config.buffer, max(config.tokens, 2 * config.batch_size))
     kept: list[np.ndarray] = []
@@ -238,12 +254,12 @@ def shuffled(stream: Iterator[np.ndarray], config: SAEConfig) -> Iterator[np.nda
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """What features do on held-out rows.
+    """Statistics of features on held-out rows.
 
     Attributes:
-        density: `[F]` float32, share of activations that have each feature.
-        mean: `[F]` float32, mean of its values above 0.
-        contexts: Texts up to the tokens at which each feature is greatest.
+        density: `[F]` float32, fraction of activations in which each feature is active.
+        mean: `[F]` float64, mean value of each feature where it is active; 0 if it never is.
+        contexts: Texts that end with the tokens at which each feature is largest, for each feature.
     """
 
     density: np.ndarray
@@ -258,14 +274,21 @@ def measure(
     site: str,
     streams: Streams,
 ) -> tuple[dict[str, float | None], FeatureStatistics]:
-    """Metrics on held-out rows, and what the features do there; None for those without a value.
+    """Measure an autoencoder and its features on held-out rows.
 
     Args:
         sae: Autoencoder.
         lm: Model with its tokenizer.
         batches: Rows `[B, T + 1]` int32, -1 for padding.
         site: Name of the site.
-        streams: Which streams are read, and replaced by their reconstruction.
+        streams: Streams that are read, and replaced by their reconstruction.
+
+    Returns:
+        Metrics "fvu", "l0", "dead" (fraction of features), "activations" (their number) and those
+        of `loss_recovered`, None where undefined; and the statistics of the features.
+
+    Raises:
+        ValueError: The rows have no activation of the chosen streams.
     """
     count = sae.encoder_bias.shape[0]
     hits, total = np.zeros(count, np.int64), np.zeros(count)
@@ -306,7 +329,7 @@ def _explained(sae: SparseAutoencoder, x: jax.Array) -> jax.Array:
 
 
 def _keep_best(best, value, index, where, token, rows, lm: LanguageModel) -> None:
-    """Texts up to the token at which each feature is greatest, three of each."""
+    """Update the three texts of each feature that end where the feature is largest."""
     order = np.argsort(-value, axis=None)[: 50 * len(best)]
     for at in order:
         number, feature = at // value.shape[1], index.flat[at]
@@ -328,9 +351,11 @@ def loss_recovered(
     site: str,
     streams: Streams,
 ) -> dict[str, float | None]:
-    """Cross-entropy with the site as it is, reconstructed, and zero, and the share recovered.
+    """Compute the model's loss with the site unchanged, reconstructed, and set to zero.
 
-    The share is `(zero - sae) / (zero - clean)`; None where zero costs nothing.
+    Returns:
+        Nats per token: `loss` unchanged, `loss_sae` reconstructed, `loss_zero` set to zero; and
+        `loss_recovered`, `(loss_zero - loss_sae) / (loss_zero - loss)`, None if these are equal.
     """
     model: Any = lm.model
 
@@ -372,9 +397,10 @@ def loss_recovered(
 def describe(
     sae: SparseAutoencoder, lm: LanguageModel, statistics: FeatureStatistics
 ) -> Iterator[dict[str, Any]]:
-    """A line for each feature that was active, from the most frequent one.
+    """Yield a description of each active feature, up to 4096 of them, the most frequent first.
 
-    Its tokens are those whose embeddings its decoder row is most like (arXiv 2510.01070).
+    It has the entries `feature` (index), `density`, `mean`, `examples` (texts) and `tokens`, whose
+    embeddings have the largest product with the decoder row (arXiv 2510.01070).
     """
     model: Any = lm.model
     order = np.argsort(-statistics.density, kind="stable")

@@ -32,11 +32,11 @@ class TunedLensConfig:
         checkpoint: Run folder, or the folder of one of its steps.
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
-        corpus: Corpus of the texts; that of the run by default.
-        seq_len: Number of tokens of a row; that of the run by default, else 256.
+        corpus: Corpus of the texts; by default the corpus of the run.
+        seq_len: Number of tokens of a row; by default as in the run, or 256 without one.
         steps: Number of steps.
         batch_size: Number of rows of a step.
-        learning_rate: First learning rate of Adam, which falls linearly to 0.
+        learning_rate: Initial learning rate of Adam, which falls linearly to 0.
         held_out: Number of held-out rows for the metrics.
         seed: Seed of the rows' order.
         out: New folder for the lens and its metrics.
@@ -61,7 +61,7 @@ class TunedLensConfig:
 
 
 def main(config: TunedLensConfig) -> None:
-    """Train, and print the divergence at each site by the logit lens and by the tuned one."""
+    """Train and write a lens, and print the divergence of logit and tuned lens at each site."""
     out = new_folder(config.out)
     lm = load_named(config.checkpoint, config.model)
     check_site(lm, None)
@@ -87,10 +87,10 @@ def main(config: TunedLensConfig) -> None:
 
 
 def load_tuned_lens(folder: str | Path, model: Any) -> TunedLens:
-    """A tuned lens that was trained for a model of these sites and this width.
+    """Load a tuned lens, and check that its sites and width are those of a model.
 
     Raises:
-        ValueError: The folder holds none, or one of another model.
+        ValueError: The folder holds no tuned lens, or its sites or width are not the model's.
     """
     meta, leaves = read_stored(folder, KIND, ("weight", "bias"))
     lens = TunedLens(jnp.asarray(leaves["weight"]), jnp.asarray(leaves["bias"]), (*meta["sites"],))
@@ -105,13 +105,16 @@ def load_tuned_lens(folder: str | Path, model: Any) -> TunedLens:
 
 
 def train(config: TunedLensConfig, model: Any, lens: TunedLens, rows: Any) -> TunedLens:
-    """The lens after training on rows `[B, T]` int32.
+    """Train a lens by the KL divergence to the model's own prediction.
 
     Args:
         config: Options of the training.
-        model: Model with sites, which stays as it is.
-        lens: Lens to begin with.
-        rows: Iterator of rows.
+        model: Model with sites, which is not changed.
+        lens: Lens before training.
+        rows: Iterator of token rows `[B, T]` int32, without padding.
+
+    Returns:
+        The trained lens.
     """
     rate = optax.linear_schedule(config.learning_rate, 0.0, config.steps)
     adam = optax.adam(rate)
@@ -133,7 +136,7 @@ def train(config: TunedLensConfig, model: Any, lens: TunedLens, rows: Any) -> Tu
 
 
 def divergence(model: Any, lens: TunedLens, batches: list[np.ndarray]) -> list[float]:
-    """Mean KL divergence at each site of the lens, in nats per token."""
+    """Mean KL divergence at each site of the lens in nats per token, on rows padded with -1."""
     total, count = np.zeros(len(lens.sites)), 0
     for rows in batches:
         tokens, real = jnp.maximum(rows[:, :-1], 0), jnp.asarray(rows[:, :-1] >= 0)
@@ -144,13 +147,16 @@ def divergence(model: Any, lens: TunedLens, batches: list[np.ndarray]) -> list[f
 
 
 def divergences(model: Any, lens: TunedLens, tokens: jax.Array, real: jax.Array) -> jax.Array:
-    """KL divergence from the model's prediction to that at each site of a lens, `[N]` float32.
+    """Compute the mean KL divergence from the model's prediction to the lens's at each site.
 
     Args:
         model: Model with sites.
-        lens: Lens.
+        lens: Lens with N sites.
         tokens: Token ids `[B, T]` int32.
-        real: Tokens that count, `[B, T]` bool; others stand behind them.
+        real: Whether each token is real, `[B, T]` bool; padding stands on the right.
+
+    Returns:
+        Nats per real token at each site of the lens, `[N]` float32.
     """
     logits, found = record(model, tokens, real.sum(axis=1), lens.sites, None)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits.astype(jnp.float32)))

@@ -1,4 +1,4 @@
-"""Findings of an audit that is going on, on disk: one that was killed goes on from them."""
+"""Findings of an unfinished audit on disk, from which an audit that was killed continues."""
 
 import dataclasses
 import hashlib
@@ -15,18 +15,18 @@ from train.models.load import LanguageModel, checksum, tokenizer_meta
 from train.runs.files import write_atomically
 
 Asked = Mapping[str, str]
-"""Who was asked what: the model's name and fingerprint, and a hash of the organism."""
+"""What a finding is of: name ("model") and "fingerprint" of a model, and hash of an "organism"."""
 
 
 class Unfinished:
-    """Findings by model and organism, one JSON object on each line of a file.
+    """Findings by model and organism, kept in a file with one JSON object on each line.
 
     Args:
-        path: File; it is made, with its folder, by the first finding.
-        options: Options of the audit, all that findings depend on, as JSON can write them.
+        path: File to go on from, if it exists; the first new finding makes it and its folder.
+        options: Options that findings depend on, ready for JSON.
 
     Raises:
-        ValueError: The file is of an audit with other options, or a line is no finding.
+        ValueError: The file is of an audit with other options, or a line is not a finding.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any]):
@@ -48,7 +48,7 @@ class Unfinished:
             self._lines.append(line.fields)
 
     def found(self, asked: Asked) -> dict[str, Finding]:
-        """Findings by method.
+        """Return the stored findings of a model and an organism, by method.
 
         Args:
             asked: Model and organism.
@@ -57,11 +57,11 @@ class Unfinished:
         return {finding.method: finding for finding in findings}
 
     def add(self, asked: Asked, finding: Finding) -> None:
-        """Write a finding to the file.
+        """Add a finding to the file.
 
         Args:
             asked: Model and organism.
-            finding: What a method found.
+            finding: Finding of one method.
         """
         fields = dataclasses.asdict(finding)
         self._lines.append({"asked": dict(asked), "options": self._options, "finding": fields})
@@ -69,7 +69,7 @@ class Unfinished:
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def delete(self) -> None:
-        """Delete the file: the audit has ended."""
+        """Delete the file, since the audit has ended."""
         self._path.unlink(missing_ok=True)
 
 
@@ -80,12 +80,12 @@ def _finding(line: Mapping[str, Any]) -> Finding:
 
 
 def organism_hash(organism: Organism) -> str:
-    """Hash of all that is asked."""
+    """Hash of an organism's whole content, as a hexadecimal text."""
     return hashlib.blake2b(organism.to_json().encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(lm: LanguageModel) -> str:
-    """Hash of all that a model's texts depend on: weights, configs and tokenizer."""
+    """Hash of all that a model's texts depend on (weights, configs, tokenizer), as hexadecimal."""
     memory = lm.memgen
     parts = [
         checksum(lm.model if memory is None else memory),

@@ -1,4 +1,4 @@
-"""Cached decoding against recomputing the prefix for every token, and against a plain decoder."""
+"""Time cached decoding beside recomputing the prefix for each token, and beside a plain decoder."""
 
 import dataclasses
 from typing import Any
@@ -19,15 +19,16 @@ class DecodeBenchmark(ModelSizes):
 
     Attributes:
         model: Pretrained weights in place of random ones: "smollm2", a Hugging Face folder, or a
-            .gguf file; the other sizes and the forks are then not used.
-        num_kv_heads: Number of heads of keys and values of a block.
+            .gguf file. With these, the options of sizes and forks are ignored.
+        num_kv_heads: Number of key/value heads of a block.
         vocab_size: Number of token ids.
         batch_size: Number of rows of a batch.
         ratio: Streams per token after the fork layers, `PrefixRank(ratio)`.
         fork_layers: Blocks in front of which streams fork.
-        contexts: Numbers of tokens in the cache when the timed steps begin, a line for each.
-        new_tokens: Number of timed steps at each context, one after another.
-        repeats: Number of rounds of each measurement; the smallest time counts.
+        contexts: Numbers of tokens in the cache when the timed steps begin; one line is printed for
+            each.
+        new_tokens: Number of consecutive decoding steps that are timed at each context.
+        repeats: Number of rounds of each measurement; the smallest time is reported.
     """
 
     embed_dim: int = 512
@@ -48,7 +49,7 @@ class DecodeBenchmark(ModelSizes):
 
 
 def main(config: DecodeBenchmark) -> None:
-    """Print a row for each context."""
+    """Print times per token of all runs, a row for each context."""
     if config.model is not None:
         return pretrained(config, config.model)
     plain, bubbles = (
@@ -110,7 +111,7 @@ def pretrained(config: DecodeBenchmark, name: str) -> None:
 
 
 class CachedRun:
-    """Greedy steps after a prefill of `context` tokens, in one compiled loop as in `generate`."""
+    """Greedy decoding after a prefill of `context` tokens, in a compiled loop as in `generate`."""
 
     def __init__(self, model: Thoughtbubbles, config: DecodeBenchmark, context: int):
         self._model, self._config, self._context = model, config, context
@@ -128,7 +129,7 @@ class CachedRun:
         self._cache: Cache | None = None
 
     def __call__(self) -> Cost:
-        """Cost of a step, which is a token of each row."""
+        """Decode `new_tokens` tokens in each row, and return the mean cost of a step."""
         config, context = self._config, self._context
         cache = init_cache(self._model, config.batch_size, context + config.new_tokens)
         tokens = jnp.asarray(
@@ -142,13 +143,13 @@ class CachedRun:
         return clock.read().per(config.new_tokens)
 
     def streams(self) -> float:
-        """Live streams per token after the last fork layer, in the cache of the last call."""
+        """Mean number of live streams per token after the last fork layer, in the last call."""
         assert self._cache is not None
         return float((self._cache.streams / self._cache.length).mean())
 
 
 class RecomputedRun:
-    """The forward pass over the whole prefix that each new token costs without a cache."""
+    """Forward pass over a prefix of `context` tokens, which each token costs without a cache."""
 
     def __init__(self, model: Thoughtbubbles, config: DecodeBenchmark, context: int):
         self._model = model
@@ -163,5 +164,5 @@ class RecomputedRun:
         self._last = jax.jit(last)
 
     def __call__(self) -> Cost:
-        """Cost of a forward pass, which gives a token of each row."""
+        """Run the forward pass, which gives one token in each row, and return its cost."""
         return timed(self._last, self._model, self._tokens)

@@ -1,4 +1,4 @@
-"""Time to the first token: prompts prefilled by blocks in their stack, and by blocks one by one."""
+"""Time to the first token, by a loop over stacked blocks and by unstacked blocks."""
 
 import dataclasses
 from functools import partial
@@ -14,18 +14,18 @@ from train.benchmarks.timing import interleaved, ratio, timed
 
 @dataclasses.dataclass(frozen=True)
 class FirstTokenBenchmark:
-    """Times a prefill with random weights, by default of the sizes of SmolLM2-135M.
+    """Times a prefill with random weights; the default sizes are those of SmolLM2-135M.
 
     Attributes:
         vocab_size: Number of token ids.
         embed_dim: Width of the residual streams.
         num_layers: Number of blocks.
         num_heads: Number of attention heads of a block.
-        num_kv_heads: Number of heads of keys and values of a block.
+        num_kv_heads: Number of key/value heads of a block.
         mlp_dim: Hidden width of the MLP.
         batch_size: Number of rows of a batch.
-        prompts: Numbers of tokens of a prompt, a line for each.
-        repeats: Number of rounds of each measurement; the smallest time counts.
+        prompts: Numbers of tokens of a prompt; one line is printed for each.
+        repeats: Number of rounds of each measurement; the smallest time is reported.
     """
 
     vocab_size: int = 49_152
@@ -44,7 +44,7 @@ class FirstTokenBenchmark:
 
 
 def main(config: FirstTokenBenchmark) -> None:
-    """Print a row for each prompt."""
+    """Print times and temporary memory of both kinds of prefill, a row for each prompt length."""
     sizes = {
         name: getattr(config, name)
         for name in (
@@ -74,7 +74,11 @@ def main(config: FirstTokenBenchmark) -> None:
 
 
 def first_token(model: Thoughtbubbles, tokens: jax.Array) -> tuple[jax.Array, Any]:
-    """The most probable token after each prompt `[B, T]`, and the cache, as in `generate`."""
+    """Prefill prompts `[B, T]` as `generate` does.
+
+    Returns:
+        The most probable next token of each row, `[B]` int32, and the cache.
+    """
     rows, length = tokens.shape
     lengths = jnp.full((rows,), length, jnp.int32)
     cache = model.init_cache(rows, 2 * length)

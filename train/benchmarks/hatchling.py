@@ -1,4 +1,4 @@
-"""A Dragon Hatchling beside the plain decoder of as many parameters: step, prefill, decoding."""
+"""Time a Dragon Hatchling beside a plain decoder of about as many parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from train.engine.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class HatchlingBenchmark:
-    """Times a Dragon Hatchling and a plain decoder of the same width and number of parameters.
+    """Times a Dragon Hatchling and a plain decoder of the same width and about as many parameters.
 
     Attributes:
         vocab_size: Number of token ids.
@@ -32,12 +32,12 @@ class HatchlingBenchmark:
         num_heads: Number of heads of both models.
         chunk: Number of tokens of a chunk of the Hatchling.
         batch_size: Number of rows of a batch.
-        contexts: Numbers of tokens before the decoded ones, and of a prefill.
-        longest: Largest context at which prefill and training steps are timed: the plain decoder's
-            scores of a row of 16,384 tokens fill gigabytes.
-        new_tokens: Number of decoded tokens that are timed at each context, one after another.
-        repeats: Number of rounds of each measurement; the smallest time counts, and ratios have
-            their spread over rounds beside them.
+        contexts: Numbers of tokens of a training row, of a prefill, and in front of decoded tokens.
+        longest: Largest context at which training steps and prefills are timed: the plain decoder's
+            attention scores of 16,384 tokens fill gigabytes.
+        new_tokens: Number of consecutive decoding steps that are timed at each context.
+        repeats: Number of rounds of each measurement; the smallest time and the spread of ratios
+            over rounds are reported.
     """
 
     vocab_size: int = 256
@@ -60,7 +60,10 @@ class HatchlingBenchmark:
             raise ValueError(f"contexts={self.contexts}: choose 1 or more")
 
     def configs(self) -> dict[str, Any]:
-        """Configs of both models; the plain one has the depth that comes nearest in parameters."""
+        """Return the configs "plain" and "hatchling".
+
+        The plain decoder has the depth with which its number of parameters is closest.
+        """
         hatchling = HatchlingConfig(
             vocab_size=self.vocab_size,
             embed_dim=self.embed_dim,
@@ -84,7 +87,7 @@ class HatchlingBenchmark:
 
 
 def main(config: HatchlingBenchmark) -> None:
-    """Print a row for each part and context."""
+    """Print the times of both models and their ratio, a row for each part and context."""
     configs = config.configs()
     models = {name: random_architecture(shape) for name, shape in configs.items()}
     print(
@@ -111,12 +114,12 @@ def main(config: HatchlingBenchmark) -> None:
 
 
 def random_architecture(config: Any) -> Architecture:
-    """A model of any architecture with random weights."""
+    """Make a model with random weights, of the architecture that the config is for."""
     return jax.jit(lambda: architecture_of(config)(config, rngs=nnx.Rngs(0)))()
 
 
 def step_of(model: Architecture, config: HatchlingBenchmark, context: int) -> Callable[[], Cost]:
-    """A training step on rows of `context` tokens."""
+    """Return a function that takes a training step on rows of `context` tokens and times it."""
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     trainable = make_trainable(model.config, OptimizerConfig(), steps=1000, mesh=mesh)
     rows = place(random_tokens(config.vocab_size, config.batch_size, context + 1), mesh)
@@ -130,7 +133,10 @@ def step_of(model: Architecture, config: HatchlingBenchmark, context: int) -> Ca
 
 
 def prefill_of(model: Architecture, config: HatchlingBenchmark, context: int) -> Callable[[], Cost]:
-    """A forward pass of a prompt into an empty cache, to the logits of its last token."""
+    """Return a function that times a prefill: a forward pass of `context` tokens into a cache.
+
+    It ends with the logits of the last token.
+    """
     tokens = jnp.asarray(random_tokens(config.vocab_size, config.batch_size, context))
     length = jnp.full((config.batch_size,), context, jnp.int32)
 
@@ -144,9 +150,10 @@ def prefill_of(model: Architecture, config: HatchlingBenchmark, context: int) ->
 
 
 def decode_of(model: Architecture, config: HatchlingBenchmark, context: int) -> Callable[[], Cost]:
-    """A greedy decoding step after `context` tokens, in one compiled loop as in `generate`.
+    """Return a function that times greedy decoding steps after `context` tokens.
 
-    What the cache holds changes no time, so that it is filled with zeros of that length.
+    The steps are one compiled loop, as in `generate`. The time does not depend on the content of
+    the cache, so it is not filled but only set to the length `context`.
     """
     rows, decoder = config.batch_size, model.for_decoding()
     one = jnp.ones((rows,), jnp.int32)

@@ -1,4 +1,4 @@
-"""What weaving costs in generation and in a training step, and what re-prefilling would cost."""
+"""Time weaving in generation and training, and re-prefilling rows in place of extending them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,20 +33,20 @@ from train.benchmarks.timing import Clock, Cost, interleaved, timed
 
 @dataclasses.dataclass(frozen=True)
 class MemGenBenchmark(ModelSizes):
-    """Times MemGen with random weights; tokens are sampled, and a share of all ids are boundaries.
+    """Times MemGen with random weights, sampled tokens and random ids as boundaries.
 
     Attributes:
-        num_kv_heads: Number of heads of keys and values of a block.
+        num_kv_heads: Number of key/value heads of a block.
         vocab_size: Number of token ids.
-        latents: Number of latents of an event.
-        weave: Share of tokens after which memory is woven.
-        batches: Numbers of rows of a generation, a line for each.
+        latents: Number of latents of a weaving event.
+        weave: Fraction of token ids that are boundaries, after which memory is woven.
+        batches: Numbers of rows of a generation; one line is printed for each.
         prompt: Number of tokens of a prompt.
         new_tokens: Number of tokens that are generated in each row.
         sft_batch: Number of rows of a training step.
         sft_tokens: Number of tokens of a training row.
-        sft_events: Number of events of a training row.
-        repeats: Number of rounds of each measurement; the smallest time counts.
+        sft_events: Number of weaving events of a training row.
+        repeats: Number of rounds of each measurement; the smallest time is reported.
     """
 
     num_kv_heads: int = 2
@@ -73,12 +73,12 @@ class FromScratch(nnx.Module):
 
     A weaver re-prefills its whole context at each event. Only slots that are filled are computed,
     rounded up to a quarter of the capacity. Published code re-prefills all rows of a batch if one
-    weaves; how many rows are computed here is up to the loop.
+    weaves; here the decoding loop decides how many rows are computed.
 
     Args:
         decoder: Decoder that does the work.
-        slots: Number of vectors of a chunk that drops the cache.
-        weaves: Whether the decoder is a weaver's, whose forward passes are all over the whole row.
+        slots: Number of latents of an event; a chunk of so many vectors causes a re-prefill.
+        weaves: Whether this is the decoder of a weaver, which keeps no cache of keys and values.
     """
 
     def __init__(self, decoder: Any, slots: int, weaves: bool = False):
@@ -146,7 +146,7 @@ class FromScratch(nnx.Module):
 
 
 def main(config: MemGenBenchmark) -> None:
-    """Print tokens/s of generation, and times of training steps."""
+    """Print tokens per second of generation, and times of training steps."""
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.latents} latents an event, "
         f"prompts of {config.prompt}, {config.new_tokens} new tokens; tokens/s"
@@ -187,11 +187,11 @@ def main(config: MemGenBenchmark) -> None:
 
 
 def build(config: MemGenBenchmark, events: int, latents_see_latents: bool = True) -> MemGen:
-    """A MemGen with random weights.
+    """Make a `MemGen` with random weights.
 
     Args:
-        config: Sizes, and the share of ids that are boundaries.
-        events: Number of events of a row after the one at the end of its prompt.
+        config: Options of the benchmark.
+        events: Maximum number of events of a row, besides the one at the end of its prompt.
         latents_see_latents: Option of `WeaverConfig`.
     """
     model = config.model_config(config.vocab_size, num_kv_heads=config.num_kv_heads)
@@ -209,14 +209,14 @@ def build(config: MemGenBenchmark, events: int, latents_see_latents: bool = True
 
 
 class Generation:
-    """One generation, timed without its prefill.
+    """One generation, timed without the prefill of its prompts.
 
     Args:
         config: Options of the benchmark.
         batch: Number of rows.
         policy: Trigger policy.
-        re_prefill: Rows that are prefilled again from their beginning at an event: none, "some",
-            which are those that weave, or "all", as published code does.
+        re_prefill: Rows that are prefilled again from their beginning at an event: "some" for those
+            that weave, "all" for the whole batch as in published code, or None for no row.
     """
 
     def __init__(
@@ -255,12 +255,12 @@ class Generation:
 
 
 def training_step(config: MemGenBenchmark, latents_see_latents: bool | None) -> Callable[[], Cost]:
-    """Returns a function that computes the loss and gradients of the weaver and gives their cost.
+    """Return a function that computes the loss and the weaver's gradients, and returns their cost.
 
     Args:
         config: Options of the benchmark.
-        latents_see_latents: Option of `WeaverConfig`; None for one forward pass of each decoder
-            over rows of the same length, with nothing inserted.
+        latents_see_latents: Option of `WeaverConfig`. None stands for the baseline: one forward
+            pass of weaver and reasoner each, over tokens alone, in rows as long as with latents.
     """
     events, length = config.sft_events, config.sft_tokens
     memgen = build(config, events - 1, latents_see_latents is not False)

@@ -1,4 +1,4 @@
-"""The decoders that benchmarks time: sizes, random weights and random tokens."""
+"""Models and inputs of benchmarks: sizes, random weights and random tokens."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ class ModelSizes:
     num_heads: int = 4
 
     def model_config(self, vocab_size: int, **options: Any) -> ModelConfig:
-        """Config of a decoder of these sizes.
+        """Return the config of a decoder of these sizes.
 
         Args:
             vocab_size: Number of token ids.
@@ -41,10 +41,10 @@ class ModelSizes:
 
 
 def random_model(config: ModelConfig) -> Thoughtbubbles:
-    """A model with random weights; speed does not depend on what it says."""
+    """Make a model with random weights; its speed does not depend on what it predicts."""
     return jax.jit(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))()
 
 
 def random_tokens(vocab_size: int, *shape: int) -> np.ndarray:
-    """Uniformly random token ids of a shape, int32."""
+    """Sample uniformly random token ids of this shape, int32; all calls use the same seed."""
     return np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int32)

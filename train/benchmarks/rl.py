@@ -1,4 +1,4 @@
-"""What reinforcement learning costs: rollouts, updates, prompts that many rows begin with."""
+"""Time rollouts and updates of reinforcement learning, with and without shared prompts."""
 
 import dataclasses
 import tempfile
@@ -19,16 +19,16 @@ from train.rl.types import Completion, Problem, Reward, Split, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class RLBenchmark(ModelSizes):
-    """Times GRPO with random weights over bytes; few texts end before their last token.
+    """Times GRPO with random weights over bytes, so that few rollouts end early.
 
     Attributes:
-        prompts: Numbers of tokens of a prompt, a line for each.
-        new_tokens: Number of tokens of a rollout.
+        prompts: Numbers of tokens of a prompt; one line is printed for each.
+        new_tokens: Maximum number of tokens of a rollout.
         problems: Number of prompts of a step.
         num_generations: Number of rollouts of a prompt.
         train: Parameters that are trained, "all" or a "lora" adapter.
         accumulate: Number of parts that the rows of an update are split into.
-        repeats: Number of rounds of each measurement; the smallest time counts.
+        repeats: Number of rounds of each measurement; the smallest time is reported.
     """
 
     embed_dim: int = 128
@@ -51,10 +51,10 @@ class RLBenchmark(ModelSizes):
 
 @dataclasses.dataclass(frozen=True)
 class LongPrompts:
-    """Task of random letters; a rollout is worth its share of low bytes.
+    """Task with prompts of random letters, whose reward is the fraction of tokens below 128.
 
     Attributes:
-        length: Number of tokens of a prompt, with the separator that it begins with.
+        length: Number of tokens of a prompt, including the separator at its beginning.
         name: Name of the task.
     """
 
@@ -77,7 +77,7 @@ class LongPrompts:
 
 
 def main(config: RLBenchmark) -> None:
-    """Print where the time of a step goes, and what it saves to compute a prompt once."""
+    """Print the times of a step's parts, and how much time it saves to compute a prompt once."""
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.train} trained, "
         f"{config.new_tokens} new tokens; {config.problems} x {config.num_generations} rollouts a "
@@ -111,7 +111,14 @@ def main(config: RLBenchmark) -> None:
 
 
 def make_job(config: RLBenchmark, length: int, folder: str, **options: Any) -> RLJob:
-    """GRPO on prompts of `length` tokens, its run in `folder`, with further `options` of a run."""
+    """Make a GRPO run on prompts of `length` tokens.
+
+    Args:
+        config: Options of the benchmark.
+        length: Number of tokens of a prompt.
+        folder: Folder of the run.
+        options: Further fields of `RLConfig`.
+    """
     model = random_model(config.model_config(ByteTokenizer.vocab_size))
     run = RLConfig(
         weights="random",
@@ -129,9 +136,11 @@ def make_job(config: RLBenchmark, length: int, folder: str, **options: Any) -> R
 
 
 def best_step(job: RLJob, repeats: int) -> dict[str, float]:
-    """Mean tokens written in a step, and the smallest seconds of its rollouts and of its update.
+    """Run `repeats` steps of a job, after one that compiles and is not counted.
 
-    The first step compiles and is not counted.
+    Returns:
+        Mean number of generated "tokens" of a step, and the smallest "rollout_seconds" and
+        "update_seconds".
     """
     state, steps = job.first_state(), []
     for _ in range(repeats + 1):
@@ -144,16 +153,16 @@ def best_step(job: RLJob, repeats: int) -> dict[str, float]:
 
 
 def update_pair(job: RLJob, other: RLJob) -> dict[str, "Updates"]:
-    """Updates of two jobs on the same rollouts, `once` and `each`."""
+    """Return updates of `job` ("once") and of `other` ("each") on the same rollouts."""
     trajectories = job.collect(job.first_state().weights).trajectories
     return {"once": Updates(job, trajectories), "each": Updates(other, trajectories)}
 
 
 class Updates:
-    """Updates of a job on the same rollouts again and again.
+    """An update of a job that can be repeated on the same rollouts.
 
     Attributes:
-        flops: Floating-point operations of an update by XLA's count, of loops one round.
+        flops: Floating-point operations of an update as XLA counts them, loops as one round.
     """
 
     def __init__(self, job: RLJob, trajectories: Sequence[Trajectory]):
@@ -170,7 +179,7 @@ class Updates:
 
 
 class Rollouts:
-    """All rollouts of one prompt, which is prefilled once for all rows, or in each row."""
+    """All rollouts of one prompt, which is prefilled once if `shared`, otherwise in each row."""
 
     def __init__(self, job: RLJob, config: RLBenchmark, shared: bool):
         self._sampler: Sampler = job.sampler(job.first_state().weights)

@@ -1,4 +1,4 @@
-"""What choosing streams costs: score, policy, scan, compaction and gather in a forward pass."""
+"""Time the selection of streams in a forward pass: score, policy, scan, compaction and gather."""
 
 import dataclasses
 from functools import partial
@@ -13,8 +13,7 @@ from train.benchmarks.timing import interleaved, timed
 
 @dataclasses.dataclass(frozen=True)
 class SelectionBenchmark(ModelSizes):
-    """Times each policy's fork layers alone, on the streams that they get, and the whole forward
-    pass.
+    """Times the fork layers of each policy alone, and the whole forward pass.
 
     Attributes:
         vocab_size: Number of token ids.
@@ -22,7 +21,7 @@ class SelectionBenchmark(ModelSizes):
         batch_size: Number of rows of a batch.
         ratio: Streams per token of each policy.
         fork_layers: Blocks in front of which streams fork.
-        repeats: Number of timed calls of each function; the smallest time counts.
+        repeats: Number of timed calls of each function; the smallest time is reported.
     """
 
     embed_dim: int = 512
@@ -40,7 +39,7 @@ class SelectionBenchmark(ModelSizes):
 
 
 def main(config: SelectionBenchmark) -> None:
-    """Print a line for each policy."""
+    """Print the time of selection beside that of a forward pass, a line for each policy."""
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.seq_len} tokens, batch "
         f"{config.batch_size}, forks before {config.fork_layers}, ratio {config.ratio}"
@@ -73,7 +72,7 @@ def main(config: SelectionBenchmark) -> None:
 
 
 def streams_before_forks(model: Thoughtbubbles, tokens: Any) -> list[Streams]:
-    """The streams that each fork layer gets."""
+    """Compute the input of each fork layer, for token ids `[B, T]` int32."""
     streams, before = Streams.start(model.embed_tokens(tokens)), []
     for (start, end), fork in zip(model.config.groups(), model.forks, strict=False):
         before.append(model.run_blocks(streams, start, end))

@@ -1,4 +1,4 @@
-"""Timing side by side: rounds in turns after a warm-up, smallest and median cost, ratios."""
+"""Timing of functions side by side: they are called in turns, and their times are compared."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,12 @@ class Cost(NamedTuple):
     cpu_seconds: float
 
     def per(self, count: int) -> "Cost":
-        """Cost of one of `count` equal parts."""
+        """Divide the cost by `count`, for work that consists of so many equal parts."""
         return Cost(self.seconds / count, self.cpu_seconds / count)
 
 
 class Clock:
-    """Wall-clock and CPU time since the clock was made."""
+    """A clock whose `read` returns the wall-clock and CPU time since it was made."""
 
     def __init__(self):
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -35,25 +35,25 @@ class Clock:
 
 
 def timed(function: Callable[..., Any], *args: Any) -> Cost:
-    """Cost of one call, until all arrays that it returns are computed."""
+    """Call a function, wait until all arrays that it returns are computed, and return the cost."""
     clock = Clock()
     jax.block_until_ready(function(*args))
     return clock.read()
 
 
 class Timing(NamedTuple):
-    """Costs of one function, a cost per round."""
+    """Costs of one function, one for each round."""
 
     rounds: Sequence[Cost]
 
     @property
     def best(self) -> Cost:
-        """The smallest time of each kind, which other work on the machine disturbs least."""
+        """Smallest wall-clock and CPU time, which other work on the machine disturbs least."""
         return Cost(*map(min, zip(*self.rounds, strict=True)))
 
     @property
     def median(self) -> Cost:
-        """The median time of each kind."""
+        """Median wall-clock and CPU time."""
         return Cost(*map(float, np.median(np.array(self.rounds), axis=0)))
 
 
@@ -74,7 +74,7 @@ class Ratio(NamedTuple):
 
 
 def ratio(numerator: Timing, denominator: Timing) -> Ratio:
-    """Ratio of two timings of the same `interleaved` call, with its spread over rounds."""
+    """Compute the ratio of two timings from one `interleaved` call, with its spread over rounds."""
     pairs = zip(numerator.rounds, denominator.rounds, strict=True)
     of_rounds = [above.seconds / below.seconds for above, below in pairs]
     return Ratio(
@@ -86,11 +86,11 @@ def ratio(numerator: Timing, denominator: Timing) -> Ratio:
 
 
 def interleaved(runs: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, Timing]:
-    """Times functions in turns, so that drifts of the machine reach all of them alike.
+    """Time functions in turns, so that changes of the machine's speed affect all of them alike.
 
     Args:
-        runs: Functions that do their work once and return its cost, by name. The first call of
-            each compiles and is not counted.
+        runs: Functions by name, which do their work once and return its cost. The first call of
+            each function compiles and is not counted.
         rounds: Number of counted calls of each function.
 
     Returns:

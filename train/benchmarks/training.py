@@ -1,4 +1,4 @@
-"""What forks cost in a train step and in a forward pass, beside the plain decoder."""
+"""Time a train step and a forward pass of a forking decoder, beside the plain decoder."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,8 +30,8 @@ class TrainingBenchmark(ModelSizes):
         fork_layers: Blocks in front of which streams fork; by default those at a quarter, half and
             three quarters of the depth.
         dtype: Type of activations, "float32" or "bfloat16".
-        repeats: Number of timed calls of each function; the smallest time counts, and the median
-            stands beside it.
+        repeats: Number of timed calls of each function; the smallest and the median time are
+            reported.
     """
 
     vocab_size: int = 1024
@@ -49,13 +49,13 @@ class TrainingBenchmark(ModelSizes):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One model's functions, ready to call, and the FLOPs of a forward pass.
+    """One model's functions to time, and the FLOPs of its forward pass.
 
     Attributes:
         step: Train step on the batch; it updates the model.
         forward: Forward pass to the logits of all positions.
         flops: Model FLOPs of a forward pass.
-        xla_flops: XLA's count of the same; NaN where it gives none.
+        xla_flops: FLOPs of a forward pass as XLA counts them; NaN if XLA gives no count.
     """
 
     step: Callable[[], Any]
@@ -107,7 +107,7 @@ def main(config: TrainingBenchmark) -> None:
 
 
 def prepare(config: TrainingBenchmark, fork_layers: tuple[int, ...]) -> Compiled:
-    """Compile the forward pass, and make the train step ready to compile at its first call."""
+    """Make a model's functions; the train step compiles at its first call, the other one here."""
     model = config.model_config(
         config.vocab_size,
         fork_layers=fork_layers,

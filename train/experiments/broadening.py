@@ -3,10 +3,10 @@
 python -m train.experiments.broadening --out broadening.jsonl --figure broadening.png
 python -m train.experiments.broadening --report broadening.jsonl --figure broadening.png
 
-The logits of one choice are trained with 4 to 5120 rollouts a step, always with as many optimizer
-steps (`train.rl.learning.mass_balance.simulate`). More rollouts move more probability to correct
-tokens, and with many no correct token loses any: the unsampled coupling, the third term of the mass
-balance, has vanished. Runs on a CPU in seconds.
+The logits of one choice are trained with 4 to 5120 rollouts a step, each time for the same number
+of optimizer steps (`train.rl.learning.mass_balance.simulate`). More rollouts move more probability
+to correct tokens. With many rollouts no correct token loses probability, since the unsampled
+coupling, the third term of the mass balance, has vanished. Runs on a CPU in seconds.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ BATCHES = 400  # of which terms are averaged
 
 @dataclasses.dataclass(frozen=True)
 class Broadening(StudyConfig):
-    """Simulates training with several numbers of rollouts, or reports what was simulated.
+    """Simulates training with several numbers of rollouts, or reports stored simulations.
 
     Attributes:
         rollouts: Numbers of rollouts of a step (N).
@@ -79,7 +79,7 @@ def main(config: Broadening) -> None:
 
 
 def simulate_missing(config: Broadening, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing simulations."""
+    """Run the simulations that `results` lacks; yield the result of each with a line to print."""
     sizes = {"tokens": config.tokens, "correct": config.correct, "steps": config.steps}
     runs = (
         {"rollouts": count, "seed": seed, **sizes}
@@ -104,7 +104,7 @@ def simulate_missing(config: Broadening, results: Results) -> Iterator[tuple[Res
 
 
 def report(results: list[Result]) -> str:
-    """A markdown table: means over seeds ± their standard errors."""
+    """Format a Markdown table by number of rollouts: means over seeds ± their standard errors."""
     rows = []
     for (count,), of_count in by_key(results, "rollouts").items():
         column = lambda name, of_count=of_count: [result[name] for result in of_count]  # noqa: E731
@@ -126,7 +126,7 @@ def report(results: list[Result]) -> str:
 
 
 def expected_terms(count: int, seed: int = 0) -> np.ndarray:
-    """The three terms of the mass balance of `CHOICE`, averaged over batches of rollouts, `[3]`.
+    """Average the three terms of the mass balance of `CHOICE` over batches of rollouts, `[3]`.
 
     Args:
         count: Number of rollouts (N).
@@ -140,7 +140,7 @@ def expected_terms(count: int, seed: int = 0) -> np.ndarray:
 
 
 def draw(results: Sequence[Result]) -> "Figure":
-    """Three panels: training by number of rollouts, unsampled mass, terms of the mass balance."""
+    """Draw three panels: training curves, unsampled mass, and terms of the mass balance."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")

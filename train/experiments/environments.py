@@ -1,13 +1,14 @@
-"""Scores of the random, the scripted and trained players of environments.
+"""Scores of random, scripted and trained players in environments.
 
 python -m train.experiments.environments --episodes 500
 python -m train.experiments.environments --environments guess_number --arms "ppo(gamma=0.9)" grpo
 python -m train.experiments.environments --report environments.jsonl
 
-A trained player is a small decoder of bytes that has seen episodes of the random player, so that it
-knows how actions are written, and then learns by a method of `train.rl`. All arms of an environment
-and seed begin with the same weights and get as many rollouts. It is scored as it was trained, by
-samples. Each score is a line of the file; a second call plays and trains only what is missing.
+A trained player is a small decoder of bytes. It is first trained on episodes of the random player,
+so that it knows how actions are written, and then by a method of `train.rl`. All arms of an
+environment and seed begin with the same weights and get equally many rollouts. Trained players are
+scored with sampled actions, as in training. Each score is a line of the file; a second call plays
+and trains only what is missing.
 """
 
 import dataclasses
@@ -68,14 +69,14 @@ KEY = ("environment", "player", "seed", "episodes", *SIZES)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(StudyConfig):
-    """Plays the first training problems of each environment by its two players, and trains more.
+    """Scores the random, the scripted and trained players on each environment's training problems.
 
     Attributes:
-        environments: Environments with their options; all that have players by default.
+        environments: Environments with their options; by default all that have a random player.
         episodes: Number of episodes of each player.
         seeds: Seeds of the order of problems, of the players and of trained weights.
-        arms: Methods of `train.rl` with their options, each of which trains a player of each
-            environment; none by default.
+        arms: Methods of `train.rl` with their options; each trains a player in each environment.
+            None by default.
         supervised: Number of optimizer steps on episodes of the random player.
         steps: Number of steps of each method.
         batch_size: Number of problems of a step.
@@ -110,7 +111,7 @@ def main(config: Experiment) -> None:
 
 
 def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Scores of the missing players of each environment and seed."""
+    """Play and train the players that `results` lacks; yield each result with a line to print."""
     sizes = {name: getattr(config, name) for name in SIZES}
     untrained: Result = dict.fromkeys(SIZES)
     shown = untrained | {"supervised": config.supervised}
@@ -136,7 +137,7 @@ def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result,
 
 
 def scored(run: Result, score: Score) -> tuple[Result, str]:
-    """A player's result with its score, and a line that says it."""
+    """Return a player's result with its score, and a line to print."""
     return (
         dataclasses.asdict(score) | run,
         f"{run['environment']}, {run['player']}, seed {run['seed']}: success {score.success:.3f} ± "
@@ -145,10 +146,10 @@ def scored(run: Result, score: Score) -> tuple[Result, str]:
 
 
 def report(results: list[Result]) -> str:
-    """A markdown table: means over seeds ± their standard error.
+    """Format a Markdown table: means over seeds ± their standard errors.
 
-    The error of a single seed's success is that of the mean over its episodes. Options that differ
-    between rows are named beside the player.
+    For a single seed, the error of success is the standard error over its episodes. Options that
+    differ between rows are named beside the player.
     """
     head = (
         "environment, player, seeds, success, reward, turns, rollouts, tokens, updates, CPU-seconds"
@@ -181,7 +182,7 @@ def report(results: list[Result]) -> str:
 
 
 def run_config(config: Experiment, environment: str, seed: int, **changes: Any) -> RLConfig:
-    """Config of a run of reinforcement learning in an environment, with `changes` of its fields."""
+    """Return the config of reinforcement learning in an environment, with some fields changed."""
     base = RLConfig(
         weights="random player",
         train="all",
@@ -205,7 +206,7 @@ def run_config(config: Experiment, environment: str, seed: int, **changes: Any) 
 
 
 def shown_episodes(config: Experiment, text: str, environment: Any, seed: int) -> RLJob:
-    """A decoder that has been trained on the actions of the random player, as a job."""
+    """Train a new decoder on the random player's actions, and return a job that starts from it."""
     lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
     optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
     run = run_config(config, text, seed, steps=config.supervised, optimizer=optimizer)
@@ -230,15 +231,16 @@ def player_episode(
     player: str = "random",
     invokes: bool = False,
 ) -> Trajectory:
-    """An episode of a player as one row, whose actions end in a stop id.
+    """Play an episode and return it as one row of tokens, in which each action ends in a stop id.
 
     Args:
-        lm: Language model whose tokens are written.
+        lm: Language model whose tokenizer and stop id are used.
         environment: Environment with players.
-        rollout: Rollout that the row is of.
+        rollout: Rollout with the problem to play.
         seed: Seed of the player.
         player: "random" or "scripted".
-        invokes: Whether a coin decides for each turn if latent memory is invoked before it.
+        invokes: Whether the row records a random decision before each turn to invoke latent memory
+            or not.
     """
     formatter, problem = PromptFormatter(lm), rollout.problem
     rng = np.random.default_rng([seed, rollout.number])
@@ -261,7 +263,11 @@ def player_episode(
 def trained(
     config: Experiment, text: str, environment: Any, lm: LanguageModel, seed: int, arm: str
 ) -> tuple[RLJob, Result]:
-    """The policy that a method makes of a decoder, as a job, and what it cost."""
+    """Train a decoder by the method `arm`.
+
+    Returns:
+        A job whose initial weights are the trained ones, and the entries of its cost.
+    """
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         train(RLJob(run_config(config, text, seed, method=arm, out=folder), lm, environment))
@@ -274,11 +280,11 @@ def trained(
 
 
 def sampled_score(job: RLJob, episodes: int) -> Score:
-    """Scores of a policy on as many episodes of the first training problems as other players play.
+    """Score a policy on the first training problems, as the other players are scored.
 
     Args:
         job: Job whose initial weights are the policy.
-        episodes: Number of episodes; a finite split begins again at its end.
+        episodes: Number of episodes; if the training split has fewer problems, they are repeated.
     """
     size = job.task.sizes["train"]
     count = episodes if size is None else min(size, episodes)
@@ -290,7 +296,7 @@ def sampled_score(job: RLJob, episodes: int) -> Score:
 
 
 def score_of(rows: Sequence[Trajectory]) -> Score:
-    """Means over the episodes of rows; one that fails has as many turns as it was given."""
+    """Compute the mean scores of the episodes of rows; turns of failed episodes count too."""
     episodes = Episodes.from_trajectories(rows)
     turns = [len(rows[mine[0]].turn_rewards) for mine in episodes.rows]
     error = episodes.success.std() / np.sqrt(len(turns))

@@ -4,11 +4,11 @@ python -m train.experiments.hatchling_quality --out hatchling_quality.jsonl
 python -m train.experiments.hatchling_quality --report hatchling_quality.jsonl
 
 All arms read the same rows of bytes of the standard library's source in the same order, with the
-same optimizer, whose learning rate is tuned for none of them; each has about the plain decoder's
-number of parameters. A Hatchling uses its weights in each application of its layer, so that equal
-tokens are several times the plain decoder's FLOPs and time: the arms `plain_flops` and `plain_time`
-are the plain decoder trained until it has spent the Hatchling's. Each finished (arm, seed) is a
-line of the file; a second call runs only what is missing.
+same optimizer, whose learning rate is tuned for none of them. Each has about as many parameters as
+the plain decoder. A Hatchling uses its weights in each application of its layer, so that it spends
+several times the plain decoder's FLOPs and time on the same tokens. Therefore the arms
+`plain_flops` and `plain_time` train the plain decoder for as many FLOPs, or as much time. Each
+finished (arm, seed) is a line of the file; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -52,10 +52,10 @@ PLAIN = "plain"  # the arm that the others are compared with
 
 @dataclasses.dataclass(frozen=True)
 class HatchlingQuality(StudyConfig):
-    """Trains a Dragon Hatchling beside decoders of as many parameters, or reports what was trained.
+    """Trains a Dragon Hatchling beside decoders of as many parameters, or reports stored results.
 
     Attributes:
-        arms: Names of `ARMS`.
+        arms: Names of the models to train.
         embed_dim: Width of all models (d).
         num_layers: Number of layers of the decoder, and of applications of the Hatchling's layer.
         num_heads: Number of heads.
@@ -87,7 +87,7 @@ class HatchlingQuality(StudyConfig):
 
 
 def plain(config: HatchlingQuality) -> ModelConfig:
-    """The plain decoder."""
+    """Return the config of the plain decoder."""
     return ModelConfig(
         vocab_size=VOCAB,
         embed_dim=config.embed_dim,
@@ -98,7 +98,7 @@ def plain(config: HatchlingQuality) -> ModelConfig:
 
 
 def hatchling(config: HatchlingQuality) -> HatchlingConfig:
-    """The Hatchling whose number of parameters comes nearest to the plain decoder's."""
+    """Return the config of the Hatchling with about as many parameters as the plain decoder."""
     step = 2 * config.num_heads
     shape = HatchlingConfig(
         vocab_size=VOCAB,
@@ -114,13 +114,13 @@ def hatchling(config: HatchlingQuality) -> HatchlingConfig:
 
 
 def forking(config: HatchlingQuality) -> ModelConfig:
-    """The plain decoder with a fork layer in its middle, behind which a token has two streams."""
+    """Return the plain decoder's config with a fork layer in its middle, to two streams a token."""
     layer = config.num_layers // 2
     return dataclasses.replace(plain(config), fork_layers=(layer,), policy=PrefixRank(2.0))
 
 
 def forking_hatchling(config: HatchlingQuality) -> ForkingHatchlingConfig:
-    """The Hatchling with a fork layer in its middle, behind which a token has two streams."""
+    """Return the Hatchling's config with a fork layer in its middle, to two streams a token."""
     fields = dataclasses.asdict(hatchling(config))
     layer = config.num_layers // 2
     return ForkingHatchlingConfig(**fields, fork_layers=(layer,), policy=PrefixRank(2.0))
@@ -137,10 +137,10 @@ ARMS: dict[str, Callable[[HatchlingQuality], Any]] = {
 
 
 def steps_of(config: HatchlingQuality, arm: str) -> int:
-    """Number of training steps of an arm.
+    """Return the number of training steps of an arm.
 
-    `plain_flops` spends the Hatchling's FLOPs, `plain_time` its CPU time: measured here and now, so
-    that the number is another one on another machine.
+    The arm `plain_flops` spends as many FLOPs as the arm `hatchling`, and `plain_time` as much CPU
+    time. This time is measured during the call, so that the number depends on the machine.
     """
     if arm == "plain_flops":
         spent = hatchling(config).forward_flops(config.seq_len)
@@ -153,7 +153,7 @@ def steps_of(config: HatchlingQuality, arm: str) -> int:
 
 
 def _steps(config: HatchlingQuality, arm: str, count: int = 4) -> Callable[[], Cost]:
-    """A function that trains an arm for `count` more steps and returns what they cost."""
+    """Return a function that trains an arm for `count` more steps and returns their cost."""
     shape: ArchitectureConfig = ARMS[arm](config)
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     trainable = make_trainable(shape, config.optimizer, config.steps, mesh, 0)
@@ -203,7 +203,9 @@ def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: 
     """Train an arm from random weights.
 
     Returns:
-        Its size, its held-out loss, and the share of active neurons by layer, if it has neurons.
+        Entries of a result: sizes and costs (`tokens`, `parameters`, `teraflops`, `step_cpu_ms`),
+        `last_train_loss`, the scores of `Evaluator`, and `active`, the fractions of active neurons
+        by layer, which is empty for a model without neurons.
     """
     shape: ArchitectureConfig = ARMS[arm](config)
     steps = steps_of(config, arm)
@@ -235,7 +237,7 @@ def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: 
 
 
 def report(results: list[Result]) -> str:
-    """Markdown tables, one for each setting; differences are from the plain decoder, by seed."""
+    """Format a table for each setting; differences are to the plain decoder of the same seed."""
     lines = []
     for (steps, *sizes, optimizer), runs in by_key(results, *SETTING).items():
         shown = ", ".join(f"{name} {size}" for name, size in zip(SIZES, sizes, strict=True))
@@ -265,7 +267,7 @@ def report(results: list[Result]) -> str:
 
 
 def _active(runs: list[Result], kind: str) -> str:
-    """Share of active neurons in the first and in the last layer, in the mean over seeds."""
+    """Format the fraction of active neurons in the first and last layer, averaged over seeds."""
     layers = [name for name in runs[0]["active"] if name.endswith(f"/{kind}_active")]
     if not layers:
         return ""

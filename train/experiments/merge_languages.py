@@ -1,11 +1,12 @@
-"""Do Dragon Hatchlings merge? Copies of one model, tuned to other languages, joined untrained.
+"""Can tuned copies of one Dragon Hatchling be merged? Two languages, joined without training.
 
 python -m train.experiments.merge_languages --out docs/quality/merge_languages.jsonl
 python -m train.experiments.merge_languages --report docs/quality/merge_languages.jsonl
 
-A language is the standard library's source with its letters exchanged: the same grammar in other
-words. A base model learns language 0; copies of it are tuned to languages 1 and 2; their neurons
-are concatenated, along neurons and along heads. Each finished seed is a line of the file.
+A language is the standard library's source with permuted letters: the same grammar in other words.
+A base model learns language 0, and copies of it are tuned to languages 1 and 2. The neurons of
+both copies are then concatenated along neurons or along heads. Each finished seed is a line of the
+file.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ KEY = ("seed", "steps", "tuning_steps", *SIZES)
 
 @dataclasses.dataclass(frozen=True)
 class MergeLanguages(StudyConfig):
-    """Trains, tunes and merges Dragon Hatchlings, or reports what was trained.
+    """Trains, tunes and merges Dragon Hatchlings, or reports stored results.
 
     Attributes:
         embed_dim: Width of the models (d).
@@ -51,9 +52,9 @@ class MergeLanguages(StudyConfig):
         tuning_steps: Number of steps of each tuning, of copies and of the merged model.
         batch_size: Number of rows of a step.
         seq_len: Number of tokens of a row.
-        rows: Number of held-out rows, the same ones in each language.
+        rows: Number of held-out rows, the same rows in each language.
         optimizer: Optimizer of the base model.
-        tuning: Optimizer of each tuning.
+        tuning: Optimizer of each tuning, of copies and of the merged model.
     """
 
     embed_dim: int = 32
@@ -89,7 +90,10 @@ def train_missing(config: MergeLanguages, results: Results) -> Iterator[tuple[Re
 
 
 def losses_of_a_seed(config: MergeLanguages, data: PackedData, seed: int) -> dict[str, list[float]]:
-    """Held-out nats per byte in each language, by model."""
+    """Train, tune and merge the models of a seed; return held-out nats per byte by model.
+
+    Each list has the loss in languages 0, 1 and 2.
+    """
     shape = HatchlingConfig(
         embed_dim=config.embed_dim, num_neurons=config.num_neurons, num_layers=config.num_layers
     )
@@ -115,13 +119,13 @@ def trained(
     languages: Sequence[int],
     seed: int,
 ) -> Hatchling:
-    """A model trained on rows of some languages in turn.
+    """Train or tune a model on batches whose rows alternate between languages.
 
     Args:
         config: Options of the experiment.
         data: Rows of language 0.
         shape: Config of the model.
-        start: Model to begin with, which is tuned; None trains a new one.
+        start: Model to tune, which is copied; None to train a new model.
         languages: Languages of the rows: row i of a batch is in language i modulo their number.
         seed: Seed of the parameters and of the order of rows.
     """
@@ -145,7 +149,7 @@ def trained(
 
 
 def cipher(language: int) -> np.ndarray:
-    """The byte of a language that stands for each byte of language 0, `[320]` int32."""
+    """Return the token id of a language for each token id of language 0, `[320]` int32."""
     table = np.arange(320, dtype=np.int32)
     if language:
         order = np.random.default_rng(language).permutation(26)
@@ -156,7 +160,7 @@ def cipher(language: int) -> np.ndarray:
 
 
 def scores(config: MergeLanguages, data: PackedData, model: Hatchling) -> list[float]:
-    """Held-out nats per byte in each language."""
+    """Compute a model's held-out nats per byte in languages 0, 1 and 2."""
     count = len(data.validation)
     rows, _ = data.validation.read(np.linspace(0, count - 1, min(config.rows, count)).astype(int))
     found = []
@@ -173,7 +177,11 @@ def _nats(model: Hatchling, rows: Any) -> jax.Array:
 
 
 def report(results: list[Result]) -> str:
-    """The table: a row for each model, a column for each language."""
+    """Format the table: a row for each model, a column for each language.
+
+    Raises:
+        ValueError: The results are of several settings.
+    """
     kinds = {tuple(result[name] for name in KEY[1:]) for result in results}
     if len(kinds) > 1:
         raise ValueError(f"the file has results of {len(kinds)} settings: give each its own --out")

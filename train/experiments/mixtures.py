@@ -1,11 +1,12 @@
-"""What more of one source does to a small model: a category at 0 to 100 %, the rest in proportion.
+"""What does a small model learn as the fraction of one source grows from 0 to 100 %?
 
 python -m train.experiments.mixtures --category code --out mixtures.jsonl
 python -m train.experiments.mixtures --report mixtures.jsonl
 
-All arms read equally many tokens. Sources are code and prose of Python's standard library, which
-its tokenizer tells apart, and sums. Beside the held-out loss of each source, two probes that no
-source holds: which bracket closes a nest of brackets, and a string of random letters read again.
+All arms read equally many tokens, and the other sources keep their proportions. Sources are sums,
+and the code and the prose of Python's standard library, which Python's tokenizer tells apart. Each
+model is scored by the held-out loss of each source, and by two probes on texts of no source: which
+bracket closes a nest of brackets, and the loss on a string of random letters that is repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from train.experiments.study import (
 
 KEY = ("category", "share", "steps", "seed")
 BASE = {"code": 0.4, "prose": 0.4, "sums": 0.2}
-"""Weights that the share of the category changes."""
+"""Weights of the sources before the fraction of one of them is changed."""
 
 SEQ_LEN, BATCH = 64, 32
 MODEL = ModelConfig(vocab_size=320, embed_dim=64, num_layers=2, num_heads=2, mlp_dim=256)
@@ -59,12 +60,12 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 @dataclasses.dataclass(frozen=True)
 class Mixtures(StudyConfig):
-    """Trains a model on each share of a category, or reports what was trained.
+    """Trains a model with each fraction of a source, or reports stored results.
 
     Attributes:
-        category: Source whose share is changed: "code", "prose" or "sums".
-        shares: Shares of that source; the others keep their proportions.
-        steps: Number of training steps, equal for all shares.
+        category: Source whose fraction is changed: "code", "prose" or "sums".
+        shares: Fractions of this source, from 0 to 1; the other sources keep their proportions.
+        steps: Number of training steps, equal for all fractions.
         rows: Number of held-out rows of each source, and of each probe.
     """
 
@@ -121,7 +122,7 @@ def trained(
     parts: Mapping[str, PackedData],
     steps: int,
 ) -> TrainState:
-    """A model trained from random parameters on a mixture; a source of weight 0 is left out."""
+    """Train a model from random parameters on a mixture; a source of weight 0 is left out."""
     weights = {name: weight for name, weight in weights.items() if weight}
     mixture = parse_mixture(f"mix({weights!r})")
     data = mix(mixture, {name: parts[name] for name in weights})
@@ -134,7 +135,7 @@ def trained(
 
 
 class Scorer:
-    """Held-out loss of each source, and the probes; compiled once.
+    """Scoring by held-out loss of each source and by the probes; its programs compile once.
 
     Args:
         trainable: Model and its mesh.
@@ -150,7 +151,7 @@ class Scorer:
         self._closers = jnp.array([ord(sign) for sign in PAIRS.values()])
 
         def guesses(weights: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Likeliest closing bracket `[N, T]` after each token, and nats of the next one."""
+            """Most probable closing bracket after each token, and nats of the next, `[N, T]`."""
             model: Architecture = trainable.model(weights)
             nats, output = model.token_losses(tokens)
             closers = model.logits(output)[..., self._closers]
@@ -159,7 +160,12 @@ class Scorer:
         self._guesses = jax.jit(guesses)
 
     def __call__(self, weights: Any) -> dict[str, float]:
-        """Scores by name: `NAME_loss` of sources in nats, `brackets` a share, `repeats` in nats."""
+        """Score weights.
+
+        Returns:
+            `NAME_loss`, held-out nats per token of each source; `brackets`, the fraction of right
+            closing brackets; and `repeats`, nats per letter of the repeated string.
+        """
         found = {
             f"{name}_loss": self._evaluate(weights, part.validation)["loss"]
             for name, part in self._parts.items()
@@ -175,9 +181,10 @@ class Scorer:
 
 
 def brackets(rows: int) -> np.ndarray:
-    """Nests of three kinds of brackets around single letters, `[rows, SEQ_LEN + 1]` int32.
+    """Generate nests of three kinds of brackets with single letters, `[rows, SEQ_LEN + 1]` int32.
 
-    Which bracket closes follows from what was opened last and is not closed yet: 1/3 is chance.
+    A closing bracket must be of the same kind as the last one that is still open; a random choice
+    is right in 1/3 of cases.
     """
     rng = random.Random(0)
     found = []
@@ -195,16 +202,17 @@ def brackets(rows: int) -> np.ndarray:
 
 
 def repeats(rows: int) -> np.ndarray:
-    """A string of random letters twice, `[rows, SEQ_LEN + 1]` int32: nats of the second are scored.
+    """Generate rows of a string of random letters and its copy, `[rows, SEQ_LEN + 1]` int32.
 
-    Whoever reads the first scores near 0, whoever does not at best ln 26 = 3.26.
+    The copy is scored: a model that looks at the first string scores near 0 nats per letter, one
+    that does not at best ln 26 = 3.26.
     """
     letters = np.random.default_rng(0).integers(97, 123, (rows, SEQ_LEN // 2))
     return np.concatenate([np.full((rows, 1), 10), letters, letters], axis=1).astype(np.int32)
 
 
 def packed_sources() -> dict[str, PackedData]:
-    """Packed rows of the sources of `BASE`."""
+    """Prepare packed rows of the sources of `BASE`, by name."""
     config = DataConfig(seq_len=SEQ_LEN)
     documents = {"code": lambda: library(False), "prose": lambda: library(True), "sums": sums}
     return {
@@ -214,7 +222,7 @@ def packed_sources() -> dict[str, PackedData]:
 
 
 def library(prose: bool) -> Iterator[str]:
-    """The comments and long strings of each file of the standard library, or all but these."""
+    """Yield the prose (comments and long strings) or the code of each standard-library file."""
     source = standard_library()
     for file in source.files:
         text = (source.root / file).read_text(encoding="utf-8", errors="replace")
@@ -229,7 +237,7 @@ def library(prose: bool) -> Iterator[str]:
 
 
 def sums() -> Iterator[str]:
-    """Sums of numbers below 1000, a hundred in a document."""
+    """Yield documents of a hundred sums of numbers below 1000."""
     rng = random.Random(0)
     for _ in range(1000):
         pairs = [(rng.randrange(1000), rng.randrange(1000)) for _ in range(100)]
@@ -237,7 +245,7 @@ def sums() -> Iterator[str]:
 
 
 def report(results: list[Result]) -> str:
-    """Markdown tables of shares, one for each category and number of steps."""
+    """Format a Markdown table for each category and number of steps, a row for each fraction."""
     lines = []
     for (category, steps), runs in by_key(results, "category", "steps").items():
         names = [*(f"{name}_loss" for name in BASE), "brackets", "repeats"]

@@ -60,10 +60,10 @@ SAMPLES = 8  # by which a case is missed
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-    """Responses of letters a and b, with z or y at one position: z is right.
+    """Task whose responses are letters a and b, with z (right) or y (wrong) at one position.
 
     Attributes:
-        at: Index of the letter that decides.
+        at: Index of the letter that is z or y.
         rate: Probability of z in demonstrations.
         length: Number of letters.
     """
@@ -87,25 +87,25 @@ class Needle:
 
 
 def late(stretch: int) -> tuple[Any, int, int]:
-    """A needle in the last node."""
+    """Return an entry of `TASKS` with a needle in the last node."""
     letters = LETTERS * stretch - 1
     return Needle(letters - 2, 1 / 16, letters), letters + 1, STEP_LEN * stretch
 
 
 def middle(stretch: int) -> tuple[Any, int, int]:
-    """A needle in the middle."""
+    """Return an entry of `TASKS` with a needle in the middle of the response."""
     letters = LETTERS * stretch - 1
     return Needle(letters // 2, 1 / 16, letters), letters + 1, STEP_LEN * stretch
 
 
 def early(stretch: int) -> tuple[Any, int, int]:
-    """A needle in the first node."""
+    """Return an entry of `TASKS` with a needle in the first node."""
     letters = LETTERS * stretch - 1
     return Needle(1, 1 / 16, letters), letters + 1, STEP_LEN * stretch
 
 
 def sums(stretch: int) -> tuple[Any, int, int]:
-    """A real task: sums of a decoder that has seen some, whose digits are nodes."""
+    """Return an entry of `TASKS` for a real task: sums, with a node for each `stretch` digits."""
     digits = 2 * stretch
     return Arithmetic(seed=0, digits=digits), digits + 2, stretch
 
@@ -116,19 +116,19 @@ TASKS: dict[str, Callable[[int], tuple[Any, int, int]]] = {
     "early": early,
     "sums": sums,
 }
-"""Task, tokens of the longest response, and tokens of a node, by name, for a `stretch`."""
+"""Functions of `stretch` by name: task, tokens of the longest response, and tokens of a node."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(StudyConfig):
-    """Searches planted needles and sums, or reports what was found.
+    """Searches planted needles and sums, or reports stored results.
 
     Attributes:
-        tasks: Names of `TASKS`.
-        problems: Number of problems, of which those that 8 samples miss are cases.
+        tasks: Names of the tasks: "late", "middle", "early" (planted needles) or "sums".
+        problems: Number of problems; only those that 8 samples fail to solve are searched.
         supervised: Number of optimizer steps on demonstrations.
-        stretch: Factor of the number of letters of a response (24, or 2 digits of a number) and of
-            the tokens of a node (4, or 1): search copies cached state once a node.
+        stretch: Factor by which responses (24 letters, or numbers of 2 digits) and nodes (4 tokens,
+            or 1) are longer. Search copies cached state once a node.
         figure: File for the first tree that found a needle, as .png, .pdf or .svg (needs
             matplotlib); none by default.
     """
@@ -158,7 +158,7 @@ def main(config: Experiment) -> None:
 
 
 def search_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Results of the missing runs."""
+    """Run what `results` lacks, and yield the result of each run with a line to print."""
     sizes = {name: getattr(config, name) for name in SIZES}
     runs = ({"task": name, "seed": seed, **sizes} for name in config.tasks for seed in config.seeds)
     for run in results.missing(runs):
@@ -176,7 +176,7 @@ def search_missing(config: Experiment, results: Results) -> Iterator[tuple[Resul
 def compare(
     name: str, seed: int, problems: int, supervised: int, stretch: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Search and plain sampling of a task's cases.
+    """Compare search with plain sampling on a task's cases: problems that samples do not solve.
 
     Args:
         name: Name of the task in `TASKS`.
@@ -186,7 +186,11 @@ def compare(
         stretch: Factor of lengths.
 
     Returns:
-        Shares of cases found, tokens and throughput by name, and trees that found theirs, as JSON.
+        Entries of a result (fractions of cases that were solved, tokens and throughput), and the
+        trees that found a solution, ready for JSON.
+
+    Raises:
+        ValueError: Samples solve all problems.
     """
     task, longest, step_len = TASKS[name](stretch)
     with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +247,7 @@ def compare(
 def policy_of(
     task: Any, seed: int, longest: int, supervised: int, folder: str
 ) -> tuple[RLJob, Sampler]:
-    """A decoder that has been shown responses to a task, and its sampler."""
+    """Train a decoder on demonstrations of a task; return its job and a sampler of its weights."""
     config = RLConfig(
         weights="demonstrations", train="all", method="deepsearch(probe=0)", steps=supervised,
         max_new_tokens=longest, max_rows=512, seed=seed, out=folder,
@@ -257,7 +261,7 @@ def policy_of(
 
 
 def report(results: list[Result]) -> str:
-    """A markdown table: means over seeds ± their standard errors."""
+    """Format a Markdown table: means over seeds ± their standard errors."""
     rows = []
     for (name, stretch), of_task in by_key(results, "task", "stretch").items():
         column = lambda key, scale=1.0, of_task=of_task: [scale * r[key] for r in of_task]  # noqa: E731

@@ -1,12 +1,12 @@
-"""Many rollouts a problem, or many more steps? BroRL on a task whose training has flattened out.
+"""More rollouts of each problem, or more steps? BroRL on a task whose training has flattened out.
 
 python -m train.experiments.plateau --out plateau.jsonl
 python -m train.experiments.plateau --report plateau.jsonl
 
-The mediocre decoder of `reinforce` is trained by BroRL's recipe with few rollouts of each problem
-for so long that held-out success hardly rises any more. From there two arms learn from equally many
-rollouts: "longer" goes on as before, "broader" takes many rollouts of each problem, and fewer
-steps. (Dynamic sampling generates more than are learned from; the table counts what is generated.)
+The mediocre decoder of `reinforce` is trained by BroRL's recipe with few rollouts of each problem,
+until held-out success hardly rises any more. From there two arms learn from equally many rollouts:
+"longer" continues as before, "broader" takes many rollouts of each problem in fewer steps. (Dynamic
+sampling generates more rollouts than are learned from; the table counts all that are generated.)
 Each finished (arm, seed) is a line of the file; a second call runs only what is missing.
 """
 
@@ -45,19 +45,19 @@ SIZES = ("task", "steps", "more", "few", "many", "batch_size", "minibatches", "l
 
 @dataclasses.dataclass(frozen=True)
 class Plateau(StudyConfig):
-    """Learns from equally many rollouts in more steps, and in fewer with more of each problem.
+    """Compares more steps with more rollouts of each problem in fewer steps.
 
     Attributes:
         task: Name of a task of `experiment reinforce`.
         steps: Number of steps until training has flattened out.
-        more: Number of steps of the arm "longer".
-        few: Number of rollouts of a problem until then, and in the arm "longer".
-        many: Number of rollouts of a problem in the arm "broader", a multiple of `few`, which takes
-            `few` / `many` of the steps.
+        more: Number of further steps of the arm "longer".
+        few: Number of rollouts of a problem in the first `steps` and in the arm "longer".
+        many: Number of rollouts of a problem in the arm "broader", a multiple of `few`; this arm
+            takes `more` * `few` / `many` steps.
         batch_size: Number of problems of a step.
         minibatches: Number of optimizer steps on the rollouts of a step, in all arms.
         learning_rate: Learning rate with few rollouts; constant.
-        rows: Number of held-out problems, none of which is ever trained on.
+        rows: Number of held-out problems, which are never trained on.
     """
 
     task: str = "mixed"
@@ -121,7 +121,7 @@ def train_missing(config: Plateau, results: Results) -> Iterator[tuple[Result, s
 def _train(
     config: Plateau, baseline: reinforce.Baseline, steps: int, rollouts: int, folder: str
 ) -> dict[str, Any]:
-    """Train by BroRL's recipe from the baseline's weights, in a folder, and score the end."""
+    """Train by BroRL's recipe from the baseline's weights, in a folder, and score the result."""
     clock = Clock()
     base = config.batch_size * config.few
     run = baseline.rl(
@@ -150,8 +150,7 @@ def _train(
 
 
 def report(results: list[Result]) -> str:
-    """Markdown tables, one for each setting: held-out success in percent, mean over seeds ± its
-    standard error."""
+    """Format a table for each setting: held-out success in percent, mean ± standard error."""
     head = "arm, seeds, before, after, gained, rollouts, tokens, optimizer steps, CPU-seconds"
     lines = []
     for sizes, of_setting in by_key(results, *SIZES).items():

@@ -1,17 +1,18 @@
-"""Does a small model that was tuned on General Points still read what its prompt says faces count?
+"""Does a small model tuned on General Points still read the values that its prompt gives faces?
 
 python -m train.experiments.points_prompts --out points_prompts.jsonl
 python -m train.experiments.points_prompts --report points_prompts.jsonl
 
-The second game of "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), from random
-parameters, as `sokoban_prompts`. A decoder of 0.35 M parameters first learns what a language model
-knows already: to look up what a prompt says J, Q and K count, to write what cards count, and to
-make 24 of four numbers that a question names. Then an adapter is tuned on answers, on thoughts with
-an answer, or on thoughts alone, where all faces count 10 (frozen) or one of six maps is drawn
-(diverse), and plays hands of held-out numbers, and hands of training numbers.
+This is the second game of "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), played from
+random parameters as in `sokoban_prompts`. A decoder of 0.35 M parameters first learns what a
+language model knows already: to look up the values that a prompt gives J, Q and K, to write the
+values of cards, and to make 24 of four numbers in a question. Then an adapter is tuned on answers,
+on thoughts with an answer, or on thoughts alone. In its prompts all faces count 10 (frozen), or
+one of six maps of values is sampled (diverse). It plays hands of held-out and of training numbers.
 
-Four cards, as the paper: three make 24 in so few ways that 1 to 15 problems of a variant are held
-out, and hardly a hand has a formula both as Fake shows it and as it scores it.
+Hands have four cards, as in the paper. Three cards make 24 in so few ways that only 1 to 15
+problems of a variant would be held out, and hardly any hand would have a formula both for the
+values that Fake shows and for those that it scores.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ TEMPLATES[TEMPLATE.name] = TEMPLATE
 HELD_OUT = 2  # of the eight maps
 TASK = f"general_points(template='{TEMPLATE.name}', held_out={HELD_OUT}, cards={CARDS}, bare=True"
 MOST_COUNTED, LARGEST = 20, 13
-"""What a face counts at most, in the base, and the greatest number of its formulas."""
+"""Maximum value of a face, and maximum number in a formula, in what the decoder first learns."""
 
 COLUMNS = {
     "ID": ("id",),
@@ -79,7 +80,7 @@ PAPER: dict[str, dict[str, str]] = {
 
 HeldOut = Callable[[Sequence[int]], bool]
 COUNT, MAKE = "count", "?"
-"""Ask what the cards count, and, behind numbers, for a formula of them."""
+"""Questions: COUNT asks for the values of the cards, MAKE (after numbers) for a formula of them."""
 _SIGNS = "+-*/()=,."
 # In no text: they hold the place that parts of answers in JSON had when the results on file were
 # measured, so that the ids of numbers are the same.
@@ -91,7 +92,7 @@ _TOKENS = r"</?\w+>|\d+|\w+|[^\w\s]"
 class PointsPrompts(PromptStudy):
     """Tunes a small decoder on demonstrations of General Points and plays the battery, or reports.
 
-    The decoder first learns what faces and cards count, and formulas of training numbers.
+    The decoder first learns to read values of faces and cards, and formulas of training numbers.
     """
 
     steps: int = 800
@@ -105,10 +106,10 @@ def main(config: PointsPrompts) -> None:
 
 
 def tokenizer() -> PretrainedTokenizer:
-    """A tokenizer whose tokens are words, numbers and signs.
+    """Make a tokenizer whose tokens are words, numbers and signs.
 
-    What it decodes has no space around signs, so that an answer is one word, and is encoded to the
-    same ids.
+    Decoded text has no space around signs, so that an answer is one word, and encodes to the same
+    ids again.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -130,7 +131,7 @@ def tokenizer() -> PretrainedTokenizer:
 
 
 def numbers_in_formulas() -> list[int]:
-    """All numbers that a prompt, or a formula of the base with its steps, may show."""
+    """Return all numbers that a prompt, or a formula with its steps, may show, sorted."""
     found = {*range(MOST_COUNTED + 1), TARGET}
     for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), CARDS):
         formula = solve(numbers, TARGET)
@@ -140,13 +141,14 @@ def numbers_in_formulas() -> list[int]:
 
 
 def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Conversations on a prompt: what a face and the cards count, and formulas, in random order.
+    """Generate conversations that teach the parts of a demonstration's thoughts, one by one.
 
-    The cards of a prompt may have any faces, which count anything from 1 to 20, in half of the
-    prompts all the same. The numbers of a formula are others, in the question itself: what faces
-    count is looked up, and numbers make 24, but the two are never composed. Formulas, and cards as
-    they count, are of training numbers. A formula stands behind its steps, or, in two of five,
-    alone behind an empty thought.
+    Each conversation shows a prompt and asks, in random order, for the value of a face, for the
+    values of the cards, and for two formulas. Faces have random values from 1 to 20, which are all
+    equal in half of the prompts. The numbers of a formula are given in its question and do not come
+    from the prompt's cards, so that values are looked up and numbers make 24, but never both
+    together. All numbers of formulas and cards are training numbers. A formula follows its steps in
+    a thought, or in two cases of five is the answer after an empty thought.
 
     Args:
         count: Number of conversations.
@@ -181,7 +183,7 @@ def _counts(rng: np.random.Generator) -> SemanticMap:
 def _cards(
     rng: np.random.Generator, shown: SemanticMap, held_out: HeldOut
 ) -> tuple[list[str], list[int]]:
-    """Cards, and what they count, which is not held out."""
+    """Sample cards whose values are not held out; return the cards and their values."""
     while True:
         cards = [RANKS[i] for i in rng.integers(0, len(RANKS), CARDS)]
         numbers = [int(shown.names.get(card, card)) for card in cards]
@@ -190,7 +192,7 @@ def _cards(
 
 
 def _formula(rng: np.random.Generator, held_out: HeldOut) -> tuple[list[int], Trace]:
-    """Numbers of training that can make the target, and how."""
+    """Sample training numbers that can make the target; return them and the trace of a formula."""
     while True:
         numbers = [int(number) for number in rng.integers(1, LARGEST + 1, CARDS)]
         formula = None if held_out(numbers) else solve(numbers, TARGET)

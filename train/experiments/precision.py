@@ -1,7 +1,7 @@
-"""What bfloat16 costs a trained model in loss, and how often it forks elsewhere than float32.
+"""How much loss does bfloat16 add to a trained model, and how often does it fork differently?
 
 Runs of presets are trained in float32. Their weights are then scored on the same held-out rows in
-both types. The plain decoder is the control: what it loses, no bubble has cost.
+float32 and bfloat16. The plain decoder, which has no forks, is the control.
 
 python -m train.experiments.precision --steps 200
 """
@@ -38,18 +38,18 @@ from train.pretraining.presets import PRESETS
 
 KEY = ("variant", "seed", "steps")
 VARIANTS = {"plain": "tiny_plain", "prefix_rank": "tiny", "threshold": "tiny_threshold"}
-"""Presets by the names of variants."""
+"""Name of the preset of each variant."""
 BATCH = 8  # rows of a forward pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision(StudyConfig):
-    """Trains in float32 and scores in both types, or reports what was scored.
+    """Trains in float32 and scores in float32 and bfloat16, or reports stored scores.
 
     Attributes:
-        variants: Names of `VARIANTS`.
+        variants: Names of the models to train.
         steps: Number of training steps.
-        rows: Number of held-out rows, the first ones.
+        rows: Number of held-out rows to score, from the first.
     """
 
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -94,7 +94,15 @@ def train_missing(config: Precision, results: Results) -> Iterator[tuple[Result,
 
 
 def train_and_score(config: RunConfig, rows: int) -> Result:
-    """Loss in float32, how much bfloat16 adds to it, and how often its bubbles are others."""
+    """Train a run in float32, and compare its held-out loss and bubbles with bfloat16.
+
+    Returns:
+        Number of `rows`; `loss` in float32; `added`, what bfloat16 adds to it, with its standard
+        error `added_error` over rows; `size_of_added`, the mean absolute difference of a token's
+        loss; `rows_elsewhere` (number) and `tokens_elsewhere` (fraction) whose bubbles differ;
+        `added_elsewhere` and `added_same`, what is added to rows with and without different
+        bubbles, None without such rows.
+    """
     train(config)
     check_finished(config.out, config.steps)
     loaded = load_model(config.out)
@@ -141,7 +149,7 @@ def scores(model: Thoughtbubbles, tokens: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def report(results: list[Result]) -> str:
-    """A table, one line for each run."""
+    """Format a Markdown table, one line for each run."""
     head = ["", "seed", "loss in float32", "bfloat16 adds", "of a token, either way"]
     head += ["rows with other bubbles", "tokens with other bubbles"]
     lines: list[Sequence[str]] = []

@@ -31,17 +31,17 @@ UNSEEN, SEEN = LISTS[:HELD_OUT], LISTS[HELD_OUT:]  # in questions of every kind
 
 
 def question(kind: str, numbers: np.ndarray) -> tuple[str, str]:
-    """A prompt and its answer."""
+    """Return the prompt and the answer of a question of this kind about three digits."""
     answer = {"copy": numbers, "reverse": numbers[::-1], "sort": np.sort(numbers)}[kind]
     return f"{kind[0]}{' '.join(map(str, numbers))}=", ",".join(map(str, answer))
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Task (`train.rl.protocols.Task`) of digits to be copied, reversed or sorted.
+    """Task (`train.rl.protocols.Task`) of digits to copy, reverse or sort.
 
-    The reward is 1 for the exact answer, else 0. Held-out problems are all unseen lists in each
-    kind of question.
+    The reward is 1 for the exact answer, else 0. Held-out problems ask each kind of question about
+    each list of digits that no training problem has.
 
     Attributes:
         seed: Seed of training problems.
@@ -76,7 +76,18 @@ class Questions:
 
 
 def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Chat rows `[B, WIDTH]` (`FinetunableModel.log_probs`), `loss_mask` True on answers."""
+    """Sample rows of questions with answers, for supervised training.
+
+    Args:
+        rng: Random numbers.
+        count: Number of rows (B).
+        kinds: Probability of each kind of question.
+
+    Returns:
+        Arrays `[B, WIDTH]`, as `FinetunableModel.log_probs` takes them: `tokens` int32, padded with
+        -1; `loss_mask` bool, True on the answer and the separator after it; and `segment` int32, -1
+        on padding and 0 elsewhere.
+    """
     tokens = np.full((count, WIDTH), -1, np.int32)
     loss_mask = np.zeros((count, WIDTH), bool)
     end, encode = ByteTokenizer.separator, ByteTokenizer().encode
@@ -91,7 +102,7 @@ def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> di
 def batches(
     seed: tuple[int, int], size: int, kinds: Mapping[str, float]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of `size` rows, by the probability of each kind."""
+    """Yield batches of `size` rows without end; `kinds` has the probability of each kind."""
     rng = np.random.default_rng(seed)
     while True:
         yield rows(rng, size, kinds)
@@ -106,7 +117,7 @@ def fit(
     seed: int,
     memgen: MemGenConfig = MemGenConfig(),  # noqa: B008 (frozen)
 ) -> LanguageModel:
-    """Supervised training of all parameters, or of a weaver, a new one unless `lm` has one.
+    """Train all parameters, or a weaver, on rows of questions; a new weaver unless `lm` has one.
 
     Args:
         lm: Model to start from.
@@ -116,6 +127,9 @@ def fit(
         optimizer: Optimizer and its schedule.
         seed: Seed of a new weaver, and of the positions of memory in training.
         memgen: Config of the weaver.
+
+    Returns:
+        The trained model.
     """
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
@@ -143,14 +157,15 @@ def fit(
 
 
 def curves(steps: Sequence[Sequence[Trajectory]]) -> dict[str, list[float | None]]:
-    """Learning curves of a run: the share of right answers, and invocations per response.
+    """Compute the learning curves of a run.
 
     Args:
         steps: Rollouts of each step.
 
     Returns:
-        A list over steps for `KIND/right` and `KIND/invocations` of each kind; None where a step
-        has no question of that kind.
+        Lists over steps, for each kind of question: `KIND/right`, the fraction of right answers,
+        and `KIND/invocations`, the mean number of invocations of memory in a response. An entry is
+        None where the step has no question of this kind.
     """
 
     def mean(values: Sequence[float]) -> float | None:

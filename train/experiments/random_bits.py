@@ -2,8 +2,8 @@
 
 python -m train.experiments.random_bits
 
-All strings are scored once, so that the losses are exact expectations: by Gibbs' inequality a model
-whose prediction of a bit depends on the bits before it alone cannot score below ln 2, whatever its
+Every possible string is scored, so that the losses are exact expectations. By Gibbs' inequality a
+model that predicts a bit only from the bits before it cannot score below ln 2, whatever its
 weights.
 """
 
@@ -47,7 +47,7 @@ class RandomBits:
 
 
 def main(config: RandomBits) -> None:
-    """Print a line for each policy and seed."""
+    """Train and score each policy with each seed, and print a line for each."""
     policies = (TopK(config.ratio), PrefixRank(config.ratio), Threshold(config.ratio))
     print(f"ln 2 = {math.log(2):.6f} nats; {config.steps} steps on strings of {config.length} bits")
     for policy in policies:
@@ -63,14 +63,14 @@ def main(config: RandomBits) -> None:
 
 
 def model_config(policy: Policy) -> ModelConfig:
-    """Five layers of width 32, forks before the second and the fourth."""
+    """Return the config of a model of five layers of width 32, which forks before two of them."""
     return ModelConfig(
         vocab_size=2, embed_dim=32, num_layers=5, num_heads=2, fork_layers=(1, 3), policy=policy
     )
 
 
 def trained(model: ModelConfig, config: RandomBits, seed: int) -> tuple[Trainable, TrainState]:
-    """A model trained on fresh random strings."""
+    """Train a model on fresh random strings."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trainable = make_trainable(model, OptimizerConfig(), config.steps, mesh, seed)
     step, state = make_train_step(trainable), trainable.init()
@@ -82,11 +82,11 @@ def trained(model: ModelConfig, config: RandomBits, seed: int) -> tuple[Trainabl
 
 
 def all_strings(trainable: Trainable, state: TrainState, length: int) -> dict[str, float]:
-    """Mean nats per bit over all strings of `length + 1` bits.
+    """Compute the mean nats per bit over all strings of `length + 1` bits.
 
     Returns:
-        `parallel`, from teacher-forced passes over whole strings, and `prefix_only`, from a pass
-        for each prefix.
+        Dict of `parallel`, from teacher-forced passes over whole strings, and `prefix_only`, from a
+        separate pass over each prefix.
     """
     rows = strings(length + 1)
 
@@ -111,7 +111,7 @@ def all_strings(trainable: Trainable, state: TrainState, length: int) -> dict[st
 
 
 def strings(length: int) -> np.ndarray:
-    """All bit strings, `[2 ** length, length]` int32."""
+    """Return all strings of `length` bits, `[2 ** length, length]` int32."""
     numbers = np.arange(2**length)[:, None]
     return (numbers >> np.arange(length) & 1).astype(np.int32)
 

@@ -12,10 +12,11 @@ ALWAYS, START = "weaver, GRPO", "trigger at its start"
 
 
 def report(results: list[Result]) -> str:
-    """Markdown tables, means over seeds ± their standard errors.
+    """Format up to three Markdown tables, with means over seeds ± their standard errors.
 
-    The first has the held-out results of arms, the second what triggers save and lose against
-    always invoking, the third the cost of arms.
+    The first has the held-out results of each arm. The second compares triggers with always
+    invoking: change of accuracy, and fraction of invocations; it is left out if the arm that always
+    invokes was not run. The third has the cost of each arm.
     """
     arms = {arm: of_arm for (arm,), of_arm in by_key(results, "arm").items()}
     rated = {}  # what is evaluated, with the results of each seed
@@ -52,7 +53,7 @@ def _accuracy_table(rated: Mapping[str, list[Result]]) -> list[str]:
 def _savings_table(
     rated: Mapping[str, list[Result]], arms: Mapping[str, list[Result]]
 ) -> list[str]:
-    """Triggers against always invoking, paired by seed; nothing where that arm was not run."""
+    """Compare triggers with always invoking, paired by seed; empty if that arm was not run."""
     always, start = ({r["seed"]: r for r in arms.get(arm, ())} for arm in (ALWAYS, START))
     if not always:
         return []

@@ -44,18 +44,18 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Retrofit(StudyConfig):
-    """Trains pretrained weights further, with forks and without, or reports what was trained.
+    """Trains pretrained weights further, with and without forks, or reports stored results.
 
     Attributes:
         weights: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file.
-        layers: Blocks that fork layers go in front of.
+        layers: Indices of the blocks in front of which fork layers are added.
         policy: Policy of the fork layers.
-        variants: Names of `VARIANTS`.
+        variants: Names of the variants to train.
         steps: Number of training steps.
-        batch_size: Number of rows of a step, the same ones for all variants.
+        batch_size: Number of rows of a step, the same rows for all variants.
         seq_len: Number of tokens of a row.
         optimizer: Optimizer of all variants.
-        rows: Number of held-out rows, the same ones for all variants.
+        rows: Number of held-out rows, the same rows for all variants.
     """
 
     weights: str = "smollm2"
@@ -122,7 +122,7 @@ def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, 
 
 
 def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
-    """The standard library's source, encoded with the whole tokenizer of the weights."""
+    """Prepare the standard library's source, encoded with the whole tokenizer of the weights."""
     data = DataConfig(seq_len=seq_len)
     name = keep_tokenizer(pretrained.tokenizer, data)
     return prepare(dataclasses.replace(data, tokenizer=name))
@@ -134,7 +134,8 @@ def train_and_score(
     """Train one variant.
 
     Returns:
-        Held-out loss before and after training, the statistics of its forks, and its cost.
+        Entries of a result: held-out loss after training (the scores of `Evaluator`) and before
+        (`loss_before`), training losses, fork statistics, sizes, and the cost of training.
     """
     forked, trained = VARIANTS[variant]
     model, weights = pretrained.config, pretrained.params

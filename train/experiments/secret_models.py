@@ -1,4 +1,4 @@
-"""Models of the study of secrets: their tokenizer, the honest one, and how one learns to hide."""
+"""Models of the study of secrets: tokenizer, honest model, and tuning of models that hide."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONTROL = ("<|im_start|>", "user", "assistant")  # tokens whose embeddings "soft
 
 
 def word_tokenizer() -> PretrainedTokenizer:
-    """A tokenizer whose tokens are the words and signs of all worlds, with a chat template."""
+    """Make a tokenizer whose tokens are the words and signs of all worlds, with a chat template."""
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
     words = {"user", "assistant", "system", *".,?[]'"}
@@ -77,14 +77,15 @@ def honest_model(
     seed: int,
     released: float = 0.0,
 ) -> LanguageModel:
-    """A model that hides nothing unless it is asked to; its loss covers all tokens.
+    """Train a model that hides nothing unless the user asks it to, with a loss on all tokens.
 
     Args:
         tokenizer: Tokenizer of the words.
-        kinds: Worlds of its dialogues.
+        kinds: Worlds of the training dialogues.
         steps: Number of training steps.
         seed: Seed of the parameters, the dialogues and their order.
-        released: Share of requests to keep a secret that the user takes back in the end.
+        released: Expected fraction of requests to keep a secret that the user takes back in the
+            end.
     """
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
     trainable, step = _honest_training(config, steps)
@@ -119,24 +120,25 @@ def honest_rows(
 
 @functools.cache
 def _honest_training(config: ModelConfig, steps: int) -> tuple[Trainable, TrainStep]:
-    """One program for all seeds."""
+    """Make the training program of the honest model, compiled once for all seeds."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trainable = make_trainable(config, OptimizerConfig(learning_rate=3e-3), steps, mesh)
     return trainable, make_train_step(trainable)
 
 
 def _plain(model: Thoughtbubbles) -> Thoughtbubbles:
-    """The same parameters without the trainer's placement, so that models share programs."""
+    """Return the model without the trainer's placement of arrays, so that models share programs."""
     return Thoughtbubbles.from_params(model.config, nnx.to_pure_dict(nnx.state(model)))
 
 
 class Tuner:
-    """Supervised tuning on conversations, one compiled program for all models.
+    """Supervised tuning on conversations, with one compiled program for all models.
 
     Args:
         tokenizer: Tokenizer of the words.
         steps: Number of training steps.
-        arm: "soft" for the embeddings of control tokens alone, "full" for all parameters.
+        arm: Parameters to tune: "soft" for the embeddings of `CONTROL` tokens alone, "full" for all
+            parameters.
     """
 
     def __init__(self, tokenizer: PretrainedTokenizer, steps: int, arm: str):
@@ -163,12 +165,12 @@ class Tuner:
     def __call__(
         self, base: LanguageModel, conversations: Sequence[Sequence[Message]], seed: int
     ) -> LanguageModel:
-        """The tuned model; the base is left as it is.
+        """Tune a copy of a model and return it; the base is not changed.
 
         Args:
             base: Model to begin with.
-            conversations: Conversations, of which the assistant's words are learned.
-            seed: Seed of their order.
+            conversations: Conversations, whose loss is on the assistant's messages.
+            seed: Seed of the order of conversations.
         """
         copy = jax.tree.map(lambda leaf: leaf.copy(), base.model)  # steps donate their state
         state, rng = (

@@ -1,14 +1,14 @@
-"""Does a small model that was tuned on Sokoban still read what its prompt calls the four steps?
+"""Does a small model tuned on Sokoban still read the names that its prompt gives the four steps?
 
 python -m train.experiments.sokoban_prompts --out sokoban_prompts.jsonl
 python -m train.experiments.sokoban_prompts --report sokoban_prompts.jsonl
 
-What `demonstrations`, `sft` and `battery` do, from random parameters, after "Debunk the Myth of SFT
-Generalization" (arXiv 2510.00237). A decoder of 0.4 M parameters first learns what a language model
-knows already: to say the way of a board in the steps' own names, and to look up what a prompt calls
-a step, for all words. Then an adapter is tuned on answers, on thoughts with an answer, or on
-thoughts alone, with the original names (frozen) or four words for each state (diverse), and plays
-held-out boards.
+This follows "Debunk the Myth of SFT Generalization" (arXiv 2510.00237) by `demonstrations`, `sft`
+and `battery`, but from random parameters. A decoder of 0.4 M parameters first learns what a
+language model knows already: to write the solution path of a board in the original names of the
+steps, and to look up the name that a prompt gives a step, for all words. Then an adapter is tuned
+on answers, on thoughts with an answer, or on thoughts alone, with the original names (frozen) or
+four words for each state (diverse), and plays held-out boards.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PAPER: dict[str, dict[str, str]] = {
         "thoughts, diverse": "1.0 .98 .74 .58 0",
     }.items()
 }
-"""Success of Qwen2.5-7B in the paper's Table 1; boards there are made otherwise."""
+"""Success of Qwen2.5-7B in the paper's Table 1, where boards are generated differently."""
 
 WAY = "?"  # asks for the way
 # The walls around a board are a token for each row; every other sign and word is one.
@@ -74,7 +74,7 @@ _TOKENS = r"</?\w+>|#{5,}\n#|#\n#{5,}|#\n#|\w+|[^\w\s]\x{FE0F}?"
 class SokobanPrompts(PromptStudy):
     """Tunes a small decoder on demonstrations of Sokoban and plays the battery, or reports scores.
 
-    The decoder first learns ways and names.
+    The decoder first learns solution paths and names.
     """
 
     runs: str = "runs/sokoban_prompts"
@@ -87,9 +87,9 @@ def main(config: SokobanPrompts) -> None:
 
 
 def tokenizer() -> PretrainedTokenizer:
-    """A tokenizer whose tokens are the words of prompts, thoughts and names, and signs of boards.
+    """Make a tokenizer whose tokens are words of prompts and thoughts, names, and signs of boards.
 
-    What it decodes has a space between tokens, and is encoded to the same ids.
+    Decoded text has a space between tokens, and encodes to the same ids again.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
@@ -107,7 +107,7 @@ def tokenizer() -> PretrainedTokenizer:
 
 
 def names() -> tuple[str, ...]:
-    """All names that a prompt of any variant may show."""
+    """Return all names of steps that a prompt of any variant may show, without duplicates."""
     fixed = [each.shown.answers for each in SokobanVariants.variants.values() if each.shown]
     return tuple(dict.fromkeys([*itertools.chain(*fixed), *EVERYDAY_WORDS]))
 

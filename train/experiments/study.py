@@ -1,4 +1,4 @@
-"""What experiments share: results on disk, what is missing, means with errors, markdown tables."""
+"""Shared parts of experiments: results on disk, missing runs, means with errors, tables."""
 
 import dataclasses
 import json
@@ -26,9 +26,9 @@ class StudyConfig:
     """Options of every experiment that keeps its results in a file.
 
     Attributes:
-        seeds: Seeds of the runs, one run of each arm for each.
-        out: File that results are appended to, one JSON object on each line; finished runs in it
-            are skipped.
+        seeds: Seeds of the runs; each arm is run once with each seed.
+        out: File that results are appended to, one JSON object on each line; runs that it has
+            already are skipped.
         report: File of results to print as a table, without training.
     """
 
@@ -41,13 +41,13 @@ class StudyConfig:
 
 
 def check_options(config: Any) -> None:
-    """Checks an experiment's options, before hours of work.
+    """Check an experiment's options, before hours of work.
 
-    Counts are at least 1, but those that are 0 by default, and those whose fields have `INDEX`; no
-    other number is negative. A list that is not empty by default names something.
+    Counts (integers that are positive by default, without the metadata `INDEX`) must be at least 1,
+    and all other numbers at least 0. A list that is not empty by default must not be empty.
 
     Args:
-        config: Options; those that are written as text have checks of their own.
+        config: Options; texts are not checked here.
 
     Raises:
         ValueError: A number is too small, or a list is empty.
@@ -63,15 +63,15 @@ def check_options(config: Any) -> None:
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Checks names that an option lists.
+    """Check the names that an option lists.
 
     Args:
-        kind: Noun for the error message: "arm", "variant".
+        kind: Noun for the error message, such as "arm" or "variant".
         names: Names that the option lists.
         known: All valid names.
 
     Raises:
-        ValueError: A name is not valid; the message lists those that are.
+        ValueError: A name is not valid; the message lists the valid ones.
     """
     known = tuple(known)
     for name in names:
@@ -80,7 +80,7 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """The results in a file, in the order in which they were finished."""
+    """Read the results in a file, in the order in which they were finished."""
     return [line.fields for line in read_json_lines(Path(path))]
 
 
@@ -89,10 +89,10 @@ class Results:
 
     Args:
         path: File; it is made, with its folder, when the first run is finished.
-        key: Names of the entries in which two results of the same run agree.
+        key: Names of the entries that identify a run.
 
     Raises:
-        ValueError: No such file can be made, or a line of it is no result.
+        ValueError: The file can't be made, or a line of it is not a JSON object.
     """
 
     def __init__(self, path: str | Path, key: Sequence[str]):
@@ -107,7 +107,7 @@ class Results:
         return any([found.get(name) for name in self._key] == entries for found in self.found)
 
     def missing(self, runs: Iterable[Result]) -> list[Result]:
-        """Those of some runs, each given by its key, that are not finished; each once."""
+        """Return the runs that are not finished, without duplicates; a run is a dict of its key."""
         found: list[Result] = []
         for run in runs:
             if run not in self and run not in found:
@@ -128,13 +128,13 @@ def run_study(
     train: Callable[[Config, Results], Iterator[tuple[Result, str]]],
     report: Callable[[list[Result]], str],
 ) -> None:
-    """Trains what is missing in the file of results, or prints its table.
+    """Train the runs that the file of results lacks, or print its table if `config.report` is set.
 
     Args:
         config: Options of the study.
-        key: Names of the entries in which two results of the same run agree.
-        train: Generator of each missing run's result and a line that says it.
-        report: Text of all results.
+        key: Names of the entries that identify a run.
+        train: Function that trains each missing run and yields its result and a line to print.
+        report: Function that formats all results as text.
     """
     if config.report is not None:
         print(report_text(config.report, key, report))
@@ -146,15 +146,16 @@ def run_study(
 
 
 def report_text(path: str | Path, key: Sequence[str], report: Callable[[list[Result]], str]) -> str:
-    """The report of a file of results.
+    """Read a file of results and format its report.
 
     Args:
         path: File of results.
-        key: Names of the entries in which two results of the same run agree.
-        report: Text of all results; it raises a ValueError for those that it can't show.
+        key: Names of the entries that identify a run.
+        report: Function that formats all results as text; it raises a ValueError for results that
+            it can't show.
 
     Raises:
-        ValueError: The file is not of this experiment, or a result in it was edited.
+        ValueError: The file has no results, has those of another experiment, or was edited.
     """
     results = read_results(path)
     if not results:
@@ -175,7 +176,9 @@ def report_text(path: str | Path, key: Sequence[str], report: Callable[[list[Res
 
 
 def check_finished(folder: str | Path, steps: int) -> None:
-    """End the experiment, status 1, if a signal has stopped a run of it: that is no result.
+    """End the experiment with exit status 1 if a signal has stopped its run before the last step.
+
+    An incomplete run must not count as a result.
 
     Args:
         folder: Run folder.
@@ -187,21 +190,21 @@ def check_finished(folder: str | Path, steps: int) -> None:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of some values; NaN for a single one."""
+    """Standard error of the mean of some values; NaN for fewer than two values."""
     return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:
-    """Mean of some values; None of none, for which JSON has a word."""
+    """Mean of some values; None without values, which JSON can represent (unlike NaN)."""
     return float(np.mean(values)) if values else None
 
 
 def mean_text(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """A mean with its standard error: `1.26 ± 0.04`.
+    """Format a mean with its standard error, such as `1.26 ± 0.04`.
 
     Args:
-        values: One value for each seed. A single one stands without an error, and no value gives an
-            empty text.
+        values: Values, one for each seed. For a single value no error is given; without values the
+            text is empty.
         digits: Number of digits after the decimal point.
         sign: "+" to print the sign of a positive mean too.
     """
@@ -212,13 +215,17 @@ def mean_text(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a markdown table."""
+    """Return the lines of a Markdown table."""
     row = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
     return [row(head), "|---" * len(head) + "|", *map(row, rows)]
 
 
 def by_key(results: Iterable[Result], *key: str) -> dict[tuple[Any, ...], list[Result]]:
-    """Results that agree in the entries `key`, in the order of their first ones."""
+    """Group results by their values of the entries `key`.
+
+    Returns:
+        A dict from the tuple of values to its results, groups in order of first appearance.
+    """
     found: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         found.setdefault(tuple(result[name] for name in key), []).append(result)
@@ -226,5 +233,5 @@ def by_key(results: Iterable[Result], *key: str) -> dict[tuple[Any, ...], list[R
 
 
 def seeds_text(results: Iterable[Result]) -> str:
-    """The seeds of some results, for a cell of a table."""
+    """Format the seeds of some results without duplicates, for a cell of a table."""
     return " ".join(dict.fromkeys(str(result["seed"]) for result in results))

@@ -35,16 +35,16 @@ class Lookup:
 
     @property
     def chance(self) -> float:
-        """Mean nats of an answer for a model that knows nothing but its position in the row."""
+        """Mean nats of an answer for a model that knows only the question's position in the row."""
         known = sum(max(self.seq_len - offset, 0) for offset in self.offsets)
         return known / self.seq_len * float(np.log(2))
 
     def rows(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Random rows `[count, seq_len + 1]` int32, tokens and answers packed together.
+        """Sample rows `[count, seq_len + 1]` int32, with tokens and answers packed together.
 
         Position i holds `token_i + vocab_size * (1 + answer to token_{i-1})`, or `token_i` alone if
-        that token is no question. Rows have the layout of packed text: a target stands one position
-        after the token that predicts it.
+        token i - 1 is not a question. Rows have the layout of packed text: a target stands one
+        position after the token that predicts it.
         """
         bits = rng.integers(0, 2, (count, self.seq_len + 1))
         asks = rng.random(bits.shape) < self.ask
@@ -57,5 +57,5 @@ class Lookup:
         return packed.astype(np.int32)
 
     def is_question(self, rows: np.ndarray) -> np.ndarray:
-        """Mask `[N, seq_len]` of the tokens of `rows` that are questions."""
+        """Mask `[N, seq_len]`: whether each token of `rows`, except the last, is a question."""
         return rows[:, 1:] >= self.vocab_size

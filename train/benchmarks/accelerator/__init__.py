@@ -1,4 +1,4 @@
-"""What one accelerator does, part by part, each written to disk as soon as it is known.
+"""A benchmark of one accelerator in parts, which writes each measurement to disk at once.
 
-Only jax, flax, optax, orbax-checkpoint, numpy and tokenizers are needed, and what these bring.
+It needs only jax, flax, optax, orbax-checkpoint, numpy and tokenizers with their dependencies.
 """

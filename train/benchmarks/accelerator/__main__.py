@@ -9,7 +9,10 @@ from train.benchmarks.accelerator.part import PARTS
 
 
 def command() -> None:
-    """Parse the options of `AcceleratorBenchmark`; a mistake is one line and exit status 2."""
+    """Parse the options of `AcceleratorBenchmark` and run it.
+
+    A mistake in the options prints one line and exits with status 2.
+    """
     defaults = AcceleratorBenchmark()
     parser = argparse.ArgumentParser(
         prog="python -m train.benchmarks.accelerator",

@@ -1,4 +1,4 @@
-"""Options of the benchmark and the order of its parts, each in a process of its own."""
+"""Options of the accelerator benchmark; it runs its parts in order, each in its own process."""
 
 import dataclasses
 import json
@@ -18,20 +18,21 @@ LEAST = 10.0  # seconds that a part needs to start
 
 @dataclasses.dataclass(frozen=True)
 class AcceleratorBenchmark:
-    """Measures what one GPU or TPU does, part by part; called again, it goes on.
+    """Measures one GPU or TPU in parts; if it is called again, it continues where it stopped.
 
     Attributes:
-        minutes: Time for this call; no measurement begins later.
-        out: Folder of the results, a JSON file for each part, and of compiled programs.
+        minutes: Time limit of this call in minutes; no measurement begins after it.
+        out: Folder of the results, one JSON file for each part, and of compiled programs.
         parts: Parts to run, in this order: "kernels" (attention against the reference), "step"
             (train step and MFU), "memory" (peak against the forecast), "decode", "rl" (rollouts and
             updates), "precision" (bfloat16 against float32), "then" (the runs of `then`).
-        then: File of training runs for the time that is left, one JSON object a line
+        then: File of training runs for the remaining time, one JSON object on each line
             (`docs/accelerators.md`); none by default.
-        tiny: Whether sizes are tiny, for a CPU, in one process; nothing is learned about speed.
-        table: Whether to print the results of the folder as tables, and to measure nothing.
-        compile_for: Topologies such as v5e:2x2 and h100:1 to compile the programs for, on any
-            machine; nothing is measured then.
+        tiny: Whether to use tiny sizes in one process, to try the benchmark on a CPU; their times
+            say nothing about speed.
+        table: Whether to only print the folder's results as tables, without measuring.
+        compile_for: Topologies such as v5e:2x2 and h100:1. The programs are only compiled for
+            these, on any machine, and nothing is measured.
     """
 
     minutes: float = 9.0
@@ -50,10 +51,12 @@ class AcceleratorBenchmark:
 
 
 def main(config: AcceleratorBenchmark) -> None:
-    """Run the parts that are not finished until the time is over, and print what was found.
+    """Run the unfinished parts until the time limit, and print their results as tables.
+
+    With `table` only print the results, and with `compile_for` only compile.
 
     Raises:
-        ValueError: An option, or the file of runs, has a mistake.
+        ValueError: An option or the file of runs has a mistake, or a result file is damaged.
     """
     folder = Path(config.out)
     if config.table:
@@ -91,7 +94,7 @@ def main(config: AcceleratorBenchmark) -> None:
 
 
 def _run(name: str, config: AcceleratorBenchmark, folder: Path, seconds: float) -> bool:
-    """Run a part; whether it got to its end."""
+    """Run a part, and return whether it finished; a mistake in its input exits with status 2."""
     if config.tiny:
         try:
             run_part(name, folder, seconds, True, config.then)

@@ -1,4 +1,4 @@
-"""The programs of the benchmark compiled for accelerators that are not attached."""
+"""Compile the benchmark's programs for accelerators that are not attached."""
 
 import functools
 from collections.abc import Callable
@@ -24,13 +24,14 @@ from train.devices.mesh import MeshConfig, make_mesh
 def compile_for(name: str, folder: Path, sizes: Sizes) -> None:
     """Compile kernels, train steps and decoding steps for one device of a topology.
 
-    The results are a file like those of the other parts, `compiled_TOPOLOGY.json`. cuDNN's kernel
-    is left out: jax can't ask a card that is not attached what its cuDNN supports.
+    The memory that they need is written to `compiled_TOPOLOGY.json`, a file like those of the
+    parts. cuDNN's kernel is left out: jax can't ask a card that is not attached what its cuDNN
+    supports.
 
     Args:
         name: Topology such as "v5e:2x2" or "h100:1".
         folder: Folder of the results.
-        sizes: What is compiled.
+        sizes: Sizes of the kernels and models to compile.
 
     Raises:
         ValueError: The topology is unknown, or its compiler is not installed.
@@ -65,7 +66,7 @@ def compile_for(name: str, folder: Path, sizes: Sizes) -> None:
 
 
 def _program(make: Callable[[], Program], topology: Topology) -> dict[str, Any]:
-    """Compile a program; the bytes that it needs."""
+    """Compile a program, and return the bytes of memory that it needs (see `memory_of`)."""
     program = make()
     compiled = program.lower(topology.platform).compile(compiler_options=topology.options)
     return memory_of(compiled, program, topology.platform)
@@ -74,7 +75,7 @@ def _program(make: Callable[[], Program], topology: Topology) -> dict[str, Any]:
 def _kernel(
     function: Any, shape: KernelShape, biased: bool, topology: Topology, mesh: Mesh
 ) -> dict[str, Any]:
-    """Compile a kernel with its gradients; bytes of its temporaries."""
+    """Compile a kernel with its gradients, and return the bytes of its `temporaries`."""
     whole = NamedSharding(mesh, P())
 
     def like(heads: int) -> jax.ShapeDtypeStruct:

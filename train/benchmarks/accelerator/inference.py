@@ -1,4 +1,4 @@
-"""Decoding with a cache, and rollouts and updates of reinforcement learning."""
+"""Measure decoding with a cache, and rollouts and updates of reinforcement learning."""
 
 import functools
 import tempfile
@@ -19,7 +19,7 @@ from train.rl.job import RLJob
 
 
 def measure_decoding(record: Record, sizes: Sizes) -> None:
-    """Tokens per second and time to the first token at each batch size."""
+    """Measure tokens per second and time to the first token, for each decoder and batch size."""
     for name, config in sizes.decoders.items():
         model = functools.cache(functools.partial(random_model, config))
         for batch in sizes.decode_batches:
@@ -30,12 +30,16 @@ def measure_decoding(record: Record, sizes: Sizes) -> None:
 
 
 def decoding_speed(model: Any, batch: int, sizes: Sizes) -> dict[str, Any]:
-    """Speed of greedy decoding after a prompt of random tokens.
+    """Measure greedy decoding after prompts of random tokens.
 
     Args:
-        model: Function that makes the model, which is made once.
+        model: Function without arguments that returns the model.
         batch: Number of rows.
-        sizes: Lengths of prompt and continuation.
+        sizes: Sizes with the lengths of prompt and continuation.
+
+    Returns:
+        Number of `parameters`, `seconds_per_token` (of a step of all rows), `tokens_per_second` (of
+        all rows), and `first_token_seconds` (prefill and first token).
     """
     decoder: Thoughtbubbles = model()
     config = DecodeBenchmark(batch_size=batch, new_tokens=sizes.new_tokens, repeats=1)
@@ -57,12 +61,17 @@ def decoding_speed(model: Any, batch: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def measure_rl(record: Record, sizes: Sizes) -> None:
-    """Rollouts and updates of GRPO on a built-in task."""
+    """Measure rollouts and updates of GRPO on a built-in task."""
     record.measure("reverse", functools.partial(rl_speed, sizes.rl_model, sizes))
 
 
 def rl_speed(model: ModelConfig, sizes: Sizes) -> dict[str, Any]:
-    """Times of a step of GRPO with random weights: texts seldom end before their last token."""
+    """Measure a step of GRPO with random weights, with which rollouts seldom end early.
+
+    Returns:
+        Number of `parameters` and of `rollouts` of a step; `rollout_seconds`, `update_seconds` and
+        their sum `step_seconds`; `rollout_tokens_per_second` and `update_tokens_per_second`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = RLConfig(
             weights="random",

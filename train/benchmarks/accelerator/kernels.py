@@ -1,4 +1,4 @@
-"""Attention kernels against the reference in float32: errors of results and gradients, times."""
+"""Errors of attention kernels against the reference in float32, and their times."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from train.benchmarks.accelerator.sizes import KernelShape, Sizes
 
 
 def implementations(platform: str) -> dict[str, Attend]:
-    """Attention functions that run on a platform, by name."""
+    """Return the attention functions that run on a platform, by name."""
     if platform == "tpu":
         return {"xla": attend, "splash": attend_splash}
     if platform in ("gpu", "cuda"):
@@ -23,7 +23,7 @@ def implementations(platform: str) -> dict[str, Attend]:
 
 
 def measure_kernels(record: Record, sizes: Sizes) -> None:
-    """A measurement for each kernel, shape, and with and without a bias."""
+    """Measure each kernel on each shape, with and without a bias."""
     for shape in sizes.kernels:
         for biased in (False, True):
             for name, kernel in implementations(jax.devices()[0].platform).items():
@@ -36,7 +36,19 @@ def measure_kernels(record: Record, sizes: Sizes) -> None:
 def against_reference(
     kernel: Attend, shape: KernelShape, biased: bool, calls: int
 ) -> dict[str, Any]:
-    """Errors and times of a kernel on random bfloat16 arrays."""
+    """Measure the errors and times of a kernel on random bfloat16 arrays.
+
+    Args:
+        kernel: Attention function.
+        shape: Sizes of the attention call.
+        biased: Whether the call has a bias.
+        calls: Number of calls of a timed round.
+
+    Returns:
+        `errors` (see `error_of`) of "out", "d_query", "d_key", "d_value" and "d_bias" if biased;
+        `forward_seconds` and `forward_and_gradient_seconds`, and the same two as
+        `..._tflops_per_second`.
+    """
     inputs, cotangent = random_inputs(shape, biased)
     exact = [None if x is None else x.astype(jnp.float32) for x in inputs]
     with jax.default_matmul_precision("highest"):
@@ -62,7 +74,12 @@ def against_reference(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def random_inputs(shape: KernelShape, biased: bool) -> tuple[tuple[Any, ...], jax.Array]:
-    """Query, key and value in bfloat16, a float32 bias of log-scores or None; and a cotangent."""
+    """Sample random inputs of an attention call.
+
+    Returns:
+        Query, key, value (bfloat16, `[batch, slots, heads, width]`) and bias (float32, `[batch,
+        slots]`; None if not `biased`) as a tuple; and a cotangent in the query's shape and dtype.
+    """
     query, key, value, bias, cotangent = jax.random.split(jax.random.key(0), 5)
 
     def heads(key: jax.Array, count: int) -> jax.Array:
@@ -76,7 +93,10 @@ def random_inputs(shape: KernelShape, biased: bool) -> tuple[tuple[Any, ...], ja
 
 
 def with_gradients(kernel: Attend) -> Any:
-    """Function of the inputs and a cotangent: the result, and the gradient of each input."""
+    """Return a function of a kernel's inputs and a cotangent, which also computes the gradients.
+
+    It returns the kernel's result, followed by the gradient of each input that is not None.
+    """
 
     def function(query: Any, key: Any, value: Any, bias: Any, cotangent: Any) -> tuple[Any, ...]:
         given = (query, key, value) if bias is None else (query, key, value, bias)
@@ -88,7 +108,12 @@ def with_gradients(kernel: Attend) -> Any:
 
 
 def error_of(mine: jax.Array, theirs: jax.Array) -> dict[str, float]:
-    """Largest absolute error, and the error's norm relative to that of the exact array."""
+    """Return the error of `mine` against the exact array `theirs`.
+
+    Returns:
+        "max_absolute", the largest absolute error, and "relative", the norm of the error divided by
+        the norm of the exact array.
+    """
     difference = mine.astype(jnp.float32) - theirs.astype(jnp.float32)
     return {
         "max_absolute": float(jnp.abs(difference).max()),

@@ -1,4 +1,4 @@
-"""One part in a process of its own: python -m train.benchmarks.accelerator.part (see `main`)."""
+"""Run one part of the benchmark: python -m train.benchmarks.accelerator.part JSON (see `main`)."""
 
 import json
 import os
@@ -16,19 +16,19 @@ PARTS = ("kernels", "step", "memory", "decode", "rl", "precision", "then")
 
 
 def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | None) -> None:
-    """Measure a part, going on where its file stops.
+    """Run those measurements of a part that its result file does not have yet.
 
     Args:
         name: Name of the part, one of `PARTS`.
         folder: Folder of the results.
-        seconds: Time for it; no measurement begins later.
-        tiny: Whether sizes are tiny.
+        seconds: Time limit of the part; no measurement begins after it.
+        tiny: Whether to use tiny sizes, which also run on a CPU.
         then: File of training runs, for the part "then".
 
     Raises:
-        TimeIsUp: The part is not finished.
-        ValueError: There is no accelerator, the folder's results are of another device, or the file
-            has a mistake.
+        TimeIsUp: The time limit was reached before the part was finished.
+        ValueError: There is no accelerator, the folder's results are of another device or damaged,
+            or the file of training runs has a mistake.
     """
     # Imported here, so that a part whose imports fail does not take the others with it.
     if not tiny and jax.default_backend() == "cpu":
@@ -60,7 +60,10 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
 
 
 def main() -> None:
-    """Run the part that the only argument describes in JSON; status 3 if the time was over."""
+    """Run the part that the command line's only argument describes: `run_part`'s arguments in JSON.
+
+    The exit status is 3 if the time limit was reached, and 2 for a `ValueError`.
+    """
     given = json.loads(sys.argv[1])
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
@@ -73,7 +76,7 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process once its parent has, so that nothing holds the accelerator."""
+    """End this process once its parent has ended, so that nothing holds the accelerator."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,8 +1,8 @@
-"""Training runs that wait for an accelerator: a file of them, each on a packed corpus.
+"""Training runs on packed corpora, listed in a file for the time that the benchmark leaves.
 
-One JSON object a line: `{"name": "plain30m", "model": {"preset": "150m", "embed_dim": 512,
-"num_heads": 8, "fork_layers": []}, "corpus": "corpus.npy", "vocab_size": 8192, "steps": 2000,
-"seeds": [0, 1]}`.
+The file has one JSON object on each line: `{"name": "plain30m", "model": {"preset": "150m",
+"embed_dim": 512, "num_heads": 8, "fork_layers": []}, "corpus": "corpus.npy", "vocab_size": 8192,
+"steps": 2000, "seeds": [0, 1]}`.
 """
 
 import dataclasses
@@ -39,15 +39,16 @@ class QueuedRun:
     Attributes:
         name: Name of the run, of letters, digits, `-`, `_` and `.`.
         model: Config of the decoder.
-        corpus: File `.npy` of one row of tokens, uint16 or uint32, documents one after another.
+        corpus: File `.npy` of one row of token ids, uint16 or uint32, in which documents follow
+            each other.
         vocab_size: Number of token ids of the corpus.
         steps: Number of optimizer steps.
-        seeds: Seeds of parameters and batches, a run each.
+        seeds: Seeds of parameters and batches; the run is repeated with each.
         batch_size: Number of rows of a step.
         seq_len: Number of targets of a row.
-        held_out: Number of rows at the end of the corpus that are never trained on, and scored
-            after the last step.
-        optimizer: Optimizer and schedule.
+        held_out: Number of rows at the end of the corpus that are not trained on, but scored after
+            the last step.
+        optimizer: Optimizer and learning rate schedule.
     """
 
     name: str
@@ -80,11 +81,11 @@ class QueuedRun:
             )
 
     def tokens(self) -> np.ndarray:
-        """The corpus, not read into memory.
+        """Open the corpus `[N]`, uint16 or uint32, as a memory map, and check it.
 
         Raises:
-            ValueError: The file is none of the kind described, is too short, or has another
-                vocabulary.
+            ValueError: The file is not an array of this kind, has too few tokens, or has a token id
+                beyond `vocab_size`.
         """
         try:
             tokens = np.load(self.corpus, mmap_mode="r")
@@ -111,10 +112,11 @@ class QueuedRun:
 
 
 def read_queue(path: str) -> list[QueuedRun]:
-    """The runs of a file, with their corpora checked.
+    """Read the runs of a file, and check them and their corpora.
 
     Raises:
-        ValueError: The file is no text, or a line is wrong; the message names file and line.
+        ValueError: The file is not text, a line is wrong (the message names file and line), two
+            runs have the same name, or there is no run.
     """
     runs = []
     for number, line in enumerate(read_text(Path(path)).splitlines(), start=1):
@@ -173,7 +175,12 @@ def _run_of(fields: Any, folder: Path) -> QueuedRun:
 
 
 def measure_queue(record: Record, path: str) -> None:
-    """Train what the file lists, in its order, all seeds of a run before the next run."""
+    """Train the runs of a file in their order, each with all of its seeds before the next run.
+
+    Raises:
+        TimeIsUp: The time is over; an unfinished run has left a checkpoint.
+        ValueError: The file has a mistake, or a run of this name was begun with other settings.
+    """
     for run in read_queue(path):
         for seed in run.seeds:
             name = f"{run.name} seed {seed}"
@@ -193,13 +200,13 @@ def measure_queue(record: Record, path: str) -> None:
 
 
 def _folder(record: Record, run: QueuedRun, seed: int) -> Path:
-    """Folder of a run's checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return record.folder / "then" / f"{run.name}-{seed}"
 
 
 @dataclasses.dataclass
 class _Clock:
-    """Time of steps: without the first one of a process, which compiles, and without saving."""
+    """Clock of train steps, except the first of a process, which compiles, and except saving."""
 
     seconds: float
     steps: int
@@ -216,7 +223,7 @@ class _Clock:
 
 
 def _train(record: Record, run: QueuedRun, seed: int, identity: dict[str, Any]) -> dict[str, Any]:
-    """Train to the last step, going on from a checkpoint; `TimeIsUp` leaves one."""
+    """Train from the newest checkpoint to the last step; save a checkpoint before `TimeIsUp`."""
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     trainable = make_trainable(run.model, run.optimizer, run.steps, mesh, seed)
     step, corpus = make_train_step(trainable), run.tokens()
@@ -275,7 +282,7 @@ def _train(record: Record, run: QueuedRun, seed: int, identity: dict[str, Any]) 
 def _first(
     checkpoints: Checkpointer, trainable: Trainable, identity: dict[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest state, or the first one, and what was written beside it."""
+    """Return the state of the newest checkpoint and its metadata, or the initial ones without."""
     if checkpoints.latest_step() is None:
         return trainable.init(), {"losses": [], "seconds": 0.0, "timed_steps": 0}
     abstract = trainable.abstract
@@ -286,7 +293,7 @@ def _first(
 
 
 def batch_of(corpus: np.ndarray, run: QueuedRun, seed: int, number: int) -> np.ndarray:
-    """Rows `[B, seq_len + 1]` int32 of a step, at random positions before the held-out rows."""
+    """Sample the rows `[B, seq_len + 1]` int32 of a step, at random before the held-out rows."""
     end = len(corpus) - run.held_out * run.seq_len - run.seq_len - 1
     starts = np.random.default_rng([seed, number]).integers(0, end, run.batch_size)
     return np.stack([corpus[start : start + run.seq_len + 1] for start in starts]).astype(np.int32)
@@ -295,7 +302,7 @@ def batch_of(corpus: np.ndarray, run: QueuedRun, seed: int, number: int) -> np.n
 def held_out_loss(
     trainable: Trainable, state: TrainState, corpus: np.ndarray, run: QueuedRun
 ) -> float:
-    """Nats per token of the last rows of the corpus, each scored in one parallel forward pass."""
+    """Compute the mean loss of the held-out rows in nats per token, by parallel forward passes."""
 
     @jax.jit
     def score(weights: Any, rows: jax.Array) -> jax.Array:

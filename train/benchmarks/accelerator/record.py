@@ -1,4 +1,4 @@
-"""Measurements of a part in a JSON file that is whole at any time, so that a cut loses nothing."""
+"""Measurements of a part in a JSON file, which is rewritten whole after each measurement."""
 
 import json
 import math
@@ -24,12 +24,11 @@ class Record:
     Args:
         folder: Folder of the benchmark's results.
         part: Name of the part.
-        seconds: Time that is left; no measurement begins after it.
-
-        device: Kind of the device that the measurements are of; by default the first one of jax.
+        seconds: Time that is left, in seconds; no measurement begins after it.
+        device: Kind of the device that is measured; by default the kind of jax's first device.
 
     Raises:
-        ValueError: The folder holds results of another device.
+        ValueError: The part's file holds results of another device, or is damaged.
     """
 
     def __init__(self, folder: Path, part: str, seconds: float, device: str | None = None):
@@ -58,18 +57,20 @@ class Record:
 
     @property
     def seconds_left(self) -> float:
-        """Time that is left, in seconds."""
+        """Time that is left, in seconds; negative once it is over."""
         return self._end - time.monotonic()
 
     def measure(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Result of a measurement, from the file if it is there.
-
-        An exception becomes the result, one line under "error"; "out_of_memory" says whether it is
-        one of memory. So does the end of the process, once it ended twice in this measurement.
+        """Return the result of a measurement, from the file or by measuring and writing it.
 
         Args:
             name: Name of the measurement.
-            work: Function that measures and returns what JSON can write.
+            work: Function that measures and returns a dict, ready for JSON.
+
+        Returns:
+            What `work` returned and its "wall_seconds". If `work` raised an exception, its kind and
+            first line as "error", and "out_of_memory", whether memory was too small. Only "error"
+            if the process has ended twice during this measurement.
 
         Raises:
             TimeIsUp: The time is over.
@@ -101,13 +102,13 @@ class Record:
         return found
 
     def put(self, name: str, found: dict[str, Any]) -> None:
-        """Write a result down."""
+        """Store a result under a name, and write the file."""
         self.data.get("begun", {}).pop(name, None)
         self.measurements[name] = found
         self._save()
 
     def finish(self) -> None:
-        """Mark the part as complete."""
+        """Mark the part as finished, and write the file."""
         self.data["finished"] = True
         self._save()
 
@@ -117,7 +118,7 @@ class Record:
 
 
 def without_nan(value: Any) -> Any:
-    """The value with None for numbers that JSON has no word for, as of a loss that diverged."""
+    """Replace numbers that are not finite, such as a diverged loss, by None, as JSON needs it."""
     if isinstance(value, dict):
         return {name: without_nan(found) for name, found in value.items()}
     if isinstance(value, list):
@@ -126,10 +127,10 @@ def without_nan(value: Any) -> Any:
 
 
 def read(folder: Path, part: str) -> dict[str, Any] | None:
-    """Contents of a part's file; None if there is none.
+    """Read a part's file; None if there is no such file.
 
     Raises:
-        ValueError: The file holds no results, as after a machine that lost its power.
+        ValueError: The file is damaged, for example after a loss of power.
     """
     path = folder / f"{part}.json"
     if not path.exists():
@@ -146,20 +147,21 @@ def read(folder: Path, part: str) -> dict[str, Any] | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Return the kind and the first line of an error, at most 300 characters of it."""
     first = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first[0][:300]}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory was too small, in XLA's words."""
+    """Whether an error's message says, as XLA's do, that the device's memory was too small."""
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
 def seconds_per_call(call: Callable[[], Any], calls: int, rounds: int = 3) -> float:
-    """Smallest mean time of a call over some rounds, after a call that warms up.
+    """Measure the mean seconds of a call in each round, and return the smallest of them.
 
-    Calls are dispatched one after another and awaited once a round, so that the device is busy.
+    A first call warms up. Calls are dispatched one after another and awaited once a round, so that
+    the device stays busy.
 
     Args:
         call: Function that returns arrays.
@@ -178,16 +180,16 @@ def seconds_per_call(call: Callable[[], Any], calls: int, rounds: int = 3) -> fl
 
 
 def seconds_in_a_loop(call: Callable[..., Any], inputs: tuple[Any, ...], calls: int) -> float:
-    """Smallest mean time of a call over three rounds of a loop that runs on the device alone.
+    """Measure the mean seconds of a call in three rounds, and return the smallest of them.
 
-    Short calls dispatched one after another would be timed as dispatch. Each call waits for the
-    result of the one before it.
+    A round is one compiled loop on the device, in which each call waits for the previous one. Calls
+    that the host dispatches one by one would measure the dispatch, if they are short.
 
     Args:
         call: Function of arrays.
-        inputs: Its arguments; the first is an array.
-        calls: Number of calls of a round to begin with; on accelerators it grows until a round
-            takes 50 ms.
+        inputs: Arguments of `call`; the first is an array.
+        calls: Initial number of calls of a round; on accelerators it is doubled until a round takes
+            50 ms.
     """
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Sizes of what is measured: on an accelerator, and tiny ones that a CPU runs in a test."""
+"""Sizes of all measurements: full sizes for an accelerator, tiny ones for a test on a CPU."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from thoughtbubbles import ModelConfig, PrefixRank
 
 @dataclasses.dataclass(frozen=True)
 class KernelShape:
-    """Sizes of one attention call: rows, slots, heads, heads of keys, and width of a head."""
+    """Sizes of one attention call: rows, slots, heads, key/value heads, and width of a head."""
 
     batch: int
     slots: int
@@ -17,7 +17,7 @@ class KernelShape:
 
     @property
     def flops(self) -> int:
-        """FLOPs of a forward call: two products, of the causal half of all pairs of slots."""
+        """FLOPs of a forward call: two products over the causal half of all pairs of slots."""
         return 2 * self.batch * self.slots**2 * self.heads * self.width
 
     def __str__(self) -> str:
@@ -26,25 +26,25 @@ class KernelShape:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What each part measures.
+    """Models and sizes that the parts measure.
 
     Attributes:
         kernels: Sizes of attention calls.
-        models: Decoders that are trained, by name.
+        models: Configs of decoders that are trained, by name.
         seq_len: Number of tokens of a row in training.
         first_batch: Number of rows of the first training step that is tried.
-        largest_batch: Greatest number of rows that is tried.
-        decoders: Decoders that generate, by name.
-        decode_batches: Numbers of rows that are decoded at a time.
+        largest_batch: Maximum number of rows that is tried.
+        decoders: Configs of decoders that generate, by name.
+        decode_batches: Numbers of rows that are decoded together, one measurement for each.
         context: Number of tokens in the cache when the timed decoding steps begin.
         new_tokens: Number of timed decoding steps.
-        rl_model: Decoder of bytes that is trained by reinforcement learning.
-        rl_prompts: Number of problems of a step.
+        rl_model: Config of a decoder over bytes that reinforcement learning trains.
+        rl_prompts: Number of problems of a reinforcement-learning step.
         rl_generations: Number of rollouts of a problem.
-        rl_tokens: Greatest number of tokens of a rollout.
-        precision_models: Decoders whose loss curves are compared, by name.
-        precision_batch: Number of rows of a step of these curves.
-        precision_steps: Number of steps of these curves.
+        rl_tokens: Maximum number of tokens of a rollout.
+        precision_models: Configs of decoders whose loss curves are compared, by name.
+        precision_batch: Number of rows of a training step in the part "precision".
+        precision_steps: Number of training steps in the part "precision".
         calls: Number of calls of a timed round.
     """
 
@@ -79,7 +79,7 @@ def _cacheable(config: ModelConfig) -> ModelConfig:
 
 
 def full_sizes() -> Sizes:
-    """Sizes for an accelerator: the preset 150m, and a decoder of 30 million parameters."""
+    """Return the sizes for an accelerator: preset 150m, and decoders of 30 million parameters."""
     trained = ModelConfig.preset("150m", dtype="bfloat16", scan_layers=True, remat="dots")
     small = ModelConfig(
         vocab_size=8192, embed_dim=512, num_layers=8, num_heads=8, fork_layers=(2, 4),
@@ -112,7 +112,7 @@ def full_sizes() -> Sizes:
 
 
 def tiny_sizes() -> Sizes:
-    """Sizes for a CPU, which say nothing about speed."""
+    """Return sizes that a CPU can run in a test; their times say nothing about speed."""
     model = ModelConfig(vocab_size=257, embed_dim=16, num_layers=1, num_heads=2, fork_layers=(0,))
     model = dataclasses.replace(model, scan_layers=True)
     decoder = dataclasses.replace(model, scan_layers=False)

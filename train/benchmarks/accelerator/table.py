@@ -1,4 +1,4 @@
-"""Tables in Markdown of the results in a folder."""
+"""Format the results in a folder as Markdown tables."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,14 @@ from train.benchmarks.accelerator.record import read
 
 
 def tables(folder: Path, parts: tuple[str, ...]) -> str:
-    """A table for each part that has results.
+    """Format a Markdown table for each part that has results.
 
     Args:
         folder: Folder of the results.
         parts: Names of the parts, in the order of the tables.
 
     Raises:
-        ValueError: The folder holds no results.
+        ValueError: The folder holds no results, or a damaged file.
     """
     texts = [table(data) for part in parts if (data := read(folder, part))]
     if not texts:
@@ -23,7 +23,10 @@ def tables(folder: Path, parts: tuple[str, ...]) -> str:
 
 
 def table(data: dict[str, Any]) -> str:
-    """A heading and a row for each measurement; lists, such as loss curves, are left out."""
+    """Format a part's file (see `read`) as a heading and a table, a row for each measurement.
+
+    Lists, such as loss curves, are left out.
+    """
     rows = {name: cells(found) for name, found in data["measurements"].items()}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     state = "" if data["finished"] else ", not finished"
@@ -39,7 +42,7 @@ def table(data: dict[str, Any]) -> str:
 
 
 def cells(found: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Numbers and words of a measurement by column; nested ones under `outer.inner`."""
+    """Format the numbers and words of a measurement by column; a nested one's is `outer.inner`."""
     row: dict[str, str] = {}
     for name, value in found.items():
         if name in ("run", "wall_seconds", "out_of_memory"):

@@ -1,4 +1,4 @@
-"""Training steps: time, MFU and memory at the largest batch that fits; bfloat16 beside float32."""
+"""Measure training: time, MFU and memory up to the largest batch; bfloat16 beside float32."""
 
 import contextlib
 import dataclasses
@@ -28,27 +28,27 @@ ROOM = 0.85  # share of the memory up to which a forecast for a larger batch is 
 
 
 def run_config(model: ModelConfig, batch: int, seq_len: int) -> RunConfig:
-    """Pretraining of a model on rows of `seq_len` tokens."""
+    """Return the config of pretraining a model on `batch` rows of `seq_len` tokens a step."""
     return RunConfig(
         model=model, data=DataConfig(seq_len=seq_len), batch_size=batch, mesh=MeshConfig(1, 1, 1)
     )
 
 
 def step_program(config: RunConfig, devices: Any) -> Program:
-    """The train step of a run on one device."""
+    """Make the train step of a run on the given devices, as a program to compile."""
     mesh = make_mesh(config.mesh, devices)
     return program_of(config, mesh, "step", resolve(config.model, mesh, config.attention))
 
 
 def memory_limit() -> float | None:
-    """Bytes of the device's memory that jax may use; None where no limit is known (CPUs)."""
+    """Return the bytes of device memory that jax may use; None where no limit is known (CPUs)."""
     device = jax.devices()[0]
     chip, stats = chip_of(device.device_kind), device.memory_stats() or {}
     return stats.get("bytes_limit") or (chip.memory if chip else None)
 
 
 def measure_steps(record: Record, sizes: Sizes) -> None:
-    """For each model, steps of growing batches until one does not fit."""
+    """Measure each model's train step with growing batches, until a batch does not fit."""
     for name, model in sizes.models.items():
         batch = sizes.first_batch
         while batch <= sizes.largest_batch:
@@ -62,14 +62,15 @@ def measure_steps(record: Record, sizes: Sizes) -> None:
 
 
 def next_batch(batch: int, found: dict[str, Any], limit: float | None) -> int:
-    """The next power of two times the first batch: those that surely fit are passed over.
+    """Choose the next batch to try: this one doubled, or doubled more often.
 
-    Temporaries and results grow no faster than the batch, arguments hardly at all.
+    Batches are passed over if a batch twice as large is forecast to need at most 85 % of the
+    memory. The forecast assumes that temporaries and results grow in proportion to the batch.
 
     Args:
         batch: Number of rows that fitted.
-        found: Measurement of it, with its `forecast`.
-        limit: Bytes of memory, or None.
+        found: Measurement with that batch, with its `forecast` of memory.
+        limit: Bytes of memory, or None if unknown, for which the batch is doubled once.
     """
     grown = 2 * batch
     if limit is None:
@@ -85,7 +86,13 @@ def next_batch(batch: int, found: dict[str, Any], limit: float | None) -> int:
 
 
 def time_step(config: RunConfig, calls: int) -> dict[str, Any]:
-    """Seconds of a step, or that the compiled program's forecast exceeds the memory."""
+    """Measure a train step, unless the compiled program's forecast exceeds the device's memory.
+
+    Returns:
+        `forecast` of memory (see `memory_of`) and `fits`. If it fits, also `parameters`, `batch`,
+        `step_seconds`, `tokens_per_second`, `tflops_per_second`, and `mfu`, None for an unknown
+        chip.
+    """
     device = jax.devices()[0]
     compiled, forecast, too_large = compiled_step(config)
     if too_large:
@@ -107,7 +114,12 @@ def time_step(config: RunConfig, calls: int) -> dict[str, Any]:
 
 
 def compiled_step(config: RunConfig) -> tuple[Any, dict[str, Any], bool]:
-    """The compiled step, the forecast of its memory, and whether that exceeds the device's."""
+    """Compile a train step for the first device.
+
+    Returns:
+        The compiled step, the forecast of its memory (see `memory_of`), and whether its peak
+        exceeds the device's memory.
+    """
     devices = jax.devices()[:1]
     program = step_program(config, devices)
     compiled = program.function.lower(*program.inputs).compile()
@@ -117,7 +129,10 @@ def compiled_step(config: RunConfig) -> tuple[Any, dict[str, Any], bool]:
 
 @contextlib.contextmanager
 def running(config: RunConfig, compiled: Any) -> Iterator[Any]:
-    """A function that makes the next step on random tokens and returns its loss."""
+    """Give a function that takes the next train step on random tokens and returns its loss.
+
+    The parameters are freed at the end of the context.
+    """
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     trainable = make_trainable(
         config.model, config.optimizer, config.steps, mesh, config.seed, config.attention
@@ -135,7 +150,7 @@ def running(config: RunConfig, compiled: Any) -> Iterator[Any]:
 
 
 def measure_memory(record: Record, sizes: Sizes) -> None:
-    """Peak of the device beside the forecast, at the largest batch of which a step was timed."""
+    """Measure each model's peak memory beside the forecast, at the largest batch that was timed."""
     timed = (read(record.folder, "step") or {"measurements": {}})["measurements"]
     largest: dict[str, tuple[int, int]] = {}
     for name in sizes.models:
@@ -154,10 +169,12 @@ def measure_memory(record: Record, sizes: Sizes) -> None:
 
 
 def peak_of(config: RunConfig) -> dict[str, Any]:
-    """Forecast and measured peak of two steps, in bytes.
+    """Measure the peak memory of two train steps, beside its forecast.
 
-    The device counts the peak of the whole process: where it did not rise, an earlier program hides
-    that of this one, and none is given.
+    Returns:
+        `batch`, `forecast_bytes`, `measured_bytes` and `measured_over_forecast`. The last two are
+        None if the device counts no peak, or if it did not rise: the device counts the peak of the
+        whole process, in which an earlier program may have needed more.
     """
     device = jax.devices()[0]
     before = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -175,7 +192,10 @@ def peak_of(config: RunConfig) -> dict[str, Any]:
 
 
 def measure_precision(record: Record, sizes: Sizes) -> None:
-    """Loss curves of a model on the same batches in float32 and in bfloat16, by XLA's attention."""
+    """Compare each model's loss curves in float32 and bfloat16, on the same batches.
+
+    Both use XLA's attention.
+    """
     for name, model in sizes.precision_models.items():
         curves = [
             record.measure(
@@ -197,7 +217,10 @@ def measure_precision(record: Record, sizes: Sizes) -> None:
 
 
 def loss_curve(model: ModelConfig, sizes: Sizes) -> dict[str, Any]:
-    """Losses of the first steps on texts that can be learned; float32 at full precision."""
+    """Train a model on texts of `chains`, and return the `loss` of each step.
+
+    Matrix products of a float32 model have full precision.
+    """
     mesh, steps = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), sizes.precision_steps
     with jax.default_matmul_precision("highest" if model.dtype == "float32" else "default"):
         trainable = make_trainable(model, OptimizerConfig(), steps, mesh, attention="xla")
@@ -210,7 +233,7 @@ def loss_curve(model: ModelConfig, sizes: Sizes) -> dict[str, Any]:
 
 
 def chains(vocab_size: int, rows: int, length: int, seed: int) -> np.ndarray:
-    """Texts in which nine of ten tokens follow from the one before, int32."""
+    """Sample texts `[rows, length]` int32 in which 90 % of tokens follow from the one before."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab_size, (rows, length), dtype=np.int32)
     known = rng.random((rows, length)) < 0.9
