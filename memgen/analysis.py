@@ -351,10 +351,11 @@ class CenterDistance(NamedTuple):
 
 
 def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str], CenterDistance]:
-    """Measure the distances between every two kinds of vectors, such as latents and context.
+    """Measure the distances between the centers of every two kinds, averaged over invocations.
 
-    The covariance of the whitened distance is shrunk (Ledoit & Wolf 2004), because there may be
-    fewer centers than dimensions. Needs scikit-learn.
+    Kinds are, for example, latents and context. The covariance matrix of `CenterDistance.whitened`
+    is a shrinkage estimate (Ledoit & Wolf 2004), because there may be fewer centers than
+    dimensions. Needs scikit-learn.
 
     Args:
         centers: Dict from a kind's name to its centers, `[M, D]`: row `m` is the mean vector of the

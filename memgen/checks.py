@@ -170,7 +170,13 @@ def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
 
 
 def check_width(values: Any, width: int, reader: str) -> None:
-    """Raise a ValueError unless the last axis of `values` has size `width`."""
+    """Raise a ValueError unless `values` is an array whose last axis has size `width`.
+
+    Args:
+        values: Vectors `[..., width]`.
+        width: Expected width.
+        reader: What reads the vectors, for the message: "a weaver".
+    """
     if not hasattr(values, "shape"):
         raise ValueError(f"vectors in a {type(values).__name__} for {reader}: give an array")
     if values.shape[-1] != width:

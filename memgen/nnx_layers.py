@@ -123,16 +123,16 @@ def linear_axes(module: nnx.Module, targets: Iterable[str]) -> dict[str, LayerAx
 def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
     """Return a copy of a module with adapters on its linear layers; it shares the module's arrays.
 
-    It implements `DecoderBackbone.apply_lora`. An adapted layer is an instance of its layer's
-    class, and keeps its attributes (`kernel`, `out_features`, ...) and call arguments
+    This is the `DecoderBackbone.apply_lora` of NNX modules. An adapted layer is an instance of its
+    layer's class, and keeps its attributes (`kernel`, `out_features`, ...) and call arguments
     (`out_sharding`). The adapter's output is added to the layer's output. A layer whose class
-    overrides `__call__` may scale its output, so there the adapter is added to the kernel within
-    the call instead. Either way the result is the same as after `merge_lora`.
+    overrides `__call__` may scale its output, so there the adapter's matrix is added to the kernel
+    within the call instead. Either way the result is the same as after `merge_lora`.
 
     Args:
         module: Module with linear layers.
         adapter: Mapping from the path of a linear layer (see `linear_layers`) to its adapter, a
-            callable from `[..., inputs]` to `[..., outputs]`.
+            linear callable from `[..., inputs]` to `[..., outputs]`.
 
     Raises:
         ValueError: A path is not of a linear layer, an adapter does not have its layer's shape, or

@@ -27,10 +27,11 @@ class Rows(ShortRepr):
 
 
 class Uncached(Module):
-    """Base class for a `DecoderBackbone` that has no cache.
+    """Base class for a `DecoderBackbone` without a key-value cache.
 
-    A subclass must define `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,
-    `hidden_states` and `unembed`. For speed, it may override `init_cache` and `extend`.
+    `extend` keeps all vectors of the rows and runs `hidden_states` over them again at each call. A
+    subclass must define `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,
+    `hidden_states` and `unembed`. It may override `init_cache` and `extend` with faster ones.
     """
 
     def for_decoding(self):

@@ -114,9 +114,9 @@ def rotary_angles(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the cosines and sines of rotary angles (RoPE) at positions.
 
-    Channel pair `c` turns by `position * base ** (-2c / K)`, unless scaled. At positions of at
-    least `NEAR`, the angle is exact to float32 rounding; below, its error grows with the position
-    up to 2.5e-4 radians.
+    Channel pair `c` turns by `position * base ** (-2c / K)` radians, unless scaled. Below position
+    `NEAR` (4096) angles are float32 products, off by up to 2.5e-4 radians; from there on they are
+    reduced to one turn first, so that they are exact to float32 rounding.
 
     Args:
         positions: Positions of the slots, `[B, S]` integers or float32.
@@ -125,10 +125,11 @@ def rotary_angles(
         scaling: Scaling of the frequencies; None for no scaling.
         offset: Fraction of a token to add to each position, `[B, S]` float32. It is separate
             because a large float32 position would round it. None adds nothing.
-        bound: Static upper bound on the positions; a bound up to `NEAR` saves work.
+        bound: Static upper bound on the positions. A bound up to `NEAR` skips that reduction; a
+            position above it would be less exact.
 
     Returns:
-        Cosines and sines, each `[B, S, K/2]` float32.
+        Cosines and sines, each `[B, S, K/2]` float32, times the amplitude of `scaling`.
     """
     if scaling is None:
         exact = base ** (-np.arange(0, head_dim, 2) / head_dim)

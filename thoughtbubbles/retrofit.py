@@ -48,7 +48,7 @@ def add_forks(
             embedding.
 
     Returns:
-        The new config, and the weights, to which `forks` adds the weights of the fork layers.
+        The new config, and the weights with one more entry, "forks", for those of the fork layers.
 
     Raises:
         ValueError: The config has fork layers or copies, `layers` is empty or has an index out of

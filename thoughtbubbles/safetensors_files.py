@@ -44,13 +44,15 @@ class _Location(NamedTuple):
 class SafetensorsFiles:
     """The tensors of a folder, from `model.safetensors` or from the shards that its index names.
 
-    The headers are read at once and checked against the sizes of the files; `read` reads tensors.
-    A tensor that is in a shard but not in the index is used too. Warnings name tensors that the
-    index does not list, copies of tensors in other shards, and safetensors files that are not read.
+    The constructor reads only the headers, and checks them against the sizes of the files; `read`
+    loads a tensor. A tensor that is in a shard but not in the index is used too. Warnings name
+    tensors that the index does not list, copies in shards other than the one that the index names
+    (which are not used), and safetensors files that are not read.
 
     Args:
         folder: Folder with the files.
-        single: Name of the file that holds all tensors. Shards are read only for the default name.
+        single: Name of the file that holds all tensors. With another name than the default,
+            `model.safetensors`, index and shards are ignored.
 
     Attributes:
         shapes: Shape of every tensor, by name.

@@ -197,7 +197,7 @@ class Hatchling(SitedHatchling):
         return State(jnp.zeros((batch,), jnp.int32), jnp.zeros(shape))
 
     def cache_batch_axes(self, cache: State) -> State:
-        """State whose arrays are replaced by the index of their axis of rows."""
+        """Index of the batch axis of each array of the cache, as a `State` of equal structure."""
         return State(0, 1)  # pyright: ignore[reportArgumentType]
 
     def advance(

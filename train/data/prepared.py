@@ -73,8 +73,9 @@ def prepare_corpus(config: DataConfig, stored: str = "") -> PackedData:
 
     Args:
         config: Corpus, tokenizer and row length.
-        stored: Fingerprint of rows that were packed earlier. If the cache has them, packed with
-            this tokenizer, they are opened without a look at the corpus; "" for none.
+        stored: Fingerprint of rows that were packed earlier; "" for none. If the cache has these
+            rows and they were packed with this tokenizer, they are opened without reading the
+            corpus. Otherwise the fingerprint is ignored.
 
     Raises:
         DataError: Corpus or tokenizer cannot be used, the corpus is too small, or stored rows are

@@ -37,11 +37,11 @@ class Evaluator:
     """Scorer of packed rows with a model's parameters, whose functions are compiled once.
 
     A teacher-forced pass scores all positions of a row at once. For a policy that looks at the
-    whole row (`TopK`), the result is not the loss of an autoregressive model. Then a sample of
-    positions is also scored with only the prefix of each as input.
+    whole row (`TopK`), the result is not the loss of an autoregressive model. For such a policy, a
+    sample of positions is also scored with only the prefix of each as input.
 
     Args:
-        trainable: Static side of a run, with the model and its mesh.
+        trainable: What stays the same in a run: structure of the model, mesh and shardings.
         batch_size: Number of rows in a pass.
         config: Number of rows and positions to score.
     """

@@ -249,7 +249,7 @@ class SFTJob:
         return ""
 
     def first_state(self) -> TrainState:
-        """Make the state of step 0 from the loaded weights and newly initialised parameters."""
+        """Make the state of step 0: the loaded weights, and newly initialised adapters or heads."""
         return self.trainable.start(nnx.state(self._around(self._lm.model)))
 
     def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:

@@ -38,10 +38,13 @@ def make_envelope(
 
 
 def read_envelope(folder: Path) -> dict[str, Any]:
-    """Read `meta`, `leaves` and `keys` of what `make_envelope` built from a step folder.
+    """Read the envelope of a checkpoint, which `make_envelope` built, from its step folder.
 
     Args:
         folder: Step folder.
+
+    Returns:
+        Dict with the entries `meta`, `leaves` and `keys`.
 
     Raises:
         CheckpointError: A newer version of this library wrote the checkpoint.

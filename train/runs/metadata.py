@@ -85,7 +85,9 @@ def rows_of_other_python(meta: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def why_other_data(meta: Mapping[str, Any]) -> str:
-    """Return a hint for an error message if the Python version may have changed a run's corpus.
+    """Explain, for an error message, that a run's corpus may be another one under this Python.
+
+    That is so for a corpus with Python's standard library, if the run used another version.
 
     Args:
         meta: Metadata of the run's checkpoint.

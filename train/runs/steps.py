@@ -69,7 +69,12 @@ def read_step(directory: Path, step: int | None, read: Callable[[Path], _Content
 
 
 def verify(folder: Path, items: tuple[str, ...], share: int = 0, shares: int = 1) -> None:
-    """Compare files with their checksums; raise CheckpointErrors that say what to do."""
+    """Compare the files of a checkpoint's items with their checksums (`checksums.verify`).
+
+    Raises:
+        CheckpointError: A file is damaged, missing or unreadable, or there are no checksums. The
+            message says what to do.
+    """
     try:
         checksums.verify(folder, items, share, shares)
     except checksums.NoChecksumsError:

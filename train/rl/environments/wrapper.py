@@ -48,7 +48,7 @@ class EnvironmentWrapper:
 
     @property
     def random_action(self) -> Any:
-        """Random player of the environment.
+        """Function of the wrapped environment that returns a random action.
 
         Raises:
             AttributeError: The environment has no random player.
