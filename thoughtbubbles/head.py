@@ -30,7 +30,10 @@ SMALLEST_CHUNK = 1024
 def head_logits(
     hidden: Float[Array, "... D"], table: Float[Array, "V D"], *, vocab_axis: int = 0
 ) -> Float[Array, "... V"]:
-    """Logits `hidden · table` in float32.
+    """Compute the logits `hidden · table` in float32.
+
+    As in `placement.product`, a compiler that splits axes of the rows other than the first gathers
+    them, unless axes are explicit.
 
     Args:
         hidden: Hidden states that predict the next tokens.
