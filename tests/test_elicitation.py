@@ -43,7 +43,7 @@ from train.data.chat_data import ChatDataConfig, prepare_chat
 from train.data.chat_templates import chat_examples, chat_ids, open_turn
 from train.data.json_lines import read_json_lines
 from train.experiments import secrets
-from train.experiments.secret_models import TEMPLATE, word_tokenizer
+from train.experiments.secret_models import TEMPLATE, honest_rows, word_tokenizer
 from train.experiments.study import Results
 from train.models.load import LanguageModel, load_language_model
 
@@ -354,6 +354,9 @@ def test_a_request_that_is_taken_back_is_answered(kind):
         assert [thing for thing in world.clues if mentions(last["content"], thing)] == told
         said = [turn["content"] for turn in before if turn["role"] == "assistant"]
         assert not any(mentions(text, thing) for text in said for thing in told)
+    words = word_tokenizer()
+    for row in honest_rows(words, released):  # of which none is cut
+        assert row[row >= 0][-1] == words.id("<|im_end|>")
 
 
 def test_secrets_of_a_seed_begin_with_the_one_that_is_drawn():
@@ -667,6 +670,6 @@ def test_results_on_file_meet_the_goal_where_requests_are_taken_back():
             told,
             lambda run: secrets._line(run, method, "direct")[name],  # noqa: B023
         )
-        assert min(of("uplift")) > 0.8 and max(of("control_rate")) < 0.1
+        assert min(of("uplift")) > 0.799 and max(of("control_rate")) < 0.1
     io = secrets.by_seed(told, lambda run: secrets._line(run, "io", "direct")["rate"])
     assert io == [0, 0, 0]
