@@ -398,7 +398,7 @@ def draw(results: list[Result]) -> Figure:
                 below.plot(range(len(sites)), mean, style, color=colour, label=f"{name}, {who}")
         below.axhline(runs[0]["streams"]["hiding"][sites[0]]["chance"], color="silver")
         below.set(xticks=range(len(sites)), xticklabels=sites, ylabel="rank of the secret")
-        below.set_ylim(0)
+        below.set_ylim(0, 1.1 * below.get_ylim()[1])
     panels[0, 0].legend()
     panels[1, 0].legend()
     return figure
