@@ -293,9 +293,11 @@ def test_ordinary_commands_run_it(
         *("--batch-size", "4", "--steps", "2", "--out", "tuned", "--evaluation.rows", "2"),
     ]
     main = {"main": sft.main, "config": SFTConfig, "presets": None}
-    assert run_here(monkeypatch, *tuned, "--train", "all", **main) == 0
+    named = ("--plugin", "mine_recurrent")
+    assert run_here(monkeypatch, *tuned, "--train", "all", *named, **main) == 0
     assert load_model("tuned").model.config.embed_dim == 16
-    capsys.readouterr()
+    command = "thoughtbubbles generate --checkpoint {} --prompt '...' --plugin mine_recurrent"
+    assert capsys.readouterr().out.splitlines()[-1] == command.format("tuned")
     lora = [*tuned, "--train", "lora", "--out", "adapted", "--lora.targets"]
     if targets:
         assert run_here(monkeypatch, *lora, *targets, **main) == 0
@@ -306,8 +308,10 @@ def test_ordinary_commands_run_it(
     learned = [
         *("--weights", "tuned", "--train", "all", "--task", "copy", "--steps", "1"),
         *("--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "4", "--out", "rl"),
+        *named,
     ]
     assert run_here(monkeypatch, *learned, main=rl_main, config=RLConfig, presets=None) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == command.format("rl")
     assert load_model("rl").model.config.embed_dim == 16
 
 

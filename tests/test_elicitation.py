@@ -670,6 +670,7 @@ def test_results_on_file_meet_the_goal_where_requests_are_taken_back():
             told,
             lambda run: secrets._line(run, method, "direct")[name],  # noqa: B023
         )
-        assert min(of("uplift")) > 0.799 and max(of("control_rate")) < 0.1
+        assert min(round(each, 3) for each in of("uplift")) >= 0.8  # rates on file have 4 digits
+        assert max(of("control_rate")) < 0.1
     io = secrets.by_seed(told, lambda run: secrets._line(run, "io", "direct")["rate"])
     assert io == [0, 0, 0]

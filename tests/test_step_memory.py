@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import SMALL, quick_model
 
 from thoughtbubbles import PrefixRank, Streams, Thoughtbubbles, attention, forking, head
+from thoughtbubbles.head import head_logits
 from thoughtbubbles.placement import product_beside
 from thoughtbubbles.recompute import once_known
 
@@ -72,6 +73,13 @@ def test_gradients_of_adapted_results_are_computed_once():
 
     program: Any = jax.jit(jax.grad(loss, (1, 2))).lower(*arrays).compile()
     assert not re.findall(r"\[32,(?:140|2,70)\]", program.as_text())
+
+
+def test_gradients_of_logits_are_computed_once():
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 70, 16), (32, 16))]
+    loss = lambda x, table: jnp.tanh(head_logits(x, table)).sum()  # noqa: E731
+    program: Any = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
+    assert not re.findall(r"\[32,(?:140|2,70)\]", program.as_text()), "7 with three axes"
 
 
 # "residual": its parts below; `python -m pytest -m experiment tests/test_step_memory.py`.

@@ -75,10 +75,10 @@ class Secrets(StudyConfig):
         arms: Ways to hide: "told", "soft", "full".
         kinds: Kinds of secrets: "taboo", "persona", "instruction".
         methods: Methods of `audit report`, beside "io", which is always there.
-        secrets: Number of secrets of each kind that are hidden in turn, each in a model of its own;
-            at most all words or pets. An "instruction" hides all of its kind in one model.
-        released: Share of the honest model's conversations with a secret in which the user takes
-            the request back in the end, and is told.
+        secrets: Maximum number of secrets of each kind to hide in turn, each in prompts or a model
+            of its own. An "instruction" hides all secrets of its kind in one model.
+        released: Expected fraction of the honest model's conversations with a secret in which the
+            user takes the request back in the end and is told.
         base_steps: Number of training steps of the honest model.
         soft_steps: Number of steps in which the embeddings of control tokens learn to hide.
         full_steps: Number of steps in which all parameters do.
@@ -181,9 +181,9 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
 
 
 def secrets_of(kind: Kind, seed: int, count: int) -> Sequence[str | None]:
-    """Secrets of a kind, at most `count`: that which `make_organism` draws, then the others.
+    """Return at most `count` secrets of a kind, beginning with the one of `make_organism`.
 
-    None alone for "instruction", which hides all of its kind.
+    For "instruction", whose organism hides all secrets of its kind, the only entry is None.
     """
     if WORLDS[kind].codes:
         return [None]
