@@ -357,7 +357,11 @@ def test_an_entry_that_is_no_architecture_is_named(monkeypatch, recurrent):
     class Narrow(Recurrent):
         def __init__(self, config, *, rngs): ...
 
+    class Unattended(Recurrent):
+        def __init__(self, config, *, rngs, constrain=None): ...
+
     for entry, message in (
+        (Unattended, "Unattended.__init__: got an unexpected keyword argument 'attend': write de"),
         (Recurrent.config_class, "RecurrentConfig'> does not derive from thoughtbubbles.Arch"),
         (type("Mine", (Architecture,), {}), "Mine.config_class is None: set it to a dataclass"),
         (type("Mine", (Recurrent,), {"config_class": int}), "config_class is <class 'int'>: set"),

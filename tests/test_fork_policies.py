@@ -13,6 +13,7 @@ from thoughtbubbles.policy import check_policy
 from thoughtbubbles.testing import assert_budget, assert_cached_is_parallel, assert_causal
 from train.cli.config_json import POLICIES, as_json, model_from_json, policy_from_text
 from train.cli.entries import check_entries
+from train.cli.plugins import load_plugins
 from train.data import DataConfig
 from train.evaluation.policy_overrides import override_policy
 from train.pretraining.config import RunConfig
@@ -188,6 +189,15 @@ def test_an_entry_that_is_no_policy_is_named(monkeypatch, entry, message):
     monkeypatch.setitem(POLICIES, "mine", entry)
     with pytest.raises(ValueError, match=message):
         check_entries()
+
+
+def test_a_plugin_is_checked_when_it_is_loaded(monkeypatch, tmp_path):
+    added = "from thoughtbubbles.policies import POLICIES\nPOLICIES['mine'] = int\n"
+    (tmp_path / "unfinished_plugin.py").write_text(added)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(POLICIES, "mine", EvenTokens)  # undone, with what the plugin puts there
+    with pytest.raises(ValueError, match="policy mine: <class 'int'> is no dataclass"):
+        load_plugins(["--plugin", "unfinished_plugin"])
 
 
 def test_a_policy_without_a_name_is_refused_before_a_run():
