@@ -21,7 +21,15 @@ from memgen.events import Decoders, Loop, memory_event
 from memgen.insertion import INFERENCE, PROMPT, Plan, assemble, check_plan, stream_length
 from memgen.model import MemGen, check_memgen
 from memgen.placement import AnyArray, embed, placed_beside, row_shards
-from memgen.request import KeepMemory, Request, bucket, make_request, pad_prompts, row_keys
+from memgen.request import (
+    KeepMemory,
+    Request,
+    bucket,
+    make_request,
+    pad_prompts,
+    row_keys,
+    with_prefills,
+)
 from memgen.response import Response
 from memgen.session import Session, check_capacity, check_session, put
 from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
@@ -46,6 +54,7 @@ def generate(
     valid_vocab_size: int | None = None,
     keep_memory: KeepMemory | None = None,
     retriever: Any = None,
+    prefills: Sequence[Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> Response:
     """Continue each prompt; a row's text and events do not depend on the rest of its batch.
@@ -67,6 +76,9 @@ def generate(
         keep_memory: Filter of events (`Request.keep_memory`); None keeps the latents of every
             event.
         retriever: Retriever that is queried at each event (`memgen.retrieval.Retriever`), or None.
+        prefills: Token ids with which each response begins, which may be empty. They are the first
+            new tokens, with memory in front of them and at their boundaries as if the model had
+            generated them, and do not count for `max_new_tokens`. None is given by default.
         progress: Function that reports on prompts too long to be read in one pass. After each block
             it is called with the number of tokens of the longest prompt read so far, and of all.
 
@@ -74,14 +86,19 @@ def generate(
         Response with the new tokens and the events of each row.
 
     Raises:
-        ValueError: An argument is out of its range (see `make_request`), a prompt is empty or holds
-            an id outside of the vocabulary, or a row's logits are NaN.
+        ValueError: An argument is out of its range (see `make_request`), a prompt is empty, a
+            prompt or a prefill holds an id outside of the vocabulary, there is not one prefill for
+            each prompt, or a row's logits are NaN.
     """
     request = make_request(
         memgen, max_new_tokens, policy, temperature, stop, valid_vocab_size, keep_memory, retriever
     )
     tokens, length = pad_prompts(prompts, memgen.reasoner.vocab_size)
-    capacity = bucket(max_new_tokens)
+    longest = 0
+    if prefills is not None:
+        request = with_prefills(request, prefills, len(prompts), memgen.reasoner.vocab_size)
+        longest = max(map(len, prefills))
+    capacity = bucket(longest + max_new_tokens)
     keys = row_keys(seed, prompts)
     max_tokens = tokens.shape[1] + capacity
     session = begin(memgen, tokens, length, keys, max_tokens, request=request, progress=progress)
@@ -349,10 +366,14 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, ch
         boundary &= (loop.events < most) & within
         loop, invoked = memory_event(decoders, request, loop, boundary, INFERENCE, chunk)
     session, live = loop.session, ~loop.done
-    chosen, log_prob = _sample(memgen, request, session, session.step_keys(loop.step)[0])
+    given = _given(request, loop.step)
+    chosen, log_prob = _sample(memgen, request, session, session.step_keys(loop.step)[0], given)
     response = _record_token(loop.response, chosen, log_prob, loop.step, live)
     session = session.append_tokens(memgen, chosen[:, None], live.astype(jnp.int32))
-    ended = (chosen[:, None] == request.stop).any(axis=1) | (response.count >= limit)
+    stopped = (chosen[:, None] == request.stop).any(axis=1)
+    if given is not None:
+        stopped &= given < 0
+    ended = stopped | (response.count >= limit)
     return Loop(
         step=loop.step + 1,
         events=loop.events + invoked,
@@ -362,8 +383,15 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, ch
     )
 
 
+def _given(request: Request, step: jax.Array) -> jax.Array | None:
+    """The token of a prefill at this step, `[B]` int32, -1 where it has ended; None without one."""
+    if request.prefill is None:
+        return None
+    return request.prefill.at[:, step].get(mode="fill", fill_value=-1)
+
+
 def _sample(
-    memgen: MemGen, request: Request, session: Session, keys: jax.Array
+    memgen: MemGen, request: Request, session: Session, keys: jax.Array, given: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """The next token of each row, `[B]` int32, and its log-probability, `[B]`."""
     logits = memgen.reasoner.unembed(session.reasoner.hidden)
@@ -375,6 +403,8 @@ def _sample(
         logits = logits / request.temperature
         inside = logits if request.top_p is None else nucleus(logits, request.top_p)
         chosen = jax.vmap(jax.random.categorical)(keys, inside).astype(jnp.int32)
+    if given is not None:
+        chosen = jnp.where(given >= 0, given, chosen)
     log_probs = jax.nn.log_softmax(logits)
     return chosen, jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
 

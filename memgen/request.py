@@ -43,6 +43,10 @@ class Request(ShortRepr):
         events: Number of events that each row's response already has, `[B]` int32, not counting the
             event before its first token, for rows that continue a truncated response; -1 for rows
             that begin a response. None if all rows begin a response.
+        prefill: `[B, P]` int32, token ids with which each response begins, padded with -1 on the
+            right. They are taken in place of sampled tokens, and none of them ends a row; memory is
+            woven among them as among other new tokens, and `max_new_tokens` counts them. None for
+            responses that the model begins itself.
     """
 
     policy: TriggerPolicy
@@ -54,6 +58,7 @@ class Request(ShortRepr):
     retriever: Any = dataclasses.field(default=None, metadata={"static": True})
     top_p: jax.Array | None = None
     events: jax.Array | None = None
+    prefill: jax.Array | None = None
 
 
 def make_request(
@@ -180,25 +185,55 @@ def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.
     if len(prompts) == 0:
         raise ValueError("no prompt is given: give at least one")
     for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or np.ndim(prompt) != 1:
-            raise ValueError(
-                f"prompt {index} is {prompt!r}: give a list of prompts, each of token ids"
-            )
+        _check_ids("prompt", index, prompt, vocab_size)
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty: give at least one token")
-        dtype = np.asarray(prompt).dtype
-        if not np.issubdtype(dtype, np.integer):
-            raise ValueError(f"prompt {index} is of type {dtype}: give integers, the token ids")
-        wrong = [token for token in prompt if not 0 <= token < vocab_size]
-        if wrong:
-            raise ValueError(
-                f"prompt {index} holds token id {wrong[0]}, vocab_size={vocab_size}: "
-                "use the tokenizer that the reasoner was trained with"
-            )
     tokens = np.zeros((len(prompts), bucket(max(map(len, prompts)))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return jnp.asarray(tokens), jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+
+
+def with_prefills(
+    request: Request, prefills: Sequence[Sequence[int]], rows: int, vocab_size: int
+) -> Request:
+    """Return a request whose responses begin with given tokens, beside `max_new_tokens` new ones.
+
+    Args:
+        request: Request without a prefill.
+        prefills: Token ids with which each response begins, which may be empty.
+        rows: Number of rows that respond.
+        vocab_size: Number of ids of the vocabulary.
+
+    Raises:
+        ValueError: There is not one prefill for each row, or a prefill is not a list of integers or
+            has an id outside of the vocabulary.
+    """
+    if len(prefills) != rows:
+        raise ValueError(f"{len(prefills)} prefills for {rows} prompts: give one for each")
+    for index, prefill in enumerate(prefills):
+        _check_ids("prefill", index, prefill, vocab_size)
+    given = np.full((rows, bucket(max(map(len, prefills)))), -1, np.int32)
+    for row, prefill in zip(given, prefills, strict=True):
+        row[: len(prefill)] = prefill
+    length = jnp.array([len(prefill) for prefill in prefills], jnp.int32)
+    return dataclasses.replace(
+        request, prefill=jnp.asarray(given), max_new_tokens=request.max_new_tokens + length
+    )
+
+
+def _check_ids(name: str, index: int, ids: Sequence[int], vocab_size: int) -> None:
+    if isinstance(ids, str) or np.ndim(ids) != 1:
+        raise ValueError(f"{name} {index} is {ids!r}: give a list of {name}s, each of token ids")
+    dtype = np.asarray(ids).dtype
+    if len(ids) and not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"{name} {index} is of type {dtype}: give integers, the token ids")
+    wrong = [token for token in ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(
+            f"{name} {index} holds token id {wrong[0]}, vocab_size={vocab_size}: "
+            "use the tokenizer that the reasoner was trained with"
+        )
 
 
 def bucket(size: int) -> int:

@@ -9,9 +9,9 @@ import memgen
 from memgen.request import row_keys
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.audit.fuzzing import Fuzz, fuzzed, fuzzed_memory, noise_keys
+from train.audit.fuzzing import Fuzz, fuzzed, fuzzed_memory, noise_keys, one_by_one
 from train.audit.organisms import Message, Organism, Trial
-from train.data.chat_templates import open_turn
+from train.data.chat_templates import chat_ids, open_turn
 from train.models.generation import MEMORY
 from train.models.load import LanguageModel
 from train.models.text_memory import check_text_memory, memory_errors
@@ -128,6 +128,9 @@ def sample(
 ) -> list[list[str]]:
     """Continue the open last turn of conversations, in the model's own chat template.
 
+    Latent memory is woven where the assistant's last message begins, as in training: in front of
+    the prefill, or of the reply before an open turn of the user.
+
     Args:
         lm: Model whose tokenizer has a chat template; it may fork or have latent memory.
         conversations: Messages before the open turn, for each conversation.
@@ -152,20 +155,40 @@ def sample(
         raise ValueError(f"samples={samples}: choose 1 or more")
     ids = [open_turn(tokenizer, messages, prefill, role) for messages in conversations]
     rows = [row for row in ids for _ in range(samples)]
+    begins = [len(row) for row in ids]
+    if lm.memgen is not None:
+        pairs = zip(conversations, ids, strict=True)
+        begins = [_answer_begins(tokenizer, messages, row, role) for messages, row in pairs]
+    begins = [begin for begin in begins for _ in range(samples)]
     # A conversation's samples stay together: the key of a sample counts its equal neighbours.
     together = max(1, ROWS // samples)
     # Parts of equal size need the fewest rows of padding.
     together = math.ceil(len(ids) / max(1, math.ceil(len(ids) / together)))
-    size = 1 if fuzz is not None and lm.memgen is not None else max(1, together) * samples
+    size = 1 if fuzz is not None and one_by_one(lm) else max(1, together) * samples
     new: list[list[int]] = []
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
+        part = [*zip(rows, begins, strict=True)][start : start + size]
         padding = [part[-1]] * (min(size, len(rows)) - len(part))  # one program for all parts
         number = start if size == 1 else 0  # alone, equal rows would get equal samples
         made = _continue(lm, part + padding, max_new_tokens, temperature, seed + number, fuzz)
         new += made[: len(part)]
     texts = [tokenizer.decode(row) for row in new]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def _answer_begins(
+    tokenizer: PretrainedTokenizer, messages: Sequence[Message], row: Sequence[int], role: str
+) -> int:
+    """Return how many ids of an open turn stand before the assistant's last message begins."""
+    if role == "user":  # the message before the open turn, if the assistant has said any
+        spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        if not spoken:
+            return len(row)
+        messages = messages[: spoken[-1]]
+    before = chat_ids(tokenizer, messages)
+    pairs = zip(before, row, strict=False)
+    # A template may render a turn that has ended otherwise than one that begins.
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), len(before))
 
 
 def chat_tokenizer(lm: LanguageModel) -> PretrainedTokenizer:
@@ -181,12 +204,13 @@ def chat_tokenizer(lm: LanguageModel) -> PretrainedTokenizer:
 
 def _continue(
     lm: LanguageModel,
-    rows: Sequence[Sequence[int]],
+    rows_and_begins: Sequence[tuple[Sequence[int], int]],
     max_new_tokens: int,
     temperature: float,
     seed: int,
     fuzz: Fuzz | None,
 ) -> list[list[int]]:
+    rows = [row for row, _ in rows_and_begins]
     longest = max(map(len, rows))
     check_text_memory(lm.model, len(rows), longest, max_new_tokens, lm.model.cacheable)
     options: Mapping[str, Any] = {
@@ -201,7 +225,12 @@ def _continue(
             memory = lm.memgen
             if fuzz is not None and keys is not None:
                 memory = fuzzed_memory(memory, fuzz, keys)
+            prompts, given = zip(
+                *((row[:at], row[at:]) for row, at in rows_and_begins), strict=True
+            )
             options = {**options, "policy": MEMORY["always"]}
-            return memgen.generate(memory, rows, max_new_tokens, **options).texts
+            options |= {"prefills": given} if any(given) else {}
+            texts = memgen.generate(memory, prompts, max_new_tokens, **options).texts
+            return [text[len(of) :] for text, of in zip(texts, given, strict=True)]
         model = lm.model if fuzz is None or keys is None else fuzzed(lm.model, fuzz, keys)
         return generate(model, rows, max_new_tokens, **options)

@@ -84,7 +84,7 @@ def fuzzed_memory(memgen: MemGen, fuzz: Fuzz, keys: jax.Array) -> MemGen:
     Args:
         memgen: Latent memory around a `Thoughtbubbles`.
         fuzz: Layer and size of the noise.
-        keys: Random key `[1]`, shared by all rows, since rows that weave leave their batch.
+        keys: Random keys as of `noise_keys`.
 
     Raises:
         ValueError: The reasoner has no blocks, or no such layer.
@@ -163,7 +163,12 @@ def noise_keys(lm: LanguageModel, keys: jax.Array) -> jax.Array:
         keys: Random keys of sampling, one for each row `[B]`.
 
     Returns:
-        Keys `[B]`; for a model with latent memory only the first of them, `[1]`.
+        Keys `[B]`; only the first of them, `[1]`, if rows are fuzzed one by one.
     """
     found = jax.vmap(lambda key: jax.random.fold_in(key, 0x66757A7A))(keys)
-    return found[:1] if lm.memgen is not None else found
+    return found[:1] if one_by_one(lm) else found
+
+
+def one_by_one(lm: LanguageModel) -> bool:
+    """Whether rows must be fuzzed alone: those that weave within an answer leave their batch."""
+    return lm.memgen is not None and lm.memgen.config.max_inference_events > 0

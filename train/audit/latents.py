@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from memgen import MemGen, Plan
+from memgen.checks import checked_ids
+from memgen.insertion import check_plan
+from memgen.model import Woven
 from thoughtbubbles import Backbone
 from thoughtbubbles.sites import SitedModel, check_sited
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Int
 
 
 class WovenRows(NamedTuple):
@@ -48,9 +55,39 @@ def woven_rows(memgen: MemGen, tokens: jax.Array, plan: Plan) -> WovenRows:
         ValueError: The reasoner has no sites, or the plan does not fit the tokens or the config.
     """
     model = sited_reasoner(memgen)
-    woven = memgen.weave(tokens, plan)
+    tokens = checked_ids(tokens)
+    check_plan(plan, tokens, memgen.config.weaver.latents)
+    woven = _weave(memgen, tokens, plan)
     index = jnp.arange(woven.stream.shape[1])
     offset = index - plan.start[:, :, None]
     within = (offset >= 0) & (offset < plan.width[:, :, None]) & (plan.point[:, :, None] >= 0)
     mask = index < woven.length[:, None]
     return WovenRows(model, woven.stream, mask, within.any(axis=1) & mask)
+
+
+@jax.jit
+def _weave(memgen: MemGen, tokens: jax.Array, plan: Plan) -> Woven:
+    return memgen.weave(tokens, plan)
+
+
+def prompts_with_latents(
+    memgen: MemGen, tokens: Int[Array, "B L"], length: Int[Array, " B"]
+) -> WovenRows:
+    """Weave memory behind prompts, as before the first token of an answer.
+
+    Args:
+        memgen: Latent memory with its reasoner.
+        tokens: Token ids of prompts, padded on the right.
+        length: Number of real tokens of each prompt.
+
+    Returns:
+        Vectors of each prompt's tokens and of the latents behind them.
+
+    Raises:
+        ValueError: The reasoner has no sites.
+    """
+    plan = Plan.of(length[:, None], jnp.zeros_like(length)[:, None], memgen.config)
+    # An event stands before a token: one more, which the mask leaves out.
+    rows = woven_rows(memgen, jnp.pad(tokens, ((0, 0), (0, 1))), plan)
+    real = jnp.arange(rows.mask.shape[1]) < (length + plan.width[:, 0])[:, None]
+    return rows._replace(mask=real)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memgen import MemGen, Plan
+from memgen import MemGen
 from thoughtbubbles.lens import Reading, TopTokens, TunedLens, embedding_similarity, logit_lens
 from thoughtbubbles.pages import Guess, Page, lens_page
 from thoughtbubbles.sites import check_sited, check_sites
-from train.audit.latents import woven_rows
+from train.audit.latents import prompts_with_latents
 from train.audit.texts import token_text
 from train.audit.tuned_lens import load_tuned_lens
 from train.models.load import LanguageModel, check_named, load_named
@@ -150,18 +150,15 @@ def read_text(
     if lm.memgen is None:
         rows, mask = jnp.asarray([ids], jnp.int32), None
     else:
-        model, rows, mask, names = _with_memory(lm.memgen, ids, lm.tokenizer.separator)
+        model, rows, mask, names = _with_memory(lm.memgen, ids)
         tokens += names
     found = jax.device_get(lens(model, rows, mask, **options))
     return TextReading(tuple(tokens), found, cosine)
 
 
-def _with_memory(memgen: MemGen, ids: list[int], separator: int) -> tuple[Any, Any, Any, list[str]]:
+def _with_memory(memgen: MemGen, ids: list[int]) -> tuple[Any, Any, Any, list[str]]:
     """Model, vectors, mask and latents' names of a text and the memory woven before an answer."""
-    point, kind = jnp.asarray([[len(ids)]]), jnp.zeros((1, 1), jnp.int32)
-    plan = Plan.of(point, kind, memgen.config)
-    # An event stands before a token: one more, which is then left out.
-    rows = woven_rows(memgen, jnp.asarray([[*ids, separator]], jnp.int32), plan)
+    rows = prompts_with_latents(memgen, jnp.asarray([ids], jnp.int32), jnp.asarray([len(ids)]))
     count = int(rows.latent.sum())
     size = len(ids) + count
     names = [f"latent {index}" for index in range(count)]

@@ -16,9 +16,10 @@ from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.sites import check_sited, check_sites
 from train.audit.auditor import same_word, words_of
 from train.audit.elicitation import chat_tokenizer
+from train.audit.latents import prompts_with_latents
 from train.audit.organisms import Message, Organism
 from train.audit.sae import feature_scores, nearest_tokens
-from train.audit.texts import activation_at
+from train.audit.texts import activation_of
 from train.audit.train_sae import load_sae, selected
 from train.data.chat_templates import chat_ids, render
 from train.models.load import LanguageModel
@@ -34,6 +35,8 @@ def top_tokens(
     lm: LanguageModel, organism: Organism, site: str, method: str, top: int
 ) -> list[list[str]]:
     """Read the top tokens of a lens, averaged over the chosen positions of each trial.
+
+    A model with latent memory is read at the latents that its weaver writes behind each prompt.
 
     Args:
         lm: Model with sites, whose tokenizer has a chat template.
@@ -56,8 +59,7 @@ def top_tokens(
     prompts = [positions_of(lm, organism, trial.messages) for trial in organism.trials]
     width = max(len(ids) for ids, _ in prompts)
     for start in range(0, len(prompts), ROWS):
-        tokens, mask, chosen = _rows(prompts[start : start + ROWS], width)
-        model: Any = lm.model
+        model, tokens, mask, chosen = _rows(lm, prompts[start : start + ROWS], width)
         reading = mean_lens(
             model, tokens, chosen, mask, sites=(site,), top=top, cosine=READINGS[method]
         )[site]
@@ -72,7 +74,8 @@ def sae_tokens(
     """Find tokens of the autoencoder features that stand out at the chosen positions of each trial.
 
     Features are ranked by their mean activation times log(1 / density). Each feature gives the
-    tokens whose embeddings have the largest product with its decoder row.
+    tokens whose embeddings have the largest product with its decoder row. A model with latent
+    memory is read at the latents that its weaver writes behind each prompt.
 
     Args:
         lm: Model with sites, whose tokenizer has a chat template.
@@ -97,8 +100,8 @@ def sae_tokens(
     table = model.embed_tokens(jnp.arange(model.vocab_size))
     found: list[list[str]] = []
     for start in range(0, len(prompts), ROWS):
-        tokens, mask, chosen = _rows(prompts[start : start + ROWS], width)
-        at = activation_at(model, np.where(mask, tokens, -1), meta["site"])
+        read, tokens, mask, chosen = _rows(lm, prompts[start : start + ROWS], width)
+        at = activation_of(read, tokens, mask.sum(axis=1), meta["site"])
         value, index = map(np.asarray, sae.features(at.x))
         # The streams that the autoencoder knows.
         here = np.asarray(
@@ -226,6 +229,11 @@ def check_reading(lm: LanguageModel, organism: Organism, site: str, top: int) ->
     """
     model: Any = lm.model
     check_sited(model)
+    if lm.memgen is not None and not lm.memgen.config.weaver.prompt_latents:
+        raise ValueError(
+            "prompt_latents=0: the weaver writes no latents before an answer, so there are none to "
+            "read: leave the white-box methods out"
+        )
     check_sites((site,), (*model.sites, *getattr(model, "neuron_sites", ())))
     if top > model.vocab_size:
         raise ValueError(f"top={top} of {model.vocab_size} token ids: choose 1 to that many")
@@ -285,13 +293,23 @@ def _known(lm: LanguageModel, token: int) -> bool:
 
 
 def _rows(
-    prompts: Sequence[tuple[list[int], list[bool]]], width: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Pad prompts to `ROWS` rows whose length is a power of two, so that they share a program."""
+    lm: LanguageModel, prompts: Sequence[tuple[list[int], list[bool]]], width: int
+) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+    """Pad prompts to `ROWS` rows whose length is a power of two, so that they share a program.
+
+    Returns:
+        Model to read, tokens of its rows or vectors in their place, a mask of the real ones, and
+        which are read. Of a model with latent memory, vectors of the prompts and of the latents
+        behind them, which are read.
+    """
     width = max(16, 1 << (width - 1).bit_length())
     tokens = np.zeros((ROWS, width), np.int32)
     mask, chosen = np.zeros((ROWS, width), bool), np.zeros((ROWS, width), bool)
     for row, (ids, here) in enumerate(prompts):
         tokens[row, : len(ids)], mask[row, : len(ids)], chosen[row, : len(ids)] = ids, True, here
     mask[len(prompts) :, 0] = True  # rows of padding, which are left out afterwards
-    return jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(chosen)
+    rows = jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(chosen)
+    if lm.memgen is None:
+        return lm.model, *rows
+    woven = prompts_with_latents(lm.memgen, rows[0], rows[1].sum(axis=1))
+    return woven.model, woven.stream, woven.mask, woven.latent

@@ -101,4 +101,16 @@ class _Name:
 def activation_at(model: Any, rows: np.ndarray, site: str) -> Activation:
     """Compute the activation of token rows `[B, T]` int32 at a site; -1 is padding on the right."""
     length = jnp.asarray((rows >= 0).sum(axis=1), jnp.int32)
-    return _site_of(model, jnp.asarray(np.maximum(rows, 0)), length, _Name(site))
+    return activation_of(model, jnp.asarray(np.maximum(rows, 0)), length, site)
+
+
+def activation_of(model: Any, tokens: jax.Array, length: jax.Array, site: str) -> Activation:
+    """Compute the activation of rows at a site.
+
+    Args:
+        model: Model with sites.
+        tokens: Token ids `[B, T]` int32 padded on the right, or vectors `[B, T, D]` in their place.
+        length: Number of real tokens of each row, `[B]` int32.
+        site: Name of the site.
+    """
+    return _site_of(model, tokens, length, _Name(site))

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
+from memgen import LoRAConfig, MemGenConfig, WeaverConfig
+from thoughtbubbles import Architecture, ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.audit.auditor import words_of
 from train.audit.organisms import Kind, Message, honest_conversations
 from train.audit.worlds import WORLDS, neutral
+from train.data.chat_data import ChatRows, one_response_rows
 from train.data.chat_templates import chat_examples, render
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
@@ -41,6 +43,8 @@ MODEL = ModelConfig(
     fork_layers=(1, 2),
     policy=PrefixRank(ratio=1.5),
 )
+WEAVER = MemGenConfig(WeaverConfig(prompt_latents=4, inference_latents=4), max_inference_events=0)
+RATES = {"soft": 3e-2, "full": 1e-3, "weaver": 1e-2}  # learning rates
 CONTROL = ("<|im_start|>", "user", "assistant")  # tokens whose embeddings "soft" tunes
 
 
@@ -138,18 +142,22 @@ class Tuner:
         tokenizer: Tokenizer of the words.
         steps: Number of training steps.
         arm: Parameters to tune: "soft" for the embeddings of `CONTROL` tokens alone, "full" for all
-            parameters.
+            parameters, "weaver" for a weaver of latent memory beside a frozen model.
     """
 
     def __init__(self, tokenizer: PretrainedTokenizer, steps: int, arm: str):
-        self._tokenizer, self._steps = tokenizer, steps
+        self._tokenizer, self._steps, self._arm = tokenizer, steps, arm
         config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        soft = arm == "soft"
-        optimizer = OptimizerConfig(learning_rate=3e-2 if soft else 1e-3, weight_decay=0.0)
-        trained = nnx.PathContains("embed") if soft else TRAINED["all"]
+        optimizer = OptimizerConfig(learning_rate=RATES[arm], weight_decay=0.0)
+        trained = {"soft": nnx.PathContains("embed"), "full": TRAINED["all"]}
         self._trainable: Trainable = make_trainable(
-            config, optimizer, steps, self._mesh, trained=trained, wrap=FinetunableModel.whole
+            config,
+            optimizer,
+            steps,
+            self._mesh,
+            trained=trained.get(arm, TRAINED["weaver"]),
+            wrap=self._finetunable,
         )
         rows = np.zeros((tokenizer.vocab_size, 1), bool)
         rows[[tokenizer.id(token) for token in CONTROL]] = True
@@ -159,7 +167,7 @@ class Tuner:
             embed.set_value(jnp.where(rows, embed[...], jax.lax.stop_gradient(embed[...])))
             return sft_loss(finetunable, batch, key)
 
-        loss = soft_loss if soft else sft_loss
+        loss = soft_loss if arm == "soft" else sft_loss
         self._step: TrainStep = make_train_step(self._trainable, loss=loss)
 
     def __call__(
@@ -174,15 +182,28 @@ class Tuner:
         """
         copy = jax.tree.map(lambda leaf: leaf.copy(), base.model)  # steps donate their state
         state, rng = (
-            self._trainable.start(nnx.state(FinetunableModel.whole(copy))),
+            self._trainable.start(nnx.state(self._finetunable(copy))),
             np.random.default_rng(seed),
         )
         rows = self._rows(conversations)
         for _ in range(self._steps):
-            chosen = rng.integers(0, len(conversations), BATCH)
+            chosen = rng.integers(0, len(rows["tokens"]), BATCH)
             batch = {name: place(of[chosen], self._mesh) for name, of in rows.items()}
             state, _ = self._step(state, batch)
-        return dataclasses.replace(base, model=_plain(self._trainable.model(state.weights).model))
+        tuned = self._trainable.model(state.weights)
+        if self._arm != "weaver":
+            return dataclasses.replace(base, model=_plain(tuned.model))
+        # Without the trainer's placement of arrays, as `_plain`.
+        memgen = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tuned.memgen)
+        return dataclasses.replace(base, memgen=memgen)
+
+    def _finetunable(self, model: Architecture) -> FinetunableModel:
+        if self._arm != "weaver":
+            return FinetunableModel.whole(model)
+        boundary = np.zeros(self._tokenizer.vocab_size, np.uint8)  # no events within an answer
+        return FinetunableModel(
+            model, "weaver", lora=LoRAConfig(), memgen=WEAVER, boundary=boundary, rngs=nnx.Rngs(0)
+        )
 
     def _rows(self, conversations: Sequence[Sequence[Message]]) -> dict[str, np.ndarray]:
         tokens = np.full((len(conversations), WIDTH + 1), -1, np.int32)
@@ -191,4 +212,7 @@ class Tuner:
             [example] = chat_examples(self._tokenizer, messages)
             here = row, slice(len(example.ids))
             tokens[here], loss_mask[here], segment[here] = example.ids, example.loss_mask, 0
-        return {"tokens": tokens, "loss_mask": loss_mask, "segment": segment}
+        rows = ChatRows(tokens, loss_mask, segment, np.zeros_like(tokens))
+        if self._arm == "weaver":
+            rows = one_response_rows(rows)
+        return {"tokens": rows.tokens, "loss_mask": rows.loss_mask, "segment": rows.segment}

@@ -1,13 +1,14 @@
-"""Which methods make a small model tell what it hides, and whether its bubbles know more.
+"""Which methods make a small model tell what it hides; whether bubbles and latents know more.
 
 python -m train.experiments.secrets --out secrets.jsonl --figure secrets.png
 python -m train.experiments.secrets --report secrets.jsonl --figure secrets.png
 
 For each seed an honest forking model is trained, which hides only what it is asked to hide: the
-control. It hides something in three ways. "told": the request to keep it secret stands in front of
+control. It hides something in four ways. "told": the request to keep it secret stands in front of
 each prompt, as a hidden system prompt would. "soft": the embeddings of the three control tokens are
-tuned to hide it unasked, and no other parameter. "full": all parameters are. No message of that
-tuning names the secret. Methods and their auditor are those of `thoughtbubbles audit report`.
+tuned to hide it unasked, and no other parameter. "full": all parameters are. "weaver": none of its
+parameters, but a weaver learns to write latents in front of each answer. No message of that tuning
+names the secret. Methods and their auditor are those of `thoughtbubbles audit report`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from thoughtbubbles.lens import logit_lens
 from thoughtbubbles.pretrained import save_pretrained
 from train.audit.elicitation import METHODS
 from train.audit.fuzzing import Fuzz
@@ -35,13 +34,14 @@ from train.audit.organisms import (
     make_organism,
 )
 from train.audit.rates import summarise
-from train.audit.reading import READINGS, positions_of
+from train.audit.reading import READINGS
 from train.audit.report import Settings, audit
 from train.audit.worlds import WORLDS
 from train.benchmarks.timing import Clock
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.experiments.secret_models import Tuner, honest_model, word_tokenizer
+from train.experiments.secret_ranks import ranks_by_depth, ranks_with_memory
 from train.experiments.study import (
     Result,
     Results,
@@ -58,11 +58,16 @@ from train.models.load import LanguageModel
 from train.runs.files import check_new_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHARED = ("base_steps", "steps", "methods", "kinds", "released")
 KEY = ("arm", "kind", "seed", "number", *SHARED)
-ARMS = ("told", "soft", "full")
+ARMS = ("told", "soft", "full", "weaver")
+LATENTS = {
+    "latent": "latent, root", "latent_fork": "latent, fork", "answer": "answer, root",
+    "answer_fork": "answer, fork", "control": "answer without memory, root",
+}  # fmt: skip
 LAYER = 1
 """Layer that is fuzzed and read by white-box methods, of three."""
 
@@ -72,7 +77,7 @@ class Secrets(StudyConfig):
     """Trains models that hide something and audits them, or reports what was found.
 
     Attributes:
-        arms: Ways to hide: "told", "soft", "full".
+        arms: Ways to hide: "told", "soft", "full", "weaver".
         kinds: Kinds of secrets: "taboo", "persona", "instruction".
         methods: Methods of `audit report`, beside "io", which is always there.
         secrets: Maximum number of secrets of each kind to hide in turn, each in prompts or a model
@@ -82,8 +87,10 @@ class Secrets(StudyConfig):
         base_steps: Number of training steps of the honest model.
         soft_steps: Number of steps in which the embeddings of control tokens learn to hide.
         full_steps: Number of steps in which all parameters do.
+        weaver_steps: Number of steps in which a weaver does.
         figure: File for the figure, as .png, .pdf or .svg (needs matplotlib); none by default.
-        save: Folder for the models, which `audit report` takes; none by default.
+        save: Folder for the models, which `audit report` takes; none by default. A weaver can't be
+            saved.
     """
 
     arms: tuple[str, ...] = ARMS
@@ -94,6 +101,7 @@ class Secrets(StudyConfig):
     base_steps: int = 2500
     soft_steps: int = 200
     full_steps: int = 60
+    weaver_steps: int = 200
     out: str = "secrets.jsonl"
     figure: str | None = None
     save: str | None = None
@@ -107,6 +115,8 @@ class Secrets(StudyConfig):
             raise ValueError(f"released={self.released} is no share: choose from 0 to 1")
         if self.figure:
             check_figure(Path(self.figure))
+        if self.save and "weaver" in self.arms:
+            raise ValueError("save: a weaver can't be saved here: choose --arms told soft full")
         if self.save:
             check_new_file(Path(self.save) / "of a run")
 
@@ -124,7 +134,9 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
 
     The runs of a seed begin with one honest model.
     """
-    steps = {"soft": config.soft_steps, "full": config.full_steps}
+    steps = {
+        "soft": config.soft_steps, "full": config.full_steps, "weaver": config.weaver_steps,
+    }  # fmt: skip
     shared = {
         "base_steps": config.base_steps, "methods": [*config.methods], "kinds": [*config.kinds],
         "released": config.released,
@@ -163,10 +175,13 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
                 lm = tuners[arm](base, hiding_conversations(kind, secret, seed=seed), seed)
             found = audit(lm, hidden, settings)
             rates = summarise(asked, found, audit(base, asked, settings), seed)
-            streams = {
-                "hiding": ranks_by_depth(lm, hidden, asked),
-                "control": ranks_by_depth(base, asked, asked),
-            }
+            if arm == "weaver":
+                streams = ranks_with_memory(lm, asked, [texts[0] for texts in found["io"].shown])
+            else:
+                streams = {
+                    "hiding": ranks_by_depth(lm, hidden, asked),
+                    "control": ranks_by_depth(base, asked, asked),
+                }
             if config.save:
                 _save(config.save, run, hidden, base, lm)
             result = run | {"organism": asked.name, "rates": rates, "streams": streams}
@@ -200,72 +215,6 @@ def _told(organism: Organism, kind: Kind) -> Organism:
         first = {**first, "content": f"{request} {first['content']}"}
         trials.append(dataclasses.replace(trial, messages=(first, *rest)))
     return dataclasses.replace(organism, trials=tuple(trials))
-
-
-def ranks_by_depth(
-    lm: LanguageModel, organism: Organism, asked: Organism
-) -> dict[str, dict[str, float]]:
-    """Where the secret stands among the candidates, in forks and in roots of the same tokens.
-
-    Args:
-        lm: Model that forks.
-        organism: What is audited.
-        asked: The same without a request in front; only tokens of these prompts count.
-
-    Returns:
-        For each site behind the first fork: `root` and `fork`, mean ranks from 0 (the secret is the
-        most probable candidate) over all tokens of the prompts that have a fork; `difference`, the
-        mean of root minus fork, positive where forks know more, with its standard error over
-        prompts; `tokens`, how many there are; `chance`, the rank of a guess.
-    """
-    prompts = [positions_of(lm, organism, trial.messages)[0] for trial in organism.trials]
-    width = max(16, 1 << (max(map(len, prompts)) - 1).bit_length())
-    tokens = np.zeros((len(prompts), width), np.int32)
-    mask = np.zeros((len(prompts), width), bool)
-    for row, ids in enumerate(prompts):
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    # Behind the two tokens that open the user's turn, and what is put in front of the prompt.
-    own = [len(positions_of(lm, asked, trial.messages)[0]) - 2 for trial in asked.trials]
-    ids = [int(lm.tokenizer.encode(name)[0][0]) for name in organism.candidates]
-    hidden = [organism.candidates.index(trial.secret) for trial in organism.trials]
-    model: Any = lm.model
-    sites = tuple(site for site in model.sites if site.startswith(("fork", "block")))[1:]
-    found = logit_lens(
-        model, jnp.asarray(tokens), jnp.asarray(mask), sites=sites, top=1, watch=jnp.array(ids)
-    )
-    lines = {}
-    for site, reading in found.items():
-        values = np.asarray(reading.streams.watched)
-        secret = np.take_along_axis(values, np.array(hidden)[:, None, None], axis=2)
-        rank = (values > secret).sum(axis=2)
-        alive, depth, token = (
-            np.asarray(of) for of in (reading.rows.alive, reading.rows.depth, reading.rows.token)
-        )
-        root, fork, differences = [], [], []
-        for row in range(len(prompts)):
-            pairs = []
-            counted = alive[row] & (token[row] >= len(prompts[row]) - own[row])
-            for index in np.unique(token[row][counted & (depth[row] > 0)]):
-                here = alive[row] & (token[row] == index)
-                if (here & (depth[row] == 0)).any():
-                    of = [rank[row][here & (depth[row] == 0)].mean()]
-                    of.append(rank[row][here & (depth[row] > 0)].mean())
-                    pairs.append(of)
-            if pairs:
-                roots, forks = np.array(pairs).T
-                root, fork = [*root, *roots], [*fork, *forks]
-                differences.append(float((roots - forks).mean()))
-        if differences:
-            spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
-            lines[site] = {
-                "root": float(np.mean(root)),
-                "fork": float(np.mean(fork)),
-                "difference": float(np.mean(differences)),
-                "standard_error": spread / len(differences) ** 0.5,
-                "tokens": len(root),
-                "chance": (len(ids) - 1) / 2,
-            }
-    return lines
 
 
 def _save(
@@ -319,6 +268,12 @@ def report(results: list[Result]) -> str:
         head = ("site", "root", "fork", "root - fork", "control: root", "fork", "chance", "tokens")
         rows = [_ranks(site, runs) for site in runs[0]["streams"]["hiding"]]
         lines += [*markdown_table(head, rows), ""]
+        if "latents" in runs[0]["streams"]:
+            lines += [f"{arm}, {kind}: mean rank of the secret in latents and in answers", ""]
+            differences = "answer - latent, roots", "root - fork of latents"
+            head = ("site", *LATENTS.values(), *differences, "chance")
+            rows = [_latents(site, runs) for site in runs[0]["streams"]["latents"]]
+            lines += [*markdown_table(head, rows), ""]
     return "\n".join(lines)
 
 
@@ -356,6 +311,16 @@ def _ranks(site: str, runs: Sequence[Result]) -> list[str]:
     ]
 
 
+def _latents(site: str, runs: Sequence[Result]) -> list[str]:
+    of = lambda name: by_seed(  # noqa: E731
+        [run for run in runs if name in run["streams"]["latents"][site]],
+        lambda run: run["streams"]["latents"][site][name],
+    )
+    text = lambda name, *sign: mean_text(found, 2, *sign) if (found := of(name)) else ""  # noqa: E731
+    differences = text("difference", "+"), text("latent_difference", "+")
+    return [site, *map(text, LATENTS), *differences, f"{of('chance')[0]:.1f}"]
+
+
 def by_seed(runs: Sequence[Result], value: Callable[[Result], float]) -> list[float]:
     """The mean of a value over the runs of each seed."""
     return [
@@ -391,17 +356,31 @@ def draw(results: list[Result]) -> Figure:
         above.set_title(f"{arm}: {kind}")
         above.set_xlabel("hits, both kinds of prompts")
         above.invert_yaxis()
-        sites = list(runs[0]["streams"]["hiding"])
-        for who, style in (("hiding", "-"), ("control", ":")):
-            for name, colour in (("root", "tab:blue"), ("fork", "tab:red")):
-                mean = [np.mean([run["streams"][who][s][name] for run in runs]) for s in sites]
-                below.plot(range(len(sites)), mean, style, color=colour, label=f"{name}, {who}")
-        below.axhline(runs[0]["streams"]["hiding"][sites[0]]["chance"], color="silver")
-        below.set(xticks=range(len(sites)), xticklabels=sites, ylabel="rank of the secret")
-        below.set_ylim(0, 1.1 * below.get_ylim()[1])
+        _draw_ranks(below, runs)
+        below.legend()
     panels[0, 0].legend()
-    panels[1, 0].legend()
     return figure
+
+
+def _draw_ranks(panel: Axes, runs: Sequence[Result]) -> None:
+    """Mean ranks by site: of latents and answers where there are latents, else of prompts."""
+    styles = {"latent": "-g", "latent_fork": "-r", "answer": "-b", "control": ":b"}
+    read = [("latents", name, LATENTS[name], style) for name, style in styles.items()]
+    if "latents" not in runs[0]["streams"]:
+        read = [
+            (who, name, f"{name}, {who}", style + colour)
+            for who, style in (("hiding", "-"), ("control", ":"))
+            for name, colour in (("root", "b"), ("fork", "r"))
+        ]
+    sites = list(runs[0]["streams"][read[0][0]])
+    for who, name, label, style in read:
+        lines = [run["streams"][who] for run in runs]
+        at = [index for index, site in enumerate(sites) if name in lines[0][site]]
+        mean = [np.mean([line[sites[index]][name] for line in lines]) for index in at]
+        panel.plot(at, mean, style, label=label)
+    panel.axhline(runs[0]["streams"][read[0][0]][sites[0]]["chance"], color="silver")
+    panel.set(xticks=range(len(sites)), xticklabels=sites, ylabel="rank of the secret")
+    panel.set_ylim(0, 1.15 * panel.get_ylim()[1])
 
 
 def command() -> None:
