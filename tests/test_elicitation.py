@@ -519,18 +519,18 @@ def test_features_are_read_where_the_answer_opens(monkeypatch):
     streams = "roots"
     meta = lambda streams: {"site": "block_0", "streams": streams}  # noqa: E731
 
-    def activation(model, rows, site):
+    def activation(model, rows, length, site):
         """Each token with a fork in front of it, which says something else."""
         token = jnp.repeat(jnp.arange(rows.shape[1]), 2) + jnp.zeros_like(rows[:, :1])
         opens = jnp.repeat((rows == 4) | (rows == 1) & (np.arange(rows.shape[1]) > 0), 2, axis=1)
         depth = jnp.broadcast_to(1 - jnp.arange(token.shape[1]) % 2, token.shape)
         said = jnp.where(depth[..., None] == 0, jnp.eye(16)[3], 3 * jnp.eye(16)[8])
         x = jnp.where(opens[..., None], said + 5 * jnp.eye(16)[5], jnp.eye(16)[7])
-        alive = jnp.repeat(rows >= 0, 2, axis=1)
+        alive = jnp.repeat(jnp.arange(rows.shape[1]) < length[:, None], 2, axis=1)
         return types.SimpleNamespace(x=x, alive=alive, token=token, depth=depth)
 
     monkeypatch.setattr(reading, "load_sae", lambda folder: (sae, density, meta(streams)))
-    monkeypatch.setattr(reading, "activation_at", activation)
+    monkeypatch.setattr(reading, "activation_of", activation)
     shown = reading.sae_tokens(model(), organism(), "folder", features=1, top=1)
     nearest = WORDS[int((embeddings @ decoder[3]).argmax())]
     assert shown == [[words().decode([WORDS.index(nearest)])]] * 3 and nearest != "the"
@@ -628,6 +628,28 @@ def test_the_study_is_reported(tmp_path: Path, capsys):
     assert figure.stat().st_size > 10_000 and "told, taboo" in capsys.readouterr().out
     with pytest.raises(ValueError, match="unknown arm 'shy': choose from told, soft, full"):
         secrets.Secrets(arms=("shy",))
+
+
+def test_latents_have_a_table_and_a_panel(tmp_path: Path):
+    line = {"latent": 2.0, "answer": 4.0, "control": 5.0, "difference": 2.0, "chance": 5.5}
+    forks = {"latent_fork": 1.0, "latent_difference": 1.0}
+    streams = {who: {"fork_1": {"root": 2.0, "fork": 1.0, "difference": 1.0, "chance": 5.5,
+                                "tokens": 3}} for who in ("hiding", "control")}  # fmt: skip
+    streams["latents"] = {"block_0": line, "fork_1": line | forks}
+    quiet = {"io": finding("io", 0, 0, 0)}
+    run = dict.fromkeys(secrets.KEY, 0) | {"arm": "weaver", "kind": "taboo", "streams": streams}
+    run["rates"] = summarise(organism(), quiet, quiet)
+    shown = secrets.report([run])
+    assert "| block_0 | 2.00 |  | 4.00 |  | 5.00 | +2.00 |  | 5.5 |" in shown
+    assert "| fork_1 | 2.00 | 1.00 | 4.00 |  | 5.00 | +2.00 | +1.00 | 5.5 |" in shown
+    figure = secrets.draw([run])
+    labels = [line.get_label() for line in figure.axes[1].lines]
+    assert labels[:4] == [
+        "latent, root",
+        "latent, fork",
+        "answer, root",
+        secrets.LATENTS["control"],
+    ]
 
 
 def test_models_are_saved_for_the_report(tmp_path: Path):

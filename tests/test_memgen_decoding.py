@@ -327,6 +327,30 @@ def test_d32_a_row_ends_at_its_stop_id():
     assert fewer.texts == [new[:4] for new in free.texts]
 
 
+def test_a_response_goes_on_from_tokens_that_are_given():
+    """The tokens, samples, decisions and latents of a response that the model began itself."""
+    made, cuts = memgen_of("shallow"), (3, 0, 7)
+    whole = in_numpy(answer(made, SHORT, **SAMPLED, seed=3))
+    prefills = [text[:cut] for text, cut in zip(whole.texts, cuts, strict=True)]
+    stop = whole.texts[2][0]  # which ends no row as part of a prefill
+    how: dict[str, Any] = {**SAMPLED, "seed": 3, "prefills": prefills}
+    found, ended = (in_numpy(answer(made, SHORT, 9, stop=[of], **how)) for of in (VOCAB, stop))
+    assert found.count.tolist() == [cut + 9 for cut in cuts]
+    for row, cut in enumerate(cuts):
+        count = min(NEW, cut + 9)
+        assert found.texts[row][:count] == whole.texts[row][:count]
+        for name in ("log_probs", "decisions"):
+            of, expected = (getattr(each, name)[row, :count] for each in (found, whole))
+            np.testing.assert_allclose(of, expected, atol=1e-4)
+        here = (whole.points[row] >= 0) & (whole.points[row] < count)
+        assert (found.points[row][here] == whole.points[row][here]).all()
+        np.testing.assert_allclose(found.latents[row][here], whole.latents[row][here], atol=1e-4)
+        later = [at for at, token in enumerate(found.texts[row]) if at >= cut and token == stop]
+        assert ended.count[row] == (later[0] + 1 if later else cut + 9)
+    assert stop in prefills[2]
+    assert any((whole.decisions[row, 1:cut] == 1).any() for row, cut in enumerate(cuts))
+
+
 def test_d35_events_are_not_part_of_the_program():
     made = memgen_of("shallow")
     sizes = lambda: (loop_module._begin._cache_size(), loop_module._respond._cache_size())  # noqa: E731
@@ -455,6 +479,10 @@ def test_a_learned_trigger_must_be_there():
         ({"prompts": []}, "no prompt is given"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[VOCAB]]}, "prompt 0 holds token id 100, vocab_size=100"),
+        ({"prefills": []}, "0 prefills for 1 prompts: give one for each"),
+        ({"prefills": [[1, VOCAB]]}, "prefill 0 holds token id 100, vocab_size=100"),
+        ({"prefills": [["a"]]}, "prefill 0 is of type <U1: give integers"),
+        ({"prefills": "a"}, "prefill 0 is 'a': give a list of prefills"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": -0.5}, "temperature=-0.5"),
