@@ -3,12 +3,13 @@
 python -m train.experiments.hatchling_quality --out hatchling_quality.jsonl
 python -m train.experiments.hatchling_quality --report hatchling_quality.jsonl
 
-All arms read the same rows of bytes of the standard library's source in the same order, with the
-same optimizer, whose learning rate is tuned for none of them. Each has about as many parameters as
-the plain decoder. A Hatchling uses its weights in each application of its layer, so that it spends
-several times the plain decoder's FLOPs and time on the same tokens. Therefore the arms
-`plain_flops` and `plain_time` train the plain decoder for as many FLOPs, or as much time. Each
-finished (arm, seed) is a line of the file; a second call runs only what is missing.
+For a seed, all arms read the same rows of bytes of the standard library's source in the same order.
+They have the same optimizer, whose learning rate is not tuned for any of them, and about as many
+parameters as the plain decoder. A Hatchling applies the same weights in each of its layers, so that
+it spends several times the plain decoder's FLOPs and time on the same tokens. Therefore the arms
+`plain_flops` and `plain_time` train the plain decoder on more rows, for as many FLOPs or as much
+CPU time as the Hatchling. Each finished (arm, seed, options) is a line of the file; a second call
+runs only what is missing.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ from train.experiments.study import (
 SIZES = ("embed_dim", "num_layers", "num_heads", "batch_size", "seq_len", "rows")
 SETTING = ("steps", *SIZES, "optimizer")  # one table for each
 KEY = ("arm", "seed", *SETTING)
-VOCAB = 320  # bytes and special ids
+VOCAB = 320  # the 257 ids of bytes and separator, padded to a multiple of 64
 PLAIN = "plain"  # the arm that the others are compared with
 
 
@@ -55,15 +56,21 @@ class HatchlingQuality(StudyConfig):
     """Trains a Dragon Hatchling beside decoders of as many parameters, or reports stored results.
 
     Attributes:
-        arms: Names of the models to train.
+        arms: Arms to train: "plain" (the decoder) and "hatchling"; these with one fork layer,
+            called "forking" and "forking_hatchling"; and "plain_flops" and "plain_time", which are
+            longer training of "plain".
         embed_dim: Width of all models (d).
         num_layers: Number of layers of the decoder, and of applications of the Hatchling's layer.
-        num_heads: Number of heads.
-        steps: Number of training steps; the arms `plain_flops` and `plain_time` take more.
+        num_heads: Number of attention heads.
+        steps: Number of training steps. "plain_flops" and "plain_time" take more, to spend as many
+            FLOPs or as much CPU time as "hatchling".
         batch_size: Number of rows of a step.
         seq_len: Number of tokens of a row.
-        rows: Number of held-out rows, the same ones for all arms.
+        rows: Number of held-out rows, the same rows for all arms.
         optimizer: Optimizer of all arms.
+
+    Raises:
+        ValueError: An arm is unknown, a number is too small, or sizes do not fit together.
     """
 
     arms: tuple[str, ...] = (
@@ -114,13 +121,19 @@ def hatchling(config: HatchlingQuality) -> HatchlingConfig:
 
 
 def forking(config: HatchlingQuality) -> ModelConfig:
-    """Return the plain decoder's config with a fork layer in its middle, to two streams a token."""
+    """Return the plain decoder's config with one fork layer, up to two streams per token.
+
+    The fork layer is in front of the block with index `num_layers // 2`.
+    """
     layer = config.num_layers // 2
     return dataclasses.replace(plain(config), fork_layers=(layer,), policy=PrefixRank(2.0))
 
 
 def forking_hatchling(config: HatchlingQuality) -> ForkingHatchlingConfig:
-    """Return the Hatchling's config with a fork layer in its middle, to two streams a token."""
+    """Return the Hatchling's config with one fork layer, up to two streams per token.
+
+    The fork layer is in front of application `num_layers // 2` of the layer, counted from 0.
+    """
     fields = dataclasses.asdict(hatchling(config))
     layer = config.num_layers // 2
     return ForkingHatchlingConfig(**fields, fork_layers=(layer,), policy=PrefixRank(2.0))
@@ -140,7 +153,8 @@ def steps_of(config: HatchlingQuality, arm: str) -> int:
     """Return the number of training steps of an arm.
 
     The arm `plain_flops` spends as many FLOPs as the arm `hatchling`, and `plain_time` as much CPU
-    time. This time is measured during the call, so that the number depends on the machine.
+    time. The CPU time of both models' steps is measured during the call, so that the number of
+    steps depends on the machine.
     """
     if arm == "plain_flops":
         spent = hatchling(config).forward_flops(config.seq_len)
@@ -172,7 +186,7 @@ def _steps(config: HatchlingQuality, arm: str, count: int = 4) -> Callable[[], C
 
 
 def main(config: HatchlingQuality) -> None:
-    """Train what is missing, or print the tables."""
+    """Train the arms that the file of results lacks, or print the tables."""
     run_study(config, KEY, train_missing, report)
 
 
@@ -200,12 +214,20 @@ def train_missing(config: HatchlingQuality, results: Results) -> Iterator[tuple[
 
 
 def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: int) -> Result:
-    """Train an arm from random weights.
+    """Train an arm from random weights, and score it.
+
+    Args:
+        config: Options of the experiment.
+        data: Prepared rows.
+        arm: Name of the arm, a key of `ARMS`.
+        seed: Seed of parameters and of the order of rows.
 
     Returns:
-        Entries of a result: sizes and costs (`tokens`, `parameters`, `teraflops`, `step_cpu_ms`),
-        `last_train_loss`, the scores of `Evaluator`, and `active`, the fractions of active neurons
-        by layer, which is empty for a model without neurons.
+        Entries of a result: the number of training `tokens` and of `parameters`; `teraflops` of
+        training in total, counted as three forward passes; `step_cpu_ms`, the mean CPU time of a
+        step without the first one; `last_train_loss`; the held-out scores of `Evaluator`; and
+        `active`, the fractions of active neurons in the last training batch
+        (`layer_L/x_active` and `layer_L/y_active`), empty for a model without neurons.
     """
     shape: ArchitectureConfig = ARMS[arm](config)
     steps = steps_of(config, arm)
@@ -237,7 +259,12 @@ def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: 
 
 
 def report(results: list[Result]) -> str:
-    """Format a table for each setting; differences are to the plain decoder of the same seed."""
+    """Format a Markdown table for each combination of `SETTING`, with a row for each arm.
+
+    Losses are means over seeds ± standard errors. The column "minus plain" has the mean difference
+    between an arm's loss and the loss of the arm `plain` with the same seed; seeds that `plain`
+    lacks are left out.
+    """
     lines = []
     for (steps, *sizes, optimizer), runs in by_key(results, *SETTING).items():
         shown = ", ".join(f"{name} {size}" for name, size in zip(SIZES, sizes, strict=True))

@@ -1,9 +1,10 @@
-"""Studies of tuning on one game: does a small model still read what its prompt calls things?
+"""Studies of fine-tuning on one game: does a small model still read the names in its prompt?
 
-After "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), from random parameters. A small
-decoder first learns what a language model knows already (the base); then an adapter is tuned on
-demonstrations, whose prompts always show the same names (frozen) or others each time (diverse), and
-plays the battery. An experiment is a `PromptGame` and an order of options.
+This follows "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), but from random parameters.
+A small decoder first learns what a language model knows already (the base). Then each arm trains a
+LoRA adapter on demonstrations, whose prompts always show the same names (frozen) or sampled names
+(diverse), and plays the battery (`train.finetuning.battery`). An experiment of this kind defines a
+`PromptGame` and a subclass of `PromptStudy` for its options.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ CHAT = (
     "{% for message in messages %}{{ message['content'] }}"
     f"{{% if message['role'] == 'assistant' %}}{END}{{% else %}} {{% endif %}}{{% endfor %}}"
 )
-"""Chat template of tokenizers whose tokens are words: a turn ends in `END`."""
+"""Chat template for tokenizers whose tokens are words.
+
+A message of the assistant ends in `END`, any other message in a space.
+"""
 
 ARMS: dict[str, tuple[str, Form]] = {
     "answers, frozen": ("id", "answer"),
@@ -66,14 +70,17 @@ ARMS: dict[str, tuple[str, Form]] = {
     "thoughts alone, frozen": ("id", "thoughts"),
     "thoughts alone, diverse": ("diverse", "thoughts"),
 }
-"""Variant and form of each arm's demonstrations; thoughts alone end in the answer."""
+"""Variant of the prompts and form of the completions (`verbalise`) of each arm's demonstrations.
+
+The last word of "thoughts alone" is the answer.
+"""
 
 PRETRAINING = OptimizerConfig("muon", learning_rate=1e-2, weight_decay=0.0)
 TUNING = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
 LORA = LoRAConfig(rank=16, targets=("q", "k", "v", "o", "up", "down"))
 BATCH = 32
 TRAINING_PROBLEMS_SEED = 1000
-"""Seed of the order of training problems that are played, other than that of any tuning."""
+"""Seed of the order of the training problems that are played, unlike the seeds of tuning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +88,14 @@ class PromptStudy(StudyConfig):
     """Options of a study of one game.
 
     Attributes:
-        arms: Arms by name, all by default.
-        base_states: Number of states in the conversations that the decoder first learns from.
-        base_steps: Number of training steps in which it does.
-        states: Number of states that each arm is tuned on.
+        arms: Names of the arms to tune, all by default.
+        base_states: Number of conversations, one for each game state, that the decoder is first
+            trained on.
+        base_steps: Number of training steps on these conversations.
+        states: Number of game states in the demonstrations that each arm is tuned on.
         steps: Number of tuning steps of each arm.
-        episodes: Number of held-out problems of each variant.
-        runs: Folder for data and models; a run found there is continued.
+        episodes: Number of problems of each variant and split that are played.
+        runs: Folder for data and models; data found there are reused, and a run is continued.
     """
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -105,19 +113,21 @@ class PromptStudy(StudyConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PromptGame:
-    """A game whose prompt is an instruction, and how it is learned and reported.
+    """A game with variants of its prompt, the model that learns it, and the columns of its tables.
 
     Attributes:
-        task: Environment with options, up to the closing bracket.
-        early: Variants whose first answers are scored during tuning too.
-        columns: Variants of each column of the tables, means over several.
-        paper: The paper's success by arm and column, as it is printed.
-        model: Decoder.
-        tokenizer: Tokenizer whose tokens are words.
-        base_records: Conversations of the base: their number and a seed.
-        seq_len: Greatest number of targets of a row of the base.
-        tuning_seq_len: The same of an arm's rows.
-        max_new_tokens: Longest response, in tokens.
+        task: Environment with its options as text, without the closing bracket, so that a variant
+            can be added.
+        early: Variants, at least one, on whose first turns the model is also scored during tuning.
+        columns: Variants by the name of a table's column, which shows the mean over its variants.
+        paper: Success that the paper reports, as text by arm and column; either may be missing.
+        model: Config of the decoder.
+        tokenizer: Function that makes the tokenizer, whose tokens are words.
+        base_records: Function that generates the records of chat data of the base from their
+            number and a seed.
+        seq_len: Maximum number of target tokens in a row of the base's data.
+        tuning_seq_len: Maximum number of target tokens in a row of demonstrations.
+        max_new_tokens: Maximum number of tokens of a response.
         play_training: Whether training problems of each variant are played too.
     """
 
@@ -135,16 +145,16 @@ class PromptGame:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Variants of all columns."""
+        """Names of the variants of all columns, in order."""
         return tuple(itertools.chain(*self.columns.values()))
 
 
 def run_game(config: PromptStudy, game: PromptGame) -> None:
-    """Tune what is missing, or print the tables.
+    """Tune the arms that the file of results lacks, or print the tables.
 
     Args:
-        config: Options.
-        game: The game.
+        config: Options of the study.
+        game: Game to learn.
     """
     run_study(
         config,
@@ -159,7 +169,12 @@ def train_missing(
 ) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    The arms of a seed begin with the same decoder.
+    All arms of a seed begin with the same decoder, which is trained first.
+
+    Args:
+        config: Options of the study.
+        game: Game to learn.
+        results: Finished runs.
     """
     fixed = {name: getattr(config, name) for name in KEY[1:-1]}
     runs = results.missing(
@@ -179,7 +194,19 @@ def train_missing(
 
 
 def pretrained(config: PromptStudy, game: PromptGame, seed: int) -> Path:
-    """Run folder of the decoder that all arms of a seed begin with."""
+    """Train the decoder that all arms of a seed begin with, unless that is done already.
+
+    Args:
+        config: Options of the study.
+        game: Game to learn.
+        seed: Seed of the parameters, of the conversations and of training.
+
+    Returns:
+        Run folder of the decoder.
+
+    Raises:
+        SystemExit: A signal has stopped the run before its last step.
+    """
     folder = Path(config.runs) / f"seed_{seed}"
     fresh = folder / "fresh"
     if not fresh.exists():
@@ -198,11 +225,22 @@ def pretrained(config: PromptStudy, game: PromptGame, seed: int) -> Path:
 def tuned(
     config: PromptStudy, game: PromptGame, arm: str, base: Path, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Scores of an arm on each variant, and those of its first answers during tuning, by step.
+    """Tune an adapter on an arm's demonstrations, and play the variants of the game.
+
+    Args:
+        config: Options of the study.
+        game: Game to learn.
+        arm: Name of the arm, a key of `ARMS`.
+        base: Run folder of the decoder, whose parent also takes the arm's data and run.
+        seed: Seed of the demonstrations and of tuning.
 
     Returns:
-        `scores` on held-out problems, `trained` on training problems if the game plays them, and
-        `early`.
+        A dict. `scores` has the fields of `VariantScore` on held-out problems by variant, and
+        `trained` those on training problems if `game.play_training`. `early` has the validity of
+        first answers by step of tuning, then by variant of `game.early`.
+
+    Raises:
+        SystemExit: A signal has stopped the run before its last step.
     """
     variant, form = ARMS[arm]
     stem = f"{base.name}_{arm.replace(', ', '_')}_{config.states}"
@@ -230,7 +268,16 @@ def tuned(
 def played(
     run_folder: Path, battery: BatteryConfig, split: Split = "test"
 ) -> dict[str, dict[str, float]]:
-    """Scores of a tuned model on each variant, as the command `battery` finds them."""
+    """Score a tuned model on each variant of a battery, as the command `battery` does.
+
+    Args:
+        run_folder: Run folder of the model.
+        battery: Variants, number of problems and limits.
+        split: Split of the problems.
+
+    Returns:
+        Fields of `VariantScore` by the name of the variant.
+    """
     lm = load_named(str(run_folder), None)
     policy = sampler_of(FinetunableModel.whole(lm.model))
     found = play_battery(policy, lm, battery, make_mesh(MeshConfig(), jax.devices()[:1]), split)
@@ -240,12 +287,15 @@ def played(
 def conversation(
     prompt: str, said: Mapping[str, str], rng: np.random.Generator
 ) -> dict[str, list[dict[str, str]]]:
-    """A record of chat data: questions on a prompt, which opens the first, in random order.
+    """Make a record of chat data from questions about a prompt, in random order.
 
     Args:
-        prompt: Prompt of the game.
-        said: Answer of each question.
-        rng: Generator of the order.
+        prompt: Prompt of the game, which precedes the first question in its message.
+        said: Answer by question.
+        rng: Random generator of the order.
+
+    Returns:
+        A dict `{"messages": [...]}`, in which the user asks and the assistant answers in turns.
     """
     messages = []
     for asked in map(str, rng.permutation(list(said))):
@@ -256,7 +306,15 @@ def conversation(
 
 
 def validities(out: Path, early: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Validity of first answers on each variant of `early`, by step of a tuning run."""
+    """Read the validity of first answers from the metrics of a tuning run.
+
+    Args:
+        out: Run folder.
+        early: Names of the variants that were played during tuning, at least one.
+
+    Returns:
+        Validity, from 0 to 1, by step as text, then by variant.
+    """
     return {
         str(line["step"]): {name: line[f"eval/battery/{name}/validity"] for name in early}
         for line in read_metrics(out)
@@ -267,15 +325,20 @@ def validities(out: Path, early: Sequence[str]) -> dict[str, dict[str, float]]:
 def sft(
     weights: Path, data: ChatDataConfig, out: Path, steps: int, seed: int, **options: Any
 ) -> None:
-    """Train on conversations, as the command `sft` does, or go on with it.
+    """Train on conversations, as the command `sft` does, or continue the run that `out` holds.
 
     Args:
         weights: Folder of the weights that training begins with.
-        data: Conversations.
+        data: Conversations, row length and order.
         out: Run folder.
-        steps: Number of steps.
+        steps: Number of training steps.
         seed: Seed of the run.
-        options: More options of `SFTConfig`; with a `battery` it is played eight times.
+        options: More options of `SFTConfig`. A `battery` is played every `steps // 8` steps, at
+            least 1, and after the last one.
+
+    Raises:
+        SystemExit: A signal has stopped the run before its last step.
+        ValueError: The data or the run folder has a mistake.
     """
     config = SFTConfig(
         weights=str(weights),
@@ -294,15 +357,21 @@ def sft(
 
 
 def cell(score: Mapping[str, float]) -> str:
-    """Success and validity of a variant."""
+    """Format success and validity of a variant, such as `0.91/1.00`."""
     return f"{score['success']:.2f}/{score['validity']:.2f}"
 
 
 def report(results: list[Result], game: PromptGame) -> str:
-    """Markdown tables of success, beside the paper's, of validity, and of validity during tuning.
+    """Format Markdown tables of success and validity after tuning, and of validity during tuning.
 
-    Means over seeds with standard errors; runs of other options have rows of their own, which say
-    so.
+    A cell is a mean over seeds with its standard error. Success and validity on training problems
+    have tables of their own if all results have them. If the results have different options, each
+    combination of options has its own rows, which name them; otherwise the paper's success stands
+    below an arm's.
+
+    Args:
+        results: Finished runs.
+        game: Game of the runs, which defines the columns.
     """
     groups = by_key(results, *KEY[:-1])
     several = len({how[1:] for how in groups}) > 1

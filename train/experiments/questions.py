@@ -22,16 +22,21 @@ from train.rl.types import Completion, Problem, Reward, Split, Trajectory
 
 KINDS = ("copy", "reverse", "sort")
 LENGTH = 3
-HELD_OUT = 300  # of the 1000 lists
-WIDTH = 16  # of a row, with the separators around it
-MAX_NEW_TOKENS = 6  # "1,2,3" and the separator
+HELD_OUT = 300  # number of held-out lists, of 1000
+WIDTH = 16  # number of tokens of a row, which holds a question with the separators around it
+MAX_NEW_TOKENS = 6  # tokens of "1,2,3" and the separator
 
 LISTS = np.random.default_rng(0).permutation(list(itertools.product(range(10), repeat=LENGTH)))
-UNSEEN, SEEN = LISTS[:HELD_OUT], LISTS[HELD_OUT:]  # in questions of every kind
+UNSEEN, SEEN = LISTS[:HELD_OUT], LISTS[HELD_OUT:]  # held-out and training lists of all kinds
 
 
 def question(kind: str, numbers: np.ndarray) -> tuple[str, str]:
-    """Return the prompt and the answer of a question of this kind about three digits."""
+    """Return the prompt and the answer of a question, such as "s3 1 2=" and "1,2,3".
+
+    Args:
+        kind: Kind of the question, one of `KINDS`.
+        numbers: Digits `[LENGTH]` that the question is about.
+    """
     answer = {"copy": numbers, "reverse": numbers[::-1], "sort": np.sort(numbers)}[kind]
     return f"{kind[0]}{' '.join(map(str, numbers))}=", ",".join(map(str, answer))
 
@@ -40,12 +45,12 @@ def question(kind: str, numbers: np.ndarray) -> tuple[str, str]:
 class Questions:
     """Task (`train.rl.protocols.Task`) of digits to copy, reverse or sort.
 
-    The reward is 1 for the exact answer, else 0. Held-out problems ask each kind of question about
-    each list of digits that no training problem has.
+    The reward is 1 for the exact answer in a finished response, else 0. Held-out problems ask each
+    kind of question about each list of `UNSEEN`; training problems have only lists of `SEEN`.
 
     Attributes:
         seed: Seed of training problems.
-        kinds: Probability of each kind of training problem.
+        kinds: Probability of each kind of question in training problems; all sum to 1.
     """
 
     seed: int
@@ -76,10 +81,10 @@ class Questions:
 
 
 def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Sample rows of questions with answers, for supervised training.
+    """Sample rows of questions about lists of `SEEN`, with answers, for supervised training.
 
     Args:
-        rng: Random numbers.
+        rng: Random generator of the questions.
         count: Number of rows (B).
         kinds: Probability of each kind of question.
 
@@ -102,7 +107,13 @@ def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> di
 def batches(
     seed: tuple[int, int], size: int, kinds: Mapping[str, float]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches of `size` rows without end; `kinds` has the probability of each kind."""
+    """Yield batches of training questions without end.
+
+    Args:
+        seed: Seed of the questions.
+        size: Number of rows of a batch.
+        kinds: Probability of each kind of question.
+    """
     rng = np.random.default_rng(seed)
     while True:
         yield rows(rng, size, kinds)
@@ -117,19 +128,21 @@ def fit(
     seed: int,
     memgen: MemGenConfig = MemGenConfig(),  # noqa: B008 (frozen)
 ) -> LanguageModel:
-    """Train all parameters, or a weaver, on rows of questions; a new weaver unless `lm` has one.
+    """Train all parameters of a decoder, or a weaver for it, on rows of questions.
 
     Args:
-        lm: Model to start from.
-        method: Parameters to train, "all" or "weaver".
-        data: Batches of rows.
+        lm: Model to start from. With method "weaver", training continues the weaver of `lm`, or a
+            new one if it has none.
+        method: Parameters to train: "all" or "weaver".
+        data: Batches, as `rows` returns them.
         steps: Number of training steps.
         optimizer: Optimizer and its schedule.
-        seed: Seed of a new weaver, and of the positions of memory in training.
-        memgen: Config of the weaver.
+        seed: Seed of the initial values of a new weaver, and of random choices in training:
+            dropout, and the events of memory if `memgen.insertion` is "random".
+        memgen: Config of the weaver; if `lm` has one, it must have the same sizes.
 
     Returns:
-        The trained model.
+        The trained model. With method "all" it has no weaver, even if `lm` has one.
     """
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 

@@ -3,7 +3,8 @@
 python -m train.experiments.retrofit --out docs/quality/retrofit.jsonl
 python -m train.experiments.retrofit --report docs/quality/retrofit.jsonl
 
-Each finished (variant, seed) is a line of the file; a second call runs only what is missing.
+Each finished (task, steps, variant, seed) is a line of the file, where the task is the name of the
+weights; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from train.experiments.study import INDEX, Result, Results, StudyConfig, check_n
 from train.models.load import find_weights, keep_tokenizer
 from train.pretraining.job import TRAINED
 
-# Name: whether it forks, and which parameters are trained.
+# By the name of a variant: whether the model forks, and which of its parameters are trained.
 VARIANTS = {
     "plain": (False, TRAINED["all"]),
     "forks_only": (True, TRAINED["forks"]),
@@ -49,13 +50,18 @@ class Retrofit(StudyConfig):
     Attributes:
         weights: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file.
         layers: Indices of the blocks in front of which fork layers are added.
-        policy: Policy of the fork layers.
-        variants: Names of the variants to train.
+        policy: Causal policy of the fork layers.
+        variants: Variants to train: "plain" has no forks, "forks_only" trains only the fork layers,
+            and "forks_and_all" trains fork layers and all other parameters.
         steps: Number of training steps.
         batch_size: Number of rows of a step, the same rows for all variants.
         seq_len: Number of tokens of a row.
         optimizer: Optimizer of all variants.
         rows: Number of held-out rows, the same rows for all variants.
+
+    Raises:
+        ValueError: A variant is unknown, the policy is not causal, a number is too small, or a list
+            is empty.
     """
 
     weights: str = "smollm2"
@@ -80,7 +86,7 @@ class Retrofit(StudyConfig):
 
 
 def main(config: Retrofit) -> None:
-    """Train what is missing, or print the table."""
+    """Train the variants that the file of results lacks, or print the tables."""
     run_study(config, KEY, train_missing, report)
 
 
@@ -88,7 +94,9 @@ def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, 
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
     Raises:
-        ValueError: The file holds results of other settings.
+        ValueError: The file holds results with other settings, which are all options except
+            `weights`, `variants`, `seeds`, `steps`, `out` and `report`; or there are no such
+            weights.
     """
     settings = json.loads(json.dumps(dataclasses.asdict(config) | {"policy": repr(config.policy)}))
     for name in ("weights", "variants", "seeds", "steps", "out", "report"):
@@ -131,11 +139,22 @@ def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
 def train_and_score(
     config: Retrofit, pretrained: Pretrained, data: PackedData, variant: str, seed: int
 ) -> Result:
-    """Train one variant.
+    """Train one variant from pretrained weights, and score it before and after.
+
+    Args:
+        config: Options of the experiment.
+        pretrained: Pretrained config, parameters and tokenizer.
+        data: Prepared rows.
+        variant: Name of the variant, a key of `VARIANTS`.
+        seed: Seed of the fork layers' parameters and of the order of rows.
 
     Returns:
-        Entries of a result: held-out loss after training (the scores of `Evaluator`) and before
-        (`loss_before`), training losses, fork statistics, sizes, and the cost of training.
+        Entries of a result: the number of training `tokens`, of `parameters` and of
+        `trained_parameters`; the held-out scores of `Evaluator` after training, and `loss_before`;
+        `training_loss`, a list over steps; metrics of each fork layer in the last training batch
+        (`fork_L/...`) and `gates`, the factor on the scores of forks in each fork layer; `step_ms`,
+        the median time of a step; `seconds` and `cpu_seconds` of training and both evaluations,
+        with compilation; and the version of `jax`.
     """
     forked, trained = VARIANTS[variant]
     model, weights = pretrained.config, pretrained.params

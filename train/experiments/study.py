@@ -30,6 +30,9 @@ class StudyConfig:
         out: File that results are appended to, one JSON object on each line; runs that it has
             already are skipped.
         report: File of results to print as a table, without training.
+
+    Raises:
+        ValueError: A number is too small, or a list is empty (`check_options`).
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -80,19 +83,30 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """Read the results in a file, in the order in which they were finished."""
+    """Read the results in a file, in the order in which they were finished.
+
+    Args:
+        path: File of results, one JSON object on each line.
+
+    Raises:
+        DataError: The file can't be read, or a line is not a JSON object.
+    """
     return [line.fields for line in read_json_lines(Path(path))]
 
 
 class Results:
     """Finished runs, one JSON object on each line of a file, so that a study can be interrupted.
 
+    The attribute `found` lists the results in the order in which they were finished. The operator
+    `in` tells whether a run is finished: whether a result has the run's values of the entries
+    `key`. An entry that a result lacks counts as None.
+
     Args:
         path: File; it is made, with its folder, when the first run is finished.
         key: Names of the entries that identify a run.
 
     Raises:
-        ValueError: The file can't be made, or a line of it is not a JSON object.
+        ValueError: The file can't be made or read, or a line of it is not a JSON object.
     """
 
     def __init__(self, path: str | Path, key: Sequence[str]):
@@ -107,7 +121,11 @@ class Results:
         return any([found.get(name) for name in self._key] == entries for found in self.found)
 
     def missing(self, runs: Iterable[Result]) -> list[Result]:
-        """Return the runs that are not finished, without duplicates; a run is a dict of its key."""
+        """Return the runs that are not finished, in order and without duplicates.
+
+        Args:
+            runs: Dicts that have at least the entries `key`.
+        """
         found: list[Result] = []
         for run in runs:
             if run not in self and run not in found:
@@ -135,6 +153,9 @@ def run_study(
         key: Names of the entries that identify a run.
         train: Function that trains each missing run and yields its result and a line to print.
         report: Function that formats all results as text.
+
+    Raises:
+        ValueError: The file can't be made or read, or its results can't be shown (`report_text`).
     """
     if config.report is not None:
         print(report_text(config.report, key, report))
@@ -155,7 +176,8 @@ def report_text(path: str | Path, key: Sequence[str], report: Callable[[list[Res
             it can't show.
 
     Raises:
-        ValueError: The file has no results, has those of another experiment, or was edited.
+        ValueError: The file can't be read, has no results, has the results of another experiment,
+            or was edited.
     """
     results = read_results(path)
     if not results:
@@ -178,11 +200,15 @@ def report_text(path: str | Path, key: Sequence[str], report: Callable[[list[Res
 def check_finished(folder: str | Path, steps: int) -> None:
     """End the experiment with exit status 1 if a signal has stopped its run before the last step.
 
-    An incomplete run must not count as a result.
+    An incomplete run must not count as a result. A run without a checkpoint is incomplete.
 
     Args:
         folder: Run folder.
         steps: Number of steps of the whole run.
+
+    Raises:
+        SystemExit: The newest checkpoint is of an earlier step, or there is none.
+        ValueError: The metadata of the checkpoint are damaged.
     """
     meta = load_run_meta(folder)
     if meta is None or meta["step"] < steps:
@@ -190,12 +216,12 @@ def check_finished(folder: str | Path, steps: int) -> None:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of some values; NaN for fewer than two values."""
+    """Compute the standard error of the mean of some values; NaN for fewer than two values."""
     return float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:
-    """Mean of some values; None without values, which JSON can represent (unlike NaN)."""
+    """Compute the mean of some values; None without values, since JSON has no NaN."""
     return float(np.mean(values)) if values else None
 
 

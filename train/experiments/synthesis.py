@@ -3,11 +3,13 @@
 python -m train.experiments.synthesis --out synthesis.jsonl
 python -m train.experiments.synthesis --report synthesis.jsonl
 
-A small forking decoder has seen episodes of the random player of an environment of several turns,
-and a weaver beside it those of the scripted player. Then both are frozen, and a trigger learns when
-to invoke memory: its problems are searched (DeepSearch), and a knapsack says how many backups each
-tree gets. The other arms leave the search out, the knapsack, or both, and learn until they have
-generated as many tokens. Each finished (arm, seed) is a line of the file.
+A small forking decoder is trained on episodes that a random player plays in an environment of
+several turns. A weaver for this decoder is trained on episodes of the scripted player. Then both
+are frozen, and a trigger is trained by reinforcement to decide when memory is invoked. In the arm
+"synthesis", tree search (DeepSearch) generates the trigger's rollouts, and a knapsack allocates
+backups to the trees. The other arms leave out the search, the knapsack, or both. They train until
+they have generated at least as many tokens as the synthesis. Each finished (arm, seed, steps) is a
+line of the file; a second call runs only what is missing.
 """
 
 import dataclasses
@@ -56,9 +58,9 @@ MEMGEN = MemGenConfig(WeaverConfig(4, 0, lora=LoRAConfig(4, 8.0)), max_inference
 TRIGGER = TriggerConfig("reasoner_hidden")
 MAX_NEW_TOKENS = 4
 MAX_OBSERVATION = 10
-SHOWN = 512  # episodes of a player that a model has seen
-ROWS = 64  # of a supervised step
-MOST_STEPS = 10_000  # of an arm: learning rates are constant, and tokens end it
+SHOWN = 512  # number of a player's episodes for supervised training
+ROWS = 64  # number of rows of a supervised step
+MOST_STEPS = 10_000  # in an arm's config: rates are constant, and `score_arm` ends training
 
 SEARCH = "deepsearch(width=4, max_observation=10, threshold=0.5)"
 PLAIN = {
@@ -73,25 +75,30 @@ ARMS: dict[str, dict[str, Any]] = {
     "without search": PLAIN | KNAPSACK,
     "plain sampling": PLAIN,
 }
-"""Options of each arm. Without a tree, the estimator of DeepSearch is that of Dr. GRPO."""
+"""Fields of `RLConfig` that each arm changes.
+
+All arms use the method `deepsearch`, whose advantages without a tree are those of Dr. GRPO.
+"""
 SHARED = ("environment", "learning_rate", "batch_size", "num_generations", "supervised", "episodes")
-"""Options in which all results of a file agree."""
+"""Options that must be equal for all results of a file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(StudyConfig):
-    """Trains triggers, or reports what was trained.
+    """Trains a trigger with each arm, or reports stored results.
 
     Attributes:
-        arms: Names of `ARMS`; the synthesis of a seed comes first, as it says how many tokens the
-            others get.
-        environment: Environment with its options, one that has players.
-        supervised: Number of supervised steps of the decoder, and of the weaver.
-        steps: Number of steps of the synthesis.
-        batch_size: Number of problems of a step.
-        num_generations: Mean number of rollouts, or of backups, of a problem.
-        learning_rate: Learning rate of the trigger.
-        episodes: Number of episodes that a policy is scored by, before and after.
+        arms: Arms to train: "synthesis", "without knapsack", "without search", "plain sampling".
+            The synthesis of a seed runs first, since it sets the number of tokens of the others.
+        environment: Environment with its options; it needs a random and a scripted player and a
+            finite number of training problems, as "guess_number" has.
+        supervised: Number of supervised training steps of the decoder, and also of the weaver.
+        steps: Number of training steps of the arm "synthesis".
+        batch_size: Number of problems in a step.
+        num_generations: Mean number of rollouts of a problem; for a tree, of its backups.
+        learning_rate: Constant learning rate of the trigger.
+        episodes: Number of sampled episodes on training problems that score a policy, before and
+            after training.
     """
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -110,14 +117,18 @@ class Experiment(StudyConfig):
 
 
 def main(config: Experiment) -> None:
-    """Train what is missing, or print the table."""
+    """Train the triggers that the file of results lacks, or print the table."""
     run_study(config, ("arm", "seed", "steps"), train_missing, report)
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    The arms of a seed share the decoder and the weaver.
+    All arms of a seed use the same decoder and weaver.
+
+    Raises:
+        ValueError: The file has results with other options, or an arm needs the synthesis of its
+            seed, which is neither in the file nor among `config.arms`.
     """
     check_options(config, results.found)
     for seed in config.seeds:
@@ -142,11 +153,16 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
 
 
 def check_options(config: Experiment, found: Sequence[Result]) -> None:
-    """Raise a `ValueError` where results are of other options, or, unsaid, of other than defaults.
+    """Check that results of the file have the options `SHARED` of this call.
+
+    A result that lacks an entry counts as a result with the option's default.
 
     Args:
-        config: Options.
+        config: Options of this call.
         found: Results of the file.
+
+    Raises:
+        ValueError: A result has another value of an option.
     """
     for result, name in itertools.product(found, SHARED):
         was, now = result.get(name, getattr(Experiment, name)), getattr(config, name)
@@ -158,7 +174,10 @@ def check_options(config: Experiment, found: Sequence[Result]) -> None:
 
 
 def _tokens_of_synthesis(results: Results, run: Result) -> int | None:
-    """Number of tokens that an arm is given; None for the synthesis, which goes by steps.
+    """Return the number of tokens that the synthesis of a run's seed and steps has generated.
+
+    Returns:
+        Number of tokens; None if the run is itself a synthesis, which ends after its steps instead.
 
     Raises:
         ValueError: The synthesis of this seed has not been run.
@@ -176,7 +195,13 @@ def _tokens_of_synthesis(results: Results, run: Result) -> int | None:
 
 
 def run_config(config: Experiment, seed: int, **changes: Any) -> RLConfig:
-    """Config of reinforcement learning, with `changes` of its fields."""
+    """Return the config of reinforcement learning of a trigger, with some fields changed.
+
+    Args:
+        config: Options of the experiment.
+        seed: Seed of the run.
+        changes: Fields of `RLConfig` with their new values.
+    """
     base = RLConfig(
         weights="players",
         train="trigger",
@@ -206,7 +231,16 @@ def plain_job(config: Experiment, lm: LanguageModel, seed: int) -> RLJob:
 
 
 def taught(config: Experiment, seed: int) -> LanguageModel:
-    """A forking decoder that plays at random, with a weaver whose latents know bisection."""
+    """Train a decoder on the random player's episodes, and a weaver on the scripted player's.
+
+    Args:
+        config: Options of the experiment.
+        seed: Seed of parameters, episodes and batches.
+
+    Returns:
+        The forking decoder, which plays at random, with a weaver whose latents make it play like
+        the scripted player (by bisection in "guess_number").
+    """
     model = Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed))
     lm = LanguageModel(model, ByteTokenizer())
     options: Any = {"steps": config.supervised, **PLAIN}
@@ -221,7 +255,10 @@ def taught(config: Experiment, seed: int) -> LanguageModel:
 
 
 def _shown(config: Experiment, job: RLJob, player: str) -> TrainState:
-    """State after supervision by episodes of a player; memory is invoked by a coin."""
+    """Train a job's model on a player's episodes, and return its state after `supervised` steps.
+
+    If the job trains a weaver, each turn of an episode invokes memory with probability 1/2.
+    """
     task, seed = make_task(config.environment, job.config.seed), job.config.seed
     problems = job.collector.problems("train", 0, SHOWN)
     rows = [
@@ -237,17 +274,25 @@ def _shown(config: Experiment, job: RLJob, player: str) -> TrainState:
 def score_arm(
     config: Experiment, lm: LanguageModel, arm: str, seed: int, tokens: int | None
 ) -> dict[str, Any]:
-    """Train a trigger.
+    """Train a trigger with one arm, and score it.
 
     Args:
         config: Options of the experiment.
         lm: Decoder and weaver.
-        arm: Name of `ARMS`.
+        arm: Name of the arm, a key of `ARMS`.
         seed: Seed of the trigger and of rollouts.
-        tokens: Number of generated tokens that end the training; None trains `config.steps` steps.
+        tokens: Training ends after the first step with which at least this many tokens have been
+            generated; None trains `config.steps` steps.
 
     Returns:
-        The cost, what is in the groups of the last half, and the success of sampled episodes.
+        Entries of a result: `after` (means of `played` with the trained trigger); the numbers of
+        generated `tokens`, of `rollouts` and of optimizer `updates`; `mixed_rollouts` and
+        `mixed_groups` (fractions of rollouts and of problems whose group has mixed outcomes, in the
+        last half of the steps); `most` (maximum number of rollouts of a problem in a step; 0
+        without a knapsack); the numbers of `trees`, of `solved_trees` among them, and of problems
+        that are `set_aside` at the end (all 0 without search); the time of training with
+        compilation, in `seconds` and `cpu_seconds`; the options `SHARED`; the numbers of the
+        decoder's `parameters` and of `trained` ones; the arm's `options`; the version of `jax`.
     """
     clock = Clock()
     job = make_job(config, lm, seed, **ARMS[arm])
@@ -282,15 +327,16 @@ def score_arm(
 
 
 def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
-    """Play sampled episodes of the training problems, spread evenly over them.
+    """Play sampled episodes of all training problems, equally many or one more of each.
 
     Args:
-        job: Job whose task and strategy are used.
-        episodes: Number of episodes.
-        weights: Weights of the policy; None for the initial weights of the job.
+        job: Job whose environment, with finitely many training problems, and strategy are used.
+        episodes: Number of episodes over all problems.
+        weights: Weights of the policy (`TrainState.weights`); None takes the job's initial weights.
 
     Returns:
-        Means over the episodes: `success`, `info/turns` and `invocation_rate`.
+        Means over episodes: `success` (from 0 to 1) and `info/turns`; and `invocation_rate`, the
+        fraction of decisions that invoke memory.
     """
     size: Any = job.task.sizes["train"]
     problems = [job.task.problem("train", at) for at in range(size)]
@@ -302,7 +348,7 @@ def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
 
 
 def report(results: list[Result]) -> str:
-    """A markdown table: means over seeds ± their standard errors."""
+    """Format a Markdown table with a row for each arm: means over seeds ± standard errors."""
     return "\n".join(markdown_table(HEAD, _cells(results)))
 
 

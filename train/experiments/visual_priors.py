@@ -1,14 +1,17 @@
-"""What more of one source of text does to what a frozen model makes of images.
+"""What does a frozen decoder make of images as one source of its training text grows?
 
 python -m train.experiments.visual_priors --category scenes --out visual_priors.jsonl
 python -m train.experiments.visual_priors --report visual_priors.jsonl
 
-After "Learning to See Before Seeing" (arXiv 2509.26625), small enough for a CPU: a decoder learns
-from text alone, on each share of one source and on equally many tokens. Then it is frozen, and a
-projector learns to show it images of shapes (`train.probes.visual`). Beside what it answers about
-held-out images stand three controls, and the alignment of its captions with the images. Sources are
-code and prose of Python's standard library, sums, and scenes: captions of the same kind of image,
-with true statements in the words of the questions. No caption of a held-out scene is among them.
+This follows "Learning to See Before Seeing" (arXiv 2509.26625) at a size for a CPU. A decoder is
+trained on text alone, once for each fraction of one source, always on equally many tokens. Then it
+is frozen, and a projector is trained to show it images of shapes (`train.probes.visual`). The
+decoder is scored by its answers to questions about held-out images, beside three controls
+(`train.probes.visual.CONDITIONS`), and by the alignment of its caption states with the images.
+
+Sources of text are code and prose of Python's standard library, sums, and scenes: captions of such
+images, each followed by true statements in the words of the questions. No text of the source of
+scenes describes the objects of a held-out scene.
 """
 
 from __future__ import annotations
@@ -54,29 +57,33 @@ from train.probes.scenes import ANSWERS, distinct_scenes, scene
 from train.probes.visual import CONDITIONS, ProbeConfig, VisualProbe
 
 KEY = ("category", "share", "steps", "rows", "neighbours", "probe", "seed")
-REPORTED = ("category", "steps", "rows", "neighbours", "probe")  # one table for each
+REPORTED = ("category", "steps", "rows", "neighbours", "probe")  # two tables for each combination
 BASE = {"code": 0.3, "prose": 0.3, "sums": 0.2, "scenes": 0.2}
-"""Weights that the share of the category changes."""
+"""Weights of the sources before the fraction of one of them is changed."""
 
 VOCAB = 512
 MODEL = ModelConfig(vocab_size=VOCAB, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3)
-TEXTS = 20_000  # documents of the source of scenes
-FIRST_TEXT = 2**40  # index of the scene of the first one, far behind those of any projector
-ALIGNED = 256  # scenes whose captions are aligned with their images
+TEXTS = 20_000  # number of documents of the source of scenes
+FIRST_TEXT = 2**40  # index of their first scene, beyond the scenes that any projector is trained on
+ALIGNED = 256  # number of held-out scenes over which captions are aligned with images
 
 
 @dataclasses.dataclass(frozen=True)
 class VisualPriors(StudyConfig):
-    """Trains a decoder on each share of a source and probes it, or reports what was probed.
+    """Trains and probes a decoder for each fraction of a source, or reports stored results.
 
     Attributes:
-        category: Source whose share is changed: "code", "prose", "sums" or "scenes".
-        shares: Shares of that source; the others keep their proportions.
-        steps: Number of training steps of each decoder; 0 for one that has learned nothing.
-        rows: Number of held-out rows of each source.
-        neighbours: Number of nearest neighbours of the alignment (k), below 256.
-        probe: Projector and its training.
+        category: Source whose fraction is changed: "code", "prose", "sums" or "scenes".
+        shares: Fractions of this source, from 0 to 1; the other sources keep their proportions.
+        steps: Number of training steps of each decoder; 0 leaves its random parameters untrained.
+        rows: Number of held-out rows of each source, over which losses are averaged.
+        neighbours: Number of nearest neighbours (k) of the alignment, from 1 to 255.
+        probe: Sizes, training and test of the projector.
+
+    Raises:
+        ValueError: The source is unknown, a fraction is not from 0 to 1, or a number is out of
+            range.
     """
 
     category: str = "scenes"
@@ -100,14 +107,14 @@ class VisualPriors(StudyConfig):
 
 
 def main(config: VisualPriors) -> None:
-    """Probe what is missing, or print the tables."""
+    """Train and probe the decoders that the file of results lacks, or print the tables."""
     run_study(config, KEY, train_missing, report)
 
 
 def train_missing(config: VisualPriors, results: Results) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    The arms of a seed share their compiled programs.
+    All fractions of a seed use the same compiled programs.
     """
     fixed = {name: getattr(config, name) for name in ("category", "steps", "rows", "neighbours")}
     options = dataclasses.asdict(config.probe).items()
@@ -137,12 +144,12 @@ def train_missing(config: VisualPriors, results: Results) -> Iterator[tuple[Resu
 
 
 class Arms:
-    """Compiled programs of one seed: a decoder's training and what it is measured by.
+    """Training and measurement of the decoders of one seed, in programs that are compiled once.
 
     Args:
         config: Options of the study.
-        parts: Packed rows of each source.
-        seed: Seed of parameters, data and scenes.
+        parts: Packed rows of each source, by its name in `BASE`, all with one tokenizer.
+        seed: Seed of parameters, of the order of rows, and of the projector's and aligned scenes.
     """
 
     def __init__(self, config: VisualPriors, parts: Mapping[str, PackedData], seed: int):
@@ -158,10 +165,18 @@ class Arms:
         self._scenes = list(itertools.islice(distinct_scenes(seed, "validation"), ALIGNED))
 
     def __call__(self, share: float) -> dict[str, Any]:
-        """Losses, answers and alignment of a decoder that learned from a mixture.
+        """Train a decoder on a mixture, freeze it, train projectors for it, and measure it.
 
         Args:
-            share: Share of the category.
+            share: Fraction of `config.category` in the mixture, from 0 to 1.
+
+        Returns:
+            A dict. `weights` has the weight of each source. `losses` has the held-out nats per
+            token of each source. `answers` has the `Rate` of right answers by kind of question,
+            then by condition. `answer_loss` has the training loss of the projectors for images
+            (`image`) and for blank images (`blank`), the mean over the last tenth of the steps in
+            nats per token of an answer. `alignment` has the fields of
+            `train.probes.alignment.Alignment`.
         """
         config = self._config
         weights = with_share(BASE, [config.category], share)
@@ -187,7 +202,11 @@ class Arms:
 
 
 def packed_sources() -> dict[str, PackedData]:
-    """Packed rows of the sources of `BASE`, in tokens of one BPE of all."""
+    """Prepare packed rows of the sources of `BASE`, by name.
+
+    All sources use one BPE tokenizer of `VOCAB` ids, which is trained on equally many characters of
+    each source and kept in the data cache.
+    """
     data = DataConfig(seq_len=mixtures.SEQ_LEN)
     documents = {
         "code": lambda: mixtures.library(False),
@@ -209,16 +228,16 @@ def packed_sources() -> dict[str, PackedData]:
 
 
 def texts() -> Iterator[str]:
-    """Captions and statements of scenes to train on, none of which a projector is trained on.
+    """Yield `TEXTS` captions of training scenes, each with true statements about its scene.
 
-    Scenes of a projector show the same combinations of objects: there are 3,808, held-out ones
-    included.
+    A projector is trained on other scenes, but their sets of objects recur here: there are only
+    3,808 sets of objects, held-out sets included.
     """
     return (scene(0, "train", FIRST_TEXT + index).text() for index in range(TEXTS))
 
 
 def _sample(corpora: Mapping[str, SplitCorpus]) -> Iterator[str]:
-    """About equally many characters of the training split of each source."""
+    """Yield documents with the first 100,000 characters of each source's training split."""
     for corpus in corpora.values():
         left = 100_000
         for document in corpus.documents("train"):
@@ -229,7 +248,12 @@ def _sample(corpora: Mapping[str, SplitCorpus]) -> Iterator[str]:
 
 
 def report(results: list[Result]) -> str:
-    """Markdown tables: answers by kind and condition, and the alignment, by share."""
+    """Format two Markdown tables for each combination of `REPORTED`.
+
+    The first table has the rates of right answers, a row for each fraction and kind of question and
+    a column for each condition. The second has the held-out losses of the sources and the
+    alignment, a row for each fraction.
+    """
     lines = []
     for (category, steps, *_), runs in by_key(results, *REPORTED).items():
         tokens = steps * mixtures.BATCH * mixtures.SEQ_LEN
@@ -261,7 +285,10 @@ def report(results: list[Result]) -> str:
 
 
 def _rate(runs: list[Result], kind: str, condition: str) -> str:
-    """A share of right answers: with its interval for one seed, its standard error for several."""
+    """Format a rate of right answers.
+
+    A single seed's rate has its 95 % interval; the mean over several seeds has its standard error.
+    """
     found = [run["answers"][kind][condition] for run in runs]
     if len(found) > 1:
         return mean_text([rate for rate, _, _ in found], 3)
