@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,17 @@ from tiny import SMALL, quick_model, random_tokens
 from thoughtbubbles import ModelConfig, PrefixRank, Streams, Threshold, TopK
 from thoughtbubbles.bubbles import bubble_map
 from thoughtbubbles.forking import candidates_of
+from train.cli.main import EXPERIMENTS
 from train.devices.mesh import make_mesh
-from train.experiments import precision, quality, random_bits, study
-from train.experiments.study import Results, by_key, markdown_table, mean_text, read_results
+from train.experiments import memory, precision, quality, random_bits, study, synthesis
+from train.experiments.study import (
+    Results,
+    StudyConfig,
+    by_key,
+    markdown_table,
+    mean_text,
+    read_results,
+)
 from train.experiments.tasks import Lookup
 from train.pretraining.presets import PRESETS
 
@@ -192,3 +202,49 @@ def test_files_that_are_no_results_are_one_line(tmp_path):
         retrofit.Retrofit(layers=(-1,))
     with pytest.raises(ValueError, match="is no folder: choose another place"):
         study.Results(file / "below/out.jsonl", ("seed",))
+
+
+# Options of a study that are no setting of its results: names of files, and what runs count.
+NO_SETTINGS = {"out", "report", "figure", "save", "runs"}
+IN_RUNS = {
+    "quality": {"against"},  # of the report
+    "secrets": {"secrets", "soft_steps", "full_steps", "weaver_steps"},  # "number" and "steps"
+    "synthesis": set(synthesis.SHARED),  # checked by itself
+}
+
+
+def studies() -> dict[str, Any]:
+    modules = {name: importlib.import_module(f"train.experiments.{name}") for name in EXPERIMENTS}
+    return {name: module for name, module in modules.items() if hasattr(module, "run_study")}
+
+
+@pytest.mark.parametrize("name", studies())
+def test_each_option_tells_runs_apart_or_is_shared(name: str, monkeypatch):
+    """Otherwise a call with another value would be answered by results of before."""
+    module, given = studies()[name], []
+    monkeypatch.setattr(module, "run_study", lambda *parts: given.extend(parts))
+    [kind] = [
+        each for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, StudyConfig)
+        and each.__module__ == module.__name__
+    ]  # fmt: skip
+    module.main(kind())
+    _, key, _, _, *settings = given
+    known = {*key, *(settings[0] if settings else ()), *NO_SETTINGS, *IN_RUNS.get(name, ())}
+    options = {
+        field.name for field in dataclasses.fields(kind) if not isinstance(field.default, tuple)
+    }
+    assert options <= known
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    out = str(tmp_path / "memory.jsonl")
+    train = lambda config, results: iter([({"arm": "a", "seed": 0}, "done")])  # noqa: E731
+    how = ("arm", "seed"), train, lambda results: "", ("steps", "learning_rate")
+    study.run_study(memory.Experiment(out=out), *how)
+    [found] = read_results(out)
+    assert found["settings"] == {"steps": 600, "learning_rate": 0.01}
+    study.run_study(memory.Experiment(out=out), *how)
+    with pytest.raises(ValueError, match="has results of steps=600, now it is 5: choose another"):
+        study.run_study(memory.Experiment(out=out, steps=5), *how)
+    assert len(read_results(out)) == 2

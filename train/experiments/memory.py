@@ -11,8 +11,8 @@ latents at a time as the weaver, but have fewer parameters. Test lists are sampl
 training lists and are not excluded from training: there are only 10,000 lists, and with the default
 options each arm is trained on about 98 % of the test lists.
 
-Each finished (arm, seed) is a line of the file; a second call runs only what is missing, whatever
-its other options are.
+Each finished (arm, seed) is a line of the file; a second call runs only what is missing, with equal
+options.
 """
 
 import dataclasses
@@ -238,7 +238,8 @@ class Experiment(StudyConfig):
 
 def main(config: Experiment) -> None:
     """Train the arms that the file of results lacks, or print the table."""
-    run_study(config, ("arm", "seed"), train_missing, report)
+    settings = "pretrain_steps", "steps", "batch_size", "learning_rate"
+    run_study(config, ("arm", "seed"), train_missing, report, settings)
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:

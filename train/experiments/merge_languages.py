@@ -72,7 +72,7 @@ class MergeLanguages(StudyConfig):
 
 def main(config: MergeLanguages) -> None:
     """Train what is missing, or print the table."""
-    run_study(config, KEY, train_missing, report)
+    run_study(config, KEY, train_missing, report, ("tuning", "optimizer"))
 
 
 def train_missing(config: MergeLanguages, results: Results) -> Iterator[tuple[Result, str]]:

@@ -84,7 +84,7 @@ class Mixtures(StudyConfig):
 
 def main(config: Mixtures) -> None:
     """Train what is missing, or print the table."""
-    run_study(config, KEY, train_missing, report)
+    run_study(config, KEY, train_missing, report, ("rows",))
 
 
 def train_missing(config: Mixtures, results: Results) -> Iterator[tuple[Result, str]]:

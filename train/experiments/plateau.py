@@ -83,7 +83,7 @@ class Plateau(StudyConfig):
 
 def main(config: Plateau) -> None:
     """Train what is missing, or print the table."""
-    run_study(config, ("arm", "seed", *SIZES), train_missing, report)
+    run_study(config, ("arm", "seed", *SIZES), train_missing, report, ("rows",))
 
 
 def train_missing(config: Plateau, results: Results) -> Iterator[tuple[Result, str]]:

@@ -66,7 +66,7 @@ class Precision(StudyConfig):
 
 def main(config: Precision) -> None:
     """Train what is missing, or print the table."""
-    run_study(config, KEY, train_missing, report)
+    run_study(config, KEY, train_missing, report, ("rows",))
 
 
 def train_missing(config: Precision, results: Results) -> Iterator[tuple[Result, str]]:

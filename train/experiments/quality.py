@@ -269,7 +269,8 @@ class Quality(StudyConfig):
 
 def main(config: Quality) -> None:
     """Train the variants that the file of results lacks, or print the tables."""
-    run_study(config, KEY, train_missing, lambda results: report(results, config.against))
+    settings = "rows", "positions"
+    run_study(config, KEY, train_missing, lambda results: report(results, config.against), settings)
 
 
 def train_missing(config: Quality, results: Results) -> Iterator[tuple[Result, str]]:

@@ -173,7 +173,10 @@ class Coin:
 
 def main(config: Experiment) -> None:
     """Run what is missing, or print the table."""
-    run_study(config, ("task", "arm", "seed"), train_missing, report)
+    settings = (
+        "pretrain_steps", "steps", "batch_size", "num_generations", "learning_rate", "rows",
+    )  # fmt: skip
+    run_study(config, ("task", "arm", "seed"), train_missing, report, settings)
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:

@@ -228,6 +228,13 @@ def _memgen(lm: LanguageModel) -> MemGen:
     return lm.memgen
 
 
+SETTINGS = (
+    "pretrain_steps", "sft_steps", "weaver_steps", "trigger_steps", "batch_size", "weaver_problems",
+    "trigger_problems", "num_generations", "weaver_rate", "trigger_rate", "price", "hold",
+    "held_out",
+)  # fmt: skip
+"""Options that all results of a file must share."""
+
 COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # the decisions of a trigger whose head is zero
 ARMS: dict[str, Callable[[Stages], Trained]] = {
     "reasoner alone": _frozen,
@@ -286,7 +293,7 @@ class Experiment(StudyConfig):
 
 def main(config: Experiment) -> None:
     """Train what is missing, or print the tables."""
-    run_study(config, ("arm", "seed"), train_missing, report)
+    run_study(config, ("arm", "seed"), train_missing, report, SETTINGS)
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:

@@ -35,6 +35,9 @@ from train.experiments.study import INDEX, Result, Results, StudyConfig, check_n
 from train.models.load import find_weights, keep_tokenizer
 from train.pretraining.job import TRAINED
 
+SETTINGS = ("weights", "layers", "policy", "batch_size", "seq_len", "optimizer", "rows")
+"""Options that all results of a file must share."""
+
 # By the name of a variant: whether the model forks, and which of its parameters are trained.
 VARIANTS = {
     "plain": (False, TRAINED["all"]),
@@ -87,7 +90,7 @@ class Retrofit(StudyConfig):
 
 def main(config: Retrofit) -> None:
     """Train the variants that the file of results lacks, or print the tables."""
-    run_study(config, KEY, train_missing, report)
+    run_study(config, KEY, train_missing, report, SETTINGS)
 
 
 def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, str]]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from train.cli.config_json import as_json
 from train.cli.numbers import check_least
 from train.data.json_lines import read_json_lines
 from train.runs.files import check_new_file, check_regular
@@ -145,6 +146,7 @@ def run_study(
     key: Sequence[str],
     train: Callable[[Config, Results], Iterator[tuple[Result, str]]],
     report: Callable[[list[Result]], str],
+    settings: Sequence[str] = (),
 ) -> None:
     """Train the runs that the file of results lacks, or print its table if `config.report` is set.
 
@@ -153,16 +155,27 @@ def run_study(
         key: Names of the entries that identify a run.
         train: Function that trains each missing run and yields its result and a line to print.
         report: Function that formats all results as text.
+        settings: Names of options that are not in `key`, and that all results of a file must share.
+            They are kept in each result under "settings"; a result without them is not checked.
 
     Raises:
-        ValueError: The file can't be made or read, or its results can't be shown (`report_text`).
+        ValueError: The file can't be made or read, has results of other settings, or its results
+            can't be shown (`report_text`).
     """
     if config.report is not None:
         print(report_text(config.report, key, report))
         return
     results = Results(config.out, key)
+    shared = {name: as_json(getattr(config, name)) for name in settings}
+    for name, now in shared.items():
+        for found in results.found:
+            if (was := found.get("settings", shared).get(name, now)) != now:
+                raise ValueError(
+                    f"{config.out} has results of {name}={was}, now it is {now}: choose another "
+                    "file"
+                )
     for result, line in train(config, results):
-        results.add(result)
+        results.add(result | ({"settings": shared} if shared else {}))
         print(line, flush=True)
 
 

@@ -131,6 +131,11 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
             seed, which is neither in the file nor among `config.arms`.
     """
     check_options(config, results.found)
+    if make_task(config.environment, 0).sizes["train"] is None:
+        raise ValueError(
+            f"environment={config.environment} has endless training problems, which can't all be "
+            "played: choose one with a number of them, such as guess_number"
+        )
     for seed in config.seeds:
         runs = [{"arm": arm, "seed": seed, "steps": config.steps} for arm in config.arms]
         runs = sorted(results.missing(runs), key=lambda run: run["arm"] != SYNTHESIS)

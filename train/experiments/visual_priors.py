@@ -42,6 +42,7 @@ from train.engine.step import make_train_step
 from train.evaluation.held_out import Evaluator
 from train.experiments import mixtures
 from train.experiments.study import (
+    INDEX,
     Result,
     Results,
     StudyConfig,
@@ -88,15 +89,16 @@ class VisualPriors(StudyConfig):
 
     category: str = "scenes"
     shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    steps: int = 2000
+    steps: int = dataclasses.field(default=2000, metadata=INDEX)
     rows: int = 128
     neighbours: int = 10
     probe: ProbeConfig = ProbeConfig()
     out: str = "visual_priors.jsonl"
 
     def __post_init__(self):
+        super().__post_init__()
         check_names("source", (self.category,), BASE)
-        check_least(self, steps=0, rows=1, neighbours=1)
+        check_least(self, rows=1, neighbours=1)
         for share in self.shares:
             with_share(BASE, [self.category], share)
         if self.neighbours >= ALIGNED:
