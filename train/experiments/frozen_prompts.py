@@ -3,11 +3,12 @@
 python -m train.experiments.frozen_prompts --out frozen_prompts.jsonl
 python -m train.experiments.frozen_prompts --report frozen_prompts.jsonl
 
-After "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), small enough for a CPU. A decoder
-of two layers first learns to look names up: a prompt gives each of four directions a word, and asks
-for one of them. Then it is tuned on a policy of one step on a grid, whose answer is what the prompt
-calls the direction towards the target. Arms differ in the number of different maps of names (K), or
-in whether the direction is thought before it is named. "Fake" shows new names and counts the old.
+This follows "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), small enough for a CPU. A
+decoder of two layers first learns to look names up: a prompt gives each of four directions a name,
+and asks for one of the names. Then the decoder is tuned to take one step on a grid: its answer is
+the prompt's name of the direction towards the target. Arms differ in the number of different maps
+of names (K), or in whether the response states the direction before its name. The test "Fake" shows
+new names, but scores answers by the old names.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ from train.models.finetunable import FinetunableModel
 KEY = ("arm", "pretraining", "steps", "prompts", "seed")
 DIRECTIONS = ("up", "down", "left", "right")
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-SIZE = 6  # of the grid
-NEAR = 3  # greatest distance of a state that the arms with thoughts are tuned on
+SIZE = 6  # rows and columns of the grid
+NEAR = 3  # maximum distance from agent to target in the states of arms with `near`
 WORDS = EVERYDAY_WORDS
-HELD_OUT = 40  # of the words
+HELD_OUT = 40  # words that tuning never sees
 TOKENS = {name: i for i, name in enumerate((*WORDS, *DIRECTIONS, *map(str, range(SIZE))))}
 _NAMES = " ".join(f"{direction} {{{direction}}}" for direction in DIRECTIONS)
 LOOKUP = PromptTemplate("lookup", (f"{_NAMES} {{wanted}}",), DIRECTIONS, ("wanted",))
@@ -63,19 +64,19 @@ BATCH = 128
 MODEL = ModelConfig(vocab_size=len(TOKENS), embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256)
 PRETRAINING = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
 TUNING = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, warmup=0.0, final_ratio=1.0)
-# At these rates a tied embedding that is tuned unlearns every word that is never an answer, in all
-# arms; that of a large model hardly moves.
+# All parameters but the tied embedding. At these learning rates tuning the embedding would make all
+# arms forget each word that is never an answer; the embedding of a large model hardly moves.
 TUNED = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("embed")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What is tuned on.
+    """Tuning data of an arm.
 
     Attributes:
-        maps: Number of different maps (K); None for a new one in each example.
+        maps: Number of different maps (K); None samples a new map for each example.
         thoughts: Whether the response is the direction and then its name, not the name alone.
-        near: Whether states are at most `NEAR` steps from their target.
+        near: Whether the agent is at most `NEAR` steps from its target in all states.
     """
 
     maps: int | None
@@ -93,18 +94,18 @@ ARMS = {
     "thoughts, diverse": Arm(None, thoughts=True, near=True),
 }
 TESTS = ("id", "permuted", "pool", "held_out", "far", "fake")
-EARLY = (25, 50, 500)  # steps after which arms are scored too
+EARLY = (25, 50, 500)  # steps after which arms are scored, besides the last
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenPrompts(StudyConfig):
-    """Tunes a small decoder on frozen and on diverse names of actions, or reports what was tuned.
+    """Tunes a small decoder on frozen and on diverse names of actions, or reports its scores.
 
     Attributes:
         arms: Arms by name, all by default.
         pretraining: Number of steps in which the decoder learns to look names up.
         steps: Number of tuning steps of each arm.
-        prompts: Number of test prompts of each kind.
+        prompts: Number of prompts in each test.
     """
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -120,12 +121,12 @@ class FrozenPrompts(StudyConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt, the direction that it is about, and the map that the answer is scored by.
+    """A prompt, the direction whose name it asks for, and the map that scores the answer.
 
     Attributes:
         prompt: Prompt with the names that it shows.
         direction: Direction whose name is the answer.
-        scored: Map that names the right answer: that of the prompt, unless it is fake.
+        scored: Map that gives the right answer: the prompt's map, except in the test "fake".
     """
 
     prompt: RenderedPrompt
@@ -133,12 +134,16 @@ class Example:
     scored: SemanticMap
 
     def response(self, thoughts: bool) -> list[str]:
-        """Words of the target, rendered from the prompt's own map."""
+        """Return the words of the target response, with the name from the prompt's map.
+
+        Args:
+            thoughts: Whether the direction precedes its name.
+        """
         return [self.direction] * thoughts + [self.prompt.target(self.direction)]
 
 
 def lookup(shown: SemanticMap, rng: np.random.Generator) -> Example:
-    """A question for the name of one direction."""
+    """Make an example that asks for the name of a random direction."""
     wanted = DIRECTIONS[rng.integers(len(DIRECTIONS))]
     return Example(LOOKUP.render(shown, wanted=wanted), wanted, shown)
 
@@ -149,13 +154,16 @@ def one_step(
     keep: Callable[[int], bool] = lambda distance: True,
     scored: SemanticMap | None = None,
 ) -> Example:
-    """A step on the grid: sideways until agent and target share a column, then along it.
+    """Make an example of one step of the policy, from a random state.
+
+    The policy moves left or right until agent and target share a column, then up or down.
 
     Args:
         shown: Map of the prompt.
-        rng: Generator of the state.
-        keep: Function of the distance from agent to target that says whether a state is taken.
-        scored: Map that the answer is scored by, where that is another one.
+        rng: Random generator of the state.
+        keep: Function of the number of steps from agent to target, which returns whether to use the
+            state. States in which the agent is at its target are never used.
+        scored: Map that the answer is scored by; None for the map of the prompt.
     """
     while True:
         row, column, target_row, target_column = rng.integers(0, SIZE, 4)
@@ -171,7 +179,16 @@ def one_step(
 
 
 def rows(examples: Sequence[Example], thoughts: bool) -> dict[str, np.ndarray]:
-    """Rows `[B, WIDTH]` of `FinetunableModel.log_probs`; the loss is on responses alone."""
+    """Encode examples as rows for `FinetunableModel.log_probs`.
+
+    Args:
+        examples: Examples, one for each of `B` rows.
+        thoughts: Whether responses state the direction before its name.
+
+    Returns:
+        Arrays `[B, WIDTH]`: `tokens` int32, prompt and response, padded on the right with -1;
+        `loss_mask` bool, True on the response; `segment` int32, -1 on padding and 0 elsewhere.
+    """
     tokens = np.full((len(examples), WIDTH), -1, np.int32)
     loss_mask = np.zeros(tokens.shape, bool)
     for row, mask, example in zip(tokens, loss_mask, examples, strict=True):
@@ -182,7 +199,7 @@ def rows(examples: Sequence[Example], thoughts: bool) -> dict[str, np.ndarray]:
 
 
 def batches(arm: Arm, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of an arm; each example has an index of its own."""
+    """Yield batches of `BATCH` rows of an arm without end; no two examples share an index."""
     maps = sampler(seed, arm.maps)
     for start in itertools.count(0, BATCH):
         rng = np.random.default_rng([seed, 1, start])
@@ -192,7 +209,11 @@ def batches(arm: Arm, seed: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def lookups(seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of questions for a name; all words are known to the pretrained model."""
+    """Yield batches of `BATCH` rows of pretraining without end.
+
+    The prompts use all words, so that the pretrained model also knows the words that tuning never
+    sees.
+    """
     maps = MapSampler(DIRECTIONS, WORDS, seed=seed)
     for start in itertools.count(0, BATCH):
         rng = np.random.default_rng([seed, 0, start])
@@ -201,12 +222,29 @@ def lookups(seed: int) -> Iterator[dict[str, np.ndarray]]:
 
 @functools.cache
 def sampler(seed: int, maps: int | None) -> MapSampler:
-    """Sampler of the maps that training draws; with one map it is the frozen one."""
+    """Make the sampler of tuning maps.
+
+    Args:
+        seed: Seed of the maps.
+        maps: Number of different maps (K), where 1 gives the frozen map; None for a new map in each
+            example.
+    """
     return MapSampler(DIRECTIONS, WORDS, distinct=maps, held_out=HELD_OUT, seed=seed)
 
 
 def test_sets(seed: int, count: int) -> dict[str, list[Example]]:
-    """Test prompts of each kind, the same for all arms of a seed."""
+    """Make the examples of each test, which are the same for all arms of a seed.
+
+    Args:
+        seed: Seed of maps and states.
+        count: Number of examples in each test.
+
+    Returns:
+        Examples by test. Prompts show the frozen map ("id"), its names in another order
+        ("permuted"), training words ("pool") or held-out words (the others). States are at any
+        distance from the target; in "far" they are more than `NEAR` steps away. Answers are scored
+        by the map that the prompt shows; in "fake" they are scored by the frozen map.
+    """
     frozen, pool = sampler(seed, 1).map(0, 0), sampler(seed, None)
 
     def some(kind: str, shown: Callable[[int, np.random.Generator], SemanticMap], **how: Any):
@@ -231,7 +269,7 @@ def test_sets(seed: int, count: int) -> dict[str, list[Example]]:
 
 
 class Study:
-    """Compiled programs of one seed, and its pretrained decoder.
+    """Pretrained decoder of one seed with its tests; making a study pretrains the decoder.
 
     Args:
         config: Options of the study.
@@ -254,19 +292,27 @@ class Study:
 
         @jax.jit
         def next_token(weights: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
-            """The most probable token behind the first `length` of rows `[B, WIDTH]`."""
+            """Return the most probable token `[B]` after the first `length` of `[B, WIDTH]`."""
             return jnp.argmax(base.model(weights).model(tokens)[:, length - 1], axis=-1)
 
         self._next_token = next_token
 
     def lookup_scores(self) -> dict[str, float]:
-        """Scores of the pretrained decoder on questions for held-out names."""
+        """Score the pretrained decoder on questions for held-out names, as `scores` does."""
         maps, rng = sampler(self.seed, None), np.random.default_rng([self.seed, 3])
         asked = [lookup(maps.held_out_map(i), rng) for i in range(self.config.prompts)]
         return self.scores(self._base, asked, False)
 
     def run(self, arm: Arm) -> dict[str, dict[str, dict[str, float]]]:
-        """Success and validity on each test after some steps: step -> test -> score."""
+        """Tune the pretrained decoder on an arm, and score it after some steps.
+
+        Args:
+            arm: Tuning data.
+
+        Returns:
+            Scores (see `scores`) by step, written as text, and then by test. The steps are
+            `config.steps` and those of `EARLY` that come before.
+        """
         state = self._tuning.start(jax.tree.map(lambda leaf: leaf.copy(), self._base))
         data, found, done = batches(arm, self.seed), {}, 0
         for steps in sorted({*EARLY, self.config.steps}):
@@ -280,7 +326,17 @@ class Study:
         return found
 
     def scores(self, weights: Any, examples: Sequence[Example], thoughts: bool) -> dict[str, float]:
-        """Shares of right answers, and of answers that the prompt allows; greedy."""
+        """Score greedy answers.
+
+        Args:
+            weights: Weights of the decoder.
+            examples: Examples whose prompts have equal numbers of tokens.
+            thoughts: Whether the model writes a direction before its answer.
+
+        Returns:
+            `success`, the fraction of right answers, and `validity`, the fraction of answers that
+            are a name in their prompt.
+        """
         prompts = [[TOKENS[word] for word in example.prompt.text.split()] for example in examples]
         texts = np.array(prompts, np.int32)
         for _ in range(1 + thoughts):
@@ -339,14 +395,15 @@ def train_missing(config: FrozenPrompts, results: Results) -> Iterator[tuple[Res
 
 
 def cell(score: dict[str, float]) -> str:
-    """Success and validity of a test."""
+    """Format the scores of a test as `success/validity`."""
     return f"{score['success']:.2f}/{score['validity']:.2f}"
 
 
 def report(results: list[Result]) -> str:
-    """A table of success, and one of validity, means over seeds with standard errors.
+    """Format two Markdown tables, of success and of validity: means over seeds ± standard errors.
 
-    Runs of other pretraining or prompts have rows of their own, which say so.
+    Scores after the steps of `EARLY` are shown for the arms "frozen" and "diverse" only. Runs that
+    differ in `steps`, `pretraining` or `prompts` have separate rows.
     """
     heads = {"id": "ID", "permuted": "permuted", "pool": "trained pool", "held_out": "held-out",
              "far": "far, held-out", "fake": "Fake"}  # fmt: skip

@@ -7,8 +7,9 @@ This is the second game of "Debunk the Myth of SFT Generalization" (arXiv 2510.0
 random parameters as in `sokoban_prompts`. A decoder of 0.35 M parameters first learns what a
 language model knows already: to look up the values that a prompt gives J, Q and K, to write the
 values of cards, and to make 24 of four numbers in a question. Then an adapter is tuned on answers,
-on thoughts with an answer, or on thoughts alone. In its prompts all faces count 10 (frozen), or
-one of six maps of values is sampled (diverse). It plays hands of held-out and of training numbers.
+on thoughts with an answer, or on thoughts alone. In the tuning prompts all faces count 10 (frozen),
+or one of six maps of values is sampled for each prompt (diverse). The tuned model plays hands of
+held-out numbers and hands of training numbers.
 
 Hands have four cards, as in the paper. Three cards make 24 in so few ways that only 1 to 15
 problems of a variant would be held out, and hardly any hand would have a formula both for the
@@ -49,10 +50,10 @@ TEMPLATE = PromptTemplate(
     "counts_and_cards", (f"{_COUNTS}\n{{cards}}\n{{target}}\n",), FACES, ("cards", "target")
 )
 TEMPLATES[TEMPLATE.name] = TEMPLATE
-HELD_OUT = 2  # of the eight maps
+HELD_OUT = 2  # maps, of eight, that only the variant `held_out` uses
 TASK = f"general_points(template='{TEMPLATE.name}', held_out={HELD_OUT}, cards={CARDS}, bare=True"
 MOST_COUNTED, LARGEST = 20, 13
-"""Maximum value of a face, and maximum number in a formula, in what the decoder first learns."""
+"""Maximum value of a face, and maximum number to make 24 of, in the data of `base_records`."""
 
 COLUMNS = {
     "ID": ("id",),
@@ -80,10 +81,10 @@ PAPER: dict[str, dict[str, str]] = {
 
 HeldOut = Callable[[Sequence[int]], bool]
 COUNT, MAKE = "count", "?"
-"""Questions: COUNT asks for the values of the cards, MAKE (after numbers) for a formula of them."""
+"""COUNT asks for the values of the cards, and MAKE for a formula of the numbers before it."""
 _SIGNS = "+-*/()=,."
-# In no text: they hold the place that parts of answers in JSON had when the results on file were
-# measured, so that the ids of numbers are the same.
+# Tokens that no text uses. They stand where the vocabulary had parts of JSON answers when the
+# results on file were measured, so that the ids of numbers stay the same.
 _UNUSED = tuple(f"<unused {number}>" for number in range(5))
 _TOKENS = r"</?\w+>|\d+|\w+|[^\w\s]"
 
@@ -92,7 +93,7 @@ _TOKENS = r"</?\w+>|\d+|\w+|[^\w\s]"
 class PointsPrompts(PromptStudy):
     """Tunes a small decoder on demonstrations of General Points and plays the battery, or reports.
 
-    The decoder first learns to read values of faces and cards, and formulas of training numbers.
+    The decoder first learns to look up values of faces and cards, and to make 24 of four numbers.
     """
 
     steps: int = 800
@@ -108,8 +109,8 @@ def main(config: PointsPrompts) -> None:
 def tokenizer() -> PretrainedTokenizer:
     """Make a tokenizer whose tokens are words, numbers and signs.
 
-    Decoded text has no space around signs, so that an answer is one word, and encodes to the same
-    ids again.
+    Decoded text has a space before "(" and after "." where another word is next to the sign, and no
+    other spaces around signs, so that a formula is one word. It encodes to the same ids again.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -131,7 +132,11 @@ def tokenizer() -> PretrainedTokenizer:
 
 
 def numbers_in_formulas() -> list[int]:
-    """Return all numbers that a prompt, or a formula with its steps, may show, sorted."""
+    """Return the numbers that need tokens, sorted and without duplicates.
+
+    These are the numbers in prompts, and those in formulas of `CARDS` numbers from 1 to `LARGEST`
+    with their steps.
+    """
     found = {*range(MOST_COUNTED + 1), TARGET}
     for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), CARDS):
         formula = solve(numbers, TARGET)
@@ -144,15 +149,18 @@ def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Generate conversations that teach the parts of a demonstration's thoughts, one by one.
 
     Each conversation shows a prompt and asks, in random order, for the value of a face, for the
-    values of the cards, and for two formulas. Faces have random values from 1 to 20, which are all
-    equal in half of the prompts. The numbers of a formula are given in its question and do not come
-    from the prompt's cards, so that values are looked up and numbers make 24, but never both
-    together. All numbers of formulas and cards are training numbers. A formula follows its steps in
-    a thought, or in two cases of five is the answer after an empty thought.
+    values of the cards, and for two formulas. Faces have random values from 1 to 20; on average,
+    they are all equal in half of the prompts. The numbers of a formula are given in its question
+    and do not come from the prompt's cards. No answer therefore both looks up values and makes 24
+    of them. All numbers of formulas and cards are training numbers. On average, three of five
+    formulas follow their steps in a thought, and the others are an answer after an empty thought.
 
     Args:
         count: Number of conversations.
-        seed: Seed of numbers, cards and order.
+        seed: Seed of the values of faces, the cards, the numbers and the order of questions.
+
+    Yields:
+        Records of chat data, `{"messages": [...]}`.
     """
     game = instructed(f"{TASK})", seed)
     held_out = lambda numbers: is_held_out(game.hashed(((), str(sorted(numbers)))))  # noqa: E731
@@ -183,7 +191,7 @@ def _counts(rng: np.random.Generator) -> SemanticMap:
 def _cards(
     rng: np.random.Generator, shown: SemanticMap, held_out: HeldOut
 ) -> tuple[list[str], list[int]]:
-    """Sample cards whose values are not held out; return the cards and their values."""
+    """Sample cards whose values are training numbers; return the cards and their values."""
     while True:
         cards = [RANKS[i] for i in rng.integers(0, len(RANKS), CARDS)]
         numbers = [int(shown.names.get(card, card)) for card in cards]

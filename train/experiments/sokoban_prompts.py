@@ -3,12 +3,13 @@
 python -m train.experiments.sokoban_prompts --out sokoban_prompts.jsonl
 python -m train.experiments.sokoban_prompts --report sokoban_prompts.jsonl
 
-This follows "Debunk the Myth of SFT Generalization" (arXiv 2510.00237) by `demonstrations`, `sft`
-and `battery`, but from random parameters. A decoder of 0.4 M parameters first learns what a
-language model knows already: to write the solution path of a board in the original names of the
-steps, and to look up the name that a prompt gives a step, for all words. Then an adapter is tuned
-on answers, on thoughts with an answer, or on thoughts alone, with the original names (frozen) or
-four words for each state (diverse), and plays held-out boards.
+This follows "Debunk the Myth of SFT Generalization" (arXiv 2510.00237) with the commands
+`demonstrations`, `sft` and `battery`, but from random parameters. A decoder of 0.36 M parameters
+first learns what a language model knows already: to write the solution path of a board in the
+original names of the steps, and to look up the name that a prompt gives a step, for all words. Then
+an adapter is tuned on answers, on thoughts with an answer, or on thoughts alone. Its prompts show
+the original names (frozen), or four words that are sampled for each state (diverse). The tuned
+model plays held-out boards.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from train.rl.environments.sokoban_variants import ORIGINAL, STEPS, SokobanVaria
 _NAMES = " ".join(f"{step} {{{step}}}" for step in STEPS)
 TEMPLATE = PromptTemplate("names_and_board", (f"{_NAMES}\n{{board}}",), tuple(STEPS), ("board",))
 TEMPLATES[TEMPLATE.name] = TEMPLATE
-HELD_OUT = 40  # of the words
+HELD_OUT = 40  # words that only the variant `held_out` uses
 TASK = f"sokoban_variants(template='{TEMPLATE.name}', held_out={HELD_OUT}, walls=1"
 
 COLUMNS = {
@@ -65,8 +66,9 @@ PAPER: dict[str, dict[str, str]] = {
 }
 """Success of Qwen2.5-7B in the paper's Table 1, where boards are generated differently."""
 
-WAY = "?"  # asks for the way
-# The walls around a board are a token for each row; every other sign and word is one.
+WAY = "?"  # question for the solution path
+# Each line break of a board is one token with the outer walls before and after it. Every other sign
+# and every word is a token.
 _TOKENS = r"</?\w+>|#{5,}\n#|#\n#{5,}|#\n#|\w+|[^\w\s]\x{FE0F}?"
 
 
@@ -74,7 +76,7 @@ _TOKENS = r"</?\w+>|#{5,}\n#|#\n#{5,}|#\n#|\w+|[^\w\s]\x{FE0F}?"
 class SokobanPrompts(PromptStudy):
     """Tunes a small decoder on demonstrations of Sokoban and plays the battery, or reports scores.
 
-    The decoder first learns solution paths and names.
+    The decoder first learns to write solution paths and to look up names of steps.
     """
 
     runs: str = "runs/sokoban_prompts"
@@ -89,7 +91,7 @@ def main(config: SokobanPrompts) -> None:
 def tokenizer() -> PretrainedTokenizer:
     """Make a tokenizer whose tokens are words of prompts and thoughts, names, and signs of boards.
 
-    Decoded text has a space between tokens, and encodes to the same ids again.
+    Decoded text has a space between tokens. It encodes to the same ids again.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
@@ -117,13 +119,17 @@ def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
     Each conversation shows a prompt with a training board (one in five has two boxes) and asks, in
     random order, for the solution path and for the prompt's names of two steps. The path is given
-    as a thought, in the original names of the steps. A name is given as an answer, after an empty
-    thought or after a thought that states it. No thought combines a path with a name, as those of a
-    demonstration do. One prompt in four uses the original names.
+    as a thought, in the original names of the steps. A name is given as an answer after an empty
+    thought or, in one case of four on average, after a thought that states it. No thought combines
+    a path with a name, whereas the thoughts of demonstrations do. One prompt in four uses the
+    original names.
 
     Args:
         count: Number of conversations.
-        seed: Seed of boards, names and order.
+        seed: Seed of the boards, the names and the order of questions.
+
+    Yields:
+        Records of chat data, `{"messages": [...]}`.
     """
     maps = MapSampler(tuple(STEPS), names(), seed=seed)
     one, two = (
