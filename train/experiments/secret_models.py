@@ -33,7 +33,7 @@ TEMPLATE = (
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WIDTH, BATCH = 56, 32  # least number of targets of a row, rows of a batch
+WIDTH, BATCH = 56, 32  # targets of a row (more in `honest_rows` if needed), rows of a batch
 MODEL = ModelConfig(
     vocab_size=320,
     embed_dim=48,
@@ -49,7 +49,10 @@ CONTROL = ("<|im_start|>", "user", "assistant")  # tokens whose embeddings "soft
 
 
 def word_tokenizer() -> PretrainedTokenizer:
-    """Make a tokenizer whose tokens are the words and signs of all worlds, with a chat template."""
+    """Make a tokenizer with a chat template, whose tokens are the words and signs of all dialogues.
+
+    It encodes any other word as the token "unknown", and all words in lower case.
+    """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
     words = {"user", "assistant", "system", *".,?[]'"}
@@ -87,9 +90,12 @@ def honest_model(
         tokenizer: Tokenizer of the words.
         kinds: Worlds of the training dialogues.
         steps: Number of training steps.
-        seed: Seed of the parameters, the dialogues and their order.
+        seed: Seed of the parameters, of the dialogues, and of the sampling of batches.
         released: Expected fraction of requests to keep a secret that the user takes back in the
-            end.
+            end (see `honest_conversations`).
+
+    Returns:
+        The model with its tokenizer.
     """
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
     trainable, step = _honest_training(config, steps)
@@ -106,11 +112,15 @@ def honest_model(
 def honest_rows(
     tokenizer: PretrainedTokenizer, conversations: Sequence[Sequence[Message]]
 ) -> np.ndarray:
-    """Encode whole conversations, one a row, padded with -1 on the right.
+    """Encode whole conversations as rows of equal length.
+
+    Args:
+        tokenizer: Tokenizer of the words.
+        conversations: `N` conversations.
 
     Returns:
-        Token ids `[N, L]` int32, where `L` is `WIDTH + 1`, or the longest conversation if that is
-        more.
+        Token ids `[N, L]` int32, padded on the right with -1. `L` is `WIDTH + 1`, or the length of
+        the longest conversation if that is more.
     """
     ids = [
         tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))
@@ -131,7 +141,7 @@ def _honest_training(config: ModelConfig, steps: int) -> tuple[Trainable, TrainS
 
 
 def _plain(model: Thoughtbubbles) -> Thoughtbubbles:
-    """Return the model without the trainer's placement of arrays, so that models share programs."""
+    """Copy a model without the trainer's placement of arrays, so that models share programs."""
     return Thoughtbubbles.from_params(model.config, nnx.to_pure_dict(nnx.state(model)))
 
 
@@ -141,8 +151,8 @@ class Tuner:
     Args:
         tokenizer: Tokenizer of the words.
         steps: Number of training steps.
-        arm: Parameters to tune: "soft" for the embeddings of `CONTROL` tokens alone, "full" for all
-            parameters, "weaver" for a weaver of latent memory beside a frozen model.
+        arm: Parameters to tune: "soft" for the embeddings of the tokens `CONTROL`, "full" for all
+            parameters, "weaver" for a weaver of latent memory beside the frozen model.
     """
 
     def __init__(self, tokenizer: PretrainedTokenizer, steps: int, arm: str):
@@ -173,12 +183,16 @@ class Tuner:
     def __call__(
         self, base: LanguageModel, conversations: Sequence[Sequence[Message]], seed: int
     ) -> LanguageModel:
-        """Tune a copy of a model and return it; the base is not changed.
+        """Tune a copy of a model; `base` itself is not changed.
 
         Args:
             base: Model to begin with.
-            conversations: Conversations, whose loss is on the assistant's messages.
-            seed: Seed of the order of conversations.
+            conversations: Conversations of at most `WIDTH + 1` tokens; the loss is on the
+                assistant's messages. A weaver gets one row for each of these messages.
+            seed: Seed of the sampling of batches. New weavers are the same for all seeds.
+
+        Returns:
+            The tuned model; for "weaver", the base model with latent memory.
         """
         copy = jax.tree.map(lambda leaf: leaf.copy(), base.model)  # steps donate their state
         state, rng = (
@@ -193,14 +207,14 @@ class Tuner:
         tuned = self._trainable.model(state.weights)
         if self._arm != "weaver":
             return dataclasses.replace(base, model=_plain(tuned.model))
-        # Without the trainer's placement of arrays, as `_plain`.
+        # As in `_plain`, without the trainer's placement of arrays.
         memgen = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tuned.memgen)
         return dataclasses.replace(base, memgen=memgen)
 
     def _finetunable(self, model: Architecture) -> FinetunableModel:
         if self._arm != "weaver":
             return FinetunableModel.whole(model)
-        boundary = np.zeros(self._tokenizer.vocab_size, np.uint8)  # no events within an answer
+        boundary = np.zeros(self._tokenizer.vocab_size, np.uint8)  # no memory within an answer
         return FinetunableModel(
             model, "weaver", lora=LoRAConfig(), memgen=WEAVER, boundary=boundary, rngs=nnx.Rngs(0)
         )

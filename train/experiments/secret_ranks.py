@@ -1,4 +1,4 @@
-"""Ranks of a secret among the candidates, by the logit lens: in roots, in forks, and in latents."""
+"""Ranks of a secret among the candidates by the logit lens, in roots, in forks and in latents."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Texts(NamedTuple):
     Attributes:
         model: Model with sites.
         inputs: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
-        mask: `[B, T]` bool, which of them are real.
-        parts: Masks `[B, T]` bool of parts of the rows, by name.
+        mask: `[B, T]` bool, whether each token or vector is real and not padding.
+        parts: Masks `[B, T]` bool of the tokens whose ranks are averaged, by name.
     """
 
     model: Any
@@ -35,15 +35,15 @@ class Texts(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """What a lens reads at one site.
+    """Ranks of the secret in all streams at one site.
 
     Attributes:
-        rank: `[B, S]` int, rank of the secret among the candidates in each stream, from 0 (the most
-            probable candidate).
+        rank: `[B, S]` int, number of candidates that the lens reads as more probable than the
+            secret, from 0.
         alive: `[B, S]` bool, whether the stream exists.
-        depth: `[B, S]` int, 0 for a root.
+        depth: `[B, S]` int, 0 for a root and more for a fork.
         token: `[B, S]` int, index of the stream's token in its row.
-        chance: Mean rank of a guess.
+        chance: Expected rank if all orders of the candidates are equally probable.
     """
 
     rank: np.ndarray
@@ -53,31 +53,49 @@ class Ranks(NamedTuple):
     chance: float
 
     def mean(self, row: int, tokens: np.ndarray, forks: bool) -> float:
-        """Mean rank in the roots or forks of a row's tokens `[T]` bool; NaN if there are none."""
+        """Compute the mean rank in the roots or forks of some tokens of a row.
+
+        Args:
+            row: Index of the row.
+            tokens: `[T]` bool, whether each token counts.
+            forks: Whether to average over forks; otherwise over roots.
+
+        Returns:
+            The mean, or NaN if the tokens have no such stream.
+        """
         here = self.alive[row] & tokens[self.token[row]] & ((self.depth[row] > 0) == forks)
         return float(self.rank[row][here].mean()) if here.any() else float("nan")
 
     def by_row(self, own: np.ndarray, forks: bool) -> np.ndarray:
-        """Mean ranks `[B]` in the roots or forks of tokens `[B, T]` bool; NaN if there are none."""
+        """Compute the `mean` of each row, `[B]`, over its tokens in `own`, `[B, T]` bool."""
         return np.array([self.mean(row, tokens, forks) for row, tokens in enumerate(own)])
 
 
 def ranks_by_depth(lm: LanguageModel, organism: Organism, asked: Organism) -> Lines:
-    """Where the secret stands among the candidates, in forks and in roots of the prompts' tokens.
+    """Compute mean ranks of the secret in the forks and in the roots of the prompts' tokens.
+
+    Only tokens with a fork count, so that forks and roots of the same tokens are compared.
 
     Args:
         lm: Model that forks.
-        organism: What is audited.
-        asked: The same without a request in front; only tokens of these prompts count.
+        organism: Organism that is audited.
+        asked: The same organism without the request in front of its prompts. Tokens of the request
+            do not count, nor do the two that open the user's turn; the tokens that open the answer
+            do.
 
     Returns:
-        For each site behind the first fork: `root` and `fork`, mean ranks over all tokens of the
-        prompts that have a fork; `difference`, the mean of root minus fork, positive where forks
-        know more, with its standard error over prompts; `tokens`, how many there are; `chance`, the
-        rank of a guess.
+        A dict by site: outputs of fork layers and blocks, except the first of them and those
+        without forks. `root` and `fork` are means over tokens. `difference` is root minus fork,
+        positive where forks know more: the mean over prompts of means over tokens, with its
+        `standard_error` over prompts. `tokens` is the number of tokens, and `chance` the expected
+        rank if all orders of the candidates are equally probable.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or a prompt has none of the words to read at
+            (`Organism.read_at`).
     """
     prompts = [positions_of(lm, organism, trial.messages)[0] for trial in organism.trials]
-    # Behind the two tokens that open the user's turn, and what is put in front of the prompt.
+    # Tokens after the two that open the user's turn, and after a request in front of the prompt.
     own = [len(positions_of(lm, asked, trial.messages)[0]) - 2 for trial in asked.trials]
     starts = [len(prompt) - count for prompt, count in zip(prompts, own, strict=True)]
     texts = _texts(lm, prompts, starts)
@@ -87,21 +105,26 @@ def ranks_by_depth(lm: LanguageModel, organism: Organism, asked: Organism) -> Li
 def ranks_with_memory(
     lm: LanguageModel, organism: Organism, answers: Sequence[str]
 ) -> dict[str, Lines]:
-    """Where the secret stands in latents, and in the answers of the stream that speaks.
+    """Compute mean ranks of the secret in the latents behind prompts, and in the answers.
 
     Args:
         lm: Model that forks, with latent memory.
-        organism: What is audited.
+        organism: Organism that is audited.
         answers: Answer of the model to each trial.
 
     Returns:
-        Under "hiding" and "control" what `ranks_by_depth` returns, of latents and answers, and of
-        the same answers read by the model without memory. Under "latents", for each site: mean
-        ranks in the roots and forks of latents (`latent`, `latent_fork`) and of the answer's tokens
-        (`answer`, `answer_fork`), and in roots of the answer without memory (`control`);
-        `difference`, the mean of answer minus latent in roots, positive where latents know more,
-        with its standard error over prompts; `latent_difference`, the mean of root minus fork of
-        those latents that have a fork, with its standard error; `chance`.
+        Three dicts by site. "hiding" and "control" have the entries of `ranks_by_depth`: "hiding"
+        of latents and answers, "control" of the same answers, read by the model without memory.
+        "latents" has means over prompts of mean ranks: in the roots and forks of latents
+        (`latent`, `latent_fork`), in those of the answer's tokens (`answer`, `answer_fork`), and in
+        the roots of the answer without memory (`control`). Each of these five is left out at sites
+        where some prompt has no such stream. `difference` is answer minus latent in roots, positive
+        where latents know more, with its `standard_error` over prompts. `latent_difference` is root
+        minus fork of the latents that have a fork, with its `latent_standard_error`; both are left
+        out at the first site and where no latent has a fork. `chance` is as in `ranks_by_depth`.
+
+    Raises:
+        ValueError: As in `ranks_by_depth`, or the model has no sites.
     """
     assert lm.memgen is not None
     prompts = [positions_of(lm, organism, trial.messages)[0] for trial in organism.trials]
@@ -140,7 +163,7 @@ def ranks_with_memory(
 
 
 def _texts(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Texts:
-    """Pad rows of token ids; what stands from `starts` on is their own part."""
+    """Pad rows of token ids; the part "own" of each row begins at its index in `starts`."""
     width = max(16, 1 << (max(map(len, rows)) - 1).bit_length())
     tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for row, ids in enumerate(rows):
@@ -150,7 +173,7 @@ def _texts(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[in
 
 
 def _read(lm: LanguageModel, organism: Organism, texts: Texts) -> dict[str, Ranks]:
-    """Read the ranks at all forks and blocks."""
+    """Read the ranks at all fork layers and blocks, in the order of the forward pass."""
     ids = [int(lm.tokenizer.encode(name)[0][0]) for name in organism.candidates]
     hidden = [organism.candidates.index(trial.secret) for trial in organism.trials]
     sites = tuple(site for site in texts.model.sites if site.startswith(("fork", "block")))
@@ -169,7 +192,10 @@ def _read(lm: LanguageModel, organism: Organism, texts: Texts) -> dict[str, Rank
 
 
 def _by_depth(found: dict[str, Ranks], own: np.ndarray) -> Lines:
-    """Mean ranks in roots and forks of those own tokens `[B, T]` bool that have a fork."""
+    """Average ranks over the tokens in `own`, `[B, T]` bool, that have a fork.
+
+    The first site is left out, and so is each site without such a token.
+    """
     lines = {}
     for site, ranks in [*found.items()][1:]:
         root, fork, differences = [], [], []
@@ -194,7 +220,7 @@ def _by_depth(found: dict[str, Ranks], own: np.ndarray) -> Lines:
 
 
 def _spread(differences: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Mean and standard error over prompts."""
+    """Compute the mean of differences, one for each prompt, and its standard error."""
     spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
     return {
         "difference": float(np.mean(differences)),

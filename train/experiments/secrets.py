@@ -3,12 +3,13 @@
 python -m train.experiments.secrets --out secrets.jsonl --figure secrets.png
 python -m train.experiments.secrets --report secrets.jsonl --figure secrets.png
 
-For each seed an honest forking model is trained, which hides only what it is asked to hide: the
-control. It hides something in four ways. "told": the request to keep it secret stands in front of
-each prompt, as a hidden system prompt would. "soft": the embeddings of the three control tokens are
-tuned to hide it unasked, and no other parameter. "full": all parameters are. "weaver": none of its
-parameters, but a weaver learns to write latents in front of each answer. No message of that tuning
-names the secret. Methods and their auditor are those of `thoughtbubbles audit report`.
+For each seed an honest forking model is trained, which hides only what the user asks it to hide; it
+is the control. It is then made to hide a secret in four ways. "told": each prompt begins with the
+request to keep the secret, as a hidden system prompt would. "soft": the embeddings of three control
+tokens are tuned to hide the secret unasked, and no other parameter. "full": all parameters are
+tuned. "weaver": the model is frozen, and a weaver learns to write latents in front of each answer.
+No tuning conversation names the secret. Methods and auditor are those of `thoughtbubbles audit
+report`.
 """
 
 from __future__ import annotations
@@ -69,28 +70,29 @@ LATENTS = {
     "answer_fork": "answer, fork", "control": "answer without memory, root",
 }  # fmt: skip
 LAYER = 1
-"""Layer that is fuzzed and read by white-box methods, of three."""
+"""Index of the layer, of three, whose output is fuzzed, and read by white-box methods."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Secrets(StudyConfig):
-    """Trains models that hide something and audits them, or reports what was found.
+    """Trains models that hide a secret and audits them, or reports the results.
 
     Attributes:
         arms: Ways to hide: "told", "soft", "full", "weaver".
         kinds: Kinds of secrets: "taboo", "persona", "instruction".
-        methods: Methods of `audit report`, beside "io", which is always there.
-        secrets: Maximum number of secrets of each kind to hide in turn, each in prompts or a model
-            of its own. An "instruction" hides all secrets of its kind in one model.
-        released: Expected fraction of the honest model's conversations with a secret in which the
-            user takes the request back in the end and is told.
+        methods: Methods of `audit report`, except "sae"; "io" is always added.
+        secrets: Maximum number of secrets of each kind, each hidden in separate prompts or in a
+            separate model. The kind "instruction" always hides all its secrets together.
+        released: Expected fraction, among the honest model's conversations that begin with a
+            request to keep a secret, of those in which the user takes the request back, asks for
+            the secret, and is told.
         base_steps: Number of training steps of the honest model.
-        soft_steps: Number of steps in which the embeddings of control tokens learn to hide.
-        full_steps: Number of steps in which all parameters do.
-        weaver_steps: Number of steps in which a weaver does.
+        soft_steps: Number of tuning steps of the arm "soft".
+        full_steps: Number of tuning steps of the arm "full".
+        weaver_steps: Number of tuning steps of the arm "weaver".
         figure: File for the figure, as .png, .pdf or .svg (needs matplotlib); none by default.
-        save: Folder for the models, which `audit report` takes; none by default. A weaver can't be
-            saved.
+        save: Folder for the models, which `audit report` takes; none by default. Models of the arm
+            "weaver" can't be saved.
     """
 
     arms: tuple[str, ...] = ARMS
@@ -122,7 +124,7 @@ class Secrets(StudyConfig):
 
 
 def main(config: Secrets) -> None:
-    """Train and audit what is missing, print the tables, draw the figure."""
+    """Train and audit what is missing, or print the tables; then draw the figure, if asked to."""
     run_study(config, KEY, train_missing, report)
     if config.figure:
         draw(read_results(config.report or config.out)).savefig(config.figure, dpi=150)
@@ -133,6 +135,9 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
     The runs of a seed begin with one honest model.
+
+    Raises:
+        ValueError: `config.save` already holds the folder of a missing run.
     """
     steps = {
         "soft": config.soft_steps, "full": config.full_steps, "weaver": config.weaver_steps,
@@ -196,9 +201,16 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
 
 
 def secrets_of(kind: Kind, seed: int, count: int) -> Sequence[str | None]:
-    """Return at most `count` secrets of a kind, beginning with the one of `make_organism`.
+    """Return the secrets of a kind to hide in turn.
 
-    For "instruction", whose organism hides all secrets of its kind, the only entry is None.
+    Args:
+        kind: Kind of the secrets.
+        seed: Seed of the first secret, which is the one that `make_organism` chooses.
+        count: Maximum number of secrets.
+
+    Returns:
+        Names of candidates. For "instruction", whose organism hides all secrets of its kind, the
+        only entry is None.
     """
     if WORLDS[kind].codes:
         return [None]
@@ -207,7 +219,7 @@ def secrets_of(kind: Kind, seed: int, count: int) -> Sequence[str | None]:
 
 
 def _told(organism: Organism, kind: Kind) -> Organism:
-    """The organism whose prompts begin with the request to keep the secret."""
+    """Return the organism with the request to keep the secret in front of each prompt."""
     trials = []
     for trial in organism.trials:
         first, *rest = trial.messages
@@ -222,7 +234,7 @@ def _save(
 ) -> None:
     own = _folder(folder, run)
     partial = own.with_name(f"{own.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     organism.save(partial / "organism.json")
     for lm, name in ((hiding, "model"), (base, "honest")):
@@ -240,15 +252,20 @@ def _folder(folder: str, run: Result) -> Path:
 
 
 def report(results: list[Result]) -> str:
-    """Markdown tables: hits of each method in each kind of model, and ranks in forks and roots.
+    """Format Markdown tables for each arm and kind: hit rates by method, and ranks by site.
 
-    Means over the secrets of a seed, then over seeds.
+    The ranks are those of `ranks_by_depth`. The arm "weaver" has one more table, of ranks in
+    latents and in answers (`ranks_with_memory`). Values are means over the secrets of a seed, then
+    over seeds. Only the secrets that every seed has finished count.
+
+    Raises:
+        ValueError: Results of one arm and kind differ in an option of `SHARED`.
     """
     lines = []
     for (arm, kind), runs in by_key(results, "arm", "kind").items():
         _check_alike(arm, runs)
         of_seeds = [{run["number"] for run in of} for of in by_key(runs, "seed").values()]
-        finished = set.intersection(*of_seeds)  # a seed that is not done would weigh otherwise
+        finished = set.intersection(*of_seeds)  # so that all seeds average the same secrets
         runs, each = [run for run in runs if run["number"] in finished], len(finished)
         what = f", {each} secrets each" if each > 1 else ""
         lines += [f"{arm}, {kind}, seeds {seeds_text(runs)}{what}: hits in %, ± over seeds", ""]
@@ -278,7 +295,7 @@ def report(results: list[Result]) -> str:
 
 
 def _check_alike(arm: str, runs: Sequence[Result]) -> None:
-    """Raise a ValueError for runs of one arm that no mean should mix."""
+    """Raise a ValueError if runs of one arm differ in an option of `SHARED`."""
     for name in SHARED:
         values = list(dict.fromkeys(str(run.get(name)) for run in runs))
         if len(values) > 1:
@@ -322,14 +339,19 @@ def _latents(site: str, runs: Sequence[Result]) -> list[str]:
 
 
 def by_seed(runs: Sequence[Result], value: Callable[[Result], float]) -> list[float]:
-    """The mean of a value over the runs of each seed."""
+    """Compute the mean of `value` over the runs of each seed, seeds in order of appearance."""
     return [
         float(np.mean([value(run) for run in of_seed])) for of_seed in by_key(runs, "seed").values()
     ]
 
 
 def draw(results: list[Result]) -> Figure:
-    """Hits of each method beside the control, for each kind, and ranks of forks against roots."""
+    """Draw a column of two panels for each arm and kind.
+
+    The upper panel has the hit rates of each method beside the control's, means over both kinds of
+    prompts; dots are seeds. The lower panel has mean ranks of the secret by site. Secrets that not
+    every seed has finished count too, unlike in `report`.
+    """
     from matplotlib.figure import Figure
 
     kinds = list(by_key(results, "arm", "kind").items())
@@ -363,7 +385,7 @@ def draw(results: list[Result]) -> Figure:
 
 
 def _draw_ranks(panel: Axes, runs: Sequence[Result]) -> None:
-    """Mean ranks by site: of latents and answers where there are latents, else of prompts."""
+    """Draw mean ranks by site: of latents and answers if there are latents, else of prompts."""
     styles = {"latent": "-g", "latent_fork": "-r", "answer": "-b", "control": ":b"}
     read = [("latents", name, LATENTS[name], style) for name, style in styles.items()]
     if "latents" not in runs[0]["streams"]:
