@@ -6,9 +6,9 @@ python -m train.experiments.environments --report environments.jsonl
 
 A trained player is a small decoder of bytes. It is first trained on episodes of the random player,
 so that it knows how actions are written, and then by a method of `train.rl`. All arms of an
-environment and seed begin with the same weights and get equally many rollouts. Trained players are
-scored with sampled actions, as in training. Each score is a line of the file; a second call plays
-and trains only what is missing.
+environment and seed begin with the same weights and take equally many rollouts in a step (methods
+with dynamic sampling generate more). Trained players are scored with sampled actions, as in
+training. Each score is a line of the file; a second call plays and trains only what is missing.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ PLAYERS = ("random", "scripted")
 MODEL = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
 )
-SHOWN = 256  # episodes of the random player that a trained one has seen
+SHOWN = 256  # episodes of the random player that trained players first learn from
 ROWS = 64  # of a supervised step
 MAX_NEW_TOKENS = 8
 MAX_OBSERVATION = 64
@@ -73,15 +73,15 @@ class Experiment(StudyConfig):
 
     Attributes:
         environments: Environments with their options; by default all that have a random player.
-        episodes: Number of episodes of each player.
+        episodes: Number of episodes that each player is scored on.
         seeds: Seeds of the order of problems, of the players and of trained weights.
-        arms: Methods of `train.rl` with their options; each trains a player in each environment.
-            None by default.
+        arms: Methods of `train.rl` with their options; each trains a player in each environment. By
+            default there are none.
         supervised: Number of optimizer steps on episodes of the random player.
-        steps: Number of steps of each method.
+        steps: Number of training steps of each method.
         batch_size: Number of problems of a step.
         num_generations: Number of episodes of each problem.
-        learning_rate: Peak learning rate of each method.
+        learning_rate: Peak learning rate of each method; brorl scales it.
     """
 
     environments: tuple[str, ...] = tuple(
@@ -104,14 +104,21 @@ class Experiment(StudyConfig):
 
 
 def main(config: Experiment) -> None:
-    """Play and train what is missing, or print the table."""
+    """Play and train what is missing, or print the table.
+
+    Raises:
+        ValueError: An environment is unknown or has no random player.
+    """
     names = [text.partition("(")[0] for text in config.environments]
     check_names("environment with players", names, Experiment.environments)
     run_study(config, KEY, play_missing, report)
 
 
 def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Play and train the players that `results` lacks; yield each result with a line to print."""
+    """Play and train the players that `results` lacks; yield each result with a line to print.
+
+    If an arm is missing, the decoder that all arms begin with is scored too, as player "before".
+    """
     sizes = {name: getattr(config, name) for name in SIZES}
     untrained: Result = dict.fromkeys(SIZES)
     shown = untrained | {"supervised": config.supervised}
@@ -182,7 +189,7 @@ def report(results: list[Result]) -> str:
 
 
 def run_config(config: Experiment, environment: str, seed: int, **changes: Any) -> RLConfig:
-    """Return the config of reinforcement learning in an environment, with some fields changed."""
+    """Return the config of a run in an environment, with the fields in `changes` replaced."""
     base = RLConfig(
         weights="random player",
         train="all",
@@ -206,7 +213,17 @@ def run_config(config: Experiment, environment: str, seed: int, **changes: Any) 
 
 
 def shown_episodes(config: Experiment, text: str, environment: Any, seed: int) -> RLJob:
-    """Train a new decoder on the random player's actions, and return a job that starts from it."""
+    """Train a new decoder on the random player's actions.
+
+    Args:
+        config: Options of the experiment.
+        text: Environment with its options, as a text.
+        environment: The same environment, as an object.
+        seed: Seed of weights, problems and episodes.
+
+    Returns:
+        A job of reinforcement learning whose initial weights are the decoder's.
+    """
     lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
     optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
     run = run_config(config, text, seed, steps=config.supervised, optimizer=optimizer)
@@ -233,14 +250,19 @@ def player_episode(
 ) -> Trajectory:
     """Play an episode and return it as one row of tokens, in which each action ends in a stop id.
 
+    Observations are truncated to `MAX_OBSERVATION` tokens.
+
     Args:
         lm: Language model whose tokenizer and stop id are used.
         environment: Environment with players.
         rollout: Rollout with the problem to play.
-        seed: Seed of the player.
-        player: "random" or "scripted".
-        invokes: Whether the row records a random decision before each turn to invoke latent memory
-            or not.
+        seed: Seed of the player, together with the rollout's number.
+        player: Name of the player, "random" or "scripted".
+        invokes: Whether the row has a random trigger decision, to invoke latent memory or not,
+            before the first token of each action; otherwise it has none.
+
+    Raises:
+        ValueError: The environment has no method for this player.
     """
     formatter, problem = PromptFormatter(lm), rollout.problem
     rng = np.random.default_rng([seed, rollout.number])
@@ -263,10 +285,19 @@ def player_episode(
 def trained(
     config: Experiment, text: str, environment: Any, lm: LanguageModel, seed: int, arm: str
 ) -> tuple[RLJob, Result]:
-    """Train a decoder by the method `arm`.
+    """Train a decoder by a method of `train.rl`.
+
+    Args:
+        config: Options of the experiment.
+        text: Environment with its options, as a text.
+        environment: The same environment, as an object.
+        lm: Decoder to start from.
+        seed: Seed of the run.
+        arm: Method with its options.
 
     Returns:
-        A job whose initial weights are the trained ones, and the entries of its cost.
+        A job whose initial weights are the trained ones; and the entries of `reinforce.of_a_run`
+        with the number of `updates` (steps that learned something), `seconds` and `cpu_seconds`.
     """
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -280,11 +311,11 @@ def trained(
 
 
 def sampled_score(job: RLJob, episodes: int) -> Score:
-    """Score a policy on the first training problems, as the other players are scored.
+    """Score a policy on the first training problems, on which the other players are scored too.
 
     Args:
         job: Job whose initial weights are the policy.
-        episodes: Number of episodes; if the training split has fewer problems, they are repeated.
+        episodes: Number of episodes. Problems of a smaller training split are repeated.
     """
     size = job.task.sizes["train"]
     count = episodes if size is None else min(size, episodes)
@@ -296,7 +327,7 @@ def sampled_score(job: RLJob, episodes: int) -> Score:
 
 
 def score_of(rows: Sequence[Trajectory]) -> Score:
-    """Compute the mean scores of the episodes of rows; turns of failed episodes count too."""
+    """Compute the mean scores of episodes from their rows; failed episodes count in all means."""
     episodes = Episodes.from_trajectories(rows)
     turns = [len(rows[mine[0]].turn_rewards) for mine in episodes.rows]
     error = episodes.success.std() / np.sqrt(len(turns))

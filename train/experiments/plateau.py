@@ -3,10 +3,11 @@
 python -m train.experiments.plateau --out plateau.jsonl
 python -m train.experiments.plateau --report plateau.jsonl
 
-The mediocre decoder of `reinforce` is trained by BroRL's recipe with few rollouts of each problem,
-until held-out success hardly rises any more. From there two arms learn from equally many rollouts:
-"longer" continues as before, "broader" takes many rollouts of each problem in fewer steps. (Dynamic
-sampling generates more rollouts than are learned from; the table counts all that are generated.)
+The mediocre decoder of `reinforce` is trained by BroRL's recipe with few rollouts of each problem
+(the arm "flat"), for so many steps that held-out success hardly rises any more. From there two arms
+learn from equally many rollouts: "longer" continues as before, "broader" takes many rollouts of
+each problem in fewer steps. (Dynamic sampling generates more rollouts than are learned from; the
+table counts all that are generated.)
 Each finished (arm, seed) is a line of the file; a second call runs only what is missing.
 """
 
@@ -48,15 +49,16 @@ class Plateau(StudyConfig):
     """Compares more steps with more rollouts of each problem in fewer steps.
 
     Attributes:
-        task: Name of a task of `experiment reinforce`.
-        steps: Number of steps until training has flattened out.
-        more: Number of further steps of the arm "longer".
+        task: Task of `experiment reinforce` by name: "reverse", "sort", "mixed", "facts".
+        steps: Number of steps before the two arms, enough for success to flatten out.
+        more: Number of further steps of the arm "longer", a multiple of `many` / `few`.
         few: Number of rollouts of a problem in the first `steps` and in the arm "longer".
         many: Number of rollouts of a problem in the arm "broader", a multiple of `few`; this arm
             takes `more` * `few` / `many` steps.
         batch_size: Number of problems of a step.
         minibatches: Number of optimizer steps on the rollouts of a step, in all arms.
-        learning_rate: Learning rate with few rollouts; constant.
+        learning_rate: Constant learning rate with `few` rollouts; the arm "broader" multiplies it
+            by the square root of `many` / `few`.
         rows: Number of held-out problems, which are never trained on.
     """
 
@@ -89,7 +91,7 @@ def main(config: Plateau) -> None:
 def train_missing(config: Plateau, results: Results) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    Both arms of a seed start from one plateau.
+    The arms "longer" and "broader" of a seed start from the weights that "flat" ends with.
     """
     sizes = {name: getattr(config, name) for name in SIZES}
     steps = {LONGER: config.more, BROADER: config.more * config.few // config.many}
@@ -121,7 +123,12 @@ def train_missing(config: Plateau, results: Results) -> Iterator[tuple[Result, s
 def _train(
     config: Plateau, baseline: reinforce.Baseline, steps: int, rollouts: int, folder: str
 ) -> dict[str, Any]:
-    """Train by BroRL's recipe from the baseline's weights, in a folder, and score the result."""
+    """Train by BroRL's recipe from the weights `baseline.lm`, with `folder` as the run folder.
+
+    Returns:
+        Held-out success `after`, the entries of `reinforce.of_a_run`, the number of optimizer steps
+        as `updates`, `scaled_learning_rate`, `seconds`, `cpu_seconds` and the version of `jax`.
+    """
     clock = Clock()
     base = config.batch_size * config.few
     run = baseline.rl(
@@ -150,7 +157,10 @@ def _train(
 
 
 def report(results: list[Result]) -> str:
-    """Format a table for each setting: held-out success in percent, mean ± standard error."""
+    """Format a table for each setting of the options `SIZES`, with means over seeds.
+
+    Success is that on held-out problems in percent, with its standard error over seeds.
+    """
     head = "arm, seeds, before, after, gained, rollouts, tokens, optimizer steps, CPU-seconds"
     lines = []
     for sizes, of_setting in by_key(results, *SIZES).items():

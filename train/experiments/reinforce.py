@@ -4,9 +4,9 @@ python -m train.experiments.reinforce --out reinforce.jsonl
 python -m train.experiments.reinforce --report reinforce.jsonl
 python -m train.experiments.reinforce --tasks mixed --arms knapsack "knapsack(low=8, high=8)"
 
-A small decoder of bytes is trained on demonstrations of a task until it is mediocre at it; each arm
-starts from there: a method of `train.rl` on problems without demonstrations, the same method with
-rewards from a coin, or as many more optimizer steps on the demonstrations.
+A small decoder of bytes is trained on demonstrations of a task until it is mediocre at it. Each arm
+starts from there: a method of `train.rl` on problems without demonstrations, or a control: GRPO
+with rewards from a coin, or as many more optimizer steps on the demonstrations.
 Each finished (task, arm, seed) is a line of the file; a second call runs only what is missing.
 """
 
@@ -55,10 +55,9 @@ from train.rl.protocols import Task
 from train.rl.types import Completion, Problem, Reward
 from train.runs.metrics import read_metrics
 
-# First indices of the training problems that are demonstrated, and of those that say when the
-# baseline is good enough; problems of rollouts begin at 0.
+# First indices of training problems for demonstrations and for validation; rollouts begin at 0.
 DEMONSTRATED, VALIDATION = 10**6, 2 * 10**6
-CHECK_EVERY = 10  # supervised steps
+CHECK_EVERY = 10  # supervised steps between validations
 ROWS = 128  # of a supervised step
 MODEL = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
@@ -67,16 +66,16 @@ MODEL = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class TaskSetup:
-    """A task, and how its baseline is made: by supervision until it is mediocre.
+    """A task, and the supervision that makes its mediocre baseline.
 
     Attributes:
         task: Task of `train.rl.tasks`, written with its options.
         demonstrations: Number of problems whose answers are shown, again and again.
-        enough: Share of other training problems whose success ends the supervision.
-        steps: Largest number of supervised optimizer steps.
-        max_new_tokens: Number of tokens of the longest answer and its end.
-        pool: Number of training problems of reinforcement learning; None for an endless task.
-        abstained: Share of the demonstrations that abstain: what is never sampled is never learned.
+        enough: Fraction of solved validation problems at which the supervision ends.
+        steps: Maximum number of supervised optimizer steps.
+        max_new_tokens: Number of tokens of the longest answer with its stop id.
+        pool: Number of training problems of reinforcement learning; None for no limit.
+        abstained: Expected fraction of demonstrations that abstain, so that rollouts abstain too.
     """
 
     task: str
@@ -93,7 +92,7 @@ TASKS = {
     "sort": TaskSetup("sort(length=5, shortest=3)", 200, 0.4, 300, 6),
     # Some problems are always solved and some never.
     "mixed": TaskSetup("reverse(length=8)", 400, 0.35, 300, 9, pool=256),
-    # Half of the facts that are asked for are not stated; answers to them are guesses.
+    # Half of the questions ask for a fact that is not stated; to answer them is to guess.
     "facts": TaskSetup("hidden_facts(facts=2, values=5)", 4000, 0.4, 600, 2, abstained=0.1),
 }
 CONTROLS = ("coin", "demonstrations")
@@ -101,20 +100,19 @@ CONTROLS = ("coin", "demonstrations")
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(StudyConfig):
-    """Runs arms on tasks, or reports what was run.
+    """Runs arms on tasks, or reports their results.
 
     Attributes:
-        tasks: Names of `TASKS`.
-        arms: Methods of `train.rl` with their options, or the controls: "coin" is GRPO with rewards
-            that have nothing to do with the answer, "demonstrations" more of the supervision that
-            came before.
-        pretrain_steps: Largest number of supervised steps of the baseline; 0 takes the task's own
-            number.
-        steps: Number of steps of reinforcement learning.
+        tasks: Tasks by name: "reverse", "sort", "mixed", "facts".
+        arms: Methods of `train.rl` with their options, or controls: "coin" is GRPO with rewards
+            that do not depend on the answer, "demonstrations" is more supervision.
+        pretrain_steps: Maximum number of supervised steps of the baseline; 0 for the task's number.
+        steps: Number of steps of each arm after the baseline.
         batch_size: Number of problems of a step.
-        num_generations: Number of answers to each problem.
-        learning_rate: Peak learning rate of reinforcement learning.
-        rows: Number of held-out problems, none of which is ever trained on.
+        num_generations: Number of answers to each problem; methods with a number of their own, such
+            as brorl, keep it. A step on demonstrations has as many rows as grpo has answers.
+        learning_rate: Peak learning rate of each arm; brorl scales it.
+        rows: Number of held-out problems, which are never trained on.
     """
 
     tasks: tuple[str, ...] = ("reverse", "sort")
@@ -138,8 +136,7 @@ class Experiment(StudyConfig):
 
 
 class ValidationTask:
-    """A task whose test problems are training problems: held-out problems must not choose when
-    demonstrations end."""
+    """Task whose test problems are training problems, so that no held-out problem ends training."""
 
     def __init__(self, task: Task):
         self._task = task
@@ -150,13 +147,7 @@ class ValidationTask:
 
 
 class Coin:
-    """Control task: rewards come from a coin, `success` is that of the real task.
-
-    Args:
-        task: Real task.
-        share: Probability of a reward of 1.
-        seed: Seed of the coin.
-    """
+    """Control whose rewards are 1 with probability `share`, else 0; `success` is as in `task`."""
 
     def __init__(self, task: Task, share: float, seed: int):
         self._task, self._share = task, share
@@ -180,7 +171,7 @@ def main(config: Experiment) -> None:
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Train the runs that `results` lacks; those of a task and seed share their baseline."""
+    """Train the runs that `results` lacks; the arms of a task and seed start from one baseline."""
     for name, seed in itertools.product(config.tasks, config.seeds):
         runs = results.missing({"task": name, "seed": seed, "arm": arm} for arm in config.arms)
         if not runs:
@@ -204,7 +195,11 @@ class Baseline:
     Args:
         config: Options of the experiment.
         name: Name of the task in `TASKS`.
-        seed: Seed of weights, problems and rollouts.
+        seed: Seed of weights, problems, demonstrations and rollouts.
+
+    Attributes:
+        lm: The trained decoder, after `steps` supervised steps at a `cost` in seconds.
+        success: Fraction of held-out problems that it solves.
     """
 
     def __init__(self, config: Experiment, name: str, seed: int):
@@ -231,7 +226,7 @@ class Baseline:
         self.cost = clock.read()
 
     def demonstrations(self) -> list[Problem]:
-        """Training problems whose answers are shown."""
+        """Return the training problems whose answers are shown; some answers abstain instead."""
         count, rng = self.setup.demonstrations, np.random.default_rng([self.seed, 4])
         shown = [self.task.problem("train", DEMONSTRATED + i) for i in range(count)]
         for i in np.flatnonzero(rng.random(count) < self.setup.abstained):
@@ -239,7 +234,7 @@ class Baseline:
         return shown
 
     def rl(self, folder: str, **changes: Any) -> RLConfig:
-        """Config of a run in `folder`, with `changes` of its fields."""
+        """Return the config of a run in `folder`, with the fields in `changes` replaced."""
         config = self.config
         method = part_from_text("method", changes.pop("method", "grpo"))
         own = method.num_generations is not None
@@ -267,20 +262,17 @@ class Baseline:
 
 
 def demonstrate(job: RLJob, problems: Sequence[Problem], batch_size: int) -> Iterator[TrainState]:
-    """`supervise` on the answers of problems."""
+    """Train on the answers of problems without end, and yield states as `supervise` does."""
     return supervise(job, answered(job.lm, problems), batch_size)
 
 
 def supervise(job: RLJob, rows: dict[str, np.ndarray], batch_size: int) -> Iterator[TrainState]:
-    """Supervised steps on the trained tokens of rows.
+    """Train on rows without end, and yield the state after each step; the next step donates it.
 
     Args:
         job: Job whose initial weights are trained.
-        rows: Arrays `tokens`, `trained` `[N, L]` and `length [N]`.
+        rows: Arrays `tokens` `[N, L]` int32, `trained` (loss mask) `[N, L]` bool, `length` `[N]`.
         batch_size: Number of rows of a step.
-
-    Returns:
-        The state after each step; its buffers are donated to the next step.
     """
     vocab_size = job.lm.tokenizer.vocab_size
 
@@ -296,7 +288,7 @@ def supervise(job: RLJob, rows: dict[str, np.ndarray], batch_size: int) -> Itera
 
 
 def answered(lm: LanguageModel, problems: Sequence[Problem]) -> dict[str, np.ndarray]:
-    """Encode prompts with answers: `tokens`, loss mask `trained` `[N, L]`, and `length [N]`."""
+    """Encode prompts with answers, as the rows of `supervise`; padding is 0 on the right."""
     prompts = [lm.prompt(problem.prompt) for problem in problems]
     answers = [
         [*lm.tokenizer.encode(str(problem.answer))[0].tolist(), lm.stop_ids[0]]
@@ -314,7 +306,7 @@ def answered(lm: LanguageModel, problems: Sequence[Problem]) -> dict[str, np.nda
 def shuffled(
     rows: dict[str, np.ndarray], batch_size: int, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches, each drawn from all rows with replacement."""
+    """Yield batches without end, each sampled from all rows with replacement."""
     rng = np.random.default_rng([seed, 3])
     while True:
         index = rng.integers(0, len(rows["length"]), batch_size)
@@ -325,7 +317,9 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
     """Train one arm from the baseline.
 
     Returns:
-        Held-out success, and the cost of the arm and of the baseline.
+        Held-out success `before` and `after`, the options of the arm, its `seconds` and
+        `cpu_seconds`, those of the baseline (`baseline_*`), and, except for "demonstrations", the
+        entries of `of_a_run`.
     """
     config, clock = baseline.config, Clock()
     method = "grpo" if arm in CONTROLS else arm
@@ -370,7 +364,13 @@ OUTCOMES = ("accuracy", "uncertain", "hallucination", "truthfulness")
 
 
 def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a run generated, where its time went, and learning curves in tenths of the run."""
+    """Summarise the metrics of a run, one dict for each logged step or evaluation.
+
+    Returns:
+        Sums `rollouts`, `tokens`, `rollout_seconds`, `update_seconds`; `held_out`, pairs of step
+        and success; `outcomes`, the `OUTCOMES` at each evaluation, if it has them; and `tenths`,
+        means of the metrics `KEPT` over parts of the run, each a tenth of the steps, rounded down.
+    """
     steps = [line for line in lines if "reward" in line]
     total = lambda name: float(sum(step[name] for step in steps))  # noqa: E731
     tenth = max(len(steps) // 10, 1)
@@ -395,7 +395,7 @@ def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def report(results: list[Result]) -> str:
-    """A markdown table: held-out success in percent, mean over seeds ± its standard error."""
+    """Format a table of held-out success in percent, mean over seeds ± standard error, and cost."""
     rows = []
     for (task, arm), of_arm in by_key(results, "task", "arm").items():
         gained = [100 * (r["after"] - r["before"]) for r in of_arm]
@@ -427,13 +427,13 @@ def report(results: list[Result]) -> str:
 
 
 def late_mixed(result: Result) -> float:
-    """Share of rollouts in groups that both succeed and fail, in the last half of a run."""
+    """Compute the fraction of rollouts in groups of mixed outcomes, in the last half of a run."""
     tenths = result["tenths"].get("mixed_rollouts", result["tenths"]["mixed_groups"])
     return float(np.mean(tenths[len(tenths) // 2 :]))
 
 
 def outcomes_table(results: Sequence[Result]) -> list[str]:
-    """Lines of a markdown table: shares of outcomes on held-out problems in percent."""
+    """Format a table of the `OUTCOMES` on held-out problems in percent, before and after."""
     rows = []
     for (task, arm), of_arm in by_key(results, "task", "arm").items():
         for when, index in (("before", 0), ("after", -1)):

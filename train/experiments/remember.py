@@ -3,10 +3,11 @@
 python -m train.experiments.remember --out remember.jsonl
 python -m train.experiments.remember --report remember.jsonl
 
-A small decoder is pretrained to copy and to reverse three digits; sorted ones are rare in its
-texts, and it seldom sorts correctly. Then it is frozen. A weaver is trained on all three by
-supervision, stopped early, and trained further by GRPO (or by supervision, the control). With that
-weaver frozen too, a trigger learns by GRPO when memory is worth its price.
+A small decoder is pretrained to copy and to reverse three digits; only 2 % of its texts sort them,
+so that it seldom sorts correctly. Then it is frozen. A weaver is trained on all three kinds of
+questions: by supervision, which is stopped early, and then by GRPO (the control is more
+supervision). With the rewarded weaver frozen too, a trigger learns by GRPO when memory is worth its
+price.
 Each finished (arm, seed) is a line of the file; a second call runs only what is missing.
 """
 
@@ -62,7 +63,7 @@ from train.rl.types import Trajectory
 
 PRETRAINING = {"copy": 0.49, "reverse": 0.49, "sort": 0.02}
 WEAVING = {"copy": 0.25, "reverse": 0.25, "sort": 0.5}
-# Kinds of questions in a trigger's training and, as weights, in held-out means.
+# Probabilities of kinds of questions in a trigger's training, and weights of held-out means.
 QUESTIONS = {"copy": 0.4, "reverse": 0.4, "sort": 0.2}
 ALL_LINEAR = ("q", "k", "v", "o", "up", "down")
 REASONER = ModelConfig(
@@ -71,20 +72,22 @@ REASONER = ModelConfig(
 MEMGEN = MemGenConfig(
     WeaverConfig(4, 4, latents_see_latents=False, lora=LoRAConfig(8, 16.0, targets=ALL_LINEAR)),
     max_inference_events=LENGTH - 1,
-    insertion="random",  # so that the weaver has seen texts in which the trigger declined
+    insertion="random",  # so that the weaver learns from texts without memory at some places too
 )
 TRIGGER = TriggerConfig("tokens", lora=LoRAConfig(8, 16.0, targets=ALL_LINEAR))
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Model of an arm, and the cost of its training.
+    """Model of an arm, and the cost of the last stage of its training.
 
     Attributes:
         policy: Trained model.
         memory: Trigger policy with which the model is evaluated.
-        cost: Numbers of optimizer `steps`, `rollouts` and sampled `tokens`.
-        curve: Learning curves of reinforcement learning (`train.experiments.questions.curves`).
+        cost: Numbers of optimizer `steps`, `rollouts` and sampled `tokens` of the arm's last stage;
+            a missing entry is 0.
+        curve: Learning curves of reinforcement learning (`train.experiments.questions.curves`);
+            empty after supervision.
     """
 
     policy: MemGen
@@ -94,7 +97,7 @@ class Trained:
 
 
 class Stages:
-    """Models that arms of a seed share; each is trained at its first use.
+    """Models that the arms of a seed share; each model is trained at its first use.
 
     Args:
         config: Options of the experiment.
@@ -122,7 +125,7 @@ class Stages:
 
     @functools.cached_property
     def taught(self) -> LanguageModel:
-        """The decoder with a weaver whose training was stopped early, at its full learning rate."""
+        """The decoder with a weaver after `sft_steps` steps, whose learning rate never decays."""
         steps = self.config.sft_steps
         return self._supervised(
             self.reasoner, "weaver", stream=1, rate=1e-2, final=1.0, steps=steps
@@ -130,13 +133,13 @@ class Stages:
 
     @functools.cached_property
     def taught_more(self) -> LanguageModel:
-        """The same after as many more supervised steps as GRPO takes."""
+        """The decoder with the weaver of `taught` after `weaver_steps` more supervised steps."""
         steps = self.config.weaver_steps
         return self._supervised(self.taught, "weaver", stream=2, rate=1e-2, final=0.1, steps=steps)
 
     @functools.cached_property
     def rewarded(self) -> tuple[LanguageModel, Trained]:
-        """The decoder with the weaver after GRPO, and that arm."""
+        """The decoder with the weaver of `taught` after GRPO, and the same model as a `Trained`."""
         config = self.config
         trained = self.reinforced(
             self.taught,
@@ -149,12 +152,17 @@ class Stages:
         return LanguageModel(self.reasoner.model, ByteTokenizer(), trained.policy), trained
 
     def triggered(self, penalty: InvocationPenalty, **changes: Any) -> Trained:
-        """A trigger of the rewarded weaver, trained on greedy tokens and sampled decisions.
+        """Train a trigger of the rewarded weaver, on greedy tokens and sampled decisions.
 
-        Advantages are not divided by the standard deviation of rewards: in a group whose answers
-        are all right even the smallest penalty would give advantages of full size, and all kinds of
-        questions would push the trigger to decline at once. A trigger that never invokes learns
-        nothing more; hence also the KL penalty towards its start, a fair coin.
+        By default (`TriggerGRPO`), advantages are not divided by the standard deviation of rewards.
+        Otherwise, in a group whose answers are all right, even the smallest penalty would give
+        advantages of full size, and all kinds of questions would push the trigger to decline. A
+        trigger that never invokes learns nothing more. A KL penalty therefore keeps the trigger
+        near its start, where it invokes with probability 1/2.
+
+        Args:
+            penalty: Penalty on invocations, the only reward shaping.
+            changes: Fields of `RLConfig` to change, such as `method`.
         """
         config = self.config
         options = {"method": TriggerGRPO(kl=config.hold)} | changes
@@ -173,7 +181,15 @@ class Stages:
         )
 
     def reinforced(self, lm: LanguageModel, **changes: Any) -> Trained:
-        """GRPO without a run folder, with `changes` of `RLConfig`."""
+        """Train by reinforcement learning without a run folder.
+
+        Args:
+            lm: Model to start from.
+            changes: Fields of `RLConfig` besides `num_generations`, `max_new_tokens` and `seed`.
+
+        Returns:
+            The trained model with the trigger policy of its rollouts, its cost and its curves.
+        """
         config = RLConfig(
             num_generations=self.config.num_generations,
             max_new_tokens=MAX_NEW_TOKENS,
@@ -235,7 +251,7 @@ SETTINGS = (
 )  # fmt: skip
 """Options that all results of a file must share."""
 
-COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # the decisions of a trigger whose head is zero
+COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # decides as an untrained trigger does
 ARMS: dict[str, Callable[[Stages], Trained]] = {
     "reasoner alone": _frozen,
     "weaver, supervised": _taught,
@@ -254,20 +270,21 @@ class Experiment(StudyConfig):
     """Trains arms, or reports what was trained.
 
     Attributes:
-        arms: Names of `ARMS`.
-        pretrain_steps: Number of steps that train the reasoner.
-        sft_steps: Number of supervised steps of the weaver before it is rewarded.
-        weaver_steps: Number of steps of GRPO on the weaver, and of more supervision in its place.
+        arms: Arms by name, all by default.
+        pretrain_steps: Number of steps that pretrain the decoder.
+        sft_steps: Number of supervised steps of the weaver before GRPO.
+        weaver_steps: Number of steps of GRPO on the weaver, and of supervised steps of the arm
+            "weaver, more supervision".
         trigger_steps: Number of steps of GRPO on the trigger.
         batch_size: Number of rows of a supervised step.
         weaver_problems: Number of questions of a step of GRPO on the weaver.
         trigger_problems: Number of questions of a step of GRPO on the trigger.
         num_generations: Number of answers to each question of a step of GRPO.
-        weaver_rate: Learning rate of GRPO on the weaver.
+        weaver_rate: Peak learning rate of GRPO on the weaver.
         trigger_rate: Peak learning rate of GRPO on the trigger.
         price: Weight of the penalty on invocations.
         hold: Weight of the KL penalty that keeps the trigger near its start.
-        held_out: Number of held-out questions of each kind.
+        held_out: Number of held-out questions of each kind, at most 300.
     """
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -313,13 +330,18 @@ def run_arm(stages: Stages, arm: str) -> dict[str, Any]:
 
     Args:
         stages: Models of the seed.
-        arm: Name of `ARMS`.
+        arm: Name of the arm in `ARMS`.
 
     Returns:
-        Its cost and its held-out results. `seconds` of shared models count at their first use.
+        Checksums of the frozen decoder (`reasoner`) and of the `weaver`; the cost of the last stage
+        as `steps`, `rollouts` and `tokens`; the entries of `held_out`; the version of `jax`; and
+        `curve`, if the arm has one. `seconds` is the training time without pretraining and
+        evaluation; shared models count for the arm that uses them first. With a trained trigger,
+        whose decisions are sampled, there are also `argmax`, the held-out results with its more
+        probable decisions, and `coin`, those with random decisions at the same rate.
 
     Raises:
-        RuntimeError: The frozen reasoner changed.
+        RuntimeError: The frozen decoder changed.
     """
     before, clock = checksum(stages.reasoner.model), Clock()
     trained = ARMS[arm](stages)
@@ -344,7 +366,7 @@ def run_arm(stages: Stages, arm: str) -> dict[str, Any]:
 
 
 def held_out(stages: Stages, policy: MemGen, memory: TriggerPolicy) -> dict[str, Any]:
-    """Accuracy and invocations on held-out questions of each kind, with greedy tokens.
+    """Evaluate a model on held-out questions of each kind, with greedy tokens.
 
     Args:
         stages: Models of the seed.
@@ -352,10 +374,11 @@ def held_out(stages: Stages, policy: MemGen, memory: TriggerPolicy) -> dict[str,
         memory: Trigger policy.
 
     Returns:
-        `accuracy` with its `standard_error`, `invocations` per response, and `rate`, the share of
-        decisions that invoke; all are means over kinds with the weights of `QUESTIONS`. `kinds` has
-        them for each kind, with `asked`, the decisions per response, and `places`, the shares of
-        responses with memory before token 0, 1, and so on.
+        `accuracy` with its `standard_error` over questions, `invocations` per response, and `rate`,
+        the fraction of decisions that invoke, for a mix of kinds with the weights `QUESTIONS`.
+        `kinds` has a dict for each kind: `accuracy`, `invocations`, `asked`, the decisions per
+        response, and `places`, the fractions of responses with memory before their token 0, 1, and
+        so on.
     """
     lm = stages.reasoner
     tokenizer = lm.tokenizer
@@ -397,7 +420,7 @@ def _summary(found: Sequence[Trajectory]) -> dict[str, Any]:
 
 
 def readable(result: dict[str, Any]) -> str:
-    """A line of text about a result."""
+    """Format a result as one line of text."""
     kinds = ", ".join(
         f"{kind} {found['accuracy']:.1%} ({found['invocations']:.2f})"
         for kind, found in result["kinds"].items()

@@ -7,19 +7,21 @@ import numpy as np
 from train.experiments.questions import KINDS
 from train.experiments.study import Result, by_key, markdown_table, mean_text, seeds_text
 
-# Arms that triggers are compared with.
+# Names of the arms that triggers are compared with.
 ALWAYS, START = "weaver, GRPO", "trigger at its start"
 
 
 def report(results: list[Result]) -> str:
     """Format up to three Markdown tables, with means over seeds ± their standard errors.
 
-    The first has the held-out results of each arm. The second compares triggers with always
-    invoking: change of accuracy, and fraction of invocations; it is left out if the arm that always
-    invokes was not run. The third has the cost of each arm.
+    The first has the held-out results of each arm, and of each trained trigger also with its more
+    probable decisions ("argmax") and with random decisions at its rate ("coin"). The second
+    compares triggers with the arm that always invokes, seed by seed: difference of accuracy, and
+    invocations in percent of that arm's. It is left out if that arm was not run. The third has the
+    cost of the last training stage of each arm.
     """
     arms = {arm: of_arm for (arm,), of_arm in by_key(results, "arm").items()}
-    rated = {}  # what is evaluated, with the results of each seed
+    rated = {}  # results of all seeds, by what is evaluated
     for arm, of_arm in arms.items():
         rated[arm] = of_arm
         for name in ("argmax", "coin"):
@@ -53,7 +55,7 @@ def _accuracy_table(rated: Mapping[str, list[Result]]) -> list[str]:
 def _savings_table(
     rated: Mapping[str, list[Result]], arms: Mapping[str, list[Result]]
 ) -> list[str]:
-    """Compare triggers with always invoking, paired by seed; empty if that arm was not run."""
+    """Compare triggers with the arm that always invokes; empty if that arm was not run."""
     always, start = ({r["seed"]: r for r in arms.get(arm, ())} for arm in (ALWAYS, START))
     if not always:
         return []
