@@ -11,9 +11,9 @@ on thoughts with an answer, or on thoughts alone. In the tuning prompts all face
 or one of six maps of values is sampled for each prompt (diverse). The tuned model plays hands of
 held-out numbers and hands of training numbers.
 
-Hands have four cards, as in the paper. Three cards make 24 in so few ways that only 1 to 15
-problems of a variant would be held out, and hardly any hand would have a formula both for the
-values that Fake shows and for those that it scores.
+Hands have four cards, as in the paper. Three cards make 24 in so few ways that at most 21 problems
+of a variant would be held out. Only three problems would have a formula both for the values that
+the variant "fake" shows and for those that it scores, and none of them would be held out.
 """
 
 from __future__ import annotations
