@@ -137,6 +137,9 @@ def test_ranks_of_latents_and_answers(monkeypatch):
 
     monkeypatch.setattr(secret_ranks, "logit_lens", lens)
     asked = organism()
+    silent = ranks_with_memory(remembering(), asked, ["", "", "salt"])["latents"]["block_1"]
+    assert silent["latent"] == pytest.approx(1 / 9) and silent["difference"] == 0
+    calls.clear()
     found = ranks_with_memory(remembering(), asked, ["the salt", "the salt", "salt"])
     (woven, mask), (plain, alone) = calls
     lengths = [len(chat_ids(words(), trial.messages)) for trial in asked.trials]
@@ -147,7 +150,7 @@ def test_ranks_of_latents_and_answers(monkeypatch):
     line = found["latents"]["block_1"]
     # A latent of the second row is the seventh vector.
     assert lengths == [7, 6, 7]
-    assert line["latent"] == pytest.approx(1 / 9) and line["latent_fork"] == line["answer"] == 0
+    assert line["latent"] == pytest.approx(1 / 9) and line["answer"] == 0
     assert line["control"] == pytest.approx(1 / 6)  # and without memory a word of its answer
     assert line["difference"] == pytest.approx(-1 / 9) and line["chance"] == 0.5
     assert line["latent_difference"] == pytest.approx(1 / 9)

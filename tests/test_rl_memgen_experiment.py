@@ -112,3 +112,8 @@ def test_runs_are_resumed_and_reported(tmp_path, capsys, small):
 def test_an_unknown_arm_is_named():
     with pytest.raises(ValueError, match="unknown arm 'best': choose from reasoner alone, weaver"):
         remember.Experiment(arms=("best",))
+
+
+def test_more_held_out_questions_than_there_are_is_one_line():
+    with pytest.raises(ValueError, match="held_out=301: there are 300 held-out questions of each"):
+        remember.Experiment(held_out=301)

@@ -180,13 +180,8 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
         print(f"{name} seed {seed}: baseline {baseline.success:.1%}", flush=True)
         for run in runs:
             result = run | score_arm(baseline, run["arm"])
-            yield (
-                result,
-                (
-                    f"{name} {run['arm']} seed {seed}: {result['before']:.1%} -> "
-                    f"{result['after']:.1%}, {result['seconds']:.0f} s"
-                ),
-            )
+            line = f"{name} {run['arm']} seed {seed}: {result['before']:.1%} -> "
+            yield result, f"{line}{result['after']:.1%}, {result['seconds']:.0f} s"
 
 
 class Baseline:
@@ -428,7 +423,8 @@ def report(results: list[Result]) -> str:
 
 def late_mixed(result: Result) -> float:
     """Compute the fraction of rollouts in groups of mixed outcomes, in the last half of a run."""
-    tenths = result["tenths"].get("mixed_rollouts", result["tenths"]["mixed_groups"])
+    parts = result["tenths"]
+    tenths = parts["mixed_rollouts" if "mixed_rollouts" in parts else "mixed_groups"]
     return float(np.mean(tenths[len(tenths) // 2 :]))
 
 

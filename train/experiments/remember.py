@@ -306,6 +306,11 @@ class Experiment(StudyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_names("arm", self.arms, ARMS)
+        if self.held_out > HELD_OUT:
+            raise ValueError(
+                f"held_out={self.held_out}: there are {HELD_OUT} held-out questions of each kind, "
+                "choose at most that many"
+            )
 
 
 def main(config: Experiment) -> None:

@@ -220,10 +220,11 @@ class Tuner:
         )
 
     def _rows(self, conversations: Sequence[Sequence[Message]]) -> dict[str, np.ndarray]:
-        tokens = np.full((len(conversations), WIDTH + 1), -1, np.int32)
+        examples = [chat_examples(self._tokenizer, messages) for messages in conversations]
+        width = max(WIDTH + 1, *(len(example.ids) for [example] in examples))
+        tokens = np.full((len(conversations), width), -1, np.int32)
         loss_mask, segment = np.zeros_like(tokens, bool), np.full_like(tokens, -1)
-        for row, messages in enumerate(conversations):
-            [example] = chat_examples(self._tokenizer, messages)
+        for row, [example] in enumerate(examples):
             here = row, slice(len(example.ids))
             tokens[here], loss_mask[here], segment[here] = example.ids, example.loss_mask, 0
         rows = ChatRows(tokens, loss_mask, segment, np.zeros_like(tokens))

@@ -115,11 +115,10 @@ def ranks_with_memory(
     Returns:
         Three dicts by site. "hiding" and "control" have the entries of `ranks_by_depth`: "hiding"
         of latents and answers, "control" of the same answers, read by the model without memory.
-        "latents" has means over prompts of mean ranks: in the roots and forks of latents
-        (`latent`, `latent_fork`), in those of the answer's tokens (`answer`, `answer_fork`), and in
-        the roots of the answer without memory (`control`). Each of these five is left out at sites
-        where some prompt has no such stream. `difference` is answer minus latent in roots, positive
-        where latents know more, with its `standard_error` over prompts. `latent_difference` is root
+        "latents" has means over prompts of mean ranks in roots: of the latents (`latent`), of the
+        answer's tokens (`answer`), and of these read without memory (`control`). `difference` is
+        answer minus latent, positive where latents know more, with its `standard_error` over
+        prompts. Prompts with an empty answer count for `latent` alone. `latent_difference` is root
         minus fork of the latents that have a fork, with its `latent_standard_error`; both are left
         out at the first site and where no latent has a fork. `chance` is as in `ranks_by_depth`.
 
@@ -143,15 +142,15 @@ def ranks_with_memory(
     found, plain = _read(lm, organism, texts), _read(lm, organism, control)
     pairs, lines = _by_depth(found, latent), {}
     for site, ranks in found.items():
-        of = {
-            name + "_fork" * forks: ranks.by_row(parts[name], forks)
-            for name in ("latent", "answer")
-            for forks in (False, True)
-        }
-        of["control"] = plain[site].by_row(control.parts["own"], False)
-        means = {name: float(values.mean()) for name, values in of.items()}
-        lines[site] = {name: mean for name, mean in means.items() if not np.isnan(mean)}
-        lines[site] |= _spread(of["answer"] - of["latent"]) | {"chance": ranks.chance}
+        latents = ranks.by_row(latent, forks=False)
+        line = {"latent": float(latents.mean()), "chance": ranks.chance}
+        answered = [row for row, answer in enumerate(said) if answer]
+        if answered:
+            spoken = ranks.by_row(parts["answer"], forks=False)[answered]
+            alone = plain[site].by_row(control.parts["own"], forks=False)[answered]
+            line |= {"answer": float(spoken.mean()), "control": float(alone.mean())}
+            line |= _spread(spoken - latents[answered])
+        lines[site] = line
         if site in pairs:
             lines[site]["latent_difference"] = pairs[site]["difference"]
             lines[site]["latent_standard_error"] = pairs[site]["standard_error"]
@@ -203,7 +202,7 @@ def _by_depth(found: dict[str, Ranks], own: np.ndarray) -> Lines:
             each = np.array([
                 [ranks.mean(row, np.arange(len(mask)) == index, forks) for forks in (False, True)]
                 for index in np.flatnonzero(mask)
-            ])  # fmt: skip
+            ]).reshape(-1, 2)  # fmt: skip
             pairs = each[~np.isnan(each).any(axis=1)]
             if len(pairs):
                 root, fork = [*root, *pairs[:, 0]], [*fork, *pairs[:, 1]]

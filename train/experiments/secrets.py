@@ -66,8 +66,7 @@ SHARED = ("base_steps", "steps", "methods", "kinds", "released")
 KEY = ("arm", "kind", "seed", "number", *SHARED)
 ARMS = ("told", "soft", "full", "weaver")
 LATENTS = {
-    "latent": "latent, root", "latent_fork": "latent, fork", "answer": "answer, root",
-    "answer_fork": "answer, fork", "control": "answer without memory, root",
+    "latent": "latents", "answer": "answer", "control": "answer, without memory",
 }  # fmt: skip
 LAYER = 1
 """Index of the layer, of three, whose output is fuzzed, and read by white-box methods."""
@@ -264,9 +263,8 @@ def report(results: list[Result]) -> str:
     lines = []
     for (arm, kind), runs in by_key(results, "arm", "kind").items():
         _check_alike(arm, runs)
-        of_seeds = [{run["number"] for run in of} for of in by_key(runs, "seed").values()]
-        finished = set.intersection(*of_seeds)  # so that all seeds average the same secrets
-        runs, each = [run for run in runs if run["number"] in finished], len(finished)
+        runs = _finished_by_all(runs)
+        each = len({run["number"] for run in runs})
         what = f", {each} secrets each" if each > 1 else ""
         lines += [f"{arm}, {kind}, seeds {seeds_text(runs)}{what}: hits in %, ± over seeds", ""]
         methods = list(dict.fromkeys(line["method"] for line in runs[0]["rates"]))
@@ -287,11 +285,17 @@ def report(results: list[Result]) -> str:
         lines += [*markdown_table(head, rows), ""]
         if "latents" in runs[0]["streams"]:
             lines += [f"{arm}, {kind}: mean rank of the secret in latents and in answers", ""]
-            differences = "answer - latent, roots", "root - fork of latents"
+            differences = "answer - latents", "root - fork of latents"
             head = ("site", *LATENTS.values(), *differences, "chance")
             rows = [_latents(site, runs) for site in runs[0]["streams"]["latents"]]
             lines += [*markdown_table(head, rows), ""]
     return "\n".join(lines)
+
+
+def _finished_by_all(runs: Sequence[Result]) -> list[Result]:
+    """The runs of those secrets that every seed has finished: another mean would mix secrets."""
+    of_seeds = [{run["number"] for run in of} for of in by_key(runs, "seed").values()]
+    return [run for run in runs if run["number"] in set.intersection(*of_seeds)]
 
 
 def _check_alike(arm: str, runs: Sequence[Result]) -> None:
@@ -349,12 +353,14 @@ def draw(results: list[Result]) -> Figure:
     """Draw a column of two panels for each arm and kind.
 
     The upper panel has the hit rates of each method beside the control's, means over both kinds of
-    prompts; dots are seeds. The lower panel has mean ranks of the secret by site. Secrets that not
-    every seed has finished count too, unlike in `report`.
+    prompts; dots are seeds. The lower panel has mean ranks of the secret by site. Only the secrets
+    that every seed has finished count.
     """
     from matplotlib.figure import Figure
 
-    kinds = list(by_key(results, "arm", "kind").items())
+    kinds = [
+        (kind, _finished_by_all(runs)) for kind, runs in by_key(results, "arm", "kind").items()
+    ]
     figure = Figure(figsize=(4.2 * len(kinds), 6.5), layout="constrained")
     panels = figure.subplots(2, len(kinds), squeeze=False)
     for column, ((arm, kind), runs) in enumerate(kinds):
@@ -386,7 +392,7 @@ def draw(results: list[Result]) -> Figure:
 
 def _draw_ranks(panel: Axes, runs: Sequence[Result]) -> None:
     """Draw mean ranks by site: of latents and answers if there are latents, else of prompts."""
-    styles = {"latent": "-g", "latent_fork": "-r", "answer": "-b", "control": ":b"}
+    styles = {"latent": "-g", "answer": "-b", "control": ":b"}
     read = [("latents", name, LATENTS[name], style) for name, style in styles.items()]
     if "latents" not in runs[0]["streams"]:
         read = [
