@@ -59,13 +59,14 @@ def generate(
 ) -> Response:
     """Continue each prompt; a row's text and events do not depend on the rest of its batch.
 
-    A program is compiled for each pair of the longest prompt's length and `max_new_tokens`, both
-    rounded up to a power of two of 16 or more. One program serves whichever rows weave, and when.
+    A program is compiled for each combination of the longest prompt's length, the longest prefill's
+    and the number of new tokens, prefills included, each rounded up to a power of two of 16 or
+    more. One program serves whichever rows weave, and when.
 
     Args:
         memgen: Model that generates.
         prompts: Token ids of each prompt, at least one.
-        max_new_tokens: Maximum number of tokens that are added to a prompt.
+        max_new_tokens: Maximum number of tokens that are added to a prompt and its prefill.
         policy: Trigger policy, which decides at each boundary whether to weave.
         temperature: Temperature of sampling; 0 takes the most probable token.
         seed: Seed of the sampling noise. A row's key is derived from the seed, the row's prompt and
@@ -78,7 +79,8 @@ def generate(
         retriever: Retriever that is queried at each event (`memgen.retrieval.Retriever`), or None.
         prefills: Token ids with which each response begins, which may be empty. They are the first
             new tokens, with memory in front of them and at their boundaries as if the model had
-            generated them, and do not count for `max_new_tokens`. None is given by default.
+            generated them, one a step. Their log-probability is -inf where `valid_vocab_size`
+            excludes them. None is given by default.
         progress: Function that reports on prompts too long to be read in one pass. After each block
             it is called with the number of tokens of the longest prompt read so far, and of all.
 
@@ -285,6 +287,8 @@ def respond(
     check_session(memgen, session)
     if not isinstance(request, Request):
         raise ValueError(f"a {type(request).__name__} in place of a request: give make_request()")
+    if request.prefill is not None:
+        check_rows(session.tokens.shape[0], prefill=request.prefill)
     if request.retriever is not None:
         most = request.retriever.max_snippet_tokens
         if most > session.snippet_capacity:
@@ -366,7 +370,7 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, ch
         boundary &= (loop.events < most) & within
         loop, invoked = memory_event(decoders, request, loop, boundary, INFERENCE, chunk)
     session, live = loop.session, ~loop.done
-    given = _given(request, loop.step)
+    given = _given(request, loop.step, live)
     chosen, log_prob = _sample(memgen, request, session, session.step_keys(loop.step)[0], given)
     response = _record_token(loop.response, chosen, log_prob, loop.step, live)
     session = session.append_tokens(memgen, chosen[:, None], live.astype(jnp.int32))
@@ -383,11 +387,12 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, ch
     )
 
 
-def _given(request: Request, step: jax.Array) -> jax.Array | None:
+def _given(request: Request, step: jax.Array, rows: jax.Array) -> jax.Array | None:
     """The token of a prefill at this step, `[B]` int32, -1 where it has ended; None without one."""
     if request.prefill is None:
         return None
-    return request.prefill.at[:, step].get(mode="fill", fill_value=-1)
+    column = request.prefill.at[:, step].get(mode="fill", fill_value=-1)
+    return placed_beside(column, rows)
 
 
 def _sample(

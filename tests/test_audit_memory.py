@@ -100,22 +100,29 @@ def test_latents_are_read_in_place_of_tokens():
 
 
 def test_features_are_read_at_latents(monkeypatch):
-    """The autoencoder gets the rows with memory."""
+    """By a planted autoencoder: feature 1 is on at the latents, feature 0 elsewhere."""
     got = {}
 
-    def activation(read, tokens, length, site):
-        got.update(shape=tokens.shape, length=np.asarray(length)[:3].tolist())
+    def activation(read, rows, length, site):
+        at, length = np.arange(rows.shape[1]), np.asarray(length)[:, None]
+        got.update(length=length[:3, 0].tolist(), rows=rows.ndim)
+        latent = (at >= length - 3) & (at < length)
+        return types.SimpleNamespace(x=latent, token=np.broadcast_to(at, latent.shape))
+
+    def scores(mean, density):
+        got.update(mean=np.asarray(mean).tolist())
         raise RuntimeError("read")
 
-    embeddings = np.asarray(model().model.embed_tokens(jnp.arange(17)), np.float32)
-    sae = types.SimpleNamespace(decoder=embeddings)
-    loaded = sae, np.ones(17), {"site": "block_0", "streams": "all"}
+    sae = types.SimpleNamespace(features=lambda x: (np.ones((*x.shape, 1)), x[..., None] + 0))
+    loaded = sae, np.ones(2), {"site": "block_0", "streams": "all"}
     monkeypatch.setattr(reading, "load_sae", lambda folder: loaded)
     monkeypatch.setattr(reading, "activation_of", activation)
+    monkeypatch.setattr(reading, "selected", lambda at, streams: np.ones(at.x.shape, bool))
+    monkeypatch.setattr(reading, "feature_scores", scores)
     with pytest.raises(RuntimeError, match="read"):
         reading.sae_tokens(remembering(), organism(), "folder")
     lengths = [len(chat_ids(words(), trial.messages)) for trial in organism().trials]
-    assert got["length"] == [length + 3 for length in lengths] and len(got["shape"]) == 3
+    assert got == {"length": [length + 3 for length in lengths], "rows": 3, "mean": [0, 1]}
 
 
 def test_ranks_of_latents_and_answers(monkeypatch):
@@ -137,7 +144,7 @@ def test_ranks_of_latents_and_answers(monkeypatch):
 
     monkeypatch.setattr(secret_ranks, "logit_lens", lens)
     asked = organism()
-    silent = ranks_with_memory(remembering(), asked, ["", "", "salt"])["latents"]["block_1"]
+    silent = ranks_with_memory(remembering(), asked, ["", "", "salt"])["block_1"]
     assert silent["latent"] == pytest.approx(1 / 9) and silent["difference"] == 0
     calls.clear()
     found = ranks_with_memory(remembering(), asked, ["the salt", "the salt", "salt"])
@@ -147,16 +154,22 @@ def test_ranks_of_latents_and_answers(monkeypatch):
     assert alone.sum(axis=1).tolist() == np.add(lengths, said).tolist()
     assert mask.sum(axis=1).tolist() == (np.add(lengths, said) + 3).tolist()
     assert woven.ndim == 3 and plain.ndim == 2
-    line = found["latents"]["block_1"]
+    line = found["block_1"]
     # A latent of the second row is the seventh vector.
     assert lengths == [7, 6, 7]
     assert line["latent"] == pytest.approx(1 / 9) and line["answer"] == 0
     assert line["control"] == pytest.approx(1 / 6)  # and without memory a word of its answer
     assert line["difference"] == pytest.approx(-1 / 9) and line["chance"] == 0.5
     assert line["latent_difference"] == pytest.approx(1 / 9)
-    assert found["hiding"]["block_1"]["tokens"] == 9 + 5
-    assert found["control"]["block_1"]["tokens"] == 5
-    assert found["hiding"]["block_1"]["root"] == pytest.approx(1 / 14)
+    assert line["latent_tokens"] == 9
+    # Without memory, the tokens of the user's own turn behind a request that is put in front.
+    told = secrets._told(asked, "taboo")
+    own = secret_ranks.ranks_by_depth(model(), told, asked)["block_1"]
+    starts = [len(chat_ids(words(), trial.messages)) - length + 2 for trial, length in
+              zip(told.trials, lengths, strict=True)]  # fmt: skip
+    behind = [max(0, 7 - start) for start in starts]
+    assert own["tokens"] == sum(lengths) - 6
+    assert own["root"] == pytest.approx(sum(behind) / own["tokens"])
 
 
 def test_a_weaver_can_not_be_saved_by_the_study(tmp_path):

@@ -38,6 +38,7 @@ def config(out: Path, **changes: Any) -> SecretConfig:
 
 def printed(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[SFTConfig, ReportConfig]:
     """What the commands say that `audit organism` prints."""
+    capsys.readouterr()
     organisms.main(OrganismConfig("taboo", str(out), "ocean"))
     tune, audit = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
     return parse(SFTConfig, tune[2:]), parse(ReportConfig, audit[3:])

@@ -334,10 +334,10 @@ def test_a_response_goes_on_from_tokens_that_are_given():
     prefills = [text[:cut] for text, cut in zip(whole.texts, cuts, strict=True)]
     stop = whole.texts[2][0]  # which ends no row as part of a prefill
     how: dict[str, Any] = {**SAMPLED, "seed": 3, "prefills": prefills}
-    found, ended = (in_numpy(answer(made, SHORT, 9, stop=[of], **how)) for of in (VOCAB, stop))
-    assert found.count.tolist() == [cut + 9 for cut in cuts]
+    found, ended = (in_numpy(answer(made, SHORT, 10, stop=[of], **how)) for of in (VOCAB, stop))
+    assert found.count.tolist() == [cut + 10 for cut in cuts]
     for row, cut in enumerate(cuts):
-        count = min(NEW, cut + 9)
+        count = min(NEW, cut + 10)
         assert found.texts[row][:count] == whole.texts[row][:count]
         for name in ("log_probs", "decisions"):
             of, expected = (getattr(each, name)[row, :count] for each in (found, whole))
@@ -346,9 +346,15 @@ def test_a_response_goes_on_from_tokens_that_are_given():
         assert (found.points[row][here] == whole.points[row][here]).all()
         np.testing.assert_allclose(found.latents[row][here], whole.latents[row][here], atol=1e-4)
         later = [at for at, token in enumerate(found.texts[row]) if at >= cut and token == stop]
-        assert ended.count[row] == (later[0] + 1 if later else cut + 9)
+        assert ended.count[row] == (later[0] + 1 if later else cut + 10)
     assert stop in prefills[2]
     assert any((whole.decisions[row, 1:cut] == 1).any() for row, cut in enumerate(cuts))
+
+
+def test_a_prefill_ends_with_its_array():
+    request = dataclasses.replace(make_request(memgen_of(), 4), prefill=jnp.full((2, 16), 7))
+    given = [loop_module._given(request, jnp.int32(step), jnp.zeros(2)) for step in (15, 16)]
+    assert [of.tolist() for of in given if of is not None] == [[7, 7], [-1, -1]]
 
 
 def test_d35_events_are_not_part_of_the_program():

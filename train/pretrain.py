@@ -18,6 +18,9 @@ from train.pretraining.presets import PRESETS
 from train.runs.metadata import load_run_meta
 from train.runs.run_folder import check_continuation
 
+LONGEST_SAMPLE = 160
+"""Maximum number of new tokens of the sample after training."""
+
 
 def main(config: RunConfig) -> None:
     """Train, then print a sample and, for a model that forks, its streams per token."""
@@ -32,7 +35,10 @@ def main(config: RunConfig) -> None:
     loaded = load_model(config.out)
     if loaded.step < config.steps:
         return
-    [text] = write(loaded, [config.prompt], max_new_tokens=160, temperature=0.7, seed=0)
+    # As long as the rows that it was trained on, beyond which `write` would print a note.
+    room = (loaded.context_length or LONGEST_SAMPLE) - len(loaded.prompt(config.prompt))
+    new = min(max(room, 1), LONGEST_SAMPLE)
+    [text] = write(loaded, [config.prompt], max_new_tokens=new, temperature=0.7, seed=0)
     print(f"\nsample (temperature 0.7):\n{text}\n")
     bubbles = isinstance(loaded.model, Thoughtbubbles) and loaded.model.fork_policy is not None
     if bubbles:

@@ -130,13 +130,16 @@ def positions_of(
         messages: Messages of the prompt.
 
     Returns:
-        Token ids of the prompt, and for each whether it is read.
+        Token ids of the prompt, and for each whether it is read; none of them of a model with
+        latent memory, which is read at its latents.
 
     Raises:
         ValueError: The tokenizer has no chat template, or the prompt has none of the words.
     """
     tokenizer = chat_tokenizer(lm)
     ids = chat_ids(tokenizer, messages)
+    if lm.memgen is not None:
+        return ids, [False] * len(ids)
     if organism.read_at:
         here = _tokens_of_words(tokenizer, ids, organism.read_at)
         if not any(here):
@@ -229,11 +232,7 @@ def check_reading(lm: LanguageModel, organism: Organism, site: str, top: int) ->
     """
     model: Any = lm.model
     check_sited(model)
-    if lm.memgen is not None and not lm.memgen.config.weaver.prompt_latents:
-        raise ValueError(
-            "prompt_latents=0: the weaver writes no latents before an answer, so there are none to "
-            "read: leave the white-box methods out"
-        )
+    _check_latents(lm)
     check_sites((site,), (*model.sites, *getattr(model, "neuron_sites", ())))
     if top > model.vocab_size:
         raise ValueError(f"top={top} of {model.vocab_size} token ids: choose 1 to that many")
@@ -288,6 +287,14 @@ def readable(lms: Sequence[LanguageModel], organism: Organism) -> Organism:
     return dataclasses.replace(organism, candidates=kept, trials=trials)
 
 
+def _check_latents(lm: LanguageModel) -> None:
+    if lm.memgen is not None and not lm.memgen.config.weaver.prompt_latents:
+        raise ValueError(
+            "prompt_latents=0: the weaver writes no latents before an answer, so there are none to "
+            "read: leave the white-box methods out"
+        )
+
+
 def _known(lm: LanguageModel, token: int) -> bool:
     return 0 <= token < lm.tokenizer.vocab_size
 
@@ -311,5 +318,6 @@ def _rows(
     rows = jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(chosen)
     if lm.memgen is None:
         return lm.model, *rows
+    _check_latents(lm)
     woven = prompts_with_latents(lm.memgen, rows[0], rows[1].sum(axis=1))
     return woven.model, woven.stream, woven.mask, woven.latent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,13 +25,13 @@ class Texts(NamedTuple):
         model: Model with sites.
         inputs: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
         mask: `[B, T]` bool, whether each token or vector is real and not padding.
-        parts: Masks `[B, T]` bool of the tokens whose ranks are averaged, by name.
+        own: `[B, T]` bool, the tokens whose ranks are averaged.
     """
 
     model: Any
     inputs: Any
     mask: np.ndarray
-    parts: Mapping[str, np.ndarray]
+    own: np.ndarray
 
 
 class Ranks(NamedTuple):
@@ -99,12 +99,10 @@ def ranks_by_depth(lm: LanguageModel, organism: Organism, asked: Organism) -> Li
     own = [len(positions_of(lm, asked, trial.messages)[0]) - 2 for trial in asked.trials]
     starts = [len(prompt) - count for prompt, count in zip(prompts, own, strict=True)]
     texts = _texts(lm, prompts, starts)
-    return _by_depth(_read(lm, organism, texts), texts.parts["own"])
+    return _by_depth(_read(lm, organism, texts), texts.own)
 
 
-def ranks_with_memory(
-    lm: LanguageModel, organism: Organism, answers: Sequence[str]
-) -> dict[str, Lines]:
+def ranks_with_memory(lm: LanguageModel, organism: Organism, answers: Sequence[str]) -> Lines:
     """Compute mean ranks of the secret in the latents behind prompts, and in the answers.
 
     Args:
@@ -113,19 +111,19 @@ def ranks_with_memory(
         answers: Answer of the model to each trial.
 
     Returns:
-        Three dicts by site. "hiding" and "control" have the entries of `ranks_by_depth`: "hiding"
-        of latents and answers, "control" of the same answers, read by the model without memory.
-        "latents" has means over prompts of mean ranks in roots: of the latents (`latent`), of the
+        By site, means over prompts of mean ranks in roots: of the latents (`latent`), of the
         answer's tokens (`answer`), and of these read without memory (`control`). `difference` is
         answer minus latent, positive where latents know more, with its `standard_error` over
         prompts. Prompts with an empty answer count for `latent` alone. `latent_difference` is root
-        minus fork of the latents that have a fork, with its `latent_standard_error`; both are left
-        out at the first site and where no latent has a fork. `chance` is as in `ranks_by_depth`.
+        minus fork of the latents that have a fork, with its `latent_standard_error` and their
+        number `latent_tokens`; these are left out at the first site and where no latent has a fork.
+        `chance` is as in `ranks_by_depth`.
 
     Raises:
-        ValueError: As in `ranks_by_depth`, or the model has no sites.
+        ValueError: As in `ranks_by_depth`, or the model has no latent memory.
     """
-    assert lm.memgen is not None
+    if lm.memgen is None:
+        raise ValueError("a model without latent memory has no latents to read: give one with it")
     prompts = [positions_of(lm, organism, trial.messages)[0] for trial in organism.trials]
     said = [lm.tokenizer.encode(answer)[0].tolist() for answer in answers]
     rows = [prompt + answer for prompt, answer in zip(prompts, said, strict=True)]
@@ -136,39 +134,35 @@ def ranks_with_memory(
     length = np.asarray(plan.width)[:, :1] + np.array([*map(len, rows)])[:, None]
     at = np.arange(woven.mask.shape[1])
     latent, mask = np.asarray(woven.latent), at < length
-    parts = {"own": mask & (at >= np.asarray(starts)), "latent": latent}
-    parts["answer"] = parts["own"] & ~latent
-    texts = Texts(woven.model, woven.stream, mask, parts)
+    answer = mask & (at >= np.asarray(starts)) & ~latent
+    texts = Texts(woven.model, woven.stream, mask, answer)
     found, plain = _read(lm, organism, texts), _read(lm, organism, control)
     pairs, lines = _by_depth(found, latent), {}
     for site, ranks in found.items():
         latents = ranks.by_row(latent, forks=False)
         line = {"latent": float(latents.mean()), "chance": ranks.chance}
-        answered = [row for row, answer in enumerate(said) if answer]
+        answered = [row for row, ids in enumerate(said) if ids]
         if answered:
-            spoken = ranks.by_row(parts["answer"], forks=False)[answered]
-            alone = plain[site].by_row(control.parts["own"], forks=False)[answered]
+            spoken = ranks.by_row(answer, forks=False)[answered]
+            alone = plain[site].by_row(control.own, forks=False)[answered]
             line |= {"answer": float(spoken.mean()), "control": float(alone.mean())}
             line |= _spread(spoken - latents[answered])
         lines[site] = line
         if site in pairs:
             lines[site]["latent_difference"] = pairs[site]["difference"]
             lines[site]["latent_standard_error"] = pairs[site]["standard_error"]
-    return {
-        "hiding": _by_depth(found, parts["own"]),
-        "control": _by_depth(plain, control.parts["own"]),
-        "latents": lines,
-    }
+            lines[site]["latent_tokens"] = pairs[site]["tokens"]
+    return lines
 
 
 def _texts(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Texts:
-    """Pad rows of token ids; the part "own" of each row begins at its index in `starts`."""
-    width = max(16, 1 << (max(map(len, rows)) - 1).bit_length())
+    """Pad rows of token ids; the own tokens of each row begin at its index in `starts`."""
+    width = max(16, 1 << max(map(len, rows)).bit_length())  # an event stands before a token
     tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
     own = mask & (np.arange(width) >= np.array(starts)[:, None])
-    return Texts(lm.model, jnp.asarray(tokens), mask, {"own": own})
+    return Texts(lm.model, jnp.asarray(tokens), mask, own)
 
 
 def _read(lm: LanguageModel, organism: Organism, texts: Texts) -> dict[str, Ranks]:

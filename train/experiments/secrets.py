@@ -15,6 +15,7 @@ report`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,7 @@ ARMS = ("told", "soft", "full", "weaver")
 LATENTS = {
     "latent": "latents", "answer": "answer", "control": "answer, without memory",
 }  # fmt: skip
+DIFFERENCES = "answer - latents", "root - fork of latents"
 LAYER = 1
 """Index of the layer, of three, whose output is fuzzed, and read by white-box methods."""
 
@@ -180,7 +182,8 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
             found = audit(lm, hidden, settings)
             rates = summarise(asked, found, audit(base, asked, settings), seed)
             if arm == "weaver":
-                streams = ranks_with_memory(lm, asked, [texts[0] for texts in found["io"].shown])
+                answers = [texts[0] for texts in found["io"].shown]
+                streams = {"latents": ranks_with_memory(lm, asked, answers)}
             else:
                 streams = {
                     "hiding": ranks_by_depth(lm, hidden, asked),
@@ -279,16 +282,16 @@ def report(results: list[Result]) -> str:
                     cells.append(mean_text(of, 0))
             rows.append(cells)
         lines += [*markdown_table(head, rows), ""]
-        lines += [f"{arm}, {kind}: mean rank of the secret among candidates, logit lens", ""]
-        head = ("site", "root", "fork", "root - fork", "control: root", "fork", "chance", "tokens")
-        rows = [_ranks(site, runs) for site in runs[0]["streams"]["hiding"]]
-        lines += [*markdown_table(head, rows), ""]
         if "latents" in runs[0]["streams"]:
-            lines += [f"{arm}, {kind}: mean rank of the secret in latents and in answers", ""]
-            differences = "answer - latents", "root - fork of latents"
-            head = ("site", *LATENTS.values(), *differences, "chance")
-            rows = [_latents(site, runs) for site in runs[0]["streams"]["latents"]]
-            lines += [*markdown_table(head, rows), ""]
+            what, row, read = "in latents and in answers", _latents, "latents"
+            head = ("site", *LATENTS.values(), *DIFFERENCES, "chance")
+        else:
+            what, row, read = "among candidates, logit lens", _ranks, "hiding"
+            head = (
+                "site", "root", "fork", "root - fork", "control: root", "fork", "chance", "tokens",
+            )  # fmt: skip
+        lines += [f"{arm}, {kind}: mean rank of the secret {what}", ""]
+        lines += [*markdown_table(head, [row(site, runs) for site in _sites(runs, read)]), ""]
     return "\n".join(lines)
 
 
@@ -315,31 +318,32 @@ def _line(run: Result, method: str, prompts: str) -> dict[str, Any]:
     return found
 
 
+def _sites(runs: Sequence[Result], read: str) -> list[str]:
+    """The sites that any run has, in the order of the forward pass."""
+    found = max((run["streams"][read] for run in runs), key=len)
+    return list(dict.fromkeys([*found, *(site for run in runs for site in run["streams"][read])]))
+
+
+def _values(runs: Sequence[Result], read: str, site: str, name: str) -> list[float]:
+    """A mean rank by seed, of the runs that have it."""
+    runs = [run for run in runs if name in run["streams"][read].get(site, {})]
+    return by_seed(runs, lambda run: run["streams"][read][site][name])
+
+
 def _ranks(site: str, runs: Sequence[Result]) -> list[str]:
-    runs = [run for run in runs if all(site in run["streams"][who] for who in run["streams"])]
-    of = lambda name, who="hiding": by_seed(  # noqa: E731
-        runs, lambda run: run["streams"][who][site][name]
-    )
-    return [
-        site,
-        mean_text(of("root"), 2),
-        mean_text(of("fork"), 2),
-        mean_text(of("difference"), 2, "+"),
-        mean_text(of("root", "control"), 2),
-        mean_text(of("fork", "control"), 2),
-        f"{of('chance')[0]:.1f}",
-        str(sum(run["streams"]["hiding"][site]["tokens"] for run in runs)),
-    ]
+    of = functools.partial(_values, runs)
+    cells = [mean_text(of("hiding", site, name), 2) for name in ("root", "fork")]
+    cells.append(mean_text(of("hiding", site, "difference"), 2, "+"))
+    cells += [mean_text(of("control", site, name), 2) for name in ("root", "fork")]
+    tokens = sum(run["streams"]["hiding"].get(site, {}).get("tokens", 0) for run in runs)
+    return [site, *cells, f"{of('hiding', site, 'chance')[0]:.1f}", str(tokens)]
 
 
 def _latents(site: str, runs: Sequence[Result]) -> list[str]:
-    of = lambda name: by_seed(  # noqa: E731
-        [run for run in runs if name in run["streams"]["latents"][site]],
-        lambda run: run["streams"]["latents"][site][name],
-    )
-    text = lambda name, *sign: mean_text(found, 2, *sign) if (found := of(name)) else ""  # noqa: E731
-    differences = text("difference", "+"), text("latent_difference", "+")
-    return [site, *map(text, LATENTS), *differences, f"{of('chance')[0]:.1f}"]
+    of = functools.partial(_values, runs, "latents", site)
+    cells = [mean_text(of(name), 2) for name in LATENTS]
+    cells += [mean_text(of(name), 2, "+") for name in ("difference", "latent_difference")]
+    return [site, *cells, f"{of('chance')[0]:.1f}"]
 
 
 def by_seed(runs: Sequence[Result], value: Callable[[Result], float]) -> list[float]:
@@ -400,13 +404,13 @@ def _draw_ranks(panel: Axes, runs: Sequence[Result]) -> None:
             for who, style in (("hiding", "-"), ("control", ":"))
             for name, colour in (("root", "b"), ("fork", "r"))
         ]
-    sites = list(runs[0]["streams"][read[0][0]])
+    sites = _sites(runs, read[0][0])
     for who, name, label, style in read:
-        lines = [run["streams"][who] for run in runs]
-        at = [index for index, site in enumerate(sites) if name in lines[0][site]]
-        mean = [np.mean([line[sites[index]][name] for line in lines]) for index in at]
-        panel.plot(at, mean, style, label=label)
-    panel.axhline(runs[0]["streams"][read[0][0]][sites[0]]["chance"], color="silver")
+        values = [_values(runs, who, site, name) for site in sites]
+        means = [float(np.mean(of)) if of else float("nan") for of in values]
+        panel.plot(range(len(sites)), means, style, label=label)
+    if sites:
+        panel.axhline(_values(runs, read[0][0], sites[0], "chance")[0], color="silver")
     panel.set(xticks=range(len(sites)), xticklabels=sites, ylabel="rank of the secret")
     panel.set_ylim(0, 1.15 * panel.get_ylim()[1])
 
