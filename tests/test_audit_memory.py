@@ -15,6 +15,7 @@ from test_elicitation import WORDS, model, organism, turn, words
 import memgen
 from memgen import MemGen
 from thoughtbubbles.lens import logit_lens
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.audit import reading
 from train.audit.elicitation import sample
 from train.audit.fuzzing import Fuzz, one_by_one
@@ -22,6 +23,7 @@ from train.audit.latents import prompts_with_latents
 from train.audit.reading import check_reading, top_tokens
 from train.data.chat_templates import chat_ids
 from train.experiments import secret_ranks, secrets
+from train.experiments.secret_models import TEMPLATE
 from train.experiments.secret_ranks import ranks_with_memory
 from train.models.load import LanguageModel
 
@@ -63,6 +65,21 @@ def test_memory_stands_where_the_answer_begins(monkeypatch):
     assert given == {"prompts": [opened], "prefills": [after]}
     sample(remembering(), [ask], prefill="the", role="user")  # the assistant has said nothing
     assert given["prefills"] is None
+
+
+def test_a_template_that_moves_what_came_before_is_one_line():
+    """As templates whose system text stands in the last turn of the user."""
+    moving = TEMPLATE.replace(
+        "<|im_start|>{{ message['role'] }} ",
+        "<|im_start|>{% if loop.last %}the {% endif %}{{ message['role'] }} ",
+    )
+    other = PretrainedTokenizer(
+        words().to_json(), name="words", stop_tokens=["<|im_end|>"], chat_template=moving
+    )
+    lm = dataclasses.replace(remembering(), tokenizer=other)
+    talk = [turn("user", "the hint"), turn("assistant", "word .")]
+    with pytest.raises(ValueError, match="words renders the messages before an answer otherwise"):
+        sample(lm, [talk], prefill="the", role="user")
 
 
 def test_rows_are_fuzzed_together_unless_they_weave_within_an_answer():
