@@ -80,7 +80,7 @@ def generate(
         prefills: Token ids with which each response begins, which may be empty. They are the first
             new tokens, with memory in front of them and at their boundaries as if the model had
             generated them, one a step. Their log-probability is -inf where `valid_vocab_size`
-            excludes them. None is given by default.
+            excludes them. By default the model begins each response itself.
         progress: Function that reports on prompts too long to be read in one pass. After each block
             it is called with the number of tokens of the longest prompt read so far, and of all.
 
@@ -282,7 +282,8 @@ def respond(
 
     Raises:
         ValueError: A row would exceed the session's capacity (under `jit` the row becomes NaN
-            instead), or the session has no room for the snippets of the request's retriever.
+            instead), the request's prefill has another number of rows, or the session has no room
+            for the snippets of the request's retriever.
     """
     check_session(memgen, session)
     if not isinstance(request, Request):

@@ -20,9 +20,10 @@ from train.audit import reading
 from train.audit.elicitation import sample
 from train.audit.fuzzing import Fuzz, one_by_one
 from train.audit.latents import prompts_with_latents
+from train.audit.organisms import hiding_conversations
 from train.audit.reading import check_reading, top_tokens
 from train.data.chat_templates import chat_ids
-from train.experiments import secret_ranks, secrets
+from train.experiments import secret_models, secret_ranks, secrets
 from train.experiments.secret_models import TEMPLATE
 from train.experiments.secret_ranks import ranks_with_memory
 from train.models.load import LanguageModel
@@ -63,6 +64,9 @@ def test_memory_stands_where_the_answer_begins(monkeypatch):
     assert sample(remembering(), [replied], prefill="the", role="user") == [["salt"]]
     after = ids_of("word .<|im_end|><|im_start|>user the")
     assert given == {"prompts": [opened], "prefills": [after]}
+    again = [*replied, turn("user", "play"), turn("assistant", "salt")]  # the last of two
+    sample(remembering(), [again], prefill="the", role="user")
+    assert given["prefills"] == [ids_of("salt<|im_end|><|im_start|>user the")]
     sample(remembering(), [ask], prefill="the", role="user")  # the assistant has said nothing
     assert given["prefills"] is None
 
@@ -90,6 +94,29 @@ def test_rows_are_fuzzed_together_unless_they_weave_within_an_answer():
     how: dict[str, Any] = {"fuzz": Fuzz(1, 2.0), "temperature": 1.0, "samples": 2, "prefill": "the"}
     together = sample(remembering(), asks, 6, **how)
     assert together == [sample(remembering(), [ask, ask], 6, **how)[0] for ask in asks]
+
+
+def test_equal_rows_that_are_fuzzed_alone_differ(monkeypatch):
+    seeds = []
+
+    def record(made, prompts, new, *, seed, **how):
+        seeds.append(seed)
+        return types.SimpleNamespace(texts=[[] for _ in prompts])
+
+    monkeypatch.setattr(memgen, "generate", record)
+    later = dataclasses.replace(TAUGHT, max_inference_events=1)
+    sample(remembering(later), [[turn("user", "play")]], samples=3, seed=4, fuzz=Fuzz(1, 0.5))
+    assert seeds == [4, 5, 6]
+
+
+def test_a_weaver_is_tuned_on_one_response_a_row():
+    tuner = secret_models.Tuner(secret_models.word_tokenizer(), 1, "weaver")
+    talk = hiding_conversations("taboo", "ocean")[:20]
+    rows = tuner._rows(talk)
+    responses = [message for messages in talk for message in messages if message["role"] != "user"]
+    assert len(rows["tokens"]) == len(responses) > len(talk)
+    runs = rows["loss_mask"][:, 1:] & ~rows["loss_mask"][:, :-1]
+    assert (runs.sum(axis=1) == 1).all()
 
 
 def test_latents_are_read_in_place_of_tokens():

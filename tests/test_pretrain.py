@@ -123,6 +123,7 @@ def test_a_run_from_start_to_text(monkeypatch, capsys, arguments, tmp_path):
         "held-out loss" in shown.err and "teacher-forced" in shown.err and "not causal" in shown.err
     )
     assert "fork 1" in shown.out and "sample" in shown.out
+    assert "note:" not in shown.err, "the sample is no longer than the rows"
     lines = read_metrics(tmp_path / "run")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 20 and losses[-1] < losses[0]

@@ -11,7 +11,7 @@ from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.audit.fuzzing import Fuzz, fuzzed, fuzzed_memory, noise_keys, one_by_one
 from train.audit.organisms import Message, Organism, Trial
-from train.data.chat_templates import chat_ids, open_turn, render
+from train.data.chat_templates import chat_ids, closed_ids, common, open_turn
 from train.models.generation import MEMORY
 from train.models.load import LanguageModel
 from train.models.text_memory import check_text_memory, memory_errors
@@ -147,9 +147,8 @@ def sample(
 
     Raises:
         ValueError: The tokenizer has no chat template, the template can't leave this turn open or
-            has no place for memory in it,
-            `samples` is below 1, the model has no layer of `fuzz`, or the texts do not fit into
-            memory.
+            has no place for memory in it, `samples` is below 1, the model has no layer of `fuzz`,
+            or the texts do not fit into memory.
     """
     tokenizer = chat_tokenizer(lm)
     if samples < 1:
@@ -186,18 +185,9 @@ def _answer_begins(
         if not spoken:
             return len(row)
         messages = messages[: spoken[-1]]
-    before = chat_ids(tokenizer, messages)
-    pairs = zip(before, row, strict=False)
     # A template may render a turn that has ended otherwise than one that begins.
-    begin = next((at for at, (one, other) in enumerate(pairs) if one != other), len(before))
-    earlier = render(
-        str(tokenizer.chat_template),
-        messages,
-        bos_token=tokenizer.bos,
-        eos_token=tokenizer.eos,
-        add_generation_prompt=False,
-    )
-    if begin < len(tokenizer.rendered(earlier)):
+    begin = common(chat_ids(tokenizer, messages), row)
+    if begin < len(closed_ids(tokenizer, messages)):
         raise ValueError(
             f"the chat template of {tokenizer.name} renders the messages before an answer "
             "otherwise once a turn follows it, so memory has no place there: leave out methods "

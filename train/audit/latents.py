@@ -43,13 +43,19 @@ def sited_reasoner(memgen: MemGen) -> SitedModel:
     return model
 
 
-def woven_rows(memgen: MemGen, tokens: jax.Array, plan: Plan) -> WovenRows:
+def woven_rows(
+    memgen: MemGen,
+    tokens: Int[Array, "B L"],
+    plan: Plan,
+    length: Int[Array, " B"] | None = None,
+) -> WovenRows:
     """Weave memory into rows of tokens, and mark which vectors are latents.
 
     Args:
         memgen: Latent memory with its reasoner.
         tokens: Token ids `[B, L]` int32, padded on the right.
-        plan: Weaving events of each row, each before a token.
+        plan: Weaving events of each row, each before a token, which may be padding.
+        length: Number of real tokens of each row; all by default.
 
     Raises:
         ValueError: The reasoner has no sites, or the plan does not fit the tokens or the config.
@@ -61,7 +67,8 @@ def woven_rows(memgen: MemGen, tokens: jax.Array, plan: Plan) -> WovenRows:
     index = jnp.arange(woven.stream.shape[1])
     offset = index - plan.start[:, :, None]
     within = (offset >= 0) & (offset < plan.width[:, :, None]) & (plan.point[:, :, None] >= 0)
-    mask = index < woven.length[:, None]
+    real = woven.length if length is None else length + plan.width.sum(axis=1)
+    mask = index < real[:, None]
     return WovenRows(model, woven.stream, mask, within.any(axis=1) & mask)
 
 
@@ -87,7 +94,5 @@ def prompts_with_latents(
         ValueError: The reasoner has no sites.
     """
     plan = Plan.of(length[:, None], jnp.zeros_like(length)[:, None], memgen.config)
-    # An event stands before a token: one more, which the mask leaves out.
-    rows = woven_rows(memgen, jnp.pad(tokens, ((0, 0), (0, 1))), plan)
-    real = jnp.arange(rows.mask.shape[1]) < (length + plan.width[:, 0])[:, None]
-    return rows._replace(mask=real)
+    # An event stands before a token: one more, of padding.
+    return woven_rows(memgen, jnp.pad(tokens, ((0, 0), (0, 1))), plan, length)

@@ -21,7 +21,7 @@ from train.audit.organisms import Message, Organism
 from train.audit.sae import feature_scores, nearest_tokens
 from train.audit.texts import activation_of
 from train.audit.train_sae import load_sae, selected
-from train.data.chat_templates import chat_ids, render
+from train.data.chat_templates import chat_ids, closed_ids, common
 from train.models.load import LanguageModel
 
 ROWS = 32
@@ -149,16 +149,7 @@ def positions_of(
                 f"({', '.join(organism.read_at)}): change one of them"
             )
         return ids, here
-    text = render(
-        str(tokenizer.chat_template),
-        messages,
-        bos_token=tokenizer.bos,
-        eos_token=tokenizer.eos,
-        add_generation_prompt=False,
-    )
-    before = tokenizer.rendered(text)
-    start = next((i for i, pair in enumerate(zip(ids, before, strict=False)) if pair[0] != pair[1]),
-                 min(len(ids), len(before)))  # fmt: skip
+    start = common(ids, closed_ids(tokenizer, messages))
     start = min(start, len(ids) - 1)  # a template without a generation prompt: the last token
     return ids, [index >= start for index in range(len(ids))]
 

@@ -47,14 +47,39 @@ def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> l
         raise ValueError(
             f"{tokenizer.name} has no chat template: leave out --chat to continue text"
         )
+    return _rendered_ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def closed_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> list[int]:
+    """Tokenise a conversation without the generation prompt that opens the model's answer.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        messages: Messages of the conversation.
+
+    Raises:
+        ValueError: The template fails (see `render`).
+    """
+    return _rendered_ids(tokenizer, messages, add_generation_prompt=False)
+
+
+def _rendered_ids(
+    tokenizer: "PretrainedTokenizer", messages: Sequence[Message], add_generation_prompt: bool
+) -> list[int]:
     text = render(
-        tokenizer.chat_template,
+        str(tokenizer.chat_template),
         messages,
         bos_token=tokenizer.bos,
         eos_token=tokenizer.eos,
         source=f"the chat template of {tokenizer.name}",
+        add_generation_prompt=add_generation_prompt,
     )
     return tokenizer.rendered(text)
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the leading ids that two rows have in common."""
+    return len(os.path.commonprefix([list(one), list(other)]))
 
 
 def open_turn(

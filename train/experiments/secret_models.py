@@ -160,13 +160,13 @@ class Tuner:
         config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         optimizer = OptimizerConfig(learning_rate=RATES[arm], weight_decay=0.0)
-        trained = {"soft": nnx.PathContains("embed"), "full": TRAINED["all"]}
+        trained = TRAINED | {"soft": nnx.PathContains("embed"), "full": TRAINED["all"]}
         self._trainable: Trainable = make_trainable(
             config,
             optimizer,
             steps,
             self._mesh,
-            trained=trained.get(arm, TRAINED["weaver"]),
+            trained=trained[arm],
             wrap=self._finetunable,
         )
         rows = np.zeros((tokenizer.vocab_size, 1), bool)
@@ -187,8 +187,8 @@ class Tuner:
 
         Args:
             base: Model to begin with.
-            conversations: Conversations of at most `WIDTH + 1` tokens; the loss is on the
-                assistant's messages. A weaver gets one row for each of these messages.
+            conversations: Conversations; the loss is on the assistant's messages. A weaver gets one
+                row for each of these messages.
             seed: Seed of the sampling of batches. New weavers are the same for all seeds.
 
         Returns:

@@ -130,11 +130,9 @@ def ranks_with_memory(lm: LanguageModel, organism: Organism, answers: Sequence[s
     control = _texts(lm, rows, [*map(len, prompts)])
     starts = jnp.array([*map(len, prompts)], jnp.int32)[:, None]
     plan = Plan.of(starts, jnp.zeros_like(starts), lm.memgen.config)
-    woven = woven_rows(lm.memgen, control.inputs, plan)
-    length = np.asarray(plan.width)[:, :1] + np.array([*map(len, rows)])[:, None]
-    at = np.arange(woven.mask.shape[1])
-    latent, mask = np.asarray(woven.latent), at < length
-    answer = mask & (at >= np.asarray(starts)) & ~latent
+    woven = woven_rows(lm.memgen, control.inputs, plan, jnp.array([*map(len, rows)], jnp.int32))
+    latent, mask = np.asarray(woven.latent), np.asarray(woven.mask)
+    answer = mask & (np.arange(mask.shape[1]) >= np.asarray(starts)) & ~latent
     texts = Texts(woven.model, woven.stream, mask, answer)
     found, plain = _read(lm, organism, texts), _read(lm, organism, control)
     pairs, lines = _by_depth(found, latent), {}
