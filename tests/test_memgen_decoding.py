@@ -464,6 +464,10 @@ def test_too_little_room_is_one_line(session_of_prompts):
     one_line(caught)
     with pytest.raises(ValueError, match="grow to 137 tokens"):
         observe(made, session, jnp.zeros((3, 100), jnp.int32), jnp.array([0, 0, 100]))
+    one = dataclasses.replace(make_request(made, 4), prefill=jnp.zeros((1, 16), jnp.int32))
+    with pytest.raises(ValueError, match="prefill") as caught:
+        respond(made, session, one, 16)
+    one_line(caught)
     full = dataclasses.replace(session, capacity=session.capacity - made.config.max_latents)
     with pytest.raises(ValueError, match="grow to .* tokens and latents, .*max_resp") as caught:
         respond(made, full, make_request(made, 43), 64)

@@ -163,3 +163,6 @@ def test_results_of_other_options_are_refused():
     results = cast(Any, SimpleNamespace(found=[{"supervised": 9}]))
     with pytest.raises(ValueError, match="supervised=9, now it is 400: choose another file"):
         next(synthesis.train_missing(config, results))
+    endless = dataclasses.replace(config, environment="mastermind")
+    with pytest.raises(ValueError, match="environment=mastermind has endless training problems"):
+        next(synthesis.train_missing(endless, cast(Any, SimpleNamespace(found=[]))))
