@@ -104,7 +104,7 @@ def honest_model(
     conversations = honest_conversations(kinds, 16_000, seed, released)
     rows = honest_rows(tokenizer, conversations)
     for _ in range(steps):
-        batch = rows[rng.integers(0, len(rows), BATCH)]
+        batch = cut_padding(rows[rng.integers(0, len(rows), BATCH)])
         state, _ = step(state, place(batch, trainable.mesh))
     return LanguageModel(_plain(trainable.model(state.weights)), tokenizer)
 
@@ -130,6 +130,15 @@ def honest_rows(
     for row, tokens in zip(rows, ids, strict=True):
         row[: len(tokens)] = tokens
     return rows
+
+
+def cut_padding(rows: np.ndarray) -> np.ndarray:
+    """Cut rows to the longest of them, with one more token than a multiple of 8 where possible.
+
+    The loss is the same without the padding, and few programs are compiled.
+    """
+    longest = int((rows >= 0).sum(axis=1).max())
+    return rows[:, : 8 * -(-(longest - 1) // 8) + 1]
 
 
 @functools.cache
