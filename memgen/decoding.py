@@ -1,8 +1,8 @@
 """Generation interleaved with weaving: one compiled loop, in which rows weave at different steps.
 
-A step decides which rows weave, appends the latents of these rows to the reasoner's cache, and then
-samples a token in each row. A step in which no row weaves costs nothing for weaving. The event
-before the first token precedes the loop, in all rows at once.
+A step decides which rows weave, appends their latents to the reasoner's cache, and then samples a
+token in each row. A step in which no row weaves costs nothing for weaving. In large batches, rows
+wait a few steps for each other, so that several weave together; a row that waits samples no token.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from jax.core import Tracer
 
 from memgen.checks import check_lengths, check_rows, checked_ids, on_host
 from memgen.delimiters import is_boundary
-from memgen.events import Decoders, Loop, memory_event
-from memgen.insertion import INFERENCE, PROMPT, Plan, assemble, check_plan, stream_length
+from memgen.events import Decoders, Loop, Turns, memory_event
+from memgen.insertion import Plan, assemble, check_plan, stream_length
 from memgen.model import MemGen, check_memgen
 from memgen.placement import AnyArray, embed, placed_beside, row_shards
 from memgen.request import (
@@ -300,7 +300,7 @@ def respond(
     if not isinstance(request.max_new_tokens, Tracer):
         new = np.minimum(capacity, on_host(request.max_new_tokens))
         check_capacity(session, new, _most_latents(memgen, request))
-    return _respond(memgen, session, request, capacity, chunk_size(session))
+    return _respond(memgen, session, request, capacity, turns_of(session))
 
 
 def _most_latents(memgen: MemGen, request: Request) -> Any:
@@ -315,85 +315,88 @@ def _most_latents(memgen: MemGen, request: Request) -> Any:
     return np.where(events < 0, config.max_latents, left)
 
 
-def chunk_size(session: Session) -> int:
-    """Number of rows that weave at a time: one row of each shard of the batch, in parallel.
+def turns_of(session: Session) -> Turns:
+    """How many rows of a session weave together: one of each shard on a CPU, else an eighth of it.
 
-    It is 1 under a trace with automatic axes, because the shards are unknown there.
+    A pass of a decoder over few rows takes an accelerator as long as one over a single row, but a
+    CPU longer. Under a trace with automatic axes, whose shards are unknown, there is one shard.
     """
-    if isinstance(session.count, Tracer):
-        return row_shards(session.count)
-    count = jnp.asarray(session.count)
-    (shard,) = count.sharding.shard_shape(count.shape)
-    return count.shape[0] // shard
+    count = session.count
+    if isinstance(count, Tracer):
+        shards, platform = row_shards(count), jax.default_backend()
+    else:
+        count = jnp.asarray(count)
+        (shard,) = count.sharding.shard_shape(count.shape)
+        shards, platform = count.shape[0] // shard, next(iter(count.devices())).platform
+    rows = 1 if platform == "cpu" else max(1, count.shape[0] // shards // Turns.share)
+    return Turns(shards, rows, wait=shards * rows)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "chunk"), donate_argnames="session")
-def _respond(memgen, session, request, capacity, chunk) -> tuple[Response, Session]:
+@functools.partial(jax.jit, static_argnames=("capacity", "turns"), donate_argnames="session")
+def _respond(memgen, session, request, capacity, turns) -> tuple[Response, Session]:
     decoders = Decoders.prepare(memgen)
     limit = jnp.minimum(request.max_new_tokens, capacity)
 
     def unfinished(loop: Loop) -> jax.Array:
-        return ~loop.done.all() & (loop.step < limit.max())
+        return ~loop.done.all()
 
     def step(loop: Loop) -> Loop:
-        return _step(decoders, request, limit, loop, chunk)
+        return _step(decoders, request, limit, loop, turns)
 
-    loop = jax.lax.while_loop(unfinished, step, _start(decoders, request, session, capacity))
+    loop = jax.lax.while_loop(unfinished, step, _start(decoders, limit, request, session, capacity))
     return loop.response, loop.session
 
 
-def _start(decoders: Decoders, request: Request, session: Session, capacity: int) -> Loop:
-    """The loop before its first step, after the prompt's event."""
+def _start(
+    decoders: Decoders, limit: jax.Array, request: Request, session: Session, capacity: int
+) -> Loop:
+    """The loop before its first step."""
     memgen, batch = decoders.memgen, session.count.shape[0]
     vector = jax.eval_shape(embed, memgen.reasoner, session.tokens[:, :1])
-    before = request.events
-    loop = Loop(
-        step=jnp.int32(0),
-        events=jnp.zeros_like(session.count) if before is None else jnp.maximum(before, 0),
-        done=(request.max_new_tokens < 1) | (session.count < 1),
+    before = jnp.zeros_like(session.count) if request.events is None else request.events
+    done = (limit < 1) | (session.count < 1)
+    return Loop(
+        events=jnp.maximum(before, 0),
+        waiting=jnp.zeros_like(done),
+        done=done,
         session=session.replace(responses=session.responses + 1),
         response=placed_beside(Response.empty(memgen, batch, capacity, vector), session.count),
     )
-    begins = ~loop.done if before is None else ~loop.done & (before < 0)
-    return memory_event(decoders, request, loop, begins, PROMPT, batch)[0]
 
 
-def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, chunk: int) -> Loop:
-    """Weave in the rows that are at a boundary and invoke the weaver, then generate a token."""
+def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, turns: Turns) -> Loop:
+    """Weave in rows that invoke the weaver, then generate a token in the rows that do not wait."""
     memgen, most = decoders.memgen, decoders.memgen.config.max_inference_events
-    invoked = jnp.zeros_like(loop.done)
+    at, session = loop.response.count, loop.session
+    begins = at == 0
+    if request.events is not None:
+        begins &= request.events < 0
+    boundary = begins
     if most:
-        previous, last = loop.session.last_two
-        boundary = ~loop.done & is_boundary(memgen.boundary[...], last, previous)
-        within = loop.step > 0
-        if request.events is not None:
-            within |= request.events >= 0
-        boundary &= (loop.events < most) & within
-        loop, invoked = memory_event(decoders, request, loop, boundary, INFERENCE, chunk)
-    session, live = loop.session, ~loop.done
-    given = _given(request, loop.step, live)
-    chosen, log_prob = _sample(memgen, request, session, session.step_keys(loop.step)[0], given)
-    response = _record_token(loop.response, chosen, log_prob, loop.step, live)
+        previous, last = session.last_two
+        within = is_boundary(memgen.boundary[...], last, previous) & (loop.events < most)
+        boundary = jnp.where(begins, True, within)
+    boundary &= ~loop.done & ~loop.waiting
+    loop = memory_event(decoders, request, loop, boundary, begins, turns)
+    session, live = loop.session, ~loop.done & ~loop.waiting
+    given = _given(request, at)
+    chosen, log_prob = _sample(memgen, request, session, session.step_keys(at)[0], given)
+    response = _record_token(loop.response, chosen, log_prob, live)
     session = session.append_tokens(memgen, chosen[:, None], live.astype(jnp.int32))
     stopped = (chosen[:, None] == request.stop).any(axis=1)
     if given is not None:
         stopped &= given < 0
-    ended = stopped | (response.count >= limit)
-    return Loop(
-        step=loop.step + 1,
-        events=loop.events + invoked,
-        done=loop.done | ended | jnp.isnan(log_prob),
-        session=session,
-        response=response,
-    )
+    ended = stopped | (response.count >= limit) | jnp.isnan(log_prob)
+    done = loop.done | (live & ended)
+    return dataclasses.replace(loop, done=done, session=session, response=response)
 
 
-def _given(request: Request, step: jax.Array, rows: jax.Array) -> jax.Array | None:
-    """The token of a prefill at this step, `[B]` int32, -1 where it has ended; None without one."""
+def _given(request: Request, at: jax.Array) -> jax.Array | None:
+    """The prefill's token of index `at [B]`, -1 where it has ended; None without a prefill."""
     if request.prefill is None:
         return None
-    column = request.prefill.at[:, step].get(mode="fill", fill_value=-1)
-    return placed_beside(column, rows)
+    take = lambda row, index: row.at[index].get(mode="fill", fill_value=-1)  # noqa: E731
+    return jax.vmap(take)(placed_beside(request.prefill, at), at)
 
 
 def _sample(
@@ -430,17 +433,13 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _record_token(
-    response: Response, chosen: jax.Array, log_prob: jax.Array, step: jax.Array, live: jax.Array
+    response: Response, chosen: jax.Array, log_prob: jax.Array, live: jax.Array
 ) -> Response:
-    """The response with the token of this step in the rows that are `live`."""
-
-    def with_column(rows: jax.Array, value: jax.Array) -> jax.Array:
-        column = jnp.where(live, value, 0).astype(rows.dtype)[:, None]
-        return jax.lax.dynamic_update_slice(rows, column, (0, step))
-
+    """The response with one more token in the rows that are `live`."""
+    once = live.astype(jnp.int32)
     return dataclasses.replace(
         response,
-        tokens=with_column(response.tokens, chosen),
-        log_probs=with_column(response.log_probs, log_prob),
-        count=response.count + live,
+        tokens=put(response.tokens, chosen[:, None], response.count, once),
+        log_probs=put(response.log_probs, log_prob[:, None], response.count, once),
+        count=response.count + once,
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memgen.insertion import PROMPT
+from memgen.insertion import INFERENCE, PROMPT
 from memgen.model import MemGen
 from memgen.placement import broadcast_beside, embed, placed_beside
 from memgen.request import Request
@@ -17,6 +17,29 @@ from memgen.session import RowChunk, Session, put, take
 from memgen.short_repr import ShortRepr, short_repr
 from memgen.trigger import NeverInvoke
 from memgen.weaver import Snippets
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """How many rows weave together.
+
+    Attributes:
+        shards: Number of shards of the batch, which weave in parallel.
+        rows: Number of rows of each shard that weave at a time.
+        wait: Number of rows of the batch that must wait before they weave.
+        share: Fewer rows weave if one in `share` of the rows that generate waits, so that no more
+            rows than that are idle.
+    """
+
+    shards: int = 1
+    rows: int = 1
+    wait: int = 1
+    share: int = 8
+
+    def due(self, waiting: jax.Array, live: jax.Array) -> jax.Array:
+        """Return a bool scalar: whether rows `waiting [B]` weave now; `live [B]` are unfinished."""
+        number = waiting.sum()
+        return (number > 0) & ((number >= self.wait) | (self.share * number >= live.sum()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +72,16 @@ class Loop(ShortRepr):
     """State of the generation loop between two steps.
 
     Attributes:
-        step: Index of the new token that the next step generates, an int32 scalar.
         events: `[B]` int32, number of events of each row so far, not counting the event before the
             first token.
+        waiting: `[B]` bool, True for rows whose event was decided and is not woven yet.
         done: `[B]` bool, True for finished rows.
         session: Session so far.
-        response: Response so far.
+        response: Response so far, whose `count` is the index of each row's next token.
     """
 
-    step: jax.Array
     events: jax.Array
+    waiting: jax.Array
     done: jax.Array
     session: Session
     response: Response
@@ -81,32 +104,49 @@ class EventInputs(NamedTuple):
 
 
 def memory_event(
-    decoders: Decoders, request: Request, loop: Loop, boundary: jax.Array, kind: int, chunk: int
-) -> tuple[Loop, jax.Array]:
-    """Let the policy decide in the rows `boundary [B]`, and weave in the rows that invoke.
+    decoders: Decoders,
+    request: Request,
+    loop: Loop,
+    boundary: jax.Array,
+    begins: jax.Array,
+    turns: Turns,
+) -> Loop:
+    """Let the policy decide in some rows, and weave in rows that wait, if that is due.
+
+    Args:
+        decoders: Decoders of the loop.
+        request: Options of the response.
+        loop: Loop before the event.
+        boundary: `[B]` bool, True for rows in which the policy decides.
+        begins: `[B]` bool, True for rows before the first token of a response.
+        turns: How many rows weave together.
 
     Returns:
-        Loop after the event, and `[B]` bool: True for rows that invoked the weaver and whose
-        latents `keep_memory` kept.
+        Loop after the event. Rows that still wait generate no token.
     """
-    memgen, invoked = decoders.memgen, jnp.zeros_like(boundary)
-    _, decision_keys, event_keys = loop.session.step_keys(loop.step)
+    memgen, at, kept = decoders.memgen, loop.response.count, jnp.zeros_like(boundary)
+    _, decision_keys, event_keys = loop.session.step_keys(at)
+    decided = boundary
     if not isinstance(request.policy, NeverInvoke):
 
         def decide(state: tuple[Session, jax.Array]) -> tuple[Session, jax.Array]:
             return _decide(decoders, request, state[0], boundary, decision_keys)
 
         def weave(state: tuple[Loop, jax.Array]) -> tuple[Loop, jax.Array]:
-            return _weave(decoders, request, state[0], state[1], event_keys, kind, chunk)
+            return _weave(decoders, request, state[0], begins, event_keys, turns)
 
-        session, invoked = apply_if(boundary.any(), decide, (loop.session, invoked))
+        session, kept = apply_if(boundary.any(), decide, (loop.session, kept))
         loop = dataclasses.replace(loop, session=session)
         if memgen.config.weaver.latents:
-            loop, invoked = apply_if(invoked.any(), weave, (loop, invoked))
-    step = broadcast_beside(loop.step, boundary, 1)
-    decisions = put(loop.response.decisions, invoked[:, None], step, boundary.astype(jnp.int32))
+            waiting = loop.waiting | kept
+            loop = dataclasses.replace(loop, waiting=waiting)
+            due = turns.due(waiting, ~loop.done)
+            loop, kept = apply_if(due, weave, (loop, jnp.zeros_like(boundary)))
+            decided = (boundary | waiting) & ~loop.waiting
+    column = broadcast_beside(at, boundary, 1)
+    decisions = put(loop.response.decisions, kept[:, None], column, decided.astype(jnp.int32))
     response = dataclasses.replace(loop.response, decisions=decisions)
-    return dataclasses.replace(loop, response=response), invoked
+    return dataclasses.replace(loop, events=loop.events + (kept & ~begins), response=response)
 
 
 def _decide(
@@ -130,71 +170,83 @@ def _weave(
     decoders: Decoders,
     request: Request,
     loop: Loop,
-    invoked: jax.Array,
+    begins: jax.Array,
     keys: jax.Array,
-    kind: int,
-    chunk: int,
+    turns: Turns,
 ) -> tuple[Loop, jax.Array]:
-    """Weave in the rows `invoked`, `chunk` rows at a time; return the loop and the rows kept.
+    """Weave in rows that wait, until no more are due; return the loop and the rows kept `[B]`.
 
-    The work grows with the number of rows that weave, not with the batch (unless `chunk` is the
-    batch). The rows kept, `[B]` bool, are the rows whose latents `keep_memory` did not drop.
+    The rows kept are those whose latents `keep_memory` did not drop. Some rows are woven at a time,
+    so that the work grows with the number of rows that weave; if more than half of the batch waits,
+    all rows are.
     """
-    response, batch = loop.response, invoked.shape[0]
+    memgen, response = decoders.memgen, loop.response
+    waiting, live = loop.waiting, ~loop.done
     # The trigger's cache is not touched, so it need not go through the loop over chunks.
     trigger, session = loop.session.trigger, loop.session.replace(trigger=None)
     snippets = None
     if request.retriever is not None:
-        snippets = _retrieve(decoders.memgen, request.retriever, session, invoked)
-    inputs = EventInputs(broadcast_beside(kind, invoked, 1), keys, snippets)
-    weave = _weave_rows if chunk == batch else functools.partial(_weave_chunks, chunk)
-    session, latents, kept = weave(decoders, request, session, invoked, inputs)
-    once = kept.astype(jnp.int32)
-    event = jnp.zeros_like(loop.events) if kind == PROMPT else 1 + loop.events
+        snippets = _retrieve(memgen, request.retriever, session, waiting)
+    inputs = EventInputs(jnp.where(begins, PROMPT, INFERENCE), keys, snippets)
+    vector = jax.eval_shape(embed, memgen.reasoner, session.tokens[:, :1])
+    slots = memgen.config.weaver.latents
+    latents = jnp.zeros((waiting.shape[0], slots, vector.shape[-1]), vector.dtype)
+    state = _Weaving(waiting, session, placed_beside(latents, waiting), jnp.zeros_like(waiting))
+
+    def weave_all(state: _Weaving) -> _Weaving:
+        made, new, keep = _weave_rows(decoders, request, state.session, state.left, inputs)
+        return _Weaving(jnp.zeros_like(keep), made, new.astype(state.latents.dtype), keep)
+
+    # Without events within a response, all rows that weave do so in the first step.
+    in_chunks = turns.shards * turns.rows < len(waiting) and memgen.config.max_inference_events
+    most = len(waiting) // 2 if in_chunks else 0
+    state = apply_if(waiting.sum() > most, weave_all, state)
+    if in_chunks:
+        weave_chunk = functools.partial(_weave_chunk, decoders, request, inputs, turns)
+        due = lambda state: turns.due(state.left, live)  # noqa: E731
+        state = jax.lax.while_loop(due, weave_chunk, state)
+    once, at = state.kept.astype(jnp.int32), broadcast_beside(response.count, waiting, 1)[:, None]
+    event = jnp.where(begins, 0, 1 + loop.events)
     response = dataclasses.replace(
         response,
-        latents=put(response.latents, latents[:, None], event, once),
-        points=put(response.points, broadcast_beside(loop.step, invoked, 1)[:, None], event, once),
+        latents=put(response.latents, state.latents[:, None], event, once),
+        points=put(response.points, at, event, once),
     )
-    session = session.replace(trigger=trigger)
-    return dataclasses.replace(loop, session=session, response=response), kept
+    session = state.session.replace(trigger=trigger)
+    loop = dataclasses.replace(loop, waiting=state.left, session=session, response=response)
+    return loop, state.kept
 
 
-def _weave_chunks(
-    chunk: int,
+class _Weaving(NamedTuple):
+    """Rows left to weave `[B]`, session, latents `[B, K, D]`, and rows kept `[B]` so far."""
+
+    left: jax.Array
+    session: Session
+    latents: jax.Array
+    kept: jax.Array
+
+
+def _weave_chunk(
     decoders: Decoders,
     request: Request,
-    session: Session,
-    invoked: jax.Array,
     inputs: EventInputs,
-) -> tuple[Session, jax.Array, jax.Array]:
-    """Apply `_weave_rows` to one chunk of rows after the other until no row is left to weave."""
-    vector = jax.eval_shape(embed, decoders.memgen.reasoner, session.tokens[:, :1])
-    slots = decoders.memgen.config.weaver.latents
-    axes = session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
-
-    def some_left(state):
-        return state[0].any()
-
-    def weave_chunk(state):
-        left, session, latents, kept = state
-        rows = RowChunk.next(left, chunk)
-        weaves = rows.take(left)
-        part, new, keep = _weave_rows(
-            decoders, request, rows.take(session, axes), weaves, rows.take(inputs)
-        )
-        new = jnp.where(keep[:, None, None], new.astype(latents.dtype), rows.take(latents))
-        return (
-            rows.put(left, jnp.zeros_like(weaves)),
-            rows.put(session, part, axes),
-            rows.put(latents, new),
-            rows.put(kept, rows.take(kept) | keep),
-        )
-
-    latents = jnp.zeros((invoked.shape[0], slots, vector.shape[-1]), vector.dtype)
-    latents = placed_beside(latents, invoked)
-    state = invoked, session, latents, jnp.zeros_like(invoked)
-    return jax.lax.while_loop(some_left, weave_chunk, state)[1:]
+    turns: Turns,
+    state: _Weaving,
+) -> _Weaving:
+    """Apply `_weave_rows` to a chunk of the rows that are left."""
+    axes = state.session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
+    rows = RowChunk.next(state.left, turns.shards, turns.rows)
+    weaves = rows.take(state.left)
+    session, new, keep = _weave_rows(
+        decoders, request, rows.take(state.session, axes), weaves, rows.take(inputs)
+    )
+    old = rows.take(state.latents)
+    return _Weaving(
+        rows.put(state.left, jnp.zeros_like(weaves)),
+        rows.put(state.session, session, axes),
+        rows.put(state.latents, jnp.where(keep[:, None, None], new.astype(old.dtype), old)),
+        rows.put(state.kept, rows.take(state.kept) | keep),
+    )
 
 
 def _weave_rows(

@@ -206,9 +206,12 @@ def split_rows(leaf: jax.Array, axis: int, parts: int) -> jax.Array:
     return jax.lax.reshape(leaf, shape, out_sharding=NamedSharding(here.mesh, spec))
 
 
-def join_rows(parts: jax.Array, like: jax.Array) -> jax.Array:
-    """Invert `split_rows`; `like` is the array that was split, for its shape and placement."""
-    here = jax.typeof(like).sharding
+def join_rows(parts: jax.Array, axis: int) -> jax.Array:
+    """Invert `split_rows`: join the axes `axis` and `axis + 1` to the axis of the rows."""
+    rows = parts.shape[axis] * parts.shape[axis + 1]
+    shape = (*parts.shape[:axis], rows, *parts.shape[axis + 2 :])
+    here = jax.typeof(parts).sharding
     if not any(here.spec):
-        return parts.reshape(like.shape)
-    return jax.lax.reshape(parts, like.shape, out_sharding=here)
+        return parts.reshape(shape)
+    spec = PartitionSpec(*here.spec[: axis + 1], *here.spec[axis + 2 :])
+    return jax.lax.reshape(parts, shape, out_sharding=NamedSharding(here.mesh, spec))

@@ -230,9 +230,14 @@ class Session(ShortRepr):
         return tuple(jnp.where(at >= 0, ids, 0).T)
 
     def step_keys(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Derive a step's keys, `[B]` each: for its token, for its decision, for `keep_memory`."""
+        """Derive keys, `[B]` each, for a token, for the decision before it, and for `keep_memory`.
+
+        Args:
+            step: `[B]` int32, index of each row's next token.
+        """
+        fold = jax.vmap(jax.random.fold_in)
+        here = fold(fold(self.keys, self.responses), step)
         fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-        here = fold(jax.vmap(jax.random.fold_in)(self.keys, self.responses), step)
         return fold(here, 0), fold(here, 1), fold(here, 2)
 
     def append_tokens(
@@ -330,21 +335,25 @@ def _check_rows(rows: jax.Array, count: int) -> None:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RowChunk(ShortRepr):
-    """A selection of rows of a batch: one row from each of `R` equal parts of the batch.
+    """A selection of rows of a batch: as many from each of `P` equal parts of the batch.
 
     The parts are the batch's shards, so taking rows out and putting them back moves no row between
     devices.
 
     Attributes:
-        index: `[R]` int32, index of the selected row within each part.
+        index: `[P, R]` int32, indices of the selected rows within each part, each index once.
     """
 
     index: jax.Array
 
     @classmethod
-    def next(cls, waiting: jax.Array, size: int) -> "RowChunk":
-        """Select the first row of each part that is `waiting [B]`; row 0 of a part without any."""
-        return cls(split_rows(waiting, 0, size).argmax(axis=1).astype(jnp.int32))
+    def next(cls, waiting: jax.Array, parts: int, each: int) -> "RowChunk":
+        """Select the first `each` rows of every part that are `waiting [B]`.
+
+        Where fewer wait, the first ones that do not wait are selected in addition.
+        """
+        order = jnp.argsort(split_rows(~waiting, 0, parts), axis=1, stable=True)
+        return cls(order[:, :each].astype(jnp.int32))
 
     def take(self, tree: Any, axes: Any = None) -> Any:
         """Take the chunk's rows of each array.
@@ -358,9 +367,9 @@ class RowChunk(ShortRepr):
         def rows(leaf, axis):
             if axis is None:
                 return leaf
-            one = lambda part, index: jax.lax.dynamic_index_in_dim(part, index, axis, False)  # noqa: E731
+            some = lambda part, index: jnp.take(part, index, axis, mode="clip")  # noqa: E731
             parts = split_rows(leaf, axis, self.index.shape[0])
-            return jax.vmap(one, (axis, 0), axis)(parts, self.index)
+            return join_rows(jax.vmap(some, (axis, 0), axis)(parts, self.index), axis)
 
         return jax.tree.map(rows, tree, _or_zeros(axes, tree))
 
@@ -373,12 +382,13 @@ class RowChunk(ShortRepr):
         def rows(leaf, new, axis):
             if axis is None:
                 return new
-            one = lambda part, new, index: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
-                part, new, index, axis
+            shards = self.index.shape[0]
+            where = (slice(None),) * axis
+            some = lambda part, new, index: part.at[(*where, index)].set(  # noqa: E731
+                new, mode="clip", unique_indices=True
             )
-            parts = split_rows(leaf, axis, self.index.shape[0])
-            parts = jax.vmap(one, (axis, axis, 0), axis)(parts, new, self.index)
-            return join_rows(parts, leaf)
+            split = split_rows(leaf, axis, shards), split_rows(new, axis, shards)
+            return join_rows(jax.vmap(some, (axis, axis, 0), axis)(*split, self.index), axis)
 
         return jax.tree.map(rows, tree, new, _or_zeros(axes, tree))
 

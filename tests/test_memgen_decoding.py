@@ -48,6 +48,7 @@ from memgen import (
     respond,
 )
 from memgen import decoding as loop_module
+from memgen.events import Turns
 from memgen.request import pad_prompts, row_keys
 
 HIDDEN = dataclasses.replace(
@@ -274,8 +275,8 @@ def test_d30_while_is_scan():
     @jax.jit
     def by_scan(made, session, request):
         decoders, limit = loop_module.Decoders.prepare(made), jnp.int32(NEW)
-        start = loop_module._start(decoders, request, session, 16)
-        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop, 1), None)  # noqa: E731
+        start = loop_module._start(decoders, limit, request, session, 16)
+        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop, Turns()), None)  # noqa: E731
         return jax.lax.scan(step, start, length=NEW)[0].response
 
     scanned = by_scan(made, session, request)
@@ -353,8 +354,8 @@ def test_a_response_goes_on_from_tokens_that_are_given():
 
 def test_a_prefill_ends_with_its_array():
     request = dataclasses.replace(make_request(memgen_of(), 4), prefill=jnp.full((2, 16), 7))
-    given = [loop_module._given(request, jnp.int32(step), jnp.zeros(2)) for step in (15, 16)]
-    assert [of.tolist() for of in given if of is not None] == [[7, 7], [-1, -1]]
+    given = loop_module._given(request, jnp.array([15, 16]))
+    assert given is not None and given.tolist() == [7, -1]
 
 
 def test_d35_events_are_not_part_of_the_program():

@@ -26,6 +26,7 @@ from memgen_tiny import PROMPTS as SHARED
 from memgen import AlwaysInvoke, NeverInvoke, TriggerConfig, begin, make_request
 from memgen import decoding as loop_module
 from memgen.backbone import check_cache
+from memgen.events import Turns
 from memgen.request import pad_prompts, row_keys
 from memgen.session import CHUNK, DecoderState, RowChunk
 from thoughtbubbles import Backbone
@@ -111,12 +112,13 @@ def alone_of(made, **how):
     }
 
 
-ONE_AND_ALL = [pytest.param(chunk, marks=pytest.mark.experiment) for chunk in (1, ROWS)]
+WAITING = Turns(rows=3, wait=2, share=1)  # at times one of three does not wait
+AT_ONCE = [pytest.param(Turns(n), marks=pytest.mark.experiment) for n in (1, 2, ROWS)]
 
 
-@pytest.mark.parametrize("chunk", [2, *ONE_AND_ALL])
-def test_whichever_rows_weave_each_is_what_it_is_alone(chunk: int):
-    """All patterns; one of each half (loads unequal or equal); elsewhere one at a time, or all.
+@pytest.mark.parametrize("turns", [WAITING, *AT_ONCE], ids=str)
+def test_whichever_rows_weave_each_is_what_it_is_alone(turns: Turns):
+    """All patterns; up to three rows once two wait; one at a time; one of each half; all.
 
     What is told of a row is its own, at the events in the loop too: its key, by which all memory or
     some is kept, and its snippet.
@@ -134,7 +136,7 @@ def test_whichever_rows_weave_each_is_what_it_is_alone(chunk: int):
         for pattern in PATTERNS if everything else PATTERNS[-1:]:
             request = these(made, pattern, **told(everything))
             session = opened(made, request=request)
-            response, _ = loop_module._respond(made, session, request, 16, chunk)
+            response, _ = loop_module._respond(made, session, request, 16, turns)
             assert_same(in_numpy(response), expected, pattern)
 
 
@@ -155,36 +157,64 @@ def test_rows_spread_over_devices_weave_where_they_are():
     spread = batch_sharding(mesh)
     made_there = jax.device_put(made, replicated(mesh))
     given = made_there, opened(made_there, prompts, spread), these(made, PATTERNS[1])
-    text = loop_module._respond.lower(*given, 16, 2).compile().as_text()
-    told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
-    kinds = {kind for types in told for kind in re.findall(r"(\w+)\[", types)}
-    assert kinds == {"pred"}, "devices tell each other whether some are left, and no rows"
+    for turns in (Turns(2), Turns(2, rows=2, wait=4, share=1)):
+        text = loop_module._respond.lower(*given, 16, turns).compile().as_text()
+        told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
+        kinds = {kind for types in told for kind in re.findall(r"\w+\[\d*\]", types)}
+        assert kinds == {"pred[]", "s32[]"}, "devices tell each other how many are left, no rows"
     for pattern in PATTERNS[::3]:
         session = opened(made_there, prompts, spread)
-        assert loop_module.chunk_size(session) == 2
+        assert loop_module.turns_of(session) == Turns(2, 1, 2)
         response, session = loop_module.respond(made_there, session, these(made, pattern), 16)
-        assert loop_module.chunk_size(session) == 2, "the next response is not another program"
+        assert loop_module.turns_of(session) == Turns(2, 1, 2), (
+            "the next response is not another program"
+        )
         assert_same(in_numpy(response), alone, pattern)
 
 
-@pytest.mark.parametrize("size", [1, 2, 6])
-def test_a_chunk_of_rows_is_taken_out_and_put_back(size):
-    rng = np.random.default_rng(size)
-    tree = [rng.normal(size=shape) for shape in ((6, 3), (4, 6, 2), (5,))]
+@pytest.mark.parametrize(
+    ("parts", "each", "rows"),
+    [(1, 1, [2]), (2, 1, [2, 5]), (1, 2, [2, 5]), (1, 3, [2, 5, 0]), (2, 2, [2, 0, 5, 3])],
+)
+def test_a_chunk_of_rows_is_taken_out_and_put_back(parts, each, rows):
+    """Rows 2 and 5 wait; others are taken where more are asked for."""
+    tree = [np.arange(np.prod(shape)).reshape(shape) for shape in ((6, 3), (4, 6, 2), (5,))]
     axes = [0, 1, None]
-    waiting = np.array([False, False, True, False, False, True]) if size < 6 else np.ones(6, bool)
-    chunk = RowChunk.next(jnp.array(waiting), size)
-    rows = {1: [2], 2: [2, 5], 6: list(range(6))}[size]
+    waiting = jnp.array([False, False, True, False, False, True])
+    chunk = RowChunk.next(waiting, parts, each)
     for taken, leaf, axis in zip(chunk.take(tree, axes), tree, axes, strict=True):
-        np.testing.assert_allclose(taken, leaf if axis is None else leaf.take(rows, axis))
+        np.testing.assert_array_equal(taken, leaf if axis is None else leaf.take(rows, axis))
     new = [leaf + 1 for leaf in chunk.take(tree, axes)]
     for found, leaf, axis in zip(chunk.put(tree, new, axes), tree, axes, strict=True):
         expected = leaf + 1 if axis is None else leaf.copy()
         if axis is not None:
             np.moveaxis(expected, axis, 0)[rows] += 1
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
-    idle = RowChunk.next(jnp.zeros(6, bool), size).take(jnp.arange(6))
-    assert idle.tolist() == list(range(0, 6, 6 // size))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "live", "due"),
+    [(0, 0, False), (0, 9, False), (1, 9, False), (1, 8, True), (3, 24, True), (3, 25, False),
+     (4, 25, True), (4, 64, True)],
+)  # fmt: skip
+def test_rows_weave_once_enough_of_them_wait(waiting, live, due):
+    """Four, or an eighth of those that generate."""
+    rows = np.arange(64)
+    assert Turns(wait=4).due(jnp.array(rows < waiting), jnp.array(rows < live)) == due
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(7, 1), (15, 1), (16, 2), (64, 8)])
+def test_an_accelerator_weaves_an_eighth_of_the_rows_at_a_time(rows, expected, monkeypatch):
+    """A CPU one row of each shard."""
+    session, found = opened(memgen_of("shallow")), []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+
+        def under_a_trace(count):
+            found.append(loop_module.turns_of(session.replace(count=count)))
+
+        jax.eval_shape(under_a_trace, jnp.zeros(rows, jnp.int32))
+    assert found == [Turns(), Turns(1, expected, expected)]
 
 
 class Stacked:
@@ -202,7 +232,7 @@ def test_a_decoder_names_the_axis_of_rows_in_its_cache():
     check_cache(decoder)
     keys = cache["keys"] + jnp.arange(3)[:, None, None]
     state = DecoderState(cache | {"keys": keys}, jnp.arange(3), jnp.zeros((3, 2)))
-    part = RowChunk.next(jnp.array([False, True, False]), 1)
+    part = RowChunk.next(jnp.array([False, True, False]), 1, 1)
     taken = part.take(state, state.batch_axes(decoder))
     assert taken.cache["keys"].shape == (5, 1, 8, 4) and (taken.cache["keys"] == 1).all()
     assert taken.length.tolist() == [1] and taken.cache["next"].shape == ()
@@ -237,7 +267,10 @@ def test_only_rows_that_are_there_are_taken():
 
 
 def test_an_event_costs_what_its_rows_cost(monkeypatch):
-    """Places that decoders read: a token and the prompt's event for every row, then only events."""
+    """Places that decoders read: a token in every row, then those of events, which weave at once.
+
+    They are those of the rows that weave, or of all rows if more than half of them do.
+    """
     counted, extend = [], Backbone.extend
 
     def counting(self, cache, x, length, **how):
@@ -248,7 +281,7 @@ def test_an_event_costs_what_its_rows_cost(monkeypatch):
     monkeypatch.setattr(Backbone, "extend", counting)
     made = memgen_of("shallow")
     inner: Any = loop_module._respond
-    program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, 1))  # traced anew
+    program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, Turns()))  # traced anew
     event = CHUNK + 2 * PROMPT_LATENTS  # catching up, queries, and latents in the reasoner
     later = []
     for weaving in range(ROWS + 1):
@@ -259,8 +292,11 @@ def test_an_event_costs_what_its_rows_cost(monkeypatch):
         response, _ = jax.block_until_ready(program(made, session, these(made, pattern)))
         jax.effects_barrier()
         later.append(int((response.points > 0).sum()))
-        prompt = ROWS * event * (weaving > 0)
-        assert sum(counted) == ROWS * NEW + prompt + later[-1] * event
+        together = [int((response.points == at).sum()) for at in range(NEW)]
+        assert together[0] == weaving
+        rows = sum(ROWS if some > ROWS // 2 else some for some in together)
+        assert sum(counted) == ROWS * NEW + rows * event
         # Queries are computed with the text before them: two calls an event.
-        assert len(counted) == NEW + 2 * (weaving > 0) + 2 * later[-1]
+        calls = sum(1 if some > ROWS // 2 else some for some in together)
+        assert len(counted) == NEW + 2 * calls
     assert later[0] == 0 < later[1]

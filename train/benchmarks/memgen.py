@@ -23,7 +23,8 @@ from memgen import (
     sft_loss,
     token_log_probs,
 )
-from memgen.decoding import _respond, chunk_size
+from memgen.decoding import _respond, turns_of
+from memgen.events import Turns
 from memgen.request import row_keys
 from memgen.session import put, take
 from thoughtbubbles import Backbone, Thoughtbubbles
@@ -246,8 +247,10 @@ class Generation:
         session = begin(self._memgen, jnp.asarray(tokens), length, keys, capacity)
         jax.block_until_ready(session)
         clock = Clock()
-        chunk = self._batch if self._all_rows else chunk_size(session)
-        response, _ = _respond(self._memgen, session, self._request, config.new_tokens, chunk)
+        turns = turns_of(session)
+        if self._all_rows:  # as many shards as rows: if one of them weaves, all do
+            turns = Turns(self._batch)
+        response, _ = _respond(self._memgen, session, self._request, config.new_tokens, turns)
         jax.block_until_ready(response)
         cost = clock.read()
         self.events = int((np.asarray(response.points) >= 0).sum())
