@@ -13,7 +13,8 @@ from memgen.model import MemGen
 from memgen.placement import broadcast_beside, embed, placed_beside
 from memgen.request import Request
 from memgen.response import Response
-from memgen.session import RowChunk, Session, put, take
+from memgen.row_chunk import RowChunk
+from memgen.session import Session, put, take
 from memgen.short_repr import ShortRepr, short_repr
 from memgen.trigger import NeverInvoke
 from memgen.weaver import Snippets

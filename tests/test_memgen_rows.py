@@ -28,7 +28,8 @@ from memgen import decoding as loop_module
 from memgen.backbone import check_cache
 from memgen.events import Turns
 from memgen.request import pad_prompts, row_keys
-from memgen.session import CHUNK, DecoderState, RowChunk
+from memgen.row_chunk import RowChunk
+from memgen.session import CHUNK, DecoderState
 from thoughtbubbles import Backbone
 from train.devices.mesh import MeshConfig, batch_sharding, make_mesh, replicated
 
@@ -158,7 +159,7 @@ def test_rows_spread_over_devices_weave_where_they_are():
     made_there = jax.device_put(made, replicated(mesh))
     given = made_there, opened(made_there, prompts, spread), these(made, PATTERNS[1])
     for turns in (Turns(2), Turns(2, rows=2, wait=4, share=1)):
-        text = loop_module._respond.lower(*given, 16, turns).compile().as_text()
+        text = str(loop_module._respond.lower(*given, 16, turns).compile().as_text())
         told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
         kinds = {kind for types in told for kind in re.findall(r"\w+\[\d*\]", types)}
         assert kinds == {"pred[]", "s32[]"}, "devices tell each other how many are left, no rows"
