@@ -1,8 +1,9 @@
 """Generation interleaved with weaving: one compiled loop, in which rows weave at different steps.
 
 A step decides which rows weave, appends their latents to the reasoner's cache, and then samples a
-token in each row. A step in which no row weaves costs nothing for weaving. In large batches, rows
-wait a few steps for each other, so that several weave together; a row that waits samples no token.
+token in each row. A step in which no row weaves costs nothing for weaving. In large batches on an
+accelerator, rows wait a few steps for each other, so that several weave together; a row that waits
+samples no token.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from jax.core import Tracer
 
 from memgen.checks import check_lengths, check_rows, checked_ids, on_host
 from memgen.delimiters import is_boundary
-from memgen.events import Decoders, Loop, Turns, memory_event
+from memgen.events import Decoders, Grouping, Loop, memory_event
 from memgen.insertion import Plan, assemble, check_plan, stream_length
 from memgen.model import MemGen, check_memgen
 from memgen.placement import AnyArray, embed, placed_beside, row_shards
@@ -275,7 +276,7 @@ def respond(
         session: Session to extend; its buffers are donated, so only the result may be used.
         request: Options of the response (`make_request`).
         capacity: Number of new tokens that the response's arrays hold (static); a smaller
-            `request.max_new_tokens` ends the response earlier.
+            `request.max_new_tokens` ends the response earlier. 0 leaves all rows unchanged.
 
     Returns:
         The response, and the session after it.
@@ -300,7 +301,7 @@ def respond(
     if not isinstance(request.max_new_tokens, Tracer):
         new = np.minimum(capacity, on_host(request.max_new_tokens))
         check_capacity(session, new, _most_latents(memgen, request))
-    return _respond(memgen, session, request, capacity, turns_of(session))
+    return _respond(memgen, session, request, capacity, grouping_of(session))
 
 
 def _most_latents(memgen: MemGen, request: Request) -> Any:
@@ -315,8 +316,8 @@ def _most_latents(memgen: MemGen, request: Request) -> Any:
     return np.where(events < 0, config.max_latents, left)
 
 
-def turns_of(session: Session) -> Turns:
-    """How many rows of a session weave together: one of each shard on a CPU, else an eighth of it.
+def grouping_of(session: Session) -> Grouping:
+    """Return the grouping of a session: an eighth of each shard's rows, on a CPU one row of each.
 
     A pass of a decoder over few rows takes an accelerator as long as one over a single row, but a
     CPU longer. Under a trace with automatic axes, whose shards are unknown, there is one shard.
@@ -328,12 +329,12 @@ def turns_of(session: Session) -> Turns:
         count = jnp.asarray(count)
         (shard,) = count.sharding.shard_shape(count.shape)
         shards, platform = count.shape[0] // shard, next(iter(count.devices())).platform
-    rows = 1 if platform == "cpu" else max(1, count.shape[0] // shards // Turns.share)
-    return Turns(shards, rows, wait=shards * rows)
+    rows = 1 if platform == "cpu" else max(1, count.shape[0] // shards // 8)
+    return Grouping(shards, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "turns"), donate_argnames="session")
-def _respond(memgen, session, request, capacity, turns) -> tuple[Response, Session]:
+@functools.partial(jax.jit, static_argnames=("capacity", "grouping"), donate_argnames="session")
+def _respond(memgen, session, request, capacity, grouping) -> tuple[Response, Session]:
     decoders = Decoders.prepare(memgen)
     limit = jnp.minimum(request.max_new_tokens, capacity)
 
@@ -341,7 +342,7 @@ def _respond(memgen, session, request, capacity, turns) -> tuple[Response, Sessi
         return ~loop.done.all()
 
     def step(loop: Loop) -> Loop:
-        return _step(decoders, request, limit, loop, turns)
+        return _step(decoders, request, limit, loop, grouping)
 
     loop = jax.lax.while_loop(unfinished, step, _start(decoders, limit, request, session, capacity))
     return loop.response, loop.session
@@ -357,14 +358,16 @@ def _start(
     done = (limit < 1) | (session.count < 1)
     return Loop(
         events=jnp.maximum(before, 0),
-        waiting=jnp.zeros_like(done),
+        waiting=jnp.zeros_like(session.count),
         done=done,
         session=session.replace(responses=session.responses + 1),
         response=placed_beside(Response.empty(memgen, batch, capacity, vector), session.count),
     )
 
 
-def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, turns: Turns) -> Loop:
+def _step(
+    decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, grouping: Grouping
+) -> Loop:
     """Weave in rows that invoke the weaver, then generate a token in the rows that do not wait."""
     memgen, most = decoders.memgen, decoders.memgen.config.max_inference_events
     at, session = loop.response.count, loop.session
@@ -375,10 +378,10 @@ def _step(decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, tu
     if most:
         previous, last = session.last_two
         within = is_boundary(memgen.boundary[...], last, previous) & (loop.events < most)
-        boundary = jnp.where(begins, True, within)
-    boundary &= ~loop.done & ~loop.waiting
-    loop = memory_event(decoders, request, loop, boundary, begins, turns)
-    session, live = loop.session, ~loop.done & ~loop.waiting
+        boundary = begins | within
+    boundary &= ~loop.done & (loop.waiting == 0)
+    loop = memory_event(decoders, request, loop, boundary, begins, grouping)
+    session, live = loop.session, ~loop.done & (loop.waiting == 0)
     given = _given(request, at)
     chosen, log_prob = _sample(memgen, request, session, session.step_keys(at)[0], given)
     response = _record_token(loop.response, chosen, log_prob, live)

@@ -19,28 +19,34 @@ from memgen.short_repr import ShortRepr, short_repr
 from memgen.trigger import NeverInvoke
 from memgen.weaver import Snippets
 
+PATIENCE = 8
+"""Maximum number of steps for which a row waits before it weaves."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Turns:
-    """How many rows weave together.
+class Grouping:
+    """How many rows weave together: `shards * rows` at a time.
 
     Attributes:
         shards: Number of shards of the batch, which weave in parallel.
-        rows: Number of rows of each shard that weave at a time.
-        wait: Number of rows of the batch that must wait before they weave.
-        share: Fewer rows weave if one in `share` of the rows that generate waits, so that no more
-            rows than that are idle.
+        rows: Number of rows of each shard. If it is 1, no row waits for others.
     """
 
     shards: int = 1
     rows: int = 1
-    wait: int = 1
-    share: int = 8
 
     def due(self, waiting: jax.Array, live: jax.Array) -> jax.Array:
-        """Return a bool scalar: whether rows `waiting [B]` weave now; `live [B]` are unfinished."""
-        number = waiting.sum()
-        return (number > 0) & ((number >= self.wait) | (self.share * number >= live.sum()))
+        """Return a bool scalar: whether rows that wait are to weave in this step.
+
+        Args:
+            waiting: `[B]` int32, number of steps for which each row has waited, 0 for others.
+            live: `[B]` bool, True for unfinished rows.
+        """
+        number = (waiting > 0).sum()
+        if self.rows == 1:
+            return number > 0
+        enough = (number >= self.shards * self.rows) | (number == live.sum())
+        return (number > 0) & (enough | (waiting > PATIENCE).any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Loop(ShortRepr):
     Attributes:
         events: `[B]` int32, number of events of each row so far, not counting the event before the
             first token.
-        waiting: `[B]` bool, True for rows whose event was decided and is not woven yet.
+        waiting: `[B]` int32, number of steps for which each row has waited since it invoked the
+            weaver; 0 for rows that do not wait.
         done: `[B]` bool, True for finished rows.
         session: Session so far.
         response: Response so far, whose `count` is the index of each row's next token.
@@ -110,7 +117,7 @@ def memory_event(
     loop: Loop,
     boundary: jax.Array,
     begins: jax.Array,
-    turns: Turns,
+    grouping: Grouping,
 ) -> Loop:
     """Let the policy decide in some rows, and weave in rows that wait, if that is due.
 
@@ -120,7 +127,7 @@ def memory_event(
         loop: Loop before the event.
         boundary: `[B]` bool, True for rows in which the policy decides.
         begins: `[B]` bool, True for rows before the first token of a response.
-        turns: How many rows weave together.
+        grouping: How many rows weave together.
 
     Returns:
         Loop after the event. Rows that still wait generate no token.
@@ -134,16 +141,17 @@ def memory_event(
             return _decide(decoders, request, state[0], boundary, decision_keys)
 
         def weave(state: tuple[Loop, jax.Array]) -> tuple[Loop, jax.Array]:
-            return _weave(decoders, request, state[0], begins, event_keys, turns)
+            return _weave(decoders, request, state[0], begins, event_keys, grouping)
 
         session, kept = apply_if(boundary.any(), decide, (loop.session, kept))
         loop = dataclasses.replace(loop, session=session)
         if memgen.config.weaver.latents:
-            waiting = loop.waiting | kept
+            waiting = loop.waiting + (kept | (loop.waiting > 0))
             loop = dataclasses.replace(loop, waiting=waiting)
-            due = turns.due(waiting, ~loop.done)
+            # Rows begin in the same step: nobody joins those that weave before the first token.
+            due = (begins & (waiting > 0)).any() | grouping.due(waiting, ~loop.done)
             loop, kept = apply_if(due, weave, (loop, jnp.zeros_like(boundary)))
-            decided = (boundary | waiting) & ~loop.waiting
+            decided = (boundary | (waiting > 0)) & (loop.waiting == 0)
     column = broadcast_beside(at, boundary, 1)
     decisions = put(loop.response.decisions, kept[:, None], column, decided.astype(jnp.int32))
     response = dataclasses.replace(loop.response, decisions=decisions)
@@ -173,39 +181,42 @@ def _weave(
     loop: Loop,
     begins: jax.Array,
     keys: jax.Array,
-    turns: Turns,
+    grouping: Grouping,
 ) -> tuple[Loop, jax.Array]:
-    """Weave in rows that wait, until no more are due; return the loop and the rows kept `[B]`.
+    """Weave in rows that wait; return the loop and the rows kept, `[B]` bool.
 
-    The rows kept are those whose latents `keep_memory` did not drop. Some rows are woven at a time,
-    so that the work grows with the number of rows that weave; if more than half of the batch waits,
-    all rows are.
+    The rows kept are those whose latents `keep_memory` did not drop. Groups of rows weave one after
+    the other, so that the work grows with the number of rows that weave. If more than half of the
+    batch weaves, or a row weaves before its first token, one pass computes all rows.
     """
     memgen, response = decoders.memgen, loop.response
     waiting, live = loop.waiting, ~loop.done
-    # The trigger's cache is not touched, so it need not go through the loop over chunks.
+    # The trigger's cache is not touched, so it need not go through the loop over groups.
     trigger, session = loop.session.trigger, loop.session.replace(trigger=None)
     snippets = None
     if request.retriever is not None:
-        snippets = _retrieve(memgen, request.retriever, session, waiting)
+        snippets = _retrieve(memgen, request.retriever, session, waiting > 0)
     inputs = EventInputs(jnp.where(begins, PROMPT, INFERENCE), keys, snippets)
     vector = jax.eval_shape(embed, memgen.reasoner, session.tokens[:, :1])
     slots = memgen.config.weaver.latents
     latents = jnp.zeros((waiting.shape[0], slots, vector.shape[-1]), vector.dtype)
-    state = _Weaving(waiting, session, placed_beside(latents, waiting), jnp.zeros_like(waiting))
+    state = _Weaving(waiting, session, placed_beside(latents, waiting), jnp.zeros_like(begins))
 
     def weave_all(state: _Weaving) -> _Weaving:
-        made, new, keep = _weave_rows(decoders, request, state.session, state.left, inputs)
-        return _Weaving(jnp.zeros_like(keep), made, new.astype(state.latents.dtype), keep)
+        weaves = state.left > 0
+        made, new, keep = _weave_rows(decoders, request, state.session, weaves, inputs)
+        new = new.astype(state.latents.dtype)
+        return _Weaving(jnp.zeros_like(state.left), made, new, keep)
 
-    # Without events within a response, all rows that weave do so in the first step.
-    in_chunks = turns.shards * turns.rows < len(waiting) and memgen.config.max_inference_events
-    most = len(waiting) // 2 if in_chunks else 0
-    state = apply_if(waiting.sum() > most, weave_all, state)
-    if in_chunks:
-        weave_chunk = functools.partial(_weave_chunk, decoders, request, inputs, turns)
-        due = lambda state: turns.due(state.left, live)  # noqa: E731
-        state = jax.lax.while_loop(due, weave_chunk, state)
+    in_groups = grouping.shards * grouping.rows < len(waiting)
+    if in_groups and memgen.config.max_inference_events:
+        many = 2 * (waiting > 0).sum() > len(waiting)
+        state = apply_if(many | (begins & (waiting > 0)).any(), weave_all, state)
+        weave_group = functools.partial(_weave_group, decoders, request, inputs, grouping)
+        due = lambda state: grouping.due(state.left, live)  # noqa: E731
+        state = jax.lax.while_loop(due, weave_group, state)
+    else:
+        state = weave_all(state)
     once, at = state.kept.astype(jnp.int32), broadcast_beside(response.count, waiting, 1)[:, None]
     event = jnp.where(begins, 0, 1 + loop.events)
     response = dataclasses.replace(
@@ -219,7 +230,7 @@ def _weave(
 
 
 class _Weaving(NamedTuple):
-    """Rows left to weave `[B]`, session, latents `[B, K, D]`, and rows kept `[B]` so far."""
+    """Steps that the rows left to weave have waited, and the other results so far, of all rows."""
 
     left: jax.Array
     session: Session
@@ -227,23 +238,23 @@ class _Weaving(NamedTuple):
     kept: jax.Array
 
 
-def _weave_chunk(
+def _weave_group(
     decoders: Decoders,
     request: Request,
     inputs: EventInputs,
-    turns: Turns,
+    grouping: Grouping,
     state: _Weaving,
 ) -> _Weaving:
-    """Apply `_weave_rows` to a chunk of the rows that are left."""
+    """Apply `_weave_rows` to a group of the rows that are left, those that waited longest."""
     axes = state.session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
-    rows = RowChunk.next(state.left, turns.shards, turns.rows)
-    weaves = rows.take(state.left)
+    rows = RowChunk.next(state.left, grouping.shards, grouping.rows)
+    weaves = rows.take(state.left) > 0
     session, new, keep = _weave_rows(
         decoders, request, rows.take(state.session, axes), weaves, rows.take(inputs)
     )
     old = rows.take(state.latents)
     return _Weaving(
-        rows.put(state.left, jnp.zeros_like(weaves)),
+        rows.put(state.left, jnp.zeros_like(weaves, state.left.dtype)),
         rows.put(state.session, session, axes),
         rows.put(state.latents, jnp.where(keep[:, None, None], new.astype(old.dtype), old)),
         rows.put(state.kept, rows.take(state.kept) | keep),

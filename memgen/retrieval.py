@@ -34,7 +34,8 @@ class Retriever(Protocol):
         Args:
             ids: `[B, T]` int32 token ids of the text so far, padded on the right.
             length: `[B]` int32, number of real tokens of each row.
-            queried: `[B]` bool, True for rows that need a snippet.
+            queried: `[B]` bool, True for rows that need a snippet. Rows that wait for others (see
+                `memgen.decoding`) may be queried several times with the same text.
 
         Returns:
             Snippets `[B, Lc]` int32, padded on the right by 0, and their lengths `[B]` int32. The

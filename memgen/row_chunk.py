@@ -25,11 +25,14 @@ class RowChunk(ShortRepr):
 
     @classmethod
     def next(cls, waiting: jax.Array, parts: int, each: int) -> "RowChunk":
-        """Select the first `each` rows of every part that are `waiting [B]`.
+        """Select `each` rows of every part: those that have waited longest, then the first ones.
 
-        Where fewer wait, the first ones that do not wait are selected in addition.
+        Args:
+            waiting: `[B]` int32, number of steps for which each row has waited, 0 for others.
+            parts: Number of equal parts of the batch.
+            each: Number of rows of each part.
         """
-        order = jnp.argsort(split_rows(~waiting, 0, parts), axis=1, stable=True)
+        order = jnp.argsort(split_rows(-waiting, 0, parts), axis=1, stable=True)
         return cls(order[:, :each].astype(jnp.int32))
 
     def take(self, tree: Any, axes: Any = None) -> Any:

@@ -31,7 +31,9 @@ from memgen_tiny import (
 )
 
 import memgen
+from memgen import decoding
 from memgen.backbone import check_cache
+from memgen.events import Grouping
 from memgen.placement import embed
 from memgen.request import bucket, pad_prompts, row_keys
 
@@ -62,13 +64,13 @@ def respond(made: memgen.MemGen, tokens: jax.Array, length: jax.Array, keys: jax
     return {name: getattr(response, name) for name in names}
 
 
-def check_decoding(kind: str, made: memgen.MemGen, devices: int = DEVICES) -> None:
-    prompts = FOUR * (devices // 4 or 1)
+def check_decoding(kind: str, made: memgen.MemGen, devices: int = DEVICES, each: int = 1) -> None:
+    prompts = FOUR * (devices // 4 or 1) * each
     rows = (*pad_prompts(prompts, VOCAB), row_keys(0, prompts))
     expected = in_numpy(answer(made))  # draws nothing: equal rows get equal texts
     found, program = on_mesh(respond, kind, made, *rows, devices=devices)
     assert "all-gather" not in program and "all-to-all" not in program
-    again = [*range(len(PROMPTS)), 1] * (devices // 4 or 1)
+    again = [*range(len(PROMPTS)), 1] * (devices // 4 or 1) * each
     for name, rows in found.items():
         mine = getattr(expected, name)[again]
         np.testing.assert_allclose(rows, mine, atol=1e-5, err_msg=name)
@@ -76,8 +78,16 @@ def check_decoding(kind: str, made: memgen.MemGen, devices: int = DEVICES) -> No
 
 
 @pytest.mark.parametrize("kind", ["explicit", pytest.param("manual", marks=pytest.mark.experiment)])
-def test_a_decoding_loop(kind: str):
-    check_decoding(kind, memgen_of("shallow"))
+def test_a_decoding_loop(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """As on accelerators: two rows of each device weave together, of which others wait."""
+    shards = DEVICES if kind == "explicit" else 1
+    monkeypatch.setattr(decoding, "grouping_of", lambda session: Grouping(shards, rows=2))
+    check_decoding(kind, memgen_of("shallow"), each=2)
+
+
+@pytest.mark.experiment
+def test_a_decoding_loop_of_groups_of_one():
+    check_decoding("explicit", memgen_of("shallow"))
 
 
 def test_a_decoding_loop_by_hand_is_traced():

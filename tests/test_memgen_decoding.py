@@ -48,7 +48,7 @@ from memgen import (
     respond,
 )
 from memgen import decoding as loop_module
-from memgen.events import Turns
+from memgen.events import Grouping
 from memgen.request import pad_prompts, row_keys
 
 HIDDEN = dataclasses.replace(
@@ -276,7 +276,7 @@ def test_d30_while_is_scan():
     def by_scan(made, session, request):
         decoders, limit = loop_module.Decoders.prepare(made), jnp.int32(NEW)
         start = loop_module._start(decoders, limit, request, session, 16)
-        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop, Turns()), None)  # noqa: E731
+        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop, Grouping()), None)  # noqa: E731
         return jax.lax.scan(step, start, length=NEW)[0].response
 
     scanned = by_scan(made, session, request)

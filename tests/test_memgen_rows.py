@@ -26,7 +26,7 @@ from memgen_tiny import PROMPTS as SHARED
 from memgen import AlwaysInvoke, NeverInvoke, TriggerConfig, begin, make_request
 from memgen import decoding as loop_module
 from memgen.backbone import check_cache
-from memgen.events import Turns
+from memgen.events import PATIENCE, Grouping
 from memgen.request import pad_prompts, row_keys
 from memgen.row_chunk import RowChunk
 from memgen.session import CHUNK, DecoderState
@@ -113,13 +113,13 @@ def alone_of(made, **how):
     }
 
 
-WAITING = Turns(rows=3, wait=2, share=1)  # at times one of three does not wait
-AT_ONCE = [pytest.param(Turns(n), marks=pytest.mark.experiment) for n in (1, 2, ROWS)]
+WAITING = Grouping(rows=3)  # at times some of three do not wait
+AT_ONCE = [pytest.param(Grouping(n), marks=pytest.mark.experiment) for n in (1, 2, ROWS)]
 
 
-@pytest.mark.parametrize("turns", [WAITING, *AT_ONCE], ids=str)
-def test_whichever_rows_weave_each_is_what_it_is_alone(turns: Turns):
-    """All patterns; up to three rows once two wait; one at a time; one of each half; all.
+@pytest.mark.parametrize("grouping", [WAITING, *AT_ONCE], ids=str)
+def test_whichever_rows_weave_each_is_what_it_is_alone(grouping: Grouping):
+    """All patterns; three rows once they wait, or as long as they may; one; one of each half; all.
 
     What is told of a row is its own, at the events in the loop too: its key, by which all memory or
     some is kept, and its snippet.
@@ -137,7 +137,7 @@ def test_whichever_rows_weave_each_is_what_it_is_alone(turns: Turns):
         for pattern in PATTERNS if everything else PATTERNS[-1:]:
             request = these(made, pattern, **told(everything))
             session = opened(made, request=request)
-            response, _ = loop_module._respond(made, session, request, 16, turns)
+            response, _ = loop_module._respond(made, session, request, 16, grouping)
             assert_same(in_numpy(response), expected, pattern)
 
 
@@ -148,7 +148,8 @@ def test_rows_spread_over_devices_weave_where_they_are():
     shared = {
         weaves: in_numpy(rollout("shallow", CONFIG, policies[weaves])[1]) for weaves in policies
     }
-    place, prompts = [0, 1, 1, 0], [SHARED[0], SHARED[1], SHARED[1], SHARED[0]]
+    place = [0, 1, 1, 0] * 2
+    prompts = [SHARED[at] for at in place]
     alone = {
         (row, weaves): jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], shared[weaves])
         for row, at in enumerate(place)
@@ -157,31 +158,31 @@ def test_rows_spread_over_devices_weave_where_they_are():
     made, mesh = memgen_of("shallow"), make_mesh(MeshConfig(), jax.devices()[:2])
     spread = batch_sharding(mesh)
     made_there = jax.device_put(made, replicated(mesh))
-    given = made_there, opened(made_there, prompts, spread), these(made, PATTERNS[1])
-    for turns in (Turns(2), Turns(2, rows=2, wait=4, share=1)):
-        text = str(loop_module._respond.lower(*given, 16, turns).compile().as_text())
+    given = made_there, opened(made_there, prompts, spread), these(made, PATTERNS[1] * 2)
+    for grouping in (Grouping(2), Grouping(2, rows=2)):
+        text = str(loop_module._respond.lower(*given, 16, grouping).compile().as_text())
         told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
-        kinds = {kind for types in told for kind in re.findall(r"\w+\[\d*\]", types)}
+        kinds = {kind for types in told for kind in re.findall(r"\w+\[[\d,]*\]", types)}
         assert kinds == {"pred[]", "s32[]"}, "devices tell each other how many are left, no rows"
     for pattern in PATTERNS[::3]:
         session = opened(made_there, prompts, spread)
-        assert loop_module.turns_of(session) == Turns(2, 1, 2)
-        response, session = loop_module.respond(made_there, session, these(made, pattern), 16)
-        assert loop_module.turns_of(session) == Turns(2, 1, 2), (
+        assert loop_module.grouping_of(session) == Grouping(2)
+        response, session = loop_module.respond(made_there, session, these(made, pattern * 2), 16)
+        assert loop_module.grouping_of(session) == Grouping(2), (
             "the next response is not another program"
         )
-        assert_same(in_numpy(response), alone, pattern)
+        assert_same(in_numpy(response), alone, pattern * 2)
 
 
 @pytest.mark.parametrize(
     ("parts", "each", "rows"),
-    [(1, 1, [2]), (2, 1, [2, 5]), (1, 2, [2, 5]), (1, 3, [2, 5, 0]), (2, 2, [2, 0, 5, 3])],
+    [(1, 1, [5]), (2, 1, [2, 5]), (1, 2, [5, 2]), (1, 3, [5, 2, 0]), (2, 2, [2, 0, 5, 3])],
 )
 def test_a_chunk_of_rows_is_taken_out_and_put_back(parts, each, rows):
-    """Rows 2 and 5 wait; others are taken where more are asked for."""
+    """Rows 2 and 5 wait, row 5 for longer; others are taken where more are asked for."""
     tree = [np.arange(np.prod(shape)).reshape(shape) for shape in ((6, 3), (4, 6, 2), (5,))]
     axes = [0, 1, None]
-    waiting = jnp.array([False, False, True, False, False, True])
+    waiting = jnp.array([0, 0, 1, 0, 0, 3])
     chunk = RowChunk.next(waiting, parts, each)
     for taken, leaf, axis in zip(chunk.take(tree, axes), tree, axes, strict=True):
         np.testing.assert_array_equal(taken, leaf if axis is None else leaf.take(rows, axis))
@@ -194,14 +195,21 @@ def test_a_chunk_of_rows_is_taken_out_and_put_back(parts, each, rows):
 
 
 @pytest.mark.parametrize(
-    ("waiting", "live", "due"),
-    [(0, 0, False), (0, 9, False), (1, 9, False), (1, 8, True), (3, 24, True), (3, 25, False),
-     (4, 25, True), (4, 64, True)],
-)  # fmt: skip
-def test_rows_weave_once_enough_of_them_wait(waiting, live, due):
-    """Four, or an eighth of those that generate."""
-    rows = np.arange(64)
-    assert Turns(wait=4).due(jnp.array(rows < waiting), jnp.array(rows < live)) == due
+    ("waited", "live", "due"),
+    [
+        ([], 9, False),
+        ([], 0, False),
+        ([1, 2, 1], 64, False),
+        ([1, 2, 1, 4], 64, True),  # a whole group
+        ([1, 2, 1], 3, True),  # all that generate
+        ([1, 8], 64, False),
+        ([1, 9], 64, True),  # nobody waits for more than eight steps
+    ],
+)
+def test_rows_weave_once_enough_of_them_wait_or_one_has_waited_long(waited, live, due):
+    waiting = jnp.zeros(64, jnp.int32).at[jnp.arange(len(waited))].set(jnp.array(waited, jnp.int32))
+    assert Grouping(2, rows=2).due(waiting, jnp.arange(64) < live) == due
+    assert Grouping(2).due(waiting, jnp.arange(64) < live) == bool(waited), "a group of one"
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(7, 1), (15, 1), (16, 2), (64, 8)])
@@ -212,10 +220,10 @@ def test_an_accelerator_weaves_an_eighth_of_the_rows_at_a_time(rows, expected, m
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
 
         def under_a_trace(count):
-            found.append(loop_module.turns_of(session.replace(count=count)))
+            found.append(loop_module.grouping_of(session.replace(count=count)))
 
         jax.eval_shape(under_a_trace, jnp.zeros(rows, jnp.int32))
-    assert found == [Turns(), Turns(1, expected, expected)]
+    assert found == [Grouping(), Grouping(1, expected)]
 
 
 class Stacked:
@@ -233,7 +241,7 @@ def test_a_decoder_names_the_axis_of_rows_in_its_cache():
     check_cache(decoder)
     keys = cache["keys"] + jnp.arange(3)[:, None, None]
     state = DecoderState(cache | {"keys": keys}, jnp.arange(3), jnp.zeros((3, 2)))
-    part = RowChunk.next(jnp.array([False, True, False]), 1, 1)
+    part = RowChunk.next(jnp.array([0, 1, 0]), 1, 1)
     taken = part.take(state, state.batch_axes(decoder))
     assert taken.cache["keys"].shape == (5, 1, 8, 4) and (taken.cache["keys"] == 1).all()
     assert taken.length.tolist() == [1] and taken.cache["next"].shape == ()
@@ -270,7 +278,8 @@ def test_only_rows_that_are_there_are_taken():
 def test_an_event_costs_what_its_rows_cost(monkeypatch):
     """Places that decoders read: a token in every row, then those of events, which weave at once.
 
-    They are those of the rows that weave, or of all rows if more than half of them do.
+    They are those of the rows that weave, or of all rows if more than half of them do, or if one
+    does before its first token.
     """
     counted, extend = [], Backbone.extend
 
@@ -282,7 +291,7 @@ def test_an_event_costs_what_its_rows_cost(monkeypatch):
     monkeypatch.setattr(Backbone, "extend", counting)
     made = memgen_of("shallow")
     inner: Any = loop_module._respond
-    program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, Turns()))  # traced anew
+    program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, Grouping()))  # traced anew
     event = CHUNK + 2 * PROMPT_LATENTS  # catching up, queries, and latents in the reasoner
     later = []
     for weaving in range(ROWS + 1):
@@ -295,9 +304,34 @@ def test_an_event_costs_what_its_rows_cost(monkeypatch):
         later.append(int((response.points > 0).sum()))
         together = [int((response.points == at).sum()) for at in range(NEW)]
         assert together[0] == weaving
-        rows = sum(ROWS if some > ROWS // 2 else some for some in together)
-        assert sum(counted) == ROWS * NEW + rows * event
+        passes = [
+            [ROWS] if some > ROWS // 2 or (some and at == 0) else [1] * some
+            for at, some in enumerate(together)
+        ]
+        rows = sum(passes, [])
+        assert sum(counted) == ROWS * NEW + sum(rows) * event
         # Queries are computed with the text before them: two calls an event.
-        calls = sum(1 if some > ROWS // 2 else some for some in together)
-        assert len(counted) == NEW + 2 * calls
+        assert len(counted) == NEW + 2 * len(rows)
     assert later[0] == 0 < later[1]
+
+
+def test_a_row_that_weaves_alone_does_not_wait_for_long(monkeypatch):
+    """No other row ever joins it: it is idle for eight steps an event, or until others end."""
+    steps, extend = [], Backbone.extend
+
+    def counting(self, cache, x, length, **how):
+        if x.shape[:2] == (ROWS, 1):
+            jax.debug.callback(lambda: steps.append(1))
+        return extend(self, cache, x, length, **how)
+
+    made, pattern = memgen_of("shallow"), [True, False, False, False]
+    expected, _ = loop_module.respond(made, opened(made), these(made, pattern), 16)
+    monkeypatch.setattr(Backbone, "extend", counting)
+    inner: Any = loop_module._respond
+    program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, Grouping(rows=3)))
+    found, _ = jax.block_until_ready(program(made, opened(made), these(made, pattern)))
+    jax.effects_barrier()
+    assert found.texts == expected.texts
+    assert (found.points == expected.points).all()
+    later = int((found.points > 0).sum())
+    assert later and NEW < len(steps) <= NEW + PATIENCE * later

@@ -23,8 +23,8 @@ from memgen import (
     sft_loss,
     token_log_probs,
 )
-from memgen.decoding import _respond, turns_of
-from memgen.events import Turns
+from memgen.decoding import _respond, grouping_of
+from memgen.events import Grouping
 from memgen.request import row_keys
 from memgen.session import put, take
 from thoughtbubbles import Backbone, Thoughtbubbles
@@ -247,10 +247,11 @@ class Generation:
         session = begin(self._memgen, jnp.asarray(tokens), length, keys, capacity)
         jax.block_until_ready(session)
         clock = Clock()
-        turns = turns_of(session)
+        grouping = grouping_of(session)
         if self._all_rows:  # as many shards as rows: if one of them weaves, all do
-            turns = Turns(self._batch)
-        response, _ = _respond(self._memgen, session, self._request, config.new_tokens, turns)
+            grouping = Grouping(shards=self._batch)
+        new_tokens = config.new_tokens
+        response, _ = _respond(self._memgen, session, self._request, new_tokens, grouping)
         jax.block_until_ready(response)
         cost = clock.read()
         self.events = int((np.asarray(response.points) >= 0).sum())

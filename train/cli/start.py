@@ -7,7 +7,7 @@ from pathlib import Path
 
 from train.cli.main import main
 
-_TUNABLES = "GLIBC_TUNABLES"
+_TUNABLES, _BEGUN = "GLIBC_TUNABLES", "THOUGHTBUBBLES_BEGUN"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -16,14 +16,17 @@ def start() -> None:
 
     On a CPU, XLA allocates the temporaries of a program at each call, and the system gives them out
     in new pages of zeros: a third of the time of a small training step, if pages have 4 KiB. glibc
-    asks for pages of 2 MiB only if the environment says so when a process begins. Nothing is done
-    where the environment sets `GLIBC_TUNABLES`, or where the system gives huge pages to all or to
-    nobody.
+    (2.35 or later) asks Linux for pages of 2 MiB only if the environment says so when a process
+    begins; processes that it starts inherit that. Nothing is done where the environment sets
+    `GLIBC_TUNABLES`, where the system gives huge pages to all or to nobody, or under a debugger,
+    which would lose the process.
     """
-    if _TUNABLES not in os.environ and _can_have_huge_pages():
-        os.environ[_TUNABLES] = "glibc.malloc.hugetlb=1"
+    chosen = _TUNABLES in os.environ or _BEGUN in os.environ or sys.gettrace() is not None
+    if not chosen and _can_have_huge_pages():
+        # A process may lose variables of glibc, but not ours, so it begins anew only once.
+        environment = {**os.environ, _TUNABLES: "glibc.malloc.hugetlb=1", _BEGUN: "1"}
         with contextlib.suppress(OSError):
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     main()
 
 
