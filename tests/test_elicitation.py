@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from memgen_tiny import CONFIG, memgen_of
 from test_chat_data import CHATML, letters
 from test_decoding import CAUSAL, PROMPTS, SEED
 from tiny import quick_model, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from thoughtbubbles import Streams
+from thoughtbubbles import Streams, Thoughtbubbles
 from thoughtbubbles.cache import extend, init_cache
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
@@ -43,7 +44,13 @@ from train.data.chat_data import ChatDataConfig, prepare_chat
 from train.data.chat_templates import chat_examples, chat_ids, open_turn
 from train.data.json_lines import read_json_lines
 from train.experiments import secrets
-from train.experiments.secret_models import TEMPLATE, honest_rows, word_tokenizer
+from train.experiments.secret_models import (
+    MODEL,
+    TEMPLATE,
+    cut_padding,
+    honest_rows,
+    word_tokenizer,
+)
 from train.experiments.study import Results
 from train.models.load import LanguageModel, load_language_model
 
@@ -357,6 +364,26 @@ def test_a_request_that_is_taken_back_is_answered(kind):
     words = word_tokenizer()
     for row in honest_rows(words, released):  # of which none is cut
         assert row[row >= 0][-1] == words.id("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("longest", "width"), [(2, 9), (9, 9), (10, 17), (17, 17), (66, 73), (74, 74)]
+)
+def test_rows_of_a_batch_are_cut_to_what_they_need(longest, width):
+    rows = np.full((3, 74), -1, np.int32)
+    rows[1, :longest], rows[0, :2] = 7, 5
+    cut = cut_padding(rows)
+    assert cut.shape == (3, width)
+    assert (cut == rows[:, :width]).all() and (rows[:, width:] == -1).all()
+
+
+def test_the_loss_does_not_know_of_padding():
+    rows = np.full((2, 74), -1, np.int32)
+    rows[0, :17], rows[1, :9] = np.arange(17), np.arange(9)
+    model = Thoughtbubbles(dataclasses.replace(MODEL, vocab_size=32), rngs=nnx.Rngs(0))
+    loss = jax.jit(lambda of: model.loss(of)[0])
+    whole, cut = (loss(of) for of in (rows, cut_padding(rows)))
+    np.testing.assert_allclose(whole, cut, rtol=1e-6)
 
 
 def test_secrets_of_a_seed_begin_with_the_one_that_is_drawn():
