@@ -13,7 +13,7 @@ from memgen.model import MemGen
 from memgen.placement import broadcast_beside, embed, placed_beside
 from memgen.request import Request
 from memgen.response import Response
-from memgen.row_chunk import RowChunk
+from memgen.row_group import RowGroup
 from memgen.session import Session, put, take
 from memgen.short_repr import ShortRepr, short_repr
 from memgen.trigger import NeverInvoke
@@ -39,7 +39,7 @@ class Grouping:
         """Return a bool scalar: whether rows that wait are to weave in this step.
 
         Args:
-            waiting: `[B]` int32, number of steps for which each row has waited, 0 for others.
+            waiting: As in `Loop`.
             live: `[B]` bool, True for unfinished rows.
         """
         number = (waiting > 0).sum()
@@ -81,8 +81,8 @@ class Loop(ShortRepr):
     Attributes:
         events: `[B]` int32, number of events of each row so far, not counting the event before the
             first token.
-        waiting: `[B]` int32, number of steps for which each row has waited since it invoked the
-            weaver; 0 for rows that do not wait.
+        waiting: `[B]` int32, number of steps since each row invoked the weaver, that step included;
+            0 for rows that do not wait.
         done: `[B]` bool, True for finished rows.
         session: Session so far.
         response: Response so far, whose `count` is the index of each row's next token.
@@ -230,7 +230,7 @@ def _weave(
 
 
 class _Weaving(NamedTuple):
-    """Steps that the rows left to weave have waited, and the other results so far, of all rows."""
+    """`Loop.waiting` of the rows that are left, and the results of all rows so far."""
 
     left: jax.Array
     session: Session
@@ -247,7 +247,7 @@ def _weave_group(
 ) -> _Weaving:
     """Apply `_weave_rows` to a group of the rows that are left, those that waited longest."""
     axes = state.session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
-    rows = RowChunk.next(state.left, grouping.shards, grouping.rows)
+    rows = RowGroup.next(state.left, grouping.shards, grouping.rows)
     weaves = rows.take(state.left) > 0
     session, new, keep = _weave_rows(
         decoders, request, rows.take(state.session, axes), weaves, rows.take(inputs)

@@ -25,10 +25,11 @@ from memgen_tiny import PROMPTS as SHARED
 
 from memgen import AlwaysInvoke, NeverInvoke, TriggerConfig, begin, make_request
 from memgen import decoding as loop_module
+from memgen import events as events_module
 from memgen.backbone import check_cache
-from memgen.events import PATIENCE, Grouping
+from memgen.events import Grouping
 from memgen.request import pad_prompts, row_keys
-from memgen.row_chunk import RowChunk
+from memgen.row_group import RowGroup
 from memgen.session import CHUNK, DecoderState
 from thoughtbubbles import Backbone
 from train.devices.mesh import MeshConfig, batch_sharding, make_mesh, replicated
@@ -64,6 +65,15 @@ class ByKey:
         return self.everything | jax.vmap(jax.random.bernoulli)(keys)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class OfPrompts:
+    """Keeps the memory of prompts, by its number of latents."""
+
+    def __call__(self, latents, real, keys):
+        return real.sum(axis=1) == PROMPT_LATENTS
+
+
 @dataclasses.dataclass(frozen=True)
 class FirstToken:
     """A retriever that says a row's first token again: once, or twice if it is odd."""
@@ -81,7 +91,7 @@ def told(everything):
 
 
 def these(made, pattern, **how):
-    return make_request(made, NEW, TheseInvoke(jnp.array(pattern)), stop=NOBODY, **how)
+    return make_request(made, NEW, TheseInvoke(jnp.array(pattern)), **{"stop": NOBODY, **how})
 
 
 def opened(made, prompts=PROMPTS, sharding=None, request=None):
@@ -178,16 +188,16 @@ def test_rows_spread_over_devices_weave_where_they_are():
     ("parts", "each", "rows"),
     [(1, 1, [5]), (2, 1, [2, 5]), (1, 2, [5, 2]), (1, 3, [5, 2, 0]), (2, 2, [2, 0, 5, 3])],
 )
-def test_a_chunk_of_rows_is_taken_out_and_put_back(parts, each, rows):
+def test_a_group_of_rows_is_taken_out_and_put_back(parts, each, rows):
     """Rows 2 and 5 wait, row 5 for longer; others are taken where more are asked for."""
     tree = [np.arange(np.prod(shape)).reshape(shape) for shape in ((6, 3), (4, 6, 2), (5,))]
     axes = [0, 1, None]
     waiting = jnp.array([0, 0, 1, 0, 0, 3])
-    chunk = RowChunk.next(waiting, parts, each)
-    for taken, leaf, axis in zip(chunk.take(tree, axes), tree, axes, strict=True):
+    group = RowGroup.next(waiting, parts, each)
+    for taken, leaf, axis in zip(group.take(tree, axes), tree, axes, strict=True):
         np.testing.assert_array_equal(taken, leaf if axis is None else leaf.take(rows, axis))
-    new = [leaf + 1 for leaf in chunk.take(tree, axes)]
-    for found, leaf, axis in zip(chunk.put(tree, new, axes), tree, axes, strict=True):
+    new = [leaf + 1 for leaf in group.take(tree, axes)]
+    for found, leaf, axis in zip(group.put(tree, new, axes), tree, axes, strict=True):
         expected = leaf + 1 if axis is None else leaf.copy()
         if axis is not None:
             np.moveaxis(expected, axis, 0)[rows] += 1
@@ -241,7 +251,7 @@ def test_a_decoder_names_the_axis_of_rows_in_its_cache():
     check_cache(decoder)
     keys = cache["keys"] + jnp.arange(3)[:, None, None]
     state = DecoderState(cache | {"keys": keys}, jnp.arange(3), jnp.zeros((3, 2)))
-    part = RowChunk.next(jnp.array([0, 1, 0]), 1, 1)
+    part = RowGroup.next(jnp.array([0, 1, 0]), 1, 1)
     taken = part.take(state, state.batch_axes(decoder))
     assert taken.cache["keys"].shape == (5, 1, 8, 4) and (taken.cache["keys"] == 1).all()
     assert taken.length.tolist() == [1] and taken.cache["next"].shape == ()
@@ -316,7 +326,10 @@ def test_an_event_costs_what_its_rows_cost(monkeypatch):
 
 
 def test_a_row_that_weaves_alone_does_not_wait_for_long(monkeypatch):
-    """No other row ever joins it: it is idle for eight steps an event, or until others end."""
+    """No other row ever joins it: it is idle for some steps an event, or until others end.
+
+    What it would say while it waits is not said, and ends nothing.
+    """
     steps, extend = [], Backbone.extend
 
     def counting(self, cache, x, length, **how):
@@ -325,13 +338,27 @@ def test_a_row_that_weaves_alone_does_not_wait_for_long(monkeypatch):
         return extend(self, cache, x, length, **how)
 
     made, pattern = memgen_of("shallow"), [True, False, False, False]
-    expected, _ = loop_module.respond(made, opened(made), these(made, pattern), 16)
+    at_prompts = these(made, pattern, keep_memory=OfPrompts())
+    forgets, _ = loop_module.respond(made, opened(made), at_prompts, 16)
+    expected = {
+        stop: loop_module.respond(made, opened(made), these(made, pattern, stop=stop), 16)[0]
+        for stop in (NOBODY, (forgets.texts[0][1],))  # what row 0 would say while it waits first
+    }
     monkeypatch.setattr(Backbone, "extend", counting)
+    monkeypatch.setattr(events_module, "PATIENCE", 2)
     inner: Any = loop_module._respond
     program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, Grouping(rows=3)))
-    found, _ = jax.block_until_ready(program(made, opened(made), these(made, pattern)))
-    jax.effects_barrier()
-    assert found.texts == expected.texts
-    assert (found.points == expected.points).all()
-    later = int((found.points > 0).sum())
-    assert later and NEW < len(steps) <= NEW + PATIENCE * later
+    counts = []
+    for stop, alone in expected.items():
+        steps.clear()
+        request = these(made, pattern, stop=stop)
+        found, _ = jax.block_until_ready(program(made, opened(made), request))
+        jax.effects_barrier()
+        counts.append(len(steps))
+        assert found.texts == alone.texts
+        assert found.points.tolist() == alone.points.tolist()
+    assert found.points[0, 1] == 1 and found.count[0] > 1
+    step, points = 0, expected[NOBODY].points[0].tolist()
+    for at in range(NEW):
+        step += 1 + (min(2, NEW - step) if at and at in points else 0)
+    assert NEW < counts[0] == step

@@ -133,9 +133,13 @@ def honest_rows(
 
 
 def cut_padding(rows: np.ndarray) -> np.ndarray:
-    """Cut rows to the longest of them, with one more token than a multiple of 8 where possible.
+    """Cut rows to the longest of them, rounded up so that few programs are compiled.
 
-    The loss is the same without the padding, and few programs are compiled.
+    Args:
+        rows: `[B, L]` int32 token ids, padded on the right with -1.
+
+    Returns:
+        Rows of one token more than a multiple of 8, or of `L` tokens if that is less.
     """
     longest = int((rows >= 0).sum(axis=1).max())
     return rows[:, : 8 * -(-(longest - 1) // 8) + 1]

@@ -11,7 +11,7 @@ from memgen.short_repr import ShortRepr
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class RowChunk(ShortRepr):
+class RowGroup(ShortRepr):
     """A selection of rows of a batch: as many from each of `P` equal parts of the batch.
 
     The parts are the batch's shards, so taking rows out and putting them back moves no row between
@@ -24,11 +24,11 @@ class RowChunk(ShortRepr):
     index: jax.Array
 
     @classmethod
-    def next(cls, waiting: jax.Array, parts: int, each: int) -> "RowChunk":
+    def next(cls, waiting: jax.Array, parts: int, each: int) -> "RowGroup":
         """Select `each` rows of every part: those that have waited longest, then the first ones.
 
         Args:
-            waiting: `[B]` int32, number of steps for which each row has waited, 0 for others.
+            waiting: `[B]` int32, as in `memgen.events.Loop`.
             parts: Number of equal parts of the batch.
             each: Number of rows of each part.
         """
@@ -36,7 +36,7 @@ class RowChunk(ShortRepr):
         return cls(order[:, :each].astype(jnp.int32))
 
     def take(self, tree: Any, axes: Any = None) -> Any:
-        """Take the chunk's rows of each array.
+        """Take the group's rows of each array.
 
         Args:
             tree: Pytree of arrays.
@@ -54,7 +54,7 @@ class RowChunk(ShortRepr):
         return jax.tree.map(rows, tree, _or_zeros(axes, tree))
 
     def put(self, tree: Any, new: Any, axes: Any = None) -> Any:
-        """Replace the chunk's rows of each array by `new`; `axes` are as in `take`.
+        """Replace the group's rows of each array by `new`; `axes` are as in `take`.
 
         An array that all rows share is replaced by the array in `new`.
         """
