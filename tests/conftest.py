@@ -24,12 +24,29 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax  # noqa: E402 (reads the environment)
 from ledger import Ledger  # noqa: E402
 
+from train.cli.plugins import OPTION, load_plugins  # noqa: E402
+
 # Tracing makes millions of small objects that live on: looking through them takes a tenth of all.
 gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        OPTION,
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that adds to registries, so that tests hold its entries to contracts",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Ledger(), "ledger")
+    if names := config.getoption(OPTION):
+        try:
+            load_plugins([OPTION, *names])
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

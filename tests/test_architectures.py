@@ -66,7 +66,12 @@ SMALL: dict[str, ArchitectureConfig] = {
         vocab_size=64, embed_dim=16, num_neurons=64, num_layers=2, num_heads=2
     ),
 }
-"""Small configs of the registry's entries: a new entry adds its own."""
+"""Small configs of the library's entries; of others the defaults, with 64 tokens, are taken."""
+
+
+def small(name: str) -> ArchitectureConfig:
+    default = ARCHITECTURES[name].config_class
+    return SMALL[name] if name in SMALL else default(vocab_size=64)  # pyright: ignore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,34 +91,32 @@ def recurrent(tmp_path_factory):
     del sys.modules["mine_recurrent"]  # a worker may come back to this file
 
 
-@pytest.fixture(params=[*ARCHITECTURES, "recurrent"])
+NAMES = dict.fromkeys((*ARCHITECTURES, "recurrent"))  # with those of --plugin
+
+
+@pytest.fixture(params=NAMES)
 def model(request) -> Architecture:
-    config = SMALL[request.param]
-    made = ARCHITECTURES[request.param](config, rngs=nnx.Rngs(0))
+    made = ARCHITECTURES[request.param](small(request.param), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     noise = lambda leaf: (rng.normal(size=leaf.shape) / 4).astype(np.float32)  # noqa: E731
     nnx.update(made, jax.tree.map(noise, nnx.state(made, nnx.Param)))
     return made
 
 
-# What Thoughtbubbles promises alone has files of its own: test_causality.py, test_cache.py and
-# test_decoding.py; `python -m pytest -m experiment tests/test_architectures.py` runs it here too.
-others = pytest.mark.parametrize(
-    "model",
-    [
-        *("hatchling", "forking_hatchling", "recurrent"),
-        pytest.param("thoughtbubbles", marks=pytest.mark.experiment),
-    ],
-    indirect=True,
-)
+def each_but(*elsewhere: str) -> pytest.MarkDecorator:
+    """Every architecture; those that other files test only with `-m experiment`."""
+    mark = pytest.mark.experiment
+    names = [pytest.param(name, marks=[mark] * (name in elsewhere)) for name in NAMES]
+    return pytest.mark.parametrize("model", names, indirect=True)
 
 
-@others
+# What Thoughtbubbles promises alone: test_causality.py, test_cache.py and test_decoding.py.
+@each_but("thoughtbubbles")
 def test_logits_know_no_later_token_and_no_padding(model):
     assert_decoder_causal(model)
 
 
-@others
+@each_but("thoughtbubbles")
 def test_cached_decoding_is_the_parallel_forward_pass(model):
     assert_decoder_cached_is_parallel(model)
 
@@ -127,17 +130,7 @@ def test_a_model_is_saved_and_read(model):
 
 
 # "forking_hatchling": test_hatchling_forking.py.
-@pytest.mark.parametrize(
-    "model",
-    [
-        *("hatchling", "recurrent"),
-        *(
-            pytest.param(name, marks=pytest.mark.experiment)
-            for name in ("forking_hatchling", "thoughtbubbles")
-        ),
-    ],
-    indirect=True,
-)
+@each_but("thoughtbubbles", "forking_hatchling")
 def test_generation_with_a_cache_is_generation_without(model):
     prompts = [[1, 2, 3], [4]]
     cached = generate_ids(model, prompts, 6)
@@ -151,15 +144,8 @@ def test_counts_are_those_of_the_model(model):
     assert 0 < model.config.forward_flops(8) < model.config.forward_flops(16)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        "recurrent",
-        # Others: test_step.py, test_hatchling.py and test_hatchling_forking.py.
-        *(pytest.param(name, marks=pytest.mark.experiment) for name in ARCHITECTURES),
-    ],
-    indirect=True,
-)
+# These: test_step.py, test_hatchling.py and test_hatchling_forking.py.
+@each_but("thoughtbubbles", "hatchling", "forking_hatchling")
 def test_steps_on_a_mesh_are_those_of_one_device_and_learn(model):
     optimizer = OptimizerConfig(learning_rate=5e-2, schedule="constant", warmup=0)
     rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))

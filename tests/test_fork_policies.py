@@ -118,11 +118,15 @@ def test_a_row_in_parts_is_the_whole_row(name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_is_written_as_it_prints(name):
-    policy = dataclasses.replace(POLICIES[name](), ratio=1.5)
+    policy = POLICIES[name]()
+    if has_ratio := hasattr(policy, "ratio"):
+        policy = dataclasses.replace(policy, ratio=1.5)  # pyright: ignore[reportCallIssue]
     assert policy_from_text(repr(policy)) == policy
     config = ModelConfig.preset("tiny", policy=policy)
     assert model_from_json(as_json(config)).policy == policy
-    assert override_policy(policy, ratio=2.0) == dataclasses.replace(policy, ratio=2.0)
+    if has_ratio:
+        changed = dataclasses.replace(policy, ratio=2.0)  # pyright: ignore[reportCallIssue]
+        assert override_policy(policy, ratio=2.0) == changed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -331,6 +331,19 @@ def mistake(words: tuple[str, ...]) -> str:
     return ""
 
 
+@pytest.fixture
+def mine(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None):
+    """What a page registers, as the plugin `mine` of the working directory."""
+    registering = re.compile(r'^[A-Z]+\["', re.MULTILINE)
+    blocks = [f.code for f in SNIPPETS if f.page == page and registering.search(f.code)]
+    (tmp_path / "mine.py").write_text("\n\n".join(blocks))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.usefixtures("mine")
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_commands_of_a_page_are_understood(page: Path):
     """Names, options and values: parsed as the command would, which is not run."""

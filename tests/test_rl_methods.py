@@ -40,7 +40,7 @@ from train.runs.resume import differences
 class Ranks(GroupNormalized):
     """A user's estimator: the rank of a reward in its group in place of the reward."""
 
-    word: ClassVar[str] = "ranks"
+    word: ClassVar[str] = "own_ranks"
     power: float = 1.0
 
     def estimate(self, reward, group, valid):
@@ -52,18 +52,18 @@ class Ranks(GroupNormalized):
 class RankGRPO(GRPO):
     """A user's method."""
 
-    word: ClassVar[str] = "rank_grpo"
+    word: ClassVar[str] = "own_ranks_grpo"
 
     @property
     def advantage(self):
         return Ranks()
 
 
-EVERY = {**METHODS, "rank_grpo": RankGRPO}
+EVERY = {**METHODS, "own_ranks_grpo": RankGRPO}
 ESTIMATORS = {
     **{f"method {word}": RLConfig(method=method()) for word, method in EVERY.items()},
     **{f"advantage {word}": RLConfig(advantage=word) for word in ADVANTAGES},
-    "advantage ranks": RLConfig(advantage=Ranks(2.0)),
+    "advantage own_ranks": RLConfig(advantage=Ranks(2.0)),
 }
 EACH = [(kind, word) for kind, (_, registry) in KINDS.items() for word in registry]
 REQUIRED = {"overlong": "buffer=8"}

@@ -45,9 +45,13 @@ def say(problem: Problem, text: str) -> Completion:
 
 
 SHOW = """
+import importlib
 import sys
 from train.rl.named_tasks import make_task
-for spec in sys.argv[1:]:
+modules, *specs = sys.argv[1:]
+for module in modules.split():
+    importlib.import_module(module)
+for spec in specs:
     task = make_task(spec, 3)
     print([task.problem(s, i) for s in ("train", "test") for i in (0, 1)])
 """
@@ -55,9 +59,14 @@ for spec in sys.argv[1:]:
 
 def test_problems_are_the_same_in_another_process():
     specs = [*GENERATED, *(word for word in ENVIRONMENTS if word != "gem")]
+    modules = {kind.__module__ for kind in ENVIRONMENTS.values()}  # also of plugins
     shown = subprocess.run(
-        [sys.executable, "-c", SHOW, *specs],
-        env={**os.environ, "PYTHONHASHSEED": "1"},  # here it is another
+        [sys.executable, "-c", SHOW, " ".join(modules), *specs],
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": "1",  # here it is another
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     tasks = [make(spec, 3) for spec in specs]
